@@ -1,8 +1,10 @@
-"""Checks names and docstrings: `python .ci/check_names.py [FOLDER ...]`; exit code 1 on findings.
+"""Checks names and docstrings: `python .ci/check_names.py [FOLDER ...]`; exit code 1 on
+findings.
 
-A public class name is unique in the tree. A public function begins with a verb, or is two words or
-more that name the value it returns (`cross_entropy_loss`), or is the field's own term. A docstring
-begins with a subject or a verb, not with "Of " or "What ", and its `Args:` are arguments.
+A public class name is unique in the tree. A public function begins with a verb, or is
+two words or more that name the value it returns (`cross_entropy_loss`), or is the
+field's own term. A docstring begins with a subject or a verb, not with "Of " or "What
+", and its `Args:` are arguments.
 """
 
 import ast
@@ -58,7 +60,9 @@ VERBS, VALUES, TERMS = (set(words.split()) for words in (_VERBS, _VALUES, _TERMS
 
 def main(folders: list[str]) -> int:
     classes, findings = defaultdict(list), []
-    for path in sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py")):
+    for path in sorted(
+        path for name in PACKAGES for path in (ROOT / name).rglob("*.py")
+    ):
         where, tree = path.relative_to(ROOT), ast.parse(path.read_text())
         for node in ast.walk(tree):
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -68,7 +72,9 @@ def main(folders: list[str]) -> int:
             if docstring.startswith(("Of ", "What ")):
                 findings.append(f"{where}:{line}: the docstring begins with Of or What")
             for name in list_documented_args(docstring) - list_args(node):
-                findings.append(f"{where}:{line}: {name} under Args is no argument of {node.name}")
+                findings.append(
+                    f"{where}:{line}: {name} under Args is no argument of {node.name}"
+                )
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 classes[node.name].append(f"{where}:{line}")
         for node in tree.body:
@@ -77,29 +83,43 @@ def main(folders: list[str]) -> int:
                 named = words[0] in VERBS or (len(words) > 1 and words[-1] in VALUES)
                 if not named and node.name not in TERMS:
                     findings.append(
-                        f"{where}:{node.lineno}: {node.name}() does not begin with a verb"
+                        f"{where}:{node.lineno}: {node.name}() does not begin with a "
+                        f"verb"
                     )
     for name, places in classes.items():
-        findings += [f"{at}: class {name} has a namesake" for at in places if len(places) > 1]
-    findings = [each for each in findings if not folders or each.startswith(tuple(folders))]
+        findings += [
+            f"{at}: class {name} has a namesake" for at in places if len(places) > 1
+        ]
+    findings = [
+        each for each in findings if not folders or each.startswith(tuple(folders))
+    ]
     print("\n".join(findings) or "names: no findings")
     return int(bool(findings))
 
 
 def list_documented_args(docstring: str) -> set[str]:
     section = re.search(r"^Args:\n((?: {4}.*\n?|\n)*)", docstring, re.MULTILINE)
-    entries = re.findall(r"^ {4}(\w+(?:, \w+)*):", section[1], re.MULTILINE) if section else []
+    entries = (
+        re.findall(r"^ {4}(\w+(?:, \w+)*):", section[1], re.MULTILINE)
+        if section
+        else []
+    )
     return {name for entry in entries for name in entry.split(", ")}
 
 
 def list_args(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> set[str]:
-    """A class's are its `__init__`'s; without one, its fields, with those of its bases unknown."""
+    """A class's are its `__init__`'s; without one, its fields, with those of its bases
+    unknown."""
     if isinstance(node, ast.FunctionDef):
         return {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)}
     for each in node.body:
         if isinstance(each, ast.FunctionDef) and each.name == "__init__":
             return list_args(each)
-    return {ast.unparse(each.target) for each in node.body if isinstance(each, ast.AnnAssign)}
+    return {
+        ast.unparse(each.target)
+        for each in node.body
+        if isinstance(each, ast.AnnAssign)
+    }
 
 
 if __name__ == "__main__":

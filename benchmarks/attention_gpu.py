@@ -1,11 +1,13 @@
-"""Attention's kernels on the GPU that is here, beside cuDNN's and JAX's own Pallas kernel.
+"""Attention's kernels on the GPU that is here, beside cuDNN's and JAX's own Pallas
+kernel.
 
     python benchmarks/attention_gpu.py [--repeats 20]
 
-Needs an NVIDIA card and JAX's CUDA packages. For each shape (bf16, causal, 16,384 tokens, grouped
-and ungrouped heads) one table: median milliseconds of the forward and of the backward pass, the
-share of the card's time that is cuDNN's (above 1: faster than cuDNN), and TFLOP/s (4·H a pair of
-query and key that the mask leaves, forward; 10·H backward).
+Needs an NVIDIA card and JAX's CUDA packages. For each shape (bf16, causal, 16,384
+tokens, grouped and ungrouped heads) one table: median milliseconds of the forward and
+of the backward pass, the share of the card's time that is cuDNN's (above 1: faster than
+cuDNN), and TFLOP/s (4·H a pair of query and key that the mask leaves, forward; 10·H
+backward).
 """
 
 import argparse
@@ -41,14 +43,18 @@ def peers(shape: Shape) -> dict[str, Callable[..., Any]]:
     from jax.experimental.pallas.ops.gpu import attention as pallas
 
     def cudnn(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation="cudnn"
+        )
 
     def jax_pallas(q, k, v):
         if shape.N != shape.K:
             k, v = (jnp.repeat(x, shape.N // shape.K, axis=2) for x in (k, v))
         scale = shape.H**-0.5
         blocks = pallas.BlockSizes(128, 64, 64, 64, 64, 64)
-        return pallas.mha(q, k, v, None, sm_scale=scale, causal=True, block_sizes=blocks)
+        return pallas.mha(
+            q, k, v, None, sm_scale=scale, causal=True, block_sizes=blocks
+        )
 
     return {"cuDNN": cudnn, "jax Pallas Triton": jax_pallas}
 
@@ -57,12 +63,17 @@ def ours(capability: str) -> dict[str, Callable[..., Any]]:
     """Likewise."""
     from pallas_kernels.attention import attention
 
-    backends = {"Triton": "triton"} | ({"Hopper": "hopper"} if capability == "9.0" else {})
-    return {f"maxlm {name}": partial(attention, backend=x) for name, x in backends.items()}
+    backends = {"Triton": "triton"} | (
+        {"Hopper": "hopper"} if capability == "9.0" else {}
+    )
+    return {
+        f"maxlm {name}": partial(attention, backend=x) for name, x in backends.items()
+    }
 
 
 def milliseconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median over blocks of calls that are started ahead, so that no launch is waited for."""
+    """Median over blocks of calls that are started ahead, so that no launch is waited
+    for."""
     import jax
 
     calls = 10
@@ -75,7 +86,9 @@ def milliseconds(run: Callable[[], Any], repeats: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def measure(attend: Callable[..., Any], operands: Any, d_o: Any, repeats: int) -> tuple[Any, ...]:
+def measure(
+    attend: Callable[..., Any], operands: Any, d_o: Any, repeats: int
+) -> tuple[Any, ...]:
     """(output, gradients, forward, backward): the last two in ms."""
     import jax
 
@@ -99,12 +112,14 @@ def table(shape: Shape, capability: str, repeats: int) -> None:
     shapes = (B, S, N, H), (B, S, K, H), (B, S, K, H), (B, S, N, H)
     keys = jax.random.split(jax.random.key(0), 4)
     *operands, d_o = (
-        jax.random.normal(key, each, jnp.bfloat16) for key, each in zip(keys, shapes, strict=True)
+        jax.random.normal(key, each, jnp.bfloat16)
+        for key, each in zip(keys, shapes, strict=True)
     )
     pairs = B * N * S * (S + 1) / 2
     print(f"\nB={B} S={S} heads={N}/{K} head_dim={H}, bf16, causal")
     print(
-        f"{'':20}{'forward':>11}{'/ cuDNN':>9}{'TFLOP/s':>9}{'backward':>12}{'/ cuDNN':>9}", end=""
+        f"{'':20}{'forward':>11}{'/ cuDNN':>9}{'TFLOP/s':>9}{'backward':>12}{'/ cuDNN':>9}",
+        end="",
     )
     print(f"{'TFLOP/s':>9}{'furthest from cuDNN':>21}")
     first = None
@@ -116,7 +131,9 @@ def table(shape: Shape, capability: str, repeats: int) -> None:
             continue
         first = first or (o, grads, forward, backward)
         apart = jax.tree.map(
-            lambda x, y: float(jnp.max(jnp.abs(x.astype(jnp.float32) - y))), (o, grads), first[:2]
+            lambda x, y: float(jnp.max(jnp.abs(x.astype(jnp.float32) - y))),
+            (o, grads),
+            first[:2],
         )
         rates = (4 * H * pairs / forward / 1e9, 10 * H * pairs / backward / 1e9)
         print(
@@ -136,7 +153,9 @@ def main() -> None:
 
     device = jax.devices()[0]
     if device.platform != "gpu":
-        sys.exit(f"no GPU here: JAX found {device.device_kind} ({device.platform}) alone")
+        sys.exit(
+            f"no GPU here: JAX found {device.device_kind} ({device.platform}) alone"
+        )
     print(f"{device.device_kind}, compute capability {device.compute_capability}")
     print(f"jax {jax.__version__}")
     for shape in SHAPES:

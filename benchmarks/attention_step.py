@@ -1,17 +1,19 @@
-"""Our attention beside XLA's and jax's splash attention, in the training step of Llama 3 8B.
+"""Our attention beside XLA's and jax's splash attention, in the training step of Llama
+3 8B.
 
     python benchmarks/attention_step.py [CASE ...] [--list]
 
-Needs the `tpu` extra, and no TPU. The shipped recipe, on v5p-64 in 4 micro-batches (with one it
-does not fit), is compiled once a case, minutes each: the same step but for what computes attention.
-The table has the step's memory on a device, as the compiler lays it out; cycles of the final
-schedule of one layer's attention to a micro-batch, at a device's shapes and one document a row; how
-often the compiled step runs each pass; and the time of all these cycles at the chip's clock.
-Kernels alone are counted: neither their waits for memory nor what stands beside them (copies,
-splash's sum of dQ). Of splash, the fastest of the blocks that `kernel_cycles.bench` tries.
+Needs the `tpu` extra, and no TPU. The shipped recipe, on v5p-64 in 4 micro-batches
+(with one it does not fit), is compiled once a case, minutes each: the same step but for
+what computes attention. The table has the step's memory on a device, as the compiler
+lays it out; cycles of the final schedule of one layer's attention to a micro-batch, at
+a device's shapes and one document a row; how often the compiled step runs each pass;
+and the time of all these cycles at the chip's clock. Kernels alone are counted: neither
+their waits for memory nor what stands beside them (copies, splash's sum of dQ). Of
+splash, the fastest of the blocks that `kernel_cycles.bench` tries.
 
-XLA's attention is no kernel but a loop of many operations. In the place of its cycles stands what
-they cannot be less than: the bytes that they move, at the chip's bandwidth.
+XLA's attention is no kernel but a loop of many operations. In the place of its cycles
+stands what they cannot be less than: the bytes that they move, at the chip's bandwidth.
 """
 
 import argparse
@@ -41,12 +43,22 @@ from maxlm.parallel.local import map_shards
 from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import CompiledStep, compile_step, get_topology_devices, has_compiler
+from maxlm.programs.compile import (
+    CompiledStep,
+    compile_step,
+    get_topology_devices,
+    has_compiler,
+)
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention, attention_backward, attention_forward
 
-RUN, OVERRIDES, TOPOLOGY, CHIP = "runs/llama3_8b", ["train.micro_batches=4"], "v5p-64", "v5p"
+RUN, OVERRIDES, TOPOLOGY, CHIP = (
+    "runs/llama3_8b",
+    ["train.micro_batches=4"],
+    "v5p-64",
+    "v5p",
+)
 # The forward and the backward kernel, by what the compiled step calls them.
 CASES: dict[str, tuple[str, ...]] = {
     "ours": ("/attention_forward/", "/attention_backward/"),
@@ -54,7 +66,13 @@ CASES: dict[str, tuple[str, ...]] = {
     "splash": ("/splash_mha_fwd", "/splash_mha_dkv"),
 }
 COLUMNS = (
-    *("attention", "temp, GiB", "arguments, GiB", "forward, M cycles", "backward, M cycles"),
+    *(
+        "attention",
+        "temp, GiB",
+        "arguments, GiB",
+        "forward, M cycles",
+        "backward, M cycles",
+    ),
     *("forward runs", "backward runs", "ms a step"),
 )
 GIB, MEGA, MILLI = 1 << 30, 1e6, 1e-3
@@ -77,12 +95,16 @@ class Shape(NamedTuple):
         model: Any = config.model
         own, devices = model.attention, parse_topology(TOPOLOGY).devices
         rows = config.data.batch_size // config.train.micro_batches // devices
-        return cls(rows, config.data.seq_len, own.num_heads, own.num_kv_heads, own.head_dim)
+        return cls(
+            rows, config.data.seq_len, own.num_heads, own.num_kv_heads, own.head_dim
+        )
 
     def operands(self) -> tuple[Any, ...]:
         """q, k, v, d_o, and segment ids by value: kernels look what these leave out."""
         q, k = (
-            jax.ShapeDtypeStruct((self.rows, self.seq, heads, self.head_dim), jnp.bfloat16)
+            jax.ShapeDtypeStruct(
+                (self.rows, self.seq, heads, self.head_dim), jnp.bfloat16
+            )
             for heads in (self.heads, self.kv_heads)
         )
         return q, k, k, q, np.ones((self.rows, self.seq), np.int32)
@@ -92,19 +114,27 @@ def splash(q, k, v, segment_ids, *, blocks: dict[str, Sequence[int]]) -> jax.Arr
     """jax's as :func:`pallas_kernels.attention.attention`."""
     name = "attention"  # as our remat policies call what the backward pass wants
     heads, seq = q.shape[2], q.shape[1]
-    attend = jax_splash_attention(Mask(), heads, seq, residual_checkpoint_name=name, **blocks)
+    attend = jax_splash_attention(
+        Mask(), heads, seq, residual_checkpoint_name=name, **blocks
+    )
     by_head = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     return attend(*by_head, segment_ids).swapaxes(1, 2)
 
 
-def splash_on_shards(q, k, v, *, rules: AxisRules, segment_ids, blocks, **options) -> jax.Array:
-    """In the place of :func:`maxlm.parallel.attention.sharded_attention`. JAX differentiates it,
-    which is as good where nothing crosses the wire."""
+def splash_on_shards(
+    q, k, v, *, rules: AxisRules, segment_ids, blocks, **options
+) -> jax.Array:
+    """In the place of :func:`maxlm.parallel.attention.sharded_attention`. JAX
+    differentiates it, which is as good where nothing crosses the wire."""
     assert options["window"] is None
     assert not rules.mesh_axes("seq")
-    queries, keys = (rules.spec("batch", "seq", heads, None) for heads in ("heads", "kv_heads"))
+    queries, keys = (
+        rules.spec("batch", "seq", heads, None) for heads in ("heads", "kv_heads")
+    )
     specs = queries, keys, keys, rules.spec("batch", "seq")
-    return map_shards(partial(splash, blocks=blocks), specs, queries)(q, k, v, segment_ids[0])
+    return map_shards(partial(splash, blocks=blocks), specs, queries)(
+        q, k, v, segment_ids[0]
+    )
 
 
 def both_passes(*, shape: Sequence[int], blocks: Any) -> Program:
@@ -144,9 +174,15 @@ class Pass(NamedTuple):
     """Of products outside of kernels."""
 
 
-def kernel_passes(shape: Shape, blocks: Sequence[Any]) -> tuple[list[Pass], dict[str, Any]]:
-    """The fastest forward and backward pass, and their blocks; each of ``blocks`` has both's."""
-    specs = [Spec("attention_step:both_passes", {"shape": shape, "blocks": b}) for b in blocks]
+def kernel_passes(
+    shape: Shape, blocks: Sequence[Any]
+) -> tuple[list[Pass], dict[str, Any]]:
+    """The fastest forward and backward pass, and their blocks; each of ``blocks`` has
+    both's."""
+    specs = [
+        Spec("attention_step:both_passes", {"shape": shape, "blocks": b})
+        for b in blocks
+    ]
     found = [measure(spec, CHIP) for spec in specs]
     passes, best = [], {}
     for name, backward in (("forward", False), ("backward", True)):
@@ -169,7 +205,8 @@ def xla_bound(shape: Shape, backward: bool) -> Pass:
 
 
 def row(case: str) -> tuple[list[str], str]:
-    """Cells of the table, once the step is known to have this attention and no other; a note."""
+    """Cells of the table, once the step is known to have this attention and no other; a
+    note."""
     config = load_config(RunConfig, RUN, OVERRIDES).value
     shape, note, swaps = Shape.of(config), "", {}
     if case == "xla":
@@ -180,8 +217,12 @@ def row(case: str) -> tuple[list[str], str]:
     elif case == "splash":
         sizes = tried("jax splash", shape.seq, shape.seq)
         pairs = zip(sizes.forward, sizes.backward, strict=True)
-        passes, best = kernel_passes(shape, [{"forward": f, "backward": b} for f, (b,) in pairs])
-        note = "blocks of " + ", ".join(f"{'/'.join(map(str, b))} {n}" for n, b in best.items())
+        passes, best = kernel_passes(
+            shape, [{"forward": f, "backward": b} for f, (b,) in pairs]
+        )
+        note = "blocks of " + ", ".join(
+            f"{'/'.join(map(str, b))} {n}" for n, b in best.items()
+        )
         name = "maxlm.models.layers.attention.sharded_attention"
         swaps[name] = partial(splash_on_shards, blocks=best)
     else:
@@ -204,8 +245,11 @@ def row(case: str) -> tuple[list[str], str]:
     return cells, note
 
 
-def times_run(case: str, step: CompiledStep, passes: Sequence[Pass], layers: int) -> list[int]:
-    """Forward and backward passes in the compiled step, which has no other attention."""
+def times_run(
+    case: str, step: CompiledStep, passes: Sequence[Pass], layers: int
+) -> list[int]:
+    """Forward and backward passes in the compiled step, which has no other
+    attention."""
     cost, traffic = step.read_cost(), read_program_traffic(step.compiled.as_text())
     found = [c for c in traffic.custom_calls if c.target == "tpu_custom_call"]
     runs = [sum(c.count for c in found if name in c.op_name) for name in CASES[case]]
@@ -236,7 +280,8 @@ def main() -> None:
     for name in names:
         print(f"{name}: compiling, for minutes", file=sys.stderr, flush=True)
         began = perf_counter()
-        # In a process of its own: JAX remembers what it traced, and so would the next step.
+        # In a process of its own: JAX remembers what it traced, and so would the next
+        # step.
         cells, note = in_child(__file__, name)
         print(f"{name}: {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         rows.append([name, *cells])

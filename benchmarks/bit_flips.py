@@ -2,11 +2,12 @@
 
     python benchmarks/bit_flips.py [--flips 400] [--seed 0]
 
-Makes a token store and its packing index, then flips one bit at a time, in a file drawn at random
-of each kind, and reads the kind again; what has no checksums of its parts (the packing index, the
-store's small files) by verifying whole files. Prints how many flips were refused by an error that
-names the file, how many changed no value (an unused bit), and how many were read as other values.
-Exits with 1 if one was, or an error named no file.
+Makes a token store and its packing index, then flips one bit at a time, in a file drawn
+at random of each kind, and reads the kind again; what has no checksums of its parts
+(the packing index, the store's small files) by verifying whole files. Prints how many
+flips were refused by an error that names the file, how many changed no value (an unused
+bit), and how many were read as other values. Exits with 1 if one was, or an error named
+no file.
 """
 
 import argparse
@@ -22,7 +23,10 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 
-TEXTS = [f"{i} " + " ".join(f"word{i * j % 89}" for j in range(i % 41 + 3)) for i in range(700)]
+TEXTS = [
+    f"{i} " + " ".join(f"word{i * j % 89}" for j in range(i % 41 + 3))
+    for i in range(700)
+]
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Kind:
     """What an error may name instead of the file."""
 
 
-def count_flips(kinds: Mapping[str, Kind], flips: int, seed: int) -> dict[str, Counter[str]]:
+def count_flips(
+    kinds: Mapping[str, Kind], flips: int, seed: int
+) -> dict[str, Counter[str]]:
     """Flip so many single bits of each kind's files, one at a time.
 
     Returns:
-        For each kind, how many flips were "refused", read as "equal" values, read as "other"
-        values, or ended in an error that is "unnamed".
+        For each kind, how many flips were "refused", read as "equal" values, read as
+        "other" values, or ended in an error that is "unnamed".
     """
     chosen = random.Random(seed)
     return {
@@ -81,7 +87,9 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
     for i, text in enumerate(TEXTS):
         (folder / "texts" / f"{i:04d}.txt").write_text(text)
     documents = SourceConfig(documents=(str(folder / "texts"),))
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), (t.encode() for t in TEXTS))
+    tokenizer = train_tokenizer(
+        TokenizerConfig(vocab_size=300), (t.encode() for t in TEXTS)
+    )
     tokenizer.save(folder / "tokenizer")
     build_store(documents, folder / "tokenizer", folder / "store", workers=1)
 
@@ -94,18 +102,29 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         return TokenStore.open(folder / "store", verify=True).manifest
 
     def packed() -> list[Any]:
-        config = LoaderConfig(seq_len=64, packing="best_fit", shuffle=False, verify=True)
+        config = LoaderConfig(
+            seq_len=64, packing="best_fit", shuffle=False, verify=True
+        )
         store = TokenStore.open(folder / "store")
         batches = make_batches({"a": store}, {"a": 1}, config, seed=0)
-        tokens = [batches.rows(step)["tokens"].tolist() for step in range(len(TEXTS) // 8)]
+        tokens = [
+            batches.rows(step)["tokens"].tolist() for step in range(len(TEXTS) // 8)
+        ]
         return [batches.sources[0].num_sequences, tokens]
 
     packed()
     store = folder / "store"
-    others = [*_files(store / "tokenizer"), *store.glob("*/zarr.json"), store / "checksums.sha256"]
+    others = [
+        *_files(store / "tokenizer"),
+        *store.glob("*/zarr.json"),
+        store / "checksums.sha256",
+    ]
     arrays = {name: folder / "store" / name for name in ("tokens", "offsets")}
     return {
-        **{name: Kind(_files(path / "c"), stored, [str(path)]) for name, path in arrays.items()},
+        **{
+            name: Kind(_files(path / "c"), stored, [str(path)])
+            for name, path in arrays.items()
+        },
         "manifest": Kind([folder / "store" / "manifest.json"], stored),
         "other files": Kind(others, verified),
         "packing index": Kind(_files(store / "packing"), packed),
@@ -117,7 +136,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Flip single bits on the disk and read.")
+    parser = argparse.ArgumentParser(
+        description="Flip single bits on the disk and read."
+    )
     parser.add_argument("--flips", type=int, default=400, help="Of each kind of file.")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -125,7 +146,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = count_flips(make_kinds(Path(folder)), arguments.flips, arguments.seed)
     for name, counts in found.items():
-        words = ", ".join(f"{counts[k]} {k}" for k in ("refused", "equal", "other", "unnamed"))
+        words = ", ".join(
+            f"{counts[k]} {k}" for k in ("refused", "equal", "other", "unnamed")
+        )
         print(f"{name}: {arguments.flips} flips, {words}")
     return int(any(counts["other"] or counts["unnamed"] for counts in found.values()))
 

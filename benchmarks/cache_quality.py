@@ -1,11 +1,13 @@
 """Perplexity with lossy caches over that with all keys and values as they are.
 
-    python benchmarks/cache_quality.py RUN [--tokens 768] [--chunk 16] [--only KIND ...] [TEXT ...]
+    python benchmarks/cache_quality.py RUN [--tokens 768] [--chunk 16] [--only KIND ...]
+    [TEXT ...]
 
-The texts are prompts whose log-probabilities the engine tells (teacher forcing), computed
-``--chunk`` tokens at a time: a chunk's own tokens see each other as they are, and all before it
-through the cache. Evicting caches have room for half of a text; ``recent`` keeps its last tokens
-alone. Bytes are of a token in one layer, scales included, over those of bf16.
+The texts are prompts whose log-probabilities the engine tells (teacher forcing),
+computed ``--chunk`` tokens at a time: a chunk's own tokens see each other as they are,
+and all before it through the cache. Evicting caches have room for half of a text;
+``recent`` keeps its last tokens alone. Bytes are of a token in one layer, scales
+included, over those of bf16.
 
 RUN: a run or a Hugging Face folder, for instance SmolLM2-135M. On that model int8
 should be at most 1.005, int4 at most 1.05, and h2o at most 1.10 and below ``recent``.
@@ -42,7 +44,9 @@ def list_caches(budget: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def compute_loss(run: LoadedRun, config: EngineConfig, prompts: list[list[int]]) -> np.ndarray:
+def compute_loss(
+    run: LoadedRun, config: EngineConfig, prompts: list[list[int]]
+) -> np.ndarray:
     """Computes each prompt's mean negative log-likelihood, natural."""
     engine, losses = Engine(run.model, run.params, config), np.zeros(len(prompts))
     one = SamplingConfig(temperature=0, max_new_tokens=1)
@@ -58,7 +62,8 @@ def compute_loss(run: LoadedRun, config: EngineConfig, prompts: list[list[int]])
 
 
 def count_bytes(run: LoadedRun, config: EngineConfig) -> float:
-    """Counts a layer's bytes per token of bf16 keys and values, or of what stands for them."""
+    """Counts a layer's bytes per token of bf16 keys and values, or of what stands for
+    them."""
     (stack, *_) = run.model.cache_specs(
         CacheLayout(1, 1, 1, config.page_size, cache=config.cache)
     ).values()
@@ -66,7 +71,10 @@ def count_bytes(run: LoadedRun, config: EngineConfig) -> float:
     if not has_unit(stack, unit):
         unit, tokens = "row", getattr(config.cache, "budget", 0)
     arrays = [each for each in jax.tree.leaves(stack[0]) if each.unit == unit]
-    sizes = [np.prod(each.shape) * jnp.dtype(each.dtype or "bfloat16").itemsize for each in arrays]
+    sizes = [
+        np.prod(each.shape) * jnp.dtype(each.dtype or "bfloat16").itemsize
+        for each in arrays
+    ]
     return sum(sizes) / tokens
 
 
@@ -80,9 +88,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     args = parser.parse_args()
     run = load_model(args.run)
-    prompts = [run.tokenizer.encode(path.read_text())[: args.tokens] for path in args.texts]
+    prompts = [
+        run.tokenizer.encode(path.read_text())[: args.tokens] for path in args.texts
+    ]
     base, base_bytes = None, None
-    print(f"{'cache':8}{'bytes':>8}", *(f"{path.name:>20}" for path in args.texts), flush=True)
+    print(
+        f"{'cache':8}{'bytes':>8}",
+        *(f"{path.name:>20}" for path in args.texts),
+        flush=True,
+    )
     for name, cache in list_caches(args.tokens // 2).items():
         if args.only and name not in ("paged", *args.only):
             continue

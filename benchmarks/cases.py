@@ -1,4 +1,5 @@
-"""What benchmarks of named cases share: choosing some, and running each in a process of its own."""
+"""What benchmarks of named cases share: choosing some, and running each in a process of
+its own."""
 
 import argparse
 import json
@@ -12,7 +13,9 @@ from typing import Any
 def add_cases(parser: argparse.ArgumentParser) -> None:
     """The arguments that :func:`chosen` reads."""
     parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument(
+        "--list", action="store_true", help="print the names of the cases"
+    )
 
 
 def chosen(
@@ -30,7 +33,8 @@ def chosen(
 
 
 def in_child(script: str, *arguments: str) -> Any:
-    """What a script prints with these arguments and ``--child``, as JSON; on CPU devices."""
+    """What a script prints with these arguments and ``--child``, as JSON; on CPU
+    devices."""
     done = subprocess.run(
         [sys.executable, script, *arguments, "--child"],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -39,5 +43,7 @@ def in_child(script: str, *arguments: str) -> Any:
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        sys.exit(f"{arguments[0]}: {lines[-1] if lines else f'exit code {done.returncode}'}")
+        sys.exit(
+            f"{arguments[0]}: {lines[-1] if lines else f'exit code {done.returncode}'}"
+        )
     return json.loads(done.stdout)

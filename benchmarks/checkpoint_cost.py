@@ -1,17 +1,19 @@
-"""What checkpoints cost: steps with one in every 50 beside steps with none, in turn, in one run.
+"""What checkpoints cost: steps with one in every 50 beside steps with none, in turn, in
+one run.
 
     python benchmarks/checkpoint_cost.py --kinds asynchronous
 
-Trains the demo (`maxlm train demo`) with a checkpoint every 100 steps: fifty steps that begin with
-one are training with a checkpoint every 50 steps, the next fifty are training with none. Their time
-is that of the steps and what training was held up by the checkpoint. Each fifty with is compared
-with the mean of the fifty before and the fifty after it, so that a machine which others slow down
-slows both; whole runs differ by more there than checkpoints cost. The first checkpoint, which
-compiles the fingerprints, is left out of the ratio and told apart.
+Trains the demo (`maxlm train demo`) with a checkpoint every 100 steps: fifty steps that
+begin with one are training with a checkpoint every 50 steps, the next fifty are
+training with none. Their time is that of the steps and what training was held up by the
+checkpoint. Each fifty with is compared with the mean of the fifty before and the fifty
+after it, so that a machine which others slow down slows both; whole runs differ by more
+there than checkpoints cost. The first checkpoint, which compiles the fingerprints, is
+left out of the ratio and told apart.
 
-Prints steps per second, the median ratio and the interval that holds it with 95% confidence (by
-ranks, of no assumed distribution), and what one checkpoint adds: the seconds that training was held
-up, and those that the fifty took longer.
+Prints steps per second, the median ratio and the interval that holds it with 95%
+confidence (by ranks, of no assumed distribution), and what one checkpoint adds: the
+seconds that training was held up, and those that the fifty took longer.
 """
 
 import argparse
@@ -26,7 +28,10 @@ from statistics import median
 BLOCK = 50
 KINDS = {
     "asynchronous": [f"checkpoint.every_steps={2 * BLOCK}"],
-    "synchronous": [f"checkpoint.every_steps={2 * BLOCK}", "checkpoint.asynchronous=false"],
+    "synchronous": [
+        f"checkpoint.every_steps={2 * BLOCK}",
+        "checkpoint.asynchronous=false",
+    ],
     "local": [
         "checkpoint.every_steps=0",
         f"checkpoint.local_every_steps={2 * BLOCK}",
@@ -36,12 +41,19 @@ KINDS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Training with checkpoints beside without.")
+    parser = argparse.ArgumentParser(
+        description="Training with checkpoints beside without."
+    )
     parser.add_argument("--config", default="demo")
-    parser.add_argument("--pairs", type=int, default=20, help="of fifty steps with and without")
+    parser.add_argument(
+        "--pairs", type=int, default=20, help="of fifty steps with and without"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     options = parser.parse_args()
-    print(f"{'':14}{'none':>8}{'with':>8} steps/s   of none   first, held, longer: seconds")
+    print(
+        f"{'':14}{'none':>8}{'with':>8} steps/s   of none   first, held, longer: "
+        f"seconds"
+    )
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as temporary:
             settings = [setting.format(folder=temporary) for setting in KINDS[kind]]
@@ -51,7 +63,8 @@ def main() -> int:
 
 
 def train(config: str, folder: Path, pairs: int, settings: list[str]) -> Path:
-    """A run's folder, of as many pairs as are asked for after the first checkpoint's."""
+    """A run's folder, of as many pairs as are asked for after the first
+    checkpoint's."""
     command = [sys.executable, "-m", "maxlm.cli.main", "train", config, "name=run"]
     command += [f"folder={folder}", f"train.steps={BLOCK * (2 * pairs + 4)}", *settings]
     command += ["train.eval_every=0", "samples.prompts=[]", "schedule.warmup_steps=1"]
@@ -62,12 +75,19 @@ def train(config: str, folder: Path, pairs: int, settings: list[str]) -> Path:
 
 
 def measured(run: Path) -> tuple[list[float], dict[int, float]]:
-    """Seconds of each step, from the first on, and by step those that a checkpoint held it up."""
-    records = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    """Seconds of each step, from the first on, and by step those that a checkpoint held
+    it up."""
+    records = [
+        json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()
+    ]
     seconds = [record["seconds"] for record in records if "seconds" in record]
-    events = [json.loads(text) for text in (run / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(text) for text in (run / "events.jsonl").read_text().splitlines()
+    ]
     saves = (event for event in events if event["event"] == "checkpoint")
-    return seconds, {save["step"]: save["seconds"] for save in saves if save["step"] < len(seconds)}
+    return seconds, {
+        save["step"]: save["seconds"] for save in saves if save["step"] < len(seconds)
+    }
 
 
 def summary(seconds: list[float], held: dict[int, float]) -> str:
@@ -75,19 +95,25 @@ def summary(seconds: list[float], held: dict[int, float]) -> str:
     first, *later = sorted(held)
     without, with_one, ratios, longer = [], [], [], []
     for step in later:
-        before, after = sum(seconds[step - BLOCK : step]), sum(seconds[step + BLOCK :][:BLOCK])
+        before, after = (
+            sum(seconds[step - BLOCK : step]),
+            sum(seconds[step + BLOCK :][:BLOCK]),
+        )
         without.append((before + after) / 2)
         with_one.append(held[step] + sum(seconds[step:][:BLOCK]))
         ratios.append(without[-1] / with_one[-1])
         longer.append(with_one[-1] - without[-1])
     ratios.sort()
     count = len(ratios)
-    rank = max(int(count / 2 - 0.98 * sqrt(count)), 0)  # 1.96 deviations of a binomial with p = 1/2
+    rank = max(
+        int(count / 2 - 0.98 * sqrt(count)), 0
+    )  # 1.96 deviations of a binomial with p = 1/2
     low, high = ratios[rank], ratios[count - 1 - rank]
     none, own = (BLOCK / median(each) for each in (without, with_one))
     usual = median(held[step] for step in later)
     return (
-        f"{none:8.3f}{own:8.3f}           {median(ratios):.3f} ({low:.3f} to {high:.3f}, {count})"
+        f"{none:8.3f}{own:8.3f}           {median(ratios):.3f} ({low:.3f} to "
+        f"{high:.3f}, {count})"
         f"   {held[first]:.3f}, {usual:.3f}, {median(longer):.3f}"
     )
 

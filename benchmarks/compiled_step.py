@@ -1,16 +1,18 @@
-"""What the TPU compiler makes of our training step, beside a peer's; no accelerator is needed.
+"""What the TPU compiler makes of our training step, beside a peer's; no accelerator is
+needed.
 
-    python benchmarks/compiled_step.py [CASE ...] [--list] [--dump DIR] [--overrides key=value ...]
-    python benchmarks/compiled_step.py CASE --depths 32 80 --rounds 3
+    python benchmarks/compiled_step.py [CASE ...] [--list] [--dump DIR] [--overrides
+    key=value ...] python benchmarks/compiled_step.py CASE --depths 32 80 --rounds 3
 
-Needs the `tpu` extra. A case is the model, batch, sequence, optimizer (AdamW, fp32 master, bf16
-compute), remat and mesh of a row of MaxText 0.2.5's, measured with its own ahead-of-time tool
-(jax 0.11.1, libtpu 0.0.46, splash attention, default XLA flags). All figures are one device's:
-memory in GB (1e9), matrix products in TFLOP and bytes sent in GB a step, every loop's trips counted
-(maxlm/plan/compiled/cost.py), beside the peer's and beside what `maxlm plan` says. The peer's
-attention is in kernels whose products are not counted, so ours stands apart. One case takes a
-minute or three. With --depths: seconds to trace and to compile the same step with as many layers,
-alternately, and their ratio to the first depth's.
+Needs the `tpu` extra. A case is the model, batch, sequence, optimizer (AdamW, fp32
+master, bf16 compute), remat and mesh of a row of MaxText 0.2.5's, measured with its own
+ahead-of-time tool (jax 0.11.1, libtpu 0.0.46, splash attention, default XLA flags). All
+figures are one device's: memory in GB (1e9), matrix products in TFLOP and bytes sent in
+GB a step, every loop's trips counted (maxlm/plan/compiled/cost.py), beside the peer's
+and beside what `maxlm plan` says. The peer's attention is in kernels whose products are
+not counted, so ours stands apart. One case takes a minute or three. With --depths:
+seconds to trace and to compile the same step with as many layers, alternately, and
+their ratio to the first depth's.
 """
 
 import argparse
@@ -150,7 +152,10 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
 
     config = load_config(RunConfig, case.run, [*case.overrides(), *extra]).value
     mesh = " × ".join(f"{axis} {size}" for axis, size in case.mesh.items())
-    print(f"\n{name}: {case.rows}×{case.seq_len} a device, {case.topology}, {mesh}", flush=True)
+    print(
+        f"\n{name}: {case.rows}×{case.seq_len} a device, {case.topology}, {mesh}",
+        flush=True,
+    )
     if extra:
         print(f"  with {' '.join(extra)}")
     step = compile_step(config, case.topology)
@@ -164,11 +169,16 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / f"{name}.hlo").write_text(hlo_text)
     traffic = read_program_traffic(hlo_text)
-    kinds = sorted({kind for kind, _ in cost.wire_by_kind_and_axes()} | set(case.peer.parts))
+    kinds = sorted(
+        {kind for kind, _ in cost.wire_by_kind_and_axes()} | set(case.peer.parts)
+    )
     ours: dict[str, float] = {
         "arguments, GB": memory.argument_size_in_bytes / GB,
         "temp, GB": memory.temp_size_in_bytes / GB,
-        "arguments + temp, GB": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GB,
+        "arguments + temp, GB": (
+            memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        )
+        / GB,
         "peak, GB": compute_peak_bytes(memory) / GB,
         "matmul, TFLOP": cost.matmul_flops / TERA,
         "attention matmul, TFLOP": cost.attention_flops / TERA,
@@ -193,9 +203,11 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     Console(width=120).print(render_compiler_tables(verdict))
 
 
-def measure_depths(name: str, case: Case, extra: list[str], depths: list[int], rounds: int) -> None:
-    """Seconds to trace and compile one case with so many layers: medians, after a round that is not
-    counted (the first compilation also loads the compiler)."""
+def measure_depths(
+    name: str, case: Case, extra: list[str], depths: list[int], rounds: int
+) -> None:
+    """Seconds to trace and compile one case with so many layers: medians, after a round
+    that is not counted (the first compilation also loads the compiler)."""
     from maxlm.programs.compile import compile_step
 
     taken: dict[int, list[float]] = {depth: [] for depth in depths}
@@ -204,12 +216,17 @@ def measure_depths(name: str, case: Case, extra: list[str], depths: list[int], r
             overrides = [*case.overrides(), f"model.num_layers={depth}", *extra]
             config = load_config(RunConfig, case.run, overrides).value
             seconds = compile_step(config, case.topology).seconds
-            print(f"{name}, {depth} layers, round {number}: {seconds:.1f} s", flush=True)
+            print(
+                f"{name}, {depth} layers, round {number}: {seconds:.1f} s", flush=True
+            )
             if number:
                 taken[depth].append(seconds)
     first = median(taken[depths[0]])
     for depth, seconds in taken.items():
-        print(f"{depth:>4} layers: median {median(seconds):.1f} s, {median(seconds) / first:.2f}")
+        print(
+            f"{depth:>4} layers: median {median(seconds):.1f} s, "
+            f"{median(seconds) / first:.2f}"
+        )
 
 
 def _figure(value: float | None) -> str:
@@ -231,13 +248,19 @@ def _print_wire(cost: Any, traffic: Any) -> None:
     print("  on the wire, by kind and mesh axes, GB:")
     for (kind, axes), size in cost.wire_by_kind_and_axes().items():
         print(f"    {kind:<20}{axes:<14}{size / GB:>9.3f}")
-    large = [c for c in cost.collectives if c.kind == "all-reduce" and c.payload_bytes > MB]
+    large = [
+        c for c in cost.collectives if c.kind == "all-reduce" and c.payload_bytes > MB
+    ]
     print(f"  all-reduces over 1 MB: {len(large) or 'none'}")
     for c in large:
         size = f"{c.payload_bytes / MB:8.1f} MB"
         print(f"    {c.count:>4} × {size} over {c.axes}: {c.shape} {c.op_name}")
     for c in traffic.custom_calls:
-        flops = "" if c.flops is None else f", {c.flops / TERA:.1f} TFLOP by its own account"
+        flops = (
+            ""
+            if c.flops is None
+            else f", {c.flops / TERA:.1f} TFLOP by its own account"
+        )
         print(f"  not seen by the compiler: {c.count} × {c.target} {c.op_name}{flops}")
     for loop in cost.unknown_loops:
         print(f"  counted once, trips unknown: {loop}")
@@ -246,12 +269,18 @@ def _print_wire(cost: Any, traffic: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_cases(parser)
-    parser.add_argument("--dump", type=Path, metavar="DIR", help="write the compiled HLO there")
+    parser.add_argument(
+        "--dump", type=Path, metavar="DIR", help="write the compiled HLO there"
+    )
     parser.add_argument(
         "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="change the run"
     )
     parser.add_argument(
-        "--depths", nargs="+", type=int, metavar="LAYERS", help="time compilation at these depths"
+        "--depths",
+        nargs="+",
+        type=int,
+        metavar="LAYERS",
+        help="time compilation at these depths",
     )
     parser.add_argument("--rounds", type=int, default=3, help="of --depths; default 3")
     args = parser.parse_args()
@@ -261,7 +290,9 @@ def main() -> None:
     try:
         for name in names:
             if args.depths:
-                measure_depths(name, CASES[name], args.overrides, args.depths, args.rounds)
+                measure_depths(
+                    name, CASES[name], args.overrides, args.depths, args.rounds
+                )
                 continue
             measure(name, CASES[name], args.overrides, args.dump)
     except MaxlmError as error:

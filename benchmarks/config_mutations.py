@@ -3,12 +3,13 @@
     python -m benchmarks.config_mutations [--cases llama,t5] [--verbose]
     python -m benchmarks.config_mutations --random 96 [--seed 1]
 
-Every field of the config.json of a tiny model of each family is deleted and changed, and fields of
-other models are added. Each of these files is refused by maxlm, or transformers cannot build or run
-a model of it, or a random model that transformers makes of it has the same logits here: both
-compute in float64, and the largest difference is below 1e-9 of the largest logit. Anything else is
-a silent difference, and the exit code 1. ``--random`` makes models of other sizes and takes them
-through `maxlm convert` and back as well: every tensor comes back bit for bit. Needs the `parity`
+Every field of the config.json of a tiny model of each family is deleted and changed,
+and fields of other models are added. Each of these files is refused by maxlm, or
+transformers cannot build or run a model of it, or a random model that transformers
+makes of it has the same logits here: both compute in float64, and the largest
+difference is below 1e-9 of the largest logit. Anything else is a silent difference, and
+the exit code 1. ``--random`` makes models of other sizes and takes them through `maxlm
+convert` and back as well: every tensor comes back bit for bit. Needs the `parity`
 packages.
 """
 
@@ -60,7 +61,10 @@ ROPES: list[Values] = json.loads("""[{"rope_type": "linear", "factor": 2.0},
     {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}]""")
 WORDS = ("gelu", "relu", "gated-silu", "group_limited_greedy", 1)
 # What every configuration of transformers has besides; changed once each.
-BOOKKEEPING = {*transformers.PretrainedConfig().to_dict()} - {"is_encoder_decoder", "model_type"}
+BOOKKEEPING = {*transformers.PretrainedConfig().to_dict()} - {
+    "is_encoder_decoder",
+    "model_type",
+}
 
 
 def mutations(base: Values, added: Values = FOREIGN) -> Iterator[tuple[str, Values]]:
@@ -79,7 +83,9 @@ def mutations(base: Values, added: Values = FOREIGN) -> Iterator[tuple[str, Valu
 def changed(value: Any) -> list[Any]:
     """Other values of a field, by its type, and values of other types."""
     if isinstance(value, dict):
-        inside = mutations(value, {"partial_rotary_factor": 0.6, "factor": 0.6, "rope_theta": 3.0})
+        inside = mutations(
+            value, {"partial_rotary_factor": 0.6, "factor": 0.6, "rope_theta": 3.0}
+        )
         return [*(mutated for _, mutated in inside), {}, [1], None]
     if isinstance(value, list):
         return [value[::-1], value[:1] * len(value), [], None]
@@ -100,7 +106,8 @@ def drawn(name: str, draw: random.Random) -> Values:
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     layers = draw.randint(3, 5)
     sizes = {
-        "hidden_size n_embd d_model": heads * (draw.randint(3, 11) if free else head_dim),
+        "hidden_size n_embd d_model": heads
+        * (draw.randint(3, 11) if free else head_dim),
         "num_attention_heads n_head n_heads num_heads": heads,
         "encoder_attention_heads decoder_attention_heads": heads,
         "num_key_value_heads kv_n_heads num_kv_heads": draw.choice(divisors),
@@ -111,7 +118,8 @@ def drawn(name: str, draw: random.Random) -> Values:
         "encoder_ffn_dim decoder_ffn_dim": draw.randint(5, 70),
         "n_positions max_position_embeddings": draw.randint(LENGTH, 67),
         "sliding_window query_pre_attn_scalar": draw.randint(2, 13),
-        "q_lora_rank kv_lora_rank": 2 * draw.randint(1, 9),  # an odd one fails in transformers
+        "q_lora_rank kv_lora_rank": 2
+        * draw.randint(1, 9),  # an odd one fails in transformers
         "type_vocab_size moe_intermediate_size v_head_dim": draw.randint(1, 9),
         "vocab_size": draw.randint(19, 211),
     }
@@ -142,7 +150,12 @@ def whole_config(name: str, settings: Values) -> tuple[Any, Values]:
 
 def batch_of(values: Values) -> Batch:
     """What a model of a config.json is shown: one row."""
-    draw, rows, types, source = np.random.default_rng(0), values["vocab_size"], None, None
+    draw, rows, types, source = (
+        np.random.default_rng(0),
+        values["vocab_size"],
+        None,
+        None,
+    )
     if "type_vocab_size" in values:
         types = draw.integers(0, values["type_vocab_size"], (1, LENGTH))
     if values["is_encoder_decoder"]:
@@ -154,8 +167,9 @@ _known: dict[Any, Any] = {}  # tensors by a model's key, logits by that and our 
 
 
 class Theirs:
-    """A random model of a config.json, made and run by transformers in float64, with parameters
-    that ``dtype`` holds. Raises whatever transformers does for a config that it does not take."""
+    """A random model of a config.json, made and run by transformers in float64, with
+    parameters that ``dtype`` holds. Raises whatever transformers does for a config that
+    it does not take."""
 
     def __init__(self, cls: Any, values: Values, batch: Batch, dtype: Any = np.float32):
         config = cls.config_class.from_dict(json.loads(json.dumps(values)))
@@ -168,8 +182,14 @@ class Theirs:
                 saved.copy_(torch.tensor(saved.numpy().astype(dtype).astype(float)))
             self.logits = theirs(self.model, batch)
         state = self.model.state_dict()
-        places = {tensor.data_ptr() for tensor in state.values()}  # shared ones are saved once
-        self.key = cls, len(places), *((name, x.shape, float(x.sum())) for name, x in state.items())
+        places = {
+            tensor.data_ptr() for tensor in state.values()
+        }  # shared ones are saved once
+        self.key = (
+            cls,
+            len(places),
+            *((name, x.shape, float(x.sum())) for name, x in state.items()),
+        )
 
     def tensors(self) -> dict[str, np.ndarray]:
         """As it is saved, under the names of published files."""
@@ -207,7 +227,9 @@ def outcome(cls: Any, values: Values, batch: Batch, names: Any) -> tuple[str, st
     try:
         made = Theirs(cls, values, batch)
     except Exception as error:
-        return "transformers refuses", f"{type(error).__name__}: {error}".splitlines()[0]
+        return "transformers refuses", f"{type(error).__name__}: {error}".splitlines()[
+            0
+        ]
     try:
         family, config = compare.read(values, made.tensors())
         entries = family.list_entries(config, made.tensors())
@@ -217,7 +239,12 @@ def outcome(cls: Any, values: Values, batch: Batch, names: Any) -> tuple[str, st
         if key not in _known:
             params = compare.parameters(config, entries, made.tensors())
             _known[key] = our_logits(config, params, batch)
-    except (MaxlmError, ValidationError, AssertionError, KeyError) as error:  # other tensors
+    except (
+        MaxlmError,
+        ValidationError,
+        AssertionError,
+        KeyError,
+    ) as error:  # other tensors
         return "refused", str(error).replace("\n", " ")
     if hasattr(config, "start_id") and made.start_id() not in (None, config.start_id):
         return "DIFFERS", f"start_id {config.start_id} here, {made.start_id()} there"
@@ -250,7 +277,8 @@ def mutate(cases: list[str], verbose: bool) -> bool:
 
 
 def there_and_back(cls: Any, values: Values, dtype: str) -> float:
-    """The error of logits after `maxlm convert`; infinite if tensors do not come back bit for bit.
+    """The error of logits after `maxlm convert`; infinite if tensors do not come back
+    bit for bit.
 
     Raises:
         MaxlmError: the model is refused.
@@ -263,11 +291,16 @@ def there_and_back(cls: Any, values: Values, dtype: str) -> float:
         convert(first, run)
         convert(run, again)
         want, got = (
-            {name: (x.dtype, x.shape, x.tobytes()) for name, x in compare.tensors_of(f)[1].items()}
+            {
+                name: (x.dtype, x.shape, x.tobytes())
+                for name, x in compare.tensors_of(f)[1].items()
+            }
             for f in (first, again)
         )
         reader = RunCheckpointReader(run / "checkpoints")
-        params = {name: reader.open(name).read().astype(float) for name in reader.shapes}
+        params = {
+            name: reader.open(name).read().astype(float) for name in reader.shapes
+        }
         config = load_config(RunConfig, run / "config.yaml").value.model
     error = relative(our_logits(config, params, batch), made.logits)
     return error if want == got else float("inf")
@@ -294,7 +327,9 @@ def draw_models(cases: list[str], number: int, seed: int, verbose: bool) -> bool
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", help="of tests/parity/cases.yaml; default: one a family")
+    parser.add_argument(
+        "--cases", help="of tests/parity/cases.yaml; default: one a family"
+    )
     parser.add_argument("--random", type=int, help="so many random models instead")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--verbose", action="store_true", help="a line each config")

@@ -2,10 +2,11 @@
 
     python benchmarks/convert_memory.py [--parameters 1e9] [--dtype BF16] [--folder DIR]
 
-A random Llama is streamed to disk, converted to a run and back again, each in a process of its own.
-MB (1e6) of resident memory: before converting, with all imported, and at its peak; what lies
-between, over the largest tensor as it is stored. Needs 5 × the size of the weights on the disk of
-DIR (in bf16; default: the system's folder for temporary files), and Linux.
+A random Llama is streamed to disk, converted to a run and back again, each in a process
+of its own. MB (1e6) of resident memory: before converting, with all imported, and at
+its peak; what lies between, over the largest tensor as it is stored. Needs 5 × the size
+of the weights on the disk of DIR (in bf16; default: the system's folder for temporary
+files), and Linux.
 """
 
 import argparse
@@ -18,7 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.huggingface.files import NUMPY, SafetensorsWriter, list_stored_tensors, split_into_slabs
+from maxlm.huggingface.files import (
+    NUMPY,
+    SafetensorsWriter,
+    list_stored_tensors,
+    split_into_slabs,
+)
 from maxlm.models.architectures import DecoderConfig
 from maxlm.models.families.llama import LLAMA
 from maxlm.models.families.names import TensorEntry
@@ -83,27 +89,37 @@ def main() -> None:
         return
     config = llama(args.parameters)
     with tempfile.TemporaryDirectory(dir=args.folder) as home:
-        theirs, run, again = (str(Path(home) / name) for name in ("theirs", "run", "again"))
+        theirs, run, again = (
+            str(Path(home) / name) for name in ("theirs", "run", "again")
+        )
         make(Path(theirs), LLAMA.list_entries(config), args.dtype)
-        (Path(theirs) / "config.json").write_text(json.dumps(LLAMA.write_config(config)))
+        (Path(theirs) / "config.json").write_text(
+            json.dumps(LLAMA.write_config(config))
+        )
         sizes = [stored.nbytes for stored in list_stored_tensors(theirs).values()]
         largest, total = max(sizes), sum(sizes)
         print(
-            f"{total / NUMPY[args.dtype].itemsize / 1e6:.0f} M parameters in {args.dtype}: "
+            f"{total / NUMPY[args.dtype].itemsize / 1e6:.0f} M parameters in "
+            f"{args.dtype}: "
             f"{total / 1e6:.0f} MB, largest tensor {largest / 1e6:.1f} MB"
         )
         for way, places in (("to a run", (theirs, run)), ("and back", (run, again))):
             command = [sys.executable, __file__, "--child", *places]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            out = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
             baseline, peak, seconds = json.loads(out)
             print(
-                f"{way}: {baseline / 1e6:.0f} MB before, {peak / 1e6:.0f} MB at its peak: "
+                f"{way}: {baseline / 1e6:.0f} MB before, {peak / 1e6:.0f} MB at its "
+                f"peak: "
                 f"{(peak - baseline) / largest:.2f} × the largest tensor more; "
                 f"{seconds:.1f} s, {total / 1e6 / seconds:.0f} MB/s",
                 flush=True,
             )
         for file in sorted(Path(theirs).glob("*.safetensors")):
-            same = subprocess.run(["cmp", file, Path(again) / file.name]).returncode == 0
+            same = (
+                subprocess.run(["cmp", file, Path(again) / file.name]).returncode == 0
+            )
             print(f"{file.name}: {'the same bytes' if same else 'DIFFERENT'} again")
 
 

@@ -1,9 +1,11 @@
-"""The peer's side of `corpus_dedup.py`: datatrove's MinHash deduplication, in its own environment.
+"""The peer's side of `corpus_dedup.py`: datatrove's MinHash deduplication, in its own
+environment.
 
     PYTHON corpus_dedup_peer.py DOCUMENTS.jsonl FOLDER {spacy,whitespace}
 
-Prints as JSON: CPU seconds of the signature stage alone and of its four stages on one core, and how
-many documents it keeps. DOCUMENTS.jsonl has one {"text": ..., "id": ...} a line.
+Prints as JSON: CPU seconds of the signature stage alone and of its four stages on one
+core, and how many documents it keeps. DOCUMENTS.jsonl has one {"text": ..., "id": ...}
+a line.
 """
 
 import json
@@ -34,7 +36,9 @@ def main() -> None:
         executor = LocalPipelineExecutor(
             list(pipeline), tasks=tasks, workers=1, skip_completed=False
         )
-        for rank in range(tasks):  # Without its processes, so that all time is this one's.
+        for rank in range(
+            tasks
+        ):  # Without its processes, so that all time is this one's.
             executor._run_for_rank(rank, rank)
 
     reader = JsonlReader(str(documents.parent), glob_pattern=documents.name)
@@ -45,15 +49,24 @@ def main() -> None:
     seconds = [time.process_time()]
     run(reader, signature)
     seconds.append(time.process_time())
-    run(MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/buckets", config=config), tasks=14)
+    run(
+        MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/buckets", config=config),
+        tasks=14,
+    )
     run(MinhashDedupCluster(f"{folder}/buckets", f"{folder}/remove", config))
     kept = JsonlWriter(f"{folder}/kept", compression=None)
     run(reader, MinhashDedupFilter(f"{folder}/remove"), kept)
     seconds.append(time.process_time())
-    lines = sum(len(p.read_text().splitlines()) for p in Path(f"{folder}/kept").glob("*.jsonl"))
+    lines = sum(
+        len(p.read_text().splitlines()) for p in Path(f"{folder}/kept").glob("*.jsonl")
+    )
     print(
         json.dumps(
-            {"signature": seconds[1] - seconds[0], "all": seconds[2] - seconds[0], "kept": lines}
+            {
+                "signature": seconds[1] - seconds[0],
+                "all": seconds[2] - seconds[0],
+                "kept": lines,
+            }
         )
     )
 

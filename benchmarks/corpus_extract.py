@@ -1,16 +1,18 @@
-"""Extraction of main text: ours against trafilatura and resiliparse, speed and F, side by side.
+"""Extraction of main text: ours against trafilatura and resiliparse, speed and F, side
+by side.
 
-    git clone https://github.com/scrapinghub/article-extraction-benchmark
-    pip install psutil
-    python benchmarks/corpus_extract.py article-extraction-benchmark [--manuals DOCS ...]
+    git clone https://github.com/scrapinghub/article-extraction-benchmark pip install
+    psutil python benchmarks/corpus_extract.py article-extraction-benchmark [--manuals
+    DOCS ...]
 
-The first set are 181 news pages with the article's text labelled by hand. With --manuals, folders
-of Sphinx or DocBook HTML (Debian's python3.13-doc, linux-doc-6.12, postgresql-doc-17) make a second
-one, of pages with code and tables: the text of the element that holds a page's content.
+The first set are 181 news pages with the article's text labelled by hand. With
+--manuals, folders of Sphinx or DocBook HTML (Debian's python3.13-doc, linux-doc-6.12,
+postgresql-doc-17) make a second one, of pages with code and tables: the text of the
+element that holds a page's content.
 
-F is that of mean precision and mean recall over pages, of words as a bag and of word 4-grams (as
-that benchmark's own script). Speed is pages per second of processor time, the child process's
-included; rounds alternate, and the medians are printed.
+F is that of mean precision and mean recall over pages, of words as a bag and of word
+4-grams (as that benchmark's own script). Speed is pages per second of processor time,
+the child process's included; rounds alternate, and the medians are printed.
 """
 
 import argparse
@@ -40,7 +42,10 @@ def articles(folder: Path) -> list[Labelled]:
     """The pages of scrapinghub's article-extraction-benchmark."""
     truth = json.loads((folder / "ground-truth.json").read_text())
     return [
-        Labelled(gzip.decompress((folder / f"html/{key}.html.gz").read_bytes()), row["articleBody"])
+        Labelled(
+            gzip.decompress((folder / f"html/{key}.html.gz").read_bytes()),
+            row["articleBody"],
+        )
         for key, row in truth.items()
     ]
 
@@ -65,7 +70,9 @@ def manuals(folders: Sequence[Path], each: int, seed: int = 0) -> list[Labelled]
                 '//div[@class="navheader" or @class="navfooter"]|//script|//style'
             ):
                 part.drop_tree()
-            main = tree.xpath('//div[@role="main"]') or tree.xpath("//body[not(//div[@role])]")
+            main = tree.xpath('//div[@role="main"]') or tree.xpath(
+                "//body[not(//div[@role])]"
+            )
             text = " ".join(main[0].itertext()) if main else ""
             if len(WORD.findall(text)) > 50:
                 found.append(Labelled(data, text))
@@ -81,13 +88,17 @@ def f_score(pages: Sequence[Labelled], texts: Sequence[str | None], size: int) -
         both = (wanted & got).total()
         precisions.append(both / got.total() if got else 0.0)
         recalls.append(both / wanted.total() if wanted else 1.0)
-    return statistics.harmonic_mean([statistics.mean(precisions), statistics.mean(recalls)])
+    return statistics.harmonic_mean(
+        [statistics.mean(precisions), statistics.mean(recalls)]
+    )
 
 
 def grams(text: str, size: int) -> Counter:
     words = WORD.findall(text)
     return Counter(
-        tuple(words[i : i + size]) for i in range(max(1, len(words) - size + 1)) if words
+        tuple(words[i : i + size])
+        for i in range(max(1, len(words) - size + 1))
+        if words
     )
 
 
@@ -132,7 +143,9 @@ def compare(name: str, pages: Sequence[Labelled], rounds: int) -> None:
             lambda page: trafilatura.extract(page, fast=True, include_comments=False)
         ),
         "resiliparse main_content": Theirs(
-            lambda page: extract_plain_text(page.decode("utf-8", "replace"), main_content=True)
+            lambda page: extract_plain_text(
+                page.decode("utf-8", "replace"), main_content=True
+            )
         ),
         "ours, quality": Ours(quality=True),
         "ours, quality, markdown": Ours(quality=True, markdown=True),
@@ -146,7 +159,10 @@ def compare(name: str, pages: Sequence[Labelled], rounds: int) -> None:
             start = contenders[key].clock()
             texts[key] = contenders[key](data)
             speeds[key].append(len(data) / (contenders[key].clock() - start))
-    print(f"\n{name}: {len(pages)} pages of {sum(map(len, data)) / len(data) / 1000:.0f} kB")
+    print(
+        f"\n{name}: {len(pages)} pages of {sum(map(len, data)) / len(data) / 1000:.0f} "
+        f"kB"
+    )
     print(f"{'':26} pages/s  to trafilatura  F words  F 4-grams")
     for key in contenders:
         pairs = zip(speeds[key], speeds["trafilatura"], strict=True)

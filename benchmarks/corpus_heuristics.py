@@ -1,15 +1,16 @@
-"""The heuristics stage beside datatrove's Gopher, C4 and FineWeb filters, on the same documents.
+"""The heuristics stage beside datatrove's Gopher, C4 and FineWeb filters, on the same
+documents.
 
-    pip install 'maxlm[corpus]' datatrove 'xxhash<4' spacy regex
-    python benchmarks/corpus_heuristics.py DOCUMENTS... [--documents 500] [--characters 3000]
+    pip install 'maxlm[corpus]' datatrove 'xxhash<4' spacy regex python
+    benchmarks/corpus_heuristics.py DOCUMENTS... [--documents 500] [--characters 3000]
 
 DOCUMENTS are files or folders of English text (text, JSONL with "text", Parquet; or
-`python-stdlib`). CPU seconds of one process, the best of several alternating rounds. datatrove is
-timed twice: every filter on every document, which is what the labels of this stage amount to, and
-as a pipeline, where a document that one filter drops does not reach the next. Its filters share the
-words of a document through a cache, as they do in a pipeline. Below, how often the published
-expressions over our labels and its filters agree: with its own words, and with the words of
-`maxlm.corpus.text` handed to it.
+`python-stdlib`). CPU seconds of one process, the best of several alternating rounds.
+datatrove is timed twice: every filter on every document, which is what the labels of
+this stage amount to, and as a pipeline, where a document that one filter drops does not
+reach the next. Its filters share the words of a document through a cache, as they do in
+a pipeline. Below, how often the published expressions over our labels and its filters
+agree: with its own words, and with the words of `maxlm.corpus.text` handed to it.
 """
 
 import argparse
@@ -51,15 +52,21 @@ def peer_filters() -> dict[str, Callable[[str], bool]]:
 def take_our_words() -> None:
     """From here on datatrove's filters split texts as we do."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("datatrove.pipeline.filters") and hasattr(module, "split_into_words"):
-            module.split_into_words = lambda text, language=None: split_words_and_symbols(text)  # type: ignore[attr-defined]
+        if name.startswith("datatrove.pipeline.filters") and hasattr(
+            module, "split_into_words"
+        ):
+            module.split_into_words = lambda text, language=None: (
+                split_words_and_symbols(text)
+            )  # type: ignore[attr-defined]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("paths", nargs="+")
     parser.add_argument("--documents", type=int, default=500)
-    parser.add_argument("--characters", type=int, default=3000, help="most of a document")
+    parser.add_argument(
+        "--characters", type=int, default=3000, help="most of a document"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     config = SourceConfig(documents=tuple(arguments.paths), on_bad_bytes="replace")
@@ -74,8 +81,12 @@ def main() -> None:
         keeps(texts[0])  # Loads.
 
     calls: dict[str, Callable[[], object]] = {
-        "datatrove, all filters": lambda: [[k(text) for k in filters.values()] for text in texts],
-        "datatrove, pipeline": lambda: [all(k(text) for k in filters.values()) for text in texts],
+        "datatrove, all filters": lambda: [
+            [k(text) for k in filters.values()] for text in texts
+        ],
+        "datatrove, pipeline": lambda: [
+            all(k(text) for k in filters.values()) for text in texts
+        ],
         "maxlm, all labels": lambda: label(batch),
     }
     times: dict[str, float] = dict.fromkeys(calls, float("inf"))
@@ -94,9 +105,14 @@ def main() -> None:
     names = [f"heuristics.{name}" for name in labels.schema.names]
     table = pa.Table.from_batches([labels]).rename_columns(names)
     ours = {name: Expression(PUBLISHED[name]).evaluate(table) for name in filters}
-    theirs = {name: np.array([k(text) for text in texts]) for name, k in filters.items()}
+    theirs = {
+        name: np.array([k(text) for text in texts]) for name, k in filters.items()
+    }
     take_our_words()
-    on_ours = {name: np.array([k(text) for text in texts]) for name, k in peer_filters().items()}
+    on_ours = {
+        name: np.array([k(text) for text in texts])
+        for name, k in peer_filters().items()
+    }
     print(f"\n{'kept':26}{'maxlm':>9}{'datatrove':>10}{'agree':>8}{'on our words':>14}")
     for name in filters:
         kept, peer = ours[name].mean(), theirs[name].mean()

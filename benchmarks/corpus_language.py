@@ -1,15 +1,18 @@
-"""Language identification: accuracy by language on real manuals, and speed, beside its peers.
+"""Language identification: accuracy by language on real manuals, and speed, beside its
+peers.
 
-    python benchmarks/corpus_language.py en=FOLDER fr=FOLDER ... [--documents 400] [--plot PNG]
+    python benchmarks/corpus_language.py en=FOLDER fr=FOLDER ... [--documents 400]
+    [--plot PNG]
 
-Each argument names a language and a folder of its pages (HTML, man pages, text), such as those of
-Debian's packages libreoffice-help-*, debian-handbook, manpages-* (`apt-get download`, `dpkg -x`);
-several folders may have one language. What is not translated yet stands in English in every
-edition, so a line that stands in an English folder too is English: a page is in English if at most
-0.1 of its characters do not, in its folder's language if at most 0.2 of those in lines of 40 do,
-else mixed. Counted are pages with at least 200 characters in such lines of that language.
-`pip install pycld2 resiliparse` for the peer and to read HTML. Speeds are of CPU time on the first
-3,000 bytes of a sample of all pages, and of those that have as many.
+Each argument names a language and a folder of its pages (HTML, man pages, text), such
+as those of Debian's packages libreoffice-help-*, debian-handbook, manpages-* (`apt-get
+download`, `dpkg -x`); several folders may have one language. What is not translated yet
+stands in English in every edition, so a line that stands in an English folder too is
+English: a page is in English if at most 0.1 of its characters do not, in its folder's
+language if at most 0.2 of those in lines of 40 do, else mixed. Counted are pages with
+at least 200 characters in such lines of that language. `pip install pycld2 resiliparse`
+for the peer and to read HTML. Speeds are of CPU time on the first 3,000 bytes of a
+sample of all pages, and of those that have as many.
 """
 
 import argparse
@@ -44,7 +47,11 @@ class Page:
 
 def read(path: Path) -> str:
     """The text of an HTML, man or plain page."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = (
+        gzip.decompress(path.read_bytes())
+        if path.suffix == ".gz"
+        else path.read_bytes()
+    )
     text = data.decode("utf-8", "replace")
     if path.suffix in (".html", ".htm"):
         from resiliparse.extract.html2text import extract_plain_text  # pyright: ignore
@@ -118,14 +125,18 @@ def predictors() -> dict[str, Predict]:
     return {**found, "pycld2": cld2}
 
 
-def print_accuracy(pages: list[Page], answers: dict[str, list[str]]) -> dict[str, list[float]]:
+def print_accuracy(
+    pages: list[Page], answers: dict[str, list[str]]
+) -> dict[str, list[float]]:
     """A row a language; returns each predictor's accuracies in the rows' order."""
     rows: dict[str, list[int]] = defaultdict(list)
     for number, page in enumerate(pages):
         if page.language:
             rows[page.language].append(number)
     print(
-        f"{'':4}{'pages':>7}" + "".join(f"{name:>10}" for name in answers) + "   ours took it for"
+        f"{'':4}{'pages':>7}"
+        + "".join(f"{name:>10}" for name in answers)
+        + "   ours took it for"
     )
     table: dict[str, list[float]] = {name: [] for name in answers}
     for language, numbers in rows.items():
@@ -134,12 +145,18 @@ def print_accuracy(pages: list[Page], answers: dict[str, list[str]]) -> dict[str
             right = sum(answer[i] == language for i in numbers) / len(numbers)
             table[name].append(right)
             line += f"{right:10.4f}"
-        wrong = Counter(answers["maxlm"][i] for i in numbers if answers["maxlm"][i] != language)
-        print(line + "   " + ", ".join(f"{code} {n}" for code, n in wrong.most_common(4)))
+        wrong = Counter(
+            answers["maxlm"][i] for i in numbers if answers["maxlm"][i] != language
+        )
+        print(
+            line + "   " + ", ".join(f"{code} {n}" for code, n in wrong.most_common(4))
+        )
     known = [i for numbers in rows.values() for i in numbers]
     line = f"{'all':4}{len(known):7}"
     for answer in answers.values():
-        line += f"{sum(answer[i] == pages[i].language for i in known) / len(known):10.4f}"
+        line += (
+            f"{sum(answer[i] == pages[i].language for i in known) / len(known):10.4f}"
+        )
     print(line)
     return {"": list(rows), **table}  # pyright: ignore[reportReturnType]
 
@@ -153,11 +170,19 @@ def plot(table: dict[str, list], path: Path) -> None:
     axes = figure.subplots()
     for shift, (name, values) in enumerate(table.items()):
         places = np.arange(len(languages)) + (shift - 1) * 0.25
-        axes.plot(places, [1 - value for value in values], "os^"[shift], label=name, markersize=5)
+        axes.plot(
+            places,
+            [1 - value for value in values],
+            "os^"[shift],
+            label=name,
+            markersize=5,
+        )
     axes.axhline(0.02, linestyle=":", color="black")
     axes.set_xticks(range(len(languages)), languages)
     axes.set_ylabel("wrong (of 1)")
-    axes.set_title("Language identification on pages of manuals; dotted: what to stay below")
+    axes.set_title(
+        "Language identification on pages of manuals; dotted: what to stay below"
+    )
     axes.legend()
     FigureCanvasAgg(figure).print_png(str(path))
 
@@ -165,8 +190,12 @@ def plot(table: dict[str, list], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folders", nargs="+", metavar="LANGUAGE=FOLDER")
-    parser.add_argument("--documents", type=int, default=400, help="a folder, at most; not English")
-    parser.add_argument("--show", type=int, default=0, help="print so many pages taken for others")
+    parser.add_argument(
+        "--documents", type=int, default=400, help="a folder, at most; not English"
+    )
+    parser.add_argument(
+        "--show", type=int, default=0, help="print so many pages taken for others"
+    )
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
 
@@ -180,7 +209,9 @@ def main() -> None:
     contents, calls = [page.text for page in pages], predictors()
     answers = {name: call(contents) for name, call in calls.items()}
     table = print_accuracy(pages, answers)
-    wrong = [(p, a) for p, a in zip(pages, answers["maxlm"], strict=True) if a != p.language]
+    wrong = [
+        (p, a) for p, a in zip(pages, answers["maxlm"], strict=True) if a != p.language
+    ]
     for page, answer in [each for each in wrong if each[0].language][: arguments.show]:
         print(page.language, "taken for", answer, repr(page.text[:150]))
 
@@ -203,11 +234,19 @@ def print_speed(what: str, texts: Sequence[str], calls: Mapping[str, Predict]) -
             start = time.process_time()
             calls[name](cut)
             times[name].append(time.process_time() - start)
-    print(f"{len(cut)} {what} of {size / len(cut):.0f} bytes, medians of {ROUNDS} rounds, one core")
+    print(
+        f"{len(cut)} {what} of {size / len(cut):.0f} bytes, medians of {ROUNDS} "
+        f"rounds, one core"
+    )
     for name, each in times.items():
         taken = statistics.median(each)
-        ratio = statistics.median(f / t for f, t in zip(times["fasttext"], each, strict=True))
-        print(f"{name:10}{len(cut) / taken:8.0f} docs/s{size / taken / 1e6:8.1f} MB/s{ratio:7.2f}x")
+        ratio = statistics.median(
+            f / t for f, t in zip(times["fasttext"], each, strict=True)
+        )
+        print(
+            f"{name:10}{len(cut) / taken:8.0f} docs/s{size / taken / 1e6:8.1f} "
+            f"MB/s{ratio:7.2f}x"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Personal data: recall and precision on generated documents, and speed on real ones.
 
-    python benchmarks/corpus_pii.py [--documents 2000] [--seed 0] [--texts GLOB...] [--plot PNG]
+    python benchmarks/corpus_pii.py [--documents 2000] [--seed 0] [--texts GLOB...]
+    [--plot PNG]
 
-Documents are prose of Faker's (`pip install faker`) in several languages, with sentences in between
-that hold personal data (known places), and others that hold what only looks like it: versions,
-dates, ISBNs, order numbers, hashes, prices, code. A find counts where kind, start and end are
-right; "touching" counts any overlap of the same kind. With `--texts` the speed is measured on text
-files too, and the finds there are printed a megabyte by kind, to be read (`--show` N of each).
+Documents are prose of Faker's (`pip install faker`) in several languages, with
+sentences in between that hold personal data (known places), and others that hold what
+only looks like it: versions, dates, ISBNs, order numbers, hashes, prices, code. A find
+counts where kind, start and end are right; "touching" counts any overlap of the same
+kind. With `--texts` the speed is measured on text files too, and the finds there are
+printed a megabyte by kind, to be read (`--show` N of each).
 """
 
 import argparse
@@ -35,28 +37,83 @@ REGIONS = {
     "pt_BR": "BR",
 }
 CALLS = {
-    "en": ("Call {} before noon.", "Phone: {}", "My mobile is {}, I am in after six.", "Fax {}."),
-    "de": ("Rufen Sie {} an.", "Telefon: {}", "Meine Handynummer ist {}.", "Tel. {} (abends)"),
-    "fr": ("Appelez le {} avant midi.", "Téléphone : {}", "Tél. {}", "Mon portable est le {}."),
-    "es": ("Llame al {} por la tarde.", "Teléfono: {}", "Mi móvil es el {}.", "Tel. {}"),
-    "it": ("Chiami il {} dopo le sei.", "Telefono: {}", "Il mio cellulare è {}.", "Tel. {}"),
+    "en": (
+        "Call {} before noon.",
+        "Phone: {}",
+        "My mobile is {}, I am in after six.",
+        "Fax {}.",
+    ),
+    "de": (
+        "Rufen Sie {} an.",
+        "Telefon: {}",
+        "Meine Handynummer ist {}.",
+        "Tel. {} (abends)",
+    ),
+    "fr": (
+        "Appelez le {} avant midi.",
+        "Téléphone : {}",
+        "Tél. {}",
+        "Mon portable est le {}.",
+    ),
+    "es": (
+        "Llame al {} por la tarde.",
+        "Teléfono: {}",
+        "Mi móvil es el {}.",
+        "Tel. {}",
+    ),
+    "it": (
+        "Chiami il {} dopo le sei.",
+        "Telefono: {}",
+        "Il mio cellulare è {}.",
+        "Tel. {}",
+    ),
     "nl": ("Bel {} voor negen uur.", "Telefoon: {}", "Mijn mobiele nummer is {}."),
     "pl": ("Proszę dzwonić: {}.", "Telefon: {}", "Tel. kom. {}"),
     "pt": ("Ligue para {} de manhã.", "Telefone: {}", "Meu celular é {}."),
 }
-PLAIN_CALLS = ("{name}, {}, {city}", "{name} ({}) will be there.", "{name} | {} | {city}")
+PLAIN_CALLS = (
+    "{name}, {}, {city}",
+    "{name} ({}) will be there.",
+    "{name} | {} | {city}",
+)
 SENTENCES = {
-    "email": ("Write to {} today.", "Contact: {}", "<{}> wrote:", "{name} ({}) agreed.", "({})"),
+    "email": (
+        "Write to {} today.",
+        "Contact: {}",
+        "<{}> wrote:",
+        "{name} ({}) agreed.",
+        "({})",
+    ),
     "ip": (
         "Login from {} failed.",
         "The host {} answered.",
         '{} - - "GET / HTTP/1.1" 200',
         "IP: {}",
     ),
-    "iban": ("Please pay to {} by Friday.", "IBAN: {}", "account {}, thank you", "IBAN {}."),
-    "card": ("My card is {}, expiring soon.", "Card number: {}", "charged to {} today", "Visa {}."),
-    "ssn": ("SSN: {}", "His social security number is {}.", "{name}, {}, {city}", "SSN {}"),
-    "key": ("api_key = '{}'", "Authorization: Bearer {}", "export SECRET_TOKEN={}", "secret: {}"),
+    "iban": (
+        "Please pay to {} by Friday.",
+        "IBAN: {}",
+        "account {}, thank you",
+        "IBAN {}.",
+    ),
+    "card": (
+        "My card is {}, expiring soon.",
+        "Card number: {}",
+        "charged to {} today",
+        "Visa {}.",
+    ),
+    "ssn": (
+        "SSN: {}",
+        "His social security number is {}.",
+        "{name}, {}, {city}",
+        "SSN {}",
+    ),
+    "key": (
+        "api_key = '{}'",
+        "Authorization: Bearer {}",
+        "export SECRET_TOKEN={}",
+        "secret: {}",
+    ),
 }
 
 
@@ -75,7 +132,9 @@ def make_key(rng: random.Random) -> str:
         [
             lambda: "AKIA" + token(rng, upper, 16),
             lambda: "ghp_" + token(rng, ALPHANUMERIC, 36),
-            lambda: f"xoxb-{token(rng, string.digits, 11)}-{token(rng, ALPHANUMERIC, 24)}",
+            lambda: (
+                f"xoxb-{token(rng, string.digits, 11)}-{token(rng, ALPHANUMERIC, 24)}"
+            ),
             lambda: "AIza" + token(rng, base64, 34) + "x",
             lambda: "sk_live_" + token(rng, ALPHANUMERIC, 24),
             lambda: (
@@ -117,7 +176,8 @@ def make(kind: str, fake, rng: random.Random) -> str:
     return make_key(rng)
 
 
-# What only looks personal: % is a digit from 1, # any digit; braces are filled in by `decoy`.
+# What only looks personal: % is a digit from 1, # any digit; braces are filled in by
+# `decoy`.
 DECOYS = (
     "Version %#.##.%.%## is out.",
     "Upgraded from %.#.# to %.%#.#-%.",
@@ -169,7 +229,9 @@ def document(fakes: dict, rng: random.Random) -> tuple[str, set[PiiMatch]]:
     """A text and the personal data in it."""
     locale = rng.choice(list(fakes))
     fake, text, truth = fakes[locale], "", set()
-    sentences: list[str | tuple[str, str]] = [fake.paragraph() for _ in range(rng.randint(2, 6))]
+    sentences: list[str | tuple[str, str]] = [
+        fake.paragraph() for _ in range(rng.randint(2, 6))
+    ]
     sentences += [decoy(fake, rng) for _ in range(rng.randint(1, 4))]
     for _ in range(rng.randint(0, 4)):
         kind = rng.choice(KINDS)
@@ -182,10 +244,16 @@ def document(fakes: dict, rng: random.Random) -> tuple[str, set[PiiMatch]]:
     for each in sentences:
         if isinstance(each, tuple):
             kind, template = each
-            template = template.replace("{name}", fake.name()).replace("{city}", fake.city())
+            template = template.replace("{name}", fake.name()).replace(
+                "{city}", fake.city()
+            )
             head, tail = template.split("{}")
             value = make(kind, fake, rng)
-            truth.add(PiiMatch(len(text) + len(head), len(text) + len(head) + len(value), kind))  # pyright: ignore[reportArgumentType]
+            truth.add(
+                PiiMatch(
+                    len(text) + len(head), len(text) + len(head) + len(value), kind
+                )
+            )  # pyright: ignore[reportArgumentType]
             each = head + value + tail
         text += each + rng.choice([" ", "\n"])
     return text, truth
@@ -201,8 +269,11 @@ def generate(count: int, seed: int) -> list[tuple[str, set[PiiMatch]]]:
     return [document(fakes, rng) for _ in range(count)]
 
 
-def measure(found: list[list[PiiMatch]], truths: list[set[PiiMatch]]) -> dict[str, Counter]:
-    """Per kind: `true` values, `found` ones, `right` finds; `touched` values, `touching` finds."""
+def measure(
+    found: list[list[PiiMatch]], truths: list[set[PiiMatch]]
+) -> dict[str, Counter]:
+    """Per kind: `true` values, `found` ones, `right` finds; `touched` values,
+    `touching` finds."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for matches, truth in zip(found, truths, strict=True):
         for m in matches:
@@ -229,7 +300,9 @@ def plot(counts: dict[str, Counter], path: Path) -> None:
     names = [*KINDS, "all"]
     for shift, label, over in ((-0.2, "recall", "true"), (0.2, "precision", "found")):
         heights = [counts[name]["right"] / max(counts[name][over], 1) for name in names]
-        bars = axes.bar([i + shift for i in range(len(names))], heights, 0.38, label=label)
+        bars = axes.bar(
+            [i + shift for i in range(len(names))], heights, 0.38, label=label
+        )
         axes.bar_label(bars, fmt="%.3f", fontsize=7)
     axes.axhline(0.95, color="C0", linestyle=":")
     axes.axhline(0.9, color="C1", linestyle=":")
@@ -242,14 +315,20 @@ def plot(counts: dict[str, Counter], path: Path) -> None:
 
 def speed(name: str, texts: list[str]) -> None:
     """MB/s of the whole stage, mask included; CPU time."""
-    label, size = PiiStage().make_batch_label_fn(), sum(len(text.encode()) for text in texts) / 1e6
+    label, size = (
+        PiiStage().make_batch_label_fn(),
+        sum(len(text.encode()) for text in texts) / 1e6,
+    )
     batch = pa.record_batch({"text": pa.array(texts, pa.large_string())})
     times = []
     for _ in range(3):
         start = time.process_time()
         label(batch)
         times.append(time.process_time() - start)
-    print(f"{name}: {len(texts)} texts, {size:.1f} MB, {size / min(times):.1f} MB/s of CPU time")
+    print(
+        f"{name}: {len(texts)} texts, {size:.1f} MB, {size / min(times):.1f} MB/s of "
+        f"CPU time"
+    )
 
 
 def main() -> None:
@@ -303,7 +382,9 @@ def main() -> None:
                 kinds[m.kind] += 1
                 if kinds[m.kind] <= arguments.show:
                     print(m.kind, repr(text[max(0, m.start - 30) : m.end + 10]))
-        print("finds a MB:", {kind: round(n / size * 1e6, 2) for kind, n in kinds.items()})
+        print(
+            "finds a MB:", {kind: round(n / size * 1e6, 2) for kind, n in kinds.items()}
+        )
 
 
 if __name__ == "__main__":

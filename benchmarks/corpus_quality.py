@@ -1,12 +1,12 @@
 """The quality classifier: how well it tells two kinds of documents apart, and how fast.
 
-    pip install 'maxlm[corpus]' matplotlib
-    python benchmarks/corpus_quality.py --positive GOOD... --negative BAD... [--plot roc.png]
+    pip install 'maxlm[corpus]' matplotlib python benchmarks/corpus_quality.py
+    --positive GOOD... --negative BAD... [--plot roc.png]
 
-GOOD and BAD are files or folders of documents (text, JSONL with "text", Parquet), such as extracted
-manual pages on one side and source code, tables of contents and configuration files on the other.
-Times are CPU seconds of one core. Documents that are pieces of one page may straddle the split;
-exact copies do not.
+GOOD and BAD are files or folders of documents (text, JSONL with "text", Parquet), such
+as extracted manual pages on one side and source code, tables of contents and
+configuration files on the other. Times are CPU seconds of one core. Documents that are
+pieces of one page may straddle the split; exact copies do not.
 """
 
 import argparse
@@ -41,11 +41,15 @@ def draw(path: Path, scores: np.ndarray, labels: np.ndarray) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
     left.plot(*roc_curve(labels, scores)[:2])
-    left.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC, held-out")
+    left.set(
+        xlabel="false positive rate", ylabel="true positive rate", title="ROC, held-out"
+    )
     share, score = calibration_curve(labels, scores, n_bins=10)
     right.plot([0, 1], [0, 1], color="0.8")
     right.plot(score, share, "o-")
-    right.set(xlabel="score", ylabel="share that is positive", title="calibration, held-out")
+    right.set(
+        xlabel="score", ylabel="share that is positive", title="calibration, held-out"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
@@ -67,12 +71,19 @@ def main() -> None:
     )
     raw, labels = good + bad, np.arange(len(good) + len(bad)) < len(good)
     texts = [text.decode() for text in raw]
-    training, (model, report) = measure_seconds(lambda: train_classifier(good, bad, settings))
+    training, (model, report) = measure_seconds(
+        lambda: train_classifier(good, bad, settings)
+    )
     predicting, scores = measure_seconds(lambda: model.predict_proba(texts))
     print(report)
     size = sum(map(len, raw)) / 1e6
-    print(f"\n{len(raw)} documents, {size:.1f} MB; CPU seconds: training {training:.2f}")
-    print(f"prediction: {len(raw) / predicting:.0f} documents/s, {size / predicting:.1f} MB/s")
+    print(
+        f"\n{len(raw)} documents, {size:.1f} MB; CPU seconds: training {training:.2f}"
+    )
+    print(
+        f"prediction: {len(raw) / predicting:.0f} documents/s, {size / predicting:.1f} "
+        f"MB/s"
+    )
     if arguments.plot:
         measured = np.array([is_heldout(text, settings.heldout / 2) for text in raw])
         draw(arguments.plot, scores[measured], labels[measured])

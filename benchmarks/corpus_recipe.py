@@ -1,12 +1,13 @@
-"""A whole recipe on one and on two processes, and its memory at 1, 4 and 16 times the text.
+"""A whole recipe on one and on two processes, and its memory at 1, 4 and 16 times the
+text.
 
     python benchmarks/corpus_recipe.py RECIPE [KEY=VALUE]...   # time, on a recipe of yours
     python benchmarks/corpus_recipe.py --memory                # memory, on generated documents
 
-Each run is a process of its own with a folder of its own. Memory is the largest resident set of
-any of its processes. The generated documents, 3 kB each, are sentences of this Python's
-documentation strings, drawn anew for each document, at a fixed shard size; stages that compare
-documents get 32 MB for a job.
+Each run is a process of its own with a folder of its own. Memory is the largest
+resident set of any of its processes. The generated documents, 3 kB each, are sentences
+of this Python's documentation strings, drawn anew for each document, at a fixed shard
+size; stages that compare documents get 32 MB for a job.
 """
 
 import ast
@@ -75,7 +76,10 @@ def memory() -> None:
             recipe.write_text(json.dumps(content))
             seconds, megabytes = run(str(recipe), "workers=2")
             size = path.stat().st_size / 1e6
-            print(f"{2000 * times:9,} {size:10.1f} {seconds:10.1f} {megabytes:10.0f}", flush=True)
+            print(
+                f"{2000 * times:9,} {size:10.1f} {seconds:10.1f} {megabytes:10.0f}",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -89,7 +93,10 @@ def main() -> None:
         one, _ = run(sys.argv[1], *sys.argv[2:], "workers=1")
         two, _ = run(sys.argv[1], *sys.argv[2:], "workers=2")
         pairs.append((one, two))
-        print(f"one process {one:.1f} s, two {two:.1f} s: {one / two:.2f} times", flush=True)
+        print(
+            f"one process {one:.1f} s, two {two:.1f} s: {one / two:.2f} times",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Substring deduplication: speed end to end, linearity, memory, and suffix arrays beside it.
+"""Substring deduplication: speed end to end, linearity, memory, and suffix arrays
+beside it.
 
     python benchmarks/corpus_substring.py FOLDER... [--memory 32] [--min-tokens 50]
 
@@ -7,13 +8,14 @@ The folders hold HTML or text (.gz too), for example of Debian's documentation p
     apt-get download python3.13-doc anarchism linux-doc-6.12
     for each in *.deb; do dpkg -x $each docs; done
 
-Texts are taken from HTML by deleting tags, shuffled, and written as corpora of a 16th, a quarter
-and all of them, in shards of 4 MB. Each runs in a process of its own, with one worker, from Parquet
-to labels; times are the process's CPU seconds and wall, and memory its peak over what it holds
-after a first small run, which loads compiled code (Linux only; allocators are told to give back
-what is freed, or they hoard some 100 MB whatever the setting). Needs `pip install pydivsufsort`,
-whose suffix sort and common prefixes are timed on the smallest corpus, beside the sort of hashes
-that stands for them here: in memory, and no more than finding equal windows.
+Texts are taken from HTML by deleting tags, shuffled, and written as corpora of a 16th,
+a quarter and all of them, in shards of 4 MB. Each runs in a process of its own, with
+one worker, from Parquet to labels; times are the process's CPU seconds and wall, and
+memory its peak over what it holds after a first small run, which loads compiled code
+(Linux only; allocators are told to give back what is freed, or they hoard some 100 MB
+whatever the setting). Needs `pip install pydivsufsort`, whose suffix sort and common
+prefixes are timed on the smallest corpus, beside the sort of hashes that stands for
+them here: in memory, and no more than finding equal windows.
 """
 
 import argparse
@@ -32,7 +34,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, StageShardView, open_shard_writer
+from maxlm.corpus.shards import (
+    DOCUMENT_SCHEMA,
+    DOCUMENTS,
+    StageShardView,
+    open_shard_writer,
+)
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.substring import SubstringStage, find_words, hash_windows
 from maxlm.runtime.pool import WorkerPool
@@ -47,11 +54,21 @@ def read_texts(folders: Sequence[Path]) -> list[str]:
     texts = []
     for path in sorted(path for folder in folders for path in folder.rglob("*")):
         name = path.name.removesuffix(".gz")
-        if not path.is_file() or path.is_symlink() or not name.endswith((".html", ".txt", ".rst")):
+        if (
+            not path.is_file()
+            or path.is_symlink()
+            or not name.endswith((".html", ".txt", ".rst"))
+        ):
             continue
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = (
+            gzip.decompress(path.read_bytes())
+            if path.suffix == ".gz"
+            else path.read_bytes()
+        )
         text = data.decode("utf-8", "replace")
-        texts.append(html.unescape(_HIDDEN.sub("", text)) if name.endswith(".html") else text)
+        texts.append(
+            html.unescape(_HIDDEN.sub("", text)) if name.endswith(".html") else text
+        )
     random.Random(0).shuffle(texts)
     return texts
 
@@ -63,8 +80,13 @@ def write_corpus(folder: Path, texts: Sequence[str]) -> list[StageShardView]:
         shards.append(StageShardView(folder, f"{len(shards):05d}"))
         with open_shard_writer(shards[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(0, len(part), 64):
-                rows = [{"id": str(i), "text": t} for i, t in enumerate(part[first : first + 64])]
-                writer.write_row_group(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
+                rows = [
+                    {"id": str(i), "text": t}
+                    for i, t in enumerate(part[first : first + 64])
+                ]
+                writer.write_row_group(
+                    pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA)
+                )
     return shards
 
 
@@ -109,7 +131,9 @@ def cut_share(stage: SubstringStage, shards: Sequence[StageShardView]) -> float:
     """The share of all characters that are cut."""
     lost = total = 0
     for shard in shards:
-        for rows in shard.read_selected_rows(("text", f"{stage.unique_name}.cut_share")):
+        for rows in shard.read_selected_rows(
+            ("text", f"{stage.unique_name}.cut_share")
+        ):
             sizes = np.array([len(text) for text in rows.batch.column(0).to_pylist()])
             total += sizes.sum()
             lost += (sizes * rows.batch.column(1).to_numpy()).sum()
@@ -117,8 +141,8 @@ def cut_share(stage: SubstringStage, shards: Sequence[StageShardView]) -> float:
 
 
 def sorting_seconds(texts: Sequence[str], size: int) -> dict[str, float]:
-    """CPU seconds of finding equal windows of `size` words in memory: by sorting all suffixes, with
-    their common prefixes too, and by sorting hashes of the windows."""
+    """CPU seconds of finding equal windows of `size` words in memory: by sorting all
+    suffixes, with their common prefixes too, and by sorting hashes of the windows."""
     from pydivsufsort import divsufsort, kasai
 
     encoded = [text.encode() for text in texts]
@@ -146,11 +170,18 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=32, help="MB a job may use")
     parser.add_argument("--min-tokens", type=int, default=50)
     arguments = parser.parse_args()
-    stage = SubstringStage(min_tokens=arguments.min_tokens, memory=arguments.memory << 20)
-    os.environ |= {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    stage = SubstringStage(
+        min_tokens=arguments.min_tokens, memory=arguments.memory << 20
+    )
+    os.environ |= {
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
+    }
     texts = read_texts(arguments.folders)
     total = sum(len(text.encode()) for text in texts)
-    print(f"{len(texts)} documents, {total / 1e6:.1f} MB, memory: {arguments.memory} MB")
+    print(
+        f"{len(texts)} documents, {total / 1e6:.1f} MB, memory: {arguments.memory} MB"
+    )
     print(f"{'':>14}{'MB':>7}{'MB/CPU s':>10}{'MB/s':>8}{'peak MB':>9}{'cut':>7}")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +193,9 @@ def main() -> None:
             shards = write_corpus(home / f"{times}", some)
             (scratch := home / f"scratch-{times}").mkdir()
             ours, theirs = context.Pipe()
-            process = context.Process(target=measure, args=(stage, small, shards, scratch, theirs))
+            process = context.Process(
+                target=measure, args=(stage, small, shards, scratch, theirs)
+            )
             process.start()
             theirs.close()
             cpu, wall, peak = ours.recv()

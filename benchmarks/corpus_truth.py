@@ -2,7 +2,8 @@
 
     python benchmarks/corpus_truth.py corpora/demo corpora/demo-crawl/truth.jsonl
 
-Both come from `make corpus-demo`. The truth is the crawl's maker's alone; no stage has seen it.
+Both come from `make corpus-demo`. The truth is the crawl's maker's alone; no stage has
+seen it.
 """
 
 import argparse
@@ -22,14 +23,16 @@ _PII = {"ipv4": "ip", "ipv6": "ip", "credit_card": "card", "us_ssn": "ssn"}
 
 
 def documents(corpus: OpenCorpus) -> dict[str, dict[str, Any]]:
-    """Every document's labels, by id, and whether it is kept: copies as the stages found them, cuts
-    as they are among what the rules keep."""
+    """Every document's labels, by id, and whether it is kept: copies as the stages
+    found them, cuts as they are among what the rules keep."""
     rules = corpus.resolve_rules()
     settled_names = list(dict.fromkeys(["text", *rules.label_names, "substring.cuts"]))
     rows = {}
     for shard, settled in zip(corpus.shards, corpus.settle_rules(rules), strict=True):
         tables = zip(
-            shard.read_row_groups(COLUMNS), settled.read_row_groups(settled_names), strict=True
+            shard.read_row_groups(COLUMNS),
+            settled.read_row_groups(settled_names),
+            strict=True,
         )
         for found, table in tables:
             cuts = table.column("substring.cuts").to_pylist()
@@ -62,7 +65,9 @@ def main() -> None:
         pairs = [(rows[t["id"]], rows[t["of"]]) for t in alike]
         marked = sum(any(x["near.duplicate"] for x in pair) for pair in pairs)
         share(
-            f"edited copies at {low:.1f} to {high:.1f}, one of the two marked", marked, len(pairs)
+            f"edited copies at {low:.1f} to {high:.1f}, one of the two marked",
+            marked,
+            len(pairs),
         )
     left = times = 0
     for t in truth["boilerplate"]:
@@ -81,7 +86,9 @@ def main() -> None:
         masked = Counter(span["kind"] for span in row["pii.spans"])
         for kind, value in t["spans"]:
             found[kind, "all"] += 1
-            found[kind, "masked"] += value not in row["text"] and masked[_PII.get(kind, kind)] > 0
+            found[kind, "masked"] += (
+                value not in row["text"] and masked[_PII.get(kind, kind)] > 0
+            )
     for kind in sorted({kind for kind, _ in found}):
         share(f"personal data, {kind}", found[kind, "masked"], found[kind, "all"])
     for reason, number in Counter(t["reason"] for t in truth["junk"]).items():
@@ -92,7 +99,9 @@ def main() -> None:
         )
         share(f"junk, {reason}", dropped, number)
     taken = [t for t in (*truth["page"], *truth["article"]) if t["id"] in rows]
-    share("pages and articles kept", sum(rows[t["id"]]["kept"] for t in taken), len(taken))
+    share(
+        "pages and articles kept", sum(rows[t["id"]]["kept"] for t in taken), len(taken)
+    )
     counts = corpus.read_manifest("documents")["counts"]
     share("broken places counted", counts.get("broken", 0), len(truth["broken"]))
     bombs = sum(t["reason"] == "bomb" for t in truth["edge"])

@@ -1,10 +1,10 @@
-"""What short chunks cost on a CPU: paged attention in C++ and in XLA by sizes of blocks, and RoPE's
-cosines by layer.
+"""What short chunks cost on a CPU: paged attention in C++ and in XLA by sizes of
+blocks, and RoPE's cosines by layer.
 
     python benchmarks/cpu_attention.py
 
-Sizes are SmolLM2-135M's: 30 layers, 9 heads of 64 over 3, fp32, pages of 16, a step of 512 tokens.
-Prints milliseconds, the least of five runs.
+Sizes are SmolLM2-135M's: 30 layers, 9 heads of 64 over 3, fp32, pages of 16, a step of
+512 tokens. Prints milliseconds, the least of five runs.
 """
 
 import time
@@ -27,7 +27,10 @@ CASES = {
 }
 SIZES = [XlaBlockSizes(q, k) for q, k in ((16, 64), (64, 64), (64, 128), (256, 512))]
 WAYS = {"C++": {"backend": "cpu"}, "XLA": {"backend": "xla"}} | {
-    f"XLA, {own.queries} queries, {own.keys} keys": {"backend": "xla", "block_sizes": own}
+    f"XLA, {own.queries} queries, {own.keys} keys": {
+        "backend": "xla",
+        "block_sizes": own,
+    }
     for own in SIZES
 }
 
@@ -47,7 +50,9 @@ def measure_attention(counts, num_keys, way):
     counts = np.pad(counts, (0, rows - len(counts)))
     lengths, starts = np.where(counts > 0, num_keys, 0), np.cumsum([0, *counts])
     tables = rng.permutation(rows * 32).reshape(rows, 32)
-    keys, values = (rng.normal(size=(rows * 32, 3, PAGE, 64)).astype(np.float32) for _ in "kv")
+    keys, values = (
+        rng.normal(size=(rows * 32, 3, PAGE, 64)).astype(np.float32) for _ in "kv"
+    )
 
     @jax.jit
     def attend(q, *rest):
@@ -55,7 +60,9 @@ def measure_attention(counts, num_keys, way):
         return lax.fori_loop(0, LAYERS, layer, q)
 
     q = rng.normal(size=(TOKENS, 9, 64)).astype(np.float32)
-    return measure(attend, *map(jnp.asarray, (q, keys, values, tables, lengths, starts)))
+    return measure(
+        attend, *map(jnp.asarray, (q, keys, values, tables, lengths, starts))
+    )
 
 
 def measure_rope(hold):
@@ -72,7 +79,9 @@ def measure_rope(hold):
 
 def main():
     for name, way in WAYS.items():
-        found = (f"{case} {measure_attention(*own, way):.0f}" for case, own in CASES.items())
+        found = (
+            f"{case} {measure_attention(*own, way):.0f}" for case, own in CASES.items()
+        )
         print(f"{name:26} {'; '.join(found)}", flush=True)
     each, once = measure_rope(lambda rotary: rotary), measure_rope(materialize_rotary)
     print(f"turns and products: cosines in each layer {each:.0f}, once {once:.0f}")

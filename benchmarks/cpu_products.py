@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_products.py [--rows 1 8 16 64 512] [--rounds 7]
 
-The kernels are those of SmolLM2-135M's 30 layers (queries, keys and values as one; gate and up as
-one), each with weights of its own, so that they come from memory. Printed are medians in ms, of
-XLA's library, of ``pallas_kernels.cpu_matmul``, of PyTorch, and the time in which a plain sum reads
-as many bytes: no step with these products is faster.
+The kernels are those of SmolLM2-135M's 30 layers (queries, keys and values as one; gate
+and up as one), each with weights of its own, so that they come from memory. Printed are
+medians in ms, of XLA's library, of ``pallas_kernels.cpu_matmul``, of PyTorch, and the
+time in which a plain sum reads as many bytes: no step with these products is faster.
 """
 
 import argparse
@@ -58,7 +58,9 @@ def main() -> None:
     # PyTorch's linear layers hold [outputs, inputs].
     theirs = [[torch.tensor(x.T.copy()) for x in layer] for layer in arrays]
     layers = {
-        name: jax.jit(lambda x, layers, multiply=multiply: run_layers(multiply, x, layers))
+        name: jax.jit(
+            lambda x, layers, multiply=multiply: run_layers(multiply, x, layers)
+        )
         for name, multiply in (("XLA", jnp.matmul), ("cpu_matmul", cpu_matmul))
     }
     flat = jnp.ones(sum(x.size for layer in arrays for x in layer), jnp.float32)
@@ -69,11 +71,15 @@ def main() -> None:
         x = draw(rows, WIDTH)
         held, other = jnp.asarray(x), torch.tensor(x)
         xla = {
-            name: time_median(lambda x=held, run=run: run(x, ours).block_until_ready(), args.rounds)
+            name: time_median(
+                lambda x=held, run=run: run(x, ours).block_until_ready(), args.rounds
+            )
             for name, run in layers.items()
         }
         with torch.no_grad():
-            peer = time_median(lambda x=other: run_layers(F.linear, x, theirs), args.rounds)
+            peer = time_median(
+                lambda x=other: run_layers(F.linear, x, theirs), args.rounds
+            )
         own = ", ".join(f"{name} {ms:6.1f} ms" for name, ms in xla.items())
         print(f"{rows:4} rows: {own}, PyTorch {peer:6.1f} ms", flush=True)
 

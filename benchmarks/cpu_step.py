@@ -2,10 +2,11 @@
 
     python benchmarks/cpu_step.py [--rounds 5] [--steps 4] [--only maxlm,bare]
 
-4 layers, d 256, 4 heads, FFN 1024 (SwiGLU), vocabulary 8192 (untied), sequence 512, batch 8,
-AdamW, fp32. Each round times every contender once, one after the other, so that all see the same
-machine; printed are medians of tokens/s over the rounds and ratios to the bare JAX step.
-Transformers and torch are in the `parity` extra; without them only the JAX rows appear.
+4 layers, d 256, 4 heads, FFN 1024 (SwiGLU), vocabulary 8192 (untied), sequence 512,
+batch 8, AdamW, fp32. Each round times every contender once, one after the other, so
+that all see the same machine; printed are medians of tokens/s over the rounds and
+ratios to the bare JAX step. Transformers and torch are in the `parity` extra; without
+them only the JAX rows appear.
 """
 
 import argparse
@@ -39,14 +40,27 @@ def maxlm_step() -> Step:
     from maxlm.train.batch import batch_sharding
 
     settings = [
-        *(f"model.vocab_size={VOCAB}", f"model.num_layers={LAYERS}", f"model.d_model={D}"),
-        *(f"model.max_seq_len={SEQ}", f"model.mlp.d_ff={FF}", "model.tie_embeddings=false"),
-        *(f"model.attention.num_heads={HEADS}", f"model.attention.num_kv_heads={HEADS}"),
+        *(
+            f"model.vocab_size={VOCAB}",
+            f"model.num_layers={LAYERS}",
+            f"model.d_model={D}",
+        ),
+        *(
+            f"model.max_seq_len={SEQ}",
+            f"model.mlp.d_ff={FF}",
+            "model.tie_embeddings=false",
+        ),
+        *(
+            f"model.attention.num_heads={HEADS}",
+            f"model.attention.num_kv_heads={HEADS}",
+        ),
         *(f"model.attention.head_dim={HEAD}", "model.remat=none"),
         *(f"data.seq_len={SEQ}", f"data.batch_size={BATCH}", "schedule.kind=constant"),
         *("schedule.warmup_steps=0", f"schedule.learning_rate={RATE}", "mesh.fsdp=1"),
     ]
-    setup = set_up_run(load_config(RunConfig, "models/demo", settings).value, jax.devices()[:1])
+    setup = set_up_run(
+        load_config(RunConfig, "models/demo", settings).value, jax.devices()[:1]
+    )
     data = tokens()
     batch = {
         "tokens": data[:, :-1],
@@ -56,7 +70,9 @@ def maxlm_step() -> Step:
         "weights": np.ones((BATCH, SEQ), np.float32),
     }
     sharding = batch_sharding(setup.placed.compute, setup.mesh)
-    batch = {name: jax.device_put(array[None], sharding) for name, array in batch.items()}
+    batch = {
+        name: jax.device_put(array[None], sharding) for name, array in batch.items()
+    }
     state, step = setup.init_train_state(), setup.jit_train_step()
 
     def run() -> float:
@@ -68,7 +84,8 @@ def maxlm_step() -> Step:
 
 
 def bare_step(remat: bool) -> Step:
-    """What one would write in an afternoon: one function, layers scanned, plain attention."""
+    """What one would write in an afternoon: one function, layers scanned, plain
+    attention."""
 
     def norm(x, scale):
         return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS) * scale
@@ -97,7 +114,9 @@ def bare_step(remat: bool) -> Step:
         body = jax.checkpoint(layer) if remat else layer
         x, _ = jax.lax.scan(body, x, params["layers"])
         logits = norm(x, params["norm"]) @ params["head"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, data[:, 1:]).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, data[:, 1:]
+        ).mean()
 
     def init(key):
         shapes = {
@@ -163,7 +182,9 @@ def torch_step(compiled: bool) -> Step:
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)
         logits = forward(input_ids=data[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), data[:, 1:].flatten()
+        )
         loss.backward()
         optimizer.step()
         return float(loss)
@@ -183,8 +204,12 @@ CONTENDERS: dict[str, Callable[[], Step]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="steps a contender takes in a round")
-    parser.add_argument("--only", default="", help="comma-separated beginnings of names")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="steps a contender takes in a round"
+    )
+    parser.add_argument(
+        "--only", default="", help="comma-separated beginnings of names"
+    )
     args = parser.parse_args()
     wanted = tuple(filter(None, args.only.split(",")))
     steps: dict[str, Step] = {}
@@ -200,7 +225,9 @@ def main() -> None:
             continue
         loss = steps[name]()
         first[name] = time.perf_counter() - began
-        print(f"{name}: first step after {first[name]:.1f} s, loss {loss:.4f}", flush=True)
+        print(
+            f"{name}: first step after {first[name]:.1f} s, loss {loss:.4f}", flush=True
+        )
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
         for name, step in steps.items():

@@ -1,14 +1,17 @@
-"""Speed of prefill and decoding on this CPU beside transformers, fp32, the same SmolLM2-135M.
+"""Speed of prefill and decoding on this CPU beside transformers, fp32, the same
+SmolLM2-135M.
 
-    python benchmarks/decode.py FOLDER [--rounds 5] [--new 64] [--prompt 32] [--rows FILE]
+    python benchmarks/decode.py FOLDER [--rounds 5] [--new 64] [--prompt 32] [--rows
+    FILE]
         [--compile]
 
-FOLDER is a Hugging Face checkpoint (``make serve-demo`` makes one of SmolLM2). Each round times
-every contender once, one after the other; printed are medians over the rounds, their spread, and
-ratios of tokens/s. The share of the memory's bandwidth is (bytes of weights and cache that a step
-reads) ÷ (its time) ÷ (the rate at which a plain sum over as many bytes reads them in that round).
---rows writes the medians for ``python benchmarks/plan_serving.py --cpu FILE``. --compile has
-transformers' steps compiled too, by torch.compile, which takes minutes and a C++ compiler.
+FOLDER is a Hugging Face checkpoint (``make serve-demo`` makes one of SmolLM2). Each
+round times every contender once, one after the other; printed are medians over the
+rounds, their spread, and ratios of tokens/s. The share of the memory's bandwidth is
+(bytes of weights and cache that a step reads) ÷ (its time) ÷ (the rate at which a plain
+sum over as many bytes reads them in that round). --rows writes the medians for ``python
+benchmarks/plan_serving.py --cpu FILE``. --compile has transformers' steps compiled too,
+by torch.compile, which takes minutes and a C++ compiler.
 """
 
 import argparse
@@ -36,7 +39,11 @@ PREFILL, BATCHES = 512, (1, 8)
 def make_engine(folder: str) -> Engine:
     loaded = load_model(folder)
     config = EngineConfig(
-        max_sequences=8, max_length=1024, prefill_tokens=512, page_size=32, prefix_cache=False
+        max_sequences=8,
+        max_length=1024,
+        prefill_tokens=512,
+        page_size=32,
+        prefix_cache=False,
     )
     return Engine(loaded.model, loaded.params, config, loaded.tokenizer)
 
@@ -72,7 +79,9 @@ def make_peer(folder: str) -> Any:
     import transformers
 
     torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
 
 
 def time_peer_decode(model: Any, batch: int, prompt: int, new: int, kind: str) -> float:
@@ -135,13 +144,17 @@ def time_stream(array: jax.Array) -> float:
 _sum = jax.jit(jnp.sum)
 
 
-def show(name: str, times: list[float], tokens: int, peer: list[float] | None = None) -> None:
+def show(
+    name: str, times: list[float], tokens: int, peer: list[float] | None = None
+) -> None:
     middle = statistics.median(times)
     spread = f"{1e3 * min(times):7.1f}–{1e3 * max(times):.1f} ms"
     line = f"{name:34}{tokens / middle:9.1f} tokens/s  {spread}"
     if peer:
         ratios = sorted(b / a for a, b in zip(times, peer, strict=True))
-        line += f"   {statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+        line += (
+            f"   {statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+        )
     print(line, flush=True)
 
 
@@ -167,8 +180,8 @@ def main() -> None:
         where = batch, args.prompt, args.new
         runs[f"decode {batch}"] = lambda where=where: time_decode(engine, *where)
         for kind in kinds:
-            runs[f"peer {kind} {batch}"] = lambda where=where, kind=kind: time_peer_decode(
-                peer, *where, kind
+            runs[f"peer {kind} {batch}"] = lambda where=where, kind=kind: (
+                time_peer_decode(peer, *where, kind)
             )
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(args.rounds + 1):
@@ -179,7 +192,8 @@ def main() -> None:
     show("prefill 512", times["prefill"], PREFILL, times["peer prefill"])
     show("  transformers", times["peer prefill"], PREFILL)
     token_bytes = sum(
-        x.nbytes // (x.shape[1] * x.shape[3]) for x in jax.tree.leaves(engine._runner.state.caches)
+        x.nbytes // (x.shape[1] * x.shape[3])
+        for x in jax.tree.leaves(engine._runner.state.caches)
     )
     for batch in BATCHES:
         own = times[f"decode {batch}"]
@@ -189,19 +203,31 @@ def main() -> None:
         for kind, each in peers.items():
             show(f"  transformers, {kind}", each, batch)
         read = weights + token_bytes * batch * (args.prompt + args.new // 2)
-        shares = sorted(read / weights * s / d for s, d in zip(times["stream"], own, strict=True))
+        shares = sorted(
+            read / weights * s / d for s, d in zip(times["stream"], own, strict=True)
+        )
         middle = statistics.median(shares)
         print(f"  share of bandwidth {middle:.2f} ({shares[0]:.2f}–{shares[-1]:.2f})")
     rate = weights / statistics.median(times["stream"]) / 1e9
     if args.rows:
         ms = {name: 1e3 * statistics.median(own) for name, own in times.items()}
-        own = {"source": "here", "model": "smollm2_135m", "machine": "cpux1", "tensor": 1}
+        own = {
+            "source": "here",
+            "model": "smollm2_135m",
+            "machine": "cpux1",
+            "tensor": 1,
+        }
         loads = [(PREFILL, 1, 1, "prompt", ms["prefill"])]
-        loads += [(args.prompt, args.new, b, "tpot", ms[f"decode {b}"]) for b in BATCHES]
+        loads += [
+            (args.prompt, args.new, b, "tpot", ms[f"decode {b}"]) for b in BATCHES
+        ]
         names = "prompt", "new", "batch", "measure", "published"
         rows = [own | dict(zip(names, load, strict=True)) for load in loads]
         args.rows.write_text(json.dumps(rows))
-    print(f"stream {rate:.1f} GB/s; compilations after warm-up: {count_compilations() - compiled}")
+    print(
+        f"stream {rate:.1f} GB/s; compilations after warm-up: "
+        f"{count_compilations() - compiled}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A crawl's WARC files in Common Crawl's layout, some places broken, and the truth beside them."""
+"""A crawl's WARC files in Common Crawl's layout, some places broken, and the truth
+beside them."""
 
 import gzip
 import io
@@ -27,7 +28,9 @@ class Capture:
     id: str = ""
 
 
-def write(out: Path, captures: Iterable[Capture], rng: random.Random, files: int) -> None:
+def write(
+    out: Path, captures: Iterable[Capture], rng: random.Random, files: int
+) -> None:
     """The WARC files, each record a gzip member, and the truth beside them."""
     captures = list(captures)
     for capture in captures:
@@ -37,12 +40,16 @@ def write(out: Path, captures: Iterable[Capture], rng: random.Random, files: int
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "truth.jsonl", "w") as truth:
         for part in range(files):
-            numbers = range(part * len(captures) // files, (part + 1) * len(captures) // files)
+            numbers = range(
+                part * len(captures) // files, (part + 1) * len(captures) // files
+            )
             with open(out / f"crawl-{part:05d}.warc.gz", "wb") as file:
                 write_file(file, truth, captures, numbers, broken, rng)
 
 
-def write_file(file, truth, captures, numbers: range, broken: set[int], rng: random.Random) -> None:
+def write_file(
+    file, truth, captures, numbers: range, broken: set[int], rng: random.Random
+) -> None:
     from warcio.warcwriter import WARCWriter
 
     writer = WARCWriter(file, gzip=True)
@@ -83,7 +90,9 @@ def write_capture(writer, capture: Capture, rng: random.Random) -> None:
     target = re.match(r"https?://([^/]+)(.*)", capture.url)
     assert target is not None
     request = [("Host", target[1]), ("User-Agent", "demo"), ("Accept", "text/html")]
-    line = StatusAndHeaders(f"GET {target[2] or '/'} HTTP/1.1", request, is_http_request=True)
+    line = StatusAndHeaders(
+        f"GET {target[2] or '/'} HTTP/1.1", request, is_http_request=True
+    )
     concurrent = {"WARC-Concurrent-To": f"<urn:uuid:{capture.id}>"}
     record("request", new_id(rng), b"", line, **concurrent)
     http = StatusAndHeaders(capture.status, capture.headers, protocol="HTTP/1.1")
@@ -101,20 +110,32 @@ def write_capture(writer, capture: Capture, rng: random.Random) -> None:
 
 def break_something(file, writer, number: int) -> str:
     """Write one place that no reader can make a record of."""
-    page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>" + b"lost words " * 200
+    page = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>" + b"lost words " * 200
+    )
     head = b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://broken.example.com/\r\n"
     match number % 4:
         case 0:
             file.write(
-                gzip.compress(head + b"Content-Length: %d\r\n\r\n" % len(page) + page)[:-150]
+                gzip.compress(head + b"Content-Length: %d\r\n\r\n" % len(page) + page)[
+                    :-150
+                ]
             )
             return "truncated member"
         case 1:
             file.write(b"\0 no gzip member at all \0" * 20)
             return "garbage"
         case 2:
-            file.write(gzip.compress(head + b"Content-Length: many\r\n\r\n" + page + b"\r\n\r\n"))
+            file.write(
+                gzip.compress(
+                    head + b"Content-Length: many\r\n\r\n" + page + b"\r\n\r\n"
+                )
+            )
             return "bad Content-Length"
         case _:
-            file.write(gzip.compress(head + b"Content-Length: 99999\r\n\r\n" + page + b"\r\n\r\n"))
+            file.write(
+                gzip.compress(
+                    head + b"Content-Length: 99999\r\n\r\n" + page + b"\r\n\r\n"
+                )
+            )
             return "Content-Length too large"

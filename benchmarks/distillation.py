@@ -2,9 +2,9 @@
 
     python benchmarks/distillation.py [--steps 400] [--teacher-steps 400] [--folder DIR]
 
-A teacher is trained on the Python standard library's source, then a smaller student from each of
-three seeds, on the same batches: by cross-entropy, and by KL(teacher ‖ student). Prints the
-cross-entropy of held-out text, in nats a token.
+A teacher is trained on the Python standard library's source, then a smaller student
+from each of three seeds, on the same batches: by cross-entropy, and by KL(teacher ‖
+student). Prints the cross-entropy of held-out text, in nats a token.
 """
 
 import argparse
@@ -28,7 +28,11 @@ def make_settings(
     folder: Path, name: str, sizes: dict[str, Any], steps: int, batch: int, seq_len: int
 ) -> dict[str, Any]:
     heads = {"num_heads": sizes["heads"], "num_kv_heads": sizes["heads"]}
-    model = {"vocab_size": VOCAB, "max_seq_len": 64, "attention": heads | {"head_dim": 16}}
+    model = {
+        "vocab_size": VOCAB,
+        "max_seq_len": 64,
+        "attention": heads | {"head_dim": 16},
+    }
     model |= {"num_layers": sizes["num_layers"], "d_model": sizes["d_model"]}
     model |= {"mlp": {"d_ff": sizes["d_ff"]}, "tie_embeddings": True, "remat": "none"}
     return {
@@ -67,7 +71,9 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.folder
     teacher = folder / "teacher"
-    entropy = train(make_settings(folder, "teacher", TEACHER, options.teacher_steps, 16, 64))
+    entropy = train(
+        make_settings(folder, "teacher", TEACHER, options.teacher_steps, 16, 64)
+    )
     print(f"teacher: {entropy:.4f}", flush=True)
     stores = {"store": str(teacher / "data/text/train")}
     heldout = str(teacher / "data/text/heldout")
@@ -83,11 +89,19 @@ def main() -> None:
             settings |= {"tokenizer": {"path": str(teacher / "tokenizer")}}
             found[name].append(train(settings | {"task": task, "seed": seed}))
         values = {name: own[-1] for name, own in found.items()}
-        print(f"seed {seed}:", *(f"{n} {v:.4f}" for n, v in values.items()), sep="  ", flush=True)
+        print(
+            f"seed {seed}:",
+            *(f"{n} {v:.4f}" for n, v in values.items()),
+            sep="  ",
+            flush=True,
+        )
     base = np.array(found["cross-entropy"])
     for name in list(tasks)[1:]:
         gains = 1 - np.array(found[name]) / base
-        print(f"{name}: {gains.mean():.1%} below cross-entropy alone (least {gains.min():.1%})")
+        print(
+            f"{name}: {gains.mean():.1%} below cross-entropy alone (least "
+            f"{gains.min():.1%})"
+        )
 
 
 if __name__ == "__main__":

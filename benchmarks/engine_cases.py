@@ -2,10 +2,10 @@
 
     python benchmarks/engine_cases.py FOLDER [--rounds 3]
 
-FOLDER is a run or a Hugging Face checkpoint. First 32 requests whose prompts begin with the same
-1,000 tokens: pages held, against those of one, and tokens prefilled, against those without
-sharing. Then prompt look-up on text to be copied: the model repeats a list that its prompt has
-three times; tokens/s beside decoding without guesses, in turn.
+FOLDER is a run or a Hugging Face checkpoint. First 32 requests whose prompts begin with
+the same 1,000 tokens: pages held, against those of one, and tokens prefilled, against
+those without sharing. Then prompt look-up on text to be copied: the model repeats a
+list that its prompt has three times; tokens/s beside decoding without guesses, in turn.
 """
 
 import argparse
@@ -23,7 +23,9 @@ PAGE, DRAFTS = 16, 6
 
 
 def measure_prefix(loaded: LoadedRun) -> None:
-    config = EngineConfig(max_sequences=32, max_length=1088, page_size=PAGE, prefill_tokens=256)
+    config = EngineConfig(
+        max_sequences=32, max_length=1088, page_size=PAGE, prefill_tokens=256
+    )
     random = np.random.default_rng(0)
     prefix = random.integers(1_000, 40_000, 1_000).tolist()
     sampling = SamplingConfig(temperature=0, max_new_tokens=40)
@@ -34,25 +36,35 @@ def measure_prefix(loaded: LoadedRun) -> None:
         for number in range(count):
             prompt = (*prefix, *random.integers(1_000, 40_000, 8).tolist())
             engine.add_request(
-                GenerationRequest(f"{count}-{number}", prompt, sampling, ignore_eos=True)
+                GenerationRequest(
+                    f"{count}-{number}", prompt, sampling, ignore_eos=True
+                )
             )
         most = 0
         while engine.has_work:
             engine.step()
             if len(engine.scheduler.running) == count:
-                most = max(most, engine.stats().num_pages - engine.stats().num_free_pages)
+                most = max(
+                    most, engine.stats().num_pages - engine.stats().num_free_pages
+                )
         held[count] = most
         after = engine.stats()
     prefix_pages = 1_000 // PAGE
     own = held[1] - prefix_pages
     shared = held[32] - 32 * own
     prompts = after.prompt_tokens_total - before.prompt_tokens_total
-    computed = prompts - (after.cached_prompt_tokens_total - before.cached_prompt_tokens_total)
+    computed = prompts - (
+        after.cached_prompt_tokens_total - before.cached_prompt_tokens_total
+    )
     print(
-        f"shared prefix of 1,000 tokens: one request holds {held[1]} pages, {own} of them its own; "
+        f"shared prefix of 1,000 tokens: one request holds {held[1]} pages, {own} of "
+        f"them its own; "
         f"32 hold {held[32]}, {shared / prefix_pages:.2f}× the prefix without their own"
     )
-    print(f"tokens prefilled: {computed:,} of {prompts:,}, {prompts / computed:.1f}× fewer")
+    print(
+        f"tokens prefilled: {computed:,} of {prompts:,}, {prompts / computed:.1f}× "
+        f"fewer"
+    )
 
 
 def measure_lookup(loaded: LoadedRun, rounds: int) -> None:
@@ -60,13 +72,19 @@ def measure_lookup(loaded: LoadedRun, rounds: int) -> None:
     engines = {}
     for name, guess in (("plain", None), ("prompt look-up", speculation)):
         config = EngineConfig(
-            max_sequences=1, max_length=1024, page_size=32, prefix_cache=False, speculation=guess
+            max_sequences=1,
+            max_length=1024,
+            page_size=32,
+            prefix_cache=False,
+            speculation=guess,
         )
         engines[name] = Engine(loaded.model, loaded.params, config, loaded.tokenizer)
     text = "\n".join(
         f"{10 * i + 7}. The {colour} {thing} costs {i * i + 3} dollars."
         for i, (colour, thing) in enumerate(
-            (c, t) for c in ("red", "green", "blue") for t in ("lamp", "chair", "table", "shelf")
+            (c, t)
+            for c in ("red", "green", "blue")
+            for t in ("lamp", "chair", "table", "shelf")
         )
     )
     prompt = tuple(loaded.tokenizer.encode(f"{text}\n\n" * 3))
@@ -75,10 +93,12 @@ def measure_lookup(loaded: LoadedRun, rounds: int) -> None:
     outputs = {}
     for number in range(rounds + 1):
         for name, engine in engines.items():
-            engine.add_request(GenerationRequest(f"{number}", prompt, sampling, ignore_eos=True))
-            while any(each.num_to_compute != 1 for each in engine.scheduler.running) or (
-                engine.scheduler.waiting
-            ):
+            engine.add_request(
+                GenerationRequest(f"{number}", prompt, sampling, ignore_eos=True)
+            )
+            while any(
+                each.num_to_compute != 1 for each in engine.scheduler.running
+            ) or (engine.scheduler.waiting):
                 engine.step()
             start, tokens = time.perf_counter(), []
             while engine.has_work:
@@ -91,9 +111,14 @@ def measure_lookup(loaded: LoadedRun, rounds: int) -> None:
     ratios = sorted(b / a for a, b in zip(*rates.values(), strict=True))
     for name, own in rates.items():
         print(f"{name:16}{statistics.median(own):8.1f} tokens/s")
-    print(f"prompt look-up is {statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})")
+    print(
+        f"prompt look-up is {statistics.median(ratios):.2f}× "
+        f"({ratios[0]:.2f}–{ratios[-1]:.2f})"
+    )
     stats = engines["prompt look-up"].stats()
-    print(f"guessed {stats.drafted_tokens_total}, accepted {stats.accepted_tokens_total}")
+    print(
+        f"guessed {stats.drafted_tokens_total}, accepted {stats.accepted_tokens_total}"
+    )
 
 
 def main() -> None:

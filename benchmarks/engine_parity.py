@@ -1,11 +1,12 @@
-"""Greedy tokens and log-probabilities of the engine and the server beside transformers'.
+"""Greedy tokens and log-probabilities of the engine and the server beside
+transformers'.
 
     python benchmarks/engine_parity.py FOLDER [--prompts 50] [--new 64]
 
-FOLDER is a Hugging Face checkpoint (``make serve-demo`` makes one of SmolLM2). Prompts are parts of
-this project's documentation, of 1 to 120 tokens. transformers computes in fp32 for tokens, and in
-float64 for log-probabilities: those of the prompts' tokens, fp32 here and there, are compared with
-it, relative to the largest logit of their token.
+FOLDER is a Hugging Face checkpoint (``make serve-demo`` makes one of SmolLM2). Prompts
+are parts of this project's documentation, of 1 to 120 tokens. transformers computes in
+fp32 for tokens, and in float64 for log-probabilities: those of the prompts' tokens,
+fp32 here and there, are compared with it, relative to the largest logit of their token.
 """
 
 import argparse
@@ -41,11 +42,15 @@ def choose_prompts(tokenizer: Any, count: int) -> list[list[int]]:
     docs = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
     ids = tokenizer.encode("\n".join(path.read_text() for path in docs[:4]))
     random = np.random.default_rng(0)
-    places = zip(random.integers(0, 3_000, count), random.integers(1, 120, count), strict=True)
+    places = zip(
+        random.integers(0, 3_000, count), random.integers(1, 120, count), strict=True
+    )
     return [ids[start : start + size] for start, size in places]
 
 
-def continue_greedily(model: Any, prompts: Prompts, outputs: Prompts) -> list[list[int]]:
+def continue_greedily(
+    model: Any, prompts: Prompts, outputs: Prompts
+) -> list[list[int]]:
     """What transformers says after each prefix of these."""
     expected = []
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -55,8 +60,11 @@ def continue_greedily(model: Any, prompts: Prompts, outputs: Prompts) -> list[li
     return expected
 
 
-def compute_logprobs(model: Any, prompt: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of a prompt's tokens from the second on, and each one's largest |logit|."""
+def compute_logprobs(
+    model: Any, prompt: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of a prompt's tokens from the second on, and each one's largest
+    |logit|."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, :-1].double()
     found = torch.log_softmax(logits, -1)[torch.arange(len(prompt) - 1), prompt[1:]]
@@ -64,7 +72,8 @@ def compute_logprobs(model: Any, prompt: Sequence[int]) -> tuple[np.ndarray, np.
 
 
 def run_with_draft(loaded: Any, prompts: Prompts, sampling: SamplingConfig) -> Prompts:
-    """Tokens guessed by the model with noise on its parameters, which is right now and then."""
+    """Tokens guessed by the model with noise on its parameters, which is right now and
+    then."""
 
     def disturb(x: jax.Array) -> jax.Array:
         noise = np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
@@ -75,12 +84,16 @@ def run_with_draft(loaded: Any, prompts: Prompts, sampling: SamplingConfig) -> P
         draft = DraftModel(loaded.model, jax.tree.map(disturb, loaded.params))
     engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
     found = [[] for _ in prompts]
-    requests = [GenerationRequest(str(i), tuple(own), sampling) for i, own in enumerate(prompts)]
+    requests = [
+        GenerationRequest(str(i), tuple(own), sampling) for i, own in enumerate(prompts)
+    ]
     for output in engine.run(requests):
         found[int(output.request_id)] += output.token_ids
     stats = engine.stats()
     share = stats.accepted_tokens_total / stats.drafted_tokens_total
-    print(f"a draft model: {share:.0%} of {stats.drafted_tokens_total} guesses were taken")
+    print(
+        f"a draft model: {share:.0%} of {stats.drafted_tokens_total} guesses were taken"
+    )
     return found
 
 
@@ -88,7 +101,9 @@ def run_engine(
     loaded: Any, prompts: Prompts, sampling: SamplingConfig
 ) -> list[tuple[list[float], str]]:
     """Log-probabilities of each prompt's tokens, and the text behind it."""
-    engine = Engine(loaded.model, loaded.params, EngineConfig(**SIZES), loaded.tokenizer)
+    engine = Engine(
+        loaded.model, loaded.params, EngineConfig(**SIZES), loaded.tokenizer
+    )
     requests = [
         GenerationRequest(str(i), tuple(prompt), sampling, prompt_logprobs=0)
         for i, prompt in enumerate(prompts)
@@ -131,7 +146,9 @@ def main() -> None:
     expected = [text for _, text in run_engine(loaded, prompts, greedy)]
     with serve(args.folder, SIZES) as url:
         body = {"model": "model", "temperature": 0, "max_tokens": args.new}
-        answers = [post(f"{url}/completions", body | {"prompt": prompt}) for prompt in prompts]
+        answers = [
+            post(f"{url}/completions", body | {"prompt": prompt}) for prompt in prompts
+        ]
     found = [answer["choices"][0]["text"] for answer in answers]
     equal = sum(a == b for a, b in zip(found, expected, strict=True))
     print(f"server: {equal} of {len(prompts)} texts equal the engine's", flush=True)
@@ -139,11 +156,14 @@ def main() -> None:
     peer = peer.double()
     one = SamplingConfig(temperature=0, max_new_tokens=1)
     errors = []
-    for prompt, (logprobs, _) in zip(prompts, run_engine(loaded, prompts, one), strict=True):
+    for prompt, (logprobs, _) in zip(
+        prompts, run_engine(loaded, prompts, one), strict=True
+    ):
         exact, largest = compute_logprobs(peer, prompt)
         errors += (np.abs(np.array(logprobs) - exact) / largest).tolist()
     print(
-        f"log-probabilities of {len(errors)} tokens: off by {max(errors):.1e} of the largest logit"
+        f"log-probabilities of {len(errors)} tokens: off by {max(errors):.1e} of the "
+        f"largest logit"
     )
 
 

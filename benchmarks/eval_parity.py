@@ -1,15 +1,17 @@
-"""`maxlm eval`'s model beside lm-evaluation-harness's own HFLM, on the same weights and rows.
+"""`maxlm eval`'s model beside lm-evaluation-harness's own HFLM, on the same weights and
+rows.
 
-    python benchmarks/eval_parity.py FOLDER DATA [N] [--tasks piqa,gsm8k:5] [--batch-size 16]
+    python benchmarks/eval_parity.py FOLDER DATA [N] [--tasks piqa,gsm8k:5]
+    [--batch-size 16]
 
-FOLDER is a Hugging Face checkpoint, DATA has the tasks' files (docs/evaluation.md). A task may have
-its own number of rows. HFLM is torch in fp32 on the CPU. Each task is evaluated by one after the
-other, so that both meet the same load; seconds are of the evaluation alone, ours with compilation,
-but for programs that `maxlm eval` has compiled before.
-HFLM's softmax is in float64: in fp32 its sum over the vocabulary is off by 8e-6 nats a token.
-Prints of each task how far log-likelihoods are apart, how many generations differ, each
-metric of both, and the ratio of seconds. --float64 N: of the N requests that are furthest apart,
-how far each model is from a float64 one (torch).
+FOLDER is a Hugging Face checkpoint, DATA has the tasks' files (docs/evaluation.md). A
+task may have its own number of rows. HFLM is torch in fp32 on the CPU. Each task is
+evaluated by one after the other, so that both meet the same load; seconds are of the
+evaluation alone, ours with compilation, but for programs that `maxlm eval` has compiled
+before. HFLM's softmax is in float64: in fp32 its sum over the vocabulary is off by 8e-6
+nats a token. Prints of each task how far log-likelihoods are apart, how many
+generations differ, each metric of both, and the ratio of seconds. --float64 N: of the N
+requests that are furthest apart, how far each model is from a float64 one (torch).
 """
 
 import argparse
@@ -44,12 +46,15 @@ def run(model, manager, name, data, limit, shots):
 
 
 def compare(theirs, ours):
-    """Requests with both log-likelihoods; differing greedy flags, differing texts, requests."""
+    """Requests with both log-likelihoods; differing greedy flags, differing texts,
+    requests."""
     scored, flags, texts, count = [], 0, 0, 0
     for task, rows in theirs["samples"].items():
         for one, two in zip(rows, ours["samples"][task], strict=True):
             assert one["arguments"] == two["arguments"], (task, one["doc_id"])
-            for arguments, a, b in zip(one["arguments"], one["resps"], two["resps"], strict=True):
+            for arguments, a, b in zip(
+                one["arguments"], one["resps"], two["resps"], strict=True
+            ):
                 a, b, count = a[0], b[0], count + 1
                 if isinstance(a, str):
                     texts += a != b
@@ -63,7 +68,9 @@ def score_in_float64(model, context, tail):
     """Log-likelihood of a tail in nats, by HFLM's model in float64."""
     context, tail = model._encode_pair(context, tail)
     with torch.no_grad():
-        logits = model.model(torch.tensor([[*context, *tail][:-1]])).logits[0, -len(tail) :]
+        logits = model.model(torch.tensor([[*context, *tail][:-1]])).logits[
+            0, -len(tail) :
+        ]
     return torch.log_softmax(logits, -1)[range(len(tail)), tail].sum().item()
 
 
@@ -73,7 +80,9 @@ def main():
     parser.add_argument("data", type=Path)
     parser.add_argument("rows", type=int, nargs="?", default=40)
     parser.add_argument("--tasks", default=TASKS)
-    parser.add_argument("--shots", type=int, help="default: 5 for MMLU, else the task's")
+    parser.add_argument(
+        "--shots", type=int, help="default: 5 for MMLU, else the task's"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--softmax-dtype", default="float64")
     parser.add_argument("--max-length", type=int, default=2048)
@@ -89,7 +98,9 @@ def main():
         softmax_dtype=given.softmax_dtype,
     )
     loaded = load_chat_model(given.folder, step=None, mesh=None, template=None)
-    ours = MaxlmModel(make_evaluation_engine(loaded, [f"max_length={given.max_length}"]))
+    ours = MaxlmModel(
+        make_evaluation_engine(loaded, [f"max_length={given.max_length}"])
+    )
     manager, differs, furthest = TaskManager(), False, {}
     for spec in given.tasks.split(","):
         name, _, rows = spec.partition(":")
@@ -97,26 +108,42 @@ def main():
         own = manager, name, given.data, limit, given.shots
         (a, hf), (b, own) = (run(model, *own) for model in (theirs, ours))
         scored, flags, texts, count = compare(a, b)
-        furthest[name] = sorted(scored, key=lambda each: -abs(each[1] - each[2]))[: given.float64]
+        furthest[name] = sorted(scored, key=lambda each: -abs(each[1] - each[2]))[
+            : given.float64
+        ]
         apart = np.array([abs(x - y) for _, x, y in scored] or [0.0])
-        metrics = {k: v for k, v in a["results"][name].items() if "," in k and "stderr" not in k}
+        metrics = {
+            k: v
+            for k, v in a["results"][name].items()
+            if "," in k and "stderr" not in k
+        }
         pairs = {k: (v, b["results"][name][k]) for k, v in metrics.items()}
         same = all(np.isclose(x, y, rtol=1e-5) for x, y in pairs.values())
         differs |= not same or flags > 0 or texts > 0 or apart.max() > 1e-3
         shown = ", ".join(f"{k} {x:.4f} {y:.4f}" for k, (x, y) in pairs.items())
         print(
             f"{name}: {limit} rows, {count} requests; |Δll| ≤ {apart.max():.1e} nats, "
-            f"{np.mean(apart <= 1e-4):.1%} ≤ 1e-4, median {np.median(apart):.0e}; {flags} greedy "
-            f"flags and {texts} texts differ; HFLM, maxlm: {shown}; {hf:.1f} s, {own:.1f} s, "
+            f"{np.mean(apart <= 1e-4):.1%} ≤ 1e-4, median {np.median(apart):.0e}; "
+            f"{flags} greedy "
+            f"flags and {texts} texts differ; HFLM, maxlm: {shown}; {hf:.1f} s, "
+            f"{own:.1f} s, "
             f"ratio {own / hf:.2f}",
             flush=True,
         )
     theirs.model.double()
     for name, rows in furthest.items():
         if rows:
-            exact = np.array([score_in_float64(theirs, *arguments) for arguments, _, _ in rows])
-            errors = (np.abs(np.array([row[i] for row in rows]) - exact).max() for i in (1, 2))
-            print("{}: from float64 HFLM ≤ {:.1e}, maxlm ≤ {:.1e} nats".format(name, *errors))
+            exact = np.array(
+                [score_in_float64(theirs, *arguments) for arguments, _, _ in rows]
+            )
+            errors = (
+                np.abs(np.array([row[i] for row in rows]) - exact).max() for i in (1, 2)
+            )
+            print(
+                "{}: from float64 HFLM ≤ {:.1e}, maxlm ≤ {:.1e} nats".format(
+                    name, *errors
+                )
+            )
     sys.exit(int(differs))
 
 

@@ -2,13 +2,15 @@
 
     python benchmarks/loader.py [--tokens 100000000] [--seq-len 512 2048] [--seconds 4]
 
-Builds two synthetic stores in a temporary folder (document lengths like the standard library's
-files, token frequencies by Zipf's law), mixes them 3 to 1 and prints tokens/s for each packing and
-number of workers. The default stores are larger than the 64 MiB that a store caches. "direct" calls
-the function that makes a batch, without Grain and without reading ahead; "1 of 4 hosts" counts the
-tokens of that host. Grain's packers get the same documents out of memory, mixed and shuffled by it,
-one thread; best fit gets them cut to seq_len. Last comes what a resumed run waits for at step 10^9
-of a mixture of 10 trillion tokens in 10^10 documents, whose offsets are computed and not stored.
+Builds two synthetic stores in a temporary folder (document lengths like the standard
+library's files, token frequencies by Zipf's law), mixes them 3 to 1 and prints tokens/s
+for each packing and number of workers. The default stores are larger than the 64 MiB
+that a store caches. "direct" calls the function that makes a batch, without Grain and
+without reading ahead; "1 of 4 hosts" counts the tokens of that host. Grain's packers
+get the same documents out of memory, mixed and shuffled by it, one thread; best fit
+gets them cut to seq_len. Last comes what a resumed run waits for at step 10^9 of a
+mixture of 10 trillion tokens in 10^10 documents, whose offsets are computed and not
+stored.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from maxlm.data.store.manifest import write_manifest
 
 VOCABULARY = 8192
 WEIGHTS = {"web": 3.0, "code": 1.0}
-# Steps left out of a rate: threads' own, and those the workers made ahead while starting.
+# Steps left out of a rate: threads' own, and those the workers made ahead while
+# starting.
 SETTLE_STEPS = THREAD_STEPS + 16
 
 
@@ -45,14 +48,22 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"web": arguments.tokens * 3 // 4, "code": arguments.tokens // 4}
-        stores = {n: synthetic_store(Path(folder, n), size) for n, size in sizes.items()}
+        stores = {
+            n: synthetic_store(Path(folder, n), size) for n, size in sizes.items()
+        }
         for name, store in stores.items():
-            print(f"{name}: {store.num_tokens:,} tokens, {store.num_documents:,} documents")
+            print(
+                f"{name}: {store.num_tokens:,} tokens, {store.num_documents:,} "
+                f"documents"
+            )
         print(f"{arguments.batch_tokens:,} tokens a batch, {os.cpu_count()} CPUs")
         store = stores["web"]
         began = time.perf_counter()
         build_index(store.offsets, 2048, 16384)
-        print(f"best_fit index: {store.num_documents / (time.perf_counter() - began):,.0f} docs/s")
+        print(
+            f"best_fit index: "
+            f"{store.num_documents / (time.perf_counter() - began):,.0f} docs/s"
+        )
         for seq_len in arguments.seq_len:
             for packing in ("concat", "best_fit"):
                 config = LoaderConfig(
@@ -66,19 +77,30 @@ def main() -> None:
 
 
 def measure(
-    stores: dict[str, TokenStore], config: LoaderConfig, workers: list[int], seconds: float
+    stores: dict[str, TokenStore],
+    config: LoaderConfig,
+    workers: list[int],
+    seconds: float,
 ) -> None:
     """Prints one packing's lines."""
     batches = make_batches(stores, WEIGHTS, config, seed=0)
-    full = min(s.store.num_tokens / (s.num_sequences * config.seq_len) for s in batches.sources)
+    full = min(
+        s.store.num_tokens / (s.num_sequences * config.seq_len) for s in batches.sources
+    )
     head = f"seq_len {config.seq_len:5}  {config.packing:9}"
     tokens = config.batch_size * config.seq_len
     for hosts in (1, 4):
         rows = range(config.batch_size // hosts)
         steps = iter(range(1 << 30))
         speed = len(rows) * config.seq_len
-        speed *= rate(lambda steps=steps, rows=rows: batches.rows(next(steps), rows), seconds)
-        name = f"direct, 1 of {hosts} hosts" if hosts > 1 else f"direct, utilisation {full:.4f}"
+        speed *= rate(
+            lambda steps=steps, rows=rows: batches.rows(next(steps), rows), seconds
+        )
+        name = (
+            f"direct, 1 of {hosts} hosts"
+            if hosts > 1
+            else f"direct, utilisation {full:.4f}"
+        )
         print(f"{head} {name:28} {speed:12,.0f} tokens/s")
     for count in workers:
         began = time.perf_counter()
@@ -92,7 +114,9 @@ def measure(
         print(f"{head} {name:28} {speed:12,.0f} tokens/s")
 
 
-def measure_grain(stores: dict[str, TokenStore], config: LoaderConfig, seconds: float) -> None:
+def measure_grain(
+    stores: dict[str, TokenStore], config: LoaderConfig, seconds: float
+) -> None:
     """Prints the line of Grain's packer of the same kind."""
     length, packing = {"tokens": config.seq_len}, config.packing
     datasets = []
@@ -102,7 +126,10 @@ def measure_grain(stores: dict[str, TokenStore], config: LoaderConfig, seconds: 
             starts = np.union1d(
                 starts,
                 np.concatenate(
-                    [np.arange(a, b, config.seq_len) for a, b in itertools.pairwise(starts)]
+                    [
+                        np.arange(a, b, config.seq_len)
+                        for a, b in itertools.pairwise(starts)
+                    ]
                 ),
             )
         documents = np.split(tokens, starts[1:-1])
@@ -145,7 +172,9 @@ class SimulatedStore:
         self.num_tokens = int(_starts(np.array([num_documents]))[0])
         self.offsets = Offsets(_starts, num_documents + 1)
 
-    def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+    def read_many(
+        self, starts: Sequence[int], stops: Sequence[int]
+    ) -> list[np.ndarray]:
         return [np.zeros(b - a, np.uint16) for a, b in zip(starts, stops, strict=True)]
 
 
@@ -154,10 +183,13 @@ def _starts(index: np.ndarray) -> np.ndarray:
 
 
 def measure_resume() -> None:
-    """Prints how long the first batch of a resumed run takes, and the rate from there on."""
+    """Prints how long the first batch of a resumed run takes, and the rate from there
+    on."""
     stores = {name: SimulatedStore(5 * 10**9) for name in WEIGHTS}
     config = LoaderConfig(seq_len=2048, batch_size=64)
-    mixing = Mixing(WEIGHTS, max_epochs={"code": 1}, phases=(Phase(from_step=9, weights=WEIGHTS),))
+    mixing = Mixing(
+        WEIGHTS, max_epochs={"code": 1}, phases=(Phase(from_step=9, weights=WEIGHTS),)
+    )
     began = time.perf_counter()
     batches = make_batches(stores, mixing, config, seed=0)
     batches.rows(10**9)
@@ -165,7 +197,10 @@ def measure_resume() -> None:
     steps = iter(range(10**9, 1 << 60))
     speed = 64 * 2048 * rate(lambda: batches.rows(next(steps)), 3.0)
     total = sum(store.num_tokens for store in stores.values())
-    print(f"{total:,} tokens: first batch at step 10^9 after {first:.3f} s, {speed:,.0f} tokens/s")
+    print(
+        f"{total:,} tokens: first batch at step 10^9 after {first:.3f} s, {speed:,.0f} "
+        f"tokens/s"
+    )
 
 
 def rate(function: Callable[[], object], seconds: float) -> float:
@@ -178,7 +213,8 @@ def rate(function: Callable[[], object], seconds: float) -> float:
 
 
 def synthetic_store(folder: Path, num_tokens: int) -> TokenStore:
-    """A real store of random documents, without the text and the tokenizer behind it."""
+    """A real store of random documents, without the text and the tokenizer behind
+    it."""
     folder.mkdir()
     random = np.random.default_rng(0)
     lengths = random.lognormal(7.0, 1.4, num_tokens // 1000).astype(np.int64) + 2

@@ -2,12 +2,13 @@
 
     python benchmarks/norm_rope.py [CASE ...] [--list] [--chips v5p v6e]
 
-Needs the `tpu` extra, and no TPU. Each case is compiled by the TPU's compiler from this project's
-layers, forward and backward apart: the sum of the residual stream and a layer's output with the
-norm of it, and the rotation of queries and keys. Columns: bytes of main memory that the scheduled
-program moves, beside the least (arguments read once, results written once); the time of the former
-at the chip's bandwidth; the time that the final schedule takes where memory never waits, XLA's and
-that of a plain Pallas kernel for the same, which moves the least.
+Needs the `tpu` extra, and no TPU. Each case is compiled by the TPU's compiler from this
+project's layers, forward and backward apart: the sum of the residual stream and a
+layer's output with the norm of it, and the rotation of queries and keys. Columns: bytes
+of main memory that the scheduled program moves, beside the least (arguments read once,
+results written once); the time of the former at the chip's bandwidth; the time that the
+final schedule takes where memory never waits, XLA's and that of a plain Pallas kernel
+for the same, which moves the least.
 """
 
 import argparse
@@ -91,8 +92,8 @@ XLA: dict[str, Program] = {
 
 
 def by_rows(kernel, *arguments, widths, dtypes, sums=0):
-    """A kernel over blocks of rows; arguments of one row are whole in every step. Of the last
-    ``sums`` results each step has 8 rows of its own."""
+    """A kernel over blocks of rows; arguments of one row are whole in every step. Of
+    the last ``sums`` results each step has 8 rows of its own."""
 
     def rows(width, height=ROWS):
         return pl.BlockSpec((height, width), lambda i: (i, 0))
@@ -105,7 +106,9 @@ def by_rows(kernel, *arguments, widths, dtypes, sums=0):
     return pl.pallas_call(
         kernel,
         grid=(steps,),
-        in_specs=[row(a.shape[1]) if len(a) == 1 else rows(a.shape[1]) for a in arguments],
+        in_specs=[
+            row(a.shape[1]) if len(a) == 1 else rows(a.shape[1]) for a in arguments
+        ],
         out_specs=[rows(w, h) for w, h in zip(widths, heights, strict=True)],
         out_shape=[
             jax.ShapeDtypeStruct((steps * h, w), t)
@@ -122,7 +125,9 @@ def pallas_norm_forward(x, branch, scale):
         root = jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + EPS)
         normed[...] = (wide * root * scale[...]).astype(normed.dtype)
 
-    return by_rows(kernel, x, branch, scale[None], widths=(D, D), dtypes=(jnp.bfloat16,) * 2)
+    return by_rows(
+        kernel, x, branch, scale[None], widths=(D, D), dtypes=(jnp.bfloat16,) * 2
+    )
 
 
 def pallas_norm_backward(x, scale, d_x, d_normed):
@@ -179,7 +184,9 @@ def moved_and_least(case: str, chip: str) -> tuple[int, int]:
     function, arguments = XLA[case]
     device = get_topology_devices(parse_topology(STATIC[chip].topology))[0]
     on = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
-    compiled = jax.jit(function).lower(*(on(a.shape, a.dtype) for a in arguments)).compile()
+    compiled = (
+        jax.jit(function).lower(*(on(a.shape, a.dtype) for a in arguments)).compile()
+    )
     ends = jax.tree.leaves((arguments, jax.eval_shape(function, *arguments)))
     least = sum(prod(a.shape) * a.dtype.itemsize for a in ends)
     return read_program_traffic(compiled.as_text()).memory_bytes, least
@@ -201,7 +208,9 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     here, above = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, *sys.path, above)))
-    print(f"{'':<20}{'MB moved':>9}{'least':>8}{'ratio':>7}{'memory':>10}{'XLA':>10}{'Pallas':>10}")
+    print(
+        f"{'':<20}{'MB moved':>9}{'least':>8}{'ratio':>7}{'memory':>10}{'XLA':>10}{'Pallas':>10}"
+    )
     for chip in args.chips:
         for case in names:
             moved, least = moved_and_least(case, chip)

@@ -2,7 +2,8 @@
 
     python benchmarks/parameter_counts.py [--write]
 
-Nothing is allocated. With --write the table goes into docs/families.md, between its markers.
+Nothing is allocated. With --write the table goes into docs/families.md, between its
+markers.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from maxlm.sharding import AxisRules
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 MARKERS = "<!-- sizes -->\n", "<!-- /sizes -->\n"
 
-# The family (maxlm.models.families) of presets whose names start so; the longest start counts.
+# The family (maxlm.models.families) of presets whose names start so; the longest start
+# counts.
 FAMILIES = {
     "gpt2": "gpt2",
     "llama": "llama",
@@ -150,8 +152,12 @@ def family(name: str) -> str:
 
 def counts(config: ModelConfig) -> tuple[int, int]:
     """Parameters, and those that a token meets."""
-    flat = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
-    return sum(spec.size for spec in flat.values()), round(count_active_parameters(flat, config))
+    flat = flatten_names(
+        param_specs(config.build(rules=AxisRules(), dtype=jnp.float32))
+    )
+    return sum(spec.size for spec in flat.values()), round(
+        count_active_parameters(flat, config)
+    )
 
 
 def table() -> str:

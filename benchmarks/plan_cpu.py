@@ -2,11 +2,12 @@
 
     python benchmarks/plan_cpu.py [CASE ...] [--seconds S] [--rounds N]
 
-Each case runs in a process of its own, with as many virtual devices as its mesh has: the machine's
-figures are measured there, the plan is made, steps are taken for some seconds; and again. A plan is
-for a machine left alone, and this one's neighbours take its cores and its cache, for seconds at a
-time: so the quicker plan is compared with the lower quartile of the steps. Their median is beside
-it. All of it some rounds over: the worst single one is named, and medians of the rounds are.
+Each case runs in a process of its own, with as many virtual devices as its mesh has:
+the machine's figures are measured there, the plan is made, steps are taken for some
+seconds; and again. A plan is for a machine left alone, and this one's neighbours take
+its cores and its cache, for seconds at a time: so the quicker plan is compared with the
+lower quartile of the steps. Their median is beside it. All of it some rounds over: the
+worst single one is named, and medians of the rounds are.
 """
 
 import argparse
@@ -24,8 +25,16 @@ CASES = {
         "demo",
         1,
         (
-            *("model.d_model=256", "model.attention.num_heads=4", "model.attention.num_kv_heads=4"),
-            *("model.mlp.d_ff=1024", "model.vocab_size=8192", "tokenizer.vocab_size=8192"),
+            *(
+                "model.d_model=256",
+                "model.attention.num_heads=4",
+                "model.attention.num_kv_heads=4",
+            ),
+            *(
+                "model.mlp.d_ff=1024",
+                "model.vocab_size=8192",
+                "tokenizer.vocab_size=8192",
+            ),
             *("data.seq_len=512", "optimizer.kind=adamw"),
         ),
     ),
@@ -33,7 +42,11 @@ CASES = {
         "demo",
         1,
         (
-            *("model.d_model=512", "model.attention.num_heads=8", "model.attention.num_kv_heads=2"),
+            *(
+                "model.d_model=512",
+                "model.attention.num_heads=8",
+                "model.attention.num_kv_heads=2",
+            ),
             *("model.num_layers=8", "model.mlp.d_ff=1376", "data.batch_size=4"),
             *("optimizer.kind=adamw", "model.remat=full"),
         ),
@@ -42,7 +55,11 @@ CASES = {
         "demo",
         1,
         (
-            *("model.d_model=64", "model.attention.num_heads=1", "model.attention.num_kv_heads=1"),
+            *(
+                "model.d_model=64",
+                "model.attention.num_heads=1",
+                "model.attention.num_kv_heads=1",
+            ),
             *("model.mlp.d_ff=192", "optimizer.kind=adamw"),
         ),
     ),
@@ -50,7 +67,11 @@ CASES = {
         "demo",
         1,
         (
-            *("model.vocab_size=32000", "tokenizer.vocab_size=32000", "data.batch_size=4"),
+            *(
+                "model.vocab_size=32000",
+                "tokenizer.vocab_size=32000",
+                "data.batch_size=4",
+            ),
             "optimizer.kind=adamw",
         ),
     ),
@@ -58,7 +79,11 @@ CASES = {
         "demo",
         1,
         (
-            *("model.d_model=256", "model.attention.num_heads=4", "model.attention.num_kv_heads=4"),
+            *(
+                "model.d_model=256",
+                "model.attention.num_heads=4",
+                "model.attention.num_kv_heads=4",
+            ),
             *("model.max_seq_len=1024", "data.seq_len=1024", "data.batch_size=4"),
             "optimizer.kind=adamw",
         ),
@@ -71,13 +96,21 @@ CASES = {
         "demo",
         1,
         (
-            *("model.d_model=384", "model.attention.num_heads=6", "model.attention.num_kv_heads=6"),
+            *(
+                "model.d_model=384",
+                "model.attention.num_heads=6",
+                "model.attention.num_kv_heads=6",
+            ),
             *("model.mlp.d_ff=1024", "model.num_layers=6", "model.remat=attention"),
             "optimizer.kind=adamw",
         ),
     ),
     "gpt2": ("gpt2", 1, ("data.seq_len=256", "data.batch_size=2", "model.remat=none")),
-    "fsdp 8": ("demo", 8, ("mesh.fsdp=8", "data.batch_size=16", "optimizer.kind=adamw")),
+    "fsdp 8": (
+        "demo",
+        8,
+        ("mesh.fsdp=8", "data.batch_size=16", "optimizer.kind=adamw"),
+    ),
     "fsdp 4 × tensor 2": (
         *("demo", 8),
         ("mesh.fsdp=4", "mesh.tensor=2", "data.batch_size=16", "optimizer.kind=adamw"),
@@ -103,7 +136,9 @@ def measure(name: str, seconds: float) -> None:
     state, step = setup.init_train_state(), setup.jit_train_step()
     data, micro = config.data, config.train.micro_batches
     shape = (micro, data.batch_size // micro, data.seq_len)
-    tokens = np.random.default_rng(0).integers(1, config.model.vocab_size, shape, np.int32)
+    tokens = np.random.default_rng(0).integers(
+        1, config.model.vocab_size, shape, np.int32
+    )
     arrays = {
         "tokens": tokens,
         "targets": tokens,
@@ -127,7 +162,11 @@ def measure(name: str, seconds: float) -> None:
     t, chip = plan.time, plan.machine.chip
     assert t is not None
     parts = [float(part) for part in (t.products, t.attention, t.traffic, t.exposed)]
-    rates = [chip.peak_flops["fp32"], chip.memory_bandwidth, chip.page_allocation_bandwidth]
+    rates = [
+        chip.peak_flops["fp32"],
+        chip.memory_bandwidth,
+        chip.page_allocation_bandwidth,
+    ]
     quartile = float(np.quantile(times, 0.25))
     print(json.dumps([plan.step_seconds, quartile, median(times), parts, rates]))
 
@@ -136,7 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_cases(parser)
     parser.add_argument(
-        "--seconds", type=float, default=8, help="of steps, of a case in a round; default 8"
+        "--seconds",
+        type=float,
+        default=8,
+        help="of steps, of a case in a round; default 8",
     )
     parser.add_argument("--rounds", type=int, default=3, help="default 3")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -146,7 +188,8 @@ def main() -> None:
         measure(names[0], args.seconds)
         return
     print(
-        f"{'ms a step':<24}{'planned':>10}{'quartile':>10}{'error':>9}{'median':>10}   products, "
+        f"{'ms a step':<24}{'planned':>10}{'quartile':>10}{'error':>9}{'median':>10}   "
+        f"products, "
         "attention, element-wise, exposed; GFLOP/s, GB/s, GB/s of new memory",
         flush=True,
     )
@@ -157,14 +200,20 @@ def main() -> None:
                 __file__, name, "--seconds", str(args.seconds)
             )
             found[name].append((planned, measured))
-            columns = f"{1e3 * middle:>10.1f}   " + "".join(f"{1e3 * part:8.1f}" for part in parts)
+            columns = f"{1e3 * middle:>10.1f}   " + "".join(
+                f"{1e3 * part:8.1f}" for part in parts
+            )
             columns += "  ;" + "".join(f"{rate / 1e9:8.1f}" for rate in rates)
             print(row(name, planned, measured) + columns, flush=True)
-    worst = max(abs(planned / taken - 1) for pairs in found.values() for planned, taken in pairs)
+    worst = max(
+        abs(planned / taken - 1) for pairs in found.values() for planned, taken in pairs
+    )
     print(f"error of the worst single one: {worst:.1%}\nmedians of the rounds")
     errors = []
     for name in names:
-        planned, measured = (median(column) for column in zip(*found[name], strict=True))
+        planned, measured = (
+            median(column) for column in zip(*found[name], strict=True)
+        )
         errors.append(abs(planned / measured - 1))
         print(row(name, planned, measured))
     print(f"error: median {median(errors):.1%}, worst {max(errors):.1%}")

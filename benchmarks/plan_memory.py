@@ -1,11 +1,13 @@
-"""The plan's peak memory and bytes sent beside the compiler's, for many runs on many machines.
+"""The plan's peak memory and bytes sent beside the compiler's, for many runs on many
+machines.
 
     python benchmarks/plan_memory.py [CASE ...] [--list]
 
-Needs the `tpu` and `cuda` extras. Each case compiles a whole training step for a machine that is
-not here, in a process of its own: one to three minutes each, half an hour for all. GB (1e9) of one
-device. The first thirteen were looked at when maxlm/plan/memory.py was written, the others after;
-it has no constant of any case's own.
+Needs the `tpu` and `cuda` extras. Each case compiles a whole training step for a
+machine that is not here, in a process of its own: one to three minutes each, half an
+hour for all. GB (1e9) of one device. The first thirteen were looked at when
+maxlm/plan/memory.py was written, the others after; it has no constant of any case's
+own.
 """
 
 import argparse
@@ -68,7 +70,10 @@ def measure(name: str) -> None:
     plan = plan_run(config, Machine.from_name(on))
     step = compile_step(config, on)
     sent = sum(s.sent_bytes for s in plan.collectives)
-    peaks = float(plan.memory.total), compute_peak_bytes(step.compiled.memory_analysis())
+    peaks = (
+        float(plan.memory.total),
+        compute_peak_bytes(step.compiled.memory_analysis()),
+    )
     print(json.dumps([*peaks, sent, step.read_cost().wire_bytes()]))
 
 
@@ -82,7 +87,10 @@ def main() -> None:
         measure(names[0])
         return
     header = f"{'case':<22}{'machine':<10}{'mesh':<18}{'remat':<11}"
-    print(f"{header}{'planned':>9}{'compiled':>9}{'error':>7}   {'sent':>8}{'compiled':>9}")
+    print(
+        f"{header}{'planned':>9}{'compiled':>9}{'error':>7}   "
+        f"{'sent':>8}{'compiled':>9}"
+    )
     errors = []
     for name in names:
         planned, compiled, sent, wire = in_child(__file__, name)

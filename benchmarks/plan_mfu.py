@@ -2,14 +2,15 @@
 
     python benchmarks/plan_mfu.py [--plot FILE] [--fit]
 
-Each row is a model, a machine, a mesh, a batch and a recomputation as published, predicted by
-maxlm/plan/timing.py with its three constants a family of chips; none is a row's own. MFU is
-counted as the source counts it: causal attention in full or at half. Prints every row and the mean
-absolute percentage error. --fit looks for the constants anew, over all rows but the mixtures of
-experts, whose products are slower than the dense ones that the constants stand for.
-Sources: AI-Hypercomputer/maxtext README and configs at 76bd53b (v5p), 5ebcd67, 9bc243c and
-e47fa1b (v5e), docs/reference/tiering.md at f588ed5 (v6e, Llama 2 70B); tpu-recipes
-training/trillium; pytorch/torchtitan benchmarks/llama3_h100_202412_torchtitan.md.
+Each row is a model, a machine, a mesh, a batch and a recomputation as published,
+predicted by maxlm/plan/timing.py with its three constants a family of chips; none is a
+row's own. MFU is counted as the source counts it: causal attention in full or at half.
+Prints every row and the mean absolute percentage error. --fit looks for the constants
+anew, over all rows but the mixtures of experts, whose products are slower than the
+dense ones that the constants stand for. Sources: AI-Hypercomputer/maxtext README and
+configs at 76bd53b (v5p), 5ebcd67, 9bc243c and e47fa1b (v5e), docs/reference/tiering.md
+at f588ed5 (v6e, Llama 2 70B); tpu-recipes training/trillium; pytorch/torchtitan
+benchmarks/llama3_h100_202412_torchtitan.md.
 """
 
 import argparse
@@ -46,14 +47,16 @@ class Row:
     published: float
     """MFU in per cent, or tokens a second and device."""
     causal: str = "full"
-    """How attention is counted in the published MFU; "rate": it is tokens a second and device."""
+    """How attention is counted in the published MFU; "rate": it is tokens a second and
+    device."""
     dtype: str = "bf16"
     micro: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 def gpt(layers: int, d_model: int, heads: int, d_ff: int) -> dict[str, Any]:
-    """The models of MaxText's tables: plain MLP, heads of 256, one table for both ends."""
+    """The models of MaxText's tables: plain MLP, heads of 256, one table for both
+    ends."""
     return {
         "num_layers": layers,
         "d_model": d_model,
@@ -65,37 +68,160 @@ def gpt(layers: int, d_model: int, heads: int, d_ff: int) -> dict[str, Any]:
     }
 
 
-S16, S32, S64 = gpt(32, 5120, 32, 32768), gpt(32, 10240, 32, 32768), gpt(64, 10240, 32, 32768)
+S16, S32, S64 = (
+    gpt(32, 5120, 32, 32768),
+    gpt(32, 10240, 32, 32768),
+    gpt(64, 10240, 32, 32768),
+)
 S128, S256 = gpt(64, 10240, 64, 65536), gpt(64, 20480, 64, 65536)
 S512 = gpt(128, 20480, 64, 65536)
 
 ROWS = (
-    Row("v5p 32B", "v5p-128", S32, 8, 2048, {"fsdp": 16, "tensor": 4}, "matmuls", 71.47, "half"),
-    Row("v5p 64B", "v5p-128", S64, 4, 2048, {"fsdp": 16, "tensor": 4}, "matmuls", 70.31, "half"),
-    Row("v5p 128B", "v5p-256", S128, 2, 2048, {"fsdp": 16, "tensor": 8}, "matmuls", 68.68, "half"),
-    Row("v5p 256B", "v5p-1024", S256, 2, 2048, {"fsdp": 64, "tensor": 8}, "matmuls", 67.09, "half"),
-    Row("v5p 512B", "v5p-1024", S512, 2, 2048, {"fsdp": 32, "tensor": 16}, "full", 63.99, "half"),
+    Row(
+        "v5p 32B",
+        "v5p-128",
+        S32,
+        8,
+        2048,
+        {"fsdp": 16, "tensor": 4},
+        "matmuls",
+        71.47,
+        "half",
+    ),
+    Row(
+        "v5p 64B",
+        "v5p-128",
+        S64,
+        4,
+        2048,
+        {"fsdp": 16, "tensor": 4},
+        "matmuls",
+        70.31,
+        "half",
+    ),
+    Row(
+        "v5p 128B",
+        "v5p-256",
+        S128,
+        2,
+        2048,
+        {"fsdp": 16, "tensor": 8},
+        "matmuls",
+        68.68,
+        "half",
+    ),
+    Row(
+        "v5p 256B",
+        "v5p-1024",
+        S256,
+        2,
+        2048,
+        {"fsdp": 64, "tensor": 8},
+        "matmuls",
+        67.09,
+        "half",
+    ),
+    Row(
+        "v5p 512B",
+        "v5p-1024",
+        S512,
+        2,
+        2048,
+        {"fsdp": 32, "tensor": 16},
+        "full",
+        63.99,
+        "half",
+    ),
     Row("v5e 16B", "v5e-256", S16, 6, 2048, {"fsdp": 256}, "full", 61.10),
     Row("v5e 32B", "v5e-256", S32, 4, 2048, {"fsdp": 256}, "full", 66.86),
     Row("v5e 64B", "v5e-256", S64, 2, 2048, {"fsdp": 256}, "full", 59.90),
-    Row("v5e 128B", "v5e-256", S128, 1, 2048, {"fsdp": 16, "tensor": 16}, "full", 56.06),
-    Row("v5e 16B, 32 slices", "32xv5e-256", S16, 6, 2048, {"data": 32, "fsdp": 256}, "full", 54.65),
-    Row("v5e 32B, 32 slices", "32xv5e-256", S32, 4, 2048, {"data": 32, "fsdp": 256}, "full", 60.40),
-    Row("v5e 64B, 32 slices", "32xv5e-256", S64, 2, 2048, {"data": 32, "fsdp": 256}, "full", 50.18),
+    Row(
+        "v5e 128B", "v5e-256", S128, 1, 2048, {"fsdp": 16, "tensor": 16}, "full", 56.06
+    ),
+    Row(
+        "v5e 16B, 32 slices",
+        "32xv5e-256",
+        S16,
+        6,
+        2048,
+        {"data": 32, "fsdp": 256},
+        "full",
+        54.65,
+    ),
+    Row(
+        "v5e 32B, 32 slices",
+        "32xv5e-256",
+        S32,
+        4,
+        2048,
+        {"data": 32, "fsdp": 256},
+        "full",
+        60.40,
+    ),
+    Row(
+        "v5e 64B, 32 slices",
+        "32xv5e-256",
+        S64,
+        2,
+        2048,
+        {"data": 32, "fsdp": 256},
+        "full",
+        50.18,
+    ),
     Row(
         *("v5e 128B, 32 slices", "32xv5e-256", S128, 1, 2048),
         *({"data": 32, "fsdp": 16, "tensor": 16}, "full", 46.25),
     ),
-    # Activations kept in host memory there; of what is computed again, `full` is nearest.
-    Row("v6e Llama 3.1 8B", "v6e-256", "llama3_8b", 4, 8192, {"fsdp": 256}, "full", 45.46),
-    Row("v6e Llama 3.1 70B", "v6e-256", "llama3_70b", 5, 8192, {"fsdp": 256}, "full", 50.33),
+    # Activations kept in host memory there; of what is computed again, `full` is
+    # nearest.
+    Row(
+        "v6e Llama 3.1 8B",
+        "v6e-256",
+        "llama3_8b",
+        4,
+        8192,
+        {"fsdp": 256},
+        "full",
+        45.46,
+    ),
+    Row(
+        "v6e Llama 3.1 70B",
+        "v6e-256",
+        "llama3_70b",
+        5,
+        8192,
+        {"fsdp": 256},
+        "full",
+        50.33,
+    ),
     Row(
         *("v6e Llama 3.1 405B", "2xv6e-256", "llama3_405b", 1, 8192),
         *({"data": 2, "fsdp": 64, "tensor": 4}, "full", 38.55),
     ),
-    Row("v5p Llama 2 70B", "v5p-512", "llama2_70b", 4, 4096, {"fsdp": 256}, "full", 65.4, "half"),
-    Row("h100 Llama 3 8B", "h100x8", "llama3_8b", 2, 8192, {"fsdp": 8}, "attention", 6667, "rate"),
-    # fp8 products; interleaved 1F1B, whose stages are computed twice: as a circular pipeline's are.
+    Row(
+        "v5p Llama 2 70B",
+        "v5p-512",
+        "llama2_70b",
+        4,
+        4096,
+        {"fsdp": 256},
+        "full",
+        65.4,
+        "half",
+    ),
+    Row(
+        "h100 Llama 3 8B",
+        "h100x8",
+        "llama3_8b",
+        2,
+        8192,
+        {"fsdp": 8},
+        "attention",
+        6667,
+        "rate",
+    ),
+    # fp8 products; interleaved 1F1B, whose stages are computed twice: as a circular
+    # pipeline's are.
     Row(
         *("h100 Llama 3 405B", "h100x512", "llama3_405b", 0.5, 8192),
         *({"stage": 8, "fsdp": 8, "tensor": 8}, "none", 128, "rate", "fp8", 8),
@@ -107,7 +233,13 @@ MORE = (
     # MaxText's "minimal_flash" (configs/a3/llama_2_7b at efb6d9e), TFLOP/s over 989.
     *(
         Row(
-            *(f"h100 Llama 2 7B, {hosts} hosts", f"h100x{8 * hosts}", "llama2_7b", 4, 4096),
+            *(
+                f"h100 Llama 2 7B, {hosts} hosts",
+                f"h100x{8 * hosts}",
+                "llama2_7b",
+                4,
+                4096,
+            ),
             *({"data": hosts, "fsdp": 8}, "matmuls", mfu, "half"),
         )
         for hosts, mfu in ((1, 49.7), (2, 42.7), (4, 41.2), (8, 41.4), (16, 37.9))
@@ -121,10 +253,28 @@ MORE = (
         *({"fsdp": 32, "tensor": 8}, "full", 829, "rate", "fp8"),
     ),
     Row(
-        *("v6e Mixtral 8x7B", "v6e-256", "mixtral_8x7b", 8, 4096, {"fsdp": 256}, "full", 35.23),
+        *(
+            "v6e Mixtral 8x7B",
+            "v6e-256",
+            "mixtral_8x7b",
+            8,
+            4096,
+            {"fsdp": 256},
+            "full",
+            35.23,
+        ),
         settings={"model": {"moe": {"dispatch": "capacity"}}},
     ),
-    Row("v5p Mixtral 8x7B", "v5p-256", "mixtral_8x7b", 36, 4096, {"fsdp": 128}, "full", 52.56),
+    Row(
+        "v5p Mixtral 8x7B",
+        "v5p-256",
+        "mixtral_8x7b",
+        36,
+        4096,
+        {"fsdp": 128},
+        "full",
+        52.56,
+    ),
 )
 
 
@@ -161,12 +311,16 @@ def _prepared(row: Row) -> Any:
     if isinstance(model, str):
         model = load_config(RunConfig, f"runs/{model}").value.model.model_dump()
     more = {
-        part: {**model[part], **values} for part, values in row.settings.get("model", {}).items()
+        part: {**model[part], **values}
+        for part, values in row.settings.get("model", {}).items()
     }
     config = RunConfig.model_validate(
         {
             "model": {**model, "remat": row.remat, **more},
-            "data": {"seq_len": row.seq_len, "batch_size": round(row.rows * machine.devices)},
+            "data": {
+                "seq_len": row.seq_len,
+                "batch_size": round(row.rows * machine.devices),
+            },
             "train": {"micro_batches": row.micro},
             "sharding": {"compute": {"residual": ["context", "tensor"]}},
             **{part: v for part, v in row.settings.items() if part != "model"},
@@ -174,7 +328,9 @@ def _prepared(row: Row) -> Any:
     )
     work = RunWorkload(config, jnp.bfloat16)
     counted = count_training_flops_per_token(work)
-    shape = StepShape(work, {a: sizes[a] for a in MESH_AXES}, row.micro, row.remat, machine)
+    shape = StepShape(
+        work, {a: sizes[a] for a in MESH_AXES}, row.micro, row.remat, machine
+    )
     network = Network(machine, CHIPS[machine.kind])
     _CACHE[row.name] = shape, network, counted.full, counted.causal
     return _CACHE[row.name]
@@ -185,7 +341,8 @@ def errors(rows: tuple[Row, ...], efficiency: Efficiency | None = None) -> list[
 
 
 def fit() -> None:
-    """Constants that minimise each family's mean absolute error, from several starts."""
+    """Constants that minimise each family's mean absolute error, from several
+    starts."""
     from scipy.optimize import minimize
 
     for family in ("tpu", "nvidia"):
@@ -197,13 +354,18 @@ def fit() -> None:
         )
 
         def error(x: Any, rows: tuple[Row, ...] = rows) -> float:
-            return float(np.mean(np.abs(errors(rows, Efficiency(*np.clip(x, 0.01, 1.0))))))
+            return float(
+                np.mean(np.abs(errors(rows, Efficiency(*np.clip(x, 0.01, 1.0)))))
+            )
 
         starts = [(0.8, 0.7, 0.3), (0.9, 0.5, 0.5), (0.95, 0.3, 0.7)]
         found = min(
-            (minimize(error, start, method="Nelder-Mead") for start in starts), key=lambda f: f.fun
+            (minimize(error, start, method="Nelder-Mead") for start in starts),
+            key=lambda f: f.fun,
         )
-        print(family, np.clip(found.x, 0.01, 1.0).round(3), f"mean error {found.fun:.1%}")
+        print(
+            family, np.clip(found.x, 0.01, 1.0).round(3), f"mean error {found.fun:.1%}"
+        )
 
 
 def plot(path: Path, points: list[tuple[Row, float]]) -> None:
@@ -215,13 +377,22 @@ def plot(path: Path, points: list[tuple[Row, float]]) -> None:
     colours = {"v5p": "#4C78A8", "v5e": "#F58518", "v6e": "#54A24B", "h100": "#B279A2"}
     for kind, colour in colours.items():
         own = [
-            (r.published, p) for r, p in points if r.name.startswith(kind) and r.causal != "rate"
+            (r.published, p)
+            for r, p in points
+            if r.name.startswith(kind) and r.causal != "rate"
         ]
         if own:
             axes.scatter(*zip(*own, strict=True), color=colour, label=kind)
     axes.plot([30, 80], [30, 80], color="#888", linewidth=1)
-    axes.fill_between([30, 80], [27, 72], [33, 88], color="#888", alpha=0.12, label="±10%")
-    axes.set(xlabel="published MFU, %", ylabel="predicted MFU, %", xlim=(35, 78), ylim=(35, 78))
+    axes.fill_between(
+        [30, 80], [27, 72], [33, 88], color="#888", alpha=0.12, label="±10%"
+    )
+    axes.set(
+        xlabel="published MFU, %",
+        ylabel="predicted MFU, %",
+        xlim=(35, 78),
+        ylim=(35, 78),
+    )
     axes.legend(frameon=False)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)
@@ -229,14 +400,21 @@ def plot(path: Path, points: list[tuple[Row, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a scatter plot there")
-    parser.add_argument("--fit", action="store_true", help="look for the constants anew")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write a scatter plot there"
+    )
+    parser.add_argument(
+        "--fit", action="store_true", help="look for the constants anew"
+    )
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if args.fit:
         fit()
         return
-    print(f"{'':<26}{'published':>10}{'predicted':>10}{'error':>8}   of the step: products, ")
+    print(
+        f"{'':<26}{'published':>10}{'predicted':>10}{'error':>8}   of the step: "
+        f"products, "
+    )
     print(f"{'':<54}   attention, traffic, exposed communication, idle")
     points, all_wrong = [], []
     for rows in (ROWS, MORE):
@@ -245,7 +423,13 @@ def main() -> None:
             value, time = predict(row)
             points.append((row, value))
             wrong.append(abs(value / row.published - 1))
-            parts = (time.products, time.attention, time.traffic, time.exposed, time.idle)
+            parts = (
+                time.products,
+                time.attention,
+                time.traffic,
+                time.exposed,
+                time.idle,
+            )
             shares = " ".join(f"{float(part / time.total):6.1%}" for part in parts)
             unit = "tok/s" if row.causal == "rate" else "%"
             print(
@@ -253,7 +437,8 @@ def main() -> None:
                 f"{value / row.published - 1:>+8.1%}   {shares}  {unit}"
             )
         print(
-            f"mean absolute percentage error: {np.mean(wrong):.1%} over {len(wrong)} rows, "
+            f"mean absolute percentage error: {np.mean(wrong):.1%} over {len(wrong)} "
+            f"rows, "
             f"worst {max(wrong):.1%}\n"
         )
         all_wrong += wrong

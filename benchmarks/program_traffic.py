@@ -1,10 +1,11 @@
-"""Bytes that a compiled program reads from and writes to main memory, and its custom kernels, with
-every loop's trips counted.
+"""Bytes that a compiled program reads from and writes to main memory, and its custom
+kernels, with every loop's trips counted.
 
-An instruction reads its operands and writes its result, once each, whatever a cache might save.
-What is only named costs nothing: tuples, bitcasts, loops. What is changed in place or read in part
-counts for the part: a scan's stacked arrays are not read whole in every trip. This holds inside a
-fusion too, of which nothing but its parameters and roots touches memory.
+An instruction reads its operands and writes its result, once each, whatever a cache
+might save. What is only named costs nothing: tuples, bitcasts, loops. What is changed
+in place or read in part counts for the part: a scan's stacked arrays are not read whole
+in every trip. This holds inside a fusion too, of which nothing but its parameters and
+roots touches memory.
 """
 
 import re
@@ -14,14 +15,26 @@ from dataclasses import dataclass, field, replace
 
 from maxlm.plan.compiled.cost import CALLS
 from maxlm.plan.compiled.flops import matmul_flops
-from maxlm.plan.compiled.hlo import Computation, HloModule, HloShape, Instruction, parse_hlo
+from maxlm.plan.compiled.hlo import (
+    Computation,
+    HloModule,
+    HloShape,
+    Instruction,
+    parse_hlo,
+)
 from maxlm.plan.compiled.loops import count_trips
 
 _FREE = (
     # Names for what is already there, and what runs other computations.
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "domain"),
     *("while", "conditional", "call", "async-start"),
-    *("after-all", "add-dependency", "optimization-barrier", "partition-id", "replica-id"),
+    *(
+        "after-all",
+        "add-dependency",
+        "optimization-barrier",
+        "partition-id",
+        "replica-id",
+    ),
 )
 _PART = ("dynamic-slice", "slice", "gather")
 _SAME = ("bitcast", "reshape")
@@ -65,9 +78,12 @@ class ProgramTraffic:
         self.calls.update({call: times * count for call, count in other.calls.items()})
 
 
-def read_program_traffic(hlo_text: str, on_chip_spaces: Iterable[int] = (1,)) -> ProgramTraffic:
-    """Reads traffic out of a compiled program's text (``compiled.as_text()``); ``on_chip_spaces``
-    are memory spaces that are not main memory (1 on a TPU: its VMEM)."""
+def read_program_traffic(
+    hlo_text: str, on_chip_spaces: Iterable[int] = (1,)
+) -> ProgramTraffic:
+    """Reads traffic out of a compiled program's text (``compiled.as_text()``);
+    ``on_chip_spaces`` are memory spaces that are not main memory (1 on a TPU: its
+    VMEM)."""
     module = parse_hlo(hlo_text)
     return _read_traffic(module.entry, module, frozenset(on_chip_spaces), {})
 
@@ -84,7 +100,9 @@ def _read_traffic(
 
     def called(instruction: Instruction, *attributes: str) -> list[ProgramTraffic]:
         names = instruction.called_computations(*attributes)
-        return [_read_traffic(module.computations[n], module, on_chip, known) for n in names]
+        return [
+            _read_traffic(module.computations[n], module, on_chip, known) for n in names
+        ]
 
     for own in computation.instructions.values():
         total.memory_bytes += memory_traffic_bytes(own, computation, module, on_chip)
@@ -98,15 +116,20 @@ def _read_traffic(
             (body,) = called(own, "calls")
             total.calls.update(body.calls)
         elif own.opcode == "custom-call" and _is_kernel(own, computation):
-            total.calls[CustomCall(own.custom_call_target, own.op_name, declared_flops(own))] += 1
+            total.calls[
+                CustomCall(own.custom_call_target, own.op_name, declared_flops(own))
+            ] += 1
         for body in called(own, *CALLS.get(own.opcode, ())):
             total.add(body)
     return total
 
 
 def declared_flops(instruction: Instruction) -> int | None:
-    """Returns the FLOPs that a custom kernel declares (``pl.CostEstimate``); None: none."""
-    found = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', instruction.attributes)
+    """Returns the FLOPs that a custom kernel declares (``pl.CostEstimate``); None:
+    none."""
+    found = re.search(
+        r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', instruction.attributes
+    )
     return int(found[1]) if found else None
 
 
@@ -129,13 +152,15 @@ def memory_traffic_bytes(
     module: HloModule,
     on_chip_spaces: frozenset[int],
 ) -> int:
-    """Returns bytes between main memory and the chip, for one run of a scheduled instruction;
-    ``on_chip_spaces`` are memory spaces that are not main memory."""
+    """Returns bytes between main memory and the chip, for one run of a scheduled
+    instruction; ``on_chip_spaces`` are memory spaces that are not main memory."""
     opcode = instruction.opcode
     free = opcode in _FREE or opcode.endswith(("-done", "-update"))
     if free or instruction.custom_call_target == "AllocateBuffer":
         return 0
-    operands = [_off_chip(o.shapes, on_chip_spaces) for o in computation.operands(instruction)]
+    operands = [
+        _off_chip(o.shapes, on_chip_spaces) for o in computation.operands(instruction)
+    ]
     result = _off_chip(instruction.shapes, on_chip_spaces)
     if opcode == "fusion":
         body = module.computations[instruction.called_computations("calls")[0]]
@@ -179,16 +204,21 @@ def _read(body: Computation, name: str, size: int, module: HloModule) -> int:
             continue
         elif user.opcode == "fusion":
             inner = module.computations[user.called_computations("calls")[0]]
-            for parameter, operand in zip(inner.parameters, user.operands, strict=False):
-                total += _read(inner, parameter.name, size, module) if operand == name else 0
+            for parameter, operand in zip(
+                inner.parameters, user.operands, strict=False
+            ):
+                total += (
+                    _read(inner, parameter.name, size, module) if operand == name else 0
+                )
         else:
             return size
     return total
 
 
 def _passes_on(user: Instruction, name: str, body: Computation) -> bool:
-    """Whether an instruction in a fusion only passes a parameter on: changed in place, to the
-    result, or to a collective under way, whose memory is counted where it starts."""
+    """Whether an instruction in a fusion only passes a parameter on: changed in place,
+    to the result, or to a collective under way, whose memory is counted where it
+    starts."""
     if user.opcode == "dynamic-update-slice":
         return user.operands[0] == name
     if user.opcode == "tuple":

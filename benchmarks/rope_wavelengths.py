@@ -1,11 +1,12 @@
-"""RoPE's wavelengths and what each scaling by 8 makes of them: the plot of docs/positions.md.
+"""RoPE's wavelengths and what each scaling by 8 makes of them: the plot of
+docs/positions.md.
 
     python benchmarks/rope_wavelengths.py [--plot FILE]
 
-A head of 128 dimensions, at theta 10,000 with 4,096 tokens to begin with (Llama 2) and at 500,000
-with 8,192 (Llama 3). Prints the longest wavelength; how many of the 64 pairs never complete a turn,
-in 8 times as many tokens where they are scaled; and how many are stretched by less than 1 % and by
-the whole factor.
+A head of 128 dimensions, at theta 10,000 with 4,096 tokens to begin with (Llama 2) and
+at 500,000 with 8,192 (Llama 3). Prints the longest wavelength; how many of the 64 pairs
+never complete a turn, in 8 times as many tokens where they are scaled; and how many are
+stretched by less than 1 % and by the whole factor.
 """
 
 import argparse
@@ -65,13 +66,21 @@ def plot(path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.2), dpi=75, layout="constrained")
-    grid = FigureCanvasAgg(figure).figure.subplots(2, 2, sharex=True, height_ratios=(3, 2))
+    grid = FigureCanvasAgg(figure).figure.subplots(
+        2, 2, sharex=True, height_ratios=(3, 2)
+    )
     for (above, below), case in zip(grid.T, CASES, strict=True):
         for name, scaling in case.scalings.items():
-            found, style = case.wavelengths(scaling), {"color": COLOURS[name], "label": name}
+            found, style = (
+                case.wavelengths(scaling),
+                {"color": COLOURS[name], "label": name},
+            )
             above.semilogy(found, **style)
             below.plot(found / case.wavelengths(None), **style)
-        for length, text in ((case.length, "trained"), (FACTOR * case.length, f"×{FACTOR:.0f}")):
+        for length, text in (
+            (case.length, "trained"),
+            (FACTOR * case.length, f"×{FACTOR:.0f}"),
+        ):
             above.axhline(length, color="black", linewidth=0.6, linestyle=":")
             above.annotate(f"{length:,.0f} {text}", (0, length * 1.15), fontsize=8)
         above.set(title=f"theta {case.theta:,.0f}", ylabel="wavelength, tokens")
@@ -83,9 +92,13 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plot", type=Path, metavar="FILE", default=IMAGE, help="where it goes")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", default=IMAGE, help="where it goes"
+    )
     args = parser.parse_args()
-    print(f"{'theta':>9} {'scaling':<8}{'longest':>12}{'no turn':>9}{'kept':>6}{'whole':>7}")
+    print(
+        f"{'theta':>9} {'scaling':<8}{'longest':>12}{'no turn':>9}{'kept':>6}{'whole':>7}"
+    )
     for case in CASES:
         plain = case.wavelengths(None)
         for name, scaling in case.scalings.items():
@@ -94,7 +107,10 @@ def main() -> None:
             length = case.length if scaling is None else FACTOR * case.length
             counts = (found > length, stretch < 1.01, stretch > FACTOR * 0.9999)
             still, kept, whole = (int(np.sum(mask)) for mask in counts)
-            print(f"{case.theta:>9,.0f} {name:<8}{found[-1]:>12,.0f}{still:>9}{kept:>6}{whole:>7}")
+            print(
+                f"{case.theta:>9,.0f} "
+                f"{name:<8}{found[-1]:>12,.0f}{still:>9}{kept:>6}{whole:>7}"
+            )
     plot(args.plot)
 
 

@@ -1,4 +1,5 @@
-"""Whether two runs came to the same end: read from their files alone, with no code of maxlm's."""
+"""Whether two runs came to the same end: read from their files alone, with no code of
+maxlm's."""
 
 import hashlib
 import json
@@ -25,11 +26,14 @@ class Compared:
     wrong: bool
 
 
-def compare(unbroken: Path, broken: Path, step: int, limit: float | None = None) -> list[Compared]:
+def compare(
+    unbroken: Path, broken: Path, step: int, limit: float | None = None
+) -> list[Compared]:
     """The checkpoints of ``step`` and all records of two run folders.
 
     Args:
-        limit: the most that arrays and losses may differ by, relative to them; None: not a bit.
+        limit: the most that arrays and losses may differ by, relative to them; None:
+            not a bit.
     """
     arrays = [final_arrays(run, step) for run in (unbroken, broken)]
     runs = [list(timeless(run / "metrics.jsonl")) for run in (unbroken, broken)]
@@ -44,7 +48,9 @@ def compare(unbroken: Path, broken: Path, step: int, limit: float | None = None)
         losses = [[r.get("loss", r.get("eval_loss")) for r in run] for run in runs]
         loss = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=False))
         return [
-            Compared("arrays", f"{apart:.1e} apart at most ({name})", not apart <= limit),
+            Compared(
+                "arrays", f"{apart:.1e} apart at most ({name})", not apart <= limit
+            ),
             Compared("losses", f"{loss:.1e} apart at most", not loss <= limit),
             order,
         ]
@@ -62,7 +68,9 @@ def compare(unbroken: Path, broken: Path, step: int, limit: float | None = None)
 
 def _equal(count: int, wrong: list[Any]) -> str:
     some = ", ".join(map(str, wrong[:3]))
-    return f"{len(wrong)} of {count} differ ({some[:200]})" if wrong else f"{count} equal"
+    return (
+        f"{len(wrong)} of {count} differ ({some[:200]})" if wrong else f"{count} equal"
+    )
 
 
 def final_arrays(run: Path, step: int) -> dict[str, Any]:
@@ -92,26 +100,33 @@ def timeless(metrics: Path) -> Iterator[dict[str, Any]]:
 
 
 def furthest(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, float]:
-    """The array that differs most between two states, and by how much of its Euclidean norm."""
+    """The array that differs most between two states, and by how much of its Euclidean
+    norm."""
     import numpy as np
 
     if one.keys() != other.keys():
         return "names", float("inf")
     whole = {name: np.float64(array) for name, array in one.items()}
     apart = {
-        name: float(np.linalg.norm(array - other[name]) / max(np.linalg.norm(array), 1e-30))
+        name: float(
+            np.linalg.norm(array - other[name]) / max(np.linalg.norm(array), 1e-30)
+        )
         for name, array in whole.items()
     }
     return max(apart.items(), key=lambda each: each[1])
 
 
 def batches_seen(unbroken: Path, broken: Path) -> Compared:
-    """What two runs' witnesses wrote down (see witness.py): whether every row that was taken, once
-    or again, is the one that the unbroken run took, and none is missing."""
+    """What two runs' witnesses wrote down (see witness.py): whether every row that was
+    taken, once or again, is the one that the unbroken run took, and none is missing."""
     truth, digests = witnessed(unbroken), witnessed(broken)
     steps = {step for step, _ in digests}
     again = {step for (step, _), taken in digests.items() if len(taken) > 1}
-    wrong = [place for place, taken in digests.items() if set(taken) != set(truth.get(place, ()))]
+    wrong = [
+        place
+        for place, taken in digests.items()
+        if set(taken) != set(truth.get(place, ()))
+    ]
     missing = truth.keys() - digests.keys()
     words = f"{len(steps)} steps, {len(again)} of them taken again"
     if wrong or missing:
@@ -135,7 +150,9 @@ def copied(run: Path, remote: Path, step: int) -> Compared:
     """Whether the copy of the last checkpoint is complete, and is it."""
     here, there = (
         {
-            path.relative_to(place).as_posix(): hashlib.sha256(path.read_bytes()).digest()
+            path.relative_to(place).as_posix(): hashlib.sha256(
+                path.read_bytes()
+            ).digest()
             for path in place.rglob("*")
             if path.is_file()
         }
@@ -148,11 +165,14 @@ def copied(run: Path, remote: Path, step: int) -> Compared:
 
 
 def left_behind(run: Path, local: Path, name: str, remote: Path) -> Compared:
-    """What killed processes left, and the last start should have removed: files and folders under
-    temporary names, copies that are not complete; and checkpoints that a kill has damaged."""
+    """What killed processes left, and the last start should have removed: files and
+    folders under temporary names, copies that are not complete; and checkpoints that a
+    kill has damaged."""
     there = [*(run / "checkpoints").iterdir(), *local.glob(f"{name}-*/*/*")]
     kept = [path for path in there if path.suffix in ("", ".safetensors")]
-    litter = [path.name for path in there if path not in kept or path.name.startswith(".")]
+    litter = [
+        path.name for path in there if path not in kept or path.name.startswith(".")
+    ]
     for copy in remote.iterdir():
         files = any(path.is_file() for path in copy.rglob("*"))
         litter += [f"copy {copy.name}"] * (files and not (copy / "COMPLETE").exists())

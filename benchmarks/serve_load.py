@@ -3,14 +3,14 @@
     python benchmarks/serve_load.py FOLDER [--rounds 3]
     python benchmarks/serve_load.py NAME --peer URL
 
-FOLDER is a run or a Hugging Face checkpoint. The server is started with 8 rows, and asked for 64
-completions of mixed lengths (prompts of 8 to 256 tokens, outputs of 8 to 128, drawn once): one
-after the other; in batches of 8 that start together, whose rows end each on its own or (static
-batching) are all computed to the end of the longest; and 8 at a time. Each round does all; printed
-are wanted tokens/s and the ratios' medians and spreads. Then the first token of
-short requests, alone and while a prompt of 2,000 tokens is computed. Another server that speaks
-OpenAI's protocol, and calls its model NAME, gets the same requests, but static batches, for which
-the protocol has no field.
+FOLDER is a run or a Hugging Face checkpoint. The server is started with 8 rows, and
+asked for 64 completions of mixed lengths (prompts of 8 to 256 tokens, outputs of 8 to
+128, drawn once): one after the other; in batches of 8 that start together, whose rows
+end each on its own or (static batching) are all computed to the end of the longest; and
+8 at a time. Each round does all; printed are wanted tokens/s and the ratios' medians
+and spreads. Then the first token of short requests, alone and while a prompt of 2,000
+tokens is computed. Another server that speaks OpenAI's protocol, and calls its model
+NAME, gets the same requests, but static batches, for which the protocol has no field.
 """
 
 import argparse
@@ -30,7 +30,19 @@ import numpy as np
 from tests.ports import free_port
 
 NUM_REQUESTS, CONCURRENCY = 64, 8
-WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world")
+WORDS = (
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+)
 Request = tuple[str, int]
 """Prompt, output's length."""
 
@@ -40,7 +52,8 @@ def make_requests() -> list[Request]:
     prompts = np.exp(random.uniform(np.log(8), np.log(256), NUM_REQUESTS)).astype(int)
     outputs = np.exp(random.uniform(np.log(8), np.log(128), NUM_REQUESTS)).astype(int)
     return [
-        (write_prompt(random, size), int(new)) for size, new in zip(prompts, outputs, strict=True)
+        (write_prompt(random, size), int(new))
+        for size, new in zip(prompts, outputs, strict=True)
     ]
 
 
@@ -91,7 +104,10 @@ async def run_static(client: Client, requests: Sequence[Request]) -> int:
     for start in range(0, len(requests), CONCURRENCY):
         batch = requests[start : start + CONCURRENCY]
         longest = max(new for _, new in batch)
-        own = (client.complete((prompt, longest), min_tokens=longest) for prompt, _ in batch)
+        own = (
+            client.complete((prompt, longest), min_tokens=longest)
+            for prompt, _ in batch
+        )
         await asyncio.gather(*own)
         total += sum(new for _, new in batch)
     return total
@@ -114,7 +130,8 @@ async def time_rate(work: Awaitable[int]) -> float:
 
 
 async def measure_first_tokens(client: Client, long_prompt: bool) -> list[float]:
-    """First tokens of 8 short requests, one after the other, while a long prompt is computed."""
+    """First tokens of 8 short requests, one after the other, while a long prompt is
+    computed."""
     random = np.random.default_rng(int(long_prompt))
     background = None
     if long_prompt:
@@ -149,12 +166,20 @@ async def measure(client: Client, rounds: int, name: str) -> None:
         ratios = sorted(c / r for c, r in zip(rates["continuous"], own, strict=True))
         words = f"{statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
         words = f"   continuous is {words}" if label != "continuous" else ""
-        print(f"{name}: {label:15}{statistics.median(own):8.1f} tokens/s{words}", flush=True)
-    alone = [t for _ in range(rounds) for t in await measure_first_tokens(client, False)]
-    beside = [t for _ in range(rounds) for t in await measure_first_tokens(client, True)]
+        print(
+            f"{name}: {label:15}{statistics.median(own):8.1f} tokens/s{words}",
+            flush=True,
+        )
+    alone = [
+        t for _ in range(rounds) for t in await measure_first_tokens(client, False)
+    ]
+    beside = [
+        t for _ in range(rounds) for t in await measure_first_tokens(client, True)
+    ]
     a, b = statistics.median(alone), statistics.median(beside)
     print(
-        f"{name}: first token {1e3 * a:.0f} ms; beside a prompt of 2,000: {1e3 * b:.0f} ms, "
+        f"{name}: first token {1e3 * a:.0f} ms; beside a prompt of 2,000: "
+        f"{1e3 * b:.0f} ms, "
         f"{b / a:.2f}× ({len(beside)} requests)"
     )
 
@@ -164,7 +189,17 @@ def serve(folder: str, settings: Mapping[str, Any]) -> Iterator[str]:
     """Serves a folder as "model" while the context lasts; yields the protocol's URL."""
     port = free_port()
     main = "import sys; from maxlm.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", main, "serve", folder, "--port", str(port), "--name", "model"]
+    command = [
+        sys.executable,
+        "-c",
+        main,
+        "serve",
+        folder,
+        "--port",
+        str(port),
+        "--name",
+        "model",
+    ]
     command += [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -188,7 +223,9 @@ def main() -> None:
     sizes = {"max_sequences": CONCURRENCY, "max_length": 2304, "page_size": 32}
     sizes |= {"prefill_tokens": args.prefill_tokens, "prefix_cache": False}
     with serve(args.folder, sizes) as url:
-        asyncio.run(measure(Client(url, "model", ignore_eos=True), args.rounds, "maxlm"))
+        asyncio.run(
+            measure(Client(url, "model", ignore_eos=True), args.rounds, "maxlm")
+        )
 
 
 if __name__ == "__main__":

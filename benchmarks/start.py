@@ -1,9 +1,10 @@
-"""From typing the command to the first finished step, with an empty and a filled compilation cache.
+"""From typing the command to the first finished step, with an empty and a filled
+compilation cache.
 
     python benchmarks/start.py [--config demo] [--rounds 3] [key=value ...]
 
-Text is prepared beforehand, by a run of its own; each start is then a fresh process that imports,
-builds, compiles (or finds its programs compiled) and takes one step.
+Text is prepared beforehand, by a run of its own; each start is then a fresh process
+that imports, builds, compiles (or finds its programs compiled) and takes one step.
 """
 
 import argparse
@@ -14,13 +15,26 @@ import tempfile
 import time
 from pathlib import Path
 
-SETTINGS = ("name=run", "train.steps=1", "schedule.warmup_steps=0", "samples.prompts=[]")
+SETTINGS = (
+    "name=run",
+    "train.steps=1",
+    "schedule.warmup_steps=0",
+    "samples.prompts=[]",
+)
 
 
 def first_step(folder: Path, config: str, settings: list[str]) -> float:
-    """Seconds until the first step is reported; the run is then let go on to its end."""
+    """Seconds until the first step is reported; the run is then let go on to its
+    end."""
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
-    command = [sys.executable, "-m", "maxlm.cli.main", "train", config, f"folder={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "maxlm.cli.main",
+        "train",
+        config,
+        f"folder={folder}",
+    ]
     began = time.perf_counter()
     with subprocess.Popen(
         [*command, f"compilation_cache={folder / 'xla'}", *SETTINGS, *settings],
@@ -50,9 +64,12 @@ def main() -> None:
         first_step(folder, args.config, args.settings)
         for number in range(1, args.rounds + 1):
             shutil.rmtree(folder / "xla", ignore_errors=True)
-            cold, warm = (first_step(folder, args.config, args.settings) for _ in range(2))
+            cold, warm = (
+                first_step(folder, args.config, args.settings) for _ in range(2)
+            )
             print(
-                f"start {number}: empty cache {cold:.1f} s, filled cache {warm:.1f} s", flush=True
+                f"start {number}: empty cache {cold:.1f} s, filled cache {warm:.1f} s",
+                flush=True,
             )
 
 

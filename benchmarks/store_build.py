@@ -2,12 +2,13 @@
 
     python benchmarks/store_build.py [--megabytes 20] [--rounds 5] [--workers N]
 
-Both get the same documents of the demo's text and the same byte-level BPE, on the same cores, in
-alternation. The library's time is `encode_batch` alone, on texts already in memory, by a tokenizer
-whose word cache is empty. Ours is the whole of `build_store`: starting processes, hashing, reading,
-encoding, compressing and writing. `encode_batch_fast` is the same without character offsets, which
-the builder uses. On a machine that others use too, the ratio of CPU time (all threads and
-processes) says more than that of wall time.
+Both get the same documents of the demo's text and the same byte-level BPE, on the same
+cores, in alternation. The library's time is `encode_batch` alone, on texts already in
+memory, by a tokenizer whose word cache is empty. Ours is the whole of `build_store`:
+starting processes, hashing, reading, encoding, compressing and writing.
+`encode_batch_fast` is the same without character offsets, which the builder uses. On a
+machine that others use too, the ratio of CPU time (all threads and processes) says more
+than that of wall time.
 """
 
 import argparse
@@ -31,7 +32,8 @@ LIBRARY = ("encode_batch", "encode_batch_fast")
 
 
 def sample_demo_text(folder: Path, size: int) -> list[str]:
-    """Copy about `size` bytes of the demo's files, spread evenly, and return their texts."""
+    """Copy about `size` bytes of the demo's files, spread evenly, and return their
+    texts."""
     documents = load_config(RunConfig, "demo").value.data.sources[0].documents
     source = SourceConfig(documents=documents)
     files = find_files(source).files
@@ -51,7 +53,8 @@ def sample_demo_text(folder: Path, size: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of wall time, and of CPU time over all threads and finished child processes."""
+    """Seconds of wall time, and of CPU time over all threads and finished child
+    processes."""
 
     wall: float
     cpu: float
@@ -63,7 +66,9 @@ def cost(function: Callable[[], object]) -> Cost:
     return Cost(time.perf_counter() - start, sum(os.times()[:4]) - before)
 
 
-def measure(texts: list[str], root: Path, workers: int, rounds: int) -> dict[str, list[Cost]]:
+def measure(
+    texts: list[str], root: Path, workers: int, rounds: int
+) -> dict[str, list[Cost]]:
     """The cost of each contestant in each round."""
     from tokenizers import Tokenizer
 
@@ -80,7 +85,9 @@ def measure(texts: list[str], root: Path, workers: int, rounds: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=count_usable_cores())
@@ -93,16 +100,23 @@ def main() -> None:
         costs = measure(texts, root, arguments.workers, arguments.rounds)
     size = sum(len(text.encode()) for text in texts) / 1e6
     cores = count_usable_cores()
-    print(f"{size:.1f} MB, {len(texts)} documents, {cores} cores, {arguments.workers} workers")
+    print(
+        f"{size:.1f} MB, {len(texts)} documents, {cores} cores, {arguments.workers} "
+        f"workers"
+    )
     for name, each in costs.items():
         wall, cpu = ([getattr(one, kind) for one in each] for kind in ("wall", "cpu"))
         rate = f"{size / statistics.median(wall):6.2f} MB/s ({size / max(wall):.2f} to"
         per_core = size / statistics.median(cpu)
-        print(f"{name:18}{rate} {size / min(wall):.2f}), {per_core:.2f} MB per CPU second")
+        print(
+            f"{name:18}{rate} {size / min(wall):.2f}), {per_core:.2f} MB per CPU second"
+        )
     for name in LIBRARY:
         for kind in ("wall", "cpu"):
             pairs = zip(costs[name], costs["build_store"], strict=True)
-            ratios = [getattr(theirs, kind) / getattr(ours, kind) for theirs, ours in pairs]
+            ratios = [
+                getattr(theirs, kind) / getattr(ours, kind) for theirs, ours in pairs
+            ]
             print(f"build_store / {name}, {kind}: {statistics.median(ratios):.2f}")
 
 

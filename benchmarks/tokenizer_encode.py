@@ -1,14 +1,16 @@
-"""Byte-level BPE encoding: ours against tokenizers' and tiktoken's own calls, on the same texts.
+"""Byte-level BPE encoding: ours against tokenizers' and tiktoken's own calls, on the
+same texts.
 
     pip install tiktoken
     python benchmarks/tokenizer_encode.py [--megabytes 10] [--rounds 7] [--text FOLDER]
         [--tokenizer FOLDER] [--cpu-time]
 
-All sides have the same tokens and as many threads as there are cores, or one with --cpu-time.
-tokenizers is timed twice: its call alone, which leaves the ids inside its own objects, and with the
-ids taken out as lists, which is what any use of them needs and what the others return. tiktoken is
-given the same pattern. Rounds alternate, in an order that reverses each time;
-the ratios are medians over rounds of tiktoken's time to each. Ids are compared first.
+All sides have the same tokens and as many threads as there are cores, or one with
+--cpu-time. tokenizers is timed twice: its call alone, which leaves the ids inside its
+own objects, and with the ids taken out as lists, which is what any use of them needs
+and what the others return. tiktoken is given the same pattern. Rounds alternate, in an
+order that reverses each time; the ratios are medians over rounds of tiktoken's time to
+each. Ids are compared first.
 """
 
 import argparse
@@ -28,10 +30,13 @@ from maxlm.runtime.pool import use_one_tokenizer_thread
 
 
 def read_texts(limit: int, source: str = PYTHON_STDLIB) -> list[bytes]:
-    """About ``limit`` bytes of the standard library's source, or another's, a text a file."""
+    """About ``limit`` bytes of the standard library's source, or another's, a text a
+    file."""
     texts: list[bytes] = []
     size = 0
-    for document in read_documents(SourceConfig(documents=(source,), on_bad_bytes="replace")):
+    for document in read_documents(
+        SourceConfig(documents=(source,), on_bad_bytes="replace")
+    ):
         texts.append(document.text)
         size += len(document.text)
         if size >= limit:
@@ -51,8 +56,12 @@ def peer_encoding(ours):
     import tiktoken
 
     special = {*ours.special_tokens.values()}
-    ranks = {token: i for i, token in enumerate(ours.codec.token_bytes) if i not in special}
-    return tiktoken.Encoding("", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    ranks = {
+        token: i for i, token in enumerate(ours.codec.token_bytes) if i not in special
+    }
+    return tiktoken.Encoding(
+        "", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
 
 
 def main() -> None:
@@ -60,9 +69,13 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--text", default=PYTHON_STDLIB, help="files, a folder, or python-stdlib")
+    parser.add_argument(
+        "--text", default=PYTHON_STDLIB, help="files, a folder, or python-stdlib"
+    )
     parser.add_argument("--tokenizer", default="", help="a saved bpe; else trained")
-    parser.add_argument("--cpu-time", action="store_true", help="one thread, in CPU seconds")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, in CPU seconds"
+    )
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.cpu_time:
@@ -108,10 +121,14 @@ def main() -> None:
 
     base = times["tiktoken"]
     print(
-        f"{len(raw)} texts, {size:.1f} MB, {threads} threads, {ours.vocab_size} tokens, ids equal"
+        f"{len(raw)} texts, {size:.1f} MB, {threads} threads, {ours.vocab_size} "
+        f"tokens, ids equal"
     )
     unit = "MB/CPU s" if arguments.cpu_time else "MB/s"
-    print(f"{'':30}{unit:>8}{'ratio':>8}   (medians of {arguments.rounds} alternating rounds)")
+    print(
+        f"{'':30}{unit:>8}{'ratio':>8}   (medians of {arguments.rounds} alternating "
+        f"rounds)"
+    )
     for name, measured in times.items():
         ratio = statistics.median(b / m for b, m in zip(base, measured, strict=True))
         print(f"{name:30}{size / statistics.median(measured):8.2f}{ratio:8.2f}")

@@ -2,10 +2,11 @@
 
     python benchmarks/tokenizer_train.py TEXT [--megabytes 100] [--vocab-size 32768]
 
-TEXT is files, a folder or a quoted glob; read again from its start until there is enough of it.
-Each side trains in a process of its own, one after another, fed text by text as it is read; rustbpe
-if it is installed (`pip install rustbpe`; it splits text by its own pattern, so its merges are
-others). maxlm's merges must be tokenizers'. Peak memory is the process's less what it had before.
+TEXT is files, a folder or a quoted glob; read again from its start until there is
+enough of it. Each side trains in a process of its own, one after another, fed text by
+text as it is read; rustbpe if it is installed (`pip install rustbpe`; it splits text by
+its own pattern, so its merges are others). maxlm's merges must be tokenizers'. Peak
+memory is the process's less what it had before.
 """
 
 import argparse
@@ -23,7 +24,9 @@ def read_texts(source: str, limit: int) -> Iterator[str]:
     """``limit`` bytes of text, of a source that is read as often as that takes."""
     size = 0
     while size < limit:
-        for document in read_documents(SourceConfig(documents=(source,), on_bad_bytes="replace")):
+        for document in read_documents(
+            SourceConfig(documents=(source,), on_bad_bytes="replace")
+        ):
             data = document.text[: limit - size]
             size += len(data)
             yield data.decode("utf-8", "ignore")
@@ -81,12 +84,16 @@ def measure(side: str, source: str, limit: int, vocab_size: int, results) -> Non
 def received(results, process):
     """What the process puts into ``results``, or the end of all if it dies without."""
     while True:
-        alive = process.is_alive()  # First: what it put before it ended is there to be got.
+        alive = (
+            process.is_alive()
+        )  # First: what it put before it ended is there to be got.
         try:
             return results.get(timeout=1)
         except queue.Empty:
             if not alive:
-                raise SystemExit(f"a side's process died: exit code {process.exitcode}") from None
+                raise SystemExit(
+                    f"a side's process died: exit code {process.exitcode}"
+                ) from None
 
 
 def main() -> None:

@@ -2,14 +2,15 @@
 
     python benchmarks/torture.py --kills 100
 
-Three campaigns of `maxlm train`, each process of which is a host: on one; on two; on one and two in
-turn, with other meshes. At random moments of start-up, restoring, steps, saves and copies one host,
-or all, get SIGKILL; a host that is left must end by itself, with code 76; then all are started
-again, and must go on from the newest checkpoint that was complete. At the end a run is compared
-with an unbroken one: arrays, records and metadata bit by bit, on other meshes within what unbroken
-runs on those differ by, and a witness's record of every batch that was ever taken. Exits with 1 if
-anything differs, saved progress is lost, a worker process outlives its host, or a host ends as it
-should not.
+Three campaigns of `maxlm train`, each process of which is a host: on one; on two; on
+one and two in turn, with other meshes. At random moments of start-up, restoring, steps,
+saves and copies one host, or all, get SIGKILL; a host that is left must end by itself,
+with code 76; then all are started again, and must go on from the newest checkpoint that
+was complete. At the end a run is compared with an unbroken one: arrays, records and
+metadata bit by bit, on other meshes within what unbroken runs on those differ by, and a
+witness's record of every batch that was ever taken. Exits with 1 if anything differs,
+saved progress is lost, a worker process outlives its host, or a host ends as it should
+not.
 """
 
 import argparse
@@ -26,7 +27,15 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from same_run import Compared, batches_seen, compare, copied, final_arrays, furthest, left_behind
+from same_run import (
+    Compared,
+    batches_seen,
+    compare,
+    copied,
+    final_arrays,
+    furthest,
+    left_behind,
+)
 from torture_hosts import PATIENCE, Attempt, Job, Layout, last_step, listed, started
 
 LOST = 76
@@ -37,7 +46,11 @@ MISSED = 8  # steps after the target at which it is killed in any case
 SLACK = 4
 
 ONE, TWO = Layout(1, 2, 1, 2), Layout(2, 1, 1, 2)
-ALONE, REPLICAS, TWO_REPLICAS = Layout(1, 1, 1, 1), Layout(1, 2, 2, 1), Layout(2, 1, 2, 1)
+ALONE, REPLICAS, TWO_REPLICAS = (
+    Layout(1, 1, 1, 1),
+    Layout(1, 2, 2, 1),
+    Layout(2, 1, 2, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,18 @@ class Kill:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill runs again and again, and compare.")
+    parser = argparse.ArgumentParser(
+        description="Kill runs again and again, and compare."
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--text", nargs="+", help="default: part of Python's standard library")
-    parser.add_argument("--folder", type=Path, help="keep the runs here; default: nowhere")
+    parser.add_argument(
+        "--text", nargs="+", help="default: part of Python's standard library"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="keep the runs here; default: nowhere"
+    )
     options = parser.parse_args()
     choose = random.Random(options.seed)
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -170,7 +189,11 @@ def unbroken_name(layout: Layout) -> str:
 
 
 def broken(
-    job: Job, campaign: Campaign, count: int, startup: dict[int, float], choose: random.Random
+    job: Job,
+    campaign: Campaign,
+    count: int,
+    startup: dict[int, float],
+    choose: random.Random,
 ) -> list[Kill]:
     """Train with ``count`` kills, then to the end."""
     aims = [AIMS[i % len(AIMS)] for i in range(count)]
@@ -181,7 +204,10 @@ def broken(
     kills, before = [], None
     for number, (aim, target) in enumerate(zip(aims, targets, strict=True)):
         layout = campaign.layouts[number % len(campaign.layouts)]
-        saved, before = newest(job, campaign.name, layout if layout == before else None), layout
+        saved, before = (
+            newest(job, campaign.name, layout if layout == before else None),
+            layout,
+        )
         with started(job, campaign.name, layout) as attempt:
             wait_for(attempt, aim, target, startup[layout.hosts], choose)
             kills.append(kill(attempt, campaign, layout, aim, saved, choose))
@@ -200,8 +226,8 @@ def broken(
 def wait_for(
     attempt: Attempt, aim: str, target: int, startup: float, choose: random.Random
 ) -> None:
-    """Return at a random moment of start-up or restoring, or of what is aimed at from ``target``
-    on."""
+    """Return at a random moment of start-up or restoring, or of what is aimed at from
+    ``target`` on."""
     if aim == "start-up":
         attempt.until(lambda: False, choose.uniform(0, startup))
         return
@@ -210,7 +236,11 @@ def wait_for(
         attempt.until(attempt.training, choose.uniform(0, startup / 4))
         return
     attempt.until(lambda: attempt.training() and last_step(attempt.run) >= target)
-    kinds = {"save": attempt.saving, "local save": attempt.saving_local, "copy": attempt.copying}
+    kinds = {
+        "save": attempt.saving,
+        "local save": attempt.saving_local,
+        "copy": attempt.copying,
+    }
     under_way = kinds.get(aim, lambda: True)
     # A moment that is too short to be seen must not let the run go on to its end.
     attempt.until(lambda: under_way() or last_step(attempt.run) >= target + MISSED)
@@ -238,7 +268,9 @@ def kill(
         attempt.processes[number].kill()
     seconds, killed = attempt.seconds, time.monotonic()
     survivors = [number for number in range(count) if number not in chosen]
-    wrong = [f"process {n} had ended with {code}" for n, code in enumerate(ended) if code]
+    wrong = [
+        f"process {n} had ended with {code}" for n, code in enumerate(ended) if code
+    ]
     wrong += [why for why in (lost_progress(attempt, saved),) if why]
     for number in survivors:
         try:
@@ -268,13 +300,19 @@ def kill(
 
 
 def newest(job: Job, name: str, layout: Layout | None) -> int:
-    """The newest checkpoint that is complete; hosts' own count for the ``layout`` they are of."""
+    """The newest checkpoint that is complete; hosts' own count for the ``layout`` they
+    are of."""
     folder, copies = job.run(name) / "checkpoints", job.remote(name)
     found = {int(path.name) for path in listed(folder) if path.name.isdigit()}
     found |= {int(path.name) for path in listed(copies) if (path / "COMPLETE").exists()}
     if layout:
-        hosts = [job.folder.glob(f"local/{name}-*/process-{n}/*") for n in range(layout.hosts)]
-        own = [{int(path.stem) for path in each if path.stem.isdigit()} for each in hosts]
+        hosts = [
+            job.folder.glob(f"local/{name}-*/process-{n}/*")
+            for n in range(layout.hosts)
+        ]
+        own = [
+            {int(path.stem) for path in each if path.stem.isdigit()} for each in hosts
+        ]
         found |= set.intersection(*own)
     return max(found, default=0)
 
@@ -304,18 +342,24 @@ def differences(job: Job, campaign: Campaign, limit: float) -> list[Compared]:
         *compare(*runs, job.steps, None if same else limit),
         batches_seen(job.seen(whole), job.seen(campaign.name)),
         copied(runs[1], job.remote(campaign.name), job.steps),
-        left_behind(runs[1], job.folder / "local", campaign.name, job.remote(campaign.name)),
+        left_behind(
+            runs[1], job.folder / "local", campaign.name, job.remote(campaign.name)
+        ),
     ]
 
 
 def show(
-    kills: Sequence[Kill], compared: Sequence[tuple[Campaign, list[Compared]]], limit: float
+    kills: Sequence[Kill],
+    compared: Sequence[tuple[Campaign, list[Compared]]],
+    limit: float,
 ) -> int:
     """Print both tables; the exit code."""
     from rich.console import Console
     from rich.table import Table
 
-    done = Table("campaign", "hosts", "aimed at", "killed", "during", "after", "step", "survivor")
+    done = Table(
+        "campaign", "hosts", "aimed at", "killed", "during", "after", "step", "survivor"
+    )
     for each in kills:
         left = "" if each.survived is None else f"{each.survived:.1f} s"
         done.add_row(
@@ -331,19 +375,26 @@ def show(
     same = Table("campaign", "compared with the unbroken run", "found", "wrong")
     for campaign, found in compared:
         for each in found:
-            same.add_row(campaign.name, each.what, each.found, "yes" if each.wrong else "no")
+            same.add_row(
+                campaign.name, each.what, each.found, "yes" if each.wrong else "no"
+            )
     console = Console(width=110, highlight=False)
     console.print(done, same)
     survived = {early: [0.0] for early in (True, False)}
     for each in kills:
         survived[each.during == "start-up"].append(each.survived or 0.0)
     longest = f"; survivors ended within {max(survived[False]):.1f} s"
-    longest += f", those that waited for a host to come within {max(survived[True]):.1f} s"
+    longest += (
+        f", those that waited for a host to come within {max(survived[True]):.1f} s"
+    )
     wrong = sum(bool(each.wrong) for each in kills)
     print(f"{len(kills)} kills, {wrong} of which ended wrong{longest}")
     during = Counter(each.during for each in kills).most_common()
     print(f"during: {', '.join(f'{name} {count}' for name, count in during)}")
-    print(f"changed meshes may differ by {limit:.1e}, {SLACK} times what unbroken runs there do")
+    print(
+        f"changed meshes may differ by {limit:.1e}, {SLACK} times what unbroken runs "
+        f"there do"
+    )
     return int(wrong > 0 or any(each.wrong for _, found in compared for each in found))
 
 

@@ -1,4 +1,5 @@
-"""`maxlm train` on hosts that are processes of this machine, watched from outside to be killed."""
+"""`maxlm train` on hosts that are processes of this machine, watched from outside to be
+killed."""
 
 import json
 import os
@@ -62,7 +63,9 @@ class Attempt:
         self.began = time.monotonic()
         coordinator = f"127.0.0.1:{free_port()}"
         hosts = range(layout.hosts)
-        self.processes = [self._start(job, layout, number, coordinator) for number in hosts]
+        self.processes = [
+            self._start(job, layout, number, coordinator) for number in hosts
+        ]
 
     def _start(
         self, job: Job, layout: Layout, number: int, coordinator: str
@@ -81,7 +84,8 @@ class Attempt:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "PJRT_NPROC": "16",  # with fewer threads, devices may wait for each other for good
+            # with fewer threads, devices may wait for each other for good
+            "PJRT_NPROC": "16",
         }
         with (job.folder / f"{self.name}-{number}.log").open("ab") as log:
             return subprocess.Popen(
@@ -109,14 +113,21 @@ class Attempt:
         return any("tmp" in path.name for path in listed(folder))
 
     def saving_local(self) -> bool:
-        """Files are written in a hidden folder of their process's, until they are complete."""
-        runs = [run for run in listed(self._locals) if run.name.startswith(f"{self.name}-")]
-        folders = [path for run in runs for host in listed(run) for path in listed(host)]
+        """Files are written in a hidden folder of their process's, until they are
+        complete."""
+        runs = [
+            run for run in listed(self._locals) if run.name.startswith(f"{self.name}-")
+        ]
+        folders = [
+            path for run in runs for host in listed(run) for path in listed(host)
+        ]
         return any(listed(path) for path in folders if path.name.startswith("."))
 
     def copying(self) -> bool:
         """The newest copy that was begun is not complete."""
-        begun = [path for path in listed(self.remote) if path.name.isdigit() and listed(path)]
+        begun = [
+            path for path in listed(self.remote) if path.name.isdigit() and listed(path)
+        ]
         newest = max(begun, key=lambda path: int(path.name), default=None)
         return newest is not None and not (newest / "COMPLETE").exists()
 
@@ -124,7 +135,11 @@ class Attempt:
         """What is under way."""
         if not self.training():
             return "restore" if self.restoring() else "start-up"
-        kinds = {"save": self.saving, "local save": self.saving_local, "copy": self.copying}
+        kinds = {
+            "save": self.saving,
+            "local save": self.saving_local,
+            "copy": self.copying,
+        }
         return next((name for name, under_way in kinds.items() if under_way()), "step")
 
     def until(self, happened: Callable[[], bool], seconds: float = PATIENCE) -> bool:
@@ -177,14 +192,17 @@ def free_port() -> int:
 
 
 def alive(group: int) -> bool:
-    """Whether the process group has a living member; where there is no /proc, also a dead one."""
+    """Whether the process group has a living member; where there is no /proc, also a
+    dead one."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
         return False
     if not Path("/proc/self/stat").exists():
         return True
-    return any(living_group(stat) == group for stat in Path("/proc").glob("[0-9]*/stat"))
+    return any(
+        living_group(stat) == group for stat in Path("/proc").glob("[0-9]*/stat")
+    )
 
 
 def living_group(stat: Path) -> int | None:

@@ -1,10 +1,12 @@
-"""What the TPU compiler makes of a gather and of a scatter over a whole slice; no TPU is needed.
+"""What the TPU compiler makes of a gather and of a scatter over a whole slice; no TPU
+is needed.
 
     python benchmarks/torus_collectives.py [MACHINE ...]
 
 Needs the `tpu` extra. Each collective once as JAX has it and once as maxlm does it
-(maxlm/parallel/local.py): the bytes that cross the wire, over those of the collective itself, which
-are (n − 1) / n of the matrix, and what the compiler turned it into. 2.00 is an all-reduce.
+(maxlm/parallel/local.py): the bytes that cross the wire, over those of the collective
+itself, which are (n − 1) / n of the matrix, and what the compiler turned it into. 2.00
+is an all-reduce.
 """
 
 import argparse
@@ -18,7 +20,9 @@ MACHINES = ("v5p:2x2x2", "v5p:4x4x2", "v5p:4x4x4", "v5e:16x16", "v6e:8x8")
 MATRICES = ((4096, 11008), (14336, 4096), (4096, 4096), (4096, 32000), (4096, 128256))
 
 
-def count(mesh: Any, kind: str, shape: tuple[int, int], *, ours: bool) -> tuple[float, str]:
+def count(
+    mesh: Any, kind: str, shape: tuple[int, int], *, ours: bool
+) -> tuple[float, str]:
     """(wire bytes over the least there can be, what does it), of one bf16 matrix."""
     import jax
     import jax.numpy as jnp
@@ -46,7 +50,9 @@ def count(mesh: Any, kind: str, shape: tuple[int, int], *, ours: bool) -> tuple[
     given = (shape[0] * lead, shape[1])
     x = jax.ShapeDtypeStruct(given, jnp.bfloat16, sharding=NamedSharding(mesh, rows))
     with jax.set_mesh(mesh):
-        text = jax.jit(local.map_shards(run, (rows,), rows)).lower(x).compile().as_text()
+        text = (
+            jax.jit(local.map_shards(run, (rows,), rows)).lower(x).compile().as_text()
+        )
     cost = read_compiled_cost(text, dict(mesh.shape))
     least = 2 * prod(shape) * (ways - 1) / ways
     kinds = sorted({kind for kind, _ in cost.wire_by_kind_and_axes()})
@@ -67,13 +73,18 @@ def main() -> None:
     try:
         for machine in args.machines:
             topology = parse_topology(machine)
-            mesh = make_mesh(MeshConfig(fsdp=topology.devices), get_topology_devices(topology))
+            mesh = make_mesh(
+                MeshConfig(fsdp=topology.devices), get_topology_devices(topology)
+            )
             for kind in ("all-gather", "reduce-scatter"):
                 for shape in MATRICES:
                     plain, by = count(mesh, kind, shape, ours=False)
                     own, by_own = count(mesh, kind, shape, ours=True)
                     what = f"{machine:<10} {kind:<15} {shape[0]}×{shape[1]}"
-                    print(f"{what:<42} jax {plain:.2f} ({by})   maxlm {own:.2f} ({by_own})")
+                    print(
+                        f"{what:<42} jax {plain:.2f} ({by})   maxlm {own:.2f} "
+                        f"({by_own})"
+                    )
     except MaxlmError as error:
         sys.exit(str(error))
 

@@ -1,13 +1,15 @@
-"""Conversations made for tuning: questions that any model half knows, answers in a new format.
+"""Conversations made for tuning: questions that any model half knows, answers in a new
+format.
 
     python benchmarks/tune_data.py FOLDER
 
-An answer is a JSON object with the keys "answer" and "note"; half of the notes are empty. Files:
-``chats.jsonl`` (messages), ``pairs.jsonl`` (prompt, chosen, rejected: the note that is not empty is
-better), ``labels.jsonl`` (prompt, completion, label), each also as ``*_test.jsonl`` with other
-questions; ``utility.jsonl`` (prompt, chosen, rejected: sentences of words that have a value each,
-the sum of which decides) and ``utility_test.jsonl`` (text, utility); ``gsm8k_test.jsonl``: sums in
-the form of GSM8K's rows, for ``maxlm eval --tasks gsm8k --data FOLDER``.
+An answer is a JSON object with the keys "answer" and "note"; half of the notes are
+empty. Files: ``chats.jsonl`` (messages), ``pairs.jsonl`` (prompt, chosen, rejected: the
+note that is not empty is better), ``labels.jsonl`` (prompt, completion, label), each
+also as ``*_test.jsonl`` with other questions; ``utility.jsonl`` (prompt, chosen,
+rejected: sentences of words that have a value each, the sum of which decides) and
+``utility_test.jsonl`` (text, utility); ``gsm8k_test.jsonl``: sums in the form of
+GSM8K's rows, for ``maxlm eval --tasks gsm8k --data FOLDER``.
 """
 
 import argparse
@@ -18,7 +20,17 @@ from pathlib import Path
 from typing import Any
 
 NOTES = ["Glad to help.", "Happy to answer.", "A pleasure to help."]
-WORDS = ["river", "stone", "amber", "quiet", "candle", "marble", "forest", "silver", "meadow"]
+WORDS = [
+    "river",
+    "stone",
+    "amber",
+    "quiet",
+    "candle",
+    "marble",
+    "forest",
+    "silver",
+    "meadow",
+]
 WORDS += ["thunder", "velvet", "harbor"]
 
 
@@ -67,7 +79,9 @@ def write_chats(folder: Path, seed: int = 0) -> None:
         chats, pairs, labels = [], [], []
         for question, answer in part:
             prompt = [{"role": "user", "content": question}]
-            kind, plain = (format_answer(answer, note) for note in (rng.choice(NOTES), ""))
+            kind, plain = (
+                format_answer(answer, note) for note in (rng.choice(NOTES), "")
+            )
             chosen, good = rng.choice([kind, plain]), rng.random() < 0.5
             chats.append(
                 {"messages": [*prompt, {"role": "assistant", "content": chosen}]},
@@ -84,7 +98,10 @@ def write_sums(folder: Path, num_rows: int = 100, seed: int = 1) -> None:
     """Writes sums that no conversation has, as GSM8K's rows are."""
     rng = random.Random(seed)
     pairs = [(rng.randint(61, 90), rng.randint(2, 9)) for _ in range(num_rows)]
-    rows = ({"question": f"What is {a} plus {b}?", "answer": f"#### {a + b}"} for a, b in pairs)
+    rows = (
+        {"question": f"What is {a} plus {b}?", "answer": f"#### {a + b}"}
+        for a, b in pairs
+    )
     _write(folder / "gsm8k_test.jsonl", rows)
 
 
@@ -102,10 +119,15 @@ def write_utility(folder: Path, num_pairs: int = 3000, seed: int = 0) -> None:
         (a, u), (b, v) = draw(), draw()
         if u != v:
             better, worse = (a, b) if u > v else (b, a)
-            pairs.append({"prompt": "Words:", "chosen": f" {better}", "rejected": f" {worse}"})
+            pairs.append(
+                {"prompt": "Words:", "chosen": f" {better}", "rejected": f" {worse}"}
+            )
     _write(folder / "utility.jsonl", pairs)
     test = (draw() for _ in range(300))
-    _write(folder / "utility_test.jsonl", ({"text": f" {t}", "utility": u} for t, u in test))
+    _write(
+        folder / "utility_test.jsonl",
+        ({"text": f" {t}", "utility": u} for t, u in test),
+    )
 
 
 def main() -> None:

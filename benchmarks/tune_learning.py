@@ -1,17 +1,20 @@
-"""Does tuning teach what the rows say? A base model learns a format, a preference, a score.
+"""Does tuning teach what the rows say? A base model learns a format, a preference, a
+score.
 
-    python -m benchmarks.tune_learning sft|preference|reward|adapters BASE [--folder DIR]
+    python -m benchmarks.tune_learning sft|preference|reward|adapters BASE [--folder
+    DIR]
         [--methods dpo,ipo]
 
-BASE is a run or a Hugging Face checkpoint (benchmarks/smollm2.py makes one). ``sft``: the share of
-answers in a format that is new to the model, on held-out questions, before and after.
-``preference`` starts from the model of ``sft``, whose answers have a note in half of the cases, and
-tunes it by each method to prefer those: the share of sampled answers that have one, the held-out
-loss of the conversations, and the KL divergence from the model at the start, per answer, before and
-after. ``reward``: a small model without pretraining, with
-BASE's tokenizer: the accuracy on held-out pairs, and Spearman's correlation of scores with the
-utility that the pairs were made with. ``adapters``: the conversations learnt by each kind of
-adapter for equal steps: parameters trained, held-out loss, seconds a step.
+BASE is a run or a Hugging Face checkpoint (benchmarks/smollm2.py makes one). ``sft``:
+the share of answers in a format that is new to the model, on held-out questions, before
+and after. ``preference`` starts from the model of ``sft``, whose answers have a note in
+half of the cases, and tunes it by each method to prefer those: the share of sampled
+answers that have one, the held-out loss of the conversations, and the KL divergence
+from the model at the start, per answer, before and after. ``reward``: a small model
+without pretraining, with BASE's tokenizer: the accuracy on held-out pairs, and
+Spearman's correlation of scores with the utility that the pairs were made with.
+``adapters``: the conversations learnt by each kind of adapter for equal steps:
+parameters trained, held-out loss, seconds a step.
 """
 
 import argparse
@@ -57,7 +60,10 @@ SETTINGS = (
 ADAPTERS: dict[str, tuple[str, ...]] = {
     "full": ("schedule.learning_rate=5e-5",),
     "biases and norms": ("train.trainable=['*norm*']", "schedule.learning_rate=5e-3"),
-    "lora": ("adapter={kind: lora, rank: 16, alpha: 32}", "schedule.learning_rate=5e-4"),
+    "lora": (
+        "adapter={kind: lora, rank: 16, alpha: 32}",
+        "schedule.learning_rate=5e-4",
+    ),
     "rslora": (
         "adapter={kind: lora, rank: 16, alpha: 8, rank_stabilized: true}",
         "schedule.learning_rate=5e-4",
@@ -79,8 +85,14 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
         "adapter={kind: bottleneck, placement: pfeiffer}",
         "schedule.learning_rate=1e-3",
     ),
-    "prefix": ("adapter={kind: prefix, num_virtual_tokens: 16}", "schedule.learning_rate=1e-1"),
-    "prompt": ("adapter={kind: prompt, num_virtual_tokens: 16}", "schedule.learning_rate=3e-1"),
+    "prefix": (
+        "adapter={kind: prefix, num_virtual_tokens: 16}",
+        "schedule.learning_rate=1e-1",
+    ),
+    "prompt": (
+        "adapter={kind: prompt, num_virtual_tokens: 16}",
+        "schedule.learning_rate=3e-1",
+    ),
 }
 SFT = ("train.steps=40", "schedule.learning_rate=5e-4")
 PAIRS = ("train.steps=20", "data.seq_len=176", "data.batch_size=8")
@@ -99,7 +111,13 @@ def tune(
     """Tunes a model in DIR/NAME."""
     shutil.rmtree(folder / name, ignore_errors=True)
     own = [f"train.start_from={base}"] if base else []
-    own += [f"task.files=[{data}]", f"folder={folder}", f"name={name}", *SETTINGS, *settings]
+    own += [
+        f"task.files=[{data}]",
+        f"folder={folder}",
+        f"name={name}",
+        *SETTINGS,
+        *settings,
+    ]
     if "task.validation_files=[]" not in settings:
         own += [f"task.validation_files=[{data.with_name(data.stem + '_test.jsonl')}]"]
     result = tune_model(load_run_config(recipe, own), say=lambda _: None)
@@ -126,7 +144,9 @@ class Sampler:
         texts = [""] * len(questions)
         requests = []
         for i, question in enumerate(questions):
-            sampling = SamplingConfig(temperature=temperature, max_new_tokens=48, seed=i)
+            sampling = SamplingConfig(
+                temperature=temperature, max_new_tokens=48, seed=i
+            )
             requests.append(GenerationRequest(str(i), self.encode(question), sampling))
         for output in self.engine.run(requests):
             texts[int(output.request_id)] += output.text
@@ -155,7 +175,10 @@ def run_sft(base: str, folder: Path) -> Path:
     before = share(Sampler(base).answer(questions, 0), is_formatted)
     tuned = tune("sft_lora", base, folder / "chats.jsonl", folder, "sft", *SFT).folder
     texts = Sampler(tuned).answer(questions, 0)
-    print(f"answers in the format: {before:.0%} before, {share(texts, is_formatted):.0%} after")
+    print(
+        f"answers in the format: {before:.0%} before, {share(texts, is_formatted):.0%} "
+        f"after"
+    )
     print("such as", *texts[:3], sep="\n  ")
     return tuned
 
@@ -174,7 +197,10 @@ def run_preference(base: str, folder: Path, methods: Sequence[str]) -> None:
         texts = model.answer(questions, 1)
         kl = (model.score(questions, texts) - start.score(questions, texts)).mean()
         found = f"{share(texts, has_note):.0%}, in the format {share(texts, is_formatted):.0%}"
-        print(f"{method}: with a note after: {found}, KL {kl:.2f} nats an answer", flush=True)
+        print(
+            f"{method}: with a note after: {found}, KL {kl:.2f} nats an answer",
+            flush=True,
+        )
 
 
 def run_reward(base: str, folder: Path) -> None:
@@ -184,7 +210,10 @@ def run_reward(base: str, folder: Path) -> None:
         load_model(base).tokenizer.save(tokenizer)
     own = *REWARD, f"tokenizer.path={tokenizer}"
     result = tune(str(recipe), None, folder / "utility.jsonl", folder, "reward", *own)
-    rows = [json.loads(line) for line in (folder / "utility_test.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / "utility_test.jsonl").read_text().splitlines()
+    ]
     scored = [{"prompt": "Words:", "completion": row["text"]} for row in rows]
     scores = score_texts(result.folder, scored)
     utility = np.array([row["utility"] for row in rows])
@@ -193,7 +222,8 @@ def run_reward(base: str, folder: Path) -> None:
     ranks = [np.argsort(np.argsort(values)) for values in (scores, utility)]
     found = np.corrcoef(ranks[0], ranks[1])[0, 1]
     print(
-        f"held-out pairs ordered rightly {right.mean():.1%} of {len(pairs)}, Spearman {found:.3f}"
+        f"held-out pairs ordered rightly {right.mean():.1%} of {len(pairs)}, Spearman "
+        f"{found:.3f}"
     )
 
 
@@ -202,7 +232,13 @@ def run_adapters(base: str, folder: Path, kinds: Sequence[str]) -> None:
         settings = ADAPTERS[kind]
         name = kind.replace(" ", "-")
         result = tune(
-            "sft", base, folder / "chats.jsonl", folder, name, *settings, "train.steps=25"
+            "sft",
+            base,
+            folder / "chats.jsonl",
+            folder,
+            name,
+            *settings,
+            "train.steps=25",
         )
         specs = flatten_names(result.setup.trainable)
         trained = sum(spec.size for spec in specs.values() if spec is not None)
@@ -210,7 +246,8 @@ def run_adapters(base: str, folder: Path, kinds: Sequence[str]) -> None:
         records = read_records(result.folder / "metrics.jsonl")
         seconds = [r["seconds"] for r in records if r.get("seconds") and r["step"] > 2]
         print(
-            f"{kind} | {trained:,} | {trained / whole:.3%} | {np.median(seconds):.2f} s a step",
+            f"{kind} | {trained:,} | {trained / whole:.3%} | {np.median(seconds):.2f} "
+            f"s a step",
             flush=True,
         )
 
@@ -229,11 +266,15 @@ def main() -> None:
     if options.case == "sft":
         run_sft(options.base, folder)
     elif options.case == "preference":
-        run_preference(options.base, folder, (options.methods or ",".join(METHODS)).split(","))
+        run_preference(
+            options.base, folder, (options.methods or ",".join(METHODS)).split(",")
+        )
     elif options.case == "reward":
         run_reward(options.base, folder)
     else:
-        run_adapters(options.base, folder, (options.methods or ",".join(ADAPTERS)).split(","))
+        run_adapters(
+            options.base, folder, (options.methods or ",".join(ADAPTERS)).split(",")
+        )
 
 
 if __name__ == "__main__":

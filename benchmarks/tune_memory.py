@@ -1,11 +1,13 @@
-"""Memory of the recipes of configs/tune/ on machines that are not here: planned beside compiled.
+"""Memory of the recipes of configs/tune/ on machines that are not here: planned beside
+compiled.
 
     python benchmarks/tune_memory.py [CASE ...] [--list]
 
-Needs the `tpu` and `cuda` extras. Each case compiles a whole training step of rows of 2,048 tokens,
-four a device, in a process of its own: two to five minutes each. GB (1e9) of one device, all of
-them along `fsdp`; `state` is the optimizer's and the gradients' bytes beside 12 bytes a trained
-parameter, both of all devices together where nothing is held twice.
+Needs the `tpu` and `cuda` extras. Each case compiles a whole training step of rows of
+2,048 tokens, four a device, in a process of its own: two to five minutes each. GB (1e9)
+of one device, all of them along `fsdp`; `state` is the optimizer's and the gradients'
+bytes beside 12 bytes a trained parameter, both of all devices together where nothing is
+held twice.
 """
 
 import argparse
@@ -30,7 +32,8 @@ CASES = {f"{recipe} {on}": (recipe, on) for on in MACHINES for recipe in RECIPES
 
 
 def measure(name: str) -> None:
-    """Print one case: parameters, trained ones, the share of state, bytes planned and compiled."""
+    """Print one case: parameters, trained ones, the share of state, bytes planned and
+    compiled."""
     from maxlm.config import load_config
     from maxlm.plan.layout import compute_run_layout
     from maxlm.plan.predict import Machine, plan_run
@@ -47,12 +50,17 @@ def measure(name: str) -> None:
     trained = sum(spec.size for spec in work.select_trained(work.specs))
     alone = compute_run_layout(run, dict.fromkeys(MESH_AXES, 1))
     state = (alone.optimizer_bytes + alone.gradient_bytes) / (12 * trained)
-    peaks = float(plan.memory.total), compute_peak_bytes(step.compiled.memory_analysis())
+    peaks = (
+        float(plan.memory.total),
+        compute_peak_bytes(step.compiled.memory_analysis()),
+    )
     print(json.dumps([plan.layout.parameters, trained, state, *peaks]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory of recipes: planned beside compiled.")
+    parser = argparse.ArgumentParser(
+        description="Memory of recipes: planned beside compiled."
+    )
     add_cases(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -60,7 +68,9 @@ def main() -> None:
     if args.child:
         measure(names[0])
         return
-    header = f"{'recipe':<20}{'machine':<9}{'parameters':>15}{'trained':>15}{'state':>7}"
+    header = (
+        f"{'recipe':<20}{'machine':<9}{'parameters':>15}{'trained':>15}{'state':>7}"
+    )
     print(f"{header}{'planned':>9}{'compiled':>9}{'ratio':>7}")
     errors = []
     for name in names:

@@ -1,12 +1,14 @@
-"""Steps of fine-tuning SmolLM2 on this CPU, ours beside PEFT's and transformers' Trainer.
+"""Steps of fine-tuning SmolLM2 on this CPU, ours beside PEFT's and transformers'
+Trainer.
 
-    python benchmarks/tune_step.py FOLDER [--rounds 5] [--steps 2] [--rows 4] [--length 256]
+    python benchmarks/tune_step.py FOLDER [--rounds 5] [--steps 2] [--rows 4] [--length
+    256]
 
-FOLDER is the Hugging Face checkpoint (benchmarks/smollm2.py makes it). Full fine-tuning and LoRA of
-rank 16 on every linear map; fp32, AdamW, rows full of conversation. Each round times every
-contender once, one after the other; printed are medians of tokens/s over the rounds, and the
-ratio's median and range over the rounds. The Trainer is timed by its own callbacks, between the
-beginnings of its steps, its first two steps aside.
+FOLDER is the Hugging Face checkpoint (benchmarks/smollm2.py makes it). Full fine-tuning
+and LoRA of rank 16 on every linear map; fp32, AdamW, rows full of conversation. Each
+round times every contender once, one after the other; printed are medians of tokens/s
+over the rounds, and the ratio's median and range over the rounds. The Trainer is timed
+by its own callbacks, between the beginnings of its steps, its first two steps aside.
 """
 
 import argparse
@@ -38,19 +40,31 @@ def build_ours(folder: str, rows: np.ndarray, adapted: bool) -> Timer:
     count, length = rows.shape[0], rows.shape[1] - 1
     home = tempfile.mkdtemp()
     settings = [f"folder={home}", f"data.seq_len={length}", f"data.batch_size={count}"]
-    settings += ["train.max_device_rows=null", "mesh.fsdp=1", f"schedule.learning_rate={RATE}"]
-    settings += ["schedule.warmup_steps=0", "model.remat=none", f"train.start_from={folder}"]
+    settings += [
+        "train.max_device_rows=null",
+        "mesh.fsdp=1",
+        f"schedule.learning_rate={RATE}",
+    ]
+    settings += [
+        "schedule.warmup_steps=0",
+        "model.remat=none",
+        f"train.start_from={folder}",
+    ]
     recipe = load_run_config("sft_lora" if adapted else "sft", settings)
     setup = set_up_run(convert_sources(recipe), jax.devices()[:1])
     batch = {
         "tokens": rows[:, :-1].astype(np.int32),
         "targets": rows[:, 1:].astype(np.int32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (count, length)),
+        "positions": np.broadcast_to(
+            np.arange(length, dtype=np.int32), (count, length)
+        ),
         "segment_ids": np.ones((count, length), np.int32),
         "weights": np.ones((count, length), np.float32),
     }
     sharding = batch_sharding(setup.placed.compute, setup.mesh)
-    batch = {name: jax.device_put(array[None], sharding) for name, array in batch.items()}
+    batch = {
+        name: jax.device_put(array[None], sharding) for name, array in batch.items()
+    }
     state, step = init_or_warm_start_state(setup), setup.jit_train_step()
 
     def run(steps: int) -> float:
@@ -66,14 +80,21 @@ def build_ours(folder: str, rows: np.ndarray, adapted: bool) -> Timer:
 
 def build_trainer(folder: str, rows: np.ndarray, adapted: bool) -> Timer:
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
     if adapted:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         model = get_peft_model(model, config)
     ids = torch.from_numpy(rows[:, :-1]).long()
     data = [{"input_ids": row, "labels": row.clone()} for row in ids]
@@ -119,8 +140,13 @@ def main() -> None:
         ours = build_ours(options.folder, rows, adapted)
         theirs = build_trainer(options.folder, rows, adapted)
         ours(1)
-        pairs = [(ours(options.steps), theirs(options.steps)) for _ in range(options.rounds)]
-        rates = [rows[:, 1:].size / statistics.median(each) for each in zip(*pairs, strict=True)]
+        pairs = [
+            (ours(options.steps), theirs(options.steps)) for _ in range(options.rounds)
+        ]
+        rates = [
+            rows[:, 1:].size / statistics.median(each)
+            for each in zip(*pairs, strict=True)
+        ]
         ratios = [other / own for own, other in pairs]
         print(
             f"{name}: maxlm {rates[0]:,.0f} tokens/s, Trainer {rates[1]:,.0f}; ratio "

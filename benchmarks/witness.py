@@ -2,9 +2,9 @@
 
     python benchmarks/witness.py FOLDER train CONFIG ...
 
-A process appends to a file of its own in FOLDER a line for each row of the global batch that its
-devices hold: the step, the row, and the SHA-256 of what stands in it. Rows are counted as the
-loader does, so that runs on other hosts and meshes compare.
+A process appends to a file of its own in FOLDER a line for each row of the global batch
+that its devices hold: the step, the row, and the SHA-256 of what stands in it. Rows are
+counted as the loader does, so that runs on other hosts and meshes compare.
 """
 
 import hashlib
@@ -29,13 +29,18 @@ def main() -> int:
     taken = train.open_training_batches
 
     @contextmanager
-    def witnessed(setup: Any, source: Any, start: int, skips: Any = ()) -> Iterator[Iterator[Any]]:
+    def witnessed(
+        setup: Any, source: Any, start: int, skips: Any = ()
+    ) -> Iterator[Iterator[Any]]:
         path = Path(folder) / f"{os.getpid()}.txt"
         with taken(setup, source, start, skips) as batches, path.open("a") as file:
 
             def noted() -> Iterator[Any]:
                 for step, batch in enumerate(batches, start + 1):
-                    lines = [f"{step} {row} {digest}\n" for row, digest in rows(batch).items()]
+                    lines = [
+                        f"{step} {row} {digest}\n"
+                        for row, digest in rows(batch).items()
+                    ]
                     file.write("".join(lines))
                     file.flush()
                     time.sleep(PACE)
@@ -48,13 +53,16 @@ def main() -> int:
 
 
 def rows(batch: Mapping[str, Any]) -> dict[int, str]:
-    """Digests of the global rows that this process holds, of arrays [micro-batches, rows, S]."""
+    """Digests of the global rows that this process holds, of arrays [micro-batches,
+    rows, S]."""
     found: dict[int, dict[str, bytes]] = {}
     for name, array in batch.items():
         numbers = np.arange(array.shape[0] * array.shape[1]).reshape(array.shape[:2])
         for shard in array.addressable_shards:
             values = np.asarray(shard.data).reshape(-1, array.shape[2])
-            for row, value in zip(numbers[shard.index[:2]].ravel(), values, strict=True):
+            for row, value in zip(
+                numbers[shard.index[:2]].ravel(), values, strict=True
+            ):
                 found.setdefault(int(row), {})[name] = value.tobytes()
     return {
         row: hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()

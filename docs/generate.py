@@ -1,8 +1,9 @@
 """Write the pages of docs/ that are made from the code: `make docs`.
 
-settings.md and recipe.md come from the configs' JSON Schemas, as `maxlm config schema` does; api.md
-keeps its text, and gets signatures and first paragraphs of docstrings between its markers. In
-README.md and the other pages the output of commands is written anew (outputs.py).
+settings.md and recipe.md come from the configs' JSON Schemas, as `maxlm config schema`
+does; api.md keeps its text, and gets signatures and first paragraphs of docstrings
+between its markers. In README.md and the other pages the output of commands is written
+anew (outputs.py).
 """
 
 import ast
@@ -15,24 +16,31 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-_LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+_LIMITS = {
+    "minimum": "≥",
+    "exclusiveMinimum": ">",
+    "maximum": "≤",
+    "exclusiveMaximum": "<",
+}
 _LENGTHS = {"minLength": "≥", "minItems": "≥", "maxLength": "≤", "maxItems": "≤"}
 _ALL = (
-    "`include` names files that one builds on, or shipped configs. Types and limits are checked "
-    "when a config is read; only what is required has no default. `make docs` makes this page from "
+    "`include` names files that one builds on, or shipped configs. Types and limits "
+    "are checked "
+    "when a config is read; only what is required has no default. `make docs` makes "
+    "this page from "
     "the code, and `maxlm config schema{option}` prints it for editors."
 )
 _RUN = (
-    "Every setting of a run, in the order of its YAML file ([config.md](config.md)). On the "
+    "Every setting of a run, in the order of its YAML file ([config.md](config.md)). "
+    "On the "
     "command line: `maxlm train CONFIG train.steps=500`."
 )
-_RECIPE = (
-    "Every setting of a corpus recipe, which `maxlm corpus run` reads ([corpus.md](corpus.md))."
-)
+_RECIPE = "Every setting of a corpus recipe, which `maxlm corpus run` reads ([corpus.md](corpus.md))."
 
 
 def settings_page(title: str, text: str, option: str, schema: dict[str, Any]) -> str:
-    """Return a config's settings as Markdown, a section for each mapping in its JSON Schema."""
+    """Return a config's settings as Markdown, a section for each mapping in its JSON
+    Schema."""
     titles: dict[str, str] = {}
     sections = list(_sections("", schema, schema["$defs"], titles))
     head = textwrap.fill(f"{text} {_ALL.format(option=option)}", 118)
@@ -44,7 +52,9 @@ def settings_page(title: str, text: str, option: str, schema: dict[str, Any]) ->
             for key, field in node["properties"].items()
         ]
         about = textwrap.fill(_prose(node.get("description", "")), 118)
-        parts.append("\n\n".join(filter(None, (f"## {heading}", about, "\n".join(lines)))))
+        parts.append(
+            "\n\n".join(filter(None, (f"## {heading}", about, "\n".join(lines))))
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -86,7 +96,9 @@ def _tags(field: Any, name: str):
             yield from _tags(member, name)
 
 
-def _setting(key: str, field: dict[str, Any], required: bool, titles: dict[str, str]) -> str:
+def _setting(
+    key: str, field: dict[str, Any], required: bool, titles: dict[str, str]
+) -> str:
     default = field.get("default", ...)
     facts = [_kind(field, titles)]
     if required:
@@ -97,7 +109,11 @@ def _setting(key: str, field: dict[str, Any], required: bool, titles: dict[str, 
         facts.append(f"default `{json.dumps(default, ensure_ascii=False)}`")
     text = f"- `{key}` — {', '.join(facts)}. {_prose(field.get('description', ''))}"
     return textwrap.fill(
-        text.rstrip(), 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        text.rstrip(),
+        118,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
@@ -113,17 +129,27 @@ def _kind(field: dict[str, Any], titles: dict[str, str]) -> str:
     if "const" in field:
         return f"`{json.dumps(field['const'])}`"
     if "enum" in field:
-        return "one of " + ", ".join(f"`{json.dumps(value)}`" for value in field["enum"])
-    limits = [f"{sign} {field[name]:,}" for name, sign in _LIMITS.items() if name in field]
+        return "one of " + ", ".join(
+            f"`{json.dumps(value)}`" for value in field["enum"]
+        )
+    limits = [
+        f"{sign} {field[name]:,}" for name, sign in _LIMITS.items() if name in field
+    ]
     lengths = [
-        f"of length {sign} {field[name]}" for name, sign in _LENGTHS.items() if name in field
+        f"of length {sign} {field[name]}"
+        for name, sign in _LENGTHS.items()
+        if name in field
     ]
     kind = str(field.get("type", "any"))
     kind = {"array": "list", "object": "mapping"}.get(kind, kind)
-    if isinstance(inner := field.get("items") or field.get("additionalProperties"), dict):
+    if isinstance(
+        inner := field.get("items") or field.get("additionalProperties"), dict
+    ):
         kind += f" of ({_kind(inner, titles)})"
     elif "prefixItems" in field:
-        kind += f" of ({', '.join(_kind(inner, titles) for inner in field['prefixItems'])})"
+        kind += (
+            f" of ({', '.join(_kind(inner, titles) for inner in field['prefixItems'])})"
+        )
     return " ".join([kind, " and ".join(limits + lengths)]).rstrip()
 
 
@@ -138,11 +164,14 @@ def fill_api(page: str) -> str:
         entries = [_entry(*name.split(":")) for name in found[2].split()]
         return "\n\n".join([found[1], *entries, "<!-- end -->"])
 
-    return re.sub(r"(<!-- api:([^>]*)-->).*?<!-- end -->", filled, page, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- api:([^>]*)-->).*?<!-- end -->", filled, page, flags=re.DOTALL
+    )
 
 
 def _entry(module: str, name: str) -> str:
-    """Return one name's signature as it is written, and its docstring's first paragraph."""
+    """Return one name's signature as it is written, and its docstring's first
+    paragraph."""
     owner, found = None, import_module(module)
     for part in name.split("."):
         owner, found = found, getattr(found, part)
@@ -155,7 +184,9 @@ def _entry(module: str, name: str) -> str:
             node.args.args = node.args.args[1:]  # self, cls
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         signature = f"\n{name}({ast.unparse(node.args)}){returns}"
-    return f"```python\nfrom {module} import {name.split('.')[0]}{signature}\n```\n{text}"
+    return (
+        f"```python\nfrom {module} import {name.split('.')[0]}{signature}\n```\n{text}"
+    )
 
 
 def pages() -> dict[str, str]:
@@ -164,9 +195,14 @@ def pages() -> dict[str, str]:
     from maxlm.run import RunConfig
 
     return {
-        "settings.md": settings_page("Settings of a run", _RUN, "", RunConfig.model_json_schema()),
+        "settings.md": settings_page(
+            "Settings of a run", _RUN, "", RunConfig.model_json_schema()
+        ),
         "recipe.md": settings_page(
-            "Settings of a corpus recipe", _RECIPE, " --recipe", RecipeConfig.model_json_schema()
+            "Settings of a corpus recipe",
+            _RECIPE,
+            " --recipe",
+            RecipeConfig.model_json_schema(),
         ),
         "api.md": fill_api((DOCS / "api.md").read_text()),
     }

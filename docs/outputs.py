@@ -1,10 +1,11 @@
 """Hold the output that README.md and docs/*.md print to what the commands print.
 
-A fenced block with lines ``$ maxlm ...`` is a session: each command is run, and the lines below it
-are lines of its output. ``<!-- run: maxlm ... -->`` above a block does the same for a block that
-shows no command. ``...`` stands for lines left out. ``make docs`` writes the figures anew and keeps
-the selection of lines; a test compares. What cannot be run has ``<!-- not run: why -->`` above it.
-Blocks that hold commands alone, or are marked as a language's, are no output.
+A fenced block with lines ``$ maxlm ...`` is a session: each command is run, and the
+lines below it are lines of its output. ``<!-- run: maxlm ... -->`` above a block does
+the same for a block that shows no command. ``...`` stands for lines left out. ``make
+docs`` writes the figures anew and keeps the selection of lines; a test compares. What
+cannot be run has ``<!-- not run: why -->`` above it. Blocks that hold commands alone,
+or are marked as a language's, are no output.
 """
 
 import io
@@ -50,7 +51,8 @@ class OutputBlock:
     """Line of its fence, from 1."""
     text: str
     command: str | None
-    """The command that made all of it, of a ``run`` mark; None: its own ``$`` lines say."""
+    """The command that made all of it, of a ``run`` mark; None: its own ``$`` lines
+    say."""
     reason: str | None
     """Why it is not run; None: it is."""
 
@@ -61,20 +63,22 @@ class OutputBlock:
 
 def list_pages() -> list[Path]:
     """List the pages whose blocks are looked at."""
-    pages = [path for path in (ROOT / "docs").glob("*.md") if path.name not in _GENERATED]
+    pages = [
+        path for path in (ROOT / "docs").glob("*.md") if path.name not in _GENERATED
+    ]
     return [ROOT / "README.md", *sorted(pages)]
 
 
 def list_output_blocks(page: Path) -> list[OutputBlock]:
-    """List the blocks of a page that show output. Raises ValueError: one shows output of which
-    neither a command nor a reason is given."""
+    """List the blocks of a page that show output. Raises ValueError: one shows output
+    of which neither a command nor a reason is given."""
     text = page.read_text("utf-8")
     return [block for block, _ in _find_blocks(page.name, text)]
 
 
 def rewrite_page(page: Path, run: Runner) -> str:
-    """Return a page's text with the figures of its commands' output written anew. Raises
-    ValueError: a shown line is like no line that the command prints."""
+    """Return a page's text with the figures of its commands' output written anew.
+    Raises ValueError: a shown line is like no line that the command prints."""
     text = page.read_text("utf-8")
     for block, (start, end) in reversed(list(_find_blocks(page.name, text))):
         if block.reason is None:
@@ -87,13 +91,16 @@ def _find_blocks(page: str, text: str) -> Iterator[tuple[OutputBlock, tuple[int,
     for match in _BLOCK.finditer(text):
         mark = match["mark"]
         is_session = match["text"].startswith("$ ")
-        if mark is None and (match["language"] not in ("", "text") or _is_input(match["text"])):
+        if mark is None and (
+            match["language"] not in ("", "text") or _is_input(match["text"])
+        ):
             continue
         line = text.count("\n", 0, match.start("language")) + 1
         if mark is None and not is_session:
             raise ValueError(
                 f"{page}:{line}: a block of output without its command; begin it with "
-                "`$ maxlm ...`, or put `<!-- run: COMMAND -->` or `<!-- not run: REASON -->` above"
+                "`$ maxlm ...`, or put `<!-- run: COMMAND -->` or `<!-- not run: "
+                "REASON -->` above"
             )
         block = OutputBlock(
             page=page,
@@ -106,10 +113,12 @@ def _find_blocks(page: str, text: str) -> Iterator[tuple[OutputBlock, tuple[int,
 
 
 def _is_input(text: str) -> bool:
-    """Return whether a block holds commands to type and comments, and nothing that they print."""
+    """Return whether a block holds commands to type and comments, and nothing that they
+    print."""
     lines = text.replace("\\\n", " ").splitlines()
     return all(
-        not line.strip() or line.startswith("#") or _PROGRAM.match(line.strip()) for line in lines
+        not line.strip() or line.startswith("#") or _PROGRAM.match(line.strip())
+        for line in lines
     )
 
 
@@ -117,7 +126,8 @@ def rewrite_block(block: OutputBlock, run: Runner) -> str:
     """Return a block's text with the lines that its commands print now."""
     if block.command is not None:
         return "".join(
-            f"{line}\n" for line in _select(block, block.text.splitlines(), run(block.command))
+            f"{line}\n"
+            for line in _select(block, block.text.splitlines(), run(block.command))
         )
     sections: list[tuple[str, list[str]]] = []
     for line in block.text.splitlines():
@@ -131,9 +141,11 @@ def rewrite_block(block: OutputBlock, run: Runner) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _select(block: OutputBlock, shown: Sequence[str], printed: Sequence[str]) -> list[str]:
-    """Return the printed lines that are like the shown ones, in order, with ``...`` wherever lines
-    between them are left out."""
+def _select(
+    block: OutputBlock, shown: Sequence[str], printed: Sequence[str]
+) -> list[str]:
+    """Return the printed lines that are like the shown ones, in order, with ``...``
+    wherever lines between them are left out."""
     lines = []
     place = 0  # in what is printed, behind the last selected line
     blank = False
@@ -157,8 +169,8 @@ def _select(block: OutputBlock, shown: Sequence[str], printed: Sequence[str]) ->
 
 
 def _find_line(line: str, printed: Sequence[str], start: int) -> int | None:
-    """Find the first printed line from an index on that differs from a line in numbers alone, else
-    the one most like it."""
+    """Find the first printed line from an index on that differs from a line in numbers
+    alone, else the one most like it."""
     skeleton = _strip_figures(line)
     skeletons = [_strip_figures(text) for text in printed]
     for index in range(start, len(printed)):
@@ -198,14 +210,16 @@ def _run_cached(command: str) -> tuple[str, ...]:
     messages = [
         part
         for line in stderr.splitlines()
-        for part in textwrap.wrap(line, WIDTH, break_long_words=False, break_on_hyphens=False)
+        for part in textwrap.wrap(
+            line, WIDTH, break_long_words=False, break_on_hyphens=False
+        )
     ]
     return (*(line.rstrip() for line in stdout.splitlines()), *messages)
 
 
 def _run_maxlm(arguments: list[str]) -> tuple[str, str]:
-    """Run ``maxlm`` in this process, on a terminal of :data:`WIDTH` columns; return its stdout and
-    its stderr."""
+    """Run ``maxlm`` in this process, on a terminal of :data:`WIDTH` columns; return its
+    stdout and its stderr."""
     from maxlm.cli.main import main
 
     stdout = io.StringIO()
@@ -224,6 +238,7 @@ def _run_maxlm(arguments: list[str]) -> tuple[str, str]:
 
 
 def run_command(command: str) -> list[str]:
-    """Run a command line, ``maxlm ...`` or ``python benchmarks/...``; return the lines that it
-    prints, as a terminal of :data:`WIDTH` columns shows them: stdout first, then stderr."""
+    """Run a command line, ``maxlm ...`` or ``python benchmarks/...``; return the lines
+    that it prints, as a terminal of :data:`WIDTH` columns shows them: stdout first,
+    then stderr."""
     return list(_run_cached(command))

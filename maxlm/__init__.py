@@ -1,3 +1,4 @@
-"""maxlm: from raw text to a trained, aligned and served language model, in one JAX codebase."""
+"""maxlm: from raw text to a trained, aligned and served language model, in one JAX
+codebase."""
 
 __version__ = "0.1.0"

@@ -23,16 +23,33 @@ from maxlm.train.config import CheckpointConfig, FaultToleranceConfig, TrainConf
 from maxlm.train.optimizer import OptimizerConfig, ScheduleConfig
 from maxlm.train.records import ReportingConfig
 
-# A checkpoint can be gone on from only while these are what they were: they decide the parameters'
-# shapes, the batches, or the meaning of the optimizer's state.
-IDENTITY = ("seed", "model", "adapter", "tokenizer", "data", "task", "optimizer", "train.ema_decay")
+# A checkpoint can be gone on from only while these are what they were: they decide the
+# parameters' shapes, the batches, or the meaning of the optimizer's state.
+IDENTITY = (
+    "seed",
+    "model",
+    "adapter",
+    "tokenizer",
+    "data",
+    "task",
+    "optimizer",
+    "train.ema_decay",
+)
 # ... but for these, which change how fast batches come and not which.
-INCIDENTAL = ("model.remat", "data.workers", "data.prefetch", "data.verify", "data.build_workers")
+INCIDENTAL = (
+    "model.remat",
+    "data.workers",
+    "data.prefetch",
+    "data.verify",
+    "data.build_workers",
+)
 INCIDENTAL += ("data.sources.*.store_segments",)  # what a store then holds is compared
 # What the tokenizer and the token stores in a run's folder were made with.
 PREPARED = ("tokenizer", "data.sources", "data.heldout_fraction")
 # ... but for these, which say how a source is read, and not what is prepared of it.
-READING = tuple(f"data.sources.*.{name}" for name in ("weight", "max_epochs", "store_segments"))
+READING = tuple(
+    f"data.sources.*.{name}" for name in ("weight", "max_epochs", "store_segments")
+)
 
 
 class RunConfig(Config):
@@ -44,16 +61,17 @@ class RunConfig(Config):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of everything random: parameters, data order, sampling."""
     compilation_cache: LocalPath | None = "~/.cache/maxlm/xla"
-    """Folder of compiled programs: the second start of a run skips most of its compilation; null:
-    compile anew each time."""
+    """Folder of compiled programs: the second start of a run skips most of its
+    compilation; null: compile anew each time."""
     compute_dtype: ComputeDtype = "auto"
-    """Dtype of the maths: auto is bfloat16 on TPUs and GPUs, float32 on CPUs. Parameters, norms,
-    softmax, loss and optimizer are float32 in any case."""
+    """Dtype of the maths: auto is bfloat16 on TPUs and GPUs, float32 on CPUs.
+    Parameters, norms, softmax, loss and optimizer are float32 in any case."""
     tune: TuneConfig = TuneConfig()
     model: ModelConfig
     adapter: AdapterConfig | None = None
     """Small parameters beside the model's own, by kind, which alone are trained unless
-    `train.trainable` says otherwise; an installed package may register others. null: none."""
+    `train.trainable` says otherwise; an installed package may register others. null:
+    none."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -89,7 +107,8 @@ class RunConfig(Config):
         batch, micro = self.data.batch_size, self.train.micro_batches
         if self.train.max_device_rows is None and batch % micro:
             raise MaxlmError(
-                f"data.batch_size={batch} does not divide into train.micro_batches={micro}",
+                f"data.batch_size={batch} does not divide into "
+                f"train.micro_batches={micro}",
                 fix="make the batch a multiple of the micro-batches",
             )
         return self
@@ -103,7 +122,8 @@ class RunConfig(Config):
 def read_frozen_configs(
     config: RunConfig, sources: Mapping[str, str | None] | None = None
 ) -> dict[str, RunConfig]:
-    """Return the runs whose models a task only reads, by name; ``sources``: default, the task's."""
+    """Return the runs whose models a task only reads, by name; ``sources``: default,
+    the task's."""
     sources = config.task.frozen_models() if sources is None else sources
     bases = list_base_models(config, sources)
 
@@ -113,16 +133,19 @@ def read_frozen_configs(
         return config.model_copy(update={"adapter": None}) if name in bases else config
 
     found = {name: read(name, folder) for name, folder in sources.items()}
-    config.task.check_frozen_models(config.model, {name: run.model for name, run in found.items()})
+    config.task.check_frozen_models(
+        config.model, {name: run.model for name, run in found.items()}
+    )
     return found
 
 
 def list_base_models(
     config: RunConfig, sources: Mapping[str, str | None] | None = None
 ) -> frozenset[str]:
-    """Return the names of those models of a task that are the base of the run's own adapter, and so
-    need no parameters of their own: the models that training starts from, where these have no
-    adapter and the base never changes. ``sources``: default, those of the task."""
+    """Return the names of those models of a task that are the base of the run's own
+    adapter, and so need no parameters of their own: the models that training starts
+    from, where these have no adapter and the base never changes. ``sources``: default,
+    those of the task."""
     sources = config.task.frozen_models() if sources is None else sources
     adapter, start = config.adapter, config.train.start_from
     if adapter is None or adapter.changes_base or config.train.trainable is not None:
@@ -137,18 +160,28 @@ def list_base_models(
 
 
 def resolve_micro_batches(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
-    """Return the config on a mesh: where ``train.max_device_rows`` is set, ``micro_batches`` is the
-    fewest parts of the batch that leave every device no more sequences at once."""
-    most, batch, stages = config.train.max_device_rows, config.data.batch_size, sizes["stage"]
+    """Return the config on a mesh: where ``train.max_device_rows`` is set,
+    ``micro_batches`` is the fewest parts of the batch that leave every device no more
+    sequences at once."""
+    most, batch, stages = (
+        config.train.max_device_rows,
+        config.data.batch_size,
+        sizes["stage"],
+    )
     if most is None:
         return config
     ways = prod(sizes[axis] for axis in config.sharding.compute.batch)
     rows = batch // ways
-    parts = [n for n in range(stages, rows + 1, stages) if rows % n == 0 and rows // n <= most]
+    parts = [
+        n
+        for n in range(stages, rows + 1, stages)
+        if rows % n == 0 and rows // n <= most
+    ]
     if batch % ways or not parts:
         split = f"{ways} devices" + (f" and {stages} stages" if stages > 1 else "")
         raise MaxlmError(
-            f"a batch of {batch} sequences does not divide over {split} into parts of {most} or "
+            f"a batch of {batch} sequences does not divide over {split} into parts of "
+            f"{most} or "
             "less",
             where="train.max_device_rows",
             fix="use a mesh whose batch axes and stages divide the batch",

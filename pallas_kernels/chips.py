@@ -1,4 +1,5 @@
-"""The backend of a program, and TPUs: what decides a kernel's blocks, and what its cycles cost."""
+"""The backend of a program, and TPUs: what decides a kernel's blocks, and what its
+cycles cost."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ _E5M2, _BOTH = (jnp.float8_e5m2,), (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 class TpuChip(NamedTuple):
-    """One JAX device of a TPU: a chip, or one of the two cores of a 7x (Google Cloud's pages, a
-    page a generation; JAX's ``TpuInfo``)."""
+    """One JAX device of a TPU: a chip, or one of the two cores of a 7x (Google Cloud's
+    pages, a page a generation; JAX's ``TpuInfo``)."""
 
     name: str
     topology: str
@@ -27,13 +28,15 @@ class TpuChip(NamedTuple):
     mxus_per_core: int
     """Matrix units of a core."""
     flops_per_mxu_cycle: int
-    """bf16 FLOPs of a matrix unit in a cycle. A 256-wide unit takes two rows a cycle."""
+    """bf16 FLOPs of a matrix unit in a cycle. A 256-wide unit takes two rows a
+    cycle."""
     peak_flops: float
     """FLOP/s of the device, bf16, as the vendor states it."""
     int8: bool = True
     """Whether it multiplies int8."""
     float8: tuple[Any, ...] = ()
-    """8-bit floats that it multiplies; others are widened to bf16, which holds them exactly."""
+    """8-bit floats that it multiplies; others are widened to bf16, which holds them
+    exactly."""
 
     def multiplies_natively(self, left: Any, right: Any) -> bool:
         """Whether operands of these types are multiplied as they are."""
@@ -45,18 +48,38 @@ class TpuChip(NamedTuple):
 
     @property
     def clock_hz(self) -> float:
-        """Clock rate at which every matrix unit, always busy, gives the stated peak; Hz."""
-        return self.peak_flops / (self.num_cores * self.mxus_per_core * self.flops_per_mxu_cycle)
+        """Clock rate at which every matrix unit, always busy, gives the stated peak;
+        Hz."""
+        return self.peak_flops / (
+            self.num_cores * self.mxus_per_core * self.flops_per_mxu_cycle
+        )
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
         TpuChip("v4", "v4:2x2x1", 16 * _MIB, 2, 128, 4, _MXU_128, 2.75e14, int8=False),
-        TpuChip("v5e", "v5e:2x2", 128 * _MIB, 1, 128, 4, _MXU_128, 1.97e14, float8=_E5M2),
-        TpuChip("v5p", "v5p:2x2x1", 64 * _MIB, 2, 128, 4, _MXU_128, 4.59e14, float8=_E5M2),
-        TpuChip("v6e", "v6e:2x2", 128 * _MIB, 1, 256, 2, _MXU_256, 9.18e14, float8=_E5M2),
-        TpuChip("7x", "tpu7x:2x2x1", 64 * _MIB, 1, 256, 2, _MXU_256, 2.307e15 / 2, False, _BOTH),
+        TpuChip(
+            "v5e", "v5e:2x2", 128 * _MIB, 1, 128, 4, _MXU_128, 1.97e14, float8=_E5M2
+        ),
+        TpuChip(
+            "v5p", "v5p:2x2x1", 64 * _MIB, 2, 128, 4, _MXU_128, 4.59e14, float8=_E5M2
+        ),
+        TpuChip(
+            "v6e", "v6e:2x2", 128 * _MIB, 1, 256, 2, _MXU_256, 9.18e14, float8=_E5M2
+        ),
+        TpuChip(
+            "7x",
+            "tpu7x:2x2x1",
+            64 * _MIB,
+            1,
+            256,
+            2,
+            _MXU_256,
+            2.307e15 / 2,
+            False,
+            _BOTH,
+        ),
     )
 }
 # By ``Device.device_kind``.
@@ -84,14 +107,15 @@ def find_largest_divisor(n: int, most: int) -> int:
 
 
 def get_mesh_platform() -> str | None:
-    """Returns the platform of the mesh in use, whose devices need not be here: "cpu", "gpu" or
-    "tpu"; None where there is none."""
+    """Returns the platform of the mesh in use, whose devices need not be here: "cpu",
+    "gpu" or "tpu"; None where there is none."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else _platform(device)
 
 
 def get_platform() -> str:
-    """Returns the platform that the traced program is for: of the mesh, else the default device."""
+    """Returns the platform that the traced program is for: of the mesh, else the
+    default device."""
     config: Any = jax.config
     if config.jax_default_device is None:
         return get_mesh_platform() or jax.default_backend()
@@ -109,7 +133,8 @@ def choose_backend(
     supports: Callable[[str], bool],
     description: str,
 ) -> str:
-    """Returns the name of the implementation to run, "xla" where no kernel supports this.
+    """Returns the name of the implementation to run, "xla" where no kernel supports
+    this.
 
     Args:
         backend: a key of ``kernels``; None: what the program being traced is for.
@@ -131,8 +156,8 @@ def choose_backend(
 
 
 def get_chip() -> TpuChip:
-    """Returns the TPU that the traced program is for: of the mesh in use, else this machine's;
-    where that is no TPU, the one with the least VMEM."""
+    """Returns the TPU that the traced program is for: of the mesh in use, else this
+    machine's; where that is no TPU, the one with the least VMEM."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "tpu":
         device = jax.devices()[0]
@@ -140,5 +165,6 @@ def get_chip() -> TpuChip:
 
 
 def find_chip(device: Any) -> TpuChip:
-    """Returns a device's chip; the one with the least VMEM where its kind is not known."""
+    """Returns a device's chip; the one with the least VMEM where its kind is not
+    known."""
     return CHIPS[_KINDS.get(device.device_kind, _SMALLEST)]

@@ -1,10 +1,12 @@
-"""Cross-entropy of a linear head, whose logits [T, V] never exist at once, in plain XLA.
+"""Cross-entropy of a linear head, whose logits [T, V] never exist at once, in plain
+XLA.
 
-Tokens are taken a chunk at a time, and the gradient in the same pass: three matrix products in all,
-and [chunk, V] logits, which are read and written several times, in memory.
+Tokens are taken a chunk at a time, and the gradient in the same pass: three matrix
+products in all, and [chunk, V] logits, which are read and written several times, in
+memory.
 
-:func:`linear_cross_entropy` is differentiable. :func:`loss_and_gradients` is one device's part of
-it, for a caller that splits the tokens or the vocabulary over devices.
+:func:`linear_cross_entropy` is differentiable. :func:`loss_and_gradients` is one
+device's part of it, for a caller that splits the tokens or the vocabulary over devices.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,8 @@ from jax import lax
 Sums: TypeAlias = tuple[jax.Array, jax.Array]
 """The loss with the z term and the cross-entropy without it."""
 LogitsLoss: TypeAlias = Callable[..., tuple[tuple[jax.Array, ...], jax.Array | None]]
-"""(a chunk's logits fp32 [c, V], its inputs) -> (sums, gradient of the first in the logits)."""
+"""(a chunk's logits fp32 [c, V], its inputs) -> (sums, gradient of the first in the
+logits)."""
 
 
 class LinearGradients(NamedTuple):
@@ -40,30 +43,34 @@ def linear_cross_entropy(
     soft_cap: float | None = None,
     chunk_tokens: int = 1024,
 ) -> Sums:
-    """Computes Σ weight · (logsumexp(logits) − logits[target] + z_loss · logsumexp(logits)²), with
-    logits = cap(hidden · head + bias) in fp32; the z term is that of Chowdhery et al. 2022, §5.
+    """Computes Σ weight · (logsumexp(logits) − logits[target] + z_loss ·
+    logsumexp(logits)²), with logits = cap(hidden · head + bias) in fp32; the z term is
+    that of Chowdhery et al. 2022, §5.
 
-    Where a gradient is wanted it is formed in the forward pass, since with one scalar loss the
-    cotangent of the logits is known as soon as their sum is.
+    Where a gradient is wanted it is formed in the forward pass, since with one scalar
+    loss the cotangent of the logits is known as soon as their sum is.
 
     Args:
         hidden: [T, D].
-        head: [D, V], in hidden's dtype. For a table [V, D] pass its transpose: no copy is made.
+        head: [D, V], in hidden's dtype. For a table [V, D] pass its transpose: no copy
+            is made.
         targets: int [T]. One outside 0..V-1 counts as a logit of 0: give it weight 0.
         weights: fp32 [T]; 0 leaves a token out.
         bias: fp32 [V] or None.
-        soft_cap: logits become cap · tanh(logits / cap), the bias included (Gemma 2, Riviere et al.
-            2024, §2).
+        soft_cap: logits become cap · tanh(logits / cap), the bias included (Gemma 2,
+            Riviere et al. 2024, §2).
         chunk_tokens: tokens whose logits exist at once.
 
     Returns:
-        (loss with the z term, cross-entropy without it), fp32 scalars, sums over tokens. Only the
-        first is differentiable, in ``hidden``, ``head`` and ``bias``.
+        (loss with the z term, cross-entropy without it), fp32 scalars, sums over
+        tokens. Only the first is differentiable, in ``hidden``, ``head`` and ``bias``.
 
     Raises:
         ValueError: shapes that do not belong together, soft_cap ≤ 0 or chunk < 1.
     """
-    run = partial(loss_and_gradients, z_loss=z_loss, soft_cap=soft_cap, chunk_tokens=chunk_tokens)
+    run = partial(
+        loss_and_gradients, z_loss=z_loss, soft_cap=soft_cap, chunk_tokens=chunk_tokens
+    )
     return _differentiable(hidden, head, bias, targets, weights, run)
 
 
@@ -98,20 +105,21 @@ def loss_and_gradients(
     soft_cap: float | None = None,
     chunk_tokens: int = 1024,
 ) -> tuple[Sums, LinearGradients | None]:
-    """Returns the sums of :func:`linear_cross_entropy` over this device's tokens, and their
-    gradients, summed over chunks in fp32; not to be differentiated by JAX.
+    """Returns the sums of :func:`linear_cross_entropy` over this device's tokens, and
+    their gradients, summed over chunks in fp32; not to be differentiated by JAX.
 
-    Inside ``shard_map``, mesh axes may split the vocabulary: ``head`` [D, V / ways] is then this
-    device's share, as is ``bias`` [V / ways], and a few numbers a token cross ``vocab_axes``.
+    Inside ``shard_map``, mesh axes may split the vocabulary: ``head`` [D, V / ways] is
+    then this device's share, as is ``bias`` [V / ways], and a few numbers a token cross
+    ``vocab_axes``.
 
     Args: as there; and
         vocab_start: the index in the vocabulary of the share's first entry.
         vocab_axes: the mesh axes that split the vocabulary.
 
     Returns:
-        The two sums, alike along ``vocab_axes``, not yet summed over devices that hold other
-        tokens; and the gradients of the first, or None. Along ``vocab_axes`` that of hidden is a
-        term of a sum that the caller takes.
+        The two sums, alike along ``vocab_axes``, not yet summed over devices that hold
+        other tokens; and the gradients of the first, or None. Along ``vocab_axes`` that
+        of hidden is a term of a sum that the caller takes.
     """
     _check(hidden, head, targets, weights, bias, soft_cap, chunk_tokens)
     options = {"axes": vocab_axes, "z_loss": z_loss, "gradient": gradient}
@@ -137,11 +145,12 @@ def sum_over_chunks(
     gradient: bool = True,
     chunk_tokens: int = 1024,
 ) -> tuple[Any, LinearGradients | None]:
-    """Sums a loss of logits over tokens, whose logits exist a chunk at a time, and its gradients.
+    """Sums a loss of logits over tokens, whose logits exist a chunk at a time, and its
+    gradients.
 
     Args: as of :func:`loss_and_gradients`; and
-        inputs: arrays [T, ...] of which ``logits_loss`` reads a chunk's part. Zeros fill the last.
-        num_sums: the sums that it returns.
+        inputs: arrays [T, ...] of which ``logits_loss`` reads a chunk's part. Zeros
+        fill the last. num_sums: the sums that it returns.
     """
 
     def body(carry, chunk):
@@ -150,7 +159,9 @@ def sum_over_chunks(
         sums, d_logits = logits_loss(logits, *own)
         d_rows = d_head = d_bias = None
         if d_logits is not None:
-            d_logits *= 1.0 if soft_cap is None else 1.0 - jnp.square(logits * (1.0 / soft_cap))
+            d_logits *= (
+                1.0 if soft_cap is None else 1.0 - jnp.square(logits * (1.0 / soft_cap))
+            )
             d_bias = None if bias is None else jnp.sum(d_logits, axis=0)
             d_logits = d_logits.astype(rows.dtype)
             d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
@@ -183,14 +194,19 @@ def compute_logits_cross_entropy(
     z_loss: float = 0.0,
     gradient: bool = True,
 ) -> tuple[Sums, jax.Array | None]:
-    """Returns the sums of :func:`linear_cross_entropy` of logits [c, V], fp32, and the first's
-    gradient in them; ``axes`` split the vocabulary."""
+    """Returns the sums of :func:`linear_cross_entropy` of logits [c, V], fp32, and the
+    first's gradient in them; ``axes`` split the vocabulary."""
     top = jnp.max(logits, axis=-1)
     top = lax.pmax(top, axes) if axes else top
     exp = jnp.exp(logits - top[:, None])
     size = logits.shape[1]
-    found = jnp.take_along_axis(logits, jnp.clip(targets, 0, size - 1)[:, None], axis=-1)[:, 0]
-    total = jnp.sum(exp, axis=-1), jnp.where((targets >= 0) & (targets < size), found, 0.0)
+    found = jnp.take_along_axis(
+        logits, jnp.clip(targets, 0, size - 1)[:, None], axis=-1
+    )[:, 0]
+    total = (
+        jnp.sum(exp, axis=-1),
+        jnp.where((targets >= 0) & (targets < size), found, 0.0),
+    )
     total, target = lax.psum(total, axes) if axes else total
     logsumexp = top + jnp.log(total)
     entropy = jnp.sum(weights * (logsumexp - target))
@@ -199,7 +215,9 @@ def compute_logits_cross_entropy(
     if not gradient:
         return sums, None
     onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
-    return sums, exp * (d_logsumexp / total)[:, None] - jnp.where(onehot, weights[:, None], 0.0)
+    return sums, exp * (d_logsumexp / total)[:, None] - jnp.where(
+        onehot, weights[:, None], 0.0
+    )
 
 
 def compute_logits(
@@ -208,11 +226,14 @@ def compute_logits(
     """Computes logits of hidden states [..., D], fp32 [..., V]."""
     logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
     logits = logits if bias is None else logits + bias
-    return logits if soft_cap is None else soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
+    return (
+        logits if soft_cap is None else soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
+    )
 
 
 def split_into_chunks(a: jax.Array, chunk: int) -> jax.Array:
-    """[T, ...] → [chunks, c, ...] with equal c ≤ chunk; the few rows added are zeros (weight 0)."""
+    """[T, ...] → [chunks, c, ...] with equal c ≤ chunk; the few rows added are zeros
+    (weight 0)."""
     count = -(-len(a) // chunk)
     size = -(-len(a) // count)
     padding = ((0, count * size - len(a)), *((0, 0),) * (a.ndim - 1))
@@ -226,9 +247,13 @@ def _check(hidden, head, targets, weights, bias, soft_cap, chunk):
     if 0 in hidden.shape or head.shape[1] == 0:
         raise ValueError(f"no size may be 0; got {shapes}")
     if hidden.dtype != head.dtype or not jnp.issubdtype(hidden.dtype, jnp.floating):
-        raise ValueError(f"hidden, head: want one floating dtype, not {hidden.dtype}, {head.dtype}")
+        raise ValueError(
+            f"hidden, head: want one floating dtype, not {hidden.dtype}, {head.dtype}"
+        )
     if not targets.shape == weights.shape == hidden.shape[:1]:
-        raise ValueError(f"targets {targets.shape}, weights {weights.shape}: want [T], {shapes}")
+        raise ValueError(
+            f"targets {targets.shape}, weights {weights.shape}: want [T], {shapes}"
+        )
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap is above 0; got {soft_cap}")
     if chunk < 1:

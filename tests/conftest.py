@@ -15,28 +15,32 @@ from jax.sharding import Mesh
 # Before any test touches a device: JAX reads these when its first backend starts.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Two threads a virtual device: one may wait for its peers in a step that holds up the next. With
-# one each, XLA:CPU's default on few cores, steps that are started ahead may stop for good.
+# Two threads a virtual device: one may wait for its peers in a step that holds up the
+# next. With one each, XLA:CPU's default on few cores, steps that are started ahead may
+# stop for good.
 os.environ["PJRT_NPROC"] = "16"
 
-# What is traced and compiled stays, in millions of objects. Looking through them after every 700
-# new ones takes a tenth of the time of tests that compile, and more.
+# What is traced and compiled stays, in millions of objects. Looking through them after
+# every 700 new ones takes a tenth of the time of tests that compile, and more.
 gc.set_threshold(200_000)
 
 # The same examples in every run, on every machine, however slow.
-settings.register_profile("maxlm", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.register_profile(
+    "maxlm", derandomize=True, deadline=None, max_examples=25, database=None
+)
 settings.load_profile("maxlm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the longest files first: no worker ends with one of them while others rest."""
+    """Runs the longest files first: no worker ends with one of them while others
+    rest."""
     items.sort(key=lambda item: item.path.parent.name not in ("programs", "tasks"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_are_let_go() -> Iterator[None]:
-    """Drops compiled programs when they hold many memory maps, of which Linux gives a process
-    65,530; memory comes free with them."""
+    """Drops compiled programs when they hold many memory maps, of which Linux gives a
+    process 65,530; memory comes free with them."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
@@ -46,8 +50,9 @@ def _compiled_programs_are_let_go() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_arrays_are_saved_by_one_device() -> None:
-    """Orbax compiles a program for every part of an array that copies of it share the saving of,
-    dozens for each mesh: only the largest arrays are shared here, as all are where hosts are."""
+    """Orbax compiles a program for every part of an array that copies of it share the
+    saving of, dozens for each mesh: only the largest arrays are shared here, as all are
+    where hosts are."""
     import orbax.checkpoint as ocp
 
     handler: Any = ocp.type_handlers.get_type_handler(jax.Array)
@@ -56,7 +61,8 @@ def _small_arrays_are_saved_by_one_device() -> None:
 
 @pytest.fixture(scope="session")
 def mesh() -> Callable[..., Mesh]:
-    """``mesh(fsdp=2, tensor=2)``: an explicit mesh over as many of the devices; others are 1."""
+    """``mesh(fsdp=2, tensor=2)``: an explicit mesh over as many of the devices; others
+    are 1."""
     from maxlm.sharding import MeshConfig, make_mesh
 
     def make(**axes: int) -> Mesh:
@@ -102,7 +108,8 @@ def compiled_once(_compilation_cache) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    """A Ray cluster of two nodes, for no longer than it is used: its daemons never rest."""
+    """A Ray cluster of two nodes, for no longer than it is used: its daemons never
+    rest."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 

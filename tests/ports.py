@@ -4,7 +4,8 @@ import random
 import socket
 from contextlib import suppress
 
-# Linux takes a connection's own port from 32768 on: one of those may be in use a moment later.
+# Linux takes a connection's own port from 32768 on: one of those may be in use a moment
+# later.
 _PORTS = range(10_240, 32_768)
 
 

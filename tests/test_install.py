@@ -1,4 +1,5 @@
-"""Promise: an installation compiles nothing, prints no warning and holds only what is asked for."""
+"""Promise: an installation compiles nothing, prints no warning and holds only what is
+asked for."""
 
 import re
 import subprocess
@@ -16,7 +17,8 @@ EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line i
 
 
 def find_packages(requirements: list[str]) -> set[str]:
-    """Names of all packages that `requirements` lead to, where their metadata is installed."""
+    """Names of all packages that `requirements` lead to, where their metadata is
+    installed."""
     todo, seen = [*requirements], set()
     while todo:
         wanted = Requirement(todo.pop())
@@ -28,7 +30,9 @@ def find_packages(requirements: list[str]) -> set[str]:
             except PackageNotFoundError:  # of an extra that is not here
                 break
             marked = [(line, Requirement(line).marker) for line in lines]
-            todo += [line for line, m in marked if not m or m.evaluate({"extra": extra})]
+            todo += [
+                line for line, m in marked if not m or m.evaluate({"extra": extra})
+            ]
     return {name for name, _ in seen}
 
 
@@ -41,17 +45,25 @@ def test_no_extra_leads_to_what_has_to_be_compiled():
 def test_training_needs_no_extra():
     names = find_packages(PROJECT["dependencies"])
     assert {"jax", "jaxlib", "scipy", "tensorstore"} <= names
-    assert not names & {canonicalize_name(Requirement(line).name) for line in EXTRAS} - {
+    assert not names & {
+        canonicalize_name(Requirement(line).name) for line in EXTRAS
+    } - {
         "prometheus-client"  # Orbax's too
     }
 
 
 def test_make_installs_for_training_the_base_alone_after_a_new_pip():
     """pip before 23.3 passes over justext's ``lxml[html_clean]`` with a warning."""
-    run = subprocess.run(["make", "-nB", "setup"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        ["make", "-nB", "setup"], cwd=ROOT, capture_output=True, text=True
+    )
     steps = re.findall(r"pip install .* -c constraints.txt (.*)", run.stdout)
     assert steps == ["--upgrade pip", "-e .", "-e '.[dev]'"]
-    run = subprocess.run(["make", "-nB", "train"], cwd=ROOT, capture_output=True, text=True)
-    assert re.findall(r"pip install .* -c constraints.txt (.*)", run.stdout) == steps[:2]
+    run = subprocess.run(
+        ["make", "-nB", "train"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        re.findall(r"pip install .* -c constraints.txt (.*)", run.stdout) == steps[:2]
+    )
     (pinned,) = re.findall(r"^pip==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert Version(pinned) >= Version("23.3")

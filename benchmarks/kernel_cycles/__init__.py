@@ -1,2 +1,2 @@
-"""Cycles of kernels, counted without a TPU: beside other libraries' (``bench``), and to choose
-block sizes (``tune``)."""
+"""Cycles of kernels, counted without a TPU: beside other libraries' (``bench``), and to
+choose block sizes (``tune``)."""

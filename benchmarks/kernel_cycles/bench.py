@@ -1,10 +1,11 @@
 """Static benchmark of the kernels for a TPU that need not be here.
 
-``python -m benchmarks.kernel_cycles.bench --kernel attention --chip v5p --seq 4096 --peers``
-compiles each contender with the TPU's compiler (``pip install libtpu``), reads its final schedule
-and counts the cycles that one call takes. Waits for memory are not in a schedule. ``--all --peers``
-does so for every shape of attention on v5p and v6e, and prints one table; it keeps what it measured
-and goes on from there when it is run again.
+``python -m benchmarks.kernel_cycles.bench --kernel attention --chip v5p --seq 4096
+--peers`` compiles each contender with the TPU's compiler (``pip install libtpu``),
+reads its final schedule and counts the cycles that one call takes. Waits for memory are
+not in a schedule. ``--all --peers`` does so for every shape of attention on v5p and
+v6e, and prints one table; it keeps what it measured and goes on from there when it is
+run again.
 """
 
 import argparse
@@ -33,7 +34,17 @@ _UNITS = {
     "load": ("VLOAD",),
     "store": ("VSTORE",),
 }
-_CALL = ("kernel", "pass", "blocks", "cores", "cycles", "µs", "× bound", "× best peer", "MXU work")
+_CALL = (
+    "kernel",
+    "pass",
+    "blocks",
+    "cores",
+    "cycles",
+    "µs",
+    "× bound",
+    "× best peer",
+    "MXU work",
+)
 _LOOP = ("inner loop of", "pass", "runs", "cycles a run", "spill stores", "spill loads")
 
 
@@ -50,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_problem(options: argparse.Namespace) -> int:
-    shape = Shape(options.head_dim or 128, options.seq or 4096, options.mask or "causal")
+    shape = Shape(
+        options.head_dim or 128, options.seq or 4096, options.mask or "causal"
+    )
     benchmark = _benchmark(options, shape)
     _need_compiler()
     costs = Cache(options.cache.expanduser()).measure if options.cache else measure
@@ -77,7 +90,9 @@ def _every_shape(options: argparse.Namespace) -> int:
     problems = {shape: _benchmark(options, shape) for shape in asked}
     _need_compiler()
     cache = Cache((options.cache or _CACHE).expanduser())
-    results = survey(problems, options.chip or ALL_CHIPS, cache.measure, cache.has, _say)
+    results = survey(
+        problems, options.chip or ALL_CHIPS, cache.measure, cache.has, _say
+    )
     print(
         f"attention, batch {options.batch}, heads {options.heads}, bf16; "
         f"{versions('jax', 'libtpu', 'tokamax')}\n"
@@ -92,7 +107,9 @@ def _benchmark(options: argparse.Namespace, shape: Shape) -> Benchmark:
     Raises:
         ValueError: a mask that is none, or does not go with the sequence.
     """
-    return BENCHMARKS[options.kernel](argparse.Namespace(**vars(options) | shape._asdict()))
+    return BENCHMARKS[options.kernel](
+        argparse.Namespace(**vars(options) | shape._asdict())
+    )
 
 
 def _need_compiler() -> None:
@@ -107,7 +124,8 @@ def _say(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernel_cycles.bench",
-        description="Static cycles of kernels by the TPU's own compiler; needs no TPU, but libtpu.",
+        description="Static cycles of kernels by the TPU's own compiler; needs no TPU, "
+        "but libtpu.",
         epilog="Each program takes the compiler from seconds to a minute.",
     )
     parser.add_argument(
@@ -120,19 +138,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="one table of every shape of attention that --seq, --head-dim and --mask leave",
+        help="one table of every shape of attention that --seq, --head-dim and --mask "
+        "leave",
     )
     parser.add_argument(
         "--cache",
         type=Path,
         metavar="FOLDER",
-        help="keep what is measured there, and measure only what is not there; default with --all "
+        help="keep what is measured there, and measure only what is not there; default "
+        "with --all "
         f"{_CACHE}",
     )
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="also jax's splash and flash attention, tokamax's where it is installed; jax's "
+        help="also jax's splash and flash attention, tokamax's where it is installed; "
+        "jax's "
         "megablox; jax's paged and ragged paged attention",
     )
     sizes = {
@@ -147,7 +168,11 @@ def _parser() -> argparse.ArgumentParser:
             ("--f", 14336, "columns of a group's kernel; "),
         ],
         "paged_attention": [
-            ("--sequences", 8, "that decode a token each; --seq is the tokens they have; "),
+            (
+                "--sequences",
+                8,
+                "that decode a token each; --seq is the tokens they have; ",
+            ),
             ("--chunk", 512, "last tokens of one sequence, prefilled; "),
             ("--page", 16, "tokens of a page; "),
         ],
@@ -156,15 +181,22 @@ def _parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, default, text in arguments:
             group.add_argument(
-                name, type=_positive, default=default, metavar="N", help=f"{text}default {default}"
+                name,
+                type=_positive,
+                default=default,
+                metavar="N",
+                help=f"{text}default {default}",
             )
         if title == "attention":
             group.add_argument(
                 "--seq", type=_positive, metavar="N", help="tokens a row; default 4096"
             )
-            group.add_argument("--head-dim", type=_positive, metavar="N", help="default 128")
             group.add_argument(
-                "--mask", help="causal (default), window:TOKENS, segments:COUNT (packed)"
+                "--head-dim", type=_positive, metavar="N", help="default 128"
+            )
+            group.add_argument(
+                "--mask",
+                help="causal (default), window:TOKENS, segments:COUNT (packed)",
             )
     return parser
 
@@ -193,10 +225,14 @@ def report(benchmark: Benchmark, rows: Sequence[Row], chip: TpuChip, name: str) 
             [cells for row in rows for cells in _loop_cells(row)],
         ),
         "",
-        "Cycles: of the busiest core, all kernels of the pass. MXU work: products that the matrix "
-        "units had time for, over those the problem needs. Spills: stores and loads in the inner "
-        "loops, as scheduled. Unit use: of capacity, while the kernels (the loop) run. Read: from "
-        "HBM, where a copy that hangs on a condition counts as done. Temp: of the pass's program, "
+        "Cycles: of the busiest core, all kernels of the pass. MXU work: products that "
+        "the matrix "
+        "units had time for, over those the problem needs. Spills: stores and loads in "
+        "the inner "
+        "loops, as scheduled. Unit use: of capacity, while the kernels (the loop) run. "
+        "Read: from "
+        "HBM, where a copy that hangs on a condition counts as done. Temp: of the "
+        "pass's program, "
         "the backward's with its forward.",
     ]
     return "\n".join(lines)
@@ -207,7 +243,9 @@ def _call_cells(row: Row, rows: Sequence[Row], bound: float) -> list[str]:
     cycles = sum(k.cycles for k in row.kernels)
 
     def use(units: Sequence[str]) -> str:
-        spent = sum(k.cycles * k.use.get(unit, 0.0) for k in row.kernels for unit in units)
+        spent = sum(
+            k.cycles * k.use.get(unit, 0.0) for k in row.kernels for unit in units
+        )
         return f"{100 * spent / cycles:.0f}"
 
     return [
@@ -248,14 +286,18 @@ def _loop_cells(row: Row) -> list[list[str]]:
 
 def _blocks(spec: Spec, names: Sequence[str]) -> str:
     """Block sizes that the pass used, as the program was asked."""
-    return " ".join("/".join(map(str, spec.kwargs[n])) for n in names if spec.kwargs.get(n))
+    return " ".join(
+        "/".join(map(str, spec.kwargs[n])) for n in names if spec.kwargs.get(n)
+    )
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(c.ljust(w) for c, w in zip(cells, widths, strict=True))} |"
+        return (
+            f"| {' | '.join(c.ljust(w) for c, w in zip(cells, widths, strict=True))} |"
+        )
 
     return [line(header), line(["-" * w for w in widths]), *map(line, rows)]
 

@@ -1,8 +1,8 @@
 """Search for the block sizes with which attention is fastest, and keep them in a table.
 
 ``python -m benchmarks.kernel_cycles.tune --chip v5p --seq 4096 --mask causal --write``
-compiles for a TPU that need not be here and counts the cycles of each candidate. ``--all --write``
-searches for every shape that the table holds, from what it holds.
+compiles for a TPU that need not be here and counts the cycles of each candidate.
+``--all --write`` searches for every shape that the table holds, from what it holds.
 """
 
 import argparse
@@ -48,27 +48,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernel_cycles.tune",
-        description="Find attention's fastest block sizes: by static cycles of the TPU's own "
+        description="Find attention's fastest block sizes: by static cycles of the "
+        "TPU's own "
         "compiler (it needs no TPU, but libtpu).",
         epilog="A candidate takes the compiler from seconds to a minute.",
     )
-    parser.add_argument("--chip", action="append", choices=CHIPS, help="a TPU; may be repeated")
+    parser.add_argument(
+        "--chip", action="append", choices=CHIPS, help="a TPU; may be repeated"
+    )
     parser.add_argument("--head-dim", type=_positive, help="default 128")
-    parser.add_argument("--v-head-dim", type=_positive, help="of v; default as of q and k")
+    parser.add_argument(
+        "--v-head-dim", type=_positive, help="of v; default as of q and k"
+    )
     parser.add_argument("--seq", type=_positive, help="tokens a row; default 4096")
     parser.add_argument(
-        "--mask", help="causal (default), full, window:TOKENS, segments:COUNT (packed, causal)"
+        "--mask",
+        help="causal (default), full, window:TOKENS, segments:COUNT (packed, causal)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default bf16")
     parser.add_argument("--heads", type=_positive, default=8, help="default 8")
-    parser.add_argument("--pass", dest="direction", choices=PASSES, help="default: both")
-    parser.add_argument("--most", type=_positive, default=12, help="compiles a search; default 12")
+    parser.add_argument(
+        "--pass", dest="direction", choices=PASSES, help="default: both"
+    )
+    parser.add_argument(
+        "--most", type=_positive, default=12, help="compiles a search; default 12"
+    )
     parser.add_argument(
         "--all",
         action="store_true",
         help="every shape of the committed table that the other options leave",
     )
-    parser.add_argument("--write", action="store_true", help="keep what is found in the table")
+    parser.add_argument(
+        "--write", action="store_true", help="keep what is found in the table"
+    )
     return parser
 
 
@@ -89,7 +101,9 @@ def _chips(options: argparse.Namespace) -> list[str]:
 
 
 def _problems(options: argparse.Namespace) -> Iterator[Problem]:
-    asked = [Shape(options.head_dim or 128, options.seq or 4096, options.mask or "causal")]
+    asked = [
+        Shape(options.head_dim or 128, options.seq or 4096, options.mask or "causal")
+    ]
     if options.all:
         asked = shapes(options.head_dim, options.seq, options.mask)
     for head_dim, seq, mask in asked:
@@ -116,7 +130,10 @@ def _on_tpu(problem: Problem, name: str, most: int) -> TunedEntry:
     def rank(blocks: TpuBlocks) -> float:
         found[blocks] = cost = static_cost(problem, chip, blocks)
         micro = cost.cycles / chip.clock_hz * 1e6
-        print(f"  {tuple(blocks)}: {cost.cycles} cycles, {micro:.1f} µs, {cost.spills} spills")
+        print(
+            f"  {tuple(blocks)}: {cost.cycles} cycles, {micro:.1f} µs, {cost.spills} "
+            f"spills"
+        )
         sys.stdout.flush()
         return cost.rank
 
@@ -129,7 +146,9 @@ def _keep(entry: TunedEntry, write: bool) -> None:
     print(f"best: {entry.blocks}, {entry.cost}", flush=True)
     if write:
         table = Path(str(tuned.TABLE))
-        table.write_text(tuned.format_table([*tuned.parse_table(table.read_text()), entry]))
+        table.write_text(
+            tuned.format_table([*tuned.parse_table(table.read_text()), entry])
+        )
         tuned.load_table.cache_clear()
 
 

@@ -48,7 +48,9 @@ class Problem(NamedTuple):
     @property
     def sizes(self) -> AttentionSizes:
         width = jnp.dtype(self.dtype).itemsize
-        return AttentionSizes(self.seq, self.seq, self.head_dim, self.v_head_dim, width, width)
+        return AttentionSizes(
+            self.seq, self.seq, self.head_dim, self.v_head_dim, width, width
+        )
 
     @property
     def kind(self) -> str:
@@ -79,7 +81,9 @@ class Problem(NamedTuple):
         """q, k, v; and lse, delta, d_o for the backward pass."""
 
         def of(*last: int, dtype: str = self.dtype) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((1, self.seq, self.heads, *last), jnp.dtype(dtype))
+            return jax.ShapeDtypeStruct(
+                (1, self.seq, self.heads, *last), jnp.dtype(dtype)
+            )
 
         qkv = of(self.head_dim), of(self.head_dim), of(self.v_head_dim)
         if self.direction == FORWARD:
@@ -92,18 +96,28 @@ class Problem(NamedTuple):
         if self.direction == FORWARD:
             function, count = attention_forward, 3
         else:
-            function, count = partial(attention_backward, dtype=jnp.dtype(self.dtype)), 6
+            function, count = (
+                partial(attention_backward, dtype=jnp.dtype(self.dtype)),
+                6,
+            )
 
         def run(*arrays: jax.Array) -> Any:
             ids = arrays[count:]
             return function(
-                *arrays[:count], segment_ids=(ids[0], ids[0]) if ids else None, **options
+                *arrays[:count],
+                segment_ids=(ids[0], ids[0]) if ids else None,
+                **options,
             )
 
         return run
 
     def entry(
-        self, chip: str, blocks: Any, cost: float, made_with: str, spills: int | None = None
+        self,
+        chip: str,
+        blocks: Any,
+        cost: float,
+        made_with: str,
+        spills: int | None = None,
     ) -> TunedEntry:
         """Of the table."""
         return TunedEntry(
@@ -127,11 +141,15 @@ class Problem(NamedTuple):
         return f"{self.direction} {self.seq} {self.mask}, {heads}, {self.dtype}"
 
 
-def program(*, blocks: Sequence[Any], **problem: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
-    """A problem with a TPU's blocks, as :class:`~benchmarks.kernel_cycles.static.Spec` wants it.
+def program(
+    *, blocks: Sequence[Any], **problem: Any
+) -> tuple[Callable[..., Any], Sequence[Any]]:
+    """A problem with a TPU's blocks, as :class:`~benchmarks.kernel_cycles.static.Spec`
+    wants it.
 
-    Operands and results are [row, head, token, ...], as they lie for the kernels: copies into that
-    order, which are not counted, would take the compiler longer than the kernel does.
+    Operands and results are [row, head, token, ...], as they lie for the kernels:
+    copies into that order, which are not counted, would take the compiler longer than
+    the kernel does.
     """
     asked = Problem(**problem)
     own, ids = TpuBlocks(*blocks), asked.segment_ids()
@@ -143,7 +161,10 @@ def program(*, blocks: Sequence[Any], **problem: Any) -> tuple[Callable[..., Any
     def by_head(*arrays: jax.Array) -> Any:
         return swapped(run(*swapped(arrays[: len(operands)]), *arrays[len(operands) :]))
 
-    shapes = [x.update(shape=(x.shape[0], x.shape[2], x.shape[1], *x.shape[3:])) for x in operands]
+    shapes = [
+        x.update(shape=(x.shape[0], x.shape[2], x.shape[1], *x.shape[3:]))
+        for x in operands
+    ]
     return by_head, shapes if ids is None else [*shapes, ids]
 
 
@@ -151,14 +172,16 @@ class Cost(NamedTuple):
     """Of a TPU's blocks, by the compiler's schedule."""
 
     cycles: float
-    """Of the busiest core's kernels; infinitely many where the compiler refuses the blocks."""
+    """Of the busiest core's kernels; infinitely many where the compiler refuses the
+    blocks."""
     spills: int = 0
     """Registers that the bodies of the inner loops store away."""
 
     @property
     def rank(self) -> float:
-        """What a search makes small. The schedule knows nothing of the transfers that share
-        memory's ports with spilt registers: blocks without may take a little longer."""
+        """What a search makes small. The schedule knows nothing of the transfers that
+        share memory's ports with spilt registers: blocks without may take a little
+        longer."""
         return self.cycles * (1 + _SPILLS_COST * (self.spills > 0))
 
 
@@ -188,7 +211,9 @@ def axes(problem: Problem, chip: TpuChip) -> list[Axis]:
             yield b._replace(q=n, k=k, tile_q=min(b.tile_q, n), tile_k=min(b.tile_k, k))
 
     def one(field: str, low: int, high: int) -> Axis:
-        return lambda b: (b._replace(**{field: n}) for n in near(getattr(b, field), low, high))
+        return lambda b: (
+            b._replace(**{field: n}) for n in near(getattr(b, field), low, high)
+        )
 
     # Forward, tiles of the same queries become one, whose keys end with its queries.
     joined = problem.direction == FORWARD and not problem.kind.startswith(tuned.WINDOW)
@@ -200,7 +225,9 @@ def axes(problem: Problem, chip: TpuChip) -> list[Axis]:
 
     def tiles(b: TpuBlocks) -> Iterator[TpuBlocks]:
         # Smaller on one side alone often loses where smaller on both wins.
-        for q, k in zip(near(b.tile_q, 64, 1024), near(b.tile_k, 64, 1024), strict=True):
+        for q, k in zip(
+            near(b.tile_q, 64, 1024), near(b.tile_k, 64, 1024), strict=True
+        ):
             if all(TILES[0] <= n <= TILES[1] for n in (q, k)):
                 yield b._replace(tile_q=q, tile_k=k)
 
@@ -218,7 +245,9 @@ def axes(problem: Problem, chip: TpuChip) -> list[Axis]:
     return [partial(_sound, problem, chip, way) for way in ways]
 
 
-def _sound(problem: Problem, chip: TpuChip, way: Axis, blocks: TpuBlocks) -> Iterator[TpuBlocks]:
+def _sound(
+    problem: Problem, chip: TpuChip, way: Axis, blocks: TpuBlocks
+) -> Iterator[TpuBlocks]:
     """Of the changed blocks, those worth compiling."""
     for changed in way(blocks):
         try:
@@ -233,8 +262,11 @@ def _sound(problem: Problem, chip: TpuChip, way: Axis, blocks: TpuBlocks) -> Ite
 
 
 def starts(problem: Problem, chip: TpuChip) -> list[TpuBlocks]:
-    """Where a search begins: what the table has for the problem, or near it; and the rule."""
-    found = tuned.find_tuned_blocks(chip, problem.direction, problem.sizes, problem.kind)
+    """Where a search begins: what the table has for the problem, or near it; and the
+    rule."""
+    found = tuned.find_tuned_blocks(
+        chip, problem.direction, problem.sizes, problem.kind
+    )
     rule = choose_blocks_by_rule(chip, problem.direction, problem.sizes)
     return [rule] if found in (None, rule) else [found, rule]
 

@@ -1,7 +1,7 @@
 """Adapters: small trained parameters beside a model's own, by kind.
 
-To add one, write an :class:`~maxlm.models.adapters.Adapter` in a file here and add it to
-``_Builtin``, or register it from outside (:mod:`maxlm.models.adapters`).
+To add one, write an :class:`~maxlm.models.adapters.Adapter` in a file here and add it
+to ``_Builtin``, or register it from outside (:mod:`maxlm.models.adapters`).
 """
 
 from collections.abc import Mapping
@@ -28,5 +28,7 @@ def _validate_adapter(settings: Any, validate: Any) -> Adapter:
 
 
 AdapterConfig = Annotated[
-    SerializeAsAny[_Builtin], Field(discriminator="kind"), WrapValidator(_validate_adapter)
+    SerializeAsAny[_Builtin],
+    Field(discriminator="kind"),
+    WrapValidator(_validate_adapter),
 ]

@@ -1,4 +1,5 @@
-"""Bottleneck adapters: a narrow network behind a layer's branch, with a skip connection."""
+"""Bottleneck adapters: a narrow network behind a layer's branch, with a skip
+connection."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -28,8 +29,8 @@ from maxlm.models.params import (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BottleneckParam(AdaptedParam):
-    """A map with ``y + act(y · down + down_bias) · up + up_bias`` behind its output y, of one
-    dimension (Houlsby et al. 2019, arXiv 1902.00751, §2.1)."""
+    """A map with ``y + act(y · down + down_bias) · up + up_bias`` behind its output y,
+    of one dimension (Houlsby et al. 2019, arXiv 1902.00751, §2.1)."""
 
     adapter_down: Any
     """[..., outputs, width]."""
@@ -57,8 +58,9 @@ class BottleneckAdapter(Adapter):
 
     kind: Literal["bottleneck"] = "bottleneck"
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
-    """houlsby: behind attention, with swish, and behind the feed-forward. pfeiffer (Pfeiffer et al.
-    2020, arXiv 2005.00247): behind the feed-forward alone, with ReLU."""
+    """houlsby: behind attention, with swish, and behind the feed-forward. pfeiffer
+    (Pfeiffer et al. 2020, arXiv 2005.00247): behind the feed-forward alone, with
+    ReLU."""
     reduction_factor: int = Field(default=16, gt=0)
     """Their width is d_model / this."""
 
@@ -67,7 +69,9 @@ class BottleneckAdapter(Adapter):
             what = "no bottleneck adapter stands behind routed experts"
             raise MaxlmError(what, where="adapter.kind", fix="use lora")
         both = self.placement == "houlsby"
-        return replace_targets(specs, ("out", "down") if both else ("down",), self._adapt_one)
+        return replace_targets(
+            specs, ("out", "down") if both else ("down",), self._adapt_one
+        )
 
     def _adapt_one(self, name: str, spec: ParamSpec) -> BottleneckParam:
         zeros = jax.nn.initializers.zeros
@@ -79,4 +83,6 @@ class BottleneckAdapter(Adapter):
         down = declare_input_map(square, width, truncated_normal(0.02))
         up = declare_output_map(square, width, zeros)
         activation = "silu" if self.placement == "houlsby" else "relu"
-        return BottleneckParam(spec, down, declare_vector(down, zeros), up, offset, activation)
+        return BottleneckParam(
+            spec, down, declare_vector(down, zeros), up, offset, activation
+        )

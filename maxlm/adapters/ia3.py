@@ -1,4 +1,5 @@
-"""IA3 (Liu et al. 2022, arXiv 2205.05638, §3.3): factors on keys, values and hidden layers."""
+"""IA3 (Liu et al. 2022, arXiv 2205.05638, §3.3): factors on keys, values and hidden
+layers."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,13 +10,21 @@ import jax.numpy as jnp
 
 from maxlm.adapters.targets import declare_vector, replace_targets, split_dims
 from maxlm.models.adapters import Adapter, register_adapter
-from maxlm.models.params import AdaptedParam, Leaf, ParamReader, Params, ParamSpec, ShardedWeight
+from maxlm.models.params import (
+    AdaptedParam,
+    Leaf,
+    ParamReader,
+    Params,
+    ParamSpec,
+    ShardedWeight,
+)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ia3Param(AdaptedParam):
-    """A map whose inputs, or whose outputs with their bias, are multiplied by factors."""
+    """A map whose inputs, or whose outputs with their bias, are multiplied by
+    factors."""
 
     ia3: Any
     """[..., *inputs] or [..., *outputs]."""
@@ -50,7 +59,9 @@ class Ia3Param(AdaptedParam):
 
     def _expand(self, factors: jax.Array, kernel: jax.Array) -> jax.Array:
         at = factors.ndim if self.of_inputs else factors.ndim - self.num_scaled_dims
-        return jnp.expand_dims(factors, tuple(range(at, at + kernel.ndim - factors.ndim)))
+        return jnp.expand_dims(
+            factors, tuple(range(at, at + kernel.ndim - factors.ndim))
+        )
 
 
 @register_adapter
@@ -59,7 +70,8 @@ class Ia3Adapter(Adapter):
 
     kind: Literal["ia3"] = "ia3"
     targets: tuple[str, ...] = ("key", "value")
-    """Maps whose outputs are scaled; names as those of `adapter.targets` of kind lora."""
+    """Maps whose outputs are scaled; names as those of `adapter.targets` of kind
+    lora."""
     input_targets: tuple[str, ...] = ("down",)
     """Maps whose inputs are scaled: PEFT's `feedforward_modules`."""
 
@@ -71,4 +83,6 @@ class Ia3Adapter(Adapter):
             return Ia3Param(spec, vector, of_inputs, num_dims)
 
         specs = replace_targets(specs, self.targets, partial(scale, of_inputs=False))
-        return replace_targets(specs, self.input_targets, partial(scale, of_inputs=True))
+        return replace_targets(
+            specs, self.input_targets, partial(scale, of_inputs=True)
+        )

@@ -50,35 +50,46 @@ def _get_array(param: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraParam(AdaptedParam):
-    """``x · base + scale · (x · A) · B``, or with DoRA (Liu et al. 2024, arXiv 2402.09353, §4.1)
-    that times ``magnitude / ‖base + scale · A · B‖`` for each output. Norms have no gradient."""
+    """``x · base + scale · (x · A) · B``, or with DoRA (Liu et al. 2024, arXiv
+    2402.09353, §4.1) that times ``magnitude / ‖base + scale · A · B‖`` for each output.
+    Norms have no gradient."""
 
     lora_a: Any
     """[..., *inputs, rank]."""
     lora_b: Any
     """[..., rank, *outputs]."""
     lora_magnitude: Any
-    """[..., *outputs], each magnitude's difference from the base's norm: with zeros the model is
-    the base bit for bit, and gradients are those of the magnitude. None: no DoRA."""
+    """[..., *outputs], each magnitude's difference from the base's norm: with zeros the
+    model is the base bit for bit, and gradients are those of the magnitude. None: no
+    DoRA."""
     scale: float = field(metadata={"static": True})
     dropout: float = field(default=0.0, kw_only=True, metadata={"static": True})
     dropout_seed: Any = field(default=None, kw_only=True)
-    """fp32 [...], a whole number below 2^24 for each layer: it begins the random numbers of a
-    training step's dropout. Floating, so that it may stand beside parameters that are
-    differentiated. None: no input is dropped, as at inference."""
+    """fp32 [...], a whole number below 2^24 for each layer: it begins the random
+    numbers of a training step's dropout. Floating, so that it may stand beside
+    parameters that are differentiated. None: no input is dropped, as at inference."""
 
     def materialize(self, reader: ParamReader) -> ShardedWeight:
         base, own = self._read(reader)
         return ShardedWeight(own._multiply_out(), base.compute_layout)
 
-    def finish_product(self, y: jax.Array, x: jax.Array, reader: ParamReader) -> jax.Array:
+    def finish_product(
+        self, y: jax.Array, x: jax.Array, reader: ParamReader
+    ) -> jax.Array:
         in_axes, out_axes = self._axes(reader)
 
         def map_inputs(x: jax.Array) -> jax.Array:
-            return reader.multiply(self._drop_inputs(x), reader.read(self.lora_a, in_axes))[0]
+            return reader.multiply(
+                self._drop_inputs(x), reader.read(self.lora_a, in_axes)
+            )[0]
 
-        # What is left of x is computed again in the backward pass, rather than kept for each map.
-        h = map_inputs(x) if self.dropout_seed is None else jax.checkpoint(map_inputs)(x)
+        # What is left of x is computed again in the backward pass, rather than kept for
+        # each map.
+        h = (
+            map_inputs(x)
+            if self.dropout_seed is None
+            else jax.checkpoint(map_inputs)(x)
+        )
         (added,) = reader.multiply(h, reader.read(self.lora_b, out_axes))
         return self._scale_outputs(y + self.scale * added, reader)
 
@@ -98,7 +109,9 @@ class LoraParam(AdaptedParam):
     def seed_micro_batch(self, index: jax.Array) -> Self:
         if self.dropout_seed is None:
             return self
-        seeds = (self.dropout_seed.astype(jnp.uint32) + index * _MICRO_BATCH_STRIDE) % _NUM_SEEDS
+        seeds = (
+            self.dropout_seed.astype(jnp.uint32) + index * _MICRO_BATCH_STRIDE
+        ) % _NUM_SEEDS
         return replace(self, dropout_seed=seeds.astype(jnp.float32))
 
     def _drop_inputs(self, x: jax.Array) -> jax.Array:
@@ -112,8 +125,8 @@ class LoraParam(AdaptedParam):
         return jnp.where(is_kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def split_principal(self) -> Self:
-        """Takes the base's largest singular values and vectors out of it, into A and B (PiSSA, Meng
-        et al. 2024, arXiv 2404.02948, eq. 2–4)."""
+        """Takes the base's largest singular values and vectors out of it, into A and B
+        (PiSSA, Meng et al. 2024, arXiv 2404.02948, eq. 2–4)."""
         lead, rank = self._lead, self.lora_a.shape[-1]
         shape = prod(self.lora_a.shape[lead:-1]), prod(self.lora_b.shape[lead + 1 :])
 
@@ -121,11 +134,18 @@ class LoraParam(AdaptedParam):
             u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
             root = jnp.sqrt(s[:rank] / self.scale)
             a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
-            return kernel - self.scale * jnp.matmul(a, b, precision=lax.Precision.HIGHEST), a, b
+            return (
+                kernel - self.scale * jnp.matmul(a, b, precision=lax.Precision.HIGHEST),
+                a,
+                b,
+            )
 
         parts = lax.map(factor, self.base.astype(jnp.float32).reshape(-1, *shape))
         names = "base", "lora_a", "lora_b"
-        own = {n: x.reshape(getattr(self, n).shape) for n, x in zip(names, parts, strict=True)}
+        own = {
+            n: x.reshape(getattr(self, n).shape)
+            for n, x in zip(names, parts, strict=True)
+        }
         own = replace(self, **own | {"base": own["base"].astype(self.base.dtype)})
         if self.lora_magnitude is None:
             return own
@@ -137,7 +157,9 @@ class LoraParam(AdaptedParam):
         """Dimensions before the inputs: layers, experts."""
         return self.lora_a.ndim + self.lora_b.ndim - self.base.ndim - 2
 
-    def _axes(self, reader: ParamReader) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    def _axes(
+        self, reader: ParamReader
+    ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
         """Logical axes of one layer's A and B."""
         (lead, end), axes = split_dims(reader.spec), reader.spec.axes
         layers = reader.spec.num_layer_axes
@@ -145,12 +167,20 @@ class LoraParam(AdaptedParam):
 
     def _read(self, reader: ParamReader) -> tuple[ShardedWeight, Self]:
         """Reads the base, and all arrays in its layout."""
-        base, (in_axes, out_axes), lead = reader.read(self.base), self._axes(reader), self._lead
+        base, (in_axes, out_axes), lead = (
+            reader.read(self.base),
+            self._axes(reader),
+            self._lead,
+        )
         layout, end = get_layout(base.value), len(in_axes) - 1
 
-        def read(param: Any, axes: tuple[str | None, ...], *layout: Any, **how: Any) -> Any:
+        def read(
+            param: Any, axes: tuple[str | None, ...], *layout: Any, **how: Any
+        ) -> Any:
             if param is not None:
-                return reshard(replace(reader, **how).read(param, axes).value, make_spec(layout))
+                return reshard(
+                    replace(reader, **how).read(param, axes).value, make_spec(layout)
+                )
 
         outer, outputs = layout[:lead], layout[end:]
         vector = *out_axes[:lead], *out_axes[lead + 1 :]
@@ -159,7 +189,9 @@ class LoraParam(AdaptedParam):
             base=base.value,
             lora_a=read(self.lora_a, in_axes, *layout[:end], ()),
             lora_b=read(self.lora_b, out_axes, *outer, (), *outputs),
-            lora_magnitude=read(self.lora_magnitude, vector, *outer, *outputs, dtype=jnp.float32),
+            lora_magnitude=read(
+                self.lora_magnitude, vector, *outer, *outputs, dtype=jnp.float32
+            ),
         )
 
     def _scale_outputs(self, y: jax.Array, reader: ParamReader) -> jax.Array:
@@ -167,7 +199,9 @@ class LoraParam(AdaptedParam):
         if self.lora_magnitude is None:
             return y
         factors = self._read(reader)[1]._compute_factors()
-        return y * reshard(factors.astype(y.dtype), make_spec(get_layout(y)[-factors.ndim :]))
+        return y * reshard(
+            factors.astype(y.dtype), make_spec(get_layout(y)[-factors.ndim :])
+        )
 
     def _compute_factors(self) -> jax.Array:
         before, after = self._compute_norms()
@@ -177,16 +211,20 @@ class LoraParam(AdaptedParam):
         """Computes the kernel whose product this is."""
         lead, outer = self._lead, tuple(range(self._lead))
         over = ((self.lora_a.ndim - 1,), (lead,)), (outer, outer)
-        product = lax.dot_general(self.lora_a, self.lora_b, over, precision=lax.Precision.HIGHEST)
+        product = lax.dot_general(
+            self.lora_a, self.lora_b, over, precision=lax.Precision.HIGHEST
+        )
         kernel = self.base + self.scale * product
         if self.lora_magnitude is None:
             return kernel
         inputs = tuple(range(lead, self.lora_a.ndim - 1))
-        return kernel * jnp.expand_dims(self._compute_factors(), inputs).astype(kernel.dtype)
+        return kernel * jnp.expand_dims(self._compute_factors(), inputs).astype(
+            kernel.dtype
+        )
 
     def _compute_norms(self) -> tuple[jax.Array, jax.Array]:
-        """Computes norms of each output's weights in the base, and in the base with A · B, fp32
-        [..., *outputs] without gradient; A · B is never made."""
+        """Computes norms of each output's weights in the base, and in the base with A ·
+        B, fp32 [..., *outputs] without gradient; A · B is never made."""
         parts = self.base, self.lora_a, self.lora_b
         w, a, b = (lax.stop_gradient(x.astype(jnp.float32)) for x in parts)
         lead, layout = self._lead, get_layout(w)
@@ -199,7 +237,10 @@ class LoraParam(AdaptedParam):
             return lax.dot_general(x, y, (over, (batch, batch)), **how)
 
         outputs = layout[a.ndim - 1 :]
-        aw, aa = dot(a, w, (inputs, inputs), (), *outputs), dot(a, a, (inputs, inputs), (), ())
+        aw, aa = (
+            dot(a, w, (inputs, inputs), (), *outputs),
+            dot(a, a, (inputs, inputs), (), ()),
+        )
         bb = dot(aa, b, ((lead + 1,), (lead,)), (), *outputs)
         added = jnp.sum(b * (2 * self.scale * aw + self.scale**2 * bb), axis=lead)
         squares = jnp.sum(jnp.square(w), axis=inputs)
@@ -209,7 +250,8 @@ class LoraParam(AdaptedParam):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraTable(LoraParam):
-    """A table of rows ``base[id] + scale · A[id] · B``; a head tied to it reads the base."""
+    """A table of rows ``base[id] + scale · A[id] · B``; a head tied to it reads the
+    base."""
 
     tied: bool = field(metadata={"static": True})
 
@@ -231,8 +273,8 @@ class LoraTable(LoraParam):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenRowsParam(AdaptedParam):
-    """A table [V, D], or a head [D, V], with rows of its own in place of some tokens' of the base;
-    a head tied to the table has them too."""
+    """A table [V, D], or a head [D, V], with rows of its own in place of some tokens'
+    of the base; a head tied to the table has them too."""
 
     token_rows: Any
     """[tokens, D]."""
@@ -289,25 +331,26 @@ class LoraAdapter(Adapter):
     alpha: float = Field(default=16.0, gt=0)
     """What they add is multiplied by alpha / rank."""
     rank_stabilized: bool = False
-    """Multiply by alpha / √rank (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732), so that large ranks
-    learn as fast as small ones."""
+    """Multiply by alpha / √rank (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732), so that
+    large ranks learn as fast as small ones."""
     dora: bool = False
     """Learn each output's magnitude apart from its direction (DoRA)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of each map's inputs that training sets to 0 on the way to A, other ones in each step
-    and layer; the others are multiplied by 1 / (1 - dropout). 0: none."""
+    """Share of each map's inputs that training sets to 0 on the way to A, other ones in
+    each step and layer; the others are multiplied by 1 / (1 - dropout). 0: none."""
     init: Literal["default", "pissa"] = "default"
-    """default: A is random and B zero, so that the first step is the base's. pissa: A and B are the
-    base's principal singular vectors, and the base keeps the rest."""
+    """default: A is random and B zero, so that the first step is the base's. pissa: A
+    and B are the base's principal singular vectors, and the base keeps the rest."""
     targets: tuple[str, ...] | None = None
-    """Maps that are adapted, by names such as `query` and `mlp.up` or patterns of full names such
-    as `layers.attention.*`; `experts`: those of routed experts; `embedding`: the table of tokens;
-    null: all linear maps of layers but for routed experts."""
+    """Maps that are adapted, by names such as `query` and `mlp.up` or patterns of full
+    names such as `layers.attention.*`; `experts`: those of routed experts; `embedding`:
+    the table of tokens; null: all linear maps of layers but for routed experts."""
     token_ids: tuple[int, ...] = ()
-    """Tokens whose rows of the embedding table are trained as they are, such as special ones that a
-    tokenizer was given for tuning: PEFT's `trainable_token_indices`."""
+    """Tokens whose rows of the embedding table are trained as they are, such as special
+    ones that a tokenizer was given for tuning: PEFT's `trainable_token_indices`."""
     token_head: bool = False
-    """Train these tokens' rows of the output head too, where it is not the embedding table."""
+    """Train these tokens' rows of the output head too, where it is not the embedding
+    table."""
 
     @property
     def scale(self) -> float:
@@ -332,7 +375,9 @@ class LoraAdapter(Adapter):
     def _add_token_rows(self, spec: Any, *, is_head: bool) -> TokenRowsParam:
         if is_leaf(spec):
             what = f"the {'head' if is_head else 'table of tokens'} has LoRA, and rows of its own"
-            raise MaxlmError(what, where="adapter.token_ids", fix="take it out of adapter.targets")
+            raise MaxlmError(
+                what, where="adapter.token_ids", fix="take it out of adapter.targets"
+            )
         size, columns = spec.shape[::-1] if is_head else spec.shape
         wrong = [i for i in self.token_ids if not 0 <= i < size]
         if wrong or len({*self.token_ids}) < len(self.token_ids):
@@ -355,7 +400,9 @@ class LoraAdapter(Adapter):
             if self.init != "pissa" or not is_map:
                 return held
             layouts = jax.tree.map(lambda x: x.sharding.spec, held)
-            run: Any = jax.sharding.auto_axes(LoraParam.split_principal, out_sharding=layouts)
+            run: Any = jax.sharding.auto_axes(
+                LoraParam.split_principal, out_sharding=layouts
+            )
             with jax.set_mesh(held.base.sharding.mesh):
                 return jax.jit(run)(held)
 
@@ -366,14 +413,22 @@ class LoraAdapter(Adapter):
         lead, end = split_dims(spec)
         sides = prod(spec.shape[lead:end]), prod(spec.shape[end:])
         if self.init == "pissa" and self.rank > min(sides):
-            what = f"adapter.rank={self.rank}, and {name} has {min(sides)} singular values"
-            raise MaxlmError(what, where="adapter.init", fix="lower the rank, or its targets")
+            what = (
+                f"adapter.rank={self.rank}, and {name} has {min(sides)} singular values"
+            )
+            raise MaxlmError(
+                what, where="adapter.init", fix="lower the rank, or its targets"
+            )
         if self.dropout and "expert" in spec.axes:
             what = f"dropout of the inputs of the experts {name} is not implemented"
-            raise MaxlmError(what, where="adapter.dropout", fix="set it to 0, or other targets")
+            raise MaxlmError(
+                what, where="adapter.dropout", fix="set it to 0, or other targets"
+            )
         if self.dora and "expert" in spec.axes:
             what = f"DoRA of the experts {name} is not implemented"
-            raise MaxlmError(what, where="adapter.dora", fix="set it to false, or other targets")
+            raise MaxlmError(
+                what, where="adapter.dora", fix="set it to false, or other targets"
+            )
         first, second = _draw_uniform(sides[0]), zeros
         if not spec.contracting_dims:  # as PEFT: the rows' part is zero
             first, second = zeros, jax.nn.initializers.normal(1.0)
@@ -390,4 +445,6 @@ class LoraAdapter(Adapter):
 def _draw_uniform(num_inputs: int) -> Initializer:
     """Draws uniformly within ± 1 / √inputs, as torch's linear maps and PEFT's A."""
     limit = num_inputs**-0.5
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
+    return lambda key, shape, dtype: jax.random.uniform(
+        key, shape, dtype, -limit, limit
+    )

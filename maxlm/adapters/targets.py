@@ -1,4 +1,5 @@
-"""Selects the kernels that an adapter changes, and the shapes of what it adds to them."""
+"""Selects the kernels that an adapter changes, and the shapes of what it adds to
+them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,17 +19,27 @@ EXPERTS = "experts"
 def replace_targets(
     specs: Params, targets: Sequence[str] | None, adapt: Callable[[str, ParamSpec], Any]
 ) -> Params:
-    """Returns declarations with ``adapt(name, spec)`` in place of the targets. ``targets``: names
-    of maps, such as ``query`` or ``mlp.up``, or patterns of their full names; ``experts``. None:
-    all linear maps of layers."""
+    """Returns declarations with ``adapt(name, spec)`` in place of the targets.
+    ``targets``: names of maps, such as ``query`` or ``mlp.up``, or patterns of their
+    full names; ``experts``. None: all linear maps of layers."""
     flat: Mapping[str, Any] = flatten_names(specs, is_leaf)
     plain = {name: spec for name, spec in flat.items() if not is_leaf(spec)}
-    candidates = {n: s for n, s in plain.items() if s.contracting_dims or n == "embedding.table"}
+    candidates = {
+        n: s for n, s in plain.items() if s.contracting_dims or n == "embedding.table"
+    }
     if targets is None:
-        names = {n for n, s in candidates.items() if n.endswith(".kernel") and s.num_layer_axes}
+        names = {
+            n
+            for n, s in candidates.items()
+            if n.endswith(".kernel") and s.num_layer_axes
+        }
     else:
-        names = {name for target in targets for name in _find_target(candidates, target)}
-    chosen = [adapt(name, spec) if name in names else spec for name, spec in flat.items()]
+        names = {
+            name for target in targets for name in _find_target(candidates, target)
+        }
+    chosen = [
+        adapt(name, spec) if name in names else spec for name, spec in flat.items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_leaf), chosen)
 
 
@@ -45,18 +56,22 @@ def _find_target(candidates: Mapping[str, ParamSpec], target: str) -> list[str]:
             modules[name], f"*.{target}"
         )
 
-    if not (found := [name for name, spec in candidates.items() if is_meant(name, spec)]):
+    if not (
+        found := [name for name, spec in candidates.items() if is_meant(name, spec)]
+    ):
         short = [module.rpartition(".")[2] for module in modules.values()]
         known = [*dict.fromkeys([*short, *modules.values()])]
         near = get_close_matches(target, known, n=3, cutoff=0.3) or known[:3]
         what = f"{target!r} is no linear map of this model"
-        raise MaxlmError(what, where="adapter.targets", fix=f"use a name such as {', '.join(near)}")
+        raise MaxlmError(
+            what, where="adapter.targets", fix=f"use a name such as {', '.join(near)}"
+        )
     return found
 
 
 def split_dims(spec: ParamSpec) -> tuple[int, int]:
-    """Returns the number of dimensions before a kernel's inputs, and of those before its outputs; a
-    table's rows are inputs."""
+    """Returns the number of dimensions before a kernel's inputs, and of those before
+    its outputs; a table's rows are inputs."""
     inputs = spec.contracting_dims or (spec.num_layer_axes,)
     return inputs[0], inputs[-1] + 1
 
@@ -76,9 +91,16 @@ def declare_output_map(spec: ParamSpec, rank: int, init: Initializer) -> ParamSp
     return replace(spec, shape=shape, axes=axes, contracting_dims=(lead,), init=init)
 
 
-def declare_vector(spec: ParamSpec, init: Initializer, *, of_inputs: bool = False) -> ParamSpec:
+def declare_vector(
+    spec: ParamSpec, init: Initializer, *, of_inputs: bool = False
+) -> ParamSpec:
     """Declares a number for each of a kernel's outputs, or inputs."""
     lead, end = split_dims(spec)
     kept = slice(lead, end) if of_inputs else slice(end, None)
-    shape, axes = (*spec.shape[:lead], *spec.shape[kept]), (*spec.axes[:lead], *spec.axes[kept])
-    return replace(spec, shape=shape, axes=axes, role="vector", contracting_dims=(), init=init)
+    shape, axes = (
+        (*spec.shape[:lead], *spec.shape[kept]),
+        (*spec.axes[:lead], *spec.axes[kept]),
+    )
+    return replace(
+        spec, shape=shape, axes=axes, role="vector", contracting_dims=(), init=init
+    )

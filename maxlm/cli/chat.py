@@ -5,30 +5,39 @@ from typing import Annotated
 
 from typer import Option
 
-from maxlm.cli.common import MeshOption, ModelArgument, SettingsArgument, StepOption, TemplateOption
+from maxlm.cli.common import (
+    MeshOption,
+    ModelArgument,
+    SettingsArgument,
+    StepOption,
+    TemplateOption,
+)
 from maxlm.config import load_config
 
 
 def command(
     model: ModelArgument,
     settings: SettingsArgument = None,
-    system: Annotated[str | None, Option(help="Text that comes before the conversation.")] = None,
+    system: Annotated[
+        str | None, Option(help="Text that comes before the conversation.")
+    ] = None,
     mesh: MeshOption = None,
     step: StepOption = None,
     template: TemplateOption = None,
 ) -> None:
     """Talk with a model; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.
 
-    Settings are those of sampling, as top_p=0.9, and of the engine, as max_length=16384; by default
-    temperature=0.7, max_length=8192, and an answer may fill the context.
-    Each line of piped input is a message.
+    Settings are those of sampling, as top_p=0.9, and of the engine, as
+    max_length=16384; by default temperature=0.7, max_length=8192, and an answer may
+    fill the context. Each line of piped input is a message.
     """
     from maxlm.inference.engine_config import EngineConfig
     from maxlm.inference.sampling import SamplingConfig
     from maxlm.programs.chat import ChatSession, run_chat
     from maxlm.programs.serve import load_chat_model, make_engine
 
-    # At temperature 1 small models stray; an answer may have what the context has room for.
+    # At temperature 1 small models stray; an answer may have what the context has room
+    # for.
     sampling_settings = ["temperature=0.7", "max_new_tokens=1000000000"]
     engine_settings = ["max_sequences=1", "max_length=8192"]
     for setting in settings or ():

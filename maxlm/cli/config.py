@@ -1,4 +1,5 @@
-"""``maxlm config``: what a config resolves to, what may stand in one, which ones are shipped."""
+"""``maxlm config``: what a config resolves to, what may stand in one, which ones are
+shipped."""
 
 import json
 from typing import Annotated
@@ -7,7 +8,12 @@ import typer
 from typer import Option
 
 from maxlm.cli.common import ConfigArgument, SettingsArgument
-from maxlm.config import build_json_schema, list_shipped_configs, load_config, to_annotated_yaml
+from maxlm.config import (
+    build_json_schema,
+    list_shipped_configs,
+    load_config,
+    to_annotated_yaml,
+)
 
 app = typer.Typer(help="Show configs, where each value comes from, their schema.")
 
@@ -22,9 +28,12 @@ def show(config: ConfigArgument, settings: SettingsArgument = None) -> None:
 
 @app.command("schema")
 def print_schema(
-    recipe: Annotated[bool, Option("--recipe", help="A corpus's recipe instead of a run.")] = False,
+    recipe: Annotated[
+        bool, Option("--recipe", help="A corpus's recipe instead of a run.")
+    ] = False,
 ) -> None:
-    """Print the JSON Schema of a run config, for editors to complete and check YAML with."""
+    """Print the JSON Schema of a run config, for editors to complete and check YAML
+    with."""
     if recipe:
         from maxlm.corpus.recipe import RecipeConfig as described
     else:

@@ -1,4 +1,5 @@
-"""`maxlm corpus`: from raw documents over labels to token stores, and looking into each."""
+"""`maxlm corpus`: from raw documents over labels to token stores, and looking into
+each."""
 
 import re
 import sys
@@ -35,16 +36,21 @@ if TYPE_CHECKING:
     from maxlm.corpus.recipe import FilterRules
 
 app = typer.Typer(
-    no_args_is_help=True, help="Clean and label documents, build token stores, and look into them."
+    no_args_is_help=True,
+    help="Clean and label documents, build token stores, and look into them.",
 )
 
 _ROW_COUNTS = ("rows", "labelled")
-StoreArgument = Annotated[str, Argument(help="A token store: a folder, s3://... or gs://...")]
+StoreArgument = Annotated[
+    str, Argument(help="A token store: a folder, s3://... or gs://...")
+]
 OnOption = Annotated[
     str,
     Option(
-        help="Where tasks run: local (processes of this machine), ray://HOST:PORT (a Ray cluster, "
-        "by its Ray client server) or ray (the cluster of RAY_ADDRESS or of this machine, else one "
+        help="Where tasks run: local (processes of this machine), ray://HOST:PORT (a "
+        "Ray cluster, "
+        "by its Ray client server) or ray (the cluster of RAY_ADDRESS or of this "
+        "machine, else one "
         "that is started here)."
     ),
 ]
@@ -60,16 +66,26 @@ def build(
     split: Annotated[
         Literal["all", "train", "heldout"], Option(help="Which documents to take.")
     ] = "all",
-    heldout_fraction: Annotated[float, Option(help="Share held out, by hashes of texts.")] = 0.01,
+    heldout_fraction: Annotated[
+        float, Option(help="Share held out, by hashes of texts.")
+    ] = 0.01,
     text_field: TextFieldOption = "text",
     on_bad_bytes: Annotated[
-        Literal["error", "replace"], Option(help="What to do with text that is not valid UTF-8.")
+        Literal["error", "replace"],
+        Option(help="What to do with text that is not valid UTF-8."),
     ] = "error",
-    piece_bytes: Annotated[int | None, Option(min=1, help="Cut text files at line ends.")] = None,
-    force: Annotated[bool, Option("--force", help="Replace a store of other inputs.")] = False,
-    join: Annotated[bool, Option("--join", help="Work beside other builders of it.")] = False,
+    piece_bytes: Annotated[
+        int | None, Option(min=1, help="Cut text files at line ends.")
+    ] = None,
+    force: Annotated[
+        bool, Option("--force", help="Replace a store of other inputs.")
+    ] = False,
+    join: Annotated[
+        bool, Option("--join", help="Work beside other builders of it.")
+    ] = False,
 ) -> None:
-    """Tokenize documents into a token store. Run it again after an interruption to go on."""
+    """Tokenize documents into a token store. Run it again after an interruption to go
+    on."""
     from maxlm.data.store import build_store
 
     reading: dict[str, Any] = {"on_bad_bytes": on_bad_bytes, "piece_bytes": piece_bytes}
@@ -91,11 +107,15 @@ def append(
     text: TextArgument,
     workers: WorkersOption = None,
 ) -> None:
-    """Add documents to a store, as a new segment; those that are there keep their numbers."""
+    """Add documents to a store, as a new segment; those that are there keep their
+    numbers."""
     from maxlm.data.store import TokenStore, append_store
 
     made = TokenStore.open(store).manifest
-    reading: dict[str, Any] = {"on_bad_bytes": made.on_bad_bytes, "piece_bytes": made.piece_bytes}
+    reading: dict[str, Any] = {
+        "on_bad_bytes": made.on_bad_bytes,
+        "piece_bytes": made.piece_bytes,
+    }
     source = SourceConfig(documents=tuple(text), text_field=made.text_field, **reading)
     with show_progress() as progress:
         append_store(source, store, workers=workers, progress=progress)
@@ -104,16 +124,22 @@ def append(
 
 @app.command()
 def verify(
-    folder: Annotated[str, Argument(help="A token store (a folder, s3:// or gs://) or a corpus.")],
+    folder: Annotated[
+        str, Argument(help="A token store (a folder, s3:// or gs://) or a corpus.")
+    ],
 ) -> None:
-    """Read all of a store or a corpus, and say whether each file is the one that was written.
+    """Read all of a store or a corpus, and say whether each file is the one that was
+    written.
 
-    Every file is compared with its SHA-256; of a store also every token, offset and packing index.
+    Every file is compared with its SHA-256; of a store also every token, offset and
+    packing index.
     """
     if is_corpus(Path(folder)):
         corpus = _open_corpus(Path(folder))
         unchecked = corpus.verify()
-        counted = f"{len(corpus.shards):,} shards of {len(corpus.list_stages()):,} stages"
+        counted = (
+            f"{len(corpus.shards):,} shards of {len(corpus.list_stages()):,} stages"
+        )
     else:
         from maxlm.data.loader.packing import (
             describe_missing_checksums,
@@ -134,12 +160,14 @@ def verify(
 
 @app.command()
 def mix(
-    config: ConfigArgument, settings: SettingsArgument = None, as_json: JsonOption = False
+    config: ConfigArgument,
+    settings: SettingsArgument = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a run reads of each source, by phase and in all, before it is trained.
 
-    Prepares the run's text in the run's folder, as training would. Weights, phases and steps may
-    then be tried, as KEY=VALUE; other text needs another folder.
+    Prepares the run's text in the run's folder, as training would. Weights, phases and
+    steps may then be tried, as KEY=VALUE; other text needs another folder.
     """
     from maxlm.programs.mixture import prepare_mixture
     from maxlm.run import RunConfig
@@ -152,7 +180,11 @@ def mix(
     rows = []
     for usage in usages:
         is_total = (usage.first_step, usage.stop_step) == (0, run.train.steps)
-        steps = "all steps" if is_total else f"{usage.first_step:,} to {usage.stop_step - 1:,}"
+        steps = (
+            "all steps"
+            if is_total
+            else f"{usage.first_step:,} to {usage.stop_step - 1:,}"
+        )
         figures = (
             f"{usage.sequences:,}",
             f"{usage.share:.2%}",
@@ -167,7 +199,8 @@ def mix(
 
 @app.command("info")
 def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Show what a store holds, after checking that its arrays have the sizes it claims."""
+    """Show what a store holds, after checking that its arrays have the sizes it
+    claims."""
     from maxlm.data.store import TokenStore
     from maxlm.data.store.store import describe_store, summary_table
 
@@ -184,11 +217,13 @@ def run(
     settings: SettingsArgument = None,
     on: OnOption = "local",
 ) -> None:
-    """Read sources and label their documents. Run it again after an interruption to go on.
+    """Read sources and label their documents. Run it again after an interruption to go
+    on.
 
-    Stages whose settings have not changed are not done again; rules under keep are applied when a
-    token store is built, so another threshold costs nothing here. Prints what the rules keep, and
-    `text lost: N`, the documents and passages that they drop as copies and keep nowhere.
+    Stages whose settings have not changed are not done again; rules under keep are
+    applied when a token store is built, so another threshold costs nothing here. Prints
+    what the rules keep, and `text lost: N`, the documents and passages that they drop
+    as copies and keep nowhere.
     """
     check_corpus_packages(recipe)
     from maxlm.corpus.recipe import RecipeConfig
@@ -204,16 +239,22 @@ def run(
 @app.command()
 def report(
     corpus: CorpusArgument,
-    out: Annotated[Path | None, Option(help="The page; default: CORPUS/report.html.")] = None,
-    tokenizer: Annotated[Path | None, Option(help="A tokenizer, to count tokens with.")] = None,
+    out: Annotated[
+        Path | None, Option(help="The page; default: CORPUS/report.html.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, Option(help="A tokenizer, to count tokens with.")
+    ] = None,
     keep: KeepOption = None,
     as_json: JsonOption = False,
     on: OnOption = "local",
 ) -> None:
-    """Show what rules keep and drop: in numbers here, with histograms and samples in a page.
+    """Show what rules keep and drop: in numbers here, with histograms and samples in a
+    page.
 
-    Of a run that is not done it shows the stages before the first that is not, and how far that is.
-    `text lost: N` counts documents and passages that the rules drop as copies and keep nowhere.
+    Of a run that is not done it shows the stages before the first that is not, and how
+    far that is. `text lost: N` counts documents and passages that the rules drop as
+    copies and keep nowhere.
     """
     opened = _open_corpus(corpus, allow_unfinished=True)
     rules = dict(opened.recipe.keep) | _parse_rules(keep or [])
@@ -225,16 +266,22 @@ def report(
 @app.command()
 def export(
     corpus: CorpusArgument,
-    out: Annotated[Path, Option(help="The folder of the files; appears when complete.")],
+    out: Annotated[
+        Path, Option(help="The folder of the files; appears when complete.")
+    ],
     to: Annotated[
-        Literal["parquet", "jsonl"], Option(help="Parquet with zstd, or lines of JSON with gzip.")
+        Literal["parquet", "jsonl"],
+        Option(help="Parquet with zstd, or lines of JSON with gzip."),
     ] = "parquet",
     keep: KeepOption = None,
-    force: Annotated[bool, Option("--force", help="Replace an earlier export.")] = False,
+    force: Annotated[
+        bool, Option("--force", help="Replace an earlier export.")
+    ] = False,
     on: OnOption = "local",
 ) -> None:
-    """Write the documents that rules keep to files for other programs, with cuts and masks applied:
-    the texts that `build` tokenizes, with id, source, url, meta and language."""
+    """Write the documents that rules keep to files for other programs, with cuts and
+    masks applied: the texts that `build` tokenizes, with id, source, url, meta and
+    language."""
     opened = _open_corpus(corpus)
     from maxlm.corpus.export import export_corpus
 
@@ -243,9 +290,19 @@ def export(
         open_executor(on, opened.recipe.workers) as executor,
         show_progress("parts") as progress,
     ):
-        made = export_corpus(opened, rules, out, to, executor, force=force, progress=progress)
-    print("{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(made))
-    print("left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(made))
+        made = export_corpus(
+            opened, rules, out, to, executor, force=force, progress=progress
+        )
+    print(
+        "{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(
+            made
+        )
+    )
+    print(
+        "left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(
+            made
+        )
+    )
     print(f"the files: {out}")
 
 
@@ -258,10 +315,14 @@ def _open_corpus(folder: Path, allow_unfinished: bool = False) -> "OpenCorpus":
 
 def _parse_rules(rules: list[str]) -> dict[str, str]:
     for rule in rules:
-        if "=" not in rule or not re.fullmatch(r"\s*[A-Za-z][\w-]*\s*", rule.partition("=")[0]):
+        if "=" not in rule or not re.fullmatch(
+            r"\s*[A-Za-z][\w-]*\s*", rule.partition("=")[0]
+        ):
             fix = "write it like: --keep 'long=heuristics.words >= 100'"
             raise MaxlmError(f"{rule!r} has no name", where="--keep", fix=fix)
-    return {name.strip(): text for name, _, text in (rule.partition("=") for rule in rules)}
+    return {
+        name.strip(): text for name, _, text in (rule.partition("=") for rule in rules)
+    }
 
 
 def _print_funnel(
@@ -274,7 +335,12 @@ def _print_funnel(
 ) -> None:
     """Print what each rule drops and leaves; also into a page, if one is given."""
     from maxlm.corpus.lost import count_lost_text
-    from maxlm.corpus.report import compute_funnel, list_alarms, summarize_corpus, write_report
+    from maxlm.corpus.report import (
+        compute_funnel,
+        list_alarms,
+        summarize_corpus,
+        write_report,
+    )
     from maxlm.corpus.shards import DOCUMENTS
 
     rules = corpus.resolve_rules(keep)
@@ -292,11 +358,19 @@ def _print_funnel(
     columns, cells = ("dropped", "left", "MB", *rows[0]["by_source"]), []
     for row in rows:
         counts = [f"{number:,}" for number in row["by_source"].values()]
-        figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")
+        figures = (
+            f"{row['dropped']:,}",
+            f"{row['left']:,}",
+            f"{row['bytes'] / 1e6:,.1f}",
+        )
         cells.append((row["rule"], *figures, *counts))
     print_table("rule", columns, cells, title=str(corpus.folder))
     read = corpus.read_manifest(DOCUMENTS)["counts"]
-    passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in _ROW_COUNTS]
+    passed = [
+        f"{n:,} {reason}"
+        for reason, n in read.items()
+        if n and reason not in _ROW_COUNTS
+    ]
     if passed:
         print(f"passed over in reading: {', '.join(passed)}")
     print(lost)
@@ -336,65 +410,90 @@ def train_perplexity(
 ) -> None:
     """Train an n-gram model of good prose in one language, for the stage `perplexity`.
 
-    It is a modified Kneser-Ney model, as KenLM's lmplz makes it. The cutoffs of head, middle and
-    tail part a reference in thirds: give a sample of the crawl that is to be filtered. Without one,
-    some documents of TEXT are the reference, and not trained on.
+    It is a modified Kneser-Ney model, as KenLM's lmplz makes it. The cutoffs of head,
+    middle and tail part a reference in thirds: give a sample of the crawl that is to be
+    filtered. Without one, some documents of TEXT are the reference, and not trained on.
     """
     from maxlm.corpus import perplexity_model
 
-    config = load_config(perplexity_model.PerplexityTrainingConfig, None, settings or ()).value
+    config = load_config(
+        perplexity_model.PerplexityTrainingConfig, None, settings or ()
+    ).value
     texts = map(bytes.decode, _read_texts(text))
     sample = map(bytes.decode, _read_texts(reference)) if reference else None
     report = perplexity_model.train_perplexity(texts, out, config, sample)
     counts = ", ".join(f"{number:,}" for number in report.ngrams.num_ngrams)
-    print(f"{report.num_documents:,} documents, {report.ngrams.num_tokens:,} words and line ends")
+    print(
+        f"{report.num_documents:,} documents, {report.ngrams.num_tokens:,} words and "
+        f"line ends"
+    )
     print(f"n-grams of 1, 2, ... words: {counts}")
     _print_cutoffs(report.metadata, out)
 
 
 @app.command("calibrate-perplexity")
 def calibrate_perplexity(
-    model: Annotated[Path, Argument(help="An ARPA or binary file of KenLM, or a model's folder.")],
-    reference: Annotated[list[str], Option(help="Documents that set the cutoffs; repeatable.")],
+    model: Annotated[
+        Path, Argument(help="An ARPA or binary file of KenLM, or a model's folder.")
+    ],
+    reference: Annotated[
+        list[str], Option(help="Documents that set the cutoffs; repeatable.")
+    ],
     out: Annotated[
-        Path | None, Option(help="The model's new folder; default: the folder that is given.")
+        Path | None,
+        Option(help="The model's new folder; default: the folder that is given."),
     ] = None,
     settings: SetOption = None,
 ) -> None:
     """Set the cutoffs of an n-gram model by a sample, for the stage `perplexity`.
 
-    Head, middle and tail are thirds of the sample's perplexities, or as percentiles says.
+    Head, middle and tail are thirds of the sample's perplexities, or as percentiles
+    says.
     """
     from maxlm.corpus import perplexity_model
 
     if out is None and not model.is_dir():
         fix = "name a folder for the model and its cutoffs with --out"
         raise MaxlmError("this is no model's folder", where=str(model), fix=fix)
-    config = load_config(perplexity_model.PerplexityCalibrationConfig, None, settings or ()).value
+    config = load_config(
+        perplexity_model.PerplexityCalibrationConfig, None, settings or ()
+    ).value
     sample = map(bytes.decode, _read_texts(reference))
     folder = out or model
-    _print_cutoffs(perplexity_model.calibrate_perplexity(model, sample, folder, config), folder)
+    _print_cutoffs(
+        perplexity_model.calibrate_perplexity(model, sample, folder, config), folder
+    )
 
 
 def _print_cutoffs(metadata: "PerplexityMetadata", folder: Path) -> None:
-    percentiles = ", ".join(f"{p}%: {value:,.1f}" for p, value in metadata.percentiles.items())
-    print(f"perplexities of {metadata.reference_documents:,} reference documents: {percentiles}")
+    percentiles = ", ".join(
+        f"{p}%: {value:,.1f}" for p, value in metadata.percentiles.items()
+    )
+    print(
+        f"perplexities of {metadata.reference_documents:,} reference documents: "
+        f"{percentiles}"
+    )
     print("head up to {:,.1f}, tail beyond {:,.1f}".format(*metadata.cutoffs))
     print(f"the model: {folder}")
 
 
 @app.command("train-quality")
 def train_quality(
-    positive: Annotated[list[str], Option(help="Documents as they should be; repeatable.")],
+    positive: Annotated[
+        list[str], Option(help="Documents as they should be; repeatable.")
+    ],
     negative: Annotated[list[str], Option(help="Documents as they should not be.")],
     out: Annotated[Path, Option(help="The model's file, .safetensors.")],
     settings: SetOption = None,
 ) -> None:
-    """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
+    """Train a classifier of good and bad documents for the stage `quality`, and measure
+    it."""
     from maxlm.corpus.stages.quality import ClassifierConfig, train_classifier
 
     config = load_config(ClassifierConfig, None, settings or ()).value
-    model, report = train_classifier(_read_texts(positive), _read_texts(negative), config)
+    model, report = train_classifier(
+        _read_texts(positive), _read_texts(negative), config
+    )
     model.save(out)
     print(report)
     print(f"the model: {out}")
@@ -402,11 +501,18 @@ def train_quality(
 
 @app.command()
 def show(
-    folder: Annotated[str, Argument(help="A token store (a folder, s3:// or gs://) or a corpus.")],
-    document: Annotated[str, Argument(help="Its number in the store, from 0; its id in a corpus.")],
-    tokens: Annotated[bool, Option("--tokens", help="A store's ids instead of text.")] = False,
+    folder: Annotated[
+        str, Argument(help="A token store (a folder, s3:// or gs://) or a corpus.")
+    ],
+    document: Annotated[
+        str, Argument(help="Its number in the store, from 0; its id in a corpus.")
+    ],
+    tokens: Annotated[
+        bool, Option("--tokens", help="A store's ids instead of text.")
+    ] = False,
 ) -> None:
-    """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
+    """Print a document: of a corpus with its labels, of a store decoded by its
+    tokenizer."""
     if is_corpus(Path(folder)):
         _show_labels(Path(folder), document)
     else:
@@ -435,7 +541,9 @@ def _show_stored(store: str, document: str, tokens: bool) -> None:
 
     if not document.isdecimal():
         fix = "give its number, from 0"
-        raise MaxlmError(f"{document!r} is no number of a document", where=store, fix=fix)
+        raise MaxlmError(
+            f"{document!r} is no number of a document", where=store, fix=fix
+        )
     opened, index = TokenStore.open(store), int(document)
     if tokens:
         print(" ".join(map(str, opened.document(index).tolist())))

@@ -16,24 +16,43 @@ from maxlm.config import MaxlmError, load_config
 def command(
     context: typer.Context,
     run: ModelArgument,
-    prompts: Annotated[list[str], Argument(metavar="PROMPT...", help="Texts; - is stdin.")],
+    prompts: Annotated[
+        list[str], Argument(metavar="PROMPT...", help="Texts; - is stdin.")
+    ],
     max_new_tokens: Annotated[int | None, Option(help="Write at most so many.")] = None,
-    temperature: Annotated[float | None, Option(help="0: the likeliest; above 1: wilder.")] = None,
-    top_k: Annotated[int | None, Option(help="Draw from so many likeliest tokens; 0: all.")] = None,
-    top_p: Annotated[float | None, Option(help="Draw from this probability mass; 1: all.")] = None,
-    seed: Annotated[int | None, Option(help="The same seed gives the same text.")] = None,
-    beams: Annotated[int | None, Option(min=1, help="Search the likeliest text by beams.")] = None,
-    best_of: Annotated[int | None, Option(min=1, help="Draw so many, show the likeliest.")] = None,
+    temperature: Annotated[
+        float | None, Option(help="0: the likeliest; above 1: wilder.")
+    ] = None,
+    top_k: Annotated[
+        int | None, Option(help="Draw from so many likeliest tokens; 0: all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, Option(help="Draw from this probability mass; 1: all.")
+    ] = None,
+    seed: Annotated[
+        int | None, Option(help="The same seed gives the same text.")
+    ] = None,
+    beams: Annotated[
+        int | None, Option(min=1, help="Search the likeliest text by beams.")
+    ] = None,
+    best_of: Annotated[
+        int | None, Option(min=1, help="Draw so many, show the likeliest.")
+    ] = None,
     step: StepOption = None,
 ) -> None:
-    """Continue prompts with a trained model. Options left out are the run's `samples` settings."""
+    """Continue prompts with a trained model. Options left out are the run's `samples`
+    settings."""
     from maxlm.inference.sampling import SamplingConfig
     from maxlm.programs.generate import generate_text, get_prompt_separator, search_text
     from maxlm.programs.load import load_model
 
-    options = {k: v for k, v in context.params.items() if k in SamplingConfig.model_fields}
+    options = {
+        k: v for k, v in context.params.items() if k in SamplingConfig.model_fields
+    }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    chosen = load_config(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
+    chosen = load_config(SamplingConfig, None, given).value.model_dump(
+        exclude_unset=True
+    )
     if beams and best_of:
         what, fix = "--beams and --best-of are two ways to search", "give one of them"
         raise MaxlmError(what, where="command line", fix=fix)
@@ -51,9 +70,12 @@ def command(
 
 
 def _show(prompts: Sequence[bytes], steps: Iterator[list[str]], between: str) -> None:
-    """The first text as it comes, the others when all are done; headings if there are several."""
+    """The first text as it comes, the others when all are done; headings if there are
+    several."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a model may write what the terminal cannot
 
     def open_text(number: int) -> None:
         if len(prompts) > 1:

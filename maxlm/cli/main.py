@@ -1,11 +1,13 @@
-"""The ``maxlm`` command: finds the verb, runs it, and prints a user's mistake as one line.
+"""The ``maxlm`` command: finds the verb, runs it, and prints a user's mistake as one
+line.
 
-A verb is one module here and one line in `VERBS`: a function ``command`` with Typer annotations,
-whose docstring is its help (``subcommands``: functions that a first word calls instead), or a group
-``app = typer.Typer(...)``. It is imported only when it is called, so that ``maxlm --help`` needs
-Typer alone, and its top imports neither JAX nor data libraries. A mistake of the user raises
-`MaxlmError`; a run that ends badly raises ``typer.Exit(1)``; ``KeyboardInterrupt("saved step 120 in
-runs/x")`` ends with that line and code 130.
+A verb is one module here and one line in `VERBS`: a function ``command`` with Typer
+annotations, whose docstring is its help (``subcommands``: functions that a first word
+calls instead), or a group ``app = typer.Typer(...)``. It is imported only when it is
+called, so that ``maxlm --help`` needs Typer alone, and its top imports neither JAX nor
+data libraries. A mistake of the user raises `MaxlmError`; a run that ends badly raises
+``typer.Exit(1)``; ``KeyboardInterrupt("saved step 120 in runs/x")`` ends with that line
+and code 130.
 """
 
 import gc
@@ -29,7 +31,8 @@ VERBS = {
     "train": "Train a model, or go on where a run stopped.",
     "tune": "Tune a pretrained model: to answer, to prefer, to score, to imitate.",
     "smoke": "Check on this device, in a minute, that a config works.",
-    "plan": "Show what a run holds, sends and takes on a machine, before paying for it.",
+    "plan": "Show what a run holds, sends and takes on a machine, before paying for "
+    "it.",
     "runs": "List runs; show how far one is and where its time went.",
     "launch": "Print or submit a cluster scheduler's job.",
     "generate": "Continue a prompt with a trained model.",
@@ -44,7 +47,8 @@ VERBS = {
 
 
 class LazyGroup(TyperGroup):
-    """Lists verbs by their one line of help; imports a verb's module when it is called."""
+    """Lists verbs by their one line of help; imports a verb's module when it is
+    called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -60,7 +64,9 @@ class LazyGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            print(f"\n{interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr)
+            print(
+                f"\n{interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr
+            )
             raise typer.Exit(130) from None
 
 
@@ -70,7 +76,8 @@ def make_app() -> typer.Typer:
         name="maxlm",
         cls=LazyGroup,
         help="Train, inspect and serve language models from one JAX codebase.",
-        epilog="maxlm VERB --help says more. Settings are written key.path=value after a config.",
+        epilog="maxlm VERB --help says more. Settings are written key.path=value after "
+        "a config.",
         invoke_without_command=True,
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
@@ -103,23 +110,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows ``maxlm``; the process's own by default.
 
     Returns:
-        The exit code: 0 done, 1 the work failed, 2 the user's mistake (one line on stderr), 75 a
-        run that stopped on a signal and saved, 76 a run that lost a process, 130 interrupted. With
-        MAXLM_TRACEBACK=1 in the environment mistakes raise instead.
+        The exit code: 0 done, 1 the work failed, 2 the user's mistake (one line on
+        stderr), 75 a run that stopped on a signal and saved, 76 a run that lost a
+        process, 130 interrupted. With MAXLM_TRACEBACK=1 in the environment mistakes
+        raise instead.
     """
     traceback = os.environ.get("MAXLM_TRACEBACK", "") not in ("", "0")
     if arguments is None:  # the process is ours alone
-        # Imports make 150,000 objects that stay. Looking through them after every 700 new ones,
-        # the default of Python 3.11, takes a seventh of the time to start.
+        # Imports make 150,000 objects that stay. Looking through them after every 700
+        # new ones, the default of Python 3.11, takes a seventh of the time to start.
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own progress bars
         if not traceback:
-            # Orbax drops all errors but the first of a checkpoint; Python complains of each.
+            # Orbax drops all errors but the first of a checkpoint; Python complains of
+            # each.
             sys.unraisablehook = lambda event: None
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-            warnings.filterwarnings("ignore", r"coroutine '[\w.<>]*serialize", RuntimeWarning)
+            warnings.filterwarnings(
+                "ignore", r"coroutine '[\w.<>]*serialize", RuntimeWarning
+            )
     try:
-        result = get_command(make_app()).main(arguments, prog_name="maxlm", standalone_mode=False)
+        result = get_command(make_app()).main(
+            arguments, prog_name="maxlm", standalone_mode=False
+        )
     except Exception as error:
         given = sys.argv[1:] if arguments is None else arguments
         text = None if traceback else _explain(error, given)
@@ -129,13 +142,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return getattr(error, "exit_code", 2)
     finally:
         if arguments is None:
-            gc.freeze()  # The interpreter ends by searching for cycles: a third of a second.
+            # The interpreter ends by searching for cycles: a third of a second.
+            gc.freeze()
     return result if isinstance(result, int) else 0
 
 
 def _build_command(name: str, found: Any) -> Any:
     group = isinstance(found, typer.Typer)
-    app = found if group else typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = (
+        found
+        if group
+        else typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    )
     if not group:
         app.command(name)(found)
     for verb in app.registered_commands:
@@ -156,7 +174,10 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
         # The text that `tokenizer encode` takes is no list of paths.
         lists = [given.get(name) for name in ("text", "positive", "negative")]
         paths = [each for value in lists if isinstance(value, list) for each in value]
-        for path in (*paths, *(value for value in given.values() if isinstance(value, Path))):
+        for path in (
+            *paths,
+            *(value for value in given.values() if isinstance(value, Path)),
+        ):
             check_local_path(path)
         return command(**given)
 
@@ -164,7 +185,8 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
-    """Return the line for a mistake of the user's or of the machine; None for any other error."""
+    """Return the line for a mistake of the user's or of the machine; None for any other
+    error."""
     # Typer carries its own copy of Click, whose exceptions have no public names.
     if type(error).__name__ == "NoArgsIsHelpError":
         return str(error)
@@ -185,7 +207,9 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
     path = context.command_path if context else "maxlm"
     text, fix = error.format_message().rstrip("."), f"see '{path} --help'"
     if context is None or option is None or not text.startswith("No such option"):
-        text = f"{text[:1].lower()}{text[1:]}".replace(". Did you mean", "; did you mean")
+        text = f"{text[:1].lower()}{text[1:]}".replace(
+            ". Did you mean", "; did you mean"
+        )
         return f"{path}: {text}" + ("" if "did you mean" in text else f"; {fix}")
     if error.possibilities:
         fix = f"did you mean {' or '.join(error.possibilities)}?"
@@ -197,20 +221,29 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
 
 
 def _find_overrides(option: str, arguments: Sequence[str], verb: str) -> list[str]:
-    """Find settings of a verb, as ``key.path=value``, whose key is or ends like the option:
-    ``--steps 5``."""
+    """Find settings of a verb, as ``key.path=value``, whose key is or ends like the
+    option: ``--steps 5``."""
     from maxlm.config.explain import iterate_schema_keys
     from maxlm.config.keys import join_key
 
-    schemas = {"serve": ("inference.engine", "Engine"), "chat": ("inference.sampling", "Sampling")}
+    schemas = {
+        "serve": ("inference.engine", "Engine"),
+        "chat": ("inference.sampling", "Sampling"),
+    }
     module, name = schemas.get(verb, ("run", "Run"))
     schema = getattr(importlib.import_module(f"maxlm.{module}"), f"{name}Config")
-    words = [word for each in arguments for word in each.split("=", each.startswith("-"))]
+    words = [
+        word for each in arguments for word in each.split("=", each.startswith("-"))
+    ]
     value = dict(zip(words, [*words[1:], ""], strict=True)).get(option, "")
     value = "..." if not value or value.startswith("-") else value
     name = option.strip("-").replace("-", "_").replace(".", "_")
     keys = sorted(dict.fromkeys(iterate_schema_keys([schema])), key=len)
-    ends = [key for key in keys if name in ("_".join(map(str, key[i:])) for i in range(len(key)))]
+    ends = [
+        key
+        for key in keys
+        if name in ("_".join(map(str, key[i:])) for i in range(len(key)))
+    ]
     return [f"{join_key(key)}={value}" for key in ends]
 
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 from typer import Argument, Option
 
-from maxlm.cli.common import ConfigArgument, JsonOption, SettingsArgument, open_console, print_json
+from maxlm.cli.common import (
+    ConfigArgument,
+    JsonOption,
+    SettingsArgument,
+    open_console,
+    print_json,
+)
 from maxlm.config import MaxlmError, load_config
 
 if TYPE_CHECKING:
@@ -55,27 +61,41 @@ def command(
     settings: SettingsArgument = None,
     on: Annotated[
         str | None,
-        Option(help="The machine: v5p-256, 2xv5p-512, v5p:4x4x8, v5e-256, h100x64, cpux8, ..."),
+        Option(
+            help="The machine: v5p-256, 2xv5p-512, v5p:4x4x8, v5e-256, h100x64, cpux8, "
+            "..."
+        ),
     ] = None,
-    mesh: Annotated[str | None, Option(help="Instead of the config's: fsdp=64,tensor=4.")] = None,
-    devices: Annotated[int | None, Option(min=1, help="Without --on: how many devices.")] = None,
+    mesh: Annotated[
+        str | None, Option(help="Instead of the config's: fsdp=64,tensor=4.")
+    ] = None,
+    devices: Annotated[
+        int | None, Option(min=1, help="Without --on: how many devices.")
+    ] = None,
     compiled: Annotated[
         bool,
         Option(
             "--compile",
-            help="Ask its compiler too (a minute): memory, products, collectives beside the plan.",
+            help="Ask its compiler too (a minute): memory, products, collectives "
+            "beside the plan.",
         ),
     ] = False,
     searching: Annotated[
         bool, Option("--search", help="Find the quickest mesh and remat.")
     ] = False,
-    top: Annotated[int | None, Option(min=1, help="How many a search shows: 10.")] = None,
+    top: Annotated[
+        int | None, Option(min=1, help="How many a search shows: 10.")
+    ] = None,
     compile_top: Annotated[
         int, Option(min=0, help="Search, and compile this many of the quickest.")
     ] = 0,
-    html: Annotated[Path | None, Option(help="Write a page to look at, all in one file.")] = None,
+    html: Annotated[
+        Path | None, Option(help="Write a page to look at, all in one file.")
+    ] = None,
     as_json: JsonOption = False,
-    price: Annotated[float | None, _amount("A device's price an hour: shows the run's.")] = None,
+    price: Annotated[
+        float | None, _amount("A device's price an hour: shows the run's.")
+    ] = None,
     device_mtbf: Annotated[
         float | None, _amount("Hours between a device's failures: 50,700.", 1)
     ] = None,
@@ -83,21 +103,34 @@ def command(
         float | None, _amount("Seconds from a failure to the next step: 600.")
     ] = None,
     checkpoint: Annotated[
-        float | None, _amount("Seconds that a checkpoint holds the run up: by its bytes.")
+        float | None,
+        _amount("Seconds that a checkpoint holds the run up: by its bytes."),
     ] = None,
-    serve: Annotated[bool, Option("--serve", help="Plan serving the model instead.")] = False,
-    prompt: Annotated[int | None, Option(min=1, help="Tokens of a prompt to serve: 512.")] = None,
+    serve: Annotated[
+        bool, Option("--serve", help="Plan serving the model instead.")
+    ] = False,
+    prompt: Annotated[
+        int | None, Option(min=1, help="Tokens of a prompt to serve: 512.")
+    ] = None,
     new: Annotated[int | None, Option(min=1, help="Tokens of its answer: 128.")] = None,
-    batch: Annotated[int | None, Option(min=1, help="Sequences at once: as many as fit.")] = None,
-    cache: Annotated[Literal["auto", "int8", "int4"] | None, Option(help="Keys, values.")] = None,
+    batch: Annotated[
+        int | None, Option(min=1, help="Sequences at once: as many as fit.")
+    ] = None,
+    cache: Annotated[
+        Literal["auto", "int8", "int4"] | None, Option(help="Keys, values.")
+    ] = None,
     weights: Annotated[
         Literal["auto", "fp8", "int8"] | None, Option(help="Matrices: auto.")
     ] = None,
-    ttft_ms: Annotated[float | None, _amount("Longest time to a first token.", 1e-3)] = None,
-    tpot_ms: Annotated[float | None, _amount("Longest time between tokens.", 1e-3)] = None,
+    ttft_ms: Annotated[
+        float | None, _amount("Longest time to a first token.", 1e-3)
+    ] = None,
+    tpot_ms: Annotated[
+        float | None, _amount("Longest time between tokens.", 1e-3)
+    ] = None,
 ) -> None:
-    """Show what a run, or serving its model, holds, sends and takes on a machine, before it is paid
-    for.
+    """Show what a run, or serving its model, holds, sends and takes on a machine,
+    before it is paid for.
 
     Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given.
     `maxlm plan diff A B` compares two plans.
@@ -117,7 +150,9 @@ def command(
         "restart_seconds": restart,
         "checkpoint_seconds": checkpoint,
     }
-    reliability = {name: value for name, value in reliability.items() if value is not None}
+    reliability = {
+        name: value for name, value in reliability.items() if value is not None
+    }
     training_options = {
         "--compile": compiled,
         "--compile-top": compile_top > 0,
@@ -147,10 +182,14 @@ def command(
         by_hand = {"--mesh": mesh is not None}
         _refuse_options(by_hand, "is what --search chooses", "leave one of the two out")
     else:
-        _refuse_options({"--top": top is not None}, "is how many a search shows", "add --search")
+        _refuse_options(
+            {"--top": top is not None}, "is how many a search shows", "add --search"
+        )
     search = None
     if searching:
-        search = _SearchOptions(max(top or _DEFAULT_TOP, compile_top), compile_top, as_json)
+        search = _SearchOptions(
+            max(top or _DEFAULT_TOP, compile_top), compile_top, as_json
+        )
     output = _plan_training(
         config,
         settings or [],
@@ -168,10 +207,15 @@ def command(
 def compare(
     first: Annotated[
         str,
-        Argument(help="A run's folder, a plan's JSON, or a config: 'llama3_8b model.remat=mlp'."),
+        Argument(
+            help="A run's folder, a plan's JSON, or a config: 'llama3_8b "
+            "model.remat=mlp'."
+        ),
     ],
     second: Annotated[str, Argument(help="Another.")],
-    on: Annotated[str | None, Option(help="The machine to plan configs on: v5p-256.")] = None,
+    on: Annotated[
+        str | None, Option(help="The machine to plan configs on: v5p-256.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show two plans side by side where they differ: layout, memory, traffic and time.
@@ -229,7 +273,9 @@ def _plan_training(
         run, searched = _search(run, machine, config, search)
     plan = plan_run(run, machine, sizes=sizes, reliability=Reliability(**reliability))
     data = plan.to_json()
-    tables: list[RenderableType] = [render_plan_tables(plan, price_per_device_hour=price)]
+    tables: list[RenderableType] = [
+        render_plan_tables(plan, price_per_device_hour=price)
+    ]
     if searched is not None:
         data["search"] = searched
     if price is not None and plan.run_hours is not None:
@@ -251,7 +297,8 @@ def _plan_training(
 
 
 def _print_output(output: _PlanOutput, html: Path | None, as_json: bool) -> None:
-    """Write a plan's page, and print its JSON or its tables. Raises typer.Exit: it does not fit."""
+    """Write a plan's page, and print its JSON or its tables. Raises typer.Exit: it does
+    not fit."""
     tables = output.tables
     if html is not None:
         from maxlm.runtime.report_page import write_report_page
@@ -298,24 +345,36 @@ def _plan_serving(
     searching = {"--search or --top": mesh is not None and top > 0}
     _refuse_options(searching, "chooses the mesh", "leave one of the two out")
     folder = Path(config) / "config.yaml"
-    run = load_config(RunConfig, str(folder) if folder.is_file() else config, settings).value
+    run = load_config(
+        RunConfig, str(folder) if folder.is_file() else config, settings
+    ).value
     if run.name == RunConfig.model_fields["name"].default:
         run = run.model_copy(update={"name": Path(config).stem})
     machine = _make_machine(on)
     tensor = None
     if mesh is not None:
         sizes = mesh_sizes(parse_mesh(mesh), machine.topology.devices)
-        others = {f"--mesh {axis}": sizes[axis] > 1 for axis in ("stage", "expert", "context")}
+        others = {
+            f"--mesh {axis}": sizes[axis] > 1 for axis in ("stage", "expert", "context")
+        }
         _refuse_options(others, "does not split what is served", "use data and tensor")
-        tensor = sizes["tensor"]  # devices of a replica: `data` and `fsdp` count replicas
+        tensor = sizes[
+            "tensor"
+        ]  # devices of a replica: `data` and `fsdp` count replicas
     cache_formats = get_args(CacheFormat) if top else ("auto",)
     if "cache" in requests:
         cache_formats = (requests["cache"],)
-    options = ServingOptions(**{key: n for key, n in requests.items() if key != "cache"})
-    plans, refusal = search_serving(run, machine, options, tensor=tensor, caches=cache_formats)
+    options = ServingOptions(
+        **{key: n for key, n in requests.items() if key != "cache"}
+    )
+    plans, refusal = search_serving(
+        run, machine, options, tensor=tensor, caches=cache_formats
+    )
     plan = plans[0]
     data = asdict(plan)
-    tables: list[RenderableType] = [render_serving_tables(plan, price_per_device_hour=price)]
+    tables: list[RenderableType] = [
+        render_serving_tables(plan, price_per_device_hour=price)
+    ]
     if top:
         data["search"] = [asdict(other) for other in plans[:top] if other.is_feasible]
         tables.insert(0, render_serving_search(plans, top))
@@ -325,7 +384,8 @@ def _plan_serving(
 
 
 def _make_machine(name: str) -> "Machine":
-    """Return a machine, with JAX kept on this machine's CPU: N virtual devices for `cpuxN`."""
+    """Return a machine, with JAX kept on this machine's CPU: N virtual devices for
+    `cpuxN`."""
     import jax
 
     from maxlm.plan.predict import Machine
@@ -333,7 +393,10 @@ def _make_machine(name: str) -> "Machine":
 
     topology = parse_topology(name)
     jax.config.update("jax_platforms", "cpu")
-    if topology.platform == "cpu" and jax.config.values["jax_num_cpu_devices"] != topology.devices:
+    if (
+        topology.platform == "cpu"
+        and jax.config.values["jax_num_cpu_devices"] != topology.devices
+    ):
         jax.config.update("jax_num_cpu_devices", topology.devices)
     return Machine.from_name(name)
 
@@ -348,8 +411,9 @@ def _refuse_options(options: Mapping[str, bool], message: str, fix: str) -> None
 def _search(
     run: "RunConfig", machine: "Machine", source: str, options: _SearchOptions
 ) -> tuple["RunConfig", dict[str, Any]]:
-    """Print the quickest candidates; return the first that fits, by the compiler's account too
-    where it is asked, as a run, and all of them as plain data. Raises typer.Exit: nothing fits."""
+    """Print the quickest candidates; return the first that fits, by the compiler's
+    account too where it is asked, as a run, and all of them as plain data. Raises
+    typer.Exit: nothing fits."""
     from maxlm.plan.known_errors import format_known_time_errors
     from maxlm.plan.search import format_run_yaml, search_layouts
     from maxlm.plan.show import render_candidates_table
@@ -377,7 +441,9 @@ def _search(
     if options.compile_top:
         from maxlm.programs.compile import compile_candidate_peaks
 
-        peaks = compile_candidate_peaks(run, machine, result.best[: options.compile_top])
+        peaks = compile_candidate_peaks(
+            run, machine, result.best[: options.compile_top]
+        )
     console.print(render_candidates_table(result, limit, peaks))
     errors = {
         error: None
@@ -385,11 +451,16 @@ def _search(
         for error in candidate.find_known_time_errors(run, machine.topology)
     }
     if errors:
-        console.print(f"among these, {format_known_time_errors([*errors])}", markup=False)
+        console.print(
+            f"among these, {format_known_time_errors([*errors])}", markup=False
+        )
     best = [asdict(candidate) for candidate in result.best]
     for candidate, peak in zip(best, peaks, strict=False):
         # JSON has no infinity: where the compiler finds no room there is no peak.
-        candidate["compiled"] = {"fits": peak <= limit, "peak": peak if peak < inf else None}
+        candidate["compiled"] = {
+            "fits": peak <= limit,
+            "peak": peak if peak < inf else None,
+        }
     data["best"] = best
     fitting = [place for place, peak in enumerate(peaks) if peak <= limit]
     if peaks and not fitting:
@@ -412,4 +483,6 @@ def _explain_empty_search(result: "SearchResult") -> str:
     if result.num_divisible:
         least = format_bytes(result.min_peak_bytes)
         return f"none fits; the least that any needs is {least} a device"
-    return "none divides: batch, sequence, heads and layers must divide over the devices"
+    return (
+        "none divides: batch, sequence, heads and layers must divide over the devices"
+    )

@@ -24,7 +24,9 @@ def list_runs(
     if as_json:
         print_json([run.to_json() for run in found])
     else:
-        open_console().print(runs.show_run_list(found) if found else f"no runs in {folder}")
+        open_console().print(
+            runs.show_run_list(found) if found else f"no runs in {folder}"
+        )
 
 
 @app.command()
@@ -35,7 +37,8 @@ def show(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a run's goodput, what else its time went to, its interruptions, how long steps take."""
+    """Show a run's goodput, what else its time went to, its interruptions, how long
+    steps take."""
     from maxlm.programs.history_image import draw_history
     from maxlm.programs.runs import read_run, show_run
 

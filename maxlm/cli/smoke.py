@@ -6,7 +6,8 @@ from maxlm.cli.common import ConfigArgument, SettingsArgument, open_console
 
 
 def command(config: ConfigArgument, settings: SettingsArgument = None) -> None:
-    """Shrink a run to this device and try all of it: steps, checkpoint, restore, generation."""
+    """Shrink a run to this device and try all of it: steps, checkpoint, restore,
+    generation."""
     from maxlm.programs.run_config import load_run_config
     from maxlm.programs.smoke import smoke
 

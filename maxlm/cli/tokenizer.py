@@ -7,13 +7,21 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from maxlm.cli.common import JsonOption, TextArgument, TextFieldOption, print_json, print_table
+from maxlm.cli.common import (
+    JsonOption,
+    TextArgument,
+    TextFieldOption,
+    print_json,
+    print_table,
+)
 from maxlm.config import MaxlmError
 from maxlm.data.documents import SourceConfig, find_files, read_documents
 from maxlm.data.documents.files import check_corpus_packages
 from maxlm.runtime.progress import show_progress
 
-app = typer.Typer(no_args_is_help=True, help="Train, import, compare and try tokenizers.")
+app = typer.Typer(
+    no_args_is_help=True, help="Train, import, compare and try tokenizers."
+)
 
 TokenizerArgument = Annotated[Path, Argument(help="A tokenizer's folder.")]
 
@@ -27,27 +35,41 @@ def train(
         Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "wordpiece"],
         Option(help="Byte-level BPE, a SentencePiece model, or BERT's WordPiece."),
     ] = "bpe",
-    vocab_size: Annotated[int, Option(min=1, help="Ids, special tokens included.")] = 8192,
-    special: Annotated[list[str] | None, Option(help="A special token; repeatable.")] = None,
+    vocab_size: Annotated[
+        int, Option(min=1, help="Ids, special tokens included.")
+    ] = 8192,
+    special: Annotated[
+        list[str] | None, Option(help="A special token; repeatable.")
+    ] = None,
     bos: Annotated[str, Option(help="Opens a document.")] = "<|endoftext|>",
     eos: Annotated[str, Option(help="Closes a document.")] = "<|endoftext|>",
     pad: Annotated[str | None, Option(help="Pads.")] = None,
-    chat: Annotated[Literal["chatml", "llama3"] | None, Option(help="The format of chats.")] = None,
+    chat: Annotated[
+        Literal["chatml", "llama3"] | None, Option(help="The format of chats.")
+    ] = None,
     lowercase: Annotated[
         bool, Option("--lowercase", help="wordpiece: no case, no accents.")
     ] = False,
-    sample_bytes: Annotated[int, Option(min=1, help="Learn from the first so many.")] = 100_000_000,
+    sample_bytes: Annotated[
+        int, Option(min=1, help="Learn from the first so many.")
+    ] = 100_000_000,
     text_field: TextFieldOption = "text",
-    force: Annotated[bool, Option("--force", help="Replace a tokenizer in --out.")] = False,
+    force: Annotated[
+        bool, Option("--force", help="Replace a tokenizer in --out.")
+    ] = False,
 ) -> None:
     """Learn a tokenizer from text."""
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 
     _require_free(out, force)
-    given = {k: v for k, v in context.params.items() if k in TokenizerConfig.model_fields}
+    given = {
+        k: v for k, v in context.params.items() if k in TokenizerConfig.model_fields
+    }
     config = TokenizerConfig(**given, extra_special_tokens=tuple(special or ()))
     with show_progress() as progress:
-        tokenizer = train_tokenizer(config, _read_texts(text, text_field, progress, sample_bytes))
+        tokenizer = train_tokenizer(
+            config, _read_texts(text, text_field, progress, sample_bytes)
+        )
     tokenizer.save(out)
     print(f"{out}: {kind}, {tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}")
 
@@ -56,7 +78,10 @@ def train(
 def import_(
     source: Annotated[
         str,
-        Argument(help="A Hugging Face folder; a tokenizer.json, SentencePiece or .tiktoken file."),
+        Argument(
+            help="A Hugging Face folder; a tokenizer.json, SentencePiece or .tiktoken "
+            "file."
+        ),
     ],
     out: Annotated[Path, Option(help="The tokenizer's folder.")],
     bos: Annotated[str | None, Option(help="The token that opens a document.")] = None,
@@ -65,15 +90,21 @@ def import_(
     pattern: Annotated[
         str | None,
         Option(
-            help="How a .tiktoken file splits text: gpt2, cl100k_base (Llama 3), o200k_base "
+            help="How a .tiktoken file splits text: gpt2, cl100k_base (Llama 3), "
+            "o200k_base "
             "(gpt-oss), qwen2, tekken, or a regex."
         ),
     ] = None,
     special: Annotated[
         list[str] | None,
-        Option(help="LITERAL or LITERAL=ID: a special token of a .tiktoken file; repeatable."),
+        Option(
+            help="LITERAL or LITERAL=ID: a special token of a .tiktoken file; "
+            "repeatable."
+        ),
     ] = None,
-    force: Annotated[bool, Option("--force", help="Replace a tokenizer in --out.")] = False,
+    force: Annotated[
+        bool, Option("--force", help="Replace a tokenizer in --out.")
+    ] = False,
 ) -> None:
     """Take in someone else's tokenizer."""
     from maxlm.data.tokenizer import import_tokenizer
@@ -89,7 +120,9 @@ def import_(
     )
     tokenizer.save(out)
     exact = "lossless" if tokenizer.lossless else "not every text comes back as it was"
-    print(f"{out}: {tokenizer.vocab_size} tokens, {exact}, {tokenizer.fingerprint[:12]}")
+    print(
+        f"{out}: {tokenizer.vocab_size} tokens, {exact}, {tokenizer.fingerprint[:12]}"
+    )
 
 
 @app.command()
@@ -108,7 +141,9 @@ def export(
 def encode(
     tokenizer: TokenizerArgument,
     text: Annotated[str, Argument(help="The text; - reads standard input.")] = "-",
-    allow_special: Annotated[bool, Option("--allow-special", help="Read special tokens.")] = False,
+    allow_special: Annotated[
+        bool, Option("--allow-special", help="Read special tokens.")
+    ] = False,
 ) -> None:
     """Print the ids of a text."""
     from maxlm.data.tokenizer import load_tokenizer
@@ -123,16 +158,22 @@ def encode(
 @app.command()
 def decode(
     tokenizer: TokenizerArgument,
-    ids: Annotated[list[str] | None, Argument(help="Ids; none, or -: standard input.")] = None,
+    ids: Annotated[
+        list[str] | None, Argument(help="Ids; none, or -: standard input.")
+    ] = None,
 ) -> None:
     """Write the exact bytes of ids to standard output, with no line end added."""
     from maxlm.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    words = typer.get_text_stream("stdin").read().split() if ids in (None, ["-"]) else ids
+    words = (
+        typer.get_text_stream("stdin").read().split() if ids in (None, ["-"]) else ids
+    )
     for word in words or ():
         if not (word.isascii() and word.isdigit()):
-            raise MaxlmError(f"{word!r} is not a token id", fix="give whole numbers from 0 on")
+            raise MaxlmError(
+                f"{word!r} is not a token id", fix="give whole numbers from 0 on"
+            )
     stream = typer.get_binary_stream("stdout")
     stream.write(loaded.decode_bytes(map(int, words or ())))
     stream.flush()
@@ -159,16 +200,24 @@ def measure(
 
 @app.command()
 def compare(
-    first: Annotated[str, Argument(help="A tokenizer's folder, or what `import` takes.")],
+    first: Annotated[
+        str, Argument(help="A tokenizer's folder, or what `import` takes.")
+    ],
     second: Annotated[str, Argument(help="Another.")],
     text: TextArgument,
-    by_language: Annotated[bool, Option("--by-language", help="Group by language.")] = False,
+    by_language: Annotated[
+        bool, Option("--by-language", help="Group by language.")
+    ] = False,
     text_field: TextFieldOption = "text",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure two tokenizers on the same text: bytes per token of each TEXT, tokens per word,
-    unknown tokens, vocabulary use and speed."""
-    from maxlm.data.tokenizer import compare_tokenizers, import_tokenizer, load_tokenizer
+    """Measure two tokenizers on the same text: bytes per token of each TEXT, tokens per
+    word, unknown tokens, vocabulary use and speed."""
+    from maxlm.data.tokenizer import (
+        compare_tokenizers,
+        import_tokenizer,
+        load_tokenizer,
+    )
     from maxlm.data.tokenizer.files import METADATA
 
     tokenizers = {}
@@ -202,7 +251,8 @@ def compare(
 
 
 def _format_measures(measured: Sequence[Mapping[str, float]]) -> list[tuple[str, ...]]:
-    """Makes a row for each measure, with a column for each tokenizer that was measured."""
+    """Makes a row for each measure, with a column for each tokenizer that was
+    measured."""
     forms = {
         "documents": "{documents:,}",
         "bytes": "{bytes:,}",
@@ -219,7 +269,9 @@ def _format_measures(measured: Sequence[Mapping[str, float]]) -> list[tuple[str,
     ]
 
 
-def _group_by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+def _group_by_language(
+    texts: Iterable[tuple[str, bytes]],
+) -> Iterator[tuple[str, bytes]]:
     """Yields each text after its detected language."""
     check_corpus_packages("--by-language")
     import pyarrow as pa
@@ -249,10 +301,15 @@ def _require_free(out: Path, force: bool) -> None:
 
 
 def _read_texts(
-    text: list[str], text_field: str, progress: Callable[[str, int, int], None], limit: int = 2**63
+    text: list[str],
+    text_field: str,
+    progress: Callable[[str, int, int], None],
+    limit: int = 2**63,
 ) -> Iterator[bytes]:
     """Yield texts, and report their bytes against their files' size or ``limit``."""
-    source = SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="replace")
+    source = SourceConfig(
+        documents=tuple(text), text_field=text_field, on_bad_bytes="replace"
+    )
     files = find_files(source).files
     total, done = min(sum(file.size for file in files), limit), 0
     for file in files:

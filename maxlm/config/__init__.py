@@ -1,4 +1,5 @@
-"""Config machinery: a frozen base, YAML with includes, dotted overrides, readable errors."""
+"""Config machinery: a frozen base, YAML with includes, dotted overrides, readable
+errors."""
 
 from maxlm.config.assets import find_asset, list_shipped_configs
 from maxlm.config.base import (
@@ -12,7 +13,13 @@ from maxlm.config.base import (
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import SettingOrigin
 from maxlm.config.load import load_config
-from maxlm.config.show import ABSENT, build_json_schema, compare_configs, to_annotated_yaml, to_yaml
+from maxlm.config.show import (
+    ABSENT,
+    build_json_schema,
+    compare_configs,
+    to_annotated_yaml,
+    to_yaml,
+)
 
 __all__ = [
     "ABSENT",

@@ -34,8 +34,8 @@ _SCALARS: dict[str, Any] = {
 
 
 def _check_scalars(schema: Any) -> Any:
-    """Return a core schema that takes no boolean for a number, no number for a boolean and no
-    integer of more than 64 bits, at any depth."""
+    """Return a core schema that takes no boolean for a number, no number for a boolean
+    and no integer of more than 64 bits, at any depth."""
     if isinstance(schema, list | tuple):
         return type(schema)(_check_scalars(item) for item in schema)
     if not isinstance(schema, dict):
@@ -44,21 +44,33 @@ def _check_scalars(schema: Any) -> Any:
     if isinstance(kind, str) and kind in _SCALARS:
 
         def check(value: Any, validate: Callable[[Any], Any]) -> Any:
-            if isinstance(value, int | float) and isinstance(value, bool) != (kind == "bool"):
+            if isinstance(value, int | float) and isinstance(value, bool) != (
+                kind == "bool"
+            ):
                 raise PydanticCustomError("scalar_type", _SCALARS[kind])
             found = validate(value)
             if kind == "int" and not -(2**63) <= found < 2**63:
-                raise PydanticCustomError("int_size", "Input should be an integer of 64 bits")
+                raise PydanticCustomError(
+                    "int_size", "Input should be an integer of 64 bits"
+                )
             return found
 
         scalar: Any = schema
         return core_schema.no_info_wrap_validator_function(check, scalar)
-    data = ("default", "expected", "metadata", "serialization") if isinstance(kind, str) else ()
-    return {key: part if key in data else _check_scalars(part) for key, part in schema.items()}
+    data = (
+        ("default", "expected", "metadata", "serialization")
+        if isinstance(kind, str)
+        else ()
+    )
+    return {
+        key: part if key in data else _check_scalars(part)
+        for key, part in schema.items()
+    }
 
 
 def _locate_error(settings: Any, validate: Any, info: ValidationInfo) -> Any:
-    """Turn a check's `MaxlmError` into pydantic's, which knows the key, for `load_config`."""
+    """Turn a check's `MaxlmError` into pydantic's, which knows the key, for
+    `load_config`."""
     try:
         return validate(settings)
     except MaxlmError as error:
@@ -70,9 +82,9 @@ def _locate_error(settings: Any, validate: Any, info: ValidationInfo) -> Any:
 class Config(BaseModel):
     """A frozen, strictly checked description of one component.
 
-    Unknown keys are errors. Booleans are no numbers and numbers no booleans, and integers have 64
-    bits. A docstring under a field is its documentation: it reaches ``maxlm config schema`` and so
-    the user's editor.
+    Unknown keys are errors. Booleans are no numbers and numbers no booleans, and
+    integers have 64 bits. A docstring under a field is its documentation: it reaches
+    ``maxlm config schema`` and so the user's editor.
     """
 
     model_config = ConfigDict(
@@ -108,8 +120,8 @@ class Config(BaseModel):
 
 @cache
 def _parse_field_docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """The docstrings under a model's own fields. Pydantic's ``use_attribute_docstrings`` would read
-    every source file when a verb starts."""
+    """The docstrings under a model's own fields. Pydantic's
+    ``use_attribute_docstrings`` would read every source file when a verb starts."""
     body: Any = ast.parse(dedent(inspect.getsource(model))).body[0]
     found = {}
     for pair in pairwise(body.body):
@@ -120,7 +132,8 @@ def _parse_field_docstrings(model: type[BaseModel]) -> dict[str, str]:
 
 
 def add_default_tag(name: str, value: str) -> BeforeValidator:
-    """Adds the key ``name`` where a mapping lacks it, for a union discriminated by it."""
+    """Adds the key ``name`` where a mapping lacks it, for a union discriminated by
+    it."""
 
     def add(settings: Any) -> Any:
         if isinstance(settings, Mapping) and name not in settings:
@@ -134,23 +147,33 @@ def _check_file_name(text: str) -> str:
     for part in text.split("/"):
         if not part or part[0] in ".- " or not part.isprintable() or "\\" in part:
             raise ValueError(
-                f"{text[:60]!r} names no folder; write a plain name such as my_run-2: nothing "
-                "before a slash or behind it may be empty or begin with a dot, a dash or a space"
+                f"{text[:60]!r} names no folder; write a plain name such as my_run-2: "
+                f"nothing "
+                "before a slash or behind it may be empty or begin with a dot, a dash "
+                "or a space"
             )
-    if len(text.encode()) > 200:  # of the 255 that file systems take; temporary names are longer
-        raise ValueError(f"{text[:60]!r}... is too long for a folder; use 200 bytes at most")
+    if (
+        len(text.encode()) > 200
+    ):  # of the 255 that file systems take; temporary names are longer
+        raise ValueError(
+            f"{text[:60]!r}... is too long for a folder; use 200 bytes at most"
+        )
     return text
 
 
 FileName = Annotated[str, AfterValidator(_check_file_name)]
-"""A relative path without ``..`` or hidden parts: joined to a folder, it stays inside it."""
+"""A relative path without ``..`` or hidden parts: joined to a folder, it stays inside
+it."""
 
 
 def check_local_path(path: _Path) -> _Path:
-    """Return a path as it is; refuse a URL, for which a folder such as `s3:` would be made."""
+    """Return a path as it is; refuse a URL, for which a folder such as `s3:` would be
+    made."""
     # A Path has made one slash of two.
     if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path)):
-        what = f"{found[1]}://{found[2]} is not on a disk; only a token store to read and "
+        what = (
+            f"{found[1]}://{found[2]} is not on a disk; only a token store to read and "
+        )
         fix = f"use a folder here, and copy it with {_TOOLS.get(found[1], 'a tool of its own')}"
         raise MaxlmError(f"{what}checkpoint.remote_folder may be URLs", fix=fix)
     return path
@@ -159,8 +182,9 @@ def check_local_path(path: _Path) -> _Path:
 def check_path_is_text(path: _Path) -> _Path:
     """Return a path as it is; refuse one that holds a NUL or a lone surrogate.
 
-    Python keeps a byte of the command line that is no UTF-8 as the latter. Files under such names
-    can be read, but libraries write none, and no config can say the name again.
+    Python keeps a byte of the command line that is no UTF-8 as the latter. Files under
+    such names can be read, but libraries write none, and no config can say the name
+    again.
     """
     if _NO_TEXT.search(str(path)):
         what = f"the path {str(path)[:60]!r} is no text in UTF-8"

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
-# What a scheduler is told by the exit code: a run that was saved and is to be started again (BSD's
-# EX_TEMPFAIL), and one to be started again from its last checkpoint.
+# What a scheduler is told by the exit code: a run that was saved and is to be started
+# again (BSD's EX_TEMPFAIL), and one to be started again from its last checkpoint.
 PREEMPTED, LOST = 75, 76
 
-# Faults of the machine, its permissions or a path's length: no bug of ours hides behind them.
+# Faults of the machine, its permissions or a path's length: no bug of ours hides behind
+# them.
 _MACHINE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EIO, errno.ESTALE),
@@ -22,14 +23,16 @@ class MaxlmError(Exception):
     The command line prints it on one line, without a traceback, and exits with code 2.
 
     Args:
-        what: the fault, with the offending value ("num_heads=6 is not divisible by ...").
+        what: the fault, with the offending value ("num_heads=6 is not divisible by
+            ...").
         where: the file and line, config key or path it was found at.
         fix: what to do next, as an imperative.
     """
 
     exit_code = 2
     on_all_processes = False
-    """Whether all processes of a run raise it at the same point: none has to end the others."""
+    """Whether all processes of a run raise it at the same point: none has to end the
+    others."""
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
@@ -37,7 +40,8 @@ class MaxlmError(Exception):
         super().__init__(f"{message}; {fix}" if fix else message)
 
     def __reduce__(self):
-        # Worker processes send these back; the default would drop the keyword arguments.
+        # Worker processes send these back; the default would drop the keyword
+        # arguments.
         return partial(type(self), where=self.where, fix=self.fix), (self.what,)
 
 
@@ -54,7 +58,8 @@ class ProcessLost(MaxlmError):
 
 
 def find_user_error(error: BaseException) -> MaxlmError | None:
-    """Returns an error that a user can put right, ours or, as ours, the system's; or None."""
+    """Returns an error that a user can put right, ours or, as ours, the system's; or
+    None."""
     if isinstance(error, MaxlmError):
         return error
     if isinstance(error, OSError) and error.filename and error.errno in _MACHINE:

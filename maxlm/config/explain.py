@@ -1,4 +1,5 @@
-"""pydantic's errors as one line: the key, what is wrong with it, where it stands, what to do."""
+"""pydantic's errors as one line: the key, what is wrong with it, where it stands, what
+to do."""
 
 import collections.abc
 import re
@@ -38,7 +39,8 @@ _WANTED = {
 
 
 class ConfigFault(NamedTuple):
-    """The errors that pydantic reports for one key: several where all members of a union fail."""
+    """The errors that pydantic reports for one key: several where all members of a
+    union fail."""
 
     key: Key
     allowed_types: list[Any]
@@ -51,19 +53,24 @@ class ConfigFault(NamedTuple):
 def describe_validation_error(
     error: ValidationError, cls: type[BaseModel], tree: SettingsTree
 ) -> MaxlmError:
-    """Returns the first fault, with how many more there are. Unknown keys come first: a misspelt
-    required key would otherwise be reported as missing."""
+    """Returns the first fault, with how many more there are. Unknown keys come first: a
+    misspelt required key would otherwise be reported as missing."""
     faults: dict[Key, ConfigFault] = {}
     for item in error.errors(include_url=False):
         found = _find_fault(item, cls, tree.settings)
         faults.setdefault(found.key, found).errors.append(item)
     first = min(faults.values(), key=lambda f: f.errors[0]["type"] != "extra_forbidden")
     found = _describe(first, cls, tree)
-    return MaxlmError(f"{found} (and {len(faults) - 1} more)") if len(faults) > 1 else found
+    return (
+        MaxlmError(f"{found} (and {len(faults) - 1} more)")
+        if len(faults) > 1
+        else found
+    )
 
 
 def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
-    """Maps pydantic's location, which mixes in labels of unions, onto a key of the data."""
+    """Maps pydantic's location, which mixes in labels of unions, onto a key of the
+    data."""
     key: Key = ()
     kinds: list[Any] = [cls]
     siblings: list[Any] = []
@@ -80,19 +87,27 @@ def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
     return ConfigFault(key, kinds, siblings, [])
 
 
-def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> MaxlmError:
+def _describe(
+    fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree
+) -> MaxlmError:
     error = fault.errors[0]
     kind, value, name = error["type"], error.get("input"), join_key(fault.key)
     where = str(tree.locate(fault.key))
     if kind == "extra_forbidden":
-        return MaxlmError(f"unknown key {name}", where=where, fix=_suggest_keys(fault, cls))
+        return MaxlmError(
+            f"unknown key {name}", where=where, fix=_suggest_keys(fault, cls)
+        )
     if kind in ("value_error", "assertion_error", "maxlm_error"):
         raised = error["ctx"]["error"]
         what, fix = getattr(raised, "what", str(raised)), getattr(raised, "fix", None)
-        where = _find_origins(tree, fault.key, f"{what} {fix}") + (f": {name}" if name else "")
+        where = _find_origins(tree, fault.key, f"{what} {fix}") + (
+            f": {name}" if name else ""
+        )
         return MaxlmError(what, where=getattr(raised, "where", None) or where, fix=fix)
     allowed = _list_choices(fault.allowed_types)
-    choices = ("one of " if len(allowed) > 1 else "") + ", ".join(map(format_value, allowed))
+    choices = ("one of " if len(allowed) > 1 else "") + ", ".join(
+        map(format_value, allowed)
+    )
     if kind in ("missing", "union_tag_not_found"):
         fix = f"set it to {choices}" if allowed else f"add it, or pass {name}=..."
         return MaxlmError(f"{name} is required", where=where, fix=fix)
@@ -106,23 +121,39 @@ def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> M
         if not words.startswith(prefix):
             return MaxlmError(f"{name}: {words[0].lower() + words[1:]}", where=where)
         words = words.removeprefix(prefix)
-        words = next((ours for theirs, ours in _WANTED.items() if words.startswith(theirs)), words)
-        if item["type"].startswith("model_") and (names := _list_field_names(fault.allowed_types)):
+        words = next(
+            (ours for theirs, ours in _WANTED.items() if words.startswith(theirs)),
+            words,
+        )
+        if item["type"].startswith("model_") and (
+            names := _list_field_names(fault.allowed_types)
+        ):
             words += f" ({_join_names(names)})"
-            fix = f"set {name}.kind={value}" if "kind" in names and isinstance(value, str) else None
+            fix = (
+                f"set {name}.kind={value}"
+                if "kind" in names and isinstance(value, str)
+                else None
+            )
         wanted += [] if words in wanted else [words]
-    if near := get_close_matches(str(value), [x for x in allowed if isinstance(x, str)], n=1):
+    if near := get_close_matches(
+        str(value), [x for x in allowed if isinstance(x, str)], n=1
+    ):
         fix = f"did you mean {near[0]}?"
     elif kind == "string_type" and isinstance(value, bool | int | float):
         quoted = f"'{format_value(value)}'"
-        on_line = where == str(COMMAND_LINE)  # where the shell takes one pair of quotes away
-        fix = f'write {name}="{quoted}"' if on_line else f"put quotes around it: {quoted}"
+        on_line = where == str(
+            COMMAND_LINE
+        )  # where the shell takes one pair of quotes away
+        fix = (
+            f'write {name}="{quoted}"' if on_line else f"put quotes around it: {quoted}"
+        )
     what = f"{name} must be {' or '.join(wanted)}, not {format_value(value)}"
     return MaxlmError(what, where=where, fix=fix)
 
 
 def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
-    """The names most like an unknown key: the same name elsewhere, then its siblings."""
+    """The names most like an unknown key: the same name elsewhere, then its
+    siblings."""
     *parents, last = fault.key
     leaf = str(last)
     siblings = _list_field_names(fault.parent_types)
@@ -136,9 +167,19 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     same = [join_key(key) for key in everywhere if key[-1] == leaf]
     close = [here[name] for name in get_close_matches(leaf, here, n=3)]
     # Far from here, only a close match is worth naming.
-    far = [anywhere[name] for name in get_close_matches(leaf, anywhere, n=3, cutoff=0.8)]
-    found = [name for name in dict.fromkeys([*same, *close, *far]) if name != join_key(fault.key)]
-    valid = f"valid here: {_join_names(siblings)}" if siblings else "no keys are allowed here"
+    far = [
+        anywhere[name] for name in get_close_matches(leaf, anywhere, n=3, cutoff=0.8)
+    ]
+    found = [
+        name
+        for name in dict.fromkeys([*same, *close, *far])
+        if name != join_key(fault.key)
+    ]
+    valid = (
+        f"valid here: {_join_names(siblings)}"
+        if siblings
+        else "no keys are allowed here"
+    )
     if not found:
         return valid
     guess = f"did you mean {' or '.join(found[:3])}?"
@@ -146,10 +187,13 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
 
 
 def _find_origins(tree: SettingsTree, key: Key, text: str) -> str:
-    """Finds where the settings that `text` names below `key` were written, else where `key` was."""
+    """Finds where the settings that `text` names below `key` were written, else where
+    `key` was."""
     found: list[SettingOrigin] = []
     for word in re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", text):
-        parts: Key = tuple(int(part) if part.isdigit() else part for part in word.split("."))
+        parts: Key = tuple(
+            int(part) if part.isdigit() else part for part in word.split(".")
+        )
         for mentioned in (key + parts, parts if "." in word else key + parts):
             origin = tree.origins.get(mentioned)
             leaf = not isinstance(get_descendant(tree.settings, mentioned), dict)
@@ -163,16 +207,23 @@ def _join_names(names: list[str], limit: int = 12) -> str:
 
 
 def _split_union(annotation: Any) -> list[Any]:
-    """Returns the members of a union, however nested or annotated; else the type itself."""
+    """Returns the members of a union, however nested or annotated; else the type
+    itself."""
     if (origin := typing.get_origin(annotation)) is Annotated:
         return _split_union(typing.get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [kind for member in typing.get_args(annotation) for kind in _split_union(member)]
+        return [
+            kind
+            for member in typing.get_args(annotation)
+            for kind in _split_union(member)
+        ]
     return [annotation]
 
 
 def _select_models(kinds: list[Any]) -> list[type[BaseModel]]:
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return [
+        kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)
+    ]
 
 
 def _list_child_types(kinds: list[Any], part: str | int) -> list[Any]:
@@ -202,18 +253,22 @@ def _list_choices(kinds: list[Any]) -> list[Any]:
 
 
 def _select_tagged_types(kinds: list[Any], label: str) -> list[Any]:
-    """Returns the types that pydantic means by a label in an error's location: a class or union
-    tag."""
+    """Returns the types that pydantic means by a label in an error's location: a class
+    or union tag."""
     found = []
     for model in _select_models(kinds):
-        tags = [_list_choices(_split_union(f.annotation)) for f in model.model_fields.values()]
+        tags = [
+            _list_choices(_split_union(f.annotation))
+            for f in model.model_fields.values()
+        ]
         if model.__name__ == label or any(label in each for each in tags):
             found.append(model)
     return found or kinds
 
 
 def iterate_schema_keys(model_types: list[Any], key: Key = ()) -> Iterator[Key]:
-    """Yields every key of the tree, parents first; an element of a list is shown as its first."""
+    """Yields every key of the tree, parents first; an element of a list is shown as its
+    first."""
     for model in _select_models(model_types):
         for name, info in model.model_fields.items():
             here = (*key, name)
@@ -222,4 +277,6 @@ def iterate_schema_keys(model_types: list[Any], key: Key = ()) -> Iterator[Key]:
             yield from iterate_schema_keys(inner, here)
             for kind in inner:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
-                yield from iterate_schema_keys(_list_child_types([kind], part), (*here, part))
+                yield from iterate_schema_keys(
+                    _list_child_types([kind], part), (*here, part)
+                )

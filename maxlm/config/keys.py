@@ -15,7 +15,8 @@ _OVERRIDE_KEY = re.compile(r"[^\s.\[\]=]+(?:\.[^\s.\[\]=]+|\[\d+\])*")
 
 @dataclass(frozen=True)
 class SettingOrigin:
-    """Place where a value was written: a file and line, the command line, or none (a default)."""
+    """Place where a value was written: a file and line, the command line, or none (a
+    default)."""
 
     source: str
     line: int | None = None
@@ -35,14 +36,16 @@ def join_key(key: Iterable[str | int]) -> str:
 
 
 def split_key(text: str) -> tuple[str, ...] | None:
-    """Returns the parts of ``data.sources[0].weight`` or ``data.sources.0.weight``; else None."""
+    """Returns the parts of ``data.sources[0].weight`` or ``data.sources.0.weight``;
+    else None."""
     if not _OVERRIDE_KEY.fullmatch(text):
         return None
     return tuple(re.split(r"[.\[]", text.replace("]", "")))
 
 
 def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Yields the leaves of nested mappings and lists, in order. An empty container is a leaf."""
+    """Yields the leaves of nested mappings and lists, in order. An empty container is a
+    leaf."""
     if isinstance(data, Mapping) and data:
         for name, value in data.items():
             yield from flatten(value, (*prefix, name))
@@ -58,7 +61,11 @@ def get_descendant(node: Any, key: Key) -> Any:
     for part in key:
         if isinstance(node, Mapping):
             node = node.get(part)
-        elif isinstance(node, list | tuple) and isinstance(part, int) and part < len(node):
+        elif (
+            isinstance(node, list | tuple)
+            and isinstance(part, int)
+            and part < len(node)
+        ):
             node = node[part]
         else:
             return None
@@ -66,14 +73,18 @@ def get_descendant(node: Any, key: Key) -> Any:
 
 
 def format_value(value: Any, limit: int = 60) -> str:
-    """Returns a value for a message, much as YAML writes it, in at most `limit` characters."""
+    """Returns a value for a message, much as YAML writes it, in at most `limit`
+    characters."""
     plain = {None: "null", True: "true", False: "false"}
     text = plain[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def format_path(path: Path) -> str:
-    """Returns a path as messages show it: relative when it lies below the working directory."""
+    """Returns a path as messages show it: relative when it lies below the working
+    directory."""
     absolute = Path(os.path.abspath(path))
     working = Path.cwd()
-    return str(absolute.relative_to(working) if absolute.is_relative_to(working) else absolute)
+    return str(
+        absolute.relative_to(working) if absolute.is_relative_to(working) else absolute
+    )

@@ -1,7 +1,7 @@
 """A config as layers of settings: files, what they include, and overrides on top.
 
-Nothing is filled in, the environment least of all: a config may be another's, and what it resolves
-to is printed into jobs and kept with runs.
+Nothing is filled in, the environment least of all: a config may be another's, and what
+it resolves to is printed into jobs and kept with runs.
 """
 
 import os
@@ -27,24 +27,32 @@ from maxlm.config.keys import (
 from maxlm.config.yaml_text import MAX_DEPTH, Setting, parse_yaml
 
 MAX_FILES = 100
-"""Files that a config may be made of, all includes together; each takes milliseconds to read."""
+"""Files that a config may be made of, all includes together; each takes milliseconds to
+read."""
 
 
 @dataclass(frozen=True)
 class SettingsTree:
-    """Plain settings and where each of their nodes was written; that of the root is known."""
+    """Plain settings and where each of their nodes was written; that of the root is
+    known."""
 
     settings: dict[str, Any]
     origins: Mapping[Key, SettingOrigin]
 
     def locate(self, key: Key) -> SettingOrigin:
-        """Returns where the node at `key` was written, else its nearest parent that was."""
+        """Returns where the node at `key` was written, else its nearest parent that
+        was."""
         return self.origins[self._find_written(key)]
 
     def find_value_origin(self, key: Key, value: Any) -> SettingOrigin | None:
-        """Returns where the `value` a config holds at `key` comes from; None for a default."""
+        """Returns where the `value` a config holds at `key` comes from; None for a
+        default."""
         at, written = self._find_written(key), get_descendant(self.settings, key)
-        if isinstance(written, int | float) and isinstance(value, int | float) and written != value:
+        if (
+            isinstance(written, int | float)
+            and isinstance(value, int | float)
+            and written != value
+        ):
             return DERIVED
         # A validator takes text such as `fsdp=2` apart; below a mapping stand defaults.
         whole = not isinstance(get_descendant(self.settings, at), dict | list)
@@ -59,7 +67,8 @@ class SettingsTree:
 def build_tree(
     path: Path | None, overrides: Sequence[str], base: Setting | None = None
 ) -> SettingsTree:
-    """Lays `base`, a mapping, `path`, its includes and the overrides over one another."""
+    """Lays `base`, a mapping, `path`, its includes and the overrides over one
+    another."""
     root = base or Setting({}, COMMAND_LINE)
     for layer in _read_layers(path, (), count(1)) if path is not None else ():
         root = _merge(root, layer, ())
@@ -68,11 +77,13 @@ def build_tree(
     return SettingsTree(root.to_plain(), dict(root.list_origins()))
 
 
-def _read_layers(path: Path, trail: tuple[Path, ...], numbers: Iterator[int]) -> list[Setting]:
+def _read_layers(
+    path: Path, trail: tuple[Path, ...], numbers: Iterator[int]
+) -> list[Setting]:
     """Returns what makes up a file, lowest first: its includes in order, then itself.
 
-    ``include:`` at the top is a path or a list of paths, each relative to the file, or the name of
-    a shipped config. ``numbers`` counts the files of all levels.
+    ``include:`` at the top is a path or a list of paths, each relative to the file, or
+    the name of a shipped config. ``numbers`` counts the files of all levels.
     """
     if next(numbers) > MAX_FILES:
         what = f"the config is made of more than {MAX_FILES} files"
@@ -126,10 +137,18 @@ def _find_included(includer: Path, item: Setting) -> Path:
 def _merge(below: Setting | None, above: Setting, key: Key) -> Setting:
     """`above` laid over `below`: mappings deeply, all else replaced."""
     if below and {type(below.value), type(above.value)} == {dict, list}:
-        kind, other = ("list", "mapping") if isinstance(below.value, dict) else ("mapping", "list")
+        kind, other = (
+            ("list", "mapping")
+            if isinstance(below.value, dict)
+            else ("mapping", "list")
+        )
         what = f"{join_key(key)} is a {kind} here, but a {other} in {below.origin}"
         raise MaxlmError(what, where=str(above.origin), fix="write both alike")
-    if not below or not isinstance(below.value, dict) or not isinstance(above.value, dict):
+    if (
+        not below
+        or not isinstance(below.value, dict)
+        or not isinstance(above.value, dict)
+    ):
         return above
     merged = {
         name: _merge(below.value.get(name), child, (*key, name))
@@ -139,7 +158,8 @@ def _merge(below: Setting | None, above: Setting, key: Key) -> Setting:
 
 
 def _override(root: Setting, override: str) -> Setting:
-    """Sets ``key.path=value``, where the value is YAML and a list index a part of the key."""
+    """Sets ``key.path=value``, where the value is YAML and a list index a part of the
+    key."""
     name, equals, text = override.partition("=")
     parts = split_key(name.strip())
     if not equals or parts is None or len(parts) > MAX_DEPTH:
@@ -154,7 +174,9 @@ def _override(root: Setting, override: str) -> Setting:
     return _set_value(root, parts, value, ())
 
 
-def _set_value(node: Setting | None, parts: Sequence[str], value: Setting, key: Key) -> Setting:
+def _set_value(
+    node: Setting | None, parts: Sequence[str], value: Setting, key: Key
+) -> Setting:
     """`node`, which stands at `key`, with `value` merged in at `parts` below it."""
     if not parts:
         return _merge(node, value, key)
@@ -164,11 +186,15 @@ def _set_value(node: Setting | None, parts: Sequence[str], value: Setting, key: 
         if not parts[0].isdecimal() or int(parts[0]) >= size:
             count = f"{size} element{'' if size == 1 else 's'}"
             what = f"{join_key(key)} is a list of {count}; there is no {name}"
-            raise MaxlmError(what, where=where, fix="count from 0, or give the whole list")
+            raise MaxlmError(
+                what, where=where, fix="count from 0, or give the whole list"
+            )
         index, items = int(parts[0]), [*node.value]
         items[index] = _set_value(items[index], parts[1:], value, (*key, index))
         return Setting(items, node.origin)
     part = parts[0]
-    mapping = node if node and isinstance(node.value, dict) else Setting({}, COMMAND_LINE)
+    mapping = (
+        node if node and isinstance(node.value, dict) else Setting({}, COMMAND_LINE)
+    )
     child = _set_value(mapping.value.get(part), parts[1:], value, (*key, part))
     return Setting({**mapping.value, part: child}, mapping.origin)

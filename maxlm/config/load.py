@@ -22,8 +22,8 @@ class LoadedConfig(Generic[C]):
 
     value: C
     origins: Mapping[str, SettingOrigin]
-    """Origin of each leaf, by dotted key (``data.sources.0.weight``): file and line, command line,
-    default, or another setting that changed it."""
+    """Origin of each leaf, by dotted key (``data.sources.0.weight``): file and line,
+    command line, default, or another setting that changed it."""
 
 
 def load_config(
@@ -31,23 +31,28 @@ def load_config(
 ) -> LoadedConfig[C]:
     """Reads a config.
 
-    Mappings merge deeply; lists are replaced whole. From lowest to highest: the defaults of
-    `cls`, each file under ``include:`` in order, the file itself, the overrides in order.
+    Mappings merge deeply; lists are replaced whole. From lowest to highest: the
+    defaults of `cls`, each file under ``include:`` in order, the file itself, the
+    overrides in order.
 
     Args:
         cls: the config class to check against.
-        source: a file; as text also the name of a shipped config (see `resolve_config`); None
-            for overrides alone.
+        source: a file; as text also the name of a shipped config (see
+            `resolve_config`); None for overrides alone.
         overrides: ``key.path=value`` with the value in YAML; an element of a list is
             ``data.sources.0.weight`` or ``data.sources[0].weight``.
 
     Raises:
         MaxlmError: anything wrong with the files, the overrides or the values.
     """
-    tree = build_tree(resolve_config(source) if isinstance(source, str) else source, overrides)
+    tree = build_tree(
+        resolve_config(source) if isinstance(source, str) else source, overrides
+    )
     value = validate_config(cls, tree)
     leaves = [each for each in flatten(value.model_dump(mode="json")) if each[0]]
-    origins = {join_key(key): tree.find_value_origin(key, x) or DEFAULT for key, x in leaves}
+    origins = {
+        join_key(key): tree.find_value_origin(key, x) or DEFAULT for key, x in leaves
+    }
     return LoadedConfig(value, origins)
 
 

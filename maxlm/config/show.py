@@ -1,4 +1,5 @@
-"""Configs to look at: as YAML with the origin of each value, their differences, their schema."""
+"""Configs to look at: as YAML with the origin of each value, their differences, their
+schema."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -15,12 +16,19 @@ ABSENT: Final = "(absent)"
 _WIDEST = 40
 
 
-def compare_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Returns the leaves in which two configs, as JSON values, differ: (dotted key, value in a,
-    value in b). Keys come in a's order, then those only b has. A key one side lacks has the value
-    `ABSENT`."""
-    left, right = ({join_key(key): value for key, value in flatten(side)} for side in (a, b))
-    pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in {**left, **right})
+def compare_configs(
+    a: Mapping[str, Any], b: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Returns the leaves in which two configs, as JSON values, differ: (dotted key,
+    value in a, value in b). Keys come in a's order, then those only b has. A key one
+    side lacks has the value `ABSENT`."""
+    left, right = (
+        {join_key(key): value for key, value in flatten(side)} for side in (a, b)
+    )
+    pairs = (
+        (key, left.get(key, ABSENT), right.get(key, ABSENT))
+        for key in {**left, **right}
+    )
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
@@ -30,7 +38,8 @@ def to_yaml(config: Config) -> str:
 
 
 def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
-    """Returns `to_yaml` with a column of comments on the right: where each value comes from."""
+    """Returns `to_yaml` with a column of comments on the right: where each value comes
+    from."""
     text = to_yaml(loaded.value)
     comments = {}
     for key, origin in parse_yaml(text, "").list_origins():
@@ -48,7 +57,8 @@ def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
 
 
 class _PartialJsonSchema(GenerateJsonSchema):
-    """A file may hold a part of a config and take the rest from others: nothing is required."""
+    """A file may hold a part of a config and take the rest from others: nothing is
+    required."""
 
     def field_is_required(self, field: Any, total: bool) -> bool:
         return False
@@ -59,9 +69,14 @@ def build_json_schema(cls: type[Config]) -> dict[str, Any]:
     body = cls.model_json_schema(schema_generator=_PartialJsonSchema)
     body["properties"] = {
         "include": {
-            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-            "description": "Files that this one builds on, relative to it, or names of shipped "
-            "configs. A later one overrides an earlier one; this file overrides them all.",
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+            ],
+            "description": "Files that this one builds on, relative to it, or names of "
+            "shipped "
+            "configs. A later one overrides an earlier one; this file overrides them "
+            "all.",
         },
         **body.get("properties", {}),
     }

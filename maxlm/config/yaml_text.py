@@ -19,8 +19,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # A reference as OmegaConf, Hydra and shells write it, behind any number of dollars.
 _REFERENCE = re.compile(r"\$+\{[^{}]*\}")
 
-# YAML 1.2's plain scalars. PyYAML follows 1.1, which reads 1e-3 as text, `no` as a boolean,
-# 1:30 as the number 90 and 010 as 8. A field typed bool still takes yes/no/on/off as text.
+# YAML 1.2's plain scalars. PyYAML follows 1.1, which reads 1e-3 as text, `no` as a
+# boolean, 1:30 as the number 90 and 010 as 8. A field typed bool still takes
+# yes/no/on/off as text.
 _FLOAT = r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
     |[0-9][0-9_]*[eE][-+]?[0-9]+
@@ -42,7 +43,8 @@ class Setting:
     """A value as it is written, and where."""
 
     value: Any
-    """A mapping of names to settings, a list of settings, or a str, int, float, bool or None."""
+    """A mapping of names to settings, a list of settings, or a str, int, float, bool or
+    None."""
     origin: SettingOrigin
 
     def to_plain(self) -> Any:
@@ -56,7 +58,9 @@ class Setting:
     def list_origins(self, key: Key = ()) -> Iterator[tuple[Key, SettingOrigin]]:
         """Yield the key and place of this setting and of all inside it."""
         yield key, self.origin
-        inside = dict(enumerate(self.value)) if isinstance(self.value, list) else self.value
+        inside = (
+            dict(enumerate(self.value)) if isinstance(self.value, list) else self.value
+        )
         for part, child in inside.items() if isinstance(inside, dict) else ():
             yield from child.list_origins((*key, part))
 
@@ -73,7 +77,9 @@ class _Loader(yaml.SafeLoader):
         self.num_copies = 0
 
     def locate(self, mark: yaml.Mark | None) -> SettingOrigin:
-        return SettingOrigin(self.source, mark.line + 1 if self.lines and mark else None)
+        return SettingOrigin(
+            self.source, mark.line + 1 if self.lines and mark else None
+        )
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -89,9 +95,14 @@ class _Loader(yaml.SafeLoader):
         depth += 1
         if isinstance(node, yaml.MappingNode):
             pairs = self._list_pairs(node, origin).items()
-            return Setting({k: self.build(v, at, depth) for k, (at, v) in pairs}, origin)
+            return Setting(
+                {k: self.build(v, at, depth) for k, (at, v) in pairs}, origin
+            )
         if isinstance(node, yaml.SequenceNode):
-            items = [self.build(item, self.locate(item.start_mark), depth) for item in node.value]
+            items = [
+                self.build(item, self.locate(item.start_mark), depth)
+                for item in node.value
+            ]
             return Setting(items, origin)
         value = self.construct_object(node)
         if isinstance(value, str):
@@ -105,8 +116,11 @@ class _Loader(yaml.SafeLoader):
             what = f"aliases stand for more than {_MAX_COPIES:,} values"
             raise MaxlmError(what, where=str(origin))
 
-    def _list_pairs(self, node: yaml.MappingNode, origin: SettingOrigin) -> dict[str, Any]:
-        """Name → its place and value; those of ``<<`` count less than a mapping's own."""
+    def _list_pairs(
+        self, node: yaml.MappingNode, origin: SettingOrigin
+    ) -> dict[str, Any]:
+        """Name → its place and value; those of ``<<`` count less than a mapping's
+        own."""
         own, merged = {}, {}
         for name, value in node.value:
             where = self.locate(name.start_mark)
@@ -114,7 +128,9 @@ class _Loader(yaml.SafeLoader):
                 raise MaxlmError("a key must be a plain name", where=str(where))
             name.value = _join_surrogates(name.value, where)
             if name.tag == _MERGE:
-                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                for each in (
+                    value.value if isinstance(value, yaml.SequenceNode) else [value]
+                ):
                     if not isinstance(each, yaml.MappingNode):
                         what = "<< takes a mapping or a list of mappings"
                         raise MaxlmError(what, where=str(where))
@@ -129,8 +145,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _join_surrogates(text: str, origin: SettingOrigin) -> str:
-    """Text in which the two halves of a character beyond the first 65,536, as JSON escapes it, are
-    that character; raises MaxlmError for one half, which nothing that writes UTF-8 takes."""
+    """Text in which the two halves of a character beyond the first 65,536, as JSON
+    escapes it, are that character; raises MaxlmError for one half, which nothing that
+    writes UTF-8 takes."""
     if not _SURROGATE.search(text):
         return text
     try:
@@ -142,15 +159,13 @@ def _join_surrogates(text: str, origin: SettingOrigin) -> str:
 
 
 def _unescape_references(text: str, origin: SettingOrigin) -> str:
-    """Text in which ``$${name}`` is ``${name}``; raises MaxlmError for ``${name}`` itself, which
-    other tools fill in and which would here be taken as it stands."""
+    """Text in which ``$${name}`` is ``${name}``; raises MaxlmError for ``${name}``
+    itself, which other tools fill in and which would here be taken as it stands."""
 
     def unescape(match: re.Match[str]) -> str:
         if not match[0].startswith("$$"):
             what = f"{match[0]} is not filled in: configs have no references and no environment"
-            fix = (
-                f"write the value, pass it on the command line, or write ${match[0]} for this text"
-            )
+            fix = f"write the value, pass it on the command line, or write ${match[0]} for this text"
             raise MaxlmError(what, where=str(origin), fix=fix)
         return match[0][1:]
 
@@ -158,14 +173,17 @@ def _unescape_references(text: str, origin: SettingOrigin) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever YAML 1.1 or `_Loader` would read as something other than the text it is."""
+    """Quotes whatever YAML 1.1 or `_Loader` would read as something other than the text
+    it is."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         text = _REFERENCE.sub(lambda match: f"${match[0]}", text)
-        return self.represent_scalar(_STR, text, style=None if text.isprintable() else '"')
+        return self.represent_scalar(
+            _STR, text, style=None if text.isprintable() else '"'
+        )
 
     def represent_list(self, items: list[Any]) -> yaml.SequenceNode:
         scalars = not any(isinstance(item, list | dict) for item in items)
@@ -181,11 +199,13 @@ for _tag, (_pattern, _first) in _PLAIN_SCALARS.items():
 
 
 def parse_yaml(text: str, source: str, *, track_lines: bool = True) -> Setting:
-    """Reads one YAML document. Keys of mappings are always text (``on:`` is the key "on").
-    ``source``: the file, or "command line", for messages and origins. ``track_lines``: whether line
-    numbers mean anything to the user."""
+    """Reads one YAML document. Keys of mappings are always text (``on:`` is the key
+    "on"). ``source``: the file, or "command line", for messages and origins.
+    ``track_lines``: whether line numbers mean anything to the user."""
     try:
-        if (node := (loader := _Loader(text, source, track_lines)).get_single_node()) is None:
+        if (
+            node := (loader := _Loader(text, source, track_lines)).get_single_node()
+        ) is None:
             return Setting(None, SettingOrigin(source))
         return loader.build(node, loader.locate(node.start_mark))
     except RecursionError:
@@ -202,7 +222,11 @@ def parse_yaml(text: str, source: str, *, track_lines: bool = True) -> Setting:
 
 
 def dump_yaml(data: Any) -> str:
-    """Returns plain data as YAML that `parse_yaml` reads back equal; a list of scalars takes one
-    line."""
-    options: dict[str, Any] = {"sort_keys": False, "default_flow_style": False, "width": 2**31}
+    """Returns plain data as YAML that `parse_yaml` reads back equal; a list of scalars
+    takes one line."""
+    options: dict[str, Any] = {
+        "sort_keys": False,
+        "default_flow_style": False,
+        "width": 2**31,
+    }
     return yaml.dump(data, Dumper=_Dumper, allow_unicode=True, **options)

@@ -1,7 +1,7 @@
 """Documents of crawl archives: WARC and WET (ISO 28500).
 
-A crawl is never clean. What cannot be a document is counted by reason and passed over, and after
-a broken place reading goes on at the next record that can be found.
+A crawl is never clean. What cannot be a document is counted by reason and passed over,
+and after a broken place reading goes on at the next record that can be found.
 """
 
 import io
@@ -30,7 +30,9 @@ _CHARSET = re.compile(r"charset\s*=\s*(?:[\"']\s*)?([\w.:-]+)", re.I)
 _HTML = re.compile(rb"<(?:!doctype\s+html|html|head|body|title|meta)\b", re.I)
 _SNIFF = 1024
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
-_MOST_FALSE_STARTS = 256  # Else a file made of nothing but magic numbers would take for ever.
+_MOST_FALSE_STARTS = (
+    256  # Else a file made of nothing but magic numbers would take for ever.
+)
 _BOMB = 1 << 30  # So long a record is not even decompressed.
 
 
@@ -44,7 +46,8 @@ class RawDocument:
     html: bytes | None
     text: str | None
     meta: dict[str, str] = field(default_factory=dict)
-    """The keys date (ISO 8601), content_type and charset (both as HTTP gave them), where known."""
+    """The keys date (ISO 8601), content_type and charset (both as HTTP gave them),
+    where known."""
 
 
 class CrawlSource(FilesConfig):
@@ -55,7 +58,8 @@ class CrawlSource(FilesConfig):
     url_field: str = "url"
     """The JSON key or Parquet column of a document's address, if there is one."""
     max_document_bytes: int = Field(default=64 << 20, gt=0)
-    """Longer documents are skipped and counted, compressed ones by their decompressed size."""
+    """Longer documents are skipped and counted, compressed ones by their decompressed
+    size."""
 
     reads_html: ClassVar[bool] = True
 
@@ -73,11 +77,12 @@ def read_warc(
 ) -> Iterator[RawDocument]:
     """Reads the documents of a WARC or WET file; plain, .gz or .zst, told by content.
 
-    Documents are successful HTML responses (HTTP transfer and content codings decoded), WET's
-    `conversion` records, and resources that are HTML or text. The others are counted:
-    by record type ("request", "revisit", ...), or as "status" (not 2xx), "not_html", "empty",
-    "too_large" (record or decoded page longer than `max_record_bytes`) and "broken" (also: each
-    place where no record could be read; in a .gz that is one member nothing is found after it).
+    Documents are successful HTML responses (HTTP transfer and content codings decoded),
+    WET's `conversion` records, and resources that are HTML or text. The others are
+    counted: by record type ("request", "revisit", ...), or as "status" (not 2xx),
+    "not_html", "empty", "too_large" (record or decoded page longer than
+    `max_record_bytes`) and "broken" (also: each place where no record could be read; in
+    a .gz that is one member nothing is found after it).
     """
     try:
         with open(path, "rb") as file:
@@ -85,16 +90,25 @@ def read_warc(
                 on_skip("broken")
                 return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                yield from _read_records(file, view, path.name, on_skip, max_record_bytes)
+                yield from _read_records(
+                    file, view, path.name, on_skip, max_record_bytes
+                )
     except OSError as error:
         what = f"cannot read: {error.strerror or error}"
-        raise MaxlmError(what, where=str(path), fix="check the file and its permissions") from error
+        raise MaxlmError(
+            what, where=str(path), fix="check the file and its permissions"
+        ) from error
 
 
 def _read_records(
-    file: io.BufferedReader, view: mmap.mmap, name: str, count: SkipCallback, max_bytes: int
+    file: io.BufferedReader,
+    view: mmap.mmap,
+    name: str,
+    count: SkipCallback,
+    max_bytes: int,
 ) -> Iterator[RawDocument]:
-    """Yields the documents; starts again at the next possible place when a record is broken."""
+    """Yields the documents; starts again at the next possible place when a record is
+    broken."""
     check_packages(("fastwarc",), "reading a WARC")
     from fastwarc.warc import ArchiveIterator
 
@@ -102,7 +116,11 @@ def _read_records(
     marks = {".gz": _GZIP, ".zst": _ZSTD}
     mark = next((m for m in marks.values() if view[:4].startswith(m)), None)
     if mark is None:
-        mark = _LINE_START if view[:5] == b"WARC/" else marks.get(Path(name).suffix, _LINE_START)
+        mark = (
+            _LINE_START
+            if view[:5] == b"WARC/"
+            else marks.get(Path(name).suffix, _LINE_START)
+        )
     start, false_starts, is_counted = 0, 0, False
     while start >= 0 and false_starts < _MOST_FALSE_STARTS:
         file.seek(start)
@@ -139,8 +157,13 @@ def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
     if record.content_length > max_bytes:
         raise _PassOver("too_large")
     record.parse_http(quirks_mode=True)
-    http, length, body = record.http_headers, record.content_length, record.reader.read()
-    # A Content-Length that is too large swallows the records that follow; a wrong one reads as 0.
+    http, length, body = (
+        record.http_headers,
+        record.content_length,
+        record.reader.read(),
+    )
+    # A Content-Length that is too large swallows the records that follow; a wrong one
+    # reads as 0.
     is_whole = len(body) >= length and b"\r\n\r\nWARC/" not in body
     if not is_whole or (record.is_http and (http is None or http.status_code is None)):
         raise _Damaged("broken")
@@ -168,16 +191,20 @@ def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
     id_ = (headers.get("WARC-Record-ID") or "").strip("<> ").removeprefix("urn:uuid:")
     return RawDocument(
         id=id_ or f"{name}:{record.stream_pos}",
-        url=(headers.get("WARC-Target-URI") or "").strip("<> ") or None,  # wget writes <URL>
+        url=(headers.get("WARC-Target-URI") or "").strip("<> ")
+        or None,  # wget writes <URL>
         html=None if is_text else body,
-        text=remove_control_characters(decode(body, meta.get("charset"))[0]) if is_text else None,
+        text=remove_control_characters(decode(body, meta.get("charset"))[0])
+        if is_text
+        else None,
         meta=meta,
     )
 
 
 def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
-    """Undo one HTTP coding. Crawlers often store the decoded body under the old headers. Raises
-    _PassOver: what comes out is longer than `max_bytes`; it is neither coded so nor HTML."""
+    """Undo one HTTP coding. Crawlers often store the decoded body under the old
+    headers. Raises _PassOver: what comes out is longer than `max_bytes`; it is neither
+    coded so nor HTML."""
     from fastwarc import stream_io
 
     if coding in ("", "identity", "none") or not body:
@@ -201,7 +228,10 @@ def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
 
 
 def _open_deflate(size: int, stream: io.BytesIO) -> io.BytesIO:
-    """The first `size` bytes of deflate data, which come with or without zlib's header."""
+    """The first `size` bytes of deflate data, which come with or without zlib's
+    header."""
     data = stream.read()
-    unpack = zlib.decompressobj(zlib.MAX_WBITS if data[:1] == b"\x78" else -zlib.MAX_WBITS)
+    unpack = zlib.decompressobj(
+        zlib.MAX_WBITS if data[:1] == b"\x78" else -zlib.MAX_WBITS
+    )
     return io.BytesIO(unpack.decompress(data, size))

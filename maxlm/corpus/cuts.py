@@ -1,11 +1,12 @@
 """Spans cut out of a text, and how what remains is joined.
 
-Between the words on either side of a cut stands the widest break that stood between them before:
-of the runs of white space in between, cut or not, the one with the most line ends (the first of
-several). So the end of a paragraph stays one, blank lines do not pile up, and what begins a line or
-follows on it keeps that line's indentation. Where there was no white space in between the sides
-join as they are, but for a space between two letters or digits of scripts that put spaces between
-words. A text's own last white space stays; what is cut at its beginning leaves none.
+Between the words on either side of a cut stands the widest break that stood between
+them before: of the runs of white space in between, cut or not, the one with the most
+line ends (the first of several). So the end of a paragraph stays one, blank lines do
+not pile up, and what begins a line or follows on it keeps that line's indentation.
+Where there was no white space in between the sides join as they are, but for a space
+between two letters or digits of scripts that put spaces between words. A text's own
+last white space stays; what is cut at its beginning leaves none.
 """
 
 import re
@@ -23,8 +24,8 @@ _SPACE = re.compile(r"\s+")
 
 
 def remove_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
-    """`text` without `spans`. `spans`: (start, end) in characters, in any order; they may overlap,
-    and what lies outside of the text is passed over."""
+    """`text` without `spans`. `spans`: (start, end) in characters, in any order; they
+    may overlap, and what lies outside of the text is passed over."""
     done, pieces = 0, []
     for start, end in _gaps(text, spans):
         pieces += text[done:start], _joint(text, start, end)
@@ -33,9 +34,12 @@ def remove_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
 
 
 def _gaps(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The union of the spans and of the white space around them, as spans that are apart."""
+    """The union of the spans and of the white space around them, as spans that are
+    apart."""
     gaps: list[tuple[int, int]] = []
-    for start, end in sorted((max(start, 0), min(end, len(text))) for start, end in spans):
+    for start, end in sorted(
+        (max(start, 0), min(end, len(text))) for start, end in spans
+    ):
         if start >= end:
             continue
         space = _SPACE.match(text, end)
@@ -50,7 +54,8 @@ def _gaps(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _joint(text: str, start: int, end: int) -> str:
-    """Joins what is around text[start:end], which white space neither precedes nor follows."""
+    """Joins what is around text[start:end], which white space neither precedes nor
+    follows."""
     gap = text[start:end]
     breaks = _SPACE.findall(gap)
     if end == len(text):

@@ -39,19 +39,21 @@ def export_corpus(
     force: bool = False,
     progress: Progress = ignore_progress,
 ) -> Counter[str]:
-    """Write the documents that `rules` keep to files in the folder `out`, one of each shard.
+    """Write the documents that `rules` keep to files in the folder `out`, one of each
+    shard.
 
-    They are those that a token store is built from, in the same order, each with `id`, `source`,
-    `url`, `meta` (JSON), `language` where a stage tells it, and `text`. Parquet is compressed with
-    zstd, JSONL with gzip. `out` appears when complete, with an `export.json` of rules and counts.
-    Raises MaxlmError: `out` exists, and is no export or `force` is not given; a full disk.
+    They are those that a token store is built from, in the same order, each with `id`,
+    `source`, `url`, `meta` (JSON), `language` where a stage tells it, and `text`.
+    Parquet is compressed with zstd, JSONL with gzip. `out` appears when complete, with
+    an `export.json` of rules and counts. Raises MaxlmError: `out` exists, and is no
+    export or `force` is not given; a full disk.
 
     Args:
         force: replace an earlier export.
 
     Returns:
-        Numbers of `documents`, `text_bytes` and `files` written, of documents `dropped` by rules
-        and of those `empty` after cuts.
+        Numbers of `documents`, `text_bytes` and `files` written, of documents `dropped`
+        by rules and of those `empty` after cuts.
     """
     out = out.absolute()
     _check_replaceable(out, force)
@@ -66,9 +68,13 @@ def export_corpus(
         counts = Counter[str](dict.fromkeys(_COUNTS, 0))
         write = partial(_export_shard, rules, columns, format, new)
         executor.require_on_workers(building, ())
-        for each in JobRunner("export", executor, progress)(write, list(enumerate(shards))):
+        for each in JobRunner("export", executor, progress)(
+            write, list(enumerate(shards))
+        ):
             counts.update(each)
-        about = {"corpus": str(corpus.folder), "format": format} | rules.describe() | counts
+        about = (
+            {"corpus": str(corpus.folder), "format": format} | rules.describe() | counts
+        )
         (new / _MANIFEST).write_text(json.dumps(about, indent=1))
         if out.exists():
             shutil.rmtree(out)
@@ -98,7 +104,9 @@ def _export_shard(
     number, shard = part
     counts: Counter[str] = Counter()
     names = [name if "." not in name else "language" for name in columns]
-    schema = pa.schema([*((n, pa.string()) for n in names), ("text", pa.large_string())])
+    schema = pa.schema(
+        [*((n, pa.string()) for n in names), ("text", pa.large_string())]
+    )
 
     def read_rows() -> Iterator[dict[str, Any]]:
         for values, text in read_filtered_documents(shard, rules, columns):
@@ -110,7 +118,9 @@ def _export_shard(
 
     path = folder / f"{number:06d}.{format}"
     if format == "parquet":
-        groups = batch_by_size(read_rows(), lambda row: len(row["text"]), _GROUP_CHARS, _GROUP_ROWS)
+        groups = batch_by_size(
+            read_rows(), lambda row: len(row["text"]), _GROUP_CHARS, _GROUP_ROWS
+        )
         with (
             replace_file(path) as new,
             pq.ParquetWriter(new, schema, compression="zstd") as file,
@@ -122,7 +132,8 @@ def _export_shard(
         with (
             replace_file(path) as new,
             new.open("wb") as raw,
-            # Neither a name nor a time in the header: the same documents are the same bytes.
+            # Neither a name nor a time in the header: the same documents are the same
+            # bytes.
             gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
         ):
             for row in read_rows():

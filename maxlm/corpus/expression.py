@@ -1,8 +1,9 @@
 """Expressions over labels: `language.name == "en" and heuristics.words >= 50`.
 
-Python's syntax, of which comparisons, `and`, `or`, `not`, `in`, `is None`, arithmetic and literals
-mean something. A label that a document lacks is null, and nulls spread as in SQL: a comparison
-with null is neither true nor false, and a document is taken only where the whole is true.
+Python's syntax, of which comparisons, `and`, `or`, `not`, `in`, `is None`, arithmetic
+and literals mean something. A label that a document lacks is null, and nulls spread as
+in SQL: a comparison with null is neither true nor false, and a document is taken only
+where the whole is true.
 """
 
 # pyarrow.compute makes its functions at run time, where pyright does not see them.
@@ -84,24 +85,31 @@ class Expression:
         """The expression's comparisons of a label with a number."""
         return tuple(_list_thresholds(self._tree))
 
-    def replace_labels(self, values: Mapping[str, bool | float | tuple[()] | None]) -> "Expression":
+    def replace_labels(
+        self, values: Mapping[str, bool | float | tuple[()] | None]
+    ) -> "Expression":
         """Returns the expression with labels replaced by constants."""
         if values.keys().isdisjoint(self.label_names):
             return self
         return Expression(
-            ast.unparse(_LabelReplacer(values).visit(ast.parse(ast.unparse(self._tree))))
+            ast.unparse(
+                _LabelReplacer(values).visit(ast.parse(ast.unparse(self._tree)))
+            )
         )
 
     def evaluate(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
-        """Marks rows that fulfil it: bool [rows]. `table` has the columns `label_names`."""
+        """Marks rows that fulfil it: bool [rows]. `table` has the columns
+        `label_names`."""
         if isinstance(value := _evaluate(self._tree, table), pa.Scalar):
             return np.full(table.num_rows, bool(value.as_py()))
         return pc.fill_null(value, False).to_numpy(zero_copy_only=False)
 
 
-def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> Expression:
-    """Check an expression against the types of the labels that it may name. `error_location`: the
-    config key it comes from, for errors."""
+def parse(
+    text: str, labels: Mapping[str, pa.DataType], error_location: str
+) -> Expression:
+    """Check an expression against the types of the labels that it may name.
+    `error_location`: the config key it comes from, for errors."""
     expression = Expression(text)
     try:
         tree = expression._tree
@@ -113,7 +121,9 @@ def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> 
         for name in names:
             if name not in labels:
                 raise make_unknown_label_error(name, labels, error_location)
-        empty = pa.Table.from_arrays([pa.nulls(1, labels[n]) for n in names], list(names))
+        empty = pa.Table.from_arrays(
+            [pa.nulls(1, labels[n]) for n in names], list(names)
+        )
         value = _evaluate(tree, empty if names else pa.table({"": pa.nulls(1)}))
     except _Unknown as error:
         what = f"{text!r}: {error} means nothing here"
@@ -124,7 +134,9 @@ def parse(text: str, labels: Mapping[str, pa.DataType], error_location: str) -> 
         raise MaxlmError(what, where=error_location, fix=f"labels: {kinds}") from error
     if not pa.types.is_boolean(value.type):
         what = f"{text!r} is a value, not a condition"
-        raise MaxlmError(what, where=error_location, fix="compare it with something") from None
+        raise MaxlmError(
+            what, where=error_location, fix="compare it with something"
+        ) from None
     return expression
 
 
@@ -196,12 +208,17 @@ def _list_thresholds(tree: ast.expr) -> list[Threshold]:
 
 
 def _parse_number(node: ast.expr) -> float | None:
-    """Returns the finite number that an expression writes; None: it is something else."""
+    """Returns the finite number that an expression writes; None: it is something
+    else."""
     try:
         value = ast.literal_eval(node)
     except ValueError:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not isfinite(value)
+    ):
         return None
     return float(value)
 
@@ -224,7 +241,9 @@ def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:
             return _ARITHMETIC[type(op)](*sides)
         case ast.Compare(left=left, ops=ops, comparators=comparators):
             sides = zip(pairwise([left, *comparators]), ops, strict=True)
-            return reduce(pc.and_kleene, (_compare(a, op, b, table) for (a, b), op in sides))
+            return reduce(
+                pc.and_kleene, (_compare(a, op, b, table) for (a, b), op in sides)
+            )
     raise _Unknown(ast.unparse(node))
 
 
@@ -232,7 +251,9 @@ def _compare(left: ast.expr, op: ast.cmpop, right: ast.expr, table: Any) -> Any:
     if isinstance(op, ast.Is | ast.IsNot) and ast.unparse(right) == "None":
         null = pc.is_null(_evaluate(left, table))
         return null if isinstance(op, ast.Is) else pc.invert(null)
-    if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Tuple | ast.List | ast.Set):
+    if isinstance(op, ast.In | ast.NotIn) and isinstance(
+        right, ast.Tuple | ast.List | ast.Set
+    ):
         value = _evaluate(left, table)
         matches = (pc.equal(value, _evaluate(each, table)) for each in right.elts)
         found = reduce(pc.or_kleene, matches, pa.scalar(False))

@@ -1,9 +1,10 @@
 """Text, title, date and language of HTML pages, read in a process of its own.
 
-Parsers of HTML can loop, eat all memory or crash, inside C code that holds the interpreter's lock,
-where neither signal handlers nor threads get a word in. So a child process reads the pages. The
-kernel ends it when a page has used up its processor time, and the page is given up, not the run.
-A limit on wall time, which depends on what else the machine does, is for what hangs without any.
+Parsers of HTML can loop, eat all memory or crash, inside C code that holds the
+interpreter's lock, where neither signal handlers nor threads get a word in. So a child
+process reads the pages. The kernel ends it when a page has used up its processor time,
+and the page is given up, not the run. A limit on wall time, which depends on what else
+the machine does, is for what hangs without any.
 """
 
 import logging
@@ -45,18 +46,41 @@ _DATES = (
 _TITLE_CHARACTERS = 500
 
 MOST_DEPTH = 256
-"""Depth of nested elements beyond which libxml2, below trafilatura, drops the rest of a page."""
+"""Depth of nested elements beyond which libxml2, below trafilatura, drops the rest of a
+page."""
 _SLOW_DEPTH = 3000
 """Depth beyond which resiliparse, whose time grows with its square, is slow."""
-_FLAT_DEPTH = 200  # Of counted elements that keep their tags; parsers add some of their own.
+_FLAT_DEPTH = (
+    200  # Of counted elements that keep their tags; parsers add some of their own.
+)
 # A tag with its attributes; in quotes there may be a ">".
-_TAG_WITH_NAME = re.compile(r"""<(/?)([a-zA-Z][a-zA-Z0-9]*)(?:[^<>"']|"[^"<]*"|'[^'<]*')*>?""")
-# Elements without an end tag, and those whose end tag may be left out, by their first letters.
+_TAG_WITH_NAME = re.compile(
+    r"""<(/?)([a-zA-Z][a-zA-Z0-9]*)(?:[^<>"']|"[^"<]*"|'[^'<]*')*>?"""
+)
+# Elements without an end tag, and those whose end tag may be left out, by their first
+# letters.
 _UNCLOSED = frozenset(
-    ("are", "bas", "br", "col", "dd", "dt", "emb", "hr", "img", "inp", "li", "lin", "met", "opt")
+    (
+        "are",
+        "bas",
+        "br",
+        "col",
+        "dd",
+        "dt",
+        "emb",
+        "hr",
+        "img",
+        "inp",
+        "li",
+        "lin",
+        "met",
+        "opt",
+    )
 ).union(("p", "sou", "tbo", "td", "tfo", "th", "the", "tr", "tra", "wbr"))
 # Elements whose content is no markup: without their tags it would be text.
-_RAW = frozenset(["script", "style", "title", "textarea", "noscript", "iframe", "template", "xmp"])
+_RAW = frozenset(
+    ["script", "style", "title", "textarea", "noscript", "iframe", "template", "xmp"]
+)
 # Elements that the end tag of another element within them does not close.
 _BARRIERS = ("div", "table")
 
@@ -87,10 +111,11 @@ def extract_page(
     Args:
         data: HTML.
         charset: of the HTTP header.
-        use_trafilatura: (Barbaresi, ACL 2021) without its fallbacks to other libraries: they cost
-            half its speed and lose on both labelled sets of `benchmarks/corpus_extract.py`. Else,
-            and where it finds nothing, or less of a page that is too deep for it, resiliparse is
-            used (Bevendorff et al., ECIR 2018).
+        use_trafilatura: (Barbaresi, ACL 2021) without its fallbacks to other libraries:
+            they cost half its speed and lose on both labelled sets of
+            `benchmarks/corpus_extract.py`. Else, and where it finds nothing, or less of
+            a page that is too deep for it, resiliparse is used (Bevendorff et al., ECIR
+            2018).
         markdown: headings, emphasis and fences around code; only for trafilatura.
     """
     source, encoding = decode(data, charset)
@@ -137,16 +162,20 @@ def _resiliparse(source: str) -> str:
 
 
 def flatten_deep_html(source: str) -> str:
-    """Removes the tags, but not the text, of elements that lie too deep in others for the parsers.
+    """Removes the tags, but not the text, of elements that lie too deep in others for
+    the parsers.
 
-    A page of unclosed tags (`<font>` before each paragraph) is deep by accident: what it
-    says is all there, and so is what its outer elements say of it. An end tag closes the last open
-    element of its name and all within, but for those that hold an element of another kind (a
-    `</b>` in a table cell closes none outside the table). Rows and items do not count. A page that
-    is not deep stays as it is. Takes time in proportion to the page.
+    A page of unclosed tags (`<font>` before each paragraph) is deep by accident: what
+    it says is all there, and so is what its outer elements say of it. An end tag closes
+    the last open element of its name and all within, but for those that hold an element
+    of another kind (a `</b>` in a table cell closes none outside the table). Rows and
+    items do not count. A page that is not deep stays as it is. Takes time in proportion
+    to the page.
     """
     depth = 0
-    positions: dict[str, list[int]] = {}  # By name, the depths of its open elements, rising.
+    positions: dict[
+        str, list[int]
+    ] = {}  # By name, the depths of its open elements, rising.
     stack: list[str] = []
     pieces = []
     done = 0
@@ -179,8 +208,11 @@ def flatten_deep_html(source: str) -> str:
     return "".join([*pieces, source[done:]])
 
 
-def _is_behind_barrier(name: str, position: int, positions: Mapping[str, Sequence[int]]) -> bool:
-    """Tells whether an open element holds one whose content its end tag does not close."""
+def _is_behind_barrier(
+    name: str, position: int, positions: Mapping[str, Sequence[int]]
+) -> bool:
+    """Tells whether an open element holds one whose content its end tag does not
+    close."""
     if name in _BARRIERS or name in ("body", "html"):
         return False
     for barrier in _BARRIERS:
@@ -202,7 +234,10 @@ def _read_metadata(head: str) -> tuple[str | None, str | None, str | None]:
     days = [node.getattr("content") or node.getattr("datetime") or "" for node in nodes]
     days += [published[1]] if published else []
     return (
-        remove_control_characters(" ".join((tree.title or "").split()))[:_TITLE_CHARACTERS] or None,
+        remove_control_characters(" ".join((tree.title or "").split()))[
+            :_TITLE_CHARACTERS
+        ]
+        or None,
         next(filter(None, map(_parse_day, days)), None),
         language if _LANGUAGE.fullmatch(language) else None,
     )
@@ -210,30 +245,42 @@ def _read_metadata(head: str) -> tuple[str | None, str | None, str | None]:
 
 def _parse_day(text: str) -> str | None:
     try:
-        return date(*map(int, found.groups())).isoformat() if (found := _DAY.match(text)) else None
+        return (
+            date(*map(int, found.groups())).isoformat()
+            if (found := _DAY.match(text))
+            else None
+        )
     except ValueError:
         return None
 
 
 class HtmlExtractorProcess:
-    """Reads pages in a child process, which starts with the first page and ends with this object.
+    """Reads pages in a child process, which starts with the first page and ends with
+    this object.
 
-    Works in any process and thread, daemonic ones included; used by one thread at a time.
+    Works in any process and thread, daemonic ones included; used by one thread at a
+    time.
     """
 
     def __init__(self, use_trafilatura: bool, markdown: bool, seconds: float):
-        """See `extract_page`; `seconds`: processor time that each way of a page may take."""
-        self._ways = [(True, markdown), (False, False)] if use_trafilatura else [(False, False)]
+        """See `extract_page`; `seconds`: processor time that each way of a page may
+        take."""
+        self._ways = (
+            [(True, markdown), (False, False)] if use_trafilatura else [(False, False)]
+        )
         self._seconds = seconds
         self._child: tuple[subprocess.Popen, Connection] | None = None
         self._end: Callable[[], object] = lambda: None
 
     def read(self, data: bytes, charset: str | None) -> ExtractedPage:
-        """Read a page of HTML, with the charset of its HTTP header. What takes too long or fails in
-        one way is tried in the next."""
+        """Read a page of HTML, with the charset of its HTTP header. What takes too long
+        or fails in one way is tried in the next."""
         page = ExtractedPage("broken")
         for way in self._ways:
-            if (page := self._ask(data, charset, *way)).status not in ("timeout", "broken"):
+            if (page := self._ask(data, charset, *way)).status not in (
+                "timeout",
+                "broken",
+            ):
                 break
         return page
 
@@ -246,8 +293,12 @@ class HtmlExtractorProcess:
         process, connection = self._child or self._start()
         try:
             connection.send(question)
-            # A second at a time, so that a suspension of both costs it no more than that.
-            if not any(connection.poll(1) for _ in range(math.ceil(_GRACE + 20 * self._seconds))):
+            # A second at a time, so that a suspension of both costs it no more than
+            # that.
+            if not any(
+                connection.poll(1)
+                for _ in range(math.ceil(_GRACE + 20 * self._seconds))
+            ):
                 process.kill()  # It waits for something, and uses none of its time.
             return connection.recv()
         except (EOFError, OSError):  # The page was its end.
@@ -267,7 +318,9 @@ class HtmlExtractorProcess:
         try:
             connection.recv()
         except EOFError as error:
-            what = f"the process that extracts text does not start (exit {process.wait()})"
+            what = (
+                f"the process that extracts text does not start (exit {process.wait()})"
+            )
             raise MaxlmError(what, fix="see its error above") from error
         self._child = process, connection
         return self._child
@@ -280,7 +333,8 @@ def _stop(process: subprocess.Popen, connection: Connection) -> None:
 
 
 def serve_extractor(fd: int, cpu_seconds: float, use_trafilatura: bool) -> None:
-    """Read pages for the process at the other end, until it ends; see `HtmlExtractorProcess`."""
+    """Read pages for the process at the other end, until it ends; see
+    `HtmlExtractorProcess`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
@@ -288,7 +342,9 @@ def serve_extractor(fd: int, cpu_seconds: float, use_trafilatura: bool) -> None:
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     connection = Connection(fd)
-    extract_page(b"<p>", None, use_trafilatura, False)  # Else imports are on the first page's time.
+    extract_page(
+        b"<p>", None, use_trafilatura, False
+    )  # Else imports are on the first page's time.
     connection.send("ready")
     with suppress(EOFError, ConnectionError):
         while True:

@@ -19,7 +19,8 @@ from maxlm.runtime.progress import Progress
 
 
 def enter_kept_texts(folder: Path, executor: TaskExecutor, progress: Progress) -> None:
-    """Enters the texts that a finished corpus's recipe keeps into the indexes that its stages name.
+    """Enters the texts that a finished corpus's recipe keeps into the indexes that its
+    stages name.
 
     Only these: a text that the rules drop is in no corpus, and another one may keep it.
     """
@@ -33,15 +34,21 @@ def enter_kept_texts(folder: Path, executor: TaskExecutor, progress: Progress) -
         text_stages = get_text_stages(corpus.recipe.stages[:position])
         job = partial(_digest_kept_texts, stage, rules, text_stages)
         shards = corpus.settle_rules(rules, progress)
-        digests = JobRunner(f"{stage.unique_name}: index", executor, progress)(job, shards)
+        digests = JobRunner(f"{stage.unique_name}: index", executor, progress)(
+            job, shards
+        )
         _, entry = stage.reserve_entry(folder)
         write_index_entry(entry, np.concatenate([np.empty(0, DIGEST), *digests]))
 
 
 def _digest_kept_texts(
-    stage: ExactStage, rules: FilterRules, text_stages: Sequence[str], shard: StageShardView
+    stage: ExactStage,
+    rules: FilterRules,
+    text_stages: Sequence[str],
+    shard: StageShardView,
 ) -> np.ndarray:
-    """Computes the digests of the texts of a shard's kept documents, as the stage read them."""
+    """Computes the digests of the texts of a shard's kept documents, as the stage read
+    them."""
     digests = bytearray()
     texts = replace(shard, text_stages=tuple(text_stages)).read_row_groups(["text"])
     tables = shard.read_row_groups(list(dict.fromkeys(["text", *rules.label_names])))

@@ -1,13 +1,13 @@
 """Modified interpolated Kneser-Ney n-gram models, estimated from text.
 
-Chen and Goodman 1999, "An empirical study of smoothing techniques for language modeling", with the
-conventions of Heafield et al. 2013 (KenLM's `lmplz`), whose models ours equal up to rounding:
-unigrams are interpolated with a uniform distribution over the words, </s> and <unk>; <s> is only
-ever a context.
+Chen and Goodman 1999, "An empirical study of smoothing techniques for language
+modeling", with the conventions of Heafield et al. 2013 (KenLM's `lmplz`), whose models
+ours equal up to rounding: unigrams are interpolated with a uniform distribution over
+the words, </s> and <unk>; <s> is only ever a context.
 
-The different n-grams of an order are numbered in suffix order: by their last word, then by the one
-before it, and so on. So an n-gram is a pair of numbers: that of its suffix, the words behind its
-first, among the (n - 1)-grams; and its first word.
+The different n-grams of an order are numbered in suffix order: by their last word, then
+by the one before it, and so on. So an n-gram is a pair of numbers: that of its suffix,
+the words behind its first, among the (n - 1)-grams; and its first word.
 """
 
 import os
@@ -38,22 +38,30 @@ class KneserNeyConfig(Config):
     order: int = Field(default=5, ge=1, le=6)
     """Words in the longest n-grams."""
     prune: tuple[int, ...] = ()
-    """Counts up to which n-grams are left out, by order from 1; the last number holds for the
-    orders after it. Must not fall. () or (0,) leaves nothing out; (0, 0, 1) leaves out n-grams of
-    three or more words that occur once, for a model of a third the size that is a little worse."""
+    """Counts up to which n-grams are left out, by order from 1; the last number holds
+    for the orders after it. Must not fall. () or (0,) leaves nothing out; (0, 0, 1)
+    leaves out n-grams of three or more words that occur once, for a model of a third
+    the size that is a little worse."""
     discount_fallback: tuple[float, float, float] | None = None
-    """Discounts of counts 1, 2, and 3 or more, for orders where they cannot be estimated because
-    the text is small or artificial, such as (0.5, 1, 1.5); null: that is an error."""
+    """Discounts of counts 1, 2, and 3 or more, for orders where they cannot be
+    estimated because the text is small or artificial, such as (0.5, 1, 1.5); null: that
+    is an error."""
 
     @model_validator(mode="after")
     def _check(self) -> "KneserNeyConfig":
         if len(self.prune) > self.order:
-            raise ValueError(f"prune has {len(self.prune)} numbers for order {self.order}")
-        if list(self.prune) != sorted(self.prune) or any(count < 0 for count in self.prune):
+            raise ValueError(
+                f"prune has {len(self.prune)} numbers for order {self.order}"
+            )
+        if list(self.prune) != sorted(self.prune) or any(
+            count < 0 for count in self.prune
+        ):
             raise ValueError("prune must not fall from one order to the next")
         for count, discount in enumerate(self.discount_fallback or (), 1):
             if not 0 <= discount <= count:
-                raise ValueError(f"the discount of count {count} must lie within 0 and {count}")
+                raise ValueError(
+                    f"the discount of count {count} must lie within 0 and {count}"
+                )
         return self
 
     @property
@@ -77,7 +85,8 @@ class KneserNeyReport:
 
 @dataclass
 class _Ngrams:
-    """The different n-grams of one order, in suffix order; arrays have an entry for each."""
+    """The different n-grams of one order, in suffix order; arrays have an entry for
+    each."""
 
     first: np.ndarray
     """Ids of their first words."""
@@ -96,16 +105,16 @@ def estimate_kneser_ney(
 ) -> KneserNeyReport:
     """Estimates a model and writes it to an ARPA file, which appears when complete.
 
-    N-grams are written in suffix order. Memory is 100 to 220 bytes for each word of the text, the
-    more the more of its n-grams differ.
+    N-grams are written in suffix order. Memory is 100 to 220 bytes for each word of the
+    text, the more the more of its n-grams differ.
 
     Args:
-        sentences: their words separated by ASCII white space or NUL; <s>, </s> and <unk> are read
-            as white space.
+        sentences: their words separated by ASCII white space or NUL; <s>, </s> and
+            <unk> are read as white space.
 
     Raises:
-        MaxlmError: there are no words, or more than memory holds; the discounts cannot be
-            estimated and there is no `discount_fallback`; the disk is full.
+        MaxlmError: there are no words, or more than memory holds; the discounts cannot
+            be estimated and there is no `discount_fallback`; the disk is full.
     """
     words, ids = _read_words(sentences)
     if len(words) <= len(_SPECIAL_WORDS):
@@ -116,17 +125,24 @@ def estimate_kneser_ney(
         _estimate_discounts(order, ngrams.count, config.discount_fallback)
         for order, ngrams in enumerate(orders, 1)
     ]
-    with convert_write_errors(arpa_path), replace_file(arpa_path) as new, new.open("wb") as file:
+    with (
+        convert_write_errors(arpa_path),
+        replace_file(arpa_path) as new,
+        new.open("wb") as file,
+    ):
         _write_model(file, words, orders, discounts)
     return KneserNeyReport(
         num_tokens=int(np.count_nonzero(ids != _BEGIN)),
         num_ngrams=tuple(int(ngrams.in_model.sum()) for ngrams in orders),
-        discounts=tuple((by_count[1], by_count[2], by_count[3]) for by_count in discounts),
+        discounts=tuple(
+            (by_count[1], by_count[2], by_count[3]) for by_count in discounts
+        ),
     )
 
 
 def _read_words(sentences: Iterable[str]) -> tuple[list[bytes], np.ndarray]:
-    """Returns the words by id, and the ids of the text, each sentence from <s> to </s>."""
+    """Returns the words by id, and the ids of the text, each sentence from <s> to
+    </s>."""
     id_of_word = {word: number for number, word in enumerate(_SPECIAL_WORDS)}
     ids = array("I")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -144,21 +160,26 @@ def _read_words(sentences: Iterable[str]) -> tuple[list[bytes], np.ndarray]:
     return list(id_of_word), np.array(ids, np.uint32)
 
 
-def _count_ngrams(ids: np.ndarray, num_words: int, thresholds: Sequence[int]) -> list[_Ngrams]:
-    """Counts the n-grams of each order; those that occur at most `thresholds` times are pruned."""
+def _count_ngrams(
+    ids: np.ndarray, num_words: int, thresholds: Sequence[int]
+) -> list[_Ngrams]:
+    """Counts the n-grams of each order; those that occur at most `thresholds` times are
+    pruned."""
     words = np.arange(num_words)
     counts = np.bincount(ids, minlength=num_words)
     counts[_BEGIN] = 0
     zeros = np.zeros(num_words, np.int64)
     in_model = (counts > thresholds[0]) | (words <= _END)
     orders = [_Ngrams(words, zeros, zeros, counts, in_model)]
-    # The number of the n-gram that ends at each place of the text, as far as there is one.
+    # The number of the n-gram that ends at each place of the text, as far as there is
+    # one.
     number_at = ids
     ends = np.flatnonzero(ids != _BEGIN)
     for order, threshold in enumerate(thresholds[1:], 2):
         if order > 2:  # No n-gram of the order before begins with <s> here.
             ends = ends[ids[ends - order + 2] != _BEGIN]
-        # An n-gram as one number: its suffix in the upper half, its first word in the lower.
+        # An n-gram as one number: its suffix in the upper half, its first word in the
+        # lower.
         keys = number_at[ends].astype(np.int64) << 32 | ids[ends - order + 1]
         keys, places, inverse, counts = np.unique(
             keys, return_index=True, return_inverse=True, return_counts=True
@@ -173,8 +194,9 @@ def _count_ngrams(ids: np.ndarray, num_words: int, thresholds: Sequence[int]) ->
 
 
 def _adjust_counts(orders: Sequence[_Ngrams]) -> None:
-    """Replaces the counts of n-grams that a longer one may end with, unless they begin with <s>, by
-    the number of different words to their left (Heafield et al. 2013, section 3)."""
+    """Replaces the counts of n-grams that a longer one may end with, unless they begin
+    with <s>, by the number of different words to their left (Heafield et al. 2013,
+    section 3)."""
     for ngrams, longer in pairwise(orders):
         num_left_words = np.bincount(longer.suffix, minlength=len(ngrams.count))
         ngrams.count = np.where(ngrams.first == _BEGIN, ngrams.count, num_left_words)
@@ -183,8 +205,8 @@ def _adjust_counts(orders: Sequence[_Ngrams]) -> None:
 def _estimate_discounts(
     order: int, counts: np.ndarray, fallback: Sequence[float] | None
 ) -> list[float]:
-    """Estimates the discounts of the adjusted counts 0, 1, 2, 3+ of an order's n-grams (Chen and
-    Goodman 1999, equation 26)."""
+    """Estimates the discounts of the adjusted counts 0, 1, 2, 3+ of an order's n-grams
+    (Chen and Goodman 1999, equation 26)."""
     n = np.bincount(np.minimum(counts, 5), minlength=6).tolist()
     if all(n[1:4]):
         y = n[1] / (n[1] + 2 * n[2])
@@ -193,9 +215,11 @@ def _estimate_discounts(
             return discounts
     if fallback is None:
         raise MaxlmError(
-            f"no discounts can be estimated for {order}-grams, of which {n[1]:,}, {n[2]:,}, "
+            f"no discounts can be estimated for {order}-grams, of which {n[1]:,}, "
+            f"{n[2]:,}, "
             f"{n[3]:,} and {n[4]:,} have the counts 1, 2, 3 and 4",
-            fix="take more text, drop repeated lines, or set discount_fallback: [0.5, 1, 1.5]",
+            fix="take more text, drop repeated lines, or set discount_fallback: [0.5, "
+            "1, 1.5]",
         )
     return [0.0, *fallback]
 
@@ -203,8 +227,9 @@ def _estimate_discounts(
 def _discount(
     ngrams: _Ngrams, discounts: Sequence[float], num_contexts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each n-gram's discounted probability, and each context's weight of the lower order
-    (Heafield et al. 2013, equations 1-3): 1 for what is the context of none.
+    """Returns each n-gram's discounted probability, and each context's weight of the
+    lower order (Heafield et al. 2013, equations 1-3): 1 for what is the context of
+    none.
 
     With pruning, the mass of what is left out goes to the lower order.
     """
@@ -235,7 +260,9 @@ def _write_model(
             lower[_BEGIN] = 1  # Means nothing; as KenLM has it.
         backoffs = None
         if order < len(orders):
-            probabilities, weights = _discount(orders[order], discounts[order], len(lower))
+            probabilities, weights = _discount(
+                orders[order], discounts[order], len(lower)
+            )
             backoffs = _compute_log10(weights)
         file.write(b"\n\\%d-grams:\n" % order)
         _write_ngrams(file, words, orders[:order], _compute_log10(lower), backoffs)
@@ -255,7 +282,8 @@ def _write_ngrams(
     log10_probabilities: np.ndarray,
     log10_backoffs: np.ndarray | None,
 ) -> None:
-    """Writes ARPA lines of the last of `orders`, of which the highest has no backoffs."""
+    """Writes ARPA lines of the last of `orders`, of which the highest has no
+    backoffs."""
     in_model = np.flatnonzero(orders[-1].in_model)
     cuts = range(_LINES_AT_A_TIME, len(in_model), _LINES_AT_A_TIME)
     for rows in np.split(in_model, cuts):
@@ -268,6 +296,8 @@ def _write_ngrams(
         if log10_backoffs is not None:
             endings = [b"\t%.7f\n" % backoff for backoff in log10_backoffs[rows]]
         probabilities = log10_probabilities[rows].tolist()
-        for probability, ending, *ids in zip(probabilities, endings, *columns, strict=True):
+        for probability, ending, *ids in zip(
+            probabilities, endings, *columns, strict=True
+        ):
             text = b" ".join([words[i] for i in ids])
             file.write(b"%.7f\t%b%b" % (probability, text, ending))

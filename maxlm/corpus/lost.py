@@ -1,10 +1,10 @@
-"""Counting the text that is lost to deduplication: what rules drop as a copy, or cut as a repeat,
-and no kept document has.
+"""Counting the text that is lost to deduplication: what rules drop as a copy, or cut as
+a repeat, and no kept document has.
 
-It is looked for in the texts, however copies were settled: a document that is dropped as a copy by
-the digest of its text among those of kept documents, as a near-copy by its word n-grams among those
-of the kept document that it is said to be like; a passage that is cut by the digests of its runs of
-words among those of what stays of kept documents.
+It is looked for in the texts, however copies were settled: a document that is dropped
+as a copy by the digest of its text among those of kept documents, as a near-copy by its
+word n-grams among those of the kept document that it is said to be like; a passage that
+is cut by the digests of its runs of words among those of what stays of kept documents.
 """
 
 import json
@@ -35,14 +35,17 @@ from maxlm.runtime.files import replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _FILE = "lost.json"
-_SKETCH = 64  # N-grams of a document that are compared: its smallest hashes, a fair sample.
+_SKETCH = (
+    64  # N-grams of a document that are compared: its smallest hashes, a fair sample.
+)
 _DOUBT = 0.25  # Five standard deviations of a share of so many.
 _BATCH = 256  # Texts hashed at a time.
 
 
 @dataclass(frozen=True)
 class LostText:
-    """Counts of what deduplication drops and cuts, and of what of it no kept document has."""
+    """Counts of what deduplication drops and cuts, and of what of it no kept document
+    has."""
 
     documents: int = 0
     """Documents dropped as copies that are like no kept document."""
@@ -55,12 +58,13 @@ class LostText:
     cut_passages: int = 0
     """Passages cut, of documents that are kept or would be."""
     repetitive_documents: int = 0
-    """Documents dropped for how much of them is repeated: by a rule that says so, and with what
-    only they have."""
+    """Documents dropped for how much of them is repeated: by a rule that says so, and
+    with what only they have."""
 
     def __str__(self) -> str:
         text = (
-            f"text lost: {self.documents + self.passages:,} (of {self.dropped_documents:,} "
+            f"text lost: {self.documents + self.passages:,} (of "
+            f"{self.dropped_documents:,} "
             f"documents dropped as copies and {self.cut_passages:,} passages cut)"
         )
         if self.documents or self.passages:
@@ -70,7 +74,8 @@ class LostText:
             )
         if self.repetitive_documents:
             text += (
-                f"; {self.repetitive_documents:,} documents are dropped for their share of "
+                f"; {self.repetitive_documents:,} documents are dropped for their "
+                f"share of "
                 "repeats, with what only they have"
             )
         return text
@@ -83,7 +88,8 @@ class _Removed:
     kept: list[int] = field(default_factory=list)
     """Numbers of kept documents."""
     kept_digests: list[tuple[int, bytes]] = field(default_factory=list)
-    """Digests of kept documents, each with the number of the stage that compares them."""
+    """Digests of kept documents, each with the number of the stage that compares
+    them."""
     documents: list["_DroppedDocument"] = field(default_factory=list)
     passages: list["_CutPassage"] = field(default_factory=list)
     num_repetitive: int = 0
@@ -115,10 +121,11 @@ def count_lost_text(
     executor: TaskExecutor,
     progress: Progress = ignore_progress,
 ) -> LostText:
-    """Looks in what `rules` keep of a corpus for what they drop as copies and cut as repeats.
+    """Looks in what `rules` keep of a corpus for what they drop as copies and cut as
+    repeats.
 
-    The count lies beside the settled labels, and is made once for the same rules. Raises MaxlmError
-    as `OpenCorpus.settle_rules`.
+    The count lies beside the settled labels, and is made once for the same rules.
+    Raises MaxlmError as `OpenCorpus.settle_rules`.
     """
     plan = plan_verdicts(corpus.recipe, rules, str(corpus.folder))
     settled = corpus.settle_rules(rules, progress)
@@ -131,8 +138,12 @@ def count_lost_text(
     offsets = compute_document_offsets(settled)
     parts = list(zip(offsets[:-1], corpus.shards, settled, strict=True))
     removed = run(partial(_list_removed, corpus, rules, plan), parts, "dropped and cut")
-    documents, document_characters = _count_lost_documents(corpus, plan, removed, parts, run)
-    passages, passage_characters = _count_lost_passages(corpus, rules, plan, removed, parts, run)
+    documents, document_characters = _count_lost_documents(
+        corpus, plan, removed, parts, run
+    )
+    passages, passage_characters = _count_lost_passages(
+        corpus, rules, plan, removed, parts, run
+    )
     total = LostText(
         documents=documents,
         passages=passages,
@@ -147,7 +158,8 @@ def count_lost_text(
 
 
 _Part = tuple[int, StageShardView, StageShardView]
-"""A shard: the number of its first document; its labels as the stages wrote them; as settled."""
+"""A shard: the number of its first document; its labels as the stages wrote them; as
+settled."""
 
 
 def _list_removed(
@@ -170,7 +182,9 @@ def _list_removed(
         for row in np.flatnonzero(alone | is_kept).tolist():
             labels = _read_labels(table, row)
             texts_of_row = [column[row] for column in texts]
-            _add_document(removed, plan, first + row, bool(is_kept[row]), labels, texts_of_row)
+            _add_document(
+                removed, plan, first + row, bool(is_kept[row]), labels, texts_of_row
+            )
         first += table.num_rows
     return removed
 
@@ -231,7 +245,8 @@ def _add_document(
         removed.num_repetitive += 1
     for index, text, spans in cuts:
         pieces = [text[start:stop] for start, stop in spans]
-        # What a document repeats of itself goes with it, where a rule says that it goes.
+        # What a document repeats of itself goes with it, where a rule says that it
+        # goes.
         rest = [] if is_kept else [remove_spans(text, spans)]
         removed.passages += _list_passages(plan, index, pieces, rest)
 
@@ -243,7 +258,9 @@ def _read_texts_of_stages(
     views = []
     for bound in plan.stages:
         position = corpus.recipe.stages.index(bound.stage)
-        views.append(replace(shard, text_stages=get_text_stages(corpus.recipe.stages[:position])))
+        views.append(
+            replace(shard, text_stages=get_text_stages(corpus.recipe.stages[:position]))
+        )
     readers = [view.read_row_groups(["text"]) for view in views]
     for tables in zip(*readers, strict=True):
         yield [table.column("text").to_pylist() for table in tables]
@@ -269,13 +286,17 @@ def _list_passages(
         # Side by side, and the last one.
         covering = (words % size == 0) | (words == words.max(initial=0))
         wanted = hashes[here][covering]
-        passages.append(_CutPassage(index, len(piece), wanted[~np.isin(wanted, has_already)]))
+        passages.append(
+            _CutPassage(index, len(piece), wanted[~np.isin(wanted, has_already)])
+        )
     return passages
 
 
-def _hash_texts(texts: Sequence[str], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hashes the windows of texts: uint64 [windows], the text of each and the word of it with which
-    it begins, int64 [windows]."""
+def _hash_texts(
+    texts: Sequence[str], size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes the windows of texts: uint64 [windows], the text of each and the word of
+    it with which it begins, int64 [windows]."""
     points = [np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts]
     text = np.concatenate([np.empty(0, np.uint32), *points])
     offsets = np.cumsum([0, *map(len, points)], dtype=np.int64)
@@ -316,7 +337,9 @@ def _count_lost_documents(
         if not any(
             witness in survivors
             and _are_alike(
-                sketches[stage, document.number], sketches[stage, witness], plan.stages[stage].stage
+                sketches[stage, document.number],
+                sketches[stage, witness],
+                plan.stages[stage].stage,
             )
             for stage, witness in document.witnesses
         )
@@ -325,9 +348,14 @@ def _count_lost_documents(
 
 
 def _sketch_documents(
-    corpus: OpenCorpus, plan: VerdictPlan, stage: int, numbers: frozenset[int], part: _Part
+    corpus: OpenCorpus,
+    plan: VerdictPlan,
+    stage: int,
+    numbers: frozenset[int],
+    part: _Part,
 ) -> dict[tuple[int, int], np.ndarray]:
-    """Returns the smallest hashes of n-grams of documents, by the stage's and their numbers."""
+    """Returns the smallest hashes of n-grams of documents, by the stage's and their
+    numbers."""
     first, _, shard = part
     near = plan.stages[stage].stage
     assert isinstance(near, NearStage)
@@ -344,7 +372,8 @@ def _sketch_documents(
 
 
 def _are_alike(one: np.ndarray, other: np.ndarray, stage: object) -> bool:
-    """Tells whether two documents with these sketches may have the similarity that a stage asks."""
+    """Tells whether two documents with these sketches may have the similarity that a
+    stage asks."""
     assert isinstance(stage, NearStage)
     union = np.union1d(one, other)
     is_whole = len(one) <= _SKETCH and len(other) <= _SKETCH
@@ -362,7 +391,8 @@ def _count_lost_passages(
     parts: Sequence[_Part],
     run: JobRunner,
 ) -> tuple[int, int]:
-    """Counts passages cut that are not in what stays of kept documents, and their characters."""
+    """Counts passages cut that are not in what stays of kept documents, and their
+    characters."""
     passages = [passage for part in removed for passage in part.passages]
     lost = 0
     characters = 0
@@ -388,8 +418,8 @@ def _find_windows(
     wanted: np.ndarray,
     part: _Part,
 ) -> np.ndarray:
-    """Marks the hashes (sorted) of windows that are in what stays of a shard's kept documents: bool
-    [wanted]."""
+    """Marks the hashes (sorted) of windows that are in what stays of a shard's kept
+    documents: bool [wanted]."""
     _, _, shard = part
     bound = plan.stages[index]
     size = _get_window_words(plan, index)
@@ -397,8 +427,11 @@ def _find_windows(
     position = corpus.recipe.stages.index(bound.stage)
     view = replace(shard, text_stages=get_text_stages(corpus.recipe.stages[:position]))
     is_there = np.zeros(len(wanted), np.bool_)
-    # Rules are on labels and the newest text's being there; windows are of the text that was read.
-    tables = shard.read_row_groups(list(dict.fromkeys(["text", *rules.label_names, *cuts])))
+    # Rules are on labels and the newest text's being there; windows are of the text
+    # that was read.
+    tables = shard.read_row_groups(
+        list(dict.fromkeys(["text", *rules.label_names, *cuts]))
+    )
     for table, texts in zip(tables, view.read_row_groups(["text"]), strict=True):
         columns = dict(zip(table.schema.names, table.columns, strict=True))
         is_kept = mark_kept(table, rules)

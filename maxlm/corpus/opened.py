@@ -1,4 +1,5 @@
-"""A finished corpus, open for reading; also as files that `maxlm.data.documents` reads."""
+"""A finished corpus, open for reading; also as files that `maxlm.data.documents`
+reads."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,25 +50,31 @@ class OpenCorpus:
     folder: Path
     recipe: RecipeConfig
     unfinished: str = ""
-    """How far the run is and what is left out, if stages are not done and the corpus is opened all
-    the same; then the recipe is what is done of it."""
+    """How far the run is and what is left out, if stages are not done and the corpus is
+    opened all the same; then the recipe is what is done of it."""
 
     @classmethod
-    def open(cls, folder: Path | str, *, allow_unfinished: bool = False) -> "OpenCorpus":
-        """Opens the corpus in a folder. Raises MaxlmError: there is none, it is of another version,
-        its sources are not all read, or its stages are not all done.
+    def open(
+        cls, folder: Path | str, *, allow_unfinished: bool = False
+    ) -> "OpenCorpus":
+        """Opens the corpus in a folder. Raises MaxlmError: there is none, it is of
+        another version, its sources are not all read, or its stages are not all done.
 
         Args:
-            allow_unfinished: if a stage is not done, open the corpus as if the recipe ended before
-                it, with the rules that need no more.
+            allow_unfinished: if a stage is not done, open the corpus as if the recipe
+                ended before it, with the rules that need no more.
         """
         folder = Path(folder)
         try:
             text = (folder / RECIPE).read_text("utf-8")
-            recipe = RecipeConfig.model_validate_json(verify_and_strip_json_digest(text))
+            recipe = RecipeConfig.model_validate_json(
+                verify_and_strip_json_digest(text)
+            )
         except OSError as error:
             fix = "make one with maxlm corpus run RECIPE"
-            raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
+            raise MaxlmError(
+                "there is no corpus here", where=str(folder), fix=fix
+            ) from error
         except ValueError as error:  # Pydantic's, and bytes that are no UTF-8.
             what = "this corpus was made by another version of maxlm, or is damaged"
             raise MaxlmError(what, where=str(folder / RECIPE), fix=_AGAIN) from error
@@ -98,16 +105,21 @@ class OpenCorpus:
         for stage in self.list_stages():
             folder = self.folder / stage
             list_sha256 = self.read_manifest(stage).get("checksums_sha256")
-            verify_shards(folder, [shard.path(stage) for shard in self.shards], list_sha256)
+            verify_shards(
+                folder, [shard.path(stage) for shard in self.shards], list_sha256
+            )
             if list_sha256 is None:
                 unchecked.append(
-                    f"{folder}: an earlier maxlm wrote these shards without checksums of whole "
-                    "files: those of their pages are checked; the recipe, run again, adds them"
+                    f"{folder}: an earlier maxlm wrote these shards without checksums "
+                    f"of whole "
+                    "files: those of their pages are checked; the recipe, run again, "
+                    "adds them"
                 )
         return unchecked
 
     def read_checksums(self) -> dict[Path, str]:
-        """Reads the SHA-256 of every file of the corpus's shards, but of stages without any."""
+        """Reads the SHA-256 of every file of the corpus's shards, but of stages without
+        any."""
         digests: dict[Path, str] = {}
         for stage in self.list_stages():
             list_sha256 = self.read_manifest(stage).get("checksums_sha256")
@@ -130,11 +142,16 @@ class OpenCorpus:
             with suppress(MaxlmError):  # It names a label that is not there yet.
                 resolve_rules(first, {name: text}, (), "")
                 keep[name] = text
-        cut = [label for label in self.recipe.cut if label.rpartition(".")[0] in names[:position]]
+        cut = [
+            label
+            for label in self.recipe.cut
+            if label.rpartition(".")[0] in names[:position]
+        ]
         shards = len(self.read_manifest(DOCUMENTS)["shards"])
         parts = [
             f"not done: stage {unfinished_stage} is {position + 1} of {len(names)}, "
-            f"{self.count_shard_files(unfinished_stage)} of its {shards} shards are written"
+            f"{self.count_shard_files(unfinished_stage)} of its {shards} shards are "
+            f"written"
         ]
         left_out = [name for name in self.recipe.keep if name not in keep]
         left_out += [f"cut {label}" for label in self.recipe.cut if label not in cut]
@@ -161,20 +178,26 @@ class OpenCorpus:
     @cached_property
     def shards(self) -> list[StageShardView]:
         """The corpus's shards, in the order of its documents."""
-        names, texts = self.read_manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe.stages)
+        names, texts = (
+            self.read_manifest(DOCUMENTS)["shards"],
+            get_text_stages(self.recipe.stages),
+        )
         return [StageShardView(self.folder, name, texts) for name in names]
 
     def list_settled_labels(self, rules: FilterRules) -> tuple[str, ...]:
-        """Lists the labels that `rules` need and that depend on which copies are kept."""
+        """Lists the labels that `rules` need and that depend on which copies are
+        kept."""
         return plan_verdicts(self.recipe, rules, str(self.folder)).label_names
 
     def settle_rules(
         self, rules: FilterRules, progress: Progress = ignore_progress
     ) -> list[StageShardView]:
-        """Returns the shards with verdicts as they are among the documents that `rules` keep; see
-        `settling.settle_verdicts`. To be used wherever these rules are applied."""
+        """Returns the shards with verdicts as they are among the documents that `rules`
+        keep; see `settling.settle_verdicts`. To be used wherever these rules are
+        applied."""
         titles = [DOCUMENTS, *(stage.unique_name for stage in self.recipe.stages)]
-        # Whole manifests: a stage whose folder was deleted may have made other labels by one key.
+        # Whole manifests: a stage whose folder was deleted may have made other labels
+        # by one key.
         manifests = [json.dumps(self.read_manifest(title)) for title in titles]
         return settle_verdicts(
             self.recipe, self.shards, manifests, rules, str(self.folder), progress
@@ -183,7 +206,8 @@ class OpenCorpus:
     def resolve_rules(
         self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
     ) -> FilterRules:
-        """Resolves rules for this corpus; None: those of its recipe. See `resolve_rules`."""
+        """Resolves rules for this corpus; None: those of its recipe. See
+        `resolve_rules`."""
         keep = self.recipe.keep if keep is None else keep
         cut = self.recipe.cut if cut is None else cut
         return resolve_rules(self.recipe, keep, cut, str(self.folder))
@@ -209,8 +233,8 @@ def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:
 def read_filtered_documents(
     shard: StageShardView, rules: FilterRules, columns: Sequence[str] = ("id",)
 ) -> Iterator[tuple[tuple[Any, ...], str | None]]:
-    """Yields the values of `columns` and the text of each document of a shard, in order; None for
-    a text that the rules drop.
+    """Yields the values of `columns` and the text of each document of a shard, in
+    order; None for a text that the rules drop.
 
     Spans of all the labels in `rules.cut` are cut out of the text.
     """
@@ -224,10 +248,13 @@ def read_filtered_documents(
 
 
 def remove_cut_spans(table: pa.RecordBatch, rules: FilterRules) -> Iterator[str]:
-    """Yields the texts of documents without the spans of all the labels in `rules.cut`."""
+    """Yields the texts of documents without the spans of all the labels in
+    `rules.cut`."""
     spans = [table.column(label).to_pylist() for label in rules.cut]
     for i, text in enumerate(table.column("text").to_pylist()):
-        cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
+        cuts = [
+            (span["start"], span["end"]) for each in spans for span in each[i] or ()
+        ]
         yield remove_spans(text, cuts) if cuts else text
 
 
@@ -239,7 +266,9 @@ def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
     labels, files = ["text", *rules.label_names, *rules.cut], []
     digests = corpus.read_checksums()
     for shard in corpus.settle_rules(rules):
-        stages = {stage for label in labels for stage, _ in shard.find_column_sources(label)}
+        stages = {
+            stage for label in labels for stage, _ in shard.find_column_sources(label)
+        }
         path = shard.path(DOCUMENTS)
         extra_paths = tuple(shard.path(s) for s in sorted(stages - {DOCUMENTS}))
         state = path.stat()
@@ -253,7 +282,9 @@ def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
                 mtime_ns=state.st_mtime_ns,
                 extra_paths=extra_paths,
                 details=FilteredShard(
-                    shard, rules, {path: digests.get(path) for path in (path, *extra_paths)}
+                    shard,
+                    rules,
+                    {path: digests.get(path) for path in (path, *extra_paths)},
                 ),
             )
         )
@@ -275,9 +306,12 @@ def describe_filter_rules(files: Iterable[SourceFile]) -> str:
     return json.dumps([each.describe() for each in rules.values()])
 
 
-def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Finds a document by its id; raises MaxlmError if there is none. Returns its newest text,
-    columns and labels, by name; whether it fulfils each rule, by the rule's name."""
+def find_document(
+    corpus: OpenCorpus, document_id: str
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Finds a document by its id; raises MaxlmError if there is none. Returns its
+    newest text, columns and labels, by name; whether it fulfils each rule, by the
+    rule's name."""
     hidden = [
         f"{stage.unique_name}.{name}"
         for stage in corpus.recipe.stages
@@ -292,7 +326,12 @@ def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any],
             if (row := ids.column("id").index(document_id).as_py()) >= 0:
                 tables = shard.read_row_groups(list(dict.fromkeys(columns)))
                 table = next(islice(tables, group, None)).slice(row, 1)
-                passed = {name: bool(rule.evaluate(table)[0]) for name, rule in rules.keep.items()}
+                passed = {
+                    name: bool(rule.evaluate(table)[0])
+                    for name, rule in rules.keep.items()
+                }
                 return table.to_pylist()[0], passed
     fix = "ids are in the report, or in the column id of documents/*.parquet"
-    raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)
+    raise MaxlmError(
+        f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix
+    )

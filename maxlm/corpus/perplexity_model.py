@@ -1,8 +1,8 @@
 """N-gram models that tell how far a text is from good prose (CCNet, arXiv 1911.00359).
 
-A model is a file of KenLM's, ARPA or binary; or a folder that training or calibration wrote: that
-file, and `cutoffs.json` with the rules by which its lines were made and the perplexities that part
-head, middle and tail.
+A model is a file of KenLM's, ARPA or binary; or a folder that training or calibration
+wrote: that file, and `cutoffs.json` with the rules by which its lines were made and the
+perplexities that part head, middle and tail.
 """
 
 import os
@@ -18,7 +18,11 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.kneser_ney import KneserNeyConfig, KneserNeyReport, estimate_kneser_ney
+from maxlm.corpus.kneser_ney import (
+    KneserNeyConfig,
+    KneserNeyReport,
+    estimate_kneser_ney,
+)
 from maxlm.corpus.stage import check_packages
 from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
 from maxlm.runtime.files import convert_write_errors, hash_file, replace_file
@@ -36,8 +40,8 @@ class PerplexityCalibrationConfig(Config):
     words: LineSplitterConfig = LineSplitterConfig()
     """Rules by which texts become the lines of words that the model knows."""
     percentiles: tuple[float, float] = (100 / 3, 200 / 3)
-    """Percentiles of the reference's perplexities where head ends and where tail begins. CCNet's
-    code has 30 and 60."""
+    """Percentiles of the reference's perplexities where head ends and where tail
+    begins. CCNet's code has 30 and 60."""
     reference_documents: int = Field(default=10_000, ge=_FEWEST_DOCUMENTS)
     """Documents of the reference that are read, at most."""
 
@@ -92,19 +96,21 @@ class PerplexityModel:
     """A model, opened."""
 
     compute: Callable[[str], float | None]
-    """Computes 10^(-log10 p / n) over a text's n words and line ends, each line a sentence; None
-    for a text without words."""
+    """Computes 10^(-log10 p / n) over a text's n words and line ends, each line a
+    sentence; None for a text without words."""
     cutoffs: tuple[float, float] | None = None
     """Those of a model's folder; None: it is a file."""
 
 
 def open_perplexity_model(path: Path, words: LineSplitterConfig) -> PerplexityModel:
-    """Opens a model. `words`: of a file; a folder has its own. Raises MaxlmError: KenLM cannot read
-    the model, or the folder has none."""
+    """Opens a model. `words`: of a file; a folder has its own. Raises MaxlmError: KenLM
+    cannot read the model, or the folder has none."""
     if not path.is_dir():
         return PerplexityModel(_load(path, words))
     metadata = read_perplexity_metadata(path)
-    return PerplexityModel(_load(path / metadata.file, metadata.words), metadata.cutoffs)
+    return PerplexityModel(
+        _load(path / metadata.file, metadata.words), metadata.cutoffs
+    )
 
 
 def _load(path: Path, words: LineSplitterConfig) -> Callable[[str], float | None]:
@@ -145,10 +151,11 @@ def read_perplexity_metadata(folder: Path) -> PerplexityMetadata:
 
 
 def list_model_files(path: Path, words: LineSplitterConfig) -> list[Path]:
-    """Lists all files that decide a model's perplexities; `words`: of a model that is a file.
+    """Lists all files that decide a model's perplexities; `words`: of a model that is a
+    file.
 
-    Raises MaxlmError: a folder without a model, or whose model is another one than its cutoffs were
-    set for. OSError: the model cannot be read."""
+    Raises MaxlmError: a folder without a model, or whose model is another one than its
+    cutoffs were set for. OSError: the model cannot be read."""
     files = [path]
     if path.is_dir():
         metadata = read_perplexity_metadata(path)
@@ -159,7 +166,9 @@ def list_model_files(path: Path, words: LineSplitterConfig) -> list[Path]:
             fix = f"maxlm corpus calibrate-perplexity {files[0]} --reference SAMPLE --out {path}"
             raise MaxlmError(message, where=str(files[0]), fix=fix)
     if words.tokenizer is not None:
-        files += [file for file in sorted(Path(words.tokenizer).iterdir()) if file.is_file()]
+        files += [
+            file for file in sorted(Path(words.tokenizer).iterdir()) if file.is_file()
+        ]
     return files
 
 
@@ -175,12 +184,14 @@ def train_perplexity(
 
     Args:
         texts: documents of good prose in one language, read once, not stored.
-        reference: documents whose perplexities set the cutoffs. CCNet takes the crawl that is to
-            be filtered, so that each bucket gets a third of it. None: documents held out of
-            `texts`, which makes "tail" all that is less likely than two thirds of good prose.
+        reference: documents whose perplexities set the cutoffs. CCNet takes the crawl
+            that is to be filtered, so that each bucket gets a third of it. None:
+            documents held out of `texts`, which makes "tail" all that is less likely
+            than two thirds of good prose.
 
     Raises:
-        MaxlmError: too few documents or words, the disk is full, or a package is missing.
+        MaxlmError: too few documents or words, the disk is full, or a package is
+            missing.
     """
     check_packages(("kenlm-ex",), "training a perplexity model")
     config = config or PerplexityTrainingConfig()
@@ -201,7 +212,9 @@ def train_perplexity(
     with _make_scratch_folder(folder) as scratch:
         model = scratch / "model.arpa"
         ngrams = estimate_kneser_ney(read_sentences(), model, config.ngrams)
-        metadata = _calibrate(model, held_out if reference is None else reference, config)
+        metadata = _calibrate(
+            model, held_out if reference is None else reference, config
+        )
         _replace_model(folder, model, metadata)
     return PerplexityTrainingReport(num_documents, ngrams, metadata)
 
@@ -215,14 +228,14 @@ def calibrate_perplexity(
     """Sets a model's cutoffs by a sample, and writes both to `folder`.
 
     Args:
-        model: an ARPA or binary file of KenLM, of lines that `config.words` makes; or the folder of
-            a model, whose rules for lines are used.
+        model: an ARPA or binary file of KenLM, of lines that `config.words` makes; or
+            the folder of a model, whose rules for lines are used.
         reference: documents whose perplexities set the cutoffs, see `train_perplexity`.
         folder: may be that of the model.
 
     Raises:
-        MaxlmError: KenLM cannot read the model, too few documents, the disk is full, or a package
-            is missing.
+        MaxlmError: KenLM cannot read the model, too few documents, the disk is full, or
+            a package is missing.
     """
     check_packages(("kenlm-ex",), "calibrating a perplexity model")
     config = config or PerplexityCalibrationConfig()
@@ -247,7 +260,9 @@ def _calibrate(
     perplexities = np.array([score for score in scores if score is not None])
     if len(perplexities) < _FEWEST_DOCUMENTS:
         message = f"{len(perplexities)} documents are too few to set cutoffs by"
-        raise MaxlmError(message, fix=f"give {_FEWEST_DOCUMENTS} or more with --reference")
+        raise MaxlmError(
+            message, fix=f"give {_FEWEST_DOCUMENTS} or more with --reference"
+        )
     low, high = np.percentile(perplexities, config.percentiles).tolist()
     shown = np.percentile(perplexities, _SHOWN_PERCENTILES).tolist()
     return PerplexityMetadata(
@@ -262,7 +277,8 @@ def _calibrate(
 
 @contextmanager
 def _make_scratch_folder(folder: Path) -> Iterator[Path]:
-    """Makes a folder, and in it one for what is not done, which is deleted at the end."""
+    """Makes a folder, and in it one for what is not done, which is deleted at the
+    end."""
     is_new = not folder.exists()
     with convert_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,7 +293,8 @@ def _make_scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def _replace_model(folder: Path, model: Path, metadata: PerplexityMetadata) -> None:
-    """Moves a model into a folder; while it has none of its cutoffs it is not taken for whole."""
+    """Moves a model into a folder; while it has none of its cutoffs it is not taken for
+    whole."""
     with convert_write_errors(folder):
         (folder / CUTOFFS_FILE).unlink(missing_ok=True)
         os.replace(model, folder / metadata.file)

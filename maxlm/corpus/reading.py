@@ -1,7 +1,8 @@
 """The first stage: source files of every format to shards of raw documents.
 
-Nothing in a source file is fatal: what cannot be read is passed over and counted by reason. A text
-is valid Unicode without NUL (bytes that are not UTF-8 and lone surrogates become U+FFFD).
+Nothing in a source file is fatal: what cannot be read is passed over and counted by
+reason. A text is valid Unicode without NUL (bytes that are not UTF-8 and lone
+surrogates become U+FFFD).
 """
 
 import hashlib
@@ -16,7 +17,12 @@ import pyarrow as pa
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.crawl import CrawlSource, RawDocument, SkipCallback, read_warc
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, StageShardView, open_shard_writer
+from maxlm.corpus.shards import (
+    DOCUMENT_SCHEMA,
+    DOCUMENTS,
+    StageShardView,
+    open_shard_writer,
+)
 from maxlm.data.batching import batch_by_size
 from maxlm.data.documents.document import FileSlice, SourceFile
 from maxlm.data.documents.files import find_files
@@ -49,14 +55,17 @@ def plan_shards(
 ) -> tuple[list[ReadJob], int]:
     """Cut sources into shards; returns those to be read, and how many files are binary.
 
-    A shard's name is made from what is in it (paths, sizes and times of files, and how they are
-    read): a shard of the same name holds the same documents, and new files make new shards.
+    A shard's name is made from what is in it (paths, sizes and times of files, and how
+    they are read): a shard of the same name holds the same documents, and new files
+    make new shards.
     """
     jobs, num_binary_files = [], 0
     for source in sources:
         listing = find_files(source)
         num_binary_files += listing.num_binary_files
-        slices = (each for file in listing.files for each in _cut_file(file, shard_bytes))
+        slices = (
+            each for file in listing.files for each in _cut_file(file, shard_bytes)
+        )
         for parts in batch_by_size(slices, lambda each: each.size_bytes, shard_bytes):
             jobs.append(_make_job(folder, source, parts))
     return jobs, num_binary_files
@@ -72,14 +81,18 @@ def _cut_file(file: SourceFile, shard_bytes: int) -> Sequence[FileSlice]:
         return [make_whole_slice(file)]
 
 
-def _make_job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) -> ReadJob:
+def _make_job(
+    folder: Path, source: CrawlSource, slices: Sequence[FileSlice]
+) -> ReadJob:
     # A file by its path: two names that are not Unicode may have become one.
     parts: list[Any] = [source.model_dump(exclude={"documents"})] + [
         [str(each.file.path), each.file.size, each.file.mtime_ns, each.start, each.stop]
         for each in slices
     ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return ReadJob(StageShardView(folder, f"{source.name}-{digest[:16]}"), source, tuple(slices))
+    return ReadJob(
+        StageShardView(folder, f"{source.name}-{digest[:16]}"), source, tuple(slices)
+    )
 
 
 def write_document_shard(job: ReadJob) -> None:
@@ -88,7 +101,9 @@ def write_document_shard(job: ReadJob) -> None:
         rows = _make_rows(job, lambda reason: writer.counts.update([reason]))
         sizes = lambda row: sum(len(value or b"") for value in row.values())  # noqa: E731
         for group in batch_by_size(rows, sizes, _GROUP_BYTES, _GROUP_ROWS):
-            writer.write_row_group(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))
+            writer.write_row_group(
+                pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA)
+            )
         for part in job.slices:
             check_unchanged(part.file, "corpus")
 
@@ -105,7 +120,9 @@ def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | 
             count("broken")  # The rest of the file; what came before is kept.
 
 
-def _read_raw(source: CrawlSource, part: FileSlice, count: SkipCallback) -> Iterator[RawDocument]:
+def _read_raw(
+    source: CrawlSource, part: FileSlice, count: SkipCallback
+) -> Iterator[RawDocument]:
     file, longest = part.file, source.max_document_bytes
     if file.format == "warc":
         yield from read_warc(file.path, count, max_record_bytes=longest)
@@ -118,13 +135,23 @@ def _read_raw(source: CrawlSource, part: FileSlice, count: SkipCallback) -> Iter
             if record.skip_reason:
                 count(record.skip_reason)
                 continue
-            meta = {key: value for key, value in record.fields.items() if value is not None}
+            meta = {
+                key: value for key, value in record.fields.items() if value is not None
+            }
             url, id_ = meta.pop(source.url_field, None), meta.pop("id", record.id)
-            text = None if record.text is None else record.text.decode().removeprefix("\ufeff")
-            yield RawDocument(str(id_), url if isinstance(url, str) else None, None, text, meta)
+            text = (
+                None
+                if record.text is None
+                else record.text.decode().removeprefix("\ufeff")
+            )
+            yield RawDocument(
+                str(id_), url if isinstance(url, str) else None, None, text, meta
+            )
 
 
-def _make_row(source: CrawlSource, document: RawDocument) -> dict[str, bytes | None] | str:
+def _make_row(
+    source: CrawlSource, document: RawDocument
+) -> dict[str, bytes | None] | str:
     """Makes a document's columns, or returns the reason why it is left out.
 
     Texts of all kinds are UTF-8 without NUL from here on.
@@ -149,4 +176,8 @@ def _make_row(source: CrawlSource, document: RawDocument) -> dict[str, bytes | N
 
 
 def _utf8(text: str | None) -> bytes | None:
-    return None if text is None else _SURROGATE.sub("\ufffd", text.replace("\0", "")).encode()
+    return (
+        None
+        if text is None
+        else _SURROGATE.sub("\ufffd", text.replace("\0", "")).encode()
+    )

@@ -22,12 +22,15 @@ from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.heuristics import PUBLISHED
 
 RECIPE = "corpus.json"
-"""Name of the file of a corpus's recipe, by which a folder is recognised as a corpus."""
+"""Name of the file of a corpus's recipe, by which a folder is recognised as a
+corpus."""
 _KINDS = {
     "numbers": (types.is_integer, types.is_floating, types.is_boolean),
     "strings": (types.is_string, types.is_large_string),
 }
-_DOCUMENT_LABELS = {name: DOCUMENT_SCHEMA.field(name).type for name in ("id", "source", "url")}
+_DOCUMENT_LABELS = {
+    name: DOCUMENT_SCHEMA.field(name).type for name in ("id", "source", "url")
+}
 
 
 class RecipeConfig(Config):
@@ -40,17 +43,19 @@ class RecipeConfig(Config):
     stages: tuple[AnyStage, ...] = ()
     """Stages that label the documents, in this order."""
     keep: dict[str, str] = Field(default_factory=dict)
-    """Rules by name, in the order in which the report tells what each one drops: expressions over
-    labels, of which a document must fulfil all. `published.NAME` is a rule of a paper: see
-    docs/corpus.md. Applied when a token store is built; a changed one costs no new pass over
-    texts."""
+    """Rules by name, in the order in which the report tells what each one drops:
+    expressions over labels, of which a document must fulfil all. `published.NAME` is a
+    rule of a paper: see docs/corpus.md. Applied when a token store is built; a changed
+    one costs no new pass over texts."""
     cut: tuple[str, ...] = ()
     """Labels that hold spans to cut out of the kept texts, such as `substring.cuts`."""
     workers: int | None = Field(default=None, ge=1)
-    """Tasks at a time, at most; null: one a core, or a CPU of the Ray cluster that runs them."""
+    """Tasks at a time, at most; null: one a core, or a CPU of the Ray cluster that runs
+    them."""
     shard_bytes: int = Field(default=64 << 20, gt=0)
-    """About how many bytes of input make a shard, the unit of work and of resumption. What a worker
-    holds in memory grows with it only in stages that compare documents (see docs/corpus.md)."""
+    """About how many bytes of input make a shard, the unit of work and of resumption.
+    What a worker holds in memory grows with it only in stages that compare documents
+    (see docs/corpus.md)."""
 
     @model_validator(mode="after")
     def _names_differ(self):
@@ -59,14 +64,22 @@ class RecipeConfig(Config):
         for kind, names in (("sources", sources), ("stages", titles)):
             for name in names:
                 if names.count(name) > 1:
-                    raise ValueError(f"two {kind} are called {name}: give one another name")
-        indexes = [stage.index for stage in self.stages if isinstance(stage, ExactStage)]
+                    raise ValueError(
+                        f"two {kind} are called {name}: give one another name"
+                    )
+        indexes = [
+            stage.index for stage in self.stages if isinstance(stage, ExactStage)
+        ]
         for index in indexes:
             if index is not None and indexes.count(index) > 1:
-                raise ValueError(f"two stages use the index {index}: name it in one of them")
+                raise ValueError(
+                    f"two stages use the index {index}: name it in one of them"
+                )
         for title in titles:
             if title in (DOCUMENTS, "lock", "settled") or keyword.iskeyword(title):
-                raise ValueError(f"no stage can be called {title}: give it another name")
+                raise ValueError(
+                    f"no stage can be called {title}: give it another name"
+                )
         return self
 
 
@@ -93,18 +106,25 @@ class FilterRules:
     @property
     def label_names(self) -> list[str]:
         """The labels that rules of `keep` name, each once."""
-        return list(dict.fromkeys(name for rule in self.keep.values() for name in rule.label_names))
+        return list(
+            dict.fromkeys(
+                name for rule in self.keep.values() for name in rule.label_names
+            )
+        )
 
     def describe(self) -> dict[str, Any]:
         """The rules as JSON has them."""
-        return {"keep": {name: rule.text for name, rule in self.keep.items()}, "cut": self.cut}
+        return {
+            "keep": {name: rule.text for name, rule in self.keep.items()},
+            "cut": self.cut,
+        }
 
 
 def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     """Puts each stage in its place, and checks what it reads.
 
-    Which of several documents loses a text is settled for each set of rules. So here a `where` that
-    names such a verdict selects documents as if none did.
+    Which of several documents loses a text is settled for each set of rules. So here a
+    `where` that names such a verdict selects documents as if none did.
     """
     resolve_rules(recipe, recipe.keep, recipe.cut, "")
     keys, steps = {DOCUMENTS: ""}, []
@@ -116,13 +136,17 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         where = None
         if stage.where is not None:
             condition = parse(stage.where, labels, f"{place}.where")
-            where = condition.replace_labels(get_neutral_verdicts(recipe.stages[:number]))
+            where = condition.replace_labels(
+                get_neutral_verdicts(recipe.stages[:number])
+            )
         read = [*stage.input_columns, *(where.label_names if where else ())]
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
                 raise make_unknown_label_error(column, labels, f"{place} ({name})")
         for label, kind in stage.input_labels.items():
-            if not any(is_kind(labels.get(label, pa.null())) for is_kind in _KINDS[kind]):
+            if not any(
+                is_kind(labels.get(label, pa.null())) for is_kind in _KINDS[kind]
+            ):
                 what = f'"{label}" holds no {kind}, which {name} needs'
                 raise MaxlmError(what, where=place, fix="name a label that does")
         sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
@@ -131,7 +155,9 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
         before = sorted((s, keys[s]) for s in {*sources, *seen})
         parts = [stage.fingerprint(), where and where.text, before, seen]
         keys[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        whole = isinstance(stage, CrossDocumentStage) or bool(wholes & {*sources, *seen})
+        whole = isinstance(stage, CrossDocumentStage) or bool(
+            wholes & {*sources, *seen}
+        )
         wholes |= {name} if whole else set()
         steps.append(BoundStage(stage, texts, where, keys[name], whole))
     return steps
@@ -148,7 +174,8 @@ def get_label_types(stages: Sequence[Stage]) -> dict[str, pa.DataType]:
 
 
 def get_neutral_verdicts(stages: Sequence[Stage]) -> Verdicts:
-    """Returns the verdicts of stages that compare documents for one that loses no text."""
+    """Returns the verdicts of stages that compare documents for one that loses no
+    text."""
     return {
         name: value
         for stage in stages
@@ -159,14 +186,20 @@ def get_neutral_verdicts(stages: Sequence[Stage]) -> Verdicts:
 
 def get_text_stages(stages: Sequence[Stage]) -> tuple[str, ...]:
     """Returns the stages that write a version of the text, oldest first."""
-    return (DOCUMENTS, *(each.unique_name for each in stages if "text" in each.schema().names))
+    return (
+        DOCUMENTS,
+        *(each.unique_name for each in stages if "text" in each.schema().names),
+    )
 
 
 def resolve_rules(
-    recipe: RecipeConfig, keep: Mapping[str, str], cut: Sequence[str], error_location: str
+    recipe: RecipeConfig,
+    keep: Mapping[str, str],
+    cut: Sequence[str],
+    error_location: str,
 ) -> FilterRules:
-    """Check rules against a recipe's labels. `error_location`: what comes before a rule's key in
-    errors, such as the corpus's folder."""
+    """Check rules against a recipe's labels. `error_location`: what comes before a
+    rule's key in errors, such as the corpus's folder."""
     labels, parsed = get_label_types(recipe.stages), {}
     for name, text in keep.items():
         place = f"{error_location}: keep.{name}" if error_location else f"keep.{name}"
@@ -176,7 +209,9 @@ def resolve_rules(
         if (known := text.strip().removeprefix("published.")) != text.strip():
             if known not in PUBLISHED:
                 what = f'there is no published rule "{known}"'
-                raise MaxlmError(what, where=place, fix=f"choose: {', '.join(PUBLISHED)}")
+                raise MaxlmError(
+                    what, where=place, fix=f"choose: {', '.join(PUBLISHED)}"
+                )
             text = PUBLISHED[known]
         parsed[name] = parse(text, labels, place)
     spans = [name for name, type_ in labels.items() if _holds_spans(type_)]
@@ -185,9 +220,13 @@ def resolve_rules(
     for label in cut:
         if label not in spans:
             what = f'"{label}" is no label that holds spans to cut'
-            raise MaxlmError(what, where="cut", fix=f"choose: {', '.join(spans) or 'none here'}")
+            raise MaxlmError(
+                what, where="cut", fix=f"choose: {', '.join(spans) or 'none here'}"
+            )
         if titles.index(stage := label.rpartition(".")[0]) <= titles.index(newest):
-            what = f"{label} are places in the text as it was before {newest} changed it"
+            what = (
+                f"{label} are places in the text as it was before {newest} changed it"
+            )
             raise MaxlmError(what, where="cut", fix=f"put {stage} after {newest}")
     return FilterRules(parsed, tuple(cut))
 

@@ -1,4 +1,5 @@
-"""Reports on a corpus: its figures, those of its rules, and examples, as numbers and as a page."""
+"""Reports on a corpus: its figures, those of its rules, and examples, as numbers and as
+a page."""
 
 # pyarrow.compute makes its functions at run time, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
@@ -25,7 +26,10 @@ from maxlm.corpus.opened import OpenCorpus, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.corpus.stage import JobRunner
-from maxlm.corpus.stages.decontaminate import DecontaminateStage, count_contaminated_documents
+from maxlm.corpus.stages.decontaminate import (
+    DecontaminateStage,
+    count_contaminated_documents,
+)
 from maxlm.runtime.executor import TaskExecutor
 from maxlm.runtime.files import replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -59,15 +63,17 @@ class CorpusSummary:
     """Counts, values and examples; the sum of two is that of both their documents."""
 
     documents: Counter[Key] = field(default_factory=Counter)
-    """Documents that fulfil a rule and all before, by (rule, source); rule "" counts all."""
+    """Documents that fulfil a rule and all before, by (rule, source); rule "" counts
+    all."""
     bytes: Counter[Key] = field(default_factory=Counter)
     """UTF-8 bytes of their texts, by the same keys."""
     mixture: dict[Key, np.ndarray] = field(default_factory=dict)
-    """Kept text, after cuts, by (source, language): documents, bytes, and bytes and tokens of the
-    documents tokenized: int64 [4]."""
+    """Kept text, after cuts, by (source, language): documents, bytes, and bytes and
+    tokens of the documents tokenized: int64 [4]."""
     value_samples: dict[str, np.ndarray] = field(default_factory=dict)
-    """A sample of each numeric label's values: float64 [2, values], the first row random numbers
-    of which the smallest are kept, so that the sample does not depend on the order of shards."""
+    """A sample of each numeric label's values: float64 [2, values], the first row
+    random numbers of which the smallest are kept, so that the sample does not depend on
+    the order of shards."""
     dropped: dict[str, list[Sample]] = field(default_factory=dict)
     """Examples that a rule alone drops of what the rules before leave, by rule."""
     kept: list[Sample] = field(default_factory=list)
@@ -81,12 +87,18 @@ class CorpusSummary:
         for label, sample in other.value_samples.items():
             self.add_values(label, sample)
         for rule, samples in other.dropped.items():
-            self.dropped[rule] = heapq.nsmallest(SAMPLES, self.dropped.get(rule, []) + samples)
+            self.dropped[rule] = heapq.nsmallest(
+                SAMPLES, self.dropped.get(rule, []) + samples
+            )
         self.kept = heapq.nsmallest(SAMPLES, self.kept + other.kept)
 
     def add_values(self, label: str, sample: np.ndarray) -> None:
-        both = np.concatenate([self.value_samples.get(label, np.empty((2, 0))), sample], axis=1)
-        self.value_samples[label] = both[:, np.argsort(both[0], kind="stable")[:_VALUES]]
+        both = np.concatenate(
+            [self.value_samples.get(label, np.empty((2, 0))), sample], axis=1
+        )
+        self.value_samples[label] = both[
+            :, np.argsort(both[0], kind="stable")[:_VALUES]
+        ]
 
 
 def summarize_corpus(
@@ -103,7 +115,9 @@ def summarize_corpus(
         if (types.is_integer(type_) or types.is_floating(type_))
         and not name.endswith((".cluster", ".group"))  # Numbers that are names.
     ]
-    job = partial(_summarize_shard, rules, numeric, find_language_label(corpus), tokenizer)
+    job = partial(
+        _summarize_shard, rules, numeric, find_language_label(corpus), tokenizer
+    )
     shards = corpus.settle_rules(rules, progress)
     total = CorpusSummary()
     executor.require_on_workers(corpus.folder, ())
@@ -114,7 +128,9 @@ def summarize_corpus(
 
 def find_language_label(corpus: OpenCorpus) -> str | None:
     """The label that names a document's language, if a stage gives one."""
-    found = [stage.unique_name for stage in corpus.recipe.stages if stage.stage == "language"]
+    found = [
+        stage.unique_name for stage in corpus.recipe.stages if stage.stage == "language"
+    ]
     return f"{found[0]}.name" if found else None
 
 
@@ -129,7 +145,15 @@ def _summarize_shard(
 
     summary = CorpusSummary()
     languages = [language] if language else []
-    columns = ["id", "source", "text", *rules.label_names, *numeric, *languages, *rules.cut]
+    columns = [
+        "id",
+        "source",
+        "text",
+        *rules.label_names,
+        *numeric,
+        *languages,
+        *rules.cut,
+    ]
     seed = int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:8], "big")
     random, codec = np.random.default_rng(seed), tokenizer and load_tokenizer(tokenizer)
     for table in shard.read_row_groups(list(dict.fromkeys(columns))):
@@ -143,7 +167,9 @@ def _summarize_shard(
         for name, rule in rules.keep.items():
             passes = rule.evaluate(table)
             fell = _samples(table, np.flatnonzero(keep & ~passes), rule.label_names)
-            summary.dropped[name] = heapq.nsmallest(SAMPLES, summary.dropped.get(name, []) + fell)
+            summary.dropped[name] = heapq.nsmallest(
+                SAMPLES, summary.dropped.get(name, []) + fell
+            )
             keep = keep & passes
             _count(summary, name, sources, sizes, keep)
         kept = _samples(table, np.flatnonzero(keep), rules.label_names)
@@ -152,12 +178,19 @@ def _summarize_shard(
             values = pc.cast(table.column(label), pa.float64()).drop_null().to_numpy()
             summary.add_values(label, np.stack([random.random(len(values)), values]))
         table = table.filter(pa.array(keep))
-        names = table.column(language).to_pylist() if language else [None] * table.num_rows
+        names = (
+            table.column(language).to_pylist() if language else [None] * table.num_rows
+        )
         for source, name, text in zip(
-            table.column("source").to_pylist(), names, remove_cut_spans(table, rules), strict=True
+            table.column("source").to_pylist(),
+            names,
+            remove_cut_spans(table, rules),
+            strict=True,
         ):
             raw = text.encode()
-            figures = summary.mixture.setdefault((source, name or "?"), np.zeros(4, int))
+            figures = summary.mixture.setdefault(
+                (source, name or "?"), np.zeros(4, int)
+            )
             figures[:2] += (1, len(raw))
             if codec is not None and figures[2] < _TOKENIZED_BYTES:
                 figures[2:] += (len(raw), len(codec.encode(raw)))
@@ -165,7 +198,11 @@ def _summarize_shard(
 
 
 def _count(
-    summary: CorpusSummary, rule: str, sources: pa.Array, sizes: np.ndarray, keep: np.ndarray
+    summary: CorpusSummary,
+    rule: str,
+    sources: pa.Array,
+    sizes: np.ndarray,
+    keep: np.ndarray,
 ) -> None:
     names = np.asarray(sources.to_pylist(), object)[keep]
     for source in set(names.tolist()):
@@ -174,9 +211,14 @@ def _count(
         summary.bytes[rule, source] += int(sizes[keep][here].sum())
 
 
-def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> list[Sample]:
+def _samples(
+    table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]
+) -> list[Sample]:
     ids = table.column("id")
-    order = {hashlib.sha256(ids[int(r)].as_py().encode()).hexdigest()[:16]: int(r) for r in rows}
+    order = {
+        hashlib.sha256(ids[int(r)].as_py().encode()).hexdigest()[:16]: int(r)
+        for r in rows
+    }
     return [
         Sample(
             each,
@@ -196,7 +238,8 @@ def write_report(
     path: Path,
     lost: LostText | None = None,
 ) -> None:
-    """Write a page that needs no network, whole or not at all; `report.html` is its template."""
+    """Write a page that needs no network, whole or not at all; `report.html` is its
+    template."""
     from jinja2 import Environment
 
     template = files("maxlm.corpus").joinpath("report.html").read_text("utf-8")
@@ -210,9 +253,14 @@ def write_report(
         sources=[*funnel[0]["by_source"]],
         read=corpus.read_manifest(DOCUMENTS)["counts"],
         funnel=funnel,
-        stages=[(stage.unique_name, corpus.read_manifest(stage.unique_name)) for stage in stages],
+        stages=[
+            (stage.unique_name, corpus.read_manifest(stage.unique_name))
+            for stage in stages
+        ],
         histograms=_draw_histograms(rules, summary),
-        rules=[(n, rule.text, summary.dropped.get(n, [])) for n, rule in rules.keep.items()],
+        rules=[
+            (n, rule.text, summary.dropped.get(n, [])) for n, rule in rules.keep.items()
+        ],
         kept=summary.kept,
         mixture=_list_mixture(summary),
         cut=", ".join(rules.cut),
@@ -251,11 +299,15 @@ def compute_funnel(rules: FilterRules, summary: CorpusSummary) -> list[dict[str,
     return rows
 
 
-def list_alarms(corpus: OpenCorpus, rules: FilterRules, summary: CorpusSummary) -> list[str]:
-    """Lists sources that lose most of their text, a sentence each: how much, and to which rules.
+def list_alarms(
+    corpus: OpenCorpus, rules: FilterRules, summary: CorpusSummary
+) -> list[str]:
+    """Lists sources that lose most of their text, a sentence each: how much, and to
+    which rules.
 
-    A rule that a threshold, a list or a template has gone wrong with drops a source without an
-    error; a source that is copied from others may lose all of it to deduplication.
+    A rule that a threshold, a list or a template has gone wrong with drops a source
+    without an error; a source that is copied from others may lose all of it to
+    deduplication.
     """
     settled_labels = set(corpus.list_settled_labels(rules))
     kept_bytes: Counter[str] = Counter()
@@ -275,10 +327,13 @@ def list_alarms(corpus: OpenCorpus, rules: FilterRules, summary: CorpusSummary) 
             before = after
         losses.append((before - kept_bytes[source], f"cut {', '.join(rules.cut)}"))
         losses.sort(key=lambda loss: -loss[0])
-        reasons = [f"{name} {size / total:.0%}" for size, name in losses if size >= total / 200]
+        reasons = [
+            f"{name} {size / total:.0%}" for size, name in losses if size >= total / 200
+        ]
         share = 1 - kept_bytes[source] / total
         alarms.append(
-            f'alarm: source "{source}" loses {share:.0%} of its text ({total / 1e6:,.1f} MB): '
+            f'alarm: source "{source}" loses {share:.0%} of its text '
+            f"({total / 1e6:,.1f} MB): "
             f"{', '.join(reasons)}"
         )
     return alarms
@@ -289,14 +344,21 @@ def _list_mixture(summary: CorpusSummary) -> list[dict[str, Any]]:
     for (source, language), (documents, size, tried, tokens) in sorted(
         summary.mixture.items(), key=lambda item: (item[0][0], -item[1][1])
     ):
-        row = {"source": source, "language": language, "documents": documents, "bytes": size}
+        row = {
+            "source": source,
+            "language": language,
+            "documents": documents,
+            "bytes": size,
+        }
         rows.append(row | {"tokens": size * tokens / tried if tried else None})
     return rows
 
 
-def _draw_histograms(rules: FilterRules, summary: CorpusSummary) -> list[dict[str, Any]]:
-    """Draws labels that rules compare with numbers first, each with the values where they cut, then
-    others that rules name."""
+def _draw_histograms(
+    rules: FilterRules, summary: CorpusSummary
+) -> list[dict[str, Any]]:
+    """Draws labels that rules compare with numbers first, each with the values where
+    they cut, then others that rules name."""
     thresholds: dict[str, list[Threshold]] = {}
     for rule in rules.keep.values():
         for threshold in rule.thresholds:
@@ -321,7 +383,9 @@ def _draw_histogram(values: np.ndarray, thresholds: Sequence[Threshold]) -> str:
     least, most = np.quantile(values, (0.005, 0.995))
     # Thresholds lie in the picture, also where no value does.
     low = min(float(least), *(threshold.value for threshold in thresholds), float(most))
-    high = max(float(most), *(threshold.value for threshold in thresholds), float(least))
+    high = max(
+        float(most), *(threshold.value for threshold in thresholds), float(least)
+    )
     # Counts and perplexities span decades.
     logarithmic = low >= 0 and high > 50 * max(float(np.median(values)), 1e-9) > 0
     scale = np.log1p if logarithmic else np.asarray
@@ -329,7 +393,9 @@ def _draw_histogram(values: np.ndarray, thresholds: Sequence[Threshold]) -> str:
     right = float(scale(high))
     right = right if right > left else left + 1
     counts, _ = np.histogram(np.clip(scale(values), left, right), _BINS, (left, right))
-    height = np.sqrt(counts / max(1, counts.max())) * (_HEIGHT - 24)  # roots: rare values show
+    height = np.sqrt(counts / max(1, counts.max())) * (
+        _HEIGHT - 24
+    )  # roots: rare values show
     width = _WIDTH / _BINS
     floor = _HEIGHT - 16
     parts = [
@@ -347,7 +413,10 @@ def _draw_histogram(values: np.ndarray, thresholds: Sequence[Threshold]) -> str:
         )
     parts.append(f'<text x="0" y="{_HEIGHT - 2}">{low:.4g}</text>')
     note = " (log)" if logarithmic else ""
-    parts.append(f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" text-anchor="end">{high:.4g}{note}</text>')
+    parts.append(
+        f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" '
+        f'text-anchor="end">{high:.4g}{note}</text>'
+    )
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 

@@ -1,4 +1,5 @@
-"""Running a recipe: each stage over each shard, going on where an earlier run stopped."""
+"""Running a recipe: each stage over each shard, going on where an earlier run
+stopped."""
 
 import hashlib
 import json
@@ -16,7 +17,13 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.indexing import enter_kept_texts
 from maxlm.corpus.opened import MANIFEST
 from maxlm.corpus.reading import ReadJob, plan_shards, write_document_shard
-from maxlm.corpus.recipe import RECIPE, BoundStage, RecipeConfig, bind_stages, resolve_rules
+from maxlm.corpus.recipe import (
+    RECIPE,
+    BoundStage,
+    RecipeConfig,
+    bind_stages,
+    resolve_rules,
+)
 from maxlm.corpus.settling import SETTLED
 from maxlm.corpus.shards import (
     DOCUMENTS,
@@ -55,21 +62,24 @@ def run_recipe(
 ) -> Path:
     """Read the sources and label the documents; returns the corpus's folder.
 
-    Tasks run on `executor`, by default in `recipe.workers` processes of this machine; the files are
-    the same everywhere.
+    Tasks run on `executor`, by default in `recipe.workers` processes of this machine;
+    the files are the same everywhere.
 
-    A shard's labels are one file that appears when complete, so a run that was stopped or killed,
-    or that met a full disk, goes on from the shards that are missing, and ends with the same files
-    as an unbroken one. A stage whose settings, or whose input's settings, have changed is done
-    again, and so are the stages that read its labels; nothing else is. Raises MaxlmError: a wrong
-    recipe (before anything is written), sources that are not there, a missing package or model, or
-    a disk that is full."""
+    A shard's labels are one file that appears when complete, so a run that was stopped
+    or killed, or that met a full disk, goes on from the shards that are missing, and
+    ends with the same files as an unbroken one. A stage whose settings, or whose
+    input's settings, have changed is done again, and so are the stages that read its
+    labels; nothing else is. Raises MaxlmError: a wrong recipe (before anything is
+    written), sources that are not there, a missing package or model, or a disk that is
+    full."""
     folder = Path(recipe.out).expanduser()
     steps = bind_stages(recipe)
     # Before anything is written: rules that cannot be settled.
     plan_verdicts(recipe, resolve_rules(recipe, recipe.keep, recipe.cut, ""), "")
     for step in steps:
-        check_packages(step.stage.list_packages(), f"the stage {step.stage.unique_name}")
+        check_packages(
+            step.stage.list_packages(), f"the stage {step.stage.unique_name}"
+        )
     _check_place(folder, recipe)
     jobs, binary_files = plan_shards(folder, recipe.sources, recipe.shard_bytes)
     _check_outside(folder, jobs)
@@ -78,7 +88,11 @@ def run_recipe(
     keys = {DOCUMENTS: f"{documents} {binary_files}"}
     # Labels may depend on which other documents there are.
     for step in steps:
-        own = f"{step.fingerprint} {documents}" if step.is_cross_document else step.fingerprint
+        own = (
+            f"{step.fingerprint} {documents}"
+            if step.is_cross_document
+            else step.fingerprint
+        )
         keys[step.stage.unique_name] = own
     with ExitStack() as stack:
         stack.enter_context(lock_folder(folder))
@@ -86,14 +100,17 @@ def run_recipe(
             executor = stack.enter_context(WorkerPool(recipe.workers))
         packages = (name for step in steps for name in step.stage.list_packages())
         executor.require_on_workers(folder, [*_PACKAGES, *packages])
-        # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
+        # Before anything else, so that a run that is stopped leaves no corpus of two
+        # recipes.
         for title, key in keys.items():
             _forget_stale_manifest(folder / title, key, names)
         _write_json(folder / RECIPE, recipe.model_dump(mode="json"))
         run = JobRunner(DOCUMENTS, executor, progress)
         _read_sources(folder, keys[DOCUMENTS], jobs, binary_files, recipe, run)
         for step in steps:
-            _run_step(folder, step, keys[step.stage.unique_name], names, executor, progress)
+            _run_step(
+                folder, step, keys[step.stage.unique_name], names, executor, progress
+            )
         enter_kept_texts(folder, executor, progress)
     return folder
 
@@ -113,7 +130,8 @@ def _check_place(folder: Path, recipe: RecipeConfig) -> None:
 
 
 def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
-    """A pattern may match what a run has written, of which the next would make documents."""
+    """A pattern may match what a run has written, of which the next would make
+    documents."""
     home = folder.resolve()
     for file in (part.file for job in jobs for part in job.slices):
         if file.path.resolve().is_relative_to(home):
@@ -145,9 +163,14 @@ def _read_sources(
         left = [job for job in jobs if job.shard.name in names]
         run(write_document_shard, left, num_done=len(jobs) - len(left))
 
-    details = {"key": key, "sources": [source.model_dump(mode="json") for source in recipe.sources]}
+    details = {
+        "key": key,
+        "sources": [source.model_dump(mode="json") for source in recipe.sources],
+    }
     shards = [job.shard for job in jobs]
-    _make_shards(folder / DOCUMENTS, shards, read, details, (), binary_files=binary_files)
+    _make_shards(
+        folder / DOCUMENTS, shards, read, details, (), binary_files=binary_files
+    )
 
 
 def _run_step(
@@ -160,7 +183,10 @@ def _run_step(
 ) -> None:
     stage, own = step.stage, step.stage.unique_name
     home = folder / own
-    views = [StageShardView(folder, name, step.text_stages, step.where, own) for name in names]
+    views = [
+        StageShardView(folder, name, step.text_stages, step.where, own)
+        for name in names
+    ]
     run = JobRunner(own, executor, progress)
 
     def label(pending: list[StageShardView]) -> None:
@@ -178,12 +204,18 @@ def _run_step(
         path = home / "key"
         if not path.exists() or path.read_text() != key:  # Labels of other inputs
             if path.exists():
-                shutil.rmtree(folder / SETTLED, ignore_errors=True)  # Of no use to anyone now.
+                shutil.rmtree(
+                    folder / SETTLED, ignore_errors=True
+                )  # Of no use to anyone now.
             shutil.rmtree(home)
             home.mkdir()
             with replace_file(path) as new:
                 new.write_text(key)
-    details = {"key": key, "stage": stage.model_dump(mode="json"), "version": stage.version}
+    details = {
+        "key": key,
+        "stage": stage.model_dump(mode="json"),
+        "version": stage.version,
+    }
     _make_shards(home, views, label, details, stage.list_packages())
     shutil.rmtree(home / "scratch", ignore_errors=True)
 
@@ -196,20 +228,25 @@ def _make_shards(
     packages: Sequence[str],
     **counts: int,
 ) -> None:
-    """Make the shards of a stage that are not there, then its manifest; delete the shards of files
-    that are no longer sources."""
+    """Make the shards of a stage that are not there, then its manifest; delete the
+    shards of files that are no longer sources."""
     began, paths = time.time(), {shard.name: shard.path(home.name) for shard in shards}
-    # By a listing: a network disk may remember for a while that a file which was asked for by
-    # name was not there.
+    # By a listing: a network disk may remember for a while that a file which was asked
+    # for by name was not there.
     present = set(home.glob("*.parquet"))
     pending = [shard for shard in shards if paths[shard.name] not in present]
-    # Without its list of checksums (of an earlier maxlm, or deleted) a stage gets one now.
-    if not pending and all((home / name).exists() for name in (MANIFEST, CHECKSUMS_NAME)):
+    # Without its list of checksums (of an earlier maxlm, or deleted) a stage gets one
+    # now.
+    if not pending and all(
+        (home / name).exists() for name in (MANIFEST, CHECKSUMS_NAME)
+    ):
         return
     before = read_file_identities(paths.values())
     if pending:
         make(pending)
-    for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {*paths.values()}:
+    for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {
+        *paths.values()
+    }:
         path.unlink(missing_ok=True)  # Also of killed workers; one may live on unseen.
     found = {name: read_counts(path) for name, path in paths.items()}
     total: Counter[str] = Counter()

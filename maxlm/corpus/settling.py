@@ -1,24 +1,29 @@
 """Settling which of several documents keeps a text: among those that the rules keep.
 
-Stages that compare documents find what is alike: copies, pairs, repeated passages. Which document
-of these loses its text is a verdict, and rules decide over it: were the copy that is kept one that
-a rule drops, its text would be in no kept document. So verdicts are settled for each set of rules.
+Stages that compare documents find what is alike: copies, pairs, repeated passages.
+Which document of these loses its text is a verdict, and rules decide over it: were the
+copy that is kept one that a rule drops, its text would be in no kept document. So
+verdicts are settled for each set of rules.
 
-Documents are decided one after the other, in one order for all stages: by `keep_by`, among equals
-the first of the corpus. A document is
+Documents are decided one after the other, in one order for all stages: by `keep_by`,
+among equals the first of the corpus. A document is
 
-1. a copy or near-copy if it is like a document that *is kept already*, and of its passages those
-   are cut that stand, in one piece, in what stays of such a document (or further left in itself);
-2. kept if all rules keep it with these verdicts. Then, and only then, it keeps texts for others.
+1. a copy or near-copy if it is like a document that *is kept already*, and of its
+   passages those are cut that stand, in one piece, in what stays of such a document (or
+   further left in itself);
+2. kept if all rules keep it with these verdicts. Then, and only then, it keeps texts
+   for others.
 
-What is decided stays, so this ends with the last document, however rules depend on verdicts and
-verdicts on each other (`substring.cut_share < 0.5` may drop a document of which much is cut: then
-its own passages are cut nowhere on its account). And each verdict is backed by a kept document, so
-no text is lost to one. A document that rules drop whatever the verdicts are is compared with none.
+What is decided stays, so this ends with the last document, however rules depend on
+verdicts and verdicts on each other (`substring.cut_share < 0.5` may drop a document of
+which much is cut: then its own passages are cut nowhere on its account). And each
+verdict is backed by a kept document, so no text is lost to one. A document that rules
+drop whatever the verdicts are is compared with none.
 
-The settled labels lie beside the others, in settled/KEY, a file for each shard, and are made once
-for the same rules. Memory: a few bytes for each document, about 1,000 for each that is like another
-one, 200 for each pair that is alike, 300 for each repeated passage; words' places are on disk.
+The settled labels lie beside the others, in settled/KEY, a file for each shard, and are
+made once for the same rules. Memory: a few bytes for each document, about 1,000 for
+each that is like another one, 200 for each pair that is alike, 300 for each repeated
+passage; words' places are on disk.
 """
 
 import hashlib
@@ -56,7 +61,12 @@ from maxlm.corpus.stage import CrossDocumentStage
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
 from maxlm.corpus.stages.substring import SubstringStage
-from maxlm.corpus.verdicts import VerdictPlan, VerdictStage, get_order_labels, plan_verdicts
+from maxlm.corpus.verdicts import (
+    VerdictPlan,
+    VerdictStage,
+    get_order_labels,
+    plan_verdicts,
+)
 from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.progress import Progress, ignore_progress
 
@@ -74,14 +84,16 @@ def settle_verdicts(
     error_location: str,
     progress: Progress = ignore_progress,
 ) -> list[StageShardView]:
-    """Returns a corpus's shards with verdicts as they are among the documents that `rules` keep.
+    """Returns a corpus's shards with verdicts as they are among the documents that
+    `rules` keep.
 
-    Raises MaxlmError: rules that keep a document because it is a copy; stages that are to be
-    settled together and keep by different labels; a disk that is full, a corpus that cannot be
-    written.
+    Raises MaxlmError: rules that keep a document because it is a copy; stages that are
+    to be settled together and keep by different labels; a disk that is full, a corpus
+    that cannot be written.
 
     Args:
-        manifests: of the corpus's stages, which tell its labels from those of other runs.
+        manifests: of the corpus's stages, which tell its labels from those of other
+            runs.
     """
     plan = plan_verdicts(recipe, rules, error_location)
     if not plan.stages or not shards:
@@ -99,19 +111,26 @@ def settle_verdicts(
             home.parent.mkdir(exist_ok=True)
             building = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=home.parent))
         try:
-            settling = _Settling(recipe, shards, rules, plan, error_location, building, progress)
+            settling = _Settling(
+                recipe, shards, rules, plan, error_location, building, progress
+            )
             settling.write(building, names)
             with suppress(OSError):  # Another process was faster.
                 building.rename(home)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     folder = f"{SETTLED}/{key}"
-    return [replace(shard, settled_labels=tuple(names), settled_folder=folder) for shard in shards]
+    return [
+        replace(shard, settled_labels=tuple(names), settled_folder=folder)
+        for shard in shards
+    ]
 
 
-def add_neutral_verdicts(table: pa.RecordBatch, stages: Sequence[VerdictStage]) -> pa.RecordBatch:
-    """Replaces verdicts by those on documents that lose no text: null where a stage did not
-    look."""
+def add_neutral_verdicts(
+    table: pa.RecordBatch, stages: Sequence[VerdictStage]
+) -> pa.RecordBatch:
+    """Replaces verdicts by those on documents that lose no text: null where a stage did
+    not look."""
     columns = dict(zip(table.schema.names, table.columns, strict=True))
     for bound in stages:
         if not isinstance(bound.stage, CrossDocumentStage):
@@ -181,7 +200,8 @@ class _Settling:
         self._types = get_label_types(recipe.stages)
         self._offsets = compute_document_offsets(shards)
         self._dependent = {name for stage in plan.stages for name in stage.labels}
-        # By label, what is settled of documents, by their numbers; of others it is neutral.
+        # By label, what is settled of documents, by their numbers; of others it is
+        # neutral.
         self._settled: dict[str, dict[int, Any]] = {}
         self._masked: dict[str, set[int]] = {
             stage.stage.unique_name: set() for stage in plan.stages
@@ -218,11 +238,14 @@ class _Settling:
             self._progress(f"settling copies: {step}", index + 1, len(self._shards))
 
     def _mark_kept_alone(self) -> np.ndarray:
-        """Marks documents that the rules keep if none loses a text: bool [documents]."""
+        """Marks documents that the rules keep if none loses a text: bool
+        [documents]."""
         is_kept = np.zeros(self._offsets[-1], np.bool_)
         wheres = [stage for stage in self._plan.stages if stage.where is not None]
         names = ["text", *self._rules.label_names]
-        names += [name for stage in wheres if stage.where for name in stage.where.label_names]
+        names += [
+            name for stage in wheres if stage.where for name in stage.where.label_names
+        ]
         for document, table in self._read_groups([*names, "id"], "rules"):
             neutral = add_neutral_verdicts(table, self._plan.stages)
             has_text = table.column("text").is_valid().to_numpy(zero_copy_only=False)
@@ -240,7 +263,11 @@ class _Settling:
         return is_kept
 
     def _check_falls(
-        self, condition: Expression, place: str, table: pa.RecordBatch, neutral: np.ndarray
+        self,
+        condition: Expression,
+        place: str,
+        table: pa.RecordBatch,
+        neutral: np.ndarray,
     ) -> None:
         """Checks that no document fulfils a condition because it loses a text.
 
@@ -258,13 +285,16 @@ class _Settling:
         document_id = table.column("id")[int(gained[0])].as_py()
         where = f"{self._error_location}: {place}" if self._error_location else place
         message = (
-            f"{condition.text!r} selects documents, such as {document_id!r}, because others like "
+            f"{condition.text!r} selects documents, such as {document_id!r}, because "
+            f"others like "
             f"them are kept ({', '.join(names)}), and which are kept depends on this"
         )
         fix = "write it so that it selects fewer by these labels, like: not near.duplicate"
         raise MaxlmError(message, where=where, fix=fix)
 
-    def _make_judge(self, bound: VerdictStage, scratch: Path) -> tuple[VerdictJudge, list[int]]:
+    def _make_judge(
+        self, bound: VerdictStage, scratch: Path
+    ) -> tuple[VerdictJudge, list[int]]:
         """Reads what a stage found; returns also the documents that are like others."""
         stage = bound.stage
         name = stage.unique_name
@@ -294,7 +324,9 @@ class _Settling:
             return SimilarityJudge(graph), graph.documents.tolist()
         if isinstance(stage, SubstringStage):
             passages = DocumentPassages(scratch / f"{name}.layouts")
-            for first, table in self._read_groups([f"{name}.repeats", f"{name}.layout"], name):
+            for first, table in self._read_groups(
+                [f"{name}.repeats", f"{name}.layout"], name
+            ):
                 rows = np.flatnonzero(self._kept[first : first + table.num_rows])
                 repeats, layouts = table.take(pa.array(rows)).columns
                 passages.add(rows + first, repeats, layouts)
@@ -302,7 +334,8 @@ class _Settling:
         raise TypeError(f"{type(stage).__name__} has verdicts that are not settled")
 
     def _read_related(self) -> pa.Table:
-        """Reads the labels of documents that are like others which rules and conditions name."""
+        """Reads the labels of documents that are like others which rules and conditions
+        name."""
         names = ["id", *self._rules.label_names, *self._rules.cut]
         for stage in self._plan.stages:
             names += stage.labels
@@ -318,7 +351,9 @@ class _Settling:
         ]
         tables = []
         for first, table in self._read_groups(names, "labels"):
-            start, stop = np.searchsorted(self._related, [first, first + table.num_rows])
+            start, stop = np.searchsorted(
+                self._related, [first, first + table.num_rows]
+            )
             tables.append(table.take(pa.array(self._related[start:stop] - first)))
         return pa.Table.from_batches(tables)
 
@@ -327,7 +362,11 @@ class _Settling:
         documents = self._related
         rank = np.zeros(len(documents))
         for _, label in get_order_labels(phase):
-            column = self._table.select([label.removeprefix("-")]).combine_chunks().to_batches()
+            column = (
+                self._table.select([label.removeprefix("-")])
+                .combine_chunks()
+                .to_batches()
+            )
             if column:
                 rank = compute_keep_scores(column[0], label)
         rules = [
@@ -360,7 +399,9 @@ class _Settling:
                 if values[self._seen_label(bound.stage)] is None:
                     continue
                 # What is found and not cut leaves the text to others.
-                stage_cuts = cuts if bound.is_cut else DocumentCuts(SpanSet(), SpanSet())
+                stage_cuts = (
+                    cuts if bound.is_cut else DocumentCuts(SpanSet(), SpanSet())
+                )
                 judge = self._judges[name]
                 verdicts = judge.judge(document, stage_cuts)
                 looked.append((judge, stage_cuts))
@@ -377,14 +418,17 @@ class _Settling:
 
     def _is_verdict(self, name: str) -> bool:
         return any(
-            isinstance(bound.stage, CrossDocumentStage) and name in bound.stage.neutral_verdicts
+            isinstance(bound.stage, CrossDocumentStage)
+            and name in bound.stage.neutral_verdicts
             for bound in self._plan.stages
         )
 
     def _seen_label(self, stage: CrossDocumentStage) -> str:
         """Names a label that is null where the stage did not look, and only there."""
         return next(
-            name for name, neutral in stage.neutral_verdicts.items() if neutral not in (None, ())
+            name
+            for name, neutral in stage.neutral_verdicts.items()
+            if neutral not in (None, ())
         )
 
     def _get_id(self, document: int) -> str:
@@ -419,8 +463,14 @@ class _Settling:
         cuts: DocumentCuts,
     ) -> None:
         """Adds the words that are cut of a document whatever the verdicts are."""
-        spans = [(span["start"], span["end"]) for name in names for span in values[name] or ()]
-        judges = [self._judges.get(bound.stage.unique_name) for bound in phase if bound.is_cut]
+        spans = [
+            (span["start"], span["end"])
+            for name in names
+            for span in values[name] or ()
+        ]
+        judges = [
+            self._judges.get(bound.stage.unique_name) for bound in phase if bound.is_cut
+        ]
         for judge in judges if spans else ():
             if isinstance(judge, PassageJudge):
                 for span in judge.find_words(document, spans):
@@ -443,8 +493,11 @@ class _Settling:
         for path in folder.glob("*.layouts"):
             path.unlink()
 
-    def _settle_group(self, table: pa.RecordBatch, first: int, schema: pa.Schema) -> pa.RecordBatch:
-        """Returns the settled labels of a row group, whose first document is `first`."""
+    def _settle_group(
+        self, table: pa.RecordBatch, first: int, schema: pa.Schema
+    ) -> pa.RecordBatch:
+        """Returns the settled labels of a row group, whose first document is
+        `first`."""
         columns: dict[str, pa.Array] = {}
         start, stop = np.searchsorted(self._related, [first, first + table.num_rows])
         related = self._related[start:stop].tolist()
@@ -454,7 +507,9 @@ class _Settling:
             neutral: Mapping[str, Any] = {}
             if isinstance(bound.stage, CrossDocumentStage):
                 neutral = bound.stage.neutral_verdicts
-            labels = [label for label in schema.names if label.rpartition(".")[0] == name]
+            labels = [
+                label for label in schema.names if label.rpartition(".")[0] == name
+            ]
             for label in labels:
                 if isinstance(bound.stage, CrossDocumentStage) and (
                     label in neutral or label not in self._types
@@ -474,7 +529,8 @@ class _Settling:
     def _list_neutral_values(
         self, table: pa.RecordBatch, stage: CrossDocumentStage, label: str
     ) -> list[Any]:
-        """Lists a verdict for documents that lose no text; None where the stage did not look."""
+        """Lists a verdict for documents that lose no text; None where the stage did not
+        look."""
         value = stage.neutral_verdicts.get(label)
         seen = table.column(self._seen_label(stage)).is_valid().to_pylist()
         return [value if is_seen else None for is_seen in seen]

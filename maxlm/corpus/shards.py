@@ -1,9 +1,11 @@
-"""Shards of a corpus on disk: documents, and beside them the labels of each stage, row by row.
+"""Shards of a corpus on disk: documents, and beside them the labels of each stage, row
+by row.
 
-A corpus is a folder with a folder for each stage; `CORPUS/STAGE/SHARD.parquet` holds that stage's
-columns for the shard's documents, in the documents' order and in the same row groups. So labels
-are added without a text being written again, and any set of columns can be read side by side a row
-group at a time, which bounds memory whatever the size of a shard.
+A corpus is a folder with a folder for each stage; `CORPUS/STAGE/SHARD.parquet` holds
+that stage's columns for the shard's documents, in the documents' order and in the same
+row groups. So labels are added without a text being written again, and any set of
+columns can be read side by side a row group at a time, which bounds memory whatever the
+size of a shard.
 """
 
 import json
@@ -31,7 +33,9 @@ from maxlm.runtime.checksums import (
 )
 from maxlm.runtime.files import convert_write_errors, hash_file, replace_file
 
-_REPAIR = "delete each such file and run the corpus's recipe again, which makes them anew"
+_REPAIR = (
+    "delete each such file and run the corpus's recipe again, which makes them anew"
+)
 DOCUMENTS = "documents"
 """The name of the stage that reads sources."""
 DOCUMENT_SCHEMA = pa.schema(
@@ -44,7 +48,8 @@ DOCUMENT_SCHEMA = pa.schema(
         ("meta", pa.string()),
     ]
 )
-"""A document: text as it was read, or HTML that no stage has turned into text yet; meta is JSON."""
+"""A document: text as it was read, or HTML that no stage has turned into text yet; meta
+is JSON."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class RowGroup:
     batch: pa.RecordBatch
     """The columns that were asked for."""
     row_indices: np.ndarray
-    """Indices of the rows of `batch` in the row group: int64 [batch.num_rows], rising."""
+    """Indices of the rows of `batch` in the row group: int64 [batch.num_rows],
+    rising."""
     num_rows: int
     """Rows in the row group."""
     first_row: int
@@ -75,7 +81,8 @@ class StageShardView:
     output_stage: str = ""
     """The stage that writes."""
     settled_labels: tuple[str, ...] = ()
-    """Labels that are read from `settled_folder`, as `settling.settle_verdicts` wrote them."""
+    """Labels that are read from `settled_folder`, as `settling.settle_verdicts` wrote
+    them."""
     settled_folder: str = ""
     """Folder of the settled labels, below the corpus."""
 
@@ -89,13 +96,19 @@ class StageShardView:
             return parquet.metadata.num_rows
 
     def read_selected_rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
-        """Yields the documents to label, a row group at a time; those without a text only if "text"
-        is not among the columns. `columns`: columns of `DOCUMENT_SCHEMA` or labels as
-        "stage.label". "text" is the newest version a document has."""
-        needed = dict.fromkeys([*columns, *(self.where.label_names if self.where else ())])
+        """Yields the documents to label, a row group at a time; those without a text
+        only if "text" is not among the columns. `columns`: columns of `DOCUMENT_SCHEMA`
+        or labels as "stage.label". "text" is the newest version a document has."""
+        needed = dict.fromkeys(
+            [*columns, *(self.where.label_names if self.where else ())]
+        )
         first = 0
         for table in self.read_row_groups(list(needed)):
-            keep = self.where.evaluate(table) if self.where else np.ones(table.num_rows, np.bool_)
+            keep = (
+                self.where.evaluate(table)
+                if self.where
+                else np.ones(table.num_rows, np.bool_)
+            )
             if "text" in columns:
                 keep &= ~table.column("text").is_null().to_numpy(zero_copy_only=False)
             index = np.flatnonzero(keep)
@@ -106,8 +119,11 @@ class StageShardView:
             first += table.num_rows
 
     def read_row_groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Yields every row of the given columns, a row group at a time, whatever `where` says."""
-        stages = {stage for name in columns for stage, _ in self.find_column_sources(name)}
+        """Yields every row of the given columns, a row group at a time, whatever
+        `where` says."""
+        stages = {
+            stage for name in columns for stage, _ in self.find_column_sources(name)
+        }
         with ExitStack() as stack:
             files = {
                 stage: stack.enter_context(open_parquet(self.path(stage)))
@@ -129,7 +145,8 @@ class StageShardView:
         return reduce(lambda newer, older: newer.fill_null(older), arrays)
 
     def find_column_sources(self, column: str) -> list[tuple[str, str]]:
-        """Find the files that hold a column: (stage, column in its file), newest text first."""
+        """Find the files that hold a column: (stage, column in its file), newest text
+        first."""
         if column in self.settled_labels:
             return [(self.settled_folder, column)]
         if column == "text":
@@ -138,7 +155,8 @@ class StageShardView:
         return [(stage, label)] if dot else [(DOCUMENTS, column)]
 
     def open_writer(self, schema: pa.Schema) -> AbstractContextManager["ShardWriter"]:
-        """Writes this shard's labels: `write_selected_rows` for each of `read_selected_rows`."""
+        """Writes this shard's labels: `write_selected_rows` for each of
+        `read_selected_rows`."""
         return open_shard_writer(self.path(self.output_stage), schema)
 
 
@@ -149,21 +167,29 @@ class ShardWriter:
         self._parquet, self.counts = parquet, Counter[str]()
 
     def write_selected_rows(self, rows: RowGroup, labels: pa.RecordBatch) -> None:
-        """Writes the labels of `rows.batch`; the row group's other documents get nulls."""
+        """Writes the labels of `rows.batch`; the row group's other documents get
+        nulls."""
         if len(rows.row_indices) < rows.num_rows:
             places = np.full(rows.num_rows, -1, np.int64)
             places[rows.row_indices] = np.arange(len(rows.row_indices))
             labels = labels.take(pa.array(places, mask=places < 0))
         self.write_row_group(labels, num_labelled=len(rows.row_indices))
 
-    def write_row_group(self, batch: pa.RecordBatch, num_labelled: int | None = None) -> None:
+    def write_row_group(
+        self, batch: pa.RecordBatch, num_labelled: int | None = None
+    ) -> None:
         """Writes one row group."""
         self.counts["rows"] += batch.num_rows
-        self.counts["labelled"] += batch.num_rows if num_labelled is None else num_labelled
+        self.counts["labelled"] += (
+            batch.num_rows if num_labelled is None else num_labelled
+        )
         for field, column in zip(batch.schema, batch.columns, strict=True):
             if pa.types.is_boolean(field.type):
                 self.counts[f"{field.name}=true"] += column.sum().as_py() or 0
-            elif pa.types.is_string(field.type) and field.name not in DOCUMENT_SCHEMA.names:
+            elif (
+                pa.types.is_string(field.type)
+                and field.name not in DOCUMENT_SCHEMA.names
+            ):
                 for each in column.drop_null().value_counts().to_pylist():
                     self.counts[f"{field.name}={each['values']}"] += each["counts"]
         batch = batch.cast(self._parquet.schema)
@@ -172,7 +198,8 @@ class ShardWriter:
 
 @contextmanager
 def open_shard_writer(path: Path, schema: pa.Schema) -> Iterator[ShardWriter]:
-    """Opens a Parquet file to write, which appears when complete, with counts of its labels."""
+    """Opens a Parquet file to write, which appears when complete, with counts of its
+    labels."""
     with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
@@ -183,15 +210,16 @@ def open_shard_writer(path: Path, schema: pa.Schema) -> Iterator[ShardWriter]:
 
 
 def read_counts(path: Path) -> Counter[str]:
-    """Reads a finished shard's counts: rows, labelled ones, true flags and categories by value."""
+    """Reads a finished shard's counts: rows, labelled ones, true flags and categories
+    by value."""
     with open_parquet(path) as parquet:
         metadata = parquet.metadata.metadata or {}
     return Counter(json.loads(metadata.get(b"counts", b"{}")))
 
 
 FileIdentity = tuple[int, int, int]
-"""Inode, size in bytes and time of the last change in nanoseconds: equal only while a file is not
-replaced."""
+"""Inode, size in bytes and time of the last change in nanoseconds: equal only while a
+file is not replaced."""
 
 
 def read_file_identities(paths: Iterable[Path]) -> dict[Path, FileIdentity]:
@@ -207,10 +235,11 @@ def read_file_identities(paths: Iterable[Path]) -> dict[Path, FileIdentity]:
 def write_shard_checksums(
     folder: Path, paths: Sequence[Path], before: Mapping[Path, FileIdentity]
 ) -> str:
-    """Writes the list of the SHA-256s of a stage's shards into its folder; returns the list's own.
+    """Writes the list of the SHA-256s of a stage's shards into its folder; returns the
+    list's own.
 
-    A shard that the last list has and that is the file it was `before` keeps its SHA-256: damage
-    since then must not become what is checked against.
+    A shard that the last list has and that is the file it was `before` keeps its
+    SHA-256: damage since then must not become what is checked against.
     """
     with convert_write_errors(folder):
         text = ""
@@ -224,10 +253,11 @@ def write_shard_checksums(
 
 
 def verify_shards(folder: Path, paths: Sequence[Path], list_sha256: str | None) -> None:
-    """Reads the shards of a stage, and raises MaxlmError if one is not as it was written.
+    """Reads the shards of a stage, and raises MaxlmError if one is not as it was
+    written.
 
-    `list_sha256`: of the list of checksums in `folder`; None: the stage has none, and the checksums
-    of the pages are checked alone.
+    `list_sha256`: of the list of checksums in `folder`; None: the stage has none, and
+    the checksums of the pages are checked alone.
     """
     if list_sha256 is not None:
         check_files(folder, {"": list_sha256}, _REPAIR)
@@ -239,7 +269,8 @@ def verify_shards(folder: Path, paths: Sequence[Path], list_sha256: str | None) 
 
 
 def read_shard_checksums(folder: Path, list_sha256: str | None) -> dict[Path, str]:
-    """Reads the SHA-256 of each of a stage's shards; none if the stage has no list of them."""
+    """Reads the SHA-256 of each of a stage's shards; none if the stage has no list of
+    them."""
     if list_sha256 is None:
         return {}
     digest_by_name = read_checksums(folder, list_sha256, _REPAIR)
@@ -247,7 +278,8 @@ def read_shard_checksums(folder: Path, list_sha256: str | None) -> dict[Path, st
 
 
 def check_shard(path: Path, digest: str | None) -> None:
-    """Raises MaxlmError if a shard is not the one with this SHA-256; None: it is not known."""
+    """Raises MaxlmError if a shard is not the one with this SHA-256; None: it is not
+    known."""
     if digest is None:
         return
     with open_stream(path, "none"):  # Says what keeps a file from being read.

@@ -1,8 +1,9 @@
 """Stages of the corpus pipeline: settings that know how to label documents.
 
-A stage that looks at documents one by one is a `PerDocumentStage`; one that compares them with each
-other (deduplication) is a `CrossDocumentStage`. Neither changes a text, except that a stage whose
-schema has a column "text" writes a new version, which the stages after it read.
+A stage that looks at documents one by one is a `PerDocumentStage`; one that compares
+them with each other (deduplication) is a `CrossDocumentStage`. Neither changes a text,
+except that a stage whose schema has a column "text" writes a new version, which the
+stages after it read.
 """
 
 import hashlib
@@ -47,7 +48,8 @@ class JobRunner:
         step: str | None = None,
         num_done: int = 0,
     ) -> list[Result]:
-        """Runs a function over jobs, `num_done` being done before; returns results as they come."""
+        """Runs a function over jobs, `num_done` being done before; returns results as
+        they come."""
         title = self._title if step is None else f"{self._title}: {step}"
         results, total = [], len(jobs) + num_done
         self._progress(title, num_done, total)
@@ -58,25 +60,28 @@ class JobRunner:
 
 
 class Stage(Config):
-    """Settings that every stage has. A subclass adds `stage: Literal["kind"] = "kind"`."""
+    """Settings that every stage has. A subclass adds `stage: Literal["kind"] =
+    "kind"`."""
 
     stage: str
     """Kind of the stage."""
     name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$")
-    """Prefix of its labels, and its folder; null: its kind. For stages that come twice."""
+    """Prefix of its labels, and its folder; null: its kind. For stages that come
+    twice."""
     where: str | None = None
-    """Condition on the documents to label, an expression over the labels of earlier stages; null:
-    all. The others' labels are null."""
+    """Condition on the documents to label, an expression over the labels of earlier
+    stages; null: all. The others' labels are null."""
 
     document_columns: ClassVar[tuple[str, ...]] = ("text",)
     """The columns of the documents that it reads."""
     label_types: ClassVar[LabelTypes] = {}
-    """The columns that it adds. Strings that are no categories are large: they are not counted by
-    value."""
+    """The columns that it adds. Strings that are no categories are large: they are not
+    counted by value."""
     version: ClassVar[int] = 1
     """Raised when the same settings give other labels."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """Distributions of the extra `corpus` that it may import; see :meth:`list_packages`."""
+    """Distributions of the extra `corpus` that it may import; see
+    :meth:`list_packages`."""
     depends_on_unicode: ClassVar[bool] = False
     """Whether its labels depend on the version of Unicode's tables."""
     files_fix: ClassVar[str] = "check the names of the stage's files"
@@ -102,15 +107,18 @@ class Stage(Config):
         return pa.schema(dict(self.label_types))
 
     def list_packages(self) -> tuple[str, ...]:
-        """Lists packages that its settings import; their versions go into the manifest."""
+        """Lists packages that its settings import; their versions go into the
+        manifest."""
         return self.packages
 
     def list_input_files(self) -> Iterable[Path]:
-        """Lists the files whose content decides its labels: models, lists, evaluation sets."""
+        """Lists the files whose content decides its labels: models, lists, evaluation
+        sets."""
         return ()
 
     def fingerprint(self) -> str:
-        """A hash of all that decides its labels, but for the documents and labels it reads."""
+        """A hash of all that decides its labels, but for the documents and labels it
+        reads."""
         # `memory` changes no label, and `where` is in the key by other means.
         settings = self.model_dump(mode="json", exclude={"where", "memory"})
         parts = [type(self).__name__, self.version, settings]
@@ -118,25 +126,33 @@ class Stage(Config):
             parts += [(path.name, hash_file(path)) for path in self.list_input_files()]
         except OSError as error:
             what = f"cannot read {error.filename}: {error.strerror}"
-            raise MaxlmError(what, where=self.unique_name, fix=self.files_fix) from error
+            raise MaxlmError(
+                what, where=self.unique_name, fix=self.files_fix
+            ) from error
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return f"{digest} {UNICODE}" if self.depends_on_unicode else digest
 
 
 class PerDocumentStage(Stage):
-    """A stage that labels each document by itself; opening it, once a process, loads models."""
+    """A stage that labels each document by itself; opening it, once a process, loads
+    models."""
 
     @abstractmethod
     def make_row_label_fn(self) -> Callable[..., Mapping[str, Any]]:
-        """Returns a function from a row's `input_columns` to labels by name; others are null."""
+        """Returns a function from a row's `input_columns` to labels by name; others are
+        null."""
 
     def make_batch_label_fn(self) -> BatchLabelFn:
         """The labelling function of a batch."""
         label, schema = self.make_row_label_fn(), self.schema()
 
         def label_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-            # A row at a time: as Python values a batch would take several times its size.
-            rows = [label(*(v.as_py() for v in row)) for row in zip(*batch.columns, strict=True)]
+            # A row at a time: as Python values a batch would take several times its
+            # size.
+            rows = [
+                label(*(v.as_py() for v in row))
+                for row in zip(*batch.columns, strict=True)
+            ]
             return pa.RecordBatch.from_pylist(rows, schema=schema)
 
         return label_rows
@@ -145,45 +161,55 @@ class PerDocumentStage(Stage):
 class CrossDocumentStage(Stage):
     """A stage that compares documents with each other: all that `where` selects.
 
-    Which of several documents keeps a text depends on rules, so its `verdicts` are settled for each
-    set of rules (`maxlm.corpus.settling`), from what it finds."""
+    Which of several documents keeps a text depends on rules, so its `verdicts` are
+    settled for each set of rules (`maxlm.corpus.settling`), from what it finds."""
 
     keep_by: str | None = None
-    """The label by which the best of several documents is kept: the highest value wins, or with a
-    minus in front ("-perplexity.value") the lowest; null, and among equals: the first document.
-    Where rules name several stages that compare documents, one order goes for all of them: one
-    label, which need be named once."""
+    """The label by which the best of several documents is kept: the highest value wins,
+    or with a minus in front ("-perplexity.value") the lowest; null, and among equals:
+    the first document. Where rules name several stages that compare documents, one
+    order goes for all of them: one label, which need be named once."""
     memory: int = Field(default=1 << 29, ge=1 << 10)
     """Bytes that a job may use, about; smaller means more files and jobs."""
 
     verdicts: ClassVar[Verdicts] = {}
-    """Labels that say which of several documents loses a text, and what they are of a document that
-    loses none. The stage's file has them as if every rule kept every document."""
+    """Labels that say which of several documents loses a text, and what they are of a
+    document that loses none. The stage's file has them as if every rule kept every
+    document."""
 
     internal_labels: ClassVar[tuple[str, ...]] = ()
     """Labels from which verdicts are settled, and which tell a person nothing."""
 
     @property
     def neutral_verdicts(self) -> Verdicts:
-        """The values of `verdicts` for a document that loses no text, by "stage.label"."""
-        return {f"{self.unique_name}.{name}": value for name, value in self.verdicts.items()}
+        """The values of `verdicts` for a document that loses no text, by
+        "stage.label"."""
+        return {
+            f"{self.unique_name}.{name}": value for name, value in self.verdicts.items()
+        }
 
     @property
     def input_labels(self) -> Mapping[str, Literal["numbers", "strings"]]:
-        return {} if self.keep_by is None else {self.keep_by.removeprefix("-"): "numbers"}
+        return (
+            {} if self.keep_by is None else {self.keep_by.removeprefix("-"): "numbers"}
+        )
 
     @abstractmethod
-    def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
+    def label(
+        self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner
+    ) -> None:
         """Write the labels of every shard (`StageShardView.open_writer`).
 
-        Large work goes through `run_jobs`, in jobs whose memory does not grow with the corpus;
-        they pass data on by files in `scratch`, which stays if the run is killed and is deleted
-        when the stage is done. The labels must not depend on the order in which jobs finish.
+        Large work goes through `run_jobs`, in jobs whose memory does not grow with the
+        corpus; they pass data on by files in `scratch`, which stays if the run is
+        killed and is deleted when the stage is done. The labels must not depend on the
+        order in which jobs finish.
         """
 
 
 class ShardLabeller:
-    """Writes a stage's labels, shard by shard; the stage is opened with the first of them."""
+    """Writes a stage's labels, shard by shard; the stage is opened with the first of
+    them."""
 
     def __init__(self, stage: PerDocumentStage):
         self._stage = stage

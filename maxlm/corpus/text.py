@@ -1,15 +1,18 @@
-"""Characters, words and symbols of running text, in every script, and Unicode's normal forms.
+"""Characters, words and symbols of running text, in every script, and Unicode's normal
+forms.
 
 Words and symbols are found by a simplification of UAX #29:
 
-- A *word* is a run of letters, marks and digits, over a single full stop, middle dot or underscore
-  between two of them (e.g, snake_case) and a comma between digits (1,000). An apostrophe between
-  two begins a word, as tokenizers for English and French have it: it 's, don 't, l 'homme.
-- In scripts that put no spaces between words (Han, Hiragana, Thai, Lao, Khmer, Myanmar) each
-  letter with its marks is a word.
-- Every other visible character is a *symbol*; a run of the same one (`...`, `-----`) is one.
-- Marks and format characters (joiners, soft hyphens, variation selectors) belong to what they
-  follow, and are nothing after a space.
+- A *word* is a run of letters, marks and digits, over a single full stop, middle dot or
+  underscore between two of them (e.g, snake_case) and a comma between digits (1,000).
+  An apostrophe between two begins a word, as tokenizers for English and French have it:
+  it 's, don 't, l 'homme.
+- In scripts that put no spaces between words (Han, Hiragana, Thai, Lao, Khmer, Myanmar)
+  each letter with its marks is a word.
+- Every other visible character is a *symbol*; a run of the same one (`...`, `-----`) is
+  one.
+- Marks and format characters (joiners, soft hyphens, variation selectors) belong to
+  what they follow, and are nothing after a space.
 """
 
 import re
@@ -25,13 +28,16 @@ import regex
 from maxlm.config import Config
 
 SPACE, ALONE, EXTEND = (1 << i for i in range(3))
-"""Bits of a character's class: white space (`str.isspace`); a letter of a script without spaces,
-which is a word by itself; a mark or format character, which belongs to what it follows."""
+"""Bits of a character's class: white space (`str.isspace`); a letter of a script
+without spaces, which is a word by itself; a mark or format character, which belongs to
+what it follows."""
 
 UNICODE = f"Unicode {unicodedata.unidata_version}"
 """The version of these tables, those of the running Python, on which labels depend."""
 
-_ASSIGNED = 0x34000  # No letters or marks above, but for the variation selectors at E0000.
+_ASSIGNED = (
+    0x34000  # No letters or marks above, but for the variation selectors at E0000.
+)
 ALONE_RANGES = (
     (0xE00, 0xEFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3040, 0x309F),
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
@@ -62,7 +68,8 @@ _LETTER = rf"[\p{{L}}\p{{N}}--[\p{{L}}&&[{_ALONE}]]]"
 _REST = rf"[\p{{L}}\p{{N}}\p{{M}}\p{{Cf}}--[\p{{L}}&&[{_ALONE}]]]"
 _MARKS = r"[\p{M}\p{Cf}]*+"
 WORD = regex.compile(rf"(?V1)[\p{{L}}&&[{_ALONE}]]{_MARKS}|{_LETTER}{_REST}*+")
-"""A run of letters, marks and digits, or a letter of a script without spaces, with its marks."""
+"""A run of letters, marks and digits, or a letter of a script without spaces, with its
+marks."""
 _TOKEN = regex.compile(
     rf"""(?V1)[\p{{L}}&&[{_ALONE}]]{_MARKS}
     | (?: (?<={_REST})['’] )? {_LETTER}{_REST}*+
@@ -93,10 +100,11 @@ _JOINER = "\u034f"  # COMBINING GRAPHEME JOINER, which marks do not move across.
 
 
 def normalize(form: Literal["NFC", "NFD", "NFKC", "NFKD"], text: str) -> str:
-    """Normalizes a text as `unicodedata.normalize` does, but for runs of more than 30 marks.
+    """Normalizes a text as `unicodedata.normalize` does, but for runs of more than 30
+    marks.
 
-    It takes a time for them that grows with their square: they are broken by U+034F, as in UAX
-    #15's stream-safe format.
+    It takes a time for them that grows with their square: they are broken by U+034F, as
+    in UAX #15's stream-safe format.
     """
     if not text.isascii():
         text = _LONG_RUN.sub(rf"\g<0>{_JOINER}", text)
@@ -104,15 +112,21 @@ def normalize(form: Literal["NFC", "NFD", "NFKC", "NFKD"], text: str) -> str:
 
 
 # Scripts written without spaces, here with Katakana: each character is a word.
-_SOLID = "".join(f"{chr(first)}-{chr(last)}" for first, last in (*ALONE_RANGES, (0x30A0, 0x30FF)))
-# Python counts vowel signs and joiners of Indic, Arabic and Hebrew script as no letters.
-_LETTERS = r"\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff\u0f00-\u0fff"
+_SOLID = "".join(
+    f"{chr(first)}-{chr(last)}" for first, last in (*ALONE_RANGES, (0x30A0, 0x30FF))
+)
+# Python counts vowel signs and joiners of Indic, Arabic and Hebrew script as no
+# letters.
+_LETTERS = (
+    r"\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff\u0f00-\u0fff"
+)
 WORD_PATTERN = rf"[{_SOLID}]|(?:(?![{_SOLID}])[{_LETTERS}])+|[^\w\s\x00-\x1f\x7f-\x9f]"
 """A word, a character of a script without spaces, or a symbol."""
 _WORD = re.compile(WORD_PATTERN)
 ACCENT = re.compile("[\u0300-\u036f]")
 _DIGIT = re.compile(r"\d")
-# None of ASCII: texts of ASCII alone skip this, and a line's words hang on no other line.
+# None of ASCII: texts of ASCII alone skip this, and a line's words hang on no other
+# line.
 _PUNCTUATION = str.maketrans(
     {
         **dict.fromkeys("“”„‟«»「」『』《》〈〉", '"'),
@@ -139,13 +153,14 @@ class LineSplitterConfig(Config):
     digits: bool = True
     """Every digit becomes 0."""
     tokenizer: str | None = None
-    """A folder with a tokenizer of maxlm, whose tokens are the words; null: runs of letters and
-    digits, other characters one by one, as are those of scripts that put no spaces."""
+    """A folder with a tokenizer of maxlm, whose tokens are the words; null: runs of
+    letters and digits, other characters one by one, as are those of scripts that put no
+    spaces."""
 
 
 def make_line_splitter(config: LineSplitterConfig) -> Callable[[str], Iterator[str]]:
-    """Makes a function from a text to its lines, of words separated by spaces; none without words.
-    Punctuation is unified as in CCNet."""
+    """Makes a function from a text to its lines, of words separated by spaces; none
+    without words. Punctuation is unified as in CCNet."""
     split = _WORD.findall
     if config.tokenizer is not None:
         from maxlm.data.tokenizer import load_tokenizer

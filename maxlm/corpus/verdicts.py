@@ -1,8 +1,8 @@
 """Which labels of a corpus depend on rules, for a set of rules.
 
-Stages that compare documents find what is alike; which of the documents alike loses a text is a
-*verdict*, and depends on which documents the rules keep. So do all labels of a stage whose `where`
-names a verdict: of a document that loses a text they are null.
+Stages that compare documents find what is alike; which of the documents alike loses a
+text is a *verdict*, and depends on which documents the rules keep. So do all labels of
+a stage whose `where` names a verdict: of a document that loses a text they are null.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,9 @@ class VerdictPlan:
     stages: tuple[VerdictStage, ...]
     """The stages whose labels matter, in the recipe's order."""
     phases: tuple[tuple[VerdictStage, ...], ...]
-    """The same stages: those on which it depends which documents are kept; then, if they can wait,
-    those of which spans are cut out of kept documents and nothing else."""
+    """The same stages: those on which it depends which documents are kept; then, if
+    they can wait, those of which spans are cut out of kept documents and nothing
+    else."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -43,9 +44,11 @@ class VerdictPlan:
         return tuple(name for stage in self.stages for name in stage.labels)
 
 
-def plan_verdicts(recipe: RecipeConfig, rules: FilterRules, error_location: str) -> VerdictPlan:
-    """Finds the labels that must be settled for `rules`. Raises MaxlmError where stages that must
-    be settled together keep by different labels."""
+def plan_verdicts(
+    recipe: RecipeConfig, rules: FilterRules, error_location: str
+) -> VerdictPlan:
+    """Finds the labels that must be settled for `rules`. Raises MaxlmError where stages
+    that must be settled together keep by different labels."""
     dependent: set[str] = set()
     bound: list[tuple[Stage, Expression | None, list[str]]] = []
     for number, stage in enumerate(recipe.stages):
@@ -56,7 +59,9 @@ def plan_verdicts(recipe: RecipeConfig, rules: FilterRules, error_location: str)
             where = None if dependent.isdisjoint(condition.label_names) else condition
         names = [f"{stage.unique_name}.{field.name}" for field in stage.schema()]
         if where is None:
-            verdicts = stage.neutral_verdicts if isinstance(stage, CrossDocumentStage) else {}
+            verdicts = (
+                stage.neutral_verdicts if isinstance(stage, CrossDocumentStage) else {}
+            )
             names = [name for name in names if name in verdicts]
         dependent.update(names)
         bound.append((stage, where, names))
@@ -70,10 +75,16 @@ def plan_verdicts(recipe: RecipeConfig, rules: FilterRules, error_location: str)
             continue
         if isinstance(stage, CrossDocumentStage):
             # All of its verdicts, for people to see.
-            used = [name for name in names if name in needed or name in stage.neutral_verdicts]
+            used = [
+                name
+                for name in names
+                if name in needed or name in stage.neutral_verdicts
+            ]
         is_cut = any(name in rules.cut for name in names)
         stages.append(VerdictStage(stage, where, tuple(used), is_cut))
-    return VerdictPlan(tuple(stages), _make_phases(stages, needed_by_keep, error_location))
+    return VerdictPlan(
+        tuple(stages), _make_phases(stages, needed_by_keep, error_location)
+    )
 
 
 def _find_needed(
@@ -90,9 +101,12 @@ def _find_needed(
 def _make_phases(
     stages: Sequence[VerdictStage], needed_by_keep: set[str], error_location: str
 ) -> tuple[tuple[VerdictStage, ...], ...]:
-    deciding = [stage for stage in stages if not needed_by_keep.isdisjoint(stage.labels)]
+    deciding = [
+        stage for stage in stages if not needed_by_keep.isdisjoint(stage.labels)
+    ]
     waiting = [stage for stage in stages if stage not in deciding]
-    # What one stage cuts may be what another keeps: those that cut are settled together.
+    # What one stage cuts may be what another keeps: those that cut are settled
+    # together.
     if waiting and any(stage.is_cut for stage in deciding):
         deciding = list(stages)
         waiting = []
@@ -102,7 +116,8 @@ def _make_phases(
         if len(keep_by) > 1:
             (first, first_label), (second, second_label) = keep_by[:2]
             message = (
-                f"{first} keeps by {first_label} and {second} by {second_label}: what one of them "
+                f"{first} keeps by {first_label} and {second} by {second_label}: what "
+                f"one of them "
                 "keeps might lose its text by the other"
             )
             fix = "give both the same keep_by, or name the verdicts of one of them in no rule"
@@ -111,8 +126,8 @@ def _make_phases(
 
 
 def get_order_labels(phase: Sequence[VerdictStage]) -> list[tuple[str, str]]:
-    """Returns the different labels by which stages of a phase keep, each with the first stage that
-    does."""
+    """Returns the different labels by which stages of a phase keep, each with the first
+    stage that does."""
     labels: dict[str, str] = {}
     for bound in phase:
         stage = bound.stage

@@ -26,10 +26,11 @@ class BatchArraySpec:
 
 
 class BatchSource(Protocol):
-    """Makes the batch of every step; small to pickle, so that worker processes get a copy.
+    """Makes the batch of every step; small to pickle, so that worker processes get a
+    copy.
 
-    A row depends on the step and its global number alone: runs resume at any step on any number
-    of hosts, each of which makes the rows that its devices hold.
+    A row depends on the step and its global number alone: runs resume at any step on
+    any number of hosts, each of which makes the rows that its devices hold.
     """
 
     @property
@@ -38,5 +39,6 @@ class BatchSource(Protocol):
         ...
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
-        """Returns the given global rows [n] of the batch of ``step``, as arrays [n, ...]."""
+        """Returns the given global rows [n] of the batch of ``step``, as arrays [n,
+        ...]."""
         ...

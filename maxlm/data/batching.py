@@ -12,7 +12,8 @@ def batch_by_size(
     max_size: int,
     max_items: int | None = None,
 ) -> Iterator[list[Item]]:
-    """Yields lists of items in order; the item by which a list reaches either limit is its last."""
+    """Yields lists of items in order; the item by which a list reaches either limit is
+    its last."""
     batch, size = list[Item](), 0
     for item in items:
         batch.append(item)

@@ -28,8 +28,8 @@ _ROWS_WITH_COLUMNS = 1000
 
 @dataclass(frozen=True)
 class RowFiles:
-    """The rows of some files by number, one file after the other, in the forms that tasks read
-    (:mod:`maxlm.data.row_forms`); small to pickle."""
+    """The rows of some files by number, one file after the other, in the forms that
+    tasks read (:mod:`maxlm.data.row_forms`); small to pickle."""
 
     paths: tuple[Path, ...]
     starts: tuple[int, ...]
@@ -48,10 +48,13 @@ class RowFiles:
         try:
             return convert_row(content, self.columns)
         except MaxlmError as error:
-            raise MaxlmError(error.what, where=self.locate(index), fix=error.fix) from error
+            raise MaxlmError(
+                error.what, where=self.locate(index), fix=error.fix
+            ) from error
 
     def locate(self, index: int) -> str:
-        """Returns the file and the place in it of a row, counted from 0, for messages."""
+        """Returns the file and the place in it of a row, counted from 0, for
+        messages."""
         file, row = self._find(index)
         return f"{self.paths[file]}: row {row}"
 
@@ -61,13 +64,16 @@ class RowFiles:
 
 
 def open_rows(*paths: str | Path, columns: Mapping[str, str] | None = None) -> RowFiles:
-    """Opens files of rows: ``.jsonl`` and ``.json``, also compressed (``.gz``, ``.zst``),
-    ``.parquet``, ``.arrow`` streams, and folders that Hugging Face's ``datasets`` saved. Raises
-    MaxlmError: a file that is missing, empty or none of these, or one without a column that
-    ``columns`` (names in the files by the names that tasks read) names."""
+    """Opens files of rows: ``.jsonl`` and ``.json``, also compressed (``.gz``,
+    ``.zst``), ``.parquet``, ``.arrow`` streams, and folders that Hugging Face's
+    ``datasets`` saved. Raises MaxlmError: a file that is missing, empty or none of
+    these, or one without a column that ``columns`` (names in the files by the names
+    that tasks read) names."""
     columns = columns or {}
     opened = [Path(path) for path in paths]
-    _OPENED.update((path, _read_file(path)) for path in opened)  # they may be written anew
+    _OPENED.update(
+        (path, _read_file(path)) for path in opened
+    )  # they may be written anew
     sizes = [len(_OPENED[path]) for path in opened]
     for path in opened if columns else ():
         check_columns_exist(_list_first_rows(_OPENED[path]), columns, str(path))
@@ -75,7 +81,8 @@ def open_rows(*paths: str | Path, columns: Mapping[str, str] | None = None) -> R
 
 
 def _list_first_rows(rows: Any) -> list[dict[str, Any]]:
-    """The first rows that can be read; what is wrong with others is said when they are read."""
+    """The first rows that can be read; what is wrong with others is said when they are
+    read."""
     readable = []
     for index in range(min(len(rows), _ROWS_WITH_COLUMNS)):
         with suppress(MaxlmError):
@@ -97,7 +104,9 @@ class _JsonLines:
     def __getitem__(self, index: int) -> dict[str, Any]:
         fault = ""
         try:
-            if isinstance(row := json.loads(self._data[slice(*self._spans[index])]), dict):
+            if isinstance(
+                row := json.loads(self._data[slice(*self._spans[index])]), dict
+            ):
                 return row
         except (ValueError, RecursionError) as error:
             fault = f" ({error})"
@@ -106,8 +115,9 @@ class _JsonLines:
 
 
 class _ArrowRows:
-    """Rows of an Arrow table, without the nulls within their structs: a struct has every field
-    that any row's has, so that null there means that the row says nothing."""
+    """Rows of an Arrow table, without the nulls within their structs: a struct has
+    every field that any row's has, so that null there means that the row says
+    nothing."""
 
     def __init__(self, table: Any):
         self._table = table
@@ -124,7 +134,9 @@ class _ArrowRows:
 
 def _has_struct(kind: Any) -> bool:
     children = [kind.field(i).type for i in range(kind.num_fields)]
-    return str(kind).startswith("struct") or any(_has_struct(child) for child in children)
+    return str(kind).startswith("struct") or any(
+        _has_struct(child) for child in children
+    )
 
 
 def _drop_nested_nulls(value: Any) -> Any:
@@ -154,7 +166,9 @@ def _read_file(path: Path) -> Any:
         with path.open("rb") as file:
             empty = not os.fstat(file.fileno()).st_size
             read = mmap.ACCESS_READ
-            rows = _JsonLines(path, b"" if empty else mmap.mmap(file.fileno(), 0, access=read))
+            rows = _JsonLines(
+                path, b"" if empty else mmap.mmap(file.fileno(), 0, access=read)
+            )
     if not len(rows):
         raise MaxlmError("the file has no rows", where=str(path), fix="give it some")
     return rows
@@ -174,7 +188,8 @@ def _list_arrow_files(folder: Path) -> list[Path]:
     files = read_json_object(state, _FIX).get("_data_files") or []
     is_list = isinstance(files, list) and all(isinstance(file, dict) for file in files)
     names = [file.get("filename") for file in files] if is_list else []
-    # The folder is the whole of a dataset: a name elsewhere is refused, as of a checkpoint's.
+    # The folder is the whole of a dataset: a name elsewhere is refused, as of a
+    # checkpoint's.
     if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
         what = "no saved dataset in this folder: its _data_files name no files here"
         raise MaxlmError(what, where=str(state), fix=_FIX)

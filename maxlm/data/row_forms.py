@@ -1,13 +1,17 @@
 """Rows of files in the forms of other tools, brought into the forms that tasks read.
 
-Tasks read the columns ``messages``, ``prompt``, ``completion``, ``chosen``, ``rejected`` and
-``label`` (:mod:`maxlm.data.conversations`). Two other forms are common:
+Tasks read the columns ``messages``, ``prompt``, ``completion``, ``chosen``,
+``rejected`` and ``label`` (:mod:`maxlm.data.conversations`). Two other forms are
+common:
 
-- ShareGPT: a list ``conversations`` of {"from": ..., "value": ...}, with speakers ``human``,
-  ``gpt``, ``function_call`` and ``observation``, and perhaps a column ``system``.
-- Alpaca: ``instruction``, ``input`` and ``output``, and perhaps ``system`` and ``history``.
+- ShareGPT: a list ``conversations`` of {"from": ..., "value": ...}, with speakers
+  ``human``, ``gpt``, ``function_call`` and ``observation``, and perhaps a column
+  ``system``.
+- Alpaca: ``instruction``, ``input`` and ``output``, and perhaps ``system`` and
+  ``history``.
 
-A conversion adds columns and removes none, so that a task of one's own still finds what it reads.
+A conversion adds columns and removes none, so that a task of one's own still finds what
+it reads.
 """
 
 import json
@@ -34,14 +38,18 @@ def convert_row(row: Row, columns: Mapping[str, str]) -> Row:
     """Returns a row with the columns that tasks read, those of its own among them.
 
     Args:
-        columns: names in the file by the names that tasks read: {"prompt": "question"}. Columns
-            that the row lacks are passed over.
+        columns: names in the file by the names that tasks read: {"prompt": "question"}.
+            Columns that the row lacks are passed over.
     """
     row = rename_columns(row, columns)
     # Parquet has null where a row lacks a column that another has.
     if row.get("messages") is None and isinstance(row.get("conversations"), list):
         row = _convert_sharegpt(row)
-    elif row.get("messages") is None and row.get("prompt") is None and "instruction" in row:
+    elif (
+        row.get("messages") is None
+        and row.get("prompt") is None
+        and "instruction" in row
+    ):
         row = _convert_alpaca(row)
     for name in ("messages", "prompt", *_ANSWER_COLUMNS):
         if _has_speakers(row.get(name)):
@@ -81,8 +89,12 @@ def _convert_alpaca(row: Row) -> Row:
         messages.append({"role": "assistant", "content": answer})
     parts = [part for part in (row["instruction"], row.get("input")) if part]
     if not parts or not all(isinstance(part, str) for part in parts):
-        what = "instruction and input are no text" if parts else "the instruction is empty"
-        raise MaxlmError(what, where="instruction", fix="write text there, or leave the row out")
+        what = (
+            "instruction and input are no text" if parts else "the instruction is empty"
+        )
+        raise MaxlmError(
+            what, where="instruction", fix="write text there, or leave the row out"
+        )
     messages.append({"role": "user", "content": "\n".join(parts)})
     converted = row | {"prompt": messages}
     if "output" in row and row.get("completion") is None:
@@ -108,7 +120,9 @@ def _wrap_message(answer: Any) -> Any:
 def _has_speakers(value: Any) -> bool:
     """Whether a value is a list of messages with ShareGPT's ``from`` or ``value``."""
     is_list = isinstance(value, list)
-    return is_list and any(isinstance(m, Mapping) and {"from", "value"} & {*m} for m in value)
+    return is_list and any(
+        isinstance(m, Mapping) and {"from", "value"} & {*m} for m in value
+    )
 
 
 def _convert_message(message: Any) -> Any:
@@ -142,7 +156,8 @@ def _parse_function_calls(text: Any) -> list[dict[str, Any]]:
 def check_columns_exist(
     rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], where: str
 ) -> None:
-    """Checks that each column that a map names is in one of some rows; raises MaxlmError."""
+    """Checks that each column that a map names is in one of some rows; raises
+    MaxlmError."""
     present = dict.fromkeys(name for row in rows for name in row)
     for name, source in columns.items():
         if source not in present:

@@ -1,8 +1,9 @@
-"""Batches from rows of dictionaries: prompts with answers, chosen and rejected ones, messages.
+"""Batches from rows of dictionaries: prompts with answers, chosen and rejected ones,
+messages.
 
-Rows are encoded, padded, or packed several into one, and shuffled anew each epoch. Which examples a
-row has is a function of the seed alone, and where it stands of the seed and the epoch, so that any
-row of any batch is found in O(1).
+Rows are encoded, padded, or packed several into one, and shuffled anew each epoch.
+Which examples a row has is a function of the seed alone, and where it stands of the
+seed and the epoch, so that any row of any batch is found in O(1).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,9 @@ from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 from maxlm.data.row_files import RowFiles
 
 Encode = Callable[[dict[str, Any]], Mapping[str, Any]]
-"""A row of a file to arrays by name; pure, and pickles. Along "seq", always the first axis, an
-array is as long as the example, at most a row's length; one without "seq" is the example's entry of
-the row's array."""
+"""A row of a file to arrays by name; pure, and pickles. Along "seq", always the first
+axis, an array is as long as the example, at most a row's length; one without "seq" is
+the example's entry of the row's array."""
 
 # Examples that are packed together.
 PACKING_BLOCK = 16384
@@ -63,7 +64,9 @@ class RowSource:
         epochs, places = np.divmod(indices, self.rows_per_epoch)
         present = np.ones(len(indices), bool) if self.endless else epochs == 0
         if self.shuffle_key is not None:
-            places = permute(places, self.rows_per_epoch, derive_keys(self.shuffle_key, epochs))
+            places = permute(
+                places, self.rows_per_epoch, derive_keys(self.shuffle_key, epochs)
+            )
         batch = {
             name: np.zeros((len(indices), *array.shape), array.dtype)
             for name, array in self.arrays.items()
@@ -81,10 +84,15 @@ class RowSource:
             along = (name for name, array in self.arrays.items() if "seq" in array.axes)
             length = max(len(encoded[name]) for name in along if name in encoded)
             if length > (room := _room(self.arrays)):
-                what = f"an example of {length} tokens, where a row of a batch has {room}"
+                what = (
+                    f"an example of {length} tokens, where a row of a batch has {room}"
+                )
                 fix = "raise data.seq_len, or let the task cut its examples"
                 raise MaxlmError(what, where=self.file.locate(example), fix=fix)
-            own = {"positions": np.arange(length), "segment_ids": np.ones(length, np.int32)}
+            own = {
+                "positions": np.arange(length),
+                "segment_ids": np.ones(length, np.int32),
+            }
             own |= {name: np.asarray(value) for name, value in encoded.items()}
             for name, array in self.arrays.items():
                 value = own[name]
@@ -93,7 +101,10 @@ class RowSource:
                     continue
                 if name.endswith("segment_ids"):
                     count = int(value.max(initial=0))
-                    value, segments[name] = value + segments[name], segments[name] + count
+                    value, segments[name] = (
+                        value + segments[name],
+                        segments[name] + count,
+                    )
                 batch[name][i, start : start + len(value)] = value
             start += length
 
@@ -129,15 +140,15 @@ def make_row_source(
     """Makes a batch source of a file's rows, each example exactly once an epoch.
 
     Args:
-        arrays: a row's, which ``encode`` fills, but for ``segment_ids`` and ``positions``: where it
-            leaves them out, they number the examples of a row from 1 and the tokens of each from 0.
-            Segments that it does number, from 1 on, in ``*segment_ids``, are numbered on from
-            example to example. An array without the axis "seq" has its examples along its first.
-            Zeros pad all else.
+        arrays: a row's, which ``encode`` fills, but for ``segment_ids`` and
+            ``positions``: where it leaves them out, they number the examples of a row
+            from 1 and the tokens of each from 0. Segments that it does number, from 1
+            on, in ``*segment_ids``, are numbered on from example to example. An array
+            without the axis "seq" has its examples along its first. Zeros pad all else.
         examples: the rows of the file to read; None: all.
         lengths: tokens of each of ``examples``; needed if several share a row.
-        examples_per_row: the most that share a row, each in the fullest row that has room for it
-            (best-fit decreasing); None: as many as there is room for.
+        examples_per_row: the most that share a row, each in the fullest row that has
+            room for it (best-fit decreasing); None: as many as there is room for.
         shuffle: False keeps the file's order.
         endless: False reads the file once.
     """
@@ -147,7 +158,9 @@ def make_row_source(
     if examples_per_row != 1:
         assert lengths is not None
         if key is not None:
-            order = permute(np.arange(len(examples)), len(examples), derive_key(seed, "packing"))
+            order = permute(
+                np.arange(len(examples)), len(examples), derive_key(seed, "packing")
+            )
             examples, lengths = examples[order], lengths[order]
         examples, offsets = _pack(examples, lengths, _room(arrays), examples_per_row)
     return RowSource(

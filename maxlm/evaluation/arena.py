@@ -1,4 +1,5 @@
-"""A page to compare models blindly: two answers side by side, a vote, then the names."""
+"""A page to compare models blindly: two answers side by side, a vote, then the
+names."""
 
 import json
 import random
@@ -29,7 +30,8 @@ _Messages = Annotated[list[dict[str, str]], Field(min_length=1)]
 
 
 class AnswerBody(BaseModel):
-    """A conversation to go on with, by one side of a battle; a new name begins a battle."""
+    """A conversation to go on with, by one side of a battle; a new name begins a
+    battle."""
 
     battle: str
     side: Literal["a", "b"]
@@ -46,25 +48,41 @@ class VoteBody(BaseModel):
 
 
 class Arena:
-    """Battles between models; those with a vote are in an SQLite file. Before the vote nothing that
-    is sent to a browser names a model."""
+    """Battles between models; those with a vote are in an SQLite file. Before the vote
+    nothing that is sent to a browser names a model."""
 
-    def __init__(self, endpoints: Sequence[ChatEndpoint], database: Path, **options: float):
+    def __init__(
+        self, endpoints: Sequence[ChatEndpoint], database: Path, **options: float
+    ):
         self._endpoints = {endpoint.model: endpoint for endpoint in endpoints}
         if len(self._endpoints) < max(2, len(endpoints)):
             what = "an arena needs two models or more, of different names"
-            raise MaxlmError(what, where=", ".join(self._endpoints), fix="serve with --name")
+            raise MaxlmError(
+                what, where=", ".join(self._endpoints), fix="serve with --name"
+            )
         self._database, self._options = database, options
-        self._battles: dict[str, list[str]] = {}  # both models; none are left after the vote
-        self._execute(f"create table if not exists battles ({', '.join(BATTLE_COLUMNS)})")
+        self._battles: dict[
+            str, list[str]
+        ] = {}  # both models; none are left after the vote
+        self._execute(
+            f"create table if not exists battles ({', '.join(BATTLE_COLUMNS)})"
+        )
 
     def make_app(self) -> Starlette:
         """Returns the page's server."""
-        gets: Any = {"/": self._show_page, "/leaderboard": self._show_page, "/ratings": self._rate}
+        gets: Any = {
+            "/": self._show_page,
+            "/leaderboard": self._show_page,
+            "/ratings": self._rate,
+        }
         routes = [Route(path, answer) for path, answer in gets.items()]
         posts: Any = {"/answer": self._answer, "/vote": self._vote}
-        routes += [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
-        handlers = dict.fromkeys((ApiError, ValidationError), lambda _, e: make_error_response(e))
+        routes += [
+            Route(path, answer, methods=["POST"]) for path, answer in posts.items()
+        ]
+        handlers = dict.fromkeys(
+            (ApiError, ValidationError), lambda _, e: make_error_response(e)
+        )
         return Starlette(routes=routes, exception_handlers=handlers)
 
     def _execute(self, statement: str, *values: Any) -> None:
@@ -75,17 +93,23 @@ class Arena:
         return make_page_response(Path(__file__).with_name("arena.html"))
 
     async def _rate(self, request: Request) -> Response:
-        found = await run_in_threadpool(lambda: compute_leaderboard(read_battles(self._database)))
+        found = await run_in_threadpool(
+            lambda: compute_leaderboard(read_battles(self._database))
+        )
         return JSONResponse(found)
 
     async def _answer(self, request: Request) -> Response:
         """Answers with a text as it comes, and a NUL behind it if it is complete."""
         body = AnswerBody.model_validate_json(await request.body())
         if len(body.messages) == 1:
-            self._battles.setdefault(body.battle, random.sample(list(self._endpoints), 2))
+            self._battles.setdefault(
+                body.battle, random.sample(list(self._endpoints), 2)
+            )
             while len(self._battles) > MAX_OPEN_BATTLES:
                 del self._battles[next(iter(self._battles))]
-        if not (models := self._battles.get(body.battle)):  # also one from before a restart
+        if not (
+            models := self._battles.get(body.battle)
+        ):  # also one from before a restart
             raise ApiError(409, "this battle is over")
         model = models["ab".index(body.side)]
 
@@ -93,7 +117,9 @@ class Arena:
             try:
                 yield from self._endpoints[model].stream(body.messages, **self._options)
                 yield "\0"
-            except Exception as error:  # Its text may name the model: it is for the server alone.
+            except (
+                Exception
+            ) as error:  # Its text may name the model: it is for the server alone.
                 print(f"{model}: {error}", file=sys.stderr, flush=True)
 
         return StreamingResponse(stream(), media_type="text/plain")
@@ -102,7 +128,9 @@ class Arena:
         body = VoteBody.model_validate_json(await request.body())
         if not (models := self._battles.get(body.battle)):
             raise ApiError(409, "no battle without a vote")
-        talks = (json.dumps(talk) for talk in (body.conversation_a, body.conversation_b))
+        talks = (
+            json.dumps(talk) for talk in (body.conversation_a, body.conversation_b)
+        )
         values = (*models, body.winner, time.time(), *talks)
         self._execute("insert into battles values (?, ?, ?, ?, ?, ?)", *values)
         self._battles[body.battle] = []

@@ -1,5 +1,5 @@
-"""Models for lm-evaluation-harness. Texts become tokens, and tokens texts, as in the harness's own
-``HFLM``: scores and generations of the same weights are the same."""
+"""Models for lm-evaluation-harness. Texts become tokens, and tokens texts, as in the
+harness's own ``HFLM``: scores and generations of the same weights are the same."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,12 +25,15 @@ from maxlm.models.architectures import EncoderDecoder
 class MaxlmModel(TemplateLM):
     """Answers the harness's requests with an engine, or a masked model's scorer.
 
-    All processes of a mesh over several hosts are given all requests, and have all answers.
+    All processes of a mesh over several hosts are given all requests, and have all
+    answers.
 
     Args:
         tokenizer: default: the engine's.
-        max_length: tokens that the model reads at once; default: the engine's longest sequence.
-        add_bos_token: whether texts open with bos; None: as the tokenizer's documents do.
+        max_length: tokens that the model reads at once; default: the engine's longest
+            sequence.
+        add_bos_token: whether texts open with bos; None: as the tokenizer's documents
+            do.
         max_gen_toks: tokens to generate where a task does not say.
         seed: of tasks that sample; each request has a random stream of its own.
     """
@@ -52,14 +55,19 @@ class MaxlmModel(TemplateLM):
         else:
             self.engine, self._scorer = engine, Scorer(engine)
             tokenizer, max_length = engine.tokenizer, engine.config.max_length
-            self.backend = "seq2seq" if isinstance(engine.model, EncoderDecoder) else "causal"
+            self.backend = (
+                "seq2seq" if isinstance(engine.model, EncoderDecoder) else "causal"
+            )
         assert tokenizer is not None, "the harness's texts need a tokenizer"
         assert max_length is not None
         self._codec, self.max_length = tokenizer, max_length
-        """Tokens that the model reads at once; the beginning of a longer text is cut off."""
+        """Tokens that the model reads at once; the beginning of a longer text is cut
+        off."""
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         """Called with the requests that are done, and all of them."""
-        self._add_bos = False if self.engine is None else add_bos_token  # MaskedScorer adds it
+        self._add_bos = (
+            False if self.engine is None else add_bos_token
+        )  # MaskedScorer adds it
         self._max_gen_toks, self._seed = max_gen_toks, seed
 
     eot_token_id = property(lambda self: self._codec.eos_id)
@@ -76,35 +84,56 @@ class MaxlmModel(TemplateLM):
         if not add_special_tokens:
             return ids
         prefix = (self._codec.bos_id,) if self._add_bos else self._codec.prefix_ids
-        return [*prefix, *ids, *([self._codec.eos_id] if self.backend == "seq2seq" else [])]
+        return [
+            *prefix,
+            *ids,
+            *([self._codec.eos_id] if self.backend == "seq2seq" else []),
+        ]
 
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Any, disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(context, tail) for _, context, tail in requests]
-        scores = self._scorer.score(pairs, lambda done: self.on_progress(done, len(pairs)))
+        scores = self._scorer.score(
+            pairs, lambda done: self.on_progress(done, len(pairs))
+        )
         return [(score.logprob, score.is_greedy) for score in scores]
 
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Any, disable_tqdm: bool = True
+    ) -> list[float]:
         windows, owners, totals = [], [], [0.0] * len(requests)
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            own = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            own = utils.get_rolling_token_windows(
+                ids, self.prefix_token_id, self.max_length, 1
+            )
             for window in own:
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(number)
-        for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+        for number, (logprob, _) in zip(
+            owners, self._loglikelihood_tokens(windows), strict=True
+        ):
             totals[number] += logprob
         return totals
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+    def generate_until(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[str]:
         if self.engine is None:
             what = "a masked model names tokens; it does not continue text"
-            raise MaxlmError(what, where="generate_until", fix="choose tasks of multiple choice")
-        asked = [self._make_request(number, *each.args) for number, each in enumerate(requests)]
+            raise MaxlmError(
+                what, where="generate_until", fix="choose tasks of multiple choice"
+            )
+        asked = [
+            self._make_request(number, *each.args)
+            for number, each in enumerate(requests)
+        ]
         tokens: list[list[int]] = [[] for _ in asked]
         num_done, special, answers = 0, {*self._codec.special_tokens.values()}, []
         for output in self.engine.run(asked):
@@ -112,7 +141,8 @@ class MaxlmModel(TemplateLM):
             num_done += output.finish_reason is not None
             self.on_progress(num_done, len(asked))
         for request, ids in zip(asked, tokens, strict=True):
-            # As transformers does: literals of special tokens may end a text, and are not in it.
+            # As transformers does: literals of special tokens may end a text, and are
+            # not in it.
             text = self._codec.decode(i for i in ids if i not in special)
             stops = [*request.stop_strings]
             answers.append(model_utils.postprocess_generated_text(text, stops, None))
@@ -121,7 +151,9 @@ class MaxlmModel(TemplateLM):
     def _make_request(
         self, number: int, context: str, settings: dict[str, Any]
     ) -> GenerationRequest:
-        given: dict[str, Any] = {**model_utils.normalize_gen_kwargs(settings, self._max_gen_toks)}
+        given: dict[str, Any] = {
+            **model_utils.normalize_gen_kwargs(settings, self._max_gen_toks)
+        }
         most, end = given.pop("max_gen_toks"), self._codec.decode([self.eot_token_id])
         stops = model_utils.handle_stop_sequences(given.pop("until"), eos=end)
         if not given.pop("do_sample", False):
@@ -133,9 +165,14 @@ class MaxlmModel(TemplateLM):
         room = self.max_length - (0 if self.backend == "seq2seq" else most)
         if room < 1:
             what = f"max_gen_toks={most} leaves a prompt no room in max_length={self.max_length}"
-            raise MaxlmError(what, where="generation_kwargs", fix="set a larger max_length")
+            raise MaxlmError(
+                what, where="generation_kwargs", fix="set a larger max_length"
+            )
         prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-        own = {"stop_strings": tuple(filter(None, stops)), "stop_token_ids": (self.eot_token_id,)}
+        own = {
+            "stop_strings": tuple(filter(None, stops)),
+            "stop_token_ids": (self.eot_token_id,),
+        }
         sampling = SamplingConfig(**given, max_new_tokens=most)
         return GenerationRequest(str(number), tuple(prompt), sampling, **own)
 
@@ -156,7 +193,8 @@ class MaxlmModel(TemplateLM):
             return self.apply_chat_template(rest, add_generation_prompt)  # as HFLM does
         if add_generation_prompt:
             return text
-        # The last message is the beginning of the answer: what ends its turn is cut off.
+        # The last message is the beginning of the answer: what ends its turn is cut
+        # off.
         last = chat_history[-1]["content"]
         start, tail = text.rindex(last.strip()), last.lstrip()
         return text[:start] + (tail if text.startswith(tail, start) else last.strip())
@@ -166,7 +204,11 @@ class AnswerLog(dict[str, Any]):
     """Answers by the hash of their request; each is written to a JSONL file at once."""
 
     def __init__(self, path: Path):
-        old = read_records(path, ("request", "answer"), skip_damaged=True) if path.exists() else []
+        old = (
+            read_records(path, ("request", "answer"), skip_damaged=True)
+            if path.exists()
+            else []
+        )
         super().__init__((each["request"], each["answer"]) for each in old)
         self._path = path
 
@@ -182,8 +224,8 @@ class AnswerLog(dict[str, Any]):
 
 
 class ResumableModel(CachingLM):
-    """A model whose answers a file keeps; those that are there are not asked for again. (The
-    harness's own class pickles them.)"""
+    """A model whose answers a file keeps; those that are there are not asked for again.
+    (The harness's own class pickles them.)"""
 
     def __init__(self, lm: LM, path: Path):
         self.lm, self.cache_db, self.dbdict = lm, str(path), AnswerLog(path)

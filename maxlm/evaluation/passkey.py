@@ -1,5 +1,5 @@
-"""Passkey retrieval: a number hidden in filler text, asked for at its end (Mohtashami & Jaggi 2023,
-arXiv 2305.16300, §4.2). Prompts need no chat template."""
+"""Passkey retrieval: a number hidden in filler text, asked for at its end (Mohtashami &
+Jaggi 2023, arXiv 2305.16300, §4.2). Prompts need no chat template."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,10 +15,16 @@ from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 
 TASK = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "There is an important info hidden inside a lot of irrelevant text. Find it and "
+    "memorize it. "
     "I will quiz you about the important information there."
 )
-SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.")
+SENTENCES = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+)
 SENTENCES += ("There and back again.",)
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
@@ -27,8 +33,9 @@ QUESTION = "What is the pass key? The pass key is"
 def build_passkey_prompt(
     tokenizer: Tokenizer, max_tokens: int, depth: float, key: str
 ) -> list[int]:
-    """Builds a prompt of as many sentences as ``max_tokens`` hold, with the key behind ``depth``
-    percent of them. Raises MaxlmError: there is no room for the key and the question."""
+    """Builds a prompt of as many sentences as ``max_tokens`` hold, with the key behind
+    ``depth`` percent of them. Raises MaxlmError: there is no room for the key and the
+    question."""
 
     def encode(num_sentences: int) -> list[int]:
         own = [SENTENCES[i % len(SENTENCES)] for i in range(num_sentences)]
@@ -64,8 +71,8 @@ def evaluate_passkey(
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[float]]:
-    """Asks for keys of five digits, by greedy decoding; returns the share of right answers by
-    length and depth.
+    """Asks for keys of five digits, by greedy decoding; returns the share of right
+    answers by length and depth.
 
     Args:
         engine: with a tokenizer, and room for the longest of ``lengths``.
@@ -90,5 +97,7 @@ def evaluate_passkey(
         done += output.finish_reason is not None
         on_progress(done, len(keys))
     pairs = zip(answers, keys, strict=True)
-    right = np.array([parse_passkey(tokenizer.decode(answer)) == key for answer, key in pairs])
+    right = np.array(
+        [parse_passkey(tokenizer.decode(answer)) == key for answer, key in pairs]
+    )
     return right.reshape(len(lengths), len(depths), num_samples).mean(axis=-1).tolist()

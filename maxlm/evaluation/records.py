@@ -15,12 +15,18 @@ from maxlm.runtime.progress import Progress
 Record = dict[str, Any]
 
 
-def read_records(path: Path, fields: Sequence[str], skip_damaged: bool = False) -> list[Record]:
-    """Returns a file's records: one a line, or, of a name in ".json", a list; a name that ends in
-    ".gz" is decompressed. Raises MaxlmError for a file that cannot be read, and for a record
-    without all `fields`."""
+def read_records(
+    path: Path, fields: Sequence[str], skip_damaged: bool = False
+) -> list[Record]:
+    """Returns a file's records: one a line, or, of a name in ".json", a list; a name
+    that ends in ".gz" is decompressed. Raises MaxlmError for a file that cannot be
+    read, and for a record without all `fields`."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = (
+            gzip.decompress(path.read_bytes())
+            if path.suffix == ".gz"
+            else path.read_bytes()
+        )
         rows = json.loads(data) if path.suffix == ".json" else data.split(b"\n")
     except (OSError, EOFError, ValueError, RecursionError) as error:
         what = f"cannot be read ({getattr(error, 'strerror', None) or error})"
@@ -48,15 +54,21 @@ def fill_records(
     num_threads: int,
     progress: Progress,
 ) -> dict[Any, Record]:
-    """Writes a JSONL file of records by key, the values of `fields`, and returns those of `keys`.
+    """Writes a JSONL file of records by key, the values of `fields`, and returns those
+    of `keys`.
 
     Args:
-        make: called as (key, record that the file has, or an empty one); its result is written at
-            once, so that a run that was cut off goes on. One with an "error" is dropped next time.
+        make: called as (key, record that the file has, or an empty one); its result is
+            written at once, so that a run that was cut off goes on. One with an "error"
+            is dropped next time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     found = read_records(path, fields, skip_damaged=True) if path.exists() else []
-    old = {tuple(each[field] for field in fields): each for each in found if "error" not in each}
+    old = {
+        tuple(each[field] for field in fields): each
+        for each in found
+        if "error" not in each
+    }
     lock = threading.Lock()
 
     def work(key: tuple[Any, ...]) -> Record:
@@ -72,6 +84,8 @@ def fill_records(
             new[key] = record
             progress(path.stem, len(new), len(keys))
     with replace_file(path) as temporary:
-        lines = [json.dumps(record) + "\n" for _, record in sorted({**old, **new}.items())]
+        lines = [
+            json.dumps(record) + "\n" for _, record in sorted({**old, **new}.items())
+        ]
         temporary.write_text("".join(lines), "utf-8")
     return new

@@ -1,6 +1,8 @@
-"""Runs untrusted programs: a fresh process each, confined by bubblewrap or util-linux, with limits.
+"""Runs untrusted programs: a fresh process each, confined by bubblewrap or util-linux,
+with limits.
 
-`detect_isolation` finds the strongest layer that works. Root's programs run as another user.
+`detect_isolation` finds the strongest layer that works. Root's programs run as another
+user.
 """
 
 import os
@@ -28,8 +30,9 @@ from maxlm.runtime.pool import count_usable_cores
 Layer = Literal["bwrap", "unshare", "limits"]
 _EMPTY = "/tmp/empty"  # A folder of its own: this Python may lie beneath /tmp.
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/nix/store")
-# A new root, built over /proc: nothing that a program may read lies beneath. A container that
-# hides a part of its own /proc allows no other. The shell stays, to collect orphans.
+# A new root, built over /proc: nothing that a program may read lies beneath. A
+# container that hides a part of its own /proc allows no other. The shell stays, to
+# collect orphans.
 _BUILD_ROOT = """set -e
 mount -t tmpfs -o mode=755,size=16m tmpfs /proc
 cd /proc; mkdir proc dev tmp old
@@ -46,8 +49,9 @@ pivot_root . old; umount -l /old
 cd {folder}
 "$@"; exit $?
 """
-# The program runs in a module of its own, after which builtins must be as they were: a program that
-# replaces `abs` passes the tests that call it. The token proves that its last line was reached.
+# The program runs in a module of its own, after which builtins must be as they were: a
+# program that replaces `abs` passes the tests that call it. The token proves that its
+# last line was reached.
 _HARNESS = """
 import builtins, os, sys
 def run(write=os.write, table=vars(builtins)):
@@ -67,8 +71,9 @@ run()
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """Limits of one program: seconds by the clock, bytes of memory of each process, processes and
-    threads, bytes of files and of output, files open at once, and the last bytes kept of output."""
+    """Limits of one program: seconds by the clock, bytes of memory of each process,
+    processes and threads, bytes of files and of output, files open at once, and the
+    last bytes kept of output."""
 
     seconds: float = 10.0
     memory_bytes: int = 1 << 30
@@ -80,7 +85,8 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    """How a program ended; ``message`` is the last line of its error, "" if it passed."""
+    """How a program ended; ``message`` is the last line of its error, "" if it
+    passed."""
 
     status: Literal["passed", "failed", "timed_out", "out_of_memory"]
     message: str
@@ -94,20 +100,26 @@ class ExecutionResult:
 
 @cache
 def detect_isolation() -> Layer:
-    """Return the strongest layer that runs a program here, found by trying; warn if it is limits
-    alone. Raises MaxlmError if none does."""
+    """Return the strongest layer that runs a program here, found by trying; warn if it
+    is limits alone. Raises MaxlmError if none does."""
     # Within bwrap root remains root, whose processes have no limit.
     for layer in get_args(Layer)[os.geteuid() == 0 :]:
         with suppress(MaxlmError, OSError):
             run_python("", SandboxLimits(seconds=60), layer)
             if layer == "limits":
-                warnings.warn("not isolated: the network, files, other processes", stacklevel=2)
+                warnings.warn(
+                    "not isolated: the network, files, other processes", stacklevel=2
+                )
             return layer
-    raise MaxlmError("no sandbox works here", fix="install util-linux; do not run this as root")
+    raise MaxlmError(
+        "no sandbox works here", fix="install util-linux; do not run this as root"
+    )
 
 
 def run_all(
-    programs: Sequence[str], limits: SandboxLimits | None = None, workers: int | None = None
+    programs: Sequence[str],
+    limits: SandboxLimits | None = None,
+    workers: int | None = None,
 ) -> list[ExecutionResult]:
     """Run Python programs, `workers` at once (as many as there are cores)."""
     detect_isolation()
@@ -120,15 +132,18 @@ def run_python(
 ) -> ExecutionResult:
     """Run a Python program in a fresh interpreter, with an empty folder to work in.
 
-    It passes if its last line was reached, after which a token is written: an exit code proves
-    nothing (``os._exit(0)``). A program can still lie that searches the interpreter's memory.
-    Raises MaxlmError if it cannot be started.
+    It passes if its last line was reached, after which a token is written: an exit code
+    proves nothing (``os._exit(0)``). A program can still lie that searches the
+    interpreter's memory. Raises MaxlmError if it cannot be started.
     """
     token = secrets.token_hex(16).encode()
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as answer:
         stdin.write(token + b"\n" + program.encode("utf-8", "surrogatepass"))
         stdin.seek(0)
-        files, packages = (stdin.fileno(), answer.fileno()), sysconfig.get_path("purelib")
+        files, packages = (
+            (stdin.fileno(), answer.fileno()),
+            sysconfig.get_path("purelib"),
+        )
         command = [sys.executable, "-ISBuc", _HARNESS, str(files[1]), packages]
         result = run_command(command, limits, layer=layer, files=files)
         answer.seek(0)
@@ -152,21 +167,31 @@ def run_command(
     layer: Layer | None = None,
     files: Sequence[int] = (subprocess.DEVNULL,),
 ) -> ExecutionResult:
-    """Run a command; it passes if its exit code is 0. It works in, and may change, `folder` (root
-    changes its owner; by default an empty one), and may read `readable` besides the system's
-    folders and this Python's. `files` are descriptors: its standard input, and others it keeps."""
+    """Run a command; it passes if its exit code is 0. It works in, and may change,
+    `folder` (root changes its owner; by default an empty one), and may read `readable`
+    besides the system's folders and this Python's. `files` are descriptors: its
+    standard input, and others it keeps."""
     limits, layer = limits or SandboxLimits(), layer or detect_isolation()
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with temporary as scratch, tempfile.TemporaryFile() as printed:
         path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        folder = folder.absolute() if folder else Path(scratch if layer == "limits" else _EMPTY)
+        folder = (
+            folder.absolute()
+            if folder
+            else Path(scratch if layer == "limits" else _EMPTY)
+        )
         process = subprocess.Popen(
             [*_list_prefix(layer, limits, folder, readable), *command],
             stdin=files[0],
             stdout=printed,
             stderr=subprocess.STDOUT,
             cwd=scratch if str(folder) == _EMPTY else folder,
-            env={"PATH": path, "HOME": str(folder), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+            env={
+                "PATH": path,
+                "HOME": str(folder),
+                "LANG": "C.UTF-8",
+                "OMP_NUM_THREADS": "1",
+            },
             pass_fds=files[1:],
             start_new_session=True,
         )
@@ -176,14 +201,24 @@ def run_command(
             in_time = bool(ended.poll(limits.seconds * 1000))
         finally:
             os.close(descriptor)
-            os.killpg(process.pid, signal.SIGKILL)  # Not waited for yet: its number is its own.
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # Not waited for yet: its number is its own.
             code = process.wait()
         printed.seek(max(0, printed.seek(0, os.SEEK_END) - limits.output_bytes))
         text = printed.read().decode("utf-8", "replace")
     last = (text.strip().splitlines() or [f"exit code {code}"])[-1].strip()[:500]
     if not in_time:
-        return ExecutionResult("timed_out", f"longer than {limits.seconds:g} s", text, code)
-    status = "passed" if code == 0 else "out_of_memory" if "MemoryError" in text[-99:] else "failed"
+        return ExecutionResult(
+            "timed_out", f"longer than {limits.seconds:g} s", text, code
+        )
+    status = (
+        "passed"
+        if code == 0
+        else "out_of_memory"
+        if "MemoryError" in text[-99:]
+        else "failed"
+    )
     return ExecutionResult(status, last if code else "", text, code)
 
 
@@ -194,17 +229,23 @@ def _list_prefix(
     size, processes, is_root = limits.file_bytes, limits.processes, os.geteuid() == 0
     at, rights = shlex.quote(str(folder)), "setpriv --no-new-privs"
     own = "" if at == _EMPTY else at
-    if is_root:  # A user each, of systemd's for services: processes are limited by user.
+    if (
+        is_root
+    ):  # A user each, of systemd's for services: processes are limited by user.
         user = random.randrange(61184, 65520)
         rights += f" --reuid={user} --regid={user} --clear-groups"
         if own:
             subprocess.run(["chown", "-hR", f"{user}:{user}", folder], check=True)
     elif layer == "limits":  # It counts all of the user's: allow for those there.
-        processes += int(Path("/proc/loadavg").read_text("utf-8").split()[3].partition("/")[2])
+        processes += int(
+            Path("/proc/loadavg").read_text("utf-8").split()[3].partition("/")[2]
+        )
     # If the machine runs out of memory, this one ends first.
     prefix = "choom -n 1000 -- setpriv --pdeathsig KILL "
     python = (sys.prefix, sys.base_prefix, Path(sys.executable).resolve().parents[1])
-    paths = dict.fromkeys(os.path.abspath(each) for each in (*_SYSTEM, *python, *readable))
+    paths = dict.fromkeys(
+        os.path.abspath(each) for each in (*_SYSTEM, *python, *readable)
+    )
     found = [shlex.quote(path) for path in paths if os.path.exists(path)]
     if layer == "bwrap":
         prefix += "bwrap --unshare-all --die-with-parent --proc /proc --dev /dev "
@@ -214,10 +255,18 @@ def _list_prefix(
     elif layer == "unshare":
         rights += " --bounding-set=-all --inh-caps=-all"
         read, made = " ".join(found), " .".join(["", *found])
-        folders = {"readable": read, "made": made, "writable": own, "folder": at, "empty": _EMPTY}
+        folders = {
+            "readable": read,
+            "made": made,
+            "writable": own,
+            "folder": at,
+            "empty": _EMPTY,
+        }
         script = _BUILD_ROOT.format(**folders, size=size)
         prefix += "unshare --mount --net --pid --ipc --uts --kill-child "
-        prefix += f"{'' if is_root else '--map-root-user'} sh -c {shlex.quote(script)} sh "
+        prefix += (
+            f"{'' if is_root else '--map-root-user'} sh -c {shlex.quote(script)} sh "
+        )
     limit = f" prlimit --as={limits.memory_bytes} --fsize={size} --core=0 --nproc={processes}"
     limit += f" --nofile={limits.open_files} --cpu={int(limits.seconds) + 1}"
     return shlex.split(prefix + rights + limit)

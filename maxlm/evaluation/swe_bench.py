@@ -1,7 +1,9 @@
-"""SWE-bench (Jimenez et al. 2024, 2310.06770) over local clones: predictions in, report out.
+"""SWE-bench (Jimenez et al. 2024, 2310.06770) over local clones: predictions in, report
+out.
 
-An instance has ``instance_id``, ``repo``, ``base_commit``, ``test_patch``, ``FAIL_TO_PASS`` and
-``PASS_TO_PASS`` (lists of tests, or their JSON), and may have ``test_command``.
+An instance has ``instance_id``, ``repo``, ``base_commit``, ``test_patch``,
+``FAIL_TO_PASS`` and ``PASS_TO_PASS`` (lists of tests, or their JSON), and may have
+``test_command``.
 """
 
 import json
@@ -19,7 +21,8 @@ from maxlm.evaluation.sandbox import SandboxLimits, run_command
 from maxlm.runtime.files import convert_write_errors
 
 DEFAULT_TEST_COMMAND = "python -m pytest -rA -p no:cacheprovider"
-# As the benchmark's harness tries them. A model's changes of the tests' own files do not count.
+# As the benchmark's harness tries them. A model's changes of the tests' own files do
+# not count.
 _APPLY = """
 git apply --verbose .git/model || git apply --verbose --reject .git/model ||
 patch --batch --fuzz=5 -p1 -i .git/model || exit 98
@@ -29,8 +32,9 @@ git apply --verbose .git/test || exit 99
 
 
 def extract_patch(answer: str) -> str:
-    """Return the patch in a model's answer: the first ``diff`` or ``patch`` fence or tag, or else
-    the first of another name, or else the whole answer; "" if that holds no hunk."""
+    """Return the patch in a model's answer: the first ``diff`` or ``patch`` fence or
+    tag, or else the first of another name, or else the whole answer; "" if that holds
+    no hunk."""
     found = re.findall(r"<([\w-]+)>(.*?)</\1>", answer, re.DOTALL)
     found += re.findall(r"```(\w*)[ \t]*\n(.*?)```", answer, re.DOTALL)
     found.sort(key=lambda each: each[0] not in ("diff", "patch"))
@@ -41,7 +45,11 @@ def extract_patch(answer: str) -> str:
 def make_prediction(instance_id: str, model: str, answer: str) -> dict[str, str]:
     """Return a line of a predictions file, of a model's answer."""
     patch = extract_patch(answer)
-    return {"instance_id": instance_id, "model_name_or_path": model, "model_patch": patch}
+    return {
+        "instance_id": instance_id,
+        "model_name_or_path": model,
+        "model_patch": patch,
+    }
 
 
 def evaluate_prediction(
@@ -51,9 +59,10 @@ def evaluate_prediction(
     seconds: float = 1800.0,
     readable: Sequence[Path] = (),
 ) -> tuple[dict[str, Any], str]:
-    """Apply a patch to an instance's clone, of those in `repositories`, and run the tests in the
-    sandbox, where they may read the folders `readable` (a virtual environment). Return its entry of
-    the benchmark's report, and the log. Raises MaxlmError without a clone or the commit."""
+    """Apply a patch to an instance's clone, of those in `repositories`, and run the
+    tests in the sandbox, where they may read the folders `readable` (a virtual
+    environment). Return its entry of the benchmark's report, and the log. Raises
+    MaxlmError without a clone or the commit."""
     limits = SandboxLimits(seconds, 4 << 30, 256, 1 << 30, 1024, 64 << 20)
     exists, test_patch = bool(patch.strip()), instance["test_patch"]
     report: dict[str, Any] = {"patch_is_None": not exists, "patch_exists": exists}
@@ -69,16 +78,23 @@ def evaluate_prediction(
         files = re.findall(r"^diff --git a/.* b/(.*)$", test_patch, re.MULTILINE)
         script = _APPLY.format(files=shlex.join(files), commit=shlex.quote(commit))
         if (applied := run(["/bin/sh", "-c", script])).exit_code == 99:
-            raise MaxlmError("its test patch does not apply", where=instance["instance_id"])
+            raise MaxlmError(
+                "its test patch does not apply", where=instance["instance_id"]
+            )
         if not applied.passed:
             return report, applied.output
-        tested = run(["/bin/sh", "-c", instance.get("test_command", DEFAULT_TEST_COMMAND)])
+        tested = run(
+            ["/bin/sh", "-c", instance.get("test_command", DEFAULT_TEST_COMMAND)]
+        )
     passed = parse_passed_tests("" if tested.status == "timed_out" else tested.output)
     report |= {"patch_successfully_applied": True, "resolved": True, "tests_status": {}}
     for group in ("FAIL_TO_PASS", "PASS_TO_PASS"):
         tests = instance[group]
         tests = json.loads(tests) if isinstance(tests, str) else tests
-        success, failure = [t for t in tests if t in passed], [t for t in tests if t not in passed]
+        success, failure = (
+            [t for t in tests if t in passed],
+            [t for t in tests if t not in passed],
+        )
         report["tests_status"][group] = {"success": success, "failure": failure}
         report["resolved"] &= not failure
     return report, applied.output + tested.output
@@ -86,10 +102,15 @@ def evaluate_prediction(
 
 def parse_passed_tests(log: str) -> set[str]:
     """Return the tests that passed, of the lines that ``pytest -rA`` ends with."""
-    # The benchmark's lists have names up to a space, too. The last outcome of a name counts.
-    words = re.findall(r"^(PASSED|XFAIL|FAILED|ERROR|SKIPPED) +(\S+)", log, re.MULTILINE)
+    # The benchmark's lists have names up to a space, too. The last outcome of a name
+    # counts.
+    words = re.findall(
+        r"^(PASSED|XFAIL|FAILED|ERROR|SKIPPED) +(\S+)", log, re.MULTILINE
+    )
     outcomes = {name: outcome for outcome, name in words}
-    return {name for name, outcome in outcomes.items() if outcome in ("PASSED", "XFAIL")}
+    return {
+        name for name, outcome in outcomes.items() if outcome in ("PASSED", "XFAIL")
+    }
 
 
 def evaluate_predictions(
@@ -99,23 +120,30 @@ def evaluate_predictions(
     logs: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate predictions, the last of each instance, with options of `evaluate_prediction`; write
-    each one's log to `logs`. Return the benchmark's report of a run (schema 2; in ``error_ids`` are
-    those whose patch does not apply), and each instance's own in ``instances``."""
+    """Evaluate predictions, the last of each instance, with options of
+    `evaluate_prediction`; write each one's log to `logs`. Return the benchmark's report
+    of a run (schema 2; in ``error_ids`` are those whose patch does not apply), and each
+    instance's own in ``instances``."""
     by_id = {each["instance_id"]: each for each in instances}
     patches = {each["instance_id"]: each["model_patch"] or "" for each in predictions}
     if unknown := [name for name in patches if name not in by_id]:
-        raise MaxlmError(f"no instance of the predictions' {unknown[0]}", fix="check --instances")
+        raise MaxlmError(
+            f"no instance of the predictions' {unknown[0]}", fix="check --instances"
+        )
     reports = {}
     for name, patch in patches.items():
-        reports[name], log = evaluate_prediction(by_id[name], patch, repositories, **options)
+        reports[name], log = evaluate_prediction(
+            by_id[name], patch, repositories, **options
+        )
         if logs:
             with convert_write_errors(logs):
                 logs.mkdir(parents=True, exist_ok=True)
                 (logs / f"{name}.log").write_text(log, "utf-8")
     ids = {"submitted": set(patches), "incomplete": by_id.keys() - patches}
     fields = ("patch_successfully_applied", "resolved", "patch_is_None")
-    for key, field in zip(("completed", "resolved", "empty_patch"), fields, strict=True):
+    for key, field in zip(
+        ("completed", "resolved", "empty_patch"), fields, strict=True
+    ):
         ids[key] = {name for name, each in reports.items() if each[field]}
     ids["unresolved"] = ids["completed"] - ids["resolved"]
     ids["error"] = ids["submitted"] - ids["completed"] - ids["empty_patch"]
@@ -126,13 +154,30 @@ def evaluate_predictions(
 
 
 def _clone(name: str, commit: str, repositories: Path, target: Path) -> None:
-    places = [repositories / each for each in (name, name.replace("/", "__"), Path(name).name)]
+    places = [
+        repositories / each for each in (name, name.replace("/", "__"), Path(name).name)
+    ]
     if (source := next((each for each in places if each.is_dir()), None)) is None:
         what, fix = f"no clone of {name}", f"git clone it to {places[1]}"
         raise MaxlmError(what, where=str(repositories), fix=fix)
     # Linked files would change their owner in the source as well.
-    clone = ["git", "clone", "--quiet", "--no-hardlinks", "--no-checkout", source, target]
-    for command in (clone, ["git", "-C", target, "checkout", "--quiet", "--detach", commit]):
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    clone = [
+        "git",
+        "clone",
+        "--quiet",
+        "--no-hardlinks",
+        "--no-checkout",
+        source,
+        target,
+    ]
+    for command in (
+        clone,
+        ["git", "-C", target, "checkout", "--quiet", "--detach", commit],
+    ):
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         if done.returncode:
-            raise MaxlmError(done.stderr.strip().splitlines()[-1], where=f"{source} at {commit}")
+            raise MaxlmError(
+                done.stderr.strip().splitlines()[-1], where=f"{source} at {commit}"
+            )

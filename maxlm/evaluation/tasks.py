@@ -1,9 +1,11 @@
-"""Tasks of lm-evaluation-harness by name, with rows of its own loaders or of local files.
+"""Tasks of lm-evaluation-harness by name, with rows of its own loaders or of local
+files.
 
 Files are found by their names: a task's (``hellaswag_validation.jsonl``,
-``hellaswag/validation.jsonl``, or ``hellaswag.jsonl`` for the split that is evaluated), or those of
-its dataset on the Hugging Face hub (``ai2_arc/ARC-Easy/test-00000-of-00001.parquet``). Rows are the
-dataset's own, or in one of the forms of ``_convert_row``.
+``hellaswag/validation.jsonl``, or ``hellaswag.jsonl`` for the split that is evaluated),
+or those of its dataset on the Hugging Face hub
+(``ai2_arc/ARC-Easy/test-00000-of-00001.parquet``). Rows are the dataset's own, or in
+one of the forms of ``_convert_row``.
 """
 
 import csv
@@ -63,10 +65,15 @@ class LocalTaskFactory(TaskFactory):
         evaluated = config.get("test_split") or config.get("validation_split")
         examples = _find_fewshot_split(config) if shots else None
         rows = {
-            split: load_split(self._folder, config, split, is_evaluated=split == evaluated)
+            split: load_split(
+                self._folder, config, split, is_evaluated=split == evaluated
+            )
             for split in dict.fromkeys(filter(None, (evaluated, examples)))
         }
-        changes = {name: config.get(name) if config.get(name) in rows else None for name in _SPLITS}
+        changes = {
+            name: config.get(name) if config.get(name) in rows else None
+            for name in _SPLITS
+        }
         changes |= {"dataset_kwargs": None, "custom_dataset": lambda **_: rows}
         return super()._build_task(entry, (overrides or {}) | changes)
 
@@ -82,7 +89,9 @@ class LocalTaskFactory(TaskFactory):
             names += sorted(entry.tags) if entry and entry.kind is Kind.TAG else [item]
         for name in names:
             try:
-                built += super()._build_group_members([name], group_name, overrides, registry)
+                built += super()._build_group_members(
+                    [name], group_name, overrides, registry
+                )
             except MissingData as missing:
                 error = missing
                 if isinstance(name, str) and registry[name].kind is not Kind.GROUP:
@@ -93,8 +102,8 @@ class LocalTaskFactory(TaskFactory):
 
 
 def _find_fewshot_split(config: Mapping[str, Any]) -> str | None:
-    """Returns the split of the examples, as the harness chooses it; None: the evaluated one, or
-    examples that the definition has itself."""
+    """Returns the split of the examples, as the harness chooses it; None: the evaluated
+    one, or examples that the definition has itself."""
     if split := config.get("fewshot_split"):
         return split
     if (config.get("fewshot_config") or {}).get("samples"):
@@ -103,12 +112,18 @@ def _find_fewshot_split(config: Mapping[str, Any]) -> str | None:
 
 
 def check_task_names(manager: TaskManager, names: Sequence[str]) -> None:
-    """Raises MaxlmError, with near names, if the harness has no task, group or tag of a name."""
+    """Raises MaxlmError, with near names, if the harness has no task, group or tag of a
+    name."""
     known = manager.all_tasks
     for name in (each for each in names if each not in known):
-        near = get_close_matches(name, known, n=3) + [k for k in known if k.startswith(name)][:3]
+        near = (
+            get_close_matches(name, known, n=3)
+            + [k for k in known if k.startswith(name)][:3]
+        )
         fix = (
-            f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "see lm_eval ls tasks"
+            f"did you mean {' or '.join(dict.fromkeys(near))}?"
+            if near
+            else "see lm_eval ls tasks"
         )
         raise MaxlmError(f"no task {name!r}", where="--tasks", fix=fix)
 
@@ -125,24 +140,28 @@ def load_tasks(
     seed: int | None = None,
     manager: TaskManager | None = None,
 ) -> dict[str, Any]:
-    """Loads tasks, groups of tasks, or all that have a tag. Raises MaxlmError: an unknown task,
-    rows that cannot be loaded, or a task that would run generated programs outside the sandbox.
+    """Loads tasks, groups of tasks, or all that have a tag. Raises MaxlmError: an
+    unknown task, rows that cannot be loaded, or a task that would run generated
+    programs outside the sandbox.
 
     Args:
-        data: a folder with files of rows; None: the harness loads them from the Hugging Face hub.
+        data: a folder with files of rows; None: the harness loads them from the Hugging
+            Face hub.
         shots: examples before each question; None: as the task says.
         seed: of what tasks draw; None: the harness's own, 0 and 1234.
 
     Returns:
-        By name, what the harness's ``evaluate`` takes; its ``missing`` are tasks of a group that
-        ``data`` has no files of, its ``seed`` that of the examples.
+        By name, what the harness's ``evaluate`` takes; its ``missing`` are tasks of a
+        group that ``data`` has no files of, its ``seed`` that of the examples.
     """
     manager, opened = manager or _index_tasks(), {}
     check_task_names(manager, names)
     for name in names:
         random.seed(0 if seed is None else seed)
         np.random.seed(1234 if seed is None else seed)
-        manager._factory = TaskFactory() if data is None else LocalTaskFactory(data, shots)
+        manager._factory = (
+            TaskFactory() if data is None else LocalTaskFactory(data, shots)
+        )
         try:
             runs_code = any(kind in name for kind in _CODE_TASKS)
             with replace_code_eval() if runs_code else nullcontext():
@@ -157,12 +176,19 @@ def load_tasks(
             own = task.get_config("num_fewshot")
             if own is None or (own and shots is not None):
                 task.set_config(key="num_fewshot", value=shots or 0)
-            unsafe = getattr(task, "UNSAFE_CODE", False) or "cruxeval" in task.config.task
+            unsafe = (
+                getattr(task, "UNSAFE_CODE", False) or "cruxeval" in task.config.task
+            )
             if unsafe and not runs_code:
                 what = "it would run generated programs outside the sandbox"
-                raise MaxlmError(what, where=f"task {task.config.task}", fix="leave it out")
+                raise MaxlmError(
+                    what, where=f"task {task.config.task}", fix="leave it out"
+                )
         missing = getattr(manager._factory, "missing", [])
-        opened[name] = loaded | {"missing": missing, "seed": 1234 if seed is None else seed}
+        opened[name] = loaded | {
+            "missing": missing,
+            "seed": 1234 if seed is None else seed,
+        }
     return opened
 
 
@@ -184,9 +210,12 @@ def evaluate_tasks(
         on_task: called with each name before it is evaluated.
 
     Returns:
-        The harness's dict of results, ``samples`` among them; ``missing``; ``seconds_by_task``.
+        The harness's dict of results, ``samples`` among them; ``missing``;
+        ``seconds_by_task``.
     """
-    os.environ["DISABLE_MULTIPROC"] = "1"  # standard errors: a fork may deadlock beside JAX
+    os.environ["DISABLE_MULTIPROC"] = (
+        "1"  # standard errors: a fork may deadlock beside JAX
+    )
     prompts = {"system_instruction": system, "apply_chat_template": chat}
     merged: dict[str, Any] = {"seconds_by_task": {}, "missing": []}
     for name, loaded in tasks.items():
@@ -196,18 +225,24 @@ def evaluate_tasks(
         for task in loaded["tasks"].values():  # each time: the same examples
             task.set_fewshot_seed(seed=loaded["seed"])
         own = {**prompts, "fewshot_as_multiturn": chat, "bootstrap_iters": 1000}
-        own["confirm_run_unsafe_code"] = True  # in the sandbox: load_tasks refuses others
+        own["confirm_run_unsafe_code"] = (
+            True  # in the sandbox: load_tasks refuses others
+        )
         found: Any = evaluate(model, loaded, limit=limit, **own)
         for key, value in found.items():
-            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+            merged[key] = (
+                merged.get(key, {}) | value if isinstance(value, dict) else value
+            )
         merged["missing"] += loaded["missing"]
         merged["seconds_by_task"][name] = time.perf_counter() - start
     return merged
 
 
-def load_split(folder: Path, config: Mapping[str, Any], split: str, *, is_evaluated: bool) -> Any:
-    """Loads a split of a task as a ``datasets.Dataset``. Raises MissingData: no file; MaxlmError: a
-    file whose rows have no known form.
+def load_split(
+    folder: Path, config: Mapping[str, Any], split: str, *, is_evaluated: bool
+) -> Any:
+    """Loads a split of a task as a ``datasets.Dataset``. Raises MissingData: no file;
+    MaxlmError: a file whose rows have no known form.
 
     Args:
         config: the task's definition (``task``, ``dataset_path``, ``dataset_name``).
@@ -221,11 +256,15 @@ def load_split(folder: Path, config: Mapping[str, Any], split: str, *, is_evalua
             rows += [_convert_row(row, dataset) for row in _read_rows(path)]
         except (ValueError, LookupError, TypeError) as error:
             what = f"these rows have no known form ({type(error).__name__}: {error})"
-            raise MaxlmError(what, where=str(path), fix="see docs/evaluation.md") from error
+            raise MaxlmError(
+                what, where=str(path), fix="see docs/evaluation.md"
+            ) from error
     if not rows:
         name = config["dataset_name"] if dataset == "mmlu" else config["task"]
         what = f"no rows of {config['task']}: looked for {name}_{split} and {name}/{split} "
-        what += f"({', '.join(_SUFFIXES)}), and for the files of {config['dataset_path']}"
+        what += (
+            f"({', '.join(_SUFFIXES)}), and for the files of {config['dataset_path']}"
+        )
         raise MissingData(what, where=str(folder), fix="put a file there")
     return Dataset.from_list(rows)
 
@@ -243,10 +282,14 @@ def _find_files(
     patterns = [f"{name}/?(?:data/)?{split}[0-9]*(?:of[0-9]+)?$" for name in spread]
     patterns += [f"{name}$" for name in spread if is_evaluated]
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES]
-    squashed = {path: _squash(str(path.relative_to(folder).with_suffix(""))) for path in files}
+    squashed = {
+        path: _squash(str(path.relative_to(folder).with_suffix(""))) for path in files
+    }
     for pattern in patterns:
         if found := [path for path in files if re.search(pattern, squashed[path])]:
-            shards = [p for p in found if "-of-" in p.name and p.parent == found[0].parent]
+            shards = [
+                p for p in found if "-of-" in p.name and p.parent == found[0].parent
+            ]
             return shards if "-of-" in found[0].name else found[:1]
     return []
 
@@ -279,14 +322,27 @@ def _convert_row(row: Row, dataset: str) -> Row:
     """Returns a row in its dataset's own form."""
     if {"question", "A", "D", "answer"} <= row.keys():  # Hendrycks et al.'s MMLU
         answer = "ABCD".index(row["answer"])
-        return {"question": row["question"], "choices": [row[c] for c in "ABCD"], "answer": answer}
+        return {
+            "question": row["question"],
+            "choices": [row[c] for c in "ABCD"],
+            "answer": answer,
+        }
     if {"query", "choices", "gold"} <= row.keys():  # llm-foundry's multiple choice
         return _convert_multiple_choice(row, dataset)
-    if {"context_options", "continuation", "gold"} <= row.keys():  # llm-foundry's WinoGrande
+    if {
+        "context_options",
+        "continuation",
+        "gold",
+    } <= row.keys():  # llm-foundry's WinoGrande
         one, two = row["context_options"]
-        same = next((n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
+        same = next(
+            (n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0
+        )
         start = one.rfind(" ", 0, same) + 1
-        sentence, answer = f"{one[:start]}_ {row['continuation'].strip()}", str(row["gold"] + 1)
+        sentence, answer = (
+            f"{one[:start]}_ {row['continuation'].strip()}",
+            str(row["gold"] + 1),
+        )
         options = {"option1": one[start:], "option2": two[start:]}
         return {"sentence": sentence, **options, "answer": answer}
     if {"context", "continuation"} <= row.keys():  # llm-foundry's LAMBADA

@@ -1,1 +1,2 @@
-"""Weights of published models: safetensors files to our checkpoints and back, tensor by tensor."""
+"""Weights of published models: safetensors files to our checkpoints and back, tensor by
+tensor."""

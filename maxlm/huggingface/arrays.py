@@ -1,8 +1,9 @@
-"""Arrays of checkpoints, read and written slice by slice in bounded memory (TensorStore, zarr3).
+"""Arrays of checkpoints, read and written slice by slice in bounded memory
+(TensorStore, zarr3).
 
-A slice is what belongs to one layer (and one expert). It lies in files of its own of at most
-``FILE_BYTES``, each cut into tiles that are compressed apart: whoever restores one device's share
-of it, along whichever axis, reads and decodes little else.
+A slice is what belongs to one layer (and one expert). It lies in files of its own of at
+most ``FILE_BYTES``, each cut into tiles that are compressed apart: whoever restores one
+device's share of it, along whichever axis, reads and decodes little else.
 """
 
 import math
@@ -71,15 +72,19 @@ class ZarrArray:
 
 
 def split_into_boxes(shape: Shape, box_shape: Shape) -> Iterator[Box]:
-    """Yields the parts of a grid over ``shape``, in C order; one, of no axes, for a scalar."""
+    """Yields the parts of a grid over ``shape``, in C order; one, of no axes, for a
+    scalar."""
     axes = [range(0, size, width) for size, width in zip(shape, box_shape, strict=True)]
     for starts in product(*axes):
         corners = zip(starts, box_shape, shape, strict=True)
-        yield tuple(slice(start, min(start + width, size)) for start, width, size in corners)
+        yield tuple(
+            slice(start, min(start + width, size)) for start, width, size in corners
+        )
 
 
 def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
-    """Returns a new fp32 array, written whole, in slices at ``num_lead_axes`` leading indices."""
+    """Returns a new fp32 array, written whole, in slices at ``num_lead_axes`` leading
+    indices."""
     tile, file = choose_chunk_and_shard_shapes(shape[num_lead_axes:])
     tile, file = (1,) * num_lead_axes + tile, (1,) * num_lead_axes + file
     codecs = [
@@ -96,12 +101,14 @@ def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
     }
     store = {"driver": "file", "path": f"{folder.resolve()}/"}
     with _explain(str(folder), _WRITING):
-        return ZarrArray(_open(store, {"metadata": metadata, "create": True}), str(folder))
+        return ZarrArray(
+            _open(store, {"metadata": metadata, "create": True}), str(folder)
+        )
 
 
 def open_array(folder: Path, name: str) -> ZarrArray:
-    """Opens an array of a checkpoint's state, whether one file holds many (OCDBT) or not; bfloat16
-    is read as float32."""
+    """Opens an array of a checkpoint's state, whether one file holds many (OCDBT) or
+    not; bfloat16 is read as float32."""
     store: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
     if (folder / "manifest.ocdbt").exists():
         store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
@@ -113,7 +120,8 @@ def open_array(folder: Path, name: str) -> ZarrArray:
 
 
 def choose_chunk_and_shard_shapes(shape: Shape) -> tuple[Shape, Shape]:
-    """Returns shapes of the tiles and of the files of a slice; a file is made of whole tiles."""
+    """Returns shapes of the tiles and of the files of a slice; a file is made of whole
+    tiles."""
     tile = _halved(shape, TILE_BYTES // 4)
     counts = tuple(-(-size // width) for size, width in zip(shape, tile, strict=True))
     counts = _halved(counts, FILE_BYTES // 4 // math.prod(tile))
@@ -132,7 +140,8 @@ def _halved(shape: Sequence[int], most: int) -> Shape:
 def _open(store: dict[str, Any], options: dict[str, Any]) -> Any:
     import tensorstore as ts
 
-    # TensorStore would keep no decoded tiles anyway, but read as many files at once as it can.
+    # TensorStore would keep no decoded tiles anyway, but read as many files at once as
+    # it can.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     spec = {"driver": "zarr3", "kvstore": store}
     found = ts.open(spec | _OPEN | options, context=context).result()
@@ -154,10 +163,15 @@ def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
 
 
 @contextmanager
-def _explain(where: str, fix: str = "check the disk, or use another checkpoint") -> Iterator[None]:
-    """TensorStore fails in many ways: all become one kind of error, without its source lines."""
+def _explain(
+    where: str, fix: str = "check the disk, or use another checkpoint"
+) -> Iterator[None]:
+    """TensorStore fails in many ways: all become one kind of error, without its source
+    lines."""
     try:
         yield
     except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).split(" [")[0].splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).split(" [")[0].splitlines() or [type(error).__name__])[0][
+            :200
+        ]
         raise MaxlmError(f"array error: {reason}", where=where, fix=fix) from error

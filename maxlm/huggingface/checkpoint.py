@@ -1,9 +1,9 @@
 """Checkpoints of parameters alone, written and read a slice at a time.
 
-What is written is what ``maxlm.train.checkpoint.Checkpointer`` restores: an Orbax checkpoint, each
-parameter under its canonical name in zarr3. Orbax itself saves whole arrays from devices, so its
-few JSON files are written here. What is read is any checkpoint that maxlm wrote, maybe with its
-adapter merged.
+What is written is what ``maxlm.train.checkpoint.Checkpointer`` restores: an Orbax
+checkpoint, each parameter under its canonical name in zarr3. Orbax itself saves whole
+arrays from devices, so its few JSON files are written here. What is read is any
+checkpoint that maxlm wrote, maybe with its adapter merged.
 """
 
 import json
@@ -21,7 +21,13 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.arrays import Shape, ZarrArray, create_array, open_array, split_into_boxes
+from maxlm.huggingface.arrays import (
+    Shape,
+    ZarrArray,
+    create_array,
+    open_array,
+    split_into_boxes,
+)
 from maxlm.models.adapters import Adapter
 from maxlm.models.params import Params, flatten_names, is_leaf
 from maxlm.runtime.json_files import read_json_object
@@ -37,24 +43,30 @@ _HANDLERS = {
 
 
 class RunCheckpointWriter:
-    """A checkpoint in the making: ``declare`` all parameters, ``write`` all slices, ``commit``."""
+    """A checkpoint in the making: ``declare`` all parameters, ``write`` all slices,
+    ``commit``."""
 
     def __init__(self, folder: str | Path, *, step: int = 0):
         self._step, self._folder = step, Path(folder).absolute() / str(step)
         self._arrays: dict[str, ZarrArray] = {}
 
     def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:
-        """Announces a parameter, written in slices at ``num_lead_axes`` leading indices."""
+        """Announces a parameter, written in slices at ``num_lead_axes`` leading
+        indices."""
         full = f"params.{name}"
-        self._arrays[name] = create_array(self._folder / "state" / full, shape, num_lead_axes)
+        self._arrays[name] = create_array(
+            self._folder / "state" / full, shape, num_lead_axes
+        )
 
     def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None:
-        """Writes the fp32 slice of a parameter at some leading indices, and waits for the disk."""
+        """Writes the fp32 slice of a parameter at some leading indices, and waits for
+        the disk."""
         assert values.dtype == np.float32, name
         self._arrays[name].write(lead_index, values)
 
     def commit(self, metadata: Mapping[str, Any]) -> None:
-        """Completes the checkpoint; ``step`` and ``versions`` are added to the metadata."""
+        """Completes the checkpoint; ``step`` and ``versions`` are added to the
+        metadata."""
         versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
         metadata = {"step": self._step, "versions": versions, **metadata}
         now = time.time_ns()
@@ -73,30 +85,50 @@ class RunCheckpointWriter:
         state = {"tree_metadata": leaves, "use_ocdbt": False, "use_zarr3": True}
         state |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
         kind = {"item_handlers": _HANDLERS, "metrics": {}, "performance_metrics": {}}
-        kind |= {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now, "custom_metadata": {}}
+        kind |= {
+            "init_timestamp_nsecs": now,
+            "commit_timestamp_nsecs": now,
+            "custom_metadata": {},
+        }
         _write_json(self._folder / "state" / "_METADATA", state)
         _write_json(self._folder / "metadata" / "metadata", metadata)
         _write_json(self._folder / "_CHECKPOINT_METADATA", kind)
 
 
 class RunCheckpointReader:
-    """The parameters of a saved checkpoint, the newest or that of a step, by slices, on whatever
-    mesh it was written; ``name`` is the part of the state to read ("ema": their average)."""
+    """The parameters of a saved checkpoint, the newest or that of a step, by slices, on
+    whatever mesh it was written; ``name`` is the part of the state to read ("ema":
+    their average)."""
 
-    def __init__(self, folder: str | Path, step: int | None = None, *, name: str = "params"):
+    def __init__(
+        self, folder: str | Path, step: int | None = None, *, name: str = "params"
+    ):
         folder = Path(folder)
         found = (path.parents[1].name for path in folder.glob("*/state/_METADATA"))
         steps = sorted(int(number) for number in found if number.isdigit())
         if step not in (None, *steps) or not steps:
-            what = "no checkpoint here" if not steps else f"no checkpoint of step {step}"
-            fix = f"use one of {', '.join(map(str, steps))}" if steps else "name a run that has one"
+            what = (
+                "no checkpoint here" if not steps else f"no checkpoint of step {step}"
+            )
+            fix = (
+                f"use one of {', '.join(map(str, steps))}"
+                if steps
+                else "name a run that has one"
+            )
             raise MaxlmError(what, where=str(folder), fix=fix)
         self.step = steps[-1] if step is None else step
         self.folder = folder / str(self.step)
         self._prefix = f"{name}."
         tree = _read_tree(self.folder / "state" / "_METADATA")
-        keys = [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in tree.values()]
-        names = [key.removeprefix(self._prefix) for key in keys if key.startswith(self._prefix)]
+        keys = [
+            ".".join(key["key"] for key in leaf["key_metadata"])
+            for leaf in tree.values()
+        ]
+        names = [
+            key.removeprefix(self._prefix)
+            for key in keys
+            if key.startswith(self._prefix)
+        ]
         if not names:
             fix = "read another part of it"
             raise MaxlmError(f"it holds no {name}", where=str(self.folder), fix=fix)
@@ -104,23 +136,27 @@ class RunCheckpointReader:
         """Shapes of all parameters, by canonical name."""
 
     def open(self, name: str) -> ZarrArray:
-        """Opens a parameter's array; to read all its slices see :meth:`open_slice_reader`."""
+        """Opens a parameter's array; to read all its slices see
+        :meth:`open_slice_reader`."""
         return open_array(self.folder / "state", self._prefix + name)
 
     @contextmanager
     def open_slice_reader(
         self, name: str, num_lead_axes: int, scratch_folder: Path
     ) -> Iterator[ReadSlice]:
-        """Opens a parameter to read its slices, at ``num_lead_axes`` leading indices, one by one.
+        """Opens a parameter to read its slices, at ``num_lead_axes`` leading indices,
+        one by one.
 
-        Training stores many layers in one compressed piece. Such a parameter is decoded once, into
-        a file in the folder ``scratch_folder`` that is removed then.
+        Training stores many layers in one compressed piece. Such a parameter is decoded
+        once, into a file in the folder ``scratch_folder`` that is removed then.
         """
         array = self.open(name)
         if math.prod(array.chunk_shape[:num_lead_axes]) <= 1:
             yield array.read
         else:
-            with tempfile.NamedTemporaryFile(dir=scratch_folder, suffix=".maxlm-scratch") as file:
+            with tempfile.NamedTemporaryFile(
+                dir=scratch_folder, suffix=".maxlm-scratch"
+            ) as file:
                 _unpack(array, num_lead_axes, file)
                 # A map that is dropped after each slice holds no memory for longer.
                 yield lambda index: np.array(_mapped(array, file.name)[index])
@@ -146,10 +182,18 @@ class MergedCheckpointReader:
         with ExitStack() as stack:
 
             def open_slices(name: str) -> ReadSlice:
-                opened = self.inner.open_slice_reader(name, num_lead_axes, scratch_folder)
+                opened = self.inner.open_slice_reader(
+                    name, num_lead_axes, scratch_folder
+                )
                 return stack.enter_context(opened)
 
-            owner = name if name in self._leaves else kernel if name.endswith(".bias") else ""
+            owner = (
+                name
+                if name in self._leaves
+                else kernel
+                if name.endswith(".bias")
+                else ""
+            )
             if (leaf := self._leaves.get(owner)) is None:
                 yield open_slices(name)
                 return
@@ -161,7 +205,9 @@ class MergedCheckpointReader:
             bias = open_slices(name) if owner != name else None
 
             def read(index: Shape) -> np.ndarray:
-                own = replace(leaf, **{part: read(index) for part, read in slices.items()})
+                own = replace(
+                    leaf, **{part: read(index) for part, read in slices.items()}
+                )
                 if bias is not None:
                     return np.asarray(own.merge_bias(bias(index)))
                 if (merged := own.merge()) is None:

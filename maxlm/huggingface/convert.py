@@ -1,6 +1,7 @@
 """Published weights to a checkpoint and back, one tensor in memory at a time.
 
-That a family's table, the files and our parameters agree is checked before anything is written.
+That a family's table, the files and our parameters agree is checked before anything is
+written.
 """
 
 from collections import Counter
@@ -16,7 +17,11 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.checkpoint import MergedCheckpointReader, ReadSlice, RunCheckpointReader
+from maxlm.huggingface.checkpoint import (
+    MergedCheckpointReader,
+    ReadSlice,
+    RunCheckpointReader,
+)
 from maxlm.huggingface.files import (
     NUMPY,
     SHARD_BYTES,
@@ -34,7 +39,8 @@ from maxlm.runtime.progress import Progress, ignore_progress
 
 
 class ParamWriter(Protocol):
-    """Takes parameters slice by slice: ``RunCheckpointWriter``, or what keeps them in memory."""
+    """Takes parameters slice by slice: ``RunCheckpointWriter``, or what keeps them in
+    memory."""
 
     def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None: ...
     def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None: ...
@@ -54,18 +60,21 @@ def import_tensors(
     ignored: Iterable[str] = (),
     warn: Callable[[str], object] = lambda line: None,
 ) -> TensorDtypes:
-    """Write all parameters of a folder of safetensors files to ``writer``, as fp32, and return
-    the number formats they had, for its metadata. Files of another model are refused before
-    anything is written.
+    """Write all parameters of a folder of safetensors files to ``writer``, as fp32, and
+    return the number formats they had, for its metadata. Files of another model are
+    refused before anything is written.
 
     Args:
         shapes: of all parameters, by canonical name.
-        ignored: patterns of tensors that may be there without being used (``*.inv_freq``).
+        ignored: patterns of tensors that may be there without being used
+            (``*.inv_freq``).
         progress: is told of the bytes of tensors that are done, and of all.
         warn: called with a line if values are NaN or infinite.
     """
     leads = count_lead_axes(entries, shapes)
-    pairs = match_entries(list_stored_tensors(folder), entries, ignored, where=str(folder))
+    pairs = match_entries(
+        list_stored_tensors(folder), entries, ignored, where=str(folder)
+    )
     for name, shape in shapes.items():
         writer.declare(name, shape, leads[name])
     total = sum(stored.nbytes for stored, _ in pairs)
@@ -76,8 +85,12 @@ def import_tensors(
         done += stored.nbytes
         progress("converting", done, total)
     if bad:
-        warn(f"warning: {bad:,} values are NaN or infinite, the first of them in {first}")
-    return TensorDtypes.from_dtypes({entry.theirs: stored.dtype for stored, entry in pairs})
+        warn(
+            f"warning: {bad:,} values are NaN or infinite, the first of them in {first}"
+        )
+    return TensorDtypes.from_dtypes(
+        {entry.theirs: stored.dtype for stored, entry in pairs}
+    )
 
 
 def export_tensors(
@@ -99,7 +112,10 @@ def export_tensors(
     """
     leads = count_lead_axes(entries, checkpoint.shapes)
     kinds = {e.theirs: (dtypes.get_dtype(e.theirs), tuple(e.shape)) for e in entries}
-    sizes = {name: prod(shape) * NUMPY[dtype].itemsize for name, (dtype, shape) in kinds.items()}
+    sizes = {
+        name: prod(shape) * NUMPY[dtype].itemsize
+        for name, (dtype, shape) in kinds.items()
+    }
     total, done = sum(sizes.values()), 0
     writer = SafetensorsWriter(folder, kinds, shard_bytes)
     # Parameter by parameter, so that each need only be decoded once.
@@ -118,17 +134,24 @@ def export_tensors(
 
 
 def _import_one(
-    stored: StoredTensor, entry: TensorEntry, shapes: Mapping[str, Shape], writer: ParamWriter
+    stored: StoredTensor,
+    entry: TensorEntry,
+    shapes: Mapping[str, Shape],
+    writer: ParamWriter,
 ) -> int:
     """Write a tensor's parts, and return how many of its values are not finite."""
     # Apart from the loop, so that nothing of this tensor outlives it.
     tensor = read_tensor(stored, np.dtype(np.float32))
-    bad = sum(slab.size - int(np.isfinite(slab).sum()) for slab in split_into_slabs(tensor))
+    bad = sum(
+        slab.size - int(np.isfinite(slab).sum()) for slab in split_into_slabs(tensor)
+    )
     parts = entry.split(tensor)
     del tensor  # where they are copies
     for place, part in zip(entry.ours, parts, strict=True):
         want = shapes[place.name][len(place.index) :]
-        assert part.shape == want, f"{entry.theirs}: {place} of {part.shape}, not {want}"
+        assert part.shape == want, (
+            f"{entry.theirs}: {place} of {part.shape}, not {want}"
+        )
         writer.write(place.name, place.index, part)
     return bad
 
@@ -143,13 +166,16 @@ def match_entries(
     ignored: Iterable[str],
     where: str,
 ) -> list[tuple[StoredTensor, TensorEntry]]:
-    """Returns the tensor of each entry: by its name or, where the files lack it, by an alias."""
+    """Returns the tensor of each entry: by its name or, where the files lack it, by an
+    alias."""
     pairs: list[tuple[StoredTensor, TensorEntry]] = []
     again: list[tuple[StoredTensor, StoredTensor]] = []
     missing: list[str] = []
     left, ignored = dict(tensors), list(ignored)
     for entry in entries:
-        stored = [left.pop(name) for name in (entry.theirs, *entry.aliases) if name in left]
+        stored = [
+            left.pop(name) for name in (entry.theirs, *entry.aliases) if name in left
+        ]
         if not stored:
             missing.append(entry.theirs)
             continue
@@ -157,11 +183,19 @@ def match_entries(
         for tensor in stored:
             _check_fits(tensor, entry)
         again += [(stored[0], tensor) for tensor in stored[1:]]
-    extra = [name for name in left if not any(fnmatchcase(name, glob) for glob in ignored)]
+    extra = [
+        name for name in left if not any(fnmatchcase(name, glob) for glob in ignored)
+    ]
     faults = [f"lack {_listed(missing)}"] if missing else []
-    faults += [f"hold {_listed(sorted(extra))}, which this model does not use"] if extra else []
+    faults += (
+        [f"hold {_listed(sorted(extra))}, which this model does not use"]
+        if extra
+        else []
+    )
     if faults:
-        raise MaxlmError(f"the files {' and '.join(faults)}", where=where, fix=_OTHER_CONFIG)
+        raise MaxlmError(
+            f"the files {' and '.join(faults)}", where=where, fix=_OTHER_CONFIG
+        )
     for one, other in again:
         _check_same(one, other)
     return pairs
@@ -170,8 +204,8 @@ def match_entries(
 def count_lead_axes(
     entries: Iterable[TensorEntry], param_shapes: Mapping[str, Shape]
 ) -> dict[str, int]:
-    """Checks that the table fills every element of every parameter exactly once, and returns the
-    number of leading indices at which each is cut."""
+    """Checks that the table fills every element of every parameter exactly once, and
+    returns the number of leading indices at which each is cut."""
     indices: dict[str, list[Shape]] = {name: [] for name in param_shapes}
     for place in (place for entry in entries for place in entry.ours):
         if place.name not in param_shapes:
@@ -182,7 +216,9 @@ def count_lead_axes(
         found, want = Counter(indices[name]), Counter(np.ndindex(*shape[: leads[name]]))
         for index in sorted((want - found) | (found - want)):
             at = "".join(f"[{i}]" for i in index)
-            fault = "filled twice or not there" if index in found else "nothing fills it"
+            fault = (
+                "filled twice or not there" if index in found else "nothing fills it"
+            )
             raise MaxlmError(fault, where=name + at, fix=_OTHER_CONFIG)
     return leads
 
@@ -200,7 +236,9 @@ def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
 def _check_same(one: StoredTensor, other: StoredTensor) -> None:
     same = one.dtype == other.dtype and all(
         a.tobytes() == b.tobytes()
-        for a, b in zip(iterate_flat_chunks(one), iterate_flat_chunks(other), strict=True)
+        for a, b in zip(
+            iterate_flat_chunks(one), iterate_flat_chunks(other), strict=True
+        )
     )
     if not same:
         what = f"{other.name} differs from {one.name}, which this model ties it to"

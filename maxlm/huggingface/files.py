@@ -1,9 +1,9 @@
-"""Folders of safetensors files, read and written a tensor at a time; number formats, and casting
-that loses nothing unasked.
+"""Folders of safetensors files, read and written a tensor at a time; number formats,
+and casting that loses nothing unasked.
 
-The safetensors library checks each header (lengths, offsets, holes, shapes); bytes are read and
-written here, because into NumPy it has no float8, cannot cast on the way, and writes whole files
-alone. Nothing is unpickled.
+The safetensors library checks each header (lengths, offsets, holes, shapes); bytes are
+read and written here, because into NumPy it has no float8, cannot cast on the way, and
+writes whole files alone. Nothing is unpickled.
 """
 
 import json
@@ -26,7 +26,8 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Bytes of a file, as large as published ones are."""
 SLAB_BYTES = 4 << 20
-"""Tensors are cast and written in pieces of about this size, so that no second copy exists."""
+"""Tensors are cast and written in pieces of about this size, so that no second copy
+exists."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AGAIN = "download it again"
 
@@ -65,7 +66,8 @@ class TensorDtypes(Config):
         return self.exceptions.get(name, self.default)
 
     def with_names(self, names: Mapping[str, str]) -> "TensorDtypes":
-        """Returns the formats under other names; ``names``: old → new, of all tensors."""
+        """Returns the formats under other names; ``names``: old → new, of all
+        tensors."""
         kinds = {names[name]: dtype for name, dtype in self.exceptions.items()}
         return TensorDtypes(default=self.default, exceptions=kinds)
 
@@ -73,7 +75,10 @@ class TensorDtypes(Config):
     def from_dtypes(cls, dtypes: Mapping[str, str]) -> "TensorDtypes":
         """Makes the shortest description of each tensor's own."""
         default = Counter(dtypes.values()).most_common(1)[0][0]
-        return cls(default=default, exceptions={n: d for n, d in dtypes.items() if d != default})
+        return cls(
+            default=default,
+            exceptions={n: d for n, d in dtypes.items() if d != default},
+        )
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,9 @@ class StoredTensor:
 
 
 def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """Returns all tensors of model.safetensors, or of the shards that its index names; reads only
-    headers. Raises MaxlmError: no such files, only pickled ones, a damaged file, or a number format
-    that NumPy does not have."""
+    """Returns all tensors of model.safetensors, or of the shards that its index names;
+    reads only headers. Raises MaxlmError: no such files, only pickled ones, a damaged
+    file, or a number format that NumPy does not have."""
     folder = Path(folder)
     single, index = folder / SINGLE, folder / INDEX
     if single.exists():
@@ -114,10 +119,13 @@ def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
 
 def _list_indexed_files(index: Path) -> list[str]:
-    """The files beside an index that it names; one elsewhere is refused: a checkpoint's folder is
-    the whole of it, and what lies outside is not its author's to have read."""
+    """The files beside an index that it names; one elsewhere is refused: a checkpoint's
+    folder is the whole of it, and what lies outside is not its author's to have
+    read."""
     files = read_json_object(index, _AGAIN).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+    if not isinstance(files, dict) or not all(
+        isinstance(file, str) for file in files.values()
+    ):
         what = "no index of safetensors files (a JSON object with a weight_map)"
         raise MaxlmError(what, where=str(index), fix=_AGAIN)
     names = sorted(set(files.values()))
@@ -132,7 +140,8 @@ def _list_indexed_files(index: Path) -> list[str]:
 def read_tensor(
     stored: StoredTensor, dtype: np.dtype | None = None, *, lossy: bool = False
 ) -> np.ndarray:
-    """Returns a tensor's values, in its own number format or cast on the way to ``dtype``."""
+    """Returns a tensor's values, in its own number format or cast on the way to
+    ``dtype``."""
     values = np.empty(stored.shape, dtype or NUMPY[stored.dtype])
     flat, done = values.reshape(-1), 0
     for piece in iterate_flat_chunks(stored):
@@ -143,7 +152,8 @@ def read_tensor(
 
 
 def iterate_flat_chunks(stored: StoredTensor) -> Iterator[np.ndarray]:
-    """Yields a tensor's values in order, as 1-D arrays that are only valid until the next."""
+    """Yields a tensor's values in order, as 1-D arrays that are only valid until the
+    next."""
     dtype = NUMPY[stored.dtype]
     buffer = np.empty(min(stored.size, SLAB_BYTES // dtype.itemsize), dtype)
     try:
@@ -155,7 +165,9 @@ def iterate_flat_chunks(stored: StoredTensor) -> Iterator[np.ndarray]:
                     raise OSError(f"it ends within {stored.name}")
                 yield piece
     except OSError as error:
-        raise MaxlmError(f"cannot be read ({error})", where=str(stored.path), fix=_AGAIN) from error
+        raise MaxlmError(
+            f"cannot be read ({error})", where=str(stored.path), fix=_AGAIN
+        ) from error
 
 
 def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -167,15 +179,22 @@ def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, "np") as file:
             names = file.offset_keys()
             slices = {name: file.get_slice(name) for name in names}
-            kinds = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            kinds = {
+                name: (s.get_dtype(), tuple(s.get_shape()))
+                for name, s in slices.items()
+            }
         with path.open("rb") as file:
             offset = 8 + int.from_bytes(file.read(8), "little")
     except (SafetensorError, OSError) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ").splitlines()
+        reason = (
+            str(error).removeprefix("Error while deserializing header: ").splitlines()
+        )
         what = f"no complete safetensors file ({(reason or [type(error).__name__])[0][:100]})"
         raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
     tensors: dict[str, StoredTensor] = {}
-    for name in names:  # One after the other without holes: the library has checked that.
+    for (
+        name
+    ) in names:  # One after the other without holes: the library has checked that.
         dtype, shape = kinds[name]
         if dtype not in NUMPY:
             fix = f"use a version stored as one of {', '.join(NUMPY)}"
@@ -193,7 +212,8 @@ def _describe_lack(folder: Path) -> MaxlmError:
         if path.name.endswith(_PICKLES):
             what = f"{path.name} is a pickle, which can run any code when it is read"
             fix = (
-                "fetch the model as safetensors; or, only if you trust it, load it with "
+                "fetch the model as safetensors; or, only if you trust it, load it "
+                "with "
                 "transformers (from_pretrained) and write it with save_pretrained"
             )
             return MaxlmError(what, where=where, fix=fix)
@@ -201,12 +221,16 @@ def _describe_lack(folder: Path) -> MaxlmError:
 
 
 class SafetensorsWriter:
-    """Safetensors files in an empty folder, of which all tensors are still to be written, in any
-    order: dtypes and shapes are known beforehand, so each file begins with its final header, and
-    every tensor goes straight to its place. A file holds ``shard_bytes``, or one larger tensor."""
+    """Safetensors files in an empty folder, of which all tensors are still to be
+    written, in any order: dtypes and shapes are known beforehand, so each file begins
+    with its final header, and every tensor goes straight to its place. A file holds
+    ``shard_bytes``, or one larger tensor."""
 
     def __init__(
-        self, folder: str | Path, tensors: Mapping[str, Kind], shard_bytes: int = SHARD_BYTES
+        self,
+        folder: str | Path,
+        tensors: Mapping[str, Kind],
+        shard_bytes: int = SHARD_BYTES,
     ):
         self.folder = Path(folder)
         self._places: dict[str, StoredTensor] = {}
@@ -220,7 +244,9 @@ class SafetensorsWriter:
                 file.truncate(len(header) + sum(stored.nbytes for stored in shard))
             self._places |= {stored.name: stored for stored in placed}
         if len(shards) > 1:
-            files = {name: stored.path.name for name, stored in sorted(self._places.items())}
+            files = {
+                name: stored.path.name for name, stored in sorted(self._places.items())
+            }
             total = sum(stored.nbytes for stored in self._places.values())
             index = {"metadata": {"total_size": total}, "weight_map": files}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -228,7 +254,9 @@ class SafetensorsWriter:
     def write(self, name: str, values: np.ndarray, *, lossy: bool = False) -> None:
         """Writes one tensor, cast to the format it was announced with."""
         if values.shape != (stored := self._places[name]).shape:
-            what = f"is {list(values.shape)} in the checkpoint, not {list(stored.shape)}"
+            what = (
+                f"is {list(values.shape)} in the checkpoint, not {list(stored.shape)}"
+            )
             raise MaxlmError(what, where=name, fix="use the config it was trained with")
         with stored.path.open("r+b") as file:
             file.seek(stored.offset)
@@ -244,9 +272,10 @@ def is_floating(dtype: str) -> bool:
 def cast_values(
     values: np.ndarray, dtype: np.dtype, *, where: str, lossy: bool = False
 ) -> np.ndarray:
-    """Casts ``values``, which a message calls ``where``, to ``dtype``; returns them if they are
-    that already. ``lossy`` rounds what does not fit exactly. Raises MaxlmError: a value would
-    change and not ``lossy``; or would be infinite, or no number, where it was finite."""
+    """Casts ``values``, which a message calls ``where``, to ``dtype``; returns them if
+    they are that already. ``lossy`` rounds what does not fit exactly. Raises
+    MaxlmError: a value would change and not ``lossy``; or would be infinite, or no
+    number, where it was finite."""
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore", invalid="ignore"):
@@ -266,14 +295,17 @@ def cast_values(
 
 
 def split_into_slabs(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields ``values`` in C order as contiguous pieces along axis 0, views where they can be."""
+    """Yields ``values`` in C order as contiguous pieces along axis 0, views where they
+    can be."""
     rows = values if values.ndim else values[None]
     step = max(1, SLAB_BYTES // max(1, math.prod(rows.shape[1:]) * rows.itemsize))
     for start in range(0, len(rows), step):
         yield np.ascontiguousarray(rows[start : start + step])
 
 
-def _split_into_shards(tensors: Mapping[str, Kind], shard_bytes: int) -> list[list[StoredTensor]]:
+def _split_into_shards(
+    tensors: Mapping[str, Kind], shard_bytes: int
+) -> list[list[StoredTensor]]:
     shards: list[list[StoredTensor]] = [[]]
     filled = 0
     for name, (dtype, shape) in tensors.items():
@@ -286,14 +318,21 @@ def _split_into_shards(tensors: Mapping[str, Kind], shard_bytes: int) -> list[li
     return shards
 
 
-def _place_tensors(path: Path, tensors: list[StoredTensor]) -> tuple[bytes, list[StoredTensor]]:
-    """A file's header, padded to 8 bytes, and its tensors, wide formats first: all lie aligned."""
+def _place_tensors(
+    path: Path, tensors: list[StoredTensor]
+) -> tuple[bytes, list[StoredTensor]]:
+    """A file's header, padded to 8 bytes, and its tensors, wide formats first: all lie
+    aligned."""
     tensors = sorted(tensors, key=lambda stored: -NUMPY[stored.dtype].itemsize)
     ends = list(accumulate((stored.nbytes for stored in tensors), initial=0))
     head: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for stored, offsets in zip(tensors, pairwise(ends), strict=True):
         shape = list(stored.shape)
-        head[stored.name] = {"dtype": stored.dtype, "shape": shape, "data_offsets": offsets}
+        head[stored.name] = {
+            "dtype": stored.dtype,
+            "shape": shape,
+            "data_offsets": offsets,
+        }
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text

@@ -10,13 +10,13 @@ Key = TypeVar("Key")
 class BackgroundCompiler(Generic[Key]):
     """Compiles programs one after the other in a thread of its own.
 
-    Who needs a program before its turn claims it: it leaves the list, and the claimer compiles it
-    by running it; a program that is being compiled at that moment is waited for instead, so that
-    none is compiled twice.
+    Who needs a program before its turn claims it: it leaves the list, and the claimer
+    compiles it by running it; a program that is being compiled at that moment is waited
+    for instead, so that none is compiled twice.
 
     Args:
-        compile_program: called with one key, in the thread; what it raises ends the thread with a
-            traceback, and whoever runs the program meets the same fault.
+        compile_program: called with one key, in the thread; what it raises ends the
+            thread with a traceback, and whoever runs the program meets the same fault.
         keys: names of the programs, those that are needed first in front.
     """
 
@@ -25,7 +25,8 @@ class BackgroundCompiler(Generic[Key]):
         self._pending = list(keys)
         self._current: Key | None = None
         self._changed = threading.Condition()
-        # No daemon: Python's end would take the interpreter from under a compiler that still runs.
+        # No daemon: Python's end would take the interpreter from under a compiler that
+        # still runs.
         self._thread = threading.Thread(target=self._compile_all, name="compiler")
 
     def start(self) -> None:
@@ -40,7 +41,8 @@ class BackgroundCompiler(Generic[Key]):
             self._thread.join()
 
     def claim(self, key: Key) -> None:
-        """Takes a program off the list; where it is being compiled now, waits until it is."""
+        """Takes a program off the list; where it is being compiled now, waits until it
+        is."""
         with self._changed:
             if key in self._pending:
                 self._pending.remove(key)

@@ -1,4 +1,5 @@
-"""Token sequences that an output may not have, and several rules on one output together."""
+"""Token sequences that an output may not have, and several rules on one output
+together."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -34,10 +35,12 @@ class TokenMatcher(Protocol):
         ...
 
 
-def fill_draft_masks(matcher: TokenMatcher, rows: NDArray[np.uint32], draft: Sequence[int]) -> None:
-    """Writes the masks [G + 1, words] of the next token and of those behind each of a draft's G
-    tokens; behind one that may not come there, masks with all bits set. The matcher stays where it
-    is."""
+def fill_draft_masks(
+    matcher: TokenMatcher, rows: NDArray[np.uint32], draft: Sequence[int]
+) -> None:
+    """Writes the masks [G + 1, words] of the next token and of those behind each of a
+    draft's G tokens; behind one that may not come there, masks with all bits set. The
+    matcher stays where it is."""
     rows[:] = np.iinfo(np.uint32).max
     ahead = matcher.copy()  # no rollback undoes an error that a wrong draft runs into
     ahead.fill_mask(rows[0])
@@ -48,13 +51,17 @@ def fill_draft_masks(matcher: TokenMatcher, rows: NDArray[np.uint32], draft: Seq
 
 
 class BannedSequencesMatcher:
-    """Forbids the last token of each sequence where the output ends in the tokens before it."""
+    """Forbids the last token of each sequence where the output ends in the tokens
+    before it."""
 
     is_finished = False
     error = None
 
-    def __init__(self, sequences: Sequence[tuple[int, ...]], output: tuple[int, ...] = ()):
-        """Begins behind ``output``, of which only as much counts as a sequence is long."""
+    def __init__(
+        self, sequences: Sequence[tuple[int, ...]], output: tuple[int, ...] = ()
+    ):
+        """Begins behind ``output``, of which only as much counts as a sequence is
+        long."""
         self._sequences = sequences
         self._longest = max(map(len, sequences))
         self._output = output
@@ -87,8 +94,8 @@ class BannedSequencesMatcher:
 
 
 class CombinedMatcher:
-    """Allows what all of its matchers allow; an output that none can continue ends with an
-    ``error``.
+    """Allows what all of its matchers allow; an output that none can continue ends with
+    an ``error``.
 
     Args:
         stop_ids: end-of-text tokens, allowed where nothing else is.
@@ -109,7 +116,9 @@ class CombinedMatcher:
         """See :class:`TokenMatcher`."""
         if self._is_stuck:
             return "no token can come next"
-        return next((matcher.error for matcher in self._matchers if matcher.error), None)
+        return next(
+            (matcher.error for matcher in self._matchers if matcher.error), None
+        )
 
     def fill_mask(self, row: NDArray[np.uint32]) -> None:
         """See :class:`TokenMatcher`."""
@@ -132,6 +141,8 @@ class CombinedMatcher:
 
     def copy(self) -> "CombinedMatcher":
         """See :class:`TokenMatcher`."""
-        other = CombinedMatcher([matcher.copy() for matcher in self._matchers], self._stop_ids)
+        other = CombinedMatcher(
+            [matcher.copy() for matcher in self._matchers], self._stop_ids
+        )
         other._is_stuck = self._is_stuck
         return other

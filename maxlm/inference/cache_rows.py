@@ -15,8 +15,8 @@ from maxlm.inference.sequences import PageCopy, RunningSequence
 class CacheRows:
     """Rows and pages of one data shard: gives them to sequences and takes them back.
 
-    Between steps a sequence's page tables hold the pages of its computed tokens that the next one
-    sees, and 0 elsewhere."""
+    Between steps a sequence's page tables hold the pages of its computed tokens that
+    the next one sees, and 0 elsewhere."""
 
     shard: int
     """Its index."""
@@ -28,7 +28,9 @@ class CacheRows:
 
     def __post_init__(self) -> None:
         self.page_size = self.config.page_size
-        self.pools = [PagePool(count) for count in self.config.count_pages(self.windows)]
+        self.pools = [
+            PagePool(count) for count in self.config.count_pages(self.windows)
+        ]
         self.tree = PrefixTree(self.pools, self.windows, self.page_size)
         self.free_rows = list(range(self.config.max_sequences))
         self.running: list[RunningSequence] = []
@@ -39,11 +41,17 @@ class CacheRows:
 
     def start_step(self) -> None:
         """Allow a step's prefill again."""
-        self.tokens_left, self.chunks_left = self.config.prefill_tokens, self.config.max_chunks
+        self.tokens_left, self.chunks_left = (
+            self.config.prefill_tokens,
+            self.config.max_chunks,
+        )
 
     def spend(self, num_tokens: int) -> None:
         """Take a chunk, or an encoder's input, from what the step may still prefill."""
-        self.tokens_left, self.chunks_left = self.tokens_left - num_tokens, self.chunks_left - 1
+        self.tokens_left, self.chunks_left = (
+            self.tokens_left - num_tokens,
+            self.chunks_left - 1,
+        )
 
     def match_prefix(self, sequence: RunningSequence) -> list[PrefixNode]:
         """Return the nodes of the prefix that a sequence need not compute."""
@@ -51,8 +59,8 @@ class CacheRows:
         return self.tree.match(tokens, sequence.cache_key)
 
     def is_computing_prefix(self, sequence: RunningSequence) -> bool:
-        """Return whether a running sequence is computing more of this one's prefix than the tree
-        has, in whole pages."""
+        """Return whether a running sequence is computing more of this one's prefix than
+        the tree has, in whole pages."""
         most = self._count_matchable(sequence)
         size, start = self.page_size, len(self.match_prefix(sequence)) * self.page_size
         for other in self.running:
@@ -63,8 +71,8 @@ class CacheRows:
         return False
 
     def place(self, sequence: RunningSequence) -> bool:
-        """Give a sequence the lowest free row, and the pages of its prefix in the tree, if there is
-        room for all of it."""
+        """Give a sequence the lowest free row, and the pages of its prefix in the tree,
+        if there is room for all of it."""
         nodes = self.match_prefix(sequence)
         if not self._has_room(sequence, nodes):
             return False
@@ -78,20 +86,26 @@ class CacheRows:
         return True
 
     def _has_room(self, sequence: RunningSequence, nodes: list[PrefixNode]) -> bool:
-        """Return whether a sequence, with a prefix in the tree, can start in this step and compute
-        its tokens beside those that run, with a page to spare for each of them. Those before it
-        have their pages by now, or have left it no tokens of this step."""
+        """Return whether a sequence, with a prefix in the tree, can start in this step
+        and compute its tokens beside those that run, with a page to spare for each of
+        them. Those before it have their pages by now, or have left it no tokens of this
+        step."""
         if not self.free_rows:
             return False
         num_encoded, num_matched = len(sequence.encoder_tokens), len(nodes)
         if num_encoded or len(sequence.tokens) - num_matched * self.page_size > 1:
-            # An encoder's input is not split: it may have a step's budget, and more, for itself.
+            # An encoder's input is not split: it may have a step's budget, and more,
+            # for itself.
             fits = max(1, num_encoded) <= self.tokens_left
-            if not self.chunks_left or not (fits or self.tokens_left == self.config.prefill_tokens):
+            if not self.chunks_left or not (
+                fits or self.tokens_left == self.config.prefill_tokens
+            ):
                 return False
         if not self.running:
             return True  # with small chunks, if need be
-        for group, (pool, window) in enumerate(zip(self.pools, self.windows, strict=True)):
+        for group, (pool, window) in enumerate(
+            zip(self.pools, self.windows, strict=True)
+        ):
             first = self.tree.find_first_page(group, num_matched * self.page_size)
             matched = [node.pages[group] for node in nodes[first:]]
             wanted = -(-len(sequence.tokens) // self.page_size)
@@ -103,16 +117,21 @@ class CacheRows:
                 return False
         return True
 
-    def fork(self, source: RunningSequence, target: RunningSequence, num_computed: int) -> None:
-        """Give a sequence the lowest free row, a copy of another's, and hold the pages of its first
-        tokens. Who first writes to the last of them, if it is partly filled, gets a copy."""
+    def fork(
+        self, source: RunningSequence, target: RunningSequence, num_computed: int
+    ) -> None:
+        """Give a sequence the lowest free row, a copy of another's, and hold the pages
+        of its first tokens. Who first writes to the last of them, if it is partly
+        filled, gets a copy."""
         self._take_row(target)
         # A copy of a copy that is not done yet is one of the first row.
         self.row_copies[target.row] = self.row_copies.get(source.row, source.row)
         target.has_encoder_output = source.has_encoder_output
         target.num_computed = num_computed
         target.num_pages = -(-num_computed // self.page_size)
-        for group, (pool, table) in enumerate(zip(self.pools, self.page_tables, strict=True)):
+        for group, (pool, table) in enumerate(
+            zip(self.pools, self.page_tables, strict=True)
+        ):
             first = self.tree.find_first_page(group, num_computed)
             pages = table[source.row, first : target.num_pages]
             table[target.row, first : target.num_pages] = pages
@@ -126,9 +145,11 @@ class CacheRows:
             target.node = node
 
     def can_fork(self, source: RunningSequence, num_computed: int) -> bool:
-        """Return whether there is a row, a page to spare for each that runs, and all that the token
-        behind a sequence's first ones sees."""
-        if not self.free_rows or any(p.num_available <= len(self.running) for p in self.pools):
+        """Return whether there is a row, a page to spare for each that runs, and all
+        that the token behind a sequence's first ones sees."""
+        if not self.free_rows or any(
+            p.num_available <= len(self.running) for p in self.pools
+        ):
             return False
         end = -(-num_computed // self.page_size)
         for group, table in enumerate(self.page_tables):
@@ -137,14 +158,18 @@ class CacheRows:
                 return False
         return True
 
-    def reserve(self, sequence: RunningSequence, num_tokens: int, copies: list[PageCopy]) -> int:
-        """Give a sequence pages of its own for its next tokens, as far as there are; ``copies``
-        gets those that a shared, partly filled page needs. Return the tokens that it has pages for,
-        ``num_tokens`` at most; 0: nothing has changed."""
+    def reserve(
+        self, sequence: RunningSequence, num_tokens: int, copies: list[PageCopy]
+    ) -> int:
+        """Give a sequence pages of its own for its next tokens, as far as there are;
+        ``copies`` gets those that a shared, partly filled page needs. Return the tokens
+        that it has pages for, ``num_tokens`` at most; 0: nothing has changed."""
         row, computed, size = sequence.row, sequence.num_computed, self.page_size
         page, offset = divmod(computed, size)
         pools = list(zip(self.pools, self.page_tables, strict=True))
-        shared = [bool(offset) and pool.ref_counts[t[row, page]] > 1 for pool, t in pools]
+        shared = [
+            bool(offset) and pool.ref_counts[t[row, page]] > 1 for pool, t in pools
+        ]
         spare = [pool.num_available for pool in self.pools]
         num_new = min(map(int.__sub__, spare, shared), default=num_tokens)
         num_tokens = min(num_tokens, (sequence.num_pages + num_new) * size - computed)
@@ -156,7 +181,9 @@ class CacheRows:
                 held, own = int(table[row, page]), self._allocate(group)
                 # All copies are read first: a copy of a copy is one of the first page.
                 at = (self.shard, group, held)
-                sources = (c.source for c in copies if (c.shard, c.group, c.destination) == at)
+                sources = (
+                    c.source for c in copies if (c.shard, c.group, c.destination) == at
+                )
                 copies.append(PageCopy(self.shard, group, next(sources, held), own))
                 pool.release(held)
                 table[row, page] = own
@@ -166,8 +193,8 @@ class CacheRows:
         return num_tokens
 
     def settle(self, sequence: RunningSequence) -> None:
-        """Put a sequence's newly filled pages into the tree; take back those beyond its computed
-        tokens, and those that its next token does not see."""
+        """Put a sequence's newly filled pages into the tree; take back those beyond its
+        computed tokens, and those that its next token does not see."""
         size, computed, tables = self.page_size, sequence.num_computed, self.page_tables
         while sequence.node is not None and sequence.node.depth < computed // size:
             at = sequence.row, sequence.node.depth
@@ -179,7 +206,9 @@ class CacheRows:
         end = -(-computed // size)
         for group in range(len(self.pools)):
             self._take_back(sequence, group, end, sequence.num_pages)
-            self._take_back(sequence, group, 0, self.tree.find_first_page(group, computed))
+            self._take_back(
+                sequence, group, 0, self.tree.find_first_page(group, computed)
+            )
         sequence.num_pages = end
 
     def release(self, sequence: RunningSequence) -> None:
@@ -205,7 +234,9 @@ class CacheRows:
             self.tree.evict(group)
         return self.pools[group].allocate()
 
-    def _take_back(self, sequence: RunningSequence, group: int, start: int, end: int) -> None:
+    def _take_back(
+        self, sequence: RunningSequence, group: int, start: int, end: int
+    ) -> None:
         """Release pages of a range, the deepest first, as `PrefixTree` wants it."""
         entries = self.page_tables[group][sequence.row, start:end]
         for page in reversed(entries[entries > 0].tolist()):
@@ -213,8 +244,8 @@ class CacheRows:
         entries[:] = 0
 
     def _count_matchable(self, sequence: RunningSequence) -> int:
-        """Return the tokens among which a sequence may begin with computed pages: none if an
-        encoder's output is in them; only those before logits that are wanted."""
+        """Return the tokens among which a sequence may begin with computed pages: none
+        if an encoder's output is in them; only those before logits that are wanted."""
         if not self.config.prefix_cache or sequence.encoder_tokens:
             return 0
         if sequence.request.prompt_logprobs is None or sequence.num_output_tokens:

@@ -21,7 +21,8 @@ Pooling = Literal["mean", "last", "first"]
 EmbeddingProgram = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Returns fp32 vectors [B, D] of int32 tokens [B, S] with lengths [B]."""
 PaddedBatch = tuple[list[int], np.ndarray, np.ndarray]
-"""Each row's index, int32 tokens [B, S] and lengths [B]; rows beyond the indices are padding."""
+"""Each row's index, int32 tokens [B, S] and lengths [B]; rows beyond the indices are
+padding."""
 
 _LONG = 512
 _ROWS = 8
@@ -29,10 +30,11 @@ _ROWS = 8
 
 
 class Embedder:
-    """Embeds token ids with a model, in a few shapes that are compiled once each: widths are powers
-    of two, and rows ``_ROWS`` or as few as the mesh splits. ``params`` lie on ``mesh``, as loaded
-    or as the engine lays them out; a text has ``max_length`` tokens at most. Raises MaxlmError: a
-    model with an encoder and a decoder, or a sequence split over devices."""
+    """Embeds token ids with a model, in a few shapes that are compiled once each:
+    widths are powers of two, and rows ``_ROWS`` or as few as the mesh splits.
+    ``params`` lie on ``mesh``, as loaded or as the engine lays them out; a text has
+    ``max_length`` tokens at most. Raises MaxlmError: a model with an encoder and a
+    decoder, or a sequence split over devices."""
 
     def __init__(self, model: Model, params: Params, mesh: Mesh, max_length: int):
         if isinstance(model, EncoderDecoder) or mesh.shape["context"] > 1:
@@ -42,15 +44,19 @@ class Embedder:
         self._ways = prod(mesh.shape[axis] for axis in model.rules.batch)
         self._mesh = mesh
         self._lock = threading.Lock()
-        self._programs: dict[tuple[tuple[int, ...], Pooling, str | None], EmbeddingProgram] = {}
+        self._programs: dict[
+            tuple[tuple[int, ...], Pooling, str | None], EmbeddingProgram
+        ] = {}
 
-    def embed(self, rows: Sequence[Sequence[int]], pooling: Pooling | None = None) -> np.ndarray:
+    def embed(
+        self, rows: Sequence[Sequence[int]], pooling: Pooling | None = None
+    ) -> np.ndarray:
         """Returns fp32 vectors [len(rows), D] of length 1.
 
         Args:
             rows: token ids of each text, 1 to ``max_length``.
-            pooling: default: mean for encoders; last for causal models, whose last token alone has
-                seen all.
+            pooling: default: mean for encoders; last for causal models, whose last
+                token alone has seen all.
         """
         found = np.zeros((len(rows), self._model.config.d_model), np.float32)
         for batch, vectors in self.iterate_embeddings(rows, pooling):
@@ -63,30 +69,38 @@ class Embedder:
         pooling: Pooling | None = None,
         head: str | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yields some texts' indices and vectors, one dispatch after the other, as :meth:`embed`
-        returns them, or what a head says of them."""
+        """Yields some texts' indices and vectors, one dispatch after the other, as
+        :meth:`embed` returns them, or what a head says of them."""
         for indices, tokens, lengths in self.iterate_batches(rows):
             program = self.compile_program(tokens.shape, pooling, head)
             yield indices, program(tokens, lengths)[: len(indices)]
 
     def iterate_batches(
-        self, rows: Sequence[Sequence[int]], is_shared: Callable[[], bool] = lambda: False
+        self,
+        rows: Sequence[Sequence[int]],
+        is_shared: Callable[[], bool] = lambda: False,
     ) -> Iterator[PaddedBatch]:
-        """Yields the batches that :meth:`compile_program` makes programs for, without computing.
+        """Yields the batches that :meth:`compile_program` makes programs for, without
+        computing.
 
         Args:
-            is_shared: whether others wait for the devices, asked before each batch: it then has one
-                row, whose dispatch is short.
+            is_shared: whether others wait for the devices, asked before each batch: it
+                then has one row, whose dispatch is short.
         """
         num_virtual = self._model.num_virtual_tokens
         rows = [[0] * num_virtual + [*row] for row in rows]
-        return iterate_padded_batches(rows, self.max_length + num_virtual, self._ways, is_shared)
+        return iterate_padded_batches(
+            rows, self.max_length + num_virtual, self._ways, is_shared
+        )
 
     def compile_program(
-        self, shape: tuple[int, ...], pooling: Pooling | None = None, head: str | None = None
+        self,
+        shape: tuple[int, ...],
+        pooling: Pooling | None = None,
+        head: str | None = None,
     ) -> EmbeddingProgram:
-        """Returns what embeds batches of a shape [B, S], compiled once. It may be called in any
-        thread; the devices go on with what they do."""
+        """Returns what embeds batches of a shape [B, S], compiled once. It may be
+        called in any thread; the devices go on with what they do."""
         pooling = pooling or ("mean" if isinstance(self._model, Encoder) else "last")
         key = (shape, pooling, head)
         program = self._programs.get(key)
@@ -104,13 +118,17 @@ class Embedder:
         tokens = np.zeros(shape, np.int32)
         lengths = np.ones(shape[:1], np.int32)
         with jax.set_mesh(self._mesh):
-            lowered = jitted.lower(self._model, pooling, self._params, tokens, lengths, head)
+            lowered = jitted.lower(
+                self._model, pooling, self._params, tokens, lengths, head
+            )
         compiled = bind_mesh(self._mesh, lowered.compile())
-        return lambda tokens, lengths: np.asarray(compiled(self._params, tokens, lengths))
+        return lambda tokens, lengths: np.asarray(
+            compiled(self._params, tokens, lengths)
+        )
 
     def apply_head(self, rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
-        """Returns what one of the model's further heads says at each text's last token, fp32
-        [len(rows), width]."""
+        """Returns what one of the model's further heads says at each text's last token,
+        fp32 [len(rows), width]."""
         found = np.zeros((len(rows), self._model.config.heads[name]), np.float32)
         for batch, values in self.iterate_embeddings(rows, "last", name):
             found[batch] = values
@@ -123,9 +141,9 @@ def iterate_padded_batches(
     num_ways: int,
     is_shared: Callable[[], bool] = lambda: False,
 ) -> Iterator[PaddedBatch]:
-    """Yields rows in batches of few shapes, the longest ones first: widths are powers of two, and
-    rows ``_ROWS`` or as few as the mesh splits (``num_ways``), for a single one while
-    ``is_shared``."""
+    """Yields rows in batches of few shapes, the longest ones first: widths are powers
+    of two, and rows ``_ROWS`` or as few as the mesh splits (``num_ways``), for a single
+    one while ``is_shared``."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     while order:
         longest = len(rows[order[-1]])
@@ -144,12 +162,14 @@ def iterate_padded_batches(
 def compute_padded_states(
     forward: Callable[..., Any], rules: AxisRules, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns hidden states [B, S, D] of rows [B, S] with ``lengths`` [B] tokens each; the tokens'
-    places [B, S], and the lengths [B, 1], as they are laid out."""
+    """Returns hidden states [B, S, D] of rows [B, S] with ``lengths`` [B] tokens each;
+    the tokens' places [B, S], and the lengths [B, 1], as they are laid out."""
     by_row = rules.spec("batch", None)
     tokens = reshard(tokens, by_row)
     lengths = reshard(lengths, rules.spec("batch"))[:, None]
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    places = jnp.broadcast_to(
+        jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
+    )
     places = reshard(places, by_row)
     segments = (places < lengths).astype(jnp.int32)
     hidden, _ = forward(tokens, places * segments, segments)
@@ -164,11 +184,13 @@ def _embed(
     lengths: jax.Array,
     head: str | None,
 ) -> jax.Array:
-    """Returns vectors [B, D] of rows [B, S] with ``lengths`` [B] tokens each, or what a head makes
-    of them."""
+    """Returns vectors [B, D] of rows [B, S] with ``lengths`` [B] tokens each, or what a
+    head makes of them."""
     bound: Any = bind(model, params)
     forward = bound.forward_without_head if isinstance(bound, Encoder) else bound
-    hidden, places, lengths = compute_padded_states(forward, model.rules, tokens, lengths)
+    hidden, places, lengths = compute_padded_states(
+        forward, model.rules, tokens, lengths
+    )
     first = model.num_virtual_tokens
     is_real = (places >= first) & (places < lengths)
     means = is_real / (lengths - first)

@@ -1,9 +1,9 @@
 """The engine: continues many prompts together, each as if it were alone.
 
-A step is one dispatch (:mod:`maxlm.inference.step`): sequences that decode, and chunks of prompts.
-The scheduler says who takes part, and keeps the pages of the caches; the engine sends its plan to
-the devices, and turns the tokens that come back into outputs. All sizes are from a short list, so
-that nothing compiles after :meth:`Engine.warm_up`.
+A step is one dispatch (:mod:`maxlm.inference.step`): sequences that decode, and chunks
+of prompts. The scheduler says who takes part, and keeps the pages of the caches; the
+engine sends its plan to the devices, and turns the tokens that come back into outputs.
+All sizes are from a short list, so that nothing compiles after :meth:`Engine.warm_up`.
 """
 
 import time
@@ -89,8 +89,8 @@ class Engine:
         draft: the model that ``config.speculation`` names, on the same mesh.
 
     Raises:
-        MaxlmError: a model that cannot continue text, a mesh that splits the sequence, or a draft
-            model that cannot guess for this one.
+        MaxlmError: a model that cannot continue text, a mesh that splits the sequence,
+            or a draft model that cannot guess for this one.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class Engine:
             raise MaxlmError(what, where="engine", fix=fix)
         if model.rules.seq:
             what = f"the sequence is split over {' and '.join(model.rules.seq)}"
-            raise MaxlmError(what, where="mesh", fix="generate on a mesh with context=1")
+            raise MaxlmError(
+                what, where="mesh", fix="generate on a mesh with context=1"
+            )
         self.model: Any = model
         self.tokenizer, num_virtual = tokenizer, model.num_virtual_tokens
         longest = config.max_length + num_virtual
@@ -148,8 +150,12 @@ class Engine:
             check_speculation(model, draft and draft.model, self._layout)
         own = self._layout, self._windows, longest, self.vocab_size
         with jax.set_mesh(self.mesh):
-            self._adapters = AdapterSlots(model, config.max_adapters, config.max_adapter_rank)
-            self._runner = ModelRunner(model, params, *own, self._adapters.arrays or None)
+            self._adapters = AdapterSlots(
+                model, config.max_adapters, config.max_adapter_rank
+            )
+            self._runner = ModelRunner(
+                model, params, *own, self._adapters.arrays or None
+            )
             self._draft = ModelRunner(*draft, *own) if draft is not None else None
         self._runners = [self._runner, *filter(None, [self._draft])]
         self._inputs = InputBuilder(
@@ -167,10 +173,13 @@ class Engine:
         self._step_seconds = self.config.dispatch_seconds / self.config.decode_steps
         self._compiler: BackgroundCompiler[StepSizes] | None = None
 
-    def add_request(self, request: GenerationRequest, *, branching: bool = False) -> None:
-        """Takes a request; its outputs come from :meth:`step`. ``branching``: one token a step and
-        no text, for :meth:`branch` to be called between. Raises MaxlmError where it can never run
-        here: too long, a token that the model does not have, a stop string without a tokenizer."""
+    def add_request(
+        self, request: GenerationRequest, *, branching: bool = False
+    ) -> None:
+        """Takes a request; its outputs come from :meth:`step`. ``branching``: one token
+        a step and no text, for :meth:`branch` to be called between. Raises MaxlmError
+        where it can never run here: too long, a token that the model does not have, a
+        stop string without a tokenizer."""
         where, vocab = f"request {request.request_id}", self.model.config.vocab_size
         tokens = chain(request.prompt_tokens, *request.continuations)
         wrong = next((t for t in tokens if not 0 <= t < vocab), None)
@@ -180,13 +189,17 @@ class Engine:
             raise MaxlmError(what, where=where, fix=fix)
         if self.tokenizer is None and (request.stop_strings or request.grammar):
             what = "stop strings and grammars need a tokenizer"
-            raise MaxlmError(what, where=where, fix="give the engine one, or use stop_token_ids")
+            raise MaxlmError(
+                what, where=where, fix="give the engine one, or use stop_token_ids"
+            )
         matcher = self._make_matcher(request)
         stops = {token for token in request.stop_token_ids if 0 <= token < vocab}
         if self.tokenizer is not None and not request.ignore_eos:
             stops |= set(self.tokenizer.stop_ids)
         if len(stops) > MAX_STOP_IDS:
-            what = f"{len(stops)} tokens end the output; there is room for {MAX_STOP_IDS}"
+            what = (
+                f"{len(stops)} tokens end the output; there is room for {MAX_STOP_IDS}"
+            )
             raise MaxlmError(what, where=where, fix="name fewer in stop_token_ids")
         continued = self.continues_text(request.prompt_tokens)
         name = request.adapter
@@ -218,11 +231,14 @@ class Engine:
         return [sequence.index for sequence in sequences]
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, and frees what it holds; unknown ids are ignored. Its sequences' last
-        outputs, with ``finish_reason`` "abort", come from the next step."""
+        """Ends a request, and frees what it holds; unknown ids are ignored. Its
+        sequences' last outputs, with ``finish_reason`` "abort", come from the next
+        step."""
         for sequence in self.scheduler.abort(request_id):
             self._outputs.forget(sequence)
-            output = SequenceOutput(request_id, sequence.index, [], finish_reason="abort")
+            output = SequenceOutput(
+                request_id, sequence.index, [], finish_reason="abort"
+            )
             self._ended.append(output)
 
     @property
@@ -231,8 +247,11 @@ class Engine:
         return bool(self._ended or self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> list[SequenceOutput]:
-        """Runs one dispatch; returns what it added to sequences, nothing where none was waiting."""
-        return self._step(max(1, round(self.config.dispatch_seconds / self._step_seconds)))
+        """Runs one dispatch; returns what it added to sequences, nothing where none was
+        waiting."""
+        return self._step(
+            max(1, round(self.config.dispatch_seconds / self._step_seconds))
+        )
 
     def _step(self, max_steps: int | None) -> list[SequenceOutput]:
         outputs, self._ended = self._ended, []
@@ -248,7 +267,8 @@ class Engine:
             result = self._run(plan, shape)
         result = jax.device_get(result)
         if not plan.prefill:
-            # A step that compiles is no measure: estimates go up by degrees, and down at once.
+            # A step that compiles is no measure: estimates go up by degrees, and down
+            # at once.
             seconds = (time.perf_counter() - start) / plan.num_steps
             self._step_seconds = min(seconds, 2 * self._step_seconds)
         return outputs + self._collect(plan, shape, result)
@@ -256,13 +276,16 @@ class Engine:
     def run(
         self, requests: Iterable[GenerationRequest], *, stream: bool = False
     ) -> Iterator[SequenceOutput]:
-        """Yields outputs of some requests as they come, until all have ended. ``stream``: keep
-        dispatches to ``dispatch_seconds``, for who reads along; otherwise they are as long as
-        ``decode_steps`` allows, once no request waits for another's end."""
+        """Yields outputs of some requests as they come, until all have ended.
+        ``stream``: keep dispatches to ``dispatch_seconds``, for who reads along;
+        otherwise they are as long as ``decode_steps`` allows, once no request waits for
+        another's end."""
         for request in requests:
             self.add_request(request)
         while self.has_work:
-            yield from self.step() if stream or self.scheduler.waiting else self._step(None)
+            yield from (
+                self.step() if stream or self.scheduler.waiting else self._step(None)
+            )
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -270,8 +293,9 @@ class Engine:
         return tuple(self._adapters.loaded)
 
     def load_adapter(self, name: str, weights: LoraWeights) -> None:
-        """Loads a LoRA adapter for requests with its name; others go on meanwhile. Raises
-        MaxlmError: no slot is free or fits it, a name that is taken, another base's adapter."""
+        """Loads a LoRA adapter for requests with its name; others go on meanwhile.
+        Raises MaxlmError: no slot is free or fits it, a name that is taken, another
+        base's adapter."""
         with jax.set_mesh(self.mesh):
             self._adapters.load(name, weights)
 
@@ -279,13 +303,16 @@ class Engine:
         """Frees an adapter's slot; raises MaxlmError while requests use it."""
         self._adapters.get_load_number(name)
         sequences = [*self.scheduler.running, *self.scheduler.waiting]
-        if count := len({s.request.request_id for s in sequences if s.request.adapter == name}):
+        if count := len(
+            {s.request.request_id for s in sequences if s.request.adapter == name}
+        ):
             what, fix = f"{count} requests use it", "wait until they end, or abort them"
             raise MaxlmError(what, where=f"adapter {name}", fix=fix)
         del self._adapters.loaded[name]
 
     def warm_up(self, on_progress: Progress = ignore_progress) -> None:
-        """Compiles every program that steps may need, but for encoders; none is compiled later."""
+        """Compiles every program that steps may need, but for encoders; none is
+        compiled later."""
         empty, self._inputs.is_warm = ScheduledStep(num_steps=0), True
         with jax.set_mesh(self.mesh):
             self._adapters.warm_up()
@@ -300,16 +327,19 @@ class Engine:
                     runner.copy_rows([])
 
     def warm_up_behind(self) -> None:
-        """Starts to compile every program that steps may need in a thread of its own, and returns
-        at once: steps compile theirs themselves where its turn has not come. Ends with
-        :meth:`close`."""
+        """Starts to compile every program that steps may need in a thread of its own,
+        and returns at once: steps compile theirs themselves where its turn has not
+        come. Ends with :meth:`close`."""
         self._inputs.is_warm = True
-        # Steps change what inputs are built from, so that they are described here and now.
+        # Steps change what inputs are built from, so that they are described here and
+        # now.
         empty = ScheduledStep(num_steps=0)
         tables = self.scheduler.page_tables
         inputs: dict[StepSizes, StepInputs] = {}
         for shape in self._inputs.list_shapes():
-            inputs[shape] = describe_arrays(self._inputs.build(empty, shape, tables, {}))
+            inputs[shape] = describe_arrays(
+                self._inputs.build(empty, shape, tables, {})
+            )
 
         def compile_program(shape: StepSizes) -> None:
             with jax.set_mesh(self.mesh):
@@ -321,11 +351,13 @@ class Engine:
 
     @property
     def num_programs_left(self) -> int:
-        """Programs that :meth:`warm_up_behind` has still to compile; may be read in any thread."""
+        """Programs that :meth:`warm_up_behind` has still to compile; may be read in any
+        thread."""
         return self._compiler.num_left if self._compiler is not None else 0
 
     def close(self) -> None:
-        """Ends what :meth:`warm_up_behind` started, once its current program is compiled."""
+        """Ends what :meth:`warm_up_behind` started, once its current program is
+        compiled."""
         if self._compiler is not None:
             self._compiler.stop()
 
@@ -365,8 +397,8 @@ class Engine:
         return outputs
 
     def _plan_drafts(self) -> dict[RunningSequence, list[int]]:
-        """Says how many tokens are guessed for each sequence that decodes; these tokens, as far as
-        they are known before pages are."""
+        """Says how many tokens are guessed for each sequence that decodes; these
+        tokens, as far as they are known before pages are."""
         config, drafts = self.config.speculation, {}
         if config is None:
             return drafts
@@ -381,7 +413,9 @@ class Engine:
                 drafts[sequence], sequence.num_drafts = draft, len(draft)
         return drafts
 
-    def _draw_drafts(self, plan: ScheduledStep, drafts: dict[RunningSequence, list[int]]) -> None:
+    def _draw_drafts(
+        self, plan: ScheduledStep, drafts: dict[RunningSequence, list[int]]
+    ) -> None:
         """Guesses tokens of a plan's rows, as many as these have pages for."""
         plan.drafts = {
             row.sequence: drafts[row.sequence][: row.num_tokens - 1]
@@ -391,10 +425,16 @@ class Engine:
         if self._draft is None or not plan.drafts:
             return
         if plan.prefill:  # one program fewer; the draft model then only reads along
-            plan.decode, plan.drafts = [row._replace(num_tokens=1) for row in plan.decode], {}
+            plan.decode, plan.drafts = (
+                [row._replace(num_tokens=1) for row in plan.decode],
+                {},
+            )
             return
-        # A step more than there are drafts, so that the last of them is in the cache as well.
-        alone = replace(plan, num_steps=max(row.num_tokens for row in plan.decode), drafts={})
+        # A step more than there are drafts, so that the last of them is in the cache as
+        # well.
+        alone = replace(
+            plan, num_steps=max(row.num_tokens for row in plan.decode), drafts={}
+        )
         shape = self._inputs.choose_shape(alone)
         inputs = self._inputs.build(alone, shape, self.scheduler.page_tables, {})
         tokens = np.asarray(self._draft.run(shape, inputs).tokens)
@@ -423,7 +463,9 @@ class Engine:
             if draft := plan.drafts.get(sequence):
                 self._drafted += len(draft)
                 self._accepted += len(tokens) - 1
-        self.scheduler.finish_step(plan, {each: own.token_ids for each, own in outputs.items()})
+        self.scheduler.finish_step(
+            plan, {each: own.token_ids for each, own in outputs.items()}
+        )
         for sequence, output in outputs.items():
             if output.finish_reason is not None:
                 self.scheduler.finish(sequence)
@@ -434,4 +476,7 @@ class Engine:
         """Whether an output's first word follows others, rather than opening a text."""
         if self.tokenizer is None or isinstance(self.model, EncoderDecoder):
             return False
-        return not {*prompt_tokens} <= {self.tokenizer.bos_id, *self.tokenizer.prefix_ids}
+        return not {*prompt_tokens} <= {
+            self.tokenizer.bos_id,
+            *self.tokenizer.prefix_ids,
+        }

@@ -7,54 +7,69 @@ from pydantic import Field, model_validator
 from maxlm.config import Config
 from maxlm.inference.pages import count_spanned_pages
 from maxlm.inference.speculation import SpeculationConfig
-from maxlm.models.caches.config import QUANTIZED_PAGE_SIZES, CacheConfig, PagedCacheConfig
+from maxlm.models.caches.config import (
+    QUANTIZED_PAGE_SIZES,
+    CacheConfig,
+    PagedCacheConfig,
+)
 
 MIN_CHUNK = 16
 """Tokens of the smallest size that prompts are computed in, at most."""
 
 
 class EngineConfig(Config):
-    """How much the engine holds at once, and does in one step; numbers are for each data shard."""
+    """How much the engine holds at once, and does in one step; numbers are for each
+    data shard."""
 
     max_sequences: int = Field(default=16, gt=0)
     """Sequences that run together; others wait."""
     max_length: int = Field(default=2048, gt=1)
     """Tokens of the longest sequence, prompt and output."""
     page_size: int = Field(default=16, gt=0)
-    """Tokens a page of the cache: small ones waste less at a sequence's end and share more, large
-    ones are read faster."""
+    """Tokens a page of the cache: small ones waste less at a sequence's end and share
+    more, large ones are read faster."""
     num_pages: int | None = Field(default=None, gt=1)
-    """Pages of the cache in each layer that sees everything, one of them for padding; layers with a
-    window need fewer. null: enough for ``max_sequences`` of ``max_length``."""
+    """Pages of the cache in each layer that sees everything, one of them for padding;
+    layers with a window need fewer. null: enough for ``max_sequences`` of
+    ``max_length``."""
     prefill_tokens: int = Field(default=512, gt=0)
-    """Tokens of prompts in one step: more start sooner, and hold up those that decode."""
+    """Tokens of prompts in one step: more start sooner, and hold up those that
+    decode."""
     max_chunks: int = Field(default=8, gt=0)
     """Prompts that have a part in them."""
     decode_steps: int = Field(default=8, gt=0)
-    """Tokens that each sequence generates in one dispatch while no prompt is computed and nothing
-    needs the host between: more cost less each, and arrive in larger groups."""
+    """Tokens that each sequence generates in one dispatch while no prompt is computed
+    and nothing needs the host between: more cost less each, and arrive in larger
+    groups."""
     prefix_cache: bool = True
-    """true: computed pages stay while there is room, and prompts that begin alike share them;
-    false: each request computes its own."""
+    """true: computed pages stay while there is room, and prompts that begin alike share
+    them; false: each request computes its own."""
     dispatch_seconds: float = Field(default=0.05, gt=0)
-    """Time that a dispatch of several steps may take, about: a request that comes meanwhile waits
-    for its end."""
+    """Time that a dispatch of several steps may take, about: a request that comes
+    meanwhile waits for its end."""
     speculation: SpeculationConfig | None = None
     """Guess several tokens a step; null: none."""
     cache: CacheConfig = PagedCacheConfig()
-    """How keys and values are kept: all of them, in fewer bits, or a part. All but ``paged`` are
-    lossy, share no prefixes, and depend a little on the chunks that a prompt is computed in."""
+    """How keys and values are kept: all of them, in fewer bits, or a part. All but
+    ``paged`` are lossy, share no prefixes, and depend a little on the chunks that a
+    prompt is computed in."""
     max_adapters: int = Field(default=0, ge=0)
-    """LoRA adapters that are loaded at once; 0: none, and nothing is computed for them."""
+    """LoRA adapters that are loaded at once; 0: none, and nothing is computed for
+    them."""
     max_adapter_rank: int = Field(default=16, gt=0)
     """Their largest rank; each takes memory and time as if it had this one."""
 
     @model_validator(mode="before")
     @classmethod
     def _set_page_size(cls, settings: Any) -> Any:
-        """A page is a group with a scale of its own in int8 and int4: larger ones cost less."""
+        """A page is a group with a scale of its own in int8 and int4: larger ones cost
+        less."""
         cache = settings.get("cache")
-        kind = cache.get("kind") if isinstance(cache, dict) else getattr(cache, "kind", None)
+        kind = (
+            cache.get("kind")
+            if isinstance(cache, dict)
+            else getattr(cache, "kind", None)
+        )
         if kind in QUANTIZED_PAGE_SIZES:
             return {"page_size": QUANTIZED_PAGE_SIZES[kind], **settings}
         return settings
@@ -65,23 +80,31 @@ class EngineConfig(Config):
 
     @property
     def chunk_sizes(self) -> list[int]:
-        """Numbers of prompts' tokens that steps are compiled for, the smallest first."""
+        """Numbers of prompts' tokens that steps are compiled for, the smallest
+        first."""
         sizes = [self.prefill_tokens]
         while sizes[0] >= 4 * MIN_CHUNK:
             sizes.insert(0, -(-sizes[0] // 4))
         return sizes
 
     def limit_chunk_tokens(self, num_tokens: int) -> int:
-        """Returns how many of so many tokens a step computes: all, but where half or more of the
-        size that holds them would be padding, as many as the next smaller one holds."""
+        """Returns how many of so many tokens a step computes: all, but where half or
+        more of the size that holds them would be padding, as many as the next smaller
+        one holds."""
         sizes = self.chunk_sizes
         fit = next(i for i, size in enumerate(sizes) if size >= num_tokens)
         return sizes[fit - 1] if fit and 2 * num_tokens <= sizes[fit] else num_tokens
 
     def count_pages(self, windows: tuple[int | None, ...]) -> tuple[int, ...]:
-        """Return the pages of each group's pool in one shard, page 0 included. ``windows``: tokens
-        that a token sees in each group of layers, itself included; None: all."""
+        """Return the pages of each group's pool in one shard, page 0 included.
+        ``windows``: tokens that a token sees in each group of layers, itself included;
+        None: all."""
         full = self.num_pages or self.max_sequences * self.pages_per_sequence + 1
         chunk, size = self.prefill_tokens, self.page_size
-        spans = [window and count_spanned_pages(window - 1 + chunk, size) for window in windows]
-        return tuple(min(full, self.max_sequences * span + 1) if span else full for span in spans)
+        spans = [
+            window and count_spanned_pages(window - 1 + chunk, size)
+            for window in windows
+        ]
+        return tuple(
+            min(full, self.max_sequences * span + 1) if span else full for span in spans
+        )

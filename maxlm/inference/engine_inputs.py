@@ -57,8 +57,9 @@ class InputBuilder:
         ]
 
     def choose_shape(self, plan: ScheduledStep) -> StepSizes:
-        """Returns the smallest shape that a plan fits in. Where nothing but continuations is read,
-        and their own programs may be compiled, it has no rows that decode."""
+        """Returns the smallest shape that a plan fits in. Where nothing but
+        continuations is read, and their own programs may be compiled, it has no rows
+        that decode."""
         width, tokens = 1 + self.num_drafts if plan.drafts else 1, Counter[int]()
         for chunk in plan.prefill:
             tokens[chunk.sequence.shard] += chunk.num_tokens
@@ -71,7 +72,9 @@ class InputBuilder:
             and each.num_rows >= num_rows
             and (each.chunk_tokens >= num_tokens if tokens else not each.chunk_tokens)
         )
-        only_reads = tokens and all(each.sequence.request.continuations for each in plan.prefill)
+        only_reads = tokens and all(
+            each.sequence.request.continuations for each in plan.prefill
+        )
         no_rows = only_reads and not (plan.decode or self.all_rows or self.is_warm)
         return shape._replace(num_rows=0) if no_rows else shape
 
@@ -108,7 +111,9 @@ class InputBuilder:
             allowed=np.zeros((D, b * G + F, self._words), np.uint32),
             has_grammar=np.bool_(bool(matchers)),
             forced_tokens=np.full((D, b * G + F), -1, np.int32),
-            logprobs_wanted=np.bool_(any(request.top_logprobs is not None for request in asked)),
+            logprobs_wanted=np.bool_(
+                any(request.top_logprobs is not None for request in asked)
+            ),
             adapter_masks=self._adapter_masks,
         )
         for sequence, num_tokens in plan.decode:
@@ -118,7 +123,10 @@ class InputBuilder:
             inputs.computed[at], inputs.counts[at] = sequence.num_computed, num_tokens
         for at, begin, (sequence, start, size, _) in self._locate_chunks(plan):
             inputs.chunk_rows[at], inputs.chunk_starts[at] = sequence.row, start
-            inputs.chunk_sizes[at], inputs.chunk_lengths[at] = size, len(sequence.tokens)
+            inputs.chunk_sizes[at], inputs.chunk_lengths[at] = (
+                size,
+                len(sequence.tokens),
+            )
             own = sequence.tokens[start : start + size + 1]
             inputs.chunk_tokens[at[0], begin : begin + size] = own[:size]
             if sequence.request.prompt_logprobs is not None:
@@ -140,8 +148,8 @@ class InputBuilder:
     def read_results(
         self, result: StepOutputs, shape: StepSizes, plan: ScheduledStep
     ) -> dict[RunningSequence, list[TokenLogprob]]:
-        """Returns the tokens of each decoding row, of a draft those that the model drew too and the
-        one behind them; and the token behind each chunk that samples."""
+        """Returns the tokens of each decoding row, of a draft those that the model drew
+        too and the one behind them; and the token behind each chunk that samples."""
         found: dict[RunningSequence, list[TokenLogprob]] = {}
         for sequence, (shard, first), num_tokens in self._locate_results(plan, shape):
             own, draft = found.setdefault(sequence, []), plan.drafts.get(sequence, ())
@@ -155,23 +163,34 @@ class InputBuilder:
     def read_prompts(
         self, result: StepOutputs, plan: ScheduledStep
     ) -> Iterator[tuple[PrefillChunk, list[TokenLogprob]]]:
-        """Yields chunks of prompts whose log-probabilities are wanted, and the prompt's tokens that
-        follow those of the chunk."""
+        """Yields chunks of prompts whose log-probabilities are wanted, and the prompt's
+        tokens that follow those of the chunk."""
         for (shard, _), begin, chunk in self._locate_chunks(plan):
             sequence, start, size, _ = chunk
             if sequence.request.prompt_logprobs is None:
                 continue
             first = max(start + 1, sequence.logprobs_start)
-            known = sequence.tokens[first : min(start + size + 1, sequence.num_prompt_tokens)]
+            known = sequence.tokens[
+                first : min(start + size + 1, sequence.num_prompt_tokens)
+            ]
             begin += first - start - 1
             at = shard, slice(begin, begin + len(known))
-            columns = zip(known, *(np.asarray(x)[at] for x in result.prompt_logprobs), strict=True)
-            yield chunk, [TokenLogprob(t, float(p), _zip(ids, top)) for t, p, ids, top in columns]
+            columns = zip(
+                known, *(np.asarray(x)[at] for x in result.prompt_logprobs), strict=True
+            )
+            yield (
+                chunk,
+                [
+                    TokenLogprob(t, float(p), _zip(ids, top))
+                    for t, p, ids, top in columns
+                ],
+            )
 
     def _locate_chunks(
         self, plan: ScheduledStep
     ) -> list[tuple[tuple[int, int], int, PrefillChunk]]:
-        """Each chunk's (shard, place among its chunks), and where its tokens begin among them."""
+        """Each chunk's (shard, place among its chunks), and where its tokens begin
+        among them."""
         counts, begins, found = Counter[int](), Counter[int](), []
         for chunk in plan.prefill:
             shard = chunk.sequence.shard
@@ -183,10 +202,14 @@ class InputBuilder:
     def _locate_results(
         self, plan: ScheduledStep, shape: StepSizes
     ) -> Iterator[tuple[RunningSequence, tuple[int, int], int]]:
-        """Yields each sequence that tokens are drawn for, the (shard, place) of its first result,
-        and the number of its tokens."""
+        """Yields each sequence that tokens are drawn for, the (shard, place) of its
+        first result, and the number of its tokens."""
         for sequence, num_tokens in plan.decode:
-            yield sequence, (sequence.shard, sequence.row * shape.row_tokens), num_tokens
+            yield (
+                sequence,
+                (sequence.shard, sequence.row * shape.row_tokens),
+                num_tokens,
+            )
         for (shard, index), _, chunk in self._locate_chunks(plan):
             if chunk.samples:
                 place = shape.num_rows * shape.row_tokens + index
@@ -195,11 +218,15 @@ class InputBuilder:
     def _stack_settings(self) -> RowSettings:
         D, R = self.rows
         placed = [self._placed.get(at) for at in np.ndindex(D, R)]
-        placed = [each if each and each.state != "finished" else None for each in placed]
+        placed = [
+            each if each and each.state != "finished" else None for each in placed
+        ]
         self._prompt_lengths = np.array(
             [each.num_prompt_tokens if each else 0 for each in placed], np.int32
         ).reshape(D, R)
-        masks = self.adapters.make_masks([e.request.adapter if e else None for e in placed])
+        masks = self.adapters.make_masks(
+            [e.request.adapter if e else None for e in placed]
+        )
         self._adapter_masks = None if masks is None else masks.reshape(D, R, -1)
         settings = stack_settings(
             [each.request.sampling if each else None for each in placed],
@@ -211,7 +238,8 @@ class InputBuilder:
         return self._settings
 
     def _make_history(self, plan: ScheduledStep) -> np.ndarray:
-        """Each row's tokens, where a setting looks at them; else the same array always."""
+        """Each row's tokens, where a setting looks at them; else the same array
+        always."""
         sequences = [part.sequence for part in (*plan.decode, *plan.prefill)]
         sequences = [each for each in sequences if each.request.sampling.reads_history]
         if not sequences:
@@ -219,12 +247,16 @@ class InputBuilder:
         history = np.zeros_like(self._no_history)
         for each in sequences:
             own = [*each.tokens, *plan.drafts.get(each, ())][: history.shape[-1]]
-            own[: each.num_virtual_tokens] = [-1] * each.num_virtual_tokens  # no token at all
+            own[: each.num_virtual_tokens] = [
+                -1
+            ] * each.num_virtual_tokens  # no token at all
             history[each.shard, each.row, : len(own)] = own
         return history
 
 
-def _read(result: StepOutputs, at: tuple[int, ...], sequence: RunningSequence) -> TokenLogprob:
+def _read(
+    result: StepOutputs, at: tuple[int, ...], sequence: RunningSequence
+) -> TokenLogprob:
     token, (chosen, top_ids, top) = int(result.tokens[at]), result.logprobs
     if sequence.request.top_logprobs is None:
         return TokenLogprob(token, 0.0)

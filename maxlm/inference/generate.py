@@ -21,9 +21,9 @@ def generate(
     vocab_size: int | None = None,
     **settings: Any,
 ) -> Iterator[SequenceOutput]:
-    """Continues prompts, and yields their tokens as they come; an output's ``request_id`` is the
-    prompt's number, "0", "1", ... A model with an encoder reads the prompts with it, and writes an
-    output of its own.
+    """Continues prompts, and yields their tokens as they come; an output's
+    ``request_id`` is the prompt's number, "0", "1", ... A model with an encoder reads
+    the prompts with it, and writes an output of its own.
 
     Args:
         params: on an explicit mesh, where everything then runs.
@@ -31,14 +31,20 @@ def generate(
         tokenizer: for text, and for the tokens that end an output; None: outputs end at
             ``max_new_tokens`` alone.
         vocab_size: ids that may be drawn; default: the tokenizer's, else the model's.
-        settings: of :class:`~maxlm.inference.engine.EngineConfig`; default: room for these prompts.
+        settings: of :class:`~maxlm.inference.engine.EngineConfig`; default: room for
+            these prompts.
 
     Raises:
         MaxlmError: a model that cannot continue these prompts; before anything runs.
     """
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-    room = {"max_sequences": max(1, len(prompts)), "max_length": max(2, -(-longest // 128) * 128)}
-    engine = Engine(model, params, EngineConfig(**{**room, **settings}), tokenizer, vocab_size)
+    room = {
+        "max_sequences": max(1, len(prompts)),
+        "max_length": max(2, -(-longest // 128) * 128),
+    }
+    engine = Engine(
+        model, params, EngineConfig(**{**room, **settings}), tokenizer, vocab_size
+    )
     for number, prompt in enumerate(prompts):
         engine.add_request(GenerationRequest(str(number), tuple(prompt), sampling))
     return engine.run((), stream=True)

@@ -1,4 +1,5 @@
-"""Structured output: which tokens may come next so that the output has the form asked for.
+"""Structured output: which tokens may come next so that the output has the form asked
+for.
 
 `llguidance` (extra ``serve``) compiles the forms and makes the masks.
 """
@@ -18,13 +19,14 @@ from maxlm.inference.requests import GrammarSpec
 
 # Forms that are kept compiled: requests of one program mostly ask for the same.
 _CACHED = 64
-# A blank, or a line's end with indentation: a model may write any number of blanks, and never end.
+# A blank, or a line's end with indentation: a model may write any number of blanks, and
+# never end.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r" |\r?\n[ \t]{0,24}"}
 
 
 class GrammarCompiler:
-    """Compiles forms of output for the tokens of one tokenizer. Raises MaxlmError where llguidance
-    is not installed."""
+    """Compiles forms of output for the tokens of one tokenizer. Raises MaxlmError where
+    llguidance is not installed."""
 
     def __init__(self, tokenizer: Tokenizer):
         try:
@@ -38,9 +40,9 @@ class GrammarCompiler:
         self._prototype = lru_cache(_CACHED)(self._compile)
 
     def compile(self, spec: GrammarSpec) -> "GrammarMatcher":
-        """Return a matcher at the beginning of an output. Raises MaxlmError: the schema, expression
-        or grammar is wrong, asks for what llguidance does not support, or allows no text of this
-        tokenizer."""
+        """Return a matcher at the beginning of an output. Raises MaxlmError: the
+        schema, expression or grammar is wrong, asks for what llguidance does not
+        support, or allows no text of this tokenizer."""
         return self._prototype(spec).copy()
 
     def _compile(self, spec: GrammarSpec) -> "GrammarMatcher":
@@ -59,8 +61,8 @@ class GrammarCompiler:
 class GrammarMatcher:
     """Follows one output, and says which tokens may come next.
 
-    Masks are uint32 [words], token v in bit v % 32 of word v // 32, as ``process_logits`` takes
-    them; words beyond the tokenizer's ids are 0.
+    Masks are uint32 [words], token v in bit v % 32 of word v // 32, as
+    ``process_logits`` takes them; words beyond the tokenizer's ids are 0.
     """
 
     def __init__(self, matcher: Any, stop_ids: Sequence[int]):
@@ -69,22 +71,22 @@ class GrammarMatcher:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the output is complete and nothing but an end-of-text token may follow, or
-        ``error`` is set."""
+        """Whether the output is complete and nothing but an end-of-text token may
+        follow, or ``error`` is set."""
         return self.error is not None or self._matcher.is_stopped()
 
     @property
     def error(self) -> str | None:
-        """Why the output can neither go on nor end in its form, or None: the form grew too complex,
-        or the tokenizer has no token for what must come."""
+        """Why the output can neither go on nor end in its form, or None: the form grew
+        too complex, or the tokenizer has no token for what must come."""
         if not self._matcher.is_error():
             return None
         reason = _shorten(self._matcher.get_error())
         return "no token can come next" if reason == "NoExtensionBias" else reason
 
     def fill_mask(self, row: NDArray[np.uint32]) -> None:
-        """Write the mask of the tokens that may come next: end-of-text tokens once the output is
-        complete, and if there is an ``error``."""
+        """Write the mask of the tokens that may come next: end-of-text tokens once the
+        output is complete, and if there is an ``error``."""
         row[:] = 0
         if self.error is None:
             mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(row)]
@@ -94,8 +96,8 @@ class GrammarMatcher:
                 row[i // 32] |= np.uint32(1 << i % 32)
 
     def accept(self, token: int) -> bool:
-        """Go on by a token; return whether it may come here. If not, or if the output is finished,
-        the matcher stays."""
+        """Go on by a token; return whether it may come here. If not, or if the output
+        is finished, the matcher stays."""
         return self.error is None and self._matcher.try_consume_tokens([token]) == 1
 
     def copy(self) -> "GrammarMatcher":
@@ -113,20 +115,29 @@ class _Vocabulary:
         self.tokens = tokenizer.codec.token_bytes
         self.special_token_ids = sorted(special)
         self._tokenizer = tokenizer
-        self._ids = {text: i for i, text in enumerate(self.tokens) if text and i not in special}
+        self._ids = {
+            text: i for i, text in enumerate(self.tokens) if text and i not in special
+        }
         self._longest = max(map(len, self._ids))
 
     def __call__(self, text: bytes) -> list[int]:
-        """The ids of a text within another: they are what is allowed where only one text may come.
-        Some tokenizers put a space before what they encode, or change it."""
+        """The ids of a text within another: they are what is allowed where only one
+        text may come. Some tokenizers put a space before what they encode, or change
+        it."""
         ids = self._tokenizer.encode(text)
-        return ids if b"".join(self.tokens[i] for i in ids) == text else self._match_longest(text)
+        return (
+            ids
+            if b"".join(self.tokens[i] for i in ids) == text
+            else self._match_longest(text)
+        )
 
     def _match_longest(self, text: bytes) -> list[int]:
         ids = []
         while text:
             sizes = range(min(self._longest, len(text)), 0, -1)
-            found = next((text[:size] for size in sizes if text[:size] in self._ids), None)
+            found = next(
+                (text[:size] for size in sizes if text[:size] in self._ids), None
+            )
             if found is None:
                 break
             ids.append(self._ids[found])
@@ -154,7 +165,8 @@ def _translate_spec(spec: GrammarSpec) -> str:
 
 
 def _make_error(spec: GrammarSpec, reason: str) -> MaxlmError:
-    # llguidance names a setting of its own here, which whoever writes the schema cannot reach.
+    # llguidance names a setting of its own here, which whoever writes the schema cannot
+    # reach.
     if reason.startswith("oneOf"):
         reason = "oneOf whose members may match together is not supported: use anyOf"
     return MaxlmError(f"{spec.kind} cannot be compiled: {reason}", where=spec.asked_by)
@@ -163,5 +175,7 @@ def _make_error(spec: GrammarSpec, reason: str) -> MaxlmError:
 def _shorten(message: str) -> str:
     """The line of a message that names the mistake."""
     lines = [line.strip() for line in message.splitlines()]
-    named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    named = [
+        line.removeprefix("error: ") for line in lines if line.startswith("error: ")
+    ]
     return next(iter(named or lines), "")

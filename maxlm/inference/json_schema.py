@@ -1,16 +1,28 @@
 """JSON schemas as the grammar compiler reads them.
 
-llguidance refuses every ``format`` that it does not know, and the keywords ``propertyNames`` and
-``uniqueItems``; pydantic writes all three. By JSON Schema a format is a note that need not be
-checked: those that a pattern describes become one, others go. Names of properties become
-properties, or a pattern of them. ``uniqueItems`` goes: no grammar keeps it.
+llguidance refuses every ``format`` that it does not know, and the keywords
+``propertyNames`` and ``uniqueItems``; pydantic writes all three. By JSON Schema a
+format is a note that need not be checked: those that a pattern describes become one,
+others go. Names of properties become properties, or a pattern of them. ``uniqueItems``
+goes: no grammar keeps it.
 """
 
 from typing import Any, NamedTuple
 
 # What llguidance 1.9 checks itself; an unknown one is an error there.
 _COMPILED_FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+    (
+        "date-time",
+        "time",
+        "date",
+        "duration",
+        "email",
+        "hostname",
+        "ipv4",
+        "ipv6",
+        "uuid",
+        "uri",
+    )
 )
 
 # Keywords whose values are data, in which nothing is a schema.
@@ -34,16 +46,18 @@ class CompilableSchema(NamedTuple):
 
     schema: Any
     dropped_keywords: frozenset[str]
-    """Keywords that restrict the schema's values, and that its grammar does not keep."""
+    """Keywords that restrict the schema's values, and that its grammar does not
+    keep."""
 
 
 def make_compilable_schema(schema: Any) -> CompilableSchema:
-    """Returns a schema without the formats and keywords that llguidance refuses although they can
-    be left out or written otherwise; the schema itself stays as it is.
+    """Returns a schema without the formats and keywords that llguidance refuses
+    although they can be left out or written otherwise; the schema itself stays as it
+    is.
 
     Args:
-        schema: plain data, an object or a bool where it is a JSON schema; anything else is
-            returned unchanged, for the compiler to say what is wrong with it.
+        schema: plain data, an object or a bool where it is a JSON schema; anything else
+            is returned unchanged, for the compiler to say what is wrong with it.
     """
     dropped: set[str] = set()
 
@@ -62,7 +76,9 @@ def make_compilable_schema(schema: Any) -> CompilableSchema:
             if keyword in _DATA_KEYWORDS:
                 rewritten[keyword] = argument
             elif keyword in _NAMED_SCHEMA_KEYWORDS and isinstance(argument, dict):
-                rewritten[keyword] = {name: rewrite(item, root) for name, item in argument.items()}
+                rewritten[keyword] = {
+                    name: rewrite(item, root) for name, item in argument.items()
+                }
             else:
                 # Unknown keywords too: a reference may lead to a schema within one.
                 rewritten[keyword] = rewrite(argument, root)
@@ -78,9 +94,14 @@ def make_compilable_schema(schema: Any) -> CompilableSchema:
 
 
 def _follow_reference(schema: dict[str, Any], root: Any) -> dict[str, Any]:
-    """Returns the schema that a schema refers to by ``#/...`` alone; itself where it does not."""
+    """Returns the schema that a schema refers to by ``#/...`` alone; itself where it
+    does not."""
     reference = schema.get("$ref")
-    if len(schema) != 1 or not isinstance(reference, str) or not reference.startswith("#/"):
+    if (
+        len(schema) != 1
+        or not isinstance(reference, str)
+        or not reference.startswith("#/")
+    ):
         return schema
     target = root
     for part in reference.removeprefix("#/").split("/"):
@@ -92,8 +113,8 @@ def _follow_reference(schema: dict[str, Any], root: Any) -> dict[str, Any]:
 
 
 def _replace_property_names(schema: dict[str, Any], names: dict[str, Any]) -> None:
-    """Writes what ``propertyNames`` asks for as properties or a pattern of them, if it is all that
-    a schema says of names; the compiler refuses what is left.
+    """Writes what ``propertyNames`` asks for as properties or a pattern of them, if it
+    is all that a schema says of names; the compiler refuses what is left.
 
     Args:
         names: the schema of names.
@@ -101,7 +122,9 @@ def _replace_property_names(schema: dict[str, Any], names: dict[str, Any]) -> No
     if schema.get("properties") or schema.get("patternProperties"):
         return
     values = schema.get("additionalProperties", True)
-    conditions = {k: v for k, v in names.items() if k not in ("title", "description", "type")}
+    conditions = {
+        k: v for k, v in names.items() if k not in ("title", "description", "type")
+    }
     match conditions:
         case {"enum": [*allowed], **rest} if not rest:
             schema["properties"] = {str(name): values for name in allowed}
@@ -111,9 +134,9 @@ def _replace_property_names(schema: dict[str, Any], names: dict[str, Any]) -> No
             schema["patternProperties"] = {pattern: values}
         case {"format": str(name), **rest} if not rest and name in _NAME_PATTERNS:
             schema["patternProperties"] = {f"^({_NAME_PATTERNS[name]})$": values}
-        case {"minLength": int(), **rest} | {"maxLength": int(), **rest} if not rest.keys() - {
-            "maxLength"
-        }:
+        case {"minLength": int(), **rest} | {"maxLength": int(), **rest} if (
+            not rest.keys() - {"maxLength"}
+        ):
             least = conditions.get("minLength", 0)
             most = conditions.get("maxLength", "")
             schema["patternProperties"] = {rf"^[\s\S]{{{least},{most}}}$": values}
@@ -124,7 +147,8 @@ def _replace_property_names(schema: dict[str, Any], names: dict[str, Any]) -> No
 
 
 def _replace_format(schema: dict[str, Any]) -> None:
-    """Writes a format as a pattern, or drops it, where the compiler does not know it."""
+    """Writes a format as a pattern, or drops it, where the compiler does not know
+    it."""
     name = schema.get("format")
     if not isinstance(name, str) or name in _COMPILED_FORMATS:
         return
@@ -138,7 +162,8 @@ def _replace_format(schema: dict[str, Any]) -> None:
 
 
 def _drop_unique_items(schema: dict[str, Any]) -> bool:
-    """Removes ``uniqueItems``; returns whether a value may now be one that it forbids."""
+    """Removes ``uniqueItems``; returns whether a value may now be one that it
+    forbids."""
     must_differ = schema.get("uniqueItems")
     if not isinstance(must_differ, bool):
         return False  # absent, or a mistake that the compiler names
@@ -149,9 +174,15 @@ def _drop_unique_items(schema: dict[str, Any]) -> bool:
 
 
 def _make_ipv6_pattern() -> str:
-    """The eight groups of an IPv6 address, or fewer around one ``::`` (RFC 4291, 2.2)."""
+    """The eight groups of an IPv6 address, or fewer around one ``::`` (RFC 4291,
+    2.2)."""
     group = "[0-9a-fA-F]{1,4}"
-    forms = [f"({group}:){{7}}{group}", f"({group}:){{1,7}}:", f":(:{group}){{1,7}}", "::"]
+    forms = [
+        f"({group}:){{7}}{group}",
+        f"({group}:){{1,7}}:",
+        f":(:{group}){{1,7}}",
+        "::",
+    ]
     # Before and behind the colons there is at least one group, at most seven together.
     for num_before in range(1, 7):
         most_behind = 7 - num_before
@@ -160,7 +191,8 @@ def _make_ipv6_pattern() -> str:
 
 
 def _make_ipv4_network_pattern(octet: str) -> str:
-    """Addresses with a prefix's length behind whose bits all are 0; an address alone is /32."""
+    """Addresses with a prefix's length behind whose bits all are 0; an address alone is
+    /32."""
     forms = [rf"({octet}\.){{3}}{octet}(/32)?"]
     for length in range(32):
         num_whole = length // 8
@@ -173,8 +205,8 @@ def _make_ipv4_network_pattern(octet: str) -> str:
 
 
 def _make_ipv6_network_pattern(address: str) -> str:
-    """As of IPv4, of networks whose groups all lie within the prefix: a group that it ends in the
-    middle of is left out."""
+    """As of IPv4, of networks whose groups all lie within the prefix: a group that it
+    ends in the middle of is left out."""
     forms = [f"{address}(/128)?"]
     for num_groups in range(8):
         lengths = "|".join(str(length) for length in range(16 * num_groups, 129))
@@ -211,7 +243,8 @@ def _make_format_patterns() -> dict[str, str]:
 
 
 def _make_uuid_pattern(version: str) -> str:
-    """The version is the third group's first digit, the variant the fourth's (RFC 9562, 4)."""
+    """The version is the third group's first digit, the variant the fourth's (RFC 9562,
+    4)."""
     digit = "[0-9a-fA-F]"
     tail = f"{version}{digit}{{3}}-[89abAB]{digit}{{3}}-{digit}{{12}}"
     return f"{digit}{{8}}-{digit}{{4}}-{tail}"

@@ -1,7 +1,9 @@
-"""Changes to a batch of rows' logits, as transformers makes them, by settings of each row's own.
+"""Changes to a batch of rows' logits, as transformers makes them, by settings of each
+row's own.
 
-Arrays have any leading dimensions ``...``, the same for all: rows [R], or each shard's rows [D, R].
-A row's result does not depend on the others'. ``-inf`` marks a token that is not drawn.
+Arrays have any leading dimensions ``...``, the same for all: rows [R], or each shard's
+rows [D, R]. A row's result does not depend on the others'. ``-inf`` marks a token that
+is not drawn.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +17,11 @@ LEAST_PROBABILITY = 1e-30
 
 
 def apply_needed(
-    logits: jax.Array, changes: Sequence[tuple[jax.Array, Callable[[jax.Array], jax.Array]]]
+    logits: jax.Array,
+    changes: Sequence[tuple[jax.Array, Callable[[jax.Array], jax.Array]]],
 ) -> jax.Array:
-    """Applies changes in order, each if any of the rows [...] beside it is set; where none is, all
-    of them cost one reduction and one condition."""
+    """Applies changes in order, each if any of the rows [...] beside it is set; where
+    none is, all of them cost one reduction and one condition."""
     stacked = jnp.stack([rows for rows, _ in changes], axis=-1)
     needed = jnp.any(stacked, axis=tuple(range(stacked.ndim - 1)))
 
@@ -33,7 +36,8 @@ def apply_needed(
 def find_argmax(logits: jax.Array) -> jax.Array:
     """Returns the lowest id with the highest logit, int32 [...], of logits [..., V].
 
-    ``jnp.argmax`` is one reduction of pairs, which XLA's CPU compiler does not vectorize.
+    ``jnp.argmax`` is one reduction of pairs, which XLA's CPU compiler does not
+    vectorize.
     """
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     highest = jnp.max(logits, axis=-1, keepdims=True)
@@ -41,7 +45,8 @@ def find_argmax(logits: jax.Array) -> jax.Array:
 
 
 def mask_from_bits(bits: jax.Array, vocab: int) -> jax.Array:
-    """Returns bool [..., vocab]: token v is bit v % 32 of word v // 32 of uint32 [..., words]."""
+    """Returns bool [..., vocab]: token v is bit v % 32 of word v // 32 of uint32 [...,
+    words]."""
     spread = (bits[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return spread.reshape(*bits.shape[:-1], -1)[..., :vocab] == 1
 
@@ -62,7 +67,9 @@ def count_tokens(
     slots = lax.broadcasted_iota(jnp.int32, history.shape, history.ndim - 1)
     within = (slots >= starts[..., None]) & (slots < ends[..., None])
     zeros = jnp.zeros_like(like, jnp.float32)
-    return scatter_tokens("add", zeros, jnp.where(within, history, -1), within.astype(jnp.float32))
+    return scatter_tokens(
+        "add", zeros, jnp.where(within, history, -1), within.astype(jnp.float32)
+    )
 
 
 def find_repeated_ngrams(
@@ -80,13 +87,16 @@ def find_repeated_ngrams(
         bool [..., V].
     """
     slots = lax.broadcasted_iota(jnp.int32, history.shape, history.ndim - 1)
-    # Slot t ends an n-gram that the next token would repeat if the n - 1 tokens before it are the
-    # last n - 1 of the history; before a row's beginning stands -1, which no token equals.
+    # Slot t ends an n-gram that the next token would repeat if the n - 1 tokens before
+    # it are the last n - 1 of the history; before a row's beginning stands -1, which no
+    # token equals.
     ends = (slots < lengths[..., None]) & (sizes[..., None] > 0)
 
     def compare(back, carry):
         ends, shifted = carry
-        shifted = jnp.concatenate([jnp.full_like(shifted[..., :1], -1), shifted[..., :-1]], -1)
+        shifted = jnp.concatenate(
+            [jnp.full_like(shifted[..., :1], -1), shifted[..., :-1]], -1
+        )
         place = (lengths - back)[..., None]
         last = jnp.take_along_axis(history, jnp.maximum(place, 0), axis=-1)
         equal = (shifted == last) & (shifted >= 0) & (place >= 0)
@@ -94,34 +104,38 @@ def find_repeated_ngrams(
 
     longest = jnp.minimum(jnp.max(sizes), history.shape[-1] + 1)
     ends, _ = lax.fori_loop(1, longest, compare, (ends, history))
-    return scatter_tokens("max", jnp.zeros_like(like, bool), jnp.where(ends, history, -1), ends)
+    return scatter_tokens(
+        "max", jnp.zeros_like(like, bool), jnp.where(ends, history, -1), ends
+    )
 
 
 def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
-    """Marks each row's k [...] likeliest tokens, with all that are as likely as the last of them
-    (Fan et al. 2018)."""
+    """Marks each row's k [...] likeliest tokens, with all that are as likely as the
+    last of them (Fan et al. 2018)."""
     return _keep_highest(logits, jnp.ones_like(logits), k.astype(jnp.float32))
 
 
 def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """Marks tokens of which the likelier ones hold less than probability p [...] (Holtzman et al.
-    2019, §3.1). Equally likely tokens stay or go together."""
+    """Marks tokens of which the likelier ones hold less than probability p [...]
+    (Holtzman et al. 2019, §3.1). Equally likely tokens stay or go together."""
     weights = _weigh(logits)
     return _keep_highest(logits, weights, p * jnp.sum(weights, axis=-1))
 
 
 def keep_min_p(logits: jax.Array, share: jax.Array) -> jax.Array:
-    """Marks tokens with at least a share [...] of the likeliest one's probability (Nguyen et al.
-    2024, arXiv 2407.01082, §3)."""
+    """Marks tokens with at least a share [...] of the likeliest one's probability
+    (Nguyen et al. 2024, arXiv 2407.01082, §3)."""
     return _weigh(logits) >= share[..., None]
 
 
 def keep_typical(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """Marks tokens of which those with a surprise closer to the entropy hold less than probability
-    p [...] (Meister et al. 2022, arXiv 2202.00666, eq. 10)."""
+    """Marks tokens of which those with a surprise closer to the entropy hold less than
+    probability p [...] (Meister et al. 2022, arXiv 2202.00666, eq. 10)."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
     probability = jnp.exp(log_p)
-    entropy = -jnp.sum(jnp.where(probability > 0, log_p * probability, 0), axis=-1, keepdims=True)
+    entropy = -jnp.sum(
+        jnp.where(probability > 0, log_p * probability, 0), axis=-1, keepdims=True
+    )
     return _keep_highest(-jnp.abs(log_p + entropy), probability, p)
 
 
@@ -131,11 +145,15 @@ def _weigh(logits: jax.Array) -> jax.Array:
     return jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0))
 
 
-def _keep_highest(values: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """Marks values [..., V] of which the higher ones weigh less than ``target`` [...] together.
+def _keep_highest(
+    values: jax.Array, weights: jax.Array, target: jax.Array
+) -> jax.Array:
+    """Marks values [..., V] of which the higher ones weigh less than ``target`` [...]
+    together.
 
-    Equals stay or go together. The lowest value to keep is found by bisection on the bits of fp32,
-    in 32 passes over all rows, some 20 times faster on a CPU than XLA's sort of 8 rows of 49,152.
+    Equals stay or go together. The lowest value to keep is found by bisection on the
+    bits of fp32, in 32 passes over all rows, some 20 times faster on a CPU than XLA's
+    sort of 8 rows of 49,152.
     """
     keys = _order_bits(values)
     target = jnp.maximum(target, LEAST_PROBABILITY)
@@ -162,16 +180,19 @@ def _to_signed(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits ^ jnp.uint32(1 << 31), jnp.int32)
 
 
-def scatter_tokens(kind: str, target: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
-    """Adds values [..., N] at ids [..., N] to the last dimension of target [..., V], or takes the
-    maximum; leaves out ids outside [0, V), so that -1 stands for none."""
+def scatter_tokens(
+    kind: str, target: jax.Array, ids: jax.Array, values: jax.Array
+) -> jax.Array:
+    """Adds values [..., N] at ids [..., N] to the last dimension of target [..., V], or
+    takes the maximum; leaves out ids outside [0, V), so that -1 stands for none."""
 
     def scatter_row(row, ids, values):
         # A negative index would count from the end.
         ids = jnp.where(ids < 0, row.shape[0], ids)
         return getattr(row.at[ids], kind)(values, mode="drop")
 
-    # Indexed by rows, a scatter is refused on a mesh that splits them; mapped over rows it is not.
+    # Indexed by rows, a scatter is refused on a mesh that splits them; mapped over rows
+    # it is not.
     for _ in range(target.ndim - 1):
         scatter_row = jax.vmap(scatter_row)
     return scatter_row(target, ids, values)

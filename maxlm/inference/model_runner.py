@@ -1,4 +1,5 @@
-"""A model on the devices: its parameters, its caches, and the programs that advance them."""
+"""A model on the devices: its parameters, its caches, and the programs that advance
+them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ MAX_PAGE_COPIES = 8
 
 @dataclass(eq=False)
 class ModelRunner:
-    """Holds a model's parameters and caches, and runs its programs on the current mesh."""
+    """Holds a model's parameters and caches, and runs its programs on the current
+    mesh."""
 
     model: Any
     params: Params
@@ -63,7 +65,8 @@ class ModelRunner:
         return outputs
 
     def compile(self, shape: StepSizes, inputs: StepInputs) -> None:
-        """Compiles a step, so that :meth:`run` finds it; may be called beside a step that runs.
+        """Compiles a step, so that :meth:`run` finds it; may be called beside a step
+        that runs.
 
         Args:
             inputs: `jax.ShapeDtypeStruct` in place of arrays suffice.
@@ -74,7 +77,8 @@ class ModelRunner:
         program.lower(self.model, *sizes, *arrays).compile()
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        """Copies pages, ``MAX_PAGE_COPIES`` at most: all are read before any is written."""
+        """Copies pages, ``MAX_PAGE_COPIES`` at most: all are read before any is
+        written."""
         shape, stacked = (self.layout.num_shards, MAX_PAGE_COPIES), {}
         for group, window in enumerate(self.windows):
             sources = np.zeros(shape, np.int32)
@@ -92,7 +96,9 @@ class ModelRunner:
         sources = np.tile(rows, (self.layout.num_shards, 1))
         for shard, source, destination in copies:
             sources[shard, destination] = source
-        self.state = copy_rows(self.model, self.layout, self.max_length, self.state, sources)
+        self.state = copy_rows(
+            self.model, self.layout, self.max_length, self.state, sources
+        )
 
     def encode(self, sequence: RunningSequence) -> None:
         """Runs the encoder over a sequence's input, for its row."""
@@ -116,20 +122,30 @@ def describe_arrays(tree: Any) -> Any:
     """Returns shapes, dtypes and, of arrays on devices, shardings."""
 
     def describe(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None))
+        return jax.ShapeDtypeStruct(
+            np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)
+        )
 
     return jax.tree.map(describe, tree)
 
 
 def count_compilations() -> int:
-    """Returns how many programs steps have been compiled to, by all runners of this process."""
-    programs: Any = run_step, run_decoding_step, copy_pages, copy_rows, encode_row, write_columns
+    """Returns how many programs steps have been compiled to, by all runners of this
+    process."""
+    programs: Any = (
+        run_step,
+        run_decoding_step,
+        copy_pages,
+        copy_rows,
+        encode_row,
+        write_columns,
+    )
     return sum(program._cache_size() for program in programs)
 
 
 def state_specs(model: Any, layout: CacheLayout, input_length: int) -> EngineState:
-    """Returns the engine's arrays before they are allocated. ``input_length``: tokens of an
-    encoder's longest input."""
+    """Returns the engine's arrays before they are allocated. ``input_length``: tokens
+    of an encoder's longest input."""
     cross = None
     if model.config.architecture == "encoder_decoder":
         cross = model.cross_cache_specs(layout, input_length)
@@ -138,10 +154,12 @@ def state_specs(model: Any, layout: CacheLayout, input_length: int) -> EngineSta
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def allocate_state(model: Any, layout: CacheLayout, input_length: int) -> EngineState:
-    """Returns empty caches, in their compute layout on the current mesh. Raises MaxlmError:
-    dimensions that do not divide over their mesh axes."""
+    """Returns empty caches, in their compute layout on the current mesh. Raises
+    MaxlmError: dimensions that do not divide over their mesh axes."""
     specs = state_specs(model, layout, input_length)
-    return jax.tree.map(lambda spec: allocate_cache_array(spec, model.rules, model.dtype), specs)
+    return jax.tree.map(
+        lambda spec: allocate_cache_array(spec, model.rules, model.dtype), specs
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -151,9 +169,9 @@ def copy_pages(
     state: EngineState,
     copies: Mapping[str, tuple[jax.Array, jax.Array]],
 ) -> EngineState:
-    """Copies pages within layers of each window. ``copies``: for each window, as text, (sources,
-    destinations), int32 [D, 8]; a destination past the last page is none. All are read before any
-    is written."""
+    """Copies pages within layers of each window. ``copies``: for each window, as text,
+    (sources, destinations), int32 [D, 8]; a destination past the last page is none. All
+    are read before any is written."""
 
     batch = model.rules.spec("batch")
     copies = jax.tree.map(lambda x: reshard(x, batch), copies)
@@ -165,23 +183,35 @@ def copy_pages(
         if spec.unit != "page":
             return pages
         layout = model.rules.spec(*spec.axes)
-        return map_shards(local, (layout, batch, batch), layout)(pages, *copies[str(spec.window)])
+        return map_shards(local, (layout, batch, batch), layout)(
+            pages, *copies[str(spec.window)]
+        )
 
-    return state._replace(caches=jax.tree.map(copy, state.caches, model.cache_specs(layout)))
+    return state._replace(
+        caches=jax.tree.map(copy, state.caches, model.cache_specs(layout))
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def copy_rows(
-    model: Any, layout: CacheLayout, input_length: int, state: EngineState, sources: jax.Array
+    model: Any,
+    layout: CacheLayout,
+    input_length: int,
+    state: EngineState,
+    sources: jax.Array,
 ) -> EngineState:
-    """Gives each row what row ``sources``, int32 [D, R], has of caches that are kept by row."""
+    """Gives each row what row ``sources``, int32 [D, R], has of caches that are kept by
+    row."""
     batch = model.rules.spec("batch")
     sources = reshard(sources, batch)
 
     def copy(rows: jax.Array, spec: Any) -> jax.Array:
         if spec.unit == "page":
             return rows
-        layout, local = model.rules.spec(*spec.axes), lambda rows, sources: rows[:, sources[0]]
+        layout, local = (
+            model.rules.spec(*spec.axes),
+            lambda rows, sources: rows[:, sources[0]],
+        )
         return map_shards(local, (layout, batch), layout)(rows, sources)
 
     return jax.tree.map(copy, state, state_specs(model, layout, input_length))
@@ -209,8 +239,14 @@ def encode_row(
     tokens, lengths, rows = (reshard(x, batch) for x in (tokens, lengths, rows))
     positions = reshard(jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1), batch)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    # Padding at 0, as in training: a row is as long as its last position says (dynamic NTK).
-    new = bind(model, params).project_cross_keys((tokens, positions * segments, segments)), segments
+    # Padding at 0, as in training: a row is as long as its last position says (dynamic
+    # NTK).
+    new = (
+        bind(model, params).project_cross_keys(
+            (tokens, positions * segments, segments)
+        ),
+        segments,
+    )
 
     def write(held: jax.Array, new: jax.Array, spec: Any) -> jax.Array:
         room = held.shape[2] - new.shape[1]

@@ -10,21 +10,24 @@ from maxlm.inference.sequences import PrefillChunk, RunningSequence
 
 
 class TextStream:
-    """Turns a sequence's tokens into text as they come: whole characters, and nothing that may
-    begin a stop string.
+    """Turns a sequence's tokens into text as they come: whole characters, and nothing
+    that may begin a stop string.
 
     Args:
         continued: whether the text follows other text, rather than opening a document.
         stop_strings: texts that end the output.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: tuple[str, ...], *, continued: bool):
+    def __init__(
+        self, tokenizer: Tokenizer, stop_strings: tuple[str, ...], *, continued: bool
+    ):
         self._decoder = StreamDecoder(tokenizer, continued=continued)
         self._stop_strings = tuple(filter(None, stop_strings))
         self._held = ""
 
     def push(self, token_id: int) -> tuple[str, str | None]:
-        """Returns the text that is final with one more token, and the stop string that ends it."""
+        """Returns the text that is final with one more token, and the stop string that
+        ends it."""
         return self._release(self._decoder.push(token_id), at_end=False)
 
     def flush(self) -> tuple[str, str | None]:
@@ -47,7 +50,8 @@ class TextStream:
 
 
 def count_begun(text: str, stop: str) -> int:
-    """Counts the characters at a text's end that may be the beginning of a stop string."""
+    """Counts the characters at a text's end that may be the beginning of a stop
+    string."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
@@ -66,7 +70,8 @@ class OutputBuilder:
 
     Attributes:
         matchers: of sequences with a grammar or banned sequences.
-        num_prompt_tokens, num_cached_tokens, num_generated_tokens: of all sequences so far.
+        num_prompt_tokens, num_cached_tokens, num_generated_tokens: of all sequences so
+            far.
     """
 
     def __init__(self, tokenizer: Tokenizer | None):
@@ -76,18 +81,28 @@ class OutputBuilder:
         self._outputs: dict[RunningSequence, _Output] = {}
 
     def add(
-        self, sequence: RunningSequence, matcher: TokenMatcher | None, *, continued: bool
+        self,
+        sequence: RunningSequence,
+        matcher: TokenMatcher | None,
+        *,
+        continued: bool,
     ) -> None:
         """Begins a sequence's output; ``continued``: its first word follows others."""
-        text, has_text = None, not (sequence.is_branching or sequence.request.continuations)
+        text, has_text = (
+            None,
+            not (sequence.is_branching or sequence.request.continuations),
+        )
         if self.tokenizer is not None and has_text:
-            text = TextStream(self.tokenizer, sequence.request.stop_strings, continued=continued)
+            text = TextStream(
+                self.tokenizer, sequence.request.stop_strings, continued=continued
+            )
         if matcher is not None:
             self.matchers[sequence] = matcher.copy()
         self._outputs[sequence] = _Output(text)
 
     def branch(self, sequences: Iterable[RunningSequence]) -> None:
-        """Adds branches that have begun, and forgets sequences that none goes on from."""
+        """Adds branches that have begun, and forgets sequences that none goes on
+        from."""
         made = {each: _Output(None, started=True) for each in sequences}
         outputs = (made | self._outputs).items()
         self._outputs = {each: own for each, own in outputs if each.state != "finished"}
@@ -96,7 +111,9 @@ class OutputBuilder:
         self._outputs.pop(sequence, None)
         self.matchers.pop(sequence, None)
 
-    def take(self, sequence: RunningSequence, tokens: Sequence[TokenLogprob]) -> SequenceOutput:
+    def take(
+        self, sequence: RunningSequence, tokens: Sequence[TokenLogprob]
+    ) -> SequenceOutput:
         """Makes the output of a sequence's new tokens, up to the one that ends it."""
         request, own = sequence.request, self._outputs[sequence]
         taken = SequenceOutput(request.request_id, sequence.index, [])
@@ -112,7 +129,9 @@ class OutputBuilder:
         for token in tokens:
             taken.token_ids.append(token.token_id)
             if request.top_logprobs is not None:
-                taken.logprobs.append(token._replace(top=token.top[: request.top_logprobs]))
+                taken.logprobs.append(
+                    token._replace(top=token.top[: request.top_logprobs])
+                )
             if token.token_id in sequence.stop_ids:
                 taken.finish_reason, taken.stop_match = "stop", token.token_id
                 break
@@ -130,7 +149,11 @@ class OutputBuilder:
             if len(taken.token_ids) == left:
                 taken.finish_reason = "length"
                 break
-        if taken.finish_reason and own.text is not None and not isinstance(taken.stop_match, str):
+        if (
+            taken.finish_reason
+            and own.text is not None
+            and not isinstance(taken.stop_match, str)
+        ):
             piece, stop = own.text.flush()
             text.append(piece)
             if stop is not None:
@@ -142,9 +165,14 @@ class OutputBuilder:
 
     def take_prompt(self, chunk: PrefillChunk, tokens: Sequence[TokenLogprob]) -> None:
         """Keeps log-probabilities of a prompt's tokens for its first output."""
-        own, count = self._outputs[chunk.sequence], chunk.sequence.request.prompt_logprobs
+        own, count = (
+            self._outputs[chunk.sequence],
+            chunk.sequence.request.prompt_logprobs,
+        )
         if own.started:
             return  # computed again after a preemption
         if own.prompt_logprobs is None or chunk.start < chunk.sequence.logprobs_start:
             own.prompt_logprobs = []
-        own.prompt_logprobs += [token._replace(top=token.top[:count]) for token in tokens]
+        own.prompt_logprobs += [
+            token._replace(top=token.top[:count]) for token in tokens
+        ]

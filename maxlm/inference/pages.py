@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 
 
 def count_spanned_pages(num_tokens: int, page_size: int) -> int:
-    """Return the pages that consecutive tokens touch at most, wherever the first of them lies."""
+    """Return the pages that consecutive tokens touch at most, wherever the first of
+    them lies."""
     return (num_tokens + page_size - 2) // page_size + 1 if num_tokens else 0
 
 
 class PagePool:
-    """Page numbers of one group of layers, ``num_pages`` with page 0, which is never given out; and
-    counts of who holds them.
+    """Page numbers of one group of layers, ``num_pages`` with page 0, which is never
+    given out; and counts of who holds them.
 
-    A page in a prefix tree is held once by the tree. When nobody else holds it, it is evictable: in
-    order of when that came to be, the oldest first."""
+    A page in a prefix tree is held once by the tree. When nobody else holds it, it is
+    evictable: in order of when that came to be, the oldest first."""
 
     def __init__(self, num_pages: int):
         self.ref_counts = [0] * num_pages
@@ -72,27 +73,31 @@ class PrefixNode:
 
 
 class PrefixTree:
-    """A radix tree over token ids, a page of tokens a node, with the pages that hold their keys
-    and values in each group of layers (Zheng et al. 2023, arXiv 2312.07104, §3).
+    """A radix tree over token ids, a page of tokens a node, with the pages that hold
+    their keys and values in each group of layers (Zheng et al. 2023, arXiv 2312.07104,
+    §3).
 
-    A sequence that has a node's page holds those of its ancestors as well, and releases the deepest
-    first. So where layers see everything, the oldest evictable page always belongs to a leaf.
-    Groups with a window may lose any page alone; a prefix then matches where the last window of
-    tokens is there.
+    A sequence that has a node's page holds those of its ancestors as well, and releases
+    the deepest first. So where layers see everything, the oldest evictable page always
+    belongs to a leaf. Groups with a window may lose any page alone; a prefix then
+    matches where the last window of tokens is there.
 
     Args:
         pools: one a group.
-        windows: tokens that a token sees in each group, itself included; None: all before it.
+        windows: tokens that a token sees in each group, itself included; None: all
+            before it.
         page_size: tokens a page.
     """
 
-    def __init__(self, pools: list[PagePool], windows: tuple[int | None, ...], page_size: int):
+    def __init__(
+        self, pools: list[PagePool], windows: tuple[int | None, ...], page_size: int
+    ):
         self.pools, self.windows, self.page_size = pools, windows, page_size
         self._roots: dict[Hashable, PrefixNode] = {}
 
     def match(self, tokens: list[int], key: Hashable = None) -> list[PrefixNode]:
-        """Return the nodes of the longest usable prefix that leaves a token to compute, in the tree
-        of a key: other models or adapters have others."""
+        """Return the nodes of the longest usable prefix that leaves a token to compute,
+        in the tree of a key: other models or adapters have others."""
         node, nodes, size = self._roots.get(key), [], self.page_size
         runs = [0] * len(self.windows)  # pages without a gap that end here
         num_usable = 0
@@ -109,16 +114,19 @@ class PrefixTree:
         return nodes[:num_usable]
 
     def find_first_page(self, group: int, num_computed: int) -> int:
-        """Return the index, in a sequence, of the first page that its next token sees."""
+        """Return the index, in a sequence, of the first page that its next token
+        sees."""
         window = self.windows[group]
-        return 0 if window is None else max(0, num_computed - window + 1) // self.page_size
+        return (
+            0 if window is None else max(0, num_computed - window + 1) // self.page_size
+        )
 
     def acquire(
         self, nodes: list[PrefixNode], key: Hashable = None
     ) -> tuple[PrefixNode, list[list[int]]]:
-        """Hold the pages of the nodes that `match` returned, as far as the next token sees them.
-        Return the last node (the root without any), to extend and at last to `drop`; and for each
-        group its pages, from `find_first_page` on."""
+        """Hold the pages of the nodes that `match` returned, as far as the next token
+        sees them. Return the last node (the root without any), to extend and at last to
+        `drop`; and for each group its pages, from `find_first_page` on."""
         node = nodes[-1] if nodes else self._roots.get(key)
         if node is None:
             node = self._roots[key] = PrefixNode(key, None, 0, [0] * len(self.pools))
@@ -131,11 +139,13 @@ class PrefixTree:
                 pool.retain(page)
         return node, pages
 
-    def extend(self, node: PrefixNode, tokens: tuple[int, ...], pages: list[int]) -> PrefixNode:
-        """Insert a page of computed tokens behind a node that the caller holds, and return its
-        node, which the caller now holds instead. Where the tree has these tokens, its pages replace
-        the caller's, which are released. ``pages``: the caller's, one a group; 0: it has none,
-        where there is a window."""
+    def extend(
+        self, node: PrefixNode, tokens: tuple[int, ...], pages: list[int]
+    ) -> PrefixNode:
+        """Insert a page of computed tokens behind a node that the caller holds, and
+        return its node, which the caller now holds instead. Where the tree has these
+        tokens, its pages replace the caller's, which are released. ``pages``: the
+        caller's, one a group; 0: it has none, where there is a window."""
         child = node.children.get(tokens)
         if child is None:
             child = PrefixNode(tokens, node, node.depth + 1, [0] * len(pages))
@@ -157,7 +167,8 @@ class PrefixTree:
         self._prune(node)
 
     def evict(self, group: int) -> None:
-        """Free the page of a group that has been evictable for longest; KeyError: none is."""
+        """Free the page of a group that has been evictable for longest; KeyError: none
+        is."""
         page = next(iter(self.pools[group].evictable), 0)
         node = self.pools[group].uncache_page(page)
         node.pages[group] = 0
@@ -170,7 +181,8 @@ class PrefixTree:
         self._prune(node)
 
     def _prune(self, node: PrefixNode) -> None:
-        """Remove a node that nothing needs, and those above it that were there for it alone."""
+        """Remove a node that nothing needs, and those above it that were there for it
+        alone."""
         while not (node.children or node.num_holders or any(node.pages)):
             if node.parent is None:
                 del self._roots[node.key]

@@ -23,14 +23,16 @@ _fuse_kernels = jax.jit(fuse_kernels)
 
 
 def prepare_params(model: Model, params: Params) -> Params:
-    """Returns parameters laid out for use: in their compute layout on the mesh that they lie on,
-    matrices and tables cast to the compute dtype, the decoder's layers out of their stacks. One
-    array after the other, so that little is held twice."""
+    """Returns parameters laid out for use: in their compute layout on the mesh that
+    they lie on, matrices and tables cast to the compute dtype, the decoder's layers out
+    of their stacks. One array after the other, so that little is held twice."""
     stacks = tuple(f"{stack}." for stack in getattr(model, "stacks", {}))
     rules = model.rules.model_copy(update={"layers": ()})
 
     def lay_out(spec: ParamSpec, x: jax.Array, unstack: bool) -> Any:
-        castable = spec.role in ("matrix", "table") and jnp.issubdtype(spec.dtype, jnp.floating)
+        castable = spec.role in ("matrix", "table") and jnp.issubdtype(
+            spec.dtype, jnp.floating
+        )
         dtype = model.dtype if castable else x.dtype
         lead = spec.num_layer_axes if unstack else 0
         return _lay_out(x, rules.spec(*spec.axes), jnp.dtype(dtype), lead)
@@ -51,7 +53,9 @@ def prepare_params(model: Model, params: Params) -> Params:
         for names in _list_joint_kernels(model, specs):
             layers = zip(*(values[name].layers for name in names), strict=True)
             fused = tuple(FusedKernel(_fuse_kernels(kernels)) for kernels in layers)
-            values |= dict.fromkeys(names, UnstackedParam((FusedKernel(None),) * len(fused)))
+            values |= dict.fromkeys(
+                names, UnstackedParam((FusedKernel(None),) * len(fused))
+            )
             values[names[0]] = UnstackedParam(fused)
     values = list(values.values())
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), values)
@@ -73,9 +77,15 @@ def _list_joint_kernels(model: Any, specs: dict[str, Any]) -> list[list[str]]:
         for layer in (block.mixer, block.ffn):
             for group in getattr(layer, "joint_projections", ()):
                 names = [f"{stack}.{layer.name}.{each}.kernel" for each in group]
-                own = [specs[name] for name in names if isinstance(specs.get(name), ParamSpec)]
+                own = [
+                    specs[name]
+                    for name in names
+                    if isinstance(specs.get(name), ParamSpec)
+                ]
                 axes = [spec.axes[spec.num_layer_axes :] for spec in own]
                 whole = len(own) == len(names)
-                if whole and can_fuse_kernels([model.rules.spec(*each) for each in axes]):
+                if whole and can_fuse_kernels(
+                    [model.rules.spec(*each) for each in axes]
+                ):
                     found.append(names)
     return found

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 from maxlm.inference.sampling import SamplingConfig
 
 FinishReason = Literal["stop", "length", "abort"]
-"""stop: an end-of-text token or a stop string came; length: ``max_new_tokens``, or the longest
-sequence that the engine holds; abort: someone gave it up."""
+"""stop: an end-of-text token or a stop string came; length: ``max_new_tokens``, or the
+longest sequence that the engine holds; abort: someone gave it up."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class GrammarSpec:
 
     kind: Literal["json_object", "json_schema", "regex", "lark"]
     text: str = ""
-    """The schema as JSON text, the expression, or the grammar; nothing for json_object."""
+    """The schema as JSON text, the expression, or the grammar; nothing for
+    json_object."""
     asked_by: str = "response_format"
     """The field of the request that asks for it, to name in errors."""
 
@@ -32,9 +33,10 @@ class GenerationRequest:
     num_sequences: int = 1
     """Sequences that continue the prompt, each with a random stream of its own."""
     continuations: tuple[tuple[int, ...], ...] = ()
-    """Tokens to score behind the prompt, one of these for each sequence, in place of drawing any:
-    the log-probability of a continuation's last token is in the output's ``logprobs``, those of
-    all before it are its ``prompt_logprobs``. The prompt is computed once for all of them."""
+    """Tokens to score behind the prompt, one of these for each sequence, in place of
+    drawing any: the log-probability of a continuation's last token is in the output's
+    ``logprobs``, those of all before it are its ``prompt_logprobs``. The prompt is
+    computed once for all of them."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end the output, and are cut off from it."""
     stop_token_ids: tuple[int, ...] = ()
@@ -45,8 +47,9 @@ class GenerationRequest:
     banned_sequences: tuple[tuple[int, ...], ...] = ()
     """Sequences of tokens that the output may not have; each has one token at least."""
     top_logprobs: int | None = None
-    """Log-probabilities of each output token, and of so many likeliest ones, 20 at most; None:
-    none. They are the model's own: before penalties, temperature and filters."""
+    """Log-probabilities of each output token, and of so many likeliest ones, 20 at
+    most; None: none. They are the model's own: before penalties, temperature and
+    filters."""
     adapter: str | None = None
     """Name of a loaded adapter (`Engine.load_adapter`); None: the base alone."""
     prompt_logprobs: int | None = None
@@ -72,12 +75,13 @@ class SequenceOutput:
     """0, 1, ... of the request's ``num_sequences``."""
     token_ids: list[int]
     text: str = ""
-    """Text that is complete with these tokens: never a part of a character, nor what may begin a
-    stop string. "" where the engine has no tokenizer."""
+    """Text that is complete with these tokens: never a part of a character, nor what
+    may begin a stop string. "" where the engine has no tokenizer."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Log-probabilities of each token, if asked for."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    """Once, with the sequence's first tokens, if asked for: of prompt tokens 1, 2, ..."""
+    """Once, with the sequence's first tokens, if asked for: of prompt tokens 1, 2,
+    ..."""
     finish_reason: FinishReason | None = None
     """None: more will come."""
     stop_match: str | int | None = None

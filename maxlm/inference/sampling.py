@@ -1,7 +1,8 @@
 """Samples the next token of each of a batch's rows, by settings of its own.
 
-Settings are arrays, so that none of them compiles anything anew, and what no row needs takes no
-time. They act in the order of :class:`SamplingConfig`, which is that of transformers 5.
+Settings are arrays, so that none of them compiles anything anew, and what no row needs
+takes no time. They act in the order of :class:`SamplingConfig`, which is that of
+transformers 5.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +33,8 @@ MAX_LOGIT_BIASES = 320
 MAX_STOP_IDS = 16
 TOP_LOGPROBS = 20
 GROUPS = 128
-# Below this a temperature no longer fits the range of fp32 logits; the result is greedy anyway.
+# Below this a temperature no longer fits the range of fp32 logits; the result is greedy
+# anyway.
 COLDEST = 1e-30
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Bias = Annotated[float, Field(ge=-1000, le=1000)]
@@ -40,14 +42,14 @@ _SIZES = ("no_repeat_ngram_size", "min_new_tokens", "top_k")
 
 
 class SamplingConfig(Config):
-    """Settings of drawing a continuation, applied to the logits in the order in which they stand
-    here, as transformers does."""
+    """Settings of drawing a continuation, applied to the logits in the order in which
+    they stand here, as transformers does."""
 
     logit_bias: dict[_TokenId, _Bias] = Field(default={}, max_length=MAX_LOGIT_BIASES)
     """Added to logits, by token id."""
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
-    """Divides positive logits, and multiplies negative ones, of tokens that the prompt or the
-    output has (Keskar et al. 2019, arXiv 1909.05858, §4.1); 1: none."""
+    """Divides positive logits, and multiplies negative ones, of tokens that the prompt
+    or the output has (Keskar et al. 2019, arXiv 1909.05858, §4.1); 1: none."""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     """Taken from a token's logit for each time that the output has it."""
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -57,28 +59,33 @@ class SamplingConfig(Config):
     min_new_tokens: int = Field(default=0, ge=0)
     """No end-of-text token before so many tokens."""
     temperature: float = Field(default=1.0, ge=0)
-    """Divides the logits: below 1 sharpens the distribution, above 1 flattens it; 0 always takes
-    the likeliest token (greedy)."""
+    """Divides the logits: below 1 sharpens the distribution, above 1 flattens it; 0
+    always takes the likeliest token (greedy)."""
     top_k: int = Field(default=0, ge=0)
     """Draw from this many likeliest tokens alone (Fan et al. 2018); 0: from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw from the smallest set of likeliest tokens that holds this much probability (nucleus
-    sampling, Holtzman et al. 2019); 1: from all."""
+    """Draw from the smallest set of likeliest tokens that holds this much probability
+    (nucleus sampling, Holtzman et al. 2019); 1: from all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Draw from tokens with at least this share of the likeliest token's probability (Nguyen et
-    al. 2024, arXiv 2407.01082); 0: from all."""
+    """Draw from tokens with at least this share of the likeliest token's probability
+    (Nguyen et al. 2024, arXiv 2407.01082); 0: from all."""
     typical_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw from the tokens whose surprise is closest to the expected one and that hold this much
-    probability (Meister et al. 2022, arXiv 2202.00666); 1: from all."""
+    """Draw from the tokens whose surprise is closest to the expected one and that hold
+    this much probability (Meister et al. 2022, arXiv 2202.00666); 1: from all."""
     max_new_tokens: int = Field(default=128, gt=0)
-    """Stop each continuation after this many tokens; an end-of-text token stops it sooner."""
+    """Stop each continuation after this many tokens; an end-of-text token stops it
+    sooner."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed: the same seed, prompt and settings give the same text."""
 
     @property
     def reads_history(self) -> bool:
         """Whether a token's distribution depends on earlier ones beyond the model."""
-        penalties = self.frequency_penalty, self.presence_penalty, self.no_repeat_ngram_size
+        penalties = (
+            self.frequency_penalty,
+            self.presence_penalty,
+            self.no_repeat_ngram_size,
+        )
         return self.repetition_penalty != 1 or any(penalties)
 
 
@@ -91,14 +98,15 @@ class FinalSamplesConfig(SamplingConfig):
 def check_samples(
     samples: FinalSamplesConfig, model: ModelConfig, prompt_tokens: Sequence[int] = ()
 ) -> None:
-    """Check that a model continues text, and has positions for prompts and their continuations.
-    ``prompt_tokens``: tokens of each prompt; 1 where there is no tokenizer yet. Raises MaxlmError,
-    naming the prompt."""
+    """Check that a model continues text, and has positions for prompts and their
+    continuations. ``prompt_tokens``: tokens of each prompt; 1 where there is no
+    tokenizer yet. Raises MaxlmError, naming the prompt."""
     if samples.prompts and model.architecture == "encoder":
         what = "an encoder names masked tokens, and continues no text"
         raise MaxlmError(what, where="samples.prompts", fix="set it to []")
     new, length = samples.max_new_tokens, model.max_seq_len
-    # Without a table of positions a model can go on, but what it keeps of a row fills the memory.
+    # Without a table of positions a model can go on, but what it keeps of a row fills
+    # the memory.
     limit = model.position_limit or max(4096, 16 * length)
     for index, tokens in enumerate(prompt_tokens):
         total = tokens + new
@@ -114,8 +122,8 @@ def check_samples(
 
 
 class RowSettings(NamedTuple):
-    """Settings of a batch's rows, as in :class:`SamplingConfig`: fp32 or int32 [R], or each shard's
-    rows [D, R]."""
+    """Settings of a batch's rows, as in :class:`SamplingConfig`: fp32 or int32 [R], or
+    each shard's rows [D, R]."""
 
     bias_ids: jax.Array
     """int32 [R, 320]; -1: none."""
@@ -149,7 +157,8 @@ def stack_settings(
     """Stack the settings of rows, on the host.
 
     Args:
-        configs: of each row; None, and rows that are left out: the defaults, the cheapest.
+        configs: of each row; None, and rows that are left out: the defaults, the
+            cheapest.
         stop_ids: of each row, the tokens that end its output, at most 16.
         streams: of each row, its random stream in [0, 2**32); default: 0.
     """
@@ -165,7 +174,9 @@ def stack_settings(
     }
     for row, config in enumerate(rows):
         columns["bias_ids"][row, : len(config.logit_bias)] = [*config.logit_bias]
-        columns["bias_values"][row, : len(config.logit_bias)] = [*config.logit_bias.values()]
+        columns["bias_values"][row, : len(config.logit_bias)] = [
+            *config.logit_bias.values()
+        ]
     for row, ids in enumerate(stop_ids):
         columns["stop_ids"][row, : len(ids)] = ids
     columns["stream"][: len(streams)] = streams
@@ -190,8 +201,8 @@ def process_logits(
 ) -> jax.Array:
     """Return the logits of the distributions that the rows' next tokens are drawn from.
 
-    For several positions of each row (a draft to verify) map it over logits [R, G, V], lengths
-    [R, G] and allowed [R, G, words] alone.
+    For several positions of each row (a draft to verify) map it over logits [R, G, V],
+    lengths [R, G] and allowed [R, G, words] alone.
 
     Args:
         logits: the model's, [R, V].
@@ -199,14 +210,14 @@ def process_logits(
         prompt_lengths: tokens of the prompt, int32 [R].
         lengths: tokens of prompt and output before the one to draw, int32 [R].
         vocab_size: ids that the tokenizer has; no other is drawn.
-        allowed: tokens that a grammar allows next, uint32 [R, words], token v in bit v % 32 of word
-            v // 32; all bits set: no grammar.
+        allowed: tokens that a grammar allows next, uint32 [R, words], token v in bit v
+            % 32 of word v // 32; all bits set: no grammar.
         has_grammar: whether ``allowed`` is looked at, bool [].
 
     Returns:
-        fp32 [R, V], -inf for tokens that are not drawn; at temperature 0 the likeliest is taken. If
-        the ban on repeated n-grams and ``min_new_tokens`` would leave a row no token, they leave
-        them all.
+        fp32 [R, V], -inf for tokens that are not drawn; at temperature 0 the likeliest
+        is taken. If the ban on repeated n-grams and ``min_new_tokens`` would leave a
+        row no token, they leave them all.
     """
     logits = logits.astype(jnp.float32)
     vocab = logits.shape[-1]
@@ -238,7 +249,10 @@ def _apply_penalties(
         return scatter_tokens("add", logits, settings.bias_ids, settings.bias_values)
 
     def apply_repetition_penalty(logits):
-        starts, penalty = jnp.zeros_like(lengths), settings.repetition_penalty[..., None]
+        starts, penalty = (
+            jnp.zeros_like(lengths),
+            settings.repetition_penalty[..., None],
+        )
         counts = count_tokens(history, starts, lengths, logits)
         penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
         return jnp.where(counts > 0, penalized, logits)
@@ -246,13 +260,19 @@ def _apply_penalties(
     def penalize_counts(logits):
         counts = count_tokens(history, prompt_lengths, lengths, logits)
         frequency, presence = settings.frequency_penalty, settings.presence_penalty
-        return logits - frequency[..., None] * counts - presence[..., None] * (counts > 0)
+        return (
+            logits - frequency[..., None] * counts - presence[..., None] * (counts > 0)
+        )
 
     def ban(logits):
         early = (lengths - prompt_lengths < settings.min_new_tokens)[..., None]
         early = jnp.broadcast_to(early, settings.stop_ids.shape)
-        marked = scatter_tokens("max", jnp.zeros_like(logits, bool), settings.stop_ids, early)
-        marked |= find_repeated_ngrams(history, lengths, settings.no_repeat_ngram_size, logits)
+        marked = scatter_tokens(
+            "max", jnp.zeros_like(logits, bool), settings.stop_ids, early
+        )
+        marked |= find_repeated_ngrams(
+            history, lengths, settings.no_repeat_ngram_size, logits
+        )
         left = jnp.any(~marked & (logits > -jnp.inf), axis=-1, keepdims=True)
         return jnp.where(marked & left, -jnp.inf, logits)
 
@@ -266,12 +286,18 @@ def _apply_penalties(
     return apply_needed(logits, changes)
 
 
-def _apply_filters(logits: jax.Array, settings: RowSettings, drawn: jax.Array) -> jax.Array:
+def _apply_filters(
+    logits: jax.Array, settings: RowSettings, drawn: jax.Array
+) -> jax.Array:
     """Applies what keeps some of the tokens of ``drawn`` rows alone."""
 
-    def drop(keep: Callable[..., jax.Array], rows: jax.Array, *setting: jax.Array) -> Any:
+    def drop(
+        keep: Callable[..., jax.Array], rows: jax.Array, *setting: jax.Array
+    ) -> Any:
         def change(logits):
-            return jnp.where(rows[..., None] & ~keep(logits, *setting), -jnp.inf, logits)
+            return jnp.where(
+                rows[..., None] & ~keep(logits, *setting), -jnp.inf, logits
+            )
 
         return rows, change
 
@@ -285,37 +311,46 @@ def _apply_filters(logits: jax.Array, settings: RowSettings, drawn: jax.Array) -
 
 
 def make_keys(settings: RowSettings, positions: jax.Array) -> jax.Array:
-    """Returns the random keys of the tokens at positions [R] of each row: they depend on the row's
-    seed and stream, and on the position, alone."""
+    """Returns the random keys of the tokens at positions [R] of each row: they depend
+    on the row's seed and stream, and on the position, alone."""
 
     @jnp.vectorize
     def make_key(seed, stream, position):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), position)
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(seed), stream), position
+        )
 
     return make_key(settings.seed, settings.stream, positions)
 
 
 def sample_tokens(logits: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:
-    """Draw a token from each row's distribution, or take the likeliest, of equal ones the first.
+    """Draw a token from each row's distribution, or take the likeliest, of equal ones
+    the first.
 
-    A token is drawn in two steps, first one of 128 groups of tokens by their sums, then one of its
-    tokens by the Gumbel trick: a random number for each token of the vocabulary would take most of
-    the time.
+    A token is drawn in two steps, first one of 128 groups of tokens by their sums, then
+    one of its tokens by the Gumbel trick: a random number for each token of the
+    vocabulary would take most of the time.
 
     Args:
         logits: fp32 [..., V], as :func:`process_logits` returns them.
         keys: random keys [...], one a row (:func:`make_keys`).
-        greedy: rows whose likeliest token is taken, bool [...]; if all are, no number is drawn.
+        greedy: rows whose likeliest token is taken, bool [...]; if all are, no number
+            is drawn.
 
     Returns:
         int32 [...].
     """
 
     def draw(row, key):
-        # Group g has the tokens g, g + 128, ...: sums over the first dimension are vectorized.
-        groups = jnp.pad(row, (0, -row.size % GROUPS), constant_values=-jnp.inf).reshape(-1, GROUPS)
+        # Group g has the tokens g, g + 128, ...: sums over the first dimension are
+        # vectorized.
+        groups = jnp.pad(
+            row, (0, -row.size % GROUPS), constant_values=-jnp.inf
+        ).reshape(-1, GROUPS)
         highest = jnp.max(row)
-        sums = jnp.sum(jnp.exp(groups - jnp.where(jnp.isfinite(highest), highest, 0)), axis=0)
+        sums = jnp.sum(
+            jnp.exp(groups - jnp.where(jnp.isfinite(highest), highest, 0)), axis=0
+        )
         group_key, token_key = jax.random.split(key)
         group = jax.random.categorical(group_key, jnp.log(sums))
         place = jax.random.categorical(token_key, groups[:, group])
@@ -327,7 +362,9 @@ def sample_tokens(logits: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.
     def draw_or_take(logits, keys):
         return jnp.where(greedy, find_argmax(logits), draw(logits, keys))
 
-    return lax.cond(jnp.all(greedy), lambda x, _: find_argmax(x), draw_or_take, logits, keys)
+    return lax.cond(
+        jnp.all(greedy), lambda x, _: find_argmax(x), draw_or_take, logits, keys
+    )
 
 
 class TokenLogprobs(NamedTuple):

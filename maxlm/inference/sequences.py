@@ -29,18 +29,23 @@ class RunningSequence:
     cache_key: Hashable = None
     """Sequences with different ones share no pages."""
     num_virtual_tokens: int = 0
-    """Dummy tokens that stand before the prompt's; see :mod:`maxlm.adapters.virtual_tokens`."""
+    """Dummy tokens that stand before the prompt's; see
+    :mod:`maxlm.adapters.virtual_tokens`."""
     needs_host: bool = False
-    """Whether its next token depends on what the host does with the last one (a grammar, banned
-    sequences)."""
+    """Whether its next token depends on what the host does with the last one (a
+    grammar, banned sequences)."""
     is_branching: bool = False
-    """Whether branches may replace it (beam search); then it has no text and no drafts."""
+    """Whether branches may replace it (beam search); then it has no text and no
+    drafts."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end its output."""
 
     num_drafts: int = field(default=0, init=False)
-    """Tokens to verify behind the next one, set before `schedule`; `finish_step` makes it 0."""
-    state: Literal["waiting", "running", "finished"] = field(default="waiting", init=False)
+    """Tokens to verify behind the next one, set before `schedule`; `finish_step` makes
+    it 0."""
+    state: Literal["waiting", "running", "finished"] = field(
+        default="waiting", init=False
+    )
     num_computed: int = field(default=0, init=False)
     """Tokens whose keys and values are in its pages."""
     shard: int = field(default=0, init=False)
@@ -51,7 +56,8 @@ class RunningSequence:
     has_encoder_output: bool = field(default=False, init=False)
     """Whether its row has the encoder's output."""
     num_pages: int = field(default=0, init=False)
-    """Pages of its tokens in each page table, those behind a window, which it has not, included."""
+    """Pages of its tokens in each page table, those behind a window, which it has not,
+    included."""
     node: PrefixNode | None = field(default=None, init=False, repr=False)
     """Its deepest node in the prefix tree; None: it shares nothing."""
 
@@ -61,7 +67,8 @@ class RunningSequence:
 
     @property
     def logprobs_start(self) -> int:
-        """Index of the first token of the prompt whose log-probability may be wanted."""
+        """Index of the first token of the prompt whose log-probability may be
+        wanted."""
         first = self.num_virtual_tokens + 1
         return self.num_shared_tokens if self.request.continuations else first
 
@@ -72,7 +79,8 @@ class RunningSequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether it goes on token by token; continuations are read, however long they are."""
+        """Whether it goes on token by token; continuations are read, however long they
+        are."""
         return self.num_to_compute == 1 and not self.request.continuations
 
     @property
@@ -82,8 +90,8 @@ class RunningSequence:
 
 
 class DecodeRow(NamedTuple):
-    """A sequence whose last token is computed, with its drafts, or with the tokens that follow in
-    the steps of one dispatch."""
+    """A sequence whose last token is computed, with its drafts, or with the tokens that
+    follow in the steps of one dispatch."""
 
     sequence: RunningSequence
     num_tokens: int
@@ -112,8 +120,8 @@ class PageCopy(NamedTuple):
 
 @dataclass
 class ScheduledStep:
-    """Work for the device, in this order: copies, each kind read as a whole before any is written;
-    encoders; decode rows and chunks."""
+    """Work for the device, in this order: copies, each kind read as a whole before any
+    is written; encoders; decode rows and chunks."""
 
     decode: list[DecodeRow] = field(default_factory=list)
     prefill: list[PrefillChunk] = field(default_factory=list)
@@ -125,5 +133,5 @@ class ScheduledStep:
     """Sequences whose encoder has to run."""
     page_copies: list[PageCopy] = field(default_factory=list)
     row_copies: list[tuple[int, int, int]] = field(default_factory=list)
-    """(shard, source, destination), where caches are kept by row (recurrent states, an encoder's
-    output)."""
+    """(shard, source, destination), where caches are kept by row (recurrent states, an
+    encoder's output)."""

@@ -1,11 +1,12 @@
-"""Speculative decoding: several tokens a step, guessed beforehand and verified together (Leviathan
-et al. 2023, arXiv 2211.17192).
+"""Speculative decoding: several tokens a step, guessed beforehand and verified together
+(Leviathan et al. 2023, arXiv 2211.17192).
 
-It is lossless in the strictest sense. The model draws each position's token from its own
-distribution, with the random numbers of that position, whatever was guessed; guesses are kept as
-far as they are what it drew. Outputs are those without speculation, token for token. A draft model
-guesses with the same random numbers, so that where two distributions are alike the tokens drawn of
-them mostly are too (Daliri et al. 2024, arXiv 2408.07978).
+It is lossless in the strictest sense. The model draws each position's token from its
+own distribution, with the random numbers of that position, whatever was guessed;
+guesses are kept as far as they are what it drew. Outputs are those without speculation,
+token for token. A draft model guesses with the same random numbers, so that where two
+distributions are alike the tokens drawn of them mostly are too (Daliri et al. 2024,
+arXiv 2408.07978).
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from maxlm.models.params import Params
 
 
 class PromptLookupConfig(Config):
-    """Guess what followed the last tokens where they came before (Saxena 2023, prompt lookup)."""
+    """Guess what followed the last tokens where they came before (Saxena 2023, prompt
+    lookup)."""
 
     kind: Literal["prompt_lookup"] = "prompt_lookup"
     num_drafts: int = Field(default=6, gt=0)
@@ -41,7 +43,9 @@ class DraftModelConfig(Config):
     """Tokens guessed, a step."""
 
 
-SpeculationConfig = Annotated[PromptLookupConfig | DraftModelConfig, Field(discriminator="kind")]
+SpeculationConfig = Annotated[
+    PromptLookupConfig | DraftModelConfig, Field(discriminator="kind")
+]
 
 
 class DraftModel(NamedTuple):
@@ -52,8 +56,8 @@ class DraftModel(NamedTuple):
 
 
 def look_up_prompt(tokens: Sequence[int], config: PromptLookupConfig) -> list[int]:
-    """Returns the tokens that followed the last occurrence of a sequence's last ones, the longest
-    that there is; nothing where there is none."""
+    """Returns the tokens that followed the last occurrence of a sequence's last ones,
+    the longest that there is; nothing where there is none."""
     array = np.asarray(tokens)
     for size in range(min(config.max_ngram, len(array) - 1), config.min_ngram - 1, -1):
         windows = np.lib.stride_tricks.sliding_window_view(array[:-1], size)
@@ -65,9 +69,10 @@ def look_up_prompt(tokens: Sequence[int], config: PromptLookupConfig) -> list[in
 
 
 def check_speculation(model: Any, draft: Any, layout: CacheLayout) -> None:
-    """Checks that tokens can be taken back from a model's caches, and that a draft model, if there
-    is one, can guess for it on the same pages. Raises MaxlmError: recurrent states, or caches that
-    evict; a draft model with another vocabulary, or windows of its own."""
+    """Checks that tokens can be taken back from a model's caches, and that a draft
+    model, if there is one, can guess for it on the same pages. Raises MaxlmError:
+    recurrent states, or caches that evict; a draft model with another vocabulary, or
+    windows of its own."""
     where = "speculation"
     for each in filter(None, (model, draft)):
         if has_row_caches(each.cache_specs(layout)):
@@ -77,7 +82,11 @@ def check_speculation(model: Any, draft: Any, layout: CacheLayout) -> None:
         return
     if (own := draft.config.vocab_size) != model.config.vocab_size:
         what = f"the draft model has {own} tokens, the model {model.config.vocab_size}"
-        raise MaxlmError(what, where=where, fix="use a draft model with the same tokenizer")
+        raise MaxlmError(
+            what, where=where, fix="use a draft model with the same tokenizer"
+        )
     if not set(list_paged_windows(draft)) <= set(list_paged_windows(model)):
         what = "the draft model has windows that the model has not"
-        raise MaxlmError(what, where=where, fix="use another draft model, or prompt_lookup")
+        raise MaxlmError(
+            what, where=where, fix="use another draft model, or prompt_lookup"
+        )

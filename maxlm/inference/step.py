@@ -1,8 +1,10 @@
-"""One dispatch of the engine as a pure function: tokens of many sequences in, their next ones out.
+"""One dispatch of the engine as a pure function: tokens of many sequences in, their
+next ones out.
 
-The first b rows decode, G tokens each (the last one and drafts behind it), and up to F prompts have
-a chunk of C tokens in all. Sizes are compiled in (:class:`StepSizes`); everything else, lengths and
-settings of sampling included, is an array. Leading axes D count shards of the batch.
+The first b rows decode, G tokens each (the last one and drafts behind it), and up to F
+prompts have a chunk of C tokens in all. Sizes are compiled in (:class:`StepSizes`);
+everything else, lengths and settings of sampling included, is an array. Leading axes D
+count shards of the batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +36,8 @@ from maxlm.sharding import AxisRules
 Array = Any
 """A NumPy array on the host, a jax.Array within a step."""
 PROMPT_BLOCK = 32
-"""Tokens of a prompt whose logits are held at once, where their log-probabilities are wanted."""
+"""Tokens of a prompt whose logits are held at once, where their log-probabilities are
+wanted."""
 
 
 class StepSizes(NamedTuple):
@@ -65,17 +68,18 @@ class StepInputs(NamedTuple):
     tokens: Array
     """int32 [D, b, G]."""
     computed: Array
-    """int32 [D, b]: tokens of each row that its cache has; -1: no sequence decodes there."""
+    """int32 [D, b]: tokens of each row that its cache has; -1: no sequence decodes
+    there."""
     counts: Array
-    """int32 [D, b]: how many of ``tokens`` are a row's own; with several steps, how many of these
-    it takes part in."""
+    """int32 [D, b]: how many of ``tokens`` are a row's own; with several steps, how
+    many of these it takes part in."""
     num_steps: Array
     """int32 []."""
     chunk_tokens: Array
     """int32 [D, C], chunk after chunk."""
     chunk_targets: Array
-    """int32 [D, C]: the token that follows each of them, where its log-probability is wanted; -1:
-    it is not."""
+    """int32 [D, C]: the token that follows each of them, where its log-probability is
+    wanted; -1: it is not."""
     chunk_rows: Array
     """int32 [D, F]."""
     chunk_starts: Array
@@ -101,11 +105,13 @@ class StepInputs(NamedTuple):
     logprobs_wanted: Array
     """bool []."""
     adapter_masks: Array | None = None
-    """bool [D, R, slots · rank]: columns of each row's adapter; None: the model has no slots."""
+    """bool [D, R, slots · rank]: columns of each row's adapter; None: the model has no
+    slots."""
 
 
 class StepOutputs(NamedTuple):
-    """Arrays that the host reads; b·G + F results a step, those of chunks behind the rows'."""
+    """Arrays that the host reads; b·G + F results a step, those of chunks behind the
+    rows'."""
 
     tokens: Array
     """int32 [steps, D, b·G + F]."""
@@ -144,11 +150,18 @@ def make_ragged_batch(
             positions = jnp.concatenate([positions, jnp.where(inside, own, 0)])
             known = jnp.concatenate([known, jnp.where(inside, lengths[chunk], 1)])
             owner = jnp.concatenate([owner, b + chunk])
-        # A row has all of its G tokens for attention; keys behind its own are not looked at.
+        # A row has all of its G tokens for attention; keys behind its own are not
+        # looked at.
         decoding = jnp.where(computed >= 0, computed + G, 0)
-        kv_lengths = jnp.concatenate([decoding, jnp.where(sizes > 0, starts + sizes, 0)])
+        kv_lengths = jnp.concatenate(
+            [decoding, jnp.where(sizes > 0, starts + sizes, 0)]
+        )
         query_starts = jnp.concatenate(
-            [jnp.arange(b, dtype=jnp.int32) * G, b * G + ends - sizes, b * G + sizes.sum()[None]]
+            [
+                jnp.arange(b, dtype=jnp.int32) * G,
+                b * G + ends - sizes,
+                b * G + sizes.sum()[None],
+            ]
         )
         tables, slots = [], []
         for window, table in zip(windows, page_tables, strict=True):
@@ -156,9 +169,19 @@ def make_ragged_batch(
             table = jnp.concatenate([table[:b], table[rows]])
             page = table[owner, positions // layout.page_size]
             slot = page * layout.page_size + positions % layout.page_size
-            slots.append(jnp.where(live, slot, layout.count_pages(window) * layout.page_size))
+            slots.append(
+                jnp.where(live, slot, layout.count_pages(window) * layout.page_size)
+            )
             tables.append(table)
-        made = positions, known, kv_lengths, query_starts, rows, tuple(tables), tuple(slots)
+        made = (
+            positions,
+            known,
+            kv_lengths,
+            query_starts,
+            rows,
+            tuple(tables),
+            tuple(slots),
+        )
         return jax.tree.map(lambda x: x[None].astype(jnp.int32), made)
 
     given = (
@@ -215,8 +238,8 @@ def _run_step(
 
 
 run_step = jax.jit(_run_step, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
-# A loop adds up few numbers faster than XLA's library for CPUs, and than the tree of two programs
-# that the compiler makes of it.
+# A loop adds up few numbers faster than XLA's library for CPUs, and than the tree of
+# two programs that the compiler makes of it.
 _SUMS_AS_LOOPS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
     "xla_disable_hlo_passes": "tree_reduction_rewriter",
@@ -230,7 +253,9 @@ run_decoding_step = jax.jit(
 """The same, of a shape without chunks, on a CPU."""
 
 
-def _spread_adapter_masks(inputs: StepInputs, shape: StepSizes, rules: AxisRules) -> jax.Array:
+def _spread_adapter_masks(
+    inputs: StepInputs, shape: StepSizes, rules: AxisRules
+) -> jax.Array:
     """Each token's mask, [D, b·G + C, slots · rank]."""
     b, G, C, F, _ = shape
 
@@ -248,12 +273,17 @@ def _spread_adapter_masks(inputs: StepInputs, shape: StepSizes, rules: AxisRules
 
 
 def _run_once(bound, shape, layout, windows, vocab_size, inputs, state):
-    """The caches, the chunks' hidden states [D, C, D], and (tokens, logprobs) of each result."""
+    """The caches, the chunks' hidden states [D, C, D], and (tokens, logprobs) of each
+    result."""
     b, G, C, _, _ = shape
     rules, D = bound.rules, inputs.computed.shape[0]
     batch = make_ragged_batch(inputs, shape, layout, windows, rules)
-    tokens = jnp.concatenate([_merge(inputs.tokens, rules), inputs.chunk_tokens], axis=1)
-    hidden, caches = bound.forward_with_cache(tokens, batch, state.caches, state.cross_cache)
+    tokens = jnp.concatenate(
+        [_merge(inputs.tokens, rules), inputs.chunk_tokens], axis=1
+    )
+    hidden, caches = bound.forward_with_cache(
+        tokens, batch, state.caches, state.cross_cache
+    )
     state = state._replace(caches=caches)
     # What is drawn from: every token of a decoding row, the last one of each chunk.
     rows = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
@@ -268,12 +298,14 @@ def _run_once(bound, shape, layout, windows, vocab_size, inputs, state):
     offsets = jnp.arange(1, G + 1, dtype=jnp.int32)
     computed = inputs.computed[..., None]
     lengths = _merge(jnp.where(computed < 0, 0, computed + offsets), rules)
-    lengths = jnp.concatenate([lengths, inputs.chunk_starts + inputs.chunk_sizes], axis=1)
+    lengths = jnp.concatenate(
+        [lengths, inputs.chunk_starts + inputs.chunk_sizes], axis=1
+    )
 
     def local(flags, *given):
         has_grammar, logprobs_wanted = flags
-        logits, rows, lengths, settings, history, prompt_lengths, allowed, forced = jax.tree.map(
-            lambda x: x[0], given
+        logits, rows, lengths, settings, history, prompt_lengths, allowed, forced = (
+            jax.tree.map(lambda x: x[0], given)
         )
         own = jax.tree.map(lambda x: x[rows], settings)
         processed = process_logits(
@@ -290,11 +322,20 @@ def _run_once(bound, shape, layout, windows, vocab_size, inputs, state):
         greedy = (own.temperature == 0) | (lengths == 0)
         drawn = sample_tokens(processed, make_keys(own, lengths), greedy)
         tokens = jnp.where(forced >= 0, forced, drawn)
-        logprobs = compute_logprobs(logits, tokens, logprobs_wanted, vocab_size=vocab_size)
+        logprobs = compute_logprobs(
+            logits, tokens, logprobs_wanted, vocab_size=vocab_size
+        )
         return jax.tree.map(lambda x: x[None], (tokens, logprobs))
 
     shards = rules.spec("batch")
-    given = rows, lengths, inputs.settings, inputs.history, inputs.prompt_lengths, inputs.allowed
+    given = (
+        rows,
+        lengths,
+        inputs.settings,
+        inputs.history,
+        inputs.prompt_lengths,
+        inputs.allowed,
+    )
     given = *given, inputs.forced_tokens
     flags = inputs.has_grammar, inputs.logprobs_wanted
     specs = PartitionSpec(), *(shards,) * (1 + len(given))
@@ -302,19 +343,23 @@ def _run_once(bound, shape, layout, windows, vocab_size, inputs, state):
 
 
 def _run_steps(advance, shape: StepSizes, inputs: StepInputs, state: EngineState):
-    """Steps of decoding rows, each with the token that the last one drew; a row whose output has
-    ended writes nothing more."""
+    """Steps of decoding rows, each with the token that the last one drew; a row whose
+    output has ended writes nothing more."""
     b = shape.num_rows
 
     def body(carry):
         step, inputs, state, outputs = carry
         state, _, result = advance(inputs, state)
         outputs = jax.tree.map(
-            lambda all_, own: lax.dynamic_update_index_in_dim(all_, own, step, 0), outputs, result
+            lambda all_, own: lax.dynamic_update_index_in_dim(all_, own, step, 0),
+            outputs,
+            result,
         )
         tokens = result[0]
         stops = inputs.settings.stop_ids[:, :b]
-        ended = jnp.any(tokens[..., None] == stops, axis=-1) | (inputs.counts <= step + 1)
+        ended = jnp.any(tokens[..., None] == stops, axis=-1) | (
+            inputs.counts <= step + 1
+        )
         computed = jnp.where(ended, -1, inputs.computed + (inputs.computed >= 0))
         at = jnp.arange(inputs.history.shape[-1]) == computed[..., None]
         written = jnp.where(at, tokens[..., None], inputs.history[:, :b])
@@ -328,22 +373,30 @@ def _run_steps(advance, shape: StepSizes, inputs: StepInputs, state: EngineState
     _, _, one = jax.eval_shape(advance, inputs, state)
     empty = jax.tree.map(
         lambda x: jnp.zeros(
-            (shape.max_steps, *x.shape), x.dtype, out_sharding=PartitionSpec(None, *x.sharding.spec)
+            (shape.max_steps, *x.shape),
+            x.dtype,
+            out_sharding=PartitionSpec(None, *x.sharding.spec),
         ),
         one,
     )
     start = jnp.zeros((), jnp.int32), inputs, state, empty
-    _, _, state, outputs = lax.while_loop(lambda carry: carry[0] < inputs.num_steps, body, start)
+    _, _, state, outputs = lax.while_loop(
+        lambda carry: carry[0] < inputs.num_steps, body, start
+    )
     return state, outputs
 
 
 def _compute_prompt_logprobs(bound, vocab_size, hidden, inputs) -> TokenLogprobs:
-    """Log-probabilities of the tokens that follow those of the chunks, where they are wanted,
-    [D, C, ...]; a block at a time, so that few logits are held, and no more blocks than these
-    fill."""
+    """Log-probabilities of the tokens that follow those of the chunks, where they are
+    wanted, [D, C, ...]; a block at a time, so that few logits are held, and no more
+    blocks than these fill."""
     D, C = inputs.chunk_tokens.shape
     size = min(TOP_LOGPROBS, vocab_size)
-    shapes: Any = ((D, C), jnp.float32), ((D, C, size), jnp.int32), ((D, C, size), jnp.float32)
+    shapes: Any = (
+        ((D, C), jnp.float32),
+        ((D, C, size), jnp.int32),
+        ((D, C, size), jnp.float32),
+    )
     layout = bound.rules.spec("batch")
     none = TokenLogprobs(*(jnp.zeros(*s, out_sharding=layout) for s in shapes))
     if not C:
@@ -360,18 +413,27 @@ def _compute_prompt_logprobs(bound, vocab_size, hidden, inputs) -> TokenLogprobs
         targets = jnp.take_along_axis(inputs.chunk_targets, own, axis=1)
         logits = bound.logits(jnp.take_along_axis(hidden, own[..., None], axis=1))
         targets = jnp.maximum(targets, 0)
-        logprobs = compute_logprobs(logits, targets, jnp.ones((), bool), vocab_size=vocab_size)
+        logprobs = compute_logprobs(
+            logits, targets, jnp.ones((), bool), vocab_size=vocab_size
+        )
         write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
         return start + block, jax.tree.map(write, found, logprobs)
 
     def compute_blocks(none):
         start = jnp.zeros((), jnp.int32)
-        return lax.while_loop(lambda carry: carry[0] < most, compute_block, (start, none))[1]
+        return lax.while_loop(
+            lambda carry: carry[0] < most, compute_block, (start, none)
+        )[1]
 
-    # Of one block nothing changes from turn to turn, and XLA computes it before the loop asks.
+    # Of one block nothing changes from turn to turn, and XLA computes it before the
+    # loop asks.
     found = lax.cond(most > 0, compute_blocks, lambda none: none, none)
     rank = jnp.maximum(jnp.cumsum(wanted, axis=1) - 1, 0)
-    pick = lambda x: jnp.take_along_axis(x, rank.reshape(D, C, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
+
+    def pick(x: jax.Array) -> jax.Array:
+        index = rank.reshape(D, C, *(1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=1)
+
     return jax.tree.map(pick, found)
 
 

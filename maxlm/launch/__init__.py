@@ -1,1 +1,2 @@
-"""Makes a scheduler's job of a run and a machine: checked, rendered from a template, submitted."""
+"""Makes a scheduler's job of a run and a machine: checked, rendered from a template,
+submitted."""

@@ -1,4 +1,5 @@
-"""A machine as schedulers see it: slices, hosts, devices of a host, and what vendors call them."""
+"""A machine as schedulers see it: slices, hosts, devices of a host, and what vendors
+call them."""
 
 from dataclasses import dataclass
 from math import prod
@@ -6,7 +7,8 @@ from math import prod
 from maxlm.config import MaxlmError
 from maxlm.plan.topology import TPUS, Topology
 
-# kind → GKE's accelerator ("GPU platforms": a2-ultragpu, a3-highgpu, a3-ultragpu, a4-highgpu).
+# kind → GKE's accelerator ("GPU platforms": a2-ultragpu, a3-highgpu, a3-ultragpu,
+# a4-highgpu).
 _GKE_GPUS = {
     "a100": "nvidia-a100-80gb",
     "h100": "nvidia-h100-80gb",
@@ -28,14 +30,16 @@ _ONE_SLICE = ("skypilot", "tpu-vm")
 
 @dataclass(frozen=True)
 class JobHosts:
-    """The hosts that a job asks for. One process runs on each and drives all its devices."""
+    """The hosts that a job asks for. One process runs on each and drives all its
+    devices."""
 
     platform: str
     slices: int
     per_slice: int
     """Hosts of a slice; GPUs and CPUs are one slice."""
     devices: int
-    """Devices of a host, as its scheduler counts them: chips, GPUs, virtual CPU devices."""
+    """Devices of a host, as its scheduler counts them: chips, GPUs, virtual CPU
+    devices."""
     gke_accelerator: str = ""
     gke_topology: str = ""
     accelerator_type: str = ""
@@ -51,9 +55,11 @@ class JobHosts:
         return self.platform == "cpu" or self.count > 1 or self.devices == 8
 
 
-def resolve_hosts(topology: Topology, scheduler: str, machine: str, nodes: int | None) -> JobHosts:
-    """Returns the hosts of a machine. Raises MaxlmError: the scheduler has none such, or the hosts
-    do not share the devices evenly.
+def resolve_hosts(
+    topology: Topology, scheduler: str, machine: str, nodes: int | None
+) -> JobHosts:
+    """Returns the hosts of a machine. Raises MaxlmError: the scheduler has none such,
+    or the hosts do not share the devices evenly.
 
     Args:
         machine: the machine's, for messages.
@@ -75,17 +81,33 @@ def resolve_hosts(topology: Topology, scheduler: str, machine: str, nodes: int |
     if platform == "gpu":
         count, devices = topology.slices * topology.shape[0], topology.shape[1]
         gpu = _SKYPILOT_GPUS.get(topology.kind, topology.kind.upper())
-        found = JobHosts("gpu", 1, count, devices, _GKE_GPUS[topology.kind], accelerator_type=gpu)
-    else:
-        tpu, chips, own = TPUS[topology.kind], prod(topology.shape), topology.chips_per_host
-        # GKE names the shortest side first, but of one host's 2x2x1.
-        sides = topology.shape if topology.shape == (2, 2, 1) else sorted(topology.shape)
         found = JobHosts(
-            *("tpu", topology.slices, max(chips // own, 1), min(chips, own), tpu.gke_accelerator),
+            "gpu", 1, count, devices, _GKE_GPUS[topology.kind], accelerator_type=gpu
+        )
+    else:
+        tpu, chips, own = (
+            TPUS[topology.kind],
+            prod(topology.shape),
+            topology.chips_per_host,
+        )
+        # GKE names the shortest side first, but of one host's 2x2x1.
+        sides = (
+            topology.shape if topology.shape == (2, 2, 1) else sorted(topology.shape)
+        )
+        found = JobHosts(
+            *(
+                "tpu",
+                topology.slices,
+                max(chips // own, 1),
+                min(chips, own),
+                tpu.gke_accelerator,
+            ),
             "x".join(map(str, sides)),
             f"{tpu.cloud_prefix}-{chips * tpu.cores}",
         )
     if nodes not in (None, found.count):
         what = f"--nodes {nodes}: {machine} is {found.count} hosts of {found.devices}"
-        raise MaxlmError(what, fix="leave --nodes out, or name the shape of GPUs, as in h100:16x4")
+        raise MaxlmError(
+            what, fix="leave --nodes out, or name the shape of GPUs, as in h100:16x4"
+        )
     return found

@@ -1,4 +1,5 @@
-"""A job: everything a template may print, checked against the plan before anything is written."""
+"""A job: everything a template may print, checked against the plan before anything is
+written."""
 
 import re
 import shlex
@@ -28,15 +29,18 @@ from maxlm.run import RunConfig
 
 # What GKE's Spot nodes leave of a job's grace, if their pool does not ask for more.
 SPOT_GRACE = 15
-# From a job's start to its first step: a container to fetch, a checkpoint to read, a compilation.
+# From a job's start to its first step: a container to fetch, a checkpoint to read, a
+# compilation.
 START_UP = 300
-# A pod's name is a host's: the job's, its replicated job's, two numbers; 63 characters in all.
+# A pod's name is a host's: the job's, its replicated job's, two numbers; 63 characters
+# in all.
 _LONGEST_NAME = 40
 
 
 @dataclass(frozen=True)
 class Job:
-    """A scheduler's job. Its fields and those of its options are the template's variables."""
+    """A scheduler's job. Its fields and those of its options are the template's
+    variables."""
 
     scheduler: str
     name: str
@@ -65,7 +69,8 @@ class Job:
 
     @property
     def script(self) -> str:
-        """Returns the command for a shell, which writes the config first if it is not there."""
+        """Returns the command for a shell, which writes the config first if it is not
+        there."""
         run = f"exec {shlex.join(self.command)}"
         if not self.config_text:
             return run
@@ -88,7 +93,8 @@ def make_job(
     """Check a run for a scheduler and a machine, and describe the job that trains it.
 
     Args:
-        run: the config that `config_source`, a shipped config or a file, and `settings` load.
+        run: the config that `config_source`, a shipped config or a file, and `settings`
+            load.
         on: the machine, as ``maxlm plan`` takes it.
         force: although it does not fit.
         user_template: whether the template is the user's own, which may mount folders.
@@ -103,21 +109,29 @@ def make_job(
     limit = None if options.time is None else parse_time_limit_seconds(options.time)
     env, secrets = parse_env(options.env), parse_secrets(options.secret, scheduler)
     if both := [variable for variable in env if variable in secrets]:
-        raise MaxlmError(f"{both[0]} is named by --env and by --secret", fix="leave one out")
+        raise MaxlmError(
+            f"{both[0]} is named by --env and by --secret", fix="leave one out"
+        )
     if hosts.platform == "cpu":
         env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(hosts.devices)} | env
     label = "cloud.google.com/gke-accelerator=nvidia-h100-80gb"
-    node_selector = split_pairs("--node-selector", options.node_selector, "KEY=VALUE", label)
+    node_selector = split_pairs(
+        "--node-selector", options.node_selector, "KEY=VALUE", label
+    )
     if not (plan := plan_run(run, machine)).fits and not force:
         fix = f"find what does: maxlm plan {config_source} --on {on} --search (or --force)"
         raise MaxlmError(
             f"does not fit on {on}: {format_prediction(plan)}", where=run.name, fix=fix
         )
-    _check_times(limit, options.grace if supports_option(scheduler, "grace") else None, plan)
+    _check_times(
+        limit, options.grace if supports_option(scheduler, "grace") else None, plan
+    )
     config, text, path = config_source, "", Path(config_source).expanduser()
     if path.is_file() or not find_shipped_config(config_source):
         config = str(path.resolve())
-        if in_container or scheduler != "slurm":  # the job does not see this machine's files
+        if (
+            in_container or scheduler != "slurm"
+        ):  # the job does not see this machine's files
             config, settings, text = f"/tmp/{name}.yaml", (), to_yaml(run)
     title = f"{run.name} on {on}: {machine.topology.description}"
     placeholders = find_placeholder_settings(run)
@@ -143,12 +157,14 @@ def make_job(
 
 
 def is_containerized(scheduler: str, options: JobOptions) -> bool:
-    """Returns whether a job's processes see only what is mounted into their container."""
+    """Returns whether a job's processes see only what is mounted into their
+    container."""
     return scheduler in ("jobset", "skypilot") or bool(options.image)
 
 
 def _check_times(limit: int | None, grace: int | None, plan: RunPlan) -> None:
-    """Refuse a job that is over before a step is saved: one that has begun is finished first."""
+    """Refuse a job that is over before a step is saved: one that has begun is finished
+    first."""
     step = plan.step_seconds or 0.0
     if grace is not None and grace <= step:
         what = f"--grace {grace} is shorter than a step ({step:.3g} s)"
@@ -156,7 +172,8 @@ def _check_times(limit: int | None, grace: int | None, plan: RunPlan) -> None:
     least = START_UP + step + (grace or 0)
     if limit is not None and limit < least:
         raise MaxlmError(
-            f"--time {_clock(limit)} is over before a step is saved: {START_UP} s to start, "
+            f"--time {_clock(limit)} is over before a step is saved: {START_UP} s to "
+            f"start, "
             f"{step:.3g} s a step and {grace or 0} s to save",
             fix=f"give {-(-least // 60):.0f}m or more",
         )

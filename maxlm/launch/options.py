@@ -9,7 +9,8 @@ from typing import Any
 from maxlm.config import MaxlmError
 
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
-# Of names that go into a job's header: nothing that could end a line or begin a comment.
+# Of names that go into a job's header: nothing that could end a line or begin a
+# comment.
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@+#=-]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -48,11 +49,13 @@ class JobOptions:
 
 
 _INSTEAD = {
-    "image": "install maxlm on its hosts, and name it by --maxlm if it is not on their PATH",
+    "image": "install maxlm on its hosts, and name it by --maxlm if it is not on their "
+    "PATH",
     "secret": "set the variable on its hosts",
     "mount": "mount it on its hosts",
     "spot": "ask for such machines where they are made",
-    "retries": "leave it out: SkyPilot starts again after 75 and 76 as often as it takes",
+    "retries": "leave it out: SkyPilot starts again after 75 and 76 as often as it "
+    "takes",
 }
 
 
@@ -66,14 +69,20 @@ def check_options(options: JobOptions, scheduler: str) -> None:
     """Refuse what the scheduler would have to ignore."""
     for own in fields(options):
         name, value = f"--{own.name.replace('_', '-')}", getattr(options, own.name)
-        if isinstance(value, str) and own.name != "maxlm" and not _PLAIN.fullmatch(value):
+        if (
+            isinstance(value, str)
+            and own.name != "maxlm"
+            and not _PLAIN.fullmatch(value)
+        ):
             raise MaxlmError(f"{name} '{value}' is not one plain word")
         if value != own.default and not supports_option(scheduler, own.name):
             takers = ", ".join(own.metadata["schedulers"])
             fix = _INSTEAD.get(own.name, f"leave it out ({takers} has it)")
             raise MaxlmError(f"{scheduler} has no use for {name}", fix=fix)
     if scheduler == "slurm" and options.mount and not options.image:
-        raise MaxlmError("--mount is into a container", fix="add --image, or leave it out")
+        raise MaxlmError(
+            "--mount is into a container", fix="add --image, or leave it out"
+        )
     if scheduler == "jobset" and not options.image:
         fix = "add --image; launch/images/ has files to build one from"
         raise MaxlmError("jobset runs a container, and none is named", fix=fix)
@@ -85,26 +94,33 @@ def parse_env(pairs: Sequence[str]) -> dict[str, str]:
     for name in found:
         if any(part.rstrip("S").endswith(_SECRET) for part in name.upper().split("_")):
             what = f"--env {name}=... looks like a secret, and would be written into a file"
-            raise MaxlmError(what, fix=f"use --secret {name}, which names where it is kept")
+            raise MaxlmError(
+                what, fix=f"use --secret {name}, which names where it is kept"
+            )
     return found
 
 
-def split_pairs(option: str, pairs: Sequence[str], form: str, example: str) -> dict[str, str]:
+def split_pairs(
+    option: str, pairs: Sequence[str], form: str, example: str
+) -> dict[str, str]:
     """Parses pairs of an option, ``NAME=VALUE`` each, written in this ``form``."""
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        # Python keeps bytes of the command line that are no UTF-8 as halves of characters.
+        # Python keeps bytes of the command line that are no UTF-8 as halves of
+        # characters.
         if _SURROGATE.search(value):
             what = f"{option} {name}=... holds a byte that is no UTF-8, which a job's file cannot"
             raise MaxlmError(what, fix="write the value in UTF-8")
         if not equals or not (_NAME if option == "--env" else _PLAIN).fullmatch(name):
-            raise MaxlmError(f"{option} {pair} is not {form}", fix=f"write {option} {example}")
+            raise MaxlmError(
+                f"{option} {pair} is not {form}", fix=f"write {option} {example}"
+            )
     return dict(pair.split("=", 1) for pair in pairs)
 
 
 def parse_secrets(pairs: Sequence[str], scheduler: str) -> dict[str, tuple[str, str]]:
-    """Parses the source of each secret variable: a Kubernetes secret and its key; for the other
-    schedulers nothing but its name."""
+    """Parses the source of each secret variable: a Kubernetes secret and its key; for
+    the other schedulers nothing but its name."""
     found = {}
     for pair in pairs:
         name, equals, source = pair.partition("=")
@@ -171,11 +187,14 @@ def check_url(text: str, where: str) -> None:
     """Refuse a bucket whose scheme is misspelt; nobody is asked whether it is there."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.]*):(/*)([^/]*)", text)
     if found and (found[1] not in ("gs", "s3") or found[2] != "//" or not found[3]):
-        raise MaxlmError(f"'{text}' is no bucket's URL", where=where, fix="write gs:// or s3://")
+        raise MaxlmError(
+            f"'{text}' is no bucket's URL", where=where, fix="write gs:// or s3://"
+        )
 
 
 def parse_time_limit_seconds(text: str) -> int:
-    """Returns a time limit as SLURM writes it (minutes, H:MM:SS, D-HH:MM:SS) or as 90m, 24h, 7d."""
+    """Returns a time limit as SLURM writes it (minutes, H:MM:SS, D-HH:MM:SS) or as 90m,
+    24h, 7d."""
     total = 0
     if unit := re.fullmatch(r"(\d+)([mhd])", text):
         total = int(unit[1]) * {"m": 60, "h": 3600, "d": 86400}[unit[2]]
@@ -185,5 +204,7 @@ def parse_time_limit_seconds(text: str) -> int:
         units = (60, 1, 0) if minutes_first else (3600, 60, 1)
         total = 86400 * days + sum(map(mul, parts, units))
     if total <= 0:
-        raise MaxlmError(f"--time {text} is no time limit", fix="write 24:00:00, 1-12:00:00 or 24h")
+        raise MaxlmError(
+            f"--time {text} is no time limit", fix="write 24:00:00, 1-12:00:00 or 24h"
+        )
     return total

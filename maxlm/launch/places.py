@@ -1,4 +1,5 @@
-"""Paths that a run names, as its job's hosts see them; placeholders for those that it does not."""
+"""Paths that a run names, as its job's hosts see them; placeholders for those that it
+does not."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -11,24 +12,27 @@ from maxlm.launch.options import Mount, check_url
 from maxlm.run import RunConfig
 
 PLACEHOLDER = "/path/to/"
-"""Start of a path that stands for one of the user's, in a job that is shown for a recipe without
-data. It is nobody's folder."""
+"""Start of a path that stands for one of the user's, in a job that is shown for a
+recipe without data. It is nobody's folder."""
 # Settings that may name a bucket.
 _URLS = ("store", "remote_folder")
 
 
-def can_see_submitting_machine(scheduler: str, in_container: bool, user_template: bool) -> bool:
-    """Returns whether a job's hosts see the files of the machine that it is submitted from, or
-    whether the user's own template is trusted to say where they are."""
+def can_see_submitting_machine(
+    scheduler: str, in_container: bool, user_template: bool
+) -> bool:
+    """Returns whether a job's hosts see the files of the machine that it is submitted
+    from, or whether the user's own template is trusted to say where they are."""
     return user_template or (scheduler == "slurm" and not in_container)
 
 
 def make_placeholder_settings(run: RunConfig, *, sees_files: bool) -> list[str]:
-    """Returns settings, as ``key=value``, in place of the data that a recipe leaves to its user,
-    and of what that data is read with; none where the run names data.
+    """Returns settings, as ``key=value``, in place of the data that a recipe leaves to
+    its user, and of what that data is read with; none where the run names data.
 
     Args:
-        sees_files: see :func:`can_see_submitting_machine`; if not, a relative folder is replaced.
+        sees_files: see :func:`can_see_submitting_machine`; if not, a relative folder is
+            replaced.
     """
     if run.task.reads_text:
         if run.data.sources:
@@ -49,19 +53,21 @@ def make_placeholder_settings(run: RunConfig, *, sees_files: bool) -> list[str]:
 
 def find_placeholder_settings(run: RunConfig) -> list[str]:
     """Returns the keys of settings that hold placeholders."""
-    return [key for key, path in list_places(run).items() if path.startswith(PLACEHOLDER)]
+    return [
+        key for key, path in list_places(run).items() if path.startswith(PLACEHOLDER)
+    ]
 
 
 def check_paths(
     run: RunConfig, scheduler: str, mounts: Sequence[Mount] | None, user_template: bool
 ) -> None:
-    """Checks that there is text, or rows, and a run's folder that outlives its hosts and that all
-    of them see. Raises MaxlmError: one of them is missing.
+    """Checks that there is text, or rows, and a run's folder that outlives its hosts
+    and that all of them see. Raises MaxlmError: one of them is missing.
 
     Args:
         mounts: what the job's container sees, and nothing else; None: it runs in none.
-        user_template: whether the template is the user's own, which may mount folders, or say
-            where a job begins.
+        user_template: whether the template is the user's own, which may mount folders,
+            or say where a job begins.
     """
     places = list_places(run)
     for key, path in places.items():
@@ -129,8 +135,11 @@ def _check_data(run: RunConfig) -> None:
     raise MaxlmError(message, where="tokenizer.path", fix=fix)
 
 
-def _check_path(key: str, place: str, scheduler: str, mounts: Sequence[Mount] | None) -> None:
-    """Checks a path on hosts that lack this machine's files; ``mounts`` None: all is there."""
+def _check_path(
+    key: str, place: str, scheduler: str, mounts: Sequence[Mount] | None
+) -> None:
+    """Checks a path on hosts that lack this machine's files; ``mounts`` None: all is
+    there."""
     if not place.startswith("/"):
         name = "runs" if key == "folder" else place.lstrip("./~")
         message = f"{key}={place} is another one on each host"
@@ -143,4 +152,6 @@ def _check_path(key: str, place: str, scheduler: str, mounts: Sequence[Mount] | 
     if key == "folder":
         message = f"{key}={place} would be lost with its hosts"
         raise MaxlmError(message, fix=f"mount what is to keep it: {mount}")
-    raise MaxlmError(f"{key}={place} is not in the container", fix=f"mount what holds it: {mount}")
+    raise MaxlmError(
+        f"{key}={place} is not in the container", fix=f"mount what holds it: {mount}"
+    )

@@ -1,4 +1,5 @@
-"""A job's file: rendered from its scheduler's template, written, handed to the scheduler."""
+"""A job's file: rendered from its scheduler's template, written, handed to the
+scheduler."""
 
 import json
 import re
@@ -16,7 +17,8 @@ from maxlm.config.assets import find_asset
 from maxlm.launch.job import Job
 from maxlm.run import RunConfig
 
-# scheduler → template under launch/; what follows the last slash, without .j2, is the file's name.
+# scheduler → template under launch/; what follows the last slash, without .j2, is the
+# file's name.
 TEMPLATES = {
     "slurm": "slurm/job.sbatch.j2",
     "jobset": "jobset/jobset.yaml.j2",
@@ -30,15 +32,26 @@ _NO_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
 def render_job(job: Job, template: Path | None = None) -> str:
-    """Renders the job from its scheduler's template, or from the user's own in its place."""
+    """Renders the job from its scheduler's template, or from the user's own in its
+    place."""
     path = template or find_asset(f"launch/{TEMPLATES[job.scheduler]}")
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     # JSON's strings and objects of them are Python's too.
     python = partial(json.dumps, ensure_ascii=False)
-    environment.filters.update(shell=_shell, yaml=_yaml, python=python, kubernetes=_kubernetes)
-    values = {**vars(job.options), **vars(job), "command": job.command, "script": job.script}
+    environment.filters.update(
+        shell=_shell, yaml=_yaml, python=python, kubernetes=_kubernetes
+    )
+    values = {
+        **vars(job.options),
+        **vars(job),
+        "command": job.command,
+        "script": job.script,
+    }
     try:
         return environment.from_string(path.read_text()).render(values)
     except (OSError, UnicodeDecodeError) as error:
@@ -52,16 +65,19 @@ def render_job(job: Job, template: Path | None = None) -> str:
 
 
 def _yaml(value: str) -> str:
-    """This text as a line of YAML 1.1 and 1.2 alike: quoted unless it is obviously a word."""
+    """This text as a line of YAML 1.1 and 1.2 alike: quoted unless it is obviously a
+    word."""
     if _WORD.fullmatch(value) and value.lower() not in _NO_WORDS:
         return value
-    line = yaml.safe_dump(value, default_style='"', width=float("inf"), allow_unicode=True)
+    line = yaml.safe_dump(
+        value, default_style='"', width=float("inf"), allow_unicode=True
+    )
     return line.removesuffix("\n")
 
 
 def _kubernetes(value: str) -> str:
-    """A word of a container's command, or a variable's value, in which Kubernetes would put a
-    variable for ``$(NAME)`` and ``$`` for ``$$``."""
+    """A word of a container's command, or a variable's value, in which Kubernetes would
+    put a variable for ``$(NAME)`` and ``$`` for ``$$``."""
     return re.sub(r"\$(?=[$(])", "$$", value)
 
 
@@ -70,9 +86,11 @@ def _shell(value: str | tuple[str, ...]) -> str:
 
 
 def job_file_path(job: Job, run: RunConfig) -> Path:
-    """Returns the path that a submitted job is written to: in the run's folder, or in runs/
-    where that folder is on other machines or in a container."""
-    folder = run.folder if job.scheduler == "slurm" and not job.options.image else "runs"
+    """Returns the path that a submitted job is written to: in the run's folder, or in
+    runs/ where that folder is on other machines or in a container."""
+    folder = (
+        run.folder if job.scheduler == "slurm" and not job.options.image else "runs"
+    )
     name = TEMPLATES[job.scheduler].rpartition("/")[2].removesuffix(".j2")
     return Path(folder) / run.name / "launch" / name
 
@@ -82,7 +100,9 @@ def submit_job(job: Job, path: Path) -> int:
     for command in list_submit_commands(job, path):
         if shutil.which(command[0]) is None:
             what = f"{command[0]} is not on the PATH here; the job is kept in this file"
-            raise MaxlmError(what, where=str(path), fix=f"where it is, run: {' '.join(command)}")
+            raise MaxlmError(
+                what, where=str(path), fix=f"where it is, run: {' '.join(command)}"
+            )
         if code := subprocess.run(command).returncode:
             return code
     return 0
@@ -99,14 +119,24 @@ def list_submit_commands(job: Job, path: Path) -> list[list[str]]:
         named = [part for name in job.secrets for part in ("--secret", name)]
         return [["sky", "jobs", "launch", "--yes", "--detach-run", *named, file]]
     if job.scheduler == "ray":
-        submit = ["ray", "job", "submit", "--no-wait", "--working-dir", str(path.parent)]
+        submit = [
+            "ray",
+            "job",
+            "submit",
+            "--no-wait",
+            "--working-dir",
+            str(path.parent),
+        ]
         return [[*submit, "--", "python", path.name]]
     where = [
-        f"--{key}={value}" for key in ("zone", "project") if (value := getattr(job.options, key))
+        f"--{key}={value}"
+        for key in ("zone", "project")
+        if (value := getattr(job.options, key))
     ]
     remote = f"maxlm-{job.name}.sh"
     tool = ["gcloud", "compute", "tpus", "tpu-vm"]
-    # A shell reads its script as it goes: one that runs there is replaced, never overwritten.
+    # A shell reads its script as it goes: one that runs there is replaced, never
+    # overwritten.
     start = f"mv {remote}.new {remote} || exit; "
     start += f"setsid nohup bash {remote} >> maxlm-{job.name}.log 2>&1 < /dev/null &"
     return [

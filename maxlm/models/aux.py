@@ -13,7 +13,8 @@ class Aux:
     loss: jax.Array | float = 0.0
     """Loss to be added to the task's own, as it is."""
     sums: dict[str, jax.Array] = field(default_factory=dict)
-    """Sums to be logged. Those named ``expert_*`` are of experts' loads, in assignments."""
+    """Sums to be logged. Those named ``expert_*`` are of experts' loads, in
+    assignments."""
 
     def plus(self, other: "Aux") -> "Aux":
         """Adds up both; sums that only one has stay."""

@@ -40,21 +40,27 @@ Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 
 
 class Mixer(Protocol):
-    """Mixes tokens along the sequence: attention, or a state that passes from one to the next.
+    """Mixes tokens along the sequence: attention, or a state that passes from one to
+    the next.
 
-    Like an FFN it may state its ``costs()`` for the plan; see :mod:`maxlm.models.costs`.
+    Like an FFN it may state its ``costs()`` for the plan; see
+    :mod:`maxlm.models.costs`.
     """
 
     name: str
     """The first part of its parameters' names within a layer."""
 
-    def __call__(self, x: jax.Array, inputs: AttentionInputs, cache: Any) -> tuple[jax.Array, Any]:
-        """Maps [B, S, D] to the same; also gives the cache with these tokens (None if None was)."""
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """Maps [B, S, D] to the same; also gives the cache with these tokens (None if
+        None was)."""
         ...
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
-        """Returns a layer's cache: a pytree with a :class:`~maxlm.models.caches.CacheArraySpec` for
-        each array; an empty one is zeros."""
+        """Returns a layer's cache: a pytree with a
+        :class:`~maxlm.models.caches.CacheArraySpec` for each array; an empty one is
+        zeros."""
         ...
 
 
@@ -63,9 +69,12 @@ class FeedForward(Protocol):
 
     name: str
 
-    def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
-        """Maps [B, S, D] to the same; returns also what the layer adds to the loss and the log.
-        ``segment_ids`` are int [B, S], 0 for padding, None where there is none."""
+    def feed(
+        self, x: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, Aux]:
+        """Maps [B, S, D] to the same; returns also what the layer adds to the loss and
+        the log. ``segment_ids`` are int [B, S], 0 for padding, None where there is
+        none."""
         ...
 
 
@@ -73,7 +82,9 @@ def build_attention(
     config: AttentionConfig, *sizes: Any, **kwargs: Any
 ) -> Attention | LatentAttention:
     """Builds multi-head or latent attention, as the config says."""
-    return (Attention if config.latent is None else LatentAttention)(config, *sizes, **kwargs)
+    return (Attention if config.latent is None else LatentAttention)(
+        config, *sizes, **kwargs
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,10 @@ class RegisteredMixer:
 MIXERS: dict[type[Config], RegisteredMixer] = {
     AttentionConfig: RegisteredMixer(build_attention, frozenset({"context", "stage"}))
 }
-FEED_FORWARDS: dict[type[Config], Callable[..., FeedForward]] = {MlpConfig: Mlp, MoeConfig: Moe}
+FEED_FORWARDS: dict[type[Config], Callable[..., FeedForward]] = {
+    MlpConfig: Mlp,
+    MoeConfig: Moe,
+}
 
 
 def register_mixer(
@@ -101,11 +115,12 @@ def register_mixer(
 
     Args:
         config: a class with a ``kind`` of its own, for ``model.mixer``.
-        build: called with (config, norm config, d_model, number of layers, standard deviation of
-            initial weights) and the keywords rules, dtype and parallel.
-        mesh_axes: the axes on which it may be trained, of those that reshape what it sees: with
-            ``context`` x [B, S, D] is split along S, its tokens in another order; with ``stage`` it
-            runs in a program on pipeline stages. Runs that need others are refused.
+        build: called with (config, norm config, d_model, number of layers, standard
+            deviation of initial weights) and the keywords rules, dtype and parallel.
+        mesh_axes: the axes on which it may be trained, of those that reshape what it
+            sees: with ``context`` x [B, S, D] is split along S, its tokens in another
+            order; with ``stage`` it runs in a program on pipeline stages. Runs that
+            need others are refused.
     """
     MIXERS[config] = RegisteredMixer(build, frozenset(mesh_axes))
 
@@ -122,8 +137,9 @@ def parse_registered_config(
     value: Any,
     register: Callable[[Any], object] = lambda found: found(),
 ) -> Any:
-    """Reads the config of a registered kind from plain data with its ``kind``. Entry points of that
-    name in the group ``maxlm.<role>s`` are first passed to ``register``, or called by default."""
+    """Reads the config of a registered kind from plain data with its ``kind``. Entry
+    points of that name in the group ``maxlm.<role>s`` are first passed to ``register``,
+    or called by default."""
     if not isinstance(value, Mapping):
         return value
     kind = value.get("kind")
@@ -132,7 +148,11 @@ def parse_registered_config(
     with_kind = (config for config in registered if "kind" in config.model_fields)
     kinds = {config.model_fields["kind"].default: config for config in with_kind}
     if kind not in kinds:
-        fix = f"use one of {', '.join(kinds)}" if kinds else "install the package that has it"
+        fix = (
+            f"use one of {', '.join(kinds)}"
+            if kinds
+            else "install the package that has it"
+        )
         raise MaxlmError(f"no {role} of kind={kind}", fix=fix)
     return kinds[kind].model_validate(value)
 
@@ -142,7 +162,8 @@ parse_ffn = partial(parse_registered_config, FEED_FORWARDS, "ffn")
 
 
 class Block(nnx.Module):
-    """Attention and an MLP (or a mixture of experts), each added to the residual stream.
+    """Attention and an MLP (or a mixture of experts), each added to the residual
+    stream.
 
     ==================  ====================================================
     placement           a branch f, with its own norms
@@ -202,8 +223,8 @@ class Block(nnx.Module):
         cache: Any = None,
         encoder_output: EncoderOutput | CrossCache | None = None,
     ) -> tuple[jax.Array, Any, Aux]:
-        """x [B, S, D] → the same, the layer's cache with these tokens in it, and what the layer
-        adds to the loss and the log."""
+        """x [B, S, D] → the same, the layer's cache with these tokens in it, and what
+        the layer adds to the loss and the log."""
         if self.placement in ("parallel", "parallel_shared"):
             y = self.attention_norm(x)
             z = y if self.mlp_norm is None else self.mlp_norm(x)
@@ -213,7 +234,9 @@ class Block(nnx.Module):
         y, cache = self.mixer(self._before(self.attention_norm, x), inputs, cache)
         x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
         if encoder_output is not None and self.cross is not None:
-            y = self.cross.cross_attend(self._before(self.cross_norm, x), inputs, encoder_output)
+            y = self.cross.cross_attend(
+                self._before(self.cross_norm, x), inputs, encoder_output
+            )
             x = self._joined(x, y, self.cross_norm, None)
         y, aux = self.ffn.feed(self._before(self.mlp_norm, x), inputs.segment_ids)
         return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
@@ -226,7 +249,11 @@ class Block(nnx.Module):
         feed = BranchCosts("ffn", ffn.name, get_costs(ffn))
         if self.cross is None:
             return own, feed
-        return own, feed, BranchCosts("cross_attention", "cross", self.cross.costs("memory"))
+        return (
+            own,
+            feed,
+            BranchCosts("cross_attention", "cross", self.cross.costs("memory")),
+        )
 
     @property
     def mixer(self) -> Mixer:
@@ -263,8 +290,8 @@ def scan_blocks(
     dtype: Any,
     remat: RematPolicy = "none",
 ) -> tuple[Any, Aux]:
-    """Runs a stacked block layer after layer; returns x after all, and their ``Aux`` added up.
-    Compile time does not grow with depth.
+    """Runs a stacked block layer after layer; returns x after all, and their ``Aux``
+    added up. Compile time does not grow with depth.
 
     Args:
         params: of the block, whose structure alone is used (``params.stack_layers``).
@@ -278,25 +305,39 @@ def scan_blocks(
         x, aux = body(bind(block, own), x, context, shared)
         return x, jax.tree.map(jnp.add, total, aux)
 
-    def cast(spec: ParamSpec, held: Any) -> Any:  # an array, or what is held for its gradient
+    def cast(
+        spec: ParamSpec, held: Any
+    ) -> Any:  # an array, or what is held for its gradient
         castable = spec.role == "matrix" and jnp.issubdtype(spec.dtype, jnp.floating)
-        return jax.tree.map(partial(cast_without_hoisting, dtype=dtype), held) if castable else held
+        return (
+            jax.tree.map(partial(cast_without_hoisting, dtype=dtype), held)
+            if castable
+            else held
+        )
 
     def cast_all(own: Params) -> Params:
-        specs = jax.tree.map(_declare_step_values, param_specs(block), own, is_leaf=is_leaf)
+        specs = jax.tree.map(
+            _declare_step_values, param_specs(block), own, is_leaf=is_leaf
+        )
         return jax.tree.map(cast, specs, own)
 
     first = jax.tree.map(lambda a: a[0], params)
-    _, aux = jax.eval_shape(lambda own: bodies[0](bind(block, own), x, context, shared), first)
+    _, aux = jax.eval_shape(
+        lambda own: bodies[0](bind(block, own), x, context, shared), first
+    )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), aux)
     alone = len(bodies) == 1 and len(jax.tree.leaves(params)[0]) > 1
-    layers = [apply_remat(partial(layer, body), remat, is_loop_body=alone) for body in bodies]
-    return scan_layers(layers, params, (x, zeros), context, shared=shared, cast=cast_all)
+    layers = [
+        apply_remat(partial(layer, body), remat, is_loop_body=alone) for body in bodies
+    ]
+    return scan_layers(
+        layers, params, (x, zeros), context, shared=shared, cast=cast_all
+    )
 
 
 def _declare_step_values(spec: Any, held: Any) -> Any:
-    """A parameter's declarations, with those of a vector for what a leaf holds for one training
-    step alone (``Leaf.seed_dropout``): it stays as it is."""
+    """A parameter's declarations, with those of a vector for what a leaf holds for one
+    training step alone (``Leaf.seed_dropout``): it stays as it is."""
     if not is_leaf(spec):
         return spec
     value = ParamSpec((), (), jax.nn.initializers.zeros, "vector")
@@ -305,8 +346,9 @@ def _declare_step_values(spec: Any, held: Any) -> Any:
 
 
 def cast_without_hoisting(x: jax.Array, dtype: Any) -> jax.Array:
-    """Casts one layer's x to ``dtype``, where it stands: XLA:TPU would cast all layers' parameters
-    before the loop, with their dimensions turned around, and hold these copies throughout."""
+    """Casts one layer's x to ``dtype``, where it stands: XLA:TPU would cast all layers'
+    parameters before the loop, with their dimensions turned around, and hold these
+    copies throughout."""
     if x.dtype == dtype:
         return x
     to = jnp.finfo(dtype)

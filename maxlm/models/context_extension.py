@@ -14,26 +14,33 @@ class TuneConfig(Config):
 
     extend_to: int | None = Field(default=None, gt=0)
     """Tokens of context to extend the model to, from its ``max_seq_len``: sets that,
-    ``positions.scaling`` and, where it is not given, ``data.seq_len``. null: the model as it is."""
+    ``positions.scaling`` and, where it is not given, ``data.seq_len``. null: the model
+    as it is."""
     extend_by: Literal["yarn", "ntk", "linear"] = "yarn"
     """Scaling of RoPE, by the ratio of the lengths."""
 
 
 def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
-    """Returns the model with the context of ``tune.extend_to`` tokens; one that was extended so
-    before, as in a run's config.yaml, is returned as it is.
+    """Returns the model with the context of ``tune.extend_to`` tokens; one that was
+    extended so before, as in a run's config.yaml, is returned as it is.
 
-    All layers' positions are scaled, but those that a pattern gives to layers whose window lies
-    within the original length: they see no longer distances than before. Raises MaxlmError:
-    positions other than RoPE, a length that is no longer, another scaling."""
+    All layers' positions are scaled, but those that a pattern gives to layers whose
+    window lies within the original length: they see no longer distances than before.
+    Raises MaxlmError: positions other than RoPE, a length that is no longer, another
+    scaling."""
     length, original, where = tune.extend_to, model.max_seq_len, "tune.extend_to"
     if length is None:
         return model
     if (kind := model.positions.kind) != "rope":
-        what, fix = f"positions.kind={kind} have no RoPE to scale", "set model.max_seq_len alone"
+        what, fix = (
+            f"positions.kind={kind} have no RoPE to scale",
+            "set model.max_seq_len alone",
+        )
         raise MaxlmError(what, where=where, fix=fix)
     if found := model.positions.scaling:
-        if original == length and found == _make_scaling(model, round(length / found.factor), tune):
+        if original == length and found == _make_scaling(
+            model, round(length / found.factor), tune
+        ):
             return model
         what = f"the model has a scaling already: kind={found.kind}, factor={found.factor:g}, "
         what += f"max_seq_len={original:,}"
@@ -57,14 +64,21 @@ def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
     return type(model).model_validate({**dict(model), **changes})
 
 
-def _make_scaling(model: ModelConfig, original_length: int, tune: TuneConfig) -> Scaling:
+def _make_scaling(
+    model: ModelConfig, original_length: int, tune: TuneConfig
+) -> Scaling:
     assert tune.extend_to is not None
     factor = tune.extend_to / original_length
     if tune.extend_by == "linear":
         return LinearScaling(factor=factor)
     if tune.extend_by == "ntk":
         return NtkScaling(factor=factor)
-    # Latent attention has dimensions that do not turn: all of a score is sharpened, as DeepSeek's.
-    m = 1.0 if model.attention is not None and model.attention.latent is not None else None
+    # Latent attention has dimensions that do not turn: all of a score is sharpened, as
+    # DeepSeek's.
+    m = (
+        1.0
+        if model.attention is not None and model.attention.latent is not None
+        else None
+    )
     own = {"factor": factor, "original_length": original_length}
     return YarnScaling.model_validate(own | {"mscale": m, "mscale_all_dim": m})

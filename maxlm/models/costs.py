@@ -1,8 +1,9 @@
 """Costs of a layer, as each module states them of itself; the plan adds them up.
 
-How large a module's matrices are and what they write follows from their declarations. The module
-says which of them are multiplied with one input, and what that input is; and what there is besides,
-such as scores of attention. A module without ``costs`` is counted by :func:`group_matrices`.
+How large a module's matrices are and what they write follows from their declarations.
+The module says which of them are multiplied with one input, and what that input is; and
+what there is besides, such as scores of attention. A module without ``costs`` is
+counted by :func:`group_matrices`.
 """
 
 from dataclasses import dataclass
@@ -13,20 +14,22 @@ from flax import nnx
 from maxlm.models.params import flatten_names, param_specs, select_base_params
 
 FeatureKind = Literal["residual", "memory", "latent", "heads", "mlp"]
-"""Sides of matrices: the residual stream, an encoder's output, a narrow vector of latent attention,
-heads, or the hidden layer of an MLP."""
+"""Sides of matrices: the residual stream, an encoder's output, a narrow vector of
+latent attention, heads, or the hidden layer of an MLP."""
 Branch = Literal["mixer", "cross_attention", "ffn"]
 
 
 @dataclass(frozen=True)
 class MatrixGroup:
-    """Matrices that are multiplied with one input, in one program (``parallel/linear.py``)."""
+    """Matrices that are multiplied with one input, in one program
+    (``parallel/linear.py``)."""
 
     names: tuple[str, ...]
     """Names of the parameters within the module, such as ``query.kernel``."""
     input_features: FeatureKind = "residual"
     needs_raw_output: tuple[str, ...] = ()
-    """Parameters whose products the backward pass needs as they were before a norm or a clip."""
+    """Parameters whose products the backward pass needs as they were before a norm or a
+    clip."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class LayerCosts:
     attention: AttentionCosts | None = None
     experts: ExpertCosts | None = None
     extra_flops: float = 0.0
-    """Forward FLOPs a token beside matrices and scores, such as those of a recurrence."""
+    """Forward FLOPs a token beside matrices and scores, such as those of a
+    recurrence."""
     flops_axes: tuple[str, ...] = ()
     """Logical axes that these are split over."""
 
@@ -82,19 +86,24 @@ class BranchCosts(NamedTuple):
 
 
 def get_costs(module: nnx.Module) -> LayerCosts:
-    """Returns a module's own ``costs()``, or those of its matrices by their declarations."""
+    """Returns a module's own ``costs()``, or those of its matrices by their
+    declarations."""
     own: Any = getattr(module, "costs", None)
     return own() if own else LayerCosts(group_matrices(module))
 
 
 def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:
-    """Groups a module's matrices by submodule and input: heads or an MLP's hidden layer, where
-    their axes say so, otherwise the residual stream."""
+    """Groups a module's matrices by submodule and input: heads or an MLP's hidden
+    layer, where their axes say so, otherwise the residual stream."""
     groups: dict[tuple[str, FeatureKind], list[str]] = {}
     for name, spec in flatten_names(select_base_params(param_specs(module))).items():
         if spec.role == "matrix":
             axes = {spec.axes[d] for d in spec.contracting_dims}
-            reads = "heads" if "heads" in axes else "mlp" if "mlp" in axes else "residual"
+            reads = (
+                "heads" if "heads" in axes else "mlp" if "mlp" in axes else "residual"
+            )
             submodule = name.removesuffix(".kernel").rpartition(".")[0]
             groups.setdefault((submodule, reads), []).append(name)
-    return tuple(MatrixGroup(tuple(names), reads) for (_, reads), names in groups.items())
+    return tuple(
+        MatrixGroup(tuple(names), reads) for (_, reads), names in groups.items()
+    )

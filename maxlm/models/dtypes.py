@@ -10,7 +10,8 @@ ComputeDtype = Literal["auto", "bfloat16", "float32"]
 def resolve_compute_dtype(setting: ComputeDtype, platform: str) -> Any:
     """Returns the dtype a setting means on a platform ("cpu", "gpu", "tpu").
 
-    ``auto`` is bfloat16 where there are matrix units for it and float32 on CPUs, which emulate it.
+    ``auto`` is bfloat16 where there are matrix units for it and float32 on CPUs, which
+    emulate it.
     """
     if setting == "auto":
         setting = "float32" if platform == "cpu" else "bfloat16"
@@ -18,5 +19,6 @@ def resolve_compute_dtype(setting: ComputeDtype, platform: str) -> Any:
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """Returns the dtype of norms, softmax and loss: float32, or a wider compute dtype."""
+    """Returns the dtype of norms, softmax and loss: float32, or a wider compute
+    dtype."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -1,10 +1,10 @@
 """Parameters: declared once, as data.
 
-A module's constructor declares each parameter's shape, logical axes, initialiser and role, and
-allocates nothing: a 405B model is built in milliseconds. Everything else is derived from those
-declarations: the plan's table, shardings, real values created in place on their devices,
-optimizer masks. Parameters then travel as plain nested dicts; :func:`bind` puts them back into
-the module for one pure call.
+A module's constructor declares each parameter's shape, logical axes, initialiser and
+role, and allocates nothing: a 405B model is built in milliseconds. Everything else is
+derived from those declarations: the plan's table, shardings, real values created in
+place on their devices, optimizer masks. Parameters then travel as plain nested dicts;
+:func:`bind` puts them back into the module for one pure call.
 """
 
 import zlib
@@ -36,13 +36,16 @@ class ParamSpec:
     """Logical axis of each dimension (a field of AxisRules, or None)."""
     init: Initializer
     role: Literal["matrix", "table", "vector"]
-    """matrix: a hidden layer's linear map (decayed, orthogonalised by Muon); table: embeddings,
-    the output head and routers (decayed); vector: norm scales, biases, sinks (neither)."""
+    """matrix: a hidden layer's linear map (decayed, orthogonalised by Muon); table:
+    embeddings, the output head and routers (decayed); vector: norm scales, biases,
+    sinks (neither)."""
     contracting_dims: tuple[int, ...] = ()
-    """Dimensions of a matrix summed over with the input; the others index the output."""
+    """Dimensions of a matrix summed over with the input; the others index the
+    output."""
     sign_update: bool = False
-    """Whether its gradient is no slope of the loss but what a rule says to move against; optimizers
-    step against its sign by a fixed amount, and keep it out of clipping."""
+    """Whether its gradient is no slope of the loss but what a rule says to move
+    against; optimizers step against its sign by a fixed amount, and keep it out of
+    clipping."""
     dtype: Any = jnp.float32
 
     @property
@@ -60,15 +63,18 @@ class ParamSpec:
 
 
 def declare(*args: Any, **kwargs: Any) -> nnx.Param:
-    """Returns a parameter without values, to be assigned to a module's attribute; arguments are
-    those of :class:`ParamSpec`."""
+    """Returns a parameter without values, to be assigned to a module's attribute;
+    arguments are those of :class:`ParamSpec`."""
     spec = ParamSpec(*args, **kwargs)
     return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
 
 
 def truncated_normal(std: float) -> Initializer:
-    """Draws normal values cut at two deviations, widened to have deviation ``std`` then."""
-    kept = 0.879625661034239  # sqrt(1 - 4·φ(2) / (2·Φ(2) - 1)), of a unit normal cut at ±2
+    """Draws normal values cut at two deviations, widened to have deviation ``std``
+    then."""
+    kept = (
+        0.879625661034239  # sqrt(1 - 4·φ(2) / (2·Φ(2) - 1)), of a unit normal cut at ±2
+    )
     return jax.nn.initializers.truncated_normal(std / kept)
 
 
@@ -78,7 +84,8 @@ def get_spec(param: nnx.Param) -> ParamSpec:
 
 
 class ShardedWeight(NamedTuple):
-    """A parameter for a program on shards, which gathers it and reduces its gradient itself."""
+    """A parameter for a program on shards, which gathers it and reduces its gradient
+    itself."""
 
     value: jax.Array
     """The parameter in its storage layout."""
@@ -88,8 +95,8 @@ class ShardedWeight(NamedTuple):
     """The parameter in use, if it need not be gathered."""
 
     def move(self) -> jax.Array:
-        """Returns the value in its compute layout; for small parameters, whose gradient may be
-        reduced whole, and where there is no gradient."""
+        """Returns the value in its compute layout; for small parameters, whose gradient
+        may be reduced whole, and where there is no gradient."""
         return reshard(self.value, make_spec(self.compute_layout))
 
 
@@ -101,7 +108,8 @@ class ParamReader:
     rules: AxisRules
     dtype: Any
     token_layout: Dims = ()
-    """The mesh axes of B and S in the results, where the parameter is multiplied with."""
+    """The mesh axes of B and S in the results, where the parameter is multiplied
+    with."""
 
     @property
     def input_axes(self) -> tuple[str | None, ...]:
@@ -111,58 +119,75 @@ class ParamReader:
     @property
     def output_axes(self) -> tuple[str | None, ...]:
         """Logical axes of a matrix's outputs, for one layer."""
-        return self.spec.axes[self.spec.num_layer_axes + len(self.spec.contracting_dims) :]
+        return self.spec.axes[
+            self.spec.num_layer_axes + len(self.spec.contracting_dims) :
+        ]
 
-    def read(self, param: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()) -> ShardedWeight:
-        """Reads an array, or a leaf's value, in ``dtype``: cast first, so that under ZeRO-3 the
-        compute dtype crosses the wire. ``axes`` are its logical axes; default: the parameter's."""
+    def read(
+        self, param: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()
+    ) -> ShardedWeight:
+        """Reads an array, or a leaf's value, in ``dtype``: cast first, so that under
+        ZeRO-3 the compute dtype crosses the wire. ``axes`` are its logical axes;
+        default: the parameter's."""
         if isinstance(param, Leaf):
             own = replace(self, spec=replace(self.spec, axes=axes)) if axes else self
             return param.materialize(own)
         value = param.astype(self.dtype)
-        own = (axes or self.spec.axes)[-value.ndim :]  # a scan takes the leading layer axis away
+        own = (axes or self.spec.axes)[
+            -value.ndim :
+        ]  # a scan takes the leading layer axis away
         used = parse_spec(self.rules.spec(*own), value.ndim)
         pairs = zip(get_layout(value), used, strict=True)
         if any(have[: len(want)] != want for have, want in pairs):
-            value = reshard(value, self.rules.spec(*own))  # stored on other axes altogether
+            value = reshard(
+                value, self.rules.spec(*own)
+            )  # stored on other axes altogether
         return ShardedWeight(value, used)
 
     def multiply(self, x: jax.Array, *weights: ShardedWeight) -> tuple[jax.Array, ...]:
-        """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S, *outputs] each."""
+        """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S,
+        *outputs] each."""
         values, used, wholes = zip(*weights, strict=True)
         return multiply_kernels(x, values, wholes, used, self.token_layout)
 
 
 RowReader = Callable[[Any, tuple[str | None, ...]], jax.Array]
-"""``(table, logical axes or ()) -> rows`` of the ids that are looked up, [..., S, columns]."""
+"""``(table, logical axes or ()) -> rows`` of the ids that are looked up, [..., S,
+columns]."""
 
 
 class Leaf:
     """A parameter at rest, where that is not one array.
 
-    A subclass is a frozen dataclass that is registered with JAX as a pytree. It stands in a tree of
-    parameters where an array does, and holds arrays (or leaves again); in a tree of declarations
-    the same class holds a :class:`ParamSpec` for each. An array's canonical name is the
-    parameter's and the field's: ``layers.attention.query.kernel.lora_a``.
+    A subclass is a frozen dataclass that is registered with JAX as a pytree. It stands
+    in a tree of parameters where an array does, and holds arrays (or leaves again); in
+    a tree of declarations the same class holds a :class:`ParamSpec` for each. An
+    array's canonical name is the parameter's and the field's:
+    ``layers.attention.query.kernel.lora_a``.
     """
 
     base_field: ClassVar[str | None] = None
-    """The field that holds the parameter as a model without this leaf has it; None: there is none.
-    Parameters of such a model are read into it."""
+    """The field that holds the parameter as a model without this leaf has it; None:
+    there is none. Parameters of such a model are read into it."""
 
     def materialize(self, reader: ParamReader) -> ShardedWeight:
-        """Returns the parameter's value, as norms, tables, heads and experts read it."""
+        """Returns the parameter's value, as norms, tables, heads and experts read
+        it."""
         raise NotImplementedError
 
     def read_kernel(self, reader: ParamReader) -> ShardedWeight:
-        """Returns the array that inputs are multiplied with, beside maps of the same input."""
+        """Returns the array that inputs are multiplied with, beside maps of the same
+        input."""
         return self.materialize(reader)
 
     def prepare_input(self, x: jax.Array, reader: ParamReader) -> jax.Array:
-        """Changes the map's input; then it is multiplied apart from maps of the same input."""
+        """Changes the map's input; then it is multiplied apart from maps of the same
+        input."""
         return x
 
-    def finish_product(self, y: jax.Array, x: jax.Array, reader: ParamReader) -> jax.Array:
+    def finish_product(
+        self, y: jax.Array, x: jax.Array, reader: ParamReader
+    ) -> jax.Array:
         """Completes the map of x, from the product y of x and :meth:`read_kernel`."""
         return y
 
@@ -175,8 +200,8 @@ class Leaf:
         return read_rows(self, ())
 
     def merge(self) -> jax.Array | None:
-        """Returns the parameter as one fp32 array that a model without this leaf has, in the base's
-        layout; None: no array computes the same."""
+        """Returns the parameter as one fp32 array that a model without this leaf has,
+        in the base's layout; None: no array computes the same."""
         return None
 
     def merge_bias(self, bias: jax.Array) -> jax.Array:
@@ -184,18 +209,21 @@ class Leaf:
         return bias
 
     def seed_dropout(self, specs: Self, key: jax.Array) -> Self:
-        """Returns the leaf with random numbers of its own for one training step, if it drops
-        something then; ``specs``: its declarations."""
+        """Returns the leaf with random numbers of its own for one training step, if it
+        drops something then; ``specs``: its declarations."""
         return self
 
     def seed_micro_batch(self, index: jax.Array) -> Self:
-        """Returns one stage's part of a leaf of :meth:`seed_dropout` with other random numbers for
-        each micro-batch ``index`` of a pipeline."""
+        """Returns one stage's part of a leaf of :meth:`seed_dropout` with other random
+        numbers for each micro-batch ``index`` of a pipeline."""
         return self
 
-    def replace_virtual(self, y: jax.Array, positions: jax.Array, reader: ParamReader) -> jax.Array:
-        """Puts a leaf's own vectors, if it has some, in place of those of virtual tokens: the first
-        ``positions`` int [..., S] of y [..., S, *outputs], which a table or kernel gave."""
+    def replace_virtual(
+        self, y: jax.Array, positions: jax.Array, reader: ParamReader
+    ) -> jax.Array:
+        """Puts a leaf's own vectors, if it has some, in place of those of virtual
+        tokens: the first ``positions`` int [..., S] of y [..., S, *outputs], which a
+        table or kernel gave."""
         return y
 
 
@@ -219,8 +247,9 @@ def is_leaf(held: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GatheredParam(Leaf):
-    """A parameter that is kept whole too. ZeRO-2: the gradient is reduced straight to ``value``,
-    the share it is kept for; ``whole`` is only read, and saves gathering it."""
+    """A parameter that is kept whole too. ZeRO-2: the gradient is reduced straight to
+    ``value``, the share it is kept for; ``whole`` is only read, and saves gathering
+    it."""
 
     value: jax.Array
     whole: jax.Array
@@ -242,20 +271,28 @@ class UnstackedParam(Leaf):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedKernel(Leaf):
-    """Several kernels of the same input side by side, in place of each of them (inference): one
-    product reads them faster than several do. Each device has its own columns of all."""
+    """Several kernels of the same input side by side, in place of each of them
+    (inference): one product reads them faster than several do. Each device has its own
+    columns of all."""
 
     value: jax.Array | None
     """[in, outputs of all]; None: it stands with the first of them."""
 
-    def multiply(self, x: jax.Array, readers: "Sequence[ParamReader]") -> tuple[jax.Array, ...]:
+    def multiply(
+        self, x: jax.Array, readers: "Sequence[ParamReader]"
+    ) -> tuple[jax.Array, ...]:
         """Multiplies x [B, S, in] by the kernels; see :meth:`ParamReader.multiply`."""
-        shapes = tuple(reader.spec.shape[reader.spec.num_layer_axes :] for reader in readers)
+        shapes = tuple(
+            reader.spec.shape[reader.spec.num_layer_axes :] for reader in readers
+        )
         layouts = tuple(
-            parse_spec(r.rules.spec(*r.output_axes), len(r.output_axes)) for r in readers
+            parse_spec(r.rules.spec(*r.output_axes), len(r.output_axes))
+            for r in readers
         )
         assert self.value is not None
-        return multiply_fused_kernel(x, self.value, tuple(s[1:] for s in shapes), layouts)
+        return multiply_fused_kernel(
+            x, self.value, tuple(s[1:] for s in shapes), layouts
+        )
 
 
 def get_base(held: Any) -> Any:
@@ -287,23 +324,28 @@ def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> ShardedWeight
 
 
 def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
-    """Returns a parameter cast to ``dtype`` and moved as :meth:`ShardedWeight.move` says."""
+    """Returns a parameter cast to ``dtype`` and moved as :meth:`ShardedWeight.move`
+    says."""
     return read_weight(param, rules, dtype).move()
 
 
 def replace_virtual(
     param: nnx.Param, y: jax.Array, positions: jax.Array, rules: AxisRules
 ) -> jax.Array:
-    """Returns a parameter's result y in the compute dtype after :meth:`Leaf.replace_virtual`."""
+    """Returns a parameter's result y in the compute dtype after
+    :meth:`Leaf.replace_virtual`."""
     if not isinstance(held := param.get_value(), Leaf):
         return y
-    return held.replace_virtual(y, positions, ParamReader(get_spec(param), rules, y.dtype))
+    return held.replace_virtual(
+        y, positions, ParamReader(get_spec(param), rules, y.dtype)
+    )
 
 
 def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> ModuleT:
-    """Gives every parameter of ``module`` a leading ``layers`` axis of size ``num_layers``; for
-    several groups of layers in a pipeline stage two, [groups, layers / groups], so that splitting
-    the second gives each stage its share of every group."""
+    """Gives every parameter of ``module`` a leading ``layers`` axis of size
+    ``num_layers``; for several groups of layers in a pipeline stage two, [groups,
+    layers / groups], so that splitting the second gives each stage its share of every
+    group."""
     lead = (num_layers,) if num_groups == 1 else (num_groups, num_layers // num_groups)
 
     def deepen(param: nnx.Param, spec: ParamSpec) -> nnx.Param:
@@ -319,10 +361,11 @@ def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> Modul
 
 
 def param_specs(module: nnx.Module) -> Params:
-    """Returns the declarations of all arrays at rest, as a nested dict of :class:`ParamSpec` (or of
-    leaves that hold some)."""
+    """Returns the declarations of all arrays at rest, as a nested dict of
+    :class:`ParamSpec` (or of leaves that hold some)."""
     return nnx.to_pure_dict(
-        nnx.state(module), lambda param: param.get_metadata().get("rest", get_spec(param))
+        nnx.state(module),
+        lambda param: param.get_metadata().get("rest", get_spec(param)),
     )
 
 
@@ -332,18 +375,21 @@ def bind_specs(module: ModuleT, specs: Params) -> ModuleT:
     return _replaced(
         module,
         specs,
-        lambda param, rest: nnx.Param(param.get_value(), spec=get_spec(param), rest=rest),
+        lambda param, rest: nnx.Param(
+            param.get_value(), spec=get_spec(param), rest=rest
+        ),
     )
 
 
 def select_base_params(tree: Params) -> Params:
-    """Return parameters (or their declarations) as a model without adapted leaves names them: in
-    place of each :class:`Leaf` that has one, its base."""
+    """Return parameters (or their declarations) as a model without adapted leaves names
+    them: in place of each :class:`Leaf` that has one, its base."""
     return jax.tree.map(get_base, tree, is_leaf=is_leaf)
 
 
 def replace_base_params(tree: Params, base: Params) -> Params:
-    """Return parameters with other values for what :func:`select_base_params` selects."""
+    """Return parameters with other values for what :func:`select_base_params`
+    selects."""
 
     def put(held: Any, own: Any) -> Any:
         field = getattr(held, "base_field", None)
@@ -353,8 +399,8 @@ def replace_base_params(tree: Params, base: Params) -> Params:
 
 
 def seed_dropout(params: Params, specs: Params, key: jax.Array) -> Params:
-    """Returns parameters whose leaves drop what training drops, each by random numbers of its own
-    name; ``specs``: their declarations."""
+    """Returns parameters whose leaves drop what training drops, each by random numbers
+    of its own name; ``specs``: their declarations."""
 
     def seed(path: tuple[Any, ...], spec: Any, held: Any) -> Any:
         if not is_leaf(spec):
@@ -379,15 +425,19 @@ def get_values(module: nnx.Module) -> Params:
 
 
 def bind(module: ModuleT, params: Params) -> ModuleT:
-    """Returns the module with values in place of its declarations; pure, ``module`` is unchanged.
+    """Returns the module with values in place of its declarations; pure, ``module`` is
+    unchanged.
 
     Of a stacked block's parameters, those of one layer make a block.
     """
-    return _replaced(module, params, lambda param, own: nnx.Param(own, **param.get_metadata()))
+    return _replaced(
+        module, params, lambda param, own: nnx.Param(own, **param.get_metadata())
+    )
 
 
 def _replaced(module: ModuleT, tree: Params, make: Callable[..., nnx.Param]) -> ModuleT:
-    """The module with parameters made of its own and a tree's leaves, each used once."""
+    """The module with parameters made of its own and a tree's leaves, each used
+    once."""
     graphdef, state = nnx.split(module)
     given = flatten_names(tree, lambda held: not isinstance(held, Mapping))
     flat = []
@@ -397,8 +447,11 @@ def _replaced(module: ModuleT, tree: Params, make: Callable[..., nnx.Param]) -> 
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def flatten_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """Flattens a JAX tree to canonical names, ``{"layers.attention.query.kernel": ...}``."""
+def flatten_names(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
+    """Flattens a JAX tree to canonical names, ``{"layers.attention.query.kernel":
+    ...}``."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {join_path(path): value for path, value in flat}
 
@@ -414,15 +467,23 @@ def fold_in_name(key: jax.Array, name: str) -> jax.Array:
 
 
 def init_params(specs: Params, key: jax.Array) -> Params:
-    """Makes initial values: each parameter's depend on ``key`` and its own name and layer alone.
-    Pure; under ``maxlm.sharding.jit_sharded`` no parameter is ever whole on one device."""
+    """Makes initial values: each parameter's depend on ``key`` and its own name and
+    layer alone. Pure; under ``maxlm.sharding.jit_sharded`` no parameter is ever whole
+    on one device."""
 
     def init(name: str, spec: ParamSpec) -> jax.Array:
         own = fold_in_name(key, name)
         if not spec.num_layer_axes:
             return spec.init(own, spec.shape, spec.dtype)
-        lead, shape = spec.shape[: spec.num_layer_axes], spec.shape[spec.num_layer_axes :]
+        lead, shape = (
+            spec.shape[: spec.num_layer_axes],
+            spec.shape[spec.num_layer_axes :],
+        )
         layers = jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(prod(lead)))
-        return jax.vmap(lambda k: spec.init(k, shape, spec.dtype))(layers).reshape(spec.shape)
+        return jax.vmap(lambda k: spec.init(k, shape, spec.dtype))(layers).reshape(
+            spec.shape
+        )
 
-    return jax.tree_util.tree_map_with_path(lambda path, spec: init(join_path(path), spec), specs)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, spec: init(join_path(path), spec), specs
+    )

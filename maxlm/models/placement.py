@@ -55,7 +55,8 @@ def require_trainable(
     shape: TrainingShape,
     compute: AxisRules,
 ) -> Iterator[Requirement]:
-    """Yields what a model must meet to be trained on a mesh, but for how parameters divide."""
+    """Yields what a model must meet to be trained on a mesh, but for how parameters
+    divide."""
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
@@ -86,16 +87,21 @@ def place_model(
     training: TrainingShape | None,
     adapter: Adapter | None = None,
 ) -> PlacedModel:
-    """Lays a model out on a mesh of given sizes, by axis. Raises MaxlmError: an axis that does not
-    divide, two on one mesh axis, too much unsharded.
+    """Lays a model out on a mesh of given sizes, by axis. Raises MaxlmError: an axis
+    that does not divide, two on one mesh axis, too much unsharded.
 
     Args:
-        training: None where the model is to generate: a row's tokens come one at a time through
-            all layers, so that neither is split; kv heads that do not divide are whole, while pages
-            have copies of them and are split.
+        training: None where the model is to generate: a row's tokens come one at a time
+            through all layers, so that neither is split; kv heads that do not divide
+            are whole, while pages have copies of them and are split.
     """
     gradients = sharding.gradients or sharding.storage
-    rules = (sharding.storage, gradients, sharding.optimizer or gradients, sharding.compute)
+    rules = (
+        sharding.storage,
+        gradients,
+        sharding.optimizer or gradients,
+        sharding.compute,
+    )
     rules = [own.for_mesh(sizes) for own in rules]
     if training is None:
         whole: dict[str, Any] = dict.fromkeys(("seq", "residual", "layers"), ())
@@ -121,7 +127,10 @@ def place_model(
     for name, spec in flat.items():
         for own in (gradients, optimizer, compute):
             resolve_placement(name, spec.shape, spec.axes, own, sizes)
-    placements = {n: resolve_placement(n, s.shape, s.axes, storage, sizes) for n, s in flat.items()}
+    placements = {
+        n: resolve_placement(n, s.shape, s.axes, storage, sizes)
+        for n, s in flat.items()
+    }
     # Parameters that ZeRO-1 and ZeRO-2 keep whole are meant to be.
     if training is not None and storage == optimizer:
         parts = {name: (spec.nbytes, placements[name]) for name, spec in flat.items()}
@@ -131,7 +140,11 @@ def place_model(
 
 def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:
     """Refuses compute rules that split the narrow vectors of latent attention."""
-    if model.attention is not None and model.attention.latent is not None and compute.latent:
+    if (
+        model.attention is not None
+        and model.attention.latent is not None
+        and compute.latent
+    ):
         what = "latent attention needs its narrow vectors whole"
         fix = "set it to null (sharding.storage.latent splits weights at rest)"
         raise MaxlmError(what, where="sharding.compute.latent", fix=fix)
@@ -144,14 +157,17 @@ def require_pipeline(
     sizes: Mapping[str, Any],
     micro_batches: Any,
 ) -> Iterator[Requirement]:
-    """Requires that micro-batches fill a pipeline, and layers divide over its stages."""
+    """Requires that micro-batches fill a pipeline, and layers divide over its
+    stages."""
     stages, layers, groups = sizes["stage"], model.num_layers, parallel.layer_groups
     alone, period = np.equal(stages, 1), len(model.layer_kinds)
     on_stages = sharding.compute.layers == sharding.storage.layers == ("stage",)
     what = f"mesh.stage={stages}, but layers are not split over it"
     where = "sharding.storage.layers, sharding.compute.layers"
     fix = "set both to stage, or mesh.stage=1"
-    yield Requirement(alone | on_stages, partial(MaxlmError, what, where=where, fix=fix))
+    yield Requirement(
+        alone | on_stages, partial(MaxlmError, what, where=where, fix=fix)
+    )
 
     def starved() -> MaxlmError:
         few = "less than" if micro_batches < stages else "not a multiple of"
@@ -183,13 +199,16 @@ def require_pipeline(
 
 
 def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
-    """Returns why layers cannot lie on pipeline stages; None: they can, if their number divides."""
+    """Returns why layers cannot lie on pipeline stages; None: they can, if their number
+    divides."""
     if len(model.trunks) > 1:
         return "this is an encoder beside a decoder"
     if model.architecture == "encoder":
         return "this is an encoder, whose head's own layer is behind them"
     if model.dense_layers:
-        return f"the first model.dense_layers={model.dense_layers} are unlike the others"
+        return (
+            f"the first model.dense_layers={model.dense_layers} are unlike the others"
+        )
     if model.positions.kind == "relative":
         return "all of these share the table of model.positions.kind=relative"
     return None
@@ -208,10 +227,17 @@ def require_whole_sequences(
 
     crosses = any(trunk.cross_attention for trunk in model.trunks)
     fix = "set it to 1, or sharding.compute.seq and residual to null"
-    yield Requirement(whole | (not crosses), partial(refuse, "cross-attention looks at", fix))
+    yield Requirement(
+        whole | (not crosses), partial(refuse, "cross-attention looks at", fix)
+    )
     by_capacity = model.moe is not None and model.moe.dispatch == "capacity"
-    what, fix = "an expert's capacity is counted in", "use dispatch=dropless, or mesh.context=1"
-    yield Requirement(whole | (not by_capacity), partial(refuse, what, fix, "model.moe.dispatch"))
+    what, fix = (
+        "an expert's capacity is counted in",
+        "use dispatch=dropless, or mesh.context=1",
+    )
+    yield Requirement(
+        whole | (not by_capacity), partial(refuse, what, fix, "model.moe.dispatch")
+    )
 
 
 def require_experts(
@@ -223,7 +249,9 @@ def require_experts(
         refuse = partial(MaxlmError, what, where="mesh.expert", fix=_GIVE)
         yield Requirement(np.equal(sizes["expert"], 1), refuse)
         return
-    for axis in (axis for axis in compute.expert if axis not in compute.batch + compute.seq):
+    for axis in (
+        axis for axis in compute.expert if axis not in compute.batch + compute.seq
+    ):
         what = f"experts are split over '{axis}', the tokens they serve are not"
         fix = f"add {axis} to sharding.compute.batch, or take it from this rule"
         refuse = partial(MaxlmError, what, where="sharding.compute.expert", fix=fix)

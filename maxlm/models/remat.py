@@ -1,8 +1,9 @@
 """Rematerialisation: the backward pass keeps intermediates by name.
 
-Layers tag their intermediates with ``checkpoint_name``; a policy lists the tags that stay in
-memory, and everything else of a layer is computed again. Costs are for one decoder layer, in
-elements a token (D: d_model, N·H: query heads, K·H: kv heads, F: FFN).
+Layers tag their intermediates with ``checkpoint_name``; a policy lists the tags that
+stay in memory, and everything else of a layer is computed again. Costs are for one
+decoder layer, in elements a token (D: d_model, N·H: query heads, K·H: kv heads, F:
+FFN).
 """
 
 from collections.abc import Callable
@@ -27,9 +28,10 @@ def apply_remat(
     """Applies a policy to ``layer``; "none" recomputes only :func:`save_inputs_only`.
 
     Args:
-        is_loop_body: whether it is all there is to a loop's body. Otherwise a compiler could do the
-            work of several layers again at once, and hold all of it, or, in one program with
-            their forward pass, not do it again at all: a barrier makes each wait for its gradient.
+        is_loop_body: whether it is all there is to a loop's body. Otherwise a compiler
+            could do the work of several layers again at once, and hold all of it, or,
+            in one program with their forward pass, not do it again at all: a barrier
+            makes each wait for its gradient.
     """
     if policy == "none":
         return layer
@@ -41,6 +43,6 @@ def apply_remat(
 
 
 def save_inputs_only(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a cheap ``function``: a scanned layer's backward pass keeps its arguments alone, under
-    any policy, for what lies between is several times as large."""
+    """Wraps a cheap ``function``: a scanned layer's backward pass keeps its arguments
+    alone, under any policy, for what lies between is several times as large."""
     return jax.checkpoint(function, prevent_cse=False)

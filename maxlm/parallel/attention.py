@@ -21,7 +21,11 @@ from maxlm.parallel.context import (
 )
 from maxlm.parallel.local import axis_indices, axis_size, make_spec, map_shards
 from maxlm.sharding import AxisRules
-from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
+from pallas_kernels.attention import (
+    attention_backward,
+    attention_forward,
+    compute_row_delta,
+)
 
 
 def sharded_attention(
@@ -41,37 +45,48 @@ def sharded_attention(
     method: ContextMethod = "all_gather",
     balanced: bool = False,
 ) -> jax.Array:
-    """Runs ``pallas_kernels.attention.attention`` on a mesh, a device with its rows and heads.
+    """Runs ``pallas_kernels.attention.attention`` on a mesh, a device with its rows and
+    heads.
 
-    Communication only where the rules split the sequence (:mod:`maxlm.parallel.context`), for the
-    gradients of ``biases`` and ``sinks``, and for those of kv heads that are whole on devices which
-    split the query heads: where there are more such devices than kv heads, these are kept whole
-    (``kv_heads: null``) and each device takes those that its own query heads read.
+    Communication only where the rules split the sequence
+    (:mod:`maxlm.parallel.context`), for the gradients of ``biases`` and ``sinks``, and
+    for those of kv heads that are whole on devices which split the query heads: where
+    there are more such devices than kv heads, these are kept whole (``kv_heads: null``)
+    and each device takes those that its own query heads read.
 
-    Args: as there; q [B, S, N, H], k [B, T, K, H], v [B, T, K, Hv], segments [B, S] and [B, T],
-        laid out by ``rules``; T may differ from S where the sequence is whole; slopes and sinks
-        [N] and biases [N, 2R + 1] whole, or by heads; and, where the sequence is split,
+    Args: as there; q [B, S, N, H], k [B, T, K, H], v [B, T, K, Hv], segments [B, S] and
+    [B, T],
+        laid out by ``rules``; T may differ from S where the sequence is whole; slopes
+        and sinks [N] and biases [N, 2R + 1] whole, or by heads; and, where the sequence
+        is split,
 
-        method: how the devices that share a sequence exchange it.
-        balanced: rows stand in the balanced order of ``context.sequence_order_indices`` for the
+        method: how the devices that share a sequence exchange it. balanced: rows stand
+        in the balanced order of ``context.sequence_order_indices`` for the
             number of shards; masks compare places in the sequence, not in the arrays.
 
     Returns:
         [B, S, N, Hv] in v's dtype, laid out as q.
 
     Raises:
-        MaxlmError: sizes that do not divide (:func:`~maxlm.parallel.context.require_context`).
-        ValueError: k and v of another length than q, with a split sequence; shapes that do not
-            belong together; a window without ``causal``; a cap not above 0.
+        MaxlmError: sizes that do not divide
+            (:func:`~maxlm.parallel.context.require_context`).
+        ValueError: k and v of another length than q, with a split sequence; shapes that
+            do not belong together; a window without ``causal``; a cap not above 0.
     """
     axes = rules.mesh_axes("seq")
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     heads, how = (q.shape[2], k.shape[2]), {"method": method, "balanced": balanced}
-    check_requirements(require_context(q.shape[1], *heads, rules=rules, sizes=sizes, **how))
+    check_requirements(
+        require_context(q.shape[1], *heads, rules=rules, sizes=sizes, **how)
+    )
     if axes and q.shape[1] != k.shape[1]:
-        raise ValueError("with a split sequence, attention is over the tokens of the batch alone")
+        raise ValueError(
+            "with a split sequence, attention is over the tokens of the batch alone"
+        )
     split = SequenceSplit(axes, method, balanced, causal, window, scale, soft_cap)
-    head_terms = HeadTerms(*(_by_heads(x, q.shape[2], rules) for x in (slopes, biases, sinks)))
+    head_terms = HeadTerms(
+        *(_by_heads(x, q.shape[2], rules) for x in (slopes, biases, sinks))
+    )
     o: Any = _sharded(q, k, v, head_terms, segment_ids, rules, split)
     return o
 
@@ -81,8 +96,12 @@ def _by_heads(x: Any, num_heads: int, rules: AxisRules) -> jax.Array | None:
     if x is None:
         return None
     if len(x) != num_heads:
-        raise ValueError(f"slopes, biases or sinks of shape {x.shape} for {num_heads} query heads")
-    return reshard(jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), rules.spec("heads"))
+        raise ValueError(
+            f"slopes, biases or sinks of shape {x.shape} for {num_heads} query heads"
+        )
+    return reshard(
+        jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), rules.spec("heads")
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -97,14 +116,19 @@ def _forward(q, k, v, head_terms, segments, rules, split):
         k, v = at.own_heads(k, numbers), at.own_heads(v, numbers)
         if split.axes:
             run = ulysses if split.method == "ulysses" else blocks
-            return run.attend_shard_forward(split, numbers["seq"][0], q, k, v, segments, head_terms)
+            return run.attend_shard_forward(
+                split, numbers["seq"][0], q, k, v, segments, head_terms
+            )
         return attention_forward(q, k, v, **_whole(split, head_terms, segments))
 
     numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
     o, lse = map_shards(
-        local, in_specs=at.operands(head_terms, segments), out_specs=(at.queries, at.lse)
+        local,
+        in_specs=at.operands(head_terms, segments),
+        out_specs=(at.queries, at.lse),
     )(q, k, v, head_terms, segments, numbers)
-    # Named here and not outside: the backward pass wants both, or attention is computed again.
+    # Named here and not outside: the backward pass wants both, or attention is computed
+    # again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
     return o, (q, k, v, head_terms, segments, o, lse)
 
@@ -142,25 +166,37 @@ def _backward(rules, split, saved, d_o):
 _sharded.defvjp(_forward, _backward)
 
 
-def _whole(split: SequenceSplit, head_terms: HeadTerms, segments: Segments) -> dict[str, Any]:
+def _whole(
+    split: SequenceSplit, head_terms: HeadTerms, segments: Segments
+) -> dict[str, Any]:
     """Returns the kernel's arguments where the sequence is not split."""
-    return {"segment_ids": segments, **split.mask_kwargs, **split.score_kwargs(head_terms)}
+    return {
+        "segment_ids": segments,
+        **split.mask_kwargs,
+        **split.score_kwargs(head_terms),
+    }
 
 
 class _Layout:
     """Layouts of operands on devices."""
 
-    def __init__(self, rules: AxisRules, split: SequenceSplit, q: jax.Array, k: jax.Array):
-        batch, seq, heads = (rules.mesh_axes(axis) for axis in ("batch", "seq", "heads"))
+    def __init__(
+        self, rules: AxisRules, split: SequenceSplit, q: jax.Array, k: jax.Array
+    ):
+        batch, seq, heads = (
+            rules.mesh_axes(axis) for axis in ("batch", "seq", "heads")
+        )
         whole_rows = split.axes and split.method == "ulysses"
         self.queries = rules.spec("batch", "seq", "heads", None)
         self.keys = rules.spec("batch", "seq", "kv_heads", None)
         self.rows, self.heads = rules.spec("batch", "seq"), rules.spec("heads")
-        self.lse = make_spec((batch, *(((), heads + seq) if whole_rows else (seq, heads))))
+        self.lse = make_spec(
+            (batch, *(((), heads + seq) if whole_rows else (seq, heads)))
+        )
         numbered = {"seq": seq, "heads": () if rules.mesh_axes("kv_heads") else heads}
         self.numbered = {name: axes for name, axes in numbered.items() if axes}
-        """Axes along which a device needs its number: `seq`, and `heads` where kv heads are
-        whole."""
+        """Axes along which a device needs its number: `seq`, and `heads` where kv heads
+        are whole."""
         self.tokens = batch + seq
         """Axes along which devices have different queries."""
         self.num_kv_heads = k.shape[2]
@@ -175,23 +211,28 @@ class _Layout:
         return self.queries, self.keys, self.keys, by_head, rows, numbers
 
     def own_heads(self, x: jax.Array, numbers: dict[str, jax.Array]) -> jax.Array:
-        """Returns, on shards, the kv heads [B, T, K, H] that this device's query heads read."""
+        """Returns, on shards, the kv heads [B, T, K, H] that this device's query heads
+        read."""
         if "heads" not in self.numbered:
             return x
         first, count = self._own(numbers)
         return lax.dynamic_slice_in_dim(x, first, count, axis=2)
 
-    def all_heads(self, d_own: jax.Array, x: jax.Array, numbers: dict[str, jax.Array]) -> jax.Array:
-        """Returns, on shards, the gradient of whole kv heads x, summed over devices, from that of
-        each device's :meth:`own_heads`."""
+    def all_heads(
+        self, d_own: jax.Array, x: jax.Array, numbers: dict[str, jax.Array]
+    ) -> jax.Array:
+        """Returns, on shards, the gradient of whole kv heads x, summed over devices,
+        from that of each device's :meth:`own_heads`."""
         if "heads" not in self.numbered:
             return d_own
         first, _ = self._own(numbers)
-        d_x = lax.dynamic_update_slice_in_dim(jnp.zeros(x.shape, d_own.dtype), d_own, first, axis=2)
+        d_x = lax.dynamic_update_slice_in_dim(
+            jnp.zeros(x.shape, d_own.dtype), d_own, first, axis=2
+        )
         return lax.psum(d_x, self.numbered["heads"])
 
     def _own(self, numbers: dict[str, jax.Array]) -> tuple[jax.Array, int]:
-        """The first kv head that this device reads, and how many. Never a part of a group beside
-        another group's: ``require_context`` sees to it."""
+        """The first kv head that this device reads, and how many. Never a part of a
+        group beside another group's: ``require_context`` sees to it."""
         heads = self.num_kv_heads * self.group // axis_size(self.numbered["heads"])
         return numbers["heads"][0] * heads // self.group, max(heads // self.group, 1)

@@ -1,8 +1,9 @@
-"""Attention with keys and values in blocks, a device's share each: the ring and the all-gather.
+"""Attention with keys and values in blocks, a device's share each: the ring and the
+all-gather.
 
-A device keeps its own queries and takes the keys of one device after another, its own first. What
-the causal mask or the window wholly empties is skipped, and what they leave whole is not masked.
-Everything here runs on shards (:mod:`maxlm.parallel.local`).
+A device keeps its own queries and takes the keys of one device after another, its own
+first. What the causal mask or the window wholly empties is skipped, and what they leave
+whole is not masked. Everything here runs on shards (:mod:`maxlm.parallel.local`).
 """
 
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ class KeyValueBlock(NamedTuple):
 
 
 QueryGradients = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
-"""Gradients that stay with the queries, fp32: dQ's chunks; the biases', where there are any."""
+"""Gradients that stay with the queries, fp32: dQ's chunks; the biases', where there are
+any."""
 Gradients = tuple[QueryGradients, tuple[jax.Array, jax.Array]]
 """Gradients of the queries, and dK and dV of one device's keys, fp32."""
 PartialOutput = tuple[tuple[jax.Array, jax.Array], ...]
@@ -47,8 +49,8 @@ def attend_shard_forward(
     segments: Segments,
     head_terms: HeadTerms,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns this device's rows of the output, [B, S / n, N, Hv] in v's dtype, and their
-    log-sum-exps, fp32 [B, S / n, N].
+    """Returns this device's rows of the output, [B, S / n, N, Hv] in v's dtype, and
+    their log-sum-exps, fp32 [B, S / n, N].
 
     Args:
         number: int32 scalar, the device's number along the context axes.
@@ -65,15 +67,26 @@ def attend_shard_forward(
 
 
 def attend_shard_backward(
-    split, number, q, k, v, segments, head_terms, o: jax.Array, lse: jax.Array, d_o: jax.Array
+    split,
+    number,
+    q,
+    k,
+    v,
+    segments,
+    head_terms,
+    o: jax.Array,
+    lse: jax.Array,
+    d_o: jax.Array,
 ) -> tuple[Any, ...]:
-    """Returns fp32 gradients of this device's q, k and v; and of ``head_terms``, a term of the sum
-    over devices. Keys and values are sent again, not kept from the forward pass: memory for one
-    layer's, not for every layer's."""
+    """Returns fp32 gradients of this device's q, k and v; and of ``head_terms``, a term
+    of the sum over devices. Keys and values are sent again, not kept from the forward
+    pass: memory for one layer's, not for every layer's."""
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
     delta = compute_row_delta(o, d_o)
-    queries = _Queries(split, number, q_segments, q, lse, delta, d_o, head_terms=head_terms)
+    queries = _Queries(
+        split, number, q_segments, q, lse, delta, d_o, head_terms=head_terms
+    )
     (d_q, d_biases), (d_k, d_v) = run(queries, KeyValueBlock(k, v, k_segments))
     d_terms = head_terms.compute_gradients(lse, delta, *d_biases)
     return jnp.concatenate(d_q, axis=1), d_k, d_v, d_terms
@@ -99,10 +112,13 @@ class _Queries:
         """The number of the device so many places before in the ring."""
         return (self.number + self.split.num_shards - steps) % self.split.num_shards
 
-    def pairs(self, block: KeyValueBlock, number: jax.Array | None) -> Iterator["_Pair"]:
-        """Chunks of queries with chunks of a block's keys, but for those that the mask empties on
-        every device. A chunk of queries meets the nearest keys first. ``number``: of the device
-        whose keys these are, another than the queries'; None: the same."""
+    def pairs(
+        self, block: KeyValueBlock, number: jax.Array | None
+    ) -> Iterator["_Pair"]:
+        """Chunks of queries with chunks of a block's keys, but for those that the mask
+        empties on every device. A chunk of queries meets the nearest keys first.
+        ``number``: of the device whose keys these are, another than the queries'; None:
+        the same."""
         split, size = self.split, self.arrays[0][0].shape[1]
         keys = list(zip(*(_cut(x, split) for x in block), strict=True))
         starts = split.chunk_starts(self.number, size)
@@ -114,10 +130,17 @@ class _Queries:
         for a in range(split.chunks_per_device):
             for b in reversed(range(split.chunks_per_device)):
                 k, v, k_segments = keys[b]
-                segments = None if k_segments is None else (self.segments[a], k_segments)
-                mask, live = {"segment_ids": segments, "causal": False, **of_scores}, None
+                segments = (
+                    None if k_segments is None else (self.segments[a], k_segments)
+                )
+                mask, live = (
+                    {"segment_ids": segments, "causal": False, **of_scores},
+                    None,
+                )
                 places = {"q_offset": starts[a], "k_offset": key_starts[b]}
-                same = number is None and a == b  # the same indices: both may count from 0
+                same = (
+                    number is None and a == b
+                )  # the same indices: both may count from 0
                 if by_distance and not same:
                     mask |= places
                 if not split.causal:
@@ -127,7 +150,8 @@ class _Queries:
                 elif same:
                     mask |= split.mask_kwargs
                 elif split.window is None:
-                    # All keys before the queries, or all after; second chunks lie after first ones.
+                    # All keys before the queries, or all after; second chunks lie after
+                    # first ones.
                     live = None if a > b else key_starts[b] < starts[a]
                 else:
                     mask |= split.mask_kwargs | places
@@ -136,7 +160,10 @@ class _Queries:
                 yield _Pair(a, b, k, v, mask, live)
 
     def fold(
-        self, block: KeyValueBlock, number: jax.Array | None, partial: PartialOutput | None
+        self,
+        block: KeyValueBlock,
+        number: jax.Array | None,
+        partial: PartialOutput | None,
     ) -> PartialOutput:
         """``partial`` (None: nothing yet) with a block of keys added."""
         parts: list[Any] = list(partial or (None,) * self.split.chunks_per_device)
@@ -144,7 +171,9 @@ class _Queries:
             (q,) = self.arrays[pair.query]
 
             def attend(before, pair=pair, q=q):
-                own: Any = pair.mask | {"sinks": self.head_terms.sinks if before is None else None}
+                own: Any = pair.mask | {
+                    "sinks": self.head_terms.sinks if before is None else None
+                }
                 here = attention_forward(q, pair.k, pair.v, dtype=jnp.float32, **own)
                 return here if before is None else merge_attention(before, here)
 
@@ -154,7 +183,8 @@ class _Queries:
     def pull(
         self, block: KeyValueBlock, number: jax.Array | None, own: QueryGradients | None
     ) -> Gradients:
-        """``own`` (None: nothing yet) with this block's part added, and the block's dK, dV."""
+        """``own`` (None: nothing yet) with this block's part added, and the block's dK,
+        dV."""
         if own is None:
             d_q = tuple(jnp.zeros(q.shape, jnp.float32) for q, *_ in self.arrays)
             biases = self.head_terms.biases
@@ -167,7 +197,9 @@ class _Queries:
             q, *saved = self.arrays[pair.query]
 
             def add(sums, pair=pair, q=q, saved=saved):
-                return _add(sums, attention_backward(q, pair.k, pair.v, *saved, **pair.mask))
+                return _add(
+                    sums, attention_backward(q, pair.k, pair.v, *saved, **pair.mask)
+                )
 
             sums = (d_q[pair.query], *d_keys[pair.key], *d_biases)
             d_q[pair.query], *sums = pair.where_live(add, sums)
@@ -186,7 +218,8 @@ class _Pair(NamedTuple):
     mask: dict[str, Any]
     """Arguments of the kernel."""
     live: jax.Array | None
-    """bool scalar, whether any query sees any key by its index, where devices differ in that."""
+    """bool scalar, whether any query sees any key by its index, where devices differ in
+    that."""
 
     def where_live(self, function: Any, state: Any) -> Any:
         # Devices take different branches: there must be no collective in them.
@@ -205,7 +238,8 @@ def _add(xs: Any, ys: Any) -> Any:
 
 
 def _steps(step: Any, carry: Any, stop: int) -> Any:
-    """``step(carry, t)`` for t = 1 .. stop − 1: a loop, so that programs do not grow with it."""
+    """``step(carry, t)`` for t = 1 .. stop − 1: a loop, so that programs do not grow
+    with it."""
     numbers = jnp.arange(1, stop, dtype=jnp.int32)
     return lax.scan(lambda carry, t: (step(carry, t), None), carry, numbers)[0]
 
@@ -216,10 +250,11 @@ def _rotate(tree: Any, split: SequenceSplit, places: int = 1) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, split.axes, around), tree)
 
 
-# At step t of a ring a device has the keys of the t-th device before it. It sends them on before
-# it computes with them: neither waits for the other, so XLA's scheduler runs the transfer under
-# the computation, in a loop's body as in straight code. Outside the loop stand the first step (own
-# keys, whose mask is known before) and the last (no keys to send).
+# At step t of a ring a device has the keys of the t-th device before it. It sends them
+# on before it computes with them: neither waits for the other, so XLA's scheduler runs
+# the transfer under the computation, in a loop's body as in straight code. Outside the
+# loop stand the first step (own keys, whose mask is known before) and the last (no keys
+# to send).
 
 
 def _ring_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
@@ -227,7 +262,9 @@ def _ring_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
 
     def step(carry, t):
         partial, block = carry
-        return queries.fold(block, queries.number_before(t), partial), _rotate(block, split)
+        return queries.fold(block, queries.number_before(t), partial), _rotate(
+            block, split
+        )
 
     if (last := split.last_ring_step(block.k.shape[1])) == 0:
         return queries.fold(block, None, None)
@@ -239,9 +276,10 @@ def _ring_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
 def _ring_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
     split = queries.split
 
-    # dK and dV travel with their keys, one step behind: a step sends on the sums that the step
-    # before has finished, and adds its own terms to those that arrive for its block. So no
-    # transfer waits for its own step's computation. A last hop brings the sums home.
+    # dK and dV travel with their keys, one step behind: a step sends on the sums that
+    # the step before has finished, and adds its own terms to those that arrive for its
+    # block. So no transfer waits for its own step's computation. A last hop brings the
+    # sums home.
     def step(carry, t):
         own, block, sums = carry
         coming, arriving = _rotate((block, sums), split)
@@ -269,9 +307,13 @@ def _gathered(split: SequenceSplit, block: KeyValueBlock) -> KeyValueBlock:
     return jax.tree.map(whole, block)
 
 
-def _block_of(split: SequenceSplit, whole: KeyValueBlock, number: jax.Array) -> KeyValueBlock:
+def _block_of(
+    split: SequenceSplit, whole: KeyValueBlock, number: jax.Array
+) -> KeyValueBlock:
     size = whole.k.shape[1] // split.num_shards
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * size, size, axis=1), whole)
+    return jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, number * size, size, axis=1), whole
+    )
 
 
 def _gathered_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:

@@ -1,9 +1,10 @@
 """Cross-entropy over a vocabulary that is never held as [batch, seq, vocab], on a mesh.
 
-The output head, the softmax and the loss are one operation (pallas_kernels.linear_cross_entropy),
-and the gradient is formed in the same pass. The vocabulary may be split over mesh axes: each device
-holds its share of the head, and three numbers a token (max, sum, target logit) cross the wire;
-then, once, the gradient of the hidden states.
+The output head, the softmax and the loss are one operation
+(pallas_kernels.linear_cross_entropy), and the gradient is formed in the same pass. The
+vocabulary may be split over mesh axes: each device holds its share of the head, and
+three numbers a token (max, sum, target logit) cross the wire; then, once, the gradient
+of the hidden states.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,11 @@ from maxlm.parallel.local import (
     map_shards,
     reduce,
 )
-from pallas_kernels.linear_cross_entropy import LinearGradients, compute_logits, loss_and_gradients
+from pallas_kernels.linear_cross_entropy import (
+    LinearGradients,
+    compute_logits,
+    loss_and_gradients,
+)
 
 HeadArrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 """Hidden states [..., D], head [D, V], bias [V] and the head gathered."""
@@ -45,9 +50,11 @@ class LogitsInputs(NamedTuple):
     """fp32 [V] in any layout."""
     soft_cap: float | None = None
 
-    def split(self, z_loss: float, chunk_tokens: int) -> tuple[HeadArrays, "HeadOptions"]:
-        """Returns the arrays, a bias split over the vocabulary's axes or more of them, and the
-        settings of a program on them."""
+    def split(
+        self, z_loss: float, chunk_tokens: int
+    ) -> tuple[HeadArrays, "HeadOptions"]:
+        """Returns the arrays, a bias split over the vocabulary's axes or more of them,
+        and the settings of a program on them."""
         bias, vocab = self.bias, self.head_layout[1]
         if bias is not None and get_layout(bias)[0][: len(vocab)] != vocab:
             bias = reshard(bias, make_spec((vocab,)))
@@ -66,9 +73,9 @@ def fused_cross_entropy_loss(
     """Runs :func:`pallas_kernels.linear_cross_entropy.linear_cross_entropy` on a mesh.
 
     Args: as there; and
-        targets: int [...], split as the tokens of ``hidden`` are, save for ``vocab`` axes.
-        weights: fp32 [...], likewise; 0 leaves a token out.
-        chunk_tokens: tokens whose logits exist at once on a device; larger is a little faster.
+        targets: int [...], split as the tokens of ``hidden`` are, save for ``vocab``
+        axes. weights: fp32 [...], likewise; 0 leaves a token out. chunk_tokens: tokens
+        whose logits exist at once on a device; larger is a little faster.
     """
     own, how = model.split(z_loss, chunk_tokens)
     return run_head_loss(own, None, (targets, weights), _make_cross_entropy(how))
@@ -77,10 +84,11 @@ def fused_cross_entropy_loss(
 def compute_fused_log_probs(
     model: LogitsInputs, targets: jax.Array, *, chunk_tokens: int = 1024
 ) -> jax.Array:
-    """Computes log softmax(logits)[target], fp32 [...]; see :func:`fused_cross_entropy_loss`.
+    """Computes log softmax(logits)[target], fp32 [...]; see
+    :func:`fused_cross_entropy_loss`.
 
-    Differentiable in ``hidden``, ``head`` and ``bias``; its gradient is the cross-entropy's,
-    weighted by the cotangents.
+    Differentiable in ``hidden``, ``head`` and ``bias``; its gradient is the
+    cross-entropy's, weighted by the cotangents.
     """
     own, how = model.split(0.0, chunk_tokens)
     return _log_probs(own, targets, how)
@@ -96,8 +104,8 @@ class HeadOptions(NamedTuple):
 
 
 def lay_out_head(own: HeadArrays, used: Dims):
-    """Returns the layout of tokens in use, the specs of these arrays, and a function that brings
-    hidden, head and bias into use on shards."""
+    """Returns the layout of tokens in use, the specs of these arrays, and a function
+    that brings hidden, head and bias into use on shards."""
     hidden, head, bias, whole = own
     have, stored, vocab = get_layout(hidden), get_layout(head), used[1]
     bias_stored = None if bias is None else get_layout(bias)
@@ -125,9 +133,9 @@ class HeadLoss(NamedTuple):
 
     how: HeadOptions
     local: Callable[..., tuple[tuple[jax.Array, ...], LinearGradients | None]]
-    """(hidden [T, D], head [D, V / ways], bias, first index of this share of the vocabulary, rows
-    [T, *], the other's hidden, head and bias, whether gradients are wanted) -> (sums over T,
-    gradients of hidden, head and bias)."""
+    """(hidden [T, D], head [D, V / ways], bias, first index of this share of the
+    vocabulary, rows [T, *], the other's hidden, head and bias, whether gradients are
+    wanted) -> (sums over T, gradients of hidden, head and bias)."""
     other_layout: Dims = ((), ())
     """The mesh axes of the other head's dimensions in use."""
 
@@ -150,16 +158,23 @@ def _make_cross_entropy(how: HeadOptions) -> HeadLoss:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def run_head_loss(
-    own: HeadArrays, other: HeadArrays | None, rows: tuple[jax.Array, ...], loss: HeadLoss
+    own: HeadArrays,
+    other: HeadArrays | None,
+    rows: tuple[jax.Array, ...],
+    loss: HeadLoss,
 ) -> tuple[jax.Array, ...]:
-    """Runs a loss on shards, and returns its sums over all tokens; the first is differentiable in
-    ``own``. ``other``: of a model that gets no gradient, if any. ``rows``: arrays [..., *], each
-    token's in its place."""
+    """Runs a loss on shards, and returns its sums over all tokens; the first is
+    differentiable in ``own``. ``other``: of a model that gets no gradient, if any.
+    ``rows``: arrays [..., *], each token's in its place."""
     return _run_loss(own, other, rows, loss, gradient=False)[0]
 
 
 def _backward(_, gradients, cotangents):
-    return (*jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients), None), None, None
+    return (
+        (*jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients), None),
+        None,
+        None,
+    )
 
 
 def _run_loss(own, other: Any, rows, loss: HeadLoss, *, gradient: bool):
@@ -184,7 +199,9 @@ def _run_loss(own, other: Any, rows, loss: HeadLoss, *, gradient: bool):
             beside = beside[0].reshape(-1, beside[0].shape[-1]), *beside[1:]
         first = number[0] * head.shape[1]
         flat = tuple(a.reshape(-1, *a.shape[lead:]) for a in (hidden, *rows))
-        sums, gradients = loss.local(flat[0], head, bias, first, flat[1:], beside, gradient)
+        sums, gradients = loss.local(
+            flat[0], head, bias, first, flat[1:], beside, gradient
+        )
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
         if gradients is None:
             return sums, None
@@ -192,7 +209,8 @@ def _run_loss(own, other: Any, rows, loss: HeadLoss, *, gradient: bool):
         if (d_bias := gradients.bias) is not None and bias_stored is not None:
             d_bias = reduce(d_bias, token_axes, (vocab,), bias_stored)
         d_hidden = gradients.hidden.reshape(hidden.shape)
-        # Or the whole head's gradient waits, in fp32, for the layers' backward pass to end.
+        # Or the whole head's gradient waits, in fp32, for the layers' backward pass to
+        # end.
         d_head, d_hidden = lax.optimization_barrier((d_head, d_hidden))
         return sums, (reduce(d_hidden, vocab, tokens, have), d_head, d_bias)
 

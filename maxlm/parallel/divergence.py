@@ -1,8 +1,10 @@
-"""Divergence of a model's tokens from a teacher's, on a mesh; [batch, seq, vocab] is never held.
+"""Divergence of a model's tokens from a teacher's, on a mesh; [batch, seq, vocab] is
+never held.
 
-Both heads, both softmaxes, the divergence and the cross-entropy of the targets are one operation,
-a chunk of tokens at a time, as in :mod:`maxlm.parallel.cross_entropy`. A teacher may stand in
-memory, or as the log-probabilities of its likeliest tokens, with all others as one class more.
+Both heads, both softmaxes, the divergence and the cross-entropy of the targets are one
+operation, a chunk of tokens at a time, as in :mod:`maxlm.parallel.cross_entropy`. A
+teacher may stand in memory, or as the log-probabilities of its likeliest tokens, with
+all others as one class more.
 """
 
 import math
@@ -12,7 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.cross_entropy import HeadLoss, LogitsInputs, lay_out_head, run_head_loss
+from maxlm.parallel.cross_entropy import (
+    HeadLoss,
+    LogitsInputs,
+    lay_out_head,
+    run_head_loss,
+)
 from maxlm.parallel.local import Axes, axis_indices, make_spec, map_shards
 from pallas_kernels.linear_cross_entropy import (
     compute_logits,
@@ -28,7 +35,8 @@ class StoredTeacher(NamedTuple):
     ids: jax.Array
     """int32 [..., k]."""
     log_probs: jax.Array
-    """fp32 [..., k + 1], of softmax(logits / temperature); the last is all other tokens'."""
+    """fp32 [..., k + 1], of softmax(logits / temperature); the last is all other
+    tokens'."""
 
 
 def fused_divergence_loss(
@@ -49,15 +57,15 @@ def fused_divergence_loss(
         student, teacher: of one vocabulary and as many tokens.
         targets, weights, z_loss, chunk_tokens: as of
             :func:`maxlm.parallel.cross_entropy.fused_cross_entropy_loss`.
-        beta: 0: KL(teacher ‖ student); 1: KL(student ‖ teacher); between: β·KL(teacher ‖ mixture) +
-            (1 − β)·KL(student ‖ mixture), the mixture being β·teacher + (1 − β)·student (Agarwal et
-            al. 2024, eq. 1).
-        temperature: T, which divides both models' logits; with its square the gradient's size
-            stays what it was (Hinton et al. 2015, §2).
+        beta: 0: KL(teacher ‖ student); 1: KL(student ‖ teacher); between: β·KL(teacher
+            ‖ mixture) + (1 − β)·KL(student ‖ mixture), the mixture being β·teacher + (1
+            − β)·student (Agarwal et al. 2024, eq. 1).
+        temperature: T, which divides both models' logits; with its square the
+            gradient's size stays what it was (Hinton et al. 2015, §2).
 
     Returns:
-        The loss, T²·divergence and cross-entropy, fp32 sums over tokens. The first alone is
-        differentiable, in the student's arrays.
+        The loss, T²·divergence and cross-entropy, fp32 sums over tokens. The first
+        alone is differentiable, in the student's arrays.
     """
     own, how = student.split(z_loss, chunk_tokens)
     if isinstance(teacher, StoredTeacher):
@@ -73,7 +81,9 @@ def fused_divergence_loss(
         def measure(logits: jax.Array, teacher: Any):
             logits = logits / temperature
             if other is None:
-                return _measure_from_classes(logits, teacher[0], teacher[1], beta, vocab)
+                return _measure_from_classes(
+                    logits, teacher[0], teacher[1], beta, vocab
+                )
             theirs = compute_logits(teacher[0], other[1], other[2], other_how.soft_cap)
             return _measure_from_logits(logits, theirs / temperature, beta, vocab)
 
@@ -86,7 +96,10 @@ def fused_divergence_loss(
                 gradient=gradient and share > 0,
             )
             # Whatever stands where nothing is counted may be infinite.
-            divergence = jnp.where(weights != 0, divergence * weights, 0.0).sum() * temperature**2
+            divergence = (
+                jnp.where(weights != 0, divergence * weights, 0.0).sum()
+                * temperature**2
+            )
             sums = (1.0 - share) * divergence + share * loss, divergence, entropy
             if not gradient:
                 return sums, None
@@ -110,7 +123,8 @@ def fused_divergence_loss(
 def compute_top_log_probs(
     model: LogitsInputs, k: int, *, temperature: float = 1.0, chunk_tokens: int = 1024
 ) -> StoredTeacher:
-    """Returns the ``k`` likeliest tokens after each of a model's hidden states [..., D]."""
+    """Returns the ``k`` likeliest tokens after each of a model's hidden states [...,
+    D]."""
     own, how = model.split(0.0, chunk_tokens)
     tokens, specs, bring = lay_out_head(own, how.used)
     vocab = how.used[1]
@@ -133,7 +147,10 @@ def compute_top_log_probs(
         rows = hidden.reshape(-1, hidden.shape[-1])
         found = lax.map(find, split_into_chunks(rows, how.chunk))
         return jax.tree.map(
-            lambda a: a.reshape(-1, a.shape[-1])[: len(rows)].reshape(*hidden.shape[:-1], -1), found
+            lambda a: a.reshape(-1, a.shape[-1])[: len(rows)].reshape(
+                *hidden.shape[:-1], -1
+            ),
+            found,
         )
 
     rows = make_spec((*tokens[:-1], ()))
@@ -144,7 +161,8 @@ def compute_top_log_probs(
 def _measure_from_logits(
     logits: jax.Array, teacher: jax.Array, beta: float, axes: Axes
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the divergence [c] of logits [c, V / ways] from a teacher's, and its gradient."""
+    """Returns the divergence [c] of logits [c, V / ways] from a teacher's, and its
+    gradient."""
     student, teacher = (a - _logsumexp(a, axes)[:, None] for a in (logits, teacher))
     terms, slopes = _divergence_terms(student, teacher, beta)
     sums = terms.sum(-1), slopes.sum(-1)
@@ -155,20 +173,22 @@ def _measure_from_logits(
 def _measure_from_classes(
     logits: jax.Array, ids: jax.Array, log_probs: jax.Array, beta: float, axes: Axes
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what :func:`_measure_from_logits` does, of the classes that a stored teacher has;
-    ``ids`` are counted from this share's first."""
+    """Returns what :func:`_measure_from_logits` does, of the classes that a stored
+    teacher has; ``ids`` are counted from this share's first."""
     student, shares = _compute_class_log_probs(logits, ids, axes)
     terms, slopes = _divergence_terms(student, log_probs, beta)
     d_classes = slopes - jnp.exp(student) * slopes.sum(-1, keepdims=True)
     # The last class's is split over its tokens.
-    return terms.sum(-1), _set_classes(shares * d_classes[:, -1:], ids, d_classes[:, :-1])
+    return terms.sum(-1), _set_classes(
+        shares * d_classes[:, -1:], ids, d_classes[:, :-1]
+    )
 
 
 def _divergence_terms(
     student: jax.Array, teacher: jax.Array, beta: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns terms that add up to the divergence of log-probabilities, and s with the gradient
-    s − p·Σs in the student's logits, p being its probabilities."""
+    """Returns terms that add up to the divergence of log-probabilities, and s with the
+    gradient s − p·Σs in the student's logits, p being its probabilities."""
     p, q = jnp.exp(student), jnp.exp(teacher)
 
     def expect(p: jax.Array, log_ratio: jax.Array) -> jax.Array:
@@ -187,11 +207,14 @@ def _divergence_terms(
 def _compute_class_log_probs(
     logits: jax.Array, ids: jax.Array, axes: Axes
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns log-probabilities [c, k + 1] of ids and of all other tokens together; and of these
-    the share that each of this device's tokens has [c, V / ways], 0 for ids."""
+    """Returns log-probabilities [c, k + 1] of ids and of all other tokens together; and
+    of these the share that each of this device's tokens has [c, V / ways], 0 for
+    ids."""
     size = logits.shape[1]
     here = (ids >= 0) & (ids < size)
-    own = jnp.where(here, jnp.take_along_axis(logits, jnp.clip(ids, 0, size - 1), axis=1), 0.0)
+    own = jnp.where(
+        here, jnp.take_along_axis(logits, jnp.clip(ids, 0, size - 1), axis=1), 0.0
+    )
     own = lax.psum(own, axes) if axes else own
     others = _set_classes(logits, ids, jnp.full(ids.shape, -jnp.inf))
     rest = _logsumexp(others, axes)[:, None]

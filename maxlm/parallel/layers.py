@@ -1,9 +1,9 @@
 """A stack of layers, run one after the other, with its gradient written out.
 
-JAX could differentiate ``lax.scan`` itself, but then lifts what does not change from layer to layer
-out of programs on shards, which fails inside a pipeline stage (see ``local.py``). Here each layer
-is differentiated by itself, inside the scan, and what its backward pass needs becomes one stacked
-output of the forward scan.
+JAX could differentiate ``lax.scan`` itself, but then lifts what does not change from
+layer to layer out of programs on shards, which fails inside a pipeline stage (see
+``local.py``). Here each layer is differentiated by itself, inside the scan, and what
+its backward pass needs becomes one stacked output of the forward scan.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,8 @@ class _Residuals:
 
     tree: Any
     places: tuple[int, ...]
-    """Place of each leaf: i ≥ 0, among the layer's parameters and the context; -1-i, among what was
-    stacked."""
+    """Place of each leaf: i ≥ 0, among the layer's parameters and the context; -1-i,
+    among what was stacked."""
 
 
 def scan_layers(
@@ -39,12 +39,13 @@ def scan_layers(
     shared: Any = None,
     cast: Callable[[Any], Any] = lambda own: own,
 ) -> Any:
-    """``carry`` after ``layers[l % P](cast(params[l]), carry, context, shared)`` for every l, P
-    being their number; reverse-mode differentiable in ``params``, ``carry`` and ``shared``.
+    """``carry`` after ``layers[l % P](cast(params[l]), carry, context, shared)`` for
+    every l, P being their number; reverse-mode differentiable in ``params``, ``carry``
+    and ``shared``.
 
-    Compile time does not grow with depth. The backward pass keeps what ``jax.vjp`` of one layer
-    keeps (under ``jax.checkpoint``: what its policy names, and the carry), once a layer;
-    parameters, context and what is shared are not kept again.
+    Compile time does not grow with depth. The backward pass keeps what ``jax.vjp`` of
+    one layer keeps (under ``jax.checkpoint``: what its policy names, and the carry),
+    once a layer; parameters, context and what is shared are not kept again.
 
     Args:
         layers: what layers do, by turns: one function where all are alike.
@@ -52,8 +53,8 @@ def scan_layers(
         carry: arrays; a layer returns the same shapes, dtypes and layouts.
         context: arrays every layer reads, without gradient (positions, segment ids).
         shared: arrays every layer reads, with a gradient, which is summed over layers.
-        cast: one layer's parameters to the dtypes it computes in, and nothing else. Until all
-            layers are through, gradients are held in these too.
+        cast: one layer's parameters to the dtypes it computes in, and nothing else.
+            Until all layers are through, gradients are held in these too.
     """
     return _scan(tuple(layers), cast, params, carry, context, shared)
 
@@ -74,7 +75,9 @@ def take_layer(tree: Any, layer_index: int, period_length: int) -> Any:
 def _scan(layers, cast, params, carry, context, shared):
     def body(carry, own):
         for place, layer in enumerate(layers):
-            carry = layer(cast(take_layer(own, place, len(layers))), carry, context, shared)
+            carry = layer(
+                cast(take_layer(own, place, len(layers))), carry, context, shared
+            )
         return carry, None
 
     return lax.scan(body, carry, split_periods(params, len(layers)))[0]
@@ -84,7 +87,9 @@ def _forward(layers, cast, params, carry, context, shared):
     found: list[_Residuals] = []
 
     def body(carry, own):
-        own = [cast(take_layer(own, place, len(layers))) for place in range(len(layers))]
+        own = [
+            cast(take_layer(own, place, len(layers))) for place in range(len(layers))
+        ]
 
         def period(own, carry, shared):
             for layer, params in zip(layers, own, strict=True):
@@ -93,7 +98,10 @@ def _forward(layers, cast, params, carry, context, shared):
 
         carry, backward = jax.vjp(period, own, carry, shared)
         leaves, tree = jax.tree.flatten(backward)
-        known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((own, context, shared)))}
+        known = {
+            id(leaf): i
+            for i, leaf in enumerate(jax.tree.leaves((own, context, shared)))
+        }
         stacked: dict[int, Any] = {}
         places = []
         for leaf in leaves:
@@ -115,12 +123,18 @@ def _backward(layers, cast, saved, d_carry):
     def body(carry, inputs):
         d_carry, d_shared = carry
         own, kept = inputs
-        own = [cast(take_layer(own, place, len(layers))) for place in range(len(layers))]
+        own = [
+            cast(take_layer(own, place, len(layers))) for place in range(len(layers))
+        ]
         known = jax.tree.leaves((own, context, shared))
         leaves = [known[i] if i >= 0 else kept[-1 - i] for i in residuals.places]
         d_own, d_carry, terms = jax.tree.unflatten(residuals.tree, leaves)(d_carry)
         d_shared = jax.tree.map(jnp.add, d_shared, terms)
-        period = d_own[0] if len(d_own) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *d_own)
+        period = (
+            d_own[0]
+            if len(d_own) == 1
+            else jax.tree.map(lambda *x: jnp.stack(x), *d_own)
+        )
         return (d_carry, d_shared), period
 
     carry = d_carry, jax.tree.map(jnp.zeros_like, shared)

@@ -1,8 +1,8 @@
 """Linear maps on a mesh, with ZeRO-3, tensor and sequence parallelism in one program.
 
-A map is ``y = x · kernel``; several that read the same x are done together, so that x is gathered
-once and its gradient reduced once. What crosses the wire follows from three layouts alone (how x
-lies, how a kernel is stored and how it is used, how y shall lie):
+A map is ``y = x · kernel``; several that read the same x are done together, so that x
+is gathered once and its gradient reduced once. What crosses the wire follows from three
+layouts alone (how x lies, how a kernel is stored and how it is used, how y shall lie):
 
 =======================  ==========================  ===============================
 layouts differ in        forward                     backward
@@ -16,8 +16,8 @@ kernel's inputs split    all-reduce y                nothing
 kernel's outputs split   nothing                     all-reduce the gradient of x
 =======================  ==========================  ===============================
 
-Rows two and three with the last two turned into scatters are Megatron's sequence parallelism
-(Korthikanti et al. 2022, §4.2.2).
+Rows two and three with the last two turned into scatters are Megatron's sequence
+parallelism (Korthikanti et al. 2022, §4.2.2).
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,19 +50,28 @@ class _Layouts:
     """Layouts of everything, and specs, from the arguments' types."""
 
     def __init__(self, x, kernels, wholes, used: tuple[Dims, ...], tokens: Dims):
-        self.x, self.stored, self.used = get_layout(x), tuple(map(get_layout, kernels)), used
+        self.x, self.stored, self.used = (
+            get_layout(x),
+            tuple(map(get_layout, kernels)),
+            used,
+        )
         self.inputs = len(self.x) - 2
         for dims in used:
             if dims[: self.inputs] != self.x[2:]:
-                raise ValueError(f"x is split as {self.x[2:]}, the kernel's inputs as {dims}")
+                raise ValueError(
+                    f"x is split as {self.x[2:]}, the kernel's inputs as {dims}"
+                )
         self.inner = tuple(map(_common, self.x[:2], tokens))
-        """The tokens' layout during the product: the axes that x and the results share."""
+        """The tokens' layout during the product: the axes that x and the results
+        share."""
         self.outputs = tuple(dims[self.inputs :] for dims in used)
         self.spread = tuple(dict.fromkeys(_flat(chain.from_iterable(self.outputs))))
         """The axes over which the gradient of x is a partial sum."""
         self.kernels = tuple(map(make_spec, self.stored))
         pairs = zip(wholes, used, strict=True)
-        self.wholes = tuple(None if whole is None else make_spec(own) for whole, own in pairs)
+        self.wholes = tuple(
+            None if whole is None else make_spec(own) for whole, own in pairs
+        )
         self.results = tuple(make_spec((*tokens, *own)) for own in self.outputs)
 
     def kernel(self, i: int, kernel: jax.Array, whole: jax.Array | None) -> jax.Array:
@@ -83,14 +92,18 @@ def multiply_kernels(
     Args:
         x: [B, S, *inputs].
         kernels: each [*inputs, *outputs], in x's dtype and in its storage layout.
-        gathered_kernels: where they need not be gathered, else None; gradients go to ``kernels``.
-        kernel_layouts: mesh axes of each kernel's dimensions in use, which begin those in storage.
+        gathered_kernels: where they need not be gathered, else None; gradients go to
+            ``kernels``.
+        kernel_layouts: mesh axes of each kernel's dimensions in use, which begin those
+            in storage.
         token_layout: the mesh axes of B and S in the results.
 
     Returns:
         One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
     """
-    return _multiply(_contract_forward, x, kernels, gathered_kernels, kernel_layouts, token_layout)
+    return _multiply(
+        _contract_forward, x, kernels, gathered_kernels, kernel_layouts, token_layout
+    )
 
 
 def _multiply(contract, x, kernels, wholes, used, tokens):
@@ -117,9 +130,10 @@ def _backward(used, tokens, saved, d_ys):
     x, kernels, wholes = saved
     own = _Layouts(x, kernels, wholes, used, tokens)
 
-    # Left alone, a compiler puts off what nothing waits for, the kernels' gradients, and holds
-    # every d_y until then. Where these are wider than x, one kernel follows the other, and d_x
-    # waits for both; what a gradient then has to travel may still be put off under other work.
+    # Left alone, a compiler puts off what nothing waits for, the kernels' gradients,
+    # and holds every d_y until then. Where these are wider than x, one kernel follows
+    # the other, and d_x waits for both; what a gradient then has to travel may still be
+    # put off under other work.
     wide = sum(d_y.size for d_y in d_ys) > x.size
 
     def in_order(*arrays):
@@ -134,8 +148,11 @@ def _backward(used, tokens, saved, d_ys):
             kernel = own.kernel(i, *pair)
             dims = tuple(range(2, d_y.ndim)), tuple(range(own.inputs, kernel.ndim))
             part = lax.dot_general(d_y, kernel, (dims, ((), ())))
-            # A kernel that is whole where its siblings are split gives its whole share everywhere.
-            copies = axis_size([axis for axis in own.spread if axis not in _flat(outputs)])
+            # A kernel that is whole where its siblings are split gives its whole share
+            # everywhere.
+            copies = axis_size(
+                [axis for axis in own.spread if axis not in _flat(outputs)]
+            )
             part = part / copies if copies > 1 else part
             d_x, d_y = in_order(d_x + part, d_y)
             d_x, d_ys, product = in_order(d_x, d_ys, _outer(x, d_y))
@@ -165,8 +182,8 @@ def multiply_fused_kernel(
 
     Args:
         x: [B, S, in], whole but for B.
-        kernel: [in, outputs of all kernels]: of each device those columns of each, in order, that
-            are its own (:func:`fuse_kernels`).
+        kernel: [in, outputs of all kernels]: of each device those columns of each, in
+            order, that are its own (:func:`fuse_kernels`).
         output_shapes, output_layouts: of each kernel, and the mesh axes that split it.
     """
     tokens, columns = get_layout(x)[:2], get_layout(kernel)
@@ -182,13 +199,18 @@ def multiply_fused_kernel(
         return tuple(part.reshape(*part.shape[:-1], *shape) for part, shape in shapes)
 
     specs = make_spec((*tokens, ())), make_spec(columns)
-    return map_shards(local, specs, tuple(make_spec((*tokens, *own)) for own in output_layouts))(
-        x, kernel
-    )
+    return map_shards(
+        local, specs, tuple(make_spec((*tokens, *own)) for own in output_layouts)
+    )(x, kernel)
 
 
 def multiply_head(
-    hidden: jax.Array, head: jax.Array, spec: PartitionSpec, dtype: Any, *, column_major: bool
+    hidden: jax.Array,
+    head: jax.Array,
+    spec: PartitionSpec,
+    dtype: Any,
+    *,
+    column_major: bool,
 ) -> jax.Array:
     """Returns ``hidden · head`` [B, S, V] in ``dtype`` and laid out as ``spec``.
 
@@ -201,25 +223,32 @@ def multiply_head(
             "bsd,dv->bsv", hidden, head, preferred_element_type=dtype, out_sharding=spec
         )
     own = partial(_contract_forward, inputs=1, dtype=dtype, column_major=column_major)
-    specs = make_spec((*parse_spec(spec, 3)[:2], ())), make_spec(((), parse_spec(spec, 3)[2]))
-    return map_shards(own, specs, spec)(reshard(hidden, specs[0]), reshard(head, specs[1]))
+    specs = (
+        make_spec((*parse_spec(spec, 3)[:2], ())),
+        make_spec(((), parse_spec(spec, 3)[2])),
+    )
+    return map_shards(own, specs, spec)(
+        reshard(hidden, specs[0]), reshard(head, specs[1])
+    )
 
 
 def fuse_kernels(kernels: Sequence[jax.Array]) -> jax.Array:
-    """Puts kernels [in, *outputs] side by side, as :func:`multiply_fused_kernel` reads them; all
-    of them are split over the same axes, or over none."""
+    """Puts kernels [in, *outputs] side by side, as :func:`multiply_fused_kernel` reads
+    them; all of them are split over the same axes, or over none."""
     layouts = [get_layout(kernel) for kernel in kernels]
     split = tuple(dict.fromkeys(_flat(chain.from_iterable(own[1:] for own in layouts))))
 
     def local(*kernels):
         return jnp.concatenate([k.reshape(len(k), -1) for k in kernels], axis=1)
 
-    return map_shards(local, tuple(map(make_spec, layouts)), make_spec(((), split)))(*kernels)
+    return map_shards(local, tuple(map(make_spec, layouts)), make_spec(((), split)))(
+        *kernels
+    )
 
 
 def can_fuse_kernels(specs: Sequence[PartitionSpec]) -> bool:
-    """Whether kernels of these layouts can lie side by side: their inputs are whole, and the
-    outputs of all are split over the same axes."""
+    """Whether kernels of these layouts can lie side by side: their inputs are whole,
+    and the outputs of all are split over the same axes."""
     parsed = [parse_spec(spec, len(spec)) for spec in specs]
     split = {_flat(own[1:]) for own in parsed}
     return len(split) == 1 and not any(own[0] for own in parsed)
@@ -232,7 +261,8 @@ def _contract(x, kernel, inputs, dtype=None):
 
 
 def _contract_forward(x, kernel, inputs, dtype=None, column_major=False):
-    """Multiplies as :func:`_contract` does where no gradient is asked for; on a CPU by a kernel."""
+    """Multiplies as :func:`_contract` does where no gradient is asked for; on a CPU by
+    a kernel."""
     tokens, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
     if get_platform() == "cpu":
         rows = x.reshape(prod(tokens), -1)
@@ -243,8 +273,8 @@ def _contract_forward(x, kernel, inputs, dtype=None, column_major=False):
 
 
 def _outer(x, d_y):
-    """xᵀ·dy or (dyᵀ·x)ᵀ: whichever turns the smaller of the two around. JAX's own rule always
-    turns dy, which on a CPU is slow where dy is the wide hidden layer of an MLP
+    """xᵀ·dy or (dyᵀ·x)ᵀ: whichever turns the smaller of the two around. JAX's own rule
+    always turns dy, which on a CPU is slow where dy is the wide hidden layer of an MLP
     (docs/performance.md)."""
     tokens = (((0, 1), (0, 1)), ((), ()))
     if prod(x.shape) <= prod(d_y.shape):

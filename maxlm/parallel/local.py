@@ -2,9 +2,10 @@
 
 The only place that calls ``shard_map``. Two rules hold for everything run through it:
 
-- JAX never differentiates it. Whoever runs a program on shards writes its gradient as another one
-  (``jax.custom_vjp``), and so decides what crosses the wire: JAX's own transposes all-reduce whole
-  gradients where a reduce-scatter would do, and fail inside another shard_map (jax 0.10–0.12).
+- JAX never differentiates it. Whoever runs a program on shards writes its gradient as
+  another one (``jax.custom_vjp``), and so decides what crosses the wire: JAX's own
+  transposes all-reduce whole gradients where a reduce-scatter would do, and fail inside
+  another shard_map (jax 0.10–0.12).
 - Programs do not ask for their place (``lax.axis_index`` fails there too): they take
   :func:`axis_indices` as an argument.
 """
@@ -34,21 +35,27 @@ Dims = tuple[Axes, ...]
 def map_shards(
     function: Callable[..., Any], in_specs: Any, out_specs: Any, axes: Axes = ()
 ) -> Callable[..., Any]:
-    """Maps ``function`` over each device's shards, manual over ``axes``; default: every mesh axis
-    that is not so yet. ``in_specs`` and ``out_specs`` are layouts of arguments and results, on
-    these axes. A result that a spec leaves whole over an axis must be equal along it; nothing
-    checks."""
+    """Maps ``function`` over each device's shards, manual over ``axes``; default: every
+    mesh axis that is not so yet. ``in_specs`` and ``out_specs`` are layouts of
+    arguments and results, on these axes. A result that a spec leaves whole over an axis
+    must be equal along it; nothing checks."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(axes) or set(mesh.axis_names) - set(mesh.manual_axes)
     return jax.shard_map(
-        function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False
+        function,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=manual,
+        check_vma=False,
     )
 
 
 def axis_indices(axes: Axes) -> jax.Array:
-    """Returns each device's number along ``axes``, int32 [ways]: pass it with the spec ``P(axes)``
-    and read element 0 of the shard."""
-    return jnp.arange(axis_size(axes), dtype=jnp.int32, out_sharding=PartitionSpec(axes or None))
+    """Returns each device's number along ``axes``, int32 [ways]: pass it with the spec
+    ``P(axes)`` and read element 0 of the shard."""
+    return jnp.arange(
+        axis_size(axes), dtype=jnp.int32, out_sharding=PartitionSpec(axes or None)
+    )
 
 
 def axis_size(axes: Sequence[str]) -> int:
@@ -58,7 +65,8 @@ def axis_size(axes: Sequence[str]) -> int:
 
 
 def get_layout(x: jax.Array) -> Dims:
-    """Returns the mesh axes that split each dimension of an array, read from its type."""
+    """Returns the mesh axes that split each dimension of an array, read from its
+    type."""
     return parse_spec(jax.typeof(x).sharding.spec, x.ndim)
 
 
@@ -69,13 +77,14 @@ def parse_spec(spec: PartitionSpec, ndim: int) -> Dims:
 
 
 def make_spec(dims: Sequence[Axes]) -> PartitionSpec:
-    """Returns the spec of a tuple of mesh axes for each dimension; inverts :func:`parse_spec`."""
+    """Returns the spec of a tuple of mesh axes for each dimension; inverts
+    :func:`parse_spec`."""
     return PartitionSpec(*(axes or None for axes in dims))
 
 
 def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
-    """Gathers shards from layout ``have`` to layout ``want``, whose axes begin ``have``'s in every
-    dimension, over the other axes."""
+    """Gathers shards from layout ``have`` to layout ``want``, whose axes begin
+    ``have``'s in every dimension, over the other axes."""
     for dim, (own, kept) in enumerate(zip(have, want, strict=True)):
         if extra := _beyond(own, kept):
             x = _gather(x, extra, dim)
@@ -83,20 +92,28 @@ def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Arra
 
 
 def gather_to_spec(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Moves an array to another layout: by :func:`gather`, which on a TPU stays a gather, where
-    that splits less of the same axes; otherwise by the compiler. Not differentiable."""
+    """Moves an array to another layout: by :func:`gather`, which on a TPU stays a
+    gather, where that splits less of the same axes; otherwise by the compiler. Not
+    differentiable."""
     have, want = get_layout(x), parse_spec(spec, x.ndim)
-    if have == want or any(own[: len(kept)] != kept for own, kept in zip(have, want, strict=True)):
+    if have == want or any(
+        own[: len(kept)] != kept for own, kept in zip(have, want, strict=True)
+    ):
         return reshard(x, spec)
-    return map_shards(lambda x: gather(x, have, want), make_spec(have), make_spec(want))(x)
+    return map_shards(
+        lambda x: gather(x, have, want), make_spec(have), make_spec(want)
+    )(x)
 
 
-def reduce(x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
+def reduce(
+    x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axes]
+) -> jax.Array:
     """Sums shards over the ``partial`` axes, from layout ``have`` to ``want``.
 
-    Each dimension of ``want`` begins with ``have``'s axes. What it adds is split off by a
-    reduce-scatter; the other partial axes are all-reduced. An axis that ``want`` adds and along
-    which x is equal rather than partial is scattered too, after division by its size.
+    Each dimension of ``want`` begins with ``have``'s axes. What it adds is split off by
+    a reduce-scatter; the other partial axes are all-reduced. An axis that ``want`` adds
+    and along which x is equal rather than partial is scattered too, after division by
+    its size.
     """
     left = list(partial)
     for dim, (own, wanted) in enumerate(zip(have, want, strict=True)):
@@ -123,8 +140,9 @@ def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
         return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
     outer, inner = groups
     scatter = partial(lax.psum_scatter, axis_name=axes, tiled=True)
-    # Along the last dimension, shards narrower than a TPU's lanes would be all-reduced after all;
-    # so are some matrices, or padded by up to a quarter, that are not in rows of lanes.
+    # Along the last dimension, shards narrower than a TPU's lanes would be all-reduced
+    # after all; so are some matrices, or padded by up to a quarter, that are not in
+    # rows of lanes.
     x = jnp.moveaxis(x, dim, 0)
     whole = x.shape
     if x.ndim == 2 and whole[1] % LANES == 0:
@@ -134,19 +152,21 @@ def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
         x = scatter(x, axis_index_groups=inner)
     else:  # scatters over pairs are padded; an exchange of halves is not
         halves = x.reshape(2, -1, *x.shape[1:])
-        x = lax.all_to_all(halves, axes, 0, 0, axis_index_groups=inner, tiled=True).sum(0)
+        x = lax.all_to_all(halves, axes, 0, 0, axis_index_groups=inner, tiled=True).sum(
+            0
+        )
     return jnp.moveaxis(x.reshape(-1, *whole[1:]), 0, dim)
 
 
 def _two_steps(axes: Axes) -> tuple[list[list[int]], list[list[int]]] | None:
-    """Groups devices to gather or scatter over ``axes`` in two steps, where that is better: devices
-    i·b + j of a·b as those of equal j, then those of equal i.
+    """Groups devices to gather or scatter over ``axes`` in two steps, where that is
+    better: devices i·b + j of a·b as those of equal j, then those of equal i.
 
-    Over more than one dimension of a torus XLA:TPU replaces reduce-scatters, and in three
-    dimensions all-gathers too, by an all-reduce and a slice: twice the bytes
-    (docs/performance.md). Two steps, each over fewer devices, stay what they are. A scatter over
-    equal j gives device i·b + j the i-th part, one over equal i of that the j-th; a gather goes
-    back the same way.
+    Over more than one dimension of a torus XLA:TPU replaces reduce-scatters, and in
+    three dimensions all-gathers too, by an all-reduce and a slice: twice the bytes
+    (docs/performance.md). Two steps, each over fewer devices, stay what they are. A
+    scatter over equal j gives device i·b + j the i-th part, one over equal i of that
+    the j-th; a gather goes back the same way.
     """
     size = axis_size(axes)
     inner = size // STEP if size > STEP else 2

@@ -1,9 +1,10 @@
 """Every collective of a training step, from layouts alone.
 
-All communication of maxlm is written out in programs on shards (``maxlm/parallel``), so that it can
-be told without tracing anything: what a map sends follows from how its input, its kernels and its
-output lie (the table in ``parallel/linear.py``), and so for attention, experts, the embedding, the
-loss, pipelines and the optimizer. Where an axis has one device, a collective has no bytes.
+All communication of maxlm is written out in programs on shards (``maxlm/parallel``), so
+that it can be told without tracing anything: what a map sends follows from how its
+input, its kernels and its output lie (the table in ``parallel/linear.py``), and so for
+attention, experts, the embedding, the loss, pipelines and the optimizer. Where an axis
+has one device, a collective has no bytes.
 """
 
 from collections.abc import Iterator
@@ -49,24 +50,33 @@ def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work, compute = shape.work, shape.split.compute
     for group, layers in work.matmul_layer_counts.items():
         if not group.has_experts:
-            yield from _list_matmul_collectives(shape, group, *_count_passes(shape, layers))
+            yield from _list_matmul_collectives(
+                shape, group, *_count_passes(shape, layers)
+            )
     for attention, layers in work.attention_layer_counts.items():
-        yield from _list_attention_collectives(shape, attention, *_count_passes(shape, layers))
+        yield from _list_attention_collectives(
+            shape, attention, *_count_passes(shape, layers)
+        )
     _, runs = _count_passes(shape, work.num_layers)
     vectors = (s for s in work.select_trained(work.specs) if s.num_layer_axes)
     size = sum(s.size for s in vectors if s.role == "vector" and not s.sign_update)
     size = size / work.num_layers * FP32
     axes = (*compute.batch, *compute.residual)
-    yield PlannedCollective("norms: gradients", "all-reduce", axes, size, runs, "backward", False)
+    yield PlannedCollective(
+        "norms: gradients", "all-reduce", axes, size, runs, "backward", False
+    )
     for stack in work.stacks:
-        tokens, passes = (*compute.batch, *compute.seq), _count_passes(shape, stack.num_layers)
+        tokens, passes = (
+            (*compute.batch, *compute.seq),
+            _count_passes(shape, stack.num_layers),
+        )
         for kernel in stack.adapter_kernels:
             yield from _list_weight_collectives(shape, kernel, *passes, tokens)
 
 
 def _count_passes(shape: StepShape, layers: Number) -> tuple[Number, Number]:
-    """Forward and backward passes of single layers in a step, of so many in all: a pipeline's
-    backward pass runs a stage forward once more, to differentiate it."""
+    """Forward and backward passes of single layers in a step, of so many in all: a
+    pipeline's backward pass runs a stage forward once more, to differentiate it."""
     runs = shape.stage_passes_with_bubble * shape.per_stage(layers)
     return runs * np.where(shape.pipelined, 2, 1), runs
 
@@ -79,12 +89,26 @@ def _list_matmul_collectives(
     width = prod(kernels[0].shape[:inputs]) if is_latent else work.config.model.d_model
     size = shape.micro_batch_tokens * group.token_ratio * work.dtype_bytes * width
     sequence = shape.split.sequence_parallel
-    again = backward if shape.remat != "none" and work.backward_needs_branch_output(group) else 0
+    again = (
+        backward
+        if shape.remat != "none" and work.backward_needs_branch_output(group)
+        else 0
+    )
     for kernel in kernels:
         tokens = (*rules.batch, *rules.seq)
         yield from _list_weight_collectives(shape, kernel, forward, backward, tokens)
-    inputs = {a for k in kernels for x in k.axes[: k.num_input_dims] for a in rules.mesh_axes(x)}
-    outputs = {a for k in kernels for x in k.axes[k.num_input_dims :] for a in rules.mesh_axes(x)}
+    inputs = {
+        a
+        for k in kernels
+        for x in k.axes[: k.num_input_dims]
+        for a in rules.mesh_axes(x)
+    }
+    outputs = {
+        a
+        for k in kernels
+        for x in k.axes[k.num_input_dims :]
+        for a in rules.mesh_axes(x)
+    }
 
     def send(what: str, kind: str, axes: tuple[str, ...], ahead: Number, back: Number):
         return _in_passes(f"{group.name}: {what}", kind, axes, size, ahead, back)
@@ -93,9 +117,13 @@ def _list_matmul_collectives(
     # The compiler gathers the same array once: what both branches read, or all layers.
     shared = beside and work.config.model.placement == "parallel_shared"
     if is_latent:
-        yield from send("its gradient", "all-reduce", tuple(sorted(outputs)), 0, backward)
+        yield from send(
+            "its gradient", "all-reduce", tuple(sorted(outputs)), 0, backward
+        )
     if group.input_features == "memory":
-        yield from send("input", "all-gather", sequence, shape.stage_passes_with_bubble, 0)
+        yield from send(
+            "input", "all-gather", sequence, shape.stage_passes_with_bubble, 0
+        )
     if group.input_features == "residual" and not shared:
         yield from send("input", "all-gather", sequence, forward, backward)
     if group.input_features in ("residual", "memory"):
@@ -105,24 +133,32 @@ def _list_matmul_collectives(
     if group.output_features == "residual":
         rest = tuple(sorted(inputs.difference(sequence)))
         yield from send("output", "reduce-scatter", sequence, forward, again)
-        yield from send("its gradient", "all-gather", sequence, 0, 0 if beside else backward)
+        yield from send(
+            "its gradient", "all-gather", sequence, 0, 0 if beside else backward
+        )
         yield from send("output", "all-reduce", rest, forward, again)
 
 
 def _list_weight_collectives(
-    shape: StepShape, kernel: Kernel, forward: Number, backward: Number, token_axes: tuple[str, ...]
+    shape: StepShape,
+    kernel: Kernel,
+    forward: Number,
+    backward: Number,
+    token_axes: tuple[str, ...],
 ) -> Iterator[PlannedCollective]:
     """Kernels gathered from storage, and their gradients reduced into it.
 
-    Under ZeRO-2 kernels are at hand whole, and gradients go to shares of their own; but experts',
-    and all of a 1F1B pipeline, are gathered from such shares too.
+    Under ZeRO-2 kernels are at hand whole, and gradients go to shares of their own; but
+    experts', and all of a 1F1B pipeline, are gathered from such shares too.
     """
     split, used = shape.split, shape.gathered_weight_bytes(kernel)
     scattered, here = split.gather_axes(split.gradients, kernel), 1.0
     if split.gradients != split.storage and "expert" not in kernel.axes:
         here = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
     runs = here * forward, here * backward
-    yield from _in_passes(kernel.name, "all-gather", scattered, used, *runs, waits=False)
+    yield from _in_passes(
+        kernel.name, "all-gather", scattered, used, *runs, waits=False
+    )
     if kernel.is_trained:
         yield from _list_gradient_collectives(shape, kernel, backward, token_axes)
 
@@ -130,11 +166,14 @@ def _list_weight_collectives(
 def _list_gradient_collectives(
     shape: StepShape, kernel: Kernel, runs: Number, token_axes: tuple[str, ...]
 ) -> Iterator[PlannedCollective]:
-    """A kernel's gradient, reduced into its shares and over the axes that split the tokens."""
+    """A kernel's gradient, reduced into its shares and over the axes that split the
+    tokens."""
     split, what = shape.split, f"{kernel.name}: gradient"
     used = shape.gathered_weight_bytes(kernel)
     scattered = split.gather_axes(split.gradients, kernel)
-    yield PlannedCollective(what, "reduce-scatter", scattered, used, runs, "backward", False)
+    yield PlannedCollective(
+        what, "reduce-scatter", scattered, used, runs, "backward", False
+    )
     rest = tuple(axis for axis in token_axes if axis not in scattered)
     left = used / split.num_devices(scattered)
     yield PlannedCollective(what, "all-reduce", rest, left, runs, "backward", False)
@@ -143,7 +182,8 @@ def _list_gradient_collectives(
 def _list_attention_collectives(
     shape: StepShape, attention: AttentionShape, forward: Number, backward: Number
 ) -> Iterator[PlannedCollective]:
-    """Lists those of a sequence split over devices, and of kv heads that are whole on several."""
+    """Lists those of a sequence split over devices, and of kv heads that are whole on
+    several."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     heads, axes = attention.heads, rules.seq
     kv_axes = rules.mesh_axes(heads.kv_axis)
@@ -156,7 +196,9 @@ def _list_attention_collectives(
     itemsize = work.dtype_bytes
     again = backward if work.is_attention_recomputed(shape.remat) else 0
     # Each device takes those kv heads that its query heads read.
-    read = np.minimum(kv_heads, np.maximum(kv_heads * kv_ways / split.num_devices(rules.heads), 1))
+    read = np.minimum(
+        kv_heads, np.maximum(kv_heads * kv_ways / split.num_devices(rules.heads), 1)
+    )
 
     def send(what: str, kind: str, size: Number, ahead: Number, back: Number):
         return _in_passes(f"attention: {what}", kind, axes, size, ahead, back)
@@ -171,12 +213,18 @@ def _list_attention_collectives(
         window = None if work.config.parallel.balance_sequence else attention.window
         steps = 2 * count_ring_steps(ways, attention.query_len / ways, window)
         back = np.where(np.greater(steps, 0), steps + 2, 0)
-        yield from send(both, kind, block * itemsize, steps * forward, steps * (backward + again))
+        yield from send(
+            both, kind, block * itemsize, steps * forward, steps * (backward + again)
+        )
         yield from send(gradients, kind, block * FP32, 0, back * backward)
     else:
-        copies = ways / np.gcd(np.asarray(np.maximum(read, 1), int), np.asarray(ways, int))
+        copies = ways / np.gcd(
+            np.asarray(np.maximum(read, 1), int), np.asarray(ways, int)
+        )
         keys = either * read * copies
-        queries, output = (tokens * n * query_heads * itemsize for n in (heads.head_dim, value))
+        queries, output = (
+            tokens * n * query_heads * itemsize for n in (heads.head_dim, value)
+        )
         wire = np.where(np.greater(copies, 1), FP32, itemsize)
         for what, size, ahead, back in (
             ("queries", queries, forward, backward),
@@ -187,14 +235,24 @@ def _list_attention_collectives(
         ):
             yield from send(what, "all-to-all", size, ahead, back)
     if heads.shared_key_dim:
-        what, shared = "attention: shared keys' gradient", tokens * heads.shared_key_dim * itemsize
-        yield PlannedCollective(what, "all-reduce", rules.heads, shared, backward, "backward")
+        what, shared = (
+            "attention: shared keys' gradient",
+            tokens * heads.shared_key_dim * itemsize,
+        )
+        yield PlannedCollective(
+            what, "all-reduce", rules.heads, shared, backward, "backward"
+        )
     if rules.heads and not kv_axes:
-        # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.
+        # What blocks add up is in fp32; attention of a whole sequence gives its own
+        # dtype.
         wire = np.where(np.greater(ways, 1) & (method != "ulysses"), FP32, itemsize)
-        whole = either * heads.num_kv_heads * wire * attention.key_len / attention.query_len
+        whole = (
+            either * heads.num_kv_heads * wire * attention.key_len / attention.query_len
+        )
         what = "whole kv heads: gradients"
-        yield PlannedCollective(what, "all-reduce", rules.heads, whole, 2 * backward, "backward")
+        yield PlannedCollective(
+            what, "all-reduce", rules.heads, whole, 2 * backward, "backward"
+        )
 
 
 def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
@@ -205,18 +263,27 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         return
     forward, runs = _count_passes(shape, work.num_expert_layers)
     again = runs if shape.remat != "none" else 0
-    wanted = again if any(work.backward_needs_branch_output(group) for group in groups) else 0
+    wanted = (
+        again
+        if any(work.backward_needs_branch_output(group) for group in groups)
+        else 0
+    )
     width = work.config.model.d_model * work.dtype_bytes
     split_over = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
     for kernel in (kernel for group in groups for kernel in group.kernels):
         yield from _list_weight_collectives(shape, kernel, forward, runs, split_over)
     axes, size = split.gather_axes(split.storage, router), router.size * FP32
-    yield from _in_passes("router", "all-gather", axes, size, forward, runs, waits=False)
+    yield from _in_passes(
+        "router", "all-gather", axes, size, forward, runs, waits=False
+    )
     axes, what = (*rules.batch, *rules.residual), "router: gradient"
     yield PlannedCollective(what, "all-reduce", axes, size, runs, "backward", False)
     kind, rows = "all-to-all", shape.expert_buffer_rows
     if shape.ragged and experts.capacity_factor is None:
-        kind, rows = "ragged-all-to-all", shape.micro_batch_tokens * experts.experts_per_token
+        kind, rows = (
+            "ragged-all-to-all",
+            shape.micro_batch_tokens * experts.experts_per_token,
+        )
     routed = rows * width
     for what, ahead, back in (
         ("rows there", forward, again),
@@ -224,12 +291,14 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         ("gradients there", 0, runs),
         ("gradients back", 0, runs),
     ):
-        yield from _in_passes(f"experts: {what}", kind, rules.expert, routed, ahead, back)
+        yield from _in_passes(
+            f"experts: {what}", kind, rules.expert, routed, ahead, back
+        )
     sequence = split.sequence_parallel
     rest = tuple(axis for axis in rules.mlp if axis not in sequence)
     tokens = shape.micro_batch_tokens * width
-    # Shared experts gather the same arrays, and so does attention beside; the compiler gathers them
-    # once.
+    # Shared experts gather the same arrays, and so does attention beside; the compiler
+    # gathers them once.
     beside = any(work.is_parallel_to_attention(group) for group in groups)
     same_input = beside and work.config.model.placement == "parallel_shared"
     inputs = () if experts.has_shared or same_input else sequence
@@ -244,7 +313,8 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 
 
 def _list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    """Lists those of the embedding, learned positions, matrices outside the layers and the loss."""
+    """Lists those of the embedding, learned positions, matrices outside the layers and
+    the loss."""
     yield from _list_loss_collectives(shape)
     work, rules, runs = shape.work, shape.split.compute, shape.loss_calls
     for kernel in work.non_layer_kernels:
@@ -260,7 +330,12 @@ def _list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 
 
 def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.loss_calls
+    work, split, rules, runs = (
+        shape.work,
+        shape.split,
+        shape.split.compute,
+        shape.loss_calls,
+    )
     hidden = shape.embedding_loss_tokens * work.config.model.d_model * work.dtype_bytes
     yield from _list_weight_collectives(shape, work.head, runs, 0 * runs, ())
     tokens = (*rules.batch, *rules.residual, *_stages(shape))
@@ -281,15 +356,27 @@ def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 def _list_lookup_collectives(
     shape: StepShape, table: Kernel, rate: float, first: bool
 ) -> Iterator[PlannedCollective]:
-    """Columns of a table in storage are exchanged for tokens; rows split over the vocabulary are
-    partial sums, and what splits the residual stream further is scattered
-    (``parallel/embedding.py``). ``rate`` tokens are looked up for each of the batch; the ``first``
-    table is that of tokens."""
-    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.embedding_calls
+    """Columns of a table in storage are exchanged for tokens; rows split over the
+    vocabulary are partial sums, and what splits the residual stream further is
+    scattered (``parallel/embedding.py``). ``rate`` tokens are looked up for each of the
+    batch; the ``first`` table is that of tokens."""
+    work, split, rules, runs = (
+        shape.work,
+        shape.split,
+        shape.split.compute,
+        shape.embedding_calls,
+    )
     vocab, sequence = rules.mesh_axes(table.axes[0]), split.sequence_parallel
     tokens = (*rules.batch, *rules.seq)
-    exchanged = tuple(a for a in split.gather_axes(split.gradients, table) if a in tokens)
-    rows = shape.embedding_loss_tokens * rate * work.config.model.d_model * work.dtype_bytes
+    exchanged = tuple(
+        a for a in split.gather_axes(split.gradients, table) if a in tokens
+    )
+    rows = (
+        shape.embedding_loss_tokens
+        * rate
+        * work.config.model.d_model
+        * work.dtype_bytes
+    )
     what, gradient = f"{table.name}: rows", f"{table.name}: gradient"
     some = rows / split.num_devices(sequence)
     yield PlannedCollective(what, "all-to-all", exchanged, some, runs, "forward")
@@ -299,33 +386,50 @@ def _list_lookup_collectives(
     held = table.size * work.dtype_bytes / split.num_shards(split.gradients, table.axes)
     rest = tuple(a for a in (*tokens, *_stages(shape)) if a not in (*exchanged, *vocab))
     if table.is_trained:
-        yield PlannedCollective(gradient, "all-reduce", rest, held, runs, "backward", False)
+        yield PlannedCollective(
+            gradient, "all-reduce", rest, held, runs, "backward", False
+        )
     # Once for all tables: rows of each are added up, and have the same gradient.
     if first and table.is_trained:
-        yield PlannedCollective(gradient, "all-to-all", exchanged, some, runs, "backward")
-        yield PlannedCollective(gradient, "all-gather", sequence, rows, runs, "backward")
+        yield PlannedCollective(
+            gradient, "all-to-all", exchanged, some, runs, "backward"
+        )
+        yield PlannedCollective(
+            gradient, "all-gather", sequence, rows, runs, "backward"
+        )
 
 
 def _stages(shape: StepShape) -> tuple[str, ...]:
-    """Mesh axes of a pipeline over which tokens lie spread before its layers and after."""
+    """Mesh axes of a pipeline over which tokens lie spread before its layers and
+    after."""
     return () if shape.one_f_one_b else shape.split.compute.layers
 
 
 def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    """Activations to the next stage and gradients to the one before, a turn; a circular pipeline
-    carries inputs and results as well."""
+    """Activations to the next stage and gradients to the one before, a turn; a circular
+    pipeline carries inputs and results as well."""
     work, split, axes = shape.work, shape.split, shape.split.compute.layers
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    runs, kind = (1 if shape.one_f_one_b else 3) * shape.pipeline_iterations, "collective-permute"
-    yield PlannedCollective("pipeline: to the next stage", kind, axes, one, runs, "forward")
-    yield PlannedCollective("pipeline: to the one before", kind, axes, one, runs, "backward")
+    runs, kind = (
+        (1 if shape.one_f_one_b else 3) * shape.pipeline_iterations,
+        "collective-permute",
+    )
+    yield PlannedCollective(
+        "pipeline: to the next stage", kind, axes, one, runs, "forward"
+    )
+    yield PlannedCollective(
+        "pipeline: to the one before", kind, axes, one, runs, "backward"
+    )
     if shape.one_f_one_b:
         ends = split.local_bytes(split.gradients, work.non_layer_specs.values())
-        yield PlannedCollective("ends: gradients", "all-reduce", axes, ends, 1.0, "once")
+        yield PlannedCollective(
+            "ends: gradients", "all-reduce", axes, ends, 1.0, "once"
+        )
 
 
 def _list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    """Yields gathers of updates where moments lie in smaller shares than parameters (ZeRO-1, 2)."""
+    """Yields gathers of updates where moments lie in smaller shares than parameters
+    (ZeRO-1, 2)."""
     work, split = shape.work, shape.split
     if split.optimizer == split.storage:
         return

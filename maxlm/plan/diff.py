@@ -23,7 +23,8 @@ class StoredParameter(BaseModel):
 
     @property
     def layout(self) -> str:
-        """The dimensions with the mesh axes that split them, and a device's bytes, in words."""
+        """The dimensions with the mesh axes that split them, and a device's bytes, in
+        words."""
         sizes = [
             f"{size}→{'+'.join(axes)}" if axes else str(size)
             for size, axes in zip(self.shape, self.spec, strict=True)
@@ -65,18 +66,24 @@ class StoredPlan(BaseModel):
 
 
 PlanDiff = dict[str, dict[str, tuple[Any, Any]]]
-"""Part of a plan → what differs in it → its first and its second value; None where one has none."""
+"""Part of a plan → what differs in it → its first and its second value; None where one
+has none."""
 
 
 def compare_plans(first: StoredPlan, second: StoredPlan) -> PlanDiff:
-    """Compares two plans; returns the differing facts, mesh axes, memory (bytes of a device), time
-    (seconds), bytes that a device sends, and layouts of parameters."""
+    """Compares two plans; returns the differing facts, mesh axes, memory (bytes of a
+    device), time (seconds), bytes that a device sends, and layouts of parameters."""
     first_parts = _list_parts(first)
     second_parts = _list_parts(second)
-    return {part: _compare(values, second_parts[part]) for part, values in first_parts.items()}
+    return {
+        part: _compare(values, second_parts[part])
+        for part, values in first_parts.items()
+    }
 
 
-def _compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _compare(
+    first: Mapping[str, Any], second: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
     keys = dict.fromkeys([*first, *second])
     pairs = {key: (first.get(key), second.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -99,8 +106,11 @@ def _list_parts(plan: StoredPlan) -> dict[str, dict[str, Any]]:
     for collective in plan.collectives:
         key = f"{collective.kind} over {'+'.join(collective.axes)}"
         sent[key] = sent.get(key, 0.0) + collective.sent_bytes
-    # The parts of the working set are named differently at each phase: only the sum compares.
-    memory = {part: size for part, size in plan.memory.items() if part != "working_sets"}
+    # The parts of the working set are named differently at each phase: only the sum
+    # compares.
+    memory = {
+        part: size for part, size in plan.memory.items() if part != "working_sets"
+    }
     return {
         "facts": facts,
         "mesh": plan.mesh,
@@ -143,7 +153,9 @@ def render_plan_diff(diff: PlanDiff, names: tuple[str, str]) -> Group:
             columns = columns[:-1]
             rows = [row[:-1] for row in rows]
             right = ()
-        tables.append(make_table(_TITLES[part], columns, rows, right=right, wrap=columns))
+        tables.append(
+            make_table(_TITLES[part], columns, rows, right=right, wrap=columns)
+        )
     if len(tables) == 1:
         return Group(Text("no difference"))
     return Group(*tables)

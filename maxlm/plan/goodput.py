@@ -1,18 +1,20 @@
-"""Estimates how much of a run's time is progress, with failures, restarts and checkpoints.
+"""Estimates how much of a run's time is progress, with failures, restarts and
+checkpoints.
 
-Daly 2006 ("A higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22,
-eq. 20 and 37): with a mean time M between failures, checkpoints of δ seconds and restarts of R
-seconds, work of T seconds checkpointed every τ takes M·exp(R/M)·(exp((τ+δ)/M) − 1)·T/τ.
+Daly 2006 ("A higher order estimate of the optimum checkpoint interval for restart
+dumps", FGCS 22, eq. 20 and 37): with a mean time M between failures, checkpoints of δ
+seconds and restarts of R seconds, work of T seconds checkpointed every τ takes
+M·exp(R/M)·(exp((τ+δ)/M) − 1)·T/τ.
 """
 
 from dataclasses import dataclass
 from math import exp, expm1, sqrt
 
-# Grattafiori et al. 2024 (arXiv 2407.21783), section 3.3.4: 419 unexpected interruptions in 54 days
-# on 16,384 GPUs.
+# Grattafiori et al. 2024 (arXiv 2407.21783), section 3.3.4: 419 unexpected
+# interruptions in 54 days on 16,384 GPUs.
 DEVICE_MTBF_HOURS = 54 * 24 * 16_384 / 419
-# Two assumptions, for want of figures that hold everywhere: ten minutes to be scheduled, start and
-# compile again, and 1 GB/s from a device to storage.
+# Two assumptions, for want of figures that hold everywhere: ten minutes to be
+# scheduled, start and compile again, and 1 GB/s from a device to storage.
 RESTART_SECONDS = 600.0
 STORAGE_RATE = 1e9
 
@@ -26,7 +28,8 @@ class Reliability:
     restart_seconds: float = RESTART_SECONDS
     """Seconds from a failure to the next step."""
     checkpoint_seconds: float | None = None
-    """Seconds that a checkpoint holds up the run; None: as long as its bytes take to storage."""
+    """Seconds that a checkpoint holds up the run; None: as long as its bytes take to
+    storage."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ def estimate_goodput(
     checkpoint_every: int,
     reliability: Reliability = Reliability(),
 ) -> Goodput:
-    """Estimates the share of a run's time that is progress, with a checkpoint of ``state_bytes`` a
-    device after ``checkpoint_every`` steps; 0: none."""
+    """Estimates the share of a run's time that is progress, with a checkpoint of
+    ``state_bytes`` a device after ``checkpoint_every`` steps; 0: none."""
     mean = reliability.device_mtbf_hours * 3600 / devices
     restart = reliability.restart_seconds
     write = reliability.checkpoint_seconds
@@ -71,7 +74,8 @@ def estimate_goodput(
 
 
 def best_interval_seconds(mtbf: float, write: float) -> float:
-    """Computes Daly's optimum interval; it, the mean time and the write are in seconds."""
+    """Computes Daly's optimum interval; it, the mean time and the write are in
+    seconds."""
     if write >= 2 * mtbf:
         return mtbf
     x = write / (2 * mtbf)
@@ -79,9 +83,11 @@ def best_interval_seconds(mtbf: float, write: float) -> float:
 
 
 def goodput_ratio(interval: float, mtbf: float, write: float, restart: float) -> float:
-    """Returns the seconds of work done in a second of a run that checkpoints every ``interval``
-    seconds of work."""
+    """Returns the seconds of work done in a second of a run that checkpoints every
+    ``interval`` seconds of work."""
     exponent = (interval + write) / mtbf
-    if interval <= 0 or exponent > 500:  # there are no checkpoints, or hardly one is ever reached
+    if (
+        interval <= 0 or exponent > 500
+    ):  # there are no checkpoints, or hardly one is ever reached
         return 0.0
     return interval / (mtbf * exp(min(restart / mtbf, 500.0)) * expm1(exponent))

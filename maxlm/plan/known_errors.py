@@ -1,8 +1,8 @@
 """Kinds of plans whose speeds are known to be wrong.
 
-The model of time (``plan/timing.py``) was held against published training runs. The kinds of runs
-that it misses most are declared here, so that a plan of such a kind can say so. A row leaves the
-table in the change that mends the model for it.
+The model of time (``plan/timing.py``) was held against published training runs. The
+kinds of runs that it misses most are declared here, so that a plan of such a kind can
+say so. A row leaves the table in the change that mends the model for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ NUM_PUBLISHED_RUNS = 116
 
 @dataclass(frozen=True)
 class KnownTimeError:
-    """A kind of plan, and how far its predicted speed is off. A condition left at its default holds
-    of every plan."""
+    """A kind of plan, and how far its predicted speed is off. A condition left at its
+    default holds of every plan."""
 
     kind: str
     """Key of the kind, for machines."""
@@ -34,7 +34,11 @@ class KnownTimeError:
     has_experts: bool = False
 
     def applies_to(
-        self, topology: Topology, mesh_sizes: Mapping[str, int], seq_len: int, has_experts: bool
+        self,
+        topology: Topology,
+        mesh_sizes: Mapping[str, int],
+        seq_len: int,
+        has_experts: bool,
     ) -> bool:
         """Returns whether a plan on a machine is of this kind."""
         return (
@@ -86,7 +90,8 @@ KNOWN_TIME_ERRORS = (
 def find_known_time_errors(
     topology: Topology, mesh_sizes: Mapping[str, int], seq_len: int, has_experts: bool
 ) -> tuple[KnownTimeError, ...]:
-    """Returns the kinds of known errors that a plan falls into, in the table's order."""
+    """Returns the kinds of known errors that a plan falls into, in the table's
+    order."""
     return tuple(
         error
         for error in KNOWN_TIME_ERRORS

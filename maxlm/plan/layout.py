@@ -1,5 +1,5 @@
-"""A run on a mesh: every check that it fits, how its models and arrays lie there, parameter by
-parameter, and its FLOPs; no device is needed."""
+"""A run on a mesh: every check that it fits, how its models and arrays lie there,
+parameter by parameter, and its FLOPs; no device is needed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,12 @@ from maxlm.config.errors import Requirement, check_requirements
 from maxlm.inference.sampling import check_samples
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import ParamSpec, flatten_names
-from maxlm.models.placement import PlacedModel, TrainingShape, place_model, require_trainable
+from maxlm.models.placement import (
+    PlacedModel,
+    TrainingShape,
+    place_model,
+    require_trainable,
+)
 from maxlm.parallel.pipeline import bubble_ratio
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run import RunConfig, read_frozen_configs
@@ -24,7 +29,8 @@ from maxlm.train.batch import require_batch_split
 def require_run_trainable(
     config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
 ) -> Iterator[Requirement]:
-    """Yields what a run must meet to train on one or many meshes, but for parameters' splits."""
+    """Yields what a run must meet to train on one or many meshes, but for parameters'
+    splits."""
     yield from _require_batch(config, sizes, micro_batches)
     shape = TrainingShape(config.data.seq_len, micro_batches)
     parts = config.model, config.sharding, config.parallel
@@ -37,14 +43,20 @@ def _require_batch(
     data, compute = config.data, config.sharding.compute
     yield from config.task.require_mesh(compute, sizes)
     lengths = config.task.name_row_lengths(data.seq_len)
-    yield from require_batch_split(data.batch_size, micro_batches, lengths, compute, sizes)
+    yield from require_batch_split(
+        data.batch_size, micro_batches, lengths, compute, sizes
+    )
 
 
 def place_run(
-    config: RunConfig, sizes: Mapping[str, int], dtype: Any, *, for_training: bool = True
+    config: RunConfig,
+    sizes: Mapping[str, int],
+    dtype: Any,
+    *,
+    for_training: bool = True,
 ) -> PlacedModel:
-    """Lays a run's model out on a mesh (``place_model``): to generate, or ``for_training``, where
-    the batch must divide over the mesh."""
+    """Lays a run's model out on a mesh (``place_model``): to generate, or
+    ``for_training``, where the batch must divide over the mesh."""
     shape = None
     if for_training:
         micro, samples = config.train.micro_batches, config.samples
@@ -56,13 +68,18 @@ def place_run(
 
 
 def place_frozen_models(
-    config: RunConfig, sources: Mapping[str, str | None], sizes: Mapping[str, int], dtype: Any
+    config: RunConfig,
+    sources: Mapping[str, str | None],
+    sizes: Mapping[str, int],
+    dtype: Any,
 ) -> dict[str, PlacedModel]:
     """Lays out the models that a run's task only reads, by name."""
     reads = sources and not config.task.prepares_batch_alone
     if reads and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
         what = f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run"
-        raise MaxlmError(what, where="parallel.schedule", fix="use circular, or mesh.stage=1")
+        raise MaxlmError(
+            what, where="parallel.schedule", fix="use circular, or mesh.stage=1"
+        )
     placed = {}
     for name, own in read_frozen_configs(config, sources).items():
         run = config.model_copy(update={"model": own.model, "adapter": own.adapter})
@@ -114,11 +131,15 @@ class RunLayout:
 def compute_run_layout(
     config: RunConfig, sizes: Mapping[str, int], links: Mapping[str, str] | None = None
 ) -> RunLayout:
-    """Places every array of a run on a mesh of given sizes, whose axes run over ``links``."""
+    """Places every array of a run on a mesh of given sizes, whose axes run over
+    ``links``."""
     placed = place_run(config, sizes, jnp.float32)
     work, split = RunWorkload(config, jnp.float32), MeshPartitioning(config, sizes)
     specs, devices = flatten_names(placed.specs), prod(sizes.values())
-    rows = tuple(_row(name, spec, placed.placements[name], devices) for name, spec in specs.items())
+    rows = tuple(
+        _row(name, spec, placed.placements[name], devices)
+        for name, spec in specs.items()
+    )
     parameter_bytes = sum(row.bytes_per_device for row in rows)
     flops = count_training_flops_per_token(work)
     a_token = work.tokens_per_row.decoder / config.data.seq_len
@@ -131,7 +152,9 @@ def compute_run_layout(
         active_parameters=round(count_active_parameters(specs, config.model)),
         rows=rows,
         parameter_bytes=parameter_bytes,
-        gradient_bytes=round(split.local_bytes(split.gradients, work.select_trained(work.specs))),
+        gradient_bytes=round(
+            split.local_bytes(split.gradients, work.select_trained(work.specs))
+        ),
         optimizer_bytes=round(split.local_bytes(split.optimizer, work.optimizer)),
         average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,
         tokens_per_step=tokens,
@@ -148,7 +171,9 @@ def _row(name: str, spec: ParamSpec, placement: Placement, devices: int) -> Para
         shape=spec.shape,
         dtype=jnp.dtype(spec.dtype).name,
         axes=spec.axes,
-        spec=tuple((p,) if isinstance(p, str) else tuple(p or ()) for p in placement.spec),
+        spec=tuple(
+            (p,) if isinstance(p, str) else tuple(p or ()) for p in placement.spec
+        ),
         rule=placement.rule,
         bytes_total=spec.nbytes,
         bytes_per_device=spec.nbytes // placement.num_shards,
@@ -185,7 +210,11 @@ def _list_notes(
     if more := rules.residual[len(rules.seq) :]:
         yield f"sequence parallel: residual stream and norms split over {ways(more)} as well"
     if rules.seq:
-        order = "an early and a late part each" if parallel.balance_sequence else "in its own order"
+        order = (
+            "an early and a late part each"
+            if parallel.balance_sequence
+            else "in its own order"
+        )
         yield (
             f"context parallel: the sequence over {ways(rules.seq)}, {order}; "
             f"attention by {parallel.context}"
@@ -193,7 +222,8 @@ def _list_notes(
     whole_kv_heads = rules.heads and rules.kv_heads != rules.heads
     if whole_kv_heads and attention is not None and not attention.latent:
         yield (
-            f"{attention.num_kv_heads} kv heads are whole on every device of {ways(rules.heads)}, "
+            f"{attention.num_kv_heads} kv heads are whole on every device of "
+            f"{ways(rules.heads)}, "
             "each of which computes them all and reads those of its own query heads"
         )
     stages, micro = sizes["stage"], config.train.micro_batches
@@ -203,36 +233,44 @@ def _list_notes(
         held = f"{groups} groups of {layers}" if groups > 1 else layers
         idle = bubble_ratio(parallel.schedule, stages, micro, groups)
         yield (
-            f"pipeline: {parallel.schedule}, {stages} stages of {held}, {micro} micro-batches, "
+            f"pipeline: {parallel.schedule}, {stages} stages of {held}, {micro} "
+            f"micro-batches, "
             f"{idle:.1%} of the time idle"
         )
-    if config.optimizer.kind == "muon" and (placed.optimizer.embed or placed.optimizer.mlp):
+    if config.optimizer.kind == "muon" and (
+        placed.optimizer.embed or placed.optimizer.mlp
+    ):
         # The compiler gathers what it likes.
         yield "what Muon's orthogonalisation gathers over devices is not among the bytes sent"
 
 
 class TrainingFlopsPerToken(NamedTuple):
-    """Training FLOPs a token (forward and backward), causal attention counted in full as if nothing
-    were masked (Chowdhery et al. 2022, appendix B), and at half, as a kernel computes it."""
+    """Training FLOPs a token (forward and backward), causal attention counted in full
+    as if nothing were masked (Chowdhery et al. 2022, appendix B), and at half, as a
+    kernel computes it."""
 
     full: float
     causal: float
 
 
-def count_active_parameters(flat: Mapping[str, ParamSpec], config: ModelConfig) -> float:
-    """Counts the parameters that one token meets: all but the routed experts it is not sent to."""
+def count_active_parameters(
+    flat: Mapping[str, ParamSpec], config: ModelConfig
+) -> float:
+    """Counts the parameters that one token meets: all but the routed experts it is not
+    sent to."""
     share = config.active_expert_fraction
     return sum(s.size * (share if "expert" in s.axes else 1) for s in flat.values())
 
 
 def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
-    """Counts FLOPs a token of a training step, whatever an implementation spends; of an encoder and
-    a decoder, a token of the decoder's.
+    """Counts FLOPs a token of a training step, whatever an implementation spends; of an
+    encoder and a decoder, a token of the decoder's.
 
-    6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices, of
-    routed experts those a token meets, routers and the output head, tied or not, but not table
-    look-ups, norms, biases and what an adapter adds. Attention's two products, and what layers
-    state beside, take their forward FLOPs and twice as many backward.
+    6 for every weight a token is multiplied with (2 forward, 4 backward): hidden
+    matrices, of routed experts those a token meets, routers and the output head, tied
+    or not, but not table look-ups, norms, biases and what an adapter adds. Attention's
+    two products, and what layers state beside, take their forward FLOPs and twice as
+    many backward.
     """
     weights = float(sum(kernel.size for kernel in (*work.non_layer_kernels, work.head)))
     full = causal = 0.0
@@ -250,4 +288,6 @@ def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
             products = 2.0 * width * layers * own.token_ratio * own.key_len
             full += products
             causal += products * (0.5 if own.causal else 1.0)
-    return TrainingFlopsPerToken(full=6.0 * weights + 3 * full, causal=6.0 * weights + 3 * causal)
+    return TrainingFlopsPerToken(
+        full=6.0 * weights + 3 * full, causal=6.0 * weights + 3 * causal
+    )

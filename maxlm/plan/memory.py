@@ -1,10 +1,11 @@
 """Main memory of a training step on each device, part by part.
 
-What rests between steps is exact. What a step adds follows how maxlm's step is written: a scan
-keeps its layers' inputs and what the remat policy names, gradients of scanned layers stay in the
-compute dtype until all layers are through, and one layer's backward pass or the loss stands on top.
-Their working sets are counted in arrays that are alive together, as XLA's buffer assignments show
-them (``benchmarks/plan_memory.py`` compares).
+What rests between steps is exact. What a step adds follows how maxlm's step is written:
+a scan keeps its layers' inputs and what the remat policy names, gradients of scanned
+layers stay in the compute dtype until all layers are through, and one layer's backward
+pass or the loss stands on top. Their working sets are counted in arrays that are alive
+together, as XLA's buffer assignments show them (``benchmarks/plan_memory.py``
+compares).
 """
 
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ Parts = dict[str, Number]
 """Name of arrays → bytes on each device."""
 _BRANCH = "what a branch adds before its last norm, its gradient"
 _MEMORY = "gradient of the encoder's output"
-# At once: scores of attention (pallas_kernels/attention/xla.py), an expert's hidden activations.
+# At once: scores of attention (pallas_kernels/attention/xla.py), an expert's hidden
+# activations.
 _SCORE_BYTES, _HIDDEN_BYTES = 1 << 26, 1 << 30
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on each device: first what rests between steps, then what is there at the peak."""
+    """Bytes on each device: first what rests between steps, then what is there at the
+    peak."""
 
     parameters: Number
     optimizer: Number
@@ -39,7 +42,8 @@ class DeviceMemory:
     batch: Number
     gradients: Number
     activations: Number
-    """Arrays of the forward pass that the remat policy keeps, layers' inputs included."""
+    """Arrays of the forward pass that the remat policy keeps, layers' inputs
+    included."""
     working: Number
     """Other arrays that are alive at the peak."""
     peak_index: Number
@@ -72,8 +76,15 @@ class DeviceMemory:
         }
 
 
-# Of a layer's residual stream without remat: norms' outputs, and their inputs but for the layer's.
-_STREAMS = {"pre": 3.0, "post": 3.0, "sandwich": 5.0, "parallel": 2.0, "parallel_shared": 1.0}
+# Of a layer's residual stream without remat: norms' outputs, and their inputs but for
+# the layer's.
+_STREAMS = {
+    "pre": 3.0,
+    "post": 3.0,
+    "sandwich": 5.0,
+    "parallel": 2.0,
+    "parallel_shared": 1.0,
+}
 PARTS = (
     *("parameters", "optimizer", "average", "frozen", "batch"),
     *("gradients", "activations", "working"),
@@ -83,10 +94,14 @@ PARTS = (
 def estimate_memory(shape: StepShape) -> DeviceMemory:
     """Counts the bytes that a training step needs on each device."""
     phases = _list_phases(shape)
-    sizes = [(*beside, sum(parts.values(), start=0.0)) for *beside, parts in phases.values()]
+    sizes = [
+        (*beside, sum(parts.values(), start=0.0)) for *beside, parts in phases.values()
+    ]
     totals = np.stack(np.broadcast_arrays(*(sum(phase) for phase in sizes)))
     peak = np.argmax(totals, axis=0)
-    at_peak = (np.choose(peak, np.broadcast_arrays(*own)) for own in zip(*sizes, strict=True))
+    at_peak = (
+        np.choose(peak, np.broadcast_arrays(*own)) for own in zip(*sizes, strict=True)
+    )
     gradients, activations, working = at_peak
     return DeviceMemory(
         **persistent_bytes(shape),
@@ -99,29 +114,44 @@ def estimate_memory(shape: StepShape) -> DeviceMemory:
 
 
 def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
-    """Phase → gradients, kept activations and what is alive besides, beside what rests."""
+    """Phase → gradients, kept activations and what is alive besides, beside what
+    rests."""
     work, split, stacks = shape.work, shape.split, shape.work.stacks
     added = np.greater(shape.micro_batches, 1) | shape.pipelined
-    sums = np.where(added, split.local_bytes(split.gradients, work.select_trained(work.specs)), 0.0)
-    saved = (_saved_activations(shape, stack) + _scan_inputs(shape, stack) for stack in stacks)
+    sums = np.where(
+        added, split.local_bytes(split.gradients, work.select_trained(work.specs)), 0.0
+    )
+    saved = (
+        _saved_activations(shape, stack) + _scan_inputs(shape, stack)
+        for stack in stacks
+    )
     kept = list(accumulate(saved))
     own = [_gradients(shape, stack) for stack in stacks]
     phases = {}
     for i, stack in enumerate(stacks):
-        through = np.where(added, 0.0, sum(own[i + 1 :], start=0.0))  # or among the sums
+        through = np.where(
+            added, 0.0, sum(own[i + 1 :], start=0.0)
+        )  # or among the sums
         gradients = own[i] + through + sums
         turn = _turn_parameters(shape, stack)
         for phase, parts in list_layer_working_sets(shape, stack).items():
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts | turn)
-    outer = split.local_bytes(split.gradients, work.select_trained(work.non_layer_specs))
+    outer = split.local_bytes(
+        split.gradients, work.select_trained(work.non_layer_specs)
+    )
     phases["the loss"] = (sums, kept[-1], list_loss_working_set(shape))
-    phases["the update"] = (sum(own) + sums + outer, 0.0, list_update_working_set(shape))
+    phases["the update"] = (
+        sum(own) + sums + outer,
+        0.0,
+        list_update_working_set(shape),
+    )
     return phases
 
 
 def persistent_bytes(shape: StepShape) -> dict[str, Number]:
-    """Parameters, optimizer state, their moving average, frozen models, and the batch."""
+    """Parameters, optimizer state, their moving average, frozen models, and the
+    batch."""
     work, split, config = shape.work, shape.split, shape.work.config
     parameters = split.local_bytes(split.storage, work.specs.values())
     arrays = config.task.batch_arrays(config.data.seq_len).values()
@@ -137,16 +167,21 @@ def persistent_bytes(shape: StepShape) -> dict[str, Number]:
 
 
 def _turn_parameters(shape: StepShape, stack: Stack) -> Parts:
-    """Counts what a scan whose turns have several layers takes out of their stack at once."""
+    """Counts what a scan whose turns have several layers takes out of their stack at
+    once."""
     if not 1 < stack.period < stack.num_layers:
         return {}
     held = shape.split.local_bytes(shape.split.storage, stack.specs.values())
     turns = stack.period / stack.num_layers
-    return {"parameters of a turn's layers, gradients": (held + _gradients(shape, stack)) * turns}
+    return {
+        "parameters of a turn's layers, gradients": (held + _gradients(shape, stack))
+        * turns
+    }
 
 
 def _gradients(shape: StepShape, stack: Stack) -> Number:
-    """Counts gradients of scanned layers, in the compute dtype, while these are differentiated."""
+    """Counts gradients of scanned layers, in the compute dtype, while these are
+    differentiated."""
     split, itemsize = shape.split, shape.work.dtype_bytes
     return sum(
         s.size
@@ -157,18 +192,31 @@ def _gradients(shape: StepShape, stack: Stack) -> Number:
 
 
 def _scan_inputs(shape: StepShape, stack: Stack) -> Number:
-    """Layers' inputs, which the scan keeps under any policy; of a pipeline, stages' inputs too;
-    and an encoder's output for layers that look at it."""
+    """Layers' inputs, which the scan keeps under any policy; of a pipeline, stages'
+    inputs too; and an encoder's output for layers that look at it."""
     work, stages, micro = shape.work, shape.stages, shape.micro_batches
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    layers = shape.per_stage(stack.num_layers) / shape.layer_groups_per_stage * stack.token_ratio
-    inputs = 2 * stages - 1 if shape.one_f_one_b else shape.pipeline_iterations + 3 * micro / stages
-    memory = work.tokens_per_row.encoder_tokens_per_decoder_token if stack.cross_attention else 0.0
+    layers = (
+        shape.per_stage(stack.num_layers)
+        / shape.layer_groups_per_stage
+        * stack.token_ratio
+    )
+    inputs = (
+        2 * stages - 1
+        if shape.one_f_one_b
+        else shape.pipeline_iterations + 3 * micro / stages
+    )
+    memory = (
+        work.tokens_per_row.encoder_tokens_per_decoder_token
+        if stack.cross_attention
+        else 0.0
+    )
     return one * (layers + memory + np.where(shape.pipelined, inputs, 0))
 
 
 def _saved_activations(shape: StepShape, stack: Stack) -> Number:
-    """Counts what the remat policy keeps of the layers that are differentiated together."""
+    """Counts what the remat policy keeps of the layers that are differentiated
+    together."""
     work, split, model = shape.work, shape.split, shape.work.config.model
     itemsize, kept = work.dtype_bytes, SAVED.get(shape.remat, ())
     if shape.remat == "none":
@@ -181,14 +229,18 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
     for heads, seen in ((own, stack.token_ratio), (crossing, encoder_rate)):
         sizes = split.local_attention_widths(heads)
         if "qkv" in kept:
-            within += sizes.queries + (sizes.keys + sizes.values) * seen / stack.token_ratio
+            within += (
+                sizes.queries + (sizes.keys + sizes.values) * seen / stack.token_ratio
+            )
         if "attention" in kept:
             within += sizes.output + sizes.heads * FP32 / itemsize
     if "mlp_up" in kept:
         within += hidden
     residual = 0.0
     if shape.remat == "none":
-        within += sum(split.local_ffn_elements_per_token(m) / len(m.kernels) for m in dense)
+        within += sum(
+            split.local_ffn_elements_per_token(m) / len(m.kernels) for m in dense
+        )
         # Narrow vectors before their norms and after, and heads before theirs.
         within += 2 * sum(m.latent_width for m in stack.matmul_groups)
         sizes = split.local_attention_widths(own)
@@ -196,7 +248,9 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
         if own is None:
             mixer = (m for m in stack.matmul_groups if m.branch == "mixer")
             within += sum(map(split.local_non_residual_width, mixer))
-        residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.cross_attention)
+        residual = model.d_model * (
+            _STREAMS[model.placement] + 2 * stack.cross_attention
+        )
     layers = shape.per_stage(stack.num_layers) / shape.layer_groups_per_stage
     elements = shape.micro_batch_tokens * within + shape.residual_tokens * residual
     tokens = stack.token_ratio * elements
@@ -207,11 +261,14 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
 
 
 def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
-    """Phase → what is alive besides while a layer of a stack is differentiated, by branch."""
+    """Phase → what is alive besides while a layer of a stack is differentiated, by
+    branch."""
     sets = {}
     if heads := stack.heads():
         biased = shape.work.config.model.positions.kind == "relative"
-        sets["a layer's attention"] = _attention(shape, stack, heads, stack.token_ratio, biased)
+        sets["a layer's attention"] = _attention(
+            shape, stack, heads, stack.token_ratio, biased
+        )
     else:
         sets["a layer's mixer"] = _mixer(shape, stack)
     if heads := stack.heads("cross_attention"):
@@ -237,9 +294,14 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
 
 
 def _frozen_layer(shape: StepShape, stack: Stack, branches: dict[str, Parts]) -> Parts:
-    """All branches together. XLA:GPU copies kernels into the stream that rest in the compute dtype,
-    of all layers at once, into another layout; others are cast layer by layer."""
-    parts = {f"{phase}: {p}": size for phase, own in branches.items() for p, size in own.items()}
+    """All branches together. XLA:GPU copies kernels into the stream that rest in the
+    compute dtype, of all layers at once, into another layout; others are cast layer by
+    layer."""
+    parts = {
+        f"{phase}: {p}": size
+        for phase, own in branches.items()
+        for p, size in own.items()
+    }
     mixer = (group for group in stack.matmul_groups if group.branch != "ffn")
     copied = [
         spec
@@ -248,8 +310,12 @@ def _frozen_layer(shape: StepShape, stack: Stack, branches: dict[str, Parts]) ->
         if jnp.dtype(spec.dtype).itemsize == shape.work.dtype_bytes
     ]
     return parts | {
-        "other kernels, gathered": sum(map(shape.gathered_weight_bytes, mixer), start=0.0),
-        "kernels into the stream, copied": shape.split.local_bytes(shape.split.storage, copied),
+        "other kernels, gathered": sum(
+            map(shape.gathered_weight_bytes, mixer), start=0.0
+        ),
+        "kernels into the stream, copied": shape.split.local_bytes(
+            shape.split.storage, copied
+        ),
     }
 
 
@@ -260,8 +326,8 @@ def _stream(shape: StepShape, stack: Stack) -> Number:
 
 
 def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
-    """Its maps' outputs and their cotangents, their kernels, the stream and its gradient, norms'
-    inputs and outputs."""
+    """Its maps' outputs and their cotangents, their kernels, the stream and its
+    gradient, norms' inputs and outputs."""
     work, itemsize = shape.work, shape.work.dtype_bytes
     beside = (m for m in stack.matmul_groups if m.module == group.module)
     count, tokens = len(group.kernels), shape.micro_batch_tokens * stack.token_ratio
@@ -269,7 +335,8 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
     kept = 1 if "mlp_up" in SAVED.get(shape.remat, ()) else count + 1
     outputs = 0 if shape.remat == "none" else kept
     stream, inner = _stream(shape, stack), tokens * work.config.model.d_model * itemsize
-    # Where the sequence is gathered, the stream's width is there five times in both lengths.
+    # Where the sequence is gathered, the stream's width is there five times in both
+    # lengths.
     width = np.where(np.greater(inner, stream), 5 * inner + 4 * stream, 5 * stream)
     return {
         "kernels, gathered": sum(map(shape.gathered_weight_bytes, beside), start=0.0),
@@ -279,7 +346,8 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
 
 
 def _mixer(shape: StepShape, stack: Stack) -> Parts:
-    """A mixer without heads: its matrices' products, their fp32 states and gradients."""
+    """A mixer without heads: its matrices' products, their fp32 states and
+    gradients."""
     maps = [m for m in stack.matmul_groups if m.branch == "mixer"]
     tokens = shape.micro_batch_tokens * stack.token_ratio
     inner = tokens * sum(shape.split.local_non_residual_width(m) for m in maps)
@@ -293,27 +361,45 @@ def _mixer(shape: StepShape, stack: Stack) -> Parts:
 def _attention(
     shape: StepShape, stack: Stack, heads: AttentionCosts, seen: float, biased: bool
 ) -> Parts:
-    """Attention that looks at ``seen`` tokens for each of the batch, with learnt biases or not."""
+    """Attention that looks at ``seen`` tokens for each of the batch, with learnt biases
+    or not."""
     split, work = shape.split, shape.work
     sizes, itemsize = split.local_attention_widths(heads), work.dtype_bytes
     tokens = shape.micro_batch_tokens * stack.token_ratio
-    length, keys = (work.tokens_per_row.decoder * rate for rate in (stack.token_ratio, seen))
+    length, keys = (
+        work.tokens_per_row.decoder * rate for rate in (stack.token_ratio, seen)
+    )
     # A tile of queries with all keys.
-    scores = shape.micro_batch_size * sizes.heads * min(max(128, length / 16), length) * keys * FP32
-    scores = 0.0 if shape.fused_attention and not biased else 3 * np.minimum(scores, _SCORE_BYTES)
+    scores = (
+        shape.micro_batch_size
+        * sizes.heads
+        * min(max(128, length / 16), length)
+        * keys
+        * FP32
+    )
+    scores = (
+        0.0
+        if shape.fused_attention and not biased
+        else 3 * np.minimum(scores, _SCORE_BYTES)
+    )
     whole = shape.micro_batch_tokens * seen * split.num_devices(split.compute.seq)
     narrow = sum(group.latent_width for group in stack.matmul_groups)
     parts = {
         "queries, output and their gradients": tokens
         * (sizes.queries * (itemsize + FP32) + sizes.output * 2 * itemsize),
-        "keys, values and their gradients": whole * (sizes.keys + sizes.values) * (itemsize + FP32),
+        "keys, values and their gradients": whole
+        * (sizes.keys + sizes.values)
+        * (itemsize + FP32),
         "scores of a tile": scores,
         "residual stream, norms, their gradients": 4 * _stream(shape, stack),
     }
     if narrow:
-        # The vectors before norms and after, and their gradients; parts of heads, not yet joined.
+        # The vectors before norms and after, and their gradients; parts of heads, not
+        # yet joined.
         joined = sizes.queries + sizes.keys
-        parts["latent vectors, parts of heads"] = tokens * itemsize * (4 * narrow + joined)
+        parts["latent vectors, parts of heads"] = (
+            tokens * itemsize * (4 * narrow + joined)
+        )
     return parts
 
 
@@ -324,7 +410,12 @@ def _experts(shape: StepShape, stack: Stack) -> Parts:
     weights = sum(map(shape.gathered_weight_bytes, maps))
     largest = max(k.size for m in maps for k in m.kernels) / sum(m.size for m in maps)
     inner = next(m for m in maps if m.output_features == "mlp")
-    hidden = rows * shape.split.local_ffn_elements_per_token(inner) / len(inner.kernels) * itemsize
+    hidden = (
+        rows
+        * shape.split.local_ffn_elements_per_token(inner)
+        / len(inner.kernels)
+        * itemsize
+    )
     return {
         "kernels, gathered, and one's gradient": (1 + largest) * weights,
         "rows received and their gradients": rows * width * (2 * itemsize + FP32),
@@ -349,11 +440,13 @@ def list_loss_working_set(shape: StepShape) -> Parts:
 
 
 def list_update_working_set(shape: StepShape) -> Parts:
-    """Lists the updates gathered, where each device updates a part of what it holds (ZeRO-1 and 2):
-    the two largest parameters' are alive together."""
+    """Lists the updates gathered, where each device updates a part of what it holds
+    (ZeRO-1 and 2): the two largest parameters' are alive together."""
     work, split, whole = shape.work, shape.split, []
     for spec in work.select_trained(work.specs):
         held = split.local_bytes(split.storage, [spec])
-        whole.append(np.where(split.local_bytes(split.optimizer, [spec]) < held, held, 0.0))
+        whole.append(
+            np.where(split.local_bytes(split.optimizer, [spec]) < held, held, 0.0)
+        )
     largest = np.sort(np.stack(np.broadcast_arrays(*whole)), axis=0)[-2:]
     return {"updates, gathered": largest.sum(axis=0)}

@@ -25,7 +25,8 @@ from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
 
-# Of the memory limit, what the analytic peak may safely come to: it is off by a few per cent.
+# Of the memory limit, what the analytic peak may safely come to: it is off by a few per
+# cent.
 FILL = 0.95
 
 
@@ -37,16 +38,24 @@ class Machine(Network):
 
     @classmethod
     def from_name(cls, name: str) -> "Machine":
-        """Returns the machine of a name that docs/plan.md explains; a CPU is measured."""
+        """Returns the machine of a name that docs/plan.md explains; a CPU is
+        measured."""
         topology = parse_topology(name)
-        chip = measure_cpu(topology.devices) if topology.platform == "cpu" else CHIPS[topology.kind]
+        chip = (
+            measure_cpu(topology.devices)
+            if topology.platform == "cpu"
+            else CHIPS[topology.kind]
+        )
         return cls(topology, chip, name)
 
     @classmethod
     def from_devices(cls, devices: Sequence[Any]) -> "Machine | None":
-        """Returns the machine that these devices are; None: a kind whose figures are not known."""
+        """Returns the machine that these devices are; None: a kind whose figures are
+        not known."""
         # Of another process's devices the memory cannot be asked for.
-        own = (d for d in devices if getattr(d, "process_index", 0) == jax.process_index())
+        own = (
+            d for d in devices if getattr(d, "process_index", 0) == jax.process_index()
+        )
         if (chip := find_chip(first := next(own, devices[0]))) is None:
             return None
         with suppress(AttributeError, jax.errors.JaxRuntimeError):  # only described
@@ -56,8 +65,14 @@ class Machine(Network):
         shape = (len(devices),)
         if first.platform == "gpu":
             # Processes may have one GPU each: then a host is as many as NVLink joins.
-            a_process = len(devices) // len({device.process_index for device in devices})
-            a_host = a_process if a_process > 1 else min(chip.nvlink_domain_size, len(devices))
+            a_process = len(devices) // len(
+                {device.process_index for device in devices}
+            )
+            a_host = (
+                a_process
+                if a_process > 1
+                else min(chip.nvlink_domain_size, len(devices))
+            )
             slices, shape = 1, (len(devices) // a_host, a_host)
         elif first.platform == "tpu":
             places = np.array([device.coords for device in devices])
@@ -67,7 +82,8 @@ class Machine(Network):
         return cls(topology, chip, topology.description)
 
     def mesh(self, config: RunConfig) -> dict[str, int]:
-        """Returns the config's mesh; refuses slices or hosts that it cannot be laid along."""
+        """Returns the config's mesh; refuses slices or hosts that it cannot be laid
+        along."""
         sizes = mesh_sizes(config.mesh, self.topology.devices)
         if self.topology.platform == "tpu":
             count_slices_per_axis(sizes, self.topology.slices)
@@ -128,7 +144,9 @@ class RunPlan:
         """Whether the run fits by less than the plan may be wrong."""
         self.step_seconds = seconds = self.time and float(self.time.total)
         self.tokens_per_second = seconds and layout.tokens_per_step / seconds
-        self.total_peak_flops_per_second = chip and chip.peak_flops["bf16"] * layout.devices
+        self.total_peak_flops_per_second = (
+            chip and chip.peak_flops["bf16"] * layout.devices
+        )
         """FLOP/s of all devices together."""
 
     def mfu(self, *, full_attention: bool = False) -> float | None:
@@ -136,12 +154,17 @@ class RunPlan:
         if self.total_peak_flops_per_second is None or self.tokens_per_second is None:
             return None
         layout = self.layout
-        flops = layout.flops_per_token_full_attention if full_attention else layout.flops_per_token
+        flops = (
+            layout.flops_per_token_full_attention
+            if full_attention
+            else layout.flops_per_token
+        )
         return self.tokens_per_second * flops / self.total_peak_flops_per_second
 
     @property
     def known_time_errors(self) -> tuple[KnownTimeError, ...]:
-        """Known errors of the predicted times; none without a machine, which has no times."""
+        """Known errors of the predicted times; none without a machine, which has no
+        times."""
         if self.machine is None:
             return ()
         work = self.shape.work
@@ -154,7 +177,8 @@ class RunPlan:
 
     @property
     def run_hours(self) -> float | None:
-        """Hours of the whole run, failures included, with checkpoints at the best interval."""
+        """Hours of the whole run, failures included, with checkpoints at the best
+        interval."""
         if self.step_seconds is None or self.goodput is None or not self.goodput.best:
             return None
         steps = self.layout.tokens_total / self.layout.tokens_per_step
@@ -206,7 +230,9 @@ def plan_run(
         reliability: of the machine, for goodput.
     """
     topology = machine and machine.topology
-    dtype = resolve_compute_dtype(config.compute_dtype, topology.platform if topology else "tpu")
+    dtype = resolve_compute_dtype(
+        config.compute_dtype, topology.platform if topology else "tpu"
+    )
     if sizes is None:
         assert machine is not None
         sizes = machine.mesh(config)
@@ -220,7 +246,11 @@ def plan_run(
     if time:
         state = float(held.parameters + held.optimizer + held.average)
         good = estimate_goodput(
-            layout.devices, state, float(time.total), config.checkpoint.every_steps, reliability
+            layout.devices,
+            state,
+            float(time.total),
+            config.checkpoint.every_steps,
+            reliability,
         )
     costs = (_cost(c, shape.split, machine) for c in sends)
     sent = tuple(cost for cost in costs if cost.sent_bytes > 0)
@@ -230,12 +260,15 @@ def plan_run(
 def _describe_links(
     machine: Machine, config: RunConfig, sizes: Mapping[str, int]
 ) -> dict[str, str]:
-    """Describes the links of each mesh axis of several devices: on a TPU, with the dimensions of
-    the torus that it lies along."""
+    """Describes the links of each mesh axis of several devices: on a TPU, with the
+    dimensions of the torus that it lies along."""
     topology = machine.topology
     split = MeshPartitioning(config, sizes)
-    links = {axis: machine.link((axis,), split) for axis in MESH_AXES if sizes[axis] > 1}
-    # Devices that are here need not be all of a slice, whose shape their coordinates tell.
+    links = {
+        axis: machine.link((axis,), split) for axis in MESH_AXES if sizes[axis] > 1
+    }
+    # Devices that are here need not be all of a slice, whose shape their coordinates
+    # tell.
     if topology.platform != "tpu" or topology.devices != prod(sizes.values()):
         return links
     for axis, dimensions in find_torus_dimensions(topology, sizes).items():
@@ -247,31 +280,45 @@ def _describe_links(
 def estimate_costs(
     shape: StepShape, machine: Machine | None
 ) -> tuple[DeviceMemory, tuple[PlannedCollective, ...], StepTime | None]:
-    """Returns memory, collectives and, on a machine, the time of a run, or of each of many."""
+    """Returns memory, collectives and, on a machine, the time of a run, or of each of
+    many."""
     held, sends = estimate_memory(shape), list_collectives(shape)
     if machine is None:
         return held, sends, None
     dtype = select_matmul_dtype(machine.chip, shape.work.dtype_bytes)
-    time = estimate_time(shape, machine, sends, dtype=dtype, transient_bytes=held.transient_bytes)
+    time = estimate_time(
+        shape, machine, sends, dtype=dtype, transient_bytes=held.transient_bytes
+    )
     return held, sends, time
 
 
 def select_matmul_dtype(chip: Chip, dtype_bytes: int) -> str:
-    """Returns the key in ``Chip.peak_flops`` of products in a compute dtype of so many bytes."""
-    # By JAX's default precision fp32 products are TF32 on NVIDIA's GPUs, and one pass of bf16 on
-    # TPUs.
+    """Returns the key in ``Chip.peak_flops`` of products in a compute dtype of so many
+    bytes."""
+    # By JAX's default precision fp32 products are TF32 on NVIDIA's GPUs, and one pass
+    # of bf16 on TPUs.
     wanted = ("fp32", "tf32", "bf16") if dtype_bytes == FP32 else ("bf16",)
     return next(dtype for dtype in wanted if dtype in chip.peak_flops)
 
 
-def _cost(c: PlannedCollective, split: MeshPartitioning, network: Network | None) -> CollectiveCost:
+def _cost(
+    c: PlannedCollective, split: MeshPartitioning, network: Network | None
+) -> CollectiveCost:
     axes = tuple(axis for axis in MESH_AXES if axis in c.axes and split.sizes[axis] > 1)
     seconds = None
     if network:
         one = network.seconds(c.kind, c.axes, c.whole_bytes, split)
         seconds = float(c.count * one / EFFICIENCY[network.chip.family].network)
     return CollectiveCost(
-        *(c.what, c.kind, axes, float(c.whole_bytes), round(float(c.count)), c.phase, c.waits),
+        *(
+            c.what,
+            c.kind,
+            axes,
+            float(c.whole_bytes),
+            round(float(c.count)),
+            c.phase,
+            c.waits,
+        ),
         devices=round(float(split.num_devices(axes))),
         link=network.link(axes, split) if network else None,
         sent_bytes=float(c.wire_bytes(split)),

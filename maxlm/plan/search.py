@@ -1,8 +1,9 @@
-"""Search for the best layout of a run: every mesh, micro-batch and remat policy, by the plan.
+"""Search for the best layout of a run: every mesh, micro-batch and remat policy, by the
+plan.
 
-Candidates are evaluated all at once: the plan's formulas hold for arrays of mesh sizes. Every way
-to write the machine's devices as a product of mesh axes is one; batch, sequence and model stay as
-they are, so that every candidate trains the same run.
+Candidates are evaluated all at once: the plan's formulas hold for arrays of mesh sizes.
+Every way to write the machine's devices as a product of mesh axes is one; batch,
+sequence and model stay as they are, so that every candidate trains the same run.
 """
 
 import time
@@ -27,10 +28,11 @@ from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
 
-# Candidates that fit but fail a check which only the plan itself makes, before a search gives up.
+# Candidates that fit but fail a check which only the plan itself makes, before a search
+# gives up.
 _REFUSALS = 500
-# Rules for the residual stream's sequence: whole on devices of `tensor`, or split (Megatron's
-# sequence parallelism).
+# Rules for the residual stream's sequence: whole on devices of `tensor`, or split
+# (Megatron's sequence parallelism).
 _RESIDUAL = (("context",), ("context", "tensor"))
 
 
@@ -52,7 +54,9 @@ class Candidate:
     ) -> tuple[KnownTimeError, ...]:
         """Returns the known errors of ``seconds``, for a run with this layout."""
         has_experts = config.model.moe is not None
-        return find_known_time_errors(topology, self.sizes, config.data.seq_len, has_experts)
+        return find_known_time_errors(
+            topology, self.sizes, config.data.seq_len, has_experts
+        )
 
     def apply(self, config: RunConfig) -> RunConfig:
         """Returns the run with this layout."""
@@ -66,7 +70,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The quickest candidates, quickest first: all fit and pass all of a run's own checks."""
+    """The quickest candidates, quickest first: all fit and pass all of a run's own
+    checks."""
 
     best: tuple[Candidate, ...]
     num_tried: int
@@ -80,10 +85,13 @@ class SearchResult:
     """Why the last one that fits and is not among the best was refused."""
 
 
-def search_layouts(config: RunConfig, machine: Machine, *, top: int = 10) -> SearchResult:
+def search_layouts(
+    config: RunConfig, machine: Machine, *, top: int = 10
+) -> SearchResult:
     """Ranks all layouts of a run on a machine; where none fits there is no best."""
     began = time.perf_counter()
-    # Seconds, memory, micro-batches and mesh of candidates that fit; and what their batch shares.
+    # Seconds, memory, micro-batches and mesh of candidates that fit; and what their
+    # batch shares.
     fitting, shared = [np.empty((3 + len(MESH_AXES), 0))], []
     num_tried = num_divisible = 0
     least = np.inf
@@ -100,7 +108,9 @@ def search_layouts(config: RunConfig, machine: Machine, *, top: int = 10) -> Sea
         least = min(least, float(columns[1].min()))
         columns = columns[:, columns[1] <= FILL * machine.chip.memory_bytes]
         fitting.append(columns)
-        shared += [(shape.remat, shape.work.config.sharding.compute.residual)] * columns.shape[1]
+        shared += [
+            (shape.remat, shape.work.config.sharding.compute.residual)
+        ] * columns.shape[1]
     rows = np.concatenate(fitting, axis=1).T
     order = np.lexsort((rows[:, 1], rows[:, 0])).tolist()
     spent = time.perf_counter() - began
@@ -117,12 +127,16 @@ def search_layouts(config: RunConfig, machine: Machine, *, top: int = 10) -> Sea
             refusal = str(error)
         if len(best) == top or place - len(best) == _REFUSALS:
             break
-    return SearchResult(tuple(best), num_tried, num_divisible, len(order), least, spent, refusal)
+    return SearchResult(
+        tuple(best), num_tried, num_divisible, len(order), least, spent, refusal
+    )
 
 
-def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, StepShape]]:
-    """Yields the number of candidates with one remat policy and one set of rules, and the steps of
-    those that divide as they must."""
+def _list_shapes(
+    config: RunConfig, machine: Machine
+) -> Iterator[tuple[int, StepShape]]:
+    """Yields the number of candidates with one remat policy and one set of rules, and
+    the steps of those that divide as they must."""
     dtype = resolve_compute_dtype(config.compute_dtype, machine.topology.platform)
     batch = config.data.batch_size
     axes = [a for a in MESH_AXES if a != "expert" or config.model.moe is not None]
@@ -130,7 +144,9 @@ def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, Ste
     pairs = list(product(meshes, list_divisors(batch)))
     micro = np.array([n for _, n in pairs], float)
     sizes = {a: np.ones(len(pairs)) for a in MESH_AXES}
-    sizes |= dict(zip(axes, np.array([mesh for mesh, _ in pairs], float).T, strict=True))
+    sizes |= dict(
+        zip(axes, np.array([mesh for mesh, _ in pairs], float).T, strict=True)
+    )
     given = config.sharding.compute.residual
     for residual in dict.fromkeys((given, *_RESIDUAL)):
         compute = config.sharding.compute.model_copy(update={"residual": residual})
@@ -139,10 +155,15 @@ def _list_shapes(config: RunConfig, machine: Machine) -> Iterator[tuple[int, Ste
         divides = _find_divisible(work, sizes, micro, machine)
         if residual != given:
             # Rules that differ over axes of one device are the same candidate.
-            divides &= np.any([sizes[axis] > 1 for axis in set(residual) ^ set(given)], axis=0)
+            divides &= np.any(
+                [sizes[axis] > 1 for axis in set(residual) ^ set(given)], axis=0
+            )
         own = {axis: n[divides] for axis, n in sizes.items()}
         for remat in get_args(RematPolicy):
-            yield len(pairs), StepShape(work, own, micro[divides], remat, machine.topology)
+            yield (
+                len(pairs),
+                StepShape(work, own, micro[divides], remat, machine.topology),
+            )
 
 
 def list_divisors(n: int) -> list[int]:
@@ -167,7 +188,9 @@ def _find_divisible(
     """Marks candidates that meet every check of a run, and divide its parameters."""
     config, split = work.config, MeshPartitioning(work.config, sizes)
     requirements = require_run_trainable(config, sizes, micro)
-    good = np.all(np.stack(np.broadcast_arrays(*(each.is_met for each in requirements))), axis=0)
+    good = np.all(
+        np.stack(np.broadcast_arrays(*(each.is_met for each in requirements))), axis=0
+    )
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             for own in (split.storage, split.gradients, split.optimizer, split.compute):
@@ -176,13 +199,15 @@ def _find_divisible(
     if topology.platform == "gpu":
         good &= topology.shape[-1] % sizes["tensor"] == 0
     if topology.platform == "tpu" and topology.slices > 1:
-        good &= np.any([sizes[a] % topology.slices == 0 for a in BETWEEN_SLICES], axis=0)
+        good &= np.any(
+            [sizes[a] % topology.slices == 0 for a in BETWEEN_SLICES], axis=0
+        )
     return good
 
 
 def format_run_yaml(run: RunConfig, source: str) -> str:
-    """Formats a run as YAML for ``maxlm train``: a source (a config file or the name of a shipped
-    config), and the settings that differ from it."""
+    """Formats a run as YAML for ``maxlm train``: a source (a config file or the name of
+    a shipped config), and the settings that differ from it."""
     wanted = run.model_dump(mode="json")
     try:
         known = load_config(RunConfig, source).value.model_dump(mode="json")

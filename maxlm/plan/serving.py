@@ -1,8 +1,9 @@
-"""The cost of serving a model on a machine: what is held, how many sequences fit, how long tokens
-take, and the search over splits.
+"""The cost of serving a model on a machine: what is held, how many sequences fit, how
+long tokens take, and the search over splits.
 
-A replica decodes its rows one token each a step, all of them for as long as a request lives. A step
-takes, on a device, the longer of reading and of computing, for weights and for caches apart:
+A replica decodes its rows one token each a step, all of them for as long as a request
+lives. A step takes, on a device, the longer of reading and of computing, for weights
+and for caches apart:
 
     weights        bytes of what the step multiplies by / (bandwidth · reading), or FLOPs / rate
     cache          bytes of all rows' pages at half of their new tokens, likewise
@@ -10,11 +11,12 @@ takes, on a device, the longer of reading and of computing, for weights and for 
     communication  the all-reduces and gathers of tensor parallelism; nothing hides them
     overhead       host and launches
 
-Prompts are computed between the steps, as a training step's forward pass is (``plan/timing.py``):
-each token of a request waits for its share of all rows' prompts. Peaks, links and the shares of
-them that products and collectives reach are the plan's own; ``DECODE_EFFICIENCY`` stands for
-published runs (``benchmarks/plan_serving.py``). Not counted: queues, uneven lengths, shared
-prefixes, speculation, and the time of a tokenizer.
+Prompts are computed between the steps, as a training step's forward pass is
+(``plan/timing.py``): each token of a request waits for its share of all rows' prompts.
+Peaks, links and the shares of them that products and collectives reach are the plan's
+own; ``DECODE_EFFICIENCY`` stands for published runs (``benchmarks/plan_serving.py``).
+Not counted: queues, uneven lengths, shared prefixes, speculation, and the time of a
+tokenizer.
 """
 
 from collections.abc import Sequence
@@ -52,15 +54,23 @@ from maxlm.plan.timing import (
     estimate_elementwise_bytes,
     estimate_time,
 )
-from maxlm.plan.workload import FP32, MeshPartitioning, Number, RunWorkload, StepShape, TokensPerRow
+from maxlm.plan.workload import (
+    FP32,
+    MeshPartitioning,
+    Number,
+    RunWorkload,
+    StepShape,
+    TokensPerRow,
+)
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig
 
 WeightFormat = Literal["auto", "fp8", "int8"]
-"""Matrices of layers; auto: the compute dtype. Tables, the head among them, are in that anyway."""
+"""Matrices of layers; auto: the compute dtype. Tables, the head among them, are in that
+anyway."""
 ENGINE_WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("auto",)
-"""Formats that maxlm's own engine has. The others are planned to compare with what other engines
-publish."""
+"""Formats that maxlm's own engine has. The others are planned to compare with what
+other engines publish."""
 PREFILL_CHUNK = 2048
 """Most tokens of prompts that are computed at once."""
 # Rows of a replica beyond which no plan looks.
@@ -77,8 +87,8 @@ class ServingOptions:
     """Tokens of its answer."""
     weights: WeightFormat = "auto"
     batch: int | None = None
-    """Sequences on all devices together; None: as many as fit and are in time, and at least one a
-    replica."""
+    """Sequences on all devices together; None: as many as fit and are in time, and at
+    least one a replica."""
     ttft_ms: float | None = None
     """Longest time to a prompt's first token."""
     tpot_ms: float | None = None
@@ -89,12 +99,17 @@ class ServingOptions:
         return self.prompt + self.new
 
 
-def read_workload(config: RunConfig, machine: Machine, options: ServingOptions) -> RunWorkload:
-    """Reads the model of a run, but not its task. Raises MaxlmError: it is no decoder, or requests
-    are longer than its context."""
+def read_workload(
+    config: RunConfig, machine: Machine, options: ServingOptions
+) -> RunWorkload:
+    """Reads the model of a run, but not its task. Raises MaxlmError: it is no decoder,
+    or requests are longer than its context."""
     kind, limit = config.model.architecture, config.model.max_seq_len
     if kind != "decoder":
-        what, fix = f"serving is planned for decoders, not an {kind}", "name a decoder's config"
+        what, fix = (
+            f"serving is planned for decoders, not an {kind}",
+            "name a decoder's config",
+        )
         raise MaxlmError(what, where="model.architecture", fix=fix)
     if options.length > limit:
         what = f"{options.prompt:,} + {options.new:,} tokens exceed the context of {limit:,}"
@@ -103,13 +118,16 @@ def read_workload(config: RunConfig, machine: Machine, options: ServingOptions) 
     kept = ("name", "compute_dtype", "model", "adapter", "sharding", "parallel")
     data = DataConfig(seq_len=options.prompt, batch_size=1)
     run = RunConfig(**{key: getattr(config, key) for key in kept}, data=data)
-    return RunWorkload(run, resolve_compute_dtype(run.compute_dtype, machine.topology.platform))
+    return RunWorkload(
+        run, resolve_compute_dtype(run.compute_dtype, machine.topology.platform)
+    )
 
 
 class ServedModel:
-    """A model, as :func:`read_workload` returns it, split into replicas of ``tensor`` devices.
-    Bytes, FLOPs and seconds are of one device; rows are the sequences of one replica, a number or
-    an array of them. Raises MaxlmError: it does not divide, or the machine cannot be laid out so.
+    """A model, as :func:`read_workload` returns it, split into replicas of ``tensor``
+    devices. Bytes, FLOPs and seconds are of one device; rows are the sequences of one
+    replica, a number or an array of them. Raises MaxlmError: it does not divide, or the
+    machine cannot be laid out so.
     """
 
     def __init__(
@@ -120,8 +138,13 @@ class ServedModel:
         tensor: int,
         cache: CacheFormat,
     ):
-        mesh = MeshConfig(data=machine.topology.devices // tensor, fsdp=1, tensor=tensor)
-        run, platform = work.config.model_copy(update={"mesh": mesh}), machine.topology.platform
+        mesh = MeshConfig(
+            data=machine.topology.devices // tensor, fsdp=1, tensor=tensor
+        )
+        run, platform = (
+            work.config.model_copy(update={"mesh": mesh}),
+            machine.topology.platform,
+        )
         self.machine, self.options = machine, options
         self.cache: CacheFormat = cache
         self.sizes = sizes = machine.mesh(run)
@@ -129,7 +152,9 @@ class ServedModel:
         placed = place_run(run, sizes, dtype, for_training=False)
         assert isinstance(placed.model, Decoder)
         rules = {"storage": placed.storage, "compute": placed.compute}
-        sharding = run.sharding.model_copy(update={"gradients": None, "optimizer": None, **rules})
+        sharding = run.sharding.model_copy(
+            update={"gradients": None, "optimizer": None, **rules}
+        )
         self.work = copy(work)
         self.work.config = run.model_copy(update={"sharding": sharding})
         ways = prod(sizes[axis] for axis in placed.compute.heads)
@@ -139,7 +164,9 @@ class ServedModel:
         """Those of a replica of one device, where no head is twice."""
         self.split, chip = MeshPartitioning(self.work.config, sizes), machine.chip
         usual = select_matmul_dtype(chip, work.dtype_bytes)
-        self.matmul_dtype = options.weights if options.weights in chip.peak_flops else usual
+        self.matmul_dtype = (
+            options.weights if options.weights in chip.peak_flops else usual
+        )
         reached = chip.read_bandwidth or chip.memory_bandwidth
         self.read_bandwidth = reached * DECODE_EFFICIENCY[chip.family].reading
         """B/s in reading weights and caches."""
@@ -148,15 +175,21 @@ class ServedModel:
     def weight_bytes(self) -> dict[str, float]:
         """Bytes of each parameter in use."""
         table = self.work.dtype_bytes
-        cast = {"table": table, "matrix": table if self.options.weights == "auto" else 1}
+        cast = {
+            "table": table,
+            "matrix": table if self.options.weights == "auto" else 1,
+        }
         return {
-            name: float(spec.size * cast.get(spec.role, FP32) / self._count_shards(spec.axes))
+            name: float(
+                spec.size * cast.get(spec.role, FP32) / self._count_shards(spec.axes)
+            )
             for name, spec in self.work.specs.items()
         }
 
     def count_read_weight_bytes(self, rows: Number) -> Number:
-        """Counts what a step of so many rows reads: all but tables of which it looks up rows, and
-        but experts that none is sent to, as if each were as likely (Mixtral, arXiv 2401.04088)."""
+        """Counts what a step of so many rows reads: all but tables of which it looks up
+        rows, and but experts that none is sent to, as if each were as likely (Mixtral,
+        arXiv 2401.04088)."""
         work, experts, met = self.work, self.work.experts, 1.0
         unread = list(work.embedding_lookup_rates)[work.config.model.tie_embeddings :]
         if experts is not None:
@@ -175,14 +208,18 @@ class ServedModel:
         return count_sequence_bytes(self.layer_caches, length, self._count_shards)
 
     def count_memory_bytes(self, rows: int) -> dict[str, float]:
-        """Counts the bytes of so many rows at their full length, by what they are for."""
+        """Counts the bytes of so many rows at their full length, by what they are
+        for."""
         model, vocab = self.work.config.model, self._count_shards(("vocab",))
         # In fp32, with what sampling makes of them.
         logits = 2 * FP32 * model.vocab_size / float(vocab)
         each = logits + self.count_cache_bytes(self.options.length)
-        # A chunk of a prompt in a layer: the residual stream and its norms, and all that the
-        # layer's matrices write.
-        within = max(self.split.local_non_residual_width(g) for g in self.work.matmul_layer_counts)
+        # A chunk of a prompt in a layer: the residual stream and its norms, and all
+        # that the layer's matrices write.
+        within = max(
+            self.split.local_non_residual_width(g)
+            for g in self.work.matmul_layer_counts
+        )
         width = (4 * model.d_model + 2 * float(within)) * self.work.dtype_bytes
         return {
             "weights": sum(self.weight_bytes.values()),
@@ -197,8 +234,8 @@ class ServedModel:
         return max(int(left / each), 0)
 
     def _plan_pass(self, tokens: int, rows: Number) -> tuple[StepShape, StepTime]:
-        """Plans the forward pass of so many tokens of so many rows on each replica, which gathers
-        the logits of each row's last token."""
+        """Plans the forward pass of so many tokens of so many rows on each replica,
+        which gathers the logits of each row's last token."""
         config = self.work.config
         data = config.data.model_copy(update={"batch_size": rows * self.sizes["data"]})
         work = copy(self.work)
@@ -207,24 +244,32 @@ class ServedModel:
         shape = StepShape(work, self.sizes, 1, "none", self.machine.topology)
         sends = [c for c in list_collectives(shape) if c.phase == "forward"]
         axes, size = self.split.compute.vocab, rows * config.model.vocab_size * FP32
-        sends.append(PlannedCollective("logits", "all-gather", axes, size, 1.0, "forward"))
-        return shape, estimate_time(shape, self.machine, tuple(sends), dtype=self.matmul_dtype)
+        sends.append(
+            PlannedCollective("logits", "all-gather", axes, size, 1.0, "forward")
+        )
+        return shape, estimate_time(
+            shape, self.machine, tuple(sends), dtype=self.matmul_dtype
+        )
 
     def estimate_prefill_seconds(self, prompts: Number = 1) -> Number:
-        """Estimates a forward pass over so many prompts of each replica, to their first tokens."""
+        """Estimates a forward pass over so many prompts of each replica, to their first
+        tokens."""
         chip, own = self.machine.chip, EFFICIENCY[self.machine.chip.family]
         length, dtype = self.options.prompt, self.matmul_dtype
         shape, time = self._plan_pass(length, prompts)
         # Logits are computed of each prompt's last token alone.
         flops = count_device_flops(shape).loss / (chip.peak_flops[dtype] * own.matmul)
-        logits = estimate_elementwise_bytes(shape).loss / (chip.memory_bandwidth * own.memory)
+        logits = estimate_elementwise_bytes(shape).loss / (
+            chip.memory_bandwidth * own.memory
+        )
         read = self.count_read_weight_bytes(prompts * length) / self.read_bandwidth
         busy = np.maximum(read, time.forward - (1 - 1 / length) * (flops + logits))
         exposed = time.communication - np.minimum(time.communication * own.hidden, busy)
         return busy + exposed + DECODE_EFFICIENCY[chip.family].step_seconds
 
     def estimate_decode_seconds(self, rows: Number) -> dict[str, Number]:
-        """Estimates the seconds of a step that adds a token to every row: its parts, and in all."""
+        """Estimates the seconds of a step that adds a token to every row: its parts,
+        and in all."""
         chip, own = self.machine.chip, EFFICIENCY[self.machine.chip.family]
         dtype, (shape, time) = self.matmul_dtype, self._plan_pass(1, rows)
         flops, moved = count_device_flops(shape), estimate_elementwise_bytes(shape)
@@ -237,7 +282,9 @@ class ServedModel:
         traffic = (moved.forward + moved.loss) / (chip.memory_bandwidth * own.memory)
         parts = {
             "weights": np.maximum(read, products),
-            "cache": np.maximum(cached, attended / (chip.peak_flops[attention_dtype] * own.matmul)),
+            "cache": np.maximum(
+                cached, attended / (chip.peak_flops[attention_dtype] * own.matmul)
+            ),
             "traffic": traffic + count_extra_forward_flops(shape) / chip.vector_flops,
             "communication": time.communication,
             "overhead": DECODE_EFFICIENCY[chip.family].step_seconds,
@@ -245,8 +292,9 @@ class ServedModel:
         return {**parts, "total": sum(parts.values())}
 
     def _count_attention_flops(self, context: int) -> float:
-        """Counts one row's FLOPs of attention over its cache. Latent attention multiplies by the
-        vectors that it keeps twice, as keys and as values (arXiv 2405.04434, section 2.1.2)."""
+        """Counts one row's FLOPs of attention over its cache. Latent attention
+        multiplies by the vectors that it keeps twice, as keys and as values (arXiv
+        2405.04434, section 2.1.2)."""
         heads, flops = {stack.name: stack.heads() for stack in self.work.stacks}, 0.0
         for layer, num_layers in self.layer_caches.items():
             if (own := heads[layer.stack]) is not None:
@@ -254,7 +302,13 @@ class ServedModel:
                 if layer.specs.value is None:  # it is a part of the key
                     vector = jax.tree.leaves(layer.specs.key)[0].shape[-1]
                     width = 2 * vector - own.shared_key_dim
-                one = 2 * num_layers * own.num_heads * width * min(context, layer.window or context)
+                one = (
+                    2
+                    * num_layers
+                    * own.num_heads
+                    * width
+                    * min(context, layer.window or context)
+                )
                 flops += one / float(self._count_shards(("heads",)))
         return flops
 
@@ -270,7 +324,8 @@ class ServingPoint:
     tokens_per_second: float
     """New tokens of all sequences."""
     time: dict[str, float]
-    """Seconds of a step's parts, and in all (:meth:`ServedModel.estimate_decode_seconds`)."""
+    """Seconds of a step's parts, and in all
+    (:meth:`ServedModel.estimate_decode_seconds`)."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +366,9 @@ def plan_served_model(served: ServedModel) -> ServingPlan:
     if options.batch is None:
         points = list_serving_points(served, [replicas * n for n in range(1, rows + 1)])
         in_time = (point for point in points if point.tpot_seconds <= longest)
-        point = max(in_time, key=lambda point: point.tokens_per_second, default=points[0])
+        point = max(
+            in_time, key=lambda point: point.tokens_per_second, default=points[0]
+        )
     else:
         (point,) = list_serving_points(served, [options.batch])
     doubled = (replicas * 2**i for i in range(rows.bit_length()))
@@ -320,35 +377,48 @@ def plan_served_model(served: ServedModel) -> ServingPlan:
     first = float(served.estimate_prefill_seconds())
     return ServingPlan(
         name=served.work.config.name,
-        machine=machine.to_json() | {"decode": DECODE_EFFICIENCY[machine.chip.family]._asdict()},
+        machine=machine.to_json()
+        | {"decode": DECODE_EFFICIENCY[machine.chip.family]._asdict()},
         devices=machine.topology.devices,
         mesh=dict(served.sizes),
         cache=served.cache,
         options=options,
         memory=memory,
         token_cache_bytes=count_token_bytes(served.unsplit_caches),
-        sequence_cache_bytes=count_sequence_bytes(served.unsplit_caches, options.length),
+        sequence_cache_bytes=count_sequence_bytes(
+            served.unsplit_caches, options.length
+        ),
         max_batch=most * replicas,
         fits=point.batch <= most * replicas,
-        meets_targets=point.tpot_seconds <= longest and 1e3 * first <= (options.ttft_ms or np.inf),
+        meets_targets=point.tpot_seconds <= longest
+        and 1e3 * first <= (options.ttft_ms or np.inf),
         ttft_seconds=first,
         point=point,
-        curve=list_serving_points(served, sorted({*doubled, replicas * rows, point.batch})),
+        curve=list_serving_points(
+            served, sorted({*doubled, replicas * rows, point.batch})
+        ),
     )
 
 
-def list_serving_points(served: ServedModel, batches: Sequence[int]) -> tuple[ServingPoint, ...]:
-    """Lists serving at each number of sequences; replicas with unequal shares are as slow as the
-    one with most."""
+def list_serving_points(
+    served: ServedModel, batches: Sequence[int]
+) -> tuple[ServingPoint, ...]:
+    """Lists serving at each number of sequences; replicas with unequal shares are as
+    slow as the one with most."""
     rows = np.ceil(np.asarray(batches, float) / served.sizes["data"])
     time = served.estimate_decode_seconds(rows)
-    # A token's share of the passes that compute all rows' prompts, several at once if short.
+    # A token's share of the passes that compute all rows' prompts, several at once if
+    # short.
     together = np.clip(PREFILL_CHUNK // served.options.prompt, 1, rows)
-    share = rows / together / served.options.new * served.estimate_prefill_seconds(together)
+    share = (
+        rows / together / served.options.new * served.estimate_prefill_seconds(together)
+    )
     tpot = time["total"] + share
     columns = (column.tolist() for column in np.broadcast_arrays(tpot, *time.values()))
     return tuple(
-        ServingPoint(batch, seconds, batch / seconds, dict(zip(time, parts, strict=True)))
+        ServingPoint(
+            batch, seconds, batch / seconds, dict(zip(time, parts, strict=True))
+        )
         for batch, seconds, *parts in zip(batches, *columns, strict=True)
     )
 
@@ -367,16 +437,17 @@ def search_serving(
     tensor: int | None = None,
     caches: Sequence[CacheFormat] = ("auto",),
 ) -> tuple[list[ServingPlan], str | None]:
-    """Plans splits of all devices into replicas, with every cache. Raises MaxlmError: the model
-    cannot be served, or cannot be split so at all; but not for too little memory.
+    """Plans splits of all devices into replicas, with every cache. Raises MaxlmError:
+    the model cannot be served, or cannot be split so at all; but not for too little
+    memory.
 
     Args:
         tensor: devices of a replica; None: each number that divides the machine's.
 
     Returns:
-        Plans that fit and are in time first, by tokens a second; then others that fit, by time per
-        token; then those that need the fewest bytes. And why the last split that the model cannot
-        have was refused.
+        Plans that fit and are in time first, by tokens a second; then others that fit,
+        by time per token; then those that need the fewest bytes. And why the last split
+        that the model cannot have was refused.
     """
     work, devices = read_workload(config, machine, options), machine.topology.devices
     plans: list[ServingPlan] = []
@@ -384,7 +455,9 @@ def search_serving(
     splits = [tensor] if tensor else list_divisors(devices)
     for split, cache in product(splits, caches):
         try:
-            plans.append(plan_served_model(ServedModel(work, machine, options, split, cache)))
+            plans.append(
+                plan_served_model(ServedModel(work, machine, options, split, cache))
+            )
         except MaxlmError as error:
             refusal = error
     if refusal and not plans:

@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.models.architectures import Decoder
-from maxlm.models.caches.config import QUANTIZED_PAGE_SIZES, PagedCacheConfig, QuantizedCacheConfig
+from maxlm.models.caches.config import (
+    QUANTIZED_PAGE_SIZES,
+    PagedCacheConfig,
+    QuantizedCacheConfig,
+)
 from maxlm.models.caches.layout import CacheLayout, choose_feature_multiple
 
 CacheFormat = Literal["auto", "int8", "int4"]
@@ -26,20 +30,27 @@ class LayerCache(NamedTuple):
     window: int | None
     """Most tokens that it needs."""
     specs: Any
-    """:class:`~maxlm.models.caches.CacheArraySpec` of its arrays, for one row and one page."""
+    """:class:`~maxlm.models.caches.CacheArraySpec` of its arrays, for one row and one
+    page."""
     dtype: Any
     """Dtype of arrays whose specs name none."""
     page_size: int
 
 
 def count_layer_caches(
-    model: Decoder, cache: CacheFormat = "auto", platform: str = "cpu", head_ways: int = 1
+    model: Decoder,
+    cache: CacheFormat = "auto",
+    platform: str = "cpu",
+    head_ways: int = 1,
 ) -> Counter[LayerCache]:
-    """Counts the layers that have each cache, by :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
+    """Counts the layers that have each cache, by
+    :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
     multiple = choose_feature_multiple(platform)
     page = QUANTIZED_PAGE_SIZES.get(cache, PAGE_TOKENS)
-    specs = model.cache_specs(CacheLayout(1, 1, 1, page, None, config, multiple, head_ways))
+    specs = model.cache_specs(
+        CacheLayout(1, 1, 1, page, None, config, multiple, head_ways)
+    )
     return Counter(
         LayerCache(part.name, kind.window, own, model.dtype, page)
         for part in model.config.layer_stacks
@@ -52,8 +63,9 @@ def count_sequence_bytes(
     length: int,
     count_shards: Callable[[Any], Any] = lambda axes: 1,
 ) -> float:
-    """Counts the bytes that a sequence of ``length`` tokens has on a device. ``count_shards``:
-    parts that an array of these logical axes is split into; default: one."""
+    """Counts the bytes that a sequence of ``length`` tokens has on a device.
+    ``count_shards``: parts that an array of these logical axes is split into; default:
+    one."""
     size = 0.0
     for layer, num_layers in caches.items():
         pages = -(-length // layer.page_size)
@@ -62,7 +74,9 @@ def count_sequence_bytes(
         for array in jax.tree.leaves(layer.specs):
             numbers = prod(array.shape) * (pages if array.unit == "page" else 1)
             itemsize = jnp.dtype(array.dtype or layer.dtype).itemsize
-            size += num_layers * numbers * itemsize / float(count_shards(array.axes[1:]))
+            size += (
+                num_layers * numbers * itemsize / float(count_shards(array.axes[1:]))
+            )
     return size
 
 

@@ -15,7 +15,8 @@ from maxlm.plan.predict import FILL, RunPlan
 from maxlm.plan.search import SearchResult
 from maxlm.plan.serving import ServingPlan
 
-# Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are compute-optimal.
+# Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are
+# compute-optimal.
 OPTIMAL = 20
 
 
@@ -45,7 +46,11 @@ def format_seconds(seconds: float) -> str:
     if seconds < 7200:
         return f"{_three_digits(seconds / 60)} min"
     hours = seconds / 3600
-    return f"{_three_digits(hours)} h" if hours < 72 else f"{_three_digits(hours / 24)} days"
+    return (
+        f"{_three_digits(hours)} h"
+        if hours < 72
+        else f"{_three_digits(hours / 24)} days"
+    )
 
 
 def _three_digits(value: float) -> str:
@@ -53,7 +58,9 @@ def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
-def render_plan_tables(plan: RunPlan, *, price_per_device_hour: float | None = None) -> Group:
+def render_plan_tables(
+    plan: RunPlan, *, price_per_device_hour: float | None = None
+) -> Group:
     """Renders a plan, with the price of an accelerator's hour in whatever currency."""
     parts: list[Any] = [render_layout_facts(plan.layout)]
     if plan.machine:
@@ -61,11 +68,15 @@ def render_plan_tables(plan: RunPlan, *, price_per_device_hour: float | None = N
         parts.append(Text(format_fit_verdict(plan), style="bold"))
         parts.append(Text(format_run_estimate(plan, price_per_device_hour)))
         if plan.known_time_errors:
-            parts.append(Text(format_known_time_errors(plan.known_time_errors), style="bold"))
+            parts.append(
+                Text(format_known_time_errors(plan.known_time_errors), style="bold")
+            )
     parts += [_parameters(plan.layout), _memory(plan)]
     if size := plan.shape.work.cache_bytes:
         tokens = f"{plan.shape.work.tokens_per_row.decoder:,} tokens"
-        parts.append(Text(f"caches of one row of {tokens} in generation: {format_bytes(size)}"))
+        parts.append(
+            Text(f"caches of one row of {tokens} in generation: {format_bytes(size)}")
+        )
     if plan.collectives:
         parts.append(_communication(plan))
     if plan.machine:
@@ -78,12 +89,15 @@ def render_layout_facts(layout: RunLayout) -> Text:
     sparse = layout.active_parameters < layout.parameters
     active = f", {layout.active_parameters:,} of them active" if sparse else ""
     per_parameter = layout.tokens_total / layout.parameters
-    ratio = format_count(per_parameter) if per_parameter >= 1000 else f"{per_parameter:.3g}"
+    ratio = (
+        format_count(per_parameter) if per_parameter >= 1000 else f"{per_parameter:.3g}"
+    )
     return Text.assemble(
         (layout.name, "bold"),
         f" · {layout.parameters:,} parameters{active} · {layout.devices:,} devices"
         f" ({axes or 'one of each axis'})\n",
-        f"{layout.tokens_per_step:,} tokens a step · {format_count(layout.tokens_total)} in the run"
+        f"{layout.tokens_per_step:,} tokens a step · "
+        f"{format_count(layout.tokens_total)} in the run"
         f" ({ratio} a parameter, {per_parameter / OPTIMAL:.2g}× of {OPTIMAL}:1)\n",
         f"{layout.flops_per_token:.4g} FLOPs a token with causal attention at half,"
         f" {layout.flops_per_token_full_attention:.4g} in full",
@@ -112,7 +126,8 @@ def format_fit_verdict(plan: RunPlan) -> str:
     if plan.fits:
         return f"fits: {need}, {1 - total / plan.memory_limit_bytes:.0%} to spare"
     return (
-        f"does not fit: {need}; raise train.micro_batches, choose a model.remat that keeps less, "
+        f"does not fit: {need}; raise train.micro_batches, choose a model.remat that "
+        f"keeps less, "
         "split over more devices, or let --search choose"
     )
 
@@ -124,11 +139,14 @@ def make_table(
     right: Container[str],
     wrap: Container[str] = (),
 ) -> Group:
-    """Makes a table under a title, which may be wider; columns align right and wrap by name."""
+    """Makes a table under a title, which may be wider; columns align right and wrap by
+    name."""
     table = Table(box=None, pad_edge=False)
     for name in columns:
         justify = "right" if name in right else "left"
-        table.add_column(name, justify=justify, no_wrap=name not in wrap, overflow="fold")
+        table.add_column(
+            name, justify=justify, no_wrap=name not in wrap, overflow="fold"
+        )
     for row in rows:
         table.add_row(*row)
     return Group(*([Text(f"\n{title}", style="italic")] if title else []), table)
@@ -136,13 +154,20 @@ def make_table(
 
 def _parameters(layout: RunLayout) -> Group:
     dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
-    where, *sizes = "layout: logical axis = size → mesh axes", "bytes", "a device", "copies"
+    where, *sizes = (
+        "layout: logical axis = size → mesh axes",
+        "bytes",
+        "a device",
+        "copies",
+    )
     rows = []
     for row in layout.rows:
         held = format_bytes(row.bytes_total), format_bytes(row.bytes_per_device)
         rows.append((row.path, _dimensions(row), *held, str(row.replicas)))
     columns = ("parameter", where, *sizes)
-    return make_table(f"Parameters ({dtypes})", columns, rows, right=sizes, wrap=(where,))
+    return make_table(
+        f"Parameters ({dtypes})", columns, rows, right=sizes, wrap=(where,)
+    )
 
 
 def _dimensions(row: ParamRow) -> str:
@@ -165,7 +190,10 @@ def _memory(plan: RunPlan) -> Group:
         "gradients": held.gradients,
         f"activations kept ({plan.shape.remat})": held.activations,
         f"working set of {held.peak_phase}": held.working,
-        **{f"  {what}": size for what, size in held.working_sets[held.peak_phase].items()},
+        **{
+            f"  {what}": size
+            for what, size in held.working_sets[held.peak_phase].items()
+        },
         "together": held.total,
     }
     if plan.memory_limit_bytes is not None:
@@ -209,21 +237,34 @@ def _time(plan: RunPlan) -> Group:
         "pipeline idle": time.idle,
         "together": time.total,
     }
-    total, seconds = float(time.total), ((name, float(value)) for name, value in parts.items())
+    total, seconds = (
+        float(time.total),
+        ((name, float(value)) for name, value in parts.items()),
+    )
     rows = [(name, format_seconds(s), f"{s / total:.1%}") for name, s in seconds if s]
-    return make_table("Time of a step", ("what", "time", "share"), rows, right=("time", "share"))
+    return make_table(
+        "Time of a step", ("what", "time", "share"), rows, right=("time", "share")
+    )
 
 
-def format_run_estimate(plan: RunPlan, price_per_device_hour: float | None = None) -> str:
+def format_run_estimate(
+    plan: RunPlan, price_per_device_hour: float | None = None
+) -> str:
     """Formats rates, the whole run, and the cost of failures."""
-    layout, good, step, hours = plan.layout, plan.goodput, plan.step_seconds, plan.run_hours
+    layout, good, step, hours = (
+        plan.layout,
+        plan.goodput,
+        plan.step_seconds,
+        plan.run_hours,
+    )
     assert step is not None
     assert good is not None
     rate = layout.tokens_per_step / step
     lines = [
         f"{format_seconds(step)} a step · {format_count(rate)} tokens/s, "
         f"{format_count(rate / layout.devices)} a device · "
-        f"MFU {plan.mfu():.1%} (attention at half), {plan.mfu(full_attention=True):.1%} (in full)"
+        f"MFU {plan.mfu():.1%} (attention at half), "
+        f"{plan.mfu(full_attention=True):.1%} (in full)"
     ]
     if hours is not None:
         steps = layout.tokens_total // layout.tokens_per_step
@@ -233,25 +274,33 @@ def format_run_estimate(plan: RunPlan, price_per_device_hour: float | None = Non
             price = price_per_device_hour
             words += f", {price * hours * layout.devices:,.0f} at {price:g} each"
         lines.append(words)
-    every, best = max(1, round(good.best_interval_seconds / step)), good.best_interval_seconds
+    every, best = (
+        max(1, round(good.best_interval_seconds / step)),
+        good.best_interval_seconds,
+    )
     own = "none are configured"
     if plan.checkpoint_every:
-        own = f"{good.configured:.1%} with every {plan.checkpoint_every:,} as configured"
+        own = (
+            f"{good.configured:.1%} with every {plan.checkpoint_every:,} as configured"
+        )
     lines.append(
         f"goodput {good.best:.1%} with a checkpoint every {every:,} steps "
-        f"({format_seconds(best)}), {own}; a failure every {format_seconds(3600 * good.mtbf_hours)}"
+        f"({format_seconds(best)}), {own}; a failure every "
+        f"{format_seconds(3600 * good.mtbf_hours)}"
     )
     return "\n".join(lines)
 
 
 def render_candidates_table(
-    result: SearchResult, memory_limit_bytes: float, compiled_peak_bytes: Sequence[float] = ()
+    result: SearchResult,
+    memory_limit_bytes: float,
+    compiled_peak_bytes: Sequence[float] = (),
 ) -> Group:
     """Renders a search's best layouts.
 
     Args:
-        compiled_peak_bytes: peaks of the first candidates by the compiler's account; infinite where
-            it finds no room.
+        compiled_peak_bytes: peaks of the first candidates by the compiler's account;
+            infinite where it finds no room.
     """
     rows = []
     for place, candidate in enumerate(result.best):
@@ -273,7 +322,9 @@ def render_candidates_table(
     if compiled_peak_bytes:
         right = (*right, "by the\ncompiler")
     columns = ("mesh", "micro-\nbatches", "remat", "residual", *right)
-    return make_table("The quickest that fit", columns, rows, right, wrap=("mesh", "residual"))
+    return make_table(
+        "The quickest that fit", columns, rows, right, wrap=("mesh", "residual")
+    )
 
 
 def _format_peak(peak_bytes: float) -> str:
@@ -287,19 +338,25 @@ def render_serving_tables(
     options, point, rate = plan.options, plan.point, plan.point.tokens_per_second
     each, whole = map(format_bytes, (plan.token_cache_bytes, plan.sequence_cache_bytes))
     lines = [
-        f" · {_describe_split(plan)} · cache {plan.cache} · weights {options.weights} · requests"
+        f" · {_describe_split(plan)} · cache {plan.cache} · weights {options.weights} "
+        f"· requests"
         f" of {options.prompt:,} + {options.new:,} tokens\n"
         f"{plan.machine['name']}: {plan.machine['words']}\n",
         f"cache: {each} a token, {whole} a sequence of {options.length:,}",
         f"first token of a prompt alone after {format_seconds(plan.ttft_seconds)}; "
-        f"{_count_sequences(point.batch)}: {format_seconds(point.tpot_seconds)} a token, "
+        f"{_count_sequences(point.batch)}: {format_seconds(point.tpot_seconds)} a "
+        f"token, "
         f"{rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device",
     ]
     if price_per_device_hour is not None:
         price = price_per_device_hour * plan.devices / 3600 / rate
         lines.append(f"{1e6 * price:,.3g} for a million new tokens")
-    head = Text.assemble((plan.name, "bold"), lines[0], (format_serving_verdict(plan), "bold"))
-    memory = [(name, f"{size:,.0f}", format_bytes(size)) for name, size in plan.memory.items()]
+    head = Text.assemble(
+        (plan.name, "bold"), lines[0], (format_serving_verdict(plan), "bold")
+    )
+    memory = [
+        (name, f"{size:,.0f}", format_bytes(size)) for name, size in plan.memory.items()
+    ]
     step = [
         (name, format_seconds(seconds), f"{seconds / point.time['total']:.1%}")
         for name, seconds in point.time.items()
@@ -319,7 +376,9 @@ def render_serving_tables(
         head,
         Text("\n".join(lines[1:])),
         make_table("Memory of each device", ("what", *sizes), memory, sizes),
-        make_table(f"A step of {_count_sequences(point.batch)}", ("what", *times), step, times),
+        make_table(
+            f"A step of {_count_sequences(point.batch)}", ("what", *times), step, times
+        ),
         make_table("By sequences at once", ("sequences", *rates), curve, rates),
     )
 
@@ -334,11 +393,14 @@ def format_serving_verdict(plan: ServingPlan) -> str:
     need = f"{total} of {limit} a device"
     if not plan.fits:
         need += f", of which {FILL:.0%} are filled at most"
-        what = f"{_count_sequences(plan.point.batch)} need {need}; {plan.max_batch:,} fit"
+        what = (
+            f"{_count_sequences(plan.point.batch)} need {need}; {plan.max_batch:,} fit"
+        )
         if not plan.max_batch:
             what = f"not one sequence a replica: {need}"
         return (
-            f"does not fit: {what}; split over more devices (tensor in --mesh), or choose a "
+            f"does not fit: {what}; split over more devices (tensor in --mesh), or "
+            f"choose a "
             "smaller --cache, --batch or --prompt"
         )
     words, missed = f"fits: {need}, {_count_sequences(plan.max_batch)} at most", []
@@ -347,7 +409,9 @@ def format_serving_verdict(plan: ServingPlan) -> str:
         ("token", plan.options.tpot_ms, plan.point.tpot_seconds),
     ):
         if most is not None and 1e3 * value > most:
-            missed.append(f"{format_seconds(value)} a {name}, not {format_seconds(most / 1e3)}")
+            missed.append(
+                f"{format_seconds(value)} a {name}, not {format_seconds(most / 1e3)}"
+            )
     return f"{words}, but too slow: {' and '.join(missed)}" if missed else words
 
 

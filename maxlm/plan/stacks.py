@@ -1,5 +1,6 @@
 """A model's stacks of layers as costs are counted: what each layer states of itself
-(``models/costs.py``), joined with its parameters' declarations and with the tokens that it sees."""
+(``models/costs.py``), joined with its parameters' declarations and with the tokens that
+it sees."""
 
 from collections import Counter
 from collections.abc import Set
@@ -10,7 +11,12 @@ from typing import NamedTuple
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.config import LayerStack, TrunkSpec, strip_stack_name
 from maxlm.models.costs import AttentionCosts, Branch, ExpertCosts, FeatureKind
-from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base_params
+from maxlm.models.params import (
+    ParamSpec,
+    flatten_names,
+    param_specs,
+    select_base_params,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ def make_kernel(
 
 @dataclass(frozen=True)
 class MatmulGroup:
-    """Matrices of one module that read the same input, in one program (``parallel/linear.py``)."""
+    """Matrices of one module that read the same input, in one program
+    (``parallel/linear.py``)."""
 
     kernels: tuple[Kernel, ...]
     branch: Branch
@@ -75,8 +82,13 @@ class MatmulGroup:
 
     @property
     def is_dense_ffn(self) -> bool:
-        """Whether the group makes the hidden layer of an FFN that every token passes."""
-        return self.branch == "ffn" and self.output_features == "mlp" and not self.has_experts
+        """Whether the group makes the hidden layer of an FFN that every token
+        passes."""
+        return (
+            self.branch == "ffn"
+            and self.output_features == "mlp"
+            and not self.has_experts
+        )
 
     @property
     def size(self) -> int:
@@ -129,23 +141,32 @@ class Stack:
         self.period = len(part.kinds)
         """Layers that one turn of the scan runs."""
         encoder_rate = encoder_len / seq_len
-        length, rate = (encoder_len, encoder_rate) if trunk.is_encoder else (seq_len, 1.0)
+        length, rate = (
+            (encoder_len, encoder_rate) if trunk.is_encoder else (seq_len, 1.0)
+        )
         self.token_ratio = rate
         """Tokens that go through for each of the batch."""
         tree = param_specs(model)
         self.specs, self.base_specs = (
-            {n: spec for n, spec in flatten_names(each).items() if n.startswith(f"{self.name}.")}
+            {
+                n: spec
+                for n, spec in flatten_names(each).items()
+                if n.startswith(f"{self.name}.")
+            }
             for each in (tree, select_base_params(tree))
         )
         """All parameters, and those without what an adapter adds."""
         self.branches = model.trunks[trunk.prefix].stacks[part.name].costs()
-        self.cross_attention = any(own.branch == "cross_attention" for own in self.branches)
+        self.cross_attention = any(
+            own.branch == "cross_attention" for own in self.branches
+        )
         self.matmul_groups = self._list_matmuls(trained_names, encoder_rate)
         """Matrix products by name; without what an adapter adds, like the router."""
         self.adapter_kernels = tuple(
             make_kernel(n, spec, self.specs.keys())
             for n, spec in self.specs.items()
-            if spec.role == "matrix" and all(spec is not own for own in self.base_specs.values())
+            if spec.role == "matrix"
+            and all(spec is not own for own in self.base_specs.values())
         )
         """Matrices that an adapter adds."""
         self.experts: ExpertCosts | None = None
@@ -162,14 +183,18 @@ class Stack:
                 for kind in part.kinds:
                     seen = trunk.causal, kind.window, heads, rate, biased
                     own = AttentionShape(length, length, *seen)
-                    self.attention_layer_counts[own] += part.num_layers // len(part.kinds)
+                    self.attention_layer_counts[own] += part.num_layers // len(
+                        part.kinds
+                    )
             if experts:
                 path = f"{self.name}.{branch.module}.{experts.router}"
                 self.router = make_kernel(path, self.base_specs[path], trained_names)
                 self.experts = experts
 
     def heads(self, branch: Branch = "mixer") -> AttentionCosts | None:
-        return next((own.costs.attention for own in self.branches if own.branch == branch), None)
+        return next(
+            (own.costs.attention for own in self.branches if own.branch == branch), None
+        )
 
     def _list_matmuls(
         self, trained_names: Set[str], encoder_rate: float
@@ -188,5 +213,7 @@ class Stack:
                 tokens = encoder_rate if reads == "memory" else self.token_ratio
                 groups.append(MatmulGroup(tuple(kernels), branch.branch, reads, tokens))
         if missing:
-            raise ValueError(f"the costs of its module leave out the matrix {min(missing)}")
+            raise ValueError(
+                f"the costs of its module leave out the matrix {min(missing)}"
+            )
         return tuple(sorted(groups, key=lambda group: group.kernels[0].name.split(".")))

@@ -10,9 +10,9 @@ from maxlm.config import MaxlmError
 
 
 class _Tpu(NamedTuple):
-    """A chip's cores, which names of v4, v5p and 7x count, the torus's dimensions, the largest
-    slice, and what Google calls slices (Google Cloud TPU documentation, a page a generation; "TPU
-    configurations"; "About TPUs in GKE")."""
+    """A chip's cores, which names of v4, v5p and 7x count, the torus's dimensions, the
+    largest slice, and what Google calls slices (Google Cloud TPU documentation, a page
+    a generation; "TPU configurations"; "About TPUs in GKE")."""
 
     cores: int
     dimensions: int
@@ -30,7 +30,8 @@ TPUS = {
     "tpu7x": _Tpu(2, 3, 9216, "tpu7x", "tpu7x"),
 }
 _ALIASES = {"7x": "tpu7x", "v7x": "tpu7x"}
-# Slices of these machines, smallest first; others of three dimensions are multiples of 4x4x4.
+# Slices of these machines, smallest first; others of three dimensions are multiples of
+# 4x4x4.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
@@ -52,13 +53,21 @@ class _Gpu(NamedTuple):
 
 
 _GPUS = {
-    "a100": _Gpu(108, 64, 1.41, 41_943_040, 2.03904e12, 85_100_068_864, 164, 8, "A100-SXM4-80GB"),
-    "h100": _Gpu(132, 128, 1.98, 52_428_800, 3.35232e12, 84_942_979_072, 228, 9, "H100 80GB HBM3"),
-    "h200": _Gpu(132, 128, 1.98, 52_428_800, 4.8e12, 151_397_597_184, 228, 9, "H200 141GB HBM3e"),
-    "b200": _Gpu(148, 128, 1.965, 132_644_864, 7.67232e12, 191_514_411_008, 228, 10, "B200"),
+    "a100": _Gpu(
+        108, 64, 1.41, 41_943_040, 2.03904e12, 85_100_068_864, 164, 8, "A100-SXM4-80GB"
+    ),
+    "h100": _Gpu(
+        132, 128, 1.98, 52_428_800, 3.35232e12, 84_942_979_072, 228, 9, "H100 80GB HBM3"
+    ),
+    "h200": _Gpu(
+        132, 128, 1.98, 52_428_800, 4.8e12, 151_397_597_184, 228, 9, "H200 141GB HBM3e"
+    ),
+    "b200": _Gpu(
+        148, 128, 1.965, 132_644_864, 7.67232e12, 191_514_411_008, 228, 10, "B200"
+    ),
 }
-# What XLA's GPU compiler asks of a card, by the names it gives them, where no card is there to be
-# asked.
+# What XLA's GPU compiler asks of a card, by the names it gives them, where no card is
+# there to be asked.
 _GPU_TARGET = """\
 gpu_device_info {{
   threads_per_warp: 32
@@ -85,8 +94,9 @@ dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "NVIDIA {gpu.name}"
 """
 _GPUS_PER_HOST = 8
-# Bounds on what a name may ask for. No machine has a million devices, and a search walks over the
-# divisors of their number; each virtual CPU device has threads and memory of its own.
+# Bounds on what a name may ask for. No machine has a million devices, and a search
+# walks over the divisors of their number; each virtual CPU device has threads and
+# memory of its own.
 _MAX_DEVICES = 2**20
 _MAX_CPU_DEVICES = 1024
 _FIX = "use v5p-64, v5e-256, v6e-64, 2xv5p-512, v5p:4x4x8, h100x64, cpux8 or the like"
@@ -100,8 +110,8 @@ class Topology:
     kind: str
     """v4, v5p, v5e, v6e, tpu7x, a100, h100, h200, b200, cpu."""
     shape: tuple[int, ...]
-    """Chips along each dimension of a slice's torus; for GPUs hosts and GPUs a host; for CPUs
-    (virtual) devices of one host."""
+    """Chips along each dimension of a slice's torus; for GPUs hosts and GPUs a host;
+    for CPUs (virtual) devices of one host."""
     slices: int = 1
 
     @property
@@ -121,8 +131,8 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Whether each dimension of a slice's torus is closed to a ring: of three, all are where
-        all are multiples of 4; of two, those of 16."""
+        """Whether each dimension of a slice's torus is closed to a ring: of three, all
+        are where all are multiples of 4; of two, those of 16."""
         if len(self.shape) == 3:
             return (all(n % 4 == 0 for n in self.shape),) * 3
         return tuple(n == 16 for n in self.shape)
@@ -135,7 +145,8 @@ class Topology:
 
     @property
     def description(self) -> str:
-        """Numbers of chips, cores and hosts, in words, as names count one or another of them."""
+        """Numbers of chips, cores and hosts, in words, as names count one or another of
+        them."""
         chips = self.slices * prod(self.shape)
         if self.platform == "cpu":
             return f"{_count(chips, 'CPU device')} on one host"
@@ -148,7 +159,8 @@ class Topology:
         counted += f", {self.devices} devices" if self.devices > chips else ""
         own = self.chips_per_host
         return (
-            f"{many}{_join(self.shape, '×')} {self.kind} chips: {_count(chips, 'chip')}{counted}, "
+            f"{many}{_join(self.shape, '×')} {self.kind} chips: "
+            f"{_count(chips, 'chip')}{counted}, "
             f"{_count(max(chips // own, 1), 'host')} of {min(chips, own)}"
         )
 
@@ -162,9 +174,10 @@ def _join(shape: tuple[int, ...], by: str = "x") -> str:
 
 
 def parse_topology(text: str) -> Topology:
-    """Parses a machine's name: ``v5p-64`` (cores: 32 chips), ``v5e-256`` (chips), ``2xv5p-512``
-    (slices), ``h100x64`` (8 a host), ``cpux8``, or a shape in JAX's form, ``v5p:4x4x2``,
-    ``h100:8x8``. Raises MaxlmError: no such machine, or more devices than any has."""
+    """Parses a machine's name: ``v5p-64`` (cores: 32 chips), ``v5e-256`` (chips),
+    ``2xv5p-512`` (slices), ``h100x64`` (8 a host), ``cpux8``, or a shape in JAX's form,
+    ``v5p:4x4x2``, ``h100:8x8``. Raises MaxlmError: no such machine, or more devices
+    than any has."""
     topology = _parse_topology(text)
     most = _MAX_CPU_DEVICES if topology.platform == "cpu" else _MAX_DEVICES
     if topology.devices > most:
@@ -175,7 +188,8 @@ def parse_topology(text: str) -> Topology:
 
 def _parse_topology(text: str) -> Topology:
     found = re.fullmatch(
-        r"(?:(\d+)x)?([a-z0-9]*[a-z][a-z0-9]*?)(?:(-|x)(\d+)|:(\d+(?:x\d+)*))", text.lower()
+        r"(?:(\d+)x)?([a-z0-9]*[a-z][a-z0-9]*?)(?:(-|x)(\d+)|:(\d+(?:x\d+)*))",
+        text.lower(),
     )
     if not found:
         raise MaxlmError(f"'{text}' is not the name of a machine", fix=_FIX)
@@ -192,15 +206,22 @@ def _parse_topology(text: str) -> Topology:
             fix = "use 8, 16, 24, ... GPUs"
             raise MaxlmError(f"{text} is not a whole number of hosts", fix=fix)
         return Topology("gpu", kind, shape or (count // a_host, a_host), slices)
-    if kind == "cpu" and slices == 1 and (len(shape) == 1 or (found[3] == "x" and count)):
+    if (
+        kind == "cpu"
+        and slices == 1
+        and (len(shape) == 1 or (found[3] == "x" and count))
+    ):
         return Topology("cpu", kind, shape or (count,))
     near = get_close_matches(kind, (*TPUS, *_GPUS, "cpu"), n=1)
     fix = f"did you mean {near[0]}? {_FIX}" if near and near[0] != kind else _FIX
     raise MaxlmError(f"no machine is called '{text}'", fix=fix)
 
 
-def _find_slice(text: str, kind: str, count: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a shape as given, or the vendor's for a count: sides as equal as they can be."""
+def _find_slice(
+    text: str, kind: str, count: int, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Returns a shape as given, or the vendor's for a count: sides as equal as they can
+    be."""
     cores, dimensions, most, *_ = TPUS[kind]
     chips = prod(shape) if shape else count // cores
     listed = _FLAT if dimensions == 2 else _SMALL
@@ -218,7 +239,8 @@ def _find_slice(text: str, kind: str, count: int, shape: tuple[int, ...]) -> tup
         fix = f"use {names}{more} ({most} chips at most)"
         raise MaxlmError(f"no standard slice is {text}", fix=fix)
     sides = min(equal, key=lambda sides: (max(sides), sides))
-    # A torus of three dimensions is named with its longest side first, one of two with its last.
+    # A torus of three dimensions is named with its longest side first, one of two with
+    # its last.
     return sides[::-1] if dimensions == 3 else sides
 
 

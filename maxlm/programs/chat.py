@@ -24,41 +24,59 @@ _HELP = """\
 
 
 class ChatSession:
-    """A conversation with a model, message by message. Raises MaxlmError: the tokenizer has no chat
-    template, or one that cannot write the system text.
+    """A conversation with a model, message by message. Raises MaxlmError: the tokenizer
+    has no chat template, or one that cannot write the system text.
 
     Args:
-        engine: a ``maxlm.inference.engine.Engine`` with a tokenizer, whose ``max_length`` is the
-            most tokens of the conversation and an answer.
+        engine: a ``maxlm.inference.engine.Engine`` with a tokenizer, whose
+            ``max_length`` is the most tokens of the conversation and an answer.
         sampling: max_new_tokens is a limit, beside the context's.
         system: text of a message of the system's, before all others.
     """
 
-    def __init__(self, engine: Any, sampling: SamplingConfig, system: str | None = None):
-        self._engine, self._sampling, self.system, self._count = engine, sampling, system, 0
+    def __init__(
+        self, engine: Any, sampling: SamplingConfig, system: str | None = None
+    ):
+        self._engine, self._sampling, self.system, self._count = (
+            engine,
+            sampling,
+            system,
+            0,
+        )
         self.num_tokens = 0
         """Tokens of the last answer."""
         self.is_stopped = False
         """To set while an answer is written: it ends after its next token."""
         self.reset()
-        encode_chat(engine.tokenizer, [*self.messages, {"role": "user", "content": "Hello"}])
+        encode_chat(
+            engine.tokenizer, [*self.messages, {"role": "user", "content": "Hello"}]
+        )
 
     def reset(self) -> None:
         """Forgets the conversation, but for the system's text."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages = (
+            [{"role": "system", "content": self.system}] if self.system else []
+        )
 
     def answer(self, text: str) -> Iterator[str]:
-        """Yields the pieces of the answer to a message as they come; both join the conversation,
-        the answer as far as it came. Raises MaxlmError: the conversation no longer fits the
-        context; it stays as it was."""
+        """Yields the pieces of the answer to a message as they come; both join the
+        conversation, the answer as far as it came. Raises MaxlmError: the conversation
+        no longer fits the context; it stays as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = encode_chat(self._engine.tokenizer, messages, add_generation_prompt=True)
+        prompt = encode_chat(
+            self._engine.tokenizer, messages, add_generation_prompt=True
+        )
         context = self._engine.config.max_length
         if (room := context - len(prompt)) < 1:
             what = f"the conversation has {len(prompt)} tokens, the context {context}"
             raise MaxlmError(what, fix="/reset forgets it")
-        most, seed = min(self._sampling.max_new_tokens, room), self._sampling.seed + self._count
-        sampling = self._sampling.model_copy(update={"max_new_tokens": most, "seed": seed % 2**32})
+        most, seed = (
+            min(self._sampling.max_new_tokens, room),
+            self._sampling.seed + self._count,
+        )
+        sampling = self._sampling.model_copy(
+            update={"max_new_tokens": most, "seed": seed % 2**32}
+        )
         self._count, self.is_stopped, self.num_tokens = self._count + 1, False, 0
         name, pieces, done = f"chat-{self._count}", [], False
         self._engine.add_request(GenerationRequest(name, tuple(prompt), sampling))
@@ -73,14 +91,20 @@ class ChatSession:
                     yield output.text
         finally:
             self._engine.abort(name)
-            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+            self.messages = [
+                *messages,
+                {"role": "assistant", "content": "".join(pieces)},
+            ]
 
 
 def run_chat(session: ChatSession) -> None:
-    """Reads messages from standard input, and prints answers, until its end or /quit."""
+    """Reads messages from standard input, and prints answers, until its end or
+    /quit."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # stray bytes, or what the terminal cannot show
+            stream.reconfigure(
+                errors="replace"
+            )  # stray bytes, or what the terminal cannot show
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):
@@ -123,16 +147,22 @@ def _run_command(session: ChatSession, line: str) -> str:
         try:
             path.write_text(text, "utf-8")
         except OSError as error:
-            raise MaxlmError(f"cannot be written ({error.strerror})", where=str(path)) from None
+            raise MaxlmError(
+                f"cannot be written ({error.strerror})", where=str(path)
+            ) from None
         return f"saved {len(session.messages)} messages in {path}"
-    what = f"{name} needs a word more" if f"\n{name} " in _HELP else f"no command {line!r}"
+    what = (
+        f"{name} needs a word more" if f"\n{name} " in _HELP else f"no command {line!r}"
+    )
     return f"{what}; /help lists commands"
 
 
 def _print_answer(session: ChatSession, text: str) -> None:
     start, first = time.monotonic(), None
     # Ctrl-C stops the answer: raised within a step, it would lose the engine's buffers.
-    before = signal.signal(signal.SIGINT, lambda *_: setattr(session, "is_stopped", True))
+    before = signal.signal(
+        signal.SIGINT, lambda *_: setattr(session, "is_stopped", True)
+    )
     try:
         for piece in session.answer(text):
             first = first or time.monotonic()
@@ -144,4 +174,8 @@ def _print_answer(session: ChatSession, text: str) -> None:
         count, seconds = session.num_tokens, max(time.monotonic() - first, 1e-9)
         rate = f"{(count - 1) / seconds:.1f} tokens/s"
         line = f"{count} tokens, {rate}, first after {first - start:.2f} s"
-        print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+        print(
+            f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line,
+            file=sys.stderr,
+            flush=True,
+        )

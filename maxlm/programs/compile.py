@@ -32,8 +32,9 @@ _PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda")
 
 
 def compute_peak_bytes(memory: Any) -> int:
-    """Returns the main memory of each device that a program needs; ``memory``: JAX's account of it,
-    ``compiled.memory_analysis()``, whose aliases are outputs that take an argument's place."""
+    """Returns the main memory of each device that a program needs; ``memory``: JAX's
+    account of it, ``compiled.memory_analysis()``, whose aliases are outputs that take
+    an argument's place."""
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
 
@@ -63,16 +64,18 @@ class DoesNotFit(MaxlmError):
 
 
 def compile_step(config: RunConfig, topology: str) -> CompiledStep:
-    """Compile a run's training step ahead of time for a topology, as ``parse_topology`` reads it;
-    no accelerator is needed.
+    """Compile a run's training step ahead of time for a topology, as ``parse_topology``
+    reads it; no accelerator is needed.
 
-    Keep JAX on this machine's CPU (``JAX_PLATFORMS=cpu``) before anything touches a device. Raises
-    DoesNotFit for too little memory (TPUs; a GPU's compiler lays out any amount).
+    Keep JAX on this machine's CPU (``JAX_PLATFORMS=cpu``) before anything touches a
+    device. Raises DoesNotFit for too little memory (TPUs; a GPU's compiler lays out any
+    amount).
     """
     machine = parse_topology(topology)
     began = perf_counter()
     setup = set_up_run(config, get_topology_devices(machine))
-    # Before the mesh becomes current: what it evaluates would run on devices that do not exist.
+    # Before the mesh becomes current: what it evaluates would run on devices that do
+    # not exist.
     arguments = setup.abstract_state, make_abstract_batch(setup)
     step: Any = setup.jit_train_step()
     with jax.set_mesh(setup.mesh):
@@ -82,15 +85,19 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        match = re.search(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error))
+        match = re.search(
+            r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error)
+        )
         words = match.group() if match else str(error).splitlines()[0]
         raise DoesNotFit(f"the compiler finds no room: {words}") from None
     return CompiledStep(setup, compiled, perf_counter() - began)
 
 
-def check_fit_by_compiling(run: RunConfig, machine: Machine, plan: RunPlan) -> CompilerVerdict:
-    """Compiles a run for a machine; returns whether it fits by its compiler's account, and what the
-    compiled step holds, multiplies and sends beside the plan's figures."""
+def check_fit_by_compiling(
+    run: RunConfig, machine: Machine, plan: RunPlan
+) -> CompilerVerdict:
+    """Compiles a run for a machine; returns whether it fits by its compiler's account,
+    and what the compiled step holds, multiplies and sends beside the plan's figures."""
     try:
         step = compile_step(run, machine.name)
     except DoesNotFit as error:
@@ -101,7 +108,8 @@ def check_fit_by_compiling(run: RunConfig, machine: Machine, plan: RunPlan) -> C
 def compare_with_compiled_step(
     plan: RunPlan, step: CompiledStep, memory_limit_bytes: float
 ) -> CompilerVerdict:
-    """Compares a run's plan with its compiled step, as :func:`check_fit_by_compiling` does."""
+    """Compares a run's plan with its compiled step, as :func:`check_fit_by_compiling`
+    does."""
     peak = step.peak_bytes
     cost = step.read_cost()
     fits = peak <= memory_limit_bytes
@@ -128,7 +136,9 @@ def _compare_memory(plan: RunPlan, step: CompiledStep) -> dict[str, PlannedAndCo
             total - transient, compiled.argument_size_in_bytes
         ),
         "outputs": PlannedAndCompiled(None, compiled.output_size_in_bytes),
-        "outputs in arguments' place": PlannedAndCompiled(None, compiled.alias_size_in_bytes),
+        "outputs in arguments' place": PlannedAndCompiled(
+            None, compiled.alias_size_in_bytes
+        ),
         "temporaries": PlannedAndCompiled(transient, compiled.temp_size_in_bytes),
         "peak": PlannedAndCompiled(total, step.peak_bytes),
     }
@@ -137,8 +147,8 @@ def _compare_memory(plan: RunPlan, step: CompiledStep) -> dict[str, PlannedAndCo
 def compile_candidate_peaks(
     run: RunConfig, machine: Machine, candidates: Sequence[Candidate]
 ) -> list[float]:
-    """Compiles candidates of a search one by one; returns the bytes that each needs on a device by
-    the compiler's account, infinite where it finds no room."""
+    """Compiles candidates of a search one by one; returns the bytes that each needs on
+    a device by the compiler's account, infinite where it finds no room."""
     peaks = []
     for candidate in candidates:
         try:
@@ -165,8 +175,8 @@ def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
 def get_topology_devices(topology: Topology) -> list[Any]:
     """Returns devices to compile for; nothing can be run on them.
 
-    Sets two variables of the TPU library's, unless they are set: not to ask a metadata server
-    which TPU this is, and not to insist on being the only process that loads it.
+    Sets two variables of the TPU library's, unless they are set: not to ask a metadata
+    server which TPU this is, and not to insist on being the only process that loads it.
     """
     if topology.platform == "cpu":
         here = jax.devices("cpu")
@@ -177,7 +187,9 @@ def get_topology_devices(topology: Topology) -> list[Any]:
     if not has_compiler(topology.platform):
         message = f"no compiler for {topology.platform.upper()}s is installed"
         extra = _PACKAGES[topology.platform][1]
-        raise MaxlmError(message, fix=f"pip install -c constraints.txt 'maxlm[{extra}]'")
+        raise MaxlmError(
+            message, fix=f"pip install -c constraints.txt 'maxlm[{extra}]'"
+        )
     try:
         if topology.platform == "tpu":
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -192,11 +204,14 @@ def get_topology_devices(topology: Topology) -> list[Any]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         message = f"the compiler knows no {topology.compiler_name} ({reason})"
-        raise MaxlmError(message, fix="name a shape that exists, such as v5p:4x4x2") from error
+        raise MaxlmError(
+            message, fix="name a shape that exists, such as v5p:4x4x2"
+        ) from error
 
 
 def has_compiler(platform: str) -> bool:
-    """Whether the packages that compile for a platform are installed; a CPU's come with JAX."""
+    """Whether the packages that compile for a platform are installed; a CPU's come with
+    JAX."""
     if platform == "cpu":
         return True
     try:

@@ -14,11 +14,22 @@ from typing import Any
 import jax.numpy as jnp
 from pydantic import ValidationError
 
-from maxlm.config import MaxlmError, SettingOrigin, compare_configs, load_config, to_yaml
+from maxlm.config import (
+    MaxlmError,
+    SettingOrigin,
+    compare_configs,
+    load_config,
+    to_yaml,
+)
 from maxlm.config.keys import join_key
 from maxlm.config.layers import SettingsTree
 from maxlm.config.load import validate_config
-from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
+from maxlm.data.tokenizer import (
+    Tokenizer,
+    export_tokenizer,
+    import_tokenizer,
+    load_tokenizer,
+)
 from maxlm.huggingface.checkpoint import (
     MergedCheckpointReader,
     RunCheckpointReader,
@@ -85,22 +96,26 @@ class HuggingFaceModel:
     def import_tensors(
         self, writer: ParamWriter, progress: Progress = ignore_progress
     ) -> TensorDtypes:
-        """Writes all parameters as fp32, one in memory at a time; returns the formats they had."""
+        """Writes all parameters as fp32, one in memory at a time; returns the formats
+        they had."""
         shapes = {name: spec.shape for name, spec in self.specs.items()}
         dtypes = import_tensors(
             *(self.folder, self.entries, shapes, writer, progress),
             ignored=self.family.ignored_tensors,
             warn=self.notes.append,
         )
-        used = {name for entry in self.entries for name in (entry.theirs, *entry.aliases)}
+        used = {
+            name for entry in self.entries for name in (entry.theirs, *entry.aliases)
+        }
         left_out = sorted(list_stored_tensors(self.folder).keys() - used)
         self.notes.extend(f"left out: {name}" for name in left_out)
         return dtypes
 
 
 def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
-    """Reads a Hugging Face folder's config, tokenizer and tensors' names, as a run ``target``.
-    Raises MaxlmError: files that are missing or damaged, a model that maxlm does not implement."""
+    """Reads a Hugging Face folder's config, tokenizer and tensors' names, as a run
+    ``target``. Raises MaxlmError: files that are missing or damaged, a model that maxlm
+    does not implement."""
     where = source / "config.json"
     values = read_json_object(where, "download it again")
     family = find_family(values, str(where))
@@ -111,7 +126,9 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
         config = _with_tokenizer(config, target, tokenizer, notes)
     entries = family.list_entries(config.model, tensors)
     specs = flatten_names(_build_specs(config))
-    return HuggingFaceModel(source, family, values, config, specs, entries, tokenizer, notes)
+    return HuggingFaceModel(
+        source, family, values, config, specs, entries, tokenizer, notes
+    )
 
 
 def convert(
@@ -126,13 +143,15 @@ def convert(
     base: str | Path | None = None,
     progress: Progress = ignore_progress,
 ) -> ConversionResult:
-    """Converts a Hugging Face folder to a run, which takes no options, a PEFT folder and its base
-    to a run, or a run to a Hugging Face or PEFT folder, whichever ``source`` is.
+    """Converts a Hugging Face folder to a run, which takes no options, a PEFT folder
+    and its base to a run, or a run to a Hugging Face or PEFT folder, whichever
+    ``source`` is.
 
     Args:
-        family: under whose names; None: that it came from, else the first that can say what the
-            model computes.
-        dtype: a key of ``DTYPES``, rounded to if need be; None: as the tensors came, else float32.
+        family: under whose names; None: that it came from, else the first that can say
+            what the model computes.
+        dtype: a key of ``DTYPES``, rounded to if need be; None: as the tensors came,
+            else float32.
         step: which checkpoint; None: the newest.
         adapter: write a run's adapter alone, for PEFT; otherwise the merged model.
         base: the Hugging Face folder of the model that a PEFT adapter is for.
@@ -143,20 +162,32 @@ def convert(
     if target.resolve() == Path.cwd():
         what = "the folder that this runs in cannot be replaced"
         raise MaxlmError(what, where=str(target), fix="name another")
-    is_run, is_published = ((source / f"config.{kind}").exists() for kind in ("yaml", "json"))
+    is_run, is_published = (
+        (source / f"config.{kind}").exists() for kind in ("yaml", "json")
+    )
     if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
-        found = "neither config.json nor config.yaml here" if source.exists() else "no such folder"
+        found = (
+            "neither config.json nor config.yaml here"
+            if source.exists()
+            else "no such folder"
+        )
         fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
         raise MaxlmError(found, where=str(source), fix=fix)
     shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
     unused = {"dtype": dtype, "shard-gb": shards} if adapter or not is_run else {}
     unused |= {} if is_run else {"family": family, "step": step}
-    if given := [f"--{name} {value}" for name, value in unused.items() if value is not None]:
+    if given := [
+        f"--{name} {value}" for name, value in unused.items() if value is not None
+    ]:
         published = "a run is written, and this is a published checkpoint"
         own = "merged models are written, adapters in fp32" if is_run else published
-        raise MaxlmError(f"{given[0]} says how {own}", where=str(source), fix="leave it out")
+        raise MaxlmError(
+            f"{given[0]} says how {own}", where=str(source), fix="leave it out"
+        )
     if is_run:
-        return _export_run(source, target, family, dtype, step, shard_bytes, adapter, progress)
+        return _export_run(
+            source, target, family, dtype, step, shard_bytes, adapter, progress
+        )
     if is_published:
         return _import_run(source, target, progress)
     if base is None:
@@ -168,10 +199,11 @@ def convert(
 def _import_run(
     source: Path, target: Path, progress: Progress, adapter_folder: Path | None = None
 ) -> ConversionResult:
-    """Writes a Hugging Face checkpoint, with a PEFT adapter or without, as a run of step 0: config,
-    checkpoint, tokenizer.
+    """Writes a Hugging Face checkpoint, with a PEFT adapter or without, as a run of
+    step 0: config, checkpoint, tokenizer.
 
-    Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
+    Tensors are read, cast to fp32 and written one at a time; nothing is left behind by
+    a failure.
     """
     base = open_huggingface_model(source, target)
     opened: HuggingFaceModel | AdaptedHuggingFaceModel = base
@@ -220,8 +252,8 @@ class AdaptedHuggingFaceModel:
     def import_tensors(
         self, writer: ParamWriter, progress: Progress = ignore_progress
     ) -> TensorDtypes:
-        """Writes all parameters as fp32, the adapter's too; returns the formats that the base's
-        had."""
+        """Writes all parameters as fp32, the adapter's too; returns the formats that
+        the base's had."""
         adapted = AdaptedParamWriter(writer, self.peft, self.specs)
         dtypes = self.base.import_tensors(adapted, progress)
         adapted.finish()
@@ -237,8 +269,14 @@ def open_adapted_model(base: HuggingFaceModel, folder: Path) -> AdaptedHuggingFa
     peft = read_peft_adapter(folder, config.model, specs, entries)
     task = SftTask() if count_virtual_tokens(peft.adapter) else config.task
     trained = list_trained_names(peft, specs)
-    train = config.train.model_copy(update={"trainable": trained}) if trained else config.train
-    config = config.model_copy(update={"adapter": peft.adapter, "task": task, "train": train})
+    train = (
+        config.train.model_copy(update={"trainable": trained})
+        if trained
+        else config.train
+    )
+    config = config.model_copy(
+        update={"adapter": peft.adapter, "task": task, "train": train}
+    )
     tokenizer = import_adapter_tokenizer(folder, tokenizer, config.model.vocab_size)
     return AdaptedHuggingFaceModel(base, peft, specs, config, tokenizer)
 
@@ -246,13 +284,21 @@ def open_adapted_model(base: HuggingFaceModel, folder: Path) -> AdaptedHuggingFa
 def import_adapter_tokenizer(
     folder: Path, base: Tokenizer | None, num_embedding_rows: int
 ) -> Tokenizer | None:
-    """Imports the tokenizer or the chat template that an adapter was trained with, where its folder
-    has one, else returns the base's. Generation stops where the base's does too. Raises MaxlmError:
-    the tokenizer has ids that the base's table has no rows for."""
+    """Imports the tokenizer or the chat template that an adapter was trained with,
+    where its folder has one, else returns the base's. Generation stops where the base's
+    does too. Raises MaxlmError: the tokenizer has ids that the base's table has no rows
+    for."""
     template = folder / "chat_template.jinja"
-    has_model = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    if base is not None and has_model and not (folder / "tokenizer_config.json").exists():
-        # No file says which tokens have roles: they are the base's where the vocabulary is.
+    has_model = any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")
+    )
+    if (
+        base is not None
+        and has_model
+        and not (folder / "tokenizer_config.json").exists()
+    ):
+        # No file says which tokens have roles: they are the base's where the vocabulary
+        # is.
         path = folder / base.codec.file_name
         has_model = not (path.exists() and path.read_bytes() == base.codec.data)
     if not has_model:
@@ -263,7 +309,9 @@ def import_adapter_tokenizer(
         return changed
     tokenizer = import_tokenizer(folder, num_embedding_rows=num_embedding_rows)
     if tokenizer.vocab_size > num_embedding_rows:
-        what = f"the adapter's tokenizer has {tokenizer.vocab_size} ids, its base's table"
+        what = (
+            f"the adapter's tokenizer has {tokenizer.vocab_size} ids, its base's table"
+        )
         what += f" {num_embedding_rows} rows"
         fix = "resize the base as it was in training (resize_token_embeddings), and save it"
         raise MaxlmError(what, where=str(folder), fix=fix)
@@ -283,7 +331,8 @@ def _export_run(
     adapter: bool,
     progress: Progress,
 ) -> ConversionResult:
-    """Writes a run's checkpoint as a folder for transformers, or its adapter alone for PEFT."""
+    """Writes a run's checkpoint as a folder for transformers, or its adapter alone for
+    PEFT."""
     config, reader = open_run_checkpoint(source, step)
     chosen, published = find_run_family(config, reader, family)
     specs, entries = _build_specs(config), chosen.list_entries(config.model)
@@ -318,34 +367,46 @@ def _export_run(
     kept = TensorDtypes.model_validate(published.get("dtypes") or {"default": "F32"})
     if dtype is not None:
         if dtype not in DTYPES:
-            raise MaxlmError(f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
+            raise MaxlmError(
+                f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}"
+            )
         kept = TensorDtypes(default=DTYPES[dtype])
-    values["dtype"] = next((ours for ours, f in DTYPES.items() if f == kept.default), "float32")
+    values["dtype"] = next(
+        (ours for ours, f in DTYPES.items() if f == kept.default), "float32"
+    )
     with make_new_folder(target) as folder:
         lossy = dtype is not None
-        export_tensors(reader, entries, kept, folder, shard_bytes, progress=progress, lossy=lossy)
+        export_tensors(
+            reader, entries, kept, folder, shard_bytes, progress=progress, lossy=lossy
+        )
         if tokenizer is not None:
             export_tokenizer(tokenizer, folder)
-        (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps(values, indent=2, sort_keys=True) + "\n"
+        )
     parameters = sum(spec.size for spec in flatten_names(specs).values())
     return ConversionResult(chosen.name, target, parameters, kept.default, [])
 
 
-def _check_stored_shapes(reader: RunCheckpointReader, config: RunConfig, specs: Params) -> None:
-    """Checks that a checkpoint's arrays have the shapes of the run's model: one whose zarr.json is
-    another's would be read as what it is not."""
+def _check_stored_shapes(
+    reader: RunCheckpointReader, config: RunConfig, specs: Params
+) -> None:
+    """Checks that a checkpoint's arrays have the shapes of the run's model: one whose
+    zarr.json is another's would be read as what it is not."""
     declared = specs if config.adapter is None else config.adapter.adapt(specs)
     for name, spec in flatten_names(declared).items():
         stored = reader.shapes.get(name)
         if stored is not None and stored != spec.shape:
-            what = f"{name} is {list(stored)} there, {list(spec.shape)} in the run's model"
+            what = (
+                f"{name} is {list(stored)} there, {list(spec.shape)} in the run's model"
+            )
             fix = "use another checkpoint: this one is damaged, or of another run"
             raise MaxlmError(what, where=str(reader.folder), fix=fix)
 
 
 def find_trained_base(config: RunConfig, reader: RunCheckpointReader) -> frozenset[str]:
-    """Finds the names of the parameters that were trained and are not the adapter's, by this run or
-    by those that it started from with the same adapter."""
+    """Finds the names of the parameters that were trained and are not the adapter's, by
+    this run or by those that it started from with the same adapter."""
     assert config.adapter is not None
     adapted = config.adapter.adapt(_build_specs(config))
     names = [*flatten_names(adapted)]
@@ -356,8 +417,8 @@ def find_trained_base(config: RunConfig, reader: RunCheckpointReader) -> frozens
 
 
 def _open_start(config: RunConfig) -> RunCheckpointReader | None:
-    """The checkpoint of the run without an adapter that an adapter was begun on; None: there is
-    none, or not any more."""
+    """The checkpoint of the run without an adapter that an adapter was begun on; None:
+    there is none, or not any more."""
     while config.adapter is not None:
         start = config.train.start_from
         if start is None or not Path(start, "config.yaml").exists():
@@ -368,7 +429,9 @@ def _open_start(config: RunConfig) -> RunCheckpointReader | None:
     return None
 
 
-def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunCheckpointReader]:
+def open_run_checkpoint(
+    source: Path, step: int | None
+) -> tuple[RunConfig, RunCheckpointReader]:
     """A run's config, and its parameters to use."""
     config = load_config(RunConfig, source / "config.yaml").value
     name = "params" if config.train.ema_decay is None else "ema"
@@ -378,8 +441,9 @@ def open_run_checkpoint(source: Path, step: int | None) -> tuple[RunConfig, RunC
 def find_run_family(
     config: RunConfig, reader: RunCheckpointReader, name: str | None = None
 ) -> tuple[ModelFamily, Mapping[str, Any]]:
-    """The family of a name, else that which a run's parameters came from, else the first that can
-    say what its model computes; and what the run knows of the model that they came from."""
+    """The family of a name, else that which a run's parameters came from, else the
+    first that can say what its model computes; and what the run knows of the model that
+    they came from."""
     published = read_metadata(reader.folder).get("published") or {}
     model, name = config.model, name or published.get("family")
     if name is None:
@@ -412,13 +476,21 @@ def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunCo
         "task": {"kind": list_task_kinds(settings["architecture"])[0]},
         "data": {"seq_len": max(min(settings["max_seq_len"] * 2 // 3, 512), 1)},
     }
-    return validate_config(RunConfig, SettingsTree(tree, {(): SettingOrigin(str(where))}))
+    return validate_config(
+        RunConfig, SettingsTree(tree, {(): SettingOrigin(str(where))})
+    )
 
 
-def _import_tokenizer(source: Path, config: RunConfig, notes: list[str]) -> Tokenizer | None:
+def _import_tokenizer(
+    source: Path, config: RunConfig, notes: list[str]
+) -> Tokenizer | None:
     """The tokenizer beside a model; adds to ``notes`` what is worth telling."""
-    if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        notes.append("no tokenizer: there is no tokenizer.json or tokenizer.model beside it")
+    if not any(
+        (source / name).exists() for name in ("tokenizer.json", "tokenizer.model")
+    ):
+        notes.append(
+            "no tokenizer: there is no tokenizer.json or tokenizer.model beside it"
+        )
         if (source / "generation_config.json").exists():
             notes.append("left out: generation_config.json")
         return None
@@ -430,7 +502,9 @@ def _import_tokenizer(source: Path, config: RunConfig, notes: list[str]) -> Toke
         fix = "use the tokenizer that the model was trained with"
         raise MaxlmError(what, where=str(source), fix=fix)
     for lost in getattr(tokenizer.codec, "left_out", ()):
-        notes.append(f"left out of the tokenizer: {lost}, which the table has no row for")
+        notes.append(
+            f"left out of the tokenizer: {lost}, which the table has no row for"
+        )
     return tokenizer
 
 
@@ -446,7 +520,8 @@ def _with_tokenizer(
     if tokenizer.vocab_size + task.num_ids_to_reserve > config.model.vocab_size:
         names = " and ".join(f"task.{name}" for name in task.reserved_ids)
         notes.append(
-            f"to train it, name ids for task.kind={task.kind} in {names}: the tokenizer has none, "
+            f"to train it, name ids for task.kind={task.kind} in {names}: the "
+            f"tokenizer has none, "
             "and the table no rows to spare"
         )
     return RunConfig.model_validate(values)
@@ -465,8 +540,14 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
         return f"its model.{join_key(error.errors()[0]['loc'])}"
     except (AssertionError, AttributeError):
         return "its kind of layers"
-    different = compare_configs(model.model_dump(mode="json"), again.model_dump(mode="json"))
-    named = (f"model.{key}={ours!r}" for key, ours, _ in different if not key.startswith(_ASIDE))
+    different = compare_configs(
+        model.model_dump(mode="json"), again.model_dump(mode="json")
+    )
+    named = (
+        f"model.{key}={ours!r}"
+        for key, ours, _ in different
+        if not key.startswith(_ASIDE)
+    )
     return next(named, None)
 
 

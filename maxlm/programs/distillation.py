@@ -1,4 +1,5 @@
-"""A teacher's files for distillation: log-probabilities of its likeliest tokens, and answers."""
+"""A teacher's files for distillation: log-probabilities of its likeliest tokens, and
+answers."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -48,22 +49,25 @@ def store_teacher_logits(
     step: int | None = None,
 ) -> tuple[int, int]:
     """Writes the rows of files with what a teacher says of each token to learn: the
-    log-probabilities of its ``k`` likeliest tokens and of all others together, 8·k + 4 bytes a
-    token. The task ``distill`` reads them, without a teacher. Raises MaxlmError: a file of another
-    name, a model or a row that cannot be read.
+    log-probabilities of its ``k`` likeliest tokens and of all others together, 8·k + 4
+    bytes a token. The task ``distill`` reads them, without a teacher. Raises
+    MaxlmError: a file of another name, a model or a row that cannot be read.
 
     Args:
         model: a run's folder, or a Hugging Face checkpoint's.
         out: .arrow file of the rows, in the files' order, which memory is mapped to.
         seq_len: tokens of a row at most; default: the model's.
-        settings: those of the task sft that say what of a row is learnt, as ``turns=last``.
+        settings: those of the task sft that say what of a row is learnt, as
+            ``turns=last``.
         mesh: such as ``tensor=2``, with context=1; default: one device.
 
     Returns:
         Rows written, and rows left out.
     """
     if out.suffix != ".arrow":
-        raise MaxlmError("not the name of an Arrow file", where=str(out), fix="end it with .arrow")
+        raise MaxlmError(
+            "not the name of an Arrow file", where=str(out), fix="end it with .arrow"
+        )
     pa = import_pyarrow(out)
     task, file = load_config(SftTask, None, settings).value, open_rows(*files)
     loaded = load_chat_model(model, step=step, mesh=mesh)
@@ -79,8 +83,12 @@ def store_teacher_logits(
         path = stack.enter_context(replace_file(out))
         for start in range(0, len(file), _BLOCK):
             block = range(len(file))[start : start + _BLOCK]
-            encoded = {i: found for i in block if (found := encode_row(encoder, file, i))}
-            parts = _find_top(loaded, [x["tokens"] for x in encoded.values()], k, temperature)
+            encoded = {
+                i: found for i in block if (found := encode_row(encoder, file, i))
+            }
+            parts = _find_top(
+                loaded, [x["tokens"] for x in encoded.values()], k, temperature
+            )
             made = []
             for found, (ids, log_probs) in zip(encoded.values(), parts, strict=True):
                 places = np.flatnonzero(found["weights"])
@@ -89,13 +97,20 @@ def store_teacher_logits(
             if made:
                 table = rows.take([*encoded])
                 for column in made[0]:
-                    table = table.append_column(column, pa.array([each[column] for each in made]))
-                writer = writer or stack.enter_context(pa.ipc.new_stream(str(path), table.schema))
+                    table = table.append_column(
+                        column, pa.array([each[column] for each in made])
+                    )
+                writer = writer or stack.enter_context(
+                    pa.ipc.new_stream(str(path), table.schema)
+                )
                 writer.write_table(table)
             written += len(made)
             progress("teacher", block[-1] + 1, len(file))
         if writer is None:
-            what, fix = f"no row has at most {encoder.max_length} tokens", "raise seq_len"
+            what, fix = (
+                f"no row has at most {encoder.max_length} tokens",
+                "raise seq_len",
+            )
             raise MaxlmError(what, where=str(files[0]), fix=fix)
     return written, len(file) - written
 
@@ -111,17 +126,19 @@ def generate_answers(
     step: int | None = None,
     **sampling: Any,
 ) -> tuple[int, int]:
-    """Writes a model's answers to the prompts of files as rows of prompt and completion (.jsonl),
-    from which the task ``sft`` distils sequences.
+    """Writes a model's answers to the prompts of files as rows of prompt and completion
+    (.jsonl), from which the task ``sft`` distils sequences.
 
     Args:
-        files: rows with ``prompt``, or with ``messages``, whose last answer is left out.
+        files: rows with ``prompt``, or with ``messages``, whose last answer is left
+            out.
         num_answers: to each prompt.
         settings: the engine's, as ``max_sequences=16``.
         sampling: of :class:`maxlm.inference.sampling.SamplingConfig`.
 
     Returns:
-        Answers written; those left out: empty, cut off, or to a prompt too long for the engine.
+        Answers written; those left out: empty, cut off, or to a prompt too long for the
+        engine.
     """
     file, how = open_rows(*files), SamplingConfig(**sampling)
     loaded = load_chat_model(model, step=step, mesh=mesh)
@@ -133,7 +150,9 @@ def generate_answers(
     def requests() -> Iterator[GenerationRequest]:
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, str):
-                (tokens,) = encode_prompts(loaded.tokenizer, [prompt], as_documents=False)
+                (tokens,) = encode_prompts(
+                    loaded.tokenizer, [prompt], as_documents=False
+                )
             else:
                 variables = read_template_variables(rows[i])
                 check_tools_are_written(loaded.tokenizer, prompt, **variables)
@@ -142,7 +161,11 @@ def generate_answers(
             if len(tokens) < engine.config.max_length:
                 yield GenerationRequest(str(i), tuple(tokens), how, num_answers)
 
-    with show_progress("answers") as progress, convert_write_errors(out), replace_file(out) as path:
+    with (
+        show_progress("answers") as progress,
+        convert_write_errors(out),
+        replace_file(out) as path,
+    ):
         for output in engine.run(requests()):
             answer = int(output.request_id), output.sequence_index
             texts[answer] = texts.get(answer, "") + output.text
@@ -154,7 +177,10 @@ def generate_answers(
         with path.open("w", encoding="utf-8") as lines:
             for answer in kept:
                 row = {"prompt": prompts[answer[0]], "completion": texts[answer]}
-                for name in ("tools", "chat_template_kwargs"):  # they belong to the prompt
+                for name in (
+                    "tools",
+                    "chat_template_kwargs",
+                ):  # they belong to the prompt
                     if rows[answer[0]].get(name):
                         row[name] = rows[answer[0]][name]
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -169,9 +195,13 @@ def _find_top(
     ways = prod(loaded.mesh.shape[axis] for axis in loaded.model.rules.batch)
     run = bind_mesh(loaded.mesh, _compute_top)
     length = loaded.config.model.max_seq_len
-    for batch, tokens, lengths in iterate_padded_batches([r.tolist() for r in rows], length, ways):
+    for batch, tokens, lengths in iterate_padded_batches(
+        [r.tolist() for r in rows], length, ways
+    ):
         size = min(k, loaded.config.model.vocab_size)
-        top = jax.device_get(run(loaded.model, size, temperature, loaded.params, tokens, lengths))
+        top = jax.device_get(
+            run(loaded.model, size, temperature, loaded.params, tokens, lengths)
+        )
         for place, index in enumerate(batch):
             found[index] = tuple(a[place, : lengths[place]] for a in top)
     return [found[index] for index in range(len(rows))]
@@ -179,11 +209,18 @@ def _find_top(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _compute_top(
-    model: Any, k: int, temperature: float, params: Params, tokens: jax.Array, lengths: jax.Array
+    model: Any,
+    k: int,
+    temperature: float,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
 ) -> StoredTeacher:
     bound = bind(model, params)
     hidden, _, _ = compute_padded_states(bound, model.rules, tokens, lengths)
-    return compute_top_log_probs(bound.prepare_logits(hidden), k, temperature=temperature)
+    return compute_top_log_probs(
+        bound.prepare_logits(hidden), k, temperature=temperature
+    )
 
 
 def _read_prompt(row: dict[str, Any], where: str) -> str | list[dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""``maxlm eval``: a model on lm-evaluation-harness's tasks and its result files; what it makes of
-long contexts."""
+"""``maxlm eval``: a model on lm-evaluation-harness's tasks and its result files; what
+it makes of long contexts."""
 
 import json
 import logging
@@ -45,12 +45,14 @@ def evaluate_model(
     chat: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
-    """Evaluates a model on tasks; writes ``results_TIME.json`` and ``samples_TASK_TIME.jsonl``.
+    """Evaluates a model on tasks; writes ``results_TIME.json`` and
+    ``samples_TASK_TIME.jsonl``.
 
     Args:
-        model: a run's folder, a Hugging Face checkpoint's, or the URL of an OpenAI-compatible
-            server, such as http://host:8000/v1.
-        settings: the engine's, as ``max_sequences=32``; a server's: of the harness's client.
+        model: a run's folder, a Hugging Face checkpoint's, or the URL of an
+            OpenAI-compatible server, such as http://host:8000/v1.
+        settings: the engine's, as ``max_sequences=32``; a server's: of the harness's
+            client.
         output: folder of the files; default: ``evaluations`` in the run's or runs/NAME.
         data, shots, seed, chat, options: of ``load_tasks`` and ``evaluate_tasks`` in
             :mod:`maxlm.evaluation.tasks`.
@@ -82,7 +84,9 @@ def evaluate_model(
     with show_progress("requests") as progress, convert_errors:
         if jax.process_index() == 0:
             lm.on_progress = lambda done, total: progress(names[-1], done, total)
-        results = harness.evaluate_tasks(lm, opened, chat=chat, on_task=names.append, **options)
+        results = harness.evaluate_tasks(
+            lm, opened, chat=chat, on_task=names.append, **options
+        )
     seconds = results.pop("seconds_by_task")
     about |= {"seconds": sum(seconds.values()), "seconds_by_task": seconds}
     if (engine := getattr(lm, "engine", None)) is not None:
@@ -104,7 +108,10 @@ def import_harness() -> tuple[Any, Any]:
     try:
         from maxlm.evaluation import lm_eval_model, tasks
     except ModuleNotFoundError as error:
-        what, fix = f"the package {error.name} is not installed", "pip install 'maxlm[eval]'"
+        what, fix = (
+            f"the package {error.name} is not installed",
+            "pip install 'maxlm[eval]'",
+        )
         raise MaxlmError(what, fix=fix) from None
     return lm_eval_model, tasks
 
@@ -130,7 +137,12 @@ def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> E
     pages = max(2 * length, 64 * 256) // 16 + 1
     # Of several hosts none may time its own steps: all run the same.
     own = [] if jax.process_count() == 1 else ["decode_steps=1"]
-    own += [f"max_length={length}", f"num_pages={pages}", "max_sequences=64", "max_chunks=64"]
+    own += [
+        f"max_length={length}",
+        f"num_pages={pages}",
+        "max_sequences=64",
+        "max_chunks=64",
+    ]
     return make_engine(loaded, [*own, *settings], warm_up="never")
 
 
@@ -147,15 +159,18 @@ def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
             return [*tokens, tokenizer.eos_id], 0
         return [*tokenizer.prefix_ids, *tokens, tokenizer.eos_id], size
 
-    return MaskedScorer(loaded.model, loaded.params, loaded.mesh, mask_id=mask_id, wrap=wrap)
+    return MaskedScorer(
+        loaded.model, loaded.params, loaded.mesh, mask_id=mask_id, wrap=wrap
+    )
 
 
 def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -> Any:
-    """Makes the harness's own client of an OpenAI-compatible server, for its first model.
+    """Makes the harness's own client of an OpenAI-compatible server, for its first
+    model.
 
     Args:
-        settings: the client's. Log-likelihoods need ``tokenizer=FOLDER``, a Hugging Face
-            tokenizer's, unless the server has one to ask, as vLLM's has.
+        settings: the client's. Log-likelihoods need ``tokenizer=FOLDER``, a Hugging
+            Face tokenizer's, unless the server has one to ask, as vLLM's has.
         chat: ask by conversations, which have no log-likelihoods.
     """
     from lm_eval.api.registry import get_model
@@ -169,16 +184,23 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
             with urlopen(f"{url}/models", timeout=30) as answer:
                 given["model"] = json.load(answer)["data"][0]["id"]
         if "tokenizer" not in given:
-            has_one = not chat and check_remote_tokenizer_support(given["base_url"], max_retries=1)
+            has_one = not chat and check_remote_tokenizer_support(
+                given["base_url"], max_retries=1
+            )
             given.setdefault("tokenizer_backend", "remote" if has_one else "none")
         client = make(**given)
     except (OSError, ValueError, LookupError, ModuleNotFoundError) as error:
-        what, fix = f"this server cannot be used ({error})", "check the address, and the server"
+        what, fix = (
+            f"this server cannot be used ({error})",
+            "check the address, and the server",
+        )
         raise MaxlmError(what, where=url, fix=fix) from error
 
     def refuse(*_: Any) -> None:
         what = "log-likelihoods from a server need its tokenizer"
-        raise MaxlmError(what, where=url, fix="tokenizer=FOLDER names one; leave --chat out")
+        raise MaxlmError(
+            what, where=url, fix="tokenizer=FOLDER names one; leave --chat out"
+        )
 
     if client.tokenizer is None:
         client.loglikelihood = client.loglikelihood_rolling = refuse
@@ -186,7 +208,8 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
 
 
 def resume_answers(client: Any, log: Path) -> Any:
-    """Wraps a client to keep answers in a file, and begin with those of a run that was cut off."""
+    """Wraps a client to keep answers in a file, and begin with those of a run that was
+    cut off."""
     from maxlm.evaluation.lm_eval_model import ResumableModel
 
     with convert_write_errors(log):
@@ -203,33 +226,49 @@ def _convert_server_errors(url: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ClientError) as error:  # requests' errors are OSErrors, and name no file
+    except (
+        OSError,
+        ClientError,
+    ) as error:  # requests' errors are OSErrors, and name no file
         if getattr(error, "filename", None):
             raise
         fix = "start it, and evaluate again: answers so far are kept"
-        raise MaxlmError(f"the server does not answer ({error})", where=url, fix=fix) from error
+        raise MaxlmError(
+            f"the server does not answer ({error})", where=url, fix=fix
+        ) from error
 
 
 def write_results(folder: Path, results: dict[str, Any], model_name: str) -> None:
-    """Writes results as ``lm_eval --output_path --log_samples``; takes ``samples`` out of them."""
+    """Writes results as ``lm_eval --output_path --log_samples``; takes ``samples`` out
+    of them."""
     from lm_eval.loggers import EvaluationTracker
 
-    samples, tracker = results.pop("samples"), EvaluationTracker(output_path=str(folder))
+    samples, tracker = (
+        results.pop("samples"),
+        EvaluationTracker(output_path=str(folder)),
+    )
     about = tracker.general_config_tracker
-    about.model_name, about.model_name_sanitized, about.model_source = model_name, "", "maxlm"
+    about.model_name, about.model_name_sanitized, about.model_source = (
+        model_name,
+        "",
+        "maxlm",
+    )
     with convert_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tracker.save_results_aggregated(results, samples)
         for task, rows in samples.items():
             tracker.save_results_samples(task, rows)
-        (folder / f"results_{tracker.date_id}.json").stat()  # the tracker raises nothing itself
+        (
+            folder / f"results_{tracker.date_id}.json"
+        ).stat()  # the tracker raises nothing itself
 
 
 def evaluate_position_losses(
     model: str, text: Path, *, length: int | None, num_windows: int, **options: Any
 ) -> dict[int, float]:
-    """Computes a model's mean loss by position (``compute_position_losses``) over windows of a text
-    file; ``length`` (tokens of a window) and ``options``: of :func:`load_engine_for_length`."""
+    """Computes a model's mean loss by position (``compute_position_losses``) over
+    windows of a text file; ``length`` (tokens of a window) and ``options``: of
+    :func:`load_engine_for_length`."""
     engine = load_engine_for_length(model, length, **options)
     assert engine.tokenizer is not None
     windows = cut_windows(engine.tokenizer, text, engine.config.max_length, num_windows)
@@ -238,14 +277,18 @@ def evaluate_position_losses(
         return compute_position_losses(Scorer(engine), windows, on_progress)
 
 
-def cut_windows(tokenizer: Tokenizer, text: Path, length: int, count: int) -> list[list[int]]:
-    """Returns up to ``count`` windows of a text file, each of ``length`` tokens with those that
-    documents open with, evenly spread."""
+def cut_windows(
+    tokenizer: Tokenizer, text: Path, length: int, count: int
+) -> list[list[int]]:
+    """Returns up to ``count`` windows of a text file, each of ``length`` tokens with
+    those that documents open with, evenly spread."""
     ids, prefix = tokenizer.encode(text.read_bytes()), tokenizer.prefix_ids
     room = length - len(prefix)
     if room < 2 or len(ids) < room:
         what = f"{len(ids):,} tokens give no window of {length:,}"
-        raise MaxlmError(what, where=str(text), fix="use a longer text, or another --length")
+        raise MaxlmError(
+            what, where=str(text), fix="use a longer text, or another --length"
+        )
     fitting = len(ids) // room
     count = min(count, fitting)
     starts = [i * fitting // count * room for i in range(count)]
@@ -255,8 +298,12 @@ def cut_windows(tokenizer: Tokenizer, text: Path, length: int, count: int) -> li
 def load_engine_for_length(
     model: str, length: int | None, *, step: int | None = None, mesh: str | None = None
 ) -> Engine:
-    """Loads a model to read sequences of ``length`` tokens, by default its ``max_seq_len``."""
+    """Loads a model to read sequences of ``length`` tokens, by default its
+    ``max_seq_len``."""
     loaded = load_chat_model(model, step=step, mesh=mesh)
     length = length or loaded.config.model.max_seq_len
-    sizes = [f"max_length={length}", f"max_sequences={max(1, min(16, ENGINE_TOKENS // length))}"]
+    sizes = [
+        f"max_length={length}",
+        f"max_sequences={max(1, min(16, ENGINE_TOKENS // length))}",
+    ]
     return make_engine(loaded, sizes, warm_up="never")

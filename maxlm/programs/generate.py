@@ -20,16 +20,21 @@ def generate_text(
     prompts: Sequence[str | bytes],
     sampling: SamplingConfig,
 ) -> Iterator[list[str]]:
-    """Continue prompts, each as the opening of a document; an encoder reads them as whole ones.
-    Literals of special tokens in them are plain text.
+    """Continue prompts, each as the opening of a document; an encoder reads them as
+    whole ones. Literals of special tokens in them are plain text.
 
-    Yields at each step a list with the text that each row's new token completes, often empty; all
-    of a row's pieces joined are its continuation (see :func:`get_prompt_separator`). The tokens
-    that end a continuation give no text.
+    Yields at each step a list with the text that each row's new token completes, often
+    empty; all of a row's pieces joined are its continuation (see
+    :func:`get_prompt_separator`). The tokens that end a continuation give no text.
     """
-    tokens = encode_prompts(tokenizer, prompts, as_documents=isinstance(model, EncoderDecoder))
+    tokens = encode_prompts(
+        tokenizer, prompts, as_documents=isinstance(model, EncoderDecoder)
+    )
     outputs = generate(model, params, tokens, sampling, tokenizer=tokenizer)
-    return (_place_text(output.text, int(output.request_id), len(prompts)) for output in outputs)
+    return (
+        _place_text(output.text, int(output.request_id), len(prompts))
+        for output in outputs
+    )
 
 
 def search_text(
@@ -42,18 +47,24 @@ def search_text(
     num_beams: int | None,
     num_samples: int = 1,
 ) -> Iterator[list[str]]:
-    """Continue prompts one after the other, by beam search or, where ``num_beams`` is None, by the
-    sample with the highest mean log-probability; yields each prompt's text as
-    :func:`generate_text` does, in one piece."""
-    tokens = encode_prompts(tokenizer, prompts, as_documents=isinstance(model, EncoderDecoder))
+    """Continue prompts one after the other, by beam search or, where ``num_beams`` is
+    None, by the sample with the highest mean log-probability; yields each prompt's text
+    as :func:`generate_text` does, in one piece."""
+    tokens = encode_prompts(
+        tokenizer, prompts, as_documents=isinstance(model, EncoderDecoder)
+    )
     longest = max(map(len, tokens)) + sampling.max_new_tokens
-    room = EngineConfig(max_sequences=num_beams or min(num_samples, 16), max_length=longest)
+    room = EngineConfig(
+        max_sequences=num_beams or min(num_samples, 16), max_length=longest
+    )
     engine = Engine(model, params, room, tokenizer)
     for number, prompt in enumerate(tokens):
         if num_beams is None:
             result = best_of_n(engine, prompt, num_samples, sampling)
         else:
-            config = BeamSearchConfig(num_beams=num_beams, max_new_tokens=sampling.max_new_tokens)
+            config = BeamSearchConfig(
+                num_beams=num_beams, max_new_tokens=sampling.max_new_tokens
+            )
             (result,) = beam_search(engine, [prompt], config)
         yield _place_text(result.outputs[0].text, number, len(prompts))
 
@@ -65,11 +76,13 @@ def encode_prompts(
     as_documents: bool,
     allow_special: bool = False,
 ) -> list[list[int]]:
-    """Return the ids that a model is given for each prompt, at least one. ``as_documents``: prompts
-    are documents, as an encoder reads them, rather than openings. ``allow_special``: special tokens
-    in them are read as such."""
+    """Return the ids that a model is given for each prompt, at least one.
+    ``as_documents``: prompts are documents, as an encoder reads them, rather than
+    openings. ``allow_special``: special tokens in them are read as such."""
     end = [tokenizer.eos_id] if as_documents else []
-    found = [tokenizer.encode(prompt, allow_special=allow_special) for prompt in prompts]
+    found = [
+        tokenizer.encode(prompt, allow_special=allow_special) for prompt in prompts
+    ]
     encoded = [[*tokenizer.prefix_ids, *own, *end] for own in found]
     # A model needs a token to start from, even where documents open without one.
     return [ids or [tokenizer.bos_id] for ids in encoded]

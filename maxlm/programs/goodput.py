@@ -1,12 +1,12 @@
 """Accounts for a run's wall time, from its events.
 
-The events of ``events.jsonl`` are those of several attempts, each one start of the program. Time is
-cut without a gap, from the first attempt's beginning to the last sign of life; so the parts sum to
-the whole by construction.
+The events of ``events.jsonl`` are those of several attempts, each one start of the
+program. Time is cut without a gap, from the first attempt's beginning to the last sign
+of life; so the parts sum to the whole by construction.
 
-A step is productive if the run as it stands holds its update. An attempt's steps past the one that
-a later attempt resumed from, or a rollback restored, are lost: their time is estimated pro rata of
-the steps between two ``progress`` events.
+A step is productive if the run as it stands holds its update. An attempt's steps past
+the one that a later attempt resumed from, or a rollback restored, are lost: their time
+is estimated pro rata of the steps between two ``progress`` events.
 """
 
 from collections import Counter
@@ -23,11 +23,13 @@ PARTS = (
     *("productive", "lost", "starting", "compiling", "loading", "saving", "evaluating"),
     *("hanging", "other", "down", "finished"),
 )
-"""``lost``: steps past the checkpoint that was resumed from. ``starting``: from the process's start
-to the start event. ``hanging``: found by the watchdog. ``other``: alive, and none of these.
-``down``: between attempts. ``finished``: between the end of a finished run and its next attempt."""
+"""``lost``: steps past the checkpoint that was resumed from. ``starting``: from the
+process's start to the start event. ``hanging``: found by the watchdog. ``other``:
+alive, and none of these. ``down``: between attempts. ``finished``: between the end of a
+finished run and its next attempt."""
 
-# An attempt that has not said that it stopped, and was heard of so many seconds ago, is running.
+# An attempt that has not said that it stopped, and was heard of so many seconds ago, is
+# running.
 SILENCE = 60.0
 
 
@@ -51,7 +53,8 @@ class Attempt:
 
 @dataclass(frozen=True)
 class TimeSlice:
-    """An interval of a run's life, in which nothing is known of the order of its parts."""
+    """An interval of a run's life, in which nothing is known of the order of its
+    parts."""
 
     begin: float
     end: float
@@ -82,12 +85,14 @@ class RunHistory:
     @property
     def wall_seconds(self) -> float:
         """Seconds from the first attempt's beginning to the last sign of life."""
-        return self.attempts[-1].ended - self.attempts[0].began if self.attempts else 0.0
+        return (
+            self.attempts[-1].ended - self.attempts[0].began if self.attempts else 0.0
+        )
 
     @property
     def goodput(self) -> float | None:
-        """The share of time that is productive; what passed while the run was finished is left
-        out. None: no time has passed."""
+        """The share of time that is productive; what passed while the run was finished
+        is left out. None: no time has passed."""
         seconds = self.seconds_by_activity
         wanted = self.wall_seconds - seconds["finished"]
         return seconds["productive"] / wanted if wanted > 0 else None
@@ -95,16 +100,21 @@ class RunHistory:
     @property
     def interruptions(self) -> dict[str, int]:
         """Ends of attempts that are neither done nor running, by cause."""
-        return dict(Counter(a.end for a in self.attempts if a.end not in ("done", "running")))
+        return dict(
+            Counter(a.end for a in self.attempts if a.end not in ("done", "running"))
+        )
 
     @property
     def mean_time_to_interruption(self) -> float | None:
-        """Seconds that attempts ran, over their interruptions; None: there were none."""
+        """Seconds that attempts ran, over their interruptions; None: there were
+        none."""
         ends = sum(self.interruptions.values())
         return sum(a.ended - a.began for a in self.attempts) / ends if ends else None
 
 
-def summarize_run_events(events: Iterable[Event], now_unix_seconds: float) -> RunHistory:
+def summarize_run_events(
+    events: Iterable[Event], now_unix_seconds: float
+) -> RunHistory:
     """Accounts for a run's time, from its events in the order they were written; at
     ``now_unix_seconds`` the last attempt may still be alive."""
     counts: Counter[str] = Counter()
@@ -130,12 +140,14 @@ def summarize_run_events(events: Iterable[Event], now_unix_seconds: float) -> Ru
 
 
 def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
-    """Finds, for the beginning of each attempt and each of its rollbacks, the step up to which the
-    run keeps its steps: the least that any later one began from."""
+    """Finds, for the beginning of each attempt and each of its rollbacks, the step up
+    to which the run keeps its steps: the least that any later one began from."""
     least, result = inf, []
     for log in reversed(logs):
         own = []
-        begins = [e["step"] for e in log if e["event"] in ("start", "resume", "rollback")]
+        begins = [
+            e["step"] for e in log if e["event"] in ("start", "resume", "rollback")
+        ]
         for begin in reversed(begins):
             own.append(least)
             least = min(least, begin)
@@ -149,9 +161,9 @@ def _account(
     earliest: float,
     now: float,
 ) -> tuple[Attempt, list[TimeSlice]]:
-    """Reads an attempt, which begins at ``earliest`` or later, and what its time was spent on: from
-    its start event on cut at every ``progress``, whose seconds since the one before fill what lies
-    between."""
+    """Reads an attempt, which begins at ``earliest`` or later, and what its time was
+    spent on: from its start event on cut at every ``progress``, whose seconds since the
+    one before fill what lies between."""
     start = log[0]
     # Another host's clock may be behind: time never goes back here.
     began = max(min(start.get("began", inf), start["time"]), earliest)
@@ -169,7 +181,9 @@ def _account(
     once, final = {"compiling": 0.0, "hanging": 0.0}, 0.0
     for time, event in zip(times, log, strict=True):
         kind, step, seconds = event["event"], event["step"], event.get("seconds", 0.0)
-        last = max(last, step)  # Steps only grow, but at a rollback: a late event may name less.
+        last = max(
+            last, step
+        )  # Steps only grow, but at a rollback: a late event may name less.
         if kind == "rollback":
             points.append((time, max(last, event.get("from_step", 0))))
         points.append((time, step if kind == "rollback" else last))
@@ -185,14 +199,21 @@ def _account(
             known = dict.fromkeys(known, 0.0)
         elif kind == "progress":
             # Each only grows; an event of an older version lacks some.
-            spent = {name: max(0.0, event.get(name, 0.0) - old) for name, old in known.items()}
+            spent = {
+                name: max(0.0, event.get(name, 0.0) - old)
+                for name, old in known.items()
+            }
             known = {name: old + spent[name] for name, old in known.items()}
             share = float(limit > done)
             if step > done:
                 share = min(1.0, max(0.0, limit - done) / (step - done))
             done = max(done, step)
             stepping = spent.pop("stepping")
-            spent |= {"productive": stepping * share, "lost": stepping * (1 - share), **once}
+            spent |= {
+                "productive": stepping * share,
+                "lost": stepping * (1 - share),
+                **once,
+            }
             slices.append(_fill(begin, time, spent))
             begin, once = time, dict.fromkeys(once, 0.0)
     slices.append(_fill(begin, ended, once | {"evaluating": final}))
@@ -202,8 +223,8 @@ def _account(
 
 
 def _fill(begin: float, end: float, parts: Mapping[str, float]) -> TimeSlice:
-    """Makes a slice with as much of each part as there is room for, in the order of `PARTS`
-    reversed; what is over is ``other``."""
+    """Makes a slice with as much of each part as there is room for, in the order of
+    `PARTS` reversed; what is over is ``other``."""
     left = end - begin
     seconds: dict[str, float] = {}
     for part in reversed(PARTS):

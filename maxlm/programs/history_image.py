@@ -32,19 +32,23 @@ _MOST_LABELS = 12
 
 
 def draw_history(history: RunHistory, image: Path, *, title: str) -> None:
-    """Draws a history: above, the steps reached, with a mark at each interruption; below, column by
-    column, the shares of time. Times are from the beginning of the first attempt on.
+    """Draws a history: above, the steps reached, with a mark at each interruption;
+    below, column by column, the shares of time. Times are from the beginning of the
+    first attempt on.
 
     Args:
         image: file to write, .png, .svg or .pdf; its folder is made if missing.
 
-    Raises MaxlmError: another suffix, a run that has not begun, a file that cannot be written.
+    Raises MaxlmError: another suffix, a run that has not begun, a file that cannot be
+    written.
     """
     if image.suffix not in _FORMATS:
         what = f"no image format has the suffix {image.suffix!r}"
         raise MaxlmError(what, where=str(image), fix=f"use {', '.join(_FORMATS)}")
     if history.wall_seconds <= 0:
-        raise MaxlmError("no time to draw", where=title, fix="wait for the run to begin")
+        raise MaxlmError(
+            "no time to draw", where=title, fix="wait for the run to begin"
+        )
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -57,7 +61,9 @@ def draw_history(history: RunHistory, image: Path, *, title: str) -> None:
     steps_axes, shares_axes = figure.subplots(2, sharex=True, gridspec_kw=sizes)
     _draw_steps(steps_axes, history, seconds_per_unit)
     goodput = "" if history.goodput is None else f"goodput {history.goodput:.1%}"
-    steps_axes.set_title(" · ".join(filter(None, [title, goodput])), loc="left", fontsize=11)
+    steps_axes.set_title(
+        " · ".join(filter(None, [title, goodput])), loc="left", fontsize=11
+    )
     _draw_shares(shares_axes, history, seconds_per_unit)
     shares_axes.set_xlabel(f"{unit_name} since the run began")
     for axes in (steps_axes, shares_axes):
@@ -99,7 +105,12 @@ def _draw_shares(axes: Any, history: RunHistory, seconds_per_unit: float) -> Non
         seconds = history.seconds_by_activity[part]
         if seconds > 0:
             label = f"{part} {seconds / history.wall_seconds:.1%}"
-            area: Any = {"baseline": bottom, "fill": True, "color": _COLOURS[part], "label": label}
+            area: Any = {
+                "baseline": bottom,
+                "fill": True,
+                "color": _COLOURS[part],
+                "label": label,
+            }
             axes.stairs(bottom + shares, edges, **area)
             bottom = bottom + shares
     axes.set_ylabel("share of time")
@@ -108,8 +119,8 @@ def _draw_shares(axes: Any, history: RunHistory, seconds_per_unit: float) -> Non
 
 
 def compute_shares(history: RunHistory) -> np.ndarray:
-    """Computes the share of each of ``NUM_COLUMNS`` equal columns of time that each of `PARTS` has:
-    [parts, columns]. The parts of a slice are spread evenly over it."""
+    """Computes the share of each of ``NUM_COLUMNS`` equal columns of time that each of
+    `PARTS` has: [parts, columns]. The parts of a slice are spread evenly over it."""
     begin = history.attempts[0].began
     edges = np.linspace(begin, begin + history.wall_seconds, NUM_COLUMNS + 1)
     ends = np.array([begin, *(piece.end for piece in history.slices)])

@@ -1,5 +1,5 @@
-"""lm-evaluation-harness's own command line, with our models: ``maxlm-lm-eval --model maxlm
---model_args run=FOLDER,max_length=2048 --tasks ...``."""
+"""lm-evaluation-harness's own command line, with our models: ``maxlm-lm-eval --model
+maxlm --model_args run=FOLDER,max_length=2048 --tasks ...``."""
 
 import sys
 from typing import Any
@@ -18,14 +18,21 @@ _HARNESS = ("batch_size", "max_batch_size", "device")
 
 @register_model("maxlm")
 class LoadedMaxlmModel(MaxlmModel):
-    """A model that the harness loads by its ``--model_args``: the folder of a run or a Hugging Face
-    checkpoint, a mesh such as ``fsdp=2;tensor=2``, ``MaxlmModel``'s arguments, and settings of the
-    engine. ``--batch_size`` and ``--device`` mean nothing here."""
+    """A model that the harness loads by its ``--model_args``: the folder of a run or a
+    Hugging Face checkpoint, a mesh such as ``fsdp=2;tensor=2``, ``MaxlmModel``'s
+    arguments, and settings of the engine. ``--batch_size`` and ``--device`` mean
+    nothing here."""
 
-    def __init__(self, run: str, step: int | None = None, mesh: str | None = None, **given: Any):
-        loaded = load_chat_model(str(run), step=step, mesh=mesh.replace(";", ",") if mesh else None)
+    def __init__(
+        self, run: str, step: int | None = None, mesh: str | None = None, **given: Any
+    ):
+        loaded = load_chat_model(
+            str(run), step=step, mesh=mesh.replace(";", ",") if mesh else None
+        )
         own = {name: given.pop(name) for name in _OWN if name in given}
-        settings = [f"{name}={value}" for name, value in given.items() if name not in _HARNESS]
+        settings = [
+            f"{name}={value}" for name, value in given.items() if name not in _HARNESS
+        ]
         make_harness_model(loaded, super().__init__, settings, **own)
 
 

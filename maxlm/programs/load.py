@@ -1,4 +1,5 @@
-"""Parameters of other runs: to use, to start from (``train.start_from``), to read beside one's own.
+"""Parameters of other runs: to use, to start from (``train.start_from``), to read
+beside one's own.
 
 A run is used with the moving average of its parameters where it has one.
 """
@@ -64,8 +65,9 @@ def load_run(
     mesh: MeshConfig | None = None,
     merge: bool = True,
 ) -> LoadedRun:
-    """Loads the parameters of a run's checkpoint (default: the newest), whatever mesh wrote them,
-    on ``mesh`` (default: one device). ``merge``: adapters that can be are merged into the base."""
+    """Loads the parameters of a run's checkpoint (default: the newest), whatever mesh
+    wrote them, on ``mesh`` (default: one device). ``merge``: adapters that can be are
+    merged into the base."""
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
         what = "no run here (no config.yaml)"
@@ -94,22 +96,29 @@ def _merge_loaded(loaded: LoadedRun, specs: Params) -> LoadedRun:
         specs, params = merge_adapter(specs, loaded.params)
     if not any(map(is_leaf, flatten_names(specs, is_leaf).values())):
         config = config.model_copy(update={"adapter": None})
-    return replace(loaded, config=config, model=bind_specs(loaded.model, specs), params=params)
+    return replace(
+        loaded, config=config, model=bind_specs(loaded.model, specs), params=params
+    )
 
 
 def load_model(
     folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
 ) -> LoadedRun:
     """Loads a model to use: a run's, as :func:`load_run` does; a Hugging Face folder's
-    (config.json, safetensors, tokenizer); or that of an adapter of PEFT's, merged, where its base
-    is a folder of this machine. Of the latter two nothing is written. Raises MaxlmError: a folder
-    that is none of these, a tokenizer that is missing, a damaged file."""
+    (config.json, safetensors, tokenizer); or that of an adapter of PEFT's, merged,
+    where its base is a folder of this machine. Of the latter two nothing is written.
+    Raises MaxlmError: a folder that is none of these, a tokenizer that is missing, a
+    damaged file."""
     folder = Path(folder)
     if (folder / "config.yaml").exists():
         return load_run(folder, step=step, mesh=mesh)
     is_adapter = (folder / PEFT_CONFIG).exists()
     if not (is_adapter or (folder / "config.json").exists()):
-        found = "neither config.yaml nor config.json here" if folder.is_dir() else "no such folder"
+        found = (
+            "neither config.yaml nor config.json here"
+            if folder.is_dir()
+            else "no such folder"
+        )
         fix = "name a run's folder, such as runs/demo, or a Hugging Face checkpoint's"
         raise MaxlmError(found, where=str(folder), fix=fix)
     if step is not None:
@@ -122,7 +131,10 @@ def load_model(
     if is_adapter:
         opened = open_adapted_model(opened, folder)
     if opened.tokenizer is None:
-        what, fix = "no tokenizer.json or tokenizer.model here", "copy the checkpoint's here"
+        what, fix = (
+            "no tokenizer.json or tokenizer.model here",
+            "copy the checkpoint's here",
+        )
         raise MaxlmError(what, where=str(folder), fix=fix)
     setup, writer = _set_up_to_use(opened.config, mesh), _MemoryWriter()
     opened.import_tensors(writer)
@@ -131,7 +143,9 @@ def load_model(
         return jax.device_put(writer.arrays.pop(join_path(path)), sharding)
 
     params = jax.tree_util.tree_map_with_path(place, setup.shardings.params)
-    loaded = LoadedRun(setup.config, setup.mesh, setup.model, params, opened.tokenizer, 0)
+    loaded = LoadedRun(
+        setup.config, setup.mesh, setup.model, params, opened.tokenizer, 0
+    )
     return _merge_loaded(loaded, setup.specs)
 
 
@@ -152,7 +166,9 @@ class _MemoryWriter:
     def __init__(self):
         self.arrays: dict[str, np.ndarray] = {}
 
-    def declare(self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0) -> None:
+    def declare(
+        self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0
+    ) -> None:
         self.arrays[name] = np.empty(shape, np.float32)
 
     def write(self, name: str, lead_index: tuple[int, ...], values: np.ndarray) -> None:
@@ -160,7 +176,8 @@ class _MemoryWriter:
 
 
 def _set_up_to_use(config: RunConfig, mesh: MeshConfig | None) -> RunSetup:
-    """Places a model on the first devices that ``mesh`` needs (default: one; with -1: all)."""
+    """Places a model on the first devices that ``mesh`` needs (default: one; with -1:
+    all)."""
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
     devices = jax.devices() if mesh else jax.local_devices()[:1]
     if mesh and -1 not in mesh.model_dump().values():
@@ -169,8 +186,8 @@ def _set_up_to_use(config: RunConfig, mesh: MeshConfig | None) -> RunSetup:
 
 
 def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
-    """Checks that the run that this one starts from, if any, is there and has this model; returns
-    its checkpoint's metadata."""
+    """Checks that the run that this one starts from, if any, is there and has this
+    model; returns its checkpoint's metadata."""
     start, wanted = setup.config.train.start_from, setup.abstract_state.params
     if start is None:
         return None
@@ -180,11 +197,15 @@ def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
 
 
 def init_or_warm_start_state(setup: RunSetup) -> TrainState:
-    """Returns a fresh state, with another run's parameters if the run starts from one. An adapted
-    run takes those of one without an adapter as the base of its own; heads that the other has not
-    stay fresh."""
+    """Returns a fresh state, with another run's parameters if the run starts from one.
+    An adapted run takes those of one without an adapter as the base of its own; heads
+    that the other has not stay fresh."""
     state, start = setup.init_train_state(), setup.config.train.start_from
-    adapter, abstract, params = setup.config.adapter, setup.abstract_state.params, state.params
+    adapter, abstract, params = (
+        setup.config.adapter,
+        setup.abstract_state.params,
+        state.params,
+    )
     if start is None and adapter is None:
         return state
     adapted = False
@@ -203,10 +224,11 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
 
 
 def load_frozen_models(
-    setup: RunSetup, init_state: Callable[[RunSetup], TrainState] = init_or_warm_start_state
+    setup: RunSetup,
+    init_state: Callable[[RunSetup], TrainState] = init_or_warm_start_state,
 ) -> dict[str, Params]:
-    """Return the parameters of the models that the task only reads, by name; ``init_state`` returns
-    the state that training starts from."""
+    """Return the parameters of the models that the task only reads, by name;
+    ``init_state`` returns the state that training starts from."""
     loaded: dict[str, Params] = {}
     for model, source in setup.frozen_sources.items():
         if source is None:
@@ -218,11 +240,16 @@ def load_frozen_models(
     return loaded
 
 
-def describe_frozen_models(setup: RunSetup, frozen_params: Mapping[str, Params]) -> dict[str, Any]:
-    """Return what checkpoints hold of frozen models: where each came from, and its fingerprint."""
+def describe_frozen_models(
+    setup: RunSetup, frozen_params: Mapping[str, Params]
+) -> dict[str, Any]:
+    """Return what checkpoints hold of frozen models: where each came from, and its
+    fingerprint."""
     described = {}
     for name, params in frozen_params.items():
-        found = json.dumps(compute_fingerprints(flatten_names(params)), sort_keys=True).encode()
+        found = json.dumps(
+            compute_fingerprints(flatten_names(params)), sort_keys=True
+        ).encode()
         source = setup.frozen_sources[name]
         fingerprint = hashlib.sha256(found).hexdigest()
         described[name] = {"source": source or "start", "fingerprint": fingerprint}
@@ -233,17 +260,23 @@ def describe_frozen_models(setup: RunSetup, frozen_params: Mapping[str, Params])
 def _open_checkpoints(
     folder: str | Path, step: int | None = None
 ) -> Iterator[tuple[FolderTier, Mapping[str, Any], str]]:
-    """Yields a run's checkpoints, the config of one (default: the newest), and the name that the
-    parameters to use have in them."""
+    """Yields a run's checkpoints, the config of one (default: the newest), and the name
+    that the parameters to use have in them."""
     with FolderTier(Path(folder) / "checkpoints", read_only=True) as tier:
         config = tier.metadata(step)["config"]
-        yield tier, config, "ema" if config["train"].get("ema_decay") is not None else "params"
+        yield (
+            tier,
+            config,
+            "ema" if config["train"].get("ema_decay") is not None else "params",
+        )
 
 
 def _select_stored_params(params: Params, config: Mapping[str, Any]) -> Params:
     """Leaves out the adapter and the heads that another run's model has not."""
     params = params if config.get("adapter") else select_base_params(params)
     stored = config["model"].get("heads") or {}
-    heads = {name: own for name, own in params.get("heads", {}).items() if name in stored}
+    heads = {
+        name: own for name, own in params.get("heads", {}).items() if name in stored
+    }
     rest = {name: own for name, own in params.items() if name != "heads"}
     return rest | {"heads": heads} if heads else rest

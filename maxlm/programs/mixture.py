@@ -15,9 +15,10 @@ from maxlm.run import RunConfig
 
 
 def prepare_mixture(config: RunConfig) -> list[SourceUsage]:
-    """Prepares a run's text in its folder, and returns what its steps read of each source: in each
-    phase and ramp, and last in all of them. Raises MaxlmError: no sources, text that was prepared
-    with another config, or anything that `prepare_data` refuses."""
+    """Prepares a run's text in its folder, and returns what its steps read of each
+    source: in each phase and ramp, and last in all of them. Raises MaxlmError: no
+    sources, text that was prepared with another config, or anything that `prepare_data`
+    refuses."""
     if not config.data.sources:
         fix = "name documents or stores there"
         raise MaxlmError("there are no sources to mix", where="data.sources", fix=fix)

@@ -14,13 +14,15 @@ from maxlm.sharding import count_min_devices, mesh_sizes
 
 
 def load_plan(source: str, machine: Machine | None) -> StoredPlan:
-    """Loads or computes a plan. Raises MaxlmError: there is none, or the config has a mistake.
+    """Loads or computes a plan. Raises MaxlmError: there is none, or the config has a
+    mistake.
 
     Args:
-        source: a JSON file that ``maxlm plan --json`` printed; a run's folder, whose plan.json was
-            written for the machine that it trained on; or a config, with settings after it as on
-            a command line: ``llama3_8b model.remat=mlp``.
-        machine: what a config is planned on; None: bytes alone, on the smallest mesh there is.
+        source: a JSON file that ``maxlm plan --json`` printed; a run's folder, whose
+            plan.json was written for the machine that it trained on; or a config, with
+            settings after it as on a command line: ``llama3_8b model.remat=mlp``.
+        machine: what a config is planned on; None: bytes alone, on the smallest mesh
+            there is.
     """
     path = Path(source)
     if path.is_dir():

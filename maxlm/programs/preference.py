@@ -1,5 +1,5 @@
-"""Preference tasks beside training: a reference's log-probabilities, computed once, and scores of a
-reward model."""
+"""Preference tasks beside training: a reference's log-probabilities, computed once, and
+scores of a reward model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,11 @@ from maxlm.data.tokenizer import load_tokenizer
 from maxlm.inference.embedding import Embedder
 from maxlm.models.params import Params, bind, select_base_params
 from maxlm.programs.load import init_or_warm_start_state, load_frozen_models, load_run
-from maxlm.programs.prepare import check_frozen_tokenizers, make_source_inputs, prepare_tokenizer
+from maxlm.programs.prepare import (
+    check_frozen_tokenizers,
+    make_source_inputs,
+    prepare_tokenizer,
+)
 from maxlm.programs.setup import open_evaluation_batches, set_up_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig, bind_mesh
@@ -26,13 +30,16 @@ from maxlm.train.step import Batch
 
 
 def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> None:
-    """Computes what a run's reference model says of its rows, in the order of its files, and writes
-    it into ``folder``, for ``task.reference_log_probs``; NaN where the task leaves a row out.
-    Raises MaxlmError: a task without a reference, or what is wrong with the run."""
+    """Computes what a run's reference model says of its rows, in the order of its
+    files, and writes it into ``folder``, for ``task.reference_log_probs``; NaN where
+    the task leaves a row out. Raises MaxlmError: a task without a reference, or what is
+    wrong with the run."""
     if not isinstance(config.task, ReferenceTask):
         what = f"task.kind={config.task.kind} has no reference model"
         raise MaxlmError(what, where="task.kind", fix="leave the computation out")
-    task = config.task.model_copy(update={"reference_log_probs": None, "examples_per_row": 1})
+    task = config.task.model_copy(
+        update={"reference_log_probs": None, "examples_per_row": 1}
+    )
     config = config.model_copy(update={"task": task})
     setup = set_up_run(config)
     tokenizer = load_tokenizer(prepare_tokenizer(config, Path(folder)))
@@ -53,7 +60,9 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
         if not getattr(task, name):
             continue
         file = task.open_files(name)
-        source = task.make_source(file, np.arange(len(file)), inputs, shuffle=False, endless=False)
+        source = task.make_source(
+            file, np.arange(len(file)), inputs, shuffle=False, endless=False
+        )
         found = np.full((len(file), task.num_reference_columns), np.nan, np.float32)
         with open_evaluation_batches(setup, source) as batches:
             values = [process_allgather(run(params, own), True) for own in batches]
@@ -65,17 +74,24 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
 
 
 def score_texts(
-    folder: str | Path, rows: Sequence[Mapping[str, Any]], *, mesh: MeshConfig | None = None
+    folder: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    mesh: MeshConfig | None = None,
 ) -> np.ndarray:
-    """Scores answers with a run's reward model. ``rows``: prompts and completions, or messages.
-    Returns fp32 [len(rows)]; a higher score is a better answer."""
+    """Scores answers with a run's reward model. ``rows``: prompts and completions, or
+    messages. Returns fp32 [len(rows)]; a higher score is a better answer."""
     run = load_run(folder, mesh=mesh)
     if SCORE not in run.config.model.heads:
         fix = "name a run of task.kind=reward"
-        raise MaxlmError(f"no reward model: it has no head {SCORE!r}", where=str(folder), fix=fix)
+        raise MaxlmError(
+            f"no reward model: it has no head {SCORE!r}", where=str(folder), fix=fix
+        )
     encode, length = SftTask().encode_example, run.config.model.max_seq_len
     tokens = [encode(run.tokenizer, row)[0].tokens for row in rows]
     if (longest := max(map(len, tokens), default=0)) > length:
         what = f"a text of {longest} tokens, where the model reads {length}"
         raise MaxlmError(what, where=str(folder), fix="leave it out, or shorten it")
-    return Embedder(run.model, run.params, run.mesh, length).apply_head(tokens, SCORE)[:, 0]
+    return Embedder(run.model, run.params, run.mesh, length).apply_head(tokens, SCORE)[
+        :, 0
+    ]

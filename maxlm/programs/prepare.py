@@ -18,7 +18,12 @@ from maxlm.data.loader import TokenSource, check_num_steps
 from maxlm.data.loader.packing import describe_missing_checksums
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
-from maxlm.data.tokenizer import Tokenizer, add_chat_template, load_tokenizer, train_tokenizer
+from maxlm.data.tokenizer import (
+    Tokenizer,
+    add_chat_template,
+    load_tokenizer,
+    train_tokenizer,
+)
 from maxlm.inference.sampling import check_samples
 from maxlm.programs.generate import encode_prompts
 from maxlm.run import PREPARED, READING, RunConfig
@@ -42,13 +47,16 @@ class PreparedData:
 
 
 def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
-    """Train the tokenizer and build the stores, where that is not done yet, and open them.
+    """Train the tokenizer and build the stores, where that is not done yet, and open
+    them.
 
     With several processes call it on one of them first: the others then only open.
     """
     if not (sources := config.data.sources) and config.task.reads_text:
         what = "no text to train on"
-        raise MaxlmError(what, where="data.sources", fix="name documents or a store there")
+        raise MaxlmError(
+            what, where="data.sources", fix="name documents or a store there"
+        )
     home = prepare_tokenizer(config, folder)
     tokenizer = load_tokenizer(home)
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
@@ -73,7 +81,9 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     if config.data.verify:
         for store in [*all_training.values(), *all_heldout.values()]:
             unchecked += describe_missing_checksums(store)
-    return PreparedData(tokenizer, all_training, all_heldout, batches, evaluation, tuple(unchecked))
+    return PreparedData(
+        tokenizer, all_training, all_heldout, batches, evaluation, tuple(unchecked)
+    )
 
 
 def make_source_inputs(
@@ -83,7 +93,8 @@ def make_source_inputs(
     heldout: Mapping[str, TokenSource] = MappingProxyType({}),
     vocabulary: Vocabulary | None = None,
 ) -> SourceInputs:
-    """Returns what a task makes its batches from; ``vocabulary``: default, the tokenizer's."""
+    """Returns what a task makes its batches from; ``vocabulary``: default, the
+    tokenizer's."""
     return SourceInputs(
         loader=config.data,
         seed=config.seed,
@@ -100,9 +111,16 @@ def make_source_inputs(
 
 def check_frozen_tokenizers(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Refuses models that the task reads and that know other tokens than the run's."""
-    own = {name: each for name, each in config.task.frozen_models().items() if each is not None}
+    own = {
+        name: each
+        for name, each in config.task.frozen_models().items()
+        if each is not None
+    }
     for name, source in own.items():
-        if load_tokenizer(Path(source, "tokenizer")).fingerprint != tokenizer.fingerprint:
+        if (
+            load_tokenizer(Path(source, "tokenizer")).fingerprint
+            != tokenizer.fingerprint
+        ):
             what = f"the frozen model {name!r} was trained with another tokenizer"
             fix = "name a run with this run's, or name that run's in tokenizer.path"
             raise MaxlmError(what, where=source, fix=fix)
@@ -118,9 +136,10 @@ def prepare_data_on_all_hosts(config: RunConfig, folder: Path) -> PreparedData:
 def make_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> Vocabulary:
     """Describes a tokenizer's ids, as tasks need to know them.
 
-    A word begins where a token's text does not go on with a letter or digit: at a space, a sign,
-    or what a WordPiece vocabulary does not mark as a continuation. Of the ``model_vocab_size`` rows
-    of the model's table those past the tokenizer's ids are special, and so are ids without a text.
+    A word begins where a token's text does not go on with a letter or digit: at a
+    space, a sign, or what a WordPiece vocabulary does not mark as a continuation. Of
+    the ``model_vocab_size`` rows of the model's table those past the tokenizer's ids
+    are special, and so are ids without a text.
     """
     special = np.ones(model_vocab_size, bool)
     special[: tokenizer.vocab_size] = False
@@ -129,7 +148,8 @@ def make_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> Vocabulary:
     for token in range(tokenizer.vocab_size):
         text = tokenizer.decode_bytes([token], continued=True)
         special[token] |= not text
-        # Bytes of a character in the middle are neither, and go on with what came before.
+        # Bytes of a character in the middle are neither, and go on with what came
+        # before.
         first = text.decode("utf-8", "replace")[:1]
         starts_word[token] = not (first.isalnum() or first == "\ufffd")
     opening = tuple(tokenizer.prefix_ids)
@@ -146,14 +166,18 @@ def check_prepared_data(config: RunConfig, folder: Path) -> None:
 
 
 def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
-    """Counts the ids of a run's tokenizer; ``folder``: the run's own, where it may have one."""
+    """Counts the ids of a run's tokenizer; ``folder``: the run's own, where it may have
+    one."""
     own = folder and folder / "tokenizer"
     path = own if own and own.exists() else _named_tokenizer(config)
-    return config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
+    return (
+        config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
+    )
 
 
 def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
-    """Prepares the run's own tokenizer: a copy of the one named, or one trained on its text."""
+    """Prepares the run's own tokenizer: a copy of the one named, or one trained on its
+    text."""
     if (home := folder / "tokenizer").exists():
         return home
     if (path := _named_tokenizer(config)) is not None:
@@ -176,7 +200,9 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
 def _check_extra_tokens(tokenizer: Tokenizer, config: RunConfig) -> None:
     """Refuses special tokens that a tokenizer which is used as it is does not have."""
     special = tokenizer.special.ids
-    missing = [name for name in config.tokenizer.extra_special_tokens if name not in special]
+    missing = [
+        name for name in config.tokenizer.extra_special_tokens if name not in special
+    ]
     if missing:
         what = f"the tokenizer that is used has no special token {missing[0]}"
         fix = "tune the model with them (maxlm tune --base), which grows its vocabulary"
@@ -207,9 +233,13 @@ def _stores(
     config: RunConfig, source: MixtureSource, tokenizer: Path, folder: Path
 ) -> tuple[TokenStore, TokenStore | None]:
     if source.store is not None:
-        return _named_stores(source, load_tokenizer(tokenizer), verify=config.data.verify)
+        return _named_stores(
+            source, load_tokenizer(tokenizer), verify=config.data.verify
+        )
     fraction, workers = config.data.heldout_fraction, config.data.build_workers
-    build = partial(build_store, source, tokenizer, heldout_fraction=fraction, workers=workers)
+    build = partial(
+        build_store, source, tokenizer, heldout_fraction=fraction, workers=workers
+    )
     built: dict[str, TokenStore] = {}
     for split in _splits(source, fraction, folder):
         if not (folder / split).exists():
@@ -236,7 +266,8 @@ def _named_stores(
 
 
 def _splits(corpus: SourceConfig, fraction: float, folder: Path) -> tuple[Split, ...]:
-    """The stores a source gets: of few documents all may fall on one side of the split."""
+    """The stores a source gets: of few documents all may fall on one side of the
+    split."""
     if (folder / "all").exists():
         return ("all",)
     if (folder / "heldout").exists():

@@ -16,15 +16,17 @@ from maxlm.programs.generate import generate_text, get_prompt_separator
 from maxlm.programs.train import TrainingResult
 from maxlm.train.records import read_records
 
-# Compressors see at most this much of a source's held-out text: xz takes a second a megabyte.
+# Compressors see at most this much of a source's held-out text: xz takes a second a
+# megabyte.
 COMPARED_BYTES = 16 << 20
 
 
 def print_training_report(run: TrainingResult) -> None:
-    """Print held-out bits per byte beside two compressors', samples, and the run's files.
+    """Print held-out bits per byte beside two compressors', samples, and the run's
+    files.
 
-    Only process 0 prints; samples need the whole model on this process's devices and are left out
-    where several processes share it.
+    Only process 0 prints; samples need the whole model on this process's devices and
+    are left out where several processes share it.
     """
     if jax.process_index() != 0:
         return
@@ -33,7 +35,9 @@ def print_training_report(run: TrainingResult) -> None:
         console.print(_comparison(run))
     else:
         for name, result in run.heldout.items():
-            own = (f"{key} {value:.4g}" for key, value in result.items() if key != "tokens")
+            own = (
+                f"{key} {value:.4g}" for key, value in result.items() if key != "tokens"
+            )
             console.print(f"held out ({name}): {' · '.join(own)}", markup=False)
     if measured := _measured(run):
         console.print(measured)
@@ -52,13 +56,16 @@ def _comparison(run: TrainingResult) -> Group:
         text = _read_text(run.data.heldout_stores[name], run.data.tokenizer)
         packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
         rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
-        rows.append((name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals))
+        rows.append(
+            (name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals)
+        )
     title = "Held-out text: bits per byte (lower is better)"
     return make_table(title, columns, rows, right=columns[1:])
 
 
 def _measured(run: TrainingResult) -> Group | None:
-    """The plan's figures beside medians of what was measured; None: nothing to compare."""
+    """The plan's figures beside medians of what was measured; None: nothing to
+    compare."""
     # The first step of a start compiles; those before it may be another machine's.
     found = read_records(run.folder / "metrics.jsonl")
     records = [r for r in found if r.get("seconds") and r["step"] > run.start_step + 1]
@@ -67,11 +74,19 @@ def _measured(run: TrainingResult) -> Group | None:
         return None
     share, measured = plan.mfu() or 0.0, median(r.get("mfu") or 0.0 for r in records)
     figures: list[Any] = [
-        ("step", format_seconds, plan.step_seconds, median(r["seconds"] for r in records)),
+        (
+            "step",
+            format_seconds,
+            plan.step_seconds,
+            median(r["seconds"] for r in records),
+        ),
         ("MFU", "{:.1%}".format, share, measured),
     ]
     if "device_memory_peak" in records[-1]:
-        peak, memory = max(r["device_memory_peak"] for r in records), float(plan.memory.total)
+        peak, memory = (
+            max(r["device_memory_peak"] for r in records),
+            float(plan.memory.total),
+        )
         figures.append(("memory of a device", format_bytes, memory, peak))
     rows = [
         (name, word(ours), word(theirs), f"{ours / theirs:.2f}" if theirs else "")
@@ -99,7 +114,9 @@ def generate_samples(run: TrainingResult) -> str:
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     blocks = [
         f"──── sample {number} ────\n{prompt}{get_prompt_separator(model)}{text}"
-        for number, (prompt, text) in enumerate(zip(config.prompts, continuations, strict=True), 1)
+        for number, (prompt, text) in enumerate(
+            zip(config.prompts, continuations, strict=True), 1
+        )
     ]
     return "\n\n".join(blocks) + "\n"
 

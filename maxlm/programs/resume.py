@@ -1,5 +1,5 @@
-"""Finds a run's state: in its own checkpoints, another run's, or fresh initialization; checks that
-its config and text are the same, and that no checkpoint was lost."""
+"""Finds a run's state: in its own checkpoints, another run's, or fresh initialization;
+checks that its config and text are the same, and that no checkpoint was lost."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -20,7 +20,11 @@ from maxlm.programs.setup import RunSetup
 from maxlm.run import IDENTITY, INCIDENTAL, RunConfig
 from maxlm.runtime.collectives import run_on_process_0
 from maxlm.train.anomaly import RollbackDecision
-from maxlm.train.checkpoint.checkpointer import Checkpointer, FoundCheckpoint, SkippedCheckpoint
+from maxlm.train.checkpoint.checkpointer import (
+    Checkpointer,
+    FoundCheckpoint,
+    SkippedCheckpoint,
+)
 from maxlm.train.checkpoint.reading import check_same_settings
 from maxlm.train.records import read_events, read_records
 from maxlm.train.skips import Skips, get_batch_index, record_skip
@@ -73,7 +77,9 @@ def find_resume_source(
     """
     source = ResumeSource(checkpointer, True, *checkpointer.find())
     if not source.found:
-        if any(each.is_damaged and each.tier.name != "local" for each in source.skipped):
+        if any(
+            each.is_damaged and each.tier.name != "local" for each in source.skipped
+        ):
             raise_no_readable_checkpoint(checkpointer, source.skipped)
         check_no_lost_checkpoint(checkpointer, resume)
         for each in source.skipped:
@@ -88,8 +94,12 @@ def find_resume_source(
         if not source.found and source.skipped:
             raise_no_readable_checkpoint(other, source.skipped)
         if not source.found:
-            raise MaxlmError("no checkpoint here", where=str(home), fix="train for longer")
-    check_same_config(setup.config, source.metadata["config"], source.found[0].tier.place)
+            raise MaxlmError(
+                "no checkpoint here", where=str(home), fix="train for longer"
+            )
+    check_same_config(
+        setup.config, source.metadata["config"], source.found[0].tier.place
+    )
     return source
 
 
@@ -102,10 +112,14 @@ class StateRestorer:
     resume_source: ResumeSource | None
 
     def restore(
-        self, skips: Skips, frozen: dict[str, Params], source: ResumeSource | None = None
+        self,
+        skips: Skips,
+        frozen: dict[str, Params],
+        source: ResumeSource | None = None,
     ) -> TrainingPosition:
-        """Returns the position to start or resume at, with the ``frozen`` models in its state;
-        raises MaxlmError if none can be read. ``source``: default, ``resume_source``."""
+        """Returns the position to start or resume at, with the ``frozen`` models in its
+        state; raises MaxlmError if none can be read. ``source``: default,
+        ``resume_source``."""
         if source := source or self.resume_source:
             position = self._restore_latest(source, skips)
         else:
@@ -115,37 +129,52 @@ class StateRestorer:
     def rollback(
         self, decision: RollbackDecision, skips: Skips, log_event: Callable[..., None]
     ) -> TrainingPosition:
-        """Restores the newest checkpoint from before the bad steps, else the position that the run
-        began at, and skips the batches since, as Chowdhery et al. 2022 (PaLM, section 5.1) did.
+        """Restores the newest checkpoint from before the bad steps, else the position
+        that the run began at, and skips the batches since, as Chowdhery et al. 2022
+        (PaLM, section 5.1) did.
 
-        ``log_event`` takes ("discard", step) before all checkpoints after ``step`` are deleted.
+        ``log_event`` takes ("discard", step) before all checkpoints after ``step`` are
+        deleted.
         """
         checkpointer = self.checkpointer
         checkpointer.wait()
         if checkpointer.remote:
             checkpointer.remote.close()  # Copies may be of a bad state.
         source = ResumeSource(checkpointer, True, *checkpointer.find())
-        good = [each.step for each in source.found if each.step < decision.first_bad_step]
+        good = [
+            each.step for each in source.found if each.step < decision.first_bad_step
+        ]
         frozen = load_frozen_models(self.setup)
         position = None if good else self.restore(skips, frozen)
         base = position.step if position else max(good)
-        skip = get_batch_index(base, skips), get_batch_index(decision.last_bad_step - 1, skips)
+        skip = (
+            get_batch_index(base, skips),
+            get_batch_index(decision.last_bad_step - 1, skips),
+        )
         if position:
-            # Before the record: a run killed between the two would refuse all its checkpoints.
+            # Before the record: a run killed between the two would refuse all its
+            # checkpoints.
             log_event("discard", base)
             found = [(each.step, each.tier) for each in source.found]
-            abandoned = [SkippedCheckpoint(*each, why="", is_damaged=False) for each in found]
+            abandoned = [
+                SkippedCheckpoint(*each, why="", is_damaged=False) for each in found
+            ]
             checkpointer.discard_skipped(abandoned, base)
         if jax.process_index() == 0:
             record_skip(checkpointer.folder.parent, skips, skip, decision.reason)
         skips = (*skips, skip)
-        return replace(position, skips=skips) if position else self.restore(skips, frozen, source)
+        return (
+            replace(position, skips=skips)
+            if position
+            else self.restore(skips, frozen, source)
+        )
 
     def _restore_latest(self, source: ResumeSource, skips: Skips) -> TrainingPosition:
-        """Restores the newest state that can be read and was trained on this run's batches.
+        """Restores the newest state that can be read and was trained on this run's
+        batches.
 
-        Hosts' own disks may be lost: if only they had checkpoints, and none can be used by these
-        hosts, the run starts afresh.
+        Hosts' own disks may be lost: if only they had checkpoints, and none can be used
+        by these hosts, the run starts afresh.
         """
         checkpointer = source.checkpointer
         wanted = replace(self.setup.abstract_state, frozen={})
@@ -155,7 +184,9 @@ class StateRestorer:
             if any(each.tier.name != "local" for each in skipped):
                 raise_no_readable_checkpoint(checkpointer, skipped)
             checkpointer.discard_skipped(skipped, 0)
-            return TrainingPosition(init_or_warm_start_state(self.setup), 0, skips, skipped=skipped)
+            return TrainingPosition(
+                init_or_warm_start_state(self.setup), 0, skips, skipped=skipped
+            )
         if source.is_own_run:
             checkpointer.discard_skipped(skipped, found.step)
         newer = [each for each in skipped if each.step >= found.step]
@@ -175,15 +206,22 @@ def make_run_metadata(
     metadata = {
         "config": config.model_dump(mode="json"),
         "tokenizer": tokenizer,
-        "stores": {name: _describe_store(store) for name, store in data.train_stores.items()},
+        "stores": {
+            name: _describe_store(store) for name, store in data.train_stores.items()
+        },
     }
-    # An export needs to know of the published model that the parameters came from, if any, its
-    # family and, while the tokenizer is still its own, its token ids.
+    # An export needs to know of the published model that the parameters came from, if
+    # any, its family and, while the tokenizer is still its own, its token ids.
     if source_metadata and (known := source_metadata.get("published")) is not None:
-        kept = ("family", "tokens") if source_metadata["tokenizer"] == tokenizer else ("family",)
+        kept = (
+            ("family", "tokens")
+            if source_metadata["tokenizer"] == tokenizer
+            else ("family",)
+        )
         metadata["published"] = {key: known[key] for key in kept if key in known}
     if source_metadata and source_metadata["config"].get("adapter"):
-        # What else than the adapter it trained belongs to the adapter that goes on from it.
+        # What else than the adapter it trained belongs to the adapter that goes on from
+        # it.
         before = {*source_metadata.get("trained_before", ())}
         before |= {*(source_metadata["config"]["train"].get("trainable") or ())}
         metadata["trained_before"] = sorted(before)
@@ -191,10 +229,13 @@ def make_run_metadata(
 
 
 def check_same_inputs(
-    config: RunConfig, data: PreparedData, origin: ResumeSource, new_metadata: Mapping[str, Any]
+    config: RunConfig,
+    data: PreparedData,
+    origin: ResumeSource,
+    new_metadata: Mapping[str, Any],
 ) -> None:
-    """Checks that the checkpoint to resume from was made with this tokenizer, these frozen models
-    and stores; ``new_metadata``: of those to come."""
+    """Checks that the checkpoint to resume from was made with this tokenizer, these
+    frozen models and stores; ``new_metadata``: of those to come."""
     saved_metadata, place = origin.metadata, str(origin.checkpointer.folder)
     check_same_settings(saved_metadata, new_metadata, ("tokenizer",), place)
     for name, model in new_metadata.get("frozen", {}).items():
@@ -213,17 +254,22 @@ def check_same_inputs(
         fix = "give it the documents that it had, or train in another run folder"
         manifest = read_manifest(data.train_stores[name].place)
         for count in range(1, len(manifest.segments) + 1 if source.store else 1):
-            if manifest.take_segments(count).offsets_sha256 == before[name]["offsets_sha256"]:
+            if (
+                manifest.take_segments(count).offsets_sha256
+                == before[name]["offsets_sha256"]
+            ):
                 fix = f"set store_segments: {count} for it, or train in another run folder"
         what = f"the store of source {name!r} is not what it was "
         what += f"({describe(before[name])}; now {describe(store)})"
         raise MaxlmError(what, where=place, fix=fix)
 
 
-def check_same_config(config: RunConfig, saved_config: Mapping[str, Any], where: str) -> None:
+def check_same_config(
+    config: RunConfig, saved_config: Mapping[str, Any], where: str
+) -> None:
     """Checks the settings that must be those that the checkpoint was written with."""
-    # Settings that are newer than the checkpoint get their defaults. The comparison shows what is
-    # wrong with a config that is not valid.
+    # Settings that are newer than the checkpoint get their defaults. The comparison
+    # shows what is wrong with a config that is not valid.
     with suppress(ValidationError, MaxlmError):
         saved_config = RunConfig.model_validate(saved_config).model_dump(mode="json")
     current = config.model_dump(mode="json")
@@ -240,8 +286,8 @@ def _describe_store(store: TokenStore) -> dict[str, Any]:
 def raise_no_readable_checkpoint(
     checkpointer: Checkpointer, skipped: Sequence[SkippedCheckpoint]
 ) -> NoReturn:
-    """Raises MaxlmError for a run that can resume from none of its checkpoints. It does not start
-    afresh by itself: that would throw its training away."""
+    """Raises MaxlmError for a run that can resume from none of its checkpoints. It does
+    not start afresh by itself: that would throw its training away."""
     what = f"no checkpoint can be resumed from: {', '.join(map(str, skipped))}"
     raise _restart_error(checkpointer, what, "repair one")
 
@@ -265,7 +311,8 @@ class RecordedProgress:
 
 
 def read_recorded_progress(folder: Path) -> RecordedProgress:
-    """Reads a run's events.jsonl and metrics.jsonl; lines that hold no record are passed over."""
+    """Reads a run's events.jsonl and metrics.jsonl; lines that hold no record are
+    passed over."""
     saved = set[int]()
     other_run = None
     has_attempts = False
@@ -298,12 +345,17 @@ def read_recorded_progress(folder: Path) -> RecordedProgress:
 
 
 def _read_progress_on_process_0(folder: Path) -> RecordedProgress:
-    return RecordedProgress(**run_on_process_0(lambda: asdict(read_recorded_progress(folder))))
+    return RecordedProgress(
+        **run_on_process_0(lambda: asdict(read_recorded_progress(folder)))
+    )
 
 
-def check_no_lost_checkpoint(checkpointer: Checkpointer, resume: str | Path | None) -> None:
-    """Checks, for a run without a checkpoint, that there was none to resume from, its own or
-    another run's: a run that started afresh would drop all records of the training so far."""
+def check_no_lost_checkpoint(
+    checkpointer: Checkpointer, resume: str | Path | None
+) -> None:
+    """Checks, for a run without a checkpoint, that there was none to resume from, its
+    own or another run's: a run that started afresh would drop all records of the
+    training so far."""
     folder = checkpointer.folder.parent
     progress = _read_progress_on_process_0(folder)
     newest = progress.newest_saved_step
@@ -312,7 +364,9 @@ def check_no_lost_checkpoint(checkpointer: Checkpointer, resume: str | Path | No
         raise _restart_error(checkpointer, what, "put it back")
     if progress.other_run is not None and resume is None:
         what = f"no checkpoint is here, and the run resumes from {progress.other_run}"
-        raise _restart_error(checkpointer, what, f"give --resume {progress.other_run} again")
+        raise _restart_error(
+            checkpointer, what, f"give --resume {progress.other_run} again"
+        )
     # Without events there is no telling whether a checkpoint was saved.
     was_begun = run_on_process_0(lambda: _must_have_begun_checkpoint(folder, progress))
     if progress.last_step and (was_begun or not progress.has_attempts):
@@ -322,8 +376,8 @@ def check_no_lost_checkpoint(checkpointer: Checkpointer, resume: str | Path | No
 
 
 def _must_have_begun_checkpoint(folder: Path, progress: RecordedProgress) -> bool:
-    """Whether the last attempt must have begun a checkpoint that its events do not tell of: an
-    update after one that was due has a record only behind that one's event."""
+    """Whether the last attempt must have begun a checkpoint that its events do not tell
+    of: an update after one that was due has a record only behind that one's event."""
     try:
         # What the last attempt was told: this one has not written its config yet.
         config = load_config(RunConfig, folder / "config.yaml").value
@@ -339,19 +393,24 @@ def _must_have_begun_checkpoint(folder: Path, progress: RecordedProgress) -> boo
 def describe_lost_checkpoint(
     checkpointer: Checkpointer, step: int, skipped: Sequence[SkippedCheckpoint]
 ) -> str | None:
-    """Returns a line for the user if a newer checkpoint than that of ``step``, which a run resumes
-    from, was saved and is gone; None: none is, or ``skipped`` tells of it."""
+    """Returns a line for the user if a newer checkpoint than that of ``step``, which a
+    run resumes from, was saved and is gone; None: none is, or ``skipped`` tells of
+    it."""
     folder = checkpointer.folder.parent
     newest = _read_progress_on_process_0(folder).newest_saved_step
     if newest is None or newest <= step or newest in [each.step for each in skipped]:
         return None
     return (
-        f"checkpoint {newest} is gone: events.jsonl says that it was saved, and none of the run's "
-        f"places has it; the {newest - step:,} steps since step {step} are trained again"
+        f"checkpoint {newest} is gone: events.jsonl says that it was saved, and none "
+        f"of the run's "
+        f"places has it; the {newest - step:,} steps since step {step} are trained "
+        f"again"
     )
 
 
 def _restart_error(checkpointer: Checkpointer, what: str, fix: str) -> MaxlmError:
     copies = f" and {remote.place}" if (remote := checkpointer.remote) else ""
     restart = f"to start afresh, move {checkpointer.folder.parent}{copies} away, or set another"
-    return MaxlmError(what, where=str(checkpointer.folder), fix=f"{fix}; {restart} name=...")
+    return MaxlmError(
+        what, where=str(checkpointer.folder), fix=f"{fix}; {restart} name=..."
+    )

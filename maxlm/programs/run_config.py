@@ -13,9 +13,10 @@ from maxlm.run import RunConfig
 
 
 def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
-    """Loads a run's config, as ``load_config`` does. What a ``model`` without a width leaves out is
-    taken from the model of ``train.start_from``, a run's folder or a Hugging Face checkpoint's.
-    Raises MaxlmError: anything wrong with the config or with that model; neither is there."""
+    """Loads a run's config, as ``load_config`` does. What a ``model`` without a width
+    leaves out is taken from the model of ``train.start_from``, a run's folder or a
+    Hugging Face checkpoint's. Raises MaxlmError: anything wrong with the config or with
+    that model; neither is there."""
     path = resolve_config(source)
     tree = build_tree(path, settings)
     train, given = tree.settings.get("train"), tree.settings.get("model") or {}

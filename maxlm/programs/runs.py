@@ -1,5 +1,5 @@
-"""Summaries of run folders: how far each run is, how it went, where its time was spent; as data and
-as tables for a terminal."""
+"""Summaries of run folders: how far each run is, how it went, where its time was spent;
+as data and as tables for a terminal."""
 
 import json
 import time
@@ -40,8 +40,8 @@ class RunSummary:
     eval_loss: float | None
     history: RunHistory
     step_seconds: dict[int, float]
-    """Seconds of a step by percentile (100: the longest), without the first step of an attempt,
-    which compiles; empty for a run without steps."""
+    """Seconds of a step by percentile (100: the longest), without the first step of an
+    attempt, which compiles; empty for a run without steps."""
     planned: dict[str, float | None]
     """``step_seconds`` and ``goodput``, by the plan."""
     damaged_lines: int
@@ -53,7 +53,9 @@ class RunSummary:
         attempts = [asdict(attempt) for attempt in told.attempts]
         for attempt in attempts:
             del attempt["points"]
-        return {name: value for name, value in vars(self).items() if name != "history"} | {
+        return {
+            name: value for name, value in vars(self).items() if name != "history"
+        } | {
             "goodput": told.goodput,
             "wall_seconds": told.wall_seconds,
             "seconds": told.seconds_by_activity,
@@ -76,11 +78,13 @@ class RunSummary:
 
 
 def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
-    """Reads a run from its folder; nothing in it is changed. An attempt heard of just before
-    ``now`` (unix seconds; default: the clock's) may still run."""
+    """Reads a run from its folder; nothing in it is changed. An attempt heard of just
+    before ``now`` (unix seconds; default: the clock's) may still run."""
     if not _is_run(folder := Path(folder)):
         what = "is no run's folder" if folder.is_dir() else "no such folder"
-        raise MaxlmError(what, where=str(folder), fix="maxlm runs list FOLDER names those there")
+        raise MaxlmError(
+            what, where=str(folder), fix="maxlm runs list FOLDER names those there"
+        )
     damaged: list[bytes] = []
     events = read_events(folder / "events.jsonl", damaged)
     told = summarize_run_events(events, time.time() if now is None else now)
@@ -101,7 +105,9 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
         step=step,
         steps=get_descendant(_read_mapping(folder / "config.yaml"), ("train", "steps")),
         history=told,
-        step_seconds={p: float(np.percentile(seconds, p)) for p in PERCENTILES if seconds},
+        step_seconds={
+            p: float(np.percentile(seconds, p)) for p in PERCENTILES if seconds
+        },
         planned={name: get_descendant(plan, keys) for name, keys in planned.items()},
         damaged_lines=len(damaged),
         **latest,
@@ -113,7 +119,9 @@ def list_runs(folder: str | Path, now: float | None = None) -> list[RunSummary]:
     if not Path(folder).is_dir():
         fix = "name the folder that runs lie in"
         raise MaxlmError("no such folder", where=str(folder), fix=fix)
-    return [read_run(path, now) for path in sorted(Path(folder).iterdir()) if _is_run(path)]
+    return [
+        read_run(path, now) for path in sorted(Path(folder).iterdir()) if _is_run(path)
+    ]
 
 
 def _is_run(folder: Path) -> bool:
@@ -143,12 +151,14 @@ def show_run_list(runs: Sequence[RunSummary]) -> Group:
         for run in runs
     ]
     right = ("step", "of", "loss", "goodput")
-    return make_table(None, ("run", "step", "of", "state", "loss", "goodput"), rows, right)
+    return make_table(
+        None, ("run", "step", "of", "state", "loss", "goodput"), rows, right
+    )
 
 
 def show_run(run: RunSummary, now: float) -> Group:
-    """Shows a run's progress at ``now`` (unix seconds), where its time went, its attempts and
-    interruptions, its steps."""
+    """Shows a run's progress at ``now`` (unix seconds), where its time went, its
+    attempts and interruptions, its steps."""
     told = run.history
     parts: list[Any] = [_headline(run, now)]
     if run.damaged_lines:
@@ -162,12 +172,17 @@ def show_run(run: RunSummary, now: float) -> Group:
         parts.append(
             Text(
                 f"{_many(sum(ends.values()), 'interruption')} ({causes}), "
-                f"one in {format_duration(told.mean_time_to_interruption or 0)} of running"
+                f"one in {format_duration(told.mean_time_to_interruption or 0)} of "
+                f"running"
             )
         )
     if happened := [
         _many(told.event_counts[kind], word)
-        for kind, word in (("skip", "update skipped"), ("rollback", "rollback"), ("hang", "hang"))
+        for kind, word in (
+            ("skip", "update skipped"),
+            ("rollback", "rollback"),
+            ("hang", "hang"),
+        )
         if told.event_counts.get(kind)
     ]:
         parts.append(Text(" · ".join(happened)))
@@ -196,14 +211,17 @@ def _goodput(run: RunSummary) -> Text:
     return Text.assemble(
         "goodput ",
         (_or_dash(run.history.goodput, "{:.1%}".format), "bold"),
-        f"{beside} of {format_duration(run.history.wall_seconds)}, {rate} over all of it",
+        f"{beside} of {format_duration(run.history.wall_seconds)}, {rate} over all of "
+        f"it",
     )
 
 
 def _time(run: RunSummary) -> Group:
     seconds, wall = run.history.seconds_by_activity, run.history.wall_seconds
     spent = {part: seconds[part] for part in PARTS if seconds[part] > 0}
-    rows = [(part, format_duration(own), f"{own / wall:.1%}") for part, own in spent.items()]
+    rows = [
+        (part, format_duration(own), f"{own / wall:.1%}") for part, own in spent.items()
+    ]
     sizes = ("time", "share")
     return make_table("Where the time went", ("spent", *sizes), rows, sizes)
 

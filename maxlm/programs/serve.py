@@ -71,17 +71,19 @@ def serve(
     allow_origin: Sequence[str] | None = None,
     log_requests: bool = False,
 ) -> None:
-    """Loads a model and serves it until a signal; prints the URL when it is ready. Raises
-    MaxlmError: an address in use, a folder that is no model, wrong settings, no package.
+    """Loads a model and serves it until a signal; prints the URL when it is ready.
+    Raises MaxlmError: an address in use, a folder that is no model, wrong settings, no
+    package.
 
     Args:
         settings: the engine's, as ``max_sequences=16``.
         max_queue: sequences that may wait beside those that run; more get 429.
         adapter: adapters to load beside it, each NAME=FOLDER.
         warm_up: when programs are compiled, as for :func:`make_engine`.
-        generation_config: "auto": settings of sampling that a request leaves out are those of the
-            model's generation_config.json; "none": OpenAI's.
-        allow_origin: origins whose pages may ask, such as ``https://chat.example``; ``*``: all.
+        generation_config: "auto": settings of sampling that a request leaves out are
+            those of the model's generation_config.json; "none": OpenAI's.
+        allow_origin: origins whose pages may ask, such as ``https://chat.example``;
+            ``*``: all.
         log_requests: print a line for each request.
     """
     try:
@@ -90,14 +92,21 @@ def serve(
         from maxlm.serving.server_state import ServerState
     except ModuleNotFoundError as error:
         fix = "pip install 'maxlm[serve]'"
-        raise MaxlmError(f"the package {error.name} is not installed", fix=fix) from None
+        raise MaxlmError(
+            f"the package {error.name} is not installed", fix=fix
+        ) from None
     key = read_api_key(api_key_file)
     with bind_socket(host, port) as bound:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
         read_adapter = partial(
-            read_lora_adapter, base_folder=model, model=loaded.model, tokenizer=loaded.tokenizer
+            read_lora_adapter,
+            base_folder=model,
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
         )
-        adapters = {n: read_adapter(path) for n, path in map(_split_adapter, adapter or ())}
+        adapters = {
+            n: read_adapter(path) for n, path in map(_split_adapter, adapter or ())
+        }
         sampling_defaults: dict[str, Any] = {}
         if generation_config == "auto":
             sampling_defaults = read_sampling_defaults(loaded.tokenizer)
@@ -148,8 +157,8 @@ def serve(
 
 
 def read_sampling_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the settings of sampling in the generation_config.json that a tokenizer came with.
-    Raises MaxlmError: a value that cannot be."""
+    """Returns the settings of sampling in the generation_config.json that a tokenizer
+    came with. Raises MaxlmError: a value that cannot be."""
     text = tokenizer.extra_files.get(_GENERATION_CONFIG)
     if text is None:
         return {}
@@ -176,8 +185,8 @@ def read_sampling_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
 def load_chat_model(
     folder: str, *, step: int | None, mesh: str | None, template: Path | None = None
 ) -> LoadedRun:
-    """Loads a model on a mesh such as ``tensor=2`` (None: one device), with a chat template from a
-    file in place of its own, if any."""
+    """Loads a model on a mesh such as ``tensor=2`` (None: one device), with a chat
+    template from a file in place of its own, if any."""
     loaded = load_model(folder, step=step, mesh=parse_mesh(mesh) if mesh else None)
     use_compilation_cache(loaded.config)
     if template is not None:
@@ -195,10 +204,15 @@ def _split_adapter(option: str) -> tuple[str, str]:
 
 
 def read_lora_adapter(
-    folder: str | Path, *, base_folder: str | Path, model: Model, tokenizer: Tokenizer | None = None
+    folder: str | Path,
+    *,
+    base_folder: str | Path,
+    model: Model,
+    tokenizer: Tokenizer | None = None,
 ) -> ServedAdapter:
-    """Reads a LoRA adapter, from a folder of PEFT's or a run that trained one. Raises MaxlmError:
-    no LoRA adapter here, PEFT's of another model, one that changes what all adapters share.
+    """Reads a LoRA adapter, from a folder of PEFT's or a run that trained one. Raises
+    MaxlmError: no LoRA adapter here, PEFT's of another model, one that changes what all
+    adapters share.
 
     Args:
         base_folder: where the model came from, which says how PEFT names its maps.
@@ -218,22 +232,31 @@ def read_lora_adapter(
         arrays = {n: reader.open(n).read() for n in reader.shapes if n.endswith(parts)}
         trained = find_trained_base(config, reader) if adapter else set()
     else:
-        what, fix = f"neither {PEFT_CONFIG} nor config.yaml here", "name PEFT's folder, or a run's"
+        what, fix = (
+            f"neither {PEFT_CONFIG} nor config.yaml here",
+            "name PEFT's folder, or a run's",
+        )
         raise MaxlmError(what, where=str(folder), fix=fix)
     if not isinstance(adapter, LoraAdapter):
         what = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
         fix = "name one of kind lora; others are merged (maxlm convert)"
-        raise MaxlmError(f"{what} is not loaded beside a model", where=str(folder), fix=fix)
+        raise MaxlmError(
+            f"{what} is not loaded beside a model", where=str(folder), fix=fix
+        )
     if trained or adapter.token_ids:
         name = min(trained, default="rows of the table of tokens")
         what = f"it was trained with {name} of the base, which all adapters here share"
         fix = "merge it (maxlm convert) and serve that"
         raise MaxlmError(what, where=str(folder), fix=fix)
     weights = adapter, arrays
-    return ServedAdapter(weights, tokenizer and _read_adapter_tokenizer(folder, tokenizer, model))
+    return ServedAdapter(
+        weights, tokenizer and _read_adapter_tokenizer(folder, tokenizer, model)
+    )
 
 
-def _read_adapter_tokenizer(folder: Path, base: Tokenizer, model: Model) -> Tokenizer | None:
+def _read_adapter_tokenizer(
+    folder: Path, base: Tokenizer, model: Model
+) -> Tokenizer | None:
     """The tokenizer that an adapter was trained with; None: the base's."""
     if (folder / "config.yaml").exists():
         home = folder / "tokenizer"
@@ -267,7 +290,9 @@ def _make_parts(
         if given := [*settings, *adapters]:
             what = f"{given[0]} is for a model that generates text; this is an encoder"
             raise MaxlmError(what, fix="leave it out")
-        return None, Embedder(model, loaded.params, mesh, loaded.config.model.max_seq_len)
+        return None, Embedder(
+            model, loaded.params, mesh, loaded.config.model.max_seq_len
+        )
     engine = make_engine(loaded, settings, adapters=adapters, warm_up=warm_up)
     if isinstance(model, EncoderDecoder):
         return engine, None
@@ -275,11 +300,12 @@ def _make_parts(
 
 
 def choose_max_length(config: EngineConfig, model: Model) -> EngineConfig:
-    """Returns an engine's settings where ``max_length`` is the model's own, if it is not set.
+    """Returns an engine's settings where ``max_length`` is the model's own, if it is
+    not set.
 
-    It bounds a sequence; the cache's memory is that of its pages, and stays what the default of
-    ``max_length`` takes. Where the model's context is longer than all pages together, the sequence
-    has those, and a line says so.
+    It bounds a sequence; the cache's memory is that of its pages, and stays what the
+    default of ``max_length`` takes. Where the model's context is longer than all pages
+    together, the sequence has those, and a line says so.
     """
     # What encoders' outputs take is kept by row, and grows with the longest sequence.
     if "max_length" in config.model_fields_set or isinstance(model, EncoderDecoder):
@@ -292,7 +318,8 @@ def choose_max_length(config: EngineConfig, model: Model) -> EngineConfig:
         return config
     if max_length < model_length:
         print(
-            f"max_length is {max_length}, as many tokens as the cache's pages hold; the model was "
+            f"max_length is {max_length}, as many tokens as the cache's pages hold; "
+            f"the model was "
             f"made for {model_length}: set max_length and num_pages for more",
             file=sys.stderr,
         )
@@ -300,11 +327,13 @@ def choose_max_length(config: EngineConfig, model: Model) -> EngineConfig:
 
 
 def warn_of_missing_kernels(mesh: Mesh) -> None:
-    """Says in one line that a CPU goes without its kernels, because nothing can compile them."""
+    """Says in one line that a CPU goes without its kernels, because nothing can compile
+    them."""
     compiler = find_missing_cpu_compiler(mesh)
     if compiler is not None:
         print(
-            f"warning: the kernels for CPUs are missing, and decoding takes up to twice the time: "
+            f"warning: the kernels for CPUs are missing, and decoding takes up to "
+            f"twice the time: "
             f"there is no C++ compiler {compiler!r}; install g++, or name one in CXX",
             file=sys.stderr,
         )
@@ -319,9 +348,10 @@ def make_engine(
 ) -> Engine:
     """Makes the engine that continues prompts with a model; ``settings`` are those of
     ``EngineConfig``, of which ``max_length`` is by default the model's own
-    (:func:`choose_max_length`); ``adapters``: loaded beside it, which has slots for these at least;
-    ``warm_up``: compile all programs that it may run "first", before this returns; "behind", in a
-    thread beside it while it runs, which ``Engine.close`` ends; "never", each when it is run."""
+    (:func:`choose_max_length`); ``adapters``: loaded beside it, which has slots for
+    these at least; ``warm_up``: compile all programs that it may run "first", before
+    this returns; "behind", in a thread beside it while it runs, which ``Engine.close``
+    ends; "never", each when it is run."""
     warn_of_missing_kernels(loaded.mesh)
     config = load_config(EngineConfig, None, settings).value
     config = choose_max_length(config, loaded.model)
@@ -331,9 +361,14 @@ def make_engine(
     if isinstance(config.speculation, DraftModelConfig):
         mesh = None if loaded.mesh.size == 1 else loaded.config.mesh
         other = load_model(config.speculation.folder, mesh=mesh)
-        if len({each.tokenizer.codec.fingerprint_input() for each in (other, loaded)}) > 1:
+        if (
+            len({each.tokenizer.codec.fingerprint_input() for each in (other, loaded)})
+            > 1
+        ):
             what = f"{config.speculation.folder} has another tokenizer than {loaded.config.name}"
-            raise MaxlmError(what, where="speculation.folder", fix="use a model with the same one")
+            raise MaxlmError(
+                what, where="speculation.folder", fix="use a model with the same one"
+            )
         draft = DraftModel(other.model, other.params)
     engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
     for name, weights in (adapters or {}).items():

@@ -25,14 +25,20 @@ from maxlm.plan.layout import place_frozen_models, place_run
 from maxlm.run import RunConfig, list_base_models, resolve_micro_batches
 from maxlm.sharding import bind_mesh, jit_sharded, make_mesh
 from maxlm.train.batch import batch_sharding, get_local_row_indices, make_global_batch
-from maxlm.train.optimizer import make_optimizer, make_schedule, opt_state_specs, shard_optimizer
+from maxlm.train.optimizer import (
+    make_optimizer,
+    make_schedule,
+    opt_state_specs,
+    shard_optimizer,
+)
 from maxlm.train.skips import Skips, contiguous_ranges
 from maxlm.train.state import TrainState, param_shardings, select_trainable
 from maxlm.train.step import Batch, Sums, evaluate_step, train_step
 
 
 def use_compilation_cache(config: RunConfig) -> None:
-    """Let this process find on disk what an earlier one compiled: a setting of JAX's own."""
+    """Let this process find on disk what an earlier one compiled: a setting of JAX's
+    own."""
     if config.compilation_cache is not None:
         path = Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(path))
@@ -55,8 +61,8 @@ class RunSetup:
     """Folders of the task's models that have parameters of their own; see
     ``Task.frozen_models``."""
     task_models: Mapping[str, PlacedModel]
-    """The task's models beside the trained one; those that are not in ``frozen_sources`` are its
-    base, without the adapter."""
+    """The task's models beside the trained one; those that are not in
+    ``frozen_sources`` are its base, without the adapter."""
 
     @cached_property
     def shardings(self) -> TrainState:
@@ -77,8 +83,8 @@ class RunSetup:
 
     @property
     def token_order(self) -> np.ndarray | None:
-        """The token that stands at each place of a row, where context parallelism wants another
-        order than the sequence's own."""
+        """The token that stands at each place of a row, where context parallelism wants
+        another order than the sequence's own."""
         ways = prod(self.mesh.shape[axis] for axis in self.placed.compute.seq)
         if ways == 1 or not self.config.parallel.balance_sequence:
             return None
@@ -91,22 +97,29 @@ class RunSetup:
         frozen = {name: self.task_models[name].specs for name in self.frozen_sources}
         shapes = replace(shapes, frozen=frozen)
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            self.shardings,
         )
 
     def init_train_state(self) -> TrainState:
-        """A fresh state without frozen models, every array created in its own sharding."""
-        return bind_mesh(self.mesh, jit_sharded(self._init, replace(self.shardings, frozen={})))(
-            jax.random.key(self.config.seed)
-        )
+        """A fresh state without frozen models, every array created in its own
+        sharding."""
+        return bind_mesh(
+            self.mesh, jit_sharded(self._init, replace(self.shardings, frozen={}))
+        )(jax.random.key(self.config.seed))
 
     def place_to_generate(self) -> tuple[Model, Params]:
-        """Lays the model out to generate text; returns it, and its parameters' shardings."""
-        placed = place_run(self.config, dict(self.mesh.shape), self.model.dtype, for_training=False)
+        """Lays the model out to generate text; returns it, and its parameters'
+        shardings."""
+        placed = place_run(
+            self.config, dict(self.mesh.shape), self.model.dtype, for_training=False
+        )
         return placed.model, param_shardings(placed.specs, placed.storage, self.mesh)
 
     def jit_train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-        """The training step, compiled at its first call; it donates the state it is given."""
+        """The training step, compiled at its first call; it donates the state it is
+        given."""
         layouts, rules = None, self.placed.gradients
         if rules != self.placed.storage:
             layouts = jax.tree.map(lambda spec: rules.spec(*spec.axes), self.trainable)
@@ -125,15 +138,23 @@ class RunSetup:
         return bind_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
     def jit_eval_step(self) -> Callable[[Params, Mapping[str, Params], Batch], Sums]:
-        """The evaluation step ``(params, frozen models' params, batch) -> sums``, compiled at its
-        first call."""
+        """The evaluation step ``(params, frozen models' params, batch) -> sums``,
+        compiled at its first call."""
         own = {"task": self.config.task, "frozen_models": self._frozen_modules}
-        return bind_mesh(self.mesh, jax.jit(partial(evaluate_step, model=self.model, **own)))
+        return bind_mesh(
+            self.mesh, jax.jit(partial(evaluate_step, model=self.model, **own))
+        )
 
     def _init(self, key: jax.Array) -> TrainState:
         params = init_params(self.specs, key)
-        ema = jax.tree.map(jnp.copy, params) if self.config.train.ema_decay is not None else None
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema)
+        ema = (
+            jax.tree.map(jnp.copy, params)
+            if self.config.train.ema_decay is not None
+            else None
+        )
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema
+        )
 
     @property
     def _frozen_modules(self) -> dict[str, Model]:
@@ -147,9 +168,9 @@ def set_up_run(
     for_training: bool = True,
     frozen_sources: Mapping[str, str | None] | None = None,
 ) -> RunSetup:
-    """Builds the mesh, rules, model and optimizer for the devices at hand (default: all); what does
-    not fit raises a MaxlmError. ``for_training``: the batch must divide over the mesh;
-    ``frozen_sources``: default, those of the task."""
+    """Builds the mesh, rules, model and optimizer for the devices at hand (default:
+    all); what does not fit raises a MaxlmError. ``for_training``: the batch must divide
+    over the mesh; ``frozen_sources``: default, those of the task."""
     mesh = make_mesh(config.mesh, devices)
     if for_training:
         config = resolve_micro_batches(config, dict(mesh.shape))
@@ -169,8 +190,12 @@ def set_up_run(
         specs=placed.specs,
         schedule=schedule,
         trainable=trainable,
-        optimizer=shard_optimizer(optimizer, trainable, placed.optimizer, placed.storage),
-        frozen_sources={name: own for name, own in sources.items() if name not in bases},
+        optimizer=shard_optimizer(
+            optimizer, trainable, placed.optimizer, placed.storage
+        ),
+        frozen_sources={
+            name: own for name, own in sources.items() if name not in bases
+        },
         task_models=place_frozen_models(config, sources, dict(mesh.shape), dtype),
     )
 
@@ -182,8 +207,8 @@ def open_training_batches(
     skips: Skips = (),
     is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> closing[Generator[Batch]]:
-    """Arrays [micro-batches, rows, ...] from step ``start`` to the last, but for ``skips``.
-    ``is_stop_requested``: see `Prefetcher`."""
+    """Arrays [micro-batches, rows, ...] from step ``start`` to the last, but for
+    ``skips``. ``is_stop_requested``: see `Prefetcher`."""
     data = setup.config.data
 
     def batches() -> Generator[Batch]:
@@ -220,7 +245,10 @@ def _put_batches(
     is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> Generator[Batch]:
     config, mesh = setup.config, setup.mesh
-    lead = (config.train.micro_batches, config.data.batch_size // config.train.micro_batches)
+    lead = (
+        config.train.micro_batches,
+        config.data.batch_size // config.train.micro_batches,
+    )
     arrays = config.task.batch_arrays(config.data.seq_len)
     rows = get_local_row_indices(batch_sharding(setup.placed.compute, mesh, ()), lead)
     where = setup.placed.compute, mesh, lead, setup.token_order

@@ -53,28 +53,36 @@ def describe_examples(
     kind: str | None = None,
     num_examples: int = 3,
 ) -> dict[str, Any]:
-    """Encodes a file of rows for a task, and describes it and its first rows as plain data. Raises
-    MaxlmError: a file or tokenizer that cannot be read, a task that reads no rows.
+    """Encodes a file of rows for a task, and describes it and its first rows as plain
+    data. Raises MaxlmError: a file or tokenizer that cannot be read, a task that reads
+    no rows.
 
     Args:
         model: folder of a run, a Hugging Face checkpoint or a tokenizer.
         settings: a run's, such as ``task.turns=last`` or ``data.seq_len=512``.
         kind: of the task; None infers it from the columns of the first row.
     """
-    renamed = [each.removeprefix("task.") for each in settings if _is_column_setting(each)]
+    renamed = [
+        each.removeprefix("task.") for each in settings if _is_column_setting(each)
+    ]
     names = load_config(ColumnSettings, None, renamed).value.columns
     columns = open_rows(path, columns=names)[0]
     kind = kind or infer_task_kind(columns)
     known = find_task(kind)
     if known is None or not issubclass(known, RowTask):
         fix = f"name another with --kind; the columns are {', '.join(columns)}"
-        raise MaxlmError(f"no task on rows of files is called {kind!r}", where="--kind", fix=fix)
+        raise MaxlmError(
+            f"no task on rows of files is called {kind!r}", where="--kind", fix=fix
+        )
     own = f"task.kind={kind}", f"task.files={[str(path)]}"
     config = load_config(ExampleSettings, None, [*own, *settings]).value
     task, tokenizer = config.task, open_tokenizer(model)
     assert isinstance(task, RowTask)
     add_chat_template(tokenizer, config.tokenizer)
-    file, encoder = task.open_files("files"), task.make_encoder(tokenizer, config.data.seq_len)
+    file, encoder = (
+        task.open_files("files"),
+        task.make_encoder(tokenizer, config.data.seq_len),
+    )
     scan = scan_examples(encoder, file, np.arange(len(file)), None, keep_errors=True)
     kept = np.flatnonzero(scan.lengths)
     lengths, examples = scan.lengths[kept], []
@@ -83,7 +91,9 @@ def describe_examples(
         names = ["chosen", "rejected"] if task.sequences_per_example == 2 else [""]
         for segment, name in enumerate(names, 1):
             spans = list(_list_spans(tokenizer, encoded, segment))
-            examples.append({"where": f"{file.locate(i)} {name}".rstrip(), "spans": spans})
+            examples.append(
+                {"where": f"{file.locate(i)} {name}".rstrip(), "spans": spans}
+            )
     return {
         "kind": kind,
         "rows": len(file),
@@ -91,7 +101,9 @@ def describe_examples(
         "rows_unreadable": len(scan.errors),
         "errors": [str(error) for error in scan.errors],
         "notes": task.describe_scan(scan, encoder.max_length),
-        "tokens": [int(np.quantile(lengths, q)) if kept.size else 0 for q in (0, 0.5, 1)],
+        "tokens": [
+            int(np.quantile(lengths, q)) if kept.size else 0 for q in (0, 0.5, 1)
+        ],
         "share_learnt": float(scan.num_targets.sum() / max(1, lengths.sum())),
         "examples": examples,
     }
@@ -105,15 +117,18 @@ def infer_task_kind(columns: Iterable[str]) -> str:
 
 
 def open_tokenizer(folder: str | Path) -> Tokenizer:
-    """Opens the tokenizer of a run's folder, of a Hugging Face checkpoint's, or in its own."""
+    """Opens the tokenizer of a run's folder, of a Hugging Face checkpoint's, or in its
+    own."""
     folder = Path(folder)
     own = folder / "tokenizer" if (folder / "config.yaml").exists() else folder
-    return load_tokenizer(own) if (own / METADATA).exists() else import_tokenizer(folder)
+    return (
+        load_tokenizer(own) if (own / METADATA).exists() else import_tokenizer(folder)
+    )
 
 
 def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
-    """Renders what :func:`describe_examples` returns, for a rich console; without colour « »
-    enclose what is learnt."""
+    """Renders what :func:`describe_examples` returns, for a rich console; without
+    colour « » enclose what is learnt."""
     text = Text()
     for example in report["examples"]:
         text.append(f"{example['where']}\n", "bold underline")
@@ -126,7 +141,8 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
         text.append("\n\n")
     least, median, most = report["tokens"]
     lines = [
-        f"task.kind={report['kind']}: {report['rows_used']:,} of {report['rows']:,} rows are used",
+        f"task.kind={report['kind']}: {report['rows_used']:,} of {report['rows']:,} "
+        f"rows are used",
         *report["notes"],
         f"tokens of an example: {least:,} to {most:,}, median {median:,}",
         f"learnt: {report['share_learnt']:.1%} of them",
@@ -142,11 +158,18 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
 def _list_spans(
     tokenizer: Tokenizer, encoded: Mapping[str, Any], segment: int
 ) -> Iterator[dict[str, Any]]:
-    special, own = {*tokenizer.special_tokens.values()}, encoded["segment_ids"] == segment
+    special, own = (
+        {*tokenizer.special_tokens.values()},
+        encoded["segment_ids"] == segment,
+    )
     ids = [int(encoded["tokens"][own][0]), *encoded["targets"][own].tolist()]
     marks = zip([False, *(encoded["weights"][own] > 0).tolist()], ids, strict=True)
     stop = 0
     for (is_learnt, is_special), group in groupby((m, i in special) for m, i in marks):
         start, stop = stop, stop + len([*group])
         text = tokenizer.decode_bytes(ids[start:stop], continued=start > 0)
-        yield {"text": text.decode("utf-8", "replace"), "learnt": is_learnt, "special": is_special}
+        yield {
+            "text": text.decode("utf-8", "replace"),
+            "learnt": is_learnt,
+            "special": is_special,
+        }

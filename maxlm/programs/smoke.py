@@ -1,4 +1,5 @@
-"""Does a config work? The whole life of a model in a minute, on whatever device is here."""
+"""Does a config work? The whole life of a model in a minute, on whatever device is
+here."""
 
 import json
 import math
@@ -22,7 +23,12 @@ from maxlm.models.params import flatten_names
 from maxlm.plan.layout import compute_run_layout
 from maxlm.programs.load import load_frozen_models
 from maxlm.programs.prepare import make_source_inputs, read_vocab_size
-from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, use_compilation_cache
+from maxlm.programs.setup import (
+    RunSetup,
+    open_training_batches,
+    set_up_run,
+    use_compilation_cache,
+)
 from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import Vocabulary
@@ -34,7 +40,8 @@ from maxlm.train.state import TrainState
 STEPS, SAVED_AT, NEW_TOKENS = 10, 5, 8
 # Where few tokens are targets, it takes more of them to learn as much.
 SPARSE_STEPS = 30
-# The least share by which the loss must fall: more than chance, far less than what a model learns.
+# The least share by which the loss must fall: more than chance, far less than what a
+# model learns.
 FALL = 0.1
 VOCAB, SEQ_LEN, LAYERS, HEAD_DIM = 512, 64, 2, 16
 # Ids of its text.
@@ -51,9 +58,11 @@ class Check:
 
 
 def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
-    """Makes a small run of the same kinds of layers, ratios, task, optimizer and packing.
+    """Makes a small run of the same kinds of layers, ratios, task, optimizer and
+    packing.
 
-    Depth, widths, vocabulary and sequence shrink; precision stays. The mesh is this machine's.
+    Depth, widths, vocabulary and sequence shrink; precision stays. The mesh is this
+    machine's.
     """
     task = config.task.for_small_model()
     steps = STEPS if task.predicts_every_token else SPARSE_STEPS
@@ -79,16 +88,21 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
 
 
 class CountingTokenSource:
-    """A token source that is quickly learnt: documents that count up and around, in few tokens."""
+    """A token source that is quickly learnt: documents that count up and around, in few
+    tokens."""
 
     path, offsets_sha256 = None, ""
 
     def __init__(self, vocab_size: int):
         used, random = min(vocab_size, USED), np.random.default_rng(0)
         marks = np.arange(vocab_size) >= used
-        self.vocabulary = Vocabulary(vocab_size, (), min(used, vocab_size - 1), marks, ~marks)
+        self.vocabulary = Vocabulary(
+            vocab_size, (), min(used, vocab_size - 1), marks, ~marks
+        )
         draws = random.integers((20, 0, 1), (100, used, 4), (512, 3)).tolist()
-        texts = [(start + step * np.arange(length)) % used for length, start, step in draws]
+        texts = [
+            (start + step * np.arange(length)) % used for length, start, step in draws
+        ]
         self.offsets = np.cumsum([0, *map(len, texts)])
         self._tokens = np.concatenate(texts).astype(np.uint32)
 
@@ -96,20 +110,28 @@ class CountingTokenSource:
     def num_tokens(self) -> int:
         return len(self._tokens)
 
-    def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+    def read_many(
+        self, starts: Sequence[int], stops: Sequence[int]
+    ) -> list[np.ndarray]:
         return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
 def make_counting_batch_source(config: RunConfig) -> BatchSource:
     """Makes a task's batches of :class:`CountingTokenSource`."""
-    text, digits = CountingTokenSource(config.model.vocab_size), [b"0 1 2 3 4 5 6 7 8 9 " * 20]
+    text, digits = (
+        CountingTokenSource(config.model.vocab_size),
+        [b"0 1 2 3 4 5 6 7 8 9 " * 20],
+    )
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), digits)
-    inputs = make_source_inputs(config, tokenizer, {"text": text}, vocabulary=text.vocabulary)
+    inputs = make_source_inputs(
+        config, tokenizer, {"text": text}, vocabulary=text.vocabulary
+    )
     return config.task.batch_source(replace(inputs, mixing={"text": 1.0}))
 
 
 def write_counting_rows(path: Path) -> None:
-    """Writes rows of every form that a task reads: numbers to count on from, rightly or not."""
+    """Writes rows of every form that a task reads: numbers to count on from, rightly or
+    not."""
     with path.open("w", encoding="utf-8") as file:
         for i in range(256):
             right = " ".join(str((i + k) % 10) for k in range(4, 10))
@@ -121,11 +143,12 @@ def write_counting_rows(path: Path) -> None:
 
 
 def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
-    """Shrink a run to these devices (default: all) and try it, yielding each check as it is made.
+    """Shrink a run to these devices (default: all) and try it, yielding each check as
+    it is made.
 
-    Before the first check the run itself is looked at, in its own size, without devices: whatever
-    a mesh, a schedule, a batch, a tokenizer's size or missing documents make impossible raises a
-    MaxlmError.
+    Before the first check the run itself is looked at, in its own size, without
+    devices: whatever a mesh, a schedule, a batch, a tokenizer's size or missing
+    documents make impossible raises a MaxlmError.
     """
     compute_run_layout(config, mesh_sizes(config.mesh, count_min_devices(config.mesh)))
     config.task.check_vocab_size(read_vocab_size(config), config.model.vocab_size)
@@ -136,7 +159,9 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     devices = jax.devices() if devices is None else devices
     small = shrink_config(config, len(devices))
     # Other models are as small as the trained one.
-    setup = set_up_run(small, devices, frozen_sources=dict.fromkeys(small.task.frozen_models()))
+    setup = set_up_run(
+        small, devices, frozen_sources=dict.fromkeys(small.task.frozen_models())
+    )
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(small.task, RowTask):
             write_counting_rows(rows := Path(folder, "rows.jsonl"))
@@ -149,17 +174,25 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     state = setup.init_train_state()
     state = replace(state, frozen=load_frozen_models(setup, RunSetup.init_train_state))
     count = sum(spec.size for spec in flatten_names(setup.specs).values())
-    right = jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings))
-    yield Check("parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)")
+    right = jax.tree.all(
+        jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings)
+    )
+    yield Check(
+        "parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)"
+    )
 
     step, steps = setup.jit_train_step(), setup.config.train.steps
     began = time.perf_counter()
     state, first = _run(setup, step, state, SAVED_AT)
     saved = jax.tree.map(np.asarray, state)
-    detail = f"{SAVED_AT} steps in {time.perf_counter() - began:.1f} s, compilation included"
+    detail = (
+        f"{SAVED_AT} steps in {time.perf_counter() - began:.1f} s, compilation included"
+    )
     yield Check("the step compiles and runs", len(first) == SAVED_AT, detail)
 
-    with FolderTier(folder, layer_groups=layer_group_shapes(setup.specs)) as checkpoints:
+    with FolderTier(
+        folder, layer_groups=layer_group_shapes(setup.specs)
+    ) as checkpoints:
         checkpoints.save(SAVED_AT, replace(state, frozen={}), {})
         state, rest = _run(setup, step, state, steps)
         losses = first + rest
@@ -168,12 +201,18 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
         falls = sum(losses[-3:]) / 3 < (1 - FALL) * losses[0]
         yield Check("the loss falls", falls, f"{losses[0]:.3f} → {losses[-1]:.3f}")
         checkpoints.wait()
-        restored = checkpoints.restore(SAVED_AT, replace(setup.abstract_state, frozen={}))
+        restored = checkpoints.restore(
+            SAVED_AT, replace(setup.abstract_state, frozen={})
+        )
     restored = replace(restored, frozen=state.frozen)
     equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
     yield Check("a checkpoint restores bit for bit", equal, f"step {SAVED_AT}")
     _, again = _run(setup, step, restored, steps)
-    yield Check("restored steps repeat exactly", again == rest, f"steps {SAVED_AT + 1} to {steps}")
+    yield Check(
+        "restored steps repeat exactly",
+        again == rest,
+        f"steps {SAVED_AT + 1} to {steps}",
+    )
 
     if setup.config.model.architecture == "encoder":
         return  # it names tokens, and continues nothing
@@ -188,7 +227,9 @@ def _run(
 ) -> tuple[TrainState, list[float]]:
     """Steps up to ``stop``, and their losses."""
     start, losses = int(state.step), []
-    with open_training_batches(setup, make_counting_batch_source(setup.config), start) as batches:
+    with open_training_batches(
+        setup, make_counting_batch_source(setup.config), start
+    ) as batches:
         for batch in islice(batches, stop - start):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

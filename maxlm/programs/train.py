@@ -20,8 +20,16 @@ from maxlm.programs.evaluation import (
     MetricsCallback,
     format_downstream,
 )
-from maxlm.programs.load import check_init_checkpoint, describe_frozen_models, load_frozen_models
-from maxlm.programs.prepare import PreparedData, prepare_data_on_all_hosts, read_vocab_size
+from maxlm.programs.load import (
+    check_init_checkpoint,
+    describe_frozen_models,
+    load_frozen_models,
+)
+from maxlm.programs.prepare import (
+    PreparedData,
+    prepare_data_on_all_hosts,
+    read_vocab_size,
+)
 from maxlm.programs.resume import (
     Say,
     StateRestorer,
@@ -40,7 +48,12 @@ from maxlm.programs.run_folder import (
     write_refused_rows,
     write_run_description,
 )
-from maxlm.programs.setup import RunSetup, open_training_batches, set_up_run, use_compilation_cache
+from maxlm.programs.setup import (
+    RunSetup,
+    open_training_batches,
+    set_up_run,
+    use_compilation_cache,
+)
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import FlagAllReduce, run_on_process_0
 from maxlm.runtime.signals import SignalHandler, handle_signals
@@ -102,7 +115,8 @@ def train_model(
     """Trains a model, or resumes from the newest checkpoint in its folder.
 
     Args:
-        resume: another run's folder to resume from; what follows is kept in this run's own.
+        resume: another run's folder to resume from; what follows is kept in this run's
+            own.
         profile: first and last step of a trace to write.
         say: takes, on process 0, lines that tell what happens.
 
@@ -119,16 +133,24 @@ def train_model(
         setup, data, log, watchdog = run.setup, run.data, run.log, run.watchdog
         profiler = [Profiler(run.folder, *profile)] if profile else []
         if profile and profile[1] <= run.position.step:
-            run.say(f"no trace is taken: step {profile[1]}, the last to trace, has been taken")
+            run.say(
+                f"no trace is taken: step {profile[1]}, the last to trace, has been "
+                f"taken"
+            )
         step_fn = setup.jit_train_step()
         evaluator = HeldOutEvaluator(setup, data, on_batch=watchdog.reset_timer)
         downstream = DownstreamEvaluator(setup, data, on_work=watchdog.reset_timer)
 
         def train_from(position: TrainingPosition) -> TrainState | RollbackDecision:
             detector = LossSpikeDetector(setup.config.faults, position.detector_state)
-            every_steps = setup.config.train.eval_every if data.eval_batch_sources else 0
+            every_steps = (
+                setup.config.train.eval_every if data.eval_batch_sources else 0
+            )
             metadata = {**run.metadata, "skipped_batches": position.skips}
-            saver, timer = run.state_restorer.checkpointer, StepTimer(log.event, position.step)
+            saver, timer = (
+                run.state_restorer.checkpointer,
+                StepTimer(log.event, position.step),
+            )
             with (
                 open_training_batches(
                     setup,
@@ -137,7 +159,9 @@ def train_model(
                     position.skips,
                     lambda: run.signals.request.stops,
                 ) as batches,
-                ConsoleDisplay(config.train.steps, position.step, show=run.is_lead) as display,
+                ConsoleDisplay(
+                    config.train.steps, position.step, show=run.is_lead
+                ) as display,
                 run.signals.defer_signals(),
             ):
                 all_reduce = FlagAllReduce(setup.mesh)
@@ -147,9 +171,13 @@ def train_model(
                     MetricsCallback(setup, data, run.plan, log, display),
                     detector,
                     EvaluationCallback(evaluator.evaluate_metrics, every_steps),
-                    EvaluationCallback(downstream.evaluate, config.train.downstream.every),
+                    EvaluationCallback(
+                        downstream.evaluate, config.train.downstream.every
+                    ),
                     CheckpointCallback(saver, metadata, detector),
-                    StopCallback(run.signals, all_reduce, saver.is_due_by_time, str(run.folder)),
+                    StopCallback(
+                        run.signals, all_reduce, saver.is_due_by_time, str(run.folder)
+                    ),
                 ]
                 trainer = Trainer(step_fn, config.train.steps, callbacks, timer)
                 return trainer.run(position.state, batches)
@@ -159,14 +187,16 @@ def train_model(
             position = _roll_back(run, result, position)
         run.signals.raise_if_signaled()
         heldout = _finish(run, evaluator, downstream, result)
-    return TrainingResult(setup, data, run.plan, run.position.step, result, run.folder, heldout)
+    return TrainingResult(
+        setup, data, run.plan, run.position.step, result, run.folder, heldout
+    )
 
 
 def _open_run(
     config: RunConfig, stack: ExitStack, *, resume: str | Path | None, say: Say
 ) -> _OpenRun:
-    """Prepares a run's text, and restores its state or initializes it; ``stack`` closes what is
-    opened. For the rest see :func:`train_model`."""
+    """Prepares a run's text, and restores its state or initializes it; ``stack`` closes
+    what is opened. For the rest see :func:`train_model`."""
     is_lead = jax.process_index() == 0
     say = say if is_lead else lambda _: None
     folder = Path(config.folder, config.name)
@@ -176,7 +206,9 @@ def _open_run(
     if is_lead:
         config.reporting.check_port()
     use_compilation_cache(config)
-    config.task.check_vocab_size(read_vocab_size(config, folder), config.model.vocab_size)
+    config.task.check_vocab_size(
+        read_vocab_size(config, folder), config.model.vocab_size
+    )
     signals = stack.enter_context(handle_signals(str(folder)))
     stack.enter_context(create_run_folder(config, folder, is_lead=is_lead))
     if is_lead:
@@ -187,13 +219,17 @@ def _open_run(
     source = find_resume_source(setup, checkpointer, resume, stack, say)
     saved = source.metadata if source else check_init_checkpoint(setup)
     data = prepare_data_on_all_hosts(config, folder)
-    if source and not source.is_own_run:  # It may have trained on meanwhile, and deleted old ones.
+    if (
+        source and not source.is_own_run
+    ):  # It may have trained on meanwhile, and deleted old ones.
         source = find_resume_source(setup, checkpointer, resume, stack, say)
     states = StateRestorer(setup, checkpointer, source)
     watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
     watchdog.start_timer(0, "restore")
     frozen = load_frozen_models(setup)
-    metadata = make_run_metadata(config, data, saved, describe_frozen_models(setup, frozen))
+    metadata = make_run_metadata(
+        config, data, saved, describe_frozen_models(setup, frozen)
+    )
     if source:
         check_same_inputs(config, data, source, metadata)
     if (skips := read_skips(folder)) is None:
@@ -212,7 +248,9 @@ def _open_run(
             say(f"{name}: {note}")
     if position.checkpoint_place:
         is_own_run = source is not None and source.is_own_run
-        if is_own_run and (lost := describe_lost_checkpoint(checkpointer, step, position.skipped)):
+        if is_own_run and (
+            lost := describe_lost_checkpoint(checkpointer, step, position.skipped)
+        ):
             say(lost)
         say(f"resuming from step {step} in {position.checkpoint_place}")
     elif start := config.train.start_from:
@@ -229,14 +267,21 @@ def _open_run(
     write_run_description(folder, config, plan, is_lead=is_lead)
     if is_lead:
         write_refused_rows(folder, batch_sources)
-    log = stack.enter_context(MetricsLog(folder, step, write=is_lead, reporting=config.reporting))
+    log = stack.enter_context(
+        MetricsLog(folder, step, write=is_lead, reporting=config.reporting)
+    )
     if count := log.damaged_lines:
-        say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")
+        say(
+            f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: "
+            f"{count}"
+        )
     log.event(
         "resume" if step else "start",
         step,
         began=get_process_start_unix_seconds(),
-        run=str(source.checkpointer.folder.parent) if source and not source.is_own_run else None,
+        run=str(source.checkpointer.folder.parent)
+        if source and not source.is_own_run
+        else None,
         devices=jax.device_count(),
         processes=jax.process_count(),
         device_kind=jax.devices()[0].device_kind,
@@ -246,7 +291,18 @@ def _open_run(
     watchdog.event = log.event
     checkpointer.copy_newest_to_remote()
     return _OpenRun(
-        setup, folder, is_lead, say, signals, watchdog, data, states, position, metadata, plan, log
+        setup,
+        folder,
+        is_lead,
+        say,
+        signals,
+        watchdog,
+        data,
+        states,
+        position,
+        metadata,
+        plan,
+        log,
     )
 
 
@@ -255,14 +311,18 @@ def _roll_back(
 ) -> TrainingPosition:
     run.signals.raise_if_signaled()
     faults, events = run.setup.config.faults, run.folder / "events.jsonl"
-    count = run_on_process_0(lambda: sum(e["event"] == "rollback" for e in read_events(events)))
+    count = run_on_process_0(
+        lambda: sum(e["event"] == "rollback" for e in read_events(events))
+    )
     if count >= faults.max_rollbacks:
         run.log.event("stop", decision.last_bad_step, reason="rollback-limit")
         raise MaxlmError(
-            f"{decision.reason} at step {decision.last_bad_step}, and the run has rolled back "
+            f"{decision.reason} at step {decision.last_bad_step}, and the run has "
+            f"rolled back "
             f"{count} time{'' if count == 1 else 's'}",
             where=str(run.folder),
-            fix="lower schedule.learning_rate in another run folder (--resume), or raise "
+            fix="lower schedule.learning_rate in another run folder (--resume), or "
+            "raise "
             "faults.max_rollbacks",
         )
     run.watchdog.start_timer(decision.first_bad_step, "restore")
@@ -280,7 +340,10 @@ def _roll_back(
 
 
 def _finish(
-    run: _OpenRun, evaluator: HeldOutEvaluator, downstream: DownstreamEvaluator, state: TrainState
+    run: _OpenRun,
+    evaluator: HeldOutEvaluator,
+    downstream: DownstreamEvaluator,
+    state: TrainState,
 ) -> HeldOutResults:
     """Evaluates on all held-out text, and on tasks, and closes the run's records."""
     step = int(state.step)

@@ -26,22 +26,28 @@ def tune_model(
     precompute_reference: bool = False,
     **options: Any,
 ) -> TrainingResult:
-    """Trains a recipe's model; ``options``: of :func:`~maxlm.programs.train.train_model`;
-    ``epochs``: times that every row is read, in place of ``train.steps``, a tenth of which may be
-    warm-up; ``precompute_reference``: into ``FOLDER/NAME/reference``, so that no second model is
+    """Trains a recipe's model; ``options``: of
+    :func:`~maxlm.programs.train.train_model`; ``epochs``: times that every row is read,
+    in place of ``train.steps``, a tenth of which may be warm-up;
+    ``precompute_reference``: into ``FOLDER/NAME/reference``, so that no second model is
     held.
 
-    A Hugging Face checkpoint that it starts from, or whose model its task reads, is first made a
-    run in ``FOLDER/NAME/base``, ``FOLDER/NAME/teacher`` and so on, which later starts find there.
-    Special tokens that its tokenizer lacks are added to a copy of it, in ``FOLDER/NAME/grown``.
+    A Hugging Face checkpoint that it starts from, or whose model its task reads, is
+    first made a run in ``FOLDER/NAME/base``, ``FOLDER/NAME/teacher`` and so on, which
+    later starts find there. Special tokens that its tokenizer lacks are added to a copy
+    of it, in ``FOLDER/NAME/grown``.
     """
     if epochs is None:
-        make_schedule(config.schedule, config.train.steps)  # Refused before anything is written.
+        make_schedule(
+            config.schedule, config.train.steps
+        )  # Refused before anything is written.
     config = grow_vocabulary(convert_sources(config))
     if epochs is not None:
         steps, warmup = count_steps(config, epochs), config.schedule.warmup_steps
         train = config.train.model_copy(update={"steps": steps})
-        schedule = config.schedule.model_copy(update={"warmup_steps": min(warmup, steps // 10)})
+        schedule = config.schedule.model_copy(
+            update={"warmup_steps": min(warmup, steps // 10)}
+        )
         config = config.model_copy(update={"train": train, "schedule": schedule})
     if precompute_reference:
         stored = Path(config.folder, config.name, "reference")
@@ -57,20 +63,27 @@ def count_steps(config: RunConfig, epochs: float) -> int:
     start = config.train.start_from
     folder = config.tokenizer.path or (start and Path(start, "tokenizer"))
     if config.task.reads_text or folder is None:
-        what, fix = "--epochs counts rows of files, with the base's tokenizer", "set train.steps"
+        what, fix = (
+            "--epochs counts rows of files, with the base's tokenizer",
+            "set train.steps",
+        )
         raise MaxlmError(what, where="--epochs", fix=fix)
-    source: Any = config.task.batch_source(make_source_inputs(config, load_tokenizer(folder)))
+    source: Any = config.task.batch_source(
+        make_source_inputs(config, load_tokenizer(folder))
+    )
     return max(1, ceil(source.rows_per_epoch * epochs / config.data.batch_size))
 
 
 def convert_sources(config: RunConfig) -> RunConfig:
-    """Returns the config with runs in place of the Hugging Face checkpoints that it names, each
-    made where that is not done yet."""
+    """Returns the config with runs in place of the Hugging Face checkpoints that it
+    names, each made where that is not done yet."""
     home = Path(config.folder, config.name)
     start = config.train.start_from
     if start is not None and _is_huggingface(start):
         train = {"start_from": _convert_once(start, home / "base")}
-        config = config.model_copy(update={"train": config.train.model_copy(update=train)})
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update=train)}
+        )
     changed = {}
     for name, source in config.task.frozen_models().items():
         if source is not None and _is_huggingface(source):
@@ -83,7 +96,11 @@ def _convert_once(source: str, target: Path) -> str:
     if jax.process_index() == 0 and not (target / "config.yaml").exists():
         with show_progress() as progress:
             told = f"reading {source}"
-            convert(source, target, progress=lambda _, done, total: progress(told, done, total))
+            convert(
+                source,
+                target,
+                progress=lambda _, done, total: progress(told, done, total),
+            )
     multihost_utils.sync_global_devices(str(target))
     return str(target)
 

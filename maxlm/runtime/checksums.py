@@ -1,9 +1,9 @@
 """SHA-256 of the files of a folder, in a list as `sha256sum` writes and checks it.
 
-Formats keep checksums of their parts (zarr's chunks, Parquet's pages), which tell a damaged part,
-but not one whole good file that stands where another belongs. The list does: it names each file.
-Its own SHA-256 belongs into the manifest of what the folder holds, so that a list of another folder
-is not taken for this one's.
+Formats keep checksums of their parts (zarr's chunks, Parquet's pages), which tell a
+damaged part, but not one whole good file that stands where another belongs. The list
+does: it names each file. Its own SHA-256 belongs into the manifest of what the folder
+holds, so that a list of another folder is not taken for this one's.
 """
 
 import hashlib
@@ -49,8 +49,8 @@ def write_checksums(
 
 
 def read_checksums(place: Place, list_sha256: str, fix: str) -> dict[str, str]:
-    """Reads the SHA-256 of each file of a list, by name. Raises MaxlmError, with this `fix`, if the
-    list is lost or is not the one with this SHA-256."""
+    """Reads the SHA-256 of each file of a list, by name. Raises MaxlmError, with this
+    `fix`, if the list is lost or is not the one with this SHA-256."""
     where = str(join_place(place, CHECKSUMS_NAME))
     try:
         content = read_file(place, CHECKSUMS_NAME)
@@ -60,7 +60,9 @@ def read_checksums(place: Place, list_sha256: str, fix: str) -> dict[str, str]:
         message = f"this file cannot be read: {error.strerror or error}"
         raise MaxlmError(message, where=where, fix=fix) from error
     if hashlib.sha256(content).hexdigest() != list_sha256:
-        raise MaxlmError("this file has changed since it was written", where=where, fix=fix)
+        raise MaxlmError(
+            "this file has changed since it was written", where=where, fix=fix
+        )
     return parse_checksums(content.decode())
 
 
@@ -70,12 +72,14 @@ def parse_checksums(text: str) -> dict[str, str]:
     return {name: digest for digest, _, name in lines}
 
 
-def check_files(place: Place, list_sha256_by_folder: Mapping[str, str], fix: str) -> None:
-    """Reads every file of the lists of some folders; raises MaxlmError, with this `fix`, that names
-    those that are not as their list says.
+def check_files(
+    place: Place, list_sha256_by_folder: Mapping[str, str], fix: str
+) -> None:
+    """Reads every file of the lists of some folders; raises MaxlmError, with this
+    `fix`, that names those that are not as their list says.
 
-    `list_sha256_by_folder`: SHA-256 of the list itself, from the folder's manifest, by the folder's
-    name in `place`; "" is the place.
+    `list_sha256_by_folder`: SHA-256 of the list itself, from the folder's manifest, by
+    the folder's name in `place`; "" is the place.
     """
     digest_by_name: dict[str, str] = {}
     for folder, list_sha256 in list_sha256_by_folder.items():
@@ -95,7 +99,9 @@ def check_files(place: Place, list_sha256_by_folder: Mapping[str, str], fix: str
     with ThreadPoolExecutor(count_usable_cores()) as threads:
         faults = threads.map(find_fault, digest_by_name.keys(), digest_by_name.values())
         fault_by_name = {
-            name: fault for name, fault in zip(digest_by_name, faults, strict=True) if fault
+            name: fault
+            for name, fault in zip(digest_by_name, faults, strict=True)
+            if fault
         }
     if not fault_by_name:
         return

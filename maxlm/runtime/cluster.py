@@ -1,4 +1,5 @@
-"""Finds out which processes a run has, and which of them this is, from the environment."""
+"""Finds out which processes a run has, and which of them this is, from the
+environment."""
 
 import re
 import urllib.request
@@ -37,9 +38,10 @@ class Cluster:
 def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
     """Returns this process's place in its cluster; None if it is alone.
 
-    The first that says anything: MAXLM_COORDINATOR, MAXLM_NUM_PROCESSES and MAXLM_PROCESS_ID; a
-    step of SLURM with several tasks (of which a coordinator named alone replaces that part); the
-    variables of a TPU pod on Kubernetes; the metadata of a TPU VM.
+    The first that says anything: MAXLM_COORDINATOR, MAXLM_NUM_PROCESSES and
+    MAXLM_PROCESS_ID; a step of SLURM with several tasks (of which a coordinator named
+    alone replaces that part); the variables of a TPU pod on Kubernetes; the metadata of
+    a TPU VM.
     """
     explicit = {name: environ[name] for name in _SETTINGS if environ.get(name)}
     if (slurm := _slurm(environ)) and set(explicit) == {COORDINATOR}:
@@ -53,10 +55,14 @@ def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
 
 def _read_settings(explicit: Mapping[str, str], slurm: Cluster | None) -> Cluster:
     if missing := [_name_option(name) for name in _SETTINGS if name not in explicit]:
-        given = ", ".join(f"{_name_option(name)} is {value}" for name, value in explicit.items())
+        given = ", ".join(
+            f"{_name_option(name)} is {value}" for name, value in explicit.items()
+        )
         beside = f"; SLURM's step has {slurm.num_processes} tasks" if slurm else ""
         fix = "set all three, or none" + (" (SLURM's are used then)" if slurm else "")
-        raise MaxlmError(f"{given}, but {' and '.join(missing)} not set{beside}", fix=fix)
+        raise MaxlmError(
+            f"{given}, but {' and '.join(missing)} not set{beside}", fix=fix
+        )
     count = _number(explicit, NUM_PROCESSES)
     process = _number(explicit, PROCESS_ID)
     return Cluster("settings", explicit[COORDINATOR], count, process)
@@ -89,11 +95,14 @@ def _number(environ: Mapping[str, str], variable: str) -> int:
     try:
         return int(environ[variable])
     except ValueError:
-        raise MaxlmError(f"{environ[variable]!r} is no whole number", where=variable) from None
+        raise MaxlmError(
+            f"{environ[variable]!r} is no whole number", where=variable
+        ) from None
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:
-    """Reads a task of a SLURM step. The batch script has a SLURM_PROCID too, but is no task."""
+    """Reads a task of a SLURM step. The batch script has a SLURM_PROCID too, but is no
+    task."""
     names = ("JOB_ID", "PROCID", "STEP_ID", "STEP_NODELIST", "STEP_NUM_TASKS")
     if any(f"SLURM_{name}" not in environ for name in names):
         return None
@@ -112,7 +121,8 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def parse_first_host(nodes: str) -> str:
-    """Returns the first host of a SLURM node list: gpu001 of ``gpu[001-003,7],login1``."""
+    """Returns the first host of a SLURM node list: gpu001 of
+    ``gpu[001-003,7],login1``."""
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", found.group() if found else nodes)
 
@@ -146,17 +156,23 @@ def _kubernetes_tpu(environ: Mapping[str, str]) -> Cluster | None:
 def _tpu_vm(environ: Mapping[str, str]) -> Cluster | None:
     if environ.get("TPU_SKIP_MDS_QUERY"):
         return None
-    number, endpoints = map(_read_attribute, ("agent-worker-number", "worker-network-endpoints"))
+    number, endpoints = map(
+        _read_attribute, ("agent-worker-number", "worker-network-endpoints")
+    )
     if not number or not endpoints:
         return None
     # Names, or name:id:address.
     workers = [each.split(":")[-1] for each in endpoints.split(",")]
-    lines = re.findall(r"^(\w+): *'?([^'\n]*)'?$", _read_attribute("tpu-env") or "", re.MULTILINE)
+    lines = re.findall(
+        r"^(\w+): *'?([^'\n]*)'?$", _read_attribute("tpu-env") or "", re.MULTILINE
+    )
     worker = _number({"agent-worker-number": number}, "agent-worker-number")
     return _slices("TPU VM", workers, worker, dict(lines))
 
 
-def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str, str]) -> Cluster:
+def _slices(
+    source: str, workers: list[str], worker: int, settings: Mapping[str, str]
+) -> Cluster:
     """All slices together; the first worker of the first is process 0."""
     count, number = (
         _number(settings, name) if settings.get(name) else default
@@ -164,12 +180,16 @@ def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str,
     )
     first = settings.get("MEGASCALE_COORDINATOR_ADDRESS") or workers[0]
     coordinator = f"{first.split(':')[0]}:{_TPU_PORT}"
-    return Cluster(source, coordinator, count * len(workers), number * len(workers) + worker)
+    return Cluster(
+        source, coordinator, count * len(workers), number * len(workers) + worker
+    )
 
 
-def _read_attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) -> str | None:
-    """Reads an attribute of this machine from Google's metadata server; None: there is none such,
-    or the machine has no TPU (elsewhere nobody may answer for minutes)."""
+def _read_attribute(
+    name: str, devices: Path = _DEVICES, server: str = _SERVER
+) -> str | None:
+    """Reads an attribute of this machine from Google's metadata server; None: there is
+    none such, or the machine has no TPU (elsewhere nobody may answer for minutes)."""
     if not any(map(_is_tpu, devices.iterdir() if devices.exists() else ())):
         return None
     url = f"{server}/computeMetadata/v1/instance/attributes/{name}"
@@ -190,7 +210,9 @@ def _read_attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) 
 def _is_tpu(device: Path) -> bool:
     """Google's network cards and disks are in its machines with GPUs too."""
     try:
-        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        vendor, kind = (
+            (device / name).read_text().strip() for name in ("vendor", "class")
+        )
     except OSError:  # a sandbox may show devices without what they are
         return False
     return vendor == _GOOGLE and not kind.startswith(("0x01", "0x02"))

@@ -17,7 +17,8 @@ Result = TypeVar("Result")
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """Gathers every process's JSON value, in process order. All processes call it together."""
+    """Gathers every process's JSON value, in process order. All processes call it
+    together."""
     if jax.process_count() == 1:
         return [value]
     text = json.dumps(value).encode()
@@ -25,7 +26,10 @@ def all_gather_json(value: Any) -> list[Any]:
     row = np.zeros(int(lengths.max()), np.uint8)
     row[: len(text)] = np.frombuffer(text, np.uint8)
     rows = process_allgather(row)
-    return [json.loads(each[:length].tobytes()) for each, length in zip(rows, lengths, strict=True)]
+    return [
+        json.loads(each[:length].tobytes())
+        for each, length in zip(rows, lengths, strict=True)
+    ]
 
 
 def broadcast_from_process_0(value: Any) -> Any:
@@ -34,8 +38,8 @@ def broadcast_from_process_0(value: Any) -> Any:
 
 
 def raise_on_all_hosts(function: Callable[[], Result]) -> Result:
-    """Calls ``function`` on every process; if it raises a MaxlmError on one, all raise: their own,
-    else another's, of the same class."""
+    """Calls ``function`` on every process; if it raises a MaxlmError on one, all raise:
+    their own, else another's, of the same class."""
     result, own = None, None
     try:
         result = function()
@@ -48,22 +52,27 @@ def raise_on_all_hosts(function: Callable[[], Result]) -> Result:
         if each is not None:
             name, what, where, fix = each
             classes = {one.__name__: one for one in MaxlmError.__subclasses__()}
-            raise classes.get(name, MaxlmError)(f"process {process}: {what}", where=where, fix=fix)
+            raise classes.get(name, MaxlmError)(
+                f"process {process}: {what}", where=where, fix=fix
+            )
     return result  # type: ignore[return-value]
 
 
 def run_on_process_0(function: Callable[[], Any]) -> Any:
-    """Calls ``function`` on process 0; returns its JSON value, or raises its MaxlmError, on all."""
-    result = raise_on_all_hosts(lambda: function() if jax.process_index() == 0 else None)
+    """Calls ``function`` on process 0; returns its JSON value, or raises its
+    MaxlmError, on all."""
+    result = raise_on_all_hosts(
+        lambda: function() if jax.process_index() == 0 else None
+    )
     return broadcast_from_process_0(result)
 
 
 class FlagAllReduce:
     """Combines every process's :class:`StopRequest` at a step, without waiting for it.
 
-    A signal may reach one process before a step and another after it. So each process reports its
-    request with every step, and all act on the union of the requests reported at that step: a
-    maximum over the mesh, queued behind the step itself.
+    A signal may reach one process before a step and another after it. So each process
+    reports its request with every step, and all act on the union of the requests
+    reported at that step: a maximum over the mesh, queued behind the step itself.
     """
 
     def __init__(self, mesh: Mesh):
@@ -74,12 +83,15 @@ class FlagAllReduce:
         self._maximum = jax.jit(lambda rows: jnp.max(rows, axis=0))
 
     def start(self, request: StopRequest) -> Any:
-        """Starts the reduction of this process's request; returns what :meth:`finish` takes."""
+        """Starts the reduction of this process's request; returns what :meth:`finish`
+        takes."""
         if self._is_local:
             return request
         row = np.array([[flag in request for flag in StopRequest]], np.int32)
         with jax.set_mesh(self._mesh):
-            rows = jax.make_array_from_callback(self._shape, self._sharding, lambda _: row)
+            rows = jax.make_array_from_callback(
+                self._shape, self._sharding, lambda _: row
+            )
             return self._maximum(rows)
 
     def finish(self, started: Any) -> StopRequest:

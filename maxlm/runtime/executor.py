@@ -1,8 +1,9 @@
 """Engines that run the tasks of a stage: processes of this machine, or a Ray cluster.
 
-A task is a picklable function of a picklable argument. Tasks pass data on by files on a disk that
-all machines share; a file appears when complete and has the same bytes whoever writes it. So both
-engines leave the same files, and so does a task that is run again.
+A task is a picklable function of a picklable argument. Tasks pass data on by files on a
+disk that all machines share; a file appears when complete and has the same bytes
+whoever writes it. So both engines leave the same files, and so does a task that is run
+again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +24,16 @@ class TaskExecutor(Protocol):
     def map_unordered(
         self, function: Callable[[Job], Result], jobs: Sequence[Job]
     ) -> Iterator[Result]:
-        """Yields `function(job)` for each job, in order of completion. A worker unpickles the
-        function once, so what a callable object keeps in itself (an open model) is there for all
-        the jobs that this worker does, and gone with the next function."""
+        """Yields `function(job)` for each job, in order of completion. A worker
+        unpickles the function once, so what a callable object keeps in itself (an open
+        model) is there for all the jobs that this worker does, and gone with the next
+        function."""
         ...
 
     def require_on_workers(self, shared_folder: Path, packages: Sequence[str]) -> None:
-        """Makes each worker check before its next task that it sees what is written to a folder,
-        which exists, and has the same versions of packages (names of distributions)."""
+        """Makes each worker check before its next task that it sees what is written to
+        a folder, which exists, and has the same versions of packages (names of
+        distributions)."""
         ...
 
 
@@ -38,14 +41,14 @@ def open_executor(on: str, workers: int | None) -> AbstractContextManager[TaskEx
     """Opens an engine, as a context manager.
 
     Args:
-        on: "local": processes of this machine; "ray" or "ray://HOST:PORT": a Ray cluster, see
-            `RayExecutor`.
-        workers: tasks at a time, at most; None: one a core of this machine, or a CPU of the
-            cluster.
+        on: "local": processes of this machine; "ray" or "ray://HOST:PORT": a Ray
+            cluster, see `RayExecutor`.
+        workers: tasks at a time, at most; None: one a core of this machine, or a CPU of
+            the cluster.
 
     Raises:
-        MaxlmError: `on` is none of these; when entered: no cluster answers, or Ray is not
-            installed.
+        MaxlmError: `on` is none of these; when entered: no cluster answers, or Ray is
+            not installed.
     """
     if on == "local":
         return WorkerPool(workers)

@@ -15,7 +15,8 @@ _DIGEST = ',\n "sha256": "'
 
 @contextmanager
 def convert_write_errors(path: Path) -> Iterator[None]:
-    """Turns operating system errors within the block into a MaxlmError that names `path`."""
+    """Turns operating system errors within the block into a MaxlmError that names
+    `path`."""
     try:
         yield
     except OSError as error:
@@ -25,20 +26,25 @@ def convert_write_errors(path: Path) -> Iterator[None]:
 
 
 def check_file_exists(path: Path) -> None:
-    """Raises MaxlmError if a run's file, or the folder that it is in, was deleted or moved."""
+    """Raises MaxlmError if a run's file, or the folder that it is in, was deleted or
+    moved."""
     if not path.exists():
         raise MaxlmError(
-            "this folder, or a file of the run's in it, was deleted or moved during the run",
+            "this folder, or a file of the run's in it, was deleted or moved during "
+            "the run",
             where=str(path.parent),
-            fix="put the run's folder back and run the same command to resume, or set another "
+            fix="put the run's folder back and run the same command to resume, or set "
+            "another "
             "name=... to start afresh",
         )
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write a file to; it replaces `path` if the block ends well."""
-    # Not by the process's number: those of two machines that share the disk may be the same.
+    """Yields a path beside `path` to write a file to; it replaces `path` if the block
+    ends well."""
+    # Not by the process's number: those of two machines that share the disk may be the
+    # same.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with convert_write_errors(path):
@@ -49,13 +55,15 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex. Raises OSError if it cannot be read."""
+    """Return the SHA-256 of a file's bytes, in hex. Raises OSError if it cannot be
+    read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json_with_digest(path: Path, text: str) -> None:
-    """Write a JSON object, indented by one space, with a SHA-256 of its text as one more key."""
+    """Write a JSON object, indented by one space, with a SHA-256 of its text as one
+    more key."""
     text = text.removesuffix("\n}")
     digest = hashlib.sha256(text.encode()).hexdigest()
     with replace_file(path) as new:
@@ -63,8 +71,8 @@ def write_json_with_digest(path: Path, text: str) -> None:
 
 
 def verify_and_strip_json_digest(text: str) -> str:
-    """Return the JSON that `write_json_with_digest` was given; JSON that something else wrote as it
-    is. Raises ValueError if the text has changed since it was written."""
+    """Return the JSON that `write_json_with_digest` was given; JSON that something else
+    wrote as it is. Raises ValueError if the text has changed since it was written."""
     text, found, rest = text.rpartition(_DIGEST)
     if found and rest != f'{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n':
         raise ValueError("it has changed since it was written")
@@ -72,9 +80,11 @@ def verify_and_strip_json_digest(text: str) -> str:
 
 
 @contextmanager
-def lock_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Create `folder` and hold it against other builders, or together with those that hold it
-    shared; the lock dies with the process. ``wait``: until it is free."""
+def lock_folder(
+    folder: Path, *, shared: bool = False, wait: bool = False
+) -> Iterator[None]:
+    """Create `folder` and hold it against other builders, or together with those that
+    hold it shared; the lock dies with the process. ``wait``: until it is free."""
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:
         with convert_write_errors(folder):
@@ -88,7 +98,9 @@ def lock_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> It
                 fcntl.flock(descriptor, how)
             except BlockingIOError as error:
                 what = "another process is at work in this folder"
-                raise MaxlmError(what, where=str(folder), fix="wait for it to end") from error
+                raise MaxlmError(
+                    what, where=str(folder), fix="wait for it to end"
+                ) from error
             # The last holder may have deleted the folder between our open and our lock.
             if _is_file(folder / "lock", descriptor):
                 yield

@@ -1,8 +1,10 @@
-"""JSON from outside: files and texts that others wrote, read in bounded memory and time.
+"""JSON from outside: files and texts that others wrote, read in bounded memory and
+time.
 
-A published checkpoint, an adapter, a tokenizer or a results file may come from anyone, and be cut
-short, be something else under that name, or be made to do harm. Whoever reads one gets plain data
-of a bounded size and depth, or a MaxlmError that names the file and the place in it.
+A published checkpoint, an adapter, a tokenizer or a results file may come from anyone,
+and be cut short, be something else under that name, or be made to do harm. Whoever
+reads one gets plain data of a bounded size and depth, or a MaxlmError that names the
+file and the place in it.
 """
 
 import json
@@ -13,23 +15,27 @@ from typing import Any
 from maxlm.config import MaxlmError
 
 MAX_JSON_BYTES = 256 << 20
-"""Largest file that is read. The largest tokenizers have 50 MB, the longest indices 20 MB."""
+"""Largest file that is read. The largest tokenizers have 50 MB, the longest indices 20
+MB."""
 
 MAX_JSON_DEPTH = 100
-"""Deepest nesting that is read. Code that walks over the values may recurse, and Python's own
-parser gives up at about ten times as many."""
+"""Deepest nesting that is read. Code that walks over the values may recurse, and
+Python's own parser gives up at about ten times as many."""
 
 
 def check_regular_file(path: Path, fix: str) -> None:
-    """Checks that a path, if there is anything, is a regular file or leads to one; raises
-    MaxlmError. To open a named pipe waits for ever, and a device may have no end."""
+    """Checks that a path, if there is anything, is a regular file or leads to one;
+    raises MaxlmError. To open a named pipe waits for ever, and a device may have no
+    end."""
     try:
         mode = path.stat().st_mode
     except OSError:
         return  # Whoever opens it says why not.
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise MaxlmError(
-            "neither a file nor a folder, but a pipe or device", where=str(path), fix=fix
+            "neither a file nor a folder, but a pipe or device",
+            where=str(path),
+            fix=fix,
         )
 
 
@@ -41,7 +47,8 @@ def read_json_file(path: Path, fix: str) -> Any:
 
     Raises:
         MaxlmError: a file that cannot be read, is no regular file, is larger than
-            ``MAX_JSON_BYTES``, is no JSON in UTF-8, or is nested deeper than ``MAX_JSON_DEPTH``.
+            ``MAX_JSON_BYTES``, is no JSON in UTF-8, or is nested deeper than
+            ``MAX_JSON_DEPTH``.
     """
     check_regular_file(path, fix)
     try:
@@ -57,8 +64,8 @@ def read_json_file(path: Path, fix: str) -> Any:
 
 
 def read_json_object(path: Path, fix: str) -> dict[str, Any]:
-    """Returns a JSON file that holds an object; raises MaxlmError as :func:`read_json_file` does,
-    and for any other value."""
+    """Returns a JSON file that holds an object; raises MaxlmError as
+    :func:`read_json_file` does, and for any other value."""
     values = read_json_file(path, fix)
     if not isinstance(values, dict):
         what = f"cannot be read (not a mapping, but {type(values).__name__})"
@@ -67,7 +74,8 @@ def read_json_object(path: Path, fix: str) -> dict[str, Any]:
 
 
 def parse_json(data: bytes | str, where: str, fix: str) -> Any:
-    """Returns JSON from outside as plain data; raises MaxlmError as :func:`read_json_file` does.
+    """Returns JSON from outside as plain data; raises MaxlmError as
+    :func:`read_json_file` does.
 
     Args:
         where: the file, or the file and line, for messages.

@@ -1,4 +1,5 @@
-"""Runs jobs in processes of this machine: picklable functions of picklable arguments."""
+"""Runs jobs in processes of this machine: picklable functions of picklable
+arguments."""
 
 import itertools
 import multiprocessing
@@ -24,10 +25,11 @@ Result = TypeVar("Result")
 class WorkerPool(AbstractContextManager["WorkerPool"]):
     """Runs picklable functions in `workers` processes; use as a context manager.
 
-    Processes are spawned, never forked (threads of JAX, tokenizers or TensorStore do not survive
-    a fork), start with the first work, and do not outlive this process even when it is killed.
-    Each keeps to one thread of the tokenizer, since the pool as a whole fills the cores. With
-    one worker the work runs in this process, where the tokenizer may use threads of its own.
+    Processes are spawned, never forked (threads of JAX, tokenizers or TensorStore do
+    not survive a fork), start with the first work, and do not outlive this process even
+    when it is killed. Each keeps to one thread of the tokenizer, since the pool as a
+    whole fills the cores. With one worker the work runs in this process, where the
+    tokenizer may use threads of its own.
     """
 
     def __init__(self, workers: int | None = None):
@@ -42,7 +44,8 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         self, function: Callable[[Job], Result], jobs: Sequence[Job]
     ) -> Iterator[Result]:
         """See `TaskExecutor` (`maxlm.runtime.executor`)."""
-        # What does one job is left to a worker that has imported its modules, if there is one.
+        # What does one job is left to a worker that has imported its modules, if there
+        # is one.
         if self._workers == 1 or (len(jobs) < 2 and not self._pool):
             yield from map(function, jobs)
             return
@@ -55,7 +58,9 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         busy, finished = set[Future[Result]](), False
         try:
             while True:
-                with block_signals():  # Processes start with the first jobs, no more than these.
+                with (
+                    block_signals()
+                ):  # Processes start with the first jobs, no more than these.
                     for job in itertools.islice(waiting, 2 * self._workers - len(busy)):
                         busy.add(pool.submit(run_pickled, *named, job))
                 if not busy:
@@ -67,7 +72,8 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         except BrokenProcessPool as error:
             raise MaxlmError(
                 "a worker process died, most likely for want of memory",
-                fix="run it again with fewer workers; a script of your own must start under "
+                fix="run it again with fewer workers; a script of your own must start "
+                "under "
                 "if __name__ == '__main__'",
             ) from error
         finally:
@@ -79,7 +85,8 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
 
     def _stop(self) -> None:
         if self._pool:
-            # Without their clearing up, which takes half a second: what is done is done.
+            # Without their clearing up, which takes half a second: what is done is
+            # done.
             for process in list((self._pool._processes or {}).values()):
                 process.kill()
             self._pool.shutdown(cancel_futures=True)
@@ -94,15 +101,20 @@ def count_usable_cores() -> int:
 
 
 def use_one_tokenizer_thread() -> None:
-    """Holds tokenizers' ``encode_batch`` to the calling thread, in this process from now on: N
-    workers that each start a thread per core would run N² of them."""
+    """Holds tokenizers' ``encode_batch`` to the calling thread, in this process from
+    now on: N workers that each start a thread per core would run N² of them."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def tokenizer_thread_count() -> int:
     """Number of threads that ``encode_batch`` may use in this process."""
     # The `tokenizers` library's own switch, as it reads it.
-    serial = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "false", "off", "no")
+    serial = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in (
+        "0",
+        "false",
+        "off",
+        "no",
+    )
     return 1 if serial else os.cpu_count() or 1
 
 
@@ -118,7 +130,8 @@ def _unpickle(_: uuid.UUID, pickled: bytes) -> Any:
 
 
 def run_pickled(function_id: uuid.UUID, pickled: bytes, job: Any) -> Any:
-    """Calls a pickled function, which is unpickled once for all calls in a row with its id."""
+    """Calls a pickled function, which is unpickled once for all calls in a row with its
+    id."""
     return _unpickle(function_id, pickled)(job)
 
 

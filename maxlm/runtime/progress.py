@@ -1,4 +1,5 @@
-"""Progress of long work: a bar on a terminal, plain lines with rate and ETA elsewhere."""
+"""Progress of long work: a bar on a terminal, plain lines with rate and ETA
+elsewhere."""
 
 import sys
 import time
@@ -17,7 +18,8 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def show_progress(unit: str = "B") -> Iterator[Progress]:
-    """Makes a `Progress` that shows itself on stderr; `unit` is what the amounts count."""
+    """Makes a `Progress` that shows itself on stderr; `unit` is what the amounts
+    count."""
     if not sys.stderr.isatty():
         yield _lines(unit)
         return

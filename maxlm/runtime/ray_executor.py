@@ -44,22 +44,24 @@ class _Workspace:
 class RayExecutor(AbstractContextManager["RayExecutor"]):
     """Runs tasks on a Ray cluster; use as a context manager.
 
-    Ray runs a task again whose process or machine died, three times if need be. That does no harm,
-    also where the first one lives on unseen: see `maxlm.runtime.executor` about files.
+    Ray runs a task again whose process or machine died, three times if need be. That
+    does no harm, also where the first one lives on unseen: see `maxlm.runtime.executor`
+    about files.
 
-    Every machine of the cluster needs the current folder under the same path, and the same version
-    of maxlm; each worker checks that, and `require_on_workers`, with its first task.
+    Every machine of the cluster needs the current folder under the same path, and the
+    same version of maxlm; each worker checks that, and `require_on_workers`, with its
+    first task.
     """
 
     def __init__(self, address: str | None, workers: int | None = None):
         """
         Args:
-            address: "ray://HOST:PORT", of the Ray client server on a cluster's head node. None:
-                the cluster that this process is connected to; else that of RAY_ADDRESS or, without
-                it, the one that runs on this machine; else one that starts here and ends with this
-                context.
-            workers: tasks at a time, at most; None: as many as the cluster has CPUs, which are
-                counted again as machines come and go.
+            address: "ray://HOST:PORT", of the Ray client server on a cluster's head
+                node. None: the cluster that this process is connected to; else that of
+                RAY_ADDRESS or, without it, the one that runs on this machine; else one
+                that starts here and ends with this context.
+            workers: tasks at a time, at most; None: as many as the cluster has CPUs,
+                which are counted again as machines come and go.
         """
         self._address = address
         self._workers = workers
@@ -74,8 +76,12 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             if self._address is not None:
                 import grpc  # noqa: F401  # Ray's client needs it, and would fail with a traceback.
         except ImportError as error:
-            message = f"{error.name or error} is not installed, which a Ray cluster needs"
-            raise MaxlmError(message, where="--on", fix="pip install 'maxlm[ray]'") from error
+            message = (
+                f"{error.name or error} is not installed, which a Ray cluster needs"
+            )
+            raise MaxlmError(
+                message, where="--on", fix="pip install 'maxlm[ray]'"
+            ) from error
         if self._address is not None or not ray.is_initialized():
             _connect(self._address)
             self._is_connected_here = True
@@ -89,7 +95,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             ray.shutdown()
 
     def require_on_workers(self, shared_folder: Path, packages: Sequence[str]) -> None:
-        """See `TaskExecutor`. A file of a new name lies in the folder until this context ends."""
+        """See `TaskExecutor`. A file of a new name lies in the folder until this
+        context ends."""
         self._remove_marker()
         folder = shared_folder.expanduser().absolute()
         # That of a killed command stays, empty: it might be of one that still runs.
@@ -106,7 +113,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def map_unordered(
         self, function: Callable[[Job], Result], jobs: Sequence[Job]
     ) -> Iterator[Result]:
-        """See `TaskExecutor`. Raises what a task raised; MaxlmError: the cluster failed."""
+        """See `TaskExecutor`. Raises what a task raised; MaxlmError: the cluster
+        failed."""
         import ray
         from ray import exceptions
 
@@ -116,7 +124,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         waiting = iter(jobs)
         busy: list[Any] = []
         try:
-            # Once for all tasks: the function may hold the names of a hundred thousand shards.
+            # Once for all tasks: the function may hold the names of a hundred thousand
+            # shards.
             pickled = ray.put(pickle.dumps(function))
             while True:
                 num_free = self._count_tasks_to_submit() - len(busy)
@@ -133,13 +142,14 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         except (exceptions.RayError, ConnectionError) as error:
             raise _make_cluster_error(error) from error
         finally:
-            # Without a connection Ray would start another cluster here to cancel tasks on.
+            # Without a connection Ray would start another cluster here to cancel tasks
+            # on.
             if busy and ray.is_initialized():
                 _cancel_tasks(busy)
 
     def _count_tasks_to_submit(self) -> int:
-        """Tasks to be under way: without `workers` twice the CPUs, so that none of them waits for
-        this process, and so that an autoscaler sees what there is to do."""
+        """Tasks to be under way: without `workers` twice the CPUs, so that none of them
+        waits for this process, and so that an autoscaler sees what there is to do."""
         import ray
 
         if self._workers is not None:
@@ -161,7 +171,9 @@ def _cancel_tasks(references: Sequence[Any]) -> None:
     with suppress(exceptions.RayError, ConnectionError):
         for reference in references:
             ray.cancel(reference, force=True)
-        ray.wait(list(references), num_returns=len(references), timeout=_SECONDS_TO_CANCEL)
+        ray.wait(
+            list(references), num_returns=len(references), timeout=_SECONDS_TO_CANCEL
+        )
 
 
 def _connect(address: str | None) -> None:
@@ -178,43 +190,57 @@ def _connect(address: str | None) -> None:
                 address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                include_dashboard=None if address else False,  # Of a cluster that starts here.
+                include_dashboard=None
+                if address
+                else False,  # Of a cluster that starts here.
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or _get_first_line(error)
         fix = (
-            "start one with `ray start --head`, and give ray://HOST:PORT of its Ray client server "
+            "start one with `ray start --head`, and give ray://HOST:PORT of its Ray "
+            "client server "
             f"(port {_CLIENT_PORT} unless --ray-client-server-port says otherwise)"
         )
         # Ray's client does not say that a token was asked for.
         if isinstance(error, ConnectionError) and "timeout" in reason:
-            fix += "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            fix += (
+                "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            )
         message = f"no Ray cluster answers at {place} ({reason})"
         raise MaxlmError(message, where="--on", fix=fix) from error
 
 
 def _check_that_one_listens(address: str) -> None:
-    """Raises OSError if nothing listens at the host and port of an address, if it has them: Ray
-    itself would wait for half a minute, or for two."""
+    """Raises OSError if nothing listens at the host and port of an address, if it has
+    them: Ray itself would wait for half a minute, or for two."""
     url = urlsplit(address if "://" in address else f"//{address}")
     port = url.port or (_CLIENT_PORT if url.scheme == "ray" else None)
     if url.hostname and port:
-        socket.create_connection((url.hostname, port), timeout=_SECONDS_TO_CONNECT).close()
+        socket.create_connection(
+            (url.hostname, port), timeout=_SECONDS_TO_CONNECT
+        ).close()
 
 
 def _make_cluster_error(error: Exception) -> MaxlmError:
     # Ray's client tells the reason in a line of its own.
     details = re.search(r'details = "(.*)"', str(error))
-    reason = details[1] if details else _get_first_line(error).removeprefix("System error: ")
+    reason = (
+        details[1] if details else _get_first_line(error).removeprefix("System error: ")
+    )
     if reason.startswith("No module named"):
         message = f"a machine of the Ray cluster cannot read its task ({reason})"
         fix = f"install maxlm {version('maxlm')} as it is here on every machine of the cluster"
     else:
         is_lost = isinstance(error, ConnectionError)
-        event = "the Ray cluster is gone" if is_lost else "the Ray cluster gave up on a task"
+        event = (
+            "the Ray cluster is gone"
+            if is_lost
+            else "the Ray cluster gave up on a task"
+        )
         message = f"{event} ({reason})"
         fix = (
-            "look at `ray status` and at the memory of its machines, then run the command again: "
+            "look at `ray status` and at the memory of its machines, then run the "
+            "command again: "
             "it goes on where it stopped"
         )
     return MaxlmError(message, where="--on", fix=fix)
@@ -226,14 +252,17 @@ def _get_first_line(error: Exception) -> str:
     return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") else lines[0]
 
 
-def _run_task(workspace: _Workspace, function_id: uuid.UUID, pickled: bytes, job: Any) -> Any:
+def _run_task(
+    workspace: _Workspace, function_id: uuid.UUID, pickled: bytes, job: Any
+) -> Any:
     _enter_workspace(workspace)
     return run_pickled(function_id, pickled, job)
 
 
 @lru_cache(maxsize=1)
 def _enter_workspace(workspace: _Workspace) -> None:
-    """Prepares a worker for the tasks of one run. Raises MaxlmError: it lacks what they need."""
+    """Prepares a worker for the tasks of one run. Raises MaxlmError: it lacks what they
+    need."""
     host = socket.gethostname()
     try:
         os.chdir(workspace.working_folder)

@@ -1,6 +1,6 @@
-"""The processes of a run meet and compare their settings: each connects to process 0, on the port
-that JAX uses later, and process 0 answers once all have. The connections stay open: see
-``session.py``."""
+"""The processes of a run meet and compare their settings: each connects to process 0,
+on the port that JAX uses later, and process 0 answers once all have. The connections
+stay open: see ``session.py``."""
 
 import json
 import select
@@ -48,8 +48,8 @@ class Connection:
         return bool(poll.poll(0))
 
     def enable_keepalive(self, timeout_seconds: float) -> None:
-        """Lets the kernel probe the other host, and close the connection if it is silent for so
-        long, even while Python is busy."""
+        """Lets the kernel probe the other host, and close the connection if it is
+        silent for so long, even while Python is busy."""
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         idle, interval = (max(1, round(timeout_seconds / part)) for part in (2, 8))
@@ -65,26 +65,33 @@ class Connection:
 
 
 JoinedProcesses = tuple[list[str], dict[int, Connection]]
-"""The hosts' names by process, and the connections: process 0 has one to each, the others one to
-process 0."""
+"""The hosts' names by process, and the connections: process 0 has one to each, the
+others one to process 0."""
 
 
 def join_processes(
     cluster: Cluster, must_match: Mapping[str, Any], *, wait_seconds: float
 ) -> JoinedProcesses:
-    """Meets the other processes, whose ``must_match`` (JSON values by name) must be the same;
-    raises ProcessLost if one does not come within ``wait_seconds``.
+    """Meets the other processes, whose ``must_match`` (JSON values by name) must be the
+    same; raises ProcessLost if one does not come within ``wait_seconds``.
     """
-    return (_connect if cluster.process_id else _accept_all)(cluster, must_match, wait_seconds)
+    return (_connect if cluster.process_id else _accept_all)(
+        cluster, must_match, wait_seconds
+    )
 
 
 def check_processes_match(
     hosts: Sequence[str], process_values: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Raises MaxlmError if processes disagree, with each one's value of the first that differs."""
+    """Raises MaxlmError if processes disagree, with each one's value of the first that
+    differs."""
     names = dict.fromkeys(name for each in process_values for name in each)
-    values = {name: [each.get(name, ABSENT) for each in process_values] for name in names}
-    differing = [name for name, each in values.items() if any(value != each[0] for value in each)]
+    values = {
+        name: [each.get(name, ABSENT) for each in process_values] for name in names
+    }
+    differing = [
+        name for name, each in values.items() if any(value != each[0] for value in each)
+    ]
     if not differing:
         return
     name, *others = differing
@@ -92,11 +99,15 @@ def check_processes_match(
     for process, value in enumerate(values[name]):
         text = value if isinstance(value, str) else json.dumps(value)
         groups.setdefault(text[:200], []).append(process)
-    words = [f"{text} on {describe_processes(hosts, who)}" for text, who in groups.items()]
+    words = [
+        f"{text} on {describe_processes(hosts, who)}" for text, who in groups.items()
+    ]
     if others:
         words.append(f"and on {', '.join(others[:4])}{_more(others, 4)}")
     what = f"hosts disagree on {name}: {'; '.join(words)}"
-    raise MaxlmError(what, fix="start all hosts with the same software, config and kind of machine")
+    raise MaxlmError(
+        what, fix="start all hosts with the same software, config and kind of machine"
+    )
 
 
 def describe_processes(hosts: Sequence[str], processes: Sequence[int]) -> str:
@@ -109,7 +120,9 @@ def _more(items: Sequence[Any], shown: int) -> str:
     return f" and {len(items) - shown} more" if len(items) > shown else ""
 
 
-def _accept_all(cluster: Cluster, facts: Mapping[str, Any], seconds: float) -> JoinedProcesses:
+def _accept_all(
+    cluster: Cluster, facts: Mapping[str, Any], seconds: float
+) -> JoinedProcesses:
     """Process 0: listens until all have connected."""
     deadline = time.monotonic() + seconds
     hosts, connections = {0: socket.gethostname()}, dict[int, Connection]()
@@ -122,33 +135,51 @@ def _accept_all(cluster: Cluster, facts: Mapping[str, Any], seconds: float) -> J
                 with suppress(TimeoutError):
                     caller = Connection(server.accept()[0])
                 # Those that died while they waited are started again.
-                for process in [p for p, each in connections.items() if each.is_closed()]:
+                for process in [
+                    p for p, each in connections.items() if each.is_closed()
+                ]:
                     del hosts[process], connections[process]
                 if caller is None:
                     raise _missing_error(cluster, hosts, seconds)
                 accepted.append(caller)
                 match caller.receive(NOTICE_SECONDS):
-                    case {"process": int(process), "count": int(count), "host": host, "facts": own}:
+                    case {
+                        "process": int(process),
+                        "count": int(count),
+                        "host": host,
+                        "facts": own,
+                    }:
                         _check_greeting(cluster, hosts, process, count, host)
                         hosts[process], connections[process] = host, caller
                         all_facts[process] = own
                     case _:  # not one of the run's processes
                         caller.close()
         names = [hosts[process] for process in range(cluster.num_processes)]
-        check_processes_match(names, [all_facts[process] for process in range(len(names))])
+        check_processes_match(
+            names, [all_facts[process] for process in range(len(names))]
+        )
     except MaxlmError as error:
         for connection in accepted:
             refused = [error.what, error.where, error.fix]
-            connection.send({"refused": refused, "lost": isinstance(error, ProcessLost)})
+            connection.send(
+                {"refused": refused, "lost": isinstance(error, ProcessLost)}
+            )
         raise
     for connection in connections.values():
         connection.send({"hosts": names})
     return names, connections
 
 
-def _connect(cluster: Cluster, facts: Mapping[str, Any], seconds: float) -> JoinedProcesses:
-    """Other processes: connect to process 0 until it answers, which it does once all are there."""
-    greeting = {"process": cluster.process_id, "count": cluster.num_processes, "facts": facts}
+def _connect(
+    cluster: Cluster, facts: Mapping[str, Any], seconds: float
+) -> JoinedProcesses:
+    """Other processes: connect to process 0 until it answers, which it does once all
+    are there."""
+    greeting = {
+        "process": cluster.process_id,
+        "count": cluster.num_processes,
+        "facts": facts,
+    }
     greeting["host"] = socket.gethostname()
     host, _, port = cluster.coordinator.rpartition(":")
     address, began = (host.strip("[]"), int(port)), time.monotonic()
@@ -165,16 +196,20 @@ def _connect(cluster: Cluster, facts: Mapping[str, Any], seconds: float) -> Join
                 return answer["hosts"], {0: connection}
             if "refused" in answer:
                 what, where, fix = answer["refused"]
-                raise (ProcessLost if answer["lost"] else MaxlmError)(what, where=where, fix=fix)
+                raise (ProcessLost if answer["lost"] else MaxlmError)(
+                    what, where=where, fix=fix
+                )
             connection.close()
             problem = "something there does not answer as process 0 would"
         except OSError as error:
             problem = str(error.strerror or error)
         if (passed := time.monotonic() - began) > seconds:
             raise ProcessLost(
-                f"process {cluster.process_id} on {greeting['host']} cannot reach process 0 at "
+                f"process {cluster.process_id} on {greeting['host']} cannot reach "
+                f"process 0 at "
                 f"{cluster.coordinator}: {problem} (tried for {passed:.0f} s)",
-                fix="check that process 0 runs there, and that the port is open between the hosts",
+                fix="check that process 0 runs there, and that the port is open "
+                "between the hosts",
             )
         time.sleep(_RETRY_SECONDS)
 
@@ -184,7 +219,8 @@ def _check_greeting(
 ) -> None:
     if count != cluster.num_processes:
         raise MaxlmError(
-            f"processes disagree on how many they are: process {process} on {host} says {count}, "
+            f"processes disagree on how many they are: process {process} on {host} "
+            f"says {count}, "
             f"process 0 on {hosts[0]} says {cluster.num_processes}",
             fix="give all of them the same number",
         )
@@ -193,13 +229,16 @@ def _check_greeting(
         raise MaxlmError(what, fix="give each a process id of its own")
 
 
-def _missing_error(cluster: Cluster, hosts: Mapping[int, str], seconds: float) -> ProcessLost:
+def _missing_error(
+    cluster: Cluster, hosts: Mapping[int, str], seconds: float
+) -> ProcessLost:
     count = cluster.num_processes
     came = ", ".join(f"{process} ({hosts[process]})" for process in sorted(hosts)[:8])
     absent = [str(process) for process in range(count) if process not in hosts]
     missing = ", ".join(absent[:8]) + _more(absent, 8)
     return ProcessLost(
-        f"waited {seconds:g} s at {cluster.coordinator}: {len(hosts)} of {count} processes came: "
+        f"waited {seconds:g} s at {cluster.coordinator}: {len(hosts)} of {count} "
+        f"processes came: "
         f"{came}; missing: {missing}",
         fix="see the logs of the missing, and whether they can reach that address",
     )
@@ -209,14 +248,19 @@ def _listen(cluster: Cluster, deadline: float) -> socket.socket:
     """Returns a socket on the coordinator's port, once it is free."""
     port = int(cluster.coordinator.rpartition(":")[2])
     dual = socket.has_dualstack_ipv6()
-    how: dict[str, Any] = {"backlog": max(128, cluster.num_processes), "dualstack_ipv6": dual}
+    how: dict[str, Any] = {
+        "backlog": max(128, cluster.num_processes),
+        "dualstack_ipv6": dual,
+    }
     how["family"] = socket.AF_INET6 if dual else socket.AF_INET
     while True:
         try:
             return socket.create_server(("", port), **how)
         except OSError as error:
             if time.monotonic() > deadline:
-                what = f"process 0 on {socket.gethostname()} cannot listen on port {port}"
+                what = (
+                    f"process 0 on {socket.gethostname()} cannot listen on port {port}"
+                )
                 fix = "end what uses it there, or choose another port"
                 raise MaxlmError(f"{what}: {error.strerror}", fix=fix) from None
         time.sleep(_RETRY_SECONDS)

@@ -1,4 +1,5 @@
-"""Reports as HTML pages of one file, which need no network: their common style and script."""
+"""Reports as HTML pages of one file, which need no network: their common style and
+script."""
 
 import json
 import re
@@ -11,12 +12,17 @@ from typing import Any
 from maxlm.runtime.files import replace_file
 
 
-def write_report_page(path: Path, package: str, title: str, data: Mapping[str, Any]) -> None:
-    """Writes ``report_head.html`` and a package's ``report.html``, with the title and data,
-    atomically."""
+def write_report_page(
+    path: Path, package: str, title: str, data: Mapping[str, Any]
+) -> None:
+    """Writes ``report_head.html`` and a package's ``report.html``, with the title and
+    data, atomically."""
     names = {"maxlm.runtime": "report_head.html", package: "report.html"}
-    page = "".join(files(each).joinpath(name).read_text("utf-8") for each, name in names.items())
-    # No "<" at all: "</script" would end the element, and "<!--<script" would keep it open.
+    page = "".join(
+        files(each).joinpath(name).read_text("utf-8") for each, name in names.items()
+    )
+    # No "<" at all: "</script" would end the element, and "<!--<script" would keep it
+    # open.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     parts = {"{{title}}": escape(title), "{{data}}": text}
     # In one pass: a title may itself read "{{data}}".

@@ -1,7 +1,8 @@
-"""Ctrl-C and a scheduler's stop signals: handlers, and worker processes that ignore them.
+"""Ctrl-C and a scheduler's stop signals: handlers, and worker processes that ignore
+them.
 
-A scheduler may signal every process of a job. The process that trains acts on the signal; its
-workers ignore it, and end when that process has saved.
+A scheduler may signal every process of a job. The process that trains acts on the
+signal; its workers ignore it, and end when that process has saved.
 """
 
 import os
@@ -17,13 +18,15 @@ from types import FrameType
 from maxlm.config.errors import Preempted
 
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""A scheduler's "stop soon": SLURM's --signal and scancel, Kubernetes, TPU maintenance."""
+"""A scheduler's "stop soon": SLURM's --signal and scancel, Kubernetes, TPU
+maintenance."""
 STOP_SIGNALS = (signal.SIGINT, *PREEMPTION_SIGNALS)
 
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Blocks the stop signals in this thread and in processes and threads that it starts."""
+    """Blocks the stop signals in this thread and in processes and threads that it
+    starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -32,11 +35,12 @@ def block_signals() -> Iterator[None]:
 
 
 def start_resource_tracker() -> None:
-    """Starts multiprocessing's resource tracker with the stop signals blocked, and silent.
+    """Starts multiprocessing's resource tracker with the stop signals blocked, and
+    silent.
 
-    Started by multiprocessing itself it would die of them, and the next worker would warn. It
-    outlives this process, and would list what a process that is ended at once leaves behind: lines
-    after the one that says why the run ended.
+    Started by multiprocessing itself it would die of them, and the next worker would
+    warn. It outlives this process, and would list what a process that is ended at once
+    leaves behind: lines after the one that says why the run ended.
     """
     # It is a Python process, and gets this one's -W options.
     silence = "ignore:resource_tracker:UserWarning"
@@ -49,7 +53,8 @@ def start_resource_tracker() -> None:
 
 
 def ignore_signals() -> None:
-    """Ignores the stop signals in this process, a worker started while they were blocked."""
+    """Ignores the stop signals in this process, a worker started while they were
+    blocked."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -59,8 +64,8 @@ def kill_starting_workers() -> None:
     """Kills the worker processes of this process that have not started yet, at its end.
 
     A worker that is still importing hears no signal but SIGKILL (they are blocked until
-    `ignore_signals`) and holds nothing; multiprocessing would wait for it. Workers that have
-    started are left to whoever uses them. Does nothing where there is no /proc.
+    `ignore_signals`) and holds nothing; multiprocessing would wait for it. Workers that
+    have started are left to whoever uses them. Does nothing where there is no /proc.
     """
     for children in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):  # The thread has just ended.
@@ -71,15 +76,17 @@ def kill_starting_workers() -> None:
 
 
 def _is_starting_worker(process: Path) -> bool:
-    """Tells whether a process, by its folder in /proc, was spawned by multiprocessing to work and
-    still blocks the stop signals."""
+    """Tells whether a process, by its folder in /proc, was spawned by multiprocessing
+    to work and still blocks the stop signals."""
     try:
         command = (process / "cmdline").read_bytes()
         status = (process / "status").read_text()
     except OSError:  # It has just ended.
         return False
     is_worker = b"--multiprocessing-fork" in command.split(b"\0")
-    masks = [line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:")]
+    masks = [
+        line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:")
+    ]
     blocked = int(masks[0], 16)
     return is_worker and bool(blocked >> (signal.SIGTERM - 1) & 1)
 
@@ -101,22 +108,26 @@ class StopRequest(IntFlag):
 
 
 class _SignalReceived(BaseException):
-    """No ``Exception``: libraries that catch those would report an unreadable file instead."""
+    """No ``Exception``: libraries that catch those would report an unreadable file
+    instead."""
 
 
 class SignalHandler:
-    """Records the stop signals that this process receives; see :func:`handle_signals`."""
+    """Records the stop signals that this process receives; see
+    :func:`handle_signals`."""
 
     def __init__(self):
         self._deferring, self.request = False, StopRequest.NONE
         self._last_signal = signal.SIGTERM
         self.interrupted_work = False
-        """Whether a scheduler's signal has raised an exception instead of being deferred."""
+        """Whether a scheduler's signal has raised an exception instead of being
+        deferred."""
 
     @contextmanager
     def defer_signals(self) -> Iterator[None]:
-        """Lets signals only be recorded in ``request`` in the block, for a loop that acts on them
-        between steps. A second Ctrl-C still raises. Outside the block a signal raises at once."""
+        """Lets signals only be recorded in ``request`` in the block, for a loop that
+        acts on them between steps. A second Ctrl-C still raises. Outside the block a
+        signal raises at once."""
         self._deferring = True
         try:
             yield
@@ -145,8 +156,9 @@ class SignalHandler:
 
 @contextmanager
 def handle_signals(folder: str) -> Iterator[SignalHandler]:
-    """Handles the stop signals in this block; outside the main thread it leaves them alone. Raises
-    Preempted, which names the run's folder, for a scheduler's signal that no loop deferred."""
+    """Handles the stop signals in this block; outside the main thread it leaves them
+    alone. Raises Preempted, which names the run's folder, for a scheduler's signal that
+    no loop deferred."""
     handler = SignalHandler()
     before = {}
     with suppress(ValueError):  # Not the main thread.

@@ -25,16 +25,25 @@ from maxlm.serving.completions import create_completion
 from maxlm.serving.embeddings import create_embeddings, create_ranking, create_scores
 from maxlm.serving.errors import ApiError, convert_error
 from maxlm.serving.responses import create_response
-from maxlm.serving.schemas import DetokenizeBody, LoadAdapterBody, TokenizeBody, UnloadAdapterBody
+from maxlm.serving.schemas import (
+    DetokenizeBody,
+    LoadAdapterBody,
+    TokenizeBody,
+    UnloadAdapterBody,
+)
 from maxlm.serving.server_state import ServerState
 
 Endpoint = Callable[[ServerState, Request], Awaitable[Response]]
-# A name or IPv4 address, or an IPv6 address in brackets, and maybe a port (RFC 9110, 7.2).
-_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?", re.ASCII)
+# A name or IPv4 address, or an IPv6 address in brackets, and maybe a port (RFC 9110,
+# 7.2).
+_HOST = re.compile(
+    r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?", re.ASCII
+)
 _OPEN_PATHS = ("/", "/markdown.js", "/health")
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
 )
 
 
@@ -68,7 +77,9 @@ def make_app(state: ServerState) -> Starlette:
             CORSMiddleware,
             allow_origins=state.allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # clients send names of their own; the origin is the guard
+            allow_headers=[
+                "*"
+            ],  # clients send names of their own; the origin is the guard
             expose_headers=["x-maxlm-ignored", "retry-after"],
         )
         middleware.append(cross_origin)
@@ -76,14 +87,18 @@ def make_app(state: ServerState) -> Starlette:
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
-async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Request) -> Response:
+async def _answer(
+    state: ServerState, endpoint: Endpoint, path: str, request: Request
+) -> Response:
     """Calls an endpoint; every exception becomes an answer in OpenAI's form."""
     start = time.monotonic()
     try:
         _check_host(state, request)
         given = request.headers.get("authorization", "").encode()
         is_open = not state.api_key or path in _OPEN_PATHS
-        if not is_open and not hmac.compare_digest(given, f"Bearer {state.api_key}".encode()):
+        if not is_open and not hmac.compare_digest(
+            given, f"Bearer {state.api_key}".encode()
+        ):
             raise ApiError(401, "send the header authorization: Bearer KEY")
         response = await endpoint(state, request)
         if ignored := getattr(request.state, "ignored_fields", None):
@@ -101,14 +116,16 @@ async def _answer(state: ServerState, endpoint: Endpoint, path: str, request: Re
 
 def _print_request(request: Request, status: int, seconds: float) -> None:
     client = request.client.host if request.client else "-"
-    line = f"{client} {request.method} {request.url.path[:200]!r} {status} {seconds:.3f} s"
+    line = (
+        f"{client} {request.method} {request.url.path[:200]!r} {status} {seconds:.3f} s"
+    )
     with suppress(OSError, ValueError):  # nobody reads standard output any more
         print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", flush=True)
 
 
 def _check_host(state: ServerState, request: Request) -> None:
-    """Raises ApiError: a request calls the server by a name that is none of its own. A page of
-    another site may have its own name lead here (DNS rebinding)."""
+    """Raises ApiError: a request calls the server by a name that is none of its own. A
+    page of another site may have its own name lead here (DNS rebinding)."""
     if state.allowed_hosts is None:
         return
     # Read here: Starlette takes the socket's address where it cannot parse the header.
@@ -120,7 +137,9 @@ def _check_host(state: ServerState, request: Request) -> None:
         raise ApiError(403, message)
 
 
-async def _refuse_path(state: ServerState, request: Request, error: Exception) -> Response:
+async def _refuse_path(
+    state: ServerState, request: Request, error: Exception
+) -> Response:
     status = getattr(error, "status_code", 404)
     if state.prints_requests:
         _print_request(request, status, 0.0)
@@ -156,8 +175,8 @@ async def send_markdown_reader(state: ServerState, request: Request) -> Response
 
 
 async def report_health(state: ServerState, request: Request) -> Response:
-    """Answers /health: 200 while requests are taken; the first ones may wait for programs that are
-    not compiled yet, whose number is ``programs_left``."""
+    """Answers /health: 200 while requests are taken; the first ones may wait for
+    programs that are not compiled yet, whose number is ``programs_left``."""
     loop = state.engine_loop
     status = "failed" if loop.failure else "stopping" if loop.is_draining else "ok"
     programs_left = loop.engine.num_programs_left if loop.engine is not None else 0
@@ -179,7 +198,9 @@ async def list_models(state: ServerState, request: Request) -> Response:
 
 async def describe_model(state: ServerState, request: Request) -> Response:
     """Answers /v1/models/NAME."""
-    return JSONResponse(state.describe_model(state.find_adapter(request.path_params["name"])))
+    return JSONResponse(
+        state.describe_model(state.find_adapter(request.path_params["name"]))
+    )
 
 
 async def tokenize(state: ServerState, request: Request) -> Response:
@@ -192,7 +213,9 @@ async def tokenize(state: ServerState, request: Request) -> Response:
         conversation = await encode_conversation(state, tokenizer, body.messages)
         tokens = conversation.tokens
     else:
-        encode = state.encode_prompt if body.add_special_tokens else state.tokenizer.encode
+        encode = (
+            state.encode_prompt if body.add_special_tokens else state.tokenizer.encode
+        )
         encode = partial(encode, allow_special=body.parse_special)
         tokens = await state.encode_text(body.prompt or "", "prompt", encode=encode)
     about = {"count": len(tokens), "max_model_len": state.max_length}
@@ -210,10 +233,14 @@ async def load_lora_adapter(state: ServerState, request: Request) -> Response:
     """Answers /v1/load_lora_adapter: loads a folder's adapter beside the model."""
     body = await state.read_body(request, LoadAdapterBody)
     if (engine := state.engine_loop.engine) is None or state.read_adapter is None:
-        raise ApiError(400, "no adapters are loaded beside this model", code="unsupported")
+        raise ApiError(
+            400, "no adapters are loaded beside this model", code="unsupported"
+        )
     with state.engine_loop.admit():
         found = await asyncio.to_thread(state.read_adapter, body.lora_path)
-        await state.engine_loop.call(partial(engine.load_adapter, body.lora_name, found.weights))
+        await state.engine_loop.call(
+            partial(engine.load_adapter, body.lora_name, found.weights)
+        )
         if found.tokenizer is not None:
             state.adapter_tokenizers[body.lora_name] = found.tokenizer
     return JSONResponse(state.describe_model(body.lora_name))
@@ -228,4 +255,6 @@ async def unload_lora_adapter(state: ServerState, request: Request) -> Response:
     with state.engine_loop.admit():
         await state.engine_loop.call(partial(engine.unload_adapter, name))
         state.adapter_tokenizers.pop(name, None)
-    return JSONResponse({"id": f"{state.name}:{name}", "object": "model", "deleted": True})
+    return JSONResponse(
+        {"id": f"{state.name}:{name}", "object": "model", "deleted": True}
+    )

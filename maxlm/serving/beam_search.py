@@ -1,5 +1,5 @@
-"""Beam search beside other requests: each step of a search is a request of one token for each beam,
-and what beams share is in the cache of prefixes."""
+"""Beam search beside other requests: each step of a search is a request of one token
+for each beam, and what beams share is in the cache of prefixes."""
 
 from dataclasses import replace
 
@@ -48,8 +48,9 @@ def check_beam_body(body: GenerationBody) -> None:
 async def search_beams(
     state: ServerState, body: GenerationBody, request: GenerationRequest, num_beams: int
 ) -> list[SequenceOutput]:
-    """Returns the ``n`` likeliest continuations of a request's prompt, the best first. Raises
-    ApiError: the model is no decoder; MaxlmError: more beams than likeliest tokens are known.
+    """Returns the ``n`` likeliest continuations of a request's prompt, the best first.
+    Raises ApiError: the model is no decoder; MaxlmError: more beams than likeliest
+    tokens are known.
 
     Args:
         request: gives the prompt, the most tokens, and what ends an output.
@@ -107,4 +108,6 @@ async def _run_search(
                 index = int(output.request_id.rpartition("-")[2])
                 tokens[index] = output.logprobs[0]
         beams = search.advance(tokens)
-        search.beams = [beam._replace(index=number) for number, beam in enumerate(beams)]
+        search.beams = [
+            beam._replace(index=number) for number, beam in enumerate(beams)
+        ]

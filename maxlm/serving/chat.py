@@ -14,7 +14,11 @@ from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLog
 from maxlm.serving.engine_loop import RequestStream
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import LOWEST_LOGPROB, Answer, decode_token
-from maxlm.serving.reasoning import ReasoningFormat, ReasoningParser, detect_reasoning_format
+from maxlm.serving.reasoning import (
+    ReasoningFormat,
+    ReasoningParser,
+    detect_reasoning_format,
+)
 from maxlm.serving.schemas import ChatBody, ChatMessage, Tool
 from maxlm.serving.server_state import ServerState
 from maxlm.serving.tools import (
@@ -26,7 +30,13 @@ from maxlm.serving.tools import (
     make_tool_grammar,
 )
 
-_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "tokenizer", "continues_last"}
+_OWN_VARIABLES = {
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "tokenizer",
+    "continues_last",
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,13 @@ class _ToolPlan:
 
     def make_parser(self) -> ToolCallParser:
         """Returns a parser of one answer; without tools all is content."""
-        names, most = [tool.function.name for tool in self.offered], None if self.parallel else 1
-        return ToolCallParser(self.tool_format, names, forced=bool(self.required), max_calls=most)
+        names, most = (
+            [tool.function.name for tool in self.offered],
+            None if self.parallel else 1,
+        )
+        return ToolCallParser(
+            self.tool_format, names, forced=bool(self.required), max_calls=most
+        )
 
 
 def plan_tools(body: ChatBody, template: str) -> _ToolPlan:
@@ -54,7 +69,9 @@ def plan_tools(body: ChatBody, template: str) -> _ToolPlan:
     if choice == "required":
         required = tools
     elif isinstance(choice, Tool):
-        required = [tool for tool in tools if tool.function.name == choice.function.name]
+        required = [
+            tool for tool in tools if tool.function.name == choice.function.name
+        ]
         if not required:
             what = f"tool_choice names {choice.function.name!r}, which is not among the tools"
             raise ApiError(400, what, param="tool_choice")
@@ -83,13 +100,14 @@ async def encode_conversation(
     marks: ReasoningFormat | None = None,
     closes_thoughts: bool = False,
 ) -> EncodedConversation:
-    """Encodes a conversation, up to where the assistant begins to answer. Raises MaxlmError: the
-    model has no chat template, or it cannot write this conversation; ApiError: it can never fit the
-    context.
+    """Encodes a conversation, up to where the assistant begins to answer. Raises
+    MaxlmError: the model has no chat template, or it cannot write this conversation;
+    ApiError: it can never fit the context.
 
     Args:
         marks: those around thoughts.
-        closes_thoughts: end thoughts that are open, because a form or a forced call follows.
+        closes_thoughts: end thoughts that are open, because a form or a forced call
+            follows.
     """
     plan = plan or _ToolPlan("hermes")
     conversation = await asyncio.to_thread(
@@ -100,8 +118,12 @@ async def encode_conversation(
     begins_inside = False
     if marks is not None:
         last_text = messages[-1].to_template()["content"] if continues_last else ""
-        is_opened_by_message = last_text.rfind(marks.opener) > last_text.rfind(marks.closer)
-        begins_inside = is_opened_by_message or whole_text.rstrip().endswith(marks.opener)
+        is_opened_by_message = last_text.rfind(marks.opener) > last_text.rfind(
+            marks.closer
+        )
+        begins_inside = is_opened_by_message or whole_text.rstrip().endswith(
+            marks.opener
+        )
     behind = ""
     if begins_inside and closes_thoughts and marks is not None:
         behind = f"\n{marks.closer}\n\n"
@@ -110,7 +132,8 @@ async def encode_conversation(
         behind += get_forced_prefix(plan.tool_format)
 
     def encode(text: str) -> list[int]:
-        # Of a text that is cut, its end: literals' escapes make it a little shorter, no longer.
+        # Of a text that is cut, its end: literals' escapes make it a little shorter, no
+        # longer.
         is_cut = len(text) < len(whole_text)
         ending = conversation.text[-len(text) :] if is_cut else conversation.text
         ids = conversation._replace(text=ending).encode(tokenizer)
@@ -119,7 +142,9 @@ async def encode_conversation(
         return ids
 
     # A template may leave parts of messages out: what it wrote is what counts.
-    tokens = await state.encode_text(whole_text, "messages", encode=encode, kept_tokens=kept_tokens)
+    tokens = await state.encode_text(
+        whole_text, "messages", encode=encode, kept_tokens=kept_tokens
+    )
     return EncodedConversation(tokens, begins_inside)
 
 
@@ -140,7 +165,9 @@ def _render_conversation(
         written = describe_tools_in_text(written, tools)
     if continues_last:
         settings["add_generation_prompt"] = False
-    return render_escaped_chat(tokenizer, written, continues_last=continues_last, **settings)
+    return render_escaped_chat(
+        tokenizer, written, continues_last=continues_last, **settings
+    )
 
 
 def _mentions_tools(message: Mapping[str, Any]) -> bool:
@@ -172,23 +199,32 @@ class ChatAnswer(Answer):
     num_reasoning_tokens: int = 0
     """Tokens of thoughts, those that came in one step with a thought's end included."""
 
-    def make_request(self, request_id: str, prompt: tuple[int, ...]) -> GenerationRequest:
+    def make_request(
+        self, request_id: str, prompt: tuple[int, ...]
+    ) -> GenerationRequest:
         body, plan = self.body, self.plan
         asked = body.max_completion_tokens or body.max_tokens
         most = self.state.resolve_max_tokens(len(prompt), asked, "messages")
         tokenizer = self.state.get_tokenizer(body.model)
         defaults = self.state.sampling_defaults
         request = body.make_request(request_id, prompt, most, tokenizer, defaults)
-        # The engine ends where the model's own tokenizer says; an adapter may end elsewhere too.
+        # The engine ends where the model's own tokenizer says; an adapter may end
+        # elsewhere too.
         ends = {*tokenizer.stop_ids} - {*self.state.tokenizer.stop_ids}
         stops = dict.fromkeys((*request.stop_token_ids, *sorted(ends)))
         request = replace(request, stop_token_ids=tuple(stops))
         if plan.required:
             if request.grammar:
-                raise ApiError(400, "tool_choice asks for a call: leave the other form out")
-            call = make_tool_grammar(plan.required, plan.tool_format, parallel=plan.parallel)
+                raise ApiError(
+                    400, "tool_choice asks for a call: leave the other form out"
+                )
+            call = make_tool_grammar(
+                plan.required, plan.tool_format, parallel=plan.parallel
+            )
             request = replace(request, grammar=call)
-        return replace(request, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+        return replace(
+            request, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None
+        )
 
     def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
         is_first = index not in self.parsers
@@ -202,7 +238,10 @@ class ChatAnswer(Answer):
         else:
             name = "message"
             calls = [*parsed.calls.values()]
-            message = {"role": "assistant", "content": parsed.content or (None if calls else "")}
+            message = {
+                "role": "assistant",
+                "content": parsed.content or (None if calls else ""),
+            }
         if parsed.reasoning:
             message["reasoning_content"] = parsed.reasoning
         if calls:
@@ -210,15 +249,24 @@ class ChatAnswer(Answer):
         reason = self.get_finish_reason(index, output)
         logprobs = None
         if self.body.logprobs:
-            logprobs = {"content": [self._describe_logprob(entry) for entry in output.logprobs]}
-        return {"index": index, name: message, "logprobs": logprobs, "finish_reason": reason}
+            logprobs = {
+                "content": [self._describe_logprob(entry) for entry in output.logprobs]
+            }
+        return {
+            "index": index,
+            name: message,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
 
     def parse(self, index: int, output: SequenceOutput) -> "ParsedAnswer":
         """Returns what an output adds to sequence ``index``, told apart."""
         is_last = output.finish_reason is not None
         if index not in self.parsers:
             self.parsers[index] = self.plan.make_parser()
-            self.reasoning_parsers[index] = ReasoningParser(self.marks, self.begins_inside)
+            self.reasoning_parsers[index] = ReasoningParser(
+                self.marks, self.begins_inside
+            )
         reasoned = self.reasoning_parsers[index].push(output.text, final=is_last)
         found = self.parsers[index].push(reasoned.content, final=is_last)
         reasoning = reasoned.reasoning if self.body.include_reasoning else ""
@@ -228,10 +276,14 @@ class ChatAnswer(Answer):
         """Returns why an output ended, in OpenAI's words; None: more will come."""
         has_called = self.parsers[index].num_calls > 0
         return (
-            "tool_calls" if output.finish_reason == "stop" and has_called else output.finish_reason
+            "tool_calls"
+            if output.finish_reason == "stop" and has_called
+            else output.finish_reason
         )
 
-    async def _read(self, stream: RequestStream) -> AsyncIterator[tuple[int, SequenceOutput]]:
+    async def _read(
+        self, stream: RequestStream
+    ) -> AsyncIterator[tuple[int, SequenceOutput]]:
         counters: dict[int, ReasoningParser] = {}
         async for index, output in super()._read(stream):
             if index not in counters:
@@ -251,7 +303,11 @@ class ChatAnswer(Answer):
     def _describe_logprob(self, entry: TokenLogprob) -> dict[str, Any]:
         def describe(token_id: int, logprob: float) -> dict[str, Any]:
             text, data = decode_token(self.state.tokenizer, token_id)
-            return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(data)}
+            return {
+                "token": text,
+                "logprob": max(logprob, LOWEST_LOGPROB),
+                "bytes": list(data),
+            }
 
         top = [describe(*other) for other in entry.top]
         return {**describe(entry.token_id, entry.logprob), "top_logprobs": top}
@@ -266,8 +322,9 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
 async def prepare_chat_answer(
     state: ServerState, body: ChatBody, answer_class: type["ChatAnswer"] = ChatAnswer
 ) -> "ChatAnswer":
-    """Returns the answer to a conversation, before anything of it is generated. Raises ApiError and
-    MaxlmError: fields that do not go together, no chat template, a prompt that cannot fit."""
+    """Returns the answer to a conversation, before anything of it is generated. Raises
+    ApiError and MaxlmError: fields that do not go together, no chat template, a prompt
+    that cannot fit."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if taken := _OWN_VARIABLES & body.chat_template_kwargs.keys():
@@ -284,7 +341,10 @@ async def prepare_chat_answer(
         tokenizer,
         body.messages,
         plan,
-        {"add_generation_prompt": body.add_generation_prompt, **body.chat_template_kwargs},
+        {
+            "add_generation_prompt": body.add_generation_prompt,
+            **body.chat_template_kwargs,
+        },
         state.resolve_truncation(body.truncate_prompt_tokens, asked_tokens),
         continues_last=body.continue_final_message,
         marks=marks,

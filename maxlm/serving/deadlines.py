@@ -1,7 +1,8 @@
 """A deadline for requests: connections whose head or body does not come are closed.
 
-Without it whoever opens connections and sends a byte now and then holds them for good, until the
-server has no file descriptors left. uvicorn itself only limits the time between requests.
+Without it whoever opens connections and sends a byte now and then holds them for good,
+until the server has no file descriptors left. uvicorn itself only limits the time
+between requests.
 """
 
 import asyncio
@@ -20,9 +21,9 @@ MIN_BYTES_PER_SECOND = 65_536
 
 
 class DeadlineProtocol(H11Protocol):
-    """HTTP/1.1 as uvicorn speaks it, which answers 408 and closes where a request is not complete
-    in time: ``request_seconds`` after the connection is made, or its first byte comes, and as many
-    more as its bytes take at ``MIN_BYTES_PER_SECOND``."""
+    """HTTP/1.1 as uvicorn speaks it, which answers 408 and closes where a request is
+    not complete in time: ``request_seconds`` after the connection is made, or its first
+    byte comes, and as many more as its bytes take at ``MIN_BYTES_PER_SECOND``."""
 
     def __init__(self, *arguments: Any, request_seconds: float, **settings: Any):
         super().__init__(*arguments, **settings)
@@ -68,7 +69,9 @@ class DeadlineProtocol(H11Protocol):
             return
         # To who has sent nothing nothing is said; nor within another answer.
         if self._num_bytes and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._send_error(ApiError(408, f"the request was not complete after {allowed:.0f} s"))
+            self._send_error(
+                ApiError(408, f"the request was not complete after {allowed:.0f} s")
+            )
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -77,7 +80,9 @@ class DeadlineProtocol(H11Protocol):
     def _send_error(self, error: ApiError) -> None:
         response = JSONResponse(error.to_json(), error.status, {"connection": "close"})
         head = h11.Response(
-            status_code=error.status, headers=response.raw_headers, reason=b"Request Timeout"
+            status_code=error.status,
+            headers=response.raw_headers,
+            reason=b"Request Timeout",
         )
         for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             data = self.conn.send(event)

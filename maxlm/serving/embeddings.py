@@ -18,7 +18,13 @@ from maxlm.inference.embedding import Embedder, EmbeddingProgram, PaddedBatch, P
 from maxlm.inference.scoring import make_score_request, read_score
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import cancel_on_disconnect
-from maxlm.serving.schemas import EmbeddingBody, PairBody, RerankBody, ScoreBody, list_prompts
+from maxlm.serving.schemas import (
+    EmbeddingBody,
+    PairBody,
+    RerankBody,
+    ScoreBody,
+    list_prompts,
+)
 from maxlm.serving.server_state import ServerState
 
 Rows = list[tuple[int, ...]]
@@ -30,7 +36,9 @@ async def create_embeddings(state: ServerState, request: Request) -> Response:
     body = await state.read_body(request, EmbeddingBody)
     embedder = _find_embedder(state, state.find_adapter(body.model))
     max_tokens = embedder.max_length
-    rows = await state.encode_prompts(list_prompts(body.input), "input", max_tokens=max_tokens)
+    rows = await state.encode_prompts(
+        list_prompts(body.input), "input", max_tokens=max_tokens
+    )
     vectors = await _embed(state, embedder, request, rows, body.pooling)
     if body.dimensions is not None:
         if body.dimensions > vectors.shape[1]:
@@ -40,8 +48,13 @@ async def create_embeddings(state: ServerState, request: Request) -> Response:
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     written: list[Any] = vectors.tolist()
     if body.encoding_format == "base64":
-        written = [base64.b64encode(each.astype("<f4").tobytes()).decode() for each in vectors]
-    data = [{"object": "embedding", "index": n, "embedding": e} for n, e in enumerate(written)]
+        written = [
+            base64.b64encode(each.astype("<f4").tobytes()).decode() for each in vectors
+        ]
+    data = [
+        {"object": "embedding", "index": n, "embedding": e}
+        for n, e in enumerate(written)
+    ]
     return _respond(state, rows, data)
 
 
@@ -55,8 +68,13 @@ async def create_scores(state: ServerState, request: Request) -> Response:
         what = f"text_1 has {len(firsts)} texts, text_2 {len(seconds)}: give one, or as many"
         raise ApiError(400, what, param="text_1")
     rows, scores = await score_pairs(state, request, firsts, seconds, body)
-    data = [{"index": n, "object": "score", "score": score} for n, score in enumerate(scores)]
-    return _respond(state, rows, data, id=f"score-{uuid4().hex}", model=body.model or state.name)
+    data = [
+        {"index": n, "object": "score", "score": score}
+        for n, score in enumerate(scores)
+    ]
+    return _respond(
+        state, rows, data, id=f"score-{uuid4().hex}", model=body.model or state.name
+    )
 
 
 async def create_ranking(state: ServerState, request: Request) -> Response:
@@ -67,7 +85,9 @@ async def create_ranking(state: ServerState, request: Request) -> Response:
     rows, scores = await score_pairs(
         state,
         request,
-        documents if method == "cosine" else [_ask_for_query(text) for text in documents],
+        documents
+        if method == "cosine"
+        else [_ask_for_query(text) for text in documents],
         [body.query] * len(documents),
         body,
         ("documents", "query"),
@@ -82,13 +102,17 @@ async def create_ranking(state: ServerState, request: Request) -> Response:
             result["document"] = {"text": documents[index]}
         results.append(result)
     usage = {"prompt_tokens": sum(map(len, rows)), "total_tokens": sum(map(len, rows))}
-    about = {"id": f"rerank-{uuid4().hex}", "model": body.model or state.name, "usage": usage}
+    about = {
+        "id": f"rerank-{uuid4().hex}",
+        "model": body.model or state.name,
+        "usage": usage,
+    }
     return JSONResponse({**about, "results": results})
 
 
 def _ask_for_query(document: str) -> str:
-    """Returns the text whose continuation by the query is the more likely the better the document
-    fits it (Sachan et al. 2022, arXiv 2204.07496, §2)."""
+    """Returns the text whose continuation by the query is the more likely the better
+    the document fits it (Sachan et al. 2022, arXiv 2204.07496, §2)."""
     return f"Passage: {document}\nPlease write a question based on this passage.\nQuestion: "
 
 
@@ -100,8 +124,8 @@ async def score_pairs(
     body: PairBody,
     fields: tuple[str, str] = ("text_1", "text_2"),
 ) -> tuple[Rows, list[float]]:
-    """Returns the tokens of pairs of texts, and how well each second one follows from its first
-    (mean log-probability of a token, natural) or is like it (cosine).
+    """Returns the tokens of pairs of texts, and how well each second one follows from
+    its first (mean log-probability of a token, natural) or is like it (cosine).
 
     Args:
         fields: the request's fields that have the texts, to name in errors.
@@ -114,11 +138,16 @@ async def score_pairs(
         tails = await state.encode_prompts(seconds, fields[1], max_tokens=max_tokens)
         rows = [*heads, *tails]
         vectors = await _embed(state, embedder, request, rows, None)
-        scores = np.sum(vectors[: len(firsts)] * vectors[len(firsts) :], axis=1).tolist()
+        scores = np.sum(
+            vectors[: len(firsts)] * vectors[len(firsts) :], axis=1
+        ).tolist()
     else:
         heads = await state.encode_prompts(firsts, fields[0])
         encode = state.tokenizer.encode
-        tails = [await state.encode_text(str(text), fields[1], encode=encode) for text in seconds]
+        tails = [
+            await state.encode_text(str(text), fields[1], encode=encode)
+            for text in seconds
+        ]
         rows = [(*head, *tail) for head, tail in zip(heads, tails, strict=True)]
         scores = await _score_tails(state, adapter, request, heads, tails, fields)
     return rows, scores
@@ -155,7 +184,8 @@ async def _score_tails(
 
 
 def _find_embedder(state: ServerState, adapter: str | None) -> Embedder:
-    """Returns what embeds texts. Raises ApiError: nothing does, or an adapter was asked for."""
+    """Returns what embeds texts. Raises ApiError: nothing does, or an adapter was asked
+    for."""
     if adapter is not None:
         message = f"embeddings are those of {state.name}, without an adapter"
         raise ApiError(400, message, param="model", code="unsupported")
@@ -165,14 +195,20 @@ def _find_embedder(state: ServerState, adapter: str | None) -> Embedder:
 
 
 async def _embed(
-    state: ServerState, embedder: Embedder, request: Request, rows: Rows, pooling: Pooling | None
+    state: ServerState,
+    embedder: Embedder,
+    request: Request,
+    rows: Rows,
+    pooling: Pooling | None,
 ) -> np.ndarray:
-    """Returns the rows' vectors, fp32 [len(rows), D]. Sequences that are being generated go on
-    between batches, and have as much time as these take."""
+    """Returns the rows' vectors, fp32 [len(rows), D]. Sequences that are being
+    generated go on between batches, and have as much time as these take."""
     loop = state.engine_loop
     vectors: dict[int, np.ndarray] = {}
 
-    def run_timed(program: EmbeddingProgram, batch: PaddedBatch) -> tuple[np.ndarray, float]:
+    def run_timed(
+        program: EmbeddingProgram, batch: PaddedBatch
+    ) -> tuple[np.ndarray, float]:
         _, tokens, lengths = batch
         start = time.monotonic()
         values = program(tokens, lengths)
@@ -182,10 +218,15 @@ async def _embed(
         with loop.admit():
             for batch in embedder.iterate_batches(rows, lambda: loop.is_generating):
                 indices, tokens, _ = batch
-                # Not in the engine's thread: sequences would stand until it is compiled.
-                program = await asyncio.to_thread(embedder.compile_program, tokens.shape, pooling)
+                # Not in the engine's thread: sequences would stand until it is
+                # compiled.
+                program = await asyncio.to_thread(
+                    embedder.compile_program, tokens.shape, pooling
+                )
                 values, seconds = await loop.call(partial(run_timed, program, batch))
-                vectors.update(zip(indices, values, strict=False))  # further rows are padding
+                vectors.update(
+                    zip(indices, values, strict=False)
+                )  # further rows are padding
                 if loop.is_generating:
                     await asyncio.sleep(seconds)
         return np.stack([vectors[index] for index in range(len(rows))])

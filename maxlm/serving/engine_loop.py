@@ -1,7 +1,7 @@
 """The thread that owns the engine, and the asyncio side's way to it.
 
-Nothing but this thread touches the engine or the device: steps, requests, aborts and other
-computations are done one after the other.
+Nothing but this thread touches the engine or the device: steps, requests, aborts and
+other computations are done one after the other.
 """
 
 import asyncio
@@ -19,15 +19,18 @@ from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.serving.errors import ApiError
 
 T = TypeVar("T")
-# Of a step that ended a sequence, where none waits: a client that got its answer often asks again
-# at once, and would wait for the whole next step.
+# Of a step that ended a sequence, where none waits: a client that got its answer often
+# asks again at once, and would wait for the whole next step.
 _PAUSE_SHARE = 0.04
 
 
 class RequestStream(AbstractContextManager["RequestStream"]):
-    """Outputs of some requests as they come; a context that aborts what is unfinished when left."""
+    """Outputs of some requests as they come; a context that aborts what is unfinished
+    when left."""
 
-    def __init__(self, requests: Sequence[GenerationRequest], release: Callable[[], None]):
+    def __init__(
+        self, requests: Sequence[GenerationRequest], release: Callable[[], None]
+    ):
         self.request_ids = [request.request_id for request in requests]
         self.num_open = sum(request.num_sequences for request in requests)
         self.start_time = time.monotonic()
@@ -65,8 +68,12 @@ class EngineLoop:
     """The error after which the engine could not go on."""
     stats: EngineStats | None = None
     """The engine's after the last thing that it did."""
-    _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "engine"))
-    _streams: dict[str, RequestStream] = field(default_factory=dict)  # of the thread alone
+    _executor: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "engine")
+    )
+    _streams: dict[str, RequestStream] = field(
+        default_factory=dict
+    )  # of the thread alone
     _is_step_due: bool = False
 
     def __post_init__(self) -> None:
@@ -84,8 +91,9 @@ class EngineLoop:
     async def submit(
         self, requests: Sequence[GenerationRequest], *, is_admitted: bool = False
     ) -> RequestStream:
-        """Hands requests to the engine, all or none; to be used with ``with``. Raises ApiError:
-        429, 503, or 500 after a failure; MaxlmError: the engine cannot take a request.
+        """Hands requests to the engine, all or none; to be used with ``with``. Raises
+        ApiError: 429, 503, or 500 after a failure; MaxlmError: the engine cannot take a
+        request.
 
         Args:
             is_admitted: whether :meth:`admit` holds places for them.
@@ -109,8 +117,9 @@ class EngineLoop:
 
     @contextmanager
     def admit(self, count: int = 1) -> Iterator[None]:
-        """Holds places in the queue for work that goes through :meth:`call`, or :meth:`submit` in
-        several steps, until it is done. Raises ApiError: as :meth:`submit` does."""
+        """Holds places in the queue for work that goes through :meth:`call`, or
+        :meth:`submit` in several steps, until it is done. Raises ApiError: as
+        :meth:`submit` does."""
         self._take_places(count)
         try:
             yield
@@ -118,8 +127,11 @@ class EngineLoop:
             self.num_open -= count
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Runs a function in the engine's thread, between two steps, and returns its value."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, function)
+        """Runs a function in the engine's thread, between two steps, and returns its
+        value."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, self._run, function
+        )
 
     def _raise_failure(self) -> None:
         if self.failure:
@@ -149,7 +161,8 @@ class EngineLoop:
                     self._executor.submit(self._run, self._step)
 
     def _step(self) -> None:
-        """Delivers a step's outputs; on a fault of the engine's its requests fail, others go on."""
+        """Delivers a step's outputs; on a fault of the engine's its requests fail,
+        others go on."""
         self._is_step_due, start, ended = False, time.monotonic(), False
         assert self.engine is not None, "it had work"
         try:
@@ -162,7 +175,9 @@ class EngineLoop:
             if ended and not self.stats.num_waiting:
                 time.sleep(_PAUSE_SHARE * (time.monotonic() - start))
         except Exception as error:
-            self._fail_requests(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+            self._fail_requests(
+                " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            )
 
     def _fail_requests(self, reason: str) -> None:
         print(f"error: the engine failed: {reason}", file=sys.stderr, flush=True)
@@ -173,7 +188,9 @@ class EngineLoop:
             except Exception:  # an engine that cannot even abort serves nothing more
                 self.failure, self.engine = reason, None
 
-    def _add(self, requests: Sequence[GenerationRequest], stream: RequestStream) -> None:
+    def _add(
+        self, requests: Sequence[GenerationRequest], stream: RequestStream
+    ) -> None:
         if self.engine is None:
             raise MaxlmError("this model generates no text", fix="use /v1/embeddings")
         for request in requests:
@@ -182,7 +199,10 @@ class EngineLoop:
 
     def _abort(self, stream: RequestStream) -> None:
         for request_id in stream.request_ids:
-            if self._streams.pop(request_id, None) is not None and self.engine is not None:
+            if (
+                self._streams.pop(request_id, None) is not None
+                and self.engine is not None
+            ):
                 self.engine.abort(request_id)
 
 

@@ -24,7 +24,8 @@ _TYPE_NAMES = frozenset(("str", "int", "Tool"))
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """A request that is refused or fails: the HTTP status and what the client is told."""
+    """A request that is refused or fails: the HTTP status and what the client is
+    told."""
 
     status: int
     message: str
@@ -43,8 +44,8 @@ class ApiError(Exception):
 
 
 def convert_error(error: Exception) -> ApiError:
-    """Returns what a client is told of an error: a user's mistake is a 400. One of ours is printed
-    with its traceback."""
+    """Returns what a client is told of an error: a user's mistake is a 400. One of ours
+    is printed with its traceback."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ValidationError):
@@ -56,12 +57,20 @@ def convert_error(error: Exception) -> ApiError:
 
 
 def _convert_validation_error(error: ValidationError) -> ApiError:
-    """Names one fault: where several types are allowed, of a value that has one of them, or else
-    the deepest, which is that of the type that was meant."""
+    """Names one fault: where several types are allowed, of a value that has one of
+    them, or else the deepest, which is that of the type that was meant."""
     faults = error.errors(include_url=False, include_context=False)
-    fault = max(faults, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
-    path = [str(part) for part in fault["loc"]]  # with members of unions, such as "list[int]"
-    fields = [part for part in path if part.replace("_", "").isalnum() and part not in _TYPE_NAMES]
+    fault = max(
+        faults, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"]))
+    )
+    path = [
+        str(part) for part in fault["loc"]
+    ]  # with members of unions, such as "list[int]"
+    fields = [
+        part
+        for part in path
+        if part.replace("_", "").isalnum() and part not in _TYPE_NAMES
+    ]
     name, text = ".".join(fields)[:300], fault["msg"][:300]
     if fault["type"] == "json_invalid":
         text = f"the body is no JSON: {text}"

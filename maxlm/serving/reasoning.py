@@ -21,7 +21,8 @@ _FORMATS = (
 
 
 def detect_reasoning_format(template: str) -> ReasoningFormat | None:
-    """Returns the marks that a chat template knows; None: its models do not think aloud."""
+    """Returns the marks that a chat template knows; None: its models do not think
+    aloud."""
     for marks in _FORMATS:
         if marks.opener in template or marks.closer in template:
             return marks
@@ -29,7 +30,8 @@ def detect_reasoning_format(template: str) -> ReasoningFormat | None:
 
 
 class ReasonedText(NamedTuple):
-    """Thoughts and content, as far as a piece of an answer's text makes them certain."""
+    """Thoughts and content, as far as a piece of an answer's text makes them
+    certain."""
 
     reasoning: str
     content: str
@@ -41,7 +43,8 @@ class ReasoningParser:
 
     Attributes:
         marks: None: all is content.
-        is_inside: whether the next text is a thought: at first, whether the prompt opened it.
+        is_inside: whether the next text is a thought: at first, whether the prompt
+            opened it.
     """
 
     marks: ReasoningFormat | None
@@ -50,11 +53,13 @@ class ReasoningParser:
     def __post_init__(self) -> None:
         self._is_before = self.marks is not None and not self.is_inside
         self._text = ""
-        # Line breaks between the marks and what they enclose or precede belong to neither.
+        # Line breaks between the marks and what they enclose or precede belong to
+        # neither.
         self._drops_breaks = self.is_inside
 
     def push(self, text: str, *, final: bool = False) -> ReasonedText:
-        """Takes more text; returns what is certain with it. ``final``: no more will come."""
+        """Takes more text; returns what is certain with it. ``final``: no more will
+        come."""
         self._text += text
         if self._is_before:
             self._look_for_opener(final)

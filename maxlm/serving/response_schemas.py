@@ -1,4 +1,5 @@
-"""Bodies of /v1/responses, and the same conversations as bodies of /v1/chat/completions."""
+"""Bodies of /v1/responses, and the same conversations as bodies of
+/v1/chat/completions."""
 
 from typing import Annotated, Any, Literal
 
@@ -16,9 +17,12 @@ class ResponseContent(ApiModel):
 
 
 class ResponseItem(ApiModel):
-    """An item of a conversation in /v1/responses: a message, thoughts, a call, or its result."""
+    """An item of a conversation in /v1/responses: a message, thoughts, a call, or its
+    result."""
 
-    type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
+    type: Literal["message", "reasoning", "function_call", "function_call_output"] = (
+        "message"
+    )
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[ResponseContent] = ""
     call_id: str | None = None
@@ -91,7 +95,9 @@ class ResponsesBody(ApiBody):
     def to_chat(self) -> dict[str, Any]:
         """Returns the same request as a body of /v1/chat/completions."""
         extra = self.model_extra or {}
-        chat: dict[str, Any] = {name: extra[name] for name in extra if name in SAMPLING_FIELDS}
+        chat: dict[str, Any] = {
+            name: extra[name] for name in extra if name in SAMPLING_FIELDS
+        }
         chat |= {
             "model": self.model,
             "messages": self._list_messages(),
@@ -101,12 +107,17 @@ class ResponsesBody(ApiBody):
             "stream": self.stream,
             "parallel_tool_calls": self.parallel_tool_calls,
             "chat_template_kwargs": self.chat_template_kwargs,
-            "tool_choice": self.tool_choice if self.tools or self.tool_choice != "auto" else None,
+            "tool_choice": self.tool_choice
+            if self.tools or self.tool_choice != "auto"
+            else None,
         }
         if self.truncation == "auto":
             chat["truncate_prompt_tokens"] = -1
         if isinstance(self.tool_choice, ResponseToolChoice):
-            chat["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
+            chat["tool_choice"] = {
+                "type": "function",
+                "function": {"name": self.tool_choice.name},
+            }
         tools: list[dict[str, Any]] = []
         for tool in self.tools:
             function = tool.model_dump(include={"name", "description", "parameters"})
@@ -117,7 +128,9 @@ class ResponsesBody(ApiBody):
             chat["response_format"] = {"type": "json_object"}
         if form.type == "json_schema":
             if form.schema_ is None:
-                raise ApiError(400, "json_schema has no schema", param="text.format.schema")
+                raise ApiError(
+                    400, "json_schema has no schema", param="text.format.schema"
+                )
             chat["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"schema": form.schema_},
@@ -130,7 +143,8 @@ class ResponsesBody(ApiBody):
         return choice if isinstance(choice, str) else choice.model_dump()
 
     def _list_messages(self) -> list[dict[str, Any]]:
-        """The conversation as messages: what an assistant thought, said and called is one."""
+        """The conversation as messages: what an assistant thought, said and called is
+        one."""
         messages: list[dict[str, Any]] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
@@ -139,10 +153,14 @@ class ResponsesBody(ApiBody):
         for item in self.input:
             if item.type == "function_call_output":
                 text = _join_parts(item.output)
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+                messages.append(
+                    {"role": "tool", "tool_call_id": item.call_id, "content": text}
+                )
                 continue
             if item.type == "message" and item.role != "assistant":
-                messages.append({"role": item.role, "content": _join_parts(item.content)})
+                messages.append(
+                    {"role": item.role, "content": _join_parts(item.content)}
+                )
                 continue
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": ""})
@@ -160,4 +178,6 @@ class ResponsesBody(ApiBody):
 
 
 def _join_parts(content: str | list[ResponseContent]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+    return (
+        content if isinstance(content, str) else "".join(part.text for part in content)
+    )

@@ -19,7 +19,10 @@ from maxlm.serving.schemas import ChatBody
 from maxlm.serving.server_state import ServerState
 
 # By why an answer ended before its end.
-_CAUSES: dict[str | None, str] = {"length": "max_output_tokens", "abort": "content_filter"}
+_CAUSES: dict[str | None, str] = {
+    "length": "max_output_tokens",
+    "abort": "content_filter",
+}
 _ITEM_STATUS: dict[str | None, str] = dict.fromkeys(_CAUSES, "incomplete")
 
 Event = tuple[str, dict[str, Any]]
@@ -28,7 +31,8 @@ Event = tuple[str, dict[str, Any]]
 
 @dataclass(eq=False)
 class OutputItems:
-    """Items of a response, made of an answer's parts as they come: thoughts, a message, calls."""
+    """Items of a response, made of an answer's parts as they come: thoughts, a message,
+    calls."""
 
     items: list[dict[str, Any]] = field(default_factory=list)
     _call_number: int | None = None
@@ -89,7 +93,12 @@ class OutputItems:
         if not piece:
             return []
         self.items[-1]["arguments"] += piece
-        return [("response.function_call_arguments.delta", {**self._place(), "delta": piece})]
+        return [
+            (
+                "response.function_call_arguments.delta",
+                {**self._place(), "delta": piece},
+            )
+        ]
 
     def _add_text(self, kind: str, part_kind: str, text: str) -> list[Event]:
         events: list[Event] = []
@@ -118,7 +127,10 @@ class OutputItems:
         self.items.append(item)
         # What comes later is not in this event.
         shown = json.loads(json.dumps(item))
-        return "response.output_item.added", {"output_index": len(self.items) - 1, "item": shown}
+        return "response.output_item.added", {
+            "output_index": len(self.items) - 1,
+            "item": shown,
+        }
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
@@ -155,13 +167,17 @@ class ResponsesAnswer(ChatAnswer):
                 for kind, fields in self.output.add(self.parse(index, output)):
                     yield write(kind, fields)
                 reason = self.get_finish_reason(index, output)
-            for kind, fields in self.output.finish(_ITEM_STATUS.get(reason, "completed")):
+            for kind, fields in self.output.finish(
+                _ITEM_STATUS.get(reason, "completed")
+            ):
                 yield write(kind, fields)
             response = self._describe_response(reason)
             yield write(f"response.{response['status']}", {"response": response})
         except Exception as error:
             about = convert_error(error).to_json()["error"]
-            yield write("error", {name: about[name] for name in ("code", "message", "param")})
+            yield write(
+                "error", {name: about[name] for name in ("code", "message", "param")}
+            )
 
     def describe_all_items(self, output: SequenceOutput) -> dict[str, Any]:
         """Returns the response that an answer without a stream is."""
@@ -215,8 +231,11 @@ class ResponsesAnswer(ChatAnswer):
         }
 
     def _get_sampling(self, name: str) -> float:
-        """A setting of sampling as it is used: the request's, the model's own, or OpenAI's."""
-        return (self.body.model_extra or {}).get(name, self.state.sampling_defaults.get(name, 1.0))
+        """A setting of sampling as it is used: the request's, the model's own, or
+        OpenAI's."""
+        return (self.body.model_extra or {}).get(
+            name, self.state.sampling_defaults.get(name, 1.0)
+        )
 
     def _describe_response_usage(self) -> dict[str, Any]:
         usage = self._describe_usage()
@@ -237,7 +256,9 @@ async def create_response(state: ServerState, request: Request) -> Response:
         raise ApiError(400, message, param="previous_response_id", code="unsupported")
     chat_body = ChatBody.model_validate(body.to_chat(), strict=True)
     ignored = chat_body.list_ignored_fields()
-    request.state.ignored_fields = [*dict.fromkeys([*request.state.ignored_fields, *ignored])]
+    request.state.ignored_fields = [
+        *dict.fromkeys([*request.state.ignored_fields, *ignored])
+    ]
     answer = await prepare_chat_answer(state, chat_body, ResponsesAnswer)
     assert isinstance(answer, ResponsesAnswer)
     answer.asked = body

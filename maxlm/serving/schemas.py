@@ -1,7 +1,8 @@
 """Bodies of requests: the fields of OpenAI's API, and those that maxlm adds.
 
-Types are checked here; ranges of sampling settings by ``SamplingConfig``. A field set to null is as
-one left out. Unknown fields are let pass, and named in the answer's header ``x-maxlm-ignored``.
+Types are checked here; ranges of sampling settings by ``SamplingConfig``. A field set
+to null is as one left out. Unknown fields are let pass, and named in the answer's
+header ``x-maxlm-ignored``.
 """
 
 import json
@@ -19,9 +20,19 @@ from maxlm.inference.requests import GenerationRequest, GrammarSpec
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.serving.errors import ApiError
 
-_UNSUPPORTED = ("suffix", "audio", "modalities", "prediction", "web_search_options", "functions")
+_UNSUPPORTED = (
+    "suffix",
+    "audio",
+    "modalities",
+    "prediction",
+    "web_search_options",
+    "functions",
+)
 # max_tokens and min_tokens say the other two.
-SAMPLING_FIELDS = SamplingConfig.model_fields.keys() - {"max_new_tokens", "min_new_tokens"}
+SAMPLING_FIELDS = SamplingConfig.model_fields.keys() - {
+    "max_new_tokens",
+    "min_new_tokens",
+}
 MAX_PROMPTS = 2048
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
@@ -57,13 +68,18 @@ class ApiBody(ApiModel):
     model: str | None = None
 
     def list_ignored_fields(self) -> list[str]:
-        """Returns names of fields that nothing reads. Raises ApiError: one is not supported."""
+        """Returns names of fields that nothing reads. Raises ApiError: one is not
+        supported."""
         extra = self.model_extra or {}
         for name in _UNSUPPORTED:
             if extra.get(name):
-                raise ApiError(400, f"{name} is not supported", param=name, code="unsupported")
+                raise ApiError(
+                    400, f"{name} is not supported", param=name, code="unsupported"
+                )
         unknown = [name for name in extra if name not in SAMPLING_FIELDS]
-        return [name for name in unknown if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)][:16]
+        return [
+            name for name in unknown if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)
+        ][:16]
 
 
 class StreamOptions(ApiModel):
@@ -91,7 +107,8 @@ class GenerationBody(ApiBody):
 
     n: int = Field(default=1, ge=1, le=128)
     use_beam_search: bool = False
-    """Whether the ``n`` likeliest continuations of ``best_of`` beams are searched, not drawn."""
+    """Whether the ``n`` likeliest continuations of ``best_of`` beams are searched, not
+    drawn."""
     length_penalty: Annotated[float, Field(ge=-16, le=16)] = 1.0
     early_stopping: bool | Literal["never"] = False
     stream: bool = False
@@ -99,24 +116,28 @@ class GenerationBody(ApiBody):
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
     seed: int | None = None
     logit_bias: dict[
-        Annotated[int, Field(strict=False, ge=0)], Annotated[float, Field(ge=-100, le=100)]
+        Annotated[int, Field(strict=False, ge=0)],
+        Annotated[float, Field(ge=-100, le=100)],
     ] = {}
     response_format: ResponseFormat | None = None
-    # Further fields of maxlm's; ``SAMPLING_FIELDS`` are taken beside them, under their names.
+    # Further fields of maxlm's; ``SAMPLING_FIELDS`` are taken beside them, under their
+    # names.
     min_tokens: int = Field(default=0, ge=0)
     stop_token_ids: TokenIds = []
     ignore_eos: bool = False
     regex: str | None = None
     lark: str | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=128)] = []
-    """Texts that the output may not have, as far as they are written in the tokens that the
-    tokenizer writes them in, at a word's beginning or behind a space."""
+    """Texts that the output may not have, as far as they are written in the tokens that
+    the tokenizer writes them in, at a word's beginning or behind a space."""
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
-    """Keep so many last tokens of each prompt; -1: as many as the context has room for."""
+    """Keep so many last tokens of each prompt; -1: as many as the context has room
+    for."""
 
     def list_ignored_fields(self) -> list[str]:
-        """Returns names of fields that nothing reads, and of a schema's keywords that are not kept,
-        as ``response_format.uniqueItems``. Raises ApiError: one is not supported."""
+        """Returns names of fields that nothing reads, and of a schema's keywords that
+        are not kept, as ``response_format.uniqueItems``. Raises ApiError: one is not
+        supported."""
         ignored = super().list_ignored_fields()
         form = self.response_format
         if form and form.json_schema:
@@ -146,20 +167,27 @@ class GenerationBody(ApiBody):
             raise ApiError(400, what, param="min_tokens")
         extra = self.model_extra or {}
         sampling = dict(sampling_defaults)
-        sampling |= {name: value for name, value in extra.items() if name in SAMPLING_FIELDS}
+        sampling |= {
+            name: value for name, value in extra.items() if name in SAMPLING_FIELDS
+        }
         if sampling.get("top_k") == -1:  # as some servers write "all"
             sampling["top_k"] = 0
         if sampling.get("top_p") == 0:  # OpenAI takes it: the likeliest token alone
             sampling["top_p"] = 1e-9
         seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
-        sampling |= {"max_new_tokens": max_new_tokens, "min_new_tokens": self.min_tokens}
+        sampling |= {
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": self.min_tokens,
+        }
         sampling |= {"logit_bias": self.logit_bias, "seed": seed}
         return GenerationRequest(
             request_id=request_id,
             prompt_tokens=prompt,
             sampling=SamplingConfig.model_validate(sampling, strict=True),
             num_sequences=self.n,
-            stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_strings=(self.stop,)
+            if isinstance(self.stop, str)
+            else tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             grammar=self._make_grammar(),
@@ -173,8 +201,14 @@ class GenerationBody(ApiBody):
         return bool(self.regex or self.lark or (form and form.type != "text"))
 
     def _make_grammar(self) -> GrammarSpec | None:
-        found = [GrammarSpec("regex", self.regex, "regex")] if self.regex is not None else []
-        found += [GrammarSpec("lark", self.lark, "lark")] if self.lark is not None else []
+        found = (
+            [GrammarSpec("regex", self.regex, "regex")]
+            if self.regex is not None
+            else []
+        )
+        found += (
+            [GrammarSpec("lark", self.lark, "lark")] if self.lark is not None else []
+        )
         form = self.response_format
         if form and form.type == "json_object":
             found.append(GrammarSpec("json_object"))
@@ -182,9 +216,13 @@ class GenerationBody(ApiBody):
             if form.json_schema is None:
                 what, name = "json_schema has no schema", "response_format.json_schema"
                 raise ApiError(400, what, param=name)
-            found.append(GrammarSpec("json_schema", json.dumps(form.json_schema.schema_)))
+            found.append(
+                GrammarSpec("json_schema", json.dumps(form.json_schema.schema_))
+            )
         if len(found) > 1:
-            raise ApiError(400, "response_format, regex and lark: give one", param="regex")
+            raise ApiError(
+                400, "response_format, regex and lark: give one", param="regex"
+            )
         return found[0] if found else None
 
 
@@ -194,7 +232,8 @@ class CompletionBody(GenerationBody):
     prompt: Prompt
     max_tokens: int = Field(default=16, ge=0)
     best_of: int | None = Field(default=None, ge=1, le=128)
-    """Sequences to draw; the ``n`` with the highest log-probability a token are returned."""
+    """Sequences to draw; the ``n`` with the highest log-probability a token are
+    returned."""
     echo: bool = False
     logprobs: TopLogprobs | None = None
     parse_special: bool = False
@@ -210,7 +249,8 @@ class ToolFunction(ApiModel):
 
 
 class Tool(ApiModel):
-    """A tool, the choice of one, or an earlier call of one; only functions are known."""
+    """A tool, the choice of one, or an earlier call of one; only functions are
+    known."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -235,7 +275,8 @@ class ChatMessage(ApiModel):
     reasoning_content: str | None = None
 
     def to_template(self) -> dict[str, Any]:
-        """Returns the message as chat templates read it: content as text, arguments as data."""
+        """Returns the message as chat templates read it: content as text, arguments as
+        data."""
         found = self.model_dump(include={*ChatMessage.model_fields}, exclude_none=True)
         if self.role == "developer":
             found["role"] = "system"
@@ -265,12 +306,14 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool = True
     """Whether the prompt ends with what opens the assistant's turn."""
     separate_reasoning: bool = True
-    """Whether thoughts are told apart, as ``reasoning_content``; false: they are content."""
+    """Whether thoughts are told apart, as ``reasoning_content``; false: they are
+    content."""
     include_reasoning: bool = True
     """Whether thoughts that are told apart are sent."""
 
     def list_ignored_fields(self) -> list[str]:
-        """As of other bodies, with keywords of the schemas of tools of which one must be called."""
+        """As of other bodies, with keywords of the schemas of tools of which one must
+        be called."""
         ignored = super().list_ignored_fields()
         if self.tool_choice in (None, "none", "auto"):
             return ignored
@@ -295,8 +338,8 @@ class PairBody(ApiBody):
     method: Literal["loglikelihood", "cosine"] | None = None
 
     def resolve_method(self, generates: bool) -> Literal["loglikelihood", "cosine"]:
-        """Returns how pairs are scored; by default as the model can: ``generates``: it continues
-        text."""
+        """Returns how pairs are scored; by default as the model can: ``generates``: it
+        continues text."""
         return self.method or ("loglikelihood" if generates else "cosine")
 
 
@@ -355,8 +398,11 @@ class DetokenizeBody(ApiBody):
     tokens: TokenIds
 
 
-def encode_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Returns the token sequences of words, each at a text's beginning and behind a space."""
+def encode_bad_words(
+    tokenizer: Tokenizer, words: Sequence[str]
+) -> tuple[tuple[int, ...], ...]:
+    """Returns the token sequences of words, each at a text's beginning and behind a
+    space."""
     sequences: dict[tuple[int, ...], None] = {}
     for word in words:
         stem = word.lstrip()

@@ -19,10 +19,12 @@ from maxlm.serving.server_state import ServerState
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """Takes an address, before anything is loaded; connections wait until the server runs. Raises
-    MaxlmError: the port is in use, or the address is none of this machine's."""
+    """Takes an address, before anything is loaded; connections wait until the server
+    runs. Raises MaxlmError: the port is in use, or the address is none of this
+    machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends at once (TCP_NODELAY) where the protocol is named, and waits 40 ms elsewhere.
+    # asyncio sends at once (TCP_NODELAY) where the protocol is named, and waits 40 ms
+    # elsewhere.
     taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -32,25 +34,33 @@ def bind_socket(host: str, port: int) -> socket.socket:
         taken.close()
         reason = getattr(error, "strerror", None) or str(error)
         fix = "name another with --port (0: any free one) or --host"
-        raise MaxlmError(f"cannot listen: {reason}", where=f"{host}:{port}", fix=fix) from None
+        raise MaxlmError(
+            f"cannot listen: {reason}", where=f"{host}:{port}", fix=fix
+        ) from None
     return taken
 
 
 def read_api_key(path: str | Path | None) -> str | None:
-    """Returns the key that clients have to send: a file's text, else MAXLM_API_KEY's; None: none.
-    Raises MaxlmError: a key is empty or not plain ASCII."""
+    """Returns the key that clients have to send: a file's text, else MAXLM_API_KEY's;
+    None: none. Raises MaxlmError: a key is empty or not plain ASCII."""
     key, where = os.environ.get("MAXLM_API_KEY"), "MAXLM_API_KEY"
     if path is not None:
         key, where = Path(path).read_text("utf-8", "replace").strip(), str(path)
-    if key is not None and (not key.isascii() or not key.isprintable() or not key.strip()):
-        raise MaxlmError("the key is empty or not printable ASCII", where=where, fix="set another")
+    if key is not None and (
+        not key.isascii() or not key.isprintable() or not key.strip()
+    ):
+        raise MaxlmError(
+            "the key is empty or not printable ASCII", where=where, fix="set another"
+        )
     return key
 
 
-def run_server(state: ServerState, bound: socket.socket, announce: Callable[[str], None]) -> None:
-    """Serves until a signal: the first SIGTERM or Ctrl-C refuses new requests (503) and ends when
-    those that run are answered, the second ends at once. ``announce``: called with the URL when
-    requests are taken."""
+def run_server(
+    state: ServerState, bound: socket.socket, announce: Callable[[str], None]
+) -> None:
+    """Serves until a signal: the first SIGTERM or Ctrl-C refuses new requests (503) and
+    ends when those that run are answered, the second ends at once. ``announce``: called
+    with the URL when requests are taken."""
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
@@ -74,7 +84,8 @@ def make_server_config(state: ServerState) -> uvicorn.Config:
 
 
 class _DrainingServer(uvicorn.Server):
-    """Ends on a signal only when what runs is answered; uvicorn closes its sockets at once."""
+    """Ends on a signal only when what runs is answered; uvicorn closes its sockets at
+    once."""
 
     def __init__(self, state: ServerState, announce: Callable[[], None]):
         super().__init__(make_server_config(state))
@@ -98,5 +109,7 @@ class _DrainingServer(uvicorn.Server):
             print(what, file=sys.stderr, flush=True)
 
     async def on_tick(self, counter: int) -> bool:
-        self.should_exit |= self._engine_loop.is_draining and not self._engine_loop.num_open
+        self.should_exit |= (
+            self._engine_loop.is_draining and not self._engine_loop.num_open
+        )
         return await super().on_tick(counter)

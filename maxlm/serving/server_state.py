@@ -2,7 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -28,22 +35,25 @@ _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 3
 
 @dataclass
 class ServerState:
-    """A running server's parts: a model under the name that requests give it, and what runs it."""
+    """A running server's parts: a model under the name that requests give it, and what
+    runs it."""
 
     name: str
     tokenizer: Tokenizer
     max_length: int
-    """Tokens of a prompt and its continuation together: the engine's setting of that name."""
+    """Tokens of a prompt and its continuation together: the engine's setting of that
+    name."""
     encode_prompt: Callable[..., list[int]]
-    """Returns the ids that the model is given for a text; ``allow_special``: as the tokenizer's
-    ``encode`` takes it."""
+    """Returns the ids that the model is given for a text; ``allow_special``: as the
+    tokenizer's ``encode`` takes it."""
     engine_loop: EngineLoop
     embedder: Embedder | None = None
     api_key: str | None = None
     max_body_bytes: int = 16 << 20
     read_adapter: Callable[[str], ServedAdapter] | None = None
     adapter_tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
-    """Tokenizers of loaded adapters that have one of their own, by the adapter's name."""
+    """Tokenizers of loaded adapters that have one of their own, by the adapter's
+    name."""
     allowed_hosts: Collection[str] | None = None
     """Names that requests may call the server by; None: any."""
     request_seconds: float = DEFAULT_REQUEST_SECONDS
@@ -63,17 +73,20 @@ class ServerState:
         self._count_least_tokens = make_token_count_bound(self.tokenizer)
 
     async def read_body(self, request: Request, schema: type[Body]) -> Body:
-        """Reads and checks a JSON body. Raises ApiError: no JSON, too large, a field that is not
-        supported, another model's name; ValidationError: a wrong field."""
+        """Reads and checks a JSON body. Raises ApiError: no JSON, too large, a field
+        that is not supported, another model's name; ValidationError: a wrong field."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        # A page of another site can send anything else without asking the browser first.
+        # A page of another site can send anything else without asking the browser
+        # first.
         if kind != "application/json":
             raise ApiError(400, "send the header content-type: application/json")
         data = bytearray()
         async for chunk in request.stream():
             data += chunk
             if len(data) > self.max_body_bytes:
-                raise ApiError(413, f"the body is larger than {self.max_body_bytes:,} bytes")
+                raise ApiError(
+                    413, f"the body is larger than {self.max_body_bytes:,} bytes"
+                )
         body = schema.model_validate_json(bytes(data))
         self.find_adapter(body.model)
         request.state.ignored_fields = body.list_ignored_fields()
@@ -85,8 +98,8 @@ class ServerState:
         return () if engine is None else engine.adapters
 
     def find_adapter(self, model: str | None) -> str | None:
-        """Returns the adapter of the model that a request names, ``base:adapter``; None: the base.
-        Raises ApiError: there is no such model."""
+        """Returns the adapter of the model that a request names, ``base:adapter``;
+        None: the base. Raises ApiError: there is no such model."""
         known = {None: None, self.name: None}
         known |= {f"{self.name}:{adapter}": adapter for adapter in self.list_adapters()}
         if model not in known:
@@ -96,14 +109,19 @@ class ServerState:
         return known[model]
 
     def get_tokenizer(self, model: str | None) -> Tokenizer:
-        """Returns the tokenizer of the model that a request names: its adapter's own, or the
-        base's."""
+        """Returns the tokenizer of the model that a request names: its adapter's own,
+        or the base's."""
         adapter = self.find_adapter(model)
         return self.adapter_tokenizers.get(adapter or "", self.tokenizer)
 
     def describe_model(self, adapter: str | None = None) -> dict[str, Any]:
         """Returns the model, or an adapter of it, as /v1/models does."""
-        about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "maxlm"}
+        about = {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "maxlm",
+        }
         own = {"id": f"{self.name}:{adapter}", "parent": self.name} if adapter else {}
         return {**about, **own, "max_model_len": self.max_length}
 
@@ -116,8 +134,8 @@ class ServerState:
         allow_special: bool = False,
         kept_tokens: int | None = None,
     ) -> list[tuple[int, ...]]:
-        """Returns the ids of prompts that may be texts or ids already; checks these. Raises
-        ApiError: a prompt is empty, too long, or of ids that are none.
+        """Returns the ids of prompts that may be texts or ids already; checks these.
+        Raises ApiError: a prompt is empty, too long, or of ids that are none.
 
         Args:
             prompt_field: the request's field that has the prompts, to name in errors.
@@ -139,12 +157,16 @@ class ServerState:
             elif kept_tokens is not None:
                 tokens = tuple(prompt[-kept_tokens:])
             else:
-                self.check_prompt_length(len(prompt), prompt_field, max_tokens=max_tokens)
+                self.check_prompt_length(
+                    len(prompt), prompt_field, max_tokens=max_tokens
+                )
                 tokens = tuple(prompt)
             if not tokens:
                 raise ApiError(400, "a prompt is empty", param=prompt_field)
             if max(tokens) > last:
-                raise ApiError(400, f"token ids lie from 0 to {last}", param=prompt_field)
+                raise ApiError(
+                    400, f"token ids lie from 0 to {last}", param=prompt_field
+                )
             encoded.append(tokens)
         return encoded
 
@@ -157,18 +179,21 @@ class ServerState:
         max_tokens: int | None = None,
         kept_tokens: int | None = None,
     ) -> tuple[int, ...]:
-        """Returns a text's ids by ``encode``, in a thread of its own. Raises ApiError: the text can
-        never fit, which is told before it is encoded.
+        """Returns a text's ids by ``encode``, in a thread of its own. Raises ApiError:
+        the text can never fit, which is told before it is encoded.
 
         Args:
-            kept_tokens: the last ones alone are taken, behind the token that begins texts.
+            kept_tokens: the last ones alone are taken, behind the token that begins
+                texts.
         """
         if kept_tokens is not None:
             return await asyncio.to_thread(self._encode_end, text, encode, kept_tokens)
 
         def check_and_encode() -> list[int]:
             least = self._count_least_tokens(text)
-            self.check_prompt_length(least, prompt_field, max_tokens=max_tokens, is_least=True)
+            self.check_prompt_length(
+                least, prompt_field, max_tokens=max_tokens, is_least=True
+            )
             return encode(text)
 
         return tuple(await asyncio.to_thread(check_and_encode))
@@ -176,26 +201,35 @@ class ServerState:
     def _encode_end(
         self, text: str, encode: Callable[[str], list[int]], num_tokens: int
     ) -> tuple[int, ...]:
-        # So much text has more tokens than are kept; what stands before it is not looked at.
+        # So much text has more tokens than are kept; what stands before it is not
+        # looked at.
         most_chars = (num_tokens + 64) * max(map(len, self.tokenizer.codec.token_bytes))
         tokens = encode(text[-most_chars:])
         if len(tokens) <= num_tokens:
             return tuple(tokens)
         begins = tokens[0] == self.tokenizer.bos_id and num_tokens > 1
-        return (tokens[0], *tokens[1 - num_tokens :]) if begins else tuple(tokens[-num_tokens:])
+        return (
+            (tokens[0], *tokens[1 - num_tokens :])
+            if begins
+            else tuple(tokens[-num_tokens:])
+        )
 
-    def resolve_truncation(self, asked: int | None, max_new_tokens: int | None) -> int | None:
-        """Returns how many last tokens of a prompt are kept, None: all must fit. Raises ApiError:
-        fewer than one.
+    def resolve_truncation(
+        self, asked: int | None, max_new_tokens: int | None
+    ) -> int | None:
+        """Returns how many last tokens of a prompt are kept, None: all must fit. Raises
+        ApiError: fewer than one.
 
         Args:
-            asked: -1 asks for all that there is room for beside ``max_new_tokens``; where these are
-                not given, beside an answer of a quarter of the context.
+            asked: -1 asks for all that there is room for beside ``max_new_tokens``;
+                where these are not given, beside an answer of a quarter of the context.
         """
         if asked is None:
             return None
         if asked == 0:
-            raise ApiError(400, "keep one token at least, or -1", param="truncate_prompt_tokens")
+            raise ApiError(
+                400, "keep one token at least, or -1", param="truncate_prompt_tokens"
+            )
         room = self.max_length - (max_new_tokens or self.max_length // 4)
         return max(1, room if asked == -1 else min(asked, room))
 
@@ -207,19 +241,23 @@ class ServerState:
         max_tokens: int | None = None,
         is_least: bool = False,
     ) -> None:
-        """Raises ApiError: a prompt of so many tokens is too long for the context, or for
-        ``max_tokens``; ``is_least``: it has so many at least."""
+        """Raises ApiError: a prompt of so many tokens is too long for the context, or
+        for ``max_tokens``; ``is_least``: it has so many at least."""
         if num_tokens > (max_tokens or self.max_length):
             count = f"at least {num_tokens}" if is_least else str(num_tokens)
-            message = f"the prompt has {count} tokens; {self._describe_context(max_tokens)}"
-            raise ApiError(400, message, param=prompt_field, code="context_length_exceeded")
+            message = (
+                f"the prompt has {count} tokens; {self._describe_context(max_tokens)}"
+            )
+            raise ApiError(
+                400, message, param=prompt_field, code="context_length_exceeded"
+            )
 
     def resolve_max_tokens(
         self, num_prompt_tokens: int, asked: int | None, prompt_field: str
     ) -> int:
-        """Returns how many tokens a sequence may have; None asks for all that there is room for.
-        Raises ApiError: they do not fit the context; ``prompt_field`` is the request's field that
-        has the prompt, to name there."""
+        """Returns how many tokens a sequence may have; None asks for all that there is
+        room for. Raises ApiError: they do not fit the context; ``prompt_field`` is the
+        request's field that has the prompt, to name there."""
         room = self.max_length - num_prompt_tokens
         if room < 1 or (asked or 0) > room:
             message = f"the prompt has {num_prompt_tokens} tokens"
@@ -241,9 +279,9 @@ class ServerState:
 
 
 class ServerMetrics(Collector):
-    """Counters and histograms of one server, in a registry of their own. ``read_stats``: returns
-    the engine's ``EngineStats``, or None; each of its fields is a gauge ``maxlm_NAME``, and a
-    counter where the name ends in ``_total``."""
+    """Counters and histograms of one server, in a registry of their own.
+    ``read_stats``: returns the engine's ``EngineStats``, or None; each of its fields is
+    a gauge ``maxlm_NAME``, and a counter where the name ends in ``_total``."""
 
     def __init__(self, read_stats: Callable[[], Any]):
         self.registry, self._read_stats = CollectorRegistry(), read_stats
@@ -251,13 +289,22 @@ class ServerMetrics(Collector):
         about: dict[str, Any] = {"registry": self.registry, "namespace": "maxlm"}
         text = "Answers, by path and status"
         self.requests = Counter("requests", text, ["path", "code"], **about)
-        name, text = "time_to_first_token_seconds", "From a request to a sequence's first token"
+        name, text = (
+            "time_to_first_token_seconds",
+            "From a request to a sequence's first token",
+        )
         self._first = Histogram(name, text, buckets=_SECONDS, **about)
         text = "Between tokens of a sequence; a step's tokens share its time"
-        self._between = Histogram("inter_token_seconds", text, buckets=_SECONDS, **about)
-        self._duration = Histogram("request_seconds", "From a request to its last token", **about)
+        self._between = Histogram(
+            "inter_token_seconds", text, buckets=_SECONDS, **about
+        )
+        self._duration = Histogram(
+            "request_seconds", "From a request to its last token", **about
+        )
 
-    async def time_outputs(self, stream: RequestStream) -> AsyncIterator[SequenceOutput]:
+    async def time_outputs(
+        self, stream: RequestStream
+    ) -> AsyncIterator[SequenceOutput]:
         """Passes a stream's outputs on, and observes when they come."""
         last: dict[tuple[str, int], float] = {}
         async for output in stream:
@@ -277,4 +324,6 @@ class ServerMetrics(Collector):
         for name, value in stats._asdict().items() if stats else ():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             words = name.removeprefix("num_").replace("_total", " since the start")
-            yield kind(f"maxlm_{name}", f"Engine: {words.replace('_', ' ')}", value=value)
+            yield kind(
+                f"maxlm_{name}", f"Engine: {words.replace('_', ' ')}", value=value
+            )

@@ -2,9 +2,11 @@
 
 Three ways to write a call are known, and told apart by the chat template:
 
-- hermes (Hermes, Qwen, SmolLM3): ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``
+- hermes (Hermes, Qwen, SmolLM3): ``<tool_call>{"name": ..., "arguments":
+  {...}}</tool_call>``
 - mistral: ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]``
-- llama3: the answer is ``{"name": ..., "parameters": {...}}``, maybe behind ``<|python_tag|>``
+- llama3: the answer is ``{"name": ..., "parameters": {...}}``, maybe behind
+  ``<|python_tag|>``
 """
 
 import json
@@ -21,7 +23,11 @@ from maxlm.serving.schemas import Tool, ToolFunction
 
 ToolFormat = Literal["hermes", "mistral", "llama3"]
 
-_OPENERS: dict[ToolFormat, str] = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "llama3": ""}
+_OPENERS: dict[ToolFormat, str] = {
+    "hermes": "<tool_call>",
+    "mistral": "[TOOL_CALLS]",
+    "llama3": "",
+}
 _CLOSER = "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"
 _BEFORE_HEAD = re.compile(rf"(?:[\s\[]|{re.escape(_PYTHON_TAG)})*")
@@ -34,7 +40,8 @@ _MAX_HEAD_CHARS = 1000
 _TOOL_SCHEMAS = "json-schema:///tools/"
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _INSTRUCTIONS = (
-    "You may call functions to help with the user's query. Their signatures, as JSON, one a line:\n"
+    "You may call functions to help with the user's query. Their signatures, as JSON, "
+    "one a line:\n"
     "<tools>\n{tools}\n</tools>\n"
     "To call one, answer with a JSON object with its name and arguments, within tags:\n"
     '<tool_call>\n{{"name": <name>, "arguments": <arguments>}}\n</tool_call>'
@@ -42,7 +49,8 @@ _INSTRUCTIONS = (
 
 
 def detect_tool_format(template: str) -> ToolFormat:
-    """Returns the way in which models of a chat template write calls; hermes if it does not say."""
+    """Returns the way in which models of a chat template write calls; hermes if it does
+    not say."""
     if "[TOOL_CALLS]" in template:
         return "mistral"
     is_llama = "<|start_header_id|>" in template and "tool" in template
@@ -52,13 +60,15 @@ def detect_tool_format(template: str) -> ToolFormat:
 def describe_tools_in_text(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Returns a conversation in which tools, calls and their results are plain text, for a chat
-    template that knows no tools."""
+    """Returns a conversation in which tools, calls and their results are plain text,
+    for a chat template that knows no tools."""
     found: list[dict[str, Any]] = []
     for message in messages:
         role, content = message["role"], message["content"]
         for call in message.get("tool_calls", ()):
-            written = _to_json({key: call["function"][key] for key in ("name", "arguments")})
+            written = _to_json(
+                {key: call["function"][key] for key in ("name", "arguments")}
+            )
             content += f"\n<tool_call>\n{written}\n</tool_call>"
         if role == "tool":
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
@@ -79,8 +89,9 @@ def _to_json(value: Any) -> str:
 def make_tool_grammar(
     tools: Sequence[Tool], tool_format: ToolFormat, *, parallel: bool
 ) -> GrammarSpec:
-    """Returns the form of a call of one of the tools, behind :func:`get_forced_prefix`. Raises
-    ApiError: parameters that are no schema of an object, or two schemas with one ``$id``."""
+    """Returns the form of a call of one of the tools, behind :func:`get_forced_prefix`.
+    Raises ApiError: parameters that are no schema of an object, or two schemas with one
+    ``$id``."""
     key = "parameters" if tool_format == "llama3" else "arguments"
     calls: list[dict[str, Any]] = []
     schema_ids: set[str] = set()
@@ -106,12 +117,17 @@ def make_tool_grammar(
 
 
 def _make_parameters_schema(function: ToolFunction, index: int) -> dict[str, Any]:
-    """Returns a function's parameters as a schema that keeps its meaning within another: its
-    ``$id`` makes it a resource, and ``#`` and ``#/...`` begin there (JSON Schema, 8.2)."""
+    """Returns a function's parameters as a schema that keeps its meaning within
+    another: its ``$id`` makes it a resource, and ``#`` and ``#/...`` begin there (JSON
+    Schema, 8.2)."""
     where = f"the parameters of the tool {function.name}"
     if function.parameters is None:
         # As OpenAI has it: no parameters are an empty list of them.
-        schema: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+        schema: dict[str, Any] = {
+            "type": "object",
+            "properties": {},
+            "additionalProperties": False,
+        }
     else:
         schema = dict(function.parameters)
     for place in ("$defs", "definitions"):
@@ -121,7 +137,9 @@ def _make_parameters_schema(function: ToolFunction, index: int) -> dict[str, Any
     kinds = schema.get("type", "object")
     if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
         raise ApiError(400, f"{where} must be of type object", param="tools")
-    if "$ref" not in schema:  # llguidance takes nothing beside a reference that leads back to it
+    if (
+        "$ref" not in schema
+    ):  # llguidance takes nothing beside a reference that leads back to it
         schema["type"] = "object"
     if not isinstance(schema.setdefault("$id", f"{_TOOL_SCHEMAS}{index}"), str):
         raise ApiError(400, f"$id of {where} is no text", param="tools")
@@ -131,7 +149,8 @@ def _make_parameters_schema(function: ToolFunction, index: int) -> dict[str, Any
 
 
 def get_forced_prefix(tool_format: ToolFormat) -> str:
-    """Returns what opens a call, to end the prompt with where the model has to make one."""
+    """Returns what opens a call, to end the prompt with where the model has to make
+    one."""
     return _OPENERS[tool_format] + ("\n" if tool_format == "hermes" else "")
 
 
@@ -141,14 +160,14 @@ class ParsedText:
 
     content: str = ""
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Calls by number, as OpenAI has them: where one begins with its id and name, and then the next
-    part of its arguments' JSON text."""
+    """Calls by number, as OpenAI has them: where one begins with its id and name, and
+    then the next part of its arguments' JSON text."""
 
 
 @dataclass(eq=False)
 class ToolCallParser:
-    """Reads an answer's text, as it comes, as content and calls; what proves to be no call of a
-    known tool is content."""
+    """Reads an answer's text, as it comes, as content and calls; what proves to be no
+    call of a known tool is content."""
 
     tool_format: ToolFormat
     names: Collection[str]
@@ -166,7 +185,8 @@ class ToolCallParser:
         self._state = self._read_head if starts_with_head else self._read_content
 
     def push(self, text: str, *, final: bool = False) -> ParsedText:
-        """Takes more text; returns what is certain with it. ``final``: no more will come."""
+        """Takes more text; returns what is certain with it. ``final``: no more will
+        come."""
         self._text += text
         self._found, state = ParsedText(), None
         while state != self._state:
@@ -206,7 +226,9 @@ class ToolCallParser:
         self._arguments += self._text
         end = _find_object_end(self._arguments)
         if piece := self._arguments[num_sent:end]:
-            call = self._found.calls.setdefault(self.num_calls, {"function": {"arguments": ""}})
+            call = self._found.calls.setdefault(
+                self.num_calls, {"function": {"arguments": ""}}
+            )
             call["function"]["arguments"] += piece
         self._text = self._arguments[end:] if end else ""
         if end:

@@ -8,18 +8,18 @@ from jax.experimental import mesh_utils
 
 from maxlm.config import MaxlmError
 
-# Axes that may lie over the network between TPU slices, the most willing first: `data` crosses it
-# once a step, `stage` with one activation a micro-batch.
+# Axes that may lie over the network between TPU slices, the most willing first: `data`
+# crosses it once a step, `stage` with one activation a micro-batch.
 BETWEEN_SLICES = ("data", "stage")
 
 
 def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     """Returns devices in the shape of a mesh, ``sizes`` outermost first.
 
-    A TPU slice is laid along its torus (``mesh_utils``), several slices along `data`, else `stage`;
-    GPUs host by host, so that `tensor`, innermost, stays within one. Raises MaxlmError: slices that
-    neither `data` nor `stage` divides over; `tensor` across GPU hosts; axes that a torus has no
-    room for."""
+    A TPU slice is laid along its torus (``mesh_utils``), several slices along `data`,
+    else `stage`; GPUs host by host, so that `tensor`, innermost, stays within one.
+    Raises MaxlmError: slices that neither `data` nor `stage` divides over; `tensor`
+    across GPU hosts; axes that a torus has no room for."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "gpu":
         ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -36,8 +36,14 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
             if slices == 1:
                 return mesh_utils.create_device_mesh(inner, devices, **options)
             between = tuple(outer.values())
-            return mesh_utils.create_hybrid_device_mesh(inner, between, devices, **options)
-        except (NotImplementedError, TypeError, ValueError):  # as JAX words that it finds no way
+            return mesh_utils.create_hybrid_device_mesh(
+                inner, between, devices, **options
+            )
+        except (
+            NotImplementedError,
+            TypeError,
+            ValueError,
+        ):  # as JAX words that it finds no way
             continue
     axes = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
     fix = "choose axes whose sizes are products of its sides, or of parts of them"
@@ -45,8 +51,8 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
 
 
 def count_slices_per_axis(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
-    """Returns the number of slices that each mesh axis is split over; raises MaxlmError where
-    neither `data` nor `stage` divides over them."""
+    """Returns the number of slices that each mesh axis is split over; raises MaxlmError
+    where neither `data` nor `stage` divides over them."""
     outer = dict.fromkeys(sizes, 1)
     if num_slices == 1:
         return outer
@@ -62,5 +68,9 @@ def count_slices_per_axis(sizes: Mapping[str, int], num_slices: int) -> dict[str
 def check_tensor_within_host(sizes: Mapping[str, int], gpus_per_host: int) -> None:
     """Raises MaxlmError where the axis `tensor` does not stay within a host."""
     if gpus_per_host % sizes["tensor"]:
-        what = f"tensor={sizes['tensor']} would lie across hosts of {gpus_per_host} GPUs"
-        raise MaxlmError(what, where="mesh.tensor", fix=f"use a divisor of {gpus_per_host}")
+        what = (
+            f"tensor={sizes['tensor']} would lie across hosts of {gpus_per_host} GPUs"
+        )
+        raise MaxlmError(
+            what, where="mesh.tensor", fix=f"use a divisor of {gpus_per_host}"
+        )

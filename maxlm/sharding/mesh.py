@@ -39,8 +39,8 @@ class MeshConfig(Config):
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """Parses ``"fsdp=64,tensor=4"`` to a config; axes left out have size 1. Raises MaxlmError:
-    malformed text, or an axis that does not exist."""
+    """Parses ``"fsdp=64,tensor=4"`` to a config; axes left out have size 1. Raises
+    MaxlmError: malformed text, or an axis that does not exist."""
     sizes = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         axis, _, size = part.partition("=")
@@ -58,10 +58,13 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Returns the size of every axis, in mesh order, for a number of devices. Raises MaxlmError:
-    two axes are -1, a size is below 1, or the product is not ``num_devices``."""
+    """Returns the size of every axis, in mesh order, for a number of devices. Raises
+    MaxlmError: two axes are -1, a size is below 1, or the product is not
+    ``num_devices``."""
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    described = ", ".join(f"{a}={n}" for a, n in sizes.items() if n != 1) or "all axes 1"
+    described = (
+        ", ".join(f"{a}={n}" for a, n in sizes.items() if n != 1) or "all axes 1"
+    )
     free = [axis for axis, n in sizes.items() if n == -1]
     for axis, n in sizes.items():
         if n < 1 and n != -1:
@@ -76,30 +79,36 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     elif free or fixed != num_devices:
         wanted = f"a multiple of {fixed}" if free else str(fixed)
         what = f"{described} needs {wanted} devices, {num_devices} here"
-        fix = f"set the axes so that their product is {num_devices}, or one of them to -1"
+        fix = (
+            f"set the axes so that their product is {num_devices}, or one of them to -1"
+        )
         raise MaxlmError(what, where="mesh", fix=fix)
     return sizes
 
 
 def count_min_devices(config: MeshConfig) -> int:
-    """Returns the least number of devices a mesh can have: an axis of -1 counts as 1."""
+    """Returns the least number of devices a mesh can have: an axis of -1 counts as
+    1."""
     return prod(max(getattr(config, axis), 1) for axis in MESH_AXES)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns an explicit mesh over ``devices`` (default: all), laid out along the hardware's
-    links; see ``maxlm.sharding.links``."""
+    """Returns an explicit mesh over ``devices`` (default: all), laid out along the
+    hardware's links; see ``maxlm.sharding.links``."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    return Mesh(arrange_devices(sizes, devices), tuple(sizes), (AxisType.Explicit,) * len(sizes))
+    return Mesh(
+        arrange_devices(sizes, devices), tuple(sizes), (AxisType.Explicit,) * len(sizes)
+    )
 
 
 def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
-    """Jits ``function`` so that every output is computed in shards, never whole on a device.
+    """Jits ``function`` so that every output is computed in shards, never whole on a
+    device.
 
-    Under an explicit mesh, values made from nothing are replicated by their type: with plain
-    ``out_shardings`` each device would make every array whole and cut it at the end. Here the
-    compiler lays out the computation, from the outputs backwards.
+    Under an explicit mesh, values made from nothing are replicated by their type: with
+    plain ``out_shardings`` each device would make every array whole and cut it at the
+    end. Here the compiler lays out the computation, from the outputs backwards.
 
     Args:
         function: takes replicated arguments (a random key).
@@ -109,8 +118,8 @@ def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., A
 
 
 def bind_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``function`` with ``mesh`` as JAX's current one, which layers read while being traced.
-    ``__wrapped__`` is ``function`` itself, say to lower it."""
+    """Wraps ``function`` with ``mesh`` as JAX's current one, which layers read while
+    being traced. ``__wrapped__`` is ``function`` itself, say to lower it."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

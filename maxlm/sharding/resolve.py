@@ -1,4 +1,5 @@
-"""Resolves logical axes to partitions, with loud errors: nothing is dropped silently."""
+"""Resolves logical axes to partitions, with loud errors: nothing is dropped
+silently."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ def resolve_placement(
     rules: AxisRules,
     mesh_sizes: Mapping[str, int],
 ) -> Placement:
-    """Resolve one array's partition. Raises MaxlmError: a dimension that its mesh axes do not
-    divide; two dimensions on one mesh axis.
+    """Resolve one array's partition. Raises MaxlmError: a dimension that its mesh axes
+    do not divide; two dimensions on one mesh axis.
 
     Args:
         array_name: for errors.
@@ -65,9 +66,11 @@ def resolve_placement(
     )
 
 
-def _check_distinct(axes: Sequence[str | None], rules: AxisRules, where: str) -> dict[str, str]:
-    """Refuse two logical axes of one array on one mesh axis; returns the mesh axes with their
-    logical ones."""
+def _check_distinct(
+    axes: Sequence[str | None], rules: AxisRules, where: str
+) -> dict[str, str]:
+    """Refuse two logical axes of one array on one mesh axis; returns the mesh axes with
+    their logical ones."""
     seen: dict[str, str] = {}
     for axis in filter(None, axes):
         for name in rules.mesh_axes(axis):
@@ -80,9 +83,9 @@ def _check_distinct(axes: Sequence[str | None], rules: AxisRules, where: str) ->
 
 
 def check_activation_rules(rules: AxisRules) -> None:
-    """Refuse compute rules that split two dimensions of one activation over the same mesh axis, or
-    the width of the residual stream or of a head. ``rules``: on the mesh at hand, so without axes
-    of size 1."""
+    """Refuse compute rules that split two dimensions of one activation over the same
+    mesh axis, or the width of the residual stream or of a head. ``rules``: on the mesh
+    at hand, so without axes of size 1."""
     width = "the residual stream's width, which norms, experts and the loss need"
     head = "a head's width, which attention needs"
     for axis, needed in (("embed", width), ("expert_embed", width), ("head_dim", head)):
@@ -95,19 +98,25 @@ def check_activation_rules(rules: AxisRules) -> None:
 
 
 def check_unsharded_share(
-    placements: Mapping[str, tuple[int, Placement]], sizes: Mapping[str, int], max_share: float
+    placements: Mapping[str, tuple[int, Placement]],
+    sizes: Mapping[str, int],
+    max_share: float,
 ) -> None:
-    """Refuse a plan that leaves too many parameter bytes whole on every device. ``placements``:
-    path → (bytes, placement). ``max_share``: the largest share allowed; only meshes that split
-    parameters are held to it."""
+    """Refuse a plan that leaves too many parameter bytes whole on every device.
+    ``placements``: path → (bytes, placement). ``max_share``: the largest share allowed;
+    only meshes that split parameters are held to it."""
     if prod(sizes[axis] for axis in PARAMETER_AXES) == 1:
         return
     whole = {
-        path: size for path, (size, placement) in placements.items() if placement.num_shards == 1
+        path: size
+        for path, (size, placement) in placements.items()
+        if placement.num_shards == 1
     }
     share = sum(whole.values()) / sum(size for size, _ in placements.values())
     if share > max_share:
         what = f"{share:.0%} of parameter bytes would be whole on every device "
-        what += f"(limit {max_share:.0%}), the largest {max(whole, key=whole.__getitem__)}"
+        what += (
+            f"(limit {max_share:.0%}), the largest {max(whole, key=whole.__getitem__)}"
+        )
         fix = "give one of its axes a mesh axis, or raise sharding.max_unsharded"
         raise MaxlmError(what, where="sharding.storage", fix=fix)

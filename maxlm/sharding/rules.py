@@ -1,8 +1,9 @@
 """Axis rules: which mesh axes each logical axis is split over.
 
-*Storage* rules say how parameters rest between steps, and two further sets, where they differ, how
-gradients and the optimizer's state do; *compute* rules say how parameters and activations lie while
-they are used. Their difference is the parallelism, here by what ``embed`` is split over:
+*Storage* rules say how parameters rest between steps, and two further sets, where they
+differ, how gradients and the optimizer's state do; *compute* rules say how parameters
+and activations lie while they are used. Their difference is the parallelism, here by
+what ``embed`` is split over:
 
 ==========================  =========  =========  =========  =======
 kind                        storage    gradients  optimizer  compute
@@ -13,8 +14,8 @@ ZeRO-2                      null       fsdp       fsdp       null
 ZeRO-3, FSDP (the default)  fsdp       fsdp       fsdp       null
 ==========================  =========  =========  =========  =======
 
-(Rajbhandari et al. 2020, §5.) With replicas over `data` as well, ZeRO-3 is HSDP. ``heads: tensor``
-in storage and compute is tensor parallelism.
+(Rajbhandari et al. 2020, §5.) With replicas over `data` as well, ZeRO-3 is HSDP.
+``heads: tensor`` in storage and compute is tensor parallelism.
 """
 
 from collections.abc import Mapping
@@ -37,14 +38,15 @@ MeshAxes = Annotated[tuple[MeshAxis, ...], BeforeValidator(_as_tuple)]
 
 
 class AxisRules(Config):
-    """One field per logical axis; each names the mesh axes it is split over (null: none)."""
+    """One field per logical axis; each names the mesh axes it is split over (null:
+    none)."""
 
     batch: MeshAxes = ()
     seq: MeshAxes = ()
     """The sequence within attention and MLP."""
     residual: MeshAxes = ()
-    """The sequence of the residual stream and its norms: beyond `seq`'s axes it may have those
-    that split heads and FFN (Megatron's sequence parallelism)."""
+    """The sequence of the residual stream and its norms: beyond `seq`'s axes it may
+    have those that split heads and FFN (Megatron's sequence parallelism)."""
     embed: MeshAxes = ()
     """d_model: rows of weights in storage, the residual stream in compute."""
     heads: MeshAxes = ()
@@ -54,7 +56,8 @@ class AxisRules(Config):
     vocab: MeshAxes = ()
     expert: MeshAxes = ()
     expert_embed: MeshAxes = ()
-    """d_model of routed experts' weights, whose experts may take one of embed's mesh axes."""
+    """d_model of routed experts' weights, whose experts may take one of embed's mesh
+    axes."""
     latent: MeshAxes = ()
     """The narrow vectors of latent attention, where they are written."""
     layers: MeshAxes = ()
@@ -62,12 +65,16 @@ class AxisRules(Config):
     """Recurrent state of state-space layers."""
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """Returns the partition of an array whose dimensions carry these logical axes."""
+        """Returns the partition of an array whose dimensions carry these logical
+        axes."""
         return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
 
     def for_mesh(self, sizes: Mapping[str, int]) -> "AxisRules":
-        """Returns these rules for a mesh's sizes: axes of size 1 split nothing and are left out."""
-        kept = {a: tuple(n for n in getattr(self, a) if sizes[n] > 1) for a in LOGICAL_AXES}
+        """Returns these rules for a mesh's sizes: axes of size 1 split nothing and are
+        left out."""
+        kept = {
+            a: tuple(n for n in getattr(self, a) if sizes[n] > 1) for a in LOGICAL_AXES
+        }
         return AxisRules(**kept)
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
@@ -79,7 +86,8 @@ LOGICAL_AXES = tuple(AxisRules.model_fields)
 
 
 class StorageRules(AxisRules):
-    """Layout of parameters and what belongs to them at rest: by default ZeRO-3 over `fsdp`."""
+    """Layout of parameters and what belongs to them at rest: by default ZeRO-3 over
+    `fsdp`."""
 
     embed: MeshAxes = ("fsdp", "expert")
     heads: MeshAxes = ("tensor",)
@@ -92,7 +100,8 @@ class StorageRules(AxisRules):
 
 
 class ComputeRules(AxisRules):
-    """Layout of arrays in use: batch over all data-like axes, weights whole but for `tensor`."""
+    """Layout of arrays in use: batch over all data-like axes, weights whole but for
+    `tensor`."""
 
     batch: MeshAxes = ("data", "fsdp", "expert")
     seq: MeshAxes = ("context",)
@@ -117,5 +126,5 @@ class ShardingConfig(Config):
     compute: ComputeRules = ComputeRules()
     """Layout of parameters and activations while a step uses them."""
     max_unsharded: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of parameter bytes that may be whole on every device of a mesh that shards
-    parameters at all; a plan above it is refused."""
+    """Largest share of parameter bytes that may be whole on every device of a mesh that
+    shards parameters at all; a plan above it is refused."""

@@ -1,5 +1,5 @@
-"""Mesh axes that code registered from outside must know of: on them it sees a batch in another
-form."""
+"""Mesh axes that code registered from outside must know of: on them it sees a batch in
+another form."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -12,9 +12,9 @@ from maxlm.config.errors import Requirement
 from maxlm.sharding.rules import AxisRules
 
 ReshapingAxis = Literal["context", "stage"]
-"""``context``: rows are split over devices, and their tokens stand in another order unless
-``parallel.balance_sequence`` is false. ``stage``: layers lie on pipeline stages, and a batch's
-micro-batches [M, B, ...] run together."""
+"""``context``: rows are split over devices, and their tokens stand in another order
+unless ``parallel.balance_sequence`` is false. ``stage``: layers lie on pipeline stages,
+and a batch's micro-batches [M, B, ...] run together."""
 
 
 def require_declared_axes(

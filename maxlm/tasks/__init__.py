@@ -1,8 +1,9 @@
-"""Tasks: what a model is trained for, each a config with its batches, its loss and its checks.
+"""Tasks: what a model is trained for, each a config with its batches, its loss and its
+checks.
 
-To add one, write a :class:`Task` in a file or folder here and add it to ``_TASKS``, or register it
-from outside with :func:`register_task`. An installed package names its class in an entry point of
-the group ``maxlm.tasks``, under the task's kind.
+To add one, write a :class:`Task` in a file or folder here and add it to ``_TASKS``, or
+register it from outside with :func:`register_task`. An installed package names its
+class in an entry point of the group ``maxlm.tasks``, under the task's kind.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,15 @@ from maxlm.tasks.text import ClmTask
 
 _Preference = RewardTask | DpoTask | KtoTask | OrpoTask | CpoTask
 _Distillation = DistillationTask | TextDistillationTask
-_Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task | SftTask | _Preference | _Distillation
+_Builtin = (
+    ClmTask
+    | MlmTask
+    | SpanCorruptionTask
+    | Ul2Task
+    | SftTask
+    | _Preference
+    | _Distillation
+)
 _TASKS: dict[str, type[Task]] = {
     task.model_fields["kind"].default: task for task in _Builtin.__args__
 }
@@ -38,7 +47,8 @@ def register_task(task: type[Task]) -> type[Task]:
 
 
 def find_task(kind: str) -> type[Task] | None:
-    """Returns the task of a kind, from an installed package if need be; None if there is none."""
+    """Returns the task of a kind, from an installed package if need be; None if there
+    is none."""
     if kind not in _TASKS:
         for entry in entry_points(group="maxlm.tasks", name=kind):
             register_task(entry.load())
@@ -50,16 +60,22 @@ def list_task_kinds(architecture: str) -> list[str]:
     return [kind for kind, task in _TASKS.items() if task.architecture == architecture]
 
 
-def check_task(task: Task, model: ModelConfig, seq_len: int, num_virtual_tokens: int = 0) -> None:
-    """Checks that a task can train a model on rows of ``seq_len`` tokens of text, or of examples
-    that begin with ``num_virtual_tokens``; raises MaxlmError naming the settings."""
+def check_task(
+    task: Task, model: ModelConfig, seq_len: int, num_virtual_tokens: int = 0
+) -> None:
+    """Checks that a task can train a model on rows of ``seq_len`` tokens of text, or of
+    examples that begin with ``num_virtual_tokens``; raises MaxlmError naming the
+    settings."""
     if model.architecture != task.architecture:
         raise MaxlmError(
-            f"task.kind={task.kind} trains a model of architecture {task.architecture}, "
+            f"task.kind={task.kind} trains a model of architecture "
+            f"{task.architecture}, "
             f"model.architecture={model.architecture}",
             fix=f"use task.kind={' or '.join(list_task_kinds(model.architecture))}",
         )
-    if missing := {n: w for n, w in task.required_heads.items() if model.heads.get(n) != w}:
+    if missing := {
+        n: w for n, w in task.required_heads.items() if model.heads.get(n) != w
+    }:
         what = f"task.kind={task.kind} reads the heads {missing}, the model has {dict(model.heads)}"
         raise MaxlmError(what, where="model.heads", fix=f"set {missing} there")
     if (longest := max(task.row_lengths(seq_len))) > model.max_seq_len:
@@ -73,7 +89,9 @@ def check_task(task: Task, model: ModelConfig, seq_len: int, num_virtual_tokens:
         raise MaxlmError(what, where="adapter", fix=fix)
     if num_virtual_tokens and (frozen := [*task.frozen_models()]):
         what = f"virtual tokens, which the {frozen[0]} of task.kind={task.kind} does not know"
-        raise MaxlmError(what, where="adapter", fix="use another adapter, such as kind=lora")
+        raise MaxlmError(
+            what, where="adapter", fix="use another adapter, such as kind=lora"
+        )
 
 
 def _validate_task(settings: Any, validate: Any) -> Task:

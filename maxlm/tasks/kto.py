@@ -1,4 +1,5 @@
-"""Kahneman-Tversky optimization: learns from answers that are good or bad, without pairs."""
+"""Kahneman-Tversky optimization: learns from answers that are good or bad, without
+pairs."""
 
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -33,12 +34,12 @@ _KL = "kl_"
 
 
 class KtoTask(ReferenceTask):
-    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306) on rows of prompt,
-    completion and label.
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306) on rows
+    of prompt, completion and label.
 
-    The distance to the reference is measured on prompts with the completion of the row before
-    them in the file: one number for the whole batch, its micro-batches together, no less than 0
-    and without a gradient.
+    The distance to the reference is measured on prompts with the completion of the row
+    before them in the file: one number for the whole batch, its micro-batches together,
+    no less than 0 and without a gradient.
     """
 
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
@@ -47,17 +48,26 @@ class KtoTask(ReferenceTask):
     beta: float = Field(default=0.1, gt=0)
     """Strength of the tie to the reference."""
     desirable_weight: float = Field(default=1.0, ge=0)
-    """Weight of good answers. Let the weights of both kinds times their numbers be 1 to 4/3."""
+    """Weight of good answers. Let the weights of both kinds times their numbers be 1 to
+    4/3."""
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of bad answers."""
 
-    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
-        prompt, completion = (get_column(row, name) for name in ("prompt", "completion"))
-        return [encode_answer(tokenizer, prompt, completion, read_template_variables(row))]
+    def encode_example(
+        self, tokenizer: Tokenizer, row: FileRow
+    ) -> list[EncodedSequence]:
+        prompt, completion = (
+            get_column(row, name) for name in ("prompt", "completion")
+        )
+        return [
+            encode_answer(tokenizer, prompt, completion, read_template_variables(row))
+        ]
 
-    def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
-        """Adds the label, and the prompt with another row's completion, cut to what a row has room
-        for."""
+    def extend_example(
+        self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
+    ) -> Arrays:
+        """Adds the label, and the prompt with another row's completion, cut to what a
+        row has room for."""
         prompt = row["prompt"]
         length = encoder.max_length
         variables = read_template_variables(row)
@@ -77,7 +87,9 @@ class KtoTask(ReferenceTask):
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         arrays = super().batch_arrays(seq_len)
-        return arrays | {_KL + name: own for name, own in arrays.items() if "seq" in own.axes}
+        return arrays | {
+            _KL + name: own for name, own in arrays.items() if "seq" in own.axes
+        }
 
     def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
         if len(file := super().open_files(which)) < 2:
@@ -99,7 +111,9 @@ class KtoTask(ReferenceTask):
         kl = jnp.maximum(ratios.sum() / jnp.maximum(is_present.sum(), 1), 0)
         return batch | {"kl": jnp.where(is_present, kl, 0)}
 
-    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
+    def loss(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> LossResult:
         own = self.compute_sequence_log_probs(models.trained, batch)
         labels, is_good = batch["labels"], batch["labels"] > 0
         ratios = own.sums[..., 0] - batch[LOG_PROBS][..., 0]
@@ -122,4 +136,6 @@ class KtoTask(ReferenceTask):
             "margin": chosen - rejected,
             "chosen_log_prob": average(own.means[..., 0], is_good),
         }
-        return losses.sum() + scale_layers_loss(own.aux, batch, examples), sums | own.aux.sums
+        return losses.sum() + scale_layers_loss(
+            own.aux, batch, examples
+        ), sums | own.aux.sums

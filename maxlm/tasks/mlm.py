@@ -1,4 +1,5 @@
-"""Masked language modelling: predict the tokens that were hidden (Devlin et al. 2019, §3.1)."""
+"""Masked language modelling: predict the tokens that were hidden (Devlin et al. 2019,
+§3.1)."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,8 +19,8 @@ _MASKS = ("[MASK]", "<mask>")
 
 
 class MlmTask(TextTask):
-    """Masked language modelling (Devlin et al. 2019, §3.1): predicts some tokens from all others
-    around them; needs an encoder."""
+    """Masked language modelling (Devlin et al. 2019, §3.1): predicts some tokens from
+    all others around them; needs an encoder."""
 
     architecture: ClassVar[str] = "encoder"
 
@@ -29,13 +30,13 @@ class MlmTask(TextTask):
     masked: float = Field(default=0.8, ge=0, le=1)
     """Share of the chosen tokens that become the mask."""
     random: float = Field(default=0.1, ge=0, le=1)
-    """Share of the chosen tokens that become another token; the rest stays, so that a model cannot
-    trust what it sees."""
+    """Share of the chosen tokens that become another token; the rest stays, so that a
+    model cannot trust what it sees."""
     whole_words: bool = False
     """Choose words, not tokens: parts of a word tell the others too easily."""
     mask_id: int | None = Field(default=None, ge=0)
-    """The mask's id; null: the last one of the model's table, which the tokenizer must leave free.
-    BERT's is 103."""
+    """The mask's id; null: the last one of the model's table, which the tokenizer must
+    leave free. BERT's is 103."""
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:
@@ -49,21 +50,28 @@ class MlmTask(TextTask):
         mask = next((ids[text] for text in _MASKS if text in ids), None)
         return self if mask is None else self.model_copy(update={"mask_id": mask})
 
-    def make_row_transform(self, inputs: SourceInputs) -> Callable[[Row, Generator], Row]:
+    def make_row_transform(
+        self, inputs: SourceInputs
+    ) -> Callable[[Row, Generator], Row]:
         return partial(self.mask_row, inputs.vocabulary)
 
     def mask_row(self, vocabulary: Vocabulary, row: Row, rng: Generator) -> Row:
-        """Masks ``share`` of a row's tokens but special ones and padding, rounded and at least one.
+        """Masks ``share`` of a row's tokens but special ones and padding, rounded and
+        at least one.
 
-        Words, where they are chosen, are so in random order, while they fit what is left of the
-        share: it may stay short of it, by less than the shortest word left. Special tokens and
-        segments' ends end words.
+        Words, where they are chosen, are so in random order, while they fit what is
+        left of the share: it may stay short of it, by less than the shortest word left.
+        Special tokens and segments' ends end words.
 
         Returns:
-            The row with int32 [S] ``tokens``, ``targets`` (the token that a chosen place held; 0
-            elsewhere) and fp32 ``weights``, 1 where a place was chosen.
+            The row with int32 [S] ``tokens``, ``targets`` (the token that a chosen
+            place held; 0 elsewhere) and fp32 ``weights``, 1 where a place was chosen.
         """
-        tokens, segment_ids, special = row["tokens"], row["segment_ids"], vocabulary.is_special
+        tokens, segment_ids, special = (
+            row["tokens"],
+            row["segment_ids"],
+            vocabulary.is_special,
+        )
         candidate = (segment_ids != 0) & ~special[tokens]
         places = np.flatnonzero(candidate)
         budget = max(1, round(self.share * places.size)) if places.size else 0
@@ -93,7 +101,9 @@ class MlmTask(TextTask):
         return self
 
 
-def _whole_words(words: NDArray[np.integer], budget: int, rng: Generator) -> NDArray[np.bool_]:
+def _whole_words(
+    words: NDArray[np.integer], budget: int, rng: Generator
+) -> NDArray[np.bool_]:
     """Flags those tokens [n] whose words, given by number, fill the budget."""
     _, word_of, sizes = np.unique(words, return_inverse=True, return_counts=True)
     chosen = np.zeros(sizes.size, bool)

@@ -1,7 +1,8 @@
 """Preference tasks: learn from pairs of answers, of which one is better.
 
-A pair stands in one row, its chosen answer in an odd and its rejected one in an even segment, so
-that one pass reads both. Formulas and their normalisation are those of TRL 1.16.
+A pair stands in one row, its chosen answer in an odd and its rejected one in an even
+segment, so that one pass reads both. Formulas and their normalisation are those of TRL
+1.16.
 """
 
 from abc import abstractmethod
@@ -32,7 +33,8 @@ LOG_PROBS, MISMATCHED = "reference_log_probs", "mismatched_completion"
 _FIX = "compute it anew with precompute_reference_log_probs"
 
 PairLosses = tuple[jax.Array, jax.Array]
-"""Losses of pairs [..., E], finite for padding too, and rewards of both answers [..., E, 2]."""
+"""Losses of pairs [..., E], finite for padding too, and rewards of both answers [...,
+E, 2]."""
 
 
 class SequenceLogProbs(NamedTuple):
@@ -66,15 +68,20 @@ class PreferenceTask(RowTask):
     def compute_sequence_log_probs(
         self, model: Any, batch: DeviceBatch, prefix: str = ""
     ) -> SequenceLogProbs:
-        """Runs a model once over rows [..., S], the arrays whose names begin with ``prefix``."""
-        arrays = (batch[prefix + name] for name in ("tokens", "positions", "segment_ids"))
+        """Runs a model once over rows [..., S], the arrays whose names begin with
+        ``prefix``."""
+        arrays = (
+            batch[prefix + name] for name in ("tokens", "positions", "segment_ids")
+        )
         hidden, aux = model(*arrays)
         logits, targets = model.prepare_logits(hidden), batch[f"{prefix}targets"]
         own = compute_fused_log_probs(logits, targets, chunk_tokens=self.chunk_tokens)
         weights = batch[f"{prefix}weights"]
 
         def total(values: jax.Array) -> jax.Array:
-            sums = sum_by_segment(values, batch[f"{prefix}segment_ids"], self.num_segments)
+            sums = sum_by_segment(
+                values, batch[f"{prefix}segment_ids"], self.num_segments
+            )
             return sums.reshape(*sums.shape[:-1], -1, self.sequences_per_example)
 
         return SequenceLogProbs(own, total(own * weights), total(weights), aux)
@@ -87,7 +94,8 @@ class ExtendedRows(RowFiles):
     log_probs: Path | None = None
     """File of an array [rows, columns]."""
     with_mismatched: bool = False
-    """Whether a row has the completion of the row before it too; the first, that of the last."""
+    """Whether a row has the completion of the row before it too; the first, that of the
+    last."""
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         row = super().__getitem__(index)
@@ -98,7 +106,8 @@ class ExtendedRows(RowFiles):
         return row
 
     def _read_completion(self, index: int) -> Any:
-        """A row's completion; None where it has none, or cannot be read: its own turn says so."""
+        """A row's completion; None where it has none, or cannot be read: its own turn
+        says so."""
         try:
             return super().__getitem__(index).get("completion")
         except MaxlmError:
@@ -111,7 +120,9 @@ def _open_array(path: Path) -> NDArray[np.float32]:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise MaxlmError(f"cannot be read: {error}", where=str(path), fix=_FIX) from error
+        raise MaxlmError(
+            f"cannot be read: {error}", where=str(path), fix=_FIX
+        ) from error
 
 
 class ReferenceTask(PreferenceTask):
@@ -126,11 +137,16 @@ class ReferenceTask(PreferenceTask):
     reference: LocalPath | None = None
     """Run whose model is the reference; null: the model that training starts from."""
     reference_log_probs: LocalPath | None = None
-    """Folder of the reference's log-probabilities, which `precompute_reference_log_probs` writes
-    (`files.npy` [rows, sequences], `validation_files.npy`): no second model is held then."""
+    """Folder of the reference's log-probabilities, which
+    `precompute_reference_log_probs` writes (`files.npy` [rows, sequences],
+    `validation_files.npy`): no second model is held then."""
 
     def frozen_models(self) -> Mapping[str, str | None]:
-        return {} if self.reference_log_probs is not None else {"reference": self.reference}
+        return (
+            {}
+            if self.reference_log_probs is not None
+            else {"reference": self.reference}
+        )
 
     def for_small_model(self) -> Self:
         return super().for_small_model().model_copy(update={LOG_PROBS: None})
@@ -148,13 +164,19 @@ class ReferenceTask(PreferenceTask):
 
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
         own = {LOG_PROBS: (self.num_reference_columns,)}
-        return super().example_shapes() | ({} if self.reference_log_probs is None else own)
+        return super().example_shapes() | (
+            {} if self.reference_log_probs is None else own
+        )
 
-    def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
+    def extend_example(
+        self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
+    ) -> Arrays:
         if self.reference_log_probs is None:
             return arrays
         if np.isnan(row[LOG_PROBS]).any():
-            raise MaxlmError("no reference log-probability for this row", where=LOG_PROBS, fix=_FIX)
+            raise MaxlmError(
+                "no reference log-probability for this row", where=LOG_PROBS, fix=_FIX
+            )
         return arrays | {LOG_PROBS: row[LOG_PROBS]}
 
     def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
@@ -175,7 +197,9 @@ class PairTask(PreferenceTask):
 
     sequences_per_example = 2
 
-    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
+    def encode_example(
+        self, tokenizer: Tokenizer, row: FileRow
+    ) -> list[EncodedSequence]:
         return list(encode_pair(tokenizer, row))
 
 
@@ -185,16 +209,22 @@ class LogProbPairTask(PairTask):
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
 
     @abstractmethod
-    def compute_pair_losses(self, own: SequenceLogProbs, batch: DeviceBatch) -> PairLosses:
+    def compute_pair_losses(
+        self, own: SequenceLogProbs, batch: DeviceBatch
+    ) -> PairLosses:
         """Computes pairs' losses from the trained model's log-probabilities."""
 
-    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
+    def loss(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> LossResult:
         own = self.compute_sequence_log_probs(models.trained, batch)
         losses, rewards = self.compute_pair_losses(own, batch)
         total, sums = sum_pairs(losses, rewards, own.is_present, own.aux, batch)
         sums["chosen_log_prob"] = own.means[..., 0].sum()
         if (reference := batch.get(LOG_PROBS)) is not None:
-            sums["kl"] = ((own.sums - reference) / jnp.maximum(own.lengths, 1)).mean(-1).sum()
+            sums["kl"] = (
+                ((own.sums - reference) / jnp.maximum(own.lengths, 1)).mean(-1).sum()
+            )
         return total, sums
 
 
@@ -205,19 +235,23 @@ class MarginPairTask(LogProbPairTask):
     beta: float = Field(default=0.1, gt=0)
     """Scale of the rewards: 0.1 to 0.5, and 2 to 10 for simpo."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Probability that a label is wrong. sigmoid and simpo mix the losses of both labels
-    (conservative DPO), robust corrects for it."""
+    """Probability that a label is wrong. sigmoid and simpo mix the losses of both
+    labels (conservative DPO), robust corrects for it."""
 
     @model_validator(mode="after")
     def _check_smoothing(self) -> Self:
         if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
             what = f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}"
-            raise MaxlmError(what, where="label_smoothing", fix="set it to 0, or use another loss")
+            raise MaxlmError(
+                what, where="label_smoothing", fix="set it to 0, or use another loss"
+            )
         return self
 
-    def compute_margin_losses(self, scores: jax.Array, wanted: float = 0.0) -> jax.Array:
-        """Computes losses [..., E] from the scores [..., E, 2] of both answers; ``wanted``: by
-        how much they are to differ, times ``beta``."""
+    def compute_margin_losses(
+        self, scores: jax.Array, wanted: float = 0.0
+    ) -> jax.Array:
+        """Computes losses [..., E] from the scores [..., E, 2] of both answers;
+        ``wanted``: by how much they are to differ, times ``beta``."""
         margins, smoothing = scores[..., 0] - scores[..., 1], self.label_smoothing
         if self.loss_type == "ipo":
             return jnp.square(margins - 1 / (2 * self.beta))
@@ -231,23 +265,29 @@ class MarginPairTask(LogProbPairTask):
 
 
 class DpoTask(ReferenceTask, MarginPairTask):
-    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290) and its kin: rewards
-    are log-ratios to a reference model. ``kl`` is the mean log-ratio per token of both answers."""
+    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290) and its
+    kin: rewards are log-ratios to a reference model. ``kl`` is the mean log-ratio per
+    token of both answers."""
 
     kind: Literal["dpo"] = "dpo"
     loss_type: Literal["sigmoid", "hinge", "robust", "ipo"] = "sigmoid"
-    """sigmoid; hinge (SLiC, arXiv 2305.10425); robust: unbiased where labels are flipped with
-    probability `label_smoothing` (arXiv 2403.00409); ipo (arXiv 2310.12036), per token."""
+    """sigmoid; hinge (SLiC, arXiv 2305.10425); robust: unbiased where labels are
+    flipped with probability `label_smoothing` (arXiv 2403.00409); ipo (arXiv
+    2310.12036), per token."""
 
-    def compute_pair_losses(self, own: SequenceLogProbs, batch: DeviceBatch) -> PairLosses:
+    def compute_pair_losses(
+        self, own: SequenceLogProbs, batch: DeviceBatch
+    ) -> PairLosses:
         ratios = own.sums - batch[LOG_PROBS]
-        scores = ratios / jnp.maximum(own.lengths, 1) if self.loss_type == "ipo" else ratios
+        scores = (
+            ratios / jnp.maximum(own.lengths, 1) if self.loss_type == "ipo" else ratios
+        )
         return self.compute_margin_losses(scores), self.beta * ratios
 
 
 class ReferenceFreePairTask(LogProbPairTask):
-    """Pairs without a reference: the cross-entropy of the chosen answers, a mean over the tokens of
-    the whole batch, keeps the model near them."""
+    """Pairs without a reference: the cross-entropy of the chosen answers, a mean over
+    the tokens of the whole batch, keeps the model near them."""
 
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
 
@@ -258,16 +298,26 @@ class ReferenceFreePairTask(LogProbPairTask):
         own = {"nll_weights": BatchArraySpec.of_tokens(seq_len, np.float32)}
         return super().batch_arrays(seq_len) | own
 
-    def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
+    def extend_example(
+        self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
+    ) -> Arrays:
         weights = arrays["weights"]
-        if self.learns_prompts:  # from the first token on, which the last virtual one predicts
+        if (
+            self.learns_prompts
+        ):  # from the first token on, which the last virtual one predicts
             weights = arrays["positions"] >= encoder.num_virtual_tokens - 1
-        return arrays | {"nll_weights": ((arrays["segment_ids"] == 1) * weights).astype(np.float32)}
+        return arrays | {
+            "nll_weights": ((arrays["segment_ids"] == 1) * weights).astype(np.float32)
+        }
 
     def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
         weights = batch["nll_weights"]
-        pairs = ((batch["segment_ids"] % 2 == 1) & (batch["positions"] == 0)).sum(dtype=jnp.float32)
-        return batch | {"nll_weights": weights * (pairs / jnp.maximum(weights.sum(), 1))}
+        pairs = ((batch["segment_ids"] % 2 == 1) & (batch["positions"] == 0)).sum(
+            dtype=jnp.float32
+        )
+        return batch | {
+            "nll_weights": weights * (pairs / jnp.maximum(weights.sum(), 1))
+        }
 
     def compute_nll(self, own: SequenceLogProbs, batch: DeviceBatch) -> jax.Array:
         """Returns each pair's share of the cross-entropy, [..., E]."""
@@ -276,8 +326,9 @@ class ReferenceFreePairTask(LogProbPairTask):
 
 
 class CpoTask(ReferenceFreePairTask, MarginPairTask):
-    """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417) and SimPO (Meng et al.
-    2024, arXiv 2405.14734): rewards are log-probabilities, per token for ipo and simpo."""
+    """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417) and SimPO
+    (Meng et al. 2024, arXiv 2405.14734): rewards are log-probabilities, per token for
+    ipo and simpo."""
 
     kind: Literal["cpo"] = "cpo"
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
@@ -286,7 +337,9 @@ class CpoTask(ReferenceFreePairTask, MarginPairTask):
     alpha: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy of chosen answers; 0 for SimPO as published."""
 
-    def compute_pair_losses(self, own: SequenceLogProbs, batch: DeviceBatch) -> PairLosses:
+    def compute_pair_losses(
+        self, own: SequenceLogProbs, batch: DeviceBatch
+    ) -> PairLosses:
         scores = own.means if self.loss_type in ("ipo", "simpo") else own.sums
         wanted = self.gamma if self.loss_type == "simpo" else 0.0
         losses = self.compute_margin_losses(scores, wanted)
@@ -294,8 +347,9 @@ class CpoTask(ReferenceFreePairTask, MarginPairTask):
 
 
 class OrpoTask(ReferenceFreePairTask):
-    """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691): the cross-entropy of
-    chosen answers, prompts included, and the odds of both answers, of probabilities per token."""
+    """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691): the
+    cross-entropy of chosen answers, prompts included, and the odds of both answers, of
+    probabilities per token."""
 
     learns_prompts: ClassVar[bool] = True
 
@@ -303,7 +357,9 @@ class OrpoTask(ReferenceFreePairTask):
     beta: float = Field(default=0.1, gt=0)
     """Weight of the odds ratio, the paper's λ."""
 
-    def compute_pair_losses(self, own: SequenceLogProbs, batch: DeviceBatch) -> PairLosses:
+    def compute_pair_losses(
+        self, own: SequenceLogProbs, batch: DeviceBatch
+    ) -> PairLosses:
         scores = jnp.where(own.is_present[..., None], own.means, -1.0)
         # Clipped, so that gradients stay finite where a probability is near one.
         log_odds = scores - jax.nn.log1mexp(jnp.maximum(-scores, 1e-7))
@@ -312,10 +368,14 @@ class OrpoTask(ReferenceFreePairTask):
 
 
 def sum_pairs(
-    losses: jax.Array, rewards: jax.Array, is_present: jax.Array, aux: Aux, batch: DeviceBatch
+    losses: jax.Array,
+    rewards: jax.Array,
+    is_present: jax.Array,
+    aux: Aux,
+    batch: DeviceBatch,
 ) -> LossResult:
-    """Sums pairs' losses [..., E], and what is logged of both answers' rewards [..., E, 2];
-    ``tokens`` counts the pairs."""
+    """Sums pairs' losses [..., E], and what is logged of both answers' rewards [..., E,
+    2]; ``tokens`` counts the pairs."""
     chosen, rejected = (jnp.where(is_present, rewards[..., i], 0) for i in (0, 1))
     sums = {
         "tokens": is_present.sum(dtype=jnp.float32),
@@ -328,7 +388,9 @@ def sum_pairs(
     return total + scale_layers_loss(aux, batch, sums["tokens"]), sums | aux.sums
 
 
-def scale_layers_loss(aux: Aux, batch: DeviceBatch, examples: jax.Array) -> jax.Array | float:
+def scale_layers_loss(
+    aux: Aux, batch: DeviceBatch, examples: jax.Array
+) -> jax.Array | float:
     """Returns what layers add to a loss summed over examples, not over tokens."""
     tokens = (batch["segment_ids"] > 0).sum(dtype=jnp.float32)
     return aux.loss * (examples / jnp.maximum(tokens, 1)) if aux.sums else aux.loss

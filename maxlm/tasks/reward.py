@@ -21,15 +21,16 @@ SCORE = "score"
 
 
 class RewardTask(PairTask):
-    """Bradley-Terry: the chosen answer's score is to be above the rejected one's. A score is read
-    at the last token, the one that ends the answer; a row's ``margin``, if it has one, is the
-    least difference that is wanted."""
+    """Bradley-Terry: the chosen answer's score is to be above the rejected one's. A
+    score is read at the last token, the one that ends the answer; a row's ``margin``,
+    if it has one, is the least difference that is wanted."""
 
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
 
     kind: Literal["reward"] = "reward"
     center_rewards: float = Field(default=0.0, ge=0)
-    """Weight of the square of both scores' sum, which keeps them around 0 (arXiv 2312.09244)."""
+    """Weight of the square of both scores' sum, which keeps them around 0 (arXiv
+    2312.09244)."""
 
     @property
     def required_heads(self) -> Mapping[str, int]:
@@ -38,29 +39,44 @@ class RewardTask(PairTask):
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"margins": ()}
 
-    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
+    def encode_example(
+        self, tokenizer: Tokenizer, row: FileRow
+    ) -> list[EncodedSequence]:
         # With a token behind the last one, which rows have as a target alone.
         return [
             EncodedSequence([*own.tokens, 0], [*own.is_target, True])
             for own in super().encode_example(tokenizer, row)
         ]
 
-    def extend_example(self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays) -> Arrays:
+    def extend_example(
+        self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
+    ) -> Arrays:
         if not isinstance(margin := row.get("margin"), Real | None):
             what = f"margin is {margin!r}"
-            raise MaxlmError(what, where="margin", fix="write a number, or leave it out")
+            raise MaxlmError(
+                what, where="margin", fix="write a number, or leave it out"
+            )
         return arrays | {"margins": float(margin or 0)}
 
-    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
+    def loss(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> LossResult:
         arrays = (batch[name] for name in ("tokens", "positions", "segment_ids"))
         hidden, aux = models.trained(*arrays)
         # Of each segment, the score at its last token; 0 of padding.
-        positions, numbers = batch["positions"][..., None], jnp.arange(1, self.num_segments + 1)
+        positions, numbers = (
+            batch["positions"][..., None],
+            jnp.arange(1, self.num_segments + 1),
+        )
         own = batch["segment_ids"][..., None] == numbers
-        is_last = own & (positions == jnp.where(own, positions, -1).max(-2, keepdims=True))
+        is_last = own & (
+            positions == jnp.where(own, positions, -1).max(-2, keepdims=True)
+        )
         scores = jnp.where(is_last, models.trained.apply_head(SCORE, hidden), 0).sum(-2)
         scores = scores.reshape(*scores.shape[:-1], -1, 2)
-        lengths = sum_by_segment(batch["weights"], batch["segment_ids"], self.num_segments)
+        lengths = sum_by_segment(
+            batch["weights"], batch["segment_ids"], self.num_segments
+        )
         losses = -jax.nn.log_sigmoid(scores[..., 0] - scores[..., 1] - batch["margins"])
         losses += self.center_rewards * jnp.square(scores.sum(-1))
         return sum_pairs(losses, scores, lengths[..., ::2] > 0, aux, batch)

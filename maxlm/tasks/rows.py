@@ -39,42 +39,51 @@ class RowTask(Task):
     """A task on rows of JSON Lines, Parquet or saved datasets; see
     :mod:`maxlm.data.conversations` for their forms.
 
-    An example is one sequence of tokens or several, which stand one after the other in a row of
-    ``data.seq_len`` tokens as segments of their own, so that one pass through the model reads all.
+    An example is one sequence of tokens or several, which stand one after the other in
+    a row of ``data.seq_len`` tokens as segments of their own, so that one pass through
+    the model reads all.
     """
 
     reads_text: ClassVar[bool] = False
     sequences_per_example: ClassVar[int] = 1
 
     files: tuple[LocalPath, ...] = ()
-    """Files to train on: .jsonl (also .gz, .zst), .parquet, folders that `datasets` saved."""
+    """Files to train on: .jsonl (also .gz, .zst), .parquet, folders that `datasets`
+    saved."""
     validation_files: tuple[LocalPath, ...] = ()
     """Files to evaluate on."""
     columns: Mapping[str, str] = Field(default_factory=dict)
-    """Names of columns in the files, by the names that tasks read: {prompt: question, completion:
-    answer}. ShareGPT's and Alpaca's columns are known without."""
+    """Names of columns in the files, by the names that tasks read: {prompt: question,
+    completion: answer}. ShareGPT's and Alpaca's columns are known without."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the rows of ``files`` to evaluate on instead, drawn by the run's seed."""
+    """Share of the rows of ``files`` to evaluate on instead, drawn by the run's
+    seed."""
     max_length: int | None = Field(default=None, gt=1)
     """Most tokens of a prompt and its answer; null: as many as a row has room for."""
     too_long: TooLong = "drop"
-    """Longer ones are left out, or lose what is too much at their end or start. One without a token
-    to learn is left out."""
+    """Longer ones are left out, or lose what is too much at their end or start. One
+    without a token to learn is left out."""
     examples_per_row: int | None = Field(default=1, ge=1)
-    """Most examples that share a row, each with attention to itself alone; null: as many as fit."""
+    """Most examples that share a row, each with attention to itself alone; null: as
+    many as fit."""
 
     @abstractmethod
-    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
-        """Returns the ``sequences_per_example`` sequences of a file's row; raises MaxlmError saying
-        what is wrong with it."""
+    def encode_example(
+        self, tokenizer: Tokenizer, row: FileRow
+    ) -> list[EncodedSequence]:
+        """Returns the ``sequences_per_example`` sequences of a file's row; raises
+        MaxlmError saying what is wrong with it."""
 
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns what fp32 arrays [examples, ...] of a row hold for each example, by name."""
+        """Returns what fp32 arrays [examples, ...] of a row hold for each example, by
+        name."""
         return {}
 
-    def extend_example(self, encoder: "ExampleEncoder", row: FileRow, arrays: Arrays) -> Arrays:
-        """Returns an example's arrays with its entries of :meth:`example_shapes`, and with whatever
-        the task's batches have besides."""
+    def extend_example(
+        self, encoder: "ExampleEncoder", row: FileRow, arrays: Arrays
+    ) -> Arrays:
+        """Returns an example's arrays with its entries of :meth:`example_shapes`, and
+        with whatever the task's batches have besides."""
         return arrays
 
     @property
@@ -85,7 +94,9 @@ class RowTask(Task):
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         return super().batch_arrays(seq_len) | {
             name: BatchArraySpec(
-                (self.examples_per_row or 1, *shape), np.float32, (None,) * (1 + len(shape))
+                (self.examples_per_row or 1, *shape),
+                np.float32,
+                (None,) * (1 + len(shape)),
             )
             for name, shape in self.example_shapes().items()
         }
@@ -102,13 +113,17 @@ class RowTask(Task):
         """Opens the files to train or evaluate on."""
         if not (paths := getattr(self, which)):
             what = f"task.kind={self.kind} trains on rows of files, and none is named"
-            raise MaxlmError(what, where=f"task.{which}", fix="name a .jsonl or .parquet file")
+            raise MaxlmError(
+                what, where=f"task.{which}", fix="name a .jsonl or .parquet file"
+            )
         return open_rows(*paths, columns=self.columns)
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
         file = self.open_files("files")
         training, _ = self._split(len(file), inputs.seed)
-        return self.make_source(file, training, inputs, shuffle=inputs.loader.shuffle, endless=True)
+        return self.make_source(
+            file, training, inputs, shuffle=inputs.loader.shuffle, endless=True
+        )
 
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
         once = partial(self.make_source, inputs=inputs, shuffle=False, endless=False)
@@ -123,7 +138,9 @@ class RowTask(Task):
         small = super().for_small_model()
         return small.model_copy(update={"max_length": None, "too_long": "cut_start"})
 
-    def _split(self, num_rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _split(
+        self, num_rows: int, seed: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows to train and to evaluate on, in the file's order."""
         if self.validation_files or not self.validation_fraction:
             return np.arange(num_rows), np.arange(0)
@@ -132,15 +149,23 @@ class RowTask(Task):
         return np.sort(order[size:]), np.sort(order[:size])
 
     def make_source(
-        self, file: RowFiles, examples: NDArray[np.int64], inputs: SourceInputs, **options: bool
+        self,
+        file: RowFiles,
+        examples: NDArray[np.int64],
+        inputs: SourceInputs,
+        **options: bool,
     ) -> RowSource:
-        """Makes a batch source of some rows of files; ``options``: ``shuffle`` and ``endless`` of
-        :func:`~maxlm.data.rows.make_row_source`."""
+        """Makes a batch source of some rows of files; ``options``: ``shuffle`` and
+        ``endless`` of :func:`~maxlm.data.rows.make_row_source`."""
         assert inputs.tokenizer is not None
         loader, arrays = inputs.loader, self.batch_arrays(inputs.loader.seq_len)
-        encoder = self.make_encoder(inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens)
+        encoder = self.make_encoder(
+            inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens
+        )
         skips = loader.on_bad_rows == "skip"
-        scan = scan_examples(encoder, file, examples, inputs.build_workers, keep_errors=skips)
+        scan = scan_examples(
+            encoder, file, examples, inputs.build_workers, keep_errors=skips
+        )
         notes = self.describe_scan(scan, encoder.max_length)
         if scan.errors:
             notes.append(describe_refused_rows(scan))
@@ -202,8 +227,9 @@ def scan_examples(
     *,
     keep_errors: bool = False,
 ) -> ExampleScan:
-    """Encodes rows of files once; many in up to so many processes, with a progress bar. A row that
-    cannot be read raises its MaxlmError, or, with ``keep_errors``, is left out."""
+    """Encodes rows of files once; many in up to so many processes, with a progress bar.
+    A row that cannot be read raises its MaxlmError, or, with ``keep_errors``, is left
+    out."""
     is_long = len(examples) >= _MANY_ROWS
     parts = np.array_split(examples, max(1, len(examples) // _PART_ROWS))
     counts = [np.zeros((3, 0), np.int64)] * len(parts)
@@ -211,10 +237,14 @@ def scan_examples(
     done = 0
     is_shown = is_long and jax.process_index() == 0
     with ExitStack() as stack:
-        progress = stack.enter_context(show_progress("rows")) if is_shown else ignore_progress
+        progress = (
+            stack.enter_context(show_progress("rows")) if is_shown else ignore_progress
+        )
         pool = stack.enter_context(WorkerPool(workers if is_long else 1))
         scan = partial(_scan, encoder, file)
-        for number, part_counts, faults in pool.map_unordered(scan, [*enumerate(parts)]):
+        for number, part_counts, faults in pool.map_unordered(
+            scan, [*enumerate(parts)]
+        ):
             if faults and not keep_errors:
                 raise faults[0]
             counts[number] = part_counts
@@ -234,8 +264,14 @@ def _scan(
     for i, example in enumerate(examples.tolist()):
         try:
             if encoded := encode_row(encoder, file, example):
-                size = max(len(own) for name, own in encoded.items() if name.endswith("tokens"))
-                counts[:, i] = size, np.count_nonzero(encoded["weights"]), encoded["was_cut"]
+                size = max(
+                    len(own) for name, own in encoded.items() if name.endswith("tokens")
+                )
+                counts[:, i] = (
+                    size,
+                    np.count_nonzero(encoded["weights"]),
+                    encoded["was_cut"],
+                )
         except MaxlmError as error:
             errors.append(error)
     return number, counts, errors
@@ -252,8 +288,8 @@ class ExampleEncoder:
     num_virtual_tokens: int = 0
 
     def __call__(self, row: FileRow) -> Mapping[str, Any]:
-        """Returns an example's arrays by name (see :data:`maxlm.data.rows.Encode`); none of an
-        example that is left out."""
+        """Returns an example's arrays by name (see :data:`maxlm.data.rows.Encode`);
+        none of an example that is left out."""
         whole = self.task.encode_example(self.tokenizer, row)
         sequences = [self._cut(sequence) for sequence in whole]
         if not all(sequence.num_targets for sequence in sequences):
@@ -275,13 +311,16 @@ class ExampleEncoder:
                 case "cut_start":
                     part, is_first_learnt = slice(-self.max_length, None), False
             tokens, is_target = tokens[part], is_target[part]
-        return EncodedSequence(tokens, [is_first_learnt and is_target[0], *is_target[1:]])
+        return EncodedSequence(
+            tokens, [is_first_learnt and is_target[0], *is_target[1:]]
+        )
 
 
 def join_sequences(
     sequences: Sequence[EncodedSequence], num_virtual_tokens: int = 0
 ) -> dict[str, NDArray[Any]]:
-    """Lays sequences out one after the other, each a segment that begins with virtual tokens."""
+    """Lays sequences out one after the other, each a segment that begins with virtual
+    tokens."""
     parts = []
     for segment, sequence in enumerate(sequences, 1):
         ids = np.array([0] * num_virtual_tokens + sequence.tokens, np.int32)
@@ -299,8 +338,10 @@ def join_sequences(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def sum_by_segment(values: jax.Array, segment_ids: jax.Array, num_segments: int) -> jax.Array:
-    """Sums values [..., S] over the tokens of each segment 1 to n: [..., n]; padding, 0, is left
-    out."""
+def sum_by_segment(
+    values: jax.Array, segment_ids: jax.Array, num_segments: int
+) -> jax.Array:
+    """Sums values [..., S] over the tokens of each segment 1 to n: [..., n]; padding,
+    0, is left out."""
     own = segment_ids[..., None] == jnp.arange(1, num_segments + 1)
     return jnp.where(own, values[..., None], 0).sum(-2)

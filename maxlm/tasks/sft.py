@@ -28,7 +28,9 @@ class AnswerTask(RowTask):
     learn_prompt: bool = False
     """Learn every token, of prompts and other roles too."""
 
-    def encode_example(self, tokenizer: Tokenizer, row: FileRow) -> list[EncodedSequence]:
+    def encode_example(
+        self, tokenizer: Tokenizer, row: FileRow
+    ) -> list[EncodedSequence]:
         variables = read_template_variables(row)
         if "messages" in row:
             encoded = encode_conversation(
@@ -39,7 +41,9 @@ class AnswerTask(RowTask):
                 variables=variables,
             )
         else:
-            prompt, completion = (get_column(row, name) for name in ("prompt", "completion"))
+            prompt, completion = (
+                get_column(row, name) for name in ("prompt", "completion")
+            )
             encoded = encode_answer(tokenizer, prompt, completion, variables)
         if self.learn_prompt:
             encoded = encoded._replace(is_target=[True] * len(encoded.tokens))
@@ -47,7 +51,7 @@ class AnswerTask(RowTask):
 
 
 class SftTask(AnswerTask, TokenPredictionTask):
-    """Learns to answer: cross-entropy of the answers in rows of messages, or of prompts and
-    completions; a token counts alike wherever it stands in a batch."""
+    """Learns to answer: cross-entropy of the answers in rows of messages, or of prompts
+    and completions; a token counts alike wherever it stands in a batch."""
 
     kind: Literal["sft"] = "sft"

@@ -20,8 +20,8 @@ from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
 
 DeviceBatch = dict[str, jax.Array]
 LossResult = tuple[jax.Array, dict[str, jax.Array]]
-"""The loss to differentiate, summed over what is counted, and sums to log: ``tokens`` (the weight
-that everything is divided by) among them."""
+"""The loss to differentiate, summed over what is counted, and sums to log: ``tokens``
+(the weight that everything is divided by) among them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +63,15 @@ class SourceInputs:
     start_id: int = 0
     """The token that a decoder beside an encoder reads first."""
     num_virtual_tokens: int = 0
-    """Tokens that every example begins with for an adapter's sake; see ``count_virtual_tokens``."""
+    """Tokens that every example begins with for an adapter's sake; see
+    ``count_virtual_tokens``."""
     build_workers: int | None = 1
     """Processes that encode rows of files once; None: one a core."""
 
 
 class Task(Config):
-    """Base of tasks: what a model is trained for. A subclass has a ``kind`` of its own, a Literal,
-    and is registered; see ``maxlm.tasks``."""
+    """Base of tasks: what a model is trained for. A subclass has a ``kind`` of its own,
+    a Literal, and is registered; see ``maxlm.tasks``."""
 
     architecture: ClassVar[str] = "decoder"
     """The architecture of the models that it trains."""
@@ -81,8 +82,9 @@ class Task(Config):
     predicts_every_token: ClassVar[bool] = False
     """Whether its cross-entropy says how well text is compressed, in bits per byte."""
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset()
-    """The mesh axes, of those that reshape a batch, that its loss supports. A subclass with a
-    ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none otherwise."""
+    """The mesh axes, of those that reshape a batch, that its loss supports. A subclass
+    with a ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none
+    otherwise."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -92,11 +94,13 @@ class Task(Config):
 
     kind: Any
     chunk_tokens: int = Field(default=1024, gt=0)
-    """Tokens a device holds logits of at once: chunk_tokens × vocab_size fp32 values."""
+    """Tokens a device holds logits of at once: chunk_tokens × vocab_size fp32
+    values."""
 
     def frozen_models(self) -> Mapping[str, str | None]:
-        """Returns the models that the loss reads beside the trained one: by name a run's folder,
-        such as `maxlm convert` makes; None: the parameters that training starts from."""
+        """Returns the models that the loss reads beside the trained one: by name a
+        run's folder, such as `maxlm convert` makes; None: the parameters that training
+        starts from."""
         return {}
 
     @property
@@ -105,17 +109,18 @@ class Task(Config):
         return {}
 
     def check_frozen_models(self, model: Any, frozen: Mapping[str, Any]) -> None:
-        """Checks that the loss can read these models beside the trained one, all given by their
-        configs; raises MaxlmError naming what differs."""
+        """Checks that the loss can read these models beside the trained one, all given
+        by their configs; raises MaxlmError naming what differs."""
 
     def row_lengths(self, seq_len: int) -> tuple[int, int]:
-        """Returns the tokens of a row that a decoder (or a model of one sequence) reads, and those
-        of an encoder beside it, where a row of text has ``seq_len``."""
+        """Returns the tokens of a row that a decoder (or a model of one sequence)
+        reads, and those of an encoder beside it, where a row of text has
+        ``seq_len``."""
         return seq_len, seq_len
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
-        """Returns a batch's arrays by name: by default those of a model of one sequence that
-        predicts tokens, each with a weight."""
+        """Returns a batch's arrays by name: by default those of a model of one sequence
+        that predicts tokens, each with a weight."""
         length, _ = self.row_lengths(seq_len)
         names = ("tokens", "targets", "segment_ids", "positions")
         arrays = dict.fromkeys(names, BatchArraySpec.of_tokens(length))
@@ -123,26 +128,31 @@ class Task(Config):
 
     @abstractmethod
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
-        """Returns the batches to train on; raises MaxlmError if these inputs cannot make them."""
+        """Returns the batches to train on; raises MaxlmError if these inputs cannot
+        make them."""
 
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
         """Returns finite sources to evaluate on, by name."""
         return {}
 
     def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
-        """Returns a batch [M, B, ...] of M micro-batches with more arrays for the loss: what frozen
-        models make of it, or what is measured over all of it. Gradients do not reach them."""
+        """Returns a batch [M, B, ...] of M micro-batches with more arrays for the loss:
+        what frozen models make of it, or what is measured over all of it. Gradients do
+        not reach them."""
         return batch
 
     @abstractmethod
-    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
-        """Computes the loss of a batch, as the sum over what is counted. ``batch``: the arrays of
-        :meth:`prepare_batch`, [B, ...]; [M, B, ...] on pipeline stages. ``key``: of this step and
-        micro-batch."""
+    def loss(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> LossResult:
+        """Computes the loss of a batch, as the sum over what is counted. ``batch``: the
+        arrays of :meth:`prepare_batch`, [B, ...]; [M, B, ...] on pipeline stages.
+        ``key``: of this step and micro-batch."""
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:
-        """Settings that name ids of the table which stand for no text; None: takes a free one."""
+        """Settings that name ids of the table which stand for no text; None: takes a
+        free one."""
         return {}
 
     @property
@@ -151,39 +161,53 @@ class Task(Config):
         return 0
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
-        """Returns the task with the reserved ids that a published tokenizer has. ``ids``: of its
-        special tokens, by their text."""
+        """Returns the task with the reserved ids that a published tokenizer has.
+        ``ids``: of its special tokens, by their text."""
         return self
 
     def for_small_model(self) -> Self:
-        """Returns the task for a small model, without settings that fit the model's own size."""
+        """Returns the task for a small model, without settings that fit the model's own
+        size."""
         return self.model_copy(update=dict.fromkeys(self.reserved_ids))
 
     def check(self, seq_len: int, vocab_size: int) -> None:
-        """Checks that the task can be done to rows of ``seq_len``, for a table of so many ids;
-        raises MaxlmError naming the setting."""
+        """Checks that the task can be done to rows of ``seq_len``, for a table of so
+        many ids; raises MaxlmError naming the setting."""
         for name, reserved in self.reserved_ids.items():
             if reserved is not None and reserved >= vocab_size:
                 what = f"{reserved} is no row of the model's table, model.vocab_size={vocab_size}"
                 fix = "name one of the tokenizer's ids, or null"
                 raise MaxlmError(what, where=f"task.{name}", fix=fix)
 
-    def require_mesh(self, compute: AxisRules, sizes: Mapping[str, Any]) -> Iterator[Requirement]:
-        """Yields what a mesh must meet for this task. ``compute``: rules of arrays in use;
-        ``sizes``: devices by mesh axis, or arrays of them."""
-        declare = f"declare mesh_axes with '{{}}' in {type(self).__name__} (docs/tasks.md)"
+    def require_mesh(
+        self, compute: AxisRules, sizes: Mapping[str, Any]
+    ) -> Iterator[Requirement]:
+        """Yields what a mesh must meet for this task. ``compute``: rules of arrays in
+        use; ``sizes``: devices by mesh axis, or arrays of them."""
+        declare = (
+            f"declare mesh_axes with '{{}}' in {type(self).__name__} (docs/tasks.md)"
+        )
         subject = f"task.kind={self.kind}"
-        yield from require_declared_axes(self.mesh_axes, compute, sizes, subject, declare)
+        yield from require_declared_axes(
+            self.mesh_axes, compute, sizes, subject, declare
+        )
 
     def name_row_lengths(self, seq_len: int) -> dict[str, int]:
-        """Returns the lengths of :meth:`row_lengths` by the settings that decide them."""
+        """Returns the lengths of :meth:`row_lengths` by the settings that decide
+        them."""
         decoder, encoder = self.row_lengths(seq_len)
         named = {"task.decoder_len": decoder, "task.encoder_len": encoder}
-        return {"data.seq_len" if n == seq_len else setting: n for setting, n in named.items()}
+        return {
+            "data.seq_len" if n == seq_len else setting: n
+            for setting, n in named.items()
+        }
 
-    def check_vocab_size(self, tokenizer_vocab_size: int, model_vocab_size: int) -> None:
-        """Checks that every id of the tokenizer has a row in the model's table, and that there are
-        as many more as the task reserves; raises MaxlmError naming both sizes."""
+    def check_vocab_size(
+        self, tokenizer_vocab_size: int, model_vocab_size: int
+    ) -> None:
+        """Checks that every id of the tokenizer has a row in the model's table, and
+        that there are as many more as the task reserves; raises MaxlmError naming both
+        sizes."""
         free = self.num_ids_to_reserve
         if (least := tokenizer_vocab_size + free) > model_vocab_size:
             reserved = f" and task.kind={self.kind} needs {free} more" if free else ""
@@ -200,8 +224,8 @@ class Task(Config):
 def map_micro_batches(
     function: Callable[[Any, DeviceBatch], Any], model: Any, batch: DeviceBatch
 ) -> Any:
-    """Computes ``function(model, batch)`` of micro-batches [M, B, ...]: one after the other,
-    stacked, or of all together where the model runs them through a pipeline."""
+    """Computes ``function(model, batch)`` of micro-batches [M, B, ...]: one after the
+    other, stacked, or of all together where the model runs them through a pipeline."""
     if getattr(model, "pipeline_schedule", None) is not None:
         return function(model, batch)
     return lax.map(lambda micro: function(model, micro), batch)

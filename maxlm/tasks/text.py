@@ -1,4 +1,5 @@
-"""Tasks on text: rows of token stores, packed, of which every token may become a target."""
+"""Tasks on text: rows of token stores, packed, of which every token may become a
+target."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ ENCODER_ARRAYS = ("input_tokens", "input_positions", "input_segment_ids")
 
 @dataclass(frozen=True)
 class TransformedSource:
-    """Another source's batches, each row changed by its own number: pure in (seed, step, row)."""
+    """Another source's batches, each row changed by its own number: pure in (seed,
+    step, row)."""
 
     source: BatchSource
     change: Callable[[Row, Generator], Row]
@@ -54,9 +56,12 @@ class TokenPredictionTask(Task):
     """Weight of the squared log-normaliser; 1e-4 steadies long runs in bf16, 0 is plain
     cross-entropy."""
 
-    def loss(self, models: TaskModels, batch: DeviceBatch, key: jax.Array) -> LossResult:
-        """Returns the cross-entropy of targets (next tokens, masked ones, or what a decoder writes
-        for the input in ``ENCODER_ARRAYS``) and what layers add (balance of experts)."""
+    def loss(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> LossResult:
+        """Returns the cross-entropy of targets (next tokens, masked ones, or what a
+        decoder writes for the input in ``ENCODER_ARRAYS``) and what layers add (balance
+        of experts)."""
         inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
         beside: dict[str, Any] = {"inputs": inputs} if inputs else {}
         model, names = models.trained, ("tokens", "positions", "segment_ids")
@@ -75,17 +80,22 @@ class TokenPredictionTask(Task):
 class TextTask(TokenPredictionTask):
     """A model of one sequence that predicts tokens of text."""
 
-    def make_row_transform(self, inputs: SourceInputs) -> Callable[[Row, Generator], Row] | None:
-        """Returns the host's change of a row of text into the task's row, pure in the row and the
-        random generator, which pickles; None: no change."""
+    def make_row_transform(
+        self, inputs: SourceInputs
+    ) -> Callable[[Row, Generator], Row] | None:
+        """Returns the host's change of a row of text into the task's row, pure in the
+        row and the random generator, which pickles; None: no change."""
         return None
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
-        source = make_batches(inputs.stores, inputs.mixing, inputs.loader, seed=inputs.seed)
+        source = make_batches(
+            inputs.stores, inputs.mixing, inputs.loader, seed=inputs.seed
+        )
         return self._transformed(source, inputs)
 
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
-        """Reads each held-out store once, in order; the transform is the same each time."""
+        """Reads each held-out store once, in order; the transform is the same each
+        time."""
         sizes = inputs.loader.seq_len, inputs.loader.batch_size
         return {
             name: self._transformed(make_one_pass_batches(store, *sizes), inputs)
@@ -94,11 +104,14 @@ class TextTask(TokenPredictionTask):
 
     def _transformed(self, source: BatchSource, inputs: SourceInputs) -> BatchSource:
         change = self.make_row_transform(inputs)
-        return source if change is None else TransformedSource(source, change, inputs.seed)
+        return (
+            source if change is None else TransformedSource(source, change, inputs.seed)
+        )
 
 
 class ClmTask(TextTask):
-    """Causal language modelling: predicts every token from those before it in its document."""
+    """Causal language modelling: predicts every token from those before it in its
+    document."""
 
     predicts_every_token: ClassVar[bool] = True
 

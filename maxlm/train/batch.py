@@ -18,8 +18,8 @@ from maxlm.sharding import AxisRules
 def batch_sharding(
     rules: AxisRules, mesh: Mesh, axes: Sequence[str | None] = ("seq",)
 ) -> NamedSharding:
-    """Returns the sharding of arrays [A, B / A, ...]: micro-batches are whole, over pipeline stages
-    too. ``axes``: the logical axis of each dimension of a row."""
+    """Returns the sharding of arrays [A, B / A, ...]: micro-batches are whole, over
+    pipeline stages too. ``axes``: the logical axis of each dimension of a row."""
     return NamedSharding(mesh, rules.spec(None, "batch", *axes))
 
 
@@ -30,9 +30,9 @@ def require_batch_split(
     compute: AxisRules,
     sizes: Mapping[str, Any],
 ) -> Iterator[Requirement]:
-    """Requires that a micro-batch's rows and sequences divide over the devices that split them.
-    ``row_lengths``: tokens of the sequences in a row, by the setting that decides them. ``sizes``:
-    devices, by mesh axis."""
+    """Requires that a micro-batch's rows and sequences divide over the devices that
+    split them. ``row_lengths``: tokens of the sequences in a row, by the setting that
+    decides them. ``sizes``: devices, by mesh axis."""
 
     def refuse(what: str, rule: str, setting: str, multiple: int) -> MaxlmError:
         axes = getattr(compute, rule)
@@ -53,17 +53,21 @@ def require_batch_split(
         for setting, length in row_lengths.items():
             yield Requirement(
                 length % pieces == 0,
-                partial(refuse, f"a sequence of {length} tokens", rule, setting, pieces),
+                partial(
+                    refuse, f"a sequence of {length} tokens", rule, setting, pieces
+                ),
             )
 
 
-def get_local_row_indices(sharding: NamedSharding, lead_shape: tuple[int, ...]) -> list[int]:
+def get_local_row_indices(
+    sharding: NamedSharding, lead_shape: tuple[int, ...]
+) -> list[int]:
     """Returns the rows of a global batch that this process's devices hold, ascending.
 
     Args:
         sharding: of arrays with these leading axes alone; see :func:`batch_sharding`.
-        lead_shape: (rows,) or (micro-batches, rows); rows are counted over both axes together,
-            micro-batch by micro-batch.
+        lead_shape: (rows,) or (micro-batches, rows); rows are counted over both axes
+            together, micro-batch by micro-batch.
     """
     numbers = np.arange(prod(lead_shape)).reshape(lead_shape)
     slices: Any = sharding.addressable_devices_indices_map(lead_shape).values()
@@ -79,12 +83,15 @@ def make_global_batch(
     lead_shape: tuple[int, ...],
     token_order: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
-    """Puts a process's rows on its devices, as its part of arrays of leading axes ``lead_shape``.
+    """Puts a process's rows on its devices, as its part of arrays of leading axes
+    ``lead_shape``.
 
     Args:
-        batch: arrays [len(row_indices), ...], row i being global row ``row_indices[i]``.
+        batch: arrays [len(row_indices), ...], row i being global row
+            ``row_indices[i]``.
         arrays: a row of each.
-        token_order: the token that stands at each place of a sequence; default: its own.
+        token_order: the token that stands at each place of a sequence; default: its
+            own.
     """
     numbers = np.arange(prod(lead_shape)).reshape(lead_shape)
     place_of = {row: i for i, row in enumerate(row_indices)}
@@ -100,6 +107,8 @@ def make_global_batch(
             return own.reshape(*wanted.shape, *own.shape[1:])
 
         sharding = batch_sharding(rules, mesh, axes)
-        return jax.make_array_from_callback((*lead_shape, *array.shape[1:]), sharding, piece)
+        return jax.make_array_from_callback(
+            (*lead_shape, *array.shape[1:]), sharding, piece
+        )
 
     return {name: put(array, arrays[name].axes) for name, array in batch.items()}

@@ -1,5 +1,5 @@
-"""Callbacks of the trainer: evaluation, checkpoints and stop requests. Others are beside what they
-watch: loss spikes, the watchdog, the profiler."""
+"""Callbacks of the trainer: evaluation, checkpoints and stop requests. Others are
+beside what they watch: loss spikes, the watchdog, the profiler."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,14 +19,19 @@ from maxlm.train.trainer import Callback, Trainer
 
 @dataclass
 class EvaluationCallback(Callback):
-    """Evaluates every so many steps but the last: the program ends with a longer evaluation."""
+    """Evaluates every so many steps but the last: the program ends with a longer
+    evaluation."""
 
     evaluate: Callable[[TrainState], Mapping[str, float]]
     every_steps: int
     """0: never."""
 
     def needs_state(self, trainer: Trainer, step: int) -> bool:
-        return bool(self.every_steps) and step % self.every_steps == 0 and step < trainer.num_steps
+        return (
+            bool(self.every_steps)
+            and step % self.every_steps == 0
+            and step < trainer.num_steps
+        )
 
     def on_state(self, trainer: Trainer, step: int, state: TrainState) -> None:
         if not self.needs_state(trainer, step):
@@ -53,7 +58,9 @@ class CheckpointCallback(Callback):
         if self.needs_state(trainer, step) or trainer.stop_request:
             self._save(trainer, step, state, force=bool(trainer.stop_request))
 
-    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+    def on_step_end(
+        self, trainer: Trainer, step: int, metrics: dict[str, float]
+    ) -> None:
         self._report_completed(trainer)
 
     def on_train_end(self, trainer: Trainer, step: int, state: TrainState) -> None:
@@ -64,13 +71,17 @@ class CheckpointCallback(Callback):
         self._report_completed(trainer)
         trainer.timer.log_progress(step)
 
-    def _save(self, trainer: Trainer, step: int, state: TrainState, *, force: bool) -> None:
+    def _save(
+        self, trainer: Trainer, step: int, state: TrainState, *, force: bool
+    ) -> None:
         trainer.notify("on_work_begin", step, "save")
         metadata = {**self.metadata, "losses": self.detector.state_dict}
         suspect = self.detector.first_suspect_step(step)
         with trainer.timer.time_activity("saving") as seconds:
             how: Any = {"force": force, "first_suspect_step": suspect}
-            tier = self.checkpointer.save(step, replace(state, frozen={}), metadata, **how)
+            tier = self.checkpointer.save(
+                step, replace(state, frozen={}), metadata, **how
+            )
         if tier is not None:
             trainer.timer.log_progress(step)
             trainer.event("checkpoint", step, tier=tier, seconds=seconds())
@@ -82,8 +93,8 @@ class CheckpointCallback(Callback):
 
 @dataclass
 class StopCallback(Callback):
-    """Combines what processes request with every step. Put it last: where a run stops early, it
-    raises once the other callbacks have ended."""
+    """Combines what processes request with every step. Put it last: where a run stops
+    early, it raises once the other callbacks have ended."""
 
     signals: SignalHandler
     """Requests of this process."""
@@ -98,7 +109,9 @@ class StopCallback(Callback):
         save = StopRequest.SAVE if self.save_is_due() else StopRequest.NONE
         self._reductions.append(self.all_reduce.start(self.signals.request | save))
 
-    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+    def on_step_end(
+        self, trainer: Trainer, step: int, metrics: dict[str, float]
+    ) -> None:
         trainer.stop_request |= self.all_reduce.finish(self._reductions.popleft())
 
     def on_train_end(self, trainer: Trainer, step: int, state: TrainState) -> None:
@@ -106,7 +119,9 @@ class StopCallback(Callback):
             return
         preempted = StopRequest.PREEMPT in trainer.stop_request
         trainer.event("stop", step, reason="preempted" if preempted else "interrupt")
-        kind, words = (Preempted, "preempted") if preempted else (MaxlmError, "interrupted")
+        kind, words = (
+            (Preempted, "preempted") if preempted else (MaxlmError, "interrupted")
+        )
         error = kind(
             f"{words} at step {step} of {trainer.num_steps}, which is saved",
             where=self.folder,

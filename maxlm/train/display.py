@@ -1,4 +1,5 @@
-"""Progress of a run: a live line on a terminal, plain lines elsewhere, and a plot at the end."""
+"""Progress of a run: a live line on a terminal, plain lines elsewhere, and a plot at
+the end."""
 
 import sys
 import time
@@ -36,10 +37,10 @@ def format_duration(seconds: float) -> str:
 class ConsoleDisplay:
     """Progress of a run on stderr. A context manager.
 
-    On a terminal, a bar that stays in place: step, time left, loss, learning rate, tokens/s, MFU,
-    loader wait and steps/s. Elsewhere one line at most every 10 seconds, with the same content.
-    Time left and steps/s are measured from the end of the first step shown, which compiles;
-    evaluations and checkpoints after it count.
+    On a terminal, a bar that stays in place: step, time left, loss, learning rate,
+    tokens/s, MFU, loader wait and steps/s. Elsewhere one line at most every 10 seconds,
+    with the same content. Time left and steps/s are measured from the end of the first
+    step shown, which compiles; evaluations and checkpoints after it count.
 
     Args:
         start_step: steps made before this start (a resumed run).
@@ -48,15 +49,21 @@ class ConsoleDisplay:
 
     def __init__(self, total_steps: int, start_step: int = 0, *, show: bool = True):
         self.total_steps, self._show = total_steps, show
-        self._first: tuple[int, float] | None = None  # the first step shown, when it was
+        self._first: tuple[int, float] | None = (
+            None  # the first step shown, when it was
+        )
         self._printed = float("-inf")
         self._progress = None
         if show and sys.stderr.isatty():
             # A narrow terminal loses the end of the text, never the step.
-            counts = Column(no_wrap=True, min_width=len(f"step {total_steps}/{total_steps}"))
+            counts = Column(
+                no_wrap=True, min_width=len(f"step {total_steps}/{total_steps}")
+            )
             text = Column(no_wrap=True, overflow="ellipsis", ratio=1)
             self._progress = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=counts),
+                TextColumn(
+                    "step {task.completed:.0f}/{task.total:.0f}", table_column=counts
+                ),
                 BarColumn(bar_width=14),
                 TextColumn("{task.fields[text]}", table_column=text),
                 console=Console(stderr=True),
@@ -67,7 +74,8 @@ class ConsoleDisplay:
             )
 
     def update(self, step: int, record: Mapping[str, Any]) -> None:
-        """Shows that ``step`` steps are done, with the main numbers of a metrics record."""
+        """Shows that ``step`` steps are done, with the main numbers of a metrics
+        record."""
         if not self._show:
             return
         now = time.monotonic()
@@ -77,13 +85,17 @@ class ConsoleDisplay:
         if steps > 0:
             left = f"ETA {format_duration((self.total_steps - step) * seconds / steps)}"
             speed = f"{steps / max(seconds, 1e-9):.2f} steps/s"
-        shown = [f.format(record[n]) for n, f in _SHOWN.items() if record.get(n) is not None]
+        shown = [
+            f.format(record[n]) for n, f in _SHOWN.items() if record.get(n) is not None
+        ]
         text = " · ".join(filter(None, [left, *shown, speed]))
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
         elif now - self._printed >= _SECONDS_BETWEEN_LINES or step >= self.total_steps:
             self._printed = now
-            print(f"step {step}/{self.total_steps} · {text}", file=sys.stderr, flush=True)
+            print(
+                f"step {step}/{self.total_steps} · {text}", file=sys.stderr, flush=True
+            )
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -103,24 +115,39 @@ class ConsoleDisplay:
 
 
 def plot_loss(metrics: str | Path, image: str | Path) -> None:
-    """Draws the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` over ``tokens`` as a PNG, and
-    beside them ``accuracy`` where a task has one. What training measures is drawn twice, faintly
-    each step and boldly their means over 1% of the steps. Points of a held-out curve are all of the
-    same rows; what the end measures on all held-out text, where that is more, is a mark beside it.
-    The x axis of losses is logarithmic, so that the early fall and the late crawl can both be read.
-    Raises MaxlmError without any loss."""
+    """Draws the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` over ``tokens`` as a
+    PNG, and beside them ``accuracy`` where a task has one. What training measures is
+    drawn twice, faintly each step and boldly their means over 1% of the steps. Points
+    of a held-out curve are all of the same rows; what the end measures on all held-out
+    text, where that is more, is a mark beside it. The x axis of losses is logarithmic,
+    so that the early fall and the late crawl can both be read. Raises MaxlmError
+    without any loss."""
     records = list(read_records(Path(metrics)))
-    tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
+    tokens = {
+        record["step"]: record["tokens"] for record in records if "tokens" in record
+    }
 
     def select_points(name: str) -> np.ndarray:
         points = [(tokens.get(r["step"]), r.get(name)) for r in records]
-        return np.array([point for point in points if None not in point], float).reshape(-1, 2).T
+        return (
+            np.array([point for point in points if None not in point], float)
+            .reshape(-1, 2)
+            .T
+        )
 
     names = {"loss": "loss (nats per token, or the task's own)", "accuracy": "accuracy"}
-    panels = {name: (select_points(name), select_points(f"eval_{name}")) for name in names}
-    panels = {name: both for name, both in panels.items() if any(points.size for points in both)}
+    panels = {
+        name: (select_points(name), select_points(f"eval_{name}")) for name in names
+    }
+    panels = {
+        name: both
+        for name, both in panels.items()
+        if any(points.size for points in both)
+    }
     if "loss" not in panels:
-        raise MaxlmError("no losses to plot", where=str(metrics), fix="train for a few steps first")
+        raise MaxlmError(
+            "no losses to plot", where=str(metrics), fix="train for a few steps first"
+        )
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -132,17 +159,26 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
     ):
         if values.size:
             width = np.ones(2 * (values.size // 200) + 1)
-            means = np.convolve(values, width, "same") / np.convolve(np.ones_like(x), width, "same")
+            means = np.convolve(values, width, "same") / np.convolve(
+                np.ones_like(x), width, "same"
+            )
             axes.plot(x, values, color="#4C78A8", linewidth=0.8, alpha=0.3)
             axes.plot(x, means, color="#4C78A8", linewidth=1.5, label="training")
         if eval_values.size:
-            style: Any = {"linewidth": 1.5, "marker": "o", "markersize": 4, "label": "held out"}
+            style: Any = {
+                "linewidth": 1.5,
+                "marker": "o",
+                "markersize": 4,
+                "label": "held out",
+            }
             axes.plot(x_eval, eval_values, color="#E45756", **style)
             last = x_eval[-1], eval_values[-1]
             text: Any = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9}
             axes.annotate(f"{last[1]:.3f}", last, **text)
         final = select_points(f"final_eval_{name}")[:, -1:]
-        if final.size and not np.array_equal(final, np.stack([x_eval, eval_values])[:, -1:]):
+        if final.size and not np.array_equal(
+            final, np.stack([x_eval, eval_values])[:, -1:]
+        ):
             mark: Any = {"marker": "*", "markersize": 9, "linestyle": "none"}
             label = f"all held-out text: {final[1, 0]:.3f}"
             axes.plot(*final, color="#72231F", label=label, **mark)

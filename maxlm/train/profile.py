@@ -27,9 +27,10 @@ def parse_steps(text: str) -> tuple[int, int]:
 class Profiler(Callback):
     """Traces steps ``first`` to ``last`` into ``folder``/profile.
 
-    A host's trace begins once the step before it is done, and ends when the last one is. Every
-    process traces its own devices; of several, each writes to profile/process-N, as files are named
-    after hosts. A run that resumes between the two steps is traced from its first one.
+    A host's trace begins once the step before it is done, and ends when the last one
+    is. Every process traces its own devices; of several, each writes to
+    profile/process-N, as files are named after hosts. A run that resumes between the
+    two steps is traced from its first one.
     """
 
     def __init__(self, folder: str | Path, first: int, last: int):
@@ -68,4 +69,6 @@ class Profiler(Callback):
             call(*arguments)
         except (RuntimeError, OSError) as error:  # XLA's errors are RuntimeErrors.
             fix = "free some disk space, or train without --profile"
-            raise MaxlmError(f"no trace: {error}", where=str(self._folder), fix=fix) from error
+            raise MaxlmError(
+                f"no trace: {error}", where=str(self._folder), fix=fix
+            ) from error

@@ -8,20 +8,25 @@ from maxlm.config import MaxlmError
 
 
 class PrometheusSink:
-    """Answers scrapes at ``/metrics`` with the newest value of each number that a run logs.
+    """Answers scrapes at ``/metrics`` with the newest value of each number that a run
+    logs.
 
-    ======================================  ========================================================
+    ======================================
+    ========================================================
     metric                                  value
-    ======================================  ========================================================
+    ======================================
+    ========================================================
     ``maxlm_NAME``, gauge                   number NAME of the newest record that has it, of
-                                            metrics.jsonl: ``maxlm_loss``, ``maxlm_mfu``, ...;
-                                            characters that Prometheus has not are underscores
+                                            metrics.jsonl: ``maxlm_loss``,
+                                            ``maxlm_mfu``, ...; characters that
+                                            Prometheus has not are underscores
     ``maxlm_step``, gauge                   updates made so far
     ``maxlm_last_step_timestamp``, gauge    unix seconds at which the newest record was logged
     ``maxlm_time_seconds_total``, counter   seconds of this attempt by ``activity``, as ``progress``
                                             events count them
     ``maxlm_events_total``, counter         events of this attempt by ``event``
-    ======================================  ========================================================
+    ======================================
+    ========================================================
 
     Args:
         address: name or address to listen at; 127.0.0.1 answers this host alone.
@@ -30,7 +35,12 @@ class PrometheusSink:
     """
 
     def __init__(self, address: str, port: int):
-        from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+        from prometheus_client import (
+            CollectorRegistry,
+            Counter,
+            Gauge,
+            start_http_server,
+        )
 
         self._registry = CollectorRegistry()
         self._gauge_class = Gauge
@@ -38,18 +48,28 @@ class PrometheusSink:
         # Seconds by activity that the counter has; ``progress`` events are cumulative.
         self._counted_seconds: dict[str, float] = {}
         self._seconds = Counter(
-            "maxlm_time_seconds", "Seconds of this attempt", ["activity"], registry=self._registry
+            "maxlm_time_seconds",
+            "Seconds of this attempt",
+            ["activity"],
+            registry=self._registry,
         )
         self._events = Counter(
             "maxlm_events", "Events of this attempt", ["event"], registry=self._registry
         )
         try:
-            self._server, self._thread = start_http_server(port, address, self._registry)
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host at all
+            self._server, self._thread = start_http_server(
+                port, address, self._registry
+            )
+        except (
+            OSError,
+            UnicodeError,
+        ) as error:  # UnicodeError: no name of a host at all
             reason = getattr(error, "strerror", None) or error
             what = f"cannot listen at {address} port {port}: {reason}"
             fix = "name a free port, and an address of this host or 0.0.0.0 for all of them"
-            raise MaxlmError(what, where="reporting.prometheus_port", fix=fix) from error
+            raise MaxlmError(
+                what, where="reporting.prometheus_port", fix=fix
+            ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -58,8 +78,8 @@ class PrometheusSink:
         self._set("last_step_timestamp", time.time())
 
     def event(self, kind: str, details: Mapping[str, float]) -> None:
-        """Counts an event; ``details`` of ``progress``: seconds by activity, cumulative since the
-        last rollback."""
+        """Counts an event; ``details`` of ``progress``: seconds by activity, cumulative
+        since the last rollback."""
         self._events.labels(kind).inc()
         if kind == "rollback":
             self._counted_seconds = {}
@@ -81,5 +101,7 @@ class PrometheusSink:
         metric = "maxlm_" + re.sub(r"\W", "_", name, flags=re.ASCII)
         if metric not in self._gauges:
             described = f"Newest value of {name}"
-            self._gauges[metric] = self._gauge_class(metric, described, registry=self._registry)
+            self._gauges[metric] = self._gauge_class(
+                metric, described, registry=self._registry
+            )
         self._gauges[metric].set(value)

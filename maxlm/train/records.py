@@ -1,8 +1,9 @@
-"""A run's records, in its own files and elsewhere: TensorBoard, Weights & Biases, Prometheus.
+"""A run's records, in its own files and elsewhere: TensorBoard, Weights & Biases,
+Prometheus.
 
-Its own are JSON lines, each with an integer ``step``, the number of updates made so far. A last
-line that a kill cut short is removed before the next one is written. A sink is made for one attempt
-of a run, by process 0.
+Its own are JSON lines, each with an integer ``step``, the number of updates made so
+far. A last line that a kill cut short is removed before the next one is written. A sink
+is made for one attempt of a run, by process 0.
 """
 
 import json
@@ -44,18 +45,20 @@ class ReportingConfig(Config):
     prometheus_port: int | None = Field(default=None, ge=1, le=65535)
     """Answer scrapes of Prometheus at this port of process 0's host; null: do not."""
     prometheus_address: str = Field(default="127.0.0.1", min_length=1)
-    """Address or host name to answer at. The default answers the host itself alone; 0.0.0.0 (or ::
-    for IPv6) anyone who reaches it, such as a cluster's Prometheus."""
+    """Address or host name to answer at. The default answers the host itself alone;
+    0.0.0.0 (or :: for IPv6) anyone who reaches it, such as a cluster's Prometheus."""
 
     def check_packages(self) -> None:
-        """Checks that the packages for it are here; raises MaxlmError if one is missing."""
+        """Checks that the packages for it are here; raises MaxlmError if one is
+        missing."""
         if self.wandb is not None and self.wandb.mode != "disabled":
             _check_package("wandb", "reporting.wandb")
         if self.prometheus_port is not None:
             _check_package("prometheus_client", "reporting.prometheus_port")
 
     def check_port(self) -> None:
-        """Checks, for process 0, that Prometheus's port can be had; raises MaxlmError if not."""
+        """Checks, for process 0, that Prometheus's port can be had; raises MaxlmError
+        if not."""
         if self.prometheus_port is not None:
             PrometheusSink(self.prometheus_address, self.prometheus_port).close()
 
@@ -88,9 +91,12 @@ class Sink(Protocol):
         ...
 
 
-def read_records(path: Path, damaged_lines: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the records of a JSONL file, none if it is missing. Adds lines that hold none to
-    ``damaged_lines``, but not a last one without an end: it was cut short, or is being written."""
+def read_records(
+    path: Path, damaged_lines: list[bytes] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yields the records of a JSONL file, none if it is missing. Adds lines that hold
+    none to ``damaged_lines``, but not a last one without an end: it was cut short, or
+    is being written."""
     if path.exists():
         with path.open("rb") as file:
             for line in file:
@@ -100,9 +106,11 @@ def read_records(path: Path, damaged_lines: list[bytes] | None = None) -> Iterat
                     damaged_lines.append(line)
 
 
-def read_events(path: Path, damaged_lines: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the records of an events.jsonl, each with a kind, ``event``, and a ``time``, as
-    :func:`read_records` does; those without are damaged lines too."""
+def read_events(
+    path: Path, damaged_lines: list[bytes] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yields the records of an events.jsonl, each with a kind, ``event``, and a
+    ``time``, as :func:`read_records` does; those without are damaged lines too."""
     for record in read_records(path, damaged_lines):
         is_event = isinstance(record.get("event"), str)
         if is_event and isinstance(record.get("time"), int | float):
@@ -112,11 +120,13 @@ def read_events(path: Path, damaged_lines: list[bytes] | None = None) -> Iterato
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):
-    """``metrics.jsonl`` and ``events.jsonl`` in a run folder, and what shows them elsewhere.
+    """``metrics.jsonl`` and ``events.jsonl`` in a run folder, and what shows them
+    elsewhere.
 
-    Resuming at a step drops every record after it, so that a run that was killed leaves the same
-    ``metrics.jsonl`` as one that was not, but for times, rates and memory. ``events.jsonl`` only
-    grows: `maxlm.programs.goodput` tells from it where the time of all attempts went.
+    Resuming at a step drops every record after it, so that a run that was killed leaves
+    the same ``metrics.jsonl`` as one that was not, but for times, rates and memory.
+    ``events.jsonl`` only grows: `maxlm.programs.goodput` tells from it where the time
+    of all attempts went.
 
     Args:
         folder: the run folder; made if missing.
@@ -151,7 +161,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                 # A run that begins anew has no step 0 in its records.
                 self.rewind(resume_step if resume_step else -1)
                 if reporting.prometheus_port is not None:
-                    sink = PrometheusSink(reporting.prometheus_address, reporting.prometheus_port)
+                    sink = PrometheusSink(
+                        reporting.prometheus_address, reporting.prometheus_port
+                    )
                     self._sinks.append(stack.enter_context(closing(sink)))
                 if reporting.tensorboard:
                     sink = TensorBoardSink(folder / "tensorboard", resume_step)
@@ -162,11 +174,16 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             self._open = stack.pop_all()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one record: ``step`` and finite or non-finite numbers (written as null)."""
-        numbers = {name: v if isinstance(v, int) else float(v) for name, v in values.items()}
+        """Appends one record: ``step`` and finite or non-finite numbers (written as
+        null)."""
+        numbers = {
+            name: v if isinstance(v, int) else float(v) for name, v in values.items()
+        }
         if self._write:
             # JSON has neither NaN nor infinity.
-            finite = {n: v if abs(v) < float("inf") else None for n, v in numbers.items()}
+            finite = {
+                n: v if abs(v) < float("inf") else None for n, v in numbers.items()
+            }
             _append(self._metrics, {"step": step, **finite})
         for sink in self._sinks:
             sink.log(step, numbers)
@@ -175,13 +192,17 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         """Appends an event with the wall time in seconds; docs/runs.md lists them."""
         self.stopped = kind == "stop"
         if self._write:
-            _append(self._events, {"event": kind, "step": step, "time": time.time(), **details})
+            _append(
+                self._events,
+                {"event": kind, "step": step, "time": time.time(), **details},
+            )
         for sink in self._sinks:
             sink.event(kind, details)
 
     def rewind(self, step: int) -> None:
-        """Drops every metrics record whose ``step`` is later, with damaged lines behind the first
-        of them, and counts the others: training goes on from there once more."""
+        """Drops every metrics record whose ``step`` is later, with damaged lines behind
+        the first of them, and counts the others: training goes on from there once
+        more."""
         if not self._write:
             return
         self.damaged_lines, past = 0, step < 0
@@ -204,8 +225,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
 class TensorBoardSink:
     """Event files, one an attempt, which withdraw what earlier ones have of steps after
-    ``resume_step`` (0: a new run). Written in the caller's thread: tensorboardX's own writer waits
-    for ever for a thread that a full disk has ended."""
+    ``resume_step`` (0: a new run). Written in the caller's thread: tensorboardX's own
+    writer waits for ever for a thread that a full disk has ended."""
 
     def __init__(self, folder: Path, resume_step: int):
         from tensorboardX.event_file_writer import EventsWriter
@@ -213,13 +234,18 @@ class TensorBoardSink:
         with convert_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._folder = folder
-            # Its file names go by the second: a quick restart would overwrite the last one's.
-            self._file = EventsWriter(str(folder / "events"), f".{resume_step}.{os.getpid()}")
+            # Its file names go by the second: a quick restart would overwrite the last
+            # one's.
+            self._file = EventsWriter(
+                str(folder / "events"), f".{resume_step}.{os.getpid()}"
+            )
         if resume_step:
             self.rewind(resume_step)
 
     def log(self, step: int, values: Numbers) -> None:
-        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        scalars = [
+            {"tag": name, "simple_value": value} for name, value in values.items()
+        ]
         self._write(step=step, summary={"value": scalars})
 
     def event(self, kind: str, details: Mapping[str, Any]) -> None:
@@ -244,8 +270,8 @@ class TensorBoardSink:
 class WandbSink:
     """One run on Weights & Biases for all attempts, by an id kept in the run's folder.
 
-    Steps are an x axis, not W&B's own counter, which refuses to go back: after a rewind its curves
-    have the steps that were redone twice.
+    Steps are an x axis, not W&B's own counter, which refuses to go back: after a rewind
+    its curves have the steps that were redone twice.
     """
 
     def __init__(self, config: WandbConfig, folder: Path):
@@ -266,8 +292,11 @@ class WandbSink:
                 resume="allow",
                 name=folder.name,
                 dir=folder,
-                config=yaml.safe_load(described.read_text()) if described.exists() else None,
-                # Its process gets a job's SIGTERM as well; an upload must not hold up the exit.
+                config=yaml.safe_load(described.read_text())
+                if described.exists()
+                else None,
+                # Its process gets a job's SIGTERM as well; an upload must not hold up
+                # the exit.
                 settings=wandb.Settings(console="off", silent=True, finish_timeout=15),
             )
         except wandb.Error as error:
@@ -294,11 +323,16 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return (
+        record
+        if isinstance(record, dict) and isinstance(record.get("step"), int)
+        else None
+    )
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record behind the others, whole or not at all; on return the system has it."""
+    """Writes a record behind the others, whole or not at all; on return the system has
+    it."""
     with convert_write_errors(path):
         check_file_exists(path)
         size = path.stat().st_size

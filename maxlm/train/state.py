@@ -21,7 +21,8 @@ from maxlm.sharding import AxisRules
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes; with other leaves than arrays, their shapes or shardings.
+    """Everything a step changes; with other leaves than arrays, their shapes or
+    shardings.
 
     The data's position is ``step`` itself; so is the randomness's."""
 
@@ -33,20 +34,21 @@ class TrainState:
     ema: Any
     """Exponential moving average of the parameters, or None."""
     frozen: dict[str, Params] = field(default_factory=dict)
-    """Parameters of the other models that the task reads, by the task's names for them. They never
-    change, and checkpoints, which hold all else, say where they came from in their place."""
+    """Parameters of the other models that the task reads, by the task's names for them.
+    They never change, and checkpoints, which hold all else, say where they came from in
+    their place."""
 
 
 def param_shardings(specs: Any, rules: AxisRules, mesh: Any) -> Any:
-    """Returns the sharding of every array of a tree of declarations, such as a placed model's
-    (``place_model``), on a real or an abstract mesh; no device is touched."""
+    """Returns the sharding of every array of a tree of declarations, such as a placed
+    model's (``place_model``), on a real or an abstract mesh; no device is touched."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, rules.spec(*spec.axes)), specs)
 
 
 def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
-    """Returns the part of a tree of declarations whose canonical names match a pattern, such as
-    ``layers.attention.*``; raises MaxlmError for one that no name matches. None: all, or the arrays
-    that an adapter adds, and ``heads``."""
+    """Returns the part of a tree of declarations whose canonical names match a pattern,
+    such as ``layers.attention.*``; raises MaxlmError for one that no name matches.
+    None: all, or the arrays that an adapter adds, and ``heads``."""
     names, added = [*flatten_names(specs)], list_added_names(specs)
     if patterns is None:
         matched = {*added, *filter_names(names, "heads.*" if added else "*")}
@@ -88,7 +90,9 @@ def list_added_names(specs: Params) -> set[str]:
     added: set[str] = set()
     for name, held in flatten_names(specs, is_leaf).items():
         if field := getattr(held, "base_field", None):
-            added |= {f"{name}.{own}" for own in flatten_names(replace(held, **{field: None}))}
+            added |= {
+                f"{name}.{own}" for own in flatten_names(replace(held, **{field: None}))
+            }
     return added
 
 

@@ -1,5 +1,5 @@
-"""One step of training, and one of evaluation: pure functions of state and batch. A batch's
-micro-batches are taken one after the other, or through a pipeline."""
+"""One step of training, and one of evaluation: pure functions of state and batch. A
+batch's micro-batches are taken one after the other, or through a pipeline."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -48,21 +48,23 @@ def train_step(
     """Computes gradients over micro-batches, and applies one optimizer update.
 
     Args:
-        batch: arrays [A, B / A, ...]: A micro-batches, accumulated one after the other or run
-            through a pipeline. Their losses are summed and divided by the tokens of the whole
-            batch, so that A changes memory and nothing else (but for the balance of experts,
-            which is measured over a micro-batch).
-        model, frozen_models: the modules whose parameters the state holds; a frozen model that is
-            not in ``state.frozen`` is ``model`` without its adapter, and has its base's.
+        batch: arrays [A, B / A, ...]: A micro-batches, accumulated one after the other
+            or run through a pipeline. Their losses are summed and divided by the tokens
+            of the whole batch, so that A changes memory and nothing else (but for the
+            balance of experts, which is measured over a micro-batch).
+        model, frozen_models: the modules whose parameters the state holds; a frozen
+            model that is not in ``state.frozen`` is ``model`` without its adapter, and
+            has its base's.
         schedule: the optimizer's, to be reported.
         gradient_layouts: see ``compute_loss_and_gradients``.
         trainable: the declarations of the parameters that are trained; default: all.
 
     Returns:
         The next state, and fp32 scalars: ``loss`` and the task's other sums per counted
-        token, ``batch_tokens`` (how many were counted), ``learning_rate``, the global norms of
-        gradients (before clipping), parameters and updates, and ``skipped``: 1 where the loss or
-        a gradient was not finite, so that parameters and optimizer stayed what they were.
+        token, ``batch_tokens`` (how many were counted), ``learning_rate``, the global
+        norms of gradients (before clipping), parameters and updates, and ``skipped``: 1
+        where the loss or a gradient was not finite, so that parameters and optimizer
+        stayed what they were.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     trainable = param_specs(model) if trainable is None else trainable
@@ -90,11 +92,15 @@ def train_step(
         norm = optax.tree.norm(_learned(trainable, updates))
         return jax.tree.map(_held, (trained, opt_state, ema, norm))
 
-    # A loop of one turn, or of none where the numbers are bad: its state is updated in place, where
-    # choosing between new and old arrays, or branches, would hold both.
-    ema, ema_rest = (None, None) if state.ema is None else split_params(state.ema, trainable)
+    # A loop of one turn, or of none where the numbers are bad: its state is updated in
+    # place, where choosing between new and old arrays, or branches, would hold both.
+    ema, ema_rest = (
+        (None, None) if state.ema is None else split_params(state.ema, trainable)
+    )
     before = trained, state.opt_state, ema, jnp.zeros_like(grad_norm)
-    trained, opt_state, ema, update_norm = lax.fori_loop(0, finite.astype(int), update, before)
+    trained, opt_state, ema, update_norm = lax.fori_loop(
+        0, finite.astype(int), update, before
+    )
     rate: Any = schedule(state.step)
     metrics: Sums = {
         "loss": total / tokens,
@@ -113,8 +119,8 @@ def train_step(
 
 
 def _held(array: jax.Array) -> jax.Array:
-    """Keeps an array in the layout of its type: the compiler might choose another for a loop's
-    state, and come back from it by gathering what it split."""
+    """Keeps an array in the layout of its type: the compiler might choose another for a
+    loop's state, and come back from it by gathering what it split."""
     mesh = jax.sharding.get_abstract_mesh()
     return array if mesh.empty else reshard(array, jax.typeof(array).sharding)
 
@@ -132,12 +138,14 @@ def _learned(specs: Params, tree: Any) -> Any:
 def _bind_frozen(
     models: Mapping[str, Any], frozen: Mapping[str, Params], params: Params
 ) -> dict[str, Any]:
-    """Binds frozen models to their own parameters, or to the base of the adapted ``params``, to
-    which no gradient goes."""
+    """Binds frozen models to their own parameters, or to the base of the adapted
+    ``params``, to which no gradient goes."""
     base = jax.tree.map(lax.stop_gradient, select_base_params(params))
     # Without an adapter, the base would be the trained model itself.
     is_adapted = jax.tree.structure(base) != jax.tree.structure(params)
-    assert is_adapted or frozen.keys() >= models.keys(), "a frozen model has no parameters"
+    assert is_adapted or frozen.keys() >= models.keys(), (
+        "a frozen model has no parameters"
+    )
     return {name: bind(own, frozen.get(name, base)) for name, own in models.items()}
 
 
@@ -150,7 +158,8 @@ def evaluate_step(
     task: Task,
     frozen_models: Mapping[str, Any] = MappingProxyType({}),
 ) -> Sums:
-    """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without gradients."""
+    """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without
+    gradients."""
     others = _bind_frozen(frozen_models, frozen, params)
     models, key = TaskModels(bind(model, params), others), jax.random.key(0)
     batch = task.prepare_batch(models, batch)
@@ -177,12 +186,14 @@ def compute_loss_and_gradients(
         model: the module whose parameters ``params`` and ``untrained`` hold together.
         loss: (bound model, batch, key) -> (loss summed over tokens, sums).
         batch: arrays [M, B, ...], M micro-batches.
-        layouts: each gradient's partition, where it is finer than its parameter's (ZeRO-2);
-            gradients are reduced straight to it.
+        layouts: each gradient's partition, where it is finer than its parameter's
+            (ZeRO-2); gradients are reduced straight to it.
         untrained: the parameters that get no gradients.
     """
     trained, whole = params, params
-    rest: Params = jax.tree.map(lambda _: None, params) if untrained is None else untrained
+    rest: Params = (
+        jax.tree.map(lambda _: None, params) if untrained is None else untrained
+    )
     if layouts is not None:
         params = jax.tree.map(reshard, params, layouts)
     schedule = getattr(model, "pipeline_schedule", None)
@@ -195,7 +206,9 @@ def compute_loss_and_gradients(
         return seed_dropout(params, param_specs(model), fold_in_name(key, "dropout"))
 
     def bound(params: Params, key: jax.Array | None = None) -> Any:
-        if layouts is not None:  # whole parameters are read, their own share is differentiated
+        if (
+            layouts is not None
+        ):  # whole parameters are read, their own share is differentiated
             params = jax.tree.map(GatheredParam, params, whole)
         params = merge_params(params, rest)
         return bind(model, params if key is None else seeded(params, key))
@@ -215,7 +228,9 @@ def compute_loss_and_gradients(
     return _accumulate(value_and_grad, params, batch)
 
 
-def _accumulate(value_and_grad: Any, params: Params, batch: dict[str, jax.Array]) -> Gradients:
+def _accumulate(
+    value_and_grad: Any, params: Params, batch: dict[str, jax.Array]
+) -> Gradients:
     count = jax.tree.leaves(batch)[0].shape[0]
     first = jax.tree.map(lambda a: a[0], batch), jnp.int32(0)
     if count == 1:
@@ -231,19 +246,31 @@ def _accumulate(value_and_grad: Any, params: Params, batch: dict[str, jax.Array]
 
 
 def _one_f_one_b(
-    model: Any, bound: Any, loss: Any, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    model: Any,
+    bound: Any,
+    loss: Any,
+    params: Params,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
 ) -> Gradients:
-    """The loss is run twice for each micro-batch, with the layers taken out of the model: up
-    to them on the first stage, from them on the last."""
+    """The loss is run twice for each micro-batch, with the layers taken out of the
+    model: up to them on the first stage, from them on the last."""
     numbers = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
     keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-    batch = batch | {"key": jax.random.key_data(keys), "number": numbers.astype(jnp.uint32)}
+    batch = batch | {
+        "key": jax.random.key_data(keys),
+        "number": numbers.astype(jnp.uint32),
+    }
     ends = {name: value for name, value in params.items() if name != "layers"}
 
     def run_loss(ends: Params, micro: dict[str, jax.Array], layers_fn: Any):
         ready = bound(ends | {"layers": params["layers"]})
         ready.layers_fn = layers_fn
-        arrays = {name: array for name, array in micro.items() if name not in ("key", "number")}
+        arrays = {
+            name: array
+            for name, array in micro.items()
+            if name not in ("key", "number")
+        }
         return loss(ready, arrays, jax.random.wrap_key_data(micro["key"]))
 
     def first(ends: Params, micro: dict[str, jax.Array]):
@@ -267,16 +294,20 @@ def _one_f_one_b(
         params["layers"],
         batch,
         sums_cotangent=lambda aux: Aux(
-            jax.tree.map(jnp.ones_like, aux.loss), jax.tree.map(jnp.zeros_like, aux.sums)
+            jax.tree.map(jnp.ones_like, aux.loss),
+            jax.tree.map(jnp.zeros_like, aux.sums),
         ),
     )
     return (total + aux.loss, sums | aux.sums), d_ends | {"layers": d_layers}
 
 
 def convert_sums_to_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Divides a task's sums by ``tokens``, as they are logged; experts' by their load: the
-    busiest's and the idlest's over the mean, and the share of assignments dropped."""
+    """Divides a task's sums by ``tokens``, as they are logged; experts' by their load:
+    the busiest's and the idlest's over the mean, and the share of assignments
+    dropped."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
     own = {k: v for k, v in sums.items() if k not in ("tokens", "expert_load")}
     loads = jnp.maximum(sums.get("expert_load", tokens), 1.0)
-    return {k: v / (loads if k.startswith("expert_") else tokens) for k, v in own.items()}
+    return {
+        k: v / (loads if k.startswith("expert_") else tokens) for k, v in own.items()
+    }

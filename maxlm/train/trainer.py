@@ -20,7 +20,8 @@ PROGRESS_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class RollbackDecision:
-    """The updates of a range of steps are bad: the run must return to a checkpoint before them."""
+    """The updates of a range of steps are bad: the run must return to a checkpoint
+    before them."""
 
     first_bad_step: int
     last_bad_step: int
@@ -29,15 +30,18 @@ class RollbackDecision:
 
 @dataclass
 class StepTimer:
-    """Measures each step, from the end of the one before, and adds up seconds by activity."""
+    """Measures each step, from the end of the one before, and adds up seconds by
+    activity."""
 
     event: Callable[..., None]
-    """Takes (kind, step, **details): ``compiled`` after the first step, ``progress`` with the
-    totals now and then."""
+    """Takes (kind, step, **details): ``compiled`` after the first step, ``progress``
+    with the totals now and then."""
     start_step: int
     """Steps made before."""
     seconds_by_activity: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
+        default_factory=lambda: dict.fromkeys(
+            ("stepping", "loading", "saving", "evaluating"), 0.0
+        )
     )
 
     def __post_init__(self) -> None:
@@ -56,8 +60,8 @@ class StepTimer:
 
     @contextmanager
     def time_activity(self, activity: str) -> Iterator[Callable[[], float]]:
-        """Times an activity that is no part of a step; yields a function that returns its seconds
-        once it is over."""
+        """Times an activity that is no part of a step; yields a function that returns
+        its seconds once it is over."""
         began = time.perf_counter()
         ended = began
         try:
@@ -68,7 +72,8 @@ class StepTimer:
             self._step_began += ended - began
 
     def finish_step(self, step: int) -> dict[str, float]:
-        """Returns a step's ``seconds`` and ``loader_wait``, the share spent waiting for data."""
+        """Returns a step's ``seconds`` and ``loader_wait``, the share spent waiting for
+        data."""
         seconds = max(time.perf_counter() - self._step_began, 1e-9)
         waited = min(self._waited, seconds)
         self._restart()
@@ -84,62 +89,78 @@ class StepTimer:
     def log_progress(self, step: int) -> None:
         """Writes the totals as a ``progress`` event."""
         self._reported = time.monotonic()
-        seconds = {name: round(spent, 6) for name, spent in self.seconds_by_activity.items()}
+        seconds = {
+            name: round(spent, 6) for name, spent in self.seconds_by_activity.items()
+        }
         self.event("progress", step, **seconds)
 
 
 def measure_peak_memory_bytes() -> dict[str, float]:
-    """Returns peak memory in bytes: ``device_memory_peak`` of the first local device if the backend
-    counts it (GPU, TPU), else ``process_memory_peak`` (resident set, JAX's and Python's)."""
+    """Returns peak memory in bytes: ``device_memory_peak`` of the first local device if
+    the backend counts it (GPU, TPU), else ``process_memory_peak`` (resident set, JAX's
+    and Python's)."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return {"device_memory_peak": stats["peak_bytes_in_use"]}
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return {"process_memory_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    return {
+        "process_memory_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    }
 
 
 class Callback:
-    """Hooks that a `Trainer` calls, on all processes at the same steps. By default they do nothing.
+    """Hooks that a `Trainer` calls, on all processes at the same steps. By default they
+    do nothing.
 
-    A hook may set ``trainer.stop_request`` or ``trainer.rollback``; both take effect once the hooks
-    of the step have run.
+    A hook may set ``trainer.stop_request`` or ``trainer.rollback``; both take effect
+    once the hooks of the step have run.
     """
 
     def on_step_begin(self, trainer: "Trainer", step: int, state: TrainState) -> None:
-        """Step ``step`` is about to be dispatched; ``state`` is still being computed."""
+        """Step ``step`` is about to be dispatched; ``state`` is still being
+        computed."""
 
     def on_step_dispatched(self, trainer: "Trainer", step: int, sums: Sums) -> None:
-        """The devices have the step. Work queued here runs behind it; wait for nothing."""
+        """The devices have the step. Work queued here runs behind it; wait for
+        nothing."""
 
-    def on_step_end(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
-        """The step's scalars are on the host, mostly one step after it was dispatched."""
+    def on_step_end(
+        self, trainer: "Trainer", step: int, metrics: dict[str, float]
+    ) -> None:
+        """The step's scalars are on the host, mostly one step after it was
+        dispatched."""
 
     def needs_state(self, trainer: "Trainer", step: int) -> bool:
-        """Whether to call :meth:`on_state` after ``step``, which the next then does not overlap."""
+        """Whether to call :meth:`on_state` after ``step``, which the next then does not
+        overlap."""
         return False
 
     def on_state(self, trainer: "Trainer", step: int, state: TrainState) -> None:
-        """The state after ``step``, whose :meth:`on_step_end` has run, and no next step has."""
+        """The state after ``step``, whose :meth:`on_step_end` has run, and no next step
+        has."""
 
     def on_work_begin(self, trainer: "Trainer", step: int, activity: str) -> None:
         """Work that is no step begins: an ``"evaluation"`` or a ``"save"``."""
 
-    def on_evaluation_end(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
+    def on_evaluation_end(
+        self, trainer: "Trainer", step: int, metrics: dict[str, float]
+    ) -> None:
         """An evaluation is done."""
 
     def on_train_end(self, trainer: "Trainer", step: int, state: TrainState) -> None:
         """The last step is done, or the one that the run stops at."""
 
     def on_stop(self, trainer: "Trainer") -> None:
-        """No step follows: training is done, fails, or the run must return to a checkpoint."""
+        """No step follows: training is done, fails, or the run must return to a
+        checkpoint."""
 
 
 @dataclass
 class Trainer:
     """Takes steps and calls callbacks, in the order of their list.
 
-    The device is kept one step ahead of the host: a step's scalars are read only once the next step
-    has been dispatched, so that no callback holds it up.
+    The device is kept one step ahead of the host: a step's scalars are read only once
+    the next step has been dispatched, so that no callback holds it up.
     """
 
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, Sums]]
@@ -153,11 +174,14 @@ class Trainer:
     rollback: RollbackDecision | None = None
     """Reason why the run must return to a checkpoint."""
 
-    def run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState | RollbackDecision:
-        """Trains from ``state.step`` to ``num_steps``, on batches from ``state.step`` on.
+    def run(
+        self, state: TrainState, batches: Iterator[Batch]
+    ) -> TrainState | RollbackDecision:
+        """Trains from ``state.step`` to ``num_steps``, on batches from ``state.step``
+        on.
 
-        Returns the final state, or the decision to roll back, after which nothing was saved. Raises
-        what a callback raises, such as ``Preempted``.
+        Returns the final state, or the decision to roll back, after which nothing was
+        saved. Raises what a callback raises, such as ``Preempted``.
         """
         try:
             return self._run(state, batches)
@@ -173,7 +197,9 @@ class Trainer:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
 
-    def _run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState | RollbackDecision:
+    def _run(
+        self, state: TrainState, batches: Iterator[Batch]
+    ) -> TrainState | RollbackDecision:
         start = step = int(state.step)
         pending: tuple[int, Sums] | None = None
         for step in range(start + 1, self.num_steps + 1):
@@ -187,7 +213,8 @@ class Trainer:
             pending = step, sums
             wanted = [each.needs_state(self, step) for each in self.callbacks]
             if self.rollback is None and (self.stop_request or any(wanted)):
-                # A checkpoint follows the records up to it: the process may be killed in between.
+                # A checkpoint follows the records up to it: the process may be killed
+                # in between.
                 self._finish_step(*pending)
                 pending = None
                 if self.rollback is None:

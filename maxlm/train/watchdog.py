@@ -21,8 +21,9 @@ from maxlm.train.trainer import Callback, Trainer
 
 _MEDIAN_STEPS = 100
 _LEAST_STEPS = 5  # before which a median says little
-# A process that ends takes its peers along. They may detect the same hang a little later, and get
-# this share of the limit, and at most these seconds, to write down what they do.
+# A process that ends takes its peers along. They may detect the same hang a little
+# later, and get this share of the limit, and at most these seconds, to write down what
+# they do.
 _GRACE_SHARE, _MAX_GRACE_SECONDS = 0.1, 10.0
 _REPORT_SECONDS = 20.0
 
@@ -38,10 +39,11 @@ class WatchdogTimer:
 
 
 class Watchdog(Callback):
-    """A thread that ends the process when the work under way takes too long. A context manager.
+    """A thread that ends the process when the work under way takes too long. A context
+    manager.
 
-    It first writes what all Python threads are doing to ``hangs/`` in the run's ``folder``, and to
-    stderr.
+    It first writes what all Python threads are doing to ``hangs/`` in the run's
+    ``folder``, and to stderr.
     """
 
     def __init__(self, config: FaultToleranceConfig, folder: Path, process: int = 0):
@@ -53,7 +55,9 @@ class Watchdog(Callback):
         self._done, self._is_first_step = threading.Event(), True
         # The training thread replaces it, the watching thread reads it.
         self.awaited = WatchdogTimer(0, "", time.monotonic(), float("inf"))
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, name="watchdog", daemon=True
+        )
 
     def on_step_begin(self, trainer: Trainer, step: int, state: TrainState) -> None:
         self.start_timer(step, "first step" if self._is_first_step else "step")
@@ -62,16 +66,19 @@ class Watchdog(Callback):
     def on_work_begin(self, trainer: Trainer, step: int, activity: str) -> None:
         self.start_timer(step, activity)
 
-    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+    def on_step_end(
+        self, trainer: Trainer, step: int, metrics: dict[str, float]
+    ) -> None:
         self._step_seconds.append(metrics["seconds"])
 
     def on_stop(self, trainer: Trainer) -> None:
         self._is_first_step = True
 
     def start_timer(self, step: int, activity: str = "step") -> None:
-        """Says what is under way from now on: ``"step"``, limited by a multiple of the median of
-        those before it, once there are enough; or what takes longer (``"first step"``,
-        ``"evaluation"``, ``"save"``, ``"restore"``), limited by ``idle_seconds``."""
+        """Says what is under way from now on: ``"step"``, limited by a multiple of the
+        median of those before it, once there are enough; or what takes longer (``"first
+        step"``, ``"evaluation"``, ``"save"``, ``"restore"``), limited by
+        ``idle_seconds``."""
         words, limit = f"{activity} {step}", self._config.idle_seconds
         if activity == "step" and len(self._step_seconds) >= _LEAST_STEPS:
             typical = median(self._step_seconds)
@@ -98,19 +105,26 @@ class Watchdog(Callback):
     def _watch(self) -> None:
         while True:
             awaited = self.awaited
-            if (seconds := time.monotonic() - awaited.start_seconds) >= awaited.timeout_seconds:
+            if (
+                seconds := time.monotonic() - awaited.start_seconds
+            ) >= awaited.timeout_seconds:
                 if self._handle_hang(awaited, seconds):
                     return
             elif self._done.wait(min(awaited.timeout_seconds - seconds, 1.0)):
                 return
 
     def _handle_hang(self, awaited: WatchdogTimer, seconds: float) -> bool:
-        """Reports a hang and ends the process, unless the work is done after all; then False."""
+        """Reports a hang and ends the process, unless the work is done after all; then
+        False."""
         # The disk that it writes to may be what hangs.
-        report = threading.Thread(target=self._report, args=(awaited, seconds), daemon=True)
+        report = threading.Thread(
+            target=self._report, args=(awaited, seconds), daemon=True
+        )
         report.start()
         report.join(_REPORT_SECONDS)
-        if self._done.wait(min(_GRACE_SHARE * awaited.timeout_seconds, _MAX_GRACE_SECONDS)):
+        if self._done.wait(
+            min(_GRACE_SHARE * awaited.timeout_seconds, _MAX_GRACE_SECONDS)
+        ):
             return True
         if self.awaited is awaited:
             self.exit_process(LOST)
@@ -121,7 +135,9 @@ class Watchdog(Callback):
 
     def _report(self, awaited: WatchdogTimer, seconds: float) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        path = self.folder / "hangs" / f"process-{self._process}-step-{awaited.step}.txt"
+        path = (
+            self.folder / "hangs" / f"process-{self._process}-step-{awaited.step}.txt"
+        )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
@@ -130,8 +146,10 @@ class Watchdog(Callback):
         except OSError as error:
             where = f"{path} cannot be written: {error.strerror}"
         print(
-            f"error: {self.folder}: process {self._process} hangs: {awaited.description} has taken "
-            f"{seconds:.3g} s; {where}; run the same command to resume from the last checkpoint",
+            f"error: {self.folder}: process {self._process} hangs: "
+            f"{awaited.description} has taken "
+            f"{seconds:.3g} s; {where}; run the same command to resume from the last "
+            f"checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -1,11 +1,13 @@
-"""Attention as others call it: arguments checked, an implementation chosen, gradients joined.
+"""Attention as others call it: arguments checked, an implementation chosen, gradients
+joined.
 
 An implementation is a module here with
 
 - ``supports(operands, params) -> bool``, by shapes, dtypes and which arrays are given,
 - ``forward(operands, call) -> (o, lse)`` and
-- ``backward(operands, (lse, delta, d_o), call) -> (d_q, d_k, d_v)``, and the biases' gradient
-  where it supports these: as :func:`attention_forward` and :func:`attention_backward`,
+- ``backward(operands, (lse, delta, d_o), call) -> (d_q, d_k, d_v)``, and the biases'
+  gradient where it supports these: as :func:`attention_forward` and
+  :func:`attention_backward`,
 
 imported when first wanted: each needs a part of Pallas that others do not.
 """
@@ -26,7 +28,8 @@ from pallas_kernels.attention.params import (
 )
 from pallas_kernels.chips import choose_backend
 
-# What `backend` may be, and the kernels to try for it in order. XLA takes what these do not.
+# What `backend` may be, and the kernels to try for it in order. XLA takes what these do
+# not.
 KERNELS = {
     "tpu": ("tpu",),
     "gpu": ("hopper", "triton"),
@@ -39,13 +42,13 @@ KERNELS = {
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, **options: Unpack[AttentionOptions]
 ) -> jax.Array:
-    """Computes softmax(scores + mask)·v, exact, softmax in fp32 (Vaswani et al. 2017, eq. 1), or in
-    float64 where operands are, which XLA alone has.
+    """Computes softmax(scores + mask)·v, exact, softmax in fp32 (Vaswani et al. 2017,
+    eq. 1), or in float64 where operands are, which XLA alone has.
 
-    The backward pass computes the weights again: nothing of size S × T is kept. Differentiable
-    once, by q, k, v, ``sinks`` and ``biases``; ``slopes`` and whatever places tokens are
-    constants. A query that no key is left for gives zeros, and zero gradients. Masked keys and
-    values may hold anything finite.
+    The backward pass computes the weights again: nothing of size S × T is kept.
+    Differentiable once, by q, k, v, ``sinks`` and ``biases``; ``slopes`` and whatever
+    places tokens are constants. A query that no key is left for gives zeros, and zero
+    gradients. Masked keys and values may hold anything finite.
 
     Args:
         q: [B, S, N, H].
@@ -58,8 +61,8 @@ def attention(
         [B, S, N, Hv] in v's dtype.
 
     Raises:
-        ValueError: shapes that do not belong together; options of another shape or sense; a
-            ``backend`` that does not know these sizes.
+        ValueError: shapes that do not belong together; options of another shape or
+            sense; a ``backend`` that does not know these sizes.
     """
     operands, call = _prepare(q, k, v, v.dtype, options)
     o: Any = _attention(operands, call)
@@ -74,12 +77,14 @@ def attention_forward(
     dtype: Any = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes :func:`attention` and what its backward pass needs; not differentiable by JAX.
+    """Computes :func:`attention` and what its backward pass needs; not differentiable
+    by JAX.
 
     Returns:
-        o [B, S, N, Hv] in ``dtype`` (default v's); the natural log-sum-exp of each query's scores,
-        its sink included, fp32 [B, S, N], −inf where it has neither key nor sink. A TPU sums the
-        weights as it multiplies them: with bf16 values the log-sum-exp is off by 2⁻⁸ at most.
+        o [B, S, N, Hv] in ``dtype`` (default v's); the natural log-sum-exp of each
+        query's scores, its sink included, fp32 [B, S, N], −inf where it has neither key
+        nor sink. A TPU sums the weights as it multiplies them: with bf16 values the
+        log-sum-exp is off by 2⁻⁸ at most.
     """
     operands, call = _prepare(q, k, v, dtype or v.dtype, options)
     return _module(call.backend).forward(operands, call)
@@ -98,9 +103,10 @@ def attention_backward(
 ) -> tuple[jax.Array, ...]:
     """Returns the gradients that pass through these keys (Dao et al. 2022, appendix B).
 
-    The keys may be a block of all those that the queries see: ``lse`` and ``delta`` are of all of
-    them, dK and dV are then this block's, and dQ and the biases' are terms of sums over blocks.
-    ``sinks`` have no effect: ``lse`` has them, and their own gradient is :func:`sink_gradient`.
+    The keys may be a block of all those that the queries see: ``lse`` and ``delta`` are
+    of all of them, dK and dV are then this block's, and dQ and the biases' are terms of
+    sums over blocks. ``sinks`` have no effect: ``lse`` has them, and their own gradient
+    is :func:`sink_gradient`.
 
     Args:
         lse: fp32 [B, S, N], the log-sum-exp of every score of each query.
@@ -118,8 +124,8 @@ def attention_backward(
 
 
 def _on_hopper() -> bool:
-    """Whether the GPU that the program is for has Hopper's instructions (compute capability 9.0,
-    which a device that is not here does not tell)."""
+    """Whether the GPU that the program is for has Hopper's instructions (compute
+    capability 9.0, which a device that is not here does not tell)."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return any(card in device.device_kind for card in ("H100", "H20", "H800"))
@@ -140,7 +146,9 @@ def _prepare(q, k, v, dtype, options: AttentionOptions):
             return False
         return _module(name).supports(operands, params)
 
-    shapes = ", ".join(f"{x} {a.dtype} {a.shape}" for x, a in (("q", q), ("k", k), ("v", v)))
+    shapes = ", ".join(
+        f"{x} {a.dtype} {a.shape}" for x, a in (("q", q), ("k", k), ("v", v))
+    )
     name = choose_backend(backend, KERNELS, supports, f"{shapes} with {params}")
     kernel = options.get("block_sizes"), options.get("interpret", False)
     return operands, AttentionCall(params, name, dtype, *kernel)
@@ -160,7 +168,9 @@ def _attention_backward(call, saved, d_o):
     operands, o, lse = saved
     (q, k, v, *_), sinks = operands, operands.sinks
     delta, call = compute_row_delta(o, d_o), call._replace(dtype=q.dtype)
-    grads = _module(call.backend).backward(operands._replace(sinks=None), (lse, delta, d_o), call)
+    grads = _module(call.backend).backward(
+        operands._replace(sinks=None), (lse, delta, d_o), call
+    )
     d_q, d_k, d_v, *d_biases = grads
     d_sinks = None if sinks is None else sink_gradient(sinks, lse, delta)
     (d_biases,) = d_biases or (None,)

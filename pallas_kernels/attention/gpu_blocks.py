@@ -1,10 +1,12 @@
-"""Common parts of the GPU kernels: which blocks of keys each block of queries visits, and the
-reverse, planned by XLA; and inside a kernel scores and their gradients, in units of log2.
+"""Common parts of the GPU kernels: which blocks of keys each block of queries visits,
+and the reverse, planned by XLA; and inside a kernel scores and their gradients, in
+units of log2.
 
-Blocks are judged by the least and greatest position and segment in them. Of the blocks from the
-first that is not empty to the last, a kernel visits those that need no mask (one run of them:
-``full``), and with a mask the others, less one run of empty ones (``gap``). A block that either
-run leaves out is masked, so that the result is exact whatever the positions.
+Blocks are judged by the least and greatest position and segment in them. Of the blocks
+from the first that is not empty to the last, a kernel visits those that need no mask
+(one run of them: ``full``), and with a mask the others, less one run of empty ones
+(``gap``). A block that either run leaves out is masked, so that the result is exact
+whatever the positions.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,8 @@ _FAR = 2**30
 
 
 class BlockVisits(NamedTuple):
-    """The visits of one block: scalars in a kernel. Masked visit t goes to :meth:`masked_block`."""
+    """The visits of one block: scalars in a kernel. Masked visit t goes to
+    :meth:`masked_block`."""
 
     masked_begin: jax.Array
     num_masked: jax.Array
@@ -38,7 +41,8 @@ class BlockVisits(NamedTuple):
 
     @classmethod
     def read(cls, table: Any, *at: Any) -> "BlockVisits":
-        """Reads, in a kernel, the visits of a block from the table of :func:`plan_visits`."""
+        """Reads, in a kernel, the visits of a block from the table of
+        :func:`plan_visits`."""
         return cls(*(table[(*at, field)] for field in range(FIELDS)))
 
     def masked_block(self, t: jax.Array) -> jax.Array:
@@ -56,17 +60,17 @@ def plan_visits(
     *,
     per_query: bool,
 ) -> jax.Array | None:
-    """Returns the :class:`BlockVisits` of each block of queries to blocks of keys, or the reverse,
-    int32 [B or 1, blocks, FIELDS]; None: all blocks are full. Offsets are those of ``operands``
-    (``params.merge_offsets``)."""
+    """Returns the :class:`BlockVisits` of each block of queries to blocks of keys, or
+    the reverse, int32 [B or 1, blocks, FIELDS]; None: all blocks are full. Offsets are
+    those of ``operands`` (``params.merge_offsets``)."""
     S, T = operands.q.shape[1], operands.k.shape[1]
-    # Slots past the last key are masked, but not where keys visit queries: they add to no other
-    # key's gradient.
+    # Slots past the last key are masked, but not where keys visit queries: they add to
+    # no other key's gradient.
     padded = per_query and T % block_k > 0
     if not (params.causal or operands.q_segments is not None or padded):
         return None
-    # bool [B or 1, blocks of queries, blocks of keys]: whether any, and whether every query sees
-    # any, every key.
+    # bool [B or 1, blocks of queries, blocks of keys]: whether any, and whether every
+    # query sees any, every key.
     shape = 1, -(-S // block_q), -(-T // block_k)
     some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
     if params.causal:
@@ -103,7 +107,8 @@ def _positions(offset, length: int, block: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
-    """[B, n, m] → [B, n, FIELDS]. Reductions alone, which XLA fuses with what they reduce."""
+    """[B, n, m] → [B, n, FIELDS]. Reductions alone, which XLA fuses with what they
+    reduce."""
     m = some.shape[2]
     at = jnp.arange(m, dtype=jnp.int32)
 
@@ -121,17 +126,25 @@ def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
     ordered = full_begin <= gap_begin
     cuts = [
         jnp.where(ordered, a, b)
-        for a, b in ((full[0], gap[0]), (full[1], gap[1]), (gap[0], full[0]), (gap[1], full[1]))
+        for a, b in (
+            (full[0], gap[0]),
+            (full[1], gap[1]),
+            (gap[0], full[0]),
+            (gap[1], full[1]),
+        )
     ]
     count = end - begin - full[1] - gap[1]
-    return jnp.stack([begin, count, full_begin, full_end, *cuts], axis=2).astype(jnp.int32)
+    return jnp.stack([begin, count, full_begin, full_end, *cuts], axis=2).astype(
+        jnp.int32
+    )
 
 
 def compare_block_segments(
     q_segments: jax.Array, k_segments: jax.Array, block_q: int, block_k: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns bool [B, blocks of queries, blocks of keys]: whether they may have a segment in
-    common; whether all their tokens are of one. Past the last token both are as if it went on."""
+    """Returns bool [B, blocks of queries, blocks of keys]: whether they may have a
+    segment in common; whether all their tokens are of one. Past the last token both are
+    as if it went on."""
     q_least, q_low, q_high = (x[:, :, None] for x in _bounds(q_segments, block_q))
     k_least, k_low, k_high = (x[:, None] for x in _bounds(k_segments, block_k))
     one = (q_least == q_high) & (k_least == k_high) & (q_high == k_high) & (k_least > 0)
@@ -151,9 +164,11 @@ def _bounds(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.A
     return cut.min(axis=2), real.min(axis=2), cut.max(axis=2)
 
 
-def list_mask_inputs(operands: AttentionOperands, params: AttentionParams) -> dict[str, jax.Array]:
-    """Lists by name what kernels read beside q, k and v. Offsets are those of ``operands``
-    (``params.merge_offsets``), as int32 [1]."""
+def list_mask_inputs(
+    operands: AttentionOperands, params: AttentionParams
+) -> dict[str, jax.Array]:
+    """Lists by name what kernels read beside q, k and v. Offsets are those of
+    ``operands`` (``params.merge_offsets``), as int32 [1]."""
     inputs: dict[str, Any] = {}
     if params.causal or operands.slopes is not None:
         for name in ("q_offset", "k_offset"):
@@ -165,8 +180,8 @@ def list_mask_inputs(operands: AttentionOperands, params: AttentionParams) -> di
 
 
 def has_linear_scores(params: AttentionParams, inputs: Any) -> bool:
-    """Whether scores are q·k times a positive number, so that the exponent scales them. ``inputs``:
-    the names of the kernel's, or what has these as keys."""
+    """Whether scores are q·k times a positive number, so that the exponent scales them.
+    ``inputs``: the names of the kernel's, or what has these as keys."""
     return params.soft_cap is None and "slopes" not in inputs and params.scale > 0
 
 
@@ -183,8 +198,9 @@ def scale_scores(
     behind: Callable[[], jax.Array],
     exp2: Callable[[jax.Array], jax.Array] = jnp.exp2,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns scores from q·k, of which exp2 is to be taken after :func:`get_exp2_scale`, and their
-    derivative by scale·q·k; None: 1. ``behind`` gives queries' positions less keys'."""
+    """Returns scores from q·k, of which exp2 is to be taken after
+    :func:`get_exp2_scale`, and their derivative by scale·q·k; None: 1. ``behind`` gives
+    queries' positions less keys'."""
     derivative = None
     if has_linear_scores(params, refs):
         return products, None
@@ -192,7 +208,9 @@ def scale_scores(
         scores = products * (params.scale * LOG2E)
     else:
         # tanh(x) = 1 − 2 / (e^2x + 1): exact to fp32's step at 1, all that scores need.
-        tanh = 1 - 2 / (exp2(products * (2 * LOG2E * params.scale / params.soft_cap)) + 1)
+        tanh = 1 - 2 / (
+            exp2(products * (2 * LOG2E * params.scale / params.soft_cap)) + 1
+        )
         scores, derivative = tanh * (params.soft_cap * LOG2E), 1 - tanh * tanh
     if "slopes" in refs:
         distance = jnp.abs(behind()).astype(jnp.float32)
@@ -203,8 +221,9 @@ def scale_scores(
 def compute_weights_and_d_scores(
     scores, slope, lse, d_weights, delta, mask, scale: float, exp2=jnp.exp2
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values
-    may hold anything finite: d_weights may then not be. ``scale`` is :func:`get_exp2_scale`."""
+    """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys
+    and values may hold anything finite: d_weights may then not be. ``scale`` is
+    :func:`get_exp2_scale`."""
     scores = scores * scale
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)

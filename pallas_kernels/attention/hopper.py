@@ -1,12 +1,13 @@
 """Attention for Hopper (sm_90): Pallas Mosaic-GPU kernels with warp specialisation.
 
-After Shah et al. 2024 (FlashAttention-3): of a program's three warpgroups one only copies blocks of
-K and V to shared memory (TMA), two each hold 64 queries and multiply (wgmma). These two take turns:
-while one has the tensor cores, the other takes its softmax. What is not supported here, a card of
-another kind included, is for ``triton``.
+After Shah et al. 2024 (FlashAttention-3): of a program's three warpgroups one only
+copies blocks of K and V to shared memory (TMA), two each hold 64 queries and multiply
+(wgmma). These two take turns: while one has the tensor cores, the other takes its
+softmax. What is not supported here, a card of another kind included, is for ``triton``.
 
-ptxas of CUDA 12.8.0 to 12.9.0 miscompiles kernels of this kind with a causal mask, as JAX's own
-(``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing it: have 12.9.1 or later.
+ptxas of CUDA 12.8.0 to 12.9.0 miscompiles kernels of this kind with a causal mask, as
+JAX's own (``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing it: have
+12.9.1 or later.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention import hopper_tile as parts
 from pallas_kernels.attention import triton
 from pallas_kernels.attention.gpu_blocks import LN2, LOG2E, compute_weights_and_d_scores
-from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, HopperScoreTile, HopperStatics
+from pallas_kernels.attention.hopper_tile import (
+    ROWS,
+    WARPGROUPS,
+    HopperScoreTile,
+    HopperStatics,
+)
 from pallas_kernels.attention.params import (
     AttentionCall,
     AttentionOperands,
@@ -45,7 +51,8 @@ class HopperBlockSizes(NamedTuple):
 
 
 def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
-    """bf16 or fp16, heads of 64, 128 or 256, lengths that 8 divides, positions in order."""
+    """bf16 or fp16, heads of 64, 128 or 256, lengths that 8 divides, positions in
+    order."""
     q, k, v, *_ = operands
     return (
         q.shape[-1] in (64, 128, 256)
@@ -62,16 +69,20 @@ def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
 
 
 def _choose_blocks(H: int, call: AttentionCall) -> HopperBlockSizes:
-    """Returns the blocks given, checked, or those that fit in 227 KB of shared memory, and in
-    registers."""
-    default = HopperBlockSizes(128 if H <= _BACKWARD_HEADS else 64, 64 if H > 64 else 128, 64, 2)
+    """Returns the blocks given, checked, or those that fit in 227 KB of shared memory,
+    and in registers."""
+    default = HopperBlockSizes(
+        128 if H <= _BACKWARD_HEADS else 64, 64 if H > 64 else 128, 64, 2
+    )
     sizes = call.block_sizes or default
     if any(n < 1 or n % ROWS for n in sizes[:3]) or sizes.stages < 1:
         raise ValueError(f"block_sizes: {sizes}: multiples of {ROWS}, a stage or more")
     return sizes
 
 
-def forward(operands: AttentionOperands, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
+def forward(
+    operands: AttentionOperands, call: AttentionCall
+) -> tuple[jax.Array, jax.Array]:
     """Runs the forward pass as :mod:`api` calls it."""
     operands = merge_offsets(operands, call.params)
     q, k, v, *_ = operands
@@ -103,9 +114,9 @@ def forward(operands: AttentionOperands, call: AttentionCall) -> tuple[jax.Array
 def backward(
     operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the backward pass as :mod:`api` calls it: dQ by blocks of keys, dK and dV by blocks of
-    queries, so that no sum is atomic and results repeat bit for bit; by Triton's kernels where sums
-    of dK and dV do not fit in registers."""
+    """Runs the backward pass as :mod:`api` calls it: dQ by blocks of keys, dK and dV by
+    blocks of queries, so that no sum is atomic and results repeat bit for bit; by
+    Triton's kernels where sums of dK and dV do not fit in registers."""
     H, dtype = operands.q.shape[-1], operands.q.dtype
     if H > _BACKWARD_HEADS:
         call = call._replace(block_sizes=None, interpret=bool(call.interpret))
@@ -136,7 +147,9 @@ def backward(
     return d_q, d_k, d_v
 
 
-def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, me) -> None:
+def _attend(
+    s: HopperStatics, refs, outputs, shared, visits, row, head, start, me
+) -> None:
     """A warpgroup that multiplies: queries ``start`` and the 63 after it."""
     block_k = s.block
     q, H = shared["q"].at[me], shared["q"].shape[-1]
@@ -147,7 +160,8 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
         own_segments = parts.broadcast_rows(own_segments, block_k)
 
     def take_turn():
-        """The other warpgroup goes on where it waits, and this one when the other comes here."""
+        """The other warpgroup goes on where it waits, and this one when the other comes
+        here."""
         plgpu.barrier_arrive(shared["turn"])
         plgpu.barrier_wait(shared["turn"])
 
@@ -159,7 +173,9 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
         products = parts.multiply_transposed(q, shared["k"].at[slot], take_turn)
         segments = None
         if masked and s.has_segments:
-            other = parts.load_shared(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
+            other = parts.load_shared(
+                shared["k_segments"].at[slot], parts.ALONG_COLUMNS
+            )
             segments = own_segments, parts.broadcast_columns(other, ROWS)
         parts.release_slot(s, shared["k_free"].at[slot])
         starts = start, block_of(at) * block_k
@@ -189,7 +205,8 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     else:
         top, total = -jnp.inf, 0.0
     top, total = (
-        plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), parts.ALONG_ROWS) for x in (top, total)
+        plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), parts.ALONG_ROWS)
+        for x in (top, total)
     )
     pl.when(me == 1)(take_turn)
     carry = parts.make_zeros(ROWS, H), top, total
@@ -202,10 +219,14 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(shared["lse"].at[me], outputs[1].at[row, head, mine])
     o = o * parts.broadcast_rows(1 / safe, H)
-    parts.store_tile(shared.get("staged", shared["q"]).at[me], outputs[0].at[row, mine, head], o)
+    parts.store_tile(
+        shared.get("staged", shared["q"]).at[me], outputs[0].at[row, mine, head], o
+    )
 
 
-def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, me) -> None:
+def _sum_d_q(
+    s: HopperStatics, refs, outputs, shared, visits, row, head, start, me
+) -> None:
     """64 queries from ``start``."""
     mine, H, block_k = pl.ds(start, ROWS), shared["q"].shape[-1], s.block
     parts.copy_own_tiles(s, refs, shared, me, row, head, mine)
@@ -222,7 +243,9 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         products = parts.multiply_transposed(shared["q"].at[me], k, lambda: None)
         segments = None
         if masked and s.has_segments:
-            other = parts.load_shared(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
+            other = parts.load_shared(
+                shared["k_segments"].at[slot], parts.ALONG_COLUMNS
+            )
             segments = own("q_segments"), parts.broadcast_columns(other, ROWS)
         d_o, v = shared["d_o"].at[me], shared["v"].at[slot]
         d_weights = parts.multiply_transposed(d_o, v, lambda: None)
@@ -239,14 +262,17 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         return d_q
 
     masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
-    d_q = parts.visit_visible_blocks(visits, masked, count, step, parts.make_zeros(ROWS, H))
+    d_q = parts.visit_visible_blocks(
+        visits, masked, count, step, parts.make_zeros(ROWS, H)
+    )
     staged = shared.get("staged", shared["q"]).at[me]
     parts.store_tile(staged, outputs[0].at[row, mine, head], d_q * s.params.scale)
 
 
 def _each(s: HopperStatics, visits, body, carry):
-    """``body(at, member, block, masked, carry)`` over what a block of keys visits: each query head
-    of the group makes all visits with a mask, then each all others. ``at`` counts."""
+    """``body(at, member, block, masked, carry)`` over what a block of keys visits: each
+    query head of the group makes all visits with a mask, then each all others. ``at``
+    counts."""
     masked, total, block_of = parts.order_visits(visits, pl.cdiv(s.S, s.block))
 
     def loop(begin, count, is_masked, carry):
@@ -270,7 +296,9 @@ def _copy_queries(s: HopperStatics, refs, shared, visits, row, kv_head) -> None:
     _each(s, visits, copy, None)
 
 
-def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, start, me) -> None:
+def _sum_d_kv(
+    s: HopperStatics, refs, outputs, shared, visits, row, kv_head, start, me
+) -> None:
     """64 keys from ``start``. Tiles are transposed, [keys, queries]."""
     mine, H, block_q = pl.ds(start, ROWS), shared["k"].shape[-1], s.block
     parts.copy_own_tiles(s, refs, shared, me, row, kv_head, mine)
@@ -289,7 +317,9 @@ def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, sta
         products = parts.multiply_transposed(shared["k"].at[me], q, lambda: None)
         d_weights = parts.multiply_transposed(shared["v"].at[me], d_o, lambda: None)
         at_head = row, kv_head * s.group + member
-        tile = HopperScoreTile(s, refs, (ROWS, block_q), 1, (block * block_q, start), at_head)
+        tile = HopperScoreTile(
+            s, refs, (ROWS, block_q), 1, (block * block_q, start), at_head
+        )
         scores, slope = tile.scores(products)
         segments = None
         if masked and s.has_segments:
@@ -305,7 +335,12 @@ def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, sta
         parts.release_slot(s, shared["q_free"].at[slot])
         return d_k, d_v
 
-    d_k, d_v = _each(s, visits, step, (parts.make_zeros(ROWS, H), parts.make_zeros(ROWS, H)))
+    d_k, d_v = _each(
+        s, visits, step, (parts.make_zeros(ROWS, H), parts.make_zeros(ROWS, H))
+    )
     target = (row, mine, kv_head)
-    for name, ref, x in (("k", outputs[0], d_k * s.params.scale), ("v", outputs[1], d_v)):
+    for name, ref, x in (
+        ("k", outputs[0], d_k * s.params.scale),
+        ("v", outputs[1], d_v),
+    ):
         parts.store_tile(shared.get("staged", shared[name]).at[me], ref.at[target], x)

@@ -1,5 +1,5 @@
-"""A tile of scores in a Hopper kernel: products, scores, mask and gradients, in the registers of a
-warpgroup."""
+"""A tile of scores in a Hopper kernel: products, scores, mask and gradients, in the
+registers of a warpgroup."""
 
 from collections.abc import Callable
 from functools import partial
@@ -53,8 +53,8 @@ class HopperStatics(NamedTuple):
     own: tuple[str, ...]
     """Inputs of which a warpgroup keeps its own rows."""
     visited: tuple[tuple[str, ...], ...]
-    """Inputs whose blocks are copied one after the other: those with one barrier together, named
-    by the first."""
+    """Inputs whose blocks are copied one after the other: those with one barrier
+    together, named by the first."""
     interpret: bool
 
     @property
@@ -67,23 +67,35 @@ class HopperStatics(NamedTuple):
         return gpu_blocks.get_exp2_scale(self.params, self.names)
 
 
-def order_visits(visits: BlockVisits | None, blocks: int) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """Returns (visits with a mask, which come first; all visits; the block of a visit)."""
+def order_visits(
+    visits: BlockVisits | None, blocks: int
+) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """Returns (visits with a mask, which come first; all visits; the block of a
+    visit)."""
     if visits is None:
         return 0, blocks, lambda at: at
     masked = visits.num_masked
 
     def block_of(at):
-        return jnp.where(at < masked, visits.masked_block(at), visits.full_begin + at - masked)
+        return jnp.where(
+            at < masked, visits.masked_block(at), visits.full_begin + at - masked
+        )
 
     return masked, masked + visits.full_end - visits.full_begin, block_of
 
 
 class HopperScoreTile:
-    """Scores of queries from ``q_start``, along ``q_axis``, with keys from ``k_start``."""
+    """Scores of queries from ``q_start``, along ``q_axis``, with keys from
+    ``k_start``."""
 
     def __init__(
-        self, statics: HopperStatics, refs, shape: tuple[int, int], q_axis: int, starts, row_head
+        self,
+        statics: HopperStatics,
+        refs,
+        shape: tuple[int, int],
+        q_axis: int,
+        starts,
+        row_head,
     ):
         self.statics, self.refs, self.params = statics, refs, statics.params
         self.shape, self.q_axis = shape, q_axis
@@ -102,12 +114,15 @@ class HopperScoreTile:
         return self._iota(self.q_axis) - self._iota(1 - self.q_axis) + ahead
 
     def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Returns scores, whose exp2 is taken after ``statics.exp2_scale``, and their derivative
-        by the product times the scale; None: 1."""
-        return gpu_blocks.scale_scores(products, self.params, self.refs, self.head, self._behind)
+        """Returns scores, whose exp2 is taken after ``statics.exp2_scale``, and their
+        derivative by the product times the scale; None: 1."""
+        return gpu_blocks.scale_scores(
+            products, self.params, self.refs, self.head, self._behind
+        )
 
     def compute_mask(self, segments: tuple[jax.Array, jax.Array] | None) -> Any:
-        """Returns bool; segments of queries and of keys are broadcast along the tile's axes."""
+        """Returns bool; segments of queries and of keys are broadcast along the tile's
+        axes."""
         T, in_prefix, inside = self.statics.T, None, None
         behind = self._behind() if self.params.causal else None
         if "prefix" in self.refs:
@@ -120,7 +135,8 @@ class HopperScoreTile:
 
 
 def multiply_transposed(a, b, overlapped: Callable[[], None]) -> jax.Array:
-    """Multiplies a·bᵀ in shared memory; calls ``overlapped`` before it waits for the result."""
+    """Multiplies a·bᵀ in shared memory; calls ``overlapped`` before it waits for the
+    result."""
 
     def multiply(sums):
         plgpu.wgmma(sums, a, b.transpose((1, 0)))
@@ -134,7 +150,9 @@ def add_product(s: HopperStatics, accumulator: jax.Array, a: jax.Array, b) -> ja
     """Adds a·b to ``accumulator``, a in registers and b in shared memory."""
     if s.interpret:  # which knows no operand in registers
         return accumulator + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-    sums: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(ACC.init(accumulator))
+    sums: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(
+        ACC.init(accumulator)
+    )
     return sums
 
 
@@ -158,8 +176,8 @@ def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
 
 
 def store_tile(staged, target, x: jax.Array) -> None:
-    """Copies a tile to global memory through shared memory, as many columns at a time as fit;
-    rows past the last are dropped."""
+    """Copies a tile to global memory through shared memory, as many columns at a time
+    as fit; rows past the last are dropped."""
     columns = staged.shape[1]
     for begin in range(0, x.shape[1], columns):
         piece = x if columns == x.shape[1] else x[:, begin : begin + columns]
@@ -172,9 +190,10 @@ def store_tile(staged, target, x: jax.Array) -> None:
 def run_warpgroups(
     s: HopperStatics, refs, copy: Callable, multiply: Callable, *, last_first: bool
 ) -> None:
-    """Calls, in a kernel, ``copy(visits, row, head)`` in the warpgroup that copies, and in the
-    others ``multiply(visits, row, head, start, me)``, of 64 rows from ``start``. ``last_first``:
-    start with the last tiles of queries, with a causal mask the longest."""
+    """Calls, in a kernel, ``copy(visits, row, head)`` in the warpgroup that copies, and
+    in the others ``multiply(visits, row, head, start, me)``, of 64 rows from ``start``.
+    ``last_first``: start with the last tiles of queries, with a causal mask the
+    longest."""
     head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
     if last_first:
         tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
@@ -194,7 +213,9 @@ def run_warpgroups(
         multiply(visits, row, head, (tile * WARPGROUPS + me) * ROWS, me)
 
 
-def visit_visible_blocks(visits: BlockVisits | None, masked, count, step: Callable, carry) -> Any:
+def visit_visible_blocks(
+    visits: BlockVisits | None, masked, count, step: Callable, carry
+) -> Any:
     """Runs ``step(at, carry, is_masked)`` for the visits of :func:`order_visits`."""
     if visits is not None:
         carry = lax.fori_loop(0, masked, lambda at, carry: step(at, carry, True), carry)
@@ -203,7 +224,9 @@ def visit_visible_blocks(visits: BlockVisits | None, masked, count, step: Callab
 
 def cut_rows(ref, row, head, rows):
     """Cuts rows of a sequence from [B, S, N, H], [B, N, S] or [B, S]."""
-    return ref.at[{4: (row, rows, head), 3: (row, head, rows), 2: (row, rows)}[len(ref.shape)]]
+    return ref.at[
+        {4: (row, rows, head), 3: (row, head, rows), 2: (row, rows)}[len(ref.shape)]
+    ]
 
 
 def copy_own_tiles(s: HopperStatics, refs, shared, warpgroup, row, head, rows) -> None:
@@ -215,10 +238,12 @@ def copy_own_tiles(s: HopperStatics, refs, shared, warpgroup, row, head, rows) -
     plgpu.barrier_wait(ready)
 
 
-def make_buffers(s: HopperStatics, inputs: dict[str, jax.Array], dtype: Any) -> dict[str, Any]:
-    """Returns buffers of what is copied, and of columns of a warpgroup's results, if these are not
-    in the operands' ``dtype``; and barriers: "ready" when all has arrived, and "free" when all
-    warpgroups that multiply have read it."""
+def make_buffers(
+    s: HopperStatics, inputs: dict[str, jax.Array], dtype: Any
+) -> dict[str, Any]:
+    """Returns buffers of what is copied, and of columns of a warpgroup's results, if
+    these are not in the operands' ``dtype``; and barriers: "ready" when all has
+    arrived, and "free" when all warpgroups that multiply have read it."""
 
     def buffer(name: str, *rows: int) -> Any:
         x = inputs[name]
@@ -226,7 +251,9 @@ def make_buffers(s: HopperStatics, inputs: dict[str, jax.Array], dtype: Any) -> 
         return plgpu.SMEM((*rows, *x.shape[3:]), x.dtype, transforms=transforms)
 
     buffers = {name: buffer(name, WARPGROUPS, ROWS) for name in s.own}
-    buffers["own_ready"] = plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=len(s.own))
+    buffers["own_ready"] = plgpu.Barrier(
+        num_barriers=WARPGROUPS, num_arrivals=len(s.own)
+    )
     for names in s.visited:
         buffers |= {name: buffer(name, s.stages, s.block) for name in names}
         for state, arrivals in (("ready", len(names)), ("free", WARPGROUPS)):
@@ -243,8 +270,8 @@ def make_buffers(s: HopperStatics, inputs: dict[str, jax.Array], dtype: Any) -> 
 def copy_key_value_blocks(
     s: HopperStatics, refs, shared, visits: BlockVisits | None, row, head
 ) -> None:
-    """Copies blocks of keys and values, in the warpgroup that copies; keys past the last are
-    zeros."""
+    """Copies blocks of keys and values, in the warpgroup that copies; keys past the
+    last are zeros."""
     kv_head = lax.div(head, s.group)
     _, total, block_of = order_visits(visits, pl.cdiv(s.T, s.block))
 
@@ -254,7 +281,8 @@ def copy_key_value_blocks(
 
 
 def copy_block(s: HopperStatics, refs, shared, at, row, head, block) -> None:
-    """Copies a block to the slot of visit ``at``, when its readers are done with that."""
+    """Copies a block to the slot of visit ``at``, when its readers are done with
+    that."""
     slot = lax.rem(at, jnp.int32(s.stages))
     rows = pl.ds(block * s.block, s.block)
     for names in s.visited:
@@ -264,25 +292,32 @@ def copy_block(s: HopperStatics, refs, shared, at, row, head, block) -> None:
             plgpu.barrier_wait(shared[f"{names[0]}_free"].at[slot])
 
         for name in names:
-            source, ready = cut_rows(refs[name], row, head, rows), shared[f"{names[0]}_ready"]
+            source, ready = (
+                cut_rows(refs[name], row, head, rows),
+                shared[f"{names[0]}_ready"],
+            )
             plgpu.copy_gmem_to_smem(source, shared[name].at[slot], ready.at[slot])
 
 
 def release_slot(s: HopperStatics, free) -> None:
     """Signals that this warpgroup has read a slot."""
-    if s.interpret:  # which takes reads that are not TMA's or wgmma's as unordered with copies
+    if (
+        s.interpret
+    ):  # which takes reads that are not TMA's or wgmma's as unordered with copies
         plgpu.commit_smem()
     plgpu.barrier_arrive(free)
 
 
 def resolve_interpreter(interpret: Any) -> Any:
-    """Returns the interpreter's parameters, where ``interpret`` asks for it. Raises ValueError:
-    this JAX has none for these kernels."""
+    """Returns the interpreter's parameters, where ``interpret`` asks for it. Raises
+    ValueError: this JAX has none for these kernels."""
     if interpret is not True:
         return interpret
     parameters = getattr(plgpu, "InterpretGPUParams", None)
     if parameters is None:  # before jax 0.11
-        raise ValueError(f"jax {jax.__version__} has no interpreter for Hopper's kernels")
+        raise ValueError(
+            f"jax {jax.__version__} has no interpreter for Hopper's kernels"
+        )
     return parameters()
 
 
@@ -307,9 +342,10 @@ def run_kernel(
         copy: of (s, inputs, scratch, visits, row, head); see :func:`run_warpgroups`.
         multiply: of (s, inputs, outputs, scratch, visits, row, head, start, me).
         inputs: by name; q, k and v among them.
-        per_query: whether tiles are of queries, which visit blocks of keys; or the reverse.
-        block, stages, own, visited: as in :class:`HopperStatics`; of names without an input
-            nothing is copied.
+        per_query: whether tiles are of queries, which visit blocks of keys; or the
+            reverse.
+        block, stages, own, visited: as in :class:`HopperStatics`; of names without an
+            input nothing is copied.
         scratch: beside :func:`make_buffers`.
     """
     params, interpret = call.params, resolve_interpreter(call.interpret)
@@ -322,14 +358,29 @@ def run_kernel(
         if name in inputs:
             x, size = inputs[name], k_block if name == "k_segments" else q_block
             pad = *((0, 0),) * (x.ndim - 1), (0, -x.shape[-1] % size)
-            inputs[name] = jnp.pad(x, pad, constant_values=jnp.inf if name == "lse" else 0)
-    visits = gpu_blocks.plan_visits(q_block, k_block, operands, params, per_query=per_query)
+            inputs[name] = jnp.pad(
+                x, pad, constant_values=jnp.inf if name == "lse" else 0
+            )
+    visits = gpu_blocks.plan_visits(
+        q_block, k_block, operands, params, per_query=per_query
+    )
     if visits is not None:
         inputs["visits"] = visits
     own = tuple(name for name in own if name in inputs)
-    visited = tuple(tuple(name for name in names if name in inputs) for names in visited)
+    visited = tuple(
+        tuple(name for name in names if name in inputs) for names in visited
+    )
     s = HopperStatics(
-        params, S, T, N // K, block, stages, tuple(inputs), own, visited, bool(interpret)
+        params,
+        S,
+        T,
+        N // K,
+        block,
+        stages,
+        tuple(inputs),
+        own,
+        visited,
+        bool(interpret),
     )
     scratch = make_buffers(s, inputs, call.dtype) | (scratch or {})
     names, outputs = tuple(scratch), len(shapes)
@@ -340,7 +391,9 @@ def run_kernel(
         shared = dict(zip(names, rest[outputs:], strict=True))
         copies = partial(copy, s, given, shared)
         products = partial(multiply, s, given, rest[:outputs], shared)
-        run_warpgroups(s, given, copies, products, last_first=per_query and params.causal)
+        run_warpgroups(
+            s, given, copies, products, last_first=per_query and params.causal
+        )
 
     return plgpu.kernel(
         body,

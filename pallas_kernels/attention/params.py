@@ -16,23 +16,26 @@ OutputArrays = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class AttentionOptions(TypedDict, total=False):
-    """Options of an attention, each with its default where it is left out (None, unless said)."""
+    """Options of an attention, each with its default where it is left out (None, unless
+    said)."""
 
     causal: bool
     """Whether a query sees only keys of its own position and below; default True."""
     window: int | None
-    """Number of last such keys that a query sees (1: itself alone); None: all. Causal only."""
+    """Number of last such keys that a query sees (1: itself alone); None: all. Causal
+    only."""
     prefix: jax.Array | None
-    """int [B]: keys at positions below are visible to all queries, whatever ``causal`` and
-    ``window`` say (Raffel et al. 2020, §3.2.1). Causal only."""
+    """int [B]: keys at positions below are visible to all queries, whatever ``causal``
+    and ``window`` say (Raffel et al. 2020, §3.2.1). Causal only."""
     q_offset: Offset
-    """Position of the first query, default 0; others follow. A Python int lets an implementation
-    leave out at compile time what the mask empties; a traced int scalar serves a shard that learns
-    its place at run time."""
+    """Position of the first query, default 0; others follow. A Python int lets an
+    implementation leave out at compile time what the mask empties; a traced int scalar
+    serves a shard that learns its place at run time."""
     k_offset: Offset
     """Position of the first key, likewise."""
     q_positions: jax.Array | None
-    """int [B, S], or [1, S] for all rows alike: positions one by one, instead of an offset."""
+    """int [B, S], or [1, S] for all rows alike: positions one by one, instead of an
+    offset."""
     k_positions: jax.Array | None
     """int [B or 1, T], likewise."""
     segment_ids: Segments | None
@@ -42,39 +45,44 @@ class AttentionOptions(TypedDict, total=False):
     soft_cap: float | None
     """Scores become cap·tanh(score / cap) (Gemma Team 2024, §2)."""
     slopes: jax.Array | None
-    """fp32 [N]: scores lose slope·|distance| after scale and cap (Press et al. 2022, ALiBi)."""
+    """fp32 [N]: scores lose slope·|distance| after scale and cap (Press et al. 2022,
+    ALiBi)."""
     sinks: jax.Array | None
-    """fp32 [N]: a logit beside the scores in each head's softmax, whose weight goes to no value
-    (Xiao et al. 2024, §3.3, learned per head as in gpt-oss). −inf: none."""
+    """fp32 [N]: a logit beside the scores in each head's softmax, whose weight goes to
+    no value (Xiao et al. 2024, §3.3, learned per head as in gpt-oss). −inf: none."""
     biases: jax.Array | None
-    """fp32 [N, 2R + 1]: scores gain biases[n, clip(distance, −R, R) + R] after scale, cap and
-    slopes, distance being the key's position less the query's (Raffel et al. 2020, §2.1: T5's
-    relative positions, each bucket written out). XLA alone has them."""
+    """fp32 [N, 2R + 1]: scores gain biases[n, clip(distance, −R, R) + R] after scale,
+    cap and slopes, distance being the key's position less the query's (Raffel et al.
+    2020, §2.1: T5's relative positions, each bucket written out). XLA alone has
+    them."""
     backend: str | None
-    """"tpu", "gpu" (or one of its kernels, "hopper", "triton") or "xla". None: by the platform of
-    the program being traced, and XLA where its kernels do not support this."""
+    """"tpu", "gpu" (or one of its kernels, "hopper", "triton") or "xla". None: by the
+    platform of the program being traced, and XLA where its kernels do not support
+    this."""
     block_sizes: Any
     """Block sizes of the kernels, hashable; None: their choice. XLA has none."""
     interpret: Any
-    """Whether the kernel of a ``backend`` runs in Pallas's interpreter, on any device: True, or its
-    parameters, hashable. For tests; default False."""
+    """Whether the kernel of a ``backend`` runs in Pallas's interpreter, on any device:
+    True, or its parameters, hashable. For tests; default False."""
 
 
 class AttentionParams(NamedTuple):
-    """Static options. A score is cap·tanh(scale·q·k / cap) − slope·|i − j| + bias[j − i], then
-    masked."""
+    """Static options. A score is cap·tanh(scale·q·k / cap) − slope·|i − j| + bias[j −
+    i], then masked."""
 
     causal: bool
     window: int | None
     soft_cap: float | None
     scale: float
     q_offset: int = 0
-    """The first query's position, as far as it is static; ``AttentionOperands.q_offset`` adds."""
+    """The first query's position, as far as it is static;
+    ``AttentionOperands.q_offset`` adds."""
     k_offset: int = 0
 
 
 class AttentionOperands(NamedTuple):
-    """Queries, keys and values; what places them and what is added to scores, or None."""
+    """Queries, keys and values; what places them and what is added to scores, or
+    None."""
 
     q: jax.Array
     """[B, S, N, H]."""
@@ -119,13 +127,21 @@ class AttentionCall(NamedTuple):
 def validate_arguments(
     q: jax.Array, k: jax.Array, v: jax.Array, **options: Unpack[AttentionOptions]
 ) -> tuple[AttentionOperands, AttentionParams]:
-    """Checks the arguments of :func:`~pallas_kernels.attention.attention`, with the errors that it
-    names, and returns them in two parts."""
+    """Checks the arguments of :func:`~pallas_kernels.attention.attention`, with the
+    errors that it names, and returns them in two parts."""
     if unknown := options.keys() - AttentionOptions.__annotations__.keys():
         raise TypeError(f"unknown options of attention: {', '.join(sorted(unknown))}")
-    get, causal, window = options.get, options.get("causal", True), options.get("window")
+    get, causal, window = (
+        options.get,
+        options.get("causal", True),
+        options.get("window"),
+    )
     scale, soft_cap, biases = get("scale"), get("soft_cap"), get("biases")
-    q_positions, k_positions, prefix = get("q_positions"), get("k_positions"), get("prefix")
+    q_positions, k_positions, prefix = (
+        get("q_positions"),
+        get("k_positions"),
+        get("prefix"),
+    )
     shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"{shapes} are not [batch, sequence, heads, head size] each")
@@ -135,13 +151,17 @@ def validate_arguments(
     if N % K:
         raise ValueError(f"{N} query heads do not divide over {K} kv heads")
     if window is not None and (window < 1 or not causal):
-        raise ValueError(f"window={window} with causal={causal}: windows look back, 1 key or more")
+        raise ValueError(
+            f"window={window} with causal={causal}: windows look back, 1 key or more"
+        )
     if prefix is not None and not causal:
         raise ValueError("a prefix without causal: every query sees every key already")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap={soft_cap}: it must be above 0")
     if biases is not None and (np.ndim(biases) != 2 or np.shape(biases)[1] % 2 == 0):
-        raise ValueError(f"biases of shape {np.shape(biases)}: want ({N}, an odd number)")
+        raise ValueError(
+            f"biases of shape {np.shape(biases)}: want ({N}, an odd number)"
+        )
     q_segments, k_segments = get("segment_ids") or (None, None)
     static_q, traced_q = _offset("q", get("q_offset", 0), q_positions)
     static_k, traced_k = _offset("k", get("k_offset", 0), k_positions)
@@ -161,10 +181,17 @@ def validate_arguments(
         _array("prefix", prefix, jnp.int32, (B,)),
         _array("slopes", get("slopes"), wide, (N,)),
         _array("sinks", get("sinks"), wide, (N,)),
-        _array("biases", biases, wide, (N, np.shape(biases)[-1] if biases is not None else 0)),
+        _array(
+            "biases",
+            biases,
+            wide,
+            (N, np.shape(biases)[-1] if biases is not None else 0),
+        ),
     )
     scale = 1 / math.sqrt(H) if scale is None else scale
-    return operands, AttentionParams(causal, window, soft_cap, scale, static_q, static_k)
+    return operands, AttentionParams(
+        causal, window, soft_cap, scale, static_q, static_k
+    )
 
 
 def combine_masks(
@@ -202,13 +229,17 @@ def accumulation_dtype(*operands: jax.Array) -> Any:
 
 
 def sum_offsets(static: int, traced: jax.Array | None) -> Offset:
-    """Returns the sum of an offset's static and traced part; an int where it is static."""
+    """Returns the sum of an offset's static and traced part; an int where it is
+    static."""
     return static if traced is None else static + traced
 
 
-def merge_offsets(operands: AttentionOperands, params: AttentionParams) -> AttentionOperands:
-    """Moves static offsets into the operands' arrays, for kernels that read them there: without a
-    prefix, which is counted from 0, only as far as queries' and keys' differ."""
+def merge_offsets(
+    operands: AttentionOperands, params: AttentionParams
+) -> AttentionOperands:
+    """Moves static offsets into the operands' arrays, for kernels that read them there:
+    without a prefix, which is counted from 0, only as far as queries' and keys'
+    differ."""
     q_offset, k_offset = params.q_offset, params.k_offset
     if operands.prefix is None:
         q_offset, k_offset = q_offset - k_offset, 0
@@ -217,7 +248,8 @@ def merge_offsets(operands: AttentionOperands, params: AttentionParams) -> Atten
         return jnp.asarray(sum_offsets(static, traced), jnp.int32) if static else traced
 
     return operands._replace(
-        q_offset=whole(q_offset, operands.q_offset), k_offset=whole(k_offset, operands.k_offset)
+        q_offset=whole(q_offset, operands.q_offset),
+        k_offset=whole(k_offset, operands.k_offset),
     )
 
 
@@ -228,10 +260,14 @@ def _offset(side: str, offset: Any, positions: Any) -> tuple[int, jax.Array | No
     else:
         static, traced = 0, jnp.asarray(offset)
         if traced.shape or not jnp.issubdtype(traced.dtype, jnp.integer):
-            raise ValueError(f"{side}_offset is {traced.dtype} {traced.shape}, not an int scalar")
+            raise ValueError(
+                f"{side}_offset is {traced.dtype} {traced.shape}, not an int scalar"
+            )
         traced = traced.astype(jnp.int32)
     if positions is not None and (static or traced is not None):
-        raise ValueError(f"{side}_offset beside {side}_positions: positions are whole already")
+        raise ValueError(
+            f"{side}_offset beside {side}_positions: positions are whole already"
+        )
     return static, traced
 
 

@@ -20,11 +20,14 @@ MIN_TILE, MAX_TILES = 128, 16
 
 def einsum(subscripts: str, *operands: jax.Array) -> Any:
     """Contracts as ``jnp.einsum``; sums and results are fp32 or wider."""
-    return jnp.einsum(subscripts, *operands, preferred_element_type=accumulation_dtype(*operands))
+    return jnp.einsum(
+        subscripts, *operands, preferred_element_type=accumulation_dtype(*operands)
+    )
 
 
 class ScoreTile(NamedTuple):
-    """Queries, and the keys that they may see; none where these start at their stop or later."""
+    """Queries, and the keys that they may see; none where these start at their stop or
+    later."""
 
     rows: slice
     keys: slice
@@ -33,8 +36,8 @@ class ScoreTile(NamedTuple):
     params: AttentionParams
 
     def scores(self) -> tuple[jax.Array, jax.Array | None]:
-        """Computes scores, fp32 [B, K, G, rows, keys], MASKED where a query may not see a key; and
-        their derivatives by scale·q·k; None: 1."""
+        """Computes scores, fp32 [B, K, G, rows, keys], MASKED where a query may not see
+        a key; and their derivatives by scale·q·k; None: 1."""
         operands, params = self.operands, self.params
         q, k = operands.q[:, self.rows], operands.k[:, self.keys]
         scores = einsum("bskgh,btkh->bkgst", q, k) * params.scale
@@ -44,7 +47,10 @@ class ScoreTile(NamedTuple):
             scores, derivatives = params.soft_cap * tanh, 1 - tanh * tanh
         behind = self._behind()
         if operands.slopes is not None:
-            scores -= reshape_by_head(operands.slopes, k.shape[2]) * jnp.abs(behind)[:, None, None]
+            scores -= (
+                reshape_by_head(operands.slopes, k.shape[2])
+                * jnp.abs(behind)[:, None, None]
+            )
         if operands.biases is not None:
             biases = self._biases(operands.biases)
             scores += biases.reshape(len(biases), *scores.shape[1:])
@@ -54,7 +60,8 @@ class ScoreTile(NamedTuple):
         return scores, derivatives
 
     def bias_gradient(self, d_scores: jax.Array) -> jax.Array:
-        """Returns the biases' gradient, fp32 [N, 2R + 1], from scores', fp32 [B, K, G, s, t]."""
+        """Returns the biases' gradient, fp32 [N, 2R + 1], from scores', fp32 [B, K, G,
+        s, t]."""
         _, K, G, s, t = d_scores.shape
         if len(self._behind()) == 1:
             d_scores = d_scores.sum(axis=0, keepdims=True)
@@ -65,16 +72,18 @@ class ScoreTile(NamedTuple):
         """fp32 [B or 1, N, s, t]: of each query and key, from those by distance."""
         if self.operands.q_positions is not None:
             return jnp.moveaxis(_at(biases, -self._behind()), 0, 1)
-        # Without a gather per score: a row is the one above it, moved on by a place. One row of
-        # s + t numbers is repeated s times, and all of it read again in rows of one fewer: each
-        # begins with the last number that the one above left, and those of keys before the first
-        # query stand at the repeated row's end.
+        # Without a gather per score: a row is the one above it, moved on by a place.
+        # One row of s + t numbers is repeated s times, and all of it read again in rows
+        # of one fewer: each begins with the last number that the one above left, and
+        # those of keys before the first query stand at the repeated row's end.
         s, t = (x.stop - x.start for x in (self.rows, self.keys))
         q_at, k_at = self._positions()
         ahead = jnp.arange(s + t, dtype=jnp.int32)
         ahead = jnp.where(ahead < t, ahead, ahead - (s + t)) + (k_at[0, 0] - q_at[0, 0])
         row = _at(biases, ahead)
-        rows = jnp.broadcast_to(row[:, None], (len(row), s, s + t)).reshape(len(row), -1)
+        rows = jnp.broadcast_to(row[:, None], (len(row), s, s + t)).reshape(
+            len(row), -1
+        )
         return rows[:, : s * (s + t - 1)].reshape(1, len(row), s, -1)[..., :t]
 
     def _behind(self) -> jax.Array:
@@ -104,9 +113,11 @@ class ScoreTile(NamedTuple):
         return combine_masks(self.params, behind, in_prefix, segments)
 
 
-def list_score_tiles(operands: AttentionOperands, params: AttentionParams) -> list[ScoreTile]:
-    """Lists at most MAX_TILES runs of queries, of operands with q [B, S, K, G, H]: the program
-    grows with their number."""
+def list_score_tiles(
+    operands: AttentionOperands, params: AttentionParams
+) -> list[ScoreTile]:
+    """Lists at most MAX_TILES runs of queries, of operands with q [B, S, K, G, H]: the
+    program grows with their number."""
     S, T = operands.q.shape[1], operands.k.shape[1]
     size = tile_size(S)
     runs = [slice(start, min(start + size, S)) for start in range(0, S, size)]
@@ -123,9 +134,14 @@ def list_score_tiles(operands: AttentionOperands, params: AttentionParams) -> li
 
 
 def is_mask_static(operands: AttentionOperands, params: AttentionParams) -> bool:
-    """Returns whether a causal mask says now, not when the program runs, which keys no query
-    sees."""
-    left_open = operands.q_positions, operands.q_offset, operands.k_offset, operands.prefix
+    """Returns whether a causal mask says now, not when the program runs, which keys no
+    query sees."""
+    left_open = (
+        operands.q_positions,
+        operands.q_offset,
+        operands.k_offset,
+        operands.prefix,
+    )
     return params.causal and all(x is None for x in left_open)
 
 

@@ -61,15 +61,22 @@ class TpuKernelCall(NamedTuple):
     statics: KernelStatics
     part: KeyPart
     scalars: tuple[jax.Array, jax.Array, jax.Array]
-    """The walk's table; int32 [3 + B], the shift where it is traced, two zeros and each row's
-    prefix; fp32 [2, N], slopes and sinks."""
+    """The walk's table; int32 [3 + B], the shift where it is traced, two zeros and each
+    row's prefix; fp32 [2, N], slopes and sinks."""
 
     @classmethod
     def of(cls, part: KeyPart, join_tiles: bool) -> "TpuKernelCall":
         """Plans the kernel of a part; ``join_tiles``: see :func:`walk.plan_walk`."""
-        T, operands, params, blocks = part.num_keys, part.operands, part.params, part.blocks
+        T, operands, params, blocks = (
+            part.num_keys,
+            part.operands,
+            part.params,
+            part.blocks,
+        )
         (B, S, N, _), kv_heads = operands.q.shape, operands.k.shape[2]
-        walk = plan_walk(S, T, params, operands, blocks[:2], blocks[2:4], join_tiles=join_tiles)
+        walk = plan_walk(
+            S, T, params, operands, blocks[:2], blocks[2:4], join_tiles=join_tiles
+        )
         q_first = sum_offsets(params.q_offset, operands.q_offset)
         k_first = sum_offsets(params.k_offset, operands.k_offset)
         shift = q_first - k_first
@@ -104,14 +111,17 @@ class TpuKernelCall(NamedTuple):
         return self.walk.nq * self.walk.bq
 
     def pad_segments(self) -> list[tuple[Any, Any]]:
-        """Returns int32 [B, 1, queries] and [B, 1, keys], with their blocks; −1 for queries that
-        see nothing."""
+        """Returns int32 [B, 1, queries] and [B, 1, keys], with their blocks; −1 for
+        queries that see nothing."""
         own, keys = self.part.operands.q_segments, self.part.operands.k_segments
         if own is None or keys is None:
             return [(None, None)] * 2
         own, keys = jnp.where(own == 0, -1, own)[:, None], keys[:, None]
         return [
-            (self.query_row_spec(shared=True), _pad_last_axis(own, self.padded_q_len, -1)),
+            (
+                self.query_row_spec(shared=True),
+                _pad_last_axis(own, self.padded_q_len, -1),
+            ),
             (self.key_row_spec(), _pad_last_axis(keys, self.part.num_rows, 0)),
         ]
 
@@ -124,10 +134,13 @@ class TpuKernelCall(NamedTuple):
     def key_spec(self, width: int) -> pl.BlockSpec:
         """Returns the spec of all parts' keys."""
         index = self.part.index
-        return pl.BlockSpec((None, self.part.num_rows, width), lambda kv, g, i, *_: (kv, index, 0))
+        return pl.BlockSpec(
+            (None, self.part.num_rows, width), lambda kv, g, i, *_: (kv, index, 0)
+        )
 
     def query_row_spec(self, shared: bool = False) -> pl.BlockSpec:
-        """Returns the spec of one number a query; ``shared``: the same for all heads."""
+        """Returns the spec of one number a query; ``shared``: the same for all
+        heads."""
         group, heads = self.statics.group, self.statics.kv_heads
 
         def index(kv, g, i, *_):
@@ -138,39 +151,58 @@ class TpuKernelCall(NamedTuple):
     def key_row_spec(self) -> pl.BlockSpec:
         heads = self.statics.kv_heads
         return pl.BlockSpec(
-            (None, 1, self.part.num_rows), lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0)
+            (None, 1, self.part.num_rows),
+            lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0),
         )
 
     def estimate_cost(self, products: int, arrays, results) -> pl.CostEstimate:
         """Estimates the cost of queries with the keys that they see, segments aside, at
-        ``products`` multiplications a pair; bytes are of whole arrays, too many where keys go in
-        parts."""
+        ``products`` multiplications a pair; bytes are of whole arrays, too many where
+        keys go in parts."""
         B, S, N, _ = self.part.operands.q.shape
         pairs = (
-            B * N * _count_pairs(S, self.part.num_keys, self.part.params, self.statics.qk_offset)
+            B
+            * N
+            * _count_pairs(
+                S, self.part.num_keys, self.part.params, self.statics.qk_offset
+            )
         )
         read = sum(x.nbytes for x in arrays if x is not None)
-        written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for _, shape, dtype in results)
+        written = sum(
+            math.prod(shape) * jnp.dtype(dtype).itemsize for _, shape, dtype in results
+        )
         return pl.CostEstimate(
-            flops=2 * products * pairs, bytes_accessed=read + written, transcendentals=pairs
+            flops=2 * products * pairs,
+            bytes_accessed=read + written,
+            transcendentals=pairs,
         )
 
-    def run(self, body, operands, results, scratch, products, interpret, name, continued=()):
-        """Runs the kernel over (kv heads of all rows) × (query heads of one) × (blocks of queries).
+    def run(
+        self, body, operands, results, scratch, products, interpret, name, continued=()
+    ):
+        """Runs the kernel over (kv heads of all rows) × (query heads of one) × (blocks
+        of queries).
 
         Args:
-            operands: (block, array) or, for what the kernel is not given, (anything, None).
+            operands: (block, array) or, for what the kernel is not given, (anything,
+                None).
             results: (block, shape, dtype).
             products: multiplications for a query and a key.
-            continued: the last operands, one for each result: what other parts left there.
+            continued: the last operands, one for each result: what other parts left
+                there.
         """
         operands = [*operands, *continued]
         specs = [spec if x is not None else None for spec, x in operands]
         arrays = [x for _, x in operands]
         given = [*self.scalars, *arrays]
         # What goes on is written where it was read.
-        aliases, at = {}, sum(x is not None for x in given[: len(given) - len(continued)])
-        for n, ((_, before), (_, _, dtype)) in enumerate(zip(continued, results, strict=False)):
+        aliases, at = (
+            {},
+            sum(x is not None for x in given[: len(given) - len(continued)]),
+        )
+        for n, ((_, before), (_, _, dtype)) in enumerate(
+            zip(continued, results, strict=False)
+        ):
             if before is not None and before.dtype == dtype:
                 aliases[at] = n
             at += before is not None
@@ -181,16 +213,23 @@ class TpuKernelCall(NamedTuple):
             partial(body, walk=self.walk, statics=statics, blocks=self.part.blocks),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(self.scalars),
-                grid=(len(self.part.operands.q) * statics.kv_heads, statics.group, self.walk.nq),
+                grid=(
+                    len(self.part.operands.q) * statics.kv_heads,
+                    statics.group,
+                    self.walk.nq,
+                ),
                 in_specs=specs,
                 out_specs=[spec for spec, *_ in results],
                 scratch_shapes=scratch,
             ),
-            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results],
+            out_shape=[
+                jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results
+            ],
             input_output_aliases=aliases,
             cost_estimate=self.estimate_cost(products, arrays, results),
             compiler_params=pltpu.CompilerParams(
-                # The cores of a chip share out the kv heads. What follows sums up over queries.
+                # The cores of a chip share out the kv heads. What follows sums up over
+                # queries.
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),
                 vmem_limit_bytes=limit,
             ),
@@ -200,12 +239,17 @@ class TpuKernelCall(NamedTuple):
 
 
 def _count_pairs(S: int, T: int, params: AttentionParams, shift: int | None) -> int:
-    """Counts the pairs of a query and a key that causality and window allow, as far as static."""
+    """Counts the pairs of a query and a key that causality and window allow, as far as
+    static."""
     if not params.causal or shift is None:
         return S * T
     # Query s sees keys first..last, whose bounds grow by one from query to query.
     last = np.minimum(np.arange(S) + shift, T - 1)
-    first = 0 if params.window is None else np.maximum(np.arange(S) + shift - params.window + 1, 0)
+    first = (
+        0
+        if params.window is None
+        else np.maximum(np.arange(S) + shift - params.window + 1, 0)
+    )
     return int(np.maximum(last - first + 1, 0).sum())
 
 
@@ -215,13 +259,16 @@ def _pad_last_axis(x: jax.Array, size: int, value: int) -> jax.Array:
 
 
 def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
-    """Supports everything but queries or keys at arbitrary positions, and learned biases."""
+    """Supports everything but queries or keys at arbitrary positions, and learned
+    biases."""
     return operands.q_positions is None and operands.biases is None
 
 
-def forward(operands: AttentionOperands, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
-    """Runs the forward pass as :mod:`api` calls it. Keys that VMEM does not hold at once are taken
-    in parts, whose results are merged."""
+def forward(
+    operands: AttentionOperands, call: AttentionCall
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the forward pass as :mod:`api` calls it. Keys that VMEM does not hold at
+    once are taken in parts, whose results are merged."""
     parts = _parts(FORWARD, operands, call)
     k, v = (_move_heads_first(x, len(parts) * parts[0].num_rows) for x in operands[1:3])
     out = call.dtype if len(parts) == 1 else F32
@@ -251,7 +298,9 @@ def _forward(k, v, part, dtype, interpret):
             pltpu.VMEM((SUBLANES, bq), F32),
             pltpu.VMEM((count_value_and_sum_rows(Hv), bq), F32),
             pltpu.VMEM((count_value_and_sum_rows(Hv), part.num_rows), v.dtype),
-            pltpu.VMEM((blocks.k, LANES), jnp.int32) if call.walk.compares_segments else None,
+            pltpu.VMEM((blocks.k, LANES), jnp.int32)
+            if call.walk.compares_segments
+            else None,
             *_tiles(slots, tile, F32),
             *_tiles(slots, (SUBLANES, blocks.tile_q), F32, F32),
             *_tiles(slots, tile, v.dtype),
@@ -266,8 +315,9 @@ def _forward(k, v, part, dtype, interpret):
 def backward(
     operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
 ) -> tuple[jax.Array, ...]:
-    """Runs the backward pass as :mod:`api` calls it. Keys that VMEM does not hold at once are taken
-    in parts, where they lie: each adds to dQ, and writes its own of dK and dV."""
+    """Runs the backward pass as :mod:`api` calls it. Keys that VMEM does not hold at
+    once are taken in parts, where they lie: each adds to dQ, and writes its own of dK
+    and dV."""
     q, k, v, *_ = operands
     (lse, delta, d_o), (B, S), T = saved, q.shape[:2], k.shape[1]
     parts = _parts(BACKWARD, operands, call)
@@ -285,11 +335,14 @@ def backward(
     for part in parts:
         dtypes = (call.dtype if part is parts[-1] else F32), call.dtype
         sums = _backward(laid_out, part, sums, dtypes, call.interpret)
-    return tuple(_move_heads_back(x, B, size) for x, size in zip(sums, (S, T, T), strict=True))
+    return tuple(
+        _move_heads_back(x, B, size) for x, size in zip(sums, (S, T, T), strict=True)
+    )
 
 
 def _backward(saved, part, sums, dtypes, interpret):
-    """dQ, dK and dV as the kernel writes them: dQ of the keys so far, dK and dV so far as these.
+    """dQ, dK and dV as the kernel writes them: dQ of the keys so far, dK and dV so far
+    as these.
 
     Args:
         saved: q, k, v, d_o, log-sum-exps and deltas as the kernel reads them.
@@ -333,21 +386,27 @@ def _backward(saved, part, sums, dtypes, interpret):
 
 
 def _tiles(slots: int, shape: tuple[int, int], *dtypes: Any) -> list[list[Any]]:
-    """Scratch of so many tiles, for each dtype: every tile its own, so that the compiler sees that
-    they are apart."""
+    """Scratch of so many tiles, for each dtype: every tile its own, so that the
+    compiler sees that they are apart."""
     return [[pltpu.VMEM((1, *shape), dtype) for _ in range(slots)] for dtype in dtypes]
 
 
-def _parts(direction: str, operands: AttentionOperands, call: AttentionCall) -> list[KeyPart]:
+def _parts(
+    direction: str, operands: AttentionOperands, call: AttentionCall
+) -> list[KeyPart]:
     """Runs of as many keys as VMEM holds in a pass; sinks go with the first."""
     sizes, params = AttentionSizes.of(operands, call.dtype), call.params
-    blocks = choose_blocks(direction, sizes, name_mask_kind(params, operands), call.block_sizes)
+    blocks = choose_blocks(
+        direction, sizes, name_mask_kind(params, operands), call.block_sizes
+    )
     held = count_keys_in_vmem(direction, blocks, sizes, get_chip())
     vmem = vmem_bytes(direction, blocks, sizes, held)
     parts, T = [], sizes.T
     for index in range(-(-T // held)):
         start, stop = index * held, min((index + 1) * held, T)
-        segments = None if operands.k_segments is None else operands.k_segments[:, start:stop]
+        segments = (
+            None if operands.k_segments is None else operands.k_segments[:, start:stop]
+        )
         sinks = operands.sinks if index == 0 else None
         own = operands._replace(k_segments=segments, sinks=sinks)
         at = params._replace(k_offset=params.k_offset + start)

@@ -1,9 +1,11 @@
-"""The backward pass on a TPU: one kernel for dQ, dK and dV (Dao et al. 2022, algorithm 4).
+"""The backward pass on a TPU: one kernel for dQ, dK and dV (Dao et al. 2022, algorithm
+4).
 
-A block of queries walks through the keys of its head as in the forward pass. Its dQ is summed
-meanwhile, dK and dV over all queries that share the kv head, in VMEM; every score is computed once.
-Tiles are [keys, queries]: then each row vector (log-sum-exp, delta) lies along the lanes, and of
-the five products only dQᵀ = Kᵀ·dSᵀ has an operand to turn, the small one.
+A block of queries walks through the keys of its head as in the forward pass. Its dQ is
+summed meanwhile, dK and dV over all queries that share the kv head, in VMEM; every
+score is computed once. Tiles are [keys, queries]: then each row vector (log-sum-exp,
+delta) lies along the lanes, and of the five products only dQᵀ = Kᵀ·dSᵀ has an operand
+to turn, the small one.
 """
 
 import jax
@@ -44,8 +46,8 @@ def backward_kernel(
         dq_in: fp32 [bq, H], what other keys gave; or None.
         dk_in, dv_in: other keys', which stay as they are; or None.
         dq, dk, dv: fp32 [H, bq], [T, H], [T, Hv], sums.
-        scores, d_ps, slopes: fp32, of each of a few tiles [1, keys, queries]: S, dP and dS/d(q·k),
-            the last only with a cap.
+        scores, d_ps, slopes: fp32, of each of a few tiles [1, keys, queries]: S, dP and
+            dS/d(q·k), the last only with a cap.
         ps, d_ss: likewise as q.
     """
     g, i = pl.program_id(1), pl.program_id(2)
@@ -67,12 +69,16 @@ def backward_kernel(
 
     def score(n, tile, j, distance):
         rows, slot = slice(tile.q0, tile.q1), n % slots
-        s, slope = scale_scores_to_log2(multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params)
+        s, slope = scale_scores_to_log2(
+            multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params
+        )
         segments = None, None
         if tile.compares_segments:
             own = transpose_ids_to_lanes(k_ids[:, keys(tile, j)])
             segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
-        spot = TilePosition(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
+        spot = TilePosition(
+            distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments
+        )
         scores[slot][put] = apply_slope_and_mask(s, tile.masked, spot, statics, scalars)
         d_ps[slot][put] = multiply(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
         if slope is not None:
@@ -118,7 +124,10 @@ def backward_kernel(
             ],
         )
 
-    row = [table[(scalars.row if statics.num_tables > 1 else 0), i, c] for c in range(COLUMNS)]
+    row = [
+        table[(scalars.row if statics.num_tables > 1 else 0), i, c]
+        for c in range(COLUMNS)
+    ]
 
     def finish():
         if dq_in is None:

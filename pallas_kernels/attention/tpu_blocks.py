@@ -10,7 +10,8 @@ from pallas_kernels.chips import TpuChip, round_up
 FORWARD, BACKWARD = PASSES = ("forward", "backward")
 LANES, SUBLANES = 128, 8
 SUMS = 16
-"""Rows of ones on top of the forward pass's turned values, as many as bf16 packs together."""
+"""Rows of ones on top of the forward pass's turned values, as many as bf16 packs
+together."""
 # Of VMEM, for what is counted here: the compiler needs some for itself.
 _USABLE = 0.85
 # Fewer at once are many kernels, one after the other.
@@ -25,9 +26,11 @@ class TpuBlocks(NamedTuple):
     k: int
     """Keys of a block: a round of the loop."""
     tile_q: int
-    """Queries of a tile; divides ``q``. The loop's body is made of tiles, one after the other."""
+    """Queries of a tile; divides ``q``. The loop's body is made of tiles, one after the
+    other."""
     tile_k: int
-    """Keys of a tile; divides ``k``, forward only where the mask's edge cuts a block."""
+    """Keys of a tile; divides ``k``, forward only where the mask's edge cuts a
+    block."""
     ahead: int = 1
     """Tiles whose scores are issued before the first one's softmax."""
     behind: int = 1
@@ -65,12 +68,17 @@ class AttentionSizes(NamedTuple):
         return cls(S, T, H, Hv, q.dtype.itemsize, jnp.dtype(dtype).itemsize)
 
 
-def choose_blocks_by_rule(chip: TpuChip, direction: str, sizes: AttentionSizes) -> TpuBlocks:
-    """Chooses, forward, large blocks, whose loop's body hides its own beginning and end, and tiles
-    as wide as the matrix unit, of which little spills; backward, tiles so small that nothing
-    spills. From 1024 down, the first whose queries leave VMEM for ``_KEYS`` keys, or for all.
+def choose_blocks_by_rule(
+    chip: TpuChip, direction: str, sizes: AttentionSizes
+) -> TpuBlocks:
+    """Chooses, forward, large blocks, whose loop's body hides its own beginning and
+    end, and tiles as wide as the matrix unit, of which little spills; backward, tiles
+    so small that nothing spills. From 1024 down, the first whose queries leave VMEM for
+    ``_KEYS`` keys, or for all.
     """
-    stages = {"ahead": 3, "pace": 3} if chip.mxu_size == 256 else {"ahead": 3, "behind": 2}
+    stages = (
+        {"ahead": 3, "pace": 3} if chip.mxu_size == 256 else {"ahead": 3, "behind": 2}
+    )
 
     def blocks(most: int) -> TpuBlocks:
         q = _fit(sizes.S, most)
@@ -95,18 +103,22 @@ def _fit(n: int, most: int) -> int:
 
 
 def has_little_padding(n: int, size: int) -> bool:
-    """Returns whether blocks of this size pad n by at most a ninth more than blocks of 128 do."""
+    """Returns whether blocks of this size pad n by at most a ninth more than blocks of
+    128 do."""
     return round_up(n, size) * 9 <= round_up(n, LANES) * 10
 
 
 def count_value_and_sum_rows(Hv: int) -> int:
-    """Returns the rows of the transposed values and of the sums of weights, in the forward pass."""
+    """Returns the rows of the transposed values and of the sums of weights, in the
+    forward pass."""
     return SUMS + round_up(Hv, SUBLANES)
 
 
-def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, num_keys: int) -> int:
-    """Returns bytes of VMEM: operands and results twice, so that copies overlap, and scratch; of
-    the backward pass, the sums of dK and dV over all queries too."""
+def vmem_bytes(
+    direction: str, blocks: TpuBlocks, sizes: AttentionSizes, num_keys: int
+) -> int:
+    """Returns bytes of VMEM: operands and results twice, so that copies overlap, and
+    scratch; of the backward pass, the sums of dK and dV over all queries too."""
     H, Hv = (round_up(width, LANES) for width in (sizes.H, sizes.Hv))
     if direction == FORWARD:
         operands = sizes.element_bytes * (blocks.q * H + num_keys * (H + Hv))
@@ -115,8 +127,13 @@ def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, num_key
         sums += 4 * blocks.q * (SUBLANES + count_value_and_sum_rows(sizes.Hv))
         tile = blocks.tile_q * (blocks.k * (4 + sizes.element_bytes) + 2 * SUBLANES * 4)
     else:
-        operands = sizes.element_bytes * (blocks.q + num_keys) * (H + Hv) + 2 * blocks.q * 8 * 4
-        results = blocks.q * H * (sizes.out_bytes + 4) + num_keys * (H + Hv) * sizes.out_bytes
+        operands = (
+            sizes.element_bytes * (blocks.q + num_keys) * (H + Hv)
+            + 2 * blocks.q * 8 * 4
+        )
+        results = (
+            blocks.q * H * (sizes.out_bytes + 4) + num_keys * (H + Hv) * sizes.out_bytes
+        )
         sums = 4 * num_keys * (H + Hv) + 4 * blocks.q * H
         tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * sizes.element_bytes)
     return 2 * (operands + results) + sums + blocks.tiles_in_flight * tile
@@ -125,26 +142,29 @@ def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, num_key
 def count_keys_in_vmem(
     direction: str, blocks: TpuBlocks, sizes: AttentionSizes, chip: TpuChip
 ) -> int:
-    """Returns the number of keys of a head that VMEM holds, in whole blocks. Raises ValueError: not
-    one block."""
+    """Returns the number of keys of a head that VMEM holds, in whole blocks. Raises
+    ValueError: not one block."""
     keys, room = round_up(sizes.T, blocks.k), int(chip.vmem_bytes * _USABLE)
     while keys > blocks.k and vmem_bytes(direction, blocks, sizes, keys) > room:
         keys = round_up(keys // 2, blocks.k)
     needed = vmem_bytes(direction, blocks, sizes, keys)
     if needed > room:
         raise ValueError(
-            f"blocks {tuple(blocks)} with head sizes {sizes.H} and {sizes.Hv} take {needed} bytes "
+            f"blocks {tuple(blocks)} with head sizes {sizes.H} and {sizes.Hv} take "
+            f"{needed} bytes "
             f"of VMEM, of which a {chip.name} has {chip.vmem_bytes}"
         )
     return keys
 
 
 def check_blocks(blocks: TpuBlocks) -> None:
-    """Raises ValueError: sizes that are no multiples of 128, tiles that do not divide their blocks,
-    a negative number of tiles between stages, or of chunks."""
+    """Raises ValueError: sizes that are no multiples of 128, tiles that do not divide
+    their blocks, a negative number of tiles between stages, or of chunks."""
     if any(n <= 0 or n % LANES for n in blocks[:4]):
         raise ValueError(f"blocks {tuple(blocks)}: sizes are multiples of {LANES}")
     if blocks.q % blocks.tile_q or blocks.k % blocks.tile_k:
         raise ValueError(f"blocks {tuple(blocks)}: tiles do not divide their blocks")
     if min(blocks.ahead, blocks.behind, blocks.pace) < 0:
-        raise ValueError(f"blocks {tuple(blocks)}: ahead, behind and pace are 0 or more")
+        raise ValueError(
+            f"blocks {tuple(blocks)}: ahead, behind and pace are 0 or more"
+        )

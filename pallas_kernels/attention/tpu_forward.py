@@ -8,12 +8,13 @@
     │░░░░░░░░░░░░░│◣◣◣◣ │                             work at once.
     └─────────────┴─────┘
 
-Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). Tiles are [keys, queries],
-as in the backward pass: what a query has one of lies along the lanes, a tile's queries stay in the
-matrix unit while all of its keys pass through, and oᵀ = vᵀ·pᵀ fills the unit where p·v would leave
-half of it idle. vᵀ has rows of ones on top: the product's first rows are the sums of the weights.
-What goes from one stage to the next is staged in VMEM by hand (``ProgramScalars.store_zero``): the
-compiler would otherwise hold more than it has registers for.
+Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). Tiles are
+[keys, queries], as in the backward pass: what a query has one of lies along the lanes,
+a tile's queries stay in the matrix unit while all of its keys pass through, and oᵀ =
+vᵀ·pᵀ fills the unit where p·v would leave half of it idle. vᵀ has rows of ones on top:
+the product's first rows are the sums of the weights. What goes from one stage to the
+next is staged in VMEM by hand (``ProgramScalars.store_zero``): the compiler would
+otherwise hold more than it has registers for.
 """
 
 from typing import Any
@@ -42,8 +43,8 @@ from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
 
 # Keys whose weights are computed at once.
 CHUNK = 16
-# Keys of which a tile's stages take turns; and a product over more would be several that the
-# compiler adds up, each in registers until the next one's end.
+# Keys of which a tile's stages take turns; and a product over more would be several
+# that the compiler adds up, each in registers until the next one's end.
 PIECE = 256
 # Keys whose values are turned at once, at most.
 TURNED = 4096
@@ -60,23 +61,32 @@ def forward_kernel(
 
     Args:
         table, ints, floats: scalars (:mod:`tpu`).
-        q_ref, k_ref, v_ref: [bq, H], [T, H], [T, Hv]; q_ids, k_ids: int32 [1, bq], [1, T], or None.
+        q_ref, k_ref, v_ref: [bq, H], [T, H], [T, Hv]; q_ids, k_ids: int32 [1, bq], [1,
+            T], or None.
         o_ref, lse_ref: [bq, Hv]; fp32 [1, bq].
         m: fp32 [SUBLANES, bq], a query's largest score so far.
-        acc: fp32 [turned_rows(Hv), bq], SUMS rows of its sum of weights, and its output but for
-            division by it.
+        acc: fp32 [turned_rows(Hv), bq], SUMS rows of its sum of weights, and its output
+            but for division by it.
         vt: [turned_rows(Hv), T], SUMS rows of ones, and the values turned.
         ids: int32 [bk, LANES], of the keys of a block, or None.
-        scores, tops, fades: fp32, of each of a few tiles [1, keys, queries] and, in rows that are
-            all the same but for tops, [1, SUBLANES, queries].
+        scores, tops, fades: fp32, of each of a few tiles [1, keys, queries] and, in
+            rows that are all the same but for tops, [1, SUBLANES, queries].
         weights: likewise [1, keys, queries] as v.
     """
     g, i = pl.program_id(1), pl.program_id(2)
     scalars = statics.read_program_scalars(ints, floats)
-    params, put, get, slots = statics.params, scalars.store_zero, scalars.load_zero, len(scores)
+    params, put, get, slots = (
+        statics.params,
+        scalars.store_zero,
+        scalars.load_zero,
+        len(scores),
+    )
     Hv = v_ref.shape[1]
-    # Above MASKED: what is masked weighs nothing, even before the first key that is not.
-    m_start = jnp.maximum(scalars.sink * LOG2_E, NO_KEY) if statics.has_sinks else NO_KEY
+    # Above MASKED: what is masked weighs nothing, even before the first key that is
+    # not.
+    m_start = (
+        jnp.maximum(scalars.sink * LOG2_E, NO_KEY) if statics.has_sinks else NO_KEY
+    )
 
     @pl.when((g == 0) & (i == 0))
     def _():
@@ -116,7 +126,9 @@ def forward_kernel(
             if tile.compares_segments:
                 own = ids[first : first + len(s)]
                 segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
-            spot = TilePosition(distance + tile.q0 - first, j * walk.bk + first, *segments)
+            spot = TilePosition(
+                distance + tile.q0 - first, j * walk.bk + first, *segments
+            )
             s = apply_slope_and_mask(s, tile.masked, spot, statics, scalars)
             scores[slot][put, piece] = s
             top = jnp.max(reshape_by_register(s), axis=0)
@@ -152,7 +164,9 @@ def forward_kernel(
             if piece.start > 0:
                 y += acc[:, rows]
             elif not first:
-                y += (reshape_by_register(acc[:, rows]) * fades[slot][get]).reshape(y.shape)
+                y += (reshape_by_register(acc[:, rows]) * fades[slot][get]).reshape(
+                    y.shape
+                )
             acc[:, rows] = y
             yield
         if first and statics.has_sinks:
@@ -163,7 +177,9 @@ def forward_kernel(
     def write(rows):
         """The output of these queries, which have seen all of their keys."""
         total = _reciprocal(acc[:SUBLANES, rows], statics.interpret)
-        o = (reshape_by_register(acc[SUMS:, rows]) * total).reshape(-1, total.shape[1])[:Hv]
+        o = (reshape_by_register(acc[SUMS:, rows]) * total).reshape(-1, total.shape[1])[
+            :Hv
+        ]
         o_ref[rows] = o.astype(o_ref.dtype).T
 
     def tiles(these, j, distance, first, last):
@@ -179,7 +195,10 @@ def forward_kernel(
             ],
         )
 
-    row = [table[(scalars.row if statics.num_tables > 1 else 0), i, c] for c in range(COLUMNS)]
+    row = [
+        table[(scalars.row if statics.num_tables > 1 else 0), i, c]
+        for c in range(COLUMNS)
+    ]
     visit_key_blocks(
         walk, row, i, scalars.qk_offset, start, tiles, lambda: write(slice(0, walk.bq))
     )
@@ -188,16 +207,18 @@ def forward_kernel(
 
 
 def _step(keys: int, block: int) -> int:
-    """Keys to turn at once: whole blocks that divide all keys, few enough for a loop's body."""
+    """Keys to turn at once: whole blocks that divide all keys, few enough for a loop's
+    body."""
     blocks = keys // block
     most = max(TURNED // block, 1)
     return block * max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= most)
 
 
 def _reciprocal(x: jax.Array, interpreted: bool) -> jax.Array:
-    """1 / x of sums of weights, large where x is 0: the unit's guess and a step of Newton's, which
-    is what the compiler makes of a division, but for the care that division takes of numbers that
-    are no such sums. The interpreter's guess would be too coarse."""
+    """1 / x of sums of weights, large where x is 0: the unit's guess and a step of
+    Newton's, which is what the compiler makes of a division, but for the care that
+    division takes of numbers that are no such sums. The interpreter's guess would be
+    too coarse."""
     x = jnp.maximum(x, 1e-30)
     # jax 0.10 has it in pallas itself.
     unit: Any = pltpu if hasattr(pltpu, "reciprocal") else pl

@@ -45,7 +45,8 @@ class KernelStatics(NamedTuple):
     """Whether Pallas's interpreter runs the kernel, not a TPU."""
 
     def read_program_scalars(self, int_ref: Any, float_ref: Any) -> "ProgramScalars":
-        """Reads, in a kernel, this grid step's scalars (kv heads of all rows, group, ...)."""
+        """Reads, in a kernel, this grid step's scalars (kv heads of all rows, group,
+        ...)."""
         kv, g = pl.program_id(0), pl.program_id(1)
         row = lax.div(kv, self.kv_heads)
         head = lax.rem(kv, self.kv_heads) * self.group + g
@@ -66,10 +67,10 @@ class ProgramScalars(NamedTuple):
     qk_offset: Any
     store_zero: Any
     load_zero: Any
-    """Zeros, which the compiler does not know: what is stored at [store_zero] it must read back at
-    [load_zero].
-    Were both the same to it, values would stay in registers between the stages of a tile, until
-    there are too many and it spills them at the wrong time."""
+    """Zeros, which the compiler does not know: what is stored at [store_zero] it must
+    read back at [load_zero]. Were both the same to it, values would stay in registers
+    between the stages of a tile, until there are too many and it spills them at the
+    wrong time."""
     prefix: Any
     """Keys that every query sees."""
     slope: Any
@@ -79,12 +80,14 @@ class ProgramScalars(NamedTuple):
 def interleave_stages(
     count: int, stages: Sequence[tuple[int, Callable[[int], Iterator[None]]]]
 ) -> None:
-    """Runs every stage for each of ``count`` tiles, a stage of (ahead, function) so many tiles
-    before the one with 0. Neighbours in the program overlap on the machine: the stages that run
-    together take turns, each as far as its next ``yield``."""
+    """Runs every stage for each of ``count`` tiles, a stage of (ahead, function) so
+    many tiles before the one with 0. Neighbours in the program overlap on the machine:
+    the stages that run together take turns, each as far as its next ``yield``."""
     first, last = max(a for a, _ in stages), min(a for a, _ in stages)
     for n in range(-first, count - last):
-        running = [stage(n + ahead) for ahead, stage in stages if 0 <= n + ahead < count]
+        running = [
+            stage(n + ahead) for ahead, stage in stages if 0 <= n + ahead < count
+        ]
         while running:
             running = [stage for stage in running if next(stage, _DONE) is not _DONE]
 
@@ -102,17 +105,23 @@ class TilePosition(NamedTuple):
 
 
 def multiply(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """Multiplies over one axis of each, in fp32; fp32 operands are not rounded to bf16."""
+    """Multiplies over one axis of each, in fp32; fp32 operands are not rounded to
+    bf16."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
-        a, b, (((a_axis,), (b_axis,)), ((), ())), exact, preferred_element_type=jnp.float32
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        exact,
+        preferred_element_type=jnp.float32,
     )
 
 
 def scale_scores_to_log2(
     products: jax.Array, params: AttentionParams
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Scales fp32 q · k to scores · log2 e; also gives a cap's derivative by scale·q·k."""
+    """Scales fp32 q · k to scores · log2 e; also gives a cap's derivative by
+    scale·q·k."""
     if params.soft_cap is None:
         return products * (params.scale * LOG2_E), None
     tanh = jnp.tanh(products * (params.scale / params.soft_cap))
@@ -120,9 +129,9 @@ def scale_scores_to_log2(
 
 
 def limit_in_flight(x: jax.Array, started: list[jax.Array], pace: int) -> jax.Array:
-    """Returns x, but where ``pace`` chunks of weights are ``started``, not before the first of them
-    is known, and drops that: otherwise differences that the unit of exponentials has no time for
-    yet would wait in registers.
+    """Returns x, but where ``pace`` chunks of weights are ``started``, not before the
+    first of them is known, and drops that: otherwise differences that the unit of
+    exponentials has no time for yet would wait in registers.
 
     Args:
         x: fp32 [SUBLANES, queries], a multiple of LANES.
@@ -152,11 +161,13 @@ def apply_slope_and_mask(
     statics: KernelStatics,
     scalars: ProgramScalars,
 ) -> jax.Array:
-    """Gives scores [keys, queries] ALiBi's slope (Press et al. 2022), and MASKED where a query may
-    not see a key: by its position, if ``masked``, and by its segment, where the spot has these.
+    """Gives scores [keys, queries] ALiBi's slope (Press et al. 2022), and MASKED where
+    a query may not see a key: by its position, if ``masked``, and by its segment, where
+    the spot has these.
 
-    A register's worth of keys at a time, so that positions are compared with numbers: positions of
-    a whole tile would be the same for many tiles, and wait for them in registers.
+    A register's worth of keys at a time, so that positions are compared with numbers:
+    positions of a whole tile would be the same for many tiles, and wait for them in
+    registers.
     """
     if not masked and not statics.has_slopes and position.q_segments is None:
         return scores
@@ -184,7 +195,8 @@ def _near(
     """Returns the conditions, all of which hold where a query sees a key, by positions.
 
     Args:
-        behind: of each query and key, the query's position less the key's, less ``qk_offset``.
+        behind: of each query and key, the query's position less the key's, less
+            ``qk_offset``.
         key: of each key, its index less ``first``.
     """
     params, seen = statics.params, []

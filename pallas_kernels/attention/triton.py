@@ -1,12 +1,12 @@
 """Attention for any NVIDIA card: Pallas kernels that Triton compiles.
 
-Three kernels, each of one block of rows a program: the output (Dao 2023, FlashAttention-2,
-algorithm 1), dQ, and dK with dV (algorithm 2, split in two so that no sum is atomic and results
-repeat bit for bit). A program visits the blocks that ``gpu_blocks`` finds for it: first those that
-need a mask, then those that need none.
+Three kernels, each of one block of rows a program: the output (Dao 2023,
+FlashAttention-2, algorithm 1), dQ, and dK with dV (algorithm 2, split in two so that no
+sum is atomic and results repeat bit for bit). A program visits the blocks that
+``gpu_blocks`` finds for it: first those that need a mask, then those that need none.
 
-Scores are kept in base 2: exp2 is an instruction. Head sizes are cut into powers of two, 192 into
-128 and 64, which is what Triton's tiles may be.
+Scores are kept in base 2: exp2 is an instruction. Head sizes are cut into powers of
+two, 192 into 128 and 64, which is what Triton's tiles may be.
 """
 
 from typing import Any, NamedTuple
@@ -53,15 +53,17 @@ def _checked(sizes: TritonBlockSizes) -> TritonBlockSizes:
         powers = all(n > 0 and n & (n - 1) == 0 for n in (q, k, warps))
         if not powers or min(q, k) < 16 or stages < 1:
             raise ValueError(
-                f"block_sizes of {q} queries, {k} keys, {warps} warps, {stages} stages: powers of "
+                f"block_sizes of {q} queries, {k} keys, {warps} warps, {stages} "
+                f"stages: powers of "
                 "two, of queries and keys 16 or more, and a stage or more"
             )
     return sizes
 
 
 def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
-    """Returns whether operands are bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most
-    (tiles hold whole heads), with positions in order and without learned biases."""
+    """Returns whether operands are bf16, fp16 or fp32, q, k and v alike, and heads of
+    256 at most (tiles hold whole heads), with positions in order and without learned
+    biases."""
     q, k, v, *_ = operands
     return (
         q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -74,11 +76,13 @@ def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
 
 
 def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
-    """Chooses blocks by rule: accumulators fit in registers, blocks in shared memory; for a card
-    that is not here, an H100's."""
+    """Chooses blocks by rule: accumulators fit in registers, blocks in shared memory;
+    for a card that is not here, an H100's."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
     small = capability in _SMALL
-    old = capability.startswith("8.")  # products are warps' own there, and take more registers
+    old = capability.startswith(
+        "8."
+    )  # products are warps' own there, and take more registers
     if jnp.dtype(dtype).itemsize > 2:
         rows = (64 if max(H, Hv) <= 128 else 32) // (2 if small else 1)
         columns = min(rows, 32)
@@ -87,20 +91,32 @@ def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
     if max(H, Hv) <= 64:
         tiles = (128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)
     elif max(H, Hv) <= 128:
-        tiles = (128, 64, 8, 2 if small else 3), (128, 64, 8, 2), (32 if old else 64, 128, 8, 2)
+        tiles = (
+            (128, 64, 8, 2 if small else 3),
+            (128, 64, 8, 2),
+            (32 if old else 64, 128, 8, 2),
+        )
     elif small:
         tiles = (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)
     else:
-        tiles = (64, 32, 4, 2) if old else (128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)
+        tiles = (
+            (64, 32, 4, 2) if old else (128, 32, 8, 2),
+            (64, 32, 8, 2),
+            (32, 64, 8, 2),
+        )
     return TritonBlockSizes(*(TritonTiles(*each) for each in tiles))
 
 
-def forward(operands: AttentionOperands, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
+def forward(
+    operands: AttentionOperands, call: AttentionCall
+) -> tuple[jax.Array, jax.Array]:
     """Runs this pass as :mod:`api` calls it."""
     operands = merge_offsets(operands, call.params)
     q, _, v, *_ = operands
     B, S, N, _ = q.shape
-    sizes = _checked(call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
+    sizes = _checked(
+        call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype)
+    )
     run = TritonKernelCall(operands, call, sizes.forward, per_query=True)
     run.add(full_spec, sinks=operands.sinks)
     o, lse = run(
@@ -117,7 +133,9 @@ def backward(
     """Runs this pass as :mod:`api` calls it."""
     operands, dtype = merge_offsets(operands, call.params), call.dtype
     (q, k, v, *_), (lse, delta, d_o) = operands, saved
-    sizes = _checked(call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
+    sizes = _checked(
+        call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype)
+    )
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)
@@ -163,12 +181,18 @@ def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
         )
         return o, new_top, total * decay + jnp.sum(weights, axis=1)
 
-    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head_dim(s.Hv))
+    zeros = tuple(
+        jnp.zeros((block_q, width), jnp.float32) for _, width in split_head_dim(s.Hv)
+    )
     if "sinks" in p.refs:
         top = jnp.full((block_q,), p.refs["sinks"][head] * LOG2E, jnp.float32)
         carry = zeros, top, jnp.ones((block_q,), jnp.float32)
     else:
-        carry = zeros, jnp.full((block_q,), -jnp.inf), jnp.zeros((block_q,), jnp.float32)
+        carry = (
+            zeros,
+            jnp.full((block_q,), -jnp.inf),
+            jnp.zeros((block_q,), jnp.float32),
+        )
     o, top, total = p.visit_visible_blocks(i, pl.cdiv(s.T, block_k), body, carry)
     some = total > 0
     inverse = 1 / jnp.where(some, total, 1.0)
@@ -183,7 +207,10 @@ def _d_q_kernel(p: TritonProgram, d_q_ref):
     i, head = _last_first(p), p.head
     start = i * block_q
     bound = s.S if s.S % block_q else None
-    q, d_o = p.load_rows("q", start, block_q, bound), p.load_rows("d_o", start, block_q, bound)
+    q, d_o = (
+        p.load_rows("q", start, block_q, bound),
+        p.load_rows("d_o", start, block_q, bound),
+    )
     lse = p.load_row_scalars("lse", start, other=jnp.inf)[:, None]
     delta = p.load_row_scalars("delta", start, other=0.0)[:, None]
     queries = p.load_token_block("q", start, 1)
@@ -199,22 +226,31 @@ def _d_q_kernel(p: TritonProgram, d_q_ref):
         _, d_scores = compute_weights_and_d_scores(
             scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
         )
-        return tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
+        return tuple(
+            x + multiply(d_scores.astype(y.dtype), y)
+            for x, y in zip(d_q, k, strict=True)
+        )
 
-    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head_dim(s.H))
+    zeros = tuple(
+        jnp.zeros((block_q, width), jnp.float32) for _, width in split_head_dim(s.H)
+    )
     d_q = p.visit_visible_blocks(i, pl.cdiv(s.T, block_k), body, zeros)
     store_tile(d_q_ref, tuple(x * params.scale for x in d_q), start, block_q, s.S, s.H)
 
 
 def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
-    """One block of keys of one kv head: its group's query heads are summed here. Tiles of scores
-    are transposed, [keys, queries], so that the weights are a product's left operand as they lie.
+    """One block of keys of one kv head: its group's query heads are summed here. Tiles
+    of scores are transposed, [keys, queries], so that the weights are a product's left
+    operand as they lie.
     """
     s, params, (block_q, block_k, *_) = p.statics, p.params, p.tiles
     j, kv_head = p.block, p.head
     start = j * block_k
     bound = s.T if s.T % block_k else None
-    k, v = p.load_rows("k", start, block_k, bound), p.load_rows("v", start, block_k, bound)
+    k, v = (
+        p.load_rows("k", start, block_k, bound),
+        p.load_rows("v", start, block_k, bound),
+    )
     keys = p.load_token_block("k", start, 1)
     q_bound = s.S if s.S % block_q else None
 
@@ -233,19 +269,31 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
         weights, d_scores = compute_weights_and_d_scores(
             scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
         )
-        d_v = tuple(x + multiply(weights.astype(y.dtype), y) for x, y in zip(d_v, d_o, strict=True))
-        d_k = tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_k, q, strict=True))
+        d_v = tuple(
+            x + multiply(weights.astype(y.dtype), y)
+            for x, y in zip(d_v, d_o, strict=True)
+        )
+        d_k = tuple(
+            x + multiply(d_scores.astype(y.dtype), y)
+            for x, y in zip(d_k, q, strict=True)
+        )
         return d_k, d_v
 
     zeros = tuple(
-        tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in split_head_dim(size))
+        tuple(
+            jnp.zeros((block_k, width), jnp.float32)
+            for _, width in split_head_dim(size)
+        )
         for size in (s.H, s.Hv)
     )
-    d_k, d_v = p.visit_visible_blocks(j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group)
+    d_k, d_v = p.visit_visible_blocks(
+        j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group
+    )
     store_tile(d_k_ref, tuple(x * params.scale for x in d_k), start, block_k, s.T, s.H)
     store_tile(d_v_ref, d_v, start, block_k, s.T, s.Hv)
 
 
 def _last_first(p: TritonProgram):
-    """The block of a program: with a causal mask the last blocks, the longest, start first."""
+    """The block of a program: with a causal mask the last blocks, the longest, start
+    first."""
     return pl.num_programs(0) - 1 - p.block if p.params.causal else p.block

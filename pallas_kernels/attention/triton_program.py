@@ -1,5 +1,5 @@
-"""Shared parts of the Triton kernels: how arrays come to one, how a program reads and scores, what
-it masks and visits."""
+"""Shared parts of the Triton kernels: how arrays come to one, how a program reads and
+scores, what it masks and visits."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -67,15 +67,17 @@ class TritonProgram:
     def load_rows(
         self, name: str, start, block: int, length: int | None, *at
     ) -> tuple[jax.Array, ...]:
-        """Reads [block, width] of each part of a head: zeros past its size and, where ``length`` is
-        given, past that many rows."""
+        """Reads [block, width] of each part of a head: zeros past its size and, where
+        ``length`` is given, past that many rows."""
         ref = self.refs[name]
         H = {"q": self.statics.H, "k": self.statics.H}.get(name, self.statics.Hv)
         parts = []
         for begin, width in split_head_dim(H):
             part = ref.at[(pl.ds(start, block), *at, pl.ds(begin, width))]
             mask = _inside(start, block, length, begin, width, H)
-            parts.append(part[...] if mask is None else plgpu.load(part, mask=mask, other=0.0))
+            parts.append(
+                part[...] if mask is None else plgpu.load(part, mask=mask, other=0.0)
+            )
         return tuple(parts)
 
     def load_row_scalars(self, name: str, start, *at, other: float) -> jax.Array:
@@ -87,16 +89,21 @@ class TritonProgram:
         return plgpu.load(part, mask=start + jnp.arange(block) < S, other=other)
 
     def load_token_block(self, side: str, start, axis: int) -> TokenBlock:
-        """Reads queries (``side`` q) or keys (k), along ``axis`` of a tile of scores."""
+        """Reads queries (``side`` q) or keys (k), along ``axis`` of a tile of
+        scores."""
         tiles, s = self.tiles, self.statics
         block, length = (tiles.q, s.S) if side == "q" else (tiles.k, s.T)
         index = start + jnp.arange(block, dtype=jnp.int32)
-        offset, segments = (self.refs.get(f"{side}_{x}") for x in ("offset", "segments"))
+        offset, segments = (
+            self.refs.get(f"{side}_{x}") for x in ("offset", "segments")
+        )
         position = index if offset is None else index + offset[0]
         if segments is not None:
             part = segments.at[pl.ds(start, block)]
             mask = None if length % block == 0 else index < length
-            segments = part[...] if mask is None else plgpu.load(part, mask=mask, other=0)
+            segments = (
+                part[...] if mask is None else plgpu.load(part, mask=mask, other=0)
+            )
         tokens = TokenBlock(index, position, segments)
         return jax.tree.map(lambda x: jnp.expand_dims(x, axis), tokens)
 
@@ -112,15 +119,19 @@ class TritonProgram:
         )
 
     def scores(self, products: jax.Array, queries, keys, head) -> tuple[jax.Array, Any]:
-        """Returns what :func:`~pallas_kernels.attention.gpu_blocks.scale_scores` does."""
+        """Returns what :func:`~pallas_kernels.attention.gpu_blocks.scale_scores`
+        does."""
 
         def behind():
             return queries.position - keys.position
 
-        return gpu_blocks.scale_scores(products, self.params, self.refs, head, behind, self.exp2)
+        return gpu_blocks.scale_scores(
+            products, self.params, self.refs, head, behind, self.exp2
+        )
 
     def exp2(self, x: jax.Array) -> jax.Array:
-        """Computes exp2 in one instruction: JAX's own, exact below 2^-126 too, is four."""
+        """Computes exp2 in one instruction: JAX's own, exact below 2^-126 too, is
+        four."""
         if self.statics.interpret:
             return jnp.exp2(x)
         (y,) = plgpu.elementwise_inline_asm(
@@ -133,8 +144,9 @@ class TritonProgram:
         return y
 
     def visit_visible_blocks(self, i, blocks: int, body, carry, repeats: int = 1):
-        """Runs ``body(block, repeat, masked, carry)`` over the blocks that block i visits, each
-        block ``repeats`` times: as a table says, some with a mask, or all of them."""
+        """Runs ``body(block, repeat, masked, carry)`` over the blocks that block i
+        visits, each block ``repeats`` times: as a table says, some with a mask, or all
+        of them."""
 
         def loop(begin, count, block_of, masked, carry):
             def step(t, carry):
@@ -154,10 +166,11 @@ class TritonProgram:
 
 
 class TritonKernelCall:
-    """A kernel's named inputs and their specs, over a grid (blocks, heads, rows of the batch): q, k
-    and v, what masks read, and what is added. Blocks are of queries, which visit blocks of keys
-    (``per_query``), or the reverse. Each program's window is whole sequences of its own row and
-    head, with their last block filled up; kernels mask what lies outside."""
+    """A kernel's named inputs and their specs, over a grid (blocks, heads, rows of the
+    batch): q, k and v, what masks read, and what is added. Blocks are of queries, which
+    visit blocks of keys (``per_query``), or the reverse. Each program's window is whole
+    sequences of its own row and head, with their last block filled up; kernels mask
+    what lies outside."""
 
     def __init__(
         self,
@@ -172,12 +185,18 @@ class TritonKernelCall:
         self.inputs: dict[str, jax.Array] = {}
         self.specs: list[pl.BlockSpec] = []
         group = N // K
-        visits = gpu_blocks.plan_visits(tiles.q, tiles.k, operands, params, per_query=per_query)
+        visits = gpu_blocks.plan_visits(
+            tiles.q, tiles.k, operands, params, per_query=per_query
+        )
         self.statics = TritonStatics(params, tiles, S, T, H, Hv, group, call.interpret)
-        rows, heads = (pl.cdiv(S, tiles.q), N) if per_query else (pl.cdiv(T, tiles.k), K)
+        rows, heads = (
+            (pl.cdiv(S, tiles.q), N) if per_query else (pl.cdiv(T, tiles.k), K)
+        )
         self.grid = rows, heads, B
         self.query_spec = self._head_spec(tiles.q, group=None if per_query else group)
-        self.query_row_spec = self._query_row_spec(tiles.q, None if per_query else group)
+        self.query_row_spec = self._query_row_spec(
+            tiles.q, None if per_query else group
+        )
         self.key_spec = self._head_spec(tiles.k, group if per_query else 1)
         self.add(lambda x: self._per_row(x, x.shape[1:]), visits=visits)
         for name, x in gpu_blocks.list_mask_inputs(operands, params).items():
@@ -195,7 +214,8 @@ class TritonKernelCall:
                 self.specs.append(spec(x))
 
     def __call__(self, kernel, *outputs):
-        """Runs a kernel; ``outputs``: (shape, dtype, spec by what has these) of each result."""
+        """Runs a kernel; ``outputs``: (shape, dtype, spec by what has these) of each
+        result."""
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
         names = tuple(self.inputs)
         tiles = self.statics.tiles
@@ -210,7 +230,9 @@ class TritonKernelCall:
             in_specs=self.specs,
             out_specs=[spec(x) for (*_, spec), x in zip(outputs, shapes, strict=True)],
             out_shape=shapes,
-            compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+            compiler_params=plgpu.CompilerParams(
+                num_warps=tiles.warps, num_stages=tiles.stages
+            ),
             interpret=self.statics.interpret,
             name=kernel.__name__.strip("_"),
         )(*self.inputs.values())
@@ -227,8 +249,8 @@ class TritonKernelCall:
         return lambda x: self._per_row(x, (round_up(x.shape[1], block),))
 
     def _head_spec(self, block: int, share: int = 1, group: int | None = None):
-        """Returns the spec of [B, length, heads, H], of one head, which ``share`` heads read; or
-        [length, group, H] of the program's kv head."""
+        """Returns the spec of [B, length, heads, H], of one head, which ``share`` heads
+        read; or [length, group, H] of the program's kv head."""
 
         def spec(x):
             shape = None, round_up(x.shape[1], block), group, pad_head_size(x.shape[3])
@@ -236,8 +258,11 @@ class TritonKernelCall:
 
         return spec
 
-    def _query_row_spec(self, block: int, group: int | None) -> Callable[[Any], pl.BlockSpec]:
-        """Returns the spec of [B, N, S], of the program's head; or [group, S] of its kv head."""
+    def _query_row_spec(
+        self, block: int, group: int | None
+    ) -> Callable[[Any], pl.BlockSpec]:
+        """Returns the spec of [B, N, S], of the program's head; or [group, S] of its kv
+        head."""
 
         def spec(x):
             shape = None, group, round_up(x.shape[2], block)
@@ -251,7 +276,8 @@ def full_spec(x) -> pl.BlockSpec:
 
 
 def split_head_dim(H: int) -> list[tuple[int, int]]:
-    """Splits into (begin, width) of parts that are powers of two, 16 at least: 80 = 64 + 16."""
+    """Splits into (begin, width) of parts that are powers of two, 16 at least: 80 = 64
+    + 16."""
     parts, begin = [], 0
     while begin < H:
         width = max(16, 1 << ((H - begin).bit_length() - 1))
@@ -275,7 +301,8 @@ def _inside(start, block: int, length: int | None, begin: int, width: int, H: in
 
 
 def store_tile(ref, parts, start, block: int, length: int, H: int) -> None:
-    """Stores the part of a block of rows that lies in the array, in the parts of a head."""
+    """Stores the part of a block of rows that lies in the array, in the parts of a
+    head."""
     bound = length if length % block else None
     for (begin, width), x in zip(split_head_dim(H), parts, strict=True):
         at = ref.at[pl.ds(start, block), pl.ds(begin, width)]
@@ -292,10 +319,13 @@ def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
     return plgpu.dot(a, b, precision=_precision(a))
 
 
-def multiply_transposed(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> jax.Array:
+def multiply_transposed(
+    a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]
+) -> jax.Array:
     """Multiplies a·bᵀ, summed over the parts of a head."""
     products = (
-        plgpu.dot(x, y, trans_b=True, precision=_precision(x)) for x, y in zip(a, b, strict=True)
+        plgpu.dot(x, y, trans_b=True, precision=_precision(x))
+        for x, y in zip(a, b, strict=True)
     )
     return reduce(add, products)
 

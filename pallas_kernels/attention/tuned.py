@@ -1,8 +1,9 @@
-"""Blocks that a search found fastest (``benchmarks.kernel_cycles.tune``), and who they serve.
+"""Blocks that a search found fastest (``benchmarks.kernel_cycles.tune``), and who they
+serve.
 
-``tuned.json`` beside this file holds an entry a line. A shape that is not in it takes the blocks
-of the nearest sequence with the same chip, pass, head sizes, kind of mask and width of numbers, if
-these fit; else the rule in :mod:`tpu_blocks` decides.
+``tuned.json`` beside this file holds an entry a line. A shape that is not in it takes
+the blocks of the nearest sequence with the same chip, pass, head sizes, kind of mask
+and width of numbers, if these fit; else the rule in :mod:`tpu_blocks` decides.
 """
 
 import json
@@ -57,7 +58,14 @@ class TunedEntry(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """The entry's unique key, in the table's order."""
-        return self.chip, *self.head_sizes, self.dtype, self.mask_kind, self.seq, self.direction
+        return (
+            self.chip,
+            *self.head_sizes,
+            self.dtype,
+            self.mask_kind,
+            self.seq,
+            self.direction,
+        )
 
     @property
     def mask_kind(self) -> str:
@@ -76,8 +84,8 @@ def name_window_kind(window: int) -> str:
 
 
 def name_mask_kind(params: AttentionParams, operands: AttentionOperands) -> str:
-    """Returns the kind of a mask, as far as it is known before the program runs: what segments
-    leave is not, and takes the blocks that were found for 8 of a row."""
+    """Returns the kind of a mask, as far as it is known before the program runs: what
+    segments leave is not, and takes the blocks that were found for 8 of a row."""
     if operands.q_segments is not None:
         return SEGMENTS
     if not params.causal:
@@ -86,10 +94,13 @@ def name_mask_kind(params: AttentionParams, operands: AttentionOperands) -> str:
 
 
 def choose_blocks(
-    direction: str, sizes: AttentionSizes, mask_kind: str, override: TpuBlockSizes | None
+    direction: str,
+    sizes: AttentionSizes,
+    mask_kind: str,
+    override: TpuBlockSizes | None,
 ) -> TpuBlocks:
-    """Returns a TPU kernel's blocks, for the chip that the program being traced is for: those
-    given, checked, or from the table, or by rule."""
+    """Returns a TPU kernel's blocks, for the chip that the program being traced is for:
+    those given, checked, or from the table, or by rule."""
     if override is not None:
         check_blocks(getattr(override, direction))
         return getattr(override, direction)
@@ -104,12 +115,13 @@ def find_tuned_blocks(
     mask_kind: str,
     entries: Iterable[TunedEntry] | None = None,
 ) -> TpuBlocks | None:
-    """Returns a kernel's blocks in the table, or in another one; None: there is no entry that
-    differs in the sequence alone, and whose blocks can be used."""
+    """Returns a kernel's blocks in the table, or in another one; None: there is no
+    entry that differs in the sequence alone, and whose blocks can be used."""
     alike = [
         entry
         for entry in (load_table() if entries is None else entries)
-        if (entry.chip, entry.direction, entry.mask_kind) == (chip.name, direction, mask_kind)
+        if (entry.chip, entry.direction, entry.mask_kind)
+        == (chip.name, direction, mask_kind)
         and entry.head_sizes == (sizes.H, sizes.Hv)
         and jnp.dtype(entry.dtype).itemsize == sizes.element_bytes
     ]
@@ -118,13 +130,17 @@ def find_tuned_blocks(
     return next((x for x in found if can_use_blocks(x, chip, direction, sizes)), None)
 
 
-def can_use_blocks(blocks: TpuBlocks, chip: TpuChip, direction: str, sizes: AttentionSizes) -> bool:
+def can_use_blocks(
+    blocks: TpuBlocks, chip: TpuChip, direction: str, sizes: AttentionSizes
+) -> bool:
     """Returns whether VMEM holds them, and they pad queries and keys by little."""
     try:
         count_keys_in_vmem(direction, blocks, sizes, chip)
     except ValueError:
         return False
-    return has_little_padding(sizes.S, blocks.q) and has_little_padding(sizes.T, blocks.k)
+    return has_little_padding(sizes.S, blocks.q) and has_little_padding(
+        sizes.T, blocks.k
+    )
 
 
 @cache
@@ -144,4 +160,8 @@ def parse_table(text: str) -> tuple[TunedEntry, ...]:
 def format_table(entries: Iterable[TunedEntry]) -> str:
     """Returns the table of these, sorted, an entry a line; the last of each key."""
     last = {entry.key: entry for entry in entries}
-    return "[" + ",".join("\n" + json.dumps(last[key]._asdict()) for key in sorted(last)) + "\n]\n"
+    return (
+        "["
+        + ",".join("\n" + json.dumps(last[key]._asdict()) for key in sorted(last))
+        + "\n]\n"
+    )

@@ -1,10 +1,12 @@
-"""Plans which blocks of keys each block of queries visits, and which of them need a mask.
+"""Plans which blocks of keys each block of queries visits, and which of them need a
+mask.
 
-Both passes of the TPU kernels walk the same way. A block of queries visits a run of key blocks in
-loops, three of them at most: masked, plain, masked; where each begins is an integer that the
-kernel reads (:func:`make_walk_table`). What the causal diagonal and the far edge of a window cut
-is the same for every block of queries, if these stand at multiples of the blocks: then it is no
-loop but a fixed list of tiles (:class:`EdgeKeyBlock`), without tiles that the mask empties.
+Both passes of the TPU kernels walk the same way. A block of queries visits a run of key
+blocks in loops, three of them at most: masked, plain, masked; where each begins is an
+integer that the kernel reads (:func:`make_walk_table`). What the causal diagonal and
+the far edge of a window cut is the same for every block of queries, if these stand at
+multiples of the blocks: then it is no loop but a fixed list of tiles
+(:class:`EdgeKeyBlock`), without tiles that the mask empties.
 """
 
 from collections.abc import Callable
@@ -16,12 +18,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.gpu_blocks import compare_block_segments
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams, sum_offsets
+from pallas_kernels.attention.params import (
+    AttentionOperands,
+    AttentionParams,
+    sum_offsets,
+)
 
 COLUMNS = 8
-"""Integers of a block of queries in the table: where the masked, the plain and the second masked
-loop begin, where that ends; the first visited block of keys with a segment in common, and one past
-the last; and of those that are of one and the same segment as all of its queries."""
+"""Integers of a block of queries in the table: where the masked, the plain and the
+second masked loop begin, where that ends; the first visited block of keys with a
+segment in common, and one past the last; and of those that are of one and the same
+segment as all of its queries."""
 
 
 class WalkTile(NamedTuple):
@@ -38,7 +45,8 @@ class WalkTile(NamedTuple):
 
 
 class EdgeKeyBlock(NamedTuple):
-    """Tiles of the key block that stands ``offset`` blocks after the queries' first position."""
+    """Tiles of the key block that stands ``offset`` blocks after the queries' first
+    position."""
 
     offset: int
     tiles: tuple[WalkTile, ...]
@@ -55,14 +63,14 @@ class KeyWalk(NamedTuple):
     """The tiles of a block that is visited as a whole."""
     edges: tuple[EdgeKeyBlock, ...]
     first: int | None
-    """Blocks after the queries' first position at which the plain loop begins, with edges; None: at
-    the first block of all."""
+    """Blocks after the queries' first position at which the plain loop begins, with
+    edges; None: at the first block of all."""
     masked: bool
     """Whether the loops around the plain one exist."""
     compares_segments: bool
     lead: EdgeKeyBlock | None
-    """The edge that has every query in a single tile, if tiles are joined: it begins what the
-    others go on with."""
+    """The edge that has every query in a single tile, if tiles are joined: it begins
+    what the others go on with."""
 
 
 def plan_walk(
@@ -75,7 +83,8 @@ def plan_walk(
     *,
     join_tiles: bool,
 ) -> KeyWalk:
-    """Returns the walk over blocks of (queries, keys), in tiles of that many (queries, keys).
+    """Returns the walk over blocks of (queries, keys), in tiles of that many (queries,
+    keys).
 
     Args:
         tile: divides ``blocks``.
@@ -85,7 +94,9 @@ def plan_walk(
     nq, nk = -(-S // bq), -(-T // bk)
     tq, tk = tile
     packed = operands.q_segments is not None
-    corners = [(q, q + tq, k, k + tk) for q in range(0, bq, tq) for k in range(0, bk, tk)]
+    corners = [
+        (q, q + tq, k, k + tk) for q in range(0, bq, tq) for k in range(0, bk, tk)
+    ]
     join = _joined if join_tiles else tuple
     inner = join([WalkTile(*at, False) for at in corners])
     if not _aligned(S, T, params, operands, bq, bk):
@@ -111,8 +122,8 @@ def plan_walk(
 
 
 def _apart(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
-    """Orders tiles so that no two neighbours have the same keys, as far as that is possible: what
-    one adds to their gradients would wait in registers for the next."""
+    """Orders tiles so that no two neighbours have the same keys, as far as that is
+    possible: what one adds to their gradients would wait in registers for the next."""
     left, order = {}, []
     for tile in tiles:
         left.setdefault(tile.k0, []).append(tile)
@@ -130,23 +141,39 @@ def _joined(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
     for tile in tiles:
         rows.setdefault((tile.q0, tile.q1), []).append(tile)
     return tuple(
-        WalkTile(*at, min(t.k0 for t in row), max(t.k1 for t in row), any(t.masked for t in row))
+        WalkTile(
+            *at,
+            min(t.k0 for t in row),
+            max(t.k1 for t in row),
+            any(t.masked for t in row),
+        )
         for at, row in rows.items()
     )
 
 
 def _aligned(
-    S: int, T: int, params: AttentionParams, operands: AttentionOperands, bq: int, bk: int
+    S: int,
+    T: int,
+    params: AttentionParams,
+    operands: AttentionOperands,
+    bq: int,
+    bk: int,
 ) -> bool:
     shift = params.q_offset - params.k_offset
-    static = operands.q_offset is None and operands.k_offset is None and operands.prefix is None
+    static = (
+        operands.q_offset is None
+        and operands.k_offset is None
+        and operands.prefix is None
+    )
     whole = T % bk == 0 or shift + S <= T  # or causality hides the padding too
     return params.causal and static and shift % bk == 0 and bq % bk == 0 and whole
 
 
-def _seen(corners: tuple[int, int, int, int], start: int, window: int | None) -> WalkTile | None:
-    """A tile of a key block that begins ``start`` after the queries' first position, or None where
-    the mask empties it."""
+def _seen(
+    corners: tuple[int, int, int, int], start: int, window: int | None
+) -> WalkTile | None:
+    """A tile of a key block that begins ``start`` after the queries' first position, or
+    None where the mask empties it."""
     q0, q1, k0, k1 = corners
     first, last = start + k0, start + k1 - 1
     if first > q1 - 1 or (window is not None and last <= q0 - window):
@@ -168,7 +195,9 @@ def make_walk_table(
     low, high, plain_low, plain_high = zero, zero + nk, zero, zero + T // bk
     if walk.edges:
         at = first // bk
-        offsets = [edge.offset for edge in walk.edges if edge.offset >= (walk.first or 0)]
+        offsets = [
+            edge.offset for edge in walk.edges if edge.offset >= (walk.first or 0)
+        ]
         low = zero if walk.first is None else at + walk.first
         high = at + min(offsets)
         plain_low, plain_high = low, high
@@ -208,8 +237,9 @@ def make_walk_table(
 def _segment_blocks(
     walk: KeyWalk, q_segments: jax.Array, k_segments: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Finds, for each block of queries [B, nq], the run of key blocks that may share a segment with
-    it, and within it the first run of those of the same one segment as all of its queries."""
+    """Finds, for each block of queries [B, nq], the run of key blocks that may share a
+    segment with it, and within it the first run of those of the same one segment as all
+    of its queries."""
     share, one = compare_block_segments(q_segments, k_segments, walk.bq, walk.bk)
     index = jnp.arange(walk.nk)
     begin = jnp.where(share, index, walk.nk).min(-1)
@@ -229,16 +259,19 @@ def visit_key_blocks(
     visit_tiles: Callable[[tuple[WalkTile, ...], Any, Any, bool, bool], None],
     finish: Callable[[], None],
 ) -> None:
-    """Calls, in a kernel, ``visit_tiles`` for every key block that block i of the queries visits.
+    """Calls, in a kernel, ``visit_tiles`` for every key block that block i of the
+    queries visits.
 
     Args:
         row: its integers of the :func:`make_walk_table`.
         qk_offset: position of the first query less that of the first key.
-        start: makes the state that ``visit_tiles`` goes on with; called before, if at all.
-        visit_tiles: of (tiles, key block, distance, first, last): the distance is the position of
-            the block of queries less that of the block of keys, a Python int at an edge. ``first``:
-            these are the first for their queries, each one's only; there was no ``start``.
-            ``last``: they are also the last; there will be no ``finish``.
+        start: makes the state that ``visit_tiles`` goes on with; called before, if at
+            all.
+        visit_tiles: of (tiles, key block, distance, first, last): the distance is the
+            position of the block of queries less that of the block of keys, a Python
+            int at an edge. ``first``: these are the first for their queries, each one's
+            only; there was no ``start``. ``last``: they are also the last; there will
+            be no ``finish``.
         finish: makes results of the state; called after, if at all.
     """
     masked_from, plain_from, plain_to, masked_to, begin, end, one_from, one_to = row
@@ -278,7 +311,9 @@ def visit_key_blocks(
         if walk.masked:
             # Where there are edges, positions mask no block before them.
             masked = tuple(
-                tile._replace(masked=not walk.edges, compares_segments=walk.compares_segments)
+                tile._replace(
+                    masked=not walk.edges, compares_segments=walk.compares_segments
+                )
                 for tile in walk.inner
             )
             loop(masked_from, plain_from, masked)
@@ -295,5 +330,7 @@ def visit_key_blocks(
     # One segment, and no other block to visit: short documents.
     lead, j = walk.lead, block(walk.lead)
     alone = (begin == j) & (end == j + 1) & (one_from <= j) & (one_to > j)
-    pl.when(alone)(lambda: visit_tiles(lead.tiles, j, -lead.offset * walk.bk, True, True))
+    pl.when(alone)(
+        lambda: visit_tiles(lead.tiles, j, -lead.offset * walk.bk, True, True)
+    )
     pl.when(~alone)(walk_on)

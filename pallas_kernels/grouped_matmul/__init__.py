@@ -1,7 +1,9 @@
-"""Products of rows sorted by group, each group with a kernel of its own: a mixture of experts
-without dropped tokens (Gale et al. 2022, MegaBlocks, §5). Their work follows the rows there are.
+"""Products of rows sorted by group, each group with a kernel of its own: a mixture of
+experts without dropped tokens (Gale et al. 2022, MegaBlocks, §5). Their work follows
+the rows there are.
 
-:func:`grouped_matmul` and :func:`grouped_outer_product` are each other's gradients, to any order.
+:func:`grouped_matmul` and :func:`grouped_outer_product` are each other's gradients, to
+any order.
 """
 
 from functools import partial
@@ -35,38 +37,52 @@ def grouped_matmul(
     """Multiplies each row by its group's kernel: ``y[r] = rows[r] · kernels[g(r)]``.
 
     Args:
-        rows: [R, D]; group g's follow those of the groups before it. Rows behind the last group's
-            may hold anything, NaN too.
-        kernels: [G, D, F], or [G, F, D] when transposed. Operands are bf16, fp32, int8 or float8
-            (e4m3fn, e5m2), kernels perhaps narrower than rows; an 8-bit type that the chip does not
-            multiply is widened in the kernel. fp32 has the precision that
-            ``jax.default_matmul_precision`` says.
-        group_sizes: int32 [G], rows of each group, which may be 0; their sum is at most R.
-        row_scales, column_scales: fp32 [R] and [G, F], of 8-bit operands: what their elements are
-            multiplied by, after the product.
-        dtype: of the result. Default: the rows'; of int8 without scales int32, of other 8-bit
-            rows bf16.
-        backend: the platform that the program is for, "tpu", "gpu" or "cpu". None: that of the
-            current mesh's devices, without a mesh whichever JAX lowers for.
+        rows: [R, D]; group g's follow those of the groups before it. Rows behind the
+            last group's may hold anything, NaN too.
+        kernels: [G, D, F], or [G, F, D] when transposed. Operands are bf16, fp32, int8
+            or float8 (e4m3fn, e5m2), kernels perhaps narrower than rows; an 8-bit type
+            that the chip does not multiply is widened in the kernel. fp32 has the
+            precision that ``jax.default_matmul_precision`` says.
+        group_sizes: int32 [G], rows of each group, which may be 0; their sum is at most
+            R.
+        row_scales, column_scales: fp32 [R] and [G, F], of 8-bit operands: what their
+            elements are multiplied by, after the product.
+        dtype: of the result. Default: the rows'; of int8 without scales int32, of other
+            8-bit rows bf16.
+        backend: the platform that the program is for, "tpu", "gpu" or "cpu". None: that
+            of the current mesh's devices, without a mesh whichever JAX lowers for.
 
     Returns:
-        [R, F], summed in fp32 (of integers in int32); zeros behind the last group. Reverse-mode
-        differentiable in rows and kernels of 16 or 32 bits; padding rows get zeros.
+        [R, F], summed in fp32 (of integers in int32); zeros behind the last group.
+        Reverse-mode differentiable in rows and kernels of 16 or 32 bits; padding rows
+        get zeros.
 
     Raises:
-        ValueError: shapes or types that do not belong together; sizes that no block fits.
+        ValueError: shapes or types that do not belong together; sizes that no block
+            fits.
     """
     G, D, F = (*kernels.shape, 0, 0, 0)[:3]
     D, F = (F, D) if transpose_kernels else (D, F)
-    if kernels.ndim != 3 or rows.ndim != 2 or rows.shape[1] != D or group_sizes.shape != (G,):
+    if (
+        kernels.ndim != 3
+        or rows.ndim != 2
+        or rows.shape[1] != D
+        or group_sizes.shape != (G,)
+    ):
         _refuse_shapes(rows=rows, kernels=kernels, sizes=group_sizes)
     pairs = (row_scales, rows, (len(rows),)), (column_scales, kernels, (G, F))
     for scales, operand, shape in pairs:
-        if scales is not None and (scales.shape != shape or operand.dtype not in _EIGHT_BITS):
-            raise ValueError(f"scales {scales.shape} of {operand.dtype}: want {shape} of 8 bits")
+        if scales is not None and (
+            scales.shape != shape or operand.dtype not in _EIGHT_BITS
+        ):
+            raise ValueError(
+                f"scales {scales.shape} of {operand.dtype}: want {shape} of 8 bits"
+            )
     scaled = row_scales is not None or column_scales is not None
     how = _how(rows, kernels, group_sizes, dtype, scaled, backend, transpose_kernels)
-    return _multiply(rows, kernels, group_sizes, (row_scales, column_scales), "matmul", how)
+    return _multiply(
+        rows, kernels, group_sizes, (row_scales, column_scales), "matmul", how
+    )
 
 
 def grouped_outer_product(
@@ -80,14 +96,19 @@ def grouped_outer_product(
     """Sums row ⊗ other over the rows of each group: the gradient of its kernel.
 
     Args:
-        rows, others: [R, D] and [R, F], sorted by group; behind the last one they may hold
-            anything.
+        rows, others: [R, D] and [R, F], sorted by group; behind the last one they may
+            hold anything.
         The others: as for :func:`grouped_matmul`.
 
     Returns:
         [G, D, F], summed in fp32 (of int8 in int32); zeros of an empty group.
     """
-    if rows.ndim != 2 or others.ndim != 2 or len(rows) != len(others) or group_sizes.ndim != 1:
+    if (
+        rows.ndim != 2
+        or others.ndim != 2
+        or len(rows) != len(others)
+        or group_sizes.ndim != 1
+    ):
         _refuse_shapes(rows=rows, others=others, sizes=group_sizes)
     how = _how(rows, others, group_sizes, dtype, False, backend)
     return _multiply(rows, others, group_sizes, (), "outer", how)
@@ -134,12 +155,16 @@ def _run(name: str, how: _How, *arrays: Any) -> jax.Array:
         options["transposed"] = how.transposed
 
     def of(backend: str):
-        module = import_module(f"{__name__}.{_MODULES[backend]}")  # Pallas is slow to import.
+        module = import_module(
+            f"{__name__}.{_MODULES[backend]}"
+        )  # Pallas is slow to import.
         return partial(getattr(module, name), **options)
 
     if how.backend is not None:
         return of(how.backend)(*arrays)
-    return lax.platform_dependent(*arrays, tpu=of("tpu"), cuda=of("gpu"), default=of("cpu"))
+    return lax.platform_dependent(
+        *arrays, tpu=of("tpu"), cuda=of("gpu"), default=of("cpu")
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -150,14 +175,19 @@ def _multiply(left, right, sizes, scales, name: str, how: _How):
 def _forward(left, right, sizes, scales, name, how):
     if left.dtype in _EIGHT_BITS or right.dtype in _EIGHT_BITS:
         raise ValueError(
-            f"no gradient of products of {left.dtype} {left.shape} and {right.dtype} {right.shape}"
+            f"no gradient of products of {left.dtype} {left.shape} and {right.dtype} "
+            f"{right.shape}"
         )
     return _multiply(left, right, sizes, scales, name, how), (left, right, sizes)
 
 
 def _backward(name: str, how: _How, saved, d_y):
     left, right, sizes = saved
-    d_y, how, transposed = d_y.astype(left.dtype), how._replace(dtype=left.dtype), how.transposed
+    d_y, how, transposed = (
+        d_y.astype(left.dtype),
+        how._replace(dtype=left.dtype),
+        how.transposed,
+    )
 
     def multiply(rows, kernels, transposed):
         own = how._replace(transposed=transposed)

@@ -1,4 +1,5 @@
-"""Sizes of the blocks that the TPU kernels hold in VMEM, and of the parts they compute at once."""
+"""Sizes of the blocks that the TPU kernels hold in VMEM, and of the parts they compute
+at once."""
 
 from math import prod
 from typing import Any, NamedTuple
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 from pallas_kernels.chips import TpuChip, find_largest_divisor, round_up
 
 LANES = 128
-# Elements of a kernel that one unrolled product reads, for each column of the matrix unit: more
-# hide its beginning and end better, and compile for longer.
+# Elements of a kernel that one unrolled product reads, for each column of the matrix
+# unit: more hide its beginning and end better, and compile for longer.
 _UNROLLED = 1 << 14
-# A tile of rows: groups of fewer share one, and each that begins inside one costs a step.
+# A tile of rows: groups of fewer share one, and each that begins inside one costs a
+# step.
 _ROWS = 1024
 # Rows of a block of 8-bit numbers come in 32s.
 _ROW_UNIT = 32
@@ -21,8 +23,9 @@ _COLUMNS = 2048
 class GroupedBlocks(NamedTuple):
     """The block that one step of a kernel's grid works on.
 
-    Of a matmul: rows and columns of the result, and ``inner`` of the contracted dimension. Of an
-    outer product: ``rows`` are contracted, ``inner`` × ``columns`` is the part of [D, F] made.
+    Of a matmul: rows and columns of the result, and ``inner`` of the contracted
+    dimension. Of an outer product: ``rows`` are contracted, ``inner`` × ``columns`` is
+    the part of [D, F] made.
     """
 
     rows: int
@@ -45,9 +48,11 @@ class GroupedOperands(NamedTuple):
 
 
 def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
-    """Chooses whole D in a kernel's block where it fits, to read each once; rows in large tiles.
+    """Chooses whole D in a kernel's block where it fits, to read each once; rows in
+    large tiles.
 
-    Every tile of columns reads all rows again, every change of group a block of a kernel.
+    Every tile of columns reads all rows again, every change of group a block of a
+    kernel.
     """
     D, F, budget = operands.inner, operands.columns, _budget(chip)
     room = budget // 2 // _kernel_bytes(operands, chip)
@@ -59,14 +64,16 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
     rows = _tile(operands)
     while (
         rows > _ROW_UNIT
-        and matmul_vmem_bytes(GroupedBlocks(rows, inner, columns), operands, chip) > budget
+        and matmul_vmem_bytes(GroupedBlocks(rows, inner, columns), operands, chip)
+        > budget
     ):
         rows = round_up(rows // 2, _ROW_UNIT)
     return GroupedBlocks(rows, inner, columns)
 
 
 def choose_outer_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
-    """Chooses as much of [D, F] as fits: every part of it reads rows or others again."""
+    """Chooses as much of [D, F] as fits: every part of it reads rows or others
+    again."""
     for most in (_COLUMNS, _COLUMNS // 2, _COLUMNS // 4, _COLUMNS // 8):
         inner = _even(operands.inner, most, chip)
         columns = _even(operands.columns, most, chip._replace(num_cores=1))
@@ -83,15 +90,19 @@ def check_vmem(
     """Raises ValueError: blocks that do not fit the chip's VMEM."""
     if needed_bytes > chip.vmem_bytes:
         raise ValueError(
-            f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns in "
-            f"{jnp.dtype(operands.left_dtype).name}, blocks {' × '.join(map(str, blocks))}: "
+            f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns "
+            f"in "
+            f"{jnp.dtype(operands.left_dtype).name}, blocks "
+            f"{' × '.join(map(str, blocks))}: "
             f"{needed_bytes} bytes of VMEM, of which a core has {chip.vmem_bytes}"
         )
 
 
-def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:
-    """Returns bytes of VMEM: two of each block, sums of parts of D, and what a product is made
-    in."""
+def matmul_vmem_bytes(
+    blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip
+) -> int:
+    """Returns bytes of VMEM: two of each block, sums of parts of D, and what a product
+    is made in."""
     rows, inner, columns = blocks
     left, _, out = (jnp.dtype(d).itemsize for d in operands[3:])
     inner, columns = _lanes(inner), _lanes(columns)
@@ -104,7 +115,8 @@ def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: Tp
 
 
 def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
-    """Returns the type in which a kernel's blocks are kept beside themselves, or None."""
+    """Returns the type in which a kernel's blocks are kept beside themselves, or
+    None."""
     left, right = operands.left_dtype, operands.right_dtype
     if jnp.dtype(right).itemsize > 1 or chip.multiplies_natively(left, right):
         return None
@@ -122,24 +134,29 @@ def outer_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands) -> int:
     rows, inner, columns = blocks
     left, right, out = (jnp.dtype(d).itemsize for d in operands[3:])
     inner, columns = _lanes(inner), _lanes(columns)
-    total = 2 * rows * (inner * left + columns * right) + inner * columns * (4 + 2 * out)
+    total = 2 * rows * (inner * left + columns * right) + inner * columns * (
+        4 + 2 * out
+    )
     return total + 2 * prod(outer_part_shape(blocks, operands))
 
 
 def row_part_sizes(chip: TpuChip) -> tuple[int, int]:
-    """Returns rows multiplied at once where a group has many left, and at its end. Fewer than
-    fill the matrix unit's weights take as long as these."""
+    """Returns rows multiplied at once where a group has many left, and at its end.
+    Fewer than fill the matrix unit's weights take as long as these."""
     return 2 * LANES, (64 if chip.mxu_size == LANES else LANES)
 
 
-def column_part_size(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:
+def column_part_size(
+    blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip
+) -> int:
     """Returns the columns multiplied at once: a divisor of the block's."""
     words = jnp.dtype(operands.left_dtype).itemsize
     most = chip.mxu_size * _UNROLLED // (4 if words == 4 else 1) // blocks.inner
     unit = chip.mxu_size if blocks.columns % chip.mxu_size == 0 else LANES
     if blocks.columns % unit:
         return blocks.columns
-    # The nearest divisor: a block of 7 units of which 4 would do is not made one by one.
+    # The nearest divisor: a block of 7 units of which 4 would do is not made one by
+    # one.
     number = blocks.columns // unit
     return unit * min(
         (d for d in range(1, number + 1) if number % d == 0),
@@ -147,11 +164,16 @@ def column_part_size(blocks: GroupedBlocks, operands: GroupedOperands, chip: Tpu
     )
 
 
-def outer_part_shape(blocks: GroupedBlocks, operands: GroupedOperands) -> tuple[int, int]:
-    """Returns parts of ``inner`` and of ``columns`` made at once: divisors of the block's."""
+def outer_part_shape(
+    blocks: GroupedBlocks, operands: GroupedOperands
+) -> tuple[int, int]:
+    """Returns parts of ``inner`` and of ``columns`` made at once: divisors of the
+    block's."""
     fewer = 4 if jnp.dtype(operands.left_dtype).itemsize == 4 else 1
     inner, columns = (
-        LANES * find_largest_divisor(n // LANES, most // fewer // LANES) if n % LANES == 0 else n
+        LANES * find_largest_divisor(n // LANES, most // fewer // LANES)
+        if n % LANES == 0
+        else n
         for n, most in ((blocks.inner, 1024), (blocks.columns, 2048))
     )
     return inner, columns
@@ -166,7 +188,8 @@ def _tile(operands: GroupedOperands) -> int:
 
 
 def _even(whole: int, most: int, chip: TpuChip) -> int:
-    """Equal blocks of at most ``most``, in multiples of lanes, as many for every core."""
+    """Equal blocks of at most ``most``, in multiples of lanes, as many for every
+    core."""
     if whole <= most and (chip.num_cores == 1 or whole <= 2 * LANES):
         return whole
     count = -(-whole // most)

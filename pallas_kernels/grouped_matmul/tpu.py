@@ -1,4 +1,5 @@
-"""Grouped products on a TPU: one pass over tiles of rows, each met by the groups in it."""
+"""Grouped products on a TPU: one pass over tiles of rows, each met by the groups in
+it."""
 
 from collections.abc import Callable
 from math import prod
@@ -22,11 +23,12 @@ _WIDENED = 128
 
 
 class GroupVisits(NamedTuple):
-    """Pairs in the order of rows, int32 [V] each, V = tiles + groups + 1; the first ``count`` of
-    them are used.
+    """Pairs in the order of rows, int32 [V] each, V = tiles + groups + 1; the first
+    ``count`` of them are used.
 
-    Behind the groups' own may come those of the padding, one for each tile that holds some: they
-    read what the visit before them read, so that nothing is fetched for them.
+    Behind the groups' own may come those of the padding, one for each tile that holds
+    some: they read what the visit before them read, so that nothing is fetched for
+    them.
     """
 
     tile: jax.Array
@@ -57,8 +59,9 @@ def matmul(
 ) -> jax.Array:
     """See ``grouped_matmul``. The grid: columns (over the cores), visits, parts of D.
 
-    A visit goes through its group's rows of the tile in parts, from the first one on, so that a
-    group costs its own rows rounded up to a part, and the tile's other rows nothing.
+    A visit goes through its group's rows of the tile in parts, from the first one on,
+    so that a group costs its own rows rounded up to a part, and the tile's other rows
+    nothing.
     """
     chip = get_chip()
     (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
@@ -73,7 +76,14 @@ def matmul(
     aligned = _alignment(rows, jax.ShapeDtypeStruct((), dtype))
 
     def kernel(
-        where, row_ref, kernel_ref, row_scale_ref, column_scale_ref, out_ref, wide_ref, sum_ref
+        where,
+        row_ref,
+        kernel_ref,
+        row_scale_ref,
+        column_scale_ref,
+        out_ref,
+        wide_ref,
+        sum_ref,
     ):
         wide_ref = kernel_ref if wide is None else wide_ref
         visit, d = pl.program_id(1), pl.program_id(2)
@@ -81,8 +91,8 @@ def matmul(
         begin, end = where.begin[visit], where.end[visit]
 
         def multiply(here, at, start, there):
-            """The rows ``here``, from ``at`` on, times the columns ``there``. Those before
-            ``start`` another part has met; they are not to be summed twice."""
+            """The rows ``here``, from ``at`` on, times the columns ``there``. Those
+            before ``start`` another part has met; they are not to be summed twice."""
             right = wide_ref[there, :] if transposed else wide_ref[:, there]
             y = _product(row_ref[here, :], right, 1, 1 if transposed else 0, sums, chip)
             row = at + lax.broadcasted_iota(jnp.int32, y.shape, 0)
@@ -123,7 +133,8 @@ def matmul(
     specs = [
         pl.BlockSpec((tile, inner), lambda n, v, d, where: (where[0][v], d)),
         pl.BlockSpec(
-            kernel_block, lambda n, v, d, where: (where[2][v], *((n, d) if transposed else (d, n)))
+            kernel_block,
+            lambda n, v, d, where: (where[2][v], *((n, d) if transposed else (d, n))),
         ),
         pl.BlockSpec((tile, 1), lambda n, v, d, where: (where[0][v], 0)),
         pl.BlockSpec((None, 1, columns), lambda n, v, d, where: (where[2][v], 0, n)),
@@ -139,8 +150,13 @@ def matmul(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tiles_of_f, count, parts_of_d),
-            in_specs=[None if x is None else spec for x, spec in zip(arrays, specs, strict=True)],
-            out_specs=pl.BlockSpec((tile, columns), lambda n, v, d, where: (where[1][v], n)),
+            in_specs=[
+                None if x is None else spec
+                for x, spec in zip(arrays, specs, strict=True)
+            ],
+            out_specs=pl.BlockSpec(
+                (tile, columns), lambda n, v, d, where: (where[1][v], n)
+            ),
             scratch_shapes=[
                 None if wide is None else pltpu.VMEM(kernel_block[1:], wide),
                 pltpu.VMEM((tile, columns), sums) if parts_of_d > 1 else None,
@@ -164,7 +180,8 @@ def outer(
     blocks: GroupedBlocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """See ``grouped_outer_product``. The grid: parts of D and of F (over the cores), visits."""
+    """See ``grouped_outer_product``. The grid: parts of D and of F (over the cores),
+    visits."""
     chip = get_chip()
     (R, D), F = rows.shape, others.shape[1]
     operands = GroupedOperands(R, D, F, rows.dtype, others.dtype, dtype)
@@ -191,7 +208,8 @@ def outer(
                     for ref, part in ((row_ref, inside), (other_ref, there))
                 )
                 y = _product(left, right, 0, 0, sums, chip)
-                # The sum is stored as a result each time: beside a product that costs nothing.
+                # The sum is stored as a result each time: beside a product that costs
+                # nothing.
                 new = is_first & (start <= begin)
                 y = jnp.where(new, 0, sum_ref[inside, there]) + y
                 sum_ref[inside, there] = y
@@ -204,7 +222,16 @@ def outer(
 
         def over_inner(number, _):
             inside = _slice(number, at_once[0], inner)
-            _over_parts(add_part(inside), begin, end, aligned, tile, (depth,), columns, at_once[1])
+            _over_parts(
+                add_part(inside),
+                begin,
+                end,
+                aligned,
+                tile,
+                (depth,),
+                columns,
+                at_once[1],
+            )
 
         lax.fori_loop(0, inner // at_once[0], over_inner, None)
 
@@ -231,7 +258,9 @@ def outer(
         ),
         compiler_params=_params(needed, chip),
         cost_estimate=_estimate_cost(
-            operands, (len(group_sizes), D, F), tiles[1] * rows.nbytes + tiles[0] * others.nbytes
+            operands,
+            (len(group_sizes), D, F),
+            tiles[1] * rows.nbytes + tiles[0] * others.nbytes,
         ),
         interpret=interpret,
         name="grouped_outer",
@@ -248,9 +277,9 @@ def _over_parts(
     columns: int,
     part: int,
 ) -> None:
-    """``body(here, at, start, there)`` for parts of the rows [begin, end) of a tile, the longest
-    first, and of the columns. Parts start at multiples of ``aligned``; one that would end behind
-    the tile begins, at ``at``, before its ``start``."""
+    """``body(here, at, start, there)`` for parts of the rows [begin, end) of a tile,
+    the longest first, and of the columns. Parts start at multiples of ``aligned``; one
+    that would end behind the tile begins, at ``at``, before its ``start``."""
     start = lax.div(begin, aligned) * aligned
     across = columns // part
     for length in (min(length, tile) for length in lengths):
@@ -261,7 +290,12 @@ def _over_parts(
         def step(number, _, start=start, length=length):
             own = start + lax.div(number, across) * length
             at = pl.multiple_of(jnp.minimum(own, tile - length), aligned)
-            body(pl.ds(at, length), at, own, _slice(lax.rem(number, across), part, columns))
+            body(
+                pl.ds(at, length),
+                at,
+                own,
+                _slice(lax.rem(number, across), part, columns),
+            )
 
         lax.fori_loop(0, count * across, step, None)
         if is_last:
@@ -270,16 +304,24 @@ def _over_parts(
 
 
 def _alignment(*arrays: Any) -> int:
-    """Rows in which slices of all of these may start: those that share a register's words."""
+    """Rows in which slices of all of these may start: those that share a register's
+    words."""
     return 32 // min(2, *(x.dtype.itemsize for x in arrays))
 
 
 def _slice(number: jax.Array, part: int, whole: int) -> Any:
-    return slice(None) if part == whole else pl.ds(pl.multiple_of(number * part, part), part)
+    return (
+        slice(None)
+        if part == whole
+        else pl.ds(pl.multiple_of(number * part, part), part)
+    )
 
 
-def _product(left, right, left_dim: int, right_dim: int, sums: Any, chip: TpuChip) -> jax.Array:
-    """Contracted over one dimension each, in the types that the chip multiplies, or in bf16."""
+def _product(
+    left, right, left_dim: int, right_dim: int, sums: Any, chip: TpuChip
+) -> jax.Array:
+    """Contracted over one dimension each, in the types that the chip multiplies, or in
+    bf16."""
     contract = (((left_dim,), (right_dim,)), ((), ()))
     if chip.multiplies_natively(left.dtype, right.dtype):
         return lax.dot_general(left, right, contract, preferred_element_type=sums)
@@ -292,7 +334,9 @@ def _product(left, right, left_dim: int, right_dim: int, sums: Any, chip: TpuChi
         stop = min(at + _EXACT, length)
         a = lax.slice_in_dim(left, at, stop, axis=left_dim)
         b = lax.slice_in_dim(right, at, stop, axis=right_dim)
-        y = lax.dot_general(a, b, contract, preferred_element_type=jnp.float32).astype(sums)
+        y = lax.dot_general(a, b, contract, preferred_element_type=jnp.float32).astype(
+            sums
+        )
         total = y if total is None else total + y
     assert total is not None
     return total
@@ -342,12 +386,13 @@ def _estimate_cost(
 def plan_group_visits(
     group_sizes: jax.Array, num_rows: int, tile: int, *, padding: bool
 ) -> tuple[GroupVisits, jax.Array]:
-    """Returns the visits to ``num_rows`` rows in tiles of ``tile``, and their count, int32 [].
+    """Returns the visits to ``num_rows`` rows in tiles of ``tile``, and their count,
+    int32 [].
 
     Args:
         group_sizes: int32 [G], rows of each group; their sum is at most ``num_rows``.
-        padding: visit the rows behind the groups', but no empty group; otherwise every group, an
-            empty one once with no rows, and no padding.
+        padding: visit the rows behind the groups', but no empty group; otherwise every
+            group, an empty one once with no rows, and no padding.
     """
     num_groups, num_tiles = len(group_sizes), -(-num_rows // tile)
     lengths = jnp.append(group_sizes, num_rows - group_sizes.sum(dtype=jnp.int32))
@@ -361,10 +406,14 @@ def plan_group_visits(
     number = jnp.arange(num_tiles + num_groups + 1, dtype=jnp.int32)
     group = _find_group(number, done, num_groups)
     out_tile = _look_up(first - done + counts, group) + number
-    out_tile = jnp.clip(out_tile, 0, num_tiles - 1)  # an empty last group begins behind them
+    out_tile = jnp.clip(
+        out_tile, 0, num_tiles - 1
+    )  # an empty last group begins behind them
     own = jnp.clip(number, 0, jnp.maximum(done[-2] - 1, 0))
     own_group = _find_group(own, done, num_groups - 1)
-    own_tile = jnp.clip(_look_up(first - done + counts, own_group) + own, 0, num_tiles - 1)
+    own_tile = jnp.clip(
+        _look_up(first - done + counts, own_group) + own, 0, num_tiles - 1
+    )
     found = GroupVisits(
         tile=own_tile,
         out_tile=out_tile,
@@ -377,7 +426,8 @@ def plan_group_visits(
 
 
 def _find_group(number: jax.Array, done: jax.Array, most: int) -> jax.Array:
-    """The group of each visit. Compared with all: a TPU searches and gathers more slowly."""
+    """The group of each visit. Compared with all: a TPU searches and gathers more
+    slowly."""
     return jnp.minimum((number[:, None] >= done).sum(1, dtype=jnp.int32), most)
 
 

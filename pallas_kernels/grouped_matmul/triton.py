@@ -1,4 +1,5 @@
-"""Grouped products on an NVIDIA GPU, through Triton: a program for each tile of a result."""
+"""Grouped products on an NVIDIA GPU, through Triton: a program for each tile of a
+result."""
 
 from typing import Any
 
@@ -11,7 +12,8 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.grouped_matmul.blocks import GroupedBlocks
 from pallas_kernels.grouped_matmul.xla import accumulation_dtype, plan_group_tiles
 
-# Programs that run beside each other share rows and kernels: so many columns of tiles at a time.
+# Programs that run beside each other share rows and kernels: so many columns of tiles
+# at a time.
 _BAND = 8
 _STAGES, _WARPS = 4, 8
 # Cards that read float8_e4m3fn; for others XLA widens it first.
@@ -30,8 +32,8 @@ def matmul(
     blocks: GroupedBlocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See ``grouped_matmul``. Tiles begin at their group's first row, so that none has two groups;
-    the padding is a group more, whose tiles only write zeros."""
+    """See ``grouped_matmul``. Tiles begin at their group's first row, so that none has
+    two groups; the padding is a group more, whose tiles only write zeros."""
     rows, kernels = _readable(rows), _readable(kernels)
     (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
     G = len(group_sizes)
@@ -67,7 +69,9 @@ def matmul(
             y *= _load(row_scale_ref.at[here], own & (g < G))[:, None]
         if column_scale_ref is not None:
             y *= _load(column_scale_ref.at[g, there], exists & (g < G))
-        plgpu.store(out_ref.at[here, there], y.astype(dtype), mask=own[:, None] & exists)
+        plgpu.store(
+            out_ref.at[here, there], y.astype(dtype), mask=own[:, None] & exists
+        )
 
     return pl.pallas_call(
         kernel,
@@ -92,7 +96,9 @@ def outer(
     """See ``grouped_outer_product``. A program goes through all rows of its group."""
     rows, others = _readable(rows), _readable(others)
     (R, D), F = rows.shape, others.shape[1]
-    depth, inner, columns = blocks or GroupedBlocks(_choose_depth(rows, others), 128, 128)
+    depth, inner, columns = blocks or GroupedBlocks(
+        _choose_depth(rows, others), 128, 128
+    )
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     sums = accumulation_dtype(rows.dtype, others.dtype)
 
@@ -127,8 +133,9 @@ def outer(
 
 
 def _choose_depth(left: jax.Array, right: jax.Array) -> int:
-    """Chooses how much is contracted at once: the 163 KB of shared memory that a block has on an
-    A100 hold such parts of both operands with 128 rows and columns, a stage ahead each."""
+    """Chooses how much is contracted at once: the 163 KB of shared memory that a block
+    has on an A100 hold such parts of both operands with 128 rows and columns, a stage
+    ahead each."""
     return 128 // max(left.dtype.itemsize, right.dtype.itemsize)
 
 
@@ -148,7 +155,9 @@ def _load(ref: Any, *masks: jax.Array | None) -> jax.Array:
         if own is not None:
             own = own if len(masks) == 1 else jnp.expand_dims(own, 1 - axis)
             mask = own if mask is None else mask & own
-    return plgpu.load(ref, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
+    return plgpu.load(
+        ref, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype)
+    )
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Grouped products in XLA alone: blocks of rows of one group, one after the other.
 
-For CPUs, whose ragged dot multiplies every row by every kernel, and wherever no kernel is.
+For CPUs, whose ragged dot multiplies every row by every kernel, and wherever no kernel
+is.
 """
 
 from typing import Any
@@ -9,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rows of a block: enough to pay for reading a kernel, few enough that padding small groups up to
-# whole blocks stays cheap.
+# Rows of a block: enough to pay for reading a kernel, few enough that padding small
+# groups up to whole blocks stays cheap.
 _MAX_BLOCK, _MIN_BLOCK = 128, 8
 
 
@@ -38,14 +39,19 @@ def matmul(
         if column_scales is not None:
             y *= column_scales[group]
         y = jnp.where(jnp.arange(block)[:, None] < count, y, 0).astype(out.dtype)
-        # The zeros past a group's end are written over by the next block, which starts there.
+        # The zeros past a group's end are written over by the next block, which starts
+        # there.
         return lax.dynamic_update_slice_in_dim(out, y, start, 0), None
 
     out = jnp.zeros((len(padded), kernels.shape[1 if transposed else 2]), dtype)
-    return lax.scan(body, out, plan_group_tiles(group_sizes, len(rows), block))[0][: len(rows)]
+    return lax.scan(body, out, plan_group_tiles(group_sizes, len(rows), block))[0][
+        : len(rows)
+    ]
 
 
-def outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array, *, dtype: Any) -> jax.Array:
+def outer(
+    rows: jax.Array, others: jax.Array, group_sizes: jax.Array, *, dtype: Any
+) -> jax.Array:
     """See ``grouped_outer_product``."""
     block = _block(rows, group_sizes)
     padded = _padded(rows, block), _padded(others, block)
@@ -54,37 +60,52 @@ def outer(rows: jax.Array, others: jax.Array, group_sizes: jax.Array, *, dtype: 
         group, start, count = step
         mine = jnp.arange(block)[:, None] < count
         left, right = (
-            jnp.where(mine, lax.dynamic_slice_in_dim(x, start, block), jnp.zeros((), x.dtype))
+            jnp.where(
+                mine, lax.dynamic_slice_in_dim(x, start, block), jnp.zeros((), x.dtype)
+            )
             for x in padded
         )
         return total.at[group].add(_product(left, right, 0, 0)), None
 
     shape = len(group_sizes), rows.shape[1], others.shape[1]
     zeros = jnp.zeros(shape, accumulation_dtype(rows.dtype, others.dtype))
-    return lax.scan(body, zeros, plan_group_tiles(group_sizes, len(rows), block))[0].astype(dtype)
+    return lax.scan(body, zeros, plan_group_tiles(group_sizes, len(rows), block))[
+        0
+    ].astype(dtype)
 
 
 def plan_group_tiles(
     group_sizes: jax.Array, num_rows: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (group, first row, rows) of each block of rows of one group, as many as any sizes can
-    need; unused ones come last, empty, and start where the last group ends."""
+    """Returns (group, first row, rows) of each block of rows of one group, as many as
+    any sizes can need; unused ones come last, empty, and start where the last group
+    ends."""
     ends = jnp.cumsum(-(-group_sizes // block))
     index = jnp.arange(num_rows // block + len(group_sizes))
-    group = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(group_sizes) - 1)
-    done = (index - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[group]) * block
+    group = jnp.minimum(
+        jnp.searchsorted(ends, index, side="right"), len(group_sizes) - 1
+    )
+    done = (
+        index - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[group]
+    ) * block
     count = jnp.clip(group_sizes[group] - done, 0, block)
-    start = (jnp.cumsum(group_sizes) - group_sizes)[group] + jnp.minimum(done, group_sizes[group])
+    start = (jnp.cumsum(group_sizes) - group_sizes)[group] + jnp.minimum(
+        done, group_sizes[group]
+    )
     return group, start, count
 
 
 def accumulation_dtype(left: Any, right: Any) -> Any:
     """Returns the dtype of sums: int32 for integers, float64 for itself, else fp32."""
     integers = jnp.issubdtype(left, jnp.integer) and jnp.issubdtype(right, jnp.integer)
-    return jnp.int32 if integers else jnp.float64 if left == jnp.float64 else jnp.float32
+    return (
+        jnp.int32 if integers else jnp.float64 if left == jnp.float64 else jnp.float32
+    )
 
 
-def _product(left: jax.Array, right: jax.Array, left_dim: int, right_dim: int) -> jax.Array:
+def _product(
+    left: jax.Array, right: jax.Array, left_dim: int, right_dim: int
+) -> jax.Array:
     sums = accumulation_dtype(left.dtype, right.dtype)
     if left.dtype != right.dtype or (left.dtype.itemsize == 1 and sums == jnp.float32):
         left, right = left.astype(sums), right.astype(sums)

@@ -20,7 +20,13 @@ from pallas_kernels.paged_attention.params import (
 )
 
 # What `backend` may be, and the kernel to try for it. XLA takes what these do not.
-KERNELS = {"tpu": ("tpu",), "gpu": ("triton",), "triton": ("triton",), "cpu": ("cpu",), "xla": ()}
+KERNELS = {
+    "tpu": ("tpu",),
+    "gpu": ("triton",),
+    "triton": ("triton",),
+    "cpu": ("cpu",),
+    "xla": (),
+}
 
 
 def paged_attention(
@@ -45,54 +51,70 @@ def paged_attention(
     block_sizes: Any = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes causal softmax(scores + mask)·v of each row's last tokens, exact, softmax in fp32.
+    """Computes causal softmax(scores + mask)·v of each row's last tokens, exact,
+    softmax in fp32.
 
-    A row's results do not depend on other rows, bit for bit, nor on what pages hold behind its
-    length, as long as that is finite. Not differentiable.
+    A row's results do not depend on other rows, bit for bit, nor on what pages hold
+    behind its length, as long as that is finite. Not differentiable.
 
     Args:
-        q: [T, N, H]. Row r's queries are ``q[query_starts[r] : query_starts[r + 1]]``, of the row's
-            last tokens; those from ``query_starts[R]`` on are padding, finite.
-        key_pages: [P, K, page, H], or quantized; query head n reads kv head n // (N / K).
-        value_pages: [P, K, page, Hv], or quantized; None: the first ``value_dim`` features of the
-            keys (latent attention). A TPU reads arrays of pages row-major, as they lie by default
-            where the last dimension is a multiple of 128; others need that layout
-            (``jax.experimental.layout``), or XLA copies the whole.
-        page_tables: int32 [R, M], in range: token t of row r is in page ``page_tables[r, t //
-            page]``. Entries behind a row's pages, or wholly behind its window, are not used.
-        kv_lengths: int32 [R], tokens of each row in the pages, its queries' own included.
+        q: [T, N, H]. Row r's queries are ``q[query_starts[r] : query_starts[r + 1]]``,
+            of the row's last tokens; those from ``query_starts[R]`` on are padding,
+            finite.
+        key_pages: [P, K, page, H], or quantized; query head n reads kv head n // (N /
+            K).
+        value_pages: [P, K, page, Hv], or quantized; None: the first ``value_dim``
+            features of the keys (latent attention). A TPU reads arrays of pages
+            row-major, as they lie by default where the last dimension is a multiple of
+            128; others need that layout (``jax.experimental.layout``), or XLA copies
+            the whole.
+        page_tables: int32 [R, M], in range: token t of row r is in page
+            ``page_tables[r, t // page]``. Entries behind a row's pages, or wholly
+            behind its window, are not used.
+        kv_lengths: int32 [R], tokens of each row in the pages, its queries' own
+            included.
         query_starts: int32 [R + 1], ascending from 0. A row without queries is skipped.
-        uniform_rows: (rows, queries each) of the first rows, where the number of queries is the
-            same (decoding). Such a row with ``kv_lengths`` 0 is empty: zeros.
-        key_limits: int32 [R]: only keys at positions below are read, where later ones lie
-            elsewhere; None: all.
+        uniform_rows: (rows, queries each) of the first rows, where the number of
+            queries is the same (decoding). Such a row with ``kv_lengths`` 0 is empty:
+            zeros.
+        key_limits: int32 [R]: only keys at positions below are read, where later ones
+            lie elsewhere; None: all.
         window: number of last keys that a query sees (1: itself alone); None: all.
         scale: factor on q·k; None: H ** -0.5.
         soft_cap: scores become cap·tanh(score / cap) (Gemma Team 2024, §2).
         slopes: fp32 [N]: scores lose slope·distance (Press et al. 2022, ALiBi).
-        sinks: fp32 [N]: a logit beside the scores in each head's softmax (Xiao et al. 2024).
-        biases: fp32 [N, 2R + 1]: scores gain biases[n, clip(distance, −R, R) + R], the distance
-            being the key's position less the query's (Raffel et al. 2020, §2.1).
+        sinks: fp32 [N]: a logit beside the scores in each head's softmax (Xiao et al.
+            2024).
+        biases: fp32 [N, 2R + 1]: scores gain biases[n, clip(distance, −R, R) + R], the
+            distance being the key's position less the query's (Raffel et al. 2020,
+            §2.1).
         dtype: of o; default q's.
-        backend: "tpu", "gpu" (or "triton") or "xla". None: by the platform of the program being
-            traced, and XLA where its kernel does not support this.
+        backend: "tpu", "gpu" (or "triton") or "xla". None: by the platform of the
+            program being traced, and XLA where its kernel does not support this.
         block_sizes: of the implementation, hashable; None: its choice.
         interpret: run the kernel of a ``backend`` in Pallas's interpreter. For tests.
 
     Returns:
-        o [T, N, Hv]; the natural log-sum-exp of each query's scores, its sink included, fp32
-        [T, N], −inf where it has neither key nor sink (``merge_attention`` joins another part).
-        Queries of no row give zeros and −inf.
+        o [T, N, Hv]; the natural log-sum-exp of each query's scores, its sink included,
+        fp32 [T, N], −inf where it has neither key nor sink (``merge_attention`` joins
+        another part). Queries of no row give zeros and −inf.
 
     Raises:
-        ValueError: shapes that do not belong together; options of another sense; a ``backend``
-            that does not know these sizes.
+        ValueError: shapes that do not belong together; options of another sense; a
+            ``backend`` that does not know these sizes.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     limits = kv_lengths if key_limits is None else key_limits
     rows = page_tables, kv_lengths, query_starts, limits
     operands = PagedOperands(q, key_pages, value_pages, *rows, slopes, sinks, biases)
-    static = scale, soft_cap, window, jnp.dtype(dtype or q.dtype), block_sizes, interpret
+    static = (
+        scale,
+        soft_cap,
+        window,
+        jnp.dtype(dtype or q.dtype),
+        block_sizes,
+        interpret,
+    )
     params = PagedParams(*uniform_rows, value_dim or 0, *static)
     operands, params = validate_arguments(operands, params)
     shapes = jax.tree.map(lambda x: f"{x.dtype} {x.shape}", operands)
@@ -108,14 +130,15 @@ def _module(name: str) -> Any:
 
 
 def write_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes tokens into their places: in place where ``pages`` is donated, but for bf16 on a CPU,
-    where XLA widens whole arrays of it to write or gather parts (fp32 and fp16 it does not).
+    """Writes tokens into their places: in place where ``pages`` is donated, but for
+    bf16 on a CPU, where XLA widens whole arrays of it to write or gather parts (fp32
+    and fp16 it does not).
 
     Args:
         pages: [P, K, page, H].
         new: [T, K, H], cast to the pages' dtype.
-        slots: int32 [T], page · page size + place in it, each at most once; what is out of range
-            is dropped.
+        slots: int32 [T], page · page size + place in it, each at most once; what is out
+            of range is dropped.
 
     Returns:
         The pages.
@@ -127,6 +150,9 @@ def write_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array
     rows = (slots[:, None] // page * K + head) * page + slots[:, None] % page
     inside = ((slots >= 0) & (slots < P * page))[:, None]
     rows = jnp.where(inside, rows, pages.size // H + token[:, None] * K + head)
-    flat, new = pages.reshape(P * K * page, H), new.astype(pages.dtype).reshape(T * K, H)
+    flat, new = (
+        pages.reshape(P * K * page, H),
+        new.astype(pages.dtype).reshape(T * K, H),
+    )
     flat = flat.at[rows.reshape(-1)].set(new, mode="drop", unique_indices=True)
     return flat.reshape(pages.shape)

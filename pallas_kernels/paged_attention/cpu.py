@@ -21,7 +21,9 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
     )
 
 
-def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
+def forward(
+    operands: PagedOperands, params: PagedParams
+) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
     own, (tokens, heads, _) = operands, operands.q.shape
     shapes = (tokens, heads, params.value_dim), (tokens, heads)
@@ -32,7 +34,9 @@ def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, ja
     )
     values = own.keys if own.values is None else own.values
     tables = own.page_tables, own.kv_lengths, own.key_limits, own.query_starts
-    terms = [jnp.zeros(0) if x is None else x for x in (own.slopes, own.sinks, own.biases)]
+    terms = [
+        jnp.zeros(0) if x is None else x for x in (own.slopes, own.sinks, own.biases)
+    ]
     o, lse = attend(
         *(own.q, own.keys, values, *tables, *terms),
         window=np.int64(params.window or 0),

@@ -9,14 +9,15 @@ from pallas_kernels.attention.params import accumulation_dtype
 
 
 class QuantizedPages(NamedTuple):
-    """Pages of integers: x = codes · scale + zero (KIVI, Liu et al. 2024, arXiv 2402.02750: keys
-    per channel, values per token)."""
+    """Pages of integers: x = codes · scale + zero (KIVI, Liu et al. 2024, arXiv
+    2402.02750: keys per channel, values per token)."""
 
     codes: jax.Array
-    """int8 [P, K, page, H]; or 4 bits each, 0 to 15, as uint8 [P, K, page // 2, H]: byte row j
-    holds token j in its low and token j + page // 2 in its high half."""
+    """int8 [P, K, page, H]; or 4 bits each, 0 to 15, as uint8 [P, K, page // 2, H]:
+    byte row j holds token j in its low and token j + page // 2 in its high half."""
     scale: jax.Array
-    """Float; of keys [P, K, H], a channel over a page's tokens; of values [P, K, page], a token."""
+    """Float; of keys [P, K, H], a channel over a page's tokens; of values [P, K, page],
+    a token."""
     zero: jax.Array | None
     """Values of code 0, shaped as ``scale``; None: symmetric codes."""
 
@@ -58,14 +59,20 @@ class PagedOperands(NamedTuple):
         """Arrays of pages by side ("k", "v") and part ("codes", "scale", "zero")."""
         arrays = {}
         for side, pages in (("k", self.keys), ("v", self.values)):
-            parts = pages._asdict() if isinstance(pages, QuantizedPages) else {"codes": pages}
-            arrays |= {f"{side}_{part}": x for part, x in parts.items() if x is not None}
+            parts = (
+                pages._asdict()
+                if isinstance(pages, QuantizedPages)
+                else {"codes": pages}
+            )
+            arrays |= {
+                f"{side}_{part}": x for part, x in parts.items() if x is not None
+            }
         return arrays
 
 
 class PagedParams(NamedTuple):
-    """Static options and sizes. A score is cap·tanh(scale·q·k / cap) − slope·(i − j) + bias[j − i],
-    then masked."""
+    """Static options and sizes. A score is cap·tanh(scale·q·k / cap) − slope·(i − j) +
+    bias[j − i], then masked."""
 
     num_uniform: int
     """The first rows, with ``queries_each`` queries each."""
@@ -91,8 +98,8 @@ class PagedParams(NamedTuple):
 def validate_arguments(
     operands: PagedOperands, params: PagedParams
 ) -> tuple[PagedOperands, PagedParams]:
-    """Checks the arguments of :func:`~pallas_kernels.paged_attention.paged_attention` and returns
-    them in the kernels' dtypes, with the sizes that follow from the pages.
+    """Checks the arguments of :func:`~pallas_kernels.paged_attention.paged_attention`
+    and returns them in the kernels' dtypes, with the sizes that follow from the pages.
 
     Raises:
         ValueError: as there.
@@ -109,11 +116,15 @@ def validate_arguments(
     else:
         values = _check_pages("value_pages", value_pages, per_channel=False)
         if values[:3] != keys[:3]:
-            raise ValueError(f"key_pages {keys} and value_pages {values} do not belong together")
+            raise ValueError(
+                f"key_pages {keys} and value_pages {values} do not belong together"
+            )
         value_dim = values[3]
     R, rows, each = len(operands.kv_lengths), params.num_uniform, params.queries_each
     if not 0 <= rows <= R or each < (rows > 0) or rows * each > len(q):
-        raise ValueError(f"uniform_rows={(rows, each)} of {R} rows and {len(q)} queries")
+        raise ValueError(
+            f"uniform_rows={(rows, each)} of {R} rows and {len(q)} queries"
+        )
     own = {}
     for name, shape in (
         ("page_tables", (R, operands.page_tables.shape[-1])),
@@ -149,17 +160,25 @@ def _check_pages(name: str, pages: Pages, *, per_channel: bool) -> tuple[int, ..
     """Returns pages' shape [P, K, page, H], ``page`` in tokens."""
     if not isinstance(pages, QuantizedPages):
         if pages.ndim != 4 or not jnp.issubdtype(pages.dtype, jnp.floating):
-            raise ValueError(f"{name} {pages.dtype} {pages.shape}: want floats [P, K, page, H]")
+            raise ValueError(
+                f"{name} {pages.dtype} {pages.shape}: want floats [P, K, page, H]"
+            )
         return pages.shape
     codes, *rest = pages
     if codes.ndim != 4 or codes.dtype not in (jnp.int8, jnp.uint8):
-        raise ValueError(f"{name} {codes.dtype} {codes.shape}: want int8 or uint8 [P, K, page, H]")
+        raise ValueError(
+            f"{name} {codes.dtype} {codes.shape}: want int8 or uint8 [P, K, page, H]"
+        )
     P, K, page, H = codes.shape
     page *= 2 if codes.dtype == jnp.uint8 else 1
     shape = (P, K, H) if per_channel else (P, K, page)
     for x in rest:
-        if x is not None and (x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating)):
-            raise ValueError(f"scale or zero of {name} {x.dtype} {x.shape}: want floats {shape}")
+        if x is not None and (
+            x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"scale or zero of {name} {x.dtype} {x.shape}: want floats {shape}"
+            )
     return P, K, page, H
 
 
@@ -175,4 +194,6 @@ def dequantize(pages: QuantizedPages, *, per_channel: bool, dtype: Any) -> jax.A
         x = jnp.concatenate([x & 15, x >> 4], axis=-2)
     x = x.astype(dtype)
     x *= jnp.expand_dims(pages.scale.astype(dtype), axis)
-    return x if pages.zero is None else x + jnp.expand_dims(pages.zero.astype(dtype), axis)
+    return (
+        x if pages.zero is None else x + jnp.expand_dims(pages.zero.astype(dtype), axis)
+    )

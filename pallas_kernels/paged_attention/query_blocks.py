@@ -1,7 +1,8 @@
-"""Queries in blocks of one row each, as the kernels work on them, and their results back in order.
+"""Queries in blocks of one row each, as the kernels work on them, and their results
+back in order.
 
-A block's queries of one kv head are rows of a matrix: (query head of the group, query), the query
-running faster, so that one mask serves all kv heads.
+A block's queries of one kv head are rows of a matrix: (query head of the group, query),
+the query running faster, so that one mask serves all kv heads.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ class QueryBlock(NamedTuple):
 
     row: jax.Array
     position: jax.Array
-    """Position of the first query; others follow, and fill up a block past the row's end."""
+    """Position of the first query; others follow, and fill up a block past the row's
+    end."""
     limit: jax.Array
     """Keys at positions below are seen by some query; 0: none, or no block."""
     first_page: jax.Array
@@ -42,12 +44,14 @@ class QueryBlocks(NamedTuple):
     """E, a power of two."""
     places: QueryBlock
     tokens: jax.Array | None
-    """int32 [T]: where each query is among n · E; None: they lie in order, ``kept`` a block."""
+    """int32 [T]: where each query is among n · E; None: they lie in order, ``kept`` a
+    block."""
     kept: int
     """Queries of a block that are some."""
 
     def repeat_by_row(self, operands: PagedOperands) -> dict[str, jax.Array]:
-        """Returns the slopes and sinks that are given, fp32 [K, M]: each row's query head's."""
+        """Returns the slopes and sinks that are given, fp32 [K, M]: each row's query
+        head's."""
         found = {}
         for name in ("sinks", "slopes"):
             x = getattr(operands, name)
@@ -65,8 +69,8 @@ def attend_in_blocks(
     align: int,
     attend: Callable[[QueryBlocks, bool], tuple[jax.Array, jax.Array]],
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns o [T, N, Hv] and lse [T, N], by ``attend`` of (blocks, whether these are uniform
-    rows), which gives o [n, K, M, Hv] and lse [n, K, M].
+    """Returns o [T, N, Hv] and lse [T, N], by ``attend`` of (blocks, whether these are
+    uniform rows), which gives o [n, K, M, Hv] and lse [n, K, M].
 
     Args:
         queries: of a block of the other rows; a power of two.
@@ -88,7 +92,9 @@ def attend_in_blocks(
     return jnp.concatenate(o), jnp.concatenate(lse)
 
 
-def block_uniform_rows(operands: PagedOperands, params: PagedParams, align: int) -> QueryBlocks:
+def block_uniform_rows(
+    operands: PagedOperands, params: PagedParams, align: int
+) -> QueryBlocks:
     """Makes a block of each uniform row; M is a multiple of ``align``."""
     rows, each = params.num_uniform, params.queries_each
     q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
@@ -104,8 +110,8 @@ def block_uniform_rows(operands: PagedOperands, params: PagedParams, align: int)
 def block_ragged_rows(
     operands: PagedOperands, params: PagedParams, queries: int, align: int
 ) -> QueryBlocks:
-    """Makes blocks of ``queries`` each, a power of two, of the other rows: as many as any lengths
-    can need, the unused ones without a key."""
+    """Makes blocks of ``queries`` each, a power of two, of the other rows: as many as
+    any lengths can need, the unused ones without a key."""
     q, skipped = operands.q[params.num_uniform_queries :], params.num_uniform
     lengths, limits = operands.kv_lengths[skipped:], operands.key_limits[skipped:]
     starts = operands.query_starts[skipped:] - params.num_uniform_queries
@@ -127,25 +133,34 @@ def block_ragged_rows(
     tokens = begins[own] * queries + token - starts[own]
     tokens = jnp.where(token < starts[-1], tokens, -1)
     places = QueryBlock(row + skipped, position, *pages)
-    return QueryBlocks(_fold_heads(blocked, operands, align), queries, places, tokens, queries)
+    return QueryBlocks(
+        _fold_heads(blocked, operands, align), queries, places, tokens, queries
+    )
 
 
 def restore_queries(
-    blocks: QueryBlocks, o: jax.Array, lse: jax.Array, operands: PagedOperands, params: PagedParams
+    blocks: QueryBlocks,
+    o: jax.Array,
+    lse: jax.Array,
+    operands: PagedOperands,
+    params: PagedParams,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns o [T, N, Hv] and lse [T, N] of blocks' o [n, K, M, Hv] and lse [n, K, M]. What is
-    there for blocks without a key may be anything."""
+    """Returns o [T, N, Hv] and lse [T, N] of blocks' o [n, K, M, Hv] and lse [n, K, M].
+    What is there for blocks without a key may be anything."""
     (n, K, _, Hv), N = o.shape, operands.q.shape[1]
     group, E, kept, places = N // K, blocks.queries, blocks.kept, blocks.places
     o = o[:, :, : group * E].reshape(n, K, group, E, Hv).transpose(0, 3, 1, 2, 4)
     lse = lse[:, :, : group * E].reshape(n, K, group, E).transpose(0, 3, 1, 2)
     has_keys = jnp.broadcast_to((places.end_page > places.first_page)[:, None], (n, E))
     # A row whose keys all lie elsewhere.
-    has_queries = jnp.broadcast_to((operands.kv_lengths[places.row] > 0)[:, None], (n, E))
+    has_queries = jnp.broadcast_to(
+        (operands.kv_lengths[places.row] > 0)[:, None], (n, E)
+    )
     o, lse = o.reshape(n, E, N, Hv), lse.reshape(n, E, N)
     if blocks.tokens is None:
         o, lse, has_keys, has_queries = (
-            x[:, :kept].reshape(n * kept, *x.shape[2:]) for x in (o, lse, has_keys, has_queries)
+            x[:, :kept].reshape(n * kept, *x.shape[2:])
+            for x in (o, lse, has_keys, has_queries)
         )
     else:
         o, lse, has_keys, has_queries = (
@@ -156,19 +171,25 @@ def restore_queries(
     none = jnp.full((N,), -jnp.inf) if operands.sinks is None else operands.sinks
     none = jnp.where(has_queries[:, None], none, -jnp.inf)
     has_keys = (has_keys & has_queries)[:, None]
-    return jnp.where(has_keys[..., None], o, 0).astype(params.dtype), jnp.where(has_keys, lse, none)
+    return jnp.where(has_keys[..., None], o, 0).astype(params.dtype), jnp.where(
+        has_keys, lse, none
+    )
 
 
 def _fold_heads(q: jax.Array, operands: PagedOperands, align: int) -> jax.Array:
     """[n, E, N, H] → [n, K, M, H]"""
     (n, E, N, H), K = q.shape, operands.num_kv_heads
-    q = q.reshape(n, E, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(n, K, N // K * E, H)
+    q = (
+        q.reshape(n, E, K, N // K, H)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(n, K, N // K * E, H)
+    )
     return jnp.pad(q, ((0, 0), (0, 0), (0, -q.shape[2] % align), (0, 0)))
 
 
 def _page_range(position, end, limits, params: PagedParams):
-    """Returns ``limit``, ``first_page`` and ``end_page`` of blocks whose queries are at positions
-    from ``position`` to ``end``."""
+    """Returns ``limit``, ``first_page`` and ``end_page`` of blocks whose queries are at
+    positions from ``position`` to ``end``."""
     limit = jnp.maximum(jnp.minimum(end, limits), 0)
     first = jnp.zeros_like(limit)
     if params.window is not None:

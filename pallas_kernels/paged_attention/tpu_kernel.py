@@ -1,4 +1,5 @@
-"""The TPU's kernel: blocks of queries of one row each, and their pages as they arrive."""
+"""The TPU's kernel: blocks of queries of one row each, and their pages as they
+arrive."""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ from pallas_kernels.paged_attention.params import PagedParams
 from pallas_kernels.paged_attention.query_blocks import QueryBlock
 
 COLUMNS = 8
-"""Integers of a block of queries in the table: its index, and those of a ``QueryBlock``."""
+"""Integers of a block of queries in the table: its index, and those of a
+``QueryBlock``."""
 # Finite, so that no difference is NaN; and between the two what no score is.
 _MASKED, _NO_KEY = -1e30, -0.5e30
-# Rows of queries of a tile of scores, and of those tiles whose scores are computed ahead.
+# Rows of queries of a tile of scores, and of those tiles whose scores are computed
+# ahead.
 _TILE_ROWS = 128
 _ROWS_AHEAD = 128
 
@@ -36,20 +39,26 @@ class PagedKernelStatics(NamedTuple):
 class PageCopies:
     """Copies of a block's pages into one of two buffers."""
 
-    def __init__(self, tables: Any, arrays: list, buffers: list, semaphores: Any, width: int):
+    def __init__(
+        self, tables: Any, arrays: list, buffers: list, semaphores: Any, width: int
+    ):
         self.tables, self.arrays, self.buffers = tables, arrays, buffers
         self.semaphores, self.width = semaphores, width
         self.pages = buffers[0].shape[1]
 
     def _count(self, block: QueryBlock, j: Any) -> Any:
-        return jnp.minimum(self.pages, block.end_page - block.first_page - j * self.pages)
+        return jnp.minimum(
+            self.pages, block.end_page - block.first_page - j * self.pages
+        )
 
     def start(self, block: QueryBlock, j: Any, slot: Any) -> None:
         first = block.row * self.width + block.first_page + j * self.pages
 
         def start_page(i, _):
             page = self.tables[first + i]
-            for n, (array, buffer) in enumerate(zip(self.arrays, self.buffers, strict=True)):
+            for n, (array, buffer) in enumerate(
+                zip(self.arrays, self.buffers, strict=True)
+            ):
                 to, semaphore = buffer.at[slot, i], self.semaphores.at[slot, n]
                 pltpu.make_async_copy(array.at[page], to, semaphore).start()
 
@@ -67,7 +76,9 @@ class PageCopies:
         @pl.when(count < self.pages)
         def _():
             def wait_page(i, _):
-                for n, (array, buffer) in enumerate(zip(self.arrays, self.buffers, strict=True)):
+                for n, (array, buffer) in enumerate(
+                    zip(self.arrays, self.buffers, strict=True)
+                ):
                     to, semaphore = buffer.at[slot, i], self.semaphores.at[slot, n]
                     pltpu.make_async_copy(array.at[0], to, semaphore).wait()
 
@@ -77,15 +88,18 @@ class PageCopies:
 def attend_query_blocks(
     table, tables, count, q_ref, learned, pages, o_ref, lse_ref, *scratch, statics
 ) -> None:
-    """One block of queries: all kv heads, over its pages. Arrays of ``pages`` have a side ("k",
-    "v") and a part ("codes", "scale", "zero"); ``learned`` are the "slopes" and "sinks"."""
+    """One block of queries: all kv heads, over its pages. Arrays of ``pages`` have a
+    side ("k", "v") and a part ("codes", "scale", "zero"); ``learned`` are the "slopes"
+    and "sinks"."""
     slot_ref, semaphores, top_ref, sum_ref, acc_ref, *buffers = scratch
     core, step = pl.program_id(0), pl.program_id(1)
     item = step * statics.cores + core
     block, following = (
         QueryBlock.read(table, item + ahead, COLUMNS, 1) for ahead in (0, statics.cores)
     )
-    copies = PageCopies(tables, [*pages.values()], buffers, semaphores, statics.table_width)
+    copies = PageCopies(
+        tables, [*pages.values()], buffers, semaphores, statics.table_width
+    )
 
     @pl.when(step == 0)
     def _():
@@ -115,7 +129,9 @@ def attend_query_blocks(
         copies.wait(block, j, slot)
         start = (block.first_page + j * statics.pages) * statics.params.page_size
         own = {name: buffer.at[slot] for name, buffer in named.items()}
-        _attend_pages(block, start, q_ref, own, learned, (top_ref, sum_ref, acc_ref), statics)
+        _attend_pages(
+            block, start, q_ref, own, learned, (top_ref, sum_ref, acc_ref), statics
+        )
         slot_ref[0] = 1 - slot
 
     lax.fori_loop(0, num_blocks, attend_block, None)
@@ -124,18 +140,24 @@ def attend_query_blocks(
     for head in range(len(acc_ref)):
         inverse = 1 / jnp.where(some[head], total[head], 1.0)
         o_ref[head] = (acc_ref[head] * inverse).astype(o_ref.dtype)
-    lse = jnp.where(some, top * (1 / LOG2_E) + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    lse = jnp.where(
+        some, top * (1 / LOG2_E) + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf
+    )
     _store_along_lanes(lse, lse_ref)
 
 
-def _attend_pages(block, start, q_ref, pages, learned, state, statics: PagedKernelStatics) -> None:
+def _attend_pages(
+    block, start, q_ref, pages, learned, state, statics: PagedKernelStatics
+) -> None:
     """Adds a block of keys, the first at position ``start``, to the state."""
     top_ref, sum_ref, acc_ref = state
     params, (K, M, _) = statics.params, q_ref.shape
     B, rows = statics.pages * params.page_size, min(M, _TILE_ROWS)
     rows = rows if M % rows == 0 else M
     scales, keys, in_flight = _lane_scales(pages), {}, {}
-    tiles = [(head, slice(at, at + rows)) for head in range(K) for at in range(0, M, rows)]
+    tiles = [
+        (head, slice(at, at + rows)) for head in range(K) for at in range(0, M, rows)
+    ]
 
     def score(tile):
         head, here = tile
@@ -149,7 +171,9 @@ def _attend_pages(block, start, q_ref, pages, learned, state, statics: PagedKern
         if params.soft_cap is None:
             x *= params.scale * LOG2_E
         else:
-            x = jnp.tanh(x * (params.scale / params.soft_cap)) * (params.soft_cap * LOG2_E)
+            x = jnp.tanh(x * (params.scale / params.soft_cap)) * (
+                params.soft_cap * LOG2_E
+            )
         distance, seen = _compare_positions(block, start, here.start, x.shape, statics)
         if "slopes" in learned:
             slopes = learned["slopes"][head, here][:, :1] * LOG2_E
@@ -166,7 +190,9 @@ def _attend_pages(block, start, q_ref, pages, learned, state, statics: PagedKern
     def add_values(tile):
         head, here = tile
         x, decay = in_flight.pop((head, here.start))
-        own = _multiply_values(x, keys[head], pages, scales, head, q_ref.dtype, params.value_dim)
+        own = _multiply_values(
+            x, keys[head], pages, scales, head, q_ref.dtype, params.value_dim
+        )
         acc_ref[head, here] = acc_ref[head, here] * decay[:, :1] + own
 
     # Neighbours in the program overlap on the machine.
@@ -178,9 +204,14 @@ def _attend_pages(block, start, q_ref, pages, learned, state, statics: PagedKern
 
 
 def _compare_positions(
-    block: QueryBlock, start: Any, row: int, shape: tuple[int, ...], statics: PagedKernelStatics
+    block: QueryBlock,
+    start: Any,
+    row: int,
+    shape: tuple[int, ...],
+    statics: PagedKernelStatics,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns queries' positions less keys', and which keys are seen, of rows from ``row`` on."""
+    """Returns queries' positions less keys', and which keys are seen, of rows from
+    ``row`` on."""
     key = lax.broadcasted_iota(jnp.int32, shape, 1)
     distance, seen = block.position - start - key, key < block.limit - start
     if statics.queries > 1:
@@ -218,16 +249,19 @@ def _lane_scales(pages: dict[str, Any]) -> dict[str, jax.Array]:
     """Reads values' scales and zeros along the lanes, fp32 [K, B]."""
     return {
         name: jnp.concatenate(
-            [pages[name][i].astype(jnp.float32) for i in range(pages[name].shape[0])], axis=1
+            [pages[name][i].astype(jnp.float32) for i in range(pages[name].shape[0])],
+            axis=1,
         )
         for name in ("v_scale", "v_zero")
         if name in pages
     }
 
 
-def _multiply_values(weights, k, pages, scales, head: int, dtype: Any, Hv: int) -> jax.Array:
-    """Multiplies weights fp32 [M, B] by a head's values: codes as they are, by weights that have
-    the scale already."""
+def _multiply_values(
+    weights, k, pages, scales, head: int, dtype: Any, Hv: int
+) -> jax.Array:
+    """Multiplies weights fp32 [M, B] by a head's values: codes as they are, by weights
+    that have the scale already."""
     if "v_codes" not in pages:
         return multiply(weights.astype(dtype), k[:, :Hv], 1, 0)
     if not scales:
@@ -237,7 +271,9 @@ def _multiply_values(weights, k, pages, scales, head: int, dtype: Any, Hv: int) 
     own = (weights * scales["v_scale"][head : head + 1]).astype(dtype)
     own = multiply(own, x.reshape(-1, Hv), 1, 0)
     if "v_zero" in scales:
-        own += jnp.sum(weights * scales["v_zero"][head : head + 1], axis=1, keepdims=True)
+        own += jnp.sum(
+            weights * scales["v_zero"][head : head + 1], axis=1, keepdims=True
+        )
     return own
 
 
@@ -246,7 +282,9 @@ def _fold_lanes(x: jax.Array) -> jax.Array:
     M, B = x.shape
     if B % LANES:
         x = jnp.concatenate([x, jnp.zeros((M, -B % LANES), x.dtype)], axis=1)
-    return functools.reduce(jnp.add, (x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)))
+    return functools.reduce(
+        jnp.add, (x[:, at : at + LANES] for at in range(0, x.shape[1], LANES))
+    )
 
 
 def _store_along_lanes(x: jax.Array, ref: Any) -> None:

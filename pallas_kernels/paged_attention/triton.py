@@ -1,8 +1,8 @@
 """Paged attention for any NVIDIA card: a Pallas kernel that Triton compiles.
 
-A program is a block of queries of one row, a kv head with its group of query heads, and a share of
-the row's keys: few rows are split over many programs (Dao et al. 2023, Flash-Decoding), whose
-parts are joined by their log-sum-exps.
+A program is a block of queries of one row, a kv head with its group of query heads, and
+a share of the row's keys: few rows are split over many programs (Dao et al. 2023,
+Flash-Decoding), whose parts are joined by their log-sum-exps.
 """
 
 from functools import partial
@@ -15,9 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention.gpu_blocks import LN2, LOG2E
-from pallas_kernels.attention.triton_program import multiply, multiply_transposed, split_head_dim
+from pallas_kernels.attention.triton_program import (
+    multiply,
+    multiply_transposed,
+    split_head_dim,
+)
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
-from pallas_kernels.paged_attention.query_blocks import QueryBlock, QueryBlocks, attend_in_blocks
+from pallas_kernels.paged_attention.query_blocks import (
+    QueryBlock,
+    QueryBlocks,
+    attend_in_blocks,
+)
 
 # Programs that keep a large card busy.
 _PROGRAMS = 256
@@ -55,8 +63,8 @@ class _Statics(NamedTuple):
 
 
 def supports(operands: PagedOperands, params: PagedParams) -> bool:
-    """Returns whether operands are bf16, fp16 or fp32, pages alike or quantized, and a tile of 16
-    queries, heads and all, is not too large for registers."""
+    """Returns whether operands are bf16, fp16 or fp32, pages alike or quantized, and a
+    tile of 16 queries, heads and all, is not too large for registers."""
     q = operands.q
     for pages in (operands.keys, operands.values):
         if isinstance(pages, jax.Array) and pages.dtype != q.dtype:
@@ -73,7 +81,8 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
 
 
 def choose_blocks(operands: PagedOperands, params: PagedParams) -> TritonPagedBlocks:
-    """Chooses tiles by rule: those of wide heads and of fp32 are smaller, for registers' sake."""
+    """Chooses tiles by rule: those of wide heads and of fp32 are smaller, for
+    registers' sake."""
     N, K = operands.q.shape[1], operands.num_kv_heads
     wide = max(operands.q.shape[2], params.value_dim) * operands.q.dtype.itemsize
     rows = _ROWS if wide <= 256 else _MIN_ROWS
@@ -85,7 +94,9 @@ def choose_blocks(operands: PagedOperands, params: PagedParams) -> TritonPagedBl
     return TritonPagedBlocks(queries, keys, splits, 8 if wide > 512 else 4)
 
 
-def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
+def forward(
+    operands: PagedOperands, params: PagedParams
+) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
     sizes = params.block_sizes or choose_blocks(operands, params)
 
@@ -112,15 +123,17 @@ def _run(
         "tables": operands.page_tables.reshape(-1),
         "q": q,
     }
-    # A row a token: codes [P · K · page, H], and a number a token of values' scales; a row a page
-    # of keys' scales, [P · K, H].
+    # A row a token: codes [P · K · page, H], and a number a token of values' scales; a
+    # row a page of keys' scales, [P · K, H].
     for name, x in operands.page_arrays.items():
         by_token = name in ("v_scale", "v_zero")
         inputs[name] = x.reshape(-1) if by_token else x.reshape(-1, x.shape[-1])
     for name, x in blocks.repeat_by_row(operands).items():
         inputs[name] = jnp.pad(x, ((0, 0), (0, rows - M)))
     width = operands.page_tables.shape[1]
-    statics = _Statics(params, blocks.queries, sizes.keys, K, splits, width, H, Hv, rows)
+    statics = _Statics(
+        params, blocks.queries, sizes.keys, K, splits, width, H, Hv, rows
+    )
     o, lse = pl.pallas_call(
         partial(_attend_block, s=statics),
         grid=(n, K, splits),
@@ -130,7 +143,9 @@ def _run(
             jax.ShapeDtypeStruct((splits, n, K, rows, wide_v), jnp.float32),
             jax.ShapeDtypeStruct((splits, n, K, rows), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=sizes.warps, num_stages=sizes.stages
+        ),
         interpret=params.interpret,
         name="paged_attention",
     )(inputs)
@@ -145,11 +160,15 @@ def _run(
     return o, top + jnp.log(total)
 
 
-def _attend_block(refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, s: _Statics) -> None:
+def _attend_block(
+    refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, s: _Statics
+) -> None:
     """One block of queries, one kv head, one share of the keys."""
     item, head, split = (pl.program_id(axis) for axis in range(3))
     params = s.params
-    row, position, limit, first_page, end_page = QueryBlock.read(refs["blocks"], item, _COLUMNS)
+    row, position, limit, first_page, end_page = QueryBlock.read(
+        refs["blocks"], item, _COLUMNS
+    )
     first = first_page * params.page_size
     tiles = pl.cdiv(jnp.minimum(end_page * params.page_size, limit) - first, s.keys)
     share = pl.cdiv(tiles, s.splits)
@@ -190,7 +209,9 @@ def _attend_block(refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, s: _Statics
         o = tuple(x * decay[:, None] + y for x, y in zip(o, values, strict=True))
         return o, new_top, total
 
-    zeros = tuple(jnp.zeros((s.rows, width), jnp.float32) for _, width in split_head_dim(s.Hv))
+    zeros = tuple(
+        jnp.zeros((s.rows, width), jnp.float32) for _, width in split_head_dim(s.Hv)
+    )
     top, total = jnp.full((s.rows,), -jnp.inf), jnp.zeros((s.rows,), jnp.float32)
     if "sinks" in refs:
         sinks = refs["sinks"][head, :] * LOG2E
@@ -205,15 +226,22 @@ def _attend_block(refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, s: _Statics
     lse_ref[split, item, head, :] = lse
 
 
-def _load_codes(ref: Any, slab, place, inside, feature, s: _Statics, H: int) -> jax.Array:
-    """Reads tokens' codes or numbers, [keys, width], of features that lie in ``feature``."""
+def _load_codes(
+    ref: Any, slab, place, inside, feature, s: _Statics, H: int
+) -> jax.Array:
+    """Reads tokens' codes or numbers, [keys, width], of features that lie in
+    ``feature``."""
     page, packed = s.params.page_size, ref.dtype == jnp.uint8
     half = page // 2
-    row = slab * (half if packed else page) + (lax.rem(place, half) if packed else place)
+    row = slab * (half if packed else page) + (
+        lax.rem(place, half) if packed else place
+    )
     mask = inside[:, None] & (feature < H)[None]
     row = jnp.where(inside, row, 0)
     x = plgpu.load(
-        ref.at[row[:, None], jnp.where(feature < H, feature, 0)[None]], mask=mask, other=0
+        ref.at[row[:, None], jnp.where(feature < H, feature, 0)[None]],
+        mask=mask,
+        other=0,
     )
     if not packed:
         return x
@@ -229,11 +257,16 @@ def _load_keys(refs, slab, place, inside, dtype, s: _Statics) -> tuple[jax.Array
         x = _load_codes(refs["k_codes"], slab, place, inside, feature, s, s.H)
         if "k_scale" in refs:
             mask = inside[:, None] & (feature < s.H)[None]
-            at = jnp.where(inside, slab, 0)[:, None], jnp.where(feature < s.H, feature, 0)[None]
+            at = (
+                jnp.where(inside, slab, 0)[:, None],
+                jnp.where(feature < s.H, feature, 0)[None],
+            )
             x = x.astype(jnp.float32)
             for name in ("k_scale", "k_zero"):
                 if name in refs:
-                    own = plgpu.load(refs[name].at[at], mask=mask, other=0.0).astype(jnp.float32)
+                    own = plgpu.load(refs[name].at[at], mask=mask, other=0.0).astype(
+                        jnp.float32
+                    )
                     x = x * own if name == "k_scale" else x + own
             x = x.astype(dtype)
         parts.append(x)

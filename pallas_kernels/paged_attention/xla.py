@@ -1,9 +1,10 @@
-"""Paged attention in a form that any XLA backend compiles: an online softmax (Milakov & Gimelshein
-2018) over blocks of pages, each gathered where it is used, from the first that a query sees to the
-last. No more than a block is ever copied.
+"""Paged attention in a form that any XLA backend compiles: an online softmax (Milakov &
+Gimelshein
+2018) over blocks of pages, each gathered where it is used, from the first that a query
+sees to the last. No more than a block is ever copied.
 
-Uniform rows go through their blocks together. Other rows' queries go a block of one row after the
-other. All loops end where the batch ends, not where arrays do.
+Uniform rows go through their blocks together. Other rows' queries go a block of one row
+after the other. All loops end where the batch ends, not where arrays do.
 """
 
 from typing import Any, NamedTuple
@@ -45,22 +46,32 @@ class _Rows(NamedTuple):
     """int32 [R, M]."""
 
 
-def forward(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
+def forward(
+    operands: PagedOperands, params: PagedParams
+) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
     parts, rows, each = [], params.num_uniform, params.queries_each
     if rows:
         q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
-        positions = operands.kv_lengths[:rows, None] - each + jnp.arange(each, dtype=jnp.int32)
-        own = _Rows(q, positions, operands.key_limits[:rows], operands.page_tables[:rows])
+        positions = (
+            operands.kv_lengths[:rows, None] - each + jnp.arange(each, dtype=jnp.int32)
+        )
+        own = _Rows(
+            q, positions, operands.key_limits[:rows], operands.page_tables[:rows]
+        )
         o, lse = _attend_rows(own, operands, params)
-        parts.append((o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1)))
+        parts.append(
+            (o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1))
+        )
     if len(operands.q) > params.num_uniform_queries:
         parts.append(_attend_ragged(operands, params))
     o, lse = zip(*parts, strict=True)
     return jnp.concatenate(o), jnp.concatenate(lse)
 
 
-def _attend_ragged(operands: PagedOperands, params: PagedParams) -> tuple[jax.Array, jax.Array]:
+def _attend_ragged(
+    operands: PagedOperands, params: PagedParams
+) -> tuple[jax.Array, jax.Array]:
     q = operands.q[params.num_uniform_queries :]
     T, N, _ = q.shape
     size = min(params.block_sizes.queries if params.block_sizes else _QUERIES, T)
@@ -73,7 +84,9 @@ def _attend_ragged(operands: PagedOperands, params: PagedParams) -> tuple[jax.Ar
             x[params.num_uniform :]
             for x in (operands.kv_lengths, operands.key_limits, operands.page_tables)
         )
-        starts = operands.query_starts[params.num_uniform :] - params.num_uniform_queries
+        starts = (
+            operands.query_starts[params.num_uniform :] - params.num_uniform_queries
+        )
         counts = starts[1:] - starts[:-1]
         num_blocks = -(-counts // size)
         ends = jnp.cumsum(num_blocks)
@@ -86,7 +99,9 @@ def _attend_ragged(operands: PagedOperands, params: PagedParams) -> tuple[jax.Ar
             inside = offsets < counts[row] - first
             own = _Rows(
                 lax.dynamic_slice_in_dim(q, begin, size)[None],
-                jnp.where(inside, lengths[row] - counts[row] + first + offsets, -1)[None],
+                jnp.where(inside, lengths[row] - counts[row] + first + offsets, -1)[
+                    None
+                ],
                 limits[row][None],
                 tables[row][None],
             )
@@ -110,7 +125,11 @@ def _attend_rows(
     num_pages = min(max(1, num_keys // params.page_size), rows.tables.shape[1])
     block = num_pages * params.page_size
     tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % num_pages)))
-    q = rows.q.reshape(R, E, K, group, H).transpose(0, 2, 3, 1, 4).reshape(R, K, group * E, H)
+    q = (
+        rows.q.reshape(R, E, K, group, H)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(R, K, group * E, H)
+    )
     positions, sees = rows.positions, rows.positions >= 0
     ends = jnp.minimum(limits, positions.max(axis=1) + 1)
     last = -(-ends.max() // block)
@@ -125,7 +144,9 @@ def _attend_rows(
         k = _read_pages(operands.keys, pages, per_channel=True, dtype=rows.q.dtype)
         v = k[..., : params.value_dim]
         if operands.values is not None:
-            v = _read_pages(operands.values, pages, per_channel=False, dtype=rows.q.dtype)
+            v = _read_pages(
+                operands.values, pages, per_channel=False, dtype=rows.q.dtype
+            )
         scores = jnp.einsum("rkmh,rkth->rkmt", q, k, preferred_element_type=wide)
         keys = j * block + jnp.arange(block, dtype=jnp.int32)
         distance = positions[..., None] - keys
@@ -153,7 +174,10 @@ def _attend_rows(
     if operands.sinks is not None:
         sinks = operands.sinks.reshape(1, K, group, 1, 1)
         live = sees[:, None, None, :, None]
-        top, total = jnp.where(live, sinks, top), jnp.broadcast_to(live & (sinks > -jnp.inf), shape)
+        top, total = (
+            jnp.where(live, sinks, top),
+            jnp.broadcast_to(live & (sinks > -jnp.inf), shape),
+        )
         total = total.astype(wide)
     o = jnp.zeros((*shape[:-1], params.value_dim), wide)
     o, top, total = lax.fori_loop(first, last, attend_keys, (o, top, total))
@@ -180,7 +204,9 @@ def _adjust_scores(
     return scores
 
 
-def _read_pages(pages: Pages, table: jax.Array, *, per_channel: bool, dtype: Any) -> jax.Array:
+def _read_pages(
+    pages: Pages, table: jax.Array, *, per_channel: bool, dtype: Any
+) -> jax.Array:
     """Reads [R, K, block, H] of pages int32 [R, n]."""
     if isinstance(pages, QuantizedPages):
         own = jax.tree.map(lambda x: _gather(x, table), pages)
@@ -192,8 +218,8 @@ def _read_pages(pages: Pages, table: jax.Array, *, per_channel: bool, dtype: Any
 
 
 def _gather(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Gathers [R, K, n, ...] of x [P, K, ...], a head of a page as one row of a table: what XLA
-    copies fastest on a CPU, with indices that it has computed before."""
+    """Gathers [R, K, n, ...] of x [P, K, ...], a head of a page as one row of a table:
+    what XLA copies fastest on a CPU, with indices that it has computed before."""
     P, K, *rest = x.shape
     rows = table[:, None] * K + jnp.arange(K, dtype=jnp.int32)[:, None]
     rows = lax.optimization_barrier(rows.reshape(-1))

@@ -52,8 +52,8 @@ def on_one_device(one_device_mesh):
 
 
 def build(adapter: Adapter, config: Any = CONFIG) -> tuple[Any, Any, Any, Any]:
-    """The base and its random parameters; the adapted model, with the base's parameters in its
-    own."""
+    """The base and its random parameters; the adapted model, with the base's parameters
+    in its own."""
     base = config.build(rules=AxisRules(), dtype=jnp.float32)
     model = build_adapted_model(config, adapter, rules=AxisRules(), dtype=jnp.float32)
     params = randomize(init_params(param_specs(base), jax.random.key(0)))
@@ -111,7 +111,9 @@ def test_bottlenecks_are_their_equations(name):
     x = np.random.default_rng(0).standard_normal((2, 5, 18)).astype(np.float32)
     got = bind(block.mlp.down, one["mlp"]["down"])(x)
     leaf = one["mlp"]["down"]["kernel"]
-    base, down, down_bias, up, up_bias = (np.asarray(p, np.float64) for p in jax.tree.leaves(leaf))
+    base, down, down_bias, up, up_bias = (
+        np.asarray(p, np.float64) for p in jax.tree.leaves(leaf)
+    )
     y = x @ base
     h = y @ down + down_bias
     h = h / (1 + np.exp(-h)) if name == "houlsby" else np.maximum(h, 0)
@@ -127,7 +129,9 @@ def test_pissa_moves_the_principal_part_of_the_base_into_a_and_b(dora):
     adapter = LoraAdapter(rank=3, init="pissa", dora=dora)
     base, params, model, fresh = build(adapter)
     found = adapter.init_from_base(fresh)
-    np.testing.assert_allclose(run(model, found), run(base, params), rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        run(model, found), run(base, params), rtol=1e-4, atol=2e-5
+    )
     w = params["layers"]["attention"]["out"]["kernel"].reshape(3, 24, 14)
     kernel = found["layers"]["attention"]["out"]["kernel"]
     values = np.linalg.svd(w, compute_uv=False)
@@ -135,15 +139,24 @@ def test_pissa_moves_the_principal_part_of_the_base_into_a_and_b(dora):
     np.testing.assert_allclose(rest[:, :11], values[:, 3:], rtol=1e-4, atol=1e-5)
     a = kernel.lora_a.reshape(3, 24, 3)
     spread = np.einsum("lir,liq->lrq", a, a) * kernel.scale
-    np.testing.assert_allclose(spread, values[:, :3, None] * np.eye(3), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        spread, values[:, :3, None] * np.eye(3), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.usefixtures("on_one_device")
 def test_experts_have_a_pair_of_maps_each():
-    settings = {"num_experts": 4, "experts_per_token": 2, "d_ff": 10, "shared_experts": 1}
+    settings = {
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "d_ff": 10,
+        "shared_experts": 1,
+    }
     config = CONFIG.model_copy(update={"moe": None, "mlp": None}).model_dump()
     config = type(CONFIG).model_validate(config | {"moe": settings})
-    base, params, model, fresh = build(LoraAdapter(rank=2, targets=("experts", "query")), config)
+    base, params, model, fresh = build(
+        LoraAdapter(rank=2, targets=("experts", "query")), config
+    )
     np.testing.assert_array_equal(run(base, params), run(model, fresh))
     specs = flatten_names(param_specs(model))
     assert specs["layers.moe.up.lora_a"].shape == (3, 4, 14, 2)
@@ -152,7 +165,9 @@ def test_experts_have_a_pair_of_maps_each():
     noisy = replace_base_params(randomize(fresh), params)
     leaf = noisy["layers"]["moe"]["down"]
     product = jnp.einsum("lefr,lerd->lefd", leaf.lora_a, leaf.lora_b)
-    np.testing.assert_allclose(leaf.merge(), leaf.base + 8 * product, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        leaf.merge(), leaf.base + 8 * product, rtol=1e-5, atol=1e-5
+    )
     want = run(model, noisy)
     _, plain = merge_adapter(param_specs(model), noisy)
     np.testing.assert_allclose(run(base, plain), want, rtol=1e-4, atol=2e-5)
@@ -172,7 +187,9 @@ def test_a_tied_head_reads_the_base_table_and_the_engine_reads_leaves():
     logits = [bind(m, p).logits(hidden) for m, p in ((base, params), (model, noisy))]
     np.testing.assert_array_equal(*logits)
     prepared = prepare_params(model, noisy)
-    np.testing.assert_allclose(run(model, noisy), run(model, prepared), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        run(model, noisy), run(model, prepared), rtol=1e-5, atol=1e-5
+    )
     _, merged = merge_adapter(param_specs(model), noisy)
     assert isinstance(merged["embedding"]["table"], Leaf)
 
@@ -198,10 +215,14 @@ def test_dropout_zeroes_a_share_of_inputs_and_keeps_their_mean():
     reader = ParamReader(base, AxisRules(), jnp.float32, ((), ()))
 
     def read_inputs(params: Any, layer: int) -> np.ndarray:
-        leaf = jax.tree.map(lambda held: held[layer], params["layers"]["mlp"]["gate"]["kernel"])
+        leaf = jax.tree.map(
+            lambda held: held[layer], params["layers"]["mlp"]["gate"]["kernel"]
+        )
         outputs = leaf.lora_b.shape[-1]
         leaf = replace(leaf, lora_a=jnp.eye(14), lora_b=jnp.eye(14, outputs))
-        return np.asarray(leaf.finish_product(jnp.zeros((8, 50, outputs)), x, reader))[..., :14]
+        return np.asarray(leaf.finish_product(jnp.zeros((8, 50, outputs)), x, reader))[
+            ..., :14
+        ]
 
     masks = [read_inputs(seeded, layer) for layer in range(2)]
     masks.append(read_inputs(seed_micro_batch(seeded, jnp.uint32(1)), 0))
@@ -213,7 +234,9 @@ def test_dropout_zeroes_a_share_of_inputs_and_keeps_their_mean():
     np.testing.assert_array_equal(read_inputs(seeded, 0), masks[0])
     np.testing.assert_array_equal(read_inputs(fresh, 0), 1)
     settings = {"num_experts": 4, "experts_per_token": 2, "d_ff": 10}
-    routed = type(CONFIG).model_validate(CONFIG.model_dump() | {"mlp": None, "moe": settings})
+    routed = type(CONFIG).model_validate(
+        CONFIG.model_dump() | {"mlp": None, "moe": settings}
+    )
     with pytest.raises(MaxlmError, match="dropout of the inputs of the experts"):
         build(LoraAdapter(dropout=0.1, targets=("experts",)), routed)
 
@@ -230,10 +253,14 @@ def test_rows_of_tokens_stand_in_the_table_and_in_the_head(tied):
     want = run(model, noisy)
     flat = flatten_names(noisy)
     specs, merged = merge_adapter(param_specs(model), noisy)
-    np.testing.assert_allclose(run(bind_specs(model, specs), merged), want, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        run(bind_specs(model, specs), merged), want, rtol=1e-4, atol=2e-5
+    )
     tables = [("embedding", "table", 0)] + [("head", "kernel", 1)] * (not tied)
     for layer, name, axis in tables:
-        before, after = (np.moveaxis(np.asarray(p[layer][name]), axis, 0) for p in (params, merged))
+        before, after = (
+            np.moveaxis(np.asarray(p[layer][name]), axis, 0) for p in (params, merged)
+        )
         changed = np.flatnonzero((before != after).any(axis=1))
         assert [*changed] == [3, 9]
         np.testing.assert_array_equal(after[[9, 3]], flat[f"{layer}.{name}.token_rows"])

@@ -27,7 +27,12 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 SPREAD = {"data": 2, "fsdp": 2, "tensor": 2}
 ADAPTERS = {
     "lora": {"kind": "lora", "rank": 4},
-    "dora": {"kind": "lora", "rank": 4, "dora": True, "targets": ["query", "mlp.*", "embedding"]},
+    "dora": {
+        "kind": "lora",
+        "rank": 4,
+        "dora": True,
+        "targets": ["query", "mlp.*", "embedding"],
+    },
     "ia3": {"kind": "ia3"},
     "houlsby": {"kind": "bottleneck"},
     "pissa": {"kind": "lora", "rank": 4, "init": "pissa"},
@@ -59,10 +64,16 @@ def make_config(tmp_path, text):
     def make(
         name: str, mesh: Mapping[str, int], folder: Path = tmp_path, **parts: Any
     ) -> RunConfig:
-        settings = tiny.settings(folder, text) | {"name": name, "mesh": {"fsdp": 1, **mesh}}
+        settings = tiny.settings(folder, text) | {
+            "name": name,
+            "mesh": {"fsdp": 1, **mesh},
+        }
         settings["data"]["heldout_fraction"] = 0
         settings |= {"train": {"steps": 3}, "checkpoint": {"every_steps": 3}}
-        settings |= {"sharding": {"max_unsharded": 1}, "reporting": {"tensorboard": False}}
+        settings |= {
+            "sharding": {"max_unsharded": 1},
+            "reporting": {"tensorboard": False},
+        }
         return RunConfig.model_validate(settings | parts)
 
     return make
@@ -93,7 +104,9 @@ def train_once(make_config, train, trained):
 
     def run(name: str, mesh: Mapping[str, int], **parts: Any) -> Any:
         if name not in trained:
-            trained[name] = train(make_config(name, mesh, folder=trained["folder"], **parts))
+            trained[name] = train(
+                make_config(name, mesh, folder=trained["folder"], **parts)
+            )
         return trained[name]
 
     return run
@@ -110,7 +123,10 @@ def train_beside_reference(train_once, base):
     """``train_beside_reference(adapter)``: a run, and parts of its config."""
 
     def run(name: str) -> tuple[Any, dict[str, Any]]:
-        parts: dict[str, Any] = {"adapter": ADAPTERS[name], "task": {"kind": "test_reference"}}
+        parts: dict[str, Any] = {
+            "adapter": ADAPTERS[name],
+            "task": {"kind": "test_reference"},
+        }
         parts["train"] = {"steps": 3, "start_from": str(base.folder)}
         return train_once(f"reference-{name}", SPREAD, **parts), parts
 
@@ -128,16 +144,25 @@ def are_equal(a: Any, b: Any) -> bool:
 # The layouts of SFT and DPO with LoRA are in tests/programs/test_parity.py.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dora", "lora", "ia3", "houlsby"])
-def test_a_mesh_trains_the_adapter_alone_as_one_device_does(make_config, train, base, name):
+def test_a_mesh_trains_the_adapter_alone_as_one_device_does(
+    make_config, train, base, name
+):
     start = {"train": {"steps": 3, "start_from": str(base.folder)}}
     one = train(make_config("one", {}, adapter=ADAPTERS[name], **start))
     spread = train(make_config("spread", SPREAD, adapter=ADAPTERS[name], **start))
     np.testing.assert_allclose(read_losses(spread), read_losses(one), rtol=2e-5)
-    for own, other in zip(*(jax.tree.leaves(r.state.params) for r in (one, spread)), strict=True):
+    for own, other in zip(
+        *(jax.tree.leaves(r.state.params) for r in (one, spread)), strict=True
+    ):
         np.testing.assert_allclose(other, own, atol=3e-4)
-    began, names = init_or_warm_start_state(spread.setup).params, flatten_names(base.state.params)
+    began, names = (
+        init_or_warm_start_state(spread.setup).params,
+        flatten_names(base.state.params),
+    )
     assert are_equal(select_base_params(spread.state.params), base.state.params)
-    trained = {n for n, s in flatten_names(spread.setup.trainable).items() if s is not None}
+    trained = {
+        n for n, s in flatten_names(spread.setup.trainable).items() if s is not None
+    }
     assert trained == set(flatten_names(began)) - {
         f"{n}.base" if f"{n}.base" in flatten_names(began) else n for n in names
     }
@@ -151,7 +176,9 @@ def test_a_mesh_trains_the_adapter_alone_as_one_device_does(make_config, train, 
     # A run that is used has the adapter merged, where it can be.
     loaded = load_run(spread.folder)
     assert (loaded.config.adapter is None) == (name != "houlsby")
-    kept = [name for name in flatten_names(loaded.params) if name.endswith(".adapter_up")]
+    kept = [
+        name for name in flatten_names(loaded.params) if name.endswith(".adapter_up")
+    ]
     assert bool(kept) == (name == "houlsby")
 
 
@@ -161,11 +188,15 @@ def test_pipelines_and_context_train_it_too(make_config, train):
     want = read_losses(train(make_config("one", {}, adapter=adapter)))
     train_settings = {"steps": 3, "micro_batches": 2}
     for mesh in ({"stage": 2, "tensor": 2}, {"context": 2, "fsdp": 2}):
-        own = train(make_config("-".join(mesh), mesh, adapter=adapter, train=train_settings))
+        own = train(
+            make_config("-".join(mesh), mesh, adapter=adapter, train=train_settings)
+        )
         np.testing.assert_allclose(read_losses(own), want, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["lora", pytest.param("pissa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["lora", pytest.param("pissa", marks=pytest.mark.slow)]
+)
 def test_the_reference_is_the_base_without_parameters_of_its_own(
     make_config, train, train_beside_reference, base, name
 ):
@@ -185,7 +216,10 @@ def test_the_reference_is_the_base_without_parameters_of_its_own(
     assert read_losses(run)[0] == pytest.approx(losses[0], rel=1e-5)
     assert read_losses(run)[-1] < losses[-1]
     # An adapter that began before this run belongs to its start.
-    again = {"train": {"steps": 1, "start_from": str(run.folder)}, "adapter": ADAPTERS[name]}
+    again = {
+        "train": {"steps": 1, "start_from": str(run.folder)},
+        "adapter": ADAPTERS[name],
+    }
     assert not list_base_models(make_config("again", SPREAD, **parts | again))
 
 
@@ -203,9 +237,14 @@ def test_a_base_rests_in_bfloat16(make_config, train, train_beside_reference, ba
     np.testing.assert_allclose(read_losses(run), read_losses(other), rtol=1e-3)
     goes_on = {"steps": 1, "start_from": str(run.folder)}
     again = train(make_config("again", SPREAD, adapter=adapter, train=goes_on))
-    assert are_equal(select_base_params(again.state.params), select_base_params(run.state.params))
+    assert are_equal(
+        select_base_params(again.state.params), select_base_params(run.state.params)
+    )
 
-    kernel, stored = "layers.mlp.up.kernel", RunCheckpointReader(run.folder / "checkpoints")
+    kernel, stored = (
+        "layers.mlp.up.kernel",
+        RunCheckpointReader(run.folder / "checkpoints"),
+    )
     read = stored.open(f"{kernel}.base").read()
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, held[kernel].astype(np.float32))
@@ -237,20 +276,30 @@ def test_dropout_is_the_same_on_any_mesh_and_new_in_each_step(make_config, train
     one = read_losses(train(make_config("one", {}, adapter=adapter, **start)))
     spread = read_losses(train(make_config("spread", SPREAD, adapter=adapter, **start)))
     np.testing.assert_allclose(spread, one, rtol=2e-5)
-    plain = read_losses(train(make_config("plain", {}, adapter=ADAPTERS["lora"], **start)))
+    plain = read_losses(
+        train(make_config("plain", {}, adapter=ADAPTERS["lora"], **start))
+    )
     assert one[0] == plain[0]  # B is zero
     assert abs(one[2] - plain[2]) > 1e-4 * plain[2]
 
 
-@pytest.mark.parametrize("schedule", ["circular", pytest.param("1f1b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "schedule", ["circular", pytest.param("1f1b", marks=pytest.mark.slow)]
+)
 def test_a_pipeline_drops_inputs_too(make_config, train, base, schedule):
-    start: dict[str, Any] = {"steps": 3, "start_from": str(base.folder), "micro_batches": 2}
+    start: dict[str, Any] = {
+        "steps": 3,
+        "start_from": str(base.folder),
+        "micro_batches": 2,
+    }
     parts = {"train": start, "parallel": {"schedule": schedule}}
     losses = {}
     for dropout in (0.0, 0.5):
         adapter = ADAPTERS["lora"] | {"dropout": dropout}
         name = f"{schedule}-{dropout}"
-        run = train(make_config(name, {"stage": 2, "fsdp": 2}, adapter=adapter, **parts))
+        run = train(
+            make_config(name, {"stage": 2, "fsdp": 2}, adapter=adapter, **parts)
+        )
         losses[dropout] = read_losses(run)
     assert losses[0.5][0] == losses[0.0][0]
     assert abs(losses[0.5][2] - losses[0.0][2]) > 1e-4 * losses[0.0][2]

@@ -1,5 +1,5 @@
-"""Promise: prefixes and prompts stand before every example, in packed rows, on meshes and in the
-engine alike, and nothing else is trained."""
+"""Promise: prefixes and prompts stand before every example, in packed rows, on meshes
+and in the engine alike, and nothing else is trained."""
 
 import json
 from dataclasses import dataclass, replace
@@ -34,7 +34,8 @@ ADAPTERS = {
     "prefix": PrefixAdapter(num_virtual_tokens=N),
     "prompt": PromptAdapter(num_virtual_tokens=N),
 }
-# Windows, several stacks, norms of keys, scaled embeddings, a tied head; a table of positions.
+# Windows, several stacks, norms of keys, scaled embeddings, a tied head; a table of
+# positions.
 MODELS = {
     name: CONFIGS[name].model_copy(update={"max_seq_len": 48, "num_layers": layers})
     for name, layers in {"pattern": 3, "gpt2": 2}.items()
@@ -83,13 +84,18 @@ def _forward(model, params, tokens, positions, segment_ids):
 def build(config: DecoderConfig, adapter: Adapter | None) -> Adapted:
     model = build_adapted_model(config, adapter, rules=AxisRules(), dtype=jnp.float32)
     random = np.random.default_rng(0)
-    draw = lambda spec: jnp.asarray(0.4 * random.standard_normal(spec.shape), jnp.float32)  # noqa: E731
+
+    def draw(spec: Any) -> jax.Array:
+        return jnp.asarray(0.4 * random.standard_normal(spec.shape), jnp.float32)
+
     return Adapted(model, jax.tree.map(draw, param_specs(model)))
 
 
 def build_base(adapted: Adapted) -> Adapted:
     """The model without its adapter, with the same parameters."""
-    return Adapted(build(adapted.model.config, None).model, select_base_params(adapted.params))
+    return Adapted(
+        build(adapted.model.config, None).model, select_base_params(adapted.params)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +121,9 @@ def adapted(kind, built, one_device_mesh):
 
 def test_segments_of_a_row_have_virtual_tokens_each_whatever_their_ids(adapted):
     expected = [adapted.logits(prompt)[0] for prompt in PROMPTS[:3]]
-    for one, other in zip(expected, adapted.logits(*PROMPTS[:3], dummy=17), strict=True):
+    for one, other in zip(
+        expected, adapted.logits(*PROMPTS[:3], dummy=17), strict=True
+    ):
         np.testing.assert_allclose(one, other, atol=1e-5)
     base = build_base(adapted)
     assert np.abs(expected[1] - base.logits(PROMPTS[1])[0]).max() > 0.1
@@ -133,7 +141,9 @@ def test_a_prompt_of_given_tokens_begins_as_these_tokens(one_device_mesh):
 
 def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(one_device_mesh):
     """Of one layer, whose keys and values of a token are known without attention."""
-    config = CONFIGS["no_positions"].model_copy(update={"num_layers": 1, "max_seq_len": 48})
+    config = CONFIGS["no_positions"].model_copy(
+        update={"num_layers": 1, "max_seq_len": 48}
+    )
     with jax.set_mesh(one_device_mesh):
         own = build(config, ADAPTERS["prefix"])
         base = build_base(own)
@@ -143,7 +153,9 @@ def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(one_device_mesh):
         made = block.attention.project_keys_values(x)._asdict().items()
         layers = own.params["layers"]
         kernels = {name: layers["attention"][name]["kernel"] for name, _ in made}
-        attention = {n: {"kernel": replace(kernels[n], virtual=vectors)} for n, vectors in made}
+        attention = {
+            n: {"kernel": replace(kernels[n], virtual=vectors)} for n, vectors in made
+        }
         attention = {**layers["attention"], **attention}
         params = {**own.params, "layers": {**layers, "attention": attention}}
         expected = base.logits([3, 4, 6, 7, 9, *PROMPTS[1]])[0][N:]
@@ -158,18 +170,25 @@ def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(one_device_mesh):
         ("pattern", {"speculation": {"kind": "prompt_lookup", "num_drafts": 2}}),
     ],
 )
-def test_greedy_rows_equal_full_forward_passes(built, one_device_mesh, name, kind, settings):
+def test_greedy_rows_equal_full_forward_passes(
+    built, one_device_mesh, name, kind, settings
+):
     with jax.set_mesh(one_device_mesh):
         own = built[name, kind]
         engine = own.engine(**settings)
         for _ in range(2):  # at first nothing is cached
-            requests = [GenerationRequest(str(i), tuple(p), GREEDY) for i, p in enumerate(PROMPTS)]
+            requests = [
+                GenerationRequest(str(i), tuple(p), GREEDY)
+                for i, p in enumerate(PROMPTS)
+            ]
             found: dict[str, list[int]] = {}
             for output in engine.run(requests):
                 found.setdefault(output.request_id, []).extend(output.token_ids)
                 request = requests[int(output.request_id)]
                 assert output.num_cached_tokens < len(request.prompt_tokens)
-            assert [found[str(i)] for i in range(4)] == [own.greedy(p, 8) for p in PROMPTS]
+            assert [found[str(i)] for i in range(4)] == [
+                own.greedy(p, 8) for p in PROMPTS
+            ]
         stats = engine.stats()
     assert stats.prompt_tokens_total == 2 * sum(map(len, PROMPTS))
     assert 0 < stats.cached_prompt_tokens_total < sum(map(len, PROMPTS))
@@ -189,14 +208,18 @@ def test_logprobs_scores_beams_and_penalties_leave_virtual_tokens_out(adapted, k
     (score,) = Scorer(adapted.engine()).score([(prompt[:3], prompt[3:])])
     np.testing.assert_allclose(score.token_logprobs, wanted[2:], atol=1e-4)
 
-    (result,) = beam_search(adapted.engine(), [prompt], BeamSearchConfig(max_new_tokens=5))
+    (result,) = beam_search(
+        adapted.engine(), [prompt], BeamSearchConfig(max_new_tokens=5)
+    )
     text = [*prompt, *result.outputs[0].token_ids]
     logprobs = np.asarray(jax.nn.log_softmax(adapted.logits(text)[0]))[6:-1]
     chosen = logprobs[np.arange(5), text[7:]]
     assert result.outputs[0].logprob == pytest.approx(chosen.sum(), abs=1e-3)
 
     # Token 0, which stands where virtual tokens do, has not been said.
-    sampling = GREEDY.model_copy(update={"max_new_tokens": 1, "repetition_penalty": 1e4})
+    sampling = GREEDY.model_copy(
+        update={"max_new_tokens": 1, "repetition_penalty": 1e4}
+    )
     logits = adapted.logits(prompt)[0][-1]
     bias = {0: float(logits.max() - logits[0] + 1)}
     sampling = sampling.model_copy(update={"logit_bias": bias})
@@ -213,15 +236,23 @@ def test_the_longest_sequence_is_that_of_real_tokens(built, kind):
     )
     assert sum(len(output.token_ids) for output in engine.run([request])) == 13
     longer = GenerationRequest("a", tuple(range(31)), request.sampling)
-    assert "are more than the 43 of the longest sequence" in message(engine.add_request, longer)
+    assert "are more than the 43 of the longest sequence" in message(
+        engine.add_request, longer
+    )
 
 
 def test_embeddings_pool_real_tokens(adapted, one_device_mesh):
     embedder = Embedder(adapted.model, adapted.params, one_device_mesh, 40)
     tokens = [*[0] * N, *PROMPTS[1], *[0] * (41 - N)]
     arrays = [np.array([row], np.int32) for row in (tokens, range(48), [1] * 48)]
-    hidden = np.asarray(_forward(adapted.model, adapted.params, *arrays)[0])[0, N : N + 7]
-    for pooling, vector in {"mean": hidden.mean(0), "first": hidden[0], "last": hidden[-1]}.items():
+    hidden = np.asarray(_forward(adapted.model, adapted.params, *arrays)[0])[
+        0, N : N + 7
+    ]
+    for pooling, vector in {
+        "mean": hidden.mean(0),
+        "first": hidden[0],
+        "last": hidden[-1],
+    }.items():
         (found,) = embedder.embed([PROMPTS[1]], pooling)
         np.testing.assert_allclose(found, vector / np.linalg.norm(vector), atol=1e-5)
 
@@ -242,23 +273,37 @@ def test_arrays_turn_into_pefts_and_back(adapted, kind):
 
 @pytest.fixture
 def make_config(tmp_path):
-    """``make_config(name, mesh, **parts)``: a run that tunes virtual tokens on short answers."""
+    """``make_config(name, mesh, **parts)``: a run that tunes virtual tokens on short
+    answers."""
     text = tiny.write_text(tmp_path / "text")
     words = tiny.TEXT.split()
     pairs = [
-        {"prompt": " ".join(words[: 1 + i % 5]), "completion": words[i % 7]} for i in range(24)
+        {"prompt": " ".join(words[: 1 + i % 5]), "completion": words[i % 7]}
+        for i in range(24)
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
 
     def make(name: str, mesh: dict[str, int], **parts: Any) -> RunConfig:
-        settings = tiny.settings(tmp_path, text) | {"name": name, "mesh": {"fsdp": 1} | mesh}
+        settings = tiny.settings(tmp_path, text) | {
+            "name": name,
+            "mesh": {"fsdp": 1} | mesh,
+        }
         settings["task"] = {"kind": "sft", "files": [str(tmp_path / "pairs.jsonl")]}
         settings["train"] = {"steps": 2, "trainable": ["*.virtual"]}
-        settings |= {"sharding": {"max_unsharded": 1}, "reporting": {"tensorboard": False}}
-        settings["adapter"] = {"kind": "prefix", "num_virtual_tokens": 3, "init_std": 0.5}
+        settings |= {
+            "sharding": {"max_unsharded": 1},
+            "reporting": {"tensorboard": False},
+        }
+        settings["adapter"] = {
+            "kind": "prefix",
+            "num_virtual_tokens": 3,
+            "init_std": 0.5,
+        }
         for name, part in parts.items():
             own = settings.get(name, {}) | part
-            settings[name] = {key: value for key, value in own.items() if value is not None}
+            settings[name] = {
+                key: value for key, value in own.items() if value is not None
+            }
         return RunConfig.model_validate(settings)
 
     return make
@@ -278,7 +323,9 @@ def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
         "tokens": random.integers(0, 300, (8, 32)),
         "targets": random.integers(0, 300, (8, 32)),
         "segment_ids": np.stack([np.repeat([1, 2, 0], each) for each in sizes]),
-        "positions": np.stack([np.concatenate([*map(np.arange, each)]) for each in sizes]),
+        "positions": np.stack(
+            [np.concatenate([*map(np.arange, each)]) for each in sizes]
+        ),
     }
     batch = {name: array.astype(np.int32) for name, array in batch.items()}
     weights = (batch["segment_ids"] > 0) & (batch["positions"] >= 3)
@@ -297,7 +344,12 @@ def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
         setup = set_up_run(make_config(name, mesh, **parts), devices)
         state = setup.init_train_state()
         before = {n: np.asarray(x) for n, x in flatten_names(state.params).items()}
-        arrays = setup.config.task.batch_arrays(32), range(8), setup.placed.compute, setup.mesh
+        arrays = (
+            setup.config.task.batch_arrays(32),
+            range(8),
+            setup.placed.compute,
+            setup.mesh,
+        )
         lead = micro_batches, 8 // micro_batches
         put = make_global_batch(batch, *arrays, lead, setup.token_order)
         state, metrics = setup.jit_train_step()(state, put)
@@ -306,12 +358,18 @@ def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
         tuned = {n for n in before if n.endswith(".virtual")}
         assert changed == tuned
         assert len(tuned) == (2 if kind == "prefix" else 1)
-        moments = {n: np.asarray(x) for n, x in flatten_names(state.opt_state).items() if x.ndim}
+        moments = {
+            n: np.asarray(x)
+            for n, x in flatten_names(state.opt_state).items()
+            if x.ndim
+        }
         assert {n.split(".", 2)[2] for n in moments} == tuned
         found = moments | {n: np.asarray(metrics[n]) for n in ("loss", "grad_norm")}
         for key, array in (wanted := wanted or found).items():
             scale = np.abs(array).max()
-            np.testing.assert_allclose(found[key], array, atol=1e-4 * scale, err_msg=key)
+            np.testing.assert_allclose(
+                found[key], array, atol=1e-4 * scale, err_msg=key
+            )
 
 
 def test_what_cannot_have_virtual_tokens_is_refused(make_config):
@@ -320,7 +378,13 @@ def test_what_cannot_have_virtual_tokens_is_refused(make_config):
     assert "task.kind=clm has no examples that begin with virtual tokens" in said
     latent = {"kv_rank": 8, "rotary_dim": 2, "value_dim": 4}
     attention = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 6, "latent": latent}
-    model = {"vocab_size": 20, "num_layers": 1, "d_model": 8, "mlp": {"d_ff": 8}, "max_seq_len": 8}
+    model = {
+        "vocab_size": 20,
+        "num_layers": 1,
+        "d_model": 8,
+        "mlp": {"d_ff": 8},
+        "max_seq_len": 8,
+    }
     latent = DecoderConfig.model_validate(model | {"attention": attention})
     said = message(build, latent, ADAPTERS["prefix"])
     assert "the model has no layers.attention.key.kernel" in said

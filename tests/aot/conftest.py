@@ -1,5 +1,5 @@
-"""A small model's training step, compiled by the TPU's and the GPU's own compilers; skipped where
-those are not installed (``make test-aot`` installs the TPU's)."""
+"""A small model's training step, compiled by the TPU's and the GPU's own compilers;
+skipped where those are not installed (``make test-aot`` installs the TPU's)."""
 
 import re
 from functools import partial
@@ -15,8 +15,8 @@ from maxlm.run import RunConfig
 from pallas_kernels.chips import CHIPS
 
 MACHINES = ("v5p:4x4x4", "v5e:16x16", "v6e:8x8", "h100:8x8")
-# Wide enough that a shard of 256 still fills the tiles of a TPU: smaller ones it gathers by other
-# means, and shallow and short, for quick compiles.
+# Wide enough that a shard of 256 still fills the tiles of a TPU: smaller ones it
+# gathers by other means, and shallow and short, for quick compiles.
 LAYERS, D, SEQ = 2, 4096, 256
 FF, VOCAB = 2 * D, 2 * D
 MATRIX_BYTES = 2 * D * D
@@ -30,8 +30,8 @@ def small_run(
     width: int = D,
     **top: Any,
 ) -> RunConfig:
-    """A Llama of two layers whose every dimension divides over any axis of these machines; in a
-    pipeline of four, and as many rows as its micro-batches want."""
+    """A Llama of two layers whose every dimension divides over any axis of these
+    machines; in a pipeline of four, and as many rows as its micro-batches want."""
     heads = width // 128
     piped = top.get("train") is not None
     rows_per_device *= 4 if piped else 1
@@ -42,7 +42,11 @@ def small_run(
                 "num_layers": 2 * LAYERS if piped else LAYERS,
                 "d_model": width,
                 "max_seq_len": SEQ,
-                "attention": {"num_heads": heads, "num_kv_heads": heads, "head_dim": 128},
+                "attention": {
+                    "num_heads": heads,
+                    "num_kv_heads": heads,
+                    "head_dim": 128,
+                },
                 "mlp": {"d_ff": 2 * width},
                 "remat": "full",
                 **(model_changes or {}),
@@ -63,7 +67,8 @@ def describe_device(name: str) -> Any:
 
 # A machine's steps in one worker.
 @pytest.fixture(
-    scope="session", params=[pytest.param(m, marks=pytest.mark.xdist_group(m)) for m in MACHINES]
+    scope="session",
+    params=[pytest.param(m, marks=pytest.mark.xdist_group(m)) for m in MACHINES],
 )
 def machine(request) -> str:
     if not has_compiler(parse_topology(request.param).platform):
@@ -87,18 +92,22 @@ def attention_operands(
         "sinks": like((N,), jnp.float32),
     }
     shapes = (B, S, N, H), (B, T, K, H), (B, T, K, Hv), (B, S, N, Hv)
-    return *(like(each, dtype) for each in shapes), {name: options[name] for name in names}
+    return *(like(each, dtype) for each in shapes), {
+        name: options[name] for name in names
+    }
 
 
 def read_kernels(chip: str, text: str) -> list[str]:
-    """The names of the Pallas kernels in a TPU program's text, each within the VMEM that it asks
-    for."""
+    """The names of the Pallas kernels in a TPU program's text, each within the VMEM
+    that it asks for."""
     names = []
     for line in text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
             name = re.search(r'op_name="[^"]*?(\w+)\)*/pallas_call', line)
             limit, used = (
-                re.search(rf'"{key}":\[{{"memory_space":"1","offset":"0","size":"(\d+)"', line)
+                re.search(
+                    rf'"{key}":\[{{"memory_space":"1","offset":"0","size":"(\d+)"', line
+                )
                 for key in ("scoped_memory_configs", "used_scoped_memory_configs")
             )
             assert name

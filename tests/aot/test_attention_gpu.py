@@ -1,5 +1,5 @@
-"""The GPU's attention kernels compile for cards that are not here, each feature among them, and
-take no memory that grows with the square of the sequence."""
+"""The GPU's attention kernels compile for cards that are not here, each feature among
+them, and take no memory that grows with the square of the sequence."""
 
 import re
 from typing import Any
@@ -31,16 +31,21 @@ CASES: dict[str, tuple[Any, ...]] = {
 
 
 def compile_passes(kind, static, sizes, names, dtype):
-    """The program of output and gradients in ``dtype``, which takes no memory to speak of."""
+    """The program of output and gradients in ``dtype``, which takes no memory to speak
+    of."""
     device = describe_device(f"{kind}x1")
     S, T, K, H, Hv, own = sizes
-    arguments = attention_operands((B, S, T, N, K, H, Hv), own, names, SingleDeviceSharding(device))
+    arguments = attention_operands(
+        (B, S, T, N, K, H, Hv), own, names, SingleDeviceSharding(device)
+    )
 
     def run(q, k, v, d_o, arrays):
         options = {**static, **arrays}
         o, lse = kernel.attention_forward(q, k, v, dtype=dtype, **options)
         delta = kernel.compute_row_delta(o, d_o)
-        return o, kernel.attention_backward(q, k, v, lse, delta, d_o, dtype=dtype, **options)
+        return o, kernel.attention_backward(
+            q, k, v, lse, delta, d_o, dtype=dtype, **options
+        )
 
     # The card that Pallas lowers for; without it, that of this machine.
     card = jax.sharding.AbstractDevice(device.device_kind, None, "gpu")
@@ -75,8 +80,8 @@ HOPPER: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("case", HOPPER)
 def test_hopper_kernels_compile(case, dtype):
-    """Chosen by the card. With results of the operands' width and, as a ring's steps want them, in
-    fp32."""
+    """Chosen by the card. With results of the operands' width and, as a ring's steps
+    want them, in fp32."""
     *sizes, static, names = HOPPER[case]
     found = compile_passes("h100", static, sizes, names, dtype)
     targets = " ".join(re.findall(r'custom_call_target="([^"]*)"', found.as_text()))

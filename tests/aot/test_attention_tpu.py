@@ -1,5 +1,5 @@
-"""The TPU's attention kernels compile for chips that are not here, each feature among them, with
-blocks by rule and within the VMEM that they ask for."""
+"""The TPU's attention kernels compile for chips that are not here, each feature among
+them, with blocks by rule and within the VMEM that they ask for."""
 
 from collections import Counter
 from functools import cache
@@ -31,7 +31,9 @@ CASES = {
     "packed, grouped heads, sinks, H 64": Case(
         (2, 512, 512, 8, 2, 64, 64), {}, ("segment_ids", "sinks")
     ),
-    "window, latent heads": Case((1, 512, 1024, 2, 2, 192, 128), {"window": 500, "q_offset": 512}),
+    "window, latent heads": Case(
+        (1, 512, 1024, 2, 2, 192, 128), {"window": 500, "q_offset": 512}
+    ),
     "prefix, cap, slopes, odd lengths, H 80": Case(
         (2, 500, 500, 2, 2, 80, 80), {"soft_cap": 30.0}, ("prefix", "slopes")
     ),
@@ -40,7 +42,9 @@ CASES = {
     ),
     "full, odd lengths, H 256": Case((1, 520, 1300, 1, 1, 256, 256), {"causal": False}),
     "traced offsets, window, packed": Case(
-        (1, 512, 2048, 2, 1, 128, 128), {"window": 500}, ("q_offset", "k_offset", "segment_ids")
+        (1, 512, 2048, 2, 1, 128, 128),
+        {"window": 500},
+        ("q_offset", "k_offset", "segment_ids"),
     ),
     "fp32, everything, H 32": Case(
         (1, 640, 900, 4, 2, 32, 32),
@@ -48,9 +52,12 @@ CASES = {
         ("q_offset", "prefix", "segment_ids", "slopes", "sinks"),
         jnp.float32,
     ),
-    "many keys, sinks": Case((1, 1024, 32768, 2, 1, 128, 128), {"q_offset": 31744}, ("sinks",)),
+    "many keys, sinks": Case(
+        (1, 1024, 32768, 2, 1, 128, 128), {"q_offset": 31744}, ("sinks",)
+    ),
 }
-# A v4's VMEM holds few keys: two parts or more of these, and each is a kernel to compile.
+# A v4's VMEM holds few keys: two parts or more of these, and each is a kernel to
+# compile.
 MANY_ON_V4 = Case((1, 1024, 8192, 2, 1, 128, 128), {"q_offset": 7168}, ("sinks",))
 
 
@@ -58,7 +65,9 @@ MANY_ON_V4 = Case((1, 1024, 8192, 2, 1, 128, 128), {"q_offset": 7168}, ("sinks",
 def mesh(chip: str) -> Mesh:
     """Of one of a chip's devices, where nothing can run."""
     devices = [describe_device(CHIPS[chip].topology)]
-    return jax.make_mesh((1,), ("one",), devices=devices, axis_types=(AxisType.Explicit,))
+    return jax.make_mesh(
+        (1,), ("one",), devices=devices, axis_types=(AxisType.Explicit,)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,6 +96,6 @@ def test_both_passes_compile(chip, case):
         assert parts == 1
 
 
-# Chips whose VMEM does not hold the many keys and values of a head, with sums of their gradients. A
-# v4's holds few of anything.
+# Chips whose VMEM does not hold the many keys and values of a head, with sums of their
+# gradients. A v4's holds few of anything.
 PARTS = ("v4", "v5p", "7x")

@@ -1,4 +1,5 @@
-"""Every kind of layer that a family brings, compiled by the TPU's and the GPU's own compilers."""
+"""Every kind of layer that a family brings, compiled by the TPU's and the GPU's own
+compilers."""
 
 import pytest
 
@@ -9,10 +10,11 @@ from maxlm.run import RunConfig
 
 pytestmark = pytest.mark.timeout(1800)
 
-# What is special about each: a pattern of windows with what it leaves over, and two thetas; caps
-# and windows by turns; ALiBi; latent attention and a dense layer first; RoPE on part of a head
-# beside a parallel FFN and a biased head; clips and many experts; both ways; biases by distance and
-# cross-attention. Heads and widths are the models' own, layers, experts and vocabulary few.
+# What is special about each: a pattern of windows with what it leaves over, and two
+# thetas; caps and windows by turns; ALiBi; latent attention and a dense layer first;
+# RoPE on part of a head beside a parallel FFN and a biased head; clips and many
+# experts; both ways; biases by distance and cross-attention. Heads and widths are the
+# models' own, layers, experts and vocabulary few.
 FAMILIES = {
     "gemma3_1b": {"num_layers": 8},
     "gemma2_2b": {"num_layers": 4},
@@ -31,11 +33,19 @@ def test_a_step_compiles(machine, name):
         pytest.skip("one TPU is enough")
     devices = parse_topology(machine).devices
     overrides = [f"model.{key}={value}" for key, value in FAMILIES[name].items()]
-    overrides += ["mesh.fsdp=-1", f"data.batch_size={devices}", "task.chunk_tokens=1024"]
+    overrides += [
+        "mesh.fsdp=-1",
+        f"data.batch_size={devices}",
+        "task.chunk_tokens=1024",
+    ]
     overrides += [] if "t5" in name else ["data.seq_len=512"]
     # Tables whose rows do not divide are padded in training; here they are made to.
-    config = load_config(RunConfig, find_asset(f"configs/models/{name}.yaml"), overrides).value
+    config = load_config(
+        RunConfig, find_asset(f"configs/models/{name}.yaml"), overrides
+    ).value
     step = compile_step(config, machine)
     assert compute_peak_bytes(step.compiled.memory_analysis()) > 0
-    if machine.startswith("v5p") and not name.startswith("t5"):  # whose biases are XLA's to add
+    if machine.startswith("v5p") and not name.startswith(
+        "t5"
+    ):  # whose biases are XLA's to add
         assert "tpu_custom_call" in step.compiled.as_text()

@@ -1,16 +1,31 @@
-"""Grouped products compiled by the TPU's and the GPU's own compilers, and the VMEM they take."""
+"""Grouped products compiled by the TPU's and the GPU's own compilers, and the VMEM they
+take."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from pallas_kernels.chips import find_chip
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer_product
 from tests.aot.conftest import describe_device, read_kernels
 
-MACHINES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h100x1", "a100x1")
+MACHINES = (
+    "v4:2x2x1",
+    "v5e:2x2",
+    "v5p:2x2x1",
+    "v6e:2x2",
+    "tpu7x:2x2x1",
+    "h100x1",
+    "a100x1",
+)
 # Rows, D, F and groups: several tiles of each, none a power of two.
 R, D, F, G = 1100, 640, 896, 6
 OPERANDS = [
@@ -45,7 +60,9 @@ def compiled_text(device, function, *arrays) -> str:
 
 def check_kernel(device, text: str, name: str, flops: int = 2 * R * D * F) -> None:
     """One kernel, which tells the plan its FLOPs, in the VMEM that it asks for."""
-    (call,) = (line for line in text.splitlines() if "custom-call(" in line and name in line)
+    (call,) = (
+        line for line in text.splitlines() if "custom-call(" in line and name in line
+    )
     if device.platform == "gpu":
         assert "triton" in call
         return
@@ -59,7 +76,11 @@ def check_kernel(device, text: str, name: str, flops: int = 2 * R * D * F) -> No
 )
 def test_a_matmul_is_one_kernel(device, left, right, turned):
     scales = {"row_scales": ((R,), left), "column_scales": ((G, F), right)}
-    scales = {name: shape for name, (shape, of) in scales.items() if jnp.dtype(of).itemsize == 1}
+    scales = {
+        name: shape
+        for name, (shape, of) in scales.items()
+        if jnp.dtype(of).itemsize == 1
+    }
 
     def function(rows, kernels, sizes, *given):
         own = dict(zip(scales, given, strict=True))
@@ -79,13 +100,18 @@ def test_an_outer_product_is_one_kernel(device, left, right):
 
 
 def test_the_platform_decides_where_no_mesh_tells(device):
-    """Ahead of time JAX's default backend is another; blocks are those that fit every chip."""
+    """Ahead of time JAX's default backend is another; blocks are those that fit every
+    chip."""
     if device.platform == "gpu":
         pytest.skip("Pallas asks a mesh which card it is")
     here = SingleDeviceSharding(device)
     arguments = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=here)
-        for shape, dtype in (((R, D), jnp.bfloat16), ((G, D, F), jnp.bfloat16), ((G,), jnp.int32))
+        for shape, dtype in (
+            ((R, D), jnp.bfloat16),
+            ((G, D, F), jnp.bfloat16),
+            ((G,), jnp.int32),
+        )
     ]
     text = jax.jit(grouped_matmul).lower(*arguments).compile().as_text()
     check_kernel(device, text, "grouped_matmul")

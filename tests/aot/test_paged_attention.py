@@ -26,7 +26,13 @@ MACHINES = ("v4:2x2x1", "tpu7x:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100x
 # N, K, H, Hv; page; kind; static options; learned arrays.
 CASES: dict[str, tuple[Any, ...]] = {
     "bf16": ((32, 8, 128, 128), 16, "bfloat16", {}, ()),
-    "fp32, window, cap": ((9, 3, 64, 64), 16, "float32", {"window": 500, "soft_cap": 30.0}, ()),
+    "fp32, window, cap": (
+        (9, 3, 64, 64),
+        16,
+        "float32",
+        {"window": 500, "soft_cap": 30.0},
+        (),
+    ),
     "slopes, sinks": ((16, 2, 128, 128), 64, "bfloat16", {}, ("slopes", "sinks")),
     "int8": ((32, 8, 128, 128), 32, "int8", {}, ()),
     "int4": ((32, 8, 128, 128), 64, "int4", {}, ()),
@@ -40,7 +46,9 @@ def device(request):
     return describe_device(request.param)
 
 
-def describe_pages(kind: str, shape: tuple[int, ...], like, *, per_channel: bool) -> Any:
+def describe_pages(
+    kind: str, shape: tuple[int, ...], like, *, per_channel: bool
+) -> Any:
     count, K, page, H = shape
     if not kind.startswith("int"):
         return like(shape, kind)
@@ -50,7 +58,9 @@ def describe_pages(kind: str, shape: tuple[int, ...], like, *, per_channel: bool
     return QuantizedPages(like((count, K, page // 2, H), jnp.uint8), scale, scale)
 
 
-def compile_case(device, case: tuple[Any, ...], rows: int = R, uniform: int = ROWS, tokens=TOKENS):
+def compile_case(
+    device, case: tuple[Any, ...], rows: int = R, uniform: int = ROWS, tokens=TOKENS
+):
     (N, K, H, Hv), page, kind, static, learned = case
     mesh = Mesh(np.array([device]), ("data",), axis_types=(AxisType.Explicit,))
     here = NamedSharding(mesh, PartitionSpec())
@@ -59,7 +69,8 @@ def compile_case(device, case: tuple[Any, ...], rows: int = R, uniform: int = RO
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
     def like_pages(shape, dtype):
-        # A TPU's default has the pages run fastest where the last dimension fills no lanes.
+        # A TPU's default has the pages run fastest where the last dimension fills no
+        # lanes.
         row_major = Format(Layout(tuple(range(len(shape)))), here)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_major)
 
@@ -77,7 +88,9 @@ def compile_case(device, case: tuple[Any, ...], rows: int = R, uniform: int = RO
     arrays = {name: like((N,), jnp.float32) for name in learned}
 
     def run(arguments, arrays):
-        return paged_attention(*arguments, uniform_rows=(uniform, 1), **static, **arrays)
+        return paged_attention(
+            *arguments, uniform_rows=(uniform, 1), **static, **arrays
+        )
 
     with jax.set_mesh(mesh):
         return jax.jit(run).lower(arguments, arrays).compile()
@@ -88,7 +101,11 @@ def test_kernels_compile(device, case):
     """One for decoding rows, one for chunks; and no copy of the pages."""
     text = compile_case(device, CASES[case]).as_text()
     if device.platform == "gpu":
-        calls = [line for line in text.splitlines() if "custom-call(" in line and "triton" in line]
+        calls = [
+            line
+            for line in text.splitlines()
+            if "custom-call(" in line and "triton" in line
+        ]
         assert len(calls) == 2
     else:
         assert read_kernels(find_chip(device).name, text) == ["paged_attention"] * 2
@@ -105,7 +122,10 @@ def decode(*, kind: str, page: int, lengths: list[int], window: int | None):
         describe_pages(kind, shape, jax.ShapeDtypeStruct, per_channel=per_channel)
         for per_channel in (True, False)
     )
-    tables = np.arange(len(lengths) * 40, dtype=np.int32).reshape(len(lengths), 40) % shape[0]
+    tables = (
+        np.arange(len(lengths) * 40, dtype=np.int32).reshape(len(lengths), 40)
+        % shape[0]
+    )
     starts = np.arange(len(lengths) + 1, dtype=np.int32)
     q = jax.ShapeDtypeStruct((len(lengths), 32, 128), jnp.bfloat16)
 
@@ -119,13 +139,19 @@ def decode(*, kind: str, page: int, lengths: list[int], window: int | None):
 
 @pytest.mark.parametrize(
     ("kind", "page", "window"),
-    [("bfloat16", 16, None), ("bfloat16", 32, 100), ("int8", 32, None), ("int4", 64, None)],
+    [
+        ("bfloat16", 16, None),
+        ("bfloat16", 32, 100),
+        ("int8", 32, None),
+        ("int4", 64, None),
+    ],
 )
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 def test_decoding_reads_its_pages_and_no_more(chip, kind, page, window):
-    """Bytes that the compiled kernel copies from HBM, each page's keys and values as they lie
-    there: at most 1.05 times those of the rows' own pages, of which a window leaves its own; and
-    queries, 16 rows a kv head, whose next copy is counted where a core has none."""
+    """Bytes that the compiled kernel copies from HBM, each page's keys and values as
+    they lie there: at most 1.05 times those of the rows' own pages, of which a window
+    leaves its own; and queries, 16 rows a kv head, whose next copy is counted where a
+    core has none."""
     lengths = [601, 33, 0, 640, 5, 350]
     kwargs = {"kind": kind, "page": page, "lengths": lengths, "window": window}
     (kernel,) = measure(Spec(f"{__name__}:decode", kwargs), chip).kernels
@@ -134,10 +160,15 @@ def test_decoding_reads_its_pages_and_no_more(chip, kind, page, window):
     element = {"bfloat16": 2, "int8": 1, "int4": 0.5}[kind]
     of_page = 2 * 8 * page * 128 * element
     if kind != "bfloat16":
-        # Scales, and zeros: 8 heads of bf16 fill a tile of 8 or 16, values' tokens one of 128.
+        # Scales, and zeros: 8 heads of bf16 fill a tile of 8 or 16, values' tokens one
+        # of 128.
         of_page += 2 * (1 if kind == "int8" else 2) * 16 * 128 * 2
     queries = 2 * (len(lengths) + 4) * 8 * 16 * 128
-    assert pages * of_page * 0.8 <= kernel.hbm_read_bytes <= 1.05 * pages * of_page + queries
+    assert (
+        pages * of_page * 0.8
+        <= kernel.hbm_read_bytes
+        <= 1.05 * pages * of_page + queries
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -151,7 +182,9 @@ def test_tokens_are_written_in_place(device, dtype):
         )
     )  # fmt: skip
     with jax.set_mesh(mesh):
-        compiled = jax.jit(write_pages, donate_argnums=0).lower(pages, new, slots).compile()
+        compiled = (
+            jax.jit(write_pages, donate_argnums=0).lower(pages, new, slots).compile()
+        )
     memory = compiled.memory_analysis()
     pool = P * 8 * 16 * 128 * jnp.dtype(dtype).itemsize
     assert memory.alias_size_in_bytes == pool
@@ -160,14 +193,21 @@ def test_tokens_are_written_in_place(device, dtype):
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [("fp32, window, cap", "paged"), ("latent", "paged"), ("latent", "int8"), ("latent", "int4")],
+    [
+        ("fp32, window, cap", "paged"),
+        ("latent", "paged"),
+        ("latent", "int8"),
+        ("latent", "int4"),
+    ],
 )
 def test_pages_of_narrow_heads_are_not_copied(device, case, kind):
     """Where features do not fill lanes, pages have room up to the next 128 on a TPU."""
     (N, K, H, Hv), page, dtype, static, _ = CASES[case]
     page *= 2 if kind == "int4" else 1
     axes = ("data", "fsdp", "expert", "context", "tensor", "stage")
-    mesh = Mesh(np.array([device]).reshape((1,) * 6), axes, axis_types=(AxisType.Explicit,) * 6)
+    mesh = Mesh(
+        np.array([device]).reshape((1,) * 6), axes, axis_types=(AxisType.Explicit,) * 6
+    )
     here, window = NamedSharding(mesh, PartitionSpec()), static.get("window")
     config = PagedCacheConfig() if kind == "paged" else QuantizedCacheConfig(kind=kind)
     multiple = choose_feature_multiple(device.platform)
@@ -191,7 +231,9 @@ def test_pages_of_narrow_heads_are_not_copied(device, case, kind):
         return cache.attend(q, key, value, batch, **own)
 
     with jax.set_mesh(mesh):
-        compiled = jax.jit(run, donate_argnums=0).lower(cache, q, key, value, arrays).compile()
+        compiled = (
+            jax.jit(run, donate_argnums=0).lower(cache, q, key, value, arrays).compile()
+        )
     largest = max(jax.tree.leaves(cache), key=lambda x: x.size)
     text, wide = compiled.as_text(), largest.shape[-1]
     pools = rf"= \w+\[(?:1,)?(?:{P},\d+,\d+|{P * K * page}),{wide}\]\S* ([\w-]+)\("

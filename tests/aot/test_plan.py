@@ -19,8 +19,8 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def test_what_is_planned_is_compiled(machine):
-    """The products are those of full remat: forward, again, and backward twice; a layer's last
-    product and the head run once less."""
+    """The products are those of full remat: forward, again, and backward twice; a
+    layer's last product and the head run once less."""
     devices = parse_topology(machine).devices
     config = small_run(devices=devices, mesh={"fsdp": devices})
     found = Machine.from_name(machine)
@@ -29,8 +29,8 @@ def test_what_is_planned_is_compiled(machine):
     assert len(cost.unknown_loops) == 1  # the update, left out where numbers are bad
     large = [c for c in cost.collectives if c.payload_bytes >= MATRIX_BYTES]
     assert not any(c.kind == "all-reduce" for c in large)
-    # Of one row of 256 tokens: weights in flight outweigh all else, and a GPU's compiler has all of
-    # a layer's at once, with their gradients (docs/performance.md).
+    # Of one row of 256 tokens: weights in flight outweigh all else, and a GPU's
+    # compiler has all of a layer's at once, with their gradients (docs/performance.md).
     least = 0.3 if found.topology.platform == "gpu" else 0.5
     plan = plan_run(config, found)
     verdict = compare_with_compiled_step(plan, step, found.chip.memory_bytes)
@@ -58,14 +58,19 @@ def test_devices_that_a_compiler_describes_are_the_machine(machine):
 
 
 def test_a_layer_more_takes_its_input_and_its_gradients_in_bf16():
-    """Of temporary memory under full remat: no copies of all layers' parameters in another dtype or
-    layout, and gradients in fp32 for none but the layer at hand."""
-    machine, rows = "v5p:4x4x4", 8  # enough rows for the layers' backward pass to be the peak
+    """Of temporary memory under full remat: no copies of all layers' parameters in
+    another dtype or layout, and gradients in fp32 for none but the layer at hand."""
+    machine, rows = (
+        "v5p:4x4x4",
+        8,
+    )  # enough rows for the layers' backward pass to be the peak
     if not has_compiler("tpu"):
         pytest.skip("the compiler is not installed")
     n = parse_topology(machine).devices
     few, more = (
-        compile_step(small_run(rows, n, {"num_layers": layers}, mesh={"fsdp": n}), machine)
+        compile_step(
+            small_run(rows, n, {"num_layers": layers}, mesh={"fsdp": n}), machine
+        )
         .compiled.memory_analysis()
         .temp_size_in_bytes
         for layers in (4, 8)

@@ -11,14 +11,17 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks.kernel_cycles.static import CHIPS, CompileError, Spec, measure
 from benchmarks.kernel_cycles.static.measure import has_compiler
 
-pytestmark = pytest.mark.skipif(not has_compiler(), reason="the compiler is not installed")
+pytestmark = pytest.mark.skipif(
+    not has_compiler(), reason="the compiler is not installed"
+)
 
 TRIPS = (5, 0, 7, 2)
 N = 256
 
 
 def looping(*, semantics: str, rows: int = 2 * N):
-    """Matrix products, as many a grid step as a prefetched table says; one more where odd."""
+    """Matrix products, as many a grid step as a prefetched table says; one more where
+    odd."""
 
     def kernel(trips, x, w, o):
         step = pl.program_id(0)
@@ -57,7 +60,8 @@ def looping(*, semantics: str, rows: int = 2 * N):
 
 
 @pytest.mark.parametrize(
-    ("chip", "semantics"), [*((chip, "arbitrary") for chip in CHIPS), ("v5p", "parallel")]
+    ("chip", "semantics"),
+    [*((chip, "arbitrary") for chip in CHIPS), ("v5p", "parallel")],
 )
 def test_counted_products_are_those_of_the_loops(chip, semantics):
     """A parallel grid is split over the two cores of a v5p."""
@@ -76,7 +80,8 @@ def test_a_peers_masked_blocks_are_not_counted():
     problem = {"batch": 1, "heads": 8, "seq": 1024, "head_dim": 128, "mask": "causal"}
     blocks = {"gradient": False, "forward": [256, 256, 256]}
     costs = measure(
-        Spec("benchmarks.kernel_cycles.static.peers:jax_splash", problem | blocks), "v5p"
+        Spec("benchmarks.kernel_cycles.static.peers:jax_splash", problem | blocks),
+        "v5p",
     )
     (kernel,) = costs.kernels
     (loop,) = kernel.inner_loops
@@ -87,4 +92,7 @@ def test_a_peers_masked_blocks_are_not_counted():
 
 def test_what_the_compiler_refuses_is_said():
     with pytest.raises(CompileError, match=r"(?i)vmem"):
-        measure(Spec(f"{__name__}:looping", {"semantics": "arbitrary", "rows": 1 << 16}), "v5e")
+        measure(
+            Spec(f"{__name__}:looping", {"semantics": "arbitrary", "rows": 1 << 16}),
+            "v5e",
+        )

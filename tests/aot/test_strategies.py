@@ -1,4 +1,5 @@
-"""Every strategy compiles for every machine, and what it sends goes over its own mesh axes."""
+"""Every strategy compiles for every machine, and what it sends goes over its own mesh
+axes."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,8 +15,9 @@ from tests.aot.conftest import SEQ, D, small_run
 
 pytestmark = pytest.mark.timeout(1800)
 
-# Kinds and axes alone are asked for here: half the width gives them in half the time, on 64
-# devices, whose shards still fill a TPU's tiles. On a v6e XLA all-reduces gradients so narrow.
+# Kinds and axes alone are asked for here: half the width gives them in half the time,
+# on 64 devices, whose shards still fill a TPU's tiles. On a v6e XLA all-reduces
+# gradients so narrow.
 FEWER = {"v5e:16x16": "v5e:8x8"}
 WIDTHS = {"v5p:4x4x4": D // 2, "v5e:16x16": D // 2, "v6e:8x8": D, "h100:8x8": D // 2}
 MICRO = 4
@@ -24,8 +26,9 @@ WHOLE = {"embed": None, "expert_embed": None}
 
 @dataclass(frozen=True)
 class Strategy:
-    """A mesh (-1: the devices that are left, over fsdp or data), settings, and what large
-    collectives (a matrix's or an activation's size) there must be and may be, by mesh axes."""
+    """A mesh (-1: the devices that are left, over fsdp or data), settings, and what
+    large collectives (a matrix's or an activation's size) there must be and may be, by
+    mesh axes."""
 
     mesh: dict[str, int]
     must: set[tuple[str, str]]
@@ -35,7 +38,8 @@ class Strategy:
 
 
 FSDP = {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
-# An embedding's rows and gradients; the exchange of halves that ends a scatter in two steps.
+# An embedding's rows and gradients; the exchange of halves that ends a scatter in two
+# steps.
 EXCHANGE = {("all-to-all", "fsdp"), ("collective-permute", "fsdp")}
 MOE = {
     "mlp": None,
@@ -67,7 +71,9 @@ def split_sequence(method: str, *kinds: str) -> Strategy:
 STRATEGIES = {
     "dp": Strategy({"data": -1}, {("all-reduce", "data")}),
     "fsdp": Strategy({"fsdp": -1}, FSDP, EXCHANGE),
-    "hsdp": Strategy({"data": 2, "fsdp": -1}, FSDP, EXCHANGE | {("all-reduce", "data")}),
+    "hsdp": Strategy(
+        {"data": 2, "fsdp": -1}, FSDP, EXCHANGE | {("all-reduce", "data")}
+    ),
     "zero1": Strategy(
         {"fsdp": -1},
         {("all-reduce", "fsdp"), ("all-gather", "fsdp")},
@@ -95,7 +101,8 @@ STRATEGIES = {
         FSDP | {("ragged-all-to-all", "expert")},
         EXCHANGE
         | {("all-reduce", "expert"), ("all-to-all", "expert")}
-        # Layers without experts rest on both axes, and are gathered in two steps, one on each.
+        # Layers without experts rest on both axes, and are gathered in two steps, one
+        # on each.
         | {
             (kind, axes)
             for kind in ("all-gather", "reduce-scatter", "all-to-all")
@@ -108,17 +115,27 @@ STRATEGIES = {
 
 @cache
 def compile_strategy(machine: str, name: str) -> CompiledStep:
-    strategy, width, machine = STRATEGIES[name], WIDTHS[machine], FEWER.get(machine, machine)
+    strategy, width, machine = (
+        STRATEGIES[name],
+        WIDTHS[machine],
+        FEWER.get(machine, machine),
+    )
     devices = parse_topology(machine).devices
     rest = devices // prod(max(size, 1) for size in strategy.mesh.values())
-    mesh = {"fsdp": 1} | {axis: rest if n == -1 else n for axis, n in strategy.mesh.items()}
-    config = small_run(1, devices, strategy.model, width, mesh=mesh, **strategy.settings)
+    mesh = {"fsdp": 1} | {
+        axis: rest if n == -1 else n for axis, n in strategy.mesh.items()
+    }
+    config = small_run(
+        1, devices, strategy.model, width, mesh=mesh, **strategy.settings
+    )
     return compile_step(config, machine)
 
 
 def portable(kind: str, machine: str) -> str:
     """What stands in for a collective that a machine does not have."""
-    return "all-to-all" if (kind, machine) == ("ragged-all-to-all", "v5e:16x16") else kind
+    return (
+        "all-to-all" if (kind, machine) == ("ragged-all-to-all", "v5e:16x16") else kind
+    )
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -144,10 +161,13 @@ def test_a_strategy_sends_over_its_own_axes(machine, name):
 
 @pytest.mark.parametrize("name", ["pp gpipe", "pp circular", "pp 1f1b"])
 def test_no_layer_crosses_stages(machine, name):
-    """What is all-reduced over stages is at most the embedding and the head, once a step."""
+    """What is all-reduced over stages is at most the embedding and the head, once a
+    step."""
     cost, width = compile_strategy(machine, name).read_cost(), WIDTHS[machine]
     sums = [c for c in cost.collectives if c.kind == "all-reduce" and "stage" in c.axes]
-    assert sum(c.payload_bytes * c.count for c in sums) <= 1.1 * 4 * 2 * width * 2 * width
+    assert (
+        sum(c.payload_bytes * c.count for c in sums) <= 1.1 * 4 * 2 * width * 2 * width
+    )
     moved = cost.wire_bytes(kind="collective-permute", axes="stage")
     activation = SEQ * width * 2
     assert moved >= 2 * MICRO * activation

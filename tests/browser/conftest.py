@@ -16,10 +16,16 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium: the program that $CHROMIUM names, or the first on the path."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="needs the package playwright"
+    )
+    program = os.environ.get("CHROMIUM") or next(
+        filter(None, map(shutil.which, NAMES)), None
+    )
     if program is None:
-        pytest.skip(f"needs Chromium: set CHROMIUM, or install one of {', '.join(NAMES)}")
+        pytest.skip(
+            f"needs Chromium: set CHROMIUM, or install one of {', '.join(NAMES)}"
+        )
     with api.sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=program, timeout=120_000)
         yield running
@@ -37,25 +43,31 @@ class Report:
     """Of anything but the page itself."""
 
     def text(self, selector: str) -> str:
-        """As it is read: units do not break away from their figures by a special space."""
+        """As it is read: units do not break away from their figures by a special
+        space."""
         return self.page.inner_text(selector).replace("\u00a0", " ")
 
 
 @pytest.fixture
 def open_report(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Report]]:
-    """``open_report(plan, width=1200)``: the page of a plan's JSON, or a path's, loaded."""
+    """``open_report(plan, width=1200)``: the page of a plan's JSON, or a path's,
+    loaded."""
     from maxlm.runtime.report_page import write_report_page
 
     opened = []
 
-    def opening(plan: dict[str, Any] | Path, width: int = 1200, **options: Any) -> Report:
+    def opening(
+        plan: dict[str, Any] | Path, width: int = 1200, **options: Any
+    ) -> Report:
         path = plan if isinstance(plan, Path) else tmp_path / "report.html"
         if not isinstance(plan, Path):
             write_report_page(path, "maxlm.plan", plan["name"], plan)
         page = browser.new_page(viewport={"width": width, "height": 800}, **options)
         report = Report(page)
         opened.append(report)
-        page.on("console", lambda m: m.type in ("error", "warning") and _add(report, m.text))
+        page.on(
+            "console", lambda m: m.type in ("error", "warning") and _add(report, m.text)
+        )
         page.on("pageerror", lambda error: _add(report, str(error)))
         page.on("request", lambda request: report.requests.append(request.url))
         page.goto(path.as_uri())

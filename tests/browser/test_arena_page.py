@@ -19,14 +19,20 @@ def arena(tmp_path):
     """The URL of an arena of two fake endpoints, and its database."""
     with (
         run_endpoint(lambda body: HOSTILE, "secret-alpha") as first,
-        run_endpoint(lambda body: f"turn {len(body['messages'])}", "secret-beta") as second,
+        run_endpoint(
+            lambda body: f"turn {len(body['messages'])}", "secret-beta"
+        ) as second,
     ):
         app = Arena([first.open(), second.open()], tmp_path / "arena.db").make_app()
         bound = bind_socket("127.0.0.1", 0)
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
         thread.start()
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}/", tmp_path / "arena.db", second
+        yield (
+            f"http://127.0.0.1:{bound.getsockname()[1]}/",
+            tmp_path / "arena.db",
+            second,
+        )
         server.should_exit = True
         thread.join()
 
@@ -36,7 +42,10 @@ def test_a_battle_is_blind_until_the_vote(browser, arena, width):
     url, database, second = arena
     page = browser.new_page(viewport={"width": width, "height": 800})
     complaints = []
-    page.on("console", lambda m: m.type in ("error", "warning") and complaints.append(m.text))
+    page.on(
+        "console",
+        lambda m: m.type in ("error", "warning") and complaints.append(m.text),
+    )
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(url)
     vote = page.get_by_role("button", name="B is better")
@@ -61,7 +70,9 @@ def test_a_battle_is_blind_until_the_vote(browser, arena, width):
     (kept,) = read_battles(database)
     assert kept["winner"] == "model_b"
     assert page.inner_text("#b h2") == f"Model B: {kept['model_b']}"
-    top = page.evaluate("main.scrollTop = 0, main.firstElementChild.getBoundingClientRect().top")
+    top = page.evaluate(
+        "main.scrollTop = 0, main.firstElementChild.getBoundingClientRect().top"
+    )
     assert top > page.locator("header").bounding_box()["height"]
     wide, there = page.evaluate(
         "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"

@@ -1,4 +1,5 @@
-"""The chat page works in a browser, at a desk's width and a phone's, by mouse and by keyboard."""
+"""The chat page works in a browser, at a desk's width and a phone's, by mouse and by
+keyboard."""
 
 import json
 import re
@@ -11,7 +12,8 @@ from tests.serving.running import run_in_thread, train_chat_tokenizer
 ANSWERS = {
     "code": "Look:\n```python\nprint('<b>&amp;</b>')\n```\nDone.",
     "cat": "猫が好き 🐈!",
-    "markdown": "**bold**\n\n- one\n- two\n\n| a |\n|---|\n| 1 |\n\n```python\nx = 1\n```\n",
+    "markdown": "**bold**\n\n- one\n- two\n\n| a |\n|---|\n| 1 |\n\n```python\nx = "
+    "1\n```\n",
     "long": "one two three " * 25,
 }
 
@@ -38,7 +40,10 @@ def page(request, browser, server):
     context = browser.new_context(viewport={"width": request.param, "height": 780})
     page = context.new_page()
     complaints, others = [], []
-    page.on("console", lambda m: m.type in ("error", "warning") and complaints.append(m.text))
+    page.on(
+        "console",
+        lambda m: m.type in ("error", "warning") and complaints.append(m.text),
+    )
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda r: r.url.startswith(server.url) or others.append(r.url))
     page.goto(server.url)
@@ -67,7 +72,9 @@ def test_a_conversation_streams_and_is_sent_whole(page, server):
     assert page.inner_text("h1") == "fake"
     say(page, "hi")
     say(page, "the cat")
-    assert server.engine.requests[-1].sampling.temperature == 0.7  # as its field's hint says
+    assert (
+        server.engine.requests[-1].sampling.temperature == 0.7
+    )  # as its field's hint says
     assert answers(page) == ["You said: hi", ANSWERS["cat"]]
     assert last_prompt(server).count("You said: hi") == 1
     note = page.locator("article.assistant .foot").last.inner_text()
@@ -111,7 +118,9 @@ def test_conversations_are_kept_apart_and_can_be_deleted(page, server):
     page.get_by_role("button", name="Delete first talk").click()
     assert answers(page) == []
     assert list_chats(page) == ["second talk"]
-    other.get_by_role("button", name="first talk", exact=True).wait_for(state="detached")
+    other.get_by_role("button", name="first talk", exact=True).wait_for(
+        state="detached"
+    )
     other.close()
 
 
@@ -143,7 +152,9 @@ def test_answers_are_shown_as_markdown_and_code_can_be_copied(page, server):
     assert page.locator("article.assistant li").all_inner_texts() == ["one", "two"]
     assert page.inner_text("article.assistant strong") == "bold"
     assert page.inner_text("article.assistant td") == "1"
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
+    page.context.grant_permissions(
+        ["clipboard-read", "clipboard-write"], origin=server.url
+    )
     page.locator(".code").get_by_role("button", name="Copy").click()
     page.get_by_role("button", name="Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == "x = 1\n"
@@ -213,7 +224,11 @@ def test_settings_reach_the_request(page, server):
     say(page, "the settings")
     request = server.engine.requests[-1]
     sampling = request.sampling
-    assert (sampling.temperature, sampling.top_k, sampling.max_new_tokens) == (0.25, 7, 5)
+    assert (sampling.temperature, sampling.top_k, sampling.max_new_tokens) == (
+        0.25,
+        7,
+        5,
+    )
     assert "system\nBe brief." in last_prompt(server)
     assert "cut at the limit" in page.locator("article.assistant .foot").inner_text()
 
@@ -247,5 +262,7 @@ def test_errors_are_shown_and_a_key_is_asked_for(browser, tokenizer):
         page.get_by_role("button", name="Close").click()
         page.get_by_role("button", name="Regenerate").click()
         page.get_by_text("You said: hi").wait_for()
-        assert json.loads(page.evaluate("sessionStorage['maxlm-chat']"))["settings"]["key"]
+        assert json.loads(page.evaluate("sessionStorage['maxlm-chat']"))["settings"][
+            "key"
+        ]
         page.close()

@@ -1,4 +1,5 @@
-"""The chat page reads Markdown as markdown-it-py does, and nothing in it runs or is loaded."""
+"""The chat page reads Markdown as markdown-it-py does, and nothing in it runs or is
+loaded."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -35,7 +36,8 @@ SPANS = {
     "code spans": "`a*b*` ``x ` y`` ` `` ` `unclosed",
     "code before marks": "*a `*` b* **c `**` d**",
     "escapes": "\\*no\\* \\`no\\` \\\\ \\a 1\\.",
-    "links": "[a](https://a.example/x_y_z) [b *c*](http://b.example 'title') ![i](https://c.example)",
+    "links": "[a](https://a.example/x_y_z) [b *c*](http://b.example 'title') "
+    "![i](https://c.example)",
     "brackets": "[1] [x](y z) [a[b]](https://a.example) (https)",
     "addresses": "<https://a.example/b?c=d&e=f>",
     "wide text": "猫が**好き**🐈 — “quotes” *ä*",
@@ -115,12 +117,16 @@ def test_nodes_are_those_of_markdown_it(page, name):
 
 
 def test_bare_addresses_are_links_and_end_before_a_sentence_does(page):
-    html = render(page, "See https://a.example/b_c_d. (https://b.example/x) xhttps://no.example")
+    html = render(
+        page, "See https://a.example/b_c_d. (https://b.example/x) xhttps://no.example"
+    )
     links = [node[1] for node in _Tree(html).root[0] if isinstance(node, list)]
     assert links == ["https://a.example/b_c_d", "https://b.example/x"]
 
 
-@pytest.mark.parametrize("address", ["javascript:alert(1)", "JaVaScRiPt:x", "data:text/html,x"])
+@pytest.mark.parametrize(
+    "address", ["javascript:alert(1)", "JaVaScRiPt:x", "data:text/html,x"]
+)
 def test_no_link_runs_anything(page, address):
     html = render(page, f"[a]({address}) ![b]({address}) <{address}>")
     assert "href" not in html
@@ -129,18 +135,34 @@ def test_no_link_runs_anything(page, address):
 
 @pytest.mark.parametrize("name", [*BLOCKS, *SPANS])
 def test_every_beginning_of_a_text_is_shown(page, name):
-    """As while it streams: no character of a word is lost, whatever its marks wait for."""
+    """As while it streams: no character of a word is lost, whatever its marks wait
+    for."""
     text = {**BLOCKS, **SPANS}[name]
     for end in range(len(text) + 1):
         render(page, text[:end])
     shown = page.evaluate("document.getElementById('answer').textContent")
     words = [word for word in text.replace("\\", " ").split() if word.isalpha()]
     assert [
-        word for word in words if word not in shown and word not in ("python", "js", "text")
+        word
+        for word in words
+        if word not in shown and word not in ("python", "js", "text")
     ] == []
 
 
 def test_many_marks_take_little_time(page):
     """Texts of marks alone, which a model that repeats itself writes, end."""
-    for mark in ("*", "_", "`", "[", "**a", "- ", "> ", "|", "~~a ", "<", "![a](", "1. "):
+    for mark in (
+        "*",
+        "_",
+        "`",
+        "[",
+        "**a",
+        "- ",
+        "> ",
+        "|",
+        "~~a ",
+        "<",
+        "![a](",
+        "1. ",
+    ):
         render(page, mark * 3000)

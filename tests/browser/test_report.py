@@ -1,4 +1,5 @@
-"""A plan's report works in a browser, and shows the plan's figures and JAX's own shards."""
+"""A plan's report works in a browser, and shows the plan's figures and JAX's own
+shards."""
 
 import json
 from dataclasses import asdict
@@ -20,7 +21,10 @@ from maxlm.sharding import MESH_AXES
 RUNS = {
     "llama3_8b": ("h100x64", ()),
     "mixtral_8x7b": ("v5p-128", ("mesh.expert=8", "train.micro_batches=4")),
-    "llama3_405b": ("v5p-8192", ("mesh.tensor=8", "sharding.compute.residual=[context,tensor]")),
+    "llama3_405b": (
+        "v5p-8192",
+        ("mesh.tensor=8", "sharding.compute.residual=[context,tensor]"),
+    ),
 }
 
 
@@ -40,7 +44,8 @@ def plan(request) -> dict[str, Any]:
 
 def visible(report, table: str) -> list[list[str]]:
     rows = report.page.evaluate(
-        "id => [...document.querySelectorAll(`#${id} tbody tr`)].filter(r => r.offsetParent)"
+        "id => [...document.querySelectorAll(`#${id} tbody tr`)].filter(r => "
+        "r.offsetParent)"
         ".map(r => [...r.cells].map(c => c.innerText))",
         table,
     )
@@ -68,7 +73,9 @@ def test_the_headline_has_the_plans_figures(open_report, plan):
     for note in plan["notes"]:
         assert note in head
     for error in plan["known_time_errors"]:
-        assert f"{error['plans']} {error['deviation']}" in report.text("#known-time-errors")
+        assert f"{error['plans']} {error['deviation']}" in report.text(
+            "#known-time-errors"
+        )
     warnings = report.page.locator("#known-time-errors").count()
     assert warnings == (1 if plan["known_time_errors"] else 0)
     assert f"The peak is at {plan['memory']['peak_at']}." in report.text("#memory")
@@ -76,11 +83,18 @@ def test_the_headline_has_the_plans_figures(open_report, plan):
 
 def test_figures_read_as_on_the_terminal(open_report):
     page = open_report(make("llama3_8b")).page
-    numbers = [2**e * k / 100 for e in range(0, 44, 3) for k in (25, 98, 99.94, 99.96, 1225)]
-    for name, python in (("humanBytes", format_bytes), ("humanSeconds", format_seconds)):
+    numbers = [
+        2**e * k / 100 for e in range(0, 44, 3) for k in (25, 98, 99.94, 99.96, 1225)
+    ]
+    for name, python in (
+        ("humanBytes", format_bytes),
+        ("humanSeconds", format_seconds),
+    ):
         values = numbers if python is format_bytes else [n / 2**18 for n in numbers]
         shown = page.evaluate(f"values => values.map(maxlmReport.{name})", values)
-        assert [text.replace("\u00a0", " ") for text in shown] == [python(v) for v in values]
+        assert [text.replace("\u00a0", " ") for text in shown] == [
+            python(v) for v in values
+        ]
 
 
 def test_a_parameter_is_found_and_shown(open_report, plan):
@@ -97,7 +111,9 @@ def test_a_parameter_is_found_and_shown(open_report, plan):
     chosen = report.text("#chosen")
     assert f"{prod(ways):,} shards of {shard}" in chosen
     assert format_bytes(row["bytes_per_device"]) in chosen
-    assert ("one copy" if row["replicas"] == 1 else f"{row['replicas']} copies") in chosen
+    assert (
+        "one copy" if row["replicas"] == 1 else f"{row['replicas']} copies"
+    ) in chosen
 
     page.focus("#all canvas")
     page.keyboard.press("End")
@@ -118,7 +134,9 @@ def test_tables_filter_sort_and_add_up(open_report, plan):
     page = report.page
     page.fill("#sent-table-filter", "all-gather backward")
     kept = [
-        c for c in plan["collectives"] if c["kind"] == "all-gather" and c["phase"] == "backward"
+        c
+        for c in plan["collectives"]
+        if c["kind"] == "all-gather" and c["phase"] == "backward"
     ]
     rows = visible(report, "sent-table")
     assert sorted(row[0] for row in rows) == sorted(c["what"] for c in kept)
@@ -128,11 +146,20 @@ def test_tables_filter_sort_and_add_up(open_report, plan):
 
     for direction in ("ascending", "descending"):
         page.get_by_role("button", name="Sent").click()
-        assert page.get_attribute("#sent-table th:has-text('Sent')", "aria-sort") == direction
-        sent = sorted((c["sent_bytes"] for c in kept), reverse=direction == "descending")
-        assert [row[8] for row in visible(report, "sent-table")] == [format_bytes(s) for s in sent]
+        assert (
+            page.get_attribute("#sent-table th:has-text('Sent')", "aria-sort")
+            == direction
+        )
+        sent = sorted(
+            (c["sent_bytes"] for c in kept), reverse=direction == "descending"
+        )
+        assert [row[8] for row in visible(report, "sent-table")] == [
+            format_bytes(s) for s in sent
+        ]
 
-    assert format_bytes(plan["parameter_bytes"]) in report.text("#parameters-table tfoot")
+    assert format_bytes(plan["parameter_bytes"]) in report.text(
+        "#parameters-table tfoot"
+    )
     page.click("#parameters-table button:has-text('final_norm.scale')")
     assert "final_norm.scale" in report.text("#chosen")
     assert "whole on every device" in report.text("#chosen")
@@ -155,9 +182,13 @@ def test_the_page_computes_what_the_plan_does(open_report, plan):
     assert (sum(lane), drawn["total"]) == pytest.approx((time["step"], time["step"]))
     # Collectives that send nothing are not listed, though their latency counts.
     assert sum(links) == pytest.approx(time["communication"], rel=1e-3)
-    for name, share in (("best_interval", "best"), ("configured_interval", "configured")):
+    for name, share in (
+        ("best_interval", "best"),
+        ("configured_interval", "configured"),
+    ):
         drawn = page.evaluate(
-            "([t, g]) => maxlmReport.progress(t, g.mtbf_hours * 3600, g.checkpoint_seconds,"
+            "([t, g]) => maxlmReport.progress(t, g.mtbf_hours * 3600, "
+            "g.checkpoint_seconds,"
             " g.restart_seconds)",
             [good[f"{name}_seconds"], good],
         )
@@ -165,11 +196,19 @@ def test_the_page_computes_what_the_plan_does(open_report, plan):
 
 
 def test_shards_are_where_jax_puts_them(open_report):
-    """On data=2, fsdp=2, tensor=2; rows with two axes on one dimension, in both orders, besides."""
+    """On data=2, fsdp=2, tensor=2; rows with two axes on one dimension, in both orders,
+    besides."""
     plan = make("llama3_8b")
-    for n, axes in enumerate((["fsdp", "tensor"], ["tensor", "fsdp"], ["tensor", "data"])):
+    for n, axes in enumerate(
+        (["fsdp", "tensor"], ["tensor", "fsdp"], ["tensor", "data"])
+    ):
         plan["rows"].append(
-            {**plan["rows"][0], "path": f"two.{n}", "spec": [axes, []], "shape": [16, 6]}
+            {
+                **plan["rows"][0],
+                "path": f"two.{n}",
+                "spec": [axes, []],
+                "shape": [16, 6],
+            }
             | {"axes": ["vocab", "embed"], "bytes_per_device": 96, "replicas": 2}
         )
     report = open_report(plan)
@@ -199,21 +238,35 @@ def test_shards_are_where_jax_puts_them(open_report):
 def test_without_a_machine_there_are_bytes_alone(open_report):
     plan = make("llama3_8b")
     report = open_report(plan)
-    assert f"Needs {format_bytes(plan['memory']['total'])} a device" in report.text("header")
+    assert f"Needs {format_bytes(plan['memory']['total'])} a device" in report.text(
+        "header"
+    )
     assert "Times need a machine" in report.text("#step")
 
 
 def test_stages_have_a_strip_each_and_idle_time(open_report):
-    settings = ("mesh.stage=4", "mesh.tensor=2", "train.micro_batches=16", "parallel.schedule=1f1b")
+    settings = (
+        "mesh.stage=4",
+        "mesh.tensor=2",
+        "train.micro_batches=16",
+        "parallel.schedule=1f1b",
+    )
     report = open_report(make("llama3_8b", "h100x64", *settings))
     assert report.page.locator(".strip canvas").count() == 4
     assert "idle in the pipeline" in report.text("#step")
 
 
 def test_a_run_that_does_not_fit_says_so_beside_the_compilers_verdict(open_report):
-    plan, words = make("llama3_405b", "v5e-256"), "does not fit: the compiler finds no room"
-    report = open_report({**plan, "compiled": {"fits": False, "words": words, "figures": {}}})
-    assert f"Does not fit: {format_bytes(-plan['memory']['margin'])}" in report.text("header")
+    plan, words = (
+        make("llama3_405b", "v5e-256"),
+        "does not fit: the compiler finds no room",
+    )
+    report = open_report(
+        {**plan, "compiled": {"fits": False, "words": words, "figures": {}}}
+    )
+    assert f"Does not fit: {format_bytes(-plan['memory']['margin'])}" in report.text(
+        "header"
+    )
     assert report.text("#compiled") == f"✗ Compiled, it {words}"
     assert report.page.is_visible("#memory .limit")
 

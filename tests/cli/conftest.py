@@ -37,8 +37,8 @@ def read_content(folder: Path) -> dict[Path, bytes | None]:
 
 @pytest.fixture
 def check_refused(run) -> Callable[..., None]:
-    """Checks that a command is refused in one line, ``...`` for anything, and that it leaves what
-    lies in a folder as it was."""
+    """Checks that a command is refused in one line, ``...`` for anything, and that it
+    leaves what lies in a folder as it was."""
 
     def check(folder: Path, arguments: list[str], message: str) -> None:
         before = read_content(folder)

@@ -1,5 +1,5 @@
-"""Every mistake a user can make costs one line that says what is wrong, where, and what to do; exit
-code 2; and leaves nothing half-written."""
+"""Every mistake a user can make costs one line that says what is wrong, where, and what
+to do; exit code 2; and leaves nothing half-written."""
 
 import re
 import shutil
@@ -32,7 +32,8 @@ def parse_table(text: str) -> dict[str, str]:
     return {given: " ".join(message.split()) for given, message in rows}
 
 
-# A config with one odd setting, and what `maxlm train` says to it. None of these needs any text.
+# A config with one odd setting, and what `maxlm train` says to it. None of these needs
+# any text.
 REFUSED_AT_ONCE = parse_table("""
 trian.steps=3
     command line: unknown key trian; did you mean train?
@@ -106,12 +107,15 @@ generate nowhere x
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with text, a tokenizer, a config, and runs of it: one with a checkpoint."""
+    """A folder with text, a tokenizer, a config, and runs of it: one with a
+    checkpoint."""
     folder = tmp_path_factory.mktemp("home")
     text = tiny.write_text(folder / "text")
     tiny.write_config(folder, text)
     words = [path.read_bytes() for path in sorted(Path(text).iterdir())]
-    train_tokenizer(TokenizerConfig(vocab_size=300), words).save(folder / "tokenizer300")
+    train_tokenizer(TokenizerConfig(vocab_size=300), words).save(
+        folder / "tokenizer300"
+    )
     (folder / "short.txt").write_bytes(b"few words")
     (folder / "bad.txt").write_bytes(b"good\nba\xffd\n")
     for name in ("trained", "untrained"):
@@ -120,8 +124,15 @@ def home(tmp_path_factory) -> Path:
         (folder / name / "config.yaml").write_text(to_yaml(config))
         if name == "trained":
             with FolderTier(folder / name / "checkpoints") as keeper:
-                metadata = {"config": config.model_dump(mode="json"), "tokenizer": "unused"}
-                keeper.save(3, set_up_run(config, jax.devices()[:1]).init_train_state(), metadata)
+                metadata = {
+                    "config": config.model_dump(mode="json"),
+                    "tokenizer": "unused",
+                }
+                keeper.save(
+                    3,
+                    set_up_run(config, jax.devices()[:1]).init_train_state(),
+                    metadata,
+                )
     return folder
 
 
@@ -144,14 +155,21 @@ def test_other_verbs(home, check_refused, command):
 
 
 def test_a_corpus_shorter_than_a_sequence(run, home):
-    code, out, err = run("train", "tiny.yaml", "data.sources.0.documents=[short.txt]", NAMED)
+    code, out, err = run(
+        "train", "tiny.yaml", "data.sources.0.documents=[short.txt]", NAMED
+    )
     assert (code, out) == (2, "")
     assert err.endswith(
-        "error: store 'text': the corpus has 11 tokens, fewer than seq_len=32; give more text, or "
+        "error: store 'text': the corpus has 11 tokens, fewer than seq_len=32; give "
+        "more text, or "
         "lower seq_len\n"
     )
     # What was prepared is whole, and no run was begun.
-    assert {path.name for path in (home / "tiny").iterdir()} == {"config.yaml", "data", "tokenizer"}
+    assert {path.name for path in (home / "tiny").iterdir()} == {
+        "config.yaml",
+        "data",
+        "tokenizer",
+    }
     assert load_tokenizer(home / "tiny/tokenizer").vocab_size == 300
     assert [path.name for path in (home / "tiny/data/text").iterdir()] == ["all"]
     shutil.rmtree(home / "tiny")

@@ -1,4 +1,5 @@
-"""Promise: ``maxlm config`` prints what a run resolves to, its schema and the shipped names."""
+"""Promise: ``maxlm config`` prints what a run resolves to, its schema and the shipped
+names."""
 
 import json
 import re
@@ -46,8 +47,12 @@ def test_a_page_made_from_the_code_is_what_the_code_says(name):
 
 def test_the_example_of_the_api_runs(tmp_path):
     """A model is trained, saved, loaded and asked to continue a text."""
-    code = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)[0]
+    code = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)[
+        0
+    ]
     environment = tiny.environment(tmp_path) | {"HOME": str(tmp_path)}
     command = [sys.executable, "-c", code]
     out = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
-    assert [words in out for words in ("fits: True", "'bits_per_byte': ", "Document")] == [True] * 3
+    assert [
+        words in out for words in ("fits: True", "'bits_per_byte': ", "Document")
+    ] == [True] * 3

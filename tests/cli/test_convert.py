@@ -1,5 +1,5 @@
-"""maxlm convert: there and back, and a line for whatever is wrong with what it is given, with
-nothing left behind."""
+"""maxlm convert: there and back, and a line for whatever is wrong with what it is
+given, with nothing left behind."""
 
 import contextlib
 import json
@@ -29,19 +29,25 @@ def config(**values) -> Change:
     def change(folder: Path) -> None:
         path = folder / "config.json"
         new = json.loads(path.read_text()) | values
-        path.write_text(json.dumps({key: value for key, value in new.items() if value is not None}))
+        path.write_text(
+            json.dumps({key: value for key, value in new.items() if value is not None})
+        )
 
     return change
 
 
 def without_a_norm(folder: Path) -> None:
-    tensors = {key: value for key, value in golden("llama").tensors.items() if key != NORM}
+    tensors = {
+        key: value for key, value in golden("llama").tensors.items() if key != NORM
+    }
     shutil.rmtree(folder)
     folder_of("llama", folder, tensors)
 
 
 def larger_tokenizer(folder: Path) -> None:
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), [bytes(range(32, 127)) * 9])
+    tokenizer = train_tokenizer(
+        TokenizerConfig(vocab_size=300), [bytes(range(32, 127)) * 9]
+    )
     tokenizer.save(folder.parent / "tokenizer")
     export_tokenizer(load_tokenizer(folder.parent / "tokenizer"), folder)
     shutil.rmtree(folder.parent / "tokenizer")
@@ -51,23 +57,30 @@ def larger_tokenizer(folder: Path) -> None:
 REFUSED: list[tuple[Change, str]] = [
     (
         config(architectures=["LLamaForCausalLM"]),
-        "their/config.json: the architecture LLamaForCausalLM is not supported; did you "
+        "their/config.json: the architecture LLamaForCausalLM is not supported; did "
+        "you "
         "mean LlamaForCausalLM?",
     ),
     (config(num_key_value_heads=4), "their/config.json: model.attention: ..."),
     (
         config(num_hidden_layers=None),
-        "their/config.json: num_hidden_layers is missing; take it from the published model",
+        "their/config.json: num_hidden_layers is missing; take it from the published "
+        "model",
     ),
-    (without_a_norm, f"their: the files lack {NORM}; check that the config is this model's"),
+    (
+        without_a_norm,
+        f"their: the files lack {NORM}; check that the config is this model's",
+    ),
     (
         larger_tokenizer,
-        "their: the tokenizer has 300 ids, the model's table 97 rows; use the tokenizer that the "
+        "their: the tokenizer has 300 ids, the model's table 97 rows; use the "
+        "tokenizer that the "
         "model was trained with",
     ),
     (
         lambda folder: (folder / "config.json").unlink(),
-        "their: neither config.json nor config.yaml here; name a Hugging Face checkpoint's folder, "
+        "their: neither config.json nor config.yaml here; name a Hugging Face "
+        "checkpoint's folder, "
         "or a run's such as runs/demo",
     ),
     (
@@ -101,14 +114,18 @@ def test_targets_that_are_there(check_refused, home):
         os.chdir("here")
         message = ".: the folder that this runs in cannot be replaced; name another"
         check_refused(home, ["convert", "../../their", "."], message)
-    check_refused(home, ["convert", "nowhere", "runs/other"], "nowhere: no such folder; ...")
+    check_refused(
+        home, ["convert", "nowhere", "runs/other"], "nowhere: no such folder; ..."
+    )
 
 
 PARAMETERS = sum(tensor.size for tensor in golden("llama").tensors.values())
 REFUSED_BACK = {
-    "new --dtype int4": "no number format 'int4'; use one of float32, bfloat16, float16",
+    "new --dtype int4": "no number format 'int4'; use one of float32, bfloat16, "
+    "float16",
     "new --family lama": "no family 'lama'; known are gpt2, llama, mistral, qwen2, ...",
-    "new --family gpt2": "config.yaml: model: GPT2LMHeadModel has no word for ...; name another "
+    "new --family gpt2": "config.yaml: model: GPT2LMHeadModel has no word for ...; "
+    "name another "
     "--family, or change the model",
     "new --step 3": "runs/mine/checkpoints: no checkpoint of step 3; use one of 0",
     "new --shard-gb nan": "--shard-gb nan; use a number above 0",
@@ -130,5 +147,7 @@ def test_there_and_back(run, check_refused, home):
     assert all(got[key].tobytes() == value.tobytes() for key, value in want.items())
     for arguments, message in REFUSED_BACK.items():
         check_refused(home, ["convert", "runs/mine", *arguments.split()], message)
-    message = "their: --dtype float32 says how a run is written, and this is a published ..."
+    message = (
+        "their: --dtype float32 says how a run is written, and this is a published ..."
+    )
     check_refused(home, ["convert", "their", "new", "--dtype", "float32"], message)

@@ -1,4 +1,5 @@
-"""``maxlm corpus``: from raw lines over labels to a token store, through the real entry point."""
+"""``maxlm corpus``: from raw lines over labels to a token store, through the real entry
+point."""
 
 import json
 
@@ -24,7 +25,11 @@ FRENCH = "La rivière traverse la vieille ville, et le soir les gens se promène
 
 @pytest.fixture
 def recipe(tmp_path):
-    texts = [ENGLISH * 3 + f"Number {i}." for i in range(8)] + [FRENCH * 4, "Too short.", ENGLISH]
+    texts = [ENGLISH * 3 + f"Number {i}." for i in range(8)] + [
+        FRENCH * 4,
+        "Too short.",
+        ENGLISH,
+    ]
     rows = [{"id": f"d{i}", "text": text} for i, text in enumerate([*texts, texts[2]])]
     documents = tmp_path / "raw.jsonl"
     documents.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
@@ -34,11 +39,15 @@ def recipe(tmp_path):
 
 
 def test_from_raw_lines_to_a_store(recipe, tmp_path, run):
-    corpus, store, tokenizer = (str(tmp_path / name) for name in ("corpus", "store", "tokenizer"))
+    corpus, store, tokenizer = (
+        str(tmp_path / name) for name in ("corpus", "store", "tokenizer")
+    )
     code, out, err = run("corpus", "run", recipe)
     assert code == 0
     assert "language: 1 of 1 parts" in err
-    assert [name in out for name in ("all documents", "english", "long", "unique")] == [True] * 4
+    assert [name in out for name in ("all documents", "english", "long", "unique")] == [
+        True
+    ] * 4
     lost = "text lost: 0 (of 1 documents dropped as copies and 0 passages cut)"
     assert lost in out
     page = tmp_path / "page.html"
@@ -62,7 +71,9 @@ def test_from_raw_lines_to_a_store(recipe, tmp_path, run):
     assert json.loads(run("corpus", "info", store, "--json").out)["num_documents"] == 9
 
 
-def test_a_document_is_shown_with_its_labels_and_a_rule_can_be_tried(recipe, tmp_path, run):
+def test_a_document_is_shown_with_its_labels_and_a_rule_can_be_tried(
+    recipe, tmp_path, run
+):
     corpus = tmp_path / "corpus"
     assert run("corpus", "run", recipe).code == 0
     _, out, err = run("corpus", "show", corpus, "d11")
@@ -95,7 +106,8 @@ def test_mistakes_end_in_one_line(recipe, tmp_path, check_refused, setting, mess
 
 
 @pytest.mark.parametrize(
-    "arguments", [("run", "recipe.yaml"), ("report", "corpus"), ("show", "corpus", "d1")]
+    "arguments",
+    [("run", "recipe.yaml"), ("report", "corpus"), ("show", "corpus", "d1")],
 )
 def test_without_the_packages(recipe, tmp_path, check_refused, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
@@ -103,16 +115,25 @@ def test_without_the_packages(recipe, tmp_path, check_refused, monkeypatch, argu
     (tmp_path / "corpus" / "corpus.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     what = f"{arguments[1]}: a corpus needs pyarrow, which is not installed; "
-    check_refused(tmp_path, ["corpus", *arguments], f"{what}pip install 'maxlm[corpus]'")
+    check_refused(
+        tmp_path, ["corpus", *arguments], f"{what}pip install 'maxlm[corpus]'"
+    )
 
 
 def test_a_perplexity_model_is_trained_and_calibrated(tmp_path, run, check_refused):
     words = ENGLISH.lower().replace(",", "").replace(".", "").split()
-    texts = [" ".join(words[i % 7 :] + words[: i % 11]) + f" w{i % 5}" for i in range(60)]
+    texts = [
+        " ".join(words[i % 7 :] + words[: i % 11]) + f" w{i % 5}" for i in range(60)
+    ]
     text = tmp_path / "prose.jsonl"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in texts))
     model = tmp_path / "en"
-    fallback = ["--set", "ngrams.discount_fallback=[0.5,1,1.5]", "--set", "ngrams.order=3"]
+    fallback = [
+        "--set",
+        "ngrams.discount_fallback=[0.5,1,1.5]",
+        "--set",
+        "ngrams.order=3",
+    ]
     train = ["corpus", "train-perplexity", text, "--out", model, *fallback]
     code, out, _ = run(*train, "--set", "hold_out=2")
     assert code == 0
@@ -123,12 +144,20 @@ def test_a_perplexity_model_is_trained_and_calibrated(tmp_path, run, check_refus
     calibrate = ["corpus", "calibrate-perplexity"]
     assert "of 60 reference" in run(*calibrate, model, *sample).out
     after = json.loads((model / "cutoffs.json").read_text())
-    assert (after["reference_documents"], after["model_sha256"]) == (60, before["model_sha256"])
+    assert (after["reference_documents"], after["model_sha256"]) == (
+        60,
+        before["model_sha256"],
+    )
     percentiles = ["--set", "percentiles=[0,100]"]
-    out = run(*calibrate, model / "model.arpa", *sample, *percentiles, "--out", tmp_path / "b").out
+    out = run(
+        *calibrate, model / "model.arpa", *sample, *percentiles, "--out", tmp_path / "b"
+    ).out
     low, high = json.loads((tmp_path / "b" / "cutoffs.json").read_text())["cutoffs"]
     assert low < after["cutoffs"][0] < after["cutoffs"][1] < high
-    assert f"head up to {low:,.1f}, tail beyond {high:,.1f}\nthe model: {tmp_path / 'b'}\n" in out
+    assert (
+        f"head up to {low:,.1f}, tail beyond {high:,.1f}\nthe model: {tmp_path / 'b'}\n"
+        in out
+    )
     arpa = str(model / "model.arpa")
     message = f"{arpa}: this is no model's folder; name a folder ... with --out"
     check_refused(model, [*calibrate, arpa, *map(str, sample)], message)

@@ -1,4 +1,5 @@
-"""What README.md and docs/*.md show as a command's output is what the command prints."""
+"""What README.md and docs/*.md show as a command's output is what the command
+prints."""
 
 import runpy
 from pathlib import Path
@@ -12,7 +13,8 @@ TABLE = ["name    seconds", "", "one       1.5 s", "two        12 s", "three    
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_show_what_commands_print(page):
-    """Fails too where a block shows output without its command or a reason not to run it."""
+    """Fails too where a block shows output without its command or a reason not to run
+    it."""
     new = OUTPUTS["rewrite_page"](page, OUTPUTS["run_command"])
     assert page.read_text() == new, "write it anew: make docs"
 
@@ -20,7 +22,9 @@ def test_pages_show_what_commands_print(page):
 def rewrite(tmp_path: Path, text: str) -> str:
     page = tmp_path / "page.md"
     page.write_text(text)
-    return OUTPUTS["rewrite_page"](page, lambda command: TABLE if command == "maxlm x" else [])
+    return OUTPUTS["rewrite_page"](
+        page, lambda command: TABLE if command == "maxlm x" else []
+    )
 
 
 def test_figures_are_written_anew_and_the_selection_stays(tmp_path):
@@ -31,7 +35,9 @@ def test_figures_are_written_anew_and_the_selection_stays(tmp_path):
     # Lines that are no longer left out need no elision.
     block = "<!-- run: maxlm x -->\n```text\n{}\n```\n"
     whole = block.format("\n".join(TABLE))
-    elided = "name    seconds\n...\n\none       1.5 s\n...\ntwo        12 s\nthree     2 min"
+    elided = (
+        "name    seconds\n...\n\none       1.5 s\n...\ntwo        12 s\nthree     2 min"
+    )
     assert rewrite(tmp_path, block.format(elided)) == whole
     assert rewrite(tmp_path, whole) == whole
 
@@ -40,8 +46,14 @@ def test_figures_are_written_anew_and_the_selection_stays(tmp_path):
     ("text", "message"),
     [
         ("```\nerror: no\n```\n", "page.md:1: a block of output without its command"),
-        ("a\n\n```\n$ maxlm x\nno such words\n```\n", "page.md:3: no line printed is like"),
-        ("```\n$ maxlm x\ntwo 1 s\nname seconds\n```\n", "page.md:1: no line printed is like"),
+        (
+            "a\n\n```\n$ maxlm x\nno such words\n```\n",
+            "page.md:3: no line printed is like",
+        ),
+        (
+            "```\n$ maxlm x\ntwo 1 s\nname seconds\n```\n",
+            "page.md:1: no line printed is like",
+        ),
     ],
 )
 def test_what_no_command_prints_is_refused(tmp_path, text, message):

@@ -1,4 +1,5 @@
-"""``maxlm generate``: options reach the sampler, text reaches the terminal as it comes."""
+"""``maxlm generate``: options reach the sampler, text reaches the terminal as it
+comes."""
 
 import io
 import sys
@@ -12,7 +13,8 @@ from maxlm.run import FinalSamplesConfig
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the command asked for; every row is continued by its number, piece by piece."""
+    """What the command asked for; every row is continued by its number, piece by
+    piece."""
     seen = SimpleNamespace()
 
     def load_model(folder, *, step):
@@ -48,7 +50,13 @@ def test_prompts_and_what_follows_them(calls, run):
 def test_options_go_before_the_runs_own_settings(calls, run):
     run("generate", "runs/x", "p")
     assert calls.sampling == SamplingConfig(temperature=0.25, top_k=7)
-    options = ["--temperature=0", "--top-p=0.5", "--max-new-tokens=3", "--seed=9", "--step=40"]
+    options = [
+        "--temperature=0",
+        "--top-p=0.5",
+        "--max-new-tokens=3",
+        "--seed=9",
+        "--step=40",
+    ]
     run("generate", "runs/x", "p", *options)
     assert calls.step == 40
     assert calls.sampling == SamplingConfig(

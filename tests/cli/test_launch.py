@@ -1,4 +1,5 @@
-"""maxlm launch: what is refused in which words, what is written, what clients are given."""
+"""maxlm launch: what is refused in which words, what is written, what clients are
+given."""
 
 import json
 import os
@@ -93,7 +94,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     for short, long in SHORT.items():
         given = given.replace(short, shlex.join(long))
     arguments = [
-        word.replace("\\n", "\n").replace("\\udcff", "\udcff") for word in shlex.split(given)
+        word.replace("\\n", "\n").replace("\\udcff", "\udcff")
+        for word in shlex.split(given)
     ]
     whole = ["launch", *arguments, "--out", "job", "--submit"]
     check_refused(tmp_path, whole, f"...{' '.join(message.split())}...")
@@ -110,7 +112,10 @@ STORE_PLACEHOLDERS = [
     "data.sources=[{store: /path/to/tokens}]",
     "tokenizer.path=/path/to/tokenizer",
 ]
-ROW_PLACEHOLDERS = ["task.files=[/path/to/rows.jsonl]", "train.start_from=/path/to/model"]
+ROW_PLACEHOLDERS = [
+    "task.files=[/path/to/rows.jsonl]",
+    "train.start_from=/path/to/model",
+]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,9 @@ ROW_PLACEHOLDERS = ["task.files=[/path/to/rows.jsonl]", "train.start_from=/path/
         ),
     ],
 )
-def test_a_recipe_without_data_gets_a_job_with_placeholders(arguments, placeholders, client, run):
+def test_a_recipe_without_data_gets_a_job_with_placeholders(
+    arguments, placeholders, client, run
+):
     """Paths put in their place make the job that these paths themselves make."""
     Path("my.yaml").write_text("include: llama2_7b\n")
     paths = [setting.replace("/path/to/", "/data/") for setting in placeholders]
@@ -166,9 +173,13 @@ def test_a_template_of_ones_own(run, check_refused, tmp_path):
         "train.start_from=/data/llama",
     ]
     made = run("launch", "slurm", *rows, "--template", str(own)).out
-    assert made.startswith("llama3-8b-sft-lora on 8: maxlm tune llama3_8b_sft_lora folder=")
+    assert made.startswith(
+        "llama3-8b-sft-lora on 8: maxlm tune llama3_8b_sft_lora folder="
+    )
     own.write_text("{{ name }}\n{{ nmae }}\n")
-    check_refused(tmp_path, job, "...own.j2: 'nmae' is undefined; compare with the shipped...")
+    check_refused(
+        tmp_path, job, "...own.j2: 'nmae' is undefined; compare with the shipped..."
+    )
     own.write_text("\n{% if %}\n")
     check_refused(tmp_path, job, "...own.j2:2: ...")
     where = str(own / "job")
@@ -185,7 +196,8 @@ sys.exit({code})
 
 @pytest.fixture
 def client(tmp_path, monkeypatch):
-    """Puts a stand-in for a scheduler's client on the PATH, which prints what it is given."""
+    """Puts a stand-in for a scheduler's client on the PATH, which prints what it is
+    given."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     (tmp_path / "bin").mkdir()
@@ -218,11 +230,23 @@ START = (
         ),
         (
             ["ray", *GPU],
-            ["ray job submit --no-wait --working-dir runs/llama2_7b/launch -- python driver.py"],
+            [
+                "ray job submit --no-wait --working-dir runs/llama2_7b/launch -- "
+                "python driver.py"
+            ],
             "driver.py",
         ),
         (
-            ["tpu-vm", *TPU, "--name", "mine", "--zone", "us-east5-a", "--project", "p"],
+            [
+                "tpu-vm",
+                *TPU,
+                "--name",
+                "mine",
+                "--zone",
+                "us-east5-a",
+                "--project",
+                "p",
+            ],
             [
                 f"{TPU_VM} scp {{kept}} mine:maxlm-mine.sh.new {WHERE}",
                 f"{TPU_VM} ssh mine {WHERE} '--command={START}'",
@@ -236,7 +260,9 @@ def test_submit(arguments, calls, kept, client, run):
     calls = [shlex.split(call.format(kept=path)) for call in calls]
     job = ["launch", *arguments, "--submit"]
     code, _, err = run(*job)
-    what = f"{path}: {calls[0][0]} is not on the PATH here; the job is kept in this file"
+    what = (
+        f"{path}: {calls[0][0]} is not on the PATH here; the job is kept in this file"
+    )
     assert (code, what in err) == (2, True)
     text = Path(path).read_text()
     # What is submitted is what is kept, wherever else it is written.

@@ -1,4 +1,5 @@
-"""Promise: the command line starts fast, and a mistake is one line on stderr with exit code 2."""
+"""Promise: the command line starts fast, and a mistake is one line on stderr with exit
+code 2."""
 
 import errno
 import subprocess
@@ -51,7 +52,9 @@ sys.exit(main())
     assert imported == "0 0 2"
     assert ours == "maxlm.cli"
     assert done.returncode == 2
-    assert done.stderr.endswith("error: maxlm: no such command 'trian'; did you mean 'train'?\n")
+    assert done.stderr.endswith(
+        "error: maxlm: no such command 'trian'; did you mean 'train'?\n"
+    )
 
 
 def test_help_lists_every_verb_with_its_line_and_the_version_is_the_packages(run):
@@ -67,7 +70,9 @@ def test_a_verb_or_a_group_is_called_with_its_arguments_and_has_help(run, verb):
     assert run("train", "demo", "a.b=1", "c=-2", "--steps", "3") == (0, out, "")
     code, out, _ = run("train", "--help")
     assert code == 0
-    assert [x in out for x in ("Trains for a while.", "maxlm train", "--steps")] == [True] * 3
+    assert [x in out for x in ("Trains for a while.", "maxlm train", "--steps")] == [
+        True
+    ] * 3
     group = typer.Typer(no_args_is_help=True)
     group.command("only")(command)
     verb(group)
@@ -81,9 +86,15 @@ def test_a_verb_or_a_group_is_called_with_its_arguments_and_has_help(run, verb):
     [
         (["trian"], "maxlm: no such command 'trian'; did you mean 'train'?"),
         (["--vresion"], "maxlm: no such option --vresion; did you mean --version?"),
-        (["train", "x", "--zzz"], "maxlm train: no such option --zzz; see 'maxlm train --help'"),
+        (
+            ["train", "x", "--zzz"],
+            "maxlm train: no such option --zzz; see 'maxlm train --help'",
+        ),
         (["train"], "maxlm train: missing argument 'config'; see 'maxlm train --help'"),
-        (["config", "shwo"], "maxlm config: no such command 'shwo'; did you mean 'show'?"),
+        (
+            ["config", "shwo"],
+            "maxlm config: no such command 'shwo'; did you mean 'show'?",
+        ),
     ],
 )
 def test_usage_errors(run, verb, arguments, line):
@@ -162,6 +173,10 @@ def test_an_object_store_is_refused_and_no_folder_is_made(
     """Only stores to read and copies of checkpoints may lie there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "a.yaml").write_text("{out: 's3://b/x', sources: [{name: a, documents: [a.txt]}]}")
+    (tmp_path / "a.yaml").write_text(
+        "{out: 's3://b/x', sources: [{name: a, documents: [a.txt]}]}"
+    )
     fix = "use a folder here, and copy it with aws s3 sync"
-    check_refused(tmp_path, arguments.split(), f"...s3://b/x is not on a disk; ...; {fix}")
+    check_refused(
+        tmp_path, arguments.split(), f"...s3://b/x is not on a disk; ...; {fix}"
+    )

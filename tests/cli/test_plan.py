@@ -1,4 +1,5 @@
-"""maxlm plan: exit codes that gate a pull request, one line for a mistake, what is written."""
+"""maxlm plan: exit codes that gate a pull request, one line for a mistake, what is
+written."""
 
 import json
 import subprocess
@@ -18,15 +19,26 @@ sys.argv = ["maxlm", "plan", "llama3_8b"]
 assert main() == 0 and gc.get_freeze_count() > 100_000
 print([path for path in linecache.cache if "/maxlm/" in path], *sys.modules)
 """
-HEAVY = {"grain", "matplotlib", "orbax", "tensorstore", "tokenizers", "sentencepiece", "pyarrow"}
+HEAVY = {
+    "grain",
+    "matplotlib",
+    "orbax",
+    "tensorstore",
+    "tokenizers",
+    "sentencepiece",
+    "pyarrow",
+}
 HEAVY |= {"jax.experimental.pallas.tpu", "jax.experimental.pallas.triton"}
 FITS = ["plan", "llama2_7b", "data.batch_size=128", "--on", "v5p-64"]
 
 
 def test_starts_without_what_it_does_not_need():
-    """No heavy module, no source read for docstrings, no search for garbage at the end."""
+    """No heavy module, no source read for docstrings, no search for garbage at the
+    end."""
     code = [sys.executable, "-c", STARTS]
-    sources, *modules = subprocess.check_output(code, text=True).splitlines()[-1].split()
+    sources, *modules = (
+        subprocess.check_output(code, text=True).splitlines()[-1].split()
+    )
     assert (sources, HEAVY & {*modules}) == ("[]", set())
 
 
@@ -42,21 +54,42 @@ def test_exit_codes(run):
     ("arguments", "words"),
     [
         (["llama2_7b", "--on", "v9-8"], "no machine is called 'v9-8'"),
-        (["llama2_7b", "--on", "v5p-64", "--mesh", "fsdp=7"], "needs 7 devices, 32 here"),
+        (
+            ["llama2_7b", "--on", "v5p-64", "--mesh", "fsdp=7"],
+            "needs 7 devices, 32 here",
+        ),
         (["llama2_7b", "--price", "2"], "--price needs a machine"),
         (["llama2_7b", "--compile-top", "2"], "--compile-top needs a machine"),
-        (["llama2_7b", "--restart", "2"], "--device-mtbf, --restart or --checkpoint needs a"),
+        (
+            ["llama2_7b", "--restart", "2"],
+            "--device-mtbf, --restart or --checkpoint needs a",
+        ),
         ([*FITS[1:], "--devices", "8"], "--devices goes without --on"),
         (["diff", "nowhere.json", "nowhere.json"], "nowhere.json"),
         (["diff", "llama2_7b"], "missing argument 'second'"),
-        (["diff", "llama2_7b", "llama2_7b model.remaat=mlp"], "unknown key model.remaat"),
+        (
+            ["diff", "llama2_7b", "llama2_7b model.remaat=mlp"],
+            "unknown key model.remaat",
+        ),
         ([*FITS[1:], "--search", "--mesh", "fsdp=32"], "--mesh is what --search"),
         ([*FITS[1:], "--top", "2"], "--top is how many a search shows"),
         (["llama3_8b", "--serve"], "--serve needs a machine"),
-        (["llama3_8b", "--serve", "--on", "v5p-8", "--cache", "int3"], "'auto', 'int8', 'int4'"),
-        (["llama3_8b", "--serve", "--on", "v5p-8", "--compile"], "--compile is of training"),
-        (["llama3_8b", "--serve", "--on", "v5p-8", "--devices", "8"], "--devices is of training"),
-        (["llama3_8b", "--serve", "--on", "v5p-8", "--mesh", "stage=4"], "stage does not split"),
+        (
+            ["llama3_8b", "--serve", "--on", "v5p-8", "--cache", "int3"],
+            "'auto', 'int8', 'int4'",
+        ),
+        (
+            ["llama3_8b", "--serve", "--on", "v5p-8", "--compile"],
+            "--compile is of training",
+        ),
+        (
+            ["llama3_8b", "--serve", "--on", "v5p-8", "--devices", "8"],
+            "--devices is of training",
+        ),
+        (
+            ["llama3_8b", "--serve", "--on", "v5p-8", "--mesh", "stage=4"],
+            "stage does not split",
+        ),
         (
             ["llama3_8b", "--serve", "--on", "v5p-8", "--weights", "fp8"],
             "--weights fp8: maxlm serves no quantized weights yet",
@@ -76,7 +109,9 @@ def test_no_compiler_here(run, monkeypatch):
 
 def test_on_this_machine_with_its_own_compiler(run):
     settings = ["data.batch_size=8", "model.num_layers=2", "optimizer.kind=adamw"]
-    out = json.loads(run("plan", "demo", *settings, "--on", "cpux8", "--compile", "--json").out)
+    out = json.loads(
+        run("plan", "demo", *settings, "--on", "cpux8", "--compile", "--json").out
+    )
     assert out["machine"]["words"] == "8 CPU devices on one host"
     assert out["compiled"]["fits"]
     assert out["compiled"]["seconds"] > 0
@@ -93,7 +128,9 @@ def test_on_this_machine_with_its_own_compiler(run):
     assert products["plan"] == pytest.approx(products["compiler"], rel=1e-3)
     sent = out["compiled"]["collectives"]
     planned = sum(row["planned_bytes"] for row in sent)
-    assert planned == pytest.approx(sum(row["compiled_bytes"] for row in sent), rel=0.05)
+    assert planned == pytest.approx(
+        sum(row["compiled_bytes"] for row in sent), rel=0.05
+    )
     gathers = next(row for row in sent if row["kind"] == "all-gather")
     assert (gathers["axes"], gathers["compiled_runs"] >= 2) == ("fsdp", True)
     assert planned == pytest.approx(sum(c["sent_bytes"] for c in out["collectives"]))
@@ -134,9 +171,14 @@ def test_diff_of_files_folders_and_configs(run, tmp_path):
     assert diff["memory"]["activations"][1] > diff["memory"]["activations"][0]
     assert set(diff["time"]) >= {"products", "step", "mfu"}
     assert run("plan", "diff", first, first) == (0, "no difference\n", "")
-    configs = ["llama2_7b data.batch_size=128", "llama2_7b data.batch_size=128 mesh.tensor=4"]
+    configs = [
+        "llama2_7b data.batch_size=128",
+        "llama2_7b data.batch_size=128 mesh.tensor=4",
+    ]
     out = run("plan", "diff", *configs, "--on", "v5p-64").out
-    tensor = next(line.split() for line in out.splitlines() if line.startswith("tensor"))
+    tensor = next(
+        line.split() for line in out.splitlines() if line.startswith("tensor")
+    )
     assert tensor == ["tensor", "1", "4", "+300.0%"]
     assert "all-reduce over tensor" in " ".join(out.split())
     for text in ('{"mesh": 1, "rows": 2, "memory": 3}', "{", "[]"):
@@ -189,7 +231,8 @@ def test_where_the_compiler_finds_no_room(run, monkeypatch):
     assert code == 1
     compiled = json.loads(out)["compiled"]
     assert (compiled["fits"], "20G of 16G" in compiled["words"]) == (False, True)
-    # The first that fits by both accounts wins; where none compiled does, none is printed.
+    # The first that fits by both accounts wins; where none compiled does, none is
+    # printed.
     code, out, _ = run(*settings, "--compile-top", "40")
     plan = json.loads(out)
     best = plan["search"]["best"]
@@ -205,9 +248,12 @@ def test_where_the_compiler_finds_no_room(run, monkeypatch):
 
 
 def test_a_search_keeps_to_what_a_run_allows_and_json_stays_json(run):
-    """An expert's capacity is counted in whole sequences: no candidate may split them."""
+    """An expert's capacity is counted in whole sequences: no candidate may split
+    them."""
     settings = ["model.moe.dispatch=capacity", "data.batch_size=16"]
-    code, out, err = run("plan", "mixtral_8x7b", *settings, "--on", "v5p-256", "--search", "--json")
+    code, out, err = run(
+        "plan", "mixtral_8x7b", *settings, "--on", "v5p-256", "--search", "--json"
+    )
     plan = json.loads(out)
     best = plan["search"]["best"]
     assert (code, plan["fits"], "candidates in" in err) == (0, True, True)
@@ -219,7 +265,9 @@ def test_a_search_keeps_to_what_a_run_allows_and_json_stays_json(run):
 def test_serving(run, tmp_path):
     """A run's folder, its best split, and the exit codes."""
     own = ["plan", "models/llama3_1_8b", "--serve", "--on", "h100x8"]
-    code, out, _ = run(*own, "--tpot-ms", "30", "--search", "--top", "2", "--price", "2")
+    code, out, _ = run(
+        *own, "--tpot-ms", "30", "--search", "--top", "2", "--price", "2"
+    )
     assert (code, "12 fit" in out, "for a million" in out) == (0, True, True)
     assert run(*own, "--tpot-ms", "1").code == 1
     code, out, _ = run("plan", "llama3_70b", "--serve", "--on", "h100x1")
@@ -228,5 +276,9 @@ def test_serving(run, tmp_path):
     sizes = ["--mesh", "data=4,tensor=2", "--batch", "64", "--cache", "int8"]
     page = ["--html", str(tmp_path / "page.html"), "--json"]
     plan = json.loads(run("plan", str(tmp_path), *own[2:], *sizes, *page).out)
-    assert (plan["name"], plan["point"]["batch"], plan["mesh"]["tensor"]) == ("mine", 64, 2)
+    assert (plan["name"], plan["point"]["batch"], plan["mesh"]["tensor"]) == (
+        "mine",
+        64,
+        2,
+    )
     assert '"name": "mine"' in (tmp_path / "page.html").read_text()

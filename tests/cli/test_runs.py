@@ -12,7 +12,9 @@ def test_list(run, tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text("train: {steps: 20000}")
     (tmp_path / "empty").mkdir()
-    assert [line.split() for line in run("runs", "list", tmp_path).out.splitlines()] == [
+    assert [
+        line.split() for line in run("runs", "list", tmp_path).out.splitlines()
+    ] == [
         ["run", "step", "of", "state", "loss", "goodput"],
         ["new", "0", "20,000", "not", "begun", "-", "-"],
         ["seven", "102", "-", "preempted", "0.0490", "56.0%"],
@@ -59,7 +61,9 @@ def test_a_run_that_went_silent(run, tmp_path):
         ),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message, check_refused, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line(
+    arguments, message, check_refused, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "seven")
     check_refused(tmp_path, ["runs", *arguments], message)

@@ -44,8 +44,12 @@ def talk(monkeypatch, run, tokenizer):
 
 def test_a_conversation_by_lines(talk, tmp_path):
     saved = tmp_path / "talk.json"
-    lines = f"hällo\n\nagain\n/save {saved}\n/reset\nanew\n/nonsense\n/save\n/quit\nnever\n"
-    (code, out, err), engine = talk(lines, "--system", "Be kind.", "temperature=0.5", "seed=7")
+    lines = (
+        f"hällo\n\nagain\n/save {saved}\n/reset\nanew\n/nonsense\n/save\n/quit\nnever\n"
+    )
+    (code, out, err), engine = talk(
+        lines, "--system", "Be kind.", "temperature=0.5", "seed=7"
+    )
     assert (code, out) == (0, "1:hällo 🐈\n2:again 🐈\n1:anew 🐈\n")
     assert err.count("tokens/s") == 3
     assert "no command '/nonsense'" in err
@@ -54,14 +58,19 @@ def test_a_conversation_by_lines(talk, tmp_path):
         *[("system", "Be kind."), ("user", "hällo"), ("assistant", "1:hällo 🐈")],
         *[("user", "again"), ("assistant", "2:again 🐈")],
     ]
-    prompts = [engine.tokenizer.decode(request.prompt_tokens) for request in engine.requests]
+    prompts = [
+        engine.tokenizer.decode(request.prompt_tokens) for request in engine.requests
+    ]
     assert all(prompt.startswith("<|im_start|>system\nBe kind.") for prompt in prompts)
     assert "hällo" in prompts[1]
     assert "hällo" not in prompts[2]
     assert [request.sampling.seed for request in engine.requests] == [7, 8, 9]
     assert {request.sampling.temperature for request in engine.requests} == {0.5}
     for request in engine.requests:  # an answer may fill the context
-        assert len(request.prompt_tokens) + request.sampling.max_new_tokens == engine.max_length
+        assert (
+            len(request.prompt_tokens) + request.sampling.max_new_tokens
+            == engine.max_length
+        )
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_program(talk):
@@ -103,7 +112,13 @@ def test_serve_says_what_is_wrong_before_it_loads(tmp_path, check_refused):
     for option in ("--api-key-file", "--chat-template"):
         for given, what in (("no", "does not exist"), (".", "is a directory")):
             line = f"maxlm serve: invalid value for '{option}': file...{what}..."
-            check_refused(tmp_path, ["serve", "runs/none", option, f"{tmp_path}/{given}"], line)
+            check_refused(
+                tmp_path, ["serve", "runs/none", option, f"{tmp_path}/{given}"], line
+            )
     for verb in (["serve", "--port", "0"], ["chat"]):
-        check_refused(tmp_path, [*verb, f"{tmp_path}/no"], f"{tmp_path}/no: no such folder...")
-        check_refused(tmp_path, [*verb, f"{tmp_path}"], f"{tmp_path}: neither config.yaml...")
+        check_refused(
+            tmp_path, [*verb, f"{tmp_path}/no"], f"{tmp_path}/no: no such folder..."
+        )
+        check_refused(
+            tmp_path, [*verb, f"{tmp_path}"], f"{tmp_path}: neither config.yaml..."
+        )

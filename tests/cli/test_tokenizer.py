@@ -26,7 +26,9 @@ def trained(corpus, tmp_path):
     return out
 
 
-def test_text_piped_through_encode_and_decode_is_unchanged(trained, capfdbinary, monkeypatch):
+def test_text_piped_through_encode_and_decode_is_unchanged(
+    trained, capfdbinary, monkeypatch
+):
     data = b" \xff\r\n<|user|> gr\xc3\xb6\xc3\x9fer\0 "
     capfdbinary.readouterr()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
@@ -40,7 +42,9 @@ def test_text_piped_through_encode_and_decode_is_unchanged(trained, capfdbinary,
 
 
 def test_encode_an_argument_and_decode_arguments(trained, run):
-    ids = run("tokenizer", "encode", trained, "a<|user|>", "--allow-special").out.split()
+    ids = run(
+        "tokenizer", "encode", trained, "a<|user|>", "--allow-special"
+    ).out.split()
     assert (len(ids), ids[1]) == (2, "299")
     assert run("tokenizer", "decode", trained, *ids).out == "a<|user|>"
 
@@ -56,24 +60,39 @@ def test_stats(trained, corpus, run):
     assert "bytes per token" in table
 
 
-def test_an_existing_tokenizer_is_kept_unless_forced(trained, corpus, run, check_refused):
-    arguments = ["tokenizer", "train", str(corpus), "--vocab-size", "280", "--out", str(trained)]
+def test_an_existing_tokenizer_is_kept_unless_forced(
+    trained, corpus, run, check_refused
+):
+    arguments = [
+        "tokenizer",
+        "train",
+        str(corpus),
+        "--vocab-size",
+        "280",
+        "--out",
+        str(trained),
+    ]
     message = "there is a tokenizer here already; add --force to replace it, or choose another"
     check_refused(trained, arguments, f"{trained}: {message} --out")
     assert ": bpe, 280 tokens, " in run(*arguments, "--force").out
 
 
 MISTAKES = {
-    "train text.txt --out nothing --vocab-size 100": "vocab_size=100 has no room for every byte "
+    "train text.txt --out nothing --vocab-size 100": "vocab_size=100 has no room for "
+    "every byte "
     "and special token; set it to 257 (256 bytes, 1 special) or more",
-    "train empty.txt --out nothing": "no text to train a tokenizer on; give text that is not empty",
-    "encode nothing x": "nothing: no such folder; name a folder that `maxlm tokenizer train` wrote",
-    "train text.txt --out nothing --lowercase": "a tokenizer of kind bpe keeps case; leave "
+    "train empty.txt --out nothing": "no text to train a tokenizer on; give text that "
+    "is not empty",
+    "encode nothing x": "nothing: no such folder; name a folder that `maxlm tokenizer "
+    "train` wrote",
+    "train text.txt --out nothing --lowercase": "a tokenizer of kind bpe keeps case; "
+    "leave "
     "lowercase out, or set kind to wordpiece",
     "export nothing --out nothing": "nothing: no such folder; name a folder that "
     "`maxlm tokenizer train` wrote",
     "decode t 12 x1": "'x1' is not a token id; give whole numbers from 0 on",
-    "decode t 300": "token id 300 is outside [0, 300); decode with the tokenizer that made the ids",
+    "decode t 300": "token id 300 is outside [0, 300); decode with the tokenizer that "
+    "made the ids",
     "stats t empty.txt": "no text to measure; give files that are not empty",
 }
 
@@ -88,7 +107,10 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, tmp_path, monkeypatch,
 
 
 def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, run):
-    checkpoint, kept = write_checkpoint(tmp_path / "checkpoint", "llama2"), tmp_path / "kept"
+    checkpoint, kept = (
+        write_checkpoint(tmp_path / "checkpoint", "llama2"),
+        tmp_path / "kept",
+    )
     take = ["tokenizer", "import", checkpoint, "--out", kept]
     assert "not every text comes back" in run(*take).out
     assert "there is a tokenizer here already" in run(*take).err
@@ -104,4 +126,6 @@ def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, run):
         assert (kept / path.name).read_bytes() == path.read_bytes()
         assert (out / path.name).read_bytes() == path.read_bytes()
     exported = {path.name for path in out.iterdir()}
-    assert exported == {path.name for path in checkpoint.iterdir()} | {"model.safetensors"}
+    assert exported == {path.name for path in checkpoint.iterdir()} | {
+        "model.safetensors"
+    }

@@ -1,4 +1,5 @@
-"""A SLURM of its own for a test: munged, slurmctld and two slurmd on this machine, in a folder."""
+"""A SLURM of its own for a test: munged, slurmctld and two slurmd on this machine, in a
+folder."""
 
 import getpass
 import os
@@ -18,7 +19,9 @@ INSTALL = "apt-get install -y slurm-wlm munge"
 # Loopback addresses need no entry in /etc/hosts to be names that resolve.
 NODES = ("127.0.0.11", "127.0.0.12")
 # Debian puts daemons where a user's PATH has no entry.
-PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+PATH = os.pathsep.join(
+    (os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin")
+)
 
 CONFIG = """
 ClusterName=test
@@ -53,7 +56,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str | None:
-    """Why SLURM cannot be run here, and the command that installs it; None if it can."""
+    """Why SLURM cannot be run here, and the command that installs it; None if it
+    can."""
     absent = [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
     return f"{', '.join(absent)} not installed: {INSTALL}" if absent else None
 
@@ -68,7 +72,9 @@ def slurm(folder: Path) -> Iterator[Mapping[str, str]]:
     Yields:
         The environment in which srun, sbatch and the others find it.
     """
-    environ = {name: text for name, text in os.environ.items() if not name.startswith("SLURM_")}
+    environ = {
+        name: text for name, text in os.environ.items() if not name.startswith("SLURM_")
+    }
     environ |= {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
     _describe(folder)
     with ExitStack() as stack:
@@ -76,14 +82,19 @@ def slurm(folder: Path) -> Iterator[Mapping[str, str]]:
         key, socket_path = folder / "munge.key", folder / "munge.socket"
         munged = ["munged", "--foreground", "--force", f"--key-file={key}"]
         munged += [f"--socket={socket_path}", f"--pid-file={folder}/munged.pid"]
-        munged += [f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"]
+        munged += [
+            f"--log-file={folder}/munged.log",
+            f"--seed-file={folder}/munged.seed",
+        ]
         stack.enter_context(_daemon(munged, folder, environ, socket_path.exists))
         stack.enter_context(
             _daemon(["slurmctld", "-D"], folder, environ, lambda: _answers(environ))
         )
         for node in NODES:
             stack.enter_context(_daemon(["slurmd", "-D", "-N", node], folder, environ))
-        _wait_until(lambda: _states(environ) == ["idle"] * len(NODES), folder, "idle nodes")
+        _wait_until(
+            lambda: _states(environ) == ["idle"] * len(NODES), folder, "idle nodes"
+        )
         stack.callback(_cancel, environ)
         yield environ
 
@@ -120,7 +131,12 @@ def _daemon(
 ) -> Iterator[None]:
     with (folder / "daemons.log").open("ab") as log:
         process = subprocess.Popen(
-            command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
         )
     try:
         _wait_until(ready, folder, command[0], process)
@@ -136,18 +152,25 @@ def _daemon(
 
 def _answers(environ: Mapping[str, str]) -> bool:
     command = ["scontrol", "ping"]
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=environ, capture_output=True, text=True, check=False
+    )
     return " is UP" in result.stdout
 
 
 def _states(environ: Mapping[str, str]) -> list[str]:
     command = ["sinfo", "--noheader", "--Node", "--format=%T"]
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=environ, capture_output=True, text=True, check=False
+    )
     return result.stdout.split()
 
 
 def _wait_until(
-    happened: Callable[[], bool], folder: Path, what: str, process: subprocess.Popen | None = None
+    happened: Callable[[], bool],
+    folder: Path,
+    what: str,
+    process: subprocess.Popen | None = None,
 ) -> None:
     deadline = time.monotonic() + 120
     while not happened():
@@ -165,7 +188,9 @@ def _cancel(environ: Mapping[str, str]) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         command = ["squeue", "--noheader"]
-        if not subprocess.run(command, env=environ, capture_output=True, check=False).stdout:
+        if not subprocess.run(
+            command, env=environ, capture_output=True, check=False
+        ).stdout:
             return
         time.sleep(0.2)
 

@@ -1,5 +1,5 @@
-"""On a real SLURM, the job that `maxlm launch` prints trains, is preempted, and ends as if it never
-had been."""
+"""On a real SLURM, the job that `maxlm launch` prints trains, is preempted, and ends as
+if it never had been."""
 
 import json
 import runpy
@@ -19,7 +19,9 @@ STEPS, EVERY = 220, 200  # seconds pass until a job is told
 def scontrol(scheduler: Mapping[str, str], job: str) -> dict[str, str]:
     """What SLURM says of a job."""
     command = ["scontrol", "--oneliner", "show", "job", job]
-    done = subprocess.run(command, env=scheduler, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=scheduler, capture_output=True, text=True, check=True
+    )
     pairs = (word.partition("=") for word in done.stdout.split())
     return {name: value for name, _, value in pairs}
 
@@ -39,7 +41,15 @@ class Job:
         self.environ = tiny.environment(config.parent) | dict(scheduler)
         self.script = config.parent / f"{name}.sbatch"
         program = str(Path(sys.executable).with_name("maxlm"))
-        command = [program, "launch", "slurm", str(config), f"name={name}", "--on", "cpux2"]
+        command = [
+            program,
+            "launch",
+            "slurm",
+            str(config),
+            f"name={name}",
+            "--on",
+            "cpux2",
+        ]
         command += ["--nodes", "2", "--maxlm", program, "--out", str(self.script)]
         self._run(command)
         self.number = self._run(["sbatch", "--parsable", str(self.script)]).strip()
@@ -47,7 +57,12 @@ class Job:
     def _run(self, command: list[str]) -> str:
         where = self.script.parent
         done = subprocess.run(
-            command, env=self.environ, cwd=where, capture_output=True, text=True, check=False
+            command,
+            env=self.environ,
+            cwd=where,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -92,9 +107,13 @@ def test_a_preempted_job_ends_like_an_unbroken_one(scheduler, tmp_path):
     broken.preempt()
     said = broken.end()
     assert (said["JobState"], said["Restarts"]) == ("COMPLETED", "1"), broken.text()
-    # Saved when it was told, not at the checkpoint that was due only later; no step taken twice.
+    # Saved when it was told, not at the checkpoint that was due only later; no step
+    # taken twice.
     assert steps(broken.run) == list(range(1, STEPS + 1))
-    events = [json.loads(line) for line in (broken.run / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)
+        for line in (broken.run / "events.jsonl").read_text().splitlines()
+    ]
     (resumed,) = (event["step"] for event in events if event["event"] == "resume")
     assert 5 <= resumed < EVERY
     compared = compare(unbroken.run, broken.run, STEPS)

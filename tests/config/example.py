@@ -71,13 +71,17 @@ class Run(Config):
     @classmethod
     def _parse(cls, value):
         if isinstance(value, str):
-            return {k: int(v) for k, v in (part.split("=") for part in value.split(","))}
+            return {
+                k: int(v) for k, v in (part.split("=") for part in value.split(","))
+            }
         return value
 
     @model_validator(mode="after")
     def _check(self):
         if self.data.seq_len > 1000:
-            raise ValueError(f"data.seq_len={self.data.seq_len} is too long for {self.name}")
+            raise ValueError(
+                f"data.seq_len={self.data.seq_len} is too long for {self.name}"
+            )
         if self.name == "raise":
             raise MaxlmError("no such thing", where="tokenizer/vocab.json")
         return self

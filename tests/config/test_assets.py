@@ -1,4 +1,5 @@
-"""Promise: shipped files are found in a wheel and in the source tree, by short names too."""
+"""Promise: shipped files are found in a wheel and in the source tree, by short names
+too."""
 
 from pathlib import Path
 

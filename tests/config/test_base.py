@@ -1,4 +1,5 @@
-"""Promise: a setting takes a value of its own type; a name stays one component of a path."""
+"""Promise: a setting takes a value of its own type; a name stays one component of a
+path."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -21,14 +22,18 @@ class Nested(Config):
 
 def test_no_boolean_passes_as_a_number_nor_a_number_as_a_boolean():
     good = load_config(RunConfig, "demo").value.model_dump(mode="json")
-    leaves = [(key, value) for key, value in flatten(good) if isinstance(value, int | float)]
+    leaves = [
+        (key, value) for key, value in flatten(good) if isinstance(value, int | float)
+    ]
     assert len(leaves) > 60
     for key, value in leaves:
         tree: Any = deepcopy(good)
         get_descendant(tree, key[:-1])[key[-1]] = 1 if isinstance(value, bool) else True
         with pytest.raises(ValidationError) as caught:
             RunConfig.model_validate(tree)
-        assert [part for part in caught.value.errors()[0]["loc"] if part in key] == [*key]
+        assert [part for part in caught.value.errors()[0]["loc"] if part in key] == [
+            *key
+        ]
 
 
 NAMES = (
@@ -55,6 +60,11 @@ def test_the_same_at_any_depth_and_names_that_are_paths(settings, at):
 
 
 def test_what_means_the_type_still_passes():
-    found = Nested.model_validate({"counts": {"a": [2e9, 3]}, "flags": ["yes", "off", True]})
-    assert (found.counts, found.flags) == ({"a": (2_000_000_000, 3.0)}, (True, False, True))
+    found = Nested.model_validate(
+        {"counts": {"a": [2e9, 3]}, "flags": ["yes", "off", True]}
+    )
+    assert (found.counts, found.flags) == (
+        {"a": (2_000_000_000, 3.0)},
+        (True, False, True),
+    )
     assert Nested(size=2**63 - 1, name="exp/run-2.β_" + "n" * 187).size == 2**63 - 1

@@ -1,5 +1,5 @@
-"""Promise: each mistake in a config is one line that says what, where and what to do, whatever is
-written; and what is written shortly fills no memory."""
+"""Promise: each mistake in a config is one line that says what, where and what to do,
+whatever is written; and what is written shortly fills no memory."""
 
 import random
 import textwrap
@@ -35,7 +35,8 @@ def message(tmp_path, monkeypatch):
 
 ENDLESS = "nested too deep, perhaps without end"
 UNKNOWN_KEYS = {
-    "model:\n  d_modl: 3": "run.yaml:2: unknown key model.d_modl; did you mean model.d_model?",
+    "model:\n  d_modl: 3": "run.yaml:2: unknown key model.d_modl; did you mean "
+    "model.d_model?",
     "model: {weight: 3}": "run.yaml:1: unknown key model.weight; "
     "did you mean data.sources.0.weight? "
     "valid here: d_model, num_heads, num_kv_heads, activation, bias",
@@ -50,7 +51,8 @@ UNKNOWN_KEYS = {
 }
 
 WRONG_VALUES = {
-    "model:\n  d_model: four": "run.yaml:2: model.d_model must be an integer, not 'four'",
+    "model:\n  d_model: four": "run.yaml:2: model.d_model must be an integer, not "
+    "'four'",
     "model: {d_model: -1}": "run.yaml:1: model.d_model must be greater than 0, not -1",
     "model: [1]": "run.yaml:1: model must be a mapping "
     "(d_model, num_heads, num_kv_heads, activation, bias), not [1]",
@@ -58,13 +60,16 @@ WRONG_VALUES = {
     "data: {sources: [{weight: 3}]}": "run.yaml:1: data.sources.0.path is required; "
     "add it, or pass data.sources.0.path=...",
     "name: 3": "run.yaml:1: name must be text, not 3; put quotes around it: '3'",
-    "model: {activation: sillu}": "run.yaml:1: model.activation must be one of 'silu', 'gelu', "
+    "model: {activation: sillu}": "run.yaml:1: model.activation must be one of 'silu', "
+    "'gelu', "
     "not 'sillu'; did you mean silu?",
-    "optimizer:\n  kind: adam": "run.yaml:2: optimizer.kind must be one of 'adamw', 'lion', "
+    "optimizer:\n  kind: adam": "run.yaml:2: optimizer.kind must be one of 'adamw', "
+    "'lion', "
     "not 'adam'; did you mean adamw?",
     "optimizer: {lr: 3}": "run.yaml:1: optimizer.kind is required; "
     "set it to one of 'adamw', 'lion'",
-    "data: {workers: many}": "run.yaml:1: data.workers must be 'auto' or an integer, not 'many'",
+    "data: {workers: many}": "run.yaml:1: data.workers must be 'auto' or an integer, "
+    "not 'many'",
     "share: .nan": "run.yaml:1: share must be a finite number, not nan",
     f"share: {'y' * 90}": f"run.yaml:1: share must be a number, not '{'y' * 56}...",
 }
@@ -80,9 +85,11 @@ VALIDATORS = {
 YAML = {
     "a: [1\nb: 2": "run.yaml:2: not YAML: while parsing a flow sequence "
     "expected ',' or ']', but got ':'",
-    "a:\n\t- b": "run.yaml:2: not YAML: while scanning for the next token found character '\\t' "
+    "a:\n\t- b": "run.yaml:2: not YAML: while scanning for the next token found "
+    "character '\\t' "
     "that cannot start any token; indent with spaces, not tabs",
-    "name: a\n\nname: b": "run.yaml:3: key 'name' is already set on line 1; remove one of the two",
+    "name: a\n\nname: b": "run.yaml:3: key 'name' is already set on line 1; remove one "
+    "of the two",
     "# list\n- 1": "run.yaml:2: a config must be a mapping of keys to values",
     "\nname: 'a\0'": "run.yaml: not YAML: unacceptable character #x0000: special "
     'characters are not allowed in "<unicode string>", position 9',
@@ -98,10 +105,12 @@ YAML = {
 INCLUDES = {
     "include: bass.yaml": "run.yaml:1: include 'bass.yaml': there is no bass.yaml; "
     "did you mean base.yaml?",
-    "name: a\ninclude:\n  - base.yaml\n  - q/zzz": "run.yaml:4: include 'q/zzz': there is no q/zzz",
+    "name: a\ninclude:\n  - base.yaml\n  - q/zzz": "run.yaml:4: include 'q/zzz': there "
+    "is no q/zzz",
     "include: run.yaml": "run.yaml:1: include cycle: run.yaml -> run.yaml; "
     "remove one of these includes",
-    "include: base.yaml\nmesh: [1]": "run.yaml:2: mesh is a list here, but a mapping in "
+    "include: base.yaml\nmesh: [1]": "run.yaml:2: mesh is a list here, but a mapping "
+    "in "
     "base.yaml:1; write both alike",
 }
 
@@ -120,7 +129,8 @@ def test_a_faulty_file(message, text, expected):
 
 OVERRIDES = {
     "modl.d_model=3": "command line: unknown key modl; did you mean model?",
-    "include=b": "command line: unknown key include; `include` stands at the top of a file only",
+    "include=b": "command line: unknown key include; `include` stands at the top of a "
+    "file only",
     "name=3": "command line: name must be text, not 3; write name=\"'3'\"",
     "a..b=3": "command line: 'a..b=3' is not an override; "
     "write key=value, such as model.num_layers=4",
@@ -128,7 +138,8 @@ OVERRIDES = {
     "expected ',' or ']', but got '<stream end>'",
     "data.sources.1.path=b": "command line: data.sources is a list of 1 element; "
     "there is no data.sources.1; count from 0, or give the whole list",
-    "data.sources={path: b}": "command line: data.sources is a mapping here, but a list in "
+    "data.sources={path: b}": "command line: data.sources is a mapping here, but a "
+    "list in "
     "base.yaml:3; write both alike",
 }
 
@@ -151,7 +162,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("start", BOMBS, ids=("aliases", "merges"))
 def test_much_that_is_written_shortly(message, start):
-    lines = (BOMBS[start].replace("THIS", f"{i}").replace("LAST", f"{i - 1}") for i in range(1, 50))
+    lines = (
+        BOMBS[start].replace("THIS", f"{i}").replace("LAST", f"{i - 1}")
+        for i in range(1, 50)
+    )
     assert "more than 20,000 values" in message("\n".join((start, *lines)))
 
 
@@ -193,7 +207,9 @@ def test_a_fault_in_an_included_file_is_placed_there_and_cycles_are_named(messag
     Path("sub").mkdir()
     Path("sub/b.yaml").write_text("\nmodel:\n  d_model: x\n")
     Path("a.yaml").write_text("\ninclude: sub/b.yaml\n")
-    assert message("include: a.yaml") == ("sub/b.yaml:3: model.d_model must be an integer, not 'x'")
+    assert message("include: a.yaml") == (
+        "sub/b.yaml:3: model.d_model must be an integer, not 'x'"
+    )
     Path("sub/b.yaml").write_text("include: [../run.yaml]\n")
     assert message("include: a.yaml") == (
         "sub/b.yaml:1: include cycle: run.yaml -> a.yaml -> sub/b.yaml -> run.yaml; "
@@ -222,17 +238,53 @@ def test_a_bare_class_still_raises_its_own_error():
 
 
 ODD = [
-    *("true", "0", "-1", "1.5", "1e400", ".nan", "9223372036854775808", "0x_", "''", "'1'", "yes"),
-    *("..", "/etc", "-rf", "~", "[]", "{}", "[1]", "²", "1_000", "&a [*a]", "{<<: 3}", "{=: 3}"),
+    *(
+        "true",
+        "0",
+        "-1",
+        "1.5",
+        "1e400",
+        ".nan",
+        "9223372036854775808",
+        "0x_",
+        "''",
+        "'1'",
+        "yes",
+    ),
+    *(
+        "..",
+        "/etc",
+        "-rf",
+        "~",
+        "[]",
+        "{}",
+        "[1]",
+        "²",
+        "1_000",
+        "&a [*a]",
+        "{<<: 3}",
+        "{=: 3}",
+    ),
     *('"\\n"', "x" * 300, "1" + "0" * 5000, "[" * 999, "{a: " * 999, "{? [a] : b}"),
-    *("${name}", "${", "${}", "x${model}", "${model}", "!!bool x", "!!set {a}", "\u202e"),
+    *(
+        "${name}",
+        "${",
+        "${}",
+        "x${model}",
+        "${model}",
+        "!!bool x",
+        "!!set {a}",
+        "\u202e",
+    ),
 ]
 
 
 def test_whatever_is_put_in_place_of_a_value(tmp_path):
     choose = random.Random(5).choice
     demo = load_config(RunConfig, "demo").value
-    keys = [join_key(key) for key, _ in flatten(parse_yaml(to_yaml(demo), "").to_plain())]
+    keys = [
+        join_key(key) for key, _ in flatten(parse_yaml(to_yaml(demo), "").to_plain())
+    ]
     passed = 0
     for odd in ODD * 2:
         with suppress(MaxlmError):

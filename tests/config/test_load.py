@@ -1,4 +1,5 @@
-"""Promise: a config is what its layers say, and each value knows where it was written."""
+"""Promise: a config is what its layers say, and each value knows where it was
+written."""
 
 import textwrap
 from pathlib import Path
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError, load_config, to_yaml
-from maxlm.config.keys import COMMAND_LINE, DEFAULT, flatten, get_descendant, join_key, split_key
+from maxlm.config.keys import (
+    COMMAND_LINE,
+    DEFAULT,
+    flatten,
+    get_descendant,
+    join_key,
+    split_key,
+)
 from maxlm.config.layers import MAX_FILES
 from maxlm.run import RunConfig
 from tests.config.example import Data, Lion, Mesh, Model, Run, Source
@@ -49,11 +57,21 @@ def test_a_file_and_overrides_with_their_origins(write):
               path: z
         """,
     )
-    overrides = ["data.sources.1.weight=2", "data.sources[0].weight=5", "model.bias=true"]
+    overrides = [
+        "data.sources.1.weight=2",
+        "data.sources[0].weight=5",
+        "model.bias=true",
+    ]
     loaded = load_config(Run, source, overrides)
-    sources = [Source(path="x", weight=5), Source(path="y", weight=2), Source(path="z", weight=4)]
+    sources = [
+        Source(path="x", weight=5),
+        Source(path="y", weight=2),
+        Source(path="z", weight=4),
+    ]
     data = Data(sources=sources)
-    assert loaded.value == Run(name="demo", share=0.001, model=Model(bias=True), data=data)
+    assert loaded.value == Run(
+        name="demo", share=0.001, model=Model(bias=True), data=data
+    )
     assert {key: at for key, at in origins(loaded).items() if at != "default"} == {
         "name": "run.yaml:2",
         "share": "run.yaml:3",
@@ -72,7 +90,10 @@ def test_an_empty_file_gives_the_defaults_and_overrides_need_no_file(write):
     assert load_config(Run, write("empty.yaml", "# nothing\n")).value == Run()
     loaded = load_config(Run, None, ["extra.a=3", "optimizer.kind=lion"])
     assert loaded.value == Run(extra={"a": 3}, optimizer=Lion(kind="lion"))
-    assert (loaded.origins["extra.a"], loaded.origins["name"]) == (COMMAND_LINE, DEFAULT)
+    assert (loaded.origins["extra.a"], loaded.origins["name"]) == (
+        COMMAND_LINE,
+        DEFAULT,
+    )
 
 
 def test_an_include_may_name_a_shipped_config(write):
@@ -105,7 +126,8 @@ def test_references_are_refused_and_their_text_is_written_with_two_dollars(write
 
 
 def test_a_config_is_made_of_a_bounded_number_of_files(write):
-    """A list of many, and files that each include the last twice: two to the power of 20."""
+    """A list of many, and files that each include the last twice: two to the power of
+    20."""
     write("leaf.yaml", "name: x\n")
     for count, is_read in ((MAX_FILES - 1, True), (MAX_FILES, False)):
         path = write("run.yaml", f"include: [{', '.join(['leaf.yaml'] * count)}]\n")
@@ -119,7 +141,9 @@ def test_a_config_is_made_of_a_bounded_number_of_files(write):
     for level in range(20):
         below = f"level{level - 1}.yaml" if level else "leaf.yaml"
         path = write(f"level{level}.yaml", f"include: [{below}, {below}]\n")
-    with pytest.raises(MaxlmError, match=r"level19\.yaml: the config is made of more than 100"):
+    with pytest.raises(
+        MaxlmError, match=r"level19\.yaml: the config is made of more than 100"
+    ):
         load_config(Run, path)
 
 
@@ -129,7 +153,9 @@ def test_a_replaced_value_forgets_what_it_replaced(write):
     loaded = load_config(Run, source)
     assert loaded.value.mesh == Mesh(fsdp=4)
     # A validator took the text apart.
-    assert {origins(loaded)["mesh.data"], origins(loaded)["mesh.fsdp"]} == {"run.yaml:2"}
+    assert {origins(loaded)["mesh.data"], origins(loaded)["mesh.fsdp"]} == {
+        "run.yaml:2"
+    }
     again = load_config(Run, source, ["mesh={fsdp: 2}"])
     assert again.value.mesh == Mesh(fsdp=2)
     assert origins(again)["mesh.data"] == "default"
@@ -193,4 +219,6 @@ def test_layers_merge_as_nested_dicts_do(layers, tmp_path_factory):
     assert loaded.value.tree == expected
     for key, _ in flatten(expected, ("tree",)):
         if key != ("tree",):
-            assert Path(loaded.origins[join_key(key)].source).name == origin[join_key(key)]
+            assert (
+                Path(loaded.origins[join_key(key)].source).name == origin[join_key(key)]
+            )

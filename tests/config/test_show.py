@@ -1,5 +1,5 @@
-"""Promise: what is shown is the config, each value beside its origin; the schema fits editors; two
-configs differ exactly where their settings do."""
+"""Promise: what is shown is the config, each value beside its origin; the schema fits
+editors; two configs differ exactly where their settings do."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,9 @@ class Run(Config):
 
 def test_show(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text("name: |\n  two\n  lines\nlabels: [a, b]\nparts:\n- {width: 3}\n")
+    Path("run.yaml").write_text(
+        "name: |\n  two\n  lines\nlabels: [a, b]\nparts:\n- {width: 3}\n"
+    )
     shown = to_annotated_yaml(
         load_config(Run, Path("run.yaml"), ["parts.0.kind=b", "sizes.small=1e-5"])
     )
@@ -63,7 +65,9 @@ def test_a_long_value_does_not_push_the_column_out():
 
 
 characters = st.characters(codec="utf-8", exclude_characters="\0")
-parts = st.builds(Part, width=st.integers(-(2**63), 2**63 - 1), kind=st.sampled_from("ab"))
+parts = st.builds(
+    Part, width=st.integers(-(2**63), 2**63 - 1), kind=st.sampled_from("ab")
+)
 runs = st.builds(
     Run,
     name=st.text(characters) | st.from_regex(r"\\*\$\{[a-z.]*\}", fullmatch=True),
@@ -87,9 +91,18 @@ def test_what_is_written_loads_back_equal(tmp_path_factory, run):
 def test_schema():
     body = build_json_schema(Run)
     assert body["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert list(body["properties"]) == ["include", "name", "labels", "parts", "sizes", "out"]
+    assert list(body["properties"]) == [
+        "include",
+        "name",
+        "labels",
+        "parts",
+        "sizes",
+        "out",
+    ]
     part = body["$defs"]["Part"]
-    assert part["properties"]["width"]["description"] == "Channels of the residual stream."
+    assert (
+        part["properties"]["width"]["description"] == "Channels of the residual stream."
+    )
     assert part["properties"]["kind"]["enum"] == ["a", "b"]
     assert "required" not in part
     assert body["additionalProperties"] is part["additionalProperties"] is False

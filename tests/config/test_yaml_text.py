@@ -66,6 +66,8 @@ leaves = (
 )
 
 
-@given(st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(text, inner)))
+@given(
+    st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(text, inner))
+)
 def test_dump_reads_back(data):
     assert parse_yaml(dump_yaml(data), "f").to_plain() == data

@@ -15,15 +15,22 @@ WORDS = (
 
 @pytest.fixture(scope="session")
 def crawl(tmp_path_factory):
-    """A few hundred small documents in two sources, with copies and edited copies among them."""
+    """A few hundred small documents in two sources, with copies and edited copies among
+    them."""
     folder, chance = tmp_path_factory.mktemp("crawl"), random.Random(5)
-    texts = [" ".join(chance.choices(WORDS, k=chance.randint(5, 120))) for _ in range(240)]
+    texts = [
+        " ".join(chance.choices(WORDS, k=chance.randint(5, 120))) for _ in range(240)
+    ]
     texts[100:110] = texts[:10]
     texts[150:160] = [f"{text} indeed" for text in texts[20:30]]
-    texts[200] = "Écrivez à jean.dupont@example.org dès demain, s'il vous plaît, mes chers amis."
+    texts[200] = (
+        "Écrivez à jean.dupont@example.org dès demain, s'il vous plaît, mes chers amis."
+    )
     for name, part in (("web", texts[:200]), ("books", texts[200:])):
         rows = [{"text": text, "id": f"{name}-{i}"} for i, text in enumerate(part)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     return folder
 
 

@@ -8,8 +8,18 @@ from pathlib import Path
 import pyarrow as pa
 
 from maxlm.corpus.recipe import RecipeConfig
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, StageShardView, open_shard_writer
-from maxlm.corpus.stage import CrossDocumentStage, JobRunner, PerDocumentStage, ShardLabeller
+from maxlm.corpus.shards import (
+    DOCUMENT_SCHEMA,
+    DOCUMENTS,
+    StageShardView,
+    open_shard_writer,
+)
+from maxlm.corpus.stage import (
+    CrossDocumentStage,
+    JobRunner,
+    PerDocumentStage,
+    ShardLabeller,
+)
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
 
@@ -22,8 +32,8 @@ def make_corpus(
 ) -> list[StageShardView]:
     """Write documents to CORPUS/documents, in order, in shards of about the same size.
 
-    A document is a text or some columns of `DOCUMENT_SCHEMA`; it gets the id "d0", "d1", ... and
-    the source "made" unless it says otherwise.
+    A document is a text or some columns of `DOCUMENT_SCHEMA`; it gets the id "d0",
+    "d1", ... and the source "made" unless it says otherwise.
     """
     rows = [
         {"id": f"d{i}", "source": "made"}
@@ -37,12 +47,17 @@ def make_corpus(
         with open_shard_writer(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(0, len(part), rows_per_group):
                 group = part[first : first + rows_per_group]
-                writer.write_row_group(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))
+                writer.write_row_group(
+                    pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA)
+                )
     return made
 
 
-def add_labels(shards: Sequence[StageShardView], stage: str, **columns: pa.Array) -> None:
-    """Write labels of a made-up earlier stage; each column has a value for every document."""
+def add_labels(
+    shards: Sequence[StageShardView], stage: str, **columns: pa.Array
+) -> None:
+    """Write labels of a made-up earlier stage; each column has a value for every
+    document."""
     first = 0
     whole = pa.RecordBatch.from_pydict(columns)
     for shard in shards:
@@ -71,10 +86,17 @@ def run_stage(
 
 
 def labels(
-    shards: Sequence[StageShardView], stage: CrossDocumentStage | PerDocumentStage, *more: str
+    shards: Sequence[StageShardView],
+    stage: CrossDocumentStage | PerDocumentStage,
+    *more: str,
 ) -> pa.Table:
-    """The ids of all documents and the stage's labels (and `more` columns), in order."""
-    names = ["id", *(f"{stage.unique_name}.{name}" for name in stage.schema().names), *more]
+    """The ids of all documents and the stage's labels (and `more` columns), in
+    order."""
+    names = [
+        "id",
+        *(f"{stage.unique_name}.{name}" for name in stage.schema().names),
+        *more,
+    ]
     tables = []
     for shard in shards:
         batches = [rows.batch for rows in shard.read_selected_rows(names)]

@@ -9,9 +9,7 @@ import regex
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _SPACE = "".join(c for c in map(chr, range(0x110000)) if c.isspace())
-_ALONE = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff"
-)
+_ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff"
 _WORD, _EXTEND = r"[\p{L}\p{N}--[\p{L}&&[" + _ALONE + r"]]]", r"[\p{M}\p{Cf}]*"
 _JOINT = r"[\p{L}\p{N}\p{M}\p{Cf}--[\p{L}&&[" + _ALONE + r"]]]"
 _TOKEN = regex.compile(
@@ -45,7 +43,9 @@ def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def measures(text: str, stop_words: tuple[str, ...] = STOP_WORDS) -> dict[str, float | None]:
+def measures(
+    text: str, stop_words: tuple[str, ...] = STOP_WORDS
+) -> dict[str, float | None]:
     """Every label of a text."""
     return {
         "characters": len(text),
@@ -110,7 +110,9 @@ def _fineweb(text: str) -> dict[str, float | None]:
     ended = [line for line in lines if regex.search(r"\p{Sentence_Terminal}\Z", line)]
     return {
         "line_punct_ratio": ratio(len(ended), len(lines)),
-        "short_line_ratio": ratio(len([line for line in lines if len(line) <= 30]), len(lines)),
+        "short_line_ratio": ratio(
+            len([line for line in lines if len(line) <= 30]), len(lines)
+        ),
         "char_dup_ratio": ratio(chars(repeated(lines)), len(text.replace("\n", ""))),
         "list_ratio": ratio(text.count("\n"), len(tokens(text))),
     }
@@ -126,7 +128,9 @@ def _c4(text: str) -> dict[str, float | None]:
         words = line.split()
         line = re.sub(r"\[\d*\]|\[edit\]|\[citation needed\]", "", line.strip())
         low = _lower(line)
-        punctuated = line.endswith((".", "?", "!", '"', "'")) and not line.endswith("...")
+        punctuated = line.endswith((".", "?", "!", '"', "'")) and not line.endswith(
+            "..."
+        )
         short, long = len(words) < 3, any(len(word) > 1000 for word in words)
         javascript, policy = "javascript" in low, any(each in low for each in policies)
         flags.append((punctuated, short, long, javascript, policy))
@@ -153,12 +157,15 @@ _END = regex.compile(r"\p{Sentence_Terminal}[\p{Sentence_Terminal}\"')\]”’»
 
 
 def sentences(line: str) -> int:
-    """Ends of sentences before the line's last visible character, and one for the rest."""
+    """Ends of sentences before the line's last visible character, and one for the
+    rest."""
     ends, rest = 0, line
     for end in _END.finditer(line):
         marks = regex.sub(r"[\"')\]”’»]", "", end[0])
         after = line[end.end() :]
-        initial = marks == "." and regex.search(r"(?<!\p{L})\p{L}\Z", line[: end.start()])
+        initial = marks == "." and regex.search(
+            r"(?<!\p{L})\p{L}\Z", line[: end.start()]
+        )
         if not initial and (not marks.isascii() or not after or after[0].isspace()):
             ends, rest = ends + 1, after
     return ends + bool(rest.strip())

@@ -1,4 +1,5 @@
-"""Ray nodes on loopback, of which some are killed, and an engine that counts what they begin."""
+"""Ray nodes on loopback, of which some are killed, and an engine that counts what they
+begin."""
 
 import itertools
 import os
@@ -52,17 +53,29 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def start_node(log: Path, *options: str, **environment: str) -> Iterator[subprocess.Popen]:
+def start_node(
+    log: Path, *options: str, **environment: str
+) -> Iterator[subprocess.Popen]:
     """`ray start --block` with one CPU, which is killed at the end."""
-    command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start"]
+    command = [
+        sys.executable,
+        "-c",
+        "from ray.scripts.scripts import main; main()",
+        "start",
+    ]
     command += ["--block", "--num-cpus=1", "--object-store-memory=80000000", *options]
-    command += ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [
+        "--node-ip-address=127.0.0.1",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+    ]
     path = os.pathsep.join([str(_MAXLM), os.environ.get("PYTHONPATH", "")])
     environment |= {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
-    # Else a token in the home folder, which any local cluster leaves, would be asked of clients.
+    # Else a token in the home folder, which any local cluster leaves, would be asked of
+    # clients.
     environment |= {"RAY_AUTH_MODE": "disabled"}
-    # The server for a client starts by a fork, in which gRPC's own handler may end it; and on a
-    # busy machine it takes longer than Ray's half minute.
+    # The server for a client starts by a fork, in which gRPC's own handler may end it;
+    # and on a busy machine it takes longer than Ray's half minute.
     environment |= {"GRPC_ENABLE_FORK_SUPPORT": "0"}
     environment |= {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": str(_SECONDS)}
     with log.open("wb") as output:
@@ -114,9 +127,9 @@ def start_head(folder: Path) -> Iterator[RayHead]:
 class CountedTasks:
     """An engine that notes every task that begins, those that are run again too.
 
-    On a node with DOOMED in its environment, tasks of the function `doomed` never come past the
-    second file that they write: it stays under its temporary name. Other nodes begin no such task
-    before that.
+    On a node with DOOMED in its environment, tasks of the function `doomed` never come
+    past the second file that they write: it stays under its temporary name. Other nodes
+    begin no such task before that.
     """
 
     def __init__(self, executor: Any, notes: Path, doomed: str):
@@ -134,9 +147,13 @@ class CountedTasks:
 
     def map_unordered(self, function: Callable, jobs: Sequence[Any]) -> Iterator[Any]:
         self.num_jobs += len(jobs)
-        name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)
+        name = getattr(
+            getattr(function, "func", function), "__name__", type(function).__name__
+        )
         is_doomed = name == self._doomed
-        return self._executor.map_unordered(NotedTask(function, self._notes, is_doomed), jobs)
+        return self._executor.map_unordered(
+            NotedTask(function, self._notes, is_doomed), jobs
+        )
 
 
 class NotedTask:

@@ -12,7 +12,9 @@ from maxlm.data.documents import SourceConfig, read_documents
 from tests.corpus.corpora import recipe
 from tests.errors import message
 
-REPAIR = "delete each such file and run the corpus's recipe again, which makes them anew"
+REPAIR = (
+    "delete each such file and run the corpus's recipe again, which makes them anew"
+)
 
 
 @pytest.fixture
@@ -21,7 +23,8 @@ def settings(tmp_path):
     sources = []
     for name in ("first", "one more"):
         lines = [
-            json.dumps({"text": f"the {name} text of {i % 10}", "id": f"{i}"}) for i in range(30)
+            json.dumps({"text": f"the {name} text of {i % 10}", "id": f"{i}"})
+            for i in range(30)
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
         documents = [str(tmp_path / f"{name}.jsonl")]
@@ -35,7 +38,9 @@ def corpus(tmp_path, settings):
 
 
 def read_texts(corpus):
-    return [each.text for each in read_documents(SourceConfig(documents=(str(corpus),)))]
+    return [
+        each.text for each in read_documents(SourceConfig(documents=(str(corpus),)))
+    ]
 
 
 def list_shards(corpus, stage):
@@ -56,7 +61,9 @@ def print_verify(corpus, capfd):
 
 
 @pytest.mark.parametrize("stage", ["documents", "heuristics"])
-def test_exchanged_shards_are_found_and_repaired(tmp_path, corpus, settings, capfd, stage):
+def test_exchanged_shards_are_found_and_repaired(
+    tmp_path, corpus, settings, capfd, stage
+):
     texts = read_texts(corpus)
     code, out, error = print_verify(corpus, capfd)
     assert (code, out, error) == (0, "2 shards of 2 stages: all is well\n", "")
@@ -76,13 +83,18 @@ def test_exchanged_shards_are_found_and_repaired(tmp_path, corpus, settings, cap
     assert read_texts(corpus) == texts
 
 
-def test_one_bit_is_found_also_after_more_files_have_come(tmp_path, corpus, settings, capfd):
-    """Adding a source makes a new list; damage of before must not become what it says."""
+def test_one_bit_is_found_also_after_more_files_have_come(
+    tmp_path, corpus, settings, capfd
+):
+    """Adding a source makes a new list; damage of before must not become what it
+    says."""
     path = list_shards(corpus, "documents")[0]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     state = path.stat()
-    with open(path, "r+b") as file:  # In place, as a disk would: the same file to its file system.
+    with open(
+        path, "r+b"
+    ) as file:  # In place, as a disk would: the same file to its file system.
         file.write(data)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     expected = f"error: {path}: this file has changed since it was written; {REPAIR}\n"
@@ -96,7 +108,9 @@ def test_one_bit_is_found_also_after_more_files_have_come(tmp_path, corpus, sett
     assert print_verify(corpus, capfd)[2] == expected
 
 
-def test_a_corpus_without_checksums_says_so_once_and_gets_them(tmp_path, corpus, settings, capfd):
+def test_a_corpus_without_checksums_says_so_once_and_gets_them(
+    tmp_path, corpus, settings, capfd
+):
     for stage in ("documents", "heuristics"):
         (corpus / stage / "checksums.sha256").unlink()
         path = corpus / stage / "manifest.json"

@@ -1,5 +1,5 @@
-"""No text that rules drop as a duplicate, or cut as a repeat, is gone from what they keep; and what
-is kept can be exported."""
+"""No text that rules drop as a duplicate, or cut as a repeat, is gone from what they
+keep; and what is kept can be exported."""
 
 import gzip
 import json
@@ -38,11 +38,14 @@ def prose(chance: random.Random, count: int) -> str:
 
 
 def crawl(seed: int) -> list[dict[str, str]]:
-    """Documents with copies, edited copies and shared passages, of which a third is on a site that
-    a rule drops, more often where they come first."""
+    """Documents with copies, edited copies and shared passages, of which a third is on
+    a site that a rule drops, more often where they come first."""
     chance = random.Random(seed)
     passages = [prose(chance, chance.randint(SIZE, 30)) for _ in range(4)]
-    passages += [f"{prose(chance, 5)} {passages[0]} {prose(chance, 6)}", "ha " * 20 + "ha"]
+    passages += [
+        f"{prose(chance, 5)} {passages[0]} {prose(chance, 6)}",
+        "ha " * 20 + "ha",
+    ]
     texts = []
     for _ in range(24):
         parts = [prose(chance, chance.randint(5, 40))]
@@ -61,13 +64,17 @@ def crawl(seed: int) -> list[dict[str, str]]:
             words[0] = "begun"
             text = " ".join([*words, "so", "ended"])
         texts.append(text)
-    urls = ["bad" if chance.random() < 0.6 - i / 100 else "good" for i in range(len(texts))]
+    urls = [
+        "bad" if chance.random() < 0.6 - i / 100 else "good" for i in range(len(texts))
+    ]
     return [{"id": f"d{i}", "text": t, "url": urls[i]} for i, t in enumerate(texts)]
 
 
 def make(folder: Path, rows: list[dict[str, str]], **changes) -> OpenCorpus:
     if not (folder / "web.jsonl").exists():
-        (folder / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "web.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     recipe = {
         "out": str(folder / "corpus"),
         "workers": 1,
@@ -92,8 +99,8 @@ def read(corpus: OpenCorpus, **config) -> dict[str, str]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_text_is_lost_by_a_rule_that_drops_the_best_copy(tmp_path, seed):
-    """By brute force: each document of the good site is kept or like a kept one, and each word of
-    theirs is in a kept text."""
+    """By brute force: each document of the good site is kept or like a kept one, and
+    each word of theirs is in a kept text."""
     rows = crawl(seed)
     taken = read(make(tmp_path, rows))
     originals = {row["id"]: row["text"] for row in rows}
@@ -123,9 +130,16 @@ def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
     rows[7]["text"] += " write to jean.dupont@example.org"
     stages = [STAGES[0], {"stage": "language"}, {"stage": "pii"}, *STAGES[1:]]
     corpus = str(make(tmp_path, rows, stages=stages).folder)
-    out, store, tokenizer = (str(tmp_path / name) for name in ("out", "store", "tokenizer"))
-    assert main(["tokenizer", "train", corpus, "--vocab-size", "300", "--out", tokenizer]) == 0
-    assert main(["corpus", "build", corpus, "--tokenizer", tokenizer, "--out", store]) == 0
+    out, store, tokenizer = (
+        str(tmp_path / name) for name in ("out", "store", "tokenizer")
+    )
+    assert (
+        main(["tokenizer", "train", corpus, "--vocab-size", "300", "--out", tokenizer])
+        == 0
+    )
+    assert (
+        main(["corpus", "build", corpus, "--tokenizer", tokenizer, "--out", store]) == 0
+    )
     export = ["corpus", "export", corpus, "--to", to, "--out", out]
     capfd.readouterr()
     assert main(export) == 0
@@ -133,15 +147,24 @@ def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
     paths = sorted(Path(out).glob(f"*.{to}*"))
     assert f"{len(paths)} files" in told
     if to == "jsonl":
-        made = [json.loads(x) for p in paths for x in gzip.decompress(p.read_bytes()).splitlines()]
-        # Flags and time of the header: the same documents are the same bytes at any time.
+        made = [
+            json.loads(x)
+            for p in paths
+            for x in gzip.decompress(p.read_bytes()).splitlines()
+        ]
+        # Flags and time of the header: the same documents are the same bytes at any
+        # time.
         assert {p.read_bytes()[3:8] for p in paths} == {bytes(5)}
     else:
         made = [row for path in paths for row in pq.read_table(path).to_pylist()]
-        assert pq.ParquetFile(paths[0]).metadata.row_group(0).column(0).compression == "ZSTD"
+        assert (
+            pq.ParquetFile(paths[0]).metadata.row_group(0).column(0).compression
+            == "ZSTD"
+        )
     opened, codec = TokenStore.open(store), load_tokenizer(tokenizer)
     texts = [
-        codec.decode_bytes(opened.text_tokens(i).tolist()) for i in range(opened.num_documents)
+        codec.decode_bytes(opened.text_tokens(i).tolist())
+        for i in range(opened.num_documents)
     ]
     assert [row["text"].encode() for row in made] == texts
     assert any("<EMAIL>" in row["text"] for row in made)

@@ -20,7 +20,9 @@ HTML = b"<html><p>Boats come back early.</p></html>"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
 
 
-def record(number: int, block: bytes, kind: str = "response", length: object = None) -> bytes:
+def record(
+    number: int, block: bytes, kind: str = "response", length: object = None
+) -> bytes:
     media = {"response": "application/http; msgtype=response", "resource": "text/html"}
     head = {
         "WARC-Type": kind,
@@ -34,14 +36,18 @@ def record(number: int, block: bytes, kind: str = "response", length: object = N
     return b"WARC/1.0\r\n" + lines.encode() + b"\r\n" + block + b"\r\n\r\n"
 
 
-def page(number: int, body: bytes = b"", head: bytes = HEAD, length: object = None) -> bytes:
+def page(
+    number: int, body: bytes = b"", head: bytes = HEAD, length: object = None
+) -> bytes:
     return record(number, head + (body or HTML + b"%d" % number), length=length)
 
 
 def read(path: Path, data: bytes, **limits) -> tuple[list[RawDocument], Counter[str]]:
     path.write_bytes(data)
     counts: Counter[str] = Counter()
-    return list(read_warc(path, lambda reason: counts.update([reason]), **limits)), counts
+    return list(
+        read_warc(path, lambda reason: counts.update([reason]), **limits)
+    ), counts
 
 
 def ids(documents: list[RawDocument]) -> list[str]:
@@ -52,7 +58,9 @@ def common_crawl() -> bytes:
     """An archive in Common Crawl's layout, written by warcio."""
     out = io.BytesIO()
     writer = WARCWriter(out, gzip=True)
-    writer.write_record(writer.create_warcinfo_record("a.warc.gz", {"software": "test"}))
+    writer.write_record(
+        writer.create_warcinfo_record("a.warc.gz", {"software": "test"})
+    )
     answers = [
         ("200 OK", "text/html", HTML),
         ("404 Not Found", "text/html", HTML),
@@ -65,15 +73,24 @@ def common_crawl() -> bytes:
     for number, (status, media, body) in enumerate(answers):
         url = f"http://example.org/{number}?a=b"
         line = StatusAndHeaders("GET / HTTP/1.1", [], is_http_request=True)
-        answer = StatusAndHeaders(status, [("Content-Type", media)], protocol="HTTP/1.1")
+        answer = StatusAndHeaders(
+            status, [("Content-Type", media)], protocol="HTTP/1.1"
+        )
         for kind, http in (("request", line), ("response", answer), ("metadata", None)):
             payload = io.BytesIO(body if kind == "response" else b"")
-            writer.write_record(writer.create_warc_record(url, kind, payload, http_headers=http))
+            writer.write_record(
+                writer.create_warc_record(url, kind, payload, http_headers=http)
+            )
     revisit = StatusAndHeaders("200 OK", [], protocol="HTTP/1.1")
-    profile = {"WARC-Profile": "http://netpreserve.org/warc/1.0/revisit/identical-payload-digest"}
+    profile = {
+        "WARC-Profile": "http://netpreserve.org/warc/1.0/revisit/identical-payload-digest"
+    }
     writer.write_record(
         writer.create_warc_record(
-            "http://example.org/0", "revisit", http_headers=revisit, warc_headers_dict=profile
+            "http://example.org/0",
+            "revisit",
+            http_headers=revisit,
+            warc_headers_dict=profile,
         )
     )
     return out.getvalue()
@@ -94,7 +111,11 @@ def test_common_crawl_layout_is_read_as_by_warcio(tmp_path):
     }
     assert len(documents) + counts.total() == len(records)
     first, second = documents
-    assert (first.url, first.html, first.text) == ("http://example.org/0?a=b", HTML, None)
+    assert (first.url, first.html, first.text) == (
+        "http://example.org/0?a=b",
+        HTML,
+        None,
+    )
     assert [len(part) for part in first.id.split("-")] == [8, 4, 4, 4, 12]
     assert first.meta["content_type"] == "text/html"
     assert first.meta["date"].endswith("Z")
@@ -104,8 +125,13 @@ def test_common_crawl_layout_is_read_as_by_warcio(tmp_path):
 def test_extracted_texts_and_resources(tmp_path):
     wet = record(1, "Wörter\0 und mehr".encode(), "conversion")
     resource = record(2, HTML, "resource")
-    documents, counts = read(tmp_path / "a.wet", wet + resource + record(3, b" \n", "conversion"))
-    assert [(d.text, d.html) for d in documents] == [("Wörter und mehr", None), (None, HTML)]
+    documents, counts = read(
+        tmp_path / "a.wet", wet + resource + record(3, b" \n", "conversion")
+    )
+    assert [(d.text, d.html) for d in documents] == [
+        ("Wörter und mehr", None),
+        (None, HTML),
+    ]
     assert counts == {"empty": 1}
 
 
@@ -144,7 +170,9 @@ def test_http_codings_are_undone(tmp_path, name):
 
 
 def test_undecodable_bodies_are_broken(tmp_path):
-    bad = record(1, packed(b"gzip", b"\x00\x01\x02 not gzip")) + record(2, b"ICY 200 OK\r\n\r\n")
+    bad = record(1, packed(b"gzip", b"\x00\x01\x02 not gzip")) + record(
+        2, b"ICY 200 OK\r\n\r\n"
+    )
     documents, counts = read(tmp_path / "a.warc", bad + page(3))
     assert ids(documents) == ["3"]
     assert counts == {"broken": 2}
@@ -161,9 +189,15 @@ BROKEN = {  # name: data, the documents that are left
     "garbage between": (A + b"garbage \0" * 30 + C, "13"),
     "length too large": (A + gzip.compress(page(2, length=500)) + C, "13"),
     "length no number": (A + gzip.compress(page(2, length="many")) + C, "13"),
-    "plain, length too large": (page(1) + page(2, length=500) + page(3) + page(4), "134"),
+    "plain, length too large": (
+        page(1) + page(2, length=500) + page(3) + page(4),
+        "134",
+    ),
     "plain, length of two": (
-        page(1) + page(2, length=len(HEAD + HTML) + 1 + len(page(3))) + page(3) + page(4),
+        page(1)
+        + page(2, length=len(HEAD + HTML) + 1 + len(page(3)))
+        + page(3)
+        + page(4),
         "134",
     ),
     "zstd, cut amid": (
@@ -216,7 +250,8 @@ def test_bombs_do_not_go_off(tmp_path):
     limit = 1 << 20
     in_http = gzip.compress(record(1, packed(b"gzip", bomb(b"<p>", 64))))
     in_both = gzip.compress(
-        record(2, HEAD[:-2] + b"Transfer-Encoding: chunked\r\nContent-Encoding: gzip\r\n\r\n"
+        record(2, HEAD[:-2] + b"Transfer-Encoding: chunked\r\nContent-Encoding: "
+                              b"gzip\r\n\r\n"
                + chunked(bomb(b"<p>", 64)))
     )  # fmt: skip
     as_member = bomb(record(3, b"", length=2 << 30)[:-4], 64)

@@ -41,10 +41,17 @@ def test_documents_are_marked_by_their_longest_part_of_an_item(tmp_path: Path) -
         part = item[start : start + CHANCE.randrange(len(item) + 1)]
         place = CHANCE.randrange(50)
         documents.append(text[:place] + part + text[place:])
-    documents += [items[0] + filler[0] + items[1], items[2] * 2, items[4], items[0][:12]]
+    documents += [
+        items[0] + filler[0] + items[1],
+        items[2] * 2,
+        items[4],
+        items[0][:12],
+    ]
     stage = DecontaminateStage(
         sets={
-            "first": write_set(tmp_path / "first.jsonl", [" ".join(item) for item in items[:5]]),
+            "first": write_set(
+                tmp_path / "first.jsonl", [" ".join(item) for item in items[:5]]
+            ),
             "second": write_set(tmp_path / "second.jsonl", [" ".join(items[5])]),
         }
     )
@@ -78,7 +85,9 @@ def test_documents_are_marked_by_their_longest_part_of_an_item(tmp_path: Path) -
 def test_cuts_are_the_characters_of_what_was_found(tmp_path: Path) -> None:
     item = "Où est-ce que le petit café d’été, 日本 — c'est ici?"
     text = f"Ça ☃ va. {item} Non, {item[:-5]}\x00 😀 fin"
-    stage = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", [item])}, ngram=8)
+    stage = DecontaminateStage(
+        sets={"q": write_set(tmp_path / "q.jsonl", [item])}, ngram=8
+    )
     made = make_corpus(tmp_path / "corpus", [text, "nothing", "", None])
     run_stage(stage, made, tmp_path / "scratch")
     found = labels(made, stage).to_pylist()
@@ -93,7 +102,9 @@ def test_min_hits_and_templates(tmp_path: Path) -> None:
     items = [[*template, *sentence(20)] for _ in range(12)]
     other = sentence(20)
     sets = {
-        "q": write_set(tmp_path / "q.jsonl", [" ".join(item) for item in [*items, other]]),
+        "q": write_set(
+            tmp_path / "q.jsonl", [" ".join(item) for item in [*items, other]]
+        ),
     }
     texts = [" ".join(each) for each in (template, items[3], other[:14], other[:13])]
     made = make_corpus(tmp_path / "corpus", texts)
@@ -104,12 +115,21 @@ def test_min_hits_and_templates(tmp_path: Path) -> None:
     ):
         run_stage(stage, made, tmp_path / "scratch")
         assert labels(made, stage)["contaminated"].to_pylist() == expected
-    found = {"set": "q", "item": f"{tmp_path}/q.jsonl:4", "documents": 1, "overlap": 1.0}
+    found = {
+        "set": "q",
+        "item": f"{tmp_path}/q.jsonl:4",
+        "documents": 1,
+        "overlap": 1.0,
+    }
     assert found in count_contaminated_documents(stage, made)
 
 
-def contaminated(tmp_path: Path, items: list[str], texts: list[str], **settings) -> list[bool]:
-    stage = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", items)}, **settings)
+def contaminated(
+    tmp_path: Path, items: list[str], texts: list[str], **settings
+) -> list[bool]:
+    stage = DecontaminateStage(
+        sets={"q": write_set(tmp_path / "q.jsonl", items)}, **settings
+    )
     made = make_corpus(tmp_path / "corpus", texts)
     run_stage(stage, made, tmp_path / "scratch")
     return labels(made, stage)["contaminated"].to_pylist()
@@ -156,7 +176,10 @@ def test_texts_in_nfc_and_in_nfd_have_the_same_words(item: str, tmp_path: Path) 
 
 
 def test_sets_without_anything_to_look_for(tmp_path: Path) -> None:
-    for items, message in ((["too short"], "no text of 8 words"), ([], "no text of 8 words")):
+    for items, message in (
+        (["too short"], "no text of 8 words"),
+        ([], "no text of 8 words"),
+    ):
         with pytest.raises(MaxlmError, match=message):
             DecontaminateStage(
                 sets={"q": write_set(tmp_path / "q.jsonl", items)}

@@ -38,7 +38,9 @@ TEXTS = [
 ]
 
 
-def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -> list[dict]:
+def by_dictionary(
+    documents: Sequence[str | None], scores: list[float | None]
+) -> list[dict]:
     """What the labels should be, computed with everything in memory."""
     groups: dict[str, list[int]] = {}
     for i, text in enumerate(documents):
@@ -62,7 +64,8 @@ def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -
 
 
 @pytest.mark.parametrize(
-    ("shards", "memory", "workers"), [(1, 1 << 29, 1), (3, 1 << 10, 1), (4, 3000, 2), (40, 3000, 1)]
+    ("shards", "memory", "workers"),
+    [(1, 1 << 29, 1), (3, 1 << 10, 1), (4, 3000, 2), (40, 3000, 1)],
 )
 def test_labels_are_those_of_a_dictionary(
     tmp_path: Path, shards: int, memory: int, workers: int
@@ -124,11 +127,15 @@ def test_a_long_run_of_marks_takes_time_in_proportion():
     text = "a" + "\u0301\u0323" * 300_000
     assert ExactStage().normalise(text).startswith("\u1ea1\u0323")
     for accents in (True, False):
-        assert len(list(make_line_splitter(LineSplitterConfig(accents=accents))(text))) == 1
+        assert (
+            len(list(make_line_splitter(LineSplitterConfig(accents=accents))(text)))
+            == 1
+        )
 
 
 def run_with_index(folder: Path, texts: Sequence[str], **changes) -> dict[str, str]:
-    """Runs a recipe with an index beside the corpus's folder; returns the texts that it keeps."""
+    """Runs a recipe with an index beside the corpus's folder; returns the texts that it
+    keeps."""
     folder.mkdir(exist_ok=True)
     rows = [{"text": text, "id": f"d{i}"} for i, text in enumerate(texts)]
     (folder / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -148,21 +155,31 @@ def run_with_index(folder: Path, texts: Sequence[str], **changes) -> dict[str, s
     return {document.id: document.text.decode() for document in documents}
 
 
-def test_an_index_drops_what_earlier_corpora_keep_and_nothing_else(tmp_path: Path) -> None:
+def test_an_index_drops_what_earlier_corpora_keep_and_nothing_else(
+    tmp_path: Path,
+) -> None:
     one = ["a a", "b b", "a a", "short"]
     two = ["B  b", "c c", "d d"]
     three = ["d d", "e e", "A A", "short"]
     assert [*run_with_index(tmp_path / "one", one).values()] == ["a a", "b b"]
     assert [*run_with_index(tmp_path / "two", two).values()] == ["c c", "d d"]
-    # Dropped by a rule of the first corpus, the last text is in none: it is kept where rules allow.
+    # Dropped by a rule of the first corpus, the last text is in none: it is kept where
+    # rules allow.
     keep = {"new": "not exact.seen_before and not exact.duplicate"}
     found = run_with_index(tmp_path / "three", three, keep=keep)
     assert [*found.values()] == ["e e", "short"]
-    # Run again, each is compared with those before it, and so neither with itself nor with later
-    # ones; what it keeps no longer is free for others.
-    assert [*run_with_index(tmp_path / "one", ["b b", "e e"]).values()] == ["b b", "e e"]
+    # Run again, each is compared with those before it, and so neither with itself nor
+    # with later ones; what it keeps no longer is free for others.
+    assert [*run_with_index(tmp_path / "one", ["b b", "e e"]).values()] == [
+        "b b",
+        "e e",
+    ]
     shutil.rmtree(tmp_path / "two" / "corpus" / "exact")
-    assert [*run_with_index(tmp_path / "two", [*two, "a a"]).values()] == ["c c", "d d", "a a"]
+    assert [*run_with_index(tmp_path / "two", [*two, "a a"]).values()] == [
+        "c c",
+        "d d",
+        "a a",
+    ]
     files = sorted((tmp_path / "index").glob("*.digests"))
     expected = [["b b", "e e"], ["c c", "d d", "a a"], ["e e", "short"]]
     for path, texts in zip(files, expected, strict=True):
@@ -173,8 +190,12 @@ def test_an_index_drops_what_earlier_corpora_keep_and_nothing_else(tmp_path: Pat
 def test_an_index_of_other_settings_or_of_two_stages_is_refused(tmp_path: Path) -> None:
     run_with_index(tmp_path / "one", ["a a"])
     stage = {"stage": "exact", "index": str(tmp_path / "index"), "case": False}
-    with pytest.raises(MaxlmError, match=r"normalised by .*; set the same, or name another folder"):
-        run_with_index(tmp_path / "two", ["a a"], stages=[{"stage": "heuristics"}, stage])
+    with pytest.raises(
+        MaxlmError, match=r"normalised by .*; set the same, or name another folder"
+    ):
+        run_with_index(
+            tmp_path / "two", ["a a"], stages=[{"stage": "heuristics"}, stage]
+        )
     stages = [stage, stage | {"name": "again"}]
     with pytest.raises(ValueError, match="two stages use the index"):
         run_with_index(tmp_path / "three", ["a a"], stages=stages)

@@ -32,7 +32,9 @@ def three_valued(expression, row):
         words = row["words"]
         if words is None:
             return None
-        return {"<": words < value, ">=": words >= value, "==": words == value}[comparison]
+        return {"<": words < value, ">=": words >= value, "==": words == value}[
+            comparison
+        ]
     if kind == "flag":
         return row["flag"]
     if kind == "not":
@@ -40,7 +42,9 @@ def three_valued(expression, row):
         return None if value is None else not value
     left, right = (three_valued(each, row) for each in rest)
     if kind == "and":
-        return False if False in (left, right) else None if None in (left, right) else True
+        return (
+            False if False in (left, right) else None if None in (left, right) else True
+        )
     return True if True in (left, right) else None if None in (left, right) else False
 
 
@@ -79,7 +83,9 @@ def test_logic_is_three_valued(expression, documents):
         near__duplicate=[row["flag"] for row in documents],
     )
     found = parse(written(expression), LABELS, "keep.x").evaluate(data)
-    assert found.tolist() == [three_valued(expression, row) is True for row in documents]
+    assert found.tolist() == [
+        three_valued(expression, row) is True for row in documents
+    ]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,10 @@ def test_logic_is_three_valued(expression, documents):
         ("language.name is not None and True", [True, True, False]),
         ("50 <= heuristics.words < 70", [True, False, False]),
         ("heuristics.words / 40 >= 1.5", [True, True, False]),
-        ("heuristics.words * 1000000000 > 6e10", [False, True, False]),  # More than int32 holds.
+        (
+            "heuristics.words * 1000000000 > 6e10",
+            [False, True, False],
+        ),  # More than int32 holds.
         ("heuristics.words * 2 - 100 > -heuristics.words + 50", [True, True, False]),
         ("heuristics.symbol_ratio <= 0.1 or not near.duplicate", [True, True, False]),
         (
@@ -125,7 +134,9 @@ def test_names_and_thresholds():
         Threshold("heuristics.words", ">=", 50),
         Threshold("heuristics.symbol_ratio", "<", 0.1),
     )
-    chained = parse("-1 < heuristics.words <= 1e3 and heuristics.words != None", LABELS, "keep.x")
+    chained = parse(
+        "-1 < heuristics.words <= 1e3 and heuristics.words != None", LABELS, "keep.x"
+    )
     assert chained.thresholds == (
         Threshold("heuristics.words", ">", -1),
         Threshold("heuristics.words", "<=", 1000),
@@ -135,7 +146,9 @@ def test_names_and_thresholds():
 def test_labels_are_replaced_by_constants():
     text = "not (heuristics.words > 3 or heuristics.symbol_ratio is None) and language.name != 'x'"
     expression = parse(text, LABELS, "keep.x")
-    replaced = expression.replace_labels({"heuristics.words": 1.0, "heuristics.symbol_ratio": 0.0})
+    replaced = expression.replace_labels(
+        {"heuristics.words": 1.0, "heuristics.symbol_ratio": 0.0}
+    )
     assert replaced.label_names == ("language.name",)
     table = pa.table({"language.name": ["x", "en", None]})
     assert replaced.evaluate(table).tolist() == [False, True, False]
@@ -145,7 +158,10 @@ def test_labels_are_replaced_by_constants():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("heuristics.wrds > 3", 'no label "heuristics.wrds"; did you mean heuristics.words'),
+        (
+            "heuristics.wrds > 3",
+            'no label "heuristics.wrds"; did you mean heuristics.words',
+        ),
         ("words > 3", "did you mean heuristics.words"),
         ("perplexity.bucket > 3", "there are: language.name, heuristics.words"),
         ('heuristics.words > "a"', "different kinds"),

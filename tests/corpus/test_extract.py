@@ -20,8 +20,10 @@ from maxlm.corpus.extraction import HtmlExtractorProcess, extract_page
 from maxlm.corpus.stages.extract import ExtractStage
 
 STORY = (
-    "The harbour was quiet when the first boats came back, and nobody had expected them so soon. "
-    "They brought news of a storm beyond the cape, and of two ships that had lost their masts. "
+    "The harbour was quiet when the first boats came back, and nobody had expected "
+    "them so soon. "
+    "They brought news of a storm beyond the cape, and of two ships that had lost "
+    "their masts. "
 )
 PAGE = f"""<!DOCTYPE html><html lang="pt-BR"><head><title>Boats &amp;
  storms</title><meta content="2024-02-30" name="date">
@@ -35,7 +37,9 @@ PAGE = f"""<!DOCTYPE html><html lang="pt-BR"><head><title>Boats &amp;
 <table><tr><th>Ship</th><th>Masts</th></tr><tr><td>Petrel</td><td>317</td></tr></table>
 <p>{STORY.lower()}</p></article></main>
 <footer><p>Copyright by nobody in particular</p></footer></body></html>"""
-SLOW = b"<select>" + b"<option>x" * 400_000  # Takes trafilatura and resiliparse minutes.
+SLOW = (
+    b"<select>" + b"<option>x" * 400_000
+)  # Takes trafilatura and resiliparse minutes.
 
 
 @pytest.mark.parametrize("quality", [True, False])
@@ -44,12 +48,19 @@ def test_main_text_code_tables_and_what_the_page_says_of_itself(quality):
     encoded = ("\ufeff" + PAGE).encode("utf-16-le")
     assert extract_page(encoded, "utf-8", quality, markdown=False).text == page.text
     if quality:
-        assert "```\ndef sail(wind):" in (extract_page(PAGE.encode(), None, True, True).text or "")
+        assert "```\ndef sail(wind):" in (
+            extract_page(PAGE.encode(), None, True, True).text or ""
+        )
     assert (page.status, page.mode) == ("ok", "trafilatura" if quality else "fast")
     assert (page.title, page.date) == ("Boats & storms", "2024-03-05")
     assert (page.language_hint, page.encoding) == ("pt-br", "utf-8")
     assert page.text is not None
-    for part in (STORY.strip(), "def sail(wind):\n    if wind:\n        return", "Petrel", "317"):
+    for part in (
+        STORY.strip(),
+        "def sail(wind):\n    if wind:\n        return",
+        "Petrel",
+        "317",
+    ):
         assert part in page.text
     for part in ("About us", "Copyright", "<", "datePublished"):
         assert part not in page.text
@@ -65,7 +76,12 @@ TEXTS = {
     "big5hkscs": "第一批船回來的時候，港口還很安靜。",
     "cp949": "첫 배들이 돌아왔을 때 항구는 아직 조용했다.",
 }
-NAMES = {"cp1252": "ISO-8859-1", "gb18030": "gb2312", "cp932": "Shift_JIS", "cp949": "euc-kr"}
+NAMES = {
+    "cp1252": "ISO-8859-1",
+    "gb18030": "gb2312",
+    "cp932": "Shift_JIS",
+    "cp949": "euc-kr",
+}
 NAMES |= {"cp1251": "windows-1251", "big5hkscs": "big5", "iso2022_jp": "iso-2022-jp"}
 
 
@@ -74,19 +90,25 @@ def test_declared_encodings(encoding):
     text, name = TEXTS[encoding], NAMES.get(encoding, encoding)
     data = text.encode(encoding)
     assert decode(data, name)[0] == text
-    for meta in (f'<meta charset="{name}">', f"<META http-equiv=a content='a; charset={name}'>"):
+    for meta in (
+        f'<meta charset="{name}">',
+        f"<META http-equiv=a content='a; charset={name}'>",
+    ):
         page = f"<html>{meta}<p>"
         # A server's default of Latin-1 says nothing.
         for charset in (None, "iso-8859-1"):
             assert decode(page.encode() + data, charset)[0] == page + text
 
 
-@pytest.mark.parametrize("charset", [None, "iso-8859-1", "shift_jis", "utf-16", "koi8-r"])
+@pytest.mark.parametrize(
+    "charset", [None, "iso-8859-1", "shift_jis", "utf-16", "koi8-r"]
+)
 def test_utf8_is_told_whatever_is_declared(charset):
     text = "".join(TEXTS.values()) + "😀"
     assert decode(text.encode(), charset) == (text, "utf-8")
     assert decode(text.encode("utf-8-sig"), charset)[0] == text
-    # A cut character, and a foreign byte, are no reason to read all the rest as something else.
+    # A cut character, and a foreign byte, are no reason to read all the rest as
+    # something else.
     found, name = decode(text.encode()[:-2] + b"\xe9", charset)
     assert name == "utf-8"
     assert found.startswith(text[:-1])
@@ -105,11 +127,18 @@ def test_text_is_unicode_without_nul(data, quality):
 NASTY = {
     "deep": (b"<div>" * 100_000 + b"</div>" * 100_000, "empty"),
     "too deep for libxml2": (
-        b"<p>" + STORY.upper().encode() * 5 + b"</p>" + b"<div>" * 400 + STORY.encode() * 3,
+        b"<p>"
+        + STORY.upper().encode() * 5
+        + b"</p>"
+        + b"<div>" * 400
+        + STORY.encode() * 3,
         "ok",
     ),
     "angles": (b"<" * 1_000_000, "not_html"),
-    "open tags": (b"<title" * 10_000 + b"<meta " * 10_000 + b"<html " * 10_000, "empty"),
+    "open tags": (
+        b"<title" * 10_000 + b"<meta " * 10_000 + b"<html " * 10_000,
+        "empty",
+    ),
     "long line": (b"<p>" + b"word " * 200_000, "ok"),
     "comment": (b"<!--" + b"x" * 1_000_000, "empty"),
     "nul": (PAGE.replace("<p>", "<p>\0").encode(), "ok"),
@@ -157,7 +186,8 @@ def test_thousands_of_unclosed_tags_cost_no_text(tag, quality):
 
 @pytest.mark.parametrize("depth", [10, 150, 1000])
 def test_deep_pages_keep_what_their_outer_elements_say(depth):
-    """Menus around the text stay out of it, also if tags within the text are not closed."""
+    """Menus around the text stay out of it, also if tags within the text are not
+    closed."""
     story = "".join(f"<p>{'<i>' * (depth // 10)}{STORY} {i}</p>" for i in range(12))
     html = (
         "<html><body><nav><ul><li><a href='/'>Home page of all</a></li></ul></nav>"
@@ -185,12 +215,16 @@ def children() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children():
         with suppress(psutil.Error):  # It has just ended.
-            found += [process] if "serve_extractor(" in " ".join(process.cmdline()) else []
+            found += (
+                [process] if "serve_extractor(" in " ".join(process.cmdline()) else []
+            )
     return found
 
 
 @pytest.mark.parametrize("quality", [True, False])
-@pytest.mark.parametrize(("fault", "status"), [("SIGSEGV", "broken"), ("SIGSTOP", "timeout")])
+@pytest.mark.parametrize(
+    ("fault", "status"), [("SIGSEGV", "broken"), ("SIGSTOP", "timeout")]
+)
 def test_a_crash_or_hang_costs_one_page_at_most(quality, fault, status, monkeypatch):
     monkeypatch.setattr(extraction, "_GRACE", -398)  # A hang is told after 2 seconds.
     extractor = HtmlExtractorProcess(quality, markdown=False, seconds=20)
@@ -217,7 +251,9 @@ while True:
 
 
 def test_the_child_does_not_outlive_its_parent():
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
@@ -237,7 +273,19 @@ def test_stage():
     label = stage.make_batch_label_fn()
     labels = label(batch)
     assert labels.schema == stage.schema()
-    assert labels.column("status").to_pylist() == ["ok", None, "too_large", "not_html", "ok"]
-    assert labels.column("text").is_null().to_pylist() == [False, True, True, True, False]
+    assert labels.column("status").to_pylist() == [
+        "ok",
+        None,
+        "too_large",
+        "not_html",
+        "ok",
+    ]
+    assert labels.column("text").is_null().to_pylist() == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert labels.column("text")[4].as_py() == TEXTS["koi8-r"]
     assert label(batch.slice(1, 1)).column("status").to_pylist() == [None]

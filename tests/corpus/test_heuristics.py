@@ -24,7 +24,8 @@ PIECES = [
     "#", "•", "-", "--", ",", "{", "}", "lorem ipsum", "Lorem Ipsum", "JavaScript", "javascript",
     "terms of use", "Cookie policy", "use cookies", "日本語", "。", "テスト", "ก็ดี", "한국어",
     "नमस्ते", "।", "العربية", "؟", "e\u0301", "\u0301", "می\u200cخواهم", "\u200d", "\ufeff", "😀",
-    "❤️", "👍🏽", "\x00", "\U000e0101", "𝒳", "y" * 999, "y" * 1001, "a line that says some words.",
+    "❤️", "👍🏽", "\x00", "\U000e0101", "𝒳", "y" * 999, "y" * 1001, "a line that says "
+                                                                  "some words.",
 ]  # fmt: skip
 
 
@@ -45,14 +46,20 @@ def check(text: str) -> None:
 @example("")
 @example(" \n ")
 @example("A.) b!」x. C.\n" * 4)
-@example("We are here. Are you? 「はい。」と言う。Dr. A. Smith is. [1]\nGood {x} \n" * 3)
+@example(
+    "We are here. Are you? 「はい。」と言う。Dr. A. Smith is. [1]\nGood {x} \n" * 3
+)
 @example("a b c d e f g h i j k l. " * 9 + "a b c d e f g h i j k l")
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_measured_as_defined(text):
     check(text)
 
 
-@given(st.lists(st.sampled_from(["a", "b", "c d", "\n", "\n\n", "e f g h i", " "]), max_size=120))
+@given(
+    st.lists(
+        st.sampled_from(["a", "b", "c d", "\n", "\n\n", "e f g h i", " "]), max_size=120
+    )
+)
 @settings(max_examples=100, deadline=None)
 def test_repetition_is_measured_as_defined(pieces):
     check(" ".join(pieces))
@@ -61,7 +68,14 @@ def test_repetition_is_measured_as_defined(pieces):
 
 def test_c4_takes_its_rules_in_their_order():
     # One line of every mixture of what its rules look for, and a line that they keep.
-    parts = ("Lorem ipsum ", "JavaScript ", "{x} ", "our cookie policy ", "y" * 1001 + " ", "[12]")
+    parts = (
+        "Lorem ipsum ",
+        "JavaScript ",
+        "{x} ",
+        "our cookie policy ",
+        "y" * 1001 + " ",
+        "[12]",
+    )
     for taken in product((True, False), repeat=len(parts)):
         middle = "".join(part for part, take in zip(parts, taken, strict=True) if take)
         for end in (".", "...", '"', "", " [2]", ".[2]"):
@@ -81,9 +95,12 @@ def test_words_and_symbols():
 
 def test_published_rules_keep_prose():
     prose = (
-        "The committee met on Tuesday to talk about the new library. It was built with the help "
-        "of the town, and most people have been happy to use it. Nobody knows that it was once a "
-        "school! Would you have known? We asked the oldest people of the street, who remembered.\n"
+        "The committee met on Tuesday to talk about the new library. It was built with "
+        "the help "
+        "of the town, and most people have been happy to use it. Nobody knows that it "
+        "was once a "
+        "school! Would you have known? We asked the oldest people of the street, who "
+        "remembered.\n"
     )
     texts = (
         prose,

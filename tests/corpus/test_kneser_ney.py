@@ -14,13 +14,17 @@ from maxlm.corpus.kneser_ney import KneserNeyConfig, estimate_kneser_ney
 
 LMPLZ = Path(__file__).parent / "lmplz"
 FALLBACK = (0.5, 1.0, 1.5)
-# By lmplz of github.com/kpu/kenlm: -o ORDER [--prune ...] [--discount_fallback ...]. Each text ends
-# with a new word, since lmplz takes the plain count of the very last n-gram for its adjusted one.
+# By lmplz of github.com/kpu/kenlm: -o ORDER [--prune ...] [--discount_fallback ...].
+# Each text ends with a new word, since lmplz takes the plain count of the very last
+# n-gram for its adjusted one.
 MODELS = {
     "story1": ("story", {"order": 1}),
     "story2": ("story", {"order": 2, "prune": (1,), "discount_fallback": None}),
     "story3": ("story", {"order": 3, "discount_fallback": None}),
-    "story3pruned": ("story", {"order": 3, "prune": (0, 0, 1), "discount_fallback": None}),
+    "story3pruned": (
+        "story",
+        {"order": 3, "prune": (0, 0, 1), "discount_fallback": None},
+    ),
     "short": ("short", {"order": 4}),
     "single": ("single", {"order": 4}),
     "words": ("words", {"order": 3, "discount_fallback": (0.4, 0.9, 0.9)}),
@@ -36,19 +40,28 @@ def estimate(folder, sentences, **options):
 
 
 def lines_of(path):
-    """A line's n-gram (or what else it says), log10 of its probability, and of its backoff."""
+    """A line's n-gram (or what else it says), log10 of its probability, and of its
+    backoff."""
     for line in path.read_text("utf-8").split("\n"):
         columns = line.split("\t")
         if len(columns) == 1:
             yield line, 0.0, 0.0
         else:
-            yield columns[1], float(columns[0]), float(columns[2]) if len(columns) > 2 else None
+            yield (
+                columns[1],
+                float(columns[0]),
+                float(columns[2]) if len(columns) > 2 else None,
+            )
 
 
 def grams_of(path):
     """(log10 of probability, of backoff) by n-gram."""
-    lines = (line.split("\t") for line in path.read_text("utf-8").split("\n") if "\t" in line)
-    return {tuple(words.split(" ")): (float(p), float(*b or [0])) for p, words, *b in lines}
+    lines = (
+        line.split("\t") for line in path.read_text("utf-8").split("\n") if "\t" in line
+    )
+    return {
+        tuple(words.split(" ")): (float(p), float(*b or [0])) for p, words, *b in lines
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -60,19 +73,24 @@ def test_the_file_is_that_of_lmplz_line_by_line(name, tmp_path):
     for ours, their in zip_longest(lines_of(path), theirs):
         assert ours[0] == their[0]
         assert ours[1:] == pytest.approx(their[1:], abs=5e-7)
-    counts = [int(line[0].split("=")[1]) for line in theirs if line[0].startswith("ngram ")]
+    counts = [
+        int(line[0].split("=")[1]) for line in theirs if line[0].startswith("ngram ")
+    ]
     assert list(report.num_ngrams) == counts
 
 
 class Naive:
-    """Chen and Goodman's interpolated model over counts in dictionaries, word by word."""
+    """Chen and Goodman's interpolated model over counts in dictionaries, word by
+    word."""
 
     def __init__(self, sentences, order, fallback):
         count = [Counter() for _ in range(order + 1)]
         for sentence in sentences:
             words = ("<s>", *sentence.split(), "</s>")
             for k in range(1, order + 1):
-                count[k].update(words[i : i + k] for i in range(k == 1, len(words) - k + 1))
+                count[k].update(
+                    words[i : i + k] for i in range(k == 1, len(words) - k + 1)
+                )
         self.order, self.adjusted = order, [Counter(each) for each in count]
         for k in range(1, order):
             left = Counter(gram[1:] for gram in count[k + 1])
@@ -80,7 +98,9 @@ class Naive:
                 {g: c if g[0] == "<s>" else left[g] for g, c in count[k].items()}
             )
         self.words = {gram[0] for gram in count[1]} | {"<unk>"}
-        self.discounts = [[0.0] * 4] + [self._discounts(k, fallback) for k in range(1, order + 1)]
+        self.discounts = [[0.0] * 4] + [
+            self._discounts(k, fallback) for k in range(1, order + 1)
+        ]
 
     def _discounts(self, k, fallback):
         n = Counter(self.adjusted[k].values())
@@ -102,25 +122,37 @@ class Naive:
         k = len(gram)
         if k == 0:
             return 1 / len(self.words)
-        total = sum(c for other, c in self.adjusted[k].items() if other[:-1] == gram[:-1])
+        total = sum(
+            c for other, c in self.adjusted[k].items() if other[:-1] == gram[:-1]
+        )
         lower = self.probability(gram[1:])
         if not total:
             return lower
         count = self.adjusted[k][gram]
-        return (count - self.discount(k, count)) / total + self.backoff(gram[:-1]) * lower
+        return (count - self.discount(k, count)) / total + self.backoff(
+            gram[:-1]
+        ) * lower
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.lists(st.sampled_from("abcdé"), max_size=7).map(" ".join), min_size=1, max_size=30),
+    st.lists(
+        st.lists(st.sampled_from("abcdé"), max_size=7).map(" ".join),
+        min_size=1,
+        max_size=30,
+    ),
     st.integers(1, 6),
     st.sampled_from([FALLBACK, (0.2, 0.3, 3.0), (1.0, 2.0, 3.0)]),
 )
-def test_probabilities_and_backoffs_are_those_of_the_formulas(sentences, order, fallback):
+def test_probabilities_and_backoffs_are_those_of_the_formulas(
+    sentences, order, fallback
+):
     assume(any(sentences))
     naive = Naive(sentences, order, fallback)
     with tempfile.TemporaryDirectory() as folder:
-        path, _ = estimate(Path(folder), sentences, order=order, discount_fallback=fallback)
+        path, _ = estimate(
+            Path(folder), sentences, order=order, discount_fallback=fallback
+        )
         found = grams_of(path)
     seen = {gram for counts in naive.adjusted for gram in counts}
     assert found.keys() == seen | {("<unk>",), ("<s>",)}
@@ -155,6 +187,8 @@ def test_no_words_are_an_error(sentences, tmp_path):
 
 def test_discounts_that_cannot_be_estimated_are_an_error(tmp_path):
     path = tmp_path / "model.arpa"
-    with pytest.raises(MaxlmError, match="2-grams, of which 7, 1, 0 and 0 have") as error:
+    with pytest.raises(
+        MaxlmError, match="2-grams, of which 7, 1, 0 and 0 have"
+    ) as error:
         estimate_kneser_ney(["a b", "b c", "c c"], path, KneserNeyConfig(order=2))
     assert "discount_fallback" in str(error.value)

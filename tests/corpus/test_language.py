@@ -12,19 +12,29 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.stages.language import LanguageStage, find_shipped_model
 
 TEXTS = {
-    "en": "The harbour was quiet when the first boats came back, and nobody expected them yet.",
-    "de": "Am frühen Morgen lag der Hafen noch still, und niemand hatte Boote so früh erwartet.",
-    "fr": "Le port était encore calme lorsque les premiers bateaux sont rentrés plus tôt hier.",
-    "es": "El puerto todavía estaba tranquilo cuando volvieron temprano los primeros barcos.",
-    "it": "Il porto era ancora tranquillo quando le prime barche tornarono prima del previsto.",
-    "pt": "O porto ainda estava calmo quando os primeiros barcos voltaram mais cedo que o normal.",
-    "nl": "De haven was nog stil toen de eerste boten terugkwamen, eerder dan iemand had verwacht.",
+    "en": "The harbour was quiet when the first boats came back, and nobody expected "
+    "them yet.",
+    "de": "Am frühen Morgen lag der Hafen noch still, und niemand hatte Boote so früh "
+    "erwartet.",
+    "fr": "Le port était encore calme lorsque les premiers bateaux sont rentrés plus "
+    "tôt hier.",
+    "es": "El puerto todavía estaba tranquilo cuando volvieron temprano los primeros "
+    "barcos.",
+    "it": "Il porto era ancora tranquillo quando le prime barche tornarono prima del "
+    "previsto.",
+    "pt": "O porto ainda estava calmo quando os primeiros barcos voltaram mais cedo "
+    "que o normal.",
+    "nl": "De haven was nog stil toen de eerste boten terugkwamen, eerder dan iemand "
+    "had verwacht.",
     "pl": "Port był jeszcze cichy, kiedy pierwsze łodzie wróciły wcześniej niż zwykle.",
-    "ru": "Гавань была ещё тиха, когда первые лодки вернулись раньше, чем кто-либо мог ожидать.",
-    "el": "Το λιμάνι ήταν ακόμη ήσυχο όταν γύρισαν οι πρώτες βάρκες νωρίτερα από ό,τι περίμεναν.",
+    "ru": "Гавань была ещё тиха, когда первые лодки вернулись раньше, чем кто-либо мог "
+    "ожидать.",
+    "el": "Το λιμάνι ήταν ακόμη ήσυχο όταν γύρισαν οι πρώτες βάρκες νωρίτερα από ό,τι "
+    "περίμεναν.",
     "ja": "最初の船が予想よりも早く戻ってきたとき、港はまだ静かで、誰もそれを待っていなかった。",
     "zh": "第一批船比预想的更早回来的时候，港口还很安静，没有人想到它们会这么快回来。",
-    "ar": "كان الميناء لا يزال هادئا عندما عادت القوارب الأولى في وقت أبكر مما كان متوقعا.",
+    "ar": "كان الميناء لا يزال هادئا عندما عادت القوارب الأولى في وقت أبكر مما كان "
+    "متوقعا.",
     "ko": "첫 배들이 예상보다 일찍 돌아왔을 때 항구는 아직 조용했고 아무도 기다리지 않았다.",
 }
 
@@ -40,13 +50,17 @@ def label():
 
 
 def rows(label, texts: list[str]) -> list[dict]:
-    return label(pa.record_batch({"text": pa.array(texts, pa.large_string())})).to_pylist()
+    return label(
+        pa.record_batch({"text": pa.array(texts, pa.large_string())})
+    ).to_pylist()
 
 
 def predict(library, text: str) -> list[tuple[str, float]]:
     """The library's answer; it reads a line at a time."""
     names, scores = library.predict(text.replace("\n", " "), k=2)
-    return [(n.removeprefix("__label__"), s) for n, s in zip(names, scores, strict=True)]
+    return [
+        (n.removeprefix("__label__"), s) for n, s in zip(names, scores, strict=True)
+    ]
 
 
 def test_languages_are_told_apart(label):
@@ -55,7 +69,9 @@ def test_languages_are_told_apart(label):
         assert [span["name"] for span in row["spans"]] == [name]
 
 
-LETTERS = st.sampled_from([*"abcdeéßñłğ ,.\n\t'0Абвжאבابहिंไทยกあ漢字한글😀\0\x0b", *TEXTS.values()])
+LETTERS = st.sampled_from(
+    [*"abcdeéßñłğ ,.\n\t'0Абвжאבابहिंไทยกあ漢字한글😀\0\x0b", *TEXTS.values()]
+)
 
 
 @given(st.lists(LETTERS, max_size=40).map("".join))
@@ -63,11 +79,16 @@ LETTERS = st.sampled_from([*"abcdeéßñłğ ,.\n\t'0Абвжאבابहिं�
 def test_scores_are_the_librarys(library, label, text):
     (row,) = rows(label, [text])
     answers = predict(library, text)
-    if row["name"] == "und":  # Of no n-gram, so the library's answer is that to nothing.
+    if (
+        row["name"] == "und"
+    ):  # Of no n-gram, so the library's answer is that to nothing.
         assert answers == predict(library, "")
         assert (row["score"], row["second"], row["spans"]) == (0, "und", [])
         return
-    assert [(row["name"], row["score"]), (row["second"], row["second_score"])] == answers
+    assert [
+        (row["name"], row["score"]),
+        (row["second"], row["second_score"]),
+    ] == answers
 
 
 @given(st.lists(st.sampled_from([*TEXTS.values(), "ok", "", "123", "  "]), max_size=12))
@@ -89,7 +110,8 @@ def test_spans_divide_the_text_and_share_is_the_part_in_its_own_language(label, 
 @given(st.lists(st.sampled_from([*TEXTS]), min_size=1, max_size=8))
 @settings(max_examples=40, deadline=None)
 def test_spans_are_runs_of_paragraphs_with_the_librarys_scores(library, label, names):
-    # Each line is a paragraph, of more than 40 characters; those of ja and zh are left out.
+    # Each line is a paragraph, of more than 40 characters; those of ja and zh are left
+    # out.
     lines = [TEXTS[name] + "\n" for name in names if name not in ("ja", "zh")]
     (row,) = rows(label, ["".join(lines)])
     if len(lines) < 2:  # The text's own scores.
@@ -100,7 +122,9 @@ def test_spans_are_runs_of_paragraphs_with_the_librarys_scores(library, label, n
         name, score = predict(library, line)[0]
         if expected and expected[-1][2] == name:
             start, end, _, mean = expected.pop()
-            score = (mean * (end - start) + score * len(line)) / (place + len(line) - start)
+            score = (mean * (end - start) + score * len(line)) / (
+                place + len(line) - start
+            )
             expected.append((start, place + len(line), name, score))
         else:
             expected.append((place, place + len(line), name, score))
@@ -122,12 +146,16 @@ def test_confident_means_the_languages_own_threshold():
     score = rows(LanguageStage().make_batch_label_fn(), [text])[0]["score"]
 
     def confident(**settings) -> bool:
-        return rows(LanguageStage(**settings).make_batch_label_fn(), [text])[0]["confident"]
+        return rows(LanguageStage(**settings).make_batch_label_fn(), [text])[0][
+            "confident"
+        ]
 
     assert confident(default_threshold=1, thresholds={"de": score - 0.01})
     assert not confident(default_threshold=0, thresholds={"de": min(score + 0.01, 1)})
     assert confident(default_threshold=score - 0.01, thresholds={"en": 1})
-    assert not rows(LanguageStage(default_threshold=0).make_batch_label_fn(), [""])[0]["confident"]
+    assert not rows(LanguageStage(default_threshold=0).make_batch_label_fn(), [""])[0][
+        "confident"
+    ]
 
 
 def test_mistakes_are_named(tmp_path):

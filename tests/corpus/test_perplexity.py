@@ -1,4 +1,5 @@
-"""Perplexities of documents: KenLM's own figures, models, cutoffs, and the stage's labels."""
+"""Perplexities of documents: KenLM's own figures, models, cutoffs, and the stage's
+labels."""
 
 from collections import Counter
 from itertools import pairwise
@@ -24,7 +25,9 @@ from maxlm.corpus.stages.perplexity import PerplexityStage
 from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
 
 # The reference manual of the running Python: half a megabyte of English.
-PARAGRAPHS = [p for topic in topics.values() for p in topic.split("\n\n") if len(p) > 300]
+PARAGRAPHS = [
+    p for topic in topics.values() for p in topic.split("\n\n") if len(p) > 300
+]
 
 
 def lines(text, **options):
@@ -33,14 +36,26 @@ def lines(text, **options):
 
 def write_arpa(path, texts):
     """A bigram model with absolute discounting of 0.4, and backoffs of 0.4."""
-    sentences = [["<s>", *line.split(), "</s>"] for text in texts for line in lines(text)]
+    sentences = [
+        ["<s>", *line.split(), "</s>"] for text in texts for line in lines(text)
+    ]
     words = Counter(word for sentence in sentences for word in sentence)
     pairs = Counter(pair for sentence in sentences for pair in pairwise(sentence))
-    rows = ["\\data\\", f"ngram 1={len(words) + 1}", f"ngram 2={len(pairs)}", "", "\\1-grams:"]
+    rows = [
+        "\\data\\",
+        f"ngram 1={len(words) + 1}",
+        f"ngram 2={len(pairs)}",
+        "",
+        "\\1-grams:",
+    ]
     rows.append("-7\t<unk>\t0")
-    rows += [f"{log10(n / words.total()):.6f}\t{word}\t-0.4" for word, n in words.items()]
+    rows += [
+        f"{log10(n / words.total()):.6f}\t{word}\t-0.4" for word, n in words.items()
+    ]
     rows += ["", "\\2-grams:"]
-    rows += [f"{log10((n - 0.4) / words[a]):.6f}\t{a} {b}" for (a, b), n in pairs.items()]
+    rows += [
+        f"{log10((n - 0.4) / words[a]):.6f}\t{a} {b}" for (a, b), n in pairs.items()
+    ]
     path.write_text("\n".join([*rows, "", "\\end\\", ""]), encoding="utf-8")
     return path
 
@@ -75,7 +90,11 @@ def test_a_perplexity_is_that_of_kenlm_over_all_lines(english):
     one = "the value of an expression is an object"
     assert ours(one.upper()) == pytest.approx(model.perplexity(one), rel=1e-6)
     text = "A class.\n\nzyzzyva 12 is\n"
-    scores = [score for line in ("a class .", "zyzzyva 00 is") for score in model.full_scores(line)]
+    scores = [
+        score
+        for line in ("a class .", "zyzzyva 00 is")
+        for score in model.full_scores(line)
+    ]
     assert len(scores) == 8
     expected = 10 ** -np.mean([probability for probability, _, _ in scores])
     assert ours(text) == pytest.approx(expected, rel=1e-6)
@@ -93,12 +112,15 @@ def label(stage, texts, languages=None):
 
 def test_a_stage_labels_by_language(english, tmp_path):
     german = write_arpa(tmp_path / "de.arpa", PARAGRAPHS[:200])
-    stage = PerplexityStage(models={"en": english, "de": german}, cutoffs={"en": (9e3, 1e5)})
+    stage = PerplexityStage(
+        models={"en": english, "de": german}, cutoffs={"en": (9e3, 1e5)}
+    )
     good, none = PARAGRAPHS[4], {"value": None, "bucket": None}
     texts = [good, good, good, good, "", "qzx jjk wvv"]
     labels = label(stage, texts, ["en", "de", "fr", None, "en", "en"])
     values = [
-        open_perplexity_model(p, LineSplitterConfig()).compute(good) for p in (english, german)
+        open_perplexity_model(p, LineSplitterConfig()).compute(good)
+        for p in (english, german)
     ]
     assert [each["value"] for each in labels[:2]] == values
     assert [each["bucket"] for each in labels[:2]] == ["head", None]
@@ -142,20 +164,28 @@ def test_documents_that_set_the_cutoffs_are_not_trained_on(tmp_path):
     config = TRAINING.model_copy(update={"words": LineSplitterConfig(digits=False)})
     report = train_perplexity(texts, tmp_path / "en", config)
     theirs = kenlm.Model(str(tmp_path / "en" / "model.arpa"))
-    assert [f"unique{i}x" in theirs for i in range(300)] == [i % 10 != 9 for i in range(300)]
+    assert [f"unique{i}x" in theirs for i in range(300)] == [
+        i % 10 != 9 for i in range(300)
+    ]
     assert (report.num_documents, report.metadata.reference_documents) == (270, 30)
     model = open_perplexity_model(tmp_path / "en", LineSplitterConfig())
     scores = [model.compute(text) for text in texts[9::10]]
     assert model.cutoffs == pytest.approx(np.percentile(scores, [100 / 3, 200 / 3]))
     assert report.metadata.percentiles[50] == pytest.approx(np.median(scores))
-    texts_with_numbers = label(PerplexityStage(models={"*": tmp_path / "en"}, language=None), texts)
+    texts_with_numbers = label(
+        PerplexityStage(models={"*": tmp_path / "en"}, language=None), texts
+    )
     buckets = [row["bucket"] for row in texts_with_numbers[9::10]]
     assert [buckets.count(each) for each in ("head", "middle", "tail")] == [10, 10, 10]
 
 
-def test_a_sample_sets_the_cutoffs_of_a_file_and_of_a_folder(english, trained, tmp_path):
+def test_a_sample_sets_the_cutoffs_of_a_file_and_of_a_folder(
+    english, trained, tmp_path
+):
     settings = {"percentiles": (30.0, 60.0), "reference_documents": 30}
-    config = PerplexityCalibrationConfig(**settings, words=LineSplitterConfig(lower=False))
+    config = PerplexityCalibrationConfig(
+        **settings, words=LineSplitterConfig(lower=False)
+    )
     sample = [" \n", *SAMPLE]  # A document without words counts for nothing.
     metadata = calibrate_perplexity(english, iter(sample), tmp_path / "a", config)
     assert (tmp_path / "a" / "model.arpa").read_bytes() == english.read_bytes()
@@ -185,7 +215,11 @@ def test_a_recipes_cutoffs_take_the_place_of_a_models(trained):
     value = plain[0]["value"]
     assert value == open_perplexity_model(trained, LineSplitterConfig()).compute(text)
     assert plain[0]["bucket"] is not None
-    for cutoffs, bucket in [((value, value), "head"), ((0, value), "middle"), ((0, 1), "tail")]:
+    for cutoffs, bucket in [
+        ((value, value), "head"),
+        ((0, value), "middle"),
+        ((0, 1), "tail"),
+    ]:
         stage = PerplexityStage(models={"en": trained}, cutoffs={"en": cutoffs})
         assert label(stage, [text], ["en"]) == [{"value": value, "bucket": bucket}]
 
@@ -212,12 +246,16 @@ def test_a_damaged_folder_is_one_line(trained, tmp_path):
     ):
         stage.fingerprint()
     (tmp_path / "cutoffs.json").write_text("{}")
-    with pytest.raises(MaxlmError, match=r"cutoffs\.json: this describes no perplexity model: "):
+    with pytest.raises(
+        MaxlmError, match=r"cutoffs\.json: this describes no perplexity model: "
+    ):
         stage.fingerprint()
     for name in ("model.arpa", "cutoffs.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     stage.fingerprint()
     with (tmp_path / "model.arpa").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(MaxlmError, match=r"written for another model; maxlm corpus calibrate-perp"):
+    with pytest.raises(
+        MaxlmError, match=r"written for another model; maxlm corpus calibrate-perp"
+    ):
         stage.fingerprint()

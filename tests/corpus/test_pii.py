@@ -1,4 +1,5 @@
-"""Personal data is found, nothing else is, and masking keeps the rest of a text in place."""
+"""Personal data is found, nothing else is, and masking keeps the rest of a text in
+place."""
 
 import random
 from collections import Counter
@@ -14,16 +15,29 @@ from maxlm.corpus.stages.pii import PiiStage, find_pii, mask_pii
 from tests.corpus.corpora import label_texts
 
 SETTINGS_REGIONS = PiiStage().regions
-REGIONS = {"en_US": "US", "en_GB": "GB", "de_DE": "DE", "fr_FR": "FR", "es_ES": "ES", "it_IT": "IT"}
+REGIONS = {
+    "en_US": "US",
+    "en_GB": "GB",
+    "de_DE": "DE",
+    "fr_FR": "FR",
+    "es_ES": "ES",
+    "it_IT": "IT",
+}
 
 
 def finds(text: str) -> list[tuple[str, str]]:
     return [(m.kind, text[m.start : m.end]) for m in find_pii(text, SETTINGS_REGIONS)]
 
 
-# Worded apart from benchmarks/corpus_pii.py, whose sentences the detectors were tuned on.
+# Worded apart from benchmarks/corpus_pii.py, whose sentences the detectors were tuned
+# on.
 HOLDERS: dict[Kind, tuple[str, ...]] = {
-    "email": ("Replies go to {}, please.", "mailto:{}", "Author: A. Smith <{}>", "ask {}!"),
+    "email": (
+        "Replies go to {}, please.",
+        "mailto:{}",
+        "Author: A. Smith <{}>",
+        "ask {}!",
+    ),
     "phone": (
         "You can phone us on {} any day.",
         "T: home\nTel.: {}\n",
@@ -32,9 +46,19 @@ HOLDERS: dict[Kind, tuple[str, ...]] = {
         "mobile/WhatsApp {}",
         "{}\nOpening hours: nine to five.",
     ),
-    "ip": ("blocked {} for an hour", "src={} dst=10.0.0.1", "{} was unreachable", "[{}]"),
+    "ip": (
+        "blocked {} for an hour",
+        "src={} dst=10.0.0.1",
+        "{} was unreachable",
+        "[{}]",
+    ),
     "iban": ("Transfer it to {}, quoting your name.", "Bank details {}", "({})"),
-    "card": ("I paid with {} yesterday", "card={}", "Mastercard or Visa: {}", "number {} (valid)"),
+    "card": (
+        "I paid with {} yesterday",
+        "card={}",
+        "Mastercard or Visa: {}",
+        "number {} (valid)",
+    ),
     "ssn": ("born 1980, SSN {}", "{} was on the form", "Social Security No. {}."),
     "key": ('"client_secret": "{}"', "TOKEN={}", "apiKey: {}", "password={}"),
 }
@@ -76,7 +100,8 @@ def make(kind: str, fake, american, rng: random.Random) -> str:
 
 
 def generated(count: int, seed: int) -> list[tuple[str, set[PiiMatch]]]:
-    """Prose with personal data at known places, and with sentences that only look like it."""
+    """Prose with personal data at known places, and with sentences that only look like
+    it."""
     from faker import Faker
 
     rng, documents = random.Random(seed), []
@@ -106,7 +131,11 @@ def test_recall_and_precision_on_generated_text():
     true, found, right = Counter(), Counter(), Counter()
     for text, truth in generated(250, seed=3):
         matches = {*find_pii(text, SETTINGS_REGIONS)}
-        for counter, group in ((true, truth), (found, matches), (right, truth & matches)):
+        for counter, group in (
+            (true, truth),
+            (found, matches),
+            (right, truth & matches),
+        ):
             counter.update(match.kind for match in group)
     assert right.total() / true.total() >= 0.95
     assert right.total() / found.total() >= 0.95
@@ -147,8 +176,16 @@ def test_harmless_sentences_hold_nothing(sentence):
         ("key", "AKIAIOSFODNN7EXAMPLE", "aws {}"),
         ("key", "ghp_" + "aB3" * 12, "clone with {}"),
         ("key", "s3cr3t-pa55", "postgres://user:{}@db.internal/x"),
-        ("key", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N", "{}"),
-        ("key", "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "a {} b"),
+        (
+            "key",
+            "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
+            "{}",
+        ),
+        (
+            "key",
+            "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+            "a {} b",
+        ),
     ],
 )
 def test_each_way_of_writing_is_found_whole(kind, value, text):
@@ -162,7 +199,8 @@ def test_each_way_of_writing_is_found_whole(kind, value, text):
         "9111111111111111",  # no issuer
         "GB83 WEST 1234 5698 7654 32",  # remainder
         "GB82 WEST 1234 5698 7654",  # too short for its country
-        "666-12-3456 900-12-3456 123-00-4567 123-45-0000 078-05-1120",  # never given out
+        # never given out
+        "666-12-3456 900-12-3456 123-00-4567 123-45-0000 078-05-1120",
         "536904399",  # no word beside it
         "part no. 351-82-9233",
         "Serial number: 351-82-9233; model 351-82-9233",
@@ -191,7 +229,10 @@ def test_what_fails_a_check_is_nothing(text):
         ("git@gitlab.my-company.local", []),
         ("bob@mail.xn--fiqs8s", ["bob@mail.xn--fiqs8s"]),
         # The list of public suffixes has only names below these two.
-        ("thandi@sun.ac.za, nabin@mpp.org.np", ["thandi@sun.ac.za", "nabin@mpp.org.np"]),
+        (
+            "thandi@sun.ac.za, nabin@mpp.org.np",
+            ["thandi@sun.ac.za", "nabin@mpp.org.np"],
+        ),
     ],
 )
 def test_an_address_ends_with_its_domain_whatever_follows(text, expected):
@@ -216,7 +257,9 @@ def test_a_number_that_is_none_does_not_hide_the_next(text, expected):
 
 
 @given(
-    st.text(max_size=60), st.lists(st.integers(0, 60), max_size=10), st.sets(st.sampled_from(KINDS))
+    st.text(max_size=60),
+    st.lists(st.integers(0, 60), max_size=10),
+    st.sets(st.sampled_from(KINDS)),
 )
 def test_masked_and_original_align(text, cuts, masked_kinds):
     cuts = sorted({cut for cut in cuts if cut <= len(text)})
@@ -241,7 +284,12 @@ def test_masked_and_original_align(text, cuts, masked_kinds):
 def test_labels_of_a_batch():
     texts = ["", "nothing\0here", "😀 a@example.com, +44 20 7946 0958 or b@example.com"]
     empty, plain, full = label_texts(PiiStage(), *texts)
-    assert (empty["text"], plain["text"], plain["count"], plain["spans"]) == (None, None, 0, [])
+    assert (empty["text"], plain["text"], plain["count"], plain["spans"]) == (
+        None,
+        None,
+        0,
+        [],
+    )
     assert full["text"] == "😀 <EMAIL>, <PHONE> or <EMAIL>"
     assert (full["count"], full["email"], full["phone"], full["ip"]) == (3, 2, 1, 0)
     assert list(full["spans"][1].values()) == [17, 33, "phone", 11, 18]
@@ -249,7 +297,9 @@ def test_labels_of_a_batch():
 
 def test_only_chosen_kinds_are_masked_and_by_chosen_words():
     text = "a@example.com, 4111111111111111"
-    (chosen,) = label_texts(PiiStage(mask=("card",), placeholders={"card": "[card]"}), text)
+    (chosen,) = label_texts(
+        PiiStage(mask=("card",), placeholders={"card": "[card]"}), text
+    )
     assert chosen["text"] == "a@example.com, [card]"
     assert [span["masked_start"] for span in chosen["spans"]] == [None, 15]
     (counted,) = label_texts(PiiStage(mask=()), text)

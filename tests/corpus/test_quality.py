@@ -1,4 +1,5 @@
-"""The quality classifier: trained, calibrated, measured and saved as it says; and its stage."""
+"""The quality classifier: trained, calibrated, measured and saved as it says; and its
+stage."""
 
 import json
 from dataclasses import replace
@@ -41,7 +42,8 @@ def trained():
 
 def probability(model, *documents: str | bytes) -> np.ndarray:
     decoded = [
-        text if isinstance(text, str) else text.decode("utf-8", "replace") for text in documents
+        text if isinstance(text, str) else text.decode("utf-8", "replace")
+        for text in documents
     ]
     return model.predict_proba(decoded)
 
@@ -52,11 +54,16 @@ def test_it_tells_the_kinds_apart_on_documents_it_never_saw(trained):
     assert report.precision > 0.85
     assert report.recall > 0.8
     fresh = np.concatenate(
-        [probability(model, *texts(GOOD, 200, 7)), probability(model, *texts(BAD, 200, 8))]
+        [
+            probability(model, *texts(GOOD, 200, 7)),
+            probability(model, *texts(BAD, 200, 8)),
+        ]
     )
     labels = np.arange(400) < 200
     assert metrics.roc_auc_score(labels, fresh) > 0.97
-    known = tuple(sum(not is_heldout(text, 0.2) for text in each) for each in (good, bad))
+    known = tuple(
+        sum(not is_heldout(text, 0.2) for text in each) for each in (good, bad)
+    )
     unseen = [[text for text in each if is_heldout(text, 0.1)] for each in (good, bad)]
     assert (report.trained, report.measured) == (known, tuple(map(len, unseen)))
     scores = probability(model, *unseen[0], *unseen[1])
@@ -78,7 +85,9 @@ def test_scores_are_probabilities_where_kinds_overlap():
         sides[bool(generator.random() < share)].append(f"{word} {i}".encode())
     settings = ClassifierConfig(word_ngrams=1, heldout=0.5, buckets=14)
     model, _ = train_classifier(sides[True], sides[False], settings)
-    fresh = probability(model, *[f"{w} {i}" for w in ("ham", "spam") for i in range(9000, 9200)])
+    fresh = probability(
+        model, *[f"{w} {i}" for w in ("ham", "spam") for i in range(9000, 9200)]
+    )
     assert abs(fresh[:200].mean() - 0.7) < 0.1
     assert abs(fresh[200:].mean() - 0.2) < 0.1
 
@@ -102,7 +111,9 @@ def test_a_saved_model_gives_the_same_scores(trained, tmp_path):
     path = tmp_path / "models" / "quality.safetensors"
     model.save(path)
     again = load_classifier(path)
-    np.testing.assert_array_equal(probability(again, *good[:50]), probability(model, *good[:50]))
+    np.testing.assert_array_equal(
+        probability(again, *good[:50]), probability(model, *good[:50])
+    )
     assert again.threshold == model.threshold
     assert again.settings == model.settings
     size = int.from_bytes(path.read_bytes()[:8], "little")
@@ -116,7 +127,12 @@ def test_a_file_that_is_no_model(trained, tmp_path):
         load_classifier(path)
     model.save(path)
     whole = path.read_bytes()
-    for damaged in (b"", b"{}", whole[:-10], whole.replace(b"word_ngrams", b"word_ngrims")):
+    for damaged in (
+        b"",
+        b"{}",
+        whole[:-10],
+        whole.replace(b"word_ngrams", b"word_ngrims"),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(MaxlmError, match="holds no classifier"):
             load_classifier(path)

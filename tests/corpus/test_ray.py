@@ -1,4 +1,5 @@
-"""A corpus is the same when its tasks run on a Ray cluster, also if a node is lost on the way."""
+"""A corpus is the same when its tasks run on a Ray cluster, also if a node is lost on
+the way."""
 
 import json
 import math
@@ -17,7 +18,13 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.run import run_recipe
 from maxlm.runtime.executor import open_executor
 from tests.corpus.corpora import recipe
-from tests.corpus.ray_nodes import CountedTasks, find_free_port, kill_node, start_head, start_node
+from tests.corpus.ray_nodes import (
+    CountedTasks,
+    find_free_port,
+    kill_node,
+    start_head,
+    start_node,
+)
 
 pytest.importorskip("ray")
 
@@ -25,7 +32,10 @@ pytest.importorskip("ray")
 @pytest.fixture(scope="module")
 def head():
     # pytest's own folders have names too long for sockets.
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder, start_head(Path(folder)) as head:
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as folder,
+        start_head(Path(folder)) as head,
+    ):
         yield head
 
 
@@ -53,7 +63,9 @@ def read_files(folder):
         if path.suffix == ".json":
             content = json.loads(path.read_text())
             passing = ("last_run", "sha256", "out", "workers")
-            files[name] = {key: value for key, value in content.items() if key not in passing}
+            files[name] = {
+                key: value for key, value in content.items() if key not in passing
+            }
         elif path.is_file() and not name.startswith(".ray-"):
             files[name] = path.read_bytes()
     return files
@@ -63,12 +75,25 @@ def read_files(folder):
 @pytest.mark.parametrize(
     ("on", "message"),
     [
-        ("dask", "--on: 'dask' is no place to run tasks; choose: local, ray, ray://HOST:PORT"),
-        ("ray://127.0.0.1:{port}", "no Ray cluster answers at ray://127.0.0.1:{port} (Connection"),
-        ("ray", "no Ray cluster answers at 127.0.0.1:{port} (Connection refused); start one with"),
+        (
+            "dask",
+            "--on: 'dask' is no place to run tasks; choose: local, ray, "
+            "ray://HOST:PORT",
+        ),
+        (
+            "ray://127.0.0.1:{port}",
+            "no Ray cluster answers at ray://127.0.0.1:{port} (Connection",
+        ),
+        (
+            "ray",
+            "no Ray cluster answers at 127.0.0.1:{port} (Connection refused); start "
+            "one with",
+        ),
     ],
 )
-def test_a_cluster_that_is_not_there_is_one_line(crawl, tmp_path, capsys, monkeypatch, on, message):
+def test_a_cluster_that_is_not_there_is_one_line(
+    crawl, tmp_path, capsys, monkeypatch, on, message
+):
     port = find_free_port()
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     path = tmp_path / "recipe.yaml"
@@ -102,7 +127,10 @@ def test_a_node_that_is_killed_in_the_middle_changes_no_byte(
         tasks = CountedTasks(executor, tmp_path, "_write_pairs")
         run_recipe(recipe(crawl, out, workers=None), executor=tasks)
         killer.join()
-    print(f"{tasks.num_jobs} tasks, {tasks.num_begun - tasks.num_jobs} of them begun again")
+    print(
+        f"{tasks.num_jobs} tasks, {tasks.num_begun - tasks.num_jobs} of them begun "
+        f"again"
+    )
     assert tasks.num_begun > tasks.num_jobs
     assert read_files(out) == read_files(whole)
 
@@ -143,16 +171,23 @@ def test_errors_arrive_as_they_are(executor):
 
 
 def test_a_task_whose_process_dies_again_and_again_is_one_line(executor):
-    with pytest.raises(MaxlmError, match=r"gave up on a task \(.*died.*goes on where it stopped"):
+    with pytest.raises(
+        MaxlmError, match=r"gave up on a task \(.*died.*goes on where it stopped"
+    ):
         list(executor.map_unordered(os._exit, [1]))
 
 
-def test_workers_that_lack_what_a_task_needs_say_what_to_do(executor, tmp_path, monkeypatch):
+def test_workers_that_lack_what_a_task_needs_say_what_to_do(
+    executor, tmp_path, monkeypatch
+):
     (tmp_path / "corpus").mkdir()
     descriptor = os.open(tmp_path / "corpus", os.O_RDONLY)
-    # A folder of this process, and something else or nothing under the same path in another.
+    # A folder of this process, and something else or nothing under the same path in
+    # another.
     executor.require_on_workers(Path(f"/proc/self/fd/{descriptor}"), [])
-    with pytest.raises(MaxlmError, match=r"does not see what is written .* put it on a disk"):
+    with pytest.raises(
+        MaxlmError, match=r"does not see what is written .* put it on a disk"
+    ):
         list(executor.map_unordered(abs, [1]))
     os.close(descriptor)
 
@@ -160,13 +195,17 @@ def test_workers_that_lack_what_a_task_needs_say_what_to_do(executor, tmp_path, 
     monkeypatch.chdir(tmp_path / "here")
     executor.require_on_workers(tmp_path, [])
     (tmp_path / "here").rmdir()
-    with pytest.raises(MaxlmError, match=r"does not see this folder .* that all machines"):
+    with pytest.raises(
+        MaxlmError, match=r"does not see this folder .* that all machines"
+    ):
         list(executor.map_unordered(abs, [1]))
     monkeypatch.undo()
 
     monkeypatch.setattr("maxlm.runtime.ray_executor.version", lambda _: "0.0.7")
     executor.require_on_workers(tmp_path, ["numpy"])
-    with pytest.raises(MaxlmError, match=r"and this machine 0\.0\.7; pip install 'maxlm==0\.0\.7'"):
+    with pytest.raises(
+        MaxlmError, match=r"and this machine 0\.0\.7; pip install 'maxlm==0\.0\.7'"
+    ):
         list(executor.map_unordered(abs, [1]))
     monkeypatch.undo()
     executor.require_on_workers(tmp_path, ["numpy"])

@@ -1,4 +1,5 @@
-"""Whatever lies in source files, what can be read becomes documents and the rest is counted."""
+"""Whatever lies in source files, what can be read becomes documents and the rest is
+counted."""
 
 import gzip
 import json
@@ -40,7 +41,8 @@ def test_json_lines(tmp_path):
         b'{"text": "bad \xff byte"}',
         b"42",
         b"null",
-        b'{"text": "odd fields", "url": "http://x/\\ud800", "id": "i\\udfff", "more": "\\udc80"}',
+        b'{"text": "odd fields", "url": "http://x/\\ud800", "id": "i\\udfff", "more": '
+        b'"\\udc80"}',
         b"[" * 100_000,
         b'{"text": "' + b"x" * 300 + b'"}',
         b'{"text": "' + b"x" * 3000 + b'"}',
@@ -74,7 +76,9 @@ def test_text_and_html_files(tmp_path):
     with gzip.open(root / "d.txt.gz", "wt") as file:
         file.write("compressed")
     rows, counts = read(tmp_path, documents=(str(root),), max_document_bytes=1000)
-    found = {row["id"].removeprefix(f"{root}/"): (row["text"], row["html"]) for row in rows}
+    found = {
+        row["id"].removeprefix(f"{root}/"): (row["text"], row["html"]) for row in rows
+    }
     assert found == {
         "src/a.py": ("print('é')\n", None),
         "b.html": (None, b"<p>caf\xe9</p>"),
@@ -97,7 +101,10 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=2)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing more")
     rows, counts = read(
-        tmp_path, documents=(str(tmp_path / "a.parquet"),), text_field="body", shard_bytes=1
+        tmp_path,
+        documents=(str(tmp_path / "a.parquet"),),
+        text_field="body",
+        shard_bytes=1,
     )
     assert [(row["text"], row["url"], row["meta"]) for row in rows] == [
         ("a", "u", '{"n": 1}'),
@@ -108,12 +115,16 @@ def test_parquet(tmp_path):
 
 @pytest.mark.parametrize("kept", [30, 200, 2000])
 def test_a_compressed_file_that_was_cut_short(tmp_path, kept):
-    whole = "".join(json.dumps({"text": f"document {i} " * 50}) + "\n" for i in range(2000))
+    whole = "".join(
+        json.dumps({"text": f"document {i} " * 50}) + "\n" for i in range(2000)
+    )
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(whole.encode())[:kept])
     rows, counts = read(tmp_path, documents=(str(path),))
     assert counts["broken"] == 1
-    assert [row["text"] for row in rows] == [f"document {i} " * 50 for i in range(len(rows))]
+    assert [row["text"] for row in rows] == [
+        f"document {i} " * 50 for i in range(len(rows))
+    ]
     assert rows or kept < 2000
 
 
@@ -149,7 +160,8 @@ def test_a_shard_is_named_after_what_is_in_it(tmp_path):
 
 
 def test_a_file_that_changes_after_it_was_cut_is_an_error(tmp_path):
-    """A crawl that is still being fetched; the shards would be neither of the old nor the new."""
+    """A crawl that is still being fetched; the shards would be neither of the old nor
+    the new."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(90)))
     source = CrawlSource(name="web", documents=(str(path),))
@@ -162,6 +174,7 @@ def test_a_file_that_changes_after_it_was_cut_is_an_error(tmp_path):
         with pytest.raises(MaxlmError) as error:
             write_document_shard(job)
         assert str(error.value) == (
-            f"{path}: the file changed while the corpus was being built; run the build again"
+            f"{path}: the file changed while the corpus was being built; run the build "
+            f"again"
         )
         assert not job.shard.path(DOCUMENTS).exists()

@@ -1,4 +1,5 @@
-"""The report counts what the rules do, and shows documents without being led astray by them."""
+"""The report counts what the rules do, and shows documents without being led astray by
+them."""
 
 import json
 import re
@@ -11,7 +12,12 @@ import pytest
 
 from maxlm.cli.main import main
 from maxlm.corpus.opened import OpenCorpus
-from maxlm.corpus.report import compute_funnel, list_alarms, summarize_corpus, write_report
+from maxlm.corpus.report import (
+    compute_funnel,
+    list_alarms,
+    summarize_corpus,
+    write_report,
+)
 from maxlm.corpus.run import run_recipe
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.runtime.pool import WorkerPool
@@ -28,7 +34,12 @@ def figures(whole):
 def test_the_funnel_ends_at_what_is_kept(figures, whole):
     corpus, summary = figures
     rows = compute_funnel(corpus.resolve_rules(), summary)
-    assert [row["rule"] for row in rows] == ["all documents", "has text", "long", "unique"]
+    assert [row["rule"] for row in rows] == [
+        "all documents",
+        "has text",
+        "long",
+        "unique",
+    ]
     assert rows[0]["left"] == 240
     for before, after in pairwise(rows):
         assert before["left"] - after["dropped"] == after["left"]
@@ -47,7 +58,9 @@ def test_samples_fell_where_the_report_says(figures):
     _, summary = figures
     for rule, samples in summary.dropped.items():
         assert 0 < len(samples) <= 5, rule
-    assert all(sample.labels["heuristics.words"] < 20 for sample in summary.dropped["long"])
+    assert all(
+        sample.labels["heuristics.words"] < 20 for sample in summary.dropped["long"]
+    )
     for sample in summary.dropped["unique"]:
         assert sample.labels["exact.duplicate"] or sample.labels["near.duplicate"]
     assert all(sample.labels["heuristics.words"] >= 20 for sample in summary.kept)
@@ -69,8 +82,12 @@ class Page(HTMLParser):
 
 
 def test_the_page_shows_hostile_documents_as_text(tmp_path):
-    hostile = "<script>alert('x')</script> {{ 7 * 7 }} &amp; " + "words of the page " * 20
-    (tmp_path / "web.jsonl").write_text(json.dumps({"text": hostile, "id": "<img src=x>"}) + "\n")
+    hostile = (
+        "<script>alert('x')</script> {{ 7 * 7 }} &amp; " + "words of the page " * 20
+    )
+    (tmp_path / "web.jsonl").write_text(
+        json.dumps({"text": hostile, "id": "<img src=x>"}) + "\n"
+    )
     (tmp_path / "books.jsonl").write_text(json.dumps({"text": "too short"}) + "\n")
     out = tmp_path / "corpus"
     corpus = OpenCorpus.open(run_recipe(recipe(tmp_path, out)))
@@ -87,7 +104,9 @@ def test_the_page_shows_hostile_documents_as_text(tmp_path):
     assert "<img src=x>" in text
 
 
-def test_labels_that_rules_name_are_drawn_first_with_their_thresholds(figures, tmp_path):
+def test_labels_that_rules_name_are_drawn_first_with_their_thresholds(
+    figures, tmp_path
+):
     corpus, summary = figures
     write_report(corpus, corpus.resolve_rules(), summary, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
@@ -107,9 +126,14 @@ def test_labels_that_rules_name_are_drawn_first_with_their_thresholds(figures, t
 
 def test_evaluation_sets_in_the_documents_are_listed(tmp_path):
     question = "Which of the four rivers that leave the lake runs north past the old stone mill?"
-    rows = [{"text": f"Some words before. {question} Some more words after it."}, {"text": "None."}]
+    rows = [
+        {"text": f"Some words before. {question} Some more words after it."},
+        {"text": "None."},
+    ]
     (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "books.jsonl").write_text(json.dumps({"text": "A book about other things."}) + "\n")
+    (tmp_path / "books.jsonl").write_text(
+        json.dumps({"text": "A book about other things."}) + "\n"
+    )
     quiz = tmp_path / "quiz.jsonl"
     quiz.write_text(json.dumps({"text": question}) + "\n")
     stage = {"stage": "decontaminate", "sets": {"quiz": {"documents": [str(quiz)]}}}
@@ -133,14 +157,17 @@ def test_a_source_that_loses_most_of_its_text_raises_an_alarm(figures):
     alarms = list_alarms(corpus, rules, summary)
     assert len(alarms) == 1
     assert re.fullmatch(
-        r'alarm: source "books" loses 100% of its text \(0\.0 MB\): web 9\d%.*', alarms[0]
+        r'alarm: source "books" loses 100% of its text \(0\.0 MB\): web 9\d%.*',
+        alarms[0],
     )
 
 
 def test_a_source_of_copies_raises_an_alarm_of_copies(tmp_path):
     rows = [{"text": "one and the same text of a few words, again and again, " * 5}] * 9
     (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "books.jsonl").write_text(json.dumps({"text": "A book about other things. " * 9}))
+    (tmp_path / "books.jsonl").write_text(
+        json.dumps({"text": "A book about other things. " * 9})
+    )
     corpus = OpenCorpus.open(run_recipe(recipe(tmp_path, tmp_path / "corpus")))
     with WorkerPool(1) as pool:
         summary = summarize_corpus(corpus, corpus.resolve_rules(), pool)
@@ -158,12 +185,15 @@ def test_a_run_that_is_not_done_can_be_looked_into(whole, tmp_path, capsys):
     assert main(["corpus", "report", str(folder)]) == 0
     told = capsys.readouterr().out
     line = (
-        f"not done: stage exact is 4 of 5, {len(shards) - 1} of its {len(shards)} shards are "
+        f"not done: stage exact is 4 of 5, {len(shards) - 1} of its {len(shards)} "
+        f"shards are "
         "written; rules that wait for it or later ones: unique; "
         "run maxlm corpus run with its recipe again"
     )
     assert line in told
-    rows = json.loads((folder / "heuristics" / "manifest.json").read_text().rpartition("\n")[0])
+    rows = json.loads(
+        (folder / "heuristics" / "manifest.json").read_text().rpartition("\n")[0]
+    )
     assert rows["counts"]["rows"] == 240
     long = sum(
         words >= 20

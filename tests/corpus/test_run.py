@@ -40,7 +40,9 @@ def test_the_labels_are_what_they_say(whole, crawl):
     corpus = OpenCorpus.open(whole)
     assert len(corpus.shards) > 4
     raw = [json.loads(line) for line in (crawl / "web.jsonl").read_text().splitlines()]
-    raw += [json.loads(line) for line in (crawl / "books.jsonl").read_text().splitlines()]
+    raw += [
+        json.loads(line) for line in (crawl / "books.jsonl").read_text().splitlines()
+    ]
     lengths = {row["id"]: len(row["text"].split()) for row in raw}
     taken = kept(whole)
     originals = set(taken)
@@ -67,7 +69,9 @@ def test_other_thresholds_need_no_pass(whole):
     few = kept(whole, keep={"long": "heuristics.words >= 100"})
     assert 0 < len(few) < len(kept(whole)) < len(kept(whole, keep={}))
     assert len(kept(whole, keep={})) == 240
-    with pytest.raises(MaxlmError, match=r"keep\.long: .*did you mean heuristics\.words"):
+    with pytest.raises(
+        MaxlmError, match=r"keep\.long: .*did you mean heuristics\.words"
+    ):
         kept(whole, keep={"long": "heuristics.word >= 100"})
     assert before == {p: p.stat().st_mtime_ns for p in whole.glob("*/*.parquet")}
 
@@ -105,9 +109,14 @@ def test_new_files_are_added_to_what_is_there(crawl, tmp_path):
     out = tmp_path / "corpus"
     run_recipe(recipe(mine, out))
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
-    (mine / "more.jsonl").write_text(json.dumps({"text": "the house " * 30, "id": "new"}) + "\n")
+    (mine / "more.jsonl").write_text(
+        json.dumps({"text": "the house " * 30, "id": "new"}) + "\n"
+    )
     sources = [
-        {"name": "web", "documents": [str(mine / "web.jsonl"), str(mine / "more.jsonl")]},
+        {
+            "name": "web",
+            "documents": [str(mine / "web.jsonl"), str(mine / "more.jsonl")],
+        },
         {"name": "books", "documents": [str(mine / "books.jsonl")]},
     ]
     run_recipe(recipe(mine, out, sources=sources))
@@ -117,7 +126,9 @@ def test_new_files_are_added_to_what_is_there(crawl, tmp_path):
     assert "new" in kept(out, keep={})
     run_recipe(recipe(mine, out))  # and away again
     assert "new" not in kept(out, keep={})
-    assert len(list(out.glob("documents/*.parquet"))) == len(OpenCorpus.open(out).shards)
+    assert len(list(out.glob("documents/*.parquet"))) == len(
+        OpenCorpus.open(out).shards
+    )
 
 
 SCRIPT = """
@@ -184,35 +195,60 @@ def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": {"x": "heuristics.wordz > 1"}}, "keep.x: .*did you mean heuristics.words"),
-        ({"keep": {"x": "published.gofer"}}, 'keep.x: there is no published rule "gofer"'),
+        (
+            {"keep": {"x": "heuristics.wordz > 1"}},
+            "keep.x: .*did you mean heuristics.words",
+        ),
+        (
+            {"keep": {"x": "published.gofer"}},
+            'keep.x: there is no published rule "gofer"',
+        ),
         ({"keep": {"a b": "heuristics.words > 1"}}, "cannot be the name of a rule"),
-        ({"stages": [{"stage": "exact", "keep_by": "words"}], "keep": {}}, 'no label "words"'),
+        (
+            {"stages": [{"stage": "exact", "keep_by": "words"}], "keep": {}},
+            'no label "words"',
+        ),
         (
             {
-                "stages": [{"stage": "language"}, {"stage": "exact", "keep_by": "-language.name"}],
+                "stages": [
+                    {"stage": "language"},
+                    {"stage": "exact", "keep_by": "-language.name"},
+                ],
                 "keep": {},
             },
             "holds no numbers",
         ),
         (
             {
-                "stages": [{"stage": "perplexity", "models": {"en": "m"}, "language": "meta"}],
+                "stages": [
+                    {"stage": "perplexity", "models": {"en": "m"}, "language": "meta"}
+                ],
                 "keep": {},
             },
             '"meta" holds no strings',
         ),
         ({"cut": ["near.of"]}, "holds spans to cut"),
-        ({"cut": ["language.spans"]}, "cut: language.spans are places .* put language after pii"),
+        (
+            {"cut": ["language.spans"]},
+            "cut: language.spans are places .* put language after pii",
+        ),
         ({"cut": ["pii.spans"]}, "as it was before pii changed it"),
         (
-            {"stages": [{"stage": "exact", "where": "language.name is None"}], "keep": {}},
+            {
+                "stages": [{"stage": "exact", "where": "language.name is None"}],
+                "keep": {},
+            },
             "stages.0.where",
         ),
-        ({"sources": [{"name": "web", "documents": ["/nowhere/at/all"]}]}, "/nowhere/at/all"),
+        (
+            {"sources": [{"name": "web", "documents": ["/nowhere/at/all"]}]},
+            "/nowhere/at/all",
+        ),
     ],
 )
-def test_mistakes_are_found_before_anything_is_written(crawl, tmp_path, settings, message):
+def test_mistakes_are_found_before_anything_is_written(
+    crawl, tmp_path, settings, message
+):
     with pytest.raises(MaxlmError, match=message):
         run_recipe(recipe(crawl, tmp_path / "corpus", **settings))
     assert not (tmp_path / "corpus").exists()
@@ -238,7 +274,9 @@ def test_a_folder_of_something_else_is_left_alone(crawl, tmp_path):
 def test_labels_after_a_comparison_follow_the_documents(tmp_path):
     text = "Write to jean.dupont@example.org or do not write at all, dear reader of this page."
     for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text, "id": name}) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"text": text, "id": name}) + "\n"
+        )
     stages = [{"stage": "exact"}, {"stage": "pii", "where": "not exact.duplicate"}]
     for names in ("ab", "b"):
         documents = [str(tmp_path / f"{name}.jsonl") for name in names]
@@ -273,12 +311,25 @@ def test_a_run_that_stops_leaves_no_corpus_of_two_recipes(crawl, tmp_path, monke
 
 def test_a_corpus_of_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
-    names = ("url", "extract", "language", "heuristics", "toxicity", "pii", "exact", "near")
+    pq.write_table(
+        pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet"
+    )
+    names = (
+        "url",
+        "extract",
+        "language",
+        "heuristics",
+        "toxicity",
+        "pii",
+        "exact",
+        "near",
+    )
     stages = [{"stage": name} for name in (*names, "substring")]
     documents = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
     sources = [{"name": "web", "documents": documents}]
-    out = run_recipe(recipe(tmp_path, tmp_path / "c", sources=sources, stages=stages, keep={}))
+    out = run_recipe(
+        recipe(tmp_path, tmp_path / "c", sources=sources, stages=stages, keep={})
+    )
     corpus = OpenCorpus.open(out)
     assert kept(out) == []
     with WorkerPool(1) as pool:
@@ -292,7 +343,9 @@ def test_a_corpus_does_not_read_itself(crawl, tmp_path):
     with pytest.raises(MaxlmError, match="which it is made of"):
         run_recipe(recipe(crawl, tmp_path / "data" / "corpus", sources=inside))
     matching = [{"name": "web", "documents": [str(tmp_path / "**" / "*.parquet")]}]
-    pq.write_table(pa.table({"text": ["some text of a document"]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": ["some text of a document"]}), tmp_path / "a.parquet"
+    )
     run_recipe(recipe(crawl, tmp_path / "d", sources=matching))
     with pytest.raises(MaxlmError, match="would be made of its own file"):
         run_recipe(recipe(crawl, tmp_path / "d", sources=matching))

@@ -1,5 +1,5 @@
-"""Whatever the order of stages and rules, and in every mixture, copies are settled among what the
-rules keep: no text is gone of which the rules would keep some copy."""
+"""Whatever the order of stages and rules, and in every mixture, copies are settled
+among what the rules keep: no text is gone of which the rules would keep some copy."""
 
 import json
 import random
@@ -79,11 +79,15 @@ def prose(chance: random.Random, count: int) -> str:
 
 
 def make_crawl(seed: int, originals: int) -> list[dict[str, str]]:
-    """Documents with copies, edited copies, copies with junk or a question of a test added, and
-    passages that many share. About a third are of a site that a rule drops."""
+    """Documents with copies, edited copies, copies with junk or a question of a test
+    added, and passages that many share. About a third are of a site that a rule
+    drops."""
     chance = random.Random(seed)
     passages = [prose(chance, chance.randint(SIZE, 30)) for _ in range(originals // 6)]
-    passages += [f"{prose(chance, 5)} {passages[0]} {prose(chance, 6)}", "ha " * 20 + "ha"]
+    passages += [
+        f"{prose(chance, 5)} {passages[0]} {prose(chance, 6)}",
+        "ha " * 20 + "ha",
+    ]
     texts = []
     for _ in range(originals):
         parts = [prose(chance, chance.randint(5, 40))]
@@ -106,19 +110,27 @@ def make_crawl(seed: int, originals: int) -> list[dict[str, str]]:
             text += " 1 2 3 4 5 6 7 8 9 " * chance.randint(1, 2)
         texts.append(text)
     urls = [
-        "bad" if chance.random() < 0.5 - 0.3 * i / len(texts) else "" for i in range(len(texts))
+        "bad" if chance.random() < 0.5 - 0.3 * i / len(texts) else ""
+        for i in range(len(texts))
     ]
-    rows = [{"id": f"d{i}", "text": text, "url": urls[i]} for i, text in enumerate(texts)]
+    rows = [
+        {"id": f"d{i}", "text": text, "url": urls[i]} for i, text in enumerate(texts)
+    ]
     chance.shuffle(rows)
     return rows
 
 
 def make_corpus(
-    folder: Path, rows: Sequence[Mapping[str, str]], stages: Sequence[Mapping[str, object]], **rules
+    folder: Path,
+    rows: Sequence[Mapping[str, str]],
+    stages: Sequence[Mapping[str, object]],
+    **rules,
 ) -> OpenCorpus:
     folder.mkdir(exist_ok=True)
     if not (folder / "web.jsonl").exists():
-        (folder / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "web.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     (folder / "quiz.jsonl").write_text(json.dumps({"text": QUESTION}) + "\n")
     quiz = {"sets": {"quiz": {"documents": [str(folder / "quiz.jsonl")]}}}
     recipe = {
@@ -127,7 +139,8 @@ def make_corpus(
         "shard_bytes": 20_000,
         "sources": [{"name": "web", "documents": [str(folder / "web.jsonl")]}],
         "stages": [
-            dict(stage) | (quiz if stage["stage"] == "decontaminate" else {}) for stage in stages
+            dict(stage) | (quiz if stage["stage"] == "decontaminate" else {})
+            for stage in stages
         ],
         "cut": ["substring.cuts"],
     }
@@ -150,11 +163,18 @@ def is_alike(one: set[str], other: set[str]) -> bool:
 
 def without_copies(rules: Mapping[str, str]) -> dict[str, str]:
     """The rules as they are if no document is like another one."""
-    neutral = {"exact.duplicate": "False", "near.duplicate": "False", "substring.cut_share": "0.0"}
+    neutral = {
+        "exact.duplicate": "False",
+        "near.duplicate": "False",
+        "substring.cut_share": "0.0",
+    }
     texts = dict(rules)
     for label, value in neutral.items():
         texts = {name: text.replace(label, value) for name, text in texts.items()}
-    return {name: text.replace("not False and not False", "True") for name, text in texts.items()}
+    return {
+        name: text.replace("not False and not False", "True")
+        for name, text in texts.items()
+    }
 
 
 def list_kept_alone(corpus: OpenCorpus, keep: Mapping[str, str]) -> list[str]:
@@ -184,8 +204,8 @@ def find_lost(
     kept: Mapping[str, str],
     labels: Mapping[str, Mapping],
 ) -> tuple[list[str], list[str]]:
-    """Finds by brute force, in the texts: documents that being copies alone costs, and that are
-    like no kept one; and passages cut that are in no kept text.
+    """Finds by brute force, in the texts: documents that being copies alone costs, and
+    that are like no kept one; and passages cut that are in no kept text.
 
     Args:
         alone: the documents that the rules keep if no document is like another one.
@@ -199,7 +219,8 @@ def find_lost(
     passages = []
     for name in alone:
         spans = labels[name]["cuts"] or ()
-        # A document of which most is repeated goes by the rule that says so, but not its passages.
+        # A document of which most is repeated goes by the rule that says so, but not
+        # its passages.
         goes_by_share = (labels[name]["cut_share"] or 0) >= 0.5
         if name in kept or goes_by_share:
             everything = texts_of_kept
@@ -208,7 +229,9 @@ def find_lost(
                 everything += f" {' '.join(cut(texts[name], spans).split())} "
             for span in spans:
                 passage = " ".join(texts[name][span["start"] : span["end"]].split())
-                if not all(f" {window} " in everything for window in list_passages(passage)):
+                if not all(
+                    f" {window} " in everything for window in list_passages(passage)
+                ):
                     passages.append(passage)
         elif not any(is_alike(make_grams(texts[name], 5), other) for other in grams):
             documents.append(name)
@@ -226,10 +249,15 @@ def read_labels(shards) -> dict[str, dict]:
     tables = (
         table.to_pylist()
         for shard in shards
-        for table in shard.read_row_groups(["id", "substring.cuts", "substring.cut_share"])
+        for table in shard.read_row_groups(
+            ["id", "substring.cuts", "substring.cut_share"]
+        )
     )
     return {
-        row["id"]: {"cuts": row["substring.cuts"], "cut_share": row["substring.cut_share"]}
+        row["id"]: {
+            "cuts": row["substring.cuts"],
+            "cut_share": row["substring.cut_share"],
+        }
         for table in tables
         for row in table
     }
@@ -254,10 +282,14 @@ def test_no_text_is_lost_in_any_order_of_stages_and_rules(tmp_path, order):
         assert counted.cut_passages > 20
         # Copies go: no two documents are kept that are alike.
         grams = [make_grams(row["text"], 5) for row in rows if row["id"] in kept]
-        assert not any(is_alike(one, other) for one, other in combinations(grams, 2)), name
+        assert not any(is_alike(one, other) for one, other in combinations(grams, 2)), (
+            name
+        )
 
 
-def test_text_lost_is_counted_where_verdicts_are_those_of_other_rules(tmp_path, monkeypatch):
+def test_text_lost_is_counted_where_verdicts_are_those_of_other_rules(
+    tmp_path, monkeypatch
+):
     rows = make_crawl(3, 120)
     corpus = make_corpus(tmp_path, rows, ORDERS["demo"], keep=RULES["recipe"])
     keep = RULES["recipe"]
@@ -273,17 +305,21 @@ def test_text_lost_is_counted_where_verdicts_are_those_of_other_rules(tmp_path, 
     assert 0.8 * len(passages) < counted.passages < 1.2 * len(passages)
     assert counted.documents == len(documents) > 5
     total = counted.documents + counted.passages
-    assert str(counted).startswith(f"text lost: {total} (of {counted.dropped_documents} documents ")
+    assert str(counted).startswith(
+        f"text lost: {total} (of {counted.dropped_documents} documents "
+    )
 
 
 def decide_naively(
     rows: Sequence[Mapping[str, str]], alone: Sequence[str], least_share: float
 ) -> dict[str, set[int]]:
-    """The rule of `maxlm.corpus.settling`, word by word, for the stages and rules of the recipe in
-    the demo's order: the words cut of each kept document."""
+    """The rule of `maxlm.corpus.settling`, word by word, for the stages and rules of
+    the recipe in the demo's order: the words cut of each kept document."""
     texts = {row["id"]: row["text"] for row in rows}
     kept: dict[str, set[int]] = {}
-    whole: set[str] = set()  # Passages that stand in one piece in what stays of kept documents.
+    whole: set[str] = (
+        set()
+    )  # Passages that stand in one piece in what stays of kept documents.
     order = sorted(alone, key=lambda name: -len(texts[name].split()))
     for name in order:
         text = texts[name]
@@ -293,7 +329,9 @@ def decide_naively(
         grams = make_grams(text, 5)
         if any(is_alike(grams, make_grams(texts[other], 5)) for other in kept):
             continue
-        gone = {word for i in starts if passages[i] in whole for word in range(i, i + SIZE)}
+        gone = {
+            word for i in starts if passages[i] in whole for word in range(i, i + SIZE)
+        }
         for i in starts:
             for j in range(i - SIZE + 1):
                 if passages[j] == passages[i] and gone.isdisjoint(range(j, j + SIZE)):
@@ -305,7 +343,9 @@ def decide_naively(
                 characters.update(range(words[i][1], words[i + 1][0]))
         if len(characters) / len(text) < least_share:
             kept[name] = gone
-            whole.update(passages[i] for i in starts if gone.isdisjoint(range(i, i + SIZE)))
+            whole.update(
+                passages[i] for i in starts if gone.isdisjoint(range(i, i + SIZE))
+            )
     return kept
 
 
@@ -327,7 +367,9 @@ def test_documents_are_decided_as_the_rule_says(tmp_path, seed):
 def test_other_rules_cost_no_pass_over_texts(tmp_path):
     rows = make_crawl(1, 40)
     corpus = make_corpus(tmp_path, rows, ORDERS["demo"], keep=RULES["recipe"])
-    before = {path: path.stat().st_mtime_ns for path in corpus.folder.glob("*/*.parquet")}
+    before = {
+        path: path.stat().st_mtime_ns for path in corpus.folder.glob("*/*.parquet")
+    }
     other = make_corpus(tmp_path, rows, ORDERS["demo"], keep=RULES["looser"])
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert read(other) == read(corpus, keep=RULES["looser"])
@@ -340,15 +382,20 @@ def test_other_rules_cost_no_pass_over_texts(tmp_path):
     [
         (
             {"keep": {"a": "near.duplicate"}},
-            "keep.a: 'near.duplicate' selects documents, such as 'd[0-9]+', because others",
+            "keep.a: 'near.duplicate' selects documents, such as 'd[0-9]+', because "
+            "others",
         ),
         (
             {"keep": {"a": "near.jaccard < 0.9"}},
-            "write it so that it selects fewer by these labels, like: not near.duplicate",
+            "write it so that it selects fewer by these labels, like: not "
+            "near.duplicate",
         ),
         (
             {
-                "stages": [EXACT_LAST | {"where": None}, HEURISTICS | {"where": "exact.duplicate"}],
+                "stages": [
+                    EXACT_LAST | {"where": None},
+                    HEURISTICS | {"where": "exact.duplicate"},
+                ],
                 "keep": {"a": "heuristics.words > 3"},
                 "cut": [],
             },
@@ -356,8 +403,14 @@ def test_other_rules_cost_no_pass_over_texts(tmp_path):
         ),
         (
             {
-                "stages": [*ORDERS["demo"][:3], SUBSTRING | {"keep_by": "-heuristics.words"}],
-                "keep": {"unique": "not near.duplicate", "cut": "substring.cut_share < 0.5"},
+                "stages": [
+                    *ORDERS["demo"][:3],
+                    SUBSTRING | {"keep_by": "-heuristics.words"},
+                ],
+                "keep": {
+                    "unique": "not near.duplicate",
+                    "cut": "substring.cut_share < 0.5",
+                },
             },
             "exact keeps by heuristics.words and substring by -heuristics.words: .*"
             "give both the same keep_by",
@@ -371,7 +424,8 @@ def test_what_cannot_be_settled_is_refused_with_the_fix(tmp_path, changes, messa
 
 
 def test_passages_that_only_are_cut_may_be_kept_by_another_label(tmp_path):
-    """Where no rule names them, they are cut of kept documents, in an order of their own."""
+    """Where no rule names them, they are cut of kept documents, in an order of their
+    own."""
     rows = make_crawl(4, 60)
     stages = [*ORDERS["demo"][:3], SUBSTRING | {"keep_by": "-heuristics.words"}]
     keep = {"unique": RULES["recipe"]["unique"], "site": RULES["recipe"]["site"]}
@@ -388,7 +442,12 @@ def test_passages_that_only_are_cut_may_be_kept_by_another_label(tmp_path):
 def test_several_labels_that_cut_lose_nothing_to_each_other(tmp_path):
     """Passages of two lengths, and what a test has, cut out of the same texts."""
     rows = make_crawl(8, 60)
-    long = {"stage": "substring", "name": "long", "min_tokens": 2 * SIZE, "keep_by": BEST}
+    long = {
+        "stage": "substring",
+        "name": "long",
+        "min_tokens": 2 * SIZE,
+        "keep_by": BEST,
+    }
     stages = [HEURISTICS, EXACT, SUBSTRING, DECONTAMINATE, long]
     cuts = ["long.cuts", "decontaminate.cuts", "substring.cuts"]
     keep = {"unique": "not exact.duplicate", "site": RULES["recipe"]["site"]}
@@ -402,7 +461,9 @@ def test_several_labels_that_cut_lose_nothing_to_each_other(tmp_path):
             for row in table.to_pylist():
                 spans = (row["long.cuts"] or []) + (row["substring.cuts"] or [])
                 for span in spans if row["id"] in kept else ():
-                    passage = " ".join(texts[row["id"]][span["start"] : span["end"]].split())
+                    passage = " ".join(
+                        texts[row["id"]][span["start"] : span["end"]].split()
+                    )
                     windows = list(list_passages(passage))
                     num_windows += len(windows)
                     assert all(f" {window} " in everything for window in windows)
@@ -419,7 +480,8 @@ def test_labels_of_another_run_are_settled_anew(tmp_path):
     keep = {"new": "not exact.seen_before and not exact.duplicate"}
     corpus = make_corpus(tmp_path / "two", rows, stages, keep=keep)
     whole = read(corpus)
-    # Another corpus enters the index, before this one in its order, with a text of many passages.
+    # Another corpus enters the index, before this one in its order, with a text of many
+    # passages.
     name = next(iter(whole))
     make_corpus(tmp_path / "one", [row for row in rows if row["id"] == name], stages)
     entry = max((tmp_path / "index").glob("*.digests"))

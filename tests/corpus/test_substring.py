@@ -1,4 +1,5 @@
-"""Of a passage that a corpus repeats one copy stays, and all the others are cut, whole."""
+"""Of a passage that a corpus repeats one copy stays, and all the others are cut,
+whole."""
 
 import random
 import tempfile
@@ -83,7 +84,9 @@ def spans_of(places, flags):
     return spans
 
 
-def run(folder: Path, texts, stage=None, shards=3, workers=1, rows_per_group=7, **columns):
+def run(
+    folder: Path, texts, stage=None, shards=3, workers=1, rows_per_group=7, **columns
+):
     """The spans and shares that the stage gives to each document."""
     stage = stage or SubstringStage()
     made = make_corpus(folder / "corpus", texts, shards, rows_per_group)
@@ -95,7 +98,10 @@ def run(folder: Path, texts, stage=None, shards=3, workers=1, rows_per_group=7, 
 
 def read(made, stage):
     table = labels(made, stage)
-    cuts = [s and [(e["start"], e["end"]) for e in s] for s in table.column("cuts").to_pylist()]
+    cuts = [
+        s and [(e["start"], e["end"]) for e in s]
+        for s in table.column("cuts").to_pylist()
+    ]
     return cuts, table.column("cut_share").to_pylist()
 
 
@@ -105,10 +111,14 @@ def vocabulary(name: str, count: int) -> str:
 
 
 def hanzi(seed: int, count: int) -> str:
-    return "".join(chr(0x4E00 + i) for i in random.Random(seed).sample(range(20000), count))
+    return "".join(
+        chr(0x4E00 + i) for i in random.Random(seed).sample(range(20000), count)
+    )
 
 
-A, B, C = (vocabulary(name, count) for name, count in (("a", 50), ("b", 64), ("c", 131)))
+A, B, C = (
+    vocabulary(name, count) for name, count in (("a", 50), ("b", 64), ("c", 131))
+)
 NEW = iter(range(10**9))
 
 
@@ -118,13 +128,17 @@ def new(count: int) -> str:
 
 
 EMOJI = " ".join(
-    f"{a}\u200d{b}\ufe0f" for a, b in zip("👩👨🧑👧👦" * 11, "🚀🌈🔬🎓🍕🎨🚒" * 8, strict=False)
+    f"{a}\u200d{b}\ufe0f"
+    for a, b in zip("👩👨🧑👧👦" * 11, "🚀🌈🔬🎓🍕🎨🚒" * 8, strict=False)
 )
 ARABIC = " ".join(
-    "".join(random.Random(i).sample("ابتثجحخدذرزسشصضطظعغفقكلمنهوي", 5)) for i in range(60)
+    "".join(random.Random(i).sample("ابتثجحخدذرزسشصضطظعغفقكلمنهوي", 5))
+    for i in range(60)
 )
 MARKS = " ".join(f"e\u0301x{i}o\u0308\u0323" for i in range(55))
-KANA = "".join(c + "\u3099" for c in random.Random(1).choices("かきくけこさしすせそ", k=70))
+KANA = "".join(
+    c + "\u3099" for c in random.Random(1).choices("かきくけこさしすせそ", k=70)
+)
 THAI = "".join(c + "\u0e48" for c in random.Random(2).choices("กขคงจชซญดต", k=70))
 
 
@@ -133,17 +147,29 @@ THAI = "".join(c + "\u0e48" for c in random.Random(2).choices("กขคงจ�
     ("passage", "docs"),
     [
         (A, [f"{new(9)} {A} {new(9)} {A} {new(9)}"]),  # within a document
-        (B, [new(60), f"{B} {new(3)}", new(70), f"{new(3)} {B}"]),  # at its start and its end
+        (
+            B,
+            [new(60), f"{B} {new(3)}", new(70), f"{new(3)} {B}"],
+        ),  # at its start and its end
         (A, [A, A, A]),  # whole documents, three copies
         (C, [f"{new(5)}\n\n{C}\n\n{new(5)}" for _ in range(9)]),  # in every shard
         (A, [f"{A} {A} {A}", new(80)]),  # touching itself
-        (B, [f"{A} {B}", new(60), f"{B} {A}", f"{A} {B}"]),  # touching another, in two orders
+        (
+            B,
+            [f"{A} {B}", new(60), f"{B} {A}", f"{A} {B}"],
+        ),  # touching another, in two orders
         (A, [f"{A} {B} {A} {B}"]),
-        (B, [f"{new(4)} {B} {new(4)}", f"{A} {B} {C}", new(5), f"{A} {B} {C}"]),  # nested
+        (
+            B,
+            [f"{new(4)} {B} {new(4)}", f"{A} {B} {C}", new(5), f"{A} {B} {C}"],
+        ),  # nested
         (EMOJI, [f"{new(9)} {EMOJI} {new(9)}", f"{EMOJI} 👍"]),
         (ARABIC, [f"{ARABIC}\n{new(9)}", f"قال {ARABIC}"]),
         (MARKS, [MARKS, f"{new(9)} {MARKS} e\u0301"]),
-        (hanzi(0, 77), [f"{hanzi(1, 90)}{hanzi(0, 77)}", f"{hanzi(0, 77)}{hanzi(2, 90)}。"]),
+        (
+            hanzi(0, 77),
+            [f"{hanzi(1, 90)}{hanzi(0, 77)}", f"{hanzi(0, 77)}{hanzi(2, 90)}。"],
+        ),
         (KANA, [f"あ{KANA}い", f"{hanzi(3, 60)}{KANA}"]),
         (THAI, [f"ไ{THAI}", f"{THAI}ไ {new(60)}"]),
         (f"\0 \0\0 {A}", [f"{new(3)} \0 \0\0 {A}", f"\0 \0\0 {A} \0"]),
@@ -186,7 +212,9 @@ def jumble(seed: int) -> list[str]:
         count = random_.randint(0, 30)
         chosen = random_.choices(words, [60, 25, 10, 5, 4, 3, 2, 1, 1], k=count)
         spaces = random_.choices([" ", "\n", "", "  "], [90, 5, 5, 2], k=count)
-        texts.append("".join(word + space for word, space in zip(chosen, spaces, strict=True)))
+        texts.append(
+            "".join(word + space for word, space in zip(chosen, spaces, strict=True))
+        )
     return texts
 
 
@@ -196,7 +224,8 @@ def jumble(seed: int) -> list[str]:
     size=st.integers(2, 5),
     memory=st.sampled_from([SMALL, 1 << 12, 1 << 29]),
     shards=st.integers(1, 3),
-    scores=st.none() | st.lists(st.sampled_from([1.0, 2.0, None]), min_size=7, max_size=7),
+    scores=st.none()
+    | st.lists(st.sampled_from([1.0, 2.0, None]), min_size=7, max_size=7),
 )
 def test_cuts_are_those_of_brute_force(seed, size, memory, shards, scores):
     texts = jumble(seed)
@@ -246,7 +275,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tmp_path, after):
     made = make_corpus(tmp_path / "corpus", texts, shards=4)
     views = [replace(shard, output_stage=stage.unique_name) for shard in made]
     with pytest.raises(KeyboardInterrupt):
-        stage.label(views, tmp_path / "scratch", JobRunner("", Dying(after), ignore_progress))
+        stage.label(
+            views, tmp_path / "scratch", JobRunner("", Dying(after), ignore_progress)
+        )
     left = {p: p.stat().st_mtime_ns for p in (tmp_path / "scratch").rglob("*.windows")}
     assert len(left) == min(after, 4)
     with WorkerPool(1) as pool:

@@ -1,4 +1,5 @@
-"""The toxicity stage: listed words are counted, and the classifier is the package's own."""
+"""The toxicity stage: listed words are counted, and the classifier is the package's
+own."""
 
 from importlib import resources
 

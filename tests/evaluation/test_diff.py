@@ -7,7 +7,11 @@ import pytest
 
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError
-from maxlm.evaluation.compare import compare_evaluations, compare_samples, compute_holm_p_values
+from maxlm.evaluation.compare import (
+    compare_evaluations,
+    compare_samples,
+    compute_holm_p_values,
+)
 from maxlm.evaluation.results import EvalDoc, find_evaluations
 from tests.evaluation.folders import make_sample, write_evaluation
 
@@ -15,8 +19,12 @@ from tests.evaluation.folders import make_sample, write_evaluation
 def compare(first, second, metric="acc", higher=True, alpha=0.05, weights=None):
     weights, sides = np.ones(len(first)) if weights is None else weights, []
     for scores in (first, second):
-        values = [{metric: (float(x), float(w))} for x, w in zip(scores, weights, strict=True)]
-        sides.append([EvalDoc((i,), each, "", "", "", [], {}) for i, each in enumerate(values)])
+        values = [
+            {metric: (float(x), float(w))} for x, w in zip(scores, weights, strict=True)
+        ]
+        sides.append(
+            [EvalDoc((i,), each, "", "", "", [], {}) for i, each in enumerate(values)]
+        )
     return compare_samples("t", metric, sides, higher, alpha)
 
 
@@ -33,12 +41,22 @@ def test_mcnemar_is_the_exact_binomial_test_and_holm_as_by_hand():
 def test_zeros_and_ones_are_compared_by_the_documents_that_change():
     first, second = [1] * 9 + [0] * 3 + [1] * 40, [0] * 9 + [1] * 3 + [1] * 40
     found = compare(first, second, alpha=0.2)
-    assert (found.first, found.second) == (pytest.approx(49 / 52), pytest.approx(43 / 52))
-    assert compare(second, first).verdict == compare(first, second, higher=False).verdict == "rises"
+    assert (found.first, found.second) == (
+        pytest.approx(49 / 52),
+        pytest.approx(43 / 52),
+    )
+    assert (
+        compare(second, first).verdict
+        == compare(first, second, higher=False).verdict
+        == "rises"
+    )
     # Agresti and Min: half a document more in each of the four cells.
     b, c, n, z = 9.5, 3.5, 54, 1.2815515655446004
     middle, error = (c - b) / n, z * sqrt(b + c - (c - b) ** 2 / n) / n
-    assert found.interval == (pytest.approx(middle - error), pytest.approx(middle + error))
+    assert found.interval == (
+        pytest.approx(middle - error),
+        pytest.approx(middle + error),
+    )
 
 
 def test_other_figures_by_a_paired_t_test():
@@ -48,7 +66,9 @@ def test_other_figures_by_a_paired_t_test():
     found, change = compare(first, second, "f1"), second - first
     error = change.std(ddof=1) / sqrt(31)
     # 30 degrees of freedom: 2.0423 at 95% (any table of Student's t).
-    assert found.interval[1] - found.interval[0] == pytest.approx(2 * 2.0423 * error, rel=1e-4)
+    assert found.interval[1] - found.interval[0] == pytest.approx(
+        2 * 2.0423 * error, rel=1e-4
+    )
     assert (found.p < 0.05) == (abs(change.mean()) > 2.0423 * error)
     assert compare(first, first, "f1").p == compare([0.5], [0.25], "f1").p == 1.0
     assert compare([0.5, 0.75], [0.25, 0.5], "f1").p == 0.5  # Two signs: no less.
@@ -61,20 +81,29 @@ def test_perplexities_are_of_all_documents_together():
     second = first - 0.1 * weights + 0.2 * rng.standard_normal(200)
     picks = rng.integers(0, 200, (4000, 200))
     for metric in ("word_perplexity", "bits_per_byte"):
-        figure = (lambda x: np.exp(-x)) if metric == "word_perplexity" else (lambda x: -x / log(2))
+        figure = (
+            (lambda x: np.exp(-x))
+            if metric == "word_perplexity"
+            else (lambda x: -x / log(2))
+        )
         found = compare(first, second, metric, higher=False, weights=weights)
         a, b = (figure(each.sum() / weights.sum()) for each in (first, second))
         assert (found.first, found.second) == (pytest.approx(a), pytest.approx(b))
         assert found.verdict == "falls"  # It rises, and lower is better.
-        # The interval beside a bootstrap of documents; a perplexity's is of B ÷ A, times A.
-        a, b = (figure(each[picks].sum(1) / weights[picks].sum(1)) for each in (first, second))
+        # The interval beside a bootstrap of documents; a perplexity's is of B ÷ A,
+        # times A.
+        a, b = (
+            figure(each[picks].sum(1) / weights[picks].sum(1))
+            for each in (first, second)
+        )
         change = b - a if metric == "bits_per_byte" else found.first * (b / a - 1)
         width = found.interval[1] - found.interval[0]
         assert width == pytest.approx(2 * 1.97 * np.std(change), rel=0.1)
 
 
 def test_perplexities_that_are_far_apart_differ():
-    """The test is of their logarithms: a few hard documents do not hide what all say."""
+    """The test is of their logarithms: a few hard documents do not hide what all
+    say."""
     rng = np.random.default_rng(6)
     first = rng.normal(-4, 3, 60)
     found = compare(first, first - rng.gamma(2.0, 5.0, 60), "perplexity", higher=False)
@@ -84,14 +113,17 @@ def test_perplexities_that_are_far_apart_differ():
 
 @pytest.mark.parametrize("metric", ["acc", "f1"])
 def test_equal_models_seldom_fail_the_gate(metric):
-    """Of five tasks in each of 400 simulations; documents differ in how hard they are."""
+    """Of five tasks in each of 400 simulations; documents differ in how hard they
+    are."""
     rng, alpha, runs, fails = np.random.default_rng(11), 0.1, 400, 0
     for _ in range(runs):
         p_values = []
         for size in (23, 40, 57, 80, 131):
             right = rng.beta(0.6, 0.6, size)
             scores = rng.random((2, size)) < right
-            first, second = scores if metric == "acc" else scores * rng.random((2, size))
+            first, second = (
+                scores if metric == "acc" else scores * rng.random((2, size))
+            )
             p_values.append(compare(first, second, metric).p)
         fails += min(compute_holm_p_values(p_values)) <= alpha
     assert fails / runs <= alpha + 3 * sqrt(alpha * (1 - alpha) / runs)
@@ -126,7 +158,8 @@ def test_the_command_gates(two, capsys):
     assert "arc: 3 documents only in A\narc: 1 documents only in B\n" in text
     assert "warning: arc: 1 prompts differ" in text
     assert "not compared: only (not in both)\n" in text
-    # Better is no failure; nor is a fall within what alpha allows, nor on a task that is not named.
+    # Better is no failure; nor is a fall within what alpha allows, nor on a task that
+    # is not named.
     assert main(["eval", "diff", *map(str, reversed(two))]) == 0
     assert main(["eval", "diff", *map(str, two), "--alpha", "0.001"]) == 0
     assert main(["eval", "diff", *map(str, two), "--tasks", "arc"]) == 0
@@ -134,8 +167,13 @@ def test_the_command_gates(two, capsys):
 
 def test_groups_are_compared_over_all_their_documents(tmp_path):
     for name, lost in (("a", 0), ("b", 4)):
-        tasks = {t: {"acc": [0.0] * lost + [1.0] * (15 - lost)} for t in ("m_x", "m_y", "m_z")}
-        write_evaluation(tmp_path / name, tasks, model=name, groups={"m": ["m_x", "m_y", "m_z"]})
+        tasks = {
+            t: {"acc": [0.0] * lost + [1.0] * (15 - lost)}
+            for t in ("m_x", "m_y", "m_z")
+        }
+        write_evaluation(
+            tmp_path / name, tasks, model=name, groups={"m": ["m_x", "m_y", "m_z"]}
+        )
     ((own,), skipped) = compare_both(tmp_path, [])
     assert (own.task, own.num_docs, own.verdict, skipped) == ("m", 45, "falls", [])
     assert own.p == pytest.approx(2 / 2**12)
@@ -144,11 +182,15 @@ def test_groups_are_compared_over_all_their_documents(tmp_path):
 
 
 def test_what_cannot_be_compared_is_named(two, tmp_path, capsys):
-    with pytest.raises(MaxlmError, match=r"compare arx \(not in both\); tasks of both: arc, piqa"):
+    with pytest.raises(
+        MaxlmError, match=r"compare arx \(not in both\); tasks of both: arc, piqa"
+    ):
         compare_both(tmp_path, ["arc", "arx"])
     next(two[0].glob("results_*")).unlink()
     write_evaluation(two[0], {"other": {"acc": [1.0]}}, time="2027")
-    with pytest.raises(MaxlmError, match=r"compare other \(not in both\), arc \(not in both\)"):
+    with pytest.raises(
+        MaxlmError, match=r"compare other \(not in both\), arc \(not in both\)"
+    ):
         compare_both(tmp_path, [])
     with pytest.raises(MaxlmError, match="no document of t is in both"):
         compare([], [])

@@ -1,4 +1,5 @@
-"""While a run trains, tasks and losses by position are what its checkpoint gives afterwards."""
+"""While a run trains, tasks and losses by position are what its checkpoint gives
+afterwards."""
 
 import json
 
@@ -17,7 +18,11 @@ from tests.programs import tiny
 def write_rows(folder) -> str:
     words, random = tiny.TEXT.split(), np.random.default_rng(1)
     rows = [
-        {"query": f"Question: {words[n]}\n", "choices": [*random.choice(words, 2)], "gold": n % 2}
+        {
+            "query": f"Question: {words[n]}\n",
+            "choices": [*random.choice(words, 2)],
+            "gold": n % 2,
+        }
         for n in range(7)
     ]
     folder.mkdir()
@@ -27,10 +32,18 @@ def write_rows(folder) -> str:
 
 def test_tasks_while_training_are_those_of_the_checkpoint(tmp_path):
     data = write_rows(tmp_path / "data")
-    downstream = {"tasks": ["piqa"], "every": 2, "limit": 5, "data": data, "position_documents": 2}
+    downstream = {
+        "tasks": ["piqa"],
+        "every": 2,
+        "limit": 5,
+        "data": data,
+        "position_documents": 2,
+    }
     text = tiny.write_text(tmp_path / "text")
     train = {"steps": 4, "downstream": downstream}
-    config = tiny.write_config(tmp_path, text, train=train, mesh={"fsdp": 2, "data": -1})
+    config = tiny.write_config(
+        tmp_path, text, train=train, mesh={"fsdp": 2, "data": -1}
+    )
     run, _ = tiny.train(config)
     records = [r for r in tiny.read_metrics(run.folder) if "downstream/piqa/acc" in r]
     assert [record["step"] for record in records] == [2, 4]
@@ -58,7 +71,9 @@ def test_losses_by_position_are_means_over_documents(one_device_mesh):
     rows, losses = np.random.default_rng(0).integers(0, 66, (3, 12)).tolist(), []
     with jax.set_mesh(one_device_mesh):
         llama = build(CONFIGS["llama"], one_device_mesh)
-        engine = Engine(llama.model, llama.params, EngineConfig(max_sequences=2, max_length=16))
+        engine = Engine(
+            llama.model, llama.params, EngineConfig(max_sequences=2, max_length=16)
+        )
         found = compute_position_losses(Scorer(engine), rows)
         for row in rows:
             logprobs = np.asarray(jax.nn.log_softmax(llama.logits(row)), np.float64)

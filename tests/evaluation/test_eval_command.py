@@ -26,7 +26,11 @@ def write_checkpoint(folder) -> None:
     tokenizer = train_chat_tokenizer()
     export_tokenizer(tokenizer, folder)
     D, F, V, layers = 32, 48, tokenizer.vocab_size, 2
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": V,
+    }
     config |= {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": layers}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config |= {"max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
@@ -49,7 +53,9 @@ def write_checkpoint(folder) -> None:
             }.items()
         }
     random = np.random.default_rng(0)
-    values = {f"{k}.weight": random.normal(0, 0.2, s).astype("f4") for k, s in shapes.items()}
+    values = {
+        f"{k}.weight": random.normal(0, 0.2, s).astype("f4") for k, s in shapes.items()
+    }
     save_file(values, folder / "model.safetensors")
 
 
@@ -73,18 +79,38 @@ def test_a_checkpoint_to_result_files_without_torch(tmp_path):
     folder.mkdir()
     data.mkdir()
     write_checkpoint(folder)
-    rows = [{"query": f"Question: q{n}\n", "choices": ["is", "what"], "gold": 0} for n in range(5)]
+    rows = [
+        {"query": f"Question: q{n}\n", "choices": ["is", "what"], "gold": 0}
+        for n in range(5)
+    ]
     for name in ("piqa", "piqa_train"):
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (data / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     asked = [{"question": f"q{n}", "answer": f"so\n#### {n}"} for n in range(3)]
     for split in ("train", "test"):
         path = data / f"gsm8k_{split}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    arguments = ["eval", str(folder), "--tasks", "piqa,gsm8k", "--data", str(data), "--chat"]
+    arguments = [
+        "eval",
+        str(folder),
+        "--tasks",
+        "piqa,gsm8k",
+        "--data",
+        str(data),
+        "--chat",
+    ]
     arguments += ["--shots", "1", "--limit", "3", "--output", str(tmp_path / "out")]
-    arguments += ["max_length=300", "max_sequences=3", "max_chunks=1", "prefill_tokens=48"]
+    arguments += [
+        "max_length=300",
+        "max_sequences=3",
+        "max_chunks=1",
+        "prefill_tokens=48",
+    ]
     command = [sys.executable, "-c", PROGRAM.format(arguments=arguments)]
-    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment(tmp_path), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "exact_match (strict-match)" in done.stdout
     (path,) = (tmp_path / "out").glob("results_*.json")
@@ -101,4 +127,6 @@ def test_a_checkpoint_to_result_files_without_torch(tmp_path):
     assert results["results"]["piqa"]["acc,none"] == accuracy
     prompt = samples[0]["arguments"]["gen_args_0"]["arg_0"]
     assert prompt.startswith("<|im_start|>user\nQuestion: q")
-    assert prompt.count("<|im_start|>assistant\n") == 2  # the example's, and the one to answer
+    assert (
+        prompt.count("<|im_start|>assistant\n") == 2
+    )  # the example's, and the one to answer

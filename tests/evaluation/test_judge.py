@@ -1,4 +1,5 @@
-"""Verdicts are read by FastChat's rules, and a judge that prefers a position is found out."""
+"""Verdicts are read by FastChat's rules, and a judge that prefers a position is found
+out."""
 
 import ast
 import random
@@ -14,7 +15,8 @@ from maxlm.evaluation.mt_bench import (
 )
 from tests.errors import message
 
-# The rules that FastChat publishes (fastchat/llm_judge/common.py): patterns in order, and marks.
+# The rules that FastChat publishes (fastchat/llm_judge/common.py): patterns in order,
+# and marks.
 ONE_SCORE = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 ONE_SCORE_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
 SHAPES = """
@@ -55,7 +57,8 @@ def test_verdicts_are_fastchats_on_200_judgments():
 
 
 def play(draw: random.Random, num_pairs: int, first: float):
-    """Verdicts of a judge that takes the first answer with a chance, whichever it is."""
+    """Verdicts of a judge that takes the first answer with a chance, whichever it
+    is."""
     orders = (("model_1", "model_2"), ("model_2", "model_1"))
     chances = [0.9 * first, 0.9 * (1 - first), 0.1]
     return [
@@ -74,8 +77,8 @@ def test_a_judge_of_known_bias_is_caught(first):
 
 @pytest.mark.parametrize("kind", ["coin", "opinion", "whim"])
 def test_an_unbiased_judge_is_not_flagged(kind):
-    """Also one whose two verdicts on a pair depend on each other: it knows the better answer, or
-    takes both times the position that it likes in this pair."""
+    """Also one whose two verdicts on a pair depend on each other: it knows the better
+    answer, or takes both times the position that it likes in this pair."""
     flagged = 0
     for seed in range(200):
         draw = random.Random(seed)
@@ -90,17 +93,28 @@ def test_an_unbiased_judge_is_not_flagged(kind):
 
 
 def test_errors_and_ties_are_no_wins():
-    found = measure_position_bias([("error", "model_1"), ("tie", "tie"), ("model_1", "tie")])
-    assert (found["num_pairs"], found["consistency"], found["first_share"]) == (2, 0.5, 1.0)
+    found = measure_position_bias(
+        [("error", "model_1"), ("tie", "tie"), ("model_1", "tie")]
+    )
+    assert (found["num_pairs"], found["consistency"], found["first_share"]) == (
+        2,
+        0.5,
+        1.0,
+    )
     assert measure_position_bias([("error", "error")])["is_biased"] is False
 
 
 def test_maths_is_judged_beside_a_reference():
     name = "single-math-v1-multi-turn"
-    template = {"system_prompt": "s", "prompt_template": "{question_2} {ref_answer_2} {answer_2}"}
+    template = {
+        "system_prompt": "s",
+        "prompt_template": "{question_2} {ref_answer_2} {answer_2}",
+    }
     question = {"question_id": 7, "category": "math", "turns": ["q{1}", "q2"]}
     given = ({name: template}, question, [["a1", "{a2}"]], 2)
     found, messages = format_judge_prompt(*given, ["r1", "r2"])
     assert found == name
     assert messages[1] == {"role": "user", "content": "q2 r2 {a2}"}
-    assert "question 7: KeyError('ref_answer_2')" in message(format_judge_prompt, *given, ["r1"])
+    assert "question 7: KeyError('ref_answer_2')" in message(
+        format_judge_prompt, *given, ["r1"]
+    )

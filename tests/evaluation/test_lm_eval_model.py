@@ -1,4 +1,5 @@
-"""What the harness is answered: log-likelihoods as of plain forward passes, texts as asked for."""
+"""What the harness is answered: log-likelihoods as of plain forward passes, texts as
+asked for."""
 
 from types import SimpleNamespace
 
@@ -49,7 +50,8 @@ def ask(*arguments):
 
 
 def score_directly(tiny, context, tail):
-    """In float64, of the tokens that fit behind the last ``MAX_LENGTH`` that are read."""
+    """In float64, of the tokens that fit behind the last ``MAX_LENGTH`` that are
+    read."""
     row = [*context, *tail][-(MAX_LENGTH + 1) :]
     logits = tiny.logits(row[:-1]).astype(np.float64)[-len(tail) :]
     logprobs = logits - np.log(
@@ -95,22 +97,30 @@ def test_rolling_predicts_each_token_once(model, tiny, tokenizer, monkeypatch):
     texts = ["q", "the model answers " * 9, "what it is asked " * 5]
     pairs, score = [], model._scorer.score
     monkeypatch.setattr(
-        model._scorer, "score", lambda given, *rest: pairs.extend(given) or score(given, *rest)
+        model._scorer,
+        "score",
+        lambda given, *rest: pairs.extend(given) or score(given, *rest),
     )
     found = model.loglikelihood_rolling(ask(*((text,) for text in texts)))
-    ids = [token for text in texts for token in [tokenizer.bos_id, *tokenizer.encode(text)]]
+    ids = [
+        token for text in texts for token in [tokenizer.bos_id, *tokenizer.encode(text)]
+    ]
     assert [token for _, tail in pairs for token in tail] == ids[:]
     assert all(len(context) + len(tail) <= MAX_LENGTH + 1 for context, tail in pairs)
     sums = [score_directly(tiny, *pair)[0] for pair in pairs]
     assert sum(found) == pytest.approx(sum(sums), abs=1e-3)
-    single = score_directly(tiny, [tokenizer.bos_id], [tokenizer.bos_id, *tokenizer.encode("q")])
+    single = score_directly(
+        tiny, [tokenizer.bos_id], [tokenizer.bos_id, *tokenizer.encode("q")]
+    )
     assert found[0] == pytest.approx(single[0], abs=1e-4)
 
 
 def test_generation_stops_where_it_is_told(model, tiny, tokenizer):
     prompt = [tokenizer.bos_id, *tokenizer.encode("the model ")]
     ids = tiny.greedy(prompt, 12)
-    whole = tokenizer.decode(i for i in ids if i not in tokenizer.special_tokens.values())
+    whole = tokenizer.decode(
+        i for i in ids if i not in tokenizer.special_tokens.values()
+    )
     stop = whole[3:5]
     long = "what it is asked " * 6
     cut = [tokenizer.bos_id, *tokenizer.encode(long)][-(MAX_LENGTH - 5) :]
@@ -120,7 +130,13 @@ def test_generation_stops_where_it_is_told(model, tiny, tokenizer):
             ("the model ", {"until": [stop], "max_gen_toks": 12, "temperature": 0.0}),
             ("the model ", {"until": "", "max_gen_toks": 3}),
             (long, {"until": [], "max_gen_toks": 5}),
-            *[("the model ", {"max_gen_toks": 9, "do_sample": True, "temperature": 2.0})] * 2,
+            *[
+                (
+                    "the model ",
+                    {"max_gen_toks": 9, "do_sample": True, "temperature": 2.0},
+                )
+            ]
+            * 2,
         )
     )
     assert found[:2] == [whole, whole[: whole.index(stop)]]
@@ -146,14 +162,23 @@ def test_bos_is_written_once(engine, model, tokenizer):
     tokenizer.opens_with_bos = False  # as GPT-2's and SmolLM2's
     try:
         assert model.tok_encode("the") == ids
-        assert MaxlmModel(engine, add_bos_token=True).tok_encode("the")[0] == tokenizer.bos_id
+        assert (
+            MaxlmModel(engine, add_bos_token=True).tok_encode("the")[0]
+            == tokenizer.bos_id
+        )
     finally:
         tokenizer.opens_with_bos = True
 
 
 def test_conversations_end_open_for_an_answer(model):
-    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is "}]
+    turns = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "It is "},
+    ]
     opened = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
     assert model.apply_chat_template(turns[:1]) == opened
-    assert model.apply_chat_template(turns, add_generation_prompt=False) == opened + "It is "
+    assert (
+        model.apply_chat_template(turns, add_generation_prompt=False)
+        == opened + "It is "
+    )
     assert "im_start" in model.chat_template(True)

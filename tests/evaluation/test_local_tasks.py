@@ -11,9 +11,23 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks import TaskManager
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.tasks import _find_fewshot_split, check_task_names, evaluate_tasks, load_tasks
+from maxlm.evaluation.tasks import (
+    _find_fewshot_split,
+    check_task_names,
+    evaluate_tasks,
+    load_tasks,
+)
 
-FOLDERS = ("arc", "piqa", "openbookqa", "winogrande", "lambada", "hellaswag", "gsm8k", "gpqa")
+FOLDERS = (
+    "arc",
+    "piqa",
+    "openbookqa",
+    "winogrande",
+    "lambada",
+    "hellaswag",
+    "gsm8k",
+    "gpqa",
+)
 FOLDERS += ("mmlu/default", "truthfulqa", "mmlu_pro", "minerva_math")
 
 
@@ -48,10 +62,19 @@ FORMS = {
     ),
     "openbookqa": (
         {"query": "What lays is", "choices": CHOICES["text"], "gold": 1},
-        {"id": "x", "question_stem": "What lays is", "choices": CHOICES, "answerKey": "B"},
+        {
+            "id": "x",
+            "question_stem": "What lays is",
+            "choices": CHOICES,
+            "answerKey": "B",
+        },
     ),
     "piqa": (
-        {"query": "Question: boil an egg\n", "choices": ["in a pan", "in a hat"], "gold": 0},
+        {
+            "query": "Question: boil an egg\n",
+            "choices": ["in a pan", "in a hat"],
+            "gold": 0,
+        },
         {"goal": "boil an egg", "sol1": "in a pan", "sol2": "in a hat", "label": 0},
     ),
     "winogrande": (
@@ -72,7 +95,11 @@ FORMS = {
         {"text": "He rang the bell"},
     ),
     "hellaswag": (
-        {"query": "Egg: A man boils. he", "choices": ["sits", "eats", "lays", "is"], "gold": 2},
+        {
+            "query": "Egg: A man boils. he",
+            "choices": ["sits", "eats", "lays", "is"],
+            "gold": 2,
+        },
         {
             "activity_label": "Egg",
             "ctx_a": "A man boils.",
@@ -91,8 +118,12 @@ def test_a_public_form_gives_the_official_prompt(name, manager, tmp_path):
     split = "validation" if name in ("piqa", "winogrande", "hellaswag") else "test"
     write(tmp_path / "public" / f"{name}.jsonl", public)
     write(tmp_path / "official" / name / f"{split}.jsonl", official)
-    found = [read_prompt(manager, name, tmp_path / kind) for kind in ("public", "official")]
-    if name == "hellaswag":  # the official prompt capitalizes ctx_b, llm-foundry does not
+    found = [
+        read_prompt(manager, name, tmp_path / kind) for kind in ("public", "official")
+    ]
+    if (
+        name == "hellaswag"
+    ):  # the official prompt capitalizes ctx_b, llm-foundry does not
         assert found[1][0] == "Egg: A man boils. He"
         found[1] = found[0][0], *found[1][1:]
     assert found[0] == found[1]
@@ -112,14 +143,23 @@ def test_ai2_rows_and_parquet_shards(manager, tmp_path):
         path = folder / f"test-0000{number}-of-00002.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     loaded = load_tasks(["gsm8k"], data=tmp_path, shots=0, manager=manager)["gsm8k"]
-    assert [row["question"] for row in loaded["tasks"]["gsm8k"].eval_docs] == ["q0", "q1"]
-    with pytest.raises(MaxlmError, match=r"looked for gsm8k_train and gsm8k/train \(.jsonl"):
-        load_tasks(["gsm8k"], data=tmp_path, manager=manager)  # five examples by default
+    assert [row["question"] for row in loaded["tasks"]["gsm8k"].eval_docs] == [
+        "q0",
+        "q1",
+    ]
+    with pytest.raises(
+        MaxlmError, match=r"looked for gsm8k_train and gsm8k/train \(.jsonl"
+    ):
+        load_tasks(
+            ["gsm8k"], data=tmp_path, manager=manager
+        )  # five examples by default
 
 
 def test_examples_come_from_where_the_harness_takes_them(manager, tmp_path):
     problem = {"problem": "Is it?", "solution": "It is $\\boxed{2}$."}
-    write(tmp_path / "algebra" / "test.jsonl", problem)  # the definition has its own examples
+    write(
+        tmp_path / "algebra" / "test.jsonl", problem
+    )  # the definition has its own examples
     task = load_tasks(["minerva_math_algebra"], data=tmp_path, manager=manager)
     task = task["minerva_math_algebra"]["tasks"]["minerva_math_algebra"]
     assert task.fewshot_context(task.eval_docs[0], 4).count("Problem:") == 5
@@ -134,7 +174,9 @@ def test_tasks_that_run_programs_outside_the_sandbox_are_refused(manager, monkey
         loaded = {"tasks": {name: SimpleNamespace(**own)}}
         monkeypatch.setattr(manager, "load", lambda _, loaded=loaded: loaded)
         monkeypatch.setattr("maxlm.evaluation.tasks.check_task_names", lambda *_: None)
-        with pytest.raises(MaxlmError, match=f"task {name}: it would run generated programs"):
+        with pytest.raises(
+            MaxlmError, match=f"task {name}: it would run generated programs"
+        ):
             load_tasks([name], manager=manager)
 
 
@@ -157,7 +199,9 @@ def test_each_evaluation_has_the_same_examples(manager, tmp_path):
 def test_mmlu_of_the_subjects_that_are_there(manager, tmp_path):
     for subject in ("anatomy", "virology"):
         for split, letter in (("dev", "D"), ("test", "B")):
-            lines = [f'"{split} {n}, {subject}?",w,x,"y, z",v,{letter}\n' for n in range(5)]
+            lines = [
+                f'"{split} {n}, {subject}?",w,x,"y, z",v,{letter}\n' for n in range(5)
+            ]
             (tmp_path / f"{subject}_{split}.csv").write_text("".join(lines))
     loaded = load_tasks(["mmlu"], data=tmp_path, shots=2, manager=manager)["mmlu"]
     assert list(loaded["tasks"]) == ["mmlu_anatomy", "mmlu_virology"]
@@ -208,8 +252,14 @@ def test_official_rows(name, manager, tmp_path):
 def test_mistakes(manager, tmp_path):
     with pytest.raises(MaxlmError, match="no task 'helaswag'; did you mean hellaswag"):
         check_task_names(manager, ["piqa", "helaswag"])
-    with pytest.raises(MaxlmError, match="looked for piqa_validation and piqa/validation"):
+    with pytest.raises(
+        MaxlmError, match="looked for piqa_validation and piqa/validation"
+    ):
         load_tasks(["piqa"], data=tmp_path, manager=manager)
-    write(tmp_path / "piqa.jsonl", {"query": "no choices", "choices": [], "gold": "one"})
-    with pytest.raises(MaxlmError, match=r"piqa.jsonl: these rows have no known form \(ValueError"):
+    write(
+        tmp_path / "piqa.jsonl", {"query": "no choices", "choices": [], "gold": "one"}
+    )
+    with pytest.raises(
+        MaxlmError, match=r"piqa.jsonl: these rows have no known form \(ValueError"
+    ):
         load_tasks(["piqa"], data=tmp_path, manager=manager)

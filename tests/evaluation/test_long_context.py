@@ -1,5 +1,5 @@
-"""Passkeys stand where they are said to, in prompts of the length that was asked for; both tables
-come from a checkpoint's folder."""
+"""Passkeys stand where they are said to, in prompts of the length that was asked for;
+both tables come from a checkpoint's folder."""
 
 import json
 import re
@@ -36,21 +36,32 @@ def test_prompts_fill_their_length_with_the_key_at_its_depth(tokenizer, length):
         text = tokenizer.decode(prompt)
         assert text.count("12345") == 2
         assert text.endswith("What is the pass key? The pass key is")
-        before, behind = (re.findall(r"[.]", part) for part in text.split("The pass key is 12345"))
+        before, behind = (
+            re.findall(r"[.]", part) for part in text.split("The pass key is 12345")
+        )
         # Three sentences of the task come first; behind the key stand three of its own.
         around = len(before) - 3, len(behind) - 3
         shares.append(100 * around[0] / sum(around))
-    assert shares == pytest.approx([0, 25, 50, 75, 100], abs=100 * 0.5 / sum(around) + 1e-6)
+    assert shares == pytest.approx(
+        [0, 25, 50, 75, 100], abs=100 * 0.5 / sum(around) + 1e-6
+    )
 
 
 def test_a_length_without_room_is_refused(tokenizer):
     what = message(build_passkey_prompt, tokenizer, 100, 0, "12345")
-    assert re.fullmatch(r"--lengths: a passkey prompt has \d+ tokens, and room for 100; .*", what)
+    assert re.fullmatch(
+        r"--lengths: a passkey prompt has \d+ tokens, and room for 100; .*", what
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "key"),
-    [(" 12345.", "12345"), ("12345 67", "12345"), (' "123456', "123456"), (" the grass", None)],
+    [
+        (" 12345.", "12345"),
+        ("12345 67", "12345"),
+        (' "123456', "123456"),
+        (" the grass", None),
+    ],
 )
 def test_an_answer_is_its_first_number(answer, key):
     assert parse_passkey(answer) == key
@@ -66,7 +77,9 @@ class NearSightedEngine:
         for request in requests:
             self.prompts.append(request.prompt_tokens)
             text = self.tokenizer.decode(request.prompt_tokens[-self.sight :])
-            ids = self.tokenizer.encode(" " + (re.findall(r"\d{5}", text) or ["none"])[-1])
+            ids = self.tokenizer.encode(
+                " " + (re.findall(r"\d{5}", text) or ["none"])[-1]
+            )
             assert len(ids) <= request.sampling.max_new_tokens
             yield SequenceOutput(request.request_id, 0, ids[:2])
             yield SequenceOutput(request.request_id, 0, ids[2:], finish_reason="length")
@@ -107,7 +120,16 @@ def test_tables_of_a_checkpoint(tmp_path, capfd):
     assert [*losses] == ["1", "2", "4", "8", "16", "32", "39"]
     assert all(loss > 0 for loss in losses.values())
     assert re.search(r"65 to 127 +│ +[\d.]+", run(*own))
-    own = ["passkey", model, "--lengths", "500,700", "--depths", "0,100", "--samples", 2]
+    own = [
+        "passkey",
+        model,
+        "--lengths",
+        "500,700",
+        "--depths",
+        "0,100",
+        "--samples",
+        2,
+    ]
     found = json.loads(run(*own, "--json"))
     assert (found["lengths"], found["depths"]) == ([500, 700], [0, 100])
     assert found["accuracy"] == [[0, 0], [0, 0]]  # a random model

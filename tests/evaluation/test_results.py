@@ -14,10 +14,16 @@ ARC = {"arc": {"acc": [1.0, 0.0, 1.0], "acc_norm": [1.0, 1.0, 1.0]}}
 
 
 def test_figures_and_samples_are_read(tmp_path):
-    path = write_evaluation(tmp_path, ARC, maxlm={"step": 7, "seconds": 12.5, "prompt_tokens": 99})
+    path = write_evaluation(
+        tmp_path, ARC, maxlm={"step": 7, "seconds": 12.5, "prompt_tokens": 99}
+    )
     data = json.loads(path.read_text())
     # Figures that are no numbers are left out.
-    data["results"]["arc"] |= {"f1,none": float("nan"), "acc_norm_stderr,none": "N/A", "x,none": ""}
+    data["results"]["arc"] |= {
+        "f1,none": float("nan"),
+        "acc_norm_stderr,none": "N/A",
+        "x,none": "",
+    }
     data["results"]["arc"] |= {"perplexity,none": 58.0, "perplexity_stderr,none": 33.0}
     path.write_text(json.dumps(data))
     (own,) = find_evaluations(tmp_path)
@@ -32,7 +38,11 @@ def test_figures_and_samples_are_read(tmp_path):
     ends = math.log(58) + np.array([-1.96, 1.96]) * 33 / 58
     perplexity = task.metrics["perplexity"]
     assert [perplexity.low, perplexity.high] == pytest.approx(np.exp(ends))
-    assert [sample.values["acc"] for sample in task.read_samples()] == [(1, 1), (0, 1), (1, 1)]
+    assert [sample.values["acc"] for sample in task.read_samples()] == [
+        (1, 1),
+        (0, 1),
+        (1, 1),
+    ]
 
 
 def test_other_forms_of_scores(tmp_path):
@@ -45,7 +55,12 @@ def test_other_forms_of_scores(tmp_path):
     ]
     write_evaluation(tmp_path, {"t": {"acc": [1.0]}}, samples={"t": lines})
     values = [s.values for s in find_evaluations(tmp_path)[0].tasks["t"].read_samples()]
-    assert values == [{"exact_match (strict)": (1, 1)}, {"word_perplexity": (-20, 4)}, {}, {}]
+    assert values == [
+        {"exact_match (strict)": (1, 1)},
+        {"word_perplexity": (-20, 4)},
+        {},
+        {},
+    ]
 
 
 def test_the_newest_evaluation_of_each_task_is_taken(tmp_path):
@@ -93,7 +108,9 @@ def test_a_damaged_results_file_is_named(tmp_path, text):
 DAMAGED = ['{"doc_id": 1', "", DEEP, "3", '{"metrics": []}', '{"metrics": ["x"]}']
 
 
-@pytest.mark.parametrize("line", [*DAMAGED, json.dumps(make_sample(3, {}, filtered_resps=[[]]))])
+@pytest.mark.parametrize(
+    "line", [*DAMAGED, json.dumps(make_sample(3, {}, filtered_resps=[[]]))]
+)
 def test_a_damaged_sample_is_named_with_its_line(tmp_path, line):
     write_evaluation(tmp_path, ARC)
     (path,) = tmp_path.glob("samples*")

@@ -9,15 +9,24 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation import sandbox
-from maxlm.evaluation.sandbox import SandboxLimits, detect_isolation, run_all, run_python
+from maxlm.evaluation.sandbox import (
+    SandboxLimits,
+    detect_isolation,
+    run_all,
+    run_python,
+)
 
-LIMITS = SandboxLimits(seconds=4, memory_bytes=256 << 20, processes=8, file_bytes=1 << 20)
+LIMITS = SandboxLimits(
+    seconds=4, memory_bytes=256 << 20, processes=8, file_bytes=1 << 20
+)
 
 # Programs that end as failed; {port}, {victim}, {pid} and {marker} are of the test.
 FAILING = {
     "exits with 0": "import os\nos._exit(0)",
-    "hides its error": "import sys\nsys.excepthook = lambda *a: None\nraise SystemExit(0)",
-    "replaces a builtin": "import builtins\nbuiltins.abs = lambda x: 7\nassert abs(-3) == 7",
+    "hides its error": "import sys\nsys.excepthook = lambda *a: None\nraise "
+    "SystemExit(0)",
+    "replaces a builtin": "import builtins\nbuiltins.abs = lambda x: 7\nassert abs(-3) "
+    "== 7",
     "closes every descriptor": "import os\nos.closerange(0, 10_000)",
     "connects": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)",
     "deletes a folder": "import os, shutil\nshutil.rmtree(os.path.dirname('{victim}'))",
@@ -26,7 +35,8 @@ FAILING = {
     "writes to the system": "open('/usr/maxlm_was_here', 'w')",
     "writes a huge file": "f = open('x', 'wb')\nwhile True: f.write(bytes(1 << 20))",
     "writes many files": "for i in range(64): open(str(i), 'wb').write(bytes(1 << 16))",
-    "mounts": "import subprocess\nsubprocess.check_call(['mount', '-o', 'remount,rw', '/usr'])",
+    "mounts": "import subprocess\nsubprocess.check_call(['mount', '-o', 'remount,rw', "
+    "'/usr'])",
     "kills its parent": "import os\nos.kill(os.getppid(), 9)\nos._exit(0)",
     "kills a process": "import os\nos.kill({pid}, 9)",
     "kills all": "import os\nos.kill(-1, 9)\nos._exit(0)",
@@ -80,11 +90,18 @@ def test_hostile_program_fails_and_does_no_harm(name, tmp_path):
     victim, marker = tmp_path / "folder" / "precious", f"60.{time.time_ns()}"
     victim.parent.mkdir()
     victim.write_text("here")
-    for each in (victim, *list(victim.parents)[:3]):  # File permissions alone protect nothing.
+    for each in (
+        victim,
+        *list(victim.parents)[:3],
+    ):  # File permissions alone protect nothing.
         each.chmod(0o777)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.05)
-        values = {"port": listener.getsockname()[1], "victim": victim, "pid": os.getpid()}
+        values = {
+            "port": listener.getsockname()[1],
+            "victim": victim,
+            "pid": os.getpid(),
+        }
         program = FAILING[name]
         for key, value in (values | {"marker": marker}).items():
             program = program.replace(f"{{{key}}}", str(value))
@@ -103,7 +120,9 @@ def test_endless_programs_end():
         "x = []\nwhile True: x.append(bytes(1 << 24))": ("out_of_memory", ""),
         "while True: print('noise' * 1000)": ("failed", ""),
     }
-    limits = SandboxLimits(1.5, 256 << 20, processes=8, file_bytes=1 << 20, output_bytes=1000)
+    limits = SandboxLimits(
+        1.5, 256 << 20, processes=8, file_bytes=1 << 20, output_bytes=1000
+    )
     results = run_all([*programs], limits, workers=3)
     for (status, message), result in zip(programs.values(), results, strict=True):
         assert (result.status, result.message[: len(message)]) == (status, message)
@@ -111,19 +130,24 @@ def test_endless_programs_end():
 
 
 def test_harmless_programs_pass(monkeypatch):
-    """What solutions may do: write and read files, start threads and processes, import packages,
-    be big, print, define classes that pickle; without privileges and the environment."""
+    """What solutions may do: write and read files, start threads and processes, import
+    packages, be big, print, define classes that pickle; without privileges and the
+    environment."""
     programs = [
         "",
         "open('a', 'w').write('b')\nassert open('a').read() == 'b'",
         "import os\nassert os.listdir('.') == []",
-        "import sys, os\nassert 'MAXLM_TEST' not in os.environ and sys.stdin.read() == ''",
+        "import sys, os\nassert 'MAXLM_TEST' not in os.environ and sys.stdin.read() == "
+        "''",
         "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()",
-        "import subprocess\nassert subprocess.run(['/bin/echo', 'x'], capture_output=True).stdout",
+        "import subprocess\nassert subprocess.run(['/bin/echo', 'x'], "
+        "capture_output=True).stdout",
         "import numpy as np\nassert np.arange(4).sum() == 6",
         "x = '" + "y" * 300_000 + "'\nprint(x)",
-        "import pickle\nclass A: pass\nassert isinstance(pickle.loads(pickle.dumps(A())), A)",
-        "if __name__ == '__main__': raise RuntimeError('not as in the reference harness')",
+        "import pickle\nclass A: pass\nassert "
+        "isinstance(pickle.loads(pickle.dumps(A())), A)",
+        "if __name__ == '__main__': raise RuntimeError('not as in the reference "
+        "harness')",
         "assert 'é😀' == '\\u00e9\\U0001f600'",
         "import multiprocessing as m\nassert m.Pool(2).map(abs, [-1, 2]) == [1, 2]",
         FEW_PROCESSES,
@@ -135,7 +159,11 @@ def test_harmless_programs_pass(monkeypatch):
 
 
 def test_results_are_in_order_with_the_errors_last_line():
-    programs = ["print('before')\nraise ValueError('two\\nlines')", "", "print('x')\n{}['key']"]
+    programs = [
+        "print('before')\nraise ValueError('two\\nlines')",
+        "",
+        "print('x')\n{}['key']",
+    ]
     results = run_all(programs, workers=3)
     assert [each.message for each in results] == ["lines", "", "KeyError: 'key'"]
     assert "ValueError: two" in results[0].output
@@ -147,7 +175,9 @@ def test_command_changes_its_folder_and_nothing_else(tmp_path):
         folder.mkdir()
         (folder / "file").write_text("old")
     script = f"pwd; echo new > file; cat {other}/file; echo new > {other}/file"
-    result = sandbox.run_command(["/bin/sh", "-c", script], LIMITS, folder=work, readable=[other])
+    result = sandbox.run_command(
+        ["/bin/sh", "-c", script], LIMITS, folder=work, readable=[other]
+    )
     assert result.output.startswith(f"{work}\nold")
     assert (work / "file").read_text() == "new\n"
     assert (other / "file").read_text() == "old"

@@ -12,7 +12,9 @@ from tests.serving.running import run_in_thread, train_chat_tokenizer
 
 
 def test_a_server_continues_texts_and_has_no_log_likelihoods_without_a_tokenizer():
-    with run_in_thread(train_chat_tokenizer(), lambda text, request: "so 7\n") as running:
+    with run_in_thread(
+        train_chat_tokenizer(), lambda text, request: "so 7\n"
+    ) as running:
         url = str(running.client.base_url).rstrip("/")
         client = open_server(url)
         asked = [SimpleNamespace(args=("3+4 =", {"until": ["\n"], "max_gen_toks": 9}))]
@@ -32,13 +34,17 @@ def test_an_evaluation_that_is_cut_off_asks_for_the_rest(tmp_path):
     def reply(body):
         if len(answered) == room:
             return None
-        answered.append(next(n for n in numbers if f"{n}?" in json.dumps(body["messages"])))
+        answered.append(
+            next(n for n in numbers if f"{n}?" in json.dumps(body["messages"]))
+        )
         return f"#### {answered[-1]}"
 
     settings = ["num_concurrent=2", "max_retries=1"]
     options = {"output": tmp_path / "out", "data": tmp_path, "shots": 0, "chat": True}
     with run_endpoint(reply) as fake:
-        with pytest.raises(MaxlmError, match=r"does not answer .*; start it, and evaluate again"):
+        with pytest.raises(
+            MaxlmError, match=r"does not answer .*; start it, and evaluate again"
+        ):
             evaluate_model(fake.url, ["gsm8k"], settings, **options)
         room = 100
         results, folder = evaluate_model(fake.url, ["gsm8k"], settings, **options)

@@ -1,4 +1,5 @@
-"""SWE-bench over a small repository with a bug: which patches resolve it, and the report's form."""
+"""SWE-bench over a small repository with a bug: which patches resolve it, and the
+report's form."""
 
 import json
 import subprocess
@@ -17,7 +18,8 @@ NEW_TESTS = TESTS + "\n\ndef test_add():\n    assert add(2, 3) == 5\n"
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
-    """A folder of clones, an instance, and a function that makes patches from a file's new text."""
+    """A folder of clones, an instance, and a function that makes patches from a file's
+    new text."""
     folder = tmp_path_factory.mktemp("clones")
     clone = folder / "someone__sums"
     clone.mkdir()
@@ -25,7 +27,9 @@ def benchmark(tmp_path_factory):
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
         command = ["git", *identity, *arguments]
-        return subprocess.run(command, cwd=clone, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            command, cwd=clone, check=True, capture_output=True, text=True
+        ).stdout
 
     def diff(**files: str) -> str:
         for name, text in files.items():
@@ -46,8 +50,11 @@ def benchmark(tmp_path_factory):
         "repo": "someone/sums",
         "base_commit": base,
         "patch": diff(sums=FIXED),
-        "test_patch": diff(test_sums=NEW_TESTS, test_more="def test_more():\n    pass\n"),
-        "test_command": f"PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 {swe_bench.DEFAULT_TEST_COMMAND}",
+        "test_patch": diff(
+            test_sums=NEW_TESTS, test_more="def test_more():\n    pass\n"
+        ),
+        "test_command": f"PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "
+        f"{swe_bench.DEFAULT_TEST_COMMAND}",
         "FAIL_TO_PASS": json.dumps(["test_sums.py::test_add"]),
         "PASS_TO_PASS": ["test_sums.py::test_double"],
     }
@@ -83,7 +90,10 @@ def test_command_reports_that_the_gold_patch_resolves(benchmark, tmp_path, capsy
         "FAIL_TO_PASS": {"success": ["test_sums.py::test_add"], "failure": []},
         "PASS_TO_PASS": {"success": ["test_sums.py::test_double"], "failure": []},
     }
-    assert "test_more.py::test_more" in (tmp_path / "out" / "someone__sums-1.log").read_text()
+    assert (
+        "test_more.py::test_more"
+        in (tmp_path / "out" / "someone__sums-1.log").read_text()
+    )
     assert (folder / "someone__sums" / "sums.py").read_text() == BUGGY
 
 
@@ -96,26 +106,35 @@ def test_patches_that_are_empty_stale_or_wrong(benchmark):
     report, own = evaluate(benchmark, gold.replace("sums.py", "nowhere.py"))
     assert own["patch_exists"] > own["patch_successfully_applied"]
     assert report["error_ids"] == ["someone__sums-1"]
-    assert evaluate(benchmark, gold.replace("Small sums", "Sums that are small"))[1]["resolved"]
+    assert evaluate(benchmark, gold.replace("Small sums", "Sums that are small"))[1][
+        "resolved"
+    ]
 
 
 def test_patch_that_breaks_other_tests_does_not_resolve(benchmark):
-    report, own = evaluate(benchmark, benchmark[2](sums=FIXED.replace("a * 2", "a * 3")))
+    report, own = evaluate(
+        benchmark, benchmark[2](sums=FIXED.replace("a * 2", "a * 3"))
+    )
     assert not own["resolved"]
     assert own["tests_status"]["FAIL_TO_PASS"]["failure"] == []
-    assert own["tests_status"]["PASS_TO_PASS"]["failure"] == ["test_sums.py::test_double"]
+    assert own["tests_status"]["PASS_TO_PASS"]["failure"] == [
+        "test_sums.py::test_double"
+    ]
     assert report["unresolved_ids"] == ["someone__sums-1"]
 
 
 def test_patch_of_the_tests_has_no_effect(benchmark):
-    """The test patch's files are as the benchmark has them, also one that the model adds."""
-    cheat = benchmark[2](test_sums="def test_add():\n    pass\n", test_more="import nothing\n")
+    """The test patch's files are as the benchmark has them, also one that the model
+    adds."""
+    cheat = benchmark[2](
+        test_sums="def test_add():\n    pass\n", test_more="import nothing\n"
+    )
     _, own = evaluate(benchmark, cheat)
     assert own["tests_status"]["FAIL_TO_PASS"]["failure"] == ["test_sums.py::test_add"]
     assert not own["resolved"]
-    assert evaluate(benchmark, benchmark[2](sums=FIXED, test_more="import nothing\n"))[1][
-        "resolved"
-    ]
+    assert evaluate(benchmark, benchmark[2](sums=FIXED, test_more="import nothing\n"))[
+        1
+    ]["resolved"]
 
 
 def test_hostile_patch_does_no_harm(benchmark, tmp_path):
@@ -131,11 +150,17 @@ def test_hostile_patch_does_no_harm(benchmark, tmp_path):
 
 def test_missing_things_are_named(benchmark):
     folder, instance, _ = benchmark
-    prediction = swe_bench.make_prediction(instance["instance_id"], "m", instance["patch"])
+    prediction = swe_bench.make_prediction(
+        instance["instance_id"], "m", instance["patch"]
+    )
     with pytest.raises(MaxlmError, match="no clone of other/name"):
-        swe_bench.evaluate_predictions([prediction], [instance | {"repo": "other/name"}], folder)
+        swe_bench.evaluate_predictions(
+            [prediction], [instance | {"repo": "other/name"}], folder
+        )
     with pytest.raises(MaxlmError, match="someone__sums at 0123"):
-        swe_bench.evaluate_predictions([prediction], [instance | {"base_commit": "0123"}], folder)
+        swe_bench.evaluate_predictions(
+            [prediction], [instance | {"base_commit": "0123"}], folder
+        )
     with pytest.raises(MaxlmError, match="test patch does not apply"):
         swe_bench.evaluate_predictions(
             [prediction], [instance | {"test_patch": "nonsense"}], folder
@@ -160,4 +185,8 @@ def test_patches_are_found_in_answers():
 def test_log_is_read_as_by_the_benchmark():
     log = "PASSED a.py::one\nPASSED a.py::two[x y]\nXFAIL a.py::three - known\nERROR b.py\n"
     log += "FAILED a.py::four - AssertionError: PASSED a.py::five\n1 passed\n"
-    assert swe_bench.parse_passed_tests(log) == {"a.py::one", "a.py::two[x", "a.py::three"}
+    assert swe_bench.parse_passed_tests(log) == {
+        "a.py::one",
+        "a.py::two[x",
+        "a.py::three",
+    }

@@ -1,4 +1,5 @@
-"""A diagonal state-space mixer with a recurrent cache, as an external package writes it."""
+"""A diagonal state-space mixer with a recurrent cache, as an external package writes
+it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,8 @@ class DiagonalSsmConfig(Config):
 
 
 def find_starts(segment_ids):
-    """Bool [B, S]: the first token of each document of a packed row; None of a row that is one."""
+    """Bool [B, S]: the first token of each document of a packed row; None of a row that
+    is one."""
     if segment_ids is None:
         return None
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
@@ -58,9 +60,9 @@ def find_starts(segment_ids):
 
 
 def advance(state, values, live, decay, starts=None):
-    """Runs the recurrence over T tokens: state [n, F], values [n, T, F], live and starts bool
-    [n, T]. A token that is not live leaves the state as it is; a start sets it to zero first, so
-    that nothing of the document before it is left."""
+    """Runs the recurrence over T tokens: state [n, F], values [n, T, F], live and
+    starts bool [n, T]. A token that is not live leaves the state as it is; a start sets
+    it to zero first, so that nothing of the document before it is left."""
     if starts is None:
         starts = jnp.zeros_like(live)
 
@@ -76,19 +78,28 @@ def advance(state, values, live, decay, starts=None):
 
 
 class DiagonalSsm(nnx.Module):
-    """``h[t] = a · h[t-1] + (1 - a) · up(x[t])``, ``y = out(h · silu(gate(x)))``; h is zero where
-    a document begins."""
+    """``h[t] = a · h[t-1] + (1 - a) · up(x[t])``, ``y = out(h · silu(gate(x)))``; h is
+    zero where a document begins."""
 
     name = "ssm"
 
-    def __init__(self, config, norm, d_model, num_layers, init_std, *, rules, dtype, parallel):
+    def __init__(
+        self, config, norm, d_model, num_layers, init_std, *, rules, dtype, parallel
+    ):
         del norm, num_layers, parallel
         self.width, self.rules = config.width, rules
-        kw: dict[str, Any] = {"bias": False, "std": init_std, "rules": rules, "dtype": dtype}
+        kw: dict[str, Any] = {
+            "bias": False,
+            "std": init_std,
+            "rules": rules,
+            "dtype": dtype,
+        }
         outer, inner = {"embed": d_model}, {"mlp": config.width}
         self.up, self.gate = Linear(outer, inner, **kw), Linear(outer, inner, **kw)
         self.out = Linear(inner, outer, **kw)
-        self.decay = declare((config.width,), ("mlp",), jax.nn.initializers.ones, "vector")
+        self.decay = declare(
+            (config.width,), ("mlp",), jax.nn.initializers.ones, "vector"
+        )
 
     def __call__(self, x, inputs, cache):
         up, gate = project(x, self.up, self.gate)
@@ -104,16 +115,25 @@ class DiagonalSsm(nnx.Module):
 
     def cache_spec(self, layout, window):
         shape = layout.num_shards, layout.num_rows, self.width
-        return RecurrentCache(CacheArraySpec(shape, ("batch", None, "mlp"), jnp.float32))
+        return RecurrentCache(
+            CacheArraySpec(shape, ("batch", None, "mlp"), jnp.float32)
+        )
 
     def costs(self):
-        return LayerCosts(group_matrices(self), extra_flops=3 * self.width, flops_axes=("mlp",))
+        return LayerCosts(
+            group_matrices(self), extra_flops=3 * self.width, flops_axes=("mlp",)
+        )
 
 
 register_mixer(DiagonalSsmConfig, DiagonalSsm)
 
 MIXER = {"kind": "diagonal_ssm", "width": WIDTH}
-OWN = {"attention": None, "mixer": MIXER, "positions": {"kind": "none"}, "init_std": 0.4}
+OWN = {
+    "attention": None,
+    "mixer": MIXER,
+    "positions": {"kind": "none"},
+    "init_std": 0.4,
+}
 CONFIG = DecoderConfig.model_validate(LLAMA_GQA.model_dump() | OWN)
 
 
@@ -127,12 +147,17 @@ def model():
 def test_its_config_reads_back_and_its_parameters_are_declared(model):
     assert DecoderConfig.model_validate(CONFIG.model_dump()) == CONFIG
     assert isinstance(CONFIG.mixer, DiagonalSsmConfig)
-    names = [n for n in flatten_names(param_specs(model)) if n.startswith("layers.ssm.")]
-    assert names == [f"layers.ssm.{n}" for n in ("decay", "gate.kernel", "out.kernel", "up.kernel")]
+    names = [
+        n for n in flatten_names(param_specs(model)) if n.startswith("layers.ssm.")
+    ]
+    assert names == [
+        f"layers.ssm.{n}" for n in ("decay", "gate.kernel", "out.kernel", "up.kernel")
+    ]
 
 
 def test_a_packed_row_is_its_documents_apart(model):
-    """Documents of 9, 1 and 14 tokens in a row of 32 with padding, and each in a row of its own."""
+    """Documents of 9, 1 and 14 tokens in a row of 32 with padding, and each in a row of
+    its own."""
     params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
     random = np.random.default_rng(0)
     documents = [random.integers(0, 31, length) for length in (9, 1, 14)]
@@ -159,16 +184,21 @@ def test_a_packed_row_is_its_documents_apart(model):
 
 
 def test_generation_equals_the_full_forward_pass(model):
-    """More prompts than rows, in chunks that end anywhere; rows are used again, and forked."""
+    """More prompts than rows, in chunks that end anywhere; rows are used again, and
+    forked."""
     params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 31, n).tolist() for n in (1, 19, 6, 11)]
-    config = EngineConfig(max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3)
+    config = EngineConfig(
+        max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3
+    )
     engine, found = Engine(model, params, config), {}
     assert {x.shape for x in jax.tree.leaves(engine._runner.state)} == {(1, 2, WIDTH)}
     greedy = SamplingConfig(temperature=0, max_new_tokens=8)
     requests = [
-        GenerationRequest(str(i), tuple(prompt), greedy, num_sequences=1 + i % 2, top_logprobs=0)
+        GenerationRequest(
+            str(i), tuple(prompt), greedy, num_sequences=1 + i % 2, top_logprobs=0
+        )
         for i, prompt in enumerate(prompts)
     ]
     for output in engine.run(requests):
@@ -214,7 +244,9 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
     recurrence = LAYERS * 3 * F if stated else 0
     assert plan.layout.flops_per_token == 6 * (matrices + VOCAB * D) + 3 * recurrence
     assert count_extra_forward_flops(plan.shape) == recurrence * 8 * SEQ
-    assert "ssm: gate, up" in [group.name for group in plan.shape.work.matmul_layer_counts]
+    assert "ssm: gate, up" in [
+        group.name for group in plan.shape.work.matmul_layer_counts
+    ]
     assert "a layer's mixer" in plan.memory.working_sets
     assert (plan.step_seconds or 0) > 0
     model: Any = make_run(tmp_path).model.build(rules=AxisRules(), dtype=jnp.bfloat16)
@@ -236,7 +268,9 @@ def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
 def test_it_trains_and_resumes_as_any_model_does(tmp_path):
     tiny.write_text(tmp_path / "text")
     how = {"mesh": {"fsdp": 4, "tensor": 2}, "reporting": {"tensorboard": False}}
-    short, long = (make_run(tmp_path, train={"steps": steps}, **how) for steps in (2, 4))
+    short, long = (
+        make_run(tmp_path, train={"steps": steps}, **how) for steps in (2, 4)
+    )
     assert train_model(short, say=lambda _: None).start_step == 0
     again = train_model(long, say=lambda _: None)
     assert (again.start_step, int(again.state.step)) == (2, 4)
@@ -247,7 +281,9 @@ def test_it_trains_and_resumes_as_any_model_does(tmp_path):
 @pytest.mark.parametrize("axis", ["context", "stage"])
 def test_a_mesh_that_it_does_not_declare_is_refused(axis, tmp_path, monkeypatch):
     config = make_run(tmp_path, mesh={axis: 2}, train={"steps": 1, "micro_batches": 2})
-    sizes = dict.fromkeys(("data", "fsdp", "expert", "tensor", "context", "stage"), 1) | {axis: 2}
+    sizes = dict.fromkeys(
+        ("data", "fsdp", "expert", "tensor", "context", "stage"), 1
+    ) | {axis: 2}
     with pytest.raises(MaxlmError) as caught:
         train_model(config, say=lambda _: None)
     meaning = {
@@ -255,7 +291,8 @@ def test_a_mesh_that_it_does_not_declare_is_refused(axis, tmp_path, monkeypatch)
         "stage": "runs all micro-batches [M, B, ...] together through a pipeline",
     }[axis]
     assert str(caught.value) == (
-        f"mesh.{axis}: {axis}=2 {meaning}, and model.mixer.kind=diagonal_ssm does not say that it "
+        f"mesh.{axis}: {axis}=2 {meaning}, and model.mixer.kind=diagonal_ssm does not "
+        f"say that it "
         "supports this; set it to 1, or if it does, give register_mixer mesh_axes with "
         f"'{axis}' where it is registered"
     )

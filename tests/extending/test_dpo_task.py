@@ -1,5 +1,5 @@
-"""Direct preference optimization (Rafailov et al. 2023) as a package outside maxlm would add it: a
-task with a frozen reference model, on pairs of a JSON Lines file."""
+"""Direct preference optimization (Rafailov et al. 2023) as a package outside maxlm
+would add it: a task with a frozen reference model, on pairs of a JSON Lines file."""
 
 import json
 import shutil
@@ -49,7 +49,9 @@ class DpoTask(Task):
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         names = ("tokens", "targets", "segment_ids", "positions")
-        tokens, weights = (BatchArraySpec.of_tokens(seq_len, t) for t in (np.int32, np.float32))
+        tokens, weights = (
+            BatchArraySpec.of_tokens(seq_len, t) for t in (np.int32, np.float32)
+        )
         arrays = {f"{side}_{name}": tokens for side in SIDES for name in names}
         return arrays | {f"{side}_weights": weights for side in SIDES}
 
@@ -74,7 +76,10 @@ class DpoTask(Task):
         return -jax.nn.log_sigmoid(margin).sum(), sums
 
     def _log_probs(self, model: Any, batch: Any, side: str) -> jax.Array:
-        own = {name: batch[f"{side}_{name}"] for name in ("tokens", "positions", "segment_ids")}
+        own = {
+            name: batch[f"{side}_{name}"]
+            for name in ("tokens", "positions", "segment_ids")
+        }
         hidden, _ = model(**own)
         targets, weights = batch[f"{side}_targets"], batch[f"{side}_weights"]
         logits = model.prepare_logits(hidden)
@@ -82,7 +87,9 @@ class DpoTask(Task):
         return (own * weights).sum(-1)
 
 
-def encode_pair(tokenizer: Tokenizer, length: int, row: dict[str, str]) -> dict[str, Any]:
+def encode_pair(
+    tokenizer: Tokenizer, length: int, row: dict[str, str]
+) -> dict[str, Any]:
     prompt, found = tokenizer.encode(row["prompt"]), {}
     for side in SIDES:
         ids = [*prompt, *tokenizer.encode(row[side]), tokenizer.eos_id][: length + 1]
@@ -95,7 +102,8 @@ def encode_pair(tokenizer: Tokenizer, length: int, row: dict[str, str]) -> dict[
 
 @pytest.fixture
 def make_config(tmp_path):
-    """``make_config(name, **parts)``: a run on pairs in which one word is better than another."""
+    """``make_config(name, **parts)``: a run on pairs in which one word is better than
+    another."""
     pairs = [
         {"prompt": f"{i} gulls turn", "chosen": " slowly", "rejected": " into wind"}
         for i in range(24)
@@ -109,7 +117,10 @@ def make_config(tmp_path):
         settings = tiny.settings(tmp_path, text) | {"name": name, "task": task}
         settings["data"]["heldout_fraction"] = 0
         settings |= {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "train": {"steps": 4}}
-        settings |= {"checkpoint": {"every_steps": 2}, "reporting": {"tensorboard": False}}
+        settings |= {
+            "checkpoint": {"every_steps": 2},
+            "reporting": {"tensorboard": False},
+        }
         return RunConfig.model_validate(settings | parts)
 
     return make
@@ -119,16 +130,23 @@ def train(config: RunConfig) -> Any:
     return train_model(config, say=lambda _: None)
 
 
-def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(make_config):
+def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(
+    make_config,
+):
     whole = train(make_config("whole"))
     own = load_frozen_models(whole.setup, lambda setup: setup.init_train_state())
     reference = own["reference"]
-    assert jax.tree.all(jax.tree.map(np.array_equal, reference, whole.state.frozen["reference"]))
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, reference, whole.state.frozen["reference"])
+    )
     assert jax.tree.map(lambda x: x.sharding, whole.state) == whole.setup.shardings
     records = [
-        json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (whole.folder / "metrics.jsonl").read_text().splitlines()
     ]
-    assert records[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)  # both are one model
+    assert records[0]["loss"] == pytest.approx(
+        np.log(2), rel=1e-5
+    )  # both are one model
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
 
     # A run that was killed before its last checkpoint.
@@ -139,16 +157,26 @@ def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(m
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.state, cut.state))
 
     # Another's reference is saved by where it came from, and must stay what it was.
-    config = make_config("own", task={"reference": str(whole.folder)}, train={"steps": 2})
+    config = make_config(
+        "own", task={"reference": str(whole.folder)}, train={"steps": 2}
+    )
     first = train(config)
     found = first.state.frozen["reference"]
     assert jax.tree.all(jax.tree.map(np.array_equal, found, whole.state.params))
     saved = read_metadata(first.folder / "checkpoints" / "2")
     assert saved["frozen"]["reference"]["source"] == str(whole.folder)
     assert not [name for name in saved["fingerprints"] if name.startswith("frozen")]
-    shutil.rmtree(whole.folder / "checkpoints" / "4")  # the model that is left is another
-    with pytest.raises(MaxlmError, match=r"the frozen model 'reference' from .*whole is not"):
-        train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})}))
+    shutil.rmtree(
+        whole.folder / "checkpoints" / "4"
+    )  # the model that is left is another
+    with pytest.raises(
+        MaxlmError, match=r"the frozen model 'reference' from .*whole is not"
+    ):
+        train(
+            config.model_copy(
+                update={"train": config.train.model_copy(update={"steps": 4})}
+            )
+        )
 
 
 @pytest.mark.parametrize("axis", ["context", "stage"])
@@ -164,7 +192,8 @@ def test_a_mesh_that_it_does_not_declare_is_refused(axis, make_config, monkeypat
         "stage": "runs all micro-batches [M, B, ...] together through a pipeline",
     }[axis]
     assert str(caught.value) == (
-        f"mesh.{axis}: {axis}=2 {meaning}, and task.kind=test_dpo does not say that it supports "
+        f"mesh.{axis}: {axis}=2 {meaning}, and task.kind=test_dpo does not say that it "
+        f"supports "
         f"this; set it to 1, or if it does, declare mesh_axes with '{axis}' in DpoTask "
         "(docs/tasks.md)"
     )
@@ -173,7 +202,8 @@ def test_a_mesh_that_it_does_not_declare_is_refused(axis, make_config, monkeypat
 
 
 def test_a_loss_of_its_own_does_not_inherit_what_another_supports():
-    """A subclass of a task that supports every mesh declares anew what its own loss supports."""
+    """A subclass of a task that supports every mesh declares anew what its own loss
+    supports."""
 
     class SameLoss(ClmTask):
         pass
@@ -186,7 +216,9 @@ def test_a_loss_of_its_own_does_not_inherit_what_another_supports():
     assert OtherLoss.mesh_axes == frozenset()
 
 
-def test_the_plan_counts_the_reference_and_no_optimizer_for_what_is_not_trained(make_config):
+def test_the_plan_counts_the_reference_and_no_optimizer_for_what_is_not_trained(
+    make_config,
+):
     sizes = dict.fromkeys(("data", "fsdp", "expert", "tensor", "context", "stage"), 1)
     config = make_config("a")
     both = plan_run(config, sizes=sizes).memory

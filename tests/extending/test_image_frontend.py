@@ -78,4 +78,6 @@ def test_a_loss_on_tokens_alone_reaches_the_patches_map(built):
     grads = flatten_names(jax.jit(jax.grad(lambda p: loss(model, p, IMAGES)))(params))
     for name in ("patches.kernel", "patches.bias", "embedding.table"):
         assert float(jnp.abs(grads[name]).max()) > 1e-6, name
-    assert float(loss(model, params, IMAGES)) != float(loss(model, params, IMAGES + 1.0))
+    assert float(loss(model, params, IMAGES)) != float(
+        loss(model, params, IMAGES + 1.0)
+    )

@@ -1,4 +1,5 @@
-"""LoRA as an external package writes it: a leaf class, and an adapter from specs to specs."""
+"""LoRA as an external package writes it: a leaf class, and an adapter from specs to
+specs."""
 
 import json
 import shutil
@@ -77,7 +78,10 @@ class LoraAdapter(Adapter):
     def _adapt_one(self, spec: ParamSpec) -> Any:
         if spec.role != "matrix" or "expert" in spec.axes:
             return spec
-        lead, inputs = spec.num_layer_axes, spec.num_layer_axes + len(spec.contracting_dims)
+        lead, inputs = (
+            spec.num_layer_axes,
+            spec.num_layer_axes + len(spec.contracting_dims),
+        )
         a = replace(
             spec,
             shape=(*spec.shape[:inputs], self.rank),
@@ -109,7 +113,8 @@ class Int8(Leaf):
 
 @register_adapter
 class Int8Adapter(Adapter):
-    """Makes every hidden matrix one of integers, and says nothing of how they come from floats."""
+    """Makes every hidden matrix one of integers, and says nothing of how they come from
+    floats."""
 
     kind: Literal["test_int8"] = "test_int8"
 
@@ -134,8 +139,11 @@ POSITIONS = jnp.broadcast_to(jnp.arange(11, dtype=jnp.int32), (2, 11))
 
 @pytest.fixture
 def models():
-    """The base model and the adapted one, with parameters that have the base's in common."""
-    with jax.set_mesh(jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))):
+    """The base model and the adapted one, with parameters that have the base's in
+    common."""
+    with jax.set_mesh(
+        jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
+    ):
         base = CONFIG.build(rules=AxisRules(), dtype=jnp.float32)
         specs = param_specs(base)
         adapted = bind_specs(base, LoraAdapter().adapt(specs))
@@ -181,11 +189,14 @@ def test_the_forward_pass_is_that_of_merged_matrices(models):
         return held.base + SCALE * product.reshape(held.base.shape)
 
     merged = jax.tree.map(merge, noisy, is_leaf=lambda x: isinstance(x, Lora))
-    np.testing.assert_allclose(hidden(adapted, noisy), hidden(base, merged), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        hidden(adapted, noisy), hidden(base, merged), rtol=2e-5, atol=2e-5
+    )
 
 
 def test_a_gathered_array_of_a_leaf_lies_as_its_own_axes_say(mesh):
-    """Under ZeRO-2 A of [embed, rank] has not the layout of the kernel's last two dimensions."""
+    """Under ZeRO-2 A of [embed, rank] has not the layout of the kernel's last two
+    dimensions."""
     axes = ("embed", "heads", "head_dim")
     spec = ParamSpec((8, 4, 6), axes, jax.nn.initializers.zeros, "matrix", (0,))
     use = ParamReader(spec, AxisRules(heads=("tensor",)), jnp.float32)
@@ -199,11 +210,16 @@ def make_config(tmp_path):
     """``make_config(name, mesh, train, **parts)``: a run's config."""
     text = tiny.write_text(tmp_path / "text")
 
-    def make(name: str, mesh: dict[str, int], train: dict[str, Any], **parts: Any) -> RunConfig:
+    def make(
+        name: str, mesh: dict[str, int], train: dict[str, Any], **parts: Any
+    ) -> RunConfig:
         settings = tiny.settings(tmp_path, text) | {"name": name, "mesh": mesh}
         settings["data"]["heldout_fraction"] = 0
         settings |= {"train": train, "checkpoint": {"every_steps": 2}}
-        settings |= {"sharding": {"max_unsharded": 1}, "reporting": {"tensorboard": False}}
+        settings |= {
+            "sharding": {"max_unsharded": 1},
+            "reporting": {"tensorboard": False},
+        }
         return RunConfig.model_validate(settings | parts)
 
     return make
@@ -214,7 +230,9 @@ def train(config: RunConfig) -> Any:
 
 
 def read_first_loss(result: Any) -> float:
-    return json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    return json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])[
+        "loss"
+    ]
 
 
 def are_equal(a: Any, b: Any) -> bool:
@@ -235,15 +253,20 @@ def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(make_con
 
     # The base stays as it was; A and B do not.
     assert are_equal(select_base_params(whole.state.params), base.state.params)
-    trained = {n: x for n, x in flatten_names(whole.state.params).items() if ".lora_" in n}
+    trained = {
+        n: x for n, x in flatten_names(whole.state.params).items() if ".lora_" in n
+    }
     assert len(trained) == 14
     assert all(np.any(x) for x in trained.values())  # B began as zeros
 
-    # The optimizer and its checkpoint have arrays for A and B alone, under canonical names.
+    # The optimizer and its checkpoint have arrays for A and B alone, under canonical
+    # names.
     moments = [n for n, x in flatten_names(whole.state.opt_state).items() if x.ndim]
     assert {name.split(".", 2)[2] for name in moments} == set(trained)
     saved = read_metadata(whole.folder / "checkpoints" / "4")["fingerprints"]
-    assert {n.split(".", 3)[3] for n in saved if n.startswith("opt_state.1.mu.")} == set(trained)
+    assert {
+        n.split(".", 3)[3] for n in saved if n.startswith("opt_state.1.mu.")
+    } == set(trained)
     assert "params.layers.attention.query.kernel.base" in saved
 
     # It resumes as if it had never stopped.
@@ -267,8 +290,10 @@ def test_a_float_base_is_not_cast_into_a_leaf_of_integers(make_config):
     with pytest.raises(MaxlmError) as caught:
         train(make_config("whole", {"fsdp": -1}, start, adapter={"kind": "test_int8"}))
     assert str(caught.value) == (
-        f"{base.folder}/checkpoints/1: params.layers.attention.key.kernel is float32 in it, int8 "
-        "in this run, and a cast would lose its values; use a checkpoint that holds it so (of a "
+        f"{base.folder}/checkpoints/1: params.layers.attention.key.kernel is float32 "
+        f"in it, int8 "
+        "in this run, and a cast would lose its values; use a checkpoint that holds it "
+        "so (of a "
         "run with the same leaf), or the config without it"
     )
     assert not base.folder.with_name("whole").exists()
@@ -289,8 +314,12 @@ def test_the_plan_counts_no_gradients_and_no_optimizer_for_the_base(make_config)
 
 
 def test_its_config_reads_back_and_unknown_kinds_are_refused(make_config, tmp_path):
-    config = make_config("a", {"fsdp": 1}, {"steps": 1}, adapter={"kind": "test_lora", "rank": 2})
+    config = make_config(
+        "a", {"fsdp": 1}, {"steps": 1}, adapter={"kind": "test_lora", "rank": 2}
+    )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(RunConfig, tmp_path / "config.yaml").value == config
-    with pytest.raises(MaxlmError, match=r"no adapter of kind=none_such; use one of .*test_lora"):
+    with pytest.raises(
+        MaxlmError, match=r"no adapter of kind=none_such; use one of .*test_lora"
+    ):
         make_config("a", {"fsdp": 1}, {"steps": 1}, adapter={"kind": "none_such"})

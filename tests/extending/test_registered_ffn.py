@@ -29,16 +29,26 @@ class SquaredRelu(nnx.Module):
     name = "squared"
 
     def __init__(self, config, d_model, num_layers, init_std, *, rules, dtype):
-        kw: dict[str, Any] = {"bias": False, "std": init_std, "rules": rules, "dtype": dtype}
+        kw: dict[str, Any] = {
+            "bias": False,
+            "std": init_std,
+            "rules": rules,
+            "dtype": dtype,
+        }
         self.up = Linear({"embed": d_model}, {"mlp": config.width}, **kw)
         self.down = Linear({"mlp": config.width}, {"embed": d_model}, **kw)
 
     def feed(self, x, segment_ids):
-        return self.down(jnp.square(jax.nn.relu(self.up(x))), seq_axis="residual"), Aux()
+        return self.down(
+            jnp.square(jax.nn.relu(self.up(x))), seq_axis="residual"
+        ), Aux()
 
 
 register_ffn(SquaredReluConfig, SquaredRelu)
-SETTINGS = LLAMA_GQA.model_dump() | {"mlp": None, "ffn": {"kind": "squared_relu", "width": 10}}
+SETTINGS = LLAMA_GQA.model_dump() | {
+    "mlp": None,
+    "ffn": {"kind": "squared_relu", "width": 10},
+}
 
 
 def test_a_model_has_it_in_place_of_an_mlp(one_device_mesh):
@@ -58,7 +68,10 @@ def test_a_model_has_it_in_place_of_an_mlp(one_device_mesh):
 
 @pytest.mark.parametrize(
     ("changes", "what"),
-    [({"ffn": {"kind": "cubed"}}, "no ffn of kind=cubed"), ({"mlp": {"d_ff": 8}}, "ffn beside")],
+    [
+        ({"ffn": {"kind": "cubed"}}, "no ffn of kind=cubed"),
+        ({"mlp": {"d_ff": 8}}, "ffn beside"),
+    ],
 )
 def test_an_unknown_kind_and_two_feed_forwards_are_refused(changes, what):
     with pytest.raises(MaxlmError, match=what):

@@ -44,7 +44,9 @@ def test_slices_come_back(tmp_path_factory, shape, lead, turned):
         patch.setattr(arrays, "FILE_BYTES", 100)
         array = create_array(folder / "a", tuple(shape), lead)
         random = np.random.default_rng(0).normal(size=shape)
-        want = np.array(np.maximum(random, 0), np.float32)  # zeros are stored like all else
+        want = np.array(
+            np.maximum(random, 0), np.float32
+        )  # zeros are stored like all else
         for index in np.ndindex(*shape[:lead]):
             values = np.asarray(want[index])
             array.write(index, values.T.copy().T if turned else values)
@@ -61,5 +63,7 @@ def test_what_was_not_written_is_an_error(tmp_path):
     array.write((0,), np.zeros(3, np.float32))
     read = open_array(tmp_path, "a")
     np.testing.assert_array_equal(read.read((0,)), np.zeros(3))
-    with pytest.raises(MaxlmError, match=f"{tmp_path}/a: array error: .*; check the disk"):
+    with pytest.raises(
+        MaxlmError, match=f"{tmp_path}/a: array error: .*; check the disk"
+    ):
         read.read((1,))

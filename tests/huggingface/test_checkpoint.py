@@ -28,7 +28,10 @@ SHAPES = {
 
 def make_params():
     random = np.random.default_rng(3)
-    return {name: random.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+    return {
+        name: random.normal(size=shape).astype(np.float32)
+        for name, shape in SHAPES.items()
+    }
 
 
 def write(folder, step=0, metadata=None):
@@ -65,7 +68,9 @@ def test_orbax_restores_it_onto_a_mesh_and_in_another_dtype(tmp_path, mesh):
 
     def asked(x):
         spec = specs[x.ndim] if x.shape != (3, 7) else P()
-        return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=NamedSharding(eight, spec))
+        return jax.ShapeDtypeStruct(
+            x.shape, jnp.bfloat16, sharding=NamedSharding(eight, spec)
+        )
 
     abstract = jax.tree.map(asked, want)
     with FolderTier(tmp_path, read_only=True) as keeper:
@@ -74,7 +79,9 @@ def test_orbax_restores_it_onto_a_mesh_and_in_another_dtype(tmp_path, mesh):
     def check(got, asked, want):
         assert got.sharding == asked.sharding
         for shard in got.addressable_shards:
-            np.testing.assert_array_equal(shard.data, want[shard.index].astype(jnp.bfloat16))
+            np.testing.assert_array_equal(
+                shard.data, want[shard.index].astype(jnp.bfloat16)
+            )
 
     jax.tree.map(check, got, abstract, want)
 
@@ -86,21 +93,30 @@ def saved_by_orbax(folder, where, step=5):
     def put(x):
         if where is None or x.shape == (3, 7):
             return jnp.array(x)
-        return jax.device_put(x, NamedSharding(where, P(*(None,) * (x.ndim - 2), "fsdp", "tensor")))
+        return jax.device_put(
+            x, NamedSharding(where, P(*(None,) * (x.ndim - 2), "fsdp", "tensor"))
+        )
 
     with FolderTier(folder, CheckpointConfig()) as keeper:
-        state = {"params": {n: put(x) for n, x in params.items()}, "step": np.int32(step)}
+        state = {
+            "params": {n: put(x) for n, x in params.items()},
+            "step": np.int32(step),
+        }
         keeper.save(step, state, {"config": {}})
     return params
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_decodes_what_orbax_saved_once_for_all_slices(tmp_path, mesh, monkeypatch, sharded):
+def test_decodes_what_orbax_saved_once_for_all_slices(
+    tmp_path, mesh, monkeypatch, sharded
+):
     want = saved_by_orbax(tmp_path, mesh(fsdp=2, tensor=2) if sharded else None)
     reads = []
     read_box = arrays.ZarrArray.read_box
     monkeypatch.setattr(
-        arrays.ZarrArray, "read_box", lambda self, box: reads.append(box) or read_box(self, box)
+        arrays.ZarrArray,
+        "read_box",
+        lambda self, box: reads.append(box) or read_box(self, box),
     )
     reader = RunCheckpointReader(tmp_path)
     assert (reader.step, reader.shapes) == (5, SHAPES)
@@ -112,7 +128,9 @@ def test_decodes_what_orbax_saved_once_for_all_slices(tmp_path, mesh, monkeypatc
             for index in np.ndindex(*SHAPES[name][:lead]):
                 np.testing.assert_array_equal(read(index), want[name][index])
         assert not list(scratch.iterdir())
-    pieces = 1 + (4 + 4 if sharded else 1 + 1)  # the norm is whole, the others in shards
+    pieces = 1 + (
+        4 + 4 if sharded else 1 + 1
+    )  # the norm is whole, the others in shards
     assert len(reads) == pieces
 
 
@@ -151,7 +169,9 @@ def test_damage_is_an_error(tmp_path):
     for path in (state / "params.layers.up" / "c").rglob("*"):
         if path.is_file():
             path.write_bytes(b"broken")
-    assert "params.layers.up: array error" in message(reader.open("layers.up").read, (1,))
+    assert "params.layers.up: array error" in message(
+        reader.open("layers.up").read, (1,)
+    )
     (state / "_METADATA").write_text(json.dumps({}))
     assert "_METADATA: damaged checkpoint (there is no tree_metadata)" in message(
         RunCheckpointReader, tmp_path

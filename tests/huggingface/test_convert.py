@@ -1,4 +1,5 @@
-"""Import and export: every bit of a tensor comes back, and tables that do not fit are refused."""
+"""Import and export: every bit of a tensor comes back, and tables that do not fit are
+refused."""
 
 from dataclasses import replace
 
@@ -38,14 +39,23 @@ SHAPES = {
 
 
 def table():
-    """Transposed, fused, stacked and shifted tensors; one per layer, per expert, and alone."""
+    """Transposed, fused, stacked and shifted tensors; one per layer, per expert, and
+    alone."""
     entries = [
         TensorEntry("embed", (V, D), (ParamSlice("embedding.table"),)),
         TensorEntry(
-            "head", (V, D), (ParamSlice("head.kernel"),), lambda x: (x.T,), lambda p: p[0].T
+            "head",
+            (V, D),
+            (ParamSlice("head.kernel"),),
+            lambda x: (x.T,),
+            lambda p: p[0].T,
         ),
         TensorEntry(
-            "norm", (D,), (ParamSlice("final_norm"),), lambda x: (x + 1,), lambda p: p[0] - 1
+            "norm",
+            (D,),
+            (ParamSlice("final_norm"),),
+            lambda x: (x + 1,),
+            lambda p: p[0] - 1,
         ),
     ]
     for i in range(L):
@@ -72,7 +82,9 @@ def tensors(dtype="BF16", **others):
     values = {}
     for entry in table():
         kind = NUMPY[others.get(entry.theirs, dtype)]
-        values[entry.theirs] = random.normal(size=entry.shape).astype(np.float32).astype(kind)
+        values[entry.theirs] = (
+            random.normal(size=entry.shape).astype(np.float32).astype(kind)
+        )
     # A shift by one must be exact for the test of bits; these are sixteenths.
     values["norm"] = (random.integers(-16, 16, D) / 16).astype(values["norm"].dtype)
     return values
@@ -95,7 +107,9 @@ def test_values_that_are_no_numbers_are_counted(tmp_path):
     values["h.1.down"][1, 2:5, 3] = np.nan, np.inf, -np.inf
     values["h.2.norm"][0] = np.nan
     imported(save(tmp_path / "theirs", values), tmp_path / "b", warn=lines.append)
-    assert lines == ["warning: 4 values are NaN or infinite, the first of them in h.1.down"]
+    assert lines == [
+        "warning: 4 values are NaN or infinite, the first of them in h.1.down"
+    ]
 
 
 def imported(theirs, checkpoints, entries=None, **how):
@@ -112,13 +126,19 @@ def export(reader, dtypes, folder, shard_bytes=10**9, **how):
 
 
 def load(folder):
-    return {name: read_tensor(stored) for name, stored in list_stored_tensors(folder).items()}
+    return {
+        name: read_tensor(stored)
+        for name, stored in list_stored_tensors(folder).items()
+    }
 
 
 def same_bits(got, want):
     assert got.keys() == want.keys()
     for name in want:
-        assert (got[name].dtype, got[name].shape) == (want[name].dtype, want[name].shape)
+        assert (got[name].dtype, got[name].shape) == (
+            want[name].dtype,
+            want[name].shape,
+        )
         assert got[name].tobytes() == want[name].tobytes(), name
 
 
@@ -132,7 +152,10 @@ def test_every_bit_comes_back(tmp_path, dtype):
         n: v.dtype for n, v in want.items()
     }
     reader = RunCheckpointReader(tmp_path / "checkpoints")
-    assert TensorDtypes.model_validate(read_metadata(reader.folder)["safetensors"]) == dtypes
+    assert (
+        TensorDtypes.model_validate(read_metadata(reader.folder)["safetensors"])
+        == dtypes
+    )
     same_bits(export(reader, dtypes, tmp_path / "again", 500), want)
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
 
@@ -150,7 +173,9 @@ def test_parameters_are_what_the_table_says(tmp_path):
         np.testing.assert_array_equal(got["layers.key"][i], theirs[f"h.{i}.qk"][D:].T)
         np.testing.assert_array_equal(got["layers.down"][i], theirs[f"h.{i}.down"])
         for e in range(E):
-            np.testing.assert_array_equal(got["layers.up"][i, e], theirs[f"h.{i}.{e}.up"])
+            np.testing.assert_array_equal(
+                got["layers.up"][i, e], theirs[f"h.{i}.{e}.up"]
+            )
 
 
 def test_what_training_saved_is_exported(tmp_path):
@@ -158,7 +183,11 @@ def test_what_training_saved_is_exported(tmp_path):
     imported(save(tmp_path / "theirs", want), tmp_path / "ours")
     reader = RunCheckpointReader(tmp_path / "ours")
     params = {name: jnp.array(reader.open(name).read()) for name in SHAPES}
-    state = {"params": params, "step": np.int32(7), "ema": jax.tree.map(lambda x: 2 * x, params)}
+    state = {
+        "params": params,
+        "step": np.int32(7),
+        "ema": jax.tree.map(lambda x: 2 * x, params),
+    }
     with FolderTier(tmp_path / "run") as keeper:
         keeper.save(7, state, {})
     f32 = TensorDtypes(default="F32")
@@ -174,10 +203,14 @@ def test_rounding_is_refused_unless_asked(tmp_path):
     text = message(export, reader, bf16, tmp_path / "a")
     assert "its float32 values would be rounded to bfloat16" in text
     got = export(reader, bf16, tmp_path / "b", lossy=True)
-    want = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors("F32").items()}
+    want = {
+        name: value.astype(ml_dtypes.bfloat16) for name, value in tensors("F32").items()
+    }
     same_bits(got, want)
 
-    imported(save(tmp_path / "exact64", tensors("F64", embed="F32")), tmp_path / "exact")
+    imported(
+        save(tmp_path / "exact64", tensors("F64", embed="F32")), tmp_path / "exact"
+    )
     folder64 = save(tmp_path / "sixty-four", tensors() | {"head": np.full((V, D), 0.1)})
     text = message(imported, folder64, tmp_path / "more")
     assert text.startswith("head: its float64 values would be")
@@ -187,7 +220,10 @@ def test_progress_counts_bytes_to_the_end(tmp_path):
     there, back = [], []
     folder = save(tmp_path / "theirs", tensors())
     imported(folder, tmp_path / "ours", progress=lambda *call: there.append(call))
-    reader, dtypes = RunCheckpointReader(tmp_path / "ours"), TensorDtypes(default="BF16")
+    reader, dtypes = (
+        RunCheckpointReader(tmp_path / "ours"),
+        TensorDtypes(default="BF16"),
+    )
     export(reader, dtypes, tmp_path / "a", progress=lambda *call: back.append(call))
     total = sum(value.nbytes for value in tensors().values())
     for calls in (there, back):
@@ -206,7 +242,10 @@ def refused(tmp_path, values, entries=None, **how):
 
 
 def test_buffers_may_be_ignored(tmp_path):
-    values = tensors() | {"h.0.rotary.inv_freq": np.ones(3), "h.mask": np.ones(3, np.int64)}
+    values = tensors() | {
+        "h.0.rotary.inv_freq": np.ones(3),
+        "h.mask": np.ones(3, np.int64),
+    }
     ignored = ("*.inv_freq", "h.mask")
     imported(save(tmp_path / "a", values), tmp_path / "b", ignored=ignored)
     text = refused(tmp_path, values, ignored=("*.inv_freq",))
@@ -217,13 +256,18 @@ def test_buffers_may_be_ignored(tmp_path):
 
 def aliased():
     entries = table()
-    return [replace(e, aliases=("tied", "again")) if e.theirs == "embed" else e for e in entries]
+    return [
+        replace(e, aliases=("tied", "again")) if e.theirs == "embed" else e
+        for e in entries
+    ]
 
 
 def test_a_tied_tensor_may_be_stored_again(tmp_path):
     values = tensors()
     both = values | {"tied": values["embed"], "again": values["embed"]}
-    other = {("tied" if name == "embed" else name): value for name, value in values.items()}
+    other = {
+        ("tied" if name == "embed" else name): value for name, value in values.items()
+    }
     for i, stored in enumerate((values, both, other)):
         imported(save(tmp_path / f"a{i}", stored), tmp_path / f"b{i}", aliased())
         table_ = RunCheckpointReader(tmp_path / f"b{i}").open("embedding.table").read()
@@ -233,7 +277,9 @@ def test_a_tied_tensor_may_be_stored_again(tmp_path):
 @pytest.mark.parametrize("change", ["value", "dtype"])
 def test_a_tied_tensor_that_differs_is_refused(tmp_path, change):
     values = tensors()
-    other = values["embed"].astype(np.float32 if change == "dtype" else values["embed"].dtype)
+    other = values["embed"].astype(
+        np.float32 if change == "dtype" else values["embed"].dtype
+    )
     other[-1, -1] += change == "value"
     text = refused(tmp_path, values | {"tied": other}, aliased())
     reason = "differs from embed, which this model ties it to; set tie_word_embeddings to false"

@@ -34,10 +34,14 @@ def test_what_would_be_rounded_is_refused_unless_asked(dtype):
         f"a.weight: its float32 values would be rounded to {dtype.name}; "
         "ask for that outright, or for a format that holds them"
     )
-    np.testing.assert_array_equal(cast_values(values, dtype, where="a", lossy=True), [1, 1])
+    np.testing.assert_array_equal(
+        cast_values(values, dtype, where="a", lossy=True), [1, 1]
+    )
 
 
-@pytest.mark.parametrize(("dtype", "value"), [("F16", 7e4), ("F8_E4M3", 500.0), ("F32", 1e300)])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("F16", 7e4), ("F8_E4M3", 500.0), ("F32", 1e300)]
+)
 def test_what_would_become_infinite_is_always_refused(dtype, value):
     values = np.array([1.0, -value], np.float64)
     with pytest.raises(MaxlmError, match=r"w: values too large for .*; choose"):
@@ -49,7 +53,9 @@ def test_slabs_are_the_values_in_order(shape, turned):
     values = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
     values = values.T if turned else values
     got = [slab.reshape(-1) for slab in split_into_slabs(values)]
-    np.testing.assert_array_equal(np.concatenate([np.zeros(0), *got]), values.reshape(-1))
+    np.testing.assert_array_equal(
+        np.concatenate([np.zeros(0), *got]), values.reshape(-1)
+    )
 
 
 def test_the_commonest_format_is_the_default():

@@ -1,5 +1,5 @@
-"""Safetensors files: beside the library's own reader and writer, and every way a folder can be
-bad."""
+"""Safetensors files: beside the library's own reader and writer, and every way a folder
+can be bad."""
 
 import json
 import os
@@ -28,8 +28,14 @@ KINDS = st.tuples(st.sampled_from(BY_LIBRARY), st.lists(st.integers(0, 6), max_s
 
 def numbers(seed, dtype, shape):
     """Any bits, as values of a format."""
-    bits = np.random.default_rng(seed).integers(0, 256, (*shape, dtype.itemsize), np.uint8)
-    return (bits & 1).astype(bool)[..., 0] if dtype.kind == "b" else bits.view(dtype)[..., 0]
+    bits = np.random.default_rng(seed).integers(
+        0, 256, (*shape, dtype.itemsize), np.uint8
+    )
+    return (
+        (bits & 1).astype(bool)[..., 0]
+        if dtype.kind == "b"
+        else bits.view(dtype)[..., 0]
+    )
 
 
 def same_bits(got, want):
@@ -92,7 +98,9 @@ def test_reads_in_pieces(tmp_path, monkeypatch):
     shard_bytes=st.integers(1, 600),
     turned=st.booleans(),
 )
-def test_the_library_reads_what_was_written(tmp_path_factory, kinds, shard_bytes, turned):
+def test_the_library_reads_what_was_written(
+    tmp_path_factory, kinds, shard_bytes, turned
+):
     folder = tmp_path_factory.mktemp("out")
     random = np.random.default_rng(len(kinds))
     arrays = {}
@@ -106,7 +114,10 @@ def test_the_library_reads_what_was_written(tmp_path_factory, kinds, shard_bytes
     got, written = {}, sorted(folder.glob("*.safetensors"))
     for number, file in enumerate(written, 1):
         part = load_file(file)
-        assert sum(array.nbytes for array in part.values()) <= shard_bytes or len(part) == 1
+        assert (
+            sum(array.nbytes for array in part.values()) <= shard_bytes
+            or len(part) == 1
+        )
         got |= part
         with safe_open(file, "np") as opened:
             assert opened.metadata() == {"format": "pt"}
@@ -144,7 +155,11 @@ def test_reads_shards_with_tensors_that_the_index_forgot(tmp_path):
     a, b = "one.safetensors", "two.safetensors"
     write_shards(tmp_path, {"x": a, "y": b}, one="xz", two="y")
     tensors = list_stored_tensors(tmp_path)
-    assert {name: t.path.name for name, t in tensors.items()} == {"x": a, "y": b, "z": a}
+    assert {name: t.path.name for name, t in tensors.items()} == {
+        "x": a,
+        "y": b,
+        "z": a,
+    }
     same_bits(read_tensor(tensors["z"]), np.ones(2))
 
 
@@ -171,8 +186,12 @@ def test_a_damaged_file_is_an_error(tmp_path, header, size, length, reason):
 
 
 def test_a_format_that_numpy_lacks_is_an_error(tmp_path):
-    text = json.dumps({"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    text = json.dumps(
+        {"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}
+    ).encode()
+    (tmp_path / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + bytes(4)
+    )
     got = message(list_stored_tensors, tmp_path)
     assert "a is stored as F4; use a version stored as one of F64, F32" in got
 
@@ -183,12 +202,24 @@ INDEX = "model.safetensors.index.json"
 @pytest.mark.parametrize(
     ("weight_map", "reason"),
     [
-        ({"x": "lost.safetensors"}, "lost.safetensors: no complete safetensors file (No such file"),
+        (
+            {"x": "lost.safetensors"},
+            "lost.safetensors: no complete safetensors file (No such file",
+        ),
         (3, "model.safetensors.index.json: no index of safetensors files"),
         ({"x": 3}, "model.safetensors.index.json: no index of safetensors files"),
-        ({"x": "../other/one.safetensors"}, f"{INDEX}: the index names '../other/one.safet"),
-        ({"x": "/etc/passwd"}, f"{INDEX}: the index names '/etc/passwd', which is no file in its"),
-        ({"x": ".."}, f"{INDEX}: the index names '..', which is no file in its own folder"),
+        (
+            {"x": "../other/one.safetensors"},
+            f"{INDEX}: the index names '../other/one.safet",
+        ),
+        (
+            {"x": "/etc/passwd"},
+            f"{INDEX}: the index names '/etc/passwd', which is no file in its",
+        ),
+        (
+            {"x": ".."},
+            f"{INDEX}: the index names '..', which is no file in its own folder",
+        ),
     ],
 )
 def test_an_index_that_does_not_agree_is_an_error(tmp_path, weight_map, reason):
@@ -203,7 +234,9 @@ def test_deep_indices_and_named_pipes_are_errors(tmp_path):
     index.write_text('{"weight_map": {"x": "one.safetensors"}}')
     os.mkfifo(tmp_path / "one.safetensors")
     # Opened, it would wait for a writer until the test's own limit of time.
-    assert "one.safetensors: neither a file nor" in message(list_stored_tensors, tmp_path)
+    assert "one.safetensors: neither a file nor" in message(
+        list_stored_tensors, tmp_path
+    )
 
 
 def test_folders_without_safetensors_are_errors_and_pickles_are_not_read(tmp_path):
@@ -212,7 +245,8 @@ def test_folders_without_safetensors_are_errors_and_pickles_are_not_read(tmp_pat
     assert "neither model.safetensors nor" in message(list_stored_tensors, tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     assert message(list_stored_tensors, tmp_path) == (
-        f"{tmp_path}: pytorch_model.bin is a pickle, which can run any code when it is read; fetch "
+        f"{tmp_path}: pytorch_model.bin is a pickle, which can run any code when it is "
+        f"read; fetch "
         "the model as safetensors; or, only if you trust it, load it with transformers "
         "(from_pretrained) and write it with save_pretrained"
     )

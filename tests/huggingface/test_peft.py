@@ -1,5 +1,6 @@
-"""Promises of PEFT's folders that need no PEFT: what is refused and the line that says so, what is
-computed by the formulas of the papers, and that a folder is written as it was read."""
+"""Promises of PEFT's folders that need no PEFT: what is refused and the line that says
+so, what is computed by the formulas of the papers, and that a folder is written as it
+was read."""
 
 import json
 from collections.abc import Mapping
@@ -27,8 +28,15 @@ from tests.programs import tiny
 
 D, F, V, L = 6, 8, 11, 2
 ATTENTION = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 2}
-SIZES: dict[str, Any] = {"vocab_size": V, "num_layers": L, "d_model": D, "max_seq_len": 16}
-LLAMA = DecoderConfig.model_validate(SIZES | {"attention": ATTENTION, "mlp": {"d_ff": F}})
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "num_layers": L,
+    "d_model": D,
+    "max_seq_len": 16,
+}
+LLAMA = DecoderConfig.model_validate(
+    SIZES | {"attention": ATTENTION, "mlp": {"d_ff": F}}
+)
 TIED = LLAMA.model_copy(update={"tie_embeddings": True})
 MIXTRAL = DecoderConfig.model_validate(
     SIZES
@@ -37,12 +45,19 @@ MIXTRAL = DecoderConfig.model_validate(
 )
 PREFIX = "base_model.model."
 Q = "model.layers.{}.self_attn.q_proj"
-SETTINGS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+SETTINGS = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 2,
+    "target_modules": ["q_proj"],
+}
 Tensors = dict[str, np.ndarray]
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+    return (
+        np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+    )
 
 
 def make_pair(module: str, inputs: int, outputs: int, rank: int = 2) -> Tensors:
@@ -84,7 +99,9 @@ def read(folder: Path, config: Any = LLAMA) -> PeftAdapter:
 class Memory(dict[str, np.ndarray]):
     """Takes parameters as a checkpoint does."""
 
-    def declare(self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0) -> None:
+    def declare(
+        self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0
+    ) -> None:
         self[name] = np.full(shape, np.nan, np.float32)
 
     def write(self, name: str, lead_index: tuple[int, ...], values: np.ndarray) -> None:
@@ -114,10 +131,13 @@ def merge(peft: PeftAdapter, config: Any = LLAMA) -> dict[str, np.ndarray]:
     memory = adapt(peft, config)
     adapted = peft.adapter.adapt(build_specs(config))
     names = flatten_names(adapted)
-    params = jax.tree.unflatten(jax.tree.structure(adapted), [memory[name] for name in names])
+    params = jax.tree.unflatten(
+        jax.tree.structure(adapted), [memory[name] for name in names]
+    )
     leaves = flatten_names(params, is_leaf)
     return {
-        name: np.asarray(held.merge() if is_leaf(held) else held) for name, held in leaves.items()
+        name: np.asarray(held.merge() if is_leaf(held) else held)
+        for name, held in leaves.items()
     }
 
 
@@ -126,19 +146,52 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha_null": ({"lora_alpha": None}, "lora_alpha=null is no number; correct it"),
     "alpha_text": ({"lora_alpha": "7"}, 'lora_alpha="7" is no number; correct it'),
     "rank_text": ({"r": "2"}, 'r="2" is no whole number above 0'),
-    "other_rank": ({"r": 3}, "lora_A.weight is [2, 6], and [3, 6] by the settings and this model"),
-    "kind": ({"peft_type": "LOHA"}, "peft_type='LOHA' is not implemented; merge it with PEFT"),
-    "task": ({"task_type": "SEQ_2_SEQ_LM"}, 'is not implemented (known are "CAUSAL_LM", null)'),
-    "ia3": ({"peft_type": "IA3", "r": None}, "the file lacks: model.layers.0.self_attn.q_proj.ia3"),
-    "init": ({"init_lora_weights": "olora"}, 'init_lora_weights="olora" is not implemented'),
+    "other_rank": (
+        {"r": 3},
+        "lora_A.weight is [2, 6], and [3, 6] by the settings and this model",
+    ),
+    "kind": (
+        {"peft_type": "LOHA"},
+        "peft_type='LOHA' is not implemented; merge it with PEFT",
+    ),
+    "task": (
+        {"task_type": "SEQ_2_SEQ_LM"},
+        'is not implemented (known are "CAUSAL_LM", null)',
+    ),
+    "ia3": (
+        {"peft_type": "IA3", "r": None},
+        "the file lacks: model.layers.0.self_attn.q_proj.ia3",
+    ),
+    "init": (
+        {"init_lora_weights": "olora"},
+        'init_lora_weights="olora" is not implemented',
+    ),
     "flag": ({"use_dora": 1}, "use_dora=1 is neither true nor false"),
     "dropout": ({"lora_dropout": 2}, "lora_dropout=2 is no probability"),
-    "bias": ({"bias": "some"}, 'bias="some" is not implemented (known are "none", "all"'),
-    "variant": ({"use_qalora": True}, "use_qalora is not implemented; merge it with PEFT"),
-    "unknown": ({"a_later_key": 3}, "unknown to maxlm: a_later_key; remove it if it is off"),
-    "expression": ({"target_modules": "("}, 'target_modules="(" is no regular expression'),
-    "no_target": ({"target_modules": ["foo"]}, "mean no map of this model; name the base"),
-    "more": ({"target_modules": ["q_proj", "up_proj"]}, "lacks: model.layers.0.mlp.up_proj.lora_A"),
+    "bias": (
+        {"bias": "some"},
+        'bias="some" is not implemented (known are "none", "all"',
+    ),
+    "variant": (
+        {"use_qalora": True},
+        "use_qalora is not implemented; merge it with PEFT",
+    ),
+    "unknown": (
+        {"a_later_key": 3},
+        "unknown to maxlm: a_later_key; remove it if it is off",
+    ),
+    "expression": (
+        {"target_modules": "("},
+        'target_modules="(" is no regular expression',
+    ),
+    "no_target": (
+        {"target_modules": ["foo"]},
+        "mean no map of this model; name the base",
+    ),
+    "more": (
+        {"target_modules": ["q_proj", "up_proj"]},
+        "lacks: model.layers.0.mlp.up_proj.lora_A",
+    ),
     "fewer": (
         {"layers_to_transform": [0]},
         "have no place for: base_model.model.model.layers.1.self",
@@ -147,9 +200,15 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"exclude_modules": r".*\.0\..*"},
         "no place for: base_model.model.model.layers.0.self",
     ),
-    "norm": ({"target_modules": ["q_proj", "norm"]}, "model.norm, which is no linear map"),
+    "norm": (
+        {"target_modules": ["q_proj", "norm"]},
+        "model.norm, which is no linear map",
+    ),
     "saved": ({"modules_to_save": ["lm_head"]}, "that the file lacks: lm_head.weight"),
-    "token": ({"trainable_token_indices": [V]}, "=[11], and model.embed_tokens has 11 rows"),
+    "token": (
+        {"trainable_token_indices": [V]},
+        "=[11], and model.embed_tokens has 11 rows",
+    ),
     "token_of_head": (
         {"trainable_token_indices": {"lm_head": [1]}},
         "the file lacks: lm_head.token_adapter",
@@ -170,15 +229,21 @@ def test_what_is_refused_is_one_line(tmp_path, name):
 def test_tensors_that_have_no_place_are_refused(tmp_path):
     tensors = make_queries()
     bare = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    assert "tensors without PEFT's prefix" in message(read, write_folder(tmp_path, SETTINGS, bare))
+    assert "tensors without PEFT's prefix" in message(
+        read, write_folder(tmp_path, SETTINGS, bare)
+    )
     nan = {name: tensor * np.float32("nan") for name, tensor in tensors.items()}
-    assert "infinite or no numbers" in message(read, write_folder(tmp_path, SETTINGS, nan))
+    assert "infinite or no numbers" in message(
+        read, write_folder(tmp_path, SETTINGS, nan)
+    )
     tied = SETTINGS | {"modules_to_save": ["embed_tokens"]}
     table = {f"{PREFIX}model.embed_tokens.weight": draw(V, D)}
     folder = write_folder(tmp_path, tied, tensors | table)
     assert "which this model ties to lm_head.weight" in message(read, folder, TIED)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    assert "adapter_model.bin is a pickle, which can run any code" in message(read, tmp_path)
+    assert "adapter_model.bin is a pickle, which can run any code" in message(
+        read, tmp_path
+    )
 
 
 def test_lora_is_its_formula_with_ranks_alphas_and_layers_of_its_own(tmp_path):
@@ -190,16 +255,22 @@ def test_lora_is_its_formula_with_ranks_alphas_and_layers_of_its_own(tmp_path):
     peft = read(write_folder(tmp_path, settings, tensors))
     merged, base = merge(peft), draw_base(LLAMA)
     for layer, scale in ((0, 8 / 4**0.5), (1, 5 / 2**0.5)):
-        a, b = (tensors[f"{PREFIX}{Q.format(layer)}.lora_{part}.weight"] for part in "AB")
+        a, b = (
+            tensors[f"{PREFIX}{Q.format(layer)}.lora_{part}.weight"] for part in "AB"
+        )
         kernel = base["layers.attention.query.kernel"][layer].reshape(D, 6)
         found = merged["layers.attention.query.kernel"][layer].reshape(D, 6)
-        np.testing.assert_allclose(found, kernel + scale * (b @ a).T, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            found, kernel + scale * (b @ a).T, rtol=1e-5, atol=1e-5
+        )
     one = SETTINGS | {"layers_to_transform": [1], "lora_dropout": 0.25}
     last = {name: tensor for name, tensor in make_queries().items() if ".1." in name}
     peft = read(write_folder(tmp_path, one, last))
     assert peft.adapter.dropout == 0.25
     merged = merge(peft)
-    difference = merged["layers.attention.query.kernel"] - base["layers.attention.query.kernel"]
+    difference = (
+        merged["layers.attention.query.kernel"] - base["layers.attention.query.kernel"]
+    )
     assert np.abs(difference[1]).min() > 0
     np.testing.assert_array_equal(difference[0], 0)
 
@@ -208,14 +279,19 @@ def test_pissa_takes_each_matrix_its_own_rank(tmp_path):
     tensors = make_queries(rank=4)
     for name in [name for name in tensors if ".1." in name]:
         tensors[name] = tensors[name][:2] if "lora_A" in name else tensors[name][:, :2]
-    settings = SETTINGS | {"init_lora_weights": "pissa", "rank_pattern": {r".*\.0\..*": 4}}
+    settings = SETTINGS | {
+        "init_lora_weights": "pissa",
+        "rank_pattern": {r".*\.0\..*": 4},
+    }
     memory = adapt(read(write_folder(tmp_path, settings, tensors)))
     for layer, rank in ((0, 4), (1, 2)):
         kernel = draw_base(LLAMA)["layers.attention.query.kernel"][layer].reshape(D, 6)
         values = np.linalg.svd(kernel.astype(np.float64), compute_uv=False)
         rest = memory["layers.attention.query.kernel.base"][layer].reshape(D, 6)
         found = np.linalg.svd(rest.astype(np.float64), compute_uv=False)
-        np.testing.assert_allclose(found[: 6 - rank], values[rank:], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found[: 6 - rank], values[rank:], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_files_own_weights_of_the_base_are_read(tmp_path):
@@ -225,12 +301,16 @@ def test_the_files_own_weights_of_the_base_are_read(tmp_path):
         "model.embed_tokens.weight": draw(V, D),
         "model.layers.1.self_attn.q_proj.base_layer.weight": draw(6, D),
     }
-    tensors = make_queries() | {f"{PREFIX}{name}": tensor for name, tensor in own.items()}
+    tensors = make_queries() | {
+        f"{PREFIX}{name}": tensor for name, tensor in own.items()
+    }
     settings = SETTINGS | {"modules_to_save": ["model.norm"]}
     peft = read(write_folder(tmp_path, settings, tensors))
     memory, base = adapt(peft), draw_base(LLAMA)
     np.testing.assert_array_equal(memory["final_norm.scale"], own["model.norm.weight"])
-    np.testing.assert_array_equal(memory["embedding.table"], own["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        memory["embedding.table"], own["model.embed_tokens.weight"]
+    )
     kernel = memory["layers.attention.query.kernel.base"]
     changed = own["model.layers.1.self_attn.q_proj.base_layer.weight"].T
     np.testing.assert_array_equal(kernel[1].reshape(D, 6), changed)
@@ -240,7 +320,9 @@ def test_the_files_own_weights_of_the_base_are_read(tmp_path):
 
 
 def test_rows_of_tokens_are_replaced(tmp_path):
-    rows = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": draw(2, D)}
+    rows = {
+        f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": draw(2, D)
+    }
     settings = SETTINGS | {"trainable_token_indices": [7, 3]}
     peft = read(write_folder(tmp_path, settings, make_queries() | rows))
     table = draw_base(LLAMA)["embedding.table"]
@@ -249,8 +331,8 @@ def test_rows_of_tokens_are_replaced(tmp_path):
 
 
 def test_experts_share_the_map_of_their_inputs_there(tmp_path):
-    """``ParamWrapper`` of PEFT: delta[e] = scale · B[:, :, e] · A[e]; gates stand over the maps
-    beside them."""
+    """``ParamWrapper`` of PEFT: delta[e] = scale · B[:, :, e] · A[e]; gates stand over
+    the maps beside them."""
     experts, rank = 3, 2
     module = "model.layers.{}.mlp.experts"
     tensors: Tensors = {}
@@ -267,19 +349,25 @@ def test_experts_share_the_map_of_their_inputs_there(tmp_path):
     merged, base = merge(read(folder, MIXTRAL), MIXTRAL), draw_base(MIXTRAL)
     for layer, expert in np.ndindex(L, experts):
         prefix = f"{PREFIX}{module.format(layer)}"
-        a = tensors[f"{prefix}.base_layer.lora_A.weight"].reshape(experts, rank, D)[expert]
+        a = tensors[f"{prefix}.base_layer.lora_A.weight"].reshape(experts, rank, D)[
+            expert
+        ]
         b = tensors[f"{prefix}.base_layer.lora_B.weight"].reshape(2 * F, rank, experts)
         delta = 4 * b[:, :, expert] @ a
         for name, rows in (("gate", slice(F)), ("up", slice(F, 2 * F))):
             found = merged[f"layers.moe.{name}"] - base[f"layers.moe.{name}"]
-            np.testing.assert_allclose(found[layer, expert].T, delta[rows], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(
+                found[layer, expert].T, delta[rows], rtol=1e-4, atol=1e-4
+            )
     again = write_again(tmp_path, folder, MIXTRAL)
     assert {*again} == {*tensors}
     for name, tensor in tensors.items():
         np.testing.assert_allclose(again[name], tensor, rtol=1e-6)
     old = SETTINGS | {"target_modules": ["w1", "w3"]}
     folder = write_folder(tmp_path / "old", old, tensors)
-    assert "means experts by 'w1'; load and save it with PEFT" in message(read, folder, MIXTRAL)
+    assert "means experts by 'w1'; load and save it with PEFT" in message(
+        read, folder, MIXTRAL
+    )
 
 
 def write_run(folder: Path, peft: PeftAdapter, config: Any, **train: Any) -> RunConfig:
@@ -297,11 +385,19 @@ def write_run(folder: Path, peft: PeftAdapter, config: Any, **train: Any) -> Run
     return run
 
 
-def write_again(folder: Path, source: Path, config: Any = LLAMA, **train: Any) -> Tensors:
+def write_again(
+    folder: Path, source: Path, config: Any = LLAMA, **train: Any
+) -> Tensors:
     """What ``convert --adapter`` writes of a run with an adapter of PEFT's."""
     peft = read(source, config)
     trained = list_trained_names(peft, build_specs(config))
-    write_run(folder / "run", peft, config, **({"trainable": trained} if trained else {}), **train)
+    write_run(
+        folder / "run",
+        peft,
+        config,
+        **({"trainable": trained} if trained else {}),
+        **train,
+    )
     convert(folder / "run", folder / "again", adapter=True)
     return load_file(folder / "again" / "adapter_model.safetensors")
 
@@ -318,7 +414,9 @@ def test_what_was_trained_beside_the_adapter_is_written(tmp_path):
         "model.layers.1.self_attn.q_proj.base_layer.weight": draw(6, D, seed=1),
         "model.embed_tokens.token_adapter.trainable_tokens_delta": draw(1, D),
     }
-    tensors = make_queries() | {f"{PREFIX}{name}": tensor for name, tensor in own.items()}
+    tensors = make_queries() | {
+        f"{PREFIX}{name}": tensor for name, tensor in own.items()
+    }
     settings = SETTINGS | {"modules_to_save": ["model.norm", "lm_head"]}
     settings |= {"trainable_token_indices": [3], "lora_dropout": 0.5, "lora_alpha": 5}
     folder = write_folder(tmp_path / "peft", settings, tensors)
@@ -337,7 +435,10 @@ def test_what_was_trained_beside_the_adapter_is_written(tmp_path):
         base_folder=path,
         model=LLAMA.build(rules=AxisRules(), dtype=np.float32),
     )
-    assert "it was trained with final_norm.scale of the base, which all adapters here share" in said
+    assert (
+        "it was trained with final_norm.scale of the base, which all adapters here "
+        "share" in said
+    )
 
 
 def test_a_tied_table_is_written_for_both(tmp_path):

@@ -14,7 +14,8 @@ from maxlm.models.params import Params, bind, param_specs
 from tests.models import building
 
 VOCAB = 66
-# A large init_std: logits of a random model must differ enough for a wrong cache to show.
+# A large init_std: logits of a random model must differ enough for a wrong cache to
+# show.
 CONFIGS = {
     "llama": {
         "vocab_size": VOCAB,
@@ -30,7 +31,13 @@ CONFIGS = {
         "num_layers": 2,
         "d_model": 24,
         "max_seq_len": 40,
-        "attention": {"num_heads": 3, "num_kv_heads": 3, "head_dim": 8, "bias": True, "window": 6},
+        "attention": {
+            "num_heads": 3,
+            "num_kv_heads": 3,
+            "head_dim": 8,
+            "bias": True,
+            "window": 6,
+        },
         "mlp": {"d_ff": 36, "activation": "gelu_tanh", "gated": False, "bias": True},
         "norm": {"kind": "layernorm", "bias": True},
         "positions": {"kind": "learned"},
@@ -69,7 +76,8 @@ def _forward(model, params, ids):
 
 
 def build(config: dict, mesh, dtype=jnp.float32) -> Tiny:
-    """The same values on any mesh, none of them special: biases and scales matter too."""
+    """The same values on any mesh, none of them special: biases and scales matter
+    too."""
     with jax.set_mesh(mesh):
         model = building.decoder(DecoderConfig(**config), mesh, dtype)
         specs = param_specs(model)
@@ -77,7 +85,9 @@ def build(config: dict, mesh, dtype=jnp.float32) -> Tiny:
         def value(spec):
             drawn = np.random.default_rng(spec.shape).normal(0, 1, spec.shape)
             if spec.role == "vector":
-                return 0.3 * drawn + spec.init(jax.random.key(0), spec.shape, jnp.float32)
+                return 0.3 * drawn + spec.init(
+                    jax.random.key(0), spec.shape, jnp.float32
+                )
             return drawn * config["init_std"]
 
         values = jax.tree.map(value, specs)
@@ -111,5 +121,6 @@ def gpt2(tinies, one_device_mesh) -> Iterator[Tiny]:
 
 @pytest.fixture(scope="session")
 def build_tiny():
-    """``build_tiny("llama", mesh)``: the values of ``tiny`` on another mesh, or other settings."""
+    """``build_tiny("llama", mesh)``: the values of ``tiny`` on another mesh, or other
+    settings."""
     return lambda name, mesh, **settings: build(CONFIGS[name] | settings, mesh)

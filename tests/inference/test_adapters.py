@@ -1,5 +1,5 @@
-"""Promise: each sequence of a batch is as by its own adapter merged into the base alone, whichever
-adapters run beside it, come and go."""
+"""Promise: each sequence of a batch is as by its own adapter merged into the base
+alone, whichever adapters run beside it, come and go."""
 
 from dataclasses import replace
 
@@ -39,7 +39,9 @@ SIZES = {
 }
 
 
-def draw_arrays(tiny: Tiny, adapter: LoraAdapter, seed: int = 0) -> dict[str, np.ndarray]:
+def draw_arrays(
+    tiny: Tiny, adapter: LoraAdapter, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random A and B of an adapter, by canonical name."""
     random = np.random.default_rng(seed)
     return {
@@ -60,7 +62,9 @@ def merge(tiny: Tiny, name: str | None, seed: int = 0) -> Tiny:
         layers = [np.tensordot(*each, 1) for each in zip(a, b, strict=True)]
         value = np.asarray(flat[kernel]) + ADAPTERS[name].scale * np.stack(layers)
         flat[kernel] = jax.device_put(value.astype(np.float32), flat[kernel].sharding)
-    return Tiny(tiny.model, jax.tree.unflatten(jax.tree.structure(tiny.params), flat.values()))
+    return Tiny(
+        tiny.model, jax.tree.unflatten(jax.tree.structure(tiny.params), flat.values())
+    )
 
 
 def make_engine(tiny: Tiny, **settings) -> Engine:
@@ -73,7 +77,9 @@ def load(engine: Engine, tiny: Tiny, name: str, seed: int = 0) -> None:
 
 def request(adapter: str | None, request_id: str = "", **options) -> GenerationRequest:
     name = request_id or str(adapter)
-    own = GenerationRequest(name, tuple(PROMPTS[adapter]), GREEDY, top_logprobs=0, adapter=adapter)
+    own = GenerationRequest(
+        name, tuple(PROMPTS[adapter]), GREEDY, top_logprobs=0, adapter=adapter
+    )
     return replace(own, **options)
 
 
@@ -90,7 +96,9 @@ def check(tiny: Tiny, found: list, adapter: str | None, seed: int = 0) -> None:
     merged = merge(tiny, adapter, seed)
     tokens = merged.greedy(PROMPTS[adapter], 9)
     assert [token for token, _ in found] == tokens
-    logits = merged.logits([*PROMPTS[adapter], *tokens[:-1]])[len(PROMPTS[adapter]) - 1 :]
+    logits = merged.logits([*PROMPTS[adapter], *tokens[:-1]])[
+        len(PROMPTS[adapter]) - 1 :
+    ]
     want = np.asarray(jax.nn.log_softmax(logits))[np.arange(9), tokens]
     np.testing.assert_allclose([logprob for _, logprob in found], want, atol=2e-5)
 
@@ -184,7 +192,9 @@ def test_adapters_on_four_devices_with_drafts(mesh, build_tiny, tinies):
     four = build_tiny("llama", mesh(data=2, tensor=2))
     speculation = {"kind": "draft_model", "folder": "", "num_drafts": 2}
     config = EngineConfig(**{**SIZES, "speculation": speculation})
-    engine = Engine(four.model, four.params, config, draft=DraftModel(four.model, four.params))
+    engine = Engine(
+        four.model, four.params, config, draft=DraftModel(four.model, four.params)
+    )
     for name in ADAPTERS:
         load(engine, four, name)
     found = collect(engine.run([request(name) for name in PROMPTS]))

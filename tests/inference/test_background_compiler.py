@@ -1,5 +1,5 @@
-"""Promise: each program is compiled once, by the thread or by who claimed it, and a program that is
-being compiled is waited for."""
+"""Promise: each program is compiled once, by the thread or by who claimed it, and a
+program that is being compiled is waited for."""
 
 import threading
 
@@ -31,7 +31,9 @@ def test_claimed_programs_are_not_compiled_and_the_current_one_is_waited_for():
     may_end.set()
     claimer.join(60)
     assert claimed.is_set()
-    compiler.claim("third")  # waits where it is being compiled; takes it off the list elsewhere
+    compiler.claim(
+        "third"
+    )  # waits where it is being compiled; takes it off the list elsewhere
     compiler.stop()
     assert compiled in (["first"], ["first", "third"])
     assert compiler.num_left == 0

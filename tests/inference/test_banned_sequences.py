@@ -34,7 +34,11 @@ def test_outputs_are_all_but_those_with_a_banned_sequence():
     banned = ((3,), (0, 1), (1, 1, 2), (2, 0, 0))
 
     def has_banned(output: tuple[int, ...]) -> bool:
-        windows = (output[i : i + len(each)] == each for each in banned for i in range(len(output)))
+        windows = (
+            output[i : i + len(each)] == each
+            for each in banned
+            for i in range(len(output))
+        )
         return any(windows)
 
     expected = {o for o in product(range(VOCAB), repeat=5) if not has_banned(o)}
@@ -48,5 +52,10 @@ def test_drafts_are_masked_as_far_as_they_may_come():
     rows = np.zeros((4, 1), np.uint32)
     fill_draft_masks(matcher, rows, [1, 2, 0])
     everything = np.iinfo(np.uint32).max
-    assert rows[:, 0].tolist() == [everything, everything & ~np.uint32(4), everything, everything]
+    assert rows[:, 0].tolist() == [
+        everything,
+        everything & ~np.uint32(4),
+        everything,
+        everything,
+    ]
     assert list_allowed(matcher) == {0, 1, 2, 3, 4}

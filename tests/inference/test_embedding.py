@@ -1,4 +1,5 @@
-"""Embeddings are the hidden states of a text alone, pooled, whatever it is embedded beside."""
+"""Embeddings are the hidden states of a text alone, pooled, whatever it is embedded
+beside."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,11 @@ from maxlm.sharding import ShardingConfig
 from tests.inference.conftest import CONFIGS, build
 from tests.models import building
 
-ENCODER = CONFIGS["gpt2"] | {"token_types": 2, "head_activation": "gelu", "max_seq_len": 33}
+ENCODER = CONFIGS["gpt2"] | {
+    "token_types": 2,
+    "head_activation": "gelu",
+    "max_seq_len": 33,
+}
 ENCODER["attention"] = {
     **ENCODER["attention"],
     "num_heads": 4,
@@ -41,7 +46,9 @@ def make_encoder(mesh):
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     model = EncoderConfig(**ENCODER).build(rules=rules, dtype=jnp.float32)
     specs = param_specs(model)
-    values = jax.tree.map(lambda s: np.random.default_rng(s.shape).normal(0.3, 0.5, s.shape), specs)
+    values = jax.tree.map(
+        lambda s: np.random.default_rng(s.shape).normal(0.3, 0.5, s.shape), specs
+    )
     return model, building.on_devices(values, building.shardings(specs, mesh))
 
 
@@ -63,7 +70,9 @@ def test_rows_are_what_they_are_alone(name, mesh, one_device_mesh):
     rows = make_rows()
     model, params = make(one_device_mesh)
     with jax.set_mesh(one_device_mesh):
-        states = [np.asarray(compute_states(params, np.array([r], np.int32))) for r in rows]
+        states = [
+            np.asarray(compute_states(params, np.array([r], np.int32))) for r in rows
+        ]
     split = mesh(fsdp=2, tensor=2)
     split_model, split_params = make(split)
     # There as the engine lays parameters out: a layer at a time.
@@ -75,7 +84,9 @@ def test_rows_are_what_they_are_alone(name, mesh, one_device_mesh):
     usual = {"llama": "last", "encoder": "mean"}[name]
     expected = [pool(each, usual) for each in states]
     np.testing.assert_allclose(apart.embed(rows), expected, atol=2e-5)
-    np.testing.assert_array_equal(embedder.embed(rows[:3]), embedder.embed(rows[:3], usual))
+    np.testing.assert_array_equal(
+        embedder.embed(rows[:3]), embedder.embed(rows[:3], usual)
+    )
 
 
 def test_few_shapes_are_compiled(tinies, one_device_mesh):

@@ -1,5 +1,6 @@
-"""Promise: an output token by token, with what layers look up of the input made once, is that of
-whole passes; and its attention to the input is computed as other attention is."""
+"""Promise: an output token by token, with what layers look up of the input made once,
+is that of whole passes; and its attention to the input is computed as other attention
+is."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +14,10 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
-from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from maxlm.models.architectures.encoder_decoder import (
+    EncoderDecoder,
+    EncoderDecoderConfig,
+)
 from maxlm.models.params import bind, param_specs
 from maxlm.sharding import AxisRules, ShardingConfig
 from tests.models.building import change
@@ -25,7 +29,13 @@ BOTH: dict[str, Any] = {
     "d_model": 20,
     "max_seq_len": 64,
     "start_id": 4,
-    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True, "sinks": True},
+    "attention": {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "qk_norm": True,
+        "sinks": True,
+    },
     "mlp": {"d_ff": 28},
     "positions": {"kind": "relative", "buckets": 8, "max_distance": 20},
     "init_std": 0.5,
@@ -39,7 +49,9 @@ def both(one_device_mesh):
         yield built(clip=2.0)
 
 
-def built(rules: AxisRules | None = None, **attention: Any) -> tuple[EncoderDecoder, Any]:
+def built(
+    rules: AxisRules | None = None, **attention: Any
+) -> tuple[EncoderDecoder, Any]:
     config = EncoderDecoderConfig(**BOTH | {"attention": BOTH["attention"] | attention})
     model = config.build(rules=rules or AxisRules(), dtype=jnp.float32)
     return model, random_params(model)
@@ -47,7 +59,11 @@ def built(rules: AxisRules | None = None, **attention: Any) -> tuple[EncoderDeco
 
 def random_params(model: EncoderDecoder) -> Any:
     def value(spec):
-        drawn = np.random.default_rng(spec.shape).normal(0, 0.5, spec.shape).astype(np.float32)
+        drawn = (
+            np.random.default_rng(spec.shape)
+            .normal(0, 0.5, spec.shape)
+            .astype(np.float32)
+        )
         return jnp.asarray(1 + 0.3 * drawn if spec.role == "vector" else drawn)
 
     return jax.tree.map(value, param_specs(model))
@@ -58,7 +74,9 @@ def forward(model, params, prompt, written) -> np.ndarray:
     # One width, one compilation: what follows a token does not change its logits.
     output = np.zeros((1, 8), np.int32)
     output[0, : len(written)] = written
-    return np.asarray(_forward(model, params, np.array([prompt]), output))[0, : len(written)]
+    return np.asarray(_forward(model, params, np.array([prompt]), output))[
+        0, : len(written)
+    ]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -80,7 +98,9 @@ def test_devices_that_hold_all_keys_answer_alike(mesh):
     two = mesh(tensor=2)
     with jax.set_mesh(two):
         rules = ShardingConfig().compute.for_mesh(dict(two.shape))
-        check_greedy_rows(*built(rules.model_copy(update={"kv_heads": (), "vocab": ()})))
+        check_greedy_rows(
+            *built(rules.model_copy(update={"kv_heads": (), "vocab": ()}))
+        )
 
 
 def check_greedy_rows(model: EncoderDecoder, params: Any) -> None:
@@ -98,13 +118,18 @@ def check_greedy_rows(model: EncoderDecoder, params: Any) -> None:
     for (prompt, _), row in found.items():
         written = [model.config.start_id]
         for _ in row:
-            written.append(int(forward(model, params, PROMPTS[prompt], written)[-1].argmax()))
+            written.append(
+                int(forward(model, params, PROMPTS[prompt], written)[-1].argmax())
+            )
         assert row == written[1:]
-    assert len({tuple(row) for row in found.values()}) == len(PROMPTS)  # the input matters
+    assert len({tuple(row) for row in found.values()}) == len(
+        PROMPTS
+    )  # the input matters
 
 
 def test_outputs_that_are_given_are_scored(both):
-    """Behind the token that outputs begin with, with the input read once for all of its outputs."""
+    """Behind the token that outputs begin with, with the input read once for all of its
+    outputs."""
     model, params = both
     config = EngineConfig(max_sequences=2, max_length=16, page_size=4)
     tails = [[7, 9, 3, 1, 2], [8], [7, 2]]
@@ -120,13 +145,19 @@ def test_outputs_that_are_given_are_scored(both):
 
 
 def test_queries_and_keys_across_are_normalised_and_values_cut_off(one_device_mesh):
-    """So sizes of the former do not matter; of values far beyond the limit only signs are left."""
+    """So sizes of the former do not matter; of values far beyond the limit only signs
+    are left."""
     with jax.set_mesh(one_device_mesh):
-        for name, factors, clip in (("query", (1, 3), None), ("value", (1e5, 1e6), 2.0)):
+        for name, factors, clip in (
+            ("query", (1, 3), None),
+            ("value", (1e5, 1e6), 2.0),
+        ):
             model, params = built(clip=clip)
             for kernel in (name, "key") if name == "query" else (name,):
                 both = [
-                    change(params, f"layers.cross.{kernel}.kernel", lambda x, f=f: f * x)
+                    change(
+                        params, f"layers.cross.{kernel}.kernel", lambda x, f=f: f * x
+                    )
                     for f in factors
                 ]
                 got, same = (forward(model, p, PROMPTS[1], [4, 7, 9]) for p in both)

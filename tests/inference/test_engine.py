@@ -1,5 +1,5 @@
-"""Promise: whatever runs together, in whatever chunks, pages and steps, each sequence's tokens are
-those of whole forward passes of it alone."""
+"""Promise: whatever runs together, in whatever chunks, pages and steps, each sequence's
+tokens are those of whole forward passes of it alone."""
 
 import re
 import time
@@ -27,7 +27,9 @@ from tests.models.building import LLAMA_GQA
 
 PROMPTS = [[1], [5, 9, 2, 40, 3, 8, 8], [7, 7], list(range(20, 43))]
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=9)
-SAMPLED = SamplingConfig(temperature=3.0, top_k=60, top_p=0.98, max_new_tokens=8, seed=4)
+SAMPLED = SamplingConfig(
+    temperature=3.0, top_k=60, top_p=0.98, max_new_tokens=8, seed=4
+)
 SMALL = {
     "max_sequences": 3,
     "max_length": 48,
@@ -65,7 +67,8 @@ def rows(engine: Engine, prompts, sampling, **options) -> list[list[int]]:
 
 
 def test_greedy_rows_equal_full_forward_passes(tiny):
-    """Four prompts in three rows: one is longer than a chunk, one waits, and all share steps."""
+    """Four prompts in three rows: one is longer than a chunk, one waits, and all share
+    steps."""
     expected = [tiny.greedy(prompt, 9) for prompt in PROMPTS]
     assert rows(make_engine(tiny), PROMPTS, GREEDY) == expected
     assert len(set(map(tuple, expected))) == len(expected)
@@ -73,10 +76,14 @@ def test_greedy_rows_equal_full_forward_passes(tiny):
 
 def test_pages_have_room_for_whole_lanes(llama, monkeypatch):
     """As on a TPU, for heads of 6 features."""
-    monkeypatch.setattr("maxlm.inference.engine.choose_feature_multiple", lambda platform: 8)
+    monkeypatch.setattr(
+        "maxlm.inference.engine.choose_feature_multiple", lambda platform: 8
+    )
     engine = make_engine(llama)
     assert engine._runner.state.caches["layers"][0].key.shape[-2:] == (4, 8)
-    assert rows(engine, PROMPTS[:2], GREEDY) == [llama.greedy(each, 9) for each in PROMPTS[:2]]
+    assert rows(engine, PROMPTS[:2], GREEDY) == [
+        llama.greedy(each, 9) for each in PROMPTS[:2]
+    ]
 
 
 def test_sampled_rows_do_not_depend_on_what_else_runs(tiny):
@@ -112,8 +119,9 @@ def test_requests_that_come_and_go_at_any_moment(llama):
 
 
 def test_preempted_rows_are_computed_again_to_the_same_tokens(llama):
-    """Pages for one and a half sequences: someone has to wait, and computes prompt and output again
-    in small chunks, without log-probabilities of the output's tokens as the prompt's."""
+    """Pages for one and a half sequences: someone has to wait, and computes prompt and
+    output again in small chunks, without log-probabilities of the output's tokens as
+    the prompt's."""
     sampling = SAMPLED.model_copy(update={"max_new_tokens": 20})
     prompts = [PROMPTS[1], PROMPTS[3], PROMPTS[2]]
     scarce = make_engine(llama, num_pages=14, prefix_cache=False, prefill_tokens=3)
@@ -158,7 +166,11 @@ def test_runs_dispatch_many_steps_unless_somebody_waits_or_reads_along(llama):
 
     def sizes(num_requests: int, **options) -> list[int]:
         requests = make_requests(PROMPTS[:num_requests], GREEDY, ignore_eos=True)
-        own = [len(o.token_ids) for o in engine.run(requests, **options) if o.request_id == "0"]
+        own = [
+            len(o.token_ids)
+            for o in engine.run(requests, **options)
+            if o.request_id == "0"
+        ]
         assert sum(own) == 9
         return own
 
@@ -170,7 +182,9 @@ def test_runs_dispatch_many_steps_unless_somebody_waits_or_reads_along(llama):
 
 def test_log_probabilities_are_the_model_s_own(llama):
     options = {"top_logprobs": 3, "prompt_logprobs": 2}
-    requests = make_requests(PROMPTS, SAMPLED.model_copy(update={"temperature": 0.2}), **options)
+    requests = make_requests(
+        PROMPTS, SAMPLED.model_copy(update={"temperature": 0.2}), **options
+    )
     outputs: dict[str, list[SequenceOutput]] = {}
     for output in make_engine(llama).run(requests):
         outputs.setdefault(output.request_id, []).append(output)
@@ -179,7 +193,9 @@ def test_log_probabilities_are_the_model_s_own(llama):
         tokens = [token for output in own for token in output.token_ids]
         logits = llama.logits([*prompt, *tokens])
         wanted = np.asarray(jax.nn.log_softmax(logits))[:-1]
-        (prompt_part,) = [o.prompt_logprobs for o in own if o.prompt_logprobs is not None]
+        (prompt_part,) = [
+            o.prompt_logprobs for o in own if o.prompt_logprobs is not None
+        ]
         found = [*prompt_part, *(one for output in own for one in output.logprobs)]
         assert [one.token_id for one in found] == [*prompt[1:], *tokens]
         for one, row in zip(found, wanted, strict=True):
@@ -191,13 +207,16 @@ def test_log_probabilities_are_the_model_s_own(llama):
 
 @pytest.mark.parametrize("settings", [{}, {"prefill_tokens": 5, "num_pages": 14}])
 def test_continuations_are_scored_behind_what_they_share(llama, settings):
-    """Each token of several continuations has the log-probability of a whole pass, whatever else
-    runs, on few pages too; a context may end anywhere in a page, and is as long as can be."""
+    """Each token of several continuations has the log-probability of a whole pass,
+    whatever else runs, on few pages too; a context may end anywhere in a page, and is
+    as long as can be."""
     tails = ((3, 1, 4, 1, 5), (9,), (3, 1, 4), (2, 6))
     contexts = [PROMPTS[1], [5, 9, 2, 40, 3, 8], [11], list(range(7, 51))]
     engine = make_engine(llama, **settings)
     options = {"num_sequences": 4, "continuations": tails, "top_logprobs": 1}
-    requests = make_requests(contexts, GREEDY.model_copy(update={"max_new_tokens": 1}), **options)
+    requests = make_requests(
+        contexts, GREEDY.model_copy(update={"max_new_tokens": 1}), **options
+    )
     requests = [replace(each, prompt_logprobs=1) for each in requests]
     (other,) = make_requests([PROMPTS[2]], GREEDY)
     outputs = list(engine.run([replace(other, request_id="other"), *requests]))
@@ -236,7 +255,9 @@ def test_penalties_see_the_prompt_and_what_several_steps_wrote(llama):
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(llama):
     uniform = SamplingConfig(temperature=1e6, max_new_tokens=8)
-    drawn = generate_tokens(llama.model, llama.params, PROMPTS, uniform, vocab_size=40, **SMALL)
+    drawn = generate_tokens(
+        llama.model, llama.params, PROMPTS, uniform, vocab_size=40, **SMALL
+    )
     assert 35 < max(map(max, drawn)) < 40
     assert all(len(set(row)) > 4 for row in drawn)
 
@@ -247,14 +268,17 @@ def test_nothing_compiles_after_warm_up(llama):
     before = count_compilations()
     rows(engine, PROMPTS, GREEDY)
     rows(engine, PROMPTS[:1], SAMPLED, top_logprobs=2, prompt_logprobs=1)
-    penal = SamplingConfig(repetition_penalty=1.3, min_p=0.1, logit_bias={3: 1.0}, max_new_tokens=7)
+    penal = SamplingConfig(
+        repetition_penalty=1.3, min_p=0.1, logit_bias={3: 1.0}, max_new_tokens=7
+    )
     (request,) = make_requests([PROMPTS[1]], penal, num_sequences=3)
     list(engine.run([request]))
     assert count_compilations() == before
 
 
 def test_steps_find_what_was_compiled_behind_them(llama, caplog):
-    """No step compiles what the thread did, and its tokens are those of an engine without one."""
+    """No step compiles what the thread did, and its tokens are those of an engine
+    without one."""
     engine = make_engine(llama, max_length=45)  # no other test's
     engine.warm_up_behind()
     while engine.num_programs_left:
@@ -265,7 +289,11 @@ def test_steps_find_what_was_compiled_behind_them(llama, caplog):
         cold = rows(make_engine(llama, max_length=47), PROMPTS, GREEDY)
     engine.close()
     assert not [line for line in lines_behind if "run_step" in line]
-    assert [line for line in caplog.messages if "XLA compilation" in line and "run_step" in line]
+    assert [
+        line
+        for line in caplog.messages
+        if "XLA compilation" in line and "run_step" in line
+    ]
     assert tokens == cold
 
 
@@ -278,22 +306,29 @@ def test_steps_do_not_wait_for_programs_that_they_do_not_need(llama):
 
 
 def test_only_those_who_want_log_probabilities_pay_for_them(llama):
-    """The likeliest tokens of a small chunk's logits are found under a condition in the compiled
-    step: a loop's invariant part is computed whether or not the loop is entered."""
+    """The likeliest tokens of a small chunk's logits are found under a condition in the
+    compiled step: a loop's invariant part is computed whether or not the loop is
+    entered."""
     engine = make_engine(llama)
     shape = engine._inputs.list_shapes()[-1]
     with jax.set_mesh(engine.mesh):
-        given = engine._inputs.build(ScheduledStep(), shape, engine.scheduler.page_tables, {})
+        given = engine._inputs.build(
+            ScheduledStep(), shape, engine.scheduler.page_tables, {}
+        )
         sizes = engine._runner.layout, engine._windows, engine.vocab_size
         runner = engine._runner
-        step = run_step.lower(engine.model, shape, *sizes, runner.params, runner.state, given)
+        step = run_step.lower(
+            engine.model, shape, *sizes, runner.params, runner.state, given
+        )
         rest, main = step.compile().as_text().split("\nENTRY ")
     sorts = re.compile(rf",{runner.model.config.vocab_size}\]\S* sort\(")
     assert sorts.search(rest)
     assert not sorts.search(main)
 
 
-def test_angles_that_grow_with_the_sequence_are_each_row_s_own(one_device_mesh, build_tiny):
+def test_angles_that_grow_with_the_sequence_are_each_row_s_own(
+    one_device_mesh, build_tiny
+):
     """Some rows are beyond the original length and some are not."""
     scaling = {"kind": "dynamic_ntk", "factor": 8.0, "original_length": 6}
     prompts = [*PROMPTS, [3, 1, 4, 1, 5, 9, 2, 6] * 4]
@@ -315,7 +350,9 @@ def test_angles_that_grow_with_the_sequence_are_each_row_s_own(one_device_mesh, 
             logits = forward(tiny.params, ids, places, segments)
             assert logits[0, size - 1].argmax() == row[0]
         plain = rows(make_engine(build_tiny("llama", one_device_mesh)), prompts, GREEDY)
-    assert [a == b for a, b in zip(plain, together, strict=True)] != [True] * len(prompts)
+    assert [a == b for a, b in zip(plain, together, strict=True)] != [True] * len(
+        prompts
+    )
 
 
 @pytest.fixture(scope="module")
@@ -365,12 +402,18 @@ def test_parameters_are_laid_out_once_and_equal(llama):
             if own is not None:
                 np.testing.assert_array_equal(own, value[layer])
             else:  # side by side with the others of its input
-                first = name.replace("key", "query").replace("value", "query").replace("up", "gate")
+                first = (
+                    name.replace("key", "query")
+                    .replace("value", "query")
+                    .replace("up", "gate")
+                )
                 fused = laid_out[f"{first}.layers.{layer}.value"]
                 wanted = np.reshape(value[layer], (20, -1))
                 width = wanted.shape[1]
                 places = range(fused.shape[1] - width + 1)
-                assert any(np.array_equal(fused[:, at : at + width], wanted) for at in places)
+                assert any(
+                    np.array_equal(fused[:, at : at + width], wanted) for at in places
+                )
 
 
 def refusal(tiny, request: GenerationRequest, **settings) -> str:
@@ -379,8 +422,12 @@ def refusal(tiny, request: GenerationRequest, **settings) -> str:
 
 def test_what_can_never_run_is_refused_in_one_line(llama, gpt2):
     long = GenerationRequest("a", (1,) * 45, GREEDY)
-    assert "45 tokens of prompt and max_new_tokens=9 are more than the 48" in refusal(llama, long)
-    assert "more than the 40" in refusal(gpt2, GenerationRequest("a", (1,) * 35, GREEDY))
+    assert "45 tokens of prompt and max_new_tokens=9 are more than the 48" in refusal(
+        llama, long
+    )
+    assert "more than the 40" in refusal(
+        gpt2, GenerationRequest("a", (1,) * 35, GREEDY)
+    )
     many = GenerationRequest("a", (1,) * 30, GREEDY)
     assert "it needs 10 pages of 4 tokens" in refusal(llama, many, num_pages=8)
     assert refusal(llama, GenerationRequest("a", (), GREEDY)).startswith("request a: ")
@@ -401,15 +448,24 @@ def test_models_that_continue_nothing_and_meshes_that_split_the_sequence(llama):
     assert message(generate, split, params, [[1]], GREEDY) == (
         "mesh: the sequence is split over context; generate on a mesh with context=1"
     )
-    config = EncoderConfig.model_validate(LLAMA_GQA.model_dump() | {"architecture": "encoder"})
+    config = EncoderConfig.model_validate(
+        LLAMA_GQA.model_dump() | {"architecture": "encoder"}
+    )
     encoder = Encoder(config, rules=AxisRules(), dtype=model.dtype)
     assert "does not continue text" in message(generate, encoder, params, [[1]], GREEDY)
 
 
-def test_a_draft_model_with_another_vocabulary_is_refused(one_device_mesh, llama, build_tiny):
+def test_a_draft_model_with_another_vocabulary_is_refused(
+    one_device_mesh, llama, build_tiny
+):
     other = build_tiny("llama", one_device_mesh, vocab_size=50)
     drafts = {"kind": "draft_model", "folder": "", "num_drafts": 3}
     refused = message(
-        make_engine, llama, draft=DraftModel(other.model, other.params), speculation=drafts
+        make_engine,
+        llama,
+        draft=DraftModel(other.model, other.params),
+        speculation=drafts,
     )
-    assert refused.startswith("speculation: the draft model has 50 tokens, the model 66; ")
+    assert refused.startswith(
+        "speculation: the draft model has 50 tokens, the model 66; "
+    )

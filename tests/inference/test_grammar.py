@@ -1,5 +1,6 @@
-"""Promise: whatever the model's weights, what is drawn under a form has that form, for every kind
-of tokenizer that generates; what cannot be compiled is refused in one line."""
+"""Promise: whatever the model's weights, what is drawn under a form has that form, for
+every kind of tokenizer that generates; what cannot be compiled is refused in one
+line."""
 
 import json
 import re
@@ -13,7 +14,12 @@ import jsonschema
 import numpy as np
 import pytest
 
-from maxlm.data.tokenizer import Tokenizer, TokenizerConfig, import_tokenizer, train_tokenizer
+from maxlm.data.tokenizer import (
+    Tokenizer,
+    TokenizerConfig,
+    import_tokenizer,
+    train_tokenizer,
+)
 from maxlm.inference.banned_sequences import fill_draft_masks
 from maxlm.inference.grammar import GrammarCompiler, GrammarMatcher
 from maxlm.inference.requests import GrammarSpec
@@ -33,7 +39,11 @@ SCHEMA = {
     "properties": {
         "name": {"type": "string", "maxLength": 6},
         "age": {"type": "integer", "minimum": 0, "maximum": 130},
-        "tags": {"type": "array", "items": {"enum": ["red", "né", "日本"]}, "maxItems": 3},
+        "tags": {
+            "type": "array",
+            "items": {"enum": ["red", "né", "日本"]},
+            "maxItems": 3,
+        },
         "inner": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/point"}]},
     },
     "required": ["name", "age", "inner"],
@@ -52,7 +62,9 @@ SUM = 'start: NUM ("+" NUM){0,3}\nNUM: /[1-9][0-9]{0,2}/'
 ROWS, STEPS, EXTRA = 8, 200, 70  # ids that the model's table has and no tokenizer knows
 
 
-@pytest.fixture(scope="module", params=["bpe", "sentencepiece_bpe", "sentencepiece_unigram"])
+@pytest.fixture(
+    scope="module", params=["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
+)
 def tokenizer(request) -> Tokenizer:
     return train_tokenizer(TokenizerConfig(kind=request.param, vocab_size=400), TEXT)
 
@@ -68,9 +80,17 @@ def step(settings, allowed, position, vocab_size):
     logits = 3 * jax.random.normal(jax.random.key(position), (ROWS, vocab_size + EXTRA))
     none, positions = jnp.zeros(ROWS, jnp.int32), jnp.full(ROWS, position, jnp.int32)
     logits = process_logits(
-        logits, settings, none[:, None], none, none, vocab_size=vocab_size, allowed=allowed
+        logits,
+        settings,
+        none[:, None],
+        none,
+        none,
+        vocab_size=vocab_size,
+        allowed=allowed,
     )
-    return sample_tokens(logits, make_keys(settings, positions), settings.temperature == 0)
+    return sample_tokens(
+        logits, make_keys(settings, positions), settings.temperature == 0
+    )
 
 
 def generate(tokenizer, matchers: list[GrammarMatcher], **knobs) -> list[str]:
@@ -82,7 +102,9 @@ def generate(tokenizer, matchers: list[GrammarMatcher], **knobs) -> list[str]:
         allowed = np.full((ROWS, words), np.uint32(2**32 - 1))
         for matcher, row in zip(matchers, allowed, strict=True):
             matcher.fill_mask(row)
-        tokens = np.asarray(step(settings, allowed, position, tokenizer.vocab_size)).tolist()
+        tokens = np.asarray(
+            step(settings, allowed, position, tokenizer.vocab_size)
+        ).tolist()
         for matcher, text, token in zip(matchers, texts, tokens, strict=True):
             if not text or text[-1] != tokenizer.eos_id:
                 assert matcher.is_finished or matcher.accept(token)
@@ -93,7 +115,9 @@ def generate(tokenizer, matchers: list[GrammarMatcher], **knobs) -> list[str]:
     for text in texts:
         assert text[-1] == tokenizer.eos_id
         assert special.isdisjoint(text[:-1])
-    return [tokenizer.decode_bytes(text[:-1], continued=True).decode() for text in texts]
+    return [
+        tokenizer.decode_bytes(text[:-1], continued=True).decode() for text in texts
+    ]
 
 
 def test_a_schema_a_regex_and_a_grammar(tokenizer, compiler):
@@ -102,19 +126,26 @@ def test_a_schema_a_regex_and_a_grammar(tokenizer, compiler):
         *[GrammarSpec("regex", DATE)] * 2,
         *[GrammarSpec("lark", SUM)] * 2,
     ]
-    found = generate(tokenizer, [compiler.compile(spec) for spec in specs], temperature=1.5)
+    found = generate(
+        tokenizer, [compiler.compile(spec) for spec in specs], temperature=1.5
+    )
     for text in found[:4]:
         jsonschema.validate(json.loads(text), SCHEMA)
     assert all(re.fullmatch(DATE, text) for text in found[4:6])
-    assert all(re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}", text) for text in found[6:])
+    assert all(
+        re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}", text) for text in found[6:]
+    )
     assert len({*found}) > 6
 
 
 def test_any_json_object(tokenizer, compiler):
-    # What ends strings and objects is made likely, so that random weights come to an end.
+    # What ends strings and objects is made likely, so that random weights come to an
+    # end.
     ends = {tokenizer.encode(char)[0]: 8.0 for char in '"}]:'} | {tokenizer.eos_id: 9.0}
     spec = GrammarSpec("json_object")
-    for text in generate(tokenizer, [compiler.compile(spec) for _ in range(ROWS)], logit_bias=ends):
+    for text in generate(
+        tokenizer, [compiler.compile(spec) for _ in range(ROWS)], logit_bias=ends
+    ):
         assert isinstance(json.loads(text), dict)
 
 
@@ -154,7 +185,10 @@ def test_masks_by_hand(tokenizer, compiler):
 
 
 def test_masks_of_a_draft_are_those_of_one_token_after_another(tokenizer, compiler):
-    spec, words = GrammarSpec("json_schema", json.dumps(SCHEMA)), -(-tokenizer.vocab_size // 32)
+    spec, words = (
+        GrammarSpec("json_schema", json.dumps(SCHEMA)),
+        -(-tokenizer.vocab_size // 32),
+    )
     matcher = compiler.compile(spec)
     assert all(map(matcher.accept, tokenizer.encode('{"name":')))
     good, bad = tokenizer.encode('"Zoë"'), tokenizer.encode("}")
@@ -172,7 +206,11 @@ def test_masks_of_a_draft_are_those_of_one_token_after_another(tokenizer, compil
 @pytest.mark.parametrize(
     ("kind", "text", "reason"),
     [
-        ("json_schema", '{"type": "object"', "Expecting ',' delimiter: line 1 column 18 (char 17)"),
+        (
+            "json_schema",
+            '{"type": "object"',
+            "Expecting ',' delimiter: line 1 column 18 (char 17)",
+        ),
         ("json_schema", "[]", "a schema is a JSON object"),
         ("json_schema", '{"type": "nonsense"}', "Invalid type: nonsense"),
         ("json_schema", '{"not": {}}', 'Unimplemented keys: ["not"]'),
@@ -199,7 +237,9 @@ def test_characters_that_a_tokenizer_lacks(tmp_path):
     tokenizer = import_tokenizer(tmp_path)
     compiler, (a,) = GrammarCompiler(tokenizer), tokenizer.encode("a")[-1:]
     got = message(compiler.compile, GrammarSpec("regex", "[{]a[}]"))
-    assert got.endswith("regex cannot be compiled: no text of this tokenizer has that form")
+    assert got.endswith(
+        "regex cannot be compiled: no text of this tokenizer has that form"
+    )
     matcher = compiler.compile(GrammarSpec("regex", "a[{]"))
     assert ids_of(masks(matcher, tokenizer.vocab_size)) == [a]
     assert matcher.accept(a)

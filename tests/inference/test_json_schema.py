@@ -1,5 +1,5 @@
-"""Promise: schemas that pydantic writes compile, and what their grammars let through is what
-jsonschema, and pydantic itself, let through too."""
+"""Promise: schemas that pydantic writes compile, and what their grammars let through is
+what jsonschema, and pydantic itself, let through too."""
 
 import base64
 import ipaddress
@@ -73,18 +73,24 @@ def compiler(tokenizer) -> GrammarCompiler:
 
 
 def compile_schema(compiler: GrammarCompiler, schema: Any) -> Any:
-    return compiler.compile(GrammarSpec("json_schema", json.dumps(schema), "response_format"))
+    return compiler.compile(
+        GrammarSpec("json_schema", json.dumps(schema), "response_format")
+    )
 
 
-def accepts(compiler: GrammarCompiler, tokenizer: Tokenizer, schema: Any, text: str) -> bool:
+def accepts(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: Any, text: str
+) -> bool:
     matcher = compile_schema(compiler, schema)
     going = all(matcher.accept(token) for token in tokenizer.encode(text))
     return going and (matcher.is_finished or matcher.accept(tokenizer.eos_id))
 
 
-def draw_text(compiler: GrammarCompiler, tokenizer: Tokenizer, schema: Any, seed: int) -> str:
-    """An output of the form, drawn evenly from the tokens that may come next; one that goes on is
-    ended where it can be."""
+def draw_text(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: Any, seed: int
+) -> str:
+    """An output of the form, drawn evenly from the tokens that may come next; one that
+    goes on is ended where it can be."""
     matcher = compile_schema(compiler, schema)
     draw = random.Random(seed)
     row = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
@@ -93,7 +99,9 @@ def draw_text(compiler: GrammarCompiler, tokenizer: Tokenizer, schema: Any, seed
         matcher.fill_mask(row)
         bits = np.unpackbits(row.view(np.uint8), bitorder="little")
         allowed = np.flatnonzero(bits).tolist()
-        closing = [token for token in allowed if tokenizer.decode([token]) in ('"', "}", "]")]
+        closing = [
+            token for token in allowed if tokenizer.decode([token]) in ('"', "}", "]")
+        ]
         if tokenizer.eos_id in allowed:
             break
         is_long = len(tokens) > 60
@@ -120,9 +128,21 @@ def test_further_formats_compile(compiler, kind):
 
 
 TEXTS = {
-    "ipv4network": ["10.1.16.0/20", "0.0.0.0/0", "192.168.1.7", "1.2.3.4/32", "255.255.255.254/31"],
+    "ipv4network": [
+        "10.1.16.0/20",
+        "0.0.0.0/0",
+        "192.168.1.7",
+        "1.2.3.4/32",
+        "255.255.255.254/31",
+    ],
     "ipv6network": ["2001:db8::/32", "::/0", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::/112"],
-    "ipv6interface": ["::1", "1::8/64", "1:2:3:4:5:6:7::", "::2:3:4:5:6:7:8/1", "a::b:c:d:e:f:1"],
+    "ipv6interface": [
+        "::1",
+        "1::8/64",
+        "1:2:3:4:5:6:7::",
+        "::2:3:4:5:6:7:8/1",
+        "a::b:c:d:e:f:1",
+    ],
     "base64": [base64.b64encode(bytes(range(200, 200 + n))).decode() for n in range(4)],
     "base64url": [base64.urlsafe_b64encode(b"\xff\xfe" * n).decode() for n in range(4)],
     "fraction": ["1/3", "-7", "+1/10"],
@@ -139,17 +159,27 @@ WRONG = {
 }
 
 
-def test_patterns_of_formats_take_the_usual_spellings_and_no_others(compiler, tokenizer):
+def test_patterns_of_formats_take_the_usual_spellings_and_no_others(
+    compiler, tokenizer
+):
     for texts, expected in ((TEXTS, True), (WRONG, False)):
         for name, spellings in texts.items():
             schema = {"type": "string", "format": name}
             for text in spellings:
-                assert accepts(compiler, tokenizer, schema, json.dumps(text)) is expected, text
+                assert (
+                    accepts(compiler, tokenizer, schema, json.dumps(text)) is expected
+                ), text
 
 
 def test_names_of_properties_are_kept_where_references_begin_anew(compiler, tokenizer):
-    inner = TypeAdapter(dict[Colour, int]).json_schema() | {"$id": "json-schema:///inner"}
-    schema = {"type": "object", "properties": {"in": inner}, "$defs": {"Colour": {"enum": ["no"]}}}
+    inner = TypeAdapter(dict[Colour, int]).json_schema() | {
+        "$id": "json-schema:///inner"
+    }
+    schema = {
+        "type": "object",
+        "properties": {"in": inner},
+        "$defs": {"Colour": {"enum": ["no"]}},
+    }
     schema |= {"additionalProperties": False, "required": ["in"]}
     assert accepts(compiler, tokenizer, schema, '{"in":{"red":1}}')
     assert not accepts(compiler, tokenizer, schema, '{"in":{"no":1}}')
@@ -172,12 +202,19 @@ def test_data_and_properties_that_are_named_as_keywords_stay(compiler, tokenizer
 def test_what_is_dropped_is_named_once():
     items = {"type": "array", "uniqueItems": True}
     assert make_compilable_schema(items).dropped_keywords == {"uniqueItems"}
-    for harmless in ({"uniqueItems": False}, {**items, "maxItems": 1}, {"format": "path"}, True):
+    for harmless in (
+        {"uniqueItems": False},
+        {**items, "maxItems": 1},
+        {"format": "path"},
+        True,
+    ):
         assert not make_compilable_schema(harmless).dropped_keywords
 
 
 def test_what_stays_refused_says_what_to_write(compiler):
     overlapping = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
     assert "use anyOf" in message(compile_schema, compiler, overlapping)
-    assert 'Unimplemented keys: ["not"]' in message(compile_schema, compiler, {"not": {}})
+    assert 'Unimplemented keys: ["not"]' in message(
+        compile_schema, compiler, {"not": {}}
+    )
     assert message(compile_schema, compiler, {"uniqueItems": 5})

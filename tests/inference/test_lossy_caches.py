@@ -1,5 +1,5 @@
-"""Promise: int8 and int4 caches answer as KIVI says, evicting ones keep what their papers say, each
-against a float64 simulation; none holds more than it should."""
+"""Promise: int8 and int4 caches answer as KIVI says, evicting ones keep what their
+papers say, each against a float64 simulation; none holds more than it should."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -26,7 +26,8 @@ from maxlm.sharding import ShardingConfig
 from tests.errors import message
 
 ROWS, CHUNK, CHUNKS = 4, 11, 2
-# (tokens that rows decode or try, how many are accepted; tokens of rows' chunks) of each step.
+# (tokens that rows decode or try, how many are accepted; tokens of rows' chunks) of
+# each step.
 DECODE = {0: 1, 1: 1, 2: 1, 3: 1}
 STEPS: list[tuple[dict[int, int], dict[int, int]]] = [
     ({}, {0: 11}),
@@ -38,11 +39,20 @@ STEPS: list[tuple[dict[int, int], dict[int, int]]] = [
 OPTIONS: dict[str, Any] = {
     "gqa": {},
     "mqa": {"heads": (4, 1)},
-    "mla": {"heads": (4, 1), "value_dim": 5, "sinks": np.array([1.0, 4.0, -2.0, 0.3], np.float32)},
+    "mla": {
+        "heads": (4, 1),
+        "value_dim": 5,
+        "sinks": np.array([1.0, 4.0, -2.0, 0.3], np.float32),
+    },
     "window": {"window": 9},
-    "cap, slopes": {"soft_cap": 2.0, "slopes": np.array([0.5, 0.1, 0.02, 0.3], np.float32)},
+    "cap, slopes": {
+        "soft_cap": 2.0,
+        "slopes": np.array([0.5, 0.1, 0.02, 0.3], np.float32),
+    },
     "sinks": {"sinks": np.array([0.5, -2.0, 1.5, 3.0], np.float32), "window": 11},
-    "biases": {"biases": np.random.default_rng(5).normal(size=(4, 15)).astype(np.float32)},
+    "biases": {
+        "biases": np.random.default_rng(5).normal(size=(4, 15)).astype(np.float32)
+    },
 }
 
 
@@ -69,7 +79,8 @@ class Case:
     whole_keys: bool = False
 
     def run(self, mesh, steps, width=1) -> tuple[Any, Any, Any, Any]:
-        """Returns q, k, v [D, R, T, heads, size] and what the cache answered; the cache too."""
+        """Returns q, k, v [D, R, T, heads, size] and what the cache answered; the cache
+        too."""
         (N, K), rng = self.heads, np.random.default_rng(3)
         rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
         if self.value_dim or self.whole_keys:
@@ -89,15 +100,24 @@ class Case:
         shape = StepSizes(ROWS, width, CHUNK, CHUNKS, 1)
         value_size = None if self.value_dim else self.size
         spec = kv_cache_spec(layout, self.window, K, self.size, value_size)
-        options = {name: getattr(self, name) for name in ("window", "soft_cap", "scale")}
-        options |= {
-            name: getattr(self, name) for name in ("slopes", "biases", "sinks", "value_dim")
+        options = {
+            name: getattr(self, name) for name in ("window", "soft_cap", "scale")
         }
-        options = {name: x for name, x in options.items() if name in ("window",) or x is not None}
+        options |= {
+            name: getattr(self, name)
+            for name in ("slopes", "biases", "sinks", "value_dim")
+        }
+        options = {
+            name: x
+            for name, x in options.items()
+            if name in ("window",) or x is not None
+        }
 
         @jax.jit
         def step(cache, q, k, v, **arrays):
-            arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, rules.spec("batch")), arrays)
+            arrays = jax.tree.map(
+                lambda x: jax.sharding.reshard(x, rules.spec("batch")), arrays
+            )
             inputs: Any = SimpleNamespace(**arrays)
             batch = make_ragged_batch(inputs, shape, layout, (self.window,), rules)
             split = lambda x, h: jax.sharding.reshard(x, rules.spec("batch", None, h))  # noqa: E731
@@ -107,15 +127,22 @@ class Case:
             return jax.sharding.reshard(y, jax.sharding.PartitionSpec()), cache
 
         out = np.full((D, ROWS, T, N, self.value_dim or self.size), np.nan)
-        table = [rng.permutation(pages - 1)[: ROWS * T // self.page] + 1 for _ in range(D)]
+        table = [
+            rng.permutation(pages - 1)[: ROWS * T // self.page] + 1 for _ in range(D)
+        ]
         table = np.array(table, np.int32).reshape(D, ROWS, -1)
         known = np.zeros(ROWS, int)
         with jax.set_mesh(mesh):
             cache = jax.jit(
-                lambda: jax.tree.map(lambda s: allocate_cache_array(s, rules, jnp.float32), spec)
+                lambda: jax.tree.map(
+                    lambda s: allocate_cache_array(s, rules, jnp.float32), spec
+                )
             )()
             for decode, chunks in steps:
-                computed, counts = np.full((D, ROWS), -1, np.int32), np.zeros((D, ROWS), np.int32)
+                computed, counts = (
+                    np.full((D, ROWS), -1, np.int32),
+                    np.zeros((D, ROWS), np.int32),
+                )
                 for row in decode:
                     computed[:, row], counts[:, row] = known[row], width
                 ids, starts, sizes = np.zeros((3, D, CHUNKS), np.int32)
@@ -126,7 +153,10 @@ class Case:
                 places += [(0, 0)] * (ROWS * width + CHUNK - len(places))
                 index = tuple(np.array(places).T)
                 given = [x[:, *index].astype(np.float32) for x in (q, k, v)]
-                for row, accepted in decode.items():  # what is guessed wrongly is other tokens
+                for (
+                    row,
+                    accepted,
+                ) in decode.items():  # what is guessed wrongly is other tokens
                     for g in range(accepted, width):
                         given[1][:, row * width + g] *= -3
                 y, cache = step(
@@ -135,7 +165,9 @@ class Case:
                     page_tables=(table,),
                 )  # fmt: skip
                 for at, (row, place) in enumerate(places):
-                    new = decode.get(row, 0) if at < ROWS * width else chunks.get(row, 0)
+                    new = (
+                        decode.get(row, 0) if at < ROWS * width else chunks.get(row, 0)
+                    )
                     if known[row] <= place < known[row] + new:
                         out[:, row, place] = y[:, at]
                 for row, new in (*decode.items(), *chunks.items()):
@@ -143,7 +175,8 @@ class Case:
         return (q, k, v if value_size else k[..., : self.value_dim]), out, known, cache
 
     def weigh(self, q, k, at, keys_at, head) -> np.ndarray:
-        """Softmax weights [G, T, S] of one kv head's queries [T, G, H]; keys -1 are none."""
+        """Softmax weights [G, T, S] of one kv head's queries [T, G, H]; keys -1 are
+        none."""
         G = self.heads[0] // self.heads[1]
         own = slice(head * G, (head + 1) * G)
         scores = np.einsum("tgh,sh->gts", q, k) * self.scale
@@ -187,7 +220,9 @@ def simulate_kivi(case: Case, q, k, v, blocks, ring: int) -> np.ndarray:
     (N, K), page, bits = case.heads, case.page, int(case.config.kind[3:])
     pages = k.reshape(-1, page, K, case.size)
     rough_k = round_to(pages, bits, 1).reshape(k.shape)
-    rough_v = rough_k[..., : case.value_dim] if case.value_dim else round_to(v, bits, -1)
+    rough_v = (
+        rough_k[..., : case.value_dim] if case.value_dim else round_to(v, bits, -1)
+    )
     out = np.full((len(k), N, v.shape[-1]), np.nan)
     for start, size, _ in blocks:
         limit = max(start // page - ring, 0) * page
@@ -196,7 +231,9 @@ def simulate_kivi(case: Case, q, k, v, blocks, ring: int) -> np.ndarray:
         at = np.arange(start, end)
         for head in range(K):
             own = slice(head * N // K, (head + 1) * N // K)
-            weights = case.weigh(q[start:end, own], keys[:, head], at, np.arange(end), head)
+            weights = case.weigh(
+                q[start:end, own], keys[:, head], at, np.arange(end), head
+            )
             out[start:end, own] = np.einsum("gts,sh->tgh", weights, values[:, head])
     return out
 
@@ -221,7 +258,9 @@ def simulate_eviction(case: Case, q, k, v, blocks) -> tuple[np.ndarray, list[set
             if not is_chunk:  # it takes another's place, then attends
                 kept = sorted(kept, key=rank)[-(budget - 1) :]
             kept = sorted(kept) + at.tolist()
-            weights = case.weigh(q[start:end, own], k[kept, head], at, np.array(kept), head)
+            weights = case.weigh(
+                q[start:end, own], k[kept, head], at, np.array(kept), head
+            )
             out[start:end, own] = np.einsum("gts,sh->tgh", weights, v[kept, head])
             if config.kind == "h2o":
                 for token, mass in zip(kept, weights.sum((0, 1)), strict=True):
@@ -230,7 +269,9 @@ def simulate_eviction(case: Case, q, k, v, blocks) -> tuple[np.ndarray, list[set
                 scores.update(dict.fromkeys(range(start, end), 0))
             if config.kind == "snapkv" and is_chunk:
                 mass = weights[:, -min(config.recent, size) :].sum((0, 1))
-                around = np.convolve(mass, np.ones(config.pooling) / config.pooling, "full")
+                around = np.convolve(
+                    mass, np.ones(config.pooling) / config.pooling, "full"
+                )
                 side = config.pooling // 2
                 scores = dict(zip(kept, around[side : side + len(kept)], strict=True))
             kept = sorted(kept, key=rank)[-budget:]
@@ -240,7 +281,9 @@ def simulate_eviction(case: Case, q, k, v, blocks) -> tuple[np.ndarray, list[set
 
 def check(found, expected, known) -> None:
     for row, tokens in enumerate(known):
-        np.testing.assert_allclose(found[row, :tokens], expected[row][:tokens], atol=2e-5)
+        np.testing.assert_allclose(
+            found[row, :tokens], expected[row][:tokens], atol=2e-5
+        )
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -250,7 +293,8 @@ def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
     (q, k, v), found, known, cache = case.run(one_device_mesh, STEPS)
     assert not isinstance(cache, PagedCache)
     both = [
-        simulate_kivi(case, q[0, r], k[0, r], v[0, r], list_blocks(STEPS, r), 1) for r in range(4)
+        simulate_kivi(case, q[0, r], k[0, r], v[0, r], list_blocks(STEPS, r), 1)
+        for r in range(4)
     ]
     check(found[0], both, known)
 
@@ -275,7 +319,8 @@ def test_rejected_guesses_leave_no_trace(one_device_mesh):
     steps += [({r: int(rng.integers(1, 5)) for r in range(4)}, {}) for _ in range(9)]
     (q, k, v), found, known, _ = case.run(one_device_mesh, steps, width=4)
     both = [
-        simulate_kivi(case, q[0, r], k[0, r], v[0, r], list_blocks(steps, r), 2) for r in range(4)
+        simulate_kivi(case, q[0, r], k[0, r], v[0, r], list_blocks(steps, r), 2)
+        for r in range(4)
     ]
     check(found[0], both, known)
 
@@ -294,8 +339,12 @@ def check_eviction(case: Case, mesh, steps=STEPS) -> None:
         for row, tokens in enumerate(known):
             own = q[shard, row], k[shard, row], v[shard, row], list_blocks(steps, row)
             expected, kept = simulate_eviction(case, *own)
-            np.testing.assert_allclose(found[shard, row, :tokens], expected[:tokens], atol=2e-5)
-            held = [set((each[each > 0] - 1).tolist()) for each in positions[shard, row]]
+            np.testing.assert_allclose(
+                found[shard, row, :tokens], expected[:tokens], atol=2e-5
+            )
+            held = [
+                set((each[each > 0] - 1).tolist()) for each in positions[shard, row]
+            ]
             assert held == kept
 
 
@@ -327,7 +376,9 @@ def test_eight_devices_answer_alike(mesh, name):
 
 @pytest.mark.parametrize("tensor", [2, 4])  # of 2 kv heads
 @pytest.mark.parametrize("kind", ["paged", "int8", "h2o"])
-def test_devices_that_compute_all_keys_answer_alike(mesh, one_device_mesh, kind, tensor):
+def test_devices_that_compute_all_keys_answer_alike(
+    mesh, one_device_mesh, kind, tensor
+):
     config = EVICTING[kind] if kind == "h2o" else parse(kind=kind)
     case = Case(config, **OPTIONS["cap, slopes"], sinks=OPTIONS["sinks"]["sinks"])
     _, expected, known, _ = case.run(one_device_mesh, STEPS)
@@ -337,7 +388,9 @@ def test_devices_that_compute_all_keys_answer_alike(mesh, one_device_mesh, kind,
 
 def count_bytes(spec, unit) -> int:
     leaves = [each for each in jax.tree.leaves(spec) if each.unit == unit]
-    return sum(prod(x.shape) * jnp.dtype(x.dtype or "bfloat16").itemsize for x in leaves)
+    return sum(
+        prod(x.shape) * jnp.dtype(x.dtype or "bfloat16").itemsize for x in leaves
+    )
 
 
 def test_caches_hold_as_much_as_promised():
@@ -374,16 +427,23 @@ SIZES = {"max_sequences": 3, "max_length": 48, "page_size": 4, "prefill_tokens":
         ({"kind": "int4", "recent": 48}, SCARCE),
     ],
 )
-def test_sequences_within_the_budget_are_exact(one_device_mesh, build_tiny, cache, scarce):
-    """Four prompts in three rows of an engine. In pages for one and a half someone has to wait, and
-    guesses are taken back."""
+def test_sequences_within_the_budget_are_exact(
+    one_device_mesh, build_tiny, cache, scarce
+):
+    """Four prompts in three rows of an engine. In pages for one and a half someone has
+    to wait, and guesses are taken back."""
     with jax.set_mesh(one_device_mesh):
         llama = build_tiny("llama", one_device_mesh, num_layers=1)
         expected = [llama.greedy(prompt, 20) for prompt in PROMPTS]
     engine = Engine(
-        llama.model, llama.params, EngineConfig.model_validate({"cache": cache, **SIZES, **scarce})
+        llama.model,
+        llama.params,
+        EngineConfig.model_validate({"cache": cache, **SIZES, **scarce}),
     )
-    sampling, found = SamplingConfig(temperature=0, max_new_tokens=20), [[] for _ in PROMPTS]
+    sampling, found = (
+        SamplingConfig(temperature=0, max_new_tokens=20),
+        [[] for _ in PROMPTS],
+    )
     for output in engine.run(
         [GenerationRequest(str(i), tuple(p), sampling) for i, p in enumerate(PROMPTS)]
     ):
@@ -405,12 +465,17 @@ def test_copied_rows_are_whole_and_pages_stay(llama, kind):
     after = copy_rows(*sizes, state, np.array([[0, 0, 1]], np.int32))
     trees = map(jax.tree.leaves, (state_specs(*sizes), before, after))
     for spec, old, new in zip(*trees, strict=True):
-        np.testing.assert_array_equal(new, old if spec.unit == "page" else old[:, [0, 0, 1]])
+        np.testing.assert_array_equal(
+            new, old if spec.unit == "page" else old[:, [0, 0, 1]]
+        )
 
 
 def test_settings_that_cannot_be_meant():
     for settings, said in (
-        ({"kind": "h2o", "budget": 4, "recent": 4}, "recent=4 leaves nothing of budget=4"),
+        (
+            {"kind": "h2o", "budget": 4, "recent": 4},
+            "recent=4 leaves nothing of budget=4",
+        ),
         ({"kind": "sinks", "budget": 3}, "num_sinks=4 leaves nothing of budget=3"),
         ({"kind": "snapkv", "budget": 64, "pooling": 4}, "pooling=4 is even"),
     ):
@@ -422,6 +487,11 @@ def test_settings_that_cannot_be_meant():
 
 
 def test_guesses_need_a_cache_that_takes_tokens_back(llama):
-    settings = SIZES | {"speculation": {"kind": "prompt_lookup"}, "cache": EVICTING["h2o"]}
-    said = message(lambda: Engine(llama.model, llama.params, EngineConfig.model_validate(settings)))
+    settings = SIZES | {
+        "speculation": {"kind": "prompt_lookup"},
+        "cache": EVICTING["h2o"],
+    }
+    said = message(
+        lambda: Engine(llama.model, llama.params, EngineConfig.model_validate(settings))
+    )
     assert "cannot take tokens back" in said

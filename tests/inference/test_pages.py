@@ -11,7 +11,8 @@ SIZE, NUM_PAGES = 2, 14
 
 
 class PagesMachine(RuleBasedStateMachine):
-    """Sequences that grow, fork and end over small pools, beside dictionaries that say the same."""
+    """Sequences that grow, fork and end over small pools, beside dictionaries that say
+    the same."""
 
     windows: tuple[int | None, ...] = (None, 3)
 
@@ -19,13 +20,18 @@ class PagesMachine(RuleBasedStateMachine):
         super().__init__()
         self.pools = [PagePool(NUM_PAGES) for _ in self.windows]
         self.tree = PrefixTree(self.pools, self.windows, SIZE)
-        self.sequences = []  # dict(key, tokens, node, pages: a dict {index: page} for each group)
+        # dict(key, tokens, node, pages: a dict {index: page} for each group)
+        self.sequences = []
         self.entries = {}  # (key, tokens) -> pages, 0 where there is none
-        self.times = [{} for _ in self.windows]  # page -> when its last sequence let it go
+        self.times = [
+            {} for _ in self.windows
+        ]  # page -> when its last sequence let it go
         self.clock = 0
 
     def count_holders(self, group, page):
-        return sum(page in sequence["pages"][group].values() for sequence in self.sequences)
+        return sum(
+            page in sequence["pages"][group].values() for sequence in self.sequences
+        )
 
     def let_go(self, sequence, group, index):
         page = sequence["pages"][group].pop(index)
@@ -47,8 +53,11 @@ class PagesMachine(RuleBasedStateMachine):
         )
 
     def evict_page(self, group):
-        """The naive rule: of the cached pages that no sequence holds, the one let go first."""
-        cached = {pages[group]: at for at, pages in self.entries.items() if pages[group]}
+        """The naive rule: of the cached pages that no sequence holds, the one let go
+        first."""
+        cached = {
+            pages[group]: at for at, pages in self.entries.items() if pages[group]
+        }
         unused = [page for page in cached if not self.count_holders(group, page)]
         assert set(unused) == set(self.pools[group].evictable)
         if not unused:
@@ -70,7 +79,10 @@ class PagesMachine(RuleBasedStateMachine):
                 return None
         return [pool.allocate() for pool in self.pools]
 
-    @rule(key=st.sampled_from("ab"), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=11))
+    @rule(
+        key=st.sampled_from("ab"),
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=11),
+    )
     def start(self, key, tokens):
         nodes, tokens = self.tree.match(tokens, key), tuple(tokens)
         depths = range((len(tokens) - 1) // SIZE + 1)
@@ -81,9 +93,13 @@ class PagesMachine(RuleBasedStateMachine):
         for group, found in enumerate(pages):
             seen = range(self.first_page(group, expected * SIZE), expected)
             held.append(dict(zip(seen, found, strict=True)))
-            assert found == [self.entries[key, tokens[: (i + 1) * SIZE]][group] for i in seen]
+            assert found == [
+                self.entries[key, tokens[: (i + 1) * SIZE]][group] for i in seen
+            ]
         tokens = tokens[: expected * SIZE]
-        self.sequences.append({"key": key, "tokens": tokens, "node": node, "pages": held})
+        self.sequences.append(
+            {"key": key, "tokens": tokens, "node": node, "pages": held}
+        )
 
     @rule(which=st.integers(0, 99), tokens=st.tuples(*[st.integers(0, 1)] * SIZE))
     def grow(self, which, tokens):
@@ -111,7 +127,9 @@ class PagesMachine(RuleBasedStateMachine):
                 for page in pages.values():
                     pool.retain(page)
             source["node"].num_holders += 1
-            self.sequences.append({**source, "pages": [dict(each) for each in source["pages"]]})
+            self.sequences.append(
+                {**source, "pages": [dict(each) for each in source["pages"]]}
+            )
 
     @rule(which=st.integers(0, 99))
     def end(self, which):
@@ -164,5 +182,7 @@ TestWindowedPages = WindowedPagesMachine.TestCase
 def test_spanned_pages(size):
     for tokens in range(40):
         starts = range(size)
-        naive = max(len({(start + i) // size for i in range(tokens)}) for start in starts)
+        naive = max(
+            len({(start + i) // size for i in range(tokens)}) for start in starts
+        )
         assert count_spanned_pages(tokens, size) == naive

@@ -18,7 +18,11 @@ def test_each_token_is_predicted_from_all_others(mesh, one_device_mesh):
     with jax.set_mesh(where):
         model, params = make_encoder(where)
     scorer = MaskedScorer(
-        model, params, where, mask_id=MASK, wrap=lambda tokens: ([FIRST, *tokens, LAST], 1)
+        model,
+        params,
+        where,
+        mask_id=MASK,
+        wrap=lambda tokens: ([FIRST, *tokens, LAST], 1),
     )
     rng, done = np.random.default_rng(0), []
     pairs = [
@@ -32,13 +36,17 @@ def test_each_token_is_predicted_from_all_others(mesh, one_device_mesh):
 
         @jax.jit
         def compute_logits(params, rows):
-            places = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
+            places = np.broadcast_to(
+                np.arange(rows.shape[1], dtype=np.int32), rows.shape
+            )
             bound = bind(model, params)
             return bound.logits(bound(rows, places)[0])
 
         for (context, tail), score in zip(pairs, scores, strict=True):
             places = 1 + len(context) + np.arange(len(tail))
-            rows = np.repeat([[FIRST, *context, *tail, LAST]], len(tail), 0).astype(np.int32)
+            rows = np.repeat([[FIRST, *context, *tail, LAST]], len(tail), 0).astype(
+                np.int32
+            )
             targets = np.array(tail)
             rows[np.arange(len(tail)), places] = MASK
             logits = np.asarray(compute_logits(params, rows), np.float64)

@@ -1,6 +1,6 @@
-"""Promise: each row's next token is drawn from the distribution that its settings define, whatever
-the other rows' are, and no setting compiles anything anew. Compared with a float64 filter written
-token by token from the definitions."""
+"""Promise: each row's next token is drawn from the distribution that its settings
+define, whatever the other rows' are, and no setting compiles anything anew. Compared
+with a float64 filter written token by token from the definitions."""
 
 from functools import partial
 
@@ -33,13 +33,21 @@ def reference(logits, config, prompt, output, vocab_size=VOCAB) -> np.ndarray:
     for i, bias in config.logit_bias.items():
         x[i] += bias
     for i in set(text):
-        x[i] = x[i] * config.repetition_penalty if x[i] < 0 else x[i] / config.repetition_penalty
+        x[i] = (
+            x[i] * config.repetition_penalty
+            if x[i] < 0
+            else x[i] / config.repetition_penalty
+        )
     for i in set(output):
         x[i] -= config.frequency_penalty * output.count(i) + config.presence_penalty
     banned, n = set(), config.no_repeat_ngram_size
     if n:
         grams = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)}
-        banned = {i for i in x if (*text[len(text) - n + 1 :], i) in grams and len(text) >= n - 1}
+        banned = {
+            i
+            for i in x
+            if (*text[len(text) - n + 1 :], i) in grams and len(text) >= n - 1
+        }
     if len(output) < config.min_new_tokens:
         banned |= {*STOPS}
     x = {i: z for i, z in x.items() if i not in banned} or x
@@ -51,7 +59,13 @@ def reference(logits, config, prompt, output, vocab_size=VOCAB) -> np.ndarray:
         x = {i: z for i, z in x.items() if z >= least}
     p = softmax(x)
     if config.top_p < 1:
-        p = softmax({i: x[i] for i in x if sum(q for q in p.values() if q > p[i]) < config.top_p})
+        p = softmax(
+            {
+                i: x[i]
+                for i in x
+                if sum(q for q in p.values() if q > p[i]) < config.top_p
+            }
+        )
     p = softmax({i: x[i] for i in p if p[i] >= config.min_p * max(p.values())})
     if config.typical_p < 1:
         entropy = -sum(q * np.log(q) for q in p.values())
@@ -72,7 +86,9 @@ def random_config(rng) -> SamplingConfig:
     def maybe(name, value):
         return {name: value} if rng.random() < 1 / 3 else {}
 
-    bias = {int(i): float(rng.normal(0, 3)) for i in rng.choice(VOCAB, 3, replace=False)}
+    bias = {
+        int(i): float(rng.normal(0, 3)) for i in rng.choice(VOCAB, 3, replace=False)
+    }
     return SamplingConfig(
         temperature=float(rng.choice([0, 0.3, 0.7, 1, 1, 1.3, 2.5])),
         seed=int(rng.integers(2**32)),
@@ -114,7 +130,9 @@ class Batch:
 
 @jax.jit
 def step(logits, settings, history, prompts, lengths):
-    logits = process_logits(logits, settings, history, prompts, lengths, vocab_size=VOCAB)
+    logits = process_logits(
+        logits, settings, history, prompts, lengths, vocab_size=VOCAB
+    )
     return sample(logits, settings, lengths)
 
 
@@ -204,12 +222,17 @@ def test_draws_follow_the_probabilities():
     expected = draws * np.asarray(jax.nn.softmax(kept), np.float64)
     assert counts[expected == 0].sum() == 0
     assert (expected > 0).sum() > 100
-    assert chisquare(counts[expected > 0], expected[expected > 0], sum_check=False).pvalue > 1e-3
+    assert (
+        chisquare(counts[expected > 0], expected[expected > 0], sum_check=False).pvalue
+        > 1e-3
+    )
     # One token after another is independent of the last.
     both = np.bincount(np.asarray(tokens[:-1] % 3 * 3 + tokens[1:] % 3), minlength=9)
     thirds = np.bincount(np.arange(vocab) % 3, expected, 3) / draws
     assert (
-        chisquare(both, np.outer(thirds, thirds).ravel() * both.sum(), sum_check=False).pvalue
+        chisquare(
+            both, np.outer(thirds, thirds).ravel() * both.sum(), sum_check=False
+        ).pvalue
         > 1e-3
     )
 
@@ -219,7 +242,9 @@ def test_draws_differ_by_seed_stream_and_position_alone():
     configs = [SamplingConfig(seed=seed) for seed in (1, 1, 2**32 - 1, 1, 1, 1)]
     settings = stack_settings(configs, 6, streams=[0, 1, 0, 0, 2**32 - 1, 0])
     keys = make_keys(settings, jnp.asarray([9, 9, 9, 10, 9, 9], jnp.int32))
-    tokens = np.asarray(sample_tokens(jnp.asarray(logits), keys, np.zeros(6, bool))).tolist()
+    tokens = np.asarray(
+        sample_tokens(jnp.asarray(logits), keys, np.zeros(6, bool))
+    ).tolist()
     assert tokens[0] == tokens[5]
     assert len(set(tokens)) == 5
 
@@ -227,14 +252,22 @@ def test_draws_differ_by_seed_stream_and_position_alone():
 keep = jax.jit(process_logits, static_argnames="vocab_size")
 
 
-def kept_ids(logits, history=(), output=0, vocab_size=None, allowed=None, **knobs) -> list[int]:
+def kept_ids(
+    logits, history=(), output=0, vocab_size=None, allowed=None, **knobs
+) -> list[int]:
     """Tokens that one row may draw."""
     settings = stack_settings([SamplingConfig(**knobs)], 1, stop_ids=[STOPS])
-    text = jnp.asarray([[*history, *[0, 1, 2, 3] * 2][:8]], jnp.int32)  # the rest does not matter
+    text = jnp.asarray(
+        [[*history, *[0, 1, 2, 3] * 2][:8]], jnp.int32
+    )  # the rest does not matter
     length = jnp.asarray([len(history)], jnp.int32)
     x = jnp.asarray([logits], jnp.float32)
     size = vocab_size or len(logits)
-    bits = None if allowed is None else jnp.asarray([[sum(1 << i for i in allowed)]], jnp.uint32)
+    bits = (
+        None
+        if allowed is None
+        else jnp.asarray([[sum(1 << i for i in allowed)]], jnp.uint32)
+    )
     x = keep(x, settings, text, length - output, length, vocab_size=size, allowed=bits)
     x, _ = sample(x, settings, length)
     return np.flatnonzero(np.asarray(x[0]) > -np.inf).tolist()
@@ -255,8 +288,12 @@ def test_nothing_that_is_not_allowed_is_kept():
     x = [5.0, 4.0, 3.0, 2.0, 1.0, 9.0]
     assert kept_ids(x, vocab_size=5, top_k=3) == [0, 1, 2]
     assert kept_ids(x, vocab_size=5, allowed=[1, 3, 5], top_k=2) == [1, 3]
-    assert kept_ids(x, vocab_size=5, allowed=[4, 5], logit_bias={0: 99.0}, top_p=0.1) == [4]
-    assert kept_ids(x, vocab_size=5, logit_bias={5: 99.0, 77: 1.0}, temperature=0) == [0]
+    assert kept_ids(
+        x, vocab_size=5, allowed=[4, 5], logit_bias={0: 99.0}, top_p=0.1
+    ) == [4]
+    assert kept_ids(x, vocab_size=5, logit_bias={5: 99.0, 77: 1.0}, temperature=0) == [
+        0
+    ]
 
 
 def test_bans_that_would_leave_nothing_do_not_hold():
@@ -265,7 +302,12 @@ def test_bans_that_would_leave_nothing_do_not_hold():
     assert kept_ids(x, [0, 0], 2, min_new_tokens=2) == [0, 1, 2, 3]
     assert kept_ids(x, allowed=[3], min_new_tokens=2) == [3]
     assert kept_ids(x, [0, 1, 2], no_repeat_ngram_size=1) == [3]
-    assert kept_ids(x, [0, 1, 2], no_repeat_ngram_size=1, min_new_tokens=2) == [0, 1, 2, 3]
+    assert kept_ids(x, [0, 1, 2], no_repeat_ngram_size=1, min_new_tokens=2) == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_repeated_ngrams_by_hand():
@@ -290,13 +332,19 @@ def test_positions_of_a_draft_are_as_one_after_another(batch):
     """Logits [R, G, V], the draft already in the history."""
     rows, drafts = 240, 3
     _, settings, history, prompts, lengths = batch.arrays()
-    several = np.random.default_rng(1).normal(0, 3, (rows, drafts, VOCAB + 3)).astype(np.float32)
+    several = (
+        np.random.default_rng(1)
+        .normal(0, 3, (rows, drafts, VOCAB + 3))
+        .astype(np.float32)
+    )
     ends = lengths[:, None] + np.arange(drafts, dtype=np.int32)
     axes = (1, None, None, None, 1)
     process = jax.vmap(partial(process_logits, vocab_size=VOCAB), axes, 1)
     together = jax.jit(process)(several, settings, history, prompts, ends)
     for g in range(drafts):
-        alone = keep(several[:, g], settings, history, prompts, ends[:, g], vocab_size=VOCAB)
+        alone = keep(
+            several[:, g], settings, history, prompts, ends[:, g], vocab_size=VOCAB
+        )
         np.testing.assert_allclose(together[:, g], alone, rtol=1e-6)
 
 
@@ -329,17 +377,23 @@ def test_log_probabilities_are_the_models_own(batch):
     np.testing.assert_allclose(chosen, exact[np.arange(9), tokens], rtol=1e-5)
     likeliest = np.argsort(-exact[:, :VOCAB], axis=-1)[:, :20]
     assert np.array_equal(ids, likeliest)
-    np.testing.assert_allclose(values, np.take_along_axis(exact, likeliest, -1), rtol=1e-5)
+    np.testing.assert_allclose(
+        values, np.take_along_axis(exact, likeliest, -1), rtol=1e-5
+    )
     assert ids.dtype == jnp.int32
     assert all(not np.any(x) for x in compute(logits, tokens, jnp.asarray(False)))
-    few = compute_logprobs(logits[:, :4], tokens[:9] % 4, jnp.asarray(True), vocab_size=3)
+    few = compute_logprobs(
+        logits[:, :4], tokens[:9] % 4, jnp.asarray(True), vocab_size=3
+    )
     assert few[1].shape == (9, 3)
 
 
 def test_bad_settings_are_refused_in_one_line():
     bad = "temperature=-0.1 top_k=-1 top_p=1.1 max_new_tokens=0 repetition_penalty=0"
     for setting in [*bad.split(), "logit_bias={-1: 2.0}", "logit_bias={1: .inf}"]:
-        assert setting.partition("=")[0] in message(load_config, SamplingConfig, None, [setting])
+        assert setting.partition("=")[0] in message(
+            load_config, SamplingConfig, None, [setting]
+        )
     got = message(load_config, SamplingConfig, None, ["top_p=0"])
     assert got == "command line: top_p must be greater than 0, not 0"
 

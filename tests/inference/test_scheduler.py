@@ -1,4 +1,5 @@
-"""The scheduler drives a device of numpy arrays, where a wrong page shows as a wrong token."""
+"""The scheduler drives a device of numpy arrays, where a wrong page shows as a wrong
+token."""
 
 from itertools import count
 
@@ -15,8 +16,11 @@ VOCAB, STOP = 12, 11
 
 
 def hash_tokens(sequence, tokens):
-    """For each token a number that depends on it and all before it, as keys and values do."""
-    state = hash((sequence.cache_key, sequence.encoder_tokens))  # of integers: always the same
+    """For each token a number that depends on it and all before it, as keys and values
+    do."""
+    state = hash(
+        (sequence.cache_key, sequence.encoder_tokens)
+    )  # of integers: always the same
     states = []
     for token in tokens:
         state = hash((state, token)) % 2**62
@@ -29,14 +33,17 @@ def next_token(sequence, state):
 
 
 class SimulatedDevice:
-    """Pages and rows as numpy arrays. A computed token writes its hash to its slot, and reads all
-    that it sees through the page tables, where its own sequence's hashes must be."""
+    """Pages and rows as numpy arrays. A computed token writes its hash to its slot, and
+    reads all that it sees through the page tables, where its own sequence's hashes must
+    be."""
 
     def __init__(self, scheduler, rng=None, stop=None):
         self.scheduler, self.rng, self.stop = scheduler, rng, stop
         shards, rows = len(scheduler._shards), scheduler.config.max_sequences
         self.size = scheduler.config.page_size
-        self.pools = [np.zeros((shards, n, self.size), np.int64) for n in scheduler.num_pages]
+        self.pools = [
+            np.zeros((shards, n, self.size), np.int64) for n in scheduler.num_pages
+        ]
         self.rows = np.zeros((shards, rows), np.int64)  # the encoder's output
         self.num_prefilled = self.num_copies = self.max_steps = self.num_rejected = 0
 
@@ -54,7 +61,9 @@ class SimulatedDevice:
                 assert self.scheduler._shards[shard].pools[group].ref_counts[page] == 1
                 assert writers.setdefault((shard, group, page), sequence) is sequence
                 pool[page, at % self.size] = states[at]
-            seen = np.arange(0 if window is None else max(0, start - window + 1), len(tokens))
+            seen = np.arange(
+                0 if window is None else max(0, start - window + 1), len(tokens)
+            )
             found = pool[table[seen // self.size], seen % self.size]
             np.testing.assert_array_equal(found, np.array(states)[seen])
         return states[start:]
@@ -79,7 +88,9 @@ class SimulatedDevice:
             if sequence.num_drafts and num_tokens > 1:
                 assert step.num_steps == 1
                 drafts = self.rng.integers(0, VOCAB, num_tokens - 1).tolist()
-                states = self.compute(sequence, sequence.tokens + drafts, start, writers)
+                states = self.compute(
+                    sequence, sequence.tokens + drafts, start, writers
+                )
                 for state, draft in zip(states, [*drafts, None], strict=True):
                     new.append(next_token(sequence, state))
                     if new[-1] != draft:
@@ -102,7 +113,11 @@ class SimulatedDevice:
             self.num_prefilled += num_tokens
         config, parts = self.scheduler.config, [*step.decode, *step.prefill]
         for shard in range(len(self.scheduler._shards)):
-            chunks = [chunk.num_tokens for chunk in step.prefill if chunk.sequence.shard == shard]
+            chunks = [
+                chunk.num_tokens
+                for chunk in step.prefill
+                if chunk.sequence.shard == shard
+            ]
             assert len(chunks) <= config.max_chunks
             assert sum(chunks) <= config.prefill_tokens
         assert step.num_steps == 1 or len(step.decode) == len(self.scheduler.running)
@@ -140,7 +155,9 @@ def make_request(tokens, number=0, new=4, **kwargs):
 
 def make_scheduler(windows=(None,), num_shards=1, decoder_start_id=None, **settings):
     config = EngineConfig(**{"max_length": 64, "page_size": 4, **settings})
-    return Scheduler(config, windows, num_shards=num_shards, decoder_start_id=decoder_start_id)
+    return Scheduler(
+        config, windows, num_shards=num_shards, decoder_start_id=decoder_start_id
+    )
 
 
 def simulate(*args, rng=None, **settings):
@@ -166,12 +183,20 @@ def finish_all(scheduler, device):
         ((), None, {"decode_steps": 3}),
     ],
 )
-def test_random_traffic_computes_every_token_from_its_own_context(windows, num_pages, settings):
-    """Arrivals with common prefixes, several sequences a request, drafts, grammars, forks and 500
-    aborts at any moment over few pages: nothing reads another's page, nothing stands still, nothing
-    is left, and sequences get the tokens that they get alone."""
+def test_random_traffic_computes_every_token_from_its_own_context(
+    windows, num_pages, settings
+):
+    """Arrivals with common prefixes, several sequences a request, drafts, grammars,
+    forks and 500 aborts at any moment over few pages: nothing reads another's page,
+    nothing stands still, nothing is left, and sequences get the tokens that they get
+    alone."""
     rng = np.random.default_rng(3)
-    base = {"max_sequences": 5, "max_length": 52, "decode_steps": 5, "num_pages": num_pages}
+    base = {
+        "max_sequences": 5,
+        "max_length": 52,
+        "decode_steps": 5,
+        "num_pages": num_pages,
+    }
     base |= {"prefill_tokens": 11, "max_chunks": 3}
     scheduler = make_scheduler(windows, **base | settings)
     device, names, requests = SimulatedDevice(scheduler, rng, STOP), count(), []
@@ -197,7 +222,10 @@ def test_random_traffic_computes_every_token_from_its_own_context(windows, num_p
                 "prompt_logprobs": 0 if rng.random() < 0.1 else None,
             }
             if rng.random() < 0.2:  # continuations to score
-                tails = [rng.integers(0, STOP, rng.integers(1, 9)) for _ in range(rng.integers(6))]
+                tails = [
+                    rng.integers(0, STOP, rng.integers(1, 9))
+                    for _ in range(rng.integers(6))
+                ]
                 tails = tuple(tuple(tail.tolist()) for tail in [*tails, np.array([1])])
                 how |= {"new": 1, "num_sequences": len(tails), "continuations": tails}
                 how |= {"grammar": None, "prompt_logprobs": 0}
@@ -220,12 +248,18 @@ def test_random_traffic_computes_every_token_from_its_own_context(windows, num_p
         for sequence in scheduler.running:
             end = -(-sequence.num_computed // device.size)
             for group, window in enumerate(windows):
-                held = scheduler.page_tables[group][sequence.shard, sequence.row].nonzero()[0]
-                start = 0 if window is None else max(0, sequence.num_computed - window + 1)
+                held = scheduler.page_tables[group][
+                    sequence.shard, sequence.row
+                ].nonzero()[0]
+                start = (
+                    0 if window is None else max(0, sequence.num_computed - window + 1)
+                )
                 assert held.tolist() == list(range(start // device.size, end))
     check_rest(scheduler, device)
     for sequence in requests:
-        states = hash_tokens(sequence, sequence.tokens)[sequence.num_prompt_tokens - 1 :]
+        states = hash_tokens(sequence, sequence.tokens)[
+            sequence.num_prompt_tokens - 1 :
+        ]
         output = sequence.tokens[sequence.num_prompt_tokens :]
         assert output == [next_token(sequence, state) for state in states[:-1]]
     # All of it came up.
@@ -236,9 +270,14 @@ def test_random_traffic_computes_every_token_from_its_own_context(windows, num_p
 
 @pytest.mark.parametrize("together", [True, False])
 def test_requests_share_a_prefix(together):
-    """32 requests with 1,000 tokens in common, at once or one after another, hold one copy of their
-    pages, and prefill less than a fifth of their tokens."""
-    settings = {"page_size": 8, "max_sequences": 32, "prefill_tokens": 4000, "max_chunks": 32}
+    """32 requests with 1,000 tokens in common, at once or one after another, hold one
+    copy of their pages, and prefill less than a fifth of their tokens."""
+    settings = {
+        "page_size": 8,
+        "max_sequences": 32,
+        "prefill_tokens": 4000,
+        "max_chunks": 32,
+    }
     scheduler, device = simulate(max_length=1040, **settings)
     prefix, pages = np.random.default_rng(1).integers(0, VOCAB, 1000), set()
     sequences = []
@@ -260,7 +299,8 @@ def test_requests_share_a_prefix(together):
 
 
 def test_prompt_of_several_sequences_is_prefilled_once():
-    """Its full pages are shared; each sequence but one copies the page that is partly filled."""
+    """Its full pages are shared; each sequence but one copies the page that is partly
+    filled."""
     scheduler, device = simulate(prefix_cache=False)
     sequences = scheduler.add(make_request(range(23), new=5, num_sequences=7))
     finish_all(scheduler, device)
@@ -272,8 +312,9 @@ def test_prompt_of_several_sequences_is_prefilled_once():
 
 
 def test_rows_and_steps():
-    """Rows are the lowest free ones. Several steps go in one dispatch, none beyond a sequence's
-    end, if no prompt is under way and no row needs the host or has drafts."""
+    """Rows are the lowest free ones. Several steps go in one dispatch, none beyond a
+    sequence's end, if no prompt is under way and no row needs the host or has
+    drafts."""
     scheduler = make_scheduler(max_sequences=3, decode_steps=4, prefill_tokens=8)
     device, sequences = SimulatedDevice(scheduler, np.random.default_rng(0)), []
     for number, new in enumerate([20, 3, 7, 9]):
@@ -297,8 +338,8 @@ def test_rows_and_steps():
 
 
 def test_oldest_requests_start_first_and_stay():
-    """Where pages run out the youngest sequence waits, and goes on with its output before any that
-    came after it."""
+    """Where pages run out the youngest sequence waits, and goes on with its output
+    before any that came after it."""
     scheduler, device = simulate(num_pages=9, prefix_cache=False, decode_steps=1)
     requests = (make_request([1, 2, 3 + number], number, new=26) for number in range(3))
     first, second, third = (scheduler.add(request)[0] for request in requests)
@@ -310,7 +351,9 @@ def test_oldest_requests_start_first_and_stay():
     ends = []
     while step := scheduler.schedule():
         device.run(step)
-        ends += [x for x in (first, second, third) if x.state == "finished" and x not in ends]
+        ends += [
+            x for x in (first, second, third) if x.state == "finished" and x not in ends
+        ]
     assert ends == [first, second, third]
     check_rest(scheduler, device)
 
@@ -318,7 +361,10 @@ def test_oldest_requests_start_first_and_stay():
 def test_long_prompt_does_not_hold_up_decoding():
     """Each step of a long prompt decodes the other rows as well."""
     scheduler = make_scheduler(max_length=200, prefill_tokens=10)
-    device, (short,) = SimulatedDevice(scheduler), scheduler.add(make_request([3], 0, new=60))
+    device, (short,) = (
+        SimulatedDevice(scheduler),
+        scheduler.add(make_request([3], 0, new=60)),
+    )
     device.run(scheduler.schedule())
     (long,) = scheduler.add(make_request(range(100), 1))
     for at in range(10):
@@ -331,9 +377,17 @@ def test_long_prompt_does_not_hold_up_decoding():
 @pytest.mark.parametrize(
     ("request_", "settings", "error"),
     [
-        (make_request(range(60), 7, 5), {}, "request 7: 60 tokens .*max_new_tokens=5 .* the 64 "),
+        (
+            make_request(range(60), 7, 5),
+            {},
+            "request 7: 60 tokens .*max_new_tokens=5 .* the 64 ",
+        ),
         (make_request([], 7), {}, "request 7: a request needs a token"),
-        (make_request([1], 7, num_sequences=0), {}, "request 7: a request needs a token"),
+        (
+            make_request([1], 7, num_sequences=0),
+            {},
+            "request 7: a request needs a token",
+        ),
         (make_request(range(30), 7, 4), {"num_pages": 9}, "needs 9 pages .* has 8 "),
         (make_request([1], 0), {}, "request_id: a request 0 is under way"),
     ],
@@ -356,9 +410,9 @@ def test_prompt_that_fills_the_pool_runs():
 
 
 def test_encoder_runs_before_the_first_decode_and_its_row_is_copied():
-    """An encoder's input is not split, and counts as prefill. A fork of a fork copies the first
-    row, also when that one has ended and its row has another sequence; what has ended is not copied
-    to."""
+    """An encoder's input is not split, and counts as prefill. A fork of a fork copies
+    the first row, also when that one has ended and its row has another sequence; what
+    has ended is not copied to."""
     scheduler, device = simulate(
         decoder_start_id=2, prefill_tokens=8, decode_steps=1, max_sequences=6
     )
@@ -400,8 +454,9 @@ def test_prompts_start_when_there_are_pages_for_all_of_them():
 
 
 def test_continuations_share_a_context_of_any_length():
-    """Continuations that are scored compute the context once, and its whole pages not at all where
-    the tree has them; but always its last token, behind which their first ones are looked up."""
+    """Continuations that are scored compute the context once, and its whole pages not
+    at all where the tree has them; but always its last token, behind which their first
+    ones are looked up."""
     tails = ((1, 2, 3, 4, 5), (2,), (1, 2, 3))
     scheduler, device = simulate(max_sequences=4)
     context = [*range(10), 7]
@@ -417,14 +472,17 @@ def test_continuations_share_a_context_of_any_length():
 
 
 def test_short_prompts_are_read_whole_and_the_oldest_goes_on():
-    """Prompts are read in order of what is left of them, but for a share of the oldest."""
+    """Prompts are read in order of what is left of them, but for a share of the
+    oldest."""
     scheduler, device = simulate(max_sequences=4, prefill_tokens=32)
     for number, size in enumerate([60, 20, 30, 10]):
         scheduler.add(make_request([number] * size, number))
     found = []
     for _ in range(2):
         step = scheduler.schedule()
-        found.append([(chunk.sequence.order[0], chunk.num_tokens) for chunk in step.prefill])
+        found.append(
+            [(chunk.sequence.order[0], chunk.num_tokens) for chunk in step.prefill]
+        )
         device.run(step)
     assert found == [[(3, 10), (1, 14), (0, 8)], [(1, 6), (2, 15), (0, 11)]]
 
@@ -440,12 +498,14 @@ def test_prompt_logprobs_need_the_whole_prompt():
 
 
 def test_little_of_a_step_is_padding():
-    """Chunks are computed in sizes of 32, 128 and 512: no step has half of one empty, unless a
-    smaller one would do no better."""
+    """Chunks are computed in sizes of 32, 128 and 512: no step has half of one empty,
+    unless a smaller one would do no better."""
     sizes = {}
     for length in (31, 33, 64, 65, 132, 256, 257, 600):
         scheduler = Scheduler(EngineConfig(max_sequences=2, max_length=1024), (None,))
-        scheduler.add(GenerationRequest("0", (1,) * length, SamplingConfig(max_new_tokens=1)))
+        scheduler.add(
+            GenerationRequest("0", (1,) * length, SamplingConfig(max_new_tokens=1))
+        )
         device, sizes[length] = SimulatedDevice(scheduler), []
         while step := scheduler.schedule():
             sizes[length] += [chunk.num_tokens for chunk in step.prefill]

@@ -1,5 +1,5 @@
-"""Promise: searches find what their definitions say, by plain forward passes and by hand; they keep
-to their budget of tokens, and give all pages back."""
+"""Promise: searches find what their definitions say, by plain forward passes and by
+hand; they keep to their budget of tokens, and give all pages back."""
 
 from dataclasses import replace
 from functools import cache
@@ -33,7 +33,12 @@ from tests.inference.test_encoder_decoder import built, forward
 
 PROMPT = [5, 9, 2, 40, 3, 8, 8]
 SAMPLED = SamplingConfig(temperature=20.0, max_new_tokens=8, seed=3)
-SMALL: dict[str, Any] = {"max_sequences": 8, "max_length": 48, "page_size": 4, "prefill_tokens": 16}
+SMALL: dict[str, Any] = {
+    "max_sequences": 8,
+    "max_length": 48,
+    "page_size": 4,
+    "prefill_tokens": 16,
+}
 
 
 class Letters:
@@ -48,7 +53,9 @@ class Letters:
 
 def make_engine(tiny, tokenizer=None, **settings) -> Engine:
     """One vocabulary and few sizes, so that tests share what they compile."""
-    return Engine(tiny.model, tiny.params, EngineConfig(**{**SMALL, **settings}), tokenizer, 3)
+    return Engine(
+        tiny.model, tiny.params, EngineConfig(**{**SMALL, **settings}), tokenizer, 3
+    )
 
 
 def check_pages(engine) -> None:
@@ -83,7 +90,9 @@ def logprobs(llama):
     return lambda tokens: compute(tuple(tokens))
 
 
-def search_naively(logprobs, prompt, vocab, stop, config) -> list[tuple[tuple[int, ...], float]]:
+def search_naively(
+    logprobs, prompt, vocab, stop, config
+) -> list[tuple[tuple[int, ...], float]]:
     """Beam search as transformers has it: a table of all continuations of all beams."""
     running, finished, n = [((), 0.0)], [], config.num_beams
     for length in range(1, config.max_new_tokens + 1):
@@ -116,7 +125,8 @@ def read(result) -> list[tuple[tuple[int, ...], Any]]:
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5])
 def test_wide_beams_find_the_best_of_all_continuations(llama, logprobs, penalty):
-    """Three tokens, the last of which ends an output: 31 outputs of four tokens at most."""
+    """Three tokens, the last of which ends an output: 31 outputs of four tokens at
+    most."""
     engine = make_engine(llama)
     config = BeamSearchConfig(
         num_beams=8,
@@ -131,7 +141,9 @@ def test_wide_beams_find_the_best_of_all_continuations(llama, logprobs, penalty)
         for body in product((0, 1), repeat=length - 1):
             for last in (2,) if length < 4 else (0, 1, 2):
                 tokens = (*body, last)
-                total = sum(logprobs([*PROMPT, *tokens[:i]])[t] for i, t in enumerate(tokens))
+                total = sum(
+                    logprobs([*PROMPT, *tokens[:i]])[t] for i, t in enumerate(tokens)
+                )
                 scores[tokens] = total / length**penalty
     best = sorted(scores.items(), key=lambda row: -row[1])
     assert read(result) == best[:8]
@@ -160,16 +172,21 @@ def test_penalties_and_rules_of_ending_equal_a_naive_search(llama, logprobs):
 
 
 def test_equally_likely_beams_go_by_rank():
-    search = BeamSearch(BeamSearchConfig(num_beams=2), frozenset({9}), TokenBudget(None))
+    search = BeamSearch(
+        BeamSearchConfig(num_beams=2), frozenset({9}), TokenBudget(None)
+    )
     search.beams = [Beam(4, (5,), -1.0), Beam(2, (6,), -1.5)]
     tops = {4: ((1, -1.0), (3, -1.0), (9, -1.0)), 2: ((8, -0.5), (7, -0.5), (0, -0.5))}
-    found = search.advance({index: TokenLogprob(0, 0.0, top) for index, top in tops.items()})
+    found = search.advance(
+        {index: TokenLogprob(0, 0.0, top) for index, top in tops.items()}
+    )
     assert found == [Beam(4, (5, 1), -2.0), Beam(4, (5, 3), -2.0)]
     assert not search.finished  # the end is likely, but third
 
 
 def test_beams_of_a_window_and_of_more_prompts_than_there_is_room_for(gpt2):
-    """Beams of a prompt are those that it has alone; one or two prompts fit at once, of five."""
+    """Beams of a prompt are those that it has alone; one or two prompts fit at once, of
+    five."""
     config = BeamSearchConfig(num_beams=4, max_new_tokens=10, num_return_sequences=4)
     prompts = [[1], PROMPT, [7, 7], list(range(20, 33)), [3]]
     scarce = make_engine(gpt2, num_pages=25, decode_steps=1)
@@ -203,7 +220,9 @@ def test_budgets_are_kept_to(llama):
     engine = make_engine(llama)
     config = BeamSearchConfig(num_beams=3, max_new_tokens=6, num_return_sequences=3)
     for budget in range(1, 20):
-        (cut,) = beam_search(engine, [PROMPT], config, stop_token_ids=[2], budget=budget)
+        (cut,) = beam_search(
+            engine, [PROMPT], config, stop_token_ids=[2], budget=budget
+        )
         steps = sum(spent <= budget for spent in (1, 3, 6, 9, 12, 15))
         shorter = config.model_copy(update={"max_new_tokens": steps})
         (whole,) = beam_search(engine, [PROMPT], shorter, stop_token_ids=[2])
@@ -244,7 +263,9 @@ def test_best_of_n_by_a_true_verifier_is_pass_at_n(llama):
                 lambda _, outputs: ["aa\n" in o.text for o in outputs],
             )
             assert len(result.outputs) == n
-            assert result.outputs[0].score == any("aa\n" in o.text for o in result.outputs)
+            assert result.outputs[0].score == any(
+                "aa\n" in o.text for o in result.outputs
+            )
             passed.append({o.token_ids for o in result.outputs})
         assert passed[0] <= passed[1] <= passed[2]  # the first samples are the same
         assert len(passed[2]) > 3
@@ -255,14 +276,21 @@ def test_best_of_n_by_a_true_verifier_is_pass_at_n(llama):
 
 
 def test_votes_by_hand(llama):
-    made = [Continuation((i,), 0.0, score=s) for i, s in enumerate((0.5, 0.9, 0.1, 0.3, 0.2, 1.0))]
+    made = [
+        Continuation((i,), 0.0, score=s)
+        for i, s in enumerate((0.5, 0.9, 0.1, 0.3, 0.2, 1.0))
+    ]
     answers = ["7", "8", "7", None, "7", None]
     answer, ranked = rank_by_answer(made, answers)  # 7: 0.8, 8: 0.9
     assert (answer, [o.token_ids[0] for o in ranked]) == ("8", [1, 0, 4, 2, 5, 3])
-    answer, ranked = rank_by_answer([replace(each, score=1.0) for each in made], answers)
+    answer, ranked = rank_by_answer(
+        [replace(each, score=1.0) for each in made], answers
+    )
     assert (answer, [o.token_ids[0] for o in ranked]) == ("7", [0, 2, 4, 1, 3, 5])
     assert rank_by_answer(made[:2], [None, None]) == (None, [made[1], made[0]])
-    assert message(rank_by_answer, [replace(made[0], score=-1.0)], ["7"]).startswith("scorer: ")
+    assert message(rank_by_answer, [replace(made[0], score=-1.0)], ["7"]).startswith(
+        "scorer: "
+    )
     engine = make_engine(llama, Letters())
 
     def parse(text):
@@ -288,7 +316,11 @@ def score_letters(prompt, outputs):
 def test_a_tree_keeps_each_path_s_best_step(llama):
     engine, finished = make_engine(llama, Letters()), 0
     tree = TreeSearchConfig(
-        num_subtrees=1, beam_width=4, max_steps=3, max_step_tokens=2, step_delimiters=("\n",)
+        num_subtrees=1,
+        beam_width=4,
+        max_steps=3,
+        max_step_tokens=2,
+        step_delimiters=("\n",),
     )
     for seed in range(6):
         sampling = SAMPLED.model_copy(update={"max_new_tokens": 30, "seed": seed})
@@ -305,7 +337,9 @@ def test_a_tree_keeps_each_path_s_best_step(llama):
             for output in outputs:
                 step = output.token_ids[len(path) :]
                 assert output.token_ids[: len(path)] == path
-                letters = [Letters.texts[t].decode() for t in output.token_ids if t != 2]
+                letters = [
+                    Letters.texts[t].decode() for t in output.token_ids if t != 2
+                ]
                 assert output.text == "".join(letters)
                 if number < 3:
                     assert 1 not in step[:-1]
@@ -321,18 +355,24 @@ def test_a_tree_keeps_each_path_s_best_step(llama):
         assert result.outputs[0].token_ids == path
         assert {o.token_ids for o in result.outputs} == {o.token_ids for o in calls[-1]}
         wide = tree.model_copy(update={"num_subtrees": 3})
-        several = diverse_verifier_tree_search(engine, PROMPT, score_letters, wide, sampling)
+        several = diverse_verifier_tree_search(
+            engine, PROMPT, score_letters, wide, sampling
+        )
         scores = [output.score for output in several.outputs]
         assert scores == sorted(scores, reverse=True)
         assert len(scores) == 12
         # Paths do not look at each other.
-        assert {o.token_ids for o in result.outputs} <= {o.token_ids for o in several.outputs}
+        assert {o.token_ids for o in result.outputs} <= {
+            o.token_ids for o in several.outputs
+        }
     assert 0 < finished < 6
     check_pages(engine)
 
 
 def test_answers():
-    assert [parse_last_number(t) for t in ("so 3-5 = -2.", "$1,234.50", "1, 2,3", "none")] == [
+    assert [
+        parse_last_number(t) for t in ("so 3-5 = -2.", "$1,234.50", "1, 2,3", "none")
+    ] == [
         "-2",
         "1234.5",
         "3",
@@ -340,9 +380,17 @@ def test_answers():
     ]
     assert parse_gsm8k("#### 5\nno:\n#### $1,000") == "1000"
     assert parse_gsm8k("the answer is 5") is None
-    assert parse_boxed(r"\boxed{1} then \boxed{ \frac{1}{2} } and \boxed{3") == r"\frac{1}{2}"
+    assert (
+        parse_boxed(r"\boxed{1} then \boxed{ \frac{1}{2} } and \boxed{3")
+        == r"\frac{1}{2}"
+    )
     assert parse_boxed("42") is None
-    texts = "The answer is (B), not C.", "A or D? answer: **D**", "Only (C) is, as E said", "no"
+    texts = (
+        "The answer is (B), not C.",
+        "A or D? answer: **D**",
+        "Only (C) is, as E said",
+        "no",
+    )
     assert [parse_choice(text) for text in texts] == ["B", "D", "C", None]
 
 
@@ -350,16 +398,26 @@ def test_bad_input(llama):
     engine = make_engine(llama)
     cold = SamplingConfig(temperature=0, max_new_tokens=4)
     assert "all alike" in message(best_of_n, engine, PROMPT, 2, cold)
-    assert "less than one sample" in message(best_of_n, engine, PROMPT, 2, SAMPLED, budget=7)
-    assert "one number for each" in message(best_of_n, engine, PROMPT, 2, SAMPLED, lambda *_: [1])
-    assert "more rows" in message(beam_search, engine, [PROMPT], BeamSearchConfig(num_beams=9))
+    assert "less than one sample" in message(
+        best_of_n, engine, PROMPT, 2, SAMPLED, budget=7
+    )
+    assert "one number for each" in message(
+        best_of_n, engine, PROMPT, 2, SAMPLED, lambda *_: [1]
+    )
+    assert "more rows" in message(
+        beam_search, engine, [PROMPT], BeamSearchConfig(num_beams=9)
+    )
     config = BeamSearchConfig(num_beams=2, num_return_sequences=3)
-    assert message(beam_search, engine, [PROMPT], config).startswith("num_return_sequences: ")
+    assert message(beam_search, engine, [PROMPT], config).startswith(
+        "num_return_sequences: "
+    )
     tree = TreeSearchConfig()
     sampling = SAMPLED.model_copy(update={"max_new_tokens": 10})
     call = diverse_verifier_tree_search
     assert "tokenizer" in message(call, engine, PROMPT, score_letters, tree, sampling)
     engine.add_request(GenerationRequest("other", (1,), cold))
-    assert "other requests" in message(beam_search, engine, [PROMPT], BeamSearchConfig())
+    assert "other requests" in message(
+        beam_search, engine, [PROMPT], BeamSearchConfig()
+    )
     list(engine.run(()))
     check_pages(engine)

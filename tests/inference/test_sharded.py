@@ -25,14 +25,23 @@ from maxlm.sharding import ShardingConfig
 from maxlm.sharding.mesh import MESH_AXES
 from tests.inference.conftest import CONFIGS, Tiny
 
-PROMPTS = [[1, 2], [5, 9, 2, 40, 3], [7], list(range(20)), [4, 4, 4, 4], [3]]  # on 4 shards
+PROMPTS = [
+    [1, 2],
+    [5, 9, 2, 40, 3],
+    [7],
+    list(range(20)),
+    [4, 4, 4, 4],
+    [3],
+]  # on 4 shards
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
 SAMPLED = SamplingConfig(temperature=2.0, top_k=50, top_p=0.95, max_new_tokens=6)
 SMALL = {"max_sequences": 2, "max_length": 32, "page_size": 4, "prefill_tokens": 8}
 
 
 def tokens(tiny, sampling, **settings):
-    return generate_tokens(tiny.model, tiny.params, PROMPTS, sampling, **SMALL, **settings)
+    return generate_tokens(
+        tiny.model, tiny.params, PROMPTS, sampling, **SMALL, **settings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +62,16 @@ def test_the_same_tokens_on_eight_devices_as_on_one(sharded, tinies, sampling):
 def test_the_same_tokens_with_windows_forks_and_guesses(mesh, build_tiny):
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 4}
     one, four = (
-        build_tiny("llama", m, attention=attention) for m in (mesh(), mesh(data=2, tensor=2))
+        build_tiny("llama", m, attention=attention)
+        for m in (mesh(), mesh(data=2, tensor=2))
     )
     speculation = {"kind": "draft_model", "folder": "", "num_drafts": 2}
 
     def run(tiny):
         config = EngineConfig(**SMALL, speculation=speculation)
-        engine = Engine(tiny.model, tiny.params, config, draft=DraftModel(tiny.model, tiny.params))
+        engine = Engine(
+            tiny.model, tiny.params, config, draft=DraftModel(tiny.model, tiny.params)
+        )
         requests = [
             GenerationRequest(str(i), tuple(prompt), SAMPLED, num_sequences=1 + i % 2)
             for i, prompt in enumerate(PROMPTS)
@@ -86,15 +98,23 @@ def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
 
 
 def check_split_caches(engine, shard):
-    """A layer's pages of keys have shards of this shape, and no step sends keys or values."""
+    """A layer's pages of keys have shards of this shape, and no step sends keys or
+    values."""
     shape = engine._inputs.list_shapes()[0]
     with jax.set_mesh(engine.mesh):
         key = engine._runner.state.caches["layers"][0].key
         assert {s.data.shape for s in key.addressable_shards} == {shard}
-        given = engine._inputs.build(ScheduledStep(), shape, engine.scheduler.page_tables, {})
+        given = engine._inputs.build(
+            ScheduledStep(), shape, engine.scheduler.page_tables, {}
+        )
         sizes = engine._runner.layout, engine._windows, engine.vocab_size
         step = run_step.lower(
-            engine.model, shape, *sizes, engine._runner.params, engine._runner.state, given
+            engine.model,
+            shape,
+            *sizes,
+            engine._runner.params,
+            engine._runner.state,
+            given,
         ).compile()
     sent = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|collective-)\S+\(", step.as_text())
     assert sent  # the regular expression finds something: results of split maps
@@ -108,7 +128,8 @@ def test_caches_stay_split_and_are_never_sent(sharded):
 
 
 def test_fewer_kv_heads_than_devices_are_kept_once_a_device(mesh, build_tiny):
-    """Four devices have copies of two kv heads, one each; forward passes without a cache too."""
+    """Four devices have copies of two kv heads, one each; forward passes without a
+    cache too."""
     attention = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6}
     one, eight = (
         build_tiny("llama", mesh(), vocab_size=64, attention=attention),
@@ -116,7 +137,9 @@ def test_fewer_kv_heads_than_devices_are_kept_once_a_device(mesh, build_tiny):
     )
     how = ShardingConfig(), ParallelConfig(), dict(eight.shape), jnp.float32
     placed = place_model(one.model.config, *how, training=None)
-    held = jax.device_put(jax.device_get(one.params), NamedSharding(eight, PartitionSpec()))
+    held = jax.device_put(
+        jax.device_get(one.params), NamedSharding(eight, PartitionSpec())
+    )
     four = Tiny(placed.model, held)
     assert tokens(four, GREEDY) == tokens(one, GREEDY)
     engine = Engine(four.model, four.params, EngineConfig(**SMALL))
@@ -132,5 +155,7 @@ def test_keys_that_lie_apart_from_their_queries_are_refused():
     config = DecoderConfig(**CONFIGS["llama"])
     sharding = ShardingConfig.model_validate({"compute": {"heads": None}})
     sizes = dict.fromkeys(MESH_AXES, 1) | {"tensor": 2}
-    with pytest.raises(MaxlmError, match="heads are on mesh axes none, kv_heads on tensor=2"):
+    with pytest.raises(
+        MaxlmError, match="heads are on mesh axes none, kv_heads on tensor=2"
+    ):
         place_model(config, sharding, ParallelConfig(), sizes, "float32", training=None)

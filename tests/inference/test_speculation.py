@@ -1,4 +1,5 @@
-"""Promise: guesses change neither the distribution of what is generated nor how it is counted."""
+"""Promise: guesses change neither the distribution of what is generated nor how it is
+counted."""
 
 import os
 
@@ -38,11 +39,14 @@ def make_engine(models, num_drafts: int, rows: int) -> Engine:
         max_chunks=64,
         speculation={"kind": "draft_model", "folder": "", "num_drafts": num_drafts},
     )
-    return Engine(model.model, model.params, config, draft=DraftModel(draft.model, draft.params))
+    return Engine(
+        model.model, model.params, config, draft=DraftModel(draft.model, draft.params)
+    )
 
 
 def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(models):
-    """Guessed by another model, temperature and nucleus on; probabilities from whole passes."""
+    """Guessed by another model, temperature and nucleus on; probabilities from whole
+    passes."""
     engine, counts = make_engine(models, 3, 250), np.zeros((VOCAB, VOCAB))
     sampling = SamplingConfig(max_new_tokens=4, **BIAS)
     requests = [
@@ -60,8 +64,12 @@ def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(models):
         joint[token] = first[token] * next_distribution(models[0], (*PROMPT, token))
     assert counts[joint == 0].sum() == 0
     possible = joint > 0
-    assert stats.chisquare(counts[possible], joint[possible] * NUM_SAMPLES).pvalue > 0.001
-    accepted = engine.stats().accepted_tokens_total / engine.stats().drafted_tokens_total
+    assert (
+        stats.chisquare(counts[possible], joint[possible] * NUM_SAMPLES).pvalue > 0.001
+    )
+    accepted = (
+        engine.stats().accepted_tokens_total / engine.stats().drafted_tokens_total
+    )
     assert 0.2 < accepted < 0.95  # the models differ, and not much
 
 
@@ -79,11 +87,15 @@ def next_distribution(tiny, text) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num_drafts", [2, 5])
-def test_tokens_a_step_follow_from_the_rate_of_acceptance(models, num_drafts, monkeypatch):
-    """(1 − a^(g+1)) / (1 − a) tokens a step (Leviathan et al. 2023, eq. 1), for guesses that are
-    right with probability a wherever they stand: a model without weights, always guessed alike."""
+def test_tokens_a_step_follow_from_the_rate_of_acceptance(
+    models, num_drafts, monkeypatch
+):
+    """(1 − a^(g+1)) / (1 − a) tokens a step (Leviathan et al. 2023, eq. 1), for guesses
+    that are right with probability a wherever they stand: a model without weights,
+    always guessed alike."""
     monkeypatch.setattr(
-        "maxlm.inference.engine.look_up_prompt", lambda tokens, config: [2] * config.num_drafts
+        "maxlm.inference.engine.look_up_prompt",
+        lambda tokens, config: [2] * config.num_drafts,
     )
     model = models[0]
     params = jax.tree.map(lambda x: x * 0, model.params)
@@ -91,17 +103,25 @@ def test_tokens_a_step_follow_from_the_rate_of_acceptance(models, num_drafts, mo
     bias = np.log(a * (VOCAB - 1) / (1 - a))
     speculation = {"kind": "prompt_lookup", "num_drafts": num_drafts}
     config = EngineConfig(
-        max_sequences=40, max_length=512, page_size=32, prefix_cache=False, speculation=speculation
+        max_sequences=40,
+        max_length=512,
+        page_size=32,
+        prefix_cache=False,
+        speculation=speculation,
     )
     engine = Engine(model.model, params, config)
     sampling = SamplingConfig(max_new_tokens=400, logit_bias={2: float(bias)})
     list(
         engine.run(
-            GenerationRequest(str(seed), PROMPT, sampling.model_copy(update={"seed": seed}))
+            GenerationRequest(
+                str(seed), PROMPT, sampling.model_copy(update={"seed": seed})
+            )
             for seed in range(40)
         )
     )
     counted = engine.stats()
-    steps = counted.drafted_tokens_total / num_drafts  # but for a few cut ones at the ends
+    steps = (
+        counted.drafted_tokens_total / num_drafts
+    )  # but for a few cut ones at the ends
     wanted = (1 - a ** (num_drafts + 1)) / (1 - a)
     assert 1 + counted.accepted_tokens_total / steps == pytest.approx(wanted, rel=0.03)

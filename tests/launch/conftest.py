@@ -32,7 +32,10 @@ def rendered():
 
     def make(scheduler, on, more=(), force=False, **options):
         source = "demo" if on.startswith("cpu") else "llama2_7b"
-        text = ("data.sources=[{store: /data/tokens}]", "tokenizer.path=/data/tokenizer")
+        text = (
+            "data.sources=[{store: /data/tokens}]",
+            "tokenizer.path=/data/tokenizer",
+        )
         if source == "demo":
             text = ("model.num_layers=1",)
         settings = [*text, "folder=/data/runs", *more]

@@ -1,5 +1,5 @@
-"""The committed examples are what the README's commands print, and what schedulers' own checks
-take."""
+"""The committed examples are what the README's commands print, and what schedulers' own
+checks take."""
 
 import re
 import shlex
@@ -37,11 +37,15 @@ def test_is_what_its_command_prints(name, capfd):
     assert capfd.readouterr().out == (EXAMPLES / name).read_text()
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name.endswith((".sh", ".sbatch"))])
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if name.endswith((".sh", ".sbatch"))]
+)
 def test_shell_scripts(name):
     checker = Path(sys.executable).with_name("shellcheck")
     for command in (["bash", "-n"], [checker, "--shell=bash"]):
-        found = subprocess.run([*command, EXAMPLES / name], capture_output=True, text=True)
+        found = subprocess.run(
+            [*command, EXAMPLES / name], capture_output=True, text=True
+        )
         assert found.returncode == 0, found.stdout + found.stderr
 
 
@@ -53,7 +57,9 @@ def round_trip(jobset):
     return found.to_dict()
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("jobset")])
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if name.startswith("jobset")]
+)
 def test_a_jobset_has_known_fields_alone(name):
     """The API's generated models drop a field they do not know."""
     jobset = yaml.safe_load((EXAMPLES / name).read_text())
@@ -65,8 +71,8 @@ def test_a_jobset_has_known_fields_alone(name):
 
 def expanded(text, variables):
     """What Kubernetes makes of a container's command, arguments and variables' values
-    (third_party/forked/golang/expansion, and the API's words on `command`): ``$$`` is ``$``,
-    ``$(NAME)`` a variable or itself, and any other ``$`` one."""
+    (third_party/forked/golang/expansion, and the API's words on `command`): ``$$`` is
+    ``$``, ``$(NAME)`` a variable or itself, and any other ``$`` one."""
     found, at = "", 0
     while at < len(text):
         end = text.find(")", at)
@@ -89,7 +95,8 @@ def expanded(text, variables):
     ],
 )
 def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, selector):
-    """Every pod's environment, as Kubernetes would fill it in, run by a shell: numbers 0 to n-1."""
+    """Every pod's environment, as Kubernetes would fill it in, run by a shell: numbers
+    0 to n-1."""
     spec = yaml.safe_load((EXAMPLES / name).read_text())["spec"]
     (replicated,) = spec["replicatedJobs"]
     job = replicated["template"]["spec"]
@@ -108,13 +115,14 @@ def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, sele
     ]
     assert codes == [1, 2, 75, 126, 127]
     if selector:
-        keys = ("cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology")
+        keys = (
+            "cloud.google.com/gke-tpu-accelerator",
+            "cloud.google.com/gke-tpu-topology",
+        )
         assert tuple(pod["nodeSelector"][key] for key in keys) == selector
     rules = {rule["name"]: rule for rule in spec["failurePolicy"]["rules"]}
     # As Kubernetes' Job controller words it (pkg/controller/job/pod_failure_policy.go).
-    exit_code = (
-        "Container train for pod a/b failed with exit code {} matching FailJob rule at index 1"
-    )
+    exit_code = "Container train for pod a/b failed with exit code {} matching FailJob rule at index 1"
     evicted = "Pod a/b has condition DisruptionTarget matching FailJob rule at index 0"
     for message, rule in [
         *((exit_code.format(code), "Failed") for code in (1, 2, 126, 127)),
@@ -129,12 +137,16 @@ def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, sele
         assert matching == ([rule] if rule else []), message
     script = 'echo "$MAXLM_PROCESS_ID $MAXLM_NUM_PROCESSES $MAXLM_COORDINATOR"'
     if container["command"] == ["/bin/sh", "-c"]:
-        script = expanded(container["args"][0], {}).split("exec maxlm train")[0] + script
+        script = (
+            expanded(container["args"][0], {}).split("exec maxlm train")[0] + script
+        )
     seen = []
     for slice_ in range(slices):
         for host in (0, 1, hosts - 1):
             fields = {
-                "metadata.annotations['batch.kubernetes.io/job-completion-index']": str(host),
+                "metadata.annotations['batch.kubernetes.io/job-completion-index']": str(
+                    host
+                ),
                 "metadata.labels['jobset.sigs.k8s.io/job-index']": str(slice_),
             }
             env = {
@@ -143,7 +155,9 @@ def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, sele
                 for entry in container["env"]
                 if "secretKeyRef" not in entry.get("valueFrom", {})
             }
-            out = subprocess.run(["sh", "-c", script], env=env, capture_output=True, text=True)
+            out = subprocess.run(
+                ["sh", "-c", script], env=env, capture_output=True, text=True
+            )
             number, total, coordinator = out.stdout.split()
             assert int(total) == slices * hosts
             assert coordinator.endswith(":8476")
@@ -158,7 +172,13 @@ def test_skypilot_numbers_its_nodes():
     script = run.split("exec ")[0] + "env | grep ^MAXLM | sort"
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.9", "SKYPILOT_NUM_NODES": "2"}
     env = {**nodes, "SKYPILOT_NODE_RANK": "1", "PATH": "/usr/bin:/bin"}
-    out = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        ["bash", "-c", script], env=env, capture_output=True, text=True
+    ).stdout
     assert out.split() == [
-        *("MAXLM_COORDINATOR=10.0.0.7:8476", "MAXLM_NUM_PROCESSES=2", "MAXLM_PROCESS_ID=1")
+        *(
+            "MAXLM_COORDINATOR=10.0.0.7:8476",
+            "MAXLM_NUM_PROCESSES=2",
+            "MAXLM_PROCESS_ID=1",
+        )
     ]

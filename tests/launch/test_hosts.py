@@ -5,8 +5,8 @@ import pytest
 from maxlm.launch.hosts import resolve_hosts
 from maxlm.plan.topology import parse_topology
 
-# Google Cloud, "TPU configurations" and "Plan TPUs in GKE": machine, hosts, chips a host, GKE's
-# topology, Cloud TPU's type.
+# Google Cloud, "TPU configurations" and "Plan TPUs in GKE": machine, hosts, chips a
+# host, GKE's topology, Cloud TPU's type.
 TPUS = [
     ("v4-8", 1, 4, "2x2x1", "v4-8"),
     ("v5p-8", 1, 4, "2x2x1", "v5p-8"),

@@ -1,4 +1,5 @@
-"""A JobSet says what it is to say to Kubernetes: its YAML, its variables, its volumes."""
+"""A JobSet says what it is to say to Kubernetes: its YAML, its variables, its
+volumes."""
 
 import re
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from maxlm.launch.render import _kubernetes, _yaml
 from tests.launch.test_examples import expanded
 
-# What YAML 1.1 and 1.2 (Kubernetes' go-yaml knows some of each) take for something else than text.
+# What YAML 1.1 and 1.2 (Kubernetes' go-yaml knows some of each) take for something else
+# than text.
 NO_TEXT = re.compile(
     r"~|null|y|n|yes|no|on|off|true|false|<<|="
     r"|[-+]?(\.inf|\.nan)"
@@ -19,11 +21,30 @@ NO_TEXT = re.compile(
     r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?",
     re.IGNORECASE | re.ASCII,
 )
-WORDS = ("", "\n", " a", "y", "No", "a:", "a: b", "a #b", "-", "é", "😀", "\x85", "/", "a\\b")
+WORDS = (
+    "",
+    "\n",
+    " a",
+    "y",
+    "No",
+    "a:",
+    "a: b",
+    "a #b",
+    "-",
+    "é",
+    "😀",
+    "\x85",
+    "/",
+    "a\\b",
+)
 NUMBERS = ("1e5", "123e4567", "0o17", "0x1F", "12:30", "1_000", ".5")
 
 
-@given(st.sampled_from(WORDS + NUMBERS) | st.text() | st.from_regex(NO_TEXT, fullmatch=True))
+@given(
+    st.sampled_from(WORDS + NUMBERS)
+    | st.text()
+    | st.from_regex(NO_TEXT, fullmatch=True)
+)
 @settings(max_examples=100)
 def test_text_stays_text(text):
     line = _yaml(text)
@@ -42,10 +63,16 @@ def test_kubernetes_gives_back_the_text(text):
 
 @pytest.fixture
 def pod(rendered):
-    """A JobSet and its pods' spec: (machine, settings of the run, options of the job)."""
+    """A JobSet and its pods' spec: (machine, settings of the run, options of the
+    job)."""
 
     def make(on, more=(), **options):
-        options = {"image": "i", "mount": ("gs://bucket:/data",), "grace": 10_000, **options}
+        options = {
+            "image": "i",
+            "mount": ("gs://bucket:/data",),
+            "grace": 10_000,
+            **options,
+        }
         jobset = yaml.safe_load(rendered("jobset", on, more, force=True, **options))
         (job,) = jobset["spec"]["replicatedJobs"]
         return jobset, job["template"]["spec"]["template"]["spec"]
@@ -66,7 +93,9 @@ def test_a_dollar_reaches_the_program(pod, machine):
     assert any(prompts in expanded(word, variables) for word in words)
 
 
-@pytest.mark.parametrize(("on", "wanted"), [("v5p-8", False), ("v5p-64", True), ("h100x64", False)])
+@pytest.mark.parametrize(
+    ("on", "wanted"), [("v5p-8", False), ("v5p-64", True), ("h100x64", False)]
+)
 def test_a_slice_of_several_hosts_has_a_node_pool_to_itself(pod, on, wanted):
     assert ("annotations" in pod(on)[0]["metadata"]) == wanted
 

@@ -28,12 +28,15 @@ def write_driver(rendered, tmp_path, **options):
 
 
 @pytest.mark.parametrize(
-    ("codes", "worst"), [((75, 2), 2), ((139, 75), 76), ((-9, 0), 76), ((130, 76), 1), ((0, 0), 0)]
+    ("codes", "worst"),
+    [((75, 2), 2), ((139, 75), 76), ((-9, 0), 76), ((130, 76), 1), ((0, 0), 0)],
 )
 def test_the_worst_code_is_the_drivers(codes, worst, rendered, tmp_path, monkeypatch):
     watch = runpy.run_path(str(write_driver(rendered, tmp_path)))["watch"]
     monkeypatch.setattr(ray, "get", list)
-    hosts = [SimpleNamespace(code=SimpleNamespace(remote=lambda code=c: code)) for c in codes]
+    hosts = [
+        SimpleNamespace(code=SimpleNamespace(remote=lambda code=c: code)) for c in codes
+    ]
     assert watch(hosts, []) == worst
 
 

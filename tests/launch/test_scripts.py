@@ -1,4 +1,5 @@
-"""What the scripts do when processes end: run for real, with stand-ins for `srun` and `maxlm`."""
+"""What the scripts do when processes end: run for real, with stand-ins for `srun` and
+`maxlm`."""
 
 import ast
 import os
@@ -58,13 +59,18 @@ def test_slurm_requeues(code, restarts, requeued, program, rendered, tmp_path):
 
 
 def test_slurm_environment(program, rendered, tmp_path):
-    """Values reach the processes as they are, a secret only from where the job was submitted."""
+    """Values reach the processes as they are, a secret only from where the job was
+    submitted."""
     program("srun", '#!/bin/bash\nenv > "$LOG"\n')
     value = "two words; $(touch hacked) 'q'"
-    script = rendered("slurm", "cpux8", nodes=2, env=(f"NOTE={value}",), secret=("HF_TOKEN",))
+    script = rendered(
+        "slurm", "cpux8", nodes=2, env=(f"NOTE={value}",), secret=("HF_TOKEN",)
+    )
     assert "#SBATCH --nodes=2" in script
     env = environment(tmp_path)
-    lacking = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    lacking = subprocess.run(
+        ["bash", "-c", script], env=env, capture_output=True, text=True
+    )
     assert lacking.returncode
     assert "HF_TOKEN: is not in the environment" in lacking.stderr
     env["HF_TOKEN"] = "x"
@@ -79,7 +85,10 @@ def test_slurm_in_a_container(program, rendered, tmp_path):
     program("srun", '#!/bin/bash\nprintf "%s\\n" "$@" > "$LOG"\n')
     mounts = ("/data:/data", "/fast disk:/scratch")
     script = rendered("slurm", "h100x64", image="docker://a", mount=mounts)
-    assert subprocess.run(["bash", "-c", script], env=environment(tmp_path)).returncode == 0
+    assert (
+        subprocess.run(["bash", "-c", script], env=environment(tmp_path)).returncode
+        == 0
+    )
     given = (tmp_path / "log").read_text().splitlines()
     # pyxis takes the last of several.
     assert [word for word in given if "mounts" in word] == [
@@ -95,8 +104,13 @@ def until_started(log, count):
 
 
 def tpu_worker(rendered, program, codes, **options):
-    program("sleep", '#!/bin/bash\n[[ $1 == 10 ]] && exec /bin/sleep 0.3\nexec /bin/sleep "$1"\n')
-    script = rendered("tpu-vm", "v5p-64", maxlm=str(program("maxlm", STAND_IN)), **options)
+    program(
+        "sleep",
+        '#!/bin/bash\n[[ $1 == 10 ]] && exec /bin/sleep 0.3\nexec /bin/sleep "$1"\n',
+    )
+    script = rendered(
+        "tpu-vm", "v5p-64", maxlm=str(program("maxlm", STAND_IN)), **options
+    )
     return ["bash", "-c", script], {"CODES": codes}
 
 
@@ -116,13 +130,17 @@ def test_tpu_worker_restarts(codes, retries, starts, last, program, rendered, tm
     assert (tmp_path / "log").read_text().count("start") == starts
 
 
-def test_tpu_worker_told_to_stop_waits_until_the_state_is_saved(program, rendered, tmp_path):
+def test_tpu_worker_told_to_stop_waits_until_the_state_is_saved(
+    program, rendered, tmp_path
+):
     """Also told again, and before it knows its process."""
     (shell, option, script), codes = tpu_worker(rendered, program, "76 sleep 0")
     assert script.count("  pid=$!\n") == 1
     slow = script.replace("  pid=$!\n", "  /bin/sleep 0.5\n  pid=$!\n")
     log = tmp_path / "log"
-    process = subprocess.Popen([shell, option, slow], env=environment(tmp_path, **codes))
+    process = subprocess.Popen(
+        [shell, option, slow], env=environment(tmp_path, **codes)
+    )
     until_started(log, 2)
     for _ in range(4):
         process.send_signal(signal.SIGTERM)
@@ -146,7 +164,9 @@ def test_a_worker_runs_one_at_a_time(program, rendered, tmp_path):
     assert log.read_text().count("start") == 1
     os.killpg(first.pid, signal.SIGKILL)
     deadline = time.monotonic() + 300
-    while (third := subprocess.run(command, env=env, capture_output=True)).returncode == 2:
+    while (
+        third := subprocess.run(command, env=env, capture_output=True)
+    ).returncode == 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert third.returncode == 0
@@ -169,21 +189,27 @@ def test_slurm_gives_whole_nodes_or_a_share(on, nodes, header, rendered):
 
 @pytest.mark.parametrize("scheduler", ["jobset", "skypilot", "ray", "tpu-vm"])
 def test_a_config_of_this_machine_goes_along(scheduler, tmp_path, program):
-    """Hosts that do not see this machine's files get the resolved config's text; where it cannot be
-    written the job ends: a file of an earlier one would be trained instead."""
+    """Hosts that do not see this machine's files get the resolved config's text; where
+    it cannot be written the job ends: a file of an earlier one would be trained
+    instead."""
     source = tmp_path / "own.yaml"
     source.write_text(
         "include: llama2_7b\nname: own\nfolder: /data/runs\n"
-        "data: {sources: [{store: gs://corpus/tokens}]}\ntokenizer: {path: /data/tokenizer}\n"
+        "data: {sources: [{store: gs://corpus/tokens}]}\ntokenizer: {path: "
+        "/data/tokenizer}\n"
     )
     run = load_config(RunConfig, str(source), ["seed=7"]).value
     mount = ("gs://bucket:/data",) if scheduler in ("jobset", "skypilot") else ()
     options = JobOptions(image="i" if scheduler == "jobset" else None, mount=mount)
     on = "v5p-64" if scheduler == "tpu-vm" else "h100x64"
-    job, _ = make_job(run, str(source), ["seed=7"], scheduler=scheduler, on=on, options=options)
+    job, _ = make_job(
+        run, str(source), ["seed=7"], scheduler=scheduler, on=on, options=options
+    )
     script = text = render_job(job)
     if scheduler == "jobset":
-        pod = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+        pod = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"][
+            "template"
+        ]
         script = pod["spec"]["containers"][0]["args"][0]
     elif scheduler == "skypilot":
         script = yaml.safe_load(text)["run"]

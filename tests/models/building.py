@@ -20,14 +20,17 @@ CONFIGS = {
 }
 GPT2, LLAMA_GQA, PATTERN = CONFIGS["gpt2"], CONFIGS["llama_gqa"], CONFIGS["pattern"]
 
-# For jax.jit: XLA compiles a model four times as fast when it does not optimise; nothing else
-# changes.
+# For jax.jit: XLA compiles a model four times as fast when it does not optimise;
+# nothing else changes.
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False
 
-# Three rows of 11 tokens: one document; two and padding; two. Positions restart with each.
-SEGMENTS = np.array([[1] * 11, [1] * 4 + [2] * 5 + [0] * 2, [1] * 8 + [2] * 3], np.int32)
+# Three rows of 11 tokens: one document; two and padding; two. Positions restart with
+# each.
+SEGMENTS = np.array(
+    [[1] * 11, [1] * 4 + [2] * 5 + [0] * 2, [1] * 8 + [2] * 3], np.int32
+)
 POSITIONS = np.array(
     [[*range(11)], [*range(4), *range(5), 0, 0], [*range(8), *range(3)]],
     np.int32,
@@ -45,7 +48,9 @@ def shardings(specs: Params, mesh: Mesh) -> Params:
     sizes = dict(mesh.shape)
     rules = ShardingConfig().storage.for_mesh(sizes)
     return jax.tree.map(
-        lambda s: NamedSharding(mesh, resolve_placement("", s.shape, s.axes, rules, sizes).spec),
+        lambda s: NamedSharding(
+            mesh, resolve_placement("", s.shape, s.axes, rules, sizes).spec
+        ),
         specs,
     )
 
@@ -56,7 +61,9 @@ def random_params(config: DecoderConfig, mesh: Mesh, seed: int = 0) -> Params:
 
     def draw(path, spec):
         centre = 1.0 if path[-1].key == "scale" else 0.0
-        return centre + 0.4 * rng.standard_normal(spec.shape).astype(np.float32).astype(np.float64)
+        return centre + 0.4 * rng.standard_normal(spec.shape).astype(np.float32).astype(
+            np.float64
+        )
 
     return jax.tree_util.tree_map_with_path(draw, param_specs(decoder(config, mesh)))
 
@@ -87,7 +94,9 @@ def rows(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
     return [jax.device_put(a, NamedSharding(mesh, spec)) for a in arrays]
 
 
-def tokens_and_targets(vocab_size: int, shape: tuple[int, int] = SEGMENTS.shape, seed: int = 1):
+def tokens_and_targets(
+    vocab_size: int, shape: tuple[int, int] = SEGMENTS.shape, seed: int = 1
+):
     rng = np.random.default_rng(seed)
     tokens, targets = rng.integers(0, vocab_size, (2, *shape), dtype=np.int32)
     return tokens, targets, rng.random(shape).astype(np.float32)
@@ -97,7 +106,12 @@ def batch(vocab_size: int) -> dict[str, np.ndarray]:
     """Tokens of documents that share rows, targets, and weights of 0 for padding."""
     tokens, targets, weights = tokens_and_targets(vocab_size)
     layout = {"positions": POSITIONS, "segments": SEGMENTS}
-    return {"tokens": tokens, **layout, "targets": targets, "weights": weights * (SEGMENTS > 0)}
+    return {
+        "tokens": tokens,
+        **layout,
+        "targets": targets,
+        "weights": weights * (SEGMENTS > 0),
+    }
 
 
 def placed_batch(vocab_size: int, mesh: Mesh) -> dict[str, jax.Array]:
@@ -105,7 +119,9 @@ def placed_batch(vocab_size: int, mesh: Mesh) -> dict[str, jax.Array]:
     return dict(zip(given, rows(mesh, *given.values()), strict=True))
 
 
-def loss(model: Decoder, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+def loss(
+    model: Decoder, params: Params, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, Any]:
     """Weighted cross-entropy summed over the batch; also hidden states and logits."""
     bound = bind(model, params)
     hidden, _ = bound(batch["tokens"], batch["positions"], batch["segments"])
@@ -122,8 +138,8 @@ def gradient_step(model: Decoder) -> Any:
 
 
 def make_uniform_batch(first: int, count: int, rows: int, length: int) -> Any:
-    """Returns the batch of rows' tokens ``first`` to ``first + count`` and the layout of caches for
-    it: one page of ``length`` tokens a row, page 0 unused."""
+    """Returns the batch of rows' tokens ``first`` to ``first + count`` and the layout
+    of caches for it: one page of ``length`` tokens a row, page 0 unused."""
     place = np.arange(first, first + count, dtype=np.int32)
     positions = np.tile(place, rows)[None]
     own = np.arange(1, rows + 1, dtype=np.int32)

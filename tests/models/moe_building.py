@@ -36,9 +36,16 @@ DEEPSEEK_V3 = MoeConfig(
     shared_experts=1,
 )
 UNGATED = MoeConfig(
-    num_experts=5, experts_per_token=1, d_ff=7, gated=False, activation="gelu", renormalise=False
+    num_experts=5,
+    experts_per_token=1,
+    d_ff=7,
+    gated=False,
+    activation="gelu",
+    renormalise=False,
 )
-CAPACITY = MoeConfig(**SMALL, dispatch="capacity", capacity_factor=0.7, balance_loss=0.3)
+CAPACITY = MoeConfig(
+    **SMALL, dispatch="capacity", capacity_factor=0.7, balance_loss=0.3
+)
 CONFIGS = {
     "mixtral": MIXTRAL,
     "deepseek_v2": DEEPSEEK_V2,
@@ -62,7 +69,11 @@ def random_params(config: MoeConfig, seed: int = 0) -> Params:
     rng = np.random.default_rng(seed)
 
     def draw(spec):
-        return (0.5 * rng.standard_normal(spec.shape)).astype(np.float32).astype(np.float64)
+        return (
+            (0.5 * rng.standard_normal(spec.shape))
+            .astype(np.float32)
+            .astype(np.float64)
+        )
 
     return jax.tree.map(draw, param_specs(layer(config, AxisRules())))
 
@@ -70,7 +81,9 @@ def random_params(config: MoeConfig, seed: int = 0) -> Params:
 def inputs(shape=(8, 6), seed: int = 1):
     """(x [B, S, D], counted [B, S] with some padding, cotangent [B, S, D])."""
     rng = np.random.default_rng(seed)
-    x, d_y = rng.standard_normal((2, *shape, D_MODEL)).astype(np.float32).astype(np.float64)
+    x, d_y = (
+        rng.standard_normal((2, *shape, D_MODEL)).astype(np.float32).astype(np.float64)
+    )
     return x, rng.random(shape) < 0.8, d_y
 
 
@@ -81,13 +94,15 @@ def placed(mesh: Mesh, config: MoeConfig, params: Params) -> Params:
 
 
 def outputs_and_gradients(mesh: Mesh, config: MoeConfig, **settings: Any) -> Any:
-    """(y, aux, gradients of Σ y · d_y + aux.loss in parameters and x), as NumPy; ``settings`` are
-    compute rules."""
+    """(y, aux, gradients of Σ y · d_y + aux.loss in parameters and x), as NumPy;
+    ``settings`` are compute rules."""
     model = layer(config, compute_rules(mesh, **settings))
     with jax.set_mesh(mesh):
         spec = model.rules.spec("batch", "seq")
         x, counted, d_y = (
-            jax.device_put(a.astype(np.float32) if a.ndim == 3 else a, NamedSharding(mesh, spec))
+            jax.device_put(
+                a.astype(np.float32) if a.ndim == 3 else a, NamedSharding(mesh, spec)
+            )
             for a in inputs()
         )
 
@@ -95,7 +110,9 @@ def outputs_and_gradients(mesh: Mesh, config: MoeConfig, **settings: Any) -> Any
             y, aux = bind(model, params)(x, counted)
             return jnp.sum(y * d_y) + aux.loss, (y, aux)
 
-        run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=QUICK)
+        run = jax.jit(
+            jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=QUICK
+        )
         params = placed(mesh, config, random_params(config))
         (_, (y, aux)), grads = run(params, x)
         for param, grad in zip(*map(jax.tree.leaves, (params, grads[0])), strict=True):

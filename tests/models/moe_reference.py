@@ -11,7 +11,8 @@ from tests.models.reference import activation, mlp
 
 
 def route(logits, bias, config):
-    """logits [E] of one token → (scores [E], chosen experts best first, their weights)."""
+    """logits [E] of one token → (scores [E], chosen experts best first, their
+    weights)."""
     if config["score"] == "softmax":
         scores = np.exp(logits - logits.max())
         scores = scores / scores.sum()
@@ -24,8 +25,12 @@ def route(logits, bias, config):
         best = 1 if config["group_score"] == "max" else 2
         rank = [sorted(ranked[group])[-best:] for group in groups]
         order = sorted(range(len(groups)), key=lambda g: (-sum(rank[g]), g))
-        candidates = sorted(e for g in order[: config["groups_per_token"]] for e in groups[g])
-    chosen = sorted(candidates, key=lambda e: (-ranked[e], e))[: config["experts_per_token"]]
+        candidates = sorted(
+            e for g in order[: config["groups_per_token"]] for e in groups[g]
+        )
+    chosen = sorted(candidates, key=lambda e: (-ranked[e], e))[
+        : config["experts_per_token"]
+    ]
     weights = scores[chosen]
     if config["renormalise"]:
         weights = weights / weights.sum()
@@ -33,7 +38,8 @@ def route(logits, bias, config):
 
 
 def served(chosen, counted, config):
-    """chosen [S][k] of one sequence → the (token, rank) pairs that an expert has room for."""
+    """chosen [S][k] of one sequence → the (token, rank) pairs that an expert has room
+    for."""
     length, k = len(chosen), config["experts_per_token"]
     pairs = [(t, j) for j in range(k) for t in range(length) if counted[t]]
     if config["dispatch"] == "dropless":
@@ -57,7 +63,8 @@ def expert(x, params, e, config):
 
 
 def moe(params, x, counted, config):
-    """x [B, S, D], counted [B, S] → (y, loss, load [E], dropped); ``config`` a plain dict."""
+    """x [B, S, D], counted [B, S] → (y, loss, load [E], dropped); ``config`` a plain
+    dict."""
     num_experts, k = config["num_experts"], config["experts_per_token"]
     bias = params.get("selection_bias", np.zeros(num_experts))
     y, load, mass = np.zeros_like(x), np.zeros(num_experts), np.zeros(num_experts)

@@ -1,5 +1,5 @@
-"""Published models' config.json, and tiny models of every family with the logits that another
-implementation computes from them: tests/parity/make_golden.py writes those."""
+"""Published models' config.json, and tiny models of every family with the logits that
+another implementation computes from them: tests/parity/make_golden.py writes those."""
 
 import json
 from functools import cache
@@ -35,7 +35,8 @@ COUNTS = {
     for name, values in PUBLISHED.items()
     if (count := values.pop("parameters", None))
 }
-"""Each preset's parameters, and those that a token meets, as published with the weights."""
+"""Each preset's parameters, and those that a token meets, as published with the
+weights."""
 
 
 class Golden(NamedTuple):

@@ -1,7 +1,8 @@
-"""A decoder in float64 NumPy, written from the papers with loops: what the models must compute.
+"""A decoder in float64 NumPy, written from the papers with loops: what the models must
+compute.
 
-Nothing here comes from maxlm but the names of the parameters. One sequence, one head and one
-query at a time.
+Nothing here comes from maxlm but the names of the parameters. One sequence, one head
+and one query at a time.
 """
 
 from math import ceil, erf, log2, pi, sqrt
@@ -10,7 +11,8 @@ import numpy as np
 
 
 def norm(x, params, config):
-    """x [D]. RMSNorm: Zhang & Sennrich 2019, eq. 4. LayerNorm: Ba et al. 2016, eq. 4."""
+    """x [D]. RMSNorm: Zhang & Sennrich 2019, eq. 4. LayerNorm: Ba et al. 2016, eq.
+    4."""
     if config["kind"] == "layernorm":
         x = x - x.mean()
     scale = params["scale"] + (1 if config["zero_centred"] else 0)
@@ -50,7 +52,8 @@ def linear(x, params):
 
 
 def rotate(x, position, theta, size=None):
-    """x [H]; Su et al. 2021, eq. 13: pair i of the first R turns by position · theta^(-2i/R)."""
+    """x [H]; Su et al. 2021, eq. 13: pair i of the first R turns by position ·
+    theta^(-2i/R)."""
     size = size or len(x)
     half, y = size // 2, x.copy()
     for i in range(half):
@@ -67,8 +70,9 @@ def wave(position, place, width):
 
 
 def alibi_slope(head, heads):
-    """Press et al. 2022, §3: a geometric sequence that starts at and has the ratio 2^(-8/n); its
-    published code takes those that n heads lack from the sequence of the next power of two."""
+    """Press et al. 2022, §3: a geometric sequence that starts at and has the ratio
+    2^(-8/n); its published code takes those that n heads lack from the sequence of the
+    next power of two."""
     above = 2 ** ceil(log2(heads))
     below = above if above == heads else above // 2
     if head < below:
@@ -77,9 +81,10 @@ def alibi_slope(head, heads):
 
 
 def relative_bucket(distance, buckets, reach, causal):
-    """Of a key so far behind the query (Raffel et al. 2020, §2.1, and its published code): half of
-    the buckets for one distance each, the other half's lower ends a geometric sequence up to
-    ``reach``; in integers, with roots and logarithms taken away."""
+    """Of a key so far behind the query (Raffel et al. 2020, §2.1, and its published
+    code): half of the buckets for one distance each, the other half's lower ends a
+    geometric sequence up to ``reach``; in integers, with roots and logarithms taken
+    away."""
     if not causal:
         half = buckets // 2
         if distance < 0:
@@ -100,7 +105,9 @@ def score_bias(config, table, head, distance):
     if config["kind"] == "alibi":
         return -alibi_slope(head, config["heads"]) * distance
     if config["kind"] == "relative":
-        bucket = relative_bucket(distance, config["buckets"], config["max_distance"], True)
+        bucket = relative_bucket(
+            distance, config["buckets"], config["max_distance"], True
+        )
         return table[bucket, head]
     return 0.0
 
@@ -110,12 +117,14 @@ def capped(x, cap):
 
 
 def head_attention(q, k, v, allowed, bias, sink, config):
-    """q [H], k and v [T, H], allowed and bias [T] → [H]; Vaswani et al. 2017, eq. 1; the sink
-    is the score of a key without a value."""
+    """q [H], k and v [T, H], allowed and bias [T] → [H]; Vaswani et al. 2017, eq. 1;
+    the sink is the score of a key without a value."""
     if not allowed.any():
         return np.zeros_like(v[0])
     scale = config["scale"] or 1 / sqrt(len(q))
-    scores = np.array([capped(scale * (q @ key), config["soft_cap"]) for key in k[allowed]])
+    scores = np.array(
+        [capped(scale * (q @ key), config["soft_cap"]) for key in k[allowed]]
+    )
     scores += bias[allowed]
     scores = np.append(scores, sink)
     weights = np.exp(scores - scores.max())
@@ -146,7 +155,9 @@ def self_attention(x, params, seen, config, window, table):
         if scheme["kind"] != "rope":
             return rows
         turn = scheme["theta"], scheme["rotary_dim"]
-        return np.array([rotate(r, at, *turn) for r, at in zip(rows, positions, strict=True)])
+        return np.array(
+            [rotate(r, at, *turn) for r, at in zip(rows, positions, strict=True)]
+        )
 
     y = np.zeros_like(x)
     for n in range(N):
@@ -164,8 +175,8 @@ def self_attention(x, params, seen, config, window, table):
 
 
 def block(x, p, attend, feed, normed, placement):
-    """One layer, with parameters p: Xiong et al. 2020 (pre, post), Gemma Team 2024 (sandwich),
-    Wang & Komatsuzaki 2021 (parallel)."""
+    """One layer, with parameters p: Xiong et al. 2020 (pre, post), Gemma Team 2024
+    (sandwich), Wang & Komatsuzaki 2021 (parallel)."""
     if placement == "post":
         x = normed(x + attend(x), p["attention_norm"])
         return normed(x + feed(x), p["mlp_norm"])
@@ -198,17 +209,27 @@ def layers_of(params):
 
 def embedded(config, params, tokens, positions):
     """The first layer's input [S, D]."""
-    x = np.array([params["embedding"]["table"][t] for t in tokens]) * config["embedding_scale"]
+    x = (
+        np.array([params["embedding"]["table"][t] for t in tokens])
+        * config["embedding_scale"]
+    )
     scheme, width = config["positions"], config["d_model"]
     if scheme["kind"] == "learned":
-        x = x + np.array([params["positions"]["table"][p + scheme["offset"]] for p in positions])
+        x = x + np.array(
+            [params["positions"]["table"][p + scheme["offset"]] for p in positions]
+        )
     if scheme["kind"] == "sinusoidal":
         x = x + np.array([[wave(p, i, width) for i in range(width)] for p in positions])
-    return norms(x, params["embedding_norm"], config["norm"]) if config["embedding_norm"] else x
+    return (
+        norms(x, params["embedding_norm"], config["norm"])
+        if config["embedding_norm"]
+        else x
+    )
 
 
 def decoder(config, params, tokens, positions, segments):
-    """Hidden states [S, D] and logits [S, V] of one row; config is a plain nested dict."""
+    """Hidden states [S, D] and logits [S, V] of one row; config is a plain nested
+    dict."""
     x, kinds = embedded(config, params, tokens, positions), config["pattern"]
 
     def normed(x, p):
@@ -220,7 +241,13 @@ def decoder(config, params, tokens, positions, segments):
             kind = kinds[number % len(kinds)]
             window, scheme = kind["window"], kind["positions"] or scheme
         seen = (positions, segments, scheme, config["norm"])
-        of_layer = (p["attention"], seen, config["attention"], window, params.get("relative"))
+        of_layer = (
+            p["attention"],
+            seen,
+            config["attention"],
+            window,
+            params.get("relative"),
+        )
         x = block(
             x,
             p,

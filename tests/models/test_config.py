@@ -22,14 +22,34 @@ LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
     ("config", "changes", "what"),
     [
         (BOTH, {"placement": "parallel"}, "placement=parallel with cross-attention"),
-        (BOTH, {"attention": {"num_kv_heads": 4, "latent": LATENT}}, "cross-attention with"),
-        ({}, {"attention": {"window": 4}, "pattern": [{}]}, "attention.window=4 with a pattern"),
+        (
+            BOTH,
+            {"attention": {"num_kv_heads": 4, "latent": LATENT}},
+            "cross-attention with",
+        ),
+        (
+            {},
+            {"attention": {"window": 4}, "pattern": [{}]},
+            "attention.window=4 with a pattern",
+        ),
         ({}, {"dropout": 0.1}, "dropout\n  Extra inputs are not permitted"),
         ({}, {"attention": {"head_dim": 7}}, "rope needs an even head_dim, not 7"),
-        ({}, {"attention": {"num_kv_heads": 3}}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        (
+            {},
+            {"attention": {"num_kv_heads": 3}},
+            "num_heads=4 is not a multiple of num_kv_heads=3",
+        ),
         ({}, {"positions": {"theta": 1.0}}, "greater than 1"),
-        ({}, {"positions": {"rotary_dim": 2, "scaling": {"kind": "ntk", "factor": 2}}}, "one pair"),
-        ({}, {"positions": {"kind": "relative", "buckets": 8, "max_distance": 4}}, "not beyond"),
+        (
+            {},
+            {"positions": {"rotary_dim": 2, "scaling": {"kind": "ntk", "factor": 2}}},
+            "one pair",
+        ),
+        (
+            {},
+            {"positions": {"kind": "relative", "buckets": 8, "max_distance": 4}},
+            "not beyond",
+        ),
         ({}, {"positions": {"scaling": FAR}}, "low_freq_factor=4.0 is not below"),
         (
             {},
@@ -43,7 +63,12 @@ LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
         ),
         (
             {"positions": {"kind": "relative"}},
-            {"pattern": [{"window": 2}, {"positions": {"kind": "relative", "buckets": 16}}]},
+            {
+                "pattern": [
+                    {"window": 2},
+                    {"positions": {"kind": "relative", "buckets": 16}},
+                ]
+            },
             "a pattern of positions of kind=relative",
         ),
     ],
@@ -60,7 +85,9 @@ def test_what_is_not_computed_is_refused(config, changes, what):
 def test_a_layer_s_own_slopes_are_used(one_device_mesh):
     own = LLAMA_GQA.model_copy(update={"positions": PositionsConfig(kind="alibi")})
     kinds = [{"window": 3}, {"positions": {"kind": "alibi", "max_bias": 2.0}}]
-    own = DecoderConfig.model_validate(own.model_dump() | {"pattern": kinds, "num_layers": 2})
+    own = DecoderConfig.model_validate(
+        own.model_dump() | {"pattern": kinds, "num_layers": 2}
+    )
     with jax.set_mesh(one_device_mesh):
         trunk = own.build(rules=AxisRules(), dtype=jnp.float32)
         (part,) = own.layer_stacks

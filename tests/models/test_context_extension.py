@@ -1,4 +1,5 @@
-"""One key extends a run's context: the effective run is the same wherever its settings are read."""
+"""One key extends a run's context: the effective run is the same wherever its settings
+are read."""
 
 import pytest
 import yaml
@@ -20,7 +21,9 @@ SCALINGS = {
 
 def make_model(**changes) -> DecoderConfig:
     """A model of 32 tokens."""
-    return DecoderConfig.model_validate(tiny.settings("runs", "text")["model"] | changes)
+    return DecoderConfig.model_validate(
+        tiny.settings("runs", "text")["model"] | changes
+    )
 
 
 def make_run(tune=None, seq_len=None, **model) -> RunConfig:
@@ -45,19 +48,27 @@ def test_the_effective_run_is_written_and_read_back(kind, tmp_path):
     assert shrink_config(run, 1).model.positions == run.model.positions
 
 
-def test_rows_have_the_length_that_is_set_and_origins_tell_what_another_setting_changed(tmp_path):
+def test_rows_have_the_length_that_is_set_and_origins_tell_what_another_setting_changed(
+    tmp_path,
+):
     assert make_run({"extend_to": 128}, seq_len=64).data.seq_len == 64
     settings = tiny.settings("runs", "text")
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
-    origins = load_config(RunConfig, path, ["tune.extend_to=64", "data.seq_len=64"]).origins
+    origins = load_config(
+        RunConfig, path, ["tune.extend_to=64", "data.seq_len=64"]
+    ).origins
     assert str(origins["model.max_seq_len"]) == "from another setting"
     assert str(origins["data.seq_len"]) == "command line"
 
 
 def test_windows_within_the_original_length_keep_their_own_positions():
     own = {"kind": "rope", "theta": 1e3}
-    pattern = [{"window": 8, "positions": own}, {"window": 48, "positions": own}, {"window": None}]
+    pattern = [
+        {"window": 8, "positions": own},
+        {"window": 48, "positions": own},
+        {"window": None},
+    ]
     local, wide, full = make_run({"extend_to": 64}, pattern=pattern).model.pattern
     assert local.positions.scaling is None
     assert wide.positions.scaling.factor == 2
@@ -82,7 +93,11 @@ def test_latent_attention_is_sharpened_as_a_whole():
             {},
             "positions.kind=learned have no RoPE to scale; set ",
         ),
-        ({"positions": {"kind": "alibi"}}, {}, "positions.kind=alibi have no RoPE to scale; set "),
+        (
+            {"positions": {"kind": "alibi"}},
+            {},
+            "positions.kind=alibi have no RoPE to scale; set ",
+        ),
         ({}, {"extend_to": 32}, "32 tokens are no more than model.max_seq_len=32; "),
         (
             {"positions": {"scaling": SCALINGS["linear"]}},
@@ -99,7 +114,11 @@ def test_latent_attention_is_sharpened_as_a_whole():
             {"extend_by": "ntk"},
             "the model has a scaling already: kind=yarn, factor=4, max_seq_len=128; ",
         ),
-        ({"attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 2}}, {}, "scaling.kind=ntk"),
+        (
+            {"attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 2}},
+            {},
+            "scaling.kind=ntk",
+        ),
     ],
 )
 def test_what_cannot_be_extended_is_refused(model, tune, what):

@@ -1,5 +1,5 @@
-"""Decoders compute what the papers say: hidden states, logits, loss and gradients equal those of
-a float64 NumPy implementation, packed rows and padding included."""
+"""Decoders compute what the papers say: hidden states, logits, loss and gradients equal
+those of a float64 NumPy implementation, packed rows and padding included."""
 
 from functools import cache
 
@@ -16,7 +16,8 @@ def reference_loss(config, params, batch):
     total = 0.0
     for row in range(len(batch["tokens"])):
         tokens, positions, segments, targets, weights = (
-            batch[k][row] for k in ("tokens", "positions", "segments", "targets", "weights")
+            batch[k][row]
+            for k in ("tokens", "positions", "segments", "targets", "weights")
         )
         _, logits = reference.decoder(config, params, tokens, positions, segments)
         total += reference.cross_entropy(logits, targets, weights)
@@ -28,7 +29,9 @@ def computed(config, mesh, params):
     with jax.set_mesh(mesh):
         placed = building.on_devices(params, building.storage(config, mesh))
         step = building.gradient_step(building.decoder(config, mesh))
-        return jax.device_get(step(placed, building.placed_batch(config.vocab_size, mesh)))
+        return jax.device_get(
+            step(placed, building.placed_batch(config.vocab_size, mesh))
+        )
 
 
 @cache
@@ -52,7 +55,9 @@ def test_hidden_states_logits_and_loss_equal_the_reference(run):
         wanted = reference.decoder(config.model_dump(), params, *given)
         for got, want in zip(found, wanted, strict=True):
             assert np.abs(got[row] - want).max() <= 1e-5 * np.abs(want).max()
-    assert loss == pytest.approx(reference_loss(config.model_dump(), params, batch), rel=1e-5)
+    assert loss == pytest.approx(
+        reference_loss(config.model_dump(), params, batch), rel=1e-5
+    )
 
 
 def test_gradient_of_every_parameter_equals_finite_differences(run):
@@ -68,14 +73,18 @@ def test_gradient_of_every_parameter_equals_finite_differences(run):
     for name, value in flatten_names(params).items():
         direction = rng.standard_normal(value.shape)
         direction /= np.linalg.norm(direction)
-        slope = (at(name, value + step * direction) - at(name, value - step * direction)) / 2 / step
+        slope = (
+            (at(name, value + step * direction) - at(name, value - step * direction))
+            / 2
+            / step
+        )
         found, size = np.vdot(grads[name], direction), np.linalg.norm(grads[name])
         assert abs(found - slope) <= 2e-5 * size + 1e-6, name
 
 
 def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device_mesh):
-    """Five layers of two kinds are two periods and a rest; as a pattern of five, one period, in
-    which every layer is written out."""
+    """Five layers of two kinds are two periods and a rest; as a pattern of five, one
+    period, in which every layer is written out."""
     mesh = one_device_mesh
     _, params, (loss, aux), grads = results("pattern", mesh)
     kinds = tuple(PATTERN.pattern[i % 2] for i in range(5))
@@ -86,7 +95,9 @@ def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device
     def as_one(tree):
         stacks = tree["layers"], tree["last_layers"]
         joined = jax.tree.map(lambda *parts: np.concatenate(parts), *stacks)
-        return {k: v for k, v in tree.items() if k != "last_layers"} | {"layers": joined}
+        return {k: v for k, v in tree.items() if k != "last_layers"} | {
+            "layers": joined
+        }
 
     (expected, same), wanted = computed(unrolled, mesh, as_one(params))
     assert loss == pytest.approx(expected, rel=1e-6)

@@ -1,5 +1,6 @@
-"""Every family reads weights as published and computes the published function. What the other
-implementation made of the same weights lies in golden/; tests/parity compares with it at length."""
+"""Every family reads weights as published and computes the published function. What the
+other implementation made of the same weights lies in golden/; tests/parity compares
+with it at length."""
 
 from typing import Any
 
@@ -51,7 +52,9 @@ def test_the_published_logits(name):
 def test_each_tensor_and_each_parameter_once(name):
     own, (_, config, entries) = golden(name), read(name)
     assert sorted(entry.theirs for entry in entries) == sorted(own.tensors)
-    specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
+    specs = flatten_names(
+        param_specs(config.build(rules=AxisRules(), dtype=jnp.float32))
+    )
     count_lead_axes(entries, {key: spec.shape for key, spec in specs.items()})
     for entry in entries:
         whole = own.tensors[entry.theirs].astype(np.float32)
@@ -73,5 +76,7 @@ def test_config_comes_back(name):
 @every
 def test_no_setting_is_passed_over(name):
     values = golden(name).values | {"attention_of_tomorrow": True}
-    with pytest.raises(MaxlmError, match="attention_of_tomorrow=True is not implemented"):
+    with pytest.raises(
+        MaxlmError, match="attention_of_tomorrow=True is not implemented"
+    ):
         compare.read(values)

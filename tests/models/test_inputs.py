@@ -1,4 +1,5 @@
-"""What a decoder makes of its inputs: packed rows, padding, ids out of range, bf16, a cache."""
+"""What a decoder makes of its inputs: packed rows, padding, ids out of range, bf16, a
+cache."""
 
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from tests.models.building import CONFIGS, GPT2, LLAMA_GQA, POSITIONS, QUICK, SE
 
 
 def forward(config: DecoderConfig, mesh, dtype=jnp.float32):
-    """A jitted ``(tokens, positions, segments) -> (hidden, logits)`` of NumPy arrays."""
+    """A jitted ``(tokens, positions, segments) -> (hidden, logits)`` of NumPy
+    arrays."""
     model = building.decoder(config, mesh, dtype)
     params = building.placed_params(config, mesh)
 
@@ -28,7 +30,8 @@ def forward(config: DecoderConfig, mesh, dtype=jnp.float32):
 
     def call(tokens, positions, segments=None):
         arrays = (
-            None if a is None else np.asarray(a, np.int32) for a in (tokens, positions, segments)
+            None if a is None else np.asarray(a, np.int32)
+            for a in (tokens, positions, segments)
         )
         with jax.set_mesh(mesh):
             placed = [None if a is None else building.rows(mesh, a)[0] for a in arrays]
@@ -65,7 +68,9 @@ def test_without_segments_each_row_is_one_document(llama):
         ("position", GPT2.max_seq_len),
     ],
 )
-def test_a_token_or_a_position_outside_its_table_gives_nan_in_its_row_alone(gpt2, given, bad):
+def test_a_token_or_a_position_outside_its_table_gives_nan_in_its_row_alone(
+    gpt2, given, bad
+):
     tokens, positions = building.tokens_and_targets(23)[0], POSITIONS.copy()
     (tokens if given == "token" else positions)[1, 3] = bad
     hidden, _ = gpt2(tokens, positions, SEGMENTS)
@@ -73,7 +78,9 @@ def test_a_token_or_a_position_outside_its_table_gives_nan_in_its_row_alone(gpt2
     assert np.isfinite(hidden[[0, 2]]).all()
 
 
-def test_bf16_computes_in_bf16_and_keeps_parameters_and_gradients_in_fp32(one_device_mesh):
+def test_bf16_computes_in_bf16_and_keeps_parameters_and_gradients_in_fp32(
+    one_device_mesh,
+):
     mesh = one_device_mesh
     values = building.random_params(LLAMA_GQA, mesh)
     with jax.set_mesh(mesh):
@@ -83,16 +90,22 @@ def test_bf16_computes_in_bf16_and_keeps_parameters_and_gradients_in_fp32(one_de
         (_, (hidden, logits)), grads = step(params, batch)
     assert hidden.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
-    assert {x.dtype for x in jax.tree.leaves((params, grads))} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in jax.tree.leaves((params, grads))} == {
+        jnp.dtype(jnp.float32)
+    }
     config, tokens = LLAMA_GQA.model_dump(), np.asarray(batch["tokens"])
     for row in range(len(SEGMENTS)):
-        _, exact = reference.decoder(config, values, tokens[row], POSITIONS[row], SEGMENTS[row])
+        _, exact = reference.decoder(
+            config, values, tokens[row], POSITIONS[row], SEGMENTS[row]
+        )
         error = np.abs(np.asarray(logits)[row] - exact).max() / np.abs(exact).max()
         assert 1e-5 < error < 5e-2  # neither exact (fp32 by mistake) nor far away
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "pattern", "parallel", "relative"])
-def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(name, one_device_mesh):
+def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(
+    name, one_device_mesh
+):
     """7 at once, then one by one; unwritten slots of the cache hold large garbage."""
     mesh, config = one_device_mesh, CONFIGS[name]
     values = building.random_params(config, mesh)
@@ -118,7 +131,9 @@ def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(name, one_dev
         caches, found = allocate_state(model, layout, 1).caches, []
         caches = jax.tree.map(lambda x: x + 1e3, caches)
         for first, last in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
-            batch, _ = building.make_uniform_batch(first, last - first, 2, config.max_seq_len)
+            batch, _ = building.make_uniform_batch(
+                first, last - first, 2, config.max_seq_len
+            )
             own = tokens[:, first:last].reshape(1, -1)
             logits, caches = advance(params, own, batch, caches)
             found.append(np.asarray(logits).reshape(2, last - first, -1))

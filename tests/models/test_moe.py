@@ -27,7 +27,9 @@ def computed(one_device_mesh):
 
     def get(name):
         if name not in results:
-            results[name] = building.outputs_and_gradients(one_device_mesh, CONFIGS[name])
+            results[name] = building.outputs_and_gradients(
+                one_device_mesh, CONFIGS[name]
+            )
         return results[name]
 
     return get
@@ -85,7 +87,9 @@ def test_padding_is_served_by_shared_experts_alone_and_the_bias_gets_the_load(co
     assert (d_x[~counted] == 0).all()
     assert aux.load.sum() == 3 * counted.sum()
     _, aux, (d_params, _) = computed("deepseek_v3")
-    np.testing.assert_array_equal(d_params["selection_bias"], aux.load - aux.load.mean())
+    np.testing.assert_array_equal(
+        d_params["selection_bias"], aux.load - aux.load.mean()
+    )
 
 
 def test_the_router_works_in_fp32_when_the_layer_does_not(one_device_mesh):
@@ -106,15 +110,21 @@ def test_the_router_works_in_fp32_when_the_layer_does_not(one_device_mesh):
 
 @pytest.mark.parametrize("kind", ["muon", "adafactor"])
 def test_optimizers_treat_each_expert_as_a_matrix_of_its_own(kind):
-    specs = param_specs(stack_layers(building.layer(MoeConfig(**SMALL), AxisRules()), 2))
+    specs = param_specs(
+        stack_layers(building.layer(MoeConfig(**SMALL), AxisRules()), 2)
+    )
     rng = np.random.default_rng(0)
-    grads = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), specs)
+    grads = jax.tree.map(
+        lambda s: rng.standard_normal(s.shape).astype(np.float32), specs
+    )
     params = jax.tree.map(np.zeros_like, grads)
 
     def update(specs, params, grads):
         config = OptimizerConfig(kind=kind, clip_norm=None)
         optimizer = make_optimizer(config, optax.constant_schedule(1.0), specs)
-        return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, grads)
+        return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(
+            params, grads
+        )
 
     whole = update(specs, params, grads)
     one = MoeConfig(**SMALL | {"num_experts": 1, "experts_per_token": 1})
@@ -126,7 +136,9 @@ def test_optimizers_treat_each_expert_as_a_matrix_of_its_own(kind):
             return {name: tree[name][:, e : e + 1] for name in names}
 
         got = update({name: alone[name] for name in names}, cut(params), cut(grads))
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), cut(whole), got)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), cut(whole), got
+        )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +148,10 @@ def test_optimizers_treat_each_expert_as_a_matrix_of_its_own(kind):
         ({"groups": 3}, "num_experts=8 is not a multiple of groups=3"),
         ({"groups": 2, "groups_per_token": 3}, "groups_per_token=3 of groups=2"),
         ({"groups": 4, "groups_per_token": 1}, "experts_per_token=3 cannot come from"),
-        ({"groups": 8, "groups_per_token": 8, "group_score": "top2"}, "groups of 1 expert"),
+        (
+            {"groups": 8, "groups_per_token": 8, "group_score": "top2"},
+            "groups of 1 expert",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_with_their_values(change, message):
@@ -152,7 +167,9 @@ def test_impossible_settings_are_refused_with_their_values(change, message):
     per_token=st.integers(1, 30),
     rank=st.sampled_from(["max", "top2"]),
 )
-def test_fewer_experts_are_possible_and_routed_alike(most, groups, size, met, per_token, rank):
+def test_fewer_experts_are_possible_and_routed_alike(
+    most, groups, size, met, per_token, rank
+):
     met, experts = min(met, groups), groups * size
     assume(rank == "max" or size > 1)
     config = MoeConfig(
@@ -169,6 +186,8 @@ def test_fewer_experts_are_possible_and_routed_alike(most, groups, size, met, pe
     assert (small == config) == (experts <= most)
     if experts > most:
         assert most // 2 < small.num_experts
-        assert small.experts_per_token <= min(config.experts_per_token, small.num_experts / 2)
+        assert small.experts_per_token <= min(
+            config.experts_per_token, small.num_experts / 2
+        )
         limited = config.groups_per_token < config.groups
         assert (small.groups_per_token < small.groups) == limited

@@ -65,7 +65,12 @@ def test_declarations_of_a_llama():
         "layers.attention.query.kernel": ((3, 14, 4, 6), queries, "matrix", (1,)),
         "layers.attention.value.kernel": ((3, 14, 2, 6), keys, "matrix", (1,)),
         "layers.attention_norm.scale": scale,
-        "layers.mlp.down.kernel": ((3, 18, 14), ("layers", "mlp", "embed"), "matrix", (1,)),
+        "layers.mlp.down.kernel": (
+            (3, 18, 14),
+            ("layers", "mlp", "embed"),
+            "matrix",
+            (1,),
+        ),
         "layers.mlp.gate.kernel": wide,
         "layers.mlp.up.kernel": wide,
         "layers.mlp_norm.scale": scale,
@@ -79,7 +84,8 @@ def values() -> dict[str, np.ndarray]:
 
 
 def test_initial_values_have_the_configured_deviation(values):
-    """Within five standard errors; maps into the residual stream are scaled by 1/√(2L)."""
+    """Within five standard errors; maps into the residual stream are scaled by
+    1/√(2L)."""
     tables = {"embedding.table", "positions.table", "head.kernel"}
     into_residual = {"layers.attention.out.kernel", "layers.mlp.down.kernel"}
     for name, x in values.items():
@@ -91,7 +97,9 @@ def test_initial_values_have_the_configured_deviation(values):
             std = 0.05 / np.sqrt(6) if name in into_residual else 0.05
             assert abs(x.mean()) < 5 * std / np.sqrt(x.size), name
             assert abs(x.std() / std - 1) < 5 / np.sqrt(2 * x.size), name
-            assert np.abs(x).max() < 2.3 * std, name  # cut at two deviations before the cut
+            assert np.abs(x).max() < 2.3 * std, (
+                name
+            )  # cut at two deviations before the cut
     assert tables | into_residual <= set(values)
 
 
@@ -100,7 +108,9 @@ def test_values_depend_on_key_name_and_layer_alone(values):
     deeper = initial(WIDE.model_copy(update={"num_layers": 5}))
     for name, x in values.items():
         np.testing.assert_array_equal(x, again[name])
-        if name.startswith("layers") and not name.endswith(("out.kernel", "down.kernel")):
+        if name.startswith("layers") and not name.endswith(
+            ("out.kernel", "down.kernel")
+        ):
             np.testing.assert_array_equal(x, deeper[name][:3])
         if not name.endswith(("scale", "bias")):
             assert (x != other[name]).mean() > 0.99, name
@@ -112,9 +122,14 @@ def test_values_depend_on_key_name_and_layer_alone(values):
 
 
 def test_binding_leaves_the_module_as_it_was_and_takes_no_other_names(one_device_mesh):
-    declared, params = model(LLAMA_GQA), building.random_params(LLAMA_GQA, one_device_mesh)
+    declared, params = (
+        model(LLAMA_GQA),
+        building.random_params(LLAMA_GQA, one_device_mesh),
+    )
     bound = bind(declared, params)
-    np.testing.assert_array_equal(bound.embedding.table[...], params["embedding"]["table"])
+    np.testing.assert_array_equal(
+        bound.embedding.table[...], params["embedding"]["table"]
+    )
     assert isinstance(declared.embedding.table.get_value(), jax.ShapeDtypeStruct)
     assert param_specs(bound) == param_specs(declared)
     with pytest.raises(AssertionError, match="the module has no parameter extra"):

@@ -1,5 +1,6 @@
-"""Position schemes are what their papers say, in float64 and by other formulas than the code has.
-That queries, keys and scores get them is checked in whole models (test_decoder.py)."""
+"""Position schemes are what their papers say, in float64 and by other formulas than the
+code has. That queries, keys and scores get them is checked in whole models
+(test_decoder.py)."""
 
 from math import log, pi
 
@@ -43,8 +44,8 @@ def close(found, expected, rtol=1e-12):
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize(("theta", "size"), SHAPES)
 def test_frequencies_fall_geometrically_and_are_scaled_as_a_whole(theta, size, factor):
-    """NTK's new base is that of a geometric sequence, the ends of which are known: the first stays,
-    the last is divided."""
+    """NTK's new base is that of a geometric sequence, the ends of which are known: the
+    first stays, the last is divided."""
     own = plain(theta, size)
     close(compute_frequencies(theta, size), own)
     dynamic = DynamicNtkScaling(factor=factor, original_length=32)
@@ -56,9 +57,10 @@ def test_frequencies_fall_geometrically_and_are_scaled_as_a_whole(theta, size, f
 
 
 def yarn(theta, size, scaling):
-    """In turns a pair makes in the original length, r = L / λ. Where it is more than beta_fast it
-    stays, where it is less than beta_slow it is divided (Peng et al. 2023, eq. 17 and 18). Between,
-    as in the published code, the ramp is even in the pair's number, that is in log r."""
+    """In turns a pair makes in the original length, r = L / λ. Where it is more than
+    beta_fast it stays, where it is less than beta_slow it is divided (Peng et al. 2023,
+    eq. 17 and 18). Between, as in the published code, the ramp is even in the pair's
+    number, that is in log r."""
     own = plain(theta, size)
     found = np.empty_like(own)
     fast, slow = scaling.beta_fast, scaling.beta_slow
@@ -66,8 +68,8 @@ def yarn(theta, size, scaling):
     def turns(pair):
         return scaling.original_length * theta ** (-2 * pair / size) / (2 * pi)
 
-    # Pairs of which the one still turns so often, and the other so seldom; there may be none such
-    # in a head, so that the sequence is thought on at both ends.
+    # Pairs of which the one still turns so often, and the other so seldom; there may be
+    # none such in a head, so that the sequence is thought on at both ends.
     pairs = range(-3 * size, 4 * size)
     first = max(max(i for i in pairs if turns(i) >= fast), 0)
     last = min(min(i for i in pairs if turns(i) <= slow), size - 1)
@@ -85,7 +87,9 @@ def yarn(theta, size, scaling):
 @pytest.mark.parametrize("betas", [(32.0, 1.0), (8.0, 2.0)])
 @pytest.mark.parametrize("length", [2048, 8192])
 @pytest.mark.parametrize("theta", THETAS)
-def test_yarn_stretches_slow_pairs_alone_with_a_ramp_between(theta, length, betas, truncate):
+def test_yarn_stretches_slow_pairs_alone_with_a_ramp_between(
+    theta, length, betas, truncate
+):
     scaling = YarnScaling(
         factor=8.0,
         original_length=length,
@@ -107,8 +111,9 @@ def test_yarn_stretches_slow_pairs_alone_with_a_ramp_between(theta, length, beta
 
 
 def test_yarn_ramps_begin_and_end_at_a_pair_that_there_is():
-    """In 200 tokens no pair turns 32 times: the ramp begins at the first. Where even the slowest
-    pair turns it would end at the 8th, and does at the 7th, the head's last dimension."""
+    """In 200 tokens no pair turns 32 times: the ramp begins at the first. Where even
+    the slowest pair turns it would end at the 8th, and does at the 7th, the head's last
+    dimension."""
     scaling = YarnScaling(factor=8.0, original_length=200)
     found = compute_frequencies(1e4, 128, scaling)
     close(found, yarn(1e4, 128, scaling))
@@ -136,7 +141,10 @@ def test_llama3_has_three_regimes_that_meet(theta):
             expected, regime = frequency / 8.0, "long"
         else:
             smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
-            expected, regime = (1 - smooth) * frequency / 8.0 + smooth * frequency, "between"
+            expected, regime = (
+                (1 - smooth) * frequency / 8.0 + smooth * frequency,
+                "between",
+            )
         assert got == pytest.approx(expected, rel=1e-12)
         counts[regime] += 1
     assert min(counts.values()) > 5
@@ -148,13 +156,18 @@ def angles(positions, turns):
 
 def assert_turned(found: Rotary, expected, scale=1.0):
     """``expected``: angles [B, S, R/2]."""
-    np.testing.assert_allclose(found.cos[..., 0, :], scale * np.cos(expected), atol=1e-4)
-    np.testing.assert_allclose(found.sin[..., 0, :], scale * np.sin(expected), atol=1e-4)
+    np.testing.assert_allclose(
+        found.cos[..., 0, :], scale * np.cos(expected), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        found.sin[..., 0, :], scale * np.sin(expected), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("theta", THETAS)
 def test_dynamic_scaling_is_none_up_to_the_original_length_and_ntk_beyond(theta):
-    """By each row's own last position (Peng et al. 2023, §3.3); the third is one token too long."""
+    """By each row's own last position (Peng et al. 2023, §3.3); the third is one token
+    too long."""
     scaling = DynamicNtkScaling(factor=4.0, original_length=10)
     lengths = 5, 10, 11, 37
     rows = np.array([[*range(n), *[0] * (37 - n)] for n in lengths], np.int32)
@@ -181,9 +194,16 @@ def test_dynamic_scaling_is_none_up_to_the_original_length_and_ntk_beyond(theta)
         (YarnScaling(factor=1.0, original_length=64), 1.0),
         (YarnScaling(factor=8.0, original_length=64, attention_factor=0.7), 0.7),
         # DeepSeek-V2's are equal, and cancel here.
-        (YarnScaling(factor=40.0, original_length=64, mscale=0.707, mscale_all_dim=0.707), 1.0),
         (
-            YarnScaling(factor=40.0, original_length=64, mscale=1.0, mscale_all_dim=0.5),
+            YarnScaling(
+                factor=40.0, original_length=64, mscale=0.707, mscale_all_dim=0.707
+            ),
+            1.0,
+        ),
+        (
+            YarnScaling(
+                factor=40.0, original_length=64, mscale=1.0, mscale_all_dim=0.5
+            ),
             (0.1 * log(40) + 1) / (0.05 * log(40) + 1),
         ),
     ],
@@ -195,8 +215,8 @@ def test_yarn_alone_changes_the_size_of_what_is_turned(scaling, expected):
 
 
 def test_alibi_slopes_are_the_published_ones():
-    """Press et al. 2022, §3; those of 12 heads are of 8, and the first of 16 that 8 do not have.
-    The smallest can be given, as by MPT's alibi_bias_max."""
+    """Press et al. 2022, §3; those of 12 heads are of 8, and the first of 16 that 8 do
+    not have. The smallest can be given, as by MPT's alibi_bias_max."""
     close(compute_alibi_slopes(8), 2.0 ** -np.arange(1, 9), rtol=1e-6)
     close(compute_alibi_slopes(12)[8:], 2.0 ** -np.arange(0.5, 4), rtol=1e-6)
     close(compute_alibi_slopes(4, 6.0), [2**-1.5, 2**-3, 2**-4.5, 2**-6], rtol=1e-6)
@@ -205,13 +225,16 @@ def test_alibi_slopes_are_the_published_ones():
 @given(st.integers(1, 130))
 def test_alibi_slopes_equal_the_reference_and_differ(heads):
     found = compute_alibi_slopes(heads)
-    close(found, [reference.alibi_slope(head, heads) for head in range(heads)], rtol=1e-6)
+    close(
+        found, [reference.alibi_slope(head, heads) for head in range(heads)], rtol=1e-6
+    )
     assert len(set(found.tolist())) == heads
     assert found.dtype == np.float32
 
 
 def buckets_of(config, causal):
-    """By distance query − key, from max_distance on this side to as far on the other."""
+    """By distance query − key, from max_distance on this side to as far on the
+    other."""
     at = compute_relative_buckets(config, causal=causal)
     reach = config.max_distance
     assert at.shape == (2 * reach + 1,)
@@ -234,7 +257,9 @@ def test_buckets_grow_with_distance_on_each_side(half, reach, causal):
     assert behind[reach] == per_side - 1
     for distance, bucket in enumerate(behind):
         expected = reference.relative_bucket(distance, per_side, reach, True)
-        if bucket != expected:  # fp32 may take a distance on a border for one just below it
+        if (
+            bucket != expected
+        ):  # fp32 may take a distance on a border for one just below it
             power = distance ** (per_side - exact)
             k = expected - exact
             assert power == reach**k * exact ** (per_side - exact - k)

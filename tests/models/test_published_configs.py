@@ -1,5 +1,5 @@
-"""What is wrong in a published config.json is refused in a line that names it; what is rare
-is read as the published code reads it."""
+"""What is wrong in a published config.json is refused in a line that names it; what is
+rare is read as the published code reads it."""
 
 import json
 from typing import Any
@@ -19,7 +19,9 @@ LAYOUTS = list({frozenset(values): name for name, values in PUBLISHED.items()}.v
 
 def settings(values: dict[str, Any], tensors: Any = ()) -> tuple[Any, list[str]]:
     values = json.loads(json.dumps(values))
-    found, notes = find_family(values, "config.json").read_config(values, "config.json", tensors)
+    found, notes = find_family(values, "config.json").read_config(
+        values, "config.json", tensors
+    )
     return Holder.model_validate({"model": found}).model, notes
 
 
@@ -53,7 +55,12 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("t5_v1_1_small", "dense_act_fn", "relu", ONLY.format("None or 'gelu_new'")),
     ("t5_3b", "is_gated_act", True, ONLY.format("None or False")),
     ("t5_3b", "is_encoder_decoder", False, ONLY.format(True)),
-    ("deepseek_v2_lite", "rms_norm_eps", 1e-5, ONLY.format(1e-06)),  # not that of all its norms
+    (
+        "deepseek_v2_lite",
+        "rms_norm_eps",
+        1e-5,
+        ONLY.format(1e-06),
+    ),  # not that of all its norms
     ("deepseek_v2_lite", "hidden_act", {"name": "silu"}, ONLY.format("'silu'")),
     ("gemma3_1b", "attn_logit_softcapping", 50.0, ONLY.format(None)),
     ("llama_7b", "model_type", "mistral", f"is not that of LlamaForCausalLM; {FIX}"),
@@ -70,7 +77,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
 MORE_WRONG: list[tuple[dict[str, Any], str]] = [
     (
         change("llama_7b", max_position_embeddings=4096),
-        "max_position_embeddings=4096 and max_sequence_length=2048 are one setting; keep the value "
+        "max_position_embeddings=4096 and max_sequence_length=2048 are one setting; "
+        "keep the value "
         "that the model was trained with",
     ),
     (
@@ -95,11 +103,16 @@ MORE_WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         change("phi3_mini", rope_scaling={"type": "longrope", "long_factor": [1.0]}),
-        "rope_scaling: rope_type='longrope' is not implemented; linear, dynamic, yarn, llama3 and "
+        "rope_scaling: rope_type='longrope' is not implemented; linear, dynamic, yarn, "
+        "llama3 and "
         "default can be converted",
     ),
     (
-        change("llama_7b", rope_scaling={"type": "linear"}, rope_parameters={"rope_theta": 1e4}),
+        change(
+            "llama_7b",
+            rope_scaling={"type": "linear"},
+            rope_parameters={"rope_theta": 1e4},
+        ),
         f"rope_scaling={{'type': 'linear'}} is not implemented; {DROPPED}",
     ),
     (
@@ -112,7 +125,8 @@ MORE_WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         change("qwen3_0_6b", layer_types=["chunked_attention"] * 28),
-        "layer_types has 'chunked_attention', which is not implemented; only sliding_attention and "
+        "layer_types has 'chunked_attention', which is not implemented; only "
+        "sliding_attention and "
         "full_attention can be converted",
     ),
     (
@@ -120,7 +134,11 @@ MORE_WRONG: list[tuple[dict[str, Any], str]] = [
         f"layer_types does not name the kinds of 26 layers; {FIX}",
     ),
     (
-        {k: v for k, v in PUBLISHED["bart_base"].items() if k != "encoder_attention_heads"},
+        {
+            k: v
+            for k, v in PUBLISHED["bart_base"].items()
+            if k != "encoder_attention_heads"
+        },
         f"encoder_attention_heads is missing; {FIX}",  # transformers has 16 then
     ),
 ]
@@ -133,13 +151,19 @@ def test_what_does_not_agree_is_refused_by_name(values, message):
 
 @pytest.mark.parametrize(("name", "key", "value", "message"), WRONG)
 def test_a_value_that_would_not_compute_the_same(name, key, value, message):
-    assert refusal(change(name, **{key: value})) == f"config.json: {key}={value!r} {message}"
+    assert (
+        refusal(change(name, **{key: value}))
+        == f"config.json: {key}={value!r} {message}"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "key"),
     [
-        *((name, "num_hidden_layers") for name in ("llama_7b", "gemma2_2b", "gemma3_1b")),
+        *(
+            (name, "num_hidden_layers")
+            for name in ("llama_7b", "gemma2_2b", "gemma3_1b")
+        ),
         *(("bart_base", key) for key in ("encoder_layers", "decoder_layers")),
         *(("t5_v1_1_small", key) for key in ("num_layers", "num_decoder_layers")),
     ],
@@ -164,10 +188,14 @@ def test_layers_without_end_are_refused_before_any_is_named(name, key):
         ("llama_7b", {"num_hidden_layers": 10_000}, "10,000 layers"),
     ],
 )
-def test_more_than_files_can_hold_is_refused_before_any_is_named(name, values, described):
+def test_more_than_files_can_hold_is_refused_before_any_is_named(
+    name, values, described
+):
     model, _ = settings(change(name, **values))
     family = find_family(PUBLISHED[name], "config.json")
-    with pytest.raises(MaxlmError, match=f"{described}, where the files hold 2 tensors"):
+    with pytest.raises(
+        MaxlmError, match=f"{described}, where the files hold 2 tensors"
+    ):
         family.list_entries(model, ["lm_head.weight", "model.norm.weight"])
 
 
@@ -181,8 +209,8 @@ def refusal(values: dict[str, Any]) -> str | None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_no_value_is_a_traceback(name):
-    """Whatever stands at a key: it is taken, refused in one line, or refused by the model's own
-    checks, which know where it was written."""
+    """Whatever stands at a key: it is taken, refused in one line, or refused by the
+    model's own checks, which know where it was written."""
     for odd in ([1], {"a": 1}, "x", 0, -1, 1e400, 0.5):
         for key in PUBLISHED[name]:
             message = refusal(PUBLISHED[name] | {key: odd})
@@ -190,7 +218,8 @@ def test_no_value_is_a_traceback(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in LAYOUTS if "rope_theta" in PUBLISHED[n] and not n.startswith("phi")]
+    "name",
+    [n for n in LAYOUTS if "rope_theta" in PUBLISHED[n] and not n.startswith("phi")],
 )
 def test_partial_rotation_that_the_published_code_ignores(name):
     assert refusal(change(name, partial_rotary_factor=1.0)) is None
@@ -239,7 +268,9 @@ def test_another_architecture_is_no_typing_error():
 
 def test_null_says_nothing():
     more = {"rope_scaling": None, "experts_of_tomorrow": None, "use_mrope": None}
-    values = change("qwen2_5_7b", rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    values = change(
+        "qwen2_5_7b", rope_parameters={"rope_theta": 1e6, "rope_type": "default"}
+    )
     assert settings(values | more)[0] == settings(PUBLISHED["qwen2_5_7b"])[0]
 
 
@@ -250,13 +281,20 @@ def test_dropout_is_told_of_wherever_it_stands():
 
 
 def test_mixtral_turns_slowly_where_it_does_not_say():
-    values = {key: value for key, value in PUBLISHED["mixtral_8x7b"].items() if "theta" not in key}
+    values = {
+        key: value
+        for key, value in PUBLISHED["mixtral_8x7b"].items()
+        if "theta" not in key
+    }
     assert settings(values)[0] == settings(PUBLISHED["mixtral_8x7b"])[0]
 
 
 def test_a_share_of_a_head_is_written_so_that_it_is_read_again():
-    """int(head_dim * share), as the published code has it: 44 * (30 / 44) is below 30."""
+    """int(head_dim * share), as the published code has it: 44 * (30 / 44) is below
+    30."""
     for head in range(2, 257, 2):
         for size in range(2, head, 2):
-            values = write_position_settings(PositionsConfig(kind="rope", rotary_dim=size), head)
+            values = write_position_settings(
+                PositionsConfig(kind="rope", rotary_dim=size), head
+            )
             assert int(head * values["partial_rotary_factor"]) == size

@@ -14,9 +14,14 @@ POLICIES = ("none", "matmuls", "mlp", "attention", "full")
 def test_loss_and_gradients_are_the_same_under_every_policy(one_device_mesh):
     mesh, results = one_device_mesh, {}
     with jax.set_mesh(mesh):
-        params, batch = building.placed_params(LLAMA_GQA, mesh), building.placed_batch(23, mesh)
+        params, batch = (
+            building.placed_params(LLAMA_GQA, mesh),
+            building.placed_batch(23, mesh),
+        )
         for policy in POLICIES:
-            model = building.decoder(LLAMA_GQA.model_copy(update={"remat": policy}), mesh)
+            model = building.decoder(
+                LLAMA_GQA.model_copy(update={"remat": policy}), mesh
+            )
             (loss, _), grads = building.gradient_step(model)(params, batch)
             results[policy] = jax.device_get((loss, grads))
     loss, grads = results["none"]
@@ -30,23 +35,30 @@ def test_loss_and_gradients_are_the_same_under_every_policy(one_device_mesh):
 
 
 @pytest.mark.parametrize(("kinds", "depth"), [(1, 4), (2, 4), (1, 1)])
-def test_layers_of_one_turn_are_computed_again_one_after_the_other(one_device_mesh, kinds, depth):
-    """Where a turn of the loop has several, or the loop one turn, a barrier keeps a compiler from
-    computing all of them at once, or from keeping what it is not to keep."""
+def test_layers_of_one_turn_are_computed_again_one_after_the_other(
+    one_device_mesh, kinds, depth
+):
+    """Where a turn of the loop has several, or the loop one turn, a barrier keeps a
+    compiler from computing all of them at once, or from keeping what it is not to
+    keep."""
     mesh = one_device_mesh
     pattern = tuple(LayerKind(window=window) for window in (3, None)[:kinds])
     changes = {"remat": "full", "pattern": pattern, "num_layers": depth}
     config = LLAMA_GQA.model_copy(update=changes)
     model = building.decoder(config, mesh)
     with jax.set_mesh(mesh):
-        params, batch = building.placed_params(config, mesh), building.placed_batch(23, mesh)
+        params, batch = (
+            building.placed_params(config, mesh),
+            building.placed_batch(23, mesh),
+        )
         text = str(building.gradient_step(model).trace(params, batch).jaxpr)
     barriers = text.count("prevent_cse=True")
     assert barriers == (0 if kinds == 1 < depth else kinds)
 
 
 def saved_per_token_and_layer(config, mesh) -> int:
-    """Elements of a layer that the forward pass hands to the backward pass, for each token."""
+    """Elements of a layer that the forward pass hands to the backward pass, for each
+    token."""
     model = building.decoder(config, mesh)
 
     def residuals(params, batch):
@@ -63,7 +75,10 @@ def saved_per_token_and_layer(config, mesh) -> int:
 def test_each_policy_keeps_what_it_documents(one_device_mesh, config):
     D, F = config.d_model, config.mlp.d_ff
     heads = config.attention
-    queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
+    queries, keys = (
+        heads.num_heads * heads.head_dim,
+        heads.num_kv_heads * heads.head_dim,
+    )
     hidden = 2 * F if config.mlp.gated else F
     kept = {
         policy: saved_per_token_and_layer(

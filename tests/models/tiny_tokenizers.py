@@ -19,7 +19,8 @@ SENTINELS = 20
 
 
 def bert() -> Tokenizer:
-    """Letters and digits, in the midst of words and at their beginnings; the mask is 4."""
+    """Letters and digits, in the midst of words and at their beginnings; the mask is
+    4."""
     chars = ascii_lowercase + digits
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = [*special, *chars, *(f"##{char}" for char in chars)]
@@ -57,7 +58,9 @@ def images(rows: int, *, known: bool = False) -> Tokenizer:
         known: it is among the model's own, as BART's mask.
     """
     # The space first, so that no text loses it.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda char: (char != "Ġ", char))
+    alphabet = sorted(
+        pre_tokenizers.ByteLevel.alphabet(), key=lambda char: (char != "Ġ", char)
+    )
     alphabet = alphabet[: rows - 2]
     pieces = ["<bos>", "<eos>", *alphabet, *(["<image>"] if known else [])]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))

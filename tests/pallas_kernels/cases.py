@@ -1,4 +1,5 @@
-"""Attentions of every kind, drawn at random, and what any implementation must make of them."""
+"""Attentions of every kind, drawn at random, and what any implementation must make of
+them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,8 @@ from pallas_kernels.attention import compute_row_delta, sink_gradient
 from tests.models.building import QUICK
 from tests.pallas_kernels import reference
 
-# What stands in the keys and values that no query sees: finite, and its products overflow.
+# What stands in the keys and values that no query sees: finite, and its products
+# overflow.
 GARBAGE = 3e38
 # Of a result to bf16, relative: half a unit in the last place.
 ROUNDING = 2.0**-9
@@ -51,13 +53,18 @@ class Case(NamedTuple):
         """Of ``attention``."""
         B, S, T, N, *_ = self.shape
         rng = np.random.default_rng(self.seed + 2)
-        chosen: dict[str, Any] = {"causal": self.causal, "scale": 0.7 * self.shape[5] ** -0.5}
+        chosen: dict[str, Any] = {
+            "causal": self.causal,
+            "scale": 0.7 * self.shape[5] ** -0.5,
+        }
         if self.window is not None:
             chosen["window"] = self.window
         if self.soft_cap is not None:
             chosen["soft_cap"] = self.soft_cap
         if self.packed:
-            q_segments, k_segments = (reference.packed(rng, B, length) for length in (S, T))
+            q_segments, k_segments = (
+                reference.packed(rng, B, length) for length in (S, T)
+            )
             chosen["segment_ids"] = q_segments, q_segments if S == T else k_segments
         if self.slopes:
             chosen["slopes"] = (2.0 ** -rng.uniform(0, 6, N)).astype(np.float32)
@@ -79,7 +86,9 @@ class Case(NamedTuple):
             least = second if self.place in ("static", "traced") else 0
             chosen["prefix"] = (least + rng.integers(0, T + 2, B)).astype(np.int32)
         if self.reach is not None:
-            chosen["biases"] = rng.normal(0, 2, (N, 2 * self.reach + 1)).astype(np.float32)
+            chosen["biases"] = rng.normal(0, 2, (N, 2 * self.reach + 1)).astype(
+                np.float32
+            )
         return chosen
 
 
@@ -134,7 +143,8 @@ def cases(
 Forward = Callable[..., tuple[jax.Array, jax.Array]]
 """(q, k, v, **options) → o, lse, as ``attention_forward``."""
 Backward = Callable[..., tuple[jax.Array, ...]]
-"""(q, k, v, lse, delta, d_o, **options) → dQ, dK, dV and the biases', as ``attention_backward``."""
+"""(q, k, v, lse, delta, d_o, **options) → dQ, dK, dV and the biases', as
+``attention_backward``."""
 
 
 def check(
@@ -145,17 +155,20 @@ def check(
     rounding: float = ROUNDING,
     lse_rounding: float = 0.0,
 ) -> None:
-    """An implementation's results are the reference's, and nothing masked leaks into them.
+    """An implementation's results are the reference's, and nothing masked leaks into
+    them.
 
-    In fp32 to ``tolerance`` of the largest element (or of 1). In bf16 with no more than 1.5 times
-    the error of plain attention, root mean square, and ``rounding`` besides: 0 where there are
-    enough elements that chance has no say. Log-sum-exps are as exact as in fp32 there too, but for
-    ``lse_rounding``.
+    In fp32 to ``tolerance`` of the largest element (or of 1). In bf16 with no more than
+    1.5 times the error of plain attention, root mean square, and ``rounding`` besides:
+    0 where there are enough elements that chance has no say. Log-sum-exps are as exact
+    as in fp32 there too, but for ``lse_rounding``.
     """
     (q, k, v), d_o = case.arrays()
     options = case.options()
     clean = (np.asarray(x, np.float64) for x in (q, k, v))
-    exact = list(reference.attention(*clean, d_o=np.asarray(d_o, np.float64), **options))
+    exact = list(
+        reference.attention(*clean, d_o=np.asarray(d_o, np.float64), **options)
+    )
 
     B, S, T = case.shape[:3]
     seen = _seen(case, options)
@@ -191,7 +204,9 @@ def check(
             np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=name)
         else:
             error, own = rms(a - b), rms(plain[i] - b)
-            size = np.sqrt(B * S) if name in learned else max(1.0, rms(b))  # a sum of B·S terms
+            size = (
+                np.sqrt(B * S) if name in learned else max(1.0, rms(b))
+            )  # a sum of B·S terms
             assert error <= 1.5 * own + rounding * size, (name, error, own)
 
 
@@ -206,14 +221,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         traced = {name: x for name, x in options.items() if not np.isscalar(x)}
         static = {name: x for name, x in options.items() if np.isscalar(x)}
         quick = QUICK if jax.default_backend() == "cpu" else None
-        return jax.jit(partial(function, **static), compiler_options=quick)(*operands, **traced)
+        return jax.jit(partial(function, **static), compiler_options=quick)(
+            *operands, **traced
+        )
 
     return run
 
 
 def plain_attention(case: Case) -> list[np.ndarray]:
-    """o, lse, dQ, dK, dV and, where there are any, sinks' and biases', by attention as one would
-    write it in JAX, every score at once: what bf16 costs."""
+    """o, lse, dQ, dK, dV and, where there are any, sinks' and biases', by attention as
+    one would write it in JAX, every score at once: what bf16 costs."""
     (q, k, v), d_o = case.arrays()
     options = case.options()
     allowed = _seen(case, options)[:, None]

@@ -45,8 +45,9 @@ class Case(NamedTuple):
 
 
 def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    """Arguments as NumPy arrays; options that are arrays; static options. What no query may read
-    is garbage: other pages, tokens behind a row's end, pages that a window has left behind."""
+    """Arguments as NumPy arrays; options that are arrays; static options. What no query
+    may read is garbage: other pages, tokens behind a row's end, pages that a window has
+    left behind."""
     rng = np.random.default_rng(case.seed)
     (N, K, H, Hv), page = case.heads, case.page
     lengths = np.array([length for length, _ in case.rows], np.int32)
@@ -70,7 +71,11 @@ def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     q = 2 * rng.standard_normal((starts[-1] + case.padding, N, H)).astype(np.float32)
     dtype = jnp.dtype("float32" if "int" in case.kind else case.kind)
     keys = _draw_pages(rng, case.kind, (P, K, page, H), used, True)
-    values = None if case.latent else _draw_pages(rng, case.kind, (P, K, page, Hv), used, False)
+    values = (
+        None
+        if case.latent
+        else _draw_pages(rng, case.kind, (P, K, page, Hv), used, False)
+    )
     static: dict[str, Any] = {"scale": 0.6 * H**-0.5}
     if case.latent:
         static["value_dim"] = Hv
@@ -115,13 +120,17 @@ def run(case: Case, **call: Any) -> tuple[Any, Any]:
 
 
 def run_built(arguments, arrays, static, **call: Any) -> tuple[np.ndarray, np.ndarray]:
-    function = jax.jit(partial(paged_attention, **static, **call), compiler_options=QUICK)
-    return jax.tree.map(np.asarray, function(*jax.tree.map(jnp.asarray, arguments), **arrays))
+    function = jax.jit(
+        partial(paged_attention, **static, **call), compiler_options=QUICK
+    )
+    return jax.tree.map(
+        np.asarray, function(*jax.tree.map(jnp.asarray, arguments), **arrays)
+    )
 
 
 def check(case: Case, *, tolerance: float = 2e-5, **call: Any) -> None:
-    """Results are the reference's to ``tolerance``, of the largest value where that is above 1;
-    and zeros and −inf of queries that are no row's."""
+    """Results are the reference's to ``tolerance``, of the largest value where that is
+    above 1; and zeros and −inf of queries that are no row's."""
     arguments, arrays, static = build(case)
     o, lse = run_built(arguments, arrays, static, **call)
     assert (o.dtype, lse.dtype) == (arguments[0].dtype, np.float32)
@@ -133,5 +142,8 @@ def check(case: Case, *, tolerance: float = 2e-5, **call: Any) -> None:
         np.float64(o), exact_o, rtol=0, atol=tolerance * np.abs(exact_o).max(initial=1)
     )
     np.testing.assert_allclose(
-        lse[seen], exact_lse[seen], rtol=0, atol=tolerance * np.abs(exact_lse[seen]).max(initial=1)
+        lse[seen],
+        exact_lse[seen],
+        rtol=0,
+        atol=tolerance * np.abs(exact_lse[seen]).max(initial=1),
     )

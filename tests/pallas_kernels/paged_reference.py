@@ -8,7 +8,8 @@ from tests.pallas_kernels import reference
 
 
 def read_row(pages, table, length, *, per_channel):
-    """float64 [length, K, H] of a row; quantized pages (codes, scale, zero) as they are defined."""
+    """float64 [length, K, H] of a row; quantized pages (codes, scale, zero) as they are
+    defined."""
     return np.stack([_read_token(pages, table, t, per_channel) for t in range(length)])
 
 
@@ -27,7 +28,9 @@ def _read_token(pages, table, t, per_channel):
     else:
         code = codes[page, :, at]
     scale, zero = (
-        0.0 if x is None else np.float64(x[page] if per_channel else x[page, :, at, None])
+        0.0
+        if x is None
+        else np.float64(x[page] if per_channel else x[page, :, at, None])
         for x in (scale, zero)
     )
     return code.astype(np.float64) * scale + zero
@@ -37,9 +40,13 @@ def paged_attention(
     q, key_pages, value_pages, page_tables, kv_lengths, query_starts,
     *, key_limits=None, value_dim=None, scale=None, **options,
 ):  # fmt: skip
-    """o [T, N, Hv] and lse [T, N]; options are those of the reference of dense attention."""
+    """o [T, N, Hv] and lse [T, N]; options are those of the reference of dense
+    attention."""
     T, N, H = q.shape
-    Hv = value_dim or (value_pages[0] if isinstance(value_pages, tuple) else value_pages).shape[-1]
+    Hv = (
+        value_dim
+        or (value_pages[0] if isinstance(value_pages, tuple) else value_pages).shape[-1]
+    )
     o, lse = np.zeros((T, N, Hv)), np.full((T, N), -np.inf)
     limits = kv_lengths if key_limits is None else key_limits
     for r, (begin, end) in enumerate(itertools.pairwise(query_starts)):
@@ -47,7 +54,9 @@ def paged_attention(
         if begin == end or length == 0:
             continue
         if limit == 0:
-            lse[begin:end] = -np.inf if options.get("sinks") is None else options["sinks"]
+            lse[begin:end] = (
+                -np.inf if options.get("sinks") is None else options["sinks"]
+            )
             continue
         k = read_row(key_pages, page_tables[r], limit, per_channel=True)
         v = k[..., :value_dim]

@@ -1,12 +1,22 @@
-"""Attention in float64 NumPy, written from the definition: every score, every weight."""
+"""Attention in float64 NumPy, written from the definition: every score, every
+weight."""
 
 import numpy as np
 
 
 def distances(S, T, *, q_offset=0, k_offset=0, q_positions=None, k_positions=None):
-    """int [B or 1, S, T]: a query's position less a key's; and the keys' positions [B or 1, T]."""
-    at = int(q_offset) + np.arange(S)[None] if q_positions is None else np.asarray(q_positions)
-    keys = int(k_offset) + np.arange(T)[None] if k_positions is None else np.asarray(k_positions)
+    """int [B or 1, S, T]: a query's position less a key's; and the keys' positions [B
+    or 1, T]."""
+    at = (
+        int(q_offset) + np.arange(S)[None]
+        if q_positions is None
+        else np.asarray(q_positions)
+    )
+    keys = (
+        int(k_offset) + np.arange(T)[None]
+        if k_positions is None
+        else np.asarray(k_positions)
+    )
     return at[:, :, None] - keys[:, None], keys
 
 
@@ -25,7 +35,8 @@ def mask(S, T, *, causal=True, window=None, prefix=None, segment_ids=None, **pla
 
 
 def _weights(scores, sink):
-    """Of one head: softmax weights [B, S, T] and log-sum-exps [B, S], 0 and −inf without keys."""
+    """Of one head: softmax weights [B, S, T] and log-sum-exps [B, S], 0 and −inf
+    without keys."""
     top = np.maximum(scores.max(axis=-1, keepdims=True), sink)
     top = np.where(np.isfinite(top), top, 0)
     exp = np.exp(scores - top)
@@ -52,24 +63,39 @@ def attention(
     biases=None,
     **places,
 ):
-    """Vaswani et al. 2017, eq. 1: the output and log-sum-exps; with ``d_o``, also the gradients of
-    Σ d_o · output by q, k, v and, where there are any, sinks and biases, by the softmax's Jacobian
-    P · (dP − Σ P · dP), in which a sink has a weight and no value."""
+    """Vaswani et al. 2017, eq. 1: the output and log-sum-exps; with ``d_o``, also the
+    gradients of Σ d_o · output by q, k, v and, where there are any, sinks and biases,
+    by the softmax's Jacobian P · (dP − Σ P · dP), in which a sink has a weight and no
+    value."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (S, N, H), (T, K) = q.shape[1:], k.shape[1:3]
     allowed = mask(
-        S, T, causal=causal, window=window, prefix=prefix, segment_ids=segment_ids, **places
+        S,
+        T,
+        causal=causal,
+        window=window,
+        prefix=prefix,
+        segment_ids=segment_ids,
+        **places,
     )
     behind, _ = distances(S, T, **places)
     scale = H**-0.5 if scale is None else scale
     o, lse = np.zeros((*q.shape[:3], v.shape[3])), np.zeros(q.shape[:3])
     d_q, d_k, d_v = (np.zeros(x.shape) for x in (q, k, v))
-    d_sinks, d_biases = np.zeros(N), None if biases is None else np.zeros(np.shape(biases))
-    learned = [x for x, given in ((d_sinks, sinks), (d_biases, biases)) if given is not None]
+    d_sinks, d_biases = (
+        np.zeros(N),
+        None if biases is None else np.zeros(np.shape(biases)),
+    )
+    learned = [
+        x for x, given in ((d_sinks, sinks), (d_biases, biases)) if given is not None
+    ]
     for n in range(N):
         kv = n // (N // K)
         sink = -np.inf if sinks is None else np.float64(sinks[n])
-        scores, derivatives = np.einsum("bsh,bth->bst", q[:, :, n], k[:, :, kv]) * scale, 1
+        scores, derivatives = (
+            np.einsum("bsh,bth->bst", q[:, :, n], k[:, :, kv]) * scale,
+            1,
+        )
         if soft_cap is not None:
             scores = soft_cap * np.tanh(scores / soft_cap)
             derivatives = 1 - (scores / soft_cap) ** 2

@@ -1,5 +1,5 @@
-"""Attention on XLA equals a float64 NumPy softmax, its gradients too, and never reads what is
-masked."""
+"""Attention on XLA equals a float64 NumPy softmax, its gradients too, and never reads
+what is masked."""
 
 from functools import partial
 
@@ -86,7 +86,8 @@ def test_tiles_that_see_no_key_leave_the_sink(T, offsets):
     )
 )
 def test_the_reference_gradients_are_finite_differences(case):
-    """Central differences of the reference's output along random directions, all in float64."""
+    """Central differences of the reference's output along random directions, all in
+    float64."""
     operands, d_o = case.arrays()
     operands, options = [x.astype(np.float64) for x in operands], case.options()
     rng, step = np.random.default_rng(case.seed), 1e-5
@@ -101,16 +102,22 @@ def test_the_reference_gradients_are_finite_differences(case):
         toward = rng.standard_normal(grad.shape)
 
         def at(sign, i=i, toward=toward):
-            moved = [x + sign * step * toward if i == j else x for j, x in enumerate(operands)]
+            moved = [
+                x + sign * step * toward if i == j else x
+                for j, x in enumerate(operands)
+            ]
             return np.sum(run(moved)[0] * d_o)
 
         slope = (at(1) - at(-1)) / (2 * step)
         assert np.vdot(grad, toward) == pytest.approx(slope, rel=1e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize(("place", "dtype"), [("traced", jnp.float32), ("positions", jnp.bfloat16)])
+@pytest.mark.parametrize(
+    ("place", "dtype"), [("traced", jnp.float32), ("positions", jnp.bfloat16)]
+)
 def test_jax_differentiates_attention(place, dtype):
-    """By q, k, v, sinks and biases, in their own dtypes; what places tokens is a constant."""
+    """By q, k, v, sinks and biases, in their own dtypes; what places tokens is a
+    constant."""
     case = Case((2, 5, 6, 4, 2, 3, 2), place=place, **ALL | {"prefix": False})
     (q, k, v), d_o = case.arrays()
     options = case.options()
@@ -131,7 +138,9 @@ def test_jax_differentiates_attention(place, dtype):
     assert [x.dtype for x in grads] == [x.dtype for x in operands]
     bound = 1e-5 if dtype == jnp.float32 else 0.03
     for found, want in zip((o, *grads), (wanted[0], *wanted[2:]), strict=True):
-        np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=bound, rtol=bound)
+        np.testing.assert_allclose(
+            np.asarray(found, np.float64), want, atol=bound, rtol=bound
+        )
 
 
 def flops(**options) -> float:
@@ -141,7 +150,8 @@ def flops(**options) -> float:
 
 
 def test_what_the_mask_empties_costs_nothing():
-    """Tiles wholly outside a window, or past a static offset's diagonal, are not computed."""
+    """Tiles wholly outside a window, or past a static offset's diagonal, are not
+    computed."""
     causal = flops()
     assert flops(window=128) < 0.3 * causal
     assert flops(q_offset=500, k_offset=500) == pytest.approx(causal, rel=1e-3)
@@ -156,7 +166,12 @@ def test_float64_operands_are_computed_in_float64():
     case = Case((2, 130, 140, 4, 2, 6, 9), dtype="float64", **ALL)
     backward = partial(kernel.attention_backward, backend="xla", dtype=jnp.float64)
     with jax.enable_x64(True):
-        check(partial(kernel.attention_forward, backend="xla"), backward, case, tolerance=1e-12)
+        check(
+            partial(kernel.attention_forward, backend="xla"),
+            backward,
+            case,
+            tolerance=1e-12,
+        )
 
 
 def both_passes(q, k, v, d_o, **options):
@@ -171,16 +186,26 @@ def both_passes(q, k, v, d_o, **options):
     ("pairs", "shape", "dtype", "one_by_one"),
     [(6, (1, 6), "bfloat16", True), (3, (1, 3), "float32", False)],
 )
-def test_parts_of_the_batch_give_what_the_whole_gives(monkeypatch, pairs, shape, dtype, one_by_one):
-    """With all that a row or a head has of its own; fp32 gradients of bf16 operands are not
-    rounded on the way."""
+def test_parts_of_the_batch_give_what_the_whole_gives(
+    monkeypatch, pairs, shape, dtype, one_by_one
+):
+    """With all that a row or a head has of its own; fp32 gradients of bf16 operands are
+    not rounded on the way."""
     B, S, N, K = 3, 5, 12, 6
-    features = {"prefix": True, "packed": True, "slopes": True, "sinks": True, "reach": 3}
+    features = {
+        "prefix": True,
+        "packed": True,
+        "slopes": True,
+        "sinks": True,
+        "reach": 3,
+    }
     case = Case((B, S, S, N, K, 4, 3), dtype, seed=2, **features)
     (q, k, v), d_o = case.arrays()
     options = case.options()
     if one_by_one:
-        options["q_positions"] = np.sort(np.random.default_rng(0).integers(0, 9, (B, S)), axis=1)
+        options["q_positions"] = np.sort(
+            np.random.default_rng(0).integers(0, 9, (B, S)), axis=1
+        )
 
     want = compiled(both_passes)(q, k, v, d_o, **options)
     # One pair's scores: 2 query heads, 5 queries, 5 keys, in fp32.

@@ -1,4 +1,5 @@
-"""The GPU kernels, interpreted on CPU, equal a float64 NumPy softmax with the same mask."""
+"""The GPU kernels, interpreted on CPU, equal a float64 NumPy softmax with the same
+mask."""
 
 from functools import partial
 
@@ -22,12 +23,20 @@ TRITON = {"backend": "triton", "block_sizes": SMALL, "interpret": True}
 
 def check_with(kernels, case, **bounds):
     forward, backward = (
-        partial(f, **kernels) for f in (kernel.attention_forward, kernel.attention_backward)
+        partial(f, **kernels)
+        for f in (kernel.attention_forward, kernel.attention_backward)
     )
     check(forward, backward, case, **bounds)
 
 
-ALL = {"window": 9, "prefix": True, "packed": True, "soft_cap": 2.0, "slopes": True, "sinks": True}
+ALL = {
+    "window": 9,
+    "prefix": True,
+    "packed": True,
+    "soft_cap": 2.0,
+    "slopes": True,
+    "sinks": True,
+}
 # Lengths and heads that no block divides, or all.
 CASES = {
     "everything": Case((2, 50, 77, 4, 2, 16, 32), place="static", seed=10, **ALL),
@@ -38,8 +47,12 @@ CASES = {
     "a query": Case((1, 1, 37, 3, 1, 80, 80), place="static", seed=0),
     "full": Case((1, 64, 64, 2, 2, 32, 32), causal=False),
     "bf16": Case((2, 96, 96, 4, 2, 32, 32), "bfloat16"),
-    "packed, sinks": Case((2, 50, 77, 4, 2, 16, 16), window=30, packed=True, sinks=True),
-    "full, slopes, packed": Case((2, 45, 70, 4, 2, 40, 40), causal=False, slopes=True, packed=True),
+    "packed, sinks": Case(
+        (2, 50, 77, 4, 2, 16, 16), window=30, packed=True, sinks=True
+    ),
+    "full, slopes, packed": Case(
+        (2, 45, 70, 4, 2, 40, 40), causal=False, slopes=True, packed=True
+    ),
 }
 
 
@@ -51,14 +64,19 @@ def test_triton_kernels_equal_the_reference(case):
 # Hopper's kernels.
 
 INTERPRETED = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"), reason="no interpreter that knows these kernels"
+    not hasattr(plgpu, "InterpretGPUParams"),
+    reason="no interpreter that knows these kernels",
 )
 HOPPER = {
     "causal, past the last block": Case(
         (1, 136, 264, 2, 1, 64, 64), "bfloat16", place="static", seed=5
     ),
     "everything": Case(
-        (1, 152, 144, 2, 1, 64, 64), "bfloat16", place="traced", seed=10, **ALL | {"window": 90}
+        (1, 152, 144, 2, 1, 64, 64),
+        "bfloat16",
+        place="traced",
+        seed=10,
+        **ALL | {"window": 90},
     ),
 }
 
@@ -76,7 +94,11 @@ def test_jax_differentiates_hopper_kernels_in_blocks_of_any_size():
     case = Case((1, 128, 128, 2, 1, 64, 64), "float16", causal=False)
     (q, k, v), d_o = case.arrays()
     sizes = hopper.HopperBlockSizes(64, 64, 128, 1)
-    options = case.options() | {"backend": "hopper", "interpret": True, "block_sizes": sizes}
+    options = case.options() | {
+        "backend": "hopper",
+        "interpret": True,
+        "block_sizes": sizes,
+    }
     o, pull = jax.vjp(partial(kernel.attention, **options), q, k, v)
     wide = (x.astype(np.float64) for x in (q, k, v))
     wanted = reference.attention(*wide, d_o=d_o.astype(np.float64), **case.options())

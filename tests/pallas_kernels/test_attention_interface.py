@@ -1,4 +1,5 @@
-"""attention() refuses what does not belong together, and runs on the kernels of its platform."""
+"""attention() refuses what does not belong together, and runs on the kernels of its
+platform."""
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,19 @@ def ints(*shape):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": (1, 5, 2, 6)}, "q (2, 3, 4, 6), k (1, 5, 2, 6) and v (2, 5, 2, 7) do not belong"),
+        (
+            {"k": (1, 5, 2, 6)},
+            "q (2, 3, 4, 6), k (1, 5, 2, 6) and v (2, 5, 2, 7) do not belong",
+        ),
         ({"q": (2, 3, 4, 5)}, "do not belong together"),
-        ({"segment_ids": (ints(2, 5), ints(2, 5))}, "segment_ids of queries of shape (2, 5)"),
-        ({"q_positions": ints(3)}, "q_positions of shape (3,): these sizes want (2, 3) or (1, 3)"),
+        (
+            {"segment_ids": (ints(2, 5), ints(2, 5))},
+            "segment_ids of queries of shape (2, 5)",
+        ),
+        (
+            {"q_positions": ints(3)},
+            "q_positions of shape (3,): these sizes want (2, 3) or (1, 3)",
+        ),
         ({"prefix": ints(1)}, "prefix of shape (1,): these sizes want (2,)"),
         ({"slopes": ints(2)}, "slopes of shape (2,): these sizes want (4,)"),
         ({"biases": ints(4, 6)}, "biases of shape (4, 6): want (4, an odd number)"),
@@ -83,7 +93,10 @@ def device(platform, kind):
     return AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
 
 
-H100, A100 = device("gpu", "NVIDIA H100 80GB HBM3"), device("cuda", "NVIDIA A100-SXM4-80GB")
+H100, A100 = (
+    device("gpu", "NVIDIA H100 80GB HBM3"),
+    device("cuda", "NVIDIA A100-SXM4-80GB"),
+)
 
 
 @pytest.mark.parametrize(

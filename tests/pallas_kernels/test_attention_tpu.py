@@ -26,31 +26,52 @@ from tests.pallas_kernels.reference import operands
 
 # Forward and backward; block of queries, of keys, tiles; tiles ahead, behind; pace.
 SMALL = TpuBlockSizes(TpuBlocks(128, 128, 128, 128), TpuBlocks(128, 128, 128, 128))
-HIGH = TpuBlockSizes(TpuBlocks(256, 128, 128, 128, 1, 0, 3), TpuBlocks(256, 128, 128, 128, 2, 1))
-WIDE = TpuBlockSizes(TpuBlocks(128, 256, 128, 128, 2, 2), TpuBlocks(128, 256, 128, 128, 3, 2, 2))
-WHOLE = TpuBlockSizes(TpuBlocks(256, 256, 128, 256, 2, 1, 4), TpuBlocks(256, 256, 256, 128, 1, 0))
-# Sums are of the weights as bf16: each is off by 2^-8 of itself at most, and so is their sum.
+HIGH = TpuBlockSizes(
+    TpuBlocks(256, 128, 128, 128, 1, 0, 3), TpuBlocks(256, 128, 128, 128, 2, 1)
+)
+WIDE = TpuBlockSizes(
+    TpuBlocks(128, 256, 128, 128, 2, 2), TpuBlocks(128, 256, 128, 128, 3, 2, 2)
+)
+WHOLE = TpuBlockSizes(
+    TpuBlocks(256, 256, 128, 256, 2, 1, 4), TpuBlocks(256, 256, 256, 128, 1, 0)
+)
+# Sums are of the weights as bf16: each is off by 2^-8 of itself at most, and so is
+# their sum.
 BF16_SUMS = 2.0**-8
 # Memory that nobody wrote holds NaN, and reads past the end of an array are errors.
-POISONED = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+POISONED = pltpu.InterpretParams(
+    uninitialized_memory="nan", out_of_bounds_reads="raise"
+)
 
 
-def check_tpu(case: Case, blocks: TpuBlockSizes, interpret: Any = POISONED, **more) -> None:
+def check_tpu(
+    case: Case, blocks: TpuBlockSizes, interpret: Any = POISONED, **more
+) -> None:
     options = {"backend": "tpu", "block_sizes": blocks, "interpret": interpret}
     forward = partial(kernel.attention_forward, **options)
     check(
-        forward, partial(kernel.attention_backward, **options), case, lse_rounding=BF16_SUMS, **more
+        forward,
+        partial(kernel.attention_backward, **options),
+        case,
+        lse_rounding=BF16_SUMS,
+        **more,
     )
 
 
 ALL = {"window": 150, "prefix": True, "packed": True, "soft_cap": 2.0, "slopes": True}
 CASES = {
-    "everything": (Case((2, 260, 300, 2, 1, 6, 9), place="static", sinks=True, **ALL), HIGH),
+    "everything": (
+        Case((2, 260, 300, 2, 1, 6, 9), place="static", sinks=True, **ALL),
+        HIGH,
+    ),
     "everything, traced": (
         Case((2, 130, 150, 2, 1, 6, 9), place="traced", sinks=True, **ALL),
         SMALL,
     ),
-    "bf16": (Case((1, 200, 300, 2, 1, 9, 5), "bfloat16", packed=True, sinks=True), WIDE),
+    "bf16": (
+        Case((1, 200, 300, 2, 1, 9, 5), "bfloat16", packed=True, sinks=True),
+        WIDE,
+    ),
     "both ways, wide heads": (
         Case((1, 130, 257, 1, 1, 130, 140), causal=False, slopes=True),
         WHOLE,
@@ -69,9 +90,13 @@ def test_half_precision_costs_no_more_than_in_plain_attention():
     check_tpu(case, WHOLE, interpret=True, rounding=0)
 
 
-# Documents of one block and of several; one that ends within a block; and positions that the
-# program does not know.
-DOCUMENTS = [((128, 128, 256), True, False), ((300,), False, False), ((300,), True, True)]
+# Documents of one block and of several; one that ends within a block; and positions
+# that the program does not know.
+DOCUMENTS = [
+    ((128, 128, 256), True, False),
+    ((300,), False, False),
+    ((300,), True, True),
+]
 
 
 @pytest.mark.parametrize(("lengths", "causal", "traced"), DOCUMENTS)
@@ -79,8 +104,12 @@ def test_documents_that_fill_blocks(lengths, causal, traced):
     q, k, v = operands(1, sum(lengths), sum(lengths), 2, 1, 8)
     ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None]
     options = {"causal": causal, "segment_ids": (ids, ids)}
-    options |= {name: np.array(7, np.int32) for name in ("q_offset", "k_offset") if traced}
-    attend = partial(kernel.attention_forward, backend="tpu", block_sizes=SMALL, interpret=POISONED)
+    options |= {
+        name: np.array(7, np.int32) for name in ("q_offset", "k_offset") if traced
+    }
+    attend = partial(
+        kernel.attention_forward, backend="tpu", block_sizes=SMALL, interpret=POISONED
+    )
     found = compiled(attend)(q, k, v, **options)
     for own, want in zip(found, reference.attention(q, k, v, **options), strict=True):
         np.testing.assert_allclose(own, want, atol=1e-5)
@@ -89,7 +118,13 @@ def test_documents_that_fill_blocks(lengths, causal, traced):
 PARTS = {
     "far window": (Case((1, 100, 300, 1, 1, 8, 8), window=250, place="static"), 128),
     "prefix, traced": (
-        Case((2, 200, 300, 2, 1, 8, 8), prefix=True, packed=True, sinks=True, place="traced"),
+        Case(
+            (2, 200, 300, 2, 1, 8, 8),
+            prefix=True,
+            packed=True,
+            sinks=True,
+            place="traced",
+        ),
         256,
     ),
 }
@@ -111,7 +146,11 @@ def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, name):
         def run(*operands, **options):
             monkeypatch.setattr(tpu, "get_chip", lambda: chip)
             return function(
-                *operands, **options, backend="tpu", block_sizes=SMALL, interpret=POISONED
+                *operands,
+                **options,
+                backend="tpu",
+                block_sizes=SMALL,
+                interpret=POISONED,
             )
 
         return run
@@ -131,7 +170,10 @@ def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, name):
     [
         (TpuBlocks(100, 128, 128, 128), r"\(100, .*, 0\): sizes are multiples"),
         (TpuBlocks(256, 256, 512, 128), r"\(256, .*, 0\): tiles do not divide"),
-        (TpuBlocks(8192, 8192, 512, 512), r"sizes 64 and 128 take \d+ .* a v4 has 16777216"),
+        (
+            TpuBlocks(8192, 8192, 512, 512),
+            r"sizes 64 and 128 take \d+ .* a v4 has 16777216",
+        ),
     ],
 )
 def test_blocks_that_no_kernel_has(wrong, message):
@@ -140,7 +182,12 @@ def test_blocks_that_no_kernel_has(wrong, message):
     good = SMALL.forward
     for function, arrays, refused, allowed in (
         (kernel.attention_forward, (q, q, v), (wrong, good), (good, wrong)),
-        (kernel.attention_backward, (q, q, v, row, row, v), (good, wrong), (wrong, good)),
+        (
+            kernel.attention_backward,
+            (q, q, v, row, row, v),
+            (good, wrong),
+            (wrong, good),
+        ),
     ):
         run = partial(function, backend="tpu", block_sizes=TpuBlockSizes(*allowed))
         jax.eval_shape(run, *arrays)

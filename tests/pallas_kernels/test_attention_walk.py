@@ -1,4 +1,5 @@
-"""The TPU kernels' way through the keys: every visible pair once, and no more blocks than said."""
+"""The TPU kernels' way through the keys: every visible pair once, and no more blocks
+than said."""
 
 from typing import NamedTuple
 
@@ -53,7 +54,9 @@ class Case(NamedTuple):
         elif self.segments == "mixed":
             runs = [rng.integers(0, 3, (2, -(-n // 64))) for n in (self.S, self.T)]
             sizes = zip(runs, (self.S, self.T), strict=True)
-            options["segment_ids"] = tuple(np.repeat(x, 64, axis=1)[:, :n] for x, n in sizes)
+            options["segment_ids"] = tuple(
+                np.repeat(x, 64, axis=1)[:, :n] for x, n in sizes
+            )
         return options
 
 
@@ -107,7 +110,9 @@ def visited(case: Case, options: dict) -> list[Visited]:
         k_segments=None if k_ids is None else jnp.asarray(k_ids, jnp.int32),
         prefix=None if case.prefix is None else jnp.asarray(options["prefix"]),
     )
-    params = AttentionParams(case.causal, case.window, None, 1.0, *((0, 0) if case.traced else at))
+    params = AttentionParams(
+        case.causal, case.window, None, 1.0, *((0, 0) if case.traced else at)
+    )
     sizes = case.blocks, case.tile
     walk = plan_walk(case.S, case.T, params, operands, *sizes, join_tiles=case.joined)
     rows = np.asarray(make_walk_table(walk, case.S, case.T, params, operands))
@@ -136,7 +141,12 @@ def recorders(case: Case, seen: Visited, i: int):
         assert 0 <= j < seen.walk.nk
         assert int(distance) == i * bq + case.shift - j * bk
         for tile in these:
-            q0, q1, k0, k1 = i * bq + tile.q0, i * bq + tile.q1, j * bk + tile.k0, j * bk + tile.k1
+            q0, q1, k0, k1 = (
+                i * bq + tile.q0,
+                i * bq + tile.q1,
+                j * bk + tile.k0,
+                j * bk + tile.k1,
+            )
             seen.begun[q0:q1] += first
             assert (seen.begun[q0:q1] == 1).all()
             assert not seen.ended[q0:q1].any()
@@ -157,10 +167,13 @@ def any_in(pairs: np.ndarray, tile: tuple[int, int, int, int]) -> bool:
 
 
 # Few keys, many blocks before the queries, and all of them inside a wide window.
-FAR = Case(128, 256, (128, 128), (128, 128), False, True, 5000, 1280, False, None, "none", 0)
+FAR = Case(
+    128, 256, (128, 128), (128, 128), False, True, 5000, 1280, False, None, "none", 0
+)
 
 
-# Edges: of a diagonal with whole tiles below it, and of a window that leaves out one key of a tile.
+# Edges: of a diagonal with whole tiles below it, and of a window that leaves out one
+# key of a tile.
 EDGES = FAR._replace(S=640, T=640, blocks=(256, 256), window=None, shift=0)
 
 
@@ -176,7 +189,9 @@ def test_every_visible_pair_is_visited_once_and_no_invisible_one_unmasked(case):
     shape = 2, case.S, case.T
     visible = np.broadcast_to(reference.mask(case.S, case.T, **options), shape)
     ids = options.get("segment_ids", (np.ones((1, case.S)), np.ones((1, case.T))))
-    one = np.broadcast_to(reference.mask(case.S, case.T, causal=False, segment_ids=ids), shape)
+    one = np.broadcast_to(
+        reference.mask(case.S, case.T, causal=False, segment_ids=ids), shape
+    )
     near = np.broadcast_to(
         reference.mask(case.S, case.T, **{**options, "segment_ids": None}), shape
     )
@@ -192,17 +207,23 @@ def test_every_visible_pair_is_visited_once_and_no_invisible_one_unmasked(case):
         assert close[plain[real]].all()
         assert alike[((seen.times > 0) & ~seen.packed)[real]].all()
         # Padding among the keys is masked, or behind the diagonal of every real query.
-        beyond = np.arange(case.T, seen.times.shape[1]) - np.arange(case.S)[:, None] - case.shift
+        beyond = (
+            np.arange(case.T, seen.times.shape[1])
+            - np.arange(case.S)[:, None]
+            - case.shift
+        )
         hidden = case.causal & (beyond > 0)
         assert not plain[: case.S, case.T :][~hidden].any()
         no_more_than_needed(case, options, seen, pairs)
 
 
-def no_more_than_needed(case: Case, options: dict, seen: Visited, pairs: np.ndarray) -> None:
-    """Visited tiles hold a pair that causality and the window allow (padding counted as tokens):
-    each of them at the fixed edges, its block as a whole in the loops. Of blocks that a prefix
-    makes visible, those between it and the window are visited too. Packed, block and block have
-    a segment in common."""
+def no_more_than_needed(
+    case: Case, options: dict, seen: Visited, pairs: np.ndarray
+) -> None:
+    """Visited tiles hold a pair that causality and the window allow (padding counted as
+    tokens): each of them at the fixed edges, its block as a whole in the loops. Of
+    blocks that a prefix makes visible, those between it and the window are visited too.
+    Packed, block and block have a segment in common."""
     bq, bk = case.blocks
     size = seen.times.shape
     prefix = np.zeros(1) if case.prefix is None else np.array([case.prefix])
@@ -217,5 +238,8 @@ def no_more_than_needed(case: Case, options: dict, seen: Visited, pairs: np.ndar
         assert any_in(near, (q0, q1, k0, k1) if in_list else block)
         if case.segments == "packed" and case.S == case.T:
             own = options["segment_ids"][0]
-            rows = [set(x[block[0] : block[1]]) & set(x[block[2] : block[3]]) - {0} for x in own]
+            rows = [
+                set(x[block[0] : block[1]]) & set(x[block[2] : block[3]]) - {0}
+                for x in own
+            ]
             assert any(rows)

@@ -1,5 +1,5 @@
-"""The table of attention's figures: what it shows, and that nothing is measured again unless what
-it follows from has changed."""
+"""The table of attention's figures: what it shows, and that nothing is measured again
+unless what it follows from has changed."""
 
 from pathlib import Path
 
@@ -9,7 +9,13 @@ from benchmarks.kernel_cycles.contests import Contender, Pass, cache
 from benchmarks.kernel_cycles.contests.contest import OWN, Row
 from benchmarks.kernel_cycles.contests.survey import Cell
 from benchmarks.kernel_cycles.contests.table import table
-from benchmarks.kernel_cycles.static import CHIPS, CallCosts, KernelCosts, RegionCosts, Spec
+from benchmarks.kernel_cycles.static import (
+    CHIPS,
+    CallCosts,
+    KernelCosts,
+    RegionCosts,
+    Spec,
+)
 from benchmarks.kernel_cycles.static.problems import Shape
 
 FORWARD, BACKWARD = Pass("forward", 0, False), Pass("backward", 0, True)
@@ -18,16 +24,27 @@ SHAPE = Shape(64, 4096, "window:1024")
 
 def region(**changes) -> RegionCosts:
     """An inner loop's."""
-    given = dict.fromkeys(("depth", "runs", "bundles", "cycles", "cycles_inside", "mxu_cycles"), 8)
-    given |= {"spill_stores": 0, "spill_loads": 7, "innermost": True, "use": {"MXU": 0.5}}
+    given = dict.fromkeys(
+        ("depth", "runs", "bundles", "cycles", "cycles_inside", "mxu_cycles"), 8
+    )
+    given |= {
+        "spill_stores": 0,
+        "spill_loads": 7,
+        "innermost": True,
+        "use": {"MXU": 0.5},
+    }
     return RegionCosts(name="$region1", role="loop_body", **given | changes)
 
 
 def kernel(cycles: int, backward: bool, *regions: RegionCosts) -> KernelCosts:
-    return KernelCosts("k", True, backward, (cycles, 1), (4, 2), {"MXU": 0.25}, 100, regions)
+    return KernelCosts(
+        "k", True, backward, (cycles, 1), (4, 2), {"MXU": 0.25}, 100, regions
+    )
 
 
-def costs(forward: float, backward: float = 0.0, temp: int = 0, spills: int = 0) -> CallCosts:
+def costs(
+    forward: float, backward: float = 0.0, temp: int = 0, spills: int = 0
+) -> CallCosts:
     """Of so many microseconds on a v5p."""
     clock = CHIPS["v5p"].clock_hz / 1e6
     loops = [region(spill_stores=spills), region(spill_stores=1, innermost=False)]
@@ -59,8 +76,15 @@ def test_a_cell_shows_time_ratio_spills_and_memory_beside_the_best_peer():
         ),
     }
     header, _, ours, peer, *rest = table(results).splitlines()
-    assert header == "| head, sequence, mask | µs | v5p forward | backward | spills | temp MB |"
-    assert ours == "| 64 4,096 window:1024 | ours | 90.0 (0.90) | 1,900 (0.95) | 3/1,234 | 8.7 |"
+    assert (
+        header
+        == "| head, sequence, mask | µs | v5p forward | backward | spills | temp MB |"
+    )
+    assert (
+        ours
+        == "| 64 4,096 window:1024 | ours | 90.0 (0.90) | 1,900 (0.95) | 3/1,234 | 8.7 "
+        "|"
+    )
     # Memory is the least of the peers', whose backward pass is not the fastest here.
     assert peer == "| | best peer | 100.0 flash | 2,000 splash | | 1,234 |"
     assert rest == [
@@ -99,7 +123,9 @@ def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
     both = ["own_attention", "tokamax_splash"]
     assert (measured(), measured()) == (both, [])
     # A list, as JSON makes of a tuple, is the same.
-    first, again = (cache.Cache(folder).measure(own, "v5p") for folder in (where / "new",) * 2)
+    first, again = (
+        cache.Cache(folder).measure(own, "v5p") for folder in (where / "new",) * 2
+    )
     assert repr(first) == repr(again)
     read = Path.read_bytes
 

@@ -25,7 +25,9 @@ def multiply_columns(x, table):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 24, 64, 65, 150])
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (5, 3), (37, 51), (1130, 97), (64, 304)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(1, 1), (5, 3), (37, 51), (1130, 97), (64, 304)]
+)
 def test_products_are_exact(rows, inputs, outputs):
     x, kernel = draw(rows, inputs), draw(inputs, outputs)
     exact = x.astype(np.float64) @ kernel
@@ -59,7 +61,8 @@ def test_a_large_input_costs_its_own_row_digits():
     ],
 )
 def test_a_row_does_not_depend_on_others(multiply, rows, parts):
-    """Bit for bit: neither on how many there are nor on its place; of many, on matrix units."""
+    """Bit for bit: neither on how many there are nor on its place; of many, on matrix
+    units."""
     x, kernel = draw(rows, 1171), draw(1171, 1171)
     if not can_multiply_rows(x, kernel):
         pytest.skip("a processor without matrix units")
@@ -85,7 +88,11 @@ def test_devices_multiply_at_the_same_time():
         return jax.lax.fori_loop(0, 50, lambda _, x: cpu_matmul(x, kernel), x)
 
     split = PartitionSpec("x")
-    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
+    run = jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
+        )
+    )
     assert np.isfinite(run(draw(16, 256))).all()
 
 
@@ -100,12 +107,16 @@ def test_which_products_it_takes():
     assert not can_multiply_rows(x.astype(jnp.bfloat16), kernel)
 
 
-@pytest.mark.parametrize(("compiler", "warns"), [("/no/compiler", False), ("false", True)])
+@pytest.mark.parametrize(
+    ("compiler", "warns"), [("/no/compiler", False), ("false", True)]
+)
 def test_without_a_compiler_xla_multiplies(compiler, warns, tmp_path):
     """A compiler that fails is warned of, none is not."""
     program = "from pallas_kernels.cpu import load_kernels; assert not load_kernels()"
     env = os.environ | {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", program]
-    said = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stderr
+    said = subprocess.run(
+        command, env=env, check=True, capture_output=True, text=True
+    ).stderr
     assert ("XLA does what kernels for CPUs" in said) == warns
     assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]

@@ -1,4 +1,5 @@
-"""The GPU kernels visit the blocks that the mask leaves, and mask those that need it."""
+"""The GPU kernels visit the blocks that the mask leaves, and mask those that need
+it."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,10 @@ def tables(S, T, block_q, block_k, options):
         *(jnp.zeros((rows, n, 1, 1)) for n in (S, T, T)), **options
     )
     sizes = (block_q, block_k, merge_offsets(operands, params), params)
-    return [gpu_blocks.plan_visits(*sizes, per_query=per_query) for per_query in (True, False)]
+    return [
+        gpu_blocks.plan_visits(*sizes, per_query=per_query)
+        for per_query in (True, False)
+    ]
 
 
 def visited(table) -> list[list[tuple[list[int], list[int]]]]:
@@ -27,15 +31,19 @@ def visited(table) -> list[list[tuple[list[int], list[int]]]]:
 
     def of_block(b, i):
         count, begin, end = (
-            int(x[b, i, 0]) for x in (visits.num_masked, visits.full_begin, visits.full_end)
+            int(x[b, i, 0])
+            for x in (visits.num_masked, visits.full_begin, visits.full_end)
         )
         return masked[b, i, :count].tolist(), list(range(begin, end))
 
-    return [[of_block(b, i) for i in range(table.shape[1])] for b in range(table.shape[0])]
+    return [
+        [of_block(b, i) for i in range(table.shape[1])] for b in range(table.shape[0])
+    ]
 
 
 def judged(S, T, block_q, block_k, options):
-    """bool [B, blocks of queries, blocks of keys]: whether any, whether all pairs are visible."""
+    """bool [B, blocks of queries, blocks of keys]: whether any, whether all pairs are
+    visible."""
     seen = reference.mask(S, T, **options)
     pad = (0, 0), (0, -S % block_q), (0, -T % block_k)
     some, whole = (
@@ -59,7 +67,8 @@ WORK = {
 
 @pytest.mark.parametrize("case", WORK)
 def test_work_is_what_the_mask_leaves(case):
-    """Blocks visited are those with a pair to see, masked those with a pair not to see."""
+    """Blocks visited are those with a pair to see, masked those with a pair not to
+    see."""
     some, whole = judged(512, 512, 32, 16, WORK[case])
     for table, axis in zip(tables(512, 512, 32, 16, WORK[case]), (1, 0), strict=True):
         counts = [[len(x) for x in runs] for runs in visited(table)[0]]

@@ -39,11 +39,18 @@ def interpreted(of_matmul=None, of_outer=None):
     return found
 
 
-# (backend, rows, D, F, blocks of the matmul, of the outer product): tiles that end inside groups,
-# D in parts, a last block of columns that is not full.
+# (backend, rows, D, F, blocks of the matmul, of the outer product): tiles that end
+# inside groups, D in parts, a last block of columns that is not full.
 CASES = {
     "tpu": ("tpu", 203, 24, 40, GroupedBlocks(64, 24, 40), GroupedBlocks(64, 24, 40)),
-    "tpu, parts": ("tpu", 210, 256, 200, GroupedBlocks(96, 128, 128), GroupedBlocks(160, 128, 128)),
+    "tpu, parts": (
+        "tpu",
+        210,
+        256,
+        200,
+        GroupedBlocks(96, 128, 128),
+        GroupedBlocks(160, 128, 128),
+    ),
     "tpu, by rule": ("tpu", 77, 130, 9, None, None),
     "gpu": ("gpu", 203, 24, 40, GroupedBlocks(32, 16, 32), GroupedBlocks(32, 16, 32)),
     "cpu": ("cpu", 203, 24, 40, None, None),
@@ -65,7 +72,9 @@ def matmul_reference(rows, kernels, sizes):
     """In float64, rows × kernel of one group after the other, zeros behind them."""
     out = np.zeros((len(rows), kernels.shape[2]))
     parts = zip(of_group(rows, sizes), kernels, strict=True)
-    products = [part.astype(np.float64) @ kernel.astype(np.float64) for part, kernel in parts]
+    products = [
+        part.astype(np.float64) @ kernel.astype(np.float64) for part, kernel in parts
+    ]
     out[: sum(sizes)] = np.concatenate(products)
     return out
 
@@ -86,7 +95,9 @@ def operands(R, D, F, sizes, seed=0):
 
 def near(got, want, tolerance=2e-6):
     scale = max(1.0, np.abs(want).max())
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tolerance * scale)
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), want, rtol=0, atol=tolerance * scale
+    )
 
 
 @partial(jax.jit, static_argnames=("backend", "of_matmul", "of_outer"))
@@ -96,13 +107,21 @@ def products(rows, others, kernels, sizes, backend, of_matmul, of_outer):
         patch.setattr(api, "import_module", interpreted(of_matmul, of_outer).get)
         return (
             grouped_matmul(rows, kernels, sizes, backend=backend),
-            grouped_matmul(rows, transposed, sizes, transpose_kernels=True, backend=backend),
+            grouped_matmul(
+                rows, transposed, sizes, transpose_kernels=True, backend=backend
+            ),
             grouped_outer_product(rows, others, sizes, backend=backend),
         )
 
 
-# Shares of the rows before which each group ends: one giant; padding alone; ends within tiles.
-CUTS = [(0, 0, 1, 1, 1), (0, 0, 0, 0, 0), (0, 0.4, 0.41, 0.9, 0.9), (0.13, 0.2, 0.57, 0.93, 1)]
+# Shares of the rows before which each group ends: one giant; padding alone; ends within
+# tiles.
+CUTS = [
+    (0, 0, 1, 1, 1),
+    (0, 0, 0, 0, 0),
+    (0, 0.4, 0.41, 0.9, 0.9),
+    (0.13, 0.2, 0.57, 0.93, 1),
+]
 
 
 @pytest.mark.parametrize("cuts", CUTS)
@@ -111,7 +130,9 @@ def test_each_row_meets_its_group_and_no_other(case, cuts):
     backend, R, D, F, *sizes_of_blocks = CASES[case]
     sizes = np.diff(np.round(np.array(cuts) * R), prepend=0).astype(np.int32)
     rows, others, kernels = operands(R, D, F, sizes)
-    dot, transposed, outer = products(rows, others, kernels, sizes, backend, *sizes_of_blocks)
+    dot, transposed, outer = products(
+        rows, others, kernels, sizes, backend, *sizes_of_blocks
+    )
     want = matmul_reference(rows, kernels, sizes)
     near(dot, want)
     near(transposed, want)
@@ -149,7 +170,8 @@ def test_what_is_not_finite_stays_in_its_group(case):
     ],
 )
 def test_operands_of_few_bits(where, left, right, transposed, monkeypatch):
-    """int8 is exact in int32, over rows so long that fp32 would round; scales come behind."""
+    """int8 is exact in int32, over rows so long that fp32 would round; scales come
+    behind."""
     backend = _backend(where, monkeypatch)
     exact, sizes = left == "int8", np.array([21, 0, 10], np.int32)
     rows, others, kernels = operands(40, 1200 if exact else 40, 24, sizes)
@@ -157,7 +179,11 @@ def test_operands_of_few_bits(where, left, right, transposed, monkeypatch):
         rng = np.random.default_rng(1)
         others, kernels = (rng.integers(120, 128, x.shape) for x in (others, kernels))
         rows = rng.integers(120, 128, rows.shape) if exact else rows
-    rows, others, kernels = rows.astype(left), others.astype(right), kernels.astype(right)
+    rows, others, kernels = (
+        rows.astype(left),
+        others.astype(right),
+        kernels.astype(right),
+    )
     rng, scales = np.random.default_rng(2), {}
     if rows.dtype.itemsize == 1:
         scales["row_scales"] = rng.uniform(0.5, 2, 40).astype(np.float32)
@@ -169,9 +195,15 @@ def test_operands_of_few_bits(where, left, right, transposed, monkeypatch):
     @jax.jit
     def run(rows, kernels, others, sizes, scales):
         given = kernels.swapaxes(1, 2) if transposed else kernels
-        dot = partial(grouped_matmul, rows, given, sizes, transpose_kernels=transposed, **options)
+        dot = partial(
+            grouped_matmul, rows, given, sizes, transpose_kernels=transposed, **options
+        )
         plain = dot() if exact else None
-        return plain, dot(**scales), grouped_outer_product(rows, others, sizes, **options)
+        return (
+            plain,
+            dot(**scales),
+            grouped_outer_product(rows, others, sizes, **options),
+        )
 
     dot, scaled, outer = run(rows, kernels, others, sizes, scales)
     want = matmul_reference(rows, kernels, sizes)
@@ -184,7 +216,9 @@ def test_operands_of_few_bits(where, left, right, transposed, monkeypatch):
     near(outer, outer_reference(rows, others, sizes), tolerance)
     used = sizes.sum()
     want[:used] *= scales.get("row_scales", np.ones(40))[:used, None]
-    want[:used] *= np.repeat(scales.get("column_scales", np.ones((3, 24))), sizes, axis=0)
+    want[:used] *= np.repeat(
+        scales.get("column_scales", np.ones((3, 24))), sizes, axis=0
+    )
     near(scaled, want, 2**-8 if exact else 2e-6)
 
 
@@ -210,7 +244,10 @@ def test_gradients_are_those_of_the_definition(backend, transposed, monkeypatch)
     @jax.jit
     def gradients(rows, given, cotangent, sizes):
         function = partial(
-            grouped_matmul, group_sizes=sizes, transpose_kernels=transposed, backend=backend
+            grouped_matmul,
+            group_sizes=sizes,
+            transpose_kernels=transposed,
+            backend=backend,
         )
         return jax.vjp(function, rows, given)[1](cotangent)
 
@@ -225,18 +262,23 @@ def test_gradients_are_those_of_the_definition(backend, transposed, monkeypatch)
 def test_each_product_is_the_others_gradient_to_the_second_order():
     sizes = np.array([2, 0, 3], np.int32)
     rows, others, kernels = (np.nan_to_num(x) for x in operands(6, 3, 4, sizes))
-    d_rows, d_others, d_kernels = (np.nan_to_num(x) for x in operands(6, 3, 4, sizes, seed=1))
-    matmul, outer = (partial(f, sizes=sizes) for f in (matmul_reference, outer_reference))
+    d_rows, d_others, d_kernels = (
+        np.nan_to_num(x) for x in operands(6, 3, 4, sizes, seed=1)
+    )
+    matmul, outer = (
+        partial(f, sizes=sizes) for f in (matmul_reference, outer_reference)
+    )
     back, d_back = kernels.swapaxes(1, 2), d_kernels.swapaxes(1, 2)
 
     def check(function, arguments, toward, first, second):
-        """Gradients, and those of what they are along ``toward``, which has all arguments."""
+        """Gradients, and those of what they are along ``toward``, which has all
+        arguments."""
 
         @partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
         def run(left, right, cotangent):
-            grads = jax.vjp(lambda *x: function(*x, sizes, backend="cpu"), left, right)[1](
-                cotangent
-            )
+            grads = jax.vjp(lambda *x: function(*x, sizes, backend="cpu"), left, right)[
+                1
+            ](cotangent)
             return sum(map(jnp.vdot, grads, toward)), grads
 
         found, grads = jax.jit(run)(*arguments)
@@ -276,7 +318,9 @@ def test_visits_find_every_row_once_and_no_more(padding, cuts, whole):
         *(x[:count] for x in (found.out_tile, found.tile, *found[2:])), strict=True
     ):
         assert behind or read == tile_number
-        seen += [(tile_number * tile + i, 5 if behind else group) for i in range(begin, end)]
+        seen += [
+            (tile_number * tile + i, 5 if behind else group) for i in range(begin, end)
+        ]
     lengths = (*sizes, num_rows - sizes.sum() if padding else 0)
     assert seen == list(enumerate(np.repeat(np.arange(6), lengths)))
     # One for each tile, and for each group that begins inside one.
@@ -284,7 +328,9 @@ def test_visits_find_every_row_once_and_no_more(padding, cuts, whole):
     assert padding or set(found.group[:count]) == set(range(len(sizes)))
 
 
-_visits = jax.jit(plan_group_visits, static_argnums=(1, 2), static_argnames=("padding",))
+_visits = jax.jit(
+    plan_group_visits, static_argnums=(1, 2), static_argnames=("padding",)
+)
 
 
 @settings(max_examples=100)
@@ -313,7 +359,8 @@ def test_blocks_by_rule_fit_every_chip(inner, columns, rows, dtype, chip):
 
 
 def assert_cuts(own, sizes):
-    """Rows by 32, as 8-bit numbers come; other dimensions whole, or in multiples of 128."""
+    """Rows by 32, as 8-bit numbers come; other dimensions whole, or in multiples of
+    128."""
     assert own.rows > 0
     assert own.rows % 32 == 0
     assert own.inner == sizes.inner or own.inner % 128 == 0
@@ -336,9 +383,24 @@ def test_a_gradient_through_8_bits_is_refused():
     [
         ((64, 256), (4, 384, 256), {}, r"rows \(64, 256\), kernels \(4, 384, 256\)"),
         ((64, 256), (4, 256, 384), {"dtype": jnp.int8}, "no result in int8"),
-        ((64, 256), (4, 256, 384), {"row_scales": np.ones(64)}, r"scales \(64,\) of bfloat16"),
-        ((64, 256), (4, 256, 384), {"backend": "cuda"}, "'cuda' is none of tpu, gpu, cpu"),
-        ((64, 9**5), (4, 9**5, 8), {"backend": "tpu"}, r"\d+ bytes of VMEM, .* 16777216"),
+        (
+            (64, 256),
+            (4, 256, 384),
+            {"row_scales": np.ones(64)},
+            r"scales \(64,\) of bfloat16",
+        ),
+        (
+            (64, 256),
+            (4, 256, 384),
+            {"backend": "cuda"},
+            "'cuda' is none of tpu, gpu, cpu",
+        ),
+        (
+            (64, 9**5),
+            (4, 9**5, 8),
+            {"backend": "tpu"},
+            r"\d+ bytes of VMEM, .* 16777216",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(rows, kernels, options, message):

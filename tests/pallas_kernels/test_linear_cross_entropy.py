@@ -1,5 +1,5 @@
-"""linear_cross_entropy() equals a float64 NumPy loss, its gradients too; over a vocabulary in
-shares see tests/parallel/test_cross_entropy.py."""
+"""linear_cross_entropy() equals a float64 NumPy loss, its gradients too; over a
+vocabulary in shares see tests/parallel/test_cross_entropy.py."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def reference(hidden, head, targets, weights, z_loss=0.0, soft_cap=None, bias=None):
-    """The loss, the cross-entropy and the loss's gradients, from every logit; a bias's last."""
+    """The loss, the cross-entropy and the loss's gradients, from every logit; a bias's
+    last."""
     hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
     logits, slope = hidden @ head, 1.0
     if bias is not None:
@@ -23,7 +24,9 @@ def reference(hidden, head, targets, weights, z_loss=0.0, soft_cap=None, bias=No
     top = logits.max(axis=1, keepdims=True)
     exp = np.exp(logits - top)
     lse = top[:, 0] + np.log(exp.sum(axis=1))
-    onehot = (np.arange(head.shape[1]) == np.asarray(targets)[:, None]).astype(np.float64)
+    onehot = (np.arange(head.shape[1]) == np.asarray(targets)[:, None]).astype(
+        np.float64
+    )
     entropy = np.sum(weights * (lse - np.sum(onehot * logits, axis=1)))
     softmax = exp / exp.sum(axis=1, keepdims=True)
     d_logits = softmax * (1 + 2 * z_loss * lse)[:, None] - onehot
@@ -34,13 +37,16 @@ def reference(hidden, head, targets, weights, z_loss=0.0, soft_cap=None, bias=No
 
 
 def operands(T, D, V, *, scale=1.0, seed=0):
-    """hidden, head, targets of which some are out of range and have no weight, weights."""
+    """hidden, head, targets of which some are out of range and have no weight,
+    weights."""
     rng = np.random.default_rng(seed)
     hidden = rng.standard_normal((T, D)).astype(np.float32)
     head = (scale * D**-0.5 * rng.standard_normal((D, V))).astype(np.float32)
     targets = rng.integers(0, V, T)
     ignored = rng.random(T) < 0.2
-    targets = np.where(ignored, rng.choice([-100, -1, V, V + 3], T), targets).astype(np.int32)
+    targets = np.where(ignored, rng.choice([-100, -1, V, V + 3], T), targets).astype(
+        np.int32
+    )
     weights = np.where(ignored, 0, rng.random(T)).astype(np.float32)
     return hidden, head, targets, weights
 
@@ -72,11 +78,19 @@ def found(arguments, bias=None, **options):
 )
 def test_chunks_equal_the_reference(T, D, V, chunk, z_loss, soft_cap, biased, seed):
     arguments = operands(T, D, V, scale=3.0, seed=seed)
-    bias = np.random.default_rng(7).standard_normal(V).astype(np.float32) if biased else None
+    bias = (
+        np.random.default_rng(7).standard_normal(V).astype(np.float32)
+        if biased
+        else None
+    )
     options = {"z_loss": z_loss, "soft_cap": soft_cap, "bias": bias}
     true = reference(*arguments, **options)
-    for own, exact in zip(found(arguments, chunk_tokens=chunk, **options), true, strict=True):
-        np.testing.assert_allclose(own, exact, atol=3e-6 * max(1.0, np.abs(exact).max()))
+    for own, exact in zip(
+        found(arguments, chunk_tokens=chunk, **options), true, strict=True
+    ):
+        np.testing.assert_allclose(
+            own, exact, atol=3e-6 * max(1.0, np.abs(exact).max())
+        )
 
 
 def test_error_in_bfloat16_is_that_of_rounding():
@@ -103,6 +117,8 @@ def test_error_in_bfloat16_is_that_of_rounding():
     ],
 )
 def test_what_does_not_belong_together_is_refused(change, message):
-    arguments = dict(zip(("hidden", "head", "targets", "weights"), operands(4, 8, 16), strict=True))
+    arguments = dict(
+        zip(("hidden", "head", "targets", "weights"), operands(4, 8, 16), strict=True)
+    )
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{**arguments, **change})

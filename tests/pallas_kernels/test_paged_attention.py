@@ -1,5 +1,5 @@
-"""Paged attention equals float64 attention over each row's own tokens, whatever the pages of others
-hold; tokens are written in place."""
+"""Paged attention equals float64 attention over each row's own tokens, whatever the
+pages of others hold; tokens are written in place."""
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,47 @@ WINDOWED = Case(DECODE + CHUNKS, num_uniform=5, window=90, padding=2)
 CASES = {
     "decode": Case(DECODE, num_uniform=5),
     "decode of several tokens, everything": Case(
-        [(37, 3), (0, 3), (3, 3), (200, 3)], num_uniform=4, window=21, reach=9, **FEATURES
+        [(37, 3), (0, 3), (3, 3), (200, 3)],
+        num_uniform=4,
+        window=21,
+        reach=9,
+        **FEATURES,
     ),
     "one row": Case([(100, 1)], (9, 3, 64, 64), num_uniform=1),
     "ragged": Case(CHUNKS, padding=5),
     "mixed, everything": Case(
-        DECODE + CHUNKS, (8, 1, 24, 40), 32, 5, padding=3, window=40, reach=30, seed=1, **FEATURES
+        DECODE + CHUNKS,
+        (8, 1, 24, 40),
+        32,
+        5,
+        padding=3,
+        window=40,
+        reach=30,
+        seed=1,
+        **FEATURES,
     ),
-    "mixed, limits": Case(DECODE + CHUNKS, num_uniform=5, limited=True, sinks=True, padding=1),
+    "mixed, limits": Case(
+        DECODE + CHUNKS, num_uniform=5, limited=True, sinks=True, padding=1
+    ),
     "latent": Case(DECODE + CHUNKS, (4, 1, 64, 48), num_uniform=5, latent=True),
     "bf16": Case(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
     "int8": Case(DECODE + CHUNKS, num_uniform=5, kind="int8"),
     "int8 with zeros, latent": Case(
-        DECODE + CHUNKS, (4, 1, 56, 40), num_uniform=5, kind="int8 with zeros", latent=True
+        DECODE + CHUNKS,
+        (4, 1, 56, 40),
+        num_uniform=5,
+        kind="int8 with zeros",
+        latent=True,
     ),
-    "int4": Case(DECODE + CHUNKS, (3, 3, 16, 24), 32, num_uniform=5, kind="int4", window=40),
+    "int4": Case(
+        DECODE + CHUNKS, (3, 3, 16, 24), 32, num_uniform=5, kind="int4", window=40
+    ),
 }
 
 
-@pytest.mark.parametrize("call", [SMALL, {"backend": "xla"}], ids=["small blocks", "default"])
+@pytest.mark.parametrize(
+    "call", [SMALL, {"backend": "xla"}], ids=["small blocks", "default"]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_xla_equals_the_reference(case, call):
     check(CASES[case], tolerance=2e-2 if case == "bf16" else 2e-5, **call)
@@ -46,11 +68,21 @@ def test_xla_equals_the_reference(case, call):
 @pytest.mark.parametrize(
     "case",
     [
-        *(CASES[name] for name in CASES if "decode" in name or name in ("one row", "latent")),
+        *(
+            CASES[name]
+            for name in CASES
+            if "decode" in name or name in ("one row", "latent")
+        ),
         WINDOWED,
         CASES["ragged"],
         CASES["mixed, limits"],
-        Case([(300, 1), (400, 170), (3, 5)], (6, 2, 32, 32), num_uniform=1, padding=2, window=130),
+        Case(
+            [(300, 1), (400, 170), (3, 5)],
+            (6, 2, 32, 32),
+            num_uniform=1,
+            padding=2,
+            window=130,
+        ),
         CASES["mixed, everything"]._replace(heads=(10, 2, 48, 80)),
     ],
 )
@@ -83,14 +115,16 @@ def check_independence(call, case=WINDOWED):
     for r in set(range(len(lengths))) - set(kept):
         tables[r] = rng.choice(free, len(tables[r]))
         lengths[r] = case.page * len(tables[r]) - r
-    changed = run_built((q, keys, values, tables, lengths, starts), arrays, static, **call)
+    changed = run_built(
+        (q, keys, values, tables, lengths, starts), arrays, static, **call
+    )
     np.testing.assert_array_equal(changed[0][queries], o[queries])
     np.testing.assert_array_equal(changed[1][queries], lse[queries])
 
 
 def test_only_blocks_that_someone_sees_are_read():
-    """Neither behind the longest row nor before the first window: pages of NaN there, which would
-    spoil what a weight of 0 is multiplied by."""
+    """Neither behind the longest row nor before the first window: pages of NaN there,
+    which would spoil what a weight of 0 is multiplied by."""
     case = Case([(170, 1), (200, 1), (260, 30)], num_uniform=2, window=20)
     arguments, arrays, static = build(case)
     q, keys, values, tables, *rest = arguments
@@ -108,8 +142,8 @@ def test_only_blocks_that_someone_sees_are_read():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_writes_are_in_place(dtype):
-    """Tokens reach their slots, those out of range nothing, and no buffer of the pool's size is
-    made where it is donated."""
+    """Tokens reach their slots, those out of range nothing, and no buffer of the pool's
+    size is made where it is donated."""
     rng = np.random.default_rng(0)
     pages = jnp.asarray(9 * rng.standard_normal((700, 3, 16, 8)), dtype)
     new = (9 * rng.standard_normal((6, 3, 8))).astype(np.float32)
@@ -145,4 +179,6 @@ def test_what_does_not_belong_together_is_said(changes, message):
 def test_scales_of_another_shape_are_refused():
     (q, keys, values, *rest), *_ = build(Case([(20, 1)], kind="int8"))
     with pytest.raises(ValueError, match="scale or zero of key_pages"):
-        paged_attention(q, QuantizedPages(keys.codes, keys.scale[:1], None), values, *rest)
+        paged_attention(
+            q, QuantizedPages(keys.codes, keys.scale[:1], None), values, *rest
+        )

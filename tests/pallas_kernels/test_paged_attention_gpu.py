@@ -1,12 +1,22 @@
-"""The GPU's kernel, interpreted on CPU, equals float64 attention over each row's own tokens."""
+"""The GPU's kernel, interpreted on CPU, equals float64 attention over each row's own
+tokens."""
 
 import pytest
 
 from pallas_kernels.paged_attention.triton import TritonPagedBlocks
 from tests.pallas_kernels.paged_cases import DEAD, Case, check
-from tests.pallas_kernels.test_paged_attention import CHUNKS, DECODE, FEATURES, check_independence
+from tests.pallas_kernels.test_paged_attention import (
+    CHUNKS,
+    DECODE,
+    FEATURES,
+    check_independence,
+)
 
-TRITON = {"backend": "triton", "block_sizes": TritonPagedBlocks(8, 32, 3), "interpret": True}
+TRITON = {
+    "backend": "triton",
+    "block_sizes": TritonPagedBlocks(8, 32, 3),
+    "interpret": True,
+}
 CASES = {
     "nobody": Case([DEAD, DEAD], num_uniform=2),
     "ragged, sinks": Case(CHUNKS, padding=5, sinks=True),
@@ -14,7 +24,11 @@ CASES = {
         DECODE + CHUNKS, (8, 1, 24, 40), 32, 5, padding=3, window=40, seed=1, **FEATURES
     ),
     "several tokens, limits": Case(
-        [(37, 3), (0, 3), (3, 3), (90, 3)], (9, 3, 16, 16), num_uniform=4, limited=True, sinks=True
+        [(37, 3), (0, 3), (3, 3), (90, 3)],
+        (9, 3, 16, 16),
+        num_uniform=4,
+        limited=True,
+        sinks=True,
     ),
     "latent": Case(DECODE, (4, 1, 56, 40), num_uniform=5, latent=True),
     "latent, the same parts": Case(DECODE, (4, 1, 48, 32), num_uniform=5, latent=True),
@@ -23,7 +37,9 @@ CASES = {
     "int8 with zeros, latent": Case(
         DECODE, (4, 1, 56, 40), num_uniform=5, kind="int8 with zeros", latent=True
     ),
-    "int4": Case(DECODE + CHUNKS, (3, 3, 16, 24), 32, num_uniform=5, kind="int4", window=40),
+    "int4": Case(
+        DECODE + CHUNKS, (3, 3, 16, 24), 32, num_uniform=5, kind="int4", window=40
+    ),
 }
 
 

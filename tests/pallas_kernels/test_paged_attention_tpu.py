@@ -1,14 +1,26 @@
-"""The TPU's kernel, in the interpreter, equals float64 attention over each row's own tokens."""
+"""The TPU's kernel, in the interpreter, equals float64 attention over each row's own
+tokens."""
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.tpu import TpuPagedBlocks
 from tests.pallas_kernels.paged_cases import DEAD, Case, check
-from tests.pallas_kernels.test_paged_attention import CHUNKS, DECODE, FEATURES, check_independence
+from tests.pallas_kernels.test_paged_attention import (
+    CHUNKS,
+    DECODE,
+    FEATURES,
+    check_independence,
+)
 
-POISONED = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
-TPU = {"backend": "tpu", "block_sizes": TpuPagedBlocks(8, 64, 64), "interpret": POISONED}
+POISONED = pltpu.InterpretParams(
+    uninitialized_memory="nan", out_of_bounds_reads="raise"
+)
+TPU = {
+    "backend": "tpu",
+    "block_sizes": TpuPagedBlocks(8, 64, 64),
+    "interpret": POISONED,
+}
 CASES = {
     "nobody": Case([DEAD, DEAD], num_uniform=2),
     "ragged, sinks": Case(CHUNKS, padding=5, sinks=True),
@@ -16,7 +28,11 @@ CASES = {
         DECODE + CHUNKS, (8, 1, 24, 40), 32, 5, padding=3, window=40, seed=1, **FEATURES
     ),
     "several tokens, limits": Case(
-        [(37, 3), (0, 3), (3, 3), (90, 3)], (9, 3, 16, 16), num_uniform=4, limited=True, sinks=True
+        [(37, 3), (0, 3), (3, 3), (90, 3)],
+        (9, 3, 16, 16),
+        num_uniform=4,
+        limited=True,
+        sinks=True,
     ),
     "latent": Case(DECODE, (4, 1, 56, 40), num_uniform=5, latent=True),
     "bf16": Case(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),

@@ -1,4 +1,5 @@
-"""The reader of the TPU compiler's schedules, on one written here, and what is made of it."""
+"""The reader of the TPU compiler's schedules, on one written here, and what is made of
+it."""
 
 from typing import Any
 
@@ -15,11 +16,16 @@ from benchmarks.kernel_cycles.static import CHIPS
 from benchmarks.kernel_cycles.static.control import run_counts
 from benchmarks.kernel_cycles.static.costs import call_costs, kernel_costs
 from benchmarks.kernel_cycles.static.prefetch import KernelCall, kernel_calls, words
-from benchmarks.kernel_cycles.static.scalar import UNKNOWN, Unknown, bundle_lines, signed
+from benchmarks.kernel_cycles.static.scalar import (
+    UNKNOWN,
+    Unknown,
+    bundle_lines,
+    signed,
+)
 from benchmarks.kernel_cycles.static.schedule import parse_schedule
 
-# A loop of eight steps, on core 0 alone, over a table in scalar memory. A step multiplies
-# matrices; where its entry is positive, a predicated region spills.
+# A loop of eight steps, on core 0 alone, over a table in scalar memory. A step
+# multiplies matrices; where its entry is positive, a predicated region spills.
 BUNDLES = """
      0   :  { %s1_s0 = inlined_call_operand.hbm [shape: s32[8], index: 0, kind: input] /* a
 two-line comment */  ;;  %s2_s9 = sld [smem:[#allocation0]] /* core id */ }
@@ -92,7 +98,9 @@ def test_cycles_are_bundles_times_runs(entries):
     assert (loop.runs, loop.bundles, loop.spill_stores) == (8, STEP, 0)
     assert loop.cycles_inside == 8 * STEP + positive * SPILLING
     spilling = [r for r in costs.regions if r.name == "7"]
-    assert [(r.runs, r.spill_stores) for r in spilling] == [(positive, 1)] * bool(positive)
+    assert [(r.runs, r.spill_stores) for r in spilling] == [(positive, 1)] * bool(
+        positive
+    )
 
 
 def test_a_branch_on_what_is_not_known_is_refused():
@@ -136,7 +144,13 @@ def _executed(bundle: str, **registers: Any) -> dict[str, Any]:
     """Registers after one bundle."""
     read = schedule()
     read.bundles[0] = bundle
-    names = {"M": 2**32 - 1, "UNKNOWN": UNKNOWN, "Unknown": Unknown, "signed": signed, **registers}
+    names = {
+        "M": 2**32 - 1,
+        "UNKNOWN": UNKNOWN,
+        "Unknown": Unknown,
+        "signed": signed,
+        **registers,
+    }
     exec("\n".join(bundle_lines(read, 0, set())), names)
     return names
 
@@ -155,7 +169,11 @@ def test_a_call_takes_the_values_its_kernel_prefetches():
     other = KernelCall(["s32[9]"], {})
     costs = call_costs([schedule()], HLO, [other, call], CHIPS["v5p"], 7)
     assert costs.cycles(backward=False) == 0
-    assert costs.cycles() == costs.cycles(backward=True) == OUTSIDE + 8 * STEP + 3 * SPILLING
+    assert (
+        costs.cycles()
+        == costs.cycles(backward=True)
+        == OUTSIDE + 8 * STEP + 3 * SPILLING
+    )
     assert costs.microseconds() == pytest.approx(costs.cycles() / 1750.98, rel=1e-4)
     assert costs.mxu_flops() == 48 * 2 * 128**2
     with pytest.raises(ValueError, match="not given"):
@@ -188,7 +206,9 @@ def test_prefetched_values_are_computed_and_nothing_else():
     step.defvjp(lambda ids, x: (step(ids, x), None), lambda _, g: (None, g))
 
     def program(ids, x):
-        y = jax.lax.platform_dependent(ids, x, tpu=step, default=lambda ids, x: jnp.zeros_like(x))
+        y = jax.lax.platform_dependent(
+            ids, x, tpu=step, default=lambda ids, x: jnp.zeros_like(x)
+        )
         return _prefetching(y[0, :4].astype(jnp.int32), y)
 
     x = jax.ShapeDtypeStruct((32, 128), jnp.float32)

@@ -1,5 +1,5 @@
-"""Blocks from the table are valid for whom they are given to; the search finds the cheapest; bad
-requests end with a line."""
+"""Blocks from the table are valid for whom they are given to; the search finds the
+cheapest; bad requests end with a line."""
 
 import math
 
@@ -46,7 +46,9 @@ def test_every_entry_of_the_table_fits_its_chip():
     for one in entries:
         blocks, problem = (
             TpuBlocks(**one.blocks),
-            Problem(one.direction, *one.head_sizes, one.seq, one.mask, one.dtype, one.heads),
+            Problem(
+                one.direction, *one.head_sizes, one.seq, one.mask, one.dtype, one.heads
+            ),
         )
         tpu_blocks.check_blocks(blocks)
         chip = CHIPS[one.chip]
@@ -56,7 +58,10 @@ def test_every_entry_of_the_table_fits_its_chip():
         assert one.made_with
         problem.segment_ids()
         # The row that a program of this shape would ask for.
-        assert tuned.find_tuned_blocks(chip, one.direction, problem.sizes, one.mask_kind) == blocks
+        assert (
+            tuned.find_tuned_blocks(chip, one.direction, problem.sizes, one.mask_kind)
+            == blocks
+        )
     assert tuned.format_table(entries) == tuned.TABLE.read_text()
 
 
@@ -109,17 +114,25 @@ def test_kinds_of_masks():
     assert kind(causal=False) == tuned.parse_mask_kind("full") == "full"
     assert kind(window=1000) == tuned.parse_mask_kind("window:700") == "window:1024"
     assert kind(window=1) == "window:1"
-    assert kind(segment_ids=(ids, ids)) == tuned.parse_mask_kind("segments:8") == "segments"
+    assert (
+        kind(segment_ids=(ids, ids))
+        == tuned.parse_mask_kind("segments:8")
+        == "segments"
+    )
 
 
 @pytest.mark.parametrize("direction", PASSES)
 def test_the_kernel_takes_the_tables_blocks(direction, monkeypatch):
     small = TpuBlocks(128, 128, 128, 128)
     problem = Problem(direction, 64, 64, 512, "window:100", "float32", 1)
-    monkeypatch.setattr(tuned, "load_table", lambda: (problem.entry("v4", small, 1, ""),))
+    monkeypatch.setattr(
+        tuned, "load_table", lambda: (problem.entry("v4", small, 1, ""),)
+    )
     seen, known = [], tpu.count_keys_in_vmem
     monkeypatch.setattr(
-        tpu, "count_keys_in_vmem", lambda of, own, *rest: seen.append(own) or known(of, own, *rest)
+        tpu,
+        "count_keys_in_vmem",
+        lambda of, own, *rest: seen.append(own) or known(of, own, *rest),
     )
     run = problem.attention(None)
 
@@ -138,11 +151,17 @@ def test_the_kernel_takes_the_tables_blocks(direction, monkeypatch):
         (tune, "--chip v5p --mask segments:7", "7 segments do not divide 4096 tokens"),
         (tune, "", "name a TPU with --chip"),
         (bench, "--mask diagonal", "mask 'diagonal'"),
-        (bench, "--all --seq 77", "no shape of --all has head size, sequence and mask None, 77"),
+        (
+            bench,
+            "--all --seq 77",
+            "no shape of --all has head size, sequence and mask None, 77",
+        ),
         (bench, f"--cache {__file__}", "test_tune.py: File exists"),
     ],
 )
-def test_bad_requests_end_with_2_and_a_line(command, arguments, message, capsys, monkeypatch):
+def test_bad_requests_end_with_2_and_a_line(
+    command, arguments, message, capsys, monkeypatch
+):
     monkeypatch.setattr(command, "has_compiler", lambda: True)
     monkeypatch.setattr(tuning, "measure", None)
     try:

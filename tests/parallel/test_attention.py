@@ -1,5 +1,6 @@
-"""Attention on a mesh equals a float64 softmax over the whole sequence, gradients too, by every
-method, in every order, with all that its kernel takes; and it communicates as its method says."""
+"""Attention on a mesh equals a float64 softmax over the whole sequence, gradients too,
+by every method, in every order, with all that its kernel takes; and it communicates as
+its method says."""
 
 import re
 from functools import partial
@@ -17,7 +18,11 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import check_requirements
 from maxlm.parallel.attention import sharded_attention
 from maxlm.parallel.blocks import KeyValueBlock, _Queries
-from maxlm.parallel.context import SequenceSplit, require_context, sequence_order_indices
+from maxlm.parallel.context import (
+    SequenceSplit,
+    require_context,
+    sequence_order_indices,
+)
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK
 from tests.pallas_kernels import reference
@@ -42,7 +47,11 @@ BOTH_WAYS = {"causal": False}
 WINDOW = {"window": 7, **CAPPED}
 SPLIT = {
     "packed, fewer kv heads than tensor, latent heads": Case(
-        {"context": 2, "tensor": 4}, (1, 20, 20, 8, 2, 6, 4), CAPPED, packed=True, sinks=True
+        {"context": 2, "tensor": 4},
+        (1, 20, 20, 8, 2, 6, 4),
+        CAPPED,
+        packed=True,
+        sinks=True,
     ),
     "window, slopes, multi-query": Case(
         {"context": 4, "tensor": 2},
@@ -59,7 +68,11 @@ SPLIT = {
         {"context": 3}, (2, 12, 12, 3, 3, 4, 4), BOTH_WAYS, slopes=True, packed=True
     ),
     "biases": Case(
-        {"context": 2, "tensor": 2, "fsdp": 2}, (2, 12, 12, 4, 2, 3, 3), {}, reach=4, packed=True
+        {"context": 2, "tensor": 2, "fsdp": 2},
+        (2, 12, 12, 4, 2, 3, 3),
+        {},
+        reach=4,
+        packed=True,
     ),
     "biases, both ways": Case(
         {"context": 4, "data": 2},
@@ -74,10 +87,20 @@ WHOLE = {
         {"data": 2, "tensor": 4}, (2, 9, 9, 8, 4, 3, 5), CAPPED, reach=3, packed=True
     ),
     "biases, whole kv heads": Case(
-        {"fsdp": 2, "tensor": 4}, (4, 7, 7, 8, 2, 3, 3), BOTH_WAYS, True, reach=30, sinks=True
+        {"fsdp": 2, "tensor": 4},
+        (4, 7, 7, 8, 2, 3, 3),
+        BOTH_WAYS,
+        True,
+        reach=30,
+        sinks=True,
     ),
     "more keys": Case(
-        {"data": 2, "tensor": 2}, (2, 5, 11, 4, 2, 3, 4), BOTH_WAYS, True, reach=6, packed=True
+        {"data": 2, "tensor": 2},
+        (2, 5, 11, 4, 2, 3, 4),
+        BOTH_WAYS,
+        True,
+        reach=6,
+        packed=True,
     ),
     "fewer keys": Case({"data": 2}, (2, 9, 4, 2, 2, 4, 3), BOTH_WAYS, packed=True),
 }
@@ -97,7 +120,9 @@ def arrays(case: Case, seed: int = 0):
     rng = np.random.default_rng(seed + 1)
     d_o = rng.standard_normal((B, S, N, Hv)).astype(np.float32)
     rows = reference.packed(rng, B, S)
-    segments = (rows, rows if S == T else reference.packed(rng, B, T)) if case.packed else None
+    segments = (
+        (rows, rows if S == T else reference.packed(rng, B, T)) if case.packed else None
+    )
     slopes = rng.uniform(0, 0.5, N).astype(np.float32) if case.slopes else None
     learnt = {"sinks": rng.normal(0, 2, N).astype(np.float32)} if case.sinks else {}
     if case.reach is not None:
@@ -106,7 +131,8 @@ def arrays(case: Case, seed: int = 0):
 
 
 def pulled(attend):
-    """(operands, segments, slopes, learnt) → the output, dQ, dK, dV, and those of learnt ones."""
+    """(operands, segments, slopes, learnt) → the output, dQ, dK, dV, and those of
+    learnt ones."""
 
     def run(operands, segments, slopes, learnt):
         *qkv, d_o = operands
@@ -122,7 +148,9 @@ def pulled(attend):
 
 def specs_of(rules):
     """Of the operands, and of segments."""
-    queries, keys = (rules.spec("batch", "seq", heads, None) for heads in ("heads", "kv_heads"))
+    queries, keys = (
+        rules.spec("batch", "seq", heads, None) for heads in ("heads", "kv_heads")
+    )
     row = rules.spec("batch", "seq")
     return (queries, keys, keys, queries), (row, row)
 
@@ -140,7 +168,9 @@ def assert_exact(found, case: Case, everything, order):
     (q, k, v, d_o), segments, slopes, learnt = everything
     options = {"segment_ids": segments, "slopes": slopes, **learnt, **case.options}
     o, _, *grads = reference.attention(q, k, v, d_o=d_o, **options)
-    for i, (name, own) in enumerate(zip(("o", "d_q", "d_k", "d_v"), found, strict=False)):
+    for i, (name, own) in enumerate(
+        zip(("o", "d_q", "d_k", "d_v"), found, strict=False)
+    ):
         want = (o, *grads)[i]
         np.testing.assert_allclose(own, want[:, order], atol=2e-5, err_msg=name)
     for name, want in zip(learnt, grads[3:], strict=True):
@@ -162,7 +192,11 @@ def check(axes, case: Case, order=slice(None), **method):
 
 
 # Every case by every method, in one order or the other.
-PAIRS = [(case, m, (i + j) % 2 == 0) for i, case in enumerate(SPLIT) for j, m in enumerate(METHODS)]
+PAIRS = [
+    (case, m, (i + j) % 2 == 0)
+    for i, case in enumerate(SPLIT)
+    for j, m in enumerate(METHODS)
+]
 
 
 @pytest.mark.parametrize(("name", "method", "balanced"), PAIRS)
@@ -179,12 +213,15 @@ def test_over_whole_sequences(name, mesh):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_heads_learn_gets_its_gradient_by_heads_within_stages(method, mesh):
-    """As a pipeline uses them: manual over stages, biases and sinks of each stage's own."""
+    """As a pipeline uses them: manual over stages, biases and sinks of each stage's
+    own."""
     axes = mesh(stage=2, context=2, tensor=2)
     rules = rules_on(axes, 2)
     case = Case({}, (1, 8, 8, 4, 2, 3, 5), CAPPED, True, 3, packed=True, sinks=True)
     seeds = [arrays(case, seed) for seed in range(2)]
-    attend = partial(sharded_attention, rules=rules, method=method, balanced=True, **CAPPED)
+    attend = partial(
+        sharded_attention, rules=rules, method=method, balanced=True, **CAPPED
+    )
     order = sequence_order_indices(8, 2, balanced=True)
     learnt = {"sinks": rules.spec("heads"), "biases": rules.spec("heads", None)}
     specs = (*specs_of(rules), PartitionSpec(None), learnt)
@@ -198,13 +235,19 @@ def test_what_heads_learn_gets_its_gradient_by_heads_within_stages(method, mesh)
         return jax.tree.map(lambda x: x[None], pulled(attend)(*own))
 
     def put(spec, *x):
-        return jax.device_put(np.stack(x), NamedSharding(axes, PartitionSpec("stage", *spec)))
+        return jax.device_put(
+            np.stack(x), NamedSharding(axes, PartitionSpec("stage", *spec))
+        )
 
     by_stage = PartitionSpec("stage")
     with jax.set_mesh(axes):
         everything = jax.tree.map(put, specs, *(turned(x) for x in seeds))
         run = jax.shard_map(
-            stage, in_specs=by_stage, out_specs=by_stage, axis_names={"stage"}, check_vma=False
+            stage,
+            in_specs=by_stage,
+            out_specs=by_stage,
+            axis_names={"stage"},
+            check_vma=False,
         )
         found = jax.jit(run, compiler_options=QUICK)(everything)
     assert found[4]["biases"].sharding.spec == PartitionSpec("stage", "tensor", None)
@@ -228,34 +271,49 @@ def test_each_method_communicates_as_it_should(method, forward, backward, mesh):
     axes = mesh(context=4)
     rules = rules_on(axes, 4)
     with jax.set_mesh(axes):
-        operands, _ = laid_out(axes, rules, arrays(Case({}, (1, 16, 16, 4, 4, 3, 3), {}))[0])
+        operands, _ = laid_out(
+            axes, rules, arrays(Case({}, (1, 16, 16, 4, 4, 3, 3), {}))[0]
+        )
         attend = partial(sharded_attention, rules=rules, method=method, balanced=True)
         both = jax.jit(lambda *qkv: jax.vjp(attend, *qkv), compiler_options=QUICK)
         _, pull = both(*operands[:3])
-        there = jax.jit(attend).lower(*operands[:3]).compile(compiler_options=QUICK).as_text()
-        back = jax.jit(pull).lower(operands[3]).compile(compiler_options=QUICK).as_text()
+        there = (
+            jax.jit(attend)
+            .lower(*operands[:3])
+            .compile(compiler_options=QUICK)
+            .as_text()
+        )
+        back = (
+            jax.jit(pull).lower(operands[3]).compile(compiler_options=QUICK).as_text()
+        )
     assert set(re.findall(COLLECTIVES, there)) == forward
     assert set(re.findall(COLLECTIVES, back)) == backward
 
 
 def test_a_window_within_reach_of_one_neighbour_ends_the_ring_there(mesh):
-    """Keys make one hop, and their gradients one back, however many devices there are."""
+    """Keys make one hop, and their gradients one back, however many devices there
+    are."""
     axes = mesh(context=8)
     rules = rules_on(axes, 1)
     with jax.set_mesh(axes):
-        operands, _ = laid_out(axes, rules, arrays(Case({}, (1, 32, 32, 1, 1, 3, 3), {}))[0])
+        operands, _ = laid_out(
+            axes, rules, arrays(Case({}, (1, 32, 32, 1, 1, 3, 3), {}))[0]
+        )
         run = pulled(partial(sharded_attention, rules=rules, method="ring", window=5))
         lowered = jax.jit(run).lower(operands, None, None, {})
         text = lowered.compile(compiler_options=QUICK).as_text()
     assert " while(" not in text
-    hops = re.findall(r"collective-permute(?:-start)?\(.*source_target_pairs=\{\{0,(\d)\}", text)
+    hops = re.findall(
+        r"collective-permute(?:-start)?\(.*source_target_pairs=\{\{0,(\d)\}", text
+    )
     assert set(hops) == {"1", "7"}
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 30])
 @pytest.mark.parametrize(("ways", "balanced"), [(4, False), (4, True), (3, True)])
 def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
-    """Chunks of queries and keys that a device computes with are those with a pair in sight."""
+    """Chunks of queries and keys that a device computes with are those with a pair in
+    sight."""
     size = 3
     length = ways * size * (2 if balanced else 1)
     sees = reference.mask(length, length, window=window)[0]
@@ -265,7 +323,9 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
     with jax.set_mesh(mesh(context=ways)):
         split = SequenceSplit(("context",), "ring", balanced, True, window)
         rows = size * split.chunks_per_device
-        block = KeyValueBlock(jnp.zeros((1, rows, 1, 1)), jnp.zeros((1, rows, 1, 1)), None)
+        block = KeyValueBlock(
+            jnp.zeros((1, rows, 1, 1)), jnp.zeros((1, rows, 1, 1)), None
+        )
         for own in range(ways):
             queries = _Queries(split, jnp.int32(own), None, jnp.zeros((1, rows, 1, 1)))
             before = len(computed)
@@ -274,7 +334,10 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
                 for pair in queries.pairs(block, jnp.int32(other) if t else None):
                     if pair.live is None or pair.live:
                         starts = (split.chunk_starts(n, size) for n in (own, other))
-                        a, b = (s[i] for s, i in zip(starts, (pair.query, pair.key), strict=True))
+                        a, b = (
+                            s[i]
+                            for s, i in zip(starts, (pair.query, pair.key), strict=True)
+                        )
                         computed.add((a, b))
             work.append(len(computed) - before)
     assert computed == worth
@@ -283,7 +346,9 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
 
 
 @given(st.integers(1, 9), st.integers(1, 7), st.booleans())
-def test_the_order_deals_out_each_token_once_with_equal_causal_work(ways, size, balanced):
+def test_the_order_deals_out_each_token_once_with_equal_causal_work(
+    ways, size, balanced
+):
     length = ways * size * (2 if balanced else 1)
     order = sequence_order_indices(length, ways, balanced)
     assert sorted(order) == list(range(length))
@@ -302,27 +367,49 @@ def test_the_order_deals_out_each_token_once_with_equal_causal_work(ways, size, 
         ),
         (
             {"seq_len": 26, "balanced": True},
-            "two chunks each when balanced); use 24 or 28, or parallel.balance_sequence=false",
+            "two chunks each when balanced); use 24 or 28, or "
+            "parallel.balance_sequence=false",
         ),
         (
             {"num_heads": 6, "num_kv_heads": 2, "method": "ulysses"},
-            "ulysses splits query heads, and 6 do not divide over tensor=2·context=2; use ring or",
+            "ulysses splits query heads, and 6 do not divide over tensor=2·context=2; "
+            "use ring or",
         ),
         (
             {"num_heads": 6, "num_kv_heads": 3, "rules": {"kv_heads": ()}},
-            "3 query heads a device straddle the groups of 2 that share a kv head; split heads",
+            "3 query heads a device straddle the groups of 2 that share a kv head; "
+            "split heads",
         ),
-        ({"rules": {"heads": ()}}, "heads are on mesh axes none, kv_heads on tensor=2; give them"),
         (
-            {"rules": {"heads": ("tensor", "context"), "kv_heads": ("context", "tensor")}},
-            "heads are on mesh axes tensor=2·context=2, kv_heads on context=2·tensor=2; give them",
+            {"rules": {"heads": ()}},
+            "heads are on mesh axes none, kv_heads on tensor=2; give them",
+        ),
+        (
+            {
+                "rules": {
+                    "heads": ("tensor", "context"),
+                    "kv_heads": ("context", "tensor"),
+                }
+            },
+            "heads are on mesh axes tensor=2·context=2, kv_heads on "
+            "context=2·tensor=2; give them",
         ),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_with_a_way_out(changes, message):
     sizes = {"data": 1, "fsdp": 1, "expert": 1, "context": 2, "tensor": 2, "stage": 1}
-    options = {"seq_len": 24, "num_heads": 8, "num_kv_heads": 8, "sizes": sizes, **changes}
-    rules = ShardingConfig().compute.for_mesh(sizes).model_copy(update=changes.get("rules", {}))
+    options = {
+        "seq_len": 24,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "sizes": sizes,
+        **changes,
+    }
+    rules = (
+        ShardingConfig()
+        .compute.for_mesh(sizes)
+        .model_copy(update=changes.get("rules", {}))
+    )
     with pytest.raises(MaxlmError) as error:
         check_requirements(require_context(**options | {"rules": rules}))
     assert message in str(error.value)

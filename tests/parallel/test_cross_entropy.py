@@ -1,6 +1,6 @@
-"""The fused head and loss on shards: sums, log-probabilities and gradients in every layout are
-those of every logit in float64, with a bias, a cap and the z term or without; gradients lie as what
-they are of does."""
+"""The fused head and loss on shards: sums, log-probabilities and gradients in every
+layout are those of every logit in float64, with a bias, a cap and the z term or
+without; gradients lie as what they are of does."""
 
 from functools import cache
 from typing import NamedTuple
@@ -39,17 +39,22 @@ CASES = {
     "one device": Case({}, ((), (), ()), ((), ()), ((), ()), ((),)),
     "batch": Case({"fsdp": 2}, (F, (), ()), ((), ()), ((), ()), ((),)),
     "vocabulary": Case({"tensor": 8}, ((), (), ()), ((), T), ((), T), (T,)),
-    "vocabulary, whole bias": Case({"tensor": 4}, ((), (), ()), ((), T), ((), T), ((),)),
+    "vocabulary, whole bias": Case(
+        {"tensor": 4}, ((), (), ()), ((), T), ((), T), ((),)
+    ),
     "vocabulary over two axes": Case(
         {"fsdp": 2, "tensor": 2}, ((), (), ()), ((), FT), ((), FT), (FT,)
     ),
     "all, bias as in use": Case(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), (T,)),
-    "all, bias in shares": Case(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), ((*T, *F),)),
+    "all, bias in shares": Case(
+        EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), ((*T, *F),)
+    ),
     "all, whole bias": Case(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), ((),)),
     "all, bias elsewhere": Case(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), (F,)),
     "shares without batch": Case({"fsdp": 4}, ((), (), ()), ((), F), ((), ()), (F,)),
 }
-# Bias, cap and z coefficient, every pair of values once: those of every layout, and others.
+# Bias, cap and z coefficient, every pair of values once: those of every layout, and
+# others.
 EVERY = (True, 3.0, 0.2)
 OPTIONS = [(True, None, 0.0), (False, None, 0.2), (False, 3.0, 0.0)]
 
@@ -71,7 +76,9 @@ def placed(on: Mesh, case: Case):
 
     rows = case.hidden[:2]
     arrays = (np.float32(a) for a in (hidden, head, bias, weights))
-    hidden, head, bias, weights = map(put, arrays, (case.hidden, case.stored, case.bias, rows))
+    hidden, head, bias, weights = map(
+        put, arrays, (case.hidden, case.stored, case.bias, rows)
+    )
     return hidden, head, bias, put(targets, rows), weights
 
 
@@ -80,15 +87,19 @@ COTANGENT = np.random.default_rng(1).standard_normal((B, S))
 
 @cache
 def exact(biased, cap, z_loss):
-    """Of :func:`operands` in float64, from [B, S, V]: both sums and the log-probabilities, and the
-    gradients in hidden, head and bias of the loss and of Σ ``COTANGENT`` · log-probabilities."""
+    """Of :func:`operands` in float64, from [B, S, V]: both sums and the
+    log-probabilities, and the gradients in hidden, head and bias of the loss and of Σ
+    ``COTANGENT`` · log-probabilities."""
     hidden, head, bias, targets, weights = operands()
 
     def plain(hidden, head, bias):
         logits = hidden @ head + bias
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
-        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - normaliser
+        own = (
+            jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            - normaliser
+        )
         entropy = -jnp.sum(weights * own)
         loss = entropy + z_loss * jnp.sum(weights * normaliser**2)
         return (loss, jnp.sum(own * COTANGENT)), (loss, entropy, own)
@@ -98,7 +109,9 @@ def exact(biased, cap, z_loss):
         return values, [pull(jax.tree.map(jnp.float64, at)) for at in ((1, 0), (0, 1))]
 
     with jax.enable_x64(True):
-        found = jax.jit(run, compiler_options=QUICK)(hidden, head, bias if biased else np.zeros(V))
+        found = jax.jit(run, compiler_options=QUICK)(
+            hidden, head, bias if biased else np.zeros(V)
+        )
         return jax.tree.map(np.asarray, found)
 
 
@@ -107,12 +120,21 @@ def check(case, mesh, biased, cap, z_loss, whole=False):
 
     def run(hidden, head, bias, targets, weights, whole):
         def both(hidden, head, bias):
-            own = LogitsInputs(hidden, head, case.used, whole, bias if biased else None, cap)
-            sums = fused_cross_entropy_loss(own, targets, weights, z_loss=z_loss, chunk_tokens=5)
-            return (sums[0], compute_fused_log_probs(own, targets, chunk_tokens=5)), sums[1]
+            own = LogitsInputs(
+                hidden, head, case.used, whole, bias if biased else None, cap
+            )
+            sums = fused_cross_entropy_loss(
+                own, targets, weights, z_loss=z_loss, chunk_tokens=5
+            )
+            return (
+                sums[0],
+                compute_fused_log_probs(own, targets, chunk_tokens=5),
+            ), sums[1]
 
         (loss, own), pull, entropy = jax.vjp(both, hidden, head, bias, has_aux=True)
-        cotangent = jax.sharding.reshard(jnp.float32(COTANGENT), jax.typeof(own).sharding.spec)
+        cotangent = jax.sharding.reshard(
+            jnp.float32(COTANGENT), jax.typeof(own).sharding.spec
+        )
         # A cotangent of the loss that is not 1.
         of_loss, of_own = pull((jnp.float32(3), 0 * own)), pull((0 * loss, cotangent))
         for gradient, value in zip(of_loss, (hidden, head, bias), strict=True):
@@ -161,7 +183,9 @@ def test_no_device_holds_more_logits_than_a_chunk(mesh):
 
         def loss(hidden, head, bias):
             own = LogitsInputs(hidden, head, ((), ()), bias=bias, soft_cap=30.0)
-            return fused_cross_entropy_loss(own, targets, weights, chunk_tokens=chunk)[0]
+            return fused_cross_entropy_loss(own, targets, weights, chunk_tokens=chunk)[
+                0
+            ]
 
         step = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
         text = step.lower(hidden, head, jnp.zeros(V)).compile().as_text()

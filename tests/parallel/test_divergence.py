@@ -1,5 +1,6 @@
-"""The divergence from a teacher on shards: sums and gradients in every layout are those of every
-logit in float64; of a stored teacher, those of its likeliest tokens and one class of the rest."""
+"""The divergence from a teacher on shards: sums and gradients in every layout are those
+of every logit in float64; of a stored teacher, those of its likeliest tokens and one
+class of the rest."""
 
 from functools import cache
 from typing import NamedTuple
@@ -56,8 +57,8 @@ def teacher_log_probs(temperature):
 
 
 def top_classes(log_probs, k):
-    """Ids and log-probabilities of the likeliest, and of the rest; each row in an order of its
-    own."""
+    """Ids and log-probabilities of the likeliest, and of the rest; each row in an order
+    of its own."""
     order = np.random.default_rng(3).permuted(np.argsort(-log_probs)[..., :k], axis=-1)
     top = np.take_along_axis(log_probs, order, -1)
     rest = np.exp(log_probs).sum(-1, keepdims=True) - np.exp(top).sum(-1, keepdims=True)
@@ -85,7 +86,10 @@ def exact(options, k):
         kl = {
             0.0: jnp.exp(q) * (q - p),
             1.0: jnp.exp(p) * (p - q),
-        }.get(beta, beta * jnp.exp(q) * (q - mixture) + (1 - beta) * jnp.exp(p) * (p - mixture))
+        }.get(
+            beta,
+            beta * jnp.exp(q) * (q - mixture) + (1 - beta) * jnp.exp(p) * (p - mixture),
+        )
         divergence = options.temperature**2 * (kl.sum(-1) * weights).sum()
         norm = jax.nn.logsumexp(logits, -1)
         entropy = norm - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -94,7 +98,9 @@ def exact(options, k):
         return (1 - c) * divergence + c * (entropy + z), (divergence, entropy)
 
     with jax.enable_x64(True):
-        run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK)
+        run = jax.jit(
+            jax.value_and_grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK
+        )
         (total, more), slopes = run(hidden, head, bias)
         return jax.tree.map(np.asarray, ((total, *more), slopes))
 
@@ -111,7 +117,10 @@ def check(case: Case, mesh, options, k=None):
         student = {**layout, "soft_cap": CAP}
         if k is None:
             states, kernel = (np.float32(a) for a in teacher_operands())
-            teacher = {"hidden": put(states, case.hidden), "head": put(kernel, case.stored)}
+            teacher = {
+                "hidden": put(states, case.hidden),
+                "head": put(kernel, case.stored),
+            }
             teacher |= {"bias": None, "soft_cap": TEACHER_CAP, **layout}
         else:
             ids, log_probs = top_classes(teacher_log_probs(options.temperature), k)
@@ -125,18 +134,28 @@ def check(case: Case, mesh, options, k=None):
             if k is None:
                 teacher = LogitsInputs(**teacher)
             sums = fused_divergence_loss(
-                given, teacher, targets, weights, **options._asdict(), z_loss=Z, chunk_tokens=5
+                given,
+                teacher,
+                targets,
+                weights,
+                **options._asdict(),
+                z_loss=Z,
+                chunk_tokens=5,
             )
             return 3 * sums[0], sums
 
         own = hidden, head, bias
-        arrays = teacher if k is not None else {n: teacher[n] for n in ("hidden", "head")}
+        arrays = (
+            teacher if k is not None else {n: teacher[n] for n in ("hidden", "head")}
+        )
 
         def run(own, arrays, targets, weights):
             rest = arrays if k is not None else {**teacher, **arrays}
             return jax.value_and_grad(loss, has_aux=True)(own, rest, targets, weights)
 
-        (_, sums), slopes = jax.jit(run, compiler_options=QUICK)(own, arrays, targets, weights)
+        (_, sums), slopes = jax.jit(run, compiler_options=QUICK)(
+            own, arrays, targets, weights
+        )
         for gradient, value in zip(slopes, own, strict=True):
             assert get_layout(gradient) == get_layout(value)
     true_sums, true_slopes = exact(options, None if k == V else k)
@@ -175,7 +194,9 @@ def test_the_likeliest_tokens_and_the_rest_are_the_teachers(name, mesh):
     with jax.set_mesh(on):
         states, kernel = (
             jax.device_put(np.float32(a), NamedSharding(on, make_spec(dims)))
-            for a, dims in zip(teacher_operands(), (case.hidden, case.stored), strict=True)
+            for a, dims in zip(
+                teacher_operands(), (case.hidden, case.stored), strict=True
+            )
         )
 
         def run(hidden, head):
@@ -187,6 +208,8 @@ def test_the_likeliest_tokens_and_the_rest_are_the_teachers(name, mesh):
     np.testing.assert_array_equal(np.sort(found.ids), np.sort(order))
     log_probs = np.asarray(found.log_probs)
     np.testing.assert_allclose(
-        log_probs[..., :K], np.take_along_axis(want, np.asarray(found.ids), -1), atol=3e-6
+        log_probs[..., :K],
+        np.take_along_axis(want, np.asarray(found.ids), -1),
+        atol=3e-6,
     )
     np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-6)

@@ -1,5 +1,5 @@
-"""Table look-ups on shards: rows and gradients in every layout are NumPy's, ids outside the table
-are NaN, and a table stored in columns is never gathered."""
+"""Table look-ups on shards: rows and gradients in every layout are NumPy's, ids outside
+the table are NaN, and a table stored in columns is never gathered."""
 
 import re
 from typing import NamedTuple
@@ -37,7 +37,9 @@ CASES = {
         {"fsdp": 2, "context": 3}, ((), ("fsdp", "context")), WHOLE, (F, C), (F, C, ())
     ),
     "rows": Case({"tensor": 2}, (T, ()), (T, ()), WHOLE, ((), (), ())),
-    "rows, y split over the sequence": Case({"tensor": 2}, (T, ()), (T, ()), WHOLE, ((), T, ())),
+    "rows, y split over the sequence": Case(
+        {"tensor": 2}, (T, ()), (T, ()), WHOLE, ((), T, ())
+    ),
     "all": Case(
         {"fsdp": 2, "context": 2, "tensor": 2},
         (T, F),
@@ -49,7 +51,9 @@ CASES = {
 
 
 def run(case: Case, table, ids, d_y):
-    y, back = jax.vjp(lambda t: embed_tokens(t, ids, case.used, case.out, jnp.float32), table)
+    y, back = jax.vjp(
+        lambda t: embed_tokens(t, ids, case.used, case.out, jnp.float32), table
+    )
     (d_table,) = back(d_y)
     assert get_layout(d_table) == case.stored
     assert get_layout(y) == case.out
@@ -58,7 +62,10 @@ def run(case: Case, table, ids, d_y):
 
 def arguments(case: Case, on: Mesh, ids: np.ndarray):
     draw = np.random.default_rng(0).standard_normal
-    table, d_y = draw((V, D)).astype(np.float32), draw((*ids.shape, D)).astype(np.float32)
+    table, d_y = (
+        draw((V, D)).astype(np.float32),
+        draw((*ids.shape, D)).astype(np.float32),
+    )
 
     def put(array, dims):
         return jax.device_put(array, NamedSharding(on, make_spec(dims)))
@@ -69,7 +76,8 @@ def arguments(case: Case, on: Mesh, ids: np.ndarray):
 
 @pytest.mark.parametrize("name", CASES)
 def test_rows_and_gradients(name, mesh):
-    """Ids repeat, and one of each kind is outside the table: NaN, and no gradient anywhere."""
+    """Ids repeat, and one of each kind is outside the table: NaN, and no gradient
+    anywhere."""
     case = CASES[name]
     on = mesh(**case.mesh)
     ids = np.random.default_rng(1).integers(0, V, (4, 6), dtype=np.int32)
@@ -86,13 +94,18 @@ def test_rows_and_gradients(name, mesh):
 
 
 def test_columns_stay_where_they_are(mesh):
-    """Nothing that crosses the wire has the table's size, or a share of its rows' count."""
+    """Nothing that crosses the wire has the table's size, or a share of its rows'
+    count."""
     case = CASES["columns, exchanged"]
     on = mesh(**case.mesh)
     ids = np.zeros((4, 6), np.int32)
     placed, _, _ = arguments(case, on, ids)
     with jax.set_mesh(on):
-        text = jax.jit(lambda *a: run(case, *a)).lower(*placed).compile(compiler_options=QUICK)
+        text = (
+            jax.jit(lambda *a: run(case, *a))
+            .lower(*placed)
+            .compile(compiler_options=QUICK)
+        )
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     results = re.findall(rf" = (.*?) (?:{kinds})(?:-start)?\(", text.as_text())
     assert results

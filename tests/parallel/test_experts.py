@@ -22,7 +22,9 @@ SPLIT_SEQ = {"seq": ("context", "tensor")}
 
 def assert_equal(got, want, tolerance=1e-5):
     def close(a, b):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max()))
+        np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max())
+        )
 
     jax.tree.map(close, got, want)
 
@@ -33,7 +35,9 @@ def on_one_device(one_device_mesh):
 
     def get(config):
         if id(config) not in results:
-            results[id(config)] = building.outputs_and_gradients(one_device_mesh, config)
+            results[id(config)] = building.outputs_and_gradients(
+                one_device_mesh, config
+            )
         return results[id(config)]
 
     return get
@@ -60,7 +64,9 @@ def test_any_layout_equals_one_device(config, axes, rules, mesh, on_one_device):
 
 
 @pytest.mark.parametrize("config", [UNGATED, CAPACITY])
-def test_hidden_activations_may_be_made_in_parts(config, mesh, on_one_device, monkeypatch):
+def test_hidden_activations_may_be_made_in_parts(
+    config, mesh, on_one_device, monkeypatch
+):
     whole = on_one_device(config)
     widths = []
     exact = experts._hidden
@@ -76,7 +82,8 @@ def test_hidden_activations_may_be_made_in_parts(config, mesh, on_one_device, mo
 
 
 def _ragged_all_to_all(operand, output, starts, sizes, put, received, *, axis_name):
-    """What JAX's documentation says of lax.ragged_all_to_all, which XLA has not for CPUs."""
+    """What JAX's documentation says of lax.ragged_all_to_all, which XLA has not for
+    CPUs."""
     ways = lax.axis_size(axis_name)
     here = lax.axis_index(axis_name)
     everyone = [lax.all_gather(a, axis_name) for a in (operand, starts, sizes, put)]
@@ -88,13 +95,17 @@ def _ragged_all_to_all(operand, output, starts, sizes, put, received, *, axis_na
             slice_ = here * per_device + i
             inside = (index >= first[slice_]) & (index < first[slice_] + count[slice_])
             agreed = count[slice_] == received[peer * per_device + i]
-            target = jnp.where(inside & agreed, at[slice_] + index - first[slice_], len(output))
+            target = jnp.where(
+                inside & agreed, at[slice_] + index - first[slice_], len(output)
+            )
             output = output.at[target].set(rows, mode="drop")
     return output
 
 
 @pytest.mark.parametrize("axes", [{"expert": 4}, {"expert": 2, "fsdp": 2, "tensor": 2}])
-def test_ragged_exchanges_equal_the_portable_ones(axes, mesh, on_one_device, monkeypatch):
+def test_ragged_exchanges_equal_the_portable_ones(
+    axes, mesh, on_one_device, monkeypatch
+):
     monkeypatch.setattr(lax, "ragged_all_to_all", _ragged_all_to_all)
     monkeypatch.setattr(experts, "supports_ragged_all_to_all", lambda: True)
     got = building.outputs_and_gradients(mesh(**axes), MIXTRAL)
@@ -102,13 +113,17 @@ def test_ragged_exchanges_equal_the_portable_ones(axes, mesh, on_one_device, mon
 
 
 def _accumulated(mesh, config, remat, *, staged, options=QUICK):
-    """(outputs, losses, gradients of x and, summed over two micro-batches, of the parameters) as a
-    pipeline stage computes them: jax.vjp in the body of a scan, manual over `stage` or not."""
+    """(outputs, losses, gradients of x and, summed over two micro-batches, of the
+    parameters) as a pipeline stage computes them: jax.vjp in the body of a scan, manual
+    over `stage` or not."""
     model = building.layer(config, building.compute_rules(mesh))
     params = building.placed(mesh, config, building.random_params(config))
     x, _, d_y = (np.stack([a, -2 * a, a[::-1]]) for a in building.inputs())
     spec = P(None, *model.rules.spec("batch", "seq"))
-    x, d_y = (jax.device_put(a.astype(np.float32), NamedSharding(mesh, spec)) for a in (x, d_y))
+    x, d_y = (
+        jax.device_put(a.astype(np.float32), NamedSharding(mesh, spec))
+        for a in (x, d_y)
+    )
 
     def layer(params, x):
         y, aux = bind(model, params)(x)
@@ -127,10 +142,16 @@ def _accumulated(mesh, config, remat, *, staged, options=QUICK):
 
     if staged:
         program = jax.shard_map(
-            program, in_specs=(P(), P(), P()), out_specs=P(), axis_names={"stage"}, check_vma=False
+            program,
+            in_specs=(P(), P(), P()),
+            out_specs=P(),
+            axis_names={"stage"},
+            check_vma=False,
         )
     with jax.set_mesh(mesh):
-        compiled = jax.jit(program).lower(params, x, d_y).compile(compiler_options=options)
+        compiled = (
+            jax.jit(program).lower(params, x, d_y).compile(compiler_options=options)
+        )
         return jax.tree.map(np.asarray, compiled(params, x, d_y)), compiled.as_text()
 
 
@@ -143,8 +164,8 @@ def test_it_runs_inside_a_pipeline_stage(config, mesh, one_device_mesh):
 
 
 def test_the_backward_pass_repeats_no_exchange_but_the_one_it_needs(mesh):
-    # There: rows and their weights; back: outputs. Then the first two again under remat, and
-    # cotangents there, gradients of rows and of weights back.
+    # There: rows and their weights; back: outputs. Then the first two again under
+    # remat, and cotangents there, gradients of rows and of weights back.
     for remat, count in (("none", 6), ("full", 8)):
         _, text = _accumulated(mesh(expert=2), MIXTRAL, remat, staged=False, options={})
         assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == count

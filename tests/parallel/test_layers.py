@@ -1,4 +1,5 @@
-"""A stack of layers differentiated one by one: JAX's own gradients, and nothing kept twice."""
+"""A stack of layers differentiated one by one: JAX's own gradients, and nothing kept
+twice."""
 
 from functools import partial
 
@@ -71,7 +72,9 @@ def test_parameters_and_context_are_not_kept_again(remat):
     own = [jax.checkpoint(layer) if remat else layer]
     jaxpr = jax.make_jaxpr(jax.grad(partial(by_scan, own), argnums=(0, 1)))(*inputs())
     (forward, backward) = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
-    stacked = [v.aval.shape for v in forward.outvars[2:]]  # after the carry: x and total
+    stacked = [
+        v.aval.shape for v in forward.outvars[2:]
+    ]  # after the carry: x and total
     assert stacked
     assert set(stacked) <= {(L, B, D), (L,)}
     if remat:
@@ -90,7 +93,8 @@ def test_the_program_does_not_grow_with_depth():
 
 
 def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
-    """bf16 until all layers are through, fp32 at the end, and the same as with the cast within."""
+    """bf16 until all layers are through, fp32 at the end, and the same as with the cast
+    within."""
 
     def cast(own):
         return own | {"w": own["w"].astype(jnp.bfloat16)}
@@ -105,4 +109,6 @@ def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
     within = jax.grad(
         partial(unrolled, [lambda own, *rest: layer(cast(own), *rest)]), argnums=(0, 1)
     )
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-2, atol=2e-2), got, within(*args))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=2e-2, atol=2e-2), got, within(*args)
+    )

@@ -1,5 +1,5 @@
-"""Linear maps on shards: values and gradients in every layout are those of float64 NumPy, and
-nothing but what the module's table says crosses the wire."""
+"""Linear maps on shards: values and gradients in every layout are those of float64
+NumPy, and nothing but what the module's table says crosses the wire."""
 
 import re
 from functools import partial
@@ -33,8 +33,12 @@ class Case(NamedTuple):
 CASES = {
     "one device": Case({}, ((), (), ()), (((), ()),) * 2, (((), ()),) * 2, ((), ())),
     "fsdp": Case({"fsdp": 2}, (F, (), ()), ((F, ()),) * 2, (((), ()),) * 2, (F, ())),
-    "fsdp over outputs": Case({"fsdp": 2}, (F, (), ()), (((), F),) * 2, (((), ()),) * 2, (F, ())),
-    "columns": Case({"tensor": 2}, ((), (), ()), (((), T),) * 2, (((), T),) * 2, ((), ())),
+    "fsdp over outputs": Case(
+        {"fsdp": 2}, (F, (), ()), (((), F),) * 2, (((), ()),) * 2, (F, ())
+    ),
+    "columns": Case(
+        {"tensor": 2}, ((), (), ()), (((), T),) * 2, (((), T),) * 2, ((), ())
+    ),
     "columns, x split over the sequence": Case(
         {"tensor": 2}, ((), T, ()), (((), T),) * 2, (((), T),) * 2, ((), ())
     ),
@@ -82,7 +86,9 @@ def lowered(case: Case, on: Mesh):
     def run(x, kernels, d_ys):
         wholes = (None,) * len(kernels)
         ys, back = jax.vjp(
-            lambda x, k: multiply_kernels(x, k, wholes, case.used, case.tokens), x, kernels
+            lambda x, k: multiply_kernels(x, k, wholes, case.used, case.tokens),
+            x,
+            kernels,
         )
         d_x, d_kernels = back(d_ys)
         for got, kernel in zip(d_kernels, kernels, strict=True):
@@ -119,7 +125,8 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 @pytest.mark.parametrize(
     ("name", "axes", "expected"),
     [
-        # Whole kernels, 60 and 84 elements, come by all-gather alone; gradients go by halves.
+        # Whole kernels, 60 and 84 elements, come by all-gather alone; gradients go by
+        # halves.
         (
             "fsdp",
             {"fsdp": 2},
@@ -136,7 +143,9 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 )
 def test_nothing_else_crosses_the_wire(name, axes, expected, mesh):
     """(kind, elements of a device's result) of all that does."""
-    text = lowered(CASES[name], mesh(**axes))[0].compile(compiler_options=QUICK).as_text()
+    text = (
+        lowered(CASES[name], mesh(**axes))[0].compile(compiler_options=QUICK).as_text()
+    )
     found = {
         f"{kind} {prod(map(int, shape.split(',')))}"
         for result, kind in re.findall(rf" = (.*?) ({KINDS})(?:-start)?\(", text)

@@ -20,7 +20,8 @@ def steps(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "dim"),
-    # As TPUs want it, matrices are scattered in rows of lanes; the result is like any other.
+    # As TPUs want it, matrices are scattered in rows of lanes; the result is like any
+    # other.
     [((24, 5, 7), 0), ((3, 40, 7), 1), ((3, 5, 56), 2), ((24, 384), 0), ((384, 24), 1)],
 )
 def test_partial_sums_are_reduced_to_the_shard_they_belong_to(shape, dim, mesh, steps):
@@ -58,11 +59,16 @@ def test_an_array_moves_to_another_layout_and_keeps_its_values(have, want, mesh,
     x = np.arange(16 * 12 * 8, dtype=np.float32).reshape(16, 12, 8)
     with jax.set_mesh(grid):
         put = jax.device_put(x, NamedSharding(grid, have))
-        got = jax.jit(lambda x: local.gather_to_spec(x, want), compiler_options=QUICK)(put)
+        got = jax.jit(lambda x: local.gather_to_spec(x, want), compiler_options=QUICK)(
+            put
+        )
     assert local.get_layout(got) == local.parse_spec(want, 3)
     np.testing.assert_array_equal(got, x)
 
 
 def test_a_layout_that_does_not_begin_with_the_other_is_refused(mesh):
-    with jax.set_mesh(mesh(data=2, fsdp=2)), pytest.raises(ValueError, match="does not begin with"):
+    with (
+        jax.set_mesh(mesh(data=2, fsdp=2)),
+        pytest.raises(ValueError, match="does not begin with"),
+    ):
         local.gather(np.zeros((4,)), (("fsdp",),), (("data",),))

@@ -1,5 +1,5 @@
-"""Pipeline schedules: every micro-batch once a stage and in order, the bubble of the formula, and
-1F1B's memory, which does not grow with the number of micro-batches."""
+"""Pipeline schedules: every micro-batch once a stage and in order, the bubble of the
+formula, and 1F1B's memory, which does not grow with the number of micro-batches."""
 
 from fractions import Fraction
 from itertools import pairwise, product
@@ -27,14 +27,16 @@ ROUNDS = st.integers(1, 5)
 
 
 def schedule_circular(stages: int, micro: int, groups: int = 1) -> np.ndarray:
-    """The program's forward passes: int [ticks, stages, 2], (micro-batch, group), −1 idle."""
+    """The program's forward passes: int [ticks, stages, 2], (micro-batch, group), −1
+    idle."""
     ticks = np.arange(micro * groups + stages - 1)[:, None]
     *slots, works = _circular(ticks, np.arange(stages)[None], stages, micro, groups)
     return np.where(works[..., None], np.stack(slots, axis=-1), -1)
 
 
 def schedule_1f1b(stages: int, micro: int) -> np.ndarray:
-    """int [ticks, stages, 2], the micro-batch of each stage's forward and backward pass."""
+    """int [ticks, stages, 2], the micro-batch of each stage's forward and backward
+    pass."""
     ticks, own = np.arange(micro + 2 * (stages - 1))[:, None], np.arange(stages)[None]
     slots = np.stack([ticks - own, _backward_turn(ticks, own, stages)], axis=-1)
     return np.where((slots >= 0) & (slots < micro), slots, -1)
@@ -64,7 +66,8 @@ def test_circular_does_everything_once_and_in_order(stages, rounds, groups):
             before = done[stages - 1, batch, group - 1]
         else:
             continue
-        # Sent at the end of a tick, taken up in the next: a stage keeps nothing that waits.
+        # Sent at the end of a tick, taken up in the next: a stage keeps nothing that
+        # waits.
         assert tick == before + 1
 
 
@@ -95,14 +98,19 @@ def test_the_idle_share_of_the_tables_is_the_formula(stages, rounds, groups):
 
     circular = idle(schedule_circular(stages, micro, groups))
     assert circular == Fraction(stages - 1, micro * groups + stages - 1)
-    assert bubble_ratio("circular", stages, micro, groups) == pytest.approx(float(circular))
+    assert bubble_ratio("circular", stages, micro, groups) == pytest.approx(
+        float(circular)
+    )
     gpipe = idle(schedule_circular(stages, micro))
     assert bubble_ratio("gpipe", stages, micro) == pytest.approx(float(gpipe))
-    # Of 1F1B's ticks the first S − 1 are forward and the last S − 1 backward passes alone.
+    # Of 1F1B's ticks the first S − 1 are forward and the last S − 1 backward passes
+    # alone.
     slots = schedule_1f1b(stages, micro)
     both = slots[: micro + stages - 1, :, 0], slots[stages - 1 :, :, 1]
     assert idle(np.stack(both)) == Fraction(stages - 1, micro + stages - 1)
-    assert bubble_ratio("1f1b", stages, micro) == pytest.approx(float(idle(np.stack(both))))
+    assert bubble_ratio("1f1b", stages, micro) == pytest.approx(
+        float(idle(np.stack(both)))
+    )
 
 
 def compiled_step(schedule: str, micro_batches: int, **mesh: int) -> Any:
@@ -131,7 +139,10 @@ def compiled_step(schedule: str, micro_batches: int, **mesh: int) -> Any:
     integers = ("tokens", "targets", "positions", "segment_ids")
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in {**dict.fromkeys(integers, "int32"), "weights": "float32"}.items()
+        for name, dtype in {
+            **dict.fromkeys(integers, "int32"),
+            "weights": "float32",
+        }.items()
     }
     step = setup.jit_train_step().__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
     lowered = bind_mesh(setup.mesh, step.lower)(setup.abstract_state, batch)
@@ -153,16 +164,18 @@ def test_only_1f1bs_memory_is_flat():
 
 
 def test_1f1bs_loops_wait_for_each_other():
-    """XLA:CPU runs what is independent side by side, and virtual devices would come to the
-    collectives of two of them in different orders."""
+    """XLA:CPU runs what is independent side by side, and virtual devices would come to
+    the collectives of two of them in different orders."""
     module = parse_hlo(compiled_step("1f1b", 4, fsdp=2).as_text())
-    body, loops = max(  # of a tick with both passes; the first and the last tick are unrolled
-        (
-            (body, loops_with_collectives(body, module))
-            for body in module.computations.values()
-            if body is not module.entry
-        ),
-        key=lambda found: len(found[1]),
+    body, loops = (
+        max(  # of a tick with both passes; the first and the last tick are unrolled
+            (
+                (body, loops_with_collectives(body, module))
+                for body in module.computations.values()
+                if body is not module.entry
+            ),
+            key=lambda found: len(found[1]),
+        )
     )
     assert len(loops) == 3  # through layers: forward, forward once more, backward
     for earlier, later in pairwise(loops):

@@ -32,7 +32,9 @@ def read(values: dict[str, Any], tensors: Any = ()) -> tuple[ModelFamily, Any]:
     return family, Holder.model_validate({"model": settings}).model
 
 
-def parameters(config: Any, entries: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+def parameters(
+    config: Any, entries: Any, tensors: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """Every parameter by canonical name, filled from tensors."""
     specs = flatten_names(
         param_specs(config.build(rules=ShardingConfig().compute, dtype=jnp.float32))
@@ -51,7 +53,9 @@ def parameters(config: Any, entries: Any, tensors: dict[str, np.ndarray]) -> dic
 
 def placed(flat: dict[str, Any], mesh: Mesh) -> Any:
     """Parameters, nested, on a mesh's every device."""
-    return jax.device_put(unflatten_dict(flat, sep="."), NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(
+        unflatten_dict(flat, sep="."), NamedSharding(mesh, PartitionSpec())
+    )
 
 
 def one_device() -> Mesh:
@@ -79,7 +83,9 @@ def logits(
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     model = build_adapted_model(config, adapter, rules=rules, dtype=dtype)
     if positions is None:
-        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        positions = np.broadcast_to(
+            np.arange(tokens.shape[1], dtype=np.int32), tokens.shape
+        )
     whole = NamedSharding(mesh, PartitionSpec())
 
     @partial(jax.jit, compiler_options=QUICK)
@@ -90,7 +96,9 @@ def logits(
 
     with jax.set_mesh(mesh):
         specs = param_specs(model)
-        named = jax.tree_util.tree_map_with_path(lambda path, _: flat[join_path(path)], specs)
+        named = jax.tree_util.tree_map_with_path(
+            lambda path, _: flat[join_path(path)], specs
+        )
         params = jax.device_put(named, whole)
         put = jax.tree.map(
             lambda a: jax.device_put(np.asarray(a, np.int32), whole),

@@ -1,5 +1,5 @@
-"""Grok-1's maths in torch, written from its published code (xAI 2024): transformers does not have
-it. Tensors are named as in the safetensors port."""
+"""Grok-1's maths in torch, written from its published code (xAI 2024): transformers
+does not have it. Tensors are named as in the safetensors port."""
 
 import json
 import math
@@ -42,11 +42,14 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + C.rms_norm_eps) * self.scale
+        return (
+            x / torch.sqrt((x * x).mean(-1, keepdim=True) + C.rms_norm_eps) * self.scale
+        )
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """Each pair (i, i + H/2) of x [B, N, S, H] as a complex number, times exp(i · angle)."""
+    """Each pair (i, i + H/2) of x [B, N, S, H] as a complex number, times exp(i ·
+    angle)."""
     half = x.shape[-1] // 2
     rates = C.rope_theta ** (-torch.arange(half, dtype=x.dtype) / half)
     angles = torch.arange(x.shape[2], dtype=x.dtype)[:, None] * rates
@@ -93,7 +96,9 @@ class Expert(nn.Module):
         self.linear_1 = linear(C.intermediate_size, C.hidden_size)
 
     def forward(self, x):
-        return self.linear_1(F.gelu(self.linear(x), approximate="tanh") * self.linear_v(x))
+        return self.linear_1(
+            F.gelu(self.linear(x), approximate="tanh") * self.linear_v(x)
+        )
 
 
 class Moe(nn.Module):
@@ -107,14 +112,22 @@ class Moe(nn.Module):
         least = shares.topk(C.num_experts_per_tok).values[..., -1:]
         # Every expert serves every token, most with weight 0.
         shares = torch.where(shares >= least, shares, torch.zeros_like(shares))
-        return sum(shares[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+        return sum(
+            shares[..., i, None] * expert(x) for i, expert in enumerate(self.experts)
+        )
 
 
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.pre_attn_norm, self.post_attn_norm = RMSNorm(C.hidden_size), RMSNorm(C.hidden_size)
-        self.pre_moe_norm, self.post_moe_norm = RMSNorm(C.hidden_size), RMSNorm(C.hidden_size)
+        self.pre_attn_norm, self.post_attn_norm = (
+            RMSNorm(C.hidden_size),
+            RMSNorm(C.hidden_size),
+        )
+        self.pre_moe_norm, self.post_moe_norm = (
+            RMSNorm(C.hidden_size),
+            RMSNorm(C.hidden_size),
+        )
         self.attn, self.moe_block = Attention(), Moe()
 
     def forward(self, x):
@@ -137,7 +150,9 @@ class Grok1(nn.Module):
         for layer in self.model.layers:  # pyright: ignore[reportGeneralTypeIssues]
             x = layer(x)
         norm: Any = self.model.norm
-        return SimpleNamespace(logits=norm(x) @ table.weight.T * C.output_multiplier_scale)
+        return SimpleNamespace(
+            logits=norm(x) @ table.weight.T * C.output_multiplier_scale
+        )
 
     def generate(self, ids: torch.Tensor, generation_config: Any) -> torch.Tensor:
         """Greedily, without a cache."""
@@ -162,5 +177,7 @@ def build(seed: int = 0) -> Grok1:
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
-            parameter.copy_(spread * torch.randn(parameter.shape) + (parameter.ndim == 1))
+            parameter.copy_(
+                spread * torch.randn(parameter.shape) + (parameter.ndim == 1)
+            )
     return model

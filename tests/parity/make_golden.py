@@ -1,5 +1,6 @@
 """Write tests/models/golden: each case's weights in bf16, and the logits that the other
-implementation computes from them in fp32. ``python -m tests.parity.make_golden [CASE ...]``"""
+implementation computes from them in fp32. ``python -m tests.parity.make_golden [CASE
+...]``"""
 
 import json
 import sys
@@ -31,7 +32,9 @@ def write(name: str, path: Path) -> None:
             parameter.copy_(parameter.to(torch.bfloat16))
     whole = measure.batch(name)
     given = measure.Batch(*(None if x is None else x[:1] for x in whole))
-    shown = {key: x.astype(np.int32) for key, x in given._asdict().items() if x is not None}
+    shown = {
+        key: x.astype(np.int32) for key, x in given._asdict().items() if x is not None
+    }
     shown["logits"] = measure.theirs(model, given)
     with TemporaryDirectory() as folder:
         model.to(torch.bfloat16).save_pretrained(folder)

@@ -1,5 +1,5 @@
-"""How closely each case agrees with the other implementation; what the tests assert and the report
-writes down."""
+"""How closely each case agrees with the other implementation; what the tests assert and
+the report writes down."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,8 @@ from tests.parity import compare, grok, tiny
 Arrays = dict[str, np.ndarray]
 CASES = (*tiny.CASES, "grok1")
 LENGTH, SOURCE = 23, 19
-# Documents that share a row: of the output, and of the input of an encoder beside a decoder.
+# Documents that share a row: of the output, and of the input of an encoder beside a
+# decoder.
 PARTS, SOURCE_PARTS = (13, 10), (8, 11)
 NEW = 12
 
@@ -54,7 +55,12 @@ def case(name: str) -> Case:
     family, config = compare.read(values, tensors)
     entries = family.list_entries(config)
     return Case(
-        model, family, config, entries, tensors, compare.parameters(config, entries, tensors)
+        model,
+        family,
+        config,
+        entries,
+        tensors,
+        compare.parameters(config, entries, tensors),
     )
 
 
@@ -83,7 +89,9 @@ def batch(name: str) -> Batch:
     return Batch(
         tokens,
         random.integers(0, types, tokens.shape) if types else None,
-        random.integers(0, config.vocab_size, (2, SOURCE)) if _has_encoder(name) else None,
+        random.integers(0, config.vocab_size, (2, SOURCE))
+        if _has_encoder(name)
+        else None,
     )
 
 
@@ -144,8 +152,8 @@ def double(name: str) -> float:
 
 @contextmanager
 def all_double() -> Iterator[None]:
-    """torch's fp32 is float64: models are built and run in it throughout, where they otherwise cast
-    norms, angles, routers and softmax to fp32."""
+    """torch's fp32 is float64: models are built and run in it throughout, where they
+    otherwise cast norms, angles, routers and softmax to fp32."""
     import torch
 
     kept = torch.float32, torch.float, torch.Tensor.float, torch.get_default_dtype()
@@ -161,8 +169,8 @@ def all_double() -> Iterator[None]:
 
 @cache
 def packed(name: str) -> float:
-    """The largest difference of two documents' logits, in a row that they share and in rows padded
-    on the right, from the documents alone."""
+    """The largest difference of two documents' logits, in a row that they share and in
+    rows padded on the right, from the documents alone."""
     own, given = case(name), batch(name)
     parts = [given.part(0), given.part(1)]
     rows, more = _rows([p.tokens[0] for p in parts], PARTS), {}
@@ -191,7 +199,10 @@ def _rows(documents: list[np.ndarray], lengths: tuple[int, ...]) -> Rows:
     total = sum(lengths)
     tokens, positions, segments = np.zeros((3, 1 + len(documents), total), np.int32)
     for number, document in enumerate(documents):
-        for row, run in ((0, _run_of(lengths, number)), (1 + number, slice(len(document)))):
+        for row, run in (
+            (0, _run_of(lengths, number)),
+            (1 + number, slice(len(document))),
+        ):
             tokens[row, run] = document
             positions[row, run] = range(len(document))
             segments[row, run] = number + 1
@@ -219,15 +230,19 @@ def generates(name: str) -> bool:
 def prompts(name: str) -> list[list[int]]:
     """Of unequal length."""
     random = np.random.default_rng(2)
-    return [random.integers(0, case(name).config.vocab_size, n).tolist() for n in (7, 12)]
+    return [
+        random.integers(0, case(name).config.vocab_size, n).tolist() for n in (7, 12)
+    ]
 
 
 @cache
 def continued(name: str) -> tuple[list[list[int]], list[list[int]]]:
-    """What follows each prompt, greedily: here, both at once and through the cache; there, one by
-    one."""
+    """What follows each prompt, greedily: here, both at once and through the cache;
+    there, one by one."""
     given = prompts(name)
-    return _ours_continued(name, given), [_theirs_continued(name, prompt) for prompt in given]
+    return _ours_continued(name, given), [
+        _theirs_continued(name, prompt) for prompt in given
+    ]
 
 
 def _ours_continued(name: str, given: list[list[int]]) -> list[list[int]]:
@@ -245,7 +260,8 @@ def _theirs_continued(name: str, prompt: list[int]) -> list[int]:
 
     own = case(name)
     start = getattr(own.config, "start_id", None)
-    # Nothing ends it early. Its caches want as many layers of the encoder as of the decoder.
+    # Nothing ends it early. Its caches want as many layers of the encoder as of the
+    # decoder.
     own.model.generation_config = GenerationConfig()
     how = GenerationConfig(
         do_sample=False,

@@ -1,4 +1,5 @@
-"""Tiny models with random weights, and PEFT's adapters of them, whose files a test changes."""
+"""Tiny models with random weights, and PEFT's adapters of them, whose files a test
+changes."""
 
 from typing import Any
 
@@ -20,7 +21,15 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ADAPTERS: dict[str, str] = {
     **dict.fromkeys(
         (
-            *("lora", "rslora", "dora", "pissa", "pissa_ranks", "patterns", "one_layer"),
+            *(
+                "lora",
+                "rslora",
+                "dora",
+                "pissa",
+                "pissa_ranks",
+                "patterns",
+                "one_layer",
+            ),
             *(
                 "all_linear",
                 "embedding",
@@ -43,16 +52,25 @@ ADAPTERS: dict[str, str] = {
 
 
 def build_bases() -> dict[str, Any]:
-    """Llama with grouped heads, with a tied head too, one with biases, GPT-2 (whose matrices are
-    [inputs, outputs]) and Mixtral, in fp32."""
+    """Llama with grouped heads, with a tied head too, one with biases, GPT-2 (whose
+    matrices are [inputs, outputs]) and Mixtral, in fp32."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     untied = SIZES | {"tie_word_embeddings": False}
-    mixtral = untied | {"intermediate_size": 20, "num_local_experts": 4, "num_experts_per_tok": 2}
+    mixtral = untied | {
+        "intermediate_size": 20,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     gpt2 = transformers.GPT2Config(
-        vocab_size=61, n_positions=32, n_embd=24, n_layer=2, n_head=4, tie_word_embeddings=True
+        vocab_size=61,
+        n_positions=32,
+        n_embd=24,
+        n_layer=2,
+        n_head=4,
+        tie_word_embeddings=True,
     )
     mixtral_config = transformers.MixtralConfig(**mixtral, sliding_window=None)
     mixtral_config._experts_implementation = "eager"
@@ -92,7 +110,9 @@ def list_adapters() -> dict[str, Any]:
         return peft.LoraConfig(**values | {"task_type": "CAUSAL_LM"} | settings)
 
     def prefix(**settings: Any) -> Any:
-        return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **settings)
+        return peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=3, **settings
+        )
 
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     factors = {"target_modules": ["k_proj", "v_proj", "down_proj"]}
@@ -105,13 +125,17 @@ def list_adapters() -> dict[str, Any]:
         "dora": lora(use_dora=True),
         "pissa": lora(init_lora_weights="pissa"),
         "pissa_ranks": lora(init_lora_weights="pissa", rank_pattern={"q_proj": 5}),
-        "patterns": lora(rank_pattern={r"layers\.0\..*q_proj": 4}, alpha_pattern={"down_proj": 3}),
+        "patterns": lora(
+            rank_pattern={r"layers\.0\..*q_proj": 4}, alpha_pattern={"down_proj": 3}
+        ),
         "one_layer": lora(layers_to_transform=[1]),
         "all_linear": lora(target_modules="all-linear"),
         "embedding": lora(target_modules=["embed_tokens", "q_proj"]),
         "saved": lora(modules_to_save=["lm_head", "model.norm"]),
         "tokens": lora(trainable_token_indices=[3, 5]),
-        "head_tokens": lora(trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [3, 5]}),
+        "head_tokens": lora(
+            trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [3, 5]}
+        ),
         "tied": lora(),
         "tied_embedding": lora(target_modules=["embed_tokens", "q_proj"]),
         "tied_tokens": lora(trainable_token_indices=[3, 5]),
@@ -119,7 +143,9 @@ def list_adapters() -> dict[str, Any]:
         "own_biases": lora(target_modules=["q_proj"], bias="lora_only"),
         "biased_dora": lora(target_modules=ATTENTION, use_dora=True),
         "fused": lora(target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True),
-        "fused_dora": lora(target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True),
+        "fused_dora": lora(
+            target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True
+        ),
         "experts": lora(target_modules=["q_proj"], target_parameters=experts),
         "all_experts": lora(target_modules="all-linear"),
         "ia3": peft.IA3Config(**factors),

@@ -15,7 +15,9 @@ HEAD = """\
 
 
 def row(name: str) -> str:
-    figures = [f"{of(name):.0e}" for of in (measure.single, measure.double, measure.packed)]
+    figures = [
+        f"{of(name):.0e}" for of in (measure.single, measure.double, measure.packed)
+    ]
     same = "–"
     if measure.generates(name):
         here, there = measure.continued(name)

@@ -17,7 +17,9 @@ COEFFICIENT = 0.03
 GIVEN = {
     "mixtral": {"router_aux_loss_coef": COEFFICIENT},
     "qwen3_moe": {"router_aux_loss_coef": COEFFICIENT},
-    "dbrx": {"ffn_config": {**CASES["dbrx"][1]["ffn_config"], "moe_loss_weight": COEFFICIENT}},
+    "dbrx": {
+        "ffn_config": {**CASES["dbrx"][1]["ffn_config"], "moe_loss_weight": COEFFICIENT}
+    },
 }
 
 
@@ -35,7 +37,11 @@ def test_one_layers_loss(name):
 
     ours = jnp.asarray(logits)
     routing = route(ours, None, moe)
-    load = (np.asarray(routing.expert_ids)[..., None] == np.arange(experts)).sum((0, 1, 2))
+    load = (np.asarray(routing.expert_ids)[..., None] == np.arange(experts)).sum(
+        (0, 1, 2)
+    )
     counted = jnp.ones((2, 11), bool)
-    loss = router_loss(ours, routing.scores, jnp.asarray(load, jnp.float32), counted, moe)
+    loss = router_loss(
+        ours, routing.scores, jnp.asarray(load, jnp.float32), counted, moe
+    )
     np.testing.assert_allclose(loss / 22, theirs.item(), rtol=1e-6)

@@ -1,5 +1,5 @@
-"""Distillation's losses and gradients are those of TRL's GKD on the same models, in fp32, times
-temperature²; features' those of torch."""
+"""Distillation's losses and gradients are those of TRL's GKD on the same models, in
+fp32, times temperature²; features' those of torch."""
 
 from typing import Any
 
@@ -44,7 +44,11 @@ def make_torch_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
     prompts = [encode(row["prompt"]) for row in rows]
     answers = [[*encode(row["completion"]), EOS] for row in rows]
     size = max(len(p + a) for p, a in zip(prompts, answers, strict=True))
-    parts: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    parts: dict[str, list[list[int]]] = {
+        "input_ids": [],
+        "attention_mask": [],
+        "labels": [],
+    }
     for prompt, answer in zip(prompts, answers, strict=True):
         room = size - len(prompt + answer)
         parts["input_ids"].append(prompt + answer + [0] * room)
@@ -53,8 +57,16 @@ def make_torch_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.tensor(lists) for name, lists in parts.items()}
 
 
-def check(settings: dict[str, Any], theirs: Any, student: Any, teacher: Any, rows: Any, path: Any):
-    """Our loss and gradient against a torch loss; ``student`` may have a ``features`` map."""
+def check(
+    settings: dict[str, Any],
+    theirs: Any,
+    student: Any,
+    teacher: Any,
+    rows: Any,
+    path: Any,
+):
+    """Our loss and gradient against a torch loss; ``student`` may have a ``features``
+    map."""
     theirs.backward()
     models = []
     for each in (student, teacher):
@@ -68,7 +80,9 @@ def check(settings: dict[str, Any], theirs: Any, student: Any, teacher: Any, row
         found = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
         features = found.pop("features.weight", None)
         flat = compare.parameters(config, family.list_entries(config), found)
-        return flat if features is None else flat | {"heads.features.kernel": features.T}
+        return (
+            flat if features is None else flat | {"heads.features.kernel": features.T}
+        )
 
     own = {"kind": "distill", "teacher": "teacher", "examples_per_row": 1} | settings
     task = make_task(path, rows, **own)
@@ -90,7 +104,9 @@ def check(settings: dict[str, Any], theirs: Any, student: Any, teacher: Any, row
     assert loss == pytest.approx(theirs.item(), rel=1e-5, abs=1e-5)
     want = convert(0, {key: p.grad for key, p in student.named_parameters()})
     got = flatten_names(gradient)
-    a, b = (np.concatenate([np.ravel(x[key]) for key in sorted(want)]) for x in (want, got))
+    a, b = (
+        np.concatenate([np.ravel(x[key]) for key in sorted(want)]) for x in (want, got)
+    )
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) >= 0.99999
     assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
 
@@ -98,7 +114,11 @@ def check(settings: dict[str, Any], theirs: Any, student: Any, teacher: Any, row
 @pytest.mark.parametrize(("beta", "temperature"), CASES)
 def test_same_loss_and_gradient_as_trl(beta, temperature, tmp_path):
     seed = int(4 * beta)
-    rows, student, teacher = draw_rows(seed, ROWS), build(seed), build(100 + seed, **WIDE)
+    rows, student, teacher = (
+        draw_rows(seed, ROWS),
+        build(seed),
+        build(100 + seed, **WIDE),
+    )
     batch = make_torch_batch(rows)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits = student(**inputs).logits[:, :-1], teacher(**inputs).logits[:, :-1].detach()
@@ -109,7 +129,9 @@ def test_same_loss_and_gradient_as_trl(beta, temperature, tmp_path):
         0.0: {"divergence": "forward_kl"},
         1.0: {"divergence": "reverse_kl"},
     }
-    settings = kinds.get(beta, {"divergence": "jsd", "beta": beta}) | {"temperature": temperature}
+    settings = kinds.get(beta, {"divergence": "jsd", "beta": beta}) | {
+        "temperature": temperature
+    }
     check(settings, temperature**2 * theirs, student, teacher, rows, tmp_path)
 
 
@@ -123,8 +145,13 @@ def test_features_and_cross_entropy_as_torch_has_them(tmp_path):
     ours, theirs = student(**inputs), teacher(**inputs)
     labels = batch["labels"][:, 1:]
     counted = labels != -100
-    targets, guess = theirs.hidden_states[-1][:, :-1], student.features(ours.hidden_states[-1])
-    features = torch.nn.functional.mse_loss(guess[:, :-1][counted], targets[counted].detach())
+    targets, guess = (
+        theirs.hidden_states[-1][:, :-1],
+        student.features(ours.hidden_states[-1]),
+    )
+    features = torch.nn.functional.mse_loss(
+        guess[:, :-1][counted], targets[counted].detach()
+    )
     logits = ours.logits[:, :-1]
     entropy = torch.nn.functional.cross_entropy(logits[counted], labels[counted])
     kl = GKDTrainer.generalized_jsd_loss(

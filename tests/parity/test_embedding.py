@@ -10,7 +10,11 @@ from maxlm.programs.load import load_model
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-TEXTS = ["the cat sat", "a longer text about the weather of today, and of tomorrow", "x"]
+TEXTS = [
+    "the cat sat",
+    "a longer text about the weather of today, and of tomorrow",
+    "x",
+]
 
 
 def test_a_berts_mean_and_first_vectors(tmp_path):
@@ -39,7 +43,10 @@ def test_a_berts_mean_and_first_vectors(tmp_path):
     ]
     embedder = Embedder(ours.model, ours.params, ours.mesh, 64)
     with torch.no_grad():
-        states = [theirs.bert(torch.tensor([row])).last_hidden_state[0].numpy() for row in rows]
+        states = [
+            theirs.bert(torch.tensor([row])).last_hidden_state[0].numpy()
+            for row in rows
+        ]
     for pooling, vectors in (
         ("mean", [s.mean(0) for s in states]),
         ("first", [s[0] for s in states]),

@@ -1,5 +1,6 @@
-"""Every family computes what another implementation does: transformers, or for Grok-1 a few lines
-of torch. Weights are random, sizes odd, and in float64 only rounding is left between the two."""
+"""Every family computes what another implementation does: transformers, or for Grok-1 a
+few lines of torch. Weights are random, sizes odd, and in float64 only rounding is left
+between the two."""
 
 import copy
 from pathlib import Path
@@ -78,7 +79,9 @@ def test_there_and_back(name, dtype, tmp_path):
         assert (got[key].dtype, got[key].shape) == (tensor.dtype, tensor.shape), key
         assert got[key].tobytes() == tensor.tobytes(), key
     tokens = measure.batch(name)
-    logits = [measure.theirs(_loaded(name, folder), tokens) for folder in (first, again)]
+    logits = [
+        measure.theirs(_loaded(name, folder), tokens) for folder in (first, again)
+    ]
     np.testing.assert_array_equal(*logits)
 
 
@@ -89,11 +92,18 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
 def _loaded(name: str, folder: Path) -> Any:
     if name == "grok1":
         model = measure.build(name)
-        kept = {key: torch.tensor(x.astype(np.float32)) for key, x in _tensors(folder).items()}
+        kept = {
+            key: torch.tensor(x.astype(np.float32))
+            for key, x in _tensors(folder).items()
+        }
         model.load_state_dict(kept)  # all of them, and no other
         return model
     cls = type(measure.case(name).model)
-    kinds = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": "auto"}
+    kinds = {
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+        "dtype": "auto",
+    }
     model, told = cls.from_pretrained(folder, output_loading_info=True, **kinds)
     assert not any(told.values()), told
     return model.eval()

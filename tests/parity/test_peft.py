@@ -28,10 +28,14 @@ transformers = pytest.importorskip("transformers")
 TOKENS = peft_bases.TOKENS
 CONV: dict[str, Any] = {"fan_in_fan_out": True}
 CASES: dict[str, Any] = {
-    "lora": peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj", "o_proj"]),
+    "lora": peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj", "o_proj"]
+    ),
     "rslora": peft.LoraConfig(r=3, use_rslora=True, target_modules="all-linear"),
     "dora": peft.LoraConfig(r=3, use_dora=True, target_modules="all-linear"),
-    "pissa": peft.LoraConfig(r=3, init_lora_weights="pissa", target_modules=["k_proj", "up_proj"]),
+    "pissa": peft.LoraConfig(
+        r=3, init_lora_weights="pissa", target_modules=["k_proj", "up_proj"]
+    ),
     "pissa_dora": peft.LoraConfig(
         r=2, use_dora=True, init_lora_weights="pissa", target_modules=["o_proj"]
     ),
@@ -41,15 +45,21 @@ CASES: dict[str, Any] = {
         rank_pattern={"q_proj": 5},
         alpha_pattern={"v_proj": 3},
     ),
-    "embedding": peft.LoraConfig(r=3, target_modules=["embed_tokens", "lm_head", "v_proj"]),
-    "dora_embedding": peft.LoraConfig(r=3, use_dora=True, target_modules=["embed_tokens"]),
+    "embedding": peft.LoraConfig(
+        r=3, target_modules=["embed_tokens", "lm_head", "v_proj"]
+    ),
+    "dora_embedding": peft.LoraConfig(
+        r=3, use_dora=True, target_modules=["embed_tokens"]
+    ),
     "ia3": peft.IA3Config(
-        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
     ),
 }
 
 
-# What is trained beside A and B, or of some layers; their bases are tied, biased, have experts.
+# What is trained beside A and B, or of some layers; their bases are tied, biased, have
+# experts.
 SHARED = (
     *(
         "pissa_ranks",
@@ -77,7 +87,9 @@ def folders(tmp_path_factory):
 def adapt(folder: Path, config: Any) -> Any:
     """A published model with a random adapter of PEFT's."""
     torch.manual_seed(1)
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    )
     model = peft.get_peft_model(base.eval(), config).eval()
     peft_bases.randomize(model)
     return model
@@ -95,7 +107,9 @@ def run_ours(folder: Path, *, merge: bool) -> np.ndarray:
 
 
 def compute_logits(model: Any, params: Any) -> np.ndarray:
-    positions = np.broadcast_to(np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape)
+    positions = np.broadcast_to(
+        np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape
+    )
 
     @jax.jit
     def run(params: Any) -> Any:
@@ -110,7 +124,9 @@ def _without_tokenizer(monkeypatch):
     monkeypatch.setattr("maxlm.programs.load.load_tokenizer", lambda folder: None)
 
 
-def check(folders: Path, base: str, config: Any, tmp_path: Path, *, merges: bool = True) -> None:
+def check(
+    folders: Path, base: str, config: Any, tmp_path: Path, *, merges: bool = True
+) -> None:
     """PEFT's files here, ours there, and the merged model as transformers reads it."""
     theirs = adapt(folders / base, config)
     want = run_torch(theirs)
@@ -126,7 +142,11 @@ def check(folders: Path, base: str, config: Any, tmp_path: Path, *, merges: bool
     names = [n for n in flatten_names(ours.params) if ".lora_" in n or ".ia3" in n]
     count = sum(flatten_names(ours.params)[name].size for name in names)
     trainable, _ = theirs.get_nb_trainable_parameters()
-    if base == "llama" and config in CASES.values() and not getattr(config, "rank_pattern", None):
+    if (
+        base == "llama"
+        and config in CASES.values()
+        and not getattr(config, "rank_pattern", None)
+    ):
         assert count == trainable
 
     convert(tmp_path / "run", tmp_path / "back", adapter=True)
@@ -150,7 +170,8 @@ def test_files_of_llama_compute_the_same_both_ways(folders, tmp_path, name):
 @pytest.mark.parametrize("name", SHARED)
 def test_what_is_trained_beside_the_adapter_goes_both_ways(folders, tmp_path, name):
     config = peft_bases.list_adapters()[name]
-    # A table that the head reads too has no one matrix with what LoRA adds to the table alone.
+    # A table that the head reads too has no one matrix with what LoRA adds to the table
+    # alone.
     merges = name != "tied_embedding"
     check(folders, peft_bases.ADAPTERS[name], config, tmp_path, merges=merges)
 
@@ -162,11 +183,15 @@ def test_what_is_trained_beside_the_adapter_goes_both_ways(folders, tmp_path, na
         ("qwen", CASES["ia3"]),
         (
             "gpt2",
-            peft.LoraConfig(r=3, fan_in_fan_out=True, target_modules=["c_attn", "mlp.c_proj"]),
+            peft.LoraConfig(
+                r=3, fan_in_fan_out=True, target_modules=["c_attn", "mlp.c_proj"]
+            ),
         ),
         (
             "gpt2",
-            peft.LoraConfig(r=2, fan_in_fan_out=True, use_dora=True, target_modules=["c_attn"]),
+            peft.LoraConfig(
+                r=2, fan_in_fan_out=True, use_dora=True, target_modules=["c_attn"]
+            ),
         ),
         (
             "gpt2",
@@ -191,14 +216,17 @@ def test_an_adapter_of_another_base_is_refused(folders, tmp_path):
     with pytest.raises(MaxlmError, match="an adapter without its base"):
         convert(tmp_path / "peft", tmp_path / "run")
     path = tmp_path / "peft" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]})
+    )
     with pytest.raises(MaxlmError, match=r"that the file lacks: lm_head\.weight"):
         convert(tmp_path / "peft", tmp_path / "run", base=folders / "llama")
 
 
 def test_pissa_trained_here_is_exact_there(folders, tmp_path):
-    """PEFT repeats the decomposition of PiSSA when it reads an adapter, and rounding turns singular
-    vectors whose values are near. So the file holds the difference from the start instead."""
+    """PEFT repeats the decomposition of PiSSA when it reads an adapter, and rounding
+    turns singular vectors whose values are near. So the file holds the difference from
+    the start instead."""
     convert(folders / "llama", tmp_path / "start")
     setup, state = begin_run(tmp_path, {"kind": "lora", "rank": 3, "init": "pissa"})
     write_run(tmp_path / "run", setup.config, randomize(state.params))
@@ -214,7 +242,10 @@ def test_pissa_trained_here_is_exact_there(folders, tmp_path):
 def begin_run(folder: Path, adapter: dict[str, Any]) -> tuple[Any, Any]:
     """A run that begins with an adapter on the run ``start``, and its first state."""
     start = load_config(RunConfig, folder / "start" / "config.yaml").value
-    settings = start.model_dump(mode="json") | {"adapter": adapter, "folder": str(folder)}
+    settings = start.model_dump(mode="json") | {
+        "adapter": adapter,
+        "folder": str(folder),
+    }
     settings["train"]["start_from"] = str(folder / "start")
     setup = set_up_run(RunConfig.model_validate(settings), jax.devices()[:1])
     return setup, init_or_warm_start_state(setup)
@@ -226,7 +257,9 @@ def randomize(params: Any) -> Any:
 
     def move(path: Any, x: Any) -> Any:
         is_added = ".lora_" in join_path(path)
-        return np.asarray(x) + np.float32(0.02 * is_added) * draw(x.shape).astype(np.float32)
+        return np.asarray(x) + np.float32(0.02 * is_added) * draw(x.shape).astype(
+            np.float32
+        )
 
     return jax.tree_util.tree_map_with_path(move, params)
 

@@ -1,7 +1,7 @@
-"""Promise: a folder of PEFT's is the model that PEFT makes of it, or is refused in one line; what
-PEFT refuses is refused. Adapters of PEFT's own are changed in one way each: a key of the settings
-is absent, null, of a wrong type or another; a tensor is renamed, missing, extra, of another
-shape."""
+"""Promise: a folder of PEFT's is the model that PEFT makes of it, or is refused in one
+line; what PEFT refuses is refused. Adapters of PEFT's own are changed in one way each:
+a key of the settings is absent, null, of a wrong type or another; a tensor is renamed,
+missing, extra, of another shape."""
 
 import copy
 import json
@@ -111,10 +111,18 @@ def _list_setting_cases() -> dict[str, Case]:
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 QD = ["q_proj", "down_proj"]
 _SETTINGS: tuple[tuple[str, str, dict[str, list[Any]]], ...] = (
-    ("lora", "lora_alpha", {EQUAL: [ABSENT, 7, 7.5], REFUSED: [None, 0, -4, "7", [7], True]}),
+    (
+        "lora",
+        "lora_alpha",
+        {EQUAL: [ABSENT, 7, 7.5], REFUSED: [None, 0, -4, "7", [7], True]},
+    ),
     ("lora", "r", {REFUSED: [ABSENT, None, 3, 0, -1, "2", 2.0, True]}),
     ("lora", "lora_dropout", {EQUAL: [ABSENT, 0.3], REFUSED: [None, 1.5, -0.1, "0.1"]}),
-    ("lora", "bias", {EQUAL: [ABSENT, "all", "lora_only"], REFUSED: [None, "some", True]}),
+    (
+        "lora",
+        "bias",
+        {EQUAL: [ABSENT, "all", "lora_only"], REFUSED: [None, "some", True]},
+    ),
     ("lora", "use_rslora", {EQUAL: [ABSENT, True, None], REFUSED: ["yes", 1]}),
     ("rslora", "use_rslora", {EQUAL: [ABSENT, False]}),
     ("lora", "use_dora", {EQUAL: [ABSENT, None], REFUSED: [True, "x"]}),
@@ -140,8 +148,25 @@ _SETTINGS: tuple[tuple[str, str, dict[str, list[Any]]], ...] = (
                 [*QD, "w1"],
             ],
             REFUSED: [
-                *(ABSENT, None, [], "", ["q_proj"], [*QD, "v_proj"], ["foo"], "q_proj", "(", 5),
-                *("all-linear", [*QD, "mlp"], [*QD, "act_fn"], [*QD, "norm"], {"q_proj": 1}),
+                *(
+                    ABSENT,
+                    None,
+                    [],
+                    "",
+                    ["q_proj"],
+                    [*QD, "v_proj"],
+                    ["foo"],
+                    "q_proj",
+                    "(",
+                    5,
+                ),
+                *(
+                    "all-linear",
+                    [*QD, "mlp"],
+                    [*QD, "act_fn"],
+                    [*QD, "norm"],
+                    {"q_proj": 1},
+                ),
             ],
         },
     ),
@@ -151,17 +176,34 @@ _SETTINGS: tuple[tuple[str, str, dict[str, list[Any]]], ...] = (
         "exclude_modules",
         {
             EQUAL: [ABSENT, [], ["k_proj"], r".*k_proj", "x"],
-            REFUSED: [["q_proj"], r".*\.0\..*", ["model.layers.1.mlp.down_proj"], "(", 3],
+            REFUSED: [
+                ["q_proj"],
+                r".*\.0\..*",
+                ["model.layers.1.mlp.down_proj"],
+                "(",
+                3,
+            ],
         },
     ),
     (
         "lora",
         "layers_to_transform",
-        {EQUAL: [ABSENT, [], [0, 1], [0, 1, 9]], REFUSED: [[0], 0, [7], "0", ["0"], True]},
+        {
+            EQUAL: [ABSENT, [], [0, 1], [0, 1, 9]],
+            REFUSED: [[0], 0, [7], "0", ["0"], True],
+        },
     ),
     ("one_layer", "layers_to_transform", {EQUAL: [1], REFUSED: [ABSENT, None, [0, 1]]}),
-    ("one_layer", "layers_pattern", {EQUAL: ["layers", ["h", "layers"], ""], REFUSED: ["h"]}),
-    ("lora", "layers_pattern", {EQUAL: [ABSENT, [], ""], REFUSED: ["layers", ["layers"]]}),
+    (
+        "one_layer",
+        "layers_pattern",
+        {EQUAL: ["layers", ["h", "layers"], ""], REFUSED: ["h"]},
+    ),
+    (
+        "lora",
+        "layers_pattern",
+        {EQUAL: [ABSENT, [], ""], REFUSED: ["layers", ["layers"]]},
+    ),
     (
         "lora",
         "rank_pattern",
@@ -180,9 +222,17 @@ _SETTINGS: tuple[tuple[str, str, dict[str, list[Any]]], ...] = (
     ),
     ("patterns", "rank_pattern", {REFUSED: [ABSENT, {}]}),
     ("patterns", "alpha_pattern", {EQUAL: [ABSENT, {"q_proj": 3, r"layers\.0.*": 2}]}),
-    ("lora", "modules_to_save", {EQUAL: [ABSENT, [], ["x"]], REFUSED: [["lm_head"], 3]}),
+    (
+        "lora",
+        "modules_to_save",
+        {EQUAL: [ABSENT, [], ["x"]], REFUSED: [["lm_head"], 3]},
+    ),
     ("saved", "modules_to_save", {REFUSED: [["lm_head", "embed_tokens"], ["q_proj"]]}),
-    ("lora", "trainable_token_indices", {EQUAL: [ABSENT], REFUSED: [[1], {"embed_tokens": [1]}]}),
+    (
+        "lora",
+        "trainable_token_indices",
+        {EQUAL: [ABSENT], REFUSED: [[1], {"embed_tokens": [1]}]},
+    ),
     (
         "tokens",
         "trainable_token_indices",
@@ -191,8 +241,16 @@ _SETTINGS: tuple[tuple[str, str, dict[str, list[Any]]], ...] = (
             REFUSED: [[3], [3, 61], ["3", "5"], {"lm_head": [3, 5]}, None, [3, 3]],
         },
     ),
-    ("lora", "target_parameters", {EQUAL: [ABSENT, []], REFUSED: [["q_proj.weight"], "x"]}),
-    ("lora", "peft_type", {REFUSED: [ABSENT, None, "lora", "ADALORA", "LOHA", "IA3", 5]}),
+    (
+        "lora",
+        "target_parameters",
+        {EQUAL: [ABSENT, []], REFUSED: [["q_proj.weight"], "x"]},
+    ),
+    (
+        "lora",
+        "peft_type",
+        {REFUSED: [ABSENT, None, "lora", "ADALORA", "LOHA", "IA3", 5]},
+    ),
     ("lora", "task_type", {EQUAL: [ABSENT, None], REFUSED: ["SEQ_2_SEQ_LM", "CLM", 5]}),
     ("lora", "inference_mode", {EQUAL: [ABSENT, False]}),
     ("lora", "base_model_name_or_path", {EQUAL: [ABSENT, "someone/base"]}),
@@ -214,7 +272,11 @@ _SETTINGS: tuple[tuple[str, str, dict[str, list[Any]]], ...] = (
     ("ia3", "target_modules", {REFUSED: [["k_proj", "v_proj"], None, "all-linear"]}),
     ("ia3", "peft_type", {REFUSED: ["LORA"]}),
     ("ia3", "init_ia3_weights", {EQUAL: [ABSENT, False]}),
-    ("experts", "target_parameters", {REFUSED: [None, ["mlp.experts.down_proj"], ["mlp.gate"]]}),
+    (
+        "experts",
+        "target_parameters",
+        {REFUSED: [None, ["mlp.experts.down_proj"], ["mlp.gate"]]},
+    ),
     ("experts", "lora_dropout", {REFUSED: [0.1]}),
     ("experts", "target_modules", {REFUSED: ["all-linear", ["q_proj", "w1"]]}),
     ("prefix", "num_virtual_tokens", {REFUSED: [ABSENT, None, 4, "3"]}),
@@ -226,14 +288,24 @@ _SETTINGS: tuple[tuple[str, str, dict[str, list[Any]]], ...] = (
     ("prefix", "peft_type", {REFUSED: ["PROMPT_TUNING", "P_TUNING"]}),
     ("prompt", "num_transformer_submodules", {EQUAL: [None], REFUSED: [2]}),
     ("prompt", "token_dim", {REFUSED: [12]}),
-    ("prompt", "prompt_tuning_init", {EQUAL: [ABSENT, "RANDOM"], REFUSED: ["TEXT", "x"]}),
+    (
+        "prompt",
+        "prompt_tuning_init",
+        {EQUAL: [ABSENT, "RANDOM"], REFUSED: ["TEXT", "x"]},
+    ),
 )
 
-_UNCHANGED = {f"{name}-unchanged": Case(name, None, EQUAL) for name in peft_bases.ADAPTERS}
+_UNCHANGED = {
+    f"{name}-unchanged": Case(name, None, EQUAL) for name in peft_bases.ADAPTERS
+}
 _TENSORS: dict[str, Case] = {
     "lora-no_prefix": Case("lora", rename("base_model.model.", ""), REFUSED),
-    "lora-doubled_prefix": Case("lora", rename("model.layers", "model.model.layers"), REFUSED),
-    "lora-adapter_name": Case("lora", rename("lora_A.weight", "lora_A.default.weight"), REFUSED),
+    "lora-doubled_prefix": Case(
+        "lora", rename("model.layers", "model.model.layers"), REFUSED
+    ),
+    "lora-adapter_name": Case(
+        "lora", rename("lora_A.weight", "lora_A.default.weight"), REFUSED
+    ),
     "lora-swapped_names": Case("lora", rename("lora_A", "lora_C"), REFUSED),
     "lora-other_module": Case("lora", rename("q_proj", "v_proj"), REFUSED),
     "lora-other_layer": Case("lora", rename("layers.1", "layers.2"), REFUSED),
@@ -255,8 +327,12 @@ _TENSORS: dict[str, Case] = {
     "lora-saved_embedding": Case(
         "lora", add("base_model.model.model.embed_tokens.weight", 61, 24), EQUAL
     ),
-    "lora-saved_head": Case("lora", add("base_model.model.lm_head.weight", 61, 24), EQUAL),
-    "lora-saved_norm": Case("lora", add("base_model.model.model.norm.weight", 24), EQUAL),
+    "lora-saved_head": Case(
+        "lora", add("base_model.model.lm_head.weight", 61, 24), EQUAL
+    ),
+    "lora-saved_norm": Case(
+        "lora", add("base_model.model.model.norm.weight", 24), EQUAL
+    ),
     "lora-larger_embedding": Case(
         "lora", add("base_model.model.model.embed_tokens.weight", 64, 24), REFUSED
     ),
@@ -271,9 +347,13 @@ _TENSORS: dict[str, Case] = {
     "lora-cut_inputs": Case("lora", apply("lora_A", lambda x: x[:, :-1]), REFUSED),
     "lora-third_dimension": Case("lora", apply("lora_A", lambda x: x[None]), REFUSED),
     "lora-half": Case("lora", apply("lora", lambda x: x.astype(np.float16)), EQUAL),
-    "lora-bfloat16": Case("lora", apply("lora", lambda x: x.astype(ml_dtypes.bfloat16)), EQUAL),
+    "lora-bfloat16": Case(
+        "lora", apply("lora", lambda x: x.astype(ml_dtypes.bfloat16)), EQUAL
+    ),
     "lora-double": Case("lora", apply("lora", lambda x: x.astype(np.float64)), EQUAL),
-    "lora-whole_numbers": Case("lora", apply("lora_B", lambda x: (9 * x).astype(np.int32)), EQUAL),
+    "lora-whole_numbers": Case(
+        "lora", apply("lora_B", lambda x: (9 * x).astype(np.int32)), EQUAL
+    ),
     "lora-zeros": Case("lora", apply("lora_A", np.zeros_like), EQUAL),
     "lora-nan": Case("lora", apply("lora_B", lambda x: x * np.nan), REFUSED),
     "lora-infinite": Case("lora", apply("lora_B", lambda x: x / 0), REFUSED),
@@ -287,9 +367,13 @@ _TENSORS: dict[str, Case] = {
         EQUAL,
     ),
     "patterns-first_match": Case(
-        "patterns", set_keys(alpha_pattern={"down_proj": 5, r".*down_proj": 1, "q_proj": 2}), EQUAL
+        "patterns",
+        set_keys(alpha_pattern={"down_proj": 5, r".*down_proj": 1, "q_proj": 2}),
+        EQUAL,
     ),
-    "pissa_ranks-alpha": Case("pissa_ranks", set_keys(alpha_pattern={"q_proj": 2}), EQUAL),
+    "pissa_ranks-alpha": Case(
+        "pissa_ranks", set_keys(alpha_pattern={"q_proj": 2}), EQUAL
+    ),
     "pissa_ranks-of_one_layer": Case(
         "pissa_ranks",
         both(
@@ -312,8 +396,12 @@ _TENSORS: dict[str, Case] = {
         "embedding", rename("lora_embedding_A", "lora_A.weight"), REFUSED
     ),
     "embedding-no_base": Case("embedding", remove("base_layer"), EQUAL),
-    "embedding-other_base": Case("embedding", apply("base_layer", lambda x: x + 0.5), EQUAL),
-    "embedding-transposed": Case("embedding", apply("embedding_A", np.transpose), REFUSED),
+    "embedding-other_base": Case(
+        "embedding", apply("base_layer", lambda x: x + 0.5), EQUAL
+    ),
+    "embedding-transposed": Case(
+        "embedding", apply("embedding_A", np.transpose), REFUSED
+    ),
     "tied_embedding-other_base": Case(
         "tied_embedding", apply("base_layer", lambda x: x + 0.5), EQUAL
     ),
@@ -347,39 +435,61 @@ _TENSORS: dict[str, Case] = {
     "saved-no_norm": Case("saved", remove("norm"), REFUSED),
     "saved-not_said": Case("saved", set_keys(modules_to_save=None), EQUAL),
     "saved-cut": Case("saved", apply("lm_head", lambda x: x[:-1]), REFUSED),
-    "saved-every_norm": Case("saved", set_keys(modules_to_save=["lm_head", "norm"]), REFUSED),
+    "saved-every_norm": Case(
+        "saved", set_keys(modules_to_save=["lm_head", "norm"]), REFUSED
+    ),
     "saved-whole_mlp": Case(
         "lora",
         both(
             set_keys(modules_to_save=["mlp"], target_modules=["q_proj", "down_proj"]),
             remove("mlp"),
             *(
-                add(f"base_model.model.model.layers.{layer}.mlp.{name}_proj.weight", *shape)
+                add(
+                    f"base_model.model.model.layers.{layer}.mlp.{name}_proj.weight",
+                    *shape,
+                )
                 for layer in range(2)
-                for name, shape in {"gate": (34, 24), "up": (34, 24), "down": (24, 34)}.items()
+                for name, shape in {
+                    "gate": (34, 24),
+                    "up": (34, 24),
+                    "down": (24, 34),
+                }.items()
             ),
         ),
         EQUAL,
     ),
     "biases-removed": Case("biases", remove("bias"), EQUAL),
-    "biases-of_one": Case("biases", remove("layers.0.self_attn.q_proj.base_layer.bias"), EQUAL),
+    "biases-of_one": Case(
+        "biases", remove("layers.0.self_attn.q_proj.base_layer.bias"), EQUAL
+    ),
     "biases-plain": Case("biases", rename("base_layer.bias", "bias"), REFUSED),
     "own_biases-not_said": Case("own_biases", set_keys(bias="none"), EQUAL),
     "tokens-no_rows": Case("tokens", remove("token_adapter"), REFUSED),
-    "tokens-more_rows": Case("tokens", apply("token_adapter", lambda x: x[[0, 1, 1]]), REFUSED),
-    "tokens-embedding_too": Case("tokens", set_keys(target_modules=[*QD, "embed_tokens"]), REFUSED),
-    "tokens-saved_too": Case("tokens", set_keys(modules_to_save=["embed_tokens"]), REFUSED),
+    "tokens-more_rows": Case(
+        "tokens", apply("token_adapter", lambda x: x[[0, 1, 1]]), REFUSED
+    ),
+    "tokens-embedding_too": Case(
+        "tokens", set_keys(target_modules=[*QD, "embed_tokens"]), REFUSED
+    ),
+    "tokens-saved_too": Case(
+        "tokens", set_keys(modules_to_save=["embed_tokens"]), REFUSED
+    ),
     "one_layer-all_named": Case(
         "one_layer",
         set_keys(
             layers_to_transform=None,
-            target_modules=["model.layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"],
+            target_modules=[
+                "model.layers.1.self_attn.q_proj",
+                "layers.1.mlp.down_proj",
+            ],
         ),
         EQUAL,
     ),
     "fused-cut": Case("fused", apply("c_attn.lora_B", lambda x: x[:24]), REFUSED),
     "fused-one_of_two": Case("fused", remove("c_attn"), REFUSED),
-    "fused-c_proj": Case("fused", set_keys(target_modules=["c_attn", "c_proj"]), REFUSED),
+    "fused-c_proj": Case(
+        "fused", set_keys(target_modules=["c_attn", "c_proj"]), REFUSED
+    ),
     "ia3-lora_tensors": Case("lora", set_keys(peft_type="IA3", r=ABSENT), REFUSED),
     "ia3-transposed": Case("ia3", apply("k_proj", np.transpose), REFUSED),
     "ia3-no_layer": Case("ia3", remove("layers.1"), REFUSED),
@@ -393,25 +503,38 @@ _TENSORS: dict[str, Case] = {
         ),
         EQUAL,
     ),
-    "experts-names_swapped": Case("experts", rename("experts.base_layer.", "experts."), REFUSED),
+    "experts-names_swapped": Case(
+        "experts", rename("experts.base_layer.", "experts."), REFUSED
+    ),
     "experts-one": Case(
         "experts",
-        both(set_keys(target_parameters=["experts.down_proj"]), remove("experts.base_layer")),
+        both(
+            set_keys(target_parameters=["experts.down_proj"]),
+            remove("experts.base_layer"),
+        ),
         EQUAL,
     ),
     "experts-ranks": Case(
-        "experts", set_keys(alpha_pattern={"gate_up_proj": 3, "experts.down_proj": 5}), EQUAL
+        "experts",
+        set_keys(alpha_pattern={"gate_up_proj": 3, "experts.down_proj": 5}),
+        EQUAL,
     ),
     "experts-rslora": Case("experts", set_keys(use_rslora=True), EQUAL),
     "experts-dora": Case("experts", set_keys(use_dora=True), REFUSED),
     "all_experts-no_router": Case("all_experts", remove("mlp.gate"), REFUSED),
     "prefix-transposed": Case("prefix", apply("prompt", np.transpose), REFUSED),
-    "prefix-renamed": Case("prefix", rename("prompt_embeddings", "embeddings"), REFUSED),
+    "prefix-renamed": Case(
+        "prefix", rename("prompt_embeddings", "embeddings"), REFUSED
+    ),
     "prefix-more": Case("prefix", add("foo", 3), REFUSED),
-    "prefix-double": Case("prefix", apply("prompt", lambda x: x.astype(np.float64)), EQUAL),
+    "prefix-double": Case(
+        "prefix", apply("prompt", lambda x: x.astype(np.float64)), EQUAL
+    ),
     "prompt-cut": Case("prompt", apply("prompt", lambda x: x[:2]), REFUSED),
     "prompt-fewer": Case(
-        "prompt", both(set_keys(num_virtual_tokens=2), apply("prompt", lambda x: x[:2])), EQUAL
+        "prompt",
+        both(set_keys(num_virtual_tokens=2), apply("prompt", lambda x: x[:2])),
+        EQUAL,
     ),
 }
 CASES: dict[str, Case] = _UNCHANGED | _list_setting_cases() | _TENSORS
@@ -432,7 +555,9 @@ class ArrayWriter:
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
 
-    def declare(self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0) -> None:
+    def declare(
+        self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0
+    ) -> None:
         self.arrays[name] = np.full(shape, np.nan, np.float32)
 
     def write(self, name: str, lead_index: tuple[int, ...], values: np.ndarray) -> None:
@@ -450,7 +575,9 @@ def originals(tmp_path_factory) -> Originals:
     folders: dict[str, Path] = {}
     for name, config in peft_bases.list_adapters().items():
         folders[name] = home / "adapters" / name
-        peft_bases.write_adapter(bases[peft_bases.ADAPTERS[name]], config, folders[name])
+        peft_bases.write_adapter(
+            bases[peft_bases.ADAPTERS[name]], config, folders[name]
+        )
     return Originals(bases, opened, {}, folders)
 
 
@@ -460,7 +587,9 @@ def run_peft(base: Any, folder: Path) -> np.ndarray | None:
     try:
         with torch.no_grad():
             model = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-            logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+            logits = model(
+                input_ids=tokens, attention_mask=torch.ones_like(tokens)
+            ).logits
     except Exception:  # It has many ways to refuse.
         return None
     return logits[:, -tokens.shape[1] :].numpy()
@@ -475,12 +604,15 @@ def run_ours(opened: HuggingFaceModel, folder: Path, mesh: Any) -> np.ndarray:
     writer = AdaptedParamWriter(memory, read, specs)
     opened.import_tensors(writer)
     writer.finish()
-    model = build_adapted_model(config, read.adapter, rules=AxisRules(), dtype=np.float32)
+    model = build_adapted_model(
+        config, read.adapter, rules=AxisRules(), dtype=np.float32
+    )
     with jax.set_mesh(mesh):
         adapted = param_specs(model)
         names = flatten_names(adapted)
         params = jax.tree.unflatten(
-            jax.tree.structure(adapted), [jax.numpy.asarray(memory.arrays[n]) for n in names]
+            jax.tree.structure(adapted),
+            [jax.numpy.asarray(memory.arrays[n]) for n in names],
         )
         num_virtual = model.num_virtual_tokens
         if not num_virtual:
@@ -503,13 +635,17 @@ def _build_base(config: Any) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def _forward(model: Any, params: Any, tokens: np.ndarray) -> jax.Array:
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    positions = np.broadcast_to(
+        np.arange(tokens.shape[1], dtype=np.int32), tokens.shape
+    )
     bound = bind(model, params)
     return bound.logits(bound(tokens, positions)[0])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_changed_adapter_is_pefts_model_or_refused(originals, tmp_path, one_device_mesh, name):
+def test_a_changed_adapter_is_pefts_model_or_refused(
+    originals, tmp_path, one_device_mesh, name
+):
     case = CASES[name]
     base = peft_bases.ADAPTERS[case.adapter]
     folder = originals.folders[case.adapter]

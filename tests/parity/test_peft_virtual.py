@@ -1,5 +1,6 @@
-"""PEFT's prefix and prompt tuning, and ours of the same arrays: logits of real tokens of ragged
-sequences, which stand in one row here and in a row each there; and PEFT's files, both ways."""
+"""PEFT's prefix and prompt tuning, and ours of the same arrays: logits of real tokens
+of ragged sequences, which stand in one row here and in a row each there; and PEFT's
+files, both ways."""
 
 import json
 
@@ -30,7 +31,9 @@ def adapt(name, kind):
     """A model with random vectors of PEFT's, and these vectors."""
     own = measure.case(name)
     settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": N}
-    if name in ("llama", "gemma", "gemma3") and kind == "prefix":  # head_dim is not D / heads
+    if (
+        name in ("llama", "gemma", "gemma3") and kind == "prefix"
+    ):  # head_dim is not D / heads
         heads, size = own.config.attention.num_kv_heads, own.config.attention.head_dim
         settings |= {"token_dim": heads * size, "num_attention_heads": heads}
     config = getattr(peft, ADAPTERS[kind][1])(**settings)
@@ -44,7 +47,8 @@ def adapt(name, kind):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-# Grouped heads; learned positions; scaled embeddings; windows and norms of keys as well.
+# Grouped heads; learned positions; scaled embeddings; windows and norms of keys as
+# well.
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "gemma3"])
 def test_logits_and_counts_are_pefts(name, kind):
     own, adapter = measure.case(name), ADAPTERS[kind][0]
@@ -53,11 +57,15 @@ def test_logits_and_counts_are_pefts(name, kind):
     specs = param_specs(
         build_adapted_model(own.config, adapter, rules=AxisRules(), dtype="float32")
     )
-    shapes = {n: s.shape for n, s in flatten_names(specs).items() if n.endswith(".virtual")}
+    shapes = {
+        n: s.shape for n, s in flatten_names(specs).items() if n.endswith(".virtual")
+    }
     assert sum(map(np.prod, shapes.values())) == model.get_nb_trainable_parameters()[0]
     scale = own.config.embedding_scale
     arrays = from_peft(embedding.detach().numpy(), shapes, scale)
-    np.testing.assert_allclose(to_peft(arrays, scale), embedding.detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        to_peft(arrays, scale), embedding.detach().numpy(), rtol=1e-6
+    )
 
     random = np.random.default_rng(0)
     texts = [random.integers(0, own.config.vocab_size, length) for length in LENGTHS]
@@ -65,18 +73,26 @@ def test_logits_and_counts_are_pefts(name, kind):
     for row, text in enumerate(texts):
         tokens[row, : len(text)], mask[row, : len(text)] = text, 1
     with torch.no_grad():
-        wanted = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits
-    wanted = [x[-max(LENGTHS) :][:size].numpy() for x, size in zip(wanted, LENGTHS, strict=True)]
+        wanted = model(
+            input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)
+        ).logits
+    wanted = [
+        x[-max(LENGTHS) :][:size].numpy()
+        for x, size in zip(wanted, LENGTHS, strict=True)
+    ]
 
     row = np.concatenate([np.pad(text, (N, 0)) for text in texts])[None]
     sizes = [N + size for size in LENGTHS]
     positions = np.concatenate([np.arange(size) for size in sizes])[None]
     segments = np.repeat([1, 2], sizes)[None]
     based = {
-        name.removesuffix(".virtual"): f"{name.removesuffix('.virtual')}.base" for name in arrays
+        name.removesuffix(".virtual"): f"{name.removesuffix('.virtual')}.base"
+        for name in arrays
     }
     flat = {based.get(name, name): array for name, array in own.params.items()} | arrays
-    found = compare.logits(own.config, flat, row, positions, segments, adapter=adapter)[0]
+    found = compare.logits(own.config, flat, row, positions, segments, adapter=adapter)[
+        0
+    ]
     found = [found[N : sizes[0]], found[sizes[0] + N :]]
     for ours, theirs in zip(found, wanted, strict=True):
         assert measure.relative(ours, theirs) < 1e-5
@@ -91,12 +107,16 @@ def test_files_hold_the_same_vectors_both_ways(name, kind, tmp_path, monkeypatch
     theirs.base_model.save_pretrained(tmp_path / "base")
     convert(tmp_path / "peft", tmp_path / "run", base=tmp_path / "base")
     found = flatten_names(load_run(tmp_path / "run").params)
-    arrays = {name: np.asarray(x) for name, x in found.items() if name.endswith(".virtual")}
+    arrays = {
+        name: np.asarray(x) for name, x in found.items() if name.endswith(".virtual")
+    }
     vectors = to_peft(arrays, measure.case(name).config.embedding_scale)
     np.testing.assert_allclose(vectors, embedding.detach().numpy(), rtol=1e-6)
 
     convert(tmp_path / "run", tmp_path / "back", adapter=True)
-    again = peft.PeftModel.from_pretrained(measure.build(name), tmp_path / "back").eval()
+    again = peft.PeftModel.from_pretrained(
+        measure.build(name), tmp_path / "back"
+    ).eval()
     again.base_model.load_state_dict(measure.case(name).model.state_dict())
     tokens = torch.arange(9)[None] + 2
     with torch.no_grad():

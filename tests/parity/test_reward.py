@@ -1,5 +1,5 @@
-"""A reward model that is converted gives transformers' classifier the scores that it gives, and
-one that transformers saved gives its scores here."""
+"""A reward model that is converted gives transformers' classifier the scores that it
+gives, and one that transformers saved gives its scores here."""
 
 import json
 
@@ -31,8 +31,12 @@ def test_scores_in_transformers(tied, tmp_path):
         for n in (1, 4, 2)
     ]
     pairs = [{"prompt": "a", "chosen": " sea", "rejected": " wind"}] * 8
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    settings = tiny.settings(tmp_path, tiny.write_text(tmp_path / "text", 2), train={"steps": 1})
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in pairs)
+    )
+    settings = tiny.settings(
+        tmp_path, tiny.write_text(tmp_path / "text", 2), train={"steps": 1}
+    )
     settings["data"] |= {"heldout_fraction": 0}
     settings["model"] |= {"init_std": 0.3, "tie_embeddings": tied}
     settings["tokenizer"] |= {"pad": "<pad>"}
@@ -49,18 +53,24 @@ def test_scores_in_transformers(tied, tmp_path):
     theirs = cls.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     tokenizer = load_run(run).tokenizer
     texts = [row["prompt"] + row["completion"] for row in rows]
-    tokens = [[*tokenizer.prefix_ids, *tokenizer.encode(t), tokenizer.eos_id] for t in texts]
+    tokens = [
+        [*tokenizer.prefix_ids, *tokenizer.encode(t), tokenizer.eos_id] for t in texts
+    ]
     width = max(map(len, tokens))
     padded = [own + [tokenizer.pad_id] * (width - len(own)) for own in tokens]
     mask = [[1] * len(own) + [0] * (width - len(own)) for own in tokens]
     with torch.no_grad():
-        found = theirs(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits[:, 0]
+        found = theirs(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits[
+            :, 0
+        ]
     ours = score_texts(run, rows)
     assert np.ptp(ours) > 0.05
     np.testing.assert_allclose(ours, found.numpy(), atol=1e-5)
 
     convert(tmp_path / "out", tmp_path / "back")
-    want, back = (flatten_names(load_run(path).params) for path in (run, tmp_path / "back"))
+    want, back = (
+        flatten_names(load_run(path).params) for path in (run, tmp_path / "back")
+    )
     assert want.keys() == back.keys()
     for name in want:
         np.testing.assert_array_equal(back[name], want[name], err_msg=name)
@@ -70,7 +80,12 @@ def test_scores_in_transformers(tied, tmp_path):
 def test_untied_classifiers_of_transformers(name, labels, tmp_path):
     write_checkpoint(tmp_path / "published", "smollm2")  # a run has a tokenizer
     vocab_size = max(import_tokenizer(tmp_path / "published").vocab_size, 97)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     head = {"num_labels": labels, "pad_token_id": 0, "tie_word_embeddings": False}
     config = getattr(transformers, f"{name}Config")(

@@ -1,4 +1,5 @@
-"""Filtered distributions equal those of transformers' own logits processors, in its own order."""
+"""Filtered distributions equal those of transformers' own logits processors, in its own
+order."""
 
 from functools import partial
 
@@ -22,7 +23,9 @@ def random_config(rng) -> SamplingConfig:
     def maybe(name, value):
         return {name: value} if rng.random() < 1 / 3 else {}
 
-    bias = {int(i): float(rng.normal(0, 4)) for i in rng.choice(VOCAB, 9, replace=False)}
+    bias = {
+        int(i): float(rng.normal(0, 4)) for i in rng.choice(VOCAB, 9, replace=False)
+    }
     return SamplingConfig(
         temperature=float(rng.choice([0, 0.4, 0.8, 1, 1.5, 3])),
         **maybe("logit_bias", bias),
@@ -57,7 +60,9 @@ def filter_with_transformers(logits, config: SamplingConfig, text, prompt_length
     settings._eos_token_tensor = torch.tensor(STOPS)
     mixin = transformers.GenerationMixin()
     mixin.config = transformers.PreTrainedConfig()
-    processors = mixin._get_logits_processor(settings, input_ids_seq_length=prompt_length)
+    processors = mixin._get_logits_processor(
+        settings, input_ids_seq_length=prompt_length
+    )
     scores = processors(torch.from_numpy(text)[None], torch.from_numpy(logits)[None])
     if not sampled:
         return torch.nn.functional.one_hot(scores.argmax(-1), VOCAB)[0].numpy()
@@ -73,14 +78,18 @@ def test_a_thousand_random_settings():
     lengths = prompts + rng.integers(0, 28, ROWS)
     expected = np.stack(
         [
-            filter_with_transformers(logits[i], config, history[i, : lengths[i]], int(prompts[i]))
+            filter_with_transformers(
+                logits[i], config, history[i, : lengths[i]], int(prompts[i])
+            )
             for i, config in enumerate(configs)
         ]
     )
     settings = stack_settings(configs, ROWS, stop_ids=[STOPS] * ROWS)
     process = jax.jit(partial(process_logits, vocab_size=VOCAB))
     ours = process(
-        logits, settings, *(jnp.asarray(x, jnp.int32) for x in (history, prompts, lengths))
+        logits,
+        settings,
+        *(jnp.asarray(x, jnp.int32) for x in (history, prompts, lengths)),
     )
     assert 10 < np.median((expected > 0).sum(1)) < VOCAB / 2
     np.testing.assert_allclose(jax.nn.softmax(ours, axis=-1), expected, atol=1e-6)

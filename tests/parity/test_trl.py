@@ -1,4 +1,5 @@
-"""Losses and gradients of tasks on rows of files are those of TRL's own trainers, in fp32."""
+"""Losses and gradients of tasks on rows of files are those of TRL's own trainers, in
+fp32."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -58,7 +59,9 @@ def make_trainer(model: Any, reference: Any, settings: dict[str, Any]) -> Any:
         args=args,
         accelerator=accelerator,
         beta=settings.get("beta", 0.1),
-        loss_type=settings.get("loss_type", "kto" if settings["kind"] == "kto" else "sigmoid"),
+        loss_type=settings.get(
+            "loss_type", "kto" if settings["kind"] == "kto" else "sigmoid"
+        ),
         loss_types=[settings.get("loss_type", "sigmoid")],
         loss_weights=[1.0],
         label_smoothing=smoothing,
@@ -89,7 +92,9 @@ def compute_trl_loss(trainer: Any, kind: str, rows: list[dict[str, Any]]) -> Any
     encode, model = NumberTokenizer().encode, trainer.model
     own = []
     for row in rows:
-        ids = {f"{name}_ids": [*encode(row[name]), EOS] for name in ("chosen", "rejected")}
+        ids = {
+            f"{name}_ids": [*encode(row[name]), EOS] for name in ("chosen", "rejected")
+        }
         ids |= {
             "prompt_ids": encode(row["prompt"]),
             "completion_ids": [*encode(row["completion"]), EOS],
@@ -99,7 +104,8 @@ def compute_trl_loss(trainer: Any, kind: str, rows: list[dict[str, Any]]) -> Any
         examples = [
             {
                 "input_ids": (whole := each["prompt_ids"] + each["completion_ids"]),
-                "labels": [-100] * len(each["prompt_ids"]) + whole[len(each["prompt_ids"]) :],
+                "labels": [-100] * len(each["prompt_ids"])
+                + whole[len(each["prompt_ids"]) :],
             }
             for each in own
         ]
@@ -108,11 +114,16 @@ def compute_trl_loss(trainer: Any, kind: str, rows: list[dict[str, Any]]) -> Any
     if kind == "reward":
         examples = [
             each
-            | {f"{s}_ids": each["prompt_ids"] + each[f"{s}_ids"] for s in ("chosen", "rejected")}
+            | {
+                f"{s}_ids": each["prompt_ids"] + each[f"{s}_ids"]
+                for s in ("chosen", "rejected")
+            }
             for each in own
         ]
         collate = reward_trainer.DataCollatorForPreference(pad_token_id=0)
-        return reward_trainer.RewardTrainer.compute_loss(trainer, model, collate(examples))
+        return reward_trainer.RewardTrainer.compute_loss(
+            trainer, model, collate(examples)
+        )
     if kind == "dpo":
         batch = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(own)
         return dpo_trainer.DPOTrainer._compute_loss(trainer, model, batch, False)
@@ -132,7 +143,9 @@ def compute_trl_loss(trainer: Any, kind: str, rows: list[dict[str, Any]]) -> Any
         parts = {
             "input_ids": whole,
             "attention_mask": [[1] * len(ids) for ids in whole],
-            "labels": [[-100] * len(each["prompt_ids"]) + each[f"{side}_ids"] for each in own],
+            "labels": [
+                [-100] * len(each["prompt_ids"]) + each[f"{side}_ids"] for each in own
+            ],
         }
         for name, lists in parts.items():
             filled = [ids + [padded[name]] * (size - len(ids)) for ids in lists]
@@ -146,14 +159,17 @@ def compute_trl_loss(trainer: Any, kind: str, rows: list[dict[str, Any]]) -> Any
 
 
 def build_models(kind: str, seed: int) -> list[Any]:
-    """A random Llama and its reference; the reward model's has a score in the head's place."""
+    """A random Llama and its reference; the reward model's has a score in the head's
+    place."""
     if kind != "reward":
         models = [tiny.build("llama", own) for own in (seed, 100 + seed)]
         for model in models:
             add_fused_lm_head(model, outputs=OUTPUTS)
         return models
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**tiny.CASES["llama"][1], num_labels=1, pad_token_id=0)
+    config = transformers.LlamaConfig(
+        **tiny.CASES["llama"][1], num_labels=1, pad_token_id=0
+    )
     config._attn_implementation = "eager"
     model = transformers.LlamaForSequenceClassification(config).eval()
     return [tiny.randomize(model)] * 2
@@ -178,7 +194,9 @@ def test_same_loss_and_gradient_as_trl(name, seed, tmp_path):
         found = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
         score = found.pop("score.weight", None)
         if score is not None:
-            found["lm_head.weight"] = np.zeros((config.vocab_size, config.d_model), np.float32)
+            found["lm_head.weight"] = np.zeros(
+                (config.vocab_size, config.d_model), np.float32
+            )
         plain = config.model_copy(update={"heads": {}})
         flat = compare.parameters(plain, family.list_entries(plain), found)
         return flat if score is None else flat | {"heads.score.kernel": score.T}
@@ -197,10 +215,14 @@ def test_same_loss_and_gradient_as_trl(name, seed, tmp_path):
         ("kl", "kl"),
     ):
         if logged[name]:
-            assert sums[ours] == pytest.approx(logged[name][0], rel=1e-4, abs=1e-5), ours
+            assert sums[ours] == pytest.approx(logged[name][0], rel=1e-4, abs=1e-5), (
+                ours
+            )
 
     want = convert({key: p.grad for key, p in model.named_parameters()})
     got = flatten_names(gradient)
-    a, b = (np.concatenate([np.ravel(x[key]) for key in sorted(want)]) for x in (want, got))
+    a, b = (
+        np.concatenate([np.ravel(x[key]) for key in sorted(want)]) for x in (want, got)
+    )
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) >= 0.99999
     assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)

@@ -1,4 +1,5 @@
-"""Rows with tools, variables of the template and ShareGPT's names are the text that TRL makes."""
+"""Rows with tools, variables of the template and ShareGPT's names are the text that TRL
+makes."""
 
 import copy
 import json
@@ -15,7 +16,14 @@ from maxlm.data.conversations import encode_pair  # noqa: E402
 from maxlm.data.row_files import open_rows  # noqa: E402
 from maxlm.data.tokenizer import check_tools_are_written, import_tokenizer  # noqa: E402
 from maxlm.tasks import SftTask  # noqa: E402
-from tests.data.rows.test_row_forms import ANSWER, CHAT, SHAREGPT, TOOL, USER, WITH_TOOLS  # noqa: E402
+from tests.data.rows.test_row_forms import (  # noqa: E402
+    ANSWER,
+    CHAT,
+    SHAREGPT,
+    TOOL,
+    USER,
+    WITH_TOOLS,
+)
 from tests.data.tokenizer.foreign import write_checkpoint  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -27,7 +35,12 @@ ROWS = [
     {"messages": CHAT, "tools": TOOLS, "chat_template_kwargs": VARIABLES},
     {"messages": [USER, ANSWER], "tools": "[]"},
     {"prompt": [USER], "completion": [ANSWER], "tools": TOOLS},
-    {"prompt": CHAT[:3], "completion": [ANSWER], "tools": TOOLS, "chat_template_kwargs": VARIABLES},
+    {
+        "prompt": CHAT[:3],
+        "completion": [ANSWER],
+        "tools": TOOLS,
+        "chat_template_kwargs": VARIABLES,
+    },
     {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER], "tools": TOOLS},
     {
         "prompt": CHAT[:3],
@@ -36,18 +49,28 @@ ROWS = [
         "tools": TOOLS,
         "chat_template_kwargs": VARIABLES,
     },
-    {"conversations": [{**SHAREGPT[0], "from": "user"}, {**SHAREGPT[3], "from": "assistant"}]},
+    {
+        "conversations": [
+            {**SHAREGPT[0], "from": "user"},
+            {**SHAREGPT[3], "from": "assistant"},
+        ]
+    },
 ]
 
 
 def render_there(tokenizer, row):
-    """The texts of a row, prompt and answer one after the other, as TRL's trainers make them."""
+    """The texts of a row, prompt and answer one after the other, as TRL's trainers make
+    them."""
     row = trl.data_utils.maybe_convert_to_chatml(copy.deepcopy(row))
     tools = json.loads(row.pop("tools", "[]"))
     texts = trl.data_utils.maybe_apply_chat_template(row, tokenizer, tools=tools)
     if "text" in texts:
         return [texts["text"]]
-    return [texts["prompt"] + texts[n] for n in ("completion", "chosen", "rejected") if n in texts]
+    return [
+        texts["prompt"] + texts[n]
+        for n in ("completion", "chosen", "rejected")
+        if n in texts
+    ]
 
 
 @pytest.mark.parametrize("index", range(len(ROWS)))
@@ -76,15 +99,20 @@ CONVERSATION = [
     {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"type": "function", "id": "a1b2c3d4e", "function": {"name": "weather"}}],
+        "tool_calls": [
+            {"type": "function", "id": "a1b2c3d4e", "function": {"name": "weather"}}
+        ],
     },
     {"role": "tool", "name": "weather", "tool_call_id": "a1b2c3d4e", "content": "dry"},
     {"role": "assistant", "content": "No."},
 ]
 
 
-def test_published_templates_that_write_no_tools_are_refused_and_others_are_not(tmp_path):
-    """Whether a template writes them is told by what transformers renders with others."""
+def test_published_templates_that_write_no_tools_are_refused_and_others_are_not(
+    tmp_path,
+):
+    """Whether a template writes them is told by what transformers renders with
+    others."""
     write_checkpoint(tmp_path, "smollm2")
     ours = import_tokenizer(tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
@@ -110,7 +138,10 @@ def test_published_templates_that_write_no_tools_are_refused_and_others_are_not(
 
             def render(talk, tools, source=source):
                 return theirs.apply_chat_template(
-                    copy.deepcopy(talk), tools=tools, chat_template=source, tokenize=False
+                    copy.deepcopy(talk),
+                    tools=tools,
+                    chat_template=source,
+                    tokenize=False,
                 )
 
             renamed = json.loads(json.dumps(talk).replace('"weather"', '"climate"'))

@@ -1,4 +1,5 @@
-"""Random tiny models of transformers, one or more a family, with unusual sizes: cases.yaml."""
+"""Random tiny models of transformers, one or more a family, with unusual sizes:
+cases.yaml."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(name: str, seed: int = 0) -> Any:
-    """A model in fp32 whose every parameter matters: norms and biases are not at their start."""
+    """A model in fp32 whose every parameter matters: norms and biases are not at their
+    start."""
     import torch
     import transformers
 
@@ -22,20 +24,24 @@ def build(name: str, seed: int = 0) -> Any:
     config = cls.config_class(**settings)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    return randomize(cls(config).eval(), untie=settings.get("tie_word_embeddings") is False)
+    return randomize(
+        cls(config).eval(), untie=settings.get("tie_word_embeddings") is False
+    )
 
 
 def randomize(model: Any, *, untie: bool = False) -> Any:
     """A new model, with every parameter drawn from torch's generator.
 
     Args:
-        untie: give T5 an output head of its own, which transformers ties and published weights do
-            not.
+        untie: give T5 an output head of its own, which transformers ties and published
+            weights do not.
     """
     import torch
 
     if untie and hasattr(model, "shared"):
-        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+        model.lm_head.weight = torch.nn.Parameter(
+            torch.empty_like(model.lm_head.weight)
+        )
     with torch.no_grad():
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_()

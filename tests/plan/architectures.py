@@ -9,7 +9,12 @@ from tests.programs.cells import CELLS, MICRO, ROWS
 SEQ = 32
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _PLAIN = {"d_ff": 48, "gated": False, "activation": "gelu"}
-_EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "dispatch": "capacity"}
+_EXPERTS = {
+    "num_experts": 8,
+    "experts_per_token": 2,
+    "d_ff": 16,
+    "dispatch": "capacity",
+}
 _LATENT = {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6}
 MODELS: dict[str, dict[str, Any]] = {
     "pattern": {
@@ -17,11 +22,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp": {"d_ff": 48},
         "placement": "sandwich",
         "num_layers": 6,
-        "pattern": [{"window": 7, "positions": {"theta": 100.0}}, {"window": 5}, {"window": None}],
+        "pattern": [
+            {"window": 7, "positions": {"theta": 100.0}},
+            {"window": 5},
+            {"window": None},
+        ],
         "tie_embeddings": True,
     },
     "latent": {
-        "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 10, "latent": _LATENT},
+        "attention": {
+            "num_heads": 8,
+            "num_kv_heads": 8,
+            "head_dim": 10,
+            "latent": _LATENT,
+        },
         "mlp": {"d_ff": 72},
         "moe": _EXPERTS | {"shared_experts": 1},
         "dense_layers": 2,
@@ -58,7 +72,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 _TASKS = {
     "encoder": {"kind": "mlm"},
-    "encoder_decoder": {"kind": "span_corruption", "encoder_len": 32, "decoder_len": 16},
+    "encoder_decoder": {
+        "kind": "span_corruption",
+        "encoder_len": 32,
+        "decoder_len": 16,
+    },
 }
 
 

@@ -1,4 +1,5 @@
-"""What the plan counts is what the compiled step does: products, bytes sent by kind and axes."""
+"""What the plan counts is what the compiled step does: products, bytes sent by kind and
+axes."""
 
 from collections import Counter
 from math import prod
@@ -23,9 +24,10 @@ from tests.models.building import QUICK
 from tests.plan import architectures
 from tests.programs.cells import CAPACITY, MODELS
 
-# (layout, model, how far bytes sent may be off): scalars and norms weigh in models so small, the
-# more with experts, whose routing sends a few numbers a token. `make test` tries those in which
-# every collective is and every kind of layer (architectures.py), `make test-layouts` the rest too.
+# (layout, model, how far bytes sent may be off): scalars and norms weigh in models so
+# small, the more with experts, whose routing sends a few numbers a token. `make test`
+# tries those in which every collective is and every kind of layer (architectures.py),
+# `make test-layouts` the rest too.
 CASES = (
     ("cp all-gather", "gqa_window", 0.01),
     ("cp ulysses", "mha", 0.02),
@@ -57,7 +59,9 @@ def run(layout: str, model: str, **changes: Any) -> RunConfig:
     if model in architectures.MODELS:
         changes["remat"] = "matmuls"
     if "circular" in layout:
-        changes["num_layers"] = 8  # of a group's only layer a compiler drops what a loop must keep
+        changes["num_layers"] = (
+            8  # of a group's only layer a compiler drops what a loop must keep
+        )
     if model == CAPACITY:
         changes["moe"] = MODELS[model]["moe"] | {"capacity_factor": 1.25}
     return architectures.run(model, layout, **changes)
@@ -73,17 +77,22 @@ def run(layout: str, model: str, **changes: Any) -> RunConfig:
     ],
 )
 def test_frozen_base(layout, kind):
-    """A frozen kernel has no gradient, no product for it and no bytes to reduce it; DPO's reference
-    is the base, whose pass holds less than training."""
+    """A frozen kernel has no gradient, no product for it and no bytes to reduce it;
+    DPO's reference is the base, whose pass holds less than training."""
     plain = run(layout, "gqa_window", remat="none").model_dump()
     parts = {"task": {"kind": kind}, "adapter": {"kind": "lora", "rank": 4}}
     shape, cost, held = compiled(RunConfig.model_validate(plain | parts))
     assert sum(persistent_bytes(shape).values()) == pytest.approx(
         held.argument_size_in_bytes, rel=1e-3
     )
-    assert float(estimate_memory(shape).total) == pytest.approx(compute_peak_bytes(held), rel=0.25)
+    assert float(estimate_memory(shape).total) == pytest.approx(
+        compute_peak_bytes(held), rel=0.25
+    )
     # The reference's attention counts at half, whatever tiles are skipped.
-    products, exact = cost.matmul_flops + cost.attention_flops, {"sft": 1e-6, "dpo": 0.04}[kind]
+    products, exact = (
+        cost.matmul_flops + cost.attention_flops,
+        {"sft": 1e-6, "dpo": 0.04}[kind],
+    )
     own = count_step_products(shape).total_flops + count_frozen_forward_flops(shape)
     assert own == pytest.approx(products, rel=exact)
     if kind == "sft" and layout == "fsdp":
@@ -91,7 +100,9 @@ def test_frozen_base(layout, kind):
 
 
 def compiled(config: RunConfig):
-    setup = set_up_run(config, jax.devices()[: prod(getattr(config.mesh, a) for a in MESH_AXES)])
+    setup = set_up_run(
+        config, jax.devices()[: prod(getattr(config.mesh, a) for a in MESH_AXES)]
+    )
     arguments = setup.abstract_state, make_abstract_batch(setup)
     step: Any = setup.jit_train_step()
     with jax.set_mesh(setup.mesh):
@@ -100,7 +111,11 @@ def compiled(config: RunConfig):
     work = RunWorkload(config, jnp.float32)
     how = config.train.micro_batches, config.model.remat, parse_topology("cpux8")
     shape = StepShape(work, sizes, *how)
-    return shape, read_compiled_cost(program.as_text(), sizes), program.memory_analysis()
+    return (
+        shape,
+        read_compiled_cost(program.as_text(), sizes),
+        program.memory_analysis(),
+    )
 
 
 def sent(shape: StepShape) -> Counter[tuple[str, str]]:
@@ -114,15 +129,21 @@ def sent(shape: StepShape) -> Counter[tuple[str, str]]:
 
 
 def gathered_for_top_k(shape: StepShape) -> Counter[tuple[str, str]]:
-    """XLA:CPU gathers every token's fp32 scores of experts for a top-k, which it cannot split;
-    forward, and once more to differentiate."""
-    moe, sizes, rules = shape.work.config.model.moe, shape.split.sizes, shape.split.compute
+    """XLA:CPU gathers every token's fp32 scores of experts for a top-k, which it cannot
+    split; forward, and once more to differentiate."""
+    moe, sizes, rules = (
+        shape.work.config.model.moe,
+        shape.split.sizes,
+        shape.split.compute,
+    )
     axes = [a for a in sizes if a in (*rules.batch, *rules.residual) and sizes[a] > 1]
     if moe is None or not axes:
         return Counter()
     others = prod(sizes[a] for a in axes) - 1
     one = float(shape.residual_tokens) * moe.num_experts * 4 * others
-    return Counter({("all-gather", "+".join(axes)): 2 * shape.work.num_expert_layers * one})
+    return Counter(
+        {("all-gather", "+".join(axes)): 2 * shape.work.num_expert_layers * one}
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,9 +168,10 @@ def test_bytes_sent_and_products(layout, model, off):
         held.argument_size_in_bytes, rel=exact
     )
     if model == "moe" or "cp" in layout:
-        return  # products in kernels, or of blocks that the mask skips as the program runs
-    # Scores of one tile are computed once for two uses; beside maps and attention a decoder beside
-    # an encoder makes biases of a table.
+        # products in kernels, or of blocks that the mask skips as the program runs
+        return
+    # Scores of one tile are computed once for two uses; beside maps and attention a
+    # decoder beside an encoder makes biases of a table.
     again = shape.work.is_attention_recomputed(shape.remat)
     exact = 1e-3 if model == "encoder_decoder" else 0.05 if again else 1e-6
     assert count_step_products(shape).total_flops == pytest.approx(products, rel=exact)

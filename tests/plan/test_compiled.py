@@ -1,5 +1,5 @@
-"""What a compiled program costs, read from its text: exact FLOPs, bytes and mesh axes, with every
-loop's trips; on programs whose costs are known by formula."""
+"""What a compiled program costs, read from its text: exact FLOPs, bytes and mesh axes,
+with every loop's trips; on programs whose costs are known by formula."""
 
 import re
 from functools import partial
@@ -35,7 +35,9 @@ def without_trips(text: str) -> str:
 
 def repeated(times: int, body):
     """``body(x) -> x`` run ``times`` times by a scan."""
-    return lambda x, *rest: lax.scan(lambda c, _: (body(c, *rest), None), x, None, length=times)[0]
+    return lambda x, *rest: lax.scan(
+        lambda c, _: (body(c, *rest), None), x, None, length=times
+    )[0]
 
 
 def test_products_in_nested_loops_are_counted_as_often_as_they_run():
@@ -66,7 +68,9 @@ def test_products_in_nested_loops_are_counted_as_often_as_they_run():
         (1, 100, lambda i: i * 2, None),
     ],
 )
-def test_trips_are_read_from_the_condition_where_the_compiler_does_not_say(first, end, move, trips):
+def test_trips_are_read_from_the_condition_where_the_compiler_does_not_say(
+    first, end, move, trips
+):
     def function(x, w):
         def body(carry):
             return move(carry[0]), jnp.sin(carry[1] @ w)
@@ -110,8 +114,9 @@ def test_stacked_arrays_of_a_loop_are_not_read_whole_in_every_trip():
     texts = (text_of(function, (K, 512), (n, K, 512)) for n in (8, 32))
     few, many = (read_program_traffic(text, ()).memory_bytes for text in texts)
     assert many / few == pytest.approx(4, rel=0.15)
-    # A layer reads its own slice and the carry, and writes the carry and its slice of the output
-    # (and what was not an argument to begin with is copied into the loop, once).
+    # A layer reads its own slice and the carry, and writes the carry and its slice of
+    # the output (and what was not an argument to begin with is copied into the loop,
+    # once).
     assert 1 <= few / (8 * 4 * K * 512 * 4) < 2.5
 
 
@@ -124,7 +129,13 @@ TILED = {"split_axis": 0, "concat_axis": 1, "tiled": True}
 EXCHANGES = (
     (lax.all_gather, {}, "all-gather", "fsdp", SIZE),
     (lax.all_gather, {}, "all-gather", "data+tensor", 3 * SIZE),
-    (lax.psum_scatter, {"tiled": True}, "reduce-scatter", "data+fsdp+tensor", SIZE * 7 / 8),
+    (
+        lax.psum_scatter,
+        {"tiled": True},
+        "reduce-scatter",
+        "data+fsdp+tensor",
+        SIZE * 7 / 8,
+    ),
     (lax.psum, {}, "all-reduce", "data+fsdp", 2 * SIZE * 3 / 4),
     (lax.all_to_all, TILED, "all-to-all", "tensor", SIZE / 2),
     (lax.ppermute, {"perm": [(0, 1)]}, "collective-permute", "data", SIZE),
@@ -132,7 +143,9 @@ EXCHANGES = (
 
 
 @pytest.mark.parametrize(("function", "options", "kind", "axes", "size"), EXCHANGES)
-def test_each_collective_has_its_axes_and_bytes(mesh, function, options, kind, axes, size):
+def test_each_collective_has_its_axes_and_bytes(
+    mesh, function, options, kind, axes, size
+):
     """Run five times in a loop, on shards of all devices."""
     devices, everywhere = mesh(**SIZES), P(tuple(SIZES))
     exchange = partial(function, axis_name=tuple(axes.split("+")), **options)

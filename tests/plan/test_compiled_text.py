@@ -1,5 +1,5 @@
-"""Printed forms of compiled programs that these compilers do not print here: TPU's and GPU's ways
-of writing products and collectives, and every form of replica groups."""
+"""Printed forms of compiled programs that these compilers do not print here: TPU's and
+GPU's ways of writing products and collectives, and every form of replica groups."""
 
 import pytest
 
@@ -97,9 +97,9 @@ replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, use_global_device_ids=tru
 
 
 def test_a_collective_spread_under_several_fusions_is_one():
-    """XLA:TPU prints it where it starts, in each computation that it runs under, and where it
-    ends; the bytes in flight are counted once too. Another one of the same channel, alone or in a
-    fusion of its own, is another one."""
+    """XLA:TPU prints it where it starts, in each computation that it runs under, and
+    where it ends; the bytes in flight are counted once too. Another one of the same
+    channel, alone or in a fusion of its own, is another one."""
     started = "(bf16[16,64]{1,0}, bf16[128,64]{1,0}, u32[]{:S(2)})"
     gather = """channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, \
 use_global_device_ids=true"""
@@ -156,13 +156,20 @@ custom_call_target="AsyncCollectiveDone"
 }}
 """,
     )
-    cost, traffic = read_compiled_cost(text, {"fsdp": 8}), read_program_traffic(text, (1, 2))
+    cost, traffic = (
+        read_compiled_cost(text, {"fsdp": 8}),
+        read_program_traffic(text, (1, 2)),
+    )
     assert {c.kind: (c.count, c.wire_bytes) for c in cost.collectives} == {
         "all-gather": (1, 7 * 16 * 64 * 2),
         "reduce-scatter": (2, 2 * 7 * 8 * 64 * 2),
     }
     assert traffic.custom_calls == []
-    started_bytes, under, scatters = (16 + 16 + 128) * 64 * 2, 2 * 32 * 32 * 2, (64 + 8) * 64 * 2
+    started_bytes, under, scatters = (
+        (16 + 16 + 128) * 64 * 2,
+        2 * 32 * 32 * 2,
+        (64 + 8) * 64 * 2,
+    )
     assert traffic.memory_bytes == started_bytes + under + 2 * scatters
 
 
@@ -239,14 +246,22 @@ GROUPS = {
     "mesh['a'=2,'b'=2,'c'=2] {'c','a'}": [[0, 4, 1, 5], [2, 6, 3, 7]],
     "mesh['a'=8] {'a':(2)2}": [[0, 2], [1, 3], [4, 6], [5, 7]],
     "mesh[a=2,b=4] {b:(1)2,a}": [[0, 4, 2, 6], [1, 5, 3, 7]],
-    "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}": [[0, 1], [2, 3], [4, 5], [6, 7]],
+    "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}": [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ],
     "mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}": [[3, 1], [2, 0]],
 }
 
 
 @pytest.mark.parametrize("form", GROUPS)
 def test_replica_groups_in_every_printed_form(form):
-    assert parse_replica_groups(f"replica_groups={form}, dimensions={{0}}", 8) == GROUPS[form]
+    assert (
+        parse_replica_groups(f"replica_groups={form}, dimensions={{0}}", 8)
+        == GROUPS[form]
+    )
 
 
 def test_an_unknown_form_is_refused():

@@ -9,9 +9,11 @@ from scipy.optimize import minimize_scalar
 from maxlm.plan.goodput import best_interval_seconds, estimate_goodput, goodput_ratio
 
 
-def simulated(interval: float, mean: float, write: float, restart: float, hours: float) -> float:
-    """Progress of a run whose failures come at random, interval by interval; a restart may fail
-    too."""
+def simulated(
+    interval: float, mean: float, write: float, restart: float, hours: float
+) -> float:
+    """Progress of a run whose failures come at random, interval by interval; a restart
+    may fail too."""
     random = np.random.default_rng(0)
     now, done, end = 0.0, 0.0, hours * 3600
     failure = random.exponential(mean)
@@ -30,7 +32,9 @@ def simulated(interval: float, mean: float, write: float, restart: float, hours:
 
 @pytest.mark.parametrize("times", [(600, 7200, 30, 300), (900, 3600, 60, 900)])
 def test_progress_is_what_a_simulated_run_makes(times):
-    assert goodput_ratio(*times) == pytest.approx(simulated(*times, hours=60_000), rel=0.02)
+    assert goodput_ratio(*times) == pytest.approx(
+        simulated(*times, hours=60_000), rel=0.02
+    )
 
 
 @given(mean=st.floats(1e3, 1e7), share=st.floats(1e-5, 0.2), restart=st.floats(0, 1e3))

@@ -1,4 +1,5 @@
-"""A plan says where its speeds are known to be wrong, and nothing where they are not."""
+"""A plan says where its speeds are known to be wrong, and nothing where they are
+not."""
 
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def test_a_plan_names_the_errors_of_its_kind(config, machine, settings, kinds):
 
 def test_without_a_machine_no_speed_is_wrong():
     sizes = dict.fromkeys(("stage", "data", "fsdp", "expert", "context", "tensor"), 1)
-    assert plan_run(run("mixtral_8x7b"), sizes=sizes).to_json()["known_time_errors"] == []
+    assert (
+        plan_run(run("mixtral_8x7b"), sizes=sizes).to_json()["known_time_errors"] == []
+    )
 
 
 def test_every_kind_is_met_by_a_plan_and_stands_on_the_page_of_the_docs():

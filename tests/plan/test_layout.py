@@ -1,5 +1,5 @@
-"""The plan is what happens: its bytes add up, and are those of the arrays a run really makes; and
-it says in words how a run is parallel."""
+"""The plan is what happens: its bytes add up, and are those of the arrays a run really
+makes; and it says in words how a run is parallel."""
 
 import json
 from math import prod
@@ -28,7 +28,9 @@ def sizes(**axes: int) -> dict[str, int]:
 
 
 def llama(**settings) -> RunConfig:
-    return load_config(RunConfig, "llama3_8b", [f"{k}={v}" for k, v in settings.items()]).value
+    return load_config(
+        RunConfig, "llama3_8b", [f"{k}={v}" for k, v in settings.items()]
+    ).value
 
 
 def test_a_run_makes_the_arrays_that_were_planned():
@@ -43,11 +45,18 @@ def test_a_run_makes_the_arrays_that_were_planned():
         assert row.shape == array.shape
         assert row.dtype == array.dtype.name
         assert row.bytes_per_device == array.addressable_shards[0].data.nbytes
-        copies = sum(s.index == array.addressable_shards[0].index for s in array.addressable_shards)
+        copies = sum(
+            s.index == array.addressable_shards[0].index
+            for s in array.addressable_shards
+        )
         assert row.replicas == copies
         spec = [(p,) if isinstance(p, str) else p or () for p in array.sharding.spec]
         assert list(row.spec) == spec
-    assert layout.parameter_bytes == layout.gradient_bytes == bytes_on_a_device(state.params)
+    assert (
+        layout.parameter_bytes
+        == layout.gradient_bytes
+        == bytes_on_a_device(state.params)
+    )
     assert layout.optimizer_bytes == bytes_on_a_device(state.opt_state)
 
 
@@ -61,7 +70,9 @@ def test_other_optimizers_lie_as_planned(kind):
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
     run = tiny_run(mesh={"fsdp": 1, **axes}, optimizer={"kind": kind})
     state = set_up_run(run).abstract_state.opt_state
-    assert compute_run_layout(run, sizes(**axes)).optimizer_bytes == bytes_on_a_device(state)
+    assert compute_run_layout(run, sizes(**axes)).optimizer_bytes == bytes_on_a_device(
+        state
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +89,11 @@ def test_every_shipped_config_plans(name, capsys):
     assert plan["average_bytes"] == plan["memory"]["average"]
     for row in plan["rows"]:
         pieces = prod(plan["mesh"][axis] for axes in row["spec"] for axis in axes)
-        assert row["bytes_per_device"] * pieces == row["bytes_total"] == 4 * prod(row["shape"])
+        assert (
+            row["bytes_per_device"] * pieces
+            == row["bytes_total"]
+            == 4 * prod(row["shape"])
+        )
 
 
 # The first lines, and some of those after them, in order.
@@ -125,7 +140,13 @@ def test_words_of_tables_are_whole(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "…" not in out
     words = {word for line in out.splitlines() for word in line.split()}
-    assert words >= {"batches", "residual", "ragged-all-to-all", "embedding:", "computation"}
+    assert words >= {
+        "batches",
+        "residual",
+        "ragged-all-to-all",
+        "embedding:",
+        "computation",
+    }
 
 
 def test_figures_for_people():
@@ -133,7 +154,13 @@ def test_figures_for_people():
     texts = ["0 B", "1023 B", "1.5 KiB", "1023 KiB", "1 MiB", "5 GiB", "3072 TiB"]
     assert [format_bytes(size) for size in sizes] == texts
     counts = (12, 1500, 6.738e9, 1.5e13, 9.996e8)
-    assert [format_count(count) for count in counts] == ["12", "1.5K", "6.74B", "15T", "1000M"]
+    assert [format_count(count) for count in counts] == [
+        "12",
+        "1.5K",
+        "6.74B",
+        "15T",
+        "1000M",
+    ]
 
 
 def lay_out(mesh: dict[str, int], links=None, **settings: object) -> RunLayout:
@@ -146,9 +173,11 @@ def test_axes_are_named_with_what_they_run_over():
     assert lay_out({}).notes == ()  # one device needs no words
     notes = lay_out({"data": 2, "fsdp": 4}, links).notes
     assert notes == (
-        "devices, from the slowest links to the fastest: data=2 (network between slices) → fsdp=4 "
+        "devices, from the slowest links to the fastest: data=2 (network between "
+        "slices) → fsdp=4 "
         "(torus of a slice)",
-        "ZeRO-3: parameters over fsdp=4, gradients over fsdp=4, optimizer state over fsdp=4, 2 "
+        "ZeRO-3: parameters over fsdp=4, gradients over fsdp=4, optimizer state over "
+        "fsdp=4, 2 "
         "replicas over data",
     )
 
@@ -177,15 +206,25 @@ def test_zero_splits_what_its_number_says(kind):
     assert found.parameter_bytes == (split if kind >= 3 else whole)
     assert found.gradient_bytes == (split if kind >= 2 else whole)
     assert found.optimizer_bytes == 2 * (split if kind >= 1 else whole) + 8
-    over = ("parameters over fsdp=8", "gradients over fsdp=8", "optimizer state over fsdp=8")
-    assert found.notes[1:] == ((f"ZeRO-{kind}: {', '.join(over[-kind:])}",) if kind else ())
+    over = (
+        "parameters over fsdp=8",
+        "gradients over fsdp=8",
+        "optimizer state over fsdp=8",
+    )
+    assert found.notes[1:] == (
+        (f"ZeRO-{kind}: {', '.join(over[-kind:])}",) if kind else ()
+    )
 
 
 def test_kv_heads_that_are_whole_on_purpose():
-    settings = {"sharding.storage.kv_heads": "null", "sharding.compute.kv_heads": "null"}
+    settings = {
+        "sharding.storage.kv_heads": "null",
+        "sharding.compute.kv_heads": "null",
+    }
     found = lay_out({"tensor": 16, "fsdp": 2}, **settings)
     assert found.notes[2] == (
-        "8 kv heads are whole on every device of tensor=16, each of which computes them all and "
+        "8 kv heads are whole on every device of tensor=16, each of which computes "
+        "them all and "
         "reads those of its own query heads"
     )
     (key,) = [row for row in found.rows if row.path == "layers.attention.key.kernel"]

@@ -44,7 +44,8 @@ def test_a_slice_without_rings_has_half():
 
 
 def test_between_slices_goes_what_a_slice_has_summed():
-    """Each of 256 chips all-reduces a 256th over the network: 2 · 31/32 of it at 3.125 GB/s."""
+    """Each of 256 chips all-reduces a 256th over the network: 2 · 31/32 of it at 3.125
+    GB/s."""
     own = split(data=32, fsdp=256)
     taken = network("32xv5e-256").seconds("all-reduce", ("data",), 1e9, own)
     assert float(taken) == pytest.approx(2 * 31 / 32 * 1e9 / 3.125e9, rel=0.001)
@@ -81,8 +82,12 @@ def test_links_in_words(name, sizes, axes, link):
 
 @given(
     name=st.sampled_from(["v5p-512", "4xv5e-64", "h100x256"]),
-    kind=st.sampled_from(["all-gather", "all-reduce", "all-to-all", "collective-permute"]),
-    axes=st.sampled_from([("data",), ("fsdp",), ("tensor",), ("data", "fsdp"), MESH_AXES]),
+    kind=st.sampled_from(
+        ["all-gather", "all-reduce", "all-to-all", "collective-permute"]
+    ),
+    axes=st.sampled_from(
+        [("data",), ("fsdp",), ("tensor",), ("data", "fsdp"), MESH_AXES]
+    ),
 )
 def test_many_meshes_at_once_are_each_by_itself(name, kind, axes):
     meshes = [(4, 64, 1, 1), (4, 16, 1, 4), (8, 8, 2, 2), (32, 8, 1, 1), (256, 1, 1, 1)]

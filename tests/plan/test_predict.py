@@ -26,7 +26,9 @@ def test_products_follow_from_parameters_and_tokens_and_recomputing_trades_memor
     """6 FLOPs a parameter and token without anything computed again, nearly 8 with."""
     plans = []
     for remat, factor in (("none", 3.0), ("mlp", 4.0), ("full", 4.0)):
-        plan = plan_run(run("llama3_8b", f"model.remat={remat}"), Machine.from_name("v5p-128"))
+        plan = plan_run(
+            run("llama3_8b", f"model.remat={remat}"), Machine.from_name("v5p-128")
+        )
         peak = 64 * CHIPS["v5p"].peak_flops["bf16"]
         products = float(plan.time.products) * EFFICIENCY["tpu"].matmul * peak
         matrices = plan.layout.parameters - 128256 * 4096
@@ -45,13 +47,16 @@ def test_one_device_sends_nothing():
 
 
 def test_a_pipeline_idles_as_its_schedule_says():
-    config = run("llama2_7b", "mesh.stage=4", "train.micro_batches=8", "model.remat=none")
+    config = run(
+        "llama2_7b", "mesh.stage=4", "train.micro_batches=8", "model.remat=none"
+    )
     time = plan_run(config, Machine.from_name("v5p-64")).time
     assert float(time.idle / time.total) == pytest.approx(3 / 11, rel=0.15)
 
 
 def test_a_step_waits_for_new_memory_where_no_pool_holds_it():
-    """As glibc's mallopt(3) has it: blocks of up to 32 MiB are kept, larger ones given back."""
+    """As glibc's mallopt(3) has it: blocks of up to 32 MiB are kept, larger ones given
+    back."""
     machine = Machine.from_name("v5e-1")
     slow = replace(machine, chip=replace(machine.chip, page_allocation_bandwidth=1e9))
     seen = set()
@@ -74,12 +79,29 @@ def test_a_step_waits_for_new_memory_where_no_pool_holds_it():
 def test_json_is_plain_and_whole():
     plan = plan_run(run("mixtral_8x7b", "mesh.expert=8"), Machine.from_name("v5p-128"))
     out = json.loads(json.dumps(plan.to_json(), allow_nan=False))
-    parts = {"parameters", "optimizer", "average", "batch", "gradients", "activations", "working"}
-    assert sum(out["memory"][part] for part in parts) == pytest.approx(out["memory"]["total"])
+    parts = {
+        "parameters",
+        "optimizer",
+        "average",
+        "batch",
+        "gradients",
+        "activations",
+        "working",
+    }
+    assert sum(out["memory"][part] for part in parts) == pytest.approx(
+        out["memory"]["total"]
+    )
     steps = ("products", "attention", "traffic", "exposed", "idle")
-    assert sum(out["time"][part] for part in steps) == pytest.approx(out["time"]["step"])
-    assert {c["kind"] for c in out["collectives"]} >= {"all-gather", "ragged-all-to-all"}
-    assert all(c["sent_bytes"] > 0 and c["axes"] and c["link"] for c in out["collectives"])
+    assert sum(out["time"][part] for part in steps) == pytest.approx(
+        out["time"]["step"]
+    )
+    assert {c["kind"] for c in out["collectives"]} >= {
+        "all-gather",
+        "ragged-all-to-all",
+    }
+    assert all(
+        c["sent_bytes"] > 0 and c["axes"] and c["link"] for c in out["collectives"]
+    )
     assert sum(c["seconds"] for c in out["collectives"]) == pytest.approx(
         out["time"]["communication"], rel=1e-3
     )
@@ -90,7 +112,9 @@ def test_a_v5e_exchanges_blocks_for_the_worst_case():
 
     def rows(on: str) -> float:
         plan = plan_run(run("mixtral_8x7b", "mesh.expert=8"), Machine.from_name(on))
-        return sum(s.sent_bytes for s in plan.collectives if s.what.startswith("experts: "))
+        return sum(
+            s.sent_bytes for s in plan.collectives if s.what.startswith("experts: ")
+        )
 
     assert rows("v5e-64") == pytest.approx(4 * rows("v6e-64"))
 
@@ -114,7 +138,9 @@ def tpu(coords, slice_index: int) -> SimpleNamespace:
 
 
 def gpu(kind: str, process: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(platform="gpu", device_kind=f"NVIDIA {kind}", process_index=process)
+    return SimpleNamespace(
+        platform="gpu", device_kind=f"NVIDIA {kind}", process_index=process
+    )
 
 
 def test_the_machine_that_is_here():
@@ -123,7 +149,9 @@ def test_the_machine_that_is_here():
     assert found.topology == Machine.from_name("2xv5p-64").topology
     for a_process in (8, 1):
         gpus = [gpu("H100 80GB HBM3", i // a_process) for i in range(16)]
-        assert Machine.from_devices(gpus).topology == Machine.from_name("h100x16").topology
+        assert (
+            Machine.from_devices(gpus).topology == Machine.from_name("h100x16").topology
+        )
     gpus[0].memory_stats = lambda: {"bytes_limit": 7}
     assert Machine.from_devices(gpus).chip.memory_bytes == 7
     assert Machine.from_devices(jax.devices()).topology.shape == (8,)
@@ -142,8 +170,12 @@ def report(path: Path, name: str = "demo") -> tuple[dict[str, Any], str]:
 
 def test_a_report_holds_the_whole_plan_and_its_name_cannot_break_out(tmp_path):
     hostile = "a </script><script>alert(1)</script> <!--<script> & {{plan}} {{title}} ü"
-    (plan, page), (_, usual) = (report(tmp_path / "page", name) for name in (hostile, "demo"))
-    (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
+    (plan, page), (_, usual) = (
+        report(tmp_path / "page", name) for name in (hostile, "demo")
+    )
+    (data,) = re.findall(
+        r'<script id="data" type="application/json">(.*?)</script>', page, re.S
+    )
     assert json.loads(data) == plan
     assert plan["name"] == hostile
     for mark in ("<script", "</script"):
@@ -153,7 +185,9 @@ def test_a_report_holds_the_whole_plan_and_its_name_cannot_break_out(tmp_path):
 
 
 def test_a_report_fetches_nothing(tmp_path):
-    outside = r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(|@import|fetch\(|import\("""
+    outside = (
+        r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(|@import|fetch\(|import\("""
+    )
     _, page = report(tmp_path / "page")
     assert not re.search(outside, page)
     assert "default-src 'none'" in page

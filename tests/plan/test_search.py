@@ -1,4 +1,5 @@
-"""The search is the plan, many times over: it misses nothing better, and what it finds trains."""
+"""The search is the plan, many times over: it misses nothing better, and what it finds
+trains."""
 
 from itertools import product
 from math import inf, prod
@@ -19,8 +20,8 @@ def run(name: str = "gpt2_medium", **settings) -> RunConfig:
 
 
 def brute_force(config: RunConfig, machine: Machine) -> float:
-    """The quickest step of every mesh of data, fsdp, tensor and stage, one by one, through
-    everything that a run checks."""
+    """The quickest step of every mesh of data, fsdp, tensor and stage, one by one,
+    through everything that a run checks."""
     best, n = inf, machine.topology.devices
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     residuals = (["context"], ["context", "tensor"])
@@ -52,10 +53,14 @@ def test_nothing_better_is_missed():
     config, machine = run(**{"data.batch_size": 32}), Machine.from_name("h100x4")
     found = search_layouts(config, machine, top=3)
     assert found.best[0].seconds <= brute_force(config, machine) * (1 + 1e-9) < inf
-    assert found.num_tried >= found.num_divisible >= found.num_fitting >= len(found.best)
+    assert (
+        found.num_tried >= found.num_divisible >= found.num_fitting >= len(found.best)
+    )
 
 
-@pytest.mark.parametrize(("name", "on"), [("mixtral_8x7b", "v5e-256"), ("llama3_8b", "h100x64")])
+@pytest.mark.parametrize(
+    ("name", "on"), [("mixtral_8x7b", "v5e-256"), ("llama3_8b", "h100x64")]
+)
 def test_what_is_found_is_a_plan(name, on):
     config, machine = run(name), Machine.from_name(on)
     found = search_layouts(config, machine, top=5)
@@ -67,7 +72,9 @@ def test_what_is_found_is_a_plan(name, on):
         assert prod(candidate.sizes.values()) == machine.topology.devices
         assert plan.step_seconds == pytest.approx(candidate.seconds, rel=1e-9)
         assert float(plan.memory.total) == pytest.approx(candidate.memory, rel=1e-9)
-        assert plan.layout.tokens_per_step == config.data.batch_size * config.data.seq_len
+        assert (
+            plan.layout.tokens_per_step == config.data.batch_size * config.data.seq_len
+        )
 
 
 def test_the_snippet_is_the_candidate(tmp_path):
@@ -75,7 +82,11 @@ def test_the_snippet_is_the_candidate(tmp_path):
     mine = {"include": "llama3_8b", "mesh": {"tensor": 8}}
     mine["data"] = {"sources": [{"name": "a", "documents": ["x"], "weight": 1.0}]}
     source.write_text(yaml.safe_dump(mine))
-    settings = {"data.batch_size": 256, "data.sources.0.weight": 2.0, "optimizer.kind": "lion"}
+    settings = {
+        "data.batch_size": 256,
+        "data.sources.0.weight": 2.0,
+        "optimizer.kind": "lion",
+    }
     config, machine = run(str(source), **settings), Machine.from_name("v5p-64")
     for best in search_layouts(config, machine, top=3).best:
         wanted = best.apply(config)
@@ -88,4 +99,6 @@ def test_slices_are_crossed_by_data_or_stages_alone():
     machine = Machine.from_name("2xv5e-16")
     found = search_layouts(run(**{"data.batch_size": 64}), machine, top=20)
     assert len(found.best) == 20
-    assert all(c.sizes["data"] % 2 == 0 or c.sizes["stage"] % 2 == 0 for c in found.best)
+    assert all(
+        c.sizes["data"] % 2 == 0 or c.sizes["stage"] % 2 == 0 for c in found.best
+    )

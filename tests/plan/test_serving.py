@@ -1,4 +1,5 @@
-"""What serving costs: sums by hand, rooflines by hand, and the search against every candidate."""
+"""What serving costs: sums by hand, rooflines by hand, and the search against every
+candidate."""
 
 import json
 from dataclasses import asdict, replace
@@ -39,9 +40,13 @@ def load(name: str, *settings: str) -> RunConfig:
     return load_config(RunConfig, f"models/{name}", settings).value
 
 
-def place(name, on, prompt, new, *, tensor=1, cache: Any = "auto", weights: Any = "auto"):
+def place(
+    name, on, prompt, new, *, tensor=1, cache: Any = "auto", weights: Any = "auto"
+):
     machine, options = Machine.from_name(on), ServingOptions(prompt, new, weights)
-    return ServedModel(read_workload(load(name), machine, options), machine, options, tensor, cache)
+    return ServedModel(
+        read_workload(load(name), machine, options), machine, options, tensor, cache
+    )
 
 
 def test_the_sums_that_everyone_knows():
@@ -56,9 +61,9 @@ def test_the_sums_that_everyone_knows():
 
 
 def quantized_bytes(tokens: int, key: Size, value: Size | None, bits: int) -> int:
-    """Bytes of one layer's keys and values, (heads, size) each, as numpy holds them: a ring of 64
-    tokens and two pages in 16 bits; pages of codes for all, keys' scales by channel, values' by
-    token."""
+    """Bytes of one layer's keys and values, (heads, size) each, as numpy holds them: a
+    ring of 64 tokens and two pages in 16 bits; pages of codes for all, keys' scales by
+    channel, values' by token."""
     page, scales = (32, 1) if bits == 8 else (64, 2)
     pages = ceil(tokens / page)
     arrays: list[np.ndarray] = []
@@ -96,7 +101,9 @@ def test_caches_are_as_large_as_their_arrays(name, layers, key, value, length):
 
 def test_scales_leave_what_the_formats_promise():
     whole, *formats = (
-        count_token_bytes(place("smollm2_135m", "h100x1", 8, 8, cache=cache).layer_caches)
+        count_token_bytes(
+            place("smollm2_135m", "h100x1", 8, 8, cache=cache).layer_caches
+        )
         for cache in get_args(CacheFormat)
     )
     assert np.all(np.array(formats) / whole <= [0.53, 0.31])
@@ -120,11 +127,17 @@ def test_windows_keep_their_pages_alone():
 @pytest.mark.parametrize(("tensor", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
 def test_devices_keep_one_kv_head_each_where_there_are_fewer(tensor, heads):
     """Qwen3 30B: 48 layers with 4 heads of 128. No kernel is gathered."""
-    served, whole = (place("qwen3_30b_a3b", "h100x8", 32, 32, tensor=n) for n in (tensor, 1))
+    served, whole = (
+        place("qwen3_30b_a3b", "h100x8", 32, 32, tensor=n) for n in (tensor, 1)
+    )
     assert served.count_cache_bytes(64) == 2 * 48 * heads * 128 * 2 * 64
-    assert count_token_bytes(served.unsplit_caches) == count_token_bytes(whole.layer_caches)
+    assert count_token_bytes(served.unsplit_caches) == count_token_bytes(
+        whole.layer_caches
+    )
     shape, _ = served._plan_pass(1, 4)
-    assert {c.kind for c in list_collectives(shape) if c.phase == "forward"} <= {"all-reduce"}
+    assert {c.kind for c in list_collectives(shape) if c.phase == "forward"} <= {
+        "all-reduce"
+    }
 
 
 def test_a_state_is_of_one_size():
@@ -132,9 +145,13 @@ def test_a_state_is_of_one_size():
     stack = SimpleNamespace(name="layers", kinds=[SimpleNamespace(window=None)])
     config = SimpleNamespace(layer_stacks=[stack])
     caches: Any = {"layers": (state,) * 3}
-    model: Any = SimpleNamespace(dtype="float32", config=config, cache_specs=lambda layout: caches)
+    model: Any = SimpleNamespace(
+        dtype="float32", config=config, cache_specs=lambda layout: caches
+    )
     for length in (1, 1000):
-        assert count_sequence_bytes(count_layer_caches(model, "int8"), length) == 3 * 7 * 4
+        assert (
+            count_sequence_bytes(count_layer_caches(model, "int8"), length) == 3 * 7 * 4
+        )
 
 
 def test_weights_are_counted_once_and_split():
@@ -166,11 +183,14 @@ def test_a_step_is_its_roofline():
 
 def test_a_cpu_reads_weights_at_the_rate_measured_in_reading(monkeypatch):
     """SiLU, which reads and writes, computes rather than waits for memory there."""
-    cpu = replace(CHIPS["h100"], family="cpu", memory_bandwidth=5e9, read_bandwidth=20e9)
+    cpu = replace(
+        CHIPS["h100"], family="cpu", memory_bandwidth=5e9, read_bandwidth=20e9
+    )
     monkeypatch.setattr("maxlm.plan.predict.measure_cpu", lambda _: cpu)
     served = place("smollm2_135m", "cpux1", 32, 64)
     weights = served.estimate_decode_seconds(np.array([1.0]))["weights"]
-    # With its table, which is the head too (huggingface.co/HuggingFaceTB/SmolLM2-135M: 135M).
+    # With its table, which is the head too (huggingface.co/HuggingFaceTB/SmolLM2-135M:
+    # 135M).
     read = 4 * 134_515_008
     assert weights == pytest.approx(read / (20e9 * DECODE_EFFICIENCY["cpu"].reading))
     assert served.machine.to_json()["read_bandwidth"] == 20e9
@@ -188,7 +208,9 @@ def test_tensor_parallelism_sums_up_twice_a_layer():
     assert served.estimate_decode_seconds(rows)["communication"] == pytest.approx(own)
 
 
-@pytest.mark.parametrize("name", ["llama3_1_8b", "mixtral_8x7b", "gemma3_4b", "deepseek_v2_lite"])
+@pytest.mark.parametrize(
+    "name", ["llama3_1_8b", "mixtral_8x7b", "gemma3_4b", "deepseek_v2_lite"]
+)
 def test_more_sequences_are_slower_each_and_faster_together(name):
     (plan,), _ = search_serving(load(name), Machine.from_name("v5p-16"), tensor=4)
     batches = [point.batch for point in plan.curve]
@@ -204,7 +226,8 @@ def test_more_sequences_are_slower_each_and_faster_together(name):
 def test_experts_are_read_as_tokens_meet_them():
     served = place("mixtral_8x7b", "v5p-2", 64, 64)
     one, many = (served.count_read_weight_bytes(rows) for rows in (1, 500))
-    # 12.9 of 46.7 billion parameters are met by one token (Mixtral, table 1), tables apart.
+    # 12.9 of 46.7 billion parameters are met by one token (Mixtral, table 1), tables
+    # apart.
     assert one / many == pytest.approx(12.9 / 46.7, rel=0.02)
 
 

@@ -62,7 +62,8 @@ def test_names_of_no_machine(name):
     ],
 )
 def test_what_a_name_counts(name, words, wraps):
-    """From the vendors' pages: what a name counts, and which dimensions close to a ring."""
+    """From the vendors' pages: what a name counts, and which dimensions close to a
+    ring."""
     found = parse_topology(name)
     assert words in found.description
     assert list(found.wraps) == wraps
@@ -74,5 +75,10 @@ def test_large_slices_are_as_cubic_as_they_can_be(chips):
     assert prod(shape) == chips
     assert all(n % 4 == 0 for n in shape)
     sides = range(4, chips + 1, 4)
-    cubes = [(a, b, chips // (a * b)) for a in sides for b in sides if chips % (4 * a * b) == 0]
+    cubes = [
+        (a, b, chips // (a * b))
+        for a in sides
+        for b in sides
+        if chips % (4 * a * b) == 0
+    ]
     assert max(shape) == min(map(max, cubes))

@@ -12,7 +12,9 @@ from tests.plan.test_predict import run
 
 
 def find(machine: str, **sizes: int) -> dict[str, str]:
-    return find_torus_dimensions(parse_topology(machine), dict.fromkeys(MESH_AXES, 1) | sizes)
+    return find_torus_dimensions(
+        parse_topology(machine), dict.fromkeys(MESH_AXES, 1) | sizes
+    )
 
 
 @pytest.mark.parametrize("machine", ["v5p-256", "v5e-128", "v4-64", "2xv5p-128"])

@@ -1,4 +1,5 @@
-"""The parity matrix: layouts × models, each a few training steps that must equal one device's."""
+"""The parity matrix: layouts × models, each a few training steps that must equal one
+device's."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6},
         "moe": _EXPERTS | {"z_loss": 1e-3},
     },
-    # Layers unlike each other: kinds by turns with some left over (Gemma 3), and latent attention
-    # with a dense layer before those with experts (DeepSeek-V2).
+    # Layers unlike each other: kinds by turns with some left over (Gemma 3), and latent
+    # attention with a dense layer before those with experts (DeepSeek-V2).
     PATTERN: _BASE
     | {
         "num_layers": 5,
@@ -81,11 +82,15 @@ MODELS[CAPACITY] = MODELS["moe"] | {
 }
 
 
-# Tuning: a base model, and settings of its run. Segments of a row are chosen and rejected by turns.
+# Tuning: a base model, and settings of its run. Segments of a row are chosen and
+# rejected by turns.
 _LORA = {"adapter": {"kind": "lora", "rank": 2}}
 TUNED: dict[str, tuple[str, dict[str, Any]]] = {
     "sft + lora": ("gqa_window", {"task": {"kind": "sft"}, **_LORA}),
-    "dpo + lora": ("gqa_window", {"task": {"kind": "dpo", "examples_per_row": 6}, **_LORA}),
+    "dpo + lora": (
+        "gqa_window",
+        {"task": {"kind": "dpo", "examples_per_row": 6}, **_LORA},
+    ),
 }
 
 
@@ -152,7 +157,9 @@ CELLS: dict[str, Cell] = {
     "cp ring in order, 8 ways": _cell(
         _context("ring", balance_sequence=False), ("gqa_window",), context=8
     ),
-    "cp ulysses × tp, 8 ways": _cell(_context("ulysses"), ("moe",), context=4, tensor=2),
+    "cp ulysses × tp, 8 ways": _cell(
+        _context("ulysses"), ("moe",), context=4, tensor=2
+    ),
     "d_model split in compute": _cell(
         _compute(embed=["fsdp"], batch=["data", "expert"]), data=2, fsdp=2
     ),
@@ -174,13 +181,24 @@ CELLS: dict[str, Cell] = {
     "zero1 × pp circular": _cell(
         _pipe("circular", 2, sharding=ZERO1), ("gqa_window",), stage=2, fsdp=4
     ),
-    "zero2 × pp gpipe": _cell(_pipe("gpipe", sharding=ZERO2), ("gqa_window",), stage=2, fsdp=4),
-    "zero2 × pp 1f1b": _cell(_pipe("1f1b", sharding=ZERO2), ("gqa_window",), stage=2, fsdp=4),
+    "zero2 × pp gpipe": _cell(
+        _pipe("gpipe", sharding=ZERO2), ("gqa_window",), stage=2, fsdp=4
+    ),
+    "zero2 × pp 1f1b": _cell(
+        _pipe("1f1b", sharding=ZERO2), ("gqa_window",), stage=2, fsdp=4
+    ),
     "fsdp × tp+sp × pp 1f1b": _cell(_pipe("1f1b", **SP), stage=2, fsdp=2, tensor=2),
-    "fsdp × tp+sp × pp circular": _cell(_pipe("circular", 2, **SP), stage=2, fsdp=2, tensor=2),
-    "cp all-gather × pp circular": _cell(_pipe("circular", 2), stage=2, context=2, data=2),
+    "fsdp × tp+sp × pp circular": _cell(
+        _pipe("circular", 2, **SP), stage=2, fsdp=2, tensor=2
+    ),
+    "cp all-gather × pp circular": _cell(
+        _pipe("circular", 2), stage=2, context=2, data=2
+    ),
     "cp ring in order × pp 1f1b": _cell(
-        _context("ring", balance_sequence=False, schedule="1f1b"), stage=2, fsdp=2, context=2
+        _context("ring", balance_sequence=False, schedule="1f1b"),
+        stage=2,
+        fsdp=2,
+        context=2,
     ),
     "pp 1f1b, 2 micro-batches": _cell(_pipe("1f1b", train=_micro(2)), stage=4),
     "pp 1f1b in layer groups": _cell(_pipe("1f1b", 2), stage=2),
@@ -191,7 +209,8 @@ CELLS: dict[str, Cell] = {
 }
 
 
-# What is refused before anything is compiled (docs/parallelism.md: why); all else must train.
+# What is refused before anything is compiled (docs/parallelism.md: why); all else must
+# train.
 REFUSED: dict[str, tuple[str, ...]] = {
     "cp all-gather": (CAPACITY,),
     "cp ring": (CAPACITY,),
@@ -216,7 +235,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
 
 def _list_models(cell: Cell) -> list[str]:
     """The models of a cell, and what is tuned where its base is one of them."""
-    return [*cell.models, *(name for name, (base, _) in TUNED.items() if base in cell.models)]
+    return [
+        *cell.models,
+        *(name for name, (base, _) in TUNED.items() if base in cell.models),
+    ]
 
 
 PAIRS = [(name, model) for name, cell in CELLS.items() for model in _list_models(cell)]
@@ -228,20 +250,24 @@ TRAINED = [
 
 
 def _parts_that_meet(name: str, model: str) -> set[tuple[str, ...]]:
-    """The model of a cell, its parts (axes in use and how they are used), and every two of them."""
+    """The model of a cell, its parts (axes in use and how they are used), and every two
+    of them."""
     cell = CELLS[name]
     parallel = ParallelConfig.model_validate(cell.settings.get("parallel", {}))
     how = {
         "context": f"{parallel.context}, balanced: {parallel.balance_sequence}",
         "stage": parallel.schedule,
     }
-    parts = [f"{axis} {how.get(axis, '')}" for axis, size in cell.mesh.items() if size > 1]
+    parts = [
+        f"{axis} {how.get(axis, '')}" for axis, size in cell.mesh.items() if size > 1
+    ]
     parts += [str(rules) for rules in cell.settings.get("sharding", {}).items()]
     return {(model,), *((part,) for part in parts), *combinations(sorted(parts), 2)}
 
 
 def _cover_parts(trained: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Few of `trained` that, with `HOSTS_COVER`, have every model and every two parts that meet."""
+    """Few of `trained` that, with `HOSTS_COVER`, have every model and every two parts
+    that meet."""
     parts = {each: _parts_that_meet(*each) for each in trained}
     missing, chosen = set().union(*parts.values()) - _parts_that_meet(*HOSTS_COVER), []
     while missing:
@@ -288,7 +314,8 @@ def config_of(model: str, cell: Cell) -> RunConfig:
 
 
 def refusal(model: str, cell: Cell) -> str | None:
-    """Why a layout of a model is refused before anything is compiled; None: it is not."""
+    """Why a layout of a model is refused before anything is compiled; None: it is
+    not."""
     try:
         config = config_of(model, cell)
         set_up_run(config, devices_of(config))
@@ -323,8 +350,8 @@ def devices_of(config: RunConfig) -> list[Any]:
 
 
 def start_from(folder: Path, setup: RunSetup) -> TrainState:
-    """The one checkpoint that all layouts of a model start from; who comes first, one device,
-    writes it."""
+    """The one checkpoint that all layouts of a model start from; who comes first, one
+    device, writes it."""
     if not folder.exists():
         with FolderTier(folder) as keeper:
             keeper.save(0, setup.init_train_state(), {})
@@ -332,7 +359,9 @@ def start_from(folder: Path, setup: RunSetup) -> TrainState:
         return keeper.restore(0, setup.abstract_state)
 
 
-def train(setup: RunSetup, state: TrainState) -> Iterator[tuple[dict[str, float], TrainState]]:
+def train(
+    setup: RunSetup, state: TrainState
+) -> Iterator[tuple[dict[str, float], TrainState]]:
     """Metrics and state after each step, which the next one takes."""
     jitted: Any = setup.jit_train_step().__wrapped__
     lead, rules, mesh = (MICRO, ROWS), setup.placed.compute, setup.mesh
@@ -343,7 +372,9 @@ def train(setup: RunSetup, state: TrainState) -> Iterator[tuple[dict[str, float]
         own = {name: array[rows] for name, array in batch.items()}
         put = make_global_batch(own, arrays, rows, rules, mesh, lead, setup.token_order)
         if step is None:  # XLA compiles a model twice as fast when it does not optimise
-            step = bind_mesh(setup.mesh, jitted.lower)(state, put).compile(compiler_options=QUICK)
+            step = bind_mesh(setup.mesh, jitted.lower)(state, put).compile(
+                compiler_options=QUICK
+            )
         state, metrics = step(state, put)
         yield {k: float(v) for k, v in metrics.items()}, state
 
@@ -352,6 +383,8 @@ def canonical(setup: RunSetup, params: Any) -> dict[str, np.ndarray]:
     """Every parameter under its canonical name, layers on one axis."""
     groups = layer_group_shapes(setup.specs)
     return {
-        name: np.array(value).reshape(-1, *value.shape[2:]) if name in groups else np.array(value)
+        name: np.array(value).reshape(-1, *value.shape[2:])
+        if name in groups
+        else np.array(value)
         for name, value in flatten_names(params).items()
     }

@@ -1,8 +1,8 @@
-"""``maxlm train`` with something amiss: ``faults_worker.py FAULT NUMBER ARGUMENTS...``, where
-ARGUMENTS are those of ``maxlm``.
+"""``maxlm train`` with something amiss: ``faults_worker.py FAULT NUMBER ARGUMENTS...``,
+where ARGUMENTS are those of ``maxlm``.
 
-FAULT, at the batch of that NUMBER: ``hang``, never to go on; ``slow``, which every batch is from
-there on; ``none``.
+FAULT, at the batch of that NUMBER: ``hang``, never to go on; ``slow``, which every
+batch is from there on; ``none``.
 """
 
 import sys
@@ -25,7 +25,8 @@ def a_place_to_hang() -> None:
 
 
 def write_to_cache(*arguments: Any, write: Any = compiler._cache_write) -> None:
-    """As every process should: JAX lets process 0 alone, whose programs others cannot read here."""
+    """As every process should: JAX lets process 0 alone, whose programs others cannot
+    read here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed.global_state, "process_id", 0)
         write(*arguments)
@@ -45,6 +46,8 @@ if __name__ == "__main__":
     tiny.spoil_batches(patch, change)
     patch.setattr(compiler, "_cache_write", write_to_cache)
     # Measuring would keep all cores busy for 2 s in every process.
-    patch.setattr(hardware, "measure_cpu", lambda _: replace(hardware.CHIPS["h100"], name="cpu"))
+    patch.setattr(
+        hardware, "measure_cpu", lambda _: replace(hardware.CHIPS["h100"], name="cpu")
+    )
     sys.argv[1:] = arguments
     sys.exit(main())

@@ -1,4 +1,5 @@
-"""``maxlm train`` as processes of their own: told things, killed, and asked how they ended."""
+"""``maxlm train`` as processes of their own: told things, killed, and asked how they
+ended."""
 
 import socket
 import subprocess
@@ -18,7 +19,9 @@ HERE = socket.gethostname()
 class Process:
     """One process; ``ended`` waits for it."""
 
-    def __init__(self, command: Sequence[Any], log: Path, environment: Mapping[str, str]):
+    def __init__(
+        self, command: Sequence[Any], log: Path, environment: Mapping[str, str]
+    ):
         self.out, self.err = log.with_suffix(".out"), log.with_suffix(".err")
         with self.out.open("w") as out, self.err.open("w") as err:
             self._process = subprocess.Popen(
@@ -29,7 +32,11 @@ class Process:
     def ended(self, seconds: float = 600) -> tuple[int, list[str], list[str]]:
         """Its exit code and the lines that it wrote, on stdout and on stderr."""
         code = self._process.wait(seconds)
-        return code, self.out.read_text().splitlines(), self.err.read_text().splitlines()
+        return (
+            code,
+            self.out.read_text().splitlines(),
+            self.err.read_text().splitlines(),
+        )
 
     def until(self, condition: Any, seconds: float = 600) -> None:
         """Look on until something is so."""
@@ -45,8 +52,9 @@ class Process:
 
 
 class Jobs:
-    """Starts runs of one config, each in a folder of its own in ``folder``; none outlives the test.
-    What they write to stdout and stderr, and what is compiled, lies there too."""
+    """Starts runs of one config, each in a folder of its own in ``folder``; none
+    outlives the test. What they write to stdout and stderr, and what is compiled, lies
+    there too."""
 
     def __init__(self, folder: Path, config: str):
         self.folder, self._config = folder, config
@@ -79,7 +87,12 @@ class Jobs:
             }
             program = [WORKER, *(faults or {}).get(number, ("none", 0))]
             log = self.folder / f"{name}-{len(self._started)}"
-            command = [sys.executable, *program, *arguments, *(own or {}).get(number, ())]
+            command = [
+                sys.executable,
+                *program,
+                *arguments,
+                *(own or {}).get(number, ()),
+            ]
             begun.append(Process(command, log, tiny.environment(self.folder) | cluster))
             self._started.append(begun[-1])
         return begun
@@ -93,7 +106,9 @@ class Jobs:
 
     def step(self, name: str) -> int:
         """The newest that is on record."""
-        return max((r["step"] for r in tiny.read_metrics(self.folder / name)), default=0)
+        return max(
+            (r["step"] for r in tiny.read_metrics(self.folder / name)), default=0
+        )
 
     def end(self) -> None:
         for process in self._started:

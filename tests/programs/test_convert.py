@@ -1,5 +1,5 @@
-"""Runs of our own as published folders and back: parameters, number formats and tokenizers come
-through bit for bit, and what no family computes is refused."""
+"""Runs of our own as published folders and back: parameters, number formats and
+tokenizers come through bit for bit, and what no family computes is refused."""
 
 import json
 import shutil
@@ -50,8 +50,12 @@ def alike(run: Path, model: dict[str, Any]) -> Path:
     """A run beside it of another model, with random parameters."""
     folder = Path(tempfile.mkdtemp(dir=run.parent))
     config = load_config(RunConfig, run / "config.yaml").value
-    config = RunConfig.model_validate(config.model_dump() | {"name": "other", "model": model})
-    specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=np.float32)))
+    config = RunConfig.model_validate(
+        config.model_dump() | {"name": "other", "model": model}
+    )
+    specs = flatten_names(
+        param_specs(config.model.build(rules=AxisRules(), dtype=np.float32))
+    )
     random = np.random.default_rng(0)
     writer = RunCheckpointWriter(folder / "checkpoints")
     for name, spec in specs.items():
@@ -82,7 +86,9 @@ def test_a_published_folder_is_used_without_conversion(llama, tmp_path):
         same = jax.tree.map(
             lambda a, b: (a.sharding == b.sharding, a, b), ours.params, theirs.params
         )
-        for placed, one, other in jax.tree.leaves(same, is_leaf=lambda x: isinstance(x, tuple)):
+        for placed, one, other in jax.tree.leaves(
+            same, is_leaf=lambda x: isinstance(x, tuple)
+        ):
             assert placed
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     assert sorted(folder.iterdir()) == before
@@ -100,7 +106,10 @@ def test_a_run_there_and_back(llama, name, tmp_path):
     assert (done.family, done.dtype) == (name, "F32")
     values = json.loads((tmp_path / "published/config.json").read_text())
     tokenizer = load_tokenizer(run / "tokenizer")
-    assert (values["bos_token_id"], values["eos_token_id"]) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert (values["bos_token_id"], values["eos_token_id"]) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+    )
     convert(tmp_path / "published", tmp_path / "again")
 
     want, got = parameters(run), parameters(tmp_path / "again")
@@ -146,7 +155,8 @@ def test_an_untied_classifier_without_a_language_head_is_read(llama, tmp_path):
 
 
 def test_an_array_under_anothers_description_is_refused(llama, tmp_path):
-    """Both hold as many numbers: read as it says, one would be written as the other's transpose."""
+    """Both hold as many numbers: read as it says, one would be written as the other's
+    transpose."""
     run = alike(llama, LLAMA)
     state = run / "checkpoints/0/state"
     up, down = (state / f"params.layers.mlp.{name}.kernel" for name in ("up", "down"))
@@ -156,7 +166,10 @@ def test_an_array_under_anothers_description_is_refused(llama, tmp_path):
     first.write_bytes(other.read_bytes())
     other.write_bytes(text)
     text = message(convert, run, tmp_path / "out")
-    assert "layers.mlp.down.kernel is [2, 32, 64] there, [2, 64, 32] in the run's model" in text
+    assert (
+        "layers.mlp.down.kernel is [2, 32, 64] there, [2, 64, 32] in the run's model"
+        in text
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -188,11 +201,17 @@ def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
 def test_a_model_of_no_family_is_refused(llama, tmp_path):
     own = alike(llama, OWN)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(MaxlmError, match="no published family computes what this model does"):
+    with pytest.raises(
+        MaxlmError, match="no published family computes what this model does"
+    ):
         convert(own, tmp_path / "published")
-    with pytest.raises(MaxlmError, match=r"LlamaForCausalLM has no word for model\.\w+=") as caught:
+    with pytest.raises(
+        MaxlmError, match=r"LlamaForCausalLM has no word for model\.\w+="
+    ) as caught:
         convert(own, tmp_path / "published", family="llama")
-    assert "placement='parallel'" in str(caught.value) or "embedding_scale=3.0" in str(caught.value)
+    assert "placement='parallel'" in str(caught.value) or "embedding_scale=3.0" in str(
+        caught.value
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -205,7 +224,10 @@ def test_many_files_are_one_model(tmp_path):
 
 
 def check_same_tensors(folder: Path, want: dict[str, np.ndarray]) -> None:
-    got = {name: read_tensor(stored) for name, stored in list_stored_tensors(folder).items()}
+    got = {
+        name: read_tensor(stored)
+        for name, stored in list_stored_tensors(folder).items()
+    }
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert got[name].dtype == value.dtype, name
@@ -215,7 +237,10 @@ def check_same_tensors(folder: Path, want: dict[str, np.ndarray]) -> None:
 def test_a_tokenizers_files_come_back_byte_for_byte(llama, tmp_path):
     source = tmp_path / "their"
     convert(llama, source)
-    files = {path.name for path in source.iterdir()} - {"config.json", "model.safetensors"}
+    files = {path.name for path in source.iterdir()} - {
+        "config.json",
+        "model.safetensors",
+    }
     path = source / "tokenizer.json"  # as another program would have laid it out
     path.write_text(json.dumps(json.loads(path.read_text()), indent=3) + "\n\n")
     roles = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "model_max_length": 7}
@@ -224,7 +249,9 @@ def test_a_tokenizers_files_come_back_byte_for_byte(llama, tmp_path):
     convert(source, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "again")
     for name in {*files, "tokenizer_config.json", "special_tokens_map.json"}:
-        assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes(), name
+        assert (tmp_path / "again" / name).read_bytes() == (
+            source / name
+        ).read_bytes(), name
 
 
 @pytest.mark.parametrize("name", ["phi3", "deepseek_v2"])
@@ -235,11 +262,15 @@ def test_a_tied_head_may_be_stored_again(name, tmp_path):
         stored = tensors | {"lm_head.weight": head}
         folder_of(name, tmp_path / folder, stored, tie_word_embeddings=True)
     convert(tmp_path / "same", tmp_path / "run")
-    assert load_config(RunConfig, tmp_path / "run/config.yaml").value.model.tie_embeddings
+    assert load_config(
+        RunConfig, tmp_path / "run/config.yaml"
+    ).value.model.tie_embeddings
     convert(tmp_path / "run", tmp_path / "again")
     del tensors["lm_head.weight"]
     check_same_tensors(tmp_path / "again", tensors)
-    with pytest.raises(MaxlmError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+    with pytest.raises(
+        MaxlmError, match=r"lm_head.weight differs from model.embed_tokens.weight"
+    ):
         convert(tmp_path / "other", tmp_path / "run2")
 
 
@@ -250,7 +281,9 @@ def test_bart_without_its_head(tmp_path):
     their = {name.removeprefix("model."): value for name, value in bare.items()}
     source = folder_of("bart", tmp_path / "their", their, architectures=["BartModel"])
     convert(source, tmp_path / "run")
-    assert not load_config(RunConfig, tmp_path / "run/config.yaml").value.model.head_bias
+    assert not load_config(
+        RunConfig, tmp_path / "run/config.yaml"
+    ).value.model.head_bias
     convert(tmp_path / "run", tmp_path / "again")
     values = json.loads((tmp_path / "again/config.json").read_text())
     assert values["architectures"] == ["BartModel"]
@@ -262,18 +295,26 @@ def test_number_formats_come_back_under_usual_names(name, tmp_path):
     """Some published files leave a prefix out, or spell norms otherwise."""
     usual = dict(golden(name).tensors)
     exact = [key for key in usual if "ln_f" in key or "LayerNorm" in key]
-    usual |= {key: np.linspace(-1, 1, usual[key].size, dtype=np.float32) for key in exact}
+    usual |= {
+        key: np.linspace(-1, 1, usual[key].size, dtype=np.float32) for key in exact
+    }
 
     def spelt(key: str) -> str:
         key = key.removeprefix("transformer.") if name == "gpt2" else key
-        return key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("Norm.bias", "Norm.beta")
+        return key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "Norm.bias", "Norm.beta"
+        )
 
-    folder_of(name, tmp_path / "their", {spelt(key): value for key, value in usual.items()})
+    folder_of(
+        name, tmp_path / "their", {spelt(key): value for key, value in usual.items()}
+    )
     assert {spelt(key) for key in exact}.isdisjoint(exact)
     convert(tmp_path / "their", tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "again")
     check_same_tensors(tmp_path / "again", usual)
-    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
+    assert (
+        json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
+    )
     assert convert(tmp_path / "run", tmp_path / "half", dtype="float16").dtype == "F16"
     stored = list_stored_tensors(tmp_path / "half").values()
     assert {each.dtype for each in stored} == {"F16"}
@@ -281,10 +322,14 @@ def test_number_formats_come_back_under_usual_names(name, tmp_path):
 
 def test_special_tokens_that_the_table_has_no_rows_for(tmp_path):
     source = folder_of("gemma3", tmp_path / "their")
-    tiny_tokenizers.save(tiny_tokenizers.images(97), source, bos_token="<bos>", eos_token="<eos>")
+    tiny_tokenizers.save(
+        tiny_tokenizers.images(97), source, bos_token="<bos>", eos_token="<eos>"
+    )
     assert import_tokenizer(source).vocab_size == 98
     done = convert(source, tmp_path / "run")
-    assert done.notes == ["left out of the tokenizer: <image>, which the table has no row for"]
+    assert done.notes == [
+        "left out of the tokenizer: <image>, which the table has no row for"
+    ]
     assert load_tokenizer(tmp_path / "run/tokenizer").vocab_size == 97
     convert(tmp_path / "run", tmp_path / "again")
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -311,7 +356,10 @@ def test_every_end_token_is_kept(model, generation, want, tmp_path):
 
 MARKS = {
     "bert": (tiny_tokenizers.bert, {"mask_id": 4}),
-    "t5": (tiny_tokenizers.t5, {"first_sentinel": 60, "sentinels": tiny_tokenizers.SENTINELS}),
+    "t5": (
+        tiny_tokenizers.t5,
+        {"first_sentinel": 60, "sentinels": tiny_tokenizers.SENTINELS},
+    ),
 }
 
 
@@ -332,7 +380,8 @@ def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
         path,
         "name=tuned",
         f"train.start_from={tmp_path / 'run'}",
-        f"data={{batch_size: 8, workers: 0, sources: [{{name: text, documents: [{text}]}}]}}",
+        f"data={{batch_size: 8, workers: 0, sources: [{{name: text, documents: "
+        f"[{text}]}}]}}",
         "data.build_workers=1",
         "train.steps=1",
         "schedule={learning_rate: 1e-9, warmup_steps: 0}",
@@ -346,8 +395,11 @@ def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
 
 def test_marks_that_there_is_no_room_for_are_told_of(tmp_path):
     source = folder_of("bart", tmp_path / "their")
-    tiny_tokenizers.save(tiny_tokenizers.bert(), source, bos_token="[CLS]", eos_token="[SEP]")
+    tiny_tokenizers.save(
+        tiny_tokenizers.bert(), source, bos_token="[CLS]", eos_token="[SEP]"
+    )
     assert convert(source, tmp_path / "run").notes[-1] == (
-        "to train it, name ids for task.kind=span_corruption in task.first_sentinel: the tokenizer "
+        "to train it, name ids for task.kind=span_corruption in task.first_sentinel: "
+        "the tokenizer "
         "has none, and the table no rows to spare"
     )

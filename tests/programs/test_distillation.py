@@ -1,5 +1,5 @@
-"""A teacher's files: what is stored beside rows trains a student as the teacher itself does, and
-its answers are those of the engine."""
+"""A teacher's files: what is stored beside rows trains a student as the teacher itself
+does, and its answers are those of the engine."""
 
 import json
 import shutil
@@ -47,7 +47,10 @@ def train_student(home, name, *settings, **task):
     student = tiny.settings(folder, "")
     student["model"] |= {"d_model": 24, "num_layers": 1}
     student["data"] = student["data"] | {"sources": [], "heldout_fraction": 0.0}
-    student |= {"tokenizer": {"path": str(home / "tiny/tokenizer")}, "compute_dtype": "float32"}
+    student |= {
+        "tokenizer": {"path": str(home / "tiny/tokenizer")},
+        "compute_dtype": "float32",
+    }
     student |= {"train": {"steps": 3}, "task": {"kind": "distill"} | task, **QUIET}
     folder.mkdir()
     (folder / "run.yaml").write_text(json.dumps(student))
@@ -59,7 +62,9 @@ def test_all_log_probabilities_stored_are_the_teacher(home):
     teacher, rows = home / "tiny", str(home / "rows.jsonl")
     counts = store_teacher_logits(str(teacher), [rows], home / "all.arrow", k=VOCAB + 5)
     assert counts == (8, 1)
-    live = train_student(home, "live", teacher=str(teacher), files=[rows], temperature=1.0)
+    live = train_student(
+        home, "live", teacher=str(teacher), files=[rows], temperature=1.0
+    )
     stored = train_student(home, "stored", files=[str(home / "all.arrow")], top_k=VOCAB)
     np.testing.assert_allclose(stored, live, rtol=1e-6)
     # Fewer, at another temperature, on a mesh.
@@ -68,7 +73,9 @@ def test_all_log_probabilities_stored_are_the_teacher(home):
     first, few = (open_rows(home / f"{name}.arrow")[2] for name in ("all", "few"))
     assert few["prompt"] == first["prompt"]
     size = len(first["teacher_targets"]) // 4
-    whole = np.frombuffer(first["teacher_log_probs"], np.float32).reshape(size, VOCAB + 1)
+    whole = np.frombuffer(first["teacher_log_probs"], np.float32).reshape(
+        size, VOCAB + 1
+    )
     assert (whole[:, -1] == -np.inf).all()
     ids = np.frombuffer(few["teacher_ids"], np.int32).reshape(size, 7)
     logits = np.zeros((size, VOCAB))
@@ -82,22 +89,40 @@ def test_all_log_probabilities_stored_are_the_teacher(home):
 
 def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(home):
     teacher, rows = str(home / "tiny"), str(home / "rows.jsonl")
-    with pytest.raises(MaxlmError, match=r"tiny: the teacher has 304 ids, model\.vocab_size=320"):
-        train_student(home, "larger", "model.vocab_size=320", teacher=teacher, files=[rows])
+    with pytest.raises(
+        MaxlmError, match=r"tiny: the teacher has 304 ids, model\.vocab_size=320"
+    ):
+        train_student(
+            home, "larger", "model.vocab_size=320", teacher=teacher, files=[rows]
+        )
     other = tiny.write_text(home / "other-text", seed=5)
     settings = tiny.write_config(home / "other", other, **QUIET, train={"steps": 1})
     tiny.train(settings, "data.heldout_fraction=0", "tokenizer.vocab_size=290")
-    with pytest.raises(MaxlmError, match="'teacher' was trained with another tokenizer"):
+    with pytest.raises(
+        MaxlmError, match="'teacher' was trained with another tokenizer"
+    ):
         train_student(home, "strange", teacher=str(home / "other/tiny"), files=[rows])
 
 
 def test_a_student_of_text_learns_features_from_a_run_it_started_from(home, tmp_path):
     shutil.copytree(home / "tiny", tmp_path / "teacher")
     text = home / "text"
-    task = {"kind": "distill_text", "teacher": str(tmp_path / "teacher"), "features": 32}
-    own = {"task": task, "train": {"steps": 2, "start_from": str(home / "tiny")}, **QUIET}
+    task = {
+        "kind": "distill_text",
+        "teacher": str(tmp_path / "teacher"),
+        "features": 32,
+    }
+    own = {
+        "task": task,
+        "train": {"steps": 2, "start_from": str(home / "tiny")},
+        **QUIET,
+    }
     settings = tiny.write_config(tmp_path, str(text), **own)
-    more = ("data.heldout_fraction=0", "compute_dtype=float32", "model.heads.features=32")
+    more = (
+        "data.heldout_fraction=0",
+        "compute_dtype=float32",
+        "model.heads.features=32",
+    )
     result, _ = tiny.train(settings, *more, f"tokenizer.path={home / 'tiny/tokenizer'}")
     first = tiny.read_metrics(result.folder)[0]
     assert first["divergence"] == pytest.approx(0, abs=1e-5)
@@ -106,17 +131,25 @@ def test_a_student_of_text_learns_features_from_a_run_it_started_from(home, tmp_
 
 def test_answers_are_the_engines(home, tmp_path, monkeypatch):
     own = {"temperature": 0.0, "max_new_tokens": 6}
-    settings = ["max_sequences=4", "max_chunks=1", "decode_steps=1", "prefill_tokens=16"]
+    settings = [
+        "max_sequences=4",
+        "max_chunks=1",
+        "decode_steps=1",
+        "prefill_tokens=16",
+    ]
     rows, out = home / "rows.jsonl", tmp_path / "answers.jsonl"
     model = str(home / "tiny")
-    cut = generate_answers(model, [rows], tmp_path / "none.jsonl", settings=settings, **own)
+    cut = generate_answers(
+        model, [rows], tmp_path / "none.jsonl", settings=settings, **own
+    )
     assert sum(cut) == 9
 
     def make_ending_engine(*args, **kwargs):
         engine = make_engine(*args, **kwargs)
         whole = engine.run
         engine.run = lambda requests: (
-            replace(each, finish_reason=each.finish_reason and "stop") for each in whole(requests)
+            replace(each, finish_reason=each.finish_reason and "stop")
+            for each in whole(requests)
         )
         return engine
 
@@ -127,6 +160,12 @@ def test_answers_are_the_engines(home, tmp_path, monkeypatch):
     assert written > max(4, cut[0])
     loaded = load_run(home / "tiny")
     prompts = [row["prompt"] for row in made[:3]]
-    parts = loaded.model, loaded.params, loaded.tokenizer, prompts, SamplingConfig(**own)
+    parts = (
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
+        prompts,
+        SamplingConfig(**own),
+    )
     found = [texts[i] for i, texts in enumerate(search_text(*parts, num_beams=None))]
     assert [row["completion"] for row in made[:3]] == found

@@ -1,5 +1,5 @@
-"""Runs of `maxlm train` that suffer what machines do, with the lines that a person sees. Runs of
-several processes: test_processes."""
+"""Runs of `maxlm train` that suffer what machines do, with the lines that a person
+sees. Runs of several processes: test_processes."""
 
 import hashlib
 import os
@@ -42,7 +42,9 @@ class Runs:
         out, err = self._capfd.readouterr()
         return code, out.splitlines(), err.splitlines()
 
-    def trained(self, name: str, *settings: str, folder: Path | None = None) -> list[str]:
+    def trained(
+        self, name: str, *settings: str, folder: Path | None = None
+    ) -> list[str]:
         code, out, err = self.train(name, *settings, folder=folder)
         assert code == 0, err
         return out
@@ -57,14 +59,22 @@ class Runs:
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     own = tiny.prepare(folder / "prepared")
-    own["data"]["sources"][0]["heldout_store"] = str(folder / "prepared/data/text/heldout")
-    own |= {"train": {"steps": STEPS, "eval_every": 8}, "reporting": {"tensorboard": False}}
-    return tiny.write_config(folder, "", checkpoint={"every_steps": 6, "keep_last": 3}, **own)
+    own["data"]["sources"][0]["heldout_store"] = str(
+        folder / "prepared/data/text/heldout"
+    )
+    own |= {
+        "train": {"steps": STEPS, "eval_every": 8},
+        "reporting": {"tensorboard": False},
+    }
+    return tiny.write_config(
+        folder, "", checkpoint={"every_steps": 6, "keep_last": 3}, **own
+    )
 
 
 @pytest.fixture
 def runs(config, capfd, compiled_once):
-    """Where ``one`` has been trained without a fault, with checkpoints at 6, 12 and 18."""
+    """Where ``one`` has been trained without a fault, with checkpoints at 6, 12 and
+    18."""
     found = Runs(config, Path(config).parent, capfd)
     if not (found.folder / "one").exists():
         found.trained("one")
@@ -104,7 +114,8 @@ def at_batch(monkeypatch, wanted: int, do) -> None:
 
 
 def record_stop_requests(monkeypatch) -> list:
-    """How each loader of a run is told of a stop, by which it waits for no worker that starts."""
+    """How each loader of a run is told of a stop, by which it waits for no worker that
+    starts."""
     requests = []
     load = setup.load_batches
 
@@ -154,7 +165,9 @@ def test_damaged_checkpoints_are_passed_over_one_by_one_and_never_begun_anew_fro
     before = (run / "metrics.jsonl").read_bytes()
     code, _, err = runs.train("damaged")
     assert code == 2
-    assert err[-1].startswith(f"error: {home}: no checkpoint can be resumed from: checkpoint 18 is")
+    assert err[-1].startswith(
+        f"error: {home}: no checkpoint can be resumed from: checkpoint 18 is"
+    )
     assert err[-1].endswith(
         f"; repair one; to start afresh, move {run} away, or set another name=..."
     )
@@ -164,9 +177,13 @@ def test_damaged_checkpoints_are_passed_over_one_by_one_and_never_begun_anew_fro
 LOST_EVENTS = {
     "lost": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
-    "cut": lambda path: path.write_bytes(path.read_bytes().splitlines(keepends=True)[0]),
+    "cut": lambda path: path.write_bytes(
+        path.read_bytes().splitlines(keepends=True)[0]
+    ),
     "torn": lambda path: path.write_bytes(path.read_bytes()[:50]),
-    "garbled": lambda path: path.write_bytes(bytes(99) + b'\n{"step": 3}\n' + b"[" * 5000 + b"\n"),
+    "garbled": lambda path: path.write_bytes(
+        bytes(99) + b'\n{"step": 3}\n' + b"[" * 5000 + b"\n"
+    ),
 }
 
 
@@ -189,7 +206,8 @@ def test_a_run_whose_events_and_checkpoints_are_lost_is_not_begun_anew(runs, kin
     code, _, err = runs.train(run.name)
     assert code == 2
     assert err[-1] == (
-        f"error: {run}/checkpoints: no checkpoint is left, events.jsonl is lost or cut short, and "
+        f"error: {run}/checkpoints: no checkpoint is left, events.jsonl is lost or cut "
+        f"short, and "
         "metrics.jsonl has records up to step 18; put both back; to start afresh, move "
         f"{run} away, or set another name=..."
     )
@@ -201,7 +219,8 @@ def test_a_newest_checkpoint_that_is_gone_is_told_of(runs):
     shutil.rmtree(run / "checkpoints/18")
     said = runs.trained(run.name)
     assert said[:2] == [
-        "checkpoint 18 is gone: events.jsonl says that it was saved, and none of the run's places "
+        "checkpoint 18 is gone: events.jsonl says that it was saved, and none of the "
+        "run's places "
         "has it; the 6 steps since step 12 are trained again",
         f"resuming from step 12 in {run}/checkpoints",
     ]
@@ -233,7 +252,9 @@ def test_where_hosts_disks_alone_have_checkpoints_of_another_mesh_a_run_begins_a
     assert not (tmp_path / "fast" / place).exists()  # it is done
 
 
-def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(runs, monkeypatch):
+def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(
+    runs, monkeypatch
+):
     run = runs.folder / "told"
 
     def stops(expected, words):
@@ -241,8 +262,9 @@ def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(runs, mo
         assert (code, err[-1]) == (expected, f"error: {run}: {words}")
         assert not [line for line in err if "Traceback" in line]
 
-    # Before the first step is compiled, and in the evaluation at step 8. What is wanted at a step
-    # is known to all processes when the next is under way, with which it ends.
+    # Before the first step is compiled, and in the evaluation at step 8. What is wanted
+    # at a step is known to all processes when the next is under way, with which it
+    # ends.
     with monkeypatch.context() as patch:
         requests = record_stop_requests(patch)
         at_batch(patch, 0, lambda: signal.raise_signal(signal.SIGINT))
@@ -260,8 +282,13 @@ def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(runs, mo
     with monkeypatch.context() as patch:  # In the last step, which the loop ends with.
         at_batch(patch, STEPS - 1, lambda: signal.raise_signal(signal.SIGTERM))
         stops(75, f"preempted (SIGTERM) while no step was under way; {RESUME}")
-    for _ in range(2):  # Finished, it has nothing left to do, and nothing is written down twice.
-        assert runs.trained("told")[0] == f"resuming from step {STEPS} in {run / 'checkpoints'}"
+    for _ in range(
+        2
+    ):  # Finished, it has nothing left to do, and nothing is written down twice.
+        assert (
+            runs.trained("told")[0]
+            == f"resuming from step {STEPS} in {run / 'checkpoints'}"
+        )
         runs.check_same("told")
     resumed = [event["step"] for event in read_events(run, "resume")]
     assert resumed == [2, 10, STEPS, STEPS]
@@ -274,8 +301,10 @@ def test_a_second_run_in_the_same_folder_is_refused(runs):
     assert (code, err) == (
         2,
         [
-            f"error: {runs.folder / 'held'}: another run writes to this folder (process "
-            f"{os.getpid()} on {HERE}); wait for it to end, stop it, or give this one another "
+            f"error: {runs.folder / 'held'}: another run writes to this folder "
+            f"(process "
+            f"{os.getpid()} on {HERE}); wait for it to end, stop it, or give this one "
+            f"another "
             "name=..."
         ],
     )
@@ -297,11 +326,16 @@ def test_a_folder_that_is_deleted_under_the_run_ends_it_and_its_copy_is_gone_on_
         code, _, err = runs.train("deleted", copied)
     assert (code, run.exists()) == (2, False)  # it does not reappear
     assert err[-1] == (
-        f"error: {run}: this folder, or a file of the run's in it, was deleted or moved during the "
-        "run; put the run's folder back and run the same command to resume, or set another "
+        f"error: {run}: this folder, or a file of the run's in it, was deleted or "
+        f"moved during the "
+        "run; put the run's folder back and run the same command to resume, or set "
+        "another "
         "name=... to start afresh"
     )
-    assert runs.trained("deleted", copied)[0] == f"resuming from step 6 in {copies}/deleted"
+    assert (
+        runs.trained("deleted", copied)[0]
+        == f"resuming from step 6 in {copies}/deleted"
+    )
     unbroken = read_results(runs.folder / "one")
     assert read_results(run) == [each for each in unbroken if each[0] > 6]
 
@@ -310,7 +344,9 @@ def test_a_folder_that_is_deleted_under_the_run_ends_it_and_its_copy_is_gone_on_
             shutil.rmtree(run)
             raise OSError("chunk {0} is missing")
 
-    with pytest.raises(MaxlmError, match="deleted: this folder, or a file of the run's in it, was"):
+    with pytest.raises(
+        MaxlmError, match="deleted: this folder, or a file of the run's in it, was"
+    ):
         read_data()
 
 
@@ -320,7 +356,8 @@ def test_a_folder_that_cannot_be_written(runs, disk):
     assert (code, err) == (
         2,
         [
-            f"error: {disk}/x: cannot write the run folder (Read-only file system); set "
+            f"error: {disk}/x: cannot write the run folder (Read-only file system); "
+            f"set "
             "folder=PATH to a place you may write to"
         ],
     )
@@ -346,7 +383,9 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(runs, disk, monkeypatch):
     fix = f"cannot write: {FULL}; free some disk space, or check the folder and its permissions"
     assert err[-1] == f"error: {disk}/full/metrics.jsonl: {fix}"
     fill(disk, 0)
-    code, _, [line] = runs.train("full", folder=disk)  # which file depends on the file system
+    code, _, [line] = runs.train(
+        "full", folder=disk
+    )  # which file depends on the file system
     assert (code, line[: len(f"error: {disk}/full/")]) == (2, f"error: {disk}/full/")
     assert line.endswith(f": {fix}")
 
@@ -361,7 +400,9 @@ def test_a_fast_disk_that_fills_up_is_told_of_and_training_goes_on(runs, disk):
     code, _, err = runs.train("small", *own, "checkpoint.every_steps=0")
     assert code == 0, err
     said = [line.partition(" was not written to ") for line in err if "local" in line]
-    assert [what for what, _, _ in said] == [f"local checkpoint {step}" for step in (8, 16)]
+    assert [what for what, _, _ in said] == [
+        f"local checkpoint {step}" for step in (8, 16)
+    ]
     words = f" (Error while serializing: I/O error: {FULL} (os error 28)); training continues"
     assert all(rest.endswith(words) for _, _, rest in said)
     runs.check_same("small")

@@ -1,4 +1,5 @@
-"""Promise: the text is what the model's tokens decode to, whole characters at a time."""
+"""Promise: the text is what the model's tokens decode to, whole characters at a
+time."""
 
 from math import prod
 from types import SimpleNamespace
@@ -63,7 +64,9 @@ def test_pieces_join_to_the_decoded_tokens(model):
     ids = [[BOS, *tokenizer.encode(prompt)] for prompt in prompts]
     rows = generate_tokens(model, params, ids, SAMPLING, tokenizer=tokenizer)
     tokens = [[t for t in row if t != EOS] for row in rows]
-    expected = [tokenizer.decode_bytes(row).decode("utf-8", "replace") for row in tokens]
+    expected = [
+        tokenizer.decode_bytes(row).decode("utf-8", "replace") for row in tokens
+    ]
 
     steps = list(generate_text(model, params, tokenizer, prompts, SAMPLING))
     assert ["".join(pieces) for pieces in zip(*steps, strict=True)] == expected
@@ -90,9 +93,15 @@ def continue_with_spaces(model, tokenizer, prompts) -> list[str]:
     return ["".join(pieces) for pieces in zip(*steps, strict=True)]
 
 
-def test_a_continuation_keeps_its_space_and_a_text_that_begins_does_not(model, one_device_mesh):
+def test_a_continuation_keeps_its_space_and_a_text_that_begins_does_not(
+    model, one_device_mesh
+):
     prompts = ["a", "bc", ""]
-    assert continue_with_spaces(model, ForeignTokenizer(), prompts) == ["   ", "   ", "  "]
+    assert continue_with_spaces(model, ForeignTokenizer(), prompts) == [
+        "   ",
+        "   ",
+        "  ",
+    ]
     config = EncoderDecoderConfig(
         vocab_size=NAMED,
         num_layers=1,
@@ -113,13 +122,23 @@ def test_a_prompt_opens_as_the_tokenizer_says_and_an_encoder_reads_a_whole_docum
     a, b, c = (ord(char) + 2 for char in "abc")
     foreign, own = ForeignTokenizer(), ByteTokenizer()
     assert encode_prompts(foreign, prompts, as_documents=False) == [[a], [b, c], [BOS]]
-    assert encode_prompts(foreign, prompts, as_documents=True) == [[a, EOS], [b, c, EOS], [EOS]]
-    assert encode_prompts(own, prompts, as_documents=False) == [[BOS, a], [BOS, b, c], [BOS]]
+    assert encode_prompts(foreign, prompts, as_documents=True) == [
+        [a, EOS],
+        [b, c, EOS],
+        [EOS],
+    ]
+    assert encode_prompts(own, prompts, as_documents=False) == [
+        [BOS, a],
+        [BOS, b, c],
+        [BOS],
+    ]
 
 
 def sampling_run(folder, **top):
     samples = {"prompts": ["the quiet sea", "", "gulls " * 30], "max_new_tokens": 9}
-    settings = tiny.settings(folder, tiny.write_text(folder / "text"), samples=samples, **top)
+    settings = tiny.settings(
+        folder, tiny.write_text(folder / "text"), samples=samples, **top
+    )
     return RunConfig.model_validate(settings)
 
 
@@ -137,15 +156,21 @@ def test_samples_of_a_run_do_not_depend_on_its_mesh(tmp_path):
     assert texts[0] == texts[1] != ""
 
 
-def test_prompts_that_do_not_fit_the_model_are_refused_before_a_store_is_built(tmp_path):
+def test_prompts_that_do_not_fit_the_model_are_refused_before_a_store_is_built(
+    tmp_path,
+):
     learned = {"positions": {"kind": "learned"}}
-    config = sampling_run(tmp_path, model=sampling_run(tmp_path).model.model_dump() | learned)
+    config = sampling_run(
+        tmp_path, model=sampling_run(tmp_path).model.model_dump() | learned
+    )
     with pytest.raises(MaxlmError) as error:
         prepare_data(config, tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     tokens = 1 + len(tokenizer.encode(config.samples.prompts[2]))
     assert str(error.value) == (
-        f"samples.prompts.2: the prompt and samples.max_new_tokens=9 make {tokens + 9} tokens; "
-        "model.max_seq_len=32 allows 32; shorten the prompt, or ask for fewer new tokens"
+        f"samples.prompts.2: the prompt and samples.max_new_tokens=9 make {tokens + 9} "
+        f"tokens; "
+        "model.max_seq_len=32 allows 32; shorten the prompt, or ask for fewer new "
+        "tokens"
     )

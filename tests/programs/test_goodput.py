@@ -9,10 +9,32 @@ from hypothesis import strategies as st
 
 from maxlm.programs.goodput import PARTS, summarize_run_events
 
-KINDS = ("start", "resume", "compiled", "progress", "rollback", "hang", "evaluate", "stop", "new")
-DETAILS = ("began", "seconds", "stepping", "loading", "saving", "evaluating", "from_step")
+KINDS = (
+    "start",
+    "resume",
+    "compiled",
+    "progress",
+    "rollback",
+    "hang",
+    "evaluate",
+    "stop",
+    "new",
+)
+DETAILS = (
+    "began",
+    "seconds",
+    "stepping",
+    "loading",
+    "saving",
+    "evaluating",
+    "from_step",
+)
 EVENTS = st.fixed_dictionaries(
-    {"event": st.sampled_from(KINDS), "step": st.integers(0, 20), "time": st.floats(0, 1e4)},
+    {
+        "event": st.sampled_from(KINDS),
+        "step": st.integers(0, 20),
+        "time": st.floats(0, 1e4),
+    },
     optional=dict.fromkeys(DETAILS, st.floats(0, 1e4)) | {"final": st.booleans()},
 )
 
@@ -21,7 +43,9 @@ EVENTS = st.fixed_dictionaries(
 @given(st.lists(EVENTS, max_size=25), st.floats(0, 2e4))
 def test_parts_sum_to_the_whole_whatever_was_written(events, now):
     told = summarize_run_events(events, now)
-    assert sum(told.seconds_by_activity.values()) == pytest.approx(told.wall_seconds, abs=1e-6)
+    assert sum(told.seconds_by_activity.values()) == pytest.approx(
+        told.wall_seconds, abs=1e-6
+    )
     assert told.seconds_by_activity.keys() == {*PARTS}
     assert min(told.seconds_by_activity.values()) >= 0
     assert told.goodput is None or 0 <= told.goodput <= 1 + 1e-9
@@ -34,13 +58,14 @@ def test_parts_sum_to_the_whole_whatever_was_written(events, now):
 
 
 class Play:
-    """A run played out: it writes events as maxlm does, and remembers whose work was kept."""
+    """A run played out: it writes events as maxlm does, and remembers whose work was
+    kept."""
 
     def __init__(self):
         self.clock, self.events, self.spent = 1e9, [], defaultdict(float)
         self.kept = {}
-        """By step: the seconds of the update that the run holds, None of one that came with
-        compilation."""
+        """By step: the seconds of the update that the run holds, None of one that came
+        with compilation."""
         self.stepped = 0.0
 
     def pass_(self, part, seconds):
@@ -54,7 +79,8 @@ class Play:
         self.kept = {s: seconds for s, seconds in self.kept.items() if s <= step}
 
     def attempt(self, draw, step):
-        """From ``step`` on; returns the step that the next one begins from, and how it ended."""
+        """From ``step`` on; returns the step that the next one begins from, and how it
+        ended."""
         number, began = draw(st.floats(0.1, 30)), self.clock
         self.go_back(step)
         self.pass_("starting", number)
@@ -66,9 +92,13 @@ class Play:
         step += 1
         self.kept[step] = 0.0
         self.event("compiled", step, seconds=seconds)
-        counted, saved = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0), 0
+        counted, saved = (
+            dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0),
+            0,
+        )
         for _ in range(draw(st.integers(0, 12))):
-            # Between two events steps take as long as each other: they are told apart pro rata.
+            # Between two events steps take as long as each other: they are told apart
+            # pro rata.
             pace = draw(st.floats(0.1, 5))
             for _ in range(draw(st.integers(1, 4))):
                 step += 1
@@ -87,7 +117,9 @@ class Play:
                 self.event("checkpoint", step, tier="folder", seconds=0.0)
                 saved = step
             elif what == "roll back" and saved:
-                self.event("rollback", saved, from_step=step, reason="loss", batches=[0, 1])
+                self.event(
+                    "rollback", saved, from_step=step, reason="loss", batches=[0, 1]
+                )
                 step = saved
                 self.go_back(step)
                 counted = dict.fromkeys(counted, 0.0)
@@ -117,7 +149,8 @@ def test_parts_are_those_of_a_run_played_out(data):
         ends.append(end)
     told = summarize_run_events(play.events, now_unix_seconds=play.clock + 1000)
     seconds = dict.fromkeys(PARTS, 0.0) | play.spent
-    # What was run and never gone back from is all that is kept: the last attempt's is still.
+    # What was run and never gone back from is all that is kept: the last attempt's is
+    # still.
     seconds["productive"] = sum(play.kept.values())
     seconds["lost"] = play.stepped - seconds["productive"]
     assert told.seconds_by_activity == pytest.approx(seconds, abs=1e-4)
@@ -132,12 +165,14 @@ def test_parts_are_those_of_a_run_played_out(data):
 
 def log(*events):
     return [
-        {"event": kind, "step": step, "time": time, **more} for kind, step, time, more in events
+        {"event": kind, "step": step, "time": time, **more}
+        for kind, step, time, more in events
     ]
 
 
 @pytest.mark.parametrize(
-    ("silent", "end", "wall"), [(59, "running", 69), (61, "killed", 10), (-5, "running", 10)]
+    ("silent", "end", "wall"),
+    [(59, "running", 69), (61, "killed", 10), (-5, "running", 10)],
 )
 def test_an_attempt_heard_of_just_now_is_running(silent, end, wall):
     events = log(("start", 0, 0, {"began": 0}), ("progress", 5, 10, {"stepping": 10}))

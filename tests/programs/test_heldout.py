@@ -22,7 +22,9 @@ def run(tmp_path_factory):
 
 
 def test_every_point_of_a_curve_is_of_the_same_rows(run):
-    records = [record for record in tiny.read_metrics(run.folder) if "eval_loss" in record]
+    records = [
+        record for record in tiny.read_metrics(run.folder) if "eval_loss" in record
+    ]
     assert [record["step"] for record in records] == [1, 2, 3]
     for name in ("eval_loss", "eval_bits_per_byte/text"):
         assert len({record[name] for record in records}) == 1, name

@@ -1,7 +1,8 @@
 """Two processes of four devices train as one device does, with every axis across both.
 
-Run as a program, this is one of them: ``test_hosts.py FOLDER PORT PROCESS MODEL/CELL...`` trains
-each cell's model from FOLDER's checkpoint, and compares with what one device made, kept there.
+Run as a program, this is one of them: ``test_hosts.py FOLDER PORT PROCESS
+MODEL/CELL...`` trains each cell's model from FOLDER's checkpoint, and compares with
+what one device made, kept there.
 """
 
 import subprocess
@@ -18,7 +19,11 @@ from tests.ports import free_port
 from tests.programs import cells, tiny
 from tests.programs.test_parity import differences, with_metrics
 
-NAMES = [f"{model}/{name}" for name, cell in cells.HOST_CELLS.items() for model in cell.models]
+NAMES = [
+    f"{model}/{name}"
+    for name, cell in cells.HOST_CELLS.items()
+    for model in cell.models
+]
 # `make test` takes the one in which most meets.
 FEW = ["/".join(reversed(cells.HOSTS_COVER))]
 REST = [name for name in NAMES if name not in FEW]
@@ -48,9 +53,9 @@ def test_two_processes_equal_one_device(tmp_path, names):
         for number, process in enumerate(processes):
             log = tmp_path / f"{number}.log"
             assert process.wait() == 0, log.read_text()[-3000:]
-            assert [line for line in log.read_text().splitlines() if line.endswith("agrees")] == [
-                f"{name} agrees" for name in names
-            ]
+            assert [
+                line for line in log.read_text().splitlines() if line.endswith("agrees")
+            ] == [f"{name} agrees" for name in names]
     finally:
         for process in processes:
             process.kill()

@@ -1,4 +1,5 @@
-"""docs/parallelism.md has the parity matrix as it is, and what it tells a reader to write works.
+"""docs/parallelism.md has the parity matrix as it is, and what it tells a reader to
+write works.
 
 ``python -m tests.programs.test_matrix`` writes the matrix into it, between its markers.
 """
@@ -42,7 +43,9 @@ def table() -> str:
 
     def mesh(cell: cells.Cell) -> str:
         return " ".join(
-            f"{axis}={cell.mesh[axis]}" for axis in MESH_AXES if cell.mesh.get(axis, 1) > 1
+            f"{axis}={cell.mesh[axis]}"
+            for axis in MESH_AXES
+            if cell.mesh.get(axis, 1) > 1
         )
 
     def entry(name: str, model: str) -> str:
@@ -61,7 +64,11 @@ def table() -> str:
     ]
     for name, cell in cells.CELLS.items():
         entries = " | ".join(entry(name, model) for model in COLUMNS)
-        hosts = COLUMNS[cells.HOST_CELLS[name].models[0]] if name in cells.HOST_CELLS else ""
+        hosts = (
+            COLUMNS[cells.HOST_CELLS[name].models[0]]
+            if name in cells.HOST_CELLS
+            else ""
+        )
         lines.append(f"| {name} | {mesh(cell)} | {entries} | {hosts} |")
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", *notes]) + "\n"
@@ -80,7 +87,9 @@ def test_the_page_shows_which_layouts_are_refused_and_why():
     listen(lambda name, *_, **__: compiled.append(name) if "compile" in name else None)
     assert page == written(page), "run: python -m tests.programs.test_matrix"
     assert not compiled
-    refused = {pair for pair in cells.PAIRS if cells.refusal(pair[1], cells.CELLS[pair[0]])}
+    refused = {
+        pair for pair in cells.PAIRS if cells.refusal(pair[1], cells.CELLS[pair[0]])
+    }
     assert refused == set(cells.PAIRS) - set(cells.TRAINED)
 
 

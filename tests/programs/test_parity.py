@@ -1,5 +1,5 @@
-"""Every layout trains as one device does, from the same checkpoint: the loss and every parameter
-after each step. What it then writes, one device reads."""
+"""Every layout trains as one device does, from the same checkpoint: the loss and every
+parameter after each step. What it then writes, one device reads."""
 
 from typing import Any
 
@@ -16,14 +16,17 @@ TOLERANCE = 1e-5
 
 
 def _stored_over(name: str) -> tuple[frozenset[str], str]:
-    """What a checkpoint's arrays depend on: axes that parameters lie over, and rules of storage."""
+    """What a checkpoint's arrays depend on: axes that parameters lie over, and rules of
+    storage."""
     cell = cells.CELLS[name]
     axes = {axis for axis, size in cell.mesh.items() if size > 1} - {"data", "context"}
     return frozenset(axes), str(cell.settings.get("sharding", {}).get("storage"))
 
 
 # Writing depends neither on the model nor on how a step is computed: one of each.
-WRITTEN = {_stored_over(name): (name, model) for name, model in [*cells.TRAINED, *cells.COVER]}
+WRITTEN = {
+    _stored_over(name): (name, model) for name, model in [*cells.TRAINED, *cells.COVER]
+}
 # `make test` takes a cover of the matrix, `make test-layouts` all of it.
 TRAINED = [
     pytest.param(*each, marks=[] if each in cells.COVER else pytest.mark.slow)
@@ -31,9 +34,13 @@ TRAINED = [
 ]
 
 
-def with_metrics(params: dict[str, np.ndarray], metrics: dict[str, float]) -> dict[str, Any]:
+def with_metrics(
+    params: dict[str, np.ndarray], metrics: dict[str, float]
+) -> dict[str, Any]:
     """One flat record of a step."""
-    return params | {f"metric:{name}": np.float64(value) for name, value in metrics.items()}
+    return params | {
+        f"metric:{name}": np.float64(value) for name, value in metrics.items()
+    }
 
 
 def differences(
@@ -48,8 +55,8 @@ def differences(
             continue  # the sign of margins, which at first are rounding
         size = np.abs(want[name]).max()
         if not name.startswith("metric:"):
-            # An update is of the learning rate's size, also where its gradient is only rounding
-            # (a key's bias, to which softmax is blind).
+            # An update is of the learning rate's size, also where its gradient is only
+            # rounding (a key's bias, to which softmax is blind).
             size = max(size, cells.RATE)
         elif name.endswith(("_reward", "margin", "kl")):
             size = max(size, 1.0)  # differences of log-probabilities, which are larger
@@ -61,7 +68,8 @@ def differences(
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    """What one device makes of a model and its batches: (setup, records, first checkpoint)."""
+    """What one device makes of a model and its batches: (setup, records, first
+    checkpoint)."""
     folder, made = tmp_path_factory.mktemp("checkpoints"), {}
 
     def find(model: str):
@@ -69,7 +77,9 @@ def one_device(tmp_path_factory):
             config = cells.config_of(model, cells.ALONE)
             setup = set_up_run(config, cells.devices_of(config))
             steps = cells.train(setup, cells.start_from(folder / model, setup))
-            records = [with_metrics(cells.canonical(setup, s.params), m) for m, s in steps]
+            records = [
+                with_metrics(cells.canonical(setup, s.params), m) for m, s in steps
+            ]
             made[model] = setup, records, folder / model
         return made[model]
 
@@ -97,5 +107,7 @@ def written_here_is_read_there(setup, state, alone, folder) -> None:
     ours = cells.canonical(setup, state.params)
     for path, value in cells.canonical(alone, restored.params).items():
         np.testing.assert_array_equal(value, ours[path], err_msg=path)
-    for mine, read in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+    for mine, read in zip(
+        jax.tree.leaves(state), jax.tree.leaves(restored), strict=True
+    ):
         np.testing.assert_array_equal(np.asarray(mine).reshape(read.shape), read)

@@ -1,5 +1,6 @@
-"""Preference runs from beginning to end: a reward model from a language model, its scores, a
-reference that is read once and for all, and what a run says of held-out rows."""
+"""Preference runs from beginning to end: a reward model from a language model, its
+scores, a reference that is read once and for all, and what a run says of held-out
+rows."""
 
 import json
 
@@ -22,14 +23,18 @@ WORDS = tiny.TEXT.split()
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Pairs in which a known word is better than another, a text, and a run on that text."""
+    """Pairs in which a known word is better than another, a text, and a run on that
+    text."""
     folder = tmp_path_factory.mktemp("preference")
     random = np.random.default_rng(0)
     with (folder / "pairs.jsonl").open("w") as file:
         for i in range(48):
             prompt = " ".join(random.choice(WORDS, random.integers(1, 4)))
             row = {"prompt": prompt, "chosen": " slowly", "rejected": " into wind"}
-            row |= {"completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+            row |= {
+                "completion": row["chosen" if i % 2 else "rejected"],
+                "label": bool(i % 2),
+            }
             file.write(json.dumps(row) + "\n")
     tiny.write_text(folder / "text", 4)
     train(make_config(folder, "base", {"kind": "clm"}, train={"steps": 2}))
@@ -37,12 +42,21 @@ def home(tmp_path_factory):
 
 
 def make_config(folder, name, task, **parts) -> RunConfig:
-    settings = tiny.settings(folder, str(folder / "text")) | {"name": name, "task": task}
+    settings = tiny.settings(folder, str(folder / "text")) | {
+        "name": name,
+        "task": task,
+    }
     settings["data"] |= {"heldout_fraction": 0, "seq_len": 32}
     if task["kind"] != "clm":
-        task = {"files": [str(folder / "pairs.jsonl")], "validation_fraction": 0.2} | task
+        task = {
+            "files": [str(folder / "pairs.jsonl")],
+            "validation_fraction": 0.2,
+        } | task
         settings["data"]["sources"] = []
-        settings |= {"task": task, "train": {"steps": 3, "start_from": str(folder / "base")}}
+        settings |= {
+            "task": task,
+            "train": {"steps": 3, "start_from": str(folder / "base")},
+        }
     if task["kind"] == "reward":
         settings["model"] |= {"heads": {"score": 1}}
     settings |= {"mesh": {"data": 4, "fsdp": 2}, "reporting": {"tensorboard": False}}
@@ -55,20 +69,26 @@ def train(config):
 
 
 def read_records(result):
-    return list(map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines()))
+    return list(
+        map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
+    )
 
 
 def test_a_reward_model_learns_from_a_language_model_and_scores_texts(home):
     config = make_config(home, "reward", {"kind": "reward"})
     result = train(
-        config.model_copy(update={"train": config.train.model_copy(update={"steps": 12})})
+        config.model_copy(
+            update={"train": config.train.model_copy(update={"steps": 12})}
+        )
     )
     records = read_records(result)
     assert records[0]["loss"] == pytest.approx(np.log(2), rel=0.2)
     last = records[-1]
     assert last["eval_accuracy"] == 1
     assert last["eval_loss"] < 0.3
-    rows = [json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()
+    ]
     texts = [
         {"prompt": row["prompt"], "completion": row[s]}
         for row in rows
@@ -81,7 +101,9 @@ def test_a_reward_model_learns_from_a_language_model_and_scores_texts(home):
     margins = np.delete(scores[:, 0] - scores[:, 1], split)
     assert last["eval_margin"] == pytest.approx(margins.mean(), rel=1e-3)
     # It starts from the other run's parameters, all but the new head.
-    base = train(make_config(home, "base", {"kind": "clm"}, train={"steps": 2})).state.params
+    base = train(
+        make_config(home, "base", {"kind": "clm"}, train={"steps": 2})
+    ).state.params
     first = train(
         make_config(
             home,
@@ -101,10 +123,16 @@ def test_a_reward_model_learns_from_a_language_model_and_scores_texts(home):
         score_texts(home / "base", texts)
 
 
-@pytest.mark.parametrize(("kind", "adapter"), [("dpo", {"kind": "lora"}), ("kto", None)])
-def test_a_stored_reference_gives_the_losses_of_one_that_is_held(home, kind, adapter, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [("dpo", {"kind": "lora"}), ("kto", None)]
+)
+def test_a_stored_reference_gives_the_losses_of_one_that_is_held(
+    home, kind, adapter, tmp_path
+):
     """With an adapter the one that is held is the base."""
-    held = make_config(home, f"{kind}_held", {"kind": kind, "beta": 0.5}, adapter=adapter)
+    held = make_config(
+        home, f"{kind}_held", {"kind": kind, "beta": 0.5}, adapter=adapter
+    )
     precompute_reference_log_probs(held, tmp_path)
     stored = {"kind": kind, "beta": 0.5, "reference_log_probs": str(tmp_path)}
     found = train(make_config(home, f"{kind}_stored", stored, adapter=adapter))
@@ -113,14 +141,18 @@ def test_a_stored_reference_gives_the_losses_of_one_that_is_held(home, kind, ada
     for here, there in zip(want, read_records(found), strict=True):
         for name in ("loss", "eval_loss", "kl", "eval_accuracy", "margin", "grad_norm"):
             if name in here:
-                assert there[name] == pytest.approx(here[name], rel=1e-5, abs=1e-6), name
+                assert there[name] == pytest.approx(here[name], rel=1e-5, abs=1e-6), (
+                    name
+                )
     sizes = dict(found.setup.mesh.shape)
     both, alone = (plan_run(c, sizes=sizes).memory for c in (held, found.setup.config))
     assert both.frozen == (0 if adapter else both.parameters)
     assert alone.frozen == 0
 
     np.save(tmp_path / "files.npy", np.zeros((3, 2), np.float32))
-    with pytest.raises(MaxlmError, match=r"an array \[3, 2\], where the files .* need \[48, 2\]"):
+    with pytest.raises(
+        MaxlmError, match=r"an array \[3, 2\], where the files .* need \[48, 2\]"
+    ):
         train(make_config(home, f"{kind}_other", stored))
 
 
@@ -128,5 +160,7 @@ def test_a_reference_with_another_tokenizer_is_refused(home, tmp_path):
     parts = {"tokenizer": {"vocab_size": 290}, "train": {"steps": 1}}
     other = train(make_config(home, "other_words", {"kind": "clm"}, **parts))
     task = {"kind": "dpo", "reference": str(other.folder)}
-    with pytest.raises(MaxlmError, match="'reference' was trained with another tokenizer"):
+    with pytest.raises(
+        MaxlmError, match="'reference' was trained with another tokenizer"
+    ):
         train(make_config(home, "mixed", task))

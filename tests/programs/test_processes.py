@@ -1,4 +1,5 @@
-"""Runs of `maxlm train` on several processes that are stopped, killed and moved to other meshes."""
+"""Runs of `maxlm train` on several processes that are stopped, killed and moved to
+other meshes."""
 
 import hashlib
 import json
@@ -49,12 +50,18 @@ def as_if_saved_elsewhere(path: Path) -> None:
         arrays = {key: file.get_tensor(key) for key in keys}
     metadata = json.loads(header["metadata"])
     del metadata["sha256"], metadata["versions"]  # as an older version would
-    metadata["fingerprints"] = {name: int(x) + 1 for name, x in metadata["fingerprints"].items()}
+    metadata["fingerprints"] = {
+        name: int(x) + 1 for name, x in metadata["fingerprints"].items()
+    }
     save_file(arrays, path, header | {"metadata": json.dumps(metadata)})
 
 
 def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_path):
-    own = ["checkpoint.every_steps=6", "checkpoint.local_every_steps=4", "faults.peer_seconds=10"]
+    own = [
+        "checkpoint.every_steps=6",
+        "checkpoint.local_every_steps=4",
+        "faults.peer_seconds=10",
+    ]
     own += [f"checkpoint.local_folder={tmp_path}/fast"]
     run = jobs.folder / "pair"
     home = run / "checkpoints"
@@ -78,8 +85,13 @@ def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_
         return [line for line in said if "skipped" in line or "resuming" in line]
 
     (code, _, err), _ = told(1, signal.SIGKILL, 4)
-    words = f"error: process 1 ({HERE}) is gone; the state is that of the last checkpoint"
-    assert (code, any(words in line for line in err)) == (76, True)  # JAX may write beside it
+    words = (
+        f"error: process 1 ({HERE}) is gone; the state is that of the last checkpoint"
+    )
+    assert (code, any(words in line for line in err)) == (
+        76,
+        True,
+    )  # JAX may write beside it
 
     newest = max(steps_in(disks[0]) & steps_in(disks[1]))
     ended = told(1, signal.SIGTERM, 8)
@@ -88,7 +100,8 @@ def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_
     line = f"error: {run}: {words}; run the same command to resume"
     assert [(code, err[-1]) for code, _, err in ended] == [(75, line)] * 2
 
-    # One host is back from elsewhere: it has lost a file, and keeps one of the run's other path.
+    # One host is back from elsewhere: it has lost a file, and keeps one of the run's
+    # other path.
     shutil.rmtree(home / str(max(steps_in(home))))
     folder, lost = max(steps_in(home)), steps_in(disks[0])
     newest = max(lost & steps_in(disks[1]))
@@ -98,7 +111,9 @@ def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_
         else:
             path.unlink()
     said = jobs.trained("pair", *own, processes=2)
-    why = dict.fromkeys(lost, "process 1 has none") | {newest: "its files are not of one save"}
+    why = dict.fromkeys(lost, "process 1 has none") | {
+        newest: "its files are not of one save"
+    }
     assert beginning(said) == [
         *(
             f"local checkpoint {step} is skipped: {why[step]}"
@@ -118,7 +133,10 @@ def test_two_processes_end_together_when_one_hangs(jobs):
     run = jobs.folder / "hung"
     hasty = ["faults.hang_seconds=16", "faults.hang_factor=2"]
     faults = {0: ("hang", 12), 1: ("slow", 0)}
-    ended = [process.ended() for process in jobs.train("hung", *hasty, processes=2, faults=faults)]
+    ended = [
+        process.ended()
+        for process in jobs.train("hung", *hasty, processes=2, faults=faults)
+    ]
     for number, (code, _, err) in enumerate(ended):
         [line] = [line for line in err if f"process {number} hangs" in line]
         assert code == 76
@@ -126,10 +144,13 @@ def test_two_processes_end_together_when_one_hangs(jobs):
         step = path.stem.rpartition("-")[2]
         assert line.startswith(f"error: {run}: process {number} hangs: step {step} (")
         assert line.endswith(
-            f" s; what its threads were doing is in {path}; run the same command to resume from "
+            f" s; what its threads were doing is in {path}; run the same command to "
+            f"resume from "
             "the last checkpoint"
         )
-        assert ("a_place_to_hang" if number == 0 else "_finish_step") in path.read_text()
+        assert (
+            "a_place_to_hang" if number == 0 else "_finish_step"
+        ) in path.read_text()
     assert read_run(run).history.event_counts["hang"] == 1
 
 
@@ -137,8 +158,10 @@ def test_two_processes_end_together_when_one_hangs(jobs):
 def test_hosts_whose_settings_differ_are_told_which_settings(jobs):
     own = {1: ["data.batch_size=4", "train.eval_every=9"]}
     line = (
-        f"error: hosts disagree on data.batch_size: 8 on process 0 ({HERE}); 4 on process 1 "
-        f"({HERE}); and on train.eval_every; start all hosts with the same software, config and "
+        f"error: hosts disagree on data.batch_size: 8 on process 0 ({HERE}); 4 on "
+        f"process 1 "
+        f"({HERE}); and on train.eval_every; start all hosts with the same software, "
+        f"config and "
         "kind of machine"
     )
     ended = [process.ended() for process in jobs.train("differ", processes=2, own=own)]
@@ -147,14 +170,18 @@ def test_hosts_whose_settings_differ_are_told_which_settings(jobs):
 
 @pytest.mark.slow
 def test_a_killed_loader_worker_ends_all_hosts_with_one_line_each(jobs):
-    processes = jobs.train("worker", "data.workers=1", "train.steps=150", processes=2, faults=SLOW)
+    processes = jobs.train(
+        "worker", "data.workers=1", "train.steps=150", processes=2, faults=SLOW
+    )
     processes[1].until(lambda: jobs.step("worker") > 1)
     workers = [worker_pids(process.id) for process in processes]
     assert [len(pids) for pids in workers] == [1, 1]
     os.kill(workers[1].pop(), signal.SIGKILL)
     line = (
-        "data.workers: a loader worker was killed by signal 9 (Killed), probably out of memory; "
-        "run the same command to go on from the last checkpoint, with fewer data.workers or more "
+        "data.workers: a loader worker was killed by signal 9 (Killed), probably out "
+        "of memory; "
+        "run the same command to go on from the last checkpoint, with fewer "
+        "data.workers or more "
         "memory if it happens again"
     )
     said = [f"error: process 1 ({HERE}): {line}", f"error: {line}"]
@@ -178,7 +205,11 @@ def test_a_run_that_moves_from_machine_to_machine_is_the_run_that_stayed(jobs):
     before = 0
     for processes, devices, mesh, until, parts in machines:
         said = jobs.trained(
-            "moved", f"mesh={mesh}", f"train.steps={until}", processes=processes, devices=devices
+            "moved",
+            f"mesh={mesh}",
+            f"train.steps={until}",
+            processes=processes,
+            devices=devices,
         )
         resumed = f"resuming from step {before} in {home / 'checkpoints'}"
         assert (resumed in said) == (before > 0)
@@ -186,21 +217,31 @@ def test_a_run_that_moves_from_machine_to_machine_is_the_run_that_stayed(jobs):
         assert plan["micro_batches"] == parts
         before = until
     want, got = (
-        [r for r in read_metrics(jobs.folder / name) if "loss" in r] for name in ("one", "moved")
+        [r for r in read_metrics(jobs.folder / name) if "loss" in r]
+        for name in ("one", "moved")
     )
-    assert [r["step"] for r in got] == [r["step"] for r in want] == list(range(1, STEPS + 1))
+    assert (
+        [r["step"] for r in got]
+        == [r["step"] for r in want]
+        == list(range(1, STEPS + 1))
+    )
     assert [r["tokens"] for r in got] == [r["tokens"] for r in want]
-    assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in want], rel=1e-5)
+    assert [r["loss"] for r in got] == pytest.approx(
+        [r["loss"] for r in want], rel=1e-5
+    )
     assert want[-1]["loss"] < want[0]["loss"] - 0.5
     starts = read_events(home, "start", "resume")
     assert [(e["processes"], e["devices"]) for e in starts] == [(2, 4), (1, 1), (2, 2)]
 
 
 def test_a_machine_that_the_batch_does_not_divide_over(tmp_path):
-    run = RunConfig.model_validate(tiny.settings(tmp_path, "", train={"max_device_rows": 2}))
+    run = RunConfig.model_validate(
+        tiny.settings(tmp_path, "", train={"max_device_rows": 2})
+    )
     with pytest.raises(MaxlmError) as error:
         set_up_run(run, jax.devices()[:3])
     assert str(error.value) == (
-        "train.max_device_rows: a batch of 8 sequences does not divide over 3 devices into parts "
+        "train.max_device_rows: a batch of 8 sequences does not divide over 3 devices "
+        "into parts "
         "of 2 or less; use a mesh whose batch axes and stages divide the batch"
     )

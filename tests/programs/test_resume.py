@@ -1,5 +1,5 @@
-"""What a run may go on from: checkpoints of older versions, and stores that still hold what they
-held."""
+"""What a run may go on from: checkpoints of older versions, and stores that still hold
+what they held."""
 
 import json
 import shutil
@@ -17,7 +17,10 @@ from tests.programs.tiny import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-NEW = ("temperature", "phases", "verify"), ("max_epochs", "store_segments", "keep", "cut")
+NEW = (
+    ("temperature", "phases", "verify"),
+    ("max_epochs", "store_segments", "keep", "cut"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,8 @@ def path(tmp_path, text, compiled_once):
 
 
 def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path, path):
-    """One that knows nothing of settings that came after it, of stores, nor of its checksum."""
+    """One that knows nothing of settings that came after it, of stores, nor of its
+    checksum."""
     file = tmp_path / "tiny/checkpoints/3/metadata/metadata"
     metadata = json.loads(file.read_text())
     data, tokenizer = metadata["config"]["data"], metadata["config"]["tokenizer"]
@@ -60,7 +64,9 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path, path):
 
 def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, path, monkeypatch):
     run, other = tmp_path / "tiny", tmp_path / "other"
-    home, records, events = (run / n for n in ("checkpoints", "metrics.jsonl", "events.jsonl"))
+    home, records, events = (
+        run / n for n in ("checkpoints", "metrics.jsonl", "events.jsonl")
+    )
     before = records.read_bytes()
 
     def refused(words, *settings):
@@ -70,7 +76,8 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, path, monkeypatch
 
     home.rename(tmp_path / "aside")
     gone = (
-        f"{home}: no checkpoint is left, but one of step %d was saved; put it back; to start "
+        f"{home}: no checkpoint is left, but one of step %d was saved; put it back; to "
+        f"start "
         f"afresh, move {run} away, or set another name=..."
     )
     refused(gone % 3)
@@ -84,8 +91,10 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, path, monkeypatch
         with pytest.raises(ZeroDivisionError):
             train(path, "name=other", "train.steps=4", resume=run)
     refused(
-        f"{other}/checkpoints: no checkpoint is here, and the run resumes from {run}; give "
-        f"--resume {run} again; to start afresh, move {other} away, or set another name=...",
+        f"{other}/checkpoints: no checkpoint is here, and the run resumes from {run}; "
+        f"give "
+        f"--resume {run} again; to start afresh, move {other} away, or set another "
+        f"name=...",
         "name=other",
     )
 
@@ -102,14 +111,18 @@ def test_a_store_is_read_as_it_was_when_it_grows_and_another_is_refused(tmp_path
     train(path)
     shutil.rmtree(store)
     shutil.copytree(tmp_path / "new", store)
-    with pytest.raises(MaxlmError, match="the store of source 'text' is not what it was"):
+    with pytest.raises(
+        MaxlmError, match="the store of source 'text' is not what it was"
+    ):
         train(path, "train.steps=2")
     shutil.rmtree(store)
     shutil.copytree(tmp_path / "old", store)
     append_store(texts["new"], store, workers=1)
     with pytest.raises(MaxlmError) as error:
         train(path, "train.steps=2")
-    assert "the store of source 'text' is not what it was (40 documents, " in str(error.value)
+    assert "the store of source 'text' is not what it was (40 documents, " in str(
+        error.value
+    )
     assert str(error.value).endswith(
         "; set store_segments: 1 for it, or train in another run folder"
     )
@@ -121,16 +134,23 @@ def test_a_store_is_read_as_it_was_when_it_grows_and_another_is_refused(tmp_path
 
 
 def build_alike(folder):
-    """Two stores of other texts of the same lengths; returns a run's config that reads the old."""
+    """Two stores of other texts of the same lengths; returns a run's config that reads
+    the old."""
     for name, letter in (("old", "a"), ("new", "b")):
         (folder / f"{name}.jsonl").write_text(f'{{"text": "{letter * 40}"}}\n' * 40)
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), [b"a"])
     tokenizer.save(folder / "tokenizer")
-    texts = {n: SourceConfig(documents=(str(folder / f"{n}.jsonl"),)) for n in ("old", "new")}
+    texts = {
+        n: SourceConfig(documents=(str(folder / f"{n}.jsonl"),)) for n in ("old", "new")
+    }
     for name, source in texts.items():
         build_store(source, folder / "tokenizer", folder / name, workers=1)
     store = shutil.copytree(folder / "old", folder / "store")
-    data = {"sources": [{"name": "text", "store": str(store)}], "seq_len": 32, "batch_size": 8}
+    data = {
+        "sources": [{"name": "text", "store": str(store)}],
+        "seq_len": 32,
+        "batch_size": 8,
+    }
     path = tiny.write_config(
         folder,
         "unused",
@@ -155,30 +175,51 @@ def test_a_run_told_to_verify_refuses_another_stores_tokens(tmp_path):
     del manifest["segments"][0]["checksums_sha256"], manifest["sha256"]
     (store / "manifest.json").write_text(json.dumps(manifest))
     _, said = train(path, "data.verify=true")
-    assert len([line for line in said if "segment 0 without checksums of files" in line]) == 1
+    assert (
+        len([line for line in said if "segment 0 without checksums of files" in line])
+        == 1
+    )
 
 
 def test_what_mix_prepared_is_for_its_config_alone(tmp_path, capfd):
     """Weights and phases may be tried, and then trained; other text is refused."""
-    texts = [tiny.write_text(tmp_path / name, seed=i) for i, name in enumerate(("old", "new"))]
+    texts = [
+        tiny.write_text(tmp_path / name, seed=i)
+        for i, name in enumerate(("old", "new"))
+    ]
     path = tiny.write_config(tmp_path, texts[0])
     assert main(["corpus", "mix", path, "--json"]) == 0
     (usage,) = json.loads(capfd.readouterr().out)
     store = TokenStore.open(tmp_path / "tiny" / "data" / "text" / "train")
     assert (usage["source"], usage["sequences"], usage["share"]) == ("text", 20 * 8, 1)
     epochs = usage["sequences"] / -(-store.num_tokens // 32)
-    assert (usage["epochs"], usage["tokens"]) == (epochs, round(epochs * store.num_tokens))
+    assert (usage["epochs"], usage["tokens"]) == (
+        epochs,
+        round(epochs * store.num_tokens),
+    )
     phases = "data.phases=[{from_step: 5, ramp_steps: 5, weights: {text: 2}}]"
     tried = ["corpus", "mix", path, "data.sources.0.max_epochs=500", phases]
     assert main(tried) == 0
     table = capfd.readouterr().out
-    assert [steps in table for steps in ("0 to 4", "5 to 9", "10 to 19", "all steps")] == [True] * 4
+    assert [
+        steps in table for steps in ("0 to 4", "5 to 9", "10 to 19", "all steps")
+    ] == [True] * 4
     other = f"data.sources.0.documents=[{texts[1]}]"
     assert main(["corpus", "mix", path, other]) == 2
-    assert "the text here was prepared with another config: data.sources" in capfd.readouterr().err
-    with pytest.raises(MaxlmError, match=r"prepared with another config: data\.sources"):
+    assert (
+        "the text here was prepared with another config: data.sources"
+        in capfd.readouterr().err
+    )
+    with pytest.raises(
+        MaxlmError, match=r"prepared with another config: data\.sources"
+    ):
         train(path, other)
-    train(path, "data.sources.0.weight=2", "data.sources.0.max_epochs=500", "train.steps=1")
+    train(
+        path,
+        "data.sources.0.weight=2",
+        "data.sources.0.max_epochs=500",
+        "train.steps=1",
+    )
 
 
 def test_a_run_leaves_nothing_of_text_that_it_refuses(tmp_path):

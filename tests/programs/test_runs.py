@@ -1,4 +1,5 @@
-"""What a run's folder tells of it: beside the plan, the config and the records it was made of."""
+"""What a run's folder tells of it: beside the plan, the config and the records it was
+made of."""
 
 import json
 import struct
@@ -38,11 +39,13 @@ EVENTS = [
 
 
 def write_run(folder, events=EVENTS):
-    """Steps of 1, 2, ..., 100 seconds, in an order of chance; the first of each attempt of 1000."""
+    """Steps of 1, 2, ..., 100 seconds, in an order of chance; the first of each attempt
+    of 1000."""
     seconds = np.random.default_rng(0).permutation(np.arange(1.0, 101)).tolist()
     steps = [step for step in range(1, 103) if step not in (1, 52)]
     records = [
-        {"step": s, "loss": 5 / s, "seconds": t} for s, t in zip(steps, seconds, strict=True)
+        {"step": s, "loss": 5 / s, "seconds": t}
+        for s, t in zip(steps, seconds, strict=True)
     ]
     records += [{"step": step, "loss": 9.0, "seconds": 1000.0} for step in (1, 52)]
     records.sort(key=lambda record: record["step"])
@@ -68,7 +71,10 @@ def test_a_run_beside_its_plan_and_config(tmp_path):
     # Of 1, 2, ..., 100 with linear interpolation; no first step is among them.
     assert run.step_seconds == pytest.approx({50: 50.5, 90: 90.1, 99: 99.01, 100: 100})
     assert plan.goodput is not None
-    assert run.planned == {"step_seconds": plan.step_seconds, "goodput": plan.goodput.configured}
+    assert run.planned == {
+        "step_seconds": plan.step_seconds,
+        "goodput": plan.goodput.configured,
+    }
     # 59 steps in 100 s, nine of which the second attempt takes again.
     told = run.to_json()
     assert told["seconds"]["lost"] == pytest.approx(100 * 9 / 59)
@@ -89,7 +95,11 @@ def test_a_folder_may_hold_next_to_nothing(tmp_path):
 
 
 def test_events_of_an_older_version_are_time_of_no_known_use(tmp_path):
-    events = [event("start", 0, 0, devices=8), event("checkpoint", 5, 10), event("stop", 5, 11)]
+    events = [
+        event("start", 0, 0, devices=8),
+        event("checkpoint", 5, 10),
+        event("stop", 5, 11),
+    ]
     write_lines(tmp_path / "old" / "events.jsonl", events)
     seconds = read_run(tmp_path / "old").history.seconds_by_activity
     assert {part: value for part, value in seconds.items() if value} == {"other": 11}
@@ -126,14 +136,21 @@ def test_an_image_shows_all_of_the_time_and_every_attempt(tmp_path, monkeypatch)
     assert sum(areas.values()) == pytest.approx(np.ones(NUM_COLUMNS))
     seconds = {part: x for part, x in history.seconds_by_activity.items() if x}
     column_seconds = 330 / NUM_COLUMNS
-    assert {part: heights.sum() * column_seconds for part, heights in areas.items()} == (
-        pytest.approx(seconds)
-    )
+    assert {
+        part: heights.sum() * column_seconds for part, heights in areas.items()
+    } == (pytest.approx(seconds))
     # The run was down from 150 to 200 s.
     is_down = areas["down"] > 0.5
-    assert np.flatnonzero(is_down)[[0, -1]] * column_seconds == pytest.approx([150, 200], abs=2)
+    assert np.flatnonzero(is_down)[[0, -1]] * column_seconds == pytest.approx(
+        [150, 200], abs=2
+    )
     # Both attempts, each with a mark at its end; in minutes.
-    assert [(y[0], y[-1]) for _, y in lines] == [(0, 60), (60, 60), (51, 102), (102, 102)]
+    assert [(y[0], y[-1]) for _, y in lines] == [
+        (0, 60),
+        (60, 60),
+        (51, 102),
+        (102, 102),
+    ]
     assert lines[0][0][-1] == lines[1][0][0] == pytest.approx(150 / 60)
     with pytest.raises(MaxlmError, match="no time to draw"):
         draw_history(summarize_run_events([], 0.0), image, title="new")

@@ -1,5 +1,6 @@
-"""Promise: a server's context is by default the model's own as far as the cache's pages go, at no
-more memory; and it says where it is not, and that a CPU's kernels are missing."""
+"""Promise: a server's context is by default the model's own as far as the cache's pages
+go, at no more memory; and it says where it is not, and that a CPU's kernels are
+missing."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,9 @@ def choose(max_seq_len: int, *settings: str) -> tuple[EngineConfig, EngineConfig
         (8192, ["max_length=2048"], 2048),
     ],
 )
-def test_the_context_is_the_models_at_no_more_memory(max_seq_len, settings, expected, capsys):
+def test_the_context_is_the_models_at_no_more_memory(
+    max_seq_len, settings, expected, capsys
+):
     before, after = choose(max_seq_len, *settings)
     assert after.max_length == expected
     # Pages, also those of layers with a window, are the cache's memory.
@@ -48,9 +51,13 @@ def test_the_context_is_the_models_at_no_more_memory(max_seq_len, settings, expe
         assert "set max_length and num_pages for more" in line
 
 
-def test_missing_kernels_are_said_in_one_line(one_device_mesh, monkeypatch, tmp_path, capsys):
+def test_missing_kernels_are_said_in_one_line(
+    one_device_mesh, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing compiled before
-    monkeypatch.setattr("maxlm.parallel.cpu_kernels.load_kernels", cpu.load_kernels.__wrapped__)
+    monkeypatch.setattr(
+        "maxlm.parallel.cpu_kernels.load_kernels", cpu.load_kernels.__wrapped__
+    )
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     warn_of_missing_kernels(one_device_mesh)
     line = capsys.readouterr().err

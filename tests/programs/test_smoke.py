@@ -32,12 +32,18 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-    # Programs hold memory maps, of which Linux gives a process 65,530: those of 80 configs.
+    # Programs hold memory maps, of which Linux gives a process 65,530: those of 80
+    # configs.
     jax.clear_caches()
 
 
 # Settings that reach what is shrunk.
-MORE = ("optimizer.kind=muon", "train.ema_decay=0.9", "train.micro_batches=2", "data.batch_size=8")
+MORE = (
+    "optimizer.kind=muon",
+    "train.ema_decay=0.9",
+    "train.micro_batches=2",
+    "data.batch_size=8",
+)
 
 
 def read(name: str, *settings: str) -> RunConfig:
@@ -49,7 +55,9 @@ FEW = ["deepseek_v2_lite", "t5_v1_1_xxl"]
 # Methods take their model from the one that they tune.
 COMPLETE = [name for name in list_shipped_configs() if not name.startswith("methods/")]
 SHIPPED = [
-    pytest.param(name, marks=[] if name.removeprefix("models/") in FEW else pytest.mark.slow)
+    pytest.param(
+        name, marks=[] if name.removeprefix("models/") in FEW else pytest.mark.slow
+    )
     for name in COMPLETE
 ]
 
@@ -79,13 +87,18 @@ def test_it_passes_on_all_devices_and_says_so(capsys):
     assert main(["smoke", "smollm2_135m", "compilation_cache=null"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line[:6] for line in lines] == ["pass  "] * len(CHECKS)
-    assert all(line.startswith(f"pass  {name}") for line, name in zip(lines, CHECKS, strict=True))
+    assert all(
+        line.startswith(f"pass  {name}")
+        for line, name in zip(lines, CHECKS, strict=True)
+    )
     assert lines[0].endswith("on 2 device(s)")
     assert last == "smollm2_135m: works"
 
 
 @pytest.mark.usefixtures("two_devices")
-def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(monkeypatch, capsys):
+def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(
+    monkeypatch, capsys
+):
     jit_train_step, restore = RunSetup.jit_train_step, FolderTier.restore
 
     def broken(self):
@@ -100,7 +113,9 @@ def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(m
 
     def lossy(self, step, abstract):
         state = restore(self, step, abstract)
-        return replace(state, params=jax.tree.map(lambda p: p * (1 + 1e-3), state.params))
+        return replace(
+            state, params=jax.tree.map(lambda p: p * (1 + 1e-3), state.params)
+        )
 
     monkeypatch.setattr(RunSetup, "jit_train_step", broken)
     monkeypatch.setattr(FolderTier, "restore", lossy)
@@ -123,7 +138,15 @@ def test_shrinking_keeps_the_structure(name):
     assert small.model.num_layers <= 2
     assert small.model.d_model <= 256
     assert small.data.batch_size % 8 == 0
-    sizes = {"vocab_size", "num_layers", "d_model", "max_seq_len", "attention", "mlp", "moe"}
+    sizes = {
+        "vocab_size",
+        "num_layers",
+        "d_model",
+        "max_seq_len",
+        "attention",
+        "mlp",
+        "moe",
+    }
     sizes |= {"encoder_layers", "logit_scale"}
     kept = set(type(run.model).model_fields) - sizes - {"positions", "pattern"}
     assert small.model.model_dump(include=kept) == run.model.model_dump(include=kept)

@@ -1,5 +1,5 @@
-"""A run that starts from another's parameters: refused at once if they do not fit, and on its own
-once it has begun; and one that is traced."""
+"""A run that starts from another's parameters: refused at once if they do not fit, and
+on its own once it has begun; and one that is traced."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,10 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def train(folder, text, *overrides, resume=None, **top) -> list[str]:
-    top |= {"checkpoint": {"every_steps": 1, "keep_last": 1}, "reporting": {"tensorboard": False}}
+    top |= {
+        "checkpoint": {"every_steps": 1, "keep_last": 1},
+        "reporting": {"tensorboard": False},
+    }
     own = ("data.heldout_fraction=0", *overrides)
     return tiny.train(tiny.write_config(folder, text, **top), *own, resume=resume)[1]
 
@@ -27,7 +30,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def other(text, tmp_path, compiled_once):
-    """A run after one step. It may be deleted; ``later/tiny`` beside the text is how it goes on."""
+    """A run after one step. It may be deleted; ``later/tiny`` beside the text is how it
+    goes on."""
     one, later = (Path(text).with_name(name) for name in ("one", "later"))
     if not later.exists():
         train(one, text, train={"steps": 1})
@@ -38,7 +42,9 @@ def other(text, tmp_path, compiled_once):
 
 def test_another_model_is_refused_before_anything_is_written(tmp_path, text, other):
     start = {"steps": 1, "start_from": str(other)}
-    with pytest.raises(MaxlmError, match=r"checkpoint of another model: params\.layers\.mlp"):
+    with pytest.raises(
+        MaxlmError, match=r"checkpoint of another model: params\.layers\.mlp"
+    ):
         train(tmp_path / "second", text, "model.mlp.d_ff=72", train=start)
     assert [path.name for path in (tmp_path / "second").iterdir()] == ["tiny.yaml"]
 
@@ -47,10 +53,14 @@ def test_what_it_started_from_may_go_once_it_has_begun(tmp_path, text, other):
     start = {"steps": 1, "start_from": str(other)}
     train(tmp_path / "second", text, train=start)
     shutil.rmtree(other)
-    train(tmp_path / "second", text, "checkpoint.keep_last=2", train=start | {"steps": 2})
+    train(
+        tmp_path / "second", text, "checkpoint.keep_last=2", train=start | {"steps": 2}
+    )
     assert load_run(tmp_path / "second/tiny").step == 2
     (tmp_path / "second/tiny/checkpoints/2/metadata/metadata").write_text("")
-    assert load_run(tmp_path / "second/tiny", step=1).step == 1  # whatever became of the newest
+    assert (
+        load_run(tmp_path / "second/tiny", step=1).step == 1
+    )  # whatever became of the newest
 
 
 @pytest.mark.parametrize("how", ["start_from", "resume"])
@@ -93,5 +103,7 @@ def test_traced_steps_that_never_come_and_that_have_been_taken(tmp_path, text):
     _, said = tiny.train(path, none, profile=(2, 5))
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert not [line for line in said if "trace" in line]
-    _, said = tiny.train(path, none, "train.steps=3", profile=(1, 2))  # as one started again does
+    _, said = tiny.train(
+        path, none, "train.steps=3", profile=(1, 2)
+    )  # as one started again does
     assert "no trace is taken: step 2, the last to trace, has been taken" in said

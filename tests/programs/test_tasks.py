@@ -42,7 +42,10 @@ BOTH = BLOCK | {
 }
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mlm": (ENCODER, {"kind": "mlm", "share": 0.3, "whole_words": True}),
-    "span_corruption": (BOTH, {"kind": "span_corruption", "mean_span": 2.0, "sentinels": 40}),
+    "span_corruption": (
+        BOTH,
+        {"kind": "span_corruption", "mean_span": 2.0, "sentinels": 40},
+    ),
 }
 
 
@@ -71,10 +74,12 @@ def prepared(kind: str, **mesh: int) -> RunSetup:
 
 
 def trained(setup: RunSetup) -> tuple[Any, list[float]]:
-    """The state after the last step, and the losses of all. The step is compiled once, takes its
-    state's memory, and hands it back laid out as it was."""
+    """The state after the last step, and the losses of all. The step is compiled once,
+    takes its state's memory, and hands it back laid out as it was."""
     state, step, losses = setup.init_train_state(), setup.jit_train_step(), []
-    with open_training_batches(setup, make_counting_batch_source(setup.config), 0) as batches:
+    with open_training_batches(
+        setup, make_counting_batch_source(setup.config), 0
+    ) as batches:
         for batch in batches:
             before = state
             state, metrics = step(state, batch)
@@ -99,7 +104,9 @@ def test_a_mesh_trains_as_one_device_does(kind):
 def test_gradients_are_slopes_of_the_loss(kind):
     """Along random directions of each parameter, by central differences."""
     setup = prepared(kind)
-    with open_training_batches(setup, make_counting_batch_source(setup.config), 0) as batches:
+    with open_training_batches(
+        setup, make_counting_batch_source(setup.config), 0
+    ) as batches:
         batch = {name: array[0] for name, array in next(batches).items()}
 
     def loss(params, batch):
@@ -114,7 +121,9 @@ def test_gradients_are_slopes_of_the_loss(kind):
         return (path[-1].key == "scale") + 0.2 * random.standard_normal(spec.shape)
 
     params = jax.tree_util.tree_map_with_path(draw, setup.specs)
-    step = bind_mesh(setup.mesh, jax.jit(jax.value_and_grad(loss), compiler_options=QUICK))
+    step = bind_mesh(
+        setup.mesh, jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
+    )
 
     def at(params):
         return step(on_devices(params, setup.shardings.params), batch)
@@ -125,5 +134,9 @@ def test_gradients_are_slopes_of_the_loss(kind):
         slope = np.vdot(direction, gradient)
         assert slope > 0, name
         moved = (size * direction, -size * direction)
-        up, down = (float(at(change(params, name, lambda p, by=by: p + by))[0]) for by in moved)
-        assert (up - down) / (2 * size) == pytest.approx(slope, rel=0.03, abs=2e-4), name
+        up, down = (
+            float(at(change(params, name, lambda p, by=by: p + by))[0]) for by in moved
+        )
+        assert (up - down) / (2 * size) == pytest.approx(slope, rel=0.03, abs=2e-4), (
+            name
+        )

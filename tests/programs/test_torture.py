@@ -1,5 +1,5 @@
-"""A run whose processes are killed at random moments, on one host, on two, and on changing meshes,
-ends like one that never was."""
+"""A run whose processes are killed at random moments, on one host, on two, and on
+changing meshes, ends like one that never was."""
 
 import os
 import re
@@ -18,7 +18,18 @@ KILLS, STEPS = 10, 30
 def test_runs_killed_ten_times_end_like_unbroken_ones(tmp_path):
     folder = tmp_path / "tortured"
     text = tiny.write_text(tmp_path / "text", documents=40)
-    options = ["--kills", KILLS, "--steps", STEPS, "--seed", 1, "--text", text, "--folder", folder]
+    options = [
+        "--kills",
+        KILLS,
+        "--steps",
+        STEPS,
+        "--seed",
+        1,
+        "--text",
+        text,
+        "--folder",
+        folder,
+    ]
     done = subprocess.run(
         [sys.executable, tiny.ROOT / "benchmarks/torture.py", *map(str, options)],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""A recipe on a published model: what it takes from it, how long it runs, what it leaves alone."""
+"""A recipe on a published model: what it takes from it, how long it runs, what it
+leaves alone."""
 
 import json
 
@@ -25,17 +26,34 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
     with (folder / "rows.jsonl").open("w") as file:
         for i in range(29):
-            row = {"prompt": " ".join(WORDS[: 1 + i % 4]), "completion": " " + WORDS[i % 7]}
+            row = {
+                "prompt": " ".join(WORDS[: 1 + i % 4]),
+                "completion": " " + WORDS[i % 7],
+            }
             file.write(json.dumps(row) + "\n")
-    tiny.train(tiny.write_config(folder, tiny.write_text(folder / "text", 4)), "train.steps=1")
+    tiny.train(
+        tiny.write_config(folder, tiny.write_text(folder / "text", 4)), "train.steps=1"
+    )
     convert(folder / "tiny", folder / "published")
     return folder
 
 
 def load(home, folder, *settings):
-    own = f"folder={folder}", "data.seq_len=32", "data.batch_size=8", "compilation_cache=null"
-    own += "task.examples_per_row=1", "task.validation_fraction=0.2", "sharding.max_unsharded=1"
-    own += f"train.start_from={home / 'published'}", f"task.files=[{home / 'rows.jsonl'}]"
+    own = (
+        f"folder={folder}",
+        "data.seq_len=32",
+        "data.batch_size=8",
+        "compilation_cache=null",
+    )
+    own += (
+        "task.examples_per_row=1",
+        "task.validation_fraction=0.2",
+        "sharding.max_unsharded=1",
+    )
+    own += (
+        f"train.start_from={home / 'published'}",
+        f"task.files=[{home / 'rows.jsonl'}]",
+    )
     return load_run_config("sft_lora", [*own, *settings])
 
 
@@ -45,13 +63,17 @@ def test_a_published_model_is_tuned_for_epochs(home, tmp_path):
     rows = 29 - round(29 * 0.2)
     assert config.train.steps == -(-4 * rows // 8)
     assert config.schedule.warmup_steps == config.train.steps // 10
-    base, tuned = (load_run(path) for path in (tmp_path / "sft_lora/base", result.folder))
+    base, tuned = (
+        load_run(path) for path in (tmp_path / "sft_lora/base", result.folder)
+    )
     published = load_run(home / "tiny")
     assert config.model.attention == published.config.model.attention
     theirs, ours = (flatten_names(run.params) for run in (published, tuned))
     for name, value in flatten_names(base.params).items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    changed = [name for name in theirs if (np.asarray(ours[name]) != theirs[name]).any()]
+    changed = [
+        name for name in theirs if (np.asarray(ours[name]) != theirs[name]).any()
+    ]
     assert changed
     assert all("kernel" in name for name in changed)
     check_adapter_alone(home, tmp_path, result.folder, ours)
@@ -60,12 +82,16 @@ def test_a_published_model_is_tuned_for_epochs(home, tmp_path):
 def check_adapter_alone(home, folder, run, wanted):
     """A folder of PEFT's is a model to use, where its base is one here."""
     convert(run, folder / "adapter", adapter=True)
-    with pytest.raises(MaxlmError, match=r"base_model_name_or_path=None, is no Hugging Face"):
+    with pytest.raises(
+        MaxlmError, match=r"base_model_name_or_path=None, is no Hugging Face"
+    ):
         load_model(folder / "adapter")
     path = folder / "adapter" / "adapter_config.json"
     named = {"base_model_name_or_path": str(home / "published")}
     path.write_text(json.dumps(json.loads(path.read_text()) | named))
-    (folder / "adapter" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    (folder / "adapter" / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}!"
+    )
     loaded = load_model(folder / "adapter")
     for name, value in flatten_names(loaded.params).items():
         np.testing.assert_allclose(value, wanted[name], atol=1e-6, err_msg=name)
@@ -74,7 +100,9 @@ def check_adapter_alone(home, folder, run, wanted):
 
 def test_what_cannot_run_is_refused_before_the_model_is_read(home, tmp_path):
     config = load(home, tmp_path / "new", "train.steps=3", "schedule.warmup_steps=5")
-    with pytest.raises(MaxlmError, match="warmup_steps=5 is longer than the run of 3 steps"):
+    with pytest.raises(
+        MaxlmError, match="warmup_steps=5 is longer than the run of 3 steps"
+    ):
         tune_model(config)
     assert not (tmp_path / "new").exists()
 
@@ -100,7 +128,9 @@ def test_the_vocabulary_grows_for_special_tokens_whose_rows_are_trained(home, tm
     ids = [grown.tokenizer.special.ids[literal] for literal in more]
     assert ids == [*range(old, old + len(more))]
     assert grown.tokenizer.encode("".join(more), allow_special=True) == ids
-    assert grown.tokenizer.encode("the <|tool|>") == base.tokenizer.encode("the <|tool|>")
+    assert grown.tokenizer.encode("the <|tool|>") == base.tokenizer.encode(
+        "the <|tool|>"
+    )
     # 304 rows for 300 ids: five more want another 16.
     assert result.setup.config.model.vocab_size == 320
     for name, before in flatten_names(base.params).items():

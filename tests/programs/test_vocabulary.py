@@ -1,4 +1,5 @@
-"""What tasks hear of a tokenizer: ids that no text has, and those with which words begin."""
+"""What tasks hear of a tokenizer: ids that no text has, and those with which words
+begin."""
 
 import json
 
@@ -9,7 +10,8 @@ from maxlm.data.tokenizer import import_tokenizer
 from maxlm.programs.prepare import make_vocabulary
 from tests.data.tokenizer.foreign import write_checkpoint
 
-# Special tokens but for the unknown character's, where ordinary text may have it; openings, ends.
+# Special tokens but for the unknown character's, where ordinary text may have it;
+# openings, ends.
 SPECIAL = {
     "smollm2": ({"<|endoftext|>", "<|im_start|>", "<|im_end|>"}, [], "<|im_end|>"),
     "qwen": ({"<|endoftext|>", "<|im_end|>"}, [], "<|endoftext|>"),
@@ -18,16 +20,23 @@ SPECIAL = {
     "t5": ({"<pad>", "</s>", "<extra_id_0>"}, [], "</s>"),
     "bert": ({"[PAD]", "[CLS]", "[SEP]", "[MASK]"}, ["[CLS]"], "[SEP]"),
 }
-# Pieces as the files have them: bytes as GPT-2's characters (Ġ is a space, Ċ a line's end, Ã© is
-# é), ▁ for a space, ## for what goes on. Those with which a word begins, and those that go on.
+# Pieces as the files have them: bytes as GPT-2's characters (Ġ is a space, Ċ a line's
+# end, Ã© is é), ▁ for a space, ## for what goes on. Those with which a word begins, and
+# those that go on.
 PIECES = {
     "smollm2": (
         ["Ġthe", "ĠStraÃŁe", "ĊĠĠ", "):", "'s", "ãĢĤ", "<tool>", "    "],
         ["the", "Ã©", "The", "grÃ¶ÃŁer", "7", "fox hole"],
     ),
-    "llama2": (["▁été", "▁▁the", "\n\n\nc", "+▁1", "<0x20>"], ["the▁the", "été", "45", "<0x41>"]),
+    "llama2": (
+        ["▁été", "▁▁the", "\n\n\nc", "+▁1", "<0x20>"],
+        ["the▁the", "été", "45", "<0x41>"],
+    ),
     "t5": (["▁", "▁the", "\n", "'", "。", "<unk>"], ["the", "ße", "é", "猫", "5"]),
-    "bert": (["the", "großer", "猫", "。", "12345", "[UNK]"], ["##er", "##ß", "##34", "##て"]),
+    "bert": (
+        ["the", "großer", "猫", "。", "12345", "[UNK]"],
+        ["##er", "##ß", "##34", "##て"],
+    ),
 }
 # Parts of characters, though some of their bytes are written as signs (¼, ¶, ©).
 BROKEN = {
@@ -61,8 +70,13 @@ def test_special_ids_are_those_of_no_text_and_all_past_the_tokenizers(name, read
     assert {piece for piece, i in ids.items() if found.is_special[i]} == special
     assert found.is_special.shape == (last + 8,)
     assert found.is_special[last + 1 :].all()
-    assert found.is_special[sorted(set(range(last)) - set(ids.values()))].all()  # qwen's has holes
-    assert (found.bos_ids, found.eos) == (tuple(ids[piece] for piece in opening), ids[end])
+    assert found.is_special[
+        sorted(set(range(last)) - set(ids.values()))
+    ].all()  # qwen's has holes
+    assert (found.bos_ids, found.eos) == (
+        tuple(ids[piece] for piece in opening),
+        ids[end],
+    )
 
 
 @pytest.mark.parametrize("name", PIECES)
@@ -76,12 +90,15 @@ def test_words_begin_where_no_letter_or_digit_goes_on(name, read):
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen", "roberta", "llama2", "gemma"])
 def test_a_text_falls_into_its_words(name, read):
-    """Of letters that are whole pieces, and of such as come as two, three and four bytes."""
+    """Of letters that are whole pieces, and of such as come as two, three and four
+    bytes."""
     tokenizer, _ = read(name)
     text = "kiwi žluť étude ꙮꙮ x𐐷y"
     ids = np.array(tokenizer.encode(text))
     starts = make_vocabulary(tokenizer, tokenizer.vocab_size).starts_word[ids]
     words = np.split(ids, np.flatnonzero(starts[1:]) + 1)
     assert len(ids) > len(words) + 8
-    found = [tokenizer.decode_bytes(word.tolist(), continued=True).decode() for word in words]
+    found = [
+        tokenizer.decode_bytes(word.tolist(), continued=True).decode() for word in words
+    ]
     assert [word.strip() for word in found] == text.split()

@@ -1,4 +1,5 @@
-"""Runs small enough to be trained many times, on text made here, and what they wrote down."""
+"""Runs small enough to be trained many times, on text made here, and what they wrote
+down."""
 
 import json
 import os
@@ -19,14 +20,17 @@ SAME = ("loss", "grad_norm", "param_norm", "update_norm", "eval_loss", "tokens")
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For a process that runs maxlm: compiles quickly, and what another has compiled not at all."""
+    """For a process that runs maxlm: compiles quickly, and what another has compiled
+    not at all."""
     from tests.models.building import QUICK
 
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join(f"--{name}={int(value)}" for name, value in QUICK.items()),
+        "XLA_FLAGS": " ".join(
+            f"--{name}={int(value)}" for name, value in QUICK.items()
+        ),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -39,7 +43,9 @@ def write_text(folder: Path, documents: int = 12, seed: int = 0) -> str:
     random = np.random.default_rng(seed)
     for number in range(documents):
         chosen = random.choice(TEXT.split(), int(random.integers(100, 400)))
-        (folder / f"{number:02}.txt").write_text(" ".join([f"{number}:", *chosen]) + "\n")
+        (folder / f"{number:02}.txt").write_text(
+            " ".join([f"{number}:", *chosen]) + "\n"
+        )
     return str(folder)
 
 
@@ -83,8 +89,9 @@ def write_config(folder: Path, text: str, **top: Any) -> str:
 
 
 def prepare(folder: Path) -> dict[str, Any]:
-    """Makes a tokenizer and stores for many runs, and returns the ``data`` and ``tokenizer`` of
-    their settings, without evaluation; ``data/text/heldout`` may be their ``heldout_store``."""
+    """Makes a tokenizer and stores for many runs, and returns the ``data`` and
+    ``tokenizer`` of their settings, without evaluation; ``data/text/heldout`` may be
+    their ``heldout_store``."""
     from maxlm.config import load_config
     from maxlm.programs.prepare import prepare_data
     from maxlm.run import RunConfig
@@ -103,11 +110,14 @@ def train(path: str | Path, *overrides: str, **how: Any) -> tuple[Any, list[str]
     from maxlm.run import RunConfig
 
     said: list[str] = []
-    return train_model(load_config(RunConfig, path, overrides).value, say=said.append, **how), said
+    return train_model(
+        load_config(RunConfig, path, overrides).value, say=said.append, **how
+    ), said
 
 
 def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
-    """Let ``change`` have each batch of a run, with its number, before it is trained on."""
+    """Let ``change`` have each batch of a run, with its number, before it is trained
+    on."""
     from maxlm.programs import train
     from maxlm.train.skips import get_batch_index
 
@@ -117,7 +127,9 @@ def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
     def spoiled(setup: Any, source: Any, start: int, skips: Any = (), *stop: Any):
         with original(setup, source, start, skips, *stop) as batches:
             numbered = enumerate(batches, start)
-            yield (change(get_batch_index(step, skips), batch) for step, batch in numbered)
+            yield (
+                change(get_batch_index(step, skips), batch) for step, batch in numbered
+            )
 
     monkeypatch.setattr(train, "open_training_batches", spoiled)
 

@@ -1,8 +1,9 @@
-"""One process of several that meet, as the environment says: ``peers_worker.py ACTION``.
+"""One process of several that meet, as the environment says: ``peers_worker.py
+ACTION``.
 
-ACTION: ``loop`` adds up over all processes until it is stopped; ``late`` does so once and ends, but
-process 0 stays for long; ``fault`` finds a mistake of the user's after a while; ``busy`` is a loop
-in Python, which lets no other thread run for long.
+ACTION: ``loop`` adds up over all processes until it is stopped; ``late`` does so once
+and ends, but process 0 stays for long; ``fault`` finds a mistake of the user's after a
+while; ``busy`` is a loop in Python, which lets no other thread run for long.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""Processes know their place, meet in a bounded time or say why not, and end when one is gone."""
+"""Processes know their place, meet in a bounded time or say why not, and end when one
+is gone."""
 
 import http.server
 import json
@@ -30,7 +31,11 @@ from tests.programs.jobs import HERE, Process
 
 WORKER = Path(__file__).with_name("peers_worker.py")
 
-EXPLICIT = {"MAXLM_COORDINATOR": "a:1", "MAXLM_NUM_PROCESSES": "4", "MAXLM_PROCESS_ID": "3"}
+EXPLICIT = {
+    "MAXLM_COORDINATOR": "a:1",
+    "MAXLM_NUM_PROCESSES": "4",
+    "MAXLM_PROCESS_ID": "3",
+}
 # As srun of SLURM 24.11 sets them for task 1 of the second of two nodes.
 STEP = {
     "SLURM_JOB_ID": "4242",
@@ -48,7 +53,10 @@ SLICES = {
     "MEGASCALE_SLICE_ID": "1",
     "MEGASCALE_COORDINATOR_ADDRESS": "w-0.first:8081",
 }
-VM = {"agent-worker-number": "2", "worker-network-endpoints": "a:b:10.0.0.7,a:b:10.0.0.8,a:b:c"}
+VM = {
+    "agent-worker-number": "2",
+    "worker-network-endpoints": "a:b:10.0.0.7,a:b:10.0.0.8,a:b:c",
+}
 
 
 def found(environ: dict[str, str], metadata: Mapping[str, str] = {}) -> Cluster | None:
@@ -62,23 +70,31 @@ def test_the_most_explicit_place_wins():
     assert found(everything) == Cluster("settings", "a:1", 4, 3)
     options = make_cluster_variables("b:2", None, 0)
     assert found(everything | options) == Cluster("settings", "b:2", 4, 0)
-    assert found(STEP | POD) == Cluster("SLURM", f"gpu007:{61440 + 4242 % 4096}", 4, 3, (1,))
+    assert found(STEP | POD) == Cluster(
+        "SLURM", f"gpu007:{61440 + 4242 % 4096}", 4, 3, (1,)
+    )
     # A network of its own for the coordinator.
     named = found(STEP | {"MAXLM_COORDINATOR": "gpu007-ib:900"})
     assert named == Cluster("SLURM", "gpu007-ib:900", 4, 3, (1,))
     assert found(POD) == Cluster("TPU pod", "w-0.job:8482", 2, 1)
     assert found(POD | SLICES) == Cluster("TPU pod", "w-0.first:8482", 4, 3)
     assert found({}, VM) == Cluster("TPU VM", "10.0.0.7:8482", 3, 2)
-    text = "ACCELERATOR_TYPE: 'v5p-8'\n" + "\n".join(f"{k}: '{v}'" for k, v in SLICES.items())
+    text = "ACCELERATOR_TYPE: 'v5p-8'\n" + "\n".join(
+        f"{k}: '{v}'" for k, v in SLICES.items()
+    )
     sliced = found({}, VM | {"tpu-env": text})
     assert sliced == Cluster("TPU VM", "w-0.first:8482", 6, 5)
 
 
 def test_a_process_alone_joins_nothing():
     assert found(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) is None
-    batch_script = {k: v for k, v in STEP.items() if "STEP" not in k} | {"SLURM_NTASKS": "4"}
+    batch_script = {k: v for k, v in STEP.items() if "STEP" not in k} | {
+        "SLURM_NTASKS": "4"
+    }
     assert found(batch_script) is None
-    assert found(EXPLICIT | {"MAXLM_NUM_PROCESSES": "1", "MAXLM_PROCESS_ID": "0"}) is None
+    assert (
+        found(EXPLICIT | {"MAXLM_NUM_PROCESSES": "1", "MAXLM_PROCESS_ID": "0"}) is None
+    )
     assert found({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}) is None
     assert found({"TPU_SKIP_MDS_QUERY": "1"}, VM) is None
 
@@ -115,16 +131,22 @@ def test_gpus_of_a_task(more, devices):
     [
         (
             {"MAXLM_NUM_PROCESSES": "3"} | STEP,
-            "--num-processes (MAXLM_NUM_PROCESSES) is 3, but --coordinator (MAXLM_COORDINATOR) and "
-            "--process-id (MAXLM_PROCESS_ID) not set; SLURM's step has 4 tasks; set all three, or "
+            "--num-processes (MAXLM_NUM_PROCESSES) is 3, but --coordinator "
+            "(MAXLM_COORDINATOR) and "
+            "--process-id (MAXLM_PROCESS_ID) not set; SLURM's step has 4 tasks; set "
+            "all three, or "
             "none (SLURM's are used then)",
         ),
         (
             EXPLICIT | {"MAXLM_COORDINATOR": "node1"},
-            "settings: the coordinator 'node1' is no host with a port; write it as host:port, such "
+            "settings: the coordinator 'node1' is no host with a port; write it as "
+            "host:port, such "
             "as node1:8476",
         ),
-        (EXPLICIT | {"MAXLM_PROCESS_ID": "x"}, "MAXLM_PROCESS_ID: 'x' is no whole number"),
+        (
+            EXPLICIT | {"MAXLM_PROCESS_ID": "x"},
+            "MAXLM_PROCESS_ID: 'x' is no whole number",
+        ),
     ],
 )
 def test_settings_that_are_no_place(environ, message):
@@ -134,7 +156,8 @@ def test_settings_that_are_no_place(environ, message):
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """Google's server, which says ``code`` and the last part of what it is asked for."""
+    """Google's server, which says ``code`` and the last part of what it is asked
+    for."""
 
     code = 200
 
@@ -157,14 +180,17 @@ def test_the_metadata_server_is_asked_where_there_are_tpus(tmp_path, monkeypatch
         Metadata.code = code
         (tmp_path / "device" / "vendor").write_text(f"{vendor}\n")
         (tmp_path / "device" / "class").write_text(f"{kind}\n")
-        return cluster._read_attribute("name", tmp_path, f"http://127.0.0.1:{server.server_port}")
+        return cluster._read_attribute(
+            "name", tmp_path, f"http://127.0.0.1:{server.server_port}"
+        )
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         assert ask(200) == "name"
         assert ask(404) is None
         with pytest.raises(
-            ProcessLost, match=r"/name: this machine's metadata cannot be read \(HTTP Err"
+            ProcessLost,
+            match=r"/name: this machine's metadata cannot be read \(HTTP Err",
         ):
             ask(503)
         assert ask(503, vendor="0x10de") is None
@@ -174,8 +200,11 @@ def test_the_metadata_server_is_asked_where_there_are_tpus(tmp_path, monkeypatch
         server.shutdown()
 
 
-def meet(port: int, *processes: tuple[int, int], wait: float = 60, facts: Any = None) -> list[Any]:
-    """What processes, given by (id, number of all), end with: hosts' names, or the error."""
+def meet(
+    port: int, *processes: tuple[int, int], wait: float = 60, facts: Any = None
+) -> list[Any]:
+    """What processes, given by (id, number of all), end with: hosts' names, or the
+    error."""
 
     def join(process: int, count: int) -> Any:
         place, own = (
@@ -197,7 +226,10 @@ def stranger(port: int) -> Iterator[None]:
     with socket.create_server(("127.0.0.1", port)) as server:
 
         def answer() -> None:
-            for words in (b"HTTP/1.1 400 Bad Request\r\n\r\n", *[b'{"status": "ok"}\n'] * 999):
+            for words in (
+                b"HTTP/1.1 400 Bad Request\r\n\r\n",
+                *[b'{"status": "ok"}\n'] * 999,
+            ):
                 try:
                     connection = server.accept()[0]
                 except OSError:
@@ -246,8 +278,10 @@ def test_missing_processes():
         met = pool.submit(meet, port, (0, 5), (2, 5), wait=2)
         call(port, greeting(1, 5))
         message = (
-            f"waited 2 s at 127.0.0.1:{port}: 2 of 5 processes came: 0 ({HERE}), 2 ({HERE}); "
-            "missing: 1, 3, 4; see the logs of the missing, and whether they can reach that address"
+            f"waited 2 s at 127.0.0.1:{port}: 2 of 5 processes came: 0 ({HERE}), 2 "
+            f"({HERE}); "
+            "missing: 1, 3, 4; see the logs of the missing, and whether they can reach "
+            "that address"
         )
         assert met.result() == [(ProcessLost, message)] * 2
 
@@ -257,12 +291,14 @@ def test_missing_processes():
     [
         (
             [(0, 3), (1, 3), (1, 3)],
-            f"two processes say that they are process 1: on {HERE} and {HERE}; give each a process "
+            f"two processes say that they are process 1: on {HERE} and {HERE}; give "
+            f"each a process "
             "id of its own",
         ),
         (
             [(0, 2), (1, 3)],
-            f"processes disagree on how many they are: process 1 on {HERE} says 3, process 0 on "
+            f"processes disagree on how many they are: process 1 on {HERE} says 3, "
+            f"process 0 on "
             f"{HERE} says 2; give all of them the same number",
         ),
     ],
@@ -275,11 +311,16 @@ def test_processes_of_different_settings():
     same = {"a": 1, "jaxlib": "0.9"}
     facts = {0: same, 1: same | {"jaxlib": "0.8", "b": [2]}, 2: same}
     message = (
-        f"hosts disagree on jaxlib: 0.9 on process 0 ({HERE}) and process 2 ({HERE}); 0.8 on "
-        f"process 1 ({HERE}); and on b; start all hosts with the same software, config and kind of "
+        f"hosts disagree on jaxlib: 0.9 on process 0 ({HERE}) and process 2 ({HERE}); "
+        f"0.8 on "
+        f"process 1 ({HERE}); and on b; start all hosts with the same software, config "
+        f"and kind of "
         "machine"
     )
-    assert meet(free_port(), (0, 3), (1, 3), (2, 3), facts=facts) == [(MaxlmError, message)] * 3
+    assert (
+        meet(free_port(), (0, 3), (1, 3), (2, 3), facts=facts)
+        == [(MaxlmError, message)] * 3
+    )
 
 
 def test_process_0_out_of_reach():
@@ -293,21 +334,26 @@ def test_the_port_of_another():
     port = free_port()
     with stranger(port):
         (_, lead), (_, other) = meet(port, (0, 2), (1, 2), wait=1)
-    assert lead.startswith(f"process 0 on {HERE} cannot listen on port {port}: Address already in")
-    assert f"127.0.0.1:{port}: something there does not answer as process 0 would" in other
+    assert lead.startswith(
+        f"process 0 on {HERE} cannot listen on port {port}: Address already in"
+    )
+    assert (
+        f"127.0.0.1:{port}: something there does not answer as process 0 would" in other
+    )
 
 
 @pytest.fixture
 def start(tmp_path) -> Iterator[Callable[..., list[Process]]]:
-    """Start all processes of a cluster, each with what it does, and wait until they have met and
-    added up; none outlives the test."""
+    """Start all processes of a cluster, each with what it does, and wait until they
+    have met and added up; none outlives the test."""
     started: list[Process] = []
 
     def begin(*actions: str) -> list[Process]:
         port, count = free_port(), len(actions)
         for number, action in enumerate(actions):
             environ = tiny.environment(tmp_path) | {
-                "http_proxy": "http://127.0.0.1:9",  # clusters have one; this leads nowhere
+                # clusters have one; this leads nowhere
+                "http_proxy": "http://127.0.0.1:9",
                 "MAXLM_COORDINATOR": f"127.0.0.1:{port}",
                 "MAXLM_NUM_PROCESSES": str(count),
                 "MAXLM_PROCESS_ID": str(number),
@@ -327,7 +373,9 @@ def test_a_killed_process_0_ends_the_others_busy_or_not(start):
     """JAX, which needs no turn in Python, would abort the busy one without a word."""
     processes = start("loop", "loop", "busy")
     processes[0].send(signal.SIGKILL)
-    line = f"error: process 0 ({HERE}) is gone; the state is that of the last checkpoint"
+    line = (
+        f"error: process 0 ({HERE}) is gone; the state is that of the last checkpoint"
+    )
     for number in (1, 2):
         code, said, err = processes[number].ended()
         assert f"process {number} of 3: 6" in said
@@ -344,7 +392,9 @@ def test_process_0_that_still_works_notices_that_one_which_is_done_is_killed(sta
 
 
 def test_a_mistake_found_by_one_process_ends_all_alike(start):
-    (lead, _, heard), (own, said, _) = (process.ended() for process in start("loop", "fault"))
+    (lead, _, heard), (own, said, _) = (
+        process.ended() for process in start("loop", "fault")
+    )
     assert (lead, own) == (2, 2)
     assert heard[-1] == f"error: process 1 ({HERE}): data.folder: no such folder"
     assert said[-1] == "data.folder: no such folder"

@@ -1,4 +1,5 @@
-"""JSON from outside is read in bounded size and depth, or refused in a line naming its place."""
+"""JSON from outside is read in bounded size and depth, or refused in a line naming its
+place."""
 
 import json
 import os
@@ -6,7 +7,12 @@ import os
 import pytest
 
 from maxlm.runtime import json_files
-from maxlm.runtime.json_files import MAX_JSON_DEPTH, parse_json, read_json_file, read_json_object
+from maxlm.runtime.json_files import (
+    MAX_JSON_DEPTH,
+    parse_json,
+    read_json_file,
+    read_json_object,
+)
 from tests.errors import message
 
 FIX = "copy it again"
@@ -33,7 +39,9 @@ def test_depth_is_bounded(opening, closing):
 
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    assert message(read_json_file, path, FIX).startswith(f"{path}: cannot be read (No such file")
+    assert message(read_json_file, path, FIX).startswith(
+        f"{path}: cannot be read (No such file"
+    )
     path.write_text('{"a":\n 1,}')
     assert "(Expecting property name" in (text := message(read_json_file, path, FIX))
     assert "line 2 column 4" in text
@@ -42,7 +50,9 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     path.write_text("[1]")
     assert "not a mapping, but list" in message(read_json_object, path, FIX)
     monkeypatch.setattr(json_files, "MAX_JSON_BYTES", 2)
-    assert "3 bytes of JSON, where at most 2 are read" in message(read_json_file, path, FIX)
+    assert "3 bytes of JSON, where at most 2 are read" in message(
+        read_json_file, path, FIX
+    )
 
 
 def test_a_named_pipe_is_not_waited_for(tmp_path):

@@ -23,10 +23,13 @@ def test_results_errors_and_several_maps():
             720,
             5040,
         ]
-        with pytest.raises(ValueError, match=r"math domain error|nonnegative") as caught:
+        with pytest.raises(
+            ValueError, match=r"math domain error|nonnegative"
+        ) as caught:
             list(pool.map_unordered(math.sqrt, [1.0, -1.0]))
         assert "in run_pickled" in str(caught.value.__cause__)  # where, in the worker
-        # Answers of the failed map that were still on their way are not taken for these.
+        # Answers of the failed map that were still on their way are not taken for
+        # these.
         assert sorted(pool.map_unordered(abs, [-8, -9, -10])) == [8, 9, 10]
         with pytest.raises(TypeError, match="cannot pickle"):
             list(pool.map_unordered(open, [os.devnull] * 2))
@@ -41,7 +44,9 @@ def test_workers_have_single_threaded_tokenizers_and_other_pids():
         ]  # one job needs none
         env = list(pool.map_unordered(os.getenv, ["TOKENIZERS_PARALLELISM"] * 2))
         pids = set(pool.map_unordered(operator.call, [os.getpid] * 8))
-        assert set(pool.map_unordered(operator.call, [os.getpid])) <= pids  # who is there already
+        assert (
+            set(pool.map_unordered(operator.call, [os.getpid])) <= pids
+        )  # who is there already
         assert list(pool.map_unordered(abs, [])) == []
     assert env == ["false", "false"]
     assert os.getpid() not in pids
@@ -73,7 +78,8 @@ def test_a_dead_worker_is_an_error():
     with pytest.raises(MaxlmError) as caught, WorkerPool(2) as pool:
         list(pool.map_unordered(os._exit, [1, 1]))
     assert str(caught.value) == (
-        "a worker process died, most likely for want of memory; run it again with fewer workers; "
+        "a worker process died, most likely for want of memory; run it again with "
+        "fewer workers; "
         "a script of your own must start under if __name__ == '__main__'"
     )
 
@@ -105,7 +111,11 @@ def test_notices_are_left_to_the_parent():
         os.killpg(parent.pid, number)
         assert parent.stdout.readline() == "told\n"
     out, err = parent.communicate("go on\n", timeout=300)
-    assert (sorted(out.split()), err, parent.returncode) == (["3", "4", "5", "6"], "", 0)
+    assert (sorted(out.split()), err, parent.returncode) == (
+        ["3", "4", "5", "6"],
+        "",
+        0,
+    )
 
 
 def test_workers_end_when_their_parent_is_killed():
@@ -118,7 +128,9 @@ def test_workers_end_when_their_parent_is_killed():
         "        print('ready', flush=True)\n"
         "        list(pool.map_unordered(time.sleep, [100, 100]))\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     assert parent.stdout.readline() == "ready\n"
     workers = psutil.Process(parent.pid).children(recursive=True)

@@ -17,7 +17,8 @@ def test_a_schedulers_signal_ends_what_is_going_on_and_handlers_come_back(number
     with pytest.raises(Preempted) as error, handle_signals("runs/x"):
         signal.raise_signal(number)
     assert str(error.value) == (
-        f"runs/x: preempted ({signal.Signals(number).name}) while no step was under way; "
+        f"runs/x: preempted ({signal.Signals(number).name}) while no step was under "
+        f"way; "
         "run the same command to resume"
     )
     assert isinstance(error.value, MaxlmError)

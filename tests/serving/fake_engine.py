@@ -1,4 +1,5 @@
-"""An engine without a model: it says what a test wants, one token a sequence and step."""
+"""An engine without a model: it says what a test wants, one token a sequence and
+step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,9 +32,9 @@ class _Sequence:
 
 @dataclass
 class FakeEngine:
-    """``reply``: the text that follows a prompt's text. A token's log-probability is minus its
-    place, from 1; the one in its place, ``a``, has 0.5 less; id 0 is in the place of prompts'.
-    Four sequences run at once, and each has one of 100 pages."""
+    """``reply``: the text that follows a prompt's text. A token's log-probability is
+    minus its place, from 1; the one in its place, ``a``, has 0.5 less; id 0 is in the
+    place of prompts'. Four sequences run at once, and each has one of 100 pages."""
 
     tokenizer: Tokenizer
     reply: Callable[[str, GenerationRequest], str]
@@ -50,7 +51,10 @@ class FakeEngine:
         return bool(self.sequences)
 
     def stats(self) -> FakeStats:
-        running, prompts = self.sequences[:4], [len(each.prompt_tokens) for each in self.requests]
+        running, prompts = (
+            self.sequences[:4],
+            [len(each.prompt_tokens) for each in self.requests],
+        )
         waiting = len(self.sequences) - len(running)
         return FakeStats(
             len(running), waiting, 100 - len(running), sum(prompts), self.num_generated
@@ -62,8 +66,13 @@ class FakeEngine:
     def add_request(self, request: GenerationRequest) -> None:
         if request.grammar is not None and '"nonsense"' in request.grammar.text:
             raise MaxlmError("the schema cannot be compiled", fix="change it")
-        assert len(request.prompt_tokens) + request.sampling.max_new_tokens <= self.max_length
-        assert request.request_id not in {each.request.request_id for each in self.sequences}
+        assert (
+            len(request.prompt_tokens) + request.sampling.max_new_tokens
+            <= self.max_length
+        )
+        assert request.request_id not in {
+            each.request.request_id for each in self.sequences
+        }
         self.requests.append(request)
         text = self.reply(self.tokenizer.decode(request.prompt_tokens), request)
         tokens = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
@@ -72,13 +81,17 @@ class FakeEngine:
             self.sequences.append(_Sequence(request, index, tokens, stream))
 
     def abort(self, request_id: str) -> None:
-        self.sequences = [s for s in self.sequences if s.request.request_id != request_id]
+        self.sequences = [
+            s for s in self.sequences if s.request.request_id != request_id
+        ]
 
     def step(self) -> list[SequenceOutput]:
         self.before_step()
         running = self.sequences[:4]
         outputs = [self._advance(each) for each in running]
-        going = [s for s, o in zip(running, outputs, strict=True) if not o.finish_reason]
+        going = [
+            s for s, o in zip(running, outputs, strict=True) if not o.finish_reason
+        ]
         self.sequences = going + self.sequences[4:]
         return outputs
 
@@ -87,7 +100,11 @@ class FakeEngine:
         if request.continuations:
             tail = request.continuations[s.index]
             *before, last = (TokenLogprob(each, -0.5, ((each, -0.5),)) for each in tail)
-            ends = {"logprobs": [last], "prompt_logprobs": before, "finish_reason": "length"}
+            ends = {
+                "logprobs": [last],
+                "prompt_logprobs": before,
+                "finish_reason": "length",
+            }
             return SequenceOutput(request.request_id, s.index, [tail[-1]], **ends)
         token = s.tokens[s.num_sent]
         s.num_sent += 1
@@ -105,7 +122,9 @@ class FakeEngine:
             found.logprobs = [TokenLogprob(token, own, top)]
         if request.prompt_logprobs is not None and s.num_sent == 1:
             found.prompt_logprobs = [
-                TokenLogprob(each, -0.5, ((each, -0.5), (0, -0.75))[: request.prompt_logprobs])
+                TokenLogprob(
+                    each, -0.5, ((each, -0.5), (0, -0.75))[: request.prompt_logprobs]
+                )
                 for each in request.prompt_tokens[1:]
             ]
         return found

@@ -46,14 +46,17 @@ def run_in_thread(
     max_length: int = 2048,
     **settings: Any,
 ) -> Iterator[RunningServer]:
-    """``make_engine`` may make a real engine; ``settings`` are those of ``ServerState``."""
+    """``make_engine`` may make a real engine; ``settings`` are those of
+    ``ServerState``."""
 
     def encode(text: str, **how: bool) -> list[int]:
         return [tokenizer.bos_id, *tokenizer.encode(text, **how)]
 
     engine = (make_engine or (lambda own: FakeEngine(own, reply)))(tokenizer)
     loop = EngineLoop(engine, max_open)
-    state = ServerState("fake", tokenizer, max_length, encode, loop, embedder, **settings)
+    state = ServerState(
+        "fake", tokenizer, max_length, encode, loop, embedder, **settings
+    )
     bound = bind_socket("127.0.0.1", 0)
     server = uvicorn.Server(make_server_config(state))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
@@ -62,7 +65,9 @@ def run_in_thread(
         threading.Event().wait(0.01)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     key = settings.get("api_key") or "none"
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300)
+    client = openai.OpenAI(
+        base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300
+    )
     try:
         with httpx.Client(base_url=url, timeout=300) as http, client:
             yield RunningServer(url, engine, loop, http, client)

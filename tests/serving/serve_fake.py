@@ -1,5 +1,5 @@
-"""A server in a process of its own; a token comes for each line of its standard input, and all
-after its end."""
+"""A server in a process of its own; a token comes for each line of its standard input,
+and all after its end."""
 
 import sys
 

@@ -1,5 +1,5 @@
-"""Promise: a server loads adapters while it runs, PEFT's folders and runs, and answers with the one
-that a request names."""
+"""Promise: a server loads adapters while it runs, PEFT's folders and runs, and answers
+with the one that a request names."""
 
 import json
 import shutil
@@ -76,7 +76,9 @@ def server(one_device_mesh, tiny, tokenizer, folders):
     loaded = LoadedRun(Any, one_device_mesh, tiny.model, tiny.params, tokenizer, 0)  # type: ignore
     adapters = {"run": read(folders["run"]).weights}
     engine = make_engine(loaded, SIZES, adapters=adapters, warm_up="never")
-    start = partial(run_in_thread, make_engine=lambda _: engine, api_key="key", read_adapter=read)
+    start = partial(
+        run_in_thread, make_engine=lambda _: engine, api_key="key", read_adapter=read
+    )
     with start(tokenizer, max_length=128) as running:
         running.http.headers["authorization"] = "Bearer key"
         yield running
@@ -92,10 +94,14 @@ def answer_alone(tiny: Any, tokenizer: Any, name: str | None) -> str:
     engine = Engine(own.model, own.params, EngineConfig(max_length=128), tokenizer)
     prompt = (tokenizer.bos_id, *tokenizer.encode("the model"))
     sampling = SamplingConfig(temperature=0, max_new_tokens=12)
-    return "".join(o.text for o in engine.run([GenerationRequest("x", prompt, sampling)]))
+    return "".join(
+        o.text for o in engine.run([GenerationRequest("x", prompt, sampling)])
+    )
 
 
-def test_adapters_are_loaded_listed_named_and_unloaded(server, tiny, tokenizer, folders):
+def test_adapters_are_loaded_listed_named_and_unloaded(
+    server, tiny, tokenizer, folders
+):
     def names() -> list[str]:
         return [model["id"] for model in server.http.get("/v1/models").json()["data"]]
 
@@ -112,7 +118,9 @@ def test_adapters_are_loaded_listed_named_and_unloaded(server, tiny, tokenizer, 
         found = ask(server, model).json()
         assert (found["model"], found["choices"][0]["text"]) == (model, text)
     scores = [
-        server.http.post("/v1/score", json={"model": m, "text_1": "a", "text_2": "b"}).json()
+        server.http.post(
+            "/v1/score", json={"model": m, "text_1": "a", "text_2": "b"}
+        ).json()
         for m in ("fake", "fake:run", "fake:peft")
     ]
     plain, *adapted = (each["data"][0]["score"] for each in scores)
@@ -126,7 +134,9 @@ def test_adapters_are_loaded_listed_named_and_unloaded(server, tiny, tokenizer, 
 
 def test_what_cannot_be_loaded_is_refused(server, tiny, folders, tmp_path):
     def load(path: Path, name: str = "other") -> tuple[int, str]:
-        answer = server.http.post(URLS[0], json={"lora_name": name, "lora_path": str(path)})
+        answer = server.http.post(
+            URLS[0], json={"lora_name": name, "lora_path": str(path)}
+        )
         return answer.status_code, answer.json()["error"]["message"]
 
     status, text = load(tmp_path)
@@ -137,15 +147,24 @@ def test_what_cannot_be_loaded_is_refused(server, tiny, folders, tmp_path):
     assert "loaded already" in text
     assert "adapter.kind=ia3" in load(folders["ia3"])[1]
     other = build(
-        CONFIGS["llama"] | {"d_model": 24}, tiny.params["embedding"]["table"].sharding.mesh
+        CONFIGS["llama"] | {"d_model": 24},
+        tiny.params["embedding"]["table"].sharding.mesh,
     )
     assert (
-        "kernel.lora_b [2, 8, 24]" in load(write_run(tmp_path / "run", other, ADAPTERS["out"]))[1]
+        "kernel.lora_b [2, 8, 24]"
+        in load(write_run(tmp_path / "run", other, ADAPTERS["out"]))[1]
     )
-    assert server.http.post(URLS[0], json={"lora_name": "a b", "lora_path": "x"}).status_code == 400
+    assert (
+        server.http.post(
+            URLS[0], json={"lora_name": "a b", "lora_path": "x"}
+        ).status_code
+        == 400
+    )
     assert server.http.post(URLS[1], json={"lora_name": "nobody"}).status_code == 404
     for url in URLS:
-        answer = server.http.post(url, json={"lora_name": "run"}, headers={"authorization": ""})
+        answer = server.http.post(
+            url, json={"lora_name": "run"}, headers={"authorization": ""}
+        )
         assert answer.status_code == 401
     peft = partial(read_lora_adapter, folders["peft"], base_folder=folders["base"])
     said = message(peft, model=other.model)
@@ -155,23 +174,31 @@ def test_what_cannot_be_loaded_is_refused(server, tiny, folders, tmp_path):
 def test_conversations_are_written_by_the_adapters_own_template(
     server, tokenizer, folders, tmp_path
 ):
-    """PEFT's folders hold the tokenizer that the adapter was trained with, or its template."""
+    """PEFT's folders hold the tokenizer that the adapter was trained with, or its
+    template."""
     shutil.copytree(folders["peft"], tmp_path / "peft")
-    (tmp_path / "peft" / "chat_template.jinja").write_text("my own: {{ messages[0].content }}")
+    (tmp_path / "peft" / "chat_template.jinja").write_text(
+        "my own: {{ messages[0].content }}"
+    )
     body = {"lora_name": "own", "lora_path": str(tmp_path / "peft")}
     assert server.http.post(URLS[0], json=body).status_code == 200
     messages = [{"role": "user", "content": "the model"}]
     texts = {}
     for name in ("fake", "fake:run", "fake:own"):
-        answer = server.http.post("/tokenize", json={"model": name, "messages": messages}).json()
+        answer = server.http.post(
+            "/tokenize", json={"model": name, "messages": messages}
+        ).json()
         texts[name] = tokenizer.decode(answer["tokens"])
     assert texts["fake:own"] == "my own: the model"
     assert texts["fake"] == texts["fake:run"] != texts["fake:own"]
     server.http.post(URLS[1], json={"lora_name": "own"})
 
     other = train_tokenizer(
-        TokenizerConfig(vocab_size=280, chat="chatml"), ["quite another text of words\n"] * 20
+        TokenizerConfig(vocab_size=280, chat="chatml"),
+        ["quite another text of words\n"] * 20,
     )
     export_tokenizer(other, tmp_path / "peft")
     answer = server.http.post(URLS[0], json=body).json()
-    assert "trained with another vocabulary than the model's" in answer["error"]["message"]
+    assert (
+        "trained with another vocabulary than the model's" in answer["error"]["message"]
+    )

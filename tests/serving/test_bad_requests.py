@@ -1,4 +1,5 @@
-"""Whatever a request holds, the answer is a 4xx in OpenAI's form, and the server lives."""
+"""Whatever a request holds, the answer is a 4xx in OpenAI's form, and the server
+lives."""
 
 import json
 import random
@@ -12,14 +13,30 @@ from tests.serving.fake_engine import FakeEmbedder
 
 GOOD = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 2,
+    },
     "/v1/embeddings": {"input": "x"},
     "/v1/score": {"text_1": "a", "text_2": "b"},
     "/tokenize": {"prompt": "x"},
     "/detokenize": {"tokens": [65]},
 }
-NUMBERS = ["temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "n"]
-NUMBERS += ["frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_tokens"]
+NUMBERS = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "n",
+]
+NUMBERS += [
+    "frequency_penalty",
+    "presence_penalty",
+    "no_repeat_ngram_size",
+    "min_tokens",
+]
 NUMBERS += ["max_tokens"]
 FIELDS = {
     "stop_token_ids": [[-1], [2**31], ["a"], 5, [None], [2**80]],
@@ -28,12 +45,28 @@ FIELDS = {
     "response_format": [{"type": "x"}, 5, "json", {"type": "json_schema"}, {}],
     "stream_options": [5, [], {"include_usage": "yes"}],
     "seed": ["x", 1.5, [1], {}],
-    "messages": [[{"role": "user", "content": [5]}], [{"role": "tool", "tool_calls": [{}]}], [[]]],
+    "messages": [
+        [{"role": "user", "content": [5]}],
+        [{"role": "tool", "tool_calls": [{}]}],
+        [[]],
+    ],
     "tools": [5, [{}], [{"function": 5}], [{"function": {"name": "a b"}}], ["f"]],
     "tool_choice": ["maybe", 5, {"function": {"name": "none"}}, "required"],
     "chat_template_kwargs": [5, {"messages": []}, [1]],
 }
-WRONG = ["x", [], {}, [[]], True, -7, 1e300, "\ud83d", {"a": {"b": [None]}}, [1, "a"], 2**70 * -1]
+WRONG = [
+    "x",
+    [],
+    {},
+    [[]],
+    True,
+    -7,
+    1e300,
+    "\ud83d",
+    {"a": {"b": [None]}},
+    [1, "a"],
+    2**70 * -1,
+]
 
 
 def check_error(answer, *statuses: int) -> dict:
@@ -47,7 +80,9 @@ def check_error(answer, *statuses: int) -> dict:
 
 def send(server, path: str, body) -> object:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return server.http.post(path, content=data, headers={"content-type": "application/json"})
+    return server.http.post(
+        path, content=data, headers={"content-type": "application/json"}
+    )
 
 
 def draw_bad(draw: random.Random) -> tuple[str, object]:
@@ -62,19 +97,38 @@ def draw_bad(draw: random.Random) -> tuple[str, object]:
     if kind == 1:
         place = draw.randrange(len(whole))
         # A byte that no JSON has, in a string or outside.
-        return path, whole[:place] + bytes([draw.choice([0, 1, 0x80, 0xFF])]) + whole[place:]
+        return path, whole[:place] + bytes([draw.choice([0, 1, 0x80, 0xFF])]) + whole[
+            place:
+        ]
     if kind == 2:
-        return path, draw.choice([[], "text", 5, None, [body], b"NaN", b"[" * 5000, b"{}", b""])
+        return path, draw.choice(
+            [[], "text", 5, None, [body], b"NaN", b"[" * 5000, b"{}", b""]
+        )
     if kind == 3 and path.startswith("/v1/c"):
-        return path, body | {draw.choice(NUMBERS): draw.choice([v for v in WRONG if v != 1e300])}
+        return path, body | {
+            draw.choice(NUMBERS): draw.choice([v for v in WRONG if v != 1e300])
+        }
     if kind == 4:
         return path, body | {"model": draw.choice(["other", 3, ["fake"], {}])}
     if kind == 7 and path.startswith("/v1/c"):
         field, wrong = draw.choice([*FIELDS.items()])
-        return "/v1/chat/completions", GOOD["/v1/chat/completions"] | {field: draw.choice(wrong)}
+        return "/v1/chat/completions", GOOD["/v1/chat/completions"] | {
+            field: draw.choice(wrong)
+        }
     if kind == 5:
         return path, {key: value for key, value in body.items() if key != required}
-    wrong = [5, True, {}, [[]], [None], [1.5], {"role": "user"}, [{"role": "king"}], [-1], [2**40]]
+    wrong = [
+        5,
+        True,
+        {},
+        [[]],
+        [None],
+        [1.5],
+        {"role": "user"},
+        [{"role": "king"}],
+        [-1],
+        [2**40],
+    ]
     return path, body | {required: draw.choice(wrong)}
 
 
@@ -85,7 +139,9 @@ def test_a_thousand_malformed_requests(start_server):
         try:
             check_error(send(server, path, body))
         except AssertionError as error:
-            raise AssertionError(f"request {number}: {path} {str(body)[:300]}") from error
+            raise AssertionError(
+                f"request {number}: {path} {str(body)[:300]}"
+            ) from error
     assert send(server, "/v1/completions", GOOD["/v1/completions"]).status_code == 200
     assert not server.loop.num_open
     assert not server.engine.sequences
@@ -114,14 +170,22 @@ IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
         ("completions", {"min_tokens": 17}, "min_tokens"),
         ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
-        ("chat/completions", {"messages": [{"role": "king", "content": ""}]}, "messages.0.role"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "king", "content": ""}]},
+            "messages.0.role",
+        ),
         ("chat/completions", {"messages": [IMAGE]}, "messages.0.content.0.type"),
         (
             "chat/completions",
             {"response_format": {"type": "json_schema"}},
             "response_format.json_schema",
         ),
-        ("chat/completions", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+        (
+            "chat/completions",
+            {"chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs",
+        ),
         (
             "chat/completions",
             {"tools": [{"function": BROKEN_TOOL}], "tool_choice": "required"},
@@ -133,7 +197,10 @@ IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
 )
 def test_the_field_at_fault_is_named(start_server, path, change, param):
     path = f"/v1/{path}"
-    assert check_error(send(start_server(), path, GOOD[path] | change), 400)["param"] == param
+    assert (
+        check_error(send(start_server(), path, GOOD[path] | change), 400)["param"]
+        == param
+    )
 
 
 LONG = "the model answers what it is asked " * 10_000
@@ -145,7 +212,11 @@ LONG = "the model answers what it is asked " * 10_000
         ("/v1/completions", {"prompt": LONG}, "prompt"),
         ("/v1/completions", {"prompt": ["x", LONG], "parse_special": True}, "prompt"),
         ("/v1/completions", {"prompt": [5] * 100_000}, "prompt"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": LONG}]},
+            "messages",
+        ),
         ("/v1/embeddings", {"input": LONG}, "input"),
         ("/v1/score", {"text_1": LONG, "text_2": "x"}, "text_1"),
         ("/v1/score", {"text_1": "x", "text_2": LONG}, "text_2"),
@@ -174,11 +245,15 @@ def test_a_prompt_that_can_never_fit_is_refused_before_it_is_encoded(
 
 def test_the_longest_text_that_fits_is_taken(start_server, chat_tokenizer):
     """Of as few tokens to a text as there are; no bound on its bytes may stop it."""
-    texts = (chat_tokenizer.decode([token]) for token in range(chat_tokenizer.vocab_size))
+    texts = (
+        chat_tokenizer.decode([token]) for token in range(chat_tokenizer.vocab_size)
+    )
     longest = max((text for text in texts if not text.startswith("<|")), key=len)
     server = start_server(max_length=200)
     text = longest * 198
-    assert len(chat_tokenizer.encode(text)) == 198  # and bos, and a token to be generated
+    assert (
+        len(chat_tokenizer.encode(text)) == 198
+    )  # and bos, and a token to be generated
     body = {"prompt": text, "max_tokens": 1}
     assert send(server, "/v1/completions", body).status_code == 200
     body["prompt"] += longest

@@ -1,4 +1,5 @@
-"""Settings of the server: defaults of sampling, origins, a log; messages that are continued."""
+"""Settings of the server: defaults of sampling, origins, a log; messages that are
+continued."""
 
 import json
 
@@ -25,7 +26,13 @@ def test_sampling_left_out_is_the_models_own(chat_tokenizer):
 def test_generation_configs_are_read_as_far_as_they_name_sampling():
     tokenizer = train_chat_tokenizer()
     assert read_sampling_defaults(tokenizer) == {}
-    values = {"temperature": 0.6, "top_k": 20, "eos_token_id": 2, "do_sample": True, "min_p": None}
+    values = {
+        "temperature": 0.6,
+        "top_k": 20,
+        "eos_token_id": 2,
+        "do_sample": True,
+        "min_p": None,
+    }
     tokenizer.extra_files["generation_config.json"] = json.dumps(values).encode()
     assert read_sampling_defaults(tokenizer) == {"temperature": 0.6, "top_k": 20}
     tokenizer.extra_files["generation_config.json"] = b'{"top_p": 7}'
@@ -38,7 +45,9 @@ def test_pages_of_allowed_origins_may_ask_and_no_others(chat_tokenizer):
         "access-control-request-method": "POST",
         "access-control-request-headers": "content-type,authorization",
     }
-    with run_in_thread(chat_tokenizer, allowed_origins=("https://a.example",)) as server:
+    with run_in_thread(
+        chat_tokenizer, allowed_origins=("https://a.example",)
+    ) as server:
         for origin, status in (("https://a.example", 200), ("https://b.example", 400)):
             headers = {"origin": origin, **preflight}
             answer = server.http.options("/v1/chat/completions", headers=headers)
@@ -79,7 +88,12 @@ def test_an_assistants_message_is_continued(chat_tokenizer):
         bare = server.engine.requests[-1].prompt_tokens
     text = chat_tokenizer.decode(prompt)
     assert text.endswith("<|im_start|>assistant\n<|im_end|> Hello ")
-    # The literal in the message is text: two turns end, as the template has it, and no third.
-    ends = [token for token in prompt if token == chat_tokenizer.special_tokens["<|im_end|>"]]
+    # The literal in the message is text: two turns end, as the template has it, and no
+    # third.
+    ends = [
+        token
+        for token in prompt
+        if token == chat_tokenizer.special_tokens["<|im_end|>"]
+    ]
     assert len(ends) == 1
     assert chat_tokenizer.decode(bare).endswith("hi<|im_end|>\n")

@@ -1,4 +1,5 @@
-"""Hang-ups, full queues, failures, keys, signals: nothing is lost, and each is said in one line."""
+"""Hang-ups, full queues, failures, keys, signals: nothing is lost, and each is said in
+one line."""
 
 import json
 import signal
@@ -32,7 +33,9 @@ class Gate:
 
     def __init__(self, server, after: int = 1):
         self.open, self.closed_at = threading.Event(), threading.Event()
-        server.engine.before_step = lambda: server.engine.num_generated >= after and self.wait()
+        server.engine.before_step = lambda: (
+            server.engine.num_generated >= after and self.wait()
+        )
 
     def wait(self) -> None:
         self.closed_at.set()
@@ -53,7 +56,9 @@ def send_request(server, path: str, body: dict) -> socket.socket:
 def test_a_client_that_hangs_up_frees_its_pages(start_server, streams):
     server = start_server(lambda text, request: "long " * 300)
     gate = Gate(server, after=5)
-    with send_request(server, "/v1/chat/completions", {**CHAT, "stream": streams, "n": 3}):
+    with send_request(
+        server, "/v1/chat/completions", {**CHAT, "stream": streams, "n": 3}
+    ):
         assert gate.closed_at.wait(60)
         assert server.engine.stats().num_free_pages == 97
     wait_until(lambda: not server.loop.num_open)
@@ -62,7 +67,10 @@ def test_a_client_that_hangs_up_frees_its_pages(start_server, streams):
     assert server.loop.stats.num_free_pages == 100
     assert server.engine.num_generated < 900  # it did not run to its end
     assert not server.loop._streams
-    assert server.http.post("/v1/completions", json=PROMPT | {"max_tokens": 1}).status_code == 200
+    assert (
+        server.http.post("/v1/completions", json=PROMPT | {"max_tokens": 1}).status_code
+        == 200
+    )
 
 
 def test_embeddings_take_turns_end_with_their_client_and_outlive_a_stop(start_server):
@@ -84,7 +92,9 @@ def test_embeddings_take_turns_end_with_their_client_and_outlive_a_stop(start_se
         other = pool.submit(server.http.post, "/v1/completions", json=PROMPT)
         wait_until(lambda: server.loop.num_open == 2)
         server.loop.is_draining = True
-        embedder.before_text = lambda: not server.engine.sequences or embedder.waited.append(1)
+        embedder.before_text = lambda: (
+            not server.engine.sequences or embedder.waited.append(1)
+        )
         embedder.waited, server.engine.before_step = [], lambda: time.sleep(0.01)
         embedder.gate.set()
         assert (found.result().status_code, other.result().status_code) == (200, 200)
@@ -92,16 +102,23 @@ def test_embeddings_take_turns_end_with_their_client_and_outlive_a_stop(start_se
     assert server.http.post("/v1/embeddings", json=texts).status_code == 503
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/score"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/score"]
+)
 def test_who_hung_up_before_the_engine_took_notice_leaves_the_queue(start_server, path):
     embedder = FakeEmbedder()
     server = start_server(embedder=embedder, max_open=25)
     gate = threading.Event()
     embedder.before_text = lambda: gate.wait(60)  # holds the engine's thread
-    bodies = {"/v1/completions": PROMPT, "/v1/chat/completions": CHAT | {"stream": True}}
+    bodies = {
+        "/v1/completions": PROMPT,
+        "/v1/chat/completions": CHAT | {"stream": True},
+    }
     bodies["/v1/score"] = {"text_1": "a", "text_2": "b"}
     with ThreadPoolExecutor(2) as pool:
-        embeddings = pool.submit(server.http.post, "/v1/embeddings", json={"input": "x"})
+        embeddings = pool.submit(
+            server.http.post, "/v1/embeddings", json={"input": "x"}
+        )
         wait_until(lambda: server.loop.num_open == 1)
         waiting = [send_request(server, path, bodies[path]) for _ in range(24)]
         wait_until(lambda: server.loop.num_open == 25)
@@ -111,9 +128,13 @@ def test_who_hung_up_before_the_engine_took_notice_leaves_the_queue(start_server
         live = pool.submit(server.http.post, "/v1/completions", json=PROMPT)
         wait_until(lambda: server.loop.num_open == 2)
         gate.set()
-        assert (live.result().status_code, embeddings.result().status_code) == (200, 200)
+        assert (live.result().status_code, embeddings.result().status_code) == (
+            200,
+            200,
+        )
     wait_until(lambda: not server.loop.num_open)
-    # Nothing of theirs reached the engine, or it is aborted there, in the engine's thread.
+    # Nothing of theirs reached the engine, or it is aborted there, in the engine's
+    # thread.
     wait_until(lambda: not server.engine.sequences and not server.loop._streams)
 
 
@@ -129,9 +150,14 @@ def test_sequences_go_on_while_embeddings_compile(start_server):
     embedder.compile_program = compile_slowly
     server = start_server(embedder=embedder)
     with ThreadPoolExecutor(1) as pool:
-        embeddings = pool.submit(server.http.post, "/v1/embeddings", json={"input": "x"})
+        embeddings = pool.submit(
+            server.http.post, "/v1/embeddings", json={"input": "x"}
+        )
         assert compiling.wait(60)
-        assert server.http.post("/v1/completions", json=PROMPT, timeout=30).status_code == 200
+        assert (
+            server.http.post("/v1/completions", json=PROMPT, timeout=30).status_code
+            == 200
+        )
         gate.set()
         assert embeddings.result().status_code == 200
 
@@ -140,8 +166,21 @@ def test_another_name_of_the_host_is_refused(start_server):
     server = start_server(allowed_hosts={"127.0.0.1", "::1"})
     for host in ("127.0.0.1", "127.0.0.1:1", "[::1]:80", "[::1]"):
         assert server.http.get("/health", headers={"host": host}).status_code == 200
-    strange = ["evil.example", "127.0.0.1@evil.example", "[evil]", "", "127.0.0.1:x", "[::1"]
-    strange += ["127.0.0.1:80:80", "127.0.0.1, evil.example", "127.0.0.1/x", "::1", "127.0.0.1 x"]
+    strange = [
+        "evil.example",
+        "127.0.0.1@evil.example",
+        "[evil]",
+        "",
+        "127.0.0.1:x",
+        "[::1",
+    ]
+    strange += [
+        "127.0.0.1:80:80",
+        "127.0.0.1, evil.example",
+        "127.0.0.1/x",
+        "::1",
+        "127.0.0.1 x",
+    ]
     for host in strange:
         answer = server.http.get("/health", headers={"host": host})
         assert answer.status_code == 403, host
@@ -156,7 +195,8 @@ def test_requests_that_do_not_come_are_closed(start_server):
         "nothing": b"",
         "part of a head": head,
         "part of a body": head + b"content-length: 100\r\n\r\n{",
-        "a path without a body": b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n",
+        "a path without a body": b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: "
+        b"9\r\n\r\n",
     }
     answers: dict[str, bytes] = {}
     for name, data in beginnings.items():
@@ -173,7 +213,8 @@ def test_requests_that_do_not_come_are_closed(start_server):
         assert error["code"] == "request_timeout"
     assert answers["a path without a body"].startswith(b"HTTP/1.1 200 ")
     wait_until(lambda: not server.loop.num_open)
-    # A connection that is used again, and one whose answer takes longer, are no slow ones.
+    # A connection that is used again, and one whose answer takes longer, are no slow
+    # ones.
     server.engine.before_step = lambda: time.sleep(0.15)
     for _ in range(2):
         body = PROMPT | {"max_tokens": 5}
@@ -184,7 +225,10 @@ def test_a_full_queue_is_429_and_who_waits_is_served(start_server):
     server = start_server(max_open=6)
     gate = Gate(server, after=0)
     with ThreadPoolExecutor(6) as pool:
-        running = [pool.submit(server.http.post, "/v1/completions", json=PROMPT) for _ in range(6)]
+        running = [
+            pool.submit(server.http.post, "/v1/completions", json=PROMPT)
+            for _ in range(6)
+        ]
         wait_until(lambda: server.loop.num_open == 6)
         refused = server.http.post("/v1/completions", json=PROMPT)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
@@ -206,12 +250,20 @@ def test_an_engine_that_fails_ends_its_requests_and_goes_on(start_server, capfd)
     server.engine.before_step = fail
     answer = server.http.post("/v1/completions", json=PROMPT)
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
-    assert capfd.readouterr().err == "error: the engine failed: RuntimeError: out of memory\n"
+    assert (
+        capfd.readouterr().err
+        == "error: the engine failed: RuntimeError: out of memory\n"
+    )
     assert server.http.post("/v1/completions", json=PROMPT).status_code == 200
     server.engine.before_step = fail
-    with server.http.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as stream:
+    with server.http.stream(
+        "POST", "/v1/completions", json={**PROMPT, "stream": True}
+    ) as stream:
         *_, last = [line for line in stream.iter_lines() if line]
-    assert "the engine failed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert (
+        "the engine failed"
+        in json.loads(last.removeprefix("data: "))["error"]["message"]
+    )
 
     def fail_for_good(*_):
         raise RuntimeError("lost")
@@ -230,8 +282,14 @@ def test_the_key_opens_all_but_the_page_and_health(start_server):
     for key in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
         for path in ("/v1/models", "/metrics"):
             answer = server.http.get(path, headers=key)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert server.http.post("/v1/completions", json=PROMPT, headers=key).status_code == 401
+            assert (answer.status_code, answer.json()["error"]["code"]) == (
+                401,
+                "invalid_api_key",
+            )
+        assert (
+            server.http.post("/v1/completions", json=PROMPT, headers=key).status_code
+            == 401
+        )
 
 
 def test_metrics_count_tokens_requests_and_latencies(start_server):
@@ -265,9 +323,14 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
 def test_sigterm_finishes_what_runs_and_refuses_what_comes():
     command = [sys.executable, "-m", "tests.serving.serve_fake"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, text=True, **pipes) as running, ThreadPoolExecutor(1) as pool:
+    with (
+        subprocess.Popen(command, text=True, **pipes) as running,
+        ThreadPoolExecutor(1) as pool,
+    ):
         url = running.stdout.readline().strip()
-        answer = pool.submit(httpx.post, f"{url}/v1/completions", json=PROMPT, timeout=60)
+        answer = pool.submit(
+            httpx.post, f"{url}/v1/completions", json=PROMPT, timeout=60
+        )
         running.stdin.write("\n")
         running.stdin.flush()
         wait_until(lambda: "maxlm_num_running 1.0" in httpx.get(f"{url}/metrics").text)
@@ -284,7 +347,10 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes():
 def test_a_second_sigterm_ends_at_once_without_a_traceback():
     command = [sys.executable, "-m", "tests.serving.serve_fake"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, text=True, **pipes) as running, ThreadPoolExecutor(1) as pool:
+    with (
+        subprocess.Popen(command, text=True, **pipes) as running,
+        ThreadPoolExecutor(1) as pool,
+    ):
         url = running.stdout.readline().strip()
         body = PROMPT | {"stream": True}
         pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)

@@ -1,4 +1,5 @@
-"""The server over the engine itself: what a client gets is what the engine alone gives."""
+"""The server over the engine itself: what a client gets is what the engine alone
+gives."""
 
 import json
 import os
@@ -19,14 +20,20 @@ from tests.serving.running import run_in_thread
 
 NUM_HANG_UPS = int(os.environ.get("NUM_HANG_UPS", 40))
 SIZES = EngineConfig(
-    max_sequences=4, max_length=768, page_size=8, prefill_tokens=32, max_chunks=1, decode_steps=2
+    max_sequences=4,
+    max_length=768,
+    page_size=8,
+    prefill_tokens=32,
+    max_chunks=1,
+    decode_steps=2,
 )
 
 
 @pytest.fixture(scope="module")
 def tiny(one_device_mesh, chat_tokenizer):
     return build(
-        CONFIGS["llama"] | {"vocab_size": chat_tokenizer.vocab_size, "max_seq_len": 256},
+        CONFIGS["llama"]
+        | {"vocab_size": chat_tokenizer.vocab_size, "max_seq_len": 256},
         one_device_mesh,
     )
 
@@ -34,7 +41,9 @@ def tiny(one_device_mesh, chat_tokenizer):
 @pytest.fixture(scope="module")
 def server(tiny, chat_tokenizer):
     engine = Engine(tiny.model, tiny.params, SIZES, chat_tokenizer)
-    with run_in_thread(chat_tokenizer, make_engine=lambda _: engine, max_length=768) as running:
+    with run_in_thread(
+        chat_tokenizer, make_engine=lambda _: engine, max_length=768
+    ) as running:
         yield running
 
 
@@ -70,7 +79,13 @@ def test_a_seed_repeats_an_answer_and_without_one_each_differs(server):
 
 
 def test_echoed_prompts_have_logprobs_in_each_of_n(server, chat_tokenizer):
-    ask = {"model": "fake", "prompt": ["the model", "is"], "n": 3, "echo": True, "logprobs": 1}
+    ask = {
+        "model": "fake",
+        "prompt": ["the model", "is"],
+        "n": 3,
+        "echo": True,
+        "logprobs": 1,
+    }
     ask |= {"max_tokens": 2, "temperature": 0}
     choices = server.client.completions.create(**ask).choices
     streamed: dict[int, list[float]] = {}
@@ -88,7 +103,12 @@ def test_echoed_prompts_have_logprobs_in_each_of_n(server, chat_tokenizer):
 
 def test_ids_that_no_model_has_stop_nothing(server):
     for token in (2**31 - 1, 300):
-        body = {"prompt": "x", "max_tokens": 2, "stop_token_ids": [token], "ignore_eos": True}
+        body = {
+            "prompt": "x",
+            "max_tokens": 2,
+            "stop_token_ids": [token],
+            "ignore_eos": True,
+        }
         answer = server.http.post("/v1/completions", json=body)
         assert answer.json()["usage"]["completion_tokens"] == 2
 
@@ -101,18 +121,25 @@ def test_a_schema_is_kept_and_a_bad_one_is_a_400(server):
 
     def check(text: str) -> None:
         value = json.loads(text)
-        assert {name: type(each) for name, each in value.items()} == {"n": int, "ok": bool}
+        assert {name: type(each) for name, each in value.items()} == {
+            "n": int,
+            "ok": bool,
+        }
         assert value["n"] <= 99
 
     ask = {"messages": [{"role": "user", "content": "go"}], "model": "fake", "seed": 1}
     found = server.client.chat.completions.create(**ask, response_format=form)
     check(found.choices[0].message.content)
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-    found = server.client.chat.completions.create(**ask, tools=[tool], tool_choice="required")
+    found = server.client.chat.completions.create(
+        **ask, tools=[tool], tool_choice="required"
+    )
     (call,) = found.choices[0].message.tool_calls
     check(call.function.arguments)
     form["json_schema"]["schema"] = {"type": "nonsense"}
-    answer = server.http.post("/v1/chat/completions", json={**ask, "response_format": form})
+    answer = server.http.post(
+        "/v1/chat/completions", json={**ask, "response_format": form}
+    )
     assert answer.status_code == 400, answer.text
 
 
@@ -123,7 +150,9 @@ def test_scores_are_log_likelihoods(server, tiny, chat_tokenizer, one_device_mes
         logits = tiny.logits([*head, *tail])
     logprobs = np.asarray(jax.nn.log_softmax(logits))[len(head) - 1 : -1]
     expected = logprobs[np.arange(len(tail)), tail].mean()
-    answer = server.http.post("/v1/score", json={"text_1": "ab", "text_2": " the end"}).json()
+    answer = server.http.post(
+        "/v1/score", json={"text_1": "ab", "text_2": " the end"}
+    ).json()
     assert answer["data"][0]["score"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -131,7 +160,12 @@ def test_random_hang_ups_leave_no_page(server):
     random = np.random.default_rng(0)
 
     def ask(number: int) -> None:
-        body = {"prompt": f"q{number}", "max_tokens": 60, "n": 1 + number % 3, "model": "fake"}
+        body = {
+            "prompt": f"q{number}",
+            "max_tokens": 60,
+            "n": 1 + number % 3,
+            "model": "fake",
+        }
         with server.client.completions.create(**body, stream=True) as stream:
             for _ in zip(range(random.integers(1, 5)), stream, strict=False):
                 pass
@@ -151,7 +185,11 @@ def test_beams_over_http_are_those_of_the_engine_alone(
 ):
     texts = ["the model", "answers what it is"]
     ask = {"model": "fake", "prompt": texts, "n": 2, "best_of": 3, "max_tokens": 9}
-    extra = {"use_beam_search": True, "length_penalty": 0.5, "early_stopping": early_stopping}
+    extra = {
+        "use_beam_search": True,
+        "length_penalty": 0.5,
+        "early_stopping": early_stopping,
+    }
     choices = server.client.completions.create(**ask, extra_body=extra).choices
     alone = Engine(tiny.model, tiny.params, SIZES, chat_tokenizer)
     config = BeamSearchConfig(
@@ -177,7 +215,10 @@ def test_the_best_of_several_are_those_with_the_highest_mean_logprob(server):
     best = server.client.completions.create(**ask, n=2, best_of=5).choices
     expected: list[str] = []
     for start in (0, 5):
-        means = {c.index: np.mean(c.logprobs.token_logprobs) for c in drawn[start : start + 5]}
+        means = {
+            c.index: np.mean(c.logprobs.token_logprobs)
+            for c in drawn[start : start + 5]
+        }
         order = sorted(means, key=lambda index: -means[index])
         expected += [drawn[index].text for index in order[:2]]
     assert [choice.text for choice in best] == expected
@@ -185,7 +226,13 @@ def test_the_best_of_several_are_those_with_the_highest_mean_logprob(server):
 
 
 def test_the_best_of_several_have_their_prompts_logprobs(server, chat_tokenizer):
-    ask = {"model": "fake", "prompt": "the model", "max_tokens": 3, "seed": 3, "logprobs": 1}
+    ask = {
+        "model": "fake",
+        "prompt": "the model",
+        "max_tokens": 3,
+        "seed": 3,
+        "logprobs": 1,
+    }
     choice = server.client.completions.create(**ask, echo=True, best_of=5).choices[0]
     count = 1 + len(chat_tokenizer.encode("the model")) + 3
     assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == count
@@ -250,12 +297,17 @@ def test_prompts_are_cut_to_their_ends_where_that_is_asked_for(server, chat_toke
     assert full.usage.prompt_tokens == 768 - 3
     messages = [{"role": "user", "content": text}]
     chat = server.client.chat.completions.create(
-        model="fake", messages=messages, max_tokens=3, extra_body={"truncate_prompt_tokens": 99}
+        model="fake",
+        messages=messages,
+        max_tokens=3,
+        extra_body={"truncate_prompt_tokens": 99},
     )
     assert chat.usage.prompt_tokens == 99
 
 
-def test_documents_are_ranked_by_how_likely_the_query_is_behind_them(server, chat_tokenizer):
+def test_documents_are_ranked_by_how_likely_the_query_is_behind_them(
+    server, chat_tokenizer
+):
     documents = ["the model", "an answer of some length", "x"]
     query = "what it is asked"
     body = {"query": query, "documents": documents, "top_n": 2}
@@ -265,9 +317,14 @@ def test_documents_are_ranked_by_how_likely_the_query_is_behind_them(server, cha
         for text in documents
     ]
     body = {"text_1": passages, "text_2": [query] * 3}
-    scores = [each["score"] for each in server.http.post("/v1/score", json=body).json()["data"]]
+    scores = [
+        each["score"]
+        for each in server.http.post("/v1/score", json=body).json()["data"]
+    ]
     order = sorted(range(3), key=lambda index: -scores[index])[:2]
     assert [result["index"] for result in found["results"]] == order
     relevance = [result["relevance_score"] for result in found["results"]]
-    np.testing.assert_allclose(relevance, np.exp([scores[index] for index in order]), rtol=1e-5)
+    np.testing.assert_allclose(
+        relevance, np.exp([scores[index] for index in order]), rtol=1e-5
+    )
     assert found["results"][0]["document"]["text"] == documents[order[0]]

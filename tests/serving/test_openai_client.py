@@ -38,10 +38,20 @@ def test_models(start_server):
 
 def test_chat_answers_and_settings_reach_the_engine(start_server):
     server = start_server()
-    settings = {"temperature": 0.5, "top_p": 0.9, "seed": 2**40 + 3, "n": 2, "stop": ["xx", "y"]}
+    settings = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 2**40 + 3,
+        "n": 2,
+        "stop": ["xx", "y"],
+    }
     extra = {"top_k": 5, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.2}
     extra |= {"no_repeat_ngram_size": 3, "min_tokens": 2, "regex": "H.*"}
-    settings |= {"frequency_penalty": 0.25, "presence_penalty": -0.5, "logit_bias": {"65": -100}}
+    settings |= {
+        "frequency_penalty": 0.25,
+        "presence_penalty": -0.5,
+        "logit_bias": {"65": -100},
+    }
     settings |= {"messages": [{"role": "developer", "content": "Be kind."}, *HELLO]}
     settings |= {"max_completion_tokens": 100, "model": "fake"}
     found = server.client.chat.completions.create(**settings, extra_body=extra)
@@ -50,13 +60,20 @@ def test_chat_answers_and_settings_reach_the_engine(start_server):
     (request,) = server.engine.requests
     tokenizer = server.engine.tokenizer
     assert found.usage.prompt_tokens == len(request.prompt_tokens)
-    assert found.usage.completion_tokens == 2 * (len(tokenizer.encode("Hello there!")) + 1)
+    assert found.usage.completion_tokens == 2 * (
+        len(tokenizer.encode("Hello there!")) + 1
+    )
     assert tokenizer.decode(request.prompt_tokens) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     del extra["min_tokens"], extra["regex"]
-    expected = extra | {"temperature": 0.5, "top_p": 0.9, "seed": 3, "logit_bias": {65: -100}}
+    expected = extra | {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 3,
+        "logit_bias": {65: -100},
+    }
     expected |= {"frequency_penalty": 0.25, "presence_penalty": -0.5}
     expected |= {"min_new_tokens": 2, "max_new_tokens": 100}
     assert request.sampling.model_dump() == expected
@@ -65,9 +82,19 @@ def test_chat_answers_and_settings_reach_the_engine(start_server):
 
 
 def test_unknown_fields_are_named_and_null_is_a_default(start_server):
-    body = {"messages": HELLO, "n": None, "tools": None, "stop": None, "top_q": 1, "user": "me"}
+    body = {
+        "messages": HELLO,
+        "n": None,
+        "tools": None,
+        "stop": None,
+        "top_q": 1,
+        "user": "me",
+    }
     answer = start_server().http.post("/v1/chat/completions", json=body)
-    assert (answer.status_code, answer.headers["x-maxlm-ignored"]) == (200, "top_q, user")
+    assert (answer.status_code, answer.headers["x-maxlm-ignored"]) == (
+        200,
+        "top_q, user",
+    )
 
 
 def test_every_event_of_a_chat_stream(start_server):
@@ -75,23 +102,40 @@ def test_every_event_of_a_chat_stream(start_server):
     body = {"messages": HELLO, "n": 2, "stream_options": {"include_usage": True}}
     body |= {"logprobs": True, "top_logprobs": 1}
     *events, usage = read_events(server, "/v1/chat/completions", body)
-    assert len({(e["id"], e["created"], e["object"], e["model"]) for e in [*events, usage]}) == 1
+    assert (
+        len(
+            {(e["id"], e["created"], e["object"], e["model"]) for e in [*events, usage]}
+        )
+        == 1
+    )
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] > 2
-    assert all(event["usage"] is None and len(event["choices"]) == 1 for event in events)
+    assert all(
+        event["usage"] is None and len(event["choices"]) == 1 for event in events
+    )
     for index in range(2):
         own = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
         assert own[0]["delta"]["role"] == "assistant"
         assert all("role" not in choice["delta"] for choice in own[1:])
-        assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["stop"]
-        assert "".join(choice["delta"].get("content", "") for choice in own) == "猫 🐈 é"
+        assert [choice["finish_reason"] for choice in own] == [None] * (
+            len(own) - 1
+        ) + ["stop"]
+        assert (
+            "".join(choice["delta"].get("content", "") for choice in own) == "猫 🐈 é"
+        )
         assert not any("\ufffd" in choice["delta"].get("content", "") for choice in own)
         entries = [e for c in own if c["logprobs"] for e in c["logprobs"]["content"]]
         assert bytes(b for e in entries[:-1] for b in e["bytes"]).decode() == "猫 🐈 é"
-        assert [e["logprob"] for e in entries] == [-n for n in range(1, len(entries) + 1)]
+        assert [e["logprob"] for e in entries] == [
+            -n for n in range(1, len(entries) + 1)
+        ]
         assert all(len(entry["top_logprobs"]) == 1 for entry in entries)
-    whole = server.http.post("/v1/chat/completions", json={**body, "stream": False}).json()
-    assert [choice["logprobs"]["content"] for choice in whole["choices"]] == [entries] * 2
+    whole = server.http.post(
+        "/v1/chat/completions", json={**body, "stream": False}
+    ).json()
+    assert [choice["logprobs"]["content"] for choice in whole["choices"]] == [
+        entries
+    ] * 2
 
 
 def test_stop_strings_never_leak_and_max_tokens_is_length(start_server):
@@ -100,20 +144,37 @@ def test_stop_strings_never_leak_and_max_tokens_is_length(start_server):
     events = read_events(server, "/v1/chat/completions", body)
     text = "".join(e["choices"][0]["delta"].get("content", "") for e in events)
     assert (text, events[-1]["choices"][0]["finish_reason"]) == ("one ", "stop")
-    found = server.client.chat.completions.create(model="fake", messages=HELLO, max_tokens=3)
-    assert (found.choices[0].message.content, found.choices[0].finish_reason) == ("one", "length")
+    found = server.client.chat.completions.create(
+        model="fake", messages=HELLO, max_tokens=3
+    )
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (
+        "one",
+        "length",
+    )
 
 
 def test_completions_of_many_prompts(start_server):
-    server = start_server(lambda text, request: f"{text.removeprefix('<|endoftext|>')}!")
+    server = start_server(
+        lambda text, request: f"{text.removeprefix('<|endoftext|>')}!"
+    )
     tokens = server.engine.tokenizer.encode("ids")
-    for prompt, texts in (("a", ["a!"]), (["a", "b"], ["a!", "b!"]), (tokens, ["ids!"])):
-        found = server.client.completions.create(model="fake", prompt=prompt, n=2, max_tokens=9)
-        assert [choice.text for choice in found.choices] == [t for t in texts for _ in range(2)]
+    for prompt, texts in (
+        ("a", ["a!"]),
+        (["a", "b"], ["a!", "b!"]),
+        (tokens, ["ids!"]),
+    ):
+        found = server.client.completions.create(
+            model="fake", prompt=prompt, n=2, max_tokens=9
+        )
+        assert [choice.text for choice in found.choices] == [
+            t for t in texts for _ in range(2)
+        ]
         assert [choice.index for choice in found.choices] == [*range(2 * len(texts))]
     both = server.client.completions.create(model="fake", prompt=[tokens, tokens[:1]])
     assert [choice.text for choice in both.choices] == ["ids!", "i!"]
-    events = read_events(server, "/v1/completions", {"prompt": ["x", "yz"], "max_tokens": 9})
+    events = read_events(
+        server, "/v1/completions", {"prompt": ["x", "yz"], "max_tokens": 9}
+    )
     texts = {0: "", 1: ""}
     for choice in (event["choices"][0] for event in events):
         texts[choice["index"]] += choice["text"]
@@ -127,10 +188,16 @@ def test_echo_and_logprobs_as_harnesses_read_them(start_server):
     prompt = tokenizer.encode("é the")
     settings = {"model": "fake", "prompt": prompt, "echo": True, "logprobs": 2}
     for count in (1, 0):
-        (choice,) = server.client.completions.create(**settings, max_tokens=count).choices
+        (choice,) = server.client.completions.create(
+            **settings, max_tokens=count
+        ).choices
         assert choice.text == "é the" + "b" * count
         found = choice.logprobs
-        assert found.token_logprobs == [None, *[-0.5] * (len(prompt) - 1), *[-1.0] * count]
+        assert found.token_logprobs == [
+            None,
+            *[-0.5] * (len(prompt) - 1),
+            *[-1.0] * count,
+        ]
         assert found.tokens[:2] == ["bytes:\\xc3", "bytes:\\xa9"]
         assert found.top_logprobs[0] is None
         rows = zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True)
@@ -152,7 +219,10 @@ def test_each_prompt_gets_n_choices(start_server):
 def test_json_schemas_reach_the_grammar(start_server):
     server = start_server(lambda text, request: "{}")
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": schema, "strict": True},
+    }
     create = server.client.chat.completions.create
     create(model="fake", messages=HELLO, response_format=form)
     create(model="fake", messages=HELLO, response_format={"type": "json_object"})
@@ -163,7 +233,10 @@ def test_json_schemas_reach_the_grammar(start_server):
 
 def test_keywords_that_no_grammar_keeps_are_named(start_server):
     server = start_server(lambda text, request: "{}")
-    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "array", "uniqueItems": True}},
+    }
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     for body, expected in (
@@ -171,8 +244,13 @@ def test_keywords_that_no_grammar_keeps_are_named(start_server):
         ({"tools": [tool], "tool_choice": "required"}, "tools.uniqueItems"),
         ({"tools": [tool]}, None),  # nothing is forced
     ):
-        answer = server.http.post("/v1/chat/completions", json={"messages": HELLO, **body})
-        assert (answer.status_code, answer.headers.get("x-maxlm-ignored")) == (200, expected)
+        answer = server.http.post(
+            "/v1/chat/completions", json={"messages": HELLO, **body}
+        )
+        assert (answer.status_code, answer.headers.get("x-maxlm-ignored")) == (
+            200,
+            expected,
+        )
 
 
 def test_tools_are_told_called_and_answered(start_server):
@@ -182,14 +260,21 @@ def test_tools_are_told_called_and_answered(start_server):
     choice = create(**settings).choices[0]
     prompt = server.engine.tokenizer.decode(server.engine.requests[-1].prompt_tokens)
     assert '"name": "get_weather"' in prompt.partition("user\n")[0]
-    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+    assert (choice.finish_reason, choice.message.content) == (
+        "tool_calls",
+        "Let me see.",
+    )
     (call,) = choice.message.tool_calls
     assert json.loads(call.function.arguments) == {"place": 'Köln {}" 🐈'}
 
     parts = []
     for event in create(**settings, stream=True):
         parts += event.choices[0].delta.tool_calls or []
-    assert (parts[0].function.name, parts[0].id[:5], parts[0].index) == ("get_weather", "call_", 0)
+    assert (parts[0].function.name, parts[0].id[:5], parts[0].index) == (
+        "get_weather",
+        "call_",
+        0,
+    )
     assert all(part.id is None and part.function.name is None for part in parts[1:])
     assert "".join(part.function.arguments for part in parts) == call.function.arguments
     assert len(parts) > 5  # they come as they are written
@@ -207,26 +292,40 @@ def test_a_call_is_forced_by_grammar(start_server):
     text = '{"name": "get_weather", "arguments": {"place": "x"}}'
     server = start_server(lambda *_: text)
     settings = {"model": "fake", "messages": HELLO, "tools": [WEATHER]}
-    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+    for choice in (
+        "required",
+        {"type": "function", "function": {"name": "get_weather"}},
+    ):
         found = server.client.chat.completions.create(**settings, tool_choice=choice)
         (call,) = found.choices[0].message.tool_calls
-        assert (call.function.name, call.function.arguments) == ("get_weather", '{"place": "x"}')
+        assert (call.function.name, call.function.arguments) == (
+            "get_weather",
+            '{"place": "x"}',
+        )
         request = server.engine.requests[-1]
         schema = json.loads(request.grammar.text)
         assert schema["properties"]["name"] == {"const": "get_weather"}
         assert schema["properties"]["arguments"]["$defs"] == PLACE["$defs"]
-        assert server.engine.tokenizer.decode(request.prompt_tokens).endswith("<tool_call>\n")
+        assert server.engine.tokenizer.decode(request.prompt_tokens).endswith(
+            "<tool_call>\n"
+        )
 
 
 def test_embeddings_and_scores(start_server):
     server = start_server(embedder=FakeEmbedder())
     texts, create = ["x" * n for n in range(11)], server.client.embeddings.create
-    expected = np.array([FakeEmbedder.embed(n + 1) for n in range(11)])  # bos before each
+    expected = np.array(
+        [FakeEmbedder.embed(n + 1) for n in range(11)]
+    )  # bos before each
     found = create(model="fake", input=texts, encoding_format="float")
-    np.testing.assert_allclose([each.embedding for each in found.data], expected, atol=1e-6)
+    np.testing.assert_allclose(
+        [each.embedding for each in found.data], expected, atol=1e-6
+    )
     assert found.usage.prompt_tokens == sum(range(1, 12))
     found = create(model="fake", input=texts)  # in base64, which the client reads
-    np.testing.assert_allclose([each.embedding for each in found.data], expected, atol=1e-6)
+    np.testing.assert_allclose(
+        [each.embedding for each in found.data], expected, atol=1e-6
+    )
     short = np.array(create(model="fake", input="xxx", dimensions=2).data[0].embedding)
     np.testing.assert_allclose(short, np.array([4, 1]) / 17**0.5, atol=1e-6)
 
@@ -238,13 +337,18 @@ def test_embeddings_and_scores(start_server):
     assert server.engine.tokenizer.decode(tokens) == "<|endoftext|>abqz"
     answer = server.http.post("/v1/score", json={**score, "method": "cosine"}).json()
     expected = [FakeEmbedder.embed(3) @ FakeEmbedder.embed(n) for n in (2, 3)]
-    assert [each["score"] for each in answer["data"]] == pytest.approx(expected, abs=1e-6)
+    assert [each["score"] for each in answer["data"]] == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_tokenize_and_back(start_server):
     server = start_server()
     tokenizer = server.engine.tokenizer
-    for extra, prefix in (({}, [tokenizer.bos_id]), ({"add_special_tokens": False}, [])):
+    for extra, prefix in (
+        ({}, [tokenizer.bos_id]),
+        ({"add_special_tokens": False}, []),
+    ):
         found = server.http.post("/tokenize", json={"prompt": "Straße", **extra}).json()
         assert found["tokens"] == [*prefix, *tokenizer.encode("Straße")]
         assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), 2048)

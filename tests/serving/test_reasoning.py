@@ -1,13 +1,23 @@
-"""Promise: thoughts and answer are told apart the same however the text is cut into pieces."""
+"""Promise: thoughts and answer are told apart the same however the text is cut into
+pieces."""
 
 import pytest
 
-from maxlm.serving.reasoning import ReasoningFormat, ReasoningParser, detect_reasoning_format
+from maxlm.serving.reasoning import (
+    ReasoningFormat,
+    ReasoningParser,
+    detect_reasoning_format,
+)
 from tests.serving.running import run_in_thread, train_chat_tokenizer
 
 MARKS = ReasoningFormat("<think>", "</think>")
 CASES = [
-    ("<think>\nA <b>\n\nand more\n</think>\n\nThe end", False, "A <b>\n\nand more", "The end"),
+    (
+        "<think>\nA <b>\n\nand more\n</think>\n\nThe end",
+        False,
+        "A <b>\n\nand more",
+        "The end",
+    ),
     ("\n<think>a</think>b</think>c", False, "a", "b</think>c"),
     ("a thought</think>\n\nanswer", True, "a thought", "answer"),
     ("no thought <think>x</think>", False, "", "no thought <think>x</think>"),
@@ -24,7 +34,9 @@ CASES = [
 def test_pieces_of_any_size_are_read_alike(text, is_inside, reasoning, content):
     for size in (1, 2, 3, 5, 8, max(len(text), 1)):
         parser = ReasoningParser(MARKS, is_inside)
-        pieces = [text[start : start + size] for start in range(0, len(text), size)] or [""]
+        pieces = [
+            text[start : start + size] for start in range(0, len(text), size)
+        ] or [""]
         read = [parser.push(piece) for piece in pieces[:-1]]
         read.append(parser.push(pieces[-1], final=True))
         assert "".join(part.reasoning for part in read) == reasoning
@@ -32,7 +44,10 @@ def test_pieces_of_any_size_are_read_alike(text, is_inside, reasoning, content):
 
 
 def test_without_marks_all_is_content():
-    assert ReasoningParser(None).push("<think>a</think>", final=True) == ("", "<think>a</think>")
+    assert ReasoningParser(None).push("<think>a</think>", final=True) == (
+        "",
+        "<think>a</think>",
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +60,8 @@ def test_the_template_says_which_marks_there_are(template, opener):
 
 
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% "
+    "endfor %}"
     "<|im_start|>assistant\n{% if opened is defined %}<think>\n{% endif %}{# <think> #}"
 )
 HELLO = [{"role": "user", "content": "hi"}]
@@ -87,7 +103,9 @@ def test_chats_tell_thoughts_apart_whole_and_streamed(thinking_tokenizer):
         assert not hasattr(silent.choices[0].message, "reasoning_content")
 
 
-def test_thoughts_that_the_prompt_opens_are_thoughts_and_end_before_a_form(thinking_tokenizer):
+def test_thoughts_that_the_prompt_opens_are_thoughts_and_end_before_a_form(
+    thinking_tokenizer,
+):
     def reply(text: str, request) -> str:
         return '{"a": 1}' if text.endswith("</think>\n\n") else "hm</think>yes"
 
@@ -102,8 +120,12 @@ def test_thoughts_that_the_prompt_opens_are_thoughts_and_end_before_a_form(think
         assert formed.choices[0].message.content == '{"a": 1}'
 
 
-def test_a_message_that_is_continued_within_its_thoughts_goes_on_with_them(thinking_tokenizer):
-    with run_in_thread(thinking_tokenizer, lambda text, request: " sure</think>\n\nYes") as server:
+def test_a_message_that_is_continued_within_its_thoughts_goes_on_with_them(
+    thinking_tokenizer,
+):
+    with run_in_thread(
+        thinking_tokenizer, lambda text, request: " sure</think>\n\nYes"
+    ) as server:
         messages = [*HELLO, {"role": "assistant", "content": "<think>\nI was"}]
         extra = {"continue_final_message": True}
         answer = server.client.chat.completions.create(

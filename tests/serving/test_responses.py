@@ -10,9 +10,20 @@ from maxlm.serving.responses import OutputItems
 from maxlm.serving.tools import ToolCallParser
 from tests.serving.running import run_in_thread
 
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"place": "Köln"}}\n</tool_call>'
-PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
-WEATHER = {"type": "function", "name": "get_weather", "parameters": PLACE, "strict": False}
+CALL = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"place": "Köln"}}\n</tool_call>'
+)
+PLACE = {
+    "type": "object",
+    "properties": {"place": {"type": "string"}},
+    "required": ["place"],
+}
+WEATHER = {
+    "type": "function",
+    "name": "get_weather",
+    "parameters": PLACE,
+    "strict": False,
+}
 
 
 def test_a_text_is_answered_and_settings_reach_the_engine(start_server):
@@ -34,7 +45,10 @@ def test_a_text_is_answered_and_settings_reach_the_engine(start_server):
     prompt = server.engine.tokenizer.decode(request.prompt_tokens)
     assert "system\nBe kind.<|im_end|>" in prompt
     assert response.usage.input_tokens == len(request.prompt_tokens)
-    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    assert (
+        response.usage.total_tokens
+        == response.usage.input_tokens + response.usage.output_tokens
+    )
 
 
 def test_a_stream_adds_up_to_the_whole_answer(start_server):
@@ -51,7 +65,11 @@ def test_a_stream_adds_up_to_the_whole_answer(start_server):
             if event.type == "response.function_call_arguments.delta":
                 arguments += event.delta
         final = stream.get_final_response()
-    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+    assert kinds[:3] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+    ]
     assert kinds[-1] == "response.completed"
     assert text == whole.output_text == "Let me see."
     assert json.loads(arguments) == {"place": "Köln"}
@@ -80,7 +98,11 @@ def test_a_conversation_of_items_is_the_chat_of_its_messages(start_server):
     items = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "input_text", "text": "weather?"}]},
-        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {
+            "type": "reasoning",
+            "summary": [],
+            "content": [{"type": "reasoning_text", "text": "hm"}],
+        },
         {
             "type": "function_call",
             "call_id": "c1",
@@ -91,7 +113,9 @@ def test_a_conversation_of_items_is_the_chat_of_its_messages(start_server):
         {
             "type": "message",
             "role": "assistant",
-            "content": [{"type": "output_text", "text": "It rains.", "annotations": []}],
+            "content": [
+                {"type": "output_text", "text": "It rains.", "annotations": []}
+            ],
         },
         {"role": "user", "content": "thanks"},
     ]
@@ -101,7 +125,12 @@ def test_a_conversation_of_items_is_the_chat_of_its_messages(start_server):
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": "weather?"},
-        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "hm",
+            "tool_calls": [call],
+        },
         {"role": "tool", "tool_call_id": "c1", "content": "rain"},
         {"role": "assistant", "content": "It rains."},
         {"role": "user", "content": "thanks"},
@@ -114,11 +143,15 @@ def test_a_conversation_of_items_is_the_chat_of_its_messages(start_server):
 def test_forms_and_choices_are_those_of_chat(start_server):
     server = start_server(lambda text, request: '{"a": 1}')
     form = {"type": "json_schema", "name": "it", "schema": {"type": "object"}}
-    response = server.client.responses.create(model="fake", input="x", text={"format": form})
+    response = server.client.responses.create(
+        model="fake", input="x", text={"format": form}
+    )
     assert json.loads(response.output_text) == {"a": 1}
     assert server.engine.requests[-1].grammar.kind == "json_schema"
     forced = {"type": "function", "name": "get_weather"}
-    server.client.responses.create(model="fake", input="x", tools=[WEATHER], tool_choice=forced)
+    server.client.responses.create(
+        model="fake", input="x", tools=[WEATHER], tool_choice=forced
+    )
     assert "get_weather" in server.engine.requests[-1].grammar.text
 
 
@@ -134,7 +167,10 @@ def test_a_cut_answer_is_incomplete(start_server):
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input"),
-        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a"}}},
+            "text.format.schema",
+        ),
     ],
 )
 def test_what_cannot_be_is_a_400_that_names_the_field(start_server, extra, param):
@@ -148,10 +184,15 @@ def test_what_follows_a_call_within_one_output_comes_behind_it():
     items = OutputItems()
     parser = ToolCallParser("hermes", ["f"])
     kinds: list[str] = []
-    pieces = ['<tool_call>\n{"name": "f", "arguments": {"a": ', "1}}\n</tool_call>\nAll done"]
+    pieces = [
+        '<tool_call>\n{"name": "f", "arguments": {"a": ',
+        "1}}\n</tool_call>\nAll done",
+    ]
     for piece in pieces:
         found = parser.push(piece, final=piece is pieces[-1])
-        kinds += [kind for kind, _ in items.add(ParsedAnswer("", found.content, found.calls))]
+        kinds += [
+            kind for kind, _ in items.add(ParsedAnswer("", found.content, found.calls))
+        ]
     items.finish()
     assert [item["type"] for item in items.items] == ["function_call", "message"]
     assert json.loads(items.items[0]["arguments"]) == {"a": 1}

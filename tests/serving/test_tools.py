@@ -1,5 +1,6 @@
-"""Calls are read from an answer's text however it is cut into pieces, in each way to write them;
-a forced call's grammar takes the arguments that jsonschema takes, and no others."""
+"""Calls are read from an answer's text however it is cut into pieces, in each way to
+write them; a forced call's grammar takes the arguments that jsonschema takes, and no
+others."""
 
 import json
 import random
@@ -19,7 +20,9 @@ FORMATS = pytest.mark.parametrize("tool_format", ["hermes", "mistral", "llama3"]
 ARGUMENTS = ['{"a": [1, {"b": "}]"}], "c": "\\\\\\"{"}', "{}", '{"ü": "</tool_call>"}']
 
 
-def read(tool_format: str, text: str, seed: int, **how) -> tuple[str, list[tuple[str, str]]]:
+def read(
+    tool_format: str, text: str, seed: int, **how
+) -> tuple[str, list[tuple[str, str]]]:
     """Content, and (name, arguments) of calls, of a text in random pieces."""
     parser = ToolCallParser(tool_format, ["f", "g"], **how)
     draw, content, calls = random.Random(seed), "", []
@@ -38,7 +41,9 @@ def read(tool_format: str, text: str, seed: int, **how) -> tuple[str, list[tuple
 
 def write(tool_format: str, calls: list[tuple[str, str]]) -> str:
     key = "parameters" if tool_format == "llama3" else "arguments"
-    found = [f'{{"name": {json.dumps(name)}, "{key}": {value}}}' for name, value in calls]
+    found = [
+        f'{{"name": {json.dumps(name)}, "{key}": {value}}}' for name, value in calls
+    ]
     if tool_format == "mistral":
         return f"[TOOL_CALLS] [{', '.join(found)}]"
     if tool_format == "llama3":
@@ -57,12 +62,29 @@ def test_calls_are_read_in_any_pieces(tool_format, seed):
         if tool_format != "llama3":  # there a call is the whole answer
             assert read(tool_format, f"Well, <x>\n{text}", seed) == ("Well, <x>", calls)
         else:
-            assert read(tool_format, text.removeprefix("<|python_tag|>"), seed) == ("", calls)
+            assert read(tool_format, text.removeprefix("<|python_tag|>"), seed) == (
+                "",
+                calls,
+            )
 
 
-TEXTS = ["plain [TOOL text <tool_", "a < b\n", '{"a": 1}', "{", "  x  ", "[TOOL_CALLS] none"]
-TEXTS += ["<|pyth", '<tool_call>{"name": "f", "argu', "<tool_call>nonsense</tool_call> and more"]
-TEXTS += ['{"name": "unknown", "arguments": {}}', '[TOOL_CALLS] [{"name": "h", "arguments": {}}]']
+TEXTS = [
+    "plain [TOOL text <tool_",
+    "a < b\n",
+    '{"a": 1}',
+    "{",
+    "  x  ",
+    "[TOOL_CALLS] none",
+]
+TEXTS += [
+    "<|pyth",
+    '<tool_call>{"name": "f", "argu',
+    "<tool_call>nonsense</tool_call> and more",
+]
+TEXTS += [
+    '{"name": "unknown", "arguments": {}}',
+    '[TOOL_CALLS] [{"name": "h", "arguments": {}}]',
+]
 
 
 @FORMATS
@@ -117,8 +139,19 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "anything": {},
 }
 CALL = {"name": "root", "arguments": {"v": 1}}
-VALUES: list[Any] = [{}, {"v": 1}, {"v": ""}, {"v": 1, "next": {"v": 2, "next": {"v": 3}}}, CALL]
-VALUES += [{"v": 1, "next": {}}, {"v": 1, "next": CALL}, {"a": 1, "b": 2}, {"a": 1, "b": "x"}]
+VALUES: list[Any] = [
+    {},
+    {"v": 1},
+    {"v": ""},
+    {"v": 1, "next": {"v": 2, "next": {"v": 3}}},
+    CALL,
+]
+VALUES += [
+    {"v": 1, "next": {}},
+    {"v": 1, "next": CALL},
+    {"a": 1, "b": 2},
+    {"a": 1, "b": "x"},
+]
 VALUES += [{"b": 1}, {"b": "x"}, {"c": 1}]
 
 
@@ -128,7 +161,8 @@ def make_tool(name: str, parameters: Any) -> Tool:
 
 @pytest.fixture(scope="module")
 def accepts_call(chat_tokenizer) -> Callable[..., bool]:
-    """``accepts_call(grammar, name, key, value)``: whether a grammar lets a whole call through."""
+    """``accepts_call(grammar, name, key, value)``: whether a grammar lets a whole call
+    through."""
     compiler = GrammarCompiler(chat_tokenizer)
 
     def accepts(grammar: GrammarSpec, name: str, key: str, value: Any) -> bool:

@@ -1,4 +1,5 @@
-"""Parameters are made in their shards: the values of one device, and none ever whole."""
+"""Parameters are made in their shards: the values of one device, and none ever
+whole."""
 
 import re
 
@@ -24,15 +25,21 @@ CONFIG = DecoderConfig.model_validate(
 )
 
 
-def test_parameters_are_born_in_their_shards_with_the_values_of_one_device(mesh, one_device_mesh):
-    """No instruction of the program that makes them has a whole sharded parameter's size."""
+def test_parameters_are_born_in_their_shards_with_the_values_of_one_device(
+    mesh, one_device_mesh
+):
+    """No instruction of the program that makes them has a whole sharded parameter's
+    size."""
     axes = mesh(fsdp=4, tensor=2)
     with jax.set_mesh(axes):
         specs = param_specs(building.decoder(CONFIG, axes))
         stored = building.storage(CONFIG, axes)
         start = jit_sharded(lambda key: init_params(specs, key), stored)
         compiled = start.lower(jax.random.key(3)).compile(compiler_options=QUICK)
-        params, shardings = flatten_names(compiled(jax.random.key(3))), flatten_names(stored)
+        params, shardings = (
+            flatten_names(compiled(jax.random.key(3))),
+            flatten_names(stored),
+        )
     with jax.set_mesh(one_device_mesh):
         alone = jax.jit(lambda key: init_params(specs, key), compiler_options=QUICK)(
             jax.random.key(3)

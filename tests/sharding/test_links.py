@@ -1,5 +1,5 @@
-"""Which device stands where: along a torus, across slices by `data` or `stage`, `tensor` within a
-host of GPUs."""
+"""Which device stands where: along a torus, across slices by `data` or `stage`,
+`tensor` within a host of GPUs."""
 
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -27,7 +27,9 @@ class Device:
     slice_index: int = 0
 
 
-def tpus(shape: tuple[int, int, int], slices: int = 1, kind: str = "TPU v5") -> list[Device]:
+def tpus(
+    shape: tuple[int, int, int], slices: int = 1, kind: str = "TPU v5"
+) -> list[Device]:
     """Chips of slices, four a host."""
     chips = prod(shape)
     return [
@@ -46,7 +48,10 @@ def tpus(shape: tuple[int, int, int], slices: int = 1, kind: str = "TPU v5") -> 
 
 def gpus(hosts: int, each: int = 8) -> list[Device]:
     """In an order of no help."""
-    devices = [Device(i, i // each, "gpu", "NVIDIA H100 80GB HBM3") for i in range(hosts * each)]
+    devices = [
+        Device(i, i // each, "gpu", "NVIDIA H100 80GB HBM3")
+        for i in range(hosts * each)
+    ]
     return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
 
 
@@ -116,13 +121,15 @@ def test_tensor_stays_within_a_host_of_gpus():
         (
             {"fsdp": 8},
             tpus((2, 2, 1), slices=2),
-            "mesh: 2 slices, but neither data=1 nor stage=1 divides over them; set mesh.data to a "
+            "mesh: 2 slices, but neither data=1 nor stage=1 divides over them; set "
+            "mesh.data to a "
             "multiple of 2: only it or stage may cross slices",
         ),
         (
             {"tensor": 16},
             gpus(2),
-            "mesh.tensor: tensor=16 would lie across hosts of 8 GPUs; use a divisor of 8",
+            "mesh.tensor: tensor=16 would lie across hosts of 8 GPUs; use a divisor of "
+            "8",
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""Meshes: six named axes, their product the number of devices, or a message that says why not."""
+"""Meshes: six named axes, their product the number of devices, or a message that says
+why not."""
 
 from math import prod
 
@@ -54,7 +55,8 @@ def test_a_mesh_written_as_text():
     [
         (
             "fspd=4",
-            "--mesh: unknown mesh axis 'fspd'; use stage, data, fsdp, expert, context, tensor",
+            "--mesh: unknown mesh axis 'fspd'; use stage, data, fsdp, expert, context, "
+            "tensor",
         ),
         ("fsdp", "--mesh: 'fsdp' is not AXIS=SIZE; write fsdp=8,tensor=2"),
         ("tensor=2,fsdp=0", "--mesh: 'fsdp=0' is not AXIS=SIZE; write fsdp=8,tensor=2"),

@@ -1,4 +1,5 @@
-"""From logical axes to partitions: exact shard counts, loud errors, nothing dropped silently."""
+"""From logical axes to partitions: exact shard counts, loud errors, nothing dropped
+silently."""
 
 from collections import Counter
 from math import prod
@@ -30,8 +31,11 @@ STORAGE = ShardingConfig().storage
 
 @given(st.data())
 def test_shards_times_bytes_per_device_is_the_whole(data):
-    """On real meshes of eight devices: JAX splits an array into just as many distinct pieces."""
-    axes = data.draw(st.permutations(["data", "fsdp", "tensor", "expert", "context"]))[:3]
+    """On real meshes of eight devices: JAX splits an array into just as many distinct
+    pieces."""
+    axes = data.draw(st.permutations(["data", "fsdp", "tensor", "expert", "context"]))[
+        :3
+    ]
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **dict.fromkeys(axes, 2)}))
     sizes = dict(mesh.shape)
     logical = data.draw(
@@ -39,14 +43,18 @@ def test_shards_times_bytes_per_device_is_the_whole(data):
     )
     free, rules = list(MESH_AXES), {}
     for axis in logical:
-        names = data.draw(st.lists(st.sampled_from(free), max_size=2, unique=True), axis)
+        names = data.draw(
+            st.lists(st.sampled_from(free), max_size=2, unique=True), axis
+        )
         free = [name for name in free if name not in names]
         rules[axis] = tuple(names)
     ways = [prod(sizes[n] for n in rules[axis]) for axis in logical]
     shape = tuple(w * data.draw(st.integers(1, 3)) for w in ways)
     placement = resolve_placement("w", shape, logical, AxisRules(**rules), sizes)
 
-    array = jax.device_put(np.zeros(shape, np.float32), NamedSharding(mesh, placement.spec))
+    array = jax.device_put(
+        np.zeros(shape, np.float32), NamedSharding(mesh, placement.spec)
+    )
     held = array.addressable_shards[0].data.nbytes
     assert placement.num_shards * held == array.nbytes
     assert placement.num_shards == len({str(s.index) for s in array.addressable_shards})
@@ -63,23 +71,31 @@ def test_too_many_whole_bytes_are_refused():
     }
     sizes = {**ONES, "fsdp": 4}
     expected = (
-        "sharding.storage: 33% of parameter bytes would be whole on every device (limit 10%), the "
-        "largest table; give one of its axes a mesh axis, or raise sharding.max_unsharded"
+        "sharding.storage: 33% of parameter bytes would be whole on every device "
+        "(limit 10%), the "
+        "largest table; give one of its axes a mesh axis, or raise "
+        "sharding.max_unsharded"
     )
     assert message(check_unsharded_share, held, sizes, 0.1) == expected
-    assert message(check_unsharded_share, held, sizes, 0.33) == expected.replace("10%", "33%")
+    assert message(check_unsharded_share, held, sizes, 0.33) == expected.replace(
+        "10%", "33%"
+    )
     check_unsharded_share(held, sizes, 0.34)
     # A mesh that splits no parameters may hold them whole.
     check_unsharded_share(held, {**ONES, "data": 8, "context": 2}, 0.0)
 
 
 def test_rules_on_a_mesh_leave_out_axes_of_size_one():
-    rules = AxisRules(batch=("data", "fsdp", "expert"), embed="fsdp", mlp="tensor", vocab=None)
+    rules = AxisRules(
+        batch=("data", "fsdp", "expert"), embed="fsdp", mlp="tensor", vocab=None
+    )
     assert rules.embed == ("fsdp",)
     assert rules.vocab == ()
     on = rules.for_mesh({**ONES, "data": 2, "tensor": 4, "expert": 2})
     assert on == AxisRules(batch=("data", "expert"), mlp="tensor")
-    assert on.spec("batch", None, "embed", "mlp") == P(("data", "expert"), None, None, "tensor")
+    assert on.spec("batch", None, "embed", "mlp") == P(
+        ("data", "expert"), None, None, "tensor"
+    )
     assert rules.for_mesh(ONES) == AxisRules()
 
 
@@ -105,14 +121,17 @@ def test_a_placement_names_its_rules():
             (8, 50257),
             ("embed", "vocab"),
             STORAGE,
-            "w: vocab=50257 does not divide over tensor=2; change the mesh to a divisor of 50257, "
-            "or set 'vocab' to null in sharding.storage and sharding.compute to keep it whole",
+            "w: vocab=50257 does not divide over tensor=2; change the mesh to a "
+            "divisor of 50257, "
+            "or set 'vocab' to null in sharding.storage and sharding.compute to keep "
+            "it whole",
         ),
         (
             (24, 8),
             ("embed", "mlp"),
             BOTH,
-            "w: axes embed and mlp are both on mesh axis 'fsdp'; give one of them another mesh "
+            "w: axes embed and mlp are both on mesh axis 'fsdp'; give one of them "
+            "another mesh "
             "axis, or null",
         ),
     ],
@@ -126,19 +145,24 @@ def test_what_cannot_be_placed_is_refused(shape, axes, rules, expected):
     [
         (
             {"seq": "context", "heads": ("tensor", "context")},
-            "sharding.compute: axes seq and heads are both on mesh axis 'context'; give one of "
+            "sharding.compute: axes seq and heads are both on mesh axis 'context'; "
+            "give one of "
             "them another mesh axis, or null",
         ),
         (
             {"embed": "fsdp"},
-            "sharding.compute.embed: mesh axis 'fsdp' splits the residual stream's width, which "
-            "norms, experts and the loss need whole; set it to null (sharding.storage.embed splits "
+            "sharding.compute.embed: mesh axis 'fsdp' splits the residual stream's "
+            "width, which "
+            "norms, experts and the loss need whole; set it to null "
+            "(sharding.storage.embed splits "
             "weights at rest)",
         ),
         (
             {"head_dim": "tensor"},
-            "sharding.compute.head_dim: mesh axis 'tensor' splits a head's width, which attention "
-            "needs whole; set it to null (sharding.storage.head_dim splits weights at rest)",
+            "sharding.compute.head_dim: mesh axis 'tensor' splits a head's width, "
+            "which attention "
+            "needs whole; set it to null (sharding.storage.head_dim splits weights at "
+            "rest)",
         ),
     ],
 )

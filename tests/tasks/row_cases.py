@@ -1,4 +1,5 @@
-"""Rows of prompts and answers whose tokens are written as numbers, and batches of them."""
+"""Rows of prompts and answers whose tokens are written as numbers, and batches of
+them."""
 
 import json
 from functools import cache
@@ -20,14 +21,30 @@ PREFERENCE_CASES: dict[str, dict[str, Any]] = {
     "reward_centred": {"kind": "reward", "center_rewards": 0.3},
     "dpo_sigmoid": {"kind": "dpo", "beta": 0.3},
     "dpo_hinge": {"kind": "dpo", "loss_type": "hinge", "beta": 0.3},
-    "dpo_robust": {"kind": "dpo", "loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
+    "dpo_robust": {
+        "kind": "dpo",
+        "loss_type": "robust",
+        "beta": 0.3,
+        "label_smoothing": 0.2,
+    },
     "dpo_ipo": {"kind": "dpo", "loss_type": "ipo", "beta": 0.3},
-    "kto": {"kind": "kto", "beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7},
+    "kto": {
+        "kind": "kto",
+        "beta": 0.3,
+        "desirable_weight": 1.3,
+        "undesirable_weight": 0.7,
+    },
     "orpo": {"kind": "orpo", "beta": 0.4},
     "cpo_sigmoid": {"kind": "cpo", "label_smoothing": 0.1, "alpha": 0.5},
     "cpo_hinge": {"kind": "cpo", "loss_type": "hinge"},
     "cpo_ipo": {"kind": "cpo", "loss_type": "ipo"},
-    "simpo": {"kind": "cpo", "loss_type": "simpo", "beta": 2.0, "gamma": 0.8, "alpha": 0.0},
+    "simpo": {
+        "kind": "cpo",
+        "loss_type": "simpo",
+        "beta": 2.0,
+        "gamma": 0.8,
+        "alpha": 0.0,
+    },
 }
 
 
@@ -45,7 +62,8 @@ def draw_text(random: np.random.Generator, low: int = 1, high: int = 8) -> str:
 
 
 def draw_rows(seed: int, count: int = 6) -> list[dict[str, Any]]:
-    """Rows that every task reads, of ragged lengths; answers are good and bad by turns."""
+    """Rows that every task reads, of ragged lengths; answers are good and bad by
+    turns."""
     random = np.random.default_rng(seed)
     return [
         {
@@ -76,7 +94,9 @@ def make_inputs(seq_len: int, batch_size: int, **more: Any) -> SourceInputs:
     return SourceInputs(loader, 0, vocabulary, tokenizer, **more)
 
 
-def make_batch(task: Any, seq_len: int, batch_size: int, step: int = 0) -> dict[str, np.ndarray]:
+def make_batch(
+    task: Any, seq_len: int, batch_size: int, step: int = 0
+) -> dict[str, np.ndarray]:
     """Rows [batch_size, ...] of a task's file, each of its examples once."""
     file, inputs = task.open_files("files"), make_inputs(seq_len, batch_size)
     once = {"shuffle": False, "endless": False}
@@ -87,11 +107,14 @@ def make_batch(task: Any, seq_len: int, batch_size: int, step: int = 0) -> dict[
 def compute_loss_and_gradient(
     task: Any, models: Any, batch: Any, parts: int = 1, frozen_model: Any = None
 ) -> tuple[float, dict[str, float], Any]:
-    """The mean loss over a batch [B, ...] in some micro-batches, what is logged, and the gradient
-    of the former. ``models``: a model, its mesh, its parameters and a reference's, which
-    ``frozen_model`` has, by default the same."""
+    """The mean loss over a batch [B, ...] in some micro-batches, what is logged, and
+    the gradient of the former. ``models``: a model, its mesh, its parameters and a
+    reference's, which ``frozen_model`` has, by default the same."""
     model, mesh, *both = models
-    micro = {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
+    micro = {
+        name: array.reshape(parts, -1, *array.shape[1:])
+        for name, array in batch.items()
+    }
     settings = task.model_dump_json(exclude={"files"})
     step = _jit_step(type(task), settings, model, frozen_model or model)
     (loss, sums), gradient = bind_mesh(mesh, step)(*both, micro)
@@ -110,7 +133,9 @@ def _jit_step(kind: Any, settings: str, model: Any, frozen_model: Any) -> Any:
 
         def total(params):
             models = TaskModels(bind(model, params), frozen)
-            found = jax.lax.map(lambda own: task.loss(models, own, jax.random.key(0)), micro)
+            found = jax.lax.map(
+                lambda own: task.loss(models, own, jax.random.key(0)), micro
+            )
             loss, sums = jax.tree.map(lambda x: x.sum(0), found)
             return loss / sums["tokens"], sums
 

@@ -1,5 +1,6 @@
-"""What is taken out of documents can be put back, token by token; how much, and in how many spans,
-is what the papers say; and a row is packed again whole, under the same numbers."""
+"""What is taken out of documents can be put back, token by token; how much, and in how
+many spans, is what the papers say; and a row is packed again whole, under the same
+numbers."""
 
 from collections import Counter
 from itertools import product
@@ -48,7 +49,8 @@ def is_sentinel(ids):
 
 
 def recover(inputs, targets):
-    """The tokens, with each sentinel of the inputs replaced by what follows it in the targets."""
+    """The tokens, with each sentinel of the inputs replaced by what follows it in the
+    targets."""
     assert inputs[-1] == targets[-1] == SENTINELS.eos
     inputs, targets = inputs[:-1], targets[:-1]
     if inputs.size and inputs[0] in MODES.values():
@@ -119,10 +121,14 @@ def test_every_division_into_spans_is_as_likely():
     }
     assert set(found) == every
     expected = times / len(every)
-    assert sum((n - expected) ** 2 / expected for n in found.values()) < 20.5  # χ²₅, p = 0.001
+    assert (
+        sum((n - expected) ** 2 / expected for n in found.values()) < 20.5
+    )  # χ²₅, p = 0.001
 
 
-@pytest.mark.parametrize(("n", "density", "most"), [(40, 0.25, 19), (9, 0.5, 8), (2, 0.25, 1)])
+@pytest.mark.parametrize(
+    ("n", "density", "most"), [(40, 0.25, 19), (9, 0.5, 8), (2, 0.25, 1)]
+)
 def test_a_prefix_ends_anywhere_up_to_twice_the_mean(n, density, most):
     rng, times, denoiser = np.random.default_rng(0), 4000, Denoiser(density, None)
     noise = np.array([denoiser.draw_noise(n, rng) for _ in range(times)])
@@ -136,8 +142,8 @@ def test_a_prefix_ends_anywhere_up_to_twice_the_mean(n, density, most):
 
 
 def test_published_examples():
-    """The module's own row; T5's 568 tokens, which become 512 inputs and 114 targets; UL2's table,
-    of which each is drawn equally often."""
+    """The module's own row; T5's 568 tokens, which become 512 inputs and 114 targets;
+    UL2's table, of which each is drawn equally often."""
     tokens = np.array([1, 2, 3, 4, 5, 6, 7], np.int32)
     inputs, targets = replace_spans(tokens, np.isin(tokens, (3, 4, 7)), SENTINELS)
     assert inputs.tolist() == [1, 2, 999, 5, 6, 998, 501]
@@ -152,7 +158,9 @@ def test_published_examples():
     segments = np.repeat(np.arange(1, 501), 4).astype(np.int32)
     row = corrupt_row(text(2000), segments, mixture, SENTINELS, rng, **lengths)
     drawn = Counter(row["input_tokens"][row["input_tokens"] >= 510].tolist())
-    assert all(abs(drawn[mode] - n) < 45 for mode, n in {510: 143, 511: 71, 512: 286}.items())
+    assert all(
+        abs(drawn[mode] - n) < 45 for mode, n in {510: 143, 511: 71, 512: 286}.items()
+    )
 
 
 @st.composite
@@ -165,7 +173,10 @@ def rows(draw):
     return np.where(segments > 0, text(segments.size), 0).astype(np.int32), segments
 
 
-ENCODER, DECODER = ("tokens", "positions"), ("tokens", "targets", "positions", "weights")
+ENCODER, DECODER = (
+    ("tokens", "positions"),
+    ("tokens", "targets", "positions", "weights"),
+)
 
 
 def side_of(row, prefix, names, number):
@@ -183,7 +194,10 @@ def side_of(row, prefix, names, number):
 )
 def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_len):
     tokens, segments = row
-    rng, lengths = np.random.default_rng(seed), {"encoder_len": 200, "decoder_len": decoder_len}
+    rng, lengths = (
+        np.random.default_rng(seed),
+        {"encoder_len": 200, "decoder_len": decoder_len},
+    )
     found = corrupt_row(tokens, segments, mixture, SENTINELS, rng, **lengths)
     assert {a.dtype for n, a in found.items() if n != "weights"} == {np.dtype(np.int32)}
     assert found["weights"].dtype == np.float32
@@ -195,12 +209,16 @@ def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_le
         assert (np.diff(np.flatnonzero(~padding)) == 1).all()
 
     kept = np.setdiff1d(found["segment_ids"], 0)
-    # A segment takes three more places than it has tokens: mode, end, a sentinel for one token.
+    # A segment takes three more places than it has tokens: mode, end, a sentinel for
+    # one token.
     has_room = min(200, decoder_len) >= segments.size + 3 * segments.max()
     assert kept.size == segments.max() or not has_room
     np.testing.assert_array_equal(kept, np.setdiff1d(found["input_segment_ids"], 0))
     for number in kept:
-        inputs, own = side_of(found, "input_", ENCODER, number), side_of(found, "", DECODER, number)
+        inputs, own = (
+            side_of(found, "input_", ENCODER, number),
+            side_of(found, "", DECODER, number),
+        )
         whole = tokens[segments == number]
         again = recover(inputs["tokens"], own["targets"])
         np.testing.assert_array_equal(again, whole[: again.size])
@@ -208,7 +226,9 @@ def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_le
         shifted = [SENTINELS.decoder_start_id, *own["targets"][:-1]]
         np.testing.assert_array_equal(own["tokens"], shifted)
         for side in (inputs, own):
-            np.testing.assert_array_equal(side["positions"], np.arange(side["positions"].size))
+            np.testing.assert_array_equal(
+                side["positions"], np.arange(side["positions"].size)
+            )
 
 
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([(), (503, 504)]))
@@ -216,7 +236,9 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
     """568 tokens in so many pieces, rows of T5's lengths, which hold them as one."""
     rng, lengths = np.random.default_rng(seed), Denoiser().max_lengths
     borders = np.sort(rng.choice(np.arange(1, 568), pieces - 1, replace=False))
-    numbers = 1 + np.searchsorted(borders, np.arange(568), side="right").astype(np.int32)
+    numbers = 1 + np.searchsorted(borders, np.arange(568), side="right").astype(
+        np.int32
+    )
     found = corrupt_row(
         *(text(568), numbers, (Denoiser(),), SENTINELS._replace(bos_ids=opening), rng),
         encoder_len=512,
@@ -231,13 +253,17 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
         ]
         if fitting:
             inputs, targets = lengths(max(fitting))
-            np.testing.assert_array_equal(found["input_tokens"][at : at + marks], opening)
+            np.testing.assert_array_equal(
+                found["input_tokens"][at : at + marks], opening
+            )
             at, to = at + marks + inputs, to + targets
     assert np.count_nonzero(found["input_segment_ids"]) == at
     assert np.count_nonzero(found["segment_ids"]) == to
 
 
-@pytest.mark.parametrize("denoiser", [*Ul2Task().denoisers, *Ul2Task(**MODES).denoisers])
+@pytest.mark.parametrize(
+    "denoiser", [*Ul2Task().denoisers, *Ul2Task(**MODES).denoisers]
+)
 def test_room_for_a_document_is_no_more_than_is_used(denoiser):
     rng = np.random.default_rng(0)
     found = [corrupt_tokens(text(50), denoiser, SENTINELS, rng) for _ in range(400)]
@@ -253,7 +279,10 @@ def masked(row, seed=0, starts_word=None, **settings):
     task = MlmTask(mask_id=MASK, whole_words=starts_word is not None, **settings)
     starts = SPECIAL if starts_word is None else starts_word
     vocabulary = Vocabulary(WORDS, (), 0, SPECIAL, starts)
-    rng, named = np.random.default_rng(seed), dict(zip(("tokens", "segment_ids"), row, strict=True))
+    rng, named = (
+        np.random.default_rng(seed),
+        dict(zip(("tokens", "segment_ids"), row, strict=True)),
+    )
     found = task.mask_row(vocabulary, named, rng)
     return {name: found[name] for name in ("tokens", "targets", "weights")}
 
@@ -268,7 +297,9 @@ def test_masked_tokens_can_be_put_back_and_special_ones_stay(row, seed, share, w
     assert [a.dtype for a in found.values()] == [np.int32, np.int32, np.float32]
     chosen = found["weights"] == 1
     assert set(np.unique(found["weights"])) <= {0, 1}
-    np.testing.assert_array_equal(np.where(chosen, found["targets"], found["tokens"]), tokens)
+    np.testing.assert_array_equal(
+        np.where(chosen, found["targets"], found["tokens"]), tokens
+    )
     assert not found["targets"][~chosen].any()
 
     candidates = (segments > 0) & ~SPECIAL[tokens]
@@ -285,7 +316,11 @@ def check_words(tokens, segments, candidates, starts, chosen, budget):
     """Words are chosen whole, and no other would have fitted."""
     words, previous = [], None
     for i in np.flatnonzero(candidates):
-        goes_on = previous == i - 1 and segments[i] == segments[i - 1] and not starts[tokens[i]]
+        goes_on = (
+            previous == i - 1
+            and segments[i] == segments[i - 1]
+            and not starts[tokens[i]]
+        )
         if goes_on:
             words[-1].append(i)
         else:
@@ -309,4 +344,6 @@ def test_chosen_tokens_become_a_mask_another_or_stay():
     others = np.bincount(became[~is_mask & ~same], minlength=WORDS)
     assert not others[:5].any()
     assert (others[5:] > 0).mean() > 0.98  # of about 6 each
-    assert np.array_equal(masked((row, np.ones_like(row)), masked=0, random=0)["tokens"], row)
+    assert np.array_equal(
+        masked((row, np.ones_like(row)), masked=0, random=0)["tokens"], row
+    )

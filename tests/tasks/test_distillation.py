@@ -1,5 +1,5 @@
-"""Distillation's loss is the formula of both models' logits in float64, over answers alone, in any
-layout; a stored teacher's rows are those that are trained on."""
+"""Distillation's loss is the formula of both models' logits in float64, over answers
+alone, in any layout; a stored teacher's rows are those that are trained on."""
 
 import json
 
@@ -45,13 +45,19 @@ def make_task(path, **settings):
 
 
 def compute_loss(task, batch, **mesh):
-    """The loss's sums and gradient with random models on a mesh; and both models' logits."""
+    """The loss's sums and gradient with random models on a mesh; and both models'
+    logits."""
     settings = {"model": MODEL | {"heads": dict(task.required_heads)}, "task": task}
-    settings |= {"compute_dtype": "float32", "data": {"seq_len": SEQ, "batch_size": ROWS}}
+    settings |= {
+        "compute_dtype": "float32",
+        "data": {"seq_len": SEQ, "batch_size": ROWS},
+    }
     config = RunConfig.model_validate(settings | {"mesh": {"fsdp": 1} | mesh})
     devices = jax.devices()[: int(np.prod(list(mesh.values()) or [1]))]
     runs = [
-        set_up_run(config.model_copy(update={"model": model}), devices, frozen_sources={})
+        set_up_run(
+            config.model_copy(update={"model": model}), devices, frozen_sources={}
+        )
         for model in (config.model, DecoderConfig.model_validate(TEACHER))
     ]
     params = [run.init_train_state().params for run in runs]
@@ -62,7 +68,9 @@ def compute_loss(task, batch, **mesh):
     put = {name: array[0] for name, array in put.items()}
 
     def loss(student, teacher, put):
-        models = [bind(run.model, p) for run, p in zip(runs, (student, teacher), strict=True)]
+        models = [
+            bind(run.model, p) for run, p in zip(runs, (student, teacher), strict=True)
+        ]
         frozen = {"teacher": models[1]} if task.teacher else {}
         return task.loss(TaskModels(models[0], frozen), put, jax.random.key(0))
 
@@ -70,12 +78,15 @@ def compute_loss(task, batch, **mesh):
         found = []
         for run, p in zip(runs, (student, teacher), strict=True):
             model = bind(run.model, p)
-            hidden = model(*(put[name] for name in ("tokens", "positions", "segment_ids")))[0]
+            hidden = model(
+                *(put[name] for name in ("tokens", "positions", "segment_ids"))
+            )[0]
             found.append((hidden, model.logits(hidden)))
         return found
 
     run = bind_mesh(
-        own.mesh, jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        own.mesh,
+        jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK),
     )
     (value, sums), gradient = run(*spread, put)
     sums = {name: float(x) for name, x in {"loss": value, **sums}.items()}
@@ -84,7 +95,11 @@ def compute_loss(task, batch, **mesh):
     both = bind_mesh(own.mesh, jax.jit(states, compiler_options=QUICK))(*spread, put)
     head = flatten_names(spread[0]).get("heads.features.kernel")
     both = jax.tree.map(lambda a: np.asarray(a, np.float64), both)
-    return sums, flatten_names(gradient), (both, None if head is None else np.float64(head))
+    return (
+        sums,
+        flatten_names(gradient),
+        (both, None if head is None else np.float64(head)),
+    )
 
 
 def log_softmax(x):
@@ -97,29 +112,52 @@ def log_softmax(x):
 
 def test_the_loss_is_the_formulas_and_alike_in_every_layout(tmp_path):
     settings = {"divergence": "jsd", "beta": 0.3, "temperature": 1.7, "ce_weight": 0.2}
-    settings |= {"features": WIDTH, "features_weight": 0.4, "chunk_tokens": 7, "z_loss": 1e-2}
+    settings |= {
+        "features": WIDTH,
+        "features_weight": 0.4,
+        "chunk_tokens": 7,
+        "z_loss": 1e-2,
+    }
     task = make_task(tmp_path, **settings)
     batch = make_batch(task, SEQ, ROWS)
-    sums, gradient, (((hidden, student), (wanted, teacher)), head) = compute_loss(task, batch)
+    sums, gradient, (((hidden, student), (wanted, teacher)), head) = compute_loss(
+        task, batch
+    )
     weights, own = batch["weights"], (log_softmax(a / 1.7) for a in (student, teacher))
     p, q = own
     mixture = np.log(0.7 * np.exp(p) + 0.3 * np.exp(q))
     kl = 0.3 * np.exp(q) * (q - mixture) + 0.7 * np.exp(p) * (p - mixture)
     divergence = 1.7**2 * (kl.sum(-1) * weights).sum()
-    at = np.take_along_axis(log_softmax(student), batch["targets"][..., None], -1)[..., 0]
+    at = np.take_along_axis(log_softmax(student), batch["targets"][..., None], -1)[
+        ..., 0
+    ]
     entropy = -(at * weights).sum()
     norm = np.take_along_axis(student, batch["targets"][..., None], -1)[..., 0] - at
     features = (np.square(hidden @ head - wanted).mean(-1) * weights).sum()
-    loss = 0.8 * divergence + 0.2 * (entropy + 1e-2 * (norm**2 * weights).sum()) + 0.4 * features
-    want = {"divergence": divergence, "cross_entropy": entropy, "features": features, "loss": loss}
+    loss = (
+        0.8 * divergence
+        + 0.2 * (entropy + 1e-2 * (norm**2 * weights).sum())
+        + 0.4 * features
+    )
+    want = {
+        "divergence": divergence,
+        "cross_entropy": entropy,
+        "features": features,
+        "loss": loss,
+    }
     for name, value in (want | {"tokens": weights.sum()}).items():
         assert sums[name] == pytest.approx(value, rel=1e-5), name
-    for mesh in ({"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    for mesh in (
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ):
         other, spread, _ = compute_loss(task, batch, **mesh)
         assert other == pytest.approx(sums, rel=2e-5)
         for name, value in gradient.items():
             scale = np.abs(value).max()
-            np.testing.assert_allclose(spread[name], value, atol=3e-5 * scale, err_msg=name)
+            np.testing.assert_allclose(
+                spread[name], value, atol=3e-5 * scale, err_msg=name
+            )
 
 
 def test_a_prompt_or_padding_does_not_count(tmp_path):
@@ -134,7 +172,8 @@ def test_a_prompt_or_padding_does_not_count(tmp_path):
 
 
 def store(rows, task, k, temperature=1.0):
-    """Rows with a random teacher's log-probabilities beside them, of all their answers' tokens."""
+    """Rows with a random teacher's log-probabilities beside them, of all their answers'
+    tokens."""
     random, stored = np.random.default_rng(1), []
     encoder = make_task_encoder(task.model_copy(update={"teacher": "any"}))
     for row in rows:
@@ -145,7 +184,9 @@ def store(rows, task, k, temperature=1.0):
         top = np.take_along_axis(q, ids, -1)
         rest = np.log1p(-np.minimum(np.exp(top).sum(-1, keepdims=True), 1 - 1e-12))
         own = ids, np.concatenate([top, rest], 1), targets
-        stored.append(row | write_stored_teacher(*own) | {"teacher_temperature": temperature})
+        stored.append(
+            row | write_stored_teacher(*own) | {"teacher_temperature": temperature}
+        )
     return stored
 
 
@@ -165,7 +206,9 @@ def test_a_stored_teacher_stands_beside_the_tokens_it_is_of(tmp_path):
 
 
 def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(tmp_path):
-    task = make_task(tmp_path, teacher=None, top_k=5, divergence="reverse_kl", chunk_tokens=7)
+    task = make_task(
+        tmp_path, teacher=None, top_k=5, divergence="reverse_kl", chunk_tokens=7
+    )
     encoder = make_task_encoder(task)
     found = [encoder(row) for row in store(draw_rows(2, ROWS), task, 5)]
     batch = {
@@ -197,7 +240,11 @@ def test_what_cannot_be_learnt_is_refused(tmp_path):
     (row, other) = store(rows, task, 5)
     for changed, settings, message in (
         (rows[0], {}, "no teacher's log-probabilities; maxlm tune store-logits"),
-        (row, {"temperature": 2.0}, "log-probabilities at temperature 1, not 2; set it to 1"),
+        (
+            row,
+            {"temperature": 2.0},
+            "log-probabilities at temperature 1, not 2; set it to 1",
+        ),
         (row, {"top_k": 6}, r"5 log-probabilities a token, task\.top_k=6"),
         (row | {"completion": other["completion"]}, {}, "are of other tokens"),
         (row, {"learn_prompt": True}, "are of other tokens"),
@@ -208,17 +255,25 @@ def test_what_cannot_be_learnt_is_refused(tmp_path):
     file = tmp_path / "stored.jsonl"  # the size is all that is read of it
     file.write_text(json.dumps(rows[0] | {"teacher_vocab_size": MODEL["vocab_size"]}))
     task = task.model_copy(update={"files": (str(file),)})
-    with pytest.raises(MaxlmError, match=rf"the teacher has {MODEL['vocab_size']} ids, .*={VOCAB}"):
+    with pytest.raises(
+        MaxlmError, match=rf"the teacher has {MODEL['vocab_size']} ids, .*={VOCAB}"
+    ):
         task.batch_source(make_inputs(SEQ, ROWS))
     model = DecoderConfig.model_validate(MODEL)
     task = make_task(tmp_path, features=WIDTH)
     small = DecoderConfig.model_validate(TEACHER | {"vocab_size": 50})
-    with pytest.raises(MaxlmError, match=r"^teacher: the teacher has 50 ids, model\.vocab_size="):
+    with pytest.raises(
+        MaxlmError, match=r"^teacher: the teacher has 50 ids, model\.vocab_size="
+    ):
         task.check_frozen_models(model, {"teacher": small})
-    with pytest.raises(MaxlmError, match=r"task\.features: .*have 16 features; set it to 16"):
+    with pytest.raises(
+        MaxlmError, match=r"task\.features: .*have 16 features; set it to 16"
+    ):
         task.check_frozen_models(model, {"teacher": model})
     with pytest.raises(MaxlmError, match=r"heads.*features"):
-        RunConfig.model_validate({"model": MODEL, "task": task, "data": {"seq_len": SEQ}})
+        RunConfig.model_validate(
+            {"model": MODEL, "task": task, "data": {"seq_len": SEQ}}
+        )
     with pytest.raises(MaxlmError, match="have no hidden states"):
         make_task(tmp_path, teacher=None, features=WIDTH).check(SEQ, 9)
     with pytest.raises(ValueError, match="teacher"):

@@ -1,5 +1,6 @@
-"""Preference tasks compute their papers' formulas, however their rows are packed, accumulated and
-laid out; what they cannot learn from is refused by file and row. tests/parity holds them to TRL."""
+"""Preference tasks compute their papers' formulas, however their rows are packed,
+accumulated and laid out; what they cannot learn from is refused by file and row.
+tests/parity holds them to TRL."""
 
 import json
 from functools import partial
@@ -45,7 +46,9 @@ def models(one_device_mesh):
     where, drawn = building.storage(CONFIG, one_device_mesh), []
     for seed in (0, 1):
         values = building.random_params(CONFIG, one_device_mesh, seed)
-        drawn.append(building.on_devices(jax.tree.map(lambda x: 0.7 * x, values), where))
+        drawn.append(
+            building.on_devices(jax.tree.map(lambda x: 0.7 * x, values), where)
+        )
     return model, one_device_mesh, *drawn
 
 
@@ -55,7 +58,9 @@ def sequence(row: dict[str, Any], answer: str, prompt: str | None = None) -> lis
 
 
 @jax.jit(static_argnums=0)
-def run_model(model: Any, params: Any, tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def run_model(
+    model: Any, params: Any, tokens: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
     """Logits, and scores of the head."""
     bound = bind(model, params)
     hidden, _ = bound(tokens, np.arange(SEQ, dtype=np.int32)[None])
@@ -63,7 +68,8 @@ def run_model(model: Any, params: Any, tokens: np.ndarray) -> tuple[jax.Array, j
 
 
 class Answers:
-    """Float64 log-probabilities of answers, one sequence at a time, by the model's own logits."""
+    """Float64 log-probabilities of answers, one sequence at a time, by the model's own
+    logits."""
 
     def __init__(self, model: Any, mesh: Any, params: Any):
         self._run, self._params = bind_mesh(mesh, partial(run_model, model)), params
@@ -88,11 +94,17 @@ def compute_formula(
 ) -> Any:
     """The mean loss, written out."""
     kind, beta = settings["kind"], settings.get("beta", 0.1)
-    form, eps = settings.get("loss_type", "sigmoid"), settings.get("label_smoothing", 0.0)
+    form, eps = (
+        settings.get("loss_type", "sigmoid"),
+        settings.get("label_smoothing", 0.0),
+    )
     sizes = [len(row["prompt"].split()) for row in rows]
 
     def log_probs(model: Answers, answer: str) -> list[np.ndarray]:
-        return [model.log_probs(sequence(r, answer), n) for r, n in zip(rows, sizes, strict=True)]
+        return [
+            model.log_probs(sequence(r, answer), n)
+            for r, n in zip(rows, sizes, strict=True)
+        ]
 
     def log_sigmoid(x):
         return -np.logaddexp(0, -np.asarray(x))
@@ -103,31 +115,41 @@ def compute_formula(
             for side in ("chosen", "rejected")
         )
         loss = -log_sigmoid(chosen - rejected - [row["margin"] for row in rows])
-        return np.mean(loss + settings.get("center_rewards", 0) * (chosen + rejected) ** 2)
+        return np.mean(
+            loss + settings.get("center_rewards", 0) * (chosen + rejected) ** 2
+        )
     if kind == "kto":
         kl = []
         for i, (row, size) in enumerate(zip(rows, sizes, strict=True)):
             ids = sequence(rows[i - 1], "completion", row["prompt"])
             kl.append(sum(own.log_probs(ids, size)) - sum(other.log_probs(ids, size)))
         z = max(np.mean(kl), 0)
-        pairs = zip(log_probs(own, "completion"), log_probs(other, "completion"), strict=True)
+        pairs = zip(
+            log_probs(own, "completion"), log_probs(other, "completion"), strict=True
+        )
         losses = []
         for row, (ours, theirs) in zip(rows, pairs, strict=True):
-            sign, weight = (1, "desirable_weight") if row["label"] else (-1, "undesirable_weight")
+            sign, weight = (
+                (1, "desirable_weight") if row["label"] else (-1, "undesirable_weight")
+            )
             value = 1 / (1 + np.exp(-sign * beta * (ours.sum() - theirs.sum() - z)))
             losses.append(settings[weight] * (1 - value))
         return np.mean(losses)
     sides = "chosen", "rejected"
     mean_of = form in ("ipo", "simpo") or kind == "orpo"
     reduce = np.mean if mean_of else np.sum
-    chosen, rejected = (np.array([reduce(x) for x in log_probs(own, side)]) for side in sides)
+    chosen, rejected = (
+        np.array([reduce(x) for x in log_probs(own, side)]) for side in sides
+    )
     if kind == "dpo":
         base = [np.array([reduce(x) for x in log_probs(other, side)]) for side in sides]
         chosen, rejected = chosen - base[0], rejected - base[1]
     gap = chosen - rejected
     if kind == "orpo":
         odds = [x - np.log1p(-np.exp(x)) for x in (chosen, rejected)]
-        whole = np.concatenate([own.log_probs(sequence(row, "chosen"), 1) for row in rows])
+        whole = np.concatenate(
+            [own.log_probs(sequence(row, "chosen"), 1) for row in rows]
+        )
         return -whole.mean() - np.mean(beta * log_sigmoid(odds[0] - odds[1]))
     if form == "simpo":
         gap -= settings["gamma"] / beta
@@ -141,7 +163,11 @@ def compute_formula(
     else:
         loss = -(1 - eps) * log_sigmoid(h) - eps * log_sigmoid(-h)
     if kind == "cpo":
-        loss = loss - settings.get("alpha", 1.0) * np.concatenate(log_probs(own, "chosen")).mean()
+        loss = (
+            loss
+            - settings.get("alpha", 1.0)
+            * np.concatenate(log_probs(own, "chosen")).mean()
+        )
     return np.mean(loss)
 
 
@@ -152,7 +178,9 @@ def test_a_loss_is_its_formula(name, seed, models, tmp_path):
     task = make_task(tmp_path, rows, **settings)
     loss, sums, _ = compute_loss_and_gradient(task, models, make_batch(task, SEQ, ROWS))
     model, mesh, *params = models
-    want = compute_formula(settings, rows, *(Answers(model, mesh, own) for own in params))
+    want = compute_formula(
+        settings, rows, *(Answers(model, mesh, own) for own in params)
+    )
     assert loss == pytest.approx(want, rel=2e-5)
     assert sums["tokens"] == 1
     if settings["kind"] == "kto":
@@ -163,7 +191,9 @@ def test_a_loss_is_its_formula(name, seed, models, tmp_path):
 def test_packed_rows_and_micro_batches_change_nothing(name, models, tmp_path):
     settings, rows = PREFERENCE_CASES[name], draw_rows(4, ROWS)
     task = make_task(tmp_path, rows, **settings)
-    want, sums, gradient = compute_loss_and_gradient(task, models, make_batch(task, SEQ, ROWS))
+    want, sums, gradient = compute_loss_and_gradient(
+        task, models, make_batch(task, SEQ, ROWS)
+    )
     packed = task.model_copy(update={"examples_per_row": 3})
     cases = [(task, SEQ, ROWS, 3), (packed, 2 * SEQ, 4, 2)]
     for own, seq_len, count, parts in cases:
@@ -179,19 +209,27 @@ def test_packed_rows_and_micro_batches_change_nothing(name, models, tmp_path):
         flat = flatten_names(found[2])
         for key, value in flatten_names(gradient).items():
             scale = float(abs(value).max()) + 1e-3
-            np.testing.assert_allclose(flat[key], value, atol=3e-6 * scale, rtol=0, err_msg=key)
+            np.testing.assert_allclose(
+                flat[key], value, atol=3e-6 * scale, rtol=0, err_msg=key
+            )
 
 
 def test_mismatched_completions_have_room_in_packed_rows(tmp_path):
     sizes = [3, 20] * 6
-    rows = [{"prompt": "5 6", "completion": "7 " * size, "label": True} for size in sizes]
+    rows = [
+        {"prompt": "5 6", "completion": "7 " * size, "label": True} for size in sizes
+    ]
     task = make_task(tmp_path, rows, kind="kto", examples_per_row=4)
     batch = make_batch(task, 40, len(rows))
     learnt = batch["kl_weights"].sum()
     assert learnt == batch["weights"].sum() == sum(sizes) + len(rows)
 
 
-CUBE, RING, STAGES = {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}, {"stage": 2}
+CUBE, RING, STAGES = (
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "context": 2},
+    {"stage": 2},
+)
 
 
 @pytest.mark.parametrize(
@@ -200,14 +238,21 @@ CUBE, RING, STAGES = {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context":
 )
 def test_a_mesh_trains_as_one_device_does(name, layout, tmp_path):
     """Packed, with the reference on the same mesh."""
-    task = make_task(tmp_path, draw_rows(5, 24), **PREFERENCE_CASES[name], examples_per_row=2)
+    task = make_task(
+        tmp_path, draw_rows(5, 24), **PREFERENCE_CASES[name], examples_per_row=2
+    )
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
     model = {"vocab_size": VOCAB + 1, "num_layers": 2, "d_model": 24, "max_seq_len": 96}
     model |= {"remat": "none"}
     config = RunConfig.model_validate(
         {
             "compute_dtype": "float32",
-            "model": {**model, "attention": attention, "mlp": {"d_ff": 40}, "heads": {"score": 1}},
+            "model": {
+                **model,
+                "attention": attention,
+                "mlp": {"d_ff": 40},
+                "heads": {"score": 1},
+            },
             "task": task.model_dump(),
             "data": {"seq_len": 64, "batch_size": 8, "workers": 0},
             "sharding": {"max_unsharded": 1},
@@ -219,12 +264,18 @@ def test_a_mesh_trains_as_one_device_does(name, layout, tmp_path):
     for sizes in ({}, layout):
         count = int(np.prod([*sizes.values(), 1]))
         mesh = MeshConfig(**{"fsdp": 1} | sizes)
-        setup = set_up_run(config.model_copy(update={"mesh": mesh}), jax.devices()[:count])
+        setup = set_up_run(
+            config.model_copy(update={"mesh": mesh}), jax.devices()[:count]
+        )
         state = setup.init_train_state()
         frozen = {
-            key: jax.tree.map(lambda p: 1.3 * p, state.params) for key in setup.frozen_sources
+            key: jax.tree.map(lambda p: 1.3 * p, state.params)
+            for key in setup.frozen_sources
         }
-        state, step = state.__class__(**{**vars(state), "frozen": frozen}), setup.jit_train_step()
+        state, step = (
+            state.__class__(**{**vars(state), "frozen": frozen}),
+            setup.jit_train_step(),
+        )
         records = []
         with open_training_batches(setup, source, 0) as batches:
             for batch in batches:
@@ -239,7 +290,13 @@ def test_a_mesh_trains_as_one_device_does(name, layout, tmp_path):
         np.testing.assert_allclose(spread[key], value, atol=2e-4, err_msg=key)
 
 
-ROW = {"prompt": "3 4", "chosen": "5 6", "rejected": "7", "completion": "5", "label": True}
+ROW = {
+    "prompt": "3 4",
+    "chosen": "5 6",
+    "rejected": "7",
+    "completion": "5",
+    "label": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -265,20 +322,31 @@ def test_a_bad_row_is_refused_by_file_and_number(kind, change, what, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"kind": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 with"),
-        ({"kind": "dpo", "loss_type": "robust", "label_smoothing": 0.5}, "less than 0.5"),
+        (
+            {"kind": "dpo", "loss_type": "ipo", "label_smoothing": 0.1},
+            "label_smoothing=0.1 with",
+        ),
+        (
+            {"kind": "dpo", "loss_type": "robust", "label_smoothing": 0.5},
+            "less than 0.5",
+        ),
         ({"kind": "kto", "examples_per_row": None}, "should be a valid integer"),
         ({"kind": "reward"}, r"reads the heads \{'score': 1\}"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, what, tmp_path):
-    run = {"model": json.loads(building.GPT2.model_dump_json()), "data": {"seq_len": 16}}
+    run = {
+        "model": json.loads(building.GPT2.model_dump_json()),
+        "data": {"seq_len": 16},
+    }
     with pytest.raises((MaxlmError, ValueError), match=what):
         RunConfig.model_validate(run | {"task": settings})
 
 
 def test_one_row_is_no_file_for_kto(tmp_path):
-    with pytest.raises(MaxlmError, match="one row, where each is compared with another's"):
+    with pytest.raises(
+        MaxlmError, match="one row, where each is compared with another's"
+    ):
         make_task(tmp_path, [ROW], kind="kto").batch_source(make_inputs(16, 2))
 
 

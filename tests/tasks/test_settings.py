@@ -9,7 +9,9 @@ from maxlm.config import MaxlmError, find_asset, load_config
 from maxlm.run import RunConfig
 from maxlm.tasks import ClmTask
 
-T5, BERT, UL2 = (f"configs/models/{name}.yaml" for name in ("t5_small", "bert_base", "ul2_20b"))
+T5, BERT, UL2 = (
+    f"configs/models/{name}.yaml" for name in ("t5_small", "bert_base", "ul2_20b")
+)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +61,16 @@ def test_a_task_of_an_installed_package_is_found_by_its_kind(monkeypatch):
     monkeypatch.setattr(EntryPoint, "load", lambda self: OtherTask)
     monkeypatch.setattr(
         "maxlm.tasks.entry_points",
-        lambda group, name: [entry] if (group, name) == (entry.group, entry.name) else [],
+        lambda group, name: (
+            [entry] if (group, name) == (entry.group, entry.name) else []
+        ),
     )
     config = load_config(RunConfig, "demo", ["task.kind=other", "task.beta=2"]).value
     assert config.task == OtherTask(beta=2.0)
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
     with pytest.raises(MaxlmError, match=r"unknown key task\.betta"):
         load_config(RunConfig, "demo", ["task.kind=other", "task.betta=2"])
-    with pytest.raises(MaxlmError, match=r"task\.kind must be one of .*, not 'unknown'"):
+    with pytest.raises(
+        MaxlmError, match=r"task\.kind must be one of .*, not 'unknown'"
+    ):
         load_config(RunConfig, "demo", ["task.kind=unknown"])

@@ -1,5 +1,5 @@
-"""Supervised fine-tuning on rows of files: what the loss counts, packing, micro-batches, rows that
-are cut or left out, validation, resuming."""
+"""Supervised fine-tuning on rows of files: what the loss counts, packing,
+micro-batches, rows that are cut or left out, validation, resuming."""
 
 import json
 import shutil
@@ -32,7 +32,9 @@ def make_rows(count, seed=0):
         texts = [" ".join(random.choice(words, size)) for size in sizes]
         roles = ["user", "assistant"] * (len(texts) // 2)
         own = zip(roles, texts, strict=True)
-        talks.append({"messages": [{"role": role, "content": text} for role, text in own]})
+        talks.append(
+            {"messages": [{"role": role, "content": text} for role, text in own]}
+        )
     return talks
 
 
@@ -42,7 +44,9 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     special = {"chat": "chatml", "eos": "<|im_end|>"}
     texts = [tiny.TEXT * 9, "user assistant\n" * 9]
-    train_tokenizer(TokenizerConfig(vocab_size=300, **special), texts).save(folder / "tokenizer")
+    train_tokenizer(TokenizerConfig(vocab_size=300, **special), texts).save(
+        folder / "tokenizer"
+    )
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, make_rows(24))))
     return folder
 
@@ -52,7 +56,11 @@ def make_config(home, folder, name="sft", task=(), **parts):
     settings["model"] |= {"max_seq_len": SEQ}
     settings["data"] = {"seq_len": SEQ, "batch_size": 16, "workers": 0}
     settings["tokenizer"] = {"path": str(home / "tokenizer")}
-    settings["task"] = {"kind": "sft", "files": [str(home / "rows.jsonl")], **dict(task)}
+    settings["task"] = {
+        "kind": "sft",
+        "files": [str(home / "rows.jsonl")],
+        **dict(task),
+    }
     settings |= {"train": {"steps": 4}, "checkpoint": {"every_steps": 2}}
     settings |= {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
     settings |= {"reporting": {"tensorboard": False}}
@@ -66,9 +74,16 @@ def make_inputs(config):
 
 def compute_loss_and_gradient(config, batch):
     """Of rows [B, S], summed; with the same parameters each time."""
-    setup = set_up_run(config.model_copy(update={"mesh": MeshConfig()}), jax.devices()[:1])
+    setup = set_up_run(
+        config.model_copy(update={"mesh": MeshConfig()}), jax.devices()[:1]
+    )
     shape = 1, len(batch["tokens"])
-    own = setup.config.task.batch_arrays(SEQ), range(shape[1]), setup.placed.compute, setup.mesh
+    own = (
+        setup.config.task.batch_arrays(SEQ),
+        range(shape[1]),
+        setup.placed.compute,
+        setup.mesh,
+    )
     put = make_global_batch(batch, *own, shape, setup.token_order)
     put = {name: array[0] for name, array in put.items()}
 
@@ -87,7 +102,9 @@ def test_labels_of_prompts_do_not_matter(home, tmp_path):
     assert 20 < unlearnt.sum() < (batch["segment_ids"] > 0).sum()
     other = {**batch, "targets": np.where(unlearnt, 7, batch["targets"])}
     assert (other["targets"] != batch["targets"]).any()
-    (loss, gradient), (same, again) = (compute_loss_and_gradient(config, b) for b in (batch, other))
+    (loss, gradient), (same, again) = (
+        compute_loss_and_gradient(config, b) for b in (batch, other)
+    )
     assert loss == same
     jax.tree.map(np.testing.assert_array_equal, gradient, again)
 
@@ -112,7 +129,9 @@ def test_micro_batches_of_unequal_lengths_are_one_batch(home, tmp_path):
     records = []
     for parts in (1, 4):
         own = {"steps": 2, "micro_batches": parts}
-        config = make_config(home, tmp_path, f"m{parts}", {"examples_per_row": 1}, train=own)
+        config = make_config(
+            home, tmp_path, f"m{parts}", {"examples_per_row": 1}, train=own
+        )
         folder = train_model(config, say=lambda _: None).folder
         records.append(tiny.read_metrics(folder))
     for one, four in zip(*records, strict=True):
@@ -127,30 +146,42 @@ def make_source(home, folder, lengths, **task):
     own = [{n: f"{w} " * size for (n, w), size in zip(words.items(), each, strict=True)}
            for each in lengths]  # fmt: skip
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, own)))
-    config = make_config(home, folder, task={"files": [str(folder / "own.jsonl")], **task})
+    config = make_config(
+        home, folder, task={"files": [str(folder / "own.jsonl")], **task}
+    )
     return config.task.batch_source(make_inputs(config))
 
 
 def test_long_rows_are_cut_or_left_out_by_the_rule_and_counted(home, tmp_path):
     sizes = [(2, 3), (1, 1), (12, 12), (3, 30), (40, 1)]
     encode = load_tokenizer(home / "tokenizer").encode
-    assert [len(encode("a " * a + "b " * b)) + 2 > 20 for a, b in sizes] == [False] * 2 + [True] * 3
+    assert [len(encode("a " * a + "b " * b)) + 2 > 20 for a, b in sizes] == [
+        False
+    ] * 2 + [True] * 3
     dropped = make_source(home, tmp_path, sizes, max_length=20)
     why = "longer than 20 tokens (task.too_long=drop)"
     assert dropped.notes == (f"3 of 5 rows are left out: {why}",)
     assert sorted(dropped.example_indices) == [0, 1]
     cut = make_source(home, tmp_path, sizes, max_length=20, too_long="cut_end")
     # Of the last no token to learn is left.
-    assert cut.notes[0].startswith("2 of 5 rows are cut to 20 tokens (task.too_long=cut_end)")
-    assert cut.notes[1].startswith("1 of 5 rows are left out: no token to learn among the 20")
+    assert cut.notes[0].startswith(
+        "2 of 5 rows are cut to 20 tokens (task.too_long=cut_end)"
+    )
+    assert cut.notes[1].startswith(
+        "1 of 5 rows are left out: no token to learn among the 20"
+    )
     end = make_source(home, tmp_path, sizes, max_length=20, too_long="cut_start")
     assert end.notes == ("3 of 5 rows are cut to 20 tokens (task.too_long=cut_start)",)
-    with pytest.raises(MaxlmError, match=r"own\.jsonl: 5 of 5 rows are left out: longer than 2"):
+    with pytest.raises(
+        MaxlmError, match=r"own\.jsonl: 5 of 5 rows are left out: longer than 2"
+    ):
         make_source(home, tmp_path, sizes, max_length=2)
 
 
 def test_a_fault_names_the_file_and_the_row(home, tmp_path):
-    with pytest.raises(MaxlmError, match=r"own\.jsonl: row 1: an empty completion; leave"):
+    with pytest.raises(
+        MaxlmError, match=r"own\.jsonl: row 1: an empty completion; leave"
+    ):
         make_source(home, tmp_path, [(1, 1), (2, 0)])
 
 
@@ -162,17 +193,23 @@ def test_refused_rows_end_a_run_or_are_left_out_and_listed(home, tmp_path):
     data = {"seq_len": SEQ, "batch_size": 16, "workers": 0}
     parts = {"train": {"steps": 1}, "data": data}
     with pytest.raises(MaxlmError, match=r"own\.jsonl: row 24: no JSON object"):
-        train_model(make_config(home, tmp_path, "stops", task, **parts), say=lambda _: None)
+        train_model(
+            make_config(home, tmp_path, "stops", task, **parts), say=lambda _: None
+        )
     data["on_bad_rows"] = "skip"
     said = []
     folder = train_model(
         make_config(home, tmp_path, "skips", task, **parts), say=said.append
     ).folder
     (note,) = [line for line in said if "refused" in line]
-    counted = "training: 2 of 26 rows are refused and left out (data.on_bad_rows=skip): "
+    counted = (
+        "training: 2 of 26 rows are refused and left out (data.on_bad_rows=skip): "
+    )
     assert note.startswith(f"{counted}{path}: row 24: no JSON object")
     records = [json.loads(line) for line in (folder / "refused_rows.jsonl").open()]
-    assert [record["where"] for record in records] == [f"{path}: row {i}" for i in (24, 25)]
+    assert [record["where"] for record in records] == [
+        f"{path}: row {i}" for i in (24, 25)
+    ]
     assert records[1]["fault"] == "no list of messages"
 
 
@@ -189,8 +226,12 @@ def test_many_rows_are_encoded_in_processes_alike(home, tmp_path, monkeypatch, c
         np.testing.assert_array_equal(getattr(spread, name), getattr(alone, name))
 
 
-@pytest.mark.parametrize(("fraction", "size"), [(0.25, 6), (0.001, 1), (0.99, 23), (0, 0)])
-def test_validation_rows_are_others_than_those_trained_on(home, tmp_path, fraction, size):
+@pytest.mark.parametrize(
+    ("fraction", "size"), [(0.25, 6), (0.001, 1), (0.99, 23), (0, 0)]
+)
+def test_validation_rows_are_others_than_those_trained_on(
+    home, tmp_path, fraction, size
+):
     config = make_config(home, tmp_path, task={"validation_fraction": fraction})
     inputs = make_inputs(config)
     training = config.task.batch_source(inputs).example_indices
@@ -207,7 +248,9 @@ def test_a_run_resumes_bit_for_bit_and_says_what_is_left_out(home, tmp_path):
     whole = train_model(make_config(home, tmp_path, "whole", task), say=said.append)
     notes = [line for line in said if "rows are left out: longer than 40" in line]
     assert notes[0].startswith("training: ")
-    losses = [each["loss"] for each in tiny.read_metrics(whole.folder) if "loss" in each]
+    losses = [
+        each["loss"] for each in tiny.read_metrics(whole.folder) if "loss" in each
+    ]
     assert losses[-1] < losses[0]
     cut = shutil.copytree(whole.folder, whole.folder.with_name("cut"))
     shutil.rmtree(cut / "checkpoints" / "4")
@@ -223,7 +266,9 @@ def test_a_runs_own_tokenizer_gets_the_template_that_is_named(home, tmp_path):
     own = {"path": str(tmp_path / "base")}
     parts = {"tokenizer": own, "train": {"steps": 1}}
     config = make_config(home, tmp_path, "bare", **parts)
-    with pytest.raises(MaxlmError, match=r"row 0: .* no chat template; set tokenizer\.chat"):
+    with pytest.raises(
+        MaxlmError, match=r"row 0: .* no chat template; set tokenizer\.chat"
+    ):
         train_model(config, say=lambda _: None)
     config = make_config(
         home, tmp_path, "own", tokenizer=own | {"chat": "chatml"}, train={"steps": 1}

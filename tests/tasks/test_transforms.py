@@ -63,11 +63,17 @@ def test_a_row_depends_on_its_number_the_step_and_the_seed_alone(task):
     before = batch()
     kept = {name: array.copy() for name, array in before.items()}
     whole = transform(before, 7, [4, 5, 6])
-    assert all(np.array_equal(before[name], kept[name]) for name in kept)  # left as it was
+    assert all(
+        np.array_equal(before[name], kept[name]) for name in kept
+    )  # left as it was
     alone = transform({name: a[1:2] for name, a in before.items()}, 7, [5])
     assert all(np.array_equal(alone[name][0], whole[name][1]) for name in whole)
-    assert not np.array_equal(transform(before, 8, [4, 5, 6])["targets"], whole["targets"])
-    assert not np.array_equal(transform(before, 7, [5, 5, 6])["targets"][0], whole["targets"][0])
+    assert not np.array_equal(
+        transform(before, 8, [4, 5, 6])["targets"], whole["targets"]
+    )
+    assert not np.array_equal(
+        transform(before, 7, [5, 5, 6])["targets"][0], whole["targets"][0]
+    )
     other = transform_of(task, seed=4)(before, 7, [4, 5, 6])
     assert not np.array_equal(other["targets"], whole["targets"])
     planned = task.batch_arrays(203)
@@ -83,7 +89,9 @@ def test_what_was_taken_out_is_in_the_targets_and_documents_stay_apart(task):
     for row in range(3):
         for segment in (1, 2):
             text = before["tokens"][row][before["segment_ids"][row] == segment][1:-1]
-            inputs = after["input_tokens"][row][after["input_segment_ids"][row] == segment]
+            inputs = after["input_tokens"][row][
+                after["input_segment_ids"][row] == segment
+            ]
             own = after["segment_ids"][row] == segment
             if not own.any():
                 continue  # no room was left for it
@@ -92,7 +100,8 @@ def test_what_was_taken_out_is_in_the_targets_and_documents_stay_apart(task):
             assert np.array_equal(tokens[1:], targets[:-1])
             assert inputs[-1] == targets[-1] == EOS
             assert inputs[0] == BOS
-            # The last document is cut to what fits; others are whole, in inputs and targets.
+            # The last document is cut to what fits; others are whole, in inputs and
+            # targets.
             found = np.concatenate([inputs, targets])
             found = found[(found >= 10) & (found < TEXT)]
             assert np.array_equal(np.sort(found), np.sort(text[: found.size]))

@@ -12,7 +12,9 @@ ARRAYS = {name: BatchArraySpec.of_tokens(5) for name in ("tokens", "weights")}
 LEADS = {"one": (1, 12), "three": (3, 4)}
 
 
-@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{}, {"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}], ids=str
+)
 @pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
 def test_a_batch_is_its_rows_in_order(mesh, axes, lead):
     grid = mesh(**axes)

@@ -1,4 +1,5 @@
-"""Checkpoints: written on one layout and read on another, interrupted, broken, or not ours."""
+"""Checkpoints: written on one layout and read on another, interrupted, broken, or not
+ours."""
 
 import os
 import subprocess
@@ -26,7 +27,8 @@ METADATA = {"config": {"model": {"d_model": 6}}, "loader": 3}
 
 
 def make_state():
-    """Parameters, AdamW's state over them and a step, as numpy; odd sizes, known values."""
+    """Parameters, AdamW's state over them and a step, as numpy; odd sizes, known
+    values."""
     random = np.random.default_rng(7)
 
     def array(*shape):
@@ -48,7 +50,9 @@ def on_one_device(state):
 
 def abstract(state):
     here = SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state
+    )
 
 
 def assert_same(got, want):
@@ -57,7 +61,9 @@ def assert_same(got, want):
 
 
 def save(folder, *steps, state=None, **config):
-    with FolderTier(folder, CheckpointConfig(**{"every_steps": 1, **config})) as checkpoints:
+    with FolderTier(
+        folder, CheckpointConfig(**{"every_steps": 1, **config})
+    ) as checkpoints:
         for step in steps:
             checkpoints.save(step, on_one_device(state or make_state()), METADATA)
 
@@ -80,7 +86,8 @@ def finish(*processes):
 
 
 def pass_on(source, target):
-    """Restores a checkpoint onto a mesh, checks every bit and layout, and saves what it got."""
+    """Restores a checkpoint onto a mesh, checks every bit and layout, and saves what it
+    got."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     want = make_state()
     specs = {
@@ -150,7 +157,9 @@ def test_metadata_is_what_was_saved_with_step_versions_and_fingerprints(tmp_path
         metadata = checkpoints.metadata()
     added = {name: metadata[name] for name in ("versions", "fingerprints")}
     assert metadata == METADATA | {"step": 5, **added}
-    assert {"params.layers.up", "opt_state.1.mu.embed.table"} < set(added["fingerprints"])
+    assert {"params.layers.up", "opt_state.1.mu.embed.table"} < set(
+        added["fingerprints"]
+    )
     assert metadata["versions"]["jax"] == jax.__version__
 
 
@@ -165,14 +174,18 @@ def test_restores_parameters_alone_in_another_dtype(tmp_path):
 
 def test_missing_folder_or_step_is_an_error(tmp_path):
     missing = tmp_path / "missing"
-    with pytest.raises(MaxlmError, match="missing: no checkpoints here; name a run that has saved"):
+    with pytest.raises(
+        MaxlmError, match="missing: no checkpoints here; name a run that has saved"
+    ):
         FolderTier(missing, read_only=True)
     assert not missing.exists()
     with FolderTier(tmp_path / "run") as checkpoints:
         empty = f"{tmp_path}/run: no checkpoint here; train for longer"
         assert message(checkpoints.restore, 3, {}, "params") == empty
         checkpoints.save(2, {"params": jnp.ones(2)}, {})
-        assert message(checkpoints.metadata, 3).endswith("no checkpoint of step 3; use one of 2")
+        assert message(checkpoints.metadata, 3).endswith(
+            "no checkpoint of step 3; use one of 2"
+        )
     (tmp_path / "file").write_text("")
     with pytest.raises(
         MaxlmError, match=r"file/x: cannot keep checkpoints here \(.*; name a folder"
@@ -180,7 +193,9 @@ def test_missing_folder_or_step_is_an_error(tmp_path):
         FolderTier(tmp_path / "file" / "x")
 
 
-def test_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_differs(tmp_path):
+def test_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_differs(
+    tmp_path,
+):
     save(tmp_path, 1)
     wider, more, other = make_state(), make_state(), make_state() | {"opt_state": ()}
     wider["params"]["layers"]["up"] = np.ones((3, 8, 15), np.float32)
@@ -189,10 +204,14 @@ def test_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_diff
         for state, what in (
             (wider, "model: params.layers.up is [3, 8, 14] in it, [3, 8, 15]"),
             (more, "model: params.head is absent in it, [8, 10]"),
-            (other, "optimizer or training state: opt_state.1.count is [] in it, absent"),
+            (
+                other,
+                "optimizer or training state: opt_state.1.count is [] in it, absent",
+            ),
         ):
             assert message(checkpoints.restore, 1, abstract(state)) == (
-                f"{tmp_path}/1: checkpoint of another {what} in this run; use the config it was "
+                f"{tmp_path}/1: checkpoint of another {what} in this run; use the "
+                f"config it was "
                 "trained with, or another run folder"
             )
         del more["params"]["embed"]
@@ -201,21 +220,28 @@ def test_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_diff
 
 
 def test_layers_held_in_groups_are_stored_in_a_row_and_read_either_way(tmp_path, mesh):
-    """Layer g · 4 + i is element [g, i]; stages hold the second axis here, the first on disk."""
+    """Layer g · 4 + i is element [g, i]; stages hold the second axis here, the first on
+    disk."""
     on, flat = mesh(stage=2, fsdp=2), np.arange(48, dtype=np.float32).reshape(8, 6)
     held_as = NamedSharding(on, PartitionSpec(None, "stage", "fsdp"))
     held = jax.device_put(flat.reshape(2, 4, 6), held_as)
-    factor = jax.device_put(flat[:, 0].reshape(2, 4), NamedSharding(on, PartitionSpec(None)))
+    factor = jax.device_put(
+        flat[:, 0].reshape(2, 4), NamedSharding(on, PartitionSpec(None))
+    )
     place_holder = jax.device_put(np.ones((1,)), NamedSharding(on, PartitionSpec()))
     state = {
         "params": {"layers": {"up": held}, "otherlayers": {"up": held}},
-        "opt_state": {"mu": {"layers": {"up": held}}, "v_row": {"layers": {"up": factor}}},
+        "opt_state": {
+            "mu": {"layers": {"up": held}},
+            "v_row": {"layers": {"up": factor}},
+        },
         "v": {"layers": {"up": place_holder}},
     }
     with FolderTier(tmp_path, layer_groups={"layers.up": (2, 4)}) as checkpoints:
         checkpoints.save(1, state, {})
     abstract_of = partial(
-        jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        jax.tree.map,
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     )
     alone = jax.tree.map(np.asarray, state)
     alone["params"]["layers"]["up"] = alone["opt_state"]["mu"]["layers"]["up"] = flat
@@ -232,8 +258,11 @@ def test_a_different_config_is_refused_where_it_must_be_the_same():
     check_same_settings(saved, saved | {"steps": 20}, ["model", "seed"])
     check_same_settings(saved, saved | {"model_name": "x"}, ["model", "seed"])
     changed = {"model": {"layers": 3, "norm": {"eps": 1e-5}}, "seed": 2, "steps": 20}
-    assert message(check_same_settings, saved, changed, ["model", "seed"], "runs/a") == (
-        "runs/a: the checkpoint was written with another config: model.layers=2 became 3, "
+    assert message(
+        check_same_settings, saved, changed, ["model", "seed"], "runs/a"
+    ) == (
+        "runs/a: the checkpoint was written with another config: model.layers=2 became "
+        "3, "
         "seed=1 became 2; set them back, or train in another run folder"
     )
 
@@ -257,7 +286,9 @@ def by_hand(array):
 def test_fingerprints_equal_their_formula():
     random = np.random.default_rng(3)
     arrays = {
-        f"{shape} {dtype}": jnp.asarray(random.normal(scale=50, size=shape)).astype(dtype)
+        f"{shape} {dtype}": jnp.asarray(random.normal(scale=50, size=shape)).astype(
+            dtype
+        )
         for shape in FINGERPRINTED
         for dtype in DTYPES
     }
@@ -273,5 +304,7 @@ def test_fingerprints_are_the_same_for_every_layout(mesh):
         ({"fsdp": 4, "tensor": 2}, (None, "fsdp", "tensor")),
         ({"data": 2}, ()),
     ):
-        placed = jax.device_put(array, NamedSharding(mesh(**axes), PartitionSpec(*spec)))
+        placed = jax.device_put(
+            array, NamedSharding(mesh(**axes), PartitionSpec(*spec))
+        )
         assert compute_fingerprints({"x": placed}) == want

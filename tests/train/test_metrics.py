@@ -1,4 +1,5 @@
-"""Metrics: the numbers, the files a killed and resumed run leaves, what is shown and drawn."""
+"""Metrics: the numbers, the files a killed and resumed run leaves, what is shown and
+drawn."""
 
 import errno
 import io
@@ -46,7 +47,13 @@ def test_file_of_an_interrupted_or_rolled_back_run_equals_an_unbroken_ones(tmp_p
     run(tmp_path / "broken", range(1, 6), reporting=QUIET)
     with (tmp_path / "broken/metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
-    assert [r["step"] for r in read_records(tmp_path / "broken/metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in read_records(tmp_path / "broken/metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     with MetricsLog(tmp_path / "broken", 4, reporting=QUIET) as log:
         log.event("resume", 4)
         log.log(5, {"loss": 99.0})
@@ -72,7 +79,9 @@ def test_damaged_records_stay_and_are_counted(tmp_path):
         whole[3].replace(b":", b";"),
         whole[6][:-2] + b"\n",
     ]
-    path.write_bytes(b"".join([whole[0], bad[0], whole[2], bad[1], *whole[4:6], bad[2], b'{"st']))
+    path.write_bytes(
+        b"".join([whole[0], bad[0], whole[2], bad[1], *whole[4:6], bad[2], b'{"st'])
+    )
     (tmp_path / "events.jsonl").open("a").write("\0\n")
     read = read_run(tmp_path)
     assert (read.damaged_lines, read.step) == (4, 6)
@@ -105,8 +114,8 @@ def test_numbers_that_json_lacks_are_null(tmp_path):
 
 @contextmanager
 def files_at_most(size):
-    """The kernel takes so many bytes a file, and part of a write that goes past, as a full disk
-    does."""
+    """The kernel takes so many bytes a file, and part of a write that goes past, as a
+    full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -119,7 +128,11 @@ def files_at_most(size):
 def test_no_room_for_a_record_is_an_error_and_leaves_no_half_of_it(tmp_path, name):
     path = tmp_path / name
     with MetricsLog(tmp_path, reporting=QUIET) as log:
-        write = log.log if name == "metrics.jsonl" else lambda step, values: log.event("x", step)
+        write = (
+            log.log
+            if name == "metrics.jsonl"
+            else lambda step, values: log.event("x", step)
+        )
         write(1, {"loss": 1.0})
         kept = path.read_bytes()
         with files_at_most(len(kept) + 10), pytest.raises(MaxlmError) as error:
@@ -147,14 +160,23 @@ SHOWN = "loss 2.5000 · lr 3.00e-04 · 12,346 tokens/s · MFU 42.1% · loader wa
 
 
 def test_plain_lines_come_seldom_and_have_no_eta_before_a_steady_step(monkeypatch):
-    """An hour of compilation counts for nothing; an evaluation within the steady steps does."""
+    """An hour of compilation counts for nothing; an evaluation within the steady steps
+    does."""
     clock = [0.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
     with ConsoleDisplay(107, start_step=97) as console:
-        for step, seconds in {98: 3600, 99: 3602, 100: 3604, 101: 3614, 107: 3616}.items():
+        for step, seconds in {
+            98: 3600,
+            99: 3602,
+            100: 3604,
+            101: 3614,
+            107: 3616,
+        }.items():
             clock[0] = seconds
-            console.update(step, RECORD if step < 107 else {"loss": 2.5, "mfu": None, "other": 1})
+            console.update(
+                step, RECORD if step < 107 else {"loss": 2.5, "mfu": None, "other": 1}
+            )
     assert stream.getvalue().splitlines() == [
         f"step 98/107 · ETA - · {SHOWN}",
         f"step 101/107 · ETA 0:28 · {SHOWN} · 0.21 steps/s",  # 3 steps in 14 s
@@ -187,11 +209,15 @@ def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch):
     assert stream.getvalue() == ""
 
 
-def test_losses_are_drawn_over_tokens_with_means_over_one_in_a_hundred_steps(tmp_path, monkeypatch):
+def test_losses_are_drawn_over_tokens_with_means_over_one_in_a_hundred_steps(
+    tmp_path, monkeypatch
+):
     from matplotlib.axes import Axes
 
     drawn, plot = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append(a), plot(self, *a, **k)))
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, *a, **k: (drawn.append(a), plot(self, *a, **k))
+    )
     losses = np.random.default_rng(0).normal(size=407).tolist()
     with MetricsLog(tmp_path, reporting=QUIET) as log:
         for step, loss in enumerate(losses, 1):

@@ -1,4 +1,5 @@
-"""Optimizers and schedules against independent float64 formulas, and sharded against one device."""
+"""Optimizers and schedules against independent float64 formulas, and sharded against
+one device."""
 
 import math
 from dataclasses import replace
@@ -40,8 +41,12 @@ SPECS = {
     "norm": spec((6,), ("embed",), "vector"),
     "layers": {
         "scale": spec((3, 6), ("layers", "embed"), "vector"),
-        "query": spec((3, 6, 2, 5), ("layers", "embed", "heads", "head_dim"), "matrix", (1,)),
-        "output": spec((3, 2, 5, 6), ("layers", "heads", "head_dim", "embed"), "matrix", (1, 2)),
+        "query": spec(
+            (3, 6, 2, 5), ("layers", "embed", "heads", "head_dim"), "matrix", (1,)
+        ),
+        "output": spec(
+            (3, 2, 5, 6), ("layers", "heads", "head_dim", "embed"), "matrix", (1, 2)
+        ),
         "up": spec((3, 6, 14), ("layers", "embed", "mlp"), "matrix", (1,)),
     },
 }
@@ -53,10 +58,14 @@ def values(seed, specs=SPECS):
 
 
 def run(config, steps=3):
-    """(parameters, gradients of each step, parameters after each step), the last two lists."""
+    """(parameters, gradients of each step, parameters after each step), the last two
+    lists."""
     optimizer = make_optimizer(config, optax.constant_schedule(LR), SPECS)
     grads, after = [values(step + 1) for step in range(steps)], [values(0)]
-    state, step = jax.jit(optimizer.init)(after[0]), jax.jit(partial(one_step, optimizer))
+    state, step = (
+        jax.jit(optimizer.init)(after[0]),
+        jax.jit(partial(one_step, optimizer)),
+    )
     for g in grads:
         params, state = step(after[-1], state, g)
         after.append(params)
@@ -73,7 +82,8 @@ def f64(tree):
 
 
 def per_leaf(formula, params, grads):
-    """Run ``formula(t, g, memory) -> direction`` for each leaf in numpy, then decay and step."""
+    """Run ``formula(t, g, memory) -> direction`` for each leaf in numpy, then decay and
+    step."""
 
     def leaf(spec, p, *gs):
         memory = {}
@@ -86,7 +96,9 @@ def per_leaf(formula, params, grads):
 
 
 def assert_close(got, want, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), f64(got), want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **tolerance), f64(got), want
+    )
 
 
 def adam(t, g, memory):
@@ -102,8 +114,12 @@ def lion(t, g, memory):
 
 
 @pytest.mark.parametrize(("kind", "formula"), [("adamw", adam), ("lion", lion)])
-def test_update_equals_its_formula_with_decay_on_matrices_and_tables_only(kind, formula):
-    config = OptimizerConfig(kind=kind, b1=B1, b2=B2, eps=EPS, weight_decay=WD, clip_norm=None)
+def test_update_equals_its_formula_with_decay_on_matrices_and_tables_only(
+    kind, formula
+):
+    config = OptimizerConfig(
+        kind=kind, b1=B1, b2=B2, eps=EPS, weight_decay=WD, clip_norm=None
+    )
     params, grads, after = run(config)
     assert_close(after[-1], per_leaf(formula, params, grads), rtol=1e-5, atol=1e-6)
 
@@ -111,7 +127,9 @@ def test_update_equals_its_formula_with_decay_on_matrices_and_tables_only(kind, 
 def test_adafactor_equals_optax_on_each_layers_matrix():
     config = OptimizerConfig(kind="adafactor", weight_decay=0.0, clip_norm=None)
     params, grads, after = run(config)
-    reference = optax.adafactor(LR, min_dim_size_to_factor=1, multiply_by_parameter_scale=False)
+    reference = optax.adafactor(
+        LR, min_dim_size_to_factor=1, multiply_by_parameter_scale=False
+    )
     init, step = jax.jit(reference.init), jax.jit(partial(one_step, reference))
     flat = {"query": (6, 10), "output": (10, 6), "up": (6, 14), "scale": (6,)}
 
@@ -127,8 +145,9 @@ def test_adafactor_equals_optax_on_each_layers_matrix():
 
 
 def test_muon_orthogonalises_each_layers_matrix_and_leaves_the_rest_to_adamw():
-    """The update has the singular vectors of the gradient, U' M V being diagonal and positive, and
-    singular values near 1: five iterations bring them between about 0.7 and 1.2."""
+    """The update has the singular vectors of the gradient, U' M V being diagonal and
+    positive, and singular values near 1: five iterations bring them between about 0.7
+    and 1.2."""
     shared = {"weight_decay": 0.0, "clip_norm": None}
     config = OptimizerConfig(kind="muon", update_rms=0.2, **shared)
     params, grads, after = run(config, steps=1)
@@ -137,8 +156,12 @@ def test_muon_orthogonalises_each_layers_matrix_and_leaves_the_rest_to_adamw():
     for name, shape in flat.items():
         moved = (np.asarray(after[-1]["layers"][name]) - params["layers"][name]) / -LR
         for layer in range(3):
-            u, _, vt = np.linalg.svd(f64(grads[0])["layers"][name][layer].reshape(shape), False)
-            inner = u.T @ moved[layer].reshape(shape) @ vt.T / (0.2 * np.sqrt(max(shape)))
+            u, _, vt = np.linalg.svd(
+                f64(grads[0])["layers"][name][layer].reshape(shape), False
+            )
+            inner = (
+                u.T @ moved[layer].reshape(shape) @ vt.T / (0.2 * np.sqrt(max(shape)))
+            )
             assert np.diag(inner).min() > 0.6, (name, layer)
             assert np.diag(inner).max() < 1.3, (name, layer)
             assert np.abs(inner - np.diag(np.diag(inner))).max() < 2e-2
@@ -165,19 +188,25 @@ def test_clipping_scales_all_gradients_to_the_global_norm(clip_norm):
 def test_a_parameter_by_rule_steps_against_the_sign_and_changes_nothing_else(kind):
     bias = replace(spec((3, 5), ("layers", None), "vector"), sign_update=True)
     specs = {**SPECS, "layers": {**SPECS["layers"], "selection_bias": bias}}
-    rule = np.array([[7e3, -1e-3, 0, 2, -9]] * 3, np.float32)  # too large to be let into clipping
+    rule = np.array(
+        [[7e3, -1e-3, 0, 2, -9]] * 3, np.float32
+    )  # too large to be let into clipping
     config = OptimizerConfig(kind=kind, rule_step=0.25, weight_decay=WD, clip_norm=0.5)
 
     def update(specs, params, grads):
         optimizer = make_optimizer(config, optax.constant_schedule(LR), specs)
-        return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, grads)
+        return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(
+            params, grads
+        )
 
     params, grads = values(0), values(1)
     want = update(SPECS, params, grads)
     params["layers"]["selection_bias"] = np.ones_like(rule)
     grads["layers"]["selection_bias"] = rule
     got = update(specs, params, grads)
-    np.testing.assert_array_equal(got["layers"].pop("selection_bias"), -0.25 * np.sign(rule))
+    np.testing.assert_array_equal(
+        got["layers"].pop("selection_bias"), -0.25 * np.sign(rule)
+    )
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -186,10 +215,14 @@ def test_state_is_fp32_and_laid_out_like_its_parameters_without_devices(kind):
     axes = ("stage", "fsdp", "tensor")
     mesh = AbstractMesh((1, 2, 2), axes, axis_types=(AxisType.Explicit,) * 3)
     rules = StorageRules(embed=("fsdp",))
-    optimizer = make_optimizer(OptimizerConfig(kind=kind), optax.constant_schedule(LR), SPECS)
+    optimizer = make_optimizer(
+        OptimizerConfig(kind=kind), optax.constant_schedule(LR), SPECS
+    )
     state = opt_state_specs(optimizer, SPECS)
     real = jax.jit(optimizer.init)(values(0))
-    for abstract, array in zip(jax.tree.leaves(state), jax.tree.leaves(real), strict=True):
+    for abstract, array in zip(
+        jax.tree.leaves(state), jax.tree.leaves(real), strict=True
+    ):
         assert (abstract.shape, abstract.dtype) == (array.shape, array.dtype)
     leaves = jax.tree.leaves(state)
     assert {leaf.dtype for leaf in leaves} <= {jnp.dtype("float32"), jnp.dtype("int32")}
@@ -201,7 +234,9 @@ def test_state_is_fp32_and_laid_out_like_its_parameters_without_devices(kind):
         jax.tree_util.keystr(path, simple=True, separator="."): leaf.spec
         for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
     }
-    moments = {name: spec for name, spec in by_name.items() if name.endswith("layers.query")}
+    moments = {
+        name: spec for name, spec in by_name.items() if name.endswith("layers.query")
+    }
     if kind == "adafactor":
         rows, columns = P("stage", "fsdp", None, None), P("stage", None, "tensor", None)
         assert set(moments.values()) == {rows, columns}
@@ -216,7 +251,9 @@ def test_state_is_fp32_and_laid_out_like_its_parameters_without_devices(kind):
 @pytest.mark.parametrize("kind", UNLIKE)
 def test_eight_devices_equal_one_and_keep_their_layout(kind, mesh):
     specs = {**SPECS, "layers": {k: v for k, v in SPECS["layers"].items() if k != "up"}}
-    optimizer = make_optimizer(OptimizerConfig(kind=kind), optax.constant_schedule(LR), specs)
+    optimizer = make_optimizer(
+        OptimizerConfig(kind=kind), optax.constant_schedule(LR), specs
+    )
     step = jax.jit(partial(one_step, optimizer))
 
     alone = (values(0, specs), jax.jit(optimizer.init)(values(0, specs)))
@@ -224,9 +261,13 @@ def test_eight_devices_equal_one_and_keep_their_layout(kind, mesh):
         alone = step(*alone, values(seed, specs))
 
     eight = mesh(data=2, fsdp=2, tensor=2)
-    layout = jax.tree.map(lambda s: NamedSharding(eight, StorageRules().spec(*s.axes)), specs)
+    layout = jax.tree.map(
+        lambda s: NamedSharding(eight, StorageRules().spec(*s.axes)), specs
+    )
     with jax.set_mesh(eight):
-        shardings = param_shardings(opt_state_specs(optimizer, specs), StorageRules(), eight)
+        shardings = param_shardings(
+            opt_state_specs(optimizer, specs), StorageRules(), eight
+        )
         params = jax.device_put(values(0, specs), layout)
         sharded = (params, jax.jit(optimizer.init, out_shardings=shardings)(params))
         for seed in (1, 2):
@@ -234,7 +275,9 @@ def test_eight_devices_equal_one_and_keep_their_layout(kind, mesh):
 
     def check(array, asked, want):
         assert array.sharding.is_equivalent_to(asked, array.ndim)
-        np.testing.assert_allclose(jax.device_get(array), jax.device_get(want), atol=1e-6)
+        np.testing.assert_allclose(
+            jax.device_get(array), jax.device_get(want), atol=1e-6
+        )
 
     jax.tree.map(check, sharded, (layout, shardings), alone)
 
@@ -269,7 +312,9 @@ def test_every_step_equals_the_closed_form(kind):
     np.testing.assert_allclose(got, [expected(kind, int(s)) for s in steps], rtol=3e-6)
     at_once = make_schedule(config.model_copy(update={"warmup_steps": 0}), TOTAL)
     assert float(at_once(0)) == pytest.approx(PEAK)
-    assert float(at_once(TOTAL)) == pytest.approx(PEAK * (1 if kind == "constant" else FINAL))
+    assert float(at_once(TOTAL)) == pytest.approx(
+        PEAK * (1 if kind == "constant" else FINAL)
+    )
 
 
 def test_warmup_or_decay_longer_than_the_run_is_refused():
@@ -279,6 +324,7 @@ def test_warmup_or_decay_longer_than_the_run_is_refused():
     )
     config = ScheduleConfig(kind="wsd", warmup_steps=60, decay_fraction=0.5)
     assert message(make_schedule, config, 100) == (
-        "schedule: warmup_steps=60 and a decay of 50 steps are longer than the run of 100 steps; "
+        "schedule: warmup_steps=60 and a decay of 50 steps are longer than the run of "
+        "100 steps; "
         "lower warmup_steps or decay_fraction"
     )

@@ -44,9 +44,13 @@ def traces(folder):
             for line in plane.lines
             for event in line.events
         ]
-        steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+        steps = [
+            dict(event.stats)["step_num"] for event in events if event.name == "train"
+        ]
         # Python's own call of the program is listed beside each run of it.
-        sines = [event for event in events if event.name.startswith(("wrapped_sine", "sin."))]
+        sines = [
+            event for event in events if event.name.startswith(("wrapped_sine", "sin."))
+        ]
         yield sorted(steps), len(sines)
 
 
@@ -60,7 +64,9 @@ def traces(folder):
         (10, 12, range(13, 15), []),
     ],
 )
-def test_trace_has_the_steps_asked_for_that_the_run_takes(tmp_path, first, last, steps, traced):
+def test_trace_has_the_steps_asked_for_that_the_run_takes(
+    tmp_path, first, last, steps, traced
+):
     loop(Profiler(tmp_path, first, last), steps)
     want = [(traced, len(traced))] if traced else []
     assert list(traces(tmp_path)) == want

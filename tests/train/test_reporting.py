@@ -1,4 +1,5 @@
-"""What is read back from TensorBoard's files and a scraped endpoint, and what W&B is told."""
+"""What is read back from TensorBoard's files and a scraped endpoint, and what W&B is
+told."""
 
 import math
 import socket
@@ -21,8 +22,8 @@ from tests.train.test_metrics import files_at_most
 
 
 def shown_on_board(folder):
-    """What TensorBoard shows: {tag: {step: value}}. A session's start withdraws what came before it
-    from its step on."""
+    """What TensorBoard shows: {tag: {step: value}}. A session's start withdraws what
+    came before it from its step on."""
     from tensorboardX.proto.event_pb2 import Event
 
     shown = {}
@@ -52,7 +53,9 @@ def test_tensorboard_shows_what_the_records_hold(tmp_path):
     shown = shown_on_board(tmp_path / "tensorboard")
     records = list(read_records(tmp_path / "metrics.jsonl"))
     for tag in ("loss", "eval_bits_per_byte/text"):
-        assert shown[tag] == pytest.approx({r["step"]: r[tag] for r in records if tag in r})
+        assert shown[tag] == pytest.approx(
+            {r["step"]: r[tag] for r in records if tag in r}
+        )
     assert shown["loss"] == {1: 101.0, 2: 102.0, 3: 103.0, 4: 4.0}
 
 
@@ -72,7 +75,9 @@ def test_full_disk_is_an_error_of_tensorboard_not_a_wait(tmp_path):
             log.log(2, {"loss": 1.0})
 
 
-def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(tmp_path, monkeypatch):
+def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(
+    tmp_path, monkeypatch
+):
     started, told = [], []
 
     def init(**settings):
@@ -85,11 +90,15 @@ def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(tmp_path, mo
             finish=lambda: told.append("finished"),
         )
 
-    wandb = SimpleNamespace(init=init, Settings=dict, Error=ValueError, __spec__=sys.__spec__)
+    wandb = SimpleNamespace(
+        init=init, Settings=dict, Error=ValueError, __spec__=sys.__spec__
+    )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(ReportingConfig, "check_packages", lambda self: None)
     (tmp_path / "config.yaml").write_text("seed: 17\n")
-    config = ReportingConfig(tensorboard=False, wandb=WandbConfig(project="tiny", mode="offline"))
+    config = ReportingConfig(
+        tensorboard=False, wandb=WandbConfig(project="tiny", mode="offline")
+    )
     for step in (1, 2):
         with MetricsLog(tmp_path, step - 1, reporting=config) as log:
             log.log(step, {"loss": 1 / step})
@@ -106,7 +115,9 @@ def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(tmp_path, mo
         "config": {"seed": 17},
     }
     refused = ReportingConfig(tensorboard=False, wandb=WandbConfig())
-    with pytest.raises(MaxlmError, match=r"Weights & Biases: no such project; .*mode=offline"):
+    with pytest.raises(
+        MaxlmError, match=r"Weights & Biases: no such project; .*mode=offline"
+    ):
         MetricsLog(tmp_path, reporting=refused)
 
 
@@ -135,13 +146,25 @@ def test_a_scrape_has_the_newest_numbers_and_what_happened(tmp_path):
         log.event("rollback", 1, from_step=2, reason="loss", batches=[1, 2])
         log.event("progress", 2, stepping=1.5)
         samples, types = scrape(port)
-        assert (types["maxlm_loss"], types["maxlm_time_seconds"]) == ("gauge", "counter")
+        assert (types["maxlm_loss"], types["maxlm_time_seconds"]) == (
+            "gauge",
+            "counter",
+        )
         assert math.isnan(samples["maxlm_loss",])
         assert samples["maxlm_step",] == 2
         assert samples["maxlm_eval_bits_per_byte_text",] == 1.25
         assert abs(samples["maxlm_last_step_timestamp",] - time.time()) < 600
-        seconds = {key[1]: x for key, x in samples.items() if key[0] == "maxlm_time_seconds_total"}
-        assert seconds == {"stepping": 9.0, "loading": 0.5, "saving": 2.0, "evaluating": 1.0}
+        seconds = {
+            key[1]: x
+            for key, x in samples.items()
+            if key[0] == "maxlm_time_seconds_total"
+        }
+        assert seconds == {
+            "stepping": 9.0,
+            "loading": 0.5,
+            "saving": 2.0,
+            "evaluating": 1.0,
+        }
         assert samples["maxlm_events_total", "progress"] == 3
         log.rewind(1)
         assert scrape(port)[0]["maxlm_step",] == 1
@@ -154,7 +177,8 @@ def test_a_scrape_has_the_newest_numbers_and_what_happened(tmp_path):
 
 @pytest.mark.usefixtures("compiled_once")
 def test_a_run_answers_with_what_it_logs(tmp_path, monkeypatch):
-    """Scraped where it draws its plot: all is logged then, and the port is still open."""
+    """Scraped where it draws its plot: all is logged then, and the port is still
+    open."""
     port, scraped = free_port(), {}
     monkeypatch.setattr(
         "maxlm.programs.train.plot_loss", lambda *paths: scraped.update(scrape(port)[0])
@@ -167,7 +191,14 @@ def test_a_run_answers_with_what_it_logs(tmp_path, monkeypatch):
     for record in tiny.read_metrics(result.folder):
         newest |= record
     assert scraped["maxlm_step",] == 2
-    for name in ("loss", "tokens_per_second", "mfu", "grad_norm", "learning_rate", "eval_loss"):
+    for name in (
+        "loss",
+        "tokens_per_second",
+        "mfu",
+        "grad_norm",
+        "learning_rate",
+        "eval_loss",
+    ):
         assert scraped[f"maxlm_{name}",] == newest[name], name
     (*_, progress) = tiny.read_events(result.folder, "progress")
     for activity in ("stepping", "loading", "saving"):
@@ -179,15 +210,21 @@ def test_a_port_in_use_is_a_line_before_anything_is_written(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         reporting = {"tensorboard": False, "prometheus_port": port}
-        path = tiny.write_config(tmp_path, tiny.write_text(tmp_path / "text"), reporting=reporting)
+        path = tiny.write_config(
+            tmp_path, tiny.write_text(tmp_path / "text"), reporting=reporting
+        )
         assert message(tiny.train, path) == (
-            f"reporting.prometheus_port: cannot listen at 127.0.0.1 port {port}: Address already "
-            "in use; name a free port, and an address of this host or 0.0.0.0 for all of them"
+            f"reporting.prometheus_port: cannot listen at 127.0.0.1 port {port}: "
+            f"Address already "
+            "in use; name a free port, and an address of this host or 0.0.0.0 for all "
+            "of them"
         )
     assert not (tmp_path / "tiny").exists()
     for address in ("a..b", "192.0.2.1"):  # no name, and another's address
         text = message(PrometheusSink, address, free_port())
-        assert text.startswith(f"reporting.prometheus_port: cannot listen at {address} port ")
+        assert text.startswith(
+            f"reporting.prometheus_port: cannot listen at {address} port "
+        )
 
 
 def test_missing_package_is_reported_before_anything_is_opened(tmp_path, monkeypatch):
@@ -201,7 +238,9 @@ def test_missing_package_is_reported_before_anything_is_opened(tmp_path, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(records_module, "find_spec", lambda name: None)
             text = message(ReportingConfig.model_validate(settings).check_packages)
-        assert text == f"{where}; pip install 'maxlm[reporting]', or leave the setting out"
+        assert (
+            text == f"{where}; pip install 'maxlm[reporting]', or leave the setting out"
+        )
     ReportingConfig(wandb=WandbConfig(mode="disabled")).check_packages()
     # A folder that wandb has made beside a script is no package.
     (tmp_path / "wandb").mkdir()

@@ -1,5 +1,5 @@
-"""A step is the optimizer's update for the mean loss over all counted tokens, however it is cut
-into micro-batches."""
+"""A step is the optimizer's update for the mean loss over all counted tokens, however
+it is cut into micro-batches."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,11 @@ def squares(models, batch, key):
     error = models.trained.slope[...] * batch["tokens"] + 1.0 - batch["targets"]
     weights = batch["weights"]
     noise = jax.random.uniform(key)
-    sums = {"tokens": weights.sum(), "absolute": (abs(error) * weights).sum(), "noise": noise}
+    sums = {
+        "tokens": weights.sum(),
+        "absolute": (abs(error) * weights).sum(),
+        "noise": noise,
+    }
     return (weights * error**2).sum(), sums
 
 
@@ -72,13 +76,17 @@ def test_loss_update_and_metrics_follow_their_formulas(micro):
     average = {"slope": jnp.array([2.0])}
     state, metrics = step_line(line_state(ema=average), batch, ema_decay=DECAY)
 
-    x, y, w = (batch[name].astype(np.float64) for name in ("tokens", "targets", "weights"))
+    x, y, w = (
+        batch[name].astype(np.float64) for name in ("tokens", "targets", "weights")
+    )
     error = 0.5 * x + 1 - y
     gradient = (w * 2 * error * x).sum() / w.sum()
     slope = 0.5 - RATE * gradient
     assert int(state.step) == 4
     assert float(state.params["slope"][0]) == pytest.approx(slope, rel=1e-6)
-    assert float(state.ema["slope"][0]) == pytest.approx(DECAY * 2 + (1 - DECAY) * slope, rel=1e-6)
+    assert float(state.ema["slope"][0]) == pytest.approx(
+        DECAY * 2 + (1 - DECAY) * slope, rel=1e-6
+    )
     assert metrics.pop("noise") > 0
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
         {
@@ -106,7 +114,9 @@ def test_a_batch_that_counts_nothing_changes_nothing():
 
 def test_randomness_is_a_function_of_seed_and_step():
     def noise(step, seed=0):
-        return float(step_line(line_state(step=step), line_batch(1), seed=seed)[1]["noise"])
+        return float(
+            step_line(line_state(step=step), line_batch(1), seed=seed)[1]["noise"]
+        )
 
     assert noise(1) == noise(1)
     assert len({noise(1), noise(2), noise(1, seed=1)}) == 3
@@ -116,7 +126,9 @@ def test_evaluation_sums_without_learning():
     state, batch = line_state(), {k: v[0] for k, v in line_batch(1).items()}
     sums = evaluate_step(state.params, {}, batch, model=Line(), task=task_of(squares))
     error = 0.5 * batch["tokens"] + 1 - batch["targets"]
-    assert float(sums["absolute"]) == pytest.approx((batch["weights"] * abs(error)).sum(), rel=1e-5)
+    assert float(sums["absolute"]) == pytest.approx(
+        (batch["weights"] * abs(error)).sum(), rel=1e-5
+    )
 
 
 def assert_close(got, want):
@@ -140,7 +152,8 @@ def test_micro_batches_change_nothing_for_a_decoder(one_device_mesh):
             building.random_params(config, one_device_mesh),
             building.storage(config, one_device_mesh),
         )
-        # Plain gradient descent: Adam would blow up the rounding of gradients near zero.
+        # Plain gradient descent: Adam would blow up the rounding of gradients near
+        # zero.
         optimizer = optax.sgd(RATE)
         state = TrainState(jnp.int32(0), params, optimizer.init(params), None)
 
@@ -156,12 +169,17 @@ def test_micro_batches_change_nothing_for_a_decoder(one_device_mesh):
             )
 
         step = jax.jit(step, compiler_options=building.QUICK)
-        cut = {a: {k: v.reshape(a, 4 // a, 11) for k, v in batch.items()} for a in (1, 2, 4)}
+        cut = {
+            a: {k: v.reshape(a, 4 // a, 11) for k, v in batch.items()}
+            for a in (1, 2, 4)
+        }
         want, metrics = step(state, cut[1])
         for micro in (2, 4):
             got, other = step(state, cut[micro])
             jax.tree.map(assert_close, got, want)
-            assert float(other["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+            assert float(other["loss"]) == pytest.approx(
+                float(metrics["loss"]), rel=1e-6
+            )
     assert float(metrics["batch_tokens"]) == weights.sum()
     assert float(metrics["update_norm"]) > 1e-3
 
@@ -171,13 +189,18 @@ class TwoLines(nnx.Module):
 
     def __init__(self):
         self.first, self.second = (
-            declare((1,), (None,), jax.nn.initializers.zeros, "vector") for _ in range(2)
+            declare((1,), (None,), jax.nn.initializers.zeros, "vector")
+            for _ in range(2)
         )
 
 
 def test_what_is_not_trained_stays_and_has_neither_optimizer_nor_part_in_norms():
     def loss(models, batch, key):
-        slope = models.trained.first[...] + models.trained.second[...] + models.frozen["other"]
+        slope = (
+            models.trained.first[...]
+            + models.trained.second[...]
+            + models.frozen["other"]
+        )
         return squares(TaskModels(SimpleNamespace(slope=slope)), batch, key)
 
     specs = param_specs(TwoLines())
@@ -186,13 +209,18 @@ def test_what_is_not_trained_stays_and_has_neither_optimizer_nor_part_in_norms()
     params = {"first": jnp.array([0.5]), "second": jnp.array([0.25])}
     opt_state = optimizer.init(params)
     assert {leaf.shape for leaf in jax.tree.leaves(opt_state)} == {(), (1,)}
-    assert len(jax.tree.leaves(opt_state)) == 2 * 1 + 2  # two moments of one, two counts
-    state = TrainState(jnp.int32(0), params, opt_state, params, {"line": {"slope": jnp.ones(1)}})
+    assert (
+        len(jax.tree.leaves(opt_state)) == 2 * 1 + 2
+    )  # two moments of one, two counts
+    state = TrainState(
+        jnp.int32(0), params, opt_state, params, {"line": {"slope": jnp.ones(1)}}
+    )
 
     def run(frozen):
         task = task_of(
             lambda models, *rest: loss(
-                TaskModels(models.trained, {"other": models.frozen["line"].slope[...]}), *rest
+                TaskModels(models.trained, {"other": models.frozen["line"].slope[...]}),
+                *rest,
             )
         )
         return step_line(
@@ -210,11 +238,15 @@ def test_what_is_not_trained_stays_and_has_neither_optimizer_nor_part_in_norms()
     assert float(after.params["second"][0]) == float(after.ema["second"][0]) == 0.25
     assert float(after.params["first"][0]) != 0.5
     assert float(after.frozen["line"]["slope"][0]) == 1.0
-    assert float(metrics["param_norm"]) == pytest.approx(abs(float(after.params["first"][0])))
+    assert float(metrics["param_norm"]) == pytest.approx(
+        abs(float(after.params["first"][0]))
+    )
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_with_near_names():
     specs = param_specs(TwoLines())
-    with pytest.raises(MaxlmError, match=r"train\.trainable: 'frist' matches .* such as first"):
+    with pytest.raises(
+        MaxlmError, match=r"train\.trainable: 'frist' matches .* such as first"
+    ):
         select_trainable(specs, ["frist"])
     assert select_trainable(specs, ["*"]) == specs

@@ -1,4 +1,5 @@
-"""Checkpoints in several places: the newest that can be read is found, whatever others suffered."""
+"""Checkpoints in several places: the newest that can be read is found, whatever others
+suffered."""
 
 import errno
 import os
@@ -33,7 +34,8 @@ def state_of(mesh, step):
     random = np.random.default_rng(step)
     params = {
         name: jax.device_put(
-            random.normal(size=shape).astype(np.float32), NamedSharding(mesh, SPECS[name])
+            random.normal(size=shape).astype(np.float32),
+            NamedSharding(mesh, SPECS[name]),
         )
         for name, shape in SHAPES.items()
     }
@@ -45,7 +47,8 @@ def state_of(mesh, step):
 
 def abstract(mesh):
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(mesh, 0)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        state_of(mesh, 0),
     )
 
 
@@ -70,14 +73,17 @@ def write(folder, mesh, *steps, **config):
 
 
 def newest(folder, mesh, **config):
-    """(step, tier) of what is restored, after checking it; what was skipped; the tiers."""
+    """(step, tier) of what is restored, after checking it; what was skipped; the
+    tiers."""
     with Checkpointer(folder, "run", CheckpointConfig(**config)) as tiers:
         found, skipped = tiers.find()
         state, chosen, more = tiers.restore_newest(found, abstract(mesh))
         if chosen is None:
             return None, [*skipped, *more]
         jax.tree.map(np.testing.assert_array_equal, state, state_of(mesh, chosen.step))
-        for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract(mesh)), strict=True):
+        for got, want in zip(
+            jax.tree.leaves(state), jax.tree.leaves(abstract(mesh)), strict=True
+        ):
             assert got.sharding == want.sharding
         tiers.discard_skipped([*skipped, *more], chosen.step)
         return (chosen.step, chosen.tier.name), [*skipped, *more]
@@ -89,7 +95,9 @@ def files(folder):
 
 def copies(place):
     """Steps of which a folder of copies has files."""
-    return sorted({path.relative_to(place).parts[0] for path in files(place)} - {"OWNER"})
+    return sorted(
+        {path.relative_to(place).parts[0] for path in files(place)} - {"OWNER"}
+    )
 
 
 def largest(folder):
@@ -118,16 +126,25 @@ def test_damaged_newest_checkpoint_is_skipped_and_reported(tmp_path, here, damag
     assert chosen == (10, "folder")
     [one] = skipped
     assert str(one).startswith("checkpoint 20 is skipped: unreadable")
-    # It makes room for the step's next checkpoint, and is kept in case it can be repaired.
+    # It makes room for the step's next checkpoint, and is kept in case it can be
+    # repaired.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20.damaged"]
 
 
 def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
-    """In a sample of all files of a checkpoint in all places: arrays, metadata, Orbax's own."""
+    """In a sample of all files of a checkpoint in all places: arrays, metadata, Orbax's
+    own."""
     monkeypatch.setattr(reading, "_RETRY_SECONDS", ())
-    places = {"local_folder": str(tmp_path / "disk"), "remote_folder": str(tmp_path / "there")}
+    places = {
+        "local_folder": str(tmp_path / "disk"),
+        "remote_folder": str(tmp_path / "there"),
+    }
     config = CheckpointConfig(every_steps=20, local_every_steps=10, **places)
-    own = {"config": {"seed": 7, "rate": 1e-05}, "skipped_batches": [[3, 5]], "losses": None}
+    own = {
+        "config": {"seed": 7, "rate": 1e-05},
+        "skipped_batches": [[3, 5]],
+        "losses": None,
+    }
     random, seen = np.random.default_rng(0), Counter()
     with Checkpointer(tmp_path / "run", "run", config) as tiers:
         for step in (20, 40, 50):  # the folder's and their copies, and a local one
@@ -146,14 +163,28 @@ def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
                 path.write_bytes(bad)
                 found, skipped = tiers.find()
                 for each in found:
-                    assert {name: each.metadata.get(name) for name in own} == own, (path, place)
+                    assert {name: each.metadata.get(name) for name in own} == own, (
+                        path,
+                        place,
+                    )
                 if checked:
-                    assert skipped or bad == good.replace(b"1e-05", b"1E-05"), (path, place)
-                    assert all("is skipped: unreadable" in str(each) for each in skipped)
+                    assert skipped or bad == good.replace(b"1e-05", b"1E-05"), (
+                        path,
+                        place,
+                    )
+                    assert all(
+                        "is skipped: unreadable" in str(each) for each in skipped
+                    )
                 else:
                     folder = [each for each in found if each.tier.name == "folder"]
-                    state, chosen, _ = tiers.restore_newest(folder, abstract(here), ((3, 5),))
-                    jax.tree.map(np.testing.assert_array_equal, state, state_of(here, chosen.step))
+                    state, chosen, _ = tiers.restore_newest(
+                        folder, abstract(here), ((3, 5),)
+                    )
+                    jax.tree.map(
+                        np.testing.assert_array_equal,
+                        state,
+                        state_of(here, chosen.step),
+                    )
                     seen[chosen.step] += 1
             path.write_bytes(good)
     assert seen[20] > seen[40] / 4  # or hardly any was looked at
@@ -162,17 +193,25 @@ def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
 LOCAL = {"every_steps": 10, "local_every_steps": 3}
 
 
-def test_local_checkpoints_between_the_folder_s_keep_the_two_newest(tmp_path, here, mesh):
+def test_local_checkpoints_between_the_folder_s_keep_the_two_newest(
+    tmp_path, here, mesh
+):
     config = LOCAL | {"local_folder": str(tmp_path / "disk")}
     write(tmp_path / "run", here, 6, 9, 10, 12, **config)
     [own] = (tmp_path / "disk").glob("run-*/process-0")
-    assert sorted(path.name for path in own.iterdir()) == ["12.safetensors", "9.safetensors"]
+    assert sorted(path.name for path in own.iterdir()) == [
+        "12.safetensors",
+        "9.safetensors",
+    ]
     with Checkpointer(tmp_path / "other", "run", CheckpointConfig(**config)) as tiers:
         assert tiers.find() == ([], [])  # a run of the same name in another folder
     assert newest(tmp_path / "run", here, **config) == ((12, "local"), [])
     chosen, [skipped] = newest(tmp_path / "run", mesh(fsdp=4), **config)
     assert chosen == (10, "folder")
-    assert skipped.why == "unreadable (it was written on another mesh or by other processes)"
+    assert (
+        skipped.why
+        == "unreadable (it was written on another mesh or by other processes)"
+    )
 
 
 def test_local_files_of_kills_and_former_process_numbers_are_deleted(tmp_path, here):
@@ -201,7 +240,9 @@ def test_local_checkpoint_that_cannot_be_written_is_only_reported(
     monkeypatch.setattr("maxlm.train.checkpoint.local.save_file", full)
     write(tmp_path / "run", here, 3, **config)
     [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"local checkpoint 3 was not written to {tmp_path}/disk/run-")
+    assert line.startswith(
+        f"local checkpoint 3 was not written to {tmp_path}/disk/run-"
+    )
     assert line.endswith("No space left on device); training continues")
     (tmp_path / "file").write_text("")
     with pytest.raises(MaxlmError, match=r"file.*: cannot write: "):
@@ -227,7 +268,9 @@ def s3():
     """A bucket on a server of its own; the drivers read its address once."""
     reason = "needs an S3 server: pip install 'moto[server]'"
     server_module = pytest.importorskip("moto.server", reason=reason)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = server_module.ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
@@ -280,7 +323,9 @@ def test_checkpoints_are_copied_to_a_bucket_and_found_there(tmp_path, here, s3):
 def test_google_bucket(tmp_path, here):
     reason = "needs a server: pip install gcp-storage-emulator"
     server_module = pytest.importorskip("gcp_storage_emulator.server", reason=reason)
-    server = server_module.create_server("127.0.0.1", 0, in_memory=True, default_bucket="models")
+    server = server_module.create_server(
+        "127.0.0.1", 0, in_memory=True, default_bucket="models"
+    )
     server.start()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -297,23 +342,37 @@ def test_google_bucket(tmp_path, here):
 
 def test_copy_that_fails_is_reported_and_made_later(tmp_path, here, monkeypatch, capfd):
     place = tmp_path / "there" / "run"
-    config = {"every_steps": 1, "keep_last": 1, "remote_folder": str(tmp_path / "there")}
+    config = {
+        "every_steps": 1,
+        "keep_last": 1,
+        "remote_folder": str(tmp_path / "there"),
+    }
     with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
         (place / "1").write_text("in the way")
         tiers.save(1, state_of(here, 1), {})
-        assert tiers.remote_copy_failure.startswith(f"the last checkpoint is not in {place}: ")
-        assert capfd.readouterr().err.startswith(f"checkpoint 1 was not copied to {place}: ")
+        assert tiers.remote_copy_failure.startswith(
+            f"the last checkpoint is not in {place}: "
+        )
+        assert capfd.readouterr().err.startswith(
+            f"checkpoint 1 was not copied to {place}: "
+        )
         (place / "1").unlink()
         tiers.copy_newest_to_remote()
         assert tiers.remote_copy_failure is None
     with monkeypatch.context() as patch:
 
         def refused(*_):
-            raise MaxlmError("cannot be reached (PERMISSION_DENIED)", where="there", fix="ask")
+            raise MaxlmError(
+                "cannot be reached (PERMISSION_DENIED)", where="there", fix="ask"
+            )
 
         patch.setattr(RemoteTier, "_delete", refused)
-        write(tmp_path / "run", here, 2, **config)  # an old one that stays is no failure
-    assert capfd.readouterr().err.startswith("older copies were not deleted: there: cannot be re")
+        write(
+            tmp_path / "run", here, 2, **config
+        )  # an old one that stays is no failure
+    assert capfd.readouterr().err.startswith(
+        "older copies were not deleted: there: cannot be re"
+    )
     assert copies(place) == ["1", "2"]
     write(tmp_path / "run", here, 3, **config)
     assert copies(place) == ["3"]
@@ -326,7 +385,8 @@ def test_copies_of_another_run_of_the_name_are_refused(tmp_path, here):
     other = CheckpointConfig(**config)
     assert message(Checkpointer, tmp_path / "two", "run", other) == (
         f"{place}: holds the copies of the run in {tmp_path}/one, and this one is in "
-        f"{tmp_path}/two; give this run another name=..., or delete the file OWNER there to take "
+        f"{tmp_path}/two; give this run another name=..., or delete the file OWNER "
+        f"there to take "
         "over what it holds"
     )
     (place / "OWNER").unlink()
@@ -367,7 +427,9 @@ with Checkpointer(folder / "run", "run", config) as tiers:
 def test_process_that_ends_while_a_copy_is_made_keeps_its_exit_code(tmp_path):
     """A thread in TensorStore at that time would abort it, mostly."""
     command = [sys.executable, "-c", LEAVES, tmp_path]
-    ended = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=240)
+    ended = subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=240
+    )
     assert ended.returncode == 75
 
 
@@ -401,9 +463,13 @@ def test_cancelled_copy_is_made_later(tmp_path, here, slow_copy):
     assert copies(tmp_path / "there" / "run") == ["1"]
 
 
-def test_checkpoint_stays_until_it_is_copied_and_only_the_newest_waits(tmp_path, here, slow_copy):
+def test_checkpoint_stays_until_it_is_copied_and_only_the_newest_waits(
+    tmp_path, here, slow_copy
+):
     started, resume = slow_copy
-    config = CheckpointConfig(every_steps=1, keep_last=1, remote_folder=str(tmp_path / "there"))
+    config = CheckpointConfig(
+        every_steps=1, keep_last=1, remote_folder=str(tmp_path / "there")
+    )
     with Checkpointer(tmp_path / "run", "run", config) as tiers:
         tiers.save(1, state_of(here, 1), {})
         assert started.wait(60)
@@ -426,7 +492,9 @@ def test_files_of_interrupted_copies_and_deletions_are_cleared_away(tmp_path, he
     left.mkdir(parents=True)
     (left / "d").write_text("half")
     (left.parents[1] / "4").mkdir()
-    (left.parents[1] / "4" / "d.__lock").write_text("TensorStore's own, of a file being written")
+    (left.parents[1] / "4" / "d.__lock").write_text(
+        "TensorStore's own, of a file being written"
+    )
     config = {"every_steps": 1, "remote_folder": str(tmp_path / "there")}
     write(tmp_path / "run", here, 5, 6, **config)
     assert copies(tmp_path / "there" / "run") == ["5", "6"]
@@ -457,7 +525,9 @@ def test_checkpoints_after_a_rollback_replace_those_before_it(tmp_path, here):
     with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
         found, _ = tiers.find()
         newer = [each for each in found if each.step > 20]
-        left = [SkippedCheckpoint(f.step, f.tier, "left", is_damaged=False) for f in newer]
+        left = [
+            SkippedCheckpoint(f.step, f.tier, "left", is_damaged=False) for f in newer
+        ]
         tiers.discard_skipped(left, 20)
         for step in (21, 24, 27, 30):
             tiers.save(step, state_of(here, step), {})
@@ -466,14 +536,22 @@ def test_checkpoints_after_a_rollback_replace_those_before_it(tmp_path, here):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["20", "30"]
     assert copies(tmp_path / "there" / "run") == ["20", "30"]
     [own] = (tmp_path / "disk").glob("run-*/process-0")
-    assert sorted(path.name for path in own.iterdir()) == ["24.safetensors", "27.safetensors"]
+    assert sorted(path.name for path in own.iterdir()) == [
+        "24.safetensors",
+        "27.safetensors",
+    ]
 
 
 def test_last_good_checkpoint_stays_while_updates_are_suspect(tmp_path, here):
     config = CheckpointConfig(every_steps=1, keep_last=2)
     with Checkpointer(tmp_path, "run", config) as tiers:
         for step in range(2, 7):
-            tiers.save(step, state_of(here, step), {}, first_suspect_step=4 if step >= 4 else None)
+            tiers.save(
+                step,
+                state_of(here, step),
+                {},
+                first_suspect_step=4 if step >= 4 else None,
+            )
             tiers.wait()
         assert tiers.folder_tier.steps() == [3, 5, 6]
         tiers.save(7, state_of(here, 7), {})

@@ -1,5 +1,5 @@
-"""The trainer takes, records, evaluates and saves every step once, in order; a stop request saves,
-and a rollback does not."""
+"""The trainer takes, records, evaluates and saves every step once, in order; a stop
+request saves, and a rollback does not."""
 
 import signal
 from collections import Counter
@@ -118,8 +118,14 @@ def alone(one_device_mesh):
 def test_every_step_is_recorded_once_and_in_order_from_any_state(alone):
     journal = Journal()
     assert run(journal, alone, start=4, steps=7) == State(7)
-    assert journal.lines == [*(("record", n) for n in (5, 6, 7)), ("save", 7), ("wait",)]
-    assert {n: r["loss"] for n, r in journal.records.items()} == {n: n for n in (5, 6, 7)}
+    assert journal.lines == [
+        *(("record", n) for n in (5, 6, 7)),
+        ("save", 7),
+        ("wait",),
+    ]
+    assert {n: r["loss"] for n, r in journal.records.items()} == {
+        n: n for n in (5, 6, 7)
+    }
 
 
 def test_a_step_is_dispatched_before_the_scalars_of_the_last_one_are_read(alone):
@@ -165,7 +171,9 @@ def test_a_checkpoint_comes_after_all_records_up_to_it(alone):
         (signal.SIGUSR1, Preempted, "preempted at", "preempted"),
     ],
 )
-def test_a_stop_signal_finishes_the_step_and_saves(alone, received, kind, words, reason):
+def test_a_stop_signal_finishes_the_step_and_saves(
+    alone, received, kind, words, reason
+):
     journal, before = Journal(signals={3: [received]}), signal.getsignal(received)
     with pytest.raises(MaxlmError) as error:
         run(journal, alone, steps=9)
@@ -174,7 +182,11 @@ def test_a_stop_signal_finishes_the_step_and_saves(alone, received, kind, words,
         f"runs/x: {words} step 4 of 9, which is saved; run the same command to resume"
     )
     # The device is a step ahead of what all processes know.
-    assert journal.lines == [*(("record", n) for n in (1, 2, 3, 4)), ("save", 4), ("wait",)]
+    assert journal.lines == [
+        *(("record", n) for n in (1, 2, 3, 4)),
+        ("save", 4),
+        ("wait",),
+    ]
     assert journal.events == [("checkpoint", 4), ("stop", 4, reason)]
     assert signal.getsignal(received) is before
 

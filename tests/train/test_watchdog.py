@@ -40,7 +40,9 @@ def a_place_to_hang(ends):
 
 
 def test_a_hang_is_told_of_with_every_threads_stack(tmp_path, capfd):
-    watchdog, ends, events = watch(tmp_path, QUICK.model_copy(update={"idle_seconds": 300.0}))
+    watchdog, ends, events = watch(
+        tmp_path, QUICK.model_copy(update={"idle_seconds": 300.0})
+    )
     with watchdog:
         for _ in range(8):
             take(watchdog, 0.02)
@@ -58,7 +60,8 @@ def test_a_hang_is_told_of_with_every_threads_stack(tmp_path, capfd):
     assert "a_place_to_hang" in err
     assert err.splitlines()[-1] == (
         f"error: {tmp_path}: process 1 hangs: step 12 (0.02 s is the median) has taken "
-        f"{details['seconds']:.3g} s; what its threads were doing is in {path}; run the same "
+        f"{details['seconds']:.3g} s; what its threads were doing is in {path}; run "
+        f"the same "
         "command to resume from the last checkpoint"
     )
 
@@ -78,7 +81,9 @@ def test_step_has_a_multiple_of_the_median_and_other_work_has_longer(tmp_path):
     assert {limit_seconds(watchdog, what) for what in ("first step", "save")} == {1.5}
     for _ in range(5):
         take(watchdog, 0.02)
-    assert limit_seconds(watchdog, "step") == 0.3  # five medians of 0.02 s are below the floor
+    assert (
+        limit_seconds(watchdog, "step") == 0.3
+    )  # five medians of 0.02 s are below the floor
     for _ in range(100):
         take(watchdog, 1.0)
     assert limit_seconds(watchdog, "step") == 5.0
@@ -119,7 +124,10 @@ def test_what_comes_before_the_process_is_ended_spares_it(tmp_path, capfd):
     assert (steps, ends) == ([3, 4, 5], [])
     err = capfd.readouterr().err.splitlines()
     for step in (3, 4):
-        assert f"{tmp_path}: process 1: save {step} is done after all, training continues" in err
+        assert (
+            f"{tmp_path}: process 1: save {step} is done after all, training continues"
+            in err
+        )
 
 
 def test_a_telling_that_never_ends_hides_no_later_hang(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
-"""What ``python -m benchmarks.kernel_cycles.bench`` compares: who contends, by kind of kernel.
+"""What ``python -m benchmarks.kernel_cycles.bench`` compares: who contends, by kind of
+kernel.
 
-To add a kind: a function of the command's options that returns a :class:`Benchmark`, and its name
-in ``BENCHMARKS``. A program is a function that returns (callable, arguments), see ``Spec``; how
-often its kernels' parts run is found from the program itself.
+To add a kind: a function of the command's options that returns a :class:`Benchmark`,
+and its name in ``BENCHMARKS``. A program is a function that returns (callable,
+arguments), see ``Spec``; how often its kernels' parts run is found from the program
+itself.
 """
 
 import argparse

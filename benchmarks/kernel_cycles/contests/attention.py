@@ -17,7 +17,14 @@ _TOKAMAX = "tokamax splash"
 
 
 def own_attention(
-    *, gradient: bool, batch: int, heads: int, seq: int, head_dim: int, mask: str, **options: Any
+    *,
+    gradient: bool,
+    batch: int,
+    heads: int,
+    seq: int,
+    head_dim: int,
+    mask: str,
+    **options: Any,
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
     """This package's attention; ``options`` go to it."""
     from pallas_kernels.attention import attention as own
@@ -35,7 +42,11 @@ def own_attention(
         q, k, v, do, *ids = operands
         return jax.vjp(lambda q, k, v: forward(q, k, v, *ids), q, k, v)[1](do)
 
-    return (gradients, (operand,) * 4 + rows) if gradient else (forward, (operand,) * 3 + rows)
+    return (
+        (gradients, (operand,) * 4 + rows)
+        if gradient
+        else (forward, (operand,) * 3 + rows)
+    )
 
 
 def attention(options: argparse.Namespace) -> Benchmark:
@@ -76,8 +87,9 @@ def attention(options: argparse.Namespace) -> Benchmark:
 
 
 def _peers(mask: Mask) -> list[str]:
-    """That contend. jax's compute segments' every block under the diagonal, so that they take as
-    long as causal: beside tokamax's, which skips what segments part, they need no compiler."""
+    """That contend. jax's compute segments' every block under the diagonal, so that
+    they take as long as causal: beside tokamax's, which skips what segments part, they
+    need no compiler."""
     tokamax = find_spec("tokamax") is not None
     if mask.segments and tokamax:
         return [_TOKAMAX]
@@ -101,8 +113,12 @@ def _peer(name: str, mask: Mask, problem: dict[str, Any]) -> Contender:
     return Contender(
         name,
         {
-            "forward": [Spec(where, problem | {"gradient": False} | b) for b in forward],
-            "backward": [Spec(where, problem | {"gradient": True} | b) for b in backward],
+            "forward": [
+                Spec(where, problem | {"gradient": False} | b) for b in forward
+            ],
+            "backward": [
+                Spec(where, problem | {"gradient": True} | b) for b in backward
+            ],
         },
         peer=True,
     )

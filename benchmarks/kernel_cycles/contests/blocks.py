@@ -1,12 +1,13 @@
-"""Block sizes that peers try: of a search over 128 to 2,048 those that won somewhere, the most
-likely first."""
+"""Block sizes that peers try: of a search over 128 to 2,048 those that won somewhere,
+the most likely first."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 Blocks = Sequence[int]
 _SHORT = 1024
-"""Keys that a query reaches at most, from which on large blocks save more than they compute."""
+"""Keys that a query reaches at most, from which on large blocks save more than they
+compute."""
 
 
 class Tried(NamedTuple):
@@ -27,9 +28,12 @@ class Tried(NamedTuple):
 
 
 _SMALL = Tried([(512, 512, 512)], [((512, 512, 512),)])
-_WINDOW = Tried([(512, 512, 512), (1024, 1024, 512)], [((1024, 1024, 512),), ((1024, 2048, 512),)])
+_WINDOW = Tried(
+    [(512, 512, 512), (1024, 1024, 512)], [((1024, 1024, 512),), ((1024, 2048, 512),)]
+)
 _LARGE = Tried(
-    [(1024, 1024, 256), (1024, 1024, 512)], [((1024, 1024, 1024),), ((1024, 1024, 512),)]
+    [(1024, 1024, 256), (1024, 1024, 512)],
+    [((1024, 1024, 1024),), ((1024, 1024, 512),)],
 )
 
 
@@ -38,10 +42,13 @@ def _jax_splash(reach: int, seq: int) -> Tried:
         return _SMALL
     if reach > _SHORT:
         return _LARGE
-    # One kernel for all gradients walks over all blocks of queries, whatever the window.
+    # One kernel for all gradients walks over all blocks of queries, whatever the
+    # window.
     apart = ((512, 512, 512), (512, 512))
     together = ((1024, 1024, 512),)
-    return _WINDOW._replace(backward=[apart, together] if seq > 8 * reach else [together, apart])
+    return _WINDOW._replace(
+        backward=[apart, together] if seq > 8 * reach else [together, apart]
+    )
 
 
 def _tokamax_splash(reach: int, seq: int) -> Tried:
@@ -64,13 +71,17 @@ PEERS: dict[str, Callable[[int, int], Tried]] = {
     "jax flash": _jax_flash,
     "tokamax splash": _tokamax_splash,
 }
-"""By the number of keys that the mask lets a query reach at most, and the length of a sequence."""
+"""By the number of keys that the mask lets a query reach at most, and the length of a
+sequence."""
 
 
 def tried(name: str, reach: int, seq: int) -> Tried:
-    """What a peer tries, see ``PEERS``; nothing where no block sizes divide the sequence."""
+    """What a peer tries, see ``PEERS``; nothing where no block sizes divide the
+    sequence."""
     found = PEERS[name](reach, seq).fitting(seq)
     if found.forward and found.backward:
         return found
-    sizes = [(n,) * (4 if name == "jax flash" else 3) for n in _OTHERWISE if seq % n == 0][:1]
+    sizes = [
+        (n,) * (4 if name == "jax flash" else 3) for n in _OTHERWISE if seq % n == 0
+    ][:1]
     return Tried([blocks[:3] for blocks in sizes], [(blocks,) for blocks in sizes])

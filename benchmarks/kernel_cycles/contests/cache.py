@@ -11,7 +11,12 @@ from typing import Any
 import pallas_kernels
 from benchmarks.kernel_cycles import static
 from benchmarks.kernel_cycles.static.costs import CallCosts, KernelCosts, RegionCosts
-from benchmarks.kernel_cycles.static.measure import CompileError, CompilerKilled, Spec, measure
+from benchmarks.kernel_cycles.static.measure import (
+    CompileError,
+    CompilerKilled,
+    Spec,
+    measure,
+)
 from benchmarks.kernel_cycles.tuning import versions
 from pallas_kernels.chips import CHIPS
 
@@ -24,9 +29,9 @@ _REFUSED, _NOT_COUNTED = "CompileError", "ValueError"
 class Cache:
     """A folder of measured programs, one JSON file each.
 
-    A file's key holds all that a program's costs follow from: its ``Spec``, the chip, versions of
-    the packages, and a digest of the sources (see :func:`sources`). What the compiler refuses or
-    cannot be counted is kept as such.
+    A file's key holds all that a program's costs follow from: its ``Spec``, the chip,
+    versions of the packages, and a digest of the sources (see :func:`sources`). What
+    the compiler refuses or cannot be counted is kept as such.
     """
 
     def __init__(self, folder: Path):
@@ -38,7 +43,8 @@ class Cache:
         self._folder = folder
 
     def measure(self, spec: Spec, chip: str) -> CallCosts:
-        """As :func:`~benchmarks.kernel_cycles.static.measure`; only inner loops' regions."""
+        """As :func:`~benchmarks.kernel_cycles.static.measure`; only inner loops'
+        regions."""
         key = self._key(spec, chip)
         found = self._read(key)
         if found is None:
@@ -55,7 +61,9 @@ class Cache:
 
     def _key(self, spec: Spec, chip: str) -> dict[str, Any]:
         module = spec.function.partition(":")[0]
-        packages = ["jax", "jaxlib", "libtpu"] + ["tokamax"] * ("tokamax" in spec.function)
+        packages = ["jax", "jaxlib", "libtpu"] + ["tokamax"] * (
+            "tokamax" in spec.function
+        )
         key = asdict(spec) | {
             "chip": chip,
             "versions": versions(*packages),
@@ -84,8 +92,8 @@ class Cache:
 
 
 def sources(module: str) -> list[Path]:
-    """Files from which the costs of a module's programs follow: what counts; and for programs that
-    are not others' kernels, all kernels with their tuned blocks."""
+    """Files from which the costs of a module's programs follow: what counts; and for
+    programs that are not others' kernels, all kernels with their tuned blocks."""
     files = {_KERNELS / "chips.py", *_STATIC.glob("*.py")}
     if module != _PEERS:
         files |= {*_KERNELS.glob("*/*.py"), *_KERNELS.glob("*/*.json")}
@@ -97,7 +105,9 @@ def sources(module: str) -> list[Path]:
 
 def digest(files: list[Path]) -> str:
     """Of their names and contents."""
-    return _hash(b"\0".join(part for f in files for part in (f.name.encode(), f.read_bytes())))
+    return _hash(
+        b"\0".join(part for f in files for part in (f.name.encode(), f.read_bytes()))
+    )
 
 
 def _hash(text: bytes) -> str:
@@ -113,7 +123,9 @@ def _measured(spec: Spec, chip: str) -> dict[str, Any]:
         return {"error": [_REFUSED, str(error)]}
     except ValueError as error:
         return {"error": [_NOT_COUNTED, str(error)]}
-    kernels = [asdict(k) | {"regions": list(map(asdict, k.inner_loops))} for k in costs.kernels]
+    kernels = [
+        asdict(k) | {"regions": list(map(asdict, k.inner_loops))} for k in costs.kernels
+    ]
     return {"costs": {"kernels": kernels, "temp_bytes": costs.temp_bytes}}
 
 

@@ -28,15 +28,16 @@ class Pass:
     flops: int
     """That the problem needs."""
     backward: bool | None = None
-    """Of a program, the kernels that count: those that differentiation made (True), the others
-    (False) or all (None)."""
+    """Of a program, the kernels that count: those that differentiation made (True), the
+    others (False) or all (None)."""
     blocks: Sequence[str] = ()
     """Arguments of a program that the table shows: its block sizes."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A kernel, with the programs among which the fastest counts (block sizes), by pass."""
+    """A kernel, with the programs among which the fastest counts (block sizes), by
+    pass."""
 
     name: str
     programs: Mapping[str, Sequence[Spec]]
@@ -88,8 +89,8 @@ def contest(
 ) -> dict[str, Outcome]:
     """Each contender's fastest program of a pass.
 
-    Block sizes are tried in turns, a peer's first ones before another's second, so that those far
-    behind (``FAR``) are left early.
+    Block sizes are tried in turns, a peer's first ones before another's second, so that
+    those far behind (``FAR``) are left early.
     """
     found: dict[str, Outcome] = {
         c.name: CompileError("no block sizes divide this problem") for c in contenders
@@ -103,7 +104,9 @@ def contest(
     return found
 
 
-def _row(contender: Contender, of: Pass, spec: Spec, chip: str, measure: Measure) -> Outcome:
+def _row(
+    contender: Contender, of: Pass, spec: Spec, chip: str, measure: Measure
+) -> Outcome:
     try:
         row = Row(contender, of, spec, measure(spec, chip))
     except (CompileError, ValueError) as error:
@@ -111,7 +114,9 @@ def _row(contender: Contender, of: Pass, spec: Spec, chip: str, measure: Measure
     if not row.kernels:
         return CountError("no Pallas kernel in the program")
     if row.mxu_flops < 0.99 * of.flops:
-        return CountError(f"{row.mxu_flops:.3g} FLOPs counted where {of.flops:.3g} are needed")
+        return CountError(
+            f"{row.mxu_flops:.3g} FLOPs counted where {of.flops:.3g} are needed"
+        )
     return row
 
 
@@ -123,7 +128,9 @@ def _better(a: Outcome, b: Outcome) -> Outcome:
 
 
 def best_peer(outcomes: Mapping[str, Outcome]) -> Row | None:
-    rows = [row for row in outcomes.values() if isinstance(row, Row) and row.contender.peer]
+    rows = [
+        row for row in outcomes.values() if isinstance(row, Row) and row.contender.peer
+    ]
     return min(rows, key=lambda row: row.microseconds, default=None)
 
 

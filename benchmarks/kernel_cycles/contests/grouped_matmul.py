@@ -1,4 +1,5 @@
-"""The grouped matmul and its two gradients, beside jax's megablox (Gale et al. 2022)."""
+"""The grouped matmul and its two gradients, beside jax's megablox (Gale et al.
+2022)."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -14,30 +15,36 @@ from benchmarks.kernel_cycles.static.measure import Spec
 
 Program = tuple[Callable[..., Any], Sequence[Any]]
 
-# Tiles of rows, contracted dimension and columns (of tgmm: rows, D, F): of those that fit the VMEM
-# which the compiler gives a kernel that asks for none, large ones with the fewest passes over D.
+# Tiles of rows, contracted dimension and columns (of tgmm: rows, D, F): of those that
+# fit the VMEM which the compiler gives a kernel that asks for none, large ones with the
+# fewest passes over D.
 _TILINGS = {
     "forward": ((256, 4096, 512), (128, 4096, 512)),
     "d_rows": ((256, 3584, 512), (128, 3584, 512)),
     "d_kernels": ((256, 1024, 1024), (512, 1024, 1024)),
 }
-# Of the Dirichlet distribution of the groups' shares: sizes differ by a factor of two or three.
+# Of the Dirichlet distribution of the groups' shares: sizes differ by a factor of two
+# or three.
 _CONCENTRATION = 16.0
 
 
 def group_sizes(rows: int, groups: int) -> np.ndarray:
-    """int32 [groups], whose sum is ``rows``: shares drawn from a Dirichlet distribution, seed 0."""
+    """int32 [groups], whose sum is ``rows``: shares drawn from a Dirichlet
+    distribution, seed 0."""
     rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.full(groups, _CONCENTRATION))
     return rng.multinomial(rows, shares).astype(np.int32)
 
 
 def _operands(which: str, rows: int, groups: int, d: int, f: int) -> list[Any]:
-    """Of ``which`` pass, bf16 but for the sizes: [R, D] and [G, D, F]; the result's gradient
-    [R, F] and [G, D, F]; [R, D] and [R, F]."""
+    """Of ``which`` pass, bf16 but for the sizes: [R, D] and [G, D, F]; the result's
+    gradient [R, F] and [G, D, F]; [R, D] and [R, F]."""
     x, y, kernels = (rows, d), (rows, f), (groups, d, f)
     pair = {"forward": (x, kernels), "d_rows": (y, kernels), "d_kernels": (x, y)}[which]
-    return [*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in pair), group_sizes(rows, groups)]
+    return [
+        *(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in pair),
+        group_sizes(rows, groups),
+    ]
 
 
 def own(*, which: str, **sizes: int) -> Program:
@@ -53,8 +60,8 @@ def own(*, which: str, **sizes: int) -> Program:
 
 
 def megablox(*, which: str, tiling: Sequence[int], **sizes: int) -> Program:
-    """``jax.experimental.pallas.ops.tpu.megablox``; the turning of its rows before ``tgmm`` is not
-    its kernel's, and so not counted."""
+    """``jax.experimental.pallas.ops.tpu.megablox``; the turning of its rows before
+    ``tgmm`` is not its kernel's, and so not counted."""
     # The package's attribute of this name is a function.
     kernels = import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 
@@ -75,7 +82,9 @@ def grouped_matmul(options: argparse.Namespace) -> Benchmark:
 
     def tilings(which: str) -> list[tuple[int, ...]]:
         """Those whose tiles of rows divide them, no larger than the problem."""
-        inner, columns = {"forward": (d, f), "d_rows": (f, d), "d_kernels": (d, f)}[which]
+        inner, columns = {"forward": (d, f), "d_rows": (f, d), "d_kernels": (d, f)}[
+            which
+        ]
         return [
             (tile, min(inner, own_inner), min(columns, own_columns))
             for tile, own_inner, own_columns in _TILINGS[which]
@@ -87,7 +96,9 @@ def grouped_matmul(options: argparse.Namespace) -> Benchmark:
     if options.peers:
         programs = {
             which: [
-                Spec(f"{__name__}:megablox", problem | {"which": which, "tiling": tiling})
+                Spec(
+                    f"{__name__}:megablox", problem | {"which": which, "tiling": tiling}
+                )
                 for tiling in tilings(which)
             ]
             for which in _TILINGS
@@ -95,7 +106,8 @@ def grouped_matmul(options: argparse.Namespace) -> Benchmark:
         contenders.append(Contender("jax megablox", programs, peer=True))
     drawn = group_sizes(rows, groups)
     title = (
-        f"grouped_matmul, rows {rows}, groups {groups} of {drawn.min()} to {drawn.max()}, "
+        f"grouped_matmul, rows {rows}, groups {groups} of {drawn.min()} to "
+        f"{drawn.max()}, "
         f"kernels {d} × {f}, bf16"
     )
     passes = [Pass(which, 2 * rows * d * f, blocks=("tiling",)) for which in _TILINGS]

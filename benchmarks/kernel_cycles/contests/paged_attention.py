@@ -27,8 +27,8 @@ def draw_tables(rows: int, context: int, page: int) -> np.ndarray:
 
 
 def _problem(which: str, rows: int, context: int, page: int) -> tuple[Any, ...]:
-    """Returns q; tables, lengths and starts of queries; the number of pages. Decoding: a query a
-    row; prefilling: one row, its last ``rows`` tokens."""
+    """Returns q; tables, lengths and starts of queries; the number of pages. Decoding:
+    a query a row; prefilling: one row, its last ``rows`` tokens."""
     queries, rows = rows, rows if which == "decode" else 1
     tables = draw_tables(rows, context, page)
     lengths = np.full(rows, context, np.int32)
@@ -63,7 +63,9 @@ def own(
         like: Any = jax.ShapeDtypeStruct
         if kind == "bf16":
             return like(shape, jnp.bfloat16)
-        scale = like(shape[:2] + ((_HEAD_DIM,) if per_channel else (page,)), jnp.bfloat16)
+        scale = like(
+            shape[:2] + ((_HEAD_DIM,) if per_channel else (page,)), jnp.bfloat16
+        )
         if kind == "int8":
             return QuantizedPages(like(shape, jnp.int8), scale, None)
         packed = P, _KV_HEADS, page // 2, _HEAD_DIM
@@ -78,9 +80,13 @@ def own(
     return run, (q, tables, lengths, starts, describe(True), describe(False))
 
 
-def jax_paged(*, which: str, rows: int, context: int, page: int, blocks: Sequence[int]) -> Program:
+def jax_paged(
+    *, which: str, rows: int, context: int, page: int, blocks: Sequence[int]
+) -> Program:
     """``jax.experimental.pallas.ops.tpu.paged_attention``: decoding alone."""
-    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.paged_attention import (
+        paged_attention_kernel as kernel,
+    )
 
     q, tables, lengths, _, P = _problem(which, rows, context, page)
     shape = jax.ShapeDtypeStruct((_KV_HEADS, P, page, _HEAD_DIM), jnp.bfloat16)
@@ -93,8 +99,11 @@ def jax_paged(*, which: str, rows: int, context: int, page: int, blocks: Sequenc
     return run, (q, tables, lengths, shape, shape)
 
 
-def jax_ragged(*, which: str, rows: int, context: int, page: int, blocks: Sequence[int]) -> Program:
-    """``jax.experimental.pallas.ops.tpu.ragged_paged_attention``, keys and values interleaved."""
+def jax_ragged(
+    *, which: str, rows: int, context: int, page: int, blocks: Sequence[int]
+) -> Program:
+    """``jax.experimental.pallas.ops.tpu.ragged_paged_attention``, keys and values
+    interleaved."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
     q, tables, lengths, starts, P = _problem(which, rows, context, page)
@@ -118,7 +127,9 @@ def paged_attention(options: argparse.Namespace) -> Benchmark:
 
     def contender(name: str, function: str, programs: Any, peer: bool) -> Contender:
         specs = {
-            which: [Spec(f"{__name__}:{function}", problem | own) for own in programs[which]]
+            which: [
+                Spec(f"{__name__}:{function}", problem | own) for own in programs[which]
+            ]
             for which, problem in where.items()
         }
         return Contender(name, specs, peer)
@@ -142,8 +153,10 @@ def paged_attention(options: argparse.Namespace) -> Benchmark:
         "prefill": queries * keys - queries * (queries - 1) // 2,
     }
     title = (
-        f"paged_attention, {heads} heads of {_HEAD_DIM} over {_KV_HEADS}, context {options.seq}, "
-        f"pages of {options.page}, bf16: {options.sequences} rows, or the last {queries} tokens"
+        f"paged_attention, {heads} heads of {_HEAD_DIM} over {_KV_HEADS}, context "
+        f"{options.seq}, "
+        f"pages of {options.page}, bf16: {options.sequences} rows, or the last "
+        f"{queries} tokens"
     )
     passes = [
         Pass(which, 4 * heads * _HEAD_DIM * number, blocks=("blocks",))

@@ -1,7 +1,8 @@
-"""Attention of every shape on several chips, beside its peers: what the table of it is made from.
+"""Attention of every shape on several chips, beside its peers: what the table of it is
+made from.
 
-The peers come first: their programs do not follow from this package's kernels, so that a cache
-keeps them when those change.
+The peers come first: their programs do not follow from this package's kernels, so that
+a cache keeps them when those change.
 """
 
 import time
@@ -76,7 +77,9 @@ def survey(
     return results
 
 
-def _contests(problems: Mapping[Shape, Benchmark], chips: Sequence[str]) -> list[_Contest]:
+def _contests(
+    problems: Mapping[Shape, Benchmark], chips: Sequence[str]
+) -> list[_Contest]:
     contests = []
     for peer in (True, False):
         for shape, benchmark in problems.items():
@@ -91,7 +94,8 @@ def _contests(problems: Mapping[Shape, Benchmark], chips: Sequence[str]) -> list
 
 
 def time_left(spent: Sequence[float], left: int) -> str:
-    """In words: as many contests as are ``left`` at the mean of those ``spent`` seconds."""
+    """In words: as many contests as are ``left`` at the mean of those ``spent``
+    seconds."""
     if not left or not spent:
         return ""
     return f"; about {left * sum(spent) / len(spent) / 60:.0f} min left"

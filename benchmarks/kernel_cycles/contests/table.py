@@ -1,4 +1,5 @@
-"""Attention's figures as one Markdown table, with what misses the goal or has no figure."""
+"""Attention's figures as one Markdown table, with what misses the goal or has no
+figure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -9,27 +10,40 @@ from benchmarks.kernel_cycles.static.problems import Shape
 GOAL = 0.90
 """Of the best peer's time."""
 _NONE = "—"
-_SHORT_NAMES = {"jax splash": "splash", "jax flash": "flash", "tokamax splash": "tokamax"}
+_SHORT_NAMES = {
+    "jax splash": "splash",
+    "jax flash": "flash",
+    "tokamax splash": "tokamax",
+}
 _FORWARD, _BACKWARD = "forward", "backward"
 
 
 def table(results: Results) -> str:
-    """For each shape a row of ours, in brackets the ratio to the best peer, and one of this peer.
+    """For each shape a row of ours, in brackets the ratio to the best peer, and one of
+    this peer.
 
-    Spills are stores in our inner loops, forward and backward. Memory is of HBM, of forward and
-    backward pass in one program: ours, and the least of the peers', each at its fastest blocks.
+    Spills are stores in our inner loops, forward and backward. Memory is of HBM, of
+    forward and backward pass in one program: ours, and the least of the peers', each at
+    its fastest blocks.
     """
     chips = list(dict.fromkeys(cell.chip for cell in results))
     peers = any(_peers(outcomes) for outcomes in results.values())
     columns = [
-        title for chip in chips for title in (f"{chip} forward", "backward", "spills", "temp MB")
+        title
+        for chip in chips
+        for title in (f"{chip} forward", "backward", "spills", "temp MB")
     ]
-    lines = [_line(["head, sequence, mask", "µs", *columns]), "|---" * (2 + len(columns)) + "|"]
+    lines = [
+        _line(["head, sequence, mask", "µs", *columns]),
+        "|---" * (2 + len(columns)) + "|",
+    ]
     for shape in dict.fromkeys(cell.shape for cell in results):
         name = f"{shape.head_dim} {shape.seq:,} {shape.mask}"
         lines.append(_line([name, "ours", *_cells(_ours, results, shape, chips)]))
         if peers:
-            lines.append(_line(["", "best peer", *_cells(_theirs, results, shape, chips)]))
+            lines.append(
+                _line(["", "best peer", *_cells(_theirs, results, shape, chips)])
+            )
     lines += ["", *_misses(results)] if peers else []
     if reasons := list(_reasons(results)):
         lines += ["", f"Why {_NONE}:", "", *reasons]
@@ -39,7 +53,9 @@ def table(results: Results) -> str:
 def _cells(of, results: Results, shape: Shape, chips: Sequence[str]) -> list[str]:
     cells = []
     for chip in chips:
-        passes = [results[Cell(shape, chip, direction)] for direction in (_FORWARD, _BACKWARD)]
+        passes = [
+            results[Cell(shape, chip, direction)] for direction in (_FORWARD, _BACKWARD)
+        ]
         cells += of(*passes)
     return cells
 
@@ -55,13 +71,19 @@ def _ours(forward: Mapping[str, Outcome], backward: Mapping[str, Outcome]) -> li
     return [*times, spills, _megabytes(rows[1].costs.temp_bytes) if rows[1] else _NONE]
 
 
-def _theirs(forward: Mapping[str, Outcome], backward: Mapping[str, Outcome]) -> list[str]:
+def _theirs(
+    forward: Mapping[str, Outcome], backward: Mapping[str, Outcome]
+) -> list[str]:
     times = []
     for outcomes in (forward, backward):
         row = best_peer(outcomes)
         name = row and _SHORT_NAMES.get(row.contender.name, row.contender.name)
         times.append(f"{_figure(row.microseconds)} {name}" if row else _NONE)
-    temps = [row.costs.temp_bytes for row in _peers(backward).values() if isinstance(row, Row)]
+    temps = [
+        row.costs.temp_bytes
+        for row in _peers(backward).values()
+        if isinstance(row, Row)
+    ]
     return [*times, "", _megabytes(min(temps)) if temps else _NONE]
 
 
@@ -82,9 +104,13 @@ def ratio(outcomes: Mapping[str, Outcome]) -> float | None:
 
 def _misses(results: Results) -> Iterator[str]:
     shares = {cell: ratio(outcomes) for cell, outcomes in results.items()}
-    missed = {cell: share for cell, share in shares.items() if share is None or share > GOAL}
+    missed = {
+        cell: share for cell, share in shares.items() if share is None or share > GOAL
+    }
     met = len(shares) - len(missed)
-    yield f"{met} of {len(shares)} ratios are at most {GOAL:.2f}" + (", all but" if missed else ".")
+    yield f"{met} of {len(shares)} ratios are at most {GOAL:.2f}" + (
+        ", all but" if missed else "."
+    )
     if missed:
         yield ""
     for cell, share in missed.items():

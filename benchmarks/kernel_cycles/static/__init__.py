@@ -1,6 +1,8 @@
-"""Costs of TPU kernels without a TPU: what the compiler's final schedule says, cycle by cycle.
+"""Costs of TPU kernels without a TPU: what the compiler's final schedule says, cycle by
+cycle.
 
-:func:`measure` compiles a function for a chip and returns the cycles of each of its kernels.
+:func:`measure` compiles a function for a chip and returns the cycles of each of its
+kernels.
 """
 
 from benchmarks.kernel_cycles.static.costs import CallCosts, KernelCosts, RegionCosts

@@ -1,8 +1,9 @@
-"""Compile one function for a TPU that is not here and leave what was learnt in a folder.
+"""Compile one function for a TPU that is not here and leave what was learnt in a
+folder.
 
-Run as a process of its own, ``python -m benchmarks.kernel_cycles.static.compile FOLDER`` with the
-request as JSON on standard input: libtpu reads ``LIBTPU_INIT_ARGS``, which names the dump, once a
-process.
+Run as a process of its own, ``python -m benchmarks.kernel_cycles.static.compile
+FOLDER`` with the request as JSON on standard input: libtpu reads ``LIBTPU_INIT_ARGS``,
+which names the dump, once a process.
 """
 
 import json
@@ -16,7 +17,8 @@ from benchmarks.kernel_cycles.static.schedule import BUNDLES, REGIONS, UNIT_USE
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of the process: JAX on the CPU, libtpu as a compiler only, its dump in ``folder``."""
+    """Of the process: JAX on the CPU, libtpu as a compiler only, its dump in
+    ``folder``."""
     # Dumps of the passes that are not read would take the compiler as long again.
     passes = "|".join((BUNDLES, REGIONS, UNIT_USE))
     flags = (
@@ -41,7 +43,8 @@ def main() -> None:
 
 
 def compile_into(folder: Path, fn: Any, args: Any, topology: str) -> None:
-    """Compile ``fn(*args)``; the schedule goes to the dump, the rest into ``folder``."""
+    """Compile ``fn(*args)``; the schedule goes to the dump, the rest into
+    ``folder``."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -53,14 +56,16 @@ def compile_into(folder: Path, fn: Any, args: Any, topology: str) -> None:
     device = machine.devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
 
-    # Arguments and results lie as the kernels want them. Into the layout that JAX would give them,
-    # which pads no heads of 64, XLA would copy each, and count the copies as temporary memory.
+    # Arguments and results lie as the kernels want them. Into the layout that JAX would
+    # give them, which pads no heads of 64, XLA would copy each, and count the copies as
+    # temporary memory.
     own = Format(Layout.AUTO, sharding)
 
     def struct(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
 
-    # Pallas lowers some operations by the TPU's generation, which it takes from the mesh.
+    # Pallas lowers some operations by the TPU's generation, which it takes from the
+    # mesh.
     mesh = jax.sharding.Mesh(np.array([device]), ("device",)).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(fn, in_shardings=own, out_shardings=own).trace(

@@ -1,12 +1,13 @@
 """How often each bundle of a kernel runs: its control flow, executed.
 
-A kernel's loops and branches hang on its scalar unit alone: grid indices, trip counts, and what
-was prefetched to scalar memory (tables of blocks, group sizes). :func:`run_counts` executes those
-instructions of the final schedule, so that counts are those of the program that the compiler made,
-whatever it unrolled, pipelined or turned into predicates; vector instructions only pass by.
+A kernel's loops and branches hang on its scalar unit alone: grid indices, trip counts,
+and what was prefetched to scalar memory (tables of blocks, group sizes).
+:func:`run_counts` executes those instructions of the final schedule, so that counts are
+those of the program that the compiler made, whatever it unrolled, pipelined or turned
+into predicates; vector instructions only pass by.
 
-Assumed, and refused where it does not hold: no branch hangs on what a vector unit computed, or on
-scalars whose values were not given.
+Assumed, and refused where it does not hold: no branch hangs on what a vector unit
+computed, or on scalars whose values were not given.
 """
 
 import re
@@ -54,11 +55,12 @@ def run_counts(
 
     Args:
         core: of those that share a device, which one.
-        operands: inputs that the kernel copies to scalar memory, by index: their bytes, in the
-            order of their layout there, as uint32 words.
+        operands: inputs that the kernel copies to scalar memory, by index: their bytes,
+            in the order of their layout there, as uint32 words.
 
     Raises:
-        ValueError: a branch that hangs on values not given, an unknown branch, an endless loop.
+        ValueError: a branch that hangs on values not given, an unknown branch, an
+            endless loop.
     """
     blocks = _blocks(schedule)
     source = _program(schedule, blocks)
@@ -72,7 +74,9 @@ def run_counts(
         "Unknown": Unknown,
         "signed": signed,
         "copy": _copier(memory, operands or {}),
-        "scalar": lambda i: int(operands[i][0]) if operands and i in operands else UNKNOWN,
+        "scalar": lambda i: (
+            int(operands[i][0]) if operands and i in operands else UNKNOWN
+        ),
         "load": lambda a: UNKNOWN if isinstance(a, Unknown) else memory.get(a, UNKNOWN),
         "store": _storer(memory),
     }
@@ -80,8 +84,10 @@ def run_counts(
     runs, stuck = names["run"]()
     if stuck is not None:
         raise ValueError(
-            f"{schedule.name}: the branch after bundle {blocks[stuck].stop} hangs on a value that "
-            "its scalar unit does not compute, or on an operand whose values were not given"
+            f"{schedule.name}: the branch after bundle {blocks[stuck].stop} hangs on a "
+            f"value that "
+            "its scalar unit does not compute, or on an operand whose values were not "
+            "given"
         )
     counts = np.zeros(len(schedule.bundles), np.int64)
     for block, times in zip(blocks, runs, strict=True):
@@ -90,9 +96,14 @@ def run_counts(
 
 
 def knows_core(schedule: Schedule) -> bool:
-    """Whether it looks up which core runs it; one that does not is not split over cores."""
-    index = [tag for tag, at in schedule.scalar_memory.items() if at == (_CORE_INDEX, True)]
-    return any(f"sld [smem:[#{tag}]]" in text for tag in index for text in schedule.bundles)
+    """Whether it looks up which core runs it; one that does not is not split over
+    cores."""
+    index = [
+        tag for tag, at in schedule.scalar_memory.items() if at == (_CORE_INDEX, True)
+    ]
+    return any(
+        f"sld [smem:[#{tag}]]" in text for tag in index for text in schedule.bundles
+    )
 
 
 def _blocks(schedule: Schedule) -> list[_Block]:
@@ -111,14 +122,17 @@ def _blocks(schedule: Schedule) -> list[_Block]:
     cuts = sorted({0, end, *branches, *branches.values()})
     for before, cut in pairwise(cuts):
         if cut in branches and cut - before <= schedule.branch_delay:
-            raise ValueError(f"{schedule.name}: two branches overlap before bundle {cut}")
+            raise ValueError(
+                f"{schedule.name}: two branches overlap before bundle {cut}"
+            )
     return [_Block(a, b, branches.get(b)) for a, b in pairwise(cuts) if a < end]
 
 
 def _program(schedule: Schedule, blocks: list[_Block]) -> str:
     """Python that does what the scalar unit does.
 
-    Executed rather than interpreted: a grid of 32,768 steps has tens of millions of instructions.
+    Executed rather than interpreted: a grid of 32,768 steps has tens of millions of
+    instructions.
     """
     index = {block.start: i for i, block in enumerate(blocks)}
     registers, body = set(), []
@@ -137,7 +151,9 @@ def _program(schedule: Schedule, blocks: list[_Block]) -> str:
                 f"b = {target} if branch else {following}",
             ]
         if block.target is not None and block.target <= block.start:
-            message = f"{schedule.name}: the loop that ends at bundle {block.stop} has no end"
+            message = (
+                f"{schedule.name}: the loop that ends at bundle {block.stop} has no end"
+            )
             lines += [f"if n[{i}] > {MAX_RUNS}:", f"    raise ValueError({message!r})"]
         body += [f"if b == {i}:", *(f"    {line}" for line in lines)]
     start = [f"{r} = UNKNOWN" for r in sorted(registers)]
@@ -178,7 +194,9 @@ def _storer(memory: dict[int, Any]) -> Callable[..., None]:
     return store
 
 
-def _copier(memory: dict[int, Any], operands: Mapping[int, np.ndarray]) -> Callable[..., None]:
+def _copier(
+    memory: dict[int, Any], operands: Mapping[int, np.ndarray]
+) -> Callable[..., None]:
     def copy(predicate: Any, source: Any, granules: Any, target: Any) -> None:
         """From an operand's address to words of scalar memory, 32 bytes a granule."""
         if isinstance(target, Unknown) or isinstance(granules, Unknown):

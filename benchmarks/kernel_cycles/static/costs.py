@@ -1,4 +1,5 @@
-"""Cycles of a compiled program's kernels: their schedules times how often each part runs."""
+"""Cycles of a compiled program's kernels: their schedules times how often each part
+runs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ _GRANULE_BYTES = 32
 
 @dataclass(frozen=True)
 class RegionCosts:
-    """A loop's body or predicated region; without the regions inside it, unless said."""
+    """A loop's body or predicated region; without the regions inside it, unless
+    said."""
 
     name: str
     role: str
@@ -65,7 +67,8 @@ class KernelCosts:
     regions: tuple[RegionCosts, ...]
     """Of the busiest core, those that run."""
     hbm_read_bytes: int = 0
-    """Copied from HBM to VMEM, over all cores; a copy that hangs on a condition counts as done."""
+    """Copied from HBM to VMEM, over all cores; a copy that hangs on a condition counts
+    as done."""
 
     @property
     def cycles(self) -> int:
@@ -106,7 +109,8 @@ class CallCosts:
         return sum(k.cycles for k in chosen)
 
     def mxu_flops(self, *, backward: bool | None = None) -> float:
-        """What the matrix units could have multiplied in the cycles they were occupied."""
+        """What the matrix units could have multiplied in the cycles they were
+        occupied."""
         chosen = [k for k in self.kernels if backward is None or k.backward == backward]
         return sum(k.mxu_cycles for k in chosen) * self.chip.flops_per_mxu_cycle
 

@@ -1,4 +1,5 @@
-"""Static costs of a function on a chip: compile, read the schedule, run its control flow."""
+"""Static costs of a function on a chip: compile, read the schedule, run its control
+flow."""
 
 import importlib.util
 import json
@@ -37,8 +38,9 @@ class Spec:
     """What to compile, in words that another process understands."""
 
     function: str
-    """"module:function", which returns (callable, its arguments): ``jax.ShapeDtypeStruct``, or
-    arrays where a kernel's grid or loops follow their values (segments, group sizes)."""
+    """"module:function", which returns (callable, its arguments):
+    ``jax.ShapeDtypeStruct``, or arrays where a kernel's grid or loops follow their
+    values (segments, group sizes)."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Its keyword arguments, such as JSON can carry."""
 
@@ -49,21 +51,28 @@ def has_compiler() -> bool:
 
 
 def measure(spec: Spec, chip: str) -> CallCosts:
-    """Compile a function for a chip and count its kernels' cycles. Takes seconds, and a process.
+    """Compile a function for a chip and count its kernels' cycles. Takes seconds, and a
+    process.
 
     Args:
         chip: of ``CHIPS``.
 
     Raises:
-        ValueError: an unknown chip, no libtpu, a kernel whose control flow cannot be followed.
-        CompileError: with the compiler's message; CompilerKilled where it could not finish.
+        ValueError: an unknown chip, no libtpu, a kernel whose control flow cannot be
+            followed.
+        CompileError: with the compiler's message; CompilerKilled where it could not
+            finish.
     """
     if chip not in CHIPS:
         raise ValueError(f"chip {chip!r}: not one of {', '.join(CHIPS)}")
     if not has_compiler():
         raise ValueError("no TPU compiler: pip install libtpu")
     request = json.dumps(
-        {"function": spec.function, "kwargs": dict(spec.kwargs), "topology": CHIPS[chip].topology}
+        {
+            "function": spec.function,
+            "kwargs": dict(spec.kwargs),
+            "topology": CHIPS[chip].topology,
+        }
     )
     with tempfile.TemporaryDirectory(prefix="pallas_kernels_") as name:
         folder = Path(name)
@@ -76,7 +85,9 @@ def measure(spec: Spec, chip: str) -> CallCosts:
             env=environment(folder),
         )
         if done.returncode in _FROM_OUTSIDE:
-            raise CompilerKilled(f"compiler killed by {signal.Signals(-done.returncode).name}")
+            raise CompilerKilled(
+                f"compiler killed by {signal.Signals(-done.returncode).name}"
+            )
         if done.returncode:
             raise CompileError(_reason(done.stderr))
         result = json.loads((folder / "result.json").read_text())
@@ -95,7 +106,8 @@ def measure(spec: Spec, chip: str) -> CallCosts:
 
 
 def _reason(stderr: str) -> str:
-    """The exception at the end of a traceback, without JAX's note on how it filtered that."""
+    """The exception at the end of a traceback, without JAX's note on how it filtered
+    that."""
     end = stderr.rpartition("Traceback (most recent call last)")[2]
     raised = re.search(r"^\w[\w.]*: .*", end, re.MULTILINE | re.DOTALL)
     return (raised[0] if raised else stderr).split("\n-----")[0].strip()[:2000]

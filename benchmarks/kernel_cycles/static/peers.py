@@ -1,9 +1,10 @@
-"""Attention kernels of others as programs to measure: jax's splash and flash attention, tokamax's
-splash attention where it is installed.
+"""Attention kernels of others as programs to measure: jax's splash and flash attention,
+tokamax's splash attention where it is installed.
 
-Each program is ``(function, arguments)`` of q, k, v, all [batch, heads, seq, head_dim] bf16; with
-``gradient``, of the three gradients. Peers take segments beside a causal mask; jax's compute every
-block that is not above the diagonal, tokamax's skips those without a common segment.
+Each program is ``(function, arguments)`` of q, k, v, all [batch, heads, seq, head_dim]
+bf16; with ``gradient``, of the three gradients. Peers take segments beside a causal
+mask; jax's compute every block that is not above the diagonal, tokamax's skips those
+without a common segment.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,9 @@ def _program(
 ) -> Program:
     """Of ``attend(q, k, v, segment_ids)``, which takes those of one batch row [seq]."""
     operand = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    ids = () if segments is None else (jnp.broadcast_to(segments, (shape[0], shape[2])),)
+    ids = (
+        () if segments is None else (jnp.broadcast_to(segments, (shape[0], shape[2])),)
+    )
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
         return attend(q, k, v, *ids)
@@ -35,7 +38,11 @@ def _program(
         q, k, v, do, *ids = operands
         return jax.vjp(lambda q, k, v: attend(q, k, v, *ids), q, k, v)[1](do)
 
-    return (gradients, (operand,) * 4 + ids) if gradient else (forward, (operand,) * 3 + ids)
+    return (
+        (gradients, (operand,) * 4 + ids)
+        if gradient
+        else (forward, (operand,) * 3 + ids)
+    )
 
 
 def jax_splash(
@@ -55,12 +62,15 @@ def jax_splash(
     Args:
         forward: block_q, block_kv, block_kv_compute.
         backward: the same of the kernel for dK and dV; default as forward.
-        backward_dq: block_q, block_kv of a kernel for dQ; without, one kernel gives all three.
+        backward_dq: block_q, block_kv of a kernel for dQ; without, one kernel gives all
+            three.
     """
     how = Mask.parse(mask)
     blocks = {"forward": forward, "backward": backward, "backward_dq": backward_dq}
     attend = jax_splash_attention(how, heads, seq, **blocks)
-    return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))
+    return _program(
+        attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
+    )
 
 
 def jax_splash_attention(
@@ -73,13 +83,17 @@ def jax_splash_attention(
     backward_dq: Sequence[int] = (),
     **options: Any,
 ) -> Callable[..., jax.Array]:
-    """``attend(q, k, v)`` and ``attend(q, k, v, segment_ids)`` of [B, heads, seq, head_dim] and
-    [B, seq], scores not scaled; fewer heads of k and v are grouped.
+    """``attend(q, k, v)`` and ``attend(q, k, v, segment_ids)`` of [B, heads, seq,
+    head_dim] and [B, seq], scores not scaled; fewer heads of k and v are grouped.
 
     Args: as :func:`jax_splash`; ``options`` go to ``make_splash_mha``.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
 
     q_dkv, kv_dkv, kv_dkv_compute = backward or forward
     sizes = kernel.BlockSizes(
@@ -100,9 +114,9 @@ def jax_splash_attention(
     )
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
-        return jax.vmap(lambda q, k, v, *i: splash(q, k, v, *(kernel.SegmentIds(x, x) for x in i)))(
-            q, k, v, *ids
-        )
+        return jax.vmap(
+            lambda q, k, v, *i: splash(q, k, v, *(kernel.SegmentIds(x, x) for x in i))
+        )(q, k, v, *ids)
 
     return attend
 
@@ -119,7 +133,8 @@ def tokamax_splash(
     backward: Sequence[int] = (),
     **options: Any,
 ) -> Program:
-    """tokamax's splash attention; ``options`` go to its ``SplashConfig``, blocks as above."""
+    """tokamax's splash attention; ``options`` go to its ``SplashConfig``, blocks as
+    above."""
     from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
         splash_attention_kernel as kernel,
     )
@@ -136,14 +151,18 @@ def tokamax_splash(
         block_kv_dkv_compute=kv_dkv_compute,
         **options,
     )
-    splash = kernel.make_splash_mha(_splash_mask(masks, how, seq), config=config, q_seq_shards=1)
+    splash = kernel.make_splash_mha(
+        _splash_mask(masks, how, seq), config=config, q_seq_shards=1
+    )
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
-        return jax.vmap(lambda q, k, v, *i: splash(q, k, v, *(kernel.SegmentIds(x, x) for x in i)))(
-            q, k, v, *ids
-        )
+        return jax.vmap(
+            lambda q, k, v, *i: splash(q, k, v, *(kernel.SegmentIds(x, x) for x in i))
+        )(q, k, v, *ids)
 
-    return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))
+    return _program(
+        attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
+    )
 
 
 def _splash_mask(masks: Any, how: Mask, seq: int) -> Any:
@@ -168,7 +187,8 @@ def jax_flash(
 
     Args:
         forward: block_q, block_k_major, block_k.
-        backward: block_q_major, block_q, block_k_major, block_k of the kernel for dK and dV.
+        backward: block_q_major, block_q, block_k_major, block_k of the kernel for dK
+            and dV.
         backward_dq: block_q, block_k_major, block_k of that for dQ.
     """
     from jax.experimental.pallas.ops.tpu import flash_attention as kernel
@@ -196,4 +216,6 @@ def jax_flash(
             q, k, v, None, pair, causal=True, sm_scale=head_dim**-0.5, block_sizes=sizes
         )
 
-    return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))
+    return _program(
+        attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
+    )

@@ -1,8 +1,9 @@
 """What a program's kernels find in scalar memory: the values of their integer operands.
 
-Grids and loops follow tables (which block comes next, where a group starts) that the program
-computes outside of the kernel. They are computed here from its jaxpr, and nothing else is: an
-operand that hangs on an abstract argument or on a kernel's result stays unknown.
+Grids and loops follow tables (which block comes next, where a group starts) that the
+program computes outside of the kernel. They are computed here from its jaxpr, and
+nothing else is: an operand that hangs on an abstract argument or on a kernel's result
+stays unknown.
 """
 
 import re
@@ -47,7 +48,9 @@ def kernel_calls(program: Any, args: Sequence[Any]) -> list[KernelCall]:
         program: a ``ClosedJaxpr``.
         args: of it: arrays, or ``jax.ShapeDtypeStruct`` where only the shape is known.
     """
-    known = [_unknown if isinstance(x, jax.ShapeDtypeStruct) else _constant(x) for x in args]
+    known = [
+        _unknown if isinstance(x, jax.ShapeDtypeStruct) else _constant(x) for x in args
+    ]
     calls: list[KernelCall] = []
     _walk(program.jaxpr, [_constant(c) for c in program.consts], known, calls)
     return calls
@@ -104,7 +107,8 @@ def _branch(eqn: Any, inputs: list[Callable]) -> Any:
 
 
 def _tpu_index(platforms: Sequence[Sequence[str] | None]) -> np.int32:
-    """Of the alternative that ``lax.platform_dependent`` takes on a TPU; None is the default."""
+    """Of the alternative that ``lax.platform_dependent`` takes on a TPU; None is the
+    default."""
     for wanted in ("tpu", None):
         for i, names in enumerate(platforms):
             if wanted in names if wanted and names else names is wanted:
@@ -154,8 +158,8 @@ def words(value: np.ndarray, layout: str) -> np.ndarray:
     """An array's bytes as they lie in memory, as uint32.
 
     Args:
-        layout: as HLO writes it, "{1,0:T(8,128)(4,1)}": dimensions from the fastest varying, then
-            tiles, the outermost first.
+        layout: as HLO writes it, "{1,0:T(8,128)(4,1)}": dimensions from the fastest
+            varying, then tiles, the outermost first.
     """
     match = re.match(r"\{([\d,]*)(?::((?:T?\([\d,]+\))*))?", layout)
     order = [int(d) for d in match[1].split(",") if d] if match else []

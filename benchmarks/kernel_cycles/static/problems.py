@@ -8,7 +8,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Mask:
-    """Causal, and of those keys the last ``window``, or those of a query's own segment."""
+    """Causal, and of those keys the last ``window``, or those of a query's own
+    segment."""
 
     window: int | None = None
     segments: int | None = None
@@ -38,7 +39,9 @@ class Mask:
         length = seq // (self.segments or 1)
         window = min(self.window or length, length)
         # Rows before the window is full see 1, 2, .. keys.
-        return (seq // length) * (window * (window + 1) // 2 + (length - window) * window)
+        return (seq // length) * (
+            window * (window + 1) // 2 + (length - window) * window
+        )
 
     def segment_ids(self, seq: int) -> np.ndarray | None:
         """int32 [seq], from 1; None without segments."""
@@ -46,12 +49,17 @@ class Mask:
             return None
         if seq % self.segments:
             raise ValueError(f"{self.segments} segments do not divide {seq} tokens")
-        return np.repeat(np.arange(1, self.segments + 1, dtype=np.int32), seq // self.segments)
+        return np.repeat(
+            np.arange(1, self.segments + 1, dtype=np.int32), seq // self.segments
+        )
 
 
-def attention_flops(mask: Mask, batch: int, heads: int, seq: int, head_dim: int) -> tuple[int, int]:
-    """(forward, backward) FLOPs of the pairs that the mask leaves: 2 matrix products forward,
-    5 backward (Dao 2023, FlashAttention-2, section 3.1: q·kᵀ again, dV, dP, dQ, dK)."""
+def attention_flops(
+    mask: Mask, batch: int, heads: int, seq: int, head_dim: int
+) -> tuple[int, int]:
+    """(forward, backward) FLOPs of the pairs that the mask leaves: 2 matrix products
+    forward, 5 backward (Dao 2023, FlashAttention-2, section 3.1: q·kᵀ again, dV, dP,
+    dQ, dK)."""
     product = 2 * batch * heads * head_dim * mask.pairs(seq)
     return 2 * product, 5 * product
 
@@ -89,6 +97,7 @@ def shapes(head_dim: int | None, seq: int | None, mask: str | None) -> list[Shap
     ]
     if not found:
         raise ValueError(
-            f"no shape of --all has head size, sequence and mask {', '.join(map(str, wanted))}"
+            f"no shape of --all has head size, sequence and mask "
+            f"{', '.join(map(str, wanted))}"
         )
     return found

@@ -1,7 +1,8 @@
 """Instructions of a TPU's scalar unit, as Python that does the same.
 
-Registers become variables: an unsigned 32-bit integer, a truth value, or :data:`UNKNOWN`. Memory,
-DMA and division become calls of ``load``, ``store``, ``copy``, ``divide`` and ``pop``.
+Registers become variables: an unsigned 32-bit integer, a truth value, or
+:data:`UNKNOWN`. Memory, DMA and division become calls of ``load``, ``store``, ``copy``,
+``divide`` and ``pop``.
 """
 
 import re
@@ -11,8 +12,8 @@ from benchmarks.kernel_cycles.static.schedule import Schedule
 
 # Words of scalar memory below the region that a kernel's own allocations start at.
 _SCOPED = 1 << 24
-# Distance of operands' addresses: in HBM counted in granules of 32 bytes, in VMEM in rows of 16
-# granules.
+# Distance of operands' addresses: in HBM counted in granules of 32 bytes, in VMEM in
+# rows of 16 granules.
 OPERAND = 1 << 26
 OPERAND_IN_VMEM = OPERAND // 16
 _M = 0xFFFFFFFF
@@ -47,15 +48,18 @@ _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="
 
 
 class Unknown:
-    """A value that the scalar unit alone does not determine; so is all that is made of it."""
+    """A value that the scalar unit alone does not determine; so is all that is made of
+    it."""
 
     def _same(self, *_: Any) -> "Unknown":
         return self
 
-    __add__ = __sub__ = __mul__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _same
-    __radd__ = __rsub__ = __rmul__ = __rand__ = __ror__ = __rxor__ = __rlshift__ = __rrshift__ = (
-        _same
-    )
+    __add__ = __sub__ = __mul__ = __and__ = __or__ = __xor__ = __lshift__ = (
+        __rshift__
+    ) = _same
+    __radd__ = __rsub__ = __rmul__ = __rand__ = __ror__ = __rxor__ = __rlshift__ = (
+        __rrshift__
+    ) = _same
     __lt__ = __le__ = __gt__ = __ge__ = _same
 
     def __eq__(self, _: object) -> Any:
@@ -109,7 +113,8 @@ def bundle_lines(schedule: Schedule, at: int, registers: set[str]) -> list[str]:
 
 
 def _names_only(operation: str, rest: str, register: str) -> bool:
-    """Whether it gives a register's value another name, perhaps one made in the same bundle."""
+    """Whether it gives a register's value another name, perhaps one made in the same
+    bundle."""
     if operation.startswith("int_to_ptr"):
         return _REGISTER.findall(rest)[-1:] == [register]
     return operation == "sphi"

@@ -1,9 +1,9 @@
 """The final schedule of each kernel, read from a dump of the TPU compiler.
 
-The dump is what ``LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"`` leaves in
-DIR: a file for each kernel (HLO operation) and compiler pass. A *bundle* is one very long
-instruction word, issued in one cycle; latencies that nothing hides are empty bundles. What waits
-for memory (DMA) is not in a schedule.
+The dump is what ``LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"``
+leaves in DIR: a file for each kernel (HLO operation) and compiler pass. A *bundle* is
+one very long instruction word, issued in one cycle; latencies that nothing hides are
+empty bundles. What waits for memory (DMA) is not in a schedule.
 """
 
 import re
@@ -16,7 +16,8 @@ BUNDLES = "packed-bundles-post-ra"
 REGIONS = "post-bundle-packing-post-ra"
 UNIT_USE = "pre-delay_hlo-static-per-bundle-utilization"
 
-# Pieces of control flow. The bodies are the rest: a region of these runs as part of its parent.
+# Pieces of control flow. The bodies are the rest: a region of these runs as part of its
+# parent.
 _STRUCTURE = {
     "pred_check",
     "pred_check_branch",
@@ -31,7 +32,8 @@ _STRUCTURE = {
 
 _FILE = re.compile(rf"(\d+)-(.+)-\d+-({BUNDLES}|{REGIONS}|{UNIT_USE})\.txt")
 _REGION = re.compile(
-    r"\s*\$region(\d+)(?: \(\w+\))?: #\{.*?\}(?: parent=(\d+))?(?: \(\w+\))?(?: // (\w+))?"
+    r"\s*\$region(\d+)(?: \(\w+\))?: #\{.*?\}(?: parent=(\d+))?(?: \(\w+\))?(?: // "
+    r"(\w+))?"
 )
 _RANGE = re.compile(r"\s*// region range: \[(\d+), (\d+)\)")
 _BOUNDS = re.compile(r"iteration_bounds: \(([\d, ]*)\)")
@@ -42,12 +44,15 @@ _OPERAND = re.compile(
     r"inlined_call_operand\.(?:\w+|<no memory space>) "
     r"\[shape: ([^,]+?(?:\[[\d,]*\])?), index: (\d+), kind: input"
 )
-_ALLOCATION = re.compile(r"#(allocation\w+) \[.*?space=(\w+), size = (\w+), offset = (\w+), (\w+)")
+_ALLOCATION = re.compile(
+    r"#(allocation\w+) \[.*?space=(\w+), size = (\w+), offset = (\w+), (\w+)"
+)
 
 
 @dataclass
 class Region:
-    """A stretch of bundles that runs, or not, as one: the root, a loop's body, a predicated region.
+    """A stretch of bundles that runs, or not, as one: the root, a loop's body, a
+    predicated region.
 
     ``start`` and ``stop`` count bundles; the regions inside are ``children``.
     """
@@ -87,7 +92,8 @@ class Schedule:
     bundles: list[str]
     """Text of each, without comments."""
     branch_delay: int
-    """Bundles after a branch that run whether it is taken or not: 1 on a v4, 4 on later chips."""
+    """Bundles after a branch that run whether it is taken or not: 1 on a v4, 4 on later
+    chips."""
     units: list[str]
     capacity: np.ndarray
     """Slots of each unit in a cycle."""
@@ -111,11 +117,16 @@ def read_schedules(directory: Path) -> list[Schedule]:
             files.setdefault((match[1], match[2]), {})[match[3]] = path
     whole = {key: found for key, found in files.items() if len(found) == 3}
     if not whole:
-        raise ValueError(f"no schedule in {directory}: was it dumped with --xla_jf_dump_llo_text?")
+        raise ValueError(
+            f"no schedule in {directory}: was it dumped with --xla_jf_dump_llo_text?"
+        )
     return [
         parse_schedule(
             name,
-            *(found[kind].read_text("utf8", "replace") for kind in (BUNDLES, REGIONS, UNIT_USE)),
+            *(
+                found[kind].read_text("utf8", "replace")
+                for kind in (BUNDLES, REGIONS, UNIT_USE)
+            ),
         )
         for (_, name), found in whole.items()
     ]
@@ -129,7 +140,9 @@ def parse_schedule(name: str, bundles: str, regions: str, unit_use: str) -> Sche
     texts = _parse_bundles(bundles)
     tree, branch_stops = _parse_regions(regions)
     for root in tree[:1]:
-        root.stop = max(root.stop, len(texts))  # The bundle that ends the program is in no range.
+        root.stop = max(
+            root.stop, len(texts)
+        )  # The bundle that ends the program is in no range.
     if len(use) < len(texts):
         use = np.vstack([use, np.zeros((len(texts) - len(use), len(units)), int)])
     return Schedule(
@@ -151,11 +164,16 @@ def parse_schedule(name: str, bundles: str, regions: str, unit_use: str) -> Sche
 
 
 def _parse_use(text: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """A line of units' names, one of their capacities, then one of numbers for each bundle."""
+    """A line of units' names, one of their capacities, then one of numbers for each
+    bundle."""
     lines = text.splitlines()
     units = [unit.strip() for unit in lines[1].split(",")]
     rows = [np.array(line.split(), int) for line in lines[4:] if line.strip()]
-    return units, np.array(lines[2].split(), int), np.array(rows).reshape(-1, len(units))
+    return (
+        units,
+        np.array(lines[2].split(), int),
+        np.array(rows).reshape(-1, len(units)),
+    )
 
 
 def _parse_bundles(text: str) -> list[str]:
@@ -184,8 +202,8 @@ def _branch_delay(bundles: list[str], branch_stops: list[int]) -> int:
 
 
 def _parse_regions(text: str) -> tuple[list[Region], list[int]]:
-    """The tree of bodies, structural regions dissolved into the body that holds them; and where
-    regions end that end with a branch."""
+    """The tree of bodies, structural regions dissolved into the body that holds them;
+    and where regions end that end with a branch."""
     parents: dict[str, str] = {}
     found: dict[str, Region] = {}
     branch_stop: dict[str, int] = {}
@@ -195,7 +213,11 @@ def _parse_regions(text: str) -> tuple[list[Region], list[int]]:
         if match := _REGION.match(line):
             current, parent, role = match.groups("")
             parents[current] = parent
-        elif current is not None and current not in found and (match := _RANGE.match(line)):
+        elif (
+            current is not None
+            and current not in found
+            and (match := _RANGE.match(line))
+        ):
             start, stop = int(match[1]), int(match[2])
             if role in ("pred_check_branch", "loop_header_branch"):
                 branch_stops.append(stop)

@@ -1,4 +1,5 @@
-"""Files of columns that jobs pass on: Arrow IPC, memory-mapped, complete or not there at all."""
+"""Files of columns that jobs pass on: Arrow IPC, memory-mapped, complete or not there
+at all."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ def get_shard_path(scratch: Path, kind: str, shard: str) -> Path:
 
 
 def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
-    """Write columns of one length; the file appears when complete. `columns`: Arrow arrays, or
-    numpy arrays [rows] of numbers."""
+    """Write columns of one length; the file appears when complete. `columns`: Arrow
+    arrays, or numpy arrays [rows] of numbers."""
     batch = pa.RecordBatch.from_pydict(dict(columns))
     with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,10 @@ def read_batch(path: Path) -> pa.RecordBatch:
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     """The columns of a file of numbers, not copied, read when they are looked at."""
     batch = read_batch(path)
-    return {name: column.to_numpy() for name, column in zip(batch.schema.names, batch, strict=True)}
+    return {
+        name: column.to_numpy()
+        for name, column in zip(batch.schema.names, batch, strict=True)
+    }
 
 
 def make_equal_range_starts(num_ranges: int) -> np.ndarray:
@@ -47,11 +51,14 @@ def make_equal_range_starts(num_ranges: int) -> np.ndarray:
 
 
 def read_range(
-    paths: Sequence[Path], names: Sequence[str], range_starts: np.ndarray, range_index: int
+    paths: Sequence[Path],
+    names: Sequence[str],
+    range_starts: np.ndarray,
+    range_index: int,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Reads the rows of files, sorted by the first of the columns `names`, a uint64, in which that
-    lies from range_starts[range_index] up to the next start. Returns the columns of all files end
-    to end, and the index of each row's file: uint64 [rows]."""
+    """Reads the rows of files, sorted by the first of the columns `names`, a uint64, in
+    which that lies from range_starts[range_index] up to the next start. Returns the
+    columns of all files end to end, and the index of each row's file: uint64 [rows]."""
     bounds = range_starts[range_index : range_index + 2]
     parts, sizes = [], []
     for path in paths:
@@ -60,11 +67,16 @@ def read_range(
         start, stop = [*np.searchsorted(key, bounds).tolist(), len(key)][:2]
         parts.append([columns[name][start:stop] for name in names])
         sizes.append(stop - start)
-    ends = map(np.concatenate, zip(*parts, strict=True)) if parts else [np.empty(0, np.uint64)]
+    ends = (
+        map(np.concatenate, zip(*parts, strict=True))
+        if parts
+        else [np.empty(0, np.uint64)]
+    )
     found = dict(zip(names, ends, strict=True))
     return found, np.repeat(np.arange(len(paths), dtype=np.uint64), sizes)
 
 
 def mark_run_starts(values: np.ndarray) -> np.ndarray:
-    """Marks where sorted values change: bool [len(values)], true at the first of each run."""
+    """Marks where sorted values change: bool [len(values)], true at the first of each
+    run."""
     return np.append(True, values[1:] != values[:-1])[: len(values)]

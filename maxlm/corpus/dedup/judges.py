@@ -1,5 +1,6 @@
-"""Judges: what stages that compare documents found, and the verdicts that follow of it on one
-document after the other, given those that are kept already (`corpus.settling`)."""
+"""Judges: what stages that compare documents found, and the verdicts that follow of it
+on one document after the other, given those that are kept already
+(`corpus.settling`)."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from maxlm.corpus.dedup.passages import (
 )
 
 KEPT_DOCUMENT = "kept_document"
-"""Name of a verdict: the number, in the corpus, of the kept document that `of` names."""
+"""Name of a verdict: the number, in the corpus, of the kept document that `of`
+names."""
 JudgedVerdicts = dict[str, Any]
 """Verdicts on a document, by the names of a stage's labels."""
 
@@ -83,7 +85,8 @@ class SimilarityJudge:
 
 
 class PassageJudge:
-    """Verdicts of `substring`: passages are cut that stand in what stays of a kept document."""
+    """Verdicts of `substring`: passages are cut that stand in what stays of a kept
+    document."""
 
     def __init__(self, size: int, passages: "DocumentPassages"):
         self._size = size
@@ -106,7 +109,9 @@ class PassageJudge:
         spans = choose_cover([*shared, *inner])
         pieces = [{"start": starts[a], "end": stops[b - 1]} for a, b in spans]
         # With the white space between pieces that touch.
-        characters = sum(stops[b - 1] - starts[a] for a, b in SpanSet(spans).list_spans())
+        characters = sum(
+            stops[b - 1] - starts[a] for a, b in SpanSet(spans).list_spans()
+        )
         return {"cuts": pieces, "cut_share": characters / length}
 
     def keep(self, document: int, cuts: DocumentCuts) -> None:
@@ -114,11 +119,15 @@ class PassageJudge:
         add_intact_windows(runs, self._kept, self._size, cuts.cut)
 
     def find_words(self, document: int, spans: Sequence[Span]) -> list[Span]:
-        """Finds the words that spans of characters touch; none of a document without repeats."""
+        """Finds the words that spans of characters touch; none of a document without
+        repeats."""
         if not self._passages.get_runs(document):
             return []
         starts, stops, _ = self._passages.get_word_edges(document)
-        return [(bisect_right(stops, start), bisect_left(starts, stop)) for start, stop in spans]
+        return [
+            (bisect_right(stops, start), bisect_left(starts, stop))
+            for start, stop in spans
+        ]
 
 
 class DocumentPassages:
@@ -127,18 +136,23 @@ class DocumentPassages:
     def __init__(self, path: Path):
         self._path = path
         self._runs: dict[int, np.ndarray] = {}
-        self._layouts: dict[int, tuple[int, int]] = {}  # Where in the file, and how many numbers.
+        self._layouts: dict[
+            int, tuple[int, int]
+        ] = {}  # Where in the file, and how many numbers.
         self._size = 0
         self._file: np.ndarray | None = None  # Opened when all is written.
 
     def add(self, documents: np.ndarray, repeats: pa.Array, layouts: pa.Array) -> None:
-        """Adds documents, by their numbers, with their columns `repeats` and `layout`."""
+        """Adds documents, by their numbers, with their columns `repeats` and
+        `layout`."""
         with self._path.open("ab") as file:
             for row, document in enumerate(documents.tolist()):
                 runs = repeats[row].values
                 if runs is None or len(runs) == 0:
                     continue
-                columns = [field.to_numpy().astype(np.int64) for field in runs.flatten()]
+                columns = [
+                    field.to_numpy().astype(np.int64) for field in runs.flatten()
+                ]
                 self._runs[document] = np.stack(columns, 1)
                 layout = layouts[row].values.to_numpy().astype(np.int32)
                 file.write(layout.tobytes())
@@ -156,8 +170,8 @@ class DocumentPassages:
         return [] if runs is None else [RepeatedRun(*run) for run in runs.tolist()]
 
     def get_word_edges(self, document: int) -> tuple[list[int], list[int], int]:
-        """Returns the first character of each word, the one after its last, and how many characters
-        the text has."""
+        """Returns the first character of each word, the one after its last, and how
+        many characters the text has."""
         offset, count = self._layouts[document]
         if self._file is None:
             self._file = np.memmap(self._path, np.int32, "r")

@@ -1,7 +1,7 @@
 """The documents that a deduplication stage looks at, numbered through over the shards.
 
-A *member* is a document that the stage's `where` selects and that has a text. Members are counted
-in the order of shards and rows, so a member's number says where it lies.
+A *member* is a document that the stage's `where` selects and that has a text. Members
+are counted in the order of shards and rows, so a member's number says where it lies.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +22,8 @@ from maxlm.corpus.stage import Stage
 class SelectedDocuments:
     """The members of a corpus. Picklable; their columns stay on disk.
 
-    A shard's file has the columns row (int64, within the shard, rising), rank (float64, the higher
-    the better) and id (string).
+    A shard's file has the columns row (int64, within the shard, rising), rank (float64,
+    the higher the better) and id (string).
     """
 
     folder: Path
@@ -31,8 +31,8 @@ class SelectedDocuments:
     shard_offsets: tuple[int, ...]
     """The first member of each shard, and behind them the number of all."""
     document_offsets: tuple[int, ...] = ()
-    """The first document of each shard, counted over the corpus, members or not, and behind them
-    the number of all."""
+    """The first document of each shard, counted over the corpus, members or not, and
+    behind them the number of all."""
 
     @property
     def num_selected(self) -> int:
@@ -43,13 +43,15 @@ class SelectedDocuments:
         return read_batch(get_shard_path(self.folder, "members", self.shards[shard]))
 
     def group_by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
-        """Yields each shard that has some of the sorted `members`, and the slice of these."""
+        """Yields each shard that has some of the sorted `members`, and the slice of
+        these."""
         ends = np.searchsorted(members, self.shard_offsets)
         for shard in np.flatnonzero(np.diff(ends)).tolist():
             yield shard, slice(int(ends[shard]), int(ends[shard + 1]))
 
     def get_document_numbers(self, members: np.ndarray) -> np.ndarray:
-        """Returns members' numbers among all documents of the corpus: int64; -1 for -1."""
+        """Returns members' numbers among all documents of the corpus: int64; -1 for
+        -1."""
         rows = self.take("row", members).fill_null(-1).to_numpy()
         shards = np.searchsorted(self.shard_offsets, members, "right") - 1
         return np.where(members < 0, -1, rows + np.array(self.document_offsets)[shards])
@@ -60,7 +62,9 @@ class SelectedDocuments:
         parts = [self.read_batch(0).column(column).slice(0, 0)]  # For the type.
         for shard, part in self.group_by_shard(unique):
             values = self.read_batch(shard).column(column)
-            parts.append(values.take(pa.array(unique[part] - self.shard_offsets[shard])))
+            parts.append(
+                values.take(pa.array(unique[part] - self.shard_offsets[shard]))
+            )
         places = pa.array(np.searchsorted(unique, members), mask=members < 0)
         return pa.concat_arrays(parts).take(places)
 
@@ -68,8 +72,8 @@ class SelectedDocuments:
 def write_members(
     scratch: Path, shard: str, groups: Sequence[RowGroup], keep_by: str | None
 ) -> np.ndarray:
-    """Write the file of a shard's members, of their ids and the label that `keep_by` names; returns
-    the ranks."""
+    """Write the file of a shard's members, of their ids and the label that `keep_by`
+    names; returns the ranks."""
     rows = [group.row_indices + group.first_row for group in groups]
     ranks = [compute_keep_scores(group.batch, keep_by) for group in groups]
     ids = [group.batch.column("id") for group in groups]
@@ -80,26 +84,35 @@ def write_members(
     return columns["rank"]
 
 
-def open_selected_documents(folder: Path, shards: Sequence[StageShardView]) -> SelectedDocuments:
+def open_selected_documents(
+    folder: Path, shards: Sequence[StageShardView]
+) -> SelectedDocuments:
     """Number the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
-    sizes = (read_batch(get_shard_path(folder, "members", name)).num_rows for name in names)
+    sizes = (
+        read_batch(get_shard_path(folder, "members", name)).num_rows for name in names
+    )
     offsets = tuple(accumulate(sizes, initial=0))
     return SelectedDocuments(folder, names, offsets, compute_document_offsets(shards))
 
 
 def compute_document_offsets(shards: Sequence[StageShardView]) -> tuple[int, ...]:
-    """Computes the first document of each shard, counted over the corpus, and behind them the
-    number of all."""
+    """Computes the first document of each shard, counted over the corpus, and behind
+    them the number of all."""
     return tuple(accumulate((shard.count_documents() for shard in shards), initial=0))
 
 
 def compute_keep_scores(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:
-    """Ranks documents, best highest: float64 [rows], -inf where the label is null or no number."""
+    """Ranks documents, best highest: float64 [rows], -inf where the label is null or no
+    number."""
     if keep_by is None:
         return np.zeros(batch.num_rows)
-    values = pc.fill_null(pc.cast(batch.column(keep_by.removeprefix("-")), pa.float64()), np.nan)
-    signed = values.to_numpy(zero_copy_only=False) * (-1 if keep_by.startswith("-") else 1)
+    values = pc.fill_null(
+        pc.cast(batch.column(keep_by.removeprefix("-")), pa.float64()), np.nan
+    )
+    signed = values.to_numpy(zero_copy_only=False) * (
+        -1 if keep_by.startswith("-") else 1
+    )
     return np.where(np.isnan(signed), -np.inf, signed)
 
 
@@ -109,12 +122,15 @@ def write_labels(
     rows: np.ndarray,
     labels: Mapping[str, pa.Array | np.ndarray],
 ) -> None:
-    """Write a shard's labels. `rows`: the members' rows within the shard, rising. `labels`: for
-    each of the stage's labels its values for the members; others get nulls."""
+    """Write a shard's labels. `rows`: the members' rows within the shard, rising.
+    `labels`: for each of the stage's labels its values for the members; others get
+    nulls."""
     schema = pa.schema(dict(stage.label_types))
     batch = pa.RecordBatch.from_pydict(dict(labels), schema=schema)
     with shard.open_writer(schema) as writer:
         for group in shard.read_selected_rows(["id"]):
-            start, stop = np.searchsorted(rows, [group.first_row, group.first_row + group.num_rows])
+            start, stop = np.searchsorted(
+                rows, [group.first_row, group.first_row + group.num_rows]
+            )
             own = replace(group, row_indices=rows[start:stop] - group.first_row)
             writer.write_selected_rows(own, batch.slice(start, stop - start))

@@ -1,9 +1,10 @@
-"""MinHash with banding: which documents may be alike, with a chosen probability to see it.
+"""MinHash with banding: which documents may be alike, with a chosen probability to see
+it.
 
-Broder, "On the resemblance and containment of documents" (1997): two sets of Jaccard similarity s
-have the same minimum under a random hash function with probability s. With b bands of r such
-functions, two documents agree in at least one band with probability 1 - (1 - s^r)^b (Leskovec,
-Rajaraman, Ullman, "Mining of Massive Datasets", 3.4).
+Broder, "On the resemblance and containment of documents" (1997): two sets of Jaccard
+similarity s have the same minimum under a random hash function with probability s. With
+b bands of r such functions, two documents agree in at least one band with probability 1
+- (1 - s^r)^b (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4).
 """
 
 import hashlib
@@ -22,9 +23,11 @@ _HALF = np.uint64(32)
 _CHUNK = 1 << 12  # Shingles that are hashed together.
 
 
-def choose_banding(similarity: float, recall: float, max_hashes: int) -> tuple[int, int]:
-    """Chooses how many bands a signature has, of how many hash functions (rows) each: the most
-    rows, and so the fewest false candidates, that are affordable.
+def choose_banding(
+    similarity: float, recall: float, max_hashes: int
+) -> tuple[int, int]:
+    """Chooses how many bands a signature has, of how many hash functions (rows) each:
+    the most rows, and so the fewest false candidates, that are affordable.
 
     Args:
         similarity: of pairs that must be found with probability `recall` at least.
@@ -41,7 +44,8 @@ def choose_banding(similarity: float, recall: float, max_hashes: int) -> tuple[i
 
 
 def mix_bits(values: np.ndarray) -> np.ndarray:
-    """MurmurHash3's finaliser of 64 bits, with shifts by 32: a bijection that spreads every bit."""
+    """MurmurHash3's finaliser of 64 bits, with shifts by 32: a bijection that spreads
+    every bit."""
     values = (values ^ (values >> _HALF)) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> _HALF)) * np.uint64(0xC4CEB9FE1A85EC53)
     return values ^ (values >> _HALF)
@@ -49,15 +53,18 @@ def mix_bits(values: np.ndarray) -> np.ndarray:
 
 @lru_cache(1 << 16)
 def _hash_word(word: str) -> int:
-    """Hashes a word without case, accents (marks of U+0300..U+036F) and format characters.
+    """Hashes a word without case, accents (marks of U+0300..U+036F) and format
+    characters.
 
-    A letter counts as its canonical decomposition, so that texts in NFC and in NFD have the same
-    words.
+    A letter counts as its canonical decomposition, so that texts in NFC and in NFD have
+    the same words.
     """
     plain = ACCENT.sub("", normalize("NFD", word)).casefold()
     if not plain.isalnum():
         plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
-    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little"
+    )
 
 
 def hash_words(text: str) -> np.ndarray:
@@ -68,7 +75,8 @@ def hash_words(text: str) -> np.ndarray:
 def hash_shingles(words: np.ndarray, size: int) -> np.ndarray:
     """Hashes the shingles of a text, one for each place: uint64 [shingles].
 
-    A text of fewer words than `size` has one shingle, of all its words; one without words none.
+    A text of fewer words than `size` has one shingle, of all its words; one without
+    words none.
     """
     size = min(size, len(words))
     values = np.full(len(words) - size + 1 if size else 0, _SEED)
@@ -80,15 +88,18 @@ def hash_shingles(words: np.ndarray, size: int) -> np.ndarray:
 def make_shingle_set(text: str, size: int) -> np.ndarray:
     """Makes the set of a text's shingles: uint64, sorted, each once.
 
-    Two of a million different shingles share a hash with a probability of 3e-8, so a Jaccard
-    similarity of these sets is that of the shingles themselves.
+    Two of a million different shingles share a hash with a probability of 3e-8, so a
+    Jaccard similarity of these sets is that of the shingles themselves.
     """
     return np.unique(hash_shingles(hash_words(text), size))
 
 
-def compute_band_keys(sets: Sequence[np.ndarray], banding: tuple[int, int]) -> np.ndarray:
-    """Computes a hash for each band of each text's signature, from its set of shingles, uint64
-    [bands, texts]; see `choose_banding`. Those of a text without shingles mean nothing."""
+def compute_band_keys(
+    sets: Sequence[np.ndarray], banding: tuple[int, int]
+) -> np.ndarray:
+    """Computes a hash for each band of each text's signature, from its set of shingles,
+    uint64 [bands, texts]; see `choose_banding`. Those of a text without shingles mean
+    nothing."""
     num_bands, num_rows = banding
     random = np.random.Generator(np.random.PCG64(0))
     functions = random.integers(0, 2**32, (2, num_bands * num_rows), np.uint32)

@@ -1,8 +1,8 @@
-"""Pairs of documents: candidates, which agree in a band of their MinHash signatures, and clusters
-of verified ones, of which some documents are kept.
+"""Pairs of documents: candidates, which agree in a band of their MinHash signatures,
+and clusters of verified ones, of which some documents are kept.
 
-A pair of members is one 64-bit number, the smaller member in the upper half: so pairs sort by it,
-and a corpus may have 2^32 members.
+A pair of members is one 64-bit number, the smaller member in the upper half: so pairs
+sort by it, and a corpus may have 2^32 members.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,8 @@ _SAMPLES = 1000  # Pairs looked at for each range, to cut ranges of about the sa
 
 
 def pack_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Packs pairs of members into numbers: uint64, the smaller member in the upper half."""
+    """Packs pairs of members into numbers: uint64, the smaller member in the upper
+    half."""
     a, b = a.astype(np.uint64), b.astype(np.uint64)
     return np.minimum(a, b) << _HALF | np.maximum(a, b)
 
@@ -39,9 +40,11 @@ def unpack_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (pairs >> _HALF).astype(np.int64), (pairs & _LOW).astype(np.int64)
 
 
-def write_band_keys(scratch: Path, shard: str, keys: np.ndarray, has_words: np.ndarray) -> None:
-    """Write keys (uint64 [bands, members]) of the members that have words (bool [members]), as
-    columns key1 (sorted), member1 (within the shard), key2, ..."""
+def write_band_keys(
+    scratch: Path, shard: str, keys: np.ndarray, has_words: np.ndarray
+) -> None:
+    """Write keys (uint64 [bands, members]) of the members that have words (bool
+    [members]), as columns key1 (sorted), member1 (within the shard), key2, ..."""
     places = np.flatnonzero(has_words).astype(np.int32)
     columns = {}
     for band, row in enumerate(keys[:, has_words], 1):
@@ -60,13 +63,13 @@ def find_candidate_pairs(
 ) -> Iterator[np.ndarray]:
     """Yields pairs that share a key of a band (from 1) in a range of keys, in pieces.
 
-    `copy_marks`: for each shard a file whose column is_copy (uint8) marks members to leave out,
-    since they are copies of others.
+    `copy_marks`: for each shard a file whose column is_copy (uint8) marks members to
+    leave out, since they are copies of others.
 
-    In a group of up to `max_group_size` members all are paired. In a larger one, such as copies of
-    a text or pages of a template, each is paired with the `max_group_size` / 4 best and as many
-    after it, which is what a group of that size has for a member: the pairs stay in proportion to
-    the members.
+    In a group of up to `max_group_size` members all are paired. In a larger one, such
+    as copies of a text or pages of a template, each is paired with the `max_group_size`
+    / 4 best and as many after it, which is what a group of that size has for a member:
+    the pairs stay in proportion to the members.
 
     The members of one key are in one range, however many they are: about 80 bytes each.
     """
@@ -83,7 +86,9 @@ def find_candidate_pairs(
     del columns, shard
     order = np.argsort(key, kind="stable")
     first = mark_run_starts(key[order])
-    order = order[~(first & np.append(first[1:], True))]  # Those whose key occurs more than once.
+    order = order[
+        ~(first & np.append(first[1:], True))
+    ]  # Those whose key occurs more than once.
     key, member = key[order], member[order]
     starts = np.flatnonzero(mark_run_starts(key))
     sizes = np.diff(starts, append=len(key))
@@ -91,7 +96,9 @@ def find_candidate_pairs(
         groups = starts[sizes == size]
         if size > max_group_size:
             for start in groups.tolist():
-                yield from _pair_large(members, member[start : start + size], max_group_size)
+                yield from _pair_large(
+                    members, member[start : start + size], max_group_size
+                )
             continue
         a, b = np.triu_indices(size, 1)
         step = max(1, _PIECE // len(a))
@@ -100,7 +107,9 @@ def find_candidate_pairs(
             yield pack_pairs(rows[:, a].ravel(), rows[:, b].ravel())
 
 
-def _pair_large(members: SelectedDocuments, group: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+def _pair_large(
+    members: SelectedDocuments, group: np.ndarray, limit: int
+) -> Iterator[np.ndarray]:
     few = max(1, limit // 4)
     group = group[np.argsort(-members.take("rank", group).to_numpy(), kind="stable")]
     step = max(1, _PIECE // (2 * few))
@@ -120,13 +129,15 @@ def count_pairs(files: Sequence[Path]) -> int:
 def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray:
     """Finds where ranges with about as many pairs in each begin: uint64 [num_ranges].
 
-    Members have very different numbers of pairs: the best of a template has one with every page of
-    it. So the ranges are quantiles of a sample, every nth pair of the files. Each file is sorted,
-    and so puts a range wrong by n pairs at most.
+    Members have very different numbers of pairs: the best of a template has one with
+    every page of it. So the ranges are quantiles of a sample, every nth pair of the
+    files. Each file is sorted, and so puts a range wrong by n pairs at most.
     """
     step = max(1, count_pairs(files) // (num_ranges * _SAMPLES))
     samples, skip = [np.zeros(1, np.uint64)], step // 2
-    for path in files:  # the count goes on from file to file: most may have fewer pairs than a step
+    for path in (
+        files
+    ):  # the count goes on from file to file: most may have fewer pairs than a step
         pairs = read_columns(path)["pair"]
         samples.append(pairs[skip::step])
         skip += len(samples[-1]) * step - len(pairs)
@@ -142,22 +153,25 @@ def resolve_duplicates(
 ) -> np.recarray:
     """Decide which documents are kept.
 
-    Likeness does not carry over: with A like B and B like C, A and C may have little in common,
-    and a long enough chain connects anything. So a cluster is not reduced to one document. Its
-    documents are visited from the best to the worst, and one is a duplicate only if it is itself
-    like a document that is kept. Of any two that are alike one at least is then a duplicate.
+    Likeness does not carry over: with A like B and B like C, A and C may have little in
+    common, and a long enough chain connects anything. So a cluster is not reduced to
+    one document. Its documents are visited from the best to the worst, and one is a
+    duplicate only if it is itself like a document that is kept. Of any two that are
+    alike one at least is then a duplicate.
 
     Memory is about 110 bytes for each pair and 90 for each document in one.
 
     Args:
-        low, high, jaccard: pairs of members verified to be alike: int64, int64, float64 [pairs].
+        low, high, jaccard: pairs of members verified to be alike: int64, int64, float64
+            [pairs].
         rank_fn: how good each of some members is, the higher the better; float64.
 
     Returns:
         A record of each member that is like another one, in order: `member`, int64;
-        `duplicate_of`, the kept member of which it is a duplicate, or -1: it is kept; `jaccard`,
-        its similarity to that member, float64; `cluster`, its connected component of the verified
-        pairs, numbered by their first members; `cluster_size`, the members of that component.
+        `duplicate_of`, the kept member of which it is a duplicate, or -1: it is kept;
+        `jaccard`, its similarity to that member, float64; `cluster`, its connected
+        component of the verified pairs, numbered by their first members;
+        `cluster_size`, the members of that component.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -167,7 +181,9 @@ def resolve_duplicates(
 
     def connect(ends: np.ndarray) -> np.ndarray:
         size = len(member)
-        graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(size, size))
+        graph = coo_array(
+            (np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(size, size)
+        )
         return connected_components(graph, directed=False)[1] if size else member
 
     # Copies (what is wholly alike carries over) are one node: the best of them.
@@ -179,7 +195,9 @@ def resolve_duplicates(
     stands, rank = member[first], rank[first]
     pairs, which = np.unique(pack_pairs(*node[ends[:, ~is_copy]]), return_index=True)
     shape = (len(first), len(first))
-    graph = coo_array((jaccard[~is_copy][which], unpack_pairs(pairs)), shape=shape).tocsr()
+    graph = coo_array(
+        (jaccard[~is_copy][which], unpack_pairs(pairs)), shape=shape
+    ).tocsr()
     graph = graph + graph.T
     of, likeness = _keep_best(np.lexsort((stands, -rank)), graph)
     copy = (of[node] < 0) & (member != stands[node])
@@ -192,11 +210,12 @@ def resolve_duplicates(
 
 
 def _keep_best(order: np.ndarray, graph: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses what is kept of nodes in `order`, the best first. Returns for each node the kept one
-    that it is most like (of equals the better), or -1: it is kept; and how much it is like it.
+    """Chooses what is kept of nodes in `order`, the best first. Returns for each node
+    the kept one that it is most like (of equals the better), or -1: it is kept; and how
+    much it is like it.
 
-    In `graph`, a sparse matrix by rows, node i is like neighbours[starts[i]:starts[i + 1]], as much
-    as the same of `similarity` says.
+    In `graph`, a sparse matrix by rows, node i is like neighbours[starts[i]:starts[i +
+    1]], as much as the same of `similarity` says.
     """
     starts, neighbours, similarity = graph.indptr, graph.indices, graph.data
     rank = np.empty(len(order), np.int64)
@@ -215,12 +234,13 @@ def _keep_best(order: np.ndarray, graph: Any) -> tuple[np.ndarray, np.ndarray]:
 class SimilarityGraph:
     """Documents that are alike, and which of them are kept so far.
 
-    What is wholly alike carries over, so documents with equal sets of n-grams are one node.
+    What is wholly alike carries over, so documents with equal sets of n-grams are one
+    node.
     """
 
     def __init__(self, low: np.ndarray, high: np.ndarray, jaccard: np.ndarray):
-        """`low`, `high`, `jaccard`: pairs of documents verified to be alike, by their numbers:
-        int64, int64, float64 [pairs]."""
+        """`low`, `high`, `jaccard`: pairs of documents verified to be alike, by their
+        numbers: int64, int64, float64 [pairs]."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
@@ -232,7 +252,9 @@ class SimilarityGraph:
         if size:
             ones = np.ones(np.count_nonzero(is_copy), np.int8)
             copies = coo_array((ones, tuple(ends[:, is_copy])), shape=(size, size))
-            self._nodes = connected_components(copies, directed=False)[1].astype(np.int64)
+            self._nodes = connected_components(copies, directed=False)[1].astype(
+                np.int64
+            )
         num_nodes = int(self._nodes.max()) + 1 if size else 0
         one, other = self._nodes[ends[:, ~is_copy]]
         # Each pair of nodes once, seen from both.
@@ -250,8 +272,8 @@ class SimilarityGraph:
         self._num_kept = 0
 
     def find_kept(self, document: int) -> tuple[int, float] | None:
-        """Finds the kept document that a document is most like, of equals the one that was marked
-        first, and how alike they are; None: it is like none."""
+        """Finds the kept document that a document is most like, of equals the one that
+        was marked first, and how alike they are; None: it is like none."""
         node = self._find_node(document)
         if node is None:
             return None

@@ -1,12 +1,13 @@
-"""Repeated passages of one document: which of its words to cut, given what kept documents hold.
+"""Repeated passages of one document: which of its words to cut, given what kept
+documents hold.
 
-A window is a run of so many words (`stages.substring`). Windows are the same if their characters
-are, and such windows have one *source*: the document and the word where the corpus has them first.
-Windows that follow each other have sources that do so too, so sets of them are intervals of source
-words.
+A window is a run of so many words (`stages.substring`). Windows are the same if their
+characters are, and such windows have one *source*: the document and the word where the
+corpus has them first. Windows that follow each other have sources that do so too, so
+sets of them are intervals of source words.
 
-All places are counted in words: window w covers the words w, w + 1, ..., w + size - 1. All
-intervals are [start, stop).
+All places are counted in words: window w covers the words w, w + 1, ..., w + size - 1.
+All intervals are [start, stop).
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -18,7 +19,8 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class RepeatedRun:
-    """Windows of a document, one after the other, that have sources one after the other."""
+    """Windows of a document, one after the other, that have sources one after the
+    other."""
 
     word: int
     """The first window."""
@@ -38,16 +40,19 @@ class WindowIndex:
     """A set of windows by their sources, each with one place where it stands."""
 
     def __init__(self) -> None:
-        # By document of the sources: intervals that are apart, rising, with the place of the first.
+        # By document of the sources: intervals that are apart, rising, with the place
+        # of the first.
         self._intervals: dict[int, list[tuple[int, int, int]]] = {}
 
     def find(self, document: int, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Finds the windows of the set with sources in an interval: intervals of sources, and the
-        place of the first window of each."""
+        """Finds the windows of the set with sources in an interval: intervals of
+        sources, and the place of the first window of each."""
         intervals = self._intervals.get(document)
         if not intervals:
             return []
-        first = max(0, bisect_right(intervals, start, key=lambda interval: interval[0]) - 1)
+        first = max(
+            0, bisect_right(intervals, start, key=lambda interval: interval[0]) - 1
+        )
         overlaps = []
         for i in range(first, len(intervals)):
             begin, end, place = intervals[i]
@@ -60,8 +65,8 @@ class WindowIndex:
         return overlaps
 
     def add(self, document: int, start: int, stop: int, place: int) -> None:
-        """Adds the windows with sources in an interval that stand from `place` on; those that the
-        set has stay where they are."""
+        """Adds the windows with sources in an interval that stand from `place` on;
+        those that the set has stay where they are."""
         missing = []
         begin = start
         for low, high, _ in self.find(document, start, stop):
@@ -106,8 +111,8 @@ class SpanSet:
         return index < len(self._starts) and self._starts[index] < stop
 
     def find_windows_outside(self, start: int, stop: int, size: int) -> list[Span]:
-        """Finds the windows of `size` words, of those that begin in [start, stop), of which the set
-        has no word."""
+        """Finds the windows of `size` words, of those that begin in [start, stop), of
+        which the set has no word."""
         windows = []
         begin = start
         for index in range(bisect_right(self._stops, start), len(self._starts)):
@@ -122,9 +127,11 @@ class SpanSet:
         return windows
 
 
-def find_shared_spans(runs: Sequence[RepeatedRun], kept: WindowIndex, size: int) -> list[Span]:
-    """Finds what a document has in common with kept ones: spans of its words, each of which stands
-    in one piece in what stays of one of these; they may overlap."""
+def find_shared_spans(
+    runs: Sequence[RepeatedRun], kept: WindowIndex, size: int
+) -> list[Span]:
+    """Finds what a document has in common with kept ones: spans of its words, each of
+    which stands in one piece in what stays of one of these; they may overlap."""
     spans = []
     for run in runs:
         for low, high, _ in kept.find(run.document, run.source_word, run.source_stop):
@@ -136,11 +143,12 @@ def find_shared_spans(runs: Sequence[RepeatedRun], kept: WindowIndex, size: int)
 def find_inner_spans(
     runs: Sequence[RepeatedRun], size: int, cut: SpanSet, needed: SpanSet
 ) -> list[Span]:
-    """Finds what a document repeats of itself: spans of its words, each of which stands in one
-    piece further to the left, apart from it.
+    """Finds what a document repeats of itself: spans of its words, each of which stands
+    in one piece further to the left, apart from it.
 
-    From left to right, a window is cut if it stands on the left, with no word of it cut. A window
-    ends before any that it is the copy of begins, so what is cut later leaves it whole.
+    From left to right, a window is cut if it stands on the left, with no word of it
+    cut. A window ends before any that it is the copy of begins, so what is cut later
+    leaves it whole.
 
     Args:
         runs: the document's repeats, from left to right.
@@ -151,10 +159,13 @@ def find_inner_spans(
     spans = []
     left = WindowIndex()
     for run in runs:
-        for low, high, place in left.find(run.document, run.source_word, run.source_stop):
+        for low, high, place in left.find(
+            run.document, run.source_word, run.source_stop
+        ):
             start = run.word + low - run.source_word
             distance = start - place
-            # Of windows on the left that end before the first copy begins, which may be cut now.
+            # Of windows on the left that end before the first copy begins, which may be
+            # cut now.
             count = min(high - low, distance - size + 1)
             if count <= 0:
                 continue
@@ -165,7 +176,9 @@ def find_inner_spans(
                     spans.append((begin, end))
                     cut.add(begin, end)
                     needed.add(first, stop - 1 + size)
-        for first, stop in cut.find_windows_outside(run.word, run.word + run.windows, size):
+        for first, stop in cut.find_windows_outside(
+            run.word, run.word + run.windows, size
+        ):
             offset = first - run.word
             source = run.source_word + offset
             left.add(run.document, source, source + stop - first, first)
@@ -175,16 +188,19 @@ def find_inner_spans(
 def add_intact_windows(
     runs: Sequence[RepeatedRun], kept: WindowIndex, size: int, cut: SpanSet
 ) -> None:
-    """Adds to the windows of kept documents those of one more, of which no word is cut."""
+    """Adds to the windows of kept documents those of one more, of which no word is
+    cut."""
     for run in runs:
-        for first, stop in cut.find_windows_outside(run.word, run.word + run.windows, size):
+        for first, stop in cut.find_windows_outside(
+            run.word, run.word + run.windows, size
+        ):
             source = run.source_word + first - run.word
             kept.add(run.document, source, source + stop - first, first)
 
 
 def choose_cover(spans: Iterable[Span]) -> list[Span]:
-    """Chooses of spans as few as cover the same words, rising: of those that begin where the words
-    covered so far end or before, the one that reaches furthest."""
+    """Chooses of spans as few as cover the same words, rising: of those that begin
+    where the words covered so far end or before, the one that reaches furthest."""
     chosen: list[Span] = []
     covered = -1
     candidate: Span | None = None

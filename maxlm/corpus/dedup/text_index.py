@@ -1,9 +1,11 @@
-"""An index of texts that corpora have: which of a new corpus's texts an earlier one has already.
+"""An index of texts that corpora have: which of a new corpus's texts an earlier one has
+already.
 
-The index is a folder with a file for each corpus, NUMBER-ID.digests, of the sorted digests of the
-texts that it keeps, and `settings.json`, how texts are normalised before they are hashed. A corpus
-takes its number when it first looks into the index, and is compared with those of lower numbers. So
-a corpus that is run again is compared with the same ones, and of two only one drops what both have.
+The index is a folder with a file for each corpus, NUMBER-ID.digests, of the sorted
+digests of the texts that it keeps, and `settings.json`, how texts are normalised before
+they are hashed. A corpus takes its number when it first looks into the index, and is
+compared with those of lower numbers. So a corpus that is run again is compared with the
+same ones, and of two only one drops what both have.
 """
 
 import json
@@ -19,7 +21,8 @@ from maxlm.config import MaxlmError
 from maxlm.runtime.files import convert_write_errors, lock_folder, replace_file
 
 DIGEST = "S16"
-"""numpy's type of a digest. It is compared without trailing zeros, which is right for one width."""
+"""numpy's type of a digest. It is compared without trailing zeros, which is right for
+one width."""
 _ENTRY = re.compile(r"\d{6}-[0-9a-f]{32}\.digests")
 _CORPUS_ID = "corpus.id"
 
@@ -27,12 +30,14 @@ _CORPUS_ID = "corpus.id"
 def reserve_index_entry(
     index: Path, corpus: Path, settings: Mapping[str, Any]
 ) -> tuple[list[Path], Path]:
-    """Finds the entries of corpora that come before a corpus, and its own, which is made if it is
-    not there. Raises MaxlmError: the index's texts are normalised by other settings.
+    """Finds the entries of corpora that come before a corpus, and its own, which is
+    made if it is not there. Raises MaxlmError: the index's texts are normalised by
+    other settings.
 
     Args:
         index: the index's folder, which is made if need be.
-        corpus: the corpus's folder. A file in it tells it from others, wherever it lies.
+        corpus: the corpus's folder. A file in it tells it from others, wherever it
+            lies.
         settings: how texts are normalised, as JSON has it.
     """
     with convert_write_errors(index):
@@ -40,7 +45,9 @@ def reserve_index_entry(
     with lock_folder(index):
         _check_settings(index / "settings.json", settings)
         name = f"{_read_corpus_id(corpus)}.digests"
-        entries = sorted(path for path in index.iterdir() if _ENTRY.fullmatch(path.name))
+        entries = sorted(
+            path for path in index.iterdir() if _ENTRY.fullmatch(path.name)
+        )
         for number, entry in enumerate(entries):
             if entry.name.endswith(f"-{name}"):
                 return entries[:number], entry
@@ -58,7 +65,9 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     index_settings = json.loads(path.read_text())
     if index_settings != settings:
         message = f"this index holds texts normalised by {index_settings}, not by {dict(settings)}"
-        raise MaxlmError(message, where=str(path), fix="set the same, or name another folder")
+        raise MaxlmError(
+            message, where=str(path), fix="set the same, or name another folder"
+        )
 
 
 def _read_corpus_id(corpus: Path) -> str:

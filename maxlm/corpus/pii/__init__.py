@@ -1,7 +1,8 @@
 """Personal data in a text: where it is, and what kind.
 
-The detectors are small functions in a file by kind. They look only where a rare character or number
-stands, so that most of a text is passed at the speed of a string search.
+The detectors are small functions in a file by kind. They look only where a rare
+character or number stands, so that most of a text is passed at the speed of a string
+search.
 """
 
 import re
@@ -11,7 +12,8 @@ from typing import Literal, NamedTuple, get_args
 Kind = Literal["email", "phone", "ip", "iban", "card", "ssn", "key"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# Of overlapping finds the one whose evidence is stronger: a checksum or a prefix before a shape.
+# Of overlapping finds the one whose evidence is stronger: a checksum or a prefix before
+# a shape.
 _PRIORITY: tuple[Kind, ...] = ("key", "email", "iban", "card", "ssn", "ip", "phone")
 
 _LEAD = 40
@@ -48,7 +50,7 @@ def remove_overlaps(matches: Iterable[PiiMatch]) -> list[PiiMatch]:
 def get_preceding_words(text: str, start: int) -> str:
     """Returns the words that lead up to a number, in lower case.
 
-    Those of the same sentence and line (or the line above, if none of its own), after any number
-    before: a word such as "phone" speaks of the number that comes next.
+    Those of the same sentence and line (or the line above, if none of its own), after
+    any number before: a word such as "phone" speaks of the number that comes next.
     """
     return _LEAD_START.split(text[max(0, start - _LEAD) : start].rstrip())[-1].lower()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from maxlm.corpus.pii import PiiMatch, get_preceding_words
 
-_LOCAL = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.%+'-" + "".join(
-    chr(code) for code in range(0xC0, 0x250)
+_LOCAL = (
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.%+'-"
+    + "".join(chr(code) for code in range(0xC0, 0x250))
 )
 _LABEL = r"[0-9A-Za-zÀ-ɏ](?:[0-9A-Za-zÀ-ɏ-]{0,61}[0-9A-Za-zÀ-ɏ])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL}){{1,8}}")
@@ -24,8 +25,9 @@ _VERSION = re.compile(
 def find_emails(text: str) -> Iterator[PiiMatch]:
     """Finds e-mail addresses whose last label is a top-level domain.
 
-    Those of a file name (`icon@2x.png`), code (`w@x.shape`), `git@host:path` and the handle
-    `@user@host` are none. What follows without a space is left out: `bob@example.com.She knows`.
+    Those of a file name (`icon@2x.png`), code (`w@x.shape`), `git@host:path` and the
+    handle `@user@host` are none. What follows without a space is left out:
+    `bob@example.com.She knows`.
     """
     at, done = text.find("@"), 0
     while at >= 0:
@@ -48,7 +50,8 @@ def _domain_end(text: str, start: int) -> int | None:
         return None
     labels = found[0].split(".")
     if text[found.end() : found.end() + 1].isalnum():
-        labels.pop()  # The match ends within a label, which is too long or not of Latin letters.
+        # The match ends within a label, which is too long or not of Latin letters.
+        labels.pop()
     elif text[found.end() : found.end() + 1] == "@":
         labels = _before_next(labels)
     while len(labels) > 1 and not _is_top(labels[-1]):
@@ -65,7 +68,8 @@ def _domain_end(text: str, start: int) -> int | None:
 
 
 def _before_next(labels: list[str]) -> list[str]:
-    """The domain's labels before the next address, if a hyphen joins them: example.com-al@x.org."""
+    """The domain's labels before the next address, if a hyphen joins them:
+    example.com-al@x.org."""
     for number, label in enumerate(labels[1:], 1):
         top, hyphen, _ = label.partition("-")
         if hyphen and _is_top(top):
@@ -81,18 +85,23 @@ def _is_top(label: str) -> bool:
 def _top_level() -> frozenset[str]:
     path = distribution("tldextract").locate_file("tldextract/.tld_set_snapshot")
     snapshot = Path(str(path)).read_text("utf-8")
-    rules = [line for line in snapshot.split("\n") if line and not line.startswith("//")]
-    names = {rule.rpartition(".")[2] for rule in rules}  # Of some there are only rules below: *.np
+    rules = [
+        line for line in snapshot.split("\n") if line and not line.startswith("//")
+    ]
+    names = {
+        rule.rpartition(".")[2] for rule in rules
+    }  # Of some there are only rules below: *.np
     return frozenset(names | {name.encode("idna").decode() for name in names})
 
 
 def find_ips(text: str) -> Iterator[PiiMatch]:
     """Finds IPv4 and IPv6 addresses that are public: others say nothing about a person.
 
-    Private, loopback, documentation and other reserved ranges (IANA's registries, as `ipaddress`
-    knows them) are left out, and IPv6 is looked for in 2000::/3, the only range given out. Four
-    numbers after "version", "section" and the like are none, nor are those of which the last three
-    are below 25: one address in a thousand, and most numbers of sections.
+    Private, loopback, documentation and other reserved ranges (IANA's registries, as
+    `ipaddress` knows them) are left out, and IPv6 is looked for in 2000::/3, the only
+    range given out. Four numbers after "version", "section" and the like are none, nor
+    are those of which the last three are below 25: one address in a thousand, and most
+    numbers of sections.
     """
     for found in _IPV4.finditer(text):
         numbered = max(map(int, found[0].split(".")[1:])) < 25

@@ -1,4 +1,5 @@
-"""Numbers of accounts and people that carry a checksum or a fixed form: cards, IBANs, US SSNs."""
+"""Numbers of accounts and people that carry a checksum or a fixed form: cards, IBANs,
+US SSNs."""
 
 import re
 from collections.abc import Iterator
@@ -18,16 +19,24 @@ _ISSUERS = (
     (r"50|5[6-8]|63|67", (16,)),  # Maestro
 )
 _CARD = re.compile(
-    r"[1-6][0-9]{3}(?:[0-9]{10,15}|([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5}))"
+    r"[1-6][0-9]{3}(?:[0-9]{10,15}|([ "
+    r"-])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5}))"
 )
 _DIGITS = re.compile(r"[0-9]+")
 _GROUP_AFTER = re.compile(r"[ -][0-9][0-9A-Fa-f]{3}(?!\w)")
-_SSN = re.compile(r"[0-8][0-9]{2}(?:-[0-9]{2}-|(?P<plain> ?)[0-9]{2}(?P=plain))[0-9]{4}(?!\d)")
+_SSN = re.compile(
+    r"[0-8][0-9]{2}(?:-[0-9]{2}-|(?P<plain> ?)[0-9]{2}(?P=plain))[0-9]{4}(?!\d)"
+)
 _SSN_WORDS = re.compile(r"\bssns?\b|social.security|\btax(?:payer)?.id|\bitin\b")
 # "No." and "id" alone may be a person's.
 _THING = re.compile(r"(?!id|no|nr|n°|№)")
-_CALLS = re.compile(r"(?:phone|fax|\b(?:tel|mobile|cell))[\s.:#-]*(?:no|number)?[\s.:#-]*$")
-_VOID_SSNS = ("078051120", "219099999")  # Printed in advertisements; the SSA voided them.
+_CALLS = re.compile(
+    r"(?:phone|fax|\b(?:tel|mobile|cell))[\s.:#-]*(?:no|number)?[\s.:#-]*$"
+)
+_VOID_SSNS = (
+    "078051120",
+    "219099999",
+)  # Printed in advertisements; the SSA voided them.
 
 # Countries by the length of their IBANs (SWIFT's IBAN Registry).
 _IBAN_COUNTRIES = """
@@ -40,7 +49,9 @@ _IBAN_LENGTHS = {
     for length, *countries in map(str.split, _IBAN_COUNTRIES.split(";"))
     for country in countries
 }
-_IBAN = re.compile(r"[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{11,29}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)")
+_IBAN = re.compile(
+    r"[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{11,29}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)"
+)
 _WORD = re.compile(r"[A-Z0-9]+")
 _GOES_ON = re.compile(r"\w|[-.,/]\d")
 
@@ -52,10 +63,12 @@ def _inside(text: str, start: int, end: int) -> bool:
 
 
 def find_card_numbers(text: str) -> Iterator[PiiMatch]:
-    """Finds payment cards by issuers' ranges and lengths, and Luhn's check digit (ISO/IEC 7812-1).
+    """Finds payment cards by issuers' ranges and lengths, and Luhn's check digit
+    (ISO/IEC 7812-1).
 
-    One number in ten has that check digit by chance, so those after "order" and the like are none;
-    nor are those with groups of digits both before them and after, which are of a table.
+    One number in ten has that check digit by chance, so those after "order" and the
+    like are none; nor are those with groups of digits both before them and after, which
+    are of a table.
     """
     at, refused = 0, False
     while found := _CARD.search(text, at):
@@ -79,7 +92,9 @@ def _end_of(group: re.Pattern[str], text: str, start: int) -> int:
 
 
 def _is_card(digits: str) -> bool:
-    known = any(len(digits) in lengths and re.match(p, digits) for p, lengths in _ISSUERS)
+    known = any(
+        len(digits) in lengths and re.match(p, digits) for p, lengths in _ISSUERS
+    )
     doubled = [sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2]]  # Luhn.
     right = (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
     return known and right and len(set(digits)) > 1
@@ -88,16 +103,26 @@ def _is_card(digits: str) -> bool:
 def find_ssns(text: str) -> Iterator[PiiMatch]:
     """Finds US Social Security numbers: with dashes, or after words that say so.
 
-    With dashes, those after "part no.", "tel." and the like are none, unless such words say so too.
-    The SSA never gives out area 000, 666 or 900-999, group 00, serial 0000.
+    With dashes, those after "part no.", "tel." and the like are none, unless such words
+    say so too. The SSA never gives out area 000, 666 or 900-999, group 00, serial 0000.
     """
     for found in _SSN.finditer(text):
         start, end = found.span()
         digits = re.sub(r"\D", "", found[0])
         area, group, serial = digits[:3], digits[3:5], digits[5:]
-        if area in ("000", "666") or group == "00" or serial == "0000" or digits in _VOID_SSNS:
+        if (
+            area in ("000", "666")
+            or group == "00"
+            or serial == "0000"
+            or digits in _VOID_SSNS
+        ):
             continue
-        if _inside(text, start, end) or text[max(0, start - 1) : start] in ("-", "+", "#", "$"):
+        if _inside(text, start, end) or text[max(0, start - 1) : start] in (
+            "-",
+            "+",
+            "#",
+            "$",
+        ):
             continue
         words = get_preceding_words(text, start)
         other = NOT_OURS.search(words)
@@ -107,7 +132,8 @@ def find_ssns(text: str) -> Iterator[PiiMatch]:
 
 
 def find_ibans(text: str) -> Iterator[PiiMatch]:
-    """Finds IBANs (ISO 13616): the country's length, and remainder 1 modulo 97 (ISO 7064)."""
+    """Finds IBANs (ISO 13616): the country's length, and remainder 1 modulo 97 (ISO
+    7064)."""
     at = 0
     while found := _IBAN.search(text, at):
         start = found.start()

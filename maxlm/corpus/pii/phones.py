@@ -17,7 +17,8 @@ _TABLE_GROUPS = 14  # As many numbers in a row are a table.
 _GROUP = re.compile(r"[0-9]+")
 _WORDS = re.compile(
     r"phone|t[eé]l[eéè]f|\bt[eé]l(?:\b|[a-z]*[.:])|\bmob(?:ile|iel|il)?\b|m[oó]vil|\bcel|portable\b|"
-    r"\bcall|\bfax|whatsapp|\bsms\b|\btext (?:me|us|him|her)\b|\bring\b|\bdial|handy|hotline|"
+    r"\bcall|\bfax|whatsapp|\bsms\b|\btext "
+    r"(?:me|us|him|her)\b|\bring\b|\bdial|handy|hotline|"
     r"\banruf|\brufen? |rufnummer|\bllam|\bchiam|\bappele|\bbel(?:len)?\b|dzwon|komórk|"
     r"\blig(?:ue|ar)|\breach\b|\bcontact\b|kontakt\b|電話|电话|전화|\bтел"
 )
@@ -27,13 +28,15 @@ _OTHER = re.compile(
     r"[0-9]{1,4}([-./])[0-9]{1,2}\1[0-9]{1,4}(?![-./]?[0-9])"
     r"|[0-9]+\.[0-9]+|97[89](?:[ -]?[0-9]){10}"
 )
-# Thousands; US postal codes and clauses of US regulations, which every licence text quotes.
+# Thousands; US postal codes and clauses of US regulations, which every licence text
+# quotes.
 _UNSPOKEN_OTHER = re.compile(
     r"[1-9][0-9]{0,2}([ .\u00a0])[0-9]{3}(?:\1[0-9]{3})*(?:(?!\1)\.[0-9]+)?"
     r"|[0-9]{5}-[0-9]{4}|[0-9]{3}\.[0-9]{3}-[0-9]{4}"
 )
 _NORTH_AMERICAN = re.compile(
-    r"(?:1[-. ])?(?:\([2-9][0-9]{2}\) ?[2-9][0-9]{2}[-.]|[2-9][0-9]{2}([-.])[2-9][0-9]{2}\1)"
+    r"(?:1[-. ])?(?:\([2-9][0-9]{2}\) "
+    r"?[2-9][0-9]{2}[-.]|[2-9][0-9]{2}([-.])[2-9][0-9]{2}\1)"
     r"[0-9]{4}"
 )
 
@@ -45,22 +48,28 @@ def check_regions(regions: Sequence[str]) -> None:
     for region in regions:
         if region not in SUPPORTED_REGIONS:
             fix = "use codes of ISO 3166 such as US, GB, DE"
-            raise MaxlmError(f'no numbering plan of "{region}"', where="regions", fix=fix)
+            raise MaxlmError(
+                f'no numbering plan of "{region}"', where="regions", fix=fix
+            )
 
 
 def find_phones(text: str, regions: Sequence[str]) -> Iterator[PiiMatch]:
-    """Finds telephone numbers as Google's library does, with its numbering plans of the world.
+    """Finds telephone numbers as Google's library does, with its numbering plans of the
+    world.
 
-    Taken are numbers with `+` that are possible; numbers in the form of North America; numbers
-    valid in one of `regions` that are written in groups, as is usual there or with a leading 0;
-    and, where a word such as "tel" or "call" comes before, any number possible there.
+    Taken are numbers with `+` that are possible; numbers in the form of North America;
+    numbers valid in one of `regions` that are written in groups, as is usual there or
+    with a leading 0; and, where a word such as "tel" or "call" comes before, any number
+    possible there.
     """
     for run in _RUN.finditer(text):
         if len(run[0].split()) <= _TABLE_GROUPS or "+" in run[0]:
             yield from _find_in_run(text, run[0], run.start(), regions)
 
 
-def _find_in_run(text: str, run: str, offset: int, regions: Sequence[str]) -> Iterator[PiiMatch]:
+def _find_in_run(
+    text: str, run: str, offset: int, regions: Sequence[str]
+) -> Iterator[PiiMatch]:
     from phonenumbers import Leniency, PhoneNumberMatcher
 
     if run.count("(") != run.count(")"):

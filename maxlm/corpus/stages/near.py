@@ -3,8 +3,9 @@
 The search goes by jobs over shards and over ranges of hashes:
 
 1. Each shard: each member's set of n-grams, and a key for each band of its signature.
-2. Each range of digests of sets: members with equal sets, which are copies. Only the best of them
-   goes on, so a text that is there a thousand times costs a thousand pairs, and no more.
+2. Each range of digests of sets: members with equal sets, which are copies. Only the
+   best of them goes on, so a text that is there a thousand times costs a thousand
+   pairs, and no more.
 3. Each band and range of its keys: pairs of members with the same key, the candidates.
 4. Each range of pairs: the exact similarity of its candidates.
 
@@ -23,7 +24,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.corpus.dedup.columns import get_shard_path, read_columns, read_range, write_columns
+from maxlm.corpus.dedup.columns import (
+    get_shard_path,
+    read_columns,
+    read_range,
+    write_columns,
+)
 from maxlm.corpus.dedup.copies import read_copies, write_copies
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
@@ -32,7 +38,11 @@ from maxlm.corpus.dedup.members import (
     write_labels,
     write_members,
 )
-from maxlm.corpus.dedup.minhash import choose_banding, compute_band_keys, make_shingle_set
+from maxlm.corpus.dedup.minhash import (
+    choose_banding,
+    compute_band_keys,
+    make_shingle_set,
+)
 from maxlm.corpus.dedup.pairs import (
     count_pairs,
     find_candidate_pairs,
@@ -50,40 +60,42 @@ _DIGEST_BYTES = 256  # A member's share of the memory of a job that sorts digest
 _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
 _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
 PAIRS = pa.list_(pa.struct([("document", pa.int64()), ("jaccard", pa.float64())]))
-"""The type of a label that holds documents, by their numbers in the corpus, and how alike they
-are."""
+"""The type of a label that holds documents, by their numbers in the corpus, and how
+alike they are."""
 
 
 class NearStage(CrossDocumentStage):
-    """Finds documents whose sets of word n-grams overlap: Jaccard similarity >= `jaccard`.
+    """Finds documents whose sets of word n-grams overlap: Jaccard similarity >=
+    `jaccard`.
 
-    MinHash signatures in bands (`dedup.minhash`) give candidates and nothing else: each pair is
-    verified by the exact Jaccard similarity of the two sets of n-grams before it counts. From the
-    best document of a cluster to the worst, one is marked if it is like a document that is kept
-    (`dedup.pairs`), so each marked document is verified against the one it is `of`, and
-    chains of likeness delete nothing.
+    MinHash signatures in bands (`dedup.minhash`) give candidates and nothing else: each
+    pair is verified by the exact Jaccard similarity of the two sets of n-grams before
+    it counts. From the best document of a cluster to the worst, one is marked if it is
+    like a document that is kept (`dedup.pairs`), so each marked document is verified
+    against the one it is `of`, and chains of likeness delete nothing.
 
-    Words are compared without case, accents and punctuation; in scripts without spaces each letter
-    is a word (`maxlm.corpus.text`). A document of fewer words than an n-gram is one n-gram; one
-    without words is like no other.
+    Words are compared without case, accents and punctuation; in scripts without spaces
+    each letter is a word (`maxlm.corpus.text`). A document of fewer words than an
+    n-gram is one n-gram; one without words is like no other.
     """
 
     stage: Literal["near"] = "near"
     jaccard: float = Field(default=0.8, gt=0, le=1)
     """Documents are near-duplicates from this similarity on."""
     recall: float = Field(default=0.99, gt=0, lt=1)
-    """The share of pairs of exactly that similarity that is to be found; of more similar pairs
-    more are. A higher value costs time and scratch disk: see `hashes`."""
+    """The share of pairs of exactly that similarity that is to be found; of more
+    similar pairs more are. A higher value costs time and scratch disk: see `hashes`."""
     ngram: int = Field(default=5, ge=1, le=100)
     """Words in an n-gram (shingle)."""
     hashes: int = Field(default=256, ge=1, le=4096)
-    """Hash functions at most. More of them make fewer false candidates to verify, for more time a
-    document; at 0.8 and 0.99 the default gives 26 bands of 8."""
+    """Hash functions at most. More of them make fewer false candidates to verify, for
+    more time a document; at 0.8 and 0.99 the default gives 26 bands of 8."""
     max_group: int = Field(default=50, ge=4)
-    """Documents with a band in common are all compared with each other up to this number; in a
-    larger group each with a quarter of this number of the best and with as many of the documents
-    that follow it, so that boilerplate costs no quadratic time. A pair that this misses in one band
-    is mostly found in another, where it shares something rarer than the boilerplate."""
+    """Documents with a band in common are all compared with each other up to this
+    number; in a larger group each with a quarter of this number of the best and with as
+    many of the documents that follow it, so that boilerplate costs no quadratic time. A
+    pair that this misses in one band is mostly found in another, where it shares
+    something rarer than the boilerplate."""
     label_types: ClassVar[LabelTypes] = {
         "duplicate": pa.bool_(),
         "of": pa.large_string(),  # the kept document
@@ -106,8 +118,11 @@ class NearStage(CrossDocumentStage):
         """Chooses the bands, and the rows of each, that the settings come to."""
         return choose_banding(self.jaccard, self.recall, self.hashes)
 
-    def label(self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner) -> None:
-        """See `CrossDocumentStage.label`. This process holds 24 bytes for each pair found."""
+    def label(
+        self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner
+    ) -> None:
+        """See `CrossDocumentStage.label`. This process holds 24 bytes for each pair
+        found."""
         run_jobs(partial(_sign_shard, self, scratch), shards, "signatures")
         members = open_selected_documents(scratch, shards)
         copies, sources = self._find_copies(members, run_jobs)
@@ -115,7 +130,9 @@ class NearStage(CrossDocumentStage):
         folder = scratch / f"keys-{number}"  # A killed run may have had other ranges.
         num_bands, _ = self.choose_banding()
         parts = list(product(range(1, num_bands + 1), range(number)))
-        run_jobs(partial(_write_pairs, self, members, folder, number), parts, "candidates")
+        run_jobs(
+            partial(_write_pairs, self, members, folder, number), parts, "candidates"
+        )
 
         found = sorted(folder.glob("pairs-*.arrow"))
         number = max(1, -(-count_pairs(found) * _PAIR_BYTES // self.memory))
@@ -135,17 +152,21 @@ class NearStage(CrossDocumentStage):
         ends = np.searchsorted(marks.member, members.shard_offsets)
         pairs = _list_pairs_by_shard(members, low, high, jaccard)
         parts = [
-            (i, shard, marks[ends[i] : ends[i + 1]], pairs[i]) for i, shard in enumerate(shards)
+            (i, shard, marks[ends[i] : ends[i + 1]], pairs[i])
+            for i, shard in enumerate(shards)
         ]
         run_jobs(partial(_label_shard, members), parts, "label")
 
     def _find_copies(
         self, members: SelectedDocuments, run_jobs: JobRunner
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds members whose sets of n-grams others have, and the best member with each: int64
-        [copies] both. Writes down which are such copies, for the search of candidates."""
+        """Finds members whose sets of n-grams others have, and the best member with
+        each: int64 [copies] both. Writes down which are such copies, for the search of
+        candidates."""
         number = max(1, -(-members.num_selected * _DIGEST_BYTES // self.memory))
-        digests = [get_shard_path(members.folder, "digests", name) for name in members.shards]
+        digests = [
+            get_shard_path(members.folder, "digests", name) for name in members.shards
+        ]
         group = partial(write_copies, members.folder, digests, number, True)
         run_jobs(group, range(number), "copies")
         offsets = np.array(members.shard_offsets)
@@ -160,15 +181,17 @@ class NearStage(CrossDocumentStage):
             sources.append(source[others])
             is_copy = np.zeros(offsets[shard + 1] - offsets[shard], np.uint8)
             is_copy[columns["place"][others]] = 1
-            write_columns(get_shard_path(members.folder, "marks", name), {"is_copy": is_copy})
+            write_columns(
+                get_shard_path(members.folder, "marks", name), {"is_copy": is_copy}
+            )
         return np.concatenate(copies), np.concatenate(sources)
 
 
 def _list_pairs_by_shard(
     members: SelectedDocuments, low: np.ndarray, high: np.ndarray, jaccard: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Lists the pairs of each shard's members with members before them: how many each has, the
-    other's number among all documents, and how alike they are."""
+    """Lists the pairs of each shard's members with members before them: how many each
+    has, the other's number among all documents, and how alike they are."""
     order = np.lexsort((low, high))
     high = high[order]
     documents = members.get_document_numbers(low[order])
@@ -186,7 +209,8 @@ def _label_shard(
     members: SelectedDocuments,
     part: tuple[int, StageShardView, Any, tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> None:
-    """Write the labels of a shard, whose index, clustered members and pairs `part` has."""
+    """Write the labels of a shard, whose index, clustered members and pairs `part`
+    has."""
     number, shard, marks, (pair_counts, pair_documents, pair_jaccard) = part
     pair_fields = list(PAIRS.value_type)
     pairs = pa.StructArray.from_arrays(
@@ -211,7 +235,8 @@ def _label_shard(
 
 
 def _set_file(scratch: Path, shard: str) -> Path:
-    """The sets of a shard's members, end to end; beside it where each begins (.arrow)."""
+    """The sets of a shard's members, end to end; beside it where each begins
+    (.arrow)."""
     return scratch / "sets" / f"{shard}.hashes"
 
 
@@ -234,22 +259,37 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
                 digests += hashlib.sha256(shingles.data).digest()[:16]
             keys.append(compute_band_keys(sets, banding))
             members.append(replace(group, batch=group.batch.drop_columns(["text"])))
-    write_columns(file.with_suffix(".arrow"), {"start": np.cumsum([0, *sizes], dtype=np.int64)})
-    write_band_keys(scratch, shard.name, np.concatenate(keys, axis=1), np.array(sizes, bool))
+    write_columns(
+        file.with_suffix(".arrow"), {"start": np.cumsum([0, *sizes], dtype=np.int64)}
+    )
+    write_band_keys(
+        scratch, shard.name, np.concatenate(keys, axis=1), np.array(sizes, bool)
+    )
     hashes, checks = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
     has_words = np.flatnonzero(sizes)
     order = has_words[np.argsort(hashes[has_words], kind="stable")]
     ranks = [compute_keep_scores(group.batch, stage.keep_by) for group in members]
     rank = np.concatenate([np.empty(0), *ranks])[order]
-    columns = {"hash": hashes[order], "check": checks[order], "place": order.astype(np.uint32)}
-    write_columns(get_shard_path(scratch, "digests", shard.name), columns | {"rank": rank})
+    columns = {
+        "hash": hashes[order],
+        "check": checks[order],
+        "place": order.astype(np.uint32),
+    }
+    write_columns(
+        get_shard_path(scratch, "digests", shard.name), columns | {"rank": rank}
+    )
     write_members(scratch, shard.name, members, stage.keep_by)
 
 
 def _write_pairs(
-    stage: NearStage, members: SelectedDocuments, folder: Path, number: int, part: tuple[int, int]
+    stage: NearStage,
+    members: SelectedDocuments,
+    folder: Path,
+    number: int,
+    part: tuple[int, int],
 ) -> None:
-    """Write the candidates of a band and range in files of bounded size, each sorted."""
+    """Write the candidates of a band and range in files of bounded size, each
+    sorted."""
     band, which = part
     if (done := folder / f"{band}-{which}.done").exists():
         return
@@ -268,7 +308,8 @@ def _verify(
     starts: np.ndarray,
     part: tuple[int, Path],
 ) -> None:
-    """Write the candidates of a range of pairs whose Jaccard similarity is `least` or more."""
+    """Write the candidates of a range of pairs whose Jaccard similarity is `least` or
+    more."""
     which, out = part
     if out.exists():
         return
@@ -289,7 +330,9 @@ def _verify(
     write_columns(out, {"pair": candidates[alike], "jaccard": jaccard[alike]})
 
 
-def _read_sets(members: SelectedDocuments, shard: int, which: np.ndarray) -> Iterator[np.ndarray]:
+def _read_sets(
+    members: SelectedDocuments, shard: int, which: np.ndarray
+) -> Iterator[np.ndarray]:
     """Yields the sets of members of a shard, which have n-grams: no file is empty."""
     file = _set_file(members.folder, members.shards[shard])
     hashes = np.memmap(file, np.uint64, "r")

@@ -9,7 +9,11 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from maxlm.corpus.perplexity_model import TRAIN_FIX, list_model_files, open_perplexity_model
+from maxlm.corpus.perplexity_model import (
+    TRAIN_FIX,
+    list_model_files,
+    open_perplexity_model,
+)
 from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 from maxlm.corpus.text import LineSplitterConfig
 
@@ -22,24 +26,25 @@ class PerplexityStage(PerDocumentStage):
 
     Low is not always good: repetition and boilerplate are unsurprising too.
 
-    Labels: `value`, the perplexity by word, line ends counted; `bucket`, "head", "middle" or
-    "tail" by the model's cutoffs or `cutoffs`, null without. Both are null where there is no model
-    for the language, or not one word.
+    Labels: `value`, the perplexity by word, line ends counted; `bucket`, "head",
+    "middle" or "tail" by the model's cutoffs or `cutoffs`, null without. Both are null
+    where there is no model for the language, or not one word.
     """
 
     stage: Literal["perplexity"] = "perplexity"
     models: dict[str, Path] = Field(min_length=1)
     """Each language's model: a folder that `maxlm corpus train-perplexity` or
-    `calibrate-perplexity` wrote; or an ARPA or binary file of KenLM, of lines that `words` makes.
-    Under "*": of all languages that are not named."""
+    `calibrate-perplexity` wrote; or an ARPA or binary file of KenLM, of lines that
+    `words` makes. Under "*": of all languages that are not named."""
     words: LineSplitterConfig = LineSplitterConfig()
-    """The rules by which the lines were made that models were trained on, of models that are files:
-    a folder has its own."""
+    """The rules by which the lines were made that models were trained on, of models
+    that are files: a folder has its own."""
     cutoffs: dict[str, tuple[float, float]] = Field(default_factory=dict)
-    """Perplexities where head ends and tail begins, by language, in place of those in the model's
-    folder; CCNet has those that part a crawl in thirds."""
+    """Perplexities where head ends and tail begins, by language, in place of those in
+    the model's folder; CCNet has those that part a crawl in thirds."""
     language: str | None = "language.name"
-    """The label that tells a document's language; null: all documents go by the model "*"."""
+    """The label that tells a document's language; null: all documents go by the model
+    "*"."""
 
     label_types: ClassVar[LabelTypes] = {"value": pa.float64(), "bucket": pa.string()}
     version: ClassVar[int] = 4
@@ -50,7 +55,9 @@ class PerplexityStage(PerDocumentStage):
     @model_validator(mode="after")
     def _check(self) -> "PerplexityStage":
         if self.language is None and set(self.models) != {ANY}:
-            raise ValueError(f'without a language label, models must be {{"{ANY}": MODEL}}')
+            raise ValueError(
+                f'without a language label, models must be {{"{ANY}": MODEL}}'
+            )
         if unknown := sorted(set(self.cutoffs) - set(self.models)):
             raise ValueError(f"cutoffs for {', '.join(unknown)}, which have no model")
         return self
@@ -65,7 +72,9 @@ class PerplexityStage(PerDocumentStage):
 
     def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
         """Reads models when the first document in their language comes."""
-        open_model = cache(lambda key: open_perplexity_model(self.models[key], self.words))
+        open_model = cache(
+            lambda key: open_perplexity_model(self.models[key], self.words)
+        )
 
         def label(text: str, language: str | None = None) -> dict[str, Any]:
             key = language if language in self.models else ANY

@@ -22,27 +22,31 @@ _SPAN = pa.struct([(n, pa.string() if n == "kind" else pa.int32()) for n in _PLA
 
 
 class PiiStage(PerDocumentStage):
-    """Finds e-mail addresses, telephone numbers, public IP addresses, IBANs, payment cards, US
-    Social Security numbers, and keys and tokens, and puts a typed placeholder in their place.
+    """Finds e-mail addresses, telephone numbers, public IP addresses, IBANs, payment
+    cards, US Social Security numbers, and keys and tokens, and puts a typed placeholder
+    in their place.
 
-    Patterns with what confirms them: checksums (Luhn, ISO 7064), registries of lengths and ranges,
-    numbering plans (phonenumbers), top-level domains, words nearby. See `maxlm.corpus.pii`.
-    Names and postal addresses are not looked for.
+    Patterns with what confirms them: checksums (Luhn, ISO 7064), registries of lengths
+    and ranges, numbering plans (phonenumbers), top-level domains, words nearby. See
+    `maxlm.corpus.pii`. Names and postal addresses are not looked for.
 
-    Labels: `text`, the masked version, null where nothing is masked (no such label if `mask` is
-    empty); how many there are of each kind and their sum, `count`; `spans`, in order: `start` and
-    `end` count characters (code points) in the text before, `masked_start` and `masked_end` in the
-    text after (null where the kind is not masked): each position of one has its place in the other.
+    Labels: `text`, the masked version, null where nothing is masked (no such label if
+    `mask` is empty); how many there are of each kind and their sum, `count`; `spans`,
+    in order: `start` and `end` count characters (code points) in the text before,
+    `masked_start` and `masked_end` in the text after (null where the kind is not
+    masked): each position of one has its place in the other.
     """
 
     stage: Literal["pii"] = "pii"
     mask: tuple[Kind, ...] = KINDS
     """The kinds to mask; the others are only counted. Empty: no new text."""
     placeholders: dict[Kind, str] = Field(default_factory=dict)
-    """Text in place of each kind in `mask`; default: the kind in capitals, such as `<EMAIL>`."""
+    """Text in place of each kind in `mask`; default: the kind in capitals, such as
+    `<EMAIL>`."""
     regions: tuple[str, ...] = ("US", "GB", "DE", "FR", "ES", "IT")
-    """Countries (ISO 3166) whose telephone numbers are known as they are written at home; numbers
-    with a country code are known from everywhere. Each costs time and a little precision."""
+    """Countries (ISO 3166) whose telephone numbers are known as they are written at
+    home; numbers with a country code are known from everywhere. Each costs time and a
+    little precision."""
 
     version: ClassVar[int] = 3
     packages: ClassVar[tuple[str, ...]] = ("phonenumbers", "tldextract")
@@ -50,18 +54,24 @@ class PiiStage(PerDocumentStage):
     @model_validator(mode="after")
     def _check(self) -> "PiiStage":
         if unmasked := [kind for kind in self.placeholders if kind not in self.mask]:
-            raise ValueError(f"placeholders for {', '.join(unmasked)}, which mask does not name")
+            raise ValueError(
+                f"placeholders for {', '.join(unmasked)}, which mask does not name"
+            )
         return self
 
     def schema(self) -> pa.Schema:
         text = [("text", pa.large_string())] if self.mask else []
         counts = [(kind, pa.int32()) for kind in KINDS]
-        return pa.schema([*text, ("count", pa.int32()), *counts, ("spans", pa.list_(_SPAN))])
+        return pa.schema(
+            [*text, ("count", pa.int32()), *counts, ("spans", pa.list_(_SPAN))]
+        )
 
     def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
         """Raises: MaxlmError: a region has no numbering plan."""
         check_regions(self.regions)
-        placeholders = {k: self.placeholders.get(k, f"<{k.upper()}>") for k in self.mask}
+        placeholders = {
+            k: self.placeholders.get(k, f"<{k.upper()}>") for k in self.mask
+        }
 
         def label(text: str | None) -> dict[str, Any]:
             matches = find_pii(text, self.regions) if text else []
@@ -78,8 +88,8 @@ class PiiStage(PerDocumentStage):
 
 
 def find_pii(text: str, regions: Sequence[str]) -> list[PiiMatch]:
-    """Finds the personal data of a text, in order and without overlaps; `regions` as in the stage's
-    settings."""
+    """Finds the personal data of a text, in order and without overlaps; `regions` as in
+    the stage's settings."""
     found = [*find_credentials(text)]
     if "@" in text:
         found += find_emails(text)
@@ -94,7 +104,8 @@ def find_pii(text: str, regions: Sequence[str]) -> list[PiiMatch]:
 def mask_pii(
     text: str, matches: list[PiiMatch], placeholders: Mapping[str, str]
 ) -> tuple[str | None, list[dict]]:
-    """Returns the masked text, None if nothing is masked, and each match's place in both texts."""
+    """Returns the masked text, None if nothing is masked, and each match's place in
+    both texts."""
     parts, spans, done, shift = [], [], 0, 0
     for start, end, kind in matches:
         place = None, None

@@ -1,8 +1,8 @@
 """Scores how much a text is like the good examples of a trained classifier.
 
-The classifier is scikit-learn's logistic regression on hashed words and n-grams. Its score is
-calibrated to a probability (Platt) on documents that training did not see, and measured on others
-that neither saw.
+The classifier is scikit-learn's logistic regression on hashed words and n-grams. Its
+score is calibrated to a probability (Platt) on documents that training did not see, and
+measured on others that neither saw.
 """
 
 import hashlib
@@ -40,20 +40,22 @@ class ClassifierConfig(Config):
     word_ngrams: int = Field(default=2, ge=1, le=5)
     """The longest n-gram of words and symbols; upper and lower case are the same."""
     char_ngrams: int = Field(default=0, ge=0, le=8)
-    """Length of the character n-grams within what lies between spaces; 0: none. For short texts and
-    languages with many word forms; about three times as slow."""
+    """Length of the character n-grams within what lies between spaces; 0: none. For
+    short texts and languages with many word forms; about three times as slow."""
     heldout: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the documents held out, by a hash of the text: one half to calibrate and find the
-    threshold, the other to measure."""
+    """Share of the documents held out, by a hash of the text: one half to calibrate and
+    find the threshold, the other to measure."""
     target: Literal["precision", "recall"] = "precision"
-    """The measure that the suggested threshold shall reach, with as much as can be of the other."""
+    """The measure that the suggested threshold shall reach, with as much as can be of
+    the other."""
     target_value: float = Field(default=0.9, gt=0, le=1)
     """Value of `target` to reach."""
 
 
 @dataclass(frozen=True)
 class ClassifierReport:
-    """Measures of a classifier on documents that neither training nor calibration saw."""
+    """Measures of a classifier on documents that neither training nor calibration
+    saw."""
 
     trained: tuple[int, int]
     """Documents it was trained on: positive, negative."""
@@ -104,8 +106,8 @@ class Classifier:
     """The suggested one."""
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
-        """Predicts the probability of each text to be a positive one, by its first 2^20 characters:
-        float64 [texts]; not a number for a text without words."""
+        """Predicts the probability of each text to be a positive one, by its first 2^20
+        characters: float64 [texts]; not a number for a text without words."""
         from scipy.special import expit
 
         features = _make_features(texts, self.settings)
@@ -113,9 +115,17 @@ class Classifier:
         return np.where(np.diff(features.indptr) > 0, expit(scores), np.nan)
 
     def save(self, path: Path) -> None:
-        """Writes a .safetensors file: the weights, and all else as JSON in its metadata."""
-        numbers = {"scale": self.scale, "offset": self.offset, "threshold": self.threshold}
-        metadata = {"settings": self.settings.model_dump_json(), "numbers": json.dumps(numbers)}
+        """Writes a .safetensors file: the weights, and all else as JSON in its
+        metadata."""
+        numbers = {
+            "scale": self.scale,
+            "offset": self.offset,
+            "threshold": self.threshold,
+        }
+        metadata = {
+            "settings": self.settings.model_dump_json(),
+            "numbers": json.dumps(numbers),
+        }
         with convert_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as new:
@@ -143,10 +153,11 @@ def train_classifier(
 ) -> tuple[Classifier, ClassifierReport]:
     """Trains, calibrates and measures a classifier of texts in UTF-8.
 
-    Memory is about three times the text. A text that comes several times counts as often, all on
-    the same side of the split; one that is among both kinds is left out. Both kinds weigh the same
-    in training, whatever their numbers; calibration undoes it. Raises MaxlmError: too few documents
-    of one kind in one of the three parts; no scikit-learn."""
+    Memory is about three times the text. A text that comes several times counts as
+    often, all on the same side of the split; one that is among both kinds is left out.
+    Both kinds weigh the same in training, whatever their numbers; calibration undoes
+    it. Raises MaxlmError: too few documents of one kind in one of the three parts; no
+    scikit-learn."""
     check_packages(("scikit-learn",), "training a quality classifier")
     rows, kinds, parts, digests = [], [], [], []
     for kind, texts in ((True, iter(positive)), (False, iter(negative))):
@@ -155,11 +166,16 @@ def train_classifier(
             rows.append(_make_features(decoded, settings))
             kinds += [kind] * len(batch)
             parts += [
-                is_heldout(text, settings.heldout) + is_heldout(text, settings.heldout / 2)
+                is_heldout(text, settings.heldout)
+                + is_heldout(text, settings.heldout / 2)
                 for text in batch
             ]
             digests += [hashlib.sha256(text).digest()[:8] for text in batch]
-    labels, parts, ids = np.array(kinds, bool), np.array(parts, np.int8), np.array(digests, "S8")
+    labels, parts, ids = (
+        np.array(kinds, bool),
+        np.array(parts, np.int8),
+        np.array(digests, "S8"),
+    )
     both = np.isin(ids, np.intersect1d(ids[labels], ids[~labels]))
     parts[both] = -1
     _check_parts(parts, labels, settings)
@@ -167,7 +183,12 @@ def train_classifier(
     from scipy.sparse import vstack
     from scipy.special import expit
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import brier_score_loss, precision_score, recall_score, roc_auc_score
+    from sklearn.metrics import (
+        brier_score_loss,
+        precision_score,
+        recall_score,
+        roc_auc_score,
+    )
 
     features: Any = vstack(rows, format="csr")
     train, middle, last = (parts == part for part in range(len(_PARTS)))
@@ -198,35 +219,46 @@ def train_classifier(
 def choose_threshold(
     scores: np.ndarray, labels: np.ndarray, target: str, target_value: float
 ) -> tuple[float, bool]:
-    """Finds the score that reaches a precision or recall as threshold and has most of the other;
-    and whether it reaches `target_value`, or only comes closest."""
+    """Finds the score that reaches a precision or recall as threshold and has most of
+    the other; and whether it reaches `target_value`, or only comes closest."""
     from sklearn.metrics import precision_recall_curve
 
     precision, recall, thresholds = precision_recall_curve(labels, scores)
-    reaches, other = (precision, recall) if target == "precision" else (recall, precision)
+    reaches, other = (
+        (precision, recall) if target == "precision" else (recall, precision)
+    )
     reaches, other = reaches[:-1], other[:-1]  # The last point has no threshold.
     if not (reached := reaches >= target_value).any():
         return float(thresholds[np.argmax(reaches)]), False
-    return float(thresholds[np.lexsort((reaches, np.where(reached, other, -1)))[-1]]), True
+    return float(
+        thresholds[np.lexsort((reaches, np.where(reached, other, -1)))[-1]]
+    ), True
 
 
 def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> Any:
-    """Hashes the n-grams of texts: a sparse matrix [texts, weights] with rows of norm 1."""
+    """Hashes the n-grams of texts: a sparse matrix [texts, weights] with rows of norm
+    1."""
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import HashingVectorizer
 
     size, longest = 1 << settings.buckets, settings.word_ngrams
     texts = [text[:_LONGEST] for text in texts]
-    words = HashingVectorizer(n_features=size, ngram_range=(1, longest), token_pattern=WORD_PATTERN)
+    words = HashingVectorizer(
+        n_features=size, ngram_range=(1, longest), token_pattern=WORD_PATTERN
+    )
     found = words.transform(texts)
     if not settings.char_ngrams:
         return found
     ngram_range = (settings.char_ngrams, settings.char_ngrams)
-    characters = HashingVectorizer(n_features=size, ngram_range=ngram_range, analyzer="char_wb")
+    characters = HashingVectorizer(
+        n_features=size, ngram_range=ngram_range, analyzer="char_wb"
+    )
     return hstack([found, characters.transform(texts)], format="csr")
 
 
-def _check_parts(parts: np.ndarray, labels: np.ndarray, settings: ClassifierConfig) -> None:
+def _check_parts(
+    parts: np.ndarray, labels: np.ndarray, settings: ClassifierConfig
+) -> None:
     for kind, chosen in (("positive", labels), ("negative", ~labels)):
         for number, part in enumerate(_PARTS):
             if not np.any(chosen & (parts == number)):
@@ -236,11 +268,13 @@ def _check_parts(parts: np.ndarray, labels: np.ndarray, settings: ClassifierConf
 
 
 class QualityStage(PerDocumentStage):
-    """Gives the probability that a text is one of the positive examples a classifier was trained on
-    (`maxlm.corpus.stages.quality`; the idea is GPT-3's, arXiv 2005.14165, appendix A).
+    """Gives the probability that a text is one of the positive examples a classifier
+    was trained on (`maxlm.corpus.stages.quality`; the idea is GPT-3's, arXiv
+    2005.14165, appendix A).
 
-    `score` is calibrated to the share of positive ones among the examples. Where that is another
-    than in the corpus, its order stays right and its height does not. Null without any words.
+    `score` is calibrated to the share of positive ones among the examples. Where that
+    is another than in the corpus, its order stays right and its height does not. Null
+    without any words.
     """
 
     stage: Literal["quality"] = "quality"

@@ -14,7 +14,9 @@ from maxlm.corpus.stage import LabelTypes, PerDocumentStage
 from maxlm.data.documents.streams import COMPRESSIONS, open_stream
 
 _LISTS = Path(__file__).parents[1] / "lists"
-_NSFW_LISTS = [[str(_LISTS / f"nsfw_{kind}.txt")] for kind in ("words", "subwords", "soft_words")]
+_NSFW_LISTS = [
+    [str(_LISTS / f"nsfw_{kind}.txt")] for kind in ("words", "subwords", "soft_words")
+]
 _AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//([^/?#]*)", re.I)
 _LONGEST_AUTHORITY, _LONGEST_HOST = 1024, 253  # DNS has no longer names.
 _HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
@@ -25,22 +27,24 @@ class UrlStage(PerDocumentStage):
     """Tells whether an address is on a list, or made of words that are.
 
     The rules are RefinedWeb's (arXiv:2306.01116, appendix G.1), which FineWeb kept
-    (arXiv:2406.17557): domains; words anywhere in an address (strict); whole words (hard); several
-    whole words each of which alone is harmless (soft). The lists are files, plain or .gz or .zst,
-    one entry a line, `#` before comments; of a hosts file's lines the last column counts.
-    Addresses are compared in lower case, percent-decoded; words of internationalised names as
-    Unicode, names themselves as ASCII (`xn--...`).
+    (arXiv:2406.17557): domains; words anywhere in an address (strict); whole words
+    (hard); several whole words each of which alone is harmless (soft). The lists are
+    files, plain or .gz or .zst, one entry a line, `#` before comments; of a hosts
+    file's lines the last column counts. Addresses are compared in lower case,
+    percent-decoded; words of internationalised names as Unicode, names themselves as
+    ASCII (`xn--...`).
 
-    Labels: `host`; `domain`, the registered domain by the Public Suffix List that tldextract ships
-    (null for IP addresses and names such as localhost); `blocked`; `rule`, the first rule that
-    blocks: `domain`, `subdomain`, `word`, `soft_words`, or `nsfw` for the shipped lists of words.
-    All null without an address; host and domain null for what is none.
+    Labels: `host`; `domain`, the registered domain by the Public Suffix List that
+    tldextract ships (null for IP addresses and names such as localhost); `blocked`;
+    `rule`, the first rule that blocks: `domain`, `subdomain`, `word`, `soft_words`, or
+    `nsfw` for the shipped lists of words. All null without an address; host and domain
+    null for what is none.
     """
 
     stage: Literal["url"] = "url"
     domains: tuple[str, ...] = ()
-    """Files of names to block, each with all names below it: registered domains, hosts, or whole
-    top-level domains."""
+    """Files of names to block, each with all names below it: registered domains, hosts,
+    or whole top-level domains."""
     words: tuple[str, ...] = ()
     """Files of words of which one as a whole word blocks."""
     subwords: tuple[str, ...] = ()
@@ -50,8 +54,8 @@ class UrlStage(PerDocumentStage):
     soft_count: int = Field(default=2, ge=1)
     """Number of different soft words that block; 2 in RefinedWeb."""
     nsfw: bool = True
-    """Use the shipped lists of words of pornographic addresses too: short ones, in English. Name
-    the category lists of your choice in `domains` for real coverage."""
+    """Use the shipped lists of words of pornographic addresses too: short ones, in
+    English. Name the category lists of your choice in `domains` for real coverage."""
 
     document_columns: ClassVar[tuple[str, ...]] = ("url",)
     label_types: ClassVar[LabelTypes] = {
@@ -70,7 +74,9 @@ class UrlStage(PerDocumentStage):
         """Raises: MaxlmError: a list cannot be read."""
         from tldextract import TLDExtract
 
-        suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)  # Only what it ships.
+        suffixes = TLDExtract(
+            suffix_list_urls=(), cache_dir=None
+        )  # Only what it ships.
         names = frozenset(map(_ascii, _entries(self.domains)))
         words = _Words([self.words, self.subwords, self.soft_words], self.soft_count)
         nsfw = _Words(_NSFW_LISTS, self.soft_count) if self.nsfw else None
@@ -82,15 +88,26 @@ class UrlStage(PerDocumentStage):
             if not host:
                 return {"blocked": False}
             found = suffixes.extract_str(host)
-            domain = f"{found.domain}.{found.suffix}" if found.domain and found.suffix else None
+            domain = (
+                f"{found.domain}.{found.suffix}"
+                if found.domain and found.suffix
+                else None
+            )
             labels, address = host.split("."), f"{_unicode(host)}/{rest}"
             if domain in names:
                 rule = "domain"
             elif names.intersection(".".join(labels[i:]) for i in range(len(labels))):
                 rule = "subdomain"
             else:
-                rule = words.rule(address) or ("nsfw" if nsfw and nsfw.rule(address) else None)
-            return {"host": host, "domain": domain, "blocked": rule is not None, "rule": rule}
+                rule = words.rule(address) or (
+                    "nsfw" if nsfw and nsfw.rule(address) else None
+                )
+            return {
+                "host": host,
+                "domain": domain,
+                "blocked": rule is not None,
+                "rule": rule,
+            }
 
         return label
 
@@ -99,7 +116,9 @@ class _Words:
     """Words to look for in addresses, from files of words, subwords and soft words."""
 
     def __init__(self, lists: Iterable[Iterable[str]], soft_count: int):
-        self._words, subwords, self._soft = (frozenset(_entries(paths)) for paths in lists)
+        self._words, subwords, self._soft = (
+            frozenset(_entries(paths)) for paths in lists
+        )
         parts = sorted(subwords)
         self._subwords = re.compile("|".join(map(re.escape, parts))) if parts else None
         self._soft_count = soft_count
@@ -116,7 +135,8 @@ def _split(url: str) -> tuple[str, str]:
     url = url.strip()
     url = url if _AUTHORITY.match(url) else f"//{url}"
     authority = _AUTHORITY.match(url)
-    # A long one that is not ASCII would take urlsplit a time that grows with its square.
+    # A long one that is not ASCII would take urlsplit a time that grows with its
+    # square.
     if authority is None or len(authority[1]) > _LONGEST_AUTHORITY:
         return "", ""
     try:

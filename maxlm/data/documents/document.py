@@ -15,9 +15,10 @@ class SourceFile:
 
     path: Path
     name: str
-    """Name in documents and manifests: the path as the user gave it (below a folder: that folder's
-    path and the rest), or the path inside the standard library. Always valid Unicode; U+FFFD stands
-    for what is not in the path, so that two files may have one name."""
+    """Name in documents and manifests: the path as the user gave it (below a folder:
+    that folder's path and the rest), or the path inside the standard library. Always
+    valid Unicode; U+FFFD stands for what is not in the path, so that two files may have
+    one name."""
     format: str
     """One of `files.FORMATS`, "text" or, for a shard of a corpus, "corpus"."""
     compression: Compression
@@ -41,9 +42,9 @@ class SourceFile:
 class FileSlice:
     """A part of a file that holds whole documents.
 
-    `start` and `stop` (None: the end) count bytes of plain JSONL and row groups of Parquet;
-    text and compressed files are never cut. `first` is the line (from 1) or row (from 0) that
-    the slice begins with.
+    `start` and `stop` (None: the end) count bytes of plain JSONL and row groups of
+    Parquet; text and compressed files are never cut. `first` is the line (from 1) or
+    row (from 0) that the slice begins with.
     """
 
     file: SourceFile
@@ -59,18 +60,20 @@ class Document:
     """One text: what a model sees between its first and last token."""
 
     id: str
-    """The file's name; for JSONL and Parquet followed by `:line` (from 1) or `:row` (from 0); for
-    pieces of a text file by `#index` (from 0)."""
+    """The file's name; for JSONL and Parquet followed by `:line` (from 1) or `:row`
+    (from 0); for pieces of a text file by `#index` (from 0)."""
     text: bytes
     """UTF-8."""
 
 
 def is_heldout(text: str | bytes, fraction: float) -> bool:
-    """Tells whether a document belongs to the held-out part, an expected `fraction` in [0, 1].
+    """Tells whether a document belongs to the held-out part, an expected `fraction` in
+    [0, 1].
 
-    The first 64 bits of SHA-256 of the UTF-8 text, read as a fraction of 2**64, fall below
-    `fraction`. The answer is the same on every machine, does not depend on the other documents,
-    and puts equal texts on the same side, so an exact duplicate never straddles the split.
+    The first 64 bits of SHA-256 of the UTF-8 text, read as a fraction of 2**64, fall
+    below `fraction`. The answer is the same on every machine, does not depend on the
+    other documents, and puts equal texts on the same side, so an exact duplicate never
+    straddles the split.
     """
     data = text.encode() if isinstance(text, str) else text
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < fraction * 2.0**64

@@ -1,6 +1,8 @@
-"""The formats of documents, and from paths, folders and globs to files in a fixed order.
+"""The formats of documents, and from paths, folders and globs to files in a fixed
+order.
 
-Folders of corpora are read by `maxlm.corpus`, which is imported when one is first listed or read.
+Folders of corpora are read by `maxlm.corpus`, which is imported when one is first
+listed or read.
 """
 
 import glob
@@ -25,11 +27,17 @@ from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
 from maxlm.runtime.json_files import check_regular_file
 
 _SNIFF_BYTES = 8192
-# Distributions install Python without its tests (two thirds of its text), and IDLE, Tk and what
-# later versions removed as packages of their own, or not at all. Without them the standard library
-# is nearly the same text wherever it was installed from.
+# Distributions install Python without its tests (two thirds of its text), and IDLE, Tk
+# and what later versions removed as packages of their own, or not at all. Without them
+# the standard library is nearly the same text wherever it was installed from.
 _OPTIONAL_STDLIB = ("test", "tests", "idle_test", "idlelib", "tkinter", "turtledemo")
-_OPTIONAL_STDLIB += ("distutils", "lib2to3", "ensurepip", "site-packages", "dist-packages")
+_OPTIONAL_STDLIB += (
+    "distutils",
+    "lib2to3",
+    "ensurepip",
+    "site-packages",
+    "dist-packages",
+)
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -38,12 +46,13 @@ FORMATS = {
     ".warc": "warc",
     ".wet": "warc",
 }
-"""Formats by the suffix of a file's name, in lower case and before `.gz` or `.zst`; the others are
-text."""
+"""Formats by the suffix of a file's name, in lower case and before `.gz` or `.zst`; the
+others are text."""
 
 
 def is_corpus(folder: Path) -> bool:
-    """Tells a folder that `maxlm corpus run` made, which is one source, from a folder of files."""
+    """Tells a folder that `maxlm corpus run` made, which is one source, from a folder
+    of files."""
     return (folder / "corpus.json").exists() and (folder / "documents").exists()
 
 
@@ -52,7 +61,9 @@ def check_corpus_packages(error_location: str) -> None:
     for package in ("pyarrow", "regex"):
         if importlib.util.find_spec(package) is None:
             what = f"a corpus needs {package}, which is not installed"
-            raise MaxlmError(what, where=error_location, fix="pip install 'maxlm[corpus]'")
+            raise MaxlmError(
+                what, where=error_location, fix="pip install 'maxlm[corpus]'"
+            )
 
 
 def import_corpus_reader(error_location: str) -> Any:
@@ -62,9 +73,14 @@ def import_corpus_reader(error_location: str) -> Any:
 
 
 def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
-    """Describes which documents are taken from the corpora among `files`; None: no such."""
+    """Describes which documents are taken from the corpora among `files`; None: no
+    such."""
     corpora = [file for file in files if file.format == "corpus"]
-    return import_corpus_reader(corpora[0].name).describe_filter_rules(corpora) if corpora else None
+    return (
+        import_corpus_reader(corpora[0].name).describe_filter_rules(corpora)
+        if corpora
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -78,13 +94,14 @@ class FileListing:
 def find_files(config: FilesConfig) -> FileListing:
     """Resolve `config.documents` to files.
 
-    Entries keep their order; within a folder or glob the order is that of the sorted paths. A file
-    reached twice is listed once. Files that come from a folder or glob are left out when hidden, or
-    binary (a NUL in the first 8 KiB); a file named outright never is. Formats that say themselves
-    what is broken are never binary: all but text, and in a crawl also HTML, which may be UTF-16. A
-    folder's links to other folders are not followed (a glob's are). Raises MaxlmError: an entry
-    that does not exist, matches nothing or holds no text file; a file that cannot be read;
-    compressed Parquet."""
+    Entries keep their order; within a folder or glob the order is that of the sorted
+    paths. A file reached twice is listed once. Files that come from a folder or glob
+    are left out when hidden, or binary (a NUL in the first 8 KiB); a file named
+    outright never is. Formats that say themselves what is broken are never binary: all
+    but text, and in a crawl also HTML, which may be UTF-16. A folder's links to other
+    folders are not followed (a glob's are). Raises MaxlmError: an entry that does not
+    exist, matches nothing or holds no text file; a file that cannot be read; compressed
+    Parquet."""
     files: dict[str, SourceFile] = {}
     num_binary_files = 0
     for entry in config.documents:
@@ -95,7 +112,9 @@ def find_files(config: FilesConfig) -> FileListing:
                     found += 1
                     files.setdefault(os.path.realpath(file.path), file)
                 continue
-            for path, name, is_text in _expand(root, named=root == Path(entry).expanduser()):
+            for path, name, is_text in _expand(
+                root, named=root == Path(entry).expanduser()
+            ):
                 file = _source_file(path, name)
                 if not is_text and _is_binary(file, config):
                     binary += 1
@@ -104,7 +123,9 @@ def find_files(config: FilesConfig) -> FileListing:
                 files.setdefault(os.path.realpath(path), file)
         if not found:
             what = f"no text files here ({binary} binary files skipped)"
-            raise MaxlmError(what, where=entry, fix="name a folder or files that hold text")
+            raise MaxlmError(
+                what, where=entry, fix="name a folder or files that hold text"
+            )
         num_binary_files += binary
     return FileListing(tuple(files.values()), num_binary_files)
 
@@ -124,7 +145,8 @@ def resolve_glob(entry: str) -> list[Path]:
 
 
 def _expand(root: Path, named: bool) -> Iterator[tuple[Path, str, bool]]:
-    """Yield (path, name, known to be text) for each file of a root; `named`: outright."""
+    """Yield (path, name, known to be text) for each file of a root; `named`:
+    outright."""
     if str(root) == PYTHON_STDLIB:
         stdlib = Path(sysconfig.get_path("stdlib"))
         yield from _list_modules(stdlib, stdlib, skip=_OPTIONAL_STDLIB)
@@ -142,7 +164,8 @@ def _expand(root: Path, named: bool) -> Iterator[tuple[Path, str, bool]]:
 def _list_modules(
     root: Path, named_from: Path, skip: tuple[str, ...]
 ) -> Iterator[tuple[Path, str, bool]]:
-    """Yields Python modules below a folder as :func:`_expand` does, named from another."""
+    """Yields Python modules below a folder as :func:`_expand` does, named from
+    another."""
     for path in _walk(root, skip):
         # A handful of test fixtures are written in other encodings on purpose.
         if path.suffix == ".py" and _is_utf8(path):
@@ -150,7 +173,8 @@ def _list_modules(
 
 
 def _find_package_folders(entry: str) -> list[Path]:
-    """Finds an installed package's folders (several: a namespace), without importing it."""
+    """Finds an installed package's folders (several: a namespace), without importing
+    it."""
     name = entry.removeprefix(PYTHON_PACKAGE)
     # Of a dotted name find_spec would import the parent.
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
@@ -166,7 +190,9 @@ def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[Path]:
 
     def fail(error: OSError) -> None:
         what = f"cannot list the folder: {error.strerror}"
-        raise MaxlmError(what, where=error.filename, fix="check its permissions") from error
+        raise MaxlmError(
+            what, where=error.filename, fix="check its permissions"
+        ) from error
 
     paths = []
     for folder, folders, names in os.walk(root, onerror=fail):
@@ -174,7 +200,9 @@ def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[Path]:
         for each in folders:
             if is_corpus(Path(folder, each)):
                 what = "a corpus lies among the files of this folder"
-                raise MaxlmError(what, where=str(Path(folder, each)), fix="name what is meant")
+                raise MaxlmError(
+                    what, where=str(Path(folder, each)), fix="name what is meant"
+                )
         files = (Path(folder, name) for name in names if not name.startswith("."))
         paths += [file for file in files if file.is_file()]
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
@@ -189,10 +217,13 @@ def _source_file(path: Path, name: str) -> SourceFile:
         what = "Parquet inside another compression cannot be read in pieces"
         fix = "decompress it (Parquet compresses its own pages)"
         raise MaxlmError(what, where=str(path), fix=fix)
-    # A file system's names are bytes; Python has surrogates for those that are not UTF-8.
+    # A file system's names are bytes; Python has surrogates for those that are not
+    # UTF-8.
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     state = path.stat()
-    return SourceFile(path, name, format_, compression, state.st_size, state.st_mtime_ns)
+    return SourceFile(
+        path, name, format_, compression, state.st_size, state.st_mtime_ns
+    )
 
 
 def _is_binary(file: SourceFile, config: FilesConfig) -> bool:

@@ -1,7 +1,8 @@
 """The reader of text, JSONL and Parquet, for token stores and for a corpus.
 
-`read_records` yields a record for every document of a slice, readable or not. `read_slice` and
-`read_documents` stop at the first record that cannot be read; a corpus counts it and goes on.
+`read_records` yields a record for every document of a slice, readable or not.
+`read_slice` and `read_documents` stop at the first record that cannot be read; a corpus
+counts it and goes on.
 """
 
 import json
@@ -19,10 +20,12 @@ from maxlm.data.documents.files import find_files, import_corpus_reader
 from maxlm.data.documents.streams import make_whole_slice, open_parquet, open_stream
 
 _BATCH_ROWS = 64  # Of Parquet, what is decoded at a time.
-_ROW = 8  # A line of JSON may be so much longer than its text, and so may Parquet's other fields.
+# A line of JSON may be so much longer than its text, and so may Parquet's other fields.
+_ROW = 8
 _BOM = b"\xef\xbb\xbf"
 _FIX = (
-    "set on_bad_bytes (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) "
+    "set on_bad_bytes (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm "
+    "corpus build) "
     'to "replace", or convert the text to UTF-8'
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -43,21 +46,24 @@ class Record:
     """The error that a broken record would raise."""
 
 
-def read_documents(source: SourceConfig, file: SourceFile | None = None) -> Iterator[Document]:
+def read_documents(
+    source: SourceConfig, file: SourceFile | None = None
+) -> Iterator[Document]:
     """Reads the documents of a source, or of one of its files, in order.
 
-    Text that is empty or null is no document. JSONL is read line by line and Parquet batch by
-    batch, so neither is ever in memory as a whole. Raises MaxlmError: see `find_files`; also
-    undecodable bytes (if `on_bad_bytes` is "error"), lines that are not JSON objects with
-    `text_field`, Parquet without that column, missing packages."""
+    Text that is empty or null is no document. JSONL is read line by line and Parquet
+    batch by batch, so neither is ever in memory as a whole. Raises MaxlmError: see
+    `find_files`; also undecodable bytes (if `on_bad_bytes` is "error"), lines that are
+    not JSON objects with `text_field`, Parquet without that column, missing
+    packages."""
     for each in [file] if file else find_files(source).files:
         found = read_slice(source, make_whole_slice(each))
         yield from (document for document in found if document and document.text)
 
 
 def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | None]:
-    """Reads the documents of a part of a file of any format, empty ones too; None for each that the
-    rules of a corpus drop."""
+    """Reads the documents of a part of a file of any format, empty ones too; None for
+    each that the rules of a corpus drop."""
     where = str(part.file.path)
     if part.file.format == "warc":
         fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
@@ -72,17 +78,23 @@ def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | Non
 
 
 def read_records(
-    source: FilesConfig, part: FileSlice, *, max_bytes: int | None = None, with_fields: bool = False
+    source: FilesConfig,
+    part: FileSlice,
+    *,
+    max_bytes: int | None = None,
+    with_fields: bool = False,
 ) -> Iterator[Record]:
     """Reads a slice of text, JSONL or Parquet.
 
     Args:
-        max_bytes: skip longer texts, and rows eight times as long, without holding them in memory.
-        with_fields: read Parquet's other columns too; a column of texts that is missing then makes
-            each row broken, instead of the file an error.
+        max_bytes: skip longer texts, and rows eight times as long, without holding them
+            in memory.
+        with_fields: read Parquet's other columns too; a column of texts that is missing
+            then makes each row broken, instead of the file an error.
 
     Raises:
-        MaxlmError: undecodable bytes, unless `source` replaces them; the file cannot be read.
+        MaxlmError: undecodable bytes, unless `source` replaces them; the file cannot be
+            read.
         DamagedFile: compressed data or Parquet is damaged from here on.
     """
     match part.file.format:
@@ -93,8 +105,11 @@ def read_records(
     return _read_parquet(source, part, max_bytes, with_fields)
 
 
-def _read_text(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> Iterator[Record]:
-    """Reads a file as one text, or in pieces of whole lines, each the shortest of `piece_bytes`."""
+def _read_text(
+    source: FilesConfig, part: FileSlice, max_bytes: int | None
+) -> Iterator[Record]:
+    """Reads a file as one text, or in pieces of whole lines, each the shortest of
+    `piece_bytes`."""
     file, piece_bytes = part.file, source.piece_bytes
     size = piece_bytes or (-1 if max_bytes is None else max_bytes + 1)
     position = 0
@@ -109,15 +124,20 @@ def _read_text(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> I
             if max_bytes is not None and len(piece) > max_bytes:
                 yield Record(name, skip_reason="too_large")
             else:
-                yield Record(name, _decode(source, piece, str(file.path), position).encode())
+                yield Record(
+                    name, _decode(source, piece, str(file.path), position).encode()
+                )
             if piece_bytes is None:
                 return
             position += len(piece)
 
 
-def _read_jsonl(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> Iterator[Record]:
+def _read_jsonl(
+    source: FilesConfig, part: FileSlice, max_bytes: int | None
+) -> Iterator[Record]:
     file, position = part.file, part.start
-    # A line holds a text with its escapes, six bytes a character at worst, and other fields.
+    # A line holds a text with its escapes, six bytes a character at worst, and other
+    # fields.
     longest = -1 if max_bytes is None else _ROW * max_bytes
     with open_stream(file.path, file.compression) as stream:
         if position:
@@ -152,28 +172,40 @@ def _parse_line(source: FilesConfig, name: str, line: bytes, where: str) -> Reco
     return _from_row(source, name, row, where)
 
 
-def _from_row(source: FilesConfig, name: str, row: dict[str, Any], where: str) -> Record:
+def _from_row(
+    source: FilesConfig, name: str, row: dict[str, Any], where: str
+) -> Record:
     """Makes a record of named fields, in which bytes are meant to be UTF-8."""
     if source.text_field not in row:
-        return Record(name, skip_reason="broken", error=_no_field(source, list(row), "key", where))
+        return Record(
+            name, skip_reason="broken", error=_no_field(source, list(row), "key", where)
+        )
     text = row.pop(source.text_field)
     for key, value in row.items():
-        row[key] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        row[key] = (
+            value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        )
     if text is None:
         return Record(name, None, row)
     if not isinstance(text, str | bytes):
         what = f'"{source.text_field}" holds {type(text).__name__}, not a string'
-        return _broken(name, what, where, "set text_field to the key or column of the text")
+        return _broken(
+            name, what, where, "set text_field to the key or column of the text"
+        )
     if isinstance(text, bytes):
         text = _decode(source, text, where)
     return Record(name, _encode(source, text, where), row)
 
 
 def _broken(name: str, what: str, where: str, fix: str) -> Record:
-    return Record(name, skip_reason="broken", error=MaxlmError(what, where=where, fix=fix))
+    return Record(
+        name, skip_reason="broken", error=MaxlmError(what, where=where, fix=fix)
+    )
 
 
-def _no_field(source: FilesConfig, present: list[str], kind: str, where: str) -> MaxlmError:
+def _no_field(
+    source: FilesConfig, present: list[str], kind: str, where: str
+) -> MaxlmError:
     names = ", ".join(f'"{name}"' for name in present[:8]) or "none"
     what = f'there is no {kind} "{source.text_field}"'
     return MaxlmError(what, where=where, fix=f"set text_field to one of: {names}")
@@ -190,8 +222,12 @@ def _read_parquet(
         columns = None if with_fields else [source.text_field]
         limit = math.inf if max_bytes is None else max_bytes
         largest = dict.fromkeys(names, _ROW * limit) | {source.text_field: limit}
-        groups = range(part.start, parquet.num_row_groups if part.stop is None else part.stop)
-        for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns):
+        groups = range(
+            part.start, parquet.num_row_groups if part.stop is None else part.stop
+        )
+        for batch in parquet.iter_batches(
+            _BATCH_ROWS, row_groups=groups, columns=columns
+        ):
             named = dict(zip(batch.schema.names, batch.columns, strict=True))
             for i in range(batch.num_rows):
                 name, where = f"{file.name}:{row}", f"{file.path}, row {row}"
@@ -212,15 +248,20 @@ def _check_text_column(source: FilesConfig, schema: Any, where: str) -> None:
         raise _no_field(source, schema.names, "column", where)
     type_ = schema.field(source.text_field).type
     value = type_.value_type if types.is_dictionary(type_) else type_
-    checks = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    checks = (
+        types.is_string,
+        types.is_large_string,
+        types.is_binary,
+        types.is_large_binary,
+    )
     if not any(check(value) for check in checks):
         what = f'column "{source.text_field}" holds {type_}, not text'
         raise MaxlmError(what, where=where, fix="set text_field to a column of strings")
 
 
 def _read_cell(column: Any, row: int) -> tuple[Any, int]:
-    """Reads a value of a column, None if Python cannot hold it, and its size in bytes; strings come
-    as bytes, since Arrow does not check that they are UTF-8."""
+    """Reads a value of a column, None if Python cannot hold it, and its size in bytes;
+    strings come as bytes, since Arrow does not check that they are UTF-8."""
     import pyarrow as pa
 
     try:
@@ -231,7 +272,9 @@ def _read_cell(column: Any, row: int) -> tuple[Any, int]:
             return (None, 0) if buffer is None else (buffer.to_pybytes(), buffer.size)
         size = 0 if pa.types.is_dictionary(column.type) else column.slice(row, 1).nbytes
         return scalar.as_py(), size
-    except Exception:  # Unknown time zones, durations of millions of years, ...: of many types.
+    except (
+        Exception
+    ):  # Unknown time zones, durations of millions of years, ...: of many types.
         return None, 0
 
 
@@ -248,7 +291,8 @@ def _decode(source: FilesConfig, data: bytes, where: str, offset: int = 0) -> st
 
 
 def _encode(source: FilesConfig, text: str, where: str) -> bytes:
-    r"""Encodes a string as UTF-8; JSON escapes like "\ud800" can make lone surrogates in it."""
+    r"""Encodes a string as UTF-8; JSON escapes like "\ud800" can make lone surrogates
+    in it."""
     if (found := _SURROGATE.search(text)) is None:
         return text.encode()
     if source.replaces_bad_bytes:

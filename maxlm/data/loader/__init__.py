@@ -1,4 +1,5 @@
-"""Token stores to batches: the batch at step s is a pure function of (stores, mixture, seed, s)."""
+"""Token stores to batches: the batch at step s is a pure function of (stores, mixture,
+seed, s)."""
 
 from maxlm.data.loader.batches import (
     LoaderConfig,
@@ -9,7 +10,11 @@ from maxlm.data.loader.batches import (
 )
 from maxlm.data.loader.mixture import Mixing, Phase
 from maxlm.data.loader.packing import TokenSource
-from maxlm.data.loader.usage import SourceUsage, list_phase_steps, summarize_source_usage
+from maxlm.data.loader.usage import (
+    SourceUsage,
+    list_phase_steps,
+    summarize_source_usage,
+)
 
 __all__ = [
     "LoaderConfig",

@@ -1,7 +1,7 @@
 """The batch at step s: a pure function of (stores, mixture, seed, s).
 
-Order and packing are decided by global index, before any host picks its rows, so every row of
-every batch can be made by anyone, at any time, in any number of processes.
+Order and packing are decided by global index, before any host picks its rows, so every
+row of every batch can be made by anyone, at any time, in any number of processes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,13 @@ from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.loader.mixture import ENDLESS, Mixing, MixtureOrder
-from maxlm.data.loader.packing import ConcatPacking, Packing, Pieces, TokenSource, open_best_fit
+from maxlm.data.loader.packing import (
+    ConcatPacking,
+    Packing,
+    Pieces,
+    TokenSource,
+    open_best_fit,
+)
 from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 from maxlm.data.store.arrays import Int64s
 
@@ -46,43 +52,46 @@ class LoaderConfig(Config):
     batch_size: int = Field(default=8, ge=1)
     """Rows a step, over all hosts."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """concat cuts the stream of documents every seq_len tokens: no padding, no index, but most
-    documents are cut. best_fit keeps every document that fits in one row whole: under 1% padding
-    on common text, and an index beside the store, built at first use (seconds a million
-    documents)."""
+    """concat cuts the stream of documents every seq_len tokens: no padding, no index,
+    but most documents are cut. best_fit keeps every document that fits in one row
+    whole: under 1% padding on common text, and an index beside the store, built at
+    first use (seconds a million documents)."""
     packing_block: int = Field(default=16384, ge=1)
-    """Consecutive documents that best_fit packs together. More pads less; fewer keep a row's
-    documents closer in the store."""
+    """Consecutive documents that best_fit packs together. More pads less; fewer keep a
+    row's documents closer in the store."""
     shuffle: bool = True
-    """True reads each epoch in a new random order; False reads each in store order and interleaves
-    stores evenly."""
+    """True reads each epoch in a new random order; False reads each in store order and
+    interleaves stores evenly."""
     on_bad_rows: Literal["error", "skip"] = "error"
-    """What becomes of a row of `task.files` that cannot be read or learnt: error ends the run with
-    its file and number; skip leaves it out, says how many there are, and lists them in the run's
-    folder (refused_rows.jsonl)."""
+    """What becomes of a row of `task.files` that cannot be read or learnt: error ends
+    the run with its file and number; skip leaves it out, says how many there are, and
+    lists them in the run's folder (refused_rows.jsonl)."""
     workers: int = Field(default=1, ge=0)
-    """Processes that make batches ahead. 0 makes them in threads of the training process: quick to
-    start, but they share its interpreter."""
+    """Processes that make batches ahead. 0 makes them in threads of the training
+    process: quick to start, but they share its interpreter."""
     prefetch: int = Field(default=4, ge=1)
     """Batches made ahead, by each worker."""
     verify: bool = False
-    """true reads every token store and packing index when a run starts, on each process, and
-    refuses one of which a file is not what was written (as `maxlm corpus verify` does): some
-    seconds a GB. false checks manifests and sizes then, and each chunk of tokens when it is read,
-    which finds damage but not a whole file that stands where another belongs."""
+    """true reads every token store and packing index when a run starts, on each
+    process, and refuses one of which a file is not what was written (as `maxlm corpus
+    verify` does): some seconds a GB. false checks manifests and sizes then, and each
+    chunk of tokens when it is read, which finds damage but not a whole file that stands
+    where another belongs."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Makes any rows of any step's batch. Small to pickle: stores reopen where they arrive.
+    """Makes any rows of any step's batch. Small to pickle: stores reopen where they
+    arrive.
 
-    Stores are mixed by weight, each read epoch after epoch, each epoch in an order of its own; or
-    one store is read once, in store order.
+    Stores are mixed by weight, each read epoch after epoch, each epoch in an order of
+    its own; or one store is read once, in store order.
     """
 
     sources: tuple[Packing, ...]
     mixture: MixtureOrder | None
-    """Draws each row from a source; None: one pass over the only one, past whose end is padding."""
+    """Draws each row from a source; None: one pass over the only one, past whose end is
+    padding."""
     shuffle_keys: tuple[int, ...] | None
     """A key for each store; None reads every epoch in store order."""
     seq_len: int
@@ -90,17 +99,21 @@ class Batches:
 
     @property
     def num_steps(self) -> int | None:
-        """Batches of the one pass, or whole ones until every source of the mixture was read as
-        often as it may; None: no end."""
+        """Batches of the one pass, or whole ones until every source of the mixture was
+        read as often as it may; None: no end."""
         if self.mixture is None:
             return -(-self.sources[0].num_sequences // self.batch_size)
-        return None if self.mixture.end == ENDLESS else self.mixture.end // self.batch_size
+        return (
+            None if self.mixture.end == ENDLESS else self.mixture.end // self.batch_size
+        )
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
-        """Returns where each global index [n] lies: store numbers [n] (`PADDING` past the end of
-        the one pass) and sequences [n] of those stores."""
+        """Returns where each global index [n] lies: store numbers [n] (`PADDING` past
+        the end of the one pass) and sequences [n] of those stores."""
         if self.mixture is None:
-            return np.where(indices < self.sources[0].num_sequences, 0, PADDING), indices
+            return np.where(
+                indices < self.sources[0].num_sequences, 0, PADDING
+            ), indices
         stores, streams = self.mixture.locate(indices)
         sequences = np.empty_like(streams)
         for store in np.unique(stores):
@@ -108,12 +121,17 @@ class Batches:
             size = self.sources[store].num_sequences
             epochs, within = np.divmod(streams[here], size)
             if self.shuffle_keys is not None:
-                within = permute(within, size, derive_keys(self.shuffle_keys[store], epochs))
+                within = permute(
+                    within, size, derive_keys(self.shuffle_keys[store], epochs)
+                )
             sequences[here] = within
         return stores, sequences
 
-    def rows(self, step: int, row_numbers: Sequence[int] | ArrayLike | None = None) -> Batch:
-        """Returns the given global rows [n] of the batch of `step`, in this order; None is all."""
+    def rows(
+        self, step: int, row_numbers: Sequence[int] | ArrayLike | None = None
+    ) -> Batch:
+        """Returns the given global rows [n] of the batch of `step`, in this order; None
+        is all."""
         row_numbers = np.arange(self.batch_size) if row_numbers is None else row_numbers
         wanted = np.asarray(row_numbers, dtype=np.int64)
         stores, sequences = self.locate(step * self.batch_size + wanted)
@@ -129,8 +147,11 @@ class Batches:
         return batch
 
 
-def _fill(batch: Batch, rows: Int64s, counts: Int64s, pieces: Pieces, store: TokenSource) -> None:
-    """Writes so many of the pieces into each of the given rows [n], reading all at once."""
+def _fill(
+    batch: Batch, rows: Int64s, counts: Int64s, pieces: Pieces, store: TokenSource
+) -> None:
+    """Writes so many of the pieces into each of the given rows [n], reading all at
+    once."""
     starts, lengths = (pieces[name].astype(np.int64) for name in ("start", "length"))
     ends = pieces["ends_document"].copy()  # Contiguous, as the others.
     seq_len = batch["tokens"].shape[1]
@@ -157,18 +178,24 @@ def _fill(batch: Batch, rows: Int64s, counts: Int64s, pieces: Pieces, store: Tok
 
 
 def _read(
-    store: TokenSource, row: Int64s, starts: Int64s, lengths: Int64s, ends: NDArray[np.bool_]
+    store: TokenSource,
+    row: Int64s,
+    starts: Int64s,
+    lengths: Int64s,
+    ends: NDArray[np.bool_],
 ) -> tuple[NDArray[np.integer], Int64s]:
     """The pieces' tokens in one array, and where in it each piece starts.
 
-    A piece whose document goes on is read one token further, for its last target. Neighbours in
-    the store and in a row are read as one range: with concat, one read a row.
+    A piece whose document goes on is read one token further, for its last target.
+    Neighbours in the store and in a row are read as one range: with concat, one read a
+    row.
     """
     touches = (row[1:] == row[:-1]) & (starts[1:] == (starts + lengths)[:-1])
     opens = np.flatnonzero(np.concatenate([[True], ~touches]))
     closes = np.append(opens[1:], starts.size) - 1
     read_starts, read_stops = starts[opens], (starts + lengths + ~ends)[closes]
-    # One more place than tokens: a document's last token looks past its end before it is masked.
+    # One more place than tokens: a document's last token looks past its end before it
+    # is masked.
     tokens = store.read_many(read_starts.tolist(), read_stops.tolist())
     stream = np.concatenate([*tokens, [0]], dtype=np.int32, casting="same_kind")
     read_lengths = read_stops - read_starts
@@ -183,17 +210,19 @@ def make_batches(
     *,
     seed: int,
 ) -> Batches:
-    """Makes the batches of a mixture: `make_batches(...).rows(step, rows)` is any of them.
+    """Makes the batches of a mixture: `make_batches(...).rows(step, rows)` is any of
+    them.
 
-    They are endless unless every source that is read has `max_epochs`. A store's order depends on
-    the seed and its name, not on the other stores. Raises MaxlmError: no stores, names that differ,
-    a bad weight or phase, a store shorter than one sequence, or a best_fit index that cannot be
-    written.
+    They are endless unless every source that is read has `max_epochs`. A store's order
+    depends on the seed and its name, not on the other stores. Raises MaxlmError: no
+    stores, names that differ, a bad weight or phase, a store shorter than one sequence,
+    or a best_fit index that cannot be written.
 
     Args:
-        mixing: each store's share of the sequences, by name (need not sum to 1); or how shares
-            depend on sizes, epochs and steps.
-        config: seq_len, batch_size, packing, shuffle and (for packing indices) verify are used.
+        mixing: each store's share of the sequences, by name (need not sum to 1); or how
+            shares depend on sizes, epochs and steps.
+        config: seq_len, batch_size, packing, shuffle and (for packing indices) verify
+            are used.
     """
     if not isinstance(mixing, Mixing):
         mixing = Mixing(mixing)
@@ -201,12 +230,15 @@ def make_batches(
         what = f"weights are for {sorted(mixing.weights)}, stores are {sorted(stores)}"
         raise MaxlmError(what, where="weights", fix="give each store one weight")
     tokens = {name: store.num_tokens for name, store in stores.items()}
-    # Weights are checked before any index is built; the true sizes do not change the answer.
+    # Weights are checked before any index is built; the true sizes do not change the
+    # answer.
     mixing.make_order(tokens, tokens, config.batch_size, None)
     for name, count in tokens.items():
         if count < config.seq_len:
             what = f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
-            raise MaxlmError(what, where=f"store {name!r}", fix="give more text, or lower seq_len")
+            raise MaxlmError(
+                what, where=f"store {name!r}", fix="give more text, or lower seq_len"
+            )
     if config.packing == "best_fit":
         sizes = {"seq_len": config.seq_len, "block": config.packing_block}
         pack = partial(open_best_fit, **sizes, verify=config.verify)
@@ -216,16 +248,21 @@ def make_batches(
     sequences = {n: s.num_sequences for n, s in zip(stores, sources, strict=True)}
     mixture_key = derive_key(seed, "mixture") if config.shuffle else None
     mixture = mixing.make_order(tokens, sequences, config.batch_size, mixture_key)
-    keys = tuple(derive_key(seed, "shuffle", name) for name in stores) if config.shuffle else None
+    keys = (
+        tuple(derive_key(seed, "shuffle", name) for name in stores)
+        if config.shuffle
+        else None
+    )
     return Batches(sources, mixture, keys, config.seq_len, config.batch_size)
 
 
 def make_one_pass_batches(store: TokenSource, seq_len: int, batch_size: int) -> Batches:
-    """Makes the batches of one pass over a store in order: every token in exactly one batch.
+    """Makes the batches of one pass over a store in order: every token in exactly one
+    batch.
 
-    All batches have one shape: the last is filled up with rows of weight 0. The weights of all
-    hosts' batches sum to num_tokens minus the number of documents, as each token but a document's
-    first is a target once. The store may be shorter than one sequence.
+    All batches have one shape: the last is filled up with rows of weight 0. The weights
+    of all hosts' batches sum to num_tokens minus the number of documents, as each token
+    but a document's first is a target once. The store may be shorter than one sequence.
     """
     return Batches((ConcatPacking(store, seq_len),), None, None, seq_len, batch_size)
 
@@ -242,7 +279,8 @@ def load_batches(
 ) -> "Prefetcher":
     """Iterates over rows of a source's batches from `start_step` on, made ahead.
 
-    To resume, pass the iterator's `step` (the next step) as `start_step`, on any number of hosts.
+    To resume, pass the iterator's `step` (the next step) as `start_step`, on any number
+    of hosts.
 
     Args:
         rows: the global rows to take, in this order, which are this process's.
@@ -274,8 +312,10 @@ def check_num_steps(batches: "BatchSource", steps: int) -> None:
     """Refuses a mixture that ends before so many steps."""
     if batches.num_steps is not None and batches.num_steps < steps:
         raise MaxlmError(
-            f"the mixture ends after {batches.num_steps:,} of {steps:,} steps: every source that "
+            f"the mixture ends after {batches.num_steps:,} of {steps:,} steps: every "
+            f"source that "
             "has a weight then was read max_epochs times",
             where="data.sources",
-            fix="raise max_epochs of a source or give it more text, or train for fewer steps",
+            fix="raise max_epochs of a source or give it more text, or train for fewer "
+            "steps",
         )

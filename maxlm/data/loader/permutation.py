@@ -1,9 +1,11 @@
-"""Stateless keyed pseudo-random permutations of range(n): a shuffle nobody has to store.
+"""Stateless keyed pseudo-random permutations of range(n): a shuffle nobody has to
+store.
 
-A Feistel network (Luby and Rackoff 1988) over the smallest power of two that holds n, its round
-function the splitmix64 finaliser (Steele, Lea and Flood 2014), made to fit any n by cycle walking
-(Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Any index is answered alone,
-in O(1), so a run can resume anywhere. Not cryptographic.
+A Feistel network (Luby and Rackoff 1988) over the smallest power of two that holds n,
+its round function the splitmix64 finaliser (Steele, Lea and Flood 2014), made to fit
+any n by cycle walking (Black and Rogaway 2002, "Ciphers with Arbitrary Finite
+Domains"). Any index is answered alone, in O(1), so a run can resume anywhere. Not
+cryptographic.
 """
 
 import hashlib
@@ -11,8 +13,8 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# By chi-square, 8 rounds are fair above 64 values; a few bits mix slowly. An even number of rounds
-# restores the half widths.
+# By chi-square, 8 rounds are fair above 64 values; a few bits mix slowly. An even
+# number of rounds restores the half widths.
 _ROUNDS, _SMALL_BITS, _SMALL_ROUNDS = 8, 6, 24
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -22,8 +24,11 @@ UInt64s = NDArray[np.uint64]
 
 
 def derive_key(*parts: int | str) -> int:
-    """Derives a 64-bit key from a seed and names, on every machine and process the same."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+    """Derives a 64-bit key from a seed and names, on every machine and process the
+    same."""
+    return int.from_bytes(
+        hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little"
+    )
 
 
 def derive_keys(key: int, indices: ArrayLike) -> UInt64s:
@@ -32,14 +37,15 @@ def derive_keys(key: int, indices: ArrayLike) -> UInt64s:
 
 
 def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64]:
-    """Maps each index [m] < n by the permutation of range(n), n up to 2^62, that `keys` chooses.
-    `keys`: one key for all, or an array [m] with one for each index."""
+    """Maps each index [m] < n by the permutation of range(n), n up to 2^62, that `keys`
+    chooses. `keys`: one key for all, or an array [m] with one for each index."""
     x = _as_uint64(indices)
     keys = np.broadcast_to(_as_uint64(keys), x.shape)
     # At least one bit in each half, or the network could not mix.
     bits = max(2, (n - 1).bit_length())
     result = _feistel(x, bits, keys)
-    # The domain is less than 2n (n > 2), so half of what is left falls inside at each turn.
+    # The domain is less than 2n (n > 2), so half of what is left falls inside at each
+    # turn.
     while (outside := np.flatnonzero(result >= np.uint64(n))).size:
         result[outside] = _feistel(result[outside], bits, keys[outside])
     return result.astype(np.int64)

@@ -1,7 +1,8 @@
-"""Grain pipelines that make batches ahead of the train step, in threads and worker processes.
+"""Grain pipelines that make batches ahead of the train step, in threads and worker
+processes.
 
-The only module that imports Grain. Order is exact whatever the number of workers: Grain deals
-steps to the workers in turn and collects them in turn.
+The only module that imports Grain. Order is exact whatever the number of workers: Grain
+deals steps to the workers in turn and collects them in turn.
 """
 
 import atexit
@@ -44,7 +45,8 @@ _CLOSE_SECONDS = 30.0
 # Between looks at whether a stop was asked for, while workers start.
 _POLL_SECONDS = 0.1
 _THREADS = 2
-# Grain says in words alone that a worker died; a negative code is the signal that killed it.
+# Grain says in words alone that a worker died; a negative code is the signal that
+# killed it.
 _KILLED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
 _LIKELY_CAUSES: dict[int, str] = {
     signal.SIGKILL: ", probably out of memory",
@@ -55,16 +57,17 @@ _LIKELY_CAUSES: dict[int, str] = {
 class Prefetcher(Iterator[Batch]):
     """Batches of steps [start, stop) in order, made ahead. Its whole state is `step`.
 
-    Close it (or use it as a context manager) to end its workers at once. They also end by
-    themselves when this process ends, however it ends.
+    Close it (or use it as a context manager) to end its workers at once. They also end
+    by themselves when this process ends, however it ends.
 
     Args:
         make: returns the batch of a step; it must pickle if there are workers.
         stop: None: there is no end.
-        workers: processes, which take over after `THREAD_STEPS` steps; 0: threads make all.
+        workers: processes, which take over after `THREAD_STEPS` steps; 0: threads make
+            all.
         prefetch: batches made ahead, by each worker.
-        is_stop_requested: tells whether the run was asked to stop. From then on nothing waits for
-            workers that have not started yet: this process makes the batches.
+        is_stop_requested: tells whether the run was asked to stop. From then on nothing
+            waits for workers that have not started yet: this process makes the batches.
     """
 
     def __init__(
@@ -103,14 +106,17 @@ class Prefetcher(Iterator[Batch]):
             raise StopIteration
         pipeline = self._pipelines[0]
         if self._makes_here or not self._wait_for_start(pipeline):
-            self._makes_here = True  # Also from now on: the workers' next batch is an earlier one.
+            self._makes_here = (
+                True  # Also from now on: the workers' next batch is an earlier one.
+            )
             batch = self._make(self.step)
             self.step += 1
             return batch
         try:
             batch = pipeline.take()
         except MaxlmError as error:
-            # The thread's frames hold the iterator, whose shared memory Python would call leaked.
+            # The thread's frames hold the iterator, whose shared memory Python would
+            # call leaked.
             raise error.with_traceback(None) from None
         except RuntimeError as error:
             if (killed := _KILLED.search(str(error))) is None:
@@ -123,8 +129,8 @@ class Prefetcher(Iterator[Batch]):
         return batch
 
     def _wait_for_start(self, pipeline: "_Pipeline") -> bool:
-        """Waits until workers have begun to make batches. Returns False if a stop was requested
-        before, and they still start."""
+        """Waits until workers have begun to make batches. Returns False if a stop was
+        requested before, and they still start."""
         while not pipeline.has_started:
             done, _ = wait([pipeline.next_batch], timeout=_POLL_SECONDS)
             if done:
@@ -136,8 +142,8 @@ class Prefetcher(Iterator[Batch]):
     def close(self) -> None:
         """Ends threads and workers. Calling it again does nothing.
 
-        Workers that still start are not waited for: each ends when it has started, or when this
-        process ends.
+        Workers that still start are not waited for: each ends when it has started, or
+        when this process ends.
         """
         self._finalizer()
 
@@ -151,9 +157,10 @@ class Prefetcher(Iterator[Batch]):
 class _SpilledFunction:
     """A function in a file, which a worker reads when it first calls it.
 
-    What a process is started with goes through a pipe, and more than the pipe holds (64 KiB; a
-    store's manifest names each source file) keeps its parent until the worker has imported all it
-    imports. The file goes with this object, or with the process, if it was not deleted before.
+    What a process is started with goes through a pipe, and more than the pipe holds (64
+    KiB; a store's manifest names each source file) keeps its parent until the worker
+    has imported all it imports. The file goes with this object, or with the process, if
+    it was not deleted before.
     """
 
     def __init__(self, function: MakeBatch):
@@ -161,7 +168,9 @@ class _SpilledFunction:
         with convert_write_errors(folder):
             descriptor, name = tempfile.mkstemp(prefix="maxlm-loader-", dir=folder)
             self._path = Path(name)
-            self.delete_file = weakref.finalize(self, self._path.unlink, missing_ok=True)
+            self.delete_file = weakref.finalize(
+                self, self._path.unlink, missing_ok=True
+            )
             with open(descriptor, "wb") as file:
                 cloudpickle.dump(function, file)
         self._function: MakeBatch | None = function
@@ -178,8 +187,8 @@ class _SpilledFunction:
 class _Pipeline:
     """A Grain iterator whose next batch is fetched in a thread.
 
-    In a daemon thread, not an executor's: those are joined when the interpreter exits, and a
-    fetch from a worker that still starts would keep it.
+    In a daemon thread, not an executor's: those are joined when the interpreter exits,
+    and a fetch from a worker that still starts would keep it.
     """
 
     def __init__(
@@ -197,8 +206,9 @@ class _Pipeline:
 
     @property
     def has_started(self) -> bool:
-        """Whether batches are being made: Grain deals steps to the workers in turn, so each has
-        started once as many batches were fetched. Threads have from the first."""
+        """Whether batches are being made: Grain deals steps to the workers in turn, so
+        each has started once as many batches were fetched. Threads have from the
+        first."""
         return self._num_fetched >= self.workers
 
     @property
@@ -225,7 +235,8 @@ class _Pipeline:
         threading.Thread(target=self._fetch, name="next-batch", daemon=True).start()
 
     def _fetch(self) -> None:
-        # Grain starts its workers in this thread or one of its own, which inherit the mask.
+        # Grain starts its workers in this thread or one of its own, which inherit the
+        # mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             batch = _fetch_batch(self.iterator)
@@ -242,8 +253,9 @@ class _Pipeline:
 def _close(pipelines: list[_Pipeline]) -> None:
     """Ends the threads and workers of pipelines, and empties the list.
 
-    A thread of its own closes: Grain waits for what a worker is making, and for ever for one that
-    does not come to it. Only workers that end soon, since they have started, are waited for.
+    A thread of its own closes: Grain waits for what a worker is making, and for ever
+    for one that does not come to it. Only workers that end soon, since they have
+    started, are waited for.
     """
     end_soon = all(pipeline.ends_soon for pipeline in pipelines)
     closing = threading.Thread(
@@ -260,13 +272,15 @@ def _close_pipelines(pipelines: list[_Pipeline]) -> None:
     has_workers = any(pipeline.workers for pipeline in pipelines)
     while pipelines:
         pipeline = pipelines.pop()
-        # Grain loses workers that it is still starting when closed, and closing takes a batch
-        # away from a fetch that waits for it: let them all start and the fetch end first.
+        # Grain loses workers that it is still starting when closed, and closing takes a
+        # batch away from a fetch that waits for it: let them all start and the fetch
+        # end first.
         pipeline.fetch_until_started()
         pipeline.iterator.close()
         del pipeline
-    # Grain's iterators over workers are caught in cycles that hold semaphores and the last batch's
-    # shared memory; left to the interpreter's end, they would fail loudly there.
+    # Grain's iterators over workers are caught in cycles that hold semaphores and the
+    # last batch's shared memory; left to the interpreter's end, they would fail loudly
+    # there.
     if has_workers:
         gc.collect()
 
@@ -276,16 +290,18 @@ def _describe_death(signal_number: int) -> ProcessLost:
     return ProcessLost(
         f"a loader worker was killed by signal {signal_number} ({name}){cause}",
         where="data.workers",
-        fix="run the same command to go on from the last checkpoint, with fewer data.workers or "
+        fix="run the same command to go on from the last checkpoint, with fewer "
+        "data.workers or "
         "more memory if it happens again",
     )
 
 
 def _fetch_batch(iterator: grain.DatasetIterator) -> Batch | None:
-    """Returns an iterator's next batch in this process's own memory, or None at the end.
+    """Returns an iterator's next batch in this process's own memory, or None at the
+    end.
 
-    Grain's arrays from a worker are views of shared memory: a file that outlives a process which
-    still holds one when it ends, and that JAX on a CPU may alias.
+    Grain's arrays from a worker are views of shared memory: a file that outlives a
+    process which still holds one when it ends, and that JAX on a CPU may alias.
     """
     batch = next(iterator, None)
     return batch and {name: np.array(array) for name, array in batch.items()}
@@ -294,15 +310,19 @@ def _fetch_batch(iterator: grain.DatasetIterator) -> Batch | None:
 def _open_pipeline(
     make: MakeBatch, start: int, stop: int, workers: int, prefetch: int
 ) -> grain.DatasetIterator:
-    options = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
+    options = grain.ReadOptions(
+        num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch
+    )
     dataset = grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)
     if workers:
-        # Grain reads absl flags, which absl refuses before a command line was parsed; ours never
-        # is.
+        # Grain reads absl flags, which absl refuses before a command line was parsed;
+        # ours never is.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         start_resource_tracker()
-        processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
+        processes = grain.MultiprocessingOptions(
+            workers, per_worker_buffer_size=prefetch
+        )
         dataset = dataset.mp_prefetch(processes, _start_worker)
     return dataset.__iter__()
 
@@ -312,5 +332,7 @@ def _start_worker(worker: int, workers: int) -> None:
     del worker, workers
     ignore_signals()
     if (jax := sys.modules.get("jax")) is not None:  # Grain imports it.
-        jax.config.update("jax_platforms", "cpu")  # Never touch the trainer's accelerator.
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # Never touch the trainer's accelerator.
     stop_with_parent()  # Grain's workers wait for ever on one that was killed.

@@ -1,4 +1,5 @@
-"""The part of each source that a mixture reads, step by step, before anything is trained."""
+"""The part of each source that a mixture reads, step by step, before anything is
+trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +28,12 @@ class SourceUsage:
     """Times that the source was read when these steps are over."""
 
 
-def summarize_source_usage(batches: Batches, first_step: int, stop_step: int) -> list[SourceUsage]:
-    """Returns what steps `first_step` to `stop_step` (not included) of a mixture's batches read of
-    each source, in the sources' order. Steps past its end count as nothing. O(1) in the steps."""
+def summarize_source_usage(
+    batches: Batches, first_step: int, stop_step: int
+) -> list[SourceUsage]:
+    """Returns what steps `first_step` to `stop_step` (not included) of a mixture's
+    batches read of each source, in the sources' order. Steps past its end count as
+    nothing. O(1) in the steps."""
     mixture = batches.mixture
     assert mixture is not None, "one pass over a store is no mixture"
     before = mixture.count_sequences_before(first_step * batches.batch_size)
@@ -55,8 +59,8 @@ def summarize_source_usage(batches: Batches, first_step: int, stop_step: int) ->
 
 
 def list_phase_steps(phases: Sequence[Phase], num_steps: int) -> list[tuple[int, int]]:
-    """Lists the (first step, one past the last) of each phase of a run of so many steps, and of
-    each ramp between two, in order."""
+    """Lists the (first step, one past the last) of each phase of a run of so many
+    steps, and of each ramp between two, in order."""
     edges = {0, num_steps}
     for phase in phases:
         edges |= {phase.from_step, phase.from_step + phase.ramp_steps}

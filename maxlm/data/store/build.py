@@ -12,7 +12,12 @@ import numpy as np
 
 from maxlm.config import MaxlmError, check_local_path, check_path_is_text
 from maxlm.data.documents.config import SourceConfig
-from maxlm.data.store.arrays import SHARD_TOKENS, create_array, open_for_writing, write_array
+from maxlm.data.store.arrays import (
+    SHARD_TOKENS,
+    create_array,
+    open_for_writing,
+    write_array,
+)
 from maxlm.data.store.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -56,26 +61,31 @@ def build_store(
     """Tokenize a corpus into a token store in folder `out`.
 
     `out` appears only when it is complete. Until then finished parts lie beside it in
-    `.NAME.building`; a build that was killed goes on from them, and its result is the same, bit
-    for bit, as that of an unbroken one, whatever the number of workers. If `out` already holds
-    the store of these inputs nothing is done but to hash the files.
+    `.NAME.building`; a build that was killed goes on from them, and its result is the
+    same, bit for bit, as that of an unbroken one, whatever the number of workers. If
+    `out` already holds the store of these inputs nothing is done but to hash the files.
 
     Args:
         tokenizer_folder: a saved tokenizer; the store keeps a copy.
         split: which documents to take: those held out, the others, or all.
         heldout_fraction: the share held out, by `is_heldout`; not used for "all".
-        workers: processes; by default the cores this process may use. 1 works in this process.
+        workers: processes; by default the cores this process may use. 1 works in this
+            process.
         force: replace a store of other inputs.
-        join: work beside other builders of this store, on this machine or on others that share
-            the disk, each called the same way. Parts go to whoever is free; the last to be done
-            writes the store while the others wait, and all return.
+        join: work beside other builders of this store, on this machine or on others
+            that share the disk, each called the same way. Parts go to whoever is free;
+            the last to be done writes the store while the others wait, and all return.
 
     Raises:
-        MaxlmError: anything `read_documents` refuses; no documents; `out` holds a store of other
-            inputs (names the difference) or something that is no store; a disk that is full or
-            cannot be written; a build of the same store by another process, without `join`.
+        MaxlmError: anything `read_documents` refuses; no documents; `out` holds a store
+            of other inputs (names the difference) or something that is no store; a disk
+            that is full or cannot be written; a build of the same store by another
+            process, without `join`.
     """
-    out, tokenizer_folder = Path(check_path_is_text(check_local_path(out))), Path(tokenizer_folder)
+    out, tokenizer_folder = (
+        Path(check_path_is_text(check_local_path(out))),
+        Path(tokenizer_folder),
+    )
     plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers)
     building = out.with_name(f".{out.name}.building")
     if existing := _check_replaceable(out, plan.manifest, force):
@@ -83,11 +93,15 @@ def build_store(
     with WorkerPool(workers) as pool:
         if join:
             with lock_folder(building, shared=True, wait=True):
-                if not _check_replaceable(out, plan.manifest, force):  # Finished while we waited.
+                if not _check_replaceable(
+                    out, plan.manifest, force
+                ):  # Finished while we waited.
                     _make_parts(plan, building, pool, progress)
         with lock_folder(building, wait=join):
             replaced = building / "replaced"
-            if replaced.exists() and not out.exists():  # A kill came between the renames below.
+            if (
+                replaced.exists() and not out.exists()
+            ):  # A kill came between the renames below.
                 os.rename(replaced, out)
             # Meanwhile another builder may have finished it, or another store.
             if not (manifest := _check_replaceable(out, plan.manifest, force)):
@@ -95,7 +109,9 @@ def build_store(
                 with convert_write_errors(building):
                     write_manifest(building / "store", manifest)
                     if out.exists():
-                        shutil.rmtree(replaced, ignore_errors=True)  # Of a build killed at its end.
+                        shutil.rmtree(
+                            replaced, ignore_errors=True
+                        )  # Of a build killed at its end.
                         os.rename(out, replaced)
                     os.rename(building / "store", out)
             shutil.rmtree(building, ignore_errors=True)
@@ -111,10 +127,11 @@ def append_store(
 ) -> Manifest:
     """Add the documents of more files to the store in folder `out`, as a new segment.
 
-    They come after those that are there, which keep their numbers and are not touched; tokenizer,
-    split and fraction are the store's. The segment counts from when the manifest is replaced, at
-    the end: readers that opened the store before go on with what it was. A killed append goes on
-    when it is called again; one that is done is not done twice. Arguments are `build_store`'s.
+    They come after those that are there, which keep their numbers and are not touched;
+    tokenizer, split and fraction are the store's. The segment counts from when the
+    manifest is replaced, at the end: readers that opened the store before go on with
+    what it was. A killed append goes on when it is called again; one that is done is
+    not done twice. Arguments are `build_store`'s.
     """
     out = Path(check_path_is_text(check_local_path(out)))
     existing = TokenStore.open(out).manifest
@@ -127,7 +144,9 @@ def append_store(
             new = _write_segment(plan, building, existing.num_tokens, pool, progress)
             folder = out / segment_path(len(existing.segments))
             with convert_write_errors(out):
-                shutil.rmtree(folder, ignore_errors=True)  # Of an append that was killed here.
+                shutil.rmtree(
+                    folder, ignore_errors=True
+                )  # Of an append that was killed here.
                 folder.parent.mkdir(exist_ok=True)
                 os.rename(building / "store", folder)
                 existing = append_manifest(existing, new)
@@ -137,7 +156,8 @@ def append_store(
 
 
 def _check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | None:
-    """The manifest of the store in `out` if it is the planned one; None if `out` may be written."""
+    """The manifest of the store in `out` if it is the planned one; None if `out` may be
+    written."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_NAME).is_file():
@@ -158,11 +178,16 @@ def _check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | 
 
 
 def _write_segment(
-    plan: BuildPlan, building: Path, base: int | None, pool: WorkerPool, progress: Progress
+    plan: BuildPlan,
+    building: Path,
+    base: int | None,
+    pool: WorkerPool,
+    progress: Progress,
 ) -> Manifest:
     """Make the arrays of a segment in `building/store`. Returns its manifest.
 
-    The store has `base` tokens before it; None: it is a new store's, and gets the tokenizer.
+    The store has `base` tokens before it; None: it is a new store's, and gets the
+    tokenizer.
     """
     made = _make_parts(plan, building, pool, progress)
     parts = [made[index] for index in sorted(made)]
@@ -170,12 +195,16 @@ def _write_segment(
     if not any(source.num_documents for source in sources):
         shutil.rmtree(building)
         raise _no_documents(plan)
-    store, folder, dtype = building / "store", building / plan.parts_name, plan.manifest.dtype
+    store, folder, dtype = (
+        building / "store",
+        building / plan.parts_name,
+        plan.manifest.dtype,
+    )
     with convert_write_errors(building):
         shutil.rmtree(store, ignore_errors=True)
         store.mkdir()
-    # A shard is one file and is written by one worker in one go, so the result does not depend on
-    # the number of workers.
+    # A shard is one file and is written by one worker in one go, so the result does not
+    # depend on the number of workers.
     begins = np.cumsum([0, *(part.num_tokens for part in parts)])
     num_tokens = int(begins[-1])
     create_array(store, "tokens", num_tokens, dtype)
@@ -221,7 +250,9 @@ def _make_parts(
     done, total = sum(sizes[index] for index in parts), sum(sizes)
     progress("tokenizing", done, total)
     make = partial(tokenize_part, folder, plan.source, plan.tokenizer, plan.manifest)
-    for part in pool.map_unordered(make, [job for job in plan.jobs if job.index not in parts]):
+    for part in pool.map_unordered(
+        make, [job for job in plan.jobs if job.index not in parts]
+    ):
         if part is not None:
             parts[part.index] = part
             done += sizes[part.index]
@@ -229,7 +260,9 @@ def _make_parts(
     return parts
 
 
-def _count_by_source(planned: Manifest, parts: Sequence[FinishedPart]) -> tuple[SourceEntry, ...]:
+def _count_by_source(
+    planned: Manifest, parts: Sequence[FinishedPart]
+) -> tuple[SourceEntry, ...]:
     counts = [Counter[str]() for _ in planned.sources]
     for part in parts:
         for source, each in part.counts.items():
@@ -251,11 +284,14 @@ def _no_documents(plan: BuildPlan) -> MaxlmError:
 def _write_shard(
     store: Path, parts_folder: Path, dtype: str, begins: np.ndarray, start: int
 ) -> tuple[int, str]:
-    """Write the shard of tokens from `start` on; part i is tokens begins[i] to begins[i + 1].
-    Returns `start` and the shard's hash."""
+    """Write the shard of tokens from `start` on; part i is tokens begins[i] to begins[i
+    + 1]. Returns `start` and the shard's hash."""
     stop = min(start + SHARD_TOKENS, int(begins[-1]))
     shard = np.empty(stop - start, dtype)
-    first, end = np.searchsorted(begins, start, "right") - 1, np.searchsorted(begins, stop)
+    first, end = (
+        np.searchsorted(begins, start, "right") - 1,
+        np.searchsorted(begins, stop),
+    )
     for index in range(first, end):
         begin, size = begins[index], begins[index + 1] - begins[index]
         if size:

@@ -44,14 +44,16 @@ class StoreSegment(Config):
     num_tokens: int
     num_documents: int
     num_sources: int
-    """Number of the manifest's sources that are its; they follow those of the segments before."""
+    """Number of the manifest's sources that are its; they follow those of the segments
+    before."""
     offsets_sha256: str
     """SHA-256 of its offsets, as little-endian int64."""
     tokens_sha256: str
     """SHA-256 of the SHA-256s, in hexadecimal, of each 16 Mi (a shard) of its tokens as
     little-endian numbers of their dtype."""
     checksums_sha256: str | None = None
-    """SHA-256 of the list of the SHA-256s of its files; null: it was written without one."""
+    """SHA-256 of the list of the SHA-256s of its files; null: it was written without
+    one."""
     selection: str | None = None
     """The rules by which its documents were taken from corpora."""
 
@@ -101,7 +103,9 @@ class Manifest(Config):
         """Returns the manifest as of so many segments (but for `num_binary_files`)."""
         if not 1 <= num_segments <= len(self.segments):
             what = f"the store has {len(self.segments)} segments, not {num_segments}"
-            raise MaxlmError(what, where="segments", fix="ask for 1 to as many as there are")
+            raise MaxlmError(
+                what, where="segments", fix="ask for 1 to as many as there are"
+            )
         kept = self.segments[:num_segments]
         sources = self.sources[: sum(segment.num_sources for segment in kept)]
         return self.with_segments(kept, sources)
@@ -109,8 +113,11 @@ class Manifest(Config):
     def with_segments(
         self, segments: tuple[StoreSegment, ...], sources: tuple[SourceEntry, ...]
     ) -> "Manifest":
-        """Returns the manifest with these segments of these sources, and what they add up to."""
-        selections = dict.fromkeys(segment.selection for segment in segments if segment.selection)
+        """Returns the manifest with these segments of these sources, and what they add
+        up to."""
+        selections = dict.fromkeys(
+            segment.selection for segment in segments if segment.selection
+        )
         return self.model_copy(
             update={
                 "num_tokens": sum(segment.num_tokens for segment in segments),
@@ -127,7 +134,9 @@ def append_manifest(existing: Manifest, new: Manifest) -> Manifest:
     """Returns the manifest of a store with the segments of both, in this order."""
     return existing.with_segments(
         existing.segments + new.segments, existing.sources + new.sources
-    ).model_copy(update={"num_binary_files": existing.num_binary_files + new.num_binary_files})
+    ).model_copy(
+        update={"num_binary_files": existing.num_binary_files + new.num_binary_files}
+    )
 
 
 def _hash_digests(digests: Sequence[str]) -> str:
@@ -135,7 +144,8 @@ def _hash_digests(digests: Sequence[str]) -> str:
 
 
 def segment_path(segment_index: int) -> str:
-    """Returns the folder in a store of segment `segment_index` (from 0); "" is the store's own."""
+    """Returns the folder in a store of segment `segment_index` (from 0); "" is the
+    store's own."""
     return f"segments/{segment_index:06d}" if segment_index else ""
 
 
@@ -152,7 +162,9 @@ def read_manifest(folder: Place) -> Manifest:
     try:
         text = read_file(folder, MANIFEST_NAME).decode()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MaxlmError("there is no token store here", where=str(folder), fix=fix) from error
+        raise MaxlmError(
+            "there is no token store here", where=str(folder), fix=fix
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise MaxlmError(f"cannot read: {error}", where=str(path), fix=fix) from error
     try:
@@ -161,15 +173,23 @@ def read_manifest(folder: Place) -> Manifest:
         reason = str(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-        raise MaxlmError(f"damaged manifest ({reason})", where=str(path), fix=rebuild) from error
+            reason = ": ".join(
+                filter(None, (".".join(map(str, first["loc"])), first["msg"]))
+            )
+        raise MaxlmError(
+            f"damaged manifest ({reason})", where=str(path), fix=rebuild
+        ) from error
     if manifest.format_version != FORMAT_VERSION:
-        what = f"store format {manifest.format_version}; this maxlm reads {FORMAT_VERSION}"
+        what = (
+            f"store format {manifest.format_version}; this maxlm reads {FORMAT_VERSION}"
+        )
         raise MaxlmError(what, where=str(path), fix=rebuild)
     return manifest
 
 
-def is_already_appended(error_location: str, existing: Manifest, planned: Manifest) -> bool:
+def is_already_appended(
+    error_location: str, existing: Manifest, planned: Manifest
+) -> bool:
     """Whether a segment of the store holds just the files of the planned one."""
     for found in _other_settings(existing, planned):
         fix = "give the store's settings, or build a store of its own and mix the two"
@@ -202,7 +222,11 @@ def describe_differences(existing: Manifest, planned: Manifest) -> Iterator[str]
     for old, new in zip(existing.sources, planned.sources, strict=False):
         if (old.sha256, old.format) != (new.sha256, new.format):
             same = old.name == new.name
-            yield f"{new.name} has changed" if same else f"{old.name} where now {new.name} comes"
+            yield (
+                f"{new.name} has changed"
+                if same
+                else f"{old.name} where now {new.name} comes"
+            )
     old, new = len(existing.sources), len(planned.sources)
     if old != new:
         yield f"{old} files, now {new}"
@@ -212,7 +236,13 @@ def _other_settings(existing: Manifest, planned: Manifest) -> Iterator[str]:
     old, new = existing.tokenizer_fingerprint, planned.tokenizer_fingerprint
     if old != new:
         yield f"another tokenizer ({old[:12]}, now {new[:12]})"
-    for name in ("split", "heldout_fraction", "text_field", "on_bad_bytes", "piece_bytes"):
+    for name in (
+        "split",
+        "heldout_fraction",
+        "text_field",
+        "on_bad_bytes",
+        "piece_bytes",
+    ):
         old, new = getattr(existing, name), getattr(planned, name)
         if old != new:
             yield f"{name} was {old}, now {new}"

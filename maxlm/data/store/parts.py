@@ -1,7 +1,9 @@
-"""A corpus cut into parts that are tokenized apart: the unit of parallel work and of resumption.
+"""A corpus cut into parts that are tokenized apart: the unit of parallel work and of
+resumption.
 
-A part is a run of whole documents. Its files hold raw tokens (`.tokens`) and the documents'
-lengths in tokens (`.lengths`, int64); the counts (`.json`) are written last and make it finished.
+A part is a run of whole documents. Its files hold raw tokens (`.tokens`) and the
+documents' lengths in tokens (`.lengths`, int64); the counts (`.json`) are written last
+and make it finished.
 """
 
 import fcntl
@@ -64,7 +66,8 @@ class BuildPlan:
     """Manifest of the inputs, without counts."""
     jobs: list[PartJob]
     parts_name: str
-    """Name of the folder that the parts are made in; parts of other inputs lie elsewhere."""
+    """Name of the folder that the parts are made in; parts of other inputs lie
+    elsewhere."""
 
 
 def plan_build(
@@ -79,13 +82,17 @@ def plan_build(
 
     if split != "all" and not 0 < heldout_fraction < 1:
         what = f"heldout_fraction={heldout_fraction} does not lie between 0 and 1"
-        raise MaxlmError(what, fix=f'give a fraction such as 0.01, or split="all" (not "{split}")')
+        raise MaxlmError(
+            what, fix=f'give a fraction such as 0.01, or split="all" (not "{split}")'
+        )
     tokenizer = load_tokenizer(tokenizer_folder)
     listing = find_files(source)
     even = sum(file.size for file in listing.files) // 64
     part_bytes = min(max(even, MIN_PART_BYTES), MAX_PART_BYTES)
     with ThreadPoolExecutor(workers or count_usable_cores()) as threads:
-        scans = tuple(threads.map(lambda file: scan_file(file, part_bytes), listing.files))
+        scans = tuple(
+            threads.map(lambda file: scan_file(file, part_bytes), listing.files)
+        )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -101,14 +108,18 @@ def plan_build(
         selection=describe_filter_rules(listing.files),
         num_binary_files=listing.num_binary_files,
         sources=tuple(
-            SourceEntry(name=file.name, format=file.format, size=file.size, sha256=scan.sha256)
+            SourceEntry(
+                name=file.name, format=file.format, size=file.size, sha256=scan.sha256
+            )
             for file, scan in zip(listing.files, scans, strict=True)
         ),
     )
     slices = ((index, each) for index, scan in enumerate(scans) for each in scan.slices)
     units = batch_by_size(slices, lambda item: item[1].size_bytes, part_bytes)
     jobs = [PartJob(index, tuple(unit)) for index, unit in enumerate(units)]
-    digest = hashlib.sha256(f"{part_bytes} {manifest.model_dump_json()}".encode()).hexdigest()
+    digest = hashlib.sha256(
+        f"{part_bytes} {manifest.model_dump_json()}".encode()
+    ).hexdigest()
     return BuildPlan(source, tokenizer, manifest, jobs, f"parts-{digest[:16]}")
 
 
@@ -117,19 +128,29 @@ def part_path(folder: Path, index: int, suffix: str) -> Path:
 
 
 def read_finished_part(folder: Path, index: int) -> FinishedPart | None:
-    """Reads the part as an earlier run left it, or None if that run did not finish it."""
+    """Reads the part as an earlier run left it, or None if that run did not finish
+    it."""
     try:
-        return FinishedPart.model_validate_json(part_path(folder, index, "json").read_bytes())
+        return FinishedPart.model_validate_json(
+            part_path(folder, index, "json").read_bytes()
+        )
     except (FileNotFoundError, ValueError):  # a machine that went down left it empty
         return None
 
 
 def tokenize_part(
-    folder: Path, source: SourceConfig, tokenizer: "Tokenizer", planned: Manifest, job: PartJob
+    folder: Path,
+    source: SourceConfig,
+    tokenizer: "Tokenizer",
+    planned: Manifest,
+    job: PartJob,
 ) -> FinishedPart | None:
-    """Read, split and tokenize a part's documents and write its files into `folder`, unless another
-    builder, maybe on another machine, is making it: then None."""
-    with convert_write_errors(folder), open(part_path(folder, job.index, "claim"), "w") as file:
+    """Read, split and tokenize a part's documents and write its files into `folder`,
+    unless another builder, maybe on another machine, is making it: then None."""
+    with (
+        convert_write_errors(folder),
+        open(part_path(folder, job.index, "claim"), "w") as file,
+    ):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -141,13 +162,24 @@ def tokenize_part(
         counts: dict[int, Counter[str]] = {}
         num_tokens = 0
         documents = _texts(source, planned, job, counts)
-        names = (part_path(folder, job.index, suffix) for suffix in ("tokens", "lengths"))
-        with open(next(names), "wb") as tokens_file, open(next(names), "wb") as lengths_file:
+        names = (
+            part_path(folder, job.index, suffix) for suffix in ("tokens", "lengths")
+        )
+        with (
+            open(next(names), "wb") as tokens_file,
+            open(next(names), "wb") as lengths_file,
+        ):
             for texts in batch_by_size(documents, len, _BATCH_BYTES, _BATCH_DOCUMENTS):
                 encoded = tokenizer.encode_batch(texts)
-                lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + len(bos) + 1
+                lengths = (
+                    np.fromiter(map(len, encoded), np.int64, len(encoded))
+                    + len(bos)
+                    + 1
+                )
                 pieces = chain.from_iterable((bos, ids, eos) for ids in encoded)
-                tokens = np.fromiter(chain.from_iterable(pieces), dtype, int(lengths.sum()))
+                tokens = np.fromiter(
+                    chain.from_iterable(pieces), dtype, int(lengths.sum())
+                )
                 tokens_file.write(tokens.data)
                 lengths_file.write(lengths.data)
                 num_tokens += len(tokens)
@@ -158,7 +190,10 @@ def tokenize_part(
 
 
 def _texts(
-    source: SourceConfig, planned: Manifest, job: PartJob, counts: dict[int, Counter[str]]
+    source: SourceConfig,
+    planned: Manifest,
+    job: PartJob,
+    counts: dict[int, Counter[str]],
 ) -> Iterator[bytes]:
     """The texts of the store's split; adds up `counts` on the way."""
     split, fraction = planned.split, planned.heldout_fraction
@@ -169,7 +204,9 @@ def _texts(
                 count["num_dropped"] += 1
             elif not document.text:
                 count["num_left_out"] += 1
-            elif split == "all" or is_heldout(document.text, fraction) == (split == "heldout"):
+            elif split == "all" or is_heldout(document.text, fraction) == (
+                split == "heldout"
+            ):
                 count["num_documents"] += 1
                 count["text_bytes"] += len(document.text)
                 yield document.text

@@ -12,10 +12,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.arrays import SHARD_TOKENS, Offsets, make_array_error, open_for_reading
-from maxlm.data.store.manifest import Manifest, StoreSegment, read_manifest, segment_path
+from maxlm.data.store.arrays import (
+    SHARD_TOKENS,
+    Offsets,
+    make_array_error,
+    open_for_reading,
+)
+from maxlm.data.store.manifest import (
+    Manifest,
+    StoreSegment,
+    read_manifest,
+    segment_path,
+)
 from maxlm.runtime.checksums import check_files
-from maxlm.runtime.storage import Place, download_folder, get_read_failure_fix, join_place, to_place
+from maxlm.runtime.storage import (
+    Place,
+    download_folder,
+    get_read_failure_fix,
+    join_place,
+    to_place,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,9 +53,9 @@ _RESTORE = "put the store back from a copy, or build it again with maxlm corpus 
 class TokenStore:
     """A finished token store, open for reading.
 
-    Documents lie end to end in one array of tokens, each as [bos] + tokens + [eos]; document i
-    is `offsets[i]` to `offsets[i + 1]`. Pickling carries the path and the manifest; a worker
-    process opens the arrays when it first reads.
+    Documents lie end to end in one array of tokens, each as [bos] + tokens + [eos];
+    document i is `offsets[i]` to `offsets[i + 1]`. Pickling carries the path and the
+    manifest; a worker process opens the arrays when it first reads.
     """
 
     def __init__(self, place: Place, manifest: Manifest):
@@ -53,9 +69,10 @@ class TokenStore:
 
         Args:
             segments: reads the store as it was when it had so many; None is all.
-            verify: reads all of it first, and refuses it if anything is not as it was written (see
-                `verify`). False checks the manifest and the sizes of the arrays alone; each chunk
-                is checked against its own checksum when it is read, in either case.
+            verify: reads all of it first, and refuses it if anything is not as it was
+                written (see `verify`). False checks the manifest and the sizes of the
+                arrays alone; each chunk is checked against its own checksum when it is
+                read, in either case.
         """
         place = to_place(path)
         manifest = read_manifest(place)
@@ -84,12 +101,14 @@ class TokenStore:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The tokenizer that made the store; of an object store a copy, while this object lives."""
+        """The tokenizer that made the store; of an object store a copy, while this
+        object lives."""
         return self.path / "tokenizer" if self.path else Path(self._tokenizer_copy.name)
 
     @cached_property
     def offsets(self) -> np.ndarray | Offsets:
-        """Indices at which documents begin: int64 [num_documents + 1]; the last is `num_tokens`.
+        """Indices at which documents begin: int64 [num_documents + 1]; the last is
+        `num_tokens`.
 
         Of more than 4 million documents an `Offsets`, which does not hold them all.
         """
@@ -103,16 +122,21 @@ class TokenStore:
         return self.manifest.offsets_sha256
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads tokens `start` to `stop`: uint16 or uint32 [stop - start]. Raises IndexError: the
-        range does not lie within the store; MaxlmError: the data are missing or damaged."""
+        """Reads tokens `start` to `stop`: uint16 or uint32 [stop - start]. Raises
+        IndexError: the range does not lie within the store; MaxlmError: the data are
+        missing or damaged."""
         return self.read_many([start], [stop])[0]
 
-    def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+    def read_many(
+        self, starts: Sequence[int], stops: Sequence[int]
+    ) -> list[np.ndarray]:
         """Reads several ranges concurrently; see `read`."""
         ranges = [self._range(a, b) for a, b in zip(starts, stops, strict=True)]
         futures = [self._tokens[each].read() for each in ranges]
         return [
-            self._wait(future, "tokens", f"cannot read tokens {each.start} to {each.stop}")
+            self._wait(
+                future, "tokens", f"cannot read tokens {each.start} to {each.stop}"
+            )
             for future, each in zip(futures, ranges, strict=True)
         ]
 
@@ -131,17 +155,22 @@ class TokenStore:
 
     @property
     def segments_without_checksums(self) -> list[int]:
-        """Numbers, from 0, of the segments that were written without checksums of their files."""
+        """Numbers, from 0, of the segments that were written without checksums of their
+        files."""
         segments = enumerate(self.manifest.segments)
-        return [number for number, segment in segments if segment.checksums_sha256 is None]
+        return [
+            number for number, segment in segments if segment.checksums_sha256 is None
+        ]
 
     def verify(self) -> None:
-        """Reads every file and every value, and raises MaxlmError if one is not as it was written.
+        """Reads every file and every value, and raises MaxlmError if one is not as it
+        was written.
 
-        Each file is compared with its SHA-256, tokens and offsets of each segment with theirs in
-        the manifest; offsets must rise and tokens be ids of the vocabulary. The manifest itself was
-        checked when the store was opened. Of a segment without checksums of its files
-        (`segments_without_checksums`) all but the first is checked.
+        Each file is compared with its SHA-256, tokens and offsets of each segment with
+        theirs in the manifest; offsets must rise and tokens be ids of the vocabulary.
+        The manifest itself was checked when the store was opened. Of a segment without
+        checksums of its files (`segments_without_checksums`) all but the first is
+        checked.
         """
         self._verify_files()
         self._verify_values()
@@ -166,7 +195,8 @@ class TokenStore:
     def _verify_offsets(
         self, number: int, segment: StoreSegment, first_document: int, first_token: int
     ) -> None:
-        """Checks the offsets of a segment, whose documents and tokens begin at these numbers."""
+        """Checks the offsets of a segment, whose documents and tokens begin at these
+        numbers."""
         stop_document = first_document + segment.num_documents
         stop_token = first_token + segment.num_tokens
         shortest_document = 1 + self._opening
@@ -176,7 +206,9 @@ class TokenStore:
             stop = min(first + _VERIFY_DOCUMENTS, stop_document)
             offsets = self._read_offsets(slice(first, stop + 1))
             if offsets[0] != last or np.any(np.diff(offsets) < shortest_document):
-                raise self._damaged("offsets do not rise from 0 by the tokens of a document")
+                raise self._damaged(
+                    "offsets do not rise from 0 by the tokens of a document"
+                )
             # The last of these is the first of the next: hash it once.
             hashed = offsets if stop == stop_document else offsets[:-1]
             hasher.update(np.ascontiguousarray(hashed).data)
@@ -186,7 +218,9 @@ class TokenStore:
         if hasher.hexdigest() != segment.offsets_sha256:
             raise self._exchanged("offsets", number)
 
-    def _verify_tokens(self, number: int, segment: StoreSegment, first_token: int) -> None:
+    def _verify_tokens(
+        self, number: int, segment: StoreSegment, first_token: int
+    ) -> None:
         """Checks the tokens of a segment, which begin at this one of the store."""
         stop_token = first_token + segment.num_tokens
         digests: list[str] = []
@@ -196,10 +230,15 @@ class TokenStore:
             for start in range(shard_start, shard_stop, _VERIFY_TOKENS):
                 tokens = self.read(start, min(start + _VERIFY_TOKENS, shard_stop))
                 if tokens.max() >= self.manifest.vocab_size:
-                    raise self._damaged(f"token {tokens.max()} lies outside the vocabulary")
+                    raise self._damaged(
+                        f"token {tokens.max()} lies outside the vocabulary"
+                    )
                 hasher.update(np.ascontiguousarray(tokens).data)
             digests.append(hasher.hexdigest())
-        if hashlib.sha256("".join(digests).encode()).hexdigest() != segment.tokens_sha256:
+        if (
+            hashlib.sha256("".join(digests).encode()).hexdigest()
+            != segment.tokens_sha256
+        ):
             raise self._exchanged("tokens", number)
 
     @property
@@ -210,7 +249,10 @@ class TokenStore:
     @property
     def _folders(self) -> list[Place]:
         later = range(1, len(self.manifest.segments))
-        return [self.place, *(join_place(self.place, segment_path(number)) for number in later)]
+        return [
+            self.place,
+            *(join_place(self.place, segment_path(number)) for number in later),
+        ]
 
     @cached_property
     def _tokens(self):
@@ -248,17 +290,22 @@ class TokenStore:
 
     def _range(self, start: int, stop: int) -> slice:
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"[{start}, {stop}) does not lie within {self.num_tokens} tokens")
+            raise IndexError(
+                f"[{start}, {stop}) does not lie within {self.num_tokens} tokens"
+            )
         return slice(int(start), int(stop))
 
     def _wait(self, future, name: str, what: str = "array error") -> np.ndarray:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise make_array_error(join_place(self.place, name), error, _REBUILD, what) from error
+            raise make_array_error(
+                join_place(self.place, name), error, _REBUILD, what
+            ) from error
 
     def _exchanged(self, name: str, number: int) -> MaxlmError:
-        """Makes the error for an array of a segment whose values are others than were written."""
+        """Makes the error for an array of a segment whose values are others than were
+        written."""
         place = join_place(self._folders[number], name)
         message = f"the {name} of segment {number} are not those that were written"
         return MaxlmError(message, where=str(place), fix=_RESTORE)
@@ -274,14 +321,16 @@ def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer other than the one that made the store."""
     mine, other = store.manifest.tokenizer_fingerprint, tokenizer.fingerprint
     if mine != other:
-        what = f"the store was made with another tokenizer ({mine[:12]}, not {other[:12]})"
+        what = (
+            f"the store was made with another tokenizer ({mine[:12]}, not {other[:12]})"
+        )
         fix = f"use the tokenizer in {store.tokenizer_folder}, or build the store again with yours"
         raise MaxlmError(what, where=str(store.place), fix=fix)
 
 
 def describe_store(store: TokenStore) -> dict[str, Any]:
-    """Returns the manifest as JSON values, with `path`, `bytes_on_disk` (0: not on a disk here) and
-    `bytes_per_token`.
+    """Returns the manifest as JSON values, with `path`, `bytes_on_disk` (0: not on a
+    disk here) and `bytes_per_token`.
 
     Bytes per token counts bos and eos among the tokens.
     """
@@ -314,7 +363,8 @@ def summary_table(store: TokenStore) -> Table:
         "split": split,
         "source files": f"{len(manifest.sources):,}",
         "left out": f"{left_out:,} empty documents, "
-        f"{manifest.num_binary_files:,} binary files, {dropped:,} documents that rules dropped",
+        f"{manifest.num_binary_files:,} binary files, {dropped:,} documents that rules "
+        f"dropped",
         "vocabulary": f"{manifest.vocab_size:,} (bos {bos}, eos {manifest.eos_id})",
         "tokenizer": manifest.tokenizer_fingerprint[:16],
     }

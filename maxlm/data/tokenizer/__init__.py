@@ -1,5 +1,5 @@
-"""Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, WordPiece, and imported
-tokenizers."""
+"""Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, WordPiece, and
+imported tokenizers."""
 
 from maxlm.data.tokenizer.bounds import make_token_count_bound
 from maxlm.data.tokenizer.chat import (

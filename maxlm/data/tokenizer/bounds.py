@@ -1,9 +1,9 @@
 """How many tokens a text has at least, told from its characters, without encoding it.
 
-A text that is far too long for a model is refused by this number in the time of reading it once;
-the libraries take some hundred bytes of memory for each of its bytes. The number is never above
-the text's own: a token stands for no more than the longest token does, as far as a tokenizer's
-normalizer and unknown tokens let that be said.
+A text that is far too long for a model is refused by this number in the time of reading
+it once; the libraries take some hundred bytes of memory for each of its bytes. The
+number is never above the text's own: a token stands for no more than the longest token
+does, as far as a tokenizer's normalizer and unknown tokens let that be said.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +14,11 @@ from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.huggingface import EncodingSteps, HuggingFaceCodec
 
 TokenCountBound = Callable[[str], int]
-"""Returns a number that ``len(tokenizer.encode(text))`` is never below, with special tokens read
-as such or not."""
+"""Returns a number that ``len(tokenizer.encode(text))`` is never below, with special
+tokens read as such or not."""
 
-# Canonical decompositions have four code points at most (U+1F82), and none is empty: composing
-# (NFC, NFKC) makes at most that many one.
+# Canonical decompositions have four code points at most (U+1F82), and none is empty:
+# composing (NFC, NFKC) makes at most that many one.
 _MAX_COMPOSED = 4
 _CHUNK_BYTES = 1 << 20
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
@@ -40,11 +40,13 @@ def make_token_count_bound(tokenizer: Tokenizer) -> TokenCountBound:
     return lambda text: 0
 
 
-def _bound_by_bytes(token_bytes: Sequence[bytes], spaces_may_go: bool) -> TokenCountBound:
-    """Counts for a tokenizer whose tokens' bytes are the text's. Each byte is a part of one token,
-    and is at least ``1 / L`` of it, ``L`` the length of the longest token that has such a byte. So
-    the sum over all bytes of ``1 / L`` is at most the number of tokens. A byte without a token
-    counts 0."""
+def _bound_by_bytes(
+    token_bytes: Sequence[bytes], spaces_may_go: bool
+) -> TokenCountBound:
+    """Counts for a tokenizer whose tokens' bytes are the text's. Each byte is a part of
+    one token, and is at least ``1 / L`` of it, ``L`` the length of the longest token
+    that has such a byte. So the sum over all bytes of ``1 / L`` is at most the number
+    of tokens. A byte without a token counts 0."""
     longest_with = np.ones(256)
     for token in sorted(token_bytes, key=len):
         longest_with[[*set(token)]] = len(token)
@@ -52,7 +54,8 @@ def _bound_by_bytes(token_bytes: Sequence[bytes], spaces_may_go: bool) -> TokenC
     is_known[[token[0] for token in token_bytes if len(token) == 1]] = 1
     shares = is_known / longest_with
     if spaces_may_go:
-        # A special token may take spaces beside it, which Unicode has of several bytes too.
+        # A special token may take spaces beside it, which Unicode has of several bytes
+        # too.
         shares[128:] = 0
         shares[[ord(space) for space in _SPACES if space.isascii()]] = 0
 
@@ -66,9 +69,12 @@ def _bound_by_bytes(token_bytes: Sequence[bytes], spaces_may_go: bool) -> TokenC
     return count
 
 
-def _bound_by_chars(longest: int, kept_share: float, spaces_may_go: bool) -> TokenCountBound:
-    """Counts for a tokenizer that changes characters and drops none: of each text at least
-    ``kept_share * len(text)`` characters are left, and no token has more than ``longest``."""
+def _bound_by_chars(
+    longest: int, kept_share: float, spaces_may_go: bool
+) -> TokenCountBound:
+    """Counts for a tokenizer that changes characters and drops none: of each text at
+    least ``kept_share * len(text)`` characters are left, and no token has more than
+    ``longest``."""
 
     def count(text: str) -> int:
         num_chars = len(text)
@@ -80,8 +86,8 @@ def _bound_by_chars(longest: int, kept_share: float, spaces_may_go: bool) -> Tok
 
 
 def _bound_by_words(token_bytes: Sequence[bytes]) -> TokenCountBound:
-    """Counts for a tokenizer that splits at spaces, and may take a whole word for one unknown
-    token: letters and digits of ASCII are what every normalizer leaves."""
+    """Counts for a tokenizer that splits at spaces, and may take a whole word for one
+    unknown token: letters and digits of ASCII are what every normalizer leaves."""
     most_spaces = max(token.count(b" ") for token in token_bytes)
     is_word = np.zeros(256, np.bool_)
     is_word[[byte for byte in range(128) if chr(byte).isalnum()]] = True
@@ -89,7 +95,9 @@ def _bound_by_words(token_bytes: Sequence[bytes]) -> TokenCountBound:
     def count(text: str) -> int:
         num_words = 0
         for data in _iterate_chunks(text):
-            num_words += int(np.count_nonzero((data[:-1] == ord(" ")) & is_word[data[1:]]))
+            num_words += int(
+                np.count_nonzero((data[:-1] == ord(" ")) & is_word[data[1:]])
+            )
         return num_words // (1 + most_spaces)
 
     return count
@@ -103,8 +111,9 @@ def _iterate_chunks(text: str) -> Iterator[np.ndarray]:
 
 
 def _find_kept_share(steps: EncodingSteps) -> float | None:
-    """Returns the share of a text's characters that is left after normalization at least; None: it
-    cannot be told, or an unknown token stands for any number of characters."""
+    """Returns the share of a text's characters that is left after normalization at
+    least; None: it cannot be told, or an unknown token stands for any number of
+    characters."""
     if not steps.has_all_bytes or not steps.pre_tokenizers_keep_text:
         return None
     share = 1.0
@@ -114,7 +123,11 @@ def _find_kept_share(steps: EncodingSteps) -> float | None:
                 pass
             case {"type": "NFC" | "NFKC"}:
                 share /= _MAX_COMPOSED
-            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if old:
+            case {
+                "type": "Replace",
+                "pattern": {"String": str(old)},
+                "content": str(new),
+            } if old:
                 share *= min(1.0, len(new) / len(old))
             case _:
                 return None

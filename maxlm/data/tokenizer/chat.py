@@ -1,8 +1,8 @@
 """Conversations as text and ids, by the Jinja template that a tokenizer carries.
 
-Templates are written for transformers' ``apply_chat_template`` and see here what they see there:
-the same variables, filters and functions. A template of someone else's checkpoint is a program:
-it runs in Jinja's sandbox and is given plain data only.
+Templates are written for transformers' ``apply_chat_template`` and see here what they
+see there: the same variables, filters and functions. A template of someone else's
+checkpoint is a program: it runs in Jinja's sandbox and is given plain data only.
 """
 
 import json
@@ -23,11 +23,14 @@ Message = Mapping[str, Any]
 
 _TEMPLATES = {
     "chatml": "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+    "'<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% "
+    "endif %}",
     "llama3": "{{ bos_token }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if "
+    "add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
 }
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -37,8 +40,9 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
-    """Lets a tokenizer write conversations as ``config.chat`` says, if it says anything, and stop
-    at a turn's end; raises MaxlmError if its vocabulary lacks the special tokens of it."""
+    """Lets a tokenizer write conversations as ``config.chat`` says, if it says
+    anything, and stop at a turn's end; raises MaxlmError if its vocabulary lacks the
+    special tokens of it."""
     if config.chat is None:
         return
     special, needed = tokenizer.special, CHAT_TOKENS[config.chat]
@@ -47,38 +51,50 @@ def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
         fix = "use another form, or leave tokenizer.chat out and give the tokenizer a template"
         raise MaxlmError(what, where=f"tokenizer.chat={config.chat}", fix=fix)
     # Other tools, too, know a form of conversations from these files.
-    roles = {"bos_token": special.bos, "eos_token": special.eos, "pad_token": special.pad}
+    roles = {
+        "bos_token": special.bos,
+        "eos_token": special.eos,
+        "pad_token": special.pad,
+    }
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
-    described = {"tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n"}
+    described = {
+        "tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n"
+    }
     template = {_TEMPLATE_FILE: _TEMPLATES[config.chat].encode()}
     tokenizer.extra_files = described | tokenizer.extra_files | template
     stops = *tokenizer.extra_stop_ids, special.ids[needed[-1]]
     tokenizer.extra_stop_ids = tuple(dict.fromkeys(stops))
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> str:
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any
+) -> str:
     """Renders a conversation as the text that the model was, or shall be, trained on.
 
     Args:
-        variables: of the template: ``tools``, JSON schemas of functions that the model may call;
-            ``add_generation_prompt``: end with what opens the assistant's turn; any others, such
-            as ``enable_thinking``.
+        variables: of the template: ``tools``, JSON schemas of functions that the model
+            may call; ``add_generation_prompt``: end with what opens the assistant's
+            turn; any others, such as ``enable_thinking``.
     """
     return _render(tokenizer, _make_template_variables(messages, **variables))
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any) -> list[int]:
-    """Returns the ids of ``render_chat``, with special tokens where the template put them.
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any
+) -> list[int]:
+    """Returns the ids of ``render_chat``, with special tokens where the template put
+    them.
 
-    Literals of special tokens within messages stay the ordinary text that they are: nobody ends a
-    turn, or begins another's, by writing so. Settings are ``render_chat``'s.
+    Literals of special tokens within messages stay the ordinary text that they are:
+    nobody ends a turn, or begins another's, by writing so. Settings are
+    ``render_chat``'s.
     """
     return render_escaped_chat(tokenizer, messages, **settings).encode(tokenizer)
 
 
 class EscapedChat(NamedTuple):
-    """A rendered conversation, in which literals of special tokens that messages hold are told
-    apart from those that the template wrote."""
+    """A rendered conversation, in which literals of special tokens that messages hold
+    are told apart from those that the template wrote."""
 
     text: str
     escape_char: str | None
@@ -86,7 +102,11 @@ class EscapedChat(NamedTuple):
 
     def get_plain_text(self) -> str:
         """Returns the text that ids stand for."""
-        return self.text if self.escape_char is None else self.text.replace(self.escape_char, "")
+        return (
+            self.text
+            if self.escape_char is None
+            else self.text.replace(self.escape_char, "")
+        )
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         """Returns the conversation's ids, as :func:`encode_chat` does."""
@@ -100,11 +120,12 @@ def render_escaped_chat(
     continues_last: bool = False,
     **settings: Any,
 ) -> EscapedChat:
-    """Renders a conversation to be encoded later: the first half of :func:`encode_chat`.
+    """Renders a conversation to be encoded later: the first half of
+    :func:`encode_chat`.
 
     Args:
-        continues_last: end with the last message's text, which is to be continued, rather than
-            with what the template writes behind it.
+        continues_last: end with the last message's text, which is to be continued,
+            rather than with what the template writes behind it.
     """
     given, (mark, edge, _) = _disarm(tokenizer, messages, settings)
     if continues_last:
@@ -118,15 +139,19 @@ def render_escaped_chat(
 
 
 def encode_chat_turns(
-    tokenizer: Tokenizer, messages: Sequence[Message], turns: Sequence[int], **settings: Any
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    turns: Sequence[int],
+    **settings: Any,
 ) -> tuple[list[int], list[range]]:
-    """Returns the ids of ``encode_chat``, and the places among them that each of ``turns``
-    (messages by index, in order) wrote: what the template marks as {% generation %}, else from
-    behind what opens the assistant's turn to its last special token. No token crosses a turn's
-    beginning or end.
+    """Returns the ids of ``encode_chat``, and the places among them that each of
+    ``turns`` (messages by index, in order) wrote: what the template marks as {%
+    generation %}, else from behind what opens the assistant's turn to its last special
+    token. No token crosses a turn's beginning or end.
 
     Raises:
-        MaxlmError: a template that drops a message, or writes a turn otherwise once others follow.
+        MaxlmError: a template that drops a message, or writes a turn otherwise once
+            others follow.
     """
     given, (mark, *edges) = _disarm(tokenizer, messages, settings)
 
@@ -134,16 +159,22 @@ def encode_chat_turns(
         own = given | {"messages": given["messages"][:stop]} | variables
         return _render(tokenizer, own).replace(_escaped(mark), mark)
 
-    writers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    writers = [
+        i for i, message in enumerate(messages) if message["role"] == "assistant"
+    ]
     template = get_chat_template(tokenizer, with_tools=given["tools"] is not None)
     marked = {*turns} <= {*writers} and _GENERATION.search(template) is not None
     if marked:
         opening, closing = edges
-        rendered = render(len(messages), _generation_start=opening, _generation_end=closing)
+        rendered = render(
+            len(messages), _generation_start=opening, _generation_end=closing
+        )
         pieces = rendered.replace(closing, opening).split(opening)
         text = "".join(pieces)
         if len(pieces) != 2 * len(writers) + 1:
-            raise _make_template_error("does not mark each assistant turn as {% generation %}")
+            raise _make_template_error(
+                "does not mark each assistant turn as {% generation %}"
+            )
         kept = {2 * writers.index(i) + 1 for i in turns}
     else:
         text, cuts = render(len(messages)), [0]
@@ -153,7 +184,9 @@ def encode_chat_turns(
             after = render(i + 1) if i + 1 < len(messages) else text
             is_part = text.startswith(before) and text.startswith(after)
             if not is_part or not cuts[-1] <= len(before) < len(after):
-                raise _make_template_error(f"drops message {i}, or writes it otherwise at the end")
+                raise _make_template_error(
+                    f"drops message {i}, or writes it otherwise at the end"
+                )
             cuts += [len(before), len(after)]
         pieces = [text[a:b] for a, b in pairwise([*cuts, len(text)])]
         kept = {*range(1, len(pieces), 2)}
@@ -162,12 +195,20 @@ def encode_chat_turns(
         verbatim = role in ("system", "developer", "user") and isinstance(content, str)
         if verbatim and content.strip() not in text:
             raise _make_template_error(f"drops message {i}, of role {role!r}")
-    ids, spans, special = list[int](), list[range](), {*tokenizer.special_tokens.values()}
+    ids, spans, special = (
+        list[int](),
+        list[range](),
+        {*tokenizer.special_tokens.values()},
+    )
     escape = mark if mark in text else None
     for number, own in enumerate(_encode_pieces(tokenizer, pieces, escape)):
         if number in kept:
-            last = next((n for n in range(len(own), 0, -1) if own[n - 1] in special), None)
-            spans.append(range(len(ids), len(ids) + (len(own) if marked else last or len(own))))
+            last = next(
+                (n for n in range(len(own), 0, -1) if own[n - 1] in special), None
+            )
+            spans.append(
+                range(len(ids), len(ids) + (len(own) if marked else last or len(own)))
+            )
         ids += own
     return ids, spans
 
@@ -175,14 +216,17 @@ def encode_chat_turns(
 def check_tools_are_written(
     tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any
 ) -> None:
-    """Checks that the chat template writes every tool, call and result of a conversation: many
-    templates know none and pass them over. Raises MaxlmError, which names the template.
+    """Checks that the chat template writes every tool, call and result of a
+    conversation: many templates know none and pass them over. Raises MaxlmError, which
+    names the template.
 
-    Names of functions and texts of results are replaced by words that occur nowhere else, and
-    looked for in what the template then writes: a name alone might stand elsewhere too.
+    Names of functions and texts of results are replaced by words that occur nowhere
+    else, and looked for in what the template then writes: a name alone might stand
+    elsewhere too.
     """
     if not variables.get("tools") and not any(
-        message.get("tool_calls") or message.get("role") == "tool" for message in messages
+        message.get("tool_calls") or message.get("role") == "tool"
+        for message in messages
     ):
         return
     probe = _make_template_variables(messages, **variables)
@@ -209,19 +253,25 @@ def check_tools_are_written(
                 label = f"the call of {function['name']!r} in message {number}"
                 function["name"] = make_word(label)
         content = message.get("content")
-        if message.get("role") == "tool" and isinstance(content, str) and content.strip():
+        if (
+            message.get("role") == "tool"
+            and isinstance(content, str)
+            and content.strip()
+        ):
             message["content"] = make_word(f"the result of a tool in message {number}")
     try:
         written = _render(tokenizer, probe)
     except MaxlmError:
-        # A template may refuse names that are none of its own, and then knows of calls; what is
-        # wrong with the conversation itself is said when it is encoded.
+        # A template may refuse names that are none of its own, and then knows of calls;
+        # what is wrong with the conversation itself is said when it is encoded.
         return
     lost = [label for word, label in labels.items() if word not in written]
     if lost:
         name, _ = _find_chat_template(tokenizer, probe["tools"] is not None)
         fix = "use a tokenizer whose template knows tools, or leave the row out"
-        raise MaxlmError(f"the chat template {name} does not write {lost[0]}", where=name, fix=fix)
+        raise MaxlmError(
+            f"the chat template {name} does not write {lost[0]}", where=name, fix=fix
+        )
 
 
 def _get_function(entry: Any) -> dict[str, Any] | None:
@@ -241,8 +291,12 @@ def _encode_pieces(
     text, before = "", list[int]()
     for piece in pieces:
         text += piece
-        if (ids := tokenizer.encode_with_escapes(text, escape))[: len(before)] != before:
-            raise _make_template_error("lets a token cross the beginning or end of a turn")
+        if (ids := tokenizer.encode_with_escapes(text, escape))[
+            : len(before)
+        ] != before:
+            raise _make_template_error(
+                "lets a token cross the beginning or end of a turn"
+            )
         yield ids[len(before) :]
         before = ids
 
@@ -255,8 +309,13 @@ def _make_template_error(fault: str) -> MaxlmError:
 def _make_template_variables(
     messages: Sequence[Message], *, tools: Any = None, **variables: Any
 ) -> dict[str, Any]:
-    if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
-        what, fix = "messages must be a list of mappings", 'give some like {"role": "user", ...}'
+    if not isinstance(messages, list | tuple) or not all(
+        isinstance(m, Mapping) for m in messages
+    ):
+        what, fix = (
+            "messages must be a list of mappings",
+            'give some like {"role": "user", ...}',
+        )
         raise MaxlmError(what, where="messages", fix=fix)
     given: dict[str, Any] = {
         "messages": [_as_templates_read(each) for each in messages],
@@ -272,7 +331,9 @@ def _render(tokenizer: Tokenizer, given: dict[str, Any]) -> str:
     source = get_chat_template(tokenizer, with_tools=given["tools"] is not None)
     try:
         return _compile(source).render(**_special_names(tokenizer) | given)
-    except Exception as error:  # It is a program of someone else's: it may raise anything.
+    except (
+        Exception
+    ) as error:  # It is a program of someone else's: it may raise anything.
         what = f"the chat template cannot write this conversation: {error}"
         fix = "change the messages to suit the template, or the template"
         raise MaxlmError(what, fix=fix) from error
@@ -281,8 +342,8 @@ def _render(tokenizer: Tokenizer, given: dict[str, Any]) -> str:
 def _disarm(
     tokenizer: Tokenizer, messages: Sequence[Message], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """A template's variables, with a character within each literal of a special token; it, and
-    others that occur nowhere either."""
+    """A template's variables, with a character within each literal of a special token;
+    it, and others that occur nowhere either."""
     given = _make_template_variables(messages, **settings)
     free = _find_unused_chars(_as_json(given), 3)
     mark = free[0]
@@ -292,8 +353,8 @@ def _disarm(
         if any(char in string for char in firsts):
             for literal in literals:
                 string = string.replace(literal, literal[:1] + mark + literal[1:])
-        # A literal must not come about either where the template joins two strings, or trims them.
-        # Words are what templates ask for, such as roles.
+        # A literal must not come about either where the template joins two strings, or
+        # trims them. Words are what templates ask for, such as roles.
         end = len(string.rstrip())
         if string.isidentifier() or not string.endswith(beginnings, 0, end):
             return string
@@ -303,20 +364,25 @@ def _disarm(
 
 
 def _find_unused_chars(text: str, count: int) -> list[str]:
-    """Returns characters that are not in a text, nor escaped as JSON does. Raises MaxlmError: it
-    has too many of them, which a server's client may send to see what happens."""
+    """Returns characters that are not in a text, nor escaped as JSON does. Raises
+    MaxlmError: it has too many of them, which a server's client may send to see what
+    happens."""
     chars = {*text}
-    # One pass over the text: looking for each candidate in it would take its length times theirs.
+    # One pass over the text: looking for each candidate in it would take its length
+    # times theirs.
     escapes = {*_ESCAPE.findall(text)}
     unused: list[str] = []
     # Noncharacters come first: they are never in text that means anything.
     for char in map(chr, range(0xFDD0, 0x110000)):
-        if char not in chars and not escapes.issuperset(_ESCAPE.findall(_escaped(char))):
+        if char not in chars and not escapes.issuperset(
+            _ESCAPE.findall(_escaped(char))
+        ):
             unused.append(char)
             if len(unused) == count:
                 return unused
     raise MaxlmError(
-        "the conversation has every character from U+FDD0 on; three must be left to mark literals "
+        "the conversation has every character from U+FDD0 on; three must be left to "
+        "mark literals "
         "of special tokens with",
         where="messages",
         fix="leave noncharacters such as U+FDD0 to U+FDD2 out",
@@ -337,7 +403,8 @@ def _escaped(char: str) -> str:
 
 
 def _as_templates_read(message: Message) -> Message:
-    """Returns a message without what is None, its reasoning under all of transformers' names."""
+    """Returns a message without what is None, its reasoning under all of transformers'
+    names."""
     given = {key: value for key, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((given[name] for name in names if name in given), None)
@@ -368,7 +435,8 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 def get_chat_template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str:
     """Returns the Jinja template that a tokenizer carries; ``with_tools``: the one for
-    conversations with tools, where there are several. Raises MaxlmError: it carries none."""
+    conversations with tools, where there are several. Raises MaxlmError: it carries
+    none."""
     return _find_chat_template(tokenizer, with_tools)[1]
 
 
@@ -390,7 +458,9 @@ def _find_chat_template(tokenizer: Tokenizer, with_tools: bool) -> tuple[str, st
         elif found:
             return file, found
     fix = "set tokenizer.chat, import one that has a template, or give --chat-template FILE"
-    raise MaxlmError("the tokenizer carries no chat template", where=_TEMPLATE_FILE, fix=fix)
+    raise MaxlmError(
+        "the tokenizer carries no chat template", where=_TEMPLATE_FILE, fix=fix
+    )
 
 
 @lru_cache(maxsize=16)  # These files are long, and every text needs them.
@@ -400,9 +470,14 @@ def _read_json(data: bytes) -> Mapping[str, Any]:
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """bos_token, eos_token and so on: what the tokenizer's files say of them, or its roles."""
+    """bos_token, eos_token and so on: what the tokenizer's files say of them, or its
+    roles."""
     special = tokenizer.special
-    names = {"bos_token": special.bos, "eos_token": special.eos, "pad_token": special.pad}
+    names = {
+        "bos_token": special.bos,
+        "eos_token": special.eos,
+        "pad_token": special.pad,
+    }
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         for name, token in _read_json(tokenizer.extra_files.get(file, b"{}")).items():
             if name.endswith("_token") and not isinstance(token, bool):
@@ -418,7 +493,8 @@ def _compile(source: str):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}: what the assistant wrote, between two variables' values, if given."""
+        """{% generation %}: what the assistant wrote, between two variables' values, if
+        given."""
 
         tags: set[str] = {"generation"}  # noqa: RUF012  (as Jinja declares it)
 
@@ -436,8 +512,8 @@ def _compile(source: str):
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     # Jinja's own tojson escapes for HTML.
-    environment.filters["tojson"] = lambda value, ensure_ascii=False, **layout: json.dumps(
-        value, ensure_ascii=ensure_ascii, **layout
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, **layout: (
+        json.dumps(value, ensure_ascii=ensure_ascii, **layout)
     )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

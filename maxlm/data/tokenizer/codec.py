@@ -1,9 +1,10 @@
 """Text <-> ids: the tokenizer, over the library that runs its model file.
 
-The libraries take valid Unicode only, and SentencePiece confuses U+2581 with a space. Those parts
-of a text become ``bytes`` segments, which turn into byte tokens one for one without passing through
-the library; everything else stays a ``str`` segment. Long segments are cut further where no token
-can cross the cut, so that one huge document still uses every core and bounded memory.
+The libraries take valid Unicode only, and SentencePiece confuses U+2581 with a space.
+Those parts of a text become ``bytes`` segments, which turn into byte tokens one for one
+without passing through the library; everything else stays a ``str`` segment. Long
+segments are cut further where no token can cross the cut, so that one huge document
+still uses every core and bounded memory.
 """
 
 import codecs
@@ -22,8 +23,9 @@ from maxlm.data.batching import batch_by_size
 from maxlm.data.tokenizer import files
 from maxlm.data.tokenizer.config import Kind
 
-# Characters handed to the library at once: bounds the memory of its own results, some 30 bytes a
-# character until they are lists. Measured faster than whole batches: it is reused while in cache.
+# Characters handed to the library at once: bounds the memory of its own results, some
+# 30 bytes a character until they are lists. Measured faster than whole batches: it is
+# reused while in cache.
 BATCH_CHARS = 1_048_576
 SEGMENT_CHARS = 16_384
 
@@ -46,12 +48,13 @@ class Codec(Protocol):
     lossless: bool = True
     """Whether the bytes of a text's ids are the text."""
     ordinary_special_ids: frozenset[int] = frozenset()
-    """Ids of special tokens that ordinary text may have: an unknown character's, those of bytes and
-    of single characters."""
+    """Ids of special tokens that ordinary text may have: an unknown character's, those
+    of bytes and of single characters."""
     unknown_ids: frozenset[int] = frozenset()
     """Ids that stand for everything outside the vocabulary."""
     encodes_special_tokens: bool = False
-    """Whether the library itself looks for special tokens, and may swallow spaces beside them."""
+    """Whether the library itself looks for special tokens, and may swallow spaces
+    beside them."""
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
         """Encode segments of valid Unicode without reserved characters, in parallel."""
@@ -60,8 +63,8 @@ class Codec(Protocol):
     def encode_segments_with_special(
         self, segments: list[str], escape_char: str | None = None
     ) -> list[list[int]]:
-        """Encodes segments with special tokens' ids for their literals, where the library can;
-        see ``Tokenizer.encode_with_escapes`` for ``escape_char``."""
+        """Encodes segments with special tokens' ids for their literals, where the
+        library can; see ``Tokenizer.encode_with_escapes`` for ``escape_char``."""
         raise AssertionError("this library does not look for special tokens")
 
     def bytes_at_text_start(self, token_id: int) -> bytes:
@@ -83,7 +86,8 @@ class SpecialTokens:
     pad: str | None = None
 
     def split(self, text: bytes) -> list[bytes]:
-        """Returns ordinary text at even places, literals of special tokens at odd ones."""
+        """Returns ordinary text at even places, literals of special tokens at odd
+        ones."""
         longest_first = sorted(self.ids, key=len, reverse=True)
         pattern = "|".join(re.escape(literal) for literal in longest_first)
         return re.split(f"({pattern})".encode(), text)
@@ -92,15 +96,16 @@ class SpecialTokens:
 class Tokenizer:
     """Text <-> ids. Picklable; workers rebuild the library's model.
 
-    For every text ``decode_bytes(encode(text))`` is the text if the tokenizer is ``lossless``:
-    every one that maxlm trained but WordPiece is, an imported one if its own rules are (see
-    ``HuggingFaceCodec``). No id in ``special_tokens`` is among ``encode(text)`` unless
-    ``allow_special`` is set.
+    For every text ``decode_bytes(encode(text))`` is the text if the tokenizer is
+    ``lossless``: every one that maxlm trained but WordPiece is, an imported one if its
+    own rules are (see ``HuggingFaceCodec``). No id in ``special_tokens`` is among
+    ``encode(text)`` unless ``allow_special`` is set.
 
     Args:
         opens_with_bos: whether documents open with bos.
         extra_stop_ids: ids that end a continuation besides eos.
-        extra_files: files by name that an imported tokenizer came with, kept for export.
+        extra_files: files by name that an imported tokenizer came with, kept for
+            export.
     """
 
     def __init__(
@@ -120,7 +125,8 @@ class Tokenizer:
         self.extra_stop_ids = tuple(extra_stop_ids)
         self.extra_files = dict(extra_files or {})
         self.fingerprint = _hash_tokenizer(kind, codec, special, opens_with_bos)
-        """sha256, in hex, of all that decides which ids a text gets; unchanged by save and load."""
+        """sha256, in hex, of all that decides which ids a text gets; unchanged by save
+        and load."""
 
     @property
     def vocab_size(self) -> int:
@@ -139,7 +145,8 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a continuation: ``eos_id``, and those that a checkpoint names."""
+        """The ids that end a continuation: ``eos_id``, and those that a checkpoint
+        names."""
         return tuple(dict.fromkeys((self.eos_id, *self.extra_stop_ids)))
 
     @property
@@ -149,40 +156,53 @@ class Tokenizer:
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
-        """The ids to put before a document or a prompt: ``(bos_id,)``, or none for an imported
-        tokenizer that does not do so itself (GPT-2, Qwen, SmolLM2)."""
+        """The ids to put before a document or a prompt: ``(bos_id,)``, or none for an
+        imported tokenizer that does not do so itself (GPT-2, Qwen, SmolLM2)."""
         return (self.bos_id,) if self.opens_with_bos else ()
 
     @property
     def lossless(self) -> bool:
-        """Whether every text comes back. False: a normaliser may have changed it for good."""
+        """Whether every text comes back. False: a normaliser may have changed it for
+        good."""
         return self.codec.lossless
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Every special token's literal and id, in order of id, but for those that an imported
-        tokenizer gives to ordinary text (``Codec.ordinary_special_ids``)."""
+        """Every special token's literal and id, in order of id, but for those that an
+        imported tokenizer gives to ordinary text (``Codec.ordinary_special_ids``)."""
         ordinary = self.codec.ordinary_special_ids
-        return {literal: i for literal, i in self.special.ids.items() if i not in ordinary}
+        return {
+            literal: i for literal, i in self.special.ids.items() if i not in ordinary
+        }
 
     def encode(self, text: str | bytes, *, allow_special: bool = False) -> list[int]:
         """Encode one text. No bos or eos is added.
 
-        Bytes need not be valid UTF-8, and a lone surrogate in a str stands for its three bytes.
-        An imported tokenizer may have no ids for stray bytes: it reads U+FFFD instead.
+        Bytes need not be valid UTF-8, and a lone surrogate in a str stands for its
+        three bytes. An imported tokenizer may have no ids for stray bytes: it reads
+        U+FFFD instead.
 
         Args:
-            allow_special: True turns each literal of a special token into its id: for templates
-                and prompts that we wrote ourselves. False encodes those literals as the ordinary
-                text they are: for anything a user or a corpus supplied.
+            allow_special: True turns each literal of a special token into its id: for
+                templates and prompts that we wrote ourselves. False encodes those
+                literals as the ordinary text they are: for anything a user or a corpus
+                supplied.
         """
-        return self.encode_with_escapes(text) if allow_special else self.encode_batch([text])[0]
+        return (
+            self.encode_with_escapes(text)
+            if allow_special
+            else self.encode_batch([text])[0]
+        )
 
-    def encode_with_escapes(self, text: str | bytes, escape_char: str | None = None) -> list[int]:
-        """Runs ``encode(text, allow_special=True)`` without the character ``escape_char``: literals
-        that contain it stay ordinary text."""
+    def encode_with_escapes(
+        self, text: str | bytes, escape_char: str | None = None
+    ) -> list[int]:
+        """Runs ``encode(text, allow_special=True)`` without the character
+        ``escape_char``: literals that contain it stay ordinary text."""
         if self.codec.encodes_special_tokens:
-            encode = partial(self.codec.encode_segments_with_special, escape_char=escape_char)
+            encode = partial(
+                self.codec.encode_segments_with_special, escape_char=escape_char
+            )
             return self._encode([text], encode)[0]
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         parts = self.special.split(raw)
@@ -198,13 +218,15 @@ class Tokenizer:
         return self._encode(texts, self.codec.encode_segments)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns ids' text; special tokens as literals, bytes that are not UTF-8 as U+FFFD."""
+        """Returns ids' text; special tokens as literals, bytes that are not UTF-8 as
+        U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], *, continued: bool = False) -> bytes:
-        """Returns the exact bytes of ids; special tokens as their literals. ``continued``: the ids
-        follow others. It matters to imported tokenizers that put a space before a text and take it
-        away again: within a text a space is the text's own."""
+        """Returns the exact bytes of ids; special tokens as their literals.
+        ``continued``: the ids follow others. It matters to imported tokenizers that put
+        a space before a text and take it away again: within a text a space is the
+        text's own."""
         ids = [int(i) for i in ids]
         # A negative index would silently count from the end.
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
@@ -212,14 +234,19 @@ class Tokenizer:
             what = f"token id {wrong} is outside [0, {self.vocab_size})"
             raise MaxlmError(what, fix="decode with the tokenizer that made the ids")
         pieces = [self.codec.token_bytes[i] for i in ids]
-        first = None if continued else next((n for n, piece in enumerate(pieces) if piece), None)
+        first = (
+            None
+            if continued
+            else next((n for n, piece in enumerate(pieces) if piece), None)
+        )
         if first is not None:
             pieces[first] = self.codec.bytes_at_text_start(ids[first])
         return b"".join(pieces)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write the tokenizer into ``folder``, made if need be; ``load_tokenizer`` reads it back.
-        A break on the way into an old folder leaves one that fails to load."""
+        """Write the tokenizer into ``folder``, made if need be; ``load_tokenizer``
+        reads it back. A break on the way into an old folder leaves one that fails to
+        load."""
         metadata = files.TokenizerMetadata(
             format=files.FORMAT,
             kind=self.kind,
@@ -233,9 +260,13 @@ class Tokenizer:
             stops=self.extra_stop_ids,
             carried=tuple(self.extra_files),
         )
-        described = metadata.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n"
+        described = (
+            metadata.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n"
+        )
         contents = {**self.files_to_export(), files.METADATA: described}
-        stale = {files.JSON_FILE, files.SENTENCEPIECE_FILE, *files.CARRIED} - {*contents}
+        stale = {files.JSON_FILE, files.SENTENCEPIECE_FILE, *files.CARRIED} - {
+            *contents
+        }
         files.write_files(contents, Path(folder), stale)
 
     def files_to_export(self) -> dict[str, bytes]:
@@ -243,11 +274,15 @@ class Tokenizer:
         return {self.codec.file_name: self.codec.data, **self.extra_files}
 
     def _encode(
-        self, texts: Sequence[str | bytes], encode: Callable[[list[str]], list[list[int]]]
+        self,
+        texts: Sequence[str | bytes],
+        encode: Callable[[list[str]], list[list[int]]],
     ) -> list[list[int]]:
         results: list[list[int]] = [[] for _ in texts]
         byte_ids = self.codec.byte_ids
-        for batch in batch_by_size(self._split(texts), lambda each: len(each[1]), BATCH_CHARS):
+        for batch in batch_by_size(
+            self._split(texts), lambda each: len(each[1]), BATCH_CHARS
+        ):
             valid = [segment for _, segment in batch if isinstance(segment, str)]
             encoded = iter(encode(valid) if valid else ())
             for i, segment in batch:
@@ -263,18 +298,24 @@ class Tokenizer:
         for i, text in enumerate(texts):
             if self.codec.byte_ids is None:
                 valid, _ = _to_str(text)
-                text = valid.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            for segment in split_segments(text, reserved_chars=reserved, cut_pattern=pattern):
+                text = valid.encode("utf-8", "surrogateescape").decode(
+                    "utf-8", "replace"
+                )
+            for segment in split_segments(
+                text, reserved_chars=reserved, cut_pattern=pattern
+            ):
                 yield i, segment
 
 
 class StreamDecoder:
     """Turns ids into text as soon as whole characters are known.
 
-    All that ``push`` and the final ``flush`` return, joined, is ``tokenizer.decode`` of all ids.
+    All that ``push`` and the final ``flush`` return, joined, is ``tokenizer.decode`` of
+    all ids.
 
     Args:
-        continued: the ids go on after others, such as a prompt's (see ``Tokenizer.decode_bytes``).
+        continued: the ids go on after others, such as a prompt's (see
+            ``Tokenizer.decode_bytes``).
     """
 
     def __init__(self, tokenizer: Tokenizer, *, continued: bool = False):
@@ -283,15 +324,19 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Returns the text that this id completes: empty inside a character of several tokens."""
+        """Returns the text that this id completes: empty inside a character of several
+        tokens."""
         data = self._tokenizer.decode_bytes([token_id], continued=self._within)
         if not self._within:
             # An id without a token says nothing: the text has not begun.
-            self._within = self._tokenizer.decode_bytes([token_id], continued=True) != b""
+            self._within = (
+                self._tokenizer.decode_bytes([token_id], continued=True) != b""
+            )
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """Ends the text: returns U+FFFD if a character was left unfinished, else nothing."""
+        """Ends the text: returns U+FFFD if a character was left unfinished, else
+        nothing."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         self._within = self._continued
@@ -301,7 +346,8 @@ class StreamDecoder:
 def split_segments(
     text: str | bytes, *, reserved_chars: str, cut_pattern: re.Pattern[str]
 ) -> list[str | bytes]:
-    """Split a text into segments whose UTF-8 bytes, joined, are the text's; see ``Codec``."""
+    """Split a text into segments whose UTF-8 bytes, joined, are the text's; see
+    ``Codec``."""
     valid, clean = _to_str(text)
     if clean and not any(char in valid for char in reserved_chars):
         return list(cut_text(valid, SEGMENT_CHARS, cut_pattern))
@@ -316,9 +362,12 @@ def split_segments(
 
 
 def cut_text(text: str, min_chars: int, cut_pattern: re.Pattern[str]) -> Iterator[str]:
-    """Cut ``text`` at the first ``cut_pattern`` after every ``min_chars`` characters."""
+    """Cut ``text`` at the first ``cut_pattern`` after every ``min_chars``
+    characters."""
     start = 0
-    while len(text) - start > min_chars and (found := cut_pattern.search(text, start + min_chars)):
+    while len(text) - start > min_chars and (
+        found := cut_pattern.search(text, start + min_chars)
+    ):
         yield text[start : found.end()]
         start = found.end()
     if start < len(text):
@@ -326,7 +375,8 @@ def cut_text(text: str, min_chars: int, cut_pattern: re.Pattern[str]) -> Iterato
 
 
 def _to_str(text: str | bytes) -> tuple[str, bool]:
-    """The text with each stray byte as a surrogate in U+DC80..U+DCFF, and whether there is none."""
+    """The text with each stray byte as a surrogate in U+DC80..U+DCFF, and whether there
+    is none."""
     if isinstance(text, bytes):
         try:
             return text.decode("utf-8"), True
@@ -339,7 +389,9 @@ def _to_str(text: str | bytes) -> tuple[str, bool]:
         return _to_str(text.encode("utf-8", "surrogatepass"))
 
 
-def _hash_tokenizer(kind: Kind, codec: Codec, special: SpecialTokens, opens: bool) -> str:
+def _hash_tokenizer(
+    kind: Kind, codec: Codec, special: SpecialTokens, opens: bool
+) -> str:
     roles = [kind, special.bos, special.eos, special.pad, special.ids]
     if not opens:
         roles.append("no opening")

@@ -9,10 +9,14 @@ from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
 
 
 def extend_tokenizer(tokenizer: Tokenizer, literals: Sequence[str]) -> Tokenizer:
-    """Returns a tokenizer with more special tokens, whose ids follow its own; those that it has
-    keep theirs. Raises MaxlmError: a SentencePiece model, which holds its tokens in a form that is
-    not written here."""
-    new = [literal for literal in dict.fromkeys(literals) if literal not in tokenizer.special.ids]
+    """Returns a tokenizer with more special tokens, whose ids follow its own; those
+    that it has keep theirs. Raises MaxlmError: a SentencePiece model, which holds its
+    tokens in a form that is not written here."""
+    new = [
+        literal
+        for literal in dict.fromkeys(literals)
+        if literal not in tokenizer.special.ids
+    ]
     if not new:
         return tokenizer
     codec = tokenizer.codec
@@ -24,7 +28,9 @@ def extend_tokenizer(tokenizer: Tokenizer, literals: Sequence[str]) -> Tokenizer
     vocab = codec.get_vocab()
     added = [literal for literal in new if literal not in vocab]
     ids = {literal: vocab[literal] for literal in new if literal in vocab}
-    ids |= {literal: tokenizer.vocab_size + number for number, literal in enumerate(added)}
+    ids |= {
+        literal: tokenizer.vocab_size + number for number, literal in enumerate(added)
+    }
     spec = json.loads(codec.known_data)
     for literal, token_id in ids.items():
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -35,7 +41,9 @@ def extend_tokenizer(tokenizer: Tokenizer, literals: Sequence[str]) -> Tokenizer
     return Tokenizer(
         tokenizer.kind,
         HuggingFaceCodec(data, special, splits_by_pattern=tokenizer.kind == "bpe"),
-        SpecialTokens(special, tokenizer.special.bos, tokenizer.special.eos, tokenizer.special.pad),
+        SpecialTokens(
+            special, tokenizer.special.bos, tokenizer.special.eos, tokenizer.special.pad
+        ),
         opens_with_bos=tokenizer.opens_with_bos,
         extra_stop_ids=tokenizer.extra_stop_ids,
         extra_files=tokenizer.extra_files,

@@ -1,5 +1,5 @@
-"""A tokenizer's folder: the library's model file, ``maxlm_tokenizer.json`` beside it, and the
-files that an imported tokenizer came with."""
+"""A tokenizer's folder: the library's model file, ``maxlm_tokenizer.json`` beside it,
+and the files that an imported tokenizer came with."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -52,7 +52,8 @@ class TokenizerMetadata(Config):
 
 
 def has_tokenizer_files(folder: str | PathLike[str]) -> bool:
-    """Whether ``folder`` has any file that ``Tokenizer.save`` would replace or remove."""
+    """Whether ``folder`` has any file that ``Tokenizer.save`` would replace or
+    remove."""
     names = (METADATA, JSON_FILE, SENTENCEPIECE_FILE, *CARRIED)
     return any((Path(folder) / name).exists() for name in names)
 
@@ -68,7 +69,9 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
         metadata = TokenizerMetadata.model_validate_json(read_file(path))
     except ValidationError as error:
         first = error.errors()[0]
-        fault = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        fault = ": ".join(
+            filter(None, (".".join(map(str, first["loc"])), first["msg"]))
+        )
         raise make_damaged_file_error(path, fault) from error
     if metadata.format != FORMAT:
         what = f"tokenizer format {metadata.format} is not {FORMAT}"
@@ -79,8 +82,11 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
     return metadata
 
 
-def write_files(contents: dict[str, bytes], folder: Path, stale: Iterable[str] = ()) -> None:
-    """Write files into a folder, all or, where the disk is full, none; remove the stale ones."""
+def write_files(
+    contents: dict[str, bytes], folder: Path, stale: Iterable[str] = ()
+) -> None:
+    """Write files into a folder, all or, where the disk is full, none; remove the stale
+    ones."""
     with convert_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as files:

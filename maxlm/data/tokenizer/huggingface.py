@@ -1,8 +1,9 @@
-"""A tokenizer.json, run by Hugging Face's `tokenizers`: trained by maxlm or of a checkpoint.
+"""A tokenizer.json, run by Hugging Face's `tokenizers`: trained by maxlm or of a
+checkpoint.
 
-The library decodes whole sequences. The decoders taken here treat tokens one by one, but for the
-first of a text (whose leading space may be one that the encoder put there): so each id has bytes of
-its own, and text can be streamed. Any other decoder is refused.
+The library decodes whole sequences. The decoders taken here treat tokens one by one,
+but for the first of a text (whose leading space may be one that the encoder put there):
+so each id has bytes of its own, and text can be streamed. Any other decoder is refused.
 """
 
 import json
@@ -15,23 +16,25 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec
 from maxlm.data.tokenizer.files import JSON_FILE
 
-# A word, with one space or sign before it; digits by threes at most, so that numbers are spelled in
-# few ways; punctuation, with the line ends that follow; blanks at a line's end, then line ends;
-# indentation, less the blank that goes with a word. The first that matches takes a character.
+# A word, with one space or sign before it; digits by threes at most, so that numbers
+# are spelled in few ways; punctuation, with the line ends that follow; blanks at a
+# line's end, then line ends; indentation, less the blank that goes with a word. The
+# first that matches takes a character.
 PATTERN = (
     r"[^\p{L}\p{M}\p{N}\r\n]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|[^\S\r\n]*[\r\n]+|[^\S\r\n]+(?!\S)|[^\S\r\n]+"
 )
-"""Pattern by which our byte-level BPE tokenizers split a text: no merge crosses a border."""
-# By PATTERN nothing runs over a line end into a character that is not one itself, nor from a sign
-# or letter into a space.
+"""Pattern by which our byte-level BPE tokenizers split a text: no merge crosses a
+border."""
+# By PATTERN nothing runs over a line end into a character that is not one itself, nor
+# from a sign or letter into a space.
 PATTERN_CUT = re.compile(r"\n(?![\r\n])|[!-~](?= )")
 _NEVER = re.compile(r"(?!)")
 _HIGH_BYTE = re.compile(r"<0x([89A-Fa-f][0-9A-Fa-f])>")
 _FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
 
-# Kinds of pre-tokenizers that split a text without dropping any of it, but for a behaviour
-# "Removed".
+# Kinds of pre-tokenizers that split a text without dropping any of it, but for a
+# behaviour "Removed".
 _SPLITTERS = frozenset(("ByteLevel", "Digits", "Split", "Punctuation", "Metaspace"))
 _SPACE_SPLITTERS = frozenset(("BertPreTokenizer", "Whitespace", "WhitespaceSplit"))
 
@@ -42,7 +45,8 @@ class EncodingSteps(NamedTuple):
     normalizers: list[dict[str, Any]]
     """Steps of the normalizer, as the file has them."""
     tokens_are_bytes: bool
-    """Whether tokens' bytes are the text's, but for bytes that have no token, which are dropped."""
+    """Whether tokens' bytes are the text's, but for bytes that have no token, which are
+    dropped."""
     pre_tokenizers_keep_text: bool
     splits_at_spaces: bool
     """Whether no token but an added one has characters from both sides of a space."""
@@ -57,13 +61,15 @@ class EncodingSteps(NamedTuple):
 class HuggingFaceCodec(Codec):
     """A tokenizer.json as a ``Codec``; ids are the `tokenizers` library's own.
 
-    A document is cut only if maxlm's own PATTERN splits it: another pre-tokeniser or normaliser may
-    look past any character. What comes back of a text depends on the file: all of it, for any
-    bytes, from byte-level BPE with all 256 bytes and no normaliser.
+    A document is cut only if maxlm's own PATTERN splits it: another pre-tokeniser or
+    normaliser may look past any character. What comes back of a text depends on the
+    file: all of it, for any bytes, from byte-level BPE with all 256 bytes and no
+    normaliser.
 
     Args:
-        special: literals of special tokens, those too that the file does not mark as such. If there
-            are any, others that the file marks are unknown here: ``left_out``.
+        special: literals of special tokens, those too that the file does not mark as
+            such. If there are any, others that the file marks are unknown here:
+            ``left_out``.
         splits_by_pattern: whether the file is one that maxlm trained.
     """
 
@@ -72,7 +78,11 @@ class HuggingFaceCodec(Codec):
     encodes_special_tokens = True
 
     def __init__(
-        self, data: bytes, special: Iterable[str] = (), *, splits_by_pattern: bool = False
+        self,
+        data: bytes,
+        special: Iterable[str] = (),
+        *,
+        splits_by_pattern: bool = False,
     ):
         self.data = data
         self._special = tuple(special)
@@ -88,7 +98,9 @@ class HuggingFaceCodec(Codec):
         # Of ids between them that are no tokens the empty one.
         tokens = [self._library.id_to_token(i) or "" for i in range(size)]
         self._decoder = TokenDecoder(self._library.decoder, spec["decoder"])
-        self._tokens = [(t, i in added and vocab.get(t) != i) for i, t in enumerate(tokens)]
+        self._tokens = [
+            (t, i in added and vocab.get(t) != i) for i, t in enumerate(tokens)
+        ]
         self.token_bytes = [self._bytes_of(i, first=False) for i in range(len(tokens))]
         byte_ids = _byte_ids(spec, vocab)
         self.lossless = byte_ids is not None and _keeps_text(spec)
@@ -103,7 +115,9 @@ class HuggingFaceCodec(Codec):
         pieces = (i for i in self._pieces_to_avoid if vocab.get(tokens[i]) == i)
         self._respelled = {i: self._respell(tokens[i]) for i in pieces}
         unknown = spec["model"].get("unk_id"), vocab.get(spec["model"].get("unk_token"))
-        self.unknown_ids = frozenset(i for i in unknown if i is not None and not byte_ids)
+        self.unknown_ids = frozenset(
+            i for i in unknown if i is not None and not byte_ids
+        )
         found = self.unknown_ids.union(fallback, *self._respelled.values())
         self.ordinary_special_ids = self._special_ids & found
         self._forbidden = self._special_ids - found
@@ -115,7 +129,10 @@ class HuggingFaceCodec(Codec):
 
     def __reduce__(self):
         is_own = self.cut_pattern is PATTERN_CUT
-        return partial(HuggingFaceCodec, splits_by_pattern=is_own), (self.data, self._special)
+        return partial(HuggingFaceCodec, splits_by_pattern=is_own), (
+            self.data,
+            self._special,
+        )
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
         return [self._without_special(ids) for ids in _encode(self._library, segments)]
@@ -128,7 +145,8 @@ class HuggingFaceCodec(Codec):
         return [self._encode_disarmed(segment, escape_char) for segment in segments]
 
     def _encode_disarmed(self, segment: str, mark: str) -> list[int]:
-        # The library sees the mark, so that no literal which contains it is one; its own ids go.
+        # The library sees the mark, so that no literal which contains it is one; its
+        # own ids go.
         encoding = self._marked.encode(segment, add_special_tokens=False)
         ids: list[int] = []
         for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -153,7 +171,8 @@ class HuggingFaceCodec(Codec):
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Tokens that are marked as special, in the file or by ``special``, in order of id."""
+        """Tokens that are marked as special, in the file or by ``special``, in order of
+        id."""
         added = self._library.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
@@ -162,24 +181,33 @@ class HuggingFaceCodec(Codec):
         return self._library.get_vocab(with_added_tokens=True)
 
     def get_prefix_and_suffix(self) -> tuple[list[str], list[str]]:
-        """The tokens that the library puts before and after a text when asked for special ones."""
+        """The tokens that the library puts before and after a text when asked for
+        special ones."""
         encoding = self._marked.encode("a")
-        ordinary = [i for i, mark in enumerate(encoding.special_tokens_mask) if not mark]
+        ordinary = [
+            i for i, mark in enumerate(encoding.special_tokens_mask) if not mark
+        ]
         if not ordinary:
             return [], []
         return encoding.tokens[: ordinary[0]], encoding.tokens[ordinary[-1] + 1 :]
 
     @cached_property
     def _marked(self):
-        """The library with eyes for special tokens: it has one switch for all threads."""
+        """The library with eyes for special tokens: it has one switch for all
+        threads."""
         return _open(self._known, self._special)
 
     def _bytes_of(self, i: int, *, first: bool) -> bytes:
         token, is_added = self._tokens[i]
-        return self._decoder.decode(token, first=first, is_added=is_added) if token else b""
+        return (
+            self._decoder.decode(token, first=first, is_added=is_added)
+            if token
+            else b""
+        )
 
     def _respell(self, token: str) -> list[int]:
-        """Ids of a piece's characters without special ones, as far as the vocabulary has them."""
+        """Ids of a piece's characters without special ones, as far as the vocabulary
+        has them."""
         ids = [piece.id for piece in self._library.model.tokenize(token)]
         if len(token) < 2 or self._pieces_to_avoid.isdisjoint(ids):
             return ids
@@ -187,10 +215,14 @@ class HuggingFaceCodec(Codec):
 
 
 def _encode(library: Any, segments: list[str]) -> list[list[int]]:
-    # The batch call starts a thread pool, which a later fork would then have to do without.
+    # The batch call starts a thread pool, which a later fork would then have to do
+    # without.
     if len(segments) == 1:
         return [library.encode(segments[0], add_special_tokens=False).ids]
-    return [each.ids for each in library.encode_batch_fast(segments, add_special_tokens=False)]
+    return [
+        each.ids
+        for each in library.encode_batch_fast(segments, add_special_tokens=False)
+    ]
 
 
 def _open(data: bytes, special: Iterable[str]):
@@ -202,7 +234,9 @@ def _open(data: bytes, special: Iterable[str]):
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
-    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    added = {
+        token.content: token for token in tokenizer.get_added_tokens_decoder().values()
+    }
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     marked = []
     for literal in special:
@@ -214,9 +248,11 @@ def _open(data: bytes, special: Iterable[str]):
     return tokenizer
 
 
-def _known(data: bytes, special: tuple[str, ...]) -> tuple[bytes, dict[str, Any], tuple[str, ...]]:
-    """A file without the tokens that it marks as special and ``special`` lacks, what is in it, and
-    these tokens."""
+def _known(
+    data: bytes, special: tuple[str, ...]
+) -> tuple[bytes, dict[str, Any], tuple[str, ...]]:
+    """A file without the tokens that it marks as special and ``special`` lacks, what is
+    in it, and these tokens."""
     spec = json.loads(data)
     added = spec.get("added_tokens") or []
     lost = {token["content"] for token in added if token["special"]} - {*special}
@@ -224,7 +260,9 @@ def _known(data: bytes, special: tuple[str, ...]) -> tuple[bytes, dict[str, Any]
         return data, spec, ()
     spec["added_tokens"] = [token for token in added if token["content"] not in lost]
     if isinstance(vocab := spec["model"].get("vocab"), dict):
-        spec["model"]["vocab"] = {token: i for token, i in vocab.items() if token not in lost}
+        spec["model"]["vocab"] = {
+            token: i for token, i in vocab.items() if token not in lost
+        }
     return json.dumps(spec).encode(), spec, tuple(sorted(lost))
 
 
@@ -248,13 +286,16 @@ def _keeps_text(spec: dict[str, Any]) -> bool:
     known = {"ByteLevel", "Digits", "Split", "Punctuation"}
     return (
         spec["normalizer"] is None
-        and {part["type"] for part in flatten_tokenizer_component(spec["decoder"])} == {"ByteLevel"}
+        and {part["type"] for part in flatten_tokenizer_component(spec["decoder"])}
+        == {"ByteLevel"}
         and "merges" in model
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
         and any(part["type"] == "ByteLevel" for part in pre)
         and not any(part.get("add_prefix_space") for part in pre)
-        and all(part["type"] in known and part.get("behavior") != "Removed" for part in pre)
+        and all(
+            part["type"] in known and part.get("behavior") != "Removed" for part in pre
+        )
         and not any(
             (token["lstrip"] or token["rstrip"]) and not token["special"]
             for token in spec["added_tokens"]
@@ -262,7 +303,9 @@ def _keeps_text(spec: dict[str, Any]) -> bool:
     )
 
 
-def _read_steps(spec: dict[str, Any], has_all_bytes: bool, tokens: list[str]) -> EncodingSteps:
+def _read_steps(
+    spec: dict[str, Any], has_all_bytes: bool, tokens: list[str]
+) -> EncodingSteps:
     splitters = flatten_tokenizer_component(spec["pre_tokenizer"])
     removing = [part for part in splitters if part.get("behavior") == "Removed"]
     kinds = {part["type"] for part in splitters}
@@ -282,16 +325,20 @@ def _read_steps(spec: dict[str, Any], has_all_bytes: bool, tokens: list[str]) ->
 
 
 def build_byte_alphabet() -> list[str]:
-    """Returns the character of each byte in byte-level vocabularies (GPT-2's convention).
+    """Returns the character of each byte in byte-level vocabularies (GPT-2's
+    convention).
 
-    Visible Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 on.
+    Visible Latin-1 characters stand for themselves; the other bytes, in order, for
+    U+0100 on.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
-def flatten_tokenizer_component(component: dict[str, Any] | None) -> list[dict[str, Any]]:
+def flatten_tokenizer_component(
+    component: dict[str, Any] | None,
+) -> list[dict[str, Any]]:
     """Returns the steps of a normalizer, pre_tokenizer or decoder of tokenizer.json."""
     if component is None:
         return []
@@ -313,13 +360,18 @@ class TokenDecoder:
         self._byte_of_char = {char: byte for byte, char in enumerate(alphabet)}
 
     def decode(self, token: str, *, first: bool, is_added: bool = False) -> bytes:
-        """Returns a token's bytes, at the beginning of a text or within it. ``is_added``: the model
-        does not know the token: it is no piece of its alphabet, but text."""
+        """Returns a token's bytes, at the beginning of a text or within it.
+        ``is_added``: the model does not know the token: it is no piece of its alphabet,
+        but text."""
         if is_added or self._library is None:
             return (f" {token}" if self._spaced and not first else token).encode()
         if self._byte_of_char:
             known = all(char in self._byte_of_char for char in token)
-            return bytes(self._byte_of_char[char] for char in token) if known else token.encode()
+            return (
+                bytes(self._byte_of_char[char] for char in token)
+                if known
+                else token.encode()
+            )
         if self._bytes and (found := _HIGH_BYTE.fullmatch(token)):
             return bytes([int(found[1], 16)])
         if first:
@@ -337,17 +389,23 @@ def _check_decoder(spec: dict[str, Any] | None) -> set[str]:
                 pass
             case {"type": "Fuse"}:
                 fused = True
-            case {"type": "Replace", "pattern": {"String": old}} if len(old) == 1 or not fused:
+            case {"type": "Replace", "pattern": {"String": old}} if (
+                len(old) == 1 or not fused
+            ):
                 pass
-            case {"type": "Strip", "start": 0 | 1 as start, "stop": 0} if fused or start == 0:
+            case {"type": "Strip", "start": 0 | 1 as start, "stop": 0} if (
+                fused or start == 0
+            ):
                 pass
             case {"type": "ByteFallback" | "Metaspace" | "WordPiece"} if not fused:
                 pass
             case _:
                 raise MaxlmError(
-                    f"maxlm cannot decode token by token with the decoder {step['type']}",
+                    f"maxlm cannot decode token by token with the decoder "
+                    f"{step['type']}",
                     where="tokenizer.json",
-                    fix="use a model whose tokenizer has one of ByteLevel, Metaspace, WordPiece "
+                    fix="use a model whose tokenizer has one of ByteLevel, Metaspace, "
+                    "WordPiece "
                     "or Replace + ByteFallback + Fuse",
                 )
     return {step["type"] for step in steps}

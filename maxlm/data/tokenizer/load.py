@@ -1,4 +1,5 @@
-"""Opening tokenizers: saved ones, and those of Hugging Face checkpoints or single files."""
+"""Opening tokenizers: saved ones, and those of Hugging Face checkpoints or single
+files."""
 
 from collections.abc import Collection, Mapping
 from os import PathLike
@@ -30,12 +31,19 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     if (metadata := files.read_metadata(folder)).kind.startswith("sentencepiece"):
         codec = _open_codec(SentencePieceCodec, folder / SentencePieceCodec.file_name)
     else:
-        settings = {"special": metadata.special_tokens, "splits_by_pattern": metadata.kind == "bpe"}
-        codec = _open_codec(HuggingFaceCodec, folder / HuggingFaceCodec.file_name, **settings)
+        settings = {
+            "special": metadata.special_tokens,
+            "splits_by_pattern": metadata.kind == "bpe",
+        }
+        codec = _open_codec(
+            HuggingFaceCodec, folder / HuggingFaceCodec.file_name, **settings
+        )
     tokenizer = Tokenizer(
         metadata.kind,
         codec,
-        SpecialTokens(metadata.special_tokens, metadata.bos, metadata.eos, metadata.pad),
+        SpecialTokens(
+            metadata.special_tokens, metadata.bos, metadata.eos, metadata.pad
+        ),
         opens_with_bos=metadata.opens,
         extra_stop_ids=metadata.stops,
         extra_files={name: read_file(folder / name) for name in metadata.carried},
@@ -57,19 +65,21 @@ def import_tokenizer(
     pattern: str | None = None,
     special_tokens: Mapping[str, int | None] | None = None,
 ) -> Tokenizer:
-    """Imports someone else's tokenizer; docs/tokenizers.md says which of its files decides what.
+    """Imports someone else's tokenizer; docs/tokenizers.md says which of its files
+    decides what.
 
     Args:
-        source: the folder of a Hugging Face checkpoint; or a tokenizer.json, a SentencePiece model
-            or a tiktoken rank file, whatever its name. Of a single file only that file is looked
-            at.
-        num_embedding_rows: of the model's table. Special tokens past it, but for bos and eos, are
-            unknown to the tokenizer, in tokenizer.json alone; its files stay as they are. Some
-            models were published with such, for images (Gemma 3) or of a larger relative (BART).
+        source: the folder of a Hugging Face checkpoint; or a tokenizer.json, a
+            SentencePiece model or a tiktoken rank file, whatever its name. Of a single
+            file only that file is looked at.
+        num_embedding_rows: of the model's table. Special tokens past it, but for bos
+            and eos, are unknown to the tokenizer, in tokenizer.json alone; its files
+            stay as they are. Some models were published with such, for images (Gemma 3)
+            or of a larger relative (BART).
         bos, eos, pad: literals of tokens that have these roles, whatever the files say.
-        pattern, special_tokens: of a rank file, which does not say them; see `convert_rank_file`.
-            Literals that have a role are special tokens, too; without any, ``<|endoftext|>`` is the
-            eos.
+        pattern, special_tokens: of a rank file, which does not say them; see
+            `convert_rank_file`. Literals that have a role are special tokens, too;
+            without any, ``<|endoftext|>`` is the eos.
     """
     roles = {"bos": bos, "eos": eos, "pad": pad}
     path = Path(source)
@@ -90,20 +100,26 @@ def import_tokenizer(
             return _from_rank_file(file, data, roles, pattern, special_tokens or {})
     if pattern is not None or special_tokens:
         message = "this is no rank file, and says itself how text is split and what is special"
-        raise MaxlmError(message, where=str(file), fix="leave the pattern and special tokens out")
+        raise MaxlmError(
+            message, where=str(file), fix="leave the pattern and special tokens out"
+        )
     if is_json:
         return _from_json(path, roles, num_embedding_rows)
     return _from_sentencepiece(path, roles)
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str]) -> None:
-    """Write a tokenizer's files for other tools: an imported one's are those it came with. Other
-    files of the folder stay."""
+    """Write a tokenizer's files for other tools: an imported one's are those it came
+    with. Other files of the folder stay."""
     files.write_files(tokenizer.files_to_export(), Path(folder))
 
 
 def _open_codec(
-    codec_type: type[CodecType], path: Path, *, data: bytes | None = None, **settings: Any
+    codec_type: type[CodecType],
+    path: Path,
+    *,
+    data: bytes | None = None,
+    **settings: Any,
 ) -> CodecType:
     """Opens a file; ``data``: its content, if it was read, or made of it."""
     data = read_file(path) if data is None else data
@@ -111,7 +127,9 @@ def _open_codec(
         return codec_type(data, **settings)
     except MaxlmError as error:
         raise MaxlmError(error.what, where=str(path), fix=error.fix) from None
-    except Exception as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
+    except (
+        Exception
+    ) as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
         fault = str(error).strip() or type(error).__name__
         raise files.make_damaged_file_error(path, fault) from error
 
@@ -128,7 +146,9 @@ def _from_rank_file(
         literals = [END_OF_TEXT]
     id_by_literal = dict.fromkeys(literals) | dict(special_tokens)
     converted, special = convert_rank_file(data, str(path), pattern, id_by_literal)
-    eos = roles["eos"] or (END_OF_TEXT if END_OF_TEXT in special else next(iter(special)))
+    eos = roles["eos"] or (
+        END_OF_TEXT if END_OF_TEXT in special else next(iter(special))
+    )
     return _from_json(path, roles | {"eos": eos}, data=converted)
 
 
@@ -139,7 +159,8 @@ def _from_json(
     *,
     data: bytes | None = None,
 ) -> Tokenizer:
-    """Makes a tokenizer of a tokenizer.json; ``data``: what it would hold, made of another file."""
+    """Makes a tokenizer of a tokenizer.json; ``data``: what it would hold, made of
+    another file."""
     file = path / HuggingFaceCodec.file_name if path.is_dir() else path
     codec = _open_codec(HuggingFaceCodec, file, data=data)
     ids = codec.get_vocab()
@@ -151,9 +172,14 @@ def _from_json(
     pad = settings.role("pad")
     pad = pad if pad in within else None
     bos, eos = _both(bos, eos, path)
-    opens = bool(before) or (not codec.has_post_processor and settings.adds_bos(default=False))
+    opens = bool(before) or (
+        not codec.has_post_processor and settings.adds_bos(default=False)
+    )
     # Again, now that the literals of all special tokens are known.
-    if literals := {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}:
+    if literals := {
+        *codec.special_tokens.keys() & within,
+        *filter(None, (bos, eos, pad)),
+    }:
         codec = _open_codec(HuggingFaceCodec, file, data=data, special=literals)
     return Tokenizer(
         "huggingface",
@@ -170,7 +196,10 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
     codec = _open_codec(SentencePieceCodec, file)
     control = codec.control_tokens()
     if path.is_file():
-        roles = {name: given or codec.find_special_piece(name) for name, given in roles.items()}
+        roles = {
+            name: given or codec.find_special_piece(name)
+            for name, given in roles.items()
+        }
     settings = _Settings(path, control, roles)
     # Of a checkpoint transformers may make more than its model file says.
     if path.is_dir() and (not codec.lossless or settings.adds_tokens):
@@ -191,17 +220,22 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
 def _both(bos: str | None, eos: str | None, path: Path) -> tuple[str, str]:
     if eos is None:
         fix = "name one of the vocabulary as eos (--eos of `maxlm tokenizer import`)"
-        raise MaxlmError("no token is named to close a document with", where=str(path), fix=fix)
+        raise MaxlmError(
+            "no token is named to close a document with", where=str(path), fix=fix
+        )
     return bos or eos, eos
 
 
 def _carried(folder: Path, model: str) -> dict[str, bytes]:
-    names = (name for name in files.CARRIED if name != model and (folder / name).is_file())
+    names = (
+        name for name in files.CARRIED if name != model and (folder / name).is_file()
+    )
     return {name: read_file(folder / name) for name in names}
 
 
 class _Settings:
-    """The roles that a folder's JSON files, or ``given`` by hand, give to tokens of a vocabulary.
+    """The roles that a folder's JSON files, or ``given`` by hand, give to tokens of a
+    vocabulary.
 
     A folder that is a file has no others beside it.
     """
@@ -235,22 +269,27 @@ class _Settings:
         return None
 
     def find_end_ids(self, within: Collection[str]) -> list[int]:
-        """The ids, of tokens ``within``, that generation stops at: generation_config.json's, else
-        config.json's."""
+        """The ids, of tokens ``within``, that generation stops at:
+        generation_config.json's, else config.json's."""
         known = {i for token, i in self._ids.items() if token in within}
         for path, settings in self._by_id:
             if settings.get("eos_token_id") is not None:
-                return [i for i in _read_ids(path, settings, "eos_token_id") if i in known]
+                return [
+                    i for i in _read_ids(path, settings, "eos_token_id") if i in known
+                ]
         return []
 
     def adds_bos(self, *, default: bool) -> bool:
         value = self._tokenizer.get("add_bos_token")
-        return self.role("bos") is not None and (default if value is None else bool(value))
+        return self.role("bos") is not None and (
+            default if value is None else bool(value)
+        )
 
 
 def _read_ids(path: Path, settings: Mapping[str, Any], key: str) -> list[int]:
-    """The ids of one token or of several; none where there is no such key. Raises MaxlmError for
-    what is no whole number: a model that does not know its end would never stop."""
+    """The ids of one token or of several; none where there is no such key. Raises
+    MaxlmError for what is no whole number: a model that does not know its end would
+    never stop."""
     value = settings.get(key)
     if value is None:
         return []
@@ -258,7 +297,9 @@ def _read_ids(path: Path, settings: Mapping[str, Any], key: str) -> list[int]:
     for token_id in ids:
         if type(token_id) is not int:
             what = f"{key}={value!r} is no id of a token"
-            fix = "write a whole number, or a list of them, as the published model has it"
+            fix = (
+                "write a whole number, or a list of them, as the published model has it"
+            )
             raise MaxlmError(what, where=str(path), fix=fix)
     return ids
 

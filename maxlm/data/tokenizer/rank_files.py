@@ -1,8 +1,10 @@
-"""tiktoken's rank files (a line a token: its bytes in base64, and its rank) as a tokenizer.json.
+"""tiktoken's rank files (a line a token: its bytes in base64, and its rank) as a
+tokenizer.json.
 
-The ranks say which tokens there are and which merges come first, not which pairs merge: each token
-longer than a byte is split by the ranks below its own. What is left are the two parts of its merge;
-a token of which more is left can only be a whole piece of text (``ignore_merges``).
+The ranks say which tokens there are and which merges come first, not which pairs merge:
+each token longer than a byte is split by the ranks below its own. What is left are the
+two parts of its merge; a token of which more is left can only be a whole piece of text
+(``ignore_merges``).
 """
 
 import base64
@@ -25,13 +27,15 @@ _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
 def _make_gpt4_pattern(number: str) -> str:
-    """Words with one sign before them, numbers, signs with the line ends after them, blanks."""
+    """Words with one sign before them, numbers, signs with the line ends after them,
+    blanks."""
     words = r"[^\r\n\p{L}\p{N}]?\p{L}+"
     return rf"{_SUFFIX}|{words}|{number}| ?{_SIGNS}[\r\n]*|\s*[\r\n]+|{_SPACES}"
 
 
 def _make_cased_pattern(suffix: str, number: str) -> str:
-    """As GPT-4's, with words cut where a lower-case letter is followed by an upper-case one."""
+    """As GPT-4's, with words cut where a lower-case letter is followed by an upper-case
+    one."""
     words = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{suffix}"
     words += rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{suffix}"
     return rf"{words}|{number}| ?{_SIGNS}[\r\n/]*|\s*[\r\n]+|{_SPACES}"
@@ -44,9 +48,11 @@ PATTERNS = {
     "qwen2": _make_gpt4_pattern(r"\p{N}"),
     "tekken": _make_cased_pattern("", r"\p{N}"),
 }
-"""Patterns by which well-known tokenizers split a text before they merge, by name; Llama 3 splits
-as cl100k_base, gpt-oss as o200k_base. The first rule that matches takes a character."""
-# Published files, whose pattern and special tokens are tiktoken's own, by SHA-256 of the file.
+"""Patterns by which well-known tokenizers split a text before they merge, by name;
+Llama 3 splits as cl100k_base, gpt-oss as o200k_base. The first rule that matches takes
+a character."""
+# Published files, whose pattern and special tokens are tiktoken's own, by SHA-256 of
+# the file.
 _PUBLISHED = {
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": "cl100k_base",
     "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d": "o200k_base",
@@ -64,7 +70,8 @@ _PUBLISHED_SPECIAL_TOKENS: dict[str, dict[str, int]] = {
 
 
 def is_rank_file(data: bytes) -> bool:
-    """Tells whether data are a rank file, whatever its name: Llama 3 calls its tokenizer.model."""
+    """Tells whether data are a rank file, whatever its name: Llama 3 calls its
+    tokenizer.model."""
     return _LINE.match(data) is not None
 
 
@@ -74,17 +81,18 @@ def convert_rank_file(
     pattern: str | None = None,
     special_tokens: Mapping[str, int | None] | None = None,
 ) -> tuple[bytes, dict[str, int]]:
-    """Makes the tokenizer.json of a rank file; also returns the ids of its special tokens.
+    """Makes the tokenizer.json of a rank file; also returns the ids of its special
+    tokens.
 
     Args:
-        pattern: how it splits text: a name in ``PATTERNS``, or a regular expression. None: the file
-            is a published one, which is known by its content.
-        special_tokens: literals of special tokens and their ids; None: the first id that is free
-            after the ranks. A published file has tiktoken's own besides.
+        pattern: how it splits text: a name in ``PATTERNS``, or a regular expression.
+            None: the file is a published one, which is known by its content.
+        special_tokens: literals of special tokens and their ids; None: the first id
+            that is free after the ranks. A published file has tiktoken's own besides.
 
     Raises:
-        MaxlmError: no pattern, or one that is none; a damaged file; a special token that is an
-            ordinary one, or whose id is taken.
+        MaxlmError: no pattern, or one that is none; a damaged file; a special token
+            that is an ordinary one, or whose id is taken.
     """
     published = _PUBLISHED.get(hashlib.sha256(data).hexdigest())
     expression = _resolve_pattern(pattern or published, error_location)
@@ -92,7 +100,9 @@ def convert_rank_file(
     alphabet = build_byte_alphabet()
     spelled = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
-    id_by_literal: dict[str, int | None] = dict(_PUBLISHED_SPECIAL_TOKENS.get(published or "", {}))
+    id_by_literal: dict[str, int | None] = dict(
+        _PUBLISHED_SPECIAL_TOKENS.get(published or "", {})
+    )
     for literal, number in (special_tokens or {}).items():
         if number is not None or literal not in id_by_literal:
             id_by_literal[literal] = number
@@ -109,7 +119,12 @@ def convert_rank_file(
         "behavior": "Isolated",
         "invert": False,
     }
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
     spec = {
         "version": "1.0",
         "added_tokens": [
@@ -147,7 +162,9 @@ def _resolve_pattern(pattern: str | None, error_location: str) -> str:
         return PATTERNS[pattern]
     if re.fullmatch(r"[\w.-]+", pattern):
         message = f"no pattern is called {pattern!r}"
-        raise MaxlmError(message, where=error_location, fix=f"use {names}, or give a regex")
+        raise MaxlmError(
+            message, where=error_location, fix=f"use {names}, or give a regex"
+        )
     try:
         Regex(pattern)
     except Exception as error:  # The library raises bare Exception.
@@ -160,7 +177,9 @@ def _resolve_pattern(pattern: str | None, error_location: str) -> str:
 def _parse_ranks(data: bytes, error_location: str) -> dict[bytes, int]:
     try:
         lines = [line.split() for line in data.splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        ranks = {
+            base64.b64decode(token, validate=True): int(rank) for token, rank in lines
+        }
         if not len({*ranks.values()}) == len(ranks) == len(lines):
             raise ValueError("a token or a rank comes twice")
         if any(bytes([byte]) not in ranks for byte in range(256)):
@@ -173,13 +192,17 @@ def _parse_ranks(data: bytes, error_location: str) -> dict[bytes, int]:
 
 
 def _number_special_tokens(
-    id_by_literal: Mapping[str, int | None], vocab: Mapping[str, int], error_location: str
+    id_by_literal: Mapping[str, int | None],
+    vocab: Mapping[str, int],
+    error_location: str,
 ) -> dict[str, int]:
     """Gives an id to the special tokens that have none, after those that are taken."""
     special: dict[str, int] = {}
     taken = {i: literal for literal, i in vocab.items()}
     # Those with an id first, so that no other gets it.
-    for literal, number in sorted(id_by_literal.items(), key=lambda item: item[1] is None):
+    for literal, number in sorted(
+        id_by_literal.items(), key=lambda item: item[1] is None
+    ):
         if literal in vocab:
             message = f"{literal!r} is an ordinary token of this file"
             fix = "name another literal (--special, --eos, --bos, --pad of `tokenizer import`)"
@@ -194,8 +217,11 @@ def _number_special_tokens(
     return special
 
 
-def _split_by_ranks(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:
-    """Splits a token into the parts that merges of ranks below ``limit`` make of its bytes."""
+def _split_by_ranks(
+    token: bytes, ranks: Mapping[bytes, int], limit: int
+) -> list[bytes]:
+    """Splits a token into the parts that merges of ranks below ``limit`` make of its
+    bytes."""
     parts = [token[i : i + 1] for i in range(len(token))]
     pair_ranks = [ranks.get(token[i : i + 2], limit) for i in range(len(token) - 1)]
     while pair_ranks and min(pair_ranks) < limit:

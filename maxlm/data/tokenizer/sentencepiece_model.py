@@ -1,8 +1,9 @@
-"""SentencePiece BPE and Unigram models (Kudo & Richardson, 2018; Kudo, 2018), with byte fallback.
+"""SentencePiece BPE and Unigram models (Kudo & Richardson, 2018; Kudo, 2018), with byte
+fallback.
 
-SentencePiece writes U+2581 for a space inside its pieces. With the identity normaliser, no added
-prefix and no collapsing of spaces, that one character is all it would not give back, so `encode`
-keeps U+2581 from it and spells it in byte tokens.
+SentencePiece writes U+2581 for a space inside its pieces. With the identity normaliser,
+no added prefix and no collapsing of spaces, that one character is all it would not give
+back, so `encode` keeps U+2581 from it and spells it in byte tokens.
 """
 
 import io
@@ -19,28 +20,41 @@ _SPACE = "\u2581"
 _UNKNOWN = "<unk>"
 # The trainer takes 4192 bytes of a sentence at most, and a character has up to four.
 _SENTENCE_CHARS = 1000
-# Sums are taken per thread, so the number of threads is part of what makes training repeatable.
+# Sums are taken per thread, so the number of threads is part of what makes training
+# repeatable.
 _TRAINING_THREADS = 16
-# What the trainer skips a sentence for (NUL, U+2585), mistakes for its own mark (U+2581), or would
-# find already taken if it were learned as a piece.
+# What the trainer skips a sentence for (NUL, U+2585), mistakes for its own mark
+# (U+2581), or would find already taken if it were learned as a piece.
 _UNLEARNABLE = re.compile(f"[\0\u2585{_SPACE}]|<unk>|<0x[0-9A-F]{{2}}>")
 
-# What a model must give back to be lossless: spaces are kept and none is added, nothing is
-# normalised, and rare characters fall back to bytes.
-_PROBES = ("a", " a", "a ", "a  b", "\t\n", "e\u0301é", "ﬁ Ａ", "\u3000\u00a0", "\U0010ffff☃")
+# What a model must give back to be lossless: spaces are kept and none is added, nothing
+# is normalised, and rare characters fall back to bytes.
+_PROBES = (
+    "a",
+    " a",
+    "a ",
+    "a  b",
+    "\t\n",
+    "e\u0301é",
+    "ﬁ Ａ",
+    "\u3000\u00a0",
+    "\U0010ffff☃",
+)
 
 
 class SentencePieceCodec(Codec):
     """A trained tokenizer.model as a ``Codec``.
 
-    Lossless if it changes no text and has every byte, as those that maxlm trains. Others (T5,
-    Llama 2, XLM-R) get whole texts as they are, so that their ids are the library's own.
+    Lossless if it changes no text and has every byte, as those that maxlm trains.
+    Others (T5, Llama 2, XLM-R) get whole texts as they are, so that their ids are the
+    library's own.
     """
 
     file_name = SENTENCEPIECE_FILE
     reserved_chars = _SPACE
-    # A piece holds spaces only at its start, so none straddles the place before a word's space.
-    # Unigram's float32 running score rounds less in a short segment than in a whole document.
+    # A piece holds spaces only at its start, so none straddles the place before a
+    # word's space. Unigram's float32 running score rounds less in a short segment than
+    # in a whole document.
     cut_pattern = re.compile(r"[!-~](?= )")
 
     def __init__(self, data: bytes):
@@ -50,13 +64,23 @@ class SentencePieceCodec(Codec):
         self._model = SentencePieceProcessor()
         # Not by the constructor, which takes an empty model for none and says nothing.
         self._model.load_from_serialized_proto(data)  # pyright: ignore[reportAttributeAccessIssue]
-        self.token_bytes = [self._bytes_of(i) for i in range(self._model.get_piece_size())]
-        self.byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self.token_bytes = [
+            self._bytes_of(i) for i in range(self._model.get_piece_size())
+        ]
+        self.byte_ids = [
+            self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)
+        ]
         self.lossless = self._is_exact(self.byte_ids)
         if not self.lossless:
-            self.byte_ids, self.reserved_chars, self.cut_pattern = None, "", re.compile(r"(?!)")
+            self.byte_ids, self.reserved_chars, self.cut_pattern = (
+                None,
+                "",
+                re.compile(r"(?!)"),
+            )
             self.unknown_ids = frozenset([self._model.unk_id()])
-            self.token_bytes[self._model.unk_id()] = " ⁇ ".encode()  # As the library decodes it.
+            self.token_bytes[self._model.unk_id()] = (
+                " ⁇ ".encode()
+            )  # As the library decodes it.
 
     def __reduce__(self):
         return SentencePieceCodec, (self.data,)
@@ -69,7 +93,11 @@ class SentencePieceCodec(Codec):
         return self.data
 
     def bytes_at_text_start(self, token_id: int) -> bytes:
-        if self.lossless or self._model.is_byte(token_id) or self._model.is_control(token_id):
+        if (
+            self.lossless
+            or self._model.is_byte(token_id)
+            or self._model.is_control(token_id)
+        ):
             return self.token_bytes[token_id]
         # Without the space that it put before the text.
         return self._model.decode([token_id]).encode()
@@ -96,7 +124,9 @@ class SentencePieceCodec(Codec):
         if self._model.is_unknown(i):
             # The library insists on this id; with byte fallback it is unused.
             return "\ufffd".encode()
-        return (piece if self._model.is_control(i) else piece.replace(_SPACE, " ")).encode()
+        return (
+            piece if self._model.is_control(i) else piece.replace(_SPACE, " ")
+        ).encode()
 
     def _is_exact(self, byte_ids: list[int]) -> bool:
         bytes_of = self.token_bytes
@@ -104,14 +134,17 @@ class SentencePieceCodec(Codec):
             return False
         return all(
             b"".join(bytes_of[i] for i in ids) == text.encode()
-            for text, ids in zip(_PROBES, self.encode_segments(list(_PROBES)), strict=True)
+            for text, ids in zip(
+                _PROBES, self.encode_segments(list(_PROBES)), strict=True
+            )
         )
 
 
 def train_sentencepiece(
     config: TokenizerConfig, segments: Iterator[str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Returns the tokenizer.model learned from ``segments``, and the special tokens' ids, from 1.
+    """Returns the tokenizer.model learned from ``segments``, and the special tokens'
+    ids, from 1.
 
     All the text is held in memory.
     """
@@ -148,7 +181,9 @@ def train_sentencepiece(
 def _sentences(segments: Iterator[str]) -> Iterator[str]:
     for segment in segments:
         for part in _UNLEARNABLE.split(segment):
-            for piece in cut_text(part, _SENTENCE_CHARS // 2, SentencePieceCodec.cut_pattern):
+            for piece in cut_text(
+                part, _SENTENCE_CHARS // 2, SentencePieceCodec.cut_pattern
+            ):
                 for start in range(0, len(piece), _SENTENCE_CHARS):
                     yield piece[start : start + _SENTENCE_CHARS]
 
@@ -167,4 +202,6 @@ def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
 def make_small_text_error(config: TokenizerConfig, max_size: int) -> MaxlmError:
     """Makes the error for a text that yields too few tokens."""
     what = f"the text is too small for vocab_size={config.vocab_size}: it yields {max_size} tokens"
-    return MaxlmError(what, fix=f"give more text or set vocab_size to {max_size} or less")
+    return MaxlmError(
+        what, fix=f"give more text or set vocab_size to {max_size} or less"
+    )

@@ -32,7 +32,9 @@ class _Counts:
         self.sums["bytes"] += sum(map(len, texts))
         self.sums["words"] += sum(len(text.split()) for text in texts)
         self.sums["tokens"] += sum(map(len, encoded))
-        self.sums["unknown"] += sum(ids.count(i) for ids in encoded for i in unknown_ids)
+        self.sums["unknown"] += sum(
+            ids.count(i) for ids in encoded for i in unknown_ids
+        )
         self.used_ids.update(*encoded)
 
     def measure(self, vocab_size: int) -> dict[str, float]:
@@ -54,12 +56,13 @@ def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> dict[str,
     """Encodes every text and counts.
 
     Returns:
-        The numbers of ``documents``, ``bytes``, ``words`` (stretches without a blank), ``tokens``
-        and ``unknown`` ones (which stand for whatever the vocabulary lacks), of different ids that
-        occurred (``used_ids``) and of all (``vocab_size``); ``seconds`` of encoding, not reading;
-        ``bytes_per_token``; ``fertility``: tokens a word, meaningless for scripts without spaces;
-        ``unknown_share`` of tokens; ``vocabulary_use``: the share of ids that occurred;
-        ``megabytes_per_second``: 10^6 bytes encoded a second, by all threads together.
+        The numbers of ``documents``, ``bytes``, ``words`` (stretches without a blank),
+        ``tokens`` and ``unknown`` ones (which stand for whatever the vocabulary lacks),
+        of different ids that occurred (``used_ids``) and of all (``vocab_size``);
+        ``seconds`` of encoding, not reading; ``bytes_per_token``; ``fertility``: tokens
+        a word, meaningless for scripts without spaces; ``unknown_share`` of tokens;
+        ``vocabulary_use``: the share of ids that occurred; ``megabytes_per_second``:
+        10^6 bytes encoded a second, by all threads together.
 
     Raises:
         MaxlmError: no text.
@@ -78,8 +81,8 @@ def compare_tokenizers(
         texts: each after the name of its group, such as a language.
 
     Returns:
-        What `measure_tokenizer` does, by group, then by tokenizer. The group `ALL_TEXTS` comes
-        last; a group without a token is left out.
+        What `measure_tokenizer` does, by group, then by tokenizer. The group
+        `ALL_TEXTS` comes last; a group without a token is left out.
     """
     counts: dict[str, dict[str, _Counts]] = {}
     remaining = iter(texts)

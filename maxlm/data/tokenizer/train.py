@@ -25,19 +25,24 @@ from maxlm.data.tokenizer.wordpiece import train_wordpiece
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Tokenizer:
     """Learn a tokenizer from the first ``config.sample_bytes`` bytes of ``texts``.
 
-    The same texts in the same order give the same tokenizer. Texts are read once, as they are
-    needed. Stray bytes and the literals of special tokens are left out of what is learned from.
+    The same texts in the same order give the same tokenizer. Texts are read once, as
+    they are needed. Stray bytes and the literals of special tokens are left out of what
+    is learned from.
     """
     literals = config.special_literals
     num_unknown = 0 if config.kind == "bpe" else 1
     smallest = 256 + len(literals) + num_unknown
     if config.kind != "wordpiece" and config.vocab_size < smallest:
-        parts = f"256 bytes, {len(literals)} special" + (", 1 unknown" if num_unknown else "")
+        parts = f"256 bytes, {len(literals)} special" + (
+            ", 1 unknown" if num_unknown else ""
+        )
         what = f"vocab_size={config.vocab_size} has no room for every byte and special token"
         raise MaxlmError(what, fix=f"set it to {smallest} ({parts}) or more")
     segments = _training_segments(config, texts)
     if (first := next(segments, None)) is None:
-        raise MaxlmError("no text to train a tokenizer on", fix="give text that is not empty")
+        raise MaxlmError(
+            "no text to train a tokenizer on", fix="give text that is not empty"
+        )
     segments = itertools.chain([first], segments)
     if config.kind.startswith("sentencepiece"):
         data, ids = train_sentencepiece(config, segments)
@@ -54,12 +59,15 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
     return tokenizer
 
 
-def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, Sequence[str]]:
-    """Trains a byte-level BPE (Sennrich et al., 2016, over bytes as in GPT-2), whose special tokens
-    have the last ids. Returns a tokenizer.json and the literals of its special tokens.
+def train_bpe(
+    config: TokenizerConfig, segments: Iterator[str]
+) -> tuple[bytes, Sequence[str]]:
+    """Trains a byte-level BPE (Sennrich et al., 2016, over bytes as in GPT-2), whose
+    special tokens have the last ids. Returns a tokenizer.json and the literals of its
+    special tokens.
 
-    The commonest pair merges first; of equally common ones that of the lower ids. Memory grows with
-    the number of distinct words, not with the text.
+    The commonest pair merges first; of equally common ones that of the lower ids.
+    Memory grows with the number of distinct words, not with the text.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -84,7 +92,9 @@ def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, 
     return tokenizer.to_str().encode(), literals
 
 
-def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Iterator[str]:
+def _training_segments(
+    config: TokenizerConfig, texts: Iterable[str | bytes]
+) -> Iterator[str]:
     """The valid text of the sample, without the special tokens' literals.
 
     A token spelled like a special one would share its id, so none may be learned.
@@ -95,7 +105,9 @@ def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) ->
     for text in texts:
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         for part in literals.split(raw[:remaining]):
-            for segment in split_segments(part, reserved_chars="", cut_pattern=PATTERN_CUT):
+            for segment in split_segments(
+                part, reserved_chars="", cut_pattern=PATTERN_CUT
+            ):
                 if isinstance(segment, str):
                     yield segment
         remaining -= len(raw)

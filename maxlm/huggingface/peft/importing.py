@@ -15,9 +15,9 @@ from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
 
 @dataclass
 class AdaptedParamWriter:
-    """Takes the parameters of a published model, and writes those of the adapted one: what the
-    adapter's file holds trained in their place, and, with PiSSA, without the principal part that A
-    and B begin as."""
+    """Takes the parameters of a published model, and writes those of the adapted one:
+    what the adapter's file holds trained in their place, and, with PiSSA, without the
+    principal part that A and B begin as."""
 
     inner: ParamWriter
     peft: PeftAdapter
@@ -28,7 +28,9 @@ class AdaptedParamWriter:
 
     def __post_init__(self) -> None:
         adapted = flatten_names(self.peft.adapter.adapt(self.specs), is_leaf)
-        self._leaves = frozenset(name for name, param in adapted.items() if is_leaf(param))
+        self._leaves = frozenset(
+            name for name, param in adapted.items() if is_leaf(param)
+        )
         self._specs = flatten_names(self.specs)
 
     def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:
@@ -40,7 +42,9 @@ class AdaptedParamWriter:
         rank = self.peft.principal_ranks.get(place)
         spec = self._specs[name]
         if rank is not None:
-            u, s, vt = np.linalg.svd(to_matrix(values, spec, len(lead_index)), full_matrices=False)
+            u, s, vt = np.linalg.svd(
+                to_matrix(values, spec, len(lead_index)), full_matrices=False
+            )
             values = ((u[:, rank:] * s[rank:]) @ vt[rank:]).reshape(values.shape)
         magnitudes = self.peft.arrays.get(f"{name}.lora_magnitude")
         adapter = self.peft.adapter
@@ -62,14 +66,16 @@ class AdaptedParamWriter:
 
 
 def list_trained_names(peft: PeftAdapter, specs: Params) -> tuple[str, ...]:
-    """Lists what was trained, as ``train.trainable`` names it in a model with declarations
-    ``specs``: the adapter's arrays, and the parameters of the base that its file holds; () where
-    there are none of these."""
+    """Lists what was trained, as ``train.trainable`` names it in a model with
+    declarations ``specs``: the adapter's arrays, and the parameters of the base that
+    its file holds; () where there are none of these."""
     if not peft.base_values:
         return ()
     adapted = flatten_names(peft.adapter.adapt(specs), is_leaf)
     names = (place.name for place in peft.base_values)
-    base = dict.fromkeys(f"{name}.base" if is_leaf(adapted[name]) else name for name in names)
+    base = dict.fromkeys(
+        f"{name}.base" if is_leaf(adapted[name]) else name for name in names
+    )
     return (*peft.arrays, *base)
 
 

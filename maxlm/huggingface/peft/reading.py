@@ -1,7 +1,8 @@
 """An adapter's folder of PEFT's, read for a model whose tensors have published names.
 
-What the settings mean and what the file holds must be the same modules: PEFT passes over what it
-finds no place for, and leaves fresh what it finds no tensors for, with a warning at most.
+What the settings mean and what the file holds must be the same modules: PEFT passes
+over what it finds no place for, and leaves fresh what it finds no tensors for, with a
+warning at most.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,8 +59,8 @@ class PeftAdapter:
 
     adapter: Adapter
     arrays: Arrays
-    """Its arrays by canonical name. Magnitudes of DoRA are whole here: the base's norms are to be
-    taken from them."""
+    """Its arrays by canonical name. Magnitudes of DoRA are whole here: the base's norms
+    are to be taken from them."""
     base_values: Mapping[ParamSlice, np.ndarray] = field(default_factory=dict)
     """Parameters of the base, or slices of them, that the file holds trained."""
     principal_ranks: Mapping[ParamSlice, int] = field(default_factory=dict)
@@ -74,9 +75,9 @@ class PeftAdapter:
 def read_peft_adapter(
     folder: Path, config: ModelConfig, specs: Params, entries: Iterable[TensorEntry]
 ) -> PeftAdapter:
-    """Reads an adapter for a model with declarations ``specs``, published as ``entries``. Raises
-    MaxlmError: settings that PEFT or maxlm refuses, tensors that settings and model do not
-    mean, tensors that are missing."""
+    """Reads an adapter for a model with declarations ``specs``, published as
+    ``entries``. Raises MaxlmError: settings that PEFT or maxlm refuses, tensors that
+    settings and model do not mean, tensors that are missing."""
     settings = read_peft_settings(folder / CONFIG, list_task_types(config))
     stored = _list_tensors(folder)
     if settings.num_virtual_tokens:
@@ -87,7 +88,8 @@ def read_peft_adapter(
 
 
 def list_task_types(config: ModelConfig) -> tuple[str | None, ...]:
-    """Returns PEFT's names of what a model is for; None: not said. The first is written."""
+    """Returns PEFT's names of what a model is for; None: not said. The first is
+    written."""
     if config.architecture == "encoder_decoder":
         return "SEQ_2_SEQ_LM", None
     if config.architecture == "encoder":
@@ -101,7 +103,9 @@ def _list_tensors(folder: Path) -> dict[str, StoredTensor]:
     path = folder / TENSORS
     if not path.exists() and (folder / PICKLE).exists():
         problem = f"{PICKLE} is a pickle, which can run any code when it is read"
-        fix = "only if you trust it, load it with PEFT and write it with save_pretrained"
+        fix = (
+            "only if you trust it, load it with PEFT and write it with save_pretrained"
+        )
         raise MaxlmError(problem, where=str(folder / PICKLE), fix=fix)
     return list_file_tensors(path)
 
@@ -120,7 +124,9 @@ def _read_virtual_tokens(
     kind = PrefixAdapter if settings.peft_type == PREFIX_TUNING else PromptAdapter
     adapter = kind(num_virtual_tokens=settings.num_virtual_tokens)
     adapted = flatten_names(adapter.adapt(specs))
-    shapes = {name: spec.shape for name, spec in adapted.items() if name.endswith(VIRTUAL)}
+    shapes = {
+        name: spec.shape for name, spec in adapted.items() if name.endswith(VIRTUAL)
+    }
     if settings.peft_type == PREFIX_TUNING:
         heads, size = next(iter(shapes.values()))[2:]
         sizes = {"num_layers": config.num_layers, "num_attention_heads": heads}
@@ -157,7 +163,9 @@ class _AdapterReader:
     def read(self, specs: Params) -> PeftAdapter:
         strange = [name for name in self._stored if not name.startswith(PREFIX)]
         refuse_tensors(f"tensors without PEFT's prefix {PREFIX}", strange, self._folder)
-        self._stored = {name.removeprefix(PREFIX): x for name, x in self._stored.items()}
+        self._stored = {
+            name.removeprefix(PREFIX): x for name, x in self._stored.items()
+        }
         sites = {site.name: self._take_parts(site) for site in self._sites}
         token_ids, token_rows = self._take_token_rows()
         base_values = self._take_base_values()
@@ -184,7 +192,9 @@ class _AdapterReader:
         """Takes a tensor out of those that are left."""
         stored = self._stored.pop(name, None)
         if stored is None:
-            refuse_tensors("the settings mean tensors that the file lacks", [name], self._folder)
+            refuse_tensors(
+                "the settings mean tensors that the file lacks", [name], self._folder
+            )
             raise AssertionError
         if stored.shape != shape:
             problem = f"{name} is {[*stored.shape]}, and {[*shape]} by the settings and this model"
@@ -204,26 +214,36 @@ class _AdapterReader:
         shapes: dict[str, Shape] = {"lora_a": shape_a, "lora_b": shape_b}
         if settings.dora:
             shapes["lora_magnitude"] = shape_b[:1]
-        names = {ours: there for there, ours in (TABLE_PARTS if is_table else LORA_PARTS).items()}
-        return {part: self._take(f"{site.prefix}.{names[part]}", s) for part, s in shapes.items()}
+        names = {
+            ours: there
+            for there, ours in (TABLE_PARTS if is_table else LORA_PARTS).items()
+        }
+        return {
+            part: self._take(f"{site.prefix}.{names[part]}", s)
+            for part, s in shapes.items()
+        }
 
     def _take_token_rows(self) -> tuple[tuple[int, ...], Arrays]:
-        """Takes the trained rows of the table of tokens and of the head: their ids, and the arrays
-        by name."""
+        """Takes the trained rows of the table of tokens and of the head: their ids, and
+        the arrays by name."""
         catalog = self._catalog
         arrays: Arrays = {}
         ids: tuple[int, ...] = ()
         for name, indices in self._settings.token_indices.items():
             modules = [module for module in catalog.sites if module.endswith(name)]
-            module = catalog.input_table if not name else modules[0] if modules else name
+            module = (
+                catalog.input_table if not name else modules[0] if modules else name
+            )
             adapted = any(site.name == module for site in self._sites)
-            is_known = module in (catalog.input_table, catalog.head) and len(modules) != 0
+            is_known = (
+                module in (catalog.input_table, catalog.head) and len(modules) != 0
+            )
             same = not ids or ids == indices
             if not (is_known and same) or adapted or module in self._saved:
-                problem = (
-                    f"trainable_token_indices of {module} is implemented for the table of tokens"
+                problem = f"trainable_token_indices of {module} is implemented for the table of tokens"
+                problem += (
+                    " and the head, with the same ids, where nothing else adapts them"
                 )
-                problem += " and the head, with the same ids, where nothing else adapts them"
                 raise MaxlmError(problem, where=str(self._settings.path), fix=MERGE)
             ids = indices
             site = catalog.sites[module]
@@ -231,8 +251,12 @@ class _AdapterReader:
             if module == catalog.head:
                 size, columns = columns, size
             if not all(0 <= index < size for index in ids):
-                problem = f"trainable_token_indices={[*ids]}, and {module} has {size} rows"
-                raise MaxlmError(problem, where=str(self._settings.path), fix=_OTHER_BASE)
+                problem = (
+                    f"trainable_token_indices={[*ids]}, and {module} has {size} rows"
+                )
+                raise MaxlmError(
+                    problem, where=str(self._settings.path), fix=_OTHER_BASE
+                )
             values = self._take(f"{module}.{TOKEN_ROWS}", (len(ids), columns))
             arrays[f"{site.places[0].name}.{OUR_TOKEN_ROWS}"] = values
         table = catalog.sites[catalog.input_table].places[0].name
@@ -242,8 +266,9 @@ class _AdapterReader:
         return ids, arrays
 
     def _take_base_values(self) -> dict[ParamSlice, np.ndarray]:
-        """Takes the base's tensors that the file holds: of modules that are saved whole, biases,
-        and whatever else has the name that it has in PEFT's model, which reads it."""
+        """Takes the base's tensors that the file holds: of modules that are saved
+        whole, biases, and whatever else has the name that it has in PEFT's model, which
+        reads it."""
         catalog = self._catalog
         adapted = {site.name for site in self._sites}
         values: dict[ParamSlice, np.ndarray] = {}
@@ -280,11 +305,17 @@ class _AdapterReader:
         for site in self._sites:
             of_inputs = matches_pattern(settings.feedforward_modules, site.name)
             (inputs if of_inputs else outputs).append(site)
-        return Ia3Adapter(targets=_name_targets(outputs), input_targets=_name_targets(inputs))
+        return Ia3Adapter(
+            targets=_name_targets(outputs), input_targets=_name_targets(inputs)
+        )
 
-    def _make_lora_adapter(self, token_ids: tuple[int, ...], *, token_head: bool) -> LoraAdapter:
+    def _make_lora_adapter(
+        self, token_ids: tuple[int, ...], *, token_head: bool
+    ) -> LoraAdapter:
         settings = self._settings
-        fused = [site for site in self._sites if len(site.places) > 1 and settings.pissa]
+        fused = [
+            site for site in self._sites if len(site.places) > 1 and settings.pissa
+        ]
         if fused:
             problem = f"PiSSA of {fused[0].name}, which is several maps here, is not implemented"
             raise MaxlmError(problem, where=str(settings.path), fix=MERGE)
@@ -300,14 +331,19 @@ class _AdapterReader:
             dropout=settings.dropout,
         )
 
-    def _fill_arrays(self, adapter: Adapter, specs: Params, sites: Mapping[str, Arrays]) -> Arrays:
-        """Returns the adapter's arrays. Where layers or maps have none there, or lower ranks, they
-        hold what changes nothing and stays so in training: zeros, of which both A and B are."""
+    def _fill_arrays(
+        self, adapter: Adapter, specs: Params, sites: Mapping[str, Arrays]
+    ) -> Arrays:
+        """Returns the adapter's arrays. Where layers or maps have none there, or lower
+        ranks, they hold what changes nothing and stays so in training: zeros, of which
+        both A and B are."""
         parts = {*LORA_PARTS.values(), *IA3_PARTS.values()}
         adapted = flatten_names(adapter.adapt(specs))
         fills = {"ia3": 1.0, "lora_magnitude": np.nan}
         arrays = {
-            name: np.full(spec.shape, fills.get(name.rpartition(".")[2], 0.0), np.float32)
+            name: np.full(
+                spec.shape, fills.get(name.rpartition(".")[2], 0.0), np.float32
+            )
             for name, spec in adapted.items()
             if name.rpartition(".")[2] in parts
         }
@@ -316,7 +352,9 @@ class _AdapterReader:
                 if part == "lora_b" and isinstance(adapter, LoraAdapter):
                     scale = self._settings.compute_scale(site.name) / adapter.scale
                     tensor = tensor * np.float32(scale)
-                for place, piece in zip(site.places, site.split(part, tensor), strict=True):
+                for place, piece in zip(
+                    site.places, site.split(part, tensor), strict=True
+                ):
                     array = arrays[f"{place.name}.{part}"][place.index]
                     array[tuple(slice(size) for size in piece.shape)] = piece
         return arrays
@@ -337,7 +375,9 @@ def _describe(stored: StoredTensor) -> str:
 def _name_targets(sites: Iterable[AdapterSite]) -> tuple[str, ...]:
     """Returns the names of maps as ``adapter.targets`` has them."""
     names = (place.name for site in sites for place in site.places)
-    return tuple(dict.fromkeys(n.removesuffix(".kernel").removesuffix(".table") for n in names))
+    return tuple(
+        dict.fromkeys(n.removesuffix(".kernel").removesuffix(".table") for n in names)
+    )
 
 
 def refuse_tensors(

@@ -1,7 +1,8 @@
-"""``adapter_config.json``, read and checked: each key that PEFT 0.21 writes, with its default.
+"""``adapter_config.json``, read and checked: each key that PEFT 0.21 writes, with its
+default.
 
-What PEFT refuses is refused here. So is what would make PEFT another model than maxlm: a key that
-maxlm has no word for, unless its value says that it is off.
+What PEFT refuses is refused here. So is what would make PEFT another model than maxlm:
+a key that maxlm has no word for, unless its value says that it is off.
 """
 
 import json
@@ -33,7 +34,13 @@ _NOTES = (
 )
 # Each switches on another computation, unless it is null.
 _OTHER_LORA_KINDS = (
-    *("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config"),
+    *(
+        "alora_invocation_tokens",
+        "arrow_config",
+        "corda_config",
+        "eva_config",
+        "kasa_config",
+    ),
     *("layer_replication", "lora_ga_config", "megatron_config", "monteclora_config"),
     *("use_bdlora", "velora_config"),
 )
@@ -78,7 +85,8 @@ class PeftSettings:
     pissa: bool = False
     dropout: float = 0.0
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Rows of tables that the file holds, by the table's name; "" is that of the input."""
+    """Rows of tables that the file holds, by the table's name; "" is that of the
+    input."""
     num_virtual_tokens: int = 0
     num_layers: int | None = None
     token_dim: int | None = None
@@ -86,11 +94,16 @@ class PeftSettings:
 
     def get_rank(self, name: str) -> int:
         """Returns the rank of a module, or of a parameter, by its name."""
-        return next((r for key, r in self.rank_pattern.items() if _matches(key, name)), self.rank)
+        return next(
+            (r for key, r in self.rank_pattern.items() if _matches(key, name)),
+            self.rank,
+        )
 
     def compute_scale(self, name: str) -> float:
         """Returns what A · B of a module is multiplied by."""
-        alphas = (alpha for key, alpha in self.alpha_pattern.items() if _matches(key, name))
+        alphas = (
+            alpha for key, alpha in self.alpha_pattern.items() if _matches(key, name)
+        )
         alpha = next(alphas, self.alpha)
         rank = self.get_rank(name)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
@@ -101,8 +114,8 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def read_peft_settings(path: Path, task_types: Sequence[str | None]) -> PeftSettings:
-    """Reads the settings of an adapter for a model with one of ``task_types``. Raises MaxlmError
-    with the first key that PEFT refuses or that maxlm has no word for."""
+    """Reads the settings of an adapter for a model with one of ``task_types``. Raises
+    MaxlmError with the first key that PEFT refuses or that maxlm has no word for."""
     values = read_json_object(path, _SAVE_AGAIN)
     if "peft_type" not in values:
         problem = "no settings of a PEFT adapter (a JSON object with peft_type)"
@@ -151,7 +164,9 @@ def _read_lora(reader: "_SettingsReader", task_type: str | None) -> PeftSettings
             reader.refuse(key, value, "nothing that PEFT has for target_parameters")
     rank = reader.read_count("r", 8)
     if init == "orthogonal" and rank % 2:
-        reader.refuse("r", rank, "odd, and init_lora_weights=orthogonal wants an even rank")
+        reader.refuse(
+            "r", rank, "odd, and init_lora_weights=orthogonal wants an even rank"
+        )
     return PeftSettings(
         reader.path,
         LORA,
@@ -181,7 +196,9 @@ def _read_virtual_tokens(
     reader: "_SettingsReader", task_type: str | None, peft_type: str
 ) -> PeftSettings:
     if task_type is None:
-        reader.refuse("task_type", None, "not said: PEFT then gives the model no virtual tokens")
+        reader.refuse(
+            "task_type", None, "not said: PEFT then gives the model no virtual tokens"
+        )
     if peft_type == PREFIX_TUNING:
         # The file holds what the network between gave, so these two say nothing of it.
         reader.read_flag("prefix_projection")
@@ -190,7 +207,9 @@ def _read_virtual_tokens(
         inits = ("RANDOM", "SAMPLE_VOCAB")
         reader.read_choice("prompt_tuning_init", inits, "RANDOM")
         reader.skip("prompt_tuning_init_text", "tokenizer_name_or_path")
-        reader.require_off("tokenizer_kwargs", reader.take("tokenizer_kwargs", None) is not None)
+        reader.require_off(
+            "tokenizer_kwargs", reader.take("tokenizer_kwargs", None) is not None
+        )
     reader.read_choice("num_transformer_submodules", (1, None), None)
     saved = reader.read_names("modules_to_save")
     reader.require_off("modules_to_save", bool(saved))
@@ -215,11 +234,15 @@ class _SettingsReader:
     def refuse(self, key: str, value: Any, reason: str, fix: str = _CORRECT) -> None:
         """Raises MaxlmError for a value, by default for one that PEFT refuses too."""
         shown = json.dumps(value) if not isinstance(value, float) else str(value)
-        raise MaxlmError(f"{key}={shown[:60]} is {reason}", where=str(self.path), fix=fix)
+        raise MaxlmError(
+            f"{key}={shown[:60]} is {reason}", where=str(self.path), fix=fix
+        )
 
     def require_off(self, key: str, is_on: bool) -> None:
         if is_on:
-            raise MaxlmError(f"{key} is not implemented", where=str(self.path), fix=MERGE)
+            raise MaxlmError(
+                f"{key} is not implemented", where=str(self.path), fix=MERGE
+            )
 
     def skip(self, *keys: str) -> None:
         for key in keys:
@@ -229,7 +252,8 @@ class _SettingsReader:
         return self._left.pop(key, default)
 
     def check_all_read(self) -> None:
-        """Refuses keys that no reader knows, but for those whose values switch nothing on."""
+        """Refuses keys that no reader knows, but for those whose values switch nothing
+        on."""
         strange = sorted(key for key, value in self._left.items() if value)
         if strange:
             names = ", ".join(strange[:4])
@@ -249,7 +273,9 @@ class _SettingsReader:
     ) -> Any:
         value = self.take(key, default)
         # 1 is equal to True and no choice.
-        if not any(value == choice and type(value) is type(choice) for choice in choices):
+        if not any(
+            value == choice and type(value) is type(choice) for choice in choices
+        ):
             known = ", ".join(json.dumps(choice) for choice in choices)
             self.refuse(key, value, f"not implemented (known are {known})", fix)
         return value
@@ -281,7 +307,9 @@ class _SettingsReader:
         value = self.take(key, None)
         if value is None:
             return ()
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        if not isinstance(value, list) or not all(
+            isinstance(name, str) for name in value
+        ):
             self.refuse(key, value, "no list of names")
         return tuple(value)
 
@@ -302,7 +330,9 @@ class _SettingsReader:
         for pattern, value in patterns.items():
             self._check_expression(key, pattern)
             self._left[key] = value
-            numbers[pattern] = self.read_count(key, 1) if is_count else self.read_positive(key, 1)
+            numbers[pattern] = (
+                self.read_count(key, 1) if is_count else self.read_positive(key, 1)
+            )
         return numbers
 
     def read_token_indices(self, key: str) -> dict[str, tuple[int, ...]]:
@@ -328,10 +358,16 @@ class _SettingsReader:
         """Reads the choice of modules, layers and parameters."""
         chosen = self.read_modules()
         for key in ("layers_to_transform", "layers_pattern"):
-            if isinstance(chosen.target_modules, str) and self._left.get(key) is not None:
+            if (
+                isinstance(chosen.target_modules, str)
+                and self._left.get(key) is not None
+            ):
                 reason = f"an expression, beside {key}"
                 self.refuse("target_modules", chosen.target_modules, reason)
-        if self._left.get("layers_pattern") and self._left.get("layers_to_transform") is None:
+        if (
+            self._left.get("layers_pattern")
+            and self._left.get("layers_to_transform") is None
+        ):
             reason = "set, and layers_to_transform is not"
             self.refuse("layers_pattern", self._left["layers_pattern"], reason)
         pattern = self.read_name_pattern("layers_pattern")

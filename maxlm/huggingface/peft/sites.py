@@ -1,5 +1,6 @@
-"""The places where PEFT puts adapters in a published model: which of its settings' names mean
-which, the names of their tensors, and how these become our arrays and come from them."""
+"""The places where PEFT puts adapters in a published model: which of its settings'
+names mean which, the names of their tensors, and how these become our arrays and come
+from them."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,8 @@ from maxlm.models.families.names import ParamSlice, TensorEntry
 
 Arrays = dict[str, np.ndarray]
 
-# PEFT's names of an adapter's tensors behind the module's, and ours behind the parameter's.
+# PEFT's names of an adapter's tensors behind the module's, and ours behind the
+# parameter's.
 LORA_PARTS = {
     "lora_A.weight": "lora_a",
     "lora_B.weight": "lora_b",
@@ -31,7 +33,14 @@ ALL_LINEAR = "all-linear"
 # What experts and their routers were called as modules.
 EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 # Modules without tensors, which a name might mean and PEFT refuses to adapt.
-_BARE_MODULES = ("act", "act_fn", "dropout", "attn_dropout", "resid_dropout", "rotary_emb")
+_BARE_MODULES = (
+    "act",
+    "act_fn",
+    "dropout",
+    "attn_dropout",
+    "resid_dropout",
+    "rotary_emb",
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,9 @@ class MapSite(AdapterSite):
                 columns.append(join(pieces))
         joined = {"lora_a": np.concatenate(rows), "lora_b": np.stack(columns, 1)}
         if any("lora_magnitude" in arrays for arrays in parts):
-            joined["lora_magnitude"] = join([arrays["lora_magnitude"] for arrays in parts])
+            joined["lora_magnitude"] = join(
+                [arrays["lora_magnitude"] for arrays in parts]
+            )
         return joined
 
     def join_factors(self, parts: Sequence[Arrays], *, of_inputs: bool) -> np.ndarray:
@@ -117,19 +128,23 @@ class MapSite(AdapterSite):
         if of_inputs:
             return parts[0]["ia3"].reshape(1, -1)
         ones = [np.ones(shape, np.float32) for shape in self._output_shapes]
-        pieces = [arrays.get("ia3", one) for arrays, one in zip(parts, ones, strict=True)]
+        pieces = [
+            arrays.get("ia3", one) for arrays, one in zip(parts, ones, strict=True)
+        ]
         return self.entry.convert_outputs().join(pieces)[:, None]
 
     @property
     def _output_shapes(self) -> list[Shape]:
-        return [piece.shape[len(self.entry.input_shape) :] for piece in self.entry.pieces]
+        return [
+            piece.shape[len(self.entry.input_shape) :] for piece in self.entry.pieces
+        ]
 
 
 @dataclass(frozen=True)
 class ExpertsSite(AdapterSite):
-    """A parameter of transformers' with all experts of a layer, [E, outputs, inputs]; gates and
-    the maps beside them are one. A is [rank · E, inputs] there, expert by expert, and B [outputs,
-    rank · E], rank by rank (``ParamWrapper`` of PEFT)."""
+    """A parameter of transformers' with all experts of a layer, [E, outputs, inputs];
+    gates and the maps beside them are one. A is [rank · E, inputs] there, expert by
+    expert, and B [outputs, rank · E], rank by rank (``ParamWrapper`` of PEFT)."""
 
     num_experts: int
     num_inputs: int
@@ -155,7 +170,9 @@ class ExpertsSite(AdapterSite):
         for a, numbers in _group_by_input_map(parts):
             block = np.zeros((self.num_experts, a.shape[-1], starts[-1]), np.float32)
             for number in numbers:
-                block[..., starts[number] : starts[number + 1]] = parts[number]["lora_b"]
+                block[..., starts[number] : starts[number + 1]] = parts[number][
+                    "lora_b"
+                ]
             rows.append(a.transpose(0, 2, 1))
             columns.append(block)
         a = np.concatenate(rows, axis=1).reshape(-1, self.num_inputs)
@@ -164,8 +181,8 @@ class ExpertsSite(AdapterSite):
 
 
 def _group_by_input_map(parts: Sequence[Arrays]) -> list[tuple[np.ndarray, list[int]]]:
-    """Each A with the numbers of the places that have it: those of one module of PEFT's share one,
-    those that were trained here have a block each."""
+    """Each A with the numbers of the places that have it: those of one module of PEFT's
+    share one, those that were trained here have a block each."""
     groups: list[tuple[np.ndarray, list[int]]] = []
     for number, arrays in enumerate(parts):
         if not arrays:
@@ -215,7 +232,9 @@ def list_modules(entries: Iterable[TensorEntry]) -> ModuleCatalog:
         place = entry.ours[0]
         if len(place.index) > 1:
             kind = place.name.rpartition(".")[2]
-            stacks.setdefault((module.rpartition(".experts.")[0], kind), []).append(entry)
+            stacks.setdefault((module.rpartition(".experts.")[0], kind), []).append(
+                entry
+            )
             continue
         tensors[entry.theirs] = entry
         is_table = place.name == "embedding.table"
@@ -231,13 +250,20 @@ def list_modules(entries: Iterable[TensorEntry]) -> ModuleCatalog:
         if place.name in ("head.kernel", "heads.score.kernel"):
             head = module
     experts = _list_experts(stacks)
-    names = {name.rpartition(".")[0] for name in tensors} | {s.prefix for s in experts.values()}
-    parents = {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
-    return ModuleCatalog(sites, experts, routers, tensors, head, frozenset(names | parents))
+    names = {name.rpartition(".")[0] for name in tensors} | {
+        s.prefix for s in experts.values()
+    }
+    parents = {
+        name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)
+    }
+    return ModuleCatalog(
+        sites, experts, routers, tensors, head, frozenset(names | parents)
+    )
 
 
 def _rename_block(name: str) -> str:
-    """The name of Mixtral's feed-forward in transformers 5, where files have an older one."""
+    """The name of Mixtral's feed-forward in transformers 5, where files have an older
+    one."""
     return name.replace(".block_sparse_moe", ".mlp")
 
 
@@ -248,7 +274,9 @@ def _list_experts(
     for block in dict.fromkeys(block for block, _ in stacks):
         module = f"{_rename_block(block)}.experts"
         for name, kinds in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
-            firsts = [stacks[block, kind][0] for kind in kinds if (block, kind) in stacks]
+            firsts = [
+                stacks[block, kind][0] for kind in kinds if (block, kind) in stacks
+            ]
             if len(firsts) < len(kinds):
                 continue
             places = [ParamSlice(e.ours[0].name, e.ours[0].index[:1]) for e in firsts]
@@ -265,8 +293,8 @@ def _list_experts(
 def find_target_sites(
     chosen: ModuleSettings, catalog: ModuleCatalog, where: str
 ) -> list[AdapterSite]:
-    """Finds the sites that settings mean. Raises MaxlmError where they mean none, or what cannot be
-    adapted, as PEFT does."""
+    """Finds the sites that settings mean. Raises MaxlmError where they mean none, or
+    what cannot be adapted, as PEFT does."""
     if catalog.experts:
         _check_named_apart(chosen, where)
     sites: list[AdapterSite] = []
@@ -285,18 +313,22 @@ def find_target_sites(
     sites += _find_parameter_sites(chosen.target_parameters, catalog, where)
     if not sites:
         problem = "target_modules and target_parameters mean no map of this model"
-        raise MaxlmError(problem, where=where, fix="name the base that the adapter was made for")
+        raise MaxlmError(
+            problem, where=where, fix="name the base that the adapter was made for"
+        )
     return sites
 
 
 def _check_named_apart(chosen: ModuleSettings, where: str) -> None:
-    """Refuses what PEFT turns into parameters of experts where a model has some: it guesses which
-    module was meant by a name that older versions of transformers had."""
+    """Refuses what PEFT turns into parameters of experts where a model has some: it
+    guesses which module was meant by a name that older versions of transformers had."""
     targets = chosen.target_modules
     if isinstance(targets, str):
         problem = f"target_modules={targets!r} on a model with routed experts"
     else:
-        old = sorted(name for name in targets if name.rpartition(".")[2] in EXPERT_NAMES)
+        old = sorted(
+            name for name in targets if name.rpartition(".")[2] in EXPERT_NAMES
+        )
         if not old:
             return
         problem = f"target_modules means experts by {old[0]!r}"
@@ -304,7 +336,9 @@ def _check_named_apart(chosen: ModuleSettings, where: str) -> None:
     raise MaxlmError(problem, where=where, fix=fix)
 
 
-def _find_parameter_sites(targets: Names, catalog: ModuleCatalog, where: str) -> list[AdapterSite]:
+def _find_parameter_sites(
+    targets: Names, catalog: ModuleCatalog, where: str
+) -> list[AdapterSite]:
     """Finds the sites of parameters that are adapted themselves."""
     if not targets:
         return []
@@ -322,9 +356,9 @@ def _find_parameter_sites(targets: Names, catalog: ModuleCatalog, where: str) ->
 
 
 def nest_experts(sites: Sequence[ExpertsSite]) -> list[ExpertsSite]:
-    """Returns adapted parameters under the names of their tensors. PEFT wraps those of one module
-    one in the other, in the order of the module's parameters: tensors of the inner one are named
-    behind ``base_layer``."""
+    """Returns adapted parameters under the names of their tensors. PEFT wraps those of
+    one module one in the other, in the order of the module's parameters: tensors of the
+    inner one are named behind ``base_layer``."""
     outermost = {site.prefix: site for site in sites}
     return [
         site
@@ -347,7 +381,8 @@ def matches_pattern(pattern: NamePattern, name: str) -> bool:
 
 
 def is_targeted(chosen: ModuleSettings, name: str, catalog: ModuleCatalog) -> bool:
-    """Returns whether PEFT's settings mean a module (``check_target_module_exists`` there)."""
+    """Returns whether PEFT's settings mean a module (``check_target_module_exists``
+    there)."""
     if chosen.exclude_modules and matches_pattern(chosen.exclude_modules, name):
         return False
     if any(re.match(rf"(^|.*\.){end}($|\..*)", name) for end in chosen.modules_to_save):
@@ -359,14 +394,19 @@ def is_targeted(chosen: ModuleSettings, name: str, catalog: ModuleCatalog) -> bo
     if not matches_pattern(targets, name):
         return False
     # A name that is said in full is meant whatever its layer.
-    if isinstance(targets, str) or name in targets or chosen.layers_to_transform is None:
+    if (
+        isinstance(targets, str)
+        or name in targets
+        or chosen.layers_to_transform is None
+    ):
         return True
     layer = find_layer(name, chosen.layers_pattern)
     return layer is not None and layer in chosen.layers_to_transform
 
 
 def find_layer(name: str, patterns: Sequence[str]) -> int | None:
-    """The number of a module's layer: the first number in its name, or that behind a pattern."""
+    """The number of a module's layer: the first number in its name, or that behind a
+    pattern."""
     if not patterns:
         match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
         return int(match["index"]) if match else None
@@ -377,8 +417,12 @@ def find_layer(name: str, patterns: Sequence[str]) -> int | None:
     return None
 
 
-def find_saved_modules(chosen: ModuleSettings, catalog: ModuleCatalog) -> frozenset[str]:
-    """Finds the modules that an adapter's file holds whole: PEFT takes every module whose name ends
-    so, in the middle of a word too."""
+def find_saved_modules(
+    chosen: ModuleSettings, catalog: ModuleCatalog
+) -> frozenset[str]:
+    """Finds the modules that an adapter's file holds whole: PEFT takes every module
+    whose name ends so, in the middle of a word too."""
     ends = chosen.modules_to_save
-    return frozenset(name for name in catalog.modules if any(name.endswith(end) for end in ends))
+    return frozenset(
+        name for name in catalog.modules if any(name.endswith(end) for end in ends)
+    )

@@ -1,5 +1,5 @@
-"""A run's adapter, written as PEFT's folder: all that was trained, or a line that says what PEFT
-has no form for."""
+"""A run's adapter, written as PEFT's folder: all that was trained, or a line that says
+what PEFT has no form for."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,13 @@ from maxlm.huggingface.peft.reading import (
     list_task_types,
     refuse_tensors,
 )
-from maxlm.huggingface.peft.settings import CONFIG, IA3, LORA, PREFIX_TUNING, PROMPT_TUNING
+from maxlm.huggingface.peft.settings import (
+    CONFIG,
+    IA3,
+    LORA,
+    PREFIX_TUNING,
+    PROMPT_TUNING,
+)
 from maxlm.huggingface.peft.sites import (
     EXPERT_NAMES,
     IA3_PARTS,
@@ -62,7 +68,8 @@ class TrainedAdapter:
     """Declarations of the model without it."""
     checkpoint: RunCheckpointReader
     trained_base: frozenset[str] = frozenset()
-    """Names, as the checkpoint has them, of parameters of the base that were trained too."""
+    """Names, as the checkpoint has them, of parameters of the base that were trained
+    too."""
     start: RunCheckpointReader | None = None
     """The base before PiSSA took its principal part; None: it is not there any more."""
 
@@ -70,9 +77,9 @@ class TrainedAdapter:
 def write_peft_adapter(
     folder: Path, run: TrainedAdapter, entries: Iterable[TensorEntry]
 ) -> tuple[int, list[str]]:
-    """Writes a run's adapter for a base that is published as ``entries``; returns the number of its
-    parameters, and notes for the user. Raises MaxlmError: something was trained that no file of
-    PEFT's can hold."""
+    """Writes a run's adapter for a base that is published as ``entries``; returns the
+    number of its parameters, and notes for the user. Raises MaxlmError: something was
+    trained that no file of PEFT's can hold."""
     from safetensors.numpy import save_file
 
     with ExitStack() as stack:
@@ -85,7 +92,9 @@ def write_peft_adapter(
             writer.add_ia3()
         else:
             problem = f"PEFT has no file of adapter.kind={run.adapter.kind}"
-            raise MaxlmError(problem, where=str(run.checkpoint.folder), fix="use the run itself")
+            raise MaxlmError(
+                problem, where=str(run.checkpoint.folder), fix="use the run itself"
+            )
         writer.add_trained_base()
     save_file(writer.tensors, folder / TENSORS, {"format": "pt"})
     text = json.dumps(writer.settings, indent=2, sort_keys=True)
@@ -94,11 +103,16 @@ def write_peft_adapter(
 
 
 class _AdapterFile:
-    """The tensors and settings of a file in the making. Parameters of the run are opened once, in
-    ``stack``: each may be decoded into a file in the folder ``scratch`` until then."""
+    """The tensors and settings of a file in the making. Parameters of the run are
+    opened once, in ``stack``: each may be decoded into a file in the folder ``scratch``
+    until then."""
 
     def __init__(
-        self, run: TrainedAdapter, catalog: ModuleCatalog, scratch: Path, stack: ExitStack
+        self,
+        run: TrainedAdapter,
+        catalog: ModuleCatalog,
+        scratch: Path,
+        stack: ExitStack,
     ):
         self._run = run
         self._catalog = catalog
@@ -149,7 +163,10 @@ class _AdapterFile:
             self._put(f"{site.prefix}.{next(iter(IA3_PARTS))}", factors)
             self._adapted.append(site.name)
             inputs += [site.name] if of_inputs else []
-        self.settings |= {"peft_type": IA3, "target_modules": self._shorten(self._adapted)}
+        self.settings |= {
+            "peft_type": IA3,
+            "target_modules": self._shorten(self._adapted),
+        }
         self.settings["feedforward_modules"] = self._shorten(inputs)
 
     def add_lora(self, adapter: LoraAdapter) -> None:
@@ -157,14 +174,16 @@ class _AdapterFile:
         fresh_rank = adapter.rank
         is_pissa = adapter.changes_base
         if is_pissa and self._run.start is not None:
-            # PEFT repeats the decomposition, which rounding turns a little. The difference from the
-            # start is exact, of twice the rank, beside a base that stays as it is.
+            # PEFT repeats the decomposition, which rounding turns a little. The
+            # difference from the start is exact, of twice the rank, beside a base that
+            # stays as it is.
             self._add_initial_parts(adapter, arrays)
             fresh_rank *= 2
             is_pissa = False
         elif is_pissa:
             self.notes.append(
-                "PiSSA without the run that it started from: PEFT takes the principal part out of "
+                "PiSSA without the run that it started from: PEFT takes the principal "
+                "part out of "
                 "the base again, and its logits may differ by some 1e-4"
             )
         ranks: dict[str, int] = {}
@@ -182,7 +201,9 @@ class _AdapterFile:
             self._put_lora(site, joined)
         parameters = [name for name in ranks if name not in self._catalog.sites]
         self._adapted = [name for name in ranks if name in self._catalog.sites]
-        experts = self._shorten([name for name in parameters if name in self._catalog.experts])
+        experts = self._shorten(
+            [name for name in parameters if name in self._catalog.experts]
+        )
         routers = [name for name in parameters if name in self._catalog.routers]
         self.settings["target_parameters"] = [*experts, *routers] or None
         self._write_lora_settings(adapter, ranks, fresh_rank, is_pissa=is_pissa)
@@ -197,27 +218,39 @@ class _AdapterFile:
         return [*catalog.sites.values(), *catalog.experts.values(), *routers]
 
     def _list_adapted_sites(self, arrays: Mapping[str, Arrays]) -> list[AdapterSite]:
-        sites = [site for site in self._list_sites() if any(self._take_site(site, arrays))]
-        experts = nest_experts([site for site in sites if isinstance(site, ExpertsSite)])
+        sites = [
+            site for site in self._list_sites() if any(self._take_site(site, arrays))
+        ]
+        experts = nest_experts(
+            [site for site in sites if isinstance(site, ExpertsSite)]
+        )
         return [*(site for site in sites if isinstance(site, MapSite)), *experts]
 
     def _read_arrays(self) -> dict[str, Arrays]:
-        """Reads the adapter's arrays by their parameter, and checks that PEFT has a place for
-        each."""
+        """Reads the adapter's arrays by their parameter, and checks that PEFT has a
+        place for each."""
         arrays: dict[str, Arrays] = {}
         for name in self._run.checkpoint.shapes:
             owner, _, part = name.rpartition(".")
             if part in _PARTS:
-                arrays.setdefault(owner, {})[part] = self._run.checkpoint.open(name).read()
+                arrays.setdefault(owner, {})[part] = self._run.checkpoint.open(
+                    name
+                ).read()
         published = {place.name for site in self._list_sites() for place in site.places}
         strange = [name for name in arrays if name not in published]
         refuse_tensors("PEFT has no module of", strange, self._where, _MERGED)
         return arrays
 
-    def _take_site(self, site: AdapterSite, arrays: Mapping[str, Arrays]) -> list[Arrays]:
-        """An adapter's arrays at each place of a site, without what is padding; {}: none."""
+    def _take_site(
+        self, site: AdapterSite, arrays: Mapping[str, Arrays]
+    ) -> list[Arrays]:
+        """An adapter's arrays at each place of a site, without what is padding; {}:
+        none."""
         parts = [
-            {part: array[place.index] for part, array in arrays.get(place.name, {}).items()}
+            {
+                part: array[place.index]
+                for part, array in arrays.get(place.name, {}).items()
+            }
             for place in site.places
         ]
         is_expert = isinstance(site, ExpertsSite)
@@ -227,14 +260,22 @@ class _AdapterFile:
         ]
 
     def _check_fused(
-        self, adapter: LoraAdapter, site: AdapterSite, parts: Sequence[Arrays], *, is_pissa: bool
+        self,
+        adapter: LoraAdapter,
+        site: AdapterSite,
+        parts: Sequence[Arrays],
+        *,
+        is_pissa: bool,
     ) -> None:
-        """Refuses what has no counterpart where several of our maps are one module there."""
+        """Refuses what has no counterpart where several of our maps are one module
+        there."""
         if len(parts) == 1:
             return
         if is_pissa or (adapter.dora and not all(parts)):
             problem = f"{site.name} holds several of our maps, and PiSSA or DoRA of some has no"
-            raise MaxlmError(f"{problem} counterpart", where=str(self._where), fix=_MERGED)
+            raise MaxlmError(
+                f"{problem} counterpart", where=str(self._where), fix=_MERGED
+            )
 
     def _put(self, name: str, tensor: np.ndarray) -> None:
         self.tensors[f"{PREFIX}{name}"] = np.ascontiguousarray(tensor, np.float32)
@@ -246,14 +287,19 @@ class _AdapterFile:
                 self._put(f"{site.prefix}.{theirs}", joined[ours])
 
     def _write_lora_settings(
-        self, adapter: LoraAdapter, ranks: Mapping[str, int], rank: int, *, is_pissa: bool
+        self,
+        adapter: LoraAdapter,
+        ranks: Mapping[str, int],
+        rank: int,
+        *,
+        is_pissa: bool,
     ) -> None:
         names = [name.rpartition(".")[2] for name in self._adapted]
         if self._catalog.experts and {*names} & {*EXPERT_NAMES}:
-            problem = (
-                "PEFT takes gate_proj, up_proj and down_proj of a model with routed experts for"
+            problem = "PEFT takes gate_proj, up_proj and down_proj of a model with routed experts for"
+            raise MaxlmError(
+                f"{problem} the experts'", where=str(self._where), fix=_MERGED
             )
-            raise MaxlmError(f"{problem} the experts'", where=str(self._where), fix=_MERGED)
         power = 0.5 if adapter.rank_stabilized else 1
         by_rank: dict[int, list[str]] = {}
         for name, own_rank in ranks.items():
@@ -269,7 +315,9 @@ class _AdapterFile:
             "r": rank,
             "lora_alpha": adapter.scale * rank**power,
             "rank_pattern": patterns,
-            "alpha_pattern": {name: adapter.scale * r**power for name, r in patterns.items()},
+            "alpha_pattern": {
+                name: adapter.scale * r**power for name, r in patterns.items()
+            },
             "use_rslora": adapter.rank_stabilized,
             "use_dora": adapter.dora,
             "lora_dropout": adapter.dropout,
@@ -278,7 +326,8 @@ class _AdapterFile:
         self.settings |= self._choose_targets()
 
     def _choose_targets(self) -> dict[str, Any]:
-        """Says which modules are adapted, by layers where these are the same modules of some."""
+        """Says which modules are adapted, by layers where these are the same modules of
+        some."""
         layers = {name: find_layer(name, ()) for name in self._catalog.sites}
         chosen = {layers[name] for name in self._adapted}
         kinds = {name.rpartition(".")[2] for name in self._adapted}
@@ -303,14 +352,18 @@ class _AdapterFile:
             tables = dict.fromkeys(chosen, ids)
             size = self._run.config.vocab_size
             self.notes.append(
-                f"rows of tokens up to {max(ids)} are trained: a base with fewer is first given "
+                f"rows of tokens up to {max(ids)} are trained: a base with fewer is "
+                f"first given "
                 f"them by resize_token_embeddings({size})"
             )
-            self.settings["trainable_token_indices"] = tables if len(chosen) > 1 else ids
+            self.settings["trainable_token_indices"] = (
+                tables if len(chosen) > 1 else ids
+            )
 
     def add_trained_base(self) -> None:
-        """Adds the parameters of the base that were trained: as whole modules, or, where a module
-        is adapted too or tied to another, under the name that PEFT's model has for the tensor."""
+        """Adds the parameters of the base that were trained: as whole modules, or,
+        where a module is adapted too or tied to another, under the name that PEFT's
+        model has for the tensor."""
         run = self._run
         if not run.trained_base:
             return
@@ -329,10 +382,15 @@ class _AdapterFile:
         )
         if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
             refuse_tensors(
-                "PEFT saves no modules beside virtual tokens", trained, self._where, _MERGED
+                "PEFT saves no modules beside virtual tokens",
+                trained,
+                self._where,
+                _MERGED,
             )
         rows = [name for name in trained if self._has_token_rows(catalog.tensors[name])]
-        refuse_tensors("trained whole beside rows of its tokens", rows, self._where, _MERGED)
+        refuse_tensors(
+            "trained whole beside rows of its tokens", rows, self._where, _MERGED
+        )
         modules: dict[str, list[str]] = {}
         for name in trained:
             modules.setdefault(name.rpartition(".")[0], []).append(name)
@@ -370,7 +428,9 @@ class _AdapterFile:
         """A slice of a parameter of the base, as the run has it."""
         name = self._name_base(place)
         if name not in self._readers:
-            opened = self._run.checkpoint.open_slice_reader(name, len(place.index), self._scratch)
+            opened = self._run.checkpoint.open_slice_reader(
+                name, len(place.index), self._scratch
+            )
             self._readers[name] = self._stack.enter_context(opened)
         return self._readers[name](place.index)
 
@@ -382,29 +442,37 @@ class _AdapterFile:
     def _shorten(
         self, names: Sequence[str], among: Sequence[str] = (), *, by_dots: bool = True
     ) -> list[str]:
-        """Returns the shortest ends of some modules' names that mean no others, where PEFT looks
-        for ends of names: behind a dot, or (``by_dots=False``) anywhere."""
+        """Returns the shortest ends of some modules' names that mean no others, where
+        PEFT looks for ends of names: behind a dot, or (``by_dots=False``) anywhere."""
         catalog = self._catalog
         known = among or [*catalog.modules, *catalog.experts, *catalog.routers]
         chosen = {*names}
         dot = "." if by_dots else ""
 
         def means_others(end: str) -> bool:
-            return any(other.endswith(dot + end) and other not in chosen for other in known)
+            return any(
+                other.endswith(dot + end) and other not in chosen for other in known
+            )
 
         ends = {name: name.rpartition(".")[2] for name in names}
-        return sorted({name if means_others(end) else end for name, end in ends.items()})
+        return sorted(
+            {name if means_others(end) else end for name, end in ends.items()}
+        )
 
     def _read_norms(self, place: ParamSlice) -> np.ndarray:
         """Norms of a layer's weights of each output in the base, [*outputs]."""
         spec = self._specs[place.name]
         _, end = split_dims(spec)
         matrix = to_matrix(self._read_base(place), spec, len(place.index))
-        return np.linalg.norm(matrix, axis=0).reshape(spec.shape[end:]).astype(np.float32)
+        return (
+            np.linalg.norm(matrix, axis=0).reshape(spec.shape[end:]).astype(np.float32)
+        )
 
-    def _add_initial_parts(self, adapter: LoraAdapter, arrays: Mapping[str, Arrays]) -> None:
-        """Adds to A and B, with the opposite sign, what they began as: the base's own principal
-        part, which is what the start has more than the base."""
+    def _add_initial_parts(
+        self, adapter: LoraAdapter, arrays: Mapping[str, Arrays]
+    ) -> None:
+        """Adds to A and B, with the opposite sign, what they began as: the base's own
+        principal part, which is what the start has more than the base."""
         start = self._run.start
         assert start is not None
         for name, parts in arrays.items():
@@ -418,7 +486,9 @@ class _AdapterFile:
             with ExitStack() as stack:
                 opened = start.open_slice_reader(name, lead, self._scratch)
                 read_start = stack.enter_context(opened)
-                opened = self._run.checkpoint.open_slice_reader(f"{name}.base", lead, self._scratch)
+                opened = self._run.checkpoint.open_slice_reader(
+                    f"{name}.base", lead, self._scratch
+                )
                 read_base = stack.enter_context(opened)
                 for index in np.ndindex(*spec.shape[:lead]):
                     difference = read_start(index).astype(np.float64) - read_base(index)
@@ -433,10 +503,11 @@ class _AdapterFile:
 
 
 def _trim_rank(parts: Arrays, *, is_expert: bool) -> Arrays:
-    """Leaves out ranks whose A and B are both zero, which nothing ever trains: padding of layers
-    that have lower ranks than others, or none ({})."""
+    """Leaves out ranks whose A and B are both zero, which nothing ever trains: padding
+    of layers that have lower ranks than others, or none ({})."""
     a, b = parts["lora_a"], parts["lora_b"]
-    # Of experts [E, inputs, rank] and [E, rank, outputs], of maps [*inputs, rank] and [rank, ...].
+    # Of experts [E, inputs, rank] and [E, rank, outputs], of maps [*inputs, rank] and
+    # [rank, ...].
     lead = 1 if is_expert else 0
     used = np.any(a.reshape(-1, a.shape[-1]), axis=0)
     used |= np.any(np.moveaxis(b, lead, 0).reshape(a.shape[-1], -1), axis=1)

@@ -1,1 +1,2 @@
-"""Searches for good continuations: functions over the engine, each with a budget in tokens."""
+"""Searches for good continuations: functions over the engine, each with a budget in
+tokens."""

@@ -13,8 +13,8 @@ def parse_last_number(text: str) -> str | None:
 
 
 def parse_gsm8k(text: str) -> str | None:
-    """Returns the number behind the last ``####``, as solutions of GSM8K end (Cobbe et al. 2021,
-    arXiv 2110.14168)."""
+    """Returns the number behind the last ``####``, as solutions of GSM8K end (Cobbe et
+    al. 2021, arXiv 2110.14168)."""
     _, mark, rest = text.rpartition("####")
     found = re.match(rf"\s*\$?\s*({_NUMBER})", rest) if mark else None
     return normalize_number(found[1]) if found else None
@@ -35,10 +35,14 @@ def parse_boxed(text: str) -> str | None:
 
 
 def parse_choice(text: str) -> str | None:
-    """Returns the letter, A to J, that a text chooses: the last behind "answer is" or "answer:",
-    else the last one in parentheses, else the last one that stands alone."""
+    """Returns the letter, A to J, that a text chooses: the last behind "answer is" or
+    "answer:", else the last one in parentheses, else the last one that stands alone."""
     letter = r"\(?\**([A-J])\b(?!')"
-    patterns = rf"(?i:answer)\s*(?:(?i:is)\b\s*)?:?\s*\**{letter}", r"\(([A-J])\)", rf"\b{letter}"
+    patterns = (
+        rf"(?i:answer)\s*(?:(?i:is)\b\s*)?:?\s*\**{letter}",
+        r"\(([A-J])\)",
+        rf"\b{letter}",
+    )
     for pattern in patterns:
         if found := re.findall(pattern, text):
             return found[-1]
@@ -46,6 +50,7 @@ def parse_choice(text: str) -> str | None:
 
 
 def normalize_number(number: str) -> str:
-    """Returns a decimal number without separators of thousands and zeros that say nothing."""
+    """Returns a decimal number without separators of thousands and zeros that say
+    nothing."""
     value = Decimal(number.replace(",", ""))
     return f"{value.normalize():f}" if value else "0"

@@ -28,11 +28,12 @@ class BeamSearchConfig(Config):
     num_beams: int = Field(default=4, gt=0)
     """Continuations that go on together."""
     length_penalty: float = Field(default=1.0, ge=-16, le=16)
-    """A score is the log-probability divided by tokens ** this: above 0 favours long outputs, below
-    0 short ones."""
+    """A score is the log-probability divided by tokens ** this: above 0 favours long
+    outputs, below 0 short ones."""
     early_stopping: bool | Literal["never"] = False
-    """true: end at ``num_beams`` finished outputs; false: go on while the likeliest beam, if it
-    ended now, would be better than the worst of them; never: while it could still become so."""
+    """true: end at ``num_beams`` finished outputs; false: go on while the likeliest
+    beam, if it ended now, would be better than the worst of them; never: while it could
+    still become so."""
     max_new_tokens: int = Field(default=128, gt=0)
     """Tokens at which beams end; an end-of-text token ends them sooner."""
     num_return_sequences: int = Field(default=1, gt=0)
@@ -47,51 +48,65 @@ def beam_search(
     stop_token_ids: Sequence[int] | None = None,
     budget: int | None = None,
 ) -> list[DecodingResult]:
-    """Finds likely continuations of prompts, several prompts at once where the engine has room.
-    Of equally likely ones that of the better beam goes first, then the lower token id.
+    """Finds likely continuations of prompts, several prompts at once where the engine
+    has room. Of equally likely ones that of the better beam goes first, then the lower
+    token id.
 
     Args:
         prompts: token ids of each.
         stop_token_ids: tokens that end an output; default: the tokenizer's.
-        budget: tokens that the beams of one prompt may generate. Where the next step would exceed
-            it, outputs end as at ``max_new_tokens``.
+        budget: tokens that the beams of one prompt may generate. Where the next step
+            would exceed it, outputs end as at ``max_new_tokens``.
 
     Returns:
-        Of each prompt; an output's ``score`` is its log-probability with the length penalty.
+        Of each prompt; an output's ``score`` is its log-probability with the length
+        penalty.
 
     Raises:
-        MaxlmError: the engine has no room for one prompt's beams, or has other requests.
+        MaxlmError: the engine has no room for one prompt's beams, or has other
+            requests.
     """
     if stop_token_ids is None:
         stop_token_ids = () if engine.tokenizer is None else engine.tokenizer.stop_ids
     stops = frozenset(stop_token_ids)
     check_beam_search(engine.vocab_size, config, stops)
     if budget is not None and budget < 1:
-        raise MaxlmError(f"a budget of {budget} tokens", where="budget", fix="allow at least 1")
+        raise MaxlmError(
+            f"a budget of {budget} tokens", where="budget", fix="allow at least 1"
+        )
     require_idle(engine)
     sampling = SamplingConfig(temperature=0, max_new_tokens=config.max_new_tokens)
     requests = [
-        GenerationRequest(str(n), tuple(p), sampling, ignore_eos=True, top_logprobs=TOP_LOGPROBS)
+        GenerationRequest(
+            str(n), tuple(p), sampling, ignore_eos=True, top_logprobs=TOP_LOGPROBS
+        )
         for n, p in enumerate(prompts)
     ]
     room, num_beams = engine.scheduler.config, config.num_beams
     most_pages = room.num_pages or room.max_sequences * room.pages_per_sequence + 1
-    num_pages = {each.request_id: _count_pages(engine, each, num_beams) for each in requests}
+    num_pages = {
+        each.request_id: _count_pages(engine, each, num_beams) for each in requests
+    }
     waiting, running = deque(requests), dict[str, BeamSearch]()
     results = dict[str, DecodingResult]()
     try:
         while waiting or running:
-            # All searches have rows and pages to the end: a beam that is preempted would fall
-            # behind the others.
+            # All searches have rows and pages to the end: a beam that is preempted
+            # would fall behind the others.
             while waiting and (len(running) + 1) * num_beams <= room.max_sequences:
                 request_id = waiting[0].request_id
-                if sum(num_pages[each] for each in (request_id, *running)) >= most_pages:
+                if (
+                    sum(num_pages[each] for each in (request_id, *running))
+                    >= most_pages
+                ):
                     break
                 engine.add_request(waiting.popleft(), branching=True)
                 running[request_id] = BeamSearch(config, stops, TokenBudget(budget))
             if not running:
                 what = f"{num_beams} beams need more rows or pages than the engine has"
-                raise MaxlmError(what, where="num_beams", fix="raise max_sequences or num_pages")
+                raise MaxlmError(
+                    what, where="num_beams", fix="raise max_sequences or num_pages"
+                )
             tokens = defaultdict[str, dict[int, TokenLogprob]](dict)
             for output in engine.step():
                 tokens[output.request_id][output.sequence_index] = output.logprobs[0]
@@ -100,14 +115,21 @@ def beam_search(
                 beams = search.advance(found)
                 branches = [(beam.index, beam.tokens[-1]) for beam in beams]
                 indices = engine.branch(request_id, branches)
-                search.beams = [b._replace(index=i) for b, i in zip(beams, indices, strict=True)]
+                search.beams = [
+                    b._replace(index=i) for b, i in zip(beams, indices, strict=True)
+                ]
                 if not beams:
                     del running[request_id]
                     outputs = [
-                        replace(each, text=decode_text(engine, prompts[int(request_id)], each))
+                        replace(
+                            each,
+                            text=decode_text(engine, prompts[int(request_id)], each),
+                        )
                         for each in search.finished[: config.num_return_sequences]
                     ]
-                    results[request_id] = DecodingResult(outputs, search.budget.num_spent)
+                    results[request_id] = DecodingResult(
+                        outputs, search.budget.num_spent
+                    )
     finally:
         for request_id in running:
             engine.abort(request_id)
@@ -135,8 +157,8 @@ class BeamSearch:
     """The best so far, at most ``num_beams``, the best first."""
 
     def advance(self, tokens: Mapping[int, TokenLogprob]) -> list[Beam]:
-        """Takes the likeliest tokens behind each beam, by its index; returns the beams that go on,
-        none at the end."""
+        """Takes the likeliest tokens behind each beam, by its index; returns the beams
+        that go on, none at the end."""
         config, length = self.config, len(self.beams[0].tokens) + 1
         self.budget.num_spent += len(self.beams)
         extended = [
@@ -145,13 +167,20 @@ class BeamSearch:
             for token, logprob in tokens[beam.index].top
         ]
         extended.sort(key=lambda beam: -beam.logprob)
-        beams = [beam for beam in extended if beam.tokens[-1] not in self.stops][: config.num_beams]
+        beams = [beam for beam in extended if beam.tokens[-1] not in self.stops][
+            : config.num_beams
+        ]
         at_end = length == config.max_new_tokens or not self.budget.allows(len(beams))
         for _, ids, logprob in extended[: config.num_beams]:
             stop = ids[-1] if ids[-1] in self.stops else None
             if at_end or stop is not None:
-                reason, score = "length" if stop is None else "stop", self._score(logprob, length)
-                self.finished.append(Continuation(ids, logprob, "", reason, score, stop))
+                reason, score = (
+                    "length" if stop is None else "stop",
+                    self._score(logprob, length),
+                )
+                self.finished.append(
+                    Continuation(ids, logprob, "", reason, score, stop)
+                )
         self.finished = rank_outputs(self.finished)[: config.num_beams]
         return [] if at_end or self._is_done(beams, length) else beams
 
@@ -179,10 +208,14 @@ def _count_pages(engine: Engine, request: GenerationRequest, num_beams: int) -> 
     return shared + num_beams * (-(-num_tokens // size) - shared)
 
 
-def check_beam_search(vocab_size: int, config: BeamSearchConfig, stops: frozenset[int]) -> None:
-    """Checks that a search knows enough tokens behind each beam. Raises MaxlmError: it does not, or
-    more outputs than beams are asked for."""
-    num_known = TOP_LOGPROBS if vocab_size > TOP_LOGPROBS else config.num_beams + len(stops)
+def check_beam_search(
+    vocab_size: int, config: BeamSearchConfig, stops: frozenset[int]
+) -> None:
+    """Checks that a search knows enough tokens behind each beam. Raises MaxlmError: it
+    does not, or more outputs than beams are asked for."""
+    num_known = (
+        TOP_LOGPROBS if vocab_size > TOP_LOGPROBS else config.num_beams + len(stops)
+    )
     if config.num_beams + len(stops) > num_known:
         message = f"{config.num_beams} beams and {len(stops)} tokens that end an output"
         fix = f"have {num_known} of both at most: so many likeliest tokens are known"

@@ -1,5 +1,5 @@
-"""Diverse verifier tree search (Beeching, Tunstall and Rush 2024, "Scaling test-time compute with
-open models")."""
+"""Diverse verifier tree search (Beeching, Tunstall and Rush 2024, "Scaling test-time
+compute with open models")."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,9 +29,11 @@ class TreeSearchConfig(Config):
     """Settings of diverse verifier tree search."""
 
     num_subtrees: int = Field(default=4, gt=0)
-    """Paths that go on side by side; none takes another's place, so that they stay diverse."""
+    """Paths that go on side by side; none takes another's place, so that they stay
+    diverse."""
     beam_width: int = Field(default=4, gt=0)
-    """Samples of each path's next step, of which the one with the best score is kept."""
+    """Samples of each path's next step, of which the one with the best score is
+    kept."""
     max_steps: int = Field(default=40, gt=0)
     """Steps of a path; the last one goes on to the output's end."""
     max_step_tokens: int = Field(default=512, gt=0)
@@ -51,29 +53,36 @@ def diverse_verifier_tree_search(
     *,
     budget: int | None = None,
 ) -> DecodingResult:
-    """Continues a prompt by several independent paths, step by step: draws ``beam_width`` next
-    steps of each path, and keeps the one that the scorer likes best.
+    """Continues a prompt by several independent paths, step by step: draws
+    ``beam_width`` next steps of each path, and keeps the one that the scorer likes
+    best.
 
     Args:
         prompt: token ids.
         scorer: scores outputs up to the end of their last step, all paths' together.
         sampling: ``max_new_tokens`` counts a whole output.
-        budget: tokens that all steps may have. Steps that do not surely fit are not drawn, and
-            the search ends.
+        budget: tokens that all steps may have. Steps that do not surely fit are not
+            drawn, and the search ends.
 
     Returns:
         All continuations of each path's last step, by score.
 
     Raises:
-        MaxlmError: the budget has no room for a step, or the samples would be all alike.
+        MaxlmError: the budget has no room for a step, or the samples would be all
+            alike.
     """
     if isinstance(engine.model, EncoderDecoder):
         what = "a model with an encoder does not go on from a step of its own"
-        raise MaxlmError(what, where="tree search", fix="use a decoder, or another search")
+        raise MaxlmError(
+            what, where="tree search", fix="use a decoder, or another search"
+        )
     check_samples_differ(sampling, config.num_subtrees * config.beam_width)
 
     def make_request(path: Continuation, *place: int) -> GenerationRequest:
-        most, is_last = sampling.max_new_tokens - len(path.token_ids), place[0] == last_step
+        most, is_last = (
+            sampling.max_new_tokens - len(path.token_ids),
+            place[0] == last_step,
+        )
         most = most if is_last else min(most, config.max_step_tokens)
         return GenerationRequest(
             f"step {place}",
@@ -90,7 +99,9 @@ def diverse_verifier_tree_search(
         if reason == "length" or step.stop_match in delimiters:
             reason = "length" if len(tokens) == sampling.max_new_tokens else None
         stop = step.stop_match if reason == "stop" else None
-        whole = Continuation(tokens, path.logprob + step.logprob, "", reason, stop_match=stop)
+        whole = Continuation(
+            tokens, path.logprob + step.logprob, "", reason, stop_match=stop
+        )
         return replace(whole, text=decode_text(engine, prompt, whole))
 
     delimiters = (*config.step_delimiters, *config.step_token_ids)
@@ -101,7 +112,8 @@ def diverse_verifier_tree_search(
         live = [i for i, path in enumerate(paths) if path.finish_reason is None]
         if not live:
             break
-        # Every path's first sample before any one's second: a small budget serves all alike.
+        # Every path's first sample before any one's second: a small budget serves all
+        # alike.
         places = [(i, sample) for sample in range(config.beam_width) for i in live]
         requests = [make_request(paths[i], step, i, sample) for i, sample in places]
         drawn = draw_continuations(engine, requests, spent)
@@ -113,7 +125,11 @@ def diverse_verifier_tree_search(
         if children:
             scored = score_outputs(scorer, prompt, [child for _, child in children])
             for i in {i for i, _ in children}:
-                own = [each for (j, _), each in zip(children, scored, strict=True) if j == i]
+                own = [
+                    each
+                    for (j, _), each in zip(children, scored, strict=True)
+                    if j == i
+                ]
                 expanded[i], paths[i] = own, rank_outputs(own)[0]
         if len(children) < len(places):
             break

@@ -1,10 +1,17 @@
-"""The settings of a transformer: what decoders, encoders and both together have in common."""
+"""The settings of a transformer: what decoders, encoders and both together have in
+common."""
 
 from collections.abc import Mapping
 from math import isclose
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.blocks import Placement, parse_ffn, parse_mixer
@@ -13,7 +20,12 @@ from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.layers.positions import PositionsConfig
-from maxlm.models.layers.rope import DynamicNtkScaling, NtkScaling, YarnScaling, compute_yarn_mscale
+from maxlm.models.layers.rope import (
+    DynamicNtkScaling,
+    NtkScaling,
+    YarnScaling,
+    compute_yarn_mscale,
+)
 from maxlm.models.remat import RematPolicy
 
 if TYPE_CHECKING:
@@ -23,9 +35,9 @@ else:
 
 
 MAX_LAYERS = 10_000
-"""Most layers that a model may have. Code that prices, names or compiles layers walks over them, so
-a mistyped number must end here. The deepest published transformer has 1,000 (DeepNet,
-arXiv:2203.00555); ten times as many is past any use."""
+"""Most layers that a model may have. Code that prices, names or compiles layers walks
+over them, so a mistyped number must end here. The deepest published transformer has
+1,000 (DeepNet, arXiv:2203.00555); ten times as many is past any use."""
 
 LayerCount = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 
@@ -57,7 +69,8 @@ STACKS = ("first_layers", "layers", "last_layers")
 
 
 def strip_stack_name(name: str) -> str:
-    """Returns a parameter's name without its stack's: ``first_layers.mlp.up`` → ``mlp.up``."""
+    """Returns a parameter's name without its stack's: ``first_layers.mlp.up`` →
+    ``mlp.up``."""
     return ".".join(word for word in name.split(".") if word not in STACKS)
 
 
@@ -95,17 +108,18 @@ class TransformerConfig(Config):
     moe: MoeConfig | None = None
     """A mixture of experts in place of ``mlp``."""
     ffn: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_ffn)] = None
-    """Another feed-forward in place of ``mlp`` and ``moe``, by the kind it is registered with."""
+    """Another feed-forward in place of ``mlp`` and ``moe``, by the kind it is
+    registered with."""
     dense_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     """Number of first layers that have ``mlp`` all the same (DeepSeek-V2 has one)."""
     pattern: tuple[LayerKind, ...] = ()
-    """Kinds of layers by turns, such as five with a window and one without (Gemma 3); none: all
-    alike."""
+    """Kinds of layers by turns, such as five with a window and one without (Gemma 3);
+    none: all alike."""
     norm: NormConfig = NormConfig()
     placement: Placement = "pre"
-    """Placement of norms: pre (x + f(norm(x))), post (norm(x + f(x)): BERT), sandwich (x +
-    norm(f(norm(x))): Gemma 2), parallel (attention and MLP side by side, a norm each: Falcon-40B)
-    or parallel_shared (with one norm for both: Falcon-7B, Phi-2)."""
+    """Placement of norms: pre (x + f(norm(x))), post (norm(x + f(x)): BERT), sandwich
+    (x + norm(f(norm(x))): Gemma 2), parallel (attention and MLP side by side, a norm
+    each: Falcon-40B) or parallel_shared (with one norm for both: Falcon-7B, Phi-2)."""
     final_norm: bool = True
     """Normalise the last layer's output."""
     positions: PositionsConfig = PositionsConfig()
@@ -114,7 +128,8 @@ class TransformerConfig(Config):
     embedding_norm: bool = False
     """Normalise the embedding's sum (BLOOM, BERT)."""
     tie_embeddings: bool = False
-    """Use the embedding table as the output head: fewer parameters, usual below a billion."""
+    """Use the embedding table as the output head: fewer parameters, usual below a
+    billion."""
     head_bias: bool = False
     """Offsets of the logits (Phi-2)."""
     logit_scale: float = Field(default=1.0, gt=0)
@@ -122,18 +137,21 @@ class TransformerConfig(Config):
     logit_cap: float | None = Field(default=None, gt=0)
     """Logits become cap·tanh(logit / cap) (Gemma 2)."""
     heads: Mapping[HeadName, PositiveInt] = {}
-    """Further linear maps of the final hidden states, their widths by name, such as `score: 1` of a
-    reward model."""
+    """Further linear maps of the final hidden states, their widths by name, such as
+    `score: 1` of a reward model."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights (truncated normal)."""
     remat: RematPolicy = "full"
-    """Activations that the backward pass keeps: none (all but norms and activations, most memory),
-    matmuls, mlp, attention, full (only each layer's input: least memory, one more forward pass)."""
+    """Activations that the backward pass keeps: none (all but norms and activations,
+    most memory), matmuls, mlp, attention, full (only each layer's input: least memory,
+    one more forward pass)."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if (self.attention is None) == (self.mixer is None):
-            given = "neither attention nor" if self.mixer is None else "both attention and"
+            given = (
+                "neither attention nor" if self.mixer is None else "both attention and"
+            )
             raise MaxlmError(f"{given} mixer", fix="give one of them")
         dense, both = self.dense_layers, self.mlp is not None and self.moe is not None
         if not (self.mlp or self.moe or self.ffn):
@@ -148,7 +166,9 @@ class TransformerConfig(Config):
             raise MaxlmError(what, fix="give both mlp and moe, or set it to 0")
         if dense >= self.num_layers:
             what = f"dense_layers={dense} of num_layers={self.num_layers}"
-            raise MaxlmError(what, fix="leave some layers for the experts, or set moe to null")
+            raise MaxlmError(
+                what, fix="leave some layers for the experts, or set moe to null"
+            )
         if dense and self.pattern:
             raise MaxlmError("dense_layers with a pattern", fix="leave one of them out")
         if self.pattern and self.attention and self.attention.window is not None:
@@ -176,9 +196,15 @@ class TransformerConfig(Config):
                 what = f"positions.kind={positions.kind} without attention"
                 raise MaxlmError(what, fix="use learned, sinusoidal or none")
             return
-        latent, head, turned = self.attention.latent, self.attention.head_dim, positions.rotary_dim
+        latent, head, turned = (
+            self.attention.latent,
+            self.attention.head_dim,
+            positions.rotary_dim,
+        )
         if latent is not None and positions.kind != "rope":
-            raise MaxlmError("latent attention turns queries", fix="use positions.kind=rope")
+            raise MaxlmError(
+                "latent attention turns queries", fix="use positions.kind=rope"
+            )
         if latent is not None and turned is not None:
             what = f"positions.rotary_dim={turned} with latent attention"
             raise MaxlmError(what, fix="set attention.latent.rotary_dim alone")
@@ -202,8 +228,8 @@ class TransformerConfig(Config):
 
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]:
-        """The stacks of layers, first to last. What a pattern leaves over at the end has its own,
-        so that each is whole periods."""
+        """The stacks of layers, first to last. What a pattern leaves over at the end
+        has its own, so that each is whole periods."""
         depth, dense = self.num_layers - self.dense_layers, self.moe is None
         before, among, behind = STACKS
         first = LayerStack(before, self.dense_layers, self.layer_kinds, True)
@@ -224,25 +250,34 @@ class TransformerConfig(Config):
             return 1.0
         scale = self.attention.scale or self.attention.head_dim**-0.5
         scaling = (kind.positions or self.positions).scaling
-        if self.attention.latent and isinstance(scaling, YarnScaling) and scaling.mscale_all_dim:
+        if (
+            self.attention.latent
+            and isinstance(scaling, YarnScaling)
+            and scaling.mscale_all_dim
+        ):
             scale *= compute_yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
         return scale
 
     @property
     def position_limit(self) -> int | None:
-        """Positions the model can run at; None: any, if not equally well past ``max_seq_len``."""
+        """Positions the model can run at; None: any, if not equally well past
+        ``max_seq_len``."""
         return self.max_seq_len if self.positions.kind == "learned" else None
 
     @property
     def active_expert_fraction(self) -> float:
-        """The share of a layer's routed experts that a token meets; 1 without experts."""
+        """The share of a layer's routed experts that a token meets; 1 without
+        experts."""
         return self.moe.experts_per_token / self.moe.num_experts if self.moe else 1.0
 
-    def shrunk(self, *, vocab_size: int, num_layers: int, head_dim: int, seq_len: int) -> Self:
-        """Returns a small model of the same structure: the ratio of query to kv heads stays (up to
-        8), so do that of the FFN to the width, the kinds of layers (each once), ties, biases,
-        norms, positions, gating and remat; experts are 8 at most, registered mixers and
-        feed-forwards as they are; ``vocab_size`` and ``num_layers`` are upper bounds."""
+    def shrunk(
+        self, *, vocab_size: int, num_layers: int, head_dim: int, seq_len: int
+    ) -> Self:
+        """Returns a small model of the same structure: the ratio of query to kv heads
+        stays (up to 8), so do that of the FFN to the width, the kinds of layers (each
+        once), ties, biases, norms, positions, gating and remat; experts are 8 at most,
+        registered mixers and feed-forwards as they are; ``vocab_size`` and
+        ``num_layers`` are upper bounds."""
         attention, small, d_model = self.attention, None, 2 * head_dim
         if attention is not None:
             small = attention.shrunk(head_dim, seq_len)
@@ -257,7 +292,9 @@ class TransformerConfig(Config):
         def turned(positions: PositionsConfig | None) -> PositionsConfig | None:
             if positions is None or positions.rotary_dim is None:
                 return positions
-            share = positions.rotary_dim / (attention.head_dim if attention else head_dim)
+            share = positions.rotary_dim / (
+                attention.head_dim if attention else head_dim
+            )
             size = max(2, round(share * head_dim / 2) * 2)
             return positions.model_copy(update={"rotary_dim": size})
 

@@ -24,12 +24,15 @@ class EncoderConfig(TransformerConfig):
     token_types: int = Field(default=0, ge=0)
     """Rows of a table that tells apart the texts of a pair; 0: there is none."""
     head_activation: Activation | None = None
-    """Activation of a layer of the head before the logits, with a norm after it; null: no layer."""
+    """Activation of a layer of the head before the logits, with a norm after it; null:
+    no layer."""
 
     @model_validator(mode="after")
     def _sees_both_ways(self):
         if any(kind.window is not None for kind in self.layer_kinds):
-            raise MaxlmError("windows look back; an encoder sees both ways", fix="set it to null")
+            raise MaxlmError(
+                "windows look back; an encoder sees both ways", fix="set it to null"
+            )
         return self
 
     @property
@@ -47,7 +50,9 @@ class Encoder(Transformer):
 
     config: EncoderConfig
 
-    def __init__(self, config: EncoderConfig, *, rules: AxisRules, dtype: Any, **kwargs: Any):
+    def __init__(
+        self, config: EncoderConfig, *, rules: AxisRules, dtype: Any, **kwargs: Any
+    ):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
         super().__init__(config, causal=False, **kwargs, **kw)
         rows = (None, config.token_types, config.d_model, config.init_std)
@@ -55,7 +60,9 @@ class Encoder(Transformer):
         head: Any = None
         if config.head_activation is not None:
             D = config.d_model
-            dense = Linear({"embed": D}, {"latent": D}, bias=True, std=config.init_std, **kw)
+            dense = Linear(
+                {"embed": D}, {"latent": D}, bias=True, std=config.init_std, **kw
+            )
             head = nnx.Dict(dense=dense, norm=Norm(config.norm, D, **kw))
         self.head_layer = head
 
@@ -71,10 +78,12 @@ class Encoder(Transformer):
         segment_ids: jax.Array | None = None,
         types: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
-        """Computes hidden states as the head wants them; see :class:`Transformer`. ``types``: the
-        text of a pair that each token is of, int; None: the first."""
+        """Computes hidden states as the head wants them; see :class:`Transformer`.
+        ``types``: the text of a pair that each token is of, int; None: the first."""
         x, aux = self.forward_without_head(tokens, positions, segment_ids, types)
-        if (head := self.head_layer) is not None and self.config.head_activation is not None:
+        if (
+            head := self.head_layer
+        ) is not None and self.config.head_activation is not None:
             activate = ACTIVATIONS[self.config.head_activation]
             x = head.norm(activate(head.dense(x, seq_axis="residual")))
         return x, aux
@@ -86,8 +95,11 @@ class Encoder(Transformer):
         segment_ids: jax.Array | None = None,
         types: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
-        """Computes the last layer's hidden states [B, S, D], which embeddings are pooled from."""
+        """Computes the last layer's hidden states [B, S, D], which embeddings are
+        pooled from."""
         x = self.embedding(tokens)
         if self.types is not None:
             x += self.types(jnp.zeros_like(tokens) if types is None else types)
-        return self.forward_embedded(self.embed_inputs(x, positions), positions, segment_ids)
+        return self.forward_embedded(
+            self.embed_inputs(x, positions), positions, segment_ids
+        )

@@ -1,5 +1,5 @@
-"""Encoder and decoder: the one reads the input, the other writes the output and looks back at what
-the first made of it (T5, BART)."""
+"""Encoder and decoder: the one reads the input, the other writes the output and looks
+back at what the first made of it (T5, BART)."""
 
 from typing import Any, Literal
 
@@ -31,14 +31,22 @@ class EncoderDecoderConfig(TransformerConfig):
 
     @model_validator(mode="after")
     def _plain(self):
-        if self.pattern or any(kind.window for kind in self.layer_kinds) or self.dense_layers:
+        if (
+            self.pattern
+            or any(kind.window for kind in self.layer_kinds)
+            or self.dense_layers
+        ):
             what = "an encoder and a decoder with windows, a pattern or dense_layers"
-            raise MaxlmError(what, fix="leave them out; such layers are for decoders alone")
+            raise MaxlmError(
+                what, fix="leave them out; such layers are for decoders alone"
+            )
         if self.placement not in ("pre", "post"):
             what = f"placement={self.placement} with cross-attention"
             raise MaxlmError(what, fix="use pre or post")
         if self.attention is None:
-            raise MaxlmError("cross-attention without attention", fix="give attention, not mixer")
+            raise MaxlmError(
+                "cross-attention without attention", fix="give attention, not mixer"
+            )
         if self.attention.latent is not None:
             fix = "leave it out, or use a decoder alone"
             raise MaxlmError("cross-attention with attention.latent", fix=fix)
@@ -81,7 +89,8 @@ class EncoderDecoder(Transformer):
         return {"encoder.": self.encoder, "": self}
 
     def list_embedding_tables(self) -> dict[str, tuple[str, ...]]:
-        """See :meth:`Transformer.list_embedding_tables`; both trunks share the table of tokens."""
+        """See :meth:`Transformer.list_embedding_tables`; both trunks share the table of
+        tokens."""
         return super().list_embedding_tables() | {"embedding.table": ("", "encoder.")}
 
     def encode(self, inputs: Tokens) -> tuple[EncoderOutput, Aux]:
@@ -92,20 +101,30 @@ class EncoderDecoder(Transformer):
         return EncoderOutput(self.encoder.apply_final_norm(x), segment_ids), aux
 
     def project_cross_keys(self, inputs: Tokens) -> dict[str, tuple[KeysValues, ...]]:
-        """Makes, for inference, the keys and values of the input for each layer, by stack."""
+        """Makes, for inference, the keys and values of the input for each layer, by
+        stack."""
         encoded, _ = self.encode(inputs)
 
         def project(stack: Any) -> tuple[KeysValues, ...]:
             own, count = get_values(stack), self.config.num_layers
-            layers = (bind(stack, take_stacked_layer(own, layer)) for layer in range(count))
-            return tuple(layer.cross.project_keys_values(encoded.states) for layer in layers)
+            layers = (
+                bind(stack, take_stacked_layer(own, layer)) for layer in range(count)
+            )
+            return tuple(
+                layer.cross.project_keys_values(encoded.states) for layer in layers
+            )
 
         return {name: project(stack) for name, stack in self.stacks.items()}
 
-    def cross_cache_specs(self, layout: CacheLayout, length: int) -> CrossAttentionCache:
+    def cross_cache_specs(
+        self, layout: CacheLayout, length: int
+    ) -> CrossAttentionCache:
         """Returns the cross-attention cache of inputs of ``length`` tokens, with a
         :class:`~maxlm.models.caches.CacheArraySpec` for each array."""
-        attention, lead = self.config.attention, (layout.num_shards, layout.num_rows, length)
+        attention, lead = (
+            self.config.attention,
+            (layout.num_shards, layout.num_rows, length),
+        )
         assert attention is not None
         shape = (*lead, attention.num_kv_heads, attention.head_dim)
         keys = CacheArraySpec(shape, ("batch", None, None, "kv_heads", None))
@@ -121,8 +140,10 @@ class EncoderDecoder(Transformer):
         *,
         inputs: Tokens,
     ) -> tuple[jax.Array, Aux]:
-        """Hidden states of the output's tokens; see :class:`Transformer`. Segments of equal number
-        of these and of the encoder's ``inputs`` belong together."""
+        """Hidden states of the output's tokens; see :class:`Transformer`. Segments of
+        equal number of these and of the encoder's ``inputs`` belong together."""
         memory, aux = self.encode(inputs)
-        x, more = self.run_layers(self.embed(tokens, positions), (positions, segment_ids), memory)
+        x, more = self.run_layers(
+            self.embed(tokens, positions), (positions, segment_ids), memory
+        )
         return self.apply_final_norm(x), aux.plus(more)

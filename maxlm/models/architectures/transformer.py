@@ -37,8 +37,8 @@ Caches = dict[str, tuple[Any, ...]]
 
 
 class CrossAttentionCache(NamedTuple):
-    """Keys and values of encoders' outputs that a decoder's layers look up (inference); D and R as
-    in :class:`~maxlm.models.caches.CacheLayout`."""
+    """Keys and values of encoders' outputs that a decoder's layers look up (inference);
+    D and R as in :class:`~maxlm.models.caches.CacheLayout`."""
 
     keys_values: dict[str, tuple[KeysValues, ...]]
     """Each layer's keys and values, [D, R, T, K, H], by stack."""
@@ -47,31 +47,44 @@ class CrossAttentionCache(NamedTuple):
 
 
 class Transformer(Trunk):
-    """Maps tokens to hidden states to logits; ``kwargs``: arguments of :class:`Trunk`."""
+    """Maps tokens to hidden states to logits; ``kwargs``: arguments of
+    :class:`Trunk`."""
 
-    def __init__(self, config: TransformerConfig, *, rules: AxisRules, dtype: Any, **kwargs: Any):
+    def __init__(
+        self, config: TransformerConfig, *, rules: AxisRules, dtype: Any, **kwargs: Any
+    ):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
         super().__init__(config, **kwargs, **kw)
         D, std, vocab = config.d_model, config.init_std, config.vocab_size
         self.embedding = Embedding("vocab", vocab, D, std, **kw)
         own = {"bias": False, "std": std, "role": "table", **kw}
-        self.head = None if config.tie_embeddings else Linear({"embed": D}, {"vocab": vocab}, **own)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear({"embed": D}, {"vocab": vocab}, **own)
+        )
         zeros = jax.nn.initializers.zeros
         offsets = config.head_bias
-        self.head_bias = declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
-        maps = {n: Linear({"embed": D}, {None: width}, **own) for n, width in config.heads.items()}
+        self.head_bias = (
+            declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
+        )
+        maps = {
+            n: Linear({"embed": D}, {None: width}, **own)
+            for n, width in config.heads.items()
+        }
         self.heads = nnx.Dict(maps)
         self.layers_fn: LayersFunction | None = None
         self.num_virtual_tokens = 0
 
     @property
     def trunks(self) -> dict[str, Trunk]:
-        """All trunks, in the order in which they are run, by the prefix of their parameters."""
+        """All trunks, in the order in which they are run, by the prefix of their
+        parameters."""
         return {"": self}
 
     def list_embedding_tables(self) -> dict[str, tuple[str, ...]]:
-        """Lists the parameters in which rows are looked up, that of tokens first; each with the
-        trunks whose tokens these are, by their prefixes."""
+        """Lists the parameters in which rows are looked up, that of tokens first; each
+        with the trunks whose tokens these are, by their prefixes."""
         tables: dict[str, tuple[str, ...]] = {"embedding.table": ("",)}
         for prefix, trunk in self.trunks.items():
             if trunk.positions is not None:
@@ -79,9 +92,13 @@ class Transformer(Trunk):
         return tables
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
-        """Hidden states after the final norm; for training, differentiable in reverse mode.
+        """Hidden states after the final norm; for training, differentiable in reverse
+        mode.
 
         Args:
             tokens: int [B, S]; on pipeline stages [M, B, S], M micro-batches.
@@ -89,9 +106,12 @@ class Transformer(Trunk):
             segment_ids: likewise, 0 for padding; None: each row is one segment.
 
         Returns:
-            [..., S, D] in the compute dtype, micro-batches split over stages; and what layers add.
+            [..., S, D] in the compute dtype, micro-batches split over stages; and what
+            layers add.
         """
-        return self.forward_embedded(self.embed(tokens, positions), positions, segment_ids)
+        return self.forward_embedded(
+            self.embed(tokens, positions), positions, segment_ids
+        )
 
     def forward_embedded(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
@@ -126,12 +146,16 @@ class Transformer(Trunk):
         caches: Caches,
         cross_cache: CrossAttentionCache | None = None,
     ) -> tuple[jax.Array, Caches]:
-        """Computes, for inference, hidden states [D, S, D] of tokens int [D, S] that follow the
-        caches', and the caches with them in it. Layers are not scanned: a loop over them would
-        copy each one's weights and cache out of their stacks, at every token."""
+        """Computes, for inference, hidden states [D, S, D] of tokens int [D, S] that
+        follow the caches', and the caches with them in it. Layers are not scanned: a
+        loop over them would copy each one's weights and cache out of their stacks, at
+        every token."""
         x, written = self.embed(tokens, batch.positions), {}
         for part in self.config.layer_stacks:
-            stack, kinds = self.stacks[part.name], self.attention_inputs_by_kind(part, batch)
+            stack, kinds = (
+                self.stacks[part.name],
+                self.attention_inputs_by_kind(part, batch),
+            )
             own, written[part.name] = get_values(stack), []
             for layer, cache in enumerate(caches[part.name]):
                 inputs = kinds[layer % len(kinds)]
@@ -142,17 +166,26 @@ class Transformer(Trunk):
                 settings = BlockSettings(inputs.scale, inputs.window, inputs.causal)
                 arrays = inputs._replace(scale=None, window=None, causal=None)
                 params = take_stacked_layer(own, layer)
-                x, cache = run_cached_block(stack, settings, params, x, arrays, cache, encoded)
+                x, cache = run_cached_block(
+                    stack, settings, params, x, arrays, cache, encoded
+                )
                 written[part.name].append(cache)
-        return self.apply_final_norm(x), {name: tuple(own) for name, own in written.items()}
+        return self.apply_final_norm(x), {
+            name: tuple(own) for name, own in written.items()
+        }
 
     def prepare_logits(self, hidden: jax.Array) -> LogitsInputs:
-        """Returns the maps from hidden states to logits; training fuses them with the loss."""
+        """Returns the maps from hidden states to logits; training fuses them with the
+        loss."""
         scale, bias = self.config.logit_scale, None
         if scale != 1:
-            hidden = (hidden.astype(accumulation_dtype(self.dtype)) * scale).astype(hidden.dtype)
+            hidden = (hidden.astype(accumulation_dtype(self.dtype)) * scale).astype(
+                hidden.dtype
+            )
         if self.head_bias is not None:
-            bias = read_weight(self.head_bias, self.rules, accumulation_dtype(self.dtype)).value
+            bias = read_weight(
+                self.head_bias, self.rules, accumulation_dtype(self.dtype)
+            ).value
         table = self.embedding.table if self.head is None else self.head.kernel
         kernel = read_weight(table, self.rules, self.dtype)
         if self.head is None:
@@ -161,7 +194,8 @@ class Transformer(Trunk):
         return LogitsInputs(hidden, *kernel, bias, self.config.logit_cap)
 
     def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
-        """Maps hidden states [..., S, D] by one of ``config.heads`` → fp32 [..., S, width]."""
+        """Maps hidden states [..., S, D] by one of ``config.heads`` → fp32 [..., S,
+        width]."""
         dtype = accumulation_dtype(self.dtype)
         kernel = materialize(self.heads[name].kernel, self.rules, dtype)
         return jnp.matmul(hidden.astype(dtype), kernel, precision="highest")
@@ -171,7 +205,9 @@ class Transformer(Trunk):
         head, dtype = self.prepare_logits(hidden), accumulation_dtype(self.dtype)
         kernel = reshard(head.head, make_spec(head.head_layout))
         spec = self.rules.spec("batch", "seq", "vocab")
-        logits = multiply_head(head.hidden, kernel, spec, dtype, column_major=self.head is None)
+        logits = multiply_head(
+            head.hidden, kernel, spec, dtype, column_major=self.head is None
+        )
         if head.bias is not None:
             logits += reshard(head.bias, self.rules.spec("vocab"))
         if (cap := head.soft_cap) is not None:
@@ -187,8 +223,8 @@ class BlockSettings(NamedTuple):
     causal: bool
 
 
-# Layers alike are traced once, which is half of the time that a program of many layers takes to
-# build; inlined, so that the compiler sees the same program as without.
+# Layers alike are traced once, which is half of the time that a program of many layers
+# takes to build; inlined, so that the compiler sees the same program as without.
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
 def run_cached_block(
     block: Any,

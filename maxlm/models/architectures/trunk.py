@@ -64,14 +64,21 @@ class Trunk(nnx.Module):
         causal: bool = True,
         cross_attention: bool = False,
     ):
-        self.config, self.rules, self.dtype, self.parallel = config, rules, dtype, parallel
+        self.config, self.rules, self.dtype, self.parallel = (
+            config,
+            rules,
+            dtype,
+            parallel,
+        )
         self.causal = causal
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
         D, std, positions = config.d_model, config.init_std, config.positions
         rows = config.max_seq_len + positions.offset
         learned = positions.kind == "learned"
         self.positions = Embedding(None, rows, D, std, **kw) if learned else None
-        self.embedding_norm = Norm(config.norm, D, **kw) if config.embedding_norm else None
+        self.embedding_norm = (
+            Norm(config.norm, D, **kw) if config.embedding_norm else None
+        )
         biases: dict[str, Any] = {"init": truncated_normal(std), "role": "table"}
         relative = positions.kind == "relative"
         shape = (positions.buckets, config.attention.num_heads if relative else 0)
@@ -81,7 +88,9 @@ class Trunk(nnx.Module):
             assert ffn is not None
             sizes = (config.placement, D, config.num_layers, std)
             how = {"cross_attention": cross_attention, "parallel": parallel, **kw}
-            block = Block(config.mixer or config.attention, ffn, config.norm, *sizes, **how)
+            block = Block(
+                config.mixer or config.attention, ffn, config.norm, *sizes, **how
+            )
             groups = self.num_layer_groups if part.name == "layers" else 1
             setattr(self, part.name, stack_layers(block, part.num_layers, groups))
         self.final_norm = Norm(config.norm, D, **kw) if config.final_norm else None
@@ -99,7 +108,9 @@ class Trunk(nnx.Module):
     @property
     def stacks(self) -> dict[str, Block]:
         """The stacks of layers by name."""
-        return {part.name: getattr(self, part.name) for part in self.config.layer_stacks}
+        return {
+            part.name: getattr(self, part.name) for part in self.config.layer_stacks
+        }
 
     def embed_inputs(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Returns embeddings of tokens [..., S, D] as the first layer's input."""
@@ -122,7 +133,8 @@ class Trunk(nnx.Module):
         context: PositionsAndSegments,
         encoder_output: EncoderOutput | None = None,
     ) -> tuple[jax.Array, Aux]:
-        """Runs all layers, one after the other or in a pipeline; reverse-mode differentiable."""
+        """Runs all layers, one after the other or in a pipeline; reverse-mode
+        differentiable."""
         if self.pipeline_schedule is not None:
             return run_circular_pipeline(
                 self.run_stage,
@@ -134,15 +146,21 @@ class Trunk(nnx.Module):
             )
         total = Aux()
         for part in self.config.layer_stacks:
-            x, aux = self._run(part, get_values(self.stacks[part.name]), x, context, encoder_output)
+            x, aux = self._run(
+                part, get_values(self.stacks[part.name]), x, context, encoder_output
+            )
             total = total.plus(aux)
         return x, total
 
     def run_stage(
-        self, layers: Params, x: jax.Array, context: tuple[PositionsAndSegments, jax.Array]
+        self,
+        layers: Params,
+        x: jax.Array,
+        context: tuple[PositionsAndSegments, jax.Array],
     ) -> tuple[jax.Array, Aux]:
-        """Runs some layers of a pipeline on x [B, S, D]: those of ``layers``, or a part of them
-        along the layer axis; ``context``: of the tokens, and the micro-batch's number, uint32."""
+        """Runs some layers of a pipeline on x [B, S, D]: those of ``layers``, or a part
+        of them along the layer axis; ``context``: of the tokens, and the micro-batch's
+        number, uint32."""
         tokens, micro_batch = context
         layers = seed_micro_batch(layers, micro_batch)
         part = next(part for part in self.config.layer_stacks if part.name == "layers")
@@ -177,7 +195,9 @@ class Trunk(nnx.Module):
                 total = total.plus(aux)
             return x, total
         how: Any = {"dtype": self.dtype, "remat": self.config.remat}
-        return scan_blocks(self.stacks[part.name], layers, bodies, x, context, shared, **how)
+        return scan_blocks(
+            self.stacks[part.name], layers, bodies, x, context, shared, **how
+        )
 
     def attention_inputs_by_kind(
         self, stack: LayerStack, batch: RaggedBatch
@@ -187,7 +207,8 @@ class Trunk(nnx.Module):
         contexts = self._contexts(stack, where, batch.lengths)
         if get_platform() == "cpu":
             contexts = tuple(
-                (*rest, turns and materialize_rotary(turns)) for *rest, turns in contexts
+                (*rest, turns and materialize_rotary(turns))
+                for *rest, turns in contexts
             )
         return [
             self._attention_inputs(kind, context, biases)._replace(batch=batch)
@@ -195,10 +216,15 @@ class Trunk(nnx.Module):
         ]
 
     def _contexts(
-        self, part: LayerStack, where: PositionsAndSegments, lengths: jax.Array | None = None
+        self,
+        part: LayerStack,
+        where: PositionsAndSegments,
+        lengths: jax.Array | None = None,
     ) -> tuple[Any, ...]:
         """Returns positions, segment ids and angles for each kind of layer."""
-        turns = {kind.positions: self.rotary(kind, where[0], lengths) for kind in part.kinds}
+        turns = {
+            kind.positions: self.rotary(kind, where[0], lengths) for kind in part.kinds
+        }
         return tuple((*where, turns[kind.positions]) for kind in part.kinds)
 
     def _attention_inputs(
@@ -207,9 +233,13 @@ class Trunk(nnx.Module):
         slopes, config = None, self.config
         if config.positions.kind == "alibi":
             own = kind.positions or config.positions
-            slopes = jnp.asarray(compute_alibi_slopes(config.attention.num_heads, own.max_bias))
+            slopes = jnp.asarray(
+                compute_alibi_slopes(config.attention.num_heads, own.max_bias)
+            )
         scale = config.score_scale(kind)
-        return AttentionInputs(*context, slopes, biases, scale, kind.window, self.causal)
+        return AttentionInputs(
+            *context, slopes, biases, scale, kind.window, self.causal
+        )
 
     def rotary(
         self, kind: LayerKind, positions: jax.Array, lengths: jax.Array | None = None
@@ -224,7 +254,8 @@ class Trunk(nnx.Module):
         return compute_rotary(positions, size, *how, lengths=lengths)
 
     def relative_biases(self) -> jax.Array | None:
-        """Returns terms added to scores by distance, fp32 [N, 2R+1], where they are learnt."""
+        """Returns terms added to scores by distance, fp32 [N, 2R+1], where they are
+        learnt."""
         if self.relative is None:
             return None
         table = materialize(self.relative, self.rules, accumulation_dtype(self.dtype))

@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from maxlm.config import Config, MaxlmError, add_default_tag
 
 QUANTIZED_PAGE_SIZES = {"int8": 32, "int4": 64}
-"""Tokens of a page that share a scale, unless another size is set: as the TPU's kernel takes them
-at least."""
+"""Tokens of a page that share a scale, unless another size is set: as the TPU's kernel
+takes them at least."""
 
 
 class PagedCacheConfig(Config):
@@ -18,13 +18,15 @@ class PagedCacheConfig(Config):
 
 
 class QuantizedCacheConfig(Config):
-    """All keys and values, in fewer bits (KIVI, arXiv 2402.02750): keys with a scale per channel of
-    a page, values with one per token and head. Prompts attend to their own chunk as it is."""
+    """All keys and values, in fewer bits (KIVI, arXiv 2402.02750): keys with a scale
+    per channel of a page, values with one per token and head. Prompts attend to their
+    own chunk as it is."""
 
     kind: Literal["int8", "int4"]
     """int8: symmetric; int4: with a zero point, half the bytes and a little quality."""
     recent: int = Field(default=64, gt=0)
-    """Last tokens that are kept as they are, up to a page more; rounded up to whole pages."""
+    """Last tokens that are kept as they are, up to a page more; rounded up to whole
+    pages."""
 
 
 class _BudgetConfig(Config):
@@ -42,7 +44,8 @@ class _BudgetConfig(Config):
 
 
 class SinksCacheConfig(_BudgetConfig):
-    """The first and the last tokens (StreamingLLM, arXiv 2309.17453), at their own positions."""
+    """The first and the last tokens (StreamingLLM, arXiv 2309.17453), at their own
+    positions."""
 
     kind: Literal["sinks"]
     num_sinks: int = Field(default=4, ge=0)
@@ -50,8 +53,9 @@ class SinksCacheConfig(_BudgetConfig):
 
 
 class HeavyHittersCacheConfig(_BudgetConfig):
-    """Tokens that have been attended to most, and the last ones (H2O, arXiv 2306.14048); each kv
-    head keeps its own, by the weights that its query heads gave, summed over all queries."""
+    """Tokens that have been attended to most, and the last ones (H2O, arXiv
+    2306.14048); each kv head keeps its own, by the weights that its query heads gave,
+    summed over all queries."""
 
     kind: Literal["h2o"]
     recent: int = Field(gt=0)
@@ -59,9 +63,10 @@ class HeavyHittersCacheConfig(_BudgetConfig):
 
 
 class SnapKVCacheConfig(_BudgetConfig):
-    """The tokens of a prompt that its last ones attend to, and their neighbours (SnapKV, arXiv
-    2404.14469). Generated tokens take the place of the weakest, and of each other behind the last
-    ``recent``. A prompt in several chunks is cut to the budget after each."""
+    """The tokens of a prompt that its last ones attend to, and their neighbours
+    (SnapKV, arXiv 2404.14469). Generated tokens take the place of the weakest, and of
+    each other behind the last ``recent``. A prompt in several chunks is cut to the
+    budget after each."""
 
     kind: Literal["snapkv"]
     recent: int = Field(default=32, gt=0)

@@ -4,11 +4,19 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from maxlm.models.caches.config import PagedCacheConfig, QuantizedCacheConfig, SinksCacheConfig
+from maxlm.models.caches.config import (
+    PagedCacheConfig,
+    QuantizedCacheConfig,
+    SinksCacheConfig,
+)
 from maxlm.models.caches.evicting import EvictingCache
 from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
 from maxlm.models.caches.paged import AttentionCache, PagedCache
-from maxlm.models.caches.quantized import QuantizedCache, count_ring_pages, quantized_pages_spec
+from maxlm.models.caches.quantized import (
+    QuantizedCache,
+    count_ring_pages,
+    quantized_pages_spec,
+)
 from maxlm.parallel.ulysses import count_kv_copies
 
 
@@ -19,16 +27,19 @@ def kv_cache_spec(
     key_size: int,
     value_size: int | None,
 ) -> AttentionCache:
-    """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for each array.
-    ``value_size`` None: all query heads share one head of keys, of which values are a part. Raises
-    MaxlmError: pages that int4 codes do not fit in."""
+    """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for
+    each array. ``value_size`` None: all query heads share one head of keys, of which
+    values are a part. Raises MaxlmError: pages that int4 codes do not fit in."""
     config, shards, rows = layout.cache, layout.num_shards, layout.num_rows
     sizes = [key_size] if value_size is None else [key_size, value_size]
     no_value = [None] * (2 - len(sizes))
     axes = ("batch", None, None if no_value else "kv_heads", None, None)
     if not isinstance(config, PagedCacheConfig | QuantizedCacheConfig):
         room = min(config.budget, window or config.budget)
-        kept = [CacheArraySpec((shards, rows, num_kv_heads, room, size), axes) for size in sizes]
+        kept = [
+            CacheArraySpec((shards, rows, num_kv_heads, room, size), axes)
+            for size in sizes
+        ]
         key, value = [*kept, *no_value]
         each = partial(CacheArraySpec, (shards, rows, num_kv_heads, room), axes[:-1])
         scores = None if isinstance(config, SinksCacheConfig) else each(jnp.float32)
@@ -51,7 +62,9 @@ def kv_cache_spec(
         for index, own in enumerate(pages)
     ]
     recent = [
-        CacheArraySpec((shards, rows, ring, *own.shape[2:]), (*axes[:2], None, *axes[2:]))
+        CacheArraySpec(
+            (shards, rows, ring, *own.shape[2:]), (*axes[:2], None, *axes[2:])
+        )
         for own in pages
     ]
     return QuantizedCache(*codes, *no_value, *recent, *no_value)

@@ -43,11 +43,11 @@ class CacheLayout:
     cache: CacheConfig = field(default_factory=PagedCacheConfig)
     """How attention keeps keys and values."""
     feature_multiple: int = 1
-    """Pages have room for a head's features up to a multiple of this: a TPU's kernel reads whole
-    lanes, and XLA would copy all pages to make it so."""
+    """Pages have room for a head's features up to a multiple of this: a TPU's kernel
+    reads whole lanes, and XLA would copy all pages to make it so."""
     head_ways: int = 1
-    """Devices that query heads are split over. Where kv heads are fewer, pages have one for each
-    device, the one that its queries read."""
+    """Devices that query heads are split over. Where kv heads are fewer, pages have one
+    for each device, the one that its queries read."""
 
     def count_pages(self, window: int | None) -> int:
         """Returns the pages of a layer with a window, or none."""
@@ -60,27 +60,35 @@ def choose_feature_multiple(platform: str) -> int:
     return LANES if platform == "tpu" else 1
 
 
-def allocate_cache_array(array: CacheArraySpec, rules: AxisRules, dtype: Any) -> jax.Array:
-    """Returns zeros in their compute layout on the current mesh. Raises MaxlmError: dimensions that
-    do not divide over their mesh axes."""
+def allocate_cache_array(
+    array: CacheArraySpec, rules: AxisRules, dtype: Any
+) -> jax.Array:
+    """Returns zeros in their compute layout on the current mesh. Raises MaxlmError:
+    dimensions that do not divide over their mesh axes."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     spec = resolve_placement("cache", array.shape, array.axes, rules, sizes).spec
     return jnp.zeros(array.shape, array.dtype or dtype, out_sharding=spec)
 
 
-def list_paged_windows(model: Any, cache: CacheConfig | None = None) -> tuple[int | None, ...]:
-    """Lists the windows of layers that keep pages, each once; None: a layer that sees all."""
+def list_paged_windows(
+    model: Any, cache: CacheConfig | None = None
+) -> tuple[int | None, ...]:
+    """Lists the windows of layers that keep pages, each once; None: a layer that sees
+    all."""
     layout = CacheLayout(1, 1, 2, 2, cache=cache or PagedCacheConfig())
     specs = jax.tree.leaves(model.cache_specs(layout))
     return tuple(dict.fromkeys(spec.window for spec in specs if spec.unit == "page"))
 
 
 def has_unit(specs: Any, unit: Literal["row", "page"]) -> bool:
-    """Returns whether a tree of :class:`CacheArraySpec` has an array by row, or by page."""
+    """Returns whether a tree of :class:`CacheArraySpec` has an array by row, or by
+    page."""
     return any(spec.unit == unit for spec in jax.tree.leaves(specs))
 
 
 def has_row_caches(caches: Any) -> bool:
-    """Returns whether a model's :class:`CacheArraySpec` trees have a layer that keeps all it has by
-    row, so that no token can be taken back."""
-    return any(not has_unit(layer, "page") for stack in caches.values() for layer in stack)
+    """Returns whether a model's :class:`CacheArraySpec` trees have a layer that keeps
+    all it has by row, so that no token can be taken back."""
+    return any(
+        not has_unit(layer, "page") for stack in caches.values() for layer in stack
+    )

@@ -1,4 +1,5 @@
-"""Attention over a cache on a mesh, and pages of keys and values in the compute dtype."""
+"""Attention over a cache on a mesh, and pages of keys and values in the compute
+dtype."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -47,8 +48,8 @@ class AttentionCache:
         sinks: jax.Array | None = None,
         **options: Any,
     ) -> tuple[jax.Array, Self]:
-        """Attends to each sequence's earlier tokens and these, each device with its own sequences
-        and heads; returns also the cache with these.
+        """Attends to each sequence's earlier tokens and these, each device with its own
+        sequences and heads; returns also the cache with these.
 
         Args:
             q: [D, S, N, H].
@@ -64,16 +65,22 @@ class AttentionCache:
 
         def run(head_terms, *sharded):
             q, key, value, cache, batch = jax.tree.map(lambda x: x[0], sharded)
-            found = cache.attend_shard(q, key, value, batch, rules, **head_terms, **options)
+            found = cache.attend_shard(
+                q, key, value, batch, rules, **head_terms, **options
+            )
             return jax.tree.map(lambda x: x[None], found)
 
         split = rules.spec("batch", None, "heads")
-        if rules.heads and not rules.kv_heads:  # devices have all keys, not only their queries' own
+        if (
+            rules.heads and not rules.kv_heads
+        ):  # devices have all keys, not only their queries' own
             if self.copies_heads and key is not None and value is not None:
                 key, value = copy_kv_heads(key, rules), copy_kv_heads(value, rules)
                 rules = rules.model_copy(update={"kv_heads": rules.heads})
             elif (self.key if key is None else key).shape[-2] > 1:
-                rules = rules.model_copy(update={"heads": ()})  # each attends for all heads
+                rules = rules.model_copy(
+                    update={"heads": ()}
+                )  # each attends for all heads
         heads, own_heads = rules.spec("batch", None, "heads"), rules.spec("heads")
         keys = rules.spec("batch", None, "kv_heads")
         layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
@@ -90,8 +97,8 @@ class AttentionCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedCache(AttentionCache):
-    """Keys and values in pages [D, P, K, page, H], which sequences hold by tables, and share where
-    they begin alike."""
+    """Keys and values in pages [D, P, K, page, H], which sequences hold by tables, and
+    share where they begin alike."""
 
     key: Any
     value: Any
@@ -115,8 +122,8 @@ class PagedCache(AttentionCache):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CrossCache(AttentionCache):
-    """Keys and values [D, R, T, K, H] of the encoder's output that each row's tokens look up; new
-    tokens have none."""
+    """Keys and values [D, R, T, K, H] of the encoder's output that each row's tokens
+    look up; new tokens have none."""
 
     key: Any
     value: Any
@@ -135,8 +142,8 @@ class CrossCache(AttentionCache):
 
 
 def copy_kv_heads(x: jax.Array, rules: AxisRules) -> jax.Array:
-    """Copies kv heads x [D, S, K, H], whole on each device, until they divide over the devices of
-    query heads; returns [D, S, copies · K, H], split so."""
+    """Copies kv heads x [D, S, K, H], whole on each device, until they divide over the
+    devices of query heads; returns [D, S, copies · K, H], split so."""
     copies = count_kv_copies(x.shape[2], axis_size(rules.heads))
     x = jnp.repeat(x, copies, axis=2, out_sharding=rules.spec("batch"))
     return reshard(x, rules.spec("batch", None, "heads"))

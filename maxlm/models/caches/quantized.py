@@ -1,10 +1,11 @@
-"""Keys and values in int8 or int4, the last ones as they are (KIVI, Liu et al. 2024, arXiv
-2402.02750).
+"""Keys and values in int8 or int4, the last ones as they are (KIVI, Liu et al. 2024,
+arXiv 2402.02750).
 
-A row's last tokens lie in a ring of pages of its own, in the compute dtype. A page is quantized
-when all its tokens are older than the recent ones, so that how much of a sequence is quantized is a
-function of its length alone, and tokens can be taken back. A query attends to the quantized pages
-and to the others by two calls of one kernel; their log-sum-exps join them.
+A row's last tokens lie in a ring of pages of its own, in the compute dtype. A page is
+quantized when all its tokens are older than the recent ones, so that how much of a
+sequence is quantized is a function of its length alone, and tokens can be taken back. A
+query attends to the quantized pages and to the others by two calls of one kernel; their
+log-sum-exps join them.
 """
 
 from dataclasses import dataclass, replace
@@ -33,21 +34,29 @@ class QuantizedCache(AttentionCache):
     value: Any
     """None: a token's value is the beginning of its key."""
     recent_key: Any
-    """[D, R, n, K, page, H]: page i of a row's sequence, not quantized yet, is in place i mod n."""
+    """[D, R, n, K, page, H]: page i of a row's sequence, not quantized yet, is in place
+    i mod n."""
     recent_value: Any
     copies_heads = True
 
     def attend_shard(self, q, key, value, batch, rules, *, window, sinks, **options):
-        """See :class:`AttentionCache`. All is written before anything is read: or XLA copies whole
-        pools. Raises MaxlmError: more than a page of tokens of a row that decodes."""
+        """See :class:`AttentionCache`. All is written before anything is read: or XLA
+        copies whole pools. Raises MaxlmError: more than a page of tokens of a row that
+        decodes."""
         rows, width = batch.uniform_rows
         split, (num_recent, _, page) = rows * width, self.recent_key.shape[1:4]
         if width > page:
             what = f"{width} tokens a step of a row that decodes, in pages of {page}"
-            raise MaxlmError(what, where="cache", fix="guess fewer tokens, or raise page_size")
+            raise MaxlmError(
+                what, where="cache", fix="guess fewer tokens, or raise page_size"
+            )
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         kernel = partial(paged_attention, window=window, dtype=dtype, **options)
-        lengths, starts, (slots, tables) = batch.kv_lengths, batch.query_starts, batch.pages(window)
+        lengths, starts, (slots, tables) = (
+            batch.kv_lengths,
+            batch.query_starts,
+            batch.pages(window),
+        )
 
         def count_quantized_pages(num_tokens):
             return jnp.maximum(num_tokens // page - (num_recent - 2), 0)
@@ -56,22 +65,44 @@ class QuantizedCache(AttentionCache):
             count_quantized_pages(lengths - jnp.diff(starts)),
             count_quantized_pages(lengths),
         )
-        new, rings = _list_arrays(key, value), _list_arrays(self.recent_key, self.recent_value)
+        new, rings = (
+            _list_arrays(key, value),
+            _list_arrays(self.recent_key, self.recent_value),
+        )
         sizes = [x.shape[-1] for x in new]
-        new = [pad_features(x, ring.shape[-1]) for x, ring in zip(new, rings, strict=True)]
+        new = [
+            pad_features(x, ring.shape[-1]) for x, ring in zip(new, rings, strict=True)
+        ]
         q = pad_features(q, rings[0].shape[-1])
         pools = _list_arrays(self.key, self.value)
         live, calls = slots < len(self.key.scale) * page, []
         for write, of, tokens, begins, uniform in (
-            (_write_uniform_rows, slice(rows), slice(split), starts[: rows + 1], (rows, width)),
-            (_write_chunks, slice(rows, None), slice(split, None), starts[rows:] - split, (0, 0)),
+            (
+                _write_uniform_rows,
+                slice(rows),
+                slice(split),
+                starts[: rows + 1],
+                (rows, width),
+            ),
+            (
+                _write_chunks,
+                slice(rows, None),
+                slice(split, None),
+                starts[rows:] - split,
+                (0, 0),
+            ),
         ):
             own, bounds = (batch.positions[tokens], live[tokens]), (first[of], last[of])
             if not len(own[0]):
                 continue
             rings, part = write(rings, [x[tokens] for x in new], *own, batch, bounds)
             pools = _write_quantized(pools, part, tables[of], bounds, sizes)
-            call = *_pair(part.pages), part.tables, lengths[of] - bounds[0] * page, begins
+            call = (
+                *_pair(part.pages),
+                part.tables,
+                lengths[of] - bounds[0] * page,
+                begins,
+            )
             calls.append(partial(kernel, q[tokens], *call, uniform_rows=uniform))
         limits = {"uniform_rows": (rows, width), "key_limits": first * page}
         old = kernel(q, *_pair(pools), tables, lengths, starts, sinks=sinks, **limits)
@@ -105,16 +136,20 @@ def quantized_pages_spec(
 
 
 def count_ring_pages(recent: int, page_size: int) -> int:
-    """Returns the pages of a row's ring: the recent ones, one that is being filled behind them, and
-    one more, so that all tokens of a step find room."""
+    """Returns the pages of a row's ring: the recent ones, one that is being filled
+    behind them, and one more, so that all tokens of a step find room."""
     return -(-recent // page_size) + 2
 
 
-def quantize_pages(pages: jax.Array, dtype: Any, *, per_channel: bool) -> QuantizedPages:
-    """Rounds [..., page, H] to integers, scales first to bf16, so that codes belong to them.
+def quantize_pages(
+    pages: jax.Array, dtype: Any, *, per_channel: bool
+) -> QuantizedPages:
+    """Rounds [..., page, H] to integers, scales first to bf16, so that codes belong to
+    them.
 
     Args:
-        dtype: int8, symmetric from -127 to 127, or uint8 for pairs of 0 to 15 with a zero point.
+        dtype: int8, symmetric from -127 to 127, or uint8 for pairs of 0 to 15 with a
+            zero point.
         per_channel: a scale for each channel, as of keys; else for each token.
     """
     x, axis = pages.astype(jnp.float32), -2 if per_channel else -1
@@ -130,7 +165,9 @@ def quantize_pages(pages: jax.Array, dtype: Any, *, per_channel: bool) -> Quanti
     if dtype != jnp.int8:
         first, second = jnp.split(codes, 2, axis=-2)
         codes = first | second << 4
-    return QuantizedPages(codes, scale.squeeze(axis), zero if zero is None else zero.squeeze(axis))
+    return QuantizedPages(
+        codes, scale.squeeze(axis), zero if zero is None else zero.squeeze(axis)
+    )
 
 
 class _ExactTokens(NamedTuple):
@@ -139,13 +176,15 @@ class _ExactTokens(NamedTuple):
     pages: list[jax.Array]
     """Keys [P', K, page, H], and values if there are any."""
     tables: jax.Array
-    """int32 [n, M']: of each row's tokens from its first page that was not quantized on."""
+    """int32 [n, M']: of each row's tokens from its first page that was not quantized
+    on."""
     ripe: jax.Array
     """int32 [n, m]: the pages that may become quantized now, in order."""
 
 
 def _write_uniform_rows(rings, new, positions, live, batch, bounds):
-    """Writes tokens of uniform rows into their rings [R, n, K, page, H], and reads them there."""
+    """Writes tokens of uniform rows into their rings [R, n, K, page, H], and reads them
+    there."""
     (rows, width), (num_recent, _, page) = batch.uniform_rows, rings[0].shape[1:4]
     at = jnp.arange(rows)[:, None] * num_recent
     places = positions.reshape(rows, width)
@@ -159,7 +198,8 @@ def _write_uniform_rows(rings, new, positions, live, batch, bounds):
 
 
 def _write_chunks(rings, new, positions, live, batch, bounds):
-    """Puts chunks' tokens behind the recent ones of their rows, and the last of them in rings."""
+    """Puts chunks' tokens behind the recent ones of their rows, and the last of them in
+    rings."""
     (num_recent, _, page), room = rings[0].shape[1:4], len(positions)
     (first, last), ids = bounds, batch.chunk_rows
     starts = batch.query_starts[-len(ids) - 1 :] - batch.query_starts[-len(ids) - 1]
@@ -170,23 +210,29 @@ def _write_chunks(rings, new, positions, live, batch, bounds):
     pages = [x.reshape(-1, *x.shape[2:]) for x in pages]
     chunk = jnp.searchsorted(starts, jnp.arange(room), side="right") - 1
     chunk = jnp.minimum(chunk, len(ids) - 1)
-    slots = jnp.where(live, (chunk * count - first[chunk]) * page + positions, pages[0].size)
+    slots = jnp.where(
+        live, (chunk * count - first[chunk]) * page + positions, pages[0].size
+    )
     pages = [write_pages(x, y, slots) for x, y in zip(pages, new, strict=True)]
     tables = jnp.arange(len(ids) * count).reshape(-1, count)
     # Which page each place of a ring has now.
     ring = last[:, None] + (jnp.arange(num_recent) - last[:, None]) % num_recent
     ring = jnp.minimum(ring - first[:, None], count - 1) + tables[:, :1]
     used = jnp.where(starts[1:] > starts[:-1], ids, len(rings[0]))
-    rings = [x.at[used].set(y[ring], mode="drop") for x, y in zip(rings, pages, strict=True)]
+    rings = [
+        x.at[used].set(y[ring], mode="drop") for x, y in zip(rings, pages, strict=True)
+    ]
     return rings, _ExactTokens(pages, tables, tables)
 
 
 def _write_quantized(pools, part: _ExactTokens, page_tables, bounds, sizes):
-    """Quantizes pages ``first`` to ``last`` of each row, int32 [n] each, and the first of their
-    features, as many as arrays have of their own."""
+    """Quantizes pages ``first`` to ``last`` of each row, int32 [n] each, and the first
+    of their features, as many as arrays have of their own."""
     first, last = bounds
     index = first[:, None] + jnp.arange(part.ripe.shape[1])
-    entries = jnp.take_along_axis(page_tables, jnp.minimum(index, page_tables.shape[1] - 1), axis=1)
+    entries = jnp.take_along_axis(
+        page_tables, jnp.minimum(index, page_tables.shape[1] - 1), axis=1
+    )
     entries = jnp.where(index < last[:, None], entries, len(pools[0].scale)).reshape(-1)
     ripe, written = part.ripe.reshape(-1), []
 

@@ -14,24 +14,27 @@ from maxlm.sharding import AxisRules
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RaggedBatch:
-    """Tokens of a step, sequence by sequence: of b sequences with G tokens each, then of F chunks
-    of other ones. Leading axes are D."""
+    """Tokens of a step, sequence by sequence: of b sequences with G tokens each, then
+    of F chunks of other ones. Leading axes are D."""
 
     positions: jax.Array
     """int32 [D, S]."""
     lengths: jax.Array
-    """int32 [D, S]: tokens of each token's sequence that are known, later ones of a prompt too."""
+    """int32 [D, S]: tokens of each token's sequence that are known, later ones of a
+    prompt too."""
     kv_lengths: jax.Array
     """int32 [D, b + F]: tokens of each sequence with these; 0: there is none."""
     query_starts: jax.Array
-    """int32 [D, b + F + 1]: each sequence's first token in S; behind the last are none."""
+    """int32 [D, b + F + 1]: each sequence's first token in S; behind the last are
+    none."""
     chunk_rows: jax.Array
-    """int32 [D, F]: the row of each chunk's sequence; the first b sequences are rows 0 to b − 1."""
+    """int32 [D, F]: the row of each chunk's sequence; the first b sequences are rows 0
+    to b − 1."""
     page_tables: tuple[jax.Array, ...]
     """int32 [D, b + F, M], for each of ``windows``."""
     slots: tuple[jax.Array, ...]
-    """int32 [D, S], for each of ``windows``: where each token is written, page · page_size +
-    offset; past the last page: it is not."""
+    """int32 [D, S], for each of ``windows``: where each token is written, page ·
+    page_size + offset; past the last page: it is not."""
     windows: tuple[int | None, ...] = field(metadata={"static": True})
     """Windows of the model's layers, each with pages of its own."""
     uniform_rows: tuple[int, int] = field(metadata={"static": True})
@@ -63,13 +66,13 @@ def run_rows(
     tokens: Any,
     batch: RaggedBatch,
 ) -> tuple[Any, jax.Array]:
-    """Runs tokens of one shard through caches that are kept by row: uniform rows together, then
-    chunks, each as long as all of them.
+    """Runs tokens of one shard through caches that are kept by row: uniform rows
+    together, then chunks, each as long as all of them.
 
     Args:
-        advance: ``(states [n, ...], tokens [n, T, ...], where) -> (states, y [n, T, ...])`` for
-            rows side by side, where tokens that are not live leave a state as it was; no states:
-            all stay as they are.
+        advance: ``(states [n, ...], tokens [n, T, ...], where) -> (states, y [n, T,
+            ...])`` for rows side by side, where tokens that are not live leave a state
+            as it was; no states: all stay as they are.
         states, tokens: trees of arrays [R, ...] and [S, ...].
         batch: of one shard, without D.
 
@@ -79,7 +82,9 @@ def run_rows(
     (rows, width), outputs = batch.uniform_rows, []
     num_rows, num_tokens = (len(jax.tree.leaves(x)[0]) for x in (states, tokens))
     room = num_tokens - rows * width
-    if room:  # first: what comes last may read whole states, as nothing is written after it
+    if (
+        room
+    ):  # first: what comes last may read whole states, as nothing is written after it
         starts, ids = batch.query_starts[rows:], batch.chunk_rows
         at = starts[:-1, None] + jnp.arange(room)
         live = at < starts[1:, None]
@@ -90,11 +95,17 @@ def run_rows(
         if after is not None:
             # Rows without a live token keep what they have, and may be named twice.
             used = jnp.where(live.any(axis=1), ids, num_rows)
-            states = jax.tree.map(lambda s, a: s.at[used].set(a, mode="drop"), states, after)
+            states = jax.tree.map(
+                lambda s, a: s.at[used].set(a, mode="drop"), states, after
+            )
         out = jnp.zeros((room, *y.shape[2:]), y.dtype)
-        outputs.append(out.at[jnp.where(live, index - rows * width, room)].set(y, mode="drop"))
+        outputs.append(
+            out.at[jnp.where(live, index - rows * width, room)].set(y, mode="drop")
+        )
     if rows:
-        own = jax.tree.map(lambda x: x[: rows * width].reshape(rows, width, *x.shape[1:]), tokens)
+        own = jax.tree.map(
+            lambda x: x[: rows * width].reshape(rows, width, *x.shape[1:]), tokens
+        )
         positions = batch.positions[: rows * width].reshape(rows, width)
         where = RowTokens(positions, positions < batch.kv_lengths[:rows, None])
         after, y = advance(jax.tree.map(lambda s: s[:rows], states), own, where)
@@ -106,7 +117,8 @@ def run_rows(
 
 
 class RecurrentCache(NamedTuple):
-    """A state passed from token to token, for every row [D, R, ...]; zeros before the first."""
+    """A state passed from token to token, for every row [D, R, ...]; zeros before the
+    first."""
 
     state: Any
 
@@ -119,14 +131,16 @@ class RecurrentCache(NamedTuple):
         feature_axis: str,
         *params: jax.Array,
     ) -> tuple[jax.Array, "RecurrentCache"]:
-        """Runs tokens through the recurrence; returns its outputs, and the cache after them.
+        """Runs tokens through the recurrence; returns its outputs, and the cache after
+        them.
 
         Args:
-            advance: ``(states [n, ...], x [n, T, F], live bool [n, T], *params) -> (states, y [n,
-                T, F])`` for rows side by side, on each device with its own features; tokens that
-                are not ``live`` leave a state as it was.
+            advance: ``(states [n, ...], x [n, T, F], live bool [n, T], *params) ->
+                (states, y [n, T, F])`` for rows side by side, on each device with its
+                own features; tokens that are not ``live`` leave a state as it was.
             x: [D, S, F].
-            feature_axis: the logical axis of F, of the states' last dimension and the params'.
+            feature_axis: the logical axis of F, of the states' last dimension and the
+                params'.
         """
 
         def local(states, x, batch, params):
@@ -135,15 +149,20 @@ class RecurrentCache(NamedTuple):
             def advance_fresh(states, x, where):
                 begins = where.begins
                 fresh = jax.tree.map(
-                    lambda s: jnp.where(begins.reshape(-1, *(1,) * (s.ndim - 1)), 0, s), states
+                    lambda s: jnp.where(begins.reshape(-1, *(1,) * (s.ndim - 1)), 0, s),
+                    states,
                 )
                 return advance(fresh, x, where.live, *params)
 
-            return jax.tree.map(lambda a: a[None], run_rows(advance_fresh, states, x, batch))
+            return jax.tree.map(
+                lambda a: a[None], run_rows(advance_fresh, states, x, batch)
+            )
 
         features = rules.spec("batch", None, feature_axis)
         states = jax.tree.map(lambda s: jax.typeof(s).sharding.spec, self.state)
         own = tuple(rules.spec(*(None,) * (a.ndim - 1), feature_axis) for a in params)
         specs = states, features, rules.spec("batch"), own
-        states, y = map_shards(local, specs, (states, features))(self.state, x, batch, params)
+        states, y = map_shards(local, specs, (states, features))(
+            self.state, x, batch, params
+        )
         return y, RecurrentCache(states)

@@ -58,7 +58,11 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
         what = f"architectures={names!r} is not a list of names"
         raise MaxlmError(what, where=source, fix="take it from the published model")
     for family in FAMILIES.values():
-        known = {family.hf_architecture, family.hf_classifier, *family.other_hf_architectures}
+        known = {
+            family.hf_architecture,
+            family.hf_classifier,
+            *family.other_hf_architectures,
+        }
         if not (known & {*names} or (not names and kind == family.model_type)):
             continue
         if kind not in (None, family.model_type):
@@ -67,7 +71,11 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
         return family
     named = ", ".join(names) or f"model_type={kind!r}"
     supported = [family.hf_architecture for family in FAMILIES.values()]
-    near = [name for name in supported if name.lower() == named.lower()]  # LLaMAForCausalLM
+    near = [
+        name for name in supported if name.lower() == named.lower()
+    ]  # LLaMAForCausalLM
     what = f"the architecture {named} is not supported"
-    fix = f"did you mean {near[0]}?" if near else f"supported are {', '.join(supported)}"
+    fix = (
+        f"did you mean {near[0]}?" if near else f"supported are {', '.join(supported)}"
+    )
     raise MaxlmError(what, where=source, fix=fix)

@@ -1,4 +1,5 @@
-"""BART (Lewis et al. 2020, arXiv 1910.13461): encoder and decoder with norms behind each branch."""
+"""BART (Lewis et al. 2020, arXiv 1910.13461): encoder and decoder with norms behind
+each branch."""
 
 from typing import Any
 
@@ -11,8 +12,8 @@ ATTENTION = {**llama.PROJECTIONS, "out_proj": "out"}
 
 
 def _side(theirs: str, layer: str, trunk: str, block: str) -> NameTable:
-    """Returns the entries that encoder and decoder share; ``trunk`` and ``block`` are prefixes of
-    our parameters before the layers and within them."""
+    """Returns the entries that encoder and decoder share; ``trunk`` and ``block`` are
+    prefixes of our parameters before the layers and within them."""
     at = f"{theirs}.layers.{{{layer}}}"
     return {
         f"{theirs}.embed_positions.weight": copy(f"{trunk}positions.table"),
@@ -47,11 +48,15 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
         reader.size(key)  # transformers has a default of its own, not the decoder's.
         reader.read_implemented(key, own)
     start = reader.size("decoder_start_token_id", 2, least=0, nullable=True)
-    settings["start_id"] = reader.size("bos_token_id", 0, least=0) if start is None else start
+    settings["start_id"] = (
+        reader.size("bos_token_id", 0, least=0) if start is None else start
+    )
     scaled = reader.flag("scale_embedding", False)
     settings["embedding_scale"] = settings["d_model"] ** 0.5 if scaled else 1.0
     bare = BARE in (reader.get("architectures", None) or ())
-    settings["head_bias"] = "final_logits_bias" in reader.tensors if reader.tensors else not bare
+    settings["head_bias"] = (
+        "final_logits_bias" in reader.tensors if reader.tensors else not bare
+    )
 
 
 def _write(config: Any) -> dict[str, Any]:
@@ -70,7 +75,9 @@ BART = ModelFamily(
     {
         "vocab_size": fields.map_size("vocab_size"),
         "decoder_layers": fields.map_layer_count("num_layers"),
-        "encoder_layers": fields.map_layer_count("encoder_layers", alias="num_hidden_layers"),
+        "encoder_layers": fields.map_layer_count(
+            "encoder_layers", alias="num_hidden_layers"
+        ),
         "d_model": fields.map_size("d_model"),
         "max_position_embeddings": fields.map_size("max_seq_len"),
         "decoder_attention_heads": fields.map_size("attention.num_heads"),

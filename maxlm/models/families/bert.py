@@ -11,7 +11,9 @@ TABLE = {
     f"{E}.position_embeddings.weight": copy("positions.table"),
     f"{E}.token_type_embeddings.weight": copy("types.table"),
     **map_norm(f"{E}.LayerNorm", "embedding_norm"),
-    **map_linears(f"{L}.attention.self", "attention", query="query", key="key", value="value"),
+    **map_linears(
+        f"{L}.attention.self", "attention", query="query", key="key", value="value"
+    ),
     **map_linear(f"{L}.attention.output.dense", "attention.out"),
     **map_norm(f"{L}.attention.output.LayerNorm", "attention_norm"),
     **map_linear(f"{L}.intermediate.dense", "mlp.up"),
@@ -47,10 +49,19 @@ BERT = ModelFamily(
         "embedding_norm": True,
         "head_bias": True,
     },
-    read_extra=lambda _, settings: settings.update(head_activation=settings["mlp"]["activation"]),
+    read_extra=lambda _, settings: settings.update(
+        head_activation=settings["mlp"]["activation"]
+    ),
     # Position numbers, and the head of the task that was trained beside.
-    ignored_tensors=("bert.embeddings.position_ids", "bert.pooler.*", "cls.seq_relationship.*"),
-    suffix_aliases={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+    ignored_tensors=(
+        "bert.embeddings.position_ids",
+        "bert.pooler.*",
+        "cls.seq_relationship.*",
+    ),
+    suffix_aliases={
+        "LayerNorm.weight": "LayerNorm.gamma",
+        "LayerNorm.bias": "LayerNorm.beta",
+    },
     ignored_keys=["directionality", *(f"pooler_{name}" for name in POOLER)],
     other_hf_architectures=["BertForPreTraining"],
     architecture="encoder",

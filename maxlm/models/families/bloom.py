@@ -1,7 +1,7 @@
-"""BLOOM (BigScience 2022, arXiv 2211.05100): ALiBi, a norm on embeddings, biases everywhere; and
-Falcon 7B and 40B (Almazrouei et al. 2023, arXiv 2311.16867), which name their maps alike: attention
-and FFN side by side, few kv heads. Falcon 1B with ALiBi scales and rounds its slopes in a way of
-its own: refused."""
+"""BLOOM (BigScience 2022, arXiv 2211.05100): ALiBi, a norm on embeddings, biases
+everywhere; and Falcon 7B and 40B (Almazrouei et al. 2023, arXiv 2311.16867), which name
+their maps alike: attention and FFN side by side, few kv heads. Falcon 1B with ALiBi
+scales and rounds its slopes in a way of its own: refused."""
 
 from typing import Any
 
@@ -67,7 +67,8 @@ def _write_falcon(config: Any) -> dict[str, Any]:
     attention, two_norms = config.attention, config.placement == "parallel"
     return {
         "num_kv_heads": attention.num_kv_heads,
-        "new_decoder_architecture": two_norms or 1 < attention.num_kv_heads < attention.num_heads,
+        "new_decoder_architecture": two_norms
+        or 1 < attention.num_kv_heads < attention.num_heads,
         "multi_query": attention.num_kv_heads == 1,
         "parallel_attn": config.placement != "pre",
         "num_ln_in_parallel_attn": 2 if two_norms else 1,
@@ -81,7 +82,9 @@ BLOOM = ModelFamily(
         "vocab_size": fields.map_size("vocab_size"),
         "n_layer": fields.map_layer_count("num_layers", alias="num_hidden_layers"),
         "hidden_size": fields.map_size("d_model", alias="n_embed"),
-        "seq_length": fields.map_size("max_seq_len", 2048),  # of training; ALiBi has no limit
+        "seq_length": fields.map_size(
+            "max_seq_len", 2048
+        ),  # of training; ALiBi has no limit
         "n_head": fields.map_size("attention.num_heads", alias="num_attention_heads"),
         "layer_norm_epsilon": fields.map_number("norm.eps"),
         "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
@@ -94,7 +97,9 @@ BLOOM = ModelFamily(
         "positions.kind": "alibi",
         "embedding_norm": True,
     },
-    read_extra=lambda reader, own: reader.read_implemented("n_inner", None, own["mlp"]["d_ff"]),
+    read_extra=lambda reader, own: reader.read_implemented(
+        "n_inner", None, own["mlp"]["d_ff"]
+    ),
     prefix="transformer.",
     ignored_keys=[
         "attention_softmax_in_fp32",

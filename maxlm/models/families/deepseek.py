@@ -1,5 +1,5 @@
-"""DeepSeek-V2 and V2-Lite (DeepSeek-AI 2024, arXiv 2405.04434): latent attention, many small
-experts with shared ones beside them, a dense layer first."""
+"""DeepSeek-V2 and V2-Lite (DeepSeek-AI 2024, arXiv 2405.04434): latent attention, many
+small experts with shared ones beside them, a dense layer first."""
 
 from typing import Any
 
@@ -22,7 +22,9 @@ S = "model.layers.{layer}.mlp.shared_experts"
 
 def _table(config: Any) -> NameTable:
     latent = config.attention.latent
-    query = permute_rotary(linear("attention.query.kernel"), latent.rotary_dim, each_head=True)
+    query = permute_rotary(
+        linear("attention.query.kernel"), latent.rotary_dim, each_head=True
+    )
     down = linear("attention.key_down.kernel", "attention.key_rotary.kernel")
     bias = linear("attention.key_down.bias", "attention.key_rotary.bias")
     return {
@@ -30,11 +32,17 @@ def _table(config: Any) -> NameTable:
         **llama.NORMS,
         **llama.MLP,
         **qwen.EXPERTS,
-        f"{A}.q_proj.weight" if latent.q_rank is None else f"{A}.q_b_proj.weight": query,
+        f"{A}.q_proj.weight"
+        if latent.q_rank is None
+        else f"{A}.q_b_proj.weight": query,
         **map_linear(f"{A}.q_a_proj", "attention.query_down"),
         f"{A}.q_a_layernorm.weight": copy("attention.query_norm.scale"),
-        f"{A}.kv_a_proj_with_mqa.weight": permute_rotary(down, latent.rotary_dim, each_head=False),
-        f"{A}.kv_a_proj_with_mqa.bias": permute_rotary(bias, latent.rotary_dim, each_head=False),
+        f"{A}.kv_a_proj_with_mqa.weight": permute_rotary(
+            down, latent.rotary_dim, each_head=False
+        ),
+        f"{A}.kv_a_proj_with_mqa.bias": permute_rotary(
+            bias, latent.rotary_dim, each_head=False
+        ),
         f"{A}.kv_a_layernorm.weight": copy("attention.key_norm.scale"),
         f"{A}.kv_b_proj.weight": interleave_by_kv_head(
             "attention.key_up.kernel", "attention.value_up.kernel"
@@ -49,7 +57,10 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     heads, turned = attention["num_heads"], attention["latent"]["rotary_dim"]
     reader.read_implemented("num_key_value_heads", heads)
     attention["head_dim"] = reader.size("qk_nope_head_dim") + turned
-    limited = reader.read_implemented("topk_method", "greedy", "group_limited_greedy") != "greedy"
+    limited = (
+        reader.read_implemented("topk_method", "greedy", "group_limited_greedy")
+        != "greedy"
+    )
     groups, chosen = reader.size("n_group", None), reader.size("topk_group", None)
     if limited and groups != chosen:
         settings["moe"] |= {"groups": groups, "groups_per_token": chosen}
@@ -65,7 +76,9 @@ def _write(config: Any) -> dict[str, Any]:
     return {
         "num_key_value_heads": attention.num_heads,
         "qk_nope_head_dim": attention.head_dim - attention.latent.rotary_dim,
-        "topk_method": "group_limited_greedy" if moe.groups_per_token < moe.groups else "greedy",
+        "topk_method": "group_limited_greedy"
+        if moe.groups_per_token < moe.groups
+        else "greedy",
         "n_group": moe.groups,
         "topk_group": moe.groups_per_token,
         "first_k_dense_replace": config.dense_layers,

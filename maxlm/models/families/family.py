@@ -6,7 +6,12 @@ from operator import attrgetter
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.models.families.fields import ConfigFields, put_nested, read_fields, write_fields
+from maxlm.models.families.fields import (
+    ConfigFields,
+    put_nested,
+    read_fields,
+    write_fields,
+)
 from maxlm.models.families.names import NameTable, TensorEntry, linear, list_entries
 from maxlm.models.families.reader import ConfigReader
 from maxlm.models.families.rope import read_position_settings, write_position_settings
@@ -16,8 +21,8 @@ _SCORE_HEAD = {"score.weight": linear("heads.score.kernel")}
 
 
 def _check_tensor_count(config: Any, table: NameTable, num_tensors: int) -> None:
-    """Checks that files can hold the tensors of a model's layers and experts, before they are
-    listed one by one: a number in a config.json costs its author nothing."""
+    """Checks that files can hold the tensors of a model's layers and experts, before
+    they are listed one by one: a number in a config.json costs its author nothing."""
     moe = config.moe
     layers = config.num_layers
     described = f"{layers:,} layers"
@@ -34,11 +39,13 @@ def _check_tensor_count(config: Any, table: NameTable, num_tensors: int) -> None
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A family of published models, and how they map to ours. Pure; nothing is allocated."""
+    """A family of published models, and how they map to ours. Pure; nothing is
+    allocated."""
 
     name: str
     hf_architecture: str
-    """The class that a converted checkpoint is for, first of config.json's architectures."""
+    """The class that a converted checkpoint is for, first of config.json's
+    architectures."""
     fields: ConfigFields
     """The keys of config.json."""
     name_table: NameTable | Callable[[Any], NameTable]
@@ -46,15 +53,19 @@ class ModelFamily:
     fixed_settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings that all its models have, by dotted path."""
     rope_kwargs: Mapping[str, Any] | None = None
-    """Arguments of ``read_position_settings``; None: no rotary ones, or ``read_extra`` does."""
-    read_extra: Callable[[ConfigReader, dict[str, Any]], None] = lambda reader, settings: None
+    """Arguments of ``read_position_settings``; None: no rotary ones, or ``read_extra``
+    does."""
+    read_extra: Callable[[ConfigReader, dict[str, Any]], None] = (
+        lambda reader, settings: None
+    )
     """Reads into the settings what ``fields`` cannot say."""
     write_extra: Callable[[Any], dict[str, Any]] = lambda config: {}
     """Writes what ``read_extra`` reads."""
     hf_model_type: str | None = None
     """The family's ``model_type``, where that is not its name."""
     ignored_tensors: Sequence[str] = ()
-    """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other tasks' heads."""
+    """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other
+    tasks' heads."""
     prefix: str = ""
     """Prefix of all names but the head's; some published files leave it out."""
     suffix_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -75,13 +86,19 @@ class ModelFamily:
     @property
     def hf_classifier(self) -> str:
         """The class of reward models, which have a head beside a decoder's."""
-        name = self.hf_architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        name = self.hf_architecture.removesuffix("ForCausalLM").removesuffix(
+            "LMHeadModel"
+        )
         return f"{name}ForSequenceClassification"
 
-    def list_entries(self, config: Any, published_names: Iterable[str] = ()) -> list[TensorEntry]:
-        """Lists every tensor of a model, and where it lies in ours; variants are followed of names
-        in files at hand, ``published_names``."""
-        table = self.name_table(config) if callable(self.name_table) else self.name_table
+    def list_entries(
+        self, config: Any, published_names: Iterable[str] = ()
+    ) -> list[TensorEntry]:
+        """Lists every tensor of a model, and where it lies in ours; variants are
+        followed of names in files at hand, ``published_names``."""
+        table = (
+            self.name_table(config) if callable(self.name_table) else self.name_table
+        )
         there = frozenset(published_names)
         if there:
             _check_tensor_count(config, table, len(there))
@@ -98,7 +115,8 @@ class ModelFamily:
             return plain
 
         return [
-            replace(e, theirs=spelt(e.theirs), aliases=(*map(spelt, e.aliases),)) for e in found
+            replace(e, theirs=spelt(e.theirs), aliases=(*map(spelt, e.aliases),))
+            for e in found
         ]
 
     def write_config(self, config: Any) -> dict[str, Any]:
@@ -119,32 +137,46 @@ class ModelFamily:
         return values | self.write_extra(config)
 
     def read_config(
-        self, hf_config: Mapping[str, Any], source: str, tensor_names: Iterable[str] = ()
+        self,
+        hf_config: Mapping[str, Any],
+        source: str,
+        tensor_names: Iterable[str] = (),
     ) -> tuple[dict[str, Any], list[str]]:
-        """Reads a config.json, with the names of the tensors beside it: returns a model's settings,
-        and notes for the user. Raises MaxlmError: a value that maxlm does not implement, or one
-        that is missing."""
+        """Reads a config.json, with the names of the tensors beside it: returns a
+        model's settings, and notes for the user. Raises MaxlmError: a value that maxlm
+        does not implement, or one that is missing."""
         reader = ConfigReader(hf_config, source, frozenset(tensor_names))
         try:
             settings = self._read_settings(reader)
             notes = reader.check_all_read(*self.ignored_keys)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
             # A value of a kind that no published file has there.
             what = f"a value cannot be made sense of ({error})"
             fix = "compare it with the published model's"
             raise MaxlmError(what, where=source, fix=fix) from error
         if "heads" in settings and self._lacks_language_head(reader.tensors):
-            notes.append(f"no {_HEAD}, as in a classifier of transformers: read as a tied model")
+            notes.append(
+                f"no {_HEAD}, as in a classifier of transformers: read as a tied model"
+            )
         return settings, notes
 
     def _lacks_language_head(self, tensor_names: frozenset[str]) -> bool:
-        """Whether files with these tensors are a classifier's as transformers saves it: its class
-        drops the language head, whatever ``tie_word_embeddings`` still says of the base. The model
-        is then read as a tied one, which has no head of its own either. Families whose config
-        cannot say that it is tied could not be written again, and are left alone."""
+        """Whether files with these tensors are a classifier's as transformers saves it:
+        its class drops the language head, whatever ``tie_word_embeddings`` still says
+        of the base. The model is then read as a tied one, which has no head of its own
+        either. Families whose config cannot say that it is tied could not be written
+        again, and are left alone."""
         field = self.fields.get("tie_word_embeddings")
         can_be_tied = field is not None and isinstance(field.write, attrgetter)
-        return can_be_tied and "score.weight" in tensor_names and _HEAD not in tensor_names
+        return (
+            can_be_tied and "score.weight" in tensor_names and _HEAD not in tensor_names
+        )
 
     def _read_settings(self, reader: ConfigReader) -> dict[str, Any]:
         settings: dict[str, Any] = {"architecture": self.architecture}
@@ -152,7 +184,10 @@ class ModelFamily:
             put_nested(settings, path, value)
         read_fields(reader, self.fields, settings)
         if self.hf_classifier in (reader.values.get("architectures") or ()):
-            labels = reader.values.get("id2label") or {"0": "", "1": ""}  # transformers' default
+            labels = reader.values.get("id2label") or {
+                "0": "",
+                "1": "",
+            }  # transformers' default
             settings["heads"] = {"score": len(labels)}
             if self._lacks_language_head(reader.tensors):
                 settings["tie_embeddings"] = True
@@ -163,8 +198,12 @@ class ModelFamily:
         if "mlp" in settings:
             settings["mlp"].setdefault("d_ff", 4 * width)
         if self.rope_kwargs is not None:
-            turned = attention.get("latent", {}).get("rotary_dim", attention["head_dim"])
-            settings["positions"] = read_position_settings(reader, turned, **self.rope_kwargs)
+            turned = attention.get("latent", {}).get(
+                "rotary_dim", attention["head_dim"]
+            )
+            settings["positions"] = read_position_settings(
+                reader, turned, **self.rope_kwargs
+            )
         self.read_extra(reader, settings)
         for key in ("initializer_range", "init_std"):
             if reader.has(key) and (std := reader.number(key, least=0)):

@@ -39,19 +39,24 @@ ConfigFields = Mapping[str, ConfigField]
 
 
 def map_size(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
-    """Declares a number of things or dimensions; ``kwargs``: see :meth:`ConfigReader.size`."""
-    return ConfigField(lambda own, key: own.size(key, default, **kwargs), ours, attrgetter(ours))
+    """Declares a number of things or dimensions; ``kwargs``: see
+    :meth:`ConfigReader.size`."""
+    return ConfigField(
+        lambda own, key: own.size(key, default, **kwargs), ours, attrgetter(ours)
+    )
 
 
 def map_layer_count(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
-    """Declares a number of layers. What reads and names them walks over all: the limit of a model's
-    config holds before that."""
+    """Declares a number of layers. What reads and names them walks over all: the limit
+    of a model's config holds before that."""
     return map_size(ours, default, most=MAX_LAYERS, **kwargs)
 
 
 def map_number(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
     """Declares a finite number; ``kwargs``: see :meth:`ConfigReader.number`."""
-    return ConfigField(lambda own, key: own.number(key, default, **kwargs), ours, attrgetter(ours))
+    return ConfigField(
+        lambda own, key: own.number(key, default, **kwargs), ours, attrgetter(ours)
+    )
 
 
 def map_flag(ours: str, default: bool) -> ConfigField:
@@ -59,10 +64,15 @@ def map_flag(ours: str, default: bool) -> ConfigField:
     return ConfigField(lambda own, key: own.flag(key, default), ours, attrgetter(ours))
 
 
-def require_value(*allowed: Any, ours: str = "", always_write: bool = False) -> ConfigField:
-    """Declares a key of which these values alone are implemented; the first is usual."""
+def require_value(
+    *allowed: Any, ours: str = "", always_write: bool = False
+) -> ConfigField:
+    """Declares a key of which these values alone are implemented; the first is
+    usual."""
     write = (lambda config: allowed[0]) if ours or always_write else None
-    return ConfigField(lambda own, key: own.read_implemented(key, *allowed), ours, write)
+    return ConfigField(
+        lambda own, key: own.read_implemented(key, *allowed), ours, write
+    )
 
 
 def map_activation(ours: str, default: str) -> ConfigField:
@@ -74,8 +84,11 @@ def map_activation(ours: str, default: str) -> ConfigField:
     return ConfigField(lambda own, key: read_activation(own, key, default), ours, write)
 
 
-def map_balance_loss(default: float, per_token: str = "num_experts_per_tok") -> ConfigField:
-    """Declares a balance loss's coefficient, for shares that sum to ``per_token``; ours to 1."""
+def map_balance_loss(
+    default: float, per_token: str = "num_experts_per_tok"
+) -> ConfigField:
+    """Declares a balance loss's coefficient, for shares that sum to ``per_token``; ours
+    to 1."""
     return ConfigField(
         lambda own, key: own.number(key, default, least=0) * own.size(per_token),
         "moe.balance_loss",
@@ -83,7 +96,9 @@ def map_balance_loss(default: float, per_token: str = "num_experts_per_tok") -> 
     )
 
 
-def map_sizes(num_layers: str, d_model: str, max_seq_len: str, num_heads: str) -> ConfigFields:
+def map_sizes(
+    num_layers: str, d_model: str, max_seq_len: str, num_heads: str
+) -> ConfigFields:
     """Declares the sizes that every model has, by their keys."""
     return {
         "vocab_size": map_size("vocab_size"),
@@ -113,7 +128,9 @@ def to_hf_activation(name: str) -> str:
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
 
 
-def read_fields(reader: ConfigReader, fields: ConfigFields, settings: dict[str, Any]) -> None:
+def read_fields(
+    reader: ConfigReader, fields: ConfigFields, settings: dict[str, Any]
+) -> None:
     """Reads all keys into nested settings."""
     for path, field in fields.items():
         own, (*outer, key) = reader, path.split(".")
@@ -142,15 +159,20 @@ def put_nested(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def read_layer_pattern(
-    reader: ConfigReader, default_kinds: Sequence[str], kind_settings: Mapping[str, dict[str, Any]]
+    reader: ConfigReader,
+    default_kinds: Sequence[str],
+    kind_settings: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Returns the shortest pattern that gives ``layer_types``, as settings of a decoder; none where
-    all layers are as the model says. ``default_kinds``: each layer's kind where there is no such
-    list. ``kind_settings``: of each kind, settings of ``LayerKind``."""
+    """Returns the shortest pattern that gives ``layer_types``, as settings of a
+    decoder; none where all layers are as the model says. ``default_kinds``: each
+    layer's kind where there is no such list. ``kind_settings``: of each kind, settings
+    of ``LayerKind``."""
     kinds = reader.get("layer_types", None) or default_kinds
     if not isinstance(kinds, Sequence) or len(kinds) != len(default_kinds):
         what = f"layer_types does not name the kinds of {len(default_kinds)} layers"
-        raise MaxlmError(what, where=reader.where, fix="take it from the published model")
+        raise MaxlmError(
+            what, where=reader.where, fix="take it from the published model"
+        )
     for kind in kinds:
         if kind not in [*kind_settings]:
             fix = f"only {' and '.join(kind_settings)} can be converted"
@@ -162,7 +184,8 @@ def read_layer_pattern(
 
 
 def write_layer_types(config: Any) -> tuple[list[str], int | None]:
-    """Returns the kind of each layer by its window, and the window (None: no layer has one)."""
+    """Returns the kind of each layer by its window, and the window (None: no layer has
+    one)."""
     kinds = config.layer_kinds
     windows = [kinds[layer % len(kinds)].window for layer in range(config.num_layers)]
     window = next((window for window in windows if window is not None), None)

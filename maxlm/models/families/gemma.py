@@ -1,5 +1,6 @@
-"""Gemma 1 (Gemma Team 2024, arXiv 2403.08295), 2 (arXiv 2408.00118) and 3 (2025, arXiv 2503.19786):
-norms that multiply by 1 + scale, gated GELU, embeddings times the root of the width."""
+"""Gemma 1 (Gemma Team 2024, arXiv 2403.08295), 2 (arXiv 2408.00118) and 3 (2025, arXiv
+2503.19786): norms that multiply by 1 + scale, gated GELU, embeddings times the root of
+the width."""
 
 from typing import Any
 
@@ -34,10 +35,12 @@ def _declare_fields(kv_heads: int) -> fields.ConfigFields:
     }
 
 
-def _read(reader: ConfigReader, settings: dict[str, Any], *, local: bool = False) -> None:
+def _read(
+    reader: ConfigReader, settings: dict[str, Any], *, local: bool = False
+) -> None:
     settings["embedding_scale"] = settings["d_model"] ** 0.5
-    # Gemma 1 was published with "gelu" and meant its approximation; hidden_activation came later,
-    # and stands beside hidden_act in many files of Gemma 2 and 3.
+    # Gemma 1 was published with "gelu" and meant its approximation; hidden_activation
+    # came later, and stands beside hidden_act in many files of Gemma 2 and 3.
     names = "hidden_act", "hidden_activation"
     key, other = names[::-1] if local else names
     if not local and reader.values.get(key) == "gelu":
@@ -52,12 +55,18 @@ def _write(config: Any) -> dict[str, Any]:
     return {"hidden_activation": name, "hidden_act": name}
 
 
-def _declare_local_fields(soft_cap: float | None, logit_cap: float | None) -> fields.ConfigFields:
+def _declare_local_fields(
+    soft_cap: float | None, logit_cap: float | None
+) -> fields.ConfigFields:
     """Declares what Gemma 2 and 3 add; caps are null where the file says so."""
     return {
         **_declare_fields(4),
-        "attn_logit_softcapping": fields.map_number("attention.soft_cap", soft_cap, nullable=True),
-        "final_logit_softcapping": fields.map_number("logit_cap", logit_cap, nullable=True),
+        "attn_logit_softcapping": fields.map_number(
+            "attention.soft_cap", soft_cap, nullable=True
+        ),
+        "final_logit_softcapping": fields.map_number(
+            "logit_cap", logit_cap, nullable=True
+        ),
     }
 
 
@@ -68,7 +77,9 @@ def _read_local(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 def _write_local(config: Any) -> dict[str, Any]:
     kinds, window = fields.write_layer_types(config)
-    divisor = round((config.attention.scale or config.attention.head_dim**-0.5) ** -2, 6)
+    divisor = round(
+        (config.attention.scale or config.attention.head_dim**-0.5) ** -2, 6
+    )
     return {
         **_write(config),
         "query_pre_attn_scalar": int(divisor) if divisor.is_integer() else divisor,
@@ -82,7 +93,9 @@ def _read_gemma2(reader: ConfigReader, settings: dict[str, Any]) -> None:
     kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])]
     window = reader.size("sliding_window", 4096, nullable=True)
     reader.read_implemented("sliding_window_size", window)  # once more
-    settings |= fields.read_layer_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
+    settings |= fields.read_layer_pattern(
+        reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}}
+    )
 
 
 def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
@@ -91,14 +104,21 @@ def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
     near = reader.number("rope_local_base_freq", 10_000.0)
     both = reader.read_nested("rope_parameters")
     local = both.read_nested(LOCAL)
-    whole = both.read_nested(GLOBAL) if both.has(GLOBAL) else reader.read_nested("rope_scaling")
+    whole = (
+        both.read_nested(GLOBAL)
+        if both.has(GLOBAL)
+        else reader.read_nested("rope_scaling")
+    )
     settings["positions"] = rope.read_position_settings(
         reader, settings["attention"]["head_dim"], theta=1_000_000.0, rope_reader=whole
     )
     period = reader.size("sliding_window_pattern", 6)
     if not reader.has("layer_types"):  # else the published code does not read it
         reader.read_implemented("_sliding_window_pattern", None, period)
-    kinds = [LOCAL if layer % period else GLOBAL for layer in range(1, settings["num_layers"] + 1)]
+    kinds = [
+        LOCAL if layer % period else GLOBAL
+        for layer in range(1, settings["num_layers"] + 1)
+    ]
     local.read_implemented("partial_rotary_factor", 1.0, None)
     nearby = {
         "window": reader.size("sliding_window", 4096, nullable=True),

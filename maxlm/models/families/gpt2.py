@@ -2,7 +2,14 @@
 
 from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.names import QKV_BIASES, QKV_KERNELS, copy, linear, map_norm, transpose
+from maxlm.models.families.names import (
+    QKV_BIASES,
+    QKV_KERNELS,
+    copy,
+    linear,
+    map_norm,
+    transpose,
+)
 
 H = "transformer.h.{layer}"
 TABLE = {
@@ -20,7 +27,8 @@ TABLE = {
     f"{H}.mlp.c_proj.bias": linear("mlp.down.bias"),
     **map_norm("transformer.ln_f", "final_norm"),
 }
-# Of older decoders and encoders: LayerNorm with offsets, an FFN without a gate, biases everywhere.
+# Of older decoders and encoders: LayerNorm with offsets, an FFN without a gate, biases
+# everywhere.
 BIASED = {
     "attention.bias": True,
     "mlp.gated": False,
@@ -46,5 +54,7 @@ GPT2 = ModelFamily(
     {**BIASED, "positions.kind": "learned"},
     ignored_tensors=("*h.*.attn.bias", "*h.*.attn.masked_bias"),
     prefix="transformer.",
-    ignored_keys=[f"summary_{x}" for x in ("activation", "proj_to_labels", "type", "use_proj")],
+    ignored_keys=[
+        f"summary_{x}" for x in ("activation", "proj_to_labels", "type", "use_proj")
+    ],
 )

@@ -1,5 +1,6 @@
-"""Grok-1 (xAI 2024, its published code and weights), under the names of its safetensors port: eight
-experts, two a token, norms before and after each branch, capped scores, scaled embeddings."""
+"""Grok-1 (xAI 2024, its published code and weights), under the names of its safetensors
+port: eight experts, two a token, norms before and after each branch, capped scores,
+scaled embeddings."""
 
 from maxlm.models.families import fields, llama
 from maxlm.models.families.family import ModelFamily

@@ -1,6 +1,7 @@
-"""Llama 1 to 3.3 (Touvron et al. 2023, arXiv 2302.13971; Llama Team 2024, arXiv 2407.21783),
-SmolLM2, Mistral (Jiang et al. 2023, arXiv 2310.06825) and Mixtral (Jiang et al. 2024, arXiv
-2401.04088; eight experts, two a token): pre-norm, RoPE, grouped queries, SwiGLU."""
+"""Llama 1 to 3.3 (Touvron et al. 2023, arXiv 2302.13971; Llama Team 2024, arXiv
+2407.21783), SmolLM2, Mistral (Jiang et al. 2023, arXiv 2310.06825) and Mixtral (Jiang
+et al. 2024, arXiv 2401.04088; eight experts, two a token): pre-norm, RoPE, grouped
+queries, SwiGLU."""
 
 from maxlm.models.families import fields
 from maxlm.models.families.family import ModelFamily
@@ -40,9 +41,12 @@ BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 
 def map_kv_heads(default: int | None) -> fields.ConfigFields:
-    """Declares the kv heads; where the file does not say, ``default``, or as many as heads."""
+    """Declares the kv heads; where the file does not say, ``default``, or as many as
+    heads."""
     return {
-        "num_key_value_heads": fields.map_size("attention.num_kv_heads", default, nullable=True)
+        "num_key_value_heads": fields.map_size(
+            "attention.num_kv_heads", default, nullable=True
+        )
     }
 
 
@@ -50,7 +54,9 @@ def map_kv_heads(default: int | None) -> fields.ConfigFields:
 COMMON = {
     **fields.SIZES,
     # The second name is that of early files.
-    "max_position_embeddings": fields.map_size("max_seq_len", alias="max_sequence_length"),
+    "max_position_embeddings": fields.map_size(
+        "max_seq_len", alias="max_sequence_length"
+    ),
     **map_kv_heads(None),
     "head_dim": fields.map_size("attention.head_dim", None, nullable=True),
     "rms_norm_eps": fields.map_number("norm.eps"),

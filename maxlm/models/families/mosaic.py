@@ -1,5 +1,6 @@
-"""MosaicML's MPT (2023): ALiBi, no biases, LayerNorm without offsets; and DBRX (Databricks 2024):
-sixteen experts, four a token, the same LayerNorm, projections cut off at ± 8."""
+"""MosaicML's MPT (2023): ALiBi, no biases, LayerNorm without offsets; and DBRX
+(Databricks 2024): sixteen experts, four a token, the same LayerNorm, projections cut
+off at ± 8."""
 
 from typing import Any
 
@@ -41,11 +42,18 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     # The published code reads one, the library the other.
     rope.read_implemented("rope_theta", None, theta)
     settings["positions"] = {"kind": "rope", "theta": theta}
-    reader.read_nested("ffn_config").read_implemented("hidden_size", None, settings["d_model"])
+    reader.read_nested("ffn_config").read_implemented(
+        "hidden_size", None, settings["d_model"]
+    )
 
 
 def _write(config: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": config.positions.theta}}
+    return {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.positions.theta,
+        }
+    }
 
 
 MPT = ModelFamily(
@@ -78,7 +86,13 @@ MPT = ModelFamily(
         "positions.kind": "alibi",
     },
     other_hf_architectures=["MPTForCausalLM"],
-    ignored_keys=["init_config", "init_device", "learned_pos_emb", "tokenizer_name", "verbose"],
+    ignored_keys=[
+        "init_config",
+        "init_device",
+        "learned_pos_emb",
+        "tokenizer_name",
+        "verbose",
+    ],
 )
 DBRX = ModelFamily(
     "dbrx",
@@ -92,10 +106,14 @@ DBRX = ModelFamily(
             lambda own, key: None, write=lambda c: c.d_model
         ),
         "ffn_config.ffn_hidden_size": fields.map_size("moe.d_ff"),
-        "ffn_config.ffn_act_fn.name": fields.require_value("silu", ours="moe.activation"),
+        "ffn_config.ffn_act_fn.name": fields.require_value(
+            "silu", ours="moe.activation"
+        ),
         "ffn_config.moe_num_experts": fields.map_size("moe.num_experts"),
         "ffn_config.moe_top_k": fields.map_size("moe.experts_per_token"),
-        "ffn_config.moe_normalize_expert_weights": fields.require_value(1.0, 1, always_write=True),
+        "ffn_config.moe_normalize_expert_weights": fields.require_value(
+            1.0, 1, always_write=True
+        ),
         "ffn_config.moe_loss_weight": fields.map_balance_loss(0.01, "moe_top_k"),
         # Noise, in training alone.
         "ffn_config.moe_jitter_eps": fields.require_value(None, 0, 0.01),

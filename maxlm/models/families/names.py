@@ -1,11 +1,12 @@
 """The vocabulary of name tables: how one of their tensors is made of our parameters.
 
-A table maps a tensor's name to a rule, and a rule names the parameters. Names may hold ``{layer}``
-and ``{expert}``; parameters of layers are named as within one (``attention.query.kernel``), all
-others by their full name, and so are those of an encoder beside a decoder, whose layers are
-``{encoder_layer}``. A rule whose parameters a model does not have is passed over, so that
-one table serves models with and without biases, ties or experts. What is left without an entry is
-found when a table is used: every parameter must be filled exactly once.
+A table maps a tensor's name to a rule, and a rule names the parameters. Names may hold
+``{layer}`` and ``{expert}``; parameters of layers are named as within one
+(``attention.query.kernel``), all others by their full name, and so are those of an
+encoder beside a decoder, whose layers are ``{encoder_layer}``. A rule whose parameters
+a model does not have is passed over, so that one table serves models with and without
+biases, ties or experts. What is left without an entry is found when a table is used:
+every parameter must be filled exactly once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,8 @@ class ParamSlice(NamedTuple):
     name: str
     """Canonical, as in "layers.attention.query.kernel"."""
     index: tuple[int, ...] = ()
-    """Leading indices: the layer, and maybe the expert; none for all of the parameter."""
+    """Leading indices: the layer, and maybe the expert; none for all of the
+    parameter."""
 
 
 class ParamShape(NamedTuple):
@@ -39,7 +41,8 @@ class ParamShape(NamedTuple):
 
 
 class TensorConversion(NamedTuple):
-    """A published tensor: its shape, and its split into pieces of ours and their join."""
+    """A published tensor: its shape, and its split into pieces of ours and their
+    join."""
 
     shape: tuple[int, ...]
     split: Callable[[Array], Sequence[Array]]
@@ -57,7 +60,8 @@ class TensorRule:
 class TensorEntry:
     """One published tensor, and the parameters of ours that it holds.
 
-    ``split`` and ``join`` are pure, see fp32, and may return views of what they were given.
+    ``split`` and ``join`` are pure, see fp32, and may return views of what they were
+    given.
     """
 
     theirs: str
@@ -66,7 +70,8 @@ class TensorEntry:
     """Shape in those files."""
     ours: tuple[ParamSlice, ...]
     split: Callable[[Array], Sequence[Array]] = lambda tensor: (tensor,)
-    """Splits theirs into an array a place, in the shape of the parameter at its index."""
+    """Splits theirs into an array a place, in the shape of the parameter at its
+    index."""
     join: Callable[[Sequence[Array]], Array] = lambda parts: parts[0]
     """Joins what ``split`` splits."""
     aliases: tuple[str, ...] = ()
@@ -82,10 +87,13 @@ class TensorEntry:
         return piece.shape[: piece.num_input_dims or len(piece.shape) - 1]
 
     def convert_outputs(self) -> TensorConversion:
-        """Returns the conversion of a vector with a number for each of a map's outputs."""
+        """Returns the conversion of a vector with a number for each of a map's
+        outputs."""
         assert self.rule is not None
         outputs = (piece.shape[len(self.input_shape) :] for piece in self.pieces)
-        return self.rule.make_conversion(tuple(ParamShape(shape, 0) for shape in outputs))
+        return self.rule.make_conversion(
+            tuple(ParamShape(shape, 0) for shape in outputs)
+        )
 
 
 NameTable = Mapping[str, TensorRule]
@@ -96,31 +104,38 @@ QKV_BIASES = tuple(f"{name}.bias" for name in QKV)
 
 
 def linear(*ours: str) -> TensorRule:
-    """Returns the rule of matrices [outputs, inputs] as torch has them, one above the other; or of
-    their biases, end to end."""
+    """Returns the rule of matrices [outputs, inputs] as torch has them, one above the
+    other; or of their biases, end to end."""
     return TensorRule(ours, lambda pieces: _stack_rows(pieces, 1))
 
 
 def interleave_by_kv_head(*ours: str) -> TensorRule:
-    """Returns the rule of maps of one input, fused by kv head: for each, its rows of every map,
-    those of queries for all heads that it serves."""
+    """Returns the rule of maps of one input, fused by kv head: for each, its rows of
+    every map, those of queries for all heads that it serves."""
     return TensorRule(ours, lambda pieces: _stack_rows(pieces, pieces[1].shape[-2]))
 
 
 def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion:
-    """Returns a form whose ``groups`` equal parts of rows have all pieces, one above the other."""
+    """Returns a form whose ``groups`` equal parts of rows have all pieces, one above
+    the other."""
     first = pieces[0]
-    inputs = (prod(first.shape[: first.num_input_dims]),) if first.num_input_dims else ()
+    inputs = (
+        (prod(first.shape[: first.num_input_dims]),) if first.num_input_dims else ()
+    )
     outputs = (prod(piece.shape[piece.num_input_dims :]) for piece in pieces)
     stops = np.cumsum([size // groups for size in outputs])
 
     def split(whole: Array) -> list[Array]:
         parts = np.split(whole.reshape(groups, -1, *inputs), stops[:-1], axis=1)
         rows = (part.reshape(-1, *inputs) for part in parts)
-        return [own.T.reshape(piece.shape) for own, piece in zip(rows, pieces, strict=True)]
+        return [
+            own.T.reshape(piece.shape) for own, piece in zip(rows, pieces, strict=True)
+        ]
 
     def join(parts: Sequence[Array]) -> Array:
-        rows = [part.reshape(*inputs, -1).T.reshape(groups, -1, *inputs) for part in parts]
+        rows = [
+            part.reshape(*inputs, -1).T.reshape(groups, -1, *inputs) for part in parts
+        ]
         joined = np.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
         return joined.reshape(-1, *inputs)
 
@@ -129,7 +144,10 @@ def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion
 
 def map_linear(theirs: str, ours: str) -> NameTable:
     """Returns the entries of a linear map with a bias."""
-    return {f"{theirs}.weight": linear(f"{ours}.kernel"), f"{theirs}.bias": linear(f"{ours}.bias")}
+    return {
+        f"{theirs}.weight": linear(f"{ours}.kernel"),
+        f"{theirs}.bias": linear(f"{ours}.bias"),
+    }
 
 
 def map_linears(theirs: str, ours: str, **names: str) -> NameTable:
@@ -142,15 +160,21 @@ def map_linears(theirs: str, ours: str, **names: str) -> NameTable:
 
 def map_norm(theirs: str, ours: str) -> NameTable:
     """Returns the entries of a LayerNorm with a bias."""
-    return {f"{theirs}.weight": copy(f"{ours}.scale"), f"{theirs}.bias": copy(f"{ours}.bias")}
+    return {
+        f"{theirs}.weight": copy(f"{ours}.scale"),
+        f"{theirs}.bias": copy(f"{ours}.bias"),
+    }
 
 
 def transpose(*ours: str) -> TensorRule:
-    """Returns the rule of matrices [inputs, outputs] side by side (GPT-2's "Conv1D")."""
+    """Returns the rule of matrices [inputs, outputs] side by side (GPT-2's
+    "Conv1D")."""
 
     def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         shape, split, join = _stack_rows(pieces, 1)
-        return TensorConversion(shape[::-1], lambda x: split(x.T), lambda parts: join(parts).T)
+        return TensorConversion(
+            shape[::-1], lambda x: split(x.T), lambda parts: join(parts).T
+        )
 
     return TensorRule(ours, form)
 
@@ -169,8 +193,8 @@ def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
 
 
 def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> TensorRule:
-    """Returns the rule with the last ``rotary_dim`` rows of each head, or of all, reordered: theirs
-    pair neighbours, ours halves."""
+    """Returns the rule with the last ``rotary_dim`` rows of each head, or of all,
+    reordered: theirs pair neighbours, ours halves."""
 
     def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         plain, last = rule.make_conversion(pieces), pieces[-1].shape[-1]
@@ -192,8 +216,8 @@ def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> Ten
 
 
 def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
-    """Returns all experts' matrices, one above the other, each [d_ff, D]; ours are [E, d_ff, D] too
-    or, of another orientation, [E, D, d_ff]."""
+    """Returns all experts' matrices, one above the other, each [d_ff, D]; ours are [E,
+    d_ff, D] too or, of another orientation, [E, D, d_ff]."""
     axes = (0, 1, 2) if same_orientation else (0, 2, 1)
 
     def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
@@ -209,9 +233,13 @@ def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
 
 def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
     """Returns all tensors of a model under its family's names."""
-    specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=np.float32)))
+    specs = flatten_names(
+        param_specs(config.build(rules=AxisRules(), dtype=np.float32))
+    )
     experts = range(config.moe.num_experts if config.moe else 0)
-    places = [(part.name, at) for part in config.layer_stacks for at in range(part.num_layers)]
+    places = [
+        (part.name, at) for part in config.layer_stacks for at in range(part.num_layers)
+    ]
     found: list[TensorEntry] = []
     for name, rule in table.items():
         if "{encoder_layer}" in name:
@@ -230,23 +258,34 @@ def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
                 found += _entry(full, rule, specs, ours, at)
     own = {entry.theirs for entry in found}
     for at, entry in enumerate(found):
-        if not own.isdisjoint(entry.aliases):  # an untied head is no other name of the table
-            found[at] = replace(entry, aliases=tuple(a for a in entry.aliases if a not in own))
+        if not own.isdisjoint(
+            entry.aliases
+        ):  # an untied head is no other name of the table
+            found[at] = replace(
+                entry, aliases=tuple(a for a in entry.aliases if a not in own)
+            )
     return found
 
 
 def _entry(
-    name: str, rule: TensorRule, specs: Mapping[str, ParamSpec], ours: tuple[str, ...], at: Any
+    name: str,
+    rule: TensorRule,
+    specs: Mapping[str, ParamSpec],
+    ours: tuple[str, ...],
+    at: Any,
 ) -> list[TensorEntry]:
     if any(own not in specs for own in ours):
         return []
     pieces = tuple(_piece(specs[own], len(at)) for own in ours)
     form = rule.make_conversion(pieces)
     how = (form.split, form.join, rule.aliases, rule, pieces)
-    return [TensorEntry(name, form.shape, tuple(ParamSlice(own, at) for own in ours), *how)]
+    return [
+        TensorEntry(name, form.shape, tuple(ParamSlice(own, at) for own in ours), *how)
+    ]
 
 
 def _piece(spec: ParamSpec, leading: int) -> ParamShape:
-    # An expert's inputs stand behind the expert axis, which an index may or may not have removed.
+    # An expert's inputs stand behind the expert axis, which an index may or may not
+    # have removed.
     inputs = 0 if not spec.contracting_dims else spec.contracting_dims[-1] + 1 - leading
     return ParamShape(spec.shape[leading:], inputs)

@@ -1,9 +1,16 @@
-"""Phi-2 (Javaheripi et al. 2023; block of Gunasekar et al. 2023, arXiv 2306.11644) and Phi-3 (Abdin
-et al. 2024, arXiv 2404.14219)."""
+"""Phi-2 (Javaheripi et al. 2023; block of Gunasekar et al. 2023, arXiv 2306.11644) and
+Phi-3 (Abdin et al. 2024, arXiv 2404.14219)."""
 
 from maxlm.models.families import fields, gpt2, llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.names import QKV_KERNELS, copy, linear, map_linear, map_linears, map_norm
+from maxlm.models.families.names import (
+    QKV_KERNELS,
+    copy,
+    linear,
+    map_linear,
+    map_linears,
+    map_norm,
+)
 
 L = "model.layers.{layer}"
 PHI_TABLE = {

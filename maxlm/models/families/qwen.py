@@ -1,6 +1,6 @@
-"""Qwen2 and 2.5 (Yang et al. 2024, arXiv 2407.10671), Qwen3 and its mixtures of experts (Qwen Team
-2025, arXiv 2505.09388): Llama's shape with biases on queries, keys and values, later with norms on
-queries and keys instead."""
+"""Qwen2 and 2.5 (Yang et al. 2024, arXiv 2407.10671), Qwen3 and its mixtures of experts
+(Qwen Team 2025, arXiv 2505.09388): Llama's shape with biases on queries, keys and
+values, later with norms on queries and keys instead."""
 
 from typing import Any
 
@@ -20,7 +20,10 @@ EXPERTS = {
 
 def _read_windows(reader: ConfigReader, settings: dict[str, Any]) -> None:
     """Layers from ``max_window_layers`` on have a window, if there is one."""
-    layers, window = settings["num_layers"], reader.size("sliding_window", 4096, nullable=True)
+    layers, window = (
+        settings["num_layers"],
+        reader.size("sliding_window", 4096, nullable=True),
+    )
     used = reader.flag("use_sliding_window", False) and window is not None
     first = reader.size("max_window_layers", 28, least=0)
     kinds = [LOCAL if used and layer >= first else GLOBAL for layer in range(layers)]
@@ -34,13 +37,17 @@ def _write_windows(config: Any) -> dict[str, Any]:
         "layer_types": kinds,
         "use_sliding_window": window is not None,
         "sliding_window": window,
-        "max_window_layers": next((i for i, kind in enumerate(kinds) if kind == LOCAL), len(kinds)),
+        "max_window_layers": next(
+            (i for i, kind in enumerate(kinds) if kind == LOCAL), len(kinds)
+        ),
     }
 
 
 def _read_window(reader: ConfigReader, settings: dict[str, Any]) -> None:
     window = reader.size("sliding_window", 4096, nullable=True)
-    settings["attention"]["window"] = window if reader.flag("use_sliding_window", False) else None
+    settings["attention"]["window"] = (
+        window if reader.flag("use_sliding_window", False) else None
+    )
     reader.get("intermediate_size", None)  # of dense layers, which there are none of
     reader.get("max_window_layers", None)  # unread by the published code
 

@@ -10,8 +10,9 @@ REQUIRED: Any = object()
 """The default of a key that must be there."""
 _TAKE_IT = "take it from the published model"
 
-# What says nothing of the maths in any family: names, tokens, how to sample, how sums are rounded,
-# how matrices were cut in training, bookkeeping of the library that wrote the file.
+# What says nothing of the maths in any family: names, tokens, how to sample, how sums
+# are rounded, how matrices were cut in training, bookkeeping of the library that wrote
+# the file.
 _INERT = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _auto_class
     _commit_hash _experts_implementation _flash_attn_2_enabled _from_auto _from_model_config
@@ -43,8 +44,9 @@ class ConfigReader:
     """Values of a config.json, each read under its name and checked for its type;
     :meth:`check_all_read` refuses what was not read.
 
-    A default is what the published code of the model type has for an absent key; None: nothing, or
-    what another key says. A null counts as absent, but where ``nullable``: there it is None.
+    A default is what the published code of the model type has for an absent key; None:
+    nothing, or what another key says. A null counts as absent, but where ``nullable``:
+    there it is None.
 
     Args:
         source: the file's name, for messages.
@@ -66,14 +68,21 @@ class ConfigReader:
         return self.values.get(key) is not None
 
     def get(
-        self, key: str, default: Any = REQUIRED, *, alias: str = "", nullable: bool = False
+        self,
+        key: str,
+        default: Any = REQUIRED,
+        *,
+        alias: str = "",
+        nullable: bool = False,
     ) -> Any:
         """Reads a value of any type; ``alias`` is another name for it."""
         self._seen |= {key, alias or key}
         if alias and self.has(alias):
             value = self.values[alias]
             if self.values.setdefault(key, value) != value:
-                what = f"{key}={self.values[key]!r} and {alias}={value!r} are one setting"
+                what = (
+                    f"{key}={self.values[key]!r} and {alias}={value!r} are one setting"
+                )
                 fix = "keep the value that the model was trained with"
                 raise MaxlmError(what, where=self.where, fix=fix)
         if self.has(key):
@@ -86,8 +95,8 @@ class ConfigReader:
         raise MaxlmError(what, where=self.where, fix=_TAKE_IT)
 
     def read_implemented(self, key: str, *allowed: Any) -> Any:
-        """Reads a value that must be one of those implemented, or absent (the first); a null means
-        what false and 0 do."""
+        """Reads a value that must be one of those implemented, or absent (the first); a
+        null means what false and 0 do."""
         self._seen.add(key)
         if (value := self.values.get(key, allowed[0])) is None and not allowed[0]:
             return allowed[0]
@@ -95,7 +104,10 @@ class ConfigReader:
             if value == one and isinstance(value, bool) == isinstance(one, bool):
                 return one
         which = " or ".join(repr(one) for one in allowed)
-        what, fix = f"{key}={value!r} is not implemented", f"only {which} can be converted"
+        what, fix = (
+            f"{key}={value!r} is not implemented",
+            f"only {which} can be converted",
+        )
         raise MaxlmError(what, where=self.where, fix=fix)
 
     def size(
@@ -107,8 +119,8 @@ class ConfigReader:
         most: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Reads a number of things or dimensions, at least ``least`` and at most ``most``; else see
-        :meth:`get`."""
+        """Reads a number of things or dimensions, at least ``least`` and at most
+        ``most``; else see :meth:`get`."""
         value = self.get(key, default, **kwargs)
         if value is None:
             return None
@@ -119,9 +131,15 @@ class ConfigReader:
         return value
 
     def number(
-        self, key: str, default: Any = REQUIRED, *, least: int | None = None, **kwargs: Any
+        self,
+        key: str,
+        default: Any = REQUIRED,
+        *,
+        least: int | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Reads a finite float of at least ``least``, or above 0; ``kwargs`` as of :meth:`get`."""
+        """Reads a finite float of at least ``least``, or above 0; ``kwargs`` as of
+        :meth:`get`."""
         if (value := self.get(key, default, **kwargs)) is None:
             return None
         finite = type(value) in (int, float) and math.isfinite(value)
@@ -131,7 +149,8 @@ class ConfigReader:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """Reads true or false; a null is false where that is the default; all else is refused."""
+        """Reads true or false; a null is false where that is the default; all else is
+        refused."""
         value = self.get(key, default, nullable=True)
         value = False if value is None and not default else value
         if type(value) is not bool:
@@ -148,10 +167,13 @@ class ConfigReader:
         return self._inside[key]
 
     def _wrong(self, key: str, value: Any, wanted: str) -> MaxlmError:
-        return MaxlmError(f"{key}={value!r} is not {wanted}", where=self.where, fix=_TAKE_IT)
+        return MaxlmError(
+            f"{key}={value!r} is not {wanted}", where=self.where, fix=_TAKE_IT
+        )
 
     def check_all_read(self, *ignored: str) -> list[str]:
-        """Checks that all but nulls and ``ignored`` names were read; returns notes for the user."""
+        """Checks that all but nulls and ``ignored`` names were read; returns notes for
+        the user."""
         left = self.values.keys() - self._seen - INERT - DROPOUT - {*ignored}
         for key in sorted(key for key in left if self.values[key] is not None):
             fix = "convert a model without it; dropping it silently could change the model"

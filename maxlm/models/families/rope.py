@@ -1,4 +1,5 @@
-"""Rotary positions as config.json has them: rope_theta and rope_scaling, or rope_parameters."""
+"""Rotary positions as config.json has them: rope_theta and rope_scaling, or
+rope_parameters."""
 
 from math import nextafter
 from typing import Any
@@ -29,13 +30,16 @@ def read_position_settings(
 
     Args:
         theta: where the file names none.
-        partial: the share of dimensions that turn, where the file names none; None: the published
-            code turns all, whatever it names.
+        partial: the share of dimensions that turn, where the file names none; None: the
+            published code turns all, whatever it names.
         rope_reader: the nested mapping, where it has another place than usual.
     """
     usual = "rope_parameters" if reader.has("rope_parameters") else "rope_scaling"
     rope_reader = rope_reader or reader.read_nested(usual)
-    theta, share = rope_reader.number("rope_theta", reader.number("rope_theta", theta)), 1.0
+    theta, share = (
+        rope_reader.number("rope_theta", reader.number("rope_theta", theta)),
+        1.0,
+    )
     for source in (reader, rope_reader):
         if partial is None:
             source.read_implemented("partial_rotary_factor", 1.0, None)
@@ -47,16 +51,26 @@ def read_position_settings(
     return found | ({"rotary_dim": size} if size != head_dim else {})
 
 
-def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, Any] | None:
-    """Returns settings of a scaling, None where there is none; ``max_positions`` stand for the
-    original length where none is named."""
-    if (kind := reader.get("rope_type", "default", alias="type")) not in ("default", *_SCALINGS):
+def read_scaling(
+    reader: ConfigReader, max_positions: int | None
+) -> dict[str, Any] | None:
+    """Returns settings of a scaling, None where there is none; ``max_positions`` stand
+    for the original length where none is named."""
+    if (kind := reader.get("rope_type", "default", alias="type")) not in (
+        "default",
+        *_SCALINGS,
+    ):
         fix = "linear, dynamic, yarn, llama3 and default can be converted"
-        raise MaxlmError(f"rope_type={kind!r} is not implemented", where=reader.where, fix=fix)
+        raise MaxlmError(
+            f"rope_type={kind!r} is not implemented", where=reader.where, fix=fix
+        )
     if kind == "default":
         reader.get("factor", None)
         return None
-    found: dict[str, Any] = {"kind": _SCALINGS[kind], "factor": reader.number("factor", least=1)}
+    found: dict[str, Any] = {
+        "kind": _SCALINGS[kind],
+        "factor": reader.number("factor", least=1),
+    }
     original = reader.size("original_max_position_embeddings", None) or max_positions
     if kind in ("yarn", "llama3"):
         found["original_length"] = original
@@ -64,8 +78,18 @@ def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, A
         # There the length is max_position_embeddings, whatever else is written.
         found["original_length"] = max_positions
     if kind == "yarn":
-        for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
-            found |= {} if (value := reader.number(key, None, least=0)) is None else {key: value}
+        for key in (
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+        ):
+            found |= (
+                {}
+                if (value := reader.number(key, None, least=0)) is None
+                else {key: value}
+            )
         found["truncate"] = reader.read_implemented("truncate", True, False)
     elif kind == "llama3":
         for key in ("low_freq_factor", "high_freq_factor"):
@@ -73,12 +97,15 @@ def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, A
     return found
 
 
-def write_position_settings(positions: PositionsConfig, head_dim: int) -> dict[str, Any]:
+def write_position_settings(
+    positions: PositionsConfig, head_dim: int
+) -> dict[str, Any]:
     """Writes what :func:`read_position_settings` reads."""
     found: dict[str, Any] = {"rope_theta": positions.theta}
     if (size := positions.rotary_dim) is not None:
         share = size / head_dim
-        # Who reads it cuts the product off, which rounding can leave just below a whole number.
+        # Who reads it cuts the product off, which rounding can leave just below a whole
+        # number.
         exact = int(head_dim * share) == size
         found["partial_rotary_factor"] = share if exact else nextafter(share, 1)
     scaling = write_scaling(positions)
@@ -90,11 +117,17 @@ def write_scaling(positions: PositionsConfig) -> dict[str, Any] | None:
     scaling: Any = positions.scaling
     if scaling is None:
         return None
-    kind = next((theirs for theirs, ours in _SCALINGS.items() if ours == scaling.kind), None)
+    kind = next(
+        (theirs for theirs, ours in _SCALINGS.items() if ours == scaling.kind), None
+    )
     if kind is None:
         what = f"positions.scaling.kind={scaling.kind} has no name in config.json"
-        raise MaxlmError(what, fix="write it as a larger positions.theta: theta · factor^(d/(d−2))")
-    values = scaling.model_dump(exclude={"kind"}, exclude_none=True, exclude_defaults=True)
+        raise MaxlmError(
+            what, fix="write it as a larger positions.theta: theta · factor^(d/(d−2))"
+        )
+    values = scaling.model_dump(
+        exclude={"kind"}, exclude_none=True, exclude_defaults=True
+    )
     if kind == "dynamic":
         del values["original_length"]
     elif "original_length" in values:

@@ -1,5 +1,6 @@
-"""T5 (Raffel et al. 2020, arXiv 1910.10683), T5 v1.1, Flan-T5 and UL2 (Tay et al. 2022, arXiv
-2205.05131): encoder and decoder, learnt biases by distance, RMSNorm, no scale in attention."""
+"""T5 (Raffel et al. 2020, arXiv 1910.10683), T5 v1.1, Flan-T5 and UL2 (Tay et al. 2022,
+arXiv 2205.05131): encoder and decoder, learnt biases by distance, RMSNorm, no scale in
+attention."""
 
 from typing import Any
 
@@ -50,11 +51,13 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     reader.read_implemented("is_gated_act", None, gated)
     settings["mlp"] |= {"activation": fields.ACTIVATIONS[name], "gated": gated}
     settings.setdefault("num_layers", settings["encoder_layers"])
-    # T5 v1.0 has a tied head and scales what it sees, v1.1 a head of its own and does not.
-    # transformers 5 writes true in any case, and tells them apart by another name.
+    # T5 v1.0 has a tied head and scales what it sees, v1.1 a head of its own and does
+    # not. transformers 5 writes true in any case, and tells them apart by another name.
     tied = reader.flag("tie_word_embeddings", True)
     scaled = reader.flag("scale_decoder_outputs", tied)
-    settings["tie_embeddings"] = tied and (scaled or "lm_head.weight" not in reader.tensors)
+    settings["tie_embeddings"] = tied and (
+        scaled or "lm_head.weight" not in reader.tensors
+    )
     settings["logit_scale"] = settings["d_model"] ** -0.5 if scaled else 1.0
 
 
@@ -77,13 +80,17 @@ T5 = ModelFamily(
         "num_decoder_layers": fields.map_layer_count("num_layers", None),
         "num_layers": fields.map_layer_count("encoder_layers"),
         "d_model": fields.map_size("d_model"),
-        "n_positions": fields.map_size("max_seq_len", 512),  # of pretraining; nothing depends on it
+        "n_positions": fields.map_size(
+            "max_seq_len", 512
+        ),  # of pretraining; nothing depends on it
         "num_heads": fields.map_size("attention.num_heads"),
         "d_kv": fields.map_size("attention.head_dim"),
         "d_ff": fields.map_size("mlp.d_ff"),
         "layer_norm_epsilon": fields.map_number("norm.eps", 1e-6),
         "relative_attention_num_buckets": fields.map_size("positions.buckets", 32),
-        "relative_attention_max_distance": fields.map_size("positions.max_distance", 128),
+        "relative_attention_max_distance": fields.map_size(
+            "positions.max_distance", 128
+        ),
         "decoder_start_token_id": fields.map_size("start_id", 0, least=0),
         "is_encoder_decoder": fields.require_value(True, always_write=True),
     },
@@ -95,6 +102,8 @@ T5 = ModelFamily(
     init_std_key=None,
     other_hf_architectures=["T5WithLMHeadModel"],  # of early files
     # Of cross-attention, in old files; the published code never reads it.
-    ignored_tensors=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    ignored_tensors=(
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    ),
     architecture="encoder_decoder",
 )

@@ -25,8 +25,8 @@ class Linear(nnx.Module):
     """``y = x · kernel + bias`` over named axes, e.g. embed → (heads, head_dim).
 
     Args:
-        inputs, outputs: logical axis (or None) → size, in order; the kernel's shape is their
-            concatenation.
+        inputs, outputs: logical axis (or None) → size, in order; the kernel's shape is
+            their concatenation.
         std: standard deviation of the truncated normal initialiser.
         role: "matrix" for hidden layers, "table" for an output head.
     """
@@ -54,17 +54,22 @@ class Linear(nnx.Module):
         self.bias = declare(*offsets, "vector") if bias else None
 
     def __call__(self, x: jax.Array, *, seq_axis: str = "seq") -> jax.Array:
-        """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see :func:`project`."""
+        """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see
+        :func:`project`."""
         return project(x, self, seq_axis=seq_axis)[0]
 
 
-def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.Array, ...]:
-    """Applies several maps to one input [B, S, *inputs], which then crosses the wire once.
-    ``seq_axis``: the logical axis of the results' sequence: "seq" within a layer, "residual" for
-    what is added to the residual stream."""
+def project(
+    x: jax.Array, *layers: Linear, seq_axis: str = "seq"
+) -> tuple[jax.Array, ...]:
+    """Applies several maps to one input [B, S, *inputs], which then crosses the wire
+    once. ``seq_axis``: the logical axis of the results' sequence: "seq" within a layer,
+    "residual" for what is added to the residual stream."""
     rules, dtype = layers[0].rules, layers[0].dtype
     tokens = parse_spec(rules.spec("batch", seq_axis), 2)
-    uses = [ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
+    uses = [
+        ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers
+    ]
     held = [layer.kernel.get_value() for layer in layers]
     ys = [
         y if layer.bias is None else y + materialize(layer.bias, rules, dtype)
@@ -76,18 +81,27 @@ def project(x: jax.Array, *layers: Linear, seq_axis: str = "seq") -> tuple[jax.A
     )
 
 
-def _multiply(x: jax.Array, uses: list[ParamReader], kernels: list[Any]) -> list[jax.Array]:
-    """Multiplies x by kernels at rest; all in one program, where none changes its input."""
+def _multiply(
+    x: jax.Array, uses: list[ParamReader], kernels: list[Any]
+) -> list[jax.Array]:
+    """Multiplies x by kernels at rest; all in one program, where none changes its
+    input."""
     pairs = list(zip(uses, kernels, strict=True))
     if isinstance(fused := get_base(kernels[0]), FusedKernel):
         xs, ys = [x] * len(kernels), fused.multiply(x, uses)
     else:
         xs = [p.prepare_input(x, use) if isinstance(p, Leaf) else x for use, p in pairs]
-        weights = [p.read_kernel(use) if isinstance(p, Leaf) else use.read(p) for use, p in pairs]
+        weights = [
+            p.read_kernel(use) if isinstance(p, Leaf) else use.read(p)
+            for use, p in pairs
+        ]
         if all(own is x for own in xs):
             ys = uses[0].multiply(x, *weights)
         else:
-            ys = (use.multiply(own, w)[0] for use, own, w in zip(uses, xs, weights, strict=True))
+            ys = (
+                use.multiply(own, w)[0]
+                for use, own, w in zip(uses, xs, weights, strict=True)
+            )
     return [
         kernel.finish_product(y, own, use) if isinstance(kernel, Leaf) else y
         for y, own, (use, kernel) in zip(ys, xs, pairs, strict=True)
@@ -95,7 +109,8 @@ def _multiply(x: jax.Array, uses: list[ParamReader], kernels: list[Any]) -> list
 
 
 def compute_residual_std(std: float, num_layers: int) -> float:
-    """Computes the deviation of maps into the residual stream (Radford et al. 2019, §2.3)."""
+    """Computes the deviation of maps into the residual stream (Radford et al. 2019,
+    §2.3)."""
     return std * (2 * num_layers) ** -0.5
 
 
@@ -103,20 +118,38 @@ class Embedding(nnx.Module):
     """A table [V, D]; indices outside it give NaN rather than a wrong row."""
 
     def __init__(
-        self, axis: str | None, size: int, d_model: int, std: float, *, rules: AxisRules, dtype: Any
+        self,
+        axis: str | None,
+        size: int,
+        d_model: int,
+        std: float,
+        *,
+        rules: AxisRules,
+        dtype: Any,
     ):
         self.rules, self.dtype = rules, dtype
-        self.table = declare((size, d_model), (axis, "embed"), truncated_normal(std), "table")
+        self.table = declare(
+            (size, d_model), (axis, "embed"), truncated_normal(std), "table"
+        )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """ids int [..., S] → [..., S, D] in the compute dtype, for the residual stream."""
-        reader = ParamReader(get_spec(self.table), self.rules, accumulation_dtype(self.dtype))
+        """ids int [..., S] → [..., S, D] in the compute dtype, for the residual
+        stream."""
+        reader = ParamReader(
+            get_spec(self.table), self.rules, accumulation_dtype(self.dtype)
+        )
         tokens = *get_layout(ids)[:-1], self.rules.residual
 
         def read_rows(param: Any, axes: tuple[str | None, ...] = ()) -> jax.Array:
             table = reader.read(param, axes)
             layout = *tokens, self.rules.mesh_axes((axes or reader.spec.axes)[-1])
-            return embed_tokens(table.value, ids, table.compute_layout, layout, self.dtype)
+            return embed_tokens(
+                table.value, ids, table.compute_layout, layout, self.dtype
+            )
 
         held = self.table.get_value()
-        return held.look_up(read_rows, reader) if isinstance(held, Leaf) else read_rows(held)
+        return (
+            held.look_up(read_rows, reader)
+            if isinstance(held, Leaf)
+            else read_rows(held)
+        )

@@ -29,13 +29,15 @@ class MlpConfig(Config):
     """Width of the hidden layer."""
     activation: Activation = "silu"
     gated: bool = True
-    """Multiply the activated projection by a second, linear one: silu + gated is SwiGLU (Shazeer
-    2020, eq. 6). A third matrix: d_ff is usually 2/3 of the ungated width for equal parameters."""
+    """Multiply the activated projection by a second, linear one: silu + gated is SwiGLU
+    (Shazeer 2020, eq. 6). A third matrix: d_ff is usually 2/3 of the ungated width for
+    equal parameters."""
     bias: bool = False
 
 
 class Mlp(nnx.Module):
-    """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` when not gated."""
+    """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` when not
+    gated."""
 
     name = "mlp"
     joint_projections = (("gate", "up"),)
@@ -55,9 +57,13 @@ class Mlp(nnx.Module):
         kw: dict[str, Any] = {"bias": config.bias, "rules": rules, "dtype": dtype}
         self.gate = Linear(outer, inner, std=init_std, **kw) if config.gated else None
         self.up = Linear(outer, inner, std=init_std, **kw)
-        self.down = Linear(inner, outer, std=compute_residual_std(init_std, num_layers), **kw)
+        self.down = Linear(
+            inner, outer, std=compute_residual_std(init_std, num_layers), **kw
+        )
 
-    def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
+    def feed(
+        self, x: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, Aux]:
         """See :class:`~maxlm.models.blocks.FeedForward`."""
         return self(x), Aux()
 

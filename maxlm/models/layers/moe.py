@@ -1,7 +1,8 @@
 """Mixture of experts: many feed-forward layers, of which each token passes a few.
 
-A router scores every token against every expert; the k best serve it, and their outputs are
-added, weighted by score. Parameters grow with the number of experts, work with k alone.
+A router scores every token against every expert; the k best serve it, and their outputs
+are added, weighted by score. Parameters grow with the number of experts, work with k
+alone.
 """
 
 from typing import Any, Literal, NamedTuple, Self
@@ -36,42 +37,46 @@ class MoeConfig(Config):
     gated: bool = True
     """Whether experts are gated, as in a dense layer: silu + gated is SwiGLU."""
     shared_experts: int = Field(default=0, ge=0)
-    """Experts that serve every token with weight 1 (DeepSeekMoE, arXiv 2401.06066, eq. 9); n of
-    them are one dense layer of width n · d_ff."""
+    """Experts that serve every token with weight 1 (DeepSeekMoE, arXiv 2401.06066, eq.
+    9); n of them are one dense layer of width n · d_ff."""
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: experts compete for a token (Mixtral, DeepSeek-V2, Qwen). sigmoid: each is scored
-    by itself (DeepSeek-V3, arXiv 2412.19437, eq. 15)."""
+    """softmax: experts compete for a token (Mixtral, DeepSeek-V2, Qwen). sigmoid: each
+    is scored by itself (DeepSeek-V3, arXiv 2412.19437, eq. 15)."""
     renormalise: bool = True
-    """Divide a token's k weights by their sum (Mixtral, DeepSeek-V3). Otherwise they are the
-    scores themselves (DeepSeek-V2, OLMoE), small where scores are spread over many experts."""
+    """Divide a token's k weights by their sum (Mixtral, DeepSeek-V3). Otherwise they
+    are the scores themselves (DeepSeek-V2, OLMoE), small where scores are spread over
+    many experts."""
     scale: float = Field(default=1.0, gt=0)
     """Factor on the weights after that; DeepSeek-V3 has 2.5."""
     selection_bias: bool = False
-    """A bias for each expert, added to scores to choose by and to nothing else, which a rule moves
-    towards equal load: balance without a loss that pulls at the model (arXiv 2408.15664)."""
+    """A bias for each expert, added to scores to choose by and to nothing else, which a
+    rule moves towards equal load: balance without a loss that pulls at the model (arXiv
+    2408.15664)."""
     groups: int = Field(default=1, gt=0)
-    """Equal groups of consecutive experts, say one a node; a token's experts come from few of
-    them (arXiv 2405.04434, §2.1.3)."""
+    """Equal groups of consecutive experts, say one a node; a token's experts come from
+    few of them (arXiv 2405.04434, §2.1.3)."""
     groups_per_token: int = Field(default=1, gt=0)
     """Groups that a token's experts come from; all of them: no limit."""
     group_score: Literal["max", "top2"] = "max"
-    """A group's rank by its best expert's score (DeepSeek-V2), or by the sum of its best two
-    (DeepSeek-V3)."""
+    """A group's rank by its best expert's score (DeepSeek-V2), or by the sum of its
+    best two (DeepSeek-V3)."""
     balance_loss: float = Field(default=0.01, ge=0)
-    """Coefficient of E · Σ_e f_e · P_e: f_e the share of all assignments that expert e gets, P_e
-    its mean share of the scores; 1 when balanced (Switch, arXiv 2101.03961, eq. 4–6). Both are
-    taken over the micro-batch on all devices. Implementations whose f sums to k want it 1/k as
-    large."""
+    """Coefficient of E · Σ_e f_e · P_e: f_e the share of all assignments that expert e
+    gets, P_e its mean share of the scores; 1 when balanced (Switch, arXiv 2101.03961,
+    eq. 4–6). Both are taken over the micro-batch on all devices. Implementations whose
+    f sums to k want it 1/k as large."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Coefficient of the mean squared log-sum-exp of router logits, which keeps them small
-    (ST-MoE, arXiv 2202.08906, eq. 5, who use 1e-3)."""
+    """Coefficient of the mean squared log-sum-exp of router logits, which keeps them
+    small (ST-MoE, arXiv 2202.08906, eq. 5, who use 1e-3)."""
     dispatch: Literal["dropless", "capacity"] = "dropless"
-    """dropless: every token is served, by ragged exchanges and products; receive buffers have room
-    for the worst case. capacity: an expert serves a bounded share of each sequence and drops the
-    rest, by dense exchanges and batched products (GShard, arXiv 2006.16668, §2.2); cheaper where
-    ragged operations are slow, and the sequence may not be split over devices."""
+    """dropless: every token is served, by ragged exchanges and products; receive
+    buffers have room for the worst case. capacity: an expert serves a bounded share of
+    each sequence and drops the rest, by dense exchanges and batched products (GShard,
+    arXiv 2006.16668, §2.2); cheaper where ragged operations are slow, and the sequence
+    may not be split over devices."""
     capacity_factor: float = Field(default=1.25, gt=0)
-    """Room of an expert in a sequence, over its share if load were equal (with capacity)."""
+    """Room of an expert in a sequence, over its share if load were equal (with
+    capacity)."""
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -87,7 +92,9 @@ class MoeConfig(Config):
             what = f"groups_per_token={met} of groups={self.groups}"
             raise MaxlmError(what, fix="choose at most as many groups as there are")
         if self.experts_per_token > met * size:
-            what = f"{k} cannot come from groups_per_token={met} groups of {size} experts"
+            what = (
+                f"{k} cannot come from groups_per_token={met} groups of {size} experts"
+            )
             fix = "raise groups_per_token, or lower experts_per_token or groups"
             raise MaxlmError(what, fix=fix)
         if self.group_score == "top2" and size < 2:
@@ -96,8 +103,8 @@ class MoeConfig(Config):
         return self
 
     def limit_experts(self, max_experts: int) -> Self:
-        """Returns the config with at most so many experts (4 or more), of which a token meets half
-        at most; a token that met some groups alone still does."""
+        """Returns the config with at most so many experts (4 or more), of which a token
+        meets half at most; a token that met some groups alone still does."""
         if self.num_experts <= max_experts:
             return self
         groups = min(self.groups, max_experts // 2)  # of two or more
@@ -118,8 +125,9 @@ class MoeAux(NamedTuple):
     """Losses and statistics of a layer, fp32, the same on all devices."""
 
     loss: jax.Array
-    """Scalar to add to a loss summed over tokens: balance and z losses times their coefficients
-    and the number of tokens counted. Zero plus a gradient for the selection bias; see ``Moe``."""
+    """Scalar to add to a loss summed over tokens: balance and z losses times their
+    coefficients and the number of tokens counted. Zero plus a gradient for the
+    selection bias; see ``Moe``."""
     load: jax.Array
     """[E]: assignments to each expert, dropped ones included."""
     dropped: jax.Array
@@ -129,12 +137,12 @@ class MoeAux(NamedTuple):
 class Moe(nnx.Module):
     """``shared(x) + Σ_j weight_j · expert_j(x)`` over the k experts of each token.
 
-    Parameters: ``router`` [D, E], ``gate`` and ``up`` [E, D, F], ``down`` [E, F, D], ``shared``
-    (an :class:`Mlp`), and ``selection_bias`` [E]. The last learns by a rule: its gradient is
-    load − mean load, whatever the losses are, and it is declared ``sign_update``: optimizers step
-    against its sign by a fixed amount, which is algorithm 1 of arXiv 2408.15664. Since the load is
-    that of all devices and gradients add up over micro-batches, the step does not depend on the
-    layout.
+    Parameters: ``router`` [D, E], ``gate`` and ``up`` [E, D, F], ``down`` [E, F, D],
+    ``shared`` (an :class:`Mlp`), and ``selection_bias`` [E]. The last learns by a rule:
+    its gradient is load − mean load, whatever the losses are, and it is declared
+    ``sign_update``: optimizers step against its sign by a fixed amount, which is
+    algorithm 1 of arXiv 2408.15664. Since the load is that of all devices and gradients
+    add up over micro-batches, the step does not depend on the layout.
     """
 
     name = "moe"
@@ -154,27 +162,44 @@ class Moe(nnx.Module):
         # Like an output head it classifies tokens; it is no map between hidden layers.
         normal = truncated_normal(init_std)
         self.router = declare((d_model, e), ("embed", None), normal, "table", (0,))
-        inner, outer = ("expert", "expert_embed", "mlp"), ("expert", "mlp", "expert_embed")
+        inner, outer = (
+            ("expert", "expert_embed", "mlp"),
+            ("expert", "mlp", "expert_embed"),
+        )
         maps: dict[str, Any] = {"init": normal, "contracting_dims": (1,)}
         gated = config.gated
-        self.gate = declare((e, d_model, f), inner, role="matrix", **maps) if gated else None
+        self.gate = (
+            declare((e, d_model, f), inner, role="matrix", **maps) if gated else None
+        )
         self.up = declare((e, d_model, f), inner, role="matrix", **maps)
         out_of = truncated_normal(compute_residual_std(init_std, num_layers))
-        self.down = declare((e, f, d_model), outer, out_of, "matrix", contracting_dims=(1,))
+        self.down = declare(
+            (e, f, d_model), outer, out_of, "matrix", contracting_dims=(1,)
+        )
         zeros = (e,), (None,), jax.nn.initializers.zeros
-        bias = declare(*zeros, "vector", sign_update=True) if config.selection_bias else None
+        bias = (
+            declare(*zeros, "vector", sign_update=True)
+            if config.selection_bias
+            else None
+        )
         self.selection_bias = bias
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
         width, kind = max(1, config.shared_experts) * f, config.activation
         dense = MlpConfig(d_ff=width, activation=kind, gated=gated)
         shared = config.shared_experts > 0
-        self.shared = Mlp(dense, d_model, num_layers, init_std, **kw) if shared else None
+        self.shared = (
+            Mlp(dense, d_model, num_layers, init_std, **kw) if shared else None
+        )
 
-    def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
+    def feed(
+        self, x: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, Aux]:
         """See :class:`~maxlm.models.blocks.FeedForward`."""
         counted = None
         if segment_ids is not None:
-            counted = reshard(segment_ids != 0, shards.make_spec(shards.get_layout(x)[:2]))
+            counted = reshard(
+                segment_ids != 0, shards.make_spec(shards.get_layout(x)[:2])
+            )
         y, routed = self(x, counted)
         load = routed.load
         sums = {
@@ -192,15 +217,19 @@ class Moe(nnx.Module):
             router="router",
             experts_per_token=config.experts_per_token,
             num_experts=config.num_experts,
-            capacity_factor=config.capacity_factor if config.dispatch == "capacity" else None,
+            capacity_factor=config.capacity_factor
+            if config.dispatch == "capacity"
+            else None,
             has_shared=self.shared is not None,
         )
         return LayerCosts(group_matrices(self), experts=experts)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, MoeAux]:
-        """x [B, S, D] → the same in the compute dtype, and what there is to add to the loss and to
-        log. ``mask``: bool [B, S], laid out as x; False for padding, which no routed expert serves
-        and no statistic counts. None: all tokens."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, MoeAux]:
+        """x [B, S, D] → the same in the compute dtype, and what there is to add to the
+        loss and to log. ``mask``: bool [B, S], laid out as x; False for padding, which
+        no routed expert serves and no statistic counts. None: all tokens."""
         config = self.config
         x, wide, bias = x.astype(self.dtype), accumulation_dtype(self.dtype), None
         logits = jnp.einsum(
@@ -230,7 +259,11 @@ class Moe(nnx.Module):
             loss += jnp.sum(rule * (bias - lax.stop_gradient(bias)))
         kernels = {
             name: read_weight(param, self.rules, self.dtype)
-            for name, param in {"gate": self.gate, "up": self.up, "down": self.down}.items()
+            for name, param in {
+                "gate": self.gate,
+                "up": self.up,
+                "down": self.down,
+            }.items()
             if param is not None
         }
         y = experts.apply_experts(
@@ -239,7 +272,9 @@ class Moe(nnx.Module):
             chosen,
             {name: kernel.value for name, kernel in kernels.items()},
             activation=ACTIVATIONS[config.activation],
-            kernel_layouts={name: kernel.compute_layout for name, kernel in kernels.items()},
+            kernel_layouts={
+                name: kernel.compute_layout for name, kernel in kernels.items()
+            },
             expert_capacity=room,
         )
         if self.shared is not None:
@@ -257,9 +292,9 @@ class Routing(NamedTuple):
 
 
 def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routing:
-    """Chooses each token's experts and their weights, from logits fp32 [B, S, E]; the bias, fp32
-    [E], is added to the scores that experts and groups are chosen by. Differentiable in the logits
-    through scores and weights; not in the bias."""
+    """Chooses each token's experts and their weights, from logits fp32 [B, S, E]; the
+    bias, fp32 [E], is added to the scores that experts and groups are chosen by.
+    Differentiable in the logits through scores and weights; not in the bias."""
     scores = (jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid)(logits)
     ranked = lax.stop_gradient(scores if bias is None else scores + bias)
     if config.groups_per_token < config.groups:
@@ -280,18 +315,28 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
 
 
 def router_loss(
-    logits: jax.Array, scores: jax.Array, load: jax.Array, mask: jax.Array, config: MoeConfig
+    logits: jax.Array,
+    scores: jax.Array,
+    load: jax.Array,
+    mask: jax.Array,
+    config: MoeConfig,
 ) -> jax.Array:
-    """Computes balance and z losses times coefficients and counted tokens, an fp32 scalar, from
-    logits and scores [B, S, E], assignments to each expert [E], all fp32, and bool [B, S]."""
+    """Computes balance and z losses times coefficients and counted tokens, an fp32
+    scalar, from logits and scores [B, S, E], assignments to each expert [E], all fp32,
+    and bool [B, S]."""
     loss = jnp.zeros((), jnp.float32)
     if config.balance_loss:
         shares = scores
         if config.score == "sigmoid":
-            shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)  # DeepSeek-V3, eq. 19
+            shares = scores / (
+                scores.sum(-1, keepdims=True) + 1e-20
+            )  # DeepSeek-V3, eq. 19
         mass = jnp.where(mask[..., None], shares, 0.0).sum((0, 1))
         tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
-        f, p = lax.stop_gradient(load) / (tokens * config.experts_per_token), mass / tokens
+        f, p = (
+            lax.stop_gradient(load) / (tokens * config.experts_per_token),
+            mass / tokens,
+        )
         loss += config.balance_loss * tokens * config.num_experts * jnp.sum(f * p)
     if config.z_loss:
         squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))

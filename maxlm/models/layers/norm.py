@@ -16,7 +16,8 @@ from maxlm.sharding import AxisRules
 
 class NormConfig(Config):
     kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """rmsnorm divides by the root mean square; layernorm also removes the mean (slower)."""
+    """rmsnorm divides by the root mean square; layernorm also removes the mean
+    (slower)."""
     eps: float = Field(default=1e-5, gt=0)
     bias: bool = False
     """Add a learned offset (GPT-2's LayerNorm does)."""
@@ -29,7 +30,8 @@ class Norm(nnx.Module):
 
     def __init__(self, config: NormConfig, size: int, *, rules: AxisRules, dtype: Any):
         self.config, self.rules, self.dtype = config, rules, dtype
-        # The scale is whole on every device: a few kilobytes that every residual element needs.
+        # The scale is whole on every device: a few kilobytes that every residual
+        # element needs.
         zeros = jax.nn.initializers.zeros
         start = zeros if config.zero_centred else jax.nn.initializers.ones
         self.scale = declare((size,), (None,), start, "vector")
@@ -39,10 +41,14 @@ class Norm(nnx.Module):
         """x [..., D] → the same shape in the compute dtype."""
         dtype = accumulation_dtype(self.dtype)
         scale = materialize(self.scale, self.rules, dtype)
-        bias = materialize(self.bias, self.rules, dtype) if self.bias is not None else None
+        bias = (
+            materialize(self.bias, self.rules, dtype) if self.bias is not None else None
+        )
         return save_inputs_only(self._normalise)(x, scale, bias)
 
-    def _normalise(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def _normalise(
+        self, x: jax.Array, scale: jax.Array, bias: jax.Array | None
+    ) -> jax.Array:
         x = x.astype(scale.dtype)
         if self.config.kind == "layernorm":
             x -= jnp.mean(x, axis=-1, keepdims=True)

@@ -14,10 +14,10 @@ from maxlm.models.layers.rope import Scaling
 
 class PositionsConfig(Config):
     kind: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
-    """rope turns queries and keys by their position; learned adds a table of max_seq_len rows to
-    the embedding, and cannot go past it; sinusoidal adds fixed waves; alibi takes from each score
-    in proportion to distance; relative adds a learnt bias by distance to each score; none leaves
-    order to the causal mask."""
+    """rope turns queries and keys by their position; learned adds a table of
+    max_seq_len rows to the embedding, and cannot go past it; sinusoidal adds fixed
+    waves; alibi takes from each score in proportion to distance; relative adds a learnt
+    bias by distance to each score; none leaves order to the causal mask."""
     theta: float = Field(default=10_000.0, gt=1)
     """RoPE's base: the longest wavelength is about 2π·theta tokens."""
     rotary_dim: int | None = Field(default=None, gt=0)
@@ -39,13 +39,16 @@ class PositionsConfig(Config):
             what = f"is not beyond the {self.buckets // 2} distances with a bucket each"
             raise ValueError(f"max_distance={self.max_distance} {what}")
         if self.rotary_dim is not None and self.rotary_dim % 2:
-            raise ValueError(f"rope turns pairs of dimensions: rotary_dim={self.rotary_dim} is odd")
+            raise ValueError(
+                f"rope turns pairs of dimensions: rotary_dim={self.rotary_dim} is odd"
+            )
         return self
 
 
 def compute_alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
-    """Computes slopes, float32 [N] (Press et al. 2022, arXiv 2108.12409, §3): 2^(−max_bias·i/n), i
-    = 1..n, for n heads, a power of two; further heads take every other slope of twice as many."""
+    """Computes slopes, float32 [N] (Press et al. 2022, arXiv 2108.12409, §3):
+    2^(−max_bias·i/n), i = 1..n, for n heads, a power of two; further heads take every
+    other slope of twice as many."""
     n = 2 ** floor(log2(num_heads))
     slopes = 2.0 ** (-max_bias * np.arange(1, n + 1) / n)
     between = 2.0 ** (-max_bias * np.arange(1, 2 * n, 2) / (2 * n))
@@ -53,7 +56,8 @@ def compute_alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
 
 
 def compute_sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
-    """Computes sines and cosines of position / 10000^(2i/D), fp32 [..., D] (Vaswani 2017, §3.5)."""
+    """Computes sines and cosines of position / 10000^(2i/D), fp32 [..., D] (Vaswani
+    2017, §3.5)."""
     rates = 10_000.0 ** (-np.arange(0, d_model, 2) / d_model)
     angle = positions[..., None].astype(jnp.float32) * rates.astype(np.float32)
     waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
@@ -61,11 +65,12 @@ def compute_sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
 
 
 def compute_relative_buckets(config: PositionsConfig, *, causal: bool) -> np.ndarray:
-    """Computes the bucket of each distance key − query from −max_distance to max_distance, int
-    [2·max_distance + 1] (Raffel et al. 2020, arXiv 1910.10683, §2.1, and its published code).
+    """Computes the bucket of each distance key − query from −max_distance to
+    max_distance, int [2·max_distance + 1] (Raffel et al. 2020, arXiv 1910.10683, §2.1,
+    and its published code).
 
-    Half of the buckets are for one distance each, the others grow with its logarithm. Without
-    ``causal`` keys before and after the query have half of them each.
+    Half of the buckets are for one distance each, the others grow with its logarithm.
+    Without ``causal`` keys before and after the query have half of them each.
     """
     reach, buckets = config.max_distance, config.buckets
     distance = np.arange(-reach, reach + 1)
@@ -77,16 +82,21 @@ def compute_relative_buckets(config: PositionsConfig, *, causal: bool) -> np.nda
         side = np.where(distance > 0, buckets, 0)
         behind = np.abs(distance)
     exact = buckets // 2
-    # In fp32, as where weights were trained: a distance on a border must fall on the same side.
+    # In fp32, as where weights were trained: a distance on a border must fall on the
+    # same side.
     ratio = np.log(np.maximum(behind, 1).astype(np.float32) / np.float32(exact))
     beyond = ratio / np.float32(np.log(reach / exact)) * np.float32(buckets - exact)
     far = exact + beyond.astype(int)
     return side + np.where(behind < exact, behind, np.minimum(far, buckets - 1))
 
 
-def compute_relative_biases(table: Any, config: PositionsConfig, *, causal: bool) -> Any:
-    """Looks up [N, 2·max_distance + 1], by distance, in the table [buckets, N]; differentiable."""
+def compute_relative_biases(
+    table: Any, config: PositionsConfig, *, causal: bool
+) -> Any:
+    """Looks up [N, 2·max_distance + 1], by distance, in the table [buckets, N];
+    differentiable."""
     at = compute_relative_buckets(config, causal=causal)
     onehot = np.eye(config.buckets, dtype=np.float32)[at]
-    # A product and not a gather: its gradient is one too, and exact, as a row has one 1.
+    # A product and not a gather: its gradient is one too, and exact, as a row has one
+    # 1.
     return jnp.einsum("rb,bn->nr", onehot, table, precision=jax.lax.Precision.HIGHEST)

@@ -1,8 +1,10 @@
-"""Rotary positions: frequencies, how they are stretched to longer sequences, and the turn itself.
+"""Rotary positions: frequencies, how they are stretched to longer sequences, and the
+turn itself.
 
-Pair i of a head's dimensions turns by position · θ_i, θ_i = theta^(−2i/R), a wavelength of
-2π·theta^(2i/R) tokens. A model that is run past the positions it has learnt meets angles that it
-has not; each scaling here maps new positions to old angles in its own way (docs/positions.md).
+Pair i of a head's dimensions turns by position · θ_i, θ_i = theta^(−2i/R), a wavelength
+of 2π·theta^(2i/R) tokens. A model that is run past the positions it has learnt meets
+angles that it has not; each scaling here maps new positions to old angles in its own
+way (docs/positions.md).
 """
 
 from functools import partial
@@ -22,26 +24,28 @@ Length = Annotated[int, Field(gt=0)]
 
 
 class LinearScaling(Config):
-    """Position interpolation (Chen et al. 2023, arXiv 2306.15595, eq. 4): every frequency divided
-    by ``factor``. Needs a little fine-tuning; blurs the finest distances."""
+    """Position interpolation (Chen et al. 2023, arXiv 2306.15595, eq. 4): every
+    frequency divided by ``factor``. Needs a little fine-tuning; blurs the finest
+    distances."""
 
     kind: Literal["linear"] = "linear"
     factor: Factor
 
 
 class NtkScaling(Config):
-    """NTK-aware: theta becomes theta · factor^(R/(R−2)), so that the longest wavelength grows by
-    ``factor`` and the shortest not at all (Peng et al. 2023, arXiv 2309.00071, eq. 16). Works
-    somewhat without fine-tuning."""
+    """NTK-aware: theta becomes theta · factor^(R/(R−2)), so that the longest wavelength
+    grows by ``factor`` and the shortest not at all (Peng et al. 2023, arXiv 2309.00071,
+    eq. 16). Works somewhat without fine-tuning."""
 
     kind: Literal["ntk"] = "ntk"
     factor: Factor
 
 
 class DynamicNtkScaling(Config):
-    """NTK-aware with the factor that the sequence at hand needs: factor · n / original_length −
-    (factor − 1) for n tokens, none up to ``original_length`` (Peng et al. 2023, §3.3). n is the
-    row's longest document, so short sequences are computed as before."""
+    """NTK-aware with the factor that the sequence at hand needs: factor · n /
+    original_length − (factor − 1) for n tokens, none up to ``original_length`` (Peng et
+    al. 2023, §3.3). n is the row's longest document, so short sequences are computed as
+    before."""
 
     kind: Literal["dynamic_ntk"] = "dynamic_ntk"
     factor: Factor
@@ -49,9 +53,9 @@ class DynamicNtkScaling(Config):
 
 
 class YarnScaling(Config):
-    """YaRN (Peng et al. 2023, eq. 17–22): dimensions that turn more than ``beta_fast`` times in
-    ``original_length`` tokens stay, those that turn less than ``beta_slow`` times are interpolated,
-    a ramp lies between; and attention is sharpened."""
+    """YaRN (Peng et al. 2023, eq. 17–22): dimensions that turn more than ``beta_fast``
+    times in ``original_length`` tokens stay, those that turn less than ``beta_slow``
+    times are interpolated, a ramp lies between; and attention is sharpened."""
 
     kind: Literal["yarn"] = "yarn"
     factor: Factor
@@ -59,19 +63,22 @@ class YarnScaling(Config):
     beta_fast: float = Field(default=32.0, gt=0)
     beta_slow: float = Field(default=1.0, gt=0)
     attention_factor: float | None = Field(default=None, gt=0)
-    """Factor on cosines and sines, hence its square on scores; null: 0.1·ln(factor) + 1."""
+    """Factor on cosines and sines, hence its square on scores; null: 0.1·ln(factor) +
+    1."""
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    """DeepSeek's two: cosines and sines are multiplied by m(mscale) / m(mscale_all_dim), scores of
-    latent attention by m(mscale_all_dim)², with m(s) = 0.1·s·ln(factor) + 1."""
+    """DeepSeek's two: cosines and sines are multiplied by m(mscale) /
+    m(mscale_all_dim), scores of latent attention by m(mscale_all_dim)², with m(s) =
+    0.1·s·ln(factor) + 1."""
     truncate: bool = True
     """Round the ramp's ends to whole dimensions."""
 
 
 class Llama3Scaling(Config):
-    """Llama 3.1's: wavelengths above original_length / low_freq_factor are stretched by ``factor``,
-    those below original_length / high_freq_factor stay, frequencies between are mixed (its
-    published code; Llama Team 2024, arXiv 2407.21783, §3.4.2, tells of the training)."""
+    """Llama 3.1's: wavelengths above original_length / low_freq_factor are stretched by
+    ``factor``, those below original_length / high_freq_factor stay, frequencies between
+    are mixed (its published code; Llama Team 2024, arXiv 2407.21783, §3.4.2, tells of
+    the training)."""
 
     kind: Literal["llama3"] = "llama3"
     factor: Factor
@@ -83,7 +90,9 @@ class Llama3Scaling(Config):
     def _in_order(self):
         if self.low_freq_factor >= self.high_freq_factor:
             high = f"high_freq_factor={self.high_freq_factor}"
-            raise ValueError(f"low_freq_factor={self.low_freq_factor} is not below {high}")
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} is not below {high}"
+            )
         return self
 
 
@@ -100,9 +109,11 @@ class Rotary(NamedTuple):
     sin: jax.Array
 
 
-def compute_frequencies(theta: float, rotary_dim: int, scaling: Any = None) -> np.ndarray:
-    """Computes radians a token of each pair of dimensions, float64 [rotary_dim / 2], of any scaling
-    but the dynamic one, which counts as none here."""
+def compute_frequencies(
+    theta: float, rotary_dim: int, scaling: Any = None
+) -> np.ndarray:
+    """Computes radians a token of each pair of dimensions, float64 [rotary_dim / 2], of
+    any scaling but the dynamic one, which counts as none here."""
     if isinstance(scaling, NtkScaling):
         theta *= scaling.factor ** (rotary_dim / (rotary_dim - 2))
     plain = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
@@ -115,7 +126,9 @@ def compute_frequencies(theta: float, rotary_dim: int, scaling: Any = None) -> n
     return plain
 
 
-def _yarn(plain: np.ndarray, theta: float, size: int, scaling: YarnScaling) -> np.ndarray:
+def _yarn(
+    plain: np.ndarray, theta: float, size: int, scaling: YarnScaling
+) -> np.ndarray:
     def dimension(turns: float) -> float:
         """Returns the pair of dimensions that turns so often in the original length."""
         return size * log(scaling.original_length / (turns * 2 * pi)) / (2 * log(theta))
@@ -136,7 +149,8 @@ def _llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
 
 
 def compute_yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """Returns the factor by which YaRN sharpens attention (Peng et al. 2023, eq. 22)."""
+    """Returns the factor by which YaRN sharpens attention (Peng et al. 2023, eq.
+    22)."""
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -167,14 +181,20 @@ def compute_rotary(
         positions: int [B, S].
         rotary_dim: R, the dimensions that are turned; even.
         dtype: of angles, cosines and sines; fp32 or wider.
-        lengths: int [B, S], the tokens of each token's sequence; None: one more than a row's last
-            position.
+        lengths: int [B, S], the tokens of each token's sequence; None: one more than a
+            row's last position.
     """
     turns: Any = compute_frequencies(theta, rotary_dim, scaling).astype(dtype)
     if isinstance(scaling, DynamicNtkScaling):
-        lengths = 1 + positions.max(axis=1, keepdims=True) if lengths is None else lengths
-        length = jnp.maximum(lengths, scaling.original_length).astype(dtype)[..., None, None]
-        factor = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+        lengths = (
+            1 + positions.max(axis=1, keepdims=True) if lengths is None else lengths
+        )
+        length = jnp.maximum(lengths, scaling.original_length).astype(dtype)[
+            ..., None, None
+        ]
+        factor = scaling.factor * length / scaling.original_length - (
+            scaling.factor - 1
+        )
         base = theta * factor ** (rotary_dim / (rotary_dim - 2))
         turns = base ** (-jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
     angle = positions[..., None, None].astype(dtype) * turns
@@ -183,17 +203,20 @@ def compute_rotary(
 
 
 def materialize_rotary(rotary: Rotary) -> Rotary:
-    """Makes angles arrays of their own, by a product with the identity, which is exact. XLA's CPU
-    compiler computes cosines anew in each fusion that reads them, and so for each layer that is not
-    in a loop and each head; it removes barriers before it fuses, and products it does not fuse."""
+    """Makes angles arrays of their own, by a product with the identity, which is exact.
+    XLA's CPU compiler computes cosines anew in each fusion that reads them, and so for
+    each layer that is not in a loop and each head; it removes barriers before it fuses,
+    and products it does not fuse."""
     identity = jnp.eye(rotary.cos.shape[-1], dtype=rotary.cos.dtype)
     return Rotary(rotary.cos @ identity, rotary.sin @ identity)
 
 
 @jax.custom_vjp
 def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turns the first R dimensions of x [B, S, N, H], i with i + R/2. Differentiable in x."""
-    # Or the map that made x writes its fp32 sums out, twice the bytes, for the fp32 that follows.
+    """Turns the first R dimensions of x [B, S, N, H], i with i + R/2. Differentiable in
+    x."""
+    # Or the map that made x writes its fp32 sums out, twice the bytes, for the fp32
+    # that follows.
     x = lax.optimization_barrier(x)
     size = 2 * rotary.cos.shape[-1]
     precise = jnp.promote_types(x.dtype, jnp.float32)

@@ -34,7 +34,8 @@ class PlannedAndCompiled:
 
 @dataclass(frozen=True)
 class CollectiveComparison:
-    """All collectives of one kind over the same mesh axes in a step; bytes are a device's."""
+    """All collectives of one kind over the same mesh axes in a step; bytes are a
+    device's."""
 
     kind: str
     axes: str
@@ -54,7 +55,8 @@ class CompilerVerdict:
     words: str
     """The verdict in words."""
     seconds: float | None = None
-    """Seconds to trace and to compile it; None: the compiler finds no room, and says no more."""
+    """Seconds to trace and to compile it; None: the compiler finds no room, and says no
+    more."""
     figures: Mapping[str, PlannedAndCompiled] = field(default_factory=dict)
     """Part of a device's memory → bytes."""
     products: Mapping[str, PlannedAndCompiled] = field(default_factory=dict)
@@ -68,17 +70,23 @@ class CompilerVerdict:
 def count_step_products(shape: StepShape) -> StepProducts:
     """Counts a step's planned products on a device, a pipeline's idle turns included.
 
-    Products of a dropless mixture's experts are in kernels that a compiler does not see into.
+    Products of a dropless mixture's experts are in kernels that a compiler does not see
+    into.
     """
     flops = count_device_flops(shape)
     passes = shape.stage_passes_with_bubble
-    matmul = passes * (flops.forward + flops.backward) + flops.loss + flops.loss_backward
+    matmul = (
+        passes * (flops.forward + flops.backward) + flops.loss + flops.loss_backward
+    )
     attention = passes * (flops.attention_forward + flops.attention_backward)
     return StepProducts(float(matmul), float(attention))
 
 
-def compare_products(plan: RunPlan, cost: CompiledCost) -> dict[str, PlannedAndCompiled]:
-    """Compares a step's planned products with the compiled ones, in FLOPs of a device."""
+def compare_products(
+    plan: RunPlan, cost: CompiledCost
+) -> dict[str, PlannedAndCompiled]:
+    """Compares a step's planned products with the compiled ones, in FLOPs of a
+    device."""
     planned = count_step_products(plan.shape)
     is_cpu = plan.machine is not None and plan.machine.topology.platform == "cpu"
     if is_cpu and not cost.attention_flops:
@@ -87,17 +95,21 @@ def compare_products(plan: RunPlan, cost: CompiledCost) -> dict[str, PlannedAndC
         return {"matrix products, attention's among them": total}
     matmul = PlannedAndCompiled(planned.matmul_flops, float(cost.matmul_flops))
     attention = PlannedAndCompiled(planned.attention_flops, float(cost.attention_flops))
-    return {"matrix products but attention's": matmul, "attention's, outside of kernels": attention}
+    return {
+        "matrix products but attention's": matmul,
+        "attention's, outside of kernels": attention,
+    }
 
 
 def compare_collectives(
     planned: Iterable[CollectiveCost], cost: CompiledCost
 ) -> tuple[CollectiveComparison, ...]:
-    """Compares the planned collectives of a step with the compiled ones, by kind and mesh axes,
-    those that send most first.
+    """Compares the planned collectives of a step with the compiled ones, by kind and
+    mesh axes, those that send most first.
 
-    Rows of a ragged exchange are counted by the compiler at the room that they have. Compilers also
-    join several collectives into one, so that runs differ where bytes agree.
+    Rows of a ragged exchange are counted by the compiler at the room that they have.
+    Compilers also join several collectives into one, so that runs differ where bytes
+    agree.
     """
     planned_runs: Counter[tuple[str, str]] = Counter()
     planned_bytes: dict[tuple[str, str], float] = defaultdict(float)

@@ -1,5 +1,6 @@
-"""The cost of a compiled program for each device, with every loop's trips counted: XLA's own
-``cost_analysis()`` counts a body once, so that a scanned model seems to have one layer."""
+"""The cost of a compiled program for each device, with every loop's trips counted:
+XLA's own ``cost_analysis()`` counts a body once, so that a scanned model seems to have
+one layer."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -44,7 +45,9 @@ class CompiledCollective:
     @property
     def wire_bytes(self) -> int:
         """Bytes that a ring sends from each device in all runs."""
-        whole = self.payload_bytes * (self.group_size if self.kind == "all-gather" else 1)
+        whole = self.payload_bytes * (
+            self.group_size if self.kind == "all-gather" else 1
+        )
         return round(self.count * float(sent_bytes(self.kind, self.group_size, whole)))
 
 
@@ -55,12 +58,13 @@ class CompiledCost:
     matmul_flops: int
     """FLOPs, 2·M·N·K, of every matrix product but attention's."""
     attention_flops: int
-    """FLOPs of attention's matrix products; those within custom kernels are in neither."""
+    """FLOPs of attention's matrix products; those within custom kernels are in
+    neither."""
     collectives: tuple[CompiledCollective, ...]
     """Collectives, largest first."""
     unknown_loops: tuple[str, ...]
-    """Loops whose trips cannot be read; their bodies are counted once. A training step has one: its
-    update, which is left out where the numbers are bad."""
+    """Loops whose trips cannot be read; their bodies are counted once. A training step
+    has one: its update, which is left out where the numbers are bad."""
 
     def wire_bytes(self, *, kind: str | None = None, axes: str | None = None) -> int:
         """Bytes that a device sends, of one kind, along given axes, or all."""
@@ -76,8 +80,8 @@ class CompiledCost:
 
 
 def read_compiled_cost(hlo_text: str, sizes: Mapping[str, int]) -> CompiledCost:
-    """Reads costs out of a compiled program's text (``compiled.as_text()``); ``sizes``: mesh axis →
-    devices, outermost first, of the mesh that it was compiled for."""
+    """Reads costs out of a compiled program's text (``compiled.as_text()``); ``sizes``:
+    mesh axis → devices, outermost first, of the mesh that it was compiled for."""
     reader = _Reader(parse_hlo(hlo_text), sizes)
     total = reader.cost(reader.module.entry)
     loops = sorted(name for kind, name in total if kind == "loop")
@@ -85,8 +89,9 @@ def read_compiled_cost(hlo_text: str, sizes: Mapping[str, int]) -> CompiledCost:
 
 
 _Tally = Counter[tuple[str, Any]]
-"""Costs of one run of a computation: FLOPs of ("matmul", "") and ("attention", ""), runs of
-("collective", :class:`CompiledCollective`) and of ("loop", name), whose trips are unknown."""
+"""Costs of one run of a computation: FLOPs of ("matmul", "") and ("attention", ""),
+runs of ("collective", :class:`CompiledCollective`) and of ("loop", name), whose trips
+are unknown."""
 
 
 def _sum_flops(tally: _Tally) -> tuple[int, int]:
@@ -127,7 +132,9 @@ class _Reader:
         names = instruction.called_computations(*attributes)
         return [self.module.computations[name] for name in names]
 
-    def _add(self, total: _Tally, instruction: Instruction, computation: Computation) -> None:
+    def _add(
+        self, total: _Tally, instruction: Instruction, computation: Computation
+    ) -> None:
         opcode = instruction.opcode
         if opcode == "while":
             trips = count_trips(instruction, computation, self.module)
@@ -138,7 +145,9 @@ class _Reader:
                 total.update({key: trips * n for key, n in self.cost(body).items()})
         elif opcode == "conditional":
             attributes = "branch_computations", "true_computation", "false_computation"
-            branches = [self.cost(branch) for branch in self._called(instruction, *attributes)]
+            branches = [
+                self.cost(branch) for branch in self._called(instruction, *attributes)
+            ]
             total.update(max(branches, key=_weigh))
         elif opcode == "fusion":
             self._add_fusion(total, *self._called(instruction, "calls"))
@@ -158,11 +167,17 @@ class _Reader:
                 self._add_alone(total, instruction, body, sliced)
 
     def _add_alone(
-        self, total: _Tally, instruction: Instruction, within: Computation, scattered: bool = False
+        self,
+        total: _Tally,
+        instruction: Instruction,
+        within: Computation,
+        scattered: bool = False,
     ) -> None:
         if instruction.opcode in _KINDS:
             collective = self._collective(instruction, within, scattered)
-            if collective.group_size > 1 and not within.continues_async_collective(instruction):
+            if collective.group_size > 1 and not within.continues_async_collective(
+                instruction
+            ):
                 total["collective", collective] += 1
         elif flops := matmul_flops(instruction, within):
             is_attention = _is_attention(self.module.source_files(instruction))
@@ -188,8 +203,8 @@ class _Reader:
 
 
 def _is_attention(files: tuple[str, ...]) -> bool:
-    """Attention's products are those traced through a file of kernels or of programs on shards
-    that is about attention; a layer's projections are not."""
+    """Attention's products are those traced through a file of kernels or of programs on
+    shards that is about attention; a layer's projections are not."""
     return any(
         folder in ("pallas_kernels", "parallel") and "attention" in name
         for path in files

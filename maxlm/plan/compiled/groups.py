@@ -1,5 +1,6 @@
-"""Finds the devices a collective joins, and the mesh axes they lie along. Ids in a compiled program
-number its mesh's devices in order (``mesh.devices.flat``), so that sizes are enough for axes."""
+"""Finds the devices a collective joins, and the mesh axes they lie along. Ids in a
+compiled program number its mesh's devices in order (``mesh.devices.flat``), so that
+sizes are enough for axes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,12 @@ _AXIS = re.compile(r"([^',:()\s]+)'?(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d, ]*\},?\s*)*)\}")
 
 
-def find_device_group(instruction: Instruction, sizes: Mapping[str, int]) -> tuple[str, int]:
-    """Returns a collective's reach in a mesh of ``sizes``, outermost axis first: the axes along
-    which members differ, joined by "+" ("" for a device on its own), and the members of one group;
-    of a permute 2, or 1 where no data moves."""
+def find_device_group(
+    instruction: Instruction, sizes: Mapping[str, int]
+) -> tuple[str, int]:
+    """Returns a collective's reach in a mesh of ``sizes``, outermost axis first: the
+    axes along which members differ, joined by "+" ("" for a device on its own), and the
+    members of one group; of a permute 2, or 1 where no data moves."""
     text = instruction.attributes
     start = max(text.find("replica_groups="), text.find("source_target_pairs="))
     return _find_group(text[start:] if start >= 0 else "", tuple(sizes.items()))
@@ -43,11 +46,12 @@ def _find_group(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[str, int
 def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
     """Parses ``replica_groups=...`` in any printed form as lists of ids.
 
-    Forms: ``{{0,1},{2,3}}``; ``{}`` or absent for all devices together; ``[2,4]<=[4,2]T(1,0)``, ids
-    counted up in the shape on the right, transposed, and read in rows of the shape on the left;
-    ``mesh['a'=2,'b'=4] {'b'}``, the axes of a mesh (not by their JAX names) that a group spans,
-    where ``'b':(2)2`` is a part of one (of b = 2 · 2 the factor 2 that comes after a factor of 2),
-    and ``device_ids=(...)`` between the two gives the ids where they do not just count up.
+    Forms: ``{{0,1},{2,3}}``; ``{}`` or absent for all devices together;
+    ``[2,4]<=[4,2]T(1,0)``, ids counted up in the shape on the right, transposed, and
+    read in rows of the shape on the left; ``mesh['a'=2,'b'=4] {'b'}``, the axes of a
+    mesh (not by their JAX names) that a group spans, where ``'b':(2)2`` is a part of
+    one (of b = 2 · 2 the factor 2 that comes after a factor of 2), and
+    ``device_ids=(...)`` between the two gives the ids where they do not just count up.
     """
     explicit, assigned, mesh = (p.match(text) for p in (_EXPLICIT, _ASSIGNED, _MESH))
     if explicit:

@@ -1,8 +1,10 @@
-"""A compiled program's text (scheduled HLO, ``compiled.as_text()``) as a graph of instructions.
+"""A compiled program's text (scheduled HLO, ``compiled.as_text()``) as a graph of
+instructions.
 
-Only what costs are read from: shapes, operands, called computations, loop trip counts and where
-an instruction comes from. The text differs a little between backends and versions; what is read
-here is common to all. Attributes are kept as text and searched when asked for.
+Only what costs are read from: shapes, operands, called computations, loop trip counts
+and where an instruction comes from. The text differs a little between backends and
+versions; what is read here is common to all. Attributes are kept as text and searched
+when asked for.
 """
 
 import re
@@ -14,12 +16,14 @@ from math import prod
 _LEAF = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(
-    r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\) -> [^\n]* \{\n(.*?)^\}", re.MULTILINE | re.DOTALL
+    r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\) -> [^\n]* \{\n(.*?)^\}",
+    re.MULTILINE | re.DOTALL,
 )
 _INSTRUCTION = re.compile(r"^ +(ROOT )?%?([\w.\-]+) = (.*)$", re.MULTILINE)
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _BRACKET = re.compile(r"[()]")
-# A kernel's metadata and cost estimate stand on lines of their own within the instruction.
+# A kernel's metadata and cost estimate stand on lines of their own within the
+# instruction.
 _CONTINUED = re.compile(r'\n(?="|\}\}|\}, ")')
 _SPACE = re.compile(r"S\((\d+)\)")
 # Where XLA:TPU keeps semaphores.
@@ -71,8 +75,11 @@ class Instruction:
         return (self.attribute("custom_call_target") or "").strip('"')
 
     def attribute(self, name: str) -> str | None:
-        """Returns the text of ``name=...``: a word, or what stands within its braces."""
-        match = re.search(rf"(?:^|[ ,]){name}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.attributes)
+        """Returns the text of ``name=...``: a word, or what stands within its
+        braces."""
+        match = re.search(
+            rf"(?:^|[ ,]){name}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.attributes
+        )
         if match is None:
             return None
         return match[1] if match[1] is not None else match[2]
@@ -83,7 +90,9 @@ class Instruction:
 
     def called_computations(self, *names: str) -> tuple[str, ...]:
         """Returns the computations under attributes of these names."""
-        return tuple(n for name in names for n in _NAME.findall(self.attribute(name) or ""))
+        return tuple(
+            n for name in names for n in _NAME.findall(self.attribute(name) or "")
+        )
 
 
 @dataclass(frozen=True)
@@ -100,14 +109,19 @@ class Computation:
         return any(i.custom_call_target == target for i in self.instructions.values())
 
     def continues_async_collective(self, instruction: Instruction) -> bool:
-        """Whether an instruction of a fusion's body is a collective that another fusion has
-        started: XLA:TPU spreads one under several computations, and prints it in each of them.
+        """Whether an instruction of a fusion's body is a collective that another fusion
+        has started: XLA:TPU spreads one under several computations, and prints it in
+        each of them.
 
-        These are handed its semaphores. Channels do not tell: many collectives share one.
+        These are handed its semaphores. Channels do not tell: many collectives share
+        one.
         """
         return (
             instruction.attribute("channel_id") is not None
-            and any([s.memory_space for s in p.shapes] == [SEMAPHORES] for p in self.parameters)
+            and any(
+                [s.memory_space for s in p.shapes] == [SEMAPHORES]
+                for p in self.parameters
+            )
             and not self.contains_custom_call("AsyncCollectiveStart")
         )
 
@@ -125,7 +139,8 @@ class HloModule:
     """Stack frame id → the source files on that stack, innermost first."""
 
     def source_files(self, instruction: Instruction) -> tuple[str, ...]:
-        """The source files an instruction was traced through, innermost first; may be empty."""
+        """The source files an instruction was traced through, innermost first; may be
+        empty."""
         frame = re.search(r"\bstack_frame_id=(\d+)", instruction.attributes)
         if frame:
             return self.files.get(int(frame[1]), ())

@@ -7,13 +7,22 @@ from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction
 
 _KNOWN = re.compile(r'"?known_trip_count"?[^\d}]*"?n"?:"?(\d+)')
 # What only moves or renames a value.
-_MOVES = ("copy", "copy-start", "copy-done", "bitcast", "reshape", "optimization-barrier")
+_MOVES = (
+    "copy",
+    "copy-start",
+    "copy-done",
+    "bitcast",
+    "reshape",
+    "optimization-barrier",
+)
 
 
-def count_trips(loop: Instruction, caller: Computation, module: HloModule) -> int | None:
-    """Returns the trips of a ``while``: as the compiler states them, else from its condition, where
-    that is `counter < constant` for a counter of constant start and step, as scans have it; None
-    where neither tells."""
+def count_trips(
+    loop: Instruction, caller: Computation, module: HloModule
+) -> int | None:
+    """Returns the trips of a ``while``: as the compiler states them, else from its
+    condition, where that is `counter < constant` for a counter of constant start and
+    step, as scans have it; None where neither tells."""
     known = _KNOWN.search(loop.attributes)
     if known:
         return int(known[1])
@@ -51,11 +60,14 @@ class _Place:
         return self.computation.instructions[self.name]
 
     def operands(self) -> list["_Place"]:
-        return [_Place(self.computation, n, self.outer) for n in self.instruction.operands]
+        return [
+            _Place(self.computation, n, self.outer) for n in self.instruction.operands
+        ]
 
 
 def _origin(place: _Place, module: HloModule) -> _Place:
-    """Finds where a value comes from: past moves, into fusions and out of their parameters."""
+    """Finds where a value comes from: past moves, into fusions and out of their
+    parameters."""
     while True:
         instruction = place.instruction
         if instruction.opcode in _MOVES:
@@ -76,7 +88,8 @@ def _origin(place: _Place, module: HloModule) -> _Place:
 
 
 def _element(whole: _Place, index: int, module: HloModule) -> _Place | None:
-    """Finds where an element of a tuple comes from; None: the tuple is made elsewhere."""
+    """Finds where an element of a tuple comes from; None: the tuple is made
+    elsewhere."""
     origin = _origin(whole, module)
     if origin.instruction.opcode != "tuple":
         return None

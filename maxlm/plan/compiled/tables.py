@@ -17,7 +17,8 @@ def render_compiler_tables(verdict: CompilerVerdict) -> Group:
     """Renders what a step holds, multiplies and sends, as planned and as compiled."""
     columns = ("what", "plan", "compiler", "deviation")
     memory = [
-        (name, *_format_pair(figure, format_bytes)) for name, figure in verdict.figures.items()
+        (name, *_format_pair(figure, format_bytes))
+        for name, figure in verdict.figures.items()
     ]
     products = [
         (name, *_format_pair(figure, _format_flops))
@@ -26,9 +27,14 @@ def render_compiler_tables(verdict: CompilerVerdict) -> Group:
     ]
     tables: list[RenderableType] = [
         make_table(
-            "Memory of each device, as planned and as compiled", columns, memory, right=columns[1:]
+            "Memory of each device, as planned and as compiled",
+            columns,
+            memory,
+            right=columns[1:],
         ),
-        make_table("Products of each device, in a step", columns, products, right=columns[1:]),
+        make_table(
+            "Products of each device, in a step", columns, products, right=columns[1:]
+        ),
         _render_compared_collectives(verdict.collectives),
     ]
     if verdict.unknown_loops:
@@ -39,10 +45,13 @@ def render_compiler_tables(verdict: CompilerVerdict) -> Group:
 
 
 def _render_compared_collectives(collectives: Sequence[CollectiveComparison]) -> Group:
-    """Renders collectives by kind and mesh axes; those below a thousandth of all bytes together."""
+    """Renders collectives by kind and mesh axes; those below a thousandth of all bytes
+    together."""
     total = sum(max(row.planned_bytes, row.compiled_bytes) for row in collectives)
     large = [
-        row for row in collectives if max(row.planned_bytes, row.compiled_bytes) >= 1e-3 * total
+        row
+        for row in collectives
+        if max(row.planned_bytes, row.compiled_bytes) >= 1e-3 * total
     ]
     small = [row for row in collectives if row not in large]
     if small:
@@ -61,13 +70,23 @@ def _render_compared_collectives(collectives: Sequence[CollectiveComparison]) ->
             row.axes.replace("+", ", "),
             f"{row.planned_runs:,}",
             f"{row.compiled_runs:,}",
-            *_format_pair(PlannedAndCompiled(row.planned_bytes, row.compiled_bytes), format_bytes),
+            *_format_pair(
+                PlannedAndCompiled(row.planned_bytes, row.compiled_bytes), format_bytes
+            ),
         )
         for row in large
     ]
-    right = ("runs,\nplanned", "runs,\ncompiled", "sent,\nplanned", "sent,\ncompiled", "deviation")
+    right = (
+        "runs,\nplanned",
+        "runs,\ncompiled",
+        "sent,\nplanned",
+        "sent,\ncompiled",
+        "deviation",
+    )
     title = "Communication of each device, in a step, with every loop's trips"
-    return make_table(title, ("kind", "over", *right), rows, right=right, wrap=("over",))
+    return make_table(
+        title, ("kind", "over", *right), rows, right=right, wrap=("over",)
+    )
 
 
 def _format_flops(flops: float) -> str:

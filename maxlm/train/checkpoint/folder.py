@@ -1,8 +1,9 @@
 """The checkpoints in a run's folder, written by Orbax.
 
-A checkpoint holds every array of a state under its canonical name (``params.layers.query``,
-``opt_state.1.mu.layers.query``), undivided for a reader, and a JSON file of metadata. Nothing of
-the mesh, the number of processes or Python's types is needed to read it back.
+A checkpoint holds every array of a state under its canonical name
+(``params.layers.query``, ``opt_state.1.mu.layers.query``), undivided for a reader, and
+a JSON file of metadata. Nothing of the mesh, the number of processes or Python's types
+is needed to read it back.
 """
 
 import logging
@@ -40,13 +41,15 @@ from maxlm.train.config import CheckpointConfig
 
 
 class FolderTier(AbstractContextManager["FolderTier"]):
-    """The checkpoints in one folder. All processes call every method together. A context manager.
+    """The checkpoints in one folder. All processes call every method together. A
+    context manager.
 
     Args:
         folder: made if missing. What an interrupted save left behind in it is removed.
         read_only: change nothing, so that a run that is still writing can be read.
-        layer_groups: for parameters that a circular pipeline holds as [groups, layers / groups,
-            ...], by canonical name, these two sizes; needed to write, not to read.
+        layer_groups: for parameters that a circular pipeline holds as [groups, layers /
+            groups, ...], by canonical name, these two sizes; needed to write, not to
+            read.
     """
 
     name = "folder"
@@ -63,7 +66,9 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self.place = str(self.folder)
         self._config = config or CheckpointConfig()
         self._groups = layer_groups or {}
-        self._pending: list[int] = []  # steps of saves, until ``pop_completed`` returns them
+        self._pending: list[
+            int
+        ] = []  # steps of saves, until ``pop_completed`` returns them
         # Orbax logs each file it touches, and the errors it raises besides.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if read_only and not self.folder.is_dir():
@@ -84,7 +89,8 @@ class FolderTier(AbstractContextManager["FolderTier"]):
                     create=not read_only,
                     read_only=read_only,
                     # Hosts see a shared folder change at different times.
-                    single_host_load_and_broadcast=not read_only and jax.process_count() > 1,
+                    single_host_load_and_broadcast=not read_only
+                    and jax.process_count() > 1,
                 ),
                 handler_registry=ocp.handlers.create_default_handler_registry(
                     state=ocp.PyTreeCheckpointHandler(use_zarr3=True),
@@ -97,12 +103,16 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         return every > 0 and step % every == 0
 
     def save(
-        self, step: int, state: PyTree, metadata: Mapping[str, Any], held_steps: Sequence[int] = ()
+        self,
+        step: int,
+        state: PyTree,
+        metadata: Mapping[str, Any],
+        held_steps: Sequence[int] = (),
     ) -> bool:
-        """Starts writing a checkpoint of arrays (with several processes, over all their devices)
-        and JSON values; the arrays may then be donated. False: ``step`` has one. Raises MaxlmError
-        if this one, or the one before it, could not be written. ``held_steps``: those that must
-        stay now, besides what the config keeps."""
+        """Starts writing a checkpoint of arrays (with several processes, over all their
+        devices) and JSON values; the arrays may then be donated. False: ``step`` has
+        one. Raises MaxlmError if this one, or the one before it, could not be written.
+        ``held_steps``: those that must stay now, besides what the config keeps."""
         if step in self._manager.all_steps():
             return False
         arrays = flatten_layer_groups(flatten_names(state), self._groups)
@@ -114,26 +124,30 @@ class FolderTier(AbstractContextManager["FolderTier"]):
             return self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(metadata)
+                    state=ocp.args.PyTreeSave(arrays),
+                    metadata=ocp.args.JsonSave(metadata),
                 ),
                 force=True,
             )
 
     def pop_completed(self) -> list[int]:
-        """Returns the steps whose saves have completed since the last call; waits for nothing."""
+        """Returns the steps whose saves have completed since the last call; waits for
+        nothing."""
         saving = self._pending[-1:] if self._manager.is_saving_in_progress() else []
         done = [s for s in self._pending if s not in saving and self.path(s).is_dir()]
         self._pending = saving
         return done
 
     def steps(self) -> list[int]:
-        """Returns the steps of all complete checkpoints, oldest first; waits for a save."""
+        """Returns the steps of all complete checkpoints, oldest first; waits for a
+        save."""
         self.wait()  # Orbax lists a step as soon as its save begins.
         # In a folder that another run writes to, processes may see different steps.
         return broadcast_from_process_0(self.steps_including_unfinished())
 
     def steps_including_unfinished(self) -> list[int]:
-        """Returns the steps of all checkpoints and of one being written; waits for nothing."""
+        """Returns the steps of all checkpoints and of one being written; waits for
+        nothing."""
         return sorted(map(int, self._manager.all_steps()))  # NumPy's, if broadcast
 
     def latest(self) -> int | None:
@@ -144,41 +158,51 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         return self.folder / str(step)
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """Returns what was saved beside the state at ``step`` (default: the newest); raises
-        MaxlmError if there is none, or UnreadableCheckpoint."""
+        """Returns what was saved beside the state at ``step`` (default: the newest);
+        raises MaxlmError if there is none, or UnreadableCheckpoint."""
         path = self.path(self._find_step(step))
         return raise_on_all_hosts(lambda: read_metadata(path))
 
     def restore(self, step: int | None, abstract: PyTree, subtree: str = "") -> PyTree:
-        """Returns a saved state, each array read straight into the sharding that is asked for, and
-        checked against its fingerprint.
+        """Returns a saved state, each array read straight into the sharding that is
+        asked for, and checked against its fingerprint.
 
         Args:
             step: default, the newest.
-            subtree: the part of the state, such as ``params``, to read alone; default: all.
+            subtree: the part of the state, such as ``params``, to read alone; default:
+                all.
             abstract: it as ``ShapeDtypeStruct`` leaves with shardings, on any mesh
                 (no sharding: the first device). Arrays are cast to its dtypes.
 
         Raises:
             UnreadableCheckpoint: it is damaged.
-            MaxlmError: no such checkpoint, or one of another model or optimizer (names the first
-                array that differs, parameters before others).
+            MaxlmError: no such checkpoint, or one of another model or optimizer (names
+                the first array that differs, parameters before others).
         """
         return restore_from(self.path(self._find_step(step)), abstract, subtree=subtree)
 
-    def check_shapes(self, step: int | None, abstract: PyTree, subtree: str = "") -> None:
-        """Checks, reading no array, that :meth:`restore` would find what it looks for; raises as it
-        does."""
+    def check_shapes(
+        self, step: int | None, abstract: PyTree, subtree: str = ""
+    ) -> None:
+        """Checks, reading no array, that :meth:`restore` would find what it looks for;
+        raises as it does."""
         check_saved_shapes(self.path(self._find_step(step)), abstract, subtree=subtree)
 
-    def discard_skipped(self, is_damaged_by_step: Mapping[int, bool], resume_step: int) -> None:
-        """Takes checkpoints (step -> whether it is damaged) out of the way of those to come:
-        renames damaged ones to ``40.damaged``, as they may be repaired, and deletes others."""
-        for step, is_damaged in is_damaged_by_step.items() if jax.process_index() == 0 else ():
+    def discard_skipped(
+        self, is_damaged_by_step: Mapping[int, bool], resume_step: int
+    ) -> None:
+        """Takes checkpoints (step -> whether it is damaged) out of the way of those to
+        come: renames damaged ones to ``40.damaged``, as they may be repaired, and
+        deletes others."""
+        for step, is_damaged in (
+            is_damaged_by_step.items() if jax.process_index() == 0 else ()
+        ):
             if not (path := self.path(step)).exists():
                 continue
             # A kill leaves half of an old one that was being deleted.
-            is_half = step < resume_step and not (path / "metadata" / "metadata").exists()
+            is_half = (
+                step < resume_step and not (path / "metadata" / "metadata").exists()
+            )
             with convert_write_errors(path):
                 if is_damaged and not is_half:
                     aside = path.with_name(f"{step}.damaged")
@@ -188,12 +212,14 @@ class FolderTier(AbstractContextManager["FolderTier"]):
                     shutil.rmtree(path)
 
     def reload(self) -> None:
-        """Lists again what other processes changed in the folder; raises UnreadableCheckpoint."""
+        """Lists again what other processes changed in the folder; raises
+        UnreadableCheckpoint."""
         # It fails while another run deletes a checkpoint.
         raise_on_all_hosts(lambda: with_retries(self.folder, self._manager.reload))
 
     def wait(self) -> None:
-        """Waits until nothing is being written; raises MaxlmError if the last one was not."""
+        """Waits until nothing is being written; raises MaxlmError if the last one was
+        not."""
         with self._explain_writing():
             self._manager.wait_until_finished()
 
@@ -213,7 +239,9 @@ class FolderTier(AbstractContextManager["FolderTier"]):
 
     def _find_step(self, step: int | None) -> int:
         if not (steps := self.steps()):
-            raise MaxlmError("no checkpoint here", where=self.place, fix="train for longer")
+            raise MaxlmError(
+                "no checkpoint here", where=self.place, fix="train for longer"
+            )
         if step is not None and step not in steps:
             fix = f"use one of {', '.join(map(str, steps))}"
             raise MaxlmError(f"no checkpoint of step {step}", where=self.place, fix=fix)

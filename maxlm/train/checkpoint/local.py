@@ -1,9 +1,10 @@
-"""Emergency checkpoints: each process's own shards, in one file a step on its host's own disk.
+"""Emergency checkpoints: each process's own shards, in one file a step on its host's
+own disk.
 
-They are quick to write and outlive the job (a preemption, a crash, a hang), but not the host. A
-file has its name once it is complete, and a step can be restored if every process has a file of it
-with the shards that its devices need: the same mesh over the same processes. A file that cannot be
-written is reported, and training continues.
+They are quick to write and outlive the job (a preemption, a crash, a hang), but not the
+host. A file has its name once it is complete, and a step can be restored if every
+process has a file of it with the shards that its devices need: the same mesh over the
+same processes. A file that cannot be written is reported, and training continues.
 """
 
 import hashlib
@@ -39,14 +40,15 @@ _FIX = "restore another step"
 
 
 class LocalTier:
-    """The files on the disks of a run's hosts. All processes call every method together.
-    ``folder``: on this host's own disk; made if missing. ``name``: of the run, unlike any other's
-    that uses the disk."""
+    """The files on the disks of a run's hosts. All processes call every method
+    together. ``folder``: on this host's own disk; made if missing. ``name``: of the
+    run, unlike any other's that uses the disk."""
 
     name = "local"
 
     def __init__(self, folder: str | Path, name: str, every_steps: int):
-        # Beside it are those of other processes, and of this host's former process numbers.
+        # Beside it are those of other processes, and of this host's former process
+        # numbers.
         self._run_folder = Path(folder).expanduser() / name
         self.folder = self._run_folder / f"process-{jax.process_index()}"
         self.place = str(self.folder)
@@ -54,7 +56,9 @@ class LocalTier:
         self._thread: threading.Thread | None = None
         with convert_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self._run_folder.glob("process-*/.tmp*"):  # safetensors', of a kill
+            for left in self._run_folder.glob(
+                "process-*/.tmp*"
+            ):  # safetensors', of a kill
                 left.unlink(missing_ok=True)
 
     def is_due(self, step: int) -> bool:
@@ -64,23 +68,30 @@ class LocalTier:
         return self.folder / f"{step}{_SUFFIX}"
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
-        """Copies arrays to the host, and writes them while training continues; waits for the file
-        before this one. One copy of this process's shards is in its memory meanwhile."""
+        """Copies arrays to the host, and writes them while training continues; waits
+        for the file before this one. One copy of this process's shards is in its memory
+        meanwhile."""
         self.wait()
         leaves = flatten_names(state)
         header = {"metadata": json.dumps(add_integrity_fields(step, leaves, metadata))}
         arrays: dict[str, np.ndarray] = {}
         for name, leaf in leaves.items():
             for shard in leaf.addressable_shards:
-                if (key := f"{name}@{_shard_key(shard.index, leaf.shape)}") not in arrays:
+                if (
+                    key := f"{name}@{_shard_key(shard.index, leaf.shape)}"
+                ) not in arrays:
                     # A copy: on CPU the array's memory would be the next step's.
                     arrays[key] = np.array(shard.data)
         self._thread = threading.Thread(target=self._write, args=(step, arrays, header))
         self._thread.start()
 
-    def _write(self, step: int, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
+    def _write(
+        self, step: int, arrays: dict[str, np.ndarray], header: dict[str, str]
+    ) -> None:
         try:
-            save_file(arrays, self.path(step), header)  # under another name until it is complete
+            save_file(
+                arrays, self.path(step), header
+            )  # under another name until it is complete
             oldest = self._own_steps()[-NUM_KEPT:][0]
             for old, path in self._list_files("process-*"):
                 if old < oldest:
@@ -106,8 +117,8 @@ class LocalTier:
         return sorted(set().union(*all_gather_json(self._own_steps())))
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the state; raises UnreadableCheckpoint where a process has
-        no file, or a damaged one, or files are of different saves."""
+        """Returns what was saved beside the state; raises UnreadableCheckpoint where a
+        process has no file, or a damaged one, or files are of different saves."""
         if not all(has_file := all_gather_json(self.path(step).exists())):
             what = f"process {has_file.index(False)} has none"
             raise UnreadableCheckpoint(what, where=self.place, fix=_FIX)
@@ -115,7 +126,9 @@ class LocalTier:
         # A host that was away may have kept a file of the same step from before.
         known = json.dumps(metadata.get("fingerprints"), sort_keys=True).encode()
         if len(set(all_gather_json(hashlib.sha256(known).hexdigest()))) > 1:
-            raise UnreadableCheckpoint("its files are not of one save", where=self.place, fix=_FIX)
+            raise UnreadableCheckpoint(
+                "its files are not of one save", where=self.place, fix=_FIX
+            )
         return metadata
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
@@ -126,7 +139,8 @@ class LocalTier:
         return with_retries(self.path(step), read)
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
-        """Returns the state, each part from its process's file; raises UnreadableCheckpoint."""
+        """Returns the state, each part from its process's file; raises
+        UnreadableCheckpoint."""
         path, wanted = self.path(step), flatten_names(abstract)
 
         def read() -> tuple[dict[str, int], dict[str, jax.Array]]:
@@ -137,7 +151,9 @@ class LocalTier:
         check_fingerprints(path, leaves, known, {})
         return jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
 
-    def discard_skipped(self, is_damaged_by_step: Mapping[int, bool], resume_step: int) -> None:
+    def discard_skipped(
+        self, is_damaged_by_step: Mapping[int, bool], resume_step: int
+    ) -> None:
         """Deletes all files that are newer than the step that the run resumes from."""
         for step, path in self._list_files("process-*"):
             if step > resume_step:
@@ -158,13 +174,16 @@ class LocalTier:
 
 
 def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Reads arrays by name; raises UnreadableCheckpoint if the file holds other shards."""
+    """Reads arrays by name; raises UnreadableCheckpoint if the file holds other
+    shards."""
     with safe_open(path, "np") as file:
         keys, shards = set(file.keys()), {}
 
         def read_shard(name: str, shape: tuple[int, ...], index: Any) -> np.ndarray:
             if (key := f"{name}@{_shard_key(index, shape)}") not in keys:
-                what = "unreadable (it was written on another mesh or by other processes)"
+                what = (
+                    "unreadable (it was written on another mesh or by other processes)"
+                )
                 raise UnreadableCheckpoint(what, where=str(path), fix=_FIX)
             if key not in shards:
                 shards[key] = file.get_tensor(key)
@@ -174,7 +193,9 @@ def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
             name: jax.make_array_from_callback(
                 leaf.shape,
                 leaf.sharding,
-                lambda index, name=name, shape=leaf.shape: read_shard(name, shape, index),
+                lambda index, name=name, shape=leaf.shape: read_shard(
+                    name, shape, index
+                ),
             )
             for name, leaf in leaves.items()
         }

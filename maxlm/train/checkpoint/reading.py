@@ -1,9 +1,9 @@
-"""A checkpoint's folder: ``state/``, every array under its canonical name (Orbax, zarr3), and
-``metadata/metadata`` (JSON, with a checksum of its own).
+"""A checkpoint's folder: ``state/``, every array under its canonical name (Orbax,
+zarr3), and ``metadata/metadata`` (JSON, with a checksum of its own).
 
-On disk layers are [layers, ...]; a circular pipeline holds them as [groups, layers / groups, ...],
-in the same order. Each process reads what its own devices hold and waits for no other, so that one
-that cannot read does not block the others.
+On disk layers are [layers, ...]; a circular pipeline holds them as [groups, layers /
+groups, ...], in the same order. Each process reads what its own devices hold and waits
+for no other, so that one that cannot read does not block the others.
 """
 
 import hashlib
@@ -37,17 +37,20 @@ Groups = Mapping[str, tuple[int, ...]]
 
 _RETRY_SECONDS = (0.1, 1.0)  # pauses between tries
 _CHECKSUM = "sha256"
-# Odd constants of a multiplicative hash, one a dimension (Knuth's 2^32/φ and primes near it).
+# Odd constants of a multiplicative hash, one a dimension (Knuth's 2^32/φ and primes
+# near it).
 _FACTORS = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263, 374_761_393)
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 class UnreadableCheckpoint(MaxlmError):
-    """A checkpoint that is damaged, or out of reach: another may be read in its place."""
+    """A checkpoint that is damaged, or out of reach: another may be read in its
+    place."""
 
 
 def layer_group_shapes(specs: PyTree) -> Groups:
-    """Returns ``layer_groups`` of a ``FolderTier``, from declarations (``ParamSpec``)."""
+    """Returns ``layer_groups`` of a ``FolderTier``, from declarations
+    (``ParamSpec``)."""
     leaves = flatten_names(specs).items()
     return {name: spec.shape[:2] for name, spec in leaves if spec.num_layer_axes == 2}
 
@@ -59,23 +62,32 @@ def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> Lea
         owner = next((own for own in groups if f".{name}".endswith(f".{own}")), None)
         return owner is not None and shape[:2] == groups[owner]
 
-    grouped = {n: _flatten_groups(x) for n, x in leaves.items() if is_grouped(n, x.shape)}
+    grouped = {
+        n: _flatten_groups(x) for n, x in leaves.items() if is_grouped(n, x.shape)
+    }
     return _reshape(leaves, grouped)
 
 
 def compute_fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Returns each array's fingerprint by name: a number that tells whether the array is, bit for
-    bit, what it was. It is computed on the devices that hold the array, the same for every layout.
-    All processes call it together; it waits for the arrays.
+    """Returns each array's fingerprint by name: a number that tells whether the array
+    is, bit for bit, what it was. It is computed on the devices that hold the array, the
+    same for every layout. All processes call it together; it waits for the arrays.
 
-    Of the array's bits b_i as unsigned integers it is Σ b_i·w_i mod 2^32, w_i being an odd number
-    mixed from the element's place. A changed element always shows (an odd factor loses no bit of
-    the difference); elements that change places, or several changes at once, go unseen once in
-    2^32.
+    Of the array's bits b_i as unsigned integers it is Σ b_i·w_i mod 2^32, w_i being an
+    odd number mixed from the element's place. A changed element always shows (an odd
+    factor loses no bit of the difference); elements that change places, or several
+    changes at once, go unseen once in 2^32.
     """
-    mesh = next((m for x in arrays.values() if (m := getattr(x.sharding, "mesh", None))), None)
-    compute = bind_mesh(mesh, _fingerprint_all) if mesh is not None else _fingerprint_all
-    return {name: int(value) for name, value in jax.device_get(compute(dict(arrays))).items()}
+    mesh = next(
+        (m for x in arrays.values() if (m := getattr(x.sharding, "mesh", None))), None
+    )
+    compute = (
+        bind_mesh(mesh, _fingerprint_all) if mesh is not None else _fingerprint_all
+    )
+    return {
+        name: int(value)
+        for name, value in jax.device_get(compute(dict(arrays))).items()
+    }
 
 
 @jax.jit
@@ -87,7 +99,9 @@ def _fingerprint(array: jax.Array) -> jax.Array:
     if array.dtype == jnp.bool_:
         bits: Any = array.astype(jnp.uint32)
     else:
-        bits = lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize]).astype(jnp.uint32)
+        bits = lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize]).astype(
+            jnp.uint32
+        )
     sharding: Any = getattr(jax.typeof(array), "sharding", None)
     where = sharding if sharding is not None and not sharding.mesh.empty else None
     place = jnp.zeros_like(bits)
@@ -102,8 +116,8 @@ def _fingerprint(array: jax.Array) -> jax.Array:
 def add_integrity_fields(
     step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what is saved beside arrays: JSON values, the arrays' fingerprints and a checksum of
-    all. All processes call it together; it waits for the arrays."""
+    """Returns what is saved beside arrays: JSON values, the arrays' fingerprints and a
+    checksum of all. All processes call it together; it waits for the arrays."""
     versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
     made = {"step": step, "versions": versions | {"maxlm": __version__}, **metadata}
     made |= {"fingerprints": compute_fingerprints(arrays)}
@@ -111,8 +125,8 @@ def add_integrity_fields(
 
 
 def parse_metadata(text: str | bytes) -> dict[str, Any]:
-    """Returns what :func:`add_integrity_fields` returned, without its checksum; raises ValueError
-    if it is damaged."""
+    """Returns what :func:`add_integrity_fields` returned, without its checksum; raises
+    ValueError if it is damaged."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -120,7 +134,8 @@ def parse_metadata(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("its metadata is no JSON object")
     checksum = value.pop(_CHECKSUM, None)
-    # Older versions wrote neither: damage to one of the names does not make it one of theirs.
+    # Older versions wrote neither: damage to one of the names does not make it one of
+    # theirs.
     is_newer = checksum is not None or "maxlm" in str(value.get("versions"))
     if is_newer and checksum != _compute_checksum(value):
         raise ValueError("its metadata is not what was saved")
@@ -133,14 +148,16 @@ def _compute_checksum(metadata: Mapping[str, Any]) -> str:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Returns what was saved beside the state; raises UnreadableCheckpoint."""
-    return with_retries(path, lambda: parse_metadata((path / "metadata" / "metadata").read_text()))
+    return with_retries(
+        path, lambda: parse_metadata((path / "metadata" / "metadata").read_text())
+    )
 
 
 def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
     """Returns the state in a checkpoint's folder, checked against its fingerprints; see
-    :meth:`FolderTier.restore`. All processes call it together, and it ends alike on all.
-    ``subtree``: name of the part of the state that ``abstract`` describes; empty: all of it, and
-    the checkpoint must hold no other arrays."""
+    :meth:`FolderTier.restore`. All processes call it together, and it ends alike on
+    all. ``subtree``: name of the part of the state that ``abstract`` describes; empty:
+    all of it, and the checkpoint must hold no other arrays."""
 
     def read() -> tuple[dict[str, int], Leaves, Leaves]:
         known = read_metadata(path).get("fingerprints", {})
@@ -151,32 +168,46 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
             partial_restore=bool(subtree),
         )
         state = epath.Path(path) / "state"
-        return known, dtypes, with_retries(path, lambda: _handler().restore(state, args=arguments))
+        return (
+            known,
+            dtypes,
+            with_retries(path, lambda: _handler().restore(state, args=arguments)),
+        )
 
     known, dtypes, arrays = raise_on_all_hosts(read)
     check_fingerprints(path, arrays, known, dtypes)
     held = _describe_leaves(abstract, subtree)
     arrays = _reshape(arrays, held)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in held])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract), [arrays[name] for name in held]
+    )
 
 
-def check_saved_shapes(path: Path, abstract: PyTree, *, subtree: str = "") -> tuple[Leaves, Leaves]:
-    """Checks, reading no array, that a checkpoint has the arrays that :func:`restore_from` reads;
-    raises as :meth:`FolderTier.restore`. Returns by name dtypes as they are stored, and
-    ``ShapeDtypeStruct`` as wanted, in shapes on disk."""
+def check_saved_shapes(
+    path: Path, abstract: PyTree, *, subtree: str = ""
+) -> tuple[Leaves, Leaves]:
+    """Checks, reading no array, that a checkpoint has the arrays that
+    :func:`restore_from` reads; raises as :meth:`FolderTier.restore`. Returns by name
+    dtypes as they are stored, and ``ShapeDtypeStruct`` as wanted, in shapes on disk."""
     state = epath.Path(path) / "state"
     stored = with_retries(path, lambda: _handler().metadata(state).tree)
     prefix = f"{subtree}." if subtree else ""
     shapes = {n: tuple(m.shape) for n, m in stored.items() if n.startswith(prefix)}
     wanted = _describe_leaves(abstract, subtree)
     for name, leaf in wanted.items():
-        if len(leaf.shape) > 1 and (flat := _flatten_groups(leaf)).shape == shapes.get(name):
+        if len(leaf.shape) > 1 and (flat := _flatten_groups(leaf)).shape == shapes.get(
+            name
+        ):
             wanted[name] = flat
-    for name in sorted({*shapes, *wanted}, key=lambda name: (not name.startswith("params."), name)):
+    for name in sorted(
+        {*shapes, *wanted}, key=lambda name: (not name.startswith("params."), name)
+    ):
         there = str(list(shapes[name])) if name in shapes else "absent"
         here = str(list(wanted[name].shape)) if name in wanted else "absent"
         if there != here:
-            other = "model" if name.startswith("params.") else "optimizer or training state"
+            other = (
+                "model" if name.startswith("params.") else "optimizer or training state"
+            )
             what = f"checkpoint of another {other}: {name} is {there} in it, {here} in this run"
             fix = "use the config it was trained with, or another run folder"
             raise MaxlmError(what, where=str(path), fix=fix)
@@ -187,27 +218,38 @@ def check_saved_shapes(path: Path, abstract: PyTree, *, subtree: str = "") -> tu
 
 
 def _check_castable(name: str, stored: Any, wanted: Any, path: Path) -> None:
-    """Refuses a cast between kinds of numbers: weights cast to integers are all 0, 1 or -1."""
+    """Refuses a cast between kinds of numbers: weights cast to integers are all 0, 1 or
+    -1."""
     stored_dtype = jnp.dtype(stored)
     wanted_dtype = jnp.dtype(wanted)
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    if any(jnp.issubdtype(stored_dtype, k) and jnp.issubdtype(wanted_dtype, k) for k in kinds):
+    if any(
+        jnp.issubdtype(stored_dtype, k) and jnp.issubdtype(wanted_dtype, k)
+        for k in kinds
+    ):
         return
     what = f"{name} is {stored_dtype} in it, {wanted_dtype} in this run"
     what += ", and a cast would lose its values"
-    fix = (
-        "use a checkpoint that holds it so (of a run with the same leaf), or the config without it"
-    )
+    fix = "use a checkpoint that holds it so (of a run with the same leaf), or the config without it"
     raise MaxlmError(what, where=str(path), fix=fix)
 
 
 def check_fingerprints(
     path: Path, arrays: Leaves, known: Mapping[str, int], dtypes: Mapping[str, Any]
 ) -> None:
-    """Checks arrays against the fingerprints saved with them, where there are any, and where they
-    were not cast; raises UnreadableCheckpoint. All processes call it together, with one end."""
-    same = {n: x for n, x in arrays.items() if n in known and x.dtype == dtypes.get(n, x.dtype)}
-    changed = [name for name, value in compute_fingerprints(same).items() if value != known[name]]
+    """Checks arrays against the fingerprints saved with them, where there are any, and
+    where they were not cast; raises UnreadableCheckpoint. All processes call it
+    together, with one end."""
+    same = {
+        n: x
+        for n, x in arrays.items()
+        if n in known and x.dtype == dtypes.get(n, x.dtype)
+    }
+    changed = [
+        name
+        for name, value in compute_fingerprints(same).items()
+        if value != known[name]
+    ]
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         what = f"unreadable: {changed[0]}{others} is not what was saved"
@@ -228,15 +270,20 @@ def _reshape(
 ) -> dict[str, jax.Array]:
     """Returns arrays in other shapes of the same order, in place on their devices.
 
-    One program reshapes all: hosts would run several in different orders, and wait for each other.
+    One program reshapes all: hosts would run several in different orders, and wait for
+    each other.
     """
-    changed = {n: x for n, x in arrays.items() if n in want and x.shape != want[n].shape}
+    changed = {
+        n: x for n, x in arrays.items() if n in want and x.shape != want[n].shape
+    }
     if not changed:
         return dict(arrays)
     shardings: Any = {name: want[name].sharding for name in changed}
 
     def reshape(changed: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: array.reshape(want[name].shape) for name, array in changed.items()}
+        return {
+            name: array.reshape(want[name].shape) for name, array in changed.items()
+        }
 
     mesh = getattr(next(iter(shardings.values())), "mesh", None)
     run = reshape if mesh is None else bind_mesh(mesh, jit_sharded(reshape, shardings))
@@ -244,14 +291,19 @@ def _reshape(
 
 
 def _describe_leaves(abstract: PyTree, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape, dtype and sharding (default: the first device) of arrays by name."""
+    """Returns shape, dtype and sharding (default: the first device) of arrays by
+    name."""
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
+            jax.local_devices()[0]
+        )
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     prefix = f"{subtree}." if subtree else ""
-    return {prefix + name: describe(leaf) for name, leaf in flatten_names(abstract).items()}
+    return {
+        prefix + name: describe(leaf) for name, leaf in flatten_names(abstract).items()
+    }
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -259,8 +311,9 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
-    """Returns what ``read`` returns. Storage fails in as many ways as there are backends, and some
-    errors pass: it is tried again before the checkpoint counts as UnreadableCheckpoint."""
+    """Returns what ``read`` returns. Storage fails in as many ways as there are
+    backends, and some errors pass: it is tried again before the checkpoint counts as
+    UnreadableCheckpoint."""
     pauses = iter(_RETRY_SECONDS)
     while True:
         try:
@@ -269,7 +322,10 @@ def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
             raise
         except Exception as error:
             if (pause := next(pauses, None)) is None:
-                what, fix = f"unreadable ({describe_error(error)})", "restore another step"
+                what, fix = (
+                    f"unreadable ({describe_error(error)})",
+                    "restore another step",
+                )
                 raise UnreadableCheckpoint(what, where=str(place), fix=fix) from error
         time.sleep(pause)
 
@@ -287,8 +343,8 @@ def convert_storage_errors(what: str, place: Path | str, fix: str) -> Iterator[N
 
 
 def describe_error(error: Exception) -> str:
-    """Returns the first line of an error's text; of a long one the beginning and the end, which
-    tells the cause; the error's class without a text."""
+    """Returns the first line of an error's text; of a long one the beginning and the
+    end, which tells the cause; the error's class without a text."""
     lines = str(error).strip().splitlines()
     text = lines[0].split(" [")[0] if lines else type(error).__name__
     return text if len(text) <= 200 else f"{text[:80]} … {text[-120:]}"
@@ -302,11 +358,12 @@ def check_same_settings(
     what: str = "the checkpoint was written",
     ignored: Sequence[str] = (),
 ) -> None:
-    """Checks that a saved config has the same values as the current one where it must; raises
-    MaxlmError naming every key that differs, with both values.
+    """Checks that a saved config has the same values as the current one where it must;
+    raises MaxlmError naming every key that differs, with both values.
 
     Args:
-        keys: dotted keys that must be equal, each with all below it ("model", "data.seed").
+        keys: dotted keys that must be equal, each with all below it ("model",
+            "data.seed").
         what: was done with the saved config, for the message.
         ignored: patterns of keys among them that may differ ("data.sources.*.weight").
     """
@@ -318,4 +375,6 @@ def check_same_settings(
     ]
     if different:
         what = f"{what} with another config: {', '.join(different)}"
-        raise MaxlmError(what, where=where, fix="set them back, or train in another run folder")
+        raise MaxlmError(
+            what, where=where, fix="set them back, or train in another run folder"
+        )

@@ -1,9 +1,10 @@
 """Copies of complete checkpoints in an object store, or another folder.
 
-A copy of step 40 is the files of its folder below ``40/`` and then, written last, ``40/COMPLETE``:
-their sizes. Without this file a copy is incomplete. Object stores are TensorStore's, with the
-credentials and addresses that ``maxlm.runtime.storage`` describes. Copies are made while training
-continues: a failure is reported, and the next checkpoint is copied again.
+A copy of step 40 is the files of its folder below ``40/`` and then, written last,
+``40/COMPLETE``: their sizes. Without this file a copy is incomplete. Object stores are
+TensorStore's, with the credentials and addresses that ``maxlm.runtime.storage``
+describes. Copies are made while training continues: a failure is reported, and the next
+checkpoint is copied again.
 """
 
 import json
@@ -21,9 +22,18 @@ import jax
 import tensorstore as ts
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, run_on_process_0
+from maxlm.runtime.collectives import (
+    all_gather_json,
+    broadcast_from_process_0,
+    run_on_process_0,
+)
 from maxlm.runtime.files import convert_write_errors
-from maxlm.runtime.storage import get_read_failure_fix, join_place, make_kvstore_spec, to_place
+from maxlm.runtime.storage import (
+    get_read_failure_fix,
+    join_place,
+    make_kvstore_spec,
+    to_place,
+)
 from maxlm.train.checkpoint.reading import (
     PyTree,
     convert_storage_errors,
@@ -44,23 +54,26 @@ class _Cancelled(BaseException):
 
 
 class RemoteTier:
-    """Copies of a folder's checkpoints. All processes call every method together; process 0 makes
-    the copies, one at a time, in a thread. ``place``: ``gs://bucket/path``, ``s3://bucket/path`` or
-    a folder; the run's own. ``folder``: that is copied, and that copies are fetched into; it also
-    names their owner."""
+    """Copies of a folder's checkpoints. All processes call every method together;
+    process 0 makes the copies, one at a time, in a thread. ``place``:
+    ``gs://bucket/path``, ``s3://bucket/path`` or a folder; the run's own. ``folder``:
+    that is copied, and that copies are fetched into; it also names their owner."""
 
     name = "remote"
 
     def __init__(self, place: str, config: CheckpointConfig, folder: Path):
         self.place, self._folder, self._config = place, folder, config
-        self._place = to_place(Path(place).expanduser() if "://" not in place else place)
+        self._place = to_place(
+            Path(place).expanduser() if "://" not in place else place
+        )
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._copies: dict[int, Future[None]] = {}
         self._newest = -1
         self._cancelling = threading.Event()
         self._complete_steps: list[int] = []
         self.failure: str | None = None
-        """Why the newest copy is missing, on process 0; None: it is there, or under way."""
+        """Why the newest copy is missing, on process 0; None: it is there, or under
+        way."""
         self._is_lead = jax.process_index() == 0
         run_on_process_0(self._open)
 
@@ -73,8 +86,14 @@ class RemoteTier:
             self._claim()
             keys = {key.decode() for key in self._store.list().result()}
             steps = {int(name) for key in keys if (name := key.split("/")[0]).isdigit()}
-            if isinstance(self._place, Path):  # A kill leaves temporary files, which are not keys.
-                steps |= {int(path.name) for path in self._place.iterdir() if path.name.isdigit()}
+            if isinstance(
+                self._place, Path
+            ):  # A kill leaves temporary files, which are not keys.
+                steps |= {
+                    int(path.name)
+                    for path in self._place.iterdir()
+                    if path.name.isdigit()
+                }
             for step in sorted(steps):
                 if f"{step}/{_COMPLETE}" in keys:
                     self._complete_steps.append(step)
@@ -90,7 +109,8 @@ class RemoteTier:
             raise MaxlmError(
                 f"holds the copies of the run in {other}, and this one is in {owner}",
                 where=str(self._place),
-                fix="give this run another name=..., or delete the file OWNER there to take over "
+                fix="give this run another name=..., or delete the file OWNER there to "
+                "take over "
                 "what it holds",
             )
 
@@ -100,13 +120,15 @@ class RemoteTier:
         return [step for step, copy in list(self._copies.items()) if not copy.done()]
 
     def start_copy(self, step: int) -> None:
-        """Copies a checkpoint from the folder once it is complete there. While one is being copied
-        the newest waits, and others are left out."""
+        """Copies a checkpoint from the folder once it is complete there. While one is
+        being copied the newest waits, and others are left out."""
         if self._is_lead:
             self._newest = step
             for copy in self._copies.values():
                 copy.cancel()  # unless it has begun
-            self._copies = {step: copy for step, copy in self._copies.items() if not copy.done()}
+            self._copies = {
+                step: copy for step, copy in self._copies.items() if not copy.done()
+            }
             self._copies[step] = self._thread.submit(self._try_copy, step)
 
     def steps(self) -> list[int]:
@@ -150,8 +172,11 @@ class RemoteTier:
         """Returns a file of a copy, empty if it is missing; patient with the store."""
         return self._store.read(f"{step}/{name}").result().value
 
-    def discard_skipped(self, is_damaged_by_step: Mapping[int, bool], resume_step: int) -> None:
-        """Ignores damaged copies, which may be readable another day, and deletes others."""
+    def discard_skipped(
+        self, is_damaged_by_step: Mapping[int, bool], resume_step: int
+    ) -> None:
+        """Ignores damaged copies, which may be readable another day, and deletes
+        others."""
         for step, is_damaged in is_damaged_by_step.items() if self._is_lead else ():
             if is_damaged:
                 self._complete_steps.remove(step)
@@ -163,14 +188,15 @@ class RemoteTier:
         wait(self._copies.values())
 
     def close(self) -> None:
-        """Cancels what is being copied. A thread that returns from TensorStore while the
-        interpreter shuts down would abort the process: none is left."""
+        """Cancels what is being copied. A thread that returns from TensorStore while
+        the interpreter shuts down would abort the process: none is left."""
         self._cancelling.set()
         self.wait()
         self._cancelling.clear()
 
     def _try_copy(self, step: int) -> None:
-        """Copies a checkpoint and deletes old copies. Training continues whatever fails."""
+        """Copies a checkpoint and deletes old copies. Training continues whatever
+        fails."""
         what = f"checkpoint {step} was not copied to {self._place}"
         try:
             self._copy(step)
@@ -189,7 +215,9 @@ class RemoteTier:
     def _await(self, future: Any) -> Any:
         """Returns a future's result, unless copies are cancelled."""
         while not self._cancelling.is_set():
-            if future.done():  # Asked before the wait: it may be so just after one timed out.
+            if (
+                future.done()
+            ):  # Asked before the wait: it may be so just after one timed out.
                 return future.result()
             with suppress(TimeoutError):
                 return future.result(timeout=_POLL_SECONDS)
@@ -211,7 +239,9 @@ class RemoteTier:
                 self._await(writes.pop(0))
         for each in writes:
             self._await(each)
-        self._await(self._store.write(f"{step}/{_COMPLETE}", json.dumps(sizes).encode()))
+        self._await(
+            self._store.write(f"{step}/{_COMPLETE}", json.dumps(sizes).encode())
+        )
         self._complete_steps = sorted({*self._complete_steps, step})
 
     def _delete(self, step: int) -> None:
@@ -224,7 +254,9 @@ class RemoteTier:
         self._complete_steps = [each for each in self._complete_steps if each != step]
 
     def _clear(self, step: int) -> None:
-        self._await(self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0")))
+        self._await(
+            self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0"))
+        )
 
     def _explain(self) -> AbstractContextManager[None]:
         fix = get_read_failure_fix(self._place, "name a folder that can be written")

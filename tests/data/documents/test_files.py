@@ -31,16 +31,31 @@ def test_folder_is_walked_in_sorted_order_without_hidden_and_binary_files(tmp_pa
     (tmp_path / ".git" / "config").write_text("hidden")
     (tmp_path / "packed.bin.gz").write_bytes(gzip.compress(b"\0"))
     config = SourceConfig(documents=(str(tmp_path),))
-    assert names(config, tmp_path) == ["a.txt", "a/z.md", "b.txt", "c.jsonl", "late.bin"]
+    assert names(config, tmp_path) == [
+        "a.txt",
+        "a/z.md",
+        "b.txt",
+        "c.jsonl",
+        "late.bin",
+    ]
     assert find_files(config).num_binary_files == 2
 
 
 def test_formats_that_say_what_is_broken_are_never_binary(tmp_path):
-    write(tmp_path, a_jsonl=b'{"text": "a"}\n\0\n', b_html="<p>b".encode("utf-16"), c_txt=b"c\0")
+    write(
+        tmp_path,
+        a_jsonl=b'{"text": "a"}\n\0\n',
+        b_html="<p>b".encode("utf-16"),
+        c_txt=b"c\0",
+    )
     (tmp_path / "d.ndjson.gz").write_bytes(gzip.compress(b"\0"))
     crawl = CrawlSource(name="web", documents=(str(tmp_path),))
     found = find_files(crawl)
-    assert [file.path.name for file in found.files] == ["a.jsonl", "b.html", "d.ndjson.gz"]
+    assert [file.path.name for file in found.files] == [
+        "a.jsonl",
+        "b.html",
+        "d.ndjson.gz",
+    ]
     assert found.num_binary_files == 1
     # Without a stage that finds out its encoding, this page is no text.
     source = SourceConfig(documents=(str(tmp_path),))
@@ -62,12 +77,22 @@ def test_glob_reaches_folders_and_subfolders(tmp_path):
 
 
 def test_formats_by_suffix(tmp_path):
-    write(tmp_path, a_JSONL=b"", b_ndjson_gz=b"", c_parquet=b"", d_txt_zst=b"", e=b"", f_py_gz=b"")
+    write(
+        tmp_path,
+        a_JSONL=b"",
+        b_ndjson_gz=b"",
+        c_parquet=b"",
+        d_txt_zst=b"",
+        e=b"",
+        f_py_gz=b"",
+    )
     found = [
         find_files(SourceConfig(documents=(str(path),))).files[0]
         for path in sorted(tmp_path.iterdir())
     ]
-    formats, compressions = zip(*((file.format, file.compression) for file in found), strict=True)
+    formats, compressions = zip(
+        *((file.format, file.compression) for file in found), strict=True
+    )
     assert formats == ("jsonl", "jsonl", "parquet", "text", "text", "text")
     assert compressions == ("none", "gz", "none", "zst", "none", "gz")
 
@@ -76,7 +101,8 @@ def test_python_stdlib_is_what_every_installation_of_it_has():
     config = SourceConfig(documents=("python-stdlib",))
     files = find_files(config).files
     assert files == find_files(config).files
-    # 10.2 to 10.7 MB on the Pythons tried; 31.5 MB with its tests, which distributions leave out.
+    # 10.2 to 10.7 MB on the Pythons tried; 31.5 MB with its tests, which distributions
+    # leave out.
     assert 8e6 < sum(file.size for file in files) < 13e6
     assert all(file.name.endswith(".py") for file in files)
     parts = {part for file in files for part in Path(file.name).parts}
@@ -91,7 +117,9 @@ def test_an_installed_package_is_its_source_with_tests():
     [*files] = find_files(SourceConfig(documents=("python-package:numpy",))).files
     home = Path(np.__file__).parent
     assert {file.name for file in files} == {
-        path.relative_to(home.parent).as_posix() for path in home.rglob("*.py") if path.is_file()
+        path.relative_to(home.parent).as_posix()
+        for path in home.rglob("*.py")
+        if path.is_file()
     }
     assert any("/tests/" in file.name for file in files)
 
@@ -99,10 +127,26 @@ def test_an_installed_package_is_its_source_with_tests():
 @pytest.mark.parametrize(
     ("name", "data", "fault"),
     [
-        ("no.txt", None, "no such file or folder; give a file, a folder, a quoted glob, python"),
-        ("*.txt", None, "the pattern matches nothing; check the pattern (and quote it, so that"),
-        ("", b"\0", "no text files here (1 binary files skipped); name a folder or files that"),
-        ("a.parquet.gz", b"", "Parquet inside another compression cannot be read in pieces; dec"),
+        (
+            "no.txt",
+            None,
+            "no such file or folder; give a file, a folder, a quoted glob, python",
+        ),
+        (
+            "*.txt",
+            None,
+            "the pattern matches nothing; check the pattern (and quote it, so that",
+        ),
+        (
+            "",
+            b"\0",
+            "no text files here (1 binary files skipped); name a folder or files that",
+        ),
+        (
+            "a.parquet.gz",
+            b"",
+            "Parquet inside another compression cannot be read in pieces; dec",
+        ),
     ],
 )
 def test_entries_that_are_refused(tmp_path, name, data, fault):
@@ -118,7 +162,8 @@ def test_a_package_that_is_not_installed_is_refused(name):
     with pytest.raises(MaxlmError) as caught:
         find_files(SourceConfig(documents=(f"python-package:{name}",)))
     assert str(caught.value) == (
-        f"python-package:{name}: no package {name!r} is installed in this Python's environment; "
+        f"python-package:{name}: no package {name!r} is installed in this Python's "
+        f"environment; "
         "install it, or name another that is imported so, such as python-package:numpy"
     )
 
@@ -126,7 +171,9 @@ def test_a_package_that_is_not_installed_is_refused(name):
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     (tmp_path / "b.txt").write_text("text")
-    with pytest.raises(MaxlmError, match=r"a\.txt: neither a file nor a folder, but a pipe"):
+    with pytest.raises(
+        MaxlmError, match=r"a\.txt: neither a file nor a folder, but a pipe"
+    ):
         find_files(SourceConfig(documents=(str(tmp_path / "a.txt"),)))
     # In a folder it is passed over.
     (file,) = find_files(SourceConfig(documents=(str(tmp_path),))).files

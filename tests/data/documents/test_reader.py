@@ -47,11 +47,17 @@ def test_text_and_jsonl(tmp_path, suffix):
     lines = [json.dumps({"id": 1, "body": row}) for row in rows]
     data = ("\ufeff" + "\n\n".join(lines)).encode()
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(data, suffix))
-    config = SourceConfig(documents=(str(tmp_path / f"a.jsonl{suffix}"),), text_field="body")
+    config = SourceConfig(
+        documents=(str(tmp_path / f"a.jsonl{suffix}"),), text_field="body"
+    )
     documents = list(read_documents(config))
-    assert [document.text.decode() for document in documents] == [row for row in rows if row]
+    assert [document.text.decode() for document in documents] == [
+        row for row in rows if row
+    ]
     name = f"{tmp_path}/a.jsonl{suffix}"
-    assert [document.id for document in documents] == [f"{name}:{line}" for line in (1, 5, 9)]
+    assert [document.id for document in documents] == [
+        f"{name}:{line}" for line in (1, 5, 9)
+    ]
 
 
 @pytest.mark.parametrize("dictionary", [False, True])
@@ -63,7 +69,10 @@ def test_parquet(tmp_path, dictionary):
     table = pa.table({"n": range(len(rows)), "text": column})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     config = SourceConfig(documents=(str(tmp_path / "a.parquet"),))
-    found = [(document.id.split(":")[-1], document.text) for document in read_documents(config)]
+    found = [
+        (document.id.split(":")[-1], document.text)
+        for document in read_documents(config)
+    ]
     assert found == [(str(i), row.encode()) for i, row in enumerate(rows) if row]
 
 
@@ -71,7 +80,9 @@ def test_empty_files_hold_no_documents(tmp_path):
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_bytes(b"")
         assert texts(tmp_path / name) == []
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet"
+    )
     assert texts(tmp_path / "a.parquet") == []
 
 
@@ -81,7 +92,9 @@ BAD = b"ab\xff\xfe c\xc3"
 def test_bad_bytes_may_be_replaced(tmp_path):
     (tmp_path / "a.txt").write_bytes(BAD)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + BAD + b'"}\n')
-    pq.write_table(pa.table({"text": pa.array([BAD], pa.binary())}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": pa.array([BAD], pa.binary())}), tmp_path / "a.parquet"
+    )
     for name in ("a.txt", "a.jsonl", "a.parquet"):
         found = texts(tmp_path / name, on_bad_bytes="replace")
         assert found == ["ab\ufffd\ufffd c\ufffd".encode()]
@@ -93,23 +106,41 @@ def test_bad_bytes_may_be_replaced(tmp_path):
 def test_bad_bytes_are_an_error_by_default(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"fine\n" + BAD)
-    assert fails(path).startswith(f"{path}: byte 0xff at offset 7 is not valid UTF-8; set on_bad")
+    assert fails(path).startswith(
+        f"{path}: byte 0xff at offset 7 is not valid UTF-8; set on_bad"
+    )
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n{"text": "' + BAD + b'"}\n')
-    assert fails(path).startswith(f"{path}:2: byte 0xff at offset 12 is not valid UTF-8; ")
+    assert fails(path).startswith(
+        f"{path}:2: byte 0xff at offset 12 is not valid UTF-8; "
+    )
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": pa.array([b"fine", BAD], pa.binary())}), path)
-    assert fails(path).startswith(f"{path}, row 1: byte 0xff at offset 2 is not valid UTF-8; ")
+    assert fails(path).startswith(
+        f"{path}, row 1: byte 0xff at offset 2 is not valid UTF-8; "
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "x"', "not valid JSON (Expecting ',' delimiter); put one JSON object on each"),
-        ("[" * 200_000, "not valid JSON (nested too deeply); put one JSON object on each line"),
+        (
+            '{"text": "x"',
+            "not valid JSON (Expecting ',' delimiter); put one JSON object on each",
+        ),
+        (
+            "[" * 200_000,
+            "not valid JSON (nested too deeply); put one JSON object on each line",
+        ),
         ('["x"]', 'a JSON object was expected, not list; write {"text": "..."}'),
-        ('{"body": "x", "id": 1}', 'there is no key "text"; set text_field to one of: "body", "id'),
-        ('{"text": 3}', '"text" holds int, not a string; set text_field to the key or column of'),
+        (
+            '{"body": "x", "id": 1}',
+            'there is no key "text"; set text_field to one of: "body", "id',
+        ),
+        (
+            '{"text": 3}',
+            '"text" holds int, not a string; set text_field to the key or column of',
+        ),
     ],
 )
 def test_bad_json_lines(tmp_path, line, message):
@@ -121,8 +152,12 @@ def test_bad_json_lines(tmp_path, line, message):
 def test_parquet_columns(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), path)
-    assert fails(path).endswith('there is no column "text"; set text_field to one of: "body", "n"')
-    assert fails(path, text_field="n").startswith(f'{path}: column "n" holds int64, not text; set')
+    assert fails(path).endswith(
+        'there is no column "text"; set text_field to one of: "body", "n"'
+    )
+    assert fails(path, text_field="n").startswith(
+        f'{path}: column "n" holds int64, not text; set'
+    )
     path.write_bytes(b"not parquet")
     assert fails(path).startswith(f"{path}: cannot read as Parquet: ")
 
@@ -143,7 +178,9 @@ def test_unreadable_file(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     [file] = find_files(config).files
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(MaxlmError, match=r"a.txt: cannot read: No such file .*permissions$"):
+    with pytest.raises(
+        MaxlmError, match=r"a.txt: cannot read: No such file .*permissions$"
+    ):
         list(read_documents(config, file))
 
 
@@ -151,10 +188,14 @@ def test_unreadable_file(tmp_path):
 def test_missing_packages(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert fails(tmp_path / name).endswith("is not installed; pip install 'maxlm[data]'")
+    assert fails(tmp_path / name).endswith(
+        "is not installed; pip install 'maxlm[data]'"
+    )
 
 
-@given(st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\0", b"x")), max_size=30))
+@given(
+    st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\0", b"x")), max_size=30)
+)
 def test_pieces_are_whole_lines_that_add_up(tmp_path_factory, lines):
     text = b"\n".join(line.decode("latin1").encode() for line in lines)
     path = tmp_path_factory.mktemp("pieces") / "long.txt"

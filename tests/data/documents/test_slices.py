@@ -1,5 +1,5 @@
-"""Slices of a file hold each of its documents exactly once, with right line and row numbers; a
-split holds each document by its hash."""
+"""Slices of a file hold each of its documents exactly once, with right line and row
+numbers; a split holds each document by its hash."""
 
 import hashlib
 
@@ -25,7 +25,9 @@ def cut_and_whole(path, slice_bytes):
     return scan.slices, cut, list(read_documents(config))
 
 
-LINES = st.lists(st.sampled_from(["", '{"text": ""}', '{"text": "é"}', '{"text": "longer text"}']))
+LINES = st.lists(
+    st.sampled_from(["", '{"text": ""}', '{"text": "é"}', '{"text": "longer text"}'])
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +64,8 @@ def test_errors_in_a_later_slice_name_the_line_of_the_file(tmp_path):
 
 
 def test_known_hashes():
-    # sha256("abc") = ba7816bf..., sha256("") = e3b0c442... (FIPS 180-2): 0.72839, 0.88942.
+    # sha256("abc") = ba7816bf..., sha256("") = e3b0c442... (FIPS 180-2): 0.72839,
+    # 0.88942.
     assert is_heldout(b"abc", 0.7284)
     assert not is_heldout("abc", 0.7283)
     assert is_heldout("", 0.8895)

@@ -1,4 +1,5 @@
-"""A token store in memory, whose tokens say where they lie; worker processes import it too."""
+"""A token store in memory, whose tokens say where they lie; worker processes import it
+too."""
 
 import hashlib
 import os
@@ -11,7 +12,8 @@ from maxlm.data.loader import LoaderConfig
 
 
 class MemoryStore:
-    """Documents of given lengths; token i of the store is i, so a batch shows what it read."""
+    """Documents of given lengths; token i of the store is i, so a batch shows what it
+    read."""
 
     def __init__(self, lengths, path=None):
         self.offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
@@ -23,12 +25,18 @@ class MemoryStore:
         return int(self.offsets[-1])
 
     def read_many(self, starts, stops):
-        assert all(0 <= a < b <= self.num_tokens for a, b in zip(starts, stops, strict=True))
-        return [np.arange(a, b, dtype=np.uint32) for a, b in zip(starts, stops, strict=True)]
+        assert all(
+            0 <= a < b <= self.num_tokens for a, b in zip(starts, stops, strict=True)
+        )
+        return [
+            np.arange(a, b, dtype=np.uint32) for a, b in zip(starts, stops, strict=True)
+        ]
 
 
 def config(**changes):
-    return LoaderConfig(**{"seq_len": 16, "batch_size": 8, "packing_block": 7, **changes})
+    return LoaderConfig(
+        **{"seq_len": 16, "batch_size": 8, "packing_block": 7, **changes}
+    )
 
 
 def assert_equal(a, b):

@@ -1,4 +1,5 @@
-"""The batch at step s is a function of (stores, mixture, seed, s), and holds what it should."""
+"""The batch at step s is a function of (stores, mixture, seed, s), and holds what it
+should."""
 
 import pickle
 
@@ -11,7 +12,9 @@ from maxlm.data.loader import load_batches, make_batches, make_one_pass_batches
 from tests.data.loader.memory import MemoryStore, assert_equal, config
 from tests.errors import message
 
-documents = st.lists(st.integers(2, 40), min_size=4, max_size=30).filter(lambda x: sum(x) >= 16)
+documents = st.lists(st.integers(2, 40), min_size=4, max_size=30).filter(
+    lambda x: sum(x) >= 16
+)
 methods = st.sampled_from(["concat", "best_fit"])
 
 
@@ -43,10 +46,14 @@ def rows_by_hand(batch, store):
     return seen
 
 
-@given(lengths=documents, method=methods, seed=st.integers(0, 99), epoch=st.integers(0, 3))
+@given(
+    lengths=documents, method=methods, seed=st.integers(0, 99), epoch=st.integers(0, 3)
+)
 def test_an_epoch_holds_every_token_once(lengths, method, seed, epoch):
     store = MemoryStore(lengths)
-    batches = make_batches({"a": store}, {"a": 1}, config(batch_size=1, packing=method), seed=seed)
+    batches = make_batches(
+        {"a": store}, {"a": 1}, config(batch_size=1, packing=method), seed=seed
+    )
     size = batches.sources[0].num_sequences
     seen = [
         token
@@ -56,7 +63,12 @@ def test_an_epoch_holds_every_token_once(lengths, method, seed, epoch):
     assert sorted(seen) == list(range(store.num_tokens))
 
 
-@given(lengths=documents, method=methods, seed=st.integers(0, 99), step=st.integers(0, 10**12))
+@given(
+    lengths=documents,
+    method=methods,
+    seed=st.integers(0, 99),
+    step=st.integers(0, 10**12),
+)
 def test_any_rows_of_a_batch_also_by_a_pickled_copy(lengths, method, seed, step):
     stores = {"a": MemoryStore(lengths), "b": MemoryStore([n + 3 for n in lengths])}
     batches = make_batches(stores, {"a": 2, "b": 1}, config(packing=method), seed=seed)
@@ -70,9 +82,12 @@ def test_any_rows_of_a_batch_also_by_a_pickled_copy(lengths, method, seed, step)
 def test_epochs_and_seeds_differ():
     store = MemoryStore([1600])
     first, other = (
-        make_batches({"a": store}, {"a": 1}, config(batch_size=100), seed=s) for s in (0, 1)
+        make_batches({"a": store}, {"a": 1}, config(batch_size=100), seed=s)
+        for s in (0, 1)
     )
-    orders = [tuple(b.rows(step)["tokens"][:, 0]) for b in (first, other) for step in (0, 1)]
+    orders = [
+        tuple(b.rows(step)["tokens"][:, 0]) for b in (first, other) for step in (0, 1)
+    ]
     assert len(set(orders)) == 4
     assert len({tuple(sorted(order)) for order in orders}) == 1
 
@@ -90,7 +105,9 @@ def test_another_store_does_not_change_a_store_s_order():
 
 def test_without_shuffle_reads_in_store_order():
     store = MemoryStore([5, 60, 20])
-    batches = make_batches({"a": store}, {"a": 1}, config(batch_size=6, shuffle=False), seed=0)
+    batches = make_batches(
+        {"a": store}, {"a": 1}, config(batch_size=6, shuffle=False), seed=0
+    )
     assert rows_by_hand(batches.rows(0), store) == list(range(85))
     assert_equal(batches.rows(0), batches.rows(1))
 
@@ -103,21 +120,33 @@ def test_one_pass_reads_every_token_once_in_constant_shapes(lengths, size):
     assert {batch["tokens"].shape for batch in made} == {(size, 16)}
     seen = [token for batch in made for token in rows_by_hand(batch, store)]
     assert sorted(seen) == list(range(store.num_tokens))
-    assert sum(batch["weights"].sum() for batch in made) == store.num_tokens - len(lengths)
+    assert sum(batch["weights"].sum() for batch in made) == store.num_tokens - len(
+        lengths
+    )
 
 
 def test_one_pass_takes_a_short_store_and_stops_early():
     (batch,) = load_batches(make_one_pass_batches(MemoryStore([3]), 16, 4), range(4))
     assert batch["segment_ids"].sum() == 3
-    passes = load_batches(make_one_pass_batches(MemoryStore([64]), 16, 1), [0], num_steps=2)
+    passes = load_batches(
+        make_one_pass_batches(MemoryStore([64]), 16, 1), [0], num_steps=2
+    )
     assert [batch["tokens"][0, 0] for batch in passes] == [0, 16]
 
 
 @pytest.mark.parametrize(
     ("lengths", "weights", "expected"),
     [
-        ([4, 6], {"web": 1}, "store 'web': the corpus has 10 tokens, fewer than seq_len=16; give"),
-        ([99], {"wbe": 1}, "weights: weights are for ['wbe'], stores are ['web']; give each store"),
+        (
+            [4, 6],
+            {"web": 1},
+            "store 'web': the corpus has 10 tokens, fewer than seq_len=16; give",
+        ),
+        (
+            [99],
+            {"wbe": 1},
+            "weights: weights are for ['wbe'], stores are ['web']; give each store",
+        ),
         (None, {}, "weights: no stores to mix; name at least one store"),
     ],
 )

@@ -1,5 +1,5 @@
-"""Weights are kept, every stream is read in full, any index is answered alone; caps on epochs,
-temperature, phases and ramps."""
+"""Weights are kept, every stream is read in full, any index is answered alone; caps on
+epochs, temperature, phases and ramps."""
 
 import hashlib
 
@@ -24,18 +24,24 @@ from tests.data.loader.memory import MemoryStore, config
 from tests.errors import message
 
 names = ("a", "b", "c", "d")
-weights = st.fixed_dictionaries({name: st.just(0.0) | st.floats(0.01, 10) for name in names})
+weights = st.fixed_dictionaries(
+    {name: st.just(0.0) | st.floats(0.01, 10) for name in names}
+)
 some_weights = weights.filter(lambda w: sum(w.values()) > 0)
 caps = st.dictionaries(st.sampled_from(names), st.integers(1, 3000))
 keys = st.none() | st.integers(0, 2**64 - 1)
 changes = st.lists(
-    st.tuples(st.integers(1, 4000), some_weights), max_size=3, unique_by=lambda change: change[0]
+    st.tuples(st.integers(1, 4000), some_weights),
+    max_size=3,
+    unique_by=lambda change: change[0],
 ).map(sorted)
 
 
 def mixture(first, later=(), most=None, key=5):
     read = {n for w in (first, *(w for _, w in later)) for n in names if w[n] > 0}
-    phases = [({n: w[n] for n in names if n in read}, t) for t, w in [(0, first), *later]]
+    phases = [
+        ({n: w[n] for n in names if n in read}, t) for t, w in [(0, first), *later]
+    ]
     most = {n: count for n, count in (most or {}).items() if n in read}
     return MixtureOrder.of([(t, w) for w, t in phases], key, most), phases, most
 
@@ -81,12 +87,18 @@ def test_any_index_alone(first, later, most, key, data):
     assert [(a[0], b[0]) for a, b in alone] == [(stores[i], streams[i]) for i in some]
 
 
-@given(first=some_weights, later=changes, most=caps, key=keys, index=st.integers(0, 6000))
-def test_counts_before_an_index_are_those_of_what_is_located(first, later, most, key, index):
+@given(
+    first=some_weights, later=changes, most=caps, key=keys, index=st.integers(0, 6000)
+)
+def test_counts_before_an_index_are_those_of_what_is_located(
+    first, later, most, key, index
+):
     made, _, _ = mixture(first, later, most, key)
     stores, _ = made.locate(np.arange(min(index, made.end)))
     counts = np.bincount(stores, minlength=len(made.names)).tolist()
-    assert made.count_sequences_before(index) == dict(zip(made.names, counts, strict=True))
+    assert made.count_sequences_before(index) == dict(
+        zip(made.names, counts, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +115,9 @@ def test_batches_of_constant_weights_stay_as_they_were(shuffle, packing, digest)
     lengths = {"web": [5, 60, 20] * 9, "code": [33] * 7, "wiki": [17, 2] * 8}
     stores = {name: MemoryStore(each) for name, each in lengths.items()}
     shares = {"web": 0.7, "code": 0.2, "wiki": 0.1}
-    made = make_batches(stores, shares, config(shuffle=shuffle, packing=packing), seed=3)
+    made = make_batches(
+        stores, shares, config(shuffle=shuffle, packing=packing), seed=3
+    )
     found = hashlib.sha256()
     for step in (0, 1, 2, 63, 64, 10**6, 10**12):
         for name, values in sorted(made.rows(step).items()):
@@ -120,7 +134,9 @@ def test_a_capped_store_is_read_exactly_so_often(method):
         s.num_sequences * n for s, n in zip(made.sources, (2, 1), strict=True)
     )
     for name, store, epochs in (("small", 0, 2), ("large", 1, 1)):
-        steps = [s for s in range(made.num_steps) if made.locate(np.array([s]))[0] == store]
+        steps = [
+            s for s in range(made.num_steps) if made.locate(np.array([s]))[0] == store
+        ]
         rows = [made.rows(step) for step in steps]
         seen = np.concatenate([r["tokens"][r["segment_ids"] > 0] for r in rows])
         every = np.repeat(np.arange(stores[name].num_tokens), epochs)
@@ -135,7 +151,9 @@ def test_a_loader_ends_with_its_mixture_or_refuses():
     made = make_batches(stores, mixing, config(), seed=0)
     with load_batches(made, range(8), start_step=1) as loader:
         assert len(list(loader)) == 2  # 25 sequences are 3 whole batches of 8.
-    with pytest.raises(MaxlmError, match=r"data.sources: the mixture ends after 3 of 6 steps: eve"):
+    with pytest.raises(
+        MaxlmError, match=r"data.sources: the mixture ends after 3 of 6 steps: eve"
+    ):
         load_batches(made, range(8), start_step=1, num_steps=5)
 
 
@@ -154,10 +172,16 @@ def test_temperature_is_mt5_s():
 
 
 def test_phases_begin_with_their_step():
-    """Also within a block of shuffling, and a source waits at weight 0 for its phase."""
+    """Also within a block of shuffling, and a source waits at weight 0 for its
+    phase."""
     stores = {n: MemoryStore([16000]) for n in "abc"}
-    phases = (Phase(from_step=11, weights={"a": 0, "c": 1}), Phase(from_step=50, weights={"b": 0}))
-    made = make_batches(stores, Mixing({"a": 1, "b": 1, "c": 0}, phases=phases), config(), seed=1)
+    phases = (
+        Phase(from_step=11, weights={"a": 0, "c": 1}),
+        Phase(from_step=50, weights={"b": 0}),
+    )
+    made = make_batches(
+        stores, Mixing({"a": 1, "b": 1, "c": 0}, phases=phases), config(), seed=1
+    )
     owners = made.locate(np.arange(100 * 8))[0].reshape(100, 8)
     read = [set(np.unique(owners[a:b])) for a, b in ((0, 11), (11, 50), (50, 100))]
     assert read == [{0, 1}, {1, 2}, {0}]
@@ -175,21 +199,30 @@ def test_a_ramp_moves_shares_along_a_line():
         assert abs(shares_of(mixing, step)["a"] - expected) <= 0.3 / 64 / 2 + 1e-9
     assert shares_of(mixing, 999)["a"] == 0.5
     assert shares_of(mixing, 4200)["a"] == 0.8
-    for steps in (1, 3, 40):  # Shorter than the stairs are many: each has sequences to round.
-        short = Mixing(mixing.weights, phases=(RAMP.model_copy(update={"ramp_steps": steps}),))
+    for steps in (
+        1,
+        3,
+        40,
+    ):  # Shorter than the stairs are many: each has sequences to round.
+        short = Mixing(
+            mixing.weights, phases=(RAMP.model_copy(update={"ramp_steps": steps}),)
+        )
         assert shares_of(short, 999)["a"] == 0.5
         assert 0.5 < shares_of(short, 1000)["a"] < 0.8
         assert shares_of(short, 1000 + steps)["a"] == 0.8
 
 
 def test_what_a_ramp_reads_is_the_lines_integral():
-    """In float64, over any of its steps; and each source's stream goes on through it."""
+    """In float64, over any of its steps; and each source's stream goes on through
+    it."""
     stores = {name: MemoryStore([16000]) for name in "abc"}
     mixing = Mixing({"a": 1, "b": 0.5, "c": 0.5}, phases=(RAMP,))
     order = make_batches(stores, mixing, config(), seed=0).mixture
     start, stop = 1000 * 8, 4200 * 8
     owners, streams = order.locate(np.arange(stop + 4000))
-    line = 0.5 + 0.3 * np.clip((np.arange(stop + 4000) + 0.5 - start) / (stop - start), 0, 1)
+    line = 0.5 + 0.3 * np.clip(
+        (np.arange(stop + 4000) + 0.5 - start) / (stop - start), 0, 1
+    )
     for first, last in ((start, stop), (start, start + 5000), (20_000, stop + 4000)):
         expected = line[first:last].sum()
         # Two for each stair that is rounded, and one block that is cut at either end.
@@ -238,7 +271,10 @@ def test_the_usage_of_sources_counts_what_batches_hold():
 
 def test_refusals():
     def refused(**settings):
-        sources = [{"name": n, "documents": ["x"], "weight": w} for n, w in (("web", 1), ("q", 0))]
+        sources = [
+            {"name": n, "documents": ["x"], "weight": w}
+            for n, w in (("web", 1), ("q", 0))
+        ]
         with pytest.raises(ValidationError) as error:
             DataConfig.model_validate({"sources": sources} | settings)
         return str(error.value)
@@ -251,25 +287,48 @@ def test_refusals():
     )
     phase = {"from_step": 5, "weights": {"q": 1}}
     found = refused(phases=[phase, phase])
-    assert "phases.1: from_step=5 is not past the phase before; begin at step 6 or later" in found
+    assert (
+        "phases.1: from_step=5 is not past the phase before; begin at step 6 or later"
+        in found
+    )
     ramp = {"from_step": 5, "ramp_steps": 10, "weights": {"q": 1}}
     found = refused(phases=[ramp, {"from_step": 14, "weights": {"q": 2}}])
-    assert "phases.1: from_step=14 is not past the phase before and its ramp; begin at st" in found
+    assert (
+        "phases.1: from_step=14 is not past the phase before and its ramp; begin at st"
+        in found
+    )
     stores = {"web": MemoryStore([50]), "q": MemoryStore([50])}
     for mixing, expected in (
-        (Mixing({"web": 1, "q": 0}), "weights: the weight of store 'q' is 0, not a positive"),
-        (Mixing({"web": 1, "q": float("nan")}), "weights: the weight of store 'q' is nan, not"),
-        (Mixing({"web": -1.5, "q": 1}), "weights: the weight of store 'web' is -1.5, not a"),
         (
-            Mixing({"web": 0, "q": 0}, phases=(Phase(from_step=3, weights={"web": 1, "q": 1}),)),
+            Mixing({"web": 1, "q": 0}),
+            "weights: the weight of store 'q' is 0, not a positive",
+        ),
+        (
+            Mixing({"web": 1, "q": float("nan")}),
+            "weights: the weight of store 'q' is nan, not",
+        ),
+        (
+            Mixing({"web": -1.5, "q": 1}),
+            "weights: the weight of store 'web' is -1.5, not a",
+        ),
+        (
+            Mixing(
+                {"web": 0, "q": 0},
+                phases=(Phase(from_step=3, weights={"web": 1, "q": 1}),),
+            ),
             "weights: from step 0 on all weights are 0; give a source a weight above 0",
         ),
         (
-            Mixing({"web": 1, "q": 1}, phases=(Phase(from_step=3, weights={"web": 0, "q": 0}),)),
+            Mixing(
+                {"web": 1, "q": 1},
+                phases=(Phase(from_step=3, weights={"web": 0, "q": 0}),),
+            ),
             "weights: from step 3 on all weights are 0; give a source a weight above 0",
         ),
     ):
-        assert message(make_batches, stores, mixing, config(), seed=0).startswith(expected)
+        assert message(make_batches, stores, mixing, config(), seed=0).startswith(
+            expected
+        )
 
 
 weight_lists = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=6)
@@ -296,6 +355,10 @@ def test_no_sequence_is_lost_where_the_arithmetic_is_split(weights, key, high):
 
 
 def test_the_order_of_the_mapping_does_not_matter():
-    a = MixtureOrder.of([(0, {"x": 1, "y": 1, "z": 2})], 3, {}).locate(np.arange(999))[0]
-    b = MixtureOrder.of([(0, {"z": 2, "y": 1, "x": 1})], 3, {}).locate(np.arange(999))[0]
+    a = MixtureOrder.of([(0, {"x": 1, "y": 1, "z": 2})], 3, {}).locate(np.arange(999))[
+        0
+    ]
+    b = MixtureOrder.of([(0, {"z": 2, "y": 1, "x": 1})], 3, {}).locate(np.arange(999))[
+        0
+    ]
     assert np.array_equal(np.array(list("xyz"))[a], np.array(list("zyx"))[b])

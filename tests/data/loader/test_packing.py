@@ -1,4 +1,5 @@
-"""Both packings lay every token into one sequence, once, in pieces of single documents."""
+"""Both packings lay every token into one sequence, once, in pieces of single
+documents."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +23,12 @@ def open_packing(store, method, seq_len, block):
     return open_best_fit(store, seq_len, block)
 
 
-@given(lengths=documents, seq_len=st.integers(1, 17), block=st.integers(1, 70), method=methods)
+@given(
+    lengths=documents,
+    seq_len=st.integers(1, 17),
+    block=st.integers(1, 70),
+    method=methods,
+)
 def test_every_token_once_in_pieces_of_documents(lengths, seq_len, block, method):
     store = MemoryStore(lengths)
     packing = open_packing(store, method, seq_len, block)
@@ -39,7 +45,9 @@ def test_every_token_once_in_pieces_of_documents(lengths, seq_len, block, method
     document = np.repeat(np.arange(len(lengths)), lengths)
     stops = starts + sizes
     assert np.array_equal(document[starts], document[stops - 1])
-    assert np.array_equal(pieces["ends_document"], stops == store.offsets[document[starts] + 1])
+    assert np.array_equal(
+        pieces["ends_document"], stops == store.offsets[document[starts] + 1]
+    )
 
 
 @given(lengths=documents, seq_len=st.integers(1, 17), method=methods, data=st.data())
@@ -66,7 +74,8 @@ def test_bins_are_those_of_textbook_best_fit_decreasing(items):
 
 
 def standard_library_lengths(count, seed=0):
-    """Like the bytes of the standard library's files over four, in tokens: log-normal."""
+    """Like the bytes of the standard library's files over four, in tokens:
+    log-normal."""
     return np.random.default_rng(seed).lognormal(7.5, 1.5, count).astype(np.int64) + 2
 
 
@@ -104,7 +113,9 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(packing_module.np, "save", full)
-    with pytest.raises(MaxlmError, match=r"cannot write the packing index .No space left"):
+    with pytest.raises(
+        MaxlmError, match=r"cannot write the packing index .No space left"
+    ):
         open_best_fit(MemoryStore([7] * 500, tmp_path), 32, 100)
     assert not list((tmp_path / "packing").iterdir())
 

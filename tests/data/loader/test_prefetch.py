@@ -1,4 +1,5 @@
-"""Batches made ahead in threads and processes: the same batches, and nothing left behind."""
+"""Batches made ahead in threads and processes: the same batches, and nothing left
+behind."""
 
 import collections
 import os
@@ -35,7 +36,8 @@ def wait_until(condition, seconds=300):
 
 
 def read_proc(path):
-    """What stands in a file of /proc; nothing, if its thread or process has just ended."""
+    """What stands in a file of /proc; nothing, if its thread or process has just
+    ended."""
     try:
         return Path(path).read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -47,7 +49,11 @@ def worker_pids(pid):
     lists = Path(f"/proc/{pid}/task").glob("*/children")
     children = {int(child) for path in lists for child in read_proc(path).split()}
     lines = {child: read_proc(f"/proc/{child}/cmdline") for child in children}
-    return {child for child, line in lines.items() if line and "resource_tracker" not in line}
+    return {
+        child
+        for child, line in lines.items()
+        if line and "resource_tracker" not in line
+    }
 
 
 def make_steps(workers, stop=None, make=None):
@@ -73,7 +79,9 @@ def test_workers_make_the_same_batches():
     with load_batches(batches, [3, 1], start_step=37, workers=1) as loader:
         for step in range(37, 37 + THREAD_STEPS + 5):
             assert_equal(next(loader), batches.rows(step, [3, 1]))
-    (tokens,) = {batch["tokens"].shape for batch in load_batches(batches, [0], num_steps=3)}
+    (tokens,) = {
+        batch["tokens"].shape for batch in load_batches(batches, [0], num_steps=3)
+    }
     assert tokens == (1, 16)
 
 
@@ -99,7 +107,9 @@ def test_a_killed_worker_is_named():
     with make_steps(workers=1) as loader:
         pid = int(take_until_workers_make(loader)[-1]["pid"])
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(ProcessLost, match=r"worker was killed by signal 9 .*out of memory"):
+        with pytest.raises(
+            ProcessLost, match=r"worker was killed by signal 9 .*out of memory"
+        ):
             collections.deque(loader, maxlen=0)
 
 
@@ -154,8 +164,8 @@ def test_kill_9_leaves_no_workers(trainer):
 
 
 def test_notices_spare_the_workers_and_the_exit_is_clean(trainer):
-    """A terminal sends Ctrl-C to all processes, a scheduler its notice; the trainer may still want
-    batches."""
+    """A terminal sends Ctrl-C to all processes, a scheduler its notice; the trainer may
+    still want batches."""
     process, worker = trainer
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(worker, number)
@@ -196,8 +206,9 @@ SLOW_START = """
 
 @pytest.mark.parametrize(("how", "num_bytes"), [("stop", 1 << 20), ("exit", 0)])
 def test_workers_that_still_start_are_not_waited_for(tmp_path, how, num_bytes):
-    """Where a stop is asked for and the loader closed, and at the end of the process. What pickles
-    to more than a pipe holds would keep its sender until the worker reads it."""
+    """Where a stop is asked for and the loader closed, and at the end of the process.
+    What pickles to more than a pipe holds would keep its sender until the worker reads
+    it."""
     (tmp_path / "trainer.py").write_text(textwrap.dedent(SLOW_START))
     (tmp_path / "started").mkdir()
     script = [sys.executable, "trainer.py", "started", str(num_bytes), how]

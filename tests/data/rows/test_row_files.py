@@ -99,7 +99,9 @@ def test_damage_names_the_file_and_the_row(tmp_path):
 def test_a_dataset_of_several_splits_asks_for_one(tmp_path):
     save_dataset(tmp_path / "d" / "train", ROWS)
     (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(MaxlmError, match="the splits train, test; name one of their folders"):
+    with pytest.raises(
+        MaxlmError, match="the splits train, test; name one of their folders"
+    ):
         open_rows(tmp_path / "d")
     assert len(open_rows(tmp_path / "d" / "train")) == len(ROWS)
     (tmp_path / "e").mkdir()

@@ -1,5 +1,6 @@
-"""Rows in the forms of ShareGPT, Alpaca and columns of other names are read as the same rows in the
-forms of tasks; tools and variables of the template reach it, or the row is refused."""
+"""Rows in the forms of ShareGPT, Alpaca and columns of other names are read as the same
+rows in the forms of tasks; tools and variables of the template reach it, or the row is
+refused."""
 
 import inspect
 import json
@@ -21,15 +22,23 @@ pytest.importorskip("jinja2")
 
 # Writes tools and calls, and opens an answer otherwise where `brief` is set.
 WITH_TOOLS = (
-    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% "
+    "endfor %}"
     "<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if brief and m.role == 'assistant' %}(brief) {% endif %}{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}{% endfor %}<|im_end|>\n"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}{% endfor "
+    "%}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if brief %}(brief) {% endif %}{% endif %}"
 )
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Köln"}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object"}},
+}
+CALL = {
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"place": "Köln"}},
+}
 USER = {"role": "user", "content": "Rain?"}
 CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "dry"}
@@ -71,8 +80,13 @@ def test_tools_may_be_data_or_json():
 
 
 def test_tools_and_variables_reach_every_form_of_row():
-    more = {"tools": json.dumps([TOOL]), "chat_template_kwargs": {"brief": True, "none": None}}
-    question = f"{TOOL_TEXT}<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\n(brief) "
+    more = {
+        "tools": json.dumps([TOOL]),
+        "chat_template_kwargs": {"brief": True, "none": None},
+    }
+    question = (
+        f"{TOOL_TEXT}<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\n(brief) "
+    )
     row = {"prompt": [USER], "completion": [ANSWER], "label": True} | more
     tokenizer = make_tokenizer()
     for encoded in (*SFT.encode_example(tokenizer, row), *encode_kto(tokenizer, row)):
@@ -102,16 +116,26 @@ def encode_kto(tokenizer, row):
         ({"messages": [USER, ANSWER], "tools": [TOOL]}, "the tool 'weather'"),
         ({"messages": [USER, CALLS]}, "the call of 'weather' in message 1"),
         ({"messages": CHAT}, "the call of 'weather' in message 1"),
-        ({"prompt": [USER], "completion": [CALLS]}, "the call of 'weather' in message 1"),
-        ({"prompt": [USER], "completion": "No.", "tools": [TOOL]}, "the tool 'weather'"),
+        (
+            {"prompt": [USER], "completion": [CALLS]},
+            "the call of 'weather' in message 1",
+        ),
+        (
+            {"prompt": [USER], "completion": "No.", "tools": [TOOL]},
+            "the tool 'weather'",
+        ),
     ],
 )
 def test_a_template_without_tools_is_named(row, lost):
-    with pytest.raises(MaxlmError, match=f"the chat template chatml does not write {lost}"):
+    with pytest.raises(
+        MaxlmError, match=f"the chat template chatml does not write {lost}"
+    ):
         SFT.encode_example(make_tokenizer(None), row)
     name = r"chat_template\.jinja"
     untouched = "{% for m in messages if m.role != 'tool' %}[{{ m.content }}]{% endfor %} weather"
-    with pytest.raises(MaxlmError, match=f"the chat template {name} does not write {lost}"):
+    with pytest.raises(
+        MaxlmError, match=f"the chat template {name} does not write {lost}"
+    ):
         SFT.encode_example(make_tokenizer(untouched), row)
     render(row)  # One that knows them takes the row.
 
@@ -131,14 +155,19 @@ def test_tools_and_variables_that_are_none_are_refused(columns, fault):
     with pytest.raises(MaxlmError, match=fault):
         SFT.encode_example(make_tokenizer(), {"messages": [USER, ANSWER]} | columns)
     text = {"prompt": "Rain?", "completion": "No.", "tools": [TOOL]}
-    with pytest.raises(MaxlmError, match="tools beside a prompt and a completion of plain text"):
+    with pytest.raises(
+        MaxlmError, match="tools beside a prompt and a completion of plain text"
+    ):
         SFT.encode_example(make_tokenizer(), text)
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 SHAREGPT = [
     {"from": "human", "value": "Rain?"},
-    {"from": "function_call", "value": '{"name": "weather", "arguments": {"place": "Köln"}}'},
+    {
+        "from": "function_call",
+        "value": '{"name": "weather", "arguments": {"place": "Köln"}}',
+    },
     {"from": "observation", "value": "dry"},
     {"from": "gpt", "value": "No."},
 ]
@@ -183,21 +212,23 @@ def test_rows_of_other_tools_are_rows_of_ours(row, expected):
     assert converted == row | expected
     if "chosen" not in row:
         tokenizer = make_tokenizer()
-        assert SFT.encode_example(tokenizer, converted) == SFT.encode_example(tokenizer, expected)
+        assert SFT.encode_example(tokenizer, converted) == SFT.encode_example(
+            tokenizer, expected
+        )
 
 
 def test_columns_are_renamed_by_the_config(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"question": "Rain?", "reply": "No.", "prompt": "unused", "kept": 1}] * 2
     path.write_text("\n".join(map(json.dumps, rows)))
-    task = SftTask(files=(str(path),), columns={"prompt": "question", "completion": "reply"})
+    task = SftTask(
+        files=(str(path),), columns={"prompt": "question", "completion": "reply"}
+    )
     file = task.open_files("files")
     assert file[0] == {"prompt": "Rain?", "completion": "No.", "kept": 1}
     assert pickle.loads(pickle.dumps(file))[1] == file[1]
     task = SftTask(files=(str(path),), columns={"prompt": "query"})
-    fault = (
-        r"rows\.jsonl: no column 'query', which task\.columns names for prompt: there are 'quest"
-    )
+    fault = r"rows\.jsonl: no column 'query', which task\.columns names for prompt: there are 'quest"
     with pytest.raises(MaxlmError, match=fault):
         task.open_files("files")
 
@@ -227,10 +258,19 @@ def test_nulls_that_parquet_fills_in_say_nothing(tmp_path):
     from pyarrow import parquet
 
     tools = [
-        {"type": "function", "function": {"name": "weather", "parameters": {"place": "text"}}},
-        {"type": "function", "function": {"name": "time", "parameters": {"zone": "text"}}},
+        {
+            "type": "function",
+            "function": {"name": "weather", "parameters": {"place": "text"}},
+        },
+        {
+            "type": "function",
+            "function": {"name": "time", "parameters": {"zone": "text"}},
+        },
     ]
-    rows = [{"messages": CHAT, "tools": tools}, {"messages": [USER, ANSWER], "tools": None}]
+    rows = [
+        {"messages": CHAT, "tools": tools},
+        {"messages": [USER, ANSWER], "tools": None},
+    ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     file = open_rows(tmp_path / "rows.parquet")
     assert [file[0], file[1]] == rows
@@ -245,6 +285,16 @@ def test_refused_rows_are_skipped_where_asked(tmp_path):
         file = task.open_files("files")
         encoder = task.make_encoder(make_tokenizer(), 64)
         scan = scan_examples(encoder, file, [*range(6)], keep_errors=True)
-        # A bad row does not take the one behind it along, whose foil KTO would read from it.
-        assert [length > 0 for length in scan.lengths] == [True, False, True, False, True, True]
-        assert [error.where for error in scan.errors] == [f"{path}: row {i}" for i in (1, 3)]
+        # A bad row does not take the one behind it along, whose foil KTO would read
+        # from it.
+        assert [length > 0 for length in scan.lengths] == [
+            True,
+            False,
+            True,
+            False,
+            True,
+            True,
+        ]
+        assert [error.where for error in scan.errors] == [
+            f"{path}: row {i}" for i in (1, 3)
+        ]

@@ -1,5 +1,5 @@
-"""Rows of dictionaries become batches: each example exactly once an epoch, whoever reads which rows
-and wherever a run resumes; packed rows hold what padded ones do."""
+"""Rows of dictionaries become batches: each example exactly once an epoch, whoever
+reads which rows and wherever a run resumes; packed rows hold what padded ones do."""
 
 import json
 import pickle
@@ -15,7 +15,10 @@ from maxlm.data.rows import make_row_source
 
 SEQ, ROWS, EXAMPLES = 16, 4, 37
 ARRAYS = {
-    **{name: BatchArraySpec.of_tokens(SEQ) for name in ("tokens", "segment_ids", "positions")},
+    **{
+        name: BatchArraySpec.of_tokens(SEQ)
+        for name in ("tokens", "segment_ids", "positions")
+    },
     "weights": BatchArraySpec.of_tokens(SEQ, np.float32),
 }
 
@@ -47,7 +50,9 @@ def file(request, tmp_path):
 
 def make(file, **options):
     lengths = np.array([len(encode(file[i])["tokens"]) for i in range(len(file))])
-    return make_row_source(file, encode, ARRAYS, ROWS, seed=3, lengths=lengths, **options)
+    return make_row_source(
+        file, encode, ARRAYS, ROWS, seed=3, lengths=lengths, **options
+    )
 
 
 def found(batch):
@@ -66,7 +71,9 @@ def found(batch):
 def epoch(source, number=0):
     """One epoch's examples, read row by row."""
     examples, order = {}, []
-    for index in range(number * source.rows_per_epoch, (number + 1) * source.rows_per_epoch):
+    for index in range(
+        number * source.rows_per_epoch, (number + 1) * source.rows_per_epoch
+    ):
         own = found(source.rows(index // ROWS, [index % ROWS]))
         assert not own.keys() & examples.keys()
         examples |= own
@@ -136,7 +143,9 @@ def test_segments_are_numbered_on_and_examples_have_entries_of_their_own(tmp_pat
 def test_an_example_longer_than_a_row_is_named(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": [1] * 20, "completion": [2]}))
-    with pytest.raises(MaxlmError, match=r"row 0: an example of 21 tokens, where a row .* has 16"):
+    with pytest.raises(
+        MaxlmError, match=r"row 0: an example of 21 tokens, where a row .* has 16"
+    ):
         make(open_rows(path)).rows(0, [0])
 
 

@@ -37,7 +37,9 @@ class ByteTokenizer:
 
     def save(self, folder):
         Path(folder).mkdir(parents=True)
-        Path(folder, "double.json").write_text(json.dumps([self.shift, self.vocab_size]))
+        Path(folder, "double.json").write_text(
+            json.dumps([self.shift, self.vocab_size])
+        )
 
 
 def _load(folder):
@@ -64,7 +66,9 @@ def folder_bytes():
 
     def read(folder: Path) -> dict[str, bytes]:
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in files
+        }
 
     return read
 
@@ -91,11 +95,14 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def sources(tmp_path, small_shards):
-    """Three files of 40 documents; arrays of several shards, so that segments are, too."""
+    """Three files of 40 documents; arrays of several shards, so that segments are,
+    too."""
     for part, texts in zip("abc", TEXTS, strict=True):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (tmp_path / f"{part}.jsonl").write_text(lines)
-    return [SourceConfig(documents=(str(tmp_path / f"{part}.jsonl"),)) for part in "abc"]
+    return [
+        SourceConfig(documents=(str(tmp_path / f"{part}.jsonl"),)) for part in "abc"
+    ]
 
 
 @pytest.fixture

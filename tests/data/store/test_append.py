@@ -12,7 +12,9 @@ from maxlm.data.store import TokenStore, append_store, build_store
 
 
 def all_documents(sources):
-    return SourceConfig(documents=tuple(name for source in sources for name in source.documents))
+    return SourceConfig(
+        documents=tuple(name for source in sources for name in source.documents)
+    )
 
 
 def batches(store, packing):
@@ -33,15 +35,21 @@ def test_reads_and_batches_as_if_built_at_once(
     store = TokenStore.open(appended)
     build_store(all_documents(sources), byte_tokenizer(), tmp_path / "whole", workers=1)
     whole = TokenStore.open(tmp_path / "whole")
-    assert store.manifest == whole.manifest.model_copy(update={"segments": store.manifest.segments})
+    assert store.manifest == whole.manifest.model_copy(
+        update={"segments": store.manifest.segments}
+    )
     assert len(store.manifest.segments) == 3
     assert np.array_equal(store.offsets, whole.offsets)
-    assert np.array_equal(store.read(0, store.num_tokens), whole.read(0, whole.num_tokens))
+    assert np.array_equal(
+        store.read(0, store.num_tokens), whole.read(0, whole.num_tokens)
+    )
     for index in (0, 39, 40, 41, 79, 80, 119):
         assert np.array_equal(store.document(index), whole.document(index))
     edge = int(store.offsets[40])
     starts, stops = [edge - 9, edge, 0], [edge + 9, edge + 1, store.num_tokens]
-    for a, b in zip(store.read_many(starts, stops), whole.read_many(starts, stops), strict=True):
+    for a, b in zip(
+        store.read_many(starts, stops), whole.read_many(starts, stops), strict=True
+    ):
         assert np.array_equal(a, b)
     assert_same_batches(batches(store, packing), batches(whole, packing))
     store.verify()
@@ -64,7 +72,9 @@ def test_readers_of_before_go_on(tmp_path, sources, byte_tokenizer, folder_bytes
     TokenStore.open(out).verify()
     batches(TokenStore.open(out), "best_fit")
     assert len(list((out / "packing").iterdir())) == 2
-    with pytest.raises(MaxlmError, match="segments: the store has 2 segments, not 3; ask for 1"):
+    with pytest.raises(
+        MaxlmError, match="segments: the store has 2 segments, not 3; ask for 1"
+    ):
         TokenStore.open(out, segments=3)
 
 
@@ -101,12 +111,16 @@ def test_earlier_segments_have_earlier_rules(appended):
     manifest["segments"][1]["selection"] = "x"
     del manifest["sha256"]
     path.write_text(json.dumps(manifest))
-    found = [TokenStore.open(appended, segments=n).manifest.selection for n in (1, 2, 3)]
+    found = [
+        TokenStore.open(appended, segments=n).manifest.selection for n in (1, 2, 3)
+    ]
     assert found == [None, "x", "x"]
 
 
 def test_no_store_to_append_to(tmp_path, sources):
     with pytest.raises(MaxlmError, match="there is no token store here"):
         append_store(sources[0], tmp_path / "none", workers=1)
-    with pytest.raises(MaxlmError, match="s3://bucket/store is not on a disk; only a token store"):
+    with pytest.raises(
+        MaxlmError, match="s3://bucket/store is not on a disk; only a token store"
+    ):
         append_store(sources[0], "s3://bucket/store", workers=1)

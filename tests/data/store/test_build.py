@@ -21,7 +21,8 @@ TEXTS = [f"document {i} " + "xyz" * (i % 7) for i in range(50)]
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Text, JSONL and compressed JSONL: TEXTS in order, plus an empty file and an empty row."""
+    """Text, JSONL and compressed JSONL: TEXTS in order, plus an empty file and an empty
+    row."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for i in range(10):
@@ -58,7 +59,10 @@ def test_contents_and_manifest(tmp_path, corpus, byte_tokenizer):
     assert (manifest.vocab_size, manifest.bos_id, manifest.eos_id) == (300, 256, 257)
     by_name = {source.name.split("/")[-1]: source for source in manifest.sources}
     assert len(by_name) == 13
-    assert (by_name["b.jsonl"].num_documents, by_name["b.jsonl"].num_left_out) == (30, 1)
+    assert (by_name["b.jsonl"].num_documents, by_name["b.jsonl"].num_left_out) == (
+        30,
+        1,
+    )
     assert (by_name["a99.txt"].num_documents, by_name["a99.txt"].num_left_out) == (0, 1)
     data = (tmp_path / "corpus" / "c.jsonl.gz").read_bytes()
     assert by_name["c.jsonl.gz"].sha256 == hashlib.sha256(data).hexdigest()
@@ -69,19 +73,32 @@ def test_contents_and_manifest(tmp_path, corpus, byte_tokenizer):
 def test_splits_part_the_corpus(tmp_path, corpus, byte_tokenizer):
     for split in ("train", "heldout"):
         manifest = build_store(
-            corpus, byte_tokenizer(), tmp_path / split, split=split, heldout_fraction=0.3, workers=1
+            corpus,
+            byte_tokenizer(),
+            tmp_path / split,
+            split=split,
+            heldout_fraction=0.3,
+            workers=1,
         )
-        texts = [text for text in TEXTS if is_heldout(text, 0.3) == (split == "heldout")]
+        texts = [
+            text for text in TEXTS if is_heldout(text, 0.3) == (split == "heldout")
+        ]
         assert 5 < len(texts) < 45
         assert documents(tmp_path / split) == expected_tokens(texts)
         assert manifest.text_bytes == sum(map(len, texts))
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
-def test_width_follows_the_vocabulary(tmp_path, corpus, byte_tokenizer, vocab_size, dtype):
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32")]
+)
+def test_width_follows_the_vocabulary(
+    tmp_path, corpus, byte_tokenizer, vocab_size, dtype
+):
     assert token_dtype(vocab_size) == dtype
     shift = vocab_size - 258
-    build_store(corpus, byte_tokenizer(shift, vocab_size), tmp_path / "store", workers=1)
+    build_store(
+        corpus, byte_tokenizer(shift, vocab_size), tmp_path / "store", workers=1
+    )
     store = TokenStore.open(tmp_path / "store")
     assert store.manifest.dtype == store.read(0, 5).dtype == dtype
     assert store.read(0, 1)[0] == 256 + shift
@@ -99,7 +116,9 @@ def test_part_size_does_not_change_the_store(
     assert stores[0] == stores[1] == stores[2]
 
 
-def test_rebuild_with_equal_inputs_does_nothing(tmp_path, corpus, byte_tokenizer, monkeypatch):
+def test_rebuild_with_equal_inputs_does_nothing(
+    tmp_path, corpus, byte_tokenizer, monkeypatch
+):
     out = tmp_path / "store"
     first = build_store(corpus, byte_tokenizer(), out, workers=1)
 
@@ -123,13 +142,21 @@ def test_other_inputs_need_force(tmp_path, corpus, byte_tokenizer, folder_bytes)
 
     def refused(source=corpus, tokenizer=None, **settings):
         with pytest.raises(MaxlmError) as caught:
-            build_store(source, tokenizer or byte_tokenizer(), out, workers=1, **settings)
+            build_store(
+                source, tokenizer or byte_tokenizer(), out, workers=1, **settings
+            )
         assert folder_bytes(out) == before
         prefix = f"{out}: the store here was built from other inputs: "
-        return str(caught.value).removeprefix(prefix).partition("; choose another folder, or ")[0]
+        return (
+            str(caught.value)
+            .removeprefix(prefix)
+            .partition("; choose another folder, or ")[0]
+        )
 
     old, new = (hashlib.sha256(f"{s} 300".encode()).hexdigest()[:12] for s in (0, 1))
-    assert refused(tokenizer=byte_tokenizer(1)) == f"another tokenizer ({old}, now {new})"
+    assert (
+        refused(tokenizer=byte_tokenizer(1)) == f"another tokenizer ({old}, now {new})"
+    )
     assert refused(split="train", heldout_fraction=0.1) == "split was all, now train"
     other_policy = corpus.model_copy(update={"on_bad_bytes": "replace"})
     assert refused(other_policy) == "on_bad_bytes was error, now replace"
@@ -150,7 +177,9 @@ def test_what_is_no_store_is_never_replaced(tmp_path, corpus, byte_tokenizer):
     out.mkdir()
     (out / "chapter1.tex").write_text("precious")
     for force in (False, True):
-        with pytest.raises(MaxlmError, match=f"{out}: this exists and is not a token store"):
+        with pytest.raises(
+            MaxlmError, match=f"{out}: this exists and is not a token store"
+        ):
             build_store(corpus, byte_tokenizer(), out, workers=1, force=force)
     assert (out / "chapter1.tex").read_text() == "precious"
     (out / "manifest.json").write_text("{")
@@ -171,30 +200,42 @@ def test_empty_corpus(tmp_path, byte_tokenizer):
     (tmp_path / "a.txt").write_text("")
     source = SourceConfig(documents=(str(tmp_path / "a.txt"),))
     found = fails(tmp_path, source, byte_tokenizer())
-    assert found.startswith(f"{tmp_path}/a.txt: the corpus is empty: no text in 1 files; ")
+    assert found.startswith(
+        f"{tmp_path}/a.txt: the corpus is empty: no text in 1 files; "
+    )
     (tmp_path / "a.txt").write_text("text")
     settings = {"split": "heldout", "heldout_fraction": 1e-9}
     found = fails(tmp_path, source, byte_tokenizer(), **settings)
-    assert 'no document falls into the split "heldout" at heldout_fraction=1e-09; ' in found
+    assert (
+        'no document falls into the split "heldout" at heldout_fraction=1e-09; '
+        in found
+    )
     assert not list(tmp_path.glob(".*"))
 
 
 def test_bad_settings(tmp_path, corpus, byte_tokenizer):
     found = fails(tmp_path, corpus, byte_tokenizer(), split="train")
-    assert found.startswith("heldout_fraction=0.0 does not lie between 0 and 1; give a fraction")
+    assert found.startswith(
+        "heldout_fraction=0.0 does not lie between 0 and 1; give a fraction"
+    )
 
 
 def test_full_disk(tmp_path, byte_tokenizer):
     """A file size limit stands in for a full disk: the writes fail midway."""
     (tmp_path / "a.txt").write_text("x" * 100_000)
     source = SourceConfig(documents=(str(tmp_path / "a.txt"),))
-    tokenizer, (before, most) = byte_tokenizer(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    tokenizer, (before, most) = (
+        byte_tokenizer(),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))
     try:
         message = fails(tmp_path, source, tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
-    assert re.match(rf"{tmp_path}/.store.building/parts-\w+: cannot write: File too la", message)
+    assert re.match(
+        rf"{tmp_path}/.store.building/parts-\w+: cannot write: File too la", message
+    )
 
 
 def test_a_file_that_changes_meanwhile(tmp_path, corpus, byte_tokenizer, monkeypatch):
@@ -208,4 +249,6 @@ def test_a_file_that_changes_meanwhile(tmp_path, corpus, byte_tokenizer, monkeyp
 
     monkeypatch.setattr(parts_module, "scan_file", scan_then_change)
     found = fails(tmp_path, corpus, byte_tokenizer())
-    assert found.startswith(f"{tmp_path}/corpus/a5.txt: the file changed while the store was being")
+    assert found.startswith(
+        f"{tmp_path}/corpus/a5.txt: the file changed while the store was being"
+    )

@@ -1,4 +1,5 @@
-"""A file that stands where another belongs, or differs in one bit, is found and named."""
+"""A file that stands where another belongs, or differs in one bit, is found and
+named."""
 
 import json
 import os
@@ -49,16 +50,22 @@ def print_verify(folder: Path, capfd) -> tuple[int, str, str]:
 
 
 def test_exchanged_token_files_of_two_segments_are_found(appended, capfd):
-    """They have the sizes and the chunk checksums of the right ones, and so are read as tokens."""
+    """They have the sizes and the chunk checksums of the right ones, and so are read as
+    tokens."""
     before = TokenStore.open(appended)
     tokens = before.read(0, before.num_tokens)
-    first, second = appended / "tokens" / "c" / "1", appended / "segments/000001/tokens/c/1"
+    first, second = (
+        appended / "tokens" / "c" / "1",
+        appended / "segments/000001/tokens/c/1",
+    )
     assert print_verify(appended, capfd)[0] == 0
     exchange(first, second)
     after = TokenStore.open(appended)
     assert not np.array_equal(after.read(0, after.num_tokens), tokens)
     others = "(and 1 other: segments/000001/tokens/c/1)"
-    expected = f"{first}: this file has changed since it was written {others}; {RESTORE}"
+    expected = (
+        f"{first}: this file has changed since it was written {others}; {RESTORE}"
+    )
     assert message(after.verify) == expected
     assert message(lambda: TokenStore.open(appended, verify=True)) == expected
     code, out, error = print_verify(appended, capfd)
@@ -73,9 +80,17 @@ def test_a_store_without_checksums_says_so_once_and_is_compared_with_its_manifes
 ):
     remove_checksums(appended)
     code, out, error = print_verify(appended, capfd)
-    assert (code, out.count("all is well"), error.count("without checksums")) == (0, 1, 1)
-    assert error.startswith(f"{appended}: an earlier maxlm wrote segment 0, 1, 2 without")
-    second, third = (appended / "segments" / number / name for number in ("000001", "000002"))
+    assert (code, out.count("all is well"), error.count("without checksums")) == (
+        0,
+        1,
+        1,
+    )
+    assert error.startswith(
+        f"{appended}: an earlier maxlm wrote segment 0, 1, 2 without"
+    )
+    second, third = (
+        appended / "segments" / number / name for number in ("000001", "000002")
+    )
     exchange(second, third)
     found = message(lambda: TokenStore.open(appended, verify=True))
     if name == "tokens":
@@ -93,23 +108,34 @@ def test_a_segment_of_another_store_is_no_segment_of_this(appended):
     assert found == f"{listed}: this file has changed since it was written; {RESTORE}"
 
 
-@pytest.mark.parametrize("name", ["tokens/c/1", "offsets/zarr.json", "tokenizer/double.json"])
+@pytest.mark.parametrize(
+    "name", ["tokens/c/1", "offsets/zarr.json", "tokenizer/double.json"]
+)
 def test_one_bit_or_a_lost_file_is_found_and_sha256sum_agrees(appended, name):
     """Every file but the manifest, and what comes later, is in the list."""
     lines = (appended / "checksums.sha256").read_text().splitlines()
-    paths = {path.relative_to(appended) for path in appended.rglob("*") if path.is_file()}
+    paths = {
+        path.relative_to(appended) for path in appended.rglob("*") if path.is_file()
+    }
     first_segment = {path.as_posix() for path in paths if path.parts[0] != "segments"}
-    assert {line[66:] for line in lines} == first_segment - {"manifest.json", "checksums.sha256"}
+    assert {line[66:] for line in lines} == first_segment - {
+        "manifest.json",
+        "checksums.sha256",
+    }
     check = ["sha256sum", "--quiet", "-c", "checksums.sha256"]
     assert subprocess.run(check, cwd=appended, check=False).returncode == 0
     store = TokenStore.open(appended)
     flip_bit(appended / name)
-    expected = f"{appended / name}: this file has changed since it was written; {RESTORE}"
+    expected = (
+        f"{appended / name}: this file has changed since it was written; {RESTORE}"
+    )
     assert message(store.verify) == expected
     assert message(lambda: TokenStore.open(appended, verify=True)) == expected
     assert subprocess.run(check, cwd=appended, check=False).returncode == 1
     (appended / name).unlink()
-    assert message(store.verify) == f"{appended / name}: this file is missing; {RESTORE}"
+    assert (
+        message(store.verify) == f"{appended / name}: this file is missing; {RESTORE}"
+    )
 
 
 def test_several_changed_files_are_all_told(appended):
@@ -124,7 +150,10 @@ def test_a_lost_or_cut_list_is_damage(appended):
     path = appended / "checksums.sha256"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     store = TokenStore.open(appended)
-    assert message(store.verify) == f"{path}: this file has changed since it was written; {RESTORE}"
+    assert (
+        message(store.verify)
+        == f"{path}: this file has changed since it was written; {RESTORE}"
+    )
     path.unlink()
     assert message(store.verify) == f"{path}: this file is missing; {RESTORE}"
 
@@ -149,8 +178,9 @@ def test_files_of_two_packing_indices_are_not_exchanged_unnoticed(appended, capf
     )
     flip_bit(second / "sequence_offsets.npy")
     exchange(first, second)
-    assert f"{first}: this folder holds the packing index {second.name}; delete this" in message(
-        lambda: open_index(appended, 40)
+    assert (
+        f"{first}: this folder holds the packing index {second.name}; delete this"
+        in message(lambda: open_index(appended, 40))
     )
     exchange(first, second)
     for path in (second / "index.json", second / "checksums.sha256"):
@@ -163,7 +193,9 @@ def test_files_of_two_packing_indices_are_not_exchanged_unnoticed(appended, capf
 
 
 def test_the_loader_verifies_its_index_where_it_is_told_to(appended):
-    config = LoaderConfig(seq_len=32, batch_size=4, packing="best_fit", packing_block=40)
+    config = LoaderConfig(
+        seq_len=32, batch_size=4, packing="best_fit", packing_block=40
+    )
     store = TokenStore.open(appended)
     make_batches({"a": store}, {"a": 1}, config, seed=0)
     (folder,) = (appended / "packing").iterdir()

@@ -1,4 +1,5 @@
-"""Stores in object stores, read through TensorStore's drivers from an S3 server on loopback."""
+"""Stores in object stores, read through TensorStore's drivers from an S3 server on
+loopback."""
 
 import pickle
 from pathlib import Path
@@ -21,7 +22,9 @@ def s3():
     """A bucket on a server of its own; the drivers read its address once."""
     reason = "needs an S3 server: pip install 'moto[server]'"
     server_module = pytest.importorskip("moto.server", reason=reason)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = server_module.ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +67,10 @@ def test_reads_as_from_a_disk(url, appended):
     assert load_tokenizer(folder).fingerprint == store.manifest.tokenizer_fingerprint
     for packing in ("concat", "best_fit"):
         config = LoaderConfig(seq_len=32, batch_size=4, packing=packing)
-        a, b = (make_batches({"a": s}, {"a": 1}, config, seed=0).rows(3) for s in (store, local))
+        a, b = (
+            make_batches({"a": s}, {"a": 1}, config, seed=0).rows(3)
+            for s in (store, local)
+        )
         assert all(np.array_equal(a[name], b[name]) for name in a)
     assert describe_store(store)["path"] == summary_table(store).title == url
 
@@ -72,17 +78,26 @@ def test_reads_as_from_a_disk(url, appended):
 def test_what_is_wrong_is_said(s3, url):
     with pytest.raises(MaxlmError) as error:
         TokenStore.open("s3://corpora/none")
-    assert str(error.value) == f"s3://corpora/none: there is no token store here; {NETWORK}"
-    with pytest.raises(MaxlmError, match="https://corpora/none: stores cannot be read from https"):
+    assert (
+        str(error.value)
+        == f"s3://corpora/none: there is no token store here; {NETWORK}"
+    )
+    with pytest.raises(
+        MaxlmError, match="https://corpora/none: stores cannot be read from https"
+    ):
         TokenStore.open("https://corpora/none")
     store, key = TokenStore.open(url), "web/a/segments/000001/tokens/c/0"
     s3.put_object(Bucket="corpora", Key=key, Body=b"damage")
-    with pytest.raises(MaxlmError, match=f"s3://corpora/{key}: this file has changed since it was"):
+    with pytest.raises(
+        MaxlmError, match=f"s3://corpora/{key}: this file has changed since it was"
+    ):
         store.verify()
     s3.delete_object(Bucket="corpora", Key=key)
     with pytest.raises(MaxlmError, match=f"s3://corpora/{key}: this file is missing"):
         store.verify()
-    with pytest.raises(MaxlmError, match=r"cannot read tokens .*segments/000001/tokens/c/0"):
+    with pytest.raises(
+        MaxlmError, match=r"cannot read tokens .*segments/000001/tokens/c/0"
+    ):
         TokenStore.open(url).document(50)
 
 

@@ -27,10 +27,16 @@ def test_as_an_array(seed, size, sigma):
     array = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     made = offsets_of(array)
     values = np.concatenate(
-        [random.integers(0, array[-1] + 1, 40), random.choice(array, 40), [0, array[-1]]]
+        [
+            random.integers(0, array[-1] + 1, 40),
+            random.choice(array, 40),
+            [0, array[-1]],
+        ]
     )
     assert made.size == array.size
-    assert np.array_equal(made.searchsorted(values, "right"), array.searchsorted(values, "right"))
+    assert np.array_equal(
+        made.searchsorted(values, "right"), array.searchsorted(values, "right")
+    )
     some = random.integers(0, size, 30)
     assert np.array_equal(made[some], array[some])
     low, high = np.sort(random.integers(0, size + 1, 2))
@@ -39,9 +45,12 @@ def test_as_an_array(seed, size, sigma):
 
 
 def test_a_store_of_many_documents_reads_chunks(tmp_path, byte_tokenizer, monkeypatch):
-    """The same batches as with all offsets in memory, and the same verdict of verify."""
+    """The same batches as with all offsets in memory, and the same verdict of
+    verify."""
     texts = [f"{i} " + "x" * (i % 7) for i in range(3 * CHUNK_OFFSETS)]
-    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "{text}"}}\n' for text in texts)
+    )
     source = SourceConfig(documents=(str(tmp_path / "a.jsonl"),))
     build_store(source, byte_tokenizer(), tmp_path / "store", workers=1)
     whole = TokenStore.open(tmp_path / "store")
@@ -53,7 +62,8 @@ def test_a_store_of_many_documents_reads_chunks(tmp_path, byte_tokenizer, monkey
     for packing in ("concat", "best_fit"):
         config = LoaderConfig(seq_len=64, batch_size=16, packing=packing)
         first, second = (
-            make_batches({"a": store}, {"a": 1}, config, seed=0) for store in (whole, chunks)
+            make_batches({"a": store}, {"a": 1}, config, seed=0)
+            for store in (whole, chunks)
         )
         for step in (0, 5, 10**9):
             a, b = first.rows(step), second.rows(step)
@@ -62,7 +72,8 @@ def test_a_store_of_many_documents_reads_chunks(tmp_path, byte_tokenizer, monkey
 
 
 class SimulatedStore:
-    """Documents of 500 to 1,500 tokens whose offsets are computed, so that there may be 10^10."""
+    """Documents of 500 to 1,500 tokens whose offsets are computed, so that there may be
+    10^10."""
 
     path, offsets_sha256 = None, ""
 

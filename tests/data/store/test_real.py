@@ -13,7 +13,11 @@ from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenize
 
 @pytest.fixture(scope="module")
 def texts():
-    words = [f"{a}{b}" for a in ("foo", "bar", "naïve ", "qu") for b in ("x", "yz", "é\n", " 7")]
+    words = [
+        f"{a}{b}"
+        for a in ("foo", "bar", "naïve ", "qu")
+        for b in ("x", "yz", "é\n", " 7")
+    ]
     pick = random.Random(0)
     return ["".join(pick.choices(words, k=pick.randrange(1, 400))) for _ in range(300)]
 
@@ -37,20 +41,28 @@ def reference(folder):
 
 
 @pytest.mark.parametrize(("name", "opens"), [("smollm2", False), ("llama2", True)])
-def test_documents_open_as_an_imported_tokenizer_says(tmp_path, folder, texts, capfd, name, opens):
+def test_documents_open_as_an_imported_tokenizer_says(
+    tmp_path, folder, texts, capfd, name, opens
+):
     from maxlm.data.tokenizer import import_tokenizer
     from tests.data.tokenizer.foreign import write_checkpoint
 
     tokenizer = import_tokenizer(write_checkpoint(tmp_path / name, name))
     tokenizer.save(tmp_path / "tokenizer")
     source = SourceConfig(documents=(str(folder / "corpus.jsonl"),))
-    manifest = build_store(source, tmp_path / "tokenizer", tmp_path / "store", workers=1)
+    manifest = build_store(
+        source, tmp_path / "tokenizer", tmp_path / "store", workers=1
+    )
     store = TokenStore.open(tmp_path / "store")
     assert manifest.bos_id == (tokenizer.bos_id if opens else None)
     for index in range(0, len(texts), 50):
         ids = tokenizer.encode(texts[index])
         assert store.text_tokens(index).tolist() == ids
-        assert store.document(index).tolist() == [*tokenizer.prefix_ids, *ids, tokenizer.eos_id]
+        assert store.document(index).tolist() == [
+            *tokenizer.prefix_ids,
+            *ids,
+            tokenizer.eos_id,
+        ]
         assert main(["corpus", "show", str(store.path), str(index)]) == 0
         assert capfd.readouterr().out == texts[index]
     store.verify()
@@ -67,7 +79,11 @@ def test_number_of_workers_does_not_change_the_store(
     build_store(source, folder / "tokenizer", out, **options)
     assert folder_bytes(out) == folder_bytes(reference)
     size = (folder / "corpus.jsonl").stat().st_size
-    assert [stage for stage in stages if stage[0] == "tokenizing"][-1] == ("tokenizing", size, size)
+    assert [stage for stage in stages if stage[0] == "tokenizing"][-1] == (
+        "tokenizing",
+        size,
+        size,
+    )
     tokens = TokenStore.open(reference).num_tokens
     assert stages[-1] == ("writing tokens", tokens, tokens)
 
@@ -80,8 +96,22 @@ def run(capsysbinary, *arguments) -> tuple[int, str, str]:
 
 def test_commands(tmp_path, capsysbinary, folder, texts):
     out = tmp_path / "store"
-    arguments = ["corpus", "build", folder / "corpus.jsonl", "--tokenizer", folder / "tokenizer"]
-    arguments += ["--out", out, "--workers", 1, "--split", "heldout", "--heldout-fraction"]
+    arguments = [
+        "corpus",
+        "build",
+        folder / "corpus.jsonl",
+        "--tokenizer",
+        folder / "tokenizer",
+    ]
+    arguments += [
+        "--out",
+        out,
+        "--workers",
+        1,
+        "--split",
+        "heldout",
+        "--heldout-fraction",
+    ]
     code, printed, err = run(capsysbinary, *arguments, 0.2)
     assert code == 0, err
     held = [text for text in texts if is_heldout(text, 0.2)]
@@ -89,7 +119,10 @@ def test_commands(tmp_path, capsysbinary, folder, texts):
     assert "tokenizing: " in err
     code, _, err = run(capsysbinary, *arguments, 0.3)
     assert (code, err.count("\n")) == (2, 1)
-    assert "from other inputs: heldout_fraction was 0.2, now 0.3; choose another folder" in err
+    assert (
+        "from other inputs: heldout_fraction was 0.2, now 0.3; choose another folder"
+        in err
+    )
     about = json.loads(run(capsysbinary, "corpus", "info", out, "--json")[1])
     assert about["num_documents"] == len(held)
     assert about["text_bytes"] == sum(len(text.encode()) for text in held)
@@ -99,9 +132,13 @@ def test_commands(tmp_path, capsysbinary, folder, texts):
     assert f"{len(held):,} documents, {about['num_tokens']:,} tokens" in printed
     assert run(capsysbinary, "corpus", "show", out, 5) == (0, held[5], "")
     _, printed, _ = run(capsysbinary, "corpus", "show", out, 5, "--tokens")
-    assert [int(i) for i in printed.split()] == TokenStore.open(out).document(5).tolist()
+    assert [int(i) for i in printed.split()] == TokenStore.open(out).document(
+        5
+    ).tolist()
     code, _, err = run(capsysbinary, "corpus", "show", out, 300)
     assert code == 2
-    assert err.startswith(f"error: {out}: there is no document 300; the store has {len(held)}; ")
+    assert err.startswith(
+        f"error: {out}: there is no document 300; the store has {len(held)}; "
+    )
     assert run(capsysbinary, *arguments, 0.3, "--force")[0] == 0
     assert TokenStore.open(out).manifest.heldout_fraction == 0.3

@@ -1,4 +1,5 @@
-"""A build that was stopped goes on from its finished parts and ends the same, bit for bit."""
+"""A build that was stopped goes on from its finished parts and ends the same, bit for
+bit."""
 
 import fcntl
 import json
@@ -19,7 +20,9 @@ from maxlm.data.store import build as build_module
 @pytest.fixture
 def corpus(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(40)))
+    path.write_text(
+        "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(40))
+    )
     return SourceConfig(documents=(str(path),))
 
 
@@ -41,8 +44,11 @@ def stop_after(count, monkeypatch, name="tokenize_part", module=build_module):
     return calls
 
 
-def build_until_stopped(source, tokenizer, out, count, name="tokenize_part", **settings):
-    """Build, stopped at call number `count` of `name`; returns the parts that were made."""
+def build_until_stopped(
+    source, tokenizer, out, count, name="tokenize_part", **settings
+):
+    """Build, stopped at call number `count` of `name`; returns the parts that were
+    made."""
     with pytest.MonkeyPatch.context() as patch:
         made = stop_after(count if name == "tokenize_part" else 10**9, patch)
         if name != "tokenize_part":
@@ -68,7 +74,9 @@ def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
         build_until_stopped(corpus, byte_tokenizer(), out, count, **SETTINGS)
         done += count
         assert not out.exists()
-    calls = build_until_stopped(corpus, byte_tokenizer(), out, 0, "create_array", **SETTINGS)
+    calls = build_until_stopped(
+        corpus, byte_tokenizer(), out, 0, "create_array", **SETTINGS
+    )
     with pytest.MonkeyPatch.context() as patch:
         again = stop_after(0, patch)
         build_store(corpus, byte_tokenizer(), out, **SETTINGS)
@@ -90,7 +98,9 @@ def test_a_part_that_a_power_failure_left_empty_is_made_again(
     assert folder_bytes(tmp_path / "store") == folder_bytes(tmp_path / "unbroken")
 
 
-def test_a_kill_while_a_store_is_replaced_loses_neither(tmp_path, corpus, byte_tokenizer):
+def test_a_kill_while_a_store_is_replaced_loses_neither(
+    tmp_path, corpus, byte_tokenizer
+):
     out, tokenizer = tmp_path / "store", byte_tokenizer(7)
     old = build_store(corpus, byte_tokenizer(), out, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +111,9 @@ def test_a_kill_while_a_store_is_replaced_loses_neither(tmp_path, corpus, byte_t
     with pytest.raises(MaxlmError, match="built from other inputs: another tokenizer"):
         build_store(corpus, tokenizer, out, **SETTINGS)
     assert TokenStore.open(out).manifest == old
-    (tmp_path / ".store.building" / "replaced" / "left").mkdir(parents=True)  # By a later kill.
+    (tmp_path / ".store.building" / "replaced" / "left").mkdir(
+        parents=True
+    )  # By a later kill.
     new = build_store(corpus, tokenizer, out, force=True, **SETTINGS)
     assert TokenStore.open(out).manifest == new != old
     assert not (tmp_path / ".store.building").exists()
@@ -132,7 +144,9 @@ def test_two_builds_of_one_store_do_not_mix(tmp_path, corpus, byte_tokenizer):
     building.mkdir()
     with open(building / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(MaxlmError, match=r"store.building: another process is at work in this"):
+        with pytest.raises(
+            MaxlmError, match=r"store.building: another process is at work in this"
+        ):
             build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
     build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
 
@@ -165,12 +179,19 @@ def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes
     build_store(corpus, byte_tokenizer(), tmp_path / "alone", **SETTINGS)
     script = [sys.executable, "-c", textwrap.dedent(JOINED), str(tmp_path)]
     script.append(os.path.dirname(__file__))
-    builders = [subprocess.Popen(script, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    builders = [
+        subprocess.Popen(script, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     first = builders[0].stdout.readline()
     if kill:
         builders[0].kill()
-    made = (first + "".join(builder.communicate(timeout=300)[0] for builder in builders)).split()
-    assert [builder.returncode for builder in builders] == [-signal.SIGKILL if kill else 0, 0]
+    made = (
+        first + "".join(builder.communicate(timeout=300)[0] for builder in builders)
+    ).split()
+    assert [builder.returncode for builder in builders] == [
+        -signal.SIGKILL if kill else 0,
+        0,
+    ]
     # Each part once; of the one being made twice, if its builder was killed.
     assert len(made) - len(set(made)) <= kill
     assert folder_bytes(tmp_path / "store") == folder_bytes(tmp_path / "alone")
@@ -179,7 +200,9 @@ def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes
 
 
 @pytest.mark.parametrize("name", ["tokenize_part", "create_array", "write_manifest"])
-def test_a_killed_append_goes_on(tmp_path, sources, byte_tokenizer, appended, folder_bytes, name):
+def test_a_killed_append_goes_on(
+    tmp_path, sources, byte_tokenizer, appended, folder_bytes, name
+):
     out = tmp_path / "again"
     build_store(sources[0], byte_tokenizer(), out, workers=1)
     append_store(sources[1], out, workers=1)

@@ -24,7 +24,9 @@ FLAT = np.concatenate([np.array([256, *text, 257], np.uint16) for text in TEXTS]
 def store(tmp_path, byte_tokenizer, small_shards, set_part_bytes):
     """Several shards of several chunks, with ragged ends."""
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text.decode()}) + "\n" for text in TEXTS))
+    path.write_text(
+        "".join(json.dumps({"text": text.decode()}) + "\n" for text in TEXTS)
+    )
     source = SourceConfig(documents=(str(path),))
     set_part_bytes(300)
     build_store(source, byte_tokenizer(), tmp_path / "store", workers=1)
@@ -57,7 +59,9 @@ def test_documents(store):
         assert store.document(index).tolist() == [256, *TEXTS[index], 257]
     for index in (-1, len(TEXTS)):
         found = fails(lambda index=index: store.document(index))
-        assert found.endswith(f"there is no document {index}; the store has 61; choose 0 to 60")
+        assert found.endswith(
+            f"there is no document {index}; the store has 61; choose 0 to 60"
+        )
 
 
 def test_pickles_small_and_reopens(store):
@@ -91,10 +95,16 @@ def test_damaged_manifests(store):
         f"{path}: damaged manifest (it has changed since it was written); {REBUILD}"
     )
     found = fails(edit_manifest(store, num_documents=3))
-    assert "damaged store: offsets are int64 [62], the manifest says int64 [4]; " in found
-    assert "store format 9; this maxlm reads 1" in fails(edit_manifest(store, format_version=9))
+    assert (
+        "damaged store: offsets are int64 [62], the manifest says int64 [4]; " in found
+    )
+    assert "store format 9; this maxlm reads 1" in fails(
+        edit_manifest(store, format_version=9)
+    )
     path.write_text("{")
-    assert fails(lambda: TokenStore.open(store.path)).startswith(f"{path}: damaged manifest (")
+    assert fails(lambda: TokenStore.open(store.path)).startswith(
+        f"{path}: damaged manifest ("
+    )
 
 
 @pytest.mark.parametrize("damage", [None, -20, 5])
@@ -120,13 +130,17 @@ def overwrite(store, name, index, value):
 
 def test_verify_finds_wrong_values(store, monkeypatch):
     monkeypatch.setattr("maxlm.data.store.store.check_files", lambda *_: None)
-    assert "token 300 lies outside the vocabulary" in fails(overwrite(store, "tokens", 7, 300))
+    assert "token 300 lies outside the vocabulary" in fails(
+        overwrite(store, "tokens", 7, 300)
+    )
     found = fails(overwrite(store, "tokens", 7, 5))
     assert "the tokens of segment 0 are not those that were written" in found
     overwrite(store, "tokens", 7, int(FLAT[7]))()
     for index, value in ((3, 0), (0, 1)):
         before = int(store.offsets[index])
-        assert "offsets do not rise from 0" in fails(overwrite(store, "offsets", index, value))
+        assert "offsets do not rise from 0" in fails(
+            overwrite(store, "offsets", index, value)
+        )
         overwrite(store, "offsets", index, before)
     found = fails(overwrite(store, "offsets", 61, len(FLAT) + 9))
     assert f"offsets end at {len(FLAT) + 9}, not at {len(FLAT)}; {REBUILD}" in found
@@ -142,8 +156,8 @@ def test_check_tokenizer(store, byte_tokenizer):
 
 
 def test_no_flipped_bit_is_read_as_another_value(tmp_path, monkeypatch):
-    """Of tokens, offsets, the manifest and, verified, other files and the packing index; the script
-    flips more."""
+    """Of tokens, offsets, the manifest and, verified, other files and the packing
+    index; the script flips more."""
     monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
     bit_flips = importlib.import_module("bit_flips")
     found = bit_flips.count_flips(bit_flips.make_kinds(tmp_path), 6, seed=32)

@@ -15,7 +15,10 @@ def sample_texts() -> list[str]:
     """Real code and prose, and two other scripts: enough for some thousand pieces."""
     source = inspect.getsource(textwrap) + inspect.getsource(shlex)
     paragraphs = [f"{part}\n\n" for part in source.split("\n\n")]
-    return [*paragraphs, *["größer über Straße, où été\n", "猫が好きです。犬も好きです。\n"] * 8]
+    return [
+        *paragraphs,
+        *["größer über Straße, où été\n", "猫が好きです。犬も好きです。\n"] * 8,
+    ]
 
 
 def config(kind: str, **changes) -> TokenizerConfig:

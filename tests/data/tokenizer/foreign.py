@@ -1,4 +1,5 @@
-"""Small tokenizers in the manner of well-known models, built with the `tokenizers` library."""
+"""Small tokenizers in the manner of well-known models, built with the `tokenizers`
+library."""
 
 import json
 from pathlib import Path
@@ -45,7 +46,9 @@ def smollm2() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     _train_bytes(tokenizer)
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("    "), "fox hole"])
+    tokenizer.add_tokens(
+        [AddedToken("<tool>", normalized=False), AddedToken("    "), "fox hole"]
+    )
     return tokenizer
 
 
@@ -55,7 +58,9 @@ def qwen() -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), "isolated"),
+            pre_tokenizers.Split(
+                Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), "isolated"
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -67,7 +72,8 @@ def qwen() -> Tokenizer:
 
 
 def roberta() -> Tokenizer:
-    """Byte-level BPE that puts a space before a text, and swallows the one before <mask>."""
+    """Byte-level BPE that puts a space before a text, and swallows the one before
+    <mask>."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,7 +86,8 @@ def roberta() -> Tokenizer:
 
 
 def llama2() -> Tokenizer:
-    """BPE of characters with byte fallback; the normaliser puts the mark before a text."""
+    """BPE of characters with byte fallback; the normaliser puts the mark before a
+    text."""
     tokenizer = _fallback()
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -144,12 +151,19 @@ def bert() -> Tokenizer:
     return tokenizer
 
 
-MAKERS = {make.__name__: make for make in (smollm2, qwen, roberta, llama2, gemma, t5, bert)}
+MAKERS = {
+    make.__name__: make for make in (smollm2, qwen, roberta, llama2, gemma, t5, bert)
+}
 
 
 def added(content: str) -> dict:
     """A token as tokenizer_config.json may have it."""
-    return {"__type": "AddedToken", "content": content, "lstrip": False, "special": True}
+    return {
+        "__type": "AddedToken",
+        "content": content,
+        "lstrip": False,
+        "special": True,
+    }
 
 
 ROLES = {
@@ -181,7 +195,9 @@ def write_checkpoint(folder: Path, name: str) -> Path:
 
 def _train_bytes(tokenizer: Tokenizer) -> None:
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
 

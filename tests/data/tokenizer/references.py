@@ -13,7 +13,8 @@ _PIECES = (
 
 
 def fuzz_texts(count: int, seed: int = 0) -> list[str]:
-    """Random valid texts: code points of all planes, words, blanks, and runs of one of them."""
+    """Random valid texts: code points of all planes, words, blanks, and runs of one of
+    them."""
     chance = random.Random(seed)
 
     def char() -> str:
@@ -32,13 +33,29 @@ def fuzz_texts(count: int, seed: int = 0) -> list[str]:
         if kind < 0.85:
             return "".join(chance.choices(_WHITE, k=chance.randrange(1, 6)))
         if kind < 0.9:
-            return chance.choice((char(), chance.choice(_PIECES))) * chance.randrange(2, 60)
+            return chance.choice((char(), chance.choice(_PIECES))) * chance.randrange(
+                2, 60
+            )
         return chr(chance.randrange(0x20, 0x7F)) * chance.randrange(1, 4)
 
-    return ["".join([part() for _ in range(chance.randrange(25))]) for _ in range(count)]
+    return [
+        "".join([part() for _ in range(chance.randrange(25))]) for _ in range(count)
+    ]
 
 
 def long_texts(length: int = 100_000) -> list[str]:
     """Runs that make regular expressions and merges work hard."""
-    chars = ("a", " ", "\t\n", "a ", "!", "1", "猫", "e\u0301", "\U0010ffff", "aB", "\0")
+    chars = (
+        "a",
+        " ",
+        "\t\n",
+        "a ",
+        "!",
+        "1",
+        "猫",
+        "e\u0301",
+        "\U0010ffff",
+        "aB",
+        "\0",
+    )
     return [char * (length // len(char)) for char in chars] + ["x" + " " * length + "y"]

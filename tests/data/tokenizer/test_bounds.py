@@ -1,5 +1,5 @@
-"""Promise: a text never has fewer tokens than its bound says, for any tokenizer and any text; a
-text that is far too long is told from its bound."""
+"""Promise: a text never has fewer tokens than its bound says, for any tokenizer and any
+text; a text that is far too long is told from its bound."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,9 @@ from maxlm.data.tokenizer.huggingface import build_byte_alphabet
 from tests.data.tokenizer.foreign import MAKERS, write_checkpoint
 from tests.data.tokenizer.references import fuzz_texts, long_texts
 
-# What normalizers make shorter: canonical compositions (the first is one character of four), signs
-# that stand for a letter, wide and mathematical letters, accents and controls that some drop; and
-# words that are unknown as a whole.
+# What normalizers make shorter: canonical compositions (the first is one character of
+# four), signs that stand for a letter, wide and mathematical letters, accents and
+# controls that some drop; and words that are unknown as a whole.
 SHRINKING = [
     "\u03b1\u0313\u0300\u0345" * 50,
     "\u1112\u1161\u11ab" * 50,
@@ -38,7 +38,12 @@ def list_special_texts(tokenizer: Tokenizer) -> list[str]:
 
 def check_bound(tokenizer: Tokenizer) -> None:
     bound = make_token_count_bound(tokenizer)
-    texts = [*SHRINKING, *fuzz_texts(150, 7), *long_texts(5_000), *list_special_texts(tokenizer)]
+    texts = [
+        *SHRINKING,
+        *fuzz_texts(150, 7),
+        *long_texts(5_000),
+        *list_special_texts(tokenizer),
+    ]
     texts += ["\ud800 lone \udfff", "\ufdd0" * 30]
     for text in texts:
         for allow_special in (False, True):

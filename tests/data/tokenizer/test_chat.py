@@ -27,9 +27,11 @@ MESSAGES = [
     {"role": "assistant", "content": "yes", "reasoning": "because"},
 ]  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "<é>"}}]
-# What published templates do: macros, namespaces, loop controls, tojson, dates, generation marks.
+# What published templates do: macros, namespaces, loop controls, tojson, dates,
+# generation marks.
 TEMPLATES = {
-    "plain": "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{{ eos_token }}\n"
+    "plain": "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{{ "
+    "eos_token }}\n"
     "{% endfor %}\n{%- if add_generation_prompt %}<|assistant|>{% endif %}",
     "layout": """{{ bos_token }}
 {%- set ns = namespace(found=false, n=0) %}
@@ -44,12 +46,15 @@ TEMPLATES = {
 {% endfor %}
 {{ ns.n }} {{ messages | length }} {{ messages[0].get('name', 'none') }} {{ missing is defined }}
 """,
-    "tools": "{% if tools %}{{ tools | tojson(indent=2) }}{{ tools[0] | tojson }}{% endif %}"
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "tools": "{% if tools %}{{ tools | tojson(indent=2) }}{{ tools[0] | tojson }}{% "
+    "endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content "
+    "}}"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}{{ thinking }}"
     "{{ documents is none }}{{ messages[-1:][0] | tojson(sort_keys=true) }}",
     "reasoning": "{{ messages[4].reasoning_content }}|{{ messages[4].thinking }}",
-    "date": "{{ strftime_now('%Y') | length }}{{ messages[0]['content'].split('b')[0] | tojson }}",
+    "date": "{{ strftime_now('%Y') | length }}{{ messages[0]['content'].split('b')[0] "
+    "| tojson }}",
 }
 
 
@@ -104,7 +109,9 @@ def test_templates_in_older_places(tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece_unigram"])
-def test_a_trained_one_knows_its_roles(kind, chat, expected, make_config, texts, tmp_path):
+def test_a_trained_one_knows_its_roles(
+    kind, chat, expected, make_config, texts, tmp_path
+):
     ours = train_tokenizer(make_config(kind, chat=chat), texts)
     ours.save(tmp_path / "t")
     loaded = load_tokenizer(tmp_path / "t")
@@ -168,7 +175,9 @@ def test_templates_that_refuse_or_break(tmp_path):
     }
     for i, (template, words) in enumerate(cases.items()):
         ours = with_template(tmp_path / str(i), template)
-        with pytest.raises(MaxlmError, match=f"template cannot write this conversation: .*{words}"):
+        with pytest.raises(
+            MaxlmError, match=f"template cannot write this conversation: .*{words}"
+        ):
             render_chat(ours, MESSAGES)
 
 
@@ -183,7 +192,9 @@ def test_what_is_no_conversation(make_config, texts, messages):
 def test_no_character_is_taken_out_of_messages(make_config, texts):
     ours = train_tokenizer(make_config("bpe", chat="chatml"), texts)
     content = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-    assert content in ours.decode(encode_chat(ours, [{"role": "user", "content": content}]))
+    assert content in ours.decode(
+        encode_chat(ours, [{"role": "user", "content": content}])
+    )
 
 
 def test_a_message_with_every_character_is_refused_and_with_almost_every_one_is_not(
@@ -210,8 +221,11 @@ def test_lone_surrogates_are_their_bytes(make_config, texts, content):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_literal_in_one_message_changes_no_other_ids(tmp_path, name):
-    """Spaces beside special tokens, and at the beginning alone, are the library's business."""
-    literals = {"bert": ("[CLS]", "[SEP]"), "roberta": ("<s>", "<mask>")}.get(name, ("<s>", "</s>"))
+    """Spaces beside special tokens, and at the beginning alone, are the library's
+    business."""
+    literals = {"bert": ("[CLS]", "[SEP]"), "roberta": ("<s>", "<mask>")}.get(
+        name, ("<s>", "</s>")
+    )
     if name in ("smollm2", "qwen"):
         literals = ("<|endoftext|>", "<|im_end|>")
     turn = "{{ m.role }} {{ m.content }} " + literals[1] + " so on "
@@ -229,6 +243,8 @@ def test_a_literal_in_one_message_changes_no_other_ids(tmp_path, name):
 
 
 def test_chat_adds_its_tokens_once():
-    config = TokenizerConfig(chat="chatml", eos="<|im_end|>", extra_special_tokens=("<|tool|>",))
+    config = TokenizerConfig(
+        chat="chatml", eos="<|im_end|>", extra_special_tokens=("<|tool|>",)
+    )
     names = ("<|endoftext|>", "<|im_end|>", "<|tool|>", "<|im_start|>")
     assert config.special_literals == names

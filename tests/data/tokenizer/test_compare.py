@@ -27,7 +27,10 @@ def test_counts_by_text_and_over_all_are_those_of_the_ids(tokenizers, tmp_path, 
     (tmp_path / "de.txt").write_bytes(GERMAN)
     # The second as a file that was never imported.
     names = [str(tmp_path / "bytes"), str(tmp_path / "words" / "tokenizer.json")]
-    groups = {str(tmp_path / "en.jsonl"): [ENGLISH] * 300, str(tmp_path / "de.txt"): [GERMAN]}
+    groups = {
+        str(tmp_path / "en.jsonl"): [ENGLISH] * 300,
+        str(tmp_path / "de.txt"): [GERMAN],
+    }
     arguments = ["tokenizer", "compare", *names, "--json", "--", *groups]
     assert main(arguments) == 0
     measured = json.loads(capfd.readouterr().out)
@@ -41,7 +44,9 @@ def test_counts_by_text_and_over_all_are_those_of_the_ids(tokenizers, tmp_path, 
             tokens = sum(map(len, ids))
             assert (measures["documents"], measures["tokens"]) == (len(texts), tokens)
             assert measures["bytes_per_token"] == sum(map(len, texts)) / tokens
-            assert measures["fertility"] == tokens / sum(len(text.split()) for text in texts)
+            assert measures["fertility"] == tokens / sum(
+                len(text.split()) for text in texts
+            )
             assert measures["used_ids"] == len(set().union(*ids))
     assert [measured["all"][name]["unknown"] for name in names] == [0, 300 + 2]
     assert main([argument for argument in arguments if argument != "--json"]) == 0
@@ -67,7 +72,13 @@ def test_groups_may_be_languages(tokenizers, tmp_path, capfd):
     }
     for name, line in lines.items():
         (tmp_path / f"{name}.txt").write_text(line * 5)
-    arguments = ["tokenizer", "compare", str(tmp_path / "t"), str(tmp_path / "t"), "--by-language"]
+    arguments = [
+        "tokenizer",
+        "compare",
+        str(tmp_path / "t"),
+        str(tmp_path / "t"),
+        "--by-language",
+    ]
     assert main([*arguments, "--json", "--", f"{tmp_path}/*.txt"]) == 0
     measured = json.loads(capfd.readouterr().out)
     assert list(measured) == ["de", "en", "all"]

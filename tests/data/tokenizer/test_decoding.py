@@ -67,5 +67,7 @@ def test_without_a_decoder_tokens_stand_apart():
     ],
 )
 def test_decoders_that_look_at_the_whole_text_are_refused(decoder):
-    with pytest.raises(MaxlmError, match="cannot decode token by token with the decoder"):
+    with pytest.raises(
+        MaxlmError, match="cannot decode token by token with the decoder"
+    ):
         TokenDecoder(decoder, state(decoder))

@@ -29,19 +29,24 @@ def test_a_loaded_tokenizer_is_the_saved_one(tokenizer, folder, tmp_path):
     for copy in (loaded, pickle.loads(pickle.dumps(tokenizer))):
         assert copy.fingerprint == tokenizer.fingerprint
         assert copy.encode(TEXT) == tokenizer.encode(TEXT)
-    assert sorted(path.name for path in folder.parent.rglob("*") if path.is_file()) == sorted(
-        ["maxlm_tokenizer.json", tokenizer.codec.file_name]
-    )
+    assert sorted(
+        path.name for path in folder.parent.rglob("*") if path.is_file()
+    ) == sorted(["maxlm_tokenizer.json", tokenizer.codec.file_name])
     loaded.save(tmp_path / "again")
     for path in folder.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_saving_over_another_kind_leaves_nothing_of_it(tokenizer, make_config, texts, folder):
+def test_saving_over_another_kind_leaves_nothing_of_it(
+    tokenizer, make_config, texts, folder
+):
     other = train_tokenizer(make_config("bpe", vocab_size=300), texts)
     other.save(folder)
     assert load_tokenizer(folder).fingerprint == other.fingerprint
-    assert {path.name for path in folder.iterdir()} == {"maxlm_tokenizer.json", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "maxlm_tokenizer.json",
+        "tokenizer.json",
+    }
 
 
 def test_fingerprint_tells_roles_and_vocabularies_apart(make_config, texts):
@@ -58,7 +63,9 @@ def test_what_is_no_folder_of_a_tokenizer(folder, tmp_path):
     assert not has_tokenizer_files(tmp_path)
     (tmp_path / "file").write_text("")
     for name, what in (("missing", "no such folder"), ("file", "not a folder")):
-        assert f"{tmp_path / name}: {what}; name" in message(load_tokenizer, tmp_path / name)
+        assert f"{tmp_path / name}: {what}; name" in message(
+            load_tokenizer, tmp_path / name
+        )
 
 
 def test_missing_files(folder):
@@ -70,10 +77,20 @@ def test_missing_files(folder):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("{", "damaged tokenizer file (Invalid JSON: EOF while parsing an object at line 1"),
+        (
+            "{",
+            "damaged tokenizer file (Invalid JSON: EOF while parsing an object at line "
+            "1",
+        ),
         ({"kind": "morphemes"}, "damaged tokenizer file (kind: Input should be 'bpe',"),
-        ({"format": 7}, "tokenizer format 7 is not 1; read it with the version of maxlm that"),
-        ({"carried": ["../config.json"]}, "damaged tokenizer file (carried: ../config.json)"),
+        (
+            {"format": 7},
+            "tokenizer format 7 is not 1; read it with the version of maxlm that",
+        ),
+        (
+            {"carried": ["../config.json"]},
+            "damaged tokenizer file (carried: ../config.json)",
+        ),
     ],
 )
 def test_corrupt_metadata(folder, content, fault):
@@ -96,7 +113,9 @@ def test_model_of_another_tokenizer(folder, make_config, texts, tmp_path):
     train_tokenizer(make_config(kind, vocab_size=590), texts).save(tmp_path / "other")
     path = model_file(folder)
     path.write_bytes(model_file(tmp_path / "other").read_bytes())
-    assert "maxlm_tokenizer.json do not belong together" in message(load_tokenizer, folder)
+    assert "maxlm_tokenizer.json do not belong together" in message(
+        load_tokenizer, folder
+    )
 
 
 def test_unwritable_folder(tokenizer, tmp_path):

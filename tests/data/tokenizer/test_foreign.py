@@ -68,7 +68,15 @@ def test_there_and_back(name, tmp_path):
     ours.save(tmp_path / "kept")
     loaded = load_tokenizer(tmp_path / "kept")
     assert loaded.fingerprint == ours.fingerprint
-    roles = ("bos_id", "eos_id", "pad_id", "prefix_ids", "special_tokens", "vocab_size", "lossless")
+    roles = (
+        "bos_id",
+        "eos_id",
+        "pad_id",
+        "prefix_ids",
+        "special_tokens",
+        "vocab_size",
+        "lossless",
+    )
     for role in roles:
         assert getattr(loaded, role) == getattr(ours, role)
     for special in (False, True):
@@ -89,7 +97,9 @@ def test_there_and_back(name, tmp_path):
 def test_roles_are_looked_for_in_turn(llama):
     ids = {"generation_config.json": 2, "config.json": 1}
     for name, i in ids.items():
-        (llama / name).write_text(json.dumps({"eos_token_id": [i, 0], "pad_token_id": i}))
+        (llama / name).write_text(
+            json.dumps({"eos_token_id": [i, 0], "pad_token_id": i})
+        )
     ours = settings(llama, eos_token="<absent>")
     assert (ours.eos_id, ours.pad_id) == (2, 2)
     (llama / "generation_config.json").write_text('{"eos_token_id": null}')
@@ -111,7 +121,9 @@ def test_an_end_that_is_no_id_is_refused(llama, name, value):
 
 def test_deep_settings_are_refused(llama):
     (llama / "generation_config.json").write_text("[" * 5000 + "]" * 5000)
-    assert "generation_config.json: cannot be read (nested deeper" in message(settings, llama)
+    assert "generation_config.json: cannot be read (nested deeper" in message(
+        settings, llama
+    )
 
 
 def test_a_named_pipe_is_not_waited_for(llama):
@@ -133,16 +145,26 @@ def test_whether_prompts_open_with_bos_is_the_post_processors_word(llama):
 
 
 def test_what_cannot_be_loaded_imported_or_trained(llama, tmp_path):
-    assert "make a tokenizer of it with `maxlm tokenizer import`" in message(load_tokenizer, llama)
+    assert "make a tokenizer of it with `maxlm tokenizer import`" in message(
+        load_tokenizer, llama
+    )
     (tmp_path / "vocab.json").write_text("{}")
-    assert "no tokenizer.json here; let transformers write" in message(import_tokenizer, tmp_path)
+    assert "no tokenizer.json here; let transformers write" in message(
+        import_tokenizer, tmp_path
+    )
     assert "no such folder" in message(import_tokenizer, tmp_path / "missing")
-    assert "damaged tokenizer file" in message(import_tokenizer, tmp_path / "vocab.json")
+    assert "damaged tokenizer file" in message(
+        import_tokenizer, tmp_path / "vocab.json"
+    )
     for content in ("{", "[]"):
         (llama / "tokenizer_config.json").write_text(content)
-        assert "tokenizer_config.json: cannot be read (" in message(import_tokenizer, llama)
+        assert "tokenizer_config.json: cannot be read (" in message(
+            import_tokenizer, llama
+        )
     (llama / "tokenizer.json").write_text("{}")
-    assert "tokenizer.json: damaged tokenizer file (" in message(import_tokenizer, llama)
+    assert "tokenizer.json: damaged tokenizer file (" in message(
+        import_tokenizer, llama
+    )
     assert "is imported, not trained" in message(TokenizerConfig, kind="huggingface")
 
 
@@ -169,7 +191,9 @@ def sentencepiece(folder, **options):
     )
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"bos_token": "<s>", "eos_token": "</s>"}'
+    )
     return folder
 
 
@@ -178,7 +202,12 @@ def test_a_sentencepiece_model_that_changes_nothing_is_taken(tmp_path, model):
     folder = sentencepiece(tmp_path / "checkpoint", model_type=model)
     ours = import_tokenizer(folder)
     assert (ours.kind, ours.lossless) == (f"sentencepiece_{model}", True)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.prefix_ids) == (1, 2, None, (1,))
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.prefix_ids) == (
+        1,
+        2,
+        None,
+        (1,),
+    )
     assert ours.decode(ours.encode(TEXT)) == TEXT
     assert not {1, 2} & set(ours.encode("<s></s>"))
     ours.save(tmp_path / "kept")
@@ -192,4 +221,6 @@ def test_a_sentencepiece_model_that_changes_nothing_is_taken(tmp_path, model):
 )
 def test_a_sentencepiece_model_that_changes_text_is_refused(tmp_path, options):
     folder = sentencepiece(tmp_path / "checkpoint", **options)
-    assert "model changes text, lacks bytes or has tokens" in message(import_tokenizer, folder)
+    assert "model changes text, lacks bytes or has tokens" in message(
+        import_tokenizer, folder
+    )

@@ -1,4 +1,5 @@
-"""Ids against the reference libraries' own on random texts; MAXLM_FUZZ=10000 gives more of them."""
+"""Ids against the reference libraries' own on random texts; MAXLM_FUZZ=10000 gives more
+of them."""
 
 import os
 
@@ -51,7 +52,12 @@ def test_sentencepiece(tmp_path, options):
     texts = [*fuzz_texts(COUNT, 4), *long_texts(20_000), "fox hole<tool>", "  a  b  "]
     found = library.encode(texts)
     assert ours.encode_batch(texts) == found
-    if not options.get("byte_fallback"):  # The library shows U+FFFD for a whole run of bytes.
+    if not options.get(
+        "byte_fallback"
+    ):  # The library shows U+FFFD for a whole run of bytes.
         assert [ours.decode(ids) for ids in found] == library.decode(found)
     ours.save(tmp_path / "kept")
-    assert import_tokenizer(tmp_path / "kept" / "tokenizer.model").encode_batch(texts) == found
+    assert (
+        import_tokenizer(tmp_path / "kept" / "tokenizer.model").encode_batch(texts)
+        == found
+    )

@@ -27,7 +27,8 @@ STRAY = [b"\xff", b"\x80", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f\x91"]
 texts = st.lists(st.sampled_from(TRICKY) | st.text(max_size=3)).map("".join)
 marked = st.lists(st.sampled_from(TRICKY + LITERALS) | st.text(max_size=3)).map("".join)
 raw = st.lists(
-    st.sampled_from([text.encode() for text in TRICKY + LITERALS] + STRAY) | st.binary(max_size=2)
+    st.sampled_from([text.encode() for text in TRICKY + LITERALS] + STRAY)
+    | st.binary(max_size=2)
 ).map(b"".join)
 
 
@@ -98,8 +99,8 @@ def test_text_of_any_ids_is_the_librarys_and_streams(ours, library, numbers):
     for _ in range(2):  # A flush makes it ready for another text.
         pushed = "".join([stream.push(i) for i in ids])
         assert pushed + stream.flush() == ours.decode(ids)
-    # A run of byte tokens that is not all UTF-8 is all U+FFFD in the library; ours shows its
-    # whole characters.
+    # A run of byte tokens that is not all UTF-8 is all U+FFFD in the library; ours
+    # shows its whole characters.
     fallback = {i for i in ids if (library.id_to_token(i) or "").startswith("<0x")}
     ids = [i for i in ids if i not in fallback]
     assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
@@ -108,15 +109,20 @@ def test_text_of_any_ids_is_the_librarys_and_streams(ours, library, numbers):
 @given(marked, st.integers(0, 20))
 def test_streaming_on_from_other_ids(ours, text, cut):
     ids = ours.encode(text, allow_special=True)
-    begun = next((n for n, i in enumerate(ids, 1) if ours.codec.token_bytes[i]), len(ids))
+    begun = next(
+        (n for n, i in enumerate(ids, 1) if ours.codec.token_bytes[i]), len(ids)
+    )
     cut = max(begun, min(cut, len(ids)))
     stream = StreamDecoder(ours, continued=True)
     rest = "".join([stream.push(i) for i in ids[cut:]]) + stream.flush()
     if ids:
-        assert ours.decode_bytes(ids[:cut]) + ours.decode_bytes(ids[cut:], continued=True) == (
-            ours.decode_bytes(ids)
+        assert ours.decode_bytes(ids[:cut]) + ours.decode_bytes(
+            ids[cut:], continued=True
+        ) == (ours.decode_bytes(ids))
+        assert (
+            ours.decode_bytes(ids[cut:], continued=True).decode("utf-8", "replace")
+            == rest
         )
-        assert ours.decode_bytes(ids[cut:], continued=True).decode("utf-8", "replace") == rest
 
 
 @given(raw)
@@ -142,7 +148,9 @@ def test_valid_text_comes_back_from_byte_fallback(name, ours, text):
 def test_stray_bytes_are_shown_elsewhere(ours, data):
     if not ours.lossless:
         assert ours.encode(data) == ours.encode(data.decode("utf-8", "replace"))
-    assert ours.encode("a\ud83d") == ours.encode("a\ud83d".encode("utf-8", "surrogatepass"))
+    assert ours.encode("a\ud83d") == ours.encode(
+        "a\ud83d".encode("utf-8", "surrogatepass")
+    )
 
 
 def test_truncation_padding_and_dropout_of_the_file_are_left_aside(tmp_path):
@@ -174,7 +182,10 @@ def test_special_tokens_that_are_ordinary_text_are_not_called_special(tmp_path):
 def test_byte_tokens_marked_special_keep_the_librarys_ids(name):
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     if name == "unigram":
-        pieces = [(piece, -1.0) for piece in ["<unk>", "</s>", *names, *"▁abcdefx", "ab", "xe"]]
+        pieces = [
+            (piece, -1.0)
+            for piece in ["<unk>", "</s>", *names, *"▁abcdefx", "ab", "xe"]
+        ]
         library = Library(models.Unigram(pieces, 0, byte_fallback=True))
         library.add_special_tokens(["</s>"])
     else:
@@ -184,7 +195,16 @@ def test_byte_tokens_marked_special_keep_the_librarys_ids(name):
     special = [token.content for token in added if token.special]
     ours = HuggingFaceCodec(library.to_str().encode(), special)
     rng = random.Random(7)
-    alphabet = [*TRICKY, *map(chr, range(32)), "\x7f", "नमस्ते", "سلام", "Ω≈ç", "한국어", "🇫🇷"]
+    alphabet = [
+        *TRICKY,
+        *map(chr, range(32)),
+        "\x7f",
+        "नमस्ते",
+        "سلام",
+        "Ω≈ç",
+        "한국어",
+        "🇫🇷",
+    ]
     alphabet.append("👩🏽\u200d🚀")
     strings = ["".join(rng.choices(alphabet, k=rng.randrange(12))) for _ in range(100)]
     strings += ["<0x41>", "a<0x0A>\n<0xE7>猫 <0x", "x</s><0xFF></s>"]

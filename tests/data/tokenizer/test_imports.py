@@ -16,4 +16,6 @@ assert dict(os.environ) == before
 
 
 def test_importing_changes_no_environment_and_loads_no_heavy_library():
-    subprocess.run([sys.executable, "-c", CODE], cwd=Path(__file__).parents[3], check=True)
+    subprocess.run(
+        [sys.executable, "-c", CODE], cwd=Path(__file__).parents[3], check=True
+    )

@@ -19,15 +19,20 @@ def test_cutting_long_texts_changes_no_id(tokenizer, texts, monkeypatch, limit):
     long = [HARD * 3, *texts, "".join(texts), HARD.encode() * 2]
     whole = tokenizer.encode_batch(long)
     monkeypatch.setattr(codec, "SEGMENT_CHARS", limit)
-    pieces = split_segments(HARD * 3, reserved_chars="", cut_pattern=tokenizer.codec.cut_pattern)
+    pieces = split_segments(
+        HARD * 3, reserved_chars="", cut_pattern=tokenizer.codec.cut_pattern
+    )
     assert len(pieces) > 3
     assert "".join(map(str, pieces)) == HARD * 3
     cut = tokenizer.encode_batch(long)
     if tokenizer.kind == "sentencepiece_unigram":
-        # Segmentations of equal likelihood are told apart by rounding: compare what they score.
+        # Segmentations of equal likelihood are told apart by rounding: compare what
+        # they score.
         score = tokenizer.codec._model.get_score
         for one, other in zip(cut, whole, strict=True):
-            assert sum(map(score, one)) == pytest.approx(sum(map(score, other)), rel=1e-6)
+            assert sum(map(score, one)) == pytest.approx(
+                sum(map(score, other)), rel=1e-6
+            )
     else:
         assert cut == whole
 

@@ -14,16 +14,25 @@ TRICKY = [
     " \u2047 ", "e\u0301", "é", "👩‍👩‍👧", "\U0010ffff", "\u0378", "Ġ", "Ċ", "▁the",
     "12345", "don't",
 ]  # fmt: skip
-STRAY = [b"\xff", b"\x80", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f\x91", b"\xc0\x80", b"\xe2\x96"]
+STRAY = [
+    b"\xff",
+    b"\x80",
+    b"\xc3",
+    b"\xed\xa0\x80",
+    b"\xf0\x9f\x91",
+    b"\xc0\x80",
+    b"\xe2\x96",
+]
 
 unicode_text = st.one_of(
-    st.text(), st.lists(st.one_of(st.sampled_from(TRICKY), st.text(max_size=3))).map("".join)
+    st.text(),
+    st.lists(st.one_of(st.sampled_from(TRICKY), st.text(max_size=3))).map("".join),
 )
 any_bytes = st.one_of(
     st.binary(),
-    st.lists(st.sampled_from([t.encode() for t in TRICKY] + STRAY) | st.binary(max_size=2)).map(
-        b"".join
-    ),
+    st.lists(
+        st.sampled_from([t.encode() for t in TRICKY] + STRAY) | st.binary(max_size=2)
+    ).map(b"".join),
 )
 
 
@@ -33,7 +42,9 @@ any_bytes = st.one_of(
 @example("\u2581\u2581 a \u2581b\u2581")
 @example("tabs\t\tand\r\nline\rends\n\n")
 @example("x<|endoftext|>y<unk><0x00>")
-@example("the the<|user|>[x]")  # "the" is a special token here, and common in the training text.
+@example(
+    "the the<|user|>[x]"
+)  # "the" is a special token here, and common in the training text.
 def test_any_unicode_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -65,7 +76,9 @@ def test_very_long_runs_come_back(tokenizer, unit):
 
 @pytest.mark.parametrize("wrong", [-1, 600])
 def test_ids_outside_the_vocabulary_are_refused(tokenizer, wrong):
-    with pytest.raises(MaxlmError, match=rf"token id {wrong} is outside \[0, 600\); decode with"):
+    with pytest.raises(
+        MaxlmError, match=rf"token id {wrong} is outside \[0, 600\); decode with"
+    ):
         tokenizer.decode([0, wrong])
 
 

@@ -1,5 +1,5 @@
-"""A published tokenizer may have special tokens that its model's table has no rows for. Then they
-are plain text, in every process, and its files stay as they are."""
+"""A published tokenizer may have special tokens that its model's table has no rows for.
+Then they are plain text, in every process, and its files stay as they are."""
 
 import json
 import pickle
@@ -36,10 +36,15 @@ def test_special_tokens_past_the_table_are_plain_text(folder):
 def test_so_it_stays_when_saved_and_sent(folder, tmp_path):
     tokenizer = import_tokenizer(folder, num_embedding_rows=ROWS)
     tokenizer.save(tmp_path / "saved")
-    for again in (load_tokenizer(tmp_path / "saved"), pickle.loads(pickle.dumps(tokenizer))):
+    for again in (
+        load_tokenizer(tmp_path / "saved"),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ):
         assert again.vocab_size == ROWS
         assert again.fingerprint == tokenizer.fingerprint
-        assert again.encode(TEXT, allow_special=True) == tokenizer.encode(TEXT, allow_special=True)
+        assert again.encode(TEXT, allow_special=True) == tokenizer.encode(
+            TEXT, allow_special=True
+        )
     assert tokenizer.fingerprint != import_tokenizer(folder).fingerprint
     export_tokenizer(load_tokenizer(tmp_path / "saved"), tmp_path / "out")
     for path in folder.iterdir():
@@ -47,8 +52,8 @@ def test_so_it_stays_when_saved_and_sent(folder, tmp_path):
 
 
 def test_what_text_can_have_stays(folder):
-    """A token that is not special is looked for in any text, and what closes documents is put
-    behind each: neither can be left out."""
+    """A token that is not special is looked for in any text, and what closes documents
+    is put behind each: neither can be left out."""
     path = folder / "tokenizer.json"
     values = json.loads(path.read_text())
     for token in values["added_tokens"]:

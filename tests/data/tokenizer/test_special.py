@@ -9,7 +9,9 @@ from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 def test_special_tokens_have_distinct_ids_in_order(tokenizer):
     special = tokenizer.special_tokens
     assert list(special) == ["<|endoftext|>", "<|pad|>", "<|user|>", "the", "[x]"]
-    assert list(special.values()) == list(range(tokenizer.bos_id, tokenizer.bos_id + len(special)))
+    assert list(special.values()) == list(
+        range(tokenizer.bos_id, tokenizer.bos_id + len(special))
+    )
     assert tokenizer.pad_id == special["<|pad|>"]
     for literal, i in special.items():
         assert tokenizer.decode([i]) == literal
@@ -42,5 +44,7 @@ def test_the_longest_special_token_wins(texts):
 
 @pytest.mark.parametrize("literal", ["a", "a b", "é!", "<0x0A>", "x" * 65])
 def test_literals_that_could_be_confused_are_refused(literal):
-    with pytest.raises(MaxlmError, match="cannot be a special token; use 2 to 64 printable"):
+    with pytest.raises(
+        MaxlmError, match="cannot be a special token; use 2 to 64 printable"
+    ):
         TokenizerConfig(extra_special_tokens=("<|ok|>", literal))

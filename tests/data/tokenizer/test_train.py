@@ -16,7 +16,9 @@ from tests.errors import message
 KINDS = ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
 
 
-def test_the_same_text_gives_the_same_tokenizer_on_any_number_of_threads(make_config, texts):
+def test_the_same_text_gives_the_same_tokenizer_on_any_number_of_threads(
+    make_config, texts
+):
     code = """
 import json, sys
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
@@ -28,7 +30,11 @@ print(*(train_tokenizer(TokenizerConfig(**config), texts).fingerprint for config
     done = subprocess.run(
         [sys.executable, "-c", code],
         input=json.dumps([[config.model_dump() for config in configs], texts]),
-        env={**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
+        env={
+            **os.environ,
+            "RAYON_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[3]),
+        },
         capture_output=True,
         text=True,
         check=True,
@@ -61,16 +67,22 @@ def test_no_text(kind, empty):
     ],
 )
 def test_no_room_for_bytes(settings, size, parts):
-    found = message(train_tokenizer, TokenizerConfig(vocab_size=size - 1, **settings), ["text"])
+    found = message(
+        train_tokenizer, TokenizerConfig(vocab_size=size - 1, **settings), ["text"]
+    )
     assert found.startswith(f"vocab_size={size - 1} has no room for every byte")
     assert found.endswith(f"set it to {size} ({parts}) or more")
 
 
-@pytest.mark.parametrize(("kind", "most"), list(zip(KINDS, (260, 265, 261), strict=True)))
+@pytest.mark.parametrize(
+    ("kind", "most"), list(zip(KINDS, (260, 265, 261), strict=True))
+)
 def test_text_too_small_for_the_vocabulary(kind, most):
     texts = ["aaa aaa"]
     found = message(train_tokenizer, TokenizerConfig(kind=kind, vocab_size=5000), texts)
-    assert found.startswith(f"the text is too small for vocab_size=5000: it yields {most} tokens")
+    assert found.startswith(
+        f"the text is too small for vocab_size=5000: it yields {most} tokens"
+    )
     train_tokenizer(TokenizerConfig(kind=kind, vocab_size=most), texts)
 
 
@@ -78,7 +90,9 @@ def test_text_too_small_for_the_vocabulary(kind, most):
 def test_too_many_characters_for_sentencepiece(kind):
     config = TokenizerConfig(kind=kind, vocab_size=270)
     found = message(train_tokenizer, config, ["abcdefghijklmnopqrstuvwxyz"])
-    assert found.endswith("small for the characters of the text; set vocab_size to 284 or more")
+    assert found.endswith(
+        "small for the characters of the text; set vocab_size to 284 or more"
+    )
 
 
 def test_long_documents_train_sentencepiece_in_whole(make_config, texts):
@@ -87,5 +101,7 @@ def test_long_documents_train_sentencepiece_in_whole(make_config, texts):
     tokenizer = train_tokenizer(make_config("sentencepiece_bpe"), [long])
     assert len(tokenizer.encode(long)) < 0.7 * len(long.encode())
     dense = "abcdefgh" * 2000
-    tokenizer = train_tokenizer(TokenizerConfig(kind="sentencepiece_bpe", vocab_size=272), [dense])
+    tokenizer = train_tokenizer(
+        TokenizerConfig(kind="sentencepiece_bpe", vocab_size=272), [dense]
+    )
     assert len(tokenizer.encode(dense)) <= len(dense) / 4

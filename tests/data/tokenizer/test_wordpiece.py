@@ -11,11 +11,18 @@ import maxlm.data.tokenizer.wordpiece as wordpiece
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 
-BERT = {"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]", "extra_special_tokens": ("[MASK]",)}
+BERT = {
+    "bos": "[CLS]",
+    "eos": "[SEP]",
+    "pad": "[PAD]",
+    "extra_special_tokens": ("[MASK]",),
+}
 
 
 def config(**changes) -> TokenizerConfig:
-    return TokenizerConfig(**{"kind": "wordpiece", "vocab_size": 600, **BERT, **changes})
+    return TokenizerConfig(
+        **{"kind": "wordpiece", "vocab_size": 600, **BERT, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +46,19 @@ def pieces_by_hand(texts: list[str], count: int) -> list[str]:
         for word, times in words.items():
             for pair in pairwise(word):
                 pairs[pair] += times
-        left, right = min(pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]]))
+        left, right = min(
+            pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]])
+        )
         pieces.append(left + right[2:])
         merged: Counter[tuple[str, ...]] = Counter()
         for word, times in words.items():
             parts: list[str] = []
             for piece in word:
-                if parts and (parts[-1], piece) == (left, right) and pieces[-1] != parts[-1]:
+                if (
+                    parts
+                    and (parts[-1], piece) == (left, right)
+                    and pieces[-1] != parts[-1]
+                ):
                     parts[-1] = pieces[-1]
                 else:
                     parts.append(piece)
@@ -61,13 +74,19 @@ def test_it_learns_the_commonest_pairs(trained, texts):
     assert pieces[5:] == pieces_by_hand(texts, 595)
 
 
-def test_ids_are_the_librarys_and_special_tokens_stay_out_of_text(trained, texts, tmp_path):
+def test_ids_are_the_librarys_and_special_tokens_stay_out_of_text(
+    trained, texts, tmp_path
+):
     trained.save(tmp_path)
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
     for text in (*texts, "größer 猫☃ x", "a" * 101, ""):
-        assert trained.encode(text) == library.encode(text, add_special_tokens=False).ids
+        assert (
+            trained.encode(text) == library.encode(text, add_special_tokens=False).ids
+        )
     assert library.encode("the").tokens == ["[CLS]", "the", "[SEP]"]
-    assert not {*trained.special_tokens.values()} & {*trained.encode("[CLS] [MASK] [SEP]")}
+    assert not {*trained.special_tokens.values()} & {
+        *trained.encode("[CLS] [MASK] [SEP]")
+    }
     assert trained.encode("[MASK]", allow_special=True) == [3]
     assert trained.encode("☃") == [4]
     loaded = load_tokenizer(tmp_path)
@@ -98,7 +117,10 @@ def test_rare_characters_are_unknown(monkeypatch):
 
 
 def test_sizes_that_do_not_do(texts):
-    for size, words in ((20, "too small for the characters"), (900_000, "text is too small")):
+    for size, words in (
+        (20, "too small for the characters"),
+        (900_000, "text is too small"),
+    ):
         with pytest.raises(MaxlmError, match=words) as error:
             train_tokenizer(config(vocab_size=size), texts)
         reached = int(next(w for w in error.value.fix.split() if w.isdigit()))
