@@ -53,12 +53,10 @@ from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention, attention_backward, attention_forward
 
-RUN, OVERRIDES, TOPOLOGY, CHIP = (
-    "runs/llama3_8b",
-    ["train.micro_batches=4"],
-    "v5p-64",
-    "v5p",
-)
+RUN = "runs/llama3_8b"
+OVERRIDES = ["train.micro_batches=4"]
+TOPOLOGY = "v5p-64"
+CHIP = "v5p"
 # The forward and the backward kernel, by what the compiled step calls them.
 CASES: dict[str, tuple[str, ...]] = {
     "ours": ("/attention_forward/", "/attention_backward/"),
@@ -75,7 +73,9 @@ COLUMNS = (
     ),
     *("forward runs", "backward runs", "ms a step"),
 )
-GIB, MEGA, MILLI = 1 << 30, 1e6, 1e-3
+GIB = 1 << 30
+MEGA = 1e6
+MILLI = 1e-3
 
 Program = tuple[Callable[..., Any], Sequence[Any]]
 
@@ -184,7 +184,8 @@ def kernel_passes(
         for b in blocks
     ]
     found = [measure(spec, CHIP) for spec in specs]
-    passes, best = [], {}
+    passes = []
+    best = {}
     for name, backward in (("forward", False), ("backward", True)):
         cycles = [costs.cycles(backward=backward) for costs in found]
         least = min(cycles)
@@ -208,7 +209,9 @@ def row(case: str) -> tuple[list[str], str]:
     """Cells of the table, once the step is known to have this attention and no other; a
     note."""
     config = load_config(RunConfig, RUN, OVERRIDES).value
-    shape, note, swaps = Shape.of(config), "", {}
+    shape = Shape.of(config)
+    note = ""
+    swaps = {}
     if case == "xla":
         passes = [xla_bound(shape, backward) for backward in (False, True)]
         for function in (attention_forward, attention_backward):
@@ -250,7 +253,8 @@ def times_run(
 ) -> list[int]:
     """Forward and backward passes in the compiled step, which has no other
     attention."""
-    cost, traffic = step.read_cost(), read_program_traffic(step.compiled.as_text())
+    cost = step.read_cost()
+    traffic = read_program_traffic(step.compiled.as_text())
     found = [c for c in traffic.custom_calls if c.target == "tpu_custom_call"]
     runs = [sum(c.count for c in found if name in c.op_name) for name in CASES[case]]
     assert sum(runs) == sum(c.count for c in found), found

@@ -95,7 +95,8 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
 
     def stored() -> tuple[Any, ...]:
         store = TokenStore.open(folder / "store")
-        offsets, tokens = store.offsets[:], store.read(0, store.num_tokens)
+        offsets = store.offsets[:]
+        tokens = store.read(0, store.num_tokens)
         return store.manifest, offsets.tolist(), tokens.tolist()
 
     def verified() -> Any:

@@ -160,11 +160,9 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
         print(f"  with {' '.join(extra)}")
     step = compile_step(config, case.topology)
     print(f"  traced and compiled in {step.seconds:.1f} s")
-    hlo_text, cost, memory = (
-        step.compiled.as_text(),
-        step.read_cost(),
-        step.compiled.memory_analysis(),
-    )
+    hlo_text = step.compiled.as_text()
+    cost = step.read_cost()
+    memory = step.compiled.memory_analysis()
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / f"{name}.hlo").write_text(hlo_text)

@@ -101,7 +101,8 @@ def changed(value: Any) -> list[Any]:
 def drawn(name: str, draw: random.Random) -> Values:
     """A config.json like that of a case, of other sizes."""
     settings = tiny.CASES[name][1]
-    heads, head_dim = draw.randint(1, 7), 4 * draw.randint(1, 3)
+    heads = draw.randint(1, 7)
+    head_dim = 4 * draw.randint(1, 3)
     free = {"head_dim", "d_kv", "qk_rope_head_dim"} & settings.keys()
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     layers = draw.randint(3, 5)
@@ -150,12 +151,10 @@ def whole_config(name: str, settings: Values) -> tuple[Any, Values]:
 
 def batch_of(values: Values) -> Batch:
     """What a model of a config.json is shown: one row."""
-    draw, rows, types, source = (
-        np.random.default_rng(0),
-        values["vocab_size"],
-        None,
-        None,
-    )
+    draw = np.random.default_rng(0)
+    rows = values["vocab_size"]
+    types = None
+    source = None
     if "type_vocab_size" in values:
         types = draw.integers(0, values["type_vocab_size"], (1, LENGTH))
     if values["is_encoder_decoder"]:
@@ -258,7 +257,9 @@ def mutate(cases: list[str], verbose: bool) -> bool:
     """Whether no mutation differs without a word; prints a line a case."""
     total: Counter[str] = Counter()
     for name in cases:
-        start, counts, few = time.monotonic(), Counter[str](), {}
+        start = time.monotonic()
+        counts = Counter[str]()
+        few = {}
         if name == "gemma3":
             few = {"num_hidden_layers": 3, "sliding_window_pattern": 2}
         cls, base = whole_config(name, tiny.CASES[name][1] | few)
@@ -308,16 +309,21 @@ def there_and_back(cls: Any, values: Values, dtype: str) -> float:
 
 def draw_models(cases: list[str], number: int, seed: int, verbose: bool) -> bool:
     """Whether so many random models are all equal or refused."""
-    draw, counts, worst = random.Random(seed), Counter[str](), 0.0
+    draw = random.Random(seed)
+    counts = Counter[str]()
+    worst = 0.0
     for index in range(number):
-        name, dtype = cases[index % len(cases)], draw.choice(["float32", "bfloat16"])
+        name = cases[index % len(cases)]
+        dtype = draw.choice(["float32", "bfloat16"])
         cls, values = whole_config(name, drawn(name, draw))
         try:
             error = there_and_back(cls, values, dtype)
             worst = max(worst, error)
-            what, why = "equal" if error < TOLERANCE else "DIFFERS", f"{error:.0e}"
+            what = "equal" if error < TOLERANCE else "DIFFERS"
+            why = f"{error:.0e}"
         except MaxlmError as refusal:
-            what, why = "refused", str(refusal)
+            what = "refused"
+            why = str(refusal)
         counts[what] += 1
         if verbose or what != "equal":
             print(f"  {name}, {dtype}: {what} ({why})", flush=True)

@@ -87,7 +87,8 @@ def brute_force(texts: list[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
     pairs, jaccard = [], []
     for start in range(0, len(texts), 500):
         shared = (sets[start : start + 500] @ sets.T).tocoo()
-        a, b = shared.coords[0] + start, shared.coords[1]
+        a = shared.coords[0] + start
+        b = shared.coords[1]
         similarity = shared.data / (sizes[a] + sizes[b] - shared.data)
         alike = (a < b) & (similarity >= TARGET)
         pairs.append(np.stack([a[alike], b[alike]], axis=1))
@@ -100,7 +101,8 @@ def plant(
 ) -> tuple[list[str], set[int]]:
     """Add copies with other case and spacing, and edited ones; returns also which are
     copies."""
-    planted, copies = list(texts), set()
+    planted = list(texts)
+    copies = set()
     for text in random_.sample(texts, count):
         copies.add(len(planted))
         planted.append(text.upper().replace(" ", "  ") + "\n")

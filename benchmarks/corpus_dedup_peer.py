@@ -28,7 +28,9 @@ from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 
 def main() -> None:
-    documents, folder, tokenizer = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    documents = Path(sys.argv[1])
+    folder = sys.argv[2]
+    tokenizer = sys.argv[3]
     logger.remove()
     config = MinhashConfig()  # 14 bands of 8: it finds 92% at a similarity of 0.8.
 

@@ -115,7 +115,8 @@ def main() -> None:
     }
     print(f"\n{'kept':26}{'maxlm':>9}{'datatrove':>10}{'agree':>8}{'on our words':>14}")
     for name in filters:
-        kept, peer = ours[name].mean(), theirs[name].mean()
+        kept = ours[name].mean()
+        peer = theirs[name].mean()
         agree, same = ((ours[name] == each[name]).mean() for each in (theirs, on_ours))
         print(f"{name:26}{kept:9.3f}{peer:10.3f}{agree:8.3f}{same:14.3f}")
 

@@ -96,10 +96,8 @@ def predictors() -> dict[str, Predict]:
     """Functions from texts to codes."""
     import fasttext
 
-    label, model = (
-        LanguageStage().make_batch_label_fn(),
-        fasttext.load_model(str(find_shipped_model())),
-    )
+    label = LanguageStage().make_batch_label_fn()
+    model = fasttext.load_model(str(find_shipped_model()))
 
     def ours(texts: list[str]) -> list[str]:
         batch = pa.record_batch({"text": pa.array(texts, pa.large_string())})
@@ -206,7 +204,8 @@ def main() -> None:
         limit = 10**9 if language == "en" else arguments.documents
         texts[language] += find_pages(Path(folder), limit)
     pages = judge(texts)
-    contents, calls = [page.text for page in pages], predictors()
+    contents = [page.text for page in pages]
+    calls = predictors()
     answers = {name: call(contents) for name, call in calls.items()}
     table = print_accuracy(pages, answers)
     wrong = [

@@ -228,7 +228,9 @@ def decoy(fake, rng: random.Random) -> str:
 def document(fakes: dict, rng: random.Random) -> tuple[str, set[PiiMatch]]:
     """A text and the personal data in it."""
     locale = rng.choice(list(fakes))
-    fake, text, truth = fakes[locale], "", set()
+    fake = fakes[locale]
+    text = ""
+    truth = set()
     sentences: list[str | tuple[str, str]] = [
         fake.paragraph() for _ in range(rng.randint(2, 6))
     ]
@@ -263,7 +265,8 @@ def generate(count: int, seed: int) -> list[tuple[str, set[PiiMatch]]]:
     """Documents that depend on the seed only."""
     from faker import Faker
 
-    rng, fakes = random.Random(seed), {locale: Faker(locale) for locale in REGIONS}
+    rng = random.Random(seed)
+    fakes = {locale: Faker(locale) for locale in REGIONS}
     for number, fake in enumerate(fakes.values()):
         fake.seed_instance(seed + number)
     return [document(fakes, rng) for _ in range(count)]
@@ -315,10 +318,8 @@ def plot(counts: dict[str, Counter], path: Path) -> None:
 
 def speed(name: str, texts: list[str]) -> None:
     """MB/s of the whole stage, mask included; CPU time."""
-    label, size = (
-        PiiStage().make_batch_label_fn(),
-        sum(len(text.encode()) for text in texts) / 1e6,
-    )
+    label = PiiStage().make_batch_label_fn()
+    size = sum(len(text.encode()) for text in texts) / 1e6
     batch = pa.record_batch({"text": pa.array(texts, pa.large_string())})
     times = []
     for _ in range(3):
@@ -367,7 +368,8 @@ def main() -> None:
         plot(counts, arguments.plot)
 
     speed("generated", texts)
-    real, size = [], 0
+    real = []
+    size = 0
     for path in sorted(
         {p for pattern in arguments.texts for p in glob.glob(pattern, recursive=True)}
     ):
@@ -376,7 +378,9 @@ def main() -> None:
             size += len(real[-1])
     if real:
         speed("real", real)
-        regions, kinds, shown = PiiStage().regions, Counter(), Counter()
+        regions = PiiStage().regions
+        kinds = Counter()
+        shown = Counter()
         for text in real:
             for m in find_pii(text, regions):
                 kinds[m.kind] += 1

@@ -69,7 +69,8 @@ def main() -> None:
         [each.text for each in read_documents(SourceConfig(documents=tuple(paths)))]
         for paths in (arguments.positive, arguments.negative)
     )
-    raw, labels = good + bad, np.arange(len(good) + len(bad)) < len(good)
+    raw = good + bad
+    labels = np.arange(len(good) + len(bad)) < len(good)
     texts = [text.decode() for text in raw]
     training, (model, report) = measure_seconds(
         lambda: train_classifier(good, bad, settings)

@@ -60,7 +60,8 @@ def memory() -> None:
     print("documents    text MB    seconds    MB of the largest process")
     with tempfile.TemporaryDirectory() as folder:
         for times in (1, 4, 16):
-            chance, path = random.Random(times), Path(folder, f"{times}.jsonl")
+            chance = random.Random(times)
+            path = Path(folder, f"{times}.jsonl")
             with path.open("w") as file:
                 for _ in range(2000 * times):
                     text = ". ".join(chance.choices(known, k=40))

@@ -51,7 +51,8 @@ def main() -> None:
     rows = documents(corpus)
     truth = defaultdict(list)
     for line in given.truth.read_text().splitlines():
-        truth[(row := json.loads(line))["kind"]].append(row)
+        row = json.loads(line)
+        truth[row["kind"]].append(row)
 
     def share(name: str, found: int, number: int) -> None:
         print(f"{name:58} {found:5} of {number:5}  {found / max(1, number):7.2%}")

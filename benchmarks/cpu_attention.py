@@ -46,9 +46,11 @@ def measure(function, *arguments):
 
 
 def measure_attention(counts, num_keys, way):
-    rows, rng = 32, np.random.default_rng(0)
+    rows = 32
+    rng = np.random.default_rng(0)
     counts = np.pad(counts, (0, rows - len(counts)))
-    lengths, starts = np.where(counts > 0, num_keys, 0), np.cumsum([0, *counts])
+    lengths = np.where(counts > 0, num_keys, 0)
+    starts = np.cumsum([0, *counts])
     tables = rng.permutation(rows * 32).reshape(rows, 32)
     keys, values = (
         rng.normal(size=(rows * 32, 3, PAGE, 64)).astype(np.float32) for _ in "kv"
@@ -73,7 +75,8 @@ def measure_rope(hold):
             x = (rotate(x, rotary).reshape(TOKENS, -1) @ kernel).reshape(x.shape)
         return x
 
-    x, kernel = jnp.ones((1, TOKENS, 12, 64)), jnp.eye(768)
+    x = jnp.ones((1, TOKENS, 12, 64))
+    kernel = jnp.eye(768)
     return measure(turn, x, kernel, jnp.arange(TOKENS)[None])
 
 

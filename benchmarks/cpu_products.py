@@ -69,7 +69,8 @@ def main() -> None:
     print(f"reading {flat.nbytes / 1e6:.0f} MB: {read:.1f} ms")
     for rows in args.rows:
         x = draw(rows, WIDTH)
-        held, other = jnp.asarray(x), torch.tensor(x)
+        held = jnp.asarray(x)
+        other = torch.tensor(x)
         xla = {
             name: time_median(
                 lambda x=held, run=run: run(x, ours).block_until_ready(), args.rounds

@@ -33,7 +33,8 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
 from maxlm.programs.load import load_model
 
-PREFILL, BATCHES = 512, (1, 8)
+PREFILL = 512
+BATCHES = (1, 8)
 
 
 def make_engine(folder: str) -> Engine:
@@ -57,7 +58,8 @@ def time_decode(engine: Engine, batch: int, prompt: int, new: int) -> float:
         GenerationRequest(f"{time.time()}-{row}", tokens, sampling, ignore_eos=True)
         for row, tokens in enumerate(prompts)
     ]
-    begun, start = set(), 0.0
+    begun = set()
+    start = 0.0
     for output in engine.run(requests):
         if output.request_id not in begun:
             begun.add(output.request_id)
@@ -100,7 +102,8 @@ def time_peer_decode(model: Any, batch: int, prompt: int, new: int, kind: str) -
             times.append(time.perf_counter())
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    ids, how = torch.randint(0, 40_000, (batch, prompt)), {}
+    ids = torch.randint(0, 40_000, (batch, prompt))
+    how = {}
     if kind != "dynamic":
         how["cache_implementation"] = "static"
     if kind == "compiled":
@@ -168,7 +171,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     kinds = ["dynamic", "static", *(["compiled"] if args.compile else [])]
-    engine, peer = make_engine(args.folder), make_peer(args.folder)
+    engine = make_engine(args.folder)
+    peer = make_peer(args.folder)
     engine.warm_up()
     compiled = count_compilations()
     weights = sum(x.nbytes for x in flatten_names(engine.params).values())

@@ -111,9 +111,11 @@ def read_pages(
     folders: Sequence[Path], count: int, rng: random.Random
 ) -> list[Capture]:
     """As many real pages from each folder, `count` in all where there are enough."""
-    pages, left = [], count
+    pages = []
+    left = count
     for number, folder in enumerate(folders):
-        share, wanted = left // (len(folders) - number), len(pages)
+        share = left // (len(folders) - number)
+        wanted = len(pages)
         paths = sorted(
             p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file()
         )
@@ -199,7 +201,8 @@ def edit(words: Sequence[str], jaccard: float, rng: random.Random) -> list[str]:
     5-grams."""
     # Each replaced word ends 5 of N 5-grams and begins 5 new: J = (N - 5k) / (N + 5k).
     number = round((len(words) - 4) * (1 - jaccard) / (5 * (1 + jaccard)))
-    edited, stride = list(words), len(words) // (number + 1)
+    edited = list(words)
+    stride = len(words) // (number + 1)
     for k in range(1, number + 1):
         edited[k * stride] = f"{rng.choice(words)}{rng.choice('aeiou')}{k}"
     return edited
@@ -340,10 +343,8 @@ def no_documents(share: int) -> Iterator[Capture]:
         for status in ("404 Not Found", "301 Moved Permanently"):
             truth = {"kind": "none", "reason": "status"}
             yield Capture(f"{url}/{status[:3]}", b"<p>Not here.</p>", truth, status)
-        truth, headers = (
-            {"kind": "none", "reason": "not_html"},
-            [("Content-Type", "image/png")],
-        )
+        truth = {"kind": "none", "reason": "not_html"}
+        headers = [("Content-Type", "image/png")]
         yield Capture(
             f"{url}.png", b"\x89PNG\r\n\x1a\n" + bytes(100), truth, headers=headers
         )

@@ -100,7 +100,8 @@ def measure_lookup(loaded: LoadedRun, rounds: int) -> None:
                 each.num_to_compute != 1 for each in engine.scheduler.running
             ) or (engine.scheduler.waiting):
                 engine.step()
-            start, tokens = time.perf_counter(), []
+            start = time.perf_counter()
+            tokens = []
             while engine.has_work:
                 for output in engine.step():
                     tokens += output.token_ids

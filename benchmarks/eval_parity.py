@@ -48,14 +48,19 @@ def run(model, manager, name, data, limit, shots):
 def compare(theirs, ours):
     """Requests with both log-likelihoods; differing greedy flags, differing texts,
     requests."""
-    scored, flags, texts, count = [], 0, 0, 0
+    scored = []
+    flags = 0
+    texts = 0
+    count = 0
     for task, rows in theirs["samples"].items():
         for one, two in zip(rows, ours["samples"][task], strict=True):
             assert one["arguments"] == two["arguments"], (task, one["doc_id"])
             for arguments, a, b in zip(
                 one["arguments"], one["resps"], two["resps"], strict=True
             ):
-                a, b, count = a[0], b[0], count + 1
+                a = a[0]
+                b = b[0]
+                count = count + 1
                 if isinstance(a, str):
                     texts += a != b
                 else:
@@ -101,7 +106,9 @@ def main():
     ours = MaxlmModel(
         make_evaluation_engine(loaded, [f"max_length={given.max_length}"])
     )
-    manager, differs, furthest = TaskManager(), False, {}
+    manager = TaskManager()
+    differs = False
+    furthest = {}
     for spec in given.tasks.split(","):
         name, _, rows = spec.partition(":")
         limit = int(rows or given.rows)

@@ -39,7 +39,8 @@ def make_config(
     folder: Path, kind: str | None, steps: int, rate: float, seed: int
 ) -> RunConfig:
     """Makes the run of the base model (None), or one that goes on from it."""
-    base, length = folder / "base", LENGTH if kind is None else LONG
+    base = folder / "base"
+    length = LENGTH if kind is None else LONG
     settings = [
         f"folder={folder}",
         f"data.seq_len={length}",
@@ -129,7 +130,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder, seed = args.folder / f"seed{args.seed}", args.seed
+    folder = args.folder / f"seed{args.seed}"
+    seed = args.seed
     base = train_once(make_config(folder, None, args.steps, 8e-3, seed))
     configs = {
         k: make_config(folder, k, args.tune_steps, args.rate, seed) for k in KINDS

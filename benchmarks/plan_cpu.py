@@ -133,7 +133,8 @@ def measure(name: str, seconds: float) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     config = load_config(RunConfig, f"runs/{run}", settings).value
     setup = set_up_run(config)
-    state, step = setup.init_train_state(), setup.jit_train_step()
+    state = setup.init_train_state()
+    step = setup.jit_train_step()
     data, micro = config.data, config.train.micro_batches
     shape = (micro, data.batch_size // micro, data.seq_len)
     tokens = np.random.default_rng(0).integers(
@@ -151,7 +152,8 @@ def measure(name: str, seconds: float) -> None:
     for _ in range(2):
         measure_cpu.cache_clear()
         plans.append(plan_run(config, Machine.from_name(f"cpux{devices}")))
-        taken, first = [], time.perf_counter()
+        taken = []
+        first = time.perf_counter()
         while len(taken) < 4 or time.perf_counter() - first < seconds / 2:
             began = time.perf_counter()
             state, metrics = step(state, batch)

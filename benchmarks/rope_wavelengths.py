@@ -71,10 +71,8 @@ def plot(path: Path) -> None:
     )
     for (above, below), case in zip(grid.T, CASES, strict=True):
         for name, scaling in case.scalings.items():
-            found, style = (
-                case.wavelengths(scaling),
-                {"color": COLOURS[name], "label": name},
-            )
+            found = case.wavelengths(scaling)
+            style = {"color": COLOURS[name], "label": name}
             above.semilogy(found, **style)
             below.plot(found / case.wavelengths(None), **style)
         for length, text in (

@@ -61,7 +61,8 @@ class Cost:
 
 
 def cost(function: Callable[[], object]) -> Cost:
-    start, before = time.perf_counter(), sum(os.times()[:4])
+    start = time.perf_counter()
+    before = sum(os.times()[:4])
     function()
     return Cost(time.perf_counter() - start, sum(os.times()[:4]) - before)
 

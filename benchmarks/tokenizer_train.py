@@ -71,7 +71,8 @@ def train(side: str, texts: Iterator[str], vocab_size: int) -> str:
 def measure(side: str, source: str, limit: int, vocab_size: int, results) -> None:
     """Put (wall seconds, CPU seconds, MB, digest) or None into ``results``."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    cpu = time.process_time()
     try:
         digest = train(side, read_texts(source, limit), vocab_size)
     except ImportError:

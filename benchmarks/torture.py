@@ -201,13 +201,12 @@ def broken(
     targets = sorted(choose.choices(range(1, max(2, job.steps * 9 // 10)), k=count))
     if count:  # The last save and copy are like no other: nothing comes after them.
         aims[-1], targets[-1] = choose.choice(("save", "copy")), job.steps
-    kills, before = [], None
+    kills = []
+    before = None
     for number, (aim, target) in enumerate(zip(aims, targets, strict=True)):
         layout = campaign.layouts[number % len(campaign.layouts)]
-        saved, before = (
-            newest(job, campaign.name, layout if layout == before else None),
-            layout,
-        )
+        saved = newest(job, campaign.name, layout if layout == before else None)
+        before = layout
         with started(job, campaign.name, layout) as attempt:
             wait_for(attempt, aim, target, startup[layout.hosts], choose)
             kills.append(kill(attempt, campaign, layout, aim, saved, choose))
@@ -266,7 +265,8 @@ def kill(
     during = attempt.during()
     for number in chosen:
         attempt.processes[number].kill()
-    seconds, killed = attempt.seconds, time.monotonic()
+    seconds = attempt.seconds
+    killed = time.monotonic()
     survivors = [number for number in range(count) if number not in chosen]
     wrong = [
         f"process {n} had ended with {code}" for n, code in enumerate(ended) if code
@@ -302,7 +302,8 @@ def kill(
 def newest(job: Job, name: str, layout: Layout | None) -> int:
     """The newest checkpoint that is complete; hosts' own count for the ``layout`` they
     are of."""
-    folder, copies = job.run(name) / "checkpoints", job.remote(name)
+    folder = job.run(name) / "checkpoints"
+    copies = job.remote(name)
     found = {int(path.name) for path in listed(folder) if path.name.isdigit()}
     found |= {int(path.name) for path in listed(copies) if (path / "COMPLETE").exists()}
     if layout:

@@ -32,7 +32,8 @@ def count(
     from maxlm.parallel import local
     from maxlm.plan.compiled.cost import read_compiled_cost
 
-    axes, rows = ("fsdp",), PartitionSpec("fsdp")
+    axes = ("fsdp",)
+    rows = PartitionSpec("fsdp")
     split, whole = (axes, ()), ((), ())
 
     def gather(x: Any) -> Any:

@@ -82,7 +82,8 @@ def write_chats(folder: Path, seed: int = 0) -> None:
             kind, plain = (
                 format_answer(answer, note) for note in (rng.choice(NOTES), "")
             )
-            chosen, good = rng.choice([kind, plain]), rng.random() < 0.5
+            chosen = rng.choice([kind, plain])
+            good = rng.random() < 0.5
             chats.append(
                 {"messages": [*prompt, {"role": "assistant", "content": chosen}]},
             )

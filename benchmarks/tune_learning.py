@@ -185,7 +185,8 @@ def run_sft(base: str, folder: Path) -> Path:
 
 def run_preference(base: str, folder: Path, methods: Sequence[str]) -> None:
     questions = read_questions(folder / "chats_test.jsonl")
-    if not (sft := folder / "sft").exists():
+    sft = folder / "sft"
+    if not sft.exists():
         run_sft(base, folder)
     start = Sampler(sft)
     print(f"with a note before: {share(start.answer(questions, 1), has_note):.0%}")
@@ -206,7 +207,8 @@ def run_preference(base: str, folder: Path, methods: Sequence[str]) -> None:
 def run_reward(base: str, folder: Path) -> None:
     recipe = folder / "reward.yaml"
     recipe.write_text("include: [models/demo, methods/reward]")
-    if not (tokenizer := folder / "tokenizer").exists():
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
         load_model(base).tokenizer.save(tokenizer)
     own = *REWARD, f"tokenizer.path={tokenizer}"
     result = tune(str(recipe), None, folder / "utility.jsonl", folder, "reward", *own)

@@ -142,9 +142,8 @@ def _kind(field: dict[str, Any], titles: dict[str, str]) -> str:
     ]
     kind = str(field.get("type", "any"))
     kind = {"array": "list", "object": "mapping"}.get(kind, kind)
-    if isinstance(
-        inner := field.get("items") or field.get("additionalProperties"), dict
-    ):
+    inner = field.get("items") or field.get("additionalProperties")
+    if isinstance(inner, dict):
         kind += f" of ({_kind(inner, titles)})"
     elif "prefixItems" in field:
         kind += (
@@ -172,9 +171,11 @@ def fill_api(page: str) -> str:
 def _entry(module: str, name: str) -> str:
     """Return one name's signature as it is written, and its docstring's first
     paragraph."""
-    owner, found = None, import_module(module)
+    owner = None
+    found = import_module(module)
     for part in name.split("."):
-        owner, found = found, getattr(found, part)
+        owner = found
+        found = getattr(found, part)
     text = _prose((inspect.getdoc(found) or "").split("\n\n")[0])
     text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text)
     signature = ""

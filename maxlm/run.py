@@ -163,11 +163,9 @@ def resolve_micro_batches(config: RunConfig, sizes: Mapping[str, int]) -> RunCon
     """Return the config on a mesh: where ``train.max_device_rows`` is set,
     ``micro_batches`` is the fewest parts of the batch that leave every device no more
     sequences at once."""
-    most, batch, stages = (
-        config.train.max_device_rows,
-        config.data.batch_size,
-        sizes["stage"],
-    )
+    most = config.train.max_device_rows
+    batch = config.data.batch_size
+    stages = sizes["stage"]
     if most is None:
         return config
     ways = prod(sizes[axis] for axis in config.sharding.compute.batch)

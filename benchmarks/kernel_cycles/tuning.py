@@ -94,12 +94,11 @@ class Problem(NamedTuple):
         """Of the operands, and segment ids where there are any."""
         options = self.options() | {"block_sizes": block_sizes}
         if self.direction == FORWARD:
-            function, count = attention_forward, 3
+            function = attention_forward
+            count = 3
         else:
-            function, count = (
-                partial(attention_backward, dtype=jnp.dtype(self.dtype)),
-                6,
-            )
+            function = partial(attention_backward, dtype=jnp.dtype(self.dtype))
+            count = 6
 
         def run(*arrays: jax.Array) -> Any:
             ids = arrays[count:]
@@ -152,8 +151,10 @@ def program(
     the kernel does.
     """
     asked = Problem(**problem)
-    own, ids = TpuBlocks(*blocks), asked.segment_ids()
-    operands, run = asked.operands(), asked.attention(TpuBlockSizes(own, own))
+    own = TpuBlocks(*blocks)
+    ids = asked.segment_ids()
+    operands = asked.operands()
+    run = asked.attention(TpuBlockSizes(own, own))
 
     def swapped(arrays: Any) -> Any:
         return jax.tree.map(lambda x: x.swapaxes(1, 2), arrays)

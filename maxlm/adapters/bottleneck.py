@@ -76,7 +76,8 @@ class BottleneckAdapter(Adapter):
     def _adapt_one(self, name: str, spec: ParamSpec) -> BottleneckParam:
         zeros = jax.nn.initializers.zeros
         offset = declare_vector(spec, zeros)
-        lead, size = len(offset.shape) - 1, offset.shape[-1]
+        lead = len(offset.shape) - 1
+        size = offset.shape[-1]
         shape, axes = (*offset.shape, size), (*offset.axes, offset.axes[-1])
         square = replace(spec, shape=shape, axes=axes, contracting_dims=(lead,))
         width = max(1, size // self.reduction_factor)

@@ -355,7 +355,8 @@ def _print_funnel(
         report = {"funnel": rows, "lost": asdict(lost), "alarms": alarms}
         print_json(report | {"unfinished": corpus.unfinished})
         return
-    columns, cells = ("dropped", "left", "MB", *rows[0]["by_source"]), []
+    columns = ("dropped", "left", "MB", *rows[0]["by_source"])
+    cells = []
     for row in rows:
         counts = [f"{number:,}" for number in row["by_source"].values()]
         figures = (
@@ -544,7 +545,8 @@ def _show_stored(store: str, document: str, tokens: bool) -> None:
         raise MaxlmError(
             f"{document!r} is no number of a document", where=store, fix=fix
         )
-    opened, index = TokenStore.open(store), int(document)
+    opened = TokenStore.open(store)
+    index = int(document)
     if tokens:
         print(" ".join(map(str, opened.document(index).tolist())))
         return

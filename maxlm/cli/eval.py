@@ -99,7 +99,8 @@ def command(
         results, folder = evaluate_model(**options)
         if jax.process_index() != 0:
             return
-    seconds, cells = dict(results["maxlm"]["seconds_by_task"]), []
+    seconds = dict(results["maxlm"]["seconds_by_task"])
+    cells = []
     for task, metric, value, error, rows in list_metrics(results):
         show = "{:.4f}".format if abs(value) < 1000 else "{:.4g}".format
         spread = "" if error is None else show(error)
@@ -207,7 +208,8 @@ def show_position_perplexities(
                 for model, own in losses.items()
             }
         )
-    ends, rows = sorted({end for own in losses.values() for end in own}), []
+    ends = sorted({end for own in losses.values() for end in own})
+    rows = []
     for start, end in zip([0, *ends], ends, strict=False):
         row = [f"{exp(own[end]):.4g}" if end in own else "" for own in losses.values()]
         rows.append((f"{start + 1:,} to {end:,}", *row))
@@ -388,13 +390,15 @@ def evaluate_mt_bench(
     from maxlm.evaluation.endpoint import open_endpoint
     from maxlm.evaluation.mt_bench import load_mt_bench, run_mt_bench
 
-    loaded, judging = load_mt_bench(data, limit), open_endpoint(judge, "JUDGE_API_KEY")
+    loaded = load_mt_bench(data, limit)
+    judging = open_endpoint(judge, "JUDGE_API_KEY")
     fix = 'give a JSON object, such as {"regex": "..."}'
     body = parse_json(judge_body, "--judge-body", fix)
     if not isinstance(body, dict):
         raise MaxlmError("no JSON object", where="--judge-body", fix=fix)
     judging = replace(judging, extra_body=body)
-    endpoints, pairwise = [open_endpoint(model) for model in models], mode == "pairwise"
+    endpoints = [open_endpoint(model) for model in models]
+    pairwise = mode == "pairwise"
     limits: Any = {"max_tokens": max_tokens, "judge_max_tokens": judge_max_tokens}
     limits |= {"pairwise": pairwise, "concurrency": concurrency}
     with show_progress("requests") as progress:
@@ -456,7 +460,8 @@ def show_ratings(
     Elo."""
     from maxlm.evaluation.ratings import compute_leaderboard, read_battles
 
-    found, rows = compute_leaderboard(read_battles(battles), style_control), []
+    found = compute_leaderboard(read_battles(battles), style_control)
+    rows = []
     if not found["rows"] or found["rows"][0]["rating"] is None:
         raise MaxlmError(found["note"], where=str(battles))
     for row in found["rows"]:

@@ -110,7 +110,8 @@ def command(
     )  # Planning touches no accelerator of this machine's.
     given: dict[str, Any] = {}
     for field in fields(JobOptions):
-        if (value := context.params[field.name]) is not None:
+        value = context.params[field.name]
+        if value is not None:
             given[field.name] = tuple(value) if isinstance(value, list) else value
     options = JobOptions(**given)
     all_settings = [*(settings or ())]

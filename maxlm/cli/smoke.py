@@ -12,7 +12,8 @@ def command(config: ConfigArgument, settings: SettingsArgument = None) -> None:
     from maxlm.programs.smoke import smoke
 
     run = load_run_config(config, settings or ())
-    console, failed = open_console(), 0
+    console = open_console()
+    failed = 0
     for check in smoke(run):
         failed += not check.passed
         verdict = "[green]pass[/]" if check.passed else "[red]FAIL[/]"

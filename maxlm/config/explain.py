@@ -77,13 +77,17 @@ def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
     for part in item["loc"]:
         inner = _list_child_types(kinds, part)
         if inner or (isinstance(data, dict) and part in data) or isinstance(part, int):
-            key, siblings, kinds = (*key, part), kinds, inner
+            key = (*key, part)
+            siblings = kinds
+            kinds = inner
             data = get_descendant(data, (part,))
         elif part != "[key]":
             kinds = _select_tagged_types(kinds, part)
     if item["type"].startswith("union_tag"):
         part = item["ctx"]["discriminator"].strip("'")
-        key, siblings, kinds = (*key, part), kinds, _list_child_types(kinds, part)
+        key = (*key, part)
+        siblings = kinds
+        kinds = _list_child_types(kinds, part)
     return ConfigFault(key, kinds, siblings, [])
 
 
@@ -91,7 +95,9 @@ def _describe(
     fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree
 ) -> MaxlmError:
     error = fault.errors[0]
-    kind, value, name = error["type"], error.get("input"), join_key(fault.key)
+    kind = error["type"]
+    value = error.get("input")
+    name = join_key(fault.key)
     where = str(tree.locate(fault.key))
     if kind == "extra_forbidden":
         return MaxlmError(
@@ -113,9 +119,11 @@ def _describe(
         return MaxlmError(f"{name} is required", where=where, fix=fix)
     if kind == "union_tag_invalid":
         value = error["ctx"]["tag"]
-    wanted, fix = [choices] if allowed else [], None
+    wanted = [choices] if allowed else []
+    fix = None
     for item in fault.errors:
-        prefix, words = "Input should be ", item["msg"]
+        prefix = "Input should be "
+        words = item["msg"]
         if item["type"] in ("literal_error", "union_tag_invalid"):
             continue
         if not words.startswith(prefix):
@@ -209,7 +217,8 @@ def _join_names(names: list[str], limit: int = 12) -> str:
 def _split_union(annotation: Any) -> list[Any]:
     """Returns the members of a union, however nested or annotated; else the type
     itself."""
-    if (origin := typing.get_origin(annotation)) is Annotated:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
         return _split_union(typing.get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         return [

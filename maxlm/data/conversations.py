@@ -160,10 +160,8 @@ def encode_pair(
         raise MaxlmError(
             "chosen equals rejected", where="chosen", fix="leave the row out"
         )
-    prompt, are_lists = (
-        row.get("prompt"),
-        isinstance(chosen, list) and isinstance(rejected, list),
-    )
+    prompt = row.get("prompt")
+    are_lists = isinstance(chosen, list) and isinstance(rejected, list)
     if prompt is None and not are_lists:
         prompt = get_column(row, "prompt")
     size = 0

@@ -166,7 +166,8 @@ class MergedCheckpointReader:
     """The parameters of a checkpoint with its adapter merged into them, by slices."""
 
     def __init__(self, inner: RunCheckpointReader, adapter: Adapter, specs: Params):
-        self.inner, self.folder = inner, inner.folder
+        self.inner = inner
+        self.folder = inner.folder
         self.shapes = {name: spec.shape for name, spec in flatten_names(specs).items()}
         """Shapes of all parameters, by canonical name."""
         adapted = flatten_names(adapter.adapt(specs), is_leaf)
@@ -194,7 +195,8 @@ class MergedCheckpointReader:
                 if name.endswith(".bias")
                 else ""
             )
-            if (leaf := self._leaves.get(owner)) is None:
+            leaf = self._leaves.get(owner)
+            if leaf is None:
                 yield open_slices(name)
                 return
             slices = {
@@ -210,7 +212,8 @@ class MergedCheckpointReader:
                 )
                 if bias is not None:
                     return np.asarray(own.merge_bias(bias(index)))
-                if (merged := own.merge()) is None:
+                merged = own.merge()
+                if merged is None:
                     what = f"{name} with adapter.kind={self._kind} cannot be merged"
                     fix = "--adapter writes the adapter alone"
                     raise MaxlmError(what, where=str(self.folder), fix=fix)

@@ -81,7 +81,8 @@ def import_tensors(
     done, bad, first = 0, 0, ""
     for stored, entry in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
         count = _import_one(stored, entry, shapes, writer)
-        bad, first = bad + count, first or (stored.name if count else "")
+        bad = bad + count
+        first = first or (stored.name if count else "")
         done += stored.nbytes
         progress("converting", done, total)
     if bad:
@@ -116,7 +117,8 @@ def export_tensors(
         name: prod(shape) * NUMPY[dtype].itemsize
         for name, (dtype, shape) in kinds.items()
     }
-    total, done = sum(sizes.values()), 0
+    total = sum(sizes.values())
+    done = 0
     writer = SafetensorsWriter(folder, kinds, shard_bytes)
     # Parameter by parameter, so that each need only be decoded once.
     for names, group in groupby(sorted(entries, key=_names), key=_names):
@@ -171,7 +173,8 @@ def match_entries(
     pairs: list[tuple[StoredTensor, TensorEntry]] = []
     again: list[tuple[StoredTensor, StoredTensor]] = []
     missing: list[str] = []
-    left, ignored = dict(tensors), list(ignored)
+    left = dict(tensors)
+    ignored = list(ignored)
     for entry in entries:
         stored = [
             left.pop(name) for name in (entry.theirs, *entry.aliases) if name in left

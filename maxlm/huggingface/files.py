@@ -143,7 +143,8 @@ def read_tensor(
     """Returns a tensor's values, in its own number format or cast on the way to
     ``dtype``."""
     values = np.empty(stored.shape, dtype or NUMPY[stored.dtype])
-    flat, done = values.reshape(-1), 0
+    flat = values.reshape(-1)
+    done = 0
     for piece in iterate_flat_chunks(stored):
         cast = cast_values(piece, flat.dtype, where=stored.name, lossy=lossy)
         flat[done : done + len(piece)] = cast
@@ -205,7 +206,8 @@ def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _describe_lack(folder: Path) -> MaxlmError:
-    where, fix = str(folder), "name a folder with safetensors files"
+    where = str(folder)
+    fix = "name a folder with safetensors files"
     if not folder.is_dir():
         return MaxlmError("no folder here", where=where, fix=fix)
     for path in sorted(folder.iterdir()):
@@ -253,7 +255,8 @@ class SafetensorsWriter:
 
     def write(self, name: str, values: np.ndarray, *, lossy: bool = False) -> None:
         """Writes one tensor, cast to the format it was announced with."""
-        if values.shape != (stored := self._places[name]).shape:
+        stored = self._places[name]
+        if values.shape != stored.shape:
             what = (
                 f"is {list(values.shape)} in the checkpoint, not {list(stored.shape)}"
             )

@@ -249,10 +249,8 @@ def _apply_penalties(
         return scatter_tokens("add", logits, settings.bias_ids, settings.bias_values)
 
     def apply_repetition_penalty(logits):
-        starts, penalty = (
-            jnp.zeros_like(lengths),
-            settings.repetition_penalty[..., None],
-        )
+        starts = jnp.zeros_like(lengths)
+        penalty = settings.repetition_penalty[..., None]
         counts = count_tokens(history, starts, lengths, logits)
         penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
         return jnp.where(counts > 0, penalized, logits)

@@ -86,7 +86,8 @@ def build_adapted_model(
         return model
     specs = adapter.adapt(param_specs(model))
     if adapter.base_dtype != "float32":
-        dtype, base = jnp.dtype(adapter.base_dtype), select_base_params(specs)
+        dtype = jnp.dtype(adapter.base_dtype)
+        base = select_base_params(specs)
 
         def store(spec: ParamSpec) -> ParamSpec:
             return spec if spec.role == "vector" else replace(spec, dtype=dtype)
@@ -108,9 +109,11 @@ def merge_adapter(specs: Params, params: Params) -> tuple[Params, Params]:
     """Return declarations and parameters with the array of :meth:`Leaf.merge` in place
     of each leaf that has one; the others stay. Runs under the mesh of the parameters,
     which it takes out of ``params`` one by one, so that little is held twice."""
-    merged_specs, merged = dict(specs), dict[str, Any]()
+    merged_specs = dict(specs)
+    merged = dict[str, Any]()
     for name in sorted(params):  # a bias before its kernel
-        if isinstance(held := params.pop(name), dict):
+        held = params.pop(name)
+        if isinstance(held, dict):
             merged_specs[name], merged[name] = merge_adapter(specs[name], held)
             continue
         merged[name] = held

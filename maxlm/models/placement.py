@@ -114,7 +114,8 @@ def place_model(
     if training is None:
         check_requirements(require_experts(config, sharding.compute, sizes))
         check_requirements(require_whole_sequences(config, sharding.compute, sizes))
-        if (own := config.attention) is not None:
+        own = config.attention
+        if own is not None:
             heads = own.num_heads, own.num_kv_heads
             check_requirements(require_keys_beside_queries(*heads, compute, sizes))
     else:
@@ -159,8 +160,11 @@ def require_pipeline(
 ) -> Iterator[Requirement]:
     """Requires that micro-batches fill a pipeline, and layers divide over its
     stages."""
-    stages, layers, groups = sizes["stage"], model.num_layers, parallel.layer_groups
-    alone, period = np.equal(stages, 1), len(model.layer_kinds)
+    stages = sizes["stage"]
+    layers = model.num_layers
+    groups = parallel.layer_groups
+    alone = np.equal(stages, 1)
+    period = len(model.layer_kinds)
     on_stages = sharding.compute.layers == sharding.storage.layers == ("stage",)
     what = f"mesh.stage={stages}, but layers are not split over it"
     where = "sharding.storage.layers, sharding.compute.layers"

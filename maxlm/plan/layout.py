@@ -134,8 +134,10 @@ def compute_run_layout(
     """Places every array of a run on a mesh of given sizes, whose axes run over
     ``links``."""
     placed = place_run(config, sizes, jnp.float32)
-    work, split = RunWorkload(config, jnp.float32), MeshPartitioning(config, sizes)
-    specs, devices = flatten_names(placed.specs), prod(sizes.values())
+    work = RunWorkload(config, jnp.float32)
+    split = MeshPartitioning(config, sizes)
+    specs = flatten_names(placed.specs)
+    devices = prod(sizes.values())
     rows = tuple(
         _row(name, spec, placed.placements[name], devices)
         for name, spec in specs.items()
@@ -226,7 +228,8 @@ def _list_notes(
             f"{ways(rules.heads)}, "
             "each of which computes them all and reads those of its own query heads"
         )
-    stages, micro = sizes["stage"], config.train.micro_batches
+    stages = sizes["stage"]
+    micro = config.train.micro_batches
     if stages > 1:
         groups = parallel.layer_groups if parallel.schedule == "circular" else 1
         layers = f"{config.model.num_layers // (stages * groups)} layers"

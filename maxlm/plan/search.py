@@ -97,7 +97,8 @@ def search_layouts(
     least = np.inf
     for count, shape in _list_shapes(config, machine):
         num_tried += count
-        if not (divisible := len(shape.micro_batches)):
+        divisible = len(shape.micro_batches)
+        if not divisible:
             continue
         num_divisible += divisible
         held, _, taken = estimate_costs(shape, machine)
@@ -186,7 +187,8 @@ def _find_divisible(
     work: RunWorkload, sizes: dict[str, np.ndarray], micro: np.ndarray, machine: Machine
 ) -> np.ndarray:
     """Marks candidates that meet every check of a run, and divide its parameters."""
-    config, split = work.config, MeshPartitioning(work.config, sizes)
+    config = work.config
+    split = MeshPartitioning(work.config, sizes)
     requirements = require_run_trainable(config, sizes, micro)
     good = np.all(
         np.stack(np.broadcast_arrays(*(each.is_met for each in requirements))), axis=0

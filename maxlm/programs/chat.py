@@ -37,12 +37,10 @@ class ChatSession:
     def __init__(
         self, engine: Any, sampling: SamplingConfig, system: str | None = None
     ):
-        self._engine, self._sampling, self.system, self._count = (
-            engine,
-            sampling,
-            system,
-            0,
-        )
+        self._engine = engine
+        self._sampling = sampling
+        self.system = system
+        self._count = 0
         self.num_tokens = 0
         """Tokens of the last answer."""
         self.is_stopped = False
@@ -67,18 +65,21 @@ class ChatSession:
             self._engine.tokenizer, messages, add_generation_prompt=True
         )
         context = self._engine.config.max_length
-        if (room := context - len(prompt)) < 1:
+        room = context - len(prompt)
+        if room < 1:
             what = f"the conversation has {len(prompt)} tokens, the context {context}"
             raise MaxlmError(what, fix="/reset forgets it")
-        most, seed = (
-            min(self._sampling.max_new_tokens, room),
-            self._sampling.seed + self._count,
-        )
+        most = min(self._sampling.max_new_tokens, room)
+        seed = self._sampling.seed + self._count
         sampling = self._sampling.model_copy(
             update={"max_new_tokens": most, "seed": seed % 2**32}
         )
-        self._count, self.is_stopped, self.num_tokens = self._count + 1, False, 0
-        name, pieces, done = f"chat-{self._count}", [], False
+        self._count = self._count + 1
+        self.is_stopped = False
+        self.num_tokens = 0
+        name = f"chat-{self._count}"
+        pieces = []
+        done = False
         self._engine.add_request(GenerationRequest(name, tuple(prompt), sampling))
         try:
             while not done and not self.is_stopped:
@@ -158,7 +159,8 @@ def _run_command(session: ChatSession, line: str) -> str:
 
 
 def _print_answer(session: ChatSession, text: str) -> None:
-    start, first = time.monotonic(), None
+    start = time.monotonic()
+    first = None
     # Ctrl-C stops the answer: raised within a step, it would lose the engine's buffers.
     before = signal.signal(
         signal.SIGINT, lambda *_: setattr(session, "is_stopped", True)
@@ -171,7 +173,8 @@ def _print_answer(session: ChatSession, text: str) -> None:
         signal.signal(signal.SIGINT, before)
     print(flush=True)
     if first is not None:
-        count, seconds = session.num_tokens, max(time.monotonic() - first, 1e-9)
+        count = session.num_tokens
+        seconds = max(time.monotonic() - first, 1e-9)
         rate = f"{(count - 1) / seconds:.1f} tokens/s"
         line = f"{count} tokens, {rate}, first after {first - start:.2f} s"
         print(

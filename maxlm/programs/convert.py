@@ -121,8 +121,10 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     family = find_family(values, str(where))
     tensors = list_stored_tensors(source)
     settings, told = family.read_config(values, str(where), tensors)
-    config, notes = _run_config(settings, target, where), [*told]
-    if (tokenizer := _import_tokenizer(source, config, notes)) is not None:
+    config = _run_config(settings, target, where)
+    notes = [*told]
+    tokenizer = _import_tokenizer(source, config, notes)
+    if tokenizer is not None:
         config = _with_tokenizer(config, target, tokenizer, notes)
     entries = family.list_entries(config.model, tensors)
     specs = flatten_names(_build_specs(config))
@@ -335,7 +337,8 @@ def _export_run(
     PEFT."""
     config, reader = open_run_checkpoint(source, step)
     chosen, published = find_run_family(config, reader, family)
-    specs, entries = _build_specs(config), chosen.list_entries(config.model)
+    specs = _build_specs(config)
+    entries = chosen.list_entries(config.model)
     _check_stored_shapes(reader, config, specs)
     home = source / "tokenizer"
     tokenizer = load_tokenizer(home) if home.exists() else None
@@ -445,7 +448,8 @@ def find_run_family(
     first that can say what its model computes; and what the run knows of the model that
     they came from."""
     published = read_metadata(reader.folder).get("published") or {}
-    model, name = config.model, name or published.get("family")
+    model = config.model
+    name = name or published.get("family")
     if name is None:
         able = (f for f in FAMILIES.values() if _find_inexpressible(model, f) is None)
         if family := next(able, None):

@@ -69,7 +69,8 @@ def store_teacher_logits(
             "not the name of an Arrow file", where=str(out), fix="end it with .arrow"
         )
     pa = import_pyarrow(out)
-    task, file = load_config(SftTask, None, settings).value, open_rows(*files)
+    task = load_config(SftTask, None, settings).value
+    file = open_rows(*files)
     loaded = load_chat_model(model, step=step, mesh=mesh)
     config = loaded.config.model
     length = min(seq_len or config.max_seq_len, config.max_seq_len)
@@ -107,10 +108,8 @@ def store_teacher_logits(
             written += len(made)
             progress("teacher", block[-1] + 1, len(file))
         if writer is None:
-            what, fix = (
-                f"no row has at most {encoder.max_length} tokens",
-                "raise seq_len",
-            )
+            what = f"no row has at most {encoder.max_length} tokens"
+            fix = "raise seq_len"
             raise MaxlmError(what, where=str(files[0]), fix=fix)
     return written, len(file) - written
 
@@ -140,12 +139,15 @@ def generate_answers(
         Answers written; those left out: empty, cut off, or to a prompt too long for the
         engine.
     """
-    file, how = open_rows(*files), SamplingConfig(**sampling)
+    file = open_rows(*files)
+    how = SamplingConfig(**sampling)
     loaded = load_chat_model(model, step=step, mesh=mesh)
     engine = make_engine(loaded, settings, warm_up="never")
     rows = [file[i] for i in range(len(file))]
     prompts = [_read_prompt(row, file.locate(i)) for i, row in enumerate(rows)]
-    texts, ended, num_done = {}, set(), 0
+    texts = {}
+    ended = set()
+    num_done = 0
 
     def requests() -> Iterator[GenerationRequest]:
         for i, prompt in enumerate(prompts):

@@ -63,13 +63,15 @@ def evaluate_model(
     models, harness = import_harness()
     opened = harness.load_tasks(tasks, data=data, shots=shots, seed=seed)
     about: dict[str, Any] = {"folder": model, "step": step}
-    names, is_server = [""], model.startswith(("http://", "https://"))
+    names = [""]
+    is_server = model.startswith(("http://", "https://"))
     if is_server:
         lm = open_server(model.rstrip("/"), settings, chat=chat)
         name = lm.model
     else:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
-        name, is_run = loaded.config.name, (Path(model) / "config.yaml").exists()
+        name = loaded.config.name
+        is_run = (Path(model) / "config.yaml").exists()
         about["step"] = loaded.step if is_run else None
         if chat:
             get_chat_template(loaded.tokenizer)
@@ -89,7 +91,8 @@ def evaluate_model(
         )
     seconds = results.pop("seconds_by_task")
     about |= {"seconds": sum(seconds.values()), "seconds_by_task": seconds}
-    if (engine := getattr(lm, "engine", None)) is not None:
+    engine = getattr(lm, "engine", None)
+    if engine is not None:
         stats = engine.stats()
         about["prompt_tokens"] = stats.prompt_tokens_total
         about["generated_tokens"] = stats.generated_tokens_total
@@ -108,10 +111,8 @@ def import_harness() -> tuple[Any, Any]:
     try:
         from maxlm.evaluation import lm_eval_model, tasks
     except ModuleNotFoundError as error:
-        what, fix = (
-            f"the package {error.name} is not installed",
-            "pip install 'maxlm[eval]'",
-        )
+        what = f"the package {error.name} is not installed"
+        fix = "pip install 'maxlm[eval]'"
         raise MaxlmError(what, fix=fix) from None
     return lm_eval_model, tasks
 
@@ -149,7 +150,8 @@ def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> E
 def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
     """Makes the scorer of an encoder, whose texts are whole documents."""
     assert isinstance(loaded.model, Encoder)
-    tokenizer, mask_id = loaded.tokenizer, getattr(loaded.config.task, "mask_id", None)
+    tokenizer = loaded.tokenizer
+    mask_id = getattr(loaded.config.task, "mask_id", None)
     if mask_id is None:
         mask_id = loaded.config.model.vocab_size - 1
 
@@ -190,10 +192,8 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
             given.setdefault("tokenizer_backend", "remote" if has_one else "none")
         client = make(**given)
     except (OSError, ValueError, LookupError, ModuleNotFoundError) as error:
-        what, fix = (
-            f"this server cannot be used ({error})",
-            "check the address, and the server",
-        )
+        what = f"this server cannot be used ({error})"
+        fix = "check the address, and the server"
         raise MaxlmError(what, where=url, fix=fix) from error
 
     def refuse(*_: Any) -> None:
@@ -214,7 +214,8 @@ def resume_answers(client: Any, log: Path) -> Any:
 
     with convert_write_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-    if (resumed := ResumableModel(client, log)).dbdict:
+    resumed = ResumableModel(client, log)
+    if resumed.dbdict:
         what = f"{log}: {len(resumed.dbdict):,} answers of a run that was cut off are taken"
         print(f"{what}; delete it to ask for all", file=sys.stderr)
     return resumed
@@ -243,16 +244,12 @@ def write_results(folder: Path, results: dict[str, Any], model_name: str) -> Non
     of them."""
     from lm_eval.loggers import EvaluationTracker
 
-    samples, tracker = (
-        results.pop("samples"),
-        EvaluationTracker(output_path=str(folder)),
-    )
+    samples = results.pop("samples")
+    tracker = EvaluationTracker(output_path=str(folder))
     about = tracker.general_config_tracker
-    about.model_name, about.model_name_sanitized, about.model_source = (
-        model_name,
-        "",
-        "maxlm",
-    )
+    about.model_name = model_name
+    about.model_name_sanitized = ""
+    about.model_source = "maxlm"
     with convert_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tracker.save_results_aggregated(results, samples)
@@ -282,7 +279,8 @@ def cut_windows(
 ) -> list[list[int]]:
     """Returns up to ``count`` windows of a text file, each of ``length`` tokens with
     those that documents open with, evenly spread."""
-    ids, prefix = tokenizer.encode(text.read_bytes()), tokenizer.prefix_ids
+    ids = tokenizer.encode(text.read_bytes())
+    prefix = tokenizer.prefix_ids
     room = length - len(prefix)
     if room < 2 or len(ids) < room:
         what = f"{len(ids):,} tokens give no window of {length:,}"

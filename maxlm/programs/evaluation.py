@@ -194,7 +194,8 @@ class DownstreamEvaluator:
         for task, metric, value, *_ in list_metrics(results):
             record[f"downstream/{task}/{metric}"] = value
         for task, samples in results["samples"].items():
-            if (probability := compute_gold_probability(samples)) is not None:
+            probability = compute_gold_probability(samples)
+            if probability is not None:
                 record[f"downstream/{task}/gold_probability"] = probability
         return record
 
@@ -210,7 +211,8 @@ class DownstreamEvaluator:
             for index in range(store.num_documents)
         )
         found = islice((each for each in documents if len(each) >= length), wanted)
-        if not (rows := [each[:length].tolist() for each in found]):
+        rows = [each[:length].tolist() for each in found]
+        if not rows:
             what = f"no held-out document has {length} tokens (data.seq_len)"
             raise MaxlmError(
                 what, where="train.downstream.position_documents", fix="set it to 0"
@@ -258,12 +260,10 @@ class MetricsCallback(Callback):
         log: MetricsLog,
         display: ConsoleDisplay,
     ):
-        self._config, self._plan, self._log, self._display = (
-            setup.config,
-            plan,
-            log,
-            display,
-        )
+        self._config = setup.config
+        self._plan = plan
+        self._log = log
+        self._display = display
         self._planned: dict[str, Any] = {}
         if plan.step_seconds is not None:
             self._planned = {

@@ -142,7 +142,8 @@ def summarize_run_events(
 def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
     """Finds, for the beginning of each attempt and each of its rollbacks, the step up
     to which the run keeps its steps: the least that any later one began from."""
-    least, result = inf, []
+    least = inf
+    result = []
     for log in reversed(logs):
         own = []
         begins = [
@@ -168,19 +169,27 @@ def _account(
     # Another host's clock may be behind: time never goes back here.
     began = max(min(start.get("began", inf), start["time"]), earliest)
     times = list(accumulate((event["time"] for event in log), max, initial=began))[1:]
-    ended, hung = times[-1], log[-1]["event"] == "hang"
+    ended = times[-1]
+    hung = log[-1]["event"] == "hang"
     stops = [str(event.get("reason")) for event in log if event["event"] == "stop"]
     end = stops[-1] if stops else "hang" if hung else "killed"
     if end == "killed" and now - ended < SILENCE:
-        end, ended = "running", max(ended, now)
+        end = "running"
+        ended = max(ended, now)
     slices = [_fill(began, times[0], {"starting": inf})]
     points: list[tuple[float, int]] = []
     limits = iter(kept)
-    begin, done, last, limit = times[0], start["step"], 0, next(limits)
+    begin = times[0]
+    done = start["step"]
+    last = 0
+    limit = next(limits)
     known = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
-    once, final = {"compiling": 0.0, "hanging": 0.0}, 0.0
+    once = {"compiling": 0.0, "hanging": 0.0}
+    final = 0.0
     for time, event in zip(times, log, strict=True):
-        kind, step, seconds = event["event"], event["step"], event.get("seconds", 0.0)
+        kind = event["event"]
+        step = event["step"]
+        seconds = event.get("seconds", 0.0)
         last = max(
             last, step
         )  # Steps only grow, but at a rollback: a late event may name less.
@@ -195,7 +204,9 @@ def _account(
         elif kind == "evaluate" and event.get("final"):  # No ``progress`` follows.
             final = seconds
         elif kind == "rollback":  # Right after a ``progress``; the next counts anew.
-            done, last, limit = step, step, next(limits)
+            done = step
+            last = step
+            limit = next(limits)
             known = dict.fromkeys(known, 0.0)
         elif kind == "progress":
             # Each only grows; an event of an older version lacks some.
@@ -215,7 +226,8 @@ def _account(
                 **once,
             }
             slices.append(_fill(begin, time, spent))
-            begin, once = time, dict.fromkeys(once, 0.0)
+            begin = time
+            once = dict.fromkeys(once, 0.0)
     slices.append(_fill(begin, ended, once | {"evaluating": final}))
     devices = start.get("devices")
     attempt = Attempt(began, ended, start["step"], last, end, devices, tuple(points))

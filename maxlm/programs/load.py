@@ -136,7 +136,8 @@ def load_model(
             "copy the checkpoint's here",
         )
         raise MaxlmError(what, where=str(folder), fix=fix)
-    setup, writer = _set_up_to_use(opened.config, mesh), _MemoryWriter()
+    setup = _set_up_to_use(opened.config, mesh)
+    writer = _MemoryWriter()
     opened.import_tensors(writer)
 
     def place(path: Any, sharding: Any) -> jax.Array:
@@ -200,7 +201,8 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     """Returns a fresh state, with another run's parameters if the run starts from one.
     An adapted run takes those of one without an adapter as the base of its own; heads
     that the other has not stay fresh."""
-    state, start = setup.init_train_state(), setup.config.train.start_from
+    state = setup.init_train_state()
+    start = setup.config.train.start_from
     adapter, abstract, params = (
         setup.config.adapter,
         setup.abstract_state.params,

@@ -89,7 +89,8 @@ def score_texts(
         )
     encode, length = SftTask().encode_example, run.config.model.max_seq_len
     tokens = [encode(run.tokenizer, row)[0].tokens for row in rows]
-    if (longest := max(map(len, tokens), default=0)) > length:
+    longest = max(map(len, tokens), default=0)
+    if longest > length:
         what = f"a text of {longest} tokens, where the model reads {length}"
         raise MaxlmError(what, where=str(folder), fix="leave it out, or shorten it")
     return Embedder(run.model, run.params, run.mesh, length).apply_head(tokens, SCORE)[

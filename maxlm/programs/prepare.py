@@ -52,7 +52,8 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
 
     With several processes call it on one of them first: the others then only open.
     """
-    if not (sources := config.data.sources) and config.task.reads_text:
+    sources = config.data.sources
+    if not sources and config.task.reads_text:
         what = "no text to train on"
         raise MaxlmError(
             what, where="data.sources", fix="name documents or a store there"
@@ -158,7 +159,8 @@ def make_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> Vocabulary:
 
 def check_prepared_data(config: RunConfig, folder: Path) -> None:
     """Raises MaxlmError if the text in the folder was prepared with another config."""
-    if (path := folder / "config.yaml").exists():
+    path = folder / "config.yaml"
+    if path.exists():
         before = load_config(RunConfig, path).value
         sides = before.model_dump(mode="json"), config.model_dump(mode="json")
         what = "the text here was prepared"
@@ -178,9 +180,11 @@ def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
 def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
     """Prepares the run's own tokenizer: a copy of the one named, or one trained on its
     text."""
-    if (home := folder / "tokenizer").exists():
+    home = folder / "tokenizer"
+    if home.exists():
         return home
-    if (path := _named_tokenizer(config)) is not None:
+    path = _named_tokenizer(config)
+    if path is not None:
         tokenizer = load_tokenizer(path)
         for source in config.data.sources:
             if source.store is not None:

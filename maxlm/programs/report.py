@@ -51,7 +51,8 @@ def print_training_report(run: TrainingResult) -> None:
 
 
 def _comparison(run: TrainingResult) -> Group:
-    columns, rows = ("source", "bytes", "maxlm", "gzip -9", "xz -9"), []
+    columns = ("source", "bytes", "maxlm", "gzip -9", "xz -9")
+    rows = []
     for name, result in run.heldout.items():
         text = _read_text(run.data.heldout_stores[name], run.data.tokenizer)
         packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
@@ -72,7 +73,8 @@ def _measured(run: TrainingResult) -> Group | None:
     plan = run.plan
     if plan.step_seconds is None or not records:
         return None
-    share, measured = plan.mfu() or 0.0, median(r.get("mfu") or 0.0 for r in records)
+    share = plan.mfu() or 0.0
+    measured = median(r.get("mfu") or 0.0 for r in records)
     figures: list[Any] = [
         (
             "step",
@@ -83,10 +85,8 @@ def _measured(run: TrainingResult) -> Group | None:
         ("MFU", "{:.1%}".format, share, measured),
     ]
     if "device_memory_peak" in records[-1]:
-        peak, memory = (
-            max(r["device_memory_peak"] for r in records),
-            float(plan.memory.total),
-        )
+        peak = max(r["device_memory_peak"] for r in records)
+        memory = float(plan.memory.total)
         figures.append(("memory of a device", format_bytes, memory, peak))
     rows = [
         (name, word(ours), word(theirs), f"{ours / theirs:.2f}" if theirs else "")
@@ -108,7 +108,8 @@ def _read_text(store: TokenStore, tokenizer: Tokenizer) -> bytes:
 
 def generate_samples(run: TrainingResult) -> str:
     """Generates one continuation of each of the run's prompts, each under a rule."""
-    config, (model, shardings) = run.setup.config.samples, run.setup.place_to_generate()
+    config = run.setup.config.samples
+    model, shardings = run.setup.place_to_generate()
     params = jax.device_put(get_eval_params(run.state), shardings)
     steps = generate_text(model, params, run.data.tokenizer, config.prompts, config)
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]

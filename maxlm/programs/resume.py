@@ -190,7 +190,8 @@ class StateRestorer:
         if source.is_own_run:
             checkpointer.discard_skipped(skipped, found.step)
         newer = [each for each in skipped if each.step >= found.step]
-        where, losses = found.tier.place, found.metadata.get("losses")
+        where = found.tier.place
+        losses = found.metadata.get("losses")
         return TrainingPosition(state, found.step, skips, where, losses, newer)
 
 
@@ -236,7 +237,8 @@ def check_same_inputs(
 ) -> None:
     """Checks that the checkpoint to resume from was made with this tokenizer, these
     frozen models and stores; ``new_metadata``: of those to come."""
-    saved_metadata, place = origin.metadata, str(origin.checkpointer.folder)
+    saved_metadata = origin.metadata
+    place = str(origin.checkpointer.folder)
     check_same_settings(saved_metadata, new_metadata, ("tokenizer",), place)
     for name, model in new_metadata.get("frozen", {}).items():
         was = saved_metadata.get("frozen", {}).get(name, {})
@@ -247,7 +249,8 @@ def check_same_inputs(
             raise MaxlmError(what, where=place, fix=fix)
     before = saved_metadata.get("stores", {})  # A converted model's has none.
     for source in config.data.sources:
-        name, store = source.name, new_metadata["stores"][source.name]
+        name = source.name
+        store = new_metadata["stores"][source.name]
         if store == before.get(name, store):
             continue
         describe = "{documents:,} documents, {tokens:,} tokens".format_map

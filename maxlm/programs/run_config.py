@@ -19,7 +19,8 @@ def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
     that model; neither is there."""
     path = resolve_config(source)
     tree = build_tree(path, settings)
-    train, given = tree.settings.get("train"), tree.settings.get("model") or {}
+    train = tree.settings.get("train")
+    given = tree.settings.get("model") or {}
     start = train.get("start_from") if isinstance(train, Mapping) else None
     if not given and start is None:
         fix = "name a run's or a Hugging Face folder: --base FOLDER, or train.start_from=FOLDER"

@@ -80,7 +80,8 @@ class RunSummary:
 def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
     """Reads a run from its folder; nothing in it is changed. An attempt heard of just
     before ``now`` (unix seconds; default: the clock's) may still run."""
-    if not _is_run(folder := Path(folder)):
+    folder = Path(folder)
+    if not _is_run(folder):
         what = "is no run's folder" if folder.is_dir() else "no such folder"
         raise MaxlmError(
             what, where=str(folder), fix="maxlm runs list FOLDER names those there"
@@ -89,7 +90,9 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
     events = read_events(folder / "events.jsonl", damaged)
     told = summarize_run_events(events, time.time() if now is None else now)
     first = {attempt.first_step + 1 for attempt in told.attempts}
-    step, latest, seconds = 0, {"loss": None, "eval_loss": None}, []
+    step = 0
+    latest = {"loss": None, "eval_loss": None}
+    seconds = []
     for record in read_records(folder / "metrics.jsonl", damaged):
         step = max(step, record["step"])
         latest |= {name: record[name] for name in latest if name in record}
@@ -227,7 +230,8 @@ def _time(run: RunSummary) -> Group:
 
 
 def _attempts(run: RunSummary) -> Group:
-    attempts, rows = run.history.attempts, []
+    attempts = run.history.attempts
+    rows = []
     for number, attempt in list(enumerate(attempts, 1))[-ATTEMPTS:]:
         began = datetime.fromtimestamp(attempt.began).strftime("%Y-%m-%d %H:%M:%S")
         ran = format_duration(attempt.ended - attempt.began)

@@ -118,7 +118,8 @@ def serve(
         if engine is not None:
             max_length = engine.config.max_length
             num_running = engine.config.max_sequences * engine.num_shards
-        name, tokenizer = name or loaded.config.name, loaded.tokenizer
+        name = name or loaded.config.name
+        tokenizer = loaded.tokenizer
         as_documents = isinstance(loaded.model, Encoder | EncoderDecoder)
         del loaded  # the engine has parameters of its own
 
@@ -232,10 +233,8 @@ def read_lora_adapter(
         arrays = {n: reader.open(n).read() for n in reader.shapes if n.endswith(parts)}
         trained = find_trained_base(config, reader) if adapter else set()
     else:
-        what, fix = (
-            f"neither {PEFT_CONFIG} nor config.yaml here",
-            "name PEFT's folder, or a run's",
-        )
+        what = f"neither {PEFT_CONFIG} nor config.yaml here"
+        fix = "name PEFT's folder, or a run's"
         raise MaxlmError(what, where=str(folder), fix=fix)
     if not isinstance(adapter, LoraAdapter):
         what = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
@@ -273,7 +272,8 @@ def _read_adapter_tokenizer(
 
 
 def _find_base_family(base_folder: Path) -> ModelFamily:
-    if (path := base_folder / "config.json").exists():
+    path = base_folder / "config.json"
+    if path.exists():
         return find_family(read_json_object(path, "download it again"), str(path))
     return find_run_family(*open_run_checkpoint(base_folder, None))[0]
 

@@ -120,7 +120,8 @@ class RunSetup:
     def jit_train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The training step, compiled at its first call; it donates the state it is
         given."""
-        layouts, rules = None, self.placed.gradients
+        layouts = None
+        rules = self.placed.gradients
         if rules != self.placed.storage:
             layouts = jax.tree.map(lambda spec: rules.spec(*spec.axes), self.trainable)
         step = partial(

@@ -76,16 +76,16 @@ def describe_examples(
         )
     own = f"task.kind={kind}", f"task.files={[str(path)]}"
     config = load_config(ExampleSettings, None, [*own, *settings]).value
-    task, tokenizer = config.task, open_tokenizer(model)
+    task = config.task
+    tokenizer = open_tokenizer(model)
     assert isinstance(task, RowTask)
     add_chat_template(tokenizer, config.tokenizer)
-    file, encoder = (
-        task.open_files("files"),
-        task.make_encoder(tokenizer, config.data.seq_len),
-    )
+    file = task.open_files("files")
+    encoder = task.make_encoder(tokenizer, config.data.seq_len)
     scan = scan_examples(encoder, file, np.arange(len(file)), None, keep_errors=True)
     kept = np.flatnonzero(scan.lengths)
-    lengths, examples = scan.lengths[kept], []
+    lengths = scan.lengths[kept]
+    examples = []
     for i in kept[:num_examples].tolist():
         encoded = encode_row(encoder, file, i)
         names = ["chosen", "rejected"] if task.sequences_per_example == 2 else [""]
@@ -158,15 +158,14 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
 def _list_spans(
     tokenizer: Tokenizer, encoded: Mapping[str, Any], segment: int
 ) -> Iterator[dict[str, Any]]:
-    special, own = (
-        {*tokenizer.special_tokens.values()},
-        encoded["segment_ids"] == segment,
-    )
+    special = {*tokenizer.special_tokens.values()}
+    own = encoded["segment_ids"] == segment
     ids = [int(encoded["tokens"][own][0]), *encoded["targets"][own].tolist()]
     marks = zip([False, *(encoded["weights"][own] > 0).tolist()], ids, strict=True)
     stop = 0
     for (is_learnt, is_special), group in groupby((m, i in special) for m, i in marks):
-        start, stop = stop, stop + len([*group])
+        start = stop
+        stop = stop + len([*group])
         text = tokenizer.decode_bytes(ids[start:stop], continued=start > 0)
         yield {
             "text": text.decode("utf-8", "replace"),

@@ -94,7 +94,8 @@ class CountingTokenSource:
     path, offsets_sha256 = None, ""
 
     def __init__(self, vocab_size: int):
-        used, random = min(vocab_size, USED), np.random.default_rng(0)
+        used = min(vocab_size, USED)
+        random = np.random.default_rng(0)
         marks = np.arange(vocab_size) >= used
         self.vocabulary = Vocabulary(
             vocab_size, (), min(used, vocab_size - 1), marks, ~marks
@@ -118,10 +119,8 @@ class CountingTokenSource:
 
 def make_counting_batch_source(config: RunConfig) -> BatchSource:
     """Makes a task's batches of :class:`CountingTokenSource`."""
-    text, digits = (
-        CountingTokenSource(config.model.vocab_size),
-        [b"0 1 2 3 4 5 6 7 8 9 " * 20],
-    )
+    text = CountingTokenSource(config.model.vocab_size)
+    digits = [b"0 1 2 3 4 5 6 7 8 9 " * 20]
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), digits)
     inputs = make_source_inputs(
         config, tokenizer, {"text": text}, vocabulary=text.vocabulary
@@ -164,7 +163,8 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     )
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(small.task, RowTask):
-            write_counting_rows(rows := Path(folder, "rows.jsonl"))
+            rows = Path(folder, "rows.jsonl")
+            write_counting_rows(rows)
             task = small.task.model_copy(update={"files": (str(rows),)})
             setup = replace(setup, config=small.model_copy(update={"task": task}))
         yield from _checks(setup, Path(folder, "checkpoints"))
@@ -181,7 +181,8 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
         "parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)"
     )
 
-    step, steps = setup.jit_train_step(), setup.config.train.steps
+    step = setup.jit_train_step()
+    steps = setup.config.train.steps
     began = time.perf_counter()
     state, first = _run(setup, step, state, SAVED_AT)
     saved = jax.tree.map(np.asarray, state)
@@ -226,7 +227,8 @@ def _run(
     setup: RunSetup, step: Callable[..., Any], state: TrainState, stop: int
 ) -> tuple[TrainState, list[float]]:
     """Steps up to ``stop``, and their losses."""
-    start, losses = int(state.step), []
+    start = int(state.step)
+    losses = []
     with open_training_batches(
         setup, make_counting_batch_source(setup.config), start
     ) as batches:

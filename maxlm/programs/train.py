@@ -147,10 +147,8 @@ def train_model(
                 setup.config.train.eval_every if data.eval_batch_sources else 0
             )
             metadata = {**run.metadata, "skipped_batches": position.skips}
-            saver, timer = (
-                run.state_restorer.checkpointer,
-                StepTimer(log.event, position.step),
-            )
+            saver = run.state_restorer.checkpointer
+            timer = StepTimer(log.event, position.step)
             with (
                 open_training_batches(
                     setup,
@@ -213,7 +211,8 @@ def _open_run(
     stack.enter_context(create_run_folder(config, folder, is_lead=is_lead))
     if is_lead:
         stack.enter_context(lock_run_folder(folder))
-    home, grouped = folder / "checkpoints", layer_group_shapes(setup.specs)
+    home = folder / "checkpoints"
+    grouped = layer_group_shapes(setup.specs)
     own = Checkpointer(home, config.name, config.checkpoint, layer_groups=grouped)
     checkpointer = stack.enter_context(own)
     source = find_resume_source(setup, checkpointer, resume, stack, say)
@@ -232,7 +231,8 @@ def _open_run(
     )
     if source:
         check_same_inputs(config, data, source, metadata)
-    if (skips := read_skips(folder)) is None:
+    skips = read_skips(folder)
+    if skips is None:
         skips = get_skips(source.metadata) if source else ()
     position = states.restore(skips, frozen)
     step = position.step
@@ -310,7 +310,8 @@ def _roll_back(
     run: _OpenRun, decision: RollbackDecision, position: TrainingPosition
 ) -> TrainingPosition:
     run.signals.raise_if_signaled()
-    faults, events = run.setup.config.faults, run.folder / "events.jsonl"
+    faults = run.setup.config.faults
+    events = run.folder / "events.jsonl"
     count = run_on_process_0(
         lambda: sum(e["event"] == "rollback" for e in read_events(events))
     )
@@ -372,6 +373,7 @@ def _finish(
         plots = run.folder / "plots"
         plots.mkdir(exist_ok=True)
         plot_loss(run.folder / "metrics.jsonl", plots / "loss.png")
-        records, cost = [*read_records(run.folder / "metrics.jsonl")], run.plan.layout
+        records = [*read_records(run.folder / "metrics.jsonl")]
+        cost = run.plan.layout
         draw_downstream(records, cost.flops_per_token, plots / "downstream.png")
     return results

@@ -43,7 +43,8 @@ def tune_model(
         )  # Refused before anything is written.
     config = grow_vocabulary(convert_sources(config))
     if epochs is not None:
-        steps, warmup = count_steps(config, epochs), config.schedule.warmup_steps
+        steps = count_steps(config, epochs)
+        warmup = config.schedule.warmup_steps
         train = config.train.model_copy(update={"steps": steps})
         schedule = config.schedule.model_copy(
             update={"warmup_steps": min(warmup, steps // 10)}

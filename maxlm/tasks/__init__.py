@@ -78,7 +78,8 @@ def check_task(
     }:
         what = f"task.kind={task.kind} reads the heads {missing}, the model has {dict(model.heads)}"
         raise MaxlmError(what, where="model.heads", fix=f"set {missing} there")
-    if (longest := max(task.row_lengths(seq_len))) > model.max_seq_len:
+    longest = max(task.row_lengths(seq_len))
+    if longest > model.max_seq_len:
         rows = "" if longest == seq_len else f" (rows of {longest} with reserved ids)"
         what = f"data.seq_len={seq_len}{rows} is longer than model.max_seq_len={model.max_seq_len}"
         raise MaxlmError(what, fix="shorten the sequences, or raise the model's limit")

@@ -75,7 +75,9 @@ class LossSpikeDetector(Callback):
                 return None
             reason = f"{self._skipped} updates in a row were not finite"
             return RollbackDecision(step - self._skipped + 1, step, reason)
-        if (loss := metrics["loss"]) <= (limit := self._spike_limit()):
+        loss = metrics["loss"]
+        limit = self._spike_limit()
+        if loss <= limit:
             self._spikes = 0
             self._losses = [*self._losses, loss][-self._config.spike_window :]
             return None

@@ -104,7 +104,8 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     elif config.kind == "linear":
         shape = optax.linear_schedule(peak, peak * final, max(rest, 1))
     else:
-        if (decay := max(round(config.decay_fraction * total_steps), 1)) > max(rest, 1):
+        decay = max(round(config.decay_fraction * total_steps), 1)
+        if decay > max(rest, 1):
             raise MaxlmError(
                 f"warmup_steps={warmup} and a decay of {decay} steps are longer than "
                 f"the run of "
@@ -358,7 +359,8 @@ def opt_state_specs(
     owners = flatten_names(specs)
 
     def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> ParamSpec:
-        name, axes = f".{join_path(path)}", (None,) * len(leaf.shape)
+        name = f".{join_path(path)}"
+        axes = (None,) * len(leaf.shape)
         found = max(
             (own for own in owners if name.endswith(f".{own}")), key=len, default=None
         )

@@ -100,7 +100,8 @@ def read_records(
     if path.exists():
         with path.open("rb") as file:
             for line in file:
-                if (record := _parse(line)) is not None:
+                record = _parse(line)
+                if record is not None:
                     yield record
                 elif damaged_lines is not None and line.endswith(b"\n"):
                     damaged_lines.append(line)
@@ -205,7 +206,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         more."""
         if not self._write:
             return
-        self.damaged_lines, past = 0, step < 0
+        self.damaged_lines = 0
+        past = step < 0
         with replace_file(self._metrics) as temporary, temporary.open("wb") as file:
             for line in self._metrics.open("rb"):
                 record = _parse(line)

@@ -49,13 +49,15 @@ def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     """Returns the part of a tree of declarations whose canonical names match a pattern,
     such as ``layers.attention.*``; raises MaxlmError for one that no name matches.
     None: all, or the arrays that an adapter adds, and ``heads``."""
-    names, added = [*flatten_names(specs)], list_added_names(specs)
+    names = [*flatten_names(specs)]
+    added = list_added_names(specs)
     if patterns is None:
         matched = {*added, *filter_names(names, "heads.*" if added else "*")}
     else:
         matched = set[str]()
         for pattern in patterns:
-            if not (found := filter_names(names, pattern)):
+            found = filter_names(names, pattern)
+            if not found:
                 near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
                 what = f"{pattern!r} matches no parameter"
                 fix = f"use a pattern of names such as {', '.join(near)}"

@@ -161,7 +161,8 @@ def evaluate_step(
     """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without
     gradients."""
     others = _bind_frozen(frozen_models, frozen, params)
-    models, key = TaskModels(bind(model, params), others), jax.random.key(0)
+    models = TaskModels(bind(model, params), others)
+    key = jax.random.key(0)
     batch = task.prepare_batch(models, batch)
 
     def sums_of(_: Any, batch: Batch) -> Sums:

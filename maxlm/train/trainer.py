@@ -49,7 +49,8 @@ class StepTimer:
         self._restart()
 
     def _restart(self) -> None:
-        self._step_began, self._waited = time.perf_counter(), 0.0
+        self._step_began = time.perf_counter()
+        self._waited = 0.0
 
     @contextmanager
     def time_data_wait(self) -> Iterator[None]:

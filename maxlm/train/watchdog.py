@@ -52,7 +52,8 @@ class Watchdog(Callback):
         self.event: Callable[..., None] = lambda *_, **__: None
         """Takes ``event("hang", step, process=..., seconds=...)``."""
         self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_STEPS)
-        self._done, self._is_first_step = threading.Event(), True
+        self._done = threading.Event()
+        self._is_first_step = True
         # The training thread replaces it, the watching thread reads it.
         self.awaited = WatchdogTimer(0, "", time.monotonic(), float("inf"))
         self._thread = threading.Thread(
@@ -79,7 +80,8 @@ class Watchdog(Callback):
         median of those before it, once there are enough; or what takes longer (``"first
         step"``, ``"evaluation"``, ``"save"``, ``"restore"``), limited by
         ``idle_seconds``."""
-        words, limit = f"{activity} {step}", self._config.idle_seconds
+        words = f"{activity} {step}"
+        limit = self._config.idle_seconds
         if activity == "step" and len(self._step_seconds) >= _LEAST_STEPS:
             typical = median(self._step_seconds)
             words += f" ({typical:.3g} s is the median)"
@@ -105,9 +107,8 @@ class Watchdog(Callback):
     def _watch(self) -> None:
         while True:
             awaited = self.awaited
-            if (
-                seconds := time.monotonic() - awaited.start_seconds
-            ) >= awaited.timeout_seconds:
+            seconds = time.monotonic() - awaited.start_seconds
+            if seconds >= awaited.timeout_seconds:
                 if self._handle_hang(awaited, seconds):
                     return
             elif self._done.wait(min(awaited.timeout_seconds - seconds, 1.0)):

@@ -208,7 +208,8 @@ def test_dropout_zeroes_a_share_of_inputs_and_keeps_their_mean():
     """Seen through A and B that are identities: what is added is what is left of x."""
     adapter = LoraAdapter(rank=14, alpha=14, dropout=0.25, targets=("gate",))
     *_, model, fresh = build(adapter)
-    specs, key = param_specs(model), jax.random.key(0)
+    specs = param_specs(model)
+    key = jax.random.key(0)
     seeded = seed_dropout(fresh, specs, key)
     x = jnp.ones((8, 50, 14))
     base = specs["layers"]["mlp"]["gate"]["kernel"].base

@@ -155,10 +155,8 @@ def test_a_mesh_trains_the_adapter_alone_as_one_device_does(
         *(jax.tree.leaves(r.state.params) for r in (one, spread)), strict=True
     ):
         np.testing.assert_allclose(other, own, atol=3e-4)
-    began, names = (
-        init_or_warm_start_state(spread.setup).params,
-        flatten_names(base.state.params),
-    )
+    began = init_or_warm_start_state(spread.setup).params
+    names = flatten_names(base.state.params)
     assert are_equal(select_base_params(spread.state.params), base.state.params)
     trained = {
         n for n, s in flatten_names(spread.setup.trainable).items() if s is not None
@@ -241,10 +239,8 @@ def test_a_base_rests_in_bfloat16(make_config, train, train_beside_reference, ba
         select_base_params(again.state.params), select_base_params(run.state.params)
     )
 
-    kernel, stored = (
-        "layers.mlp.up.kernel",
-        RunCheckpointReader(run.folder / "checkpoints"),
-    )
+    kernel = "layers.mlp.up.kernel"
+    stored = RunCheckpointReader(run.folder / "checkpoints")
     read = stored.open(f"{kernel}.base").read()
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, held[kernel].astype(np.float32))

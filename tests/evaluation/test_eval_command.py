@@ -25,7 +25,10 @@ def write_checkpoint(folder) -> None:
     """A Llama of random values, as a Hugging Face folder."""
     tokenizer = train_chat_tokenizer()
     export_tokenizer(tokenizer, folder)
-    D, F, V, layers = 32, 48, tokenizer.vocab_size, 2
+    D = 32
+    F = 48
+    V = tokenizer.vocab_size
+    layers = 2
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -87,7 +87,8 @@ class DiagonalSsm(nnx.Module):
         self, config, norm, d_model, num_layers, init_std, *, rules, dtype, parallel
     ):
         del norm, num_layers, parallel
-        self.width, self.rules = config.width, rules
+        self.width = config.width
+        self.rules = rules
         kw: dict[str, Any] = {
             "bias": False,
             "std": init_std,
@@ -192,7 +193,8 @@ def test_generation_equals_the_full_forward_pass(model):
     config = EngineConfig(
         max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3
     )
-    engine, found = Engine(model, params, config), {}
+    engine = Engine(model, params, config)
+    found = {}
     assert {x.shape for x in jax.tree.leaves(engine._runner.state)} == {(1, 2, WIDTH)}
     greedy = SamplingConfig(temperature=0, max_new_tokens=8)
     requests = [
@@ -213,7 +215,8 @@ def test_generation_equals_the_full_forward_pass(model):
 
     assert len(found) == 6
     for (number, _), output in found.items():
-        prompt, tokens = prompts[number], [token for token, _ in output]
+        prompt = prompts[number]
+        tokens = [token for token, _ in output]
         text = np.zeros((1, 32), np.int32)
         text[0, : len(prompt) + 8] = [*prompt, *tokens]
         rows = np.asarray(read(params, text))[0, len(prompt) - 1 :][:8]
@@ -258,7 +261,8 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
 def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
     shape, cost, _ = compiled(make_run(tmp_path, mesh={"fsdp": 4, "tensor": 2}))
     assert count_step_products(shape).total_flops == cost.matmul_flops
-    ours, theirs = sent(shape), cost.wire_by_kind_and_axes()
+    ours = sent(shape)
+    theirs = cost.wire_by_kind_and_axes()
     for key, size in theirs.items():
         if size > 0.1 * sum(theirs.values()):
             assert ours[key] == pytest.approx(size, rel=0.03), key

@@ -90,7 +90,8 @@ class DpoTask(Task):
 def encode_pair(
     tokenizer: Tokenizer, length: int, row: dict[str, str]
 ) -> dict[str, Any]:
-    prompt, found = tokenizer.encode(row["prompt"]), {}
+    prompt = tokenizer.encode(row["prompt"])
+    found = {}
     for side in SIDES:
         ids = [*prompt, *tokenizer.encode(row[side]), tokenizer.eos_id][: length + 1]
         found[f"{side}_tokens"], found[f"{side}_targets"] = ids[:-1], ids[1:]

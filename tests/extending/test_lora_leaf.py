@@ -78,10 +78,8 @@ class LoraAdapter(Adapter):
     def _adapt_one(self, spec: ParamSpec) -> Any:
         if spec.role != "matrix" or "expert" in spec.axes:
             return spec
-        lead, inputs = (
-            spec.num_layer_axes,
-            spec.num_layer_axes + len(spec.contracting_dims),
-        )
+        lead = spec.num_layer_axes
+        inputs = spec.num_layer_axes + len(spec.contracting_dims)
         a = replace(
             spec,
             shape=(*spec.shape[:inputs], self.rank),

@@ -101,7 +101,8 @@ def save(folder, values, shard_bytes=10**9):
 
 
 def test_values_that_are_no_numbers_are_counted(tmp_path):
-    values, lines = tensors(), []
+    values = tensors()
+    lines = []
     imported(save(tmp_path / "clean", values), tmp_path / "a", warn=lines.append)
     assert lines == []
     values["h.1.down"][1, 2:5, 3] = np.nan, np.inf, -np.inf
@@ -199,7 +200,8 @@ def test_what_training_saved_is_exported(tmp_path):
 
 def test_rounding_is_refused_unless_asked(tmp_path):
     imported(save(tmp_path / "theirs", tensors("F32")), tmp_path / "ours")
-    reader, bf16 = RunCheckpointReader(tmp_path / "ours"), TensorDtypes(default="BF16")
+    reader = RunCheckpointReader(tmp_path / "ours")
+    bf16 = TensorDtypes(default="BF16")
     text = message(export, reader, bf16, tmp_path / "a")
     assert "its float32 values would be rounded to bfloat16" in text
     got = export(reader, bf16, tmp_path / "b", lossy=True)
@@ -220,10 +222,8 @@ def test_progress_counts_bytes_to_the_end(tmp_path):
     there, back = [], []
     folder = save(tmp_path / "theirs", tensors())
     imported(folder, tmp_path / "ours", progress=lambda *call: there.append(call))
-    reader, dtypes = (
-        RunCheckpointReader(tmp_path / "ours"),
-        TensorDtypes(default="BF16"),
-    )
+    reader = RunCheckpointReader(tmp_path / "ours")
+    dtypes = TensorDtypes(default="BF16")
     export(reader, dtypes, tmp_path / "a", progress=lambda *call: back.append(call))
     total = sum(value.nbytes for value in tensors().values())
     for calls in (there, back):

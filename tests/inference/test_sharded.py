@@ -131,10 +131,8 @@ def test_fewer_kv_heads_than_devices_are_kept_once_a_device(mesh, build_tiny):
     """Four devices have copies of two kv heads, one each; forward passes without a
     cache too."""
     attention = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6}
-    one, eight = (
-        build_tiny("llama", mesh(), vocab_size=64, attention=attention),
-        mesh(data=2, tensor=4),
-    )
+    one = build_tiny("llama", mesh(), vocab_size=64, attention=attention)
+    eight = mesh(data=2, tensor=4)
     how = ShardingConfig(), ParallelConfig(), dict(eight.shape), jnp.float32
     placed = place_model(one.model.config, *how, training=None)
     held = jax.device_put(

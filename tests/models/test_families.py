@@ -34,11 +34,13 @@ def test_every_family_has_a_case():
 
 @every
 def test_the_published_logits(name):
-    own, (_, config, entries) = golden(name), read(name)
+    own = golden(name)
+    _, config, entries = read(name)
     more: dict[str, Any] = {}
     if "types" in own.shown:
         more["types"] = own.shown["types"]
-    if (source := own.shown.get("source")) is not None:
+    source = own.shown.get("source")
+    if source is not None:
         places = np.broadcast_to(np.arange(source.shape[1]), source.shape)
         more["inputs"] = (source, places, None)
     tensors = {key: value.astype(np.float32) for key, value in own.tensors.items()}
@@ -50,7 +52,8 @@ def test_the_published_logits(name):
 
 @every
 def test_each_tensor_and_each_parameter_once(name):
-    own, (_, config, entries) = golden(name), read(name)
+    own = golden(name)
+    _, config, entries = read(name)
     assert sorted(entry.theirs for entry in entries) == sorted(own.tensors)
     specs = flatten_names(
         param_specs(config.build(rules=AxisRules(), dtype=jnp.float32))

@@ -198,7 +198,8 @@ def loops_with_collectives(body: Computation, module: HloModule) -> list[str]:
 
 def what_it_needs(name: str, body: Computation) -> set[str]:
     """Names of all instructions that one depends on."""
-    found, new = set(), [name]
+    found = set()
+    new = [name]
     while new:
         operands = set(body.instructions[new.pop()].operands) - found
         found |= operands

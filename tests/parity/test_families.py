@@ -54,7 +54,8 @@ def test_continues_alike(name):
 def test_an_absent_key_means_what_it_means_there(name):
     own = measure.case(name)
     more = {"architectures": [type(own.model).__name__]}
-    whole, cls = own.model.config.to_dict() | more, type(own.model.config)
+    whole = own.model.config.to_dict() | more
+    cls = type(own.model.config)
     for key in whole:
         bare = {other: value for other, value in whole.items() if other != key}
         try:

@@ -20,7 +20,8 @@ from tests.parity import compare, measure
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-N, LENGTHS = 4, (13, 6)
+N = 4
+LENGTHS = (13, 6)
 ADAPTERS = {
     "prefix": (PrefixAdapter(num_virtual_tokens=N), "PrefixTuningConfig"),
     "prompt": (PromptAdapter(num_virtual_tokens=N), "PromptTuningConfig"),
@@ -51,7 +52,8 @@ def adapt(name, kind):
 # well.
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "gemma3"])
 def test_logits_and_counts_are_pefts(name, kind):
-    own, adapter = measure.case(name), ADAPTERS[kind][0]
+    own = measure.case(name)
+    adapter = ADAPTERS[kind][0]
     model, embedding = adapt(name, kind)
 
     specs = param_specs(

@@ -82,7 +82,8 @@ _TASKS = {
 
 def run(model: str, layout: str, **changes: Any) -> RunConfig:
     """A run of one of these models, or the parity matrix's, on a layout of that."""
-    cell, settings = CELLS[layout], dict(CELLS[layout].settings)
+    cell = CELLS[layout]
+    settings = dict(CELLS[layout].settings)
     micro = MICRO if cell.mesh.get("stage", 1) > 1 else 1
     sizes = {"vocab_size": 88, "num_layers": 4, "d_model": 32}
     own = MODELS[model] if model in MODELS else cells.MODELS[model]

@@ -89,10 +89,8 @@ def test_frozen_base(layout, kind):
         compute_peak_bytes(held), rel=0.25
     )
     # The reference's attention counts at half, whatever tiles are skipped.
-    products, exact = (
-        cost.matmul_flops + cost.attention_flops,
-        {"sft": 1e-6, "dpo": 0.04}[kind],
-    )
+    products = cost.matmul_flops + cost.attention_flops
+    exact = {"sft": 1e-6, "dpo": 0.04}[kind]
     own = count_step_products(shape).total_flops + count_frozen_forward_flops(shape)
     assert own == pytest.approx(products, rel=exact)
     if kind == "sft" and layout == "fsdp":
@@ -155,7 +153,8 @@ def test_bytes_sent_and_products(layout, model, off):
         pytest.skip("jax 0.10 adds gathers of its own")
     shape, cost, held = compiled(run(layout, model))
     products = cost.matmul_flops + cost.attention_flops
-    ours, theirs = sent(shape), Counter(cost.wire_by_kind_and_axes())
+    ours = sent(shape)
+    theirs = Counter(cost.wire_by_kind_and_axes())
     theirs -= gathered_for_top_k(shape)
     assert sum(ours.values()) == pytest.approx(sum(theirs.values()), rel=off)
     large = 0.1 * sum(theirs.values())

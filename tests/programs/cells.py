@@ -269,7 +269,8 @@ def _cover_parts(trained: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Few of `trained` that, with `HOSTS_COVER`, have every model and every two parts
     that meet."""
     parts = {each: _parts_that_meet(*each) for each in trained}
-    missing, chosen = set().union(*parts.values()) - _parts_that_meet(*HOSTS_COVER), []
+    missing = set().union(*parts.values()) - _parts_that_meet(*HOSTS_COVER)
+    chosen = []
     while missing:
         chosen.append(max(trained, key=lambda each: len(parts[each] & missing)))
         missing -= parts[chosen[-1]]
@@ -364,7 +365,9 @@ def train(
 ) -> Iterator[tuple[dict[str, float], TrainState]]:
     """Metrics and state after each step, which the next one takes."""
     jitted: Any = setup.jit_train_step().__wrapped__
-    lead, rules, mesh = (MICRO, ROWS), setup.placed.compute, setup.mesh
+    lead = (MICRO, ROWS)
+    rules = setup.placed.compute
+    mesh = setup.mesh
     arrays = setup.config.task.batch_arrays(SEQ)
     rows = get_local_row_indices(batch_sharding(rules, mesh, ()), lead)
     step = None

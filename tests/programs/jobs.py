@@ -77,7 +77,8 @@ class Jobs:
             own: settings of one process alone, by its number.
         """
         arguments = ["train", self._config, f"name={name}", *settings]
-        port, begun = free_port(), []
+        port = free_port()
+        begun = []
         for number in range(processes):
             cluster = {
                 "MAXLM_COORDINATOR": f"127.0.0.1:{port}",

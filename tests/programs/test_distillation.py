@@ -59,7 +59,8 @@ def train_student(home, name, *settings, **task):
 
 
 def test_all_log_probabilities_stored_are_the_teacher(home):
-    teacher, rows = home / "tiny", str(home / "rows.jsonl")
+    teacher = home / "tiny"
+    rows = str(home / "rows.jsonl")
     counts = store_teacher_logits(str(teacher), [rows], home / "all.arrow", k=VOCAB + 5)
     assert counts == (8, 1)
     live = train_student(

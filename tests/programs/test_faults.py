@@ -135,7 +135,8 @@ def largest(folder: Path) -> Path:
 def as_of_another_mesh(path: Path) -> None:
     """Let a local file hold other shards, which spares compiling for another mesh."""
     with safe_open(path, "np") as file:
-        keys, header = file.keys(), file.metadata()
+        keys = file.keys()
+        header = file.metadata()
         arrays = {f"{key},0:1": file.get_tensor(key) for key in keys}
     save_file(arrays, path, header)
 
@@ -148,7 +149,8 @@ def test_damaged_checkpoints_are_passed_over_one_by_one_and_never_begun_anew_fro
     data = bytearray(flipped.read_bytes())
     data[len(data) // 2] ^= 1
     flipped.write_bytes(data)
-    os.truncate(cut := largest(home / "12" / "state"), cut.stat().st_size // 2)
+    cut = largest(home / "12" / "state")
+    os.truncate(cut, cut.stat().st_size // 2)
     said = runs.trained("damaged")
     assert [line.split(": ")[0] for line in said[:2]] == [
         f"checkpoint {step} is skipped" for step in (18, 12)

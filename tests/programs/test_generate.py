@@ -56,7 +56,8 @@ def model(one_device_mesh):
 
 
 def test_pieces_join_to_the_decoded_tokens(model):
-    tokenizer, prompts = ByteTokenizer(), ["größer", b"\xff\x00", ""]
+    tokenizer = ByteTokenizer()
+    prompts = ["größer", b"\xff\x00", ""]
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(
         lambda s: jnp.asarray(draw(0, 0.02, s.shape), s.dtype), param_specs(model)
@@ -120,7 +121,8 @@ def test_a_continuation_keeps_its_space_and_a_text_that_begins_does_not(
 def test_a_prompt_opens_as_the_tokenizer_says_and_an_encoder_reads_a_whole_document():
     prompts = ["a", "bc", ""]
     a, b, c = (ord(char) + 2 for char in "abc")
-    foreign, own = ForeignTokenizer(), ByteTokenizer()
+    foreign = ForeignTokenizer()
+    own = ByteTokenizer()
     assert encode_prompts(foreign, prompts, as_documents=False) == [[a], [b, c], [BOS]]
     assert encode_prompts(foreign, prompts, as_documents=True) == [
         [a, EOS],

@@ -81,7 +81,8 @@ class Play:
     def attempt(self, draw, step):
         """From ``step`` on; returns the step that the next one begins from, and how it
         ended."""
-        number, began = draw(st.floats(0.1, 30)), self.clock
+        number = draw(st.floats(0.1, 30))
+        began = self.clock
         self.go_back(step)
         self.pass_("starting", number)
         self.event("resume" if step else "start", step, began=began, devices=8)
@@ -92,10 +93,8 @@ class Play:
         step += 1
         self.kept[step] = 0.0
         self.event("compiled", step, seconds=seconds)
-        counted, saved = (
-            dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0),
-            0,
-        )
+        counted = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
+        saved = 0
         for _ in range(draw(st.integers(0, 12))):
             # Between two events steps take as long as each other: they are told apart
             # pro rata.
@@ -140,7 +139,9 @@ class Play:
 @settings(max_examples=100)
 @given(st.data())
 def test_parts_are_those_of_a_run_played_out(data):
-    play, begins, ends = Play(), 0, []
+    play = Play()
+    begins = 0
+    ends = []
     for _ in range(data.draw(st.integers(1, 6))):
         if play.events:
             idle = "finished" if ends[-1] == "done" else "down"

@@ -42,7 +42,8 @@ def test_the_end_measures_all_held_out_text_beside_the_curve(run):
 def test_the_plot_marks_it_apart_from_the_curve(run, tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    drawn, plot = {}, Axes.plot
+    drawn = {}
+    plot = Axes.plot
 
     def record_line(self, x, y, **options):
         drawn[options.get("label")] = [float(value) for value in y]

@@ -82,7 +82,8 @@ def written(page: str) -> str:
 
 
 def test_the_page_shows_which_layouts_are_refused_and_why():
-    page, compiled = PAGE.read_text(), list[str]()
+    page = PAGE.read_text()
+    compiled = list[str]()
     listen = jax.monitoring.register_event_duration_secs_listener
     listen(lambda name, *_, **__: compiled.append(name) if "compile" in name else None)
     assert page == written(page), "run: python -m tests.programs.test_matrix"

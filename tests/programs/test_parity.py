@@ -70,7 +70,8 @@ def differences(
 def one_device(tmp_path_factory):
     """What one device makes of a model and its batches: (setup, records, first
     checkpoint)."""
-    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made = {}
 
     def find(model: str):
         if model not in made:

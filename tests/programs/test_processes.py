@@ -46,7 +46,8 @@ def jobs(tmp_path_factory):
 def as_if_saved_elsewhere(path: Path) -> None:
     """Let a local file be of a save of other arrays than it was."""
     with safe_open(path, "np") as file:
-        keys, header = file.keys(), file.metadata()
+        keys = file.keys()
+        header = file.metadata()
         arrays = {key: file.get_tensor(key) for key in keys}
     metadata = json.loads(header["metadata"])
     del metadata["sha256"], metadata["versions"]  # as an older version would
@@ -103,7 +104,8 @@ def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_
     # One host is back from elsewhere: it has lost a file, and keeps one of the run's
     # other path.
     shutil.rmtree(home / str(max(steps_in(home))))
-    folder, lost = max(steps_in(home)), steps_in(disks[0])
+    folder = max(steps_in(home))
+    lost = steps_in(disks[0])
     newest = max(lost & steps_in(disks[1]))
     for path in disks[1].glob("*.safetensors"):
         if path.stem == str(newest):

@@ -116,7 +116,10 @@ def test_runs_of_a_folder_by_name(tmp_path):
 def test_an_image_shows_all_of_the_time_and_every_attempt(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    lines, areas, plot, stairs = [], {}, Axes.plot, Axes.stairs
+    lines = []
+    areas = {}
+    plot = Axes.plot
+    stairs = Axes.stairs
 
     def record_line(self, x, y, **options):
         lines.append((np.atleast_1d(x), np.atleast_1d(y)))

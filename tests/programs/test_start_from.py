@@ -77,7 +77,8 @@ def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(
         return prepare(*arguments)
 
     monkeypatch.setattr(program, "prepare_data_on_all_hosts", slowly)
-    steps, resume = {"steps": 3}, None
+    steps = {"steps": 3}
+    resume = None
     if how == "start_from":
         steps |= {"start_from": str(other)}
     else:
@@ -92,7 +93,8 @@ def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(
 
 def test_traced_steps_that_never_come_and_that_have_been_taken(tmp_path, text):
     how = {"train": {"steps": 2}, "reporting": {"tensorboard": False}}
-    path, run = tiny.write_config(tmp_path, text, **how), tmp_path / "tiny"
+    path = tiny.write_config(tmp_path, text, **how)
+    run = tmp_path / "tiny"
     none = "data.heldout_fraction=0"
     with pytest.raises(MaxlmError) as error:
         tiny.train(path, none, profile=(3, 5))

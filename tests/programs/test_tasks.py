@@ -76,7 +76,9 @@ def prepared(kind: str, **mesh: int) -> RunSetup:
 def trained(setup: RunSetup) -> tuple[Any, list[float]]:
     """The state after the last step, and the losses of all. The step is compiled once,
     takes its state's memory, and hands it back laid out as it was."""
-    state, step, losses = setup.init_train_state(), setup.jit_train_step(), []
+    state = setup.init_train_state()
+    step = setup.jit_train_step()
+    losses = []
     with open_training_batches(
         setup, make_counting_batch_source(setup.config), 0
     ) as batches:

@@ -63,7 +63,8 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_ids_are_those_of_no_text_and_all_past_the_tokenizers(name, read):
-    (tokenizer, ids), (special, opening, end) = read(name), SPECIAL[name]
+    tokenizer, ids = read(name)
+    special, opening, end = SPECIAL[name]
     last = max(ids.values())
     found = make_vocabulary(tokenizer, last + 1 + 7)
     assert found.size == last + 8
@@ -81,7 +82,8 @@ def test_special_ids_are_those_of_no_text_and_all_past_the_tokenizers(name, read
 
 @pytest.mark.parametrize("name", PIECES)
 def test_words_begin_where_no_letter_or_digit_goes_on(name, read):
-    (tokenizer, ids), (begin, go_on) = read(name), PIECES[name]
+    tokenizer, ids = read(name)
+    begin, go_on = PIECES[name]
     found = make_vocabulary(tokenizer, tokenizer.vocab_size + 3).starts_word
     assert [piece for piece in begin + go_on if found[ids[piece]]] == begin
     assert not found[[ids[piece] for piece in BROKEN.get(name, [])]].any()

@@ -25,7 +25,8 @@ SEQ = 128
 
 
 def make_rows(count, seed=0):
-    random, words = np.random.default_rng(seed), tiny.TEXT.split()
+    random = np.random.default_rng(seed)
+    words = tiny.TEXT.split()
     talks = []
     for _ in range(count):
         sizes = random.integers(1, 5, 2 * random.integers(1, 3))

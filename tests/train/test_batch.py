@@ -44,7 +44,8 @@ def test_arrays_may_have_any_shape_and_rows_and_tokens_any_order(mesh):
         "scores": BatchArraySpec((), np.float32, ()),
     }
     rows = {"pairs": np.arange(32).reshape(4, 2, 4), "scores": np.arange(4.0)}
-    order, numbers = np.array([3, 0, 1, 2]), [2, 0, 3, 1]
+    order = np.array([3, 0, 1, 2])
+    numbers = [2, 0, 3, 1]
     shuffled = {name: array[numbers] for name, array in rows.items()}
     batch = make_global_batch(shuffled, arrays, numbers, rules, grid, (2, 2), order)
     want = rows["pairs"][..., order].reshape(2, 2, 2, 4)

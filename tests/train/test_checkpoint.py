@@ -197,7 +197,9 @@ def test_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_diff
     tmp_path,
 ):
     save(tmp_path, 1)
-    wider, more, other = make_state(), make_state(), make_state() | {"opt_state": ()}
+    wider = make_state()
+    more = make_state()
+    other = make_state() | {"opt_state": ()}
     wider["params"]["layers"]["up"] = np.ones((3, 8, 15), np.float32)
     more["params"]["head"] = np.ones((8, 10), np.float32)
     with FolderTier(tmp_path, read_only=True) as checkpoints:
@@ -222,7 +224,8 @@ def test_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_diff
 def test_layers_held_in_groups_are_stored_in_a_row_and_read_either_way(tmp_path, mesh):
     """Layer g · 4 + i is element [g, i]; stages hold the second axis here, the first on
     disk."""
-    on, flat = mesh(stage=2, fsdp=2), np.arange(48, dtype=np.float32).reshape(8, 6)
+    on = mesh(stage=2, fsdp=2)
+    flat = np.arange(48, dtype=np.float32).reshape(8, 6)
     held_as = NamedSharding(on, PartitionSpec(None, "stage", "fsdp"))
     held = jax.device_put(flat.reshape(2, 4, 6), held_as)
     factor = jax.device_put(

@@ -61,11 +61,10 @@ def run(config, steps=3):
     """(parameters, gradients of each step, parameters after each step), the last two
     lists."""
     optimizer = make_optimizer(config, optax.constant_schedule(LR), SPECS)
-    grads, after = [values(step + 1) for step in range(steps)], [values(0)]
-    state, step = (
-        jax.jit(optimizer.init)(after[0]),
-        jax.jit(partial(one_step, optimizer)),
-    )
+    grads = [values(step + 1) for step in range(steps)]
+    after = [values(0)]
+    state = jax.jit(optimizer.init)(after[0])
+    step = jax.jit(partial(one_step, optimizer))
     for g in grads:
         params, state = step(after[-1], state, g)
         after.append(params)

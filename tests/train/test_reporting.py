@@ -31,7 +31,8 @@ def shown_on_board(folder):
         data = path.read_bytes()
         while data:  # length, its checksum, an event, its checksum
             (length,) = struct.unpack("<Q", data[:8])
-            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
             if event.session_log.status == 1:
                 shown = {
                     tag: {s: v for s, v in curve.items() if s < event.step}
@@ -179,7 +180,8 @@ def test_a_scrape_has_the_newest_numbers_and_what_happened(tmp_path):
 def test_a_run_answers_with_what_it_logs(tmp_path, monkeypatch):
     """Scraped where it draws its plot: all is logged then, and the port is still
     open."""
-    port, scraped = free_port(), {}
+    port = free_port()
+    scraped = {}
     monkeypatch.setattr(
         "maxlm.programs.train.plot_loss", lambda *paths: scraped.update(scrape(port)[0])
     )

@@ -123,7 +123,8 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 
 def test_evaluation_sums_without_learning():
-    state, batch = line_state(), {k: v[0] for k, v in line_batch(1).items()}
+    state = line_state()
+    batch = {k: v[0] for k, v in line_batch(1).items()}
     sums = evaluate_step(state.params, {}, batch, model=Line(), task=task_of(squares))
     error = 0.5 * batch["tokens"] + 1 - batch["targets"]
     assert float(sums["absolute"]) == pytest.approx(

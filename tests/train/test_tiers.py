@@ -145,7 +145,8 @@ def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
         "skipped_batches": [[3, 5]],
         "losses": None,
     }
-    random, seen = np.random.default_rng(0), Counter()
+    random = np.random.default_rng(0)
+    seen = Counter()
     with Checkpointer(tmp_path / "run", "run", config) as tiers:
         for step in (20, 40, 50):  # the folder's and their copies, and a local one
             tiers.save(step, state_of(here, step), own)
@@ -436,7 +437,9 @@ def test_process_that_ends_while_a_copy_is_made_keeps_its_exit_code(tmp_path):
 @pytest.fixture
 def slow_copy(monkeypatch):
     """(set once a copy has begun, to be set for copies to go on)"""
-    started, resume, original = threading.Event(), threading.Event(), RemoteTier._copy
+    started = threading.Event()
+    resume = threading.Event()
+    original = RemoteTier._copy
 
     def slow(self, step):
         started.set()
@@ -506,7 +509,8 @@ def test_files_of_interrupted_copies_and_deletions_are_cleared_away(tmp_path, he
 
 def test_error_that_passes_hides_no_checkpoint(tmp_path, here, monkeypatch):
     write(tmp_path, here, 10, 20, every_steps=10)
-    read, failures = Path.read_text, [OSError("Stale file handle")]
+    read = Path.read_text
+    failures = [OSError("Stale file handle")]
 
     def once(self, *arguments, **more):
         if self.name == "metadata" and failures:

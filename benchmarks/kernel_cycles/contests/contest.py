@@ -135,7 +135,8 @@ def best_peer(outcomes: Mapping[str, Outcome]) -> Row | None:
 
 
 def _far(contender: Contender, found: Mapping[str, Outcome]) -> bool:
-    best, own = best_peer(found), found[contender.name]
+    best = best_peer(found)
+    own = found[contender.name]
     return bool(
         best
         and contender.peer

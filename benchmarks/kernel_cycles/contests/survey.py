@@ -66,7 +66,8 @@ def survey(
     results: dict[Cell, dict[str, Outcome]] = {}
     spent: list[float] = []
     for count, one in enumerate(contests, 1):
-        fresh, start = not one.known(known), clock()
+        fresh = not one.known(known)
+        start = clock()
         found = contest(one.contenders, one.of, one.cell.chip, measure)
         results.setdefault(one.cell, {}).update(found)
         if fresh:

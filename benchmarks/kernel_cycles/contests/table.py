@@ -98,7 +98,8 @@ def _own(outcomes: Mapping[str, Outcome]) -> Row | None:
 
 def ratio(outcomes: Mapping[str, Outcome]) -> float | None:
     """Of our time to the best peer's; None where one is missing."""
-    own, best = _own(outcomes), best_peer(outcomes)
+    own = _own(outcomes)
+    best = best_peer(outcomes)
     return own.microseconds / best.microseconds if own and best else None
 
 

@@ -135,7 +135,8 @@ def _program(schedule: Schedule, blocks: list[_Block]) -> str:
     instructions.
     """
     index = {block.start: i for i, block in enumerate(blocks)}
-    registers, body = set(), []
+    registers = set()
+    body = []
     for i, block in enumerate(blocks):
         lines = [f"n[{i}] += 1"]
         for at in range(block.start, block.stop):
@@ -202,7 +203,8 @@ def _copier(
         if isinstance(target, Unknown) or isinstance(granules, Unknown):
             memory.clear()
         elif isinstance(predicate, Unknown) or predicate:
-            data, start = (), 0
+            data = ()
+            start = 0
             if not (isinstance(predicate, Unknown) or isinstance(source, Unknown)):
                 data = operands.get(source // OPERAND - 1, ())
                 start = source % OPERAND * 8

@@ -136,7 +136,9 @@ def call_costs(
     Raises:
         ValueError: a Pallas kernel whose control flow cannot be followed.
     """
-    kernels, others, left = [], [], list(calls)
+    kernels = []
+    others = []
+    left = list(calls)
     for schedule in schedules:
         text = _instruction(hlo, schedule.name)
         if text is None:

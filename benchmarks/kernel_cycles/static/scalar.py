@@ -233,7 +233,8 @@ def _store(schedule: Schedule, rest: str) -> str:
     match = re.match(r"\[(smem:\[.*?\]\]?) *(.*)", rest)
     if match is None:
         return ""
-    address, rest = _smem(schedule, match[1]), match[2]
+    address = _smem(schedule, match[1])
+    rest = match[2]
     predicate = _PREDICATE.search(rest)
     value = _atom(schedule, rest.split(",")[-1].strip().split()[-1])
     return f"store({_predicate(predicate) if predicate else 1}, {address}, {value})"

@@ -71,7 +71,8 @@ class Region:
 
     def own(self) -> list[tuple[int, int]]:
         """Ranges of bundles that no region inside holds."""
-        ranges, at = [], self.start
+        ranges = []
+        at = self.start
         for child in sorted(self.children, key=lambda r: r.start):
             if at < child.start:
                 ranges.append((at, child.start))

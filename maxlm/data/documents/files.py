@@ -138,7 +138,8 @@ def resolve_glob(entry: str) -> list[Path]:
     if not glob.has_magic(entry):
         fix = f"give a file, a folder, a quoted glob, {PYTHON_STDLIB} or {PYTHON_PACKAGE}NAME"
         raise MaxlmError("no such file or folder", where=entry, fix=fix)
-    if not (matches := sorted(map(Path, glob.glob(str(path), recursive=True)))):
+    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not matches:
         fix = "check the pattern (and quote it, so that the shell leaves it alone)"
         raise MaxlmError("the pattern matches nothing", where=entry, fix=fix)
     return matches

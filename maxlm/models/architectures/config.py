@@ -153,7 +153,8 @@ class TransformerConfig(Config):
                 "neither attention nor" if self.mixer is None else "both attention and"
             )
             raise MaxlmError(f"{given} mixer", fix="give one of them")
-        dense, both = self.dense_layers, self.mlp is not None and self.moe is not None
+        dense = self.dense_layers
+        both = self.mlp is not None and self.moe is not None
         if not (self.mlp or self.moe or self.ffn):
             raise MaxlmError("neither mlp nor moe", fix="give one of them")
         if self.ffn and (self.mlp or self.moe):
@@ -181,7 +182,8 @@ class TransformerConfig(Config):
     def _positions_fit(self) -> Self:
         for kind in self.layer_kinds:
             self._check_positions(kind.positions or self.positions)
-        scheme, own = self.positions.kind, [kind.positions for kind in self.pattern]
+        scheme = self.positions.kind
+        own = [kind.positions for kind in self.pattern]
         if any(positions and positions.kind != scheme for positions in own):
             what = f"a pattern of other positions than {scheme}"
             raise MaxlmError(what, where="pattern", fix="let all layers have one kind")
@@ -230,7 +232,8 @@ class TransformerConfig(Config):
     def layer_stacks(self) -> tuple[LayerStack, ...]:
         """The stacks of layers, first to last. What a pattern leaves over at the end
         has its own, so that each is whole periods."""
-        depth, dense = self.num_layers - self.dense_layers, self.moe is None
+        depth = self.num_layers - self.dense_layers
+        dense = self.moe is None
         before, among, behind = STACKS
         first = LayerStack(before, self.dense_layers, self.layer_kinds, True)
         kinds = self.layer_kinds[:depth]
@@ -278,7 +281,9 @@ class TransformerConfig(Config):
         once), ties, biases, norms, positions, gating and remat; experts are 8 at most,
         registered mixers and feed-forwards as they are; ``vocab_size`` and
         ``num_layers`` are upper bounds."""
-        attention, small, d_model = self.attention, None, 2 * head_dim
+        attention = self.attention
+        small = None
+        d_model = 2 * head_dim
         if attention is not None:
             small = attention.shrunk(head_dim, seq_len)
             d_model = small.num_heads * head_dim

@@ -81,9 +81,8 @@ class Encoder(Transformer):
         """Computes hidden states as the head wants them; see :class:`Transformer`.
         ``types``: the text of a pair that each token is of, int; None: the first."""
         x, aux = self.forward_without_head(tokens, positions, segment_ids, types)
-        if (
-            head := self.head_layer
-        ) is not None and self.config.head_activation is not None:
+        head = self.head_layer
+        if head is not None and self.config.head_activation is not None:
             activate = ACTIVATIONS[self.config.head_activation]
             x = head.norm(activate(head.dense(x, seq_axis="residual")))
         return x, aux

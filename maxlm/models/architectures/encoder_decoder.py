@@ -106,7 +106,8 @@ class EncoderDecoder(Transformer):
         encoded, _ = self.encode(inputs)
 
         def project(stack: Any) -> tuple[KeysValues, ...]:
-            own, count = get_values(stack), self.config.num_layers
+            own = get_values(stack)
+            count = self.config.num_layers
             layers = (
                 bind(stack, take_stacked_layer(own, layer)) for layer in range(count)
             )
@@ -121,10 +122,8 @@ class EncoderDecoder(Transformer):
     ) -> CrossAttentionCache:
         """Returns the cross-attention cache of inputs of ``length`` tokens, with a
         :class:`~maxlm.models.caches.CacheArraySpec` for each array."""
-        attention, lead = (
-            self.config.attention,
-            (layout.num_shards, layout.num_rows, length),
-        )
+        attention = self.config.attention
+        lead = (layout.num_shards, layout.num_rows, length)
         assert attention is not None
         shape = (*lead, attention.num_kv_heads, attention.head_dim)
         keys = CacheArraySpec(shape, ("batch", None, None, "kv_heads", None))

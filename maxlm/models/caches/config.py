@@ -37,7 +37,8 @@ class _BudgetConfig(Config):
     @model_validator(mode="after")
     def _within_budget(self):
         name = "num_sinks" if self.kind == "sinks" else "recent"
-        if (tokens := getattr(self, name)) >= self.budget:
+        tokens = getattr(self, name)
+        if tokens >= self.budget:
             what = f"{name}={tokens} leaves nothing of budget={self.budget}"
             raise MaxlmError(what, fix=f"raise budget, or lower {name}")
         return self

@@ -47,7 +47,9 @@ def kv_cache_spec(
     if not no_value:
         num_kv_heads *= count_kv_copies(num_kv_heads, layout.head_ways)
         axes = (*axes[:2], "heads", *axes[3:])
-    page, multiple, pages = layout.page_size, layout.feature_multiple, []
+    page = layout.page_size
+    multiple = layout.feature_multiple
+    pages = []
     for size in sizes:
         width = -(-size // multiple) * multiple
         shape = shards, layout.count_pages(window), num_kv_heads, page, width

@@ -53,7 +53,8 @@ FAMILIES: Mapping[str, ModelFamily] = {
 
 def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
     """Returns the family that a config.json is of."""
-    names, kind = hf_config.get("architectures") or [], hf_config.get("model_type")
+    names = hf_config.get("architectures") or []
+    kind = hf_config.get("model_type")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         what = f"architectures={names!r} is not a list of names"
         raise MaxlmError(what, where=source, fix="take it from the published model")

@@ -64,7 +64,8 @@ def _read_falcon(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 
 def _write_falcon(config: Any) -> dict[str, Any]:
-    attention, two_norms = config.attention, config.placement == "parallel"
+    attention = config.attention
+    two_norms = config.placement == "parallel"
     return {
         "num_kv_heads": attention.num_kv_heads,
         "new_decoder_architecture": two_norms

@@ -133,7 +133,8 @@ def read_fields(
 ) -> None:
     """Reads all keys into nested settings."""
     for path, field in fields.items():
-        own, (*outer, key) = reader, path.split(".")
+        own = reader
+        (*outer, key) = path.split(".")
         for name in outer:
             own = own.read_nested(name)
         value = field.read(own, key)

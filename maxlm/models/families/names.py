@@ -197,7 +197,8 @@ def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> Ten
     reordered: theirs pair neighbours, ours halves."""
 
     def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
-        plain, last = rule.make_conversion(pieces), pieces[-1].shape[-1]
+        plain = rule.make_conversion(pieces)
+        last = pieces[-1].shape[-1]
         size = last if each_head else plain.shape[0]
         order = np.arange(size)
         order[-rotary_dim:] = order[-rotary_dim:].reshape(-1, 2).T.ravel()

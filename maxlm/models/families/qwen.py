@@ -20,10 +20,8 @@ EXPERTS = {
 
 def _read_windows(reader: ConfigReader, settings: dict[str, Any]) -> None:
     """Layers from ``max_window_layers`` on have a window, if there is one."""
-    layers, window = (
-        settings["num_layers"],
-        reader.size("sliding_window", 4096, nullable=True),
-    )
+    layers = settings["num_layers"]
+    window = reader.size("sliding_window", 4096, nullable=True)
     used = reader.flag("use_sliding_window", False) and window is not None
     first = reader.size("max_window_layers", 28, least=0)
     kinds = [LOCAL if used and layer >= first else GLOBAL for layer in range(layers)]

@@ -59,7 +59,9 @@ class ConfigReader:
         source: str = "config.json",
         tensor_names: frozenset[str] = frozenset(),
     ):
-        self.values, self.where, self.tensors = dict(values), source, tensor_names
+        self.values = dict(values)
+        self.where = source
+        self.tensors = tensor_names
         self._seen: set[str] = set()
         self._inside: dict[str, ConfigReader] = {}
 
@@ -98,7 +100,8 @@ class ConfigReader:
         """Reads a value that must be one of those implemented, or absent (the first); a
         null means what false and 0 do."""
         self._seen.add(key)
-        if (value := self.values.get(key, allowed[0])) is None and not allowed[0]:
+        value = self.values.get(key, allowed[0])
+        if value is None and not allowed[0]:
             return allowed[0]
         for one in allowed:
             if value == one and isinstance(value, bool) == isinstance(one, bool):
@@ -140,7 +143,8 @@ class ConfigReader:
     ) -> Any:
         """Reads a finite float of at least ``least``, or above 0; ``kwargs`` as of
         :meth:`get`."""
-        if (value := self.get(key, default, **kwargs)) is None:
+        value = self.get(key, default, **kwargs)
+        if value is None:
             return None
         finite = type(value) in (int, float) and math.isfinite(value)
         if not finite or (value <= 0 if least is None else value < least):
@@ -160,7 +164,8 @@ class ConfigReader:
     def read_nested(self, key: str) -> "ConfigReader":
         """Returns a reader of a nested mapping, to be checked with this one."""
         self._seen.add(key)
-        if not isinstance(value := self.values.get(key), Mapping | None):
+        value = self.values.get(key)
+        if not isinstance(value, Mapping | None):
             raise self._wrong(key, value, "a mapping")
         if key not in self._inside:
             self._inside[key] = ConfigReader(value or {}, f"{self.where}: {key}")

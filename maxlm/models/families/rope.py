@@ -36,10 +36,8 @@ def read_position_settings(
     """
     usual = "rope_parameters" if reader.has("rope_parameters") else "rope_scaling"
     rope_reader = rope_reader or reader.read_nested(usual)
-    theta, share = (
-        rope_reader.number("rope_theta", reader.number("rope_theta", theta)),
-        1.0,
-    )
+    theta = rope_reader.number("rope_theta", reader.number("rope_theta", theta))
+    share = 1.0
     for source in (reader, rope_reader):
         if partial is None:
             source.read_implemented("partial_rotary_factor", 1.0, None)
@@ -56,7 +54,8 @@ def read_scaling(
 ) -> dict[str, Any] | None:
     """Returns settings of a scaling, None where there is none; ``max_positions`` stand
     for the original length where none is named."""
-    if (kind := reader.get("rope_type", "default", alias="type")) not in (
+    kind = reader.get("rope_type", "default", alias="type")
+    if kind not in (
         "default",
         *_SCALINGS,
     ):
@@ -102,7 +101,8 @@ def write_position_settings(
 ) -> dict[str, Any]:
     """Writes what :func:`read_position_settings` reads."""
     found: dict[str, Any] = {"rope_theta": positions.theta}
-    if (size := positions.rotary_dim) is not None:
+    size = positions.rotary_dim
+    if size is not None:
         share = size / head_dim
         # Who reads it cuts the product off, which rounding can leave just below a whole
         # number.

@@ -44,7 +44,8 @@ def _table(config: Any) -> NameTable:
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     kinds = [f"{x}{y}" for x in ("", "gated-") for y in fields.ACTIVATIONS]
     how = reader.read_implemented("feed_forward_proj", "relu", *kinds)
-    gated, name = how.startswith("gated-"), how.removeprefix("gated-")
+    gated = how.startswith("gated-")
+    name = how.removeprefix("gated-")
     # As the library reads it: "gated-gelu" is the approximation.
     name = "gelu_new" if how == "gated-gelu" else name
     reader.read_implemented("dense_act_fn", None, name)

@@ -119,10 +119,8 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
                 before it is kept besides.
         """
         if force or self.folder_tier.is_due(step):
-            known, suspect = (
-                self.folder_tier.steps_including_unfinished(),
-                first_suspect_step or 0,
-            )
+            known = self.folder_tier.steps_including_unfinished()
+            suspect = first_suspect_step or 0
             held = [each for each in known if each < suspect][-1:]
             held += self.remote.steps_being_copied if self.remote else []
             if not self.folder_tier.save(step, state, metadata, held):

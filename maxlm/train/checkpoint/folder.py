@@ -197,7 +197,8 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         for step, is_damaged in (
             is_damaged_by_step.items() if jax.process_index() == 0 else ()
         ):
-            if not (path := self.path(step)).exists():
+            path = self.path(step)
+            if not path.exists():
                 continue
             # A kill leaves half of an old one that was being deleted.
             is_half = (
@@ -238,7 +239,8 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self.close()
 
     def _find_step(self, step: int | None) -> int:
-        if not (steps := self.steps()):
+        steps = self.steps()
+        if not steps:
             raise MaxlmError(
                 "no checkpoint here", where=self.place, fix="train for longer"
             )

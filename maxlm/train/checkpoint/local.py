@@ -77,9 +77,8 @@ class LocalTier:
         arrays: dict[str, np.ndarray] = {}
         for name, leaf in leaves.items():
             for shard in leaf.addressable_shards:
-                if (
-                    key := f"{name}@{_shard_key(shard.index, leaf.shape)}"
-                ) not in arrays:
+                key = f"{name}@{_shard_key(shard.index, leaf.shape)}"
+                if key not in arrays:
                     # A copy: on CPU the array's memory would be the next step's.
                     arrays[key] = np.array(shard.data)
         self._thread = threading.Thread(target=self._write, args=(step, arrays, header))
@@ -119,7 +118,8 @@ class LocalTier:
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns what was saved beside the state; raises UnreadableCheckpoint where a
         process has no file, or a damaged one, or files are of different saves."""
-        if not all(has_file := all_gather_json(self.path(step).exists())):
+        has_file = all_gather_json(self.path(step).exists())
+        if not all(has_file):
             what = f"process {has_file.index(False)} has none"
             raise UnreadableCheckpoint(what, where=self.place, fix=_FIX)
         metadata = raise_on_all_hosts(lambda: self._read_metadata(step))
@@ -141,7 +141,8 @@ class LocalTier:
     def restore(self, step: int, abstract: PyTree) -> PyTree:
         """Returns the state, each part from its process's file; raises
         UnreadableCheckpoint."""
-        path, wanted = self.path(step), flatten_names(abstract)
+        path = self.path(step)
+        wanted = flatten_names(abstract)
 
         def read() -> tuple[dict[str, int], dict[str, jax.Array]]:
             known = self._read_metadata(step)["fingerprints"]
@@ -177,10 +178,12 @@ def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Reads arrays by name; raises UnreadableCheckpoint if the file holds other
     shards."""
     with safe_open(path, "np") as file:
-        keys, shards = set(file.keys()), {}
+        keys = set(file.keys())
+        shards = {}
 
         def read_shard(name: str, shape: tuple[int, ...], index: Any) -> np.ndarray:
-            if (key := f"{name}@{_shard_key(index, shape)}") not in keys:
+            key = f"{name}@{_shard_key(index, shape)}"
+            if key not in keys:
                 what = (
                     "unreadable (it was written on another mesh or by other processes)"
                 )

@@ -321,11 +321,10 @@ def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
         except MaxlmError:
             raise
         except Exception as error:
-            if (pause := next(pauses, None)) is None:
-                what, fix = (
-                    f"unreadable ({describe_error(error)})",
-                    "restore another step",
-                )
+            pause = next(pauses, None)
+            if pause is None:
+                what = f"unreadable ({describe_error(error)})"
+                fix = "restore another step"
                 raise UnreadableCheckpoint(what, where=str(place), fix=fix) from error
         time.sleep(pause)
 

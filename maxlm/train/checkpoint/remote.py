@@ -102,7 +102,8 @@ class RemoteTier:
 
     def _claim(self) -> None:
         """Refuses a place of another run, of the same name in another folder."""
-        found, owner = self._store.read(_OWNER).result(), str(self._folder)
+        found = self._store.read(_OWNER).result()
+        owner = str(self._folder)
         if found.state == "missing":
             self._store.write(_OWNER, owner.encode()).result()
         elif (other := found.value.decode(errors="replace")) != owner:
@@ -225,14 +226,17 @@ class RemoteTier:
         raise _Cancelled
 
     def _copy(self, step: int) -> None:
-        folder, writes, sizes = self._folder / str(step), [], {}
+        folder = self._folder / str(step)
+        writes = []
+        sizes = {}
         while not folder.is_dir():  # Orbax gives a complete one its name.
             if self._cancelling.is_set() or self._newest != step:
                 raise _Cancelled
             time.sleep(_POLL_SECONDS)
         self._invalidate(step)  # another save of this step
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name, value = path.relative_to(folder).as_posix(), path.read_bytes()
+            name = path.relative_to(folder).as_posix()
+            value = path.read_bytes()
             sizes[name] = len(value)
             writes.append(self._store.write(f"{step}/{name}", value))
             if len(writes) >= _FILES_IN_MEMORY:
