@@ -26,14 +26,14 @@ from maxlm.models.params import (
     select_base_params,
 )
 from maxlm.models.remat import SAVED, RematPolicy
+from maxlm.optim.optimizer import make_optimizer, make_schedule, opt_state_specs
+from maxlm.optim.state import select_trainable
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, make_kernel
 from maxlm.plan.topology import Topology
-from maxlm.run import RunConfig, list_base_models, read_frozen_configs
+from maxlm.run.config import RunConfig, list_base_models, read_frozen_configs
 from maxlm.sharding import AxisRules
 from maxlm.tasks.text import ClmTask
-from maxlm.train.optimizer import make_optimizer, make_schedule, opt_state_specs
-from maxlm.train.state import select_trainable
 
 Number = Any
 """A float, or an array of them with an element for every candidate."""

@@ -14,13 +14,13 @@ from maxlm.config import MaxlmError
 from maxlm.huggingface.checkpoint import RunCheckpointReader
 from maxlm.models.params import flatten_names, select_base_params
 from maxlm.plan.predict import plan_run
-from maxlm.programs.load import init_or_warm_start_state, load_run
-from maxlm.programs.setup import set_up_run
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig, list_base_models
+from maxlm.run.config import RunConfig, list_base_models
+from maxlm.run.load import init_or_warm_start_state, load_run
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import MESH_AXES
 from maxlm.tasks import ClmTask, TaskModels, register_task
-from tests.programs import tiny
+from maxlm.train.program import train_model
+from tests.train import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -141,7 +141,7 @@ def are_equal(a: Any, b: Any) -> bool:
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-# The layouts of SFT and DPO with LoRA are in tests/programs/test_parity.py.
+# The layouts of SFT and DPO with LoRA are in tests/train/test_parity.py.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dora", "lora", "ia3", "houlsby"])
 def test_a_mesh_trains_the_adapter_alone_as_one_device_does(

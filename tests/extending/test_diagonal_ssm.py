@@ -30,17 +30,17 @@ from maxlm.models.params import (
     param_specs,
 )
 from maxlm.plan.compiled.compare import count_step_products
-from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.timing import count_extra_forward_flops
-from maxlm.programs.smoke import shrink_config
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.placement import require_run_trainable
 from maxlm.sharding import AxisRules
+from maxlm.train.program import train_model
+from maxlm.train.smoke import shrink_config
 from tests.models.building import LLAMA_GQA
 from tests.plan.test_against_compiled import compiled, sent
-from tests.programs import tiny
+from tests.train import tiny
 
 WIDTH = 10
 

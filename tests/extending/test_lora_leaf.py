@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.checkpoint.reading import read_metadata
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.models.adapters import Adapter, register_adapter
 from maxlm.models.params import (
@@ -31,14 +32,13 @@ from maxlm.models.params import (
     truncated_normal,
 )
 from maxlm.plan.predict import plan_run
-from maxlm.programs.load import init_or_warm_start_state, load_run
-from maxlm.programs.setup import set_up_run
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.load import init_or_warm_start_state, load_run
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import AxisRules
-from maxlm.train.checkpoint.reading import read_metadata
+from maxlm.train.program import train_model
 from tests.models.building import LLAMA_GQA
-from tests.programs import tiny
+from tests.train import tiny
 
 RANK, SCALE = 4, 0.7
 

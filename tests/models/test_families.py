@@ -10,7 +10,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.convert import count_lead_axes
-from maxlm.models.families import FAMILIES, find_family
+from maxlm.huggingface.families import FAMILIES, find_family
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.sharding import AxisRules
 from tests.models.published import CASES, golden

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from maxlm.config import find_asset
-from maxlm.models.families import FAMILIES, find_family
+from maxlm.huggingface.families import FAMILIES, find_family
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.sharding import AxisRules
 from tests.models.published import COUNTS, PUBLISHED

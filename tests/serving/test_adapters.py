@@ -13,19 +13,19 @@ from maxlm.adapters import Ia3Adapter
 from maxlm.config import to_yaml
 from maxlm.data.tokenizer import TokenizerConfig, export_tokenizer, train_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
+from maxlm.huggingface.families import FAMILIES
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.families import FAMILIES
-from maxlm.programs.convert import convert
-from maxlm.programs.load import LoadedRun
-from maxlm.programs.serve import make_engine, read_lora_adapter
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.convert import convert
+from maxlm.run.load import LoadedRun
+from maxlm.serving.program import make_engine, read_lora_adapter
 from tests.errors import message
 from tests.inference.conftest import CONFIGS, build
 from tests.inference.test_adapters import ADAPTERS, draw_arrays, merge
-from tests.programs import tiny as tiny_run
 from tests.serving.running import run_in_thread, train_chat_tokenizer
+from tests.train import tiny as tiny_run
 
 SIZES = ["max_sequences=4", "max_length=128", "page_size=8", "max_adapters=2"]
 URLS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from maxlm.config import MaxlmError, find_asset, load_config
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.tasks import ClmTask
 
 T5, BERT, UL2 = (

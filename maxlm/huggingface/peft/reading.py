@@ -15,6 +15,7 @@ from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
 from maxlm.adapters.virtual_tokens import from_peft
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
+from maxlm.huggingface.families.names import ParamSlice, TensorEntry
 from maxlm.huggingface.files import StoredTensor, list_file_tensors, read_tensor
 from maxlm.huggingface.peft.settings import (
     CONFIG,
@@ -39,7 +40,6 @@ from maxlm.huggingface.peft.sites import (
 )
 from maxlm.models.adapters import Adapter
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.families.names import ParamSlice, TensorEntry
 from maxlm.models.params import Params, flatten_names
 
 TENSORS = "adapter_model.safetensors"
