@@ -27,7 +27,7 @@ from maxlm.huggingface.files import (
     list_stored_tensors,
     split_into_slabs,
 )
-from maxlm.models.architectures import DecoderConfig
+from maxlm.models.architectures.transformer import DecoderConfig
 
 LAYERS, HEAD = 16, 64
 

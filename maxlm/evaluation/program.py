@@ -18,7 +18,7 @@ from maxlm.data.tokenizer.chat import get_chat_template
 from maxlm.evaluation.curves import compute_position_losses
 from maxlm.inference.engine import Engine
 from maxlm.inference.scoring import MaskedScorer, Scorer
-from maxlm.models.architectures import Encoder
+from maxlm.models.architectures.encoder import Encoder
 from maxlm.run.load import LoadedRun
 from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.progress import show_progress

@@ -102,3 +102,9 @@ def _keep(tree: Params, names: set[str]) -> Params:
     return jax.tree_util.tree_map_with_path(
         lambda path, value: value if join_path(path) in names else None, tree
     )
+
+
+def get_eval_params(state: TrainState) -> Params:
+    """Returns the parameters to use a model with: their moving average where there is
+    one."""
+    return state.params if state.ema is None else state.ema

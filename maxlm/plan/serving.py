@@ -32,7 +32,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
-from maxlm.models.architectures import Decoder
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.network import PlannedCollective

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maxlm.optim.optimizer import get_input_output_dims
+from maxlm.optim.kinds import get_input_output_dims
 from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.memory import persistent_bytes
 from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective

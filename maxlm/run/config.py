@@ -16,7 +16,8 @@ from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.context_extension import TuneConfig, extend_context
 from maxlm.models.dtypes import ComputeDtype
-from maxlm.optim.optimizer import OptimizerConfig, ScheduleConfig
+from maxlm.optim.config import AnyOptimizerConfig, OptimizerConfig
+from maxlm.optim.schedule import ScheduleConfig
 from maxlm.parallel.config import ParallelConfig
 from maxlm.run.model_placement import check_latent_split
 from maxlm.run.reporting_config import ReportingConfig
@@ -79,7 +80,7 @@ class RunConfig(Config):
     sharding: ShardingConfig = ShardingConfig()
     parallel: ParallelConfig = ParallelConfig()
     task: TaskConfig = ClmTask()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AnyOptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

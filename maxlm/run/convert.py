@@ -451,19 +451,20 @@ def find_run_family(
     model = config.model
     name = name or published.get("family")
     if name is None:
-        able = (f for f in FAMILIES.values() if _find_inexpressible(model, f) is None)
-        if family := next(able, None):
-            return family, published
+        for _, family in FAMILIES.items():
+            if _find_inexpressible(model, family) is None:
+                return family, published
         what = "no published family computes what this model does"
         fix = "--family NAME says what one of them has no word for"
         raise MaxlmError(what, where="config.yaml: model", fix=fix)
-    if name not in FAMILIES:
-        raise MaxlmError(f"no family {name!r}", fix=f"known are {', '.join(FAMILIES)}")
-    if fault := _find_inexpressible(model, FAMILIES[name]):
-        what = f"{FAMILIES[name].hf_architecture} has no word for {fault}"
+    family = FAMILIES.find(name)
+    if family is None:
+        raise MaxlmError(f"no family {name!r}", fix=FAMILIES.suggest(name))
+    if fault := _find_inexpressible(model, family):
+        what = f"{family.hf_architecture} has no word for {fault}"
         fix = "name another --family, or change the model"
         raise MaxlmError(what, where="config.yaml: model", fix=fix)
-    return FAMILIES[name], published
+    return family, published
 
 
 def _build_specs(config: RunConfig) -> Params:

@@ -61,9 +61,9 @@ def require_trainable(
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
     if model.mixer is not None:
-        kind = getattr(model.mixer, "kind", type(model.mixer).__name__)
-        declare = "give register_mixer mesh_axes with '{}' where it is registered"
-        mixer_axes = MIXERS[type(model.mixer)].mesh_axes
+        kind = getattr(model.mixer, "kind", "")
+        declare = "register it in MIXERS with '{}' among mesh_axes"
+        mixer_axes = MIXERS.get(kind).mesh_axes
         subject = f"model.mixer.kind={kind}"
         yield from require_declared_axes(mixer_axes, compute, sizes, subject, declare)
     if model.attention is not None:

@@ -20,12 +20,8 @@ from maxlm.data.loader import load_batches
 from maxlm.models.architectures import Model
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.params import Params, init_params
-from maxlm.optim.optimizer import (
-    make_optimizer,
-    make_schedule,
-    opt_state_specs,
-    shard_optimizer,
-)
+from maxlm.optim.optimizer import make_optimizer, opt_state_specs, shard_optimizer
+from maxlm.optim.schedule import make_schedule
 from maxlm.optim.state import TrainState, param_shardings, select_trainable
 from maxlm.optim.step import Sums, evaluate_step, train_step
 from maxlm.parallel.context import sequence_order_indices

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 from pydantic import ValidationError
 
-from maxlm.adapters import LoraAdapter
+from maxlm.adapters.lora import LoraAdapter
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.huggingface.families import find_family
@@ -22,7 +22,9 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
 from maxlm.inference.text import encode_prompts
-from maxlm.models.architectures import Encoder, EncoderDecoder, Model
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import param_specs, select_base_params
 from maxlm.parallel.cpu_kernels import find_missing_cpu_compiler
 from maxlm.run.convert import (

@@ -1,10 +1,11 @@
 """Training, from a config to a trained model: what ``maxlm train`` does."""
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -12,11 +13,7 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reading import layer_group_shapes
 from maxlm.checkpoint.skips import get_skips, read_skips
 from maxlm.config import MaxlmError
-from maxlm.evaluation.curves import draw_downstream
 from maxlm.optim.state import TrainState
-from maxlm.plan.known_errors import format_known_time_errors
-from maxlm.plan.predict import Machine, RunPlan, plan_run
-from maxlm.plan.show import format_prediction
 from maxlm.run.config import RunConfig
 from maxlm.run.load import (
     check_init_checkpoint,
@@ -39,13 +36,8 @@ from maxlm.runtime.signals import SignalHandler, handle_signals
 from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.callbacks import CheckpointCallback, EvaluationCallback, StopCallback
 from maxlm.train.display import ConsoleDisplay, plot_loss
-from maxlm.train.evaluation import (
-    DownstreamEvaluator,
-    HeldOutEvaluator,
-    HeldOutResults,
-    MetricsCallback,
-    format_downstream,
-)
+from maxlm.train.heldout import HeldOutEvaluator, HeldOutResults
+from maxlm.train.metrics import MetricsCallback, format_downstream
 from maxlm.train.profile import Profiler
 from maxlm.train.prometheus import check_prometheus_port
 from maxlm.train.records import MetricsLog, read_events, read_records
@@ -70,6 +62,12 @@ from maxlm.train.run_folder import (
 from maxlm.train.trainer import RollbackDecision, StepTimer, Trainer
 from maxlm.train.watchdog import Watchdog
 
+if TYPE_CHECKING:
+    from maxlm.plan.predict import RunPlan
+
+DownstreamEvaluation = Callable[[TrainState], dict[str, float]]
+"""Returns a metrics record of scores on tasks; {} where none are asked for."""
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -77,7 +75,7 @@ class TrainingResult:
 
     setup: RunSetup
     data: PreparedData
-    plan: RunPlan
+    plan: "RunPlan"
     start_step: int
     """The step that it started or resumed from."""
     state: TrainState
@@ -102,7 +100,7 @@ class _OpenRun:
     """Position where training starts or resumes."""
     metadata: dict[str, Any]
     """Saved with every checkpoint."""
-    plan: RunPlan
+    plan: "RunPlan"
     log: MetricsLog
 
 
@@ -140,7 +138,7 @@ def train_model(
             )
         step_fn = setup.jit_train_step()
         evaluator = HeldOutEvaluator(setup, data, on_batch=watchdog.reset_timer)
-        downstream = DownstreamEvaluator(setup, data, on_work=watchdog.reset_timer)
+        evaluate_downstream = _open_downstream(setup, data, watchdog)
 
         def train_from(position: TrainingPosition) -> TrainState | RollbackDecision:
             detector = LossSpikeDetector(setup.config.faults, position.detector_state)
@@ -171,7 +169,7 @@ def train_model(
                     detector,
                     EvaluationCallback(evaluator.evaluate_metrics, every_steps),
                     EvaluationCallback(
-                        downstream.evaluate, config.train.downstream.every
+                        evaluate_downstream, config.train.downstream.every
                     ),
                     CheckpointCallback(saver, metadata, detector),
                     StopCallback(
@@ -185,7 +183,7 @@ def train_model(
         while isinstance(result := train_from(position), RollbackDecision):
             position = _roll_back(run, result, position)
         run.signals.raise_if_signaled()
-        heldout = _finish(run, evaluator, downstream, result)
+        heldout = _finish(run, evaluator, evaluate_downstream, result)
     return TrainingResult(
         setup, data, run.plan, run.position.step, result, run.folder, heldout
     )
@@ -260,11 +258,7 @@ def _open_run(
         what = f"the run is at step {step}, train.steps={config.train.steps}"
         fix = f"set train.steps to {step} or more, or train in another run folder"
         raise MaxlmError(what, where=str(folder), fix=fix)
-    machine = Machine.from_devices(setup.mesh.devices.ravel().tolist())
-    plan = plan_run(config, machine, sizes=dict(setup.mesh.shape))
-    say(f"planned: {format_prediction(plan)}")
-    if plan.known_time_errors:
-        say(format_known_time_errors(plan.known_time_errors))
+    plan = _plan_run(config, setup, say)
     write_run_description(folder, config, plan, is_lead=is_lead)
     if is_lead:
         write_refused_rows(folder, batch_sources)
@@ -307,6 +301,35 @@ def _open_run(
     )
 
 
+def _plan_run(config: RunConfig, setup: RunSetup, say: Say) -> "RunPlan":
+    """Plans the run on its devices, for the record and to compare with what is
+    measured."""
+    # The plan is a room of its own that nothing else of training needs.
+    from maxlm.plan.known_errors import format_known_time_errors
+    from maxlm.plan.predict import Machine, plan_run
+    from maxlm.plan.show import format_prediction
+
+    machine = Machine.from_devices(setup.mesh.devices.ravel().tolist())
+    plan = plan_run(config, machine, sizes=dict(setup.mesh.shape))
+    say(f"planned: {format_prediction(plan)}")
+    if plan.known_time_errors:
+        say(format_known_time_errors(plan.known_time_errors))
+    return plan
+
+
+def _open_downstream(
+    setup: RunSetup, data: PreparedData, watchdog: Watchdog
+) -> DownstreamEvaluation:
+    """Opens the evaluation on tasks where the run asks for one, with the engine and the
+    harness that it takes."""
+    config = setup.config.train.downstream
+    if not config.tasks and not config.position_documents:
+        return lambda state: {}
+    from maxlm.train.downstream import DownstreamEvaluator
+
+    return DownstreamEvaluator(setup, data, on_work=watchdog.reset_timer).evaluate
+
+
 def _roll_back(
     run: _OpenRun, decision: RollbackDecision, position: TrainingPosition
 ) -> TrainingPosition:
@@ -344,7 +367,7 @@ def _roll_back(
 def _finish(
     run: _OpenRun,
     evaluator: HeldOutEvaluator,
-    downstream: DownstreamEvaluator,
+    evaluate_downstream: DownstreamEvaluation,
     state: TrainState,
 ) -> HeldOutResults:
     """Evaluates on all held-out text, and on tasks, and closes the run's records."""
@@ -353,7 +376,7 @@ def _finish(
     began = time.monotonic()
     evaluation = evaluator.evaluate(state)
     results = evaluation.whole
-    on_tasks = downstream.evaluate(state)
+    on_tasks = evaluate_downstream(state)
     if results or on_tasks:
         run.log.event("evaluate", step, seconds=time.monotonic() - began, final=True)
     run.log.event("stop", step, reason="done")
@@ -374,6 +397,8 @@ def _finish(
         plots = run.folder / "plots"
         plots.mkdir(exist_ok=True)
         plot_loss(run.folder / "metrics.jsonl", plots / "loss.png")
+        from maxlm.evaluation.curves import draw_downstream
+
         records = [*read_records(run.folder / "metrics.jsonl")]
         cost = run.plan.layout
         draw_downstream(records, cost.flops_per_token, plots / "downstream.png")

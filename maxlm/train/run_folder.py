@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -19,7 +19,6 @@ import maxlm
 from maxlm.config import MaxlmError, to_yaml
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.rows import RowSource
-from maxlm.plan.predict import RunPlan
 from maxlm.run.config import RunConfig
 from maxlm.runtime.collectives import all_gather_json
 from maxlm.runtime.files import (
@@ -54,6 +53,9 @@ VARIABLES = (
     *("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST"),
     *("JOBSET_NAME", "JOBSET_RESTART_ATTEMPT", "RAY_JOB_ID", "SKYPILOT_TASK_ID"),
 )
+
+if TYPE_CHECKING:
+    from maxlm.plan.predict import RunPlan
 
 
 @contextmanager
@@ -119,7 +121,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def write_run_description(
-    folder: Path, config: RunConfig, plan: RunPlan, *, is_lead: bool
+    folder: Path, config: RunConfig, plan: "RunPlan", *, is_lead: bool
 ) -> None:
     """Writes what another person needs to judge the run, or to run it again: its
     config, plan and environment. All processes call it together; the one that leads

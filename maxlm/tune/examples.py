@@ -21,7 +21,7 @@ from maxlm.data.tokenizer import (
     load_tokenizer,
 )
 from maxlm.data.tokenizer.files import METADATA
-from maxlm.tasks import TaskConfig, find_task
+from maxlm.tasks import TASKS, TaskConfig
 from maxlm.tasks.rows import RowTask, scan_examples
 
 _STYLES = {(True, False): "bold green", (True, True): "green", (False, True): "dim"}
@@ -68,7 +68,7 @@ def describe_examples(
     names = load_config(ColumnSettings, None, renamed).value.columns
     columns = open_rows(path, columns=names)[0]
     kind = kind or infer_task_kind(columns)
-    known = find_task(kind)
+    known = TASKS.find(kind)
     if known is None or not issubclass(known, RowTask):
         fix = f"name another with --kind; the columns are {', '.join(columns)}"
         raise MaxlmError(

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import load_tokenizer
-from maxlm.optim.optimizer import make_schedule
+from maxlm.optim.schedule import make_schedule
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import convert
 from maxlm.run.prepare import make_source_inputs

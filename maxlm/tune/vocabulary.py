@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maxlm.adapters import LoraAdapter
+from maxlm.adapters.lora import LoraAdapter
 from maxlm.checkpoint.reading import read_metadata
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.data.tokenizer import Tokenizer, extend_tokenizer, load_tokenizer

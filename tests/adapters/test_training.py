@@ -18,7 +18,7 @@ from maxlm.run.config import RunConfig, list_base_models
 from maxlm.run.load import init_or_warm_start_state, load_run
 from maxlm.run.setup import set_up_run
 from maxlm.sharding import MESH_AXES
-from maxlm.tasks import ClmTask, TaskModels, register_task
+from maxlm.tasks import TASKS, ClmTask, TaskModels
 from maxlm.train.program import train_model
 from tests.train import tiny
 
@@ -39,7 +39,7 @@ ADAPTERS = {
 }
 
 
-@register_task
+@TASKS.register("test_reference")
 class ReferenceTask(ClmTask):
     """Cross-entropy beside that of the model that training starts from."""
 

@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.adapters import PrefixAdapter, PromptAdapter
-from maxlm.adapters.virtual_tokens import from_peft, to_peft
+from maxlm.adapters.virtual_tokens import (
+    PrefixAdapter,
+    PromptAdapter,
+    from_peft,
+    to_peft,
+)
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest

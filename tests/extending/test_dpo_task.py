@@ -24,7 +24,7 @@ from maxlm.plan.predict import plan_run
 from maxlm.run.config import RunConfig
 from maxlm.run.load import load_frozen_models
 from maxlm.run.setup import set_up_run
-from maxlm.tasks import ClmTask, SourceInputs, Task, TaskModels, register_task
+from maxlm.tasks import TASKS, ClmTask, SourceInputs, Task, TaskModels
 from maxlm.train.program import train_model
 from tests.train import tiny
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 SIDES = ("chosen", "rejected")
 
 
-@register_task
+@TASKS.register("test_dpo")
 class DpoTask(Task):
     """Prefer the chosen answer to the rejected one."""
 

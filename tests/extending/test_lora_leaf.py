@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.adapters import ADAPTERS
 from maxlm.checkpoint.reading import read_metadata
 from maxlm.config import MaxlmError, load_config, to_yaml
-from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.adapters import Adapter
 from maxlm.models.params import (
     GatheredParam,
     Leaf,
@@ -64,7 +65,7 @@ class Lora(Leaf):
         return y + self.scale * added
 
 
-@register_adapter
+@ADAPTERS.register("test_lora")
 class LoraAdapter(Adapter):
     """Every hidden matrix outside experts gains A and B."""
 
@@ -109,7 +110,7 @@ class Int8(Leaf):
         return use.read(self.values)
 
 
-@register_adapter
+@ADAPTERS.register("test_int8")
 class Int8Adapter(Adapter):
     """Makes every hidden matrix one of integers, and says nothing of how they come from
     floats."""

@@ -89,7 +89,7 @@ def build_specs(config: Any) -> Any:
 
 
 def list_entries(config: Any) -> Any:
-    return FAMILIES["mixtral" if config.moe else "llama"].list_entries(config)
+    return FAMILIES.get("mixtral" if config.moe else "llama").list_entries(config)
 
 
 def read(folder: Path, config: Any = LLAMA) -> PeftAdapter:

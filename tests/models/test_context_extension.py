@@ -6,7 +6,7 @@ import yaml
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.config.show import to_yaml
-from maxlm.models.architectures import DecoderConfig
+from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.context_extension import TuneConfig, extend_context
 from maxlm.run.config import RunConfig
 from maxlm.train.smoke import shrink_config

@@ -14,13 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.models.params import ParamSpec
-from maxlm.optim.optimizer import (
-    OptimizerConfig,
-    ScheduleConfig,
-    make_optimizer,
-    make_schedule,
-    opt_state_specs,
-)
+from maxlm.optim.config import OptimizerConfig
+from maxlm.optim.optimizer import make_optimizer, opt_state_specs
+from maxlm.optim.schedule import ScheduleConfig, make_schedule
 from maxlm.optim.state import param_shardings
 from maxlm.sharding.rules import StorageRules
 from tests.errors import message

@@ -13,7 +13,8 @@ from flax import nnx
 
 from maxlm.config import MaxlmError
 from maxlm.models.params import declare, param_specs
-from maxlm.optim.optimizer import OptimizerConfig, make_optimizer
+from maxlm.optim.config import OptimizerConfig
+from maxlm.optim.optimizer import make_optimizer
 from maxlm.optim.state import TrainState, select_trainable
 from maxlm.optim.step import evaluate_step, train_step
 from maxlm.tasks import ClmTask, TaskModels

@@ -7,8 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from maxlm.adapters import PrefixAdapter, PromptAdapter
-from maxlm.adapters.virtual_tokens import from_peft, to_peft
+from maxlm.adapters.virtual_tokens import (
+    PrefixAdapter,
+    PromptAdapter,
+    from_peft,
+    to_peft,
+)
 from maxlm.config import MaxlmError
 from maxlm.models.adapters import build_adapted_model
 from maxlm.models.params import flatten_names, param_specs

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from maxlm.adapters import Ia3Adapter
+from maxlm.adapters.ia3 import Ia3Adapter
 from maxlm.config import to_yaml
 from maxlm.data.tokenizer import TokenizerConfig, export_tokenizer, train_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
@@ -61,7 +61,7 @@ def folders(tmp_path_factory, tiny) -> dict[str, Path]:
     """A base, and its adapter as a run and as PEFT has it."""
     home = tmp_path_factory.mktemp("adapters")
     (home / "base").mkdir()
-    values = FAMILIES["llama"].write_config(tiny.model.config)
+    values = FAMILIES.get("llama").write_config(tiny.model.config)
     (home / "base" / "config.json").write_text(json.dumps(values))
     run = write_run(home / "run", tiny, ADAPTERS["out"])
     convert(run, home / "peft", adapter=True)

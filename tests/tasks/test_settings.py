@@ -60,9 +60,9 @@ def test_a_task_of_an_installed_package_is_found_by_its_kind(monkeypatch):
     entry = EntryPoint("other", f"{__name__}:OtherTask", "maxlm.tasks")
     monkeypatch.setattr(EntryPoint, "load", lambda self: OtherTask)
     monkeypatch.setattr(
-        "maxlm.tasks.entry_points",
-        lambda group, name: (
-            [entry] if (group, name) == (entry.group, entry.name) else []
+        "maxlm.config.registry.entry_points",
+        lambda group, name=None: (
+            [entry] if group == entry.group and name in (None, entry.name) else []
         ),
     )
     config = load_config(RunConfig, "demo", ["task.kind=other", "task.beta=2"]).value

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError
 from maxlm.run import setup
-from maxlm.train.evaluation import HeldOutEvaluator
+from maxlm.train.heldout import HeldOutEvaluator
 from maxlm.train.run_folder import lock_run_folder
 from maxlm.train.runs import read_run
 from tests.train import tiny

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from maxlm.adapters import LoraAdapter
+from maxlm.adapters.lora import LoraAdapter
 from maxlm.adapters.targets import split_dims
 from maxlm.huggingface.arrays import Shape
 from maxlm.huggingface.convert import ParamWriter

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
-from maxlm.adapters.virtual_tokens import from_peft
+from maxlm.adapters.ia3 import Ia3Adapter
+from maxlm.adapters.lora import LoraAdapter
+from maxlm.adapters.virtual_tokens import PrefixAdapter, PromptAdapter, from_peft
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
 from maxlm.huggingface.families.names import ParamSlice, TensorEntry

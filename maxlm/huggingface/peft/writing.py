@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
-from maxlm.adapters.ia3 import Ia3Param
-from maxlm.adapters.lora import TokenRowsParam
+from maxlm.adapters.ia3 import Ia3Adapter, Ia3Param
+from maxlm.adapters.lora import LoraAdapter, TokenRowsParam
 from maxlm.adapters.targets import split_dims
-from maxlm.adapters.virtual_tokens import to_peft
+from maxlm.adapters.virtual_tokens import PrefixAdapter, PromptAdapter, to_peft
 from maxlm.config import MaxlmError
 from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
 from maxlm.huggingface.families.names import ParamSlice, TensorEntry

@@ -19,7 +19,7 @@ from maxlm.inference.search.continuations import (
     rank_outputs,
     require_idle,
 )
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class BeamSearchConfig(Config):
