@@ -13,9 +13,7 @@ from maxlm.models.params import ParamSpec, flatten_names
 from maxlm.parallel.pipeline import bubble_ratio
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run.config import RunConfig
-from maxlm.run.model_placement import (
-    PlacedModel,
-)
+from maxlm.run.model_placement import PlacedModel
 from maxlm.run.placement import place_run
 from maxlm.sharding import MESH_AXES, Placement
 

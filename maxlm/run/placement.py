@@ -5,8 +5,7 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Requirement, check_requirements
-from maxlm.inference.sampling import check_samples
-from maxlm.run.config import RunConfig, read_frozen_configs
+from maxlm.run.config import RunConfig, check_samples, read_frozen_configs
 from maxlm.run.global_batch import require_batch_split
 from maxlm.run.model_placement import (
     PlacedModel,

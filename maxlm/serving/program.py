@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from maxlm.adapters.lora import LoraAdapter
 from maxlm.config import MaxlmError, load_config
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.huggingface.families import find_family
 from maxlm.huggingface.families.family import ModelFamily
@@ -19,7 +20,6 @@ from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.inference.adapter_slots import LoraWeights, ServedAdapter
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
 from maxlm.inference.text import encode_prompts
 from maxlm.models.architectures import Model

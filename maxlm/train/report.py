@@ -11,8 +11,8 @@ from rich.console import Console, Group
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.text import generate_text, get_prompt_separator
-from maxlm.plan.show import format_bytes, format_seconds, make_table
 from maxlm.optim.state import get_eval_params
+from maxlm.plan.show import format_bytes, format_seconds, make_table
 from maxlm.train.program import TrainingResult
 from maxlm.train.records import read_records
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from maxlm.checkpoint.folder import FolderTier
 from maxlm.checkpoint.reading import layer_group_shapes
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.documents import find_files
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.inference.generate import generate_tokens
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
 from maxlm.optim.state import TrainState
 from maxlm.plan.layout import compute_run_layout

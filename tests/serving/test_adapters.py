@@ -11,12 +11,12 @@ import pytest
 
 from maxlm.adapters.ia3 import Ia3Adapter
 from maxlm.config import to_yaml
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import TokenizerConfig, export_tokenizer, train_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
 from maxlm.huggingface.families import FAMILIES
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import convert
 from maxlm.run.load import LoadedRun

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.row_files import open_rows
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.text import search_text
 from maxlm.run.load import load_run
 from maxlm.serving.program import make_engine
