@@ -32,9 +32,9 @@ def make_rows(rows: int, length: int) -> np.ndarray:
 
 def build_ours(folder: str, rows: np.ndarray, adapted: bool) -> Timer:
     from maxlm.run.global_batch import batch_sharding
-    from maxlm.run.load import init_or_warm_start_state
     from maxlm.run.load_config import load_run_config
     from maxlm.run.setup import set_up_run
+    from maxlm.run.warm_start import init_or_warm_start_state
     from maxlm.tune.program import convert_sources
 
     count = rows.shape[0]

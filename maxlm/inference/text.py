@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
@@ -67,25 +68,6 @@ def search_text(
             )
             (result,) = beam_search(engine, [prompt], config)
         yield _place_text(result.outputs[0].text, number, len(prompts))
-
-
-def encode_prompts(
-    tokenizer: Tokenizer,
-    prompts: Sequence[str | bytes],
-    *,
-    as_documents: bool,
-    allow_special: bool = False,
-) -> list[list[int]]:
-    """Return the ids that a model is given for each prompt, at least one.
-    ``as_documents``: prompts are documents, as an encoder reads them, rather than
-    openings. ``allow_special``: special tokens in them are read as such."""
-    end = [tokenizer.eos_id] if as_documents else []
-    found = [
-        tokenizer.encode(prompt, allow_special=allow_special) for prompt in prompts
-    ]
-    encoded = [[*tokenizer.prefix_ids, *own, *end] for own in found]
-    # A model needs a token to start from, even where documents open without one.
-    return [ids or [tokenizer.bos_id] for ids in encoded]
 
 
 def get_prompt_separator(model: Model) -> str:

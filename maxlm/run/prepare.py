@@ -25,7 +25,7 @@ from maxlm.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from maxlm.inference.text import encode_prompts
+from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.run.config import PREPARED, READING, RunConfig, check_samples
 from maxlm.runtime.progress import show_progress
 from maxlm.tasks import SourceInputs, Vocabulary

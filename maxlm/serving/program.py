@@ -13,6 +13,7 @@ from maxlm.adapters.lora import LoraAdapter
 from maxlm.config import MaxlmError, load_config
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
+from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.huggingface.families import find_family
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.peft.reading import read_peft_adapter
@@ -21,7 +22,6 @@ from maxlm.inference.adapter_slots import LoraWeights, ServedAdapter
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
-from maxlm.inference.text import encode_prompts
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.encoder import Encoder
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder

@@ -15,11 +15,6 @@ from maxlm.checkpoint.skips import get_skips, read_skips
 from maxlm.config import MaxlmError
 from maxlm.optim.state import TrainState
 from maxlm.run.config import RunConfig
-from maxlm.run.load import (
-    check_init_checkpoint,
-    describe_frozen_models,
-    load_frozen_models,
-)
 from maxlm.run.prepare import (
     PreparedData,
     prepare_data_on_all_hosts,
@@ -30,6 +25,11 @@ from maxlm.run.setup import (
     open_training_batches,
     set_up_run,
     use_compilation_cache,
+)
+from maxlm.run.warm_start import (
+    check_init_checkpoint,
+    describe_frozen_models,
+    load_frozen_models,
 )
 from maxlm.runtime.collectives import FlagAllReduce, run_on_process_0
 from maxlm.runtime.signals import SignalHandler, handle_signals

@@ -23,9 +23,9 @@ from maxlm.data.store.manifest import read_manifest
 from maxlm.models.params import Params
 from maxlm.optim.state import TrainState
 from maxlm.run.config import IDENTITY, INCIDENTAL, RunConfig
-from maxlm.run.load import init_or_warm_start_state, load_frozen_models
 from maxlm.run.prepare import PreparedData, check_prepared_data
 from maxlm.run.setup import RunSetup
+from maxlm.run.warm_start import init_or_warm_start_state, load_frozen_models
 from maxlm.runtime.collectives import run_on_process_0
 from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.records import read_events, read_records

@@ -25,7 +25,6 @@ from maxlm.models.params import flatten_names
 from maxlm.optim.state import TrainState
 from maxlm.plan.layout import compute_run_layout
 from maxlm.run.config import RunConfig
-from maxlm.run.load import load_frozen_models
 from maxlm.run.prepare import make_source_inputs, read_vocab_size
 from maxlm.run.setup import (
     RunSetup,
@@ -33,6 +32,7 @@ from maxlm.run.setup import (
     set_up_run,
     use_compilation_cache,
 )
+from maxlm.run.warm_start import load_frozen_models
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import Vocabulary
 from maxlm.tasks.rows import RowTask

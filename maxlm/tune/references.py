@@ -14,13 +14,14 @@ from maxlm.data.tokenizer import load_tokenizer
 from maxlm.inference.embedding import Embedder
 from maxlm.models.params import Params, bind, select_base_params
 from maxlm.run.config import RunConfig
-from maxlm.run.load import init_or_warm_start_state, load_frozen_models, load_run
+from maxlm.run.load import load_run
 from maxlm.run.prepare import (
     check_frozen_tokenizers,
     make_source_inputs,
     prepare_tokenizer,
 )
 from maxlm.run.setup import open_evaluation_batches, set_up_run
+from maxlm.run.warm_start import init_or_warm_start_state, load_frozen_models
 from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.tasks import TaskModels
 from maxlm.tasks.preference import LOG_PROBS, ReferenceTask

@@ -19,9 +19,9 @@ from maxlm.data.documents.streams import import_pyarrow
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import encode_row
 from maxlm.data.tokenizer import check_tools_are_written, encode_chat
+from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.text import encode_prompts
 from maxlm.models.params import Params, bind
 from maxlm.parallel.divergence import StoredTeacher, compute_top_log_probs
 from maxlm.run.load import LoadedRun

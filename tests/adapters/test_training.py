@@ -15,8 +15,9 @@ from maxlm.huggingface.checkpoint import RunCheckpointReader
 from maxlm.models.params import flatten_names, select_base_params
 from maxlm.plan.predict import plan_run
 from maxlm.run.config import RunConfig, list_base_models
-from maxlm.run.load import init_or_warm_start_state, load_run
+from maxlm.run.load import load_run
 from maxlm.run.setup import set_up_run
+from maxlm.run.warm_start import init_or_warm_start_state
 from maxlm.sharding import MESH_AXES
 from maxlm.tasks import TASKS, ClmTask, TaskModels
 from maxlm.train.program import train_model

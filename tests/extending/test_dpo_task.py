@@ -22,8 +22,8 @@ from maxlm.data.tokenizer import Tokenizer
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
 from maxlm.plan.predict import plan_run
 from maxlm.run.config import RunConfig
-from maxlm.run.load import load_frozen_models
 from maxlm.run.setup import set_up_run
+from maxlm.run.warm_start import load_frozen_models
 from maxlm.tasks import TASKS, ClmTask, SourceInputs, Task, TaskModels
 from maxlm.train.program import train_model
 from tests.train import tiny

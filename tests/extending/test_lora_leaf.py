@@ -34,8 +34,9 @@ from maxlm.models.params import (
 )
 from maxlm.plan.predict import plan_run
 from maxlm.run.config import RunConfig
-from maxlm.run.load import init_or_warm_start_state, load_run
+from maxlm.run.load import load_run
 from maxlm.run.setup import set_up_run
+from maxlm.run.warm_start import init_or_warm_start_state
 from maxlm.sharding import AxisRules
 from maxlm.train.program import train_model
 from tests.models.building import LLAMA_GQA
@@ -318,7 +319,5 @@ def test_its_config_reads_back_and_unknown_kinds_are_refused(make_config, tmp_pa
     )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(RunConfig, tmp_path / "config.yaml").value == config
-    with pytest.raises(
-        MaxlmError, match=r"no adapter of kind=none_such; use one of .*test_lora"
-    ):
-        make_config("a", {"fsdp": 1}, {"steps": 1}, adapter={"kind": "none_such"})
+    with pytest.raises(MaxlmError, match=r"adapter.kind must be one of .*'test_lora'"):
+        load_config(RunConfig, tmp_path / "config.yaml", ["adapter.kind=none_such"])

@@ -76,7 +76,7 @@ def test_a_model_has_it_in_place_of_an_mlp(one_device_mesh):
     [
         (
             {"ffn": {"kind": "cubed"}},
-            "ffn.kind must be squared_relu, not 'cubed'",
+            "ffn.kind must be 'squared_relu', not 'cubed'",
         ),
         ({"mlp": {"d_ff": 8}}, "ffn beside"),
     ],

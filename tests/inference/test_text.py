@@ -12,8 +12,9 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import load_tokenizer
+from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.inference.generate import generate_tokens
-from maxlm.inference.text import encode_prompts, generate_text, get_prompt_separator
+from maxlm.inference.text import generate_text, get_prompt_separator
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import param_specs

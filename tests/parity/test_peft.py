@@ -17,8 +17,9 @@ from maxlm.models.params import (
 )
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import convert
-from maxlm.run.load import init_or_warm_start_state, load_run
+from maxlm.run.load import load_run
 from maxlm.run.setup import set_up_run
+from maxlm.run.warm_start import init_or_warm_start_state
 from tests.parity import peft_bases
 
 torch = pytest.importorskip("torch")
