@@ -40,28 +40,25 @@ def scale_by_factored_rms(
     update is then scaled down to a root mean square of at most ``clip_rms``.
     """
 
-    def split(results: Any, count: int) -> tuple[Any, ...]:
-        """Makes trees of a tree of tuples."""
+    def split_tuples(results: Any, count: int) -> tuple[Any, ...]:
+        """Makes ``count`` trees of a tree of tuples."""
         return tuple(
-            jax.tree.map(lambda _, r, i=i: r[i], specs, results) for i in range(count)
+            jax.tree.map(lambda _, parts, index=index: parts[index], specs, results)
+            for index in range(count)
         )
+
+    def init_moments(spec: ParamSpec, param: jax.Array) -> tuple[Any, Any]:
+        if spec.role == "vector":
+            return jnp.zeros_like(param, dtype=jnp.float32), optax.MaskedNode()
+        inputs, outputs = get_input_output_dims(spec)
+        rows_shape = _reduce_shape(spec.shape, outputs)
+        columns_shape = _reduce_shape(spec.shape, inputs)
+        rows = jnp.zeros(rows_shape, jnp.float32)
+        return rows, jnp.zeros(columns_shape, jnp.float32)
 
     def init(params: optax.Params) -> FactoredState:
-        def one(spec: ParamSpec, p: jax.Array) -> tuple[Any, Any]:
-            if spec.role == "vector":
-                return jnp.zeros_like(p, dtype=jnp.float32), optax.MaskedNode()
-            columns, rows = (
-                jnp.zeros(
-                    [1 if d in dims else n for d, n in enumerate(spec.shape)],
-                    jnp.float32,
-                )
-                for dims in get_input_output_dims(spec)
-            )
-            return rows, columns
-
-        return FactoredState(
-            jnp.zeros([], jnp.int32), *split(jax.tree.map(one, specs, params), 2)
-        )
+        moments = jax.tree.map(init_moments, specs, params)
+        return FactoredState(jnp.zeros([], jnp.int32), *split_tuples(moments, 2))
 
     def update(
         updates: Any, state: Any, params: Any = None
@@ -70,32 +67,40 @@ def scale_by_factored_rms(
         count = jnp.asarray(optax.safe_increment(state.count))
         decay = 1.0 - count.astype(jnp.float32) ** -decay_exponent
 
-        def one(
+        def update_one(
             spec: ParamSpec, g: jax.Array, rows: Any, columns: Any
         ) -> tuple[Any, Any, Any]:
             square = jnp.square(g) + eps
             if spec.role == "vector":
                 rows = decay * rows + (1 - decay) * square
-                out = g * jax.lax.rsqrt(rows)
+                direction = g * jax.lax.rsqrt(rows)
             else:
                 inputs, outputs = get_input_output_dims(spec)
-                rows = decay * rows + (1 - decay) * square.mean(outputs, keepdims=True)
-                columns = decay * columns + (1 - decay) * square.mean(
-                    inputs, keepdims=True
-                )
+                row_mean = square.mean(outputs, keepdims=True)
+                column_mean = square.mean(inputs, keepdims=True)
+                rows = decay * rows + (1 - decay) * row_mean
+                columns = decay * columns + (1 - decay) * column_mean
                 share = rows / rows.mean(inputs, keepdims=True)
-                out = g * jax.lax.rsqrt(share) * jax.lax.rsqrt(columns)
-            own = (d for d, axis in enumerate(spec.axes) if axis != "expert")
-            layer = tuple(d for d in own if d >= spec.num_layer_axes)
-            rms = jnp.sqrt(jnp.square(out).mean(layer, keepdims=True))
-            return out / jnp.maximum(1.0, rms / clip_rms), rows, columns
+                direction = g * jax.lax.rsqrt(share) * jax.lax.rsqrt(columns)
+            # Each layer is clipped by itself, all of its experts together.
+            layer_dims = tuple(
+                dim
+                for dim, axis in enumerate(spec.axes)
+                if axis != "expert" and dim >= spec.num_layer_axes
+            )
+            rms = jnp.sqrt(jnp.square(direction).mean(layer_dims, keepdims=True))
+            return direction / jnp.maximum(1.0, rms / clip_rms), rows, columns
 
-        out, *moments = split(
-            jax.tree.map(one, specs, updates, state.rows, state.columns), 3
-        )
-        return out, FactoredState(count, *moments)
+        results = jax.tree.map(update_one, specs, updates, state.rows, state.columns)
+        directions, rows, columns = split_tuples(results, 3)
+        return directions, FactoredState(count, rows, columns)
 
     return optax.GradientTransformation(init, update)
+
+
+def _reduce_shape(shape: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a shape whose ``dims`` are reduced to 1."""
+    return tuple(1 if dim in dims else size for dim, size in enumerate(shape))
 
 
 def _make_adafactor(

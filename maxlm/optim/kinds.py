@@ -34,10 +34,11 @@ class RegisteredOptimizer:
 def get_input_output_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns (input, output) dimensions of a matrix or table; layers, experts are
     neither."""
-    inner = [
-        d
-        for d, axis in enumerate(spec.axes)
-        if d >= spec.num_layer_axes and axis != "expert"
+    matrix_dims = [
+        dim
+        for dim, axis in enumerate(spec.axes)
+        if dim >= spec.num_layer_axes and axis != "expert"
     ]
-    inputs = spec.contracting_dims or (inner[0],)
-    return inputs, tuple(d for d in inner if d not in inputs)
+    inputs = spec.contracting_dims or (matrix_dims[0],)
+    outputs = tuple(dim for dim in matrix_dims if dim not in inputs)
+    return inputs, outputs

@@ -15,30 +15,40 @@ from maxlm.optim.moments import scale_by_adam
 
 
 def _make_muon(config: OptimizerConfig, specs: Params) -> optax.GradientTransformation:
-    def dims(spec: ParamSpec) -> MuonDimensionNumbers | optax.MaskedNode:
+    """Makes Muon's direction (Jordan et al. 2024), scaled to AdamW's root mean square
+    (arXiv 2502.16982, equation 4)."""
+
+    def get_dimension_numbers(
+        spec: ParamSpec,
+    ) -> MuonDimensionNumbers | optax.MaskedNode:
         if spec.role != "matrix":
             return optax.MaskedNode()
         inputs, outputs = get_input_output_dims(spec)
         return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
-    def to_rms(update: jax.Array, spec: ParamSpec) -> jax.Array:
+    def scale_to_rms(update: jax.Array, spec: ParamSpec) -> jax.Array:
         # An orthogonal [m, n] matrix has a root mean square of 1 / sqrt(max(m, n)).
-        fans = (
-            prod(spec.shape[d] for d in group) for group in get_input_output_dims(spec)
-        )
-        return update * (config.update_rms * sqrt(max(fans)))
+        inputs, outputs = get_input_output_dims(spec)
+        fan_in = prod(spec.shape[dim] for dim in inputs)
+        fan_out = prod(spec.shape[dim] for dim in outputs)
+        return update * (config.update_rms * sqrt(max(fan_in, fan_out)))
 
     matrices = jax.tree.map(
-        lambda s: s if s.role == "matrix" else optax.MaskedNode(), specs
+        lambda spec: spec if spec.role == "matrix" else optax.MaskedNode(), specs
     )
+
+    def scale_all_to_rms(updates: Params, params: Params | None = None) -> Params:
+        del params
+        return jax.tree.map(scale_to_rms, updates, matrices)
+
     muon = optax.chain(
         scale_by_muon(
             ns_steps=config.ns_steps,
             beta=config.momentum,
             mu_dtype=jnp.float32,
-            weight_dimension_numbers=jax.tree.map(dims, specs),
+            weight_dimension_numbers=jax.tree.map(get_dimension_numbers, specs),
         ),
-        optax.stateless(lambda updates, _: jax.tree.map(to_rms, updates, matrices)),
+        optax.stateless(scale_all_to_rms),
     )
     labels = jax.tree.map(
         lambda spec: "muon" if spec.role == "matrix" else "adamw", specs
@@ -49,9 +59,11 @@ def _make_muon(config: OptimizerConfig, specs: Params) -> optax.GradientTransfor
 
 
 def _in_auto_mode(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let the compiler lay out what happens inside; updates and state keep their
+    """Lets the compiler lay out what happens inside; updates and state keep their
     layouts."""
 
+    # Newton-Schulz multiplies whole matrices, whose dimensions may be split in any way:
+    # explicit shardings would need a layout at each of its products.
     def update(updates, state, params=None):
         del params
         layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))

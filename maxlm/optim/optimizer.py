@@ -28,38 +28,51 @@ def make_optimizer(
     parameters. ``init`` takes all of a model's. The state is fp32. Runs on explicit
     meshes, inside or outside jit.
     """
-    inner = _by_gradient(config, schedule, specs)
+    inner = _make_gradient_chain(config, schedule, specs)
     if any(spec.sign_update for spec in jax.tree.leaves(specs)):
-        rule = optax.stateless(
-            lambda updates, _: jax.tree.map(
-                lambda g: -config.rule_step * jnp.sign(g), updates
-            )
-        )
         learned = jax.tree.map(
             lambda spec: optax.MaskedNode() if spec.sign_update else spec, specs
         )
         labels = jax.tree.map(
             lambda spec: "rule" if spec.sign_update else "gradient", specs
         )
-        by_gradient = _by_gradient(config, schedule, learned)
-        inner = optax.partition({"gradient": by_gradient, "rule": rule}, labels)
-    return optax.GradientTransformation(
-        lambda params: inner.init(split_params(params, specs)[0]), inner.update
-    )
+        by_gradient = _make_gradient_chain(config, schedule, learned)
+        by_rule = _make_sign_rule(config.rule_step)
+        inner = optax.partition({"gradient": by_gradient, "rule": by_rule}, labels)
+
+    def init(params: Params) -> optax.OptState:
+        trained, _ = split_params(params, specs)
+        return inner.init(trained)
+
+    return optax.GradientTransformation(init, inner.update)
 
 
-def _by_gradient(
+def _make_gradient_chain(
     config: OptimizerConfig, schedule: optax.Schedule, specs: Params
 ) -> optax.GradientTransformation:
+    """Makes the chain of parameters that learn by their gradient."""
+    clip = optax.identity()
+    if config.clip_norm:
+        clip = optax.clip_by_global_norm(config.clip_norm)
+    # Norm scales, biases and sinks are vectors, and never decay.
     decayed = jax.tree.map(lambda spec: spec.role != "vector", specs)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm)
-        if config.clip_norm
-        else optax.identity(),
+        clip,
         OPTIMIZERS.get(config.kind).make_direction(config, specs),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _make_sign_rule(step: float) -> optax.GradientTransformation:
+    """Makes the rule of routers' selection biases: a step against the sign of the
+    expert's excess load (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+    def update(updates: Params, params: Params | None = None) -> Params:
+        del params
+        return jax.tree.map(lambda g: -step * jnp.sign(g), updates)
+
+    return optax.stateless(update)
 
 
 def shard_optimizer(
@@ -74,15 +87,17 @@ def shard_optimizer(
     if optimizer_rules == storage_rules:
         return inner
 
-    def moved(tree: Any, rules: AxisRules) -> Any:
+    def move(tree: Any, rules: AxisRules) -> Any:
         return jax.tree.map(
-            lambda s, x: gather_to_spec(x, rules.spec(*s.axes)), specs, tree
+            lambda spec, x: gather_to_spec(x, rules.spec(*spec.axes)), specs, tree
         )
 
     def update(updates, state, params=None):
-        params = None if params is None else moved(params, optimizer_rules)
-        updates, state = inner.update(moved(updates, optimizer_rules), state, params)
-        return moved(updates, storage_rules), state
+        if params is not None:
+            params = move(params, optimizer_rules)
+        updates = move(updates, optimizer_rules)
+        updates, state = inner.update(updates, state, params)
+        return move(updates, storage_rules), state
 
     return optax.GradientTransformation(inner.init, update)
 
@@ -101,14 +116,14 @@ def opt_state_specs(
     owners = flatten_names(specs)
 
     def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> ParamSpec:
+        # A moment's path ends with its parameter's: of several names the longest.
         name = f".{join_path(path)}"
+        endings = [owner for owner in owners if name.endswith(f".{owner}")]
+        owner = owners[max(endings, key=len)] if endings else None
         axes = (None,) * len(leaf.shape)
-        found = max(
-            (own for own in owners if name.endswith(f".{own}")), key=len, default=None
-        )
-        if found is not None and len((owner := owners[found]).shape) == len(leaf.shape):
-            kept = zip(owner.axes, leaf.shape, owner.shape, strict=True)
-            axes = tuple(axis if n == full else None for axis, n, full in kept)
+        if owner is not None and len(owner.shape) == len(leaf.shape):
+            sizes = zip(owner.axes, leaf.shape, owner.shape, strict=True)
+            axes = tuple(axis if n == full else None for axis, n, full in sizes)
         return ParamSpec(
             leaf.shape, axes, jax.nn.initializers.zeros, "vector", dtype=leaf.dtype
         )

@@ -35,15 +35,13 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     ``s = w``; ``p · final_fraction`` at ``s = t`` (one past the last step, so that no
     step is spent at zero). Raises MaxlmError: the warm-up, or the warm-up and the
     decay, are longer than the run."""
-    peak, warmup, final = (
-        config.learning_rate,
-        config.warmup_steps,
-        config.final_fraction,
-    )
+    peak = config.learning_rate
+    warmup = config.warmup_steps
+    final = config.final_fraction
     if warmup > total_steps:
-        what = f"warmup_steps={warmup} is longer than the run of {total_steps} steps"
+        message = f"warmup_steps={warmup} is longer than the run of {total_steps} steps"
         fix = f"set warmup_steps to {total_steps} or less, or train for longer"
-        raise MaxlmError(what, where="schedule", fix=fix)
+        raise MaxlmError(message, where="schedule", fix=fix)
     rest = total_steps - warmup
     if config.kind == "constant":
         shape = optax.constant_schedule(peak)
@@ -54,16 +52,14 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     else:
         decay = max(round(config.decay_fraction * total_steps), 1)
         if decay > max(rest, 1):
-            raise MaxlmError(
+            message = (
                 f"warmup_steps={warmup} and a decay of {decay} steps are longer than "
-                f"the run of "
-                f"{total_steps} steps",
-                where="schedule",
-                fix="lower warmup_steps or decay_fraction",
+                f"the run of {total_steps} steps"
             )
-        shape = optax.linear_schedule(
-            peak, peak * final, decay, transition_begin=rest - decay
-        )
+            fix = "lower warmup_steps or decay_fraction"
+            raise MaxlmError(message, where="schedule", fix=fix)
+        start = rest - decay
+        shape = optax.linear_schedule(peak, peak * final, decay, transition_begin=start)
     if warmup == 0:
         return shape
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)

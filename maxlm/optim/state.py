@@ -56,33 +56,36 @@ def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     else:
         matched = set[str]()
         for pattern in patterns:
-            found = filter_names(names, pattern)
-            if not found:
+            matching = filter_names(names, pattern)
+            if not matching:
                 near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-                what = f"{pattern!r} matches no parameter"
+                message = f"{pattern!r} matches no parameter"
                 fix = f"use a pattern of names such as {', '.join(near)}"
-                raise MaxlmError(what, where="train.trainable", fix=fix)
-            matched.update(found)
+                raise MaxlmError(message, where="train.trainable", fix=fix)
+            matched.update(matching)
     trained = _keep(specs, matched)
     for name, spec in flatten_names(trained).items():
         if spec is not None and spec.dtype != jnp.float32:
-            what = f"{name} is to be trained, and rests in {jnp.dtype(spec.dtype)}"
+            dtype = jnp.dtype(spec.dtype)
+            message = f"{name} is trained, and stored in {dtype}, not float32"
             fix = "set adapter.base_dtype=float32, or narrower patterns"
-            raise MaxlmError(what, where="train.trainable", fix=fix)
+            raise MaxlmError(message, where="train.trainable", fix=fix)
     return trained
 
 
 def split_params(params: Params, part: Params) -> tuple[Params, Params]:
     """Splits parameters into those that a part of their tree has, and the others."""
-    ours = {*flatten_names(part)}
-    return _keep(params, ours), _keep(params, {*flatten_names(params)} - ours)
+    part_names = {*flatten_names(part)}
+    other_names = {*flatten_names(params)} - part_names
+    return _keep(params, part_names), _keep(params, other_names)
 
 
 def merge_params(a: Params, b: Params) -> Params:
     """Joins two parts of one tree; the inverse of :func:`split_params`."""
 
-    def is_whole(held: object) -> bool:
-        return held is None or isinstance(held, GatheredParam)
+    # A GatheredParam is a pytree of two arrays, and goes over as it is.
+    def is_whole(node: object) -> bool:
+        return node is None or isinstance(node, GatheredParam)
 
     return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=is_whole)
 
@@ -90,11 +93,11 @@ def merge_params(a: Params, b: Params) -> Params:
 def list_added_names(specs: Params) -> set[str]:
     """Lists the names of the arrays that leaves hold beside their base."""
     added: set[str] = set()
-    for name, held in flatten_names(specs, is_leaf).items():
-        if field := getattr(held, "base_field", None):
-            added |= {
-                f"{name}.{own}" for own in flatten_names(replace(held, **{field: None}))
-            }
+    for name, leaf in flatten_names(specs, is_leaf).items():
+        base_field = getattr(leaf, "base_field", None)
+        if base_field:
+            without_base = replace(leaf, **{base_field: None})
+            added |= {f"{name}.{part}" for part in flatten_names(without_base)}
     return added
 
 

@@ -1,7 +1,7 @@
 """One step of training, and one of evaluation: pure functions of state and batch. A
 batch's micro-batches are taken one after the other, or through a pipeline."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +27,11 @@ from maxlm.parallel.pipeline import run_1f1b_pipeline
 from maxlm.tasks.task import DeviceBatch, Task, TaskModels, map_micro_batches
 
 Sums = dict[str, jax.Array]
-Gradients = tuple[tuple[jax.Array, dict[str, jax.Array]], Params]
+"""fp32 scalars by name, summed over what a task counts."""
+Gradients = tuple[tuple[jax.Array, Sums], Params]
+"""((loss, sums), gradients), as ``jax.value_and_grad`` returns them."""
+LossFunction = Callable[[Any, DeviceBatch, jax.Array], tuple[jax.Array, Sums]]
+"""(bound model, batch, key) -> (loss summed over tokens, sums)."""
 
 
 def train_step(
@@ -81,23 +85,24 @@ def train_step(
     )
     tokens = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
-    grad_norm = optax.tree.norm(_learned(trainable, grads))
+    grad_norm = optax.tree.norm(_select_learned(trainable, grads))
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
     def update(_: Any, before: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
-        trained, opt_state, ema, _ = jax.tree.map(_held, before)
+        trained, opt_state, ema, _ = jax.tree.map(_keep_layout, before)
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         if ema is not None:
             ema = optax.incremental_update(trained, ema, 1.0 - (ema_decay or 0.0))
-        norm = optax.tree.norm(_learned(trainable, updates))
-        return jax.tree.map(_held, (trained, opt_state, ema, norm))
+        norm = optax.tree.norm(_select_learned(trainable, updates))
+        return jax.tree.map(_keep_layout, (trained, opt_state, ema, norm))
 
     # A loop of one turn, or of none where the numbers are bad: its state is updated in
     # place, where choosing between new and old arrays, or branches, would hold both.
-    ema, ema_rest = (
-        (None, None) if state.ema is None else split_params(state.ema, trainable)
-    )
+    ema = None
+    ema_rest = None
+    if state.ema is not None:
+        ema, ema_rest = split_params(state.ema, trainable)
     before = trained, state.opt_state, ema, jnp.zeros_like(grad_norm)
     trained, opt_state, ema, update_norm = lax.fori_loop(
         0, finite.astype(int), update, before
@@ -109,29 +114,29 @@ def train_step(
         "batch_tokens": sums["tokens"],
         "learning_rate": rate,
         "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(_learned(trainable, trained)),
+        "param_norm": optax.tree.norm(_select_learned(trainable, trained)),
         "update_norm": update_norm,
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
-    opt_state = jax.tree.map(_count_on, opt_state, state.opt_state)
+    opt_state = jax.tree.map(_advance_count, opt_state, state.opt_state)
     params = merge_params(trained, untrained)
     ema = None if ema is None or ema_rest is None else merge_params(ema, ema_rest)
     return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
 
 
-def _held(array: jax.Array) -> jax.Array:
+def _keep_layout(array: jax.Array) -> jax.Array:
     """Keeps an array in the layout of its type: the compiler might choose another for a
     loop's state, and come back from it by gathering what it split."""
     mesh = jax.sharding.get_abstract_mesh()
     return array if mesh.empty else reshard(array, jax.typeof(array).sharding)
 
 
-def _count_on(new: jax.Array, old: jax.Array) -> jax.Array:
+def _advance_count(new: jax.Array, old: jax.Array) -> jax.Array:
     """Lets counts, and with them the schedule, go on where an update was left out."""
     return old + 1 if new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer) else new
 
 
-def _learned(specs: Params, tree: Any) -> Any:
+def _select_learned(specs: Params, tree: Any) -> Any:
     """Leaves out parameters that follow a rule: their "gradient" is none."""
     return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
@@ -147,7 +152,7 @@ def _bind_frozen(
     assert is_adapted or frozen.keys() >= models.keys(), (
         "a frozen model has no parameters"
     )
-    return {name: bind(own, frozen.get(name, base)) for name, own in models.items()}
+    return {name: bind(model, frozen.get(name, base)) for name, model in models.items()}
 
 
 def evaluate_step(
@@ -163,21 +168,23 @@ def evaluate_step(
     gradients."""
     others = _bind_frozen(frozen_models, frozen, params)
     models = TaskModels(bind(model, params), others)
+    # Nothing random happens without gradients: the key has no effect.
     key = jax.random.key(0)
     batch = task.prepare_batch(models, batch)
 
-    def sums_of(_: Any, batch: DeviceBatch) -> Sums:
-        total, sums = task.loss(models, batch, key)
+    def compute_sums(_: Any, micro_batch: DeviceBatch) -> Sums:
+        total, sums = task.loss(models, micro_batch, key)
         return {"loss": total, **sums}
 
-    return jax.tree.map(jnp.sum, map_micro_batches(sums_of, model, batch))
+    sums_by_micro_batch = map_micro_batches(compute_sums, model, batch)
+    return jax.tree.map(jnp.sum, sums_by_micro_batch)
 
 
 def compute_loss_and_gradients(
     model: Any,
-    loss: Any,
+    loss: LossFunction,
     params: Params,
-    batch: dict[str, jax.Array],
+    batch: DeviceBatch,
     key: jax.Array,
     layouts: Params | None = None,
     untrained: Params | None = None,
@@ -186,53 +193,60 @@ def compute_loss_and_gradients(
 
     Args:
         model: the module whose parameters ``params`` and ``untrained`` hold together.
-        loss: (bound model, batch, key) -> (loss summed over tokens, sums).
         batch: arrays [M, B, ...], M micro-batches.
         layouts: each gradient's partition, where it is finer than its parameter's
             (ZeRO-2); gradients are reduced straight to it.
         untrained: the parameters that get no gradients.
     """
-    trained, whole = params, params
-    rest: Params = (
-        jax.tree.map(lambda _: None, params) if untrained is None else untrained
-    )
+    trained = params
+    whole = params
+    rest: Params
+    if untrained is None:
+        rest = jax.tree.map(lambda _: None, params)
+    else:
+        rest = untrained
     if layouts is not None:
         params = jax.tree.map(reshard, params, layouts)
     schedule = getattr(model, "pipeline_schedule", None)
     # The 1F1B program differentiates all parameters of a stage.
     if schedule == "1f1b" and jax.tree.leaves(rest):
-        params, whole = merge_params(params, rest), merge_params(whole, rest)
+        params = merge_params(params, rest)
+        whole = merge_params(whole, rest)
         rest = jax.tree.map(lambda _: None, params)
 
-    def seeded(params: Params, key: jax.Array) -> Params:
+    def seed(params: Params, key: jax.Array) -> Params:
         return seed_dropout(params, param_specs(model), fold_in_name(key, "dropout"))
 
-    def bound(params: Params, key: jax.Array | None = None) -> Any:
-        if (
-            layouts is not None
-        ):  # whole parameters are read, their own share is differentiated
+    def bind_params(params: Params, key: jax.Array | None = None) -> Any:
+        if layouts is not None:
+            # Whole parameters are read, and this device's share is differentiated.
             params = jax.tree.map(GatheredParam, params, whole)
         params = merge_params(params, rest)
-        return bind(model, params if key is None else seeded(params, key))
+        if key is not None:
+            params = seed(params, key)
+        return bind(model, params)
 
     if schedule == "1f1b":
-        params, whole = seeded(params, key), seeded(whole, key)
-        result, gradients = _one_f_one_b(model, bound, loss, params, batch, key)
-        return result, split_params(gradients, trained)[0]
+        params = seed(params, key)
+        whole = seed(whole, key)
+        result, gradients = _run_1f1b(model, bind_params, loss, params, batch, key)
+        trained_gradients, _ = split_params(gradients, trained)
+        return result, trained_gradients
 
-    def summed(params: Params, batch: dict[str, jax.Array], index: Any):
+    def compute_loss(params: Params, batch: DeviceBatch, index: Any):
         micro_key = jax.random.fold_in(key, index)
-        return loss(bound(params, micro_key), batch, micro_key)
+        return loss(bind_params(params, micro_key), batch, micro_key)
 
-    value_and_grad = jax.value_and_grad(summed, has_aux=True)
+    value_and_grad = jax.value_and_grad(compute_loss, has_aux=True)
     if schedule is not None:
         return value_and_grad(params, batch, 0)
     return _accumulate(value_and_grad, params, batch)
 
 
 def _accumulate(
-    value_and_grad: Any, params: Params, batch: dict[str, jax.Array]
+    value_and_grad: Callable[..., Gradients], params: Params, batch: DeviceBatch
 ) -> Gradients:
+    """Adds up losses, sums and gradients over micro-batches, one after the other."""
     count = jax.tree.leaves(batch)[0].shape[0]
     first = jax.tree.map(lambda a: a[0], batch), jnp.int32(0)
     if count == 1:
@@ -244,15 +258,16 @@ def _accumulate(
     scalars, _ = jax.eval_shape(value_and_grad, params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), scalars)
     carry = zeros, jax.tree.map(jnp.zeros_like, params)
-    return lax.scan(body, carry, (batch, jnp.arange(count)))[0]
+    total, _ = lax.scan(body, carry, (batch, jnp.arange(count)))
+    return total
 
 
-def _one_f_one_b(
+def _run_1f1b(
     model: Any,
-    bound: Any,
-    loss: Any,
+    bind_params: Callable[[Params], Any],
+    loss: LossFunction,
     params: Params,
-    batch: dict[str, jax.Array],
+    batch: DeviceBatch,
     key: jax.Array,
 ) -> Gradients:
     """The loss is run twice for each micro-batch, with the layers taken out of the
@@ -265,40 +280,42 @@ def _one_f_one_b(
     }
     ends = {name: value for name, value in params.items() if name != "layers"}
 
-    def run_loss(ends: Params, micro: dict[str, jax.Array], layers_fn: Any):
-        ready = bound(ends | {"layers": params["layers"]})
-        ready.layers_fn = layers_fn
+    def run_loss(ends: Params, micro: DeviceBatch, layers_fn: Any):
+        bound_model = bind_params(ends | {"layers": params["layers"]})
+        bound_model.layers_fn = layers_fn
         arrays = {
             name: array
             for name, array in micro.items()
             if name not in ("key", "number")
         }
-        return loss(ready, arrays, jax.random.wrap_key_data(micro["key"]))
+        return loss(bound_model, arrays, jax.random.wrap_key_data(micro["key"]))
 
-    def first(ends: Params, micro: dict[str, jax.Array]):
-        seen = []
+    def run_first_stage(ends: Params, micro: DeviceBatch):
+        layer_inputs = []
 
-        def catch(x, where):
-            seen.append((x, (where, micro["number"])))
+        def catch_inputs(x, inputs):
+            layer_inputs.append((x, (inputs, micro["number"])))
             return x, Aux()
 
-        run_loss(ends, micro, catch)
-        return seen[0]
+        run_loss(ends, micro, catch_inputs)
+        return layer_inputs[0]
 
-    def last(ends: Params, y: jax.Array, micro: dict[str, jax.Array]):
-        return run_loss(ends, micro, lambda x, where: (y, Aux()))
+    def run_last_stage(ends: Params, y: jax.Array, micro: DeviceBatch):
+        return run_loss(ends, micro, lambda x, inputs: (y, Aux()))
+
+    def make_sums_cotangent(aux: Aux) -> Aux:
+        # The loss of layers is differentiated, what they log is not.
+        loss_cotangent = jax.tree.map(jnp.ones_like, aux.loss)
+        return Aux(loss_cotangent, jax.tree.map(jnp.zeros_like, aux.sums))
 
     (total, sums, aux), (d_ends, d_layers) = run_1f1b_pipeline(
-        first,
+        run_first_stage,
         model.run_stage,
-        last,
+        run_last_stage,
         ends,
         params["layers"],
         batch,
-        sums_cotangent=lambda aux: Aux(
-            jax.tree.map(jnp.ones_like, aux.loss),
-            jax.tree.map(jnp.zeros_like, aux.sums),
-        ),
+        sums_cotangent=make_sums_cotangent,
     )
     return (total + aux.loss, sums | aux.sums), d_ends | {"layers": d_layers}
 
@@ -308,8 +325,9 @@ def convert_sums_to_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Arra
     the busiest's and the idlest's over the mean, and the share of assignments
     dropped."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
-    own = {k: v for k, v in sums.items() if k not in ("tokens", "expert_load")}
     loads = jnp.maximum(sums.get("expert_load", tokens), 1.0)
-    return {
-        k: v / (loads if k.startswith("expert_") else tokens) for k, v in own.items()
-    }
+    metrics = {}
+    for name, value in sums.items():
+        if name not in ("tokens", "expert_load"):
+            metrics[name] = value / (loads if name.startswith("expert_") else tokens)
+    return metrics

@@ -250,7 +250,7 @@ def test_a_base_rests_in_bfloat16(make_config, train, train_beside_reference, ba
     np.testing.assert_allclose(merged, read + 16 / 4 * a @ b, atol=1e-6)
 
     patterns = {"train": start | {"trainable": ["*.lora_*", "layers.mlp.up.*"]}}
-    with pytest.raises(MaxlmError, match="is to be trained, and rests in bfloat16"):
+    with pytest.raises(MaxlmError, match="is trained, and stored in bfloat16"):
         train(make_config("refused", SPREAD, adapter=adapter, **patterns))
 
 
