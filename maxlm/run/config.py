@@ -162,11 +162,11 @@ def read_frozen_configs(
             return load_config(RunConfig, Path(folder) / "config.yaml").value
         return config.model_copy(update={"adapter": None}) if name in bases else config
 
-    found = {name: read(name, folder) for name, folder in sources.items()}
+    frozen_runs = {name: read(name, folder) for name, folder in sources.items()}
     config.task.check_frozen_models(
-        config.model, {name: run.model for name, run in found.items()}
+        config.model, {name: run.model for name, run in frozen_runs.items()}
     )
-    return found
+    return frozen_runs
 
 
 def list_base_models(
