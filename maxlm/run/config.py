@@ -209,8 +209,7 @@ def resolve_micro_batches(config: RunConfig, sizes: Mapping[str, int]) -> RunCon
         split = f"{ways} devices" + (f" and {stages} stages" if stages > 1 else "")
         raise MaxlmError(
             f"a batch of {batch} sequences does not divide over {split} into parts of "
-            f"{most} or "
-            "less",
+            f"{most} or less",
             where="train.max_device_rows",
             fix="use a mesh whose batch axes and stages divide the batch",
         )

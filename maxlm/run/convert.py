@@ -526,8 +526,7 @@ def _with_tokenizer(
         names = " and ".join(f"task.{name}" for name in task.reserved_ids)
         notes.append(
             f"to train it, name ids for task.kind={task.kind} in {names}: the "
-            f"tokenizer has none, "
-            "and the table no rows to spare"
+            "tokenizer has none, and the table no rows to spare"
         )
     return RunConfig.model_validate(values)
 

@@ -136,7 +136,7 @@ def train_model(
         if profile and profile[1] <= run.position.step:
             run.say(
                 f"no trace is taken: step {profile[1]}, the last to trace, has been "
-                f"taken"
+                "taken"
             )
         step_fn = setup.jit_train_step()
         evaluator = HeldOutEvaluator(setup, data, on_batch=watchdog.reset_timer)
@@ -348,8 +348,7 @@ def _roll_back(
         run.log.event("stop", decision.last_bad_step, reason="rollback-limit")
         raise MaxlmError(
             f"{decision.reason} at step {decision.last_bad_step}, and the run has "
-            f"rolled back "
-            f"{count} time{'' if count == 1 else 's'}",
+            f"rolled back {count} time{'' if count == 1 else 's'}",
             where=str(run.folder),
             fix="lower schedule.learning_rate in another run folder (--resume), or "
             "raise "

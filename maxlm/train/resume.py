@@ -425,9 +425,8 @@ def describe_lost_checkpoint(
         return None
     return (
         f"checkpoint {newest} is gone: events.jsonl says that it was saved, and none "
-        f"of the run's "
-        f"places has it; the {newest - step:,} steps since step {step} are trained "
-        f"again"
+        f"of the run's places has it; the {newest - step:,} steps since step {step} "
+        "are trained again"
     )
 
 

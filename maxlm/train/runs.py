@@ -174,9 +174,8 @@ def show_run(run: RunSummary, now: float) -> Group:
         causes = ", ".join(f"{cause} {count}" for cause, count in sorted(ends.items()))
         parts.append(
             Text(
-                f"{_many(sum(ends.values()), 'interruption')} ({causes}), "
-                f"one in {format_duration(history.mean_time_to_interruption or 0)} of "
-                f"running"
+                f"{_many(sum(ends.values()), 'interruption')} ({causes}), one in "
+                f"{format_duration(history.mean_time_to_interruption or 0)} of running"
             )
         )
     if happened := [
@@ -215,7 +214,7 @@ def _goodput(run: RunSummary) -> Text:
         "goodput ",
         (_or_dash(run.history.goodput, "{:.1%}".format), "bold"),
         f"{beside} of {format_duration(run.history.wall_seconds)}, {rate} over all of "
-        f"it",
+        "it",
     )
 
 

@@ -149,7 +149,7 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
     least, median, most = report["tokens"]
     lines = [
         f"task.kind={report['kind']}: {report['rows_used']:,} of {report['rows']:,} "
-        f"rows are used",
+        "rows are used",
         *report["notes"],
         f"tokens of an example: {least:,} to {most:,}, median {median:,}",
         f"learnt: {report['share_learnt']:.1%} of them",
