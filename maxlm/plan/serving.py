@@ -104,7 +104,7 @@ def read_workload(
 ) -> RunWorkload:
     """Reads the model of a run, but not its task. Raises MaxlmError: it is no decoder,
     or requests are longer than its context."""
-    kind, limit = config.model.architecture, config.model.max_seq_len
+    kind, limit = config.model.transformer_type, config.model.max_seq_len
     if kind != "decoder":
         what = f"serving is planned for decoders, not an {kind}"
         fix = "name a decoder's config"

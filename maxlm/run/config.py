@@ -127,7 +127,7 @@ def check_samples(
     """Check that a model continues text, and has positions for prompts and their
     continuations. ``prompt_lengths``: tokens of each prompt; 1 where there is no
     tokenizer yet. Raises MaxlmError, naming the prompt."""
-    if samples.prompts and model.architecture == "encoder":
+    if samples.prompts and model.transformer_type == "encoder":
         message = "an encoder names masked tokens, and continues no text"
         raise MaxlmError(message, where="samples.prompts", fix="set it to []")
     max_new_tokens = samples.max_new_tokens
@@ -136,7 +136,7 @@ def check_samples(
     limit = model.position_limit or max(4096, 16 * model.max_seq_len)
     for index, prompt_length in enumerate(prompt_lengths):
         total = prompt_length + max_new_tokens
-        if model.architecture == "encoder_decoder":
+        if model.transformer_type == "encoder_decoder":
             # The encoder holds the prompt; the decoder holds start_id and the output.
             total = max(prompt_length, 1 + max_new_tokens)
         if total > limit:

@@ -210,7 +210,7 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
     divides."""
     if len(model.trunks) > 1:
         return "this is an encoder beside a decoder"
-    if model.architecture == "encoder":
+    if model.transformer_type == "encoder":
         return "this is an encoder, whose head's own layer is behind them"
     if model.dense_layers:
         return (

@@ -61,7 +61,7 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     tokenizer = load_tokenizer(home)
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     check_frozen_tokenizers(config, tokenizer)
-    whole = config.model.architecture == "encoder_decoder"
+    whole = config.model.transformer_type == "encoder_decoder"
     prompts = encode_prompts(tokenizer, config.samples.prompts, as_documents=whole)
     lengths = [config.num_virtual_tokens + len(ids) for ids in prompts]
     check_samples(config.samples, config.model, lengths)

@@ -45,12 +45,12 @@ def check_task(
     """Checks that a task can train a model on rows of ``seq_len`` tokens of text, or of
     examples that begin with ``num_virtual_tokens``; raises MaxlmError naming the
     settings."""
-    if model.architecture != task.architecture:
+    if model.transformer_type != task.architecture:
         raise MaxlmError(
             f"task.kind={task.kind} trains a model of architecture "
             f"{task.architecture}, "
             f"model.architecture={model.architecture}",
-            fix=f"use task.kind={' or '.join(list_task_kinds(model.architecture))}",
+            fix=f"use task.kind={' or '.join(list_task_kinds(model.transformer_type))}",
         )
     if missing := {
         n: w for n, w in task.required_heads.items() if model.heads.get(n) != w
@@ -63,7 +63,7 @@ def check_task(
         what = f"data.seq_len={seq_len}{rows} is longer than model.max_seq_len={model.max_seq_len}"
         raise MaxlmError(what, fix="shorten the sequences, or raise the model's limit")
     task.check(seq_len, model.vocab_size)
-    if num_virtual_tokens and (task.reads_text or model.architecture != "decoder"):
+    if num_virtual_tokens and (task.reads_text or model.transformer_type != "decoder"):
         what = f"task.kind={task.kind} has no examples that begin with virtual tokens"
         fix = "use a task on examples for a decoder, or another adapter"
         raise MaxlmError(what, where="adapter", fix=fix)
