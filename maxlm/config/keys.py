@@ -61,11 +61,9 @@ def get_descendant(node: Any, key: Key) -> Any:
     for part in key:
         if isinstance(node, Mapping):
             node = node.get(part)
-        elif (
-            isinstance(node, list | tuple)
-            and isinstance(part, int)
-            and part < len(node)
-        ):
+        elif isinstance(node, list | tuple) and isinstance(part, int):
+            if part >= len(node):
+                return None
             node = node[part]
         else:
             return None
@@ -75,8 +73,12 @@ def get_descendant(node: Any, key: Key) -> Any:
 def format_value(value: Any, limit: int = 60) -> str:
     """Returns a value for a message, much as YAML writes it, in at most `limit`
     characters."""
-    plain = {None: "null", True: "true", False: "false"}
-    text = plain[value] if value is None or isinstance(value, bool) else repr(value)
+    if value is None:
+        text = "null"
+    elif isinstance(value, bool):
+        text = "true" if value else "false"
+    else:
+        text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
@@ -85,6 +87,6 @@ def format_path(path: Path) -> str:
     directory."""
     absolute = Path(os.path.abspath(path))
     working = Path.cwd()
-    return str(
-        absolute.relative_to(working) if absolute.is_relative_to(working) else absolute
-    )
+    if absolute.is_relative_to(working):
+        return str(absolute.relative_to(working))
+    return str(absolute)

@@ -118,19 +118,19 @@ def encode_answer(
     """
     for name, value in (("the prompt", prompt), ("the completion", answer)):
         if not isinstance(value, str | list):
-            what = f"{name} is of type {type(value).__name__}, neither text nor a list of messages"
-            raise MaxlmError(what, where=name, fix="write one of them")
+            message = f"{name} is of type {type(value).__name__}, neither text nor a list of messages"
+            raise MaxlmError(message, where=name, fix="write one of them")
     if not answer or (isinstance(answer, str) and not answer.strip()):
         raise MaxlmError(
             "an empty completion", where="completion", fix="leave the row out"
         )
     if isinstance(prompt, str) and isinstance(answer, str):
         if variables:
-            what = f"{' and '.join(variables)} beside a prompt and a completion of plain text"
+            message = f"{' and '.join(variables)} beside a prompt and a completion of plain text"
             fix = (
                 "write the prompt as messages, which the chat template writes with them"
             )
-            raise MaxlmError(what, where="prompt", fix=fix)
+            raise MaxlmError(message, where="prompt", fix=fix)
         before = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
         # As one text, where no token crosses: some tokenizers write a space before any
         # text.
@@ -186,12 +186,14 @@ def read_template_variables(row: Row) -> dict[str, Any]:
     sets itself."""
     variables = _parse_column(row, "chat_template_kwargs") or {}
     if not isinstance(variables, dict):
-        what = f"chat_template_kwargs is of type {type(variables).__name__}, no mapping"
+        message = (
+            f"chat_template_kwargs is of type {type(variables).__name__}, no mapping"
+        )
         fix = 'write {"enable_thinking": false}, or the like'
-        raise MaxlmError(what, where="chat_template_kwargs", fix=fix)
+        raise MaxlmError(message, where="chat_template_kwargs", fix=fix)
     if reserved := sorted(_RESERVED_VARIABLES & {*variables}):
-        what = f"chat_template_kwargs sets {reserved[0]}, which is no variable of a template"
-        raise MaxlmError(what, where="chat_template_kwargs", fix="leave it out")
+        message = f"chat_template_kwargs sets {reserved[0]}, which is no variable of a template"
+        raise MaxlmError(message, where="chat_template_kwargs", fix="leave it out")
     # Arrow fills in null where a row says nothing.
     variables = {name: value for name, value in variables.items() if value is not None}
     tools = _parse_column(row, "tools")
@@ -200,11 +202,11 @@ def read_template_variables(row: Row) -> dict[str, Any]:
     if not isinstance(tools, list) or not all(
         isinstance(tool, Mapping) for tool in tools
     ):
-        what = "tools is no list of functions"
+        message = "tools is no list of functions"
         fix = (
             'write [{"type": "function", "function": {"name": ..., "parameters": ...}}]'
         )
-        raise MaxlmError(what, where="tools", fix=fix)
+        raise MaxlmError(message, where="tools", fix=fix)
     return {"tools": tools} | variables
 
 
@@ -231,9 +233,9 @@ def get_column(row: Row, name: str) -> Any:
     if row.get(name) is None:
         if name in row:
             raise MaxlmError(f"{name} is null", where=name, fix="leave the row out")
-        what = f"no column {name!r}: there are {', '.join(map(repr, row)) or 'none'}"
+        message = f"no column {name!r}: there are {', '.join(map(repr, row)) or 'none'}"
         raise MaxlmError(
-            what, where=name, fix="rename one of them, or use another task"
+            message, where=name, fix="rename one of them, or use another task"
         )
     return row[name]
 
@@ -242,9 +244,9 @@ def get_label(row: Row) -> bool:
     """Returns whether a row's answer is good."""
     label = get_column(row, "label")
     if label not in (True, False) or isinstance(label, str):
-        what = f"label is {label!r}"
+        message = f"label is {label!r}"
         raise MaxlmError(
-            what, where="label", fix="write true for a good answer, false for a bad"
+            message, where="label", fix="write true for a good answer, false for a bad"
         )
     return bool(label)
 

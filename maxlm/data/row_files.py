@@ -50,7 +50,7 @@ class RowFiles:
             return convert_row(content, self.columns)
         except MaxlmError as error:
             raise MaxlmError(
-                error.what, where=self.locate(index), fix=error.fix
+                error.message, where=self.locate(index), fix=error.fix
             ) from error
 
     def locate(self, index: int) -> str:
@@ -110,9 +110,9 @@ class _JsonLines:
                 return row
         except (ValueError, RecursionError) as error:
             fault = f" ({error})"
-        what = f"no JSON object{fault}"
+        message = f"no JSON object{fault}"
         fix = "write one object on each line"
-        raise MaxlmError(what, where=f"{self._path}: row {index}", fix=fix)
+        raise MaxlmError(message, where=f"{self._path}: row {index}", fix=fix)
 
 
 class _ArrowRows:
@@ -182,8 +182,8 @@ def _list_arrow_files(folder: Path) -> list[Path]:
     if splits.exists():
         names = read_json_object(splits, _FIX).get("splits")
         listed = ", ".join(map(str, names)) if isinstance(names, list) else "unknown"
-        what = f"a dataset with the splits {listed}"
-        raise MaxlmError(what, where=str(folder), fix="name one of their folders")
+        message = f"a dataset with the splits {listed}"
+        raise MaxlmError(message, where=str(folder), fix="name one of their folders")
     if not state.exists():
         raise MaxlmError("no saved dataset in this folder", where=str(folder), fix=_FIX)
     files = read_json_object(state, _FIX).get("_data_files") or []
@@ -192,8 +192,8 @@ def _list_arrow_files(folder: Path) -> list[Path]:
     # The folder is the whole of a dataset: a name elsewhere is refused, as of a
     # checkpoint's.
     if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
-        what = "no saved dataset in this folder: its _data_files name no files here"
-        raise MaxlmError(what, where=str(state), fix=_FIX)
+        message = "no saved dataset in this folder: its _data_files name no files here"
+        raise MaxlmError(message, where=str(state), fix=_FIX)
     return [folder / name for name in names]
 
 
@@ -207,7 +207,7 @@ def _read_arrow(paths: Sequence[Path]) -> Any:
             else:
                 tables.append(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
         except (OSError, pa.ArrowInvalid) as error:
-            what = f"cannot be read: {error}"
+            message = f"cannot be read: {error}"
             fix = "write the file again"
-            raise MaxlmError(what, where=str(path), fix=fix) from error
+            raise MaxlmError(message, where=str(path), fix=fix) from error
     return _ArrowRows(pa.concat_tables(tables))

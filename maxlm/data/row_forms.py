@@ -81,19 +81,19 @@ def _convert_alpaca(row: Row) -> Row:
     messages = _make_system_messages(row)
     history = row.get("history") or []
     if not isinstance(history, list) or not all(map(_is_exchange, history)):
-        what = "history is no list of pairs of texts"
+        message = "history is no list of pairs of texts"
         fix = 'write [["question", "answer"], ...]'
-        raise MaxlmError(what, where="history", fix=fix)
+        raise MaxlmError(message, where="history", fix=fix)
     for question, answer in history:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
     parts = [part for part in (row["instruction"], row.get("input")) if part]
     if not parts or not all(isinstance(part, str) for part in parts):
-        what = (
+        message = (
             "instruction and input are no text" if parts else "the instruction is empty"
         )
         raise MaxlmError(
-            what, where="instruction", fix="write text there, or leave the row out"
+            message, where="instruction", fix="write text there, or leave the row out"
         )
     messages.append({"role": "user", "content": "\n".join(parts)})
     converted = row | {"prompt": messages}
@@ -147,9 +147,11 @@ def _parse_function_calls(text: Any) -> list[dict[str, Any]]:
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
-        what = f"a turn from function_call holds {str(text)[:40]!r}, no JSON of a call"
+        message = (
+            f"a turn from function_call holds {str(text)[:40]!r}, no JSON of a call"
+        )
         fix = 'write {"name": ..., "arguments": {...}}'
-        raise MaxlmError(what, where="conversations", fix=fix)
+        raise MaxlmError(message, where="conversations", fix=fix)
     return [{"type": "function", "function": call} for call in calls]
 
 
@@ -161,6 +163,6 @@ def check_columns_exist(
     present = dict.fromkeys(name for row in rows for name in row)
     for name, source in columns.items():
         if source not in present:
-            what = f"no column {source!r}, which task.columns names for {name}: "
-            what += f"there are {', '.join(map(repr, present)) or 'none'}"
-            raise MaxlmError(what, where=where, fix="name one of them")
+            message = f"no column {source!r}, which task.columns names for {name}: "
+            message += f"there are {', '.join(map(repr, present)) or 'none'}"
+            raise MaxlmError(message, where=where, fix="name one of them")

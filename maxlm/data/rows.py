@@ -86,11 +86,11 @@ class RowSource:
             length = max(len(encoded[name]) for name in along if name in encoded)
             room = _room(self.arrays)
             if length > room:
-                what = (
+                message = (
                     f"an example of {length} tokens, where a row of a batch has {room}"
                 )
                 fix = "raise data.seq_len, or let the task cut its examples"
-                raise MaxlmError(what, where=self.file.locate(example), fix=fix)
+                raise MaxlmError(message, where=self.file.locate(example), fix=fix)
             own = {
                 "positions": np.arange(length),
                 "segment_ids": np.ones(length, np.int32),
@@ -117,7 +117,9 @@ def encode_row(encode: Encode, file: RowFiles, index: int) -> Mapping[str, Any]:
     try:
         return encode(row)
     except MaxlmError as error:
-        raise MaxlmError(error.what, where=file.locate(index), fix=error.fix) from error
+        raise MaxlmError(
+            error.message, where=file.locate(index), fix=error.fix
+        ) from error
 
 
 def _room(arrays: Mapping[str, BatchArraySpec]) -> int:

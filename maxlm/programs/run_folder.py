@@ -143,7 +143,7 @@ def write_refused_rows(folder: Path, sources: Mapping[str, BatchSource]) -> None
             record = {
                 "rows": name,
                 "where": error.where,
-                "fault": error.what,
+                "fault": error.message,
                 "fix": error.fix,
             }
             lines.append(f"{json.dumps(record)}\n")

@@ -82,15 +82,15 @@ def _checked(cluster: Cluster) -> Cluster | None:
     fix = None
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         fix = "write it as host:port, such as node1:8476"
-        what = f"the coordinator {cluster.coordinator!r} is no host with a port"
+        message = f"the coordinator {cluster.coordinator!r} is no host with a port"
     elif count < 1:
-        what = f"{count} is no number of processes"
+        message = f"{count} is no number of processes"
     elif not 0 <= number < count:
-        what = f"process id {number} is not below the number of processes, {count}"
+        message = f"process id {number} is not below the number of processes, {count}"
         fix = f"number them 0 to {count - 1}"
     else:
         return cluster if count > 1 else None
-    raise MaxlmError(what, where=cluster.source, fix=fix)
+    raise MaxlmError(message, where=cluster.source, fix=fix)
 
 
 def _number(environ: Mapping[str, str], variable: str) -> int:
@@ -205,9 +205,9 @@ def _read_attribute(
         if getattr(error, "code", 500) < 500:  # it has none such
             return None
         # A host that took itself for the only one would hold up the others.
-        what = f"this machine's metadata cannot be read ({error})"
+        message = f"this machine's metadata cannot be read ({error})"
         fix = "start it again, or set TPU_SKIP_MDS_QUERY=1 if it is a host of its own"
-        raise ProcessLost(what, where=url, fix=fix) from error
+        raise ProcessLost(message, where=url, fix=fix) from error
 
 
 def _is_tpu(device: Path) -> bool:

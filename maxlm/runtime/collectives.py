@@ -45,15 +45,17 @@ def raise_on_all_hosts(function: Callable[[], Result]) -> Result:
         result = function()
     except MaxlmError as error:
         own = error
-    errors = all_gather_json(own and [type(own).__name__, own.what, own.where, own.fix])
+    errors = all_gather_json(
+        own and [type(own).__name__, own.message, own.where, own.fix]
+    )
     if own is not None:
         raise own
     for process, each in enumerate(errors):
         if each is not None:
-            name, what, where, fix = each
+            name, message, where, fix = each
             classes = {one.__name__: one for one in MaxlmError.__subclasses__()}
             raise classes.get(name, MaxlmError)(
-                f"process {process}: {what}", where=where, fix=fix
+                f"process {process}: {message}", where=where, fix=fix
             )
     return result  # type: ignore[return-value]
 

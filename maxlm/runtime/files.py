@@ -21,8 +21,8 @@ def convert_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         fix = "free some disk space, or check the folder and its permissions"
-        what = f"cannot write: {error.strerror or error}"
-        raise MaxlmError(what, where=str(path), fix=fix) from error
+        message = f"cannot write: {error.strerror or error}"
+        raise MaxlmError(message, where=str(path), fix=fix) from error
 
 
 def check_file_exists(path: Path) -> None:
@@ -97,9 +97,9 @@ def lock_folder(
             try:
                 fcntl.flock(descriptor, how)
             except BlockingIOError as error:
-                what = "another process is at work in this folder"
+                message = "another process is at work in this folder"
                 raise MaxlmError(
-                    what, where=str(folder), fix="wait for it to end"
+                    message, where=str(folder), fix="wait for it to end"
                 ) from error
             # The last holder may have deleted the folder between our open and our lock.
             if _is_file(folder / "lock", descriptor):

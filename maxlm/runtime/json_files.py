@@ -54,12 +54,14 @@ def read_json_file(path: Path, fix: str) -> Any:
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
-            what = f"{size:,} bytes of JSON, where at most {MAX_JSON_BYTES:,} are read"
-            raise MaxlmError(what, where=str(path), fix=fix)
+            message = (
+                f"{size:,} bytes of JSON, where at most {MAX_JSON_BYTES:,} are read"
+            )
+            raise MaxlmError(message, where=str(path), fix=fix)
         data = path.read_bytes()
     except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-        raise MaxlmError(what, where=str(path), fix=fix) from error
+        message = f"cannot be read ({error.strerror or error})"
+        raise MaxlmError(message, where=str(path), fix=fix) from error
     return parse_json(data, str(path), fix)
 
 
@@ -68,8 +70,8 @@ def read_json_object(path: Path, fix: str) -> dict[str, Any]:
     :func:`read_json_file` does, and for any other value."""
     values = read_json_file(path, fix)
     if not isinstance(values, dict):
-        what = f"cannot be read (not a mapping, but {type(values).__name__})"
-        raise MaxlmError(what, where=str(path), fix=fix)
+        message = f"cannot be read (not a mapping, but {type(values).__name__})"
+        raise MaxlmError(message, where=str(path), fix=fix)
     return values
 
 
@@ -92,8 +94,8 @@ def parse_json(data: bytes | str, where: str, fix: str) -> Any:
 
 
 def _make_depth_error(where: str, fix: str) -> MaxlmError:
-    what = f"cannot be read (nested deeper than {MAX_JSON_DEPTH} levels)"
-    return MaxlmError(what, where=where, fix=fix)
+    message = f"cannot be read (nested deeper than {MAX_JSON_DEPTH} levels)"
+    return MaxlmError(message, where=where, fix=fix)
 
 
 def _is_deeper(values: Any, most: int) -> bool:

@@ -104,9 +104,10 @@ def check_processes_match(
     ]
     if others:
         words.append(f"and on {', '.join(others[:4])}{_more(others, 4)}")
-    what = f"hosts disagree on {name}: {'; '.join(words)}"
+    message = f"hosts disagree on {name}: {'; '.join(words)}"
     raise MaxlmError(
-        what, fix="start all hosts with the same software, config and kind of machine"
+        message,
+        fix="start all hosts with the same software, config and kind of machine",
     )
 
 
@@ -162,7 +163,7 @@ def _accept_all(
         )
     except MaxlmError as error:
         for connection in accepted:
-            refused = [error.what, error.where, error.fix]
+            refused = [error.message, error.where, error.fix]
             connection.send(
                 {"refused": refused, "lost": isinstance(error, ProcessLost)}
             )
@@ -198,9 +199,9 @@ def _connect(
             if "hosts" in answer:
                 return answer["hosts"], {0: connection}
             if "refused" in answer:
-                what, where, fix = answer["refused"]
+                message, where, fix = answer["refused"]
                 raise (ProcessLost if answer["lost"] else MaxlmError)(
-                    what, where=where, fix=fix
+                    message, where=where, fix=fix
                 )
             connection.close()
             problem = "something there does not answer as process 0 would"
@@ -229,8 +230,8 @@ def _check_greeting(
             fix="give all of them the same number",
         )
     if process in hosts:
-        what = f"two processes say that they are process {process}: on {hosts[process]} and {host}"
-        raise MaxlmError(what, fix="give each a process id of its own")
+        message = f"two processes say that they are process {process}: on {hosts[process]} and {host}"
+        raise MaxlmError(message, fix="give each a process id of its own")
 
 
 def _missing_error(
@@ -262,9 +263,9 @@ def _listen(cluster: Cluster, deadline: float) -> socket.socket:
             return socket.create_server(("", port), **how)
         except OSError as error:
             if time.monotonic() > deadline:
-                what = (
+                message = (
                     f"process 0 on {socket.gethostname()} cannot listen on port {port}"
                 )
                 fix = "end what uses it there, or choose another port"
-                raise MaxlmError(f"{what}: {error.strerror}", fix=fix) from None
+                raise MaxlmError(f"{message}: {error.strerror}", fix=fix) from None
         time.sleep(_RETRY_SECONDS)

@@ -215,8 +215,8 @@ def join_cluster(
     try:
         _start_jax(cluster, wait_seconds, peer_timeout_seconds)
     except RuntimeError as error:
-        what = f"JAX's distributed runtime did not start ({' '.join(str(error).split())[:200]})"
-        raise ProcessLost(what, fix="start the processes again") from error
+        message = f"JAX's distributed runtime did not start ({' '.join(str(error).split())[:200]})"
+        raise ProcessLost(message, fix="start the processes again") from error
     return peers
 
 

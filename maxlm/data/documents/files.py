@@ -60,9 +60,9 @@ def check_corpus_packages(error_location: str) -> None:
     """Checks that the packages that reading a corpus takes are installed."""
     for package in ("pyarrow", "regex"):
         if importlib.util.find_spec(package) is None:
-            what = f"a corpus needs {package}, which is not installed"
+            message = f"a corpus needs {package}, which is not installed"
             raise MaxlmError(
-                what, where=error_location, fix="pip install 'maxlm[corpus]'"
+                message, where=error_location, fix="pip install 'maxlm[corpus]'"
             )
 
 
@@ -122,9 +122,9 @@ def find_files(config: FilesConfig) -> FileListing:
                 found += 1
                 files.setdefault(os.path.realpath(path), file)
         if not found:
-            what = f"no text files here ({binary} binary files skipped)"
+            message = f"no text files here ({binary} binary files skipped)"
             raise MaxlmError(
-                what, where=entry, fix="name a folder or files that hold text"
+                message, where=entry, fix="name a folder or files that hold text"
             )
         num_binary_files += binary
     return FileListing(tuple(files.values()), num_binary_files)
@@ -180,9 +180,9 @@ def _find_package_folders(entry: str) -> list[Path]:
     # Of a dotted name find_spec would import the parent.
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or spec.submodule_search_locations is None:
-        what = f"no package {name!r} is installed in this Python's environment"
+        message = f"no package {name!r} is installed in this Python's environment"
         fix = f"install it, or name another that is imported so, such as {PYTHON_PACKAGE}numpy"
-        raise MaxlmError(what, where=entry, fix=fix)
+        raise MaxlmError(message, where=entry, fix=fix)
     return sorted({Path(folder) for folder in spec.submodule_search_locations})
 
 
@@ -190,9 +190,9 @@ def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[Path]:
     """Regular, non-hidden files below `root`, in the order of their POSIX paths."""
 
     def fail(error: OSError) -> None:
-        what = f"cannot list the folder: {error.strerror}"
+        message = f"cannot list the folder: {error.strerror}"
         raise MaxlmError(
-            what, where=error.filename, fix="check its permissions"
+            message, where=error.filename, fix="check its permissions"
         ) from error
 
     paths = []
@@ -215,9 +215,9 @@ def _source_file(path: Path, name: str) -> SourceFile:
     inner = stem if compression == "none" else stem.with_suffix("")
     format_ = FORMATS.get(inner.suffix, "text")
     if format_ == "parquet" and compression != "none":
-        what = "Parquet inside another compression cannot be read in pieces"
+        message = "Parquet inside another compression cannot be read in pieces"
         fix = "decompress it (Parquet compresses its own pages)"
-        raise MaxlmError(what, where=str(path), fix=fix)
+        raise MaxlmError(message, where=str(path), fix=fix)
     # A file system's names are bytes; Python has surrogates for those that are not
     # UTF-8.
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

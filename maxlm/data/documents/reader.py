@@ -169,8 +169,8 @@ def _parse_line(source: FilesConfig, name: str, line: bytes, where: str) -> Reco
         fix = "put one JSON object on each line"
         return _broken(name, f"not valid JSON ({reason})", where, fix)
     if not isinstance(row, dict):
-        what = f"a JSON object was expected, not {type(row).__name__}"
-        return _broken(name, what, where, f'write {{"{source.text_field}": "..."}}')
+        message = f"a JSON object was expected, not {type(row).__name__}"
+        return _broken(name, message, where, f'write {{"{source.text_field}": "..."}}')
     return _from_row(source, name, row, where)
 
 
@@ -190,18 +190,18 @@ def _from_row(
     if text is None:
         return Record(name, None, row)
     if not isinstance(text, str | bytes):
-        what = f'"{source.text_field}" holds {type(text).__name__}, not a string'
+        message = f'"{source.text_field}" holds {type(text).__name__}, not a string'
         return _broken(
-            name, what, where, "set text_field to the key or column of the text"
+            name, message, where, "set text_field to the key or column of the text"
         )
     if isinstance(text, bytes):
         text = _decode(source, text, where)
     return Record(name, _encode(source, text, where), row)
 
 
-def _broken(name: str, what: str, where: str, fix: str) -> Record:
+def _broken(name: str, message: str, where: str, fix: str) -> Record:
     return Record(
-        name, skip_reason="broken", error=MaxlmError(what, where=where, fix=fix)
+        name, skip_reason="broken", error=MaxlmError(message, where=where, fix=fix)
     )
 
 
@@ -209,8 +209,8 @@ def _no_field(
     source: FilesConfig, present: list[str], kind: str, where: str
 ) -> MaxlmError:
     names = ", ".join(f'"{name}"' for name in present[:8]) or "none"
-    what = f'there is no {kind} "{source.text_field}"'
-    return MaxlmError(what, where=where, fix=f"set text_field to one of: {names}")
+    message = f'there is no {kind} "{source.text_field}"'
+    return MaxlmError(message, where=where, fix=f"set text_field to one of: {names}")
 
 
 def _read_parquet(
@@ -257,8 +257,10 @@ def _check_text_column(source: FilesConfig, schema: Any, where: str) -> None:
         types.is_large_binary,
     )
     if not any(check(value) for check in checks):
-        what = f'column "{source.text_field}" holds {type_}, not text'
-        raise MaxlmError(what, where=where, fix="set text_field to a column of strings")
+        message = f'column "{source.text_field}" holds {type_}, not text'
+        raise MaxlmError(
+            message, where=where, fix="set text_field to a column of strings"
+        )
 
 
 def _read_cell(column: Any, row: int) -> tuple[Any, int]:
@@ -290,8 +292,8 @@ def _decode(source: FilesConfig, data: bytes, where: str, offset: int = 0) -> st
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         place = offset + error.start
-        what = f"byte 0x{byte:02x} at offset {place} is not valid UTF-8"
-        raise MaxlmError(what, where=where, fix=_FIX) from error
+        message = f"byte 0x{byte:02x} at offset {place} is not valid UTF-8"
+        raise MaxlmError(message, where=where, fix=_FIX) from error
 
 
 def _encode(source: FilesConfig, text: str, where: str) -> bytes:
@@ -302,5 +304,5 @@ def _encode(source: FilesConfig, text: str, where: str) -> bytes:
         return text.encode()
     if source.replaces_bad_bytes:
         return _SURROGATE.sub("\ufffd", text).encode()
-    what = f"character {found.start()} is a lone surrogate (U+{ord(found[0]):04X}), not valid"
-    raise MaxlmError(f"{what} UTF-8", where=where, fix=_FIX)
+    message = f"character {found.start()} is a lone surrogate (U+{ord(found[0]):04X}), not valid"
+    raise MaxlmError(f"{message} UTF-8", where=where, fix=_FIX)

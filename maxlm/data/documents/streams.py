@@ -36,9 +36,9 @@ def import_pyarrow(path: Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        what = "reading this file needs pyarrow, which is not installed"
+        message = "reading this file needs pyarrow, which is not installed"
         raise MaxlmError(
-            what, where=str(path), fix="pip install 'maxlm[data]'"
+            message, where=str(path), fix="pip install 'maxlm[data]'"
         ) from error
     return pyarrow
 
@@ -63,14 +63,14 @@ def open_stream(path: Path, compression: Compression) -> Iterator[io.BufferedRea
                     yield io.BufferedReader(unpacked, _READ_BYTES)
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            what = error.strerror or str(error)
+            message = error.strerror or str(error)
             fix = "check the file and its permissions"
             raise MaxlmError(
-                f"cannot read: {what}", where=str(path), fix=fix
+                f"cannot read: {message}", where=str(path), fix=fix
             ) from error
-        what = f"damaged or incomplete .{compression} data ({error})"
+        message = f"damaged or incomplete .{compression} data ({error})"
         raise DamagedFile(
-            what, where=str(path), fix="fetch or compress the file again"
+            message, where=str(path), fix="fetch or compress the file again"
         ) from error
 
 
@@ -92,8 +92,8 @@ def check_unchanged(file: SourceFile, artifact: str) -> None:
     with open_stream(file.path, "none") as stream:
         state = os.fstat(stream.fileno())
     if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns):
-        what = f"the file changed while the {artifact} was being built"
-        raise MaxlmError(what, where=str(file.path), fix="run the build again")
+        message = f"the file changed while the {artifact} was being built"
+        raise MaxlmError(message, where=str(file.path), fix="run the build again")
 
 
 def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> FileScan:
@@ -157,9 +157,9 @@ def open_parquet(path: Path):
         OSError,
         UnicodeDecodeError,
     ) as error:  # The last: of names.
-        what = f"cannot read as Parquet: {str(error).splitlines()[0]}"
+        message = f"cannot read as Parquet: {str(error).splitlines()[0]}"
         # An error of the system has a number; what Arrow finds in the bytes has none.
         kind = MaxlmError if getattr(error, "errno", None) else DamagedFile
         raise kind(
-            what, where=str(path), fix="fetch or write the file again"
+            message, where=str(path), fix="fetch or write the file again"
         ) from error

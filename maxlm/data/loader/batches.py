@@ -227,17 +227,21 @@ def make_batches(
     if not isinstance(mixing, Mixing):
         mixing = Mixing(mixing)
     if stores.keys() != mixing.weights.keys():
-        what = f"weights are for {sorted(mixing.weights)}, stores are {sorted(stores)}"
-        raise MaxlmError(what, where="weights", fix="give each store one weight")
+        message = (
+            f"weights are for {sorted(mixing.weights)}, stores are {sorted(stores)}"
+        )
+        raise MaxlmError(message, where="weights", fix="give each store one weight")
     tokens = {name: store.num_tokens for name, store in stores.items()}
     # Weights are checked before any index is built; the true sizes do not change the
     # answer.
     mixing.make_order(tokens, tokens, config.batch_size, None)
     for name, count in tokens.items():
         if count < config.seq_len:
-            what = f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
+            message = (
+                f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
+            )
             raise MaxlmError(
-                what, where=f"store {name!r}", fix="give more text, or lower seq_len"
+                message, where=f"store {name!r}", fix="give more text, or lower seq_len"
             )
     if config.packing == "best_fit":
         sizes = {"seq_len": config.seq_len, "block": config.packing_block}

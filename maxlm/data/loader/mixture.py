@@ -191,14 +191,14 @@ def _check_weights(steps: Mapping[int, Weights]) -> None:
             weight for weight in used if not (math.isfinite(weight) and weight >= 0)
         ]
         if wrong or not any(used):
-            what = f"the weight of store {name!r} is {[*wrong, 0][0]}, not a positive number"
+            message = f"the weight of store {name!r} is {[*wrong, 0][0]}, not a positive number"
             fix = "give a weight above 0, or leave the store out"
-            raise MaxlmError(what, where="weights", fix=fix)
+            raise MaxlmError(message, where="weights", fix=fix)
     for step, weights in steps.items():
         if not any(weights.values()):
-            what = f"from step {step:,} on all weights are 0"
+            message = f"from step {step:,} on all weights are 0"
             raise MaxlmError(
-                what, where="weights", fix="give a source a weight above 0"
+                message, where="weights", fix="give a source a weight above 0"
             )
 
 
@@ -350,9 +350,9 @@ def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:
                 )
         if phase.from_step <= reached_step:
             ramp = " and its ramp" if phases[number - 1].ramp_steps else ""
-            what = f"from_step={phase.from_step} is not past the phase before{ramp}"
+            message = f"from_step={phase.from_step} is not past the phase before{ramp}"
             fix = f"begin at step {reached_step + 1} or later, in rising order"
-            raise MaxlmError(what, where=where, fix=fix)
+            raise MaxlmError(message, where=where, fix=fix)
         reached_step = phase.from_step + max(0, phase.ramp_steps - 1)
 
 

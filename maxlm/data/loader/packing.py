@@ -163,8 +163,10 @@ class BestFitPacking:
                 *(np.asarray(np.load(file, mmap_mode="r")) for file in files)
             )
         except (OSError, ValueError) as error:
-            what = f"damaged packing index: {error}"
-            raise MaxlmError(what, where=str(self.source), fix=_MAKE_AGAIN) from error
+            message = f"damaged packing index: {error}"
+            raise MaxlmError(
+                message, where=str(self.source), fix=_MAKE_AGAIN
+            ) from error
 
     def __reduce__(self):  # A worker process maps the files itself.
         return BestFitPacking, (self.store, self.source)
@@ -206,9 +208,9 @@ def open_best_fit(
         try:
             _write(folder, store, seq_len, block)
         except OSError as error:
-            what = f"cannot write the packing index ({error.strerror})"
+            message = f"cannot write the packing index ({error.strerror})"
             fix = "make the store's folder writable once, or use packing=concat"
-            raise MaxlmError(what, where=str(folder), fix=fix) from error
+            raise MaxlmError(message, where=str(folder), fix=fix) from error
     elif verify:
         verify_index(folder)
     return BestFitPacking(store, folder)

@@ -110,11 +110,11 @@ def _open(path: Place, options: dict[str, Any], **kwargs: Any):
 
 
 def make_array_error(
-    path: Place, error: Exception, fix: str, what: str = "array error"
+    path: Place, error: Exception, fix: str, message: str = "array error"
 ) -> MaxlmError:
     """Describes a TensorStore error in one line, without its source locations."""
     reason = str(error).split(" [")[0].splitlines()[0]
-    return MaxlmError(f"{what}: {reason}", where=str(path), fix=fix)
+    return MaxlmError(f"{message}: {reason}", where=str(path), fix=fix)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -162,8 +162,10 @@ def _check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_NAME).is_file():
-        what = "this exists and is not a token store"
-        raise MaxlmError(what, where=str(out), fix="choose another folder or remove it")
+        message = "this exists and is not a token store"
+        raise MaxlmError(
+            message, where=str(out), fix="choose another folder or remove it"
+        )
     try:
         found = next(describe_differences(read_manifest(out), planned), None)
         if not found:
@@ -175,8 +177,8 @@ def _check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | 
     if force:
         return None
     fix = "choose another folder, or replace the store with --force (force=True)"
-    what = f"the store here was built from other inputs: {found}"
-    raise MaxlmError(what, where=str(out), fix=fix)
+    message = f"the store here was built from other inputs: {found}"
+    raise MaxlmError(message, where=str(out), fix=fix)
 
 
 def _write_segment(
@@ -276,11 +278,13 @@ def _no_documents(plan: BuildPlan) -> MaxlmError:
     where = ", ".join(plan.source.documents)
     manifest = plan.manifest
     if manifest.split == "all":
-        what = f"the corpus is empty: no text in {len(manifest.sources)} files"
-        return MaxlmError(what, where=where, fix="name files that hold text")
-    what = f'no document falls into the split "{manifest.split}" at heldout_fraction='
+        message = f"the corpus is empty: no text in {len(manifest.sources)} files"
+        return MaxlmError(message, where=where, fix="name files that hold text")
+    message = (
+        f'no document falls into the split "{manifest.split}" at heldout_fraction='
+    )
     fix = "use more documents or another fraction"
-    return MaxlmError(f"{what}{manifest.heldout_fraction}", where=where, fix=fix)
+    return MaxlmError(f"{message}{manifest.heldout_fraction}", where=where, fix=fix)
 
 
 def _write_shard(

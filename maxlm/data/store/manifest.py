@@ -102,9 +102,9 @@ class Manifest(Config):
     def take_segments(self, num_segments: int) -> "Manifest":
         """Returns the manifest as of so many segments (but for `num_binary_files`)."""
         if not 1 <= num_segments <= len(self.segments):
-            what = f"the store has {len(self.segments)} segments, not {num_segments}"
+            message = f"the store has {len(self.segments)} segments, not {num_segments}"
             raise MaxlmError(
-                what, where="segments", fix="ask for 1 to as many as there are"
+                message, where="segments", fix="ask for 1 to as many as there are"
             )
         kept = self.segments[:num_segments]
         sources = self.sources[: sum(segment.num_sources for segment in kept)]
@@ -180,10 +180,10 @@ def read_manifest(folder: Place) -> Manifest:
             f"damaged manifest ({reason})", where=str(path), fix=rebuild
         ) from error
     if manifest.format_version != FORMAT_VERSION:
-        what = (
+        message = (
             f"store format {manifest.format_version}; this maxlm reads {FORMAT_VERSION}"
         )
-        raise MaxlmError(what, where=str(path), fix=rebuild)
+        raise MaxlmError(message, where=str(path), fix=rebuild)
     return manifest
 
 
@@ -206,8 +206,8 @@ def is_already_appended(
     known = {(source.name, source.sha256) for source in existing.sources}
     for source in planned.sources:
         if (source.name, source.sha256) in known:
-            what = f"{source.name} is already in the store"
-            raise MaxlmError(what, where=error_location, fix="leave it out")
+            message = f"{source.name} is already in the store"
+            raise MaxlmError(message, where=error_location, fix="leave it out")
     return False
 
 

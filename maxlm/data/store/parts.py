@@ -81,9 +81,9 @@ def plan_build(
     from maxlm.data.tokenizer import load_tokenizer
 
     if split != "all" and not 0 < heldout_fraction < 1:
-        what = f"heldout_fraction={heldout_fraction} does not lie between 0 and 1"
+        message = f"heldout_fraction={heldout_fraction} does not lie between 0 and 1"
         raise MaxlmError(
-            what, fix=f'give a fraction such as 0.01, or split="all" (not "{split}")'
+            message, fix=f'give a fraction such as 0.01, or split="all" (not "{split}")'
         )
     tokenizer = load_tokenizer(tokenizer_folder)
     listing = find_files(source)

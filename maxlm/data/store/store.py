@@ -143,9 +143,11 @@ class TokenStore:
     def document(self, index: int) -> np.ndarray:
         """Reads the tokens of one document, with its bos and eos."""
         if not 0 <= index < self.num_documents:
-            what = f"there is no document {index}; the store has {self.num_documents}"
+            message = (
+                f"there is no document {index}; the store has {self.num_documents}"
+            )
             fix = f"choose 0 to {self.num_documents - 1}"
-            raise MaxlmError(what, where=str(self.place), fix=fix)
+            raise MaxlmError(message, where=str(self.place), fix=fix)
         start, stop = self._read_offsets(slice(index, index + 2))
         return self.read(int(start), int(stop))
 
@@ -270,10 +272,10 @@ class TokenStore:
         try:
             download_folder(self.place, "tokenizer", Path(copy.name))
         except OSError as error:
-            what = f"cannot read the tokenizer: {error}"
+            message = f"cannot read the tokenizer: {error}"
             where = str(self.place)
             fix = get_read_failure_fix(self.place, _REBUILD)
-            raise MaxlmError(what, where=where, fix=fix) from error
+            raise MaxlmError(message, where=where, fix=fix) from error
         return copy
 
     def _read_offsets(self, key: slice | np.ndarray) -> np.ndarray:
@@ -287,8 +289,8 @@ class TokenStore:
         for name, (array, size, dtype) in expected.items():
             found = (array.shape, array.dtype.name)
             if found != ((size,), dtype):
-                what = f"{name} are {found[1]} {list(found[0])}, the manifest says {dtype} [{size}]"
-                raise self._damaged(what)
+                message = f"{name} are {found[1]} {list(found[0])}, the manifest says {dtype} [{size}]"
+                raise self._damaged(message)
 
     def _range(self, start: int, stop: int) -> slice:
         if not 0 <= start <= stop <= self.num_tokens:
@@ -297,12 +299,12 @@ class TokenStore:
             )
         return slice(int(start), int(stop))
 
-    def _wait(self, future, name: str, what: str = "array error") -> np.ndarray:
+    def _wait(self, future, name: str, message: str = "array error") -> np.ndarray:
         try:
             return future.result()
         except (ValueError, OSError) as error:
             raise make_array_error(
-                join_place(self.place, name), error, _REBUILD, what
+                join_place(self.place, name), error, _REBUILD, message
             ) from error
 
     def _exchanged(self, name: str, number: int) -> MaxlmError:
@@ -312,8 +314,10 @@ class TokenStore:
         message = f"the {name} of segment {number} are not those that were written"
         return MaxlmError(message, where=str(place), fix=_RESTORE)
 
-    def _damaged(self, what: str) -> MaxlmError:
-        return MaxlmError(f"damaged store: {what}", where=str(self.place), fix=_REBUILD)
+    def _damaged(self, message: str) -> MaxlmError:
+        return MaxlmError(
+            f"damaged store: {message}", where=str(self.place), fix=_REBUILD
+        )
 
     def __getstate__(self):
         return {"place": self.place, "manifest": self.manifest}
@@ -323,11 +327,11 @@ def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer other than the one that made the store."""
     mine, other = store.manifest.tokenizer_fingerprint, tokenizer.fingerprint
     if mine != other:
-        what = (
+        message = (
             f"the store was made with another tokenizer ({mine[:12]}, not {other[:12]})"
         )
         fix = f"use the tokenizer in {store.tokenizer_folder}, or build the store again with yours"
-        raise MaxlmError(what, where=str(store.place), fix=fix)
+        raise MaxlmError(message, where=str(store.place), fix=fix)
 
 
 def describe_store(store: TokenStore) -> dict[str, Any]:

@@ -48,9 +48,9 @@ def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
     special = tokenizer.special
     needed = CHAT_TOKENS[config.chat]
     if missing := [token for token in needed if token not in special.ids]:
-        what = f"the vocabulary has no special token {' or '.join(missing)}"
+        message = f"the vocabulary has no special token {' or '.join(missing)}"
         fix = "use another form, or leave tokenizer.chat out and give the tokenizer a template"
-        raise MaxlmError(what, where=f"tokenizer.chat={config.chat}", fix=fix)
+        raise MaxlmError(message, where=f"tokenizer.chat={config.chat}", fix=fix)
     # Other tools, too, know a form of conversations from these files.
     roles = {
         "bos_token": special.bos,
@@ -313,11 +313,11 @@ def _make_template_variables(
     if not isinstance(messages, list | tuple) or not all(
         isinstance(m, Mapping) for m in messages
     ):
-        what, fix = (
+        message, fix = (
             "messages must be a list of mappings",
             'give some like {"role": "user", ...}',
         )
-        raise MaxlmError(what, where="messages", fix=fix)
+        raise MaxlmError(message, where="messages", fix=fix)
     given: dict[str, Any] = {
         "messages": [_as_templates_read(each) for each in messages],
         "tools": tools and list(tools),
@@ -335,9 +335,9 @@ def _render(tokenizer: Tokenizer, given: dict[str, Any]) -> str:
     except (
         Exception
     ) as error:  # It is a program of someone else's: it may raise anything.
-        what = f"the chat template cannot write this conversation: {error}"
+        message = f"the chat template cannot write this conversation: {error}"
         fix = "change the messages to suit the template, or the template"
-        raise MaxlmError(what, fix=fix) from error
+        raise MaxlmError(message, fix=fix) from error
 
 
 def _disarm(
@@ -418,9 +418,9 @@ def _as_json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        what = f"a conversation must be plain data: {error}"
+        message = f"a conversation must be plain data: {error}"
         fix = "give str, numbers, lists and mappings"
-        raise MaxlmError(what, where="messages", fix=fix) from error
+        raise MaxlmError(message, where="messages", fix=fix) from error
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -231,8 +231,8 @@ class Tokenizer:
         # A negative index would silently count from the end.
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            what = f"token id {wrong} is outside [0, {self.vocab_size})"
-            raise MaxlmError(what, fix="decode with the tokenizer that made the ids")
+            message = f"token id {wrong} is outside [0, {self.vocab_size})"
+            raise MaxlmError(message, fix="decode with the tokenizer that made the ids")
         pieces = [self.codec.token_bytes[i] for i in ids]
         first = (
             None

@@ -95,9 +95,10 @@ class TokenizerConfig(Config):
     @model_validator(mode="after")
     def _check_kind(self):
         if self.kind == "huggingface" and self.path is None:
-            what = "a tokenizer of kind huggingface is imported, not trained"
+            message = "a tokenizer of kind huggingface is imported, not trained"
             raise MaxlmError(
-                what, fix="set path to the folder that `maxlm tokenizer import` wrote"
+                message,
+                fix="set path to the folder that `maxlm tokenizer import` wrote",
             )
         if self.lowercase and self.kind != "wordpiece":
             fix = "leave lowercase out, or set kind to wordpiece"

@@ -62,9 +62,9 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
     """Returns what ``folder`` says of its tokenizer."""
     path = folder / METADATA
     if not path.exists() and (folder / JSON_FILE).exists():
-        what = f"no {METADATA} here, but a {JSON_FILE}"
+        message = f"no {METADATA} here, but a {JSON_FILE}"
         fix = "make a tokenizer of it with `maxlm tokenizer import`"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     try:
         metadata = TokenizerMetadata.model_validate_json(read_file(path))
     except ValidationError as error:
@@ -74,9 +74,9 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
         )
         raise make_damaged_file_error(path, fault) from error
     if metadata.format != FORMAT:
-        what = f"tokenizer format {metadata.format} is not {FORMAT}"
+        message = f"tokenizer format {metadata.format} is not {FORMAT}"
         fix = "read it with the version of maxlm that wrote it"
-        raise MaxlmError(what, where=str(path), fix=fix)
+        raise MaxlmError(message, where=str(path), fix=fix)
     if unknown := {*metadata.carried} - {*CARRIED}:
         raise make_damaged_file_error(path, f"carried: {min(unknown)}")
     return metadata
@@ -108,6 +108,6 @@ def read_file(path: Path) -> bytes:
 
 def make_damaged_file_error(path: Path, fault: str) -> MaxlmError:
     """Makes the error for a tokenizer's file that cannot be used."""
-    what = f"damaged tokenizer file ({' '.join(fault.split())})"
+    message = f"damaged tokenizer file ({' '.join(fault.split())})"
     fix = "copy it again from a good tokenizer, or train it again"
-    return MaxlmError(what, where=str(path), fix=fix)
+    return MaxlmError(message, where=str(path), fix=fix)

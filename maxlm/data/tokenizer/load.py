@@ -26,9 +26,9 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     """Load the tokenizer saved in ``folder``."""
     folder = Path(folder)
     if not folder.is_dir():
-        what = "no such folder" if not folder.exists() else "not a folder"
+        message = "no such folder" if not folder.exists() else "not a folder"
         fix = "name a folder that `maxlm tokenizer train` wrote"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     metadata = files.read_metadata(folder)
     if metadata.kind.startswith("sentencepiece"):
         codec = _open_codec(SentencePieceCodec, folder / SentencePieceCodec.file_name)
@@ -51,9 +51,9 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         extra_files={name: read_file(folder / name) for name in metadata.carried},
     )
     if tokenizer.fingerprint != metadata.fingerprint:
-        what = f"{codec.file_name} and {files.METADATA} do not belong together"
+        message = f"{codec.file_name} and {files.METADATA} do not belong together"
         fix = "copy both from one tokenizer, or train it again"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     return tokenizer
 
 
@@ -128,7 +128,7 @@ def _open_codec(
     try:
         return codec_type(data, **settings)
     except MaxlmError as error:
-        raise MaxlmError(error.what, where=str(path), fix=error.fix) from None
+        raise MaxlmError(error.message, where=str(path), fix=error.fix) from None
     except (
         Exception
     ) as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
@@ -205,8 +205,8 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
     settings = _Settings(path, control, roles)
     # Of a checkpoint transformers may make more than its model file says.
     if path.is_dir() and (not codec.lossless or settings.adds_tokens):
-        what = "this SentencePiece model changes text, lacks bytes or has tokens added beside it"
-        raise MaxlmError(what, where=str(file), fix=_CONVERT)
+        message = "this SentencePiece model changes text, lacks bytes or has tokens added beside it"
+        raise MaxlmError(message, where=str(file), fix=_CONVERT)
     named = settings.role("bos")
     bos, eos = _both(named, settings.role("eos") or named, path)
     return Tokenizer(
@@ -244,8 +244,8 @@ class _Settings:
 
     def __init__(self, folder: Path, ids: dict[str, int], given: dict[str, str | None]):
         if missing := [token for token in given.values() if token and token not in ids]:
-            what = f"the vocabulary has no token {missing[0]!r}"
-            raise MaxlmError(what, where=str(folder), fix="name one that it has")
+            message = f"the vocabulary has no token {missing[0]!r}"
+            raise MaxlmError(message, where=str(folder), fix="name one that it has")
         self._ids, self._given = ids, given
         self._tokenizer = _json(folder / "tokenizer_config.json")
         self._by_token = (self._tokenizer, _json(folder / "special_tokens_map.json"))
@@ -298,11 +298,11 @@ def _read_ids(path: Path, settings: Mapping[str, Any], key: str) -> list[int]:
     ids = value if isinstance(value, list) else [value]
     for token_id in ids:
         if type(token_id) is not int:
-            what = f"{key}={value!r} is no id of a token"
+            message = f"{key}={value!r} is no id of a token"
             fix = (
                 "write a whole number, or a list of them, as the published model has it"
             )
-            raise MaxlmError(what, where=str(path), fix=fix)
+            raise MaxlmError(message, where=str(path), fix=fix)
     return ids
 
 

@@ -201,7 +201,7 @@ def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
 
 def make_small_text_error(config: TokenizerConfig, max_size: int) -> MaxlmError:
     """Makes the error for a text that yields too few tokens."""
-    what = f"the text is too small for vocab_size={config.vocab_size}: it yields {max_size} tokens"
+    message = f"the text is too small for vocab_size={config.vocab_size}: it yields {max_size} tokens"
     return MaxlmError(
-        what, fix=f"give more text or set vocab_size to {max_size} or less"
+        message, fix=f"give more text or set vocab_size to {max_size} or less"
     )

@@ -36,8 +36,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
         parts = f"256 bytes, {len(literals)} special" + (
             ", 1 unknown" if num_unknown else ""
         )
-        what = f"vocab_size={config.vocab_size} has no room for every byte and special token"
-        raise MaxlmError(what, fix=f"set it to {smallest} ({parts}) or more")
+        message = f"vocab_size={config.vocab_size} has no room for every byte and special token"
+        raise MaxlmError(message, fix=f"set it to {smallest} ({parts}) or more")
     segments = _training_segments(config, texts)
     first = next(segments, None)
     if first is None:

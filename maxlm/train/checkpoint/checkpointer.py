@@ -162,7 +162,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             try:
                 found.append(FoundCheckpoint(step, tier, tier.metadata(step)))
             except UnreadableCheckpoint as error:
-                skipped.append(SkippedCheckpoint(step, tier, error.what))
+                skipped.append(SkippedCheckpoint(step, tier, error.message))
         return found, skipped
 
     def restore_newest(
@@ -182,7 +182,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             try:
                 return each.tier.restore(each.step, abstract), each, skipped
             except UnreadableCheckpoint as error:
-                skipped.append(SkippedCheckpoint(each.step, each.tier, error.what))
+                skipped.append(SkippedCheckpoint(each.step, each.tier, error.message))
         return None, None, skipped
 
     def discard_skipped(
