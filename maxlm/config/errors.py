@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from pydantic import ValidationError
 
 # Exit codes by which a scheduler knows what to do with the run: one that was saved and
 # is to be started again (BSD's EX_TEMPFAIL), and one to be started again from its last
@@ -75,6 +76,13 @@ def find_user_error(error: BaseException) -> MaxlmError | None:
     if isinstance(error, OSError) and error.filename and error.errno in _MACHINE:
         return MaxlmError((error.strerror or "").lower(), where=str(error.filename))
     return None
+
+
+def describe_first_error(error: "ValidationError") -> str:
+    """Returns the first of pydantic's errors: the key, if it has one, and the fault."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key}: {first['msg']}" if key else first["msg"]
 
 
 class Requirement(NamedTuple):

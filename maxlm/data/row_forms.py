@@ -16,6 +16,7 @@ it reads.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from maxlm.config import MaxlmError
@@ -43,17 +44,17 @@ def convert_row(row: Row, columns: Mapping[str, str]) -> Row:
     """
     row = rename_columns(row, columns)
     # Parquet has null where a row lacks a column that another has.
-    if row.get("messages") is None and isinstance(row.get("conversations"), list):
-        row = _convert_sharegpt(row)
-    elif (
-        row.get("messages") is None
-        and row.get("prompt") is None
-        and "instruction" in row
-    ):
-        row = _convert_alpaca(row)
+    has_messages = row.get("messages") is not None
+    has_prompt = row.get("prompt") is not None
+    if not has_messages:
+        if isinstance(row.get("conversations"), list):
+            row = _convert_sharegpt(row)
+        elif "instruction" in row and not has_prompt:
+            row = _convert_alpaca(row)
     for name in ("messages", "prompt", *_ANSWER_COLUMNS):
         if _has_speakers(row.get(name)):
-            row = row | {name: [_convert_message(message) for message in row[name]]}
+            messages = [_convert_message(message) for message in row[name]]
+            row = row | {name: messages}
     return row
 
 
@@ -88,13 +89,12 @@ def _convert_alpaca(row: Row) -> Row:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
     parts = [part for part in (row["instruction"], row.get("input")) if part]
-    if not parts or not all(isinstance(part, str) for part in parts):
-        message = (
-            "instruction and input are no text" if parts else "the instruction is empty"
-        )
-        raise MaxlmError(
-            message, where="instruction", fix="write text there, or leave the row out"
-        )
+    fix = "write text there, or leave the row out"
+    if not parts:
+        raise MaxlmError("the instruction is empty", where="instruction", fix=fix)
+    if not all(isinstance(part, str) for part in parts):
+        message = "instruction and input are no text"
+        raise MaxlmError(message, where="instruction", fix=fix)
     messages.append({"role": "user", "content": "\n".join(parts)})
     converted = row | {"prompt": messages}
     if "output" in row and row.get("completion") is None:
@@ -118,20 +118,21 @@ def _wrap_message(answer: Any) -> Any:
 
 
 def _has_speakers(value: Any) -> bool:
-    """Whether a value is a list of messages with ShareGPT's ``from`` or ``value``."""
-    is_list = isinstance(value, list)
-    return is_list and any(
-        isinstance(m, Mapping) and {"from", "value"} & {*m} for m in value
-    )
+    """Whether a value is a list with messages of ShareGPT's."""
+    return isinstance(value, list) and any(map(_is_sharegpt_message, value))
+
+
+def _is_sharegpt_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("from" in value or "value" in value)
 
 
 def _convert_message(message: Any) -> Any:
     """A message of ShareGPT's as one of role and content; anything else as it is."""
-    if not isinstance(message, Mapping) or not {"from", "value"} & {*message}:
+    if not _is_sharegpt_message(message):
         return message
-    converted = {k: v for k, v in message.items() if k not in ("from", "value")}
-    speaker = message.get("from", converted.get("role"))
-    content = message.get("value", converted.get("content"))
+    converted = dict(message)
+    speaker = converted.pop("from", message.get("role"))
+    content = converted.pop("value", message.get("content"))
     if isinstance(speaker, str):
         converted["role"] = _SHAREGPT_ROLES.get(speaker, speaker)
     if speaker == "function_call":
@@ -141,11 +142,12 @@ def _convert_message(message: Any) -> Any:
 
 def _parse_function_calls(text: Any) -> list[dict[str, Any]]:
     """The calls that a turn of ``function_call`` writes as JSON: one, or a list."""
-    try:
-        calls = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        calls = None
-    calls = calls if isinstance(calls, list) else [calls]
+    calls = None
+    if isinstance(text, str | bytes):
+        with suppress(ValueError, RecursionError):
+            calls = json.loads(text)
+    if not isinstance(calls, list):
+        calls = [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
         message = (
             f"a turn from function_call holds {str(text)[:40]!r}, no JSON of a call"
@@ -163,6 +165,9 @@ def check_columns_exist(
     present = dict.fromkeys(name for row in rows for name in row)
     for name, source in columns.items():
         if source not in present:
-            message = f"no column {source!r}, which task.columns names for {name}: "
-            message += f"there are {', '.join(map(repr, present)) or 'none'}"
+            listed = ", ".join(map(repr, present)) or "none"
+            message = (
+                f"no column {source!r}, which task.columns names for {name}: there are "
+                f"{listed}"
+            )
             raise MaxlmError(message, where=where, fix="name one of them")

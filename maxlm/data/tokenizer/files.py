@@ -9,13 +9,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.errors import describe_first_error
 from maxlm.data.tokenizer.config import Kind
 from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.runtime.json_files import check_regular_file
 
 FORMAT = 1
 METADATA = "maxlm_tokenizer.json"
-JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 CARRIED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -68,11 +70,7 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
     try:
         metadata = TokenizerMetadata.model_validate_json(read_file(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        fault = ": ".join(
-            filter(None, (".".join(map(str, first["loc"])), first["msg"]))
-        )
-        raise make_damaged_file_error(path, fault) from error
+        raise make_damaged_file_error(path, describe_first_error(error)) from error
     if metadata.format != FORMAT:
         message = f"tokenizer format {metadata.format} is not {FORMAT}"
         fix = "read it with the version of maxlm that wrote it"
