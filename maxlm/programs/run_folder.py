@@ -23,7 +23,7 @@ from maxlm.plan.predict import RunPlan
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import all_gather_json
 from maxlm.runtime.files import (
-    check_file_exists,
+    check_run_not_moved,
     convert_write_errors,
     lock_folder,
     replace_file,
@@ -112,7 +112,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
             yield
         except Exception:
             if not note.exists():  # Whatever failed, that is why.
-                check_file_exists(folder / "config.yaml")
+                check_run_not_moved(folder / "config.yaml")
             raise
         finally:
             note.unlink(missing_ok=True)

@@ -32,11 +32,8 @@ def check_regular_file(path: Path, fix: str) -> None:
     except OSError:
         return  # Whoever opens it says why not.
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise MaxlmError(
-            "neither a file nor a folder, but a pipe or device",
-            where=str(path),
-            fix=fix,
-        )
+        message = "neither a file nor a folder, but a pipe or device"
+        raise MaxlmError(message, where=str(path), fix=fix)
 
 
 def read_json_file(path: Path, fix: str) -> Any:
@@ -98,17 +95,18 @@ def _make_depth_error(where: str, fix: str) -> MaxlmError:
     return MaxlmError(message, where=where, fix=fix)
 
 
-def _is_deeper(values: Any, most: int) -> bool:
+def _is_deeper(values: Any, max_depth: int) -> bool:
     """Whether values are nested deeper than so many levels."""
+    # Level by level, not by recursion, which is what the depth is limited for.
     level = [values]
-    for _ in range(most):
-        inside = []
+    for _ in range(max_depth):
+        children = []
         for value in level:
             if isinstance(value, dict):
-                inside.extend(value.values())
+                children.extend(value.values())
             elif isinstance(value, list):
-                inside.extend(value)
-        level = [value for value in inside if isinstance(value, dict | list)]
+                children.extend(value)
+        level = [child for child in children if isinstance(child, dict | list)]
         if not level:
             return False
     return True
