@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.streams import COMPRESSIONS, import_pyarrow, open_stream
@@ -113,7 +112,7 @@ class _JsonLines:
         self._data = data
         lines = re.finditer(rb"[^\n]*\S[^\n]*", data)
         pair = np.dtype((np.int64, 2))
-        self._spans: NDArray[np.int64] = np.fromiter((x.span() for x in lines), pair)
+        self._spans = np.fromiter((line.span() for line in lines), pair)
         """Where each line begins and ends: int64 [rows, 2]."""
 
     def __len__(self) -> int:

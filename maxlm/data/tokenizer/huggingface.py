@@ -147,7 +147,9 @@ class HuggingFaceCodec(Codec):
         # With an id for every byte nothing is unknown.
         if byte_ids is None:
             # A Unigram model has the id, others the token.
-            candidates = (model.get("unk_id"), vocab.get(model.get("unk_token")))
+            candidates = [model.get("unk_id")]
+            if model.get("unk_token"):
+                candidates.append(vocab.get(model["unk_token"]))
             self.unknown_ids = frozenset(i for i in candidates if i is not None)
         ids_of_text = self.unknown_ids.union(fallback_ids, *self._respelled.values())
         self.ordinary_special_ids = self._special_ids & ids_of_text
