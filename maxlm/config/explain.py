@@ -5,7 +5,7 @@ import collections.abc
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeGuard, Union
 
@@ -22,6 +22,7 @@ from maxlm.config.keys import (
     join_key,
 )
 from maxlm.config.layers import SettingsTree
+from maxlm.config.registry import RegisteredConfig
 
 # A member of a union as `typing.get_args` gives it: a class, `None`'s type, a `Literal`,
 # `list[int]`, .... Python has no name for the type of all of these.
@@ -79,13 +80,14 @@ def _find_fault(details: ErrorDetails, cls: type[BaseModel], data: Any) -> Confi
     allowed_types: list[TypeForm] = [cls]
     parent_types: list[TypeForm] = []
     for part in details["loc"]:
-        child_types = _list_child_types(allowed_types, part)
+        child = get_descendant(data, (part,))
+        child_types = _list_child_types(allowed_types, part, child)
         is_in_data = isinstance(data, dict) and part in data
         if isinstance(part, int) or child_types or is_in_data:
             key = (*key, part)
             parent_types = allowed_types
             allowed_types = child_types
-            data = get_descendant(data, (part,))
+            data = child
         elif part != "[key]":  # else the label of a union's member
             allowed_types = _select_tagged_types(allowed_types, part)
     if details["type"].startswith("union_tag"):
@@ -242,18 +244,25 @@ def _join_names(names: list[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _split_union(annotation: TypeForm) -> list[TypeForm]:
+def _split_union(
+    annotation: TypeForm, metadata: Sequence[object] = (), settings: Any = None
+) -> list[TypeForm]:
     """Returns the members of a union, however nested or annotated; else the type
-    itself."""
+    itself. Of a registered config, it returns the kind that ``settings`` name, or all
+    kinds."""
+    for item in metadata:
+        if isinstance(item, RegisteredConfig):
+            return list(item.select_types(settings))
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if origin is Annotated:
-        return _split_union(arguments[0])
+        annotation, *metadata = arguments
+        return _split_union(annotation, metadata, settings)
     if origin not in (Union, types.UnionType):
         return [annotation]
     members: list[TypeForm] = []
     for argument in arguments:
-        members += _split_union(argument)
+        members += _split_union(argument, settings=settings)
     return members
 
 
@@ -265,22 +274,27 @@ def _select_models(kinds: list[TypeForm]) -> list[type[BaseModel]]:
     return [kind for kind in kinds if _is_model(kind)]
 
 
-def _list_child_types(kinds: list[TypeForm], part: str | int) -> list[TypeForm]:
-    """Returns the types allowed at a name or index below values of the given types."""
+def _list_child_types(
+    kinds: list[TypeForm], part: str | int, settings: Any = None
+) -> list[TypeForm]:
+    """Returns the types allowed at a name or index below values of the given types;
+    ``settings`` are what stands there."""
     child_types: list[TypeForm] = []
     for kind in kinds:
         origin = typing.get_origin(kind)
         arguments = typing.get_args(kind)
         if _is_model(kind):
             if part in kind.model_fields:
-                child_types += _split_union(kind.model_fields[str(part)].annotation)
+                field = kind.model_fields[str(part)]
+                child_types += _split_union(field.annotation, field.metadata, settings)
         elif origin in _MAPPINGS and len(arguments) == 2:
-            child_types += _split_union(arguments[1])
+            child_types += _split_union(arguments[1], settings=settings)
         elif origin in _LISTS and arguments and isinstance(part, int):
             # tuple[int, str] has a type for each place; list[int] and tuple[int, ...]
             # have one for all.
             has_type_per_place = len(arguments) > part and ... not in arguments
-            child_types += _split_union(arguments[part if has_type_per_place else 0])
+            element_type = arguments[part if has_type_per_place else 0]
+            child_types += _split_union(element_type, settings=settings)
     return child_types
 
 
@@ -319,7 +333,7 @@ def iterate_schema_keys(model_types: list[TypeForm], key: Key = ()) -> Iterator[
         for name, info in model.model_fields.items():
             field_key = (*key, name)
             yield field_key
-            field_types = _split_union(info.annotation)
+            field_types = _split_union(info.annotation, info.metadata)
             yield from iterate_schema_keys(field_types, field_key)
             for kind in field_types:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"

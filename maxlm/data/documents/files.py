@@ -1,28 +1,29 @@
 """The formats of documents, and from paths, folders and globs to files in a fixed
 order.
 
-Folders of corpora are read by `maxlm.corpus`, which is imported when one is first
-listed or read.
+A folder that `maxlm corpus run` made is one source. What reads it registers itself as a
+document reader (an entry point of maxlm's own package, see pyproject.toml), and is
+imported when such a folder is first listed or read.
 """
 
 import glob
-import importlib
 import importlib.util
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from maxlm.config import MaxlmError
+from maxlm.config.registry import Registry
 from maxlm.data.documents.config import (
     PYTHON_PACKAGE,
     PYTHON_STDLIB,
     FilesConfig,
     is_installed_text,
 )
-from maxlm.data.documents.document import SourceFile
+from maxlm.data.documents.document import Document, FileSlice, SourceFile
 from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
 from maxlm.runtime.json_files import check_regular_file
 
@@ -55,6 +56,27 @@ FORMATS = {
 others are text."""
 
 
+class DocumentReader(Protocol):
+    """Reads folders of documents that are no files of their own."""
+
+    def list_corpus_files(
+        self, folder: Path, config: FilesConfig
+    ) -> Iterable[SourceFile]:
+        """Lists a folder's documents as files that can be read in slices."""
+        ...
+
+    def read_corpus_slice(self, part: FileSlice) -> Iterator[Document]:
+        """Yields the documents of a slice of one of these files, in order."""
+        ...
+
+    def describe_filter_rules(self, files: Iterable[SourceFile]) -> str:
+        """Describes which documents are taken from the folders of ``files``."""
+        ...
+
+
+DOCUMENT_READERS = Registry[DocumentReader]("document reader")
+
+
 def is_corpus(folder: Path) -> bool:
     """Tells a folder that `maxlm corpus run` made, which is one source, from a folder
     of files."""
@@ -71,10 +93,11 @@ def check_corpus_packages(error_location: str) -> None:
             )
 
 
-def import_corpus_reader(error_location: str) -> Any:
-    """Imports the module that reads corpora; `error_location` is what it is to read."""
+def find_corpus_reader(error_location: str) -> DocumentReader:
+    """Returns the reader of corpora; `error_location` is what it is to read. Raises
+    MaxlmError: a package that it needs is missing."""
     check_corpus_packages(error_location)
-    return importlib.import_module("maxlm.corpus.opened")
+    return DOCUMENT_READERS.get("corpus")
 
 
 def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
@@ -83,7 +106,7 @@ def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
     corpora = [file for file in files if file.format == "corpus"]
     if not corpora:
         return None
-    return import_corpus_reader(corpora[0].name).describe_filter_rules(corpora)
+    return find_corpus_reader(corpora[0].name).describe_filter_rules(corpora)
 
 
 @dataclass(frozen=True)
@@ -127,7 +150,7 @@ def _find_files_of_entry(entry: str, config: FilesConfig) -> FileListing:
     num_binary_files = 0
     for root in find_entry_paths(entry):
         if is_corpus(root):
-            reader = import_corpus_reader(entry)
+            reader = find_corpus_reader(entry)
             files += reader.list_corpus_files(root, config)
             continue
         is_named_outright = root == Path(entry).expanduser()

@@ -164,12 +164,12 @@ JOINED = """
     from maxlm.data.documents import SourceConfig
     from maxlm.data.store import build_store, parts
     root = Path(sys.argv[1])
-    real = parts._texts
+    real = parts._read_texts
     def read(source, planned, job, counts):
         print(job.index, flush=True)
         yield from real(source, planned, job, counts)
         time.sleep(0.05)
-    parts._texts = read
+    parts._read_texts = read
     parts.MIN_PART_BYTES = parts.MAX_PART_BYTES = 100
     source = SourceConfig(documents=(str(root / "a.jsonl"),))
     build_store(source, "t", root / "store", workers=1, join=True)
