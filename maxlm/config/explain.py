@@ -73,7 +73,9 @@ def describe_validation_error(
     return MaxlmError(f"{described} (and {len(faults) - 1} more)")
 
 
-def _find_fault(details: ErrorDetails, cls: type[BaseModel], data: Any) -> ConfigFault:
+def _find_fault(
+    details: ErrorDetails, cls: type[BaseModel], data: object
+) -> ConfigFault:
     """Maps pydantic's location, which mixes in labels of unions, onto a key of the
     data."""
     key: Key = ()
@@ -245,7 +247,7 @@ def _join_names(names: list[str], limit: int = 12) -> str:
 
 
 def _split_union(
-    annotation: TypeForm, metadata: Sequence[object] = (), settings: Any = None
+    annotation: TypeForm, metadata: Sequence[object] = (), settings: object = None
 ) -> list[TypeForm]:
     """Returns the members of a union, however nested or annotated; else the type
     itself. Of a registered config, it returns the kind that ``settings`` name, or all
@@ -275,7 +277,7 @@ def _select_models(kinds: list[TypeForm]) -> list[type[BaseModel]]:
 
 
 def _list_child_types(
-    kinds: list[TypeForm], part: str | int, settings: Any = None
+    kinds: list[TypeForm], part: str | int, settings: object = None
 ) -> list[TypeForm]:
     """Returns the types allowed at a name or index below values of the given types;
     ``settings`` are what stands there."""

@@ -43,7 +43,7 @@ def split_key(text: str) -> tuple[str, ...] | None:
     return tuple(re.split(r"[.\[]", text.replace("]", "")))
 
 
-def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
+def flatten(data: object, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
     """Yields the leaves of nested mappings and lists, in order. An empty container is a
     leaf."""
     if isinstance(data, Mapping) and data:
@@ -56,7 +56,7 @@ def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
         yield prefix, data
 
 
-def get_descendant(node: Any, key: Key) -> Any:
+def get_descendant(node: object, key: Key) -> Any:
     """Returns the value at `key` below `node`, or None."""
     for part in key:
         if isinstance(node, Mapping):
@@ -70,7 +70,7 @@ def get_descendant(node: Any, key: Key) -> Any:
     return node
 
 
-def format_value(value: Any, limit: int = 60) -> str:
+def format_value(value: object, limit: int = 60) -> str:
     """Returns a value for a message, much as YAML writes it, in at most `limit`
     characters."""
     if value is None:

@@ -44,7 +44,7 @@ class SettingsTree:
         was."""
         return self.origins[self._find_written(key)]
 
-    def find_value_origin(self, key: Key, value: Any) -> SettingOrigin | None:
+    def find_value_origin(self, key: Key, value: object) -> SettingOrigin | None:
         """Returns where the `value` a config holds at `key` comes from; None for a
         default."""
         written = get_descendant(self.settings, key)

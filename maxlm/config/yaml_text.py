@@ -190,7 +190,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes whatever YAML 1.1 or `_Loader` would read as something other than the text
     it is."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
@@ -237,7 +237,7 @@ def parse_yaml(text: str, source: str, *, track_lines: bool = True) -> Setting:
         raise MaxlmError(f"not YAML: {message}", where=source) from None
 
 
-def dump_yaml(data: Any) -> str:
+def dump_yaml(data: object) -> str:
     """Returns plain data as YAML that `parse_yaml` reads back equal; a list of scalars
     takes one line."""
     return yaml.dump(

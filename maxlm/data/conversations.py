@@ -147,7 +147,7 @@ def encode_answer(
     )
 
 
-def _check_text_or_messages(name: str, value: Any) -> None:
+def _check_text_or_messages(name: str, value: object) -> None:
     if not isinstance(value, str | list):
         kind = type(value).__name__
         message = f"{name} is of type {kind}, neither text nor a list of messages"
@@ -241,7 +241,7 @@ def read_template_variables(row: Row) -> dict[str, Any]:
     return {"tools": tools} | variables
 
 
-def _is_list_of_mappings(value: Any) -> bool:
+def _is_list_of_mappings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
 
 

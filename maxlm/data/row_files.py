@@ -158,7 +158,7 @@ def _has_struct(kind: "pyarrow.DataType") -> bool:
     return any(_has_struct(child) for child in children)
 
 
-def _drop_nested_nulls(value: Any) -> Any:
+def _drop_nested_nulls(value: object) -> object:
     if isinstance(value, list):
         return [_drop_nested_nulls(item) for item in value]
     if isinstance(value, dict):

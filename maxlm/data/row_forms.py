@@ -102,9 +102,11 @@ def _convert_alpaca(row: Row) -> Row:
     return converted
 
 
-def _is_exchange(value: Any) -> bool:
-    is_pair = isinstance(value, list) and len(value) == 2
-    return is_pair and all(isinstance(text, str) for text in value)
+def _is_exchange(value: object) -> bool:
+    """Whether a value is a question and its answer."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(isinstance(text, str) for text in value)
 
 
 def _make_system_messages(row: Row) -> list[dict[str, Any]]:
@@ -112,17 +114,17 @@ def _make_system_messages(row: Row) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def _wrap_message(answer: Any) -> Any:
+def _wrap_message(answer: object) -> object:
     """A lone message as a list of one; a text or a list as it is."""
     return [answer] if isinstance(answer, Mapping) else answer
 
 
-def _has_speakers(value: Any) -> bool:
+def _has_speakers(value: object) -> bool:
     """Whether a value is a list with messages of ShareGPT's."""
     return isinstance(value, list) and any(map(_is_sharegpt_message, value))
 
 
-def _is_sharegpt_message(value: Any) -> bool:
+def _is_sharegpt_message(value: object) -> bool:
     return isinstance(value, Mapping) and ("from" in value or "value" in value)
 
 
@@ -140,7 +142,7 @@ def _convert_message(message: Any) -> Any:
     return converted | {"content": content}
 
 
-def _parse_function_calls(text: Any) -> list[dict[str, Any]]:
+def _parse_function_calls(text: object) -> list[dict[str, Any]]:
     """The calls that a turn of ``function_call`` writes as JSON: one, or a list."""
     calls = None
     if isinstance(text, str | bytes):

@@ -16,7 +16,7 @@ from maxlm.runtime.signals import StopRequest
 Result = TypeVar("Result")
 
 
-def all_gather_json(value: Any) -> list[Any]:
+def all_gather_json(value: object) -> list[Any]:
     """Gathers every process's JSON value, in process order. All processes call it
     together."""
     if jax.process_count() == 1:
@@ -32,7 +32,7 @@ def all_gather_json(value: Any) -> list[Any]:
     ]
 
 
-def broadcast_from_process_0(value: Any) -> Any:
+def broadcast_from_process_0(value: object) -> Any:
     """Returns process 0's JSON value on every process."""
     return all_gather_json(value if jax.process_index() == 0 else None)[0]
 

@@ -95,7 +95,7 @@ def _make_depth_error(where: str, fix: str) -> MaxlmError:
     return MaxlmError(message, where=where, fix=fix)
 
 
-def _is_deeper(values: Any, max_depth: int) -> bool:
+def _is_deeper(values: object, max_depth: int) -> bool:
     """Whether values are nested deeper than so many levels."""
     # Level by level, not by recursion, which is what the depth is limited for.
     level = [values]

@@ -320,7 +320,7 @@ def check_tools_are_written(
             raise MaxlmError(fault, where=name, fix=fix)
 
 
-def _get_function(entry: Any) -> dict[str, Any] | None:
+def _get_function(entry: object) -> dict[str, Any] | None:
     """The part of a tool or a call that has the function's name; None: it has none."""
     function = entry.get("function", entry) if isinstance(entry, dict) else None
     is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
@@ -466,7 +466,7 @@ def _name_as_templates_do(message: Message) -> Message:
     return fields
 
 
-def _to_json(value: Any) -> str:
+def _to_json(value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
