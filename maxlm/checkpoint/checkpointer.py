@@ -162,7 +162,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             try:
                 candidates.append(FoundCheckpoint(step, tier, tier.metadata(step)))
             except UnreadableCheckpoint as error:
-                skipped.append(SkippedCheckpoint(step, tier, error.what))
+                skipped.append(SkippedCheckpoint(step, tier, error.message))
         return candidates, skipped
 
     def restore_newest(
@@ -191,7 +191,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
                 )
             except UnreadableCheckpoint as error:
                 skipped.append(
-                    SkippedCheckpoint(candidate.step, candidate.tier, error.what)
+                    SkippedCheckpoint(candidate.step, candidate.tier, error.message)
                 )
         return None, None, skipped
 

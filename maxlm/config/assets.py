@@ -16,7 +16,8 @@ def find_asset(relative: str) -> Path:
     ``launch``, from where an installed wheel keeps it, else from the source tree that
     maxlm runs from."""
     installed = _PACKAGE / "_assets"
-    return (installed if installed.is_dir() else _PACKAGE.parent) / relative
+    root = installed if installed.is_dir() else _PACKAGE.parent
+    return root / relative
 
 
 def list_shipped_configs() -> list[str]:
@@ -35,9 +36,11 @@ def find_shipped_config(name: str) -> Path | None:
     """Returns the shipped config named ``demo``, ``runs/demo`` or
     ``configs/runs/demo.yaml``."""
     stem = name.removeprefix("configs/").removesuffix(".yaml")
-    names = {stem, *(f"{folder}/{stem}" for folder in _FOLDERS)}
-    found = next((name for name in list_shipped_configs() if name in names), None)
-    return find_asset("configs") / f"{found}.yaml" if found else None
+    candidates = {stem, *(f"{folder}/{stem}" for folder in _FOLDERS)}
+    for shipped in list_shipped_configs():
+        if shipped in candidates:
+            return find_asset("configs") / f"{shipped}.yaml"
+    return None
 
 
 def resolve_config(name: str) -> Path:
@@ -50,15 +53,19 @@ def resolve_config(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    found = None if name.endswith(("/", ".")) else find_shipped_config(name)
-    if found is not None:
-        return found
+    # Such a name is a folder's, not that of a config whose suffix was left out.
+    if not name.endswith(("/", ".")):
+        shipped = find_shipped_config(name)
+        if shipped is not None:
+            return shipped
     if path.is_dir():
         raise MaxlmError(
             "a folder, not a config file", where=name, fix="name a file in it"
         )
-    near = find_similar_configs(path)
-    fix = f"did you mean {', '.join(near)}?" if near else "see `maxlm config list`"
+    similar = find_similar_configs(path)
+    fix = "see `maxlm config list`"
+    if similar:
+        fix = f"did you mean {', '.join(similar)}?"
     raise MaxlmError("no such file or shipped config", where=name or "''", fix=fix)
 
 
@@ -66,9 +73,11 @@ def find_similar_configs(path: Path) -> list[str]:
     """Returns up to three shipped names and neighbouring files that read like
     `path`."""
     stem = path.name.removesuffix(path.suffix)
-    by_stem = {
-        name.rsplit("/", 1)[-1]: name for name in reversed(list_shipped_configs())
-    }
+    name_by_stem: dict[str, str] = {}
+    # Reversed, so that of equal stems the first in order of lookup stays.
+    for name in reversed(list_shipped_configs()):
+        name_by_stem[name.rsplit("/", 1)[-1]] = name
     if path.parent.is_dir():
-        by_stem |= {file.stem: str(file) for file in sorted(path.parent.glob("*.y*ml"))}
-    return [by_stem[match] for match in get_close_matches(stem, by_stem, n=3)]
+        for file in sorted(path.parent.glob("*.y*ml")):
+            name_by_stem[file.stem] = str(file)
+    return [name_by_stem[stem] for stem in get_close_matches(stem, name_by_stem, n=3)]

@@ -8,7 +8,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, LiteralString, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationInfo,
     WrapValidator,
 )
@@ -25,14 +26,19 @@ from maxlm.config.errors import MaxlmError
 
 _Path = TypeVar("_Path", bound=str | Path)
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_TOOLS = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r"}
-_SCALARS: dict[str, Any] = {
+_COPY_TOOLS = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r"}
+# Of the 255 that file systems take: temporary names are longer than the final ones.
+_MAX_NAME_BYTES = 200
+_SCALARS: dict[str, LiteralString] = {
     "int": "Input should be an integer",
     "float": "Input should be a number",
     "bool": "Input should be true or false",
 }
+# Entries of a core schema whose values are data, not schemas inside it.
+_DATA_KEYS = ("default", "expected", "metadata", "serialization")
 
 
+# A core schema is a union of some fifty TypedDicts, too many to walk over by type.
 def _check_scalars(schema: Any) -> Any:
     """Return a core schema that takes no boolean for a number, no number for a boolean
     and no integer of more than 64 bits, at any depth."""
@@ -40,40 +46,44 @@ def _check_scalars(schema: Any) -> Any:
         return type(schema)(_check_scalars(item) for item in schema)
     if not isinstance(schema, dict):
         return schema
-    kind: Any = schema.get("type")
-    if isinstance(kind, str) and kind in _SCALARS:
-
-        def check(value: Any, validate: Callable[[Any], Any]) -> Any:
-            if isinstance(value, int | float) and isinstance(value, bool) != (
-                kind == "bool"
-            ):
-                raise PydanticCustomError("scalar_type", _SCALARS[kind])
-            found = validate(value)
-            if kind == "int" and not -(2**63) <= found < 2**63:
-                raise PydanticCustomError(
-                    "int_size", "Input should be an integer of 64 bits"
-                )
-            return found
-
-        scalar: Any = schema
-        return core_schema.no_info_wrap_validator_function(check, scalar)
-    data = (
-        ("default", "expected", "metadata", "serialization")
-        if isinstance(kind, str)
-        else ()
-    )
-    return {
-        key: part if key in data else _check_scalars(part)
-        for key, part in schema.items()
-    }
+    kind = schema.get("type")
+    # Else a mapping of names to schemas, whose names may be such as "default".
+    is_schema = isinstance(kind, str)
+    if is_schema and kind in _SCALARS:
+        return _wrap_scalar(cast(core_schema.CoreSchema, schema), kind)
+    checked = {}
+    for key, part in schema.items():
+        is_data = is_schema and key in _DATA_KEYS
+        checked[key] = part if is_data else _check_scalars(part)
+    return checked
 
 
-def _locate_error(settings: Any, validate: Any, info: ValidationInfo) -> Any:
+def _wrap_scalar(schema: core_schema.CoreSchema, kind: str) -> core_schema.CoreSchema:
+    """The schema of an int, float or bool, with the checks of `_check_scalars`."""
+
+    def check(value: object, validate: Callable[[object], Any]) -> Any:
+        is_number = isinstance(value, int | float)  # a boolean is an int to Python
+        if is_number and isinstance(value, bool) != (kind == "bool"):
+            raise PydanticCustomError("scalar_type", _SCALARS[kind])
+        checked = validate(value)
+        if kind == "int" and not -(2**63) <= checked < 2**63:
+            raise PydanticCustomError(
+                "int_size", "Input should be an integer of 64 bits"
+            )
+        return checked
+
+    return core_schema.no_info_wrap_validator_function(check, schema)
+
+
+def _locate_error(
+    settings: object, validate: Callable[[object], Any], info: ValidationInfo
+) -> Any:
     """Turn a check's `MaxlmError` into pydantic's, which knows the key, for
     `load_config`."""
     try:
         return validate(settings)
     except MaxlmError as error:
+        # Without a context it is not `load_config` that validates.
         if not info.context:
             raise
         raise PydanticCustomError("maxlm_error", "{error}", {"error": error}) from None
@@ -102,41 +112,48 @@ class Config(BaseModel):
         schema = handler(source)
         model: Any = handler.resolve_ref_schema(schema)
         inner = _check_scalars(model)
-        ref = model.get("ref")
-        inner.pop("ref", None)
+        # The wrapper takes the model's place, in the same dict, so that all references
+        # to the model mean the wrapper.
+        ref = inner.pop("ref", None)
+        wrapped = core_schema.with_info_wrap_validator_function(_locate_error, inner)
+        if ref:
+            wrapped["ref"] = ref
         model.clear()
-        wrapper = core_schema.with_info_wrap_validator_function
-        model.update(wrapper(_locate_error, inner, **({"ref": ref} if ref else {})))
+        model.update(wrapped)
         return schema
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
-        found = handler(core)
-        properties = handler.resolve_ref_schema(found).get("properties", {})
-        for model in cls.__mro__[: cls.__mro__.index(BaseModel)]:
+    def __get_pydantic_json_schema__(
+        cls, core: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        schema = handler(core)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        config_classes = cls.__mro__[: cls.__mro__.index(BaseModel)]
+        for model in config_classes:
             for name, text in _parse_field_docstrings(model).items():
                 properties.get(name, {}).setdefault("description", text)
-        return found
+        return schema
 
 
 @cache
 def _parse_field_docstrings(model: type[BaseModel]) -> dict[str, str]:
     """The docstrings under a model's own fields. Pydantic's
     ``use_attribute_docstrings`` would read every source file when a verb starts."""
-    body: Any = ast.parse(dedent(inspect.getsource(model))).body[0]
-    found = {}
-    for pair in pairwise(body.body):
+    source = dedent(inspect.getsource(model))
+    definition = cast(ast.ClassDef, ast.parse(source).body[0])
+    docstrings = {}
+    for pair in pairwise(definition.body):
         match pair:
             case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                found[name] = inspect.cleandoc(text)
-    return found
+                docstrings[name] = inspect.cleandoc(text)
+    return docstrings
 
 
 def add_default_tag(name: str, value: str) -> BeforeValidator:
     """Adds the key ``name`` where a mapping lacks it, for a union discriminated by
     it."""
 
-    def add(settings: Any) -> Any:
+    def add(settings: object) -> object:
         if isinstance(settings, Mapping) and name not in settings:
             return {name: value, **settings}
         return settings
@@ -149,15 +166,13 @@ def _check_file_name(text: str) -> str:
         if not part or part[0] in ".- " or not part.isprintable() or "\\" in part:
             raise ValueError(
                 f"{text[:60]!r} names no folder; write a plain name such as my_run-2: "
-                f"nothing "
-                "before a slash or behind it may be empty or begin with a dot, a dash "
-                "or a space"
+                "nothing before a slash or behind it may be empty or begin with a dot, "
+                "a dash or a space"
             )
-    if (
-        len(text.encode()) > 200
-    ):  # of the 255 that file systems take; temporary names are longer
+    if len(text.encode()) > _MAX_NAME_BYTES:
         raise ValueError(
-            f"{text[:60]!r}... is too long for a folder; use 200 bytes at most"
+            f"{text[:60]!r}... is too long for a folder; "
+            f"use {_MAX_NAME_BYTES} bytes at most"
         )
     return text
 
@@ -170,13 +185,16 @@ it."""
 def check_local_path(path: _Path) -> _Path:
     """Return a path as it is; refuse a URL, for which a folder such as `s3:` would be
     made."""
-    # A Path has made one slash of two.
-    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path)):
-        what = (
-            f"{found[1]}://{found[2]} is not on a disk; only a token store to read and "
+    # One slash is enough: a Path has made one of two.
+    url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path))
+    if url:
+        scheme, rest = url.groups()
+        message = (
+            f"{scheme}://{rest} is not on a disk; only a token store to read and "
+            "checkpoint.remote_folder may be URLs"
         )
-        fix = f"use a folder here, and copy it with {_TOOLS.get(found[1], 'a tool of its own')}"
-        raise MaxlmError(f"{what}checkpoint.remote_folder may be URLs", fix=fix)
+        tool = _COPY_TOOLS.get(scheme, "a tool of its own")
+        raise MaxlmError(message, fix=f"use a folder here, and copy it with {tool}")
     return path
 
 
@@ -188,8 +206,8 @@ def check_path_is_text(path: _Path) -> _Path:
     again.
     """
     if _NO_TEXT.search(str(path)):
-        what = f"the path {str(path)[:60]!r} is no text in UTF-8"
-        raise MaxlmError(what, fix="name another")
+        message = f"the path {str(path)[:60]!r} is no text in UTF-8"
+        raise MaxlmError(message, fix="name another")
     return path
 
 

@@ -3,11 +3,18 @@
 import errno
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-# What a scheduler is told by the exit code: a run that was saved and is to be started
-# again (BSD's EX_TEMPFAIL), and one to be started again from its last checkpoint.
-PREEMPTED, LOST = 75, 76
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from pydantic import ValidationError
+
+# Exit codes by which a scheduler knows what to do with the run: one that was saved and
+# is to be started again (BSD's EX_TEMPFAIL), and one to be started again from its last
+# checkpoint.
+PREEMPTED = 75
+LOST = 76
 
 # Faults of the machine, its permissions or a path's length: no bug of ours hides behind
 # them.
@@ -23,7 +30,7 @@ class MaxlmError(Exception):
     The command line prints it on one line, without a traceback, and exits with code 2.
 
     Args:
-        what: the fault, with the offending value ("num_heads=6 is not divisible by
+        message: the fault, with the offending value ("num_heads=6 is not divisible by
             ...").
         where: the file and line, config key or path it was found at.
         fix: what to do next, as an imperative.
@@ -34,15 +41,19 @@ class MaxlmError(Exception):
     """Whether all processes of a run raise it at the same point: none has to end the
     others."""
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
-        self.what, self.where, self.fix = what, where, fix
-        message = f"{where}: {what}" if where else what
-        super().__init__(f"{message}; {fix}" if fix else message)
+    def __init__(
+        self, message: str, *, where: str | None = None, fix: str | None = None
+    ):
+        self.message = message
+        self.where = where
+        self.fix = fix
+        line = f"{where}: {message}" if where else message
+        super().__init__(f"{line}; {fix}" if fix else line)
 
     def __reduce__(self):
         # Worker processes send these back; the default would drop the keyword
         # arguments.
-        return partial(type(self), where=self.where, fix=self.fix), (self.what,)
+        return partial(type(self), where=self.where, fix=self.fix), (self.message,)
 
 
 class Preempted(MaxlmError):
@@ -58,8 +69,8 @@ class ProcessLost(MaxlmError):
 
 
 def find_user_error(error: BaseException) -> MaxlmError | None:
-    """Returns an error that a user can put right, ours or, as ours, the system's; or
-    None."""
+    """Returns an error that a user can put right: one of ours, or a fault of the
+    machine as one of ours. None for anything else, which is a bug."""
     if isinstance(error, MaxlmError):
         return error
     if isinstance(error, OSError) and error.filename and error.errno in _MACHINE:
@@ -67,11 +78,18 @@ def find_user_error(error: BaseException) -> MaxlmError | None:
     return None
 
 
+def describe_first_error(error: "ValidationError") -> str:
+    """Returns the first of pydantic's errors: the key, if it has one, and the fault."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key}: {first['msg']}" if key else first["msg"]
+
+
 class Requirement(NamedTuple):
     """A condition on sizes, checked for one run, or asked of very many candidates."""
 
-    is_met: Any
-    """A bool; or an array of them, an element for every candidate."""
+    is_met: "bool | np.bool_ | NDArray[np.bool_]"
+    """Of very many candidates an array, an element for each."""
     error: Callable[[], MaxlmError]
 
 

@@ -7,9 +7,10 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeGuard, Union
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import (
@@ -23,11 +24,16 @@ from maxlm.config.keys import (
 from maxlm.config.layers import SettingsTree
 from maxlm.config.registry import RegisteredConfig
 
+# A member of a union as `typing.get_args` gives it: a class, `None`'s type, a `Literal`,
+# `list[int]`, .... Python has no name for the type of all of these.
+TypeForm: TypeAlias = Any
+
 _LISTS = (list, tuple, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
 
+_EXPECTATION_PREFIX = "Input should be "
 # How pydantic's words for what it would accept begin → ours.
-_WANTED = {
+_EXPECTATIONS = {
     "a valid integer": "an integer",
     "a valid number": "a number",
     "a valid boolean": "true or false",
@@ -44,11 +50,11 @@ class ConfigFault(NamedTuple):
     union fail."""
 
     key: Key
-    allowed_types: list[Any]
+    allowed_types: list[TypeForm]
     """The types allowed at the key."""
-    parent_types: list[Any]
+    parent_types: list[TypeForm]
     """The types allowed at its parent."""
-    errors: list[Any]
+    errors: list[ErrorDetails]
 
 
 def describe_validation_error(
@@ -57,108 +63,131 @@ def describe_validation_error(
     """Returns the first fault, with how many more there are. Unknown keys come first: a
     misspelt required key would otherwise be reported as missing."""
     faults: dict[Key, ConfigFault] = {}
-    for item in error.errors(include_url=False):
-        found = _find_fault(item, cls, tree.settings)
-        faults.setdefault(found.key, found).errors.append(item)
+    for details in error.errors(include_url=False):
+        fault = _find_fault(details, cls, tree.settings)
+        faults.setdefault(fault.key, fault).errors.append(details)
     first = min(faults.values(), key=lambda f: f.errors[0]["type"] != "extra_forbidden")
-    found = _describe(first, cls, tree)
-    return (
-        MaxlmError(f"{found} (and {len(faults) - 1} more)")
-        if len(faults) > 1
-        else found
-    )
+    described = _describe(first, cls, tree)
+    if len(faults) == 1:
+        return described
+    return MaxlmError(f"{described} (and {len(faults) - 1} more)")
 
 
-def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
+def _find_fault(
+    details: ErrorDetails, cls: type[BaseModel], data: object
+) -> ConfigFault:
     """Maps pydantic's location, which mixes in labels of unions, onto a key of the
     data."""
     key: Key = ()
-    kinds: list[Any] = [cls]
-    siblings: list[Any] = []
-    for part in item["loc"]:
+    allowed_types: list[TypeForm] = [cls]
+    parent_types: list[TypeForm] = []
+    for part in details["loc"]:
         child = get_descendant(data, (part,))
-        inner = _list_child_types(kinds, part, child)
-        if inner or (isinstance(data, dict) and part in data) or isinstance(part, int):
+        child_types = _list_child_types(allowed_types, part, child)
+        is_in_data = isinstance(data, dict) and part in data
+        if isinstance(part, int) or child_types or is_in_data:
             key = (*key, part)
-            siblings = kinds
-            kinds = inner
+            parent_types = allowed_types
+            allowed_types = child_types
             data = child
-        elif part != "[key]":
-            kinds = _select_tagged_types(kinds, part)
-    if item["type"].startswith("union_tag"):
-        part = item["ctx"]["discriminator"].strip("'")
-        key = (*key, part)
-        siblings = kinds
-        kinds = _list_child_types(kinds, part)
-    return ConfigFault(key, kinds, siblings, [])
+        elif part != "[key]":  # else the label of a union's member
+            allowed_types = _select_tagged_types(allowed_types, part)
+    if details["type"].startswith("union_tag"):
+        # Pydantic locates the union; what is wrong is the key that tells its members.
+        discriminator: str = details.get("ctx", {})["discriminator"].strip("'")
+        key = (*key, discriminator)
+        parent_types = allowed_types
+        allowed_types = _list_child_types(allowed_types, discriminator)
+    return ConfigFault(key, allowed_types, parent_types, [])
 
 
 def _describe(
     fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree
 ) -> MaxlmError:
-    error = fault.errors[0]
-    kind = error["type"]
-    value = error.get("input")
+    details = fault.errors[0]
+    kind = details["type"]
     name = join_key(fault.key)
     where = str(tree.locate(fault.key))
     if kind == "extra_forbidden":
-        return MaxlmError(
-            f"unknown key {name}", where=where, fix=_suggest_keys(fault, cls)
-        )
+        fix = _suggest_keys(fault, cls)
+        return MaxlmError(f"unknown key {name}", where=where, fix=fix)
     if kind in ("value_error", "assertion_error", "maxlm_error"):
-        raised = error["ctx"]["error"]
-        what, fix = getattr(raised, "what", str(raised)), getattr(raised, "fix", None)
-        where = _find_origins(tree, fault.key, f"{what} {fix}") + (
-            f": {name}" if name else ""
-        )
-        return MaxlmError(what, where=getattr(raised, "where", None) or where, fix=fix)
-    allowed = _list_choices(fault.allowed_types)
-    choices = ("one of " if len(allowed) > 1 else "") + ", ".join(
-        map(format_value, allowed)
-    )
+        return _describe_raised_error(details.get("ctx", {})["error"], fault.key, tree)
     if kind in ("missing", "union_tag_not_found"):
-        fix = f"set it to {choices}" if allowed else f"add it, or pass {name}=..."
+        choices = _list_choices(fault.allowed_types)
+        fix = f"add it, or pass {name}=..."
+        if choices:
+            fix = f"set it to {_join_choices(choices)}"
         return MaxlmError(f"{name} is required", where=where, fix=fix)
-    if kind == "union_tag_invalid":
-        value = error["ctx"]["tag"]
-    wanted = [choices] if allowed else []
+    return _describe_wrong_value(fault, where)
+
+
+def _describe_raised_error(
+    raised: Exception, key: Key, tree: SettingsTree
+) -> MaxlmError:
+    """An error that a validator of a config raised, with where its settings stand."""
+    message = str(raised)
+    fix = None
+    where = None
+    if isinstance(raised, MaxlmError):
+        message = raised.message
+        fix = raised.fix
+        where = raised.where
+    if not where:
+        where = _find_origins(tree, key, f"{message} {fix}")
+        if key:
+            where += f": {join_key(key)}"
+    return MaxlmError(message, where=where, fix=fix)
+
+
+def _describe_wrong_value(fault: ConfigFault, where: str) -> MaxlmError:
+    """A value of a type, or from outside the choices, that the key does not allow."""
+    details = fault.errors[0]
+    name = join_key(fault.key)
+    value = details.get("input")
+    if details["type"] == "union_tag_invalid":
+        value = details.get("ctx", {})["tag"]
+    choices = _list_choices(fault.allowed_types)
+    expectations = [_join_choices(choices)] if choices else []
     fix = None
     for item in fault.errors:
-        prefix = "Input should be "
-        words = item["msg"]
         if item["type"] in ("literal_error", "union_tag_invalid"):
-            continue
-        if not words.startswith(prefix):
-            return MaxlmError(f"{name}: {words[0].lower() + words[1:]}", where=where)
-        words = words.removeprefix(prefix)
-        words = next(
-            (ours for theirs, ours in _WANTED.items() if words.startswith(theirs)),
-            words,
-        )
-        if item["type"].startswith("model_") and (
-            names := _list_field_names(fault.allowed_types)
-        ):
-            words += f" ({_join_names(names)})"
-            fix = (
-                f"set {name}.kind={value}"
-                if "kind" in names and isinstance(value, str)
-                else None
-            )
-        wanted += [] if words in wanted else [words]
-    if near := get_close_matches(
-        str(value), [x for x in allowed if isinstance(x, str)], n=1
-    ):
-        fix = f"did you mean {near[0]}?"
-    elif kind == "string_type" and isinstance(value, bool | int | float):
+            continue  # the choices say it
+        text = item["msg"]
+        if not text.startswith(_EXPECTATION_PREFIX):
+            return MaxlmError(f"{name}: {text[0].lower() + text[1:]}", where=where)
+        expectation = _translate_expectation(text.removeprefix(_EXPECTATION_PREFIX))
+        field_names = _list_field_names(fault.allowed_types)
+        if item["type"].startswith("model_") and field_names:
+            expectation += f" ({_join_names(field_names)})"
+            fix = None
+            if "kind" in field_names and isinstance(value, str):
+                fix = f"set {name}.kind={value}"
+        if expectation not in expectations:
+            expectations.append(expectation)
+    text_choices = [choice for choice in choices if isinstance(choice, str)]
+    close = get_close_matches(str(value), text_choices, n=1)
+    if close:
+        fix = f"did you mean {close[0]}?"
+    elif details["type"] == "string_type" and isinstance(value, bool | int | float):
         quoted = f"'{format_value(value)}'"
-        on_line = where == str(
-            COMMAND_LINE
-        )  # where the shell takes one pair of quotes away
-        fix = (
-            f'write {name}="{quoted}"' if on_line else f"put quotes around it: {quoted}"
-        )
-    what = f"{name} must be {' or '.join(wanted)}, not {format_value(value)}"
-    return MaxlmError(what, where=where, fix=fix)
+        fix = f"put quotes around it: {quoted}"
+        if where == str(COMMAND_LINE):  # the shell takes one pair of quotes away
+            fix = f'write {name}="{quoted}"'
+    message = f"{name} must be {' or '.join(expectations)}, not {format_value(value)}"
+    return MaxlmError(message, where=where, fix=fix)
+
+
+def _translate_expectation(text: str) -> str:
+    for theirs, ours in _EXPECTATIONS.items():
+        if text.startswith(theirs):
+            return ours
+    return text
+
+
+def _join_choices(choices: list[Any]) -> str:
+    joined = ", ".join(format_value(choice) for choice in choices)
+    return f"one of {joined}" if len(choices) > 1 else joined
 
 
 def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
@@ -167,49 +196,50 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     *parents, last = fault.key
     leaf = str(last)
     siblings = _list_field_names(fault.parent_types)
-    everywhere = list(iterate_schema_keys([cls]))
+    schema_keys = list(iterate_schema_keys([cls]))
     if leaf == "include":
         return "`include` stands at the top of a file only"
-    if "." in leaf and (*parents, *leaf.split(".")) in everywhere:
+    if "." in leaf and (*parents, *leaf.split(".")) in schema_keys:
         return "write it nested, one mapping inside the other"
-    here = {name: join_key((*parents, name)) for name in siblings}
-    anywhere = {str(key[-1]): join_key(key) for key in reversed(everywhere)}
-    same = [join_key(key) for key in everywhere if key[-1] == leaf]
-    close = [here[name] for name in get_close_matches(leaf, here, n=3)]
-    # Far from here, only a close match is worth naming.
-    far = [
-        anywhere[name] for name in get_close_matches(leaf, anywhere, n=3, cutoff=0.8)
-    ]
-    found = [
-        name
-        for name in dict.fromkeys([*same, *close, *far])
-        if name != join_key(fault.key)
-    ]
-    valid = (
-        f"valid here: {_join_names(siblings)}"
-        if siblings
-        else "no keys are allowed here"
-    )
-    if not found:
+    same = [join_key(key) for key in schema_keys if key[-1] == leaf]
+    close_names = get_close_matches(leaf, siblings, n=3)
+    close = [join_key((*parents, name)) for name in close_names]
+    # Far from here, only a closer match is worth naming.
+    key_by_leaf = {str(key[-1]): join_key(key) for key in reversed(schema_keys)}
+    far_leaves = get_close_matches(leaf, key_by_leaf, n=3, cutoff=0.8)
+    far = [key_by_leaf[name] for name in far_leaves]
+    suggestions = list(dict.fromkeys([*same, *close, *far]))
+    unknown_key = join_key(fault.key)
+    if unknown_key in suggestions:
+        suggestions.remove(unknown_key)
+    valid = "no keys are allowed here"
+    if siblings:
+        valid = f"valid here: {_join_names(siblings)}"
+    if not suggestions:
         return valid
-    guess = f"did you mean {' or '.join(found[:3])}?"
+    guess = f"did you mean {' or '.join(suggestions[:3])}?"
     return guess if close or not siblings else f"{guess} {valid}"
 
 
 def _find_origins(tree: SettingsTree, key: Key, text: str) -> str:
     """Finds where the settings that `text` names below `key` were written, else where
     `key` was."""
-    found: list[SettingOrigin] = []
+    origins: list[SettingOrigin] = []
     for word in re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", text):
         parts: Key = tuple(
             int(part) if part.isdigit() else part for part in word.split(".")
         )
-        for mentioned in (key + parts, parts if "." in word else key + parts):
-            origin = tree.origins.get(mentioned)
-            leaf = not isinstance(get_descendant(tree.settings, mentioned), dict)
-            if origin and leaf and origin not in found:
-                found.append(origin)
-    return ", ".join(str(origin) for origin in found[:3] or [tree.locate(key)])
+        candidates = [key + parts]
+        if "." in word:  # it may be a whole key; a single word only one below `key`
+            candidates.append(parts)
+        for candidate in candidates:
+            origin = tree.origins.get(candidate)
+            is_leaf = not isinstance(get_descendant(tree.settings, candidate), dict)
+            if origin and is_leaf and origin not in origins:
+                origins.append(origin)
+    if not origins:
+        origins = [tree.locate(key)]
+    return ", ".join(str(origin) for origin in origins[:3])
 
 
 def _join_names(names: list[str], limit: int = 12) -> str:
@@ -217,8 +247,8 @@ def _join_names(names: list[str], limit: int = 12) -> str:
 
 
 def _split_union(
-    annotation: Any, metadata: Sequence[Any] = (), settings: Any = None
-) -> list[Any]:
+    annotation: TypeForm, metadata: Sequence[object] = (), settings: object = None
+) -> list[TypeForm]:
     """Returns the members of a union, however nested or annotated; else the type
     itself. Of a registered config, it returns the kind that ``settings`` name, or all
     kinds."""
@@ -226,79 +256,88 @@ def _split_union(
         if isinstance(item, RegisteredConfig):
             return list(item.select_types(settings))
     origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
     if origin is Annotated:
-        annotation, *metadata = typing.get_args(annotation)
+        annotation, *metadata = arguments
         return _split_union(annotation, metadata, settings)
-    if origin in (Union, types.UnionType):
-        return [
-            kind
-            for member in typing.get_args(annotation)
-            for kind in _split_union(member, settings=settings)
-        ]
-    return [annotation]
+    if origin not in (Union, types.UnionType):
+        return [annotation]
+    members: list[TypeForm] = []
+    for argument in arguments:
+        members += _split_union(argument, settings=settings)
+    return members
 
 
-def _select_models(kinds: list[Any]) -> list[type[BaseModel]]:
-    return [
-        kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)
-    ]
+def _is_model(kind: TypeForm) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _select_models(kinds: list[TypeForm]) -> list[type[BaseModel]]:
+    return [kind for kind in kinds if _is_model(kind)]
 
 
 def _list_child_types(
-    kinds: list[Any], part: str | int, settings: Any = None
-) -> list[Any]:
+    kinds: list[TypeForm], part: str | int, settings: object = None
+) -> list[TypeForm]:
     """Returns the types allowed at a name or index below values of the given types;
     ``settings`` are what stands there."""
-    found: list[Any] = []
+    child_types: list[TypeForm] = []
     for kind in kinds:
+        origin = typing.get_origin(kind)
         arguments = typing.get_args(kind)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if _is_model(kind):
             if part in kind.model_fields:
                 field = kind.model_fields[str(part)]
-                found += _split_union(field.annotation, field.metadata, settings)
-        elif typing.get_origin(kind) in _MAPPINGS and len(arguments) == 2:
-            found += _split_union(arguments[1], settings=settings)
-        elif typing.get_origin(kind) in _LISTS and arguments and isinstance(part, int):
-            whole = len(arguments) > part and ... not in arguments
-            found += _split_union(arguments[part if whole else 0], settings=settings)
-    return found
+                child_types += _split_union(field.annotation, field.metadata, settings)
+        elif origin in _MAPPINGS and len(arguments) == 2:
+            child_types += _split_union(arguments[1], settings=settings)
+        elif origin in _LISTS and arguments and isinstance(part, int):
+            # tuple[int, str] has a type for each place; list[int] and tuple[int, ...]
+            # have one for all.
+            has_type_per_place = len(arguments) > part and ... not in arguments
+            element_type = arguments[part if has_type_per_place else 0]
+            child_types += _split_union(element_type, settings=settings)
+    return child_types
 
 
-def _list_field_names(kinds: list[Any]) -> list[str]:
+def _list_field_names(kinds: list[TypeForm]) -> list[str]:
     names = [name for model in _select_models(kinds) for name in model.model_fields]
     return list(dict.fromkeys(names))
 
 
-def _list_choices(kinds: list[Any]) -> list[Any]:
+def _list_choices(kinds: list[TypeForm]) -> list[Any]:
     literals = [kind for kind in kinds if typing.get_origin(kind) is Literal]
     return [value for kind in literals for value in typing.get_args(kind)]
 
 
-def _select_tagged_types(kinds: list[Any], label: str) -> list[Any]:
+def _select_tagged_types(kinds: list[TypeForm], label: str) -> list[TypeForm]:
     """Returns the types that pydantic means by a label in an error's location: a class
     or union tag."""
-    found = []
-    for model in _select_models(kinds):
-        tags = [
-            _list_choices(_split_union(f.annotation))
-            for f in model.model_fields.values()
-        ]
-        if model.__name__ == label or any(label in each for each in tags):
-            found.append(model)
-    return found or kinds
+    tagged = [
+        model
+        for model in _select_models(kinds)
+        if model.__name__ == label or _has_tag(model, label)
+    ]
+    return tagged or kinds
 
 
-def iterate_schema_keys(model_types: list[Any], key: Key = ()) -> Iterator[Key]:
+def _has_tag(model: type[BaseModel], tag: str) -> bool:
+    for info in model.model_fields.values():
+        if tag in _list_choices(_split_union(info.annotation)):
+            return True
+    return False
+
+
+def iterate_schema_keys(model_types: list[TypeForm], key: Key = ()) -> Iterator[Key]:
     """Yields every key of the tree, parents first; an element of a list is shown as its
     first."""
     for model in _select_models(model_types):
         for name, info in model.model_fields.items():
-            here = (*key, name)
-            yield here
-            inner = _split_union(info.annotation, info.metadata)
-            yield from iterate_schema_keys(inner, here)
-            for kind in inner:
+            field_key = (*key, name)
+            yield field_key
+            field_types = _split_union(info.annotation, info.metadata)
+            yield from iterate_schema_keys(field_types, field_key)
+            for kind in field_types:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
-                yield from iterate_schema_keys(
-                    _list_child_types([kind], part), (*here, part)
-                )
+                child_types = _list_child_types([kind], part)
+                yield from iterate_schema_keys(child_types, (*field_key, part))

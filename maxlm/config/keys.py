@@ -43,7 +43,7 @@ def split_key(text: str) -> tuple[str, ...] | None:
     return tuple(re.split(r"[.\[]", text.replace("]", "")))
 
 
-def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
+def flatten(data: object, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
     """Yields the leaves of nested mappings and lists, in order. An empty container is a
     leaf."""
     if isinstance(data, Mapping) and data:
@@ -56,27 +56,29 @@ def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
         yield prefix, data
 
 
-def get_descendant(node: Any, key: Key) -> Any:
+def get_descendant(node: object, key: Key) -> Any:
     """Returns the value at `key` below `node`, or None."""
     for part in key:
         if isinstance(node, Mapping):
             node = node.get(part)
-        elif (
-            isinstance(node, list | tuple)
-            and isinstance(part, int)
-            and part < len(node)
-        ):
+        elif isinstance(node, list | tuple) and isinstance(part, int):
+            if part >= len(node):
+                return None
             node = node[part]
         else:
             return None
     return node
 
 
-def format_value(value: Any, limit: int = 60) -> str:
+def format_value(value: object, limit: int = 60) -> str:
     """Returns a value for a message, much as YAML writes it, in at most `limit`
     characters."""
-    plain = {None: "null", True: "true", False: "false"}
-    text = plain[value] if value is None or isinstance(value, bool) else repr(value)
+    if value is None:
+        text = "null"
+    elif isinstance(value, bool):
+        text = "true" if value else "false"
+    else:
+        text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
@@ -85,6 +87,6 @@ def format_path(path: Path) -> str:
     directory."""
     absolute = Path(os.path.abspath(path))
     working = Path.cwd()
-    return str(
-        absolute.relative_to(working) if absolute.is_relative_to(working) else absolute
-    )
+    if absolute.is_relative_to(working):
+        return str(absolute.relative_to(working))
+    return str(absolute)

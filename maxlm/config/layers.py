@@ -44,20 +44,22 @@ class SettingsTree:
         was."""
         return self.origins[self._find_written(key)]
 
-    def find_value_origin(self, key: Key, value: Any) -> SettingOrigin | None:
+    def find_value_origin(self, key: Key, value: object) -> SettingOrigin | None:
         """Returns where the `value` a config holds at `key` comes from; None for a
         default."""
-        at = self._find_written(key)
         written = get_descendant(self.settings, key)
-        if (
-            isinstance(written, int | float)
-            and isinstance(value, int | float)
-            and written != value
-        ):
+        are_numbers = isinstance(written, int | float) and isinstance(
+            value, int | float
+        )
+        if are_numbers and written != value:
             return DERIVED
-        # A validator takes text such as `fsdp=2` apart; below a mapping stand defaults.
-        whole = not isinstance(get_descendant(self.settings, at), dict | list)
-        return self.origins[at] if at == key or whole else None
+        nearest = self._find_written(key)
+        # A validator takes text such as `fsdp=2` apart: its parts come from there. Below
+        # a mapping or a list, what is not written is a default.
+        is_container = isinstance(get_descendant(self.settings, nearest), dict | list)
+        if nearest != key and is_container:
+            return None
+        return self.origins[nearest]
 
     def _find_written(self, key: Key) -> Key:
         while key not in self.origins:
@@ -71,8 +73,9 @@ def build_tree(
     """Lays `base`, a mapping, `path`, its includes and the overrides over one
     another."""
     root = base or Setting({}, COMMAND_LINE)
-    for layer in _read_layers(path, (), count(1)) if path is not None else ():
-        root = _merge(root, layer, ())
+    if path is not None:
+        for layer in _read_layers(path, (), count(1)):
+            root = _merge(root, layer, ())
     for override in overrides:
         root = _override(root, override)
     return SettingsTree(root.to_plain(), dict(root.list_origins()))
@@ -87,22 +90,24 @@ def _read_layers(
     the name of a shipped config. ``numbers`` counts the files of all levels.
     """
     if next(numbers) > MAX_FILES:
-        what = f"the config is made of more than {MAX_FILES} files"
+        message = f"the config is made of more than {MAX_FILES} files"
         fix = "include fewer: files that include others again and again count each time"
-        raise MaxlmError(what, where=format_path(trail[0]), fix=fix)
+        raise MaxlmError(message, where=format_path(trail[0]), fix=fix)
     document = _read_file(path)
     include = document.value.pop("include", Setting([], document.origin))
+    includes = include.value if isinstance(include.value, list) else [include]
     trail = (*trail, path)
     layers = []
-    for item in include.value if isinstance(include.value, list) else [include]:
+    for item in includes:
         if not isinstance(item.value, str):
-            what = f"include must be a path or a list of paths, not {format_value(item.to_plain())}"
-            raise MaxlmError(what, where=str(item.origin))
+            shown = format_value(item.to_plain())
+            message = f"include must be a path or a list of paths, not {shown}"
+            raise MaxlmError(message, where=str(item.origin))
         target = _find_included(path, item)
         if target.resolve() in [earlier.resolve() for earlier in trail]:
-            ring = " -> ".join(format_path(step) for step in (*trail, target))
+            cycle = " -> ".join(format_path(step) for step in (*trail, target))
             fix = "remove one of these includes"
-            raise MaxlmError(f"include cycle: {ring}", where=str(item.origin), fix=fix)
+            raise MaxlmError(f"include cycle: {cycle}", where=str(item.origin), fix=fix)
         layers += _read_layers(target, trail, numbers)
     return [*layers, document]
 
@@ -115,47 +120,49 @@ def _read_file(path: Path) -> Setting:
         raise MaxlmError(f"cannot be read: {error.strerror}", where=name) from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        what = f"not UTF-8 text (byte 0x{error.object[error.start]:02x})"
-        raise MaxlmError(what, where=f"{name}:{line}", fix="save it as UTF-8") from None
+        message = f"not UTF-8 text (byte 0x{error.object[error.start]:02x})"
+        raise MaxlmError(
+            message, where=f"{name}:{line}", fix="save it as UTF-8"
+        ) from None
     document = parse_yaml(text, name)
     if not isinstance(document.value, dict | None):
-        what = "a config must be a mapping of keys to values"
-        raise MaxlmError(what, where=str(document.origin))
+        message = "a config must be a mapping of keys to values"
+        raise MaxlmError(message, where=str(document.origin))
     return Setting(document.value or {}, SettingOrigin(name))
 
 
 def _find_included(includer: Path, item: Setting) -> Path:
     path = Path(os.path.normpath(includer.parent / Path(item.value).expanduser()))
-    found = path if path.is_file() else find_shipped_config(item.value)
-    if found is None:
-        near = find_similar_configs(path)
-        what = f"include {item.value!r}: there is no {format_path(path)}"
-        fix = f"did you mean {' or '.join(near)}?" if near else None
-        raise MaxlmError(what, where=str(item.origin), fix=fix)
-    return found
+    if path.is_file():
+        return path
+    shipped = find_shipped_config(item.value)
+    if shipped is None:
+        similar = find_similar_configs(path)
+        message = f"include {item.value!r}: there is no {format_path(path)}"
+        fix = f"did you mean {' or '.join(similar)}?" if similar else None
+        raise MaxlmError(message, where=str(item.origin), fix=fix)
+    return shipped
 
 
 def _merge(below: Setting | None, above: Setting, key: Key) -> Setting:
     """`above` laid over `below`: mappings deeply, all else replaced."""
-    if below and {type(below.value), type(above.value)} == {dict, list}:
-        kind, other = (
-            ("list", "mapping")
-            if isinstance(below.value, dict)
-            else ("mapping", "list")
-        )
-        what = f"{join_key(key)} is a {kind} here, but a {other} in {below.origin}"
-        raise MaxlmError(what, where=str(above.origin), fix="write both alike")
-    if (
-        not below
-        or not isinstance(below.value, dict)
-        or not isinstance(above.value, dict)
-    ):
+    if below is None:
         return above
-    merged = {
-        name: _merge(below.value.get(name), child, (*key, name))
-        for name, child in above.value.items()
-    }
-    return Setting({**below.value, **merged}, above.origin)
+    below_is_mapping = isinstance(below.value, dict)
+    if {type(below.value), type(above.value)} == {dict, list}:
+        above_kind = "list" if below_is_mapping else "mapping"
+        below_kind = "mapping" if below_is_mapping else "list"
+        message = (
+            f"{join_key(key)} is a {above_kind} here, but a {below_kind} in "
+            f"{below.origin}"
+        )
+        raise MaxlmError(message, where=str(above.origin), fix="write both alike")
+    if not below_is_mapping or not isinstance(above.value, dict):
+        return above
+    children = dict(below.value)
+    for name, child in above.value.items():
+        children[name] = _merge(below.value.get(name), child, (*key, name))
+    return Setting(children, above.origin)
 
 
 def _override(root: Setting, override: str) -> Setting:
@@ -164,14 +171,14 @@ def _override(root: Setting, override: str) -> Setting:
     name, equals, text = override.partition("=")
     parts = split_key(name.strip())
     if not equals or parts is None or len(parts) > MAX_DEPTH:
-        what = f"{format_value(override)} is not an override"
+        message = f"{format_value(override)} is not an override"
         fix = "write key=value, such as model.num_layers=4"
-        raise MaxlmError(what, where=str(COMMAND_LINE), fix=fix)
+        raise MaxlmError(message, where=str(COMMAND_LINE), fix=fix)
     try:
         value = parse_yaml(text, COMMAND_LINE.source, track_lines=False)
     except MaxlmError as error:
         where = f"{COMMAND_LINE}: {override[:60]}"
-        raise MaxlmError(error.what, where=where, fix=error.fix) from None
+        raise MaxlmError(error.message, where=where, fix=error.fix) from None
     return _set_value(root, parts, value, ())
 
 
@@ -181,23 +188,24 @@ def _set_value(
     """`node`, which stands at `key`, with `value` merged in at `parts` below it."""
     if not parts:
         return _merge(node, value, key)
-    name = join_key((*key, parts[0]))
-    where = str(COMMAND_LINE)
+    first, *rest = parts
     if node and isinstance(node.value, list):
         size = len(node.value)
-        if not parts[0].isdecimal() or int(parts[0]) >= size:
-            count = f"{size} element{'' if size == 1 else 's'}"
-            what = f"{join_key(key)} is a list of {count}; there is no {name}"
-            raise MaxlmError(
-                what, where=where, fix="count from 0, or give the whole list"
+        if not first.isdecimal() or int(first) >= size:
+            elements = f"{size} element{'' if size == 1 else 's'}"
+            message = (
+                f"{join_key(key)} is a list of {elements}; there is no "
+                f"{join_key((*key, first))}"
             )
-        index = int(parts[0])
+            fix = "count from 0, or give the whole list"
+            raise MaxlmError(message, where=str(COMMAND_LINE), fix=fix)
+        index = int(first)
         items = [*node.value]
-        items[index] = _set_value(items[index], parts[1:], value, (*key, index))
+        items[index] = _set_value(items[index], rest, value, (*key, index))
         return Setting(items, node.origin)
-    part = parts[0]
-    mapping = (
-        node if node and isinstance(node.value, dict) else Setting({}, COMMAND_LINE)
-    )
-    child = _set_value(mapping.value.get(part), parts[1:], value, (*key, part))
-    return Setting({**mapping.value, part: child}, mapping.origin)
+    # What is no mapping gives way to one.
+    mapping = Setting({}, COMMAND_LINE)
+    if node and isinstance(node.value, dict):
+        mapping = node
+    child = _set_value(mapping.value.get(first), rest, value, (*key, first))
+    return Setting({**mapping.value, first: child}, mapping.origin)

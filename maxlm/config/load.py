@@ -45,15 +45,14 @@ def load_config(
     Raises:
         MaxlmError: anything wrong with the files, the overrides or the values.
     """
-    tree = build_tree(
-        resolve_config(source) if isinstance(source, str) else source, overrides
-    )
-    value = validate_config(cls, tree)
-    leaves = [each for each in flatten(value.model_dump(mode="json")) if each[0]]
-    origins = {
-        join_key(key): tree.find_value_origin(key, x) or DEFAULT for key, x in leaves
-    }
-    return LoadedConfig(value, origins)
+    path = resolve_config(source) if isinstance(source, str) else source
+    tree = build_tree(path, overrides)
+    config = validate_config(cls, tree)
+    origins = {}
+    for key, value in flatten(config.model_dump(mode="json")):
+        if key:  # A config without fields is one leaf, of the empty key.
+            origins[join_key(key)] = tree.find_value_origin(key, value) or DEFAULT
+    return LoadedConfig(config, origins)
 
 
 def validate_config(cls: type[C], tree: SettingsTree) -> C:

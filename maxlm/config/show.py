@@ -13,7 +13,9 @@ from maxlm.config.yaml_text import dump_yaml, parse_yaml
 
 ABSENT: Final = "(absent)"
 """Stands for a key that one side does not have."""
-_WIDEST = 40
+# The column of comments stands behind the longest line of at most so many characters;
+# the comments of longer lines follow them.
+_MAX_COMMENT_COLUMN = 40
 
 
 def compare_configs(
@@ -22,14 +24,15 @@ def compare_configs(
     """Returns the leaves in which two configs, as JSON values, differ: (dotted key,
     value in a, value in b). Keys come in a's order, then those only b has. A key one
     side lacks has the value `ABSENT`."""
-    left, right = (
-        {join_key(key): value for key, value in flatten(side)} for side in (a, b)
-    )
-    pairs = (
-        (key, left.get(key, ABSENT), right.get(key, ABSENT))
-        for key in {**left, **right}
-    )
-    return [pair for pair in pairs if pair[1] != pair[2]]
+    a_leaves = {join_key(key): value for key, value in flatten(a)}
+    b_leaves = {join_key(key): value for key, value in flatten(b)}
+    differences = []
+    for key in {**a_leaves, **b_leaves}:
+        a_value = a_leaves.get(key, ABSENT)
+        b_value = b_leaves.get(key, ABSENT)
+        if a_value != b_value:
+            differences.append((key, a_value, b_value))
+    return differences
 
 
 def to_yaml(config: Config) -> str:
@@ -41,19 +44,23 @@ def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
     """Returns `to_yaml` with a column of comments on the right: where each value comes
     from."""
     text = to_yaml(loaded.value)
-    comments = {}
-    for key, origin in parse_yaml(text, "").list_origins():
-        # Of a list of leaves, by its first; other containers have none.
+    comment_by_line: dict[int | None, str] = {}
+    for key, place in parse_yaml(text, "").list_origins():
+        # A list of leaves stands on one line: its first leaf speaks for all. Other
+        # containers have no comment.
         for leaf in (join_key(key), join_key((*key, 0))):
             if leaf in loaded.origins:
-                comments[origin.line] = str(loaded.origins[leaf])
-    lines = text.splitlines()
-    lengths = [len(line) for number, line in enumerate(lines, 1) if number in comments]
-    column = max((length for length in lengths if length <= _WIDEST), default=0)
-    return "\n".join(
-        f"{line:<{column}}  # {comments[number]}" if number in comments else line
-        for number, line in enumerate(lines, 1)
-    )
+                comment_by_line[place.line] = str(loaded.origins[leaf])
+    column = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if number in comment_by_line and len(line) <= _MAX_COMMENT_COLUMN:
+            column = max(column, len(line))
+    annotated = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if number in comment_by_line:
+            line = f"{line:<{column}}  # {comment_by_line[number]}"
+        annotated.append(line)
+    return "\n".join(annotated)
 
 
 class _PartialJsonSchema(GenerateJsonSchema):
@@ -74,9 +81,8 @@ def build_json_schema(cls: type[Config]) -> dict[str, Any]:
                 {"type": "array", "items": {"type": "string"}},
             ],
             "description": "Files that this one builds on, relative to it, or names of "
-            "shipped "
-            "configs. A later one overrides an earlier one; this file overrides them "
-            "all.",
+            "shipped configs. A later one overrides an earlier one; this file "
+            "overrides them all.",
         },
         **body.get("properties", {}),
     }

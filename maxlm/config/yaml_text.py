@@ -11,9 +11,11 @@ from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import Key, SettingOrigin, format_value
 
 MAX_DEPTH = 64
+# Aliases of aliases grow exponentially ("billion laughs").
 _MAX_COPIES = 20_000
 _ENDLESS = "nested too deep, perhaps without end"
-_STR, _SEQ = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq"
+_STR = "tag:yaml.org,2002:str"
+_SEQ = "tag:yaml.org,2002:seq"
 _MERGE = "tag:yaml.org,2002:merge"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # A reference as OmegaConf, Hydra and shells write it, behind any number of dollars.
@@ -58,11 +60,12 @@ class Setting:
     def list_origins(self, key: Key = ()) -> Iterator[tuple[Key, SettingOrigin]]:
         """Yield the key and place of this setting and of all inside it."""
         yield key, self.origin
-        inside = (
-            dict(enumerate(self.value)) if isinstance(self.value, list) else self.value
-        )
-        for part, child in inside.items() if isinstance(inside, dict) else ():
-            yield from child.list_origins((*key, part))
+        if isinstance(self.value, list):
+            for index, child in enumerate(self.value):
+                yield from child.list_origins((*key, index))
+        elif isinstance(self.value, dict):
+            for name, child in self.value.items():
+                yield from child.list_origins((*key, name))
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,20 +73,22 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar = {}
 
-    def __init__(self, text: str, source: str, lines: bool):
+    def __init__(self, text: str, source: str, track_lines: bool):
         super().__init__(text)
-        self.source, self.lines = source, lines
-        self.seen: set[int] = set()
+        self.source = source
+        self.track_lines = track_lines
+        self.seen_nodes: set[int] = set()
+        """The ids of the nodes built so far: one that comes again is an alias."""
         self.num_copies = 0
 
     def locate(self, mark: yaml.Mark | None) -> SettingOrigin:
-        return SettingOrigin(
-            self.source, mark.line + 1 if self.lines and mark else None
-        )
+        line = mark.line + 1 if self.track_lines and mark else None
+        return SettingOrigin(self.source, line)
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
-        if tag := getattr(event, "tag", None):
+        tag = getattr(event, "tag", None)
+        if tag:
             where = str(self.locate(event.start_mark))
             raise MaxlmError(f"the tag {format_value(tag)} is not allowed", where=where)
         return super().compose_node(parent, index)
@@ -92,17 +97,16 @@ class _Loader(yaml.SafeLoader):
         self._count(node, origin)
         if depth > MAX_DEPTH:
             raise MaxlmError(_ENDLESS, where=str(origin))
-        depth += 1
         if isinstance(node, yaml.MappingNode):
-            pairs = self._list_pairs(node, origin).items()
-            return Setting(
-                {k: self.build(v, at, depth) for k, (at, v) in pairs}, origin
-            )
+            children = {}
+            for name, (child_origin, child) in self._list_pairs(node, origin).items():
+                children[name] = self.build(child, child_origin, depth + 1)
+            return Setting(children, origin)
         if isinstance(node, yaml.SequenceNode):
-            items = [
-                self.build(item, self.locate(item.start_mark), depth)
-                for item in node.value
-            ]
+            items = []
+            for item in node.value:
+                item_origin = self.locate(item.start_mark)
+                items.append(self.build(item, item_origin, depth + 1))
             return Setting(items, origin)
         value = self.construct_object(node)
         if isinstance(value, str):
@@ -110,38 +114,41 @@ class _Loader(yaml.SafeLoader):
         return Setting(value, origin)
 
     def _count(self, node: yaml.Node, origin: SettingOrigin) -> None:
-        self.num_copies += id(node) in self.seen
-        self.seen.add(id(node))
+        if id(node) in self.seen_nodes:
+            self.num_copies += 1
+        self.seen_nodes.add(id(node))
         if self.num_copies > _MAX_COPIES:
-            what = f"aliases stand for more than {_MAX_COPIES:,} values"
-            raise MaxlmError(what, where=str(origin))
+            message = f"aliases stand for more than {_MAX_COPIES:,} values"
+            raise MaxlmError(message, where=str(origin))
 
     def _list_pairs(
         self, node: yaml.MappingNode, origin: SettingOrigin
-    ) -> dict[str, Any]:
+    ) -> dict[str, tuple[SettingOrigin, yaml.Node]]:
         """Name → its place and value; those of ``<<`` count less than a mapping's
         own."""
-        own, merged = {}, {}
+        pairs: dict[str, tuple[SettingOrigin, yaml.Node]] = {}
+        merged_pairs: dict[str, tuple[SettingOrigin, yaml.Node]] = {}
         for name, value in node.value:
-            where = self.locate(name.start_mark)
+            place = self.locate(name.start_mark)
             if not isinstance(name, yaml.ScalarNode):
-                raise MaxlmError("a key must be a plain name", where=str(where))
-            name.value = _join_surrogates(name.value, where)
+                raise MaxlmError("a key must be a plain name", where=str(place))
+            name.value = _join_surrogates(name.value, place)
             if name.tag == _MERGE:
-                for each in (
-                    value.value if isinstance(value, yaml.SequenceNode) else [value]
-                ):
-                    if not isinstance(each, yaml.MappingNode):
-                        what = "<< takes a mapping or a list of mappings"
-                        raise MaxlmError(what, where=str(where))
-                    self._count(each, where)
-                    merged = self._list_pairs(each, where) | merged
-            elif name.value in own:
-                what = f"key {name.value!r} is already set on line {own[name.value][0].line}"
-                raise MaxlmError(what, where=str(where), fix="remove one of the two")
+                is_list = isinstance(value, yaml.SequenceNode)
+                for mapping in value.value if is_list else [value]:
+                    if not isinstance(mapping, yaml.MappingNode):
+                        message = "<< takes a mapping or a list of mappings"
+                        raise MaxlmError(message, where=str(place))
+                    self._count(mapping, place)
+                    # Of several mappings the first that has a name counts.
+                    merged_pairs = self._list_pairs(mapping, place) | merged_pairs
+            elif name.value in pairs:
+                earlier, _ = pairs[name.value]
+                message = f"key {name.value!r} is already set on line {earlier.line}"
+                raise MaxlmError(message, where=str(place), fix="remove one of the two")
             else:
-                own[name.value] = (where, value)
-        return merged | own
+                pairs[name.value] = (place, value)
+        return merged_pairs | pairs
 
 
 def _join_surrogates(text: str, origin: SettingOrigin) -> str:
@@ -153,9 +160,9 @@ def _join_surrogates(text: str, origin: SettingOrigin) -> str:
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        what = f"{format_value(text)} holds half of a character (a lone surrogate)"
+        message = f"{format_value(text)} holds half of a character (a lone surrogate)"
         fix = 'write the character itself, or both halves: "\\ud83d\\ude42" is 🙂'
-        raise MaxlmError(what, where=str(origin), fix=fix) from None
+        raise MaxlmError(message, where=str(origin), fix=fix) from None
 
 
 def _unescape_references(text: str, origin: SettingOrigin) -> str:
@@ -163,11 +170,18 @@ def _unescape_references(text: str, origin: SettingOrigin) -> str:
     itself, which other tools fill in and which would here be taken as it stands."""
 
     def unescape(match: re.Match[str]) -> str:
-        if not match[0].startswith("$$"):
-            what = f"{match[0]} is not filled in: configs have no references and no environment"
-            fix = f"write the value, pass it on the command line, or write ${match[0]} for this text"
-            raise MaxlmError(what, where=str(origin), fix=fix)
-        return match[0][1:]
+        reference = match[0]
+        if not reference.startswith("$$"):
+            message = (
+                f"{reference} is not filled in: configs have no references and no "
+                "environment"
+            )
+            fix = (
+                "write the value, pass it on the command line, or write "
+                f"${reference} for this text"
+            )
+            raise MaxlmError(message, where=str(origin), fix=fix)
+        return reference[1:]
 
     return _REFERENCE.sub(unescape, text)
 
@@ -176,26 +190,28 @@ class _Dumper(yaml.SafeDumper):
     """Quotes whatever YAML 1.1 or `_Loader` would read as something other than the text
     it is."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         text = _REFERENCE.sub(lambda match: f"${match[0]}", text)
-        return self.represent_scalar(
-            _STR, text, style=None if text.isprintable() else '"'
-        )
+        # Only double quotes can write what is not printable, as escapes.
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar(_STR, text, style=style)
 
     def represent_list(self, items: list[Any]) -> yaml.SequenceNode:
-        scalars = not any(isinstance(item, list | dict) for item in items)
-        return self.represent_sequence(_SEQ, items, flow_style=scalars)
+        has_containers = any(isinstance(item, list | dict) for item in items)
+        return self.represent_sequence(_SEQ, items, flow_style=not has_containers)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_representer(list, _Dumper.represent_list)
-for _tag, (_pattern, _first) in _PLAIN_SCALARS.items():
+for _tag, (_pattern, _first_chars) in _PLAIN_SCALARS.items():
+    _regex = re.compile(f"(?:{_pattern})$", re.VERBOSE)
     for _cls in (_Loader, _Dumper):
-        _whole = re.compile(f"(?:{_pattern})$", re.VERBOSE)
-        _cls.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, list(_first))
+        _cls.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", _regex, list(_first_chars)
+        )
 
 
 def parse_yaml(text: str, source: str, *, track_lines: bool = True) -> Setting:
@@ -212,21 +228,23 @@ def parse_yaml(text: str, source: str, *, track_lines: bool = True) -> Setting:
         raise MaxlmError(_ENDLESS, where=source) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        what = " ".join(part for part in (error.context, error.problem) if part)
-        fix = "indent with spaces, not tabs" if "'\\t'" in what else None
+        message = " ".join(part for part in (error.context, error.problem) if part)
+        fix = "indent with spaces, not tabs" if "'\\t'" in message else None
         where = f"{source}:{mark.line + 1}" if track_lines and mark else source
-        raise MaxlmError(f"not YAML: {what}", where=where, fix=fix) from None
+        raise MaxlmError(f"not YAML: {message}", where=where, fix=fix) from None
     except yaml.YAMLError as error:
-        what = " ".join(str(error).split())
-        raise MaxlmError(f"not YAML: {what}", where=source) from None
+        message = " ".join(str(error).split())
+        raise MaxlmError(f"not YAML: {message}", where=source) from None
 
 
-def dump_yaml(data: Any) -> str:
+def dump_yaml(data: object) -> str:
     """Returns plain data as YAML that `parse_yaml` reads back equal; a list of scalars
     takes one line."""
-    options: dict[str, Any] = {
-        "sort_keys": False,
-        "default_flow_style": False,
-        "width": 2**31,
-    }
-    return yaml.dump(data, Dumper=_Dumper, allow_unicode=True, **options)
+    return yaml.dump(
+        data,
+        Dumper=_Dumper,
+        allow_unicode=True,
+        sort_keys=False,
+        default_flow_style=False,
+        width=2**31,  # no line is folded
+    )

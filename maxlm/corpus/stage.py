@@ -227,7 +227,7 @@ class ShardLabeller:
                     writer.write_selected_rows(rows, self._label(rows.batch))
         except MaxlmError as error:
             where = error.where or f"{stage.unique_name}, shard {shard.name}"
-            raise MaxlmError(error.what, where=where, fix=error.fix) from error
+            raise MaxlmError(error.message, where=where, fix=error.fix) from error
 
 
 def check_packages(packages: Sequence[str], required_by: str) -> None:

@@ -14,7 +14,7 @@ def batch_by_size(
 ) -> Iterator[list[Item]]:
     """Yields lists of items in order; the item by which a list reaches either limit is
     its last."""
-    batch = list[Item]()
+    batch: list[Item] = []
     size = 0
     for item in items:
         batch.append(item)

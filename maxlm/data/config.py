@@ -76,9 +76,14 @@ class DataConfig(LoaderConfig):
 
     def mixing(self) -> Mixing:
         """Returns the settings by which the loader mixes the sources."""
+        max_epochs = {
+            source.name: source.max_epochs
+            for source in self.sources
+            if source.max_epochs is not None
+        }
         return Mixing(
-            {source.name: source.weight for source in self.sources},
-            {s.name: s.max_epochs for s in self.sources if s.max_epochs is not None},
-            self.temperature,
-            self.phases,
+            weights={source.name: source.weight for source in self.sources},
+            max_epochs=max_epochs,
+            temperature=self.temperature,
+            phases=self.phases,
         )

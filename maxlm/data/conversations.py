@@ -5,13 +5,12 @@ Rows of files have one of these forms, the values of ``prompt``, ``completion``,
 ``chosen`` and ``rejected`` being text or lists of messages, {"role": ..., "content":
 ...}:
 
-=====================================  =================================================
-``messages``                           a conversation
-``prompt``, ``completion``             a prompt and an answer to it
-``prompt``, ``chosen``, ``rejected``   two answers, of which one is better; with messages the
-                                       prompt may be left out: what both begin with
-``prompt``, ``completion``, ``label``  an answer and whether it is good: true or false
-=====================================  =================================================
+- ``messages``: a conversation.
+- ``prompt``, ``completion``: a prompt and an answer to it.
+- ``prompt``, ``chosen``, ``rejected``: two answers, of which one is better; with
+  messages the prompt may be left out: it is what both begin with.
+- ``prompt``, ``completion``, ``label``: an answer and whether it is good: true or
+  false.
 
 Beside messages a row may have ``tools``, the functions that the model may call, and
 ``chat_template_kwargs``, variables of the chat template; both also as JSON.
@@ -27,6 +26,8 @@ from maxlm.data.tokenizer import Tokenizer, check_tools_are_written, encode_chat
 Turns = Literal["all", "last"]
 Row = Mapping[str, Any]
 _OPENING_ROLES = ("system", "developer")
+# Keys of a message that may say something where its content does not.
+_OTHER_CONTENT = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 # What the encoding of a row sets itself, and what transformers' apply_chat_template
 # takes that is no variable of a template.
 _RESERVED_VARIABLES = {
@@ -74,31 +75,35 @@ def encode_conversation(
     """
     variables = variables or {}
     _check_messages(messages)
-    learnt = [
-        i
-        for i, message in enumerate(messages)
-        # Parquet fills in null where a message says nothing.
-        if i >= num_prompt_messages
-        and message["role"] in roles
-        and message.get("train") is not False
-    ]
+    learnt = []
+    for i, message in enumerate(messages):
+        # Parquet fills in null where a message does not say, which is not False.
+        may_be_learnt = message.get("train") is not False
+        if i >= num_prompt_messages and message["role"] in roles and may_be_learnt:
+            learnt.append(i)
     if not learnt:
-        own = dict.fromkeys(str(each["role"]) for each in messages)
-        what = f"no {' or '.join(roles)} turn to learn: the roles are {', '.join(own)}"
-        raise MaxlmError(
-            what, where="messages", fix="leave the row out, or end it with an answer"
-        )
-    learnt = learnt[-1:] if turns == "last" else learnt
-    if empty := [i for i in learnt if _is_empty(messages[i])]:
-        what = f"an empty completion: message {empty[0]} has no text"
-        raise MaxlmError(what, where="messages", fix="leave the row out")
+        present = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        fault = f"no {' or '.join(roles)} turn to learn: the roles are {present}"
+        fix = "leave the row out, or end it with an answer"
+        raise MaxlmError(fault, where="messages", fix=fix)
+    if turns == "last":
+        learnt = learnt[-1:]
+    for i in learnt:
+        if _is_empty(messages[i]):
+            fault = f"an empty completion: message {i} has no text"
+            raise MaxlmError(fault, where="messages", fix="leave the row out")
+    # Templates know no "train".
     written = [
-        {k: v for k, v in message.items() if k != "train"} for message in messages
+        {key: value for key, value in message.items() if key != "train"}
+        for message in messages
     ]
     check_tools_are_written(tokenizer, written, **variables)
     tokens, spans = encode_chat_turns(tokenizer, written, learnt, **variables)
-    targets = {place for span in spans for place in span}
-    return EncodedSequence(tokens, [place in targets for place in range(len(tokens))])
+    is_target = [False] * len(tokens)
+    for span in spans:
+        for position in span:
+            is_target[position] = True
+    return EncodedSequence(tokens, is_target)
 
 
 def encode_answer(
@@ -114,29 +119,22 @@ def encode_answer(
     Args:
         variables: of the template, as :func:`read_template_variables` returns them.
     """
-    for name, value in (("the prompt", prompt), ("the completion", answer)):
-        if not isinstance(value, str | list):
-            what = f"{name} is of type {type(value).__name__}, neither text nor a list of messages"
-            raise MaxlmError(what, where=name, fix="write one of them")
+    _check_text_or_messages("the prompt", prompt)
+    _check_text_or_messages("the completion", answer)
     if not answer or (isinstance(answer, str) and not answer.strip()):
         raise MaxlmError(
             "an empty completion", where="completion", fix="leave the row out"
         )
     if isinstance(prompt, str) and isinstance(answer, str):
         if variables:
-            what = f"{' and '.join(variables)} beside a prompt and a completion of plain text"
+            names = " and ".join(variables)
+            message = f"{names} beside a prompt and a completion of plain text"
             fix = (
                 "write the prompt as messages, which the chat template writes with them"
             )
-            raise MaxlmError(what, where="prompt", fix=fix)
-        before = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
-        # As one text, where no token crosses: some tokenizers write a space before any
-        # text.
-        whole = [*tokenizer.prefix_ids, *tokenizer.encode(prompt + answer)]
-        if whole[: len(before)] != before:
-            whole = before + tokenizer.encode(answer)
-        is_target = [False] * len(before) + [True] * (len(whole) + 1 - len(before))
-        return EncodedSequence([*whole, tokenizer.eos_id], is_target)
+            raise MaxlmError(message, where="prompt", fix=fix)
+        return _encode_text_answer(tokenizer, prompt, answer)
+    # One of them is text: as messages it is the user's, or the assistant's.
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
     if isinstance(answer, str):
@@ -149,11 +147,34 @@ def encode_answer(
     )
 
 
+def _check_text_or_messages(name: str, value: object) -> None:
+    if not isinstance(value, str | list):
+        kind = type(value).__name__
+        message = f"{name} is of type {kind}, neither text nor a list of messages"
+        raise MaxlmError(message, where=name, fix="write one of them")
+
+
+def _encode_text_answer(
+    tokenizer: Tokenizer, prompt: str, answer: str
+) -> EncodedSequence:
+    prompt_ids = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
+    # As one text, unless a token crosses from the prompt into the answer: some
+    # tokenizers put a space before any text, which the answer's own ids would begin
+    # with.
+    ids = [*tokenizer.prefix_ids, *tokenizer.encode(prompt + answer)]
+    if ids[: len(prompt_ids)] != prompt_ids:
+        ids = prompt_ids + tokenizer.encode(answer)
+    num_targets = len(ids) - len(prompt_ids) + 1  # with the end-of-text token
+    is_target = [False] * len(prompt_ids) + [True] * num_targets
+    return EncodedSequence([*ids, tokenizer.eos_id], is_target)
+
+
 def encode_pair(
     tokenizer: Tokenizer, row: Row
 ) -> tuple[EncodedSequence, EncodedSequence]:
     """Encodes the chosen and the rejected answer of a row, each after its prompt."""
-    chosen, rejected = get_column(row, "chosen"), get_column(row, "rejected")
+    chosen = get_column(row, "chosen")
+    rejected = get_column(row, "rejected")
     if chosen == rejected:
         raise MaxlmError(
             "chosen equals rejected", where="chosen", fix="leave the row out"
@@ -162,19 +183,30 @@ def encode_pair(
     are_lists = isinstance(chosen, list) and isinstance(rejected, list)
     if prompt is None and not are_lists:
         prompt = get_column(row, "prompt")
-    size = 0
+    num_shared = 0
     if are_lists and not isinstance(prompt, list):
-        while chosen[size : size + 1] == rejected[size : size + 1]:
-            size += 1
+        num_shared = _count_shared_messages(chosen, rejected)
     # Some data sets say the prompt twice: as text, and as what both conversations begin
     # with.
-    if size or prompt is None:
-        prompt, chosen, rejected = chosen[:size], chosen[size:], rejected[size:]
+    if num_shared or prompt is None:
+        prompt = chosen[:num_shared]
+        chosen = chosen[num_shared:]
+        rejected = rejected[num_shared:]
     variables = read_template_variables(row)
     return (
         encode_answer(tokenizer, prompt, chosen, variables),
         encode_answer(tokenizer, prompt, rejected, variables),
     )
+
+
+def _count_shared_messages(chosen: list[Any], rejected: list[Any]) -> int:
+    """Counts the messages that both lists, which differ, begin with."""
+    num_shared = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        num_shared += 1
+    return num_shared
 
 
 def read_template_variables(row: Row) -> dict[str, Any]:
@@ -184,26 +216,33 @@ def read_template_variables(row: Row) -> dict[str, Any]:
     sets itself."""
     variables = _parse_column(row, "chat_template_kwargs") or {}
     if not isinstance(variables, dict):
-        what = f"chat_template_kwargs is of type {type(variables).__name__}, no mapping"
+        message = (
+            f"chat_template_kwargs is of type {type(variables).__name__}, no mapping"
+        )
         fix = 'write {"enable_thinking": false}, or the like'
-        raise MaxlmError(what, where="chat_template_kwargs", fix=fix)
+        raise MaxlmError(message, where="chat_template_kwargs", fix=fix)
     if reserved := sorted(_RESERVED_VARIABLES & {*variables}):
-        what = f"chat_template_kwargs sets {reserved[0]}, which is no variable of a template"
-        raise MaxlmError(what, where="chat_template_kwargs", fix="leave it out")
+        message = (
+            f"chat_template_kwargs sets {reserved[0]}, which is no variable of a "
+            "template"
+        )
+        raise MaxlmError(message, where="chat_template_kwargs", fix="leave it out")
     # Arrow fills in null where a row says nothing.
     variables = {name: value for name, value in variables.items() if value is not None}
     tools = _parse_column(row, "tools")
     if not tools:  # Some templates write an empty frame for an empty list.
         return variables
-    if not isinstance(tools, list) or not all(
-        isinstance(tool, Mapping) for tool in tools
-    ):
-        what = "tools is no list of functions"
+    if not _is_list_of_mappings(tools):
+        message = "tools is no list of functions"
         fix = (
             'write [{"type": "function", "function": {"name": ..., "parameters": ...}}]'
         )
-        raise MaxlmError(what, where="tools", fix=fix)
+        raise MaxlmError(message, where="tools", fix=fix)
     return {"tools": tools} | variables
+
+
+def _is_list_of_mappings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
 
 
 def _parse_column(row: Row, name: str) -> Any:
@@ -217,68 +256,78 @@ def _parse_column(row: Row, name: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
+        message = f"{name} is text that is no JSON ({error})"
         fix = "write it as JSON, or as data"
-        raise MaxlmError(
-            f"{name} is text that is no JSON ({error})", where=name, fix=fix
-        ) from None
+        raise MaxlmError(message, where=name, fix=fix) from None
 
 
 def get_column(row: Row, name: str) -> Any:
-    """Returns a row's value; raises MaxlmError if it is null, or naming the columns
-    there are."""
-    if row.get(name) is None:
-        if name in row:
-            raise MaxlmError(f"{name} is null", where=name, fix="leave the row out")
-        what = f"no column {name!r}: there are {', '.join(map(repr, row)) or 'none'}"
+    """Returns a row's value; raises MaxlmError if it is null, or if the row has no such
+    column, which names those that it has."""
+    if name not in row:
+        columns = ", ".join(map(repr, row)) or "none"
+        fix = "rename one of them, or use another task"
         raise MaxlmError(
-            what, where=name, fix="rename one of them, or use another task"
+            f"no column {name!r}: there are {columns}", where=name, fix=fix
         )
+    if row[name] is None:
+        raise MaxlmError(f"{name} is null", where=name, fix="leave the row out")
     return row[name]
 
 
 def get_label(row: Row) -> bool:
     """Returns whether a row's answer is good."""
     label = get_column(row, "label")
-    if label not in (True, False) or isinstance(label, str):
-        what = f"label is {label!r}"
-        raise MaxlmError(
-            what, where="label", fix="write true for a good answer, false for a bad"
-        )
+    # 0 and 1 are equal to them: labels of files that have no booleans.
+    if label not in (True, False):
+        fix = "write true for a good answer, false for a bad"
+        raise MaxlmError(f"label is {label!r}", where="label", fix=fix)
     return bool(label)
 
 
 def _is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether a message has neither text nor what stands in its place."""
     content = message.get("content")
-    return not (content.strip() if isinstance(content, str) else content) and not any(
-        message.get(name)
-        for name in ("tool_calls", "reasoning_content", "thinking", "reasoning")
-    )
+    if isinstance(content, str):
+        content = content.strip()
+    return not content and not any(message.get(name) for name in _OTHER_CONTENT)
 
 
 def _check_messages(messages: Any) -> None:
-    is_list = isinstance(messages, list) and messages
-    if not is_list or not all(
-        isinstance(m, Mapping) and m.get("role") for m in messages
+    if (
+        not _is_list_of_mappings(messages)
+        or not messages
+        or not all(message.get("role") for message in messages)
     ):
-        what, fix = (
-            "no list of messages",
-            'give some like {"role": "user", "content": ...}',
-        )
-        raise MaxlmError(what, where="messages", fix=fix)
-    before = None
+        fix = 'give some like {"role": "user", "content": ...}'
+        raise MaxlmError("no list of messages", where="messages", fix=fix)
+    previous_role = None
     for i, message in enumerate(messages):
         role = message["role"]
-        late = role in _OPENING_ROLES and before not in (None, *_OPENING_ROLES)
-        early = role == "tool" and before not in ("assistant", "tool")
-        repeated = role in ("user", "assistant") and role == before
-        first = role == "assistant" and before in (None, *_OPENING_ROLES)
-        if late or early or repeated or first:
-            what = f"roles out of order: message {i} is {role!r} after {before or 'nothing'!r}"
-            fix = "let system come first, then user and assistant by turns"
-            raise MaxlmError(what, where="messages", fix=fix)
-        if message.get("content") is None and _is_empty(message):
-            what = f"message {i}, of role {role!r}, has no content"
-            raise MaxlmError(
-                what, where="messages", fix="give it some, or leave the row out"
+        if not _may_follow(role, previous_role):
+            fault = (
+                f"roles out of order: message {i} is {role!r} after "
+                f"{previous_role or 'nothing'!r}"
             )
-        before = role
+            fix = "let system come first, then user and assistant by turns"
+            raise MaxlmError(fault, where="messages", fix=fix)
+        if message.get("content") is None and _is_empty(message):
+            fault = f"message {i}, of role {role!r}, has no content"
+            fix = "give it some, or leave the row out"
+            raise MaxlmError(fault, where="messages", fix=fix)
+        previous_role = role
+
+
+def _may_follow(role: str, previous: str | None) -> bool:
+    """Whether a message of a role may come after one of another; None: before any.
+    Other roles than these may stand anywhere."""
+    is_at_opening = previous in (None, *_OPENING_ROLES)
+    if role in _OPENING_ROLES:
+        return is_at_opening
+    if role == "user":
+        return previous != "user"
+    if role == "assistant":
+        return previous != "assistant" and not is_at_opening
+    if role == "tool":
+        return previous in ("assistant", "tool")
+    return True

@@ -16,6 +16,7 @@ it reads.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from maxlm.config import MaxlmError
@@ -43,17 +44,17 @@ def convert_row(row: Row, columns: Mapping[str, str]) -> Row:
     """
     row = rename_columns(row, columns)
     # Parquet has null where a row lacks a column that another has.
-    if row.get("messages") is None and isinstance(row.get("conversations"), list):
-        row = _convert_sharegpt(row)
-    elif (
-        row.get("messages") is None
-        and row.get("prompt") is None
-        and "instruction" in row
-    ):
-        row = _convert_alpaca(row)
+    has_messages = row.get("messages") is not None
+    has_prompt = row.get("prompt") is not None
+    if not has_messages:
+        if isinstance(row.get("conversations"), list):
+            row = _convert_sharegpt(row)
+        elif "instruction" in row and not has_prompt:
+            row = _convert_alpaca(row)
     for name in ("messages", "prompt", *_ANSWER_COLUMNS):
         if _has_speakers(row.get(name)):
-            row = row | {name: [_convert_message(message) for message in row[name]]}
+            messages = [_convert_message(message) for message in row[name]]
+            row = row | {name: messages}
     return row
 
 
@@ -81,20 +82,19 @@ def _convert_alpaca(row: Row) -> Row:
     messages = _make_system_messages(row)
     history = row.get("history") or []
     if not isinstance(history, list) or not all(map(_is_exchange, history)):
-        what = "history is no list of pairs of texts"
+        message = "history is no list of pairs of texts"
         fix = 'write [["question", "answer"], ...]'
-        raise MaxlmError(what, where="history", fix=fix)
+        raise MaxlmError(message, where="history", fix=fix)
     for question, answer in history:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
     parts = [part for part in (row["instruction"], row.get("input")) if part]
-    if not parts or not all(isinstance(part, str) for part in parts):
-        what = (
-            "instruction and input are no text" if parts else "the instruction is empty"
-        )
-        raise MaxlmError(
-            what, where="instruction", fix="write text there, or leave the row out"
-        )
+    fix = "write text there, or leave the row out"
+    if not parts:
+        raise MaxlmError("the instruction is empty", where="instruction", fix=fix)
+    if not all(isinstance(part, str) for part in parts):
+        message = "instruction and input are no text"
+        raise MaxlmError(message, where="instruction", fix=fix)
     messages.append({"role": "user", "content": "\n".join(parts)})
     converted = row | {"prompt": messages}
     if "output" in row and row.get("completion") is None:
@@ -102,9 +102,11 @@ def _convert_alpaca(row: Row) -> Row:
     return converted
 
 
-def _is_exchange(value: Any) -> bool:
-    is_pair = isinstance(value, list) and len(value) == 2
-    return is_pair and all(isinstance(text, str) for text in value)
+def _is_exchange(value: object) -> bool:
+    """Whether a value is a question and its answer."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(isinstance(text, str) for text in value)
 
 
 def _make_system_messages(row: Row) -> list[dict[str, Any]]:
@@ -112,26 +114,27 @@ def _make_system_messages(row: Row) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def _wrap_message(answer: Any) -> Any:
+def _wrap_message(answer: object) -> object:
     """A lone message as a list of one; a text or a list as it is."""
     return [answer] if isinstance(answer, Mapping) else answer
 
 
-def _has_speakers(value: Any) -> bool:
-    """Whether a value is a list of messages with ShareGPT's ``from`` or ``value``."""
-    is_list = isinstance(value, list)
-    return is_list and any(
-        isinstance(m, Mapping) and {"from", "value"} & {*m} for m in value
-    )
+def _has_speakers(value: object) -> bool:
+    """Whether a value is a list with messages of ShareGPT's."""
+    return isinstance(value, list) and any(map(_is_sharegpt_message, value))
+
+
+def _is_sharegpt_message(value: object) -> bool:
+    return isinstance(value, Mapping) and ("from" in value or "value" in value)
 
 
 def _convert_message(message: Any) -> Any:
     """A message of ShareGPT's as one of role and content; anything else as it is."""
-    if not isinstance(message, Mapping) or not {"from", "value"} & {*message}:
+    if not _is_sharegpt_message(message):
         return message
-    converted = {k: v for k, v in message.items() if k not in ("from", "value")}
-    speaker = message.get("from", converted.get("role"))
-    content = message.get("value", converted.get("content"))
+    converted = dict(message)
+    speaker = converted.pop("from", message.get("role"))
+    content = converted.pop("value", message.get("content"))
     if isinstance(speaker, str):
         converted["role"] = _SHAREGPT_ROLES.get(speaker, speaker)
     if speaker == "function_call":
@@ -139,17 +142,20 @@ def _convert_message(message: Any) -> Any:
     return converted | {"content": content}
 
 
-def _parse_function_calls(text: Any) -> list[dict[str, Any]]:
+def _parse_function_calls(text: object) -> list[dict[str, Any]]:
     """The calls that a turn of ``function_call`` writes as JSON: one, or a list."""
-    try:
-        calls = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        calls = None
-    calls = calls if isinstance(calls, list) else [calls]
+    calls = None
+    if isinstance(text, str | bytes):
+        with suppress(ValueError, RecursionError):
+            calls = json.loads(text)
+    if not isinstance(calls, list):
+        calls = [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
-        what = f"a turn from function_call holds {str(text)[:40]!r}, no JSON of a call"
+        message = (
+            f"a turn from function_call holds {str(text)[:40]!r}, no JSON of a call"
+        )
         fix = 'write {"name": ..., "arguments": {...}}'
-        raise MaxlmError(what, where="conversations", fix=fix)
+        raise MaxlmError(message, where="conversations", fix=fix)
     return [{"type": "function", "function": call} for call in calls]
 
 
@@ -161,6 +167,9 @@ def check_columns_exist(
     present = dict.fromkeys(name for row in rows for name in row)
     for name, source in columns.items():
         if source not in present:
-            what = f"no column {source!r}, which task.columns names for {name}: "
-            what += f"there are {', '.join(map(repr, present)) or 'none'}"
-            raise MaxlmError(what, where=where, fix="name one of them")
+            listed = ", ".join(map(repr, present)) or "none"
+            message = (
+                f"no column {source!r}, which task.columns names for {name}: there are "
+                f"{listed}"
+            )
+            raise MaxlmError(message, where=where, fix="name one of them")

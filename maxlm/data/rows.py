@@ -24,7 +24,7 @@ Encode = Callable[[dict[str, Any]], Mapping[str, Any]]
 axis, an array is as long as the example, at most a row's length; one without "seq" is
 the example's entry of the row's array."""
 
-# Examples that are packed together.
+# Examples that are packed together: bounds the memory and the time of packing.
 PACKING_BLOCK = 16384
 
 
@@ -60,54 +60,62 @@ class RowSource:
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
         indices = step * self.batch_size + np.asarray(row_numbers, np.int64)
-        epochs, places = np.divmod(indices, self.rows_per_epoch)
-        present = np.ones(len(indices), bool) if self.endless else epochs == 0
+        epochs, rows = np.divmod(indices, self.rows_per_epoch)
         if self.shuffle_key is not None:
-            places = permute(
-                places, self.rows_per_epoch, derive_keys(self.shuffle_key, epochs)
-            )
+            epoch_keys = derive_keys(self.shuffle_key, epochs)
+            rows = permute(rows, self.rows_per_epoch, epoch_keys)
         batch = {
             name: np.zeros((len(indices), *array.shape), array.dtype)
             for name, array in self.arrays.items()
         }
-        for i in np.flatnonzero(present).tolist():
-            own = slice(*self.row_offsets[places[i] : places[i] + 2])
-            self._fill(batch, i, self.example_indices[own].tolist())
+        for i, (epoch, row) in enumerate(zip(epochs, rows, strict=True)):
+            if epoch > 0 and not self.endless:
+                continue  # Past the one pass: the row stays padding.
+            start, stop = self.row_offsets[row : row + 2]
+            self._fill(batch, i, self.example_indices[start:stop].tolist())
         return batch
 
     def _fill(self, batch: Batch, i: int, examples: Sequence[int]) -> None:
         """Write examples into row i, which is zeros, one after the other."""
         start = 0
-        segments = dict.fromkeys(self.arrays, 0)
+        num_segments = dict.fromkeys(self.arrays, 0)
         for number, example in enumerate(examples):
-            encoded = encode_row(self.encode, self.file, example)
-            along = (name for name, array in self.arrays.items() if "seq" in array.axes)
-            length = max(len(encoded[name]) for name in along if name in encoded)
-            room = _room(self.arrays)
-            if length > room:
-                what = (
-                    f"an example of {length} tokens, where a row of a batch has {room}"
-                )
-                fix = "raise data.seq_len, or let the task cut its examples"
-                raise MaxlmError(what, where=self.file.locate(example), fix=fix)
-            own = {
-                "positions": np.arange(length),
-                "segment_ids": np.ones(length, np.int32),
-            }
-            own |= {name: np.asarray(value) for name, value in encoded.items()}
+            values, length = self._read_example(example)
             for name, array in self.arrays.items():
-                value = own[name]
+                value = values[name]
                 if "seq" not in array.axes:
                     batch[name][i, number] = value
                     continue
                 if name.endswith("segment_ids"):
-                    count = int(value.max(initial=0))
-                    value, segments[name] = (
-                        value + segments[name],
-                        segments[name] + count,
-                    )
+                    num_segments_before = num_segments[name]
+                    num_segments[name] += int(value.max(initial=0))
+                    value = value + num_segments_before
                 batch[name][i, start : start + len(value)] = value
             start += length
+
+    def _read_example(self, example: int) -> tuple[dict[str, np.ndarray], int]:
+        """The arrays of an example, with those that its encoding leaves out, and how
+        many tokens it has."""
+        encoded = encode_row(self.encode, self.file, example)
+        length = max(
+            len(encoded[name])
+            for name, array in self.arrays.items()
+            if "seq" in array.axes and name in encoded
+        )
+        room = _get_row_length(self.arrays)
+        if length > room:
+            message = (
+                f"an example of {length} tokens, where a row of a batch has {room}"
+            )
+            fix = "raise data.seq_len, or let the task cut its examples"
+            raise MaxlmError(message, where=self.file.locate(example), fix=fix)
+        values = {
+            "positions": np.arange(length),
+            "segment_ids": np.ones(length, np.int32),
+        }
+        for name, value in encoded.items():
+            values[name] = np.asarray(value)
+        return values, length
 
 
 def encode_row(encode: Encode, file: RowFiles, index: int) -> Mapping[str, Any]:
@@ -116,11 +124,14 @@ def encode_row(encode: Encode, file: RowFiles, index: int) -> Mapping[str, Any]:
     try:
         return encode(row)
     except MaxlmError as error:
-        raise MaxlmError(error.what, where=file.locate(index), fix=error.fix) from error
+        raise MaxlmError(
+            error.message, where=file.locate(index), fix=error.fix
+        ) from error
 
 
-def _room(arrays: Mapping[str, BatchArraySpec]) -> int:
-    return min(a.shape[0] for a in arrays.values() if "seq" in a.axes)
+def _get_row_length(arrays: Mapping[str, BatchArraySpec]) -> int:
+    """Tokens that a row of a batch has room for."""
+    return min(array.shape[0] for array in arrays.values() if "seq" in array.axes)
 
 
 def make_row_source(
@@ -153,23 +164,26 @@ def make_row_source(
         shuffle: False keeps the file's order.
         endless: False reads the file once.
     """
-    key = derive_key(seed, "rows") if shuffle else None
-    examples = np.arange(len(file), dtype=np.int64) if examples is None else examples
-    offsets = np.arange(len(examples) + 1, dtype=np.int64)
-    if examples_per_row != 1:
+    if examples is None:
+        examples = np.arange(len(file), dtype=np.int64)
+    if examples_per_row == 1:
+        offsets = np.arange(len(examples) + 1, dtype=np.int64)
+    else:
         assert lengths is not None
-        if key is not None:
-            order = permute(
-                np.arange(len(examples)), len(examples), derive_key(seed, "packing")
-            )
-            examples, lengths = examples[order], lengths[order]
-        examples, offsets = _pack(examples, lengths, _room(arrays), examples_per_row)
+        if shuffle:
+            # Only examples of one block share rows: blocks are of chance examples.
+            packing_key = derive_key(seed, "packing")
+            order = permute(np.arange(len(examples)), len(examples), packing_key)
+            examples = examples[order]
+            lengths = lengths[order]
+        room = _get_row_length(arrays)
+        examples, offsets = _pack(examples, lengths, room, examples_per_row)
     return RowSource(
         file=file,
         encode=encode,
         arrays=arrays,
         batch_size=batch_size,
-        shuffle_key=key,
+        shuffle_key=derive_key(seed, "rows") if shuffle else None,
         example_indices=examples,
         row_offsets=offsets,
         endless=endless,
@@ -179,19 +193,36 @@ def make_row_source(
 
 
 def _pack(
-    examples: NDArray[np.int64], lengths: NDArray[np.int64], room: int, most: int | None
+    examples: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    room: int,
+    examples_per_row: int | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Examples in order of their rows, and where each row's begin."""
-    order, counts = [], []
+    packed_blocks = []
+    row_sizes = []
     for start in range(0, len(examples), PACKING_BLOCK):
         block = slice(start, start + PACKING_BLOCK)
         rows = pack_best_fit(lengths[block], room)
-        if most is not None:
-            # What a full row has too many of begins another.
-            by_row = np.argsort(rows, kind="stable")
-            place = np.arange(len(rows)) - np.searchsorted(rows[by_row], rows[by_row])
-            split = rows[by_row] * len(rows) + place // most
-            rows[by_row] = np.unique(split, return_inverse=True)[1]
-        order.append(examples[block][np.argsort(rows, kind="stable")])
-        counts.append(np.bincount(rows))
-    return np.concatenate(order), np.cumsum([0, *np.concatenate(counts)])
+        if examples_per_row is not None:
+            rows = _split_full_rows(rows, examples_per_row)
+        packed_blocks.append(examples[block][np.argsort(rows, kind="stable")])
+        row_sizes.append(np.bincount(rows))
+    offsets = np.cumsum([0, *np.concatenate(row_sizes)])
+    return np.concatenate(packed_blocks), offsets
+
+
+def _split_full_rows(
+    rows: NDArray[np.int64], examples_per_row: int
+) -> NDArray[np.int64]:
+    """The row of each example [n], numbered without gaps, where the examples that a row
+    has too many of begin another."""
+    order = np.argsort(rows, kind="stable")
+    sorted_rows = rows[order]
+    index_in_row = np.arange(len(rows)) - np.searchsorted(sorted_rows, sorted_rows)
+    # One number for (row, part of it): a row has fewer parts than there are examples.
+    row_parts = sorted_rows * len(rows) + index_in_row // examples_per_row
+    _, numbered_parts = np.unique(row_parts, return_inverse=True)
+    split_rows = np.empty_like(rows)
+    split_rows[order] = numbered_parts
+    return split_rows

@@ -158,7 +158,7 @@ def _parse_file(path: Path, parse: Callable[[Any], Any]) -> list[Any]:
         MaxlmError,
     ) as error:
         is_ours = isinstance(error, MaxlmError)
-        fault = error.what if is_ours else f"{type(error).__name__}: {error}"
+        fault = error.message if is_ours else f"{type(error).__name__}: {error}"
         what = f"missing, damaged, or not an evaluation's ({fault})"
         raise MaxlmError(what, where=f"{path}:{len(found) + 1}", fix=fix) from error
     return found

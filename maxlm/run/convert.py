@@ -539,7 +539,7 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
         settings, _ = family.read_config(family.write_config(model), family.name)
         again = type(model).model_validate(settings)
     except MaxlmError as error:
-        return error.what
+        return error.message
     except ValidationError as error:
         return f"its model.{join_key(error.errors()[0]['loc'])}"
     except (AssertionError, AttributeError):

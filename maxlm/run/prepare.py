@@ -201,7 +201,7 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
             tokenizer = train_tokenizer(config.tokenizer, _training_text(config))
         except MaxlmError as error:
             where = error.where or "data.sources"
-            raise MaxlmError(error.what, where=where, fix=error.fix) from None
+            raise MaxlmError(error.message, where=where, fix=error.fix) from None
     tokenizer.save(home)
     return home
 

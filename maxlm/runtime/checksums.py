@@ -39,9 +39,11 @@ def write_checksums(
         names = (path.relative_to(folder).as_posix() for path in paths)
     listed = sorted(name for name in names if name != CHECKSUMS_NAME)
     unknown = [name for name in listed if name not in known]
+    digest_by_name = dict(known)
     with ThreadPoolExecutor(count_usable_cores()) as threads:
         digests = threads.map(lambda name: hash_stored_file(folder, name), unknown)
-        digest_by_name = {**known, **dict(zip(unknown, digests, strict=True))}
+        digest_by_name.update(zip(unknown, digests, strict=True))
+    # Two spaces, as sha256sum writes them.
     text = "".join(f"{digest_by_name[name]}  {name}\n" for name in listed)
     with replace_file(folder / CHECKSUMS_NAME) as new:
         new.write_text(text, "utf-8")
@@ -60,9 +62,8 @@ def read_checksums(place: Place, list_sha256: str, fix: str) -> dict[str, str]:
         message = f"this file cannot be read: {error.strerror or error}"
         raise MaxlmError(message, where=where, fix=fix) from error
     if hashlib.sha256(content).hexdigest() != list_sha256:
-        raise MaxlmError(
-            "this file has changed since it was written", where=where, fix=fix
-        )
+        message = "this file has changed since it was written"
+        raise MaxlmError(message, where=where, fix=fix)
     return parse_checksums(content.decode())
 
 
@@ -83,9 +84,12 @@ def check_files(
     """
     digest_by_name: dict[str, str] = {}
     for folder, list_sha256 in list_sha256_by_folder.items():
-        home = join_place(place, folder) if folder else place
-        for name, digest in read_checksums(home, list_sha256, fix).items():
-            digest_by_name[f"{folder}/{name}" if folder else name] = digest
+        if not folder:
+            digest_by_name |= read_checksums(place, list_sha256, fix)
+            continue
+        folder_place = join_place(place, folder)
+        for name, digest in read_checksums(folder_place, list_sha256, fix).items():
+            digest_by_name[f"{folder}/{name}"] = digest
 
     def find_fault(name: str, digest: str) -> str | None:
         try:

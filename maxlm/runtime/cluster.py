@@ -17,9 +17,9 @@ COORDINATOR = "MAXLM_COORDINATOR"
 NUM_PROCESSES = "MAXLM_NUM_PROCESSES"
 PROCESS_ID = "MAXLM_PROCESS_ID"
 _SETTINGS = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
-_GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
-_DEVICES = Path("/sys/bus/pci/devices")
-_SERVER = "http://metadata.google.internal"
+_GOOGLE_VENDOR = "0x1ae0"  # its number as a maker of PCI devices
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
+_METADATA_SERVER = "http://metadata.google.internal"
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,37 @@ def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
     a TPU VM.
     """
     explicit = {name: environ[name] for name in _SETTINGS if environ.get(name)}
-    slurm = _slurm(environ)
+    slurm = _read_slurm(environ)
     if slurm and set(explicit) == {COORDINATOR}:
-        found = replace(slurm, coordinator=explicit[COORDINATOR])
+        cluster = replace(slurm, coordinator=explicit[COORDINATOR])
     elif explicit:
-        found = _read_settings(explicit, slurm)
+        cluster = _read_settings(explicit, slurm)
     else:
-        found = slurm or _kubernetes_tpu(environ) or _tpu_vm(environ)
-    return _checked(found) if found else None
+        cluster = slurm or _read_kubernetes_tpu(environ) or _read_tpu_vm(environ)
+    if cluster is None:
+        return None
+    _check_cluster(cluster)
+    return cluster if cluster.num_processes > 1 else None
 
 
 def _read_settings(explicit: Mapping[str, str], slurm: Cluster | None) -> Cluster:
-    if missing := [_name_option(name) for name in _SETTINGS if name not in explicit]:
-        given = ", ".join(
+    missing = [_name_option(name) for name in _SETTINGS if name not in explicit]
+    if missing:
+        present = ", ".join(
             f"{_name_option(name)} is {value}" for name, value in explicit.items()
         )
-        beside = f"; SLURM's step has {slurm.num_processes} tasks" if slurm else ""
-        fix = "set all three, or none" + (" (SLURM's are used then)" if slurm else "")
-        raise MaxlmError(
-            f"{given}, but {' and '.join(missing)} not set{beside}", fix=fix
-        )
-    count = _number(explicit, NUM_PROCESSES)
-    process = _number(explicit, PROCESS_ID)
-    return Cluster("settings", explicit[COORDINATOR], count, process)
+        message = f"{present}, but {' and '.join(missing)} not set"
+        fix = "set all three, or none"
+        if slurm:
+            message += f"; SLURM's step has {slurm.num_processes} tasks"
+            fix += " (SLURM's are used then)"
+        raise MaxlmError(message, fix=fix)
+    return Cluster(
+        source="settings",
+        coordinator=explicit[COORDINATOR],
+        num_processes=_read_number(explicit, NUM_PROCESSES),
+        process_id=_read_number(explicit, PROCESS_ID),
+    )
 
 
 def _name_option(variable: str) -> str:
@@ -76,146 +84,155 @@ def _name_option(variable: str) -> str:
     return f"-{option} ({variable})"
 
 
-def _checked(cluster: Cluster) -> Cluster | None:
-    count, number = cluster.num_processes, cluster.process_id
+def _check_cluster(cluster: Cluster) -> None:
+    count = cluster.num_processes
+    process = cluster.process_id
     host, _, port = cluster.coordinator.rpartition(":")
-    fix = None
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        message = f"the coordinator {cluster.coordinator!r} is no host with a port"
         fix = "write it as host:port, such as node1:8476"
-        what = f"the coordinator {cluster.coordinator!r} is no host with a port"
-    elif count < 1:
-        what = f"{count} is no number of processes"
-    elif not 0 <= number < count:
-        what = f"process id {number} is not below the number of processes, {count}"
+        raise MaxlmError(message, where=cluster.source, fix=fix)
+    if count < 1:
+        raise MaxlmError(f"{count} is no number of processes", where=cluster.source)
+    if not 0 <= process < count:
+        message = f"process id {process} is not below the number of processes, {count}"
         fix = f"number them 0 to {count - 1}"
-    else:
-        return cluster if count > 1 else None
-    raise MaxlmError(what, where=cluster.source, fix=fix)
+        raise MaxlmError(message, where=cluster.source, fix=fix)
 
 
-def _number(environ: Mapping[str, str], variable: str) -> int:
+def _read_number(environ: Mapping[str, str], variable: str) -> int:
+    text = environ[variable]
     try:
-        return int(environ[variable])
+        return int(text)
     except ValueError:
-        raise MaxlmError(
-            f"{environ[variable]!r} is no whole number", where=variable
-        ) from None
+        raise MaxlmError(f"{text!r} is no whole number", where=variable) from None
 
 
-def _slurm(environ: Mapping[str, str]) -> Cluster | None:
+def _read_slurm(environ: Mapping[str, str]) -> Cluster | None:
     """Reads a task of a SLURM step. The batch script has a SLURM_PROCID too, but is no
     task."""
     names = ("JOB_ID", "PROCID", "STEP_ID", "STEP_NODELIST", "STEP_NUM_TASKS")
     if any(f"SLURM_{name}" not in environ for name in names):
         return None
-    count = _number(environ, "SLURM_STEP_NUM_TASKS")
+    count = _read_number(environ, "SLURM_STEP_NUM_TASKS")
     if count == 1:
         return None
-    # Steps of a job may run side by side.
-    job, step = (_number(environ, f"SLURM_{name}_ID") for name in ("JOB", "STEP"))
+    job = _read_number(environ, "SLURM_JOB_ID")
+    step = _read_number(environ, "SLURM_STEP_ID")
+    # Steps of a job may run side by side: each has a port of its own.
     port = _SLURM_PORTS[(job + 101 * step) % len(_SLURM_PORTS)]
+    host = parse_first_host(environ["SLURM_STEP_NODELIST"])
     return Cluster(
-        "SLURM",
-        f"{parse_first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
-        count,
-        _number(environ, "SLURM_PROCID"),
-        _slurm_gpus(environ),
+        source="SLURM",
+        coordinator=f"{host}:{port}",
+        num_processes=count,
+        process_id=_read_number(environ, "SLURM_PROCID"),
+        local_device_ids=_share_slurm_gpus(environ),
     )
 
 
 def parse_first_host(nodes: str) -> str:
     """Returns the first host of a SLURM node list: gpu001 of
     ``gpu[001-003,7],login1``."""
-    found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", found.group() if found else nodes)
+    first_entry = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    entry = first_entry.group() if first_entry else nodes
+    # Of each range in brackets its first number.
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry)
 
 
-def _slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+def _share_slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     """Returns an equal share of the node's GPUs for each of several tasks on it.
 
     SLURM may have given each task GPUs of its own, the only ones that it sees.
     """
-    bound = any(environ.get(f"SLURM_{name}") for name in ("GPUS_PER_TASK", "GPU_BIND"))
-    per_node = []
+    has_own_gpus = environ.get("SLURM_GPUS_PER_TASK") or environ.get("SLURM_GPU_BIND")
+    tasks_by_node = []
     for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):  # 2(x3),1
         tasks, _, times = part.rstrip(")").partition("(x")
-        per_node += [int(tasks)] * int(times or 1)
-    tasks = per_node[int(environ.get("SLURM_NODEID", "0"))]
-    if bound or tasks == 1:
+        tasks_by_node += [int(tasks)] * int(times or 1)
+    num_tasks = tasks_by_node[int(environ.get("SLURM_NODEID", "0"))]
+    if has_own_gpus or num_tasks == 1:
         return None
-    share = max(1, int(environ.get("SLURM_GPUS_ON_NODE") or 0) // tasks)
-    first = int(environ.get("SLURM_LOCALID", "0")) * share
-    return tuple(range(first, first + share))
+    num_gpus = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    gpus_per_task = max(1, num_gpus // num_tasks)
+    first_gpu = int(environ.get("SLURM_LOCALID", "0")) * gpus_per_task
+    return tuple(range(first_gpu, first_gpu + gpus_per_task))
 
 
-def _kubernetes_tpu(environ: Mapping[str, str]) -> Cluster | None:
+def _read_kubernetes_tpu(environ: Mapping[str, str]) -> Cluster | None:
     """Reads the variables that Google's Kubernetes sets in the pods of TPU slices."""
     if "TPU_WORKER_ID" not in environ or "TPU_WORKER_HOSTNAMES" not in environ:
         return None
     workers = environ["TPU_WORKER_HOSTNAMES"].split(",")
-    return _slices("TPU pod", workers, _number(environ, "TPU_WORKER_ID"), environ)
+    worker = _read_number(environ, "TPU_WORKER_ID")
+    return _join_slices("TPU pod", workers, worker, environ)
 
 
-def _tpu_vm(environ: Mapping[str, str]) -> Cluster | None:
+def _read_tpu_vm(environ: Mapping[str, str]) -> Cluster | None:
     if environ.get("TPU_SKIP_MDS_QUERY"):
         return None
-    number, endpoints = map(
-        _read_attribute, ("agent-worker-number", "worker-network-endpoints")
-    )
+    number = _read_attribute("agent-worker-number")
+    endpoints = _read_attribute("worker-network-endpoints")
     if not number or not endpoints:
         return None
     # Names, or name:id:address.
-    workers = [each.split(":")[-1] for each in endpoints.split(",")]
-    lines = re.findall(
-        r"^(\w+): *'?([^'\n]*)'?$", _read_attribute("tpu-env") or "", re.MULTILINE
-    )
-    worker = _number({"agent-worker-number": number}, "agent-worker-number")
-    return _slices("TPU VM", workers, worker, dict(lines))
+    workers = [endpoint.split(":")[-1] for endpoint in endpoints.split(",")]
+    # Lines such as MEGASCALE_NUM_SLICES: '2'.
+    tpu_environ = _read_attribute("tpu-env") or ""
+    settings = re.findall(r"^(\w+): *'?([^'\n]*)'?$", tpu_environ, re.MULTILINE)
+    worker = _read_number({"agent-worker-number": number}, "agent-worker-number")
+    return _join_slices("TPU VM", workers, worker, dict(settings))
 
 
-def _slices(
+def _join_slices(
     source: str, workers: list[str], worker: int, settings: Mapping[str, str]
 ) -> Cluster:
     """All slices together; the first worker of the first is process 0."""
-    count, number = (
-        _number(settings, name) if settings.get(name) else default
-        for name, default in (("MEGASCALE_NUM_SLICES", 1), ("MEGASCALE_SLICE_ID", 0))
-    )
-    first = settings.get("MEGASCALE_COORDINATOR_ADDRESS") or workers[0]
-    coordinator = f"{first.split(':')[0]}:{_TPU_PORT}"
+    num_slices = 1
+    slice_id = 0
+    if settings.get("MEGASCALE_NUM_SLICES"):
+        num_slices = _read_number(settings, "MEGASCALE_NUM_SLICES")
+    if settings.get("MEGASCALE_SLICE_ID"):
+        slice_id = _read_number(settings, "MEGASCALE_SLICE_ID")
+    first_worker = settings.get("MEGASCALE_COORDINATOR_ADDRESS") or workers[0]
+    host = first_worker.split(":")[0]
     return Cluster(
-        source, coordinator, count * len(workers), number * len(workers) + worker
+        source=source,
+        coordinator=f"{host}:{_TPU_PORT}",
+        num_processes=num_slices * len(workers),
+        process_id=slice_id * len(workers) + worker,
     )
 
 
 def _read_attribute(
-    name: str, devices: Path = _DEVICES, server: str = _SERVER
+    name: str, devices: Path = _PCI_DEVICES, server: str = _METADATA_SERVER
 ) -> str | None:
     """Reads an attribute of this machine from Google's metadata server; None: there is
     none such, or the machine has no TPU (elsewhere nobody may answer for minutes)."""
-    if not any(map(_is_tpu, devices.iterdir() if devices.exists() else ())):
+    if not devices.exists() or not any(map(_is_tpu, devices.iterdir())):
         return None
     url = f"{server}/computeMetadata/v1/instance/attributes/{name}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=15) as answer:
-            return answer.read().decode()
+        with opener.open(request, timeout=15) as response:
+            return response.read().decode()
     except OSError as error:
-        if getattr(error, "code", 500) < 500:  # it has none such
+        status = getattr(error, "code", 500)  # an error of the network has none
+        if status < 500:  # there is no such attribute
             return None
         # A host that took itself for the only one would hold up the others.
-        what = f"this machine's metadata cannot be read ({error})"
+        message = f"this machine's metadata cannot be read ({error})"
         fix = "start it again, or set TPU_SKIP_MDS_QUERY=1 if it is a host of its own"
-        raise ProcessLost(what, where=url, fix=fix) from error
+        raise ProcessLost(message, where=url, fix=fix) from error
 
 
 def _is_tpu(device: Path) -> bool:
     """Google's network cards and disks are in its machines with GPUs too."""
     try:
-        vendor, kind = (
-            (device / name).read_text().strip() for name in ("vendor", "class")
-        )
+        vendor = (device / "vendor").read_text().strip()
+        device_class = (device / "class").read_text().strip()
     except OSError:  # a sandbox may show devices without what they are
         return False
-    return vendor == _GOOGLE and not kind.startswith(("0x01", "0x02"))
+    is_disk_or_network_card = device_class.startswith(("0x01", "0x02"))
+    return vendor == _GOOGLE_VENDOR and not is_disk_or_network_card

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from maxlm.runtime.signals import StopRequest
 Result = TypeVar("Result")
 
 
-def all_gather_json(value: Any) -> list[Any]:
+def all_gather_json(value: object) -> list[Any]:
     """Gathers every process's JSON value, in process order. All processes call it
     together."""
     if jax.process_count() == 1:
@@ -27,12 +27,12 @@ def all_gather_json(value: Any) -> list[Any]:
     row[: len(text)] = np.frombuffer(text, np.uint8)
     rows = process_allgather(row)
     return [
-        json.loads(each[:length].tobytes())
-        for each, length in zip(rows, lengths, strict=True)
+        json.loads(text_row[:length].tobytes())
+        for text_row, length in zip(rows, lengths, strict=True)
     ]
 
 
-def broadcast_from_process_0(value: Any) -> Any:
+def broadcast_from_process_0(value: object) -> Any:
     """Returns process 0's JSON value on every process."""
     return all_gather_json(value if jax.process_index() == 0 else None)[0]
 
@@ -40,22 +40,26 @@ def broadcast_from_process_0(value: Any) -> Any:
 def raise_on_all_hosts(function: Callable[[], Result]) -> Result:
     """Calls ``function`` on every process; if it raises a MaxlmError on one, all raise:
     their own, else another's, of the same class."""
-    result, own = None, None
+    result: Result | None = None
+    local_error = None
+    local_fields = None
     try:
         result = function()
     except MaxlmError as error:
-        own = error
-    errors = all_gather_json(own and [type(own).__name__, own.what, own.where, own.fix])
-    if own is not None:
-        raise own
-    for process, each in enumerate(errors):
-        if each is not None:
-            name, what, where, fix = each
-            classes = {one.__name__: one for one in MaxlmError.__subclasses__()}
-            raise classes.get(name, MaxlmError)(
-                f"process {process}: {what}", where=where, fix=fix
-            )
-    return result  # type: ignore[return-value]
+        local_error = error
+        local_fields = [type(error).__name__, error.message, error.where, error.fix]
+    # All processes meet here, those whose call failed too: else the others would wait.
+    fields_by_process = all_gather_json(local_fields)
+    if local_error is not None:
+        raise local_error
+    for process, fields in enumerate(fields_by_process):
+        if fields is not None:
+            name, message, where, fix = fields
+            subclasses = {kind.__name__: kind for kind in MaxlmError.__subclasses__()}
+            error_class = subclasses.get(name, MaxlmError)
+            message = f"process {process}: {message}"
+            raise error_class(message, where=where, fix=fix)
+    return cast(Result, result)
 
 
 def run_on_process_0(function: Callable[[], Any]) -> Any:
@@ -78,11 +82,12 @@ class FlagAllReduce:
     def __init__(self, mesh: Mesh):
         self._is_local = jax.process_count() == 1
         self._mesh = mesh
-        self._shape = mesh.size, len(StopRequest)
+        # A row for each device, an entry for each flag.
+        self._shape = (mesh.size, len(StopRequest))
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._maximum = jax.jit(lambda rows: jnp.max(rows, axis=0))
 
-    def start(self, request: StopRequest) -> Any:
+    def start(self, request: StopRequest) -> StopRequest | jax.Array:
         """Starts the reduction of this process's request; returns what :meth:`finish`
         takes."""
         if self._is_local:
@@ -94,9 +99,13 @@ class FlagAllReduce:
             )
             return self._maximum(rows)
 
-    def finish(self, started: Any) -> StopRequest:
+    def finish(self, started: StopRequest | jax.Array) -> StopRequest:
         """Waits for the step and returns the union of all processes' requests."""
-        if self._is_local:
+        if isinstance(started, StopRequest):  # of the only process
             return started
-        flags = zip(StopRequest, np.asarray(started.addressable_data(0)), strict=True)
-        return StopRequest(sum(flag for flag, is_set in flags if is_set))
+        are_set = np.asarray(started.addressable_data(0))
+        union = StopRequest.NONE
+        for flag, is_set in zip(StopRequest, are_set, strict=True):
+            if is_set:
+                union |= flag
+        return union

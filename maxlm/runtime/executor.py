@@ -57,4 +57,5 @@ def open_executor(on: str, workers: int | None) -> AbstractContextManager[TaskEx
         raise MaxlmError(f"{on!r} is no place to run tasks", where="--on", fix=fix)
     from maxlm.runtime.ray_executor import RayExecutor
 
-    return RayExecutor(None if on == "ray" else on, workers)
+    address = None if on == "ray" else on
+    return RayExecutor(address, workers)

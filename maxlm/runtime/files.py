@@ -21,11 +21,11 @@ def convert_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         fix = "free some disk space, or check the folder and its permissions"
-        what = f"cannot write: {error.strerror or error}"
-        raise MaxlmError(what, where=str(path), fix=fix) from error
+        message = f"cannot write: {error.strerror or error}"
+        raise MaxlmError(message, where=str(path), fix=fix) from error
 
 
-def check_file_exists(path: Path) -> None:
+def check_run_not_moved(path: Path) -> None:
     """Raises MaxlmError if a run's file, or the folder that it is in, was deleted or
     moved."""
     if not path.exists():
@@ -34,8 +34,7 @@ def check_file_exists(path: Path) -> None:
             "the run",
             where=str(path.parent),
             fix="put the run's folder back and run the same command to resume, or set "
-            "another "
-            "name=... to start afresh",
+            "another name=... to start afresh",
         )
 
 
@@ -43,8 +42,8 @@ def check_file_exists(path: Path) -> None:
 def replace_file(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write a file to; it replaces `path` if the block
     ends well."""
-    # Not by the process's number: those of two machines that share the disk may be the
-    # same.
+    # A random name, not the process's number: those of two machines that share the disk
+    # may be the same.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with convert_write_errors(path):
@@ -73,10 +72,13 @@ def write_json_with_digest(path: Path, text: str) -> None:
 def verify_and_strip_json_digest(text: str) -> str:
     """Return the JSON that `write_json_with_digest` was given; JSON that something else
     wrote as it is. Raises ValueError if the text has changed since it was written."""
-    text, found, rest = text.rpartition(_DIGEST)
-    if found and rest != f'{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n':
+    body, separator, rest = text.rpartition(_DIGEST)
+    if not separator:
+        return text
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    if rest != f'{digest}"\n}}\n':
         raise ValueError("it has changed since it was written")
-    return f"{text}\n}}" if found else rest
+    return f"{body}\n}}"
 
 
 @contextmanager
@@ -85,7 +87,9 @@ def lock_folder(
 ) -> Iterator[None]:
     """Create `folder` and hold it against other builders, or together with those that
     hold it shared; the lock dies with the process. ``wait``: until it is free."""
-    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     while True:
         with convert_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,21 +99,21 @@ def lock_folder(
                 continue
         try:
             try:
-                fcntl.flock(descriptor, how)
+                fcntl.flock(descriptor, operation)
             except BlockingIOError as error:
-                what = "another process is at work in this folder"
-                raise MaxlmError(
-                    what, where=str(folder), fix="wait for it to end"
-                ) from error
+                message = "another process is at work in this folder"
+                fix = "wait for it to end"
+                raise MaxlmError(message, where=str(folder), fix=fix) from error
             # The last holder may have deleted the folder between our open and our lock.
-            if _is_file(folder / "lock", descriptor):
+            if _is_open_as(folder / "lock", descriptor):
                 yield
                 return
         finally:
             os.close(descriptor)
 
 
-def _is_file(path: Path, descriptor: int) -> bool:
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    """Whether the file at a path is the one that was opened."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

@@ -32,11 +32,8 @@ def check_regular_file(path: Path, fix: str) -> None:
     except OSError:
         return  # Whoever opens it says why not.
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise MaxlmError(
-            "neither a file nor a folder, but a pipe or device",
-            where=str(path),
-            fix=fix,
-        )
+        message = "neither a file nor a folder, but a pipe or device"
+        raise MaxlmError(message, where=str(path), fix=fix)
 
 
 def read_json_file(path: Path, fix: str) -> Any:
@@ -54,12 +51,14 @@ def read_json_file(path: Path, fix: str) -> Any:
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
-            what = f"{size:,} bytes of JSON, where at most {MAX_JSON_BYTES:,} are read"
-            raise MaxlmError(what, where=str(path), fix=fix)
+            message = (
+                f"{size:,} bytes of JSON, where at most {MAX_JSON_BYTES:,} are read"
+            )
+            raise MaxlmError(message, where=str(path), fix=fix)
         data = path.read_bytes()
     except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-        raise MaxlmError(what, where=str(path), fix=fix) from error
+        message = f"cannot be read ({error.strerror or error})"
+        raise MaxlmError(message, where=str(path), fix=fix) from error
     return parse_json(data, str(path), fix)
 
 
@@ -68,8 +67,8 @@ def read_json_object(path: Path, fix: str) -> dict[str, Any]:
     :func:`read_json_file` does, and for any other value."""
     values = read_json_file(path, fix)
     if not isinstance(values, dict):
-        what = f"cannot be read (not a mapping, but {type(values).__name__})"
-        raise MaxlmError(what, where=str(path), fix=fix)
+        message = f"cannot be read (not a mapping, but {type(values).__name__})"
+        raise MaxlmError(message, where=str(path), fix=fix)
     return values
 
 
@@ -92,21 +91,22 @@ def parse_json(data: bytes | str, where: str, fix: str) -> Any:
 
 
 def _make_depth_error(where: str, fix: str) -> MaxlmError:
-    what = f"cannot be read (nested deeper than {MAX_JSON_DEPTH} levels)"
-    return MaxlmError(what, where=where, fix=fix)
+    message = f"cannot be read (nested deeper than {MAX_JSON_DEPTH} levels)"
+    return MaxlmError(message, where=where, fix=fix)
 
 
-def _is_deeper(values: Any, most: int) -> bool:
+def _is_deeper(values: object, max_depth: int) -> bool:
     """Whether values are nested deeper than so many levels."""
+    # Level by level, not by recursion, which is what the depth is limited for.
     level = [values]
-    for _ in range(most):
-        inside = []
+    for _ in range(max_depth):
+        children = []
         for value in level:
             if isinstance(value, dict):
-                inside.extend(value.values())
+                children.extend(value.values())
             elif isinstance(value, list):
-                inside.extend(value)
-        level = [value for value in inside if isinstance(value, dict | list)]
+                children.extend(value)
+        level = [child for child in children if isinstance(child, dict | list)]
         if not level:
             return False
     return True

@@ -44,42 +44,44 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         self, function: Callable[[Job], Result], jobs: Sequence[Job]
     ) -> Iterator[Result]:
         """See `TaskExecutor` (`maxlm.runtime.executor`)."""
-        # What does one job is left to a worker that has imported its modules, if there
-        # is one.
+        # A single job does not pay for starting a process, but one that runs already has
+        # imported what it needs.
         if self._workers == 1 or (len(jobs) < 2 and not self._pool):
             yield from map(function, jobs)
             return
         if self._pool is None:
             start_resource_tracker()
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, initializer=_begin)
+            self._pool = ProcessPoolExecutor(
+                self._workers, context, initializer=_prepare_worker
+            )
         pool = self._pool
-        named = (uuid.uuid4(), pickle.dumps(function))
-        waiting = iter(jobs)
-        busy = set[Future[Result]]()
-        finished = False
+        function_id = uuid.uuid4()
+        pickled = pickle.dumps(function)
+        waiting_jobs = iter(jobs)
+        futures: set[Future[Result]] = set()
+        has_finished = False
         try:
             while True:
-                with (
-                    block_signals()
-                ):  # Processes start with the first jobs, no more than these.
-                    for job in itertools.islice(waiting, 2 * self._workers - len(busy)):
-                        busy.add(pool.submit(run_pickled, *named, job))
-                if not busy:
-                    finished = True
+                num_free = 2 * self._workers - len(futures)
+                # Processes start with the first jobs, no more than there are.
+                with block_signals():
+                    for job in itertools.islice(waiting_jobs, num_free):
+                        futures.add(pool.submit(run_pickled, function_id, pickled, job))
+                if not futures:
+                    has_finished = True
                     return
-                done, busy = wait(busy, return_when=FIRST_COMPLETED)
+                done, futures = wait(futures, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
         except BrokenProcessPool as error:
             raise MaxlmError(
                 "a worker process died, most likely for want of memory",
                 fix="run it again with fewer workers; a script of your own must start "
-                "under "
-                "if __name__ == '__main__'",
+                "under if __name__ == '__main__'",
             ) from error
         finally:
-            if not finished:
+            if not has_finished:
                 self._stop()
 
     def require_on_workers(self, shared_folder: Path, packages: Sequence[str]) -> None:
@@ -89,7 +91,8 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         if self._pool:
             # Without their clearing up, which takes half a second: what is done is
             # done.
-            for process in list((self._pool._processes or {}).values()):
+            processes = self._pool._processes or {}
+            for process in list(processes.values()):
                 process.kill()
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -111,16 +114,13 @@ def use_one_tokenizer_thread() -> None:
 def tokenizer_thread_count() -> int:
     """Number of threads that ``encode_batch`` may use in this process."""
     # The `tokenizers` library's own switch, as it reads it.
-    serial = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in (
-        "0",
-        "false",
-        "off",
-        "no",
-    )
-    return 1 if serial else os.cpu_count() or 1
+    switch = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
+    if switch in ("0", "false", "off", "no"):
+        return 1
+    return os.cpu_count() or 1
 
 
-def _begin() -> None:
+def _prepare_worker() -> None:
     use_one_tokenizer_thread()
     ignore_signals()
     stop_with_parent()

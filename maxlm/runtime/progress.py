@@ -26,11 +26,13 @@ def show_progress(unit: str = "B") -> Iterator[Progress]:
     from rich import progress as rich_progress
     from rich.console import Console
 
-    amounts = [rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn()]
+    amounts: list[rich_progress.ProgressColumn] = [rich_progress.MofNCompleteColumn()]
+    if unit == "B":
+        amounts = [rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn()]
     columns = (
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
-        *(amounts if unit == "B" else [rich_progress.MofNCompleteColumn()]),
+        *amounts,
         rich_progress.TimeRemainingColumn(),
     )
     tasks: dict[str, rich_progress.TaskID] = {}
@@ -45,22 +47,27 @@ def show_progress(unit: str = "B") -> Iterator[Progress]:
 
 
 def _lines(unit: str) -> Progress:
-    began: dict[str, tuple[float, int]] = {}
-    shown: dict[str, float] = {}
+    first_calls: dict[str, tuple[float, int]] = {}
+    last_lines: dict[str, float] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         # What an earlier run had finished is not to count as speed.
-        start, already = began.setdefault(stage, (now, done))
-        if done < total and now - shown.get(stage, start) < _SECONDS_BETWEEN_LINES:
+        start, done_before = first_calls.setdefault(stage, (now, done))
+        seconds_since_line = now - last_lines.get(stage, start)
+        if done < total and seconds_since_line < _SECONDS_BETWEEN_LINES:
             return
-        shown[stage] = now
-        rate = (done - already) / max(now - start, 1e-9)
-        eta = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+        last_lines[stage] = now
+        rate = (done - done_before) / max(now - start, 1e-9)
         if unit == "B":
-            line = f"{stage}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s{eta}"
+            amounts = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"
+            speed = f"{rate / 1e6:.2f} MB/s"
         else:
-            line = f"{stage}: {done:,} of {total:,} {unit}, {rate:.2f} {unit}/s{eta}"
+            amounts = f"{done:,} of {total:,} {unit}"
+            speed = f"{rate:.2f} {unit}/s"
+        line = f"{stage}: {amounts}, {speed}"
+        if rate and done < total:
+            line += f", {(total - done) / rate:.0f} s left"
         print(line, file=sys.stderr, flush=True)
 
     return progress

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.pool import run_pickled, use_one_tokenizer_thread
+
+if TYPE_CHECKING:
+    import ray
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -74,14 +77,14 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             import ray
 
             if self._address is not None:
-                import grpc  # noqa: F401  # Ray's client needs it, and would fail with a traceback.
+                # Ray's client needs it, and would fail with a traceback.
+                import grpc  # noqa: F401
         except ImportError as error:
             message = (
                 f"{error.name or error} is not installed, which a Ray cluster needs"
             )
-            raise MaxlmError(
-                message, where="--on", fix="pip install 'maxlm[ray]'"
-            ) from error
+            fix = "pip install 'maxlm[ray]'"
+            raise MaxlmError(message, where="--on", fix=fix) from error
         if self._address is not None or not ray.is_initialized():
             _connect(self._address)
             self._is_connected_here = True
@@ -99,7 +102,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         context ends."""
         self._remove_marker()
         folder = shared_folder.expanduser().absolute()
-        # That of a killed command stays, empty: it might be of one that still runs.
+        # The marker of a killed command stays, an empty file: it might be of one that
+        # still runs.
         marker = folder / f".ray-{uuid.uuid4().hex}"
         with convert_write_errors(marker):
             marker.touch()
@@ -121,19 +125,19 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         task = ray.remote(_run_task)
         workspace = self._workspace
         function_id = uuid.uuid4()
-        waiting = iter(jobs)
-        busy: list[Any] = []
+        waiting_jobs = iter(jobs)
+        running: list[ray.ObjectRef] = []
         try:
             # Once for all tasks: the function may hold the names of a hundred thousand
             # shards.
             pickled = ray.put(pickle.dumps(function))
             while True:
-                num_free = self._count_tasks_to_submit() - len(busy)
-                for job in itertools.islice(waiting, max(0, num_free)):
-                    busy.append(task.remote(workspace, function_id, pickled, job))
-                if not busy:
+                num_free = self._count_tasks_to_submit() - len(running)
+                for job in itertools.islice(waiting_jobs, max(0, num_free)):
+                    running.append(task.remote(workspace, function_id, pickled, job))
+                if not running:
                     return
-                done, busy = ray.wait(busy)
+                done, running = ray.wait(running)
                 yield ray.get(done[0])
         except exceptions.RayTaskError as error:
             if isinstance(error.cause, exceptions.RaySystemError):
@@ -144,8 +148,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         finally:
             # Without a connection Ray would start another cluster here to cancel tasks
             # on.
-            if busy and ray.is_initialized():
-                _cancel_tasks(busy)
+            if running and ray.is_initialized():
+                _cancel_tasks(running)
 
     def _count_tasks_to_submit(self) -> int:
         """Tasks to be under way: without `workers` twice the CPUs, so that none of them
@@ -159,11 +163,14 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
 def _make_workspace(marker: Path | None, packages: Sequence[str]) -> _Workspace:
     names = dict.fromkeys(["maxlm", *packages])
-    versions = tuple((name, version(name)) for name in names)
-    return _Workspace(os.getcwd(), marker and str(marker), versions)
+    return _Workspace(
+        working_folder=os.getcwd(),
+        marker=None if marker is None else str(marker),
+        versions=tuple((name, version(name)) for name in names),
+    )
 
 
-def _cancel_tasks(references: Sequence[Any]) -> None:
+def _cancel_tasks(references: Sequence["ray.ObjectRef"]) -> None:
     """Ends tasks: none of them is to write when its folder is no longer locked."""
     import ray
     from ray import exceptions
@@ -182,6 +189,8 @@ def _connect(address: str | None) -> None:
     # A cluster that starts here reports its use to nobody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     place = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    # No dashboard of a cluster that starts here; another has what it has.
+    include_dashboard = None if address else False
     try:
         _check_that_one_listens(place)
         with warnings.catch_warnings():
@@ -190,16 +199,15 @@ def _connect(address: str | None) -> None:
                 address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                include_dashboard=None
-                if address
-                else False,  # Of a cluster that starts here.
+                include_dashboard=include_dashboard,
             )
+    # What Ray raises where it cannot connect.
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or _get_first_line(error)
         fix = (
             "start one with `ray start --head`, and give ray://HOST:PORT of its Ray "
-            "client server "
-            f"(port {_CLIENT_PORT} unless --ray-client-server-port says otherwise)"
+            f"client server (port {_CLIENT_PORT} unless --ray-client-server-port says "
+            "otherwise)"
         )
         # Ray's client does not say that a token was asked for.
         if isinstance(error, ConnectionError) and "timeout" in reason:
@@ -214,42 +222,44 @@ def _check_that_one_listens(address: str) -> None:
     """Raises OSError if nothing listens at the host and port of an address, if it has
     them: Ray itself would wait for half a minute, or for two."""
     url = urlsplit(address if "://" in address else f"//{address}")
-    port = url.port or (_CLIENT_PORT if url.scheme == "ray" else None)
+    default_port = _CLIENT_PORT if url.scheme == "ray" else None
+    port = url.port or default_port
     if url.hostname and port:
-        socket.create_connection(
-            (url.hostname, port), timeout=_SECONDS_TO_CONNECT
-        ).close()
+        target = (url.hostname, port)
+        socket.create_connection(target, timeout=_SECONDS_TO_CONNECT).close()
 
 
 def _make_cluster_error(error: Exception) -> MaxlmError:
     # Ray's client tells the reason in a line of its own.
     details = re.search(r'details = "(.*)"', str(error))
-    reason = (
-        details[1] if details else _get_first_line(error).removeprefix("System error: ")
-    )
+    if details:
+        reason = details[1]
+    else:
+        reason = _get_first_line(error).removeprefix("System error: ")
     if reason.startswith("No module named"):
         message = f"a machine of the Ray cluster cannot read its task ({reason})"
-        fix = f"install maxlm {version('maxlm')} as it is here on every machine of the cluster"
-    else:
-        is_lost = isinstance(error, ConnectionError)
-        event = (
-            "the Ray cluster is gone"
-            if is_lost
-            else "the Ray cluster gave up on a task"
-        )
-        message = f"{event} ({reason})"
         fix = (
-            "look at `ray status` and at the memory of its machines, then run the "
-            "command again: "
-            "it goes on where it stopped"
+            f"install maxlm {version('maxlm')} as it is here on every machine of the "
+            "cluster"
         )
-    return MaxlmError(message, where="--on", fix=fix)
+        return MaxlmError(message, where="--on", fix=fix)
+    event = "the Ray cluster gave up on a task"
+    if isinstance(error, ConnectionError):
+        event = "the Ray cluster is gone"
+    fix = (
+        "look at `ray status` and at the memory of its machines, then run the command "
+        "again: it goes on where it stopped"
+    )
+    return MaxlmError(f"{event} ({reason})", where="--on", fix=fix)
 
 
 def _get_first_line(error: Exception) -> str:
-    """Returns an error's first line, and of a traceback the last."""
+    """Returns an error's first line, and the last too where the first announces
+    more."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") else lines[0]
+    if lines[0].endswith(":"):
+        return f"{lines[0]} {lines[-1].strip()}"
+    return lines[0]
 
 
 def _run_task(
@@ -270,18 +280,21 @@ def _enter_workspace(workspace: _Workspace) -> None:
         message = f"a Ray worker on {host} does not see this folder ({error.strerror})"
         fix = "run the command in a folder that all machines of the cluster share"
         raise MaxlmError(message, where=workspace.working_folder, fix=fix) from error
-    marker = workspace.marker and Path(workspace.marker)
-    if marker and not marker.exists():
+    if workspace.marker is not None and not os.path.exists(workspace.marker):
         message = f"a Ray worker on {host} does not see what is written to this folder"
         fix = "put it on a disk that all machines of the cluster have under this path"
-        raise MaxlmError(message, where=str(marker.parent), fix=fix)
+        folder = os.path.dirname(workspace.marker)
+        raise MaxlmError(message, where=folder, fix=fix)
     for name, expected in workspace.versions:
         try:
             installed = version(name)
         except PackageNotFoundError:
             installed = "none"
         if installed != expected:
-            message = f"a Ray worker on {host} has {name} {installed}, and this machine {expected}"
+            message = (
+                f"a Ray worker on {host} has {name} {installed}, and this machine "
+                f"{expected}"
+            )
             fix = f"pip install '{name}=={expected}' on every machine of the cluster"
             raise MaxlmError(message, where="--on", fix=fix)
     use_one_tokenizer_thread()

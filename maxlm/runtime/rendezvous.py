@@ -24,8 +24,9 @@ class Connection:
     """Messages over one socket, each a JSON object on a line."""
 
     def __init__(self, connected: socket.socket):
-        self._socket, self._reader = connected, connected.makefile("rb")
-        self._lock = threading.Lock()
+        self._socket = connected
+        self._reader = connected.makefile("rb")
+        self._lock = threading.Lock()  # Two threads may send at once.
 
     def send(self, message: Mapping[str, Any]) -> None:
         # Whoever does not get it is gone, which its reader notices.
@@ -52,11 +53,16 @@ class Connection:
         silent for so long, even while Python is busy."""
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        idle, interval = (max(1, round(timeout_seconds / part)) for part in (2, 8))
-        settings = {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": 4}
-        settings["TCP_USER_TIMEOUT"] = round(timeout_seconds * 1000)
+        # The first probe after half of the time; the other half is for four of them.
+        settings = {
+            "TCP_KEEPIDLE": max(1, round(timeout_seconds / 2)),
+            "TCP_KEEPINTVL": max(1, round(timeout_seconds / 8)),
+            "TCP_KEEPCNT": 4,
+            "TCP_USER_TIMEOUT": round(timeout_seconds * 1000),
+        }
         for name, value in settings.items():
-            if option := getattr(socket, name, None):  # Linux has them all
+            option = getattr(socket, name, None)
+            if option is not None:  # Linux has them all
                 self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def close(self) -> None:
@@ -75,9 +81,9 @@ def join_processes(
     """Meets the other processes, whose ``must_match`` (JSON values by name) must be the
     same; raises ProcessLost if one does not come within ``wait_seconds``.
     """
-    return (_connect if cluster.process_id else _accept_all)(
-        cluster, must_match, wait_seconds
-    )
+    if cluster.process_id == 0:
+        return _accept_all(cluster, must_match, wait_seconds)
+    return _connect(cluster, must_match, wait_seconds)
 
 
 def check_processes_match(
@@ -85,39 +91,41 @@ def check_processes_match(
 ) -> None:
     """Raises MaxlmError if processes disagree, with each one's value of the first that
     differs."""
-    names = dict.fromkeys(name for each in process_values for name in each)
-    values = {
-        name: [each.get(name, ABSENT) for each in process_values] for name in names
-    }
-    differing = [
-        name for name, each in values.items() if any(value != each[0] for value in each)
-    ]
+    names = dict.fromkeys(name for values in process_values for name in values)
+    differing = []
+    for name in names:
+        first_value = process_values[0].get(name, ABSENT)
+        if any(values.get(name, ABSENT) != first_value for values in process_values):
+            differing.append(name)
     if not differing:
         return
-    name, *others = differing
-    groups: dict[str, list[int]] = {}
-    for process, value in enumerate(values[name]):
+    first_name, *other_names = differing
+    processes_by_value: dict[str, list[int]] = {}
+    for process, values in enumerate(process_values):
+        value = values.get(first_name, ABSENT)
         text = value if isinstance(value, str) else json.dumps(value)
-        groups.setdefault(text[:200], []).append(process)
-    words = [
-        f"{text} on {describe_processes(hosts, who)}" for text, who in groups.items()
+        processes_by_value.setdefault(text[:200], []).append(process)
+    parts = [
+        f"{text} on {describe_processes(hosts, processes)}"
+        for text, processes in processes_by_value.items()
     ]
-    if others:
-        words.append(f"and on {', '.join(others[:4])}{_more(others, 4)}")
-    what = f"hosts disagree on {name}: {'; '.join(words)}"
-    raise MaxlmError(
-        what, fix="start all hosts with the same software, config and kind of machine"
-    )
+    if other_names:
+        more = _count_more(other_names, 4)
+        parts.append(f"and on {', '.join(other_names[:4])}{more}")
+    message = f"hosts disagree on {first_name}: {'; '.join(parts)}"
+    fix = "start all hosts with the same software, config and kind of machine"
+    raise MaxlmError(message, fix=fix)
 
 
 def describe_processes(hosts: Sequence[str], processes: Sequence[int]) -> str:
     """``process 0 (node1) and process 1 (node2)``, of many the first four."""
-    words = [f"process {process} ({hosts[process]})" for process in processes[:4]]
-    return " and ".join(words) + _more(processes, 4)
+    described = [f"process {process} ({hosts[process]})" for process in processes[:4]]
+    return " and ".join(described) + _count_more(processes, 4)
 
 
-def _more(items: Sequence[Any], shown: int) -> str:
-    return f" and {len(items) - shown} more" if len(items) > shown else ""
+def _count_more(items: Sequence[object], num_shown: int) -> str:
+    num_more = len(items) - num_shown
+    return f" and {num_more} more" if num_more > 0 else ""
 
 
 def _accept_all(
@@ -125,51 +133,56 @@ def _accept_all(
 ) -> JoinedProcesses:
     """Process 0: listens until all have connected."""
     deadline = time.monotonic() + seconds
-    hosts = {0: socket.gethostname()}
-    connections = dict[int, Connection]()
-    all_facts = {0: facts}
-    accepted = list[Connection]()
+    host_by_process = {0: socket.gethostname()}
+    facts_by_process = {0: facts}
+    connections: dict[int, Connection] = {}
+    # All that called, those too that died since or are not of the run.
+    accepted: list[Connection] = []
     try:
         with _listen(cluster, deadline) as server:
-            while len(hosts) < cluster.num_processes:
+            while len(host_by_process) < cluster.num_processes:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 caller = None
                 with suppress(TimeoutError):
-                    caller = Connection(server.accept()[0])
+                    connected, _ = server.accept()
+                    caller = Connection(connected)
                 # Those that died while they waited are started again.
-                for process in [
-                    p for p, each in connections.items() if each.is_closed()
-                ]:
-                    del hosts[process], connections[process]
+                for process, connection in list(connections.items()):
+                    if connection.is_closed():
+                        del host_by_process[process]
+                        del connections[process]
                 if caller is None:
-                    raise _missing_error(cluster, hosts, seconds)
+                    raise _make_missing_error(cluster, host_by_process, seconds)
                 accepted.append(caller)
                 match caller.receive(NOTICE_SECONDS):
                     case {
                         "process": int(process),
                         "count": int(count),
                         "host": host,
-                        "facts": own,
+                        "facts": caller_facts,
                     }:
-                        _check_greeting(cluster, hosts, process, count, host)
-                        hosts[process], connections[process] = host, caller
-                        all_facts[process] = own
+                        _check_greeting(cluster, host_by_process, process, count, host)
+                        host_by_process[process] = host
+                        connections[process] = caller
+                        facts_by_process[process] = caller_facts
                     case _:  # not one of the run's processes
                         caller.close()
-        names = [hosts[process] for process in range(cluster.num_processes)]
+        processes = range(cluster.num_processes)
+        hosts = [host_by_process[process] for process in processes]
         check_processes_match(
-            names, [all_facts[process] for process in range(len(names))]
+            hosts, [facts_by_process[process] for process in processes]
         )
     except MaxlmError as error:
+        refusal = {
+            "refused": [error.message, error.where, error.fix],
+            "lost": isinstance(error, ProcessLost),
+        }
         for connection in accepted:
-            refused = [error.what, error.where, error.fix]
-            connection.send(
-                {"refused": refused, "lost": isinstance(error, ProcessLost)}
-            )
+            connection.send(refusal)
         raise
     for connection in connections.values():
-        connection.send({"hosts": names})
-    return names, connections
+        connection.send({"hosts": hosts})
+    return hosts, connections
 
 
 def _connect(
@@ -177,19 +190,21 @@ def _connect(
 ) -> JoinedProcesses:
     """Other processes: connect to process 0 until it answers, which it does once all
     are there."""
+    own_host = socket.gethostname()
     greeting = {
         "process": cluster.process_id,
         "count": cluster.num_processes,
         "facts": facts,
+        "host": own_host,
     }
-    greeting["host"] = socket.gethostname()
     host, _, port = cluster.coordinator.rpartition(":")
     address = (host.strip("[]"), int(port))
-    began = time.monotonic()
+    start = time.monotonic()
     while True:
         try:
-            left = began + seconds - time.monotonic()
-            connected = socket.create_connection(address, min(max(left, 1), 10))
+            seconds_left = start + seconds - time.monotonic()
+            timeout = min(max(seconds_left, 1), 10)
+            connected = socket.create_connection(address, timeout)
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(connected)
             connection.send(greeting)
@@ -198,20 +213,18 @@ def _connect(
             if "hosts" in answer:
                 return answer["hosts"], {0: connection}
             if "refused" in answer:
-                what, where, fix = answer["refused"]
-                raise (ProcessLost if answer["lost"] else MaxlmError)(
-                    what, where=where, fix=fix
-                )
+                message, where, fix = answer["refused"]
+                error_class = ProcessLost if answer["lost"] else MaxlmError
+                raise error_class(message, where=where, fix=fix)
             connection.close()
             problem = "something there does not answer as process 0 would"
         except OSError as error:
             problem = str(error.strerror or error)
-        passed = time.monotonic() - began
-        if passed > seconds:
+        seconds_passed = time.monotonic() - start
+        if seconds_passed > seconds:
             raise ProcessLost(
-                f"process {cluster.process_id} on {greeting['host']} cannot reach "
-                f"process 0 at "
-                f"{cluster.coordinator}: {problem} (tried for {passed:.0f} s)",
+                f"process {cluster.process_id} on {own_host} cannot reach process 0 at "
+                f"{cluster.coordinator}: {problem} (tried for {seconds_passed:.0f} s)",
                 fix="check that process 0 runs there, and that the port is open "
                 "between the hosts",
             )
@@ -224,47 +237,50 @@ def _check_greeting(
     if count != cluster.num_processes:
         raise MaxlmError(
             f"processes disagree on how many they are: process {process} on {host} "
-            f"says {count}, "
-            f"process 0 on {hosts[0]} says {cluster.num_processes}",
+            f"says {count}, process 0 on {hosts[0]} says {cluster.num_processes}",
             fix="give all of them the same number",
         )
     if process in hosts:
-        what = f"two processes say that they are process {process}: on {hosts[process]} and {host}"
-        raise MaxlmError(what, fix="give each a process id of its own")
+        message = (
+            f"two processes say that they are process {process}: on {hosts[process]} "
+            f"and {host}"
+        )
+        raise MaxlmError(message, fix="give each a process id of its own")
 
 
-def _missing_error(
+def _make_missing_error(
     cluster: Cluster, hosts: Mapping[int, str], seconds: float
 ) -> ProcessLost:
     count = cluster.num_processes
-    came = ", ".join(f"{process} ({hosts[process]})" for process in sorted(hosts)[:8])
-    absent = [str(process) for process in range(count) if process not in hosts]
-    missing = ", ".join(absent[:8]) + _more(absent, 8)
+    present = sorted(hosts)
+    absent = [process for process in range(count) if process not in hosts]
+    came = ", ".join(f"{process} ({hosts[process]})" for process in present[:8])
+    missing = ", ".join(str(process) for process in absent[:8])
     return ProcessLost(
         f"waited {seconds:g} s at {cluster.coordinator}: {len(hosts)} of {count} "
-        f"processes came: "
-        f"{came}; missing: {missing}",
+        f"processes came: {came}; missing: {missing}{_count_more(absent, 8)}",
         fix="see the logs of the missing, and whether they can reach that address",
     )
 
 
 def _listen(cluster: Cluster, deadline: float) -> socket.socket:
     """Returns a socket on the coordinator's port, once it is free."""
-    port = int(cluster.coordinator.rpartition(":")[2])
-    dual = socket.has_dualstack_ipv6()
-    how: dict[str, Any] = {
-        "backlog": max(128, cluster.num_processes),
-        "dualstack_ipv6": dual,
-    }
-    how["family"] = socket.AF_INET6 if dual else socket.AF_INET
+    _, _, port = cluster.coordinator.rpartition(":")
+    is_dual_stack = socket.has_dualstack_ipv6()
     while True:
         try:
-            return socket.create_server(("", port), **how)
+            return socket.create_server(
+                ("", int(port)),
+                family=socket.AF_INET6 if is_dual_stack else socket.AF_INET,
+                backlog=max(128, cluster.num_processes),
+                dualstack_ipv6=is_dual_stack,
+            )
         except OSError as error:
             if time.monotonic() > deadline:
-                what = (
-                    f"process 0 on {socket.gethostname()} cannot listen on port {port}"
+                message = (
+                    f"process 0 on {socket.gethostname()} cannot listen on port "
+                    f"{port}: {error.strerror}"
                 )
                 fix = "end what uses it there, or choose another port"
-                raise MaxlmError(f"{what}: {error.strerror}", fix=fix) from None
+                raise MaxlmError(message, fix=fix) from None
         time.sleep(_RETRY_SECONDS)

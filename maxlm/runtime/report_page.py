@@ -17,15 +17,15 @@ def write_report_page(
 ) -> None:
     """Writes ``report_head.html`` and a package's ``report.html``, with the title and
     data, atomically."""
-    names = {"maxlm.runtime": "report_head.html", package: "report.html"}
-    page = "".join(
-        files(each).joinpath(name).read_text("utf-8") for each, name in names.items()
-    )
+    head = files("maxlm.runtime").joinpath("report_head.html").read_text("utf-8")
+    body = files(package).joinpath("report.html").read_text("utf-8")
     # No "<" at all: "</script" would end the element, and "<!--<script" would keep it
     # open.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    parts = {"{{title}}": escape(title), "{{data}}": text}
+    values = {"{{title}}": escape(title), "{{data}}": text}
     # In one pass: a title may itself read "{{data}}".
-    page = re.sub(r"\{\{(?:title|data)\}\}", lambda found: parts[found.group()], page)
+    page = re.sub(
+        r"\{\{(?:title|data)\}\}", lambda match: values[match.group()], head + body
+    )
     with replace_file(path.absolute()) as new:
         new.write_text(page, "utf-8")

@@ -34,7 +34,8 @@ from maxlm.runtime.rendezvous import (
     join_processes,
 )
 
-FAILED, _INTERRUPTED = 1, 130
+FAILED = 1
+_INTERRUPTED = 130
 
 
 @contextmanager
@@ -76,27 +77,31 @@ def distributed_session(
         yield
     except KeyboardInterrupt:
         peers.abort_all_processes(_INTERRUPTED, "interrupted")
+    # Whatever ends this process, the others would wait for it forever.
     except BaseException as error:
-        known = find_user_error(error)
-        if known and known.on_all_processes:
+        user_error = find_user_error(error)
+        if user_error and user_error.on_all_processes:
             peers.leave()
             raise
         # A file that needs all processes was not written because one is gone: no
         # mistake.
-        if lost := describe_lost_peer(error.__cause__ if known else error):
-            peers.abort_all_processes(LOST, lost)
-        if known:
-            print(f"error: {known}", file=sys.stderr, flush=True)
-            peers.abort_all_processes(known.exit_code, str(known))
+        cause = error.__cause__ if user_error else error
+        if lost_peer := describe_lost_peer(cause):
+            peers.abort_all_processes(LOST, lost_peer)
+        if user_error:
+            print(f"error: {user_error}", file=sys.stderr, flush=True)
+            peers.abort_all_processes(user_error.exit_code, str(user_error))
         traceback.print_exc()
         peers.abort_all_processes(FAILED, repr(error))
     peers.leave()
 
 
 def _check_same_devices(peers: "Peers") -> None:
-    devices = [jax.local_devices(process) for process in range(jax.process_count())]
+    facts = []
+    for process in range(jax.process_count()):
+        devices = jax.local_devices(process)
+        facts.append({"devices": f"{len(devices)} {devices[0].device_kind}"})
     try:
-        facts = [{"devices": f"{len(own)} {own[0].device_kind}"} for own in devices]
         check_processes_match(peers.hosts, facts)
     except MaxlmError as error:
         error.on_all_processes = True  # each sees all devices
@@ -109,25 +114,27 @@ class Peers:
     def __init__(
         self, cluster: Cluster, hosts: list[str], connections: Mapping[int, Connection]
     ):
-        self.cluster, self.hosts = cluster, hosts
-        self._connections = (
-            connections  # process 0 has one to each, the others one to it
-        )
-        self._ending, self._lead_left = threading.Lock(), threading.Event()
+        self.cluster = cluster
+        self.hosts = hosts
+        self._connections = connections
+        """Process 0 has one to each, the others one to it."""
+        self._ending = threading.Lock()
+        self._process_0_left = threading.Event()
         self._exit_code: queue.SimpleQueue[int] = queue.SimpleQueue()
         threading.Thread(target=self._enforce_exit, daemon=True).start()
         for process, connection in connections.items():
-            threading.Thread(
+            listener = threading.Thread(
                 target=self._listen, args=(process, connection), daemon=True
-            ).start()
+            )
+            listener.start()
 
     def leave(self) -> None:
         """Says that this process is done, as all processes are; it may then exit with
         any code, for which JAX waits until the others have left too. Process 0, which
         may have files to copy, is the first: JAX would abort it if one that has left
         were killed."""
-        if self.cluster.process_id:
-            self._lead_left.wait()
+        if self.cluster.process_id != 0:
+            self._process_0_left.wait()
         self._send({"left": True})
 
     def abort_all_processes(self, code: int, text: str) -> NoReturn:
@@ -139,33 +146,33 @@ class Peers:
         """
         if code in (FAILED, LOST):
             time.sleep(NOTICE_SECONDS)
-        own = describe_processes(self.hosts, [self.cluster.process_id])
-        self._end(code, f"{own}: {text}", None)
+        this_process = describe_processes(self.hosts, [self.cluster.process_id])
+        self._end(code, f"{this_process}: {text}", None)
 
     def _listen(self, process: int, connection: Connection) -> None:
         has_left = False
         while message := connection.receive(None):
             if "left" in message:
                 has_left = True
-                self._lead_left.set()  # of no use on process 0
+                self._process_0_left.set()  # of no use on process 0
             elif "ended" in message:
                 self._end(int(message["ended"]), str(message.get("text")), process)
         if not has_left:
-            gone = f"{describe_processes(self.hosts, [process])} is gone"
-            self._end(
-                LOST, f"{gone}; the state is that of the last checkpoint", process
-            )
+            peer = describe_processes(self.hosts, [process])
+            text = f"{peer} is gone; the state is that of the last checkpoint"
+            self._end(LOST, text, process)
 
-    def _end(self, code: int, text: str, told_by: int | None) -> NoReturn:
-        """Ends this process and, by a message, the others."""
-        self._ending.acquire()  # once: the first reason is the cause of the others
-        self._send({"ended": code, "text": text}, except_for=told_by)
+    def _end(self, code: int, text: str, heard_from: int | None) -> NoReturn:
+        """Ends this process and, by a message, the others. ``heard_from``: the process
+        whose message, or silence, is the reason; None: this one."""
+        # Once, and never released: the first reason is the cause of the others.
+        self._ending.acquire()
+        self._send({"ended": code, "text": text}, except_for=heard_from)
         if self.cluster.process_id == 0:
-            time.sleep(
-                NOTICE_SECONDS / 2
-            )  # JAX aborts processes when its service is gone
+            # JAX aborts processes when its service, which runs here, is gone.
+            time.sleep(NOTICE_SECONDS / 2)
         self._exit_code.put(code)
-        if told_by is not None:
+        if heard_from is not None:
             with suppress(OSError):
                 os.write(2, f"error: {text}\n".encode())
         with suppress(OSError, ValueError):
@@ -215,8 +222,9 @@ def join_cluster(
     try:
         _start_jax(cluster, wait_seconds, peer_timeout_seconds)
     except RuntimeError as error:
-        what = f"JAX's distributed runtime did not start ({' '.join(str(error).split())[:200]})"
-        raise ProcessLost(what, fix="start the processes again") from error
+        reason = " ".join(str(error).split())[:200]
+        message = f"JAX's distributed runtime did not start ({reason})"
+        raise ProcessLost(message, fix="start the processes again") from error
     return peers
 
 
@@ -227,18 +235,27 @@ def describe_lost_peer(error: BaseException | None) -> str | None:
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError", "ValueError"):
         return None
     text = " ".join(str(error).split())
-    signs = r"gloo|nccl|socket closed|connection (reset|closed|refused)|coordination ?service"
-    if not re.search(signs, text, re.IGNORECASE):
+    network_error = (
+        r"gloo|nccl|socket closed|connection (reset|closed|refused)"
+        r"|coordination ?service"
+    )
+    if not re.search(network_error, text, re.IGNORECASE):
         return None
-    return f"a peer cannot be reached; the state is that of the last checkpoint ({text[:200]})"
+    return (
+        "a peer cannot be reached; the state is that of the last checkpoint "
+        f"({text[:200]})"
+    )
 
 
 def _start_jax(cluster: Cluster, wait_seconds: float, peer_seconds: float) -> None:
     # A proxy set for the web is no way to a host beside this one; gRPC would take it,
     # and hang.
-    host = cluster.coordinator.rpartition(":")[0].strip("[]")
-    exempt = filter(None, (os.environ.get("no_grpc_proxy"), host))  # noqa: SIM112
-    os.environ["no_grpc_proxy"] = ",".join(exempt)  # noqa: SIM112
+    host, _, _ = cluster.coordinator.rpartition(":")
+    exempt_hosts = [host.strip("[]")]
+    earlier = os.environ.get("no_grpc_proxy")  # noqa: SIM112
+    if earlier:
+        exempt_hosts.insert(0, earlier)
+    os.environ["no_grpc_proxy"] = ",".join(exempt_hosts)  # noqa: SIM112
     jax.config.update("jax_check_proxy_envs", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM for itself.

@@ -27,11 +27,11 @@ STOP_SIGNALS = (signal.SIGINT, *PREEMPTION_SIGNALS)
 def block_signals() -> Iterator[None]:
     """Blocks the stop signals in this thread and in processes and threads that it
     starts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def start_resource_tracker() -> None:
@@ -84,11 +84,12 @@ def _is_starting_worker(process: Path) -> bool:
     except OSError:  # It has just ended.
         return False
     is_worker = b"--multiprocessing-fork" in command.split(b"\0")
-    masks = [
+    # The mask of blocked signals, in hexadecimal; bit n - 1 is signal n.
+    (mask,) = (
         line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:")
-    ]
-    blocked = int(masks[0], 16)
-    return is_worker and bool(blocked >> (signal.SIGTERM - 1) & 1)
+    )
+    blocks_sigterm = bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+    return is_worker and blocks_sigterm
 
 
 class StopRequest(IntFlag):
@@ -144,10 +145,10 @@ class SignalHandler:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        again = StopRequest.INTERRUPT in self.request
+        is_second_interrupt = StopRequest.INTERRUPT in self.request
         is_interrupt = number == signal.SIGINT
         self.request |= StopRequest.INTERRUPT if is_interrupt else StopRequest.PREEMPT
-        if is_interrupt and (again or not self._deferring):
+        if is_interrupt and (is_second_interrupt or not self._deferring):
             raise KeyboardInterrupt
         self._last_signal = signal.Signals(number)
         if not self._deferring:
@@ -161,10 +162,10 @@ def handle_signals(folder: str) -> Iterator[SignalHandler]:
     alone. Raises Preempted, which names the run's folder, for a scheduler's signal that
     no loop deferred."""
     handler = SignalHandler()
-    before = {}
+    previous_handlers = {}
     with suppress(ValueError):  # Not the main thread.
         for number in STOP_SIGNALS:
-            before[number] = signal.signal(number, handler._handle)
+            previous_handlers[number] = signal.signal(number, handler._handle)
     try:
         yield handler
     except _SignalReceived as received:
@@ -174,5 +175,5 @@ def handle_signals(folder: str) -> Iterator[SignalHandler]:
             fix="run the same command to resume",
         ) from None
     finally:
-        for number, previous in before.items():
+        for number, previous in previous_handlers.items():
             signal.signal(number, previous)

@@ -12,10 +12,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import hash_file
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 Place = Path | str
 """A folder's path, or an object store's URL without a slash at its end."""
@@ -28,15 +31,15 @@ def to_place(path: Path | str) -> Place:
     """Returns the place of a path or URL; raises MaxlmError for a URL of another
     kind."""
     # Also from a Path, which has made one slash of two.
-    match = re.fullmatch(r"([a-z0-9+]+):/+([^/]+(?:/.*?)?)/*", str(path))
-    if match is None:
+    url = re.fullmatch(r"([a-z0-9+]+):/+([^/]+(?:/.*?)?)/*", str(path))
+    if url is None:
         return Path(path)
-    if match[1] not in _DRIVERS:
+    scheme, rest = url.groups()
+    if scheme not in _DRIVERS:
+        message = f"stores cannot be read from {scheme}://"
         fix = "give a folder, or a URL that begins with gs:// or s3://"
-        raise MaxlmError(
-            f"stores cannot be read from {match[1]}://", where=str(path), fix=fix
-        )
-    return f"{match[1]}://{match[2]}"
+        raise MaxlmError(message, where=str(path), fix=fix)
+    return f"{scheme}://{rest}"
 
 
 def join_place(place: Place, name: str) -> Place:
@@ -46,11 +49,9 @@ def join_place(place: Place, name: str) -> Place:
 
 def get_read_failure_fix(place: Place, disk_fix: str) -> str:
     """Returns the fix for a place that cannot be read: `disk_fix` for a folder."""
-    return (
-        disk_fix
-        if isinstance(place, Path)
-        else "check the URL, the network and the credentials"
-    )
+    if isinstance(place, Path):
+        return disk_fix
+    return "check the URL, the network and the credentials"
 
 
 def make_kvstore_spec(place: Place, *, long_retries: bool = True) -> dict[str, Any]:
@@ -64,22 +65,23 @@ def make_kvstore_spec(place: Place, *, long_retries: bool = True) -> dict[str, A
         return {"driver": "file", "path": f"{place.resolve()}/"}
     scheme, _, rest = place.partition("://")
     bucket, _, path = rest.partition("/")
+    driver = _DRIVERS[scheme]
     spec: dict[str, object] = {
-        "driver": _DRIVERS[scheme],
+        "driver": driver,
         "bucket": bucket,
         "path": f"{path}/" if path else "",
     }
     if scheme == "s3":
-        names = {"endpoint": "AWS_ENDPOINT_URL", "aws_region": "AWS_REGION"}
-        spec |= {
-            key: os.environ[name] for key, name in names.items() if os.environ.get(name)
-        }
-        if os.environ.get(
-            "AWS_ACCESS_KEY_ID"
-        ):  # Else a missing ~/.aws is told of at each read.
+        if os.environ.get("AWS_ENDPOINT_URL"):
+            spec["endpoint"] = os.environ["AWS_ENDPOINT_URL"]
+        if os.environ.get("AWS_REGION"):
+            spec["aws_region"] = os.environ["AWS_REGION"]
+        # Where they are in the environment, look nowhere else: TensorStore would log a
+        # missing ~/.aws at each read.
+        if os.environ.get("AWS_ACCESS_KEY_ID"):
             spec["aws_credentials"] = {"type": "environment"}
     if not long_retries:
-        spec[f"{_DRIVERS[scheme]}_request_retries"] = _FEW_RETRIES
+        spec[f"{driver}_request_retries"] = _FEW_RETRIES
     return spec
 
 
@@ -87,11 +89,11 @@ def read_file(place: Place, name: str) -> bytes:
     """Returns the bytes of a file in a place; raises OSError if it cannot be read."""
     if isinstance(place, Path):
         return (place / name).read_bytes()
-    with _storage_errors():
-        found = _open(place).read(name).result()
-    if found.state != "value":
+    with _convert_storage_errors():
+        result = _open(place).read(name).result()
+    if result.state != "value":
         raise FileNotFoundError(f"there is no {name} in {place}")
-    return found.value
+    return result.value
 
 
 def hash_stored_file(place: Place, name: str) -> str:
@@ -106,13 +108,13 @@ def download_folder(place: Place, name: str, to: Path) -> None:
     """Copy the files below folder `name` of an object store into the folder `to`;
     raises OSError if one cannot be read or written."""
     folder = join_place(place, name)
-    with _storage_errors():
+    with _convert_storage_errors():
         keys = [key.decode() for key in _open(folder).list().result()]
     for key in keys:
-        if not key or key.endswith(
-            "/"
-        ):  # Some tools put an empty object where a folder is.
+        # Some tools put an empty object where a folder is.
+        if not key or key.endswith("/"):
             continue
+        # Such a name would lead out of the folder.
         if ".." in key.split("/") or key.startswith("/"):
             raise OSError(f"there is an object with the name {key!r}")
         (to / key).parent.mkdir(parents=True, exist_ok=True)
@@ -120,15 +122,17 @@ def download_folder(place: Place, name: str, to: Path) -> None:
 
 
 @contextmanager
-def _storage_errors() -> Iterator[None]:
+def _convert_storage_errors() -> Iterator[None]:
     """Turns TensorStore's errors into OSError, in one line."""
     try:
         yield
     except ValueError as error:
-        raise OSError(str(error).split(" [")[0].splitlines()[0]) from error
+        # Behind " [" it says where in its source the error arose.
+        reason = str(error).split(" [")[0].splitlines()[0]
+        raise OSError(reason) from error
 
 
-def _open(place: Place):
+def _open(place: Place) -> "ts.KvStore":
     import tensorstore as ts
 
     return ts.KvStore.open(make_kvstore_spec(place, long_retries=False)).result()

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from maxlm.config import MaxlmError
 from maxlm.run.reporting_config import ReportingConfig, WandbConfig
-from maxlm.runtime.files import check_file_exists, convert_write_errors, replace_file
+from maxlm.runtime.files import check_run_not_moved, convert_write_errors, replace_file
 from maxlm.train.prometheus import PrometheusSink
 
 Numbers = Mapping[str, float]
@@ -288,7 +288,7 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a record behind the others, whole or not at all; on return the system has
     it."""
     with convert_write_errors(path):
-        check_file_exists(path)
+        check_run_not_moved(path)
         size = path.stat().st_size
         try:
             with path.open("ab") as file:

@@ -22,7 +22,7 @@ from maxlm.data.rows import RowSource
 from maxlm.run.config import RunConfig
 from maxlm.runtime.collectives import all_gather_json
 from maxlm.runtime.files import (
-    check_file_exists,
+    check_run_not_moved,
     convert_write_errors,
     lock_folder,
     replace_file,
@@ -114,7 +114,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
             yield
         except Exception:
             if not note.exists():  # Whatever failed, that is why.
-                check_file_exists(folder / "config.yaml")
+                check_run_not_moved(folder / "config.yaml")
             raise
         finally:
             note.unlink(missing_ok=True)
@@ -145,7 +145,7 @@ def write_refused_rows(folder: Path, sources: Mapping[str, BatchSource]) -> None
             record = {
                 "rows": name,
                 "where": error.where,
-                "fault": error.what,
+                "fault": error.message,
                 "fix": error.fix,
             }
             lines.append(f"{json.dumps(record)}\n")

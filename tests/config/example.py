@@ -18,8 +18,10 @@ class Model(Config):
     @model_validator(mode="after")
     def _check(self):
         if self.num_heads % self.num_kv_heads:
-            what = f"num_heads={self.num_heads} is not divisible by {self.num_kv_heads}"
-            raise MaxlmError(what, fix="choose a divisor")
+            message = (
+                f"num_heads={self.num_heads} is not divisible by {self.num_kv_heads}"
+            )
+            raise MaxlmError(message, fix="choose a divisor")
         return self
 
 

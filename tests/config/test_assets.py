@@ -32,7 +32,7 @@ def test_an_asset(root):
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "shipped"),
     [
         ("demo", "runs/demo"),
         ("configs/runs/demo.yaml", "runs/demo"),
@@ -41,8 +41,8 @@ def test_an_asset(root):
         ("models/llama", "models/llama"),
     ],
 )
-def test_resolve_config(root, name, found):
-    assert resolve_config(name) == root / "configs" / f"{found}.yaml"
+def test_resolve_config(root, name, shipped):
+    assert resolve_config(name) == root / "configs" / f"{shipped}.yaml"
 
 
 def test_a_file_of_the_users_comes_before_a_shipped_one(root):

@@ -60,10 +60,10 @@ def test_the_same_at_any_depth_and_names_that_are_paths(settings, at):
 
 
 def test_what_means_the_type_still_passes():
-    found = Nested.model_validate(
+    config = Nested.model_validate(
         {"counts": {"a": [2e9, 3]}, "flags": ["yes", "off", True]}
     )
-    assert (found.counts, found.flags) == (
+    assert (config.counts, config.flags) == (
         {"a": (2_000_000_000, 3.0)},
         (True, False, True),
     )

@@ -173,10 +173,10 @@ def test_a_replaced_value_forgets_what_it_replaced(write):
 )
 def test_overrides_are_yaml(override, value):
     loaded = load_config(Run, None, [override])
-    found = get_descendant(
+    read_value = get_descendant(
         loaded.value.model_dump(mode="json"), split_key(override.partition("=")[0])
     )
-    assert (found, type(found)) == (value, type(value))
+    assert (read_value, type(read_value)) == (value, type(value))
 
 
 def test_overrides_apply_in_order_and_mappings_merge(write):

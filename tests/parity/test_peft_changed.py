@@ -658,7 +658,7 @@ def test_a_changed_adapter_is_pefts_model_or_refused(
     if case.outcome == REFUSED:
         with pytest.raises(MaxlmError) as caught:
             run_ours(originals.opened[base], tmp_path, one_device_mesh)
-        assert "\n" not in str(caught.value.what)
+        assert "\n" not in str(caught.value.message)
         return
     found = run_ours(originals.opened[base], tmp_path, one_device_mesh)
     wanted = run_peft(originals.bases[base], tmp_path)

@@ -51,15 +51,15 @@ def add_up(action: str) -> None:
     mesh = jax.make_mesh((count,), ("data",), devices=[*jax.devices()])
     split = jax.NamedSharding(mesh, jax.P("data"))
     whole = jax.NamedSharding(mesh, jax.P())
-    own = jax.make_array_from_process_local_data(split, np.float32([number + 1]))
+    values = jax.make_array_from_process_local_data(split, np.float32([number + 1]))
     total = jax.jit(jnp.sum, out_shardings=whole)
-    print(f"process {number} of {count}: {float(total(own)):g}", flush=True)
+    print(f"process {number} of {count}: {float(total(values)):g}", flush=True)
     while action != "late":
         if action == "busy":
             for _ in range(10_000_000):
                 pass
         else:
-            total(own).block_until_ready()
+            total(values).block_until_ready()
         if action == "fault":
             raise MaxlmError("no such folder", where="data.folder")
 

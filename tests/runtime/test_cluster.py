@@ -208,9 +208,9 @@ def meet(
 
     def join(process: int, count: int) -> Any:
         place = Cluster("", f"127.0.0.1:{port}", count, process)
-        own = (facts or {}).get(process, {})
+        process_facts = (facts or {}).get(process, {})
         try:
-            return join_processes(place, own, wait_seconds=wait)[0]
+            return join_processes(place, process_facts, wait_seconds=wait)[0]
         except MaxlmError as error:
             return type(error), str(error)
 
@@ -361,7 +361,8 @@ def start(tmp_path) -> Iterator[Callable[..., list[Process]]]:
             command = [sys.executable, WORKER, action]
             started.append(Process(command, tmp_path / str(number), environ))
         for process in started:
-            process.until(lambda own=process: f"of {count}: " in own.out.read_text())
+            output = process.out
+            process.until(lambda file=output: f"of {count}: " in file.read_text())
         return started
 
     yield begin
@@ -377,8 +378,8 @@ def test_a_killed_process_0_ends_the_others_busy_or_not(start):
         f"error: process 0 ({HERE}) is gone; the state is that of the last checkpoint"
     )
     for number in (1, 2):
-        code, said, err = processes[number].ended()
-        assert f"process {number} of 3: 6" in said
+        code, output, err = processes[number].ended()
+        assert f"process {number} of 3: 6" in output
         assert (code, line in err) == (76, True), err
 
 
@@ -392,12 +393,13 @@ def test_process_0_that_still_works_notices_that_one_which_is_done_is_killed(sta
 
 
 def test_a_mistake_found_by_one_process_ends_all_alike(start):
-    (lead, _, heard), (own, said, _) = (
-        process.ended() for process in start("loop", "fault")
-    )
-    assert (lead, own) == (2, 2)
-    assert heard[-1] == f"error: process 1 ({HERE}): data.folder: no such folder"
-    assert said[-1] == "data.folder: no such folder"
+    healthy, faulty = start("loop", "fault")
+    healthy_code, _, healthy_errors = healthy.ended()
+    faulty_code, faulty_output, _ = faulty.ended()
+    assert (healthy_code, faulty_code) == (2, 2)
+    fault = "data.folder: no such folder"
+    assert healthy_errors[-1] == f"error: process 1 ({HERE}): {fault}"
+    assert faulty_output[-1] == fault
 
 
 def test_errors_of_collectives():

@@ -43,7 +43,8 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
         f"{path}: cannot be read (No such file"
     )
     path.write_text('{"a":\n 1,}')
-    assert "(Expecting property name" in (text := message(read_json_file, path, FIX))
+    text = message(read_json_file, path, FIX)
+    assert "(Expecting property name" in text
     assert "line 2 column 4" in text
     path.write_bytes(b'{"a": "\xff"}')
     assert "can't decode byte 0xff" in message(read_json_file, path, FIX)

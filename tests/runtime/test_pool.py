@@ -70,7 +70,7 @@ def test_a_function_keeps_what_it_has_for_all_jobs_of_a_worker_in_one_map(worker
         for _ in range(2):
             results = list(pool.map_unordered(Counts(), range(9)))
             for pid in {pid for pid, _ in results}:
-                here = [done for each, done in results if each == pid]
+                here = [done for worker, done in results if worker == pid]
                 assert sorted(here) == list(range(1, len(here) + 1))
 
 

@@ -43,7 +43,7 @@ class FileSlice:
     """A part of a file that holds whole documents.
 
     `start` and `stop` (None: the end) count bytes of plain JSONL and row groups of
-    Parquet; text and compressed files are never cut. `first` is the line (from 1) or
+    Parquet; text and compressed files are never cut. `first_row` is the line (from 1) or
     row (from 0) that the slice begins with.
     """
 
@@ -76,4 +76,5 @@ def is_heldout(text: str | bytes, fraction: float) -> bool:
     straddles the split.
     """
     data = text.encode() if isinstance(text, str) else text
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < fraction * 2.0**64
+    first_64_bits = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+    return first_64_bits < fraction * 2.0**64

@@ -31,8 +31,13 @@ _SNIFF_BYTES = 8192
 # Distributions install Python without its tests (two thirds of its text), and IDLE, Tk
 # and what later versions removed as packages of their own, or not at all. Without them
 # the standard library is nearly the same text wherever it was installed from.
-_OPTIONAL_STDLIB = ("test", "tests", "idle_test", "idlelib", "tkinter", "turtledemo")
-_OPTIONAL_STDLIB += (
+_OPTIONAL_STDLIB = (
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "tkinter",
+    "turtledemo",
     "distutils",
     "lib2to3",
     "ensurepip",
@@ -82,9 +87,9 @@ def check_corpus_packages(error_location: str) -> None:
     """Checks that the packages that reading a corpus takes are installed."""
     for package in ("pyarrow", "regex"):
         if importlib.util.find_spec(package) is None:
-            what = f"a corpus needs {package}, which is not installed"
+            message = f"a corpus needs {package}, which is not installed"
             raise MaxlmError(
-                what, where=error_location, fix="pip install 'maxlm[corpus]'"
+                message, where=error_location, fix="pip install 'maxlm[corpus]'"
             )
 
 
@@ -99,11 +104,9 @@ def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
     """Describes which documents are taken from the corpora among `files`; None: no
     such."""
     corpora = [file for file in files if file.format == "corpus"]
-    return (
-        find_corpus_reader(corpora[0].name).describe_filter_rules(corpora)
-        if corpora
-        else None
-    )
+    if not corpora:
+        return None
+    return find_corpus_reader(corpora[0].name).describe_filter_rules(corpora)
 
 
 @dataclass(frozen=True)
@@ -125,41 +128,52 @@ def find_files(config: FilesConfig) -> FileListing:
     folders are not followed (a glob's are). Raises MaxlmError: an entry that does not
     exist, matches nothing or holds no text file; a file that cannot be read; compressed
     Parquet."""
-    files: dict[str, SourceFile] = {}
+    file_by_real_path: dict[str, SourceFile] = {}
     num_binary_files = 0
     for entry in config.documents:
-        found = binary = 0
-        for root in resolve_glob(entry):
-            if is_corpus(root):
-                for file in find_corpus_reader(entry).list_corpus_files(root, config):
-                    found += 1
-                    files.setdefault(os.path.realpath(file.path), file)
-                continue
-            for path, name, is_text in _expand(
-                root, named=root == Path(entry).expanduser()
-            ):
-                file = _source_file(path, name)
-                if not is_text and _is_binary(file, config):
-                    binary += 1
-                    continue
-                found += 1
-                files.setdefault(os.path.realpath(path), file)
-        if not found:
-            what = f"no text files here ({binary} binary files skipped)"
-            raise MaxlmError(
-                what, where=entry, fix="name a folder or files that hold text"
+        listing = _find_files_of_entry(entry, config)
+        if not listing.files:
+            message = (
+                f"no text files here ({listing.num_binary_files} binary files skipped)"
             )
-        num_binary_files += binary
-    return FileListing(tuple(files.values()), num_binary_files)
+            fix = "name a folder or files that hold text"
+            raise MaxlmError(message, where=entry, fix=fix)
+        num_binary_files += listing.num_binary_files
+        for file in listing.files:
+            file_by_real_path.setdefault(os.path.realpath(file.path), file)
+    return FileListing(tuple(file_by_real_path.values()), num_binary_files)
 
 
-def resolve_glob(entry: str) -> list[Path]:
-    """Finds the files and folders that an entry stands for."""
+def _find_files_of_entry(entry: str, config: FilesConfig) -> FileListing:
+    """The files of one entry, those that other entries reach too among them."""
+    files: list[SourceFile] = []
+    num_binary_files = 0
+    for root in find_entry_paths(entry):
+        if is_corpus(root):
+            reader = find_corpus_reader(entry)
+            files += reader.list_corpus_files(root, config)
+            continue
+        is_named_outright = root == Path(entry).expanduser()
+        for path, name, is_text in _expand(root, is_named_outright):
+            file = _describe_file(path, name)
+            if not is_text and _is_binary(file, config):
+                num_binary_files += 1
+            else:
+                files.append(file)
+    return FileListing(tuple(files), num_binary_files)
+
+
+def find_entry_paths(entry: str) -> list[Path]:
+    """Finds the files and folders that an entry stands for, in sorted order. An entry
+    that means installed text is returned as it is."""
     path = Path(entry).expanduser()
     if is_installed_text(entry) or path.exists():
         return [path]
     if not glob.has_magic(entry):
-        fix = f"give a file, a folder, a quoted glob, {PYTHON_STDLIB} or {PYTHON_PACKAGE}NAME"
+        fix = (
+            f"give a file, a folder, a quoted glob, {PYTHON_STDLIB} or "
+            f"{PYTHON_PACKAGE}NAME"
+        )
         raise MaxlmError("no such file or folder", where=entry, fix=fix)
     matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not matches:
@@ -168,9 +182,9 @@ def resolve_glob(entry: str) -> list[Path]:
     return matches
 
 
-def _expand(root: Path, named: bool) -> Iterator[tuple[Path, str, bool]]:
-    """Yield (path, name, known to be text) for each file of a root; `named`:
-    outright."""
+def _expand(root: Path, is_named_outright: bool) -> Iterator[tuple[Path, str, bool]]:
+    """Yield (path, name, known to be text) for each file of a root. A file that is
+    named outright counts as text; one that a glob found may be binary, or gone."""
     if str(root) == PYTHON_STDLIB:
         stdlib = Path(sysconfig.get_path("stdlib"))
         yield from _list_modules(stdlib, stdlib, skip=_OPTIONAL_STDLIB)
@@ -180,9 +194,9 @@ def _expand(root: Path, named: bool) -> Iterator[tuple[Path, str, bool]]:
     elif root.is_dir():
         for path in _walk(root):
             yield path, path.as_posix(), False
-    elif named or root.is_file():
+    elif is_named_outright or root.is_file():
         check_regular_file(root, "write what it holds into a file, and name that")
-        yield root, root.as_posix(), named
+        yield root, root.as_posix(), is_named_outright
 
 
 def _list_modules(
@@ -203,9 +217,12 @@ def _find_package_folders(entry: str) -> list[Path]:
     # Of a dotted name find_spec would import the parent.
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or spec.submodule_search_locations is None:
-        what = f"no package {name!r} is installed in this Python's environment"
-        fix = f"install it, or name another that is imported so, such as {PYTHON_PACKAGE}numpy"
-        raise MaxlmError(what, where=entry, fix=fix)
+        message = f"no package {name!r} is installed in this Python's environment"
+        fix = (
+            "install it, or name another that is imported so, such as "
+            f"{PYTHON_PACKAGE}numpy"
+        )
+        raise MaxlmError(message, where=entry, fix=fix)
     return sorted({Path(folder) for folder in spec.submodule_search_locations})
 
 
@@ -213,40 +230,51 @@ def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[Path]:
     """Regular, non-hidden files below `root`, in the order of their POSIX paths."""
 
     def fail(error: OSError) -> None:
-        what = f"cannot list the folder: {error.strerror}"
+        message = f"cannot list the folder: {error.strerror}"
         raise MaxlmError(
-            what, where=error.filename, fix="check its permissions"
+            message, where=error.filename, fix="check its permissions"
         ) from error
 
     paths = []
-    for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [f for f in folders if not f.startswith(".") and f not in skip]
-        for each in folders:
-            if is_corpus(Path(folder, each)):
-                what = "a corpus lies among the files of this folder"
-                raise MaxlmError(
-                    what, where=str(Path(folder, each)), fix="name what is meant"
-                )
-        files = (Path(folder, name) for name in names if not name.startswith("."))
-        paths += [file for file in files if file.is_file()]
+    for folder, subfolders, names in os.walk(root, onerror=fail):
+        # In place: os.walk goes into those that are left.
+        subfolders[:] = [
+            name for name in subfolders if not name.startswith(".") and name not in skip
+        ]
+        for name in subfolders:
+            subfolder = Path(folder, name)
+            if is_corpus(subfolder):
+                fault = "a corpus lies among the files of this folder"
+                fix = "name what is meant"
+                raise MaxlmError(fault, where=str(subfolder), fix=fix)
+        for name in names:
+            file = Path(folder, name)
+            if not name.startswith(".") and file.is_file():
+                paths.append(file)
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _source_file(path: Path, name: str) -> SourceFile:
-    stem = Path(path.name.lower())
-    compression = COMPRESSIONS.get(stem.suffix, "none")
-    inner = stem if compression == "none" else stem.with_suffix("")
-    format_ = FORMATS.get(inner.suffix, "text")
-    if format_ == "parquet" and compression != "none":
-        what = "Parquet inside another compression cannot be read in pieces"
+def _describe_file(path: Path, name: str) -> SourceFile:
+    uncompressed = Path(path.name.lower())
+    compression = COMPRESSIONS.get(uncompressed.suffix, "none")
+    if compression != "none":
+        uncompressed = uncompressed.with_suffix("")
+    file_format = FORMATS.get(uncompressed.suffix, "text")
+    if file_format == "parquet" and compression != "none":
+        message = "Parquet inside another compression cannot be read in pieces"
         fix = "decompress it (Parquet compresses its own pages)"
-        raise MaxlmError(what, where=str(path), fix=fix)
+        raise MaxlmError(message, where=str(path), fix=fix)
     # A file system's names are bytes; Python has surrogates for those that are not
     # UTF-8.
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     state = path.stat()
     return SourceFile(
-        path, name, format_, compression, state.st_size, state.st_mtime_ns
+        path=path,
+        name=name,
+        format=file_format,
+        compression=compression,
+        size=state.st_size,
+        mtime_ns=state.st_mtime_ns,
     )
 
 
@@ -257,7 +285,7 @@ def _is_binary(file: SourceFile, config: FilesConfig) -> bool:
         with open_stream(file.path, file.compression) as stream:
             return b"\0" in stream.read(_SNIFF_BYTES)
     except DamagedFile:
-        return False  # For the reader to say.
+        return False  # The reader says what is wrong with it.
 
 
 def _is_utf8(path: Path) -> bool:

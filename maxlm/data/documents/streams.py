@@ -10,19 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.document import Compression, FileSlice, SourceFile
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
 
 COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 """Compressions by a file name's last suffix, in lower case; other files are not
 compressed."""
 
-_READ_BYTES = 1 << 16
-_BLOCK_BYTES = 4 << 20
+_BUFFER_BYTES = 1 << 16
+_HASH_BLOCK_BYTES = 4 << 20
 
 
 class DamagedFile(MaxlmError):
@@ -36,10 +39,9 @@ def import_pyarrow(path: Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        what = "reading this file needs pyarrow, which is not installed"
-        raise MaxlmError(
-            what, where=str(path), fix="pip install 'maxlm[data]'"
-        ) from error
+        message = "reading this file needs pyarrow, which is not installed"
+        fix = "pip install 'maxlm[data]'"
+        raise MaxlmError(message, where=str(path), fix=fix) from error
     return pyarrow
 
 
@@ -55,23 +57,21 @@ def open_stream(path: Path, compression: Compression) -> Iterator[io.BufferedRea
                     yield file
                 case "gz":
                     unpacked: Any = gzip.GzipFile(fileobj=file)
-                    yield io.BufferedReader(unpacked, _READ_BYTES)
+                    yield io.BufferedReader(unpacked, _BUFFER_BYTES)
                 case "zst":
                     # Not zstandard's own reader, which takes a file cut short for a
                     # finished one.
                     unpacked = import_pyarrow(path).CompressedInputStream(file, "zstd")
-                    yield io.BufferedReader(unpacked, _READ_BYTES)
+                    yield io.BufferedReader(unpacked, _BUFFER_BYTES)
     except (OSError, EOFError, zlib.error) as error:
+        # An error of the system has a number; what a decompressor finds has none.
         if isinstance(error, OSError) and error.errno is not None:
-            what = error.strerror or str(error)
+            message = f"cannot read: {error.strerror or error}"
             fix = "check the file and its permissions"
-            raise MaxlmError(
-                f"cannot read: {what}", where=str(path), fix=fix
-            ) from error
-        what = f"damaged or incomplete .{compression} data ({error})"
-        raise DamagedFile(
-            what, where=str(path), fix="fetch or compress the file again"
-        ) from error
+            raise MaxlmError(message, where=str(path), fix=fix) from error
+        message = f"damaged or incomplete .{compression} data ({error})"
+        fix = "fetch or compress the file again"
+        raise DamagedFile(message, where=str(path), fix=fix) from error
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class FileScan:
 
 def make_whole_slice(file: SourceFile) -> FileSlice:
     """Makes the slice that is the whole file."""
-    return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
+    first_row = 1 if file.format == "jsonl" else 0
+    return FileSlice(file, 0, None, first_row, file.size)
 
 
 def check_unchanged(file: SourceFile, artifact: str) -> None:
@@ -92,8 +93,12 @@ def check_unchanged(file: SourceFile, artifact: str) -> None:
     with open_stream(file.path, "none") as stream:
         state = os.fstat(stream.fileno())
     if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns):
-        what = f"the file changed while the {artifact} was being built"
-        raise MaxlmError(what, where=str(file.path), fix="run the build again")
+        message = f"the file changed while the {artifact} was being built"
+        raise MaxlmError(message, where=str(file.path), fix="run the build again")
+
+
+class _Sha256(Protocol):
+    def update(self, data: bytes, /) -> None: ...
 
 
 def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> FileScan:
@@ -103,63 +108,74 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Fil
     Reads the file once; without `digest` (`sha256` is empty then) only to count lines.
     Cuts depend on the file and `slice_bytes` only.
     """
-    cut_lines = file.format == "jsonl" and file.compression == "none"
     hasher = hashlib.sha256()
-    cuts = [(0, 1)]
-    position = 0
-    for path in (file.path, *file.extra_paths) if digest or cut_lines else ():
-        with open_stream(path, "none") as stream:
-            blocks = (
-                stream if cut_lines else iter(partial(stream.read, _BLOCK_BYTES), b"")
-            )
-            for number, block in enumerate(blocks, 2):
-                hasher.update(block)
-                position += len(block)
-                if cut_lines and position - cuts[-1][0] >= slice_bytes:
-                    cuts.append((position, number))
     slices: list[FileSlice] = []
+    if file.format == "jsonl" and file.compression == "none":
+        # Lines are counted and hashed in one pass.
+        slices += _slice_lines(file, slice_bytes, hasher)
+    elif digest:
+        for path in (file.path, *file.extra_paths):
+            with open_stream(path, "none") as stream:
+                for block in iter(partial(stream.read, _HASH_BLOCK_BYTES), b""):
+                    hasher.update(block)
     if file.format == "parquet":
-        slices += _parquet_slices(file, slice_bytes)
-    elif cut_lines:
-        cuts = [cut for cut in cuts if cut[0] < position]
-        for (start, first), (stop, _) in pairwise([*cuts, (position, 0)]):
-            slices.append(FileSlice(file, start, stop, first, stop - start))
-    whole = (make_whole_slice(file),)
-    return FileScan(hasher.hexdigest() if digest else "", tuple(slices) or whole)
+        slices += _slice_row_groups(file, slice_bytes)
+    if not slices:
+        slices.append(make_whole_slice(file))
+    return FileScan(hasher.hexdigest() if digest else "", tuple(slices))
 
 
-def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
+def _slice_lines(
+    file: SourceFile, slice_bytes: int, hasher: _Sha256
+) -> Iterator[FileSlice]:
+    """Cut JSONL at line ends; none if it is empty."""
+    start = 0
+    first_line = 1
+    position = 0
+    with open_stream(file.path, "none") as stream:
+        for next_line, line in enumerate(stream, 2):
+            hasher.update(line)
+            position += len(line)
+            if position - start >= slice_bytes:
+                yield FileSlice(file, start, position, first_line, position - start)
+                start = position
+                first_line = next_line
+    if position > start:
+        yield FileSlice(file, start, position, first_line, position - start)
+
+
+def _slice_row_groups(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
+    """Cut Parquet between row groups; none if it has no rows."""
     with open_parquet(file.path) as parquet:
-        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-        start = first = row = size = 0
-        for index, group in enumerate(groups):
-            row += group.num_rows
-            size += sum(
-                group.column(c).total_compressed_size for c in range(group.num_columns)
-            )
-            if size >= slice_bytes or index + 1 == len(groups):
-                yield FileSlice(file, start, index + 1, first, size)
-                start = index + 1
-                first = row
-                size = 0
+        first_group = 0
+        first_row = 0
+        next_row = 0
+        num_bytes = 0
+        for index in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(index)
+            columns = [group.column(i) for i in range(group.num_columns)]
+            next_row += group.num_rows
+            num_bytes += sum(column.total_compressed_size for column in columns)
+            is_last = index + 1 == parquet.num_row_groups
+            if num_bytes >= slice_bytes or is_last:
+                yield FileSlice(file, first_group, index + 1, first_row, num_bytes)
+                first_group = index + 1
+                first_row = next_row
+                num_bytes = 0
 
 
 @contextmanager
-def open_parquet(path: Path):
+def open_parquet(path: Path) -> Iterator["pyarrow.parquet.ParquetFile"]:
     """Opens a pyarrow ParquetFile, closed on leaving. Raises MaxlmError: pyarrow is
     missing, or the file is not (or is damaged) Parquet."""
     pa = import_pyarrow(path)
     try:
         with pa.parquet.ParquetFile(path, page_checksum_verification=True) as parquet:
             yield parquet
-    except (
-        pa.ArrowException,
-        OSError,
-        UnicodeDecodeError,
-    ) as error:  # The last: of names.
-        what = f"cannot read as Parquet: {str(error).splitlines()[0]}"
+    # UnicodeDecodeError: of the columns' names.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        message = f"cannot read as Parquet: {str(error).splitlines()[0]}"
         # An error of the system has a number; what Arrow finds in the bytes has none.
-        kind = MaxlmError if getattr(error, "errno", None) else DamagedFile
-        raise kind(
-            what, where=str(path), fix="fetch or write the file again"
-        ) from error
+        error_class = MaxlmError if getattr(error, "errno", None) else DamagedFile
+        fix = "fetch or write the file again"
+        raise error_class(message, where=str(path), fix=fix) from error

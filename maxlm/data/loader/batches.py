@@ -91,28 +91,26 @@ class Batches:
         read as often as it may; None: no end."""
         if self.mixture is None:
             return -(-self.sources[0].num_sequences // self.batch_size)
-        return (
-            None if self.mixture.end == ENDLESS else self.mixture.end // self.batch_size
-        )
+        if self.mixture.end == ENDLESS:
+            return None
+        return self.mixture.end // self.batch_size
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
         """Returns where each global index [n] lies: store numbers [n] (`PADDING` past
         the end of the one pass) and sequences [n] of those stores."""
         if self.mixture is None:
-            return np.where(
-                indices < self.sources[0].num_sequences, 0, PADDING
-            ), indices
-        stores, streams = self.mixture.locate(indices)
-        sequences = np.empty_like(streams)
+            is_past_end = indices >= self.sources[0].num_sequences
+            return np.where(is_past_end, PADDING, 0), indices
+        stores, stream_indices = self.mixture.locate(indices)
+        sequences = np.empty_like(stream_indices)
         for store in np.unique(stores):
-            here = stores == store
-            size = self.sources[store].num_sequences
-            epochs, within = np.divmod(streams[here], size)
+            is_of_store = stores == store
+            num_sequences = self.sources[store].num_sequences
+            epochs, in_epoch = np.divmod(stream_indices[is_of_store], num_sequences)
             if self.shuffle_keys is not None:
-                within = permute(
-                    within, size, derive_keys(self.shuffle_keys[store], epochs)
-                )
-            sequences[here] = within
+                epoch_keys = derive_keys(self.shuffle_keys[store], epochs)
+                in_epoch = permute(in_epoch, num_sequences, epoch_keys)
+            sequences[is_of_store] = in_epoch
         return stores, sequences
 
     def rows(
@@ -120,57 +118,67 @@ class Batches:
     ) -> Batch:
         """Returns the given global rows [n] of the batch of `step`, in this order; None
         is all."""
-        row_numbers = np.arange(self.batch_size) if row_numbers is None else row_numbers
-        wanted = np.asarray(row_numbers, dtype=np.int64)
-        stores, sequences = self.locate(step * self.batch_size + wanted)
-        shape = (wanted.size, self.seq_len)
+        if row_numbers is None:
+            row_numbers = np.arange(self.batch_size)
+        numbers = np.asarray(row_numbers, dtype=np.int64)
+        stores, sequences = self.locate(step * self.batch_size + numbers)
+        shape = (numbers.size, self.seq_len)
         names = ("tokens", "targets", "segment_ids", "positions")
         batch: Batch = {name: np.zeros(shape, np.int32) for name in names}
         batch["weights"] = np.zeros(shape, np.float32)
-        for number in np.unique(stores[stores != PADDING]):
-            source = self.sources[number]
-            here = np.flatnonzero(stores == number)
-            counts, pieces = source.find_pieces(sequences[here])
-            _fill(batch, here, counts, pieces, source.store)
+        for store in np.unique(stores[stores != PADDING]):
+            source = self.sources[store]
+            rows = np.flatnonzero(stores == store)
+            counts, pieces = source.find_pieces(sequences[rows])
+            _fill(batch, rows, counts, pieces, source.store)
         return batch
 
 
 def _fill(
     batch: Batch, rows: Int64s, counts: Int64s, pieces: Pieces, store: TokenSource
 ) -> None:
-    """Writes so many of the pieces into each of the given rows [n], reading all at
-    once."""
-    starts, lengths = (pieces[name].astype(np.int64) for name in ("start", "length"))
-    ends = pieces["ends_document"].copy()  # Contiguous, as the others.
-    seq_len = batch["tokens"].shape[1]
-    row = np.repeat(rows, counts)
-    first_of_row = np.cumsum(counts) - counts
-    ahead = np.cumsum(lengths) - lengths  # Tokens of earlier pieces, over all rows.
-    column = ahead - np.repeat(ahead[first_of_row], counts)
+    """Writes so many (`counts` [n]) of the pieces into each of the given rows [n].
 
-    stream, at = _read(store, row, starts, lengths, ends)
-    within = np.arange(lengths.sum()) - np.repeat(ahead, lengths)
-    source = np.repeat(at, lengths) + within
-    target = np.repeat(row * seq_len + column, lengths) + within
-    nth = np.arange(row.size) - np.repeat(first_of_row, counts)
+    All rows are filled together, by index arithmetic over arrays of pieces and of
+    tokens: a loop over pieces would take longer than reading them does.
+    """
+    # One element a piece.
+    starts = pieces["start"].astype(np.int64)
+    lengths = pieces["length"].astype(np.int64)
+    ends_document = pieces["ends_document"].copy()  # Contiguous, as the others.
+    row_of_piece = np.repeat(rows, counts)
+    first_piece_of_row = np.cumsum(counts) - counts
+    tokens_before = np.cumsum(lengths) - lengths  # over all rows
+    column = tokens_before - np.repeat(tokens_before[first_piece_of_row], counts)
+    seq_len = batch["tokens"].shape[1]
+    flat_start = row_of_piece * seq_len + column
+    first_of_same_row = np.repeat(first_piece_of_row, counts)
+    segment_id = np.arange(row_of_piece.size) - first_of_same_row + 1
+
+    tokens, read_start = _read(store, row_of_piece, starts, lengths, ends_document)
+
+    # One element a token.
+    position = np.arange(lengths.sum()) - np.repeat(tokens_before, lengths)
+    source = np.repeat(read_start, lengths) + position
+    target = np.repeat(flat_start, lengths) + position
 
     flat = {name: array.reshape(-1) for name, array in batch.items()}
-    flat["tokens"][target] = stream[source]
-    flat["targets"][target] = stream[source + 1]
+    flat["tokens"][target] = tokens[source]
+    flat["targets"][target] = tokens[source + 1]
     flat["weights"][target] = 1
-    flat["segment_ids"][target] = np.repeat(nth + 1, lengths)
-    flat["positions"][target] = within
-    last = (row * seq_len + column + lengths - 1)[ends]
-    flat["targets"][last] = 0
-    flat["weights"][last] = 0
+    flat["segment_ids"][target] = np.repeat(segment_id, lengths)
+    flat["positions"][target] = position
+    last_of_document = (flat_start + lengths - 1)[ends_document]
+    flat["targets"][last_of_document] = 0
+    flat["weights"][last_of_document] = 0
 
 
 def _read(
     store: TokenSource,
-    row: Int64s,
+    row_of_piece: Int64s,
     starts: Int64s,
     lengths: Int64s,
-    ends: NDArray[np.bool_],
+    ends_document: NDArray[np.bool_],
 ) -> tuple[NDArray[np.integer], Int64s]:
     """The pieces' tokens in one array, and where in it each piece starts.
 
@@ -178,17 +186,22 @@ def _read(
     Neighbours in the store and in a row are read as one range: with concat, one read a
     row.
     """
-    touches = (row[1:] == row[:-1]) & (starts[1:] == (starts + lengths)[:-1])
-    opens = np.flatnonzero(np.concatenate([[True], ~touches]))
-    closes = np.append(opens[1:], starts.size) - 1
-    read_starts, read_stops = starts[opens], (starts + lengths + ~ends)[closes]
+    stops = starts + lengths
+    is_same_row = row_of_piece[1:] == row_of_piece[:-1]
+    continues_range = is_same_row & (starts[1:] == stops[:-1])
+    # The first and the last piece of each range.
+    first_piece = np.flatnonzero(np.concatenate([[True], ~continues_range]))
+    last_piece = np.append(first_piece[1:], starts.size) - 1
+    range_starts = starts[first_piece]
+    range_stops = (stops + ~ends_document)[last_piece]
+    ranges = store.read_many(range_starts.tolist(), range_stops.tolist())
     # One more place than tokens: a document's last token looks past its end before it
     # is masked.
-    tokens = store.read_many(read_starts.tolist(), read_stops.tolist())
-    stream = np.concatenate([*tokens, [0]], dtype=np.int32, casting="same_kind")
-    read_lengths = read_stops - read_starts
-    shift = np.cumsum(read_lengths) - read_lengths - read_starts
-    return stream, starts + np.repeat(shift, closes - opens + 1)
+    tokens = np.concatenate([*ranges, [0]], dtype=np.int32, casting="same_kind")
+    range_lengths = range_stops - range_starts
+    shift = np.cumsum(range_lengths) - range_lengths - range_starts
+    pieces_in_range = last_piece - first_piece + 1
+    return tokens, starts + np.repeat(shift, pieces_in_range)
 
 
 def make_batches(
@@ -215,33 +228,43 @@ def make_batches(
     if not isinstance(mixing, Mixing):
         mixing = Mixing(mixing)
     if stores.keys() != mixing.weights.keys():
-        what = f"weights are for {sorted(mixing.weights)}, stores are {sorted(stores)}"
-        raise MaxlmError(what, where="weights", fix="give each store one weight")
+        message = (
+            f"weights are for {sorted(mixing.weights)}, stores are {sorted(stores)}"
+        )
+        raise MaxlmError(message, where="weights", fix="give each store one weight")
     tokens = {name: store.num_tokens for name, store in stores.items()}
     # Weights are checked before any index is built; the true sizes do not change the
     # answer.
     mixing.make_order(tokens, tokens, config.batch_size, None)
     for name, count in tokens.items():
         if count < config.seq_len:
-            what = f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
-            raise MaxlmError(
-                what, where=f"store {name!r}", fix="give more text, or lower seq_len"
+            message = (
+                f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}"
             )
-    if config.packing == "best_fit":
-        sizes = {"seq_len": config.seq_len, "block": config.packing_block}
-        pack = partial(open_best_fit, **sizes, verify=config.verify)
-    else:
-        pack = partial(ConcatPacking, seq_len=config.seq_len)
-    sources = tuple(map(pack, stores.values()))
-    sequences = {n: s.num_sequences for n, s in zip(stores, sources, strict=True)}
-    mixture_key = derive_key(seed, "mixture") if config.shuffle else None
-    mixture = mixing.make_order(tokens, sequences, config.batch_size, mixture_key)
-    keys = (
-        tuple(derive_key(seed, "shuffle", name) for name in stores)
-        if config.shuffle
-        else None
+            fix = "give more text, or lower seq_len"
+            raise MaxlmError(message, where=f"store {name!r}", fix=fix)
+    packings = {name: _pack_store(store, config) for name, store in stores.items()}
+    sequences = {name: packing.num_sequences for name, packing in packings.items()}
+    mixture_key = None
+    shuffle_keys = None
+    if config.shuffle:
+        mixture_key = derive_key(seed, "mixture")
+        shuffle_keys = tuple(derive_key(seed, "shuffle", name) for name in stores)
+    return Batches(
+        sources=tuple(packings.values()),
+        mixture=mixing.make_order(tokens, sequences, config.batch_size, mixture_key),
+        shuffle_keys=shuffle_keys,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
     )
-    return Batches(sources, mixture, keys, config.seq_len, config.batch_size)
+
+
+def _pack_store(store: TokenSource, config: LoaderConfig) -> Packing:
+    if config.packing == "concat":
+        return ConcatPacking(store, config.seq_len)
+    return open_best_fit(
+        store, config.seq_len, config.packing_block, verify=config.verify
+    )
 
 
 def make_one_pass_batches(store: TokenSource, seq_len: int, batch_size: int) -> Batches:
@@ -252,7 +275,13 @@ def make_one_pass_batches(store: TokenSource, seq_len: int, batch_size: int) -> 
     of all hosts' batches sum to num_tokens minus the number of documents, as each token
     but a document's first is a target once. The store may be shorter than one sequence.
     """
-    return Batches((ConcatPacking(store, seq_len),), None, None, seq_len, batch_size)
+    return Batches(
+        sources=(ConcatPacking(store, seq_len),),
+        mixture=None,
+        shuffle_keys=None,
+        seq_len=seq_len,
+        batch_size=batch_size,
+    )
 
 
 def load_batches(
@@ -301,8 +330,7 @@ def check_num_steps(batches: BatchSource, steps: int) -> None:
     if batches.num_steps is not None and batches.num_steps < steps:
         raise MaxlmError(
             f"the mixture ends after {batches.num_steps:,} of {steps:,} steps: every "
-            f"source that "
-            "has a weight then was read max_epochs times",
+            "source that has a weight then was read max_epochs times",
             where="data.sources",
             fix="raise max_epochs of a source or give it more text, or train for fewer "
             "steps",

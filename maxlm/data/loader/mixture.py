@@ -91,54 +91,67 @@ class MixtureOrder:
             max_sequences: how many a store gives in all, for stores that do not go on
                 for ever. Its weight then goes to the others, in proportion to theirs.
         """
-        names = tuple(phases[0][1])
+        _, first_weights = phases[0]
+        names = tuple(first_weights)
         limits = [max_sequences.get(name, ENDLESS) for name in names]
-        before = [0] * len(names)
-        segments = list[MixtureSegment]()
-        for (start, of_phase), (stop, _) in zip(
-            phases, [*phases[1:], (ENDLESS, {})], strict=True
-        ):
+        counts_before = [0] * len(names)
+        segments: list[MixtureSegment] = []
+        phase_starts = [start for start, _ in phases]
+        phase_stops = [*phase_starts[1:], ENDLESS]
+        for (start, phase_weights), stop in zip(phases, phase_stops, strict=True):
+            # A phase is one segment, or more if a store gives its last on the way.
             while start < stop:
-                open_ = {
-                    n: of_phase[n] * (before[i] < limits[i])
-                    for i, n in enumerate(names)
-                }
-                if not any(open_.values()):
-                    return cls(names, tuple(segments), start, key)
-                tree = _tree(open_)
+                # Of the stores that are not read out; 0 for the others.
+                weights: dict[str, float] = {}
+                remaining: dict[int, int] = {}
+                for number, name in enumerate(names):
+                    is_open = counts_before[number] < limits[number]
+                    weights[name] = phase_weights[name] * is_open
+                    if weights[name]:
+                        remaining[number] = limits[number] - counts_before[number]
+                if not remaining:
+                    return cls(names, tuple(segments), end=start, key=key)
+                tree = _make_tree(weights)
                 segments.append(
-                    MixtureSegment(start, tree, tuple(open_.values()), tuple(before))
+                    MixtureSegment(
+                        start=start,
+                        tree=tree,
+                        weights=tuple(weights.values()),
+                        sequences_before=tuple(counts_before),
+                    )
                 )
-                left = {
-                    i: limits[i] - before[i] for i, w in enumerate(open_.values()) if w
-                }
-                length = _until_full(tree, left, stop - start)
-                for i, count in _counts(tree, length).items():
-                    before[i] += count
+                length = _count_until_one_is_out(tree, remaining, stop - start)
+                for number, count in _count_by_store(tree, length).items():
+                    counts_before[number] += count
                 start += length
-        return cls(names, tuple(segments), ENDLESS, key)
+        return cls(names, tuple(segments), end=ENDLESS, key=key)
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
         """Returns store numbers [n] and indices [n] within those stores' streams, both
         int64. Raises IndexError: an index at or past `end`."""
         if self.end < ENDLESS and indices.size and int(indices.max()) >= self.end:
             raise IndexError(f"the mixture ends after {self.end} sequences")
-        stores, streams = np.empty_like(indices), np.empty_like(indices)
+        stores = np.empty_like(indices)
+        streams = np.empty_like(indices)
         starts = [segment.start for segment in self.segments]
-        numbers = np.searchsorted(starts, indices, side="right") - 1
-        for number in np.unique(numbers):
+        segment_numbers = np.searchsorted(starts, indices, side="right") - 1
+        for number in np.unique(segment_numbers):
             segment = self.segments[number]
-            at = np.flatnonzero(numbers == number)
-            within = self._shuffled(indices[at] - segment.start, number)
-            _descend(segment.tree, within, at, stores, streams)
-            streams[at] += np.array(segment.sequences_before)[stores[at]]
+            places = np.flatnonzero(segment_numbers == number)
+            in_segment = self._shuffle(indices[places] - segment.start, number)
+            _descend(segment.tree, in_segment, places, stores, streams)
+            streams[places] += np.array(segment.sequences_before)[stores[places]]
         return stores, streams
 
     def shares(self, index: int) -> dict[str, float]:
         """Returns each store's share of the sequences around a global index, by name;
         sum 1."""
         weights = self._find_segment(index).weights
-        return {n: w / sum(weights) for n, w in zip(self.names, weights, strict=True)}
+        total = sum(weights)
+        return {
+            name: weight / total
+            for name, weight in zip(self.names, weights, strict=True)
+        }
 
     def count_sequences_before(self, index: int) -> dict[str, int]:
         """Counts each store's sequences among the first `index` of the mixture, or
@@ -148,7 +161,7 @@ class MixtureOrder:
         counts = list(segment.sequences_before)
         # Whole blocks are counted by the tree; within the last the order is shuffled.
         whole_blocks = (index - segment.start) // BLOCK * BLOCK
-        for store, count in _counts(segment.tree, whole_blocks).items():
+        for store, count in _count_by_store(segment.tree, whole_blocks).items():
             counts[store] += count
         stores, _ = self.locate(np.arange(segment.start + whole_blocks, index))
         for store in stores.tolist():
@@ -159,23 +172,24 @@ class MixtureOrder:
         number = bisect_right(self.segments, index, key=lambda segment: segment.start)
         return self.segments[number - 1]
 
-    def _shuffled(self, indices: Int64s, number: int) -> Int64s:
+    def _shuffle(self, indices: Int64s, number: int) -> Int64s:
         """Indices within segment `number`, each moved within its block."""
         segment = self.segments[number]
         if self.key is None or isinstance(segment.tree, int):
             return indices
-        ends = [*(each.start for each in self.segments[1:]), self.end]
-        length = ends[number] - segment.start
-        blocks, within = np.divmod(indices, BLOCK)
+        is_last = number + 1 == len(self.segments)
+        end = self.end if is_last else self.segments[number + 1].start
+        length = end - segment.start
+        blocks, in_block = np.divmod(indices, BLOCK)
         # A segment has fewer blocks than indices: adding its start makes no number come
         # twice.
         keys = derive_keys(self.key, segment.start + blocks)
         # A block cut by the segment's end is shuffled within what is left of it.
-        cut = (blocks + 1) * BLOCK > length
-        if cut.any():
-            within[cut] = permute(within[cut], length % BLOCK, keys[cut])
-        within[~cut] = permute(within[~cut], BLOCK, keys[~cut])
-        return blocks * BLOCK + within
+        is_cut = (blocks + 1) * BLOCK > length
+        if is_cut.any():
+            in_block[is_cut] = permute(in_block[is_cut], length % BLOCK, keys[is_cut])
+        in_block[~is_cut] = permute(in_block[~is_cut], BLOCK, keys[~is_cut])
+        return blocks * BLOCK + in_block
 
 
 def _check_weights(steps: Mapping[int, Weights]) -> None:
@@ -186,23 +200,25 @@ def _check_weights(steps: Mapping[int, Weights]) -> None:
             "no stores to mix", where="weights", fix="name at least one store"
         )
     for name in steps[0]:
-        used = [weights[name] for weights in steps.values()]
-        wrong = [
-            weight for weight in used if not (math.isfinite(weight) and weight >= 0)
+        store_weights = [weights[name] for weights in steps.values()]
+        invalid = [
+            weight
+            for weight in store_weights
+            if not math.isfinite(weight) or weight < 0
         ]
-        if wrong or not any(used):
-            what = f"the weight of store {name!r} is {[*wrong, 0][0]}, not a positive number"
+        if invalid or not any(store_weights):
+            weight = invalid[0] if invalid else 0
+            message = f"the weight of store {name!r} is {weight}, not a positive number"
             fix = "give a weight above 0, or leave the store out"
-            raise MaxlmError(what, where="weights", fix=fix)
+            raise MaxlmError(message, where="weights", fix=fix)
     for step, weights in steps.items():
         if not any(weights.values()):
-            what = f"from step {step:,} on all weights are 0"
-            raise MaxlmError(
-                what, where="weights", fix="give a source a weight above 0"
-            )
+            message = f"from step {step:,} on all weights are 0"
+            fix = "give a source a weight above 0"
+            raise MaxlmError(message, where="weights", fix=fix)
 
 
-def _tree(weights: Weights) -> _Split | int:
+def _make_tree(weights: Weights) -> _Split | int:
     """The tree of the stores with weights above 0; leaves are places in `weights`."""
     # Huffman's order: small stores share a node, so each share keeps its precision.
     # Ties go by name and not by place: the mixture must not depend on the order of a
@@ -214,58 +230,65 @@ def _tree(weights: Weights) -> _Split | int:
     ]
     heapq.heapify(heap)
     while len(heap) > 1:
-        (weight_a, name_a, a), (weight_b, name_b, b) = (
-            heapq.heappop(heap),
-            heapq.heappop(heap),
-        )
-        share = max(1, round(weight_a / (weight_a + weight_b) * 2**_SHARE_BITS))
-        heapq.heappush(
-            heap, (weight_a + weight_b, min(name_a, name_b), _Split(share, a, b))
-        )
-    return heap[0][2]
+        left_weight, left_name, left = heapq.heappop(heap)
+        right_weight, right_name, right = heapq.heappop(heap)
+        weight = left_weight + right_weight
+        share = max(1, round(left_weight / weight * 2**_SHARE_BITS))
+        node = _Split(share, left, right)
+        heapq.heappush(heap, (weight, min(left_name, right_name), node))
+    _, _, root = heap[0]
+    return root
 
 
-def _until_full(tree: _Split | int, left: Mapping[int, int], length: int) -> int:
-    """The fewest sequences after which a store has given all it has `left`; at most
-    `length`."""
+def _count_until_one_is_out(
+    tree: _Split | int, remaining: Mapping[int, int], length: int
+) -> int:
+    """The fewest sequences after which a store has given all that it has `remaining`;
+    at most `length`."""
 
-    def is_any_full(total: int) -> bool:
-        return any(
-            count >= left[store] for store, count in _counts(tree, total).items()
-        )
+    def is_one_out(total: int) -> bool:
+        counts = _count_by_store(tree, total)
+        return any(count >= remaining[store] for store, count in counts.items())
 
-    return min(length, 1 + bisect_left(range(1, length), True, key=is_any_full))
+    return min(length, 1 + bisect_left(range(1, length), True, key=is_one_out))
 
 
-def _counts(node: _Split | int, total: int) -> dict[int, int]:
+def _count_by_store(node: _Split | int, total: int) -> dict[int, int]:
     """Counts those of the first `total` sequences that reach each leaf."""
     if isinstance(node, int):
         return {node: total}
-    left = _left_count(total, node.share)
-    return _counts(node.left, left) | _counts(node.right, total - left)
+    num_left = _count_left(total, node.share)
+    num_right = total - num_left
+    return _count_by_store(node.left, num_left) | _count_by_store(node.right, num_right)
 
 
 def _descend(
-    node: _Split | int, indices: Int64s, at: Int64s, stores: Int64s, streams: Int64s
+    node: _Split | int, indices: Int64s, places: Int64s, stores: Int64s, streams: Int64s
 ) -> None:
+    """Writes, at `places` [n] of both arrays, the store that each index [n] of the
+    sequences at a node reaches, and its index in that store's stream."""
     if isinstance(node, int):
-        stores[at], streams[at] = node, indices
+        stores[places] = node
+        streams[places] = indices
         return
-    before = _left_count(indices, node.share)
-    goes_left = _left_count(indices + 1, node.share) > before
-    right = ~goes_left
-    _descend(node.left, before[goes_left], at[goes_left], stores, streams)
-    _descend(node.right, (indices - before)[right], at[right], stores, streams)
+    num_left = _count_left(indices, node.share)
+    goes_left = _count_left(indices + 1, node.share) > num_left
+    goes_right = ~goes_left
+    num_right = indices - num_left
+    _descend(node.left, num_left[goes_left], places[goes_left], stores, streams)
+    _descend(node.right, num_right[goes_right], places[goes_right], stores, streams)
 
 
 Count = TypeVar("Count", int, Int64s)
 
 
-def _left_count(total: Count, share: int) -> Count:
+def _count_left(total: Count, share: int) -> Count:
     """floor(total * share / 2^31 + 1/2), split so that nothing overflows for total <
     2^62."""
-    high, low = total >> _SHARE_BITS, total & ((1 << _SHARE_BITS) - 1)
-    return high * share + ((low * share + (1 << (_SHARE_BITS - 1))) >> _SHARE_BITS)
+    high = total >> _SHARE_BITS
+    low = total & ((1 << _SHARE_BITS) - 1)
+    half = 1 << (_SHARE_BITS - 1)
+    return high * share + ((low * share + half) >> _SHARE_BITS)
 
 
 class Phase(Config):
@@ -304,31 +327,34 @@ class Mixing:
         """Makes the mixture of stores of these sizes, numbered in the order of
         `tokens`."""
         check_phases(self.phases, tuple(self.weights))
+        # Without a temperature every size counts alike: the exponent is 0.
         exponent = 1 / (self.temperature or math.inf)
         largest = max([*tokens.values(), 1])
         sizes = {name: (count / largest) ** exponent for name, count in tokens.items()}
         # A phase that begins at step 0 without a ramp takes the place of the sources'
         # own weights.
-        steps = {0: self.weights}
-        steps |= {
-            phase.from_step: {**self.weights, **phase.weights} for phase in self.phases
-        }
-        _check_weights(steps)
+        weights_by_step = {0: self.weights}
+        for phase in self.phases:
+            weights_by_step[phase.from_step] = {**self.weights, **phase.weights}
+        _check_weights(weights_by_step)
         before = {name: self.weights[name] * size for name, size in sizes.items()}
-        scaled: dict[int, Weights] = {0: before}
+        scaled_by_step: dict[int, Weights] = {0: before}
         for phase in self.phases:
             weights = {**self.weights, **phase.weights}
             after = {name: weights[name] * size for name, size in sizes.items()}
-            scaled |= _make_ramp(phase, before, after, batch_size)
+            scaled_by_step |= _make_ramp(phase, before, after, batch_size)
             before = after
-        _check_weights(scaled)  # a low temperature may leave nothing of a small store's
-        phases = [(step * batch_size, weights) for step, weights in scaled.items()]
-        # 0 would be a source that nobody meant to leave out.
-        most = {
-            name: max(1, round(n * sequences[name]))
-            for name, n in self.max_epochs.items()
+        # Again: a low temperature may leave nothing of a small store's weight.
+        _check_weights(scaled_by_step)
+        phases = [
+            (step * batch_size, weights) for step, weights in scaled_by_step.items()
+        ]
+        # At least 1: 0 would be a source that nobody meant to leave out.
+        max_sequences = {
+            name: max(1, round(epochs * sequences[name]))
+            for name, epochs in self.max_epochs.items()
         }
-        return MixtureOrder.of(phases, key, most)
+        return MixtureOrder.of(phases, key, max_sequences)
 
 
 def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:
@@ -339,20 +365,17 @@ def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:
         where = f"phases.{number}"
         for name in phase.weights:
             if name not in names:
-                near = get_close_matches(name, names, n=1)
-                fix = (
-                    f"did you mean {near[0]!r}?"
-                    if near
-                    else f"sources are: {', '.join(names)}"
-                )
-                raise MaxlmError(
-                    f"there is no source {name!r}", where=f"{where}.weights", fix=fix
-                )
+                message = f"there is no source {name!r}"
+                fix = f"sources are: {', '.join(names)}"
+                similar = get_close_matches(name, names, n=1)
+                if similar:
+                    fix = f"did you mean {similar[0]!r}?"
+                raise MaxlmError(message, where=f"{where}.weights", fix=fix)
         if phase.from_step <= reached_step:
             ramp = " and its ramp" if phases[number - 1].ramp_steps else ""
-            what = f"from_step={phase.from_step} is not past the phase before{ramp}"
+            message = f"from_step={phase.from_step} is not past the phase before{ramp}"
             fix = f"begin at step {reached_step + 1} or later, in rising order"
-            raise MaxlmError(what, where=where, fix=fix)
+            raise MaxlmError(message, where=where, fix=fix)
         reached_step = phase.from_step + max(0, phase.ramp_steps - 1)
 
 
@@ -366,18 +389,20 @@ def _make_ramp(
     shares of the line at its middle.
     """
     num_sequences = phase.ramp_steps * batch_size
-    stairs = min(RAMP_STAIRS, phase.ramp_steps, max(1, num_sequences // BLOCK))
+    num_stairs = min(RAMP_STAIRS, phase.ramp_steps, max(1, num_sequences // BLOCK))
     total_before = sum(before.values())
     total_after = sum(after.values())
     if total_before == 0 or total_after == 0:
-        stairs = 0  # `make_order` refuses such weights by their own step.
+        num_stairs = 0  # `make_order` refuses such weights by their own step.
     weights_by_step: dict[int, Weights] = {}
-    for stair in range(stairs):
-        part = (stair + 0.5) / stairs
-        weights_by_step[phase.from_step + stair * phase.ramp_steps // stairs] = {
-            name: (1 - part) * before[name] / total_before
-            + part * after[name] / total_after
-            for name in before
-        }
+    for stair in range(num_stairs):
+        first_step = phase.from_step + stair * phase.ramp_steps // num_stairs
+        fraction = (stair + 0.5) / num_stairs
+        shares = {}
+        for name in before:
+            from_before = (1 - fraction) * before[name] / total_before
+            from_after = fraction * after[name] / total_after
+            shares[name] = from_before + from_after
+        weights_by_step[first_step] = shares
     weights_by_step[phase.from_step + phase.ramp_steps] = after
     return weights_by_step

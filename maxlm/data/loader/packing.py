@@ -3,11 +3,10 @@
 A piece is a run of tokens of one document. Either method puts every token of the store
 into exactly one sequence:
 
-  concat    the documents one after another, cut every seq_len tokens. Nothing is stored and
-            nothing is padded but the very end; most documents lose context at a cut.
-  best_fit  documents kept whole where they fit (Ding et al. 2024, "Fewer Truncations
-  Improve
-            Language Modeling"). A little padding, an index beside the store.
+- concat: the documents one after another, cut every seq_len tokens. Nothing is stored
+  and nothing is padded but the very end; most documents lose context at a cut.
+- best_fit: documents kept whole where they fit (Ding et al. 2024, "Fewer Truncations
+  Improve Language Modeling"). A little padding, an index beside the store.
 
 Best fit first cuts documents longer than seq_len into seq_len pieces and a remainder.
 Within a block of documents, remainders and short documents go, longest first, each into
@@ -61,7 +60,7 @@ class TokenSource(Protocol):
     def num_tokens(self) -> int: ...
 
     @property
-    def offsets(self) -> Any:
+    def offsets(self) -> Any:  # Int64s | Offsets; Any also admits a cached_property.
         """Indices of documents' first tokens, and num_tokens: int64 [num_documents +
         1], each above the last, an array or `Offsets`."""
         ...
@@ -95,34 +94,44 @@ class ConcatPacking:
         """Returns the numbers of pieces [n] in the given sequences [n], each in
         range(num_sequences), and these pieces in order."""
         offsets = self.store.offsets
-        begins = sequences * self.seq_len
-        ends = np.minimum(begins + self.seq_len, self.store.num_tokens)
+        # One element a sequence.
+        sequence_starts = sequences * self.seq_len
+        sequence_ends = np.minimum(
+            sequence_starts + self.seq_len, self.store.num_tokens
+        )
         # offsets[first:last] are the document starts strictly inside each sequence. As
         # many are below an end as are at most one less: one search for both.
-        found = offsets.searchsorted(np.concatenate([begins, ends - 1]), side="right")
-        first, last = np.split(found, 2)
+        bounds = np.concatenate([sequence_starts, sequence_ends - 1])
+        first, last = np.split(offsets.searchsorted(bounds, side="right"), 2)
         counts = last - first + 1
-        row = np.repeat(np.arange(sequences.size), counts)
-        nth = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        starts = np.where(
-            nth == 0, begins[row], offsets[np.maximum(first[row] + nth - 1, 0)]
-        )
-        is_last = nth == counts[row] - 1
-        stops = np.where(is_last, ends[row], np.append(starts[1:], 0))
-        return counts, _make_pieces(
-            starts, stops - starts, ~is_last | (offsets[last] == ends)[row]
-        )
+        ends_with_document = offsets[last] == sequence_ends
+        # One element a piece: the first of a sequence starts with it, the others with a
+        # document.
+        sequence = np.repeat(np.arange(sequences.size), counts)
+        index_in_sequence = _count_within(counts)
+        document = np.maximum(first[sequence] + index_in_sequence - 1, 0)
+        is_first = index_in_sequence == 0
+        is_last = index_in_sequence == counts[sequence] - 1
+        starts = np.where(is_first, sequence_starts[sequence], offsets[document])
+        next_starts = np.append(starts[1:], 0)
+        stops = np.where(is_last, sequence_ends[sequence], next_starts)
+        ends_document = ~is_last | ends_with_document[sequence]
+        return counts, _make_pieces(starts, stops - starts, ends_document)
+
+
+def _count_within(counts: Int64s) -> Int64s:
+    """0, 1, ... count - 1 for each count: int64 [sum of counts]."""
+    total_before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) - np.repeat(total_before, counts)
 
 
 def _make_pieces(
-    starts: Int64s, lengths: Int64s, document_ends: NDArray[np.bool_]
+    starts: Int64s, lengths: Int64s, ends_document: NDArray[np.bool_]
 ) -> Pieces:
     pieces = np.empty(starts.size, PIECE)
-    pieces["start"], pieces["length"], pieces["ends_document"] = (
-        starts,
-        lengths,
-        document_ends,
-    )
+    pieces["start"] = starts
+    pieces["length"] = lengths
+    pieces["ends_document"] = ends_document
     return pieces
 
 
@@ -157,14 +166,17 @@ class BestFitPacking:
     def index(self) -> PackingIndex:
         if isinstance(self.source, PackingIndex):
             return self.source
-        files = [self.source / f"{name}.npy" for name in PackingIndex._fields]
+        arrays = []
         try:
-            return PackingIndex(
-                *(np.asarray(np.load(file, mmap_mode="r")) for file in files)
-            )
+            for name in PackingIndex._fields:
+                array = np.load(self.source / f"{name}.npy", mmap_mode="r")
+                arrays.append(np.asarray(array))
         except (OSError, ValueError) as error:
-            what = f"damaged packing index: {error}"
-            raise MaxlmError(what, where=str(self.source), fix=_MAKE_AGAIN) from error
+            message = f"damaged packing index: {error}"
+            raise MaxlmError(
+                message, where=str(self.source), fix=_MAKE_AGAIN
+            ) from error
+        return PackingIndex(*arrays)
 
     def __reduce__(self):  # A worker process maps the files itself.
         return BestFitPacking, (self.store, self.source)
@@ -176,12 +188,10 @@ class BestFitPacking:
     def find_pieces(self, sequences: Int64s) -> tuple[Int64s, Pieces]:
         """See `ConcatPacking.find_pieces`."""
         index = self.index
-        first = index.sequence_offsets[sequences]
-        counts = index.sequence_offsets[sequences + 1] - first
-        at = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(
-            counts.sum()
-        )
-        return counts, index.pieces[at]
+        first_pieces = index.sequence_offsets[sequences]
+        counts = index.sequence_offsets[sequences + 1] - first_pieces
+        piece_numbers = np.repeat(first_pieces, counts) + _count_within(counts)
+        return counts, index.pieces[piece_numbers]
 
 
 Packing = ConcatPacking | BestFitPacking
@@ -206,9 +216,9 @@ def open_best_fit(
         try:
             _write(folder, store, seq_len, block)
         except OSError as error:
-            what = f"cannot write the packing index ({error.strerror})"
+            message = f"cannot write the packing index ({error.strerror})"
             fix = "make the store's folder writable once, or use packing=concat"
-            raise MaxlmError(what, where=str(folder), fix=fix) from error
+            raise MaxlmError(message, where=str(folder), fix=fix) from error
     elif verify:
         verify_index(folder)
     return BestFitPacking(store, folder)
@@ -216,11 +226,9 @@ def open_best_fit(
 
 def list_indices(store: TokenSource) -> list[Path]:
     """Lists the folders of all packing indices beside a store's arrays."""
-    return (
-        []
-        if store.path is None
-        else sorted(Path(store.path).glob("packing/best_fit-*"))
-    )
+    if store.path is None:
+        return []
+    return sorted(Path(store.path).glob("packing/best_fit-*"))
 
 
 def describe_missing_checksums(store: "TokenStore") -> list[str]:
@@ -232,16 +240,14 @@ def describe_missing_checksums(store: "TokenStore") -> list[str]:
         listed = ", ".join(map(str, numbers))
         lines.append(
             f"{store.place}: an earlier maxlm wrote segment {listed} without checksums "
-            f"of files: "
-            "tokens and offsets are compared with the manifest, other files are not "
-            "checked"
+            "of files: tokens and offsets are compared with the manifest, other files "
+            "are not checked"
         )
     for folder in list_indices(store):
         if not _has_checksums(folder):
             lines.append(
                 f"{folder}: an earlier maxlm wrote this packing index without "
-                f"checksums; "
-                "delete the folder, and it is made again with them"
+                "checksums; delete the folder, and it is made again with them"
             )
     return lines
 
@@ -284,66 +290,72 @@ def _name_index(offsets_sha256: str, seq_len: int, block: int) -> str:
 
 def build_index(offsets: Int64s | Offsets, seq_len: int, block: int) -> PackingIndex:
     """Builds the index in memory, from document offsets int64 [num_documents + 1]."""
-    pieces, counts = map(
-        np.concatenate, zip(*_blocks(offsets, seq_len, block), strict=True)
-    )
+    blocks = list(_pack_blocks(offsets, seq_len, block))
+    pieces = np.concatenate([block_pieces for block_pieces, _ in blocks])
+    counts = np.concatenate([block_counts for _, block_counts in blocks])
     return PackingIndex(pieces, np.cumsum([0, *counts]))
 
 
-def _blocks(
+def _pack_blocks(
     offsets: Int64s | Offsets, seq_len: int, block: int
 ) -> Iterator[tuple[Pieces, Int64s]]:
     """Yields each block's pieces, in order of sequences, and how many each of its
     sequences has."""
     for first in range(0, offsets.size - 1, block):
         bounds = np.asarray(offsets[first : first + block + 1])
-        counts = -(-np.diff(bounds) // seq_len)
-        starts = np.repeat(bounds[:-1], counts)
-        nth = np.arange(starts.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        starts = starts + nth * seq_len
-        stops = np.repeat(bounds[1:], counts)
-        lengths = np.minimum(starts + seq_len, stops) - starts
+        counts = _count_pieces(bounds, seq_len)
+        document_starts = np.repeat(bounds[:-1], counts)
+        document_stops = np.repeat(bounds[1:], counts)
+        starts = document_starts + _count_within(counts) * seq_len
+        stops = np.minimum(starts + seq_len, document_stops)
+        lengths = stops - starts
         sequences = pack_best_fit(lengths, seq_len)
-        pieces = _make_pieces(starts, lengths, starts + lengths == stops)
+        pieces = _make_pieces(starts, lengths, stops == document_stops)
         yield pieces[np.argsort(sequences, kind="stable")], np.bincount(sequences)
+
+
+def _count_pieces(offsets: Int64s, seq_len: int) -> Int64s:
+    """Pieces of at most seq_len tokens that each document is cut into."""
+    return -(-np.diff(offsets) // seq_len)
 
 
 def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
     """Packs items [n] by best-fit decreasing: the bin of each, numbered from 0 without
     gaps.
 
-    Bins with room r > 0 wait on the stack of r; bit r of one big integer says that the
-    stack is not empty, so "the fullest bin that fits" is the lowest set bit from the
-    item's length up.
+    Bins with room r > 0 wait on the stack of r; bit r of one big integer, `rooms_bits`,
+    says that the stack is not empty, so "the fullest bin that fits" is the lowest set bit
+    from the item's length up.
     """
     bins = np.empty(lengths.size, np.int64)
-    full = lengths == capacity
-    num_bins = int(full.sum())
-    bins[full] = np.arange(num_bins)
-    items = np.flatnonzero(~full)
+    is_full = lengths == capacity
+    num_bins = int(is_full.sum())
+    bins[is_full] = np.arange(num_bins)
+    items = np.flatnonzero(~is_full)
     items = items[np.argsort(-lengths[items], kind="stable")]
-    waiting: dict[int, list[int]] = {}
-    rooms = 0
-    chosen = []
+    waiting_bins: dict[int, list[int]] = {}
+    rooms_bits = 0
+    chosen_bins = []
     for length in lengths[items].tolist():
-        if fitting := rooms >> length:
-            room = length + (fitting & -fitting).bit_length() - 1
-            stack = waiting[room]
-            target = stack.pop()
+        if fitting := rooms_bits >> length:
+            lowest_bit = (fitting & -fitting).bit_length() - 1
+            room = length + lowest_bit
+            stack = waiting_bins[room]
+            chosen = stack.pop()
             if not stack:
-                rooms ^= 1 << room
+                rooms_bits ^= 1 << room
             room -= length
         else:
-            target = num_bins
+            chosen = num_bins
             room = capacity - length
             num_bins += 1
-        chosen.append(target)
+        chosen_bins.append(chosen)
         if room:
-            stack = waiting.setdefault(room, [])
+            stack = waiting_bins.setdefault(room, [])
             if not stack:
-                rooms |= 1 << room
-            stack.append(target)
-    bins[items] = chosen
+                rooms_bits |= 1 << room
+            stack.append(chosen)
+    bins[items] = chosen_bins
     return bins
 
 
@@ -353,15 +365,22 @@ def _write(folder: Path, store: TokenSource, seq_len: int, block: int) -> None:
     offsets = store.offsets
     folder.parent.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    blocks = (offsets[i : i + block + 1] for i in range(0, offsets.size - 1, block))
-    size = sum(int((-(-np.diff(bounds) // seq_len)).sum()) for bounds in blocks)
+    # The header of a .npy file, which comes first, says how many pieces follow.
+    num_pieces = 0
+    for first in range(0, offsets.size - 1, block):
+        bounds = offsets[first : first + block + 1]
+        num_pieces += int(_count_pieces(bounds, seq_len).sum())
     try:
         counts = [np.zeros(1, np.int64)]
         with open(temporary / "pieces.npy", "wb") as file:
-            header = {"descr": PIECE.descr, "fortran_order": False, "shape": (size,)}
+            header = {
+                "descr": PIECE.descr,
+                "fortran_order": False,
+                "shape": (num_pieces,),
+            }
             np.lib.format.write_array_header_1_0(file, header)
-            for pieces, of_block in _blocks(offsets, seq_len, block):
-                counts.append(of_block)
+            for pieces, block_counts in _pack_blocks(offsets, seq_len, block):
+                counts.append(block_counts)
                 file.write(pieces.data)
         np.save(temporary / "sequence_offsets.npy", np.cumsum(np.concatenate(counts)))
         manifest = _IndexManifest(
@@ -377,7 +396,8 @@ def _write(folder: Path, store: TokenSource, seq_len: int, block: int) -> None:
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.is_dir():  # Else another process was first.
+            if not folder.is_dir():
                 raise
+            # Else another process was first, and its copy is the same.
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,7 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 # By chi-square, 8 rounds are fair above 64 values; a few bits mix slowly. An even
 # number of rounds restores the half widths.
-_ROUNDS, _SMALL_BITS, _SMALL_ROUNDS = 8, 6, 24
+_ROUNDS = 8
+_SMALL_BITS = 6
+_SMALL_ROUNDS = 24
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -26,9 +28,8 @@ UInt64s = NDArray[np.uint64]
 def derive_key(*parts: int | str) -> int:
     """Derives a 64-bit key from a seed and names, on every machine and process the
     same."""
-    return int.from_bytes(
-        hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little"
-    )
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def derive_keys(key: int, indices: ArrayLike) -> UInt64s:
@@ -44,25 +45,30 @@ def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64
     # At least one bit in each half, or the network could not mix.
     bits = max(2, (n - 1).bit_length())
     result = _feistel(x, bits, keys)
-    # The domain is less than 2n (n > 2), so half of what is left falls inside at each
-    # turn.
+    # Cycle walking: what falls outside range(n) is permuted again. The domain is less
+    # than 2n (n > 2), so half of what is left falls inside at each turn.
     while (outside := np.flatnonzero(result >= np.uint64(n))).size:
         result[outside] = _feistel(result[outside], bits, keys[outside])
     return result.astype(np.int64)
 
 
 def _feistel(x: UInt64s, bits: int, keys: UInt64s) -> UInt64s:
-    left_bits, right_bits = bits - bits // 2, bits // 2
-    left, right = x >> np.uint64(right_bits), x & _mask(right_bits)
+    """A permutation of the numbers of so many bits, chosen by a key for each."""
+    right_bits = bits // 2
+    left_bits = bits - right_bits
+    left = x >> np.uint64(right_bits)
+    right = x & _mask(right_bits)
     rounds = _SMALL_ROUNDS if bits <= _SMALL_BITS else _ROUNDS
     for round_number in range(1, rounds + 1):
         round_keys = _mix(keys + _GAMMA * np.array([round_number], np.uint64))
-        left, right = right, left ^ (_mix(right ^ round_keys) & _mask(left_bits))
+        mixed = left ^ (_mix(right ^ round_keys) & _mask(left_bits))
+        left, right = right, mixed
         left_bits, right_bits = right_bits, left_bits
     return (left << np.uint64(right_bits)) | right
 
 
 def _mix(x: UInt64s) -> UInt64s:
+    """The finaliser of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))

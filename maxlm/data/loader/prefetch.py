@@ -85,16 +85,23 @@ class Prefetcher(Iterator[Batch]):
         self._make = make
         self._is_stop_requested = is_stop_requested
         self._stop = ENDLESS if stop is None else stop
-        turn = min(start + THREAD_STEPS, self._stop) if workers else self._stop
-        self._pipelines = [_Pipeline(_open_pipeline(make, start, turn, 0, prefetch))]
-        if turn < self._stop:
+        # Threads make the steps before it, workers those from it on.
+        workers_start = self._stop
+        if workers:
+            workers_start = min(start + THREAD_STEPS, self._stop)
+        iterator = _open_pipeline(make, start, workers_start, 0, prefetch)
+        self._pipelines = [_Pipeline(iterator)]
+        if workers_start < self._stop:
             spilled = _SpilledFunction(make)
-            iterator = _open_pipeline(spilled, turn, self._stop, workers, prefetch)
+            iterator = _open_pipeline(
+                spilled, workers_start, self._stop, workers, prefetch
+            )
             self._pipelines.append(_Pipeline(iterator, workers, spilled))
             # Before all that waits for processes when the interpreter exits; once.
             atexit.unregister(kill_starting_workers)
             atexit.register(kill_starting_workers)
         self._makes_here = False
+        """Whether this process makes the batches from now on, itself."""
         # Also closes when the prefetcher is dropped, and when the interpreter exits.
         self._finalizer = weakref.finalize(self, _close, self._pipelines)
 
@@ -106,9 +113,8 @@ class Prefetcher(Iterator[Batch]):
             raise StopIteration
         pipeline = self._pipelines[0]
         if self._makes_here or not self._wait_for_start(pipeline):
-            self._makes_here = (
-                True  # Also from now on: the workers' next batch is an earlier one.
-            )
+            # Also from now on: the workers' next batch is of an earlier step.
+            self._makes_here = True
             batch = self._make(self.step)
             self.step += 1
             return batch
@@ -169,9 +175,8 @@ class _SpilledFunction:
         with convert_write_errors(folder):
             descriptor, name = tempfile.mkstemp(prefix="maxlm-loader-", dir=folder)
             self._path = Path(name)
-            self.delete_file = weakref.finalize(
-                self, self._path.unlink, missing_ok=True
-            )
+            unlink = self._path.unlink
+            self.delete_file = weakref.finalize(self, unlink, missing_ok=True)
             with open(descriptor, "wb") as file:
                 cloudpickle.dump(function, file)
         self._function: MakeBatch | None = function
@@ -241,6 +246,7 @@ class _Pipeline:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             batch = _fetch_batch(self.iterator)
+        # Of any kind: it is raised where the batch is asked for.
         except BaseException as error:
             self.next_batch.set_exception(error)
         else:
@@ -293,8 +299,7 @@ def _describe_death(signal_number: int) -> ProcessLost:
         f"a loader worker was killed by signal {signal_number} ({name}){cause}",
         where="data.workers",
         fix="run the same command to go on from the last checkpoint, with fewer "
-        "data.workers or "
-        "more memory if it happens again",
+        "data.workers or more memory if it happens again",
     )
 
 
@@ -306,16 +311,19 @@ def _fetch_batch(iterator: grain.DatasetIterator) -> Batch | None:
     process which still holds one when it ends, and that JAX on a CPU may alias.
     """
     batch = next(iterator, None)
-    return batch and {name: np.array(array) for name, array in batch.items()}
+    if batch is None:
+        return None
+    return {name: np.array(array) for name, array in batch.items()}
 
 
 def _open_pipeline(
     make: MakeBatch, start: int, stop: int, workers: int, prefetch: int
 ) -> grain.DatasetIterator:
-    options = grain.ReadOptions(
+    reading = grain.ReadOptions(
         num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch
     )
-    dataset = grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)
+    steps = grain.MapDataset.range(start, stop)
+    dataset = steps.map(make).to_iter_dataset(reading)
     if workers:
         # Grain reads absl flags, which absl refuses before a command line was parsed;
         # ours never is.
@@ -335,7 +343,6 @@ def _start_worker(worker: int, workers: int) -> None:
     ignore_signals()
     jax = sys.modules.get("jax")
     if jax is not None:  # Grain imports it.
-        jax.config.update(
-            "jax_platforms", "cpu"
-        )  # Never touch the trainer's accelerator.
+        # Never touch the trainer's accelerator.
+        jax.config.update("jax_platforms", "cpu")
     stop_with_parent()  # Grain's workers wait for ever on one that was killed.

@@ -64,4 +64,5 @@ def list_phase_steps(phases: Sequence[Phase], num_steps: int) -> list[tuple[int,
     edges = {0, num_steps}
     for phase in phases:
         edges |= {phase.from_step, phase.from_step + phase.ramp_steps}
-    return list(pairwise(sorted(edge for edge in edges if edge <= num_steps)))
+    edges_of_run = sorted(edge for edge in edges if edge <= num_steps)
+    return list(pairwise(edges_of_run))

@@ -8,7 +8,7 @@ reads. Chunks and the shards' indices carry a CRC-32C, so a damaged one is an er
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,25 +21,34 @@ from maxlm.runtime.storage import (
     make_kvstore_spec,
 )
 
+if TYPE_CHECKING:
+    import tensorstore as ts
+
 Int64s = NDArray[np.int64]
 
 SHARD_TOKENS = 16 << 20
 CHUNK_TOKENS = 16 << 10
 CHUNK_OFFSETS = 4 << 10
-_CODECS = {"tokens": "lz4", "offsets": "zstd"}
+ArrayName = Literal["tokens", "offsets"]
+_CODECS: dict[ArrayName, str] = {"tokens": "lz4", "offsets": "zstd"}
 
 
-def create_array(folder: Path, name: str, size: int, dtype: str):
+def create_array(
+    folder: Path, name: ArrayName, size: int, dtype: str
+) -> "ts.TensorStore":
     """Create the 1-D array `folder/name` and return its TensorStore, open for
     writing."""
-    compressor = {"cname": _CODECS[name], "clevel": 5, "shuffle": "shuffle"}
+    chunk_size = CHUNK_TOKENS
+    if name == "offsets":
+        # Tests make shards, which hold whole chunks, smaller than CHUNK_OFFSETS.
+        chunk_size = min(CHUNK_OFFSETS, CHUNK_TOKENS)
     to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
+    compression = {"cname": _CODECS[name], "clevel": 5, "shuffle": "shuffle"}
+    compress = {"name": "blosc", "configuration": compression}
     checksum = {"name": "crc32c"}
     sharding = {
-        "chunk_shape": [
-            CHUNK_TOKENS if name == "tokens" else min(CHUNK_OFFSETS, CHUNK_TOKENS)
-        ],
-        "codecs": [to_bytes, {"name": "blosc", "configuration": compressor}, checksum],
+        "chunk_shape": [chunk_size],
+        "codecs": [to_bytes, compress, checksum],
         "index_codecs": [to_bytes, checksum],
     }
     metadata = {
@@ -51,17 +60,18 @@ def create_array(folder: Path, name: str, size: int, dtype: str):
         },
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    return _open(
-        folder / name, {"metadata": metadata, "create": True, "delete_existing": True}
-    )
+    options = {"metadata": metadata, "create": True, "delete_existing": True}
+    return _open(folder / name, options)
 
 
-def open_for_writing(folder: Path, name: str):
+def open_for_writing(folder: Path, name: ArrayName) -> "ts.TensorStore":
     """Opens the TensorStore of an array that `create_array` made."""
     return _open(folder / name, {})
 
 
-def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
+def write_array(
+    array: "ts.TensorStore", start: int, values: np.ndarray, folder: Path
+) -> None:
     """Write `values` from index `start` of a TensorStore, and wait until they are on
     disk."""
     try:
@@ -71,25 +81,35 @@ def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
         raise make_array_error(folder, error, fix) from error
 
 
-def open_for_reading(folders: Sequence[Place], name: str, cache_bytes: int):
+def open_for_reading(
+    folders: Sequence[Place], name: ArrayName, cache_bytes: int
+) -> "ts.TensorStore":
     """Opens the TensorStore of an array in pieces in `folders`, with a cache of
-    `cache_bytes` decompressed bytes. Of offsets the first piece's first and every
-    piece's others count."""
+    `cache_bytes` decompressed bytes."""
     import tensorstore as ts
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     # A finished store never changes, so what is cached need not be checked against the
     # disk.
     options = {"recheck_cached_data": False, "recheck_cached_metadata": False}
-    pieces = [
-        _open(join_place(f, name), options, read=True, context=context) for f in folders
-    ]
-    skipped = 1 if name == "offsets" else 0
-    pieces = [pieces[0], *(piece[skipped:] for piece in pieces[1:])]
+    pieces = []
+    for folder in folders:
+        place = join_place(folder, name)
+        piece = _open(place, options, read=True, context=context)
+        if name == "offsets" and pieces:
+            # The first offset of a segment is the last of the one before it.
+            piece = piece[1:]
+        pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else ts.concat(pieces, axis=0)
 
 
-def _open(path: Place, options: dict[str, Any], **kwargs: Any):
+def _open(
+    path: Place,
+    options: dict[str, Any],
+    *,
+    read: bool | None = None,
+    context: "ts.Context | None" = None,
+) -> "ts.TensorStore":
     import tensorstore as ts
 
     spec = {
@@ -101,20 +121,19 @@ def _open(path: Place, options: dict[str, Any], **kwargs: Any):
         "store_data_equal_to_fill_value": True,
     }
     try:
-        return ts.open(spec | options, **kwargs).result()
+        return ts.open(spec | options, read=read, context=context).result()
     except (ValueError, OSError) as error:
-        fix = get_read_failure_fix(
-            path, "check the disk, or build the store again with maxlm corpus build"
-        )
+        disk_fix = "check the disk, or build the store again with maxlm corpus build"
+        fix = get_read_failure_fix(path, disk_fix)
         raise make_array_error(path, error, fix) from error
 
 
 def make_array_error(
-    path: Place, error: Exception, fix: str, what: str = "array error"
+    path: Place, error: Exception, fix: str, message: str = "array error"
 ) -> MaxlmError:
     """Describes a TensorStore error in one line, without its source locations."""
     reason = str(error).split(" [")[0].splitlines()[0]
-    return MaxlmError(f"{what}: {reason}", where=str(path), fix=fix)
+    return MaxlmError(f"{message}: {reason}", where=str(path), fix=fix)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -135,21 +154,24 @@ class Offsets:
     """
 
     def __init__(self, read: Callable[[slice | Int64s], Int64s], size: int):
-        self.size, self._read = size, read
+        self.size = size
+        self._read = read
 
     def __getitem__(self, key: slice | Int64s) -> Int64s:
-        return self._read(
-            slice(*key.indices(self.size)) if isinstance(key, slice) else key
-        )
+        if isinstance(key, slice):
+            key = slice(*key.indices(self.size))
+        return self._read(key)
 
     def searchsorted(self, values: Int64s, side: Literal["right"]) -> Int64s:
         """Bisects as numpy's does: some log2(size / 2^12) chunks a value [n], most of
         them kept."""
         low = np.zeros_like(values)
         high = np.full_like(values, self.size)
-        while (left := np.flatnonzero(low < high)).size:
-            middle = (low[left] + high[left]) // 2
-            is_low = self[middle] <= values[left]
-            low[left[is_low]] = middle[is_low] + 1
-            high[left[~is_low]] = middle[~is_low]
-        return low
+        while True:
+            unfinished = np.flatnonzero(low < high)
+            if not unfinished.size:
+                return low
+            middle = (low[unfinished] + high[unfinished]) // 2
+            is_below = self[middle] <= values[unfinished]
+            low[unfinished[is_below]] = middle[is_below] + 1
+            high[unfinished[~is_below]] = middle[~is_below]

@@ -26,6 +26,7 @@ from maxlm.data.store.manifest import (
     StoreSegment,
     append_manifest,
     describe_differences,
+    hash_digests,
     is_already_appended,
     read_manifest,
     segment_path,
@@ -82,37 +83,33 @@ def build_store(
             that is full or cannot be written; a build of the same store by another
             process, without `join`.
     """
-    out, tokenizer_folder = (
-        Path(check_path_is_text(check_local_path(out))),
-        Path(tokenizer_folder),
-    )
+    out = Path(check_path_is_text(check_local_path(out)))
+    tokenizer_folder = Path(tokenizer_folder)
     plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers)
     building = out.with_name(f".{out.name}.building")
-    if existing := _check_replaceable(out, plan.manifest, force):
+    existing = _read_same_store(out, plan.manifest, force)
+    if existing:
         return existing
     with WorkerPool(workers) as pool:
         if join:
             with lock_folder(building, shared=True, wait=True):
-                if not _check_replaceable(
-                    out, plan.manifest, force
-                ):  # Finished while we waited.
+                # Another builder may have finished it while we waited.
+                if not _read_same_store(out, plan.manifest, force):
                     _make_parts(plan, building, pool, progress)
         with lock_folder(building, wait=join):
             replaced = building / "replaced"
-            if (
-                replaced.exists() and not out.exists()
-            ):  # A kill came between the renames below.
+            # Where a kill came between the two renames below, undo the first.
+            if replaced.exists() and not out.exists():
                 os.rename(replaced, out)
             # Meanwhile another builder may have finished it, or another store.
-            manifest = _check_replaceable(out, plan.manifest, force)
+            manifest = _read_same_store(out, plan.manifest, force)
             if not manifest:
                 manifest = _write_segment(plan, building, None, pool, progress)
                 with convert_write_errors(building):
                     write_manifest(building / "store", manifest)
                     if out.exists():
-                        shutil.rmtree(
-                            replaced, ignore_errors=True
-                        )  # Of a build killed at its end.
+                        # It may be left of a build that was killed at its end.
+                        shutil.rmtree(replaced, ignore_errors=True)
                         os.rename(out, replaced)
                     os.rename(building / "store", out)
             shutil.rmtree(building, ignore_errors=True)
@@ -136,18 +133,23 @@ def append_store(
     """
     out = Path(check_path_is_text(check_local_path(out)))
     existing = TokenStore.open(out).manifest
-    split = existing.split, existing.heldout_fraction
-    plan = plan_build(source, out / "tokenizer", *split, workers)
+    plan = plan_build(
+        source,
+        out / "tokenizer",
+        existing.split,
+        existing.heldout_fraction,
+        workers,
+    )
     building = out.with_name(f".{out.name}.building")
     with WorkerPool(workers) as pool, lock_folder(building):
+        # Again, now that no other append can change it.
         existing = TokenStore.open(out).manifest
         if not is_already_appended(str(out), existing, plan.manifest):
             new = _write_segment(plan, building, existing.num_tokens, pool, progress)
             folder = out / segment_path(len(existing.segments))
             with convert_write_errors(out):
-                shutil.rmtree(
-                    folder, ignore_errors=True
-                )  # Of an append that was killed here.
+                # It may be left of an append that was killed here.
+                shutil.rmtree(folder, ignore_errors=True)
                 folder.parent.mkdir(exist_ok=True)
                 os.rename(building / "store", folder)
                 existing = append_manifest(existing, new)
@@ -156,43 +158,46 @@ def append_store(
     return existing
 
 
-def _check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | None:
+def _read_same_store(out: Path, planned: Manifest, force: bool) -> Manifest | None:
     """The manifest of the store in `out` if it is the planned one; None if `out` may be
-    written."""
+    written. Raises MaxlmError: `out` holds anything else, or, without `force`, a store
+    of other inputs."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_NAME).is_file():
-        what = "this exists and is not a token store"
-        raise MaxlmError(what, where=str(out), fix="choose another folder or remove it")
+        message = "this exists and is not a token store"
+        raise MaxlmError(
+            message, where=str(out), fix="choose another folder or remove it"
+        )
     try:
-        found = next(describe_differences(read_manifest(out), planned), None)
-        if not found:
+        difference = next(describe_differences(read_manifest(out), planned), None)
+        if difference is None:
             return TokenStore.open(out).manifest
-    except MaxlmError:
+    except MaxlmError:  # A damaged store may be replaced, too.
         if not force:
             raise
         return None
     if force:
         return None
     fix = "choose another folder, or replace the store with --force (force=True)"
-    what = f"the store here was built from other inputs: {found}"
-    raise MaxlmError(what, where=str(out), fix=fix)
+    message = f"the store here was built from other inputs: {difference}"
+    raise MaxlmError(message, where=str(out), fix=fix)
 
 
 def _write_segment(
     plan: BuildPlan,
     building: Path,
-    base: int | None,
+    tokens_before: int | None,
     pool: WorkerPool,
     progress: Progress,
 ) -> Manifest:
     """Make the arrays of a segment in `building/store`. Returns its manifest.
 
-    The store has `base` tokens before it; None: it is a new store's, and gets the
-    tokenizer.
+    The store has `tokens_before` tokens before it; None: it is a new store's, and gets
+    the tokenizer.
     """
-    made = _make_parts(plan, building, pool, progress)
-    parts = [made[index] for index in sorted(made)]
+    part_by_index = _make_parts(plan, building, pool, progress)
+    parts = [part_by_index[index] for index in sorted(part_by_index)]
     sources = _count_by_source(plan.manifest, parts)
     if not any(source.num_documents for source in sources):
         shutil.rmtree(building)
@@ -205,34 +210,35 @@ def _write_segment(
         store.mkdir()
     # A shard is one file and is written by one worker in one go, so the result does not
     # depend on the number of workers.
-    begins = np.cumsum([0, *(part.num_tokens for part in parts)])
-    num_tokens = int(begins[-1])
+    part_starts = np.cumsum([0, *(part.num_tokens for part in parts)])
+    num_tokens = int(part_starts[-1])
     create_array(store, "tokens", num_tokens, dtype)
-    write = partial(_write_shard, store, folder, dtype, begins)
-    done = 0
-    digests = {}
+    write = partial(_write_shard, store, folder, dtype, part_starts)
+    num_written = 0
+    digest_by_start = {}
     for start, digest in pool.map_unordered(write, range(0, num_tokens, SHARD_TOKENS)):
-        digests[start] = digest
-        done += min(SHARD_TOKENS, num_tokens - start)
-        progress("writing tokens", done, num_tokens)
+        digest_by_start[start] = digest
+        num_written += min(SHARD_TOKENS, num_tokens - start)
+        progress("writing tokens", num_written, num_tokens)
     paths = (part_path(folder, part.index, "lengths") for part in parts)
     lengths = np.concatenate([np.fromfile(path, np.int64) for path in paths])
-    offsets = np.cumsum(np.append(base or 0, lengths))
+    # Offsets count from the beginning of the store, not of the segment.
+    offsets = np.cumsum(np.append(tokens_before or 0, lengths))
     array = create_array(store, "offsets", offsets.size, "int64")
     for start in range(0, offsets.size, SHARD_TOKENS):
         write_array(array, start, offsets[start : start + SHARD_TOKENS], store)
-    if base is None:
+    if tokens_before is None:
         plan.tokenizer.save(store / "tokenizer")
     with convert_write_errors(building):
         checksums_sha256 = write_checksums(store)
-    tokens = "".join(digests[start] for start in sorted(digests))
+    shard_digests = [digest_by_start[start] for start in sorted(digest_by_start)]
     segment = StoreSegment(
         num_tokens=num_tokens,
         num_documents=lengths.size,
         num_sources=len(sources),
         selection=plan.manifest.selection,
         offsets_sha256=hashlib.sha256(offsets.data).hexdigest(),
-        tokens_sha256=hashlib.sha256(tokens.encode()).hexdigest(),
+        tokens_sha256=hash_digests(shard_digests),
         checksums_sha256=checksums_sha256,
     )
     return plan.manifest.with_segments((segment,), sources)
@@ -245,60 +251,75 @@ def _make_parts(
     folder = building / plan.parts_name
     with convert_write_errors(building):
         folder.mkdir(exist_ok=True)
-    sizes = [sum(part.size_bytes for _, part in job.slices) for job in plan.jobs]
-    finished = (read_finished_part(folder, job.index) for job in plan.jobs)
-    parts = {part.index: part for part in finished if part}
-    done, total = sum(sizes[index] for index in parts), sum(sizes)
-    progress("tokenizing", done, total)
+    sizes = [
+        sum(file_slice.size_bytes for _, file_slice in job.slices) for job in plan.jobs
+    ]
+    total_bytes = sum(sizes)
+    done_bytes = 0
+    parts: dict[int, FinishedPart] = {}
+    jobs = []
+    for job in plan.jobs:
+        part = read_finished_part(folder, job.index)
+        if part is None:
+            jobs.append(job)
+        else:
+            parts[job.index] = part
+            done_bytes += sizes[job.index]
+    progress("tokenizing", done_bytes, total_bytes)
     make = partial(tokenize_part, folder, plan.source, plan.tokenizer, plan.manifest)
-    for part in pool.map_unordered(
-        make, [job for job in plan.jobs if job.index not in parts]
-    ):
+    for part in pool.map_unordered(make, jobs):
         if part is not None:
             parts[part.index] = part
-            done += sizes[part.index]
-            progress("tokenizing", done, total)
+            done_bytes += sizes[part.index]
+            progress("tokenizing", done_bytes, total_bytes)
     return parts
 
 
 def _count_by_source(
     planned: Manifest, parts: Sequence[FinishedPart]
 ) -> tuple[SourceEntry, ...]:
-    counts = [Counter[str]() for _ in planned.sources]
+    counts_by_source = [Counter[str]() for _ in planned.sources]
     for part in parts:
-        for source, each in part.counts.items():
-            counts[source].update(each)
-    named = zip(planned.sources, counts, strict=True)
-    return tuple(source.model_copy(update=each) for source, each in named)
+        for source_index, counts in part.counts.items():
+            counts_by_source[source_index].update(counts)
+    return tuple(
+        source.model_copy(update=dict(counts))
+        for source, counts in zip(planned.sources, counts_by_source, strict=True)
+    )
 
 
 def _no_documents(plan: BuildPlan) -> MaxlmError:
     where = ", ".join(plan.source.documents)
     manifest = plan.manifest
     if manifest.split == "all":
-        what = f"the corpus is empty: no text in {len(manifest.sources)} files"
-        return MaxlmError(what, where=where, fix="name files that hold text")
-    what = f'no document falls into the split "{manifest.split}" at heldout_fraction='
+        message = f"the corpus is empty: no text in {len(manifest.sources)} files"
+        return MaxlmError(message, where=where, fix="name files that hold text")
+    message = (
+        f'no document falls into the split "{manifest.split}" at heldout_fraction='
+        f"{manifest.heldout_fraction}"
+    )
     fix = "use more documents or another fraction"
-    return MaxlmError(f"{what}{manifest.heldout_fraction}", where=where, fix=fix)
+    return MaxlmError(message, where=where, fix=fix)
 
 
 def _write_shard(
-    store: Path, parts_folder: Path, dtype: str, begins: np.ndarray, start: int
+    store: Path, parts_folder: Path, dtype: str, part_starts: np.ndarray, start: int
 ) -> tuple[int, str]:
-    """Write the shard of tokens from `start` on; part i is tokens begins[i] to begins[i
-    + 1]. Returns `start` and the shard's hash."""
-    stop = min(start + SHARD_TOKENS, int(begins[-1]))
+    """Write the shard of tokens from `start` on; part i is tokens part_starts[i] to
+    part_starts[i + 1]. Returns `start` and the shard's hash."""
+    stop = min(start + SHARD_TOKENS, int(part_starts[-1]))
     shard = np.empty(stop - start, dtype)
-    first = np.searchsorted(begins, start, "right") - 1
-    end = np.searchsorted(begins, stop)
-    for index in range(first, end):
-        begin = begins[index]
-        size = begins[index + 1] - begins[index]
-        if size:
-            tokens = np.memmap(part_path(parts_folder, index, "tokens"), dtype, "r")
-            low = max(begin, start)
-            high = min(begin + size, stop)
-            shard[low - start : high - start] = tokens[low - begin : high - begin]
+    first_part = np.searchsorted(part_starts, start, "right") - 1
+    stop_part = np.searchsorted(part_starts, stop)
+    for index in range(first_part, stop_part):
+        part_start = part_starts[index]
+        part_stop = part_starts[index + 1]
+        if part_start == part_stop:  # An empty file cannot be mapped.
+            continue
+        tokens = np.memmap(part_path(parts_folder, index, "tokens"), dtype, "r")
+        low = max(part_start, start)
+        high = min(part_stop, stop)
+        part_tokens = tokens[low - part_start : high - part_start]
+        shard[low - start : high - start] = part_tokens
     write_array(open_for_writing(store, "tokens"), start, shard, store)
     return start, hashlib.sha256(shard.data).hexdigest()

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.errors import describe_first_error
 from maxlm.data.documents.config import BadBytes
 from maxlm.runtime.files import verify_and_strip_json_digest, write_json_with_digest
 from maxlm.runtime.storage import Place, get_read_failure_fix, join_place, read_file
@@ -16,6 +17,15 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 Split = Literal["train", "heldout", "all"]
+
+# Inputs of a store besides its tokenizer and its files.
+_COMPARED_SETTINGS = (
+    "split",
+    "heldout_fraction",
+    "text_field",
+    "on_bad_bytes",
+    "piece_bytes",
+)
 
 
 class SourceEntry(Config):
@@ -92,23 +102,22 @@ class Manifest(Config):
     def offsets_sha256(self) -> str:
         """A hash of all offsets."""
         digests = [segment.offsets_sha256 for segment in self.segments]
-        return digests[0] if len(digests) == 1 else _hash_digests(digests)
+        return digests[0] if len(digests) == 1 else hash_digests(digests)
 
     @property
     def tokens_sha256(self) -> str:
         """A hash of the tokens of all segments."""
-        return _hash_digests([segment.tokens_sha256 for segment in self.segments])
+        return hash_digests([segment.tokens_sha256 for segment in self.segments])
 
     def take_segments(self, num_segments: int) -> "Manifest":
         """Returns the manifest as of so many segments (but for `num_binary_files`)."""
         if not 1 <= num_segments <= len(self.segments):
-            what = f"the store has {len(self.segments)} segments, not {num_segments}"
-            raise MaxlmError(
-                what, where="segments", fix="ask for 1 to as many as there are"
-            )
-        kept = self.segments[:num_segments]
-        sources = self.sources[: sum(segment.num_sources for segment in kept)]
-        return self.with_segments(kept, sources)
+            message = f"the store has {len(self.segments)} segments, not {num_segments}"
+            fix = "ask for 1 to as many as there are"
+            raise MaxlmError(message, where="segments", fix=fix)
+        segments = self.segments[:num_segments]
+        num_sources = sum(segment.num_sources for segment in segments)
+        return self.with_segments(segments, self.sources[:num_sources])
 
     def with_segments(
         self, segments: tuple[StoreSegment, ...], sources: tuple[SourceEntry, ...]
@@ -132,14 +141,15 @@ class Manifest(Config):
 
 def append_manifest(existing: Manifest, new: Manifest) -> Manifest:
     """Returns the manifest of a store with the segments of both, in this order."""
-    return existing.with_segments(
-        existing.segments + new.segments, existing.sources + new.sources
-    ).model_copy(
-        update={"num_binary_files": existing.num_binary_files + new.num_binary_files}
-    )
+    segments = existing.segments + new.segments
+    sources = existing.sources + new.sources
+    num_binary_files = existing.num_binary_files + new.num_binary_files
+    appended = existing.with_segments(segments, sources)
+    return appended.model_copy(update={"num_binary_files": num_binary_files})
 
 
-def _hash_digests(digests: Sequence[str]) -> str:
+def hash_digests(digests: Sequence[str]) -> str:
+    """Returns the SHA-256, in hex, of SHA-256s in hex one after the other."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -162,9 +172,8 @@ def read_manifest(folder: Place) -> Manifest:
     try:
         text = read_file(folder, MANIFEST_NAME).decode()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MaxlmError(
-            "there is no token store here", where=str(folder), fix=fix
-        ) from error
+        message = "there is no token store here"
+        raise MaxlmError(message, where=str(folder), fix=fix) from error
     except (OSError, UnicodeDecodeError) as error:
         raise MaxlmError(f"cannot read: {error}", where=str(path), fix=fix) from error
     try:
@@ -172,18 +181,14 @@ def read_manifest(folder: Place) -> Manifest:
     except ValueError as error:
         reason = str(error)
         if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = ": ".join(
-                filter(None, (".".join(map(str, first["loc"])), first["msg"]))
-            )
-        raise MaxlmError(
-            f"damaged manifest ({reason})", where=str(path), fix=rebuild
-        ) from error
+            reason = describe_first_error(error)
+        message = f"damaged manifest ({reason})"
+        raise MaxlmError(message, where=str(path), fix=rebuild) from error
     if manifest.format_version != FORMAT_VERSION:
-        what = (
+        message = (
             f"store format {manifest.format_version}; this maxlm reads {FORMAT_VERSION}"
         )
-        raise MaxlmError(what, where=str(path), fix=rebuild)
+        raise MaxlmError(message, where=str(path), fix=rebuild)
     return manifest
 
 
@@ -191,23 +196,25 @@ def is_already_appended(
     error_location: str, existing: Manifest, planned: Manifest
 ) -> bool:
     """Whether a segment of the store holds just the files of the planned one."""
-    for found in _other_settings(existing, planned):
+    difference = next(_describe_other_settings(existing, planned), None)
+    if difference:
         fix = "give the store's settings, or build a store of its own and mix the two"
-        raise MaxlmError(f"cannot append: {found}", where=error_location, fix=fix)
-    files = [(source.sha256, source.format) for source in existing.sources]
-    new = [(source.sha256, source.format) for source in planned.sources]
+        raise MaxlmError(f"cannot append: {difference}", where=error_location, fix=fix)
+    existing_files = [(source.sha256, source.format) for source in existing.sources]
+    planned_files = [(source.sha256, source.format) for source in planned.sources]
     start = 0
     for segment in existing.segments:
-        same_files = files[start : start + segment.num_sources] == new
-        if same_files and planned.selection in (None, segment.selection):
+        stop = start + segment.num_sources
+        has_same_files = existing_files[start:stop] == planned_files
+        if has_same_files and planned.selection in (None, segment.selection):
             return True
-        start += segment.num_sources
+        start = stop
     # By name, too: other documents may well hold the same text, a licence for one.
-    known = {(source.name, source.sha256) for source in existing.sources}
+    existing_names = {(source.name, source.sha256) for source in existing.sources}
     for source in planned.sources:
-        if (source.name, source.sha256) in known:
-            what = f"{source.name} is already in the store"
-            raise MaxlmError(what, where=error_location, fix="leave it out")
+        if (source.name, source.sha256) in existing_names:
+            message = f"{source.name} is already in the store"
+            raise MaxlmError(message, where=error_location, fix="leave it out")
     return False
 
 
@@ -216,33 +223,28 @@ def describe_differences(existing: Manifest, planned: Manifest) -> Iterator[str]
 
     Counts follow from the inputs and file names do not matter, so neither is compared.
     """
-    yield from _other_settings(existing, planned)
+    yield from _describe_other_settings(existing, planned)
     if existing.selection != planned.selection:
         yield "the rules by which the corpus's documents are taken have changed"
     for old, new in zip(existing.sources, planned.sources, strict=False):
         if (old.sha256, old.format) != (new.sha256, new.format):
-            same = old.name == new.name
-            yield (
-                f"{new.name} has changed"
-                if same
-                else f"{old.name} where now {new.name} comes"
-            )
-    old, new = len(existing.sources), len(planned.sources)
-    if old != new:
-        yield f"{old} files, now {new}"
+            if old.name == new.name:
+                yield f"{new.name} has changed"
+            else:
+                yield f"{old.name} where now {new.name} comes"
+    old_count = len(existing.sources)
+    new_count = len(planned.sources)
+    if old_count != new_count:
+        yield f"{old_count} files, now {new_count}"
 
 
-def _other_settings(existing: Manifest, planned: Manifest) -> Iterator[str]:
-    old, new = existing.tokenizer_fingerprint, planned.tokenizer_fingerprint
-    if old != new:
-        yield f"another tokenizer ({old[:12]}, now {new[:12]})"
-    for name in (
-        "split",
-        "heldout_fraction",
-        "text_field",
-        "on_bad_bytes",
-        "piece_bytes",
-    ):
-        old, new = getattr(existing, name), getattr(planned, name)
+def _describe_other_settings(existing: Manifest, planned: Manifest) -> Iterator[str]:
+    old_fingerprint = existing.tokenizer_fingerprint
+    new_fingerprint = planned.tokenizer_fingerprint
+    if old_fingerprint != new_fingerprint:
+        yield f"another tokenizer ({old_fingerprint[:12]}, now {new_fingerprint[:12]})"
+    for name in _COMPARED_SETTINGS:
+        old = getattr(existing, name)
+        new = getattr(planned, name)
         if old != new:
             yield f"{name} was {old}, now {new}"

@@ -21,6 +21,7 @@ from maxlm.data.store.arrays import (
 from maxlm.data.store.manifest import (
     Manifest,
     StoreSegment,
+    hash_digests,
     read_manifest,
     segment_path,
 )
@@ -34,6 +35,7 @@ from maxlm.runtime.storage import (
 )
 
 if TYPE_CHECKING:
+    import tensorstore as ts
     from rich.table import Table
 
     from maxlm.data.tokenizer import Tokenizer
@@ -43,7 +45,8 @@ IN_MEMORY_DOCUMENTS = 4 << 20
 # Decompressed data that is kept for later reads.
 _TOKENS_CACHE_BYTES = 64 << 20
 # For the indices of the shards of 10^9 documents (4 MiB), and for the chunks.
-_OFFSETS_CACHE_BYTES, _MANY_OFFSETS_CACHE_BYTES = 8 << 20, 40 << 20
+_OFFSETS_CACHE_BYTES = 8 << 20
+_MANY_OFFSETS_CACHE_BYTES = 40 << 20
 _VERIFY_TOKENS = 4 << 20
 _VERIFY_DOCUMENTS = 1 << 20
 _REBUILD = "build the store again with maxlm corpus build"
@@ -59,7 +62,8 @@ class TokenStore:
     """
 
     def __init__(self, place: Place, manifest: Manifest):
-        self.place, self.manifest = place, manifest
+        self.place = place
+        self.manifest = manifest
 
     @classmethod
     def open(
@@ -131,35 +135,41 @@ class TokenStore:
         self, starts: Sequence[int], stops: Sequence[int]
     ) -> list[np.ndarray]:
         """Reads several ranges concurrently; see `read`."""
-        ranges = [self._range(a, b) for a, b in zip(starts, stops, strict=True)]
-        futures = [self._tokens[each].read() for each in ranges]
-        return [
-            self._wait(
-                future, "tokens", f"cannot read tokens {each.start} to {each.stop}"
-            )
-            for future, each in zip(futures, ranges, strict=True)
+        ranges = [
+            self._make_range(start, stop)
+            for start, stop in zip(starts, stops, strict=True)
         ]
+        # All reads are under way before the first is waited for.
+        futures = [self._tokens[token_range].read() for token_range in ranges]
+        arrays = []
+        for future, token_range in zip(futures, ranges, strict=True):
+            fault = f"cannot read tokens {token_range.start} to {token_range.stop}"
+            arrays.append(self._wait(future, "tokens", fault))
+        return arrays
 
     def document(self, index: int) -> np.ndarray:
         """Reads the tokens of one document, with its bos and eos."""
         if not 0 <= index < self.num_documents:
-            what = f"there is no document {index}; the store has {self.num_documents}"
+            message = (
+                f"there is no document {index}; the store has {self.num_documents}"
+            )
             fix = f"choose 0 to {self.num_documents - 1}"
-            raise MaxlmError(what, where=str(self.place), fix=fix)
+            raise MaxlmError(message, where=str(self.place), fix=fix)
         start, stop = self._read_offsets(slice(index, index + 2))
         return self.read(int(start), int(stop))
 
     def text_tokens(self, index: int) -> np.ndarray:
         """Reads the tokens of one document's text, without its bos and eos."""
-        return self.document(index)[self._opening : -1]
+        return self.document(index)[self._num_opening_tokens : -1]
 
     @property
     def segments_without_checksums(self) -> list[int]:
         """Numbers, from 0, of the segments that were written without checksums of their
         files."""
-        segments = enumerate(self.manifest.segments)
         return [
-            number for number, segment in segments if segment.checksums_sha256 is None
+            number
+            for number, segment in enumerate(self.manifest.segments)
+            if segment.checksums_sha256 is None
         ]
 
     def verify(self) -> None:
@@ -199,24 +209,27 @@ class TokenStore:
         numbers."""
         stop_document = first_document + segment.num_documents
         stop_token = first_token + segment.num_tokens
-        shortest_document = 1 + self._opening
+        min_document_tokens = self._num_opening_tokens + 1
         hasher = hashlib.sha256()
-        last = first_token
+        last_offset = first_token
         for first in range(first_document, stop_document, _VERIFY_DOCUMENTS):
             stop = min(first + _VERIFY_DOCUMENTS, stop_document)
             offsets = self._read_offsets(slice(first, stop + 1))
-            if offsets[0] != last or np.any(np.diff(offsets) < shortest_document):
-                raise self._damaged(
+            has_short_document = np.any(np.diff(offsets) < min_document_tokens)
+            if offsets[0] != last_offset or has_short_document:
+                raise self._make_damage_error(
                     "offsets do not rise from 0 by the tokens of a document"
                 )
             # The last of these is the first of the next: hash it once.
             hashed = offsets if stop == stop_document else offsets[:-1]
             hasher.update(np.ascontiguousarray(hashed).data)
-            last = int(offsets[-1])
-        if last != stop_token:
-            raise self._damaged(f"offsets end at {last}, not at {stop_token}")
+            last_offset = int(offsets[-1])
+        if last_offset != stop_token:
+            raise self._make_damage_error(
+                f"offsets end at {last_offset}, not at {stop_token}"
+            )
         if hasher.hexdigest() != segment.offsets_sha256:
-            raise self._exchanged("offsets", number)
+            raise self._make_exchange_error("offsets", number)
 
     def _verify_tokens(
         self, number: int, segment: StoreSegment, first_token: int
@@ -230,39 +243,35 @@ class TokenStore:
             for start in range(shard_start, shard_stop, _VERIFY_TOKENS):
                 tokens = self.read(start, min(start + _VERIFY_TOKENS, shard_stop))
                 if tokens.max() >= self.manifest.vocab_size:
-                    raise self._damaged(
+                    raise self._make_damage_error(
                         f"token {tokens.max()} lies outside the vocabulary"
                     )
                 hasher.update(np.ascontiguousarray(tokens).data)
             digests.append(hasher.hexdigest())
-        if (
-            hashlib.sha256("".join(digests).encode()).hexdigest()
-            != segment.tokens_sha256
-        ):
-            raise self._exchanged("tokens", number)
+        if hash_digests(digests) != segment.tokens_sha256:
+            raise self._make_exchange_error("tokens", number)
 
     @property
-    def _opening(self) -> int:
+    def _num_opening_tokens(self) -> int:
         """Tokens that each document opens with."""
         return 0 if self.manifest.bos_id is None else 1
 
     @property
-    def _folders(self) -> list[Place]:
-        later = range(1, len(self.manifest.segments))
-        return [
-            self.place,
-            *(join_place(self.place, segment_path(number)) for number in later),
-        ]
+    def _segment_folders(self) -> list[Place]:
+        folders = [self.place]
+        for number in range(1, len(self.manifest.segments)):
+            folders.append(join_place(self.place, segment_path(number)))
+        return folders
 
     @cached_property
-    def _tokens(self):
-        return open_for_reading(self._folders, "tokens", _TOKENS_CACHE_BYTES)
+    def _tokens(self) -> ts.TensorStore:
+        return open_for_reading(self._segment_folders, "tokens", _TOKENS_CACHE_BYTES)
 
     @cached_property
-    def _offsets(self):
+    def _offsets(self) -> ts.TensorStore:
         is_large = self.num_documents > IN_MEMORY_DOCUMENTS
         cache_bytes = _MANY_OFFSETS_CACHE_BYTES if is_large else _OFFSETS_CACHE_BYTES
-        return open_for_reading(self._folders, "offsets", cache_bytes)
+        return open_for_reading(self._segment_folders, "offsets", cache_bytes)
 
     @cached_property
     def _tokenizer_copy(self) -> tempfile.TemporaryDirectory[str]:
@@ -270,50 +279,56 @@ class TokenStore:
         try:
             download_folder(self.place, "tokenizer", Path(copy.name))
         except OSError as error:
-            what = f"cannot read the tokenizer: {error}"
+            message = f"cannot read the tokenizer: {error}"
             where = str(self.place)
             fix = get_read_failure_fix(self.place, _REBUILD)
-            raise MaxlmError(what, where=where, fix=fix) from error
+            raise MaxlmError(message, where=where, fix=fix) from error
         return copy
 
     def _read_offsets(self, key: slice | np.ndarray) -> np.ndarray:
         return self._wait(self._offsets[key].read(), "offsets")
 
     def _check_shapes(self) -> None:
-        expected = {
-            "tokens": (self._tokens, self.num_tokens, self.manifest.dtype),
-            "offsets": (self._offsets, self.num_documents + 1, "int64"),
-        }
-        for name, (array, size, dtype) in expected.items():
-            found = (array.shape, array.dtype.name)
-            if found != ((size,), dtype):
-                what = f"{name} are {found[1]} {list(found[0])}, the manifest says {dtype} [{size}]"
-                raise self._damaged(what)
+        num_offsets = self.num_documents + 1
+        self._check_shape("tokens", self._tokens, self.num_tokens, self.manifest.dtype)
+        self._check_shape("offsets", self._offsets, num_offsets, "int64")
 
-    def _range(self, start: int, stop: int) -> slice:
+    def _check_shape(
+        self, name: str, array: ts.TensorStore, size: int, dtype: str
+    ) -> None:
+        shape = list(array.shape)
+        if shape != [size] or array.dtype.name != dtype:
+            raise self._make_damage_error(
+                f"{name} are {array.dtype.name} {shape}, the manifest says {dtype} "
+                f"[{size}]"
+            )
+
+    def _make_range(self, start: int, stop: int) -> slice:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(
                 f"[{start}, {stop}) does not lie within {self.num_tokens} tokens"
             )
         return slice(int(start), int(stop))
 
-    def _wait(self, future, name: str, what: str = "array error") -> np.ndarray:
+    def _wait(
+        self, future: ts.Future[np.ndarray], name: str, fault: str = "array error"
+    ) -> np.ndarray:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise make_array_error(
-                join_place(self.place, name), error, _REBUILD, what
-            ) from error
+            place = join_place(self.place, name)
+            raise make_array_error(place, error, _REBUILD, fault) from error
 
-    def _exchanged(self, name: str, number: int) -> MaxlmError:
+    def _make_exchange_error(self, name: str, number: int) -> MaxlmError:
         """Makes the error for an array of a segment whose values are others than were
         written."""
-        place = join_place(self._folders[number], name)
+        place = join_place(self._segment_folders[number], name)
         message = f"the {name} of segment {number} are not those that were written"
         return MaxlmError(message, where=str(place), fix=_RESTORE)
 
-    def _damaged(self, what: str) -> MaxlmError:
-        return MaxlmError(f"damaged store: {what}", where=str(self.place), fix=_REBUILD)
+    def _make_damage_error(self, fault: str) -> MaxlmError:
+        message = f"damaged store: {fault}"
+        return MaxlmError(message, where=str(self.place), fix=_REBUILD)
 
     def __getstate__(self):
         return {"place": self.place, "manifest": self.manifest}
@@ -321,13 +336,17 @@ class TokenStore:
 
 def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer other than the one that made the store."""
-    mine, other = store.manifest.tokenizer_fingerprint, tokenizer.fingerprint
-    if mine != other:
-        what = (
-            f"the store was made with another tokenizer ({mine[:12]}, not {other[:12]})"
+    store_fingerprint = store.manifest.tokenizer_fingerprint
+    if store_fingerprint != tokenizer.fingerprint:
+        message = (
+            f"the store was made with another tokenizer ({store_fingerprint[:12]}, not "
+            f"{tokenizer.fingerprint[:12]})"
         )
-        fix = f"use the tokenizer in {store.tokenizer_folder}, or build the store again with yours"
-        raise MaxlmError(what, where=str(store.place), fix=fix)
+        fix = (
+            f"use the tokenizer in {store.tokenizer_folder}, or build the store again "
+            "with yours"
+        )
+        raise MaxlmError(message, where=str(store.place), fix=fix)
 
 
 def describe_store(store: TokenStore) -> dict[str, Any]:
@@ -356,18 +375,18 @@ def summary_table(store: TokenStore) -> Table:
     bos = "none" if manifest.bos_id is None else manifest.bos_id
     if split != "all":
         split = f"{split} ({manifest.heldout_fraction:g} of documents held out)"
+    on_disk = f"{about['bytes_on_disk']:,} bytes" if store.path else "elsewhere"
     rows = {
         "tokens": f"{manifest.num_tokens:,} ({manifest.dtype})",
         "documents": f"{manifest.num_documents:,}",
         "segments": f"{len(manifest.segments):,}",
         "text": f"{manifest.text_bytes:,} bytes",
         "bytes per token": f"{about['bytes_per_token']:.3f}",
-        "on disk": f"{about['bytes_on_disk']:,} bytes" if store.path else "elsewhere",
+        "on disk": on_disk,
         "split": split,
         "source files": f"{len(manifest.sources):,}",
-        "left out": f"{left_out:,} empty documents, "
-        f"{manifest.num_binary_files:,} binary files, {dropped:,} documents that rules "
-        f"dropped",
+        "left out": f"{left_out:,} empty documents, {manifest.num_binary_files:,} "
+        f"binary files, {dropped:,} documents that rules dropped",
         "vocabulary": f"{manifest.vocab_size:,} (bos {bos}, eos {manifest.eos_id})",
         "tokenizer": manifest.tokenizer_fingerprint[:16],
     }

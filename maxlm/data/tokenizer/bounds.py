@@ -28,14 +28,20 @@ _SPACES += "".join(map(chr, range(0x2000, 0x200B)))
 def make_token_count_bound(tokenizer: Tokenizer) -> TokenCountBound:
     """Returns the best bound that can be told of a tokenizer."""
     codec = tokenizer.codec
-    steps = codec.steps if isinstance(codec, HuggingFaceCodec) else None
-    special_tokens_strip = steps is not None and steps.added_tokens_strip
-    if codec.lossless or (steps is not None and steps.tokens_are_bytes):
-        return _bound_by_bytes(codec.token_bytes, special_tokens_strip)
-    if steps is not None and (kept_share := _find_kept_share(steps)) is not None:
-        longest = max(max(map(len, codec.token_bytes)), steps.longest_token)
-        return _bound_by_chars(longest, kept_share, special_tokens_strip)
-    if steps is None or steps.splits_at_spaces:
+    if not isinstance(codec, HuggingFaceCodec):
+        if codec.lossless:
+            return _bound_by_bytes(codec.token_bytes, spaces_may_go=False)
+        return _bound_by_words(codec.token_bytes)
+    steps = codec.steps
+    spaces_may_go = steps.added_tokens_strip
+    if codec.lossless or steps.tokens_are_bytes:
+        return _bound_by_bytes(codec.token_bytes, spaces_may_go)
+    min_chars_share = _find_min_chars_share(steps)
+    if min_chars_share is not None:
+        most_bytes = max(len(token) for token in codec.token_bytes)
+        longest_token = max(most_bytes, steps.longest_token)
+        return _bound_by_chars(longest_token, min_chars_share, spaces_may_go)
+    if steps.splits_at_spaces:
         return _bound_by_words(codec.token_bytes)
     return lambda text: 0
 
@@ -47,12 +53,12 @@ def _bound_by_bytes(
     one token, and is at least ``1 / L`` of it, ``L`` the length of the longest token
     that has such a byte. So the sum over all bytes of ``1 / L`` is at most the number
     of tokens. A byte without a token counts 0."""
-    longest_with = np.ones(256)
+    longest_with_byte = np.ones(256)
     for token in sorted(token_bytes, key=len):
-        longest_with[[*set(token)]] = len(token)
+        longest_with_byte[list(set(token))] = len(token)
     is_known = np.zeros(256)
     is_known[[token[0] for token in token_bytes if len(token) == 1]] = 1
-    shares = is_known / longest_with
+    shares = is_known / longest_with_byte
     if spaces_may_go:
         # A special token may take spaces beside it, which Unicode has of several bytes
         # too.
@@ -70,17 +76,17 @@ def _bound_by_bytes(
 
 
 def _bound_by_chars(
-    longest: int, kept_share: float, spaces_may_go: bool
+    longest_token: int, min_chars_share: float, spaces_may_go: bool
 ) -> TokenCountBound:
     """Counts for a tokenizer that changes characters and drops none: of each text at
-    least ``kept_share * len(text)`` characters are left, and no token has more than
-    ``longest``."""
+    least ``min_chars_share * len(text)`` characters are left, and no token has more than
+    ``longest_token``."""
 
     def count(text: str) -> int:
         num_chars = len(text)
         if spaces_may_go:
-            num_chars -= sum(map(text.count, _SPACES))
-        return int(num_chars * kept_share / longest)
+            num_chars -= sum(text.count(space) for space in _SPACES)
+        return int(num_chars * min_chars_share / longest_token)
 
     return count
 
@@ -95,9 +101,8 @@ def _bound_by_words(token_bytes: Sequence[bytes]) -> TokenCountBound:
     def count(text: str) -> int:
         num_words = 0
         for data in _iterate_chunks(text):
-            num_words += int(
-                np.count_nonzero((data[:-1] == ord(" ")) & is_word[data[1:]])
-            )
+            begins_word = (data[:-1] == ord(" ")) & is_word[data[1:]]
+            num_words += int(np.count_nonzero(begins_word))
         return num_words // (1 + most_spaces)
 
     return count
@@ -110,7 +115,7 @@ def _iterate_chunks(text: str) -> Iterator[np.ndarray]:
         yield np.frombuffer(part.encode("utf-8", "surrogatepass"), np.uint8)
 
 
-def _find_kept_share(steps: EncodingSteps) -> float | None:
+def _find_min_chars_share(steps: EncodingSteps) -> float | None:
     """Returns the share of a text's characters that is left after normalization at
     least; None: it cannot be told, or an unknown token stands for any number of
     characters."""

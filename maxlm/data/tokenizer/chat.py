@@ -11,30 +11,42 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import CHAT_TOKENS, TokenizerConfig
 from maxlm.runtime.json_files import parse_json
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 Message = Mapping[str, Any]
 """A message, with at least {"role": ..., "content": ...}."""
 
 _TEMPLATES = {
-    "chatml": "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
-    "'<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% "
-    "endif %}",
-    "llama3": "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if "
-    "add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n'"
+        " + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\\n' }}"
+        "{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+        " + message['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+        "{% endif %}"
+    ),
 }
 _TEMPLATE_FILE = "chat_template.jinja"
-# Of characters past U+FFFF each half of the pair.
+# A character that JSON escapes; of those past U+FFFF each half of the pair.
 _ESCAPE = re.compile(r"\\u[0-9a-f]{4}")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -48,23 +60,28 @@ def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
     special = tokenizer.special
     needed = CHAT_TOKENS[config.chat]
     if missing := [token for token in needed if token not in special.ids]:
-        what = f"the vocabulary has no special token {' or '.join(missing)}"
-        fix = "use another form, or leave tokenizer.chat out and give the tokenizer a template"
-        raise MaxlmError(what, where=f"tokenizer.chat={config.chat}", fix=fix)
-    # Other tools, too, know a form of conversations from these files.
-    roles = {
+        message = f"the vocabulary has no special token {' or '.join(missing)}"
+        fix = (
+            "use another form, or leave tokenizer.chat out and give the tokenizer a "
+            "template"
+        )
+        raise MaxlmError(message, where=f"tokenizer.chat={config.chat}", fix=fix)
+    # Other tools, too, know a form of conversations from these files. An imported
+    # tokenizer has a tokenizer_config.json of its own, which stays.
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": special.bos,
         "eos_token": special.eos,
         "pad_token": special.pad,
     }
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
-    described = {
-        "tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n"
-    }
-    template = {_TEMPLATE_FILE: _TEMPLATES[config.chat].encode()}
-    tokenizer.extra_files = described | tokenizer.extra_files | template
-    stops = *tokenizer.extra_stop_ids, special.ids[needed[-1]]
-    tokenizer.extra_stop_ids = tuple(dict.fromkeys(stops))
+    settings_json = json.dumps(settings, indent=2)
+    extra_files = {"tokenizer_config.json": f"{settings_json}\n".encode()}
+    extra_files |= tokenizer.extra_files
+    extra_files[_TEMPLATE_FILE] = _TEMPLATES[config.chat].encode()
+    tokenizer.extra_files = extra_files
+    turn_end = needed[-1]
+    stop_ids = (*tokenizer.extra_stop_ids, special.ids[turn_end])
+    tokenizer.extra_stop_ids = tuple(dict.fromkeys(stop_ids))
 
 
 def render_chat(
@@ -103,11 +120,9 @@ class EscapedChat(NamedTuple):
 
     def get_plain_text(self) -> str:
         """Returns the text that ids stand for."""
-        return (
-            self.text
-            if self.escape_char is None
-            else self.text.replace(self.escape_char, "")
-        )
+        if self.escape_char is None:
+            return self.text
+        return self.text.replace(self.escape_char, "")
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         """Returns the conversation's ids, as :func:`encode_chat` does."""
@@ -128,14 +143,15 @@ def render_escaped_chat(
         continues_last: end with the last message's text, which is to be continued,
             rather than with what the template writes behind it.
     """
-    given, (mark, edge, _) = _disarm(tokenizer, messages, settings)
+    variables, mark, edge, _ = _disarm(tokenizer, messages, settings)
     if continues_last:
-        given["messages"][-1]["content"] += edge
-    rendered = _render(tokenizer, given).replace(_escaped(mark), mark)
+        variables["messages"][-1]["content"] += edge
+    rendered = _render(tokenizer, variables).replace(_escape_as_json(mark), mark)
     if continues_last:
-        rendered, found_edge, _ = rendered.rpartition(edge)
-        if not found_edge:
+        before_edge, separator, _ = rendered.rpartition(edge)
+        if not separator:
             raise _make_template_error("drops the message that is to be continued")
+        rendered = before_edge
     return EscapedChat(rendered, mark if mark in rendered else None)
 
 
@@ -154,64 +170,96 @@ def encode_chat_turns(
         MaxlmError: a template that drops a message, or writes a turn otherwise once
             others follow.
     """
-    given, (mark, *edges) = _disarm(tokenizer, messages, settings)
+    variables, mark, generation_start, generation_end = _disarm(
+        tokenizer, messages, settings
+    )
 
-    def render(stop: int, **variables: Any) -> str:
-        own = given | {"messages": given["messages"][:stop]} | variables
-        return _render(tokenizer, own).replace(_escaped(mark), mark)
+    def render(num_messages: int, **extra_variables: Any) -> str:
+        first_messages = variables["messages"][:num_messages]
+        all_variables = variables | {"messages": first_messages} | extra_variables
+        rendered = _render(tokenizer, all_variables)
+        return rendered.replace(_escape_as_json(mark), mark)
 
-    writers = [
+    # The text is cut into pieces before and behind each turn, or each part that the
+    # template marks; `turn_pieces` says which of them are those of `turns`.
+    assistant_turns = [
         i for i, message in enumerate(messages) if message["role"] == "assistant"
     ]
-    template = get_chat_template(tokenizer, with_tools=given["tools"] is not None)
-    marked = {*turns} <= {*writers} and _GENERATION.search(template) is not None
-    if marked:
-        opening, closing = edges
+    template = get_chat_template(tokenizer, with_tools=variables["tools"] is not None)
+    are_all_assistant = {*turns} <= {*assistant_turns}
+    uses_marks = are_all_assistant and _GENERATION.search(template) is not None
+    if uses_marks:
         rendered = render(
-            len(messages), _generation_start=opening, _generation_end=closing
+            len(messages),
+            _generation_start=generation_start,
+            _generation_end=generation_end,
         )
-        pieces = rendered.replace(closing, opening).split(opening)
-        text = "".join(pieces)
-        if len(pieces) != 2 * len(writers) + 1:
+        # Starts and ends take turns: pieces at odd places are what is marked.
+        cut_text = rendered.replace(generation_end, generation_start)
+        pieces = cut_text.split(generation_start)
+        if len(pieces) != 2 * len(assistant_turns) + 1:
             raise _make_template_error(
                 "does not mark each assistant turn as {% generation %}"
             )
-        kept = {2 * writers.index(i) + 1 for i in turns}
+        turn_pieces = {2 * assistant_turns.index(i) + 1 for i in turns}
     else:
-        text = render(len(messages))
-        cuts = [0]
-        for i in turns:
-            is_assistant = messages[i]["role"] == "assistant"
-            before = render(i, add_generation_prompt=is_assistant) if i else ""
-            after = render(i + 1) if i + 1 < len(messages) else text
-            is_part = text.startswith(before) and text.startswith(after)
-            if not is_part or not cuts[-1] <= len(before) < len(after):
-                raise _make_template_error(
-                    f"drops message {i}, or writes it otherwise at the end"
-                )
-            cuts += [len(before), len(after)]
-        pieces = [text[a:b] for a, b in pairwise([*cuts, len(text)])]
-        kept = {*range(1, len(pieces), 2)}
-    for i, message in enumerate(given["messages"]):
+        pieces = _cut_around_turns(messages, turns, render)
+        turn_pieces = {*range(1, len(pieces), 2)}
+    text = "".join(pieces)
+    _check_texts_are_written(variables["messages"], text)
+    ids: list[int] = []
+    spans: list[range] = []
+    special_ids = {*tokenizer.special_tokens.values()}
+    escape_char = mark if mark in text else None
+    encoded_pieces = _encode_pieces(tokenizer, pieces, escape_char)
+    for number, piece_ids in enumerate(encoded_pieces):
+        if number in turn_pieces:
+            length = len(piece_ids)
+            if not uses_marks:
+                # Behind the turn's last special token stands what separates turns.
+                length = _find_last_special_end(piece_ids, special_ids) or length
+            spans.append(range(len(ids), len(ids) + length))
+        ids += piece_ids
+    return ids, spans
+
+
+def _cut_around_turns(
+    messages: Sequence[Message], turns: Sequence[int], render: Callable[..., str]
+) -> list[str]:
+    """The whole text in pieces, those of ``turns`` at odd places. A turn is what the
+    conversation gains by it, when it is rendered with the messages up to it."""
+    text = render(len(messages))
+    cuts = [0]
+    for i in turns:
+        is_assistant = messages[i]["role"] == "assistant"
+        before = render(i, add_generation_prompt=is_assistant) if i else ""
+        after = render(i + 1) if i + 1 < len(messages) else text
+        is_part = text.startswith(before) and text.startswith(after)
+        if not is_part or not cuts[-1] <= len(before) < len(after):
+            raise _make_template_error(
+                f"drops message {i}, or writes it otherwise at the end"
+            )
+        cuts += [len(before), len(after)]
+    return [text[start:stop] for start, stop in pairwise([*cuts, len(text)])]
+
+
+def _check_texts_are_written(messages: Sequence[Message], text: str) -> None:
+    """Checks that a rendered conversation has what the system and the user say, which
+    templates write as it is."""
+    for i, message in enumerate(messages):
         role = message["role"]
         content = message.get("content")
-        verbatim = role in ("system", "developer", "user") and isinstance(content, str)
-        if verbatim and content.strip() not in text:
+        is_verbatim = role in ("system", "developer", "user")
+        if is_verbatim and isinstance(content, str) and content.strip() not in text:
             raise _make_template_error(f"drops message {i}, of role {role!r}")
-    ids = list[int]()
-    spans = list[range]()
-    special = {*tokenizer.special_tokens.values()}
-    escape = mark if mark in text else None
-    for number, own in enumerate(_encode_pieces(tokenizer, pieces, escape)):
-        if number in kept:
-            last = next(
-                (n for n in range(len(own), 0, -1) if own[n - 1] in special), None
-            )
-            spans.append(
-                range(len(ids), len(ids) + (len(own) if marked else last or len(own)))
-            )
-        ids += own
-    return ids, spans
+
+
+def _find_last_special_end(ids: Sequence[int], special_ids: set[int]) -> int | None:
+    """The place behind the last special token; None: there is none."""
+    for end in range(len(ids), 0, -1):
+        if ids[end - 1] in special_ids:
+            return end
+    return None
 
 
 def check_tools_are_written(
@@ -225,21 +273,22 @@ def check_tools_are_written(
     else, and looked for in what the template then writes: a name alone might stand
     elsewhere too.
     """
-    if not variables.get("tools") and not any(
+    uses_tools = any(
         message.get("tool_calls") or message.get("role") == "tool"
         for message in messages
-    ):
+    )
+    if not uses_tools and not variables.get("tools"):
         return
     probe = _make_template_variables(messages, **variables)
-    text = _as_json(probe)
+    text = _to_json(probe)
     stem = "probe"
     while stem in text:
         stem += "e"
-    labels = dict[str, str]()
+    label_by_word: dict[str, str] = {}
 
     def make_word(label: str) -> str:
-        word = f"{stem}x{len(labels)}x"
-        labels[word] = label
+        word = f"{stem}x{len(label_by_word)}x"
+        label_by_word[word] = label
         return word
 
     for tool in probe["tools"] or ():
@@ -254,28 +303,24 @@ def check_tools_are_written(
                 label = f"the call of {function['name']!r} in message {number}"
                 function["name"] = make_word(label)
         content = message.get("content")
-        if (
-            message.get("role") == "tool"
-            and isinstance(content, str)
-            and content.strip()
-        ):
+        has_text = isinstance(content, str) and content.strip()
+        if message.get("role") == "tool" and has_text:
             message["content"] = make_word(f"the result of a tool in message {number}")
     try:
-        written = _render(tokenizer, probe)
+        rendered = _render(tokenizer, probe)
     except MaxlmError:
         # A template may refuse names that are none of its own, and then knows of calls;
         # what is wrong with the conversation itself is said when it is encoded.
         return
-    lost = [label for word, label in labels.items() if word not in written]
-    if lost:
-        name, _ = _find_chat_template(tokenizer, probe["tools"] is not None)
-        fix = "use a tokenizer whose template knows tools, or leave the row out"
-        raise MaxlmError(
-            f"the chat template {name} does not write {lost[0]}", where=name, fix=fix
-        )
+    for word, label in label_by_word.items():
+        if word not in rendered:
+            name, _ = _find_chat_template(tokenizer, probe["tools"] is not None)
+            fault = f"the chat template {name} does not write {label}"
+            fix = "use a tokenizer whose template knows tools, or leave the row out"
+            raise MaxlmError(fault, where=name, fix=fix)
 
 
-def _get_function(entry: Any) -> dict[str, Any] | None:
+def _get_function(entry: object) -> dict[str, Any] | None:
     """The part of a tool or a call that has the function's name; None: it has none."""
     function = entry.get("function", entry) if isinstance(entry, dict) else None
     is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
@@ -283,85 +328,91 @@ def _get_function(entry: Any) -> dict[str, Any] | None:
 
 
 def _encode_pieces(
-    tokenizer: Tokenizer, pieces: Sequence[str], escape: str | None
+    tokenizer: Tokenizer, pieces: Sequence[str], escape_char: str | None
 ) -> Iterator[list[int]]:
     """Encodes a text cut into pieces; together they are the text's own ids."""
     if tokenizer.lossless:  # What a piece is encoded as depends on no other.
-        yield from (tokenizer.encode_with_escapes(piece, escape) for piece in pieces)
+        for piece in pieces:
+            yield tokenizer.encode_with_escapes(piece, escape_char)
         return
     text = ""
-    before = list[int]()
+    ids_before: list[int] = []
     for piece in pieces:
         text += piece
-        ids = tokenizer.encode_with_escapes(text, escape)
-        if ids[: len(before)] != before:
+        ids = tokenizer.encode_with_escapes(text, escape_char)
+        num_before = len(ids_before)
+        if ids[:num_before] != ids_before:
             raise _make_template_error(
                 "lets a token cross the beginning or end of a turn"
             )
-        yield ids[len(before) :]
-        before = ids
+        yield ids[num_before:]
+        ids_before = ids
 
 
 def _make_template_error(fault: str) -> MaxlmError:
-    fix = "set task.turns=last, or give the tokenizer a template with {% generation %} marks"
+    fix = (
+        "set task.turns=last, or give the tokenizer a template with {% generation %} "
+        "marks"
+    )
     return MaxlmError(f"the chat template {fault}", where=_TEMPLATE_FILE, fix=fix)
 
 
 def _make_template_variables(
-    messages: Sequence[Message], *, tools: Any = None, **variables: Any
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
 ) -> dict[str, Any]:
-    if not isinstance(messages, list | tuple) or not all(
-        isinstance(m, Mapping) for m in messages
-    ):
-        what, fix = (
-            "messages must be a list of mappings",
-            'give some like {"role": "user", ...}',
-        )
-        raise MaxlmError(what, where="messages", fix=fix)
-    given: dict[str, Any] = {
-        "messages": [_as_templates_read(each) for each in messages],
+    """The variables that a template sees, as plain data: it has no methods that the
+    sandbox does not know."""
+    is_sequence = isinstance(messages, list | tuple)
+    if not is_sequence or not all(isinstance(item, Mapping) for item in messages):
+        fault = "messages must be a list of mappings"
+        fix = 'give some like {"role": "user", ...}'
+        raise MaxlmError(fault, where="messages", fix=fix)
+    all_variables: dict[str, Any] = {
+        "messages": [_name_as_templates_do(message) for message in messages],
         "tools": tools and list(tools),
         "documents": None,
         "add_generation_prompt": False,
+        **variables,
     }
-    # Plain data has no methods that the sandbox does not know.
-    return json.loads(_as_json(given | variables))
+    return json.loads(_to_json(all_variables))
 
 
-def _render(tokenizer: Tokenizer, given: dict[str, Any]) -> str:
-    source = get_chat_template(tokenizer, with_tools=given["tools"] is not None)
+def _render(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> str:
+    source = get_chat_template(tokenizer, with_tools=variables["tools"] is not None)
+    all_variables = {**_name_special_tokens(tokenizer), **variables}
     try:
-        return _compile(source).render(**_special_names(tokenizer) | given)
-    except (
-        Exception
-    ) as error:  # It is a program of someone else's: it may raise anything.
-        what = f"the chat template cannot write this conversation: {error}"
+        return _compile(source).render(all_variables)
+    # It is a program of someone else's: it may raise anything.
+    except Exception as error:
+        message = f"the chat template cannot write this conversation: {error}"
         fix = "change the messages to suit the template, or the template"
-        raise MaxlmError(what, fix=fix) from error
+        raise MaxlmError(message, fix=fix) from error
 
 
 def _disarm(
     tokenizer: Tokenizer, messages: Sequence[Message], settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """A template's variables, with a character within each literal of a special token;
-    it, and others that occur nowhere either."""
-    given = _make_template_variables(messages, **settings)
-    free = _find_unused_chars(_as_json(given), 3)
-    mark = free[0]
-    literals, firsts, beginnings = _list_literals(tokenizer)
+) -> tuple[dict[str, Any], str, str, str]:
+    """A template's variables, with a character, the mark, within each literal of a
+    special token; the mark; and two more characters that occur nowhere either."""
+    variables = _make_template_variables(messages, **settings)
+    mark, start, end = _find_unused_chars(_to_json(variables), 3)
+    literals, first_chars, beginnings = _list_literals(tokenizer)
 
     def disarm(string: str) -> str:
-        if any(char in string for char in firsts):
+        if any(char in string for char in first_chars):
             for literal in literals:
                 string = string.replace(literal, literal[:1] + mark + literal[1:])
         # A literal must not come about either where the template joins two strings, or
         # trims them. Words are what templates ask for, such as roles.
-        end = len(string.rstrip())
-        if string.isidentifier() or not string.endswith(beginnings, 0, end):
+        stop = len(string.rstrip())
+        if string.isidentifier() or not string.endswith(beginnings, 0, stop):
             return string
-        return string[:end] + mark + string[end:]
+        return string[:stop] + mark + string[stop:]
 
-    return _map_strings(given, disarm), free
+    return _map_strings(variables, disarm), mark, start, end
 
 
 def _find_unused_chars(text: str, count: int) -> list[str]:
@@ -375,16 +426,14 @@ def _find_unused_chars(text: str, count: int) -> list[str]:
     unused: list[str] = []
     # Noncharacters come first: they are never in text that means anything.
     for char in map(chr, range(0xFDD0, 0x110000)):
-        if char not in chars and not escapes.issuperset(
-            _ESCAPE.findall(_escaped(char))
-        ):
+        char_escapes = _ESCAPE.findall(_escape_as_json(char))
+        if char not in chars and not escapes.issuperset(char_escapes):
             unused.append(char)
             if len(unused) == count:
                 return unused
     raise MaxlmError(
         "the conversation has every character from U+FDD0 on; three must be left to "
-        "mark literals "
-        "of special tokens with",
+        "mark literals of special tokens with",
         where="messages",
         fix="leave noncharacters such as U+FDD0 to U+FDD2 out",
     )
@@ -394,33 +443,36 @@ def _find_unused_chars(text: str, count: int) -> list[str]:
 def _list_literals(tokenizer: Tokenizer) -> tuple[list[str], set[str], tuple[str, ...]]:
     """Literals of special tokens, their first characters, and all their beginnings."""
     literals = list(tokenizer.special.ids)
-    beginnings = {literal[:n] for literal in literals for n in range(1, len(literal))}
-    return literals, {literal[:1] for literal in literals}, tuple(beginnings)
+    first_chars = {literal[:1] for literal in literals}
+    beginnings = {
+        literal[:length] for literal in literals for length in range(1, len(literal))
+    }
+    return literals, first_chars, tuple(beginnings)
 
 
-def _escaped(char: str) -> str:
+def _escape_as_json(char: str) -> str:
     """A character as a template's `tojson(ensure_ascii=True)` writes it."""
     return json.dumps(char)[1:-1]
 
 
-def _as_templates_read(message: Message) -> Message:
+def _name_as_templates_do(message: Message) -> Message:
     """Returns a message without what is None, its reasoning under all of transformers'
     names."""
-    given = {key: value for key, value in message.items() if value is not None}
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((given[name] for name in names if name in given), None)
-    if reasoning is None:
-        return given
-    return {"thinking": reasoning, **given, "reasoning_content": reasoning}
+    fields = {key: value for key, value in message.items() if value is not None}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if name in fields:
+            reasoning = fields[name]
+            return {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+    return fields
 
 
-def _as_json(value: Any) -> str:
+def _to_json(value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        what = f"a conversation must be plain data: {error}"
+        message = f"a conversation must be plain data: {error}"
         fix = "give str, numbers, lists and mappings"
-        raise MaxlmError(what, where="messages", fix=fix) from error
+        raise MaxlmError(message, where="messages", fix=fix) from error
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -428,7 +480,9 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {change(k): _map_strings(v, change) for k, v in value.items()}
+        return {
+            change(name): _map_strings(child, change) for name, child in value.items()
+        }
     if isinstance(value, list):
         return [_map_strings(item, change) for item in value]
     return value
@@ -443,25 +497,29 @@ def get_chat_template(tokenizer: Tokenizer, *, with_tools: bool = False) -> str:
 
 def _find_chat_template(tokenizer: Tokenizer, with_tools: bool) -> tuple[str, str]:
     """The name and the source of the template that a tokenizer carries."""
-    carried = tokenizer.extra_files
-    if _TEMPLATE_FILE in carried:
-        source = carried[_TEMPLATE_FILE].decode()
-        # One of ours is known by the name that `tokenizer.chat` has for it.
-        names = [name for name, template in _TEMPLATES.items() if template == source]
-        return (names[0] if names else _TEMPLATE_FILE), source
+    extra_files = tokenizer.extra_files
+    if _TEMPLATE_FILE in extra_files:
+        source = extra_files[_TEMPLATE_FILE].decode()
+        for name, template in _TEMPLATES.items():
+            if template == source:
+                return name, source  # One of ours, as `tokenizer.chat` names it.
+        return _TEMPLATE_FILE, source
     for file in ("chat_template.json", "tokenizer_config.json"):
-        found = _read_json(carried.get(file, b"{}")).get("chat_template")
-        if isinstance(found, list):
-            named = {each["name"]: each["template"] for each in found}
-            for name in ("tool_use", "default") if with_tools else ("default",):
-                if named.get(name):
-                    return f"{name} of {file}", named[name]
-        elif found:
-            return file, found
-    fix = "set tokenizer.chat, import one that has a template, or give --chat-template FILE"
-    raise MaxlmError(
-        "the tokenizer carries no chat template", where=_TEMPLATE_FILE, fix=fix
+        template = _read_json(extra_files.get(file, b"{}")).get("chat_template")
+        if isinstance(template, list):  # several, by name
+            source_by_name = {entry["name"]: entry["template"] for entry in template}
+            names = ("tool_use", "default") if with_tools else ("default",)
+            for name in names:
+                if source_by_name.get(name):
+                    return f"{name} of {file}", source_by_name[name]
+        elif template:
+            return file, template
+    message = "the tokenizer carries no chat template"
+    fix = (
+        "set tokenizer.chat, import one that has a template, or give --chat-template "
+        "FILE"
     )
+    raise MaxlmError(message, where=_TEMPLATE_FILE, fix=fix)
 
 
 @lru_cache(maxsize=16)  # These files are long, and every text needs them.
@@ -470,7 +528,7 @@ def _read_json(data: bytes) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
+def _name_special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """bos_token, eos_token and so on: what the tokenizer's files say of them, or its
     roles."""
     special = tokenizer.special
@@ -487,7 +545,7 @@ def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 @lru_cache(maxsize=8)  # a server renders one template again and again
-def _compile(source: str):
+def _compile(source: str) -> "Template":
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
@@ -502,8 +560,8 @@ def _compile(source: str):
         def parse(self, parser: Parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            names = (nodes.Name(f"_generation_{n}", "load") for n in ("start", "end"))
-            start, end = (nodes.Output([name]) for name in names)
+            start = nodes.Output([nodes.Name("_generation_start", "load")])
+            end = nodes.Output([nodes.Name("_generation_end", "load")])
             return nodes.Scope([start, *body, end], lineno=line)
 
     def refuse(message: str):

@@ -170,9 +170,11 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, int]:
         """Every special token's literal and id, in order of id, but for those that an
         imported tokenizer gives to ordinary text (``Codec.ordinary_special_ids``)."""
-        ordinary = self.codec.ordinary_special_ids
+        ordinary_ids = self.codec.ordinary_special_ids
         return {
-            literal: i for literal, i in self.special.ids.items() if i not in ordinary
+            literal: token_id
+            for literal, token_id in self.special.ids.items()
+            if token_id not in ordinary_ids
         }
 
     def encode(self, text: str | bytes, *, allow_special: bool = False) -> list[int]:
@@ -188,11 +190,9 @@ class Tokenizer:
                 literals as the ordinary text they are: for anything a user or a corpus
                 supplied.
         """
-        return (
-            self.encode_with_escapes(text)
-            if allow_special
-            else self.encode_batch([text])[0]
-        )
+        if allow_special:
+            return self.encode_with_escapes(text)
+        return self.encode_batch([text])[0]
 
     def encode_with_escapes(
         self, text: str | bytes, escape_char: str | None = None
@@ -207,10 +207,14 @@ class Tokenizer:
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         parts = self.special.split(raw)
         if escape_char is not None:
+            # After the split: a literal with the character in it was not found.
             parts = [part.replace(escape_char.encode(), b"") for part in parts]
-        ids, *ordinary = self.encode_batch(parts[::2])
-        for literal, following in zip(parts[1::2], ordinary, strict=True):
-            ids += [self.special.ids[literal.decode()], *following]
+        ordinary_texts = parts[::2]
+        literals = parts[1::2]
+        ids, *ids_after_literals = self.encode_batch(ordinary_texts)
+        for literal, ordinary_ids in zip(literals, ids_after_literals, strict=True):
+            ids.append(self.special.ids[literal.decode()])
+            ids += ordinary_ids
         return ids
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[list[int]]:
@@ -230,17 +234,17 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         # A negative index would silently count from the end.
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            what = f"token id {wrong} is outside [0, {self.vocab_size})"
-            raise MaxlmError(what, fix="decode with the tokenizer that made the ids")
+            wrong_id = next(i for i in ids if not 0 <= i < self.vocab_size)
+            message = f"token id {wrong_id} is outside [0, {self.vocab_size})"
+            fix = "decode with the tokenizer that made the ids"
+            raise MaxlmError(message, fix=fix)
         pieces = [self.codec.token_bytes[i] for i in ids]
-        first = (
-            None
-            if continued
-            else next((n for n, piece in enumerate(pieces) if piece), None)
-        )
-        if first is not None:
-            pieces[first] = self.codec.bytes_at_text_start(ids[first])
+        if not continued:
+            # The text begins with the first id that has a token.
+            for place, piece in enumerate(pieces):
+                if piece:
+                    pieces[place] = self.codec.bytes_at_text_start(ids[place])
+                    break
         return b"".join(pieces)
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -260,14 +264,12 @@ class Tokenizer:
             stops=self.extra_stop_ids,
             carried=tuple(self.extra_files),
         )
-        described = (
-            metadata.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n"
-        )
-        contents = {**self.files_to_export(), files.METADATA: described}
-        stale = {files.JSON_FILE, files.SENTENCEPIECE_FILE, *files.CARRIED} - {
-            *contents
-        }
-        files.write_files(contents, Path(folder), stale)
+        metadata_json = metadata.model_dump_json(indent=2, exclude_defaults=True)
+        contents = self.files_to_export()
+        contents[files.METADATA] = f"{metadata_json}\n".encode()
+        # Files of a tokenizer that was saved here before.
+        names = {files.JSON_FILE, files.SENTENCEPIECE_FILE, *files.CARRIED}
+        files.write_files(contents, Path(folder), stale=names - contents.keys())
 
     def files_to_export(self) -> dict[str, bytes]:
         """The files that other tools read: the model file and the carried ones."""
@@ -278,33 +280,35 @@ class Tokenizer:
         texts: Sequence[str | bytes],
         encode: Callable[[list[str]], list[list[int]]],
     ) -> list[list[int]]:
-        results: list[list[int]] = [[] for _ in texts]
+        ids_by_text: list[list[int]] = [[] for _ in texts]
         byte_ids = self.codec.byte_ids
-        for batch in batch_by_size(
-            self._split(texts), lambda each: len(each[1]), BATCH_CHARS
-        ):
+        segments = self._split(texts)
+        for batch in batch_by_size(segments, lambda item: len(item[1]), BATCH_CHARS):
             valid = [segment for _, segment in batch if isinstance(segment, str)]
             encoded = iter(encode(valid) if valid else ())
-            for i, segment in batch:
+            for text_number, segment in batch:
+                ids = ids_by_text[text_number]
                 if isinstance(segment, str):
-                    results[i] += next(encoded)
+                    ids += next(encoded)
                 elif byte_ids is not None:  # Else there are no stray bytes left.
-                    results[i] += [byte_ids[byte] for byte in segment]
-        return results
+                    ids += [byte_ids[byte] for byte in segment]
+        return ids_by_text
 
     def _split(self, texts: Sequence[str | bytes]) -> Iterator[tuple[int, str | bytes]]:
         """Yields the segments of texts, each after its text's number."""
-        reserved, pattern = self.codec.reserved_chars, self.codec.cut_pattern
-        for i, text in enumerate(texts):
+        for text_number, text in enumerate(texts):
             if self.codec.byte_ids is None:
-                valid, _ = _to_str(text)
-                text = valid.encode("utf-8", "surrogateescape").decode(
-                    "utf-8", "replace"
-                )
-            for segment in split_segments(
-                text, reserved_chars=reserved, cut_pattern=pattern
-            ):
-                yield i, segment
+                # Stray bytes have no ids: they become U+FFFD.
+                escaped, _ = _to_str(text)
+                raw = escaped.encode("utf-8", "surrogateescape")
+                text = raw.decode("utf-8", "replace")
+            segments = split_segments(
+                text,
+                reserved_chars=self.codec.reserved_chars,
+                cut_pattern=self.codec.cut_pattern,
+            )
+            for segment in segments:
+                yield text_number, segment
 
 
 class StreamDecoder:
@@ -320,18 +324,18 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, *, continued: bool = False):
         self._tokenizer = tokenizer
-        self._continued = self._within = continued
+        self._continued = continued
+        self._is_within_text = continued
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """Returns the text that this id completes: empty inside a character of several
         tokens."""
-        data = self._tokenizer.decode_bytes([token_id], continued=self._within)
-        if not self._within:
+        decode_bytes = self._tokenizer.decode_bytes
+        data = decode_bytes([token_id], continued=self._is_within_text)
+        if not self._is_within_text:
             # An id without a token says nothing: the text has not begun.
-            self._within = (
-                self._tokenizer.decode_bytes([token_id], continued=True) != b""
-            )
+            self._is_within_text = decode_bytes([token_id], continued=True) != b""
         return self._utf8.decode(data)
 
     def flush(self) -> str:
@@ -339,7 +343,7 @@ class StreamDecoder:
         nothing."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
-        self._within = self._continued
+        self._is_within_text = self._continued
         return rest
 
 
@@ -348,12 +352,13 @@ def split_segments(
 ) -> list[str | bytes]:
     """Split a text into segments whose UTF-8 bytes, joined, are the text's; see
     ``Codec``."""
-    valid, clean = _to_str(text)
-    if clean and not any(char in valid for char in reserved_chars):
-        return list(cut_text(valid, SEGMENT_CHARS, cut_pattern))
+    escaped, is_valid = _to_str(text)
+    if is_valid and not any(char in escaped for char in reserved_chars):
+        return list(cut_text(escaped, SEGMENT_CHARS, cut_pattern))
     segments: list[str | bytes] = []
     # The group makes every odd part one to be passed on as bytes.
-    for i, part in enumerate(re.split(f"([\ud800-\udfff{reserved_chars}]+)", valid)):
+    parts = re.split(f"([\ud800-\udfff{reserved_chars}]+)", escaped)
+    for i, part in enumerate(parts):
         if i % 2:
             segments.append(part.encode("utf-8", "surrogateescape"))
         elif part:
@@ -365,11 +370,12 @@ def cut_text(text: str, min_chars: int, cut_pattern: re.Pattern[str]) -> Iterato
     """Cut ``text`` at the first ``cut_pattern`` after every ``min_chars``
     characters."""
     start = 0
-    while len(text) - start > min_chars and (
-        found := cut_pattern.search(text, start + min_chars)
-    ):
-        yield text[start : found.end()]
-        start = found.end()
+    while len(text) - start > min_chars:
+        cut = cut_pattern.search(text, start + min_chars)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
     if start < len(text):
         yield text[start:]
 

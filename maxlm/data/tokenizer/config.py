@@ -82,23 +82,22 @@ class TokenizerConfig(Config):
     @field_validator("bos", "eos", "pad", "extra_special_tokens")
     @classmethod
     def _check_literals(cls, value: str | tuple[str, ...] | None):
-        for literal in (value,) if isinstance(value, str) else value or ():
+        literals = (value,) if isinstance(value, str) else value or ()
+        for literal in literals:
             if not _LITERAL.fullmatch(literal) or _RESERVED.fullmatch(literal):
                 raise MaxlmError(
                     f"{literal!r} cannot be a special token",
                     fix="use 2 to 64 printable ASCII characters without spaces, other "
-                    "than <unk> "
-                    "and byte names such as <0x0A>",
+                    "than <unk> and byte names such as <0x0A>",
                 )
         return value
 
     @model_validator(mode="after")
     def _check_kind(self):
         if self.kind == "huggingface" and self.path is None:
-            what = "a tokenizer of kind huggingface is imported, not trained"
-            raise MaxlmError(
-                what, fix="set path to the folder that `maxlm tokenizer import` wrote"
-            )
+            message = "a tokenizer of kind huggingface is imported, not trained"
+            fix = "set path to the folder that `maxlm tokenizer import` wrote"
+            raise MaxlmError(message, fix=fix)
         if self.lowercase and self.kind != "wordpiece":
             fix = "leave lowercase out, or set kind to wordpiece"
             raise MaxlmError(f"a tokenizer of kind {self.kind} keeps case", fix=fix)
@@ -109,6 +108,5 @@ class TokenizerConfig(Config):
         """The literals of all special tokens, each once, in the order of their ids."""
         pad = () if self.pad is None else (self.pad,)
         chat = CHAT_TOKENS[self.chat] if self.chat else ()
-        return tuple(
-            dict.fromkeys((self.bos, self.eos, *pad, *self.extra_special_tokens, *chat))
-        )
+        literals = (self.bos, self.eos, *pad, *self.extra_special_tokens, *chat)
+        return tuple(dict.fromkeys(literals))

@@ -9,13 +9,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.errors import describe_first_error
 from maxlm.data.tokenizer.config import Kind
 from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.runtime.json_files import check_regular_file
 
 FORMAT = 1
 METADATA = "maxlm_tokenizer.json"
-JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 CARRIED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -62,21 +64,17 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
     """Returns what ``folder`` says of its tokenizer."""
     path = folder / METADATA
     if not path.exists() and (folder / JSON_FILE).exists():
-        what = f"no {METADATA} here, but a {JSON_FILE}"
+        message = f"no {METADATA} here, but a {JSON_FILE}"
         fix = "make a tokenizer of it with `maxlm tokenizer import`"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     try:
         metadata = TokenizerMetadata.model_validate_json(read_file(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        fault = ": ".join(
-            filter(None, (".".join(map(str, first["loc"])), first["msg"]))
-        )
-        raise make_damaged_file_error(path, fault) from error
+        raise make_damaged_file_error(path, describe_first_error(error)) from error
     if metadata.format != FORMAT:
-        what = f"tokenizer format {metadata.format} is not {FORMAT}"
+        message = f"tokenizer format {metadata.format} is not {FORMAT}"
         fix = "read it with the version of maxlm that wrote it"
-        raise MaxlmError(what, where=str(path), fix=fix)
+        raise MaxlmError(message, where=str(path), fix=fix)
     if unknown := {*metadata.carried} - {*CARRIED}:
         raise make_damaged_file_error(path, f"carried: {min(unknown)}")
     return metadata
@@ -108,6 +106,6 @@ def read_file(path: Path) -> bytes:
 
 def make_damaged_file_error(path: Path, fault: str) -> MaxlmError:
     """Makes the error for a tokenizer's file that cannot be used."""
-    what = f"damaged tokenizer file ({' '.join(fault.split())})"
+    message = f"damaged tokenizer file ({' '.join(fault.split())})"
     fix = "copy it again from a good tokenizer, or train it again"
-    return MaxlmError(what, where=str(path), fix=fix)
+    return MaxlmError(message, where=str(path), fix=fix)

@@ -10,11 +10,15 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec
 from maxlm.data.tokenizer.files import JSON_FILE
+
+if TYPE_CHECKING:
+    import tokenizers
+    import tokenizers.decoders
 
 # A word, with one space or sign before it; digits by threes at most, so that numbers
 # are spelled in few ways; punctuation, with the line ends that follow; blanks at a
@@ -32,6 +36,7 @@ PATTERN_CUT = re.compile(r"\n(?![\r\n])|[!-~](?= )")
 _NEVER = re.compile(r"(?!)")
 _HIGH_BYTE = re.compile(r"<0x([89A-Fa-f][0-9A-Fa-f])>")
 _FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+_ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 # Kinds of pre-tokenizers that split a text without dropping any of it, but for a
 # behaviour "Removed".
@@ -87,52 +92,78 @@ class HuggingFaceCodec(Codec):
         self.data = data
         self._special = tuple(special)
         self.cut_pattern = PATTERN_CUT if splits_by_pattern else _NEVER
-        self._known, known, self.left_out = _known(data, self._special)
-        self._library = _open(self._known, self._special)
+        self._known_data, known_spec, self.left_out = _leave_out_special_tokens(
+            data, self._special
+        )
+        self._library = _open(self._known_data, self._special)
         self._library.encode_special_tokens = True
-        spec = {"normalizer": None, "pre_tokenizer": None, "decoder": None, **known}
+        spec = {
+            "normalizer": None,
+            "pre_tokenizer": None,
+            "decoder": None,
+            **known_spec,
+        }
         self.has_post_processor = spec.get("post_processor") is not None
         vocab = self._library.get_vocab(with_added_tokens=False)
         added = self._library.get_added_tokens_decoder()
         size = max(self.get_vocab().values(), default=-1) + 1
-        # Of ids between them that are no tokens the empty one.
+        # Ids between them that are no tokens have the empty one.
         tokens = [self._library.id_to_token(i) or "" for i in range(size)]
         self._decoder = TokenDecoder(self._library.decoder, spec["decoder"])
+        # Each with whether the model itself does not know it.
         self._tokens = [
-            (t, i in added and vocab.get(t) != i) for i, t in enumerate(tokens)
+            (token, i in added and vocab.get(token) != i)
+            for i, token in enumerate(tokens)
         ]
-        self.token_bytes = [self._bytes_of(i, first=False) for i in range(len(tokens))]
-        byte_ids = _byte_ids(spec, vocab)
+        self.token_bytes = [self._bytes_of(i, first=False) for i in range(size)]
+        byte_ids = _find_byte_ids(spec, vocab)
         self.lossless = byte_ids is not None and _keeps_text(spec)
         self.steps = _read_steps(spec, byte_ids is not None, tokens)
         self.byte_ids = byte_ids if self.lossless else None
+        self._sort_special_ids(spec["model"], vocab, tokens, byte_ids)
+
+    def _sort_special_ids(
+        self,
+        model: dict[str, Any],
+        vocab: dict[str, int],
+        tokens: list[str],
+        byte_ids: list[int] | None,
+    ) -> None:
+        """Tells the special ids that ordinary text may have from the forbidden ones,
+        and finds other ids to write those with."""
         ids = [self._library.token_to_id(literal) for literal in self._special]
         self._special_ids = frozenset(i for i in ids if i is not None)
         # The bytes of characters outside the vocabulary, if the model has them.
-        names = _FALLBACK if spec["model"].get("byte_fallback") else ()
-        fallback = frozenset(vocab[name] for name in names if name in vocab)
-        self._pieces_to_avoid = self._special_ids - fallback
-        pieces = (i for i in self._pieces_to_avoid if vocab.get(tokens[i]) == i)
-        self._respelled = {i: self._respell(tokens[i]) for i in pieces}
-        unknown = spec["model"].get("unk_id"), vocab.get(spec["model"].get("unk_token"))
-        self.unknown_ids = frozenset(
-            i for i in unknown if i is not None and not byte_ids
+        fallback_tokens = _FALLBACK if model.get("byte_fallback") else ()
+        fallback_ids = frozenset(
+            vocab[token] for token in fallback_tokens if token in vocab
         )
-        found = self.unknown_ids.union(fallback, *self._respelled.values())
-        self.ordinary_special_ids = self._special_ids & found
-        self._forbidden = self._special_ids - found
+        self._pieces_to_avoid = self._special_ids - fallback_ids
+        self._respelled: dict[int, list[int]] = {}
+        for i in self._pieces_to_avoid:
+            is_piece_of_model = vocab.get(tokens[i]) == i
+            if is_piece_of_model:
+                self._respelled[i] = self._respell(tokens[i])
+        # With an id for every byte nothing is unknown.
+        if byte_ids is None:
+            # A Unigram model has the id, others the token.
+            candidates = [model.get("unk_id")]
+            if model.get("unk_token"):
+                candidates.append(vocab.get(model["unk_token"]))
+            self.unknown_ids = frozenset(i for i in candidates if i is not None)
+        ids_of_text = self.unknown_ids.union(fallback_ids, *self._respelled.values())
+        self.ordinary_special_ids = self._special_ids & ids_of_text
+        self._forbidden_ids = self._special_ids - ids_of_text
 
     @property
     def known_data(self) -> bytes:
         """The tokenizer.json without the special tokens that are unknown here."""
-        return self._known
+        return self._known_data
 
     def __reduce__(self):
         is_own = self.cut_pattern is PATTERN_CUT
-        return partial(HuggingFaceCodec, splits_by_pattern=is_own), (
-            self.data,
-            self._special,
-        )
+        rebuild = partial(HuggingFaceCodec, splits_by_pattern=is_own)
+        return rebuild, (self.data, self._special)
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
         return [self._without_special(ids) for ids in _encode(self._library, segments)]
@@ -141,41 +172,53 @@ class HuggingFaceCodec(Codec):
         self, segments: list[str], escape_char: str | None = None
     ) -> list[list[int]]:
         if escape_char is None:
-            return _encode(self._marked, segments)
-        return [self._encode_disarmed(segment, escape_char) for segment in segments]
+            return _encode(self._library_with_special, segments)
+        return [self._encode_with_escapes(segment, escape_char) for segment in segments]
 
-    def _encode_disarmed(self, segment: str, mark: str) -> list[int]:
-        # The library sees the mark, so that no literal which contains it is one; its
-        # own ids go.
-        encoding = self._marked.encode(segment, add_special_tokens=False)
+    def _encode_with_escapes(self, segment: str, escape_char: str) -> list[int]:
+        # The library sees the character, so that no literal which contains it is one;
+        # the ids of the character itself go.
+        library = self._library_with_special
+        encoding = library.encode(segment, add_special_tokens=False)
         ids: list[int] = []
         for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             span = segment[start:stop]
-            if span != mark:
-                ids += self._without_special([i]) if mark in span else [i]
+            if span == escape_char:
+                continue
+            if escape_char in span:
+                ids += self._without_special([i])
+            else:
+                ids.append(i)
         return ids
 
     def _without_special(self, ids: list[int]) -> list[int]:
         # The library looks for no special token, but the model may have one as a piece.
-        if self._forbidden.isdisjoint(ids):
+        if self._forbidden_ids.isdisjoint(ids):
             return ids
-        parts = (self._respelled[i] if i in self._forbidden else (i,) for i in ids)
-        return [i for part in parts for i in part]
+        ordinary_ids: list[int] = []
+        for i in ids:
+            if i in self._forbidden_ids:
+                ordinary_ids += self._respelled[i]
+            else:
+                ordinary_ids.append(i)
+        return ordinary_ids
 
     def bytes_at_text_start(self, token_id: int) -> bytes:
         return self._bytes_of(token_id, first=True)
 
     def fingerprint_input(self) -> bytes:
-        spec = {"normalizer": None, "pre_tokenizer": None, **json.loads(self._known)}
-        parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
-        return json.dumps({part: spec[part] for part in parts}, sort_keys=True).encode()
+        known_spec = json.loads(self._known_data)
+        spec = {"normalizer": None, "pre_tokenizer": None, **known_spec}
+        names = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+        parts = {name: spec[name] for name in names}
+        return json.dumps(parts, sort_keys=True).encode()
 
     @property
     def special_tokens(self) -> dict[str, int]:
         """Tokens that are marked as special, in the file or by ``special``, in order of
         id."""
         added = self._library.get_added_tokens_decoder()
-        return {token.content: i for i, token in sorted(added.items()) if token.special}
+        return {added[i].content: i for i in sorted(added) if added[i].special}
 
     def get_vocab(self) -> dict[str, int]:
         """Every token's id."""
@@ -184,27 +227,29 @@ class HuggingFaceCodec(Codec):
     def get_prefix_and_suffix(self) -> tuple[list[str], list[str]]:
         """The tokens that the library puts before and after a text when asked for
         special ones."""
-        encoding = self._marked.encode("a")
-        ordinary = [
-            i for i, mark in enumerate(encoding.special_tokens_mask) if not mark
+        encoding = self._library_with_special.encode("a")
+        text_places = [
+            place
+            for place, is_special in enumerate(encoding.special_tokens_mask)
+            if not is_special
         ]
-        if not ordinary:
+        if not text_places:
             return [], []
-        return encoding.tokens[: ordinary[0]], encoding.tokens[ordinary[-1] + 1 :]
+        prefix = encoding.tokens[: text_places[0]]
+        suffix = encoding.tokens[text_places[-1] + 1 :]
+        return prefix, suffix
 
     @cached_property
-    def _marked(self):
-        """The library with eyes for special tokens: it has one switch for all
+    def _library_with_special(self) -> "tokenizers.Tokenizer":
+        """A second library, which reads special tokens: its switch is one for all
         threads."""
-        return _open(self._known, self._special)
+        return _open(self._known_data, self._special)
 
     def _bytes_of(self, i: int, *, first: bool) -> bytes:
         token, is_added = self._tokens[i]
-        return (
-            self._decoder.decode(token, first=first, is_added=is_added)
-            if token
-            else b""
-        )
+        if not token:
+            return b""
+        return self._decoder.decode(token, first=first, is_added=is_added)
 
     def _respell(self, token: str) -> list[int]:
         """Ids of a piece's characters without special ones, as far as the vocabulary
@@ -215,18 +260,16 @@ class HuggingFaceCodec(Codec):
         return self._respell(token[:1]) + self._respell(token[1:])
 
 
-def _encode(library: Any, segments: list[str]) -> list[list[int]]:
+def _encode(library: "tokenizers.Tokenizer", segments: list[str]) -> list[list[int]]:
     # The batch call starts a thread pool, which a later fork would then have to do
     # without.
     if len(segments) == 1:
         return [library.encode(segments[0], add_special_tokens=False).ids]
-    return [
-        each.ids
-        for each in library.encode_batch_fast(segments, add_special_tokens=False)
-    ]
+    encodings = library.encode_batch_fast(segments, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
-def _open(data: bytes, special: Iterable[str]):
+def _open(data: bytes, special: Iterable[str]) -> "tokenizers.Tokenizer":
     from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer.from_str(data.decode("utf-8"))
@@ -238,91 +281,108 @@ def _open(data: bytes, special: Iterable[str]):
     added = {
         token.content: token for token in tokenizer.get_added_tokens_decoder().values()
     }
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    marked = []
+    newly_special = []
     for literal in special:
-        old = added.get(literal)
-        given = {name: getattr(old, name, False) for name in flags}
-        if old is None or not old.special:
-            marked.append(AddedToken(literal, special=True, **given))
-    tokenizer.add_special_tokens(marked)
+        token = added.get(literal)
+        if token is None:
+            flags = dict.fromkeys(_ADDED_TOKEN_FLAGS, False)
+        elif token.special:
+            continue
+        else:
+            flags = {name: getattr(token, name) for name in _ADDED_TOKEN_FLAGS}
+        newly_special.append(AddedToken(literal, special=True, **flags))
+    tokenizer.add_special_tokens(newly_special)
     return tokenizer
 
 
-def _known(
+def _leave_out_special_tokens(
     data: bytes, special: tuple[str, ...]
 ) -> tuple[bytes, dict[str, Any], tuple[str, ...]]:
     """A file without the tokens that it marks as special and ``special`` lacks, what is
-    in it, and these tokens."""
+    in it, and these tokens. Without any ``special`` the file stays as it is."""
     spec = json.loads(data)
     added = spec.get("added_tokens") or []
-    lost = {token["content"] for token in added if token["special"]} - {*special}
-    if not special or not lost:
+    marked = {token["content"] for token in added if token["special"]}
+    left_out = marked - {*special}
+    if not special or not left_out:
         return data, spec, ()
-    spec["added_tokens"] = [token for token in added if token["content"] not in lost]
+    spec["added_tokens"] = [
+        token for token in added if token["content"] not in left_out
+    ]
     vocab = spec["model"].get("vocab")
     if isinstance(vocab, dict):
         spec["model"]["vocab"] = {
-            token: i for token, i in vocab.items() if token not in lost
+            token: i for token, i in vocab.items() if token not in left_out
         }
-    return json.dumps(spec).encode(), spec, tuple(sorted(lost))
+    return json.dumps(spec).encode(), spec, tuple(sorted(left_out))
 
 
-def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
+def _find_byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
     """The id of each byte, if all 256 have one that decodes to it."""
-    kinds = {part["type"] for part in flatten_tokenizer_component(spec["decoder"])}
-    if "ByteLevel" in kinds:
-        names = build_byte_alphabet()
-    elif "ByteFallback" in kinds and spec["model"].get("byte_fallback"):
-        names = _FALLBACK
+    decoders = _list_step_types(spec["decoder"])
+    if "ByteLevel" in decoders:
+        tokens = build_byte_alphabet()
+    elif "ByteFallback" in decoders and spec["model"].get("byte_fallback"):
+        tokens = _FALLBACK
     else:
         return None
-    ids = [vocab[name] for name in names if name in vocab]
+    ids = [vocab[token] for token in tokens if token in vocab]
     return ids if len(ids) == 256 else None
 
 
 def _keeps_text(spec: dict[str, Any]) -> bool:
     """Whether all changes between a text and its bytes' ids can be undone."""
+    if spec["normalizer"] is not None:
+        return False
     model = spec["model"]
-    pre = flatten_tokenizer_component(spec["pre_tokenizer"])
-    known = {"ByteLevel", "Digits", "Split", "Punctuation"}
-    return (
-        spec["normalizer"] is None
-        and {part["type"] for part in flatten_tokenizer_component(spec["decoder"])}
-        == {"ByteLevel"}
-        and "merges" in model
-        and not model.get("continuing_subword_prefix")
-        and not model.get("end_of_word_suffix")
-        and any(part["type"] == "ByteLevel" for part in pre)
-        and not any(part.get("add_prefix_space") for part in pre)
-        and all(
-            part["type"] in known and part.get("behavior") != "Removed" for part in pre
-        )
-        and not any(
-            (token["lstrip"] or token["rstrip"]) and not token["special"]
-            for token in spec["added_tokens"]
-        )
-    )
+    is_bpe = "merges" in model
+    if (
+        not is_bpe
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+    ):
+        return False
+    if _list_step_types(spec["decoder"]) != {"ByteLevel"}:
+        return False
+    pre_tokenizers = flatten_tokenizer_component(spec["pre_tokenizer"])
+    pre_tokenizer_types = {step["type"] for step in pre_tokenizers}
+    if "ByteLevel" not in pre_tokenizer_types:
+        return False
+    if not pre_tokenizer_types <= {"ByteLevel", "Digits", "Split", "Punctuation"}:
+        return False
+    for step in pre_tokenizers:
+        if step.get("add_prefix_space") or step.get("behavior") == "Removed":
+            return False
+    for token in spec["added_tokens"]:
+        strips_spaces = token["lstrip"] or token["rstrip"]
+        if strips_spaces and not token["special"]:
+            return False
+    return True
+
+
+def _list_step_types(component: dict[str, Any] | None) -> set[str]:
+    return {step["type"] for step in flatten_tokenizer_component(component)}
 
 
 def _read_steps(
     spec: dict[str, Any], has_all_bytes: bool, tokens: list[str]
 ) -> EncodingSteps:
-    splitters = flatten_tokenizer_component(spec["pre_tokenizer"])
-    removing = [part for part in splitters if part.get("behavior") == "Removed"]
-    kinds = {part["type"] for part in splitters}
-    splits_words = any(
-        part["type"] == "Metaspace" and part.get("split", True) for part in splitters
+    pre_tokenizers = flatten_tokenizer_component(spec["pre_tokenizer"])
+    types = {step["type"] for step in pre_tokenizers}
+    removes_text = any(step.get("behavior") == "Removed" for step in pre_tokenizers)
+    metaspace_splits = any(
+        step["type"] == "Metaspace" and step.get("split", True)
+        for step in pre_tokenizers
     )
     added = spec.get("added_tokens") or []
     return EncodingSteps(
         normalizers=flatten_tokenizer_component(spec["normalizer"]),
         tokens_are_bytes=_keeps_text(spec),
-        pre_tokenizers_keep_text=kinds <= _SPLITTERS and not removing,
-        splits_at_spaces=splits_words or not kinds.isdisjoint(_SPACE_SPLITTERS),
+        pre_tokenizers_keep_text=types <= _SPLITTERS and not removes_text,
+        splits_at_spaces=metaspace_splits or not types.isdisjoint(_SPACE_SPLITTERS),
         has_all_bytes=has_all_bytes,
         added_tokens_strip=any(token["lstrip"] or token["rstrip"] for token in added),
-        longest_token=max(map(len, tokens), default=1),
+        longest_token=max((len(token) for token in tokens), default=1),
     )
 
 
@@ -334,8 +394,15 @@ def build_byte_alphabet() -> list[str]:
     U+0100 on.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+    next_code_point = 0x100
+    alphabet = []
+    for byte in range(256):
+        if byte in visible:
+            alphabet.append(chr(byte))
+        else:
+            alphabet.append(chr(next_code_point))
+            next_code_point += 1
+    return alphabet
 
 
 def flatten_tokenizer_component(
@@ -346,6 +413,7 @@ def flatten_tokenizer_component(
         return []
     if component["type"] != "Sequence":
         return [component]
+    # Its only other entry: "normalizers", "pretokenizers" or "decoders".
     (children,) = (value for key, value in component.items() if key != "type")
     return [step for child in children for step in flatten_tokenizer_component(child)]
 
@@ -353,29 +421,35 @@ def flatten_tokenizer_component(
 class TokenDecoder:
     """Decodes single tokens by a ``tokenizers`` decoder (or None) and its spec."""
 
-    def __init__(self, decoder: Any, decoder_spec: dict[str, Any] | None):
+    def __init__(
+        self,
+        decoder: "tokenizers.decoders.Decoder | None",
+        decoder_spec: dict[str, Any] | None,
+    ):
         self._library = decoder
-        kinds = _check_decoder(decoder_spec)
-        self._bytes = "ByteFallback" in kinds
-        self._spaced = not kinds or "WordPiece" in kinds
-        alphabet = build_byte_alphabet() if "ByteLevel" in kinds else []
-        self._byte_of_char = {char: byte for byte, char in enumerate(alphabet)}
+        types = _check_decoder(decoder_spec)
+        self._has_byte_tokens = "ByteFallback" in types
+        self._puts_spaces_between = not types or "WordPiece" in types
+        alphabet = build_byte_alphabet() if "ByteLevel" in types else []
+        self._byte_by_char = {char: byte for byte, char in enumerate(alphabet)}
 
     def decode(self, token: str, *, first: bool, is_added: bool = False) -> bytes:
         """Returns a token's bytes, at the beginning of a text or within it.
         ``is_added``: the model does not know the token: it is no piece of its alphabet,
         but text."""
         if is_added or self._library is None:
-            return (f" {token}" if self._spaced and not first else token).encode()
-        if self._byte_of_char:
-            known = all(char in self._byte_of_char for char in token)
-            return (
-                bytes(self._byte_of_char[char] for char in token)
-                if known
-                else token.encode()
-            )
-        if self._bytes and (found := _HIGH_BYTE.fullmatch(token)):
-            return bytes([int(found[1], 16)])
+            if self._puts_spaces_between and not first:
+                return f" {token}".encode()
+            return token.encode()
+        if self._byte_by_char:
+            if not all(char in self._byte_by_char for char in token):
+                return token.encode()
+            return bytes(self._byte_by_char[char] for char in token)
+        if self._has_byte_tokens:
+            # The library would decode a byte that is no character alone as U+FFFD.
+            byte_token = _HIGH_BYTE.fullmatch(token)
+            if byte_token:
+                return bytes([int(byte_token[1], 16)])
         if first:
             return self._library.decode([token]).encode()
         return self._library.decode(["a", token]).removeprefix("a").encode()
@@ -407,7 +481,6 @@ def _check_decoder(spec: dict[str, Any] | None) -> set[str]:
                     f"{step['type']}",
                     where="tokenizer.json",
                     fix="use a model whose tokenizer has one of ByteLevel, Metaspace, "
-                    "WordPiece "
-                    "or Replace + ByteFallback + Fuse",
+                    "WordPiece or Replace + ByteFallback + Fuse",
                 )
     return {step["type"] for step in steps}

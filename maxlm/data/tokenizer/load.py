@@ -1,10 +1,11 @@
 """Opening tokenizers: saved ones, and those of Hugging Face checkpoints or single
 files."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import files
@@ -15,7 +16,6 @@ from maxlm.data.tokenizer.rank_files import END_OF_TEXT, convert_rank_file, is_r
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceCodec
 from maxlm.runtime.json_files import read_json_object
 
-CodecType = TypeVar("CodecType", HuggingFaceCodec, SentencePieceCodec)
 _CONVERT = (
     "let transformers write tokenizer.json: AutoTokenizer.from_pretrained(folder)"
     ".save_pretrained(folder)"
@@ -26,34 +26,33 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     """Load the tokenizer saved in ``folder``."""
     folder = Path(folder)
     if not folder.is_dir():
-        what = "no such folder" if not folder.exists() else "not a folder"
+        message = "no such folder" if not folder.exists() else "not a folder"
         fix = "name a folder that `maxlm tokenizer train` wrote"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     metadata = files.read_metadata(folder)
     if metadata.kind.startswith("sentencepiece"):
-        codec = _open_codec(SentencePieceCodec, folder / SentencePieceCodec.file_name)
+        codec = _open_sentencepiece(folder / SentencePieceCodec.file_name)
     else:
-        settings = {
-            "special": metadata.special_tokens,
-            "splits_by_pattern": metadata.kind == "bpe",
-        }
-        codec = _open_codec(
-            HuggingFaceCodec, folder / HuggingFaceCodec.file_name, **settings
+        codec = _open_huggingface(
+            folder / HuggingFaceCodec.file_name,
+            special=metadata.special_tokens,
+            splits_by_pattern=metadata.kind == "bpe",
         )
+    special = SpecialTokens(
+        metadata.special_tokens, metadata.bos, metadata.eos, metadata.pad
+    )
     tokenizer = Tokenizer(
         metadata.kind,
         codec,
-        SpecialTokens(
-            metadata.special_tokens, metadata.bos, metadata.eos, metadata.pad
-        ),
+        special,
         opens_with_bos=metadata.opens,
         extra_stop_ids=metadata.stops,
         extra_files={name: read_file(folder / name) for name in metadata.carried},
     )
     if tokenizer.fingerprint != metadata.fingerprint:
-        what = f"{codec.file_name} and {files.METADATA} do not belong together"
+        message = f"{codec.file_name} and {files.METADATA} do not belong together"
         fix = "copy both from one tokenizer, or train it again"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     return tokenizer
 
 
@@ -99,15 +98,14 @@ def import_tokenizer(
     if not is_json:
         data = read_file(file)
         if is_rank_file(data):
-            return _from_rank_file(file, data, roles, pattern, special_tokens or {})
+            return _import_rank_file(file, data, roles, pattern, special_tokens or {})
     if pattern is not None or special_tokens:
         message = "this is no rank file, and says itself how text is split and what is special"
-        raise MaxlmError(
-            message, where=str(file), fix="leave the pattern and special tokens out"
-        )
+        fix = "leave the pattern and special tokens out"
+        raise MaxlmError(message, where=str(file), fix=fix)
     if is_json:
-        return _from_json(path, roles, num_embedding_rows)
-    return _from_sentencepiece(path, roles)
+        return _import_json(path, roles, num_embedding_rows)
+    return _import_sentencepiece(path, roles)
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str]) -> None:
@@ -116,27 +114,40 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str]) -> None:
     files.write_files(tokenizer.files_to_export(), Path(folder))
 
 
-def _open_codec(
-    codec_type: type[CodecType],
+def _open_sentencepiece(path: Path) -> SentencePieceCodec:
+    data = read_file(path)
+    with _locate_errors(path):
+        return SentencePieceCodec(data)
+
+
+def _open_huggingface(
     path: Path,
     *,
     data: bytes | None = None,
-    **settings: Any,
-) -> CodecType:
-    """Opens a file; ``data``: its content, if it was read, or made of it."""
-    data = read_file(path) if data is None else data
+    special: Iterable[str] = (),
+    splits_by_pattern: bool = False,
+) -> HuggingFaceCodec:
+    """Opens a tokenizer.json; ``data``: its content, if it was made of ``path``."""
+    if data is None:
+        data = read_file(path)
+    with _locate_errors(path):
+        return HuggingFaceCodec(data, special, splits_by_pattern=splits_by_pattern)
+
+
+@contextmanager
+def _locate_errors(path: Path) -> Iterator[None]:
+    """Names the file in what is wrong with it."""
     try:
-        return codec_type(data, **settings)
+        yield
     except MaxlmError as error:
-        raise MaxlmError(error.what, where=str(path), fix=error.fix) from None
-    except (
-        Exception
-    ) as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
+        raise MaxlmError(error.message, where=str(path), fix=error.fix) from None
+    # The libraries raise bare Exception, RuntimeError and KeyError for a damaged file.
+    except Exception as error:
         fault = str(error).strip() or type(error).__name__
         raise files.make_damaged_file_error(path, fault) from error
 
 
-def _from_rank_file(
+def _import_rank_file(
     path: Path,
     data: bytes,
     roles: dict[str, str | None],
@@ -148,144 +159,173 @@ def _from_rank_file(
         literals = [END_OF_TEXT]
     id_by_literal = dict.fromkeys(literals) | dict(special_tokens)
     converted, special = convert_rank_file(data, str(path), pattern, id_by_literal)
-    eos = roles["eos"] or (
-        END_OF_TEXT if END_OF_TEXT in special else next(iter(special))
-    )
-    return _from_json(path, roles | {"eos": eos}, data=converted)
+    eos = roles["eos"]
+    if not eos:
+        eos = END_OF_TEXT if END_OF_TEXT in special else next(iter(special))
+    return _import_json(path, roles | {"eos": eos}, data=converted)
 
 
-def _from_json(
+def _import_json(
     path: Path,
     roles: dict[str, str | None],
-    rows: int | None = None,
+    num_embedding_rows: int | None = None,
     *,
     data: bytes | None = None,
 ) -> Tokenizer:
     """Makes a tokenizer of a tokenizer.json; ``data``: what it would hold, made of
     another file."""
     file = path / HuggingFaceCodec.file_name if path.is_dir() else path
-    codec = _open_codec(HuggingFaceCodec, file, data=data)
+    codec = _open_huggingface(file, data=data)
     ids = codec.get_vocab()
-    within = {token for token, i in ids.items() if rows is None or i < rows}
+    embedded_tokens = {
+        token
+        for token, token_id in ids.items()
+        if num_embedding_rows is None or token_id < num_embedding_rows
+    }
     settings = _Settings(path, ids, roles)
-    before, after = codec.get_prefix_and_suffix()
-    bos = roles["bos"] or (before[0] if before else settings.role("bos"))
-    eos = settings.role("eos") or (after[0] if after else bos)
-    pad = settings.role("pad")
-    pad = pad if pad in within else None
-    bos, eos = _both(bos, eos, path)
-    opens = bool(before) or (
-        not codec.has_post_processor and settings.adds_bos(default=False)
-    )
+    # The tokens that the file's own post-processor puts around a text count more than
+    # what the other files say of bos, but less than what they say of eos.
+    prefix, suffix = codec.get_prefix_and_suffix()
+    bos = roles["bos"]
+    if not bos:
+        bos = prefix[0] if prefix else settings.get_role("bos")
+    eos = settings.get_role("eos")
+    if not eos:
+        eos = suffix[0] if suffix else bos
+    pad = settings.get_role("pad")
+    if pad not in embedded_tokens:
+        pad = None
+    bos, eos = _require_bos_and_eos(bos, eos, path)
+    opens_with_bos = bool(prefix)
+    if not prefix and not codec.has_post_processor:
+        opens_with_bos = settings.adds_bos(default=False)
+    literals = codec.special_tokens.keys() & embedded_tokens
+    literals |= {bos, eos}
+    if pad:
+        literals.add(pad)
     # Again, now that the literals of all special tokens are known.
-    if literals := {
-        *codec.special_tokens.keys() & within,
-        *filter(None, (bos, eos, pad)),
-    }:
-        codec = _open_codec(HuggingFaceCodec, file, data=data, special=literals)
+    codec = _open_huggingface(file, data=data, special=literals)
     return Tokenizer(
         "huggingface",
         codec,
         SpecialTokens(codec.special_tokens, bos=bos, eos=eos, pad=pad),
-        opens_with_bos=opens,
-        extra_stop_ids=settings.find_end_ids(within),
-        extra_files=_carried(path, codec.file_name),
+        opens_with_bos=opens_with_bos,
+        extra_stop_ids=settings.find_end_ids(embedded_tokens),
+        extra_files=_read_carried_files(path, codec.file_name),
     )
 
 
-def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
+def _import_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
     file = path / SentencePieceCodec.file_name if path.is_dir() else path
-    codec = _open_codec(SentencePieceCodec, file)
-    control = codec.control_tokens()
+    codec = _open_sentencepiece(file)
+    control_ids = codec.control_tokens()
     if path.is_file():
+        # No other file says what the roles are; the model itself may.
         roles = {
-            name: given or codec.find_special_piece(name)
-            for name, given in roles.items()
+            name: literal or codec.find_special_piece(name)
+            for name, literal in roles.items()
         }
-    settings = _Settings(path, control, roles)
+    settings = _Settings(path, control_ids, roles)
     # Of a checkpoint transformers may make more than its model file says.
     if path.is_dir() and (not codec.lossless or settings.adds_tokens):
-        what = "this SentencePiece model changes text, lacks bytes or has tokens added beside it"
-        raise MaxlmError(what, where=str(file), fix=_CONVERT)
-    named = settings.role("bos")
-    bos, eos = _both(named, settings.role("eos") or named, path)
+        message = (
+            "this SentencePiece model changes text, lacks bytes or has tokens added "
+            "beside it"
+        )
+        raise MaxlmError(message, where=str(file), fix=_CONVERT)
+    named_bos = settings.get_role("bos")
+    named_eos = settings.get_role("eos")
+    bos, eos = _require_bos_and_eos(named_bos, named_eos or named_bos, path)
     return Tokenizer(
         "sentencepiece_unigram" if codec.is_unigram() else "sentencepiece_bpe",
         codec,
-        SpecialTokens(control, bos=bos, eos=eos, pad=settings.role("pad")),
-        opens_with_bos=named is not None and settings.adds_bos(default=True),
-        extra_stop_ids=settings.find_end_ids(control),
-        extra_files=_carried(path, codec.file_name),
+        SpecialTokens(control_ids, bos=bos, eos=eos, pad=settings.get_role("pad")),
+        opens_with_bos=named_bos is not None and settings.adds_bos(default=True),
+        extra_stop_ids=settings.find_end_ids(control_ids),
+        extra_files=_read_carried_files(path, codec.file_name),
     )
 
 
-def _both(bos: str | None, eos: str | None, path: Path) -> tuple[str, str]:
+def _require_bos_and_eos(
+    bos: str | None, eos: str | None, path: Path
+) -> tuple[str, str]:
+    """Returns both; without a bos documents are opened, if at all, with eos."""
     if eos is None:
+        message = "no token is named to close a document with"
         fix = "name one of the vocabulary as eos (--eos of `maxlm tokenizer import`)"
-        raise MaxlmError(
-            "no token is named to close a document with", where=str(path), fix=fix
-        )
+        raise MaxlmError(message, where=str(path), fix=fix)
     return bos or eos, eos
 
 
-def _carried(folder: Path, model: str) -> dict[str, bytes]:
-    names = (
-        name for name in files.CARRIED if name != model and (folder / name).is_file()
-    )
-    return {name: read_file(folder / name) for name in names}
+def _read_carried_files(folder: Path, model_name: str) -> dict[str, bytes]:
+    """The files of an imported tokenizer that are kept for export, by name."""
+    return {
+        name: read_file(folder / name)
+        for name in files.CARRIED
+        if name != model_name and (folder / name).is_file()
+    }
 
 
 class _Settings:
-    """The roles that a folder's JSON files, or ``given`` by hand, give to tokens of a
+    """The roles that ``roles_by_hand``, or a folder's JSON files, give to tokens of a
     vocabulary.
 
     A folder that is a file has no others beside it.
     """
 
-    def __init__(self, folder: Path, ids: dict[str, int], given: dict[str, str | None]):
-        if missing := [token for token in given.values() if token and token not in ids]:
-            what = f"the vocabulary has no token {missing[0]!r}"
-            raise MaxlmError(what, where=str(folder), fix="name one that it has")
-        self._ids, self._given = ids, given
-        self._tokenizer = _json(folder / "tokenizer_config.json")
-        self._by_token = (self._tokenizer, _json(folder / "special_tokens_map.json"))
-        names = ("generation_config.json", "config.json")
-        self._by_id = tuple((folder / name, _json(folder / name)) for name in names)
-        self.adds_tokens = bool(_json(folder / "added_tokens.json"))
+    def __init__(
+        self, folder: Path, ids: dict[str, int], roles_by_hand: dict[str, str | None]
+    ):
+        for token in roles_by_hand.values():
+            if token and token not in ids:
+                message = f"the vocabulary has no token {token!r}"
+                raise MaxlmError(message, where=str(folder), fix="name one that it has")
+        self._ids = ids
+        self._roles_by_hand = roles_by_hand
+        self._tokenizer_config = _read_json(folder / "tokenizer_config.json")
+        special_tokens_map = _read_json(folder / "special_tokens_map.json")
+        # Those that name roles by literal, and those that do by id, in order of rank.
+        self._files_of_literals = (self._tokenizer_config, special_tokens_map)
+        paths = (folder / "generation_config.json", folder / "config.json")
+        self._files_of_ids = tuple((path, _read_json(path)) for path in paths)
+        self.adds_tokens = bool(_read_json(folder / "added_tokens.json"))
 
-    def role(self, name: str) -> str | None:
+    def get_role(self, name: str) -> str | None:
         """The literal of the token called bos, eos or pad, if the vocabulary has it."""
-        if given := self._given[name]:
-            return given
-        for settings in self._by_token:
+        by_hand = self._roles_by_hand[name]
+        if by_hand:
+            return by_hand
+        for settings in self._files_of_literals:
             token = settings.get(f"{name}_token")
-            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, dict):
+                token = token.get("content")
             if isinstance(token, str) and token in self._ids:
                 return token
-        literals = {i: token for token, i in self._ids.items()}
-        for path, settings in self._by_id:
+        literal_by_id = {token_id: token for token, token_id in self._ids.items()}
+        for path, settings in self._files_of_ids:
+            ids = _read_ids(path, settings, f"{name}_token_id")
             # Several may end generation; the first is the document's.
-            for i in _read_ids(path, settings, f"{name}_token_id")[:1]:
-                if i in literals:
-                    return literals[i]
+            if ids and ids[0] in literal_by_id:
+                return literal_by_id[ids[0]]
         return None
 
-    def find_end_ids(self, within: Collection[str]) -> list[int]:
-        """The ids, of tokens ``within``, that generation stops at:
+    def find_end_ids(self, tokens: Collection[str]) -> list[int]:
+        """The ids, of these tokens, that generation stops at:
         generation_config.json's, else config.json's."""
-        known = {i for token, i in self._ids.items() if token in within}
-        for path, settings in self._by_id:
+        ids = {token_id for token, token_id in self._ids.items() if token in tokens}
+        for path, settings in self._files_of_ids:
             if settings.get("eos_token_id") is not None:
-                return [
-                    i for i in _read_ids(path, settings, "eos_token_id") if i in known
-                ]
+                end_ids = _read_ids(path, settings, "eos_token_id")
+                return [token_id for token_id in end_ids if token_id in ids]
         return []
 
     def adds_bos(self, *, default: bool) -> bool:
-        value = self._tokenizer.get("add_bos_token")
-        return self.role("bos") is not None and (
-            default if value is None else bool(value)
-        )
+        """Whether documents open with bos, by ``add_bos_token`` or, if no file has it,
+        by ``default``."""
+        if self.get_role("bos") is None:
+            return False
+        value = self._tokenizer_config.get("add_bos_token")
+        return default if value is None else bool(value)
 
 
 def _read_ids(path: Path, settings: Mapping[str, Any], key: str) -> list[int]:
@@ -298,15 +338,15 @@ def _read_ids(path: Path, settings: Mapping[str, Any], key: str) -> list[int]:
     ids = value if isinstance(value, list) else [value]
     for token_id in ids:
         if type(token_id) is not int:
-            what = f"{key}={value!r} is no id of a token"
+            message = f"{key}={value!r} is no id of a token"
             fix = (
                 "write a whole number, or a list of them, as the published model has it"
             )
-            raise MaxlmError(what, where=str(path), fix=fix)
+            raise MaxlmError(message, where=str(path), fix=fix)
     return ids
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty if there is no file."""
     if not path.is_file():
         return {}

@@ -112,32 +112,35 @@ def convert_rank_file(
         parts = _split_by_ranks(token, ranks, rank)
         if len(parts) == 2:
             merges.append([spelled[part] for part in parts])
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {
         "type": "Split",
         "pattern": {"Regex": expression},
         "behavior": "Isolated",
         "invert": False,
     }
-    flags = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-    }
+    added_tokens = [
+        {
+            "id": token_id,
+            "content": literal,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for literal, token_id in sorted(special.items(), key=lambda item: item[1])
+    ]
     spec = {
         "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": literal, **flags, "special": True}
-            for literal, i in sorted(special.items(), key=lambda item: item[1])
-        ],
+        "added_tokens": added_tokens,
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [split, {**level, "use_regex": False}],
+            "pretokenizers": [split, {**byte_level, "use_regex": False}],
         },
         "post_processor": None,
-        "decoder": {**level, "use_regex": True},
+        "decoder": {**byte_level, "use_regex": True},
         "model": {
             "type": "BPE",
             # Special tokens too: the library keeps ids with a gap before them only so.
@@ -156,15 +159,17 @@ def _resolve_pattern(pattern: str | None, error_location: str) -> str:
     names = ", ".join(PATTERNS)
     if pattern is None:
         message = "a rank file does not say how text is split"
-        fix = f"name its pattern (--pattern of `maxlm tokenizer import`): {names}, or give a regex"
+        fix = (
+            f"name its pattern (--pattern of `maxlm tokenizer import`): {names}, or "
+            "give a regex"
+        )
         raise MaxlmError(message, where=error_location, fix=fix)
     if pattern in PATTERNS:
         return PATTERNS[pattern]
-    if re.fullmatch(r"[\w.-]+", pattern):
+    if re.fullmatch(r"[\w.-]+", pattern):  # a name, not an expression
         message = f"no pattern is called {pattern!r}"
-        raise MaxlmError(
-            message, where=error_location, fix=f"use {names}, or give a regex"
-        )
+        fix = f"use {names}, or give a regex"
+        raise MaxlmError(message, where=error_location, fix=fix)
     try:
         Regex(pattern)
     except Exception as error:  # The library raises bare Exception.
@@ -175,12 +180,13 @@ def _resolve_pattern(pattern: str | None, error_location: str) -> str:
 
 
 def _parse_ranks(data: bytes, error_location: str) -> dict[bytes, int]:
+    lines = [line for line in data.splitlines() if line]
     try:
-        lines = [line.split() for line in data.splitlines() if line]
-        ranks = {
-            base64.b64decode(token, validate=True): int(rank) for token, rank in lines
-        }
-        if not len({*ranks.values()}) == len(ranks) == len(lines):
+        ranks: dict[bytes, int] = {}
+        for line in lines:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        if not len(lines) == len(ranks) == len({*ranks.values()}):
             raise ValueError("a token or a rank comes twice")
         if any(bytes([byte]) not in ranks for byte in range(256)):
             raise ValueError("not every byte has a rank")
@@ -198,21 +204,26 @@ def _number_special_tokens(
 ) -> dict[str, int]:
     """Gives an id to the special tokens that have none, after those that are taken."""
     special: dict[str, int] = {}
-    taken = {i: literal for literal, i in vocab.items()}
+    literal_by_id = {token_id: literal for literal, token_id in vocab.items()}
     # Those with an id first, so that no other gets it.
-    for literal, number in sorted(
-        id_by_literal.items(), key=lambda item: item[1] is None
-    ):
+    entries = sorted(id_by_literal.items(), key=lambda item: item[1] is None)
+    for literal, token_id in entries:
         if literal in vocab:
             message = f"{literal!r} is an ordinary token of this file"
-            fix = "name another literal (--special, --eos, --bos, --pad of `tokenizer import`)"
+            fix = (
+                "name another literal (--special, --eos, --bos, --pad of `tokenizer "
+                "import`)"
+            )
             raise MaxlmError(message, where=error_location, fix=fix)
-        token_id = max(taken) + 1 if number is None else number
-        if token_id in taken:
-            message = f"the id {token_id} of {literal!r} is that of {taken[token_id]!r}"
-            fix = f"give it another, or none: the first free one is {max(taken) + 1}"
+        free_id = max(literal_by_id) + 1
+        if token_id is None:
+            token_id = free_id
+        if token_id in literal_by_id:
+            other = literal_by_id[token_id]
+            message = f"the id {token_id} of {literal!r} is that of {other!r}"
+            fix = f"give it another, or none: the first free one is {free_id}"
             raise MaxlmError(message, where=error_location, fix=fix)
-        taken[token_id] = literal
+        literal_by_id[token_id] = literal
         special[literal] = token_id
     return special
 
@@ -227,6 +238,7 @@ def _split_by_ranks(
     while pair_ranks and min(pair_ranks) < limit:
         i = pair_ranks.index(min(pair_ranks))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        # The new part makes new pairs with its neighbours.
         del pair_ranks[i]
         if i < len(pair_ranks):
             pair_ranks[i] = ranks.get(parts[i] + parts[i + 1], limit)

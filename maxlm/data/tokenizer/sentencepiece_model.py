@@ -72,15 +72,13 @@ class SentencePieceCodec(Codec):
         ]
         self.lossless = self._is_exact(self.byte_ids)
         if not self.lossless:
-            self.byte_ids, self.reserved_chars, self.cut_pattern = (
-                None,
-                "",
-                re.compile(r"(?!)"),
-            )
-            self.unknown_ids = frozenset([self._model.unk_id()])
-            self.token_bytes[self._model.unk_id()] = (
-                " ⁇ ".encode()
-            )  # As the library decodes it.
+            self.byte_ids = None
+            self.reserved_chars = ""
+            self.cut_pattern = re.compile(r"(?!)")  # never
+            unknown_id = self._model.unk_id()
+            self.unknown_ids = frozenset([unknown_id])
+            # As the library decodes it.
+            self.token_bytes[unknown_id] = " ⁇ ".encode()
 
     def __reduce__(self):
         return SentencePieceCodec, (self.data,)
@@ -93,11 +91,8 @@ class SentencePieceCodec(Codec):
         return self.data
 
     def bytes_at_text_start(self, token_id: int) -> bytes:
-        if (
-            self.lossless
-            or self._model.is_byte(token_id)
-            or self._model.is_control(token_id)
-        ):
+        is_byte = self._model.is_byte(token_id)
+        if self.lossless or is_byte or self._model.is_control(token_id):
             return self.token_bytes[token_id]
         # Without the space that it put before the text.
         return self._model.decode([token_id]).encode()
@@ -124,20 +119,21 @@ class SentencePieceCodec(Codec):
         if self._model.is_unknown(i):
             # The library insists on this id; with byte fallback it is unused.
             return "\ufffd".encode()
-        return (
-            piece if self._model.is_control(i) else piece.replace(_SPACE, " ")
-        ).encode()
+        if self._model.is_control(i):
+            return piece.encode()
+        return piece.replace(_SPACE, " ").encode()
 
     def _is_exact(self, byte_ids: list[int]) -> bool:
-        bytes_of = self.token_bytes
-        if [bytes_of[i] for i in byte_ids] != [bytes([byte]) for byte in range(256)]:
-            return False
-        return all(
-            b"".join(bytes_of[i] for i in ids) == text.encode()
-            for text, ids in zip(
-                _PROBES, self.encode_segments(list(_PROBES)), strict=True
-            )
-        )
+        """Whether every byte has an id, and every probe comes back as it was."""
+        for byte, byte_id in enumerate(byte_ids):
+            if self.token_bytes[byte_id] != bytes([byte]):
+                return False
+        encoded = self.encode_segments(list(_PROBES))
+        for text, ids in zip(_PROBES, encoded, strict=True):
+            decoded = b"".join(self.token_bytes[i] for i in ids)
+            if decoded != text.encode():
+                return False
+        return True
 
 
 def train_sentencepiece(
@@ -179,29 +175,35 @@ def train_sentencepiece(
 
 
 def _sentences(segments: Iterator[str]) -> Iterator[str]:
+    """Yields text that the trainer takes, cut before a word's space where it can be."""
     for segment in segments:
         for part in _UNLEARNABLE.split(segment):
-            for piece in cut_text(
+            pieces = cut_text(
                 part, _SENTENCE_CHARS // 2, SentencePieceCodec.cut_pattern
-            ):
+            )
+            for piece in pieces:
                 for start in range(0, len(piece), _SENTENCE_CHARS):
                     yield piece[start : start + _SENTENCE_CHARS]
 
 
 def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
-    message = str(error)
-    if found := re.search(r"Please set it to a value <= (\d+)", message):
-        return make_small_text_error(config, int(found[1]))
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        what = f"vocab_size={config.vocab_size} is too small for the characters of the text"
-        return MaxlmError(what, fix=f"set vocab_size to {found[1]} or more")
-    what = f"SentencePiece could not train on this text: {message.strip()}"
-    return MaxlmError(what, fix="give more text or another vocab_size")
+    text = str(error)
+    largest = re.search(r"Please set it to a value <= (\d+)", text)
+    if largest:
+        return make_small_text_error(config, int(largest[1]))
+    smallest = re.search(r"smaller than required_chars\. \d+ vs (\d+)", text)
+    if smallest:
+        message = f"vocab_size={config.vocab_size} is too small for the characters of the text"
+        return MaxlmError(message, fix=f"set vocab_size to {smallest[1]} or more")
+    message = f"SentencePiece could not train on this text: {text.strip()}"
+    return MaxlmError(message, fix="give more text or another vocab_size")
 
 
 def make_small_text_error(config: TokenizerConfig, max_size: int) -> MaxlmError:
     """Makes the error for a text that yields too few tokens."""
-    what = f"the text is too small for vocab_size={config.vocab_size}: it yields {max_size} tokens"
-    return MaxlmError(
-        what, fix=f"give more text or set vocab_size to {max_size} or less"
+    message = (
+        f"the text is too small for vocab_size={config.vocab_size}: it yields "
+        f"{max_size} tokens"
     )
+    fix = f"give more text or set vocab_size to {max_size} or less"
+    return MaxlmError(message, fix=fix)

@@ -29,13 +29,12 @@ class _Counts:
         self.seconds += time.perf_counter() - start
         unknown_ids = tokenizer.codec.unknown_ids
         self.sums["documents"] += len(texts)
-        self.sums["bytes"] += sum(map(len, texts))
-        self.sums["words"] += sum(len(text.split()) for text in texts)
-        self.sums["tokens"] += sum(map(len, encoded))
-        self.sums["unknown"] += sum(
-            ids.count(i) for ids in encoded for i in unknown_ids
-        )
-        self.used_ids.update(*encoded)
+        for text, ids in zip(texts, encoded, strict=True):
+            self.sums["bytes"] += len(text)
+            self.sums["words"] += len(text.split())
+            self.sums["tokens"] += len(ids)
+            self.sums["unknown"] += sum(ids.count(token_id) for token_id in unknown_ids)
+            self.used_ids.update(ids)
 
     def measure(self, vocab_size: int) -> dict[str, float]:
         """Returns the counts and what follows of them; see `measure_tokenizer`."""
@@ -67,9 +66,9 @@ def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> dict[str,
     Raises:
         MaxlmError: no text.
     """
-    name = ""
     grouped = ((ALL_TEXTS, text) for text in texts)
-    return compare_tokenizers({name: tokenizer}, grouped)[ALL_TEXTS][name]
+    measures = compare_tokenizers({"tokenizer": tokenizer}, grouped)
+    return measures[ALL_TEXTS]["tokenizer"]
 
 
 def compare_tokenizers(
@@ -92,33 +91,31 @@ def compare_tokenizers(
             texts_by_group.setdefault(group, []).append(text)
         is_first = not counts
         for name, tokenizer in tokenizers.items():
-            if is_first:  # What is built at first use takes no part.
+            if is_first:
+                # Not timed: what a library builds at first use is no part of the speed.
                 tokenizer.encode_batch([text for _, text in batch])
-            for group, members in texts_by_group.items():
-                of_group = counts.setdefault(group, {})
-                of_group.setdefault(name, _Counts()).add(tokenizer, members)
-    groups = [
+            for group, group_texts in texts_by_group.items():
+                group_counts = counts.setdefault(group, {})
+                group_counts.setdefault(name, _Counts()).add(tokenizer, group_texts)
+    measured_groups = [
         group
         for group in sorted(counts)
-        if all(each.sums["tokens"] for each in counts[group].values())
+        if all(part.sums["tokens"] for part in counts[group].values())
     ]
-    if not groups:
+    if not measured_groups:
         raise MaxlmError("no text to measure", fix="give files that are not empty")
-    measured = {
-        group: {
-            name: counts[group][name].measure(tokenizer.vocab_size)
-            for name, tokenizer in tokenizers.items()
-        }
-        for group in groups
-        if group != ALL_TEXTS
-    }
-    measured[ALL_TEXTS] = {
-        name: _add_counts(by_name[name] for by_name in counts.values()).measure(
-            tokenizer.vocab_size
-        )
-        for name, tokenizer in tokenizers.items()
-    }
-    return measured
+    measures: dict[str, dict[str, dict[str, float]]] = {}
+    for group in measured_groups:
+        if group != ALL_TEXTS:
+            measures[group] = {
+                name: counts[group][name].measure(tokenizer.vocab_size)
+                for name, tokenizer in tokenizers.items()
+            }
+    measures[ALL_TEXTS] = {}
+    for name, tokenizer in tokenizers.items():
+        total = _add_counts(group_counts[name] for group_counts in counts.values())
+        measures[ALL_TEXTS][name] = total.measure(tokenizer.vocab_size)
+    return measures
 
 
 def _add_counts(parts: Iterable[_Counts]) -> _Counts:

@@ -33,26 +33,30 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
     num_unknown = 0 if config.kind == "bpe" else 1
     smallest = 256 + len(literals) + num_unknown
     if config.kind != "wordpiece" and config.vocab_size < smallest:
-        parts = f"256 bytes, {len(literals)} special" + (
-            ", 1 unknown" if num_unknown else ""
+        parts = f"256 bytes, {len(literals)} special"
+        if num_unknown:
+            parts += ", 1 unknown"
+        message = (
+            f"vocab_size={config.vocab_size} has no room for every byte and special "
+            "token"
         )
-        what = f"vocab_size={config.vocab_size} has no room for every byte and special token"
-        raise MaxlmError(what, fix=f"set it to {smallest} ({parts}) or more")
-    segments = _training_segments(config, texts)
-    first = next(segments, None)
-    if first is None:
-        raise MaxlmError(
-            "no text to train a tokenizer on", fix="give text that is not empty"
-        )
-    segments = itertools.chain([first], segments)
+        raise MaxlmError(message, fix=f"set it to {smallest} ({parts}) or more")
+    segments = _iterate_training_segments(config, texts)
+    first_segment = next(segments, None)
+    if first_segment is None:
+        message = "no text to train a tokenizer on"
+        raise MaxlmError(message, fix="give text that is not empty")
+    segments = itertools.chain([first_segment], segments)
     if config.kind.startswith("sentencepiece"):
         data, ids = train_sentencepiece(config, segments)
         codec = SentencePieceCodec(data)
     elif config.kind == "wordpiece":
-        codec = HuggingFaceCodec(*train_wordpiece(config, segments))
+        data, special_literals = train_wordpiece(config, segments)
+        codec = HuggingFaceCodec(data, special_literals)
         ids = codec.special_tokens
     else:
-        codec = HuggingFaceCodec(*train_bpe(config, segments), splits_by_pattern=True)
+        data, special_literals = train_bpe(config, segments)
+        codec = HuggingFaceCodec(data, special_literals, splits_by_pattern=True)
         ids = codec.special_tokens
     special = SpecialTokens(ids, bos=config.bos, eos=config.eos, pad=config.pad)
     tokenizer = Tokenizer(config.kind, codec, special)
@@ -94,7 +98,7 @@ def train_bpe(
     return tokenizer.to_str().encode(), literals
 
 
-def _training_segments(
+def _iterate_training_segments(
     config: TokenizerConfig, texts: Iterable[str | bytes]
 ) -> Iterator[str]:
     """The valid text of the sample, without the special tokens' literals.
@@ -107,10 +111,9 @@ def _training_segments(
     for text in texts:
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         for part in literals.split(raw[:remaining]):
-            for segment in split_segments(
-                part, reserved_chars="", cut_pattern=PATTERN_CUT
-            ):
-                if isinstance(segment, str):
+            segments = split_segments(part, reserved_chars="", cut_pattern=PATTERN_CUT)
+            for segment in segments:
+                if isinstance(segment, str):  # the others are stray bytes
                     yield segment
         remaining -= len(raw)
         if remaining <= 0:

@@ -63,7 +63,7 @@ def train_wordpiece(
         raise MaxlmError(message, fix=f"set vocab_size to {vocab_size} or more")
     if vocab_size < config.vocab_size:
         raise make_small_text_error(config, vocab_size)
-    vocab = {piece: i for i, piece in enumerate([*literals, *pieces])}
+    vocab = {token: token_id for token_id, token in enumerate([*literals, *pieces])}
     model = models.WordPiece(
         vocab, unk_token=UNKNOWN, max_input_chars_per_word=_MAX_WORD_CHARS
     )
@@ -94,25 +94,24 @@ def _learn_pieces(counts: Counter[str], num_pieces: int) -> list[str]:
     for word, count in counts.items():
         for char in word:
             char_counts[char] += count
-    commonest = sorted(char_counts, key=lambda char: (-char_counts[char], char))[
-        :_MAX_CHARS
-    ]
-    alphabet = sorted(commonest)
+    by_count = sorted(char_counts, key=lambda char: (-char_counts[char], char))
+    alphabet = sorted(by_count[:_MAX_CHARS])
     place_by_char = {char: place for place, char in enumerate(alphabet)}
 
     def spell_words() -> Iterator[str]:
         for word, count in counts.items():
             if not all(char in place_by_char for char in word):
                 continue
-            first = chr(_START_LETTERS + place_by_char[word[0]])
-            rest = "".join(
-                chr(_WITHIN_LETTERS + place_by_char[char]) for char in word[1:]
-            )
+            letters = [chr(_START_LETTERS + place_by_char[word[0]])]
+            for char in word[1:]:
+                letters.append(chr(_WITHIN_LETTERS + place_by_char[char]))
+            spelled = "".join(letters)
             for num_spelled in range(0, count, _REPEATED_WORDS):
-                yield f"{first}{rest} " * min(_REPEATED_WORDS, count - num_spelled)
+                yield f"{spelled} " * min(_REPEATED_WORDS, count - num_spelled)
 
     def read_piece(spelled: str) -> str:
         is_within = ord(spelled[0]) < _START_LETTERS
+        # Both alphabets begin at a multiple of 0x10000.
         chars = "".join(alphabet[ord(letter) & 0xFFFF] for letter in spelled)
         return f"{PREFIX}{chars}" if is_within else chars
 

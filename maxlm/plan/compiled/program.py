@@ -101,7 +101,7 @@ def check_fit_by_compiling(
     try:
         step = compile_step(run, machine.name)
     except DoesNotFit as error:
-        return CompilerVerdict(fits=False, words=f"does not fit: {error.what}")
+        return CompilerVerdict(fits=False, words=f"does not fit: {error.message}")
     return compare_with_compiled_step(plan, step, machine.chip.memory_bytes)
 
 

@@ -18,7 +18,8 @@ class MemoryStore:
     def __init__(self, lengths, path=None):
         self.offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
         self.offsets = self.offsets.astype(np.int64)
-        self.path, self.offsets_sha256 = path, hashlib.sha256(self.offsets).hexdigest()
+        self.path = path
+        self.offsets_sha256 = hashlib.sha256(self.offsets).hexdigest()
 
     @property
     def num_tokens(self):
@@ -58,7 +59,7 @@ def fail_in_a_worker(step):
 
 
 def take_until_workers_make(loader):
-    made = []
-    while not made or made[-1]["pid"] == os.getpid():
-        made.append(next(loader))
-    return made
+    batches = []
+    while not batches or batches[-1]["pid"] == os.getpid():
+        batches.append(next(loader))
+    return batches

@@ -117,11 +117,11 @@ def test_without_shuffle_reads_in_store_order():
 def test_one_pass_reads_every_token_once_in_constant_shapes(lengths, size):
     store = MemoryStore(lengths)
     batches = make_one_pass_batches(store, 16, size)
-    made = [batches.rows(step) for step in range(batches.num_steps)]
-    assert {batch["tokens"].shape for batch in made} == {(size, 16)}
-    seen = [token for batch in made for token in rows_by_hand(batch, store)]
+    steps = [batches.rows(step) for step in range(batches.num_steps)]
+    assert {batch["tokens"].shape for batch in steps} == {(size, 16)}
+    seen = [token for batch in steps for token in rows_by_hand(batch, store)]
     assert sorted(seen) == list(range(store.num_tokens))
-    assert sum(batch["weights"].sum() for batch in made) == store.num_tokens - len(
+    assert sum(batch["weights"].sum() for batch in steps) == store.num_tokens - len(
         lengths
     )
 

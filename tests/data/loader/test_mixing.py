@@ -57,11 +57,11 @@ ENDS_WITH_ITS_PHASE = {
 @example(**ENDS_WITH_ITS_PHASE)
 @given(first=some_weights, later=changes, most=caps, key=keys)
 def test_streams_have_no_gap_no_repeat_and_stop_at_their_caps(first, later, most, key):
-    made, phases, most = mixture(first, later, most, key)
-    total = min(made.end, 6000)
-    whole = made.end < ENDLESS and made.end <= 6000
-    stores, streams = made.locate(np.arange(total))
-    limits = [most.get(name, ENDLESS) for name in made.names]
+    order, phases, most = mixture(first, later, most, key)
+    total = min(order.end, 6000)
+    whole = order.end < ENDLESS and order.end <= 6000
+    stores, streams = order.locate(np.arange(total))
+    limits = [most.get(name, ENDLESS) for name in order.names]
     for store, limit in enumerate(limits):
         mine = np.sort(streams[stores == store])
         assert np.unique(mine).size == mine.size
@@ -70,20 +70,20 @@ def test_streams_have_no_gap_no_repeat_and_stop_at_their_caps(first, later, most
             assert np.array_equal(mine, np.arange(mine.size))
     if whole:
         # What could still have been read at the end had weight 0 there.
-        at_end = [weights for weights, start in phases if start <= made.end][-1]
+        at_end = [weights for weights, start in phases if start <= order.end][-1]
         for store in np.flatnonzero(list(at_end.values())):
             assert (stores == store).sum() == limits[store]
         with pytest.raises(IndexError):
-            made.locate(np.array([made.end]))
+            order.locate(np.array([order.end]))
 
 
 @given(first=some_weights, later=changes, most=caps, key=keys, data=st.data())
 def test_any_index_alone(first, later, most, key, data):
-    made, _, _ = mixture(first, later, most, key)
-    total = min(made.end, 6000)
-    stores, streams = made.locate(np.arange(total))
+    order, _, _ = mixture(first, later, most, key)
+    total = min(order.end, 6000)
+    stores, streams = order.locate(np.arange(total))
     some = data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=5))
-    alone = [made.locate(np.array([i])) for i in some]
+    alone = [order.locate(np.array([i])) for i in some]
     assert [(a[0], b[0]) for a, b in alone] == [(stores[i], streams[i]) for i in some]
 
 
@@ -93,11 +93,11 @@ def test_any_index_alone(first, later, most, key, data):
 def test_counts_before_an_index_are_those_of_what_is_located(
     first, later, most, key, index
 ):
-    made, _, _ = mixture(first, later, most, key)
-    stores, _ = made.locate(np.arange(min(index, made.end)))
-    counts = np.bincount(stores, minlength=len(made.names)).tolist()
-    assert made.count_sequences_before(index) == dict(
-        zip(made.names, counts, strict=True)
+    order, _, _ = mixture(first, later, most, key)
+    stores, _ = order.locate(np.arange(min(index, order.end)))
+    counts = np.bincount(stores, minlength=len(order.names)).tolist()
+    assert order.count_sequences_before(index) == dict(
+        zip(order.names, counts, strict=True)
     )
 
 
@@ -113,48 +113,52 @@ def test_counts_before_an_index_are_those_of_what_is_located(
 def test_batches_of_constant_weights_stay_as_they_were(shuffle, packing, digest):
     """A run begun with an older version goes on with the batches it would have had."""
     lengths = {"web": [5, 60, 20] * 9, "code": [33] * 7, "wiki": [17, 2] * 8}
-    stores = {name: MemoryStore(each) for name, each in lengths.items()}
+    stores = {
+        name: MemoryStore(store_lengths) for name, store_lengths in lengths.items()
+    }
     shares = {"web": 0.7, "code": 0.2, "wiki": 0.1}
-    made = make_batches(
+    batches = make_batches(
         stores, shares, config(shuffle=shuffle, packing=packing), seed=3
     )
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for step in (0, 1, 2, 63, 64, 10**6, 10**12):
-        for name, values in sorted(made.rows(step).items()):
-            found.update(name.encode() + values.tobytes())
-    assert found.hexdigest().startswith(digest)
+        for name, values in sorted(batches.rows(step).items()):
+            hasher.update(name.encode() + values.tobytes())
+    assert hasher.hexdigest().startswith(digest)
 
 
 @pytest.mark.parametrize("method", ["concat", "best_fit"])
 def test_a_capped_store_is_read_exactly_so_often(method):
     stores = {"small": MemoryStore([30, 9, 40] * 4), "large": MemoryStore([50] * 40)}
     mixing = Mixing({"small": 1, "large": 1}, max_epochs={"small": 2, "large": 1})
-    made = make_batches(stores, mixing, config(packing=method, batch_size=1), seed=0)
-    assert made.num_steps == sum(
-        s.num_sequences * n for s, n in zip(made.sources, (2, 1), strict=True)
+    batches = make_batches(stores, mixing, config(packing=method, batch_size=1), seed=0)
+    assert batches.num_steps == sum(
+        s.num_sequences * n for s, n in zip(batches.sources, (2, 1), strict=True)
     )
     for name, store, epochs in (("small", 0, 2), ("large", 1, 1)):
         steps = [
-            s for s in range(made.num_steps) if made.locate(np.array([s]))[0] == store
+            s
+            for s in range(batches.num_steps)
+            if batches.locate(np.array([s]))[0] == store
         ]
-        rows = [made.rows(step) for step in steps]
+        rows = [batches.rows(step) for step in steps]
         seen = np.concatenate([r["tokens"][r["segment_ids"] > 0] for r in rows])
         every = np.repeat(np.arange(stores[name].num_tokens), epochs)
         assert np.array_equal(np.sort(seen), every)
     with pytest.raises(IndexError, match="ends after"):
-        made.rows(made.num_steps)
+        batches.rows(batches.num_steps)
 
 
 def test_a_loader_ends_with_its_mixture_or_refuses():
     stores = {"web": MemoryStore([160])}
     mixing = Mixing({"web": 1}, max_epochs={"web": 2.5})
-    made = make_batches(stores, mixing, config(), seed=0)
-    with load_batches(made, range(8), start_step=1) as loader:
+    batches = make_batches(stores, mixing, config(), seed=0)
+    with load_batches(batches, range(8), start_step=1) as loader:
         assert len(list(loader)) == 2  # 25 sequences are 3 whole batches of 8.
     with pytest.raises(
         MaxlmError, match=r"data.sources: the mixture ends after 3 of 6 steps: eve"
     ):
-        load_batches(made, range(8), start_step=1, num_steps=5)
+        load_batches(batches, range(8), start_step=1, num_steps=5)
 
 
 def shares_of(mixing, step, sizes=(1600, 16000, 160000)):
@@ -164,9 +168,9 @@ def shares_of(mixing, step, sizes=(1600, 16000, 160000)):
 
 def test_temperature_is_mt5_s():
     for temperature, alpha in ((1.0, 1.0), (1 / 0.3, 0.3), (1e9, 0.0)):
-        found = shares_of(Mixing(dict.fromkeys("abc", 1), temperature=temperature), 0)
+        shares = shares_of(Mixing(dict.fromkeys("abc", 1), temperature=temperature), 0)
         powers = np.array([1600, 16000, 160000]) ** alpha
-        assert np.allclose(list(found.values()), powers / powers.sum())
+        assert np.allclose(list(shares.values()), powers / powers.sum())
     weighted = shares_of(Mixing({"a": 2, "b": 1, "c": 1}, temperature=1e9), 0)
     assert np.allclose(list(weighted.values()), [0.5, 0.25, 0.25])
 
@@ -179,13 +183,13 @@ def test_phases_begin_with_their_step():
         Phase(from_step=11, weights={"a": 0, "c": 1}),
         Phase(from_step=50, weights={"b": 0}),
     )
-    made = make_batches(
+    batches = make_batches(
         stores, Mixing({"a": 1, "b": 1, "c": 0}, phases=phases), config(), seed=1
     )
-    owners = made.locate(np.arange(100 * 8))[0].reshape(100, 8)
+    owners = batches.locate(np.arange(100 * 8))[0].reshape(100, 8)
     read = [set(np.unique(owners[a:b])) for a, b in ((0, 11), (11, 50), (50, 100))]
     assert read == [{0, 1}, {1, 2}, {0}]
-    assert made.mixture.shares(11 * 8) == {"a": 0, "b": 0.5, "c": 0.5}
+    assert batches.mixture.shares(11 * 8) == {"a": 0, "b": 0.5, "c": 0.5}
 
 
 RAMP = Phase(from_step=1000, ramp_steps=3200, weights={"a": 8, "b": 1, "c": 1})
@@ -254,19 +258,19 @@ def test_the_usage_of_sources_counts_what_batches_hold():
     stores = {"web": MemoryStore([300, 20] * 20), "code": MemoryStore([100] * 3)}
     phases = (Phase(from_step=20, ramp_steps=10, weights={"code": 9}),)
     mixing = Mixing({"web": 3, "code": 1}, max_epochs={"code": 4}, phases=phases)
-    made = make_batches(stores, mixing, config(), seed=0)
-    owners, _ = made.locate(np.arange(200 * 8))
+    batches = make_batches(stores, mixing, config(), seed=0)
+    owners, _ = batches.locate(np.arange(200 * 8))
     assert list_phase_steps(phases, 200) == [(0, 20), (20, 30), (30, 200)]
     assert list_phase_steps(phases, 25) == [(0, 20), (20, 25)]
     for first, stop in [(5, 200), *list_phase_steps(phases, 200)]:
-        web, code = summarize_source_usage(made, first, stop)
+        web, code = summarize_source_usage(batches, first, stop)
         counts = np.bincount(owners[first * 8 : stop * 8], minlength=2).tolist()
         assert [web.sequences, code.sequences] == counts
         assert web.share + code.share == pytest.approx(1)
         assert code.epochs == counts[1] / 19
         assert code.tokens == round(300 * code.epochs)
         assert code.epochs_so_far == (owners[: stop * 8] == 1).sum() / 19
-    assert summarize_source_usage(made, 0, 10**6)[1].epochs == 4
+    assert summarize_source_usage(batches, 0, 10**6)[1].epochs == 4
 
 
 def test_refusals():
@@ -286,16 +290,16 @@ def test_refusals():
         phases=[{"from_step": 0, "weights": {"books": 1}}]
     )
     phase = {"from_step": 5, "weights": {"q": 1}}
-    found = refused(phases=[phase, phase])
+    error_text = refused(phases=[phase, phase])
     assert (
         "phases.1: from_step=5 is not past the phase before; begin at step 6 or later"
-        in found
+        in error_text
     )
     ramp = {"from_step": 5, "ramp_steps": 10, "weights": {"q": 1}}
-    found = refused(phases=[ramp, {"from_step": 14, "weights": {"q": 2}}])
+    error_text = refused(phases=[ramp, {"from_step": 14, "weights": {"q": 2}}])
     assert (
         "phases.1: from_step=14 is not past the phase before and its ramp; begin at st"
-        in found
+        in error_text
     )
     stores = {"web": MemoryStore([50]), "q": MemoryStore([50])}
     for mixing, expected in (

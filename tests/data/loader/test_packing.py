@@ -88,12 +88,12 @@ def test_best_fit_utilisation(seq_len):
 
 def test_index_lies_beside_the_store_and_is_built_once(tmp_path, monkeypatch):
     store = MemoryStore([5, 9, 30, 2, 2], tmp_path)
-    made = open_best_fit(store, 10, 4)
+    built = open_best_fit(store, 10, 4)
     (folder,) = (tmp_path / "packing").iterdir()
     assert folder.name.startswith("best_fit-10-4-")
     in_memory = open_best_fit(MemoryStore([5, 9, 30, 2, 2]), 10, 4)
     monkeypatch.setattr(packing_module, "_write", None)
-    for packing in (made, open_best_fit(store, 10, 4)):
+    for packing in (built, open_best_fit(store, 10, 4)):
         for a, b in zip(packing.index, in_memory.index, strict=True):
             assert np.array_equal(a, b)
 
@@ -101,10 +101,10 @@ def test_index_lies_beside_the_store_and_is_built_once(tmp_path, monkeypatch):
 def test_many_builders_at_once_agree(tmp_path):
     store = MemoryStore(standard_library_lengths(500), tmp_path)
     with ThreadPoolExecutor(6) as pool:
-        made = list(pool.map(lambda _: open_best_fit(store, 64, 50).index, range(6)))
+        indices = list(pool.map(lambda _: open_best_fit(store, 64, 50).index, range(6)))
     assert len(list((tmp_path / "packing").iterdir())) == 1
-    for index in made:
-        assert np.array_equal(index.sequence_offsets, made[0].sequence_offsets)
+    for index in indices:
+        assert np.array_equal(index.sequence_offsets, indices[0].sequence_offsets)
         assert index.pieces["length"].sum() == store.num_tokens
 
 

@@ -62,11 +62,11 @@ def make_steps(workers, stop=None, make=None):
 
 def test_the_first_batches_are_made_here_and_workers_take_over_in_order():
     with make_steps(workers=2) as loader:
-        made = take_until_workers_make(loader) + [next(loader) for _ in range(9)]
-        assert made[0]["pid"] == os.getpid()  # It did not wait for them.
-        assert [int(batch["step"]) for batch in made] == list(range(5, 5 + len(made)))
-        assert len({int(batch["pid"]) for batch in made[-4:]} - {os.getpid()}) > 0
-        assert loader.step == 5 + len(made)
+        taken = take_until_workers_make(loader) + [next(loader) for _ in range(9)]
+        assert taken[0]["pid"] == os.getpid()  # It did not wait for them.
+        assert [int(batch["step"]) for batch in taken] == list(range(5, 5 + len(taken)))
+        assert len({int(batch["pid"]) for batch in taken[-4:]} - {os.getpid()}) > 0
+        assert loader.step == 5 + len(taken)
     with pytest.raises(ValueError, match="closed"):
         next(loader)
     assert not worker_pids(os.getpid())
@@ -74,8 +74,8 @@ def test_the_first_batches_are_made_here_and_workers_take_over_in_order():
 
 def test_workers_make_the_same_batches():
     stores = {"a": MemoryStore([5, 30, 9, 200]), "b": MemoryStore([70])}
-    made = config(seq_len=16, batch_size=4, packing="best_fit")
-    batches = make_batches(stores, {"a": 1, "b": 2}, made, seed=1)
+    loader_config = config(seq_len=16, batch_size=4, packing="best_fit")
+    batches = make_batches(stores, {"a": 1, "b": 2}, loader_config, seed=1)
     with load_batches(batches, [3, 1], start_step=37, workers=1) as loader:
         for step in range(37, 37 + THREAD_STEPS + 5):
             assert_equal(next(loader), batches.rows(step, [3, 1]))
@@ -204,14 +204,14 @@ SLOW_START = """
 """
 
 
-@pytest.mark.parametrize(("how", "num_bytes"), [("stop", 1 << 20), ("exit", 0)])
-def test_workers_that_still_start_are_not_waited_for(tmp_path, how, num_bytes):
+@pytest.mark.parametrize(("action", "num_bytes"), [("stop", 1 << 20), ("exit", 0)])
+def test_workers_that_still_start_are_not_waited_for(tmp_path, action, num_bytes):
     """Where a stop is asked for and the loader closed, and at the end of the process.
     What pickles to more than a pipe holds would keep its sender until the worker reads
     it."""
     (tmp_path / "trainer.py").write_text(textwrap.dedent(SLOW_START))
     (tmp_path / "started").mkdir()
-    script = [sys.executable, "trainer.py", "started", str(num_bytes), how]
+    script = [sys.executable, "trainer.py", "started", str(num_bytes), action]
     process = subprocess.Popen(
         script,
         cwd=tmp_path,
@@ -230,6 +230,6 @@ def test_workers_that_still_start_are_not_waited_for(tmp_path, how, num_bytes):
         survivors = {pid for pid in workers if alive(pid)}
         for pid in survivors:
             os.kill(pid, signal.SIGKILL)
-    made = "[0, 1, 2]\n" if how == "stop" else ""
-    assert (errors, out, process.returncode) == ("", f"{made}ends\n", 0)
+    expected_output = "[0, 1, 2]\n" if action == "stop" else ""
+    assert (errors, out, process.returncode) == ("", f"{expected_output}ends\n", 0)
     assert survivors == set()

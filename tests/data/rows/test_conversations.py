@@ -264,15 +264,15 @@ CALLS = [
         "label is 'good'; write true for a good answer",
     ),
     *(
-        (partial(encode_conversation, messages=talk), what)
-        for talk, what in CONVERSATIONS
+        (partial(encode_conversation, messages=talk), fault)
+        for talk, fault in CONVERSATIONS
     ),
 ]
 
 
-@pytest.mark.parametrize(("call", "what"), CALLS)
-def test_a_row_that_cannot_be_learnt_is_refused_in_one_line(tokenizer, call, what):
-    with pytest.raises(MaxlmError, match=what) as caught:
+@pytest.mark.parametrize(("call", "fault"), CALLS)
+def test_a_row_that_cannot_be_learnt_is_refused_in_one_line(tokenizer, call, fault):
+    with pytest.raises(MaxlmError, match=fault) as caught:
         call(tokenizer)
     assert "\n" not in str(caught.value)
 
@@ -288,6 +288,6 @@ def test_a_base_models_tokenizer_gets_a_template():
     add_chat_template(base, TokenizerConfig(chat="chatml"))
     assert encode_conversation(base, TALK) == encode_conversation(train(), TALK)
     assert base.stop_ids == (base.special.ids["<|im_end|>"],)
-    what = r"tokenizer\.chat=llama3: the vocabulary has no special token <\|start_header_id\|>"
-    with pytest.raises(MaxlmError, match=what):
+    message = r"tokenizer\.chat=llama3: the vocabulary has no special token <\|start_header_id\|>"
+    with pytest.raises(MaxlmError, match=message):
         add_chat_template(base, TokenizerConfig(chat="llama3"))

@@ -19,8 +19,8 @@ def save_dataset(folder, rows, num_files=2):
     folder.mkdir(parents=True)
     names = [f"data-{i:05}-of-{num_files:05}.arrow" for i in range(num_files)]
     for i, name in enumerate(names):
-        own = rows[i * len(rows) // num_files : (i + 1) * len(rows) // num_files]
-        table = pa.Table.from_pylist(own)
+        file_rows = rows[i * len(rows) // num_files : (i + 1) * len(rows) // num_files]
+        table = pa.Table.from_pylist(file_rows)
         with (
             pa.OSFile(str(folder / name), "wb") as file,
             pa.ipc.new_stream(file, table.schema) as to,
@@ -79,14 +79,14 @@ def test_damage_names_the_file_and_the_row(tmp_path):
     lines = ['{"a": 1}', "", '{"a": 1', "[1]", '{"a": "\\u12"}']
     path.write_text("\n".join(lines))
     file = open_rows(path)
-    for row, what in (
+    for row, message in (
         (1, "no JSON object (Expecting"),
         (2, "no JSON object;"),
         (3, "no JSON object"),
     ):
         with pytest.raises(MaxlmError) as caught:
             file[row]
-        assert str(caught.value).startswith(f"{path}: row {row}: {what}")
+        assert str(caught.value).startswith(f"{path}: row {row}: {message}")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES.encode())[:-9])
     with pytest.raises(MaxlmError, match=r"b\.jsonl\.gz: damaged or incomplete"):
         open_rows(tmp_path / "b.jsonl.gz")

@@ -60,10 +60,14 @@ def found(batch):
     examples = {}
     for row in range(len(batch["tokens"])):
         for segment in range(1, batch["segment_ids"][row].max(initial=0) + 1):
-            own = batch["segment_ids"][row] == segment
-            tokens = batch["tokens"][row][own]
+            in_segment = batch["segment_ids"][row] == segment
+            tokens = batch["tokens"][row][in_segment]
             assert int(tokens[0]) - 1 not in examples
-            parts = (tokens, batch["weights"][row][own], batch["positions"][row][own])
+            parts = (
+                tokens,
+                batch["weights"][row][in_segment],
+                batch["positions"][row][in_segment],
+            )
             examples[int(tokens[0]) - 1] = tuple(part.tolist() for part in parts)
     return examples
 
@@ -75,10 +79,10 @@ def epoch(source, number=0):
     for index in range(
         number * source.rows_per_epoch, (number + 1) * source.rows_per_epoch
     ):
-        own = found(source.rows(index // ROWS, [index % ROWS]))
-        assert not own.keys() & examples.keys()
-        examples |= own
-        order += own
+        row_examples = found(source.rows(index // ROWS, [index % ROWS]))
+        assert not row_examples.keys() & examples.keys()
+        examples |= row_examples
+        order += row_examples
     return examples, order
 
 
@@ -125,8 +129,8 @@ def test_segments_are_numbered_on_and_examples_have_entries_of_their_own(tmp_pat
     def encode(row):
         tokens = row["a"] + row["b"]
         segments = np.repeat([1, 2], [len(row["a"]), len(row["b"])])
-        own = {"tokens": tokens, "segment_ids": segments, "positions": [0, 1, 0]}
-        return own | {"weights": np.ones(3), "score": row["score"]}
+        arrays = {"tokens": tokens, "segment_ids": segments, "positions": [0, 1, 0]}
+        return arrays | {"weights": np.ones(3), "score": row["score"]}
 
     rows = open_rows(tmp_path / "pairs.jsonl")
     source = make_row_source(
@@ -151,7 +155,7 @@ def test_an_example_longer_than_a_row_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "what"),
+    ("name", "text", "fault"),
     [
         ("a.jsonl", "\n", "the file has no rows"),
         ("a.jsonl", "", "the file has no rows"),
@@ -160,8 +164,8 @@ def test_an_example_longer_than_a_row_is_named(tmp_path):
         (None, "", "no such file"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, text, what):
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, text, fault):
     if name:
         (tmp_path / name).write_text(text)
-    with pytest.raises(MaxlmError, match=what):
+    with pytest.raises(MaxlmError, match=fault):
         open_rows(tmp_path / (name or "a.jsonl"))[0]

@@ -19,8 +19,8 @@ def all_documents(sources):
 
 def batches(store, packing):
     config = LoaderConfig(seq_len=32, batch_size=4, packing=packing)
-    made = make_batches({"a": store}, {"a": 1}, config, seed=0)
-    return [made.rows(step) for step in (0, 1, 2, 7, 10**6)]
+    batches = make_batches({"a": store}, {"a": 1}, config, seed=0)
+    return [batches.rows(step) for step in (0, 1, 2, 7, 10**6)]
 
 
 def assert_same_batches(first, second):
@@ -112,10 +112,10 @@ def test_earlier_segments_have_earlier_rules(appended):
     manifest["segments"][1]["selection"] = "x"
     del manifest["sha256"]
     path.write_text(json.dumps(manifest))
-    found = [
+    selections = [
         TokenStore.open(appended, segments=n).manifest.selection for n in (1, 2, 3)
     ]
-    assert found == [None, "x", "x"]
+    assert selections == [None, "x", "x"]
 
 
 def test_no_store_to_append_to(tmp_path, sources):

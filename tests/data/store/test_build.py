@@ -199,23 +199,23 @@ def fails(tmp_path, source, tokenizer, **settings) -> str:
 def test_empty_corpus(tmp_path, byte_tokenizer):
     (tmp_path / "a.txt").write_text("")
     source = SourceConfig(documents=(str(tmp_path / "a.txt"),))
-    found = fails(tmp_path, source, byte_tokenizer())
-    assert found.startswith(
+    message = fails(tmp_path, source, byte_tokenizer())
+    assert message.startswith(
         f"{tmp_path}/a.txt: the corpus is empty: no text in 1 files; "
     )
     (tmp_path / "a.txt").write_text("text")
     settings = {"split": "heldout", "heldout_fraction": 1e-9}
-    found = fails(tmp_path, source, byte_tokenizer(), **settings)
+    message = fails(tmp_path, source, byte_tokenizer(), **settings)
     assert (
         'no document falls into the split "heldout" at heldout_fraction=1e-09; '
-        in found
+        in message
     )
     assert not list(tmp_path.glob(".*"))
 
 
 def test_bad_settings(tmp_path, corpus, byte_tokenizer):
-    found = fails(tmp_path, corpus, byte_tokenizer(), split="train")
-    assert found.startswith(
+    message = fails(tmp_path, corpus, byte_tokenizer(), split="train")
+    assert message.startswith(
         "heldout_fraction=0.0 does not lie between 0 and 1; give a fraction"
     )
 
@@ -246,7 +246,7 @@ def test_a_file_that_changes_meanwhile(tmp_path, corpus, byte_tokenizer, monkeyp
         return scan
 
     monkeypatch.setattr(parts_module, "scan_file", scan_then_change)
-    found = fails(tmp_path, corpus, byte_tokenizer())
-    assert found.startswith(
+    message = fails(tmp_path, corpus, byte_tokenizer())
+    assert message.startswith(
         f"{tmp_path}/corpus/a5.txt: the file changed while the store was being"
     )

@@ -92,20 +92,22 @@ def test_a_store_without_checksums_says_so_once_and_is_compared_with_its_manifes
         appended / "segments" / number / name for number in ("000001", "000002")
     )
     exchange(second, third)
-    found = message(lambda: TokenStore.open(appended, verify=True))
+    error_text = message(lambda: TokenStore.open(appended, verify=True))
     if name == "tokens":
         place = f"{second}: the tokens of segment 1 are not those that were written"
-        assert found == f"{place}; {RESTORE}"
+        assert error_text == f"{place}; {RESTORE}"
     else:
-        assert f"{appended}: damaged store: offsets " in found
+        assert f"{appended}: damaged store: offsets " in error_text
 
 
 def test_a_segment_of_another_store_is_no_segment_of_this(appended):
     """With the list of checksums that belongs to it."""
     exchange(appended / "segments/000001", appended / "segments/000002")
-    found = message(lambda: TokenStore.open(appended, verify=True))
+    error_text = message(lambda: TokenStore.open(appended, verify=True))
     listed = appended / "segments/000001/checksums.sha256"
-    assert found == f"{listed}: this file has changed since it was written; {RESTORE}"
+    assert (
+        error_text == f"{listed}: this file has changed since it was written; {RESTORE}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,9 @@ def test_one_bit_or_a_lost_file_is_found_and_sha256sum_agrees(appended, name):
 def test_several_changed_files_are_all_told(appended):
     for name in ("tokens/c/0", "offsets/c/0"):
         flip_bit(appended / name)
-    found = message(TokenStore.open(appended).verify)
+    error_text = message(TokenStore.open(appended).verify)
     changed = "this file has changed since it was written (and 1 other: tokens/c/0)"
-    assert found == f"{appended}/offsets/c/0: {changed}; {RESTORE}"
+    assert error_text == f"{appended}/offsets/c/0: {changed}; {RESTORE}"
 
 
 def test_a_lost_or_cut_list_is_damage(appended):
@@ -202,5 +204,5 @@ def test_the_loader_verifies_its_index_where_it_is_told_to(appended):
     flip_bit(folder / "pieces.npy")
     make_batches({"a": store}, {"a": 1}, config, seed=0)
     verified = config.model_copy(update={"verify": True})
-    found = message(lambda: make_batches({"a": store}, {"a": 1}, verified, seed=0))
-    assert "pieces.npy: this file has changed" in found
+    error_text = message(lambda: make_batches({"a": store}, {"a": 1}, verified, seed=0))
+    assert "pieces.npy: this file has changed" in error_text

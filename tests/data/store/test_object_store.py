@@ -53,15 +53,15 @@ def test_reads_as_from_a_disk(url, appended):
     from maxlm.data.tokenizer import load_tokenizer
 
     local = TokenStore.open(appended)
-    for given in (f"{url}/", Path(url)):
-        store = TokenStore.open(given)
+    for place in (f"{url}/", Path(url)):
+        store = TokenStore.open(place)
         assert (store.place, store.path) == (url, None)
     assert store.manifest == local.manifest
-    for each in (store, pickle.loads(pickle.dumps(store))):
-        tokens = each.read_many([0, 100, 2000], [5, 900, local.num_tokens])
+    for reader in (store, pickle.loads(pickle.dumps(store))):
+        tokens = reader.read_many([0, 100, 2000], [5, 900, local.num_tokens])
         expected = local.read_many([0, 100, 2000], [5, 900, local.num_tokens])
         assert all(np.array_equal(a, b) for a, b in zip(tokens, expected, strict=True))
-        assert np.array_equal(each.document(100), local.document(100))
+        assert np.array_equal(reader.document(100), local.document(100))
     store.verify()
     folder = store.tokenizer_folder
     assert load_tokenizer(folder).fingerprint == store.manifest.tokenizer_fingerprint

@@ -25,7 +25,7 @@ def test_as_an_array(seed, size, sigma):
     random = np.random.default_rng(seed)
     lengths = random.lognormal(2, sigma, size - 1).astype(np.int64) + 1
     array = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    made = offsets_of(array)
+    offsets = offsets_of(array)
     values = np.concatenate(
         [
             random.integers(0, array[-1] + 1, 40),
@@ -33,15 +33,15 @@ def test_as_an_array(seed, size, sigma):
             [0, array[-1]],
         ]
     )
-    assert made.size == array.size
+    assert offsets.size == array.size
     assert np.array_equal(
-        made.searchsorted(values, "right"), array.searchsorted(values, "right")
+        offsets.searchsorted(values, "right"), array.searchsorted(values, "right")
     )
     some = random.integers(0, size, 30)
-    assert np.array_equal(made[some], array[some])
+    assert np.array_equal(offsets[some], array[some])
     low, high = np.sort(random.integers(0, size + 1, 2))
-    assert np.array_equal(made[low:high], array[low:high])
-    assert np.array_equal(made[low : high + size], array[low:])
+    assert np.array_equal(offsets[low:high], array[low:high])
+    assert np.array_equal(offsets[low : high + size], array[low:])
 
 
 def test_a_store_of_many_documents_reads_chunks(tmp_path, byte_tokenizer, monkeypatch):
@@ -105,10 +105,10 @@ def test_a_mixture_of_ten_trillion_tokens_resumes_at_once():
     assert sum(store.num_tokens for store in stores.values()) > 9.99e12
     mixing = Mixing({"web": 5, "code": 3, "books": 2}, max_epochs={"books": 2})
     config = LoaderConfig(seq_len=2048, batch_size=64)
-    made = make_batches(stores, mixing, config, seed=0)
+    batches = make_batches(stores, mixing, config, seed=0)
     assert sum(store.reads for store in stores.values()) == 0
     for step in (10**8, 0, 10**12, 76_543_210):
-        batch = made.rows(step)
+        batch = batches.rows(step)
         assert batch["segment_ids"].all()
         ends = (batch["weights"] == 0) & (batch["segment_ids"] > 0)
         assert 64 < ends.sum() < 64 * 5

@@ -115,7 +115,7 @@ def test_commands(tmp_path, capsysbinary, folder, texts):
     ]
     code, printed, err = run(capsysbinary, *arguments, 0.2)
     assert code == 0, err
-    held = [text for text in texts if is_heldout(text, 0.2)]
+    heldout_texts = [text for text in texts if is_heldout(text, 0.2)]
     assert "heldout (0.2 of documents held out)" in printed
     assert "tokenizing: " in err
     code, _, err = run(capsysbinary, *arguments, 0.3)
@@ -125,13 +125,15 @@ def test_commands(tmp_path, capsysbinary, folder, texts):
         in err
     )
     about = json.loads(run(capsysbinary, "corpus", "info", out, "--json")[1])
-    assert about["num_documents"] == len(held)
-    assert about["text_bytes"] == sum(len(text.encode()) for text in held)
+    assert about["num_documents"] == len(heldout_texts)
+    assert about["text_bytes"] == sum(len(text.encode()) for text in heldout_texts)
     assert about["bytes_per_token"] == about["text_bytes"] / about["num_tokens"]
     code, printed, _ = run(capsysbinary, "corpus", "verify", out)
     assert code == 0
-    assert f"{len(held):,} documents, {about['num_tokens']:,} tokens" in printed
-    assert run(capsysbinary, "corpus", "show", out, 5) == (0, held[5], "")
+    assert (
+        f"{len(heldout_texts):,} documents, {about['num_tokens']:,} tokens" in printed
+    )
+    assert run(capsysbinary, "corpus", "show", out, 5) == (0, heldout_texts[5], "")
     _, printed, _ = run(capsysbinary, "corpus", "show", out, 5, "--tokens")
     assert [int(i) for i in printed.split()] == TokenStore.open(out).document(
         5
@@ -139,7 +141,7 @@ def test_commands(tmp_path, capsysbinary, folder, texts):
     code, _, err = run(capsysbinary, "corpus", "show", out, 300)
     assert code == 2
     assert err.startswith(
-        f"error: {out}: there is no document 300; the store has {len(held)}; "
+        f"error: {out}: there is no document 300; the store has {len(heldout_texts)}; "
     )
     assert run(capsysbinary, *arguments, 0.3, "--force")[0] == 0
     assert TokenStore.open(out).manifest.heldout_fraction == 0.3

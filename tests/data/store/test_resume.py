@@ -51,12 +51,12 @@ def build_until_stopped(
     """Build, stopped at call number `count` of `name`; returns the parts that were
     made."""
     with pytest.MonkeyPatch.context() as patch:
-        made = stop_after(count if name == "tokenize_part" else 10**9, patch)
+        finished = stop_after(count if name == "tokenize_part" else 10**9, patch)
         if name != "tokenize_part":
             stop_after(count, patch, name)
         with pytest.raises(Stopped):
             build_store(source, tokenizer, out, **settings)
-    return made
+    return finished
 
 
 SETTINGS = {"workers": 1}
@@ -164,12 +164,12 @@ JOINED = """
     from maxlm.data.documents import SourceConfig
     from maxlm.data.store import build_store, parts
     root = Path(sys.argv[1])
-    real = parts._texts
+    real = parts._read_texts
     def read(source, planned, job, counts):
         print(job.index, flush=True)
         yield from real(source, planned, job, counts)
         time.sleep(0.05)
-    parts._texts = read
+    parts._read_texts = read
     parts.MIN_PART_BYTES = parts.MAX_PART_BYTES = 100
     source = SourceConfig(documents=(str(root / "a.jsonl"),))
     build_store(source, "t", root / "store", workers=1, join=True)
@@ -188,7 +188,7 @@ def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes
     first = builders[0].stdout.readline()
     if kill:
         builders[0].kill()
-    made = (
+    part_numbers = (
         first + "".join(builder.communicate(timeout=300)[0] for builder in builders)
     ).split()
     assert [builder.returncode for builder in builders] == [
@@ -196,7 +196,7 @@ def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes
         0,
     ]
     # Each part once; of the one being made twice, if its builder was killed.
-    assert len(made) - len(set(made)) <= kill
+    assert len(part_numbers) - len(set(part_numbers)) <= kill
     assert folder_bytes(tmp_path / "store") == folder_bytes(tmp_path / "alone")
     assert not (tmp_path / ".store.building").exists()
     build_store(corpus, byte_tokenizer(), tmp_path / "store", join=True, **SETTINGS)

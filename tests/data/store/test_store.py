@@ -58,8 +58,8 @@ def test_documents(store):
     for index in (0, 17, len(TEXTS) - 1):
         assert store.document(index).tolist() == [256, *TEXTS[index], 257]
     for index in (-1, len(TEXTS)):
-        found = fails(lambda index=index: store.document(index))
-        assert found.endswith(
+        message = fails(lambda index=index: store.document(index))
+        assert message.endswith(
             f"there is no document {index}; the store has 61; choose 0 to 60"
         )
 
@@ -94,9 +94,10 @@ def test_damaged_manifests(store):
     assert fails(lambda: TokenStore.open(store.path)) == (
         f"{path}: damaged manifest (it has changed since it was written); {REBUILD}"
     )
-    found = fails(edit_manifest(store, num_documents=3))
+    message = fails(edit_manifest(store, num_documents=3))
     assert (
-        "damaged store: offsets are int64 [62], the manifest says int64 [4]; " in found
+        "damaged store: offsets are int64 [62], the manifest says int64 [4]; "
+        in message
     )
     assert "store format 9; this maxlm reads 1" in fails(
         edit_manifest(store, format_version=9)
@@ -133,8 +134,8 @@ def test_verify_finds_wrong_values(store, monkeypatch):
     assert "token 300 lies outside the vocabulary" in fails(
         overwrite(store, "tokens", 7, 300)
     )
-    found = fails(overwrite(store, "tokens", 7, 5))
-    assert "the tokens of segment 0 are not those that were written" in found
+    message = fails(overwrite(store, "tokens", 7, 5))
+    assert "the tokens of segment 0 are not those that were written" in message
     overwrite(store, "tokens", 7, int(FLAT[7]))()
     for index, value in ((3, 0), (0, 1)):
         before = int(store.offsets[index])
@@ -142,8 +143,8 @@ def test_verify_finds_wrong_values(store, monkeypatch):
             overwrite(store, "offsets", index, value)
         )
         overwrite(store, "offsets", index, before)
-    found = fails(overwrite(store, "offsets", 61, len(FLAT) + 9))
-    assert f"offsets end at {len(FLAT) + 9}, not at {len(FLAT)}; {REBUILD}" in found
+    message = fails(overwrite(store, "offsets", 61, len(FLAT) + 9))
+    assert f"offsets end at {len(FLAT) + 9}, not at {len(FLAT)}; {REBUILD}" in message
 
 
 def test_check_tokenizer(store, byte_tokenizer):
@@ -151,8 +152,8 @@ def test_check_tokenizer(store, byte_tokenizer):
 
     check_tokenizer(store, tokenizer.load_tokenizer(store.tokenizer_folder))
     other = tokenizer.load_tokenizer(byte_tokenizer(1))
-    found = fails(lambda: check_tokenizer(store, other))
-    assert f", not {other.fingerprint[:12]}); use the" in found
+    message = fails(lambda: check_tokenizer(store, other))
+    assert f", not {other.fingerprint[:12]}); use the" in message
 
 
 def test_no_flipped_bit_is_read_as_another_value(tmp_path, monkeypatch):
@@ -160,5 +161,5 @@ def test_no_flipped_bit_is_read_as_another_value(tmp_path, monkeypatch):
     index; the script flips more."""
     monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
     bit_flips = importlib.import_module("bit_flips")
-    found = bit_flips.count_flips(bit_flips.make_kinds(tmp_path), 6, seed=32)
-    assert [counts["refused"] + counts["equal"] for counts in found.values()] == [6] * 5
+    flips = bit_flips.count_flips(bit_flips.make_kinds(tmp_path), 6, seed=32)
+    assert [counts["refused"] + counts["equal"] for counts in flips.values()] == [6] * 5

@@ -128,8 +128,8 @@ def test_a_trained_one_knows_its_roles(
     assert plain.stop_ids == (plain.eos_id,)
     export_tokenizer(loaded, tmp_path / "out")
     if kind != "sentencepiece_unigram":  # transformers wants a tokenizer.json.
-        found = transformers_text(tmp_path / "out", hi, add_generation_prompt=True)
-        assert found == expected
+        theirs = transformers_text(tmp_path / "out", hi, add_generation_prompt=True)
+        assert theirs == expected
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece_bpe"])
@@ -234,12 +234,13 @@ def test_a_literal_in_one_message_changes_no_other_ids(tmp_path, name):
     end = ours.special.ids[literals[1]]
     calm = [{"role": "user", "content": "the fox"}, {"role": "user", "content": "hi"}]
     forged = [{**calm[0], "content": f"the {literals[1]}fox"}, calm[1]]
-    expected, found = encode_chat(ours, calm), encode_chat(ours, forged)
+    expected = encode_chat(ours, calm)
+    encoded = encode_chat(ours, forged)
     assert expected == ours.encode(render_chat(ours, calm), allow_special=True)
-    assert found.count(end) == expected.count(end) == 2
-    assert found[found.index(end) :] == expected[expected.index(end) :]
+    assert encoded.count(end) == expected.count(end) == 2
+    assert encoded[encoded.index(end) :] == expected[expected.index(end) :]
     plain = [{**calm[0], "content": "the xyz fox"}, calm[1]]
-    assert encode_chat(ours, plain)[:3] == found[:3]
+    assert encode_chat(ours, plain)[:3] == encoded[:3]
 
 
 def test_chat_adds_its_tokens_once():

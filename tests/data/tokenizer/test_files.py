@@ -53,17 +53,17 @@ def test_fingerprint_tells_roles_and_vocabularies_apart(make_config, texts):
     kinds = ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
     changes = [{}, {"vocab_size": 601}, {"pad": None}, {"eos": "<|user|>"}]
     configs = [make_config(kind, **change) for kind in kinds for change in changes]
-    found = {train_tokenizer(config, texts).fingerprint for config in configs}
-    assert len(found) == len(configs)
-    assert all(len(fingerprint) == 64 for fingerprint in found)
+    fingerprints = {train_tokenizer(config, texts).fingerprint for config in configs}
+    assert len(fingerprints) == len(configs)
+    assert all(len(fingerprint) == 64 for fingerprint in fingerprints)
 
 
 def test_what_is_no_folder_of_a_tokenizer(folder, tmp_path):
     assert has_tokenizer_files(folder)
     assert not has_tokenizer_files(tmp_path)
     (tmp_path / "file").write_text("")
-    for name, what in (("missing", "no such folder"), ("file", "not a folder")):
-        assert f"{tmp_path / name}: {what}; name" in message(
+    for name, fault in (("missing", "no such folder"), ("file", "not a folder")):
+        assert f"{tmp_path / name}: {fault}; name" in message(
             load_tokenizer, tmp_path / name
         )
 

@@ -133,14 +133,16 @@ def test_a_named_pipe_is_not_waited_for(llama):
 
 
 def test_whether_prompts_open_with_bos_is_the_post_processors_word(llama):
-    found = settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=False)
-    assert found.prefix_ids == (1,)
+    imported = settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=False)
+    assert imported.prefix_ids == (1,)
     data = json.loads((llama / "tokenizer.json").read_text())
     (llama / "tokenizer.json").write_text(json.dumps({**data, "post_processor": None}))
     for added, opening in ((True, (1,)), (False, ()), (None, ())):
-        found = settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=added)
-        assert found.prefix_ids == opening
-        assert found.bos_id == 1
+        imported = settings(
+            llama, bos_token="<s>", eos_token="</s>", add_bos_token=added
+        )
+        assert imported.prefix_ids == opening
+        assert imported.bos_id == 1
     assert settings(llama, eos_token="</s>", add_bos_token=True).prefix_ids == ()
 
 

@@ -21,8 +21,8 @@ def test_hugging_face(name, tmp_path):
     literals = ours.special.ids
     texts = [*fuzz_texts(COUNT, 2), *long_texts(20_000)]
     texts = [text for text in texts if not any(literal in text for literal in literals)]
-    found = [library.encode(text, add_special_tokens=False).ids for text in texts]
-    assert ours.encode_batch(texts) == found
+    library_ids = [library.encode(text, add_special_tokens=False).ids for text in texts]
+    assert ours.encode_batch(texts) == library_ids
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_sentencepiece(tmp_path, options):
     ours = import_tokenizer(path)
     assert (ours.bos_id, ours.eos_id) == (1, 2)
     texts = [*fuzz_texts(COUNT, 4), *long_texts(20_000), "fox hole<tool>", "  a  b  "]
-    found = library.encode(texts)
-    assert ours.encode_batch(texts) == found
+    library_ids = library.encode(texts)
+    assert ours.encode_batch(texts) == library_ids
     if not options.get(
         "byte_fallback"
     ):  # The library shows U+FFFD for a whole run of bytes.
-        assert [ours.decode(ids) for ids in found] == library.decode(found)
+        assert [ours.decode(ids) for ids in library_ids] == library.decode(library_ids)
     ours.save(tmp_path / "kept")
     assert (
         import_tokenizer(tmp_path / "kept" / "tokenizer.model").encode_batch(texts)
-        == found
+        == library_ids
     )

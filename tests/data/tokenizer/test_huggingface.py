@@ -215,7 +215,9 @@ def test_byte_tokens_marked_special_keep_the_librarys_ids(name):
     bytes_alone = [text for text in strings if "</s>" not in text]
     ids = [library_ids(library, text) for text in bytes_alone]
     assert ours.encode_segments(bytes_alone) == ids
-    assert sum(not ours.ordinary_special_ids.isdisjoint(each) for each in ids) > 60
+    assert (
+        sum(not ours.ordinary_special_ids.isdisjoint(text_ids) for text_ids in ids) > 60
+    )
     assert library.token_to_id("</s>") not in ours.encode_segments(["x</s>"])[0]
 
 

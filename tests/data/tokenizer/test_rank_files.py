@@ -127,22 +127,24 @@ def test_the_published_encodings_special_tokens_are_tiktokens(monkeypatch):
 
 def test_files_that_do_not_do(rank_file, tmp_path):
     names = "gpt2, cl100k_base, o200k_base, qwen2, tekken"
-    found = message(import_tokenizer, rank_file)
-    assert found.endswith(f"`maxlm tokenizer import`): {names}, or give a regex")
-    found = message(import_tokenizer, rank_file, pattern="gpt9")
+    error_text = message(import_tokenizer, rank_file)
+    assert error_text.endswith(f"`maxlm tokenizer import`): {names}, or give a regex")
+    error_text = message(import_tokenizer, rank_file, pattern="gpt9")
     assert (
-        found
+        error_text
         == f"{rank_file}: no pattern is called 'gpt9'; use {names}, or give a regex"
     )
     assert "the pattern is no regular expression (" in message(
         import_tokenizer, rank_file, pattern="(unclosed"
     )
-    found = message(import_tokenizer, rank_file, pattern="gpt2", eos="quick")
-    assert "'quick' is an ordinary token of this file; name another literal" in found
-    found = message(
+    error_text = message(import_tokenizer, rank_file, pattern="gpt2", eos="quick")
+    assert (
+        "'quick' is an ordinary token of this file; name another literal" in error_text
+    )
+    error_text = message(
         import_tokenizer, rank_file, pattern="gpt2", special_tokens={"<|x|>": 7}
     )
-    assert "the id 7 of '<|x|>' is that of " in found
+    assert "the id 7 of '<|x|>' is that of " in error_text
     good = rank_file.read_bytes()
     _, rest = good.split(b"\n", 1)
     for damage in (rest, good + b"!!! 7\n", good + b"YQ==\n", good + b"YQ== 9999\n"):

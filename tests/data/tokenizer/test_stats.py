@@ -10,11 +10,11 @@ TEXTS = [b"the quick brown fox \xe2\x98\x83"] * 300 + [
 def test_counts_are_those_of_the_ids(make_config, texts):
     tokenizer = train_tokenizer(make_config("bpe"), texts)
     ids = tokenizer.encode_batch(TEXTS)
-    found = measure_tokenizer(tokenizer, iter(TEXTS))
-    assert (found["documents"], found["bytes"]) == (301, sum(map(len, TEXTS)))
-    assert found["tokens"] == sum(map(len, ids))
-    assert found["fertility"] == found["tokens"] / sum(
+    measures = measure_tokenizer(tokenizer, iter(TEXTS))
+    assert (measures["documents"], measures["bytes"]) == (301, sum(map(len, TEXTS)))
+    assert measures["tokens"] == sum(map(len, ids))
+    assert measures["fertility"] == measures["tokens"] / sum(
         len(text.split()) for text in TEXTS
     )
-    assert found["unknown"] == 0
-    assert found["used_ids"] == len(set().union(*ids))
+    assert measures["unknown"] == 0
+    assert measures["used_ids"] == len(set().union(*ids))

@@ -67,11 +67,11 @@ def test_no_text(kind, empty):
     ],
 )
 def test_no_room_for_bytes(settings, size, parts):
-    found = message(
+    error_text = message(
         train_tokenizer, TokenizerConfig(vocab_size=size - 1, **settings), ["text"]
     )
-    assert found.startswith(f"vocab_size={size - 1} has no room for every byte")
-    assert found.endswith(f"set it to {size} ({parts}) or more")
+    assert error_text.startswith(f"vocab_size={size - 1} has no room for every byte")
+    assert error_text.endswith(f"set it to {size} ({parts}) or more")
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,10 @@ def test_no_room_for_bytes(settings, size, parts):
 )
 def test_text_too_small_for_the_vocabulary(kind, most):
     texts = ["aaa aaa"]
-    found = message(train_tokenizer, TokenizerConfig(kind=kind, vocab_size=5000), texts)
-    assert found.startswith(
+    error_text = message(
+        train_tokenizer, TokenizerConfig(kind=kind, vocab_size=5000), texts
+    )
+    assert error_text.startswith(
         f"the text is too small for vocab_size=5000: it yields {most} tokens"
     )
     train_tokenizer(TokenizerConfig(kind=kind, vocab_size=most), texts)
@@ -89,8 +91,8 @@ def test_text_too_small_for_the_vocabulary(kind, most):
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_too_many_characters_for_sentencepiece(kind):
     config = TokenizerConfig(kind=kind, vocab_size=270)
-    found = message(train_tokenizer, config, ["abcdefghijklmnopqrstuvwxyz"])
-    assert found.endswith(
+    error_text = message(train_tokenizer, config, ["abcdefghijklmnopqrstuvwxyz"])
+    assert error_text.endswith(
         "small for the characters of the text; set vocab_size to 284 or more"
     )
 
