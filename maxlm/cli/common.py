@@ -95,7 +95,7 @@ def run_training(
     """Train a run, or tune it with these options of ``tune_model``, and print its
     report; all of its processes join, and each takes as much of a GPU's memory as plans
     say."""
-    from maxlm.plan.hardware import GPU_SHARE
+    from maxlm.plan.hardware import GPU_MEMORY_SHARE
     from maxlm.runtime.session import distributed_session
     from maxlm.train.profile import parse_steps
 
@@ -104,7 +104,7 @@ def run_training(
     if (
         "XLA_CLIENT_MEM_FRACTION" not in os.environ
     ):  # its newer name: JAX refuses both at once
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     with distributed_session(
         run.model_dump(mode="json"),
         join_timeout_seconds=run.faults.join_seconds,

@@ -30,26 +30,30 @@ def test_a_whole_torus_uses_all_its_links():
     taken = network("v5p-128").seconds("all-gather", ("fsdp",), 64e9, split(fsdp=64))
     assert float(taken) == pytest.approx(63e9 / (6 * 90e9), rel=0.001)
     # An axis along one dimension uses two.
-    own = split(fsdp=16, tensor=4)
-    taken = network("v5p-128").seconds("reduce-scatter", ("tensor",), 1e9, own)
+    mesh = split(fsdp=16, tensor=4)
+    taken = network("v5p-128").seconds("reduce-scatter", ("tensor",), 1e9, mesh)
     assert float(taken) == pytest.approx(0.75e9 / (2 * 90e9), rel=0.01)
 
 
 def test_a_slice_without_rings_has_half():
-    open_, closed = (
-        float(network(f"v5e-{n}").seconds("all-gather", ("fsdp",), 1e12, split(fsdp=n)))
-        for n in (64, 256)
+
+    def seconds(chips: int) -> float:
+        machine = network(f"v5e-{chips}")
+        mesh = split(fsdp=chips)
+        return float(machine.seconds("all-gather", ("fsdp",), 1e12, mesh))
+
+    assert seconds(64) / seconds(256) == pytest.approx(
+        2 * (63 / 64) / (255 / 256), rel=0.01
     )
-    assert open_ / closed == pytest.approx(2 * (63 / 64) / (255 / 256), rel=0.01)
 
 
 def test_between_slices_goes_what_a_slice_has_summed():
     """Each of 256 chips all-reduces a 256th over the network: 2 · 31/32 of it at 3.125
     GB/s."""
-    own = split(data=32, fsdp=256)
-    taken = network("32xv5e-256").seconds("all-reduce", ("data",), 1e9, own)
+    mesh = split(data=32, fsdp=256)
+    taken = network("32xv5e-256").seconds("all-reduce", ("data",), 1e9, mesh)
     assert float(taken) == pytest.approx(2 * 31 / 32 * 1e9 / 3.125e9, rel=0.001)
-    both = network("32xv5e-256").seconds("all-reduce", ("data", "fsdp"), 256e9, own)
+    both = network("32xv5e-256").seconds("all-reduce", ("data", "fsdp"), 256e9, mesh)
     inside = 2 * 255 / 256 * 256e9 / (4 * 45e9)
     assert float(both) == pytest.approx(inside + 2 * 31 / 32 * 1e9 / 3.125e9, rel=0.001)
 
@@ -92,12 +96,13 @@ def test_links_in_words(name, sizes, axes, link):
 def test_many_meshes_at_once_are_each_by_itself(name, kind, axes):
     meshes = [(4, 64, 1, 1), (4, 16, 1, 4), (8, 8, 2, 2), (32, 8, 1, 1), (256, 1, 1, 1)]
     names = ("data", "fsdp", "context", "tensor")
-    each = [split(**dict(zip(names, mesh, strict=True))) for mesh in meshes]
-    every = MeshPartitioning(
-        CONFIG, {a: np.array([s.sizes[a] for s in each], float) for a in MESH_AXES}
-    )
-    own = network(name)
-    together = np.broadcast_to(own.seconds(kind, axes, 1e9, every), len(meshes))
-    alone = [float(own.seconds(kind, axes, 1e9, one)) for one in each]
+    splits = [split(**dict(zip(names, mesh, strict=True))) for mesh in meshes]
+    columns = {
+        axis: np.array([one.sizes[axis] for one in splits], float) for axis in MESH_AXES
+    }
+    every = MeshPartitioning(CONFIG, columns)
+    machine = network(name)
+    together = np.broadcast_to(machine.seconds(kind, axes, 1e9, every), len(meshes))
+    alone = [float(machine.seconds(kind, axes, 1e9, one)) for one in splits]
     assert together == pytest.approx(alone, rel=1e-12)
     assert all(t >= 0 for t in alone)
