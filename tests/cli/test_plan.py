@@ -64,7 +64,7 @@ def test_exit_codes(run):
             ["llama2_7b", "--restart", "2"],
             "--device-mtbf, --restart or --checkpoint needs a",
         ),
-        ([*FITS[1:], "--devices", "8"], "--devices goes without --on"),
+        ([*FITS[1:], "--devices", "8"], "--devices excludes --on"),
         (["diff", "nowhere.json", "nowhere.json"], "nowhere.json"),
         (["diff", "llama2_7b"], "missing argument 'second'"),
         (
@@ -72,7 +72,7 @@ def test_exit_codes(run):
             "unknown key model.remaat",
         ),
         ([*FITS[1:], "--search", "--mesh", "fsdp=32"], "--mesh is what --search"),
-        ([*FITS[1:], "--top", "2"], "--top is how many a search shows"),
+        ([*FITS[1:], "--top", "2"], "--top needs a search"),
         (["llama3_8b", "--serve"], "--serve needs a machine"),
         (
             ["llama3_8b", "--serve", "--on", "v5p-8", "--cache", "int3"],
@@ -80,11 +80,11 @@ def test_exit_codes(run):
         ),
         (
             ["llama3_8b", "--serve", "--on", "v5p-8", "--compile"],
-            "--compile is of training",
+            "--compile is for training runs",
         ),
         (
             ["llama3_8b", "--serve", "--on", "v5p-8", "--devices", "8"],
-            "--devices is of training",
+            "--devices is for training runs",
         ),
         (
             ["llama3_8b", "--serve", "--on", "v5p-8", "--mesh", "stage=4"],
@@ -94,7 +94,7 @@ def test_exit_codes(run):
             ["llama3_8b", "--serve", "--on", "v5p-8", "--weights", "fp8"],
             "--weights fp8: maxlm serves no quantized weights yet",
         ),
-        ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is of serving"),
+        ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is for serving"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, check_refused, tmp_path):
