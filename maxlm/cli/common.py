@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -143,7 +143,7 @@ def run_training(
         print_training_report(result)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print plain data; NaN, which JSON does not have, is an error."""
     print(json.dumps(value, indent=2, allow_nan=False))
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 from typer import Argument, Option
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from maxlm.plan.search import SearchResult
     from maxlm.run import RunConfig
 
+OptionT = TypeVar("OptionT")
 _DEFAULT_TOP = 10
 
 
@@ -150,18 +151,22 @@ def command(
     `maxlm plan diff A B` compares two plans.
     """
     requests = _select_given(
-        prompt=prompt,
-        new=new,
-        batch=batch,
-        cache=cache,
-        weights=weights,
-        ttft_ms=ttft_ms,
-        tpot_ms=tpot_ms,
+        {
+            "prompt": prompt,
+            "new": new,
+            "batch": batch,
+            "cache": cache,
+            "weights": weights,
+            "ttft_ms": ttft_ms,
+            "tpot_ms": tpot_ms,
+        }
     )
     reliability = _select_given(
-        device_mtbf_hours=device_mtbf,
-        restart_seconds=restart,
-        checkpoint_seconds=checkpoint,
+        {
+            "device_mtbf_hours": device_mtbf,
+            "restart_seconds": restart,
+            "checkpoint_seconds": checkpoint,
+        }
     )
     training_options = {
         "--compile": compiled,
@@ -216,8 +221,8 @@ def command(
     _print_output(output, html, as_json)
 
 
-def _select_given(**options: Any) -> dict[str, Any]:
-    """Return the options that are given; None: it is not."""
+def _select_given(options: Mapping[str, OptionT | None]) -> dict[str, OptionT]:
+    """Return the options that are given: not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -6,7 +6,7 @@ such files).
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -194,7 +194,7 @@ def write_stored_teacher(
 
 
 def read_stored_teacher(
-    row: Mapping[str, Any], targets: np.ndarray, k: int, temperature: float
+    row: FileRow, targets: np.ndarray, k: int, temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids [n, k] and log-probabilities [n, k + 1] that a row's teacher
     stored at ``targets``; raises MaxlmError if it stored those of other tokens, another

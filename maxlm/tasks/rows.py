@@ -356,7 +356,7 @@ class ExampleEncoder:
 
 def join_sequences(
     sequences: Sequence[EncodedSequence], num_virtual_tokens: int = 0
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, np.ndarray]:
     """Lays sequences out one after the other, each a segment that begins with virtual
     tokens."""
     parts = []

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.sharding import AxisRules
 from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
 
+ModelT = TypeVar("ModelT")
+ResultT = TypeVar("ResultT")
 DeviceBatch = dict[str, jax.Array]
 LossResult = tuple[jax.Array, dict[str, jax.Array]]
 """The loss to differentiate, summed over what is counted, and sums to log: ``tokens``
@@ -268,8 +270,10 @@ class Task(Config):
 
 
 def map_micro_batches(
-    function: Callable[[Any, DeviceBatch], Any], model: Any, batch: DeviceBatch
-) -> Any:
+    function: Callable[[ModelT, DeviceBatch], ResultT],
+    model: ModelT,
+    batch: DeviceBatch,
+) -> ResultT:
     """Computes ``function(model, batch)`` of micro-batches [M, B, ...]: one after the
     other, stacked, or of all together where the model runs them through a pipeline."""
     if getattr(model, "pipeline_schedule", None) is not None:
