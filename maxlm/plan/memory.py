@@ -24,8 +24,10 @@ from maxlm.models.remat import SAVED
 from maxlm.parallel.experts import HIDDEN_BYTES
 from maxlm.plan.stacks import MatmulGroup, StackCosts
 from maxlm.plan.workload import FP32, Number, StepShape
-from pallas_kernels.attention.xla import SCORE_BYTES
 
+# Bytes of a tile's scores at once (SCORE_BYTES of pallas_kernels/attention/xla.py, which
+# the plan does not import).
+_SCORE_BYTES = 1 << 26
 WorkingSet = dict[str, Number]
 """Name of arrays that are alive together → bytes on each device."""
 # Keys of working sets that several layers share.
@@ -478,7 +480,7 @@ def _list_attention_arrays(
         tile_queries = min(max(128, num_queries / 16), num_queries)
         rows = shape.micro_batch_size * widths.heads
         one_array = rows * tile_queries * num_keys * FP32
-        tile_scores = 3 * np.minimum(one_array, SCORE_BYTES)
+        tile_scores = 3 * np.minimum(one_array, _SCORE_BYTES)
 
     # Keys and values of the whole sequence, where it is split over devices.
     keys = shape.micro_batch_tokens * key_rate * split.num_devices(split.compute.seq)
