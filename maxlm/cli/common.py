@@ -12,7 +12,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 if TYPE_CHECKING:
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
 
 ConfigArgument = Annotated[
     str, Argument(help="A YAML file, or a shipped config: demo, llama3_8b.")
@@ -124,14 +124,14 @@ def run_training(
         cluster_variables=cluster_variables,
     ):
         # Imported when all processes have joined: these modules start JAX.
-        from maxlm.programs.report import print_training_report
+        from maxlm.train.report import print_training_report
 
         if tuning is None:
-            from maxlm.programs.train import train_model
+            from maxlm.train.program import train_model
 
             result = train_model(run, resume=resume, profile=profiled_steps)
         else:
-            from maxlm.programs.tune import tune_model
+            from maxlm.tune.program import tune_model
 
             result = tune_model(
                 run,

@@ -20,7 +20,7 @@ app = typer.Typer(help="Show configs, where each value comes from, their schema.
 @app.command()
 def show(config: ConfigArgument, settings: SettingsArgument = None) -> None:
     """Print the resolved config as YAML, with where each value comes from."""
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
 
     print(to_annotated_yaml(load_config(RunConfig, config, settings or ())))
 
@@ -38,7 +38,7 @@ def print_schema(
 
         schema = build_json_schema(RecipeConfig)
     else:
-        from maxlm.run import RunConfig
+        from maxlm.run.config import RunConfig
 
         schema = build_json_schema(RunConfig)
     print(json.dumps(schema, indent=2, ensure_ascii=False))

@@ -39,7 +39,7 @@ def command(
     Tensors are converted one at a time: the model need not fit in memory. To train an
     imported run further, use a new name and train.start_from=TARGET.
     """
-    from maxlm.programs.convert import convert
+    from maxlm.run.convert import convert
 
     if not 0 < shard_gb < float("inf"):
         raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")

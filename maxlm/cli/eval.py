@@ -70,8 +70,8 @@ def command(
     engine's, as max_sequences=32; max_length is the tokens that the model reads at
     once.
     """
+    from maxlm.run.train_config import FaultToleranceConfig
     from maxlm.runtime.session import distributed_session
-    from maxlm.train.config import FaultToleranceConfig
 
     names = _split_names(tasks)
     faults = FaultToleranceConfig()
@@ -85,8 +85,8 @@ def command(
     ):
         import jax
 
+        from maxlm.evaluation.program import evaluate_model
         from maxlm.evaluation.results import list_metrics
-        from maxlm.programs.evaluate import evaluate_model
 
         results, folder = evaluate_model(
             model,
@@ -222,7 +222,7 @@ def show_position_perplexities(
 ) -> None:
     """Show models' perplexity by the position of a token, that is, by its context, up to
     --length."""
-    from maxlm.programs.evaluate import evaluate_position_losses
+    from maxlm.evaluation.program import evaluate_position_losses
 
     losses_of_model = {
         model: evaluate_position_losses(
@@ -266,7 +266,7 @@ def show_passkey_accuracy(
     """Show how often a model finds a number hidden in long texts, by length and
     depth."""
     from maxlm.evaluation.passkey import evaluate_passkey
-    from maxlm.programs.evaluate import load_engine_for_length
+    from maxlm.evaluation.program import load_engine_for_length
 
     num_tokens = _parse_integers(lengths, "--lengths", 1, 2**31)
     percents = _parse_integers(depths, "--depths", 0, 100)

@@ -238,8 +238,8 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
 # Verb → module and name of the config that its settings belong to; other verbs' are a
 # run's.
 _SETTINGS_CONFIGS = {
-    "serve": ("maxlm.inference.engine", "EngineConfig"),
-    "chat": ("maxlm.inference.sampling", "SamplingConfig"),
+    "serve": ("maxlm.inference.engine_config", "EngineConfig"),
+    "chat": ("maxlm.config.sampling", "SamplingConfig"),
 }
 
 
@@ -249,7 +249,7 @@ def _find_overrides(option: str, arguments: Sequence[str], verb: str) -> list[st
     from maxlm.config.explain import iterate_schema_keys
     from maxlm.config.keys import join_key
 
-    module, name = _SETTINGS_CONFIGS.get(verb, ("maxlm.run", "RunConfig"))
+    module, name = _SETTINGS_CONFIGS.get(verb, ("maxlm.run.config", "RunConfig"))
     schema = getattr(importlib.import_module(module), name)
     value = _find_option_value(option, arguments) or "..."
     option_name = option.strip("-").replace("-", "_").replace(".", "_")

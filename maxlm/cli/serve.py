@@ -68,7 +68,7 @@ def command(
     Settings are the engine's, as max_sequences=16. SIGTERM and Ctrl-C finish running
     requests first.
     """
-    from maxlm.programs.serve import serve
+    from maxlm.serving.program import serve
 
     serve(
         model,

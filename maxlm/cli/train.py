@@ -38,7 +38,7 @@ def command(
     Exit codes: 0 done; 2 wrong input; 75 preempted (SIGTERM, SIGUSR1) and saved; 76 a
     process hung or was lost. After 75 and 76 the same command resumes.
     """
-    from maxlm.programs.run_config import load_run_config
+    from maxlm.run.load_config import load_run_config
 
     cluster_variables = make_cluster_variables(coordinator, num_processes, process_id)
     run = load_run_config(config, settings or ())

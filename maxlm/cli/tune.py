@@ -78,7 +78,7 @@ def command(
 
     A recipe is a run's config: `maxlm plan` and `maxlm launch` take it too.
     """
-    from maxlm.programs.run_config import load_run_config
+    from maxlm.run.load_config import load_run_config
 
     all_settings = []
     if base:
@@ -117,7 +117,7 @@ def show(
     """Print rows as a task reads them, what is learnt in colour or between « », and
     count what is cut or left out. Settings are a run's, as task.turns=last
     data.seq_len=512."""
-    from maxlm.programs.show_examples import describe_examples, render_examples
+    from maxlm.tune.examples import describe_examples, render_examples
 
     report = describe_examples(
         data, model, settings or (), kind=kind, num_examples=examples
@@ -151,7 +151,7 @@ def store_logits(
     """Write rows with a teacher's likeliest tokens, and the probability of all others,
     beside each token to learn: then maxlm tune distill --data OUT needs no teacher.
     Settings are those of the task sft that say what is learnt, as turns=last."""
-    from maxlm.programs.distillation import store_teacher_logits
+    from maxlm.tune.teachers import store_teacher_logits
 
     written, left_out = store_teacher_logits(
         model,
@@ -191,7 +191,7 @@ def write_answers(
 ) -> None:
     """Write a teacher's answers to the prompts of rows, for maxlm tune sft to learn.
     Settings are the engine's, as max_sequences=32."""
-    from maxlm.programs.distillation import generate_answers
+    from maxlm.tune.teachers import generate_answers
 
     sampling: dict[str, float] = {
         "temperature": temperature,

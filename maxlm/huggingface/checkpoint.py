@@ -1,6 +1,6 @@
 """Checkpoints of parameters alone, written and read a slice at a time.
 
-What is written is what ``maxlm.train.checkpoint.Checkpointer`` restores: an Orbax
+What is written is what ``maxlm.checkpoint.Checkpointer`` restores: an Orbax
 checkpoint, each parameter under its canonical name in zarr3. Orbax itself saves whole
 arrays from devices, so its few JSON files are written here. What is read is any
 checkpoint that maxlm wrote, maybe with its adapter merged.

@@ -22,6 +22,7 @@ from maxlm.huggingface.checkpoint import (
     ReadSlice,
     RunCheckpointReader,
 )
+from maxlm.huggingface.families.names import TensorEntry
 from maxlm.huggingface.files import (
     NUMPY,
     SHARD_BYTES,
@@ -34,7 +35,6 @@ from maxlm.huggingface.files import (
     read_tensor,
     split_into_slabs,
 )
-from maxlm.models.families.names import TensorEntry
 from maxlm.runtime.progress import Progress, ignore_progress
 
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from maxlm.models.architectures import Decoder
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.caches.config import (
-    QUANTIZED_PAGE_SIZES,
     PagedCacheConfig,
     QuantizedCacheConfig,
+    find_default_page_size,
 )
 from maxlm.models.caches.layout import CacheLayout, choose_feature_multiple
 
@@ -48,7 +48,7 @@ def count_layer_caches(
     """Counts the layers that have each cache, by
     :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
-    page_size = QUANTIZED_PAGE_SIZES.get(cache, PAGE_TOKENS)
+    page_size = find_default_page_size(config.kind) or PAGE_TOKENS
     layout = CacheLayout(
         num_shards=1,
         num_rows=1,

@@ -27,12 +27,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maxlm.optim.kinds import get_input_output_dims
 from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.memory import count_stored_bytes
 from maxlm.plan.network import Network, Phase, PlannedCollective
 from maxlm.plan.stacks import AttentionShape, StackCosts
 from maxlm.plan.workload import FP32, Number, StepShape
-from maxlm.train.optimizer import get_input_output_dims
 
 # Vector operations for each score of attention: softmax and masks, forward; their
 # gradients and the softmax again, backward. From the static schedules of the best

@@ -19,7 +19,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from maxlm.models.adapters import build_adapted_model
-from maxlm.models.architectures import Decoder, Model
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.costs import AttentionCosts
 from maxlm.models.params import (
     Params,
@@ -29,6 +30,9 @@ from maxlm.models.params import (
     select_base_params,
 )
 from maxlm.models.remat import SAVED, RematPolicy
+from maxlm.optim.optimizer import make_optimizer, opt_state_specs
+from maxlm.optim.schedule import make_schedule
+from maxlm.optim.state import select_trainable
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.stacks import (
     AttentionShape,
@@ -38,11 +42,9 @@ from maxlm.plan.stacks import (
     make_kernel,
 )
 from maxlm.plan.topology import Topology
-from maxlm.run import RunConfig, list_base_models, read_frozen_configs
+from maxlm.run.config import RunConfig, list_base_models, read_frozen_configs
 from maxlm.sharding import AxisRules
 from maxlm.tasks.text import ClmTask
-from maxlm.train.optimizer import make_optimizer, make_schedule, opt_state_specs
-from maxlm.train.state import select_trainable
 
 Number = Any
 """A float, or an array of them with an element for every candidate."""

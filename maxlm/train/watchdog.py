@@ -15,8 +15,8 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
-from maxlm.train.config import FaultToleranceConfig
-from maxlm.train.state import TrainState
+from maxlm.optim.state import TrainState
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.train.trainer import Callback, Trainer
 
 _MEDIAN_STEPS = 100
