@@ -63,20 +63,20 @@ def estimate_goodput(
     write = reliability.checkpoint_seconds
     if write is None:
         write = state_bytes / STORAGE_BYTES_PER_SECOND
-    best = max(best_interval_seconds(mtbf, write), step_seconds)
+    best = max(compute_best_interval_seconds(mtbf, write), step_seconds)
     configured = checkpoint_every * step_seconds
     return Goodput(
         mtbf_hours=mtbf / 3600,
         checkpoint_seconds=write,
         restart_seconds=restart,
         best_interval_seconds=best,
-        best=goodput_ratio(best, mtbf, write, restart),
+        best=compute_goodput_ratio(best, mtbf, write, restart),
         configured_interval_seconds=configured,
-        configured=goodput_ratio(configured, mtbf, write, restart),
+        configured=compute_goodput_ratio(configured, mtbf, write, restart),
     )
 
 
-def best_interval_seconds(mtbf: float, write: float) -> float:
+def compute_best_interval_seconds(mtbf: float, write: float) -> float:
     """Computes Daly's optimum interval (2006, eq. 37); it, the mean time and the write
     are in seconds."""
     if write >= 2 * mtbf:
@@ -90,7 +90,9 @@ def best_interval_seconds(mtbf: float, write: float) -> float:
 _MAX_EXPONENT = 500.0
 
 
-def goodput_ratio(interval: float, mtbf: float, write: float, restart: float) -> float:
+def compute_goodput_ratio(
+    interval: float, mtbf: float, write: float, restart: float
+) -> float:
     """Computes the seconds of work done in a second of a run that checkpoints every
     ``interval`` seconds of work (Daly 2006, eq. 20)."""
     exponent = (interval + write) / mtbf

@@ -29,7 +29,7 @@ PASSES: tuple[Phase, Phase] = ("forward", "backward")
 _PASSES_OVER_ARRAY = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0}
 
 
-def sent_bytes(kind: str, group_size: Number, whole_bytes: Number) -> Number:
+def count_sent_bytes(kind: str, group_size: Number, whole_bytes: Number) -> Number:
     """Returns the bytes that each device of a group of ``group_size`` sends in one run.
 
     Args:
@@ -53,7 +53,7 @@ class PlannedCollective:
     """HLO's name of the collective, such as ``all-gather``."""
     axes: tuple[str, ...]
     whole_bytes: Number
-    """See :func:`sent_bytes`."""
+    """See :func:`count_sent_bytes`."""
     count: Number
     """Runs a step."""
     phase: Phase
@@ -64,7 +64,7 @@ class PlannedCollective:
     def wire_bytes(self, split: MeshPartitioning) -> Number:
         """Returns the bytes that a device sends in a step."""
         group_size = split.num_devices(self.axes)
-        return self.count * sent_bytes(self.kind, group_size, self.whole_bytes)
+        return self.count * count_sent_bytes(self.kind, group_size, self.whole_bytes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Network:
     topology: Topology
     chip: Chip
 
-    def seconds(
+    def estimate_seconds(
         self,
         kind: str,
         axes: tuple[str, ...],
@@ -82,14 +82,14 @@ class Network:
         split: MeshPartitioning,
     ) -> Number:
         """Returns the seconds of one run of a collective over mesh axes; see
-        :func:`sent_bytes` for ``whole_bytes``."""
+        :func:`count_sent_bytes` for ``whole_bytes``."""
         ways = split.num_devices(axes)
         inner = self._count_near_devices(axes, split)
         if self.topology.platform == "tpu":
             return self._estimate_torus_seconds(kind, whole_bytes, ways, inner)
         return self._estimate_host_seconds(kind, whole_bytes, ways, inner)
 
-    def link(self, axes: tuple[str, ...], split: MeshPartitioning) -> str:
+    def describe_link(self, axes: tuple[str, ...], split: MeshPartitioning) -> str:
         """Describes the links that mesh axes of one mesh run over."""
         if self.topology.platform == "cpu":
             return "memory"
@@ -153,11 +153,11 @@ class Network:
             # On average bytes go a quarter of a ring's side; both directions carry.
             near = whole * side / (8 * closed * chip.link_bandwidth)
             near = np.where(crosses_links, near, 0.0)
-            far = sent_bytes(kind, slices, whole) / chip.network_bandwidth
+            far = count_sent_bytes(kind, slices, whole) / chip.network_bandwidth
             return near + far + latency
-        near = sent_bytes(kind, inner, whole) / (links * chip.link_bandwidth)
+        near = count_sent_bytes(kind, inner, whole) / (links * chip.link_bandwidth)
         # Between slices each device exchanges its part of what its slice has summed up.
-        far = sent_bytes(kind, slices, whole / inner) / chip.network_bandwidth
+        far = count_sent_bytes(kind, slices, whole / inner) / chip.network_bandwidth
         return near + far + latency
 
     def _estimate_host_seconds(
@@ -169,7 +169,7 @@ class Network:
         latency = np.where(np.greater(ways, 1), chip.latency_seconds, 0.0)
         if kind == "collective-permute":
             rate = np.where(leaves_host, chip.network_bandwidth, chip.link_bandwidth)
-            return sent_bytes(kind, ways, whole) / rate + latency
+            return count_sent_bytes(kind, ways, whole) / rate + latency
         if kind.endswith("all-to-all"):
             far = whole * (ways - inner) / ways / chip.network_bandwidth
             near = whole * (inner - 1) / ways / chip.link_bandwidth
@@ -179,4 +179,4 @@ class Network:
         network = inner * chip.network_bandwidth
         slowest = np.minimum(network, chip.link_bandwidth)
         rate = np.where(leaves_host, slowest, chip.link_bandwidth)
-        return sent_bytes(kind, ways, whole) / rate + latency
+        return count_sent_bytes(kind, ways, whole) / rate + latency

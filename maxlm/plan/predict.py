@@ -81,7 +81,7 @@ class Machine(Network):
         topology = Topology(first.platform, chip.name, shape, slices)
         return cls(topology, chip, topology.description)
 
-    def mesh(self, config: RunConfig) -> dict[str, int]:
+    def resolve_mesh_sizes(self, config: RunConfig) -> dict[str, int]:
         """Returns the config's mesh; refuses slices or hosts that it cannot be laid
         along."""
         sizes = mesh_sizes(config.mesh, self.topology.devices)
@@ -254,7 +254,7 @@ def plan_run(
     dtype = resolve_compute_dtype(config.compute_dtype, platform)
     if sizes is None:
         assert machine is not None
-        sizes = machine.mesh(config)
+        sizes = machine.resolve_mesh_sizes(config)
     config = resolve_micro_batches(config, sizes)
     links = None if machine is None else _describe_links(machine, config, sizes)
     layout = compute_run_layout(config, sizes, links)
@@ -296,7 +296,9 @@ def _describe_links(
     topology = machine.topology
     split = MeshPartitioning(config, sizes)
     links = {
-        axis: machine.link((axis,), split) for axis in MESH_AXES if sizes[axis] > 1
+        axis: machine.describe_link((axis,), split)
+        for axis in MESH_AXES
+        if sizes[axis] > 1
     }
     # Devices that are here need not be all of a slice, whose shape their coordinates
     # tell.
@@ -345,8 +347,8 @@ def _estimate_collective_cost(
     link = None
     seconds = None
     if network is not None:
-        link = network.link(axes, split)
-        one_run = network.seconds(
+        link = network.describe_link(axes, split)
+        one_run = network.estimate_seconds(
             collective.kind, collective.axes, collective.whole_bytes, split
         )
         efficiency = EFFICIENCY[network.chip.family].network

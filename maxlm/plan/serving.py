@@ -152,7 +152,7 @@ class ServedModel:
         self.machine = machine
         self.options = options
         self.cache: CacheFormat = cache
-        self.sizes = machine.mesh(run)
+        self.sizes = machine.resolve_mesh_sizes(run)
         dtype = resolve_compute_dtype(run.compute_dtype, platform)
         placed = place_run(run, self.sizes, dtype, for_training=False)
         assert isinstance(placed.model, Decoder)

@@ -269,7 +269,7 @@ def _count_scores(
     shape: StepShape, attention: AttentionShape, num_layers: int
 ) -> Number:
     keys = num_layers * attention.token_ratio * attention.key_len
-    keys = keys * computed_score_ratio(attention)
+    keys = keys * get_computed_score_ratio(attention)
     head_ways = shape.split.num_devices(shape.split.compute.heads)
     heads = attention.heads.num_heads / head_ways
     return shape.per_stage(keys) * shape.micro_batch_tokens * heads
@@ -291,7 +291,7 @@ def count_extra_forward_flops(shape: StepShape) -> Number:
     return flops
 
 
-def computed_score_ratio(attention: AttentionShape) -> float:
+def get_computed_score_ratio(attention: AttentionShape) -> float:
     """Returns the share of all pairs that is computed: under a causal mask tiles of
     queries skip the keys after them, and those before their window."""
     if not attention.causal:
@@ -413,7 +413,7 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
     return stream_passes * stream + tokens * (2 * rotated + narrow) + 1.5 * hidden
 
 
-def attention_score_bytes(shape: StepShape) -> tuple[Number, Number]:
+def count_attention_score_bytes(shape: StepShape) -> tuple[Number, Number]:
     """Returns bytes of attention's scores, forward and backward, where they go through
     memory."""
     one_pass = count_attention_scores(shape, fused=False) * FP32
@@ -524,7 +524,7 @@ def _estimate_layer_seconds(
     softmax_backward = on_chip_scores * _BACKWARD_OPS_PER_SCORE / chip.vector_flops
     softmax_backward += shape.score_recomputes * softmax
     # The other scores go through memory.
-    score_bytes, score_bytes_backward = attention_score_bytes(shape)
+    score_bytes, score_bytes_backward = count_attention_score_bytes(shape)
     extra = count_extra_forward_flops(shape) / chip.vector_flops
 
     forward = _PassSeconds(
@@ -553,7 +553,7 @@ def _sum_collective_seconds(
     """Sums up the seconds of a step's collectives in each phase."""
     total: dict[Phase, Number] = {"forward": 0.0, "backward": 0.0, "once": 0.0}
     for collective in collectives:
-        one_run = network.seconds(
+        one_run = network.estimate_seconds(
             collective.kind, collective.axes, collective.whole_bytes, shape.split
         )
         one_run = one_run / efficiency.network

@@ -290,7 +290,7 @@ def test_a_spot_node_has_no_such_grace(run):
 
 def test_known_errors_of_the_plan_are_noted(run):
     long = ["llama3_8b", *TEXT, "folder=/data/runs", "--on", "h100x64"]
-    note = "note: speeds known to be wrong (held against 116 published runs): H100 at ≥ 8,192"
+    note = "note: speeds known to be wrong (compared with 116 published runs): H100 at ≥ 8,192"
     assert run("launch", "slurm", *long).err.count(note) == 1
     assert "note: " not in run("launch", "slurm", *GPU).err
 

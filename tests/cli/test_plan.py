@@ -202,7 +202,7 @@ def test_a_search_prints_what_train_takes(run, tmp_path):
 
 def test_known_errors_stand_below_the_speeds_and_below_a_search(run):
     mixture = ["plan", "mixtral_8x7b", "--on", "v5p-256"]
-    line = "speeds known to be wrong (held against 116 published runs): mixtures of experts 34–98%"
+    line = "speeds known to be wrong (compared with 116 published runs): mixtures of experts 34–98%"
     words = " ".join(run(*mixture).out.split())
     assert words.count(line) == 1
     words = " ".join(run(*mixture, "--search", "--top", "2").out.split())

@@ -1,4 +1,4 @@
-"""Small models of every kind of layer, for the plan's formulas to be held against."""
+"""Small models of every kind of layer, to compare the plan's formulas with."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from maxlm.plan.memory import list_layer_working_sets
 from maxlm.plan.predict import Machine
 from maxlm.plan.search import search_layouts
 from maxlm.plan.timing import (
-    attention_score_bytes,
+    count_attention_score_bytes,
     count_attention_scores,
     count_device_flops,
 )
@@ -148,15 +148,15 @@ def test_no_kernel_adds_learnt_biases():
         count_device_flops(biased).attention_forward
         == count_device_flops(plain).attention_forward
     )
-    assert attention_score_bytes(plain) == (0, 0)
+    assert count_attention_score_bytes(plain) == (0, 0)
     # Its share of all scores: an encoder of two layers beside a decoder of four.
     crossing = 4 * 16 * 32 / (2 * 32 * 32 + 4 * 16 * 16 + 4 * 16 * 32)
     assert count_attention_scores(biased, fused=True) == pytest.approx(
         crossing * count_attention_scores(plain, fused=True)
     )
     whole = StepShape(biased.work, ALONE, 1, "full")  # no kernel at all
-    some_bytes, _ = attention_score_bytes(biased)
-    all_bytes, _ = attention_score_bytes(whole)
+    some_bytes, _ = count_attention_score_bytes(biased)
+    all_bytes, _ = count_attention_score_bytes(whole)
     assert some_bytes == pytest.approx((1 - crossing) * all_bytes)
     working_sets = list_layer_working_sets(biased, biased.work.stacks[-1])
     tiles = {

@@ -220,7 +220,10 @@ def test_tensor_parallelism_sums_up_twice_a_layer():
     logits = rows * 128256 * 4
 
     def seconds(kind: str, size: int) -> float:
-        return float(served.machine.seconds(kind, ("tensor",), size, split)) / 0.54
+        return (
+            float(served.machine.estimate_seconds(kind, ("tensor",), size, split))
+            / 0.54
+        )
 
     expected = (2 * 32 + 1) * seconds("all-reduce", hidden) + seconds(
         "all-gather", logits

@@ -13,7 +13,7 @@ from maxlm.plan.compiled.flops import matmul_flops
 from maxlm.plan.compiled.groups import find_device_group
 from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction, parse_hlo
 from maxlm.plan.compiled.loops import count_trips
-from maxlm.plan.network import sent_bytes
+from maxlm.plan.network import count_sent_bytes
 
 COLLECTIVES = (
     "all-gather",
@@ -57,7 +57,7 @@ class CompiledCollective:
         if self.kind == "all-gather":
             # Its operand is a device's part.
             whole = whole * self.group_size
-        one_run = float(sent_bytes(self.kind, self.group_size, whole))
+        one_run = float(count_sent_bytes(self.kind, self.group_size, whole))
         return round(self.count * one_run)
 
 
