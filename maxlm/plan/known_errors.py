@@ -104,4 +104,5 @@ def format_known_time_errors(errors: Sequence[KnownTimeError]) -> str:
     if not errors:
         return ""
     kinds = "; ".join(f"{error.plans} {error.deviation}" for error in errors)
-    return f"speeds known to be wrong (compared with {NUM_PUBLISHED_RUNS} published runs): {kinds}"
+    runs = f"compared with {NUM_PUBLISHED_RUNS} published runs"
+    return f"speeds known to be wrong ({runs}): {kinds}"
