@@ -121,9 +121,9 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         if force or self.folder_tier.is_due(step):
             known = self.folder_tier.steps_including_unfinished()
             suspect = first_suspect_step or 0
-            held = [each for each in known if each < suspect][-1:]
-            held += self.remote.steps_being_copied if self.remote else []
-            if not self.folder_tier.save(step, state, metadata, held):
+            protected_steps = [each for each in known if each < suspect][-1:]
+            protected_steps += self.remote.steps_being_copied if self.remote else []
+            if not self.folder_tier.save(step, state, metadata, protected_steps):
                 return None
             if self.remote:
                 self.remote.start_copy(step)
@@ -157,32 +157,42 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         """Returns all checkpoints with readable metadata, newest first, and the
         others."""
         everything = [(step, tier) for tier in self.tiers for step in tier.steps()]
-        found, skipped = [], []
-        for step, tier in sorted(everything, key=lambda each: -each[0]):
+        candidates, skipped = [], []
+        for step, tier in sorted(everything, key=lambda entry: -entry[0]):
             try:
-                found.append(FoundCheckpoint(step, tier, tier.metadata(step)))
+                candidates.append(FoundCheckpoint(step, tier, tier.metadata(step)))
             except UnreadableCheckpoint as error:
                 skipped.append(SkippedCheckpoint(step, tier, error.what))
-        return found, skipped
+        return candidates, skipped
 
     def restore_newest(
-        self, found: Sequence[FoundCheckpoint], abstract: PyTree, skips: Skips = ()
+        self, candidates: Sequence[FoundCheckpoint], abstract: PyTree, skips: Skips = ()
     ) -> tuple[PyTree, FoundCheckpoint | None, list[SkippedCheckpoint]]:
-        """Restores the first of ``found`` that can be read and was trained on the
+        """Restores the first of ``candidates`` that can be read and was trained on the
         batches of a run with these ``skips``. Returns the state and its checkpoint
         (None twice if there is none), and those skipped."""
         skipped = []
-        for each in found:
-            if not has_same_batches(each.step, get_skips(each.metadata), skips):
+        for candidate in candidates:
+            if not has_same_batches(
+                candidate.step, get_skips(candidate.metadata), skips
+            ):
                 why = "it was trained on batches that are skipped since"
                 skipped.append(
-                    SkippedCheckpoint(each.step, each.tier, why, is_damaged=False)
+                    SkippedCheckpoint(
+                        candidate.step, candidate.tier, why, is_damaged=False
+                    )
                 )
                 continue
             try:
-                return each.tier.restore(each.step, abstract), each, skipped
+                return (
+                    candidate.tier.restore(candidate.step, abstract),
+                    candidate,
+                    skipped,
+                )
             except UnreadableCheckpoint as error:
-                skipped.append(SkippedCheckpoint(each.step, each.tier, error.what))
+                skipped.append(
+                    SkippedCheckpoint(candidate.step, candidate.tier, error.what)
+                )
         return None, None, skipped
 
     def discard_skipped(

@@ -78,8 +78,11 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self._policies: list[Any] = [CustomSteps([]), LatestN(self._config.keep_last)]
         if self._config.keep_every:
             self._policies.append(EveryNSteps(self._config.keep_every))
-        what, fix = "cannot keep checkpoints here", "name a folder that can be written"
-        with convert_storage_errors(what, self.place, fix):
+        message, fix = (
+            "cannot keep checkpoints here",
+            "name a folder that can be written",
+        )
+        with convert_storage_errors(message, self.place, fix):
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(

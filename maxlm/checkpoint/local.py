@@ -120,8 +120,8 @@ class LocalTier:
         process has no file, or a damaged one, or files are of different saves."""
         has_file = all_gather_json(self.path(step).exists())
         if not all(has_file):
-            what = f"process {has_file.index(False)} has none"
-            raise UnreadableCheckpoint(what, where=self.place, fix=_FIX)
+            message = f"process {has_file.index(False)} has none"
+            raise UnreadableCheckpoint(message, where=self.place, fix=_FIX)
         metadata = raise_on_all_hosts(lambda: self._read_metadata(step))
         # A host that was away may have kept a file of the same step from before.
         known = json.dumps(metadata.get("fingerprints"), sort_keys=True).encode()
@@ -142,11 +142,13 @@ class LocalTier:
         """Returns the state, each part from its process's file; raises
         UnreadableCheckpoint."""
         path = self.path(step)
-        wanted = flatten_names(abstract)
+        abstract_arrays = flatten_names(abstract)
 
         def read() -> tuple[dict[str, int], dict[str, jax.Array]]:
             known = self._read_metadata(step)["fingerprints"]
-            return known, with_retries(path, lambda: _read_shards(path, wanted))
+            return known, with_retries(
+                path, lambda: _read_shards(path, abstract_arrays)
+            )
 
         known, leaves = raise_on_all_hosts(read)
         check_fingerprints(path, leaves, known, {})
@@ -184,10 +186,10 @@ def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
         def read_shard(name: str, shape: tuple[int, ...], index: Any) -> np.ndarray:
             key = f"{name}@{_shard_key(index, shape)}"
             if key not in keys:
-                what = (
+                message = (
                     "unreadable (it was written on another mesh or by other processes)"
                 )
-                raise UnreadableCheckpoint(what, where=str(path), fix=_FIX)
+                raise UnreadableCheckpoint(message, where=str(path), fix=_FIX)
             if key not in shards:
                 shards[key] = file.get_tensor(key)
             return shards[key]

@@ -59,7 +59,9 @@ def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> Lea
     """Returns arrays in the shapes that are written: all layers along one axis."""
 
     def is_grouped(name: str, shape: tuple[int, ...]) -> bool:
-        owner = next((own for own in groups if f".{name}".endswith(f".{own}")), None)
+        owner = next(
+            (group for group in groups if f".{name}".endswith(f".{group}")), None
+        )
         return owner is not None and shape[:2] == groups[owner]
 
     grouped = {
@@ -119,9 +121,9 @@ def add_integrity_fields(
     """Returns what is saved beside arrays: JSON values, the arrays' fingerprints and a
     checksum of all. All processes call it together; it waits for the arrays."""
     versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
-    made = {"step": step, "versions": versions | {"maxlm": __version__}, **metadata}
-    made |= {"fingerprints": compute_fingerprints(arrays)}
-    return {**made, _CHECKSUM: _compute_checksum(made)}
+    complete = {"step": step, "versions": versions | {"maxlm": __version__}, **metadata}
+    complete |= {"fingerprints": compute_fingerprints(arrays)}
+    return {**complete, _CHECKSUM: _compute_checksum(complete)}
 
 
 def parse_metadata(text: str | bytes) -> dict[str, Any]:
@@ -161,10 +163,10 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
 
     def read() -> tuple[dict[str, int], Leaves, Leaves]:
         known = read_metadata(path).get("fingerprints", {})
-        dtypes, wanted = check_saved_shapes(path, abstract, subtree=subtree)
+        dtypes, leaves = check_saved_shapes(path, abstract, subtree=subtree)
         arguments = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            item=leaves,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
             partial_restore=bool(subtree),
         )
         state = epath.Path(path) / "state"
@@ -176,10 +178,10 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
 
     known, dtypes, arrays = raise_on_all_hosts(read)
     check_fingerprints(path, arrays, known, dtypes)
-    held = _describe_leaves(abstract, subtree)
-    arrays = _reshape(arrays, held)
+    leaves = _describe_leaves(abstract, subtree)
+    arrays = _reshape(arrays, leaves)
     return jax.tree.unflatten(
-        jax.tree.structure(abstract), [arrays[name] for name in held]
+        jax.tree.structure(abstract), [arrays[name] for name in leaves]
     )
 
 
@@ -193,45 +195,45 @@ def check_saved_shapes(
     stored = with_retries(path, lambda: _handler().metadata(state).tree)
     prefix = f"{subtree}." if subtree else ""
     shapes = {n: tuple(m.shape) for n, m in stored.items() if n.startswith(prefix)}
-    wanted = _describe_leaves(abstract, subtree)
-    for name, leaf in wanted.items():
+    leaves = _describe_leaves(abstract, subtree)
+    for name, leaf in leaves.items():
         if len(leaf.shape) > 1 and (flat := _flatten_groups(leaf)).shape == shapes.get(
             name
         ):
-            wanted[name] = flat
+            leaves[name] = flat
     for name in sorted(
-        {*shapes, *wanted}, key=lambda name: (not name.startswith("params."), name)
+        {*shapes, *leaves}, key=lambda name: (not name.startswith("params."), name)
     ):
         there = str(list(shapes[name])) if name in shapes else "absent"
-        here = str(list(wanted[name].shape)) if name in wanted else "absent"
+        here = str(list(leaves[name].shape)) if name in leaves else "absent"
         if there != here:
             other = (
                 "model" if name.startswith("params.") else "optimizer or training state"
             )
-            what = f"checkpoint of another {other}: {name} is {there} in it, {here} in this run"
+            message = f"checkpoint of another {other}: {name} is {there} in it, {here} in this run"
             fix = "use the config it was trained with, or another run folder"
-            raise MaxlmError(what, where=str(path), fix=fix)
-    dtypes = {name: stored[name].dtype for name in wanted}
-    for name, leaf in wanted.items():
+            raise MaxlmError(message, where=str(path), fix=fix)
+    dtypes = {name: stored[name].dtype for name in leaves}
+    for name, leaf in leaves.items():
         _check_castable(name, dtypes[name], leaf.dtype, path)
-    return dtypes, wanted
+    return dtypes, leaves
 
 
-def _check_castable(name: str, stored: Any, wanted: Any, path: Path) -> None:
+def _check_castable(name: str, stored: Any, declared: Any, path: Path) -> None:
     """Refuses a cast between kinds of numbers: weights cast to integers are all 0, 1 or
     -1."""
     stored_dtype = jnp.dtype(stored)
-    wanted_dtype = jnp.dtype(wanted)
+    wanted_dtype = jnp.dtype(declared)
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
     if any(
         jnp.issubdtype(stored_dtype, k) and jnp.issubdtype(wanted_dtype, k)
         for k in kinds
     ):
         return
-    what = f"{name} is {stored_dtype} in it, {wanted_dtype} in this run"
-    what += ", and a cast would lose its values"
+    message = f"{name} is {stored_dtype} in it, {wanted_dtype} in this run"
+    message += ", and a cast would lose its values"
     fix = "use a checkpoint that holds it so (of a run with the same leaf), or the config without it"
-    raise MaxlmError(what, where=str(path), fix=fix)
+    raise MaxlmError(message, where=str(path), fix=fix)
 
 
 def check_fingerprints(
@@ -252,8 +254,8 @@ def check_fingerprints(
     ]
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        what = f"unreadable: {changed[0]}{others} is not what was saved"
-        raise UnreadableCheckpoint(what, where=str(path), fix="restore another step")
+        message = f"unreadable: {changed[0]}{others} is not what was saved"
+        raise UnreadableCheckpoint(message, where=str(path), fix="restore another step")
 
 
 def _flatten_groups(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -323,22 +325,24 @@ def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
         except Exception as error:
             pause = next(pauses, None)
             if pause is None:
-                what = f"unreadable ({describe_error(error)})"
+                message = f"unreadable ({describe_error(error)})"
                 fix = "restore another step"
-                raise UnreadableCheckpoint(what, where=str(place), fix=fix) from error
+                raise UnreadableCheckpoint(
+                    message, where=str(place), fix=fix
+                ) from error
         time.sleep(pause)
 
 
 @contextmanager
-def convert_storage_errors(what: str, place: Path | str, fix: str) -> Iterator[None]:
+def convert_storage_errors(message: str, place: Path | str, fix: str) -> Iterator[None]:
     """Turns the errors of all storage backends into MaxlmError."""
     try:
         yield
     except MaxlmError:
         raise
     except Exception as error:
-        what = f"{what} ({describe_error(error)})"
-        raise MaxlmError(what, where=str(place), fix=fix) from error
+        message = f"{message} ({describe_error(error)})"
+        raise MaxlmError(message, where=str(place), fix=fix) from error
 
 
 def describe_error(error: Exception) -> str:
@@ -354,7 +358,7 @@ def check_same_settings(
     current: Mapping[str, Any],
     keys: Sequence[str],
     where: str = "resume",
-    what: str = "the checkpoint was written",
+    action: str = "the checkpoint was written",
     ignored: Sequence[str] = (),
 ) -> None:
     """Checks that a saved config has the same values as the current one where it must;
@@ -363,7 +367,7 @@ def check_same_settings(
     Args:
         keys: dotted keys that must be equal, each with all below it ("model",
             "data.seed").
-        what: was done with the saved config, for the message.
+        action: what was done with the saved config, for the message.
         ignored: patterns of keys among them that may differ ("data.sources.*.weight").
     """
     different = [
@@ -373,7 +377,7 @@ def check_same_settings(
         and not any(fnmatchcase(key, pattern) for pattern in ignored)
     ]
     if different:
-        what = f"{what} with another config: {', '.join(different)}"
+        message = f"{action} with another config: {', '.join(different)}"
         raise MaxlmError(
-            what, where=where, fix="set them back, or train in another run folder"
+            message, where=where, fix="set them back, or train in another run folder"
         )

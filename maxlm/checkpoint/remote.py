@@ -102,11 +102,11 @@ class RemoteTier:
 
     def _claim(self) -> None:
         """Refuses a place of another run, of the same name in another folder."""
-        found = self._store.read(_OWNER).result()
+        stored_owner = self._store.read(_OWNER).result()
         owner = str(self._folder)
-        if found.state == "missing":
+        if stored_owner.state == "missing":
             self._store.write(_OWNER, owner.encode()).result()
-        elif (other := found.value.decode(errors="replace")) != owner:
+        elif (other := stored_owner.value.decode(errors="replace")) != owner:
             raise MaxlmError(
                 f"holds the copies of the run in {other}, and this one is in {owner}",
                 where=str(self._place),
@@ -198,10 +198,10 @@ class RemoteTier:
     def _try_copy(self, step: int) -> None:
         """Copies a checkpoint and deletes old copies. Training continues whatever
         fails."""
-        what = f"checkpoint {step} was not copied to {self._place}"
+        message = f"checkpoint {step} was not copied to {self._place}"
         try:
             self._copy(step)
-            self.failure, what = None, "older copies were not deleted"
+            self.failure, message = None, "older copies were not deleted"
             every = self._config.keep_every
             for old in self._complete_steps[: -self._config.keep_last]:
                 if every is None or old % every:
@@ -211,7 +211,7 @@ class RemoteTier:
         except Exception as error:
             if step not in self._complete_steps:
                 self.failure = describe_error(error)
-            print(f"{what}: {describe_error(error)}", file=sys.stderr, flush=True)
+            print(f"{message}: {describe_error(error)}", file=sys.stderr, flush=True)
 
     def _await(self, future: Any) -> Any:
         """Returns a future's result, unless copies are cancelled."""
@@ -241,8 +241,8 @@ class RemoteTier:
             writes.append(self._store.write(f"{step}/{name}", value))
             if len(writes) >= _FILES_IN_MEMORY:
                 self._await(writes.pop(0))
-        for each in writes:
-            self._await(each)
+        for write in writes:
+            self._await(write)
         self._await(
             self._store.write(f"{step}/{_COMPLETE}", json.dumps(sizes).encode())
         )
@@ -255,7 +255,11 @@ class RemoteTier:
 
     def _invalidate(self, step: int) -> None:
         self._await(self._store.write(f"{step}/{_COMPLETE}", None))
-        self._complete_steps = [each for each in self._complete_steps if each != step]
+        self._complete_steps = [
+            complete_step
+            for complete_step in self._complete_steps
+            if complete_step != step
+        ]
 
     def _clear(self, step: int) -> None:
         self._await(

@@ -67,7 +67,7 @@ def read_skips(folder: Path) -> Skips | None:
             return None
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             ranges: Any = [
-                tuple(each["batches"]) for each in json.loads(path.read_text())
+                tuple(record["batches"]) for record in json.loads(path.read_text())
             ]
             if all(type(a) is type(b) is int and 0 <= a <= b for a, b in ranges):
                 return ranges
@@ -85,7 +85,7 @@ def record_skip(folder: Path, skips: Skips, skip: BatchRange, reason: str) -> No
     known = (
         json.loads(path.read_text())
         if path.exists()
-        else [{"batches": each} for each in skips]
+        else [{"batches": batches} for batches in skips]
     )
     with replace_file(path) as temporary:
         entries = [*known, {"batches": skip, "reason": reason}]

@@ -105,9 +105,9 @@ def read_workload(
 ) -> RunWorkload:
     """Reads the model of a run, but not its task. Raises MaxlmError: it is no decoder,
     or requests are longer than its context."""
-    architecture = config.model.architecture
-    if architecture != "decoder":
-        message = f"serving is planned for decoders, not an {architecture}"
+    kind = config.model.transformer_type
+    if kind != "decoder":
+        message = f"serving is planned for decoders, not an {kind}"
         raise MaxlmError(
             message, where="model.architecture", fix="name a decoder's config"
         )

@@ -127,7 +127,7 @@ def check_samples(
     """Check that a model continues text, and has positions for prompts and their
     continuations. ``prompt_lengths``: tokens of each prompt; 1 where there is no
     tokenizer yet. Raises MaxlmError, naming the prompt."""
-    if samples.prompts and model.architecture == "encoder":
+    if samples.prompts and model.transformer_type == "encoder":
         message = "an encoder names masked tokens, and continues no text"
         raise MaxlmError(message, where="samples.prompts", fix="set it to []")
     max_new_tokens = samples.max_new_tokens
@@ -136,7 +136,7 @@ def check_samples(
     limit = model.position_limit or max(4096, 16 * model.max_seq_len)
     for index, prompt_length in enumerate(prompt_lengths):
         total = prompt_length + max_new_tokens
-        if model.architecture == "encoder_decoder":
+        if model.transformer_type == "encoder_decoder":
             # The encoder holds the prompt; the decoder holds start_id and the output.
             total = max(prompt_length, 1 + max_new_tokens)
         if total > limit:
@@ -162,11 +162,11 @@ def read_frozen_configs(
             return load_config(RunConfig, Path(folder) / "config.yaml").value
         return config.model_copy(update={"adapter": None}) if name in bases else config
 
-    found = {name: read(name, folder) for name, folder in sources.items()}
+    frozen_runs = {name: read(name, folder) for name, folder in sources.items()}
     config.task.check_frozen_models(
-        config.model, {name: run.model for name, run in found.items()}
+        config.model, {name: run.model for name, run in frozen_runs.items()}
     )
-    return found
+    return frozen_runs
 
 
 def list_base_models(
@@ -209,8 +209,7 @@ def resolve_micro_batches(config: RunConfig, sizes: Mapping[str, int]) -> RunCon
         split = f"{ways} devices" + (f" and {stages} stages" if stages > 1 else "")
         raise MaxlmError(
             f"a batch of {batch} sequences does not divide over {split} into parts of "
-            f"{most} or "
-            "less",
+            f"{most} or less",
             where="train.max_device_rows",
             fix="use a mesh whose batch axes and stages divide the batch",
         )

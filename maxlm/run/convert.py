@@ -120,9 +120,9 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     values = read_json_object(where, "download it again")
     family = find_family(values, str(where))
     tensors = list_stored_tensors(source)
-    settings, told = family.read_config(values, str(where), tensors)
+    settings, family_notes = family.read_config(values, str(where), tensors)
     config = _run_config(settings, target, where)
-    notes = [*told]
+    notes = [*family_notes]
     tokenizer = _import_tokenizer(source, config, notes)
     if tokenizer is not None:
         config = _with_tokenizer(config, target, tokenizer, notes)
@@ -162,29 +162,29 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
     if target.resolve() == Path.cwd():
-        what = "the folder that this runs in cannot be replaced"
-        raise MaxlmError(what, where=str(target), fix="name another")
+        message = "the folder that this runs in cannot be replaced"
+        raise MaxlmError(message, where=str(target), fix="name another")
     is_run, is_published = (
         (source / f"config.{kind}").exists() for kind in ("yaml", "json")
     )
     if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
-        found = (
+        description = (
             "neither config.json nor config.yaml here"
             if source.exists()
             else "no such folder"
         )
         fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
-        raise MaxlmError(found, where=str(source), fix=fix)
+        raise MaxlmError(description, where=str(source), fix=fix)
     shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
     unused = {"dtype": dtype, "shard-gb": shards} if adapter or not is_run else {}
     unused |= {} if is_run else {"family": family, "step": step}
-    if given := [
+    if options := [
         f"--{name} {value}" for name, value in unused.items() if value is not None
     ]:
         published = "a run is written, and this is a published checkpoint"
-        own = "merged models are written, adapters in fp32" if is_run else published
+        reason = "merged models are written, adapters in fp32" if is_run else published
         raise MaxlmError(
-            f"{given[0]} says how {own}", where=str(source), fix="leave it out"
+            f"{options[0]} says how {reason}", where=str(source), fix="leave it out"
         )
     if is_run:
         return _export_run(
@@ -311,12 +311,12 @@ def import_adapter_tokenizer(
         return changed
     tokenizer = import_tokenizer(folder, num_embedding_rows=num_embedding_rows)
     if tokenizer.vocab_size > num_embedding_rows:
-        what = (
+        message = (
             f"the adapter's tokenizer has {tokenizer.vocab_size} ids, its base's table"
         )
-        what += f" {num_embedding_rows} rows"
+        message += f" {num_embedding_rows} rows"
         fix = "resize the base as it was in training (resize_token_embeddings), and save it"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     if base is not None:
         stops = (*tokenizer.extra_stop_ids, *base.extra_stop_ids)
         tokenizer.extra_stop_ids = tuple(dict.fromkeys(stops))
@@ -344,8 +344,8 @@ def _export_run(
     tokenizer = load_tokenizer(home) if home.exists() else None
     if adapter:
         if config.adapter is None:
-            what, fix = "this run has no adapter", "leave out --adapter"
-            raise MaxlmError(what, where=str(source), fix=fix)
+            message, fix = "this run has no adapter", "leave out --adapter"
+            raise MaxlmError(message, where=str(source), fix=fix)
         trained = TrainedAdapter(
             config.adapter,
             config.model,
@@ -367,20 +367,20 @@ def _export_run(
         ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
         values |= zip(_TOKENS, ids, strict=True)
     values |= published.get("tokens") or {}
-    kept = TensorDtypes.model_validate(published.get("dtypes") or {"default": "F32"})
+    dtypes = TensorDtypes.model_validate(published.get("dtypes") or {"default": "F32"})
     if dtype is not None:
         if dtype not in DTYPES:
             raise MaxlmError(
                 f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}"
             )
-        kept = TensorDtypes(default=DTYPES[dtype])
+        dtypes = TensorDtypes(default=DTYPES[dtype])
     values["dtype"] = next(
-        (ours for ours, f in DTYPES.items() if f == kept.default), "float32"
+        (ours for ours, f in DTYPES.items() if f == dtypes.default), "float32"
     )
     with make_new_folder(target) as folder:
         lossy = dtype is not None
         export_tensors(
-            reader, entries, kept, folder, shard_bytes, progress=progress, lossy=lossy
+            reader, entries, dtypes, folder, shard_bytes, progress=progress, lossy=lossy
         )
         if tokenizer is not None:
             export_tokenizer(tokenizer, folder)
@@ -388,7 +388,7 @@ def _export_run(
             json.dumps(values, indent=2, sort_keys=True) + "\n"
         )
     parameters = sum(spec.size for spec in flatten_names(specs).values())
-    return ConversionResult(chosen.name, target, parameters, kept.default, [])
+    return ConversionResult(chosen.name, target, parameters, dtypes.default, [])
 
 
 def _check_stored_shapes(
@@ -400,11 +400,11 @@ def _check_stored_shapes(
     for name, spec in flatten_names(declared).items():
         stored = reader.shapes.get(name)
         if stored is not None and stored != spec.shape:
-            what = (
+            message = (
                 f"{name} is {list(stored)} there, {list(spec.shape)} in the run's model"
             )
             fix = "use another checkpoint: this one is damaged, or of another run"
-            raise MaxlmError(what, where=str(reader.folder), fix=fix)
+            raise MaxlmError(message, where=str(reader.folder), fix=fix)
 
 
 def find_trained_base(config: RunConfig, reader: RunCheckpointReader) -> frozenset[str]:
@@ -454,16 +454,16 @@ def find_run_family(
         for _, family in FAMILIES.items():
             if _find_inexpressible(model, family) is None:
                 return family, published
-        what = "no published family computes what this model does"
+        message = "no published family computes what this model does"
         fix = "--family NAME says what one of them has no word for"
-        raise MaxlmError(what, where="config.yaml: model", fix=fix)
+        raise MaxlmError(message, where="config.yaml: model", fix=fix)
     family = FAMILIES.find(name)
     if family is None:
         raise MaxlmError(f"no family {name!r}", fix=FAMILIES.suggest(name))
     if fault := _find_inexpressible(model, family):
-        what = f"{family.hf_architecture} has no word for {fault}"
+        message = f"{family.hf_architecture} has no word for {fault}"
         fix = "name another --family, or change the model"
-        raise MaxlmError(what, where="config.yaml: model", fix=fix)
+        raise MaxlmError(message, where="config.yaml: model", fix=fix)
     return family, published
 
 
@@ -503,9 +503,9 @@ def _import_tokenizer(
     tokenizer = import_tokenizer(source, num_embedding_rows=rows)
     if tokenizer.vocab_size > rows:
         whole = import_tokenizer(source).vocab_size
-        what = f"the tokenizer has {whole} ids, the model's table {rows} rows"
+        message = f"the tokenizer has {whole} ids, the model's table {rows} rows"
         fix = "use the tokenizer that the model was trained with"
-        raise MaxlmError(what, where=str(source), fix=fix)
+        raise MaxlmError(message, where=str(source), fix=fix)
     for lost in getattr(tokenizer.codec, "left_out", ()):
         notes.append(
             f"left out of the tokenizer: {lost}, which the table has no row for"
@@ -526,8 +526,7 @@ def _with_tokenizer(
         names = " and ".join(f"task.{name}" for name in task.reserved_ids)
         notes.append(
             f"to train it, name ids for task.kind={task.kind} in {names}: the "
-            f"tokenizer has none, "
-            "and the table no rows to spare"
+            "tokenizer has none, and the table no rows to spare"
         )
     return RunConfig.model_validate(values)
 
@@ -560,7 +559,7 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
 def make_new_folder(target: Path) -> Iterator[Path]:
     """Makes a folder that appears under its name when it is complete, or not at all."""
     part = target.with_name(f".{target.name}.part.{os.getpid()}")
-    made = [parent for parent in part.parents if not parent.exists()]
+    missing_parents = [parent for parent in part.parents if not parent.exists()]
     try:
         with convert_write_errors(target):
             part.mkdir(parents=True)
@@ -569,5 +568,5 @@ def make_new_folder(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         with suppress(OSError):  # the first that is not empty
-            for parent in made:
+            for parent in missing_parents:
                 parent.rmdir()

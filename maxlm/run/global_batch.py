@@ -34,17 +34,17 @@ def require_batch_split(
     split them. ``row_lengths``: tokens of the sequences in a row, by the setting that
     decides them. ``sizes``: devices, by mesh axis."""
 
-    def refuse(what: str, rule: str, setting: str, multiple: int) -> MaxlmError:
+    def refuse(message: str, rule: str, setting: str, multiple: int) -> MaxlmError:
         axes = getattr(compute, rule)
         split = "·".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
         name = setting.rpartition(".")[2]
-        what = f"{what} does not divide over {split} (sharding.compute.{rule})"
+        message = f"{message} does not divide over {split} (sharding.compute.{rule})"
         fix = f"use a {name} that is a multiple of {multiple}, or a smaller mesh"
-        return MaxlmError(what, where=setting, fix=fix)
+        return MaxlmError(message, where=setting, fix=fix)
 
     def refuse_rows() -> MaxlmError:
-        what = f"a micro-batch of {batch_size // micro_batches} sequences"
-        return refuse(what, "batch", "data.batch_size", rows)
+        message = f"a micro-batch of {batch_size // micro_batches} sequences"
+        return refuse(message, "batch", "data.batch_size", rows)
 
     rows = micro_batches * prod(sizes[axis] for axis in compute.batch)
     yield Requirement(batch_size % rows == 0, refuse_rows)
@@ -101,10 +101,10 @@ def make_global_batch(
             array = array.take(token_order, axis=1 + axes.index("seq"))
 
         def piece(index: Any) -> np.ndarray:
-            wanted = numbers[index[: len(lead_shape)]]
-            own = array[[place_of[row] for row in wanted.ravel().tolist()]]
-            own = own[(slice(None), *index[len(lead_shape) :])]
-            return own.reshape(*wanted.shape, *own.shape[1:])
+            row_numbers = numbers[index[: len(lead_shape)]]
+            rows = array[[place_of[row] for row in row_numbers.ravel().tolist()]]
+            rows = rows[(slice(None), *index[len(lead_shape) :])]
+            return rows.reshape(*row_numbers.shape, *rows.shape[1:])
 
         sharding = batch_sharding(rules, mesh, axes)
         return jax.make_array_from_callback(

@@ -60,8 +60,8 @@ def load_run(
     merged into the base."""
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
-        what = "no run here (no config.yaml)"
-        raise MaxlmError(what, where=str(folder), fix="name a folder like runs/demo")
+        message = "no run here (no config.yaml)"
+        raise MaxlmError(message, where=str(folder), fix="name a folder like runs/demo")
     setup = _set_up_to_use(load_config(RunConfig, folder / "config.yaml").value, mesh)
     with open_checkpoints(folder, step) as (tier, _, name):
         step = tier.latest() if step is None else step
@@ -112,8 +112,8 @@ def load_model(
         fix = "name a run's folder, such as runs/demo, or a Hugging Face checkpoint's"
         raise MaxlmError(found, where=str(folder), fix=fix)
     if step is not None:
-        what = f"--step {step} names a run's checkpoint, and this is a published one"
-        raise MaxlmError(what, where=str(folder), fix="leave it out")
+        message = f"--step {step} names a run's checkpoint, and this is a published one"
+        raise MaxlmError(message, where=str(folder), fix="leave it out")
     name = folder.resolve().name.lstrip(".- ") or "model"
     base_folder = _find_adapter_base(folder) if is_adapter else folder
     opened: HuggingFaceModel | AdaptedHuggingFaceModel
@@ -121,11 +121,11 @@ def load_model(
     if is_adapter:
         opened = open_adapted_model(opened, folder)
     if opened.tokenizer is None:
-        what, fix = (
+        message, fix = (
             "no tokenizer.json or tokenizer.model here",
             "copy the checkpoint's here",
         )
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     setup = _set_up_to_use(opened.config, mesh)
     writer = _MemoryWriter()
     opened.import_tensors(writer)
@@ -147,9 +147,9 @@ def _find_adapter_base(folder: Path) -> Path:
     )
     base = Path(named).expanduser() if isinstance(named, str) and named else None
     if base is None or not (base / "config.json").exists():
-        what = f"its base, base_model_name_or_path={named!r}, is no Hugging Face folder here"
+        message = f"its base, base_model_name_or_path={named!r}, is no Hugging Face folder here"
         fix = f"make a run of both: maxlm convert {folder} runs/NAME --base FOLDER"
-        raise MaxlmError(what, where=str(folder / PEFT_CONFIG), fix=fix)
+        raise MaxlmError(message, where=str(folder / PEFT_CONFIG), fix=fix)
     return base
 
 

@@ -20,12 +20,16 @@ def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
     path = resolve_config(source)
     tree = build_tree(path, settings)
     train = tree.settings.get("train")
-    given = tree.settings.get("model") or {}
+    model_settings = tree.settings.get("model") or {}
     start = train.get("start_from") if isinstance(train, Mapping) else None
-    if not given and start is None:
+    if not model_settings and start is None:
         fix = "name a run's or a Hugging Face folder: --base FOLDER, or train.start_from=FOLDER"
         raise MaxlmError("no model, and none to start from", where=source, fix=fix)
-    if isinstance(start, str) and isinstance(given, Mapping) and "d_model" not in given:
+    if (
+        isinstance(start, str)
+        and isinstance(model_settings, Mapping)
+        and "d_model" not in model_settings
+    ):
         model = dump_yaml({"model": _read_model_settings(Path(start).expanduser())})
         tree = build_tree(path, settings, parse_yaml(model, start, track_lines=False))
     return validate_config(RunConfig, tree)

@@ -102,21 +102,21 @@ def place_model(
         sharding.optimizer or gradients,
         sharding.compute,
     )
-    rules = [own.for_mesh(sizes) for own in rules]
+    rules = [attention.for_mesh(sizes) for attention in rules]
     if training is None:
         whole: dict[str, Any] = dict.fromkeys(("seq", "residual", "layers"), ())
         ways = prod(sizes[axis] for axis in sharding.compute.heads)
         if config.attention is not None and config.attention.num_kv_heads % ways:
             whole["kv_heads"] = ()
-        rules = [own.model_copy(update=whole) for own in rules]
+        rules = [attention.model_copy(update=whole) for attention in rules]
     storage, gradients, optimizer, compute = rules
     check_activation_rules(compute)
     if training is None:
         check_requirements(require_experts(config, sharding.compute, sizes))
         check_requirements(require_whole_sequences(config, sharding.compute, sizes))
-        own = config.attention
-        if own is not None:
-            heads = own.num_heads, own.num_kv_heads
+        attention = config.attention
+        if attention is not None:
+            heads = attention.num_heads, attention.num_kv_heads
             check_requirements(require_keys_beside_queries(*heads, compute, sizes))
     else:
         shape = (sizes, training, compute)
@@ -126,8 +126,8 @@ def place_model(
     specs = param_specs(model)
     flat = flatten_names(specs)
     for name, spec in flat.items():
-        for own in (gradients, optimizer, compute):
-            resolve_placement(name, spec.shape, spec.axes, own, sizes)
+        for attention in (gradients, optimizer, compute):
+            resolve_placement(name, spec.shape, spec.axes, attention, sizes)
     placements = {
         n: resolve_placement(n, s.shape, s.axes, storage, sizes)
         for n, s in flat.items()
@@ -146,9 +146,9 @@ def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:
         and model.attention.latent is not None
         and compute.latent
     ):
-        what = "latent attention needs its narrow vectors whole"
+        message = "latent attention needs its narrow vectors whole"
         fix = "set it to null (sharding.storage.latent splits weights at rest)"
-        raise MaxlmError(what, where="sharding.compute.latent", fix=fix)
+        raise MaxlmError(message, where="sharding.compute.latent", fix=fix)
 
 
 def require_pipeline(
@@ -166,38 +166,41 @@ def require_pipeline(
     alone = np.equal(stages, 1)
     period = len(model.layer_kinds)
     on_stages = sharding.compute.layers == sharding.storage.layers == ("stage",)
-    what = f"mesh.stage={stages}, but layers are not split over it"
+    message = f"mesh.stage={stages}, but layers are not split over it"
     where = "sharding.storage.layers, sharding.compute.layers"
     fix = "set both to stage, or mesh.stage=1"
     yield Requirement(
-        alone | on_stages, partial(MaxlmError, what, where=where, fix=fix)
+        alone | on_stages, partial(MaxlmError, message, where=where, fix=fix)
     )
 
     def starved() -> MaxlmError:
         few = "less than" if micro_batches < stages else "not a multiple of"
         fewer = f"a divisor of {micro_batches}" if micro_batches > 1 else "1"
-        what = f"{micro_batches} is {few} the {stages} pipeline stages"
+        message = f"{micro_batches} is {few} the {stages} pipeline stages"
         fix = f"set it to {-(-micro_batches // stages) * stages}, or mesh.stage to {fewer}"
-        return MaxlmError(what, where="train.micro_batches", fix=fix)
+        return MaxlmError(message, where="train.micro_batches", fix=fix)
 
     yield Requirement(alone | (micro_batches % stages == 0), starved)
-    what = f"{groups} layer groups have no place in a {parallel.schedule} pipeline"
+    message = f"{groups} layer groups have no place in a {parallel.schedule} pipeline"
     fix = "set it to 1, or parallel.schedule=circular"
-    refuse = partial(MaxlmError, what, where="parallel.layer_groups", fix=fix)
+    refuse = partial(MaxlmError, message, where="parallel.layer_groups", fix=fix)
     yield Requirement(alone | (groups == 1 or parallel.schedule == "circular"), refuse)
     why = describe_pipeline_obstacle(model)
-    what = f"{stages} stages have equal shares of one row of layers, but {why}"
+    message = f"{stages} stages have equal shares of one row of layers, but {why}"
     yield Requirement(
-        alone | (why is None), partial(MaxlmError, what, where="mesh.stage", fix=_GIVE)
+        alone | (why is None),
+        partial(MaxlmError, message, where="mesh.stage", fix=_GIVE),
     )
 
     def uneven() -> MaxlmError:
         of = f" of {groups} layer groups" if groups > 1 else ""
         whole = f" in whole patterns of {period}" if period > 1 else ""
-        what = f"{layers} layers do not divide over {stages} pipeline stages{of}{whole}"
+        message = (
+            f"{layers} layers do not divide over {stages} pipeline stages{of}{whole}"
+        )
         fix = f"use a multiple of {stages * groups * period}, or fewer stages"
         fix += " or layer groups" if groups > 1 else ""
-        return MaxlmError(what, where="model.num_layers", fix=fix)
+        return MaxlmError(message, where="model.num_layers", fix=fix)
 
     yield Requirement(alone | (layers % (stages * groups * period) == 0), uneven)
 
@@ -207,7 +210,7 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
     divides."""
     if len(model.trunks) > 1:
         return "this is an encoder beside a decoder"
-    if model.architecture == "encoder":
+    if model.transformer_type == "encoder":
         return "this is an encoder, whose head's own layer is behind them"
     if model.dense_layers:
         return (
@@ -224,10 +227,10 @@ def require_whole_sequences(
     """Requires whole sequences for cross-attention, and for experts with a capacity."""
     whole = np.equal(prod(sizes[axis] for axis in compute.seq), 1)
 
-    def refuse(what: str, fix: str, where: str = "mesh.{}") -> MaxlmError:
+    def refuse(subject: str, fix: str, where: str = "mesh.{}") -> MaxlmError:
         axis = next(axis for axis in compute.seq if sizes[axis] > 1)
-        found = f"{what} whole sequences, which {axis}={sizes[axis]} splits"
-        return MaxlmError(found, where=where.format(axis), fix=fix)
+        message = f"{subject} whole sequences, which {axis}={sizes[axis]} splits"
+        return MaxlmError(message, where=where.format(axis), fix=fix)
 
     crosses = any(trunk.cross_attention for trunk in model.trunks)
     fix = "set it to 1, or sharding.compute.seq and residual to null"
@@ -235,12 +238,12 @@ def require_whole_sequences(
         whole | (not crosses), partial(refuse, "cross-attention looks at", fix)
     )
     by_capacity = model.moe is not None and model.moe.dispatch == "capacity"
-    what, fix = (
+    message, fix = (
         "an expert's capacity is counted in",
         "use dispatch=dropless, or mesh.context=1",
     )
     yield Requirement(
-        whole | (not by_capacity), partial(refuse, what, fix, "model.moe.dispatch")
+        whole | (not by_capacity), partial(refuse, message, fix, "model.moe.dispatch")
     )
 
 
@@ -249,14 +252,14 @@ def require_experts(
 ) -> Iterator[Requirement]:
     """Requires that experts, if there are any, are split as the tokens they serve."""
     if model.moe is None:
-        what = f"expert={sizes['expert']}, but the model has no experts"
-        refuse = partial(MaxlmError, what, where="mesh.expert", fix=_GIVE)
+        message = f"expert={sizes['expert']}, but the model has no experts"
+        refuse = partial(MaxlmError, message, where="mesh.expert", fix=_GIVE)
         yield Requirement(np.equal(sizes["expert"], 1), refuse)
         return
     for axis in (
         axis for axis in compute.expert if axis not in compute.batch + compute.seq
     ):
-        what = f"experts are split over '{axis}', the tokens they serve are not"
+        message = f"experts are split over '{axis}', the tokens they serve are not"
         fix = f"add {axis} to sharding.compute.batch, or take it from this rule"
-        refuse = partial(MaxlmError, what, where="sharding.compute.expert", fix=fix)
+        refuse = partial(MaxlmError, message, where="sharding.compute.expert", fix=fix)
         yield Requirement(np.equal(sizes[axis], 1), refuse)

@@ -65,12 +65,14 @@ def place_frozen_models(
     """Lays out the models that a run's task only reads, by name."""
     reads = sources and not config.task.prepares_batch_alone
     if reads and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
-        what = f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run"
+        message = f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run"
         raise MaxlmError(
-            what, where="parallel.schedule", fix="use circular, or mesh.stage=1"
+            message, where="parallel.schedule", fix="use circular, or mesh.stage=1"
         )
     placed = {}
-    for name, own in read_frozen_configs(config, sources).items():
-        run = config.model_copy(update={"model": own.model, "adapter": own.adapter})
+    for name, frozen_run in read_frozen_configs(config, sources).items():
+        run = config.model_copy(
+            update={"model": frozen_run.model, "adapter": frozen_run.adapter}
+        )
         placed[name] = place_run(run, sizes, dtype)
     return placed

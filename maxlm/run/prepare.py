@@ -53,15 +53,15 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     """
     sources = config.data.sources
     if not sources and config.task.reads_text:
-        what = "no text to train on"
+        message = "no text to train on"
         raise MaxlmError(
-            what, where="data.sources", fix="name documents or a store there"
+            message, where="data.sources", fix="name documents or a store there"
         )
     home = prepare_tokenizer(config, folder)
     tokenizer = load_tokenizer(home)
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     check_frozen_tokenizers(config, tokenizer)
-    whole = config.model.architecture == "encoder_decoder"
+    whole = config.model.transformer_type == "encoder_decoder"
     prompts = encode_prompts(tokenizer, config.samples.prompts, as_documents=whole)
     lengths = [config.num_virtual_tokens + len(ids) for ids in prompts]
     check_samples(config.samples, config.model, lengths)
@@ -111,19 +111,19 @@ def make_source_inputs(
 
 def check_frozen_tokenizers(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Refuses models that the task reads and that know other tokens than the run's."""
-    own = {
+    named_sources = {
         name: each
         for name, each in config.task.frozen_models().items()
         if each is not None
     }
-    for name, source in own.items():
+    for name, source in named_sources.items():
         if (
             load_tokenizer(Path(source, "tokenizer")).fingerprint
             != tokenizer.fingerprint
         ):
-            what = f"the frozen model {name!r} was trained with another tokenizer"
+            message = f"the frozen model {name!r} was trained with another tokenizer"
             fix = "name a run with this run's, or name that run's in tokenizer.path"
-            raise MaxlmError(what, where=source, fix=fix)
+            raise MaxlmError(message, where=source, fix=fix)
 
 
 def prepare_data_on_all_hosts(config: RunConfig, folder: Path) -> PreparedData:
@@ -162,15 +162,21 @@ def check_prepared_data(config: RunConfig, folder: Path) -> None:
     if path.exists():
         before = load_config(RunConfig, path).value
         sides = before.model_dump(mode="json"), config.model_dump(mode="json")
-        what = "the text here was prepared"
-        check_same_settings(*sides, PREPARED, str(folder), what=what, ignored=READING)
+        message = "the text here was prepared"
+        check_same_settings(
+            *sides, PREPARED, str(folder), action=message, ignored=READING
+        )
 
 
 def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
     """Counts the ids of a run's tokenizer; ``folder``: the run's own, where it may have
     one."""
-    own = folder and folder / "tokenizer"
-    path = own if own and own.exists() else _named_tokenizer(config)
+    own_tokenizer = folder and folder / "tokenizer"
+    path = (
+        own_tokenizer
+        if own_tokenizer and own_tokenizer.exists()
+        else _named_tokenizer(config)
+    )
     return (
         config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
     )
@@ -207,9 +213,9 @@ def _check_extra_tokens(tokenizer: Tokenizer, config: RunConfig) -> None:
         name for name in config.tokenizer.extra_special_tokens if name not in special
     ]
     if missing:
-        what = f"the tokenizer that is used has no special token {missing[0]}"
+        message = f"the tokenizer that is used has no special token {missing[0]}"
         fix = "tune the model with them (maxlm tune --base), which grows its vocabulary"
-        raise MaxlmError(what, where="tokenizer.extra_special_tokens", fix=fix)
+        raise MaxlmError(message, where="tokenizer.extra_special_tokens", fix=fix)
 
 
 def _named_tokenizer(config: RunConfig) -> Path | None:
@@ -223,9 +229,9 @@ def _named_tokenizer(config: RunConfig) -> Path | None:
 def _training_text(config: RunConfig) -> Iterator[bytes]:
     sources = [source for source in config.data.sources if source.documents]
     if not sources and config.task.reads_text:
-        what = "a store was made with a tokenizer, and none is named"
+        message = "a store was made with a tokenizer, and none is named"
         fix = "name the folder of the tokenizer the stores were built with"
-        raise MaxlmError(what, where="tokenizer.path", fix=fix)
+        raise MaxlmError(message, where="tokenizer.path", fix=fix)
     for source in sources:
         for document in read_documents(source):
             if not is_heldout(document.text, config.data.heldout_fraction):

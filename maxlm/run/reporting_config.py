@@ -43,6 +43,6 @@ class ReportingConfig(Config):
 def _check_package(package: str, setting: str) -> None:
     # A folder of that name, such as wandb makes beside a script, has no origin.
     if getattr(find_spec(package), "origin", None) is None:
-        what = f"the package {package} is not installed"
+        message = f"the package {package} is not installed"
         fix = "pip install 'maxlm[reporting]', or leave the setting out"
-        raise MaxlmError(what, where=setting, fix=fix)
+        raise MaxlmError(message, where=setting, fix=fix)

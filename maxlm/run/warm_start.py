@@ -27,11 +27,11 @@ from maxlm.run.setup import RunSetup
 def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
     """Checks that the run that this one starts from, if any, is there and has this
     model; returns its checkpoint's metadata."""
-    start, wanted = setup.config.train.start_from, setup.abstract_state.params
+    start, abstract_params = setup.config.train.start_from, setup.abstract_state.params
     if start is None:
         return None
     with open_checkpoints(start) as (tier, config, name):
-        tier.check_shapes(None, _select_stored_params(wanted, config), name)
+        tier.check_shapes(None, _select_stored_params(abstract_params, config), name)
         return tier.metadata()
 
 
@@ -52,11 +52,13 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     if start is not None:
         with open_checkpoints(start) as (tier, config, name):
             adapted = bool(config.get("adapter"))
-            found = tier.restore(None, _select_stored_params(abstract, config), name)
+            restored = tier.restore(None, _select_stored_params(abstract, config), name)
             if "heads" in params:
                 fresh = params if adapted else select_base_params(params)
-                found = found | {"heads": fresh["heads"] | found.get("heads", {})}
-            params = found if adapted else replace_base_params(params, found)
+                restored = restored | {
+                    "heads": fresh["heads"] | restored.get("heads", {})
+                }
+            params = restored if adapted else replace_base_params(params, restored)
     if adapter is not None and not adapted:
         params = adapter.init_from_base(params)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
@@ -87,11 +89,11 @@ def describe_frozen_models(
     fingerprint."""
     described = {}
     for name, params in frozen_params.items():
-        found = json.dumps(
+        fingerprints = json.dumps(
             compute_fingerprints(flatten_names(params)), sort_keys=True
         ).encode()
         source = setup.frozen_sources[name]
-        fingerprint = hashlib.sha256(found).hexdigest()
+        fingerprint = hashlib.sha256(fingerprints).hexdigest()
         described[name] = {"source": source or "start", "fingerprint": fingerprint}
     return described
 

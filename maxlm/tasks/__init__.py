@@ -45,8 +45,8 @@ def check_task(
     """Checks that a task can train a model on rows of ``seq_len`` tokens of text, or of
     examples that begin with ``num_virtual_tokens``; raises MaxlmError naming the
     settings."""
-    if model.architecture != task.architecture:
-        kinds = list_task_kinds(model.architecture)
+    if model.transformer_type != task.architecture:
+        kinds = list_task_kinds(model.transformer_type)
         raise MaxlmError(
             f"task.kind={task.kind} trains a model of architecture "
             f"{task.architecture}, model.architecture={model.architecture}",
@@ -76,7 +76,7 @@ def check_task(
 
 def _check_virtual_tokens(task: Task, model: ModelConfig) -> None:
     """Checks that a task's examples can begin with an adapter's virtual tokens."""
-    if task.reads_text or model.architecture != "decoder":
+    if task.reads_text or model.transformer_type != "decoder":
         message = (
             f"task.kind={task.kind} has no examples that begin with virtual tokens"
         )

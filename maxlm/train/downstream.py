@@ -31,8 +31,10 @@ class DownstreamEvaluator:
         self._setup, self._data, self._on_work = setup, data, on_work
         self._config = config = setup.config.train.downstream
         if isinstance(setup.model, Encoder) or setup.mesh.shape["context"] > 1:
-            what = "tasks need a model that continues text, on a mesh with context=1"
-            raise MaxlmError(what, where="train.downstream", fix="set its tasks to []")
+            message = "tasks need a model that continues text, on a mesh with context=1"
+            raise MaxlmError(
+                message, where="train.downstream", fix="set its tasks to []"
+            )
         if config.tasks:
             self._models, self._harness = import_harness()
             folder = None if config.data is None else Path(config.data)
@@ -75,7 +77,7 @@ class DownstreamEvaluator:
 
     def _select_documents(self) -> list[list[int]]:
         """The beginnings of the first held-out documents that are long enough."""
-        length, wanted = (
+        length, max_documents = (
             self._setup.config.data.seq_len,
             self._config.position_documents,
         )
@@ -84,11 +86,14 @@ class DownstreamEvaluator:
             for store in self._data.heldout_stores.values()
             for index in range(store.num_documents)
         )
-        found = islice((each for each in documents if len(each) >= length), wanted)
-        rows = [each[:length].tolist() for each in found]
+        long_documents = islice(
+            (document for document in documents if len(document) >= length),
+            max_documents,
+        )
+        rows = [document[:length].tolist() for document in long_documents]
         if not rows:
-            what = f"no held-out document has {length} tokens (data.seq_len)"
+            message = f"no held-out document has {length} tokens (data.seq_len)"
             raise MaxlmError(
-                what, where="train.downstream.position_documents", fix="set it to 0"
+                message, where="train.downstream.position_documents", fix="set it to 0"
             )
         return rows

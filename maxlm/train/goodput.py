@@ -94,8 +94,8 @@ class RunHistory:
         """The share of time that is productive; what passed while the run was finished
         is left out. None: no time has passed."""
         seconds = self.seconds_by_activity
-        wanted = self.wall_seconds - seconds["finished"]
-        return seconds["productive"] / wanted if wanted > 0 else None
+        running_seconds = self.wall_seconds - seconds["finished"]
+        return seconds["productive"] / running_seconds if running_seconds > 0 else None
 
     @property
     def interruptions(self) -> dict[str, int]:
@@ -127,10 +127,12 @@ def summarize_run_events(
             logs[-1].append(event)
     attempts: list[Attempt] = []
     slices: list[TimeSlice] = []
-    for log, kept in zip(logs, _find_kept_steps(logs), strict=True):
+    for log, kept_steps in zip(logs, _find_kept_steps(logs), strict=True):
         before = attempts[-1] if attempts else None
         now = now_unix_seconds if log is logs[-1] else inf
-        attempt, pieces = _account(log, kept, before.ended if before else -inf, now)
+        attempt, pieces = _account(
+            log, kept_steps, before.ended if before else -inf, now
+        )
         if before:
             part = "finished" if before.end == "done" else "down"
             slices.append(_fill(before.ended, attempt.began, {part: inf}))
@@ -145,20 +147,20 @@ def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
     least = inf
     result = []
     for log in reversed(logs):
-        own = []
+        spans = []
         begins = [
             e["step"] for e in log if e["event"] in ("start", "resume", "rollback")
         ]
         for begin in reversed(begins):
-            own.append(least)
+            spans.append(least)
             least = min(least, begin)
-        result.append(own[::-1])
+        result.append(spans[::-1])
     return result[::-1]
 
 
 def _account(
     log: Sequence[Event],
-    kept: Sequence[float],
+    kept_steps: Sequence[float],
     earliest: float,
     now: float,
 ) -> tuple[Attempt, list[TimeSlice]]:
@@ -178,7 +180,7 @@ def _account(
         ended = max(ended, now)
     slices = [_fill(began, times[0], {"starting": inf})]
     points: list[tuple[float, int]] = []
-    limits = iter(kept)
+    limits = iter(kept_steps)
     begin = times[0]
     done = start["step"]
     last = 0

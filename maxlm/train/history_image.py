@@ -43,8 +43,8 @@ def draw_history(history: RunHistory, image: Path, *, title: str) -> None:
     written.
     """
     if image.suffix not in _FORMATS:
-        what = f"no image format has the suffix {image.suffix!r}"
-        raise MaxlmError(what, where=str(image), fix=f"use {', '.join(_FORMATS)}")
+        message = f"no image format has the suffix {image.suffix!r}"
+        raise MaxlmError(message, where=str(image), fix=f"use {', '.join(_FORMATS)}")
     if history.wall_seconds <= 0:
         raise MaxlmError(
             "no time to draw", where=title, fix="wait for the run to begin"

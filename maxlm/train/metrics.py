@@ -18,9 +18,9 @@ def format_downstream(metrics: Mapping[str, float]) -> str:
     """Returns the metrics of tasks in a line, and the loss with the longest context."""
     parts = ((name.split("/"), value) for name, value in metrics.items())
     words = [
-        f"{own[1]} {own[2]} {value:.3f}"
-        for own, value in parts
-        if own[0] == "downstream"
+        f"{path[1]} {path[2]} {value:.3f}"
+        for path, value in parts
+        if path[0] == "downstream"
     ]
     if ends := [
         int(n.partition("/")[2]) for n in metrics if n.startswith("eval_loss_at/")
@@ -92,7 +92,7 @@ class MetricsCallback(Callback):
     ) -> None:
         parts = ((name.partition("/"), rate) for name, rate in metrics.items())
         rates = [
-            (own[2], rate) for own, rate in parts if own[0] == "eval_bits_per_byte"
+            (path[2], rate) for path, rate in parts if path[0] == "eval_bits_per_byte"
         ]
         words = [f"{name} {rate:.3f} bits per byte" for name, rate in rates]
         if "eval_loss" in metrics:

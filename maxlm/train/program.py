@@ -125,8 +125,10 @@ def train_model(
             interrupted; losses or gradients that stay bad.
     """
     if profile and profile[0] > config.train.steps:
-        what = f"step {profile[0]} never comes: the run has {config.train.steps} steps"
-        raise MaxlmError(what, where="--profile", fix="name steps that it takes")
+        message = (
+            f"step {profile[0]} never comes: the run has {config.train.steps} steps"
+        )
+        raise MaxlmError(message, where="--profile", fix="name steps that it takes")
     with ExitStack() as stack:
         run = _open_run(config, stack, resume=resume, say=say)
         setup, data, log, watchdog = run.setup, run.data, run.log, run.watchdog
@@ -134,7 +136,7 @@ def train_model(
         if profile and profile[1] <= run.position.step:
             run.say(
                 f"no trace is taken: step {profile[1]}, the last to trace, has been "
-                f"taken"
+                "taken"
             )
         step_fn = setup.jit_train_step()
         evaluator = HeldOutEvaluator(setup, data, on_batch=watchdog.reset_timer)
@@ -212,8 +214,8 @@ def _open_run(
         stack.enter_context(lock_run_folder(folder))
     home = folder / "checkpoints"
     grouped = layer_group_shapes(setup.specs)
-    own = Checkpointer(home, config.name, config.checkpoint, layer_groups=grouped)
-    checkpointer = stack.enter_context(own)
+    opened = Checkpointer(home, config.name, config.checkpoint, layer_groups=grouped)
+    checkpointer = stack.enter_context(opened)
     source = find_resume_source(setup, checkpointer, resume, stack, say)
     saved = source.metadata if source else check_init_checkpoint(setup)
     data = prepare_data_on_all_hosts(config, folder)
@@ -237,8 +239,8 @@ def _open_run(
     step = position.step
     if not position.checkpoint_place:
         check_no_lost_checkpoint(checkpointer, resume)
-    for each in position.skipped:
-        say(str(each))
+    for skipped_checkpoint in position.skipped:
+        say(str(skipped_checkpoint))
     for line in data.unchecked:
         say(line)
     batch_sources = {"training": data.train_batch_source, **data.eval_batch_sources}
@@ -255,9 +257,9 @@ def _open_run(
     elif start := config.train.start_from:
         say(f"starting from the parameters in {start}")
     if step > config.train.steps:
-        what = f"the run is at step {step}, train.steps={config.train.steps}"
+        message = f"the run is at step {step}, train.steps={config.train.steps}"
         fix = f"set train.steps to {step} or more, or train in another run folder"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     plan = _plan_run(config, setup, say)
     write_run_description(folder, config, plan, is_lead=is_lead)
     if is_lead:
@@ -280,7 +282,10 @@ def _open_run(
         devices=jax.device_count(),
         processes=jax.process_count(),
         device_kind=jax.devices()[0].device_kind,
-        skipped=[[each.step, each.why] for each in position.skipped],
+        skipped=[
+            [skipped_checkpoint.step, skipped_checkpoint.why]
+            for skipped_checkpoint in position.skipped
+        ],
     )
     stack.enter_context(record_stop_on_error(signals, log, step))
     watchdog.event = log.event
@@ -343,8 +348,7 @@ def _roll_back(
         run.log.event("stop", decision.last_bad_step, reason="rollback-limit")
         raise MaxlmError(
             f"{decision.reason} at step {decision.last_bad_step}, and the run has "
-            f"rolled back "
-            f"{count} time{'' if count == 1 else 's'}",
+            f"rolled back {count} time{'' if count == 1 else 's'}",
             where=str(run.folder),
             fix="lower schedule.learning_rate in another run folder (--resume), or "
             "raise "
@@ -355,8 +359,10 @@ def _roll_back(
     run.state_restorer.checkpointer.copy_newest_to_remote()
     run.log.rewind(position.step)
     first, last = position.skips[-1]
-    told = {"reason": decision.reason, "batches": (first, last)}
-    run.log.event("rollback", position.step, from_step=decision.last_bad_step, **told)
+    details = {"reason": decision.reason, "batches": (first, last)}
+    run.log.event(
+        "rollback", position.step, from_step=decision.last_bad_step, **details
+    )
     run.say(
         f"rolling back from step {decision.last_bad_step} to step {position.step}: "
         f"{decision.reason}; batches {first} to {last} are skipped"

@@ -71,10 +71,10 @@ class PrometheusSink:
             UnicodeError,
         ) as error:  # UnicodeError: no name of a host at all
             reason = getattr(error, "strerror", None) or error
-            what = f"cannot listen at {address} port {port}: {reason}"
+            message = f"cannot listen at {address} port {port}: {reason}"
             fix = "name a free port, and an address of this host or 0.0.0.0 for all of them"
             raise MaxlmError(
-                what, where="reporting.prometheus_port", fix=fix
+                message, where="reporting.prometheus_port", fix=fix
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -254,9 +254,9 @@ class WandbSink:
                 settings=wandb.Settings(console="off", silent=True, finish_timeout=15),
             )
         except wandb.Error as error:
-            what = f"Weights & Biases: {error}"
+            message = f"Weights & Biases: {error}"
             fix = "run wandb login, or set reporting.wandb.mode=offline"
-            raise MaxlmError(what, where="reporting.wandb", fix=fix) from error
+            raise MaxlmError(message, where="reporting.wandb", fix=fix) from error
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Numbers) -> None:

@@ -138,7 +138,7 @@ def _places(run: TrainingResult) -> str:
     there = {name: what for name, what in kinds.items() if (folder / name).exists()}
     width = max(len(str(folder / name)) for name in there)
     lines = [f"  {folder / name!s:<{width}}  {what}" for name, what in there.items()]
-    if config.model.architecture != "encoder" and not config.task.required_heads:
+    if config.model.transformer_type != "encoder" and not config.task.required_heads:
         chats = "chat_template.jinja" in run.data.tokenizer.extra_files
         verb = f"chat {folder}" if chats else f'generate {folder} "your prompt"'
         lines.append(f"Try: maxlm {verb}")

@@ -78,12 +78,13 @@ def find_resume_source(
     source = ResumeSource(checkpointer, True, *checkpointer.find())
     if not source.found:
         if any(
-            each.is_damaged and each.tier.name != "local" for each in source.skipped
+            checkpoint.is_damaged and checkpoint.tier.name != "local"
+            for checkpoint in source.skipped
         ):
             raise_no_readable_checkpoint(checkpointer, source.skipped)
         check_no_lost_checkpoint(checkpointer, resume)
-        for each in source.skipped:
-            say(str(each))
+        for checkpoint in source.skipped:
+            say(str(checkpoint))
         checkpointer.discard_skipped(source.skipped, 0)
         if resume is None:
             check_prepared_data(setup.config, checkpointer.folder.parent)
@@ -142,7 +143,9 @@ class StateRestorer:
             checkpointer.remote.close()  # Copies may be of a bad state.
         source = ResumeSource(checkpointer, True, *checkpointer.find())
         good = [
-            each.step for each in source.found if each.step < decision.first_bad_step
+            checkpoint.step
+            for checkpoint in source.found
+            if checkpoint.step < decision.first_bad_step
         ]
         frozen = load_frozen_models(self.setup)
         position = None if good else self.restore(skips, frozen)
@@ -155,9 +158,12 @@ class StateRestorer:
             # Before the record: a run killed between the two would refuse all its
             # checkpoints.
             log_event("discard", base)
-            found = [(each.step, each.tier) for each in source.found]
+            candidates = [
+                (checkpoint.step, checkpoint.tier) for checkpoint in source.found
+            ]
             abandoned = [
-                SkippedCheckpoint(*each, why="", is_damaged=False) for each in found
+                SkippedCheckpoint(*checkpoint, why="", is_damaged=False)
+                for checkpoint in candidates
             ]
             checkpointer.discard_skipped(abandoned, base)
         if jax.process_index() == 0:
@@ -177,22 +183,28 @@ class StateRestorer:
         by these hosts, the run starts afresh.
         """
         checkpointer = source.checkpointer
-        wanted = replace(self.setup.abstract_state, frozen={})
-        state, found, skipped = checkpointer.restore_newest(source.found, wanted, skips)
+        abstract_state = replace(self.setup.abstract_state, frozen={})
+        state, restored_from, skipped = checkpointer.restore_newest(
+            source.found, abstract_state, skips
+        )
         skipped = sorted([*source.skipped, *skipped], key=lambda each: -each.step)
-        if found is None:
-            if any(each.tier.name != "local" for each in skipped):
+        if restored_from is None:
+            if any(checkpoint.tier.name != "local" for checkpoint in skipped):
                 raise_no_readable_checkpoint(checkpointer, skipped)
             checkpointer.discard_skipped(skipped, 0)
             return TrainingPosition(
                 init_or_warm_start_state(self.setup), 0, skips, skipped=skipped
             )
         if source.is_own_run:
-            checkpointer.discard_skipped(skipped, found.step)
-        newer = [each for each in skipped if each.step >= found.step]
-        where = found.tier.place
-        losses = found.metadata.get("losses")
-        return TrainingPosition(state, found.step, skips, where, losses, newer)
+            checkpointer.discard_skipped(skipped, restored_from.step)
+        newer = [
+            checkpoint
+            for checkpoint in skipped
+            if checkpoint.step >= restored_from.step
+        ]
+        where = restored_from.tier.place
+        losses = restored_from.metadata.get("losses")
+        return TrainingPosition(state, restored_from.step, skips, where, losses, newer)
 
 
 def make_run_metadata(
@@ -214,12 +226,14 @@ def make_run_metadata(
     # An export needs to know of the published model that the parameters came from, if
     # any, its family and, while the tokenizer is still its own, its token ids.
     if source_metadata and (known := source_metadata.get("published")) is not None:
-        kept = (
+        family_record = (
             ("family", "tokens")
             if source_metadata["tokenizer"] == tokenizer
             else ("family",)
         )
-        metadata["published"] = {key: known[key] for key in kept if key in known}
+        metadata["published"] = {
+            key: known[key] for key in family_record if key in known
+        }
     if source_metadata and source_metadata["config"].get("adapter"):
         # What else than the adapter it trained belongs to the adapter that goes on from
         # it.
@@ -243,10 +257,10 @@ def check_same_inputs(
     for name, model in new_metadata.get("frozen", {}).items():
         was = saved_metadata.get("frozen", {}).get(name, {})
         if was.get("fingerprint") != model["fingerprint"]:
-            what = f"the frozen model {name!r} from {model['source']} is not the one that training "
-            what += f"began with, from {was.get('source', 'nowhere')}"
+            message = f"the frozen model {name!r} from {model['source']} is not the one that training "
+            message += f"began with, from {was.get('source', 'nowhere')}"
             fix = "put its parameters back, or train in another run folder"
-            raise MaxlmError(what, where=place, fix=fix)
+            raise MaxlmError(message, where=place, fix=fix)
     before = saved_metadata.get("stores", {})  # A converted model's has none.
     for source in config.data.sources:
         name = source.name
@@ -262,9 +276,9 @@ def check_same_inputs(
                 == before[name]["offsets_sha256"]
             ):
                 fix = f"set store_segments: {count} for it, or train in another run folder"
-        what = f"the store of source {name!r} is not what it was "
-        what += f"({describe(before[name])}; now {describe(store)})"
-        raise MaxlmError(what, where=place, fix=fix)
+        message = f"the store of source {name!r} is not what it was "
+        message += f"({describe(before[name])}; now {describe(store)})"
+        raise MaxlmError(message, where=place, fix=fix)
 
 
 def check_same_config(
@@ -291,8 +305,8 @@ def raise_no_readable_checkpoint(
 ) -> NoReturn:
     """Raises MaxlmError for a run that can resume from none of its checkpoints. It does
     not start afresh by itself: that would throw its training away."""
-    what = f"no checkpoint can be resumed from: {', '.join(map(str, skipped))}"
-    raise _restart_error(checkpointer, what, "repair one")
+    message = f"no checkpoint can be resumed from: {', '.join(map(str, skipped))}"
+    raise _restart_error(checkpointer, message, "repair one")
 
 
 @dataclass(frozen=True)
@@ -329,7 +343,7 @@ def read_recorded_progress(folder: Path) -> RecordedProgress:
         elif kind == "saved":
             saved.add(step)
         elif kind in ("start", "resume", "rollback", "discard"):
-            saved = {each for each in saved if each <= step}
+            saved = {step_saved for step_saved in saved if step_saved <= step}
             base_step = step
         if kind in ("start", "resume"):
             other_run = event.get("run")
@@ -363,19 +377,21 @@ def check_no_lost_checkpoint(
     progress = _read_progress_on_process_0(folder)
     newest = progress.newest_saved_step
     if newest is not None:
-        what = f"no checkpoint is left, but one of step {newest} was saved"
-        raise _restart_error(checkpointer, what, "put it back")
+        message = f"no checkpoint is left, but one of step {newest} was saved"
+        raise _restart_error(checkpointer, message, "put it back")
     if progress.other_run is not None and resume is None:
-        what = f"no checkpoint is here, and the run resumes from {progress.other_run}"
+        message = (
+            f"no checkpoint is here, and the run resumes from {progress.other_run}"
+        )
         raise _restart_error(
-            checkpointer, what, f"give --resume {progress.other_run} again"
+            checkpointer, message, f"give --resume {progress.other_run} again"
         )
     # Without events there is no telling whether a checkpoint was saved.
     was_begun = run_on_process_0(lambda: _must_have_begun_checkpoint(folder, progress))
     if progress.last_step and (was_begun or not progress.has_attempts):
-        what = "no checkpoint is left, events.jsonl is lost or cut short, and metrics.jsonl has "
-        what += f"records up to step {progress.last_step}"
-        raise _restart_error(checkpointer, what, "put both back")
+        message = "no checkpoint is left, events.jsonl is lost or cut short, and metrics.jsonl has "
+        message += f"records up to step {progress.last_step}"
+        raise _restart_error(checkpointer, message, "put both back")
 
 
 def _must_have_begun_checkpoint(folder: Path, progress: RecordedProgress) -> bool:
@@ -401,19 +417,22 @@ def describe_lost_checkpoint(
     it."""
     folder = checkpointer.folder.parent
     newest = _read_progress_on_process_0(folder).newest_saved_step
-    if newest is None or newest <= step or newest in [each.step for each in skipped]:
+    if (
+        newest is None
+        or newest <= step
+        or newest in [checkpoint.step for checkpoint in skipped]
+    ):
         return None
     return (
         f"checkpoint {newest} is gone: events.jsonl says that it was saved, and none "
-        f"of the run's "
-        f"places has it; the {newest - step:,} steps since step {step} are trained "
-        f"again"
+        f"of the run's places has it; the {newest - step:,} steps since step {step} "
+        "are trained again"
     )
 
 
-def _restart_error(checkpointer: Checkpointer, what: str, fix: str) -> MaxlmError:
+def _restart_error(checkpointer: Checkpointer, message: str, fix: str) -> MaxlmError:
     copies = f" and {remote.place}" if (remote := checkpointer.remote) else ""
     restart = f"to start afresh, move {checkpointer.folder.parent}{copies} away, or set another"
     return MaxlmError(
-        what, where=str(checkpointer.folder), fix=f"{fix}; {restart} name=..."
+        message, where=str(checkpointer.folder), fix=f"{fix}; {restart} name=..."
     )

@@ -73,9 +73,9 @@ def create_run_folder(
             with replace_file(path) as temporary:
                 temporary.write_text(to_yaml(config))
     except OSError as error:
-        what = f"cannot write the run folder ({error.strerror})"
+        message = f"cannot write the run folder ({error.strerror})"
         fix = "set folder=PATH to a place you may write to"
-        raise MaxlmError(what, where=str(folder), fix=fix) from error
+        raise MaxlmError(message, where=str(folder), fix=fix) from error
     try:
         yield
     except MaxlmError:
@@ -105,9 +105,9 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
             holder = "unknown"
             with suppress(OSError):  # It ends just now.
                 holder = " ".join(note.read_text().split()) or holder
-            what = f"another run writes to this folder ({holder})"
+            message = f"another run writes to this folder ({holder})"
             fix = "wait for it to end, stop it, or give this one another name=..."
-            raise MaxlmError(what, where=str(folder), fix=fix) from error
+            raise MaxlmError(message, where=str(folder), fix=fix) from error
         with convert_write_errors(note):
             note.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         try:

@@ -49,32 +49,32 @@ class RunSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data: seconds, unix seconds, shares."""
-        told = self.history
-        attempts = [asdict(attempt) for attempt in told.attempts]
+        history = self.history
+        attempts = [asdict(attempt) for attempt in history.attempts]
         for attempt in attempts:
             del attempt["points"]
         return {
             name: value for name, value in vars(self).items() if name != "history"
         } | {
-            "goodput": told.goodput,
-            "wall_seconds": told.wall_seconds,
-            "seconds": told.seconds_by_activity,
-            "interruptions": told.interruptions,
-            "mean_time_to_interruption": told.mean_time_to_interruption,
+            "goodput": history.goodput,
+            "wall_seconds": history.wall_seconds,
+            "seconds": history.seconds_by_activity,
+            "interruptions": history.interruptions,
+            "mean_time_to_interruption": history.mean_time_to_interruption,
             "steps_per_second": self.steps_per_second,
             "step_seconds": {str(p): value for p, value in self.step_seconds.items()},
             "attempts": attempts,
-            "events": dict(told.event_counts),
+            "events": dict(history.event_counts),
         }
 
     @property
     def steps_per_second(self) -> float | None:
         """Steps that the run holds, over the seconds in which it was not finished."""
-        told = self.history
-        if not told.goodput:
+        history = self.history
+        if not history.goodput:
             return None
-        wanted = told.wall_seconds - told.seconds_by_activity["finished"]
-        return (self.step - told.attempts[0].first_step) / wanted
+        running_seconds = history.wall_seconds - history.seconds_by_activity["finished"]
+        return (self.step - history.attempts[0].first_step) / running_seconds
 
 
 def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
@@ -82,14 +82,14 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
     before ``now`` (unix seconds; default: the clock's) may still run."""
     folder = Path(folder)
     if not _is_run(folder):
-        what = "is no run's folder" if folder.is_dir() else "no such folder"
+        message = "is no run's folder" if folder.is_dir() else "no such folder"
         raise MaxlmError(
-            what, where=str(folder), fix="maxlm runs list FOLDER names those there"
+            message, where=str(folder), fix="maxlm runs list FOLDER names those there"
         )
     damaged: list[bytes] = []
     events = read_events(folder / "events.jsonl", damaged)
-    told = summarize_run_events(events, time.time() if now is None else now)
-    first = {attempt.first_step + 1 for attempt in told.attempts}
+    history = summarize_run_events(events, time.time() if now is None else now)
+    first = {attempt.first_step + 1 for attempt in history.attempts}
     step = 0
     latest = {"loss": None, "eval_loss": None}
     seconds = []
@@ -104,10 +104,10 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
     planned = {"step_seconds": ("time", "step"), "goodput": ("goodput", "configured")}
     return RunSummary(
         name=folder.resolve().name,
-        state=told.attempts[-1].end if told.attempts else "not begun",
+        state=history.attempts[-1].end if history.attempts else "not begun",
         step=step,
         steps=get_descendant(_read_mapping(folder / "config.yaml"), ("train", "steps")),
-        history=told,
+        history=history,
         step_seconds={
             p: float(np.percentile(seconds, p)) for p in PERCENTILES if seconds
         },
@@ -162,31 +162,30 @@ def show_run_list(runs: Sequence[RunSummary]) -> Group:
 def show_run(run: RunSummary, now: float) -> Group:
     """Shows a run's progress at ``now`` (unix seconds), where its time went, its
     attempts and interruptions, its steps."""
-    told = run.history
+    history = run.history
     parts: list[Any] = [_headline(run, now)]
     if run.damaged_lines:
         words = "line of metrics.jsonl and events.jsonl cannot be read"
         parts.append(Text(_many(run.damaged_lines, words)))
-    if not told.attempts:
+    if not history.attempts:
         return Group(*parts)
     parts += [_goodput(run), _time(run), _attempts(run)]
-    if ends := told.interruptions:
+    if ends := history.interruptions:
         causes = ", ".join(f"{cause} {count}" for cause, count in sorted(ends.items()))
         parts.append(
             Text(
-                f"{_many(sum(ends.values()), 'interruption')} ({causes}), "
-                f"one in {format_duration(told.mean_time_to_interruption or 0)} of "
-                f"running"
+                f"{_many(sum(ends.values()), 'interruption')} ({causes}), one in "
+                f"{format_duration(history.mean_time_to_interruption or 0)} of running"
             )
         )
     if happened := [
-        _many(told.event_counts[kind], word)
+        _many(history.event_counts[kind], word)
         for kind, word in (
             ("skip", "update skipped"),
             ("rollback", "rollback"),
             ("hang", "hang"),
         )
-        if told.event_counts.get(kind)
+        if history.event_counts.get(kind)
     ]:
         parts.append(Text(" · ".join(happened)))
     if run.step_seconds:
@@ -215,7 +214,7 @@ def _goodput(run: RunSummary) -> Text:
         "goodput ",
         (_or_dash(run.history.goodput, "{:.1%}".format), "bold"),
         f"{beside} of {format_duration(run.history.wall_seconds)}, {rate} over all of "
-        f"it",
+        "it",
     )
 
 

@@ -215,7 +215,7 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
         f"steps {SAVED_AT + 1} to {steps}",
     )
 
-    if setup.config.model.architecture == "encoder":
+    if setup.config.model.transformer_type == "encoder":
         return  # it names tokens, and continues nothing
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
     (tokens,) = generate_tokens(setup.model, state.params, [[1, 2, 3]], sampling)

@@ -213,8 +213,10 @@ class Trainer:
             if pending:
                 self._finish_step(*pending)
             pending = step, sums
-            wanted = [each.needs_state(self, step) for each in self.callbacks]
-            if self.rollback is None and (self.stop_request or any(wanted)):
+            needs_state = [
+                callback.needs_state(self, step) for callback in self.callbacks
+            ]
+            if self.rollback is None and (self.stop_request or any(needs_state)):
                 # A checkpoint follows the records up to it: the process may be killed
                 # in between.
                 self._finish_step(*pending)

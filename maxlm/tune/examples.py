@@ -63,7 +63,9 @@ def describe_examples(
         kind: of the task; None infers it from the columns of the first row.
     """
     renamed = [
-        each.removeprefix("task.") for each in settings if _is_column_setting(each)
+        setting.removeprefix("task.")
+        for setting in settings
+        if _is_column_setting(setting)
     ]
     names = load_config(ColumnSettings, None, renamed).value.columns
     columns = open_rows(path, columns=names)[0]
@@ -74,8 +76,8 @@ def describe_examples(
         raise MaxlmError(
             f"no task on rows of files is called {kind!r}", where="--kind", fix=fix
         )
-    own = f"task.kind={kind}", f"task.files={[str(path)]}"
-    config = load_config(ExampleSettings, None, [*own, *settings]).value
+    task_settings = f"task.kind={kind}", f"task.files={[str(path)]}"
+    config = load_config(ExampleSettings, None, [*task_settings, *settings]).value
     task = config.task
     tokenizer = open_tokenizer(model)
     assert isinstance(task, RowTask)
@@ -83,10 +85,10 @@ def describe_examples(
     file = task.open_files("files")
     encoder = task.make_encoder(tokenizer, config.data.seq_len)
     scan = scan_examples(encoder, file, np.arange(len(file)), None, keep_errors=True)
-    kept = np.flatnonzero(scan.lengths)
-    lengths = scan.lengths[kept]
+    example_rows = np.flatnonzero(scan.lengths)
+    lengths = scan.lengths[example_rows]
     examples = []
-    for i in kept[:num_examples].tolist():
+    for i in example_rows[:num_examples].tolist():
         encoded = encode_row(encoder, file, i)
         names = ["chosen", "rejected"] if task.sequences_per_example == 2 else [""]
         for segment, name in enumerate(names, 1):
@@ -97,12 +99,13 @@ def describe_examples(
     return {
         "kind": kind,
         "rows": len(file),
-        "rows_used": int(kept.size),
+        "rows_used": int(example_rows.size),
         "rows_unreadable": len(scan.errors),
         "errors": [str(error) for error in scan.errors],
         "notes": task.describe_scan(scan, encoder.max_length),
         "tokens": [
-            int(np.quantile(lengths, q)) if kept.size else 0 for q in (0, 0.5, 1)
+            int(np.quantile(lengths, q)) if example_rows.size else 0
+            for q in (0, 0.5, 1)
         ],
         "share_learnt": float(scan.num_targets.sum() / max(1, lengths.sum())),
         "examples": examples,
@@ -120,9 +123,13 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
     """Opens the tokenizer of a run's folder, of a Hugging Face checkpoint's, or in its
     own."""
     folder = Path(folder)
-    own = folder / "tokenizer" if (folder / "config.yaml").exists() else folder
+    tokenizer_folder = (
+        folder / "tokenizer" if (folder / "config.yaml").exists() else folder
+    )
     return (
-        load_tokenizer(own) if (own / METADATA).exists() else import_tokenizer(folder)
+        load_tokenizer(tokenizer_folder)
+        if (tokenizer_folder / METADATA).exists()
+        else import_tokenizer(folder)
     )
 
 
@@ -142,7 +149,7 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
     least, median, most = report["tokens"]
     lines = [
         f"task.kind={report['kind']}: {report['rows_used']:,} of {report['rows']:,} "
-        f"rows are used",
+        "rows are used",
         *report["notes"],
         f"tokens of an example: {least:,} to {most:,}, median {median:,}",
         f"learnt: {report['share_learnt']:.1%} of them",
@@ -159,9 +166,14 @@ def _list_spans(
     tokenizer: Tokenizer, encoded: Mapping[str, Any], segment: int
 ) -> Iterator[dict[str, Any]]:
     special = {*tokenizer.special_tokens.values()}
-    own = encoded["segment_ids"] == segment
-    ids = [int(encoded["tokens"][own][0]), *encoded["targets"][own].tolist()]
-    marks = zip([False, *(encoded["weights"][own] > 0).tolist()], ids, strict=True)
+    is_of_segment = encoded["segment_ids"] == segment
+    ids = [
+        int(encoded["tokens"][is_of_segment][0]),
+        *encoded["targets"][is_of_segment].tolist(),
+    ]
+    marks = zip(
+        [False, *(encoded["weights"][is_of_segment] > 0).tolist()], ids, strict=True
+    )
     stop = 0
     for (is_learnt, is_special), group in groupby((m, i in special) for m, i in marks):
         start = stop

@@ -64,11 +64,11 @@ def count_steps(config: RunConfig, epochs: float) -> int:
     start = config.train.start_from
     folder = config.tokenizer.path or (start and Path(start, "tokenizer"))
     if config.task.reads_text or folder is None:
-        what, fix = (
+        message, fix = (
             "--epochs counts rows of files, with the base's tokenizer",
             "set train.steps",
         )
-        raise MaxlmError(what, where="--epochs", fix=fix)
+        raise MaxlmError(message, where="--epochs", fix=fix)
     source: Any = config.task.batch_source(
         make_source_inputs(config, load_tokenizer(folder))
     )
@@ -96,11 +96,11 @@ def convert_sources(config: RunConfig) -> RunConfig:
 def _convert_once(source: str, target: Path) -> str:
     if jax.process_index() == 0 and not (target / "config.yaml").exists():
         with show_progress() as progress:
-            told = f"reading {source}"
+            message = f"reading {source}"
             convert(
                 source,
                 target,
-                progress=lambda _, done, total: progress(told, done, total),
+                progress=lambda _, done, total: progress(message, done, total),
             )
     multihost_utils.sync_global_devices(str(target))
     return str(target)

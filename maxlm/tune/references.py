@@ -36,8 +36,8 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
     the task leaves a row out. Raises MaxlmError: a task without a reference, or what is
     wrong with the run."""
     if not isinstance(config.task, ReferenceTask):
-        what = f"task.kind={config.task.kind} has no reference model"
-        raise MaxlmError(what, where="task.kind", fix="leave the computation out")
+        message = f"task.kind={config.task.kind} has no reference model"
+        raise MaxlmError(message, where="task.kind", fix="leave the computation out")
     task = config.task.model_copy(
         update={"reference_log_probs": None, "examples_per_row": 1}
     )
@@ -64,13 +64,15 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
         source = task.make_source(
             file, np.arange(len(file)), inputs, shuffle=False, endless=False
         )
-        found = np.full((len(file), task.num_reference_columns), np.nan, np.float32)
+        log_probs = np.full((len(file), task.num_reference_columns), np.nan, np.float32)
         with open_evaluation_batches(setup, source) as batches:
             values = [process_allgather(run(params, own), True) for own in batches]
-        kept = source.example_indices
-        found[kept] = np.concatenate(values).reshape(-1, found.shape[1])[: len(kept)]
+        example_indices = source.example_indices
+        log_probs[example_indices] = np.concatenate(values).reshape(
+            -1, log_probs.shape[1]
+        )[: len(example_indices)]
         if jax.process_index() == 0:
-            np.save(Path(folder, f"{name}.npy"), found)
+            np.save(Path(folder, f"{name}.npy"), log_probs)
     sync_global_devices(str(folder))  # the others read it next
 
 
@@ -92,8 +94,8 @@ def score_texts(
     tokens = [encode(run.tokenizer, row)[0].tokens for row in rows]
     longest = max(map(len, tokens), default=0)
     if longest > length:
-        what = f"a text of {longest} tokens, where the model reads {length}"
-        raise MaxlmError(what, where=str(folder), fix="leave it out, or shorten it")
+        message = f"a text of {longest} tokens, where the model reads {length}"
+        raise MaxlmError(message, where=str(folder), fix="leave it out, or shorten it")
     return Embedder(run.model, run.params, run.mesh, length).apply_head(tokens, SCORE)[
         :, 0
     ]

@@ -75,7 +75,10 @@ def store_teacher_logits(
     config = loaded.config.model
     length = min(seq_len or config.max_seq_len, config.max_seq_len)
     encoder = task.make_encoder(loaded.tokenizer, length)
-    own = {"teacher_vocab_size": config.vocab_size, "teacher_temperature": temperature}
+    metadata = {
+        "teacher_vocab_size": config.vocab_size,
+        "teacher_temperature": temperature,
+    }
     rows = pa.Table.from_struct_array(pa.array([file[i] for i in range(len(file))]))
     written, writer = 0, None
     with ExitStack() as stack:
@@ -94,7 +97,7 @@ def store_teacher_logits(
             for found, (ids, log_probs) in zip(encoded.values(), parts, strict=True):
                 places = np.flatnonzero(found["weights"])
                 values = ids[places], log_probs[places], found["targets"][places]
-                made.append(write_stored_teacher(*values) | own)
+                made.append(write_stored_teacher(*values) | metadata)
             if made:
                 table = rows.take([*encoded])
                 for column in made[0]:
@@ -108,9 +111,9 @@ def store_teacher_logits(
             written += len(made)
             progress("teacher", block[-1] + 1, len(file))
         if writer is None:
-            what = f"no row has at most {encoder.max_length} tokens"
+            message = f"no row has at most {encoder.max_length} tokens"
             fix = "raise seq_len"
-            raise MaxlmError(what, where=str(files[0]), fix=fix)
+            raise MaxlmError(message, where=str(files[0]), fix=fix)
     return written, len(file) - written
 
 
@@ -140,7 +143,7 @@ def generate_answers(
         engine.
     """
     file = open_rows(*files)
-    how = SamplingConfig(**sampling)
+    sampling_config = SamplingConfig(**sampling)
     loaded = load_chat_model(model, step=step, mesh=mesh)
     engine = make_engine(loaded, settings, warm_up="never")
     rows = [file[i] for i in range(len(file))]
@@ -161,7 +164,9 @@ def generate_answers(
                 variables["add_generation_prompt"] = True
                 tokens = encode_chat(loaded.tokenizer, prompt, **variables)
             if len(tokens) < engine.config.max_length:
-                yield GenerationRequest(str(i), tuple(tokens), how, num_answers)
+                yield GenerationRequest(
+                    str(i), tuple(tokens), sampling_config, num_answers
+                )
 
     with (
         show_progress("answers") as progress,
@@ -175,9 +180,9 @@ def generate_answers(
                 num_done += 1
                 progress("answers", num_done, len(prompts) * num_answers)
                 ended |= {answer} if output.finish_reason == "stop" else set()
-        kept = [answer for answer in sorted(ended) if texts[answer].strip()]
+        finished_answers = [answer for answer in sorted(ended) if texts[answer].strip()]
         with path.open("w", encoding="utf-8") as lines:
-            for answer in kept:
+            for answer in finished_answers:
                 row = {"prompt": prompts[answer[0]], "completion": texts[answer]}
                 for name in (
                     "tools",
@@ -186,14 +191,14 @@ def generate_answers(
                     if rows[answer[0]].get(name):
                         row[name] = rows[answer[0]][name]
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return len(kept), len(prompts) * num_answers - len(kept)
+    return len(finished_answers), len(prompts) * num_answers - len(finished_answers)
 
 
 def _find_top(
     loaded: LoadedRun, rows: Sequence[np.ndarray], k: int, temperature: float
 ) -> list[tuple[np.ndarray, ...]]:
     """Ids [S, k] and log-probabilities [S, k + 1] of each of some rows of S tokens."""
-    found: dict[int, tuple[np.ndarray, ...]] = {}
+    values_by_answer: dict[int, tuple[np.ndarray, ...]] = {}
     ways = prod(loaded.mesh.shape[axis] for axis in loaded.model.rules.batch)
     run = bind_mesh(loaded.mesh, _compute_top)
     length = loaded.config.model.max_seq_len
@@ -205,8 +210,8 @@ def _find_top(
             run(loaded.model, size, temperature, loaded.params, tokens, lengths)
         )
         for place, index in enumerate(batch):
-            found[index] = tuple(a[place, : lengths[place]] for a in top)
-    return [found[index] for index in range(len(rows))]
+            values_by_answer[index] = tuple(a[place, : lengths[place]] for a in top)
+    return [values_by_answer[index] for index in range(len(rows))]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -31,12 +31,14 @@ def grow_vocabulary(config: RunConfig) -> RunConfig:
     LoRA then trains their rows too. Raises MaxlmError: a tokenizer that cannot be
     extended, or a base with an adapter of its own."""
     start = config.train.start_from
-    wanted = config.tokenizer.extra_special_tokens
-    wanted += CHAT_TOKENS[config.tokenizer.chat] if config.tokenizer.chat else ()
-    if start is None or config.tokenizer.path is not None or not wanted:
+    special_tokens = config.tokenizer.extra_special_tokens
+    special_tokens += (
+        CHAT_TOKENS[config.tokenizer.chat] if config.tokenizer.chat else ()
+    )
+    if start is None or config.tokenizer.path is not None or not special_tokens:
         return config
     base = load_tokenizer(Path(start, "tokenizer"))
-    tokenizer = extend_tokenizer(base, wanted)
+    tokenizer = extend_tokenizer(base, special_tokens)
     if tokenizer is base:
         return config
     target = Path(config.folder, config.name, "grown")

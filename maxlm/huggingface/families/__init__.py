@@ -47,8 +47,8 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
     names = hf_config.get("architectures") or []
     kind = hf_config.get("model_type")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        what = f"architectures={names!r} is not a list of names"
-        raise MaxlmError(what, where=source, fix="take it from the published model")
+        message = f"architectures={names!r} is not a list of names"
+        raise MaxlmError(message, where=source, fix="take it from the published model")
     families = [family for _, family in FAMILIES.items()]
     for family in families:
         known = {
@@ -59,16 +59,18 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
         if not (known & {*names} or (not names and kind == family.model_type)):
             continue
         if kind not in (None, family.model_type):
-            what = f"model_type={kind!r} is not that of {family.hf_architecture}"
-            raise MaxlmError(what, where=source, fix="take it from the published model")
+            message = f"model_type={kind!r} is not that of {family.hf_architecture}"
+            raise MaxlmError(
+                message, where=source, fix="take it from the published model"
+            )
         return family
     named = ", ".join(names) or f"model_type={kind!r}"
     supported = [family.hf_architecture for family in families]
     near = [
         name for name in supported if name.lower() == named.lower()
     ]  # LLaMAForCausalLM
-    what = f"the architecture {named} is not supported"
+    message = f"the architecture {named} is not supported"
     fix = (
         f"did you mean {near[0]}?" if near else f"supported are {', '.join(supported)}"
     )
-    raise MaxlmError(what, where=source, fix=fix)
+    raise MaxlmError(message, where=source, fix=fix)

@@ -40,9 +40,9 @@ def _check_tensor_count(config: Any, table: NameTable, num_tensors: int) -> None
         described = f"{moe.num_experts:,} experts in each of {layers:,} layers"
         fewest = layers * moe.num_experts
     if fewest > num_tensors:
-        what = f"{described}, where the files hold {num_tensors:,} tensors"
+        message = f"{described}, where the files hold {num_tensors:,} tensors"
         fix = "take config.json and all files from the published model"
-        raise MaxlmError(what, where="config.json", fix=fix)
+        raise MaxlmError(message, where="config.json", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,9 @@ class ModelFamily:
             ValueError,
         ) as error:
             # A value of a kind that no published file has there.
-            what = f"a value cannot be made sense of ({error})"
+            message = f"a value cannot be made sense of ({error})"
             fix = "compare it with the published model's"
-            raise MaxlmError(what, where=source, fix=fix) from error
+            raise MaxlmError(message, where=source, fix=fix) from error
         if "heads" in settings and self._lacks_language_head(reader.tensors):
             notes.append(
                 f"no {_HEAD}, as in a classifier of transformers: read as a tied model"

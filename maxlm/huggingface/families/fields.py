@@ -170,15 +170,15 @@ def read_layer_pattern(
     of ``LayerKind``."""
     kinds = reader.get("layer_types", None) or default_kinds
     if not isinstance(kinds, Sequence) or len(kinds) != len(default_kinds):
-        what = f"layer_types does not name the kinds of {len(default_kinds)} layers"
+        message = f"layer_types does not name the kinds of {len(default_kinds)} layers"
         raise MaxlmError(
-            what, where=reader.where, fix="take it from the published model"
+            message, where=reader.where, fix="take it from the published model"
         )
     for kind in kinds:
         if kind not in [*kind_settings]:
             fix = f"only {' and '.join(kind_settings)} can be converted"
-            what = f"layer_types has {kind!r}, which is not implemented"
-            raise MaxlmError(what, where=reader.where, fix=fix)
+            message = f"layer_types has {kind!r}, which is not implemented"
+            raise MaxlmError(message, where=reader.where, fix=fix)
     period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
     pattern = [kind_settings[kind] for kind in kinds[:period]]
     return {"pattern": pattern} if any(pattern) else {}

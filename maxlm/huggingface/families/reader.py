@@ -82,19 +82,19 @@ class ConfigReader:
         if alias and self.has(alias):
             value = self.values[alias]
             if self.values.setdefault(key, value) != value:
-                what = (
+                message = (
                     f"{key}={self.values[key]!r} and {alias}={value!r} are one setting"
                 )
                 fix = "keep the value that the model was trained with"
-                raise MaxlmError(what, where=self.where, fix=fix)
+                raise MaxlmError(message, where=self.where, fix=fix)
         if self.has(key):
             return self.values[key]
         if nullable and key in self.values:
             return None
         if default is not REQUIRED:
             return default
-        what = f"{key} is {'null' if key in self.values else 'missing'}"
-        raise MaxlmError(what, where=self.where, fix=_TAKE_IT)
+        message = f"{key} is {'null' if key in self.values else 'missing'}"
+        raise MaxlmError(message, where=self.where, fix=_TAKE_IT)
 
     def read_implemented(self, key: str, *allowed: Any) -> Any:
         """Reads a value that must be one of those implemented, or absent (the first); a
@@ -107,11 +107,11 @@ class ConfigReader:
             if value == one and isinstance(value, bool) == isinstance(one, bool):
                 return one
         which = " or ".join(repr(one) for one in allowed)
-        what, fix = (
+        message, fix = (
             f"{key}={value!r} is not implemented",
             f"only {which} can be converted",
         )
-        raise MaxlmError(what, where=self.where, fix=fix)
+        raise MaxlmError(message, where=self.where, fix=fix)
 
     def size(
         self,
@@ -182,8 +182,8 @@ class ConfigReader:
         left = self.values.keys() - self._seen - INERT - DROPOUT - {*ignored}
         for key in sorted(key for key in left if self.values[key] is not None):
             fix = "convert a model without it; dropping it silently could change the model"
-            what = f"{key}={self.values[key]!r} is not implemented"
-            raise MaxlmError(what, where=self.where, fix=fix)
+            message = f"{key}={self.values[key]!r} is not implemented"
+            raise MaxlmError(message, where=self.where, fix=fix)
         notes = [
             f"{key}={self.values[key]}: training here has no dropout"
             for key in sorted(DROPOUT)

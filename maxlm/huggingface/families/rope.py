@@ -121,9 +121,10 @@ def write_scaling(positions: PositionsConfig) -> dict[str, Any] | None:
         (theirs for theirs, ours in _SCALINGS.items() if ours == scaling.kind), None
     )
     if kind is None:
-        what = f"positions.scaling.kind={scaling.kind} has no name in config.json"
+        message = f"positions.scaling.kind={scaling.kind} has no name in config.json"
         raise MaxlmError(
-            what, fix="write it as a larger positions.theta: theta · factor^(d/(d−2))"
+            message,
+            fix="write it as a larger positions.theta: theta · factor^(d/(d−2))",
         )
     values = scaling.model_dump(
         exclude={"kind"}, exclude_none=True, exclude_defaults=True

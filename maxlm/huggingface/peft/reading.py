@@ -91,9 +91,9 @@ def read_peft_adapter(
 def list_task_types(config: ModelConfig) -> tuple[str | None, ...]:
     """Returns PEFT's names of what a model is for; None: not said. The first is
     written."""
-    if config.architecture == "encoder_decoder":
+    if config.transformer_type == "encoder_decoder":
         return "SEQ_2_SEQ_LM", None
-    if config.architecture == "encoder":
+    if config.transformer_type == "encoder":
         return None, "FEATURE_EXTRACTION"
     if "score" in config.heads:
         return "SEQ_CLS", None

@@ -3,7 +3,16 @@ common."""
 
 from collections.abc import Mapping
 from math import isclose
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeAlias,
+)
 
 from pydantic import (
     Field,
@@ -96,6 +105,10 @@ class TransformerConfig(Config):
     if TYPE_CHECKING:
         # Each architecture declares its own, with its name as the only value.
         architecture: Any
+
+    transformer_type: ClassVar[Literal["decoder", "encoder", "encoder_decoder"]]
+    """How tokens are read and written: what tasks, the engine and the server go by. An
+    architecture of another name is used as one of these."""
 
     vocab_size: int = Field(gt=0)
     num_layers: LayerCount
