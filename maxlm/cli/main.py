@@ -19,13 +19,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 from typer import Option
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
 # Verb → its line of help.
 VERBS = {
     "train": "Train a model, or resume a run.",
@@ -172,11 +174,11 @@ def _build_command(
 _PATH_LISTS = ("text", "positive", "negative")
 
 
-def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+def _with_local_paths(command: Callable[P, ResultT]) -> Callable[P, ResultT]:
     """Refuse URLs among the paths that a command is given."""
 
     @wraps(command)
-    def checked(**arguments: Any) -> Any:
+    def checked(*positional: P.args, **arguments: P.kwargs) -> ResultT:
         from maxlm.config import check_local_path
 
         paths: list[str | Path] = []
@@ -187,7 +189,7 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
         paths += [value for value in arguments.values() if isinstance(value, Path)]
         for path in paths:
             check_local_path(path)
-        return command(**arguments)
+        return command(*positional, **arguments)
 
     return checked
 

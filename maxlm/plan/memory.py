@@ -107,7 +107,7 @@ _KEPT_STREAM_ARRAYS = {
 
 @dataclass(frozen=True)
 class _Phase:
-    """What is alive in one phase of a step, beside what is stored between steps."""
+    """The arrays alive in one phase of a step, beside those stored between steps."""
 
     gradients: Number
     activations: Number

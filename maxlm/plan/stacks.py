@@ -126,7 +126,7 @@ class AttentionShape(NamedTuple):
 
 
 class StackCosts:
-    """What layers whose parameters lie in one stack cost: their parameters, matrix
+    """Costs of the layers whose parameters lie in one stack: parameters, matrix
     products, attention and experts.
 
     Args:

@@ -1,11 +1,10 @@
-"""What the plan's formulas read of a run: the run before any mesh (``RunWorkload``), the
-ways that one mesh, or very many, split it (``MeshPartitioning``), and a step on one
-device (``StepShape``).
+"""The plan's inputs: a run before any mesh (``RunWorkload``), the ways that one mesh, or
+very many, split it (``MeshPartitioning``), and a step on one device (``StepShape``).
 
-Everything that they read of a model is here: its parameters and their axes, its layers
-(``plan/stacks.py``), and what of them is computed twice. Mesh sizes are numbers or
-arrays of them, one element a candidate: every formula holds for both, so that the
-search is the plan, many times over.
+Everything that the plan's formulas read of a model is here: its parameters and their
+axes, its layers (``plan/stacks.py``), and what of them is computed twice. Mesh sizes
+are numbers or arrays of them, one element a candidate: every formula holds for both, so
+that the search is the plan, many times over.
 """
 
 from collections import Counter

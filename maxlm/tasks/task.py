@@ -3,12 +3,12 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar, Unpack
 
 import jax
 import numpy as np
 from jax import lax
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.config.errors import Requirement
@@ -75,7 +75,7 @@ class TaskModels:
 
 @dataclass(frozen=True)
 class SourceInputs:
-    """What a run has for its task to make batches from."""
+    """Inputs of a run for its task to make batches from."""
 
     loader: LoaderConfig
     seed: int
@@ -111,8 +111,8 @@ class Task(Config):
     with a ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none
     otherwise."""
 
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls, **config: Unpack[ConfigDict]):
+        super().__init_subclass__(**config)
         reads_batches = "loss" in cls.__dict__ or "prepare_batch" in cls.__dict__
         if reads_batches and "mesh_axes" not in cls.__dict__:
             cls.mesh_axes = frozenset()
