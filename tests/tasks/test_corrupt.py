@@ -180,8 +180,9 @@ def rows(draw):
     pieces = draw(st.lists(st.integers(1, 60), min_size=0, max_size=6))
     padding = draw(st.integers(0 if pieces else 1, 9))
     segments = np.repeat(np.arange(len(pieces) + 1), [padding, *pieces])
-    segments = np.concatenate([segments[padding:], segments[:padding]]).astype(np.int32)
-    return np.where(segments > 0, text(segments.size), 0).astype(np.int32), segments
+    segments = np.roll(segments, -padding).astype(np.int32)
+    tokens = np.where(segments > 0, text(segments.size), 0)
+    return tokens.astype(np.int32), segments
 
 
 ENCODER = ("tokens", "positions")

@@ -2,6 +2,8 @@
 alone, in any layout; a stored teacher's rows are those that are trained on."""
 
 import json
+from math import prod
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -46,25 +48,40 @@ def make_task(path, **settings):
     return row_cases.make_task(path, draw_rows(5, ROWS), **usual)
 
 
+class Outputs(NamedTuple):
+    """Both models' outputs, in float64."""
+
+    student_hidden: np.ndarray
+    student_logits: np.ndarray
+    teacher_hidden: np.ndarray
+    teacher_logits: np.ndarray
+    feature_head: np.ndarray | None
+    """The student's map to the teacher's features."""
+
+
 def compute_loss(task, batch, **mesh):
-    """The loss's sums and gradient with random models on a mesh; and both models'
-    logits."""
-    settings = {"model": MODEL | {"heads": dict(task.required_heads)}, "task": task}
-    settings |= {
-        "compute_dtype": "float32",
-        "data": {"seq_len": SEQ, "batch_size": ROWS},
-    }
-    config = RunConfig.model_validate(settings | {"mesh": {"fsdp": 1} | mesh})
-    devices = jax.devices()[: int(np.prod(list(mesh.values()) or [1]))]
-    runs = [
-        set_up_run(
-            config.model_copy(update={"model": model}), devices, frozen_sources={}
-        )
-        for model in (config.model, DecoderConfig.model_validate(TEACHER))
-    ]
-    params = [run.init_train_state().params for run in runs]
-    spread = jax.tree.map(lambda p: 6 * p, params)
-    student_run = runs[0]
+    """The loss's sums and gradient with random models on a mesh; and, on one device,
+    both models' outputs."""
+    config = RunConfig.model_validate(
+        {
+            "model": MODEL | {"heads": dict(task.required_heads)},
+            "task": task,
+            "compute_dtype": "float32",
+            "data": {"seq_len": SEQ, "batch_size": ROWS},
+            "mesh": {"fsdp": 1} | mesh,
+        }
+    )
+    devices = jax.devices()[: prod(mesh.values())]
+
+    def set_up(model):
+        run = config.model_copy(update={"model": model})
+        return set_up_run(run, devices, frozen_sources={})
+
+    student_run = set_up(config.model)
+    teacher_run = set_up(DecoderConfig.model_validate(TEACHER))
+    params = [run.init_train_state().params for run in (student_run, teacher_run)]
+    # Larger parameters, for distributions that differ.
+    student_params, teacher_params = jax.tree.map(lambda p: 6 * p, params)
     put = make_global_batch(
         batch,
         task.batch_arrays(SEQ),
@@ -76,41 +93,41 @@ def compute_loss(task, batch, **mesh):
     )
     put = {name: array[0] for name, array in put.items()}
 
-    def loss(student, teacher, put):
-        models = [
-            bind(run.model, p) for run, p in zip(runs, (student, teacher), strict=True)
-        ]
-        frozen = {"teacher": models[1]} if task.teacher else {}
-        return task.loss(TaskModels(models[0], frozen), put, jax.random.key(0))
+    def loss(student_params, teacher_params, put):
+        student = bind(student_run.model, student_params)
+        teacher = bind(teacher_run.model, teacher_params)
+        frozen = {"teacher": teacher} if task.teacher else {}
+        return task.loss(TaskModels(student, frozen), put, jax.random.key(0))
 
-    def states(student, teacher, put):
-        results = []
-        for run, p in zip(runs, (student, teacher), strict=True):
-            model = bind(run.model, p)
-            hidden = model(
-                *(put[name] for name in ("tokens", "positions", "segment_ids"))
-            )[0]
-            results.append((hidden, model.logits(hidden)))
-        return results
+    def run_models(student_params, teacher_params, put):
+        inputs = (put["tokens"], put["positions"], put["segment_ids"])
+        student = bind(student_run.model, student_params)
+        teacher = bind(teacher_run.model, teacher_params)
+        student_hidden, _ = student(*inputs)
+        teacher_hidden, _ = teacher(*inputs)
+        return (
+            student_hidden,
+            student.logits(student_hidden),
+            teacher_hidden,
+            teacher.logits(teacher_hidden),
+        )
 
-    run = bind_mesh(
-        student_run.mesh,
-        jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK),
-    )
-    (value, sums), gradient = run(*spread, put)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    step = bind_mesh(student_run.mesh, step)
+    (value, sums), gradient = step(student_params, teacher_params, put)
     sums = {name: float(x) for name, x in {"loss": value, **sums}.items()}
+    gradient = flatten_names(gradient)
     if mesh:
-        return sums, flatten_names(gradient), None
-    both = bind_mesh(student_run.mesh, jax.jit(states, compiler_options=QUICK))(
-        *spread, put
+        return sums, gradient, None
+    forward = jax.jit(run_models, compiler_options=QUICK)
+    forward = bind_mesh(student_run.mesh, forward)
+    arrays = forward(student_params, teacher_params, put)
+    head = flatten_names(student_params).get("heads.features.kernel")
+    outputs = Outputs(
+        *(np.asarray(array, np.float64) for array in arrays),
+        feature_head=None if head is None else np.float64(head),
     )
-    head = flatten_names(spread[0]).get("heads.features.kernel")
-    both = jax.tree.map(lambda a: np.asarray(a, np.float64), both)
-    return (
-        sums,
-        flatten_names(gradient),
-        (both, None if head is None else np.float64(head)),
-    )
+    return sums, gradient, outputs
 
 
 def log_softmax(x):
@@ -129,12 +146,11 @@ def test_the_loss_is_the_formulas_and_alike_in_every_layout(tmp_path):
     }
     task = make_task(tmp_path, **settings)
     batch = make_batch(task, SEQ, ROWS)
-    sums, gradient, (((hidden, student), (teacher_hidden, teacher)), head) = (
-        compute_loss(task, batch)
-    )
+    sums, gradient, outputs = compute_loss(task, batch)
     weights = batch["weights"]
+    student = outputs.student_logits
     p = log_softmax(student / 1.7)
-    q = log_softmax(teacher / 1.7)
+    q = log_softmax(outputs.teacher_logits / 1.7)
     mixture = np.log(0.7 * np.exp(p) + 0.3 * np.exp(q))
     kl = 0.3 * np.exp(q) * (q - mixture) + 0.7 * np.exp(p) * (p - mixture)
     divergence = 1.7**2 * (kl.sum(-1) * weights).sum()
@@ -144,7 +160,9 @@ def test_the_loss_is_the_formulas_and_alike_in_every_layout(tmp_path):
     # The log-normaliser.
     norm = np.take_along_axis(student, targets, -1)[..., 0] - log_probs
     z_loss = 1e-2 * (norm**2 * weights).sum()
-    features = (np.square(hidden @ head - teacher_hidden).mean(-1) * weights).sum()
+    predicted = outputs.student_hidden @ outputs.feature_head
+    errors = np.square(predicted - outputs.teacher_hidden).mean(-1)
+    features = (errors * weights).sum()
     loss = 0.8 * divergence + 0.2 * (entropy + z_loss) + 0.4 * features
     want = {
         "divergence": divergence,
@@ -225,8 +243,8 @@ def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(tmp_path):
     for i, example in enumerate(examples):
         for name, array in batch.items():
             array[i, : len(example["tokens"])] = example[name]
-    sums, gradient, (((_, student), _), _) = compute_loss(task, batch)
-    p = np.exp(log_softmax(student))
+    sums, gradient, outputs = compute_loss(task, batch)
+    p = np.exp(log_softmax(outputs.student_logits))
     want = 0.0
     for i, j in np.argwhere(batch["weights"]):
         q = batch["teacher_log_probs"][i, j].astype(np.float64)

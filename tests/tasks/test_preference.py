@@ -84,12 +84,15 @@ class Answers:
         return [np.asarray(array[0, : len(ids)], np.float64) for array in arrays]
 
     def log_probs(self, ids: list[int], num_prompt: int) -> np.ndarray:
-        logits = self._compute(ids)[0][:-1]
-        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-        return logits[np.arange(len(ids) - 1), ids[1:]][max(num_prompt - 1, 0) :]
+        logits, _ = self._compute(ids)
+        logits = logits[:-1]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        of_targets = log_probs[np.arange(len(ids) - 1), ids[1:]]
+        return of_targets[max(num_prompt - 1, 0) :]
 
     def score(self, ids: list[int]) -> float:
-        return self._compute(ids)[1][-1, 0]
+        _, scores = self._compute(ids)
+        return scores[-1, 0]
 
 
 def compute_formula(

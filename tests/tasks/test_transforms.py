@@ -91,7 +91,8 @@ def test_what_was_taken_out_is_in_the_targets_and_documents_stay_apart(task):
     after = transform_of(task, start_id=9, seed=0)(before, 0, [0, 1, 2])
     for row in range(3):
         for segment in (1, 2):
-            text = before["tokens"][row][before["segment_ids"][row] == segment][1:-1]
+            is_document = before["segment_ids"][row] == segment
+            text = before["tokens"][row][is_document][1:-1]
             inputs = after["input_tokens"][row][
                 after["input_segment_ids"][row] == segment
             ]
