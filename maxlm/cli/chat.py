@@ -19,13 +19,13 @@ def command(
     model: ModelArgument,
     settings: SettingsArgument = None,
     system: Annotated[
-        str | None, Option(help="Text that comes before the conversation.")
+        str | None, Option(help="The system message, before the conversation.")
     ] = None,
     mesh: MeshOption = None,
     step: StepOption = None,
     template: TemplateOption = None,
 ) -> None:
-    """Talk with a model; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.
+    """Chat with a model; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.
 
     Settings are those of sampling, as top_p=0.9, and of the engine, as
     max_length=16384; by default temperature=0.7, max_length=8192, and an answer may
@@ -42,8 +42,10 @@ def command(
     engine_settings = ["max_sequences=1", "max_length=8192"]
     for setting in settings or ():
         name = re.split(r"[.=\[]", setting)[0]
-        is_engine = name in EngineConfig.model_fields
-        (engine_settings if is_engine else sampling_settings).append(setting)
+        if name in EngineConfig.model_fields:
+            engine_settings.append(setting)
+        else:
+            sampling_settings.append(setting)
     sampling = load_config(SamplingConfig, None, sampling_settings).value
     loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
     engine = make_engine(loaded, engine_settings, warm_up="behind")

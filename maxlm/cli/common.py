@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -30,20 +31,20 @@ TextArgument = Annotated[
 ]
 TextFieldOption = Annotated[str, Option(help="JSON key or Parquet column.")]
 WorkersOption = Annotated[
-    int | None, Option(min=1, help="Processes; by default one a core.")
+    int | None, Option(min=1, help="Processes; default: one per core.")
 ]
 KeepOption = Annotated[
     list[str] | None,
-    Option(help="NAME=EXPRESSION: a rule to try instead of, or beside, the recipe's."),
+    Option(help="NAME=EXPRESSION: a rule that replaces or joins the recipe's."),
 ]
 SetOption = Annotated[
-    list[str] | None, Option("--set", help="KEY=VALUE of its settings.")
+    list[str] | None, Option("--set", help="KEY=VALUE of the model's settings.")
 ]
 ModelArgument = Annotated[
     str, Argument(help="A run's folder, or a Hugging Face checkpoint's.")
 ]
 MeshOption = Annotated[
-    str | None, Option(help="Devices by axis, such as tensor=2; default: one device.")
+    str | None, Option(help="Devices per axis, such as tensor=2; default: one device.")
 ]
 TemplateOption = Annotated[
     Path | None,
@@ -63,18 +64,18 @@ CoordinatorOption = Annotated[
 ]
 NumProcessesOption = Annotated[
     int | None,
-    Option(help="How many processes there are; default: $MAXLM_NUM_PROCESSES."),
+    Option(help="Number of processes; default: $MAXLM_NUM_PROCESSES."),
 ]
 ProcessIdOption = Annotated[
-    int | None, Option(help="Which one this is, from 0; default: $MAXLM_PROCESS_ID.")
+    int | None, Option(help="This process, from 0; default: $MAXLM_PROCESS_ID.")
 ]
 
 
 def make_cluster_variables(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> dict[str, str]:
-    """Return the options that say a process's place as the variables that mean the
-    same."""
+    """Return the options that tell a process its place in a cluster as the environment
+    variables that mean the same."""
     from maxlm.runtime.cluster import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
     options = {
@@ -85,44 +86,65 @@ def make_cluster_variables(
     return {name: str(value) for name, value in options.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class TuningOptions:
+    """Options of ``maxlm tune`` that are no settings of a run; see ``tune_model``."""
+
+    epochs: float | None
+    precompute_reference: bool
+
+
 def run_training(
     run: "RunConfig",
     resume: str | None,
     profile: str | None,
     cluster_variables: dict[str, str],
-    tuning: dict[str, Any] | None = None,
+    tuning: TuningOptions | None = None,
 ) -> None:
-    """Train a run, or tune it with these options of ``tune_model``, and print its
-    report; all of its processes join, and each takes as much of a GPU's memory as plans
-    say."""
-    from maxlm.plan.hardware import GPU_SHARE
+    """Train a run, or tune it, and print its report; all of its processes join, and
+    each takes as much of a GPU's memory as plans say.
+
+    Args:
+        resume: another run's folder to resume from.
+        profile: steps to trace, ``10:13``.
+        tuning: None: train.
+    """
+    from maxlm.plan.hardware import GPU_MEMORY_SHARE
     from maxlm.runtime.session import distributed_session
     from maxlm.train.profile import parse_steps
 
-    traced = parse_steps(profile) if profile else None
-    # Read when JAX starts.
-    if (
-        "XLA_CLIENT_MEM_FRACTION" not in os.environ
-    ):  # its newer name: JAX refuses both at once
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
+    profiled_steps = parse_steps(profile) if profile else None
+    # Read when JAX starts. JAX refuses this variable beside its newer name.
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     with distributed_session(
         run.model_dump(mode="json"),
         join_timeout_seconds=run.faults.join_seconds,
         peer_timeout_seconds=run.faults.peer_seconds,
         cluster_variables=cluster_variables,
     ):
-        from maxlm.train.program import train_model as train
+        # Imported when all processes have joined: these modules start JAX.
         from maxlm.train.report import print_training_report
 
-        if tuning is not None:
-            from maxlm.tune.program import tune_model as train
-        print_training_report(
-            train(run, **(tuning or {}), resume=resume, profile=traced)
-        )
+        if tuning is None:
+            from maxlm.train.program import train_model
+
+            result = train_model(run, resume=resume, profile=profiled_steps)
+        else:
+            from maxlm.tune.program import tune_model
+
+            result = tune_model(
+                run,
+                epochs=tuning.epochs,
+                precompute_reference=tuning.precompute_reference,
+                resume=resume,
+                profile=profiled_steps,
+            )
+        print_training_report(result)
 
 
-def print_json(value: Any) -> None:
-    """Print plain data; no NaN, which is no JSON."""
+def print_json(value: object) -> None:
+    """Print plain data; NaN, which JSON does not have, is an error."""
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
@@ -138,11 +160,18 @@ def print_table(
     first_column: str,
     numeric_columns: Iterable[str],
     rows: Iterable[Sequence[str]],
-    **style: Any,
+    *,
+    title: str | None = None,
+    with_lines: bool = True,
 ) -> None:
-    """Print a table of a column of names and columns of numbers, on the right;
-    ``style``: of rich's ``Table``."""
-    table = Table(first_column, **style)
+    """Print a table of a column of names, and columns of numbers aligned to the right.
+
+    Args:
+        with_lines: whether lines frame the table.
+    """
+    table = Table(first_column, title=title)
+    if not with_lines:
+        table.box = None
     for name in numeric_columns:
         table.add_column(name, justify="right")
     for row in rows:

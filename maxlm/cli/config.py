@@ -1,5 +1,4 @@
-"""``maxlm config``: what a config resolves to, what may stand in one, which ones are
-shipped."""
+"""``maxlm config``: a config's resolved values, its schema, and the shipped configs."""
 
 import json
 from typing import Annotated
@@ -35,11 +34,14 @@ def print_schema(
     """Print the JSON Schema of a run config, for editors to complete and check YAML
     with."""
     if recipe:
-        from maxlm.corpus.recipe import RecipeConfig as described
-    else:
-        from maxlm.run.config import RunConfig as described
+        from maxlm.corpus.recipe import RecipeConfig
 
-    print(json.dumps(build_json_schema(described), indent=2, ensure_ascii=False))
+        schema = build_json_schema(RecipeConfig)
+    else:
+        from maxlm.run.config import RunConfig
+
+        schema = build_json_schema(RunConfig)
+    print(json.dumps(schema, indent=2, ensure_ascii=False))
 
 
 @app.command("list")

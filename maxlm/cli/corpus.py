@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -40,6 +40,7 @@ app = typer.Typer(
     help="Clean and label documents, build token stores, and look into them.",
 )
 
+# Counts of a corpus's documents that are of rows, not of what is passed over.
 _ROW_COUNTS = ("rows", "labelled")
 StoreArgument = Annotated[
     str, Argument(help="A token store: a folder, s3://... or gs://...")
@@ -48,10 +49,8 @@ OnOption = Annotated[
     str,
     Option(
         help="Where tasks run: local (processes of this machine), ray://HOST:PORT (a "
-        "Ray cluster, "
-        "by its Ray client server) or ray (the cluster of RAY_ADDRESS or of this "
-        "machine, else one "
-        "that is started here)."
+        "Ray cluster, by its Ray client server) or ray (the cluster of RAY_ADDRESS or "
+        "of this machine, else one that is started here)."
     ),
 ]
 CorpusArgument = Annotated[Path, Argument(help="A corpus's folder, as `run` made it.")]
@@ -67,7 +66,7 @@ def build(
         Literal["all", "train", "heldout"], Option(help="Which documents to take.")
     ] = "all",
     heldout_fraction: Annotated[
-        float, Option(help="Share held out, by hashes of texts.")
+        float, Option(help="Share of documents held out, by hashes of texts.")
     ] = 0.01,
     text_field: TextFieldOption = "text",
     on_bad_bytes: Annotated[
@@ -75,30 +74,45 @@ def build(
         Option(help="What to do with text that is not valid UTF-8."),
     ] = "error",
     piece_bytes: Annotated[
-        int | None, Option(min=1, help="Cut text files at line ends.")
+        int | None,
+        Option(
+            min=1, help="Cut text files into pieces of so many bytes, at line ends."
+        ),
     ] = None,
     force: Annotated[
-        bool, Option("--force", help="Replace a store of other inputs.")
+        bool, Option("--force", help="Replace a store made from other inputs.")
     ] = False,
     join: Annotated[
-        bool, Option("--join", help="Work beside other builders of it.")
+        bool, Option("--join", help="Share the work with other builders of this store.")
     ] = False,
 ) -> None:
-    """Tokenize documents into a token store. Run it again after an interruption to go
-    on."""
+    """Tokenize documents into a token store. Run it again to resume after an
+    interruption."""
     from maxlm.data.store import build_store
 
-    reading: dict[str, Any] = {"on_bad_bytes": on_bad_bytes, "piece_bytes": piece_bytes}
-    source = SourceConfig(documents=tuple(text), text_field=text_field, **reading)
-    options: dict[str, Any] = {"split": split, "heldout_fraction": heldout_fraction}
-    options |= {"workers": workers, "force": force, "join": join}
+    source = SourceConfig(
+        documents=tuple(text),
+        text_field=text_field,
+        on_bad_bytes=on_bad_bytes,
+        piece_bytes=piece_bytes,
+    )
     with show_progress() as progress:
-        build_store(source, tokenizer, out, progress=progress, **options)
+        build_store(
+            source,
+            tokenizer,
+            out,
+            split=split,
+            heldout_fraction=heldout_fraction,
+            workers=workers,
+            force=force,
+            join=join,
+            progress=progress,
+        )
     show_info(str(out))
     for entry in text:
         if is_corpus(Path(entry)):
-            opened = _open_corpus(Path(entry))
-            _print_lost_text(opened, opened.resolve_rules())
+            corpus = _open_corpus(Path(entry))
+            _print_lost_text(corpus, corpus.resolve_rules())
 
 
 @app.command()
@@ -107,16 +121,18 @@ def append(
     text: TextArgument,
     workers: WorkersOption = None,
 ) -> None:
-    """Add documents to a store, as a new segment; those that are there keep their
+    """Add documents to a store, as a new segment; earlier documents keep their
     numbers."""
     from maxlm.data.store import TokenStore, append_store
 
-    made = TokenStore.open(store).manifest
-    reading: dict[str, Any] = {
-        "on_bad_bytes": made.on_bad_bytes,
-        "piece_bytes": made.piece_bytes,
-    }
-    source = SourceConfig(documents=tuple(text), text_field=made.text_field, **reading)
+    # New documents are read as the earlier ones were.
+    manifest = TokenStore.open(store).manifest
+    source = SourceConfig(
+        documents=tuple(text),
+        text_field=manifest.text_field,
+        on_bad_bytes=manifest.on_bad_bytes,
+        piece_bytes=manifest.piece_bytes,
+    )
     with show_progress() as progress:
         append_store(source, store, workers=workers, progress=progress)
     show_info(str(store))
@@ -128,8 +144,7 @@ def verify(
         str, Argument(help="A token store (a folder, s3:// or gs://) or a corpus.")
     ],
 ) -> None:
-    """Read all of a store or a corpus, and say whether each file is the one that was
-    written.
+    """Read all of a store or a corpus, and check that every file is as it was written.
 
     Every file is compared with its SHA-256; of a store also every token, offset and
     packing index.
@@ -137,9 +152,8 @@ def verify(
     if is_corpus(Path(folder)):
         corpus = _open_corpus(Path(folder))
         unchecked = corpus.verify()
-        counted = (
-            f"{len(corpus.shards):,} shards of {len(corpus.list_stages()):,} stages"
-        )
+        num_stages = len(corpus.list_stages())
+        contents = f"{len(corpus.shards):,} shards of {num_stages:,} stages"
     else:
         from maxlm.data.loader.packing import (
             describe_missing_checksums,
@@ -152,10 +166,10 @@ def verify(
         for index in list_indices(store):
             verify_index(index)
         unchecked = describe_missing_checksums(store)
-        counted = f"{store.num_documents:,} documents, {store.num_tokens:,} tokens"
+        contents = f"{store.num_documents:,} documents, {store.num_tokens:,} tokens"
     for line in unchecked:
         print(line, file=sys.stderr)
-    print(f"{counted}: all is well")
+    print(f"{contents}: all is well")
 
 
 @app.command()
@@ -164,7 +178,7 @@ def mix(
     settings: SettingsArgument = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a run reads of each source, by phase and in all, before it is trained.
+    """Show what a run reads of each source, by phase and in all, before it trains.
 
     Prepares the run's text in the run's folder, as training would. Weights, phases and
     steps may then be tried, as KEY=VALUE; other text needs another folder.
@@ -179,28 +193,27 @@ def mix(
         return
     rows = []
     for usage in usages:
-        is_total = (usage.first_step, usage.stop_step) == (0, run.train.steps)
-        steps = (
-            "all steps"
-            if is_total
-            else f"{usage.first_step:,} to {usage.stop_step - 1:,}"
-        )
-        figures = (
+        steps = f"{usage.first_step:,} to {usage.stop_step - 1:,}"
+        if (usage.first_step, usage.stop_step) == (0, run.train.steps):
+            steps = "all steps"
+        row = (
+            steps,
+            usage.source,
             f"{usage.sequences:,}",
             f"{usage.share:.2%}",
             f"{usage.tokens:,}",
             f"{usage.epochs:.2f}",
             f"{usage.epochs_so_far:.2f}",
         )
-        rows.append((steps, usage.source, *figures))
+        rows.append(row)
     columns = ("source", "sequences", "share", "tokens", "epochs", "epochs so far")
     print_table("steps", columns, rows)
 
 
 @app.command("info")
 def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Show what a store holds, after checking that its arrays have the sizes it
-    claims."""
+    """Show what is in a store, after checking that its arrays have the sizes that it
+    states."""
     from maxlm.data.store import TokenStore
     from maxlm.data.store.store import describe_store, summary_table
 
@@ -217,8 +230,8 @@ def run(
     settings: SettingsArgument = None,
     on: OnOption = "local",
 ) -> None:
-    """Read sources and label their documents. Run it again after an interruption to go
-    on.
+    """Read sources and label their documents. Run it again to resume after an
+    interruption.
 
     Stages whose settings have not changed are not done again; rules under keep are
     applied when a token store is built, so another threshold costs nothing here. Prints
@@ -240,7 +253,7 @@ def run(
 def report(
     corpus: CorpusArgument,
     out: Annotated[
-        Path | None, Option(help="The page; default: CORPUS/report.html.")
+        Path | None, Option(help="HTML file to write; default: CORPUS/report.html.")
     ] = None,
     tokenizer: Annotated[
         Path | None, Option(help="A tokenizer, to count tokens with.")
@@ -249,7 +262,7 @@ def report(
     as_json: JsonOption = False,
     on: OnOption = "local",
 ) -> None:
-    """Show what rules keep and drop: in numbers here, with histograms and samples in a
+    """Show what rules keep and drop: numbers here, histograms and samples in an HTML
     page.
 
     Of a run that is not done it shows the stages before the first that is not, and how
@@ -290,18 +303,16 @@ def export(
         open_executor(on, opened.recipe.workers) as executor,
         show_progress("parts") as progress,
     ):
-        made = export_corpus(
+        counts = export_corpus(
             opened, rules, out, to, executor, force=force, progress=progress
         )
     print(
-        "{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(
-            made
-        )
+        f"{counts['documents']:,} documents, {counts['text_bytes']:,} bytes, "
+        f"{counts['files']:,} files"
     )
     print(
-        "left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(
-            made
-        )
+        f"left out: {counts['dropped']:,} dropped by rules, "
+        f"{counts['empty']:,} empty after cuts"
     )
     print(f"the files: {out}")
 
@@ -314,15 +325,16 @@ def _open_corpus(folder: Path, allow_unfinished: bool = False) -> "OpenCorpus":
 
 
 def _parse_rules(rules: list[str]) -> dict[str, str]:
+    """Parse rules, NAME=EXPRESSION each."""
+    expressions: dict[str, str] = {}
     for rule in rules:
-        if "=" not in rule or not re.fullmatch(
-            r"\s*[A-Za-z][\w-]*\s*", rule.partition("=")[0]
-        ):
+        name, equals, expression = rule.partition("=")
+        name = name.strip()
+        if not equals or not re.fullmatch(r"[A-Za-z][\w-]*", name):
             fix = "write it like: --keep 'long=heuristics.words >= 100'"
             raise MaxlmError(f"{rule!r} has no name", where="--keep", fix=fix)
-    return {
-        name.strip(): text for name, _, text in (rule.partition("=") for rule in rules)
-    }
+        expressions[name] = expression
+    return expressions
 
 
 def _print_funnel(
@@ -352,28 +364,31 @@ def _print_funnel(
         write_report(corpus, rules, summary, page, lost)
     alarms = list_alarms(corpus, rules, summary)
     if as_json:
-        report = {"funnel": rows, "lost": asdict(lost), "alarms": alarms}
-        print_json(report | {"unfinished": corpus.unfinished})
+        funnel = {
+            "funnel": rows,
+            "lost": asdict(lost),
+            "alarms": alarms,
+            "unfinished": corpus.unfinished,
+        }
+        print_json(funnel)
         return
     columns = ("dropped", "left", "MB", *rows[0]["by_source"])
     cells = []
     for row in rows:
-        counts = [f"{number:,}" for number in row["by_source"].values()]
-        figures = (
-            f"{row['dropped']:,}",
-            f"{row['left']:,}",
-            f"{row['bytes'] / 1e6:,.1f}",
-        )
+        counts = [f"{count:,}" for count in row["by_source"].values()]
+        megabytes = row["bytes"] / 1e6
+        figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{megabytes:,.1f}")
         cells.append((row["rule"], *figures, *counts))
     print_table("rule", columns, cells, title=str(corpus.folder))
-    read = corpus.read_manifest(DOCUMENTS)["counts"]
-    passed = [
-        f"{n:,} {reason}"
-        for reason, n in read.items()
-        if n and reason not in _ROW_COUNTS
+    # Beside the numbers of rows these count what was not read, by reason.
+    reading_counts = corpus.read_manifest(DOCUMENTS)["counts"]
+    passed_over = [
+        f"{count:,} {reason}"
+        for reason, count in reading_counts.items()
+        if count and reason not in _ROW_COUNTS
     ]
-    if passed:
-        print(f"passed over in reading: {', '.join(passed)}")
+    if passed_over:
+        print(f"passed over in reading: {', '.join(passed_over)}")
     print(lost)
     for alarm in alarms:
         print(alarm)
@@ -421,9 +436,11 @@ def train_perplexity(
         perplexity_model.PerplexityTrainingConfig, None, settings or ()
     ).value
     texts = map(bytes.decode, _read_texts(text))
-    sample = map(bytes.decode, _read_texts(reference)) if reference else None
+    sample = None
+    if reference:
+        sample = map(bytes.decode, _read_texts(reference))
     report = perplexity_model.train_perplexity(texts, out, config, sample)
-    counts = ", ".join(f"{number:,}" for number in report.ngrams.num_ngrams)
+    counts = ", ".join(f"{count:,}" for count in report.ngrams.num_ngrams)
     print(
         f"{report.num_documents:,} documents, {report.ngrams.num_tokens:,} words and "
         f"line ends"
@@ -461,20 +478,21 @@ def calibrate_perplexity(
     ).value
     sample = map(bytes.decode, _read_texts(reference))
     folder = out or model
-    _print_cutoffs(
-        perplexity_model.calibrate_perplexity(model, sample, folder, config), folder
-    )
+    metadata = perplexity_model.calibrate_perplexity(model, sample, folder, config)
+    _print_cutoffs(metadata, folder)
 
 
 def _print_cutoffs(metadata: "PerplexityMetadata", folder: Path) -> None:
     percentiles = ", ".join(
-        f"{p}%: {value:,.1f}" for p, value in metadata.percentiles.items()
+        f"{percentile}%: {value:,.1f}"
+        for percentile, value in metadata.percentiles.items()
     )
     print(
         f"perplexities of {metadata.reference_documents:,} reference documents: "
         f"{percentiles}"
     )
-    print("head up to {:,.1f}, tail beyond {:,.1f}".format(*metadata.cutoffs))
+    head_end, tail_start = metadata.cutoffs
+    print(f"head up to {head_end:,.1f}, tail beyond {tail_start:,.1f}")
     print(f"the model: {folder}")
 
 
@@ -483,7 +501,9 @@ def train_quality(
     positive: Annotated[
         list[str], Option(help="Documents as they should be; repeatable.")
     ],
-    negative: Annotated[list[str], Option(help="Documents as they should not be.")],
+    negative: Annotated[
+        list[str], Option(help="Documents as they should not be; repeatable.")
+    ],
     out: Annotated[Path, Option(help="The model's file, .safetensors.")],
     settings: SetOption = None,
 ) -> None:
@@ -526,12 +546,13 @@ def _show_labels(corpus: Path, document: str) -> None:
         print(opened.unfinished, file=sys.stderr)
     from maxlm.corpus.opened import find_document
 
-    found, kept = find_document(opened, document)
-    text = found.pop("text")
-    for name, value in found.items():
+    labels, passes_of_rule = find_document(opened, document)
+    text = labels.pop("text")
+    for name, value in labels.items():
         print(f"{name}: {value}", file=sys.stderr)
-    for name, passes in kept.items():
-        print(f"rule {name}: {'kept' if passes else 'dropped'}", file=sys.stderr)
+    for name, passes in passes_of_rule.items():
+        verdict = "kept" if passes else "dropped"
+        print(f"rule {name}: {verdict}", file=sys.stderr)
     sys.stderr.flush()
     print(text if text is not None else "", end="")
 
@@ -541,14 +562,13 @@ def _show_stored(store: str, document: str, tokens: bool) -> None:
     from maxlm.data.tokenizer import load_tokenizer
 
     if not document.isdecimal():
-        fix = "give its number, from 0"
-        raise MaxlmError(
-            f"{document!r} is no number of a document", where=store, fix=fix
-        )
+        message = f"{document!r} is no number of a document"
+        raise MaxlmError(message, where=store, fix="give its number, from 0")
     opened = TokenStore.open(store)
     index = int(document)
     if tokens:
-        print(" ".join(map(str, opened.document(index).tolist())))
+        ids = opened.document(index).tolist()
+        print(" ".join(map(str, ids)))
         return
     tokenizer = load_tokenizer(opened.tokenizer_folder)
     check_tokenizer(opened, tokenizer)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import ModelArgument, StepOption
@@ -14,17 +13,16 @@ from maxlm.config import MaxlmError, load_config
 
 
 def command(
-    context: typer.Context,
     run: ModelArgument,
     prompts: Annotated[
         list[str], Argument(metavar="PROMPT...", help="Texts; - is stdin.")
     ],
-    max_new_tokens: Annotated[int | None, Option(help="Write at most so many.")] = None,
+    max_new_tokens: Annotated[int | None, Option(help="Most tokens to write.")] = None,
     temperature: Annotated[
-        float | None, Option(help="0: the likeliest; above 1: wilder.")
+        float | None, Option(help="0: the likeliest token; higher: more random.")
     ] = None,
     top_k: Annotated[
-        int | None, Option(help="Draw from so many likeliest tokens; 0: all.")
+        int | None, Option(help="Draw from this many likeliest tokens; 0: all.")
     ] = None,
     top_p: Annotated[
         float | None, Option(help="Draw from this probability mass; 1: all.")
@@ -33,10 +31,11 @@ def command(
         int | None, Option(help="The same seed gives the same text.")
     ] = None,
     beams: Annotated[
-        int | None, Option(min=1, help="Search the likeliest text by beams.")
+        int | None,
+        Option(min=1, help="Search the likeliest text with this many beams."),
     ] = None,
     best_of: Annotated[
-        int | None, Option(min=1, help="Draw so many, show the likeliest.")
+        int | None, Option(min=1, help="Draw this many texts, show the likeliest.")
     ] = None,
     step: StepOption = None,
 ) -> None:
@@ -47,48 +46,72 @@ def command(
     from maxlm.run.load import load_model
 
     options = {
-        k: v for k, v in context.params.items() if k in SamplingConfig.model_fields
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
     }
-    given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    chosen = load_config(SamplingConfig, None, given).value.model_dump(
-        exclude_unset=True
-    )
+    settings = [
+        f"{name}={value}" for name, value in options.items() if value is not None
+    ]
+    chosen = load_config(SamplingConfig, None, settings).value
     if beams and best_of:
-        what, fix = "--beams and --best-of are two ways to search", "give one of them"
-        raise MaxlmError(what, where="command line", fix=fix)
-    texts = [sys.stdin.buffer.read() if p == "-" else os.fsencode(p) for p in prompts]
+        message = "--beams and --best-of are two ways to search"
+        raise MaxlmError(message, where="command line", fix="give one of them")
+    texts = [
+        sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
+        for prompt in prompts
+    ]
 
-    opened = load_model(run, step=step)
-    samples = opened.config.samples.model_dump(include=set(SamplingConfig.model_fields))
-    sampling = SamplingConfig(**{**samples, **chosen})
-    given = opened.model, opened.params, opened.tokenizer, texts, sampling
+    loaded = load_model(run, step=step)
+    samples = loaded.config.samples.model_dump(include=set(SamplingConfig.model_fields))
+    samples |= chosen.model_dump(exclude_unset=True)
+    sampling = SamplingConfig(**samples)
     if beams or best_of:
-        steps = search_text(*given, num_beams=beams, num_samples=best_of or 1)
+        steps = search_text(
+            loaded.model,
+            loaded.params,
+            loaded.tokenizer,
+            texts,
+            sampling,
+            num_beams=beams,
+            num_samples=best_of or 1,
+        )
     else:
-        steps = generate_text(*given)
-    _show(texts, steps, get_prompt_separator(opened.model))
+        steps = generate_text(
+            loaded.model, loaded.params, loaded.tokenizer, texts, sampling
+        )
+    _print_texts(texts, steps, get_prompt_separator(loaded.model))
 
 
-def _show(prompts: Sequence[bytes], steps: Iterator[list[str]], between: str) -> None:
-    """The first text as it comes, the others when all are done; headings if there are
-    several."""
+def _print_texts(
+    prompts: Sequence[bytes], steps: Iterator[list[str]], separator: str
+) -> None:
+    """Print the first text as it comes, the others when all are done; with headings if
+    there are several.
+
+    Args:
+        steps: the next piece of each text, step by step.
+        separator: what stands between a prompt and its text.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a model may write what the terminal cannot
+        # A model may write what the terminal cannot.
+        sys.stdout.reconfigure(errors="replace")
 
-    def open_text(number: int) -> None:
+    def print_prompt(index: int) -> None:
         if len(prompts) > 1:
-            print(f"──── prompt {number} ────")
-        print(prompts[number - 1].decode("utf-8", "replace"), end=between, flush=True)
+            print(f"──── prompt {index + 1} ────")
+        prompt = prompts[index].decode("utf-8", "replace")
+        print(prompt, end=separator, flush=True)
 
-    open_text(1)
+    print_prompt(0)
     others = [""] * (len(prompts) - 1)
-    for first, *rest in steps:
-        print(first, end="", flush=True)
-        others = [text + piece for text, piece in zip(others, rest, strict=True)]
+    for first_piece, *pieces in steps:
+        print(first_piece, end="", flush=True)
+        others = [text + piece for text, piece in zip(others, pieces, strict=True)]
     print()
-    for number, text in enumerate(others, 2):
+    for index, text in enumerate(others, 1):
         print()
-        open_text(number)
+        print_prompt(index)
         print(text)

@@ -18,7 +18,7 @@ def command(
     context: typer.Context,
     scheduler: Annotated[
         Literal["slurm", "jobset", "skypilot", "ray", "tpu-vm"],
-        Argument(help="What starts it."),
+        Argument(help="The scheduler that starts the job."),
     ],
     config: ConfigArgument,
     settings: SettingsArgument = None,
@@ -27,56 +27,68 @@ def command(
         str, Option(help="The machine: v5p-256, 2xv5e-256, h100x64, cpux8, ...")
     ],
     submitting: Annotated[
-        bool, Option("--submit", help="Hand it to the scheduler.")
+        bool, Option("--submit", help="Submit the job to the scheduler.")
     ] = False,
-    out: Annotated[Path | None, Option(help="Write it to this file as well.")] = None,
+    out: Annotated[Path | None, Option(help="Also write the job to this file.")] = None,
     template: Annotated[
         Path | None, Option(help="Your copy of a template from launch/.")
     ] = None,
     force: Annotated[
-        bool, Option("--force", help="Even if it does not fit by the plan.")
+        bool, Option("--force", help="Even if the plan does not fit the machine.")
     ] = False,
-    name: Annotated[str | None, Option(help="The job's; tpu-vm: the TPU's.")] = None,
+    name: Annotated[
+        str | None, Option(help="Name of the job; tpu-vm: of the TPU.")
+    ] = None,
     nodes: Annotated[
-        int | None, Option(min=1, help="slurm, ray, for cpuxN: hosts.")
+        int | None, Option(min=1, help="slurm, ray with cpuxN: number of hosts.")
     ] = None,
     image: Annotated[
-        str | None, Option(help="Container: slurm, jobset, skypilot.")
+        str | None, Option(help="Container image: slurm, jobset, skypilot.")
     ] = None,
     queue: Annotated[
-        str | None, Option("--queue", "--partition", help="slurm, jobset.")
+        str | None, Option("--queue", "--partition", help="Queue: slurm, jobset.")
     ] = None,
-    account: Annotated[str | None, Option(help="slurm.")] = None,
-    namespace: Annotated[str | None, Option(help="jobset.")] = None,
+    account: Annotated[str | None, Option(help="Account: slurm.")] = None,
+    namespace: Annotated[str | None, Option(help="Namespace: jobset.")] = None,
     priority: Annotated[
-        str | None, Option(help="slurm (QOS), jobset, skypilot.")
+        str | None, Option(help="Priority: slurm (QOS), jobset, skypilot.")
     ] = None,
-    reservation: Annotated[str | None, Option(help="slurm, jobset.")] = None,
+    reservation: Annotated[
+        str | None, Option(help="Reservation: slurm, jobset.")
+    ] = None,
     spot: Annotated[
         bool, Option("--spot", help="Preemptible machines: jobset, skypilot.")
     ] = False,
     time: Annotated[
-        str | None, Option(help="slurm: limit of a start, 24:00:00 or 24h.")
+        str | None, Option(help="Time limit of a start, 24:00:00 or 24h: slurm.")
     ] = None,
     retries: Annotated[
-        int | None, Option(min=0, help="Restarts after codes 75, 76: 100.")
+        int | None,
+        Option(min=0, help="Restarts after exit codes 75, 76; default: 100."),
     ] = None,
-    grace: Annotated[int | None, Option(min=1, help="Seconds to save in: 120.")] = None,
-    env: Annotated[list[str] | None, Option(help="NAME=VALUE; again for more.")] = None,
+    grace: Annotated[
+        int | None, Option(min=1, help="Seconds to save in; default: 120.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, Option(help="NAME=VALUE of a variable; repeatable.")
+    ] = None,
     secret: Annotated[
-        list[str] | None, Option(help="NAME; jobset: NAME=SECRET/KEY.")
+        list[str] | None,
+        Option(help="NAME of a secret variable; jobset: NAME=SECRET/KEY."),
     ] = None,
     mount: Annotated[
-        list[str] | None, Option(help="SOURCE:/PATH; again for more.")
+        list[str] | None, Option(help="SOURCE:/PATH to mount; repeatable.")
     ] = None,
     node_selector: Annotated[
-        list[str] | None, Option(help="jobset: KEY=VALUE of nodes.")
+        list[str] | None, Option(help="KEY=VALUE of nodes: jobset.")
     ] = None,
-    service_account: Annotated[str | None, Option(help="jobset.")] = None,
-    zone: Annotated[str | None, Option(help="skypilot, tpu-vm.")] = None,
-    project: Annotated[str | None, Option(help="tpu-vm.")] = None,
+    service_account: Annotated[
+        str | None, Option(help="Service account: jobset.")
+    ] = None,
+    zone: Annotated[str | None, Option(help="Zone: skypilot, tpu-vm.")] = None,
+    project: Annotated[str | None, Option(help="Project: tpu-vm.")] = None,
     maxlm: Annotated[
-        str | None, Option(help="The program, if not on the hosts' PATH.")
+        str | None, Option(help="Path of maxlm, if not on the hosts' PATH.")
     ] = None,
 ) -> None:
     """Print a scheduler's job for a run, checked against its plan; --submit starts it.
@@ -89,11 +101,11 @@ def command(
     my.yaml names text (data.sources; rows to tune on: task.files) and a folder that all hosts see.
     Without data the job is printed with placeholders to replace, and cannot be submitted.
 
-    Exit code: 0 printed or submitted, 1 the client failed, 2 a mistake in what was given.
+    Exit codes: 0 printed or submitted, 1 the scheduler's client failed, 2 wrong input.
     """
     import jax
 
-    from maxlm.launch.job import SPOT_GRACE, is_containerized, make_job
+    from maxlm.launch.job import SPOT_GRACE_SECONDS, is_containerized, make_job
     from maxlm.launch.options import JobOptions
     from maxlm.launch.places import (
         can_see_submitting_machine,
@@ -105,15 +117,15 @@ def command(
     from maxlm.plan.show import format_prediction
     from maxlm.run.load_config import load_run_config
 
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # Planning touches no accelerator of this machine's.
-    given: dict[str, Any] = {}
+    # Planning touches no accelerator of this machine's.
+    jax.config.update("jax_platforms", "cpu")
+    # Each field of JobOptions is an option of this name; None: it is not given.
+    job_options: dict[str, Any] = {}
     for field in fields(JobOptions):
         value = context.params[field.name]
         if value is not None:
-            given[field.name] = tuple(value) if isinstance(value, list) else value
-    options = JobOptions(**given)
+            job_options[field.name] = tuple(value) if isinstance(value, list) else value
+    options = JobOptions(**job_options)
     all_settings = [*(settings or ())]
     run = load_run_config(config, all_settings)
     placeholders = []
@@ -141,28 +153,39 @@ def command(
         user_template=template is not None,
     )
     text = render_job(job, template)
-    kept = job_file_path(job, run)
-    written = [
-        path for path, asked in ((out, out), (kept, submitting)) if path and asked
-    ]
+    job_file = job_file_path(job, run)
+    written = []
+    if out is not None:
+        written.append(out)
+    if submitting:
+        written.append(job_file)
     for path in written:
         with convert_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     print(text, end="")
     if named_placeholders:
-        to_set = shlex.join(placeholders) or ", ".join(named_placeholders)
-        words = f"the job has placeholders; set paths of your own: {to_set}"
-        print(f"warning: {words}", file=sys.stderr)
-    print(f"planned: {format_prediction(plan)}", file=sys.stderr)
-    if plan.known_time_errors:
-        print(
-            f"note: {format_known_time_errors(plan.known_time_errors)}", file=sys.stderr
+        settings_to_replace = shlex.join(placeholders) or ", ".join(named_placeholders)
+        _print_note(
+            f"warning: the job has placeholders; set paths of your own: "
+            f"{settings_to_replace}"
         )
-    if scheduler == "jobset" and spot and options.grace > SPOT_GRACE:
-        words = f"{SPOT_GRACE} s, not {options.grace}, unless their pool says so"
-        print(f"note: GKE's Spot nodes give {words}", file=sys.stderr)
+    _print_note(f"planned: {format_prediction(plan)}")
+    if plan.known_time_errors:
+        _print_note(f"note: {format_known_time_errors(plan.known_time_errors)}")
+    if scheduler == "jobset" and spot and options.grace > SPOT_GRACE_SECONDS:
+        _print_note(
+            f"note: GKE's Spot nodes give {SPOT_GRACE_SECONDS} s, not {options.grace}, "
+            f"unless their pool says so"
+        )
     for path in written:
-        print(f"written: {path}", file=sys.stderr)
-    if submitting and submit_job(job, kept):
-        raise typer.Exit(1)
+        _print_note(f"written: {path}")
+    if submitting:
+        exit_code = submit_job(job, job_file)
+        if exit_code:
+            raise typer.Exit(1)
+
+
+def _print_note(line: str) -> None:
+    """Print beside the job, which alone goes to stdout."""
+    print(line, file=sys.stderr)

@@ -19,30 +19,31 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 from typer import Option
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
 # Verb → its line of help.
 VERBS = {
-    "train": "Train a model, or go on where a run stopped.",
+    "train": "Train a model, or resume a run.",
     "tune": "Tune a pretrained model: to answer, to prefer, to score, to imitate.",
     "smoke": "Check on this device, in a minute, that a config works.",
-    "plan": "Show what a run holds, sends and takes on a machine, before paying for "
-    "it.",
+    "plan": "Show a run's memory, communication and time before it starts.",
     "runs": "List runs; show how far one is and where its time went.",
     "launch": "Print or submit a cluster scheduler's job.",
     "generate": "Continue a prompt with a trained model.",
-    "chat": "Talk with a model in the terminal.",
+    "chat": "Chat with a model in the terminal.",
     "serve": "Serve a model over HTTP, by OpenAI's protocol, with a chat page.",
     "eval": "Evaluate a model on tasks of lm-evaluation-harness.",
     "convert": "Turn a Hugging Face checkpoint into a run, or a run into one.",
     "tokenizer": "Train, import and try tokenizers.",
     "corpus": "Clean and label documents, and turn them into token stores.",
-    "config": "Show configs, where each value comes from, their schema.",
+    "config": "Show configs, the source of each value, and their schema.",
 }
 
 
@@ -55,20 +56,20 @@ class LazyGroup(TyperGroup):
         if name not in VERBS:
             return name, command, rest
         module: Any = importlib.import_module(f"maxlm.cli.{name}")
-        found = module.app if hasattr(module, "app") else module.command
-        if rest and (special := getattr(module, "subcommands", {}).get(rest[0])):
+        function_or_group = module.app if hasattr(module, "app") else module.command
+        subcommands = getattr(module, "subcommands", {})
+        if rest and rest[0] in subcommands:
+            function_or_group = subcommands[rest[0]]
             name = f"{name} {rest[0]}"
-            found = special
             rest = rest[1:]
-        return name, _build_command(name, found), rest
+        return name, _build_command(name, function_or_group), rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            print(
-                f"\n{interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr
-            )
+            message = str(interrupt) or "interrupted"
+            print(f"\n{message}", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -78,8 +79,7 @@ def make_app() -> typer.Typer:
         name="maxlm",
         cls=LazyGroup,
         help="Train, inspect and serve language models from one JAX codebase.",
-        epilog="maxlm VERB --help says more. Settings are written key.path=value after "
-        "a config.",
+        epilog="See maxlm VERB --help. Settings follow a config, as key.path=value.",
         invoke_without_command=True,
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
@@ -117,13 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         process, 130 interrupted. With MAXLM_TRACEBACK=1 in the environment mistakes
         raise instead.
     """
-    traceback = os.environ.get("MAXLM_TRACEBACK", "") not in ("", "0")
+    shows_traceback = os.environ.get("MAXLM_TRACEBACK", "") not in ("", "0")
     if arguments is None:  # the process is ours alone
         # Imports make 150,000 objects that stay. Looking through them after every 700
         # new ones, the default of Python 3.11, takes a seventh of the time to start.
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own progress bars
-        if not traceback:
+        if not shows_traceback:
             # Orbax drops all errors but the first of a checkpoint; Python complains of
             # each.
             sys.unraisablehook = lambda event: None
@@ -136,11 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arguments, prog_name="maxlm", standalone_mode=False
         )
     except Exception as error:
-        given = sys.argv[1:] if arguments is None else arguments
-        text = None if traceback else _explain(error, given)
-        if text is None:
+        # A mistake of the user is one line; anything else is a bug, and raised again.
+        words = sys.argv[1:] if arguments is None else arguments
+        message = None if shows_traceback else _explain(error, words)
+        if message is None:
             raise
-        print(text, file=sys.stderr)
+        print(message, file=sys.stderr)
         return getattr(error, "exit_code", 2)
     finally:
         if arguments is None:
@@ -149,39 +150,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _build_command(name: str, found: Any) -> Any:
-    group = isinstance(found, typer.Typer)
-    app = (
-        found
-        if group
-        else typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    )
-    if not group:
-        app.command(name)(found)
+def _build_command(
+    name: str, function_or_group: Callable[..., Any] | typer.Typer
+) -> Any:
+    """Build the command of a verb, which refuses URLs among its paths."""
+    if isinstance(function_or_group, typer.Typer):
+        app = function_or_group
+    else:
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command(name)(function_or_group)
     for verb in app.registered_commands:
+        # Wrapped already: a group is one object, however often it is called.
         if verb.callback and not hasattr(verb.callback, "__wrapped__"):
             verb.callback = _with_local_paths(verb.callback)
-    command = get_group(app) if group else get_command(app)
+    is_group = app is function_or_group
+    command = get_group(app) if is_group else get_command(app)
     command.name = name
     return command
 
 
-def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+# Options and arguments that list paths of text. `text` of `tokenizer encode`, a string,
+# is no path.
+_PATH_LISTS = ("text", "positive", "negative")
+
+
+def _with_local_paths(command: Callable[P, ResultT]) -> Callable[P, ResultT]:
     """Refuse URLs among the paths that a command is given."""
 
     @wraps(command)
-    def checked(**given: Any) -> Any:
+    def checked(*positional: P.args, **arguments: P.kwargs) -> ResultT:
         from maxlm.config import check_local_path
 
-        # The text that `tokenizer encode` takes is no list of paths.
-        lists = [given.get(name) for name in ("text", "positive", "negative")]
-        paths = [each for value in lists if isinstance(value, list) for each in value]
-        for path in (
-            *paths,
-            *(value for value in given.values() if isinstance(value, Path)),
-        ):
+        paths: list[str | Path] = []
+        for name in _PATH_LISTS:
+            value = arguments.get(name)
+            if isinstance(value, list):
+                paths += value
+        paths += [value for value in arguments.values() if isinstance(value, Path)]
+        for path in paths:
             check_local_path(path)
-        return command(**given)
+        return command(*positional, **arguments)
 
     return checked
 
@@ -206,22 +214,35 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
 
 def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
     """Return a usage error with the nearest names, or the help to read."""
-    context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    context = getattr(error, "ctx", None)
+    option = getattr(error, "option_name", None)
     path = context.command_path if context else "maxlm"
     text = error.format_message().rstrip(".")
     fix = f"see '{path} --help'"
     if context is None or option is None or not text.startswith("No such option"):
-        text = f"{text[:1].lower()}{text[1:]}".replace(
-            ". Did you mean", "; did you mean"
-        )
-        return f"{path}: {text}" + ("" if "did you mean" in text else f"; {fix}")
+        text = f"{text[:1].lower()}{text[1:]}"
+        text = text.replace(". Did you mean", "; did you mean")
+        if "did you mean" in text:
+            return f"{path}: {text}"
+        return f"{path}: {text}; {fix}"
     if error.possibilities:
         fix = f"did you mean {' or '.join(error.possibilities)}?"
-    if any(each.name == "settings" for each in context.command.params) and (
-        overrides := _find_overrides(option, arguments, context.command.name)
-    ):
-        fix = f"a setting takes no dashes: {' or '.join(overrides[:3])}"
+    takes_settings = any(
+        parameter.name == "settings" for parameter in context.command.params
+    )
+    if takes_settings:
+        overrides = _find_overrides(option, arguments, context.command.name)
+        if overrides:
+            fix = f"a setting takes no dashes: {' or '.join(overrides[:3])}"
     return f"{path}: no such option {option}; {fix}"
+
+
+# Verb → module and name of the config that its settings belong to; other verbs' are a
+# run's.
+_SETTINGS_CONFIGS = {
+    "serve": ("maxlm.inference.engine_config", "EngineConfig"),
+    "chat": ("maxlm.config.sampling", "SamplingConfig"),
+}
 
 
 def _find_overrides(option: str, arguments: Sequence[str], verb: str) -> list[str]:
@@ -230,25 +251,34 @@ def _find_overrides(option: str, arguments: Sequence[str], verb: str) -> list[st
     from maxlm.config.explain import iterate_schema_keys
     from maxlm.config.keys import join_key
 
-    schemas = {
-        "serve": ("inference.engine_config", "Engine"),
-        "chat": ("config.sampling", "Sampling"),
-    }
-    module, name = schemas.get(verb, ("run.config", "Run"))
-    schema = getattr(importlib.import_module(f"maxlm.{module}"), f"{name}Config")
-    words = [
-        word for each in arguments for word in each.split("=", each.startswith("-"))
-    ]
-    value = dict(zip(words, [*words[1:], ""], strict=True)).get(option, "")
-    value = "..." if not value or value.startswith("-") else value
-    name = option.strip("-").replace("-", "_").replace(".", "_")
+    module, name = _SETTINGS_CONFIGS.get(verb, ("maxlm.run.config", "RunConfig"))
+    schema = getattr(importlib.import_module(module), name)
+    value = _find_option_value(option, arguments) or "..."
+    option_name = option.strip("-").replace("-", "_").replace(".", "_")
     keys = sorted(dict.fromkeys(iterate_schema_keys([schema])), key=len)
-    ends = [
-        key
-        for key in keys
-        if name in ("_".join(map(str, key[i:])) for i in range(len(key)))
-    ]
-    return [f"{join_key(key)}={value}" for key in ends]
+    overrides = []
+    for key in keys:
+        # `steps` and `train_steps` both name train.steps.
+        endings = ["_".join(map(str, key[i:])) for i in range(len(key))]
+        if option_name in endings:
+            overrides.append(f"{join_key(key)}={value}")
+    return overrides
+
+
+def _find_option_value(option: str, arguments: Sequence[str]) -> str:
+    """Find the value of an option, ``--name=value`` or ``--name value``; empty: it has
+    none."""
+    words: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-"):
+            words += argument.split("=", 1)
+        else:
+            words.append(argument)
+    value = ""
+    for word, next_word in zip(words, [*words[1:], ""], strict=True):
+        if word == option:
+            value = next_word
+    return "" if value.startswith("-") else value
 
 
 if __name__ == "__main__":

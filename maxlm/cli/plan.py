@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 from typer import Argument, Option
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from maxlm.plan.search import SearchResult
     from maxlm.run.config import RunConfig
 
+OptionT = TypeVar("OptionT")
 _DEFAULT_TOP = 10
 
 
@@ -42,18 +43,19 @@ class _PlanOutput:
 
 @dataclass(frozen=True)
 class _SearchOptions:
-    """How a search goes on."""
+    """Options of a search."""
 
     top: int
     """Candidates to show."""
     compile_top: int
     """Candidates to compile, the quickest first."""
     to_stderr: bool
-    """Whether stdout is kept for JSON."""
+    """Whether tables go to stderr, since stdout is for JSON."""
 
 
-def _amount(description: str, least: float = 0) -> Any:
-    return Option(min=least, max=1e12, help=description)
+def _make_amount_option(description: str, minimum: float = 0) -> Any:
+    """Makes an option of a number that is neither negative nor infinite."""
+    return Option(min=minimum, max=1e12, help=description)
 
 
 def command(
@@ -67,92 +69,105 @@ def command(
         ),
     ] = None,
     mesh: Annotated[
-        str | None, Option(help="Instead of the config's: fsdp=64,tensor=4.")
+        str | None,
+        Option(help="Mesh to use instead of the config's: fsdp=64,tensor=4."),
     ] = None,
     devices: Annotated[
-        int | None, Option(min=1, help="Without --on: how many devices.")
+        int | None, Option(min=1, help="Number of devices, without --on.")
     ] = None,
     compiled: Annotated[
         bool,
         Option(
             "--compile",
-            help="Ask its compiler too (a minute): memory, products, collectives "
-            "beside the plan.",
+            help="Compile too (a minute): the compiler's memory, products and "
+            "collectives beside the plan's.",
         ),
     ] = False,
     searching: Annotated[
         bool, Option("--search", help="Find the quickest mesh and remat.")
     ] = False,
     top: Annotated[
-        int | None, Option(min=1, help="How many a search shows: 10.")
+        int | None, Option(min=1, help="Candidates that a search shows; default: 10.")
     ] = None,
     compile_top: Annotated[
-        int, Option(min=0, help="Search, and compile this many of the quickest.")
+        int,
+        Option(min=0, help="Search, and compile this many of the quickest candidates."),
     ] = 0,
     html: Annotated[
-        Path | None, Option(help="Write a page to look at, all in one file.")
+        Path | None, Option(help="Write the plan as one HTML file.")
     ] = None,
     as_json: JsonOption = False,
     price: Annotated[
-        float | None, _amount("A device's price an hour: shows the run's.")
+        float | None,
+        _make_amount_option("Price of a device-hour: shows the price of the run."),
     ] = None,
     device_mtbf: Annotated[
-        float | None, _amount("Hours between a device's failures: 50,700.", 1)
+        float | None,
+        _make_amount_option(
+            "Hours between failures of one device; default: 50,700.", 1
+        ),
     ] = None,
     restart: Annotated[
-        float | None, _amount("Seconds from a failure to the next step: 600.")
+        float | None,
+        _make_amount_option("Seconds from a failure to the next step; default: 600."),
     ] = None,
     checkpoint: Annotated[
         float | None,
-        _amount("Seconds that a checkpoint holds the run up: by its bytes."),
+        _make_amount_option(
+            "Seconds that a checkpoint stalls the run; default: by its bytes."
+        ),
     ] = None,
     serve: Annotated[
         bool, Option("--serve", help="Plan serving the model instead.")
     ] = False,
     prompt: Annotated[
-        int | None, Option(min=1, help="Tokens of a prompt to serve: 512.")
+        int | None, Option(min=1, help="Tokens of a prompt; default: 512.")
     ] = None,
-    new: Annotated[int | None, Option(min=1, help="Tokens of its answer: 128.")] = None,
+    new: Annotated[
+        int | None, Option(min=1, help="Tokens of an answer; default: 128.")
+    ] = None,
     batch: Annotated[
-        int | None, Option(min=1, help="Sequences at once: as many as fit.")
+        int | None, Option(min=1, help="Concurrent sequences; default: as many as fit.")
     ] = None,
     cache: Annotated[
-        Literal["auto", "int8", "int4"] | None, Option(help="Keys, values.")
+        Literal["auto", "int8", "int4"] | None,
+        Option(help="Format of cached keys and values."),
     ] = None,
     weights: Annotated[
-        Literal["auto", "fp8", "int8"] | None, Option(help="Matrices: auto.")
+        Literal["auto", "fp8", "int8"] | None,
+        Option(help="Format of weight matrices; default: auto."),
     ] = None,
     ttft_ms: Annotated[
-        float | None, _amount("Longest time to a first token.", 1e-3)
+        float | None, _make_amount_option("Longest time to a first token.", 1e-3)
     ] = None,
     tpot_ms: Annotated[
-        float | None, _amount("Longest time between tokens.", 1e-3)
+        float | None, _make_amount_option("Longest time between tokens.", 1e-3)
     ] = None,
 ) -> None:
-    """Show what a run, or serving its model, holds, sends and takes on a machine,
-    before it is paid for.
+    """Show a run's memory, communication and time on a machine, or those of serving its
+    model, before it starts.
 
-    Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given.
+    Exit codes: 0 fits, 1 does not fit, 2 wrong input.
     `maxlm plan diff A B` compares two plans.
     """
-    requests = {
-        "prompt": prompt,
-        "new": new,
-        "batch": batch,
-        "cache": cache,
-        "weights": weights,
-        "ttft_ms": ttft_ms,
-        "tpot_ms": tpot_ms,
-    }
-    requests = {name: value for name, value in requests.items() if value is not None}
-    reliability = {
-        "device_mtbf_hours": device_mtbf,
-        "restart_seconds": restart,
-        "checkpoint_seconds": checkpoint,
-    }
-    reliability = {
-        name: value for name, value in reliability.items() if value is not None
-    }
+    requests = _select_given(
+        {
+            "prompt": prompt,
+            "new": new,
+            "batch": batch,
+            "cache": cache,
+            "weights": weights,
+            "ttft_ms": ttft_ms,
+            "tpot_ms": tpot_ms,
+        }
+    )
+    reliability = _select_given(
+        {
+            "device_mtbf_hours": device_mtbf,
+            "restart_seconds": restart,
+            "checkpoint_seconds": checkpoint,
+        }
+    )
     training_options = {
         "--compile": compiled,
         "--compile-top": compile_top > 0,
@@ -160,13 +175,15 @@ def command(
         "--device-mtbf, --restart or --checkpoint": bool(reliability),
     }
     if serve:
-        _refuse_options(training_options, "is of training", "leave it out, or --serve")
-        shown = top or (_DEFAULT_TOP if searching else 0)
-        output = _plan_serving(config, settings or [], on, mesh, requests, shown, price)
+        fix = "leave out this option, or --serve"
+        _refuse_options(training_options, "is for training runs", fix)
+        if top is None:
+            top = _DEFAULT_TOP if searching else 0
+        output = _plan_serving(config, settings or [], on, mesh, requests, top, price)
         return _print_output(output, html, as_json)
 
     serving_options = {f"--{name.replace('_', '-')}": True for name in requests}
-    _refuse_options(serving_options, "is of serving", "add --serve")
+    _refuse_options(serving_options, "is for serving", "add --serve")
     searching = searching or compile_top > 0
     if on is None:
         machine_options = training_options | {
@@ -177,19 +194,19 @@ def command(
         _refuse_options(machine_options, "needs a machine", "name it: --on v5p-128")
     else:
         by_count = {"--devices": devices is not None}
-        _refuse_options(by_count, "goes without --on", "leave one of the two out")
-    if searching:
-        by_hand = {"--mesh": mesh is not None}
-        _refuse_options(by_hand, "is what --search chooses", "leave one of the two out")
-    else:
-        _refuse_options(
-            {"--top": top is not None}, "is how many a search shows", "add --search"
-        )
+        _refuse_options(by_count, "excludes --on", "leave out one of the two")
     search = None
     if searching:
+        by_hand = {"--mesh": mesh is not None}
+        _refuse_options(by_hand, "is what --search chooses", "leave out one of the two")
         search = _SearchOptions(
-            max(top or _DEFAULT_TOP, compile_top), compile_top, as_json
+            top=max(top or _DEFAULT_TOP, compile_top),
+            compile_top=compile_top,
+            to_stderr=as_json,
         )
+    else:
+        top_option = {"--top": top is not None}
+        _refuse_options(top_option, "needs a search", "add --search")
     output = _plan_training(
         config,
         settings or [],
@@ -202,6 +219,11 @@ def command(
         reliability=reliability,
     )
     _print_output(output, html, as_json)
+
+
+def _select_given(options: Mapping[str, OptionT | None]) -> dict[str, OptionT]:
+    """Return the options that are given: not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def compare(
@@ -218,19 +240,21 @@ def compare(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show two plans side by side where they differ: layout, memory, traffic and time.
+    """Show where two plans differ: layout, memory, communication and time.
 
     \b
     maxlm plan diff runs/a runs/b
     maxlm plan diff llama3_8b 'llama3_8b model.remat=mlp mesh.tensor=2' --on v5p-64
 
-    Exit code: 0 compared, 2 a mistake in what was given.
+    Exit codes: 0 compared, 2 wrong input.
     """
     from maxlm.plan.diff import compare_plans, render_plan_diff
     from maxlm.plan.source import load_plan
 
     machine = None if on is None else _make_machine(on)
-    diff = compare_plans(load_plan(first, machine), load_plan(second, machine))
+    first_plan = load_plan(first, machine)
+    second_plan = load_plan(second, machine)
+    diff = compare_plans(first_plan, second_plan)
     if as_json:
         print_json(diff)
     else:
@@ -288,11 +312,11 @@ def _plan_training(
 
     verdict = check_fit_by_compiling(run, machine, plan)
     data["compiled"] = asdict(verdict)
-    words = verdict.words
+    verdict_line = verdict.words
     if verdict.seconds is not None:
         tables.append(render_compiler_tables(verdict))
-        words += f"; compiled in {format_seconds(verdict.seconds)}"
-    tables.append(f"\n{words}")
+        verdict_line += f"; compiled in {format_seconds(verdict.seconds)}"
+    tables.append(f"\n{verdict_line}")
     return _PlanOutput(data, tables, verdict.fits)
 
 
@@ -343,11 +367,11 @@ def _plan_serving(
         message = f"--weights {weights}: maxlm serves no quantized weights yet"
         raise MaxlmError(message, fix="leave it out: weights are in the compute dtype")
     searching = {"--search or --top": mesh is not None and top > 0}
-    _refuse_options(searching, "chooses the mesh", "leave one of the two out")
-    folder = Path(config) / "config.yaml"
-    run = load_config(
-        RunConfig, str(folder) if folder.is_file() else config, settings
-    ).value
+    fix = "leave it out, or --mesh"
+    _refuse_options(searching, "chooses the mesh", fix)
+    run_config = Path(config) / "config.yaml"
+    source = str(run_config) if run_config.is_file() else config
+    run = load_config(RunConfig, source, settings).value
     if run.name == RunConfig.model_fields["name"].default:
         run = run.model_copy(update={"name": Path(config).stem})
     machine = _make_machine(on)
@@ -358,15 +382,15 @@ def _plan_serving(
             f"--mesh {axis}": sizes[axis] > 1 for axis in ("stage", "expert", "context")
         }
         _refuse_options(others, "does not split what is served", "use data and tensor")
-        tensor = sizes[
-            "tensor"
-        ]  # devices of a replica: `data` and `fsdp` count replicas
-    cache_formats = get_args(CacheFormat) if top else ("auto",)
-    if "cache" in requests:
-        cache_formats = (requests["cache"],)
-    options = ServingOptions(
-        **{key: n for key, n in requests.items() if key != "cache"}
-    )
+        # Devices of a replica: `data` and `fsdp` count replicas.
+        tensor = sizes["tensor"]
+    requests = dict(requests)
+    cache = requests.pop("cache", None)
+    if cache is not None:
+        cache_formats = (cache,)
+    else:
+        cache_formats = get_args(CacheFormat) if top else ("auto",)
+    options = ServingOptions(**requests)
     plans, refusal = search_serving(
         run, machine, options, tensor=tensor, caches=cache_formats
     )
@@ -393,16 +417,16 @@ def _make_machine(name: str) -> "Machine":
 
     topology = parse_topology(name)
     jax.config.update("jax_platforms", "cpu")
-    if (
-        topology.platform == "cpu"
-        and jax.config.values["jax_num_cpu_devices"] != topology.devices
-    ):
+    num_cpu_devices = jax.config.values["jax_num_cpu_devices"]
+    # Once JAX has started, an update is an error, though to the same number.
+    if topology.platform == "cpu" and num_cpu_devices != topology.devices:
         jax.config.update("jax_num_cpu_devices", topology.devices)
     return Machine.from_name(name)
 
 
 def _refuse_options(options: Mapping[str, bool], message: str, fix: str) -> None:
-    """Refuse options that are given but have no effect here."""
+    """Refuse options that are given but have no effect here; ``message`` follows the
+    option's name."""
     for option, is_given in options.items():
         if is_given:
             raise MaxlmError(f"{option} {message}", fix=fix)
@@ -411,10 +435,10 @@ def _refuse_options(options: Mapping[str, bool], message: str, fix: str) -> None
 def _search(
     run: "RunConfig", machine: "Machine", source: str, options: _SearchOptions
 ) -> tuple["RunConfig", dict[str, Any]]:
-    """Print the quickest candidates; return the first that fits, by the compiler's
-    account too where it is asked, as a run, and all of them as plain data. Raises
-    typer.Exit: nothing fits."""
-    from maxlm.plan.known_errors import format_known_time_errors
+    """Print the quickest candidates; return the first that fits as a run, and all of
+    them as plain data. Where some are compiled, it fits by the compiler's account.
+    Raises typer.Exit: nothing fits."""
+    from maxlm.plan.known_errors import KnownTimeError, format_known_time_errors
     from maxlm.plan.search import format_run_yaml, search_layouts
     from maxlm.plan.show import render_candidates_table
 
@@ -426,9 +450,10 @@ def _search(
         "taken": result.search_seconds,
     }
     console = open_console(sys.stderr if options.to_stderr else sys.stdout)
+    candidates_per_second = result.num_tried / max(result.search_seconds, 1e-9)
     console.print(
         f"{result.num_tried:,} candidates in {result.search_seconds:.2f} s "
-        f"({result.num_tried / max(result.search_seconds, 1e-9):,.0f} a second): "
+        f"({candidates_per_second:,.0f} a second): "
         f"{result.num_divisible:,} divide, {result.num_fitting:,} fit"
     )
     if not result.best:
@@ -441,19 +466,15 @@ def _search(
     if options.compile_top:
         from maxlm.plan.compiled.program import compile_candidate_peaks
 
-        peaks = compile_candidate_peaks(
-            run, machine, result.best[: options.compile_top]
-        )
+        compiled = result.best[: options.compile_top]
+        peaks = compile_candidate_peaks(run, machine, compiled)
     console.print(render_candidates_table(result, limit, peaks))
-    errors = {
-        error: None
-        for candidate in result.best
-        for error in candidate.find_known_time_errors(run, machine.topology)
-    }
+    errors: dict[KnownTimeError, None] = {}  # an ordered set
+    for candidate in result.best:
+        errors |= dict.fromkeys(candidate.find_known_time_errors(run, machine.topology))
     if errors:
-        console.print(
-            f"among these, {format_known_time_errors([*errors])}", markup=False
-        )
+        known = format_known_time_errors([*errors])
+        console.print(f"among these, {known}", markup=False)
     best = [asdict(candidate) for candidate in result.best]
     for candidate, peak in zip(best, peaks, strict=False):
         # JSON has no infinity: where the compiler finds no room there is no peak.
@@ -462,24 +483,27 @@ def _search(
             "peak": peak if peak < inf else None,
         }
     data["best"] = best
-    fitting = [place for place, peak in enumerate(peaks) if peak <= limit]
-    if peaks and not fitting:
-        console.print("none of those compiled fits by the compiler's account")
-        if options.to_stderr:
-            print_json({"fits": False, "search": data})
-        raise typer.Exit(1)
-    winner = result.best[fitting[0] if fitting else 0].apply(run)
-    data["config"] = format_run_yaml(winner, source)
+    winner = 0
+    if peaks:
+        fitting = [index for index, peak in enumerate(peaks) if peak <= limit]
+        if not fitting:
+            console.print("none of those compiled fits by the compiler's account")
+            if options.to_stderr:
+                print_json({"fits": False, "search": data})
+            raise typer.Exit(1)
+        winner = fitting[0]
+    best_run = result.best[winner].apply(run)
+    data["config"] = format_run_yaml(best_run, source)
     console.print("\n# the quickest, as a config for maxlm train", markup=False)
     console.print(data["config"], markup=False)
-    return winner, data
+    return best_run, data
 
 
 def _explain_empty_search(result: "SearchResult") -> str:
     from maxlm.plan.show import format_bytes
 
     if result.num_fitting:
-        return f"none that fits can be: {result.last_refusal}"
+        return f"no candidate that fits is valid: {result.last_refusal}"
     if result.num_divisible:
         least = format_bytes(result.min_peak_bytes)
         return f"none fits; the least that any needs is {least} a device"

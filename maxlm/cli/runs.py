@@ -20,33 +20,33 @@ def list_runs(
     """List the runs in a folder: step, state, loss, goodput."""
     from maxlm.train import runs
 
-    found = runs.list_runs(folder)
+    histories = runs.list_runs(folder)
     if as_json:
-        print_json([run.to_json() for run in found])
+        print_json([history.to_json() for history in histories])
+    elif histories:
+        open_console().print(runs.show_run_list(histories))
     else:
-        open_console().print(
-            runs.show_run_list(found) if found else f"no runs in {folder}"
-        )
+        open_console().print(f"no runs in {folder}")
 
 
 @app.command()
 def show(
     run: Annotated[str, Argument(help="A run's folder.")],
     image: Annotated[
-        Path | None, Option(help="File to draw it in over time: .png, .svg or .pdf.")
+        Path | None, Option(help="Draw it over time into a .png, .svg or .pdf file.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a run's goodput, what else its time went to, its interruptions, how long
-    steps take."""
+    """Show a run's goodput, where the rest of its time went, its interruptions, and how
+    long steps take."""
     from maxlm.train.history_image import draw_history
     from maxlm.train.runs import read_run, show_run
 
     now = time.time()
-    found = read_run(run, now)
+    status = read_run(run, now)
     if image is not None:
-        draw_history(found.history, image, title=found.name)
+        draw_history(status.history, image, title=status.name)
     if as_json:
-        print_json(found.to_json())
+        print_json(status.to_json())
     else:
-        open_console().print(show_run(found, now))
+        open_console().print(show_run(status, now))

@@ -6,8 +6,8 @@ from maxlm.cli.common import ConfigArgument, SettingsArgument, open_console
 
 
 def command(config: ConfigArgument, settings: SettingsArgument = None) -> None:
-    """Shrink a run to this device and try all of it: steps, checkpoint, restore,
-    generation."""
+    """Shrink a run to this device and try every part: training steps, checkpoint,
+    restore, generation."""
     from maxlm.run.load_config import load_run_config
     from maxlm.train.smoke import smoke
 
@@ -18,6 +18,7 @@ def command(config: ConfigArgument, settings: SettingsArgument = None) -> None:
         failed += not check.passed
         verdict = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
         console.print(f"{verdict}  {check.name:<34} [dim]{check.detail}[/]")
-    console.print(f"{config}: {f'{failed} checks failed' if failed else 'works'}")
+    result = f"{failed} checks failed" if failed else "works"
+    console.print(f"{config}: {result}")
     if failed:
         raise typer.Exit(1)

@@ -28,7 +28,6 @@ TokenizerArgument = Annotated[Path, Argument(help="A tokenizer's folder.")]
 
 @app.command()
 def train(
-    context: typer.Context,
     text: TextArgument,
     out: Annotated[Path, Option(help="The tokenizer's folder.")],
     kind: Annotated[
@@ -41,35 +40,45 @@ def train(
     special: Annotated[
         list[str] | None, Option(help="A special token; repeatable.")
     ] = None,
-    bos: Annotated[str, Option(help="Opens a document.")] = "<|endoftext|>",
-    eos: Annotated[str, Option(help="Closes a document.")] = "<|endoftext|>",
-    pad: Annotated[str | None, Option(help="Pads.")] = None,
+    bos: Annotated[
+        str, Option(help="The token that opens a document.")
+    ] = "<|endoftext|>",
+    eos: Annotated[
+        str, Option(help="The token that closes a document.")
+    ] = "<|endoftext|>",
+    pad: Annotated[str | None, Option(help="The token that pads.")] = None,
     chat: Annotated[
-        Literal["chatml", "llama3"] | None, Option(help="The format of chats.")
+        Literal["chatml", "llama3"] | None, Option(help="The chat template.")
     ] = None,
     lowercase: Annotated[
-        bool, Option("--lowercase", help="wordpiece: no case, no accents.")
+        bool, Option("--lowercase", help="wordpiece: fold case and accents.")
     ] = False,
     sample_bytes: Annotated[
-        int, Option(min=1, help="Learn from the first so many.")
+        int, Option(min=1, help="Learn from the first so many bytes.")
     ] = 100_000_000,
     text_field: TextFieldOption = "text",
     force: Annotated[
         bool, Option("--force", help="Replace a tokenizer in --out.")
     ] = False,
 ) -> None:
-    """Learn a tokenizer from text."""
+    """Train a tokenizer on text."""
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 
-    _require_free(out, force)
-    given = {
-        k: v for k, v in context.params.items() if k in TokenizerConfig.model_fields
-    }
-    config = TokenizerConfig(**given, extra_special_tokens=tuple(special or ()))
+    _require_no_tokenizer(out, force)
+    config = TokenizerConfig(
+        kind=kind,
+        vocab_size=vocab_size,
+        bos=bos,
+        eos=eos,
+        pad=pad,
+        chat=chat,
+        lowercase=lowercase,
+        sample_bytes=sample_bytes,
+        extra_special_tokens=tuple(special or ()),
+    )
     with show_progress() as progress:
-        tokenizer = train_tokenizer(
-            config, _read_texts(text, text_field, progress, sample_bytes)
-        )
+        texts = _read_texts(text, text_field, progress, limit=sample_bytes)
+        tokenizer = train_tokenizer(config, texts)
     tokenizer.save(out)
     print(f"{out}: {kind}, {tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}")
 
@@ -91,8 +100,7 @@ def import_(
         str | None,
         Option(
             help="How a .tiktoken file splits text: gpt2, cl100k_base (Llama 3), "
-            "o200k_base "
-            "(gpt-oss), qwen2, tekken, or a regex."
+            "o200k_base (gpt-oss), qwen2, tekken, or a regex."
         ),
     ] = None,
     special: Annotated[
@@ -106,10 +114,10 @@ def import_(
         bool, Option("--force", help="Replace a tokenizer in --out.")
     ] = False,
 ) -> None:
-    """Take in someone else's tokenizer."""
+    """Import another program's tokenizer."""
     from maxlm.data.tokenizer import import_tokenizer
 
-    _require_free(out, force)
+    _require_no_tokenizer(out, force)
     tokenizer = import_tokenizer(
         source,
         bos=bos,
@@ -128,9 +136,9 @@ def import_(
 @app.command()
 def export(
     tokenizer: TokenizerArgument,
-    out: Annotated[Path, Option(help="Where to write; other files there stay.")],
+    out: Annotated[Path, Option(help="Folder to write to; other files there stay.")],
 ) -> None:
-    """Write a tokenizer's files for other tools, an imported one's as they came."""
+    """Write a tokenizer's files for other tools; an imported tokenizer's unchanged."""
     from maxlm.data.tokenizer import export_tokenizer, load_tokenizer
 
     export_tokenizer(load_tokenizer(tokenizer), out)
@@ -149,10 +157,13 @@ def encode(
     from maxlm.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    # Python keeps what the shell passed and is no UTF-8 as surrogates.
-    given = text.encode("utf-8", "surrogateescape")
-    source = typer.get_binary_stream("stdin").read() if text == "-" else given
-    print(" ".join(map(str, loaded.encode(source, allow_special=allow_special))))
+    if text == "-":
+        source = typer.get_binary_stream("stdin").read()
+    else:
+        # Python keeps what the shell passed and is no UTF-8 as surrogates.
+        source = text.encode("utf-8", "surrogateescape")
+    ids = loaded.encode(source, allow_special=allow_special)
+    print(" ".join(map(str, ids)))
 
 
 @app.command()
@@ -162,20 +173,20 @@ def decode(
         list[str] | None, Argument(help="Ids; none, or -: standard input.")
     ] = None,
 ) -> None:
-    """Write the exact bytes of ids to standard output, with no line end added."""
+    """Write the exact bytes of ids to standard output, without a newline."""
     from maxlm.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    words = (
-        typer.get_text_stream("stdin").read().split() if ids in (None, ["-"]) else ids
-    )
-    for word in words or ():
+    if ids is None or ids == ["-"]:
+        words = typer.get_text_stream("stdin").read().split()
+    else:
+        words = ids
+    for word in words:
         if not (word.isascii() and word.isdigit()):
-            raise MaxlmError(
-                f"{word!r} is not a token id", fix="give whole numbers from 0 on"
-            )
+            message = f"{word!r} is not a token id"
+            raise MaxlmError(message, fix="give whole numbers from 0 on")
     stream = typer.get_binary_stream("stdout")
-    stream.write(loaded.decode_bytes(map(int, words or ())))
+    stream.write(loaded.decode_bytes(map(int, words)))
     stream.flush()
 
 
@@ -191,11 +202,11 @@ def measure(
 
     loaded = load_tokenizer(tokenizer)
     with show_progress() as progress:
-        found = measure_tokenizer(loaded, _read_texts(text, text_field, progress))
+        measures = measure_tokenizer(loaded, _read_texts(text, text_field, progress))
     if as_json:
-        print_json(found)
+        print_json(measures)
         return
-    print_table("measure", [str(tokenizer)], _format_measures([found]))
+    print_table("measure", [str(tokenizer)], _format_measures([measures]))
 
 
 @app.command()
@@ -225,14 +236,15 @@ def compare(
         is_saved = (Path(name) / METADATA).exists()
         tokenizers[name] = load_tokenizer(name) if is_saved else import_tokenizer(name)
     with show_progress() as progress:
-        texts = (
+        # Grouped by the argument that names it, or by its language.
+        texts: Iterable[tuple[str, bytes]] = (
             (argument, document)
             for argument in text
             for document in _read_texts([argument], text_field, progress)
         )
-        measures_by_group = compare_tokenizers(
-            tokenizers, _group_by_language(texts) if by_language else texts
-        )
+        if by_language:
+            texts = _group_by_language(texts)
+        measures_by_group = compare_tokenizers(tokenizers, texts)
     if as_json:
         print_json(measures_by_group)
         return
@@ -251,7 +263,7 @@ def compare(
 
 
 def _format_measures(measured: Sequence[Mapping[str, float]]) -> list[tuple[str, ...]]:
-    """Makes a row for each measure, with a column for each tokenizer that was
+    """Make a row for each measure, with a column for each tokenizer that was
     measured."""
     forms = {
         "documents": "{documents:,}",
@@ -263,16 +275,17 @@ def _format_measures(measured: Sequence[Mapping[str, float]]) -> list[tuple[str,
         "vocabulary used": "{vocabulary_use:.1%} of {vocab_size:,}",
         "speed": "{megabytes_per_second:.2f} MB/s",
     }
-    return [
-        (name, *(form.format_map(measures) for measures in measured))
-        for name, form in forms.items()
-    ]
+    rows = []
+    for name, form in forms.items():
+        cells = [form.format_map(measures) for measures in measured]
+        rows.append((name, *cells))
+    return rows
 
 
 def _group_by_language(
     texts: Iterable[tuple[str, bytes]],
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields each text after its detected language."""
+    """Yield each text after its detected language."""
     check_corpus_packages("--by-language")
     import pyarrow as pa
 
@@ -285,14 +298,15 @@ def _group_by_language(
 
 
 def _parse_special_token(option: str) -> tuple[str, int | None]:
-    """Parses LITERAL or LITERAL=ID; a literal may hold "=" itself."""
+    """Parse LITERAL or LITERAL=ID; a literal may hold "=" itself."""
     literal, equals, number = option.rpartition("=")
     if equals and literal and number.isascii() and number.isdigit():
         return literal, int(number)
     return option, None
 
 
-def _require_free(out: Path, force: bool) -> None:
+def _require_no_tokenizer(out: Path, force: bool) -> None:
+    """Refuse a folder with a tokenizer, which is not to be replaced."""
     from maxlm.data.tokenizer import has_tokenizer_files
 
     if has_tokenizer_files(out) and not force:
@@ -306,7 +320,11 @@ def _read_texts(
     progress: Callable[[str, int, int], None],
     limit: int = 2**63,
 ) -> Iterator[bytes]:
-    """Yield texts, and report their bytes against their files' size or ``limit``."""
+    """Yield texts, and report their bytes against their files' size.
+
+    Args:
+        limit: most bytes that are read, by which progress is reported too.
+    """
     source = SourceConfig(
         documents=tuple(text), text_field=text_field, on_bad_bytes="replace"
     )

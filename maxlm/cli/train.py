@@ -19,7 +19,7 @@ def command(
     config: ConfigArgument,
     settings: SettingsArgument = None,
     resume: Annotated[
-        str | None, Option(help="Go on from this run, in a new folder.")
+        str | None, Option(help="Continue from this run, in a new folder.")
     ] = None,
     profile: Annotated[
         str | None, Option(help="Trace steps 10 to 13 for xprof: 10:13.")
@@ -28,16 +28,15 @@ def command(
     num_processes: NumProcessesOption = None,
     process_id: ProcessIdOption = None,
 ) -> None:
-    """Train a model. Called again, it resumes from the newest checkpoint in the run's
+    """Train a model. The same command resumes from the newest checkpoint in the run's
     folder.
 
-    On a cluster, every process is started with the same command and finds the others by
-    itself (SLURM, TPUs, the templates of `maxlm launch`); --coordinator,
-    --num-processes and --process-id say it otherwise.
+    On a cluster, start every process with the same command: they find each other (on
+    SLURM, on TPUs, in the templates of `maxlm launch`). Elsewhere set --coordinator,
+    --num-processes and --process-id.
 
-    Exit code: 0 done, 2 a mistake in what was given, 75 preempted (SIGTERM, SIGUSR1)
-    and saved, 76 a process hung or was lost: after the last two the same command
-    resumes.
+    Exit codes: 0 done; 2 wrong input; 75 preempted (SIGTERM, SIGUSR1) and saved; 76 a
+    process hung or was lost. After 75 and 76 the same command resumes.
     """
     from maxlm.run.load_config import load_run_config
 

@@ -15,6 +15,7 @@ from maxlm.cli.common import (
     ProcessIdOption,
     SettingsArgument,
     StepOption,
+    TuningOptions,
     make_cluster_variables,
     open_console,
     print_json,
@@ -47,18 +48,17 @@ def command(
     data: DataOption = None,
     epochs: Annotated[
         float | None,
-        Option(min=0.01, help="Times that every row is read: train.steps."),
+        Option(min=0.01, help="Passes over all rows, in place of train.steps."),
     ] = None,
     precompute_reference: Annotated[
         bool,
         Option(
             "--precompute-reference",
-            help="Compute the reference's log-probabilities first, and hold it no "
-            "more.",
+            help="Compute the reference's log-probabilities first, then free it.",
         ),
     ] = False,
     resume: Annotated[
-        str | None, Option(help="Go on from this run, in a new folder.")
+        str | None, Option(help="Continue from this run, in a new folder.")
     ] = None,
     profile: Annotated[
         str | None, Option(help="Trace steps 10 to 13 for xprof: 10:13.")
@@ -68,8 +68,8 @@ def command(
     process_id: ProcessIdOption = None,
 ) -> None:
     """Tune a pretrained model: to answer (sft), to prefer (dpo, kto, orpo, cpo), to
-    score answers (reward), to imitate another model (distill). Called again, it
-    resumes.
+    score answers (reward), to imitate another model (distill). The same command
+    resumes an interrupted run.
 
     maxlm tune sft_lora --base SmolLM2-135M --data chats.jsonl name=assistant
 
@@ -80,15 +80,19 @@ def command(
     """
     from maxlm.run.load_config import load_run_config
 
-    own = [f"train.start_from={base}"] if base else []
-    own += [f"task.files={json.dumps([str(path) for path in data])}"] if data else []
-    run = load_run_config(recipe, [*own, *(settings or ())])
+    all_settings = []
+    if base:
+        all_settings.append(f"train.start_from={base}")
+    if data:
+        files = json.dumps([str(path) for path in data])
+        all_settings.append(f"task.files={files}")
+    all_settings += settings or ()
+    run = load_run_config(recipe, all_settings)
     if run.train.start_from is None:
-        what = "a recipe tunes a model that is there, and none is named"
-        raise MaxlmError(
-            what, where="--base", fix="name a run's folder, or a Hugging Face one"
-        )
-    tuning = {"epochs": epochs, "precompute_reference": precompute_reference}
+        message = "a recipe tunes a model that is there, and none is named"
+        fix = "name a run's folder, or a Hugging Face one"
+        raise MaxlmError(message, where="--base", fix=fix)
+    tuning = TuningOptions(epochs, precompute_reference)
     cluster_variables = make_cluster_variables(coordinator, num_processes, process_id)
     run_training(run, resume, profile, cluster_variables, tuning)
 
@@ -103,7 +107,7 @@ def show(
         str, Option(help="A run's folder, a Hugging Face one, or a tokenizer's.")
     ],
     kind: Annotated[
-        str | None, Option(help="sft, dpo, kto, ...; default: as columns say.")
+        str | None, Option(help="sft, dpo, kto, ...; default: by the columns.")
     ] = None,
     examples: Annotated[
         int, Option("-n", "--examples", min=0, help="Rows to print.")
@@ -134,11 +138,13 @@ def store_logits(
         Path, Argument(help="File.arrow of rows to write, for task.kind=distill.")
     ],
     settings: SettingsArgument = None,
-    k: Annotated[int, Option(min=1, help="Likeliest tokens to keep of each.")] = 64,
-    temperature: Annotated[float, Option(min=0.01, help="The task's.")] = 1.0,
-    seq_len: Annotated[
-        int | None, Option(min=2, help="Tokens of a row at most.")
-    ] = None,
+    k: Annotated[
+        int, Option(min=1, help="Likeliest tokens to store for each token.")
+    ] = 64,
+    temperature: Annotated[
+        float, Option(min=0.01, help="The task's temperature.")
+    ] = 1.0,
+    seq_len: Annotated[int | None, Option(min=2, help="Most tokens of a row.")] = None,
     mesh: MeshOption = None,
     step: StepOption = None,
 ) -> None:
@@ -147,15 +153,16 @@ def store_logits(
     Settings are those of the task sft that say what is learnt, as turns=last."""
     from maxlm.tune.teachers import store_teacher_logits
 
-    own = {
-        "k": k,
-        "temperature": temperature,
-        "seq_len": seq_len,
-        "mesh": mesh,
-        "step": step,
-    }
     written, left_out = store_teacher_logits(
-        model, [data], out, settings=settings or (), **own
+        model,
+        [data],
+        out,
+        k=k,
+        temperature=temperature,
+        seq_len=seq_len,
+        settings=settings or (),
+        mesh=mesh,
+        step=step,
     )
     print(f"{written} rows in {out}, {left_out} left out")
 
@@ -168,10 +175,17 @@ def write_answers(
     num_answers: Annotated[
         int, Option("-n", min=1, help="Answers to each prompt.")
     ] = 1,
-    temperature: Annotated[float, Option(min=0)] = 1.0,
-    top_p: Annotated[float | None, Option(min=0.01, max=1)] = None,
-    max_new_tokens: Annotated[int, Option(min=1)] = 512,
-    seed: Annotated[int, Option(min=0)] = 0,
+    temperature: Annotated[
+        float, Option(min=0, help="0: the likeliest token; higher: more random.")
+    ] = 1.0,
+    top_p: Annotated[
+        float | None,
+        Option(min=0.01, max=1, help="Draw from this probability mass; 1: all."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, Option(min=1, help="Most tokens of an answer.")
+    ] = 512,
+    seed: Annotated[int, Option(min=0, help="Seed of the draws.")] = 0,
     mesh: MeshOption = None,
     step: StepOption = None,
 ) -> None:
@@ -179,15 +193,23 @@ def write_answers(
     Settings are the engine's, as max_sequences=32."""
     from maxlm.tune.teachers import generate_answers
 
-    own = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    own |= {} if top_p is None else {"top_p": top_p}
-    how = {
-        "num_answers": num_answers,
-        "mesh": mesh,
-        "step": step,
-        "settings": settings or (),
+    sampling: dict[str, float] = {
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
     }
-    written, left_out = generate_answers(model, [data], out, **how, **own)
+    if top_p is not None:
+        sampling["top_p"] = top_p
+    written, left_out = generate_answers(
+        model,
+        [data],
+        out,
+        num_answers=num_answers,
+        settings=settings or (),
+        mesh=mesh,
+        step=step,
+        **sampling,
+    )
     print(f"{written} answers in {out}, {left_out} left out")
 
 

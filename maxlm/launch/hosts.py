@@ -35,8 +35,9 @@ class JobHosts:
 
     platform: str
     slices: int
+    """Of a TPU machine; GPUs and CPUs are one slice."""
     per_slice: int
-    """Hosts of a slice; GPUs and CPUs are one slice."""
+    """Hosts of a slice."""
     devices: int
     """Devices of a host, as its scheduler counts them: chips, GPUs, virtual CPU
     devices."""
@@ -67,47 +68,56 @@ def resolve_hosts(
     """
     platform = topology.platform
     if platform not in _PLATFORMS[scheduler]:
-        able = [s for s, platforms in _PLATFORMS.items() if platform in platforms]
-        what = f"{scheduler} is not for {platform.upper()}s, and {machine} is one"
-        raise MaxlmError(what, fix=f"use {' or '.join(able)}")
+        able = [name for name, platforms in _PLATFORMS.items() if platform in platforms]
+        message = f"{scheduler} is not for {platform.upper()}s, and {machine} is one"
+        raise MaxlmError(message, fix=f"use {' or '.join(able)}")
     if scheduler in _ONE_SLICE and platform == "tpu" and topology.slices > 1:
-        what = f"{scheduler} starts one slice, and {machine} is {topology.slices}"
-        raise MaxlmError(what, fix="use jobset")
+        message = f"{scheduler} starts one slice, and {machine} is {topology.slices}"
+        raise MaxlmError(message, fix="use jobset")
     if platform == "cpu":
         nodes = nodes or 1
         if topology.devices % nodes:
-            what = f"{topology.devices} devices do not divide over --nodes {nodes}"
-            raise MaxlmError(what, fix="give a divisor of them")
+            devices = f"{topology.devices} devices"
+            message = f"{devices} do not divide over --nodes {nodes}"
+            raise MaxlmError(message, fix="give a divisor of them")
         return JobHosts("cpu", 1, nodes, topology.devices // nodes)
-    if platform == "gpu":
-        count = topology.slices * topology.shape[0]
-        devices = topology.shape[1]
-        gpu = _SKYPILOT_GPUS.get(topology.kind, topology.kind.upper())
-        found = JobHosts(
-            "gpu", 1, count, devices, _GKE_GPUS[topology.kind], accelerator_type=gpu
+    hosts = (
+        _list_gpu_hosts(topology) if platform == "gpu" else _list_tpu_hosts(topology)
+    )
+    if nodes not in (None, hosts.count):
+        message = (
+            f"--nodes {nodes}: {machine} is {hosts.count} hosts of {hosts.devices}"
         )
-    else:
-        tpu = TPUS[topology.kind]
-        chips = prod(topology.shape)
-        own = topology.chips_per_host
-        # GKE names the shortest side first, but of one host's 2x2x1.
-        sides = (
-            topology.shape if topology.shape == (2, 2, 1) else sorted(topology.shape)
-        )
-        found = JobHosts(
-            *(
-                "tpu",
-                topology.slices,
-                max(chips // own, 1),
-                min(chips, own),
-                tpu.gke_accelerator,
-            ),
-            "x".join(map(str, sides)),
-            f"{tpu.cloud_prefix}-{chips * tpu.cores}",
-        )
-    if nodes not in (None, found.count):
-        what = f"--nodes {nodes}: {machine} is {found.count} hosts of {found.devices}"
-        raise MaxlmError(
-            what, fix="leave --nodes out, or name the shape of GPUs, as in h100:16x4"
-        )
-    return found
+        fix = "leave --nodes out, or name the shape of GPUs, as in h100:16x4"
+        raise MaxlmError(message, fix=fix)
+    return hosts
+
+
+def _list_gpu_hosts(topology: Topology) -> JobHosts:
+    hosts_per_slice, gpus_per_host = topology.shape
+    return JobHosts(
+        platform="gpu",
+        slices=1,
+        per_slice=topology.slices * hosts_per_slice,
+        devices=gpus_per_host,
+        gke_accelerator=_GKE_GPUS[topology.kind],
+        accelerator_type=_SKYPILOT_GPUS.get(topology.kind, topology.kind.upper()),
+    )
+
+
+def _list_tpu_hosts(topology: Topology) -> JobHosts:
+    tpu = TPUS[topology.kind]
+    chips = prod(topology.shape)
+    # GKE names the shortest side first, but of one host's 2x2x1.
+    sides = topology.shape
+    if sides != (2, 2, 1):
+        sides = sorted(sides)
+    return JobHosts(
+        platform="tpu",
+        slices=topology.slices,
+        per_slice=max(chips // topology.chips_per_host, 1),
+        devices=min(chips, topology.chips_per_host),
+        gke_accelerator=tpu.gke_accelerator,
+        gke_topology="x".join(map(str, sides)),
+        accelerator_type=f"{tpu.cloud_prefix}-{chips * tpu.cores}",
+    )

@@ -28,13 +28,13 @@ from maxlm.plan.show import format_prediction
 from maxlm.run.config import RunConfig
 
 # What GKE's Spot nodes leave of a job's grace, if their pool does not ask for more.
-SPOT_GRACE = 15
+SPOT_GRACE_SECONDS = 15
 # From a job's start to its first step: a container to fetch, a checkpoint to read, a
 # compilation.
-START_UP = 300
+START_UP_SECONDS = 300
 # A pod's name is a host's: the job's, its replicated job's, two numbers; 63 characters
 # in all.
-_LONGEST_NAME = 40
+_MAX_NAME_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_job(
     force: bool = False,
     user_template: bool = False,
 ) -> tuple[Job, RunPlan]:
-    """Check a run for a scheduler and a machine, and describe the job that trains it.
+    """Checks a run for a scheduler and a machine, and describes the job that trains it.
 
     Args:
         run: the config that `config_source`, a shipped config or a file, and `settings`
@@ -102,43 +102,48 @@ def make_job(
     check_options(options, scheduler)
     machine = Machine.from_name(on)
     hosts = resolve_hosts(machine.topology, scheduler, on, options.nodes)
-    mounted = parse_mounts(options.mount, scheduler)
+    mounts = parse_mounts(options.mount, scheduler)
     in_container = is_containerized(scheduler, options)
-    check_paths(run, scheduler, mounted if in_container else None, user_template)
-    name = _job_name(options.name or run.name)
-    limit = None if options.time is None else parse_time_limit_seconds(options.time)
+    check_paths(run, scheduler, mounts if in_container else None, user_template)
+    name = _make_job_name(options.name or run.name)
+    limit = None
+    if options.time is not None:
+        limit = parse_time_limit_seconds(options.time)
+
     env = parse_env(options.env)
     secrets = parse_secrets(options.secret, scheduler)
-    if both := [variable for variable in env if variable in secrets]:
-        raise MaxlmError(
-            f"{both[0]} is named by --env and by --secret", fix="leave one out"
-        )
+    named_twice = [variable for variable in env if variable in secrets]
+    if named_twice:
+        message = f"{named_twice[0]} is named by --env and by --secret"
+        raise MaxlmError(message, fix="leave one out")
     if hosts.platform == "cpu":
         env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(hosts.devices)} | env
-    label = "cloud.google.com/gke-accelerator=nvidia-h100-80gb"
     node_selector = split_pairs(
-        "--node-selector", options.node_selector, "KEY=VALUE", label
+        "--node-selector",
+        options.node_selector,
+        form="KEY=VALUE",
+        example="cloud.google.com/gke-accelerator=nvidia-h100-80gb",
     )
+
     plan = plan_run(run, machine)
     if not plan.fits and not force:
-        fix = f"find what does: maxlm plan {config_source} --on {on} --search (or --force)"
-        raise MaxlmError(
-            f"does not fit on {on}: {format_prediction(plan)}", where=run.name, fix=fix
-        )
-    _check_times(
-        limit, options.grace if supports_option(scheduler, "grace") else None, plan
-    )
+        message = f"does not fit on {on}: {format_prediction(plan)}"
+        fix = f"find what does: maxlm plan {config_source} --on {on} --search "
+        fix += "(or --force)"
+        raise MaxlmError(message, where=run.name, fix=fix)
+    has_grace = supports_option(scheduler, "grace")
+    _check_times(limit, options.grace if has_grace else None, plan)
+
     config = config_source
-    text = ""
+    config_text = ""
     path = Path(config_source).expanduser()
     if path.is_file() or not find_shipped_config(config_source):
         config = str(path.resolve())
-        if (
-            in_container or scheduler != "slurm"
-        ):  # the job does not see this machine's files
+        if in_container or scheduler != "slurm":
+            # The job does not see this machine's files: it writes the resolved config.
             config = f"/tmp/{name}.yaml"
+            config_text = to_yaml(run)
             settings = ()
-            text = to_yaml(run)
     title = f"{run.name} on {on}: {machine.topology.description}"
     placeholders = find_placeholder_settings(run)
     if placeholders:
@@ -151,12 +156,12 @@ def make_job(
         program="train" if run.task.reads_text else "tune",
         config=config,
         settings=tuple(settings),
-        config_text=text,
+        config_text=config_text,
         env=env,
         secrets=secrets,
-        mounts=mounted,
+        mounts=mounts,
         node_selector=node_selector,
-        time=None if limit is None else _clock(limit),
+        time=None if limit is None else _format_clock(limit),
         options=options,
     )
     return job, plan
@@ -169,32 +174,38 @@ def is_containerized(scheduler: str, options: JobOptions) -> bool:
 
 
 def _check_times(limit: int | None, grace: int | None, plan: RunPlan) -> None:
-    """Refuse a job that is over before a step is saved: one that has begun is finished
-    first."""
+    """Refuses a job that is over before a step is saved: one that has begun is finished
+    first. ``limit`` and ``grace`` are in seconds."""
     step = plan.step_seconds or 0.0
     if grace is not None and grace <= step:
-        what = f"--grace {grace} is shorter than a step ({step:.3g} s)"
-        raise MaxlmError(what, fix=f"give --grace {floor(step) + 1} or more")
-    least = START_UP + step + (grace or 0)
-    if limit is not None and limit < least:
+        message = f"--grace {grace} is shorter than a step ({step:.3g} s)"
+        raise MaxlmError(message, fix=f"give --grace {floor(step) + 1} or more")
+    required = START_UP_SECONDS + step + (grace or 0)
+    if limit is not None and limit < required:
+        minutes = -(-required // 60)
         raise MaxlmError(
-            f"--time {_clock(limit)} is over before a step is saved: {START_UP} s to "
-            f"start, "
-            f"{step:.3g} s a step and {grace or 0} s to save",
-            fix=f"give {-(-least // 60):.0f}m or more",
+            f"--time {_format_clock(limit)} is over before a step is saved: "
+            f"{START_UP_SECONDS} s to start, {step:.3g} s a step and {grace or 0} s "
+            f"to save",
+            fix=f"give {minutes:.0f}m or more",
         )
 
 
-def _job_name(name: str) -> str:
-    found = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", found) or len(found) > _LONGEST_NAME:
-        fix = f"give --name: a letter, then letters, digits and dashes, {_LONGEST_NAME} at most"
+def _make_job_name(name: str) -> str:
+    """Makes a name that every scheduler takes."""
+    job_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    is_valid = re.fullmatch(r"[a-z][a-z0-9-]*", job_name) is not None
+    if not is_valid or len(job_name) > _MAX_NAME_LENGTH:
+        fix = "give --name: a letter, then letters, digits and dashes, "
+        fix += f"{_MAX_NAME_LENGTH} at most"
         raise MaxlmError(f"'{name}' makes no name for a job", fix=fix)
-    return found
+    return job_name
 
 
-def _clock(total: int) -> str:
+def _format_clock(total: int) -> str:
+    """Formats seconds as ``D-HH:MM:SS``, or ``HH:MM:SS``."""
     minutes, second = divmod(total, 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
-    return f"{days}-" * (days > 0) + f"{hour:02}:{minute:02}:{second:02}"
+    clock = f"{hour:02}:{minute:02}:{second:02}"
+    return f"{days}-{clock}" if days else clock

@@ -86,17 +86,21 @@ def list_places(run: RunConfig) -> dict[str, str]:
     """Lists what a run's settings name, by their keys: folders, files, globs, URLs."""
     places: dict[str, str | None] = {"folder": run.folder}
     for number, source in enumerate(run.data.sources):
-        for place, documents in enumerate(source.documents):
+        key = f"data.sources.{number}"
+        for index, documents in enumerate(source.documents):
             if not is_installed_text(documents):
-                places[f"data.sources.{number}.documents.{place}"] = documents
-        places[f"data.sources.{number}.store"] = source.store
-        places[f"data.sources.{number}.heldout_store"] = source.heldout_store
-    for name, hint in get_type_hints(type(run.task), include_extras=True).items():
+                places[f"{key}.documents.{index}"] = documents
+        places[f"{key}.store"] = source.store
+        places[f"{key}.heldout_store"] = source.heldout_store
+    # A task may come from outside: its paths are the fields of that type.
+    hints = get_type_hints(type(run.task), include_extras=True)
+    for name, hint in hints.items():
         if not _has_path(hint):
             continue
         value = getattr(run.task, name)
         if isinstance(value, tuple):
-            places |= {f"task.{name}.{place}": path for place, path in enumerate(value)}
+            for index, path in enumerate(value):
+                places[f"task.{name}.{index}"] = path
         else:
             places[f"task.{name}"] = value
     places["tokenizer.path"] = run.tokenizer.path
@@ -138,8 +142,8 @@ def _check_data(run: RunConfig) -> None:
 def _check_path(
     key: str, place: str, scheduler: str, mounts: Sequence[Mount] | None
 ) -> None:
-    """Checks a path on hosts that lack this machine's files; ``mounts`` None: all is
-    there."""
+    """Checks a path on hosts that lack this machine's files. ``mounts``: what the job's
+    container sees; None: it runs in none."""
     if not place.startswith("/"):
         name = "runs" if key == "folder" else place.lstrip("./~")
         message = f"{key}={place} is another one on each host"
@@ -148,10 +152,10 @@ def _check_path(
     if mounts is None or any(path.is_relative_to(mount.path) for mount in mounts):
         return
     top = PurePosixPath(*path.parts[:2])
-    mount = f"--mount {top if scheduler == 'slurm' else 'gs://bucket'}:{top}"
+    source = top if scheduler == "slurm" else "gs://bucket"
+    mount = f"--mount {source}:{top}"
     if key == "folder":
         message = f"{key}={place} would be lost with its hosts"
         raise MaxlmError(message, fix=f"mount what is to keep it: {mount}")
-    raise MaxlmError(
-        f"{key}={place} is not in the container", fix=f"mount what holds it: {mount}"
-    )
+    message = f"{key}={place} is not in the container"
+    raise MaxlmError(message, fix=f"mount what holds it: {mount}")

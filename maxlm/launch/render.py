@@ -26,8 +26,9 @@ TEMPLATES = {
     "ray": "ray/driver.py.j2",
     "tpu-vm": "tpu_vm/worker.sh.j2",
 }
-# A colon at the end would make it a key.
+# Text that YAML reads as itself. A colon at the end would make it a key.
 _WORD = re.compile(r"[A-Za-z/](?:[A-Za-z0-9_./:@=+-]*[A-Za-z0-9_./@=+-])?")
+# Booleans of YAML 1.1, and null.
 _NO_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
@@ -41,10 +42,12 @@ def render_job(job: Job, template: Path | None = None) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    # JSON's strings and objects of them are Python's too.
-    python = partial(json.dumps, ensure_ascii=False)
     environment.filters.update(
-        shell=_shell, yaml=_yaml, python=python, kubernetes=_kubernetes
+        shell=_shell,
+        yaml=_yaml,
+        # JSON's strings and objects of them are Python's too.
+        python=partial(json.dumps, ensure_ascii=False),
+        kubernetes=_kubernetes,
     )
     values = {
         **vars(job.options),
@@ -65,7 +68,7 @@ def render_job(job: Job, template: Path | None = None) -> str:
 
 
 def _yaml(value: str) -> str:
-    """This text as a line of YAML 1.1 and 1.2 alike: quoted unless it is obviously a
+    """Formats text as a line of YAML 1.1 and 1.2 alike: quoted unless it is obviously a
     word."""
     if _WORD.fullmatch(value) and value.lower() not in _NO_WORDS:
         return value
@@ -76,8 +79,8 @@ def _yaml(value: str) -> str:
 
 
 def _kubernetes(value: str) -> str:
-    """A word of a container's command, or a variable's value, in which Kubernetes would
-    put a variable for ``$(NAME)`` and ``$`` for ``$$``."""
+    """Escapes a word of a container's command, or a variable's value, in which
+    Kubernetes would put a variable for ``$(NAME)`` and ``$`` for ``$$``."""
     return re.sub(r"\$(?=[$(])", "$$", value)
 
 
@@ -88,23 +91,23 @@ def _shell(value: str | tuple[str, ...]) -> str:
 def job_file_path(job: Job, run: RunConfig) -> Path:
     """Returns the path that a submitted job is written to: in the run's folder, or in
     runs/ where that folder is on other machines or in a container."""
-    folder = (
-        run.folder if job.scheduler == "slurm" and not job.options.image else "runs"
-    )
+    shares_folder = job.scheduler == "slurm" and not job.options.image
+    folder = run.folder if shares_folder else "runs"
     name = TEMPLATES[job.scheduler].rpartition("/")[2].removesuffix(".j2")
     return Path(folder) / run.name / "launch" / name
 
 
 def submit_job(job: Job, path: Path) -> int:
-    """Hand a job's file to its scheduler's client; return the client's exit code."""
+    """Hands a job's file to its scheduler's client; returns the client's exit code."""
     for command in list_submit_commands(job, path):
-        if shutil.which(command[0]) is None:
-            what = f"{command[0]} is not on the PATH here; the job is kept in this file"
-            raise MaxlmError(
-                what, where=str(path), fix=f"where it is, run: {' '.join(command)}"
-            )
-        if code := subprocess.run(command).returncode:
-            return code
+        program = command[0]
+        if shutil.which(program) is None:
+            message = f"{program} is not on the PATH here; the job is kept in this file"
+            fix = f"where it is, run: {' '.join(command)}"
+            raise MaxlmError(message, where=str(path), fix=fix)
+        exit_code = subprocess.run(command).returncode
+        if exit_code:
+            return exit_code
     return 0
 
 
@@ -116,30 +119,32 @@ def list_submit_commands(job: Job, path: Path) -> list[list[str]]:
     if job.scheduler == "jobset":
         return [["kubectl", "create", "-f", file]]
     if job.scheduler == "skypilot":
-        named = [part for name in job.secrets for part in ("--secret", name)]
-        return [["sky", "jobs", "launch", "--yes", "--detach-run", *named, file]]
+        command = ["sky", "jobs", "launch", "--yes", "--detach-run"]
+        for name in job.secrets:
+            command += ["--secret", name]
+        return [[*command, file]]
     if job.scheduler == "ray":
-        submit = [
-            "ray",
-            "job",
-            "submit",
-            "--no-wait",
-            "--working-dir",
-            str(path.parent),
-        ]
-        return [[*submit, "--", "python", path.name]]
-    where = [
-        f"--{key}={value}"
-        for key in ("zone", "project")
-        if (value := getattr(job.options, key))
-    ]
-    remote = f"maxlm-{job.name}.sh"
-    tool = ["gcloud", "compute", "tpus", "tpu-vm"]
+        command = ["ray", "job", "submit", "--no-wait"]
+        command += ["--working-dir", str(path.parent)]
+        return [[*command, "--", "python", path.name]]
+    return _list_tpu_vm_commands(job, file)
+
+
+def _list_tpu_vm_commands(job: Job, file: str) -> list[list[str]]:
+    """Returns commands that copy a job's script to each host of a TPU, and start it."""
+    options = ["--worker=all"]
+    if job.options.zone:
+        options.append(f"--zone={job.options.zone}")
+    if job.options.project:
+        options.append(f"--project={job.options.project}")
+    script = f"maxlm-{job.name}.sh"
+    log = f"maxlm-{job.name}.log"
     # A shell reads its script as it goes: one that runs there is replaced, never
     # overwritten.
-    start = f"mv {remote}.new {remote} || exit; "
-    start += f"setsid nohup bash {remote} >> maxlm-{job.name}.log 2>&1 < /dev/null &"
+    start = f"mv {script}.new {script} || exit; "
+    start += f"setsid nohup bash {script} >> {log} 2>&1 < /dev/null &"
+    gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
     return [
-        [*tool, "scp", file, f"{job.name}:{remote}.new", "--worker=all", *where],
-        [*tool, "ssh", job.name, "--worker=all", *where, f"--command={start}"],
+        [*gcloud, "scp", file, f"{job.name}:{script}.new", *options],
+        [*gcloud, "ssh", job.name, *options, f"--command={start}"],
     ]

@@ -49,8 +49,9 @@ class AttentionCosts:
 
 
 @dataclass(frozen=True)
-class ExpertCosts:
-    """Experts, of which a token passes some."""
+class ExpertRouting:
+    """Experts of a layer, of which a token passes some; what they cost follows from
+    their matrices."""
 
     router: str
     """Name of the router's parameter within the module."""
@@ -68,7 +69,7 @@ class LayerCosts:
 
     matrices: tuple[MatrixGroup, ...] = ()
     attention: AttentionCosts | None = None
-    experts: ExpertCosts | None = None
+    experts: ExpertRouting | None = None
     extra_flops: float = 0.0
     """Forward FLOPs a token beside matrices and scores, such as those of a
     recurrence."""

@@ -5,11 +5,15 @@ that it can be told without tracing anything: what a map sends follows from how 
 input, its kernels and its output lie (the table in ``parallel/linear.py``), and so for
 attention, experts, the embedding, the loss, pipelines and the optimizer. Where an axis
 has one device, a collective has no bytes.
+
+As in ``plan/memory.py``, figures are numbers or arrays of them, one element a candidate
+of a search.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,413 +21,579 @@ from maxlm.parallel.context import count_ring_steps
 from maxlm.plan.network import PlannedCollective
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup
 from maxlm.plan.workload import FP32, Number, StepShape
+from maxlm.sharding import AxisRules
+
+MeshAxes = tuple[str, ...]
+
+
+class _Runs(NamedTuple):
+    """Times that a collective runs in a step, in its passes forward and backward."""
+
+    forward: Number
+    backward: Number
 
 
 def list_collectives(shape: StepShape) -> tuple[PlannedCollective, ...]:
     """Lists every collective of a step that sends more than a few scalars."""
-    found = chain(
+    collectives = chain(
         _list_layer_collectives(shape),
         _list_expert_collectives(shape),
-        _list_end_collectives(shape),
+        _list_outer_collectives(shape),
         _list_pipeline_collectives(shape),
         _list_update_collectives(shape),
     )
-    return tuple(c for c in found if c.axes and np.any(c.whole_bytes * c.count))
+    return tuple(
+        collective
+        for collective in collectives
+        if collective.axes and np.any(collective.whole_bytes * collective.count)
+    )
 
 
-def _in_passes(
-    what: str,
+def _in_both_passes(
+    content: str,
     kind: str,
-    axes: tuple[str, ...],
+    axes: MeshAxes,
     size: Number,
-    forward: Number,
-    backward: Number,
+    runs: _Runs,
     *,
     waits: bool = True,
 ) -> Iterator[PlannedCollective]:
-    """One collective of ``size`` bytes, in so many runs of each pass."""
-    yield PlannedCollective(what, kind, axes, size, forward, "forward", waits)
-    yield PlannedCollective(what, kind, axes, size, backward, "backward", waits)
+    """Yields one collective of ``size`` bytes, in so many runs of each pass."""
+    yield PlannedCollective(content, kind, axes, size, runs.forward, "forward", waits)
+    yield PlannedCollective(content, kind, axes, size, runs.backward, "backward", waits)
+
+
+def _count_layer_passes(shape: StepShape, layers: Number) -> _Runs:
+    """Counts passes of single layers in a step, of so many layers in all: a pipeline's
+    backward pass runs a stage forward once more, to differentiate it."""
+    backward = shape.stage_passes_with_bubble * shape.per_stage(layers)
+    forward = backward * np.where(shape.pipelined, 2, 1)
+    return _Runs(forward, backward)
+
+
+def _without(axes: Iterable[str], excluded: Iterable[str]) -> MeshAxes:
+    """Returns mesh axes in their order but for the excluded ones."""
+    excluded = set(excluded)
+    return tuple(axis for axis in axes if axis not in excluded)
 
 
 def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    work, compute = shape.work, shape.split.compute
+    work = shape.work
+    rules = shape.split.compute
     for group, layers in work.matmul_layer_counts.items():
         if not group.has_experts:
-            yield from _list_matmul_collectives(
-                shape, group, *_count_passes(shape, layers)
-            )
+            passes = _count_layer_passes(shape, layers)
+            yield from _list_matmul_collectives(shape, group, passes)
     for attention, layers in work.attention_layer_counts.items():
-        yield from _list_attention_collectives(
-            shape, attention, *_count_passes(shape, layers)
-        )
-    _, runs = _count_passes(shape, work.num_layers)
-    vectors = (s for s in work.select_trained(work.specs) if s.num_layer_axes)
-    size = sum(s.size for s in vectors if s.role == "vector" and not s.sign_update)
-    size = size / work.num_layers * FP32
-    axes = (*compute.batch, *compute.residual)
-    yield PlannedCollective(
-        "norms: gradients", "all-reduce", axes, size, runs, "backward", False
+        passes = _count_layer_passes(shape, layers)
+        yield from _list_attention_collectives(shape, attention, passes)
+
+    norm_elements = sum(
+        spec.size
+        for spec in work.select_trained(work.specs)
+        if spec.num_layer_axes and spec.role == "vector" and not spec.sign_update
     )
+    passes = _count_layer_passes(shape, work.num_layers)
+    yield PlannedCollective(
+        "norms: gradients",
+        "all-reduce",
+        (*rules.batch, *rules.residual),
+        norm_elements / work.num_layers * FP32,
+        passes.backward,
+        "backward",
+        waits=False,
+    )
+    token_axes = (*rules.batch, *rules.seq)
     for stack in work.stacks:
-        tokens = (*compute.batch, *compute.seq)
-        passes = _count_passes(shape, stack.num_layers)
+        passes = _count_layer_passes(shape, stack.num_layers)
         for kernel in stack.adapter_kernels:
-            yield from _list_weight_collectives(shape, kernel, *passes, tokens)
-
-
-def _count_passes(shape: StepShape, layers: Number) -> tuple[Number, Number]:
-    """Forward and backward passes of single layers in a step, of so many in all: a
-    pipeline's backward pass runs a stage forward once more, to differentiate it."""
-    runs = shape.stage_passes_with_bubble * shape.per_stage(layers)
-    return runs * np.where(shape.pipelined, 2, 1), runs
+            yield from _list_weight_collectives(shape, kernel, passes, token_axes)
 
 
 def _list_matmul_collectives(
-    shape: StepShape, group: MatmulGroup, forward: Number, backward: Number
+    shape: StepShape, group: MatmulGroup, passes: _Runs
 ) -> Iterator[PlannedCollective]:
-    work, rules, kernels = shape.work, shape.split.compute, group.kernels
+    """Lists those of matrices that are multiplied with one input
+    (``parallel/linear.py``)."""
+    work = shape.work
+    rules = shape.split.compute
+    first_kernel = group.kernels[0]
     is_latent = group.input_features == "latent"
-    inputs = kernels[0].num_input_dims
-    width = prod(kernels[0].shape[:inputs]) if is_latent else work.config.model.d_model
-    size = shape.micro_batch_tokens * group.token_ratio * work.dtype_bytes * width
-    sequence = shape.split.sequence_parallel
-    again = (
-        backward
-        if shape.remat != "none" and work.backward_needs_branch_output(group)
-        else 0
-    )
-    for kernel in kernels:
-        tokens = (*rules.batch, *rules.seq)
-        yield from _list_weight_collectives(shape, kernel, forward, backward, tokens)
-    inputs = {
-        a
-        for k in kernels
-        for x in k.axes[: k.num_input_dims]
-        for a in rules.mesh_axes(x)
-    }
-    outputs = {
-        a
-        for k in kernels
-        for x in k.axes[k.num_input_dims :]
-        for a in rules.mesh_axes(x)
-    }
-
-    def send(what: str, kind: str, axes: tuple[str, ...], ahead: Number, back: Number):
-        return _in_passes(f"{group.name}: {what}", kind, axes, size, ahead, back)
-
-    beside = work.is_parallel_to_attention(group)
-    # The compiler gathers the same array once: what both branches read, or all layers.
-    shared = beside and work.config.model.placement == "parallel_shared"
+    width = work.config.model.d_model
     if is_latent:
-        yield from send(
-            "its gradient", "all-reduce", tuple(sorted(outputs)), 0, backward
-        )
+        width = prod(first_kernel.shape[: first_kernel.num_input_dims])
+    size = shape.micro_batch_tokens * group.token_ratio * work.dtype_bytes * width
+
+    token_axes = (*rules.batch, *rules.seq)
+    input_axes: set[str] = set()
+    output_axes: set[str] = set()
+    for kernel in group.kernels:
+        yield from _list_weight_collectives(shape, kernel, passes, token_axes)
+        input_axes |= _mesh_axes(rules, kernel.axes[: kernel.num_input_dims])
+        output_axes |= _mesh_axes(rules, kernel.axes[kernel.num_input_dims :])
+
+    def send(
+        content: str, kind: str, axes: MeshAxes, forward: Number, backward: Number
+    ) -> Iterator[PlannedCollective]:
+        runs = _Runs(forward, backward)
+        return _in_both_passes(f"{group.name}: {content}", kind, axes, size, runs)
+
+    # Axes that split the residual stream's sequence alone: Megatron's sequence
+    # parallelism gathers and scatters over them where it would all-reduce.
+    sequence = shape.split.sequence_parallel
+    forward, backward = passes
+    # The compiler gathers the same array once: what both branches read, or all layers.
+    is_parallel = work.is_parallel_to_attention(group)
+    shares_input = is_parallel and work.config.model.placement == "parallel_shared"
+    if is_latent:
+        axes = tuple(sorted(output_axes))
+        yield from send("its gradient", "all-reduce", axes, 0, backward)
     if group.input_features == "memory":
-        yield from send(
-            "input", "all-gather", sequence, shape.stage_passes_with_bubble, 0
-        )
-    if group.input_features == "residual" and not shared:
+        # An encoder's output is the same in all layers: gathered once a pass.
+        once = shape.stage_passes_with_bubble
+        yield from send("input", "all-gather", sequence, once, 0)
+    if group.input_features == "residual" and not shares_input:
         yield from send("input", "all-gather", sequence, forward, backward)
     if group.input_features in ("residual", "memory"):
-        rest = tuple(sorted(outputs.difference(sequence)))
+        rest = _without(sorted(output_axes), sequence)
         yield from send("its gradient", "reduce-scatter", sequence, 0, backward)
         yield from send("its gradient", "all-reduce", rest, 0, backward)
     if group.output_features == "residual":
-        rest = tuple(sorted(inputs.difference(sequence)))
+        rest = _without(sorted(input_axes), sequence)
+        recomputes = shape.remat != "none" and work.backward_needs_branch_output(group)
+        again = backward if recomputes else 0
+        gradient_gathers = 0 if is_parallel else backward
         yield from send("output", "reduce-scatter", sequence, forward, again)
-        yield from send(
-            "its gradient", "all-gather", sequence, 0, 0 if beside else backward
-        )
+        yield from send("its gradient", "all-gather", sequence, 0, gradient_gathers)
         yield from send("output", "all-reduce", rest, forward, again)
 
 
+def _mesh_axes(rules: AxisRules, logical_axes: Iterable[str | None]) -> set[str]:
+    return {axis for logical in logical_axes for axis in rules.mesh_axes(logical)}
+
+
 def _list_weight_collectives(
-    shape: StepShape,
-    kernel: Kernel,
-    forward: Number,
-    backward: Number,
-    token_axes: tuple[str, ...],
+    shape: StepShape, kernel: Kernel, passes: _Runs, token_axes: MeshAxes
 ) -> Iterator[PlannedCollective]:
-    """Kernels gathered from storage, and their gradients reduced into it.
+    """Lists gathers of a kernel from storage, and reductions of its gradient into it.
 
     Under ZeRO-2 kernels are at hand whole, and gradients go to shares of their own; but
     experts', and all of a 1F1B pipeline, are gathered from such shares too.
     """
     split = shape.split
-    used = shape.gathered_weight_bytes(kernel)
-    scattered = split.gather_axes(split.gradients, kernel)
-    here = 1.0
+    is_gathered = 1.0
     if split.gradients != split.storage and "expert" not in kernel.axes:
-        here = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
-    runs = here * forward, here * backward
-    yield from _in_passes(
-        kernel.name, "all-gather", scattered, used, *runs, waits=False
+        is_gathered = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
+    yield from _in_both_passes(
+        kernel.name,
+        "all-gather",
+        split.gather_axes(split.gradients, kernel),
+        shape.gathered_weight_bytes(kernel),
+        _Runs(is_gathered * passes.forward, is_gathered * passes.backward),
+        waits=False,
     )
     if kernel.is_trained:
-        yield from _list_gradient_collectives(shape, kernel, backward, token_axes)
+        yield from _list_gradient_collectives(
+            shape, kernel, passes.backward, token_axes
+        )
 
 
 def _list_gradient_collectives(
-    shape: StepShape, kernel: Kernel, runs: Number, token_axes: tuple[str, ...]
+    shape: StepShape, kernel: Kernel, runs: Number, token_axes: MeshAxes
 ) -> Iterator[PlannedCollective]:
-    """A kernel's gradient, reduced into its shares and over the axes that split the
-    tokens."""
+    """Lists reductions of a kernel's gradient into its shares and over the axes that
+    split the tokens."""
     split = shape.split
-    what = f"{kernel.name}: gradient"
-    used = shape.gathered_weight_bytes(kernel)
+    content = f"{kernel.name}: gradient"
+    size = shape.gathered_weight_bytes(kernel)
     scattered = split.gather_axes(split.gradients, kernel)
     yield PlannedCollective(
-        what, "reduce-scatter", scattered, used, runs, "backward", False
+        content, "reduce-scatter", scattered, size, runs, "backward", waits=False
     )
-    rest = tuple(axis for axis in token_axes if axis not in scattered)
-    left = used / split.num_devices(scattered)
-    yield PlannedCollective(what, "all-reduce", rest, left, runs, "backward", False)
+    rest = _without(token_axes, scattered)
+    share = size / split.num_devices(scattered)
+    yield PlannedCollective(
+        content, "all-reduce", rest, share, runs, "backward", waits=False
+    )
 
 
 def _list_attention_collectives(
-    shape: StepShape, attention: AttentionShape, forward: Number, backward: Number
+    shape: StepShape, attention: AttentionShape, passes: _Runs
 ) -> Iterator[PlannedCollective]:
     """Lists those of a sequence split over devices, and of kv heads that are whole on
     several."""
-    work, split, rules = shape.work, shape.split, shape.split.compute
-    heads, axes = attention.heads, rules.seq
-    kv_axes = rules.mesh_axes(heads.kv_axis)
-    ways, kv_ways = split.num_devices(axes), split.num_devices(kv_axes)
-    query_heads = heads.num_heads / split.num_devices(rules.heads)
-    kv_heads = heads.num_kv_heads / kv_ways
-    tokens = shape.micro_batch_tokens * attention.token_ratio
-    value = heads.value_dim
-    # Of a key and its value, or a query and its output, each.
-    either = tokens * (heads.head_dim + value) / 2
-    itemsize = work.dtype_bytes
-    again = backward if work.is_attention_recomputed(shape.remat) else 0
-    # Each device takes those kv heads that its query heads read.
-    read = np.minimum(
-        kv_heads, np.maximum(kv_heads * kv_ways / split.num_devices(rules.heads), 1)
-    )
-
-    def send(what: str, kind: str, size: Number, ahead: Number, back: Number):
-        return _in_passes(f"attention: {what}", kind, axes, size, ahead, back)
-
-    both, gradients = "keys and values", "their gradients"
+    work = shape.work
+    split = shape.split
+    rules = split.compute
+    heads = attention.heads
     method = work.config.parallel.context
+    tokens = shape.micro_batch_tokens * attention.token_ratio
     if method == "all_gather":
-        whole = either * read * ways
-        yield from send(both, "all-gather", whole * itemsize, 2 * forward, 2 * backward)
-        yield from send(gradients, "reduce-scatter", whole * FP32, 0, 2 * backward)
+        yield from _list_gathered_context(shape, attention, passes)
     elif method == "ring":
-        kind = "collective-permute"
-        block = either * read
-        window = None if work.config.parallel.balance_sequence else attention.window
-        steps = 2 * count_ring_steps(ways, attention.query_len / ways, window)
-        back = np.where(np.greater(steps, 0), steps + 2, 0)
-        yield from send(
-            both, kind, block * itemsize, steps * forward, steps * (backward + again)
-        )
-        yield from send(gradients, kind, block * FP32, 0, back * backward)
+        yield from _list_ring_context(shape, attention, passes)
     else:
-        copies = ways / np.gcd(
-            np.asarray(np.maximum(read, 1), int), np.asarray(ways, int)
-        )
-        keys = either * read * copies
-        queries, output = (
-            tokens * n * query_heads * itemsize for n in (heads.head_dim, value)
-        )
-        wire = np.where(np.greater(copies, 1), FP32, itemsize)
-        for what, size, ahead, back in (
-            ("queries", queries, forward, backward),
-            (both, keys * itemsize, 2 * forward, 2 * backward),
-            ("output", output, forward + again, 0),
-            ("gradients", (queries + output) / 2, 0, 2 * backward),
-            ("gradients of keys and values", keys * wire, 0, 2 * backward),
-        ):
-            yield from send(what, "all-to-all", size, ahead, back)
+        yield from _list_ulysses_context(shape, attention, passes)
     if heads.shared_key_dim:
-        what = "attention: shared keys' gradient"
-        shared = tokens * heads.shared_key_dim * itemsize
         yield PlannedCollective(
-            what, "all-reduce", rules.heads, shared, backward, "backward"
+            "attention: shared keys' gradient",
+            "all-reduce",
+            rules.heads,
+            tokens * heads.shared_key_dim * work.dtype_bytes,
+            passes.backward,
+            "backward",
         )
-    if rules.heads and not kv_axes:
+    if rules.heads and not rules.mesh_axes(heads.kv_axis):
         # What blocks add up is in fp32; attention of a whole sequence gives its own
         # dtype.
-        wire = np.where(np.greater(ways, 1) & (method != "ulysses"), FP32, itemsize)
-        whole = (
-            either * heads.num_kv_heads * wire * attention.key_len / attention.query_len
-        )
-        what = "whole kv heads: gradients"
+        adds_blocks = np.greater(split.num_devices(rules.seq), 1)
+        adds_blocks = adds_blocks & (method != "ulysses")
+        itemsize = np.where(adds_blocks, FP32, work.dtype_bytes)
+        kv_elements = _count_kv_elements_per_head(shape, attention) * heads.num_kv_heads
         yield PlannedCollective(
-            what, "all-reduce", rules.heads, whole, 2 * backward, "backward"
+            "whole kv heads: gradients",
+            "all-reduce",
+            rules.heads,
+            kv_elements * itemsize * attention.key_len / attention.query_len,
+            2 * passes.backward,
+            "backward",
         )
+
+
+_KEYS_AND_VALUES = "attention: keys and values"
+
+
+def _count_kv_elements_per_head(shape: StepShape, attention: AttentionShape) -> Number:
+    """Counts elements of a head's keys or of its values, on average, in a device's part
+    of the sequence; two such arrays are sent. Of a query and its output likewise."""
+    heads = attention.heads
+    tokens = shape.micro_batch_tokens * attention.token_ratio
+    return tokens * (heads.head_dim + heads.value_dim) / 2
+
+
+def _count_read_kv_heads(shape: StepShape, attention: AttentionShape) -> Number:
+    """Counts the kv heads that the query heads of one device read: the others are not
+    sent."""
+    split = shape.split
+    kv_axes = split.compute.mesh_axes(attention.heads.kv_axis)
+    kv_ways = split.num_devices(kv_axes)
+    head_ways = split.num_devices(split.compute.heads)
+    kv_heads = attention.heads.num_kv_heads / kv_ways
+    return np.minimum(kv_heads, np.maximum(kv_heads * kv_ways / head_ways, 1))
+
+
+def _list_gathered_context(
+    shape: StepShape, attention: AttentionShape, passes: _Runs
+) -> Iterator[PlannedCollective]:
+    """Keys and values of the whole sequence, on each device."""
+    axes = shape.split.compute.seq
+    heads = _count_read_kv_heads(shape, attention)
+    local = _count_kv_elements_per_head(shape, attention) * heads
+    whole = local * shape.split.num_devices(axes)
+    yield from _in_both_passes(
+        _KEYS_AND_VALUES,
+        "all-gather",
+        axes,
+        whole * shape.work.dtype_bytes,
+        _Runs(2 * passes.forward, 2 * passes.backward),
+    )
+    yield from _in_both_passes(
+        "attention: their gradients",
+        "reduce-scatter",
+        axes,
+        whole * FP32,
+        _Runs(0, 2 * passes.backward),
+    )
+
+
+def _list_ring_context(
+    shape: StepShape, attention: AttentionShape, passes: _Runs
+) -> Iterator[PlannedCollective]:
+    """Blocks of keys and values, passed from device to device (Liu et al. 2023, arXiv
+    2310.01889)."""
+    work = shape.work
+    axes = shape.split.compute.seq
+    ways = shape.split.num_devices(axes)
+    heads = _count_read_kv_heads(shape, attention)
+    block = _count_kv_elements_per_head(shape, attention) * heads
+    # A balanced sequence has early tokens everywhere: no step of the ring can be left
+    # out for a window.
+    window = None if work.config.parallel.balance_sequence else attention.window
+    steps = 2 * count_ring_steps(ways, attention.query_len / ways, window)
+    recomputes = work.is_attention_recomputed(shape.remat)
+    again = passes.backward if recomputes else 0
+    yield from _in_both_passes(
+        _KEYS_AND_VALUES,
+        "collective-permute",
+        axes,
+        block * work.dtype_bytes,
+        _Runs(steps * passes.forward, steps * (passes.backward + again)),
+    )
+    # Gradients travel with their blocks, and a last step home.
+    gradient_steps = np.where(np.greater(steps, 0), steps + 2, 0)
+    yield from _in_both_passes(
+        "attention: their gradients",
+        "collective-permute",
+        axes,
+        block * FP32,
+        _Runs(0, gradient_steps * passes.backward),
+    )
+
+
+def _list_ulysses_context(
+    shape: StepShape, attention: AttentionShape, passes: _Runs
+) -> Iterator[PlannedCollective]:
+    """Parts of the sequence, exchanged for parts of the heads (Jacobs et al. 2023,
+    arXiv 2309.14509)."""
+    work = shape.work
+    split = shape.split
+    axes = split.compute.seq
+    ways = split.num_devices(axes)
+    heads = attention.heads
+    forward, backward = passes
+    again = backward if work.is_attention_recomputed(shape.remat) else 0
+    read = _count_read_kv_heads(shape, attention)
+    # Where devices do not divide the kv heads, each head goes to several of them.
+    read_heads = np.asarray(np.maximum(read, 1), int)
+    copies = ways / np.gcd(read_heads, np.asarray(ways, int))
+    kv_elements = _count_kv_elements_per_head(shape, attention) * read * copies
+    # Several devices' gradients of one head are added up in fp32.
+    gradient_itemsize = np.where(np.greater(copies, 1), FP32, work.dtype_bytes)
+
+    tokens = shape.micro_batch_tokens * attention.token_ratio
+    query_heads = heads.num_heads / split.num_devices(split.compute.heads)
+    queries = tokens * heads.head_dim * query_heads * work.dtype_bytes
+    output = tokens * heads.value_dim * query_heads * work.dtype_bytes
+
+    def exchange(
+        content: str, size: Number, forward_runs: Number, backward_runs: Number
+    ) -> Iterator[PlannedCollective]:
+        runs = _Runs(forward_runs, backward_runs)
+        return _in_both_passes(content, "all-to-all", axes, size, runs)
+
+    keys_and_values = kv_elements * work.dtype_bytes
+    kv_gradients = kv_elements * gradient_itemsize
+    query_gradients = (queries + output) / 2
+    yield from exchange("attention: queries", queries, forward, backward)
+    yield from exchange(_KEYS_AND_VALUES, keys_and_values, 2 * forward, 2 * backward)
+    yield from exchange("attention: output", output, forward + again, 0)
+    yield from exchange("attention: gradients", query_gradients, 0, 2 * backward)
+    yield from exchange(
+        "attention: gradients of keys and values", kv_gradients, 0, 2 * backward
+    )
 
 
 def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    work, split, rules = shape.work, shape.split, shape.split.compute
-    experts, router = work.experts, work.router
-    groups = [m for m in work.matmul_layer_counts if m.has_experts]
+    """Lists those of experts' weights, of routers, of rows sent to experts and back,
+    and of the arrays around them."""
+    work = shape.work
+    split = shape.split
+    rules = split.compute
+    experts = work.experts
+    router = work.router
     if experts is None or router is None:
         return
-    forward, runs = _count_passes(shape, work.num_expert_layers)
-    again = runs if shape.remat != "none" else 0
-    wanted = (
-        again
-        if any(work.backward_needs_branch_output(group) for group in groups)
-        else 0
+    groups = [group for group in work.matmul_layer_counts if group.has_experts]
+    passes = _count_layer_passes(shape, work.num_expert_layers)
+    forward, backward = passes
+
+    # Axes of tokens that experts are not split over: over these a kernel's gradient is
+    # a partial sum.
+    token_axes = _without((*rules.batch, *rules.seq), rules.expert)
+    for group in groups:
+        for kernel in group.kernels:
+            yield from _list_weight_collectives(shape, kernel, passes, token_axes)
+    router_axes = split.gather_axes(split.storage, router)
+    router_bytes = router.size * FP32
+    yield from _in_both_passes(
+        "router", "all-gather", router_axes, router_bytes, passes, waits=False
     )
-    width = work.config.model.d_model * work.dtype_bytes
-    split_over = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
-    for kernel in (kernel for group in groups for kernel in group.kernels):
-        yield from _list_weight_collectives(shape, kernel, forward, runs, split_over)
-    axes = split.gather_axes(split.storage, router)
-    size = router.size * FP32
-    yield from _in_passes(
-        "router", "all-gather", axes, size, forward, runs, waits=False
+    yield PlannedCollective(
+        "router: gradient",
+        "all-reduce",
+        (*rules.batch, *rules.residual),
+        router_bytes,
+        backward,
+        "backward",
+        waits=False,
     )
-    axes = (*rules.batch, *rules.residual)
-    what = "router: gradient"
-    yield PlannedCollective(what, "all-reduce", axes, size, runs, "backward", False)
-    kind = "all-to-all"
+
+    def send(
+        content: str,
+        kind: str,
+        axes: MeshAxes,
+        size: Number,
+        forward_runs: Number,
+        backward_runs: Number,
+    ) -> Iterator[PlannedCollective]:
+        runs = _Runs(forward_runs, backward_runs)
+        return _in_both_passes(f"experts: {content}", kind, axes, size, runs)
+
+    token_bytes = work.config.model.d_model * work.dtype_bytes
+    exchange = "all-to-all"
     rows = shape.expert_buffer_rows
     if shape.ragged and experts.capacity_factor is None:
-        kind = "ragged-all-to-all"
+        exchange = "ragged-all-to-all"
         rows = shape.micro_batch_tokens * experts.experts_per_token
-    routed = rows * width
-    for what, ahead, back in (
-        ("rows there", forward, again),
-        ("rows back", forward, wanted),
-        ("gradients there", 0, runs),
-        ("gradients back", 0, runs),
-    ):
-        yield from _in_passes(
-            f"experts: {what}", kind, rules.expert, routed, ahead, back
-        )
-    sequence = split.sequence_parallel
-    rest = tuple(axis for axis in rules.mlp if axis not in sequence)
-    tokens = shape.micro_batch_tokens * width
+    routed = rows * token_bytes
+    needs_output = any(work.backward_needs_branch_output(group) for group in groups)
+    input_again = backward if shape.remat != "none" else 0
+    output_again = input_again if needs_output else 0
+    ways = rules.expert
+    yield from send("rows there", exchange, ways, routed, forward, input_again)
+    yield from send("rows back", exchange, ways, routed, forward, output_again)
+    yield from send("gradients there", exchange, ways, routed, 0, backward)
+    yield from send("gradients back", exchange, ways, routed, 0, backward)
+
     # Shared experts gather the same arrays, and so does attention beside; the compiler
     # gathers them once.
-    beside = any(work.is_parallel_to_attention(group) for group in groups)
-    same_input = beside and work.config.model.placement == "parallel_shared"
-    inputs = () if experts.has_shared or same_input else sequence
-    gradients = () if experts.has_shared or beside else sequence
-    for what, kind, axes, ahead, back in (
-        ("output", "reduce-scatter", sequence, forward, runs + wanted),
-        ("output", "all-reduce", rest, forward, runs + wanted),
-        ("input", "all-gather", inputs, forward, runs),
-        ("output's gradient", "all-gather", gradients, 0, runs),
-    ):
-        yield from _in_passes(f"experts: {what}", kind, axes, tokens, ahead, back)
+    sequence = split.sequence_parallel
+    is_parallel = any(work.is_parallel_to_attention(group) for group in groups)
+    shares_input = is_parallel and work.config.model.placement == "parallel_shared"
+    input_axes = () if experts.has_shared or shares_input else sequence
+    gradient_axes = () if experts.has_shared or is_parallel else sequence
+    rest = _without(rules.mlp, sequence)
+    tokens = shape.micro_batch_tokens * token_bytes
+    output_runs = backward + output_again
+    yield from send("output", "reduce-scatter", sequence, tokens, forward, output_runs)
+    yield from send("output", "all-reduce", rest, tokens, forward, output_runs)
+    yield from send("input", "all-gather", input_axes, tokens, forward, backward)
+    yield from send(
+        "output's gradient", "all-gather", gradient_axes, tokens, 0, backward
+    )
 
 
-def _list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
+def _list_outer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     """Lists those of the embedding, learned positions, matrices outside the layers and
     the loss."""
     yield from _list_loss_collectives(shape)
-    work, rules, runs = shape.work, shape.split.compute, shape.loss_calls
+    work = shape.work
+    rules = shape.split.compute
+    runs = _Runs(shape.loss_calls, shape.loss_calls)
+    token_axes = (*rules.batch, *rules.residual, *_stage_axes(shape))
     for kernel in work.non_layer_kernels:
-        tokens = (*rules.batch, *rules.residual, *_stages(shape))
-        yield from _list_weight_collectives(shape, kernel, runs, runs, tokens)
+        yield from _list_weight_collectives(shape, kernel, runs, token_axes)
+    token_table = next(iter(work.embedding_lookup_rates))
     for name, spec in work.base_specs.items():
-        if name in work.embedding_lookup_rates:
-            how = {"is_trained": name in work.trained_base_names}
-            table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1, **how)
-            first = name == next(iter(work.embedding_lookup_rates))
-            for rate in work.embedding_lookup_rates[name]:
-                yield from _list_lookup_collectives(shape, table, rate, first)
+        if name not in work.embedding_lookup_rates:
+            continue
+        table = Kernel(
+            name=name.removesuffix(".table"),
+            shape=spec.shape,
+            axes=spec.axes,
+            num_input_dims=1,
+            is_trained=name in work.trained_base_names,
+        )
+        for rate in work.embedding_lookup_rates[name]:
+            yield from _list_lookup_collectives(
+                shape, table, rate, is_token_table=name == token_table
+            )
 
 
 def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    work, split, rules, runs = (
-        shape.work,
-        shape.split,
-        shape.split.compute,
-        shape.loss_calls,
-    )
-    hidden = shape.embedding_loss_tokens * work.config.model.d_model * work.dtype_bytes
-    yield from _list_weight_collectives(shape, work.head, runs, 0 * runs, ())
-    tokens = (*rules.batch, *rules.residual, *_stages(shape))
-    rest = tuple(axis for axis in tokens if axis not in rules.vocab)
+    work = shape.work
+    rules = shape.split.compute
+    runs = shape.loss_calls
+    # The head is gathered once: loss and gradient are computed in the same pass
+    # (parallel/cross_entropy.py).
+    no_token_axes = ()
+    gathers = _Runs(runs, 0 * runs)
+    yield from _list_weight_collectives(shape, work.head, gathers, no_token_axes)
     if work.head.is_trained:
+        token_axes = (*rules.batch, *rules.residual, *_stage_axes(shape))
+        rest = _without(token_axes, rules.vocab)
         yield from _list_gradient_collectives(shape, work.head, runs, rest)
-    sequence = split.sequence_parallel
+
+    sequence = shape.split.sequence_parallel
     shared = tuple(axis for axis in sequence if axis in rules.vocab)
-    others = tuple(axis for axis in rules.vocab if axis not in sequence)
-    for what, kind, axes in (
-        ("loss: hidden states", "all-gather", shared),
-        ("loss: their gradient", "reduce-scatter", shared),
-        ("loss: their gradient", "all-reduce", others),
-    ):
-        yield PlannedCollective(what, kind, axes, hidden, runs, "backward")
+    others = _without(rules.vocab, sequence)
+    hidden = shape.embedding_loss_tokens * work.config.model.d_model * work.dtype_bytes
+    yield PlannedCollective(
+        "loss: hidden states", "all-gather", shared, hidden, runs, "backward"
+    )
+    yield PlannedCollective(
+        "loss: their gradient", "reduce-scatter", shared, hidden, runs, "backward"
+    )
+    yield PlannedCollective(
+        "loss: their gradient", "all-reduce", others, hidden, runs, "backward"
+    )
 
 
 def _list_lookup_collectives(
-    shape: StepShape, table: Kernel, rate: float, first: bool
+    shape: StepShape, table: Kernel, rate: float, *, is_token_table: bool
 ) -> Iterator[PlannedCollective]:
-    """Columns of a table in storage are exchanged for tokens; rows split over the
+    """Lists those of looking up rows of a table (``parallel/embedding.py``).
+
+    Columns of a table in storage are exchanged for tokens; rows split over the
     vocabulary are partial sums, and what splits the residual stream further is
-    scattered (``parallel/embedding.py``). ``rate`` tokens are looked up for each of the
-    batch; the ``first`` table is that of tokens."""
-    work, split, rules, runs = (
-        shape.work,
-        shape.split,
-        shape.split.compute,
-        shape.embedding_calls,
-    )
+    scattered.
+
+    Args:
+        rate: tokens that are looked up for each of the batch.
+        is_token_table: whether it is the embedding of tokens, not of positions.
+    """
+    work = shape.work
+    split = shape.split
+    rules = split.compute
+    runs = shape.embedding_calls
     vocab = rules.mesh_axes(table.axes[0])
     sequence = split.sequence_parallel
-    tokens = (*rules.batch, *rules.seq)
-    exchanged = tuple(
-        a for a in split.gather_axes(split.gradients, table) if a in tokens
+    token_axes = (*rules.batch, *rules.seq)
+    stored_axes = split.gather_axes(split.gradients, table)
+    exchanged = tuple(axis for axis in stored_axes if axis in token_axes)
+    summed = _without(vocab, sequence)
+
+    tokens = shape.embedding_loss_tokens * rate
+    rows = tokens * work.config.model.d_model * work.dtype_bytes
+    rows_share = rows / split.num_devices(sequence)
+    content = f"{table.name}: rows"
+    yield PlannedCollective(
+        content, "all-to-all", exchanged, rows_share, runs, "forward"
     )
-    rows = (
-        shape.embedding_loss_tokens
-        * rate
-        * work.config.model.d_model
-        * work.dtype_bytes
+    yield PlannedCollective(content, "reduce-scatter", sequence, rows, runs, "forward")
+    yield PlannedCollective(content, "all-reduce", summed, rows, runs, "forward")
+
+    if not table.is_trained:
+        return
+    content = f"{table.name}: gradient"
+    num_shards = split.num_shards(split.gradients, table.axes)
+    table_share = table.size * work.dtype_bytes / num_shards
+    rest = _without((*token_axes, *_stage_axes(shape)), (*exchanged, *vocab))
+    yield PlannedCollective(
+        content, "all-reduce", rest, table_share, runs, "backward", waits=False
     )
-    what, gradient = f"{table.name}: rows", f"{table.name}: gradient"
-    some = rows / split.num_devices(sequence)
-    yield PlannedCollective(what, "all-to-all", exchanged, some, runs, "forward")
-    yield PlannedCollective(what, "reduce-scatter", sequence, rows, runs, "forward")
-    summed = tuple(axis for axis in vocab if axis not in sequence)
-    yield PlannedCollective(what, "all-reduce", summed, rows, runs, "forward")
-    held = table.size * work.dtype_bytes / split.num_shards(split.gradients, table.axes)
-    rest = tuple(a for a in (*tokens, *_stages(shape)) if a not in (*exchanged, *vocab))
-    if table.is_trained:
-        yield PlannedCollective(
-            gradient, "all-reduce", rest, held, runs, "backward", False
-        )
     # Once for all tables: rows of each are added up, and have the same gradient.
-    if first and table.is_trained:
+    if is_token_table:
         yield PlannedCollective(
-            gradient, "all-to-all", exchanged, some, runs, "backward"
+            content, "all-to-all", exchanged, rows_share, runs, "backward"
         )
-        yield PlannedCollective(
-            gradient, "all-gather", sequence, rows, runs, "backward"
-        )
+        yield PlannedCollective(content, "all-gather", sequence, rows, runs, "backward")
 
 
-def _stages(shape: StepShape) -> tuple[str, ...]:
-    """Mesh axes of a pipeline over which tokens lie spread before its layers and
-    after."""
+def _stage_axes(shape: StepShape) -> MeshAxes:
+    """Returns the mesh axes of a pipeline over which tokens lie spread before its
+    layers and after."""
     return () if shape.one_f_one_b else shape.split.compute.layers
 
 
 def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    """Activations to the next stage and gradients to the one before, a turn; a circular
-    pipeline carries inputs and results as well."""
-    work, split, axes = shape.work, shape.split, shape.split.compute.layers
-    one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    runs = (1 if shape.one_f_one_b else 3) * shape.pipeline_iterations
-    kind = "collective-permute"
+    """Lists activations to the next stage and gradients to the one before, a turn; a
+    circular pipeline carries inputs and results as well."""
+    work = shape.work
+    split = shape.split
+    axes = split.compute.layers
+    stream = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
+    arrays_per_turn = 1 if shape.one_f_one_b else 3
+    runs = arrays_per_turn * shape.pipeline_iterations
+    permute = "collective-permute"
     yield PlannedCollective(
-        "pipeline: to the next stage", kind, axes, one, runs, "forward"
+        "pipeline: to the next stage", permute, axes, stream, runs, "forward"
     )
     yield PlannedCollective(
-        "pipeline: to the one before", kind, axes, one, runs, "backward"
+        "pipeline: to the one before", permute, axes, stream, runs, "backward"
     )
     if shape.one_f_one_b:
+        # Each stage computes the ends' gradients of its own micro-batches.
         ends = split.local_bytes(split.gradients, work.non_layer_specs.values())
         yield PlannedCollective(
             "ends: gradients", "all-reduce", axes, ends, 1.0, "once"
@@ -431,17 +601,20 @@ def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 
 
 def _list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    """Yields gathers of updates where moments lie in smaller shares than parameters
+    """Lists gathers of updates where moments lie in smaller shares than parameters
     (ZeRO-1, 2)."""
-    work, split = shape.work, shape.split
+    work = shape.work
+    split = shape.split
     if split.optimizer == split.storage:
         return
     for name, spec in work.specs.items():
         if name not in work.trained_names:
             continue
-        at_rest = {a for axis in spec.axes for a in split.storage.mesh_axes(axis)}
-        finer = (a for axis in spec.axes for a in split.optimizer.mesh_axes(axis))
-        axes = tuple(dict.fromkeys(axis for axis in finer if axis not in at_rest))
-        whole = split.local_bytes(split.storage, [spec])
-        what = f"{name.partition('.kernel')[0]}: update"
-        yield PlannedCollective(what, "all-gather", axes, whole, 1.0, "once")
+        stored_axes = _mesh_axes(split.storage, spec.axes)
+        moment_axes = [
+            axis for logical in spec.axes for axis in split.optimizer.mesh_axes(logical)
+        ]
+        axes = _without(dict.fromkeys(moment_axes), stored_axes)
+        size = split.local_bytes(split.storage, [spec])
+        content = f"{name.partition('.kernel')[0]}: update"
+        yield PlannedCollective(content, "all-gather", axes, size, 1.0, "once")

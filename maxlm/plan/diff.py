@@ -33,7 +33,7 @@ class StoredParameter(BaseModel):
 
 
 class StoredCollective(BaseModel):
-    """One collective, likewise."""
+    """One collective of a plan as ``RunPlan.to_json`` writes it."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -65,7 +65,8 @@ class StoredPlan(BaseModel):
     rows: tuple[StoredParameter, ...]
 
 
-PlanDiff = dict[str, dict[str, tuple[Any, Any]]]
+Value = str | float | bool | None
+PlanDiff = dict[str, dict[str, tuple[Value, Value]]]
 """Part of a plan → what differs in it → its first and its second value; None where one
 has none."""
 
@@ -82,16 +83,20 @@ def compare_plans(first: StoredPlan, second: StoredPlan) -> PlanDiff:
 
 
 def _compare(
-    first: Mapping[str, Any], second: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    keys = dict.fromkeys([*first, *second])
-    pairs = {key: (first.get(key), second.get(key)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    first: Mapping[str, Value], second: Mapping[str, Value]
+) -> dict[str, tuple[Value, Value]]:
+    """Returns the pairs of values that differ, in the order of their keys."""
+    differing = {}
+    for key in dict.fromkeys([*first, *second]):
+        pair = (first.get(key), second.get(key))
+        if pair[0] != pair[1]:
+            differing[key] = pair
+    return differing
 
 
-def _list_parts(plan: StoredPlan) -> dict[str, dict[str, Any]]:
-    facts = {
-        "machine": plan.machine and plan.machine.get("name"),
+def _list_parts(plan: StoredPlan) -> dict[str, Mapping[str, Value]]:
+    facts: dict[str, Value] = {
+        "machine": None if plan.machine is None else plan.machine.get("name"),
         "devices": plan.devices,
         "parameters": plan.parameters,
         "active parameters": plan.active_parameters,
@@ -100,14 +105,13 @@ def _list_parts(plan: StoredPlan) -> dict[str, dict[str, Any]]:
         "remat": plan.remat,
         "micro-batches": plan.micro_batches,
         "fits": plan.fits,
-        "goodput": plan.goodput and round(plan.goodput["best"], 4),
+        "goodput": None if plan.goodput is None else round(plan.goodput["best"], 4),
     }
     sent: dict[str, float] = {}
     for collective in plan.collectives:
         key = f"{collective.kind} over {'+'.join(collective.axes)}"
         sent[key] = sent.get(key, 0.0) + collective.sent_bytes
-    # The parts of the working set are named differently at each phase: only the sum
-    # compares.
+    # Parts of the working set have other names in each phase: only their sum compares.
     memory = {
         part: size for part, size in plan.memory.items() if part != "working_sets"
     }
@@ -133,35 +137,34 @@ _TITLES = {
 
 def render_plan_diff(diff: PlanDiff, names: tuple[str, str]) -> Group:
     """Renders a comparison of two plans of these names."""
-    tables: list[Any] = [Text(f"first: {names[0]}\nsecond: {names[1]}")]
-    for part, pairs in diff.items():
-        if not pairs:
-            continue
-        columns = ("", "first", "second", "change")
-        rows = [
-            [
-                key.replace("_", " ") if part == "time" else key,
-                _format(part, key, first),
-                _format(part, key, second),
-                _format_change(first, second),
-            ]
-            for key, (first, second) in pairs.items()
-        ]
-        right = columns[1:]
-        if not any(row[-1] for row in rows):
-            # Words alone: nothing to compare in per cent.
-            columns = columns[:-1]
-            rows = [row[:-1] for row in rows]
-            right = ()
-        tables.append(
-            make_table(_TITLES[part], columns, rows, right=right, wrap=columns)
-        )
-    if len(tables) == 1:
+    tables = [_render_part(part, pairs) for part, pairs in diff.items() if pairs]
+    if not tables:
         return Group(Text("no difference"))
-    return Group(*tables)
+    first, second = names
+    return Group(Text(f"first: {first}\nsecond: {second}"), *tables)
 
 
-def _format(part: str, key: str, value: Any) -> str:
+def _render_part(part: str, pairs: Mapping[str, tuple[Value, Value]]) -> Group:
+    columns = ("", "first", "second", "change")
+    rows = []
+    for key, (first, second) in pairs.items():
+        row = [
+            key.replace("_", " ") if part == "time" else key,
+            _format_value(part, key, first),
+            _format_value(part, key, second),
+            _format_change(first, second),
+        ]
+        rows.append(row)
+    right = columns[1:]
+    if not any(row[-1] for row in rows):
+        # Words alone: nothing to compare in per cent.
+        columns = columns[:-1]
+        rows = [row[:-1] for row in rows]
+        right = ()
+    return make_table(_TITLES[part], columns, rows, right=right, wrap=columns)
+
+
+def _format_value(part: str, key: str, value: Value) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -177,8 +180,12 @@ def _format(part: str, key: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _format_change(first: Any, second: Any) -> str:
-    for value in (first, second):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return ""
-    return f"{second / first - 1:+.1%}" if first > 0 and second >= 0 else ""
+def _format_change(first: Value, second: Value) -> str:
+    """Formats the relative change of numbers; of other values, and from 0, nothing."""
+    if isinstance(first, bool) or isinstance(second, bool):
+        return ""
+    if not isinstance(first, int | float) or not isinstance(second, int | float):
+        return ""
+    if first <= 0 or second < 0:
+        return ""
+    return f"{second / first - 1:+.1%}"

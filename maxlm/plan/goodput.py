@@ -13,10 +13,10 @@ from math import exp, expm1, sqrt
 # Grattafiori et al. 2024 (arXiv 2407.21783), section 3.3.4: 419 unexpected
 # interruptions in 54 days on 16,384 GPUs.
 DEVICE_MTBF_HOURS = 54 * 24 * 16_384 / 419
-# Two assumptions, for want of figures that hold everywhere: ten minutes to be
+# In seconds and in B/s. Two assumptions, for want of figures that hold everywhere: ten minutes to be
 # scheduled, start and compile again, and 1 GB/s from a device to storage.
 RESTART_SECONDS = 600.0
-STORAGE_RATE = 1e9
+STORAGE_BYTES_PER_SECOND = 1e9
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class Goodput:
     best_interval_seconds: float
     """Daly's optimum; Young's (1974) is its first term, √(2·δ·M)."""
     best: float
+    """Share with a checkpoint after every ``best_interval_seconds``."""
     configured_interval_seconds: float
     configured: float
+    """Share with the configured interval; 0: it has no checkpoints."""
 
 
 def estimate_goodput(
@@ -56,38 +58,46 @@ def estimate_goodput(
 ) -> Goodput:
     """Estimates the share of a run's time that is progress, with a checkpoint of
     ``state_bytes`` a device after ``checkpoint_every`` steps; 0: none."""
-    mean = reliability.device_mtbf_hours * 3600 / devices
+    mtbf = reliability.device_mtbf_hours * 3600 / devices
     restart = reliability.restart_seconds
     write = reliability.checkpoint_seconds
     if write is None:
-        write = state_bytes / STORAGE_RATE
-    best = max(best_interval_seconds(mean, write), step_seconds)
+        write = state_bytes / STORAGE_BYTES_PER_SECOND
+    best = max(compute_best_interval_seconds(mtbf, write), step_seconds)
+    configured = checkpoint_every * step_seconds
     return Goodput(
-        mtbf_hours=mean / 3600,
+        mtbf_hours=mtbf / 3600,
         checkpoint_seconds=write,
         restart_seconds=restart,
         best_interval_seconds=best,
-        best=goodput_ratio(best, mean, write, restart),
-        configured_interval_seconds=checkpoint_every * step_seconds,
-        configured=goodput_ratio(checkpoint_every * step_seconds, mean, write, restart),
+        best=compute_goodput_ratio(best, mtbf, write, restart),
+        configured_interval_seconds=configured,
+        configured=compute_goodput_ratio(configured, mtbf, write, restart),
     )
 
 
-def best_interval_seconds(mtbf: float, write: float) -> float:
-    """Computes Daly's optimum interval; it, the mean time and the write are in
-    seconds."""
+def compute_best_interval_seconds(mtbf: float, write: float) -> float:
+    """Computes Daly's optimum interval (2006, eq. 37); it, the mean time and the write
+    are in seconds."""
     if write >= 2 * mtbf:
         return mtbf
     x = write / (2 * mtbf)
-    return max(sqrt(2 * write * mtbf) * (1 + sqrt(x) / 3 + x / 9) - write, 1.0)
+    correction = 1 + sqrt(x) / 3 + x / 9
+    return max(sqrt(2 * write * mtbf) * correction - write, 1.0)
 
 
-def goodput_ratio(interval: float, mtbf: float, write: float, restart: float) -> float:
-    """Returns the seconds of work done in a second of a run that checkpoints every
-    ``interval`` seconds of work."""
+# exp() overflows soon after; a run of such exponents makes no progress anyway.
+_MAX_EXPONENT = 500.0
+
+
+def compute_goodput_ratio(
+    interval: float, mtbf: float, write: float, restart: float
+) -> float:
+    """Computes the seconds of work done in a second of a run that checkpoints every
+    ``interval`` seconds of work (Daly 2006, eq. 20)."""
     exponent = (interval + write) / mtbf
-    if (
-        interval <= 0 or exponent > 500
-    ):  # there are no checkpoints, or hardly one is ever reached
+    # There are no checkpoints, or hardly one is ever reached.
+    if interval <= 0 or exponent > _MAX_EXPONENT:
         return 0.0
-    return interval / (mtbf * exp(min(restart / mtbf, 500.0)) * expm1(exponent))
+    restart_factor = exp(min(restart / mtbf, _MAX_EXPONENT))
+    return interval / (mtbf * restart_factor * expm1(exponent))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 GB = 1e9
+"""Of bytes."""
 GIB = 2.0**30
 TERA = 1e12
 
@@ -51,13 +52,12 @@ class Chip:
     """B/s in reading alone; None: as in reading and writing."""
 
 
-_TPU, _NVIDIA = 1e-6, 2e-5
-_A100 = {"bf16": 312 * TERA, "tf32": 156 * TERA}
-_B200 = {"bf16": 2250 * TERA, "fp8": 4500 * TERA, "tf32": 1100 * TERA}
-_H100 = {"bf16": 989.4 * TERA, "tf32": 494.7 * TERA}
+_TPU_HOP_SECONDS = 1e-6
+_NCCL_SECONDS = 2e-5
+_HOPPER_FLOPS = {"bf16": 989.4 * TERA, "tf32": 494.7 * TERA, "fp8": 1978.9 * TERA}
 # The share of a GPU's memory that training asks JAX for (cli/train.py); JAX's own
 # default is 0.75.
-GPU_SHARE = 0.92
+GPU_MEMORY_SHARE = 0.92
 _BOOK = "links and network: jax-ml.github.io/scaling-book/tpus"
 _XLA = "memory: openxla/xla xla/backends/gpu/target_config/specs"
 
@@ -68,100 +68,128 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            *("v4", "tpu", ("TPU v4",), {"bf16": 275 * TERA, "int8": 275 * TERA}),
-            *(30.75 * GIB, 1200 * GB, 45 * GB, 6.25 * GB, 8.6 * TERA, _TPU),
-            f"docs.cloud.google.com/tpu/docs/v4; {_BOOK}",
+            name="v4",
+            family="tpu",
+            device_kinds=("TPU v4",),
+            peak_flops={"bf16": 275 * TERA, "int8": 275 * TERA},
+            memory_bytes=30.75 * GIB,
+            memory_bandwidth=1200 * GB,
+            link_bandwidth=45 * GB,
+            network_bandwidth=6.25 * GB,
+            vector_flops=8.6 * TERA,
+            latency_seconds=_TPU_HOP_SECONDS,
+            sources=f"docs.cloud.google.com/tpu/docs/v4; {_BOOK}",
         ),
         Chip(
-            *(
-                "v5e",
-                "tpu",
-                ("TPU v5 lite", "TPU v5e"),
-                {"bf16": 197 * TERA, "int8": 393 * TERA},
-            ),
-            *(15.75 * GIB, 819 * GB, 45 * GB, 3.125 * GB, 6.1 * TERA, _TPU),
-            f"docs.cloud.google.com/tpu/docs/v5e; {_BOOK}",
+            name="v5e",
+            family="tpu",
+            device_kinds=("TPU v5 lite", "TPU v5e"),
+            peak_flops={"bf16": 197 * TERA, "int8": 393 * TERA},
+            memory_bytes=15.75 * GIB,
+            memory_bandwidth=819 * GB,
+            link_bandwidth=45 * GB,
+            network_bandwidth=3.125 * GB,
+            vector_flops=6.1 * TERA,
+            latency_seconds=_TPU_HOP_SECONDS,
+            sources=f"docs.cloud.google.com/tpu/docs/v5e; {_BOOK}",
         ),
         Chip(
-            *(
-                "v5p",
-                "tpu",
-                ("TPU v5", "TPU v5p"),
-                {"bf16": 459 * TERA, "int8": 918 * TERA},
-            ),
-            *(95.74 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, 14.3 * TERA, _TPU),
-            f"docs.cloud.google.com/tpu/docs/v5p; int8, {_BOOK}",
+            name="v5p",
+            family="tpu",
+            device_kinds=("TPU v5", "TPU v5p"),
+            peak_flops={"bf16": 459 * TERA, "int8": 918 * TERA},
+            memory_bytes=95.74 * GIB,
+            memory_bandwidth=2765 * GB,
+            link_bandwidth=90 * GB,
+            network_bandwidth=6.25 * GB,
+            vector_flops=14.3 * TERA,
+            latency_seconds=_TPU_HOP_SECONDS,
+            sources=f"docs.cloud.google.com/tpu/docs/v5p; int8, {_BOOK}",
         ),
         Chip(
-            *(
-                "v6e",
-                "tpu",
-                ("TPU v6 lite", "TPU v6e"),
-                {"bf16": 918 * TERA, "int8": 1836 * TERA},
-            ),
-            *(31.25 * GIB, 1638 * GB, 90 * GB, 12.5 * GB, 7.2 * TERA, _TPU),
-            f"docs.cloud.google.com/tpu/docs/v6e; {_BOOK}",
+            name="v6e",
+            family="tpu",
+            device_kinds=("TPU v6 lite", "TPU v6e"),
+            peak_flops={"bf16": 918 * TERA, "int8": 1836 * TERA},
+            memory_bytes=31.25 * GIB,
+            memory_bandwidth=1638 * GB,
+            link_bandwidth=90 * GB,
+            network_bandwidth=12.5 * GB,
+            vector_flops=7.2 * TERA,
+            latency_seconds=_TPU_HOP_SECONDS,
+            sources=f"docs.cloud.google.com/tpu/docs/v6e; {_BOOK}",
         ),
         # A chip is two devices, one a chiplet, which share its links and network.
         Chip(
-            *(
-                "tpu7x",
-                "tpu",
-                ("TPU7x", "TPU v7x"),
-                {"bf16": 1153.5 * TERA, "fp8": 2307 * TERA},
-            ),
-            *(94.75 * GIB, 3690 * GB, 50 * GB, 6.25 * GB, 7.2 * TERA, _TPU),
-            "docs.cloud.google.com/tpu/docs/tpu7x, halves of a chip",
+            name="tpu7x",
+            family="tpu",
+            device_kinds=("TPU7x", "TPU v7x"),
+            peak_flops={"bf16": 1153.5 * TERA, "fp8": 2307 * TERA},
+            memory_bytes=94.75 * GIB,
+            memory_bandwidth=3690 * GB,
+            link_bandwidth=50 * GB,
+            network_bandwidth=6.25 * GB,
+            vector_flops=7.2 * TERA,
+            latency_seconds=_TPU_HOP_SECONDS,
+            sources="docs.cloud.google.com/tpu/docs/tpu7x, halves of a chip",
         ),
         Chip(
-            *("a100", "nvidia", ("NVIDIA A100-SXM4-80GB",), _A100),
-            *(
-                GPU_SHARE * 85_100_068_864.0,
-                2039 * GB,
-                300 * GB,
-                25 * GB,
-                9.7 * TERA,
-                _NVIDIA,
-            ),
-            f"NVIDIA A100 datasheet, SXM 80 GB; network: DGX A100 datasheet; {_XLA}",
+            name="a100",
+            family="nvidia",
+            device_kinds=("NVIDIA A100-SXM4-80GB",),
+            peak_flops={"bf16": 312 * TERA, "tf32": 156 * TERA},
+            memory_bytes=GPU_MEMORY_SHARE * 85_100_068_864.0,
+            memory_bandwidth=2039 * GB,
+            link_bandwidth=300 * GB,
+            network_bandwidth=25 * GB,
+            vector_flops=9.7 * TERA,
+            latency_seconds=_NCCL_SECONDS,
+            sources=f"NVIDIA A100 datasheet, SXM 80 GB; network: DGX A100 datasheet; {_XLA}",
             nvlink_domain_size=8,
         ),
         Chip(
-            *(
-                "h100",
-                "nvidia",
-                ("NVIDIA H100 80GB HBM3",),
-                {**_H100, "fp8": 1978.9 * TERA},
+            name="h100",
+            family="nvidia",
+            device_kinds=("NVIDIA H100 80GB HBM3",),
+            peak_flops=_HOPPER_FLOPS,
+            memory_bytes=GPU_MEMORY_SHARE * 84_942_979_072.0,
+            memory_bandwidth=3350 * GB,
+            link_bandwidth=450 * GB,
+            network_bandwidth=50 * GB,
+            vector_flops=33.5 * TERA,
+            latency_seconds=_NCCL_SECONDS,
+            sources=(
+                f"NVIDIA H100 architecture white paper, SXM5; network: DGX H100 datasheet; "
+                f"{_XLA}"
             ),
-            *(
-                GPU_SHARE * 84_942_979_072.0,
-                3350 * GB,
-                450 * GB,
-                50 * GB,
-                33.5 * TERA,
-                _NVIDIA,
-            ),
-            f"NVIDIA H100 architecture white paper, SXM5; network: DGX H100 datasheet; "
-            f"{_XLA}",
             nvlink_domain_size=8,
         ),
         Chip(
-            *("h200", "nvidia", ("NVIDIA H200",), {**_H100, "fp8": 1978.9 * TERA}),
-            *(GPU_SHARE * 150 * GB, 4800 * GB, 450 * GB, 50 * GB, 33.5 * TERA, _NVIDIA),
-            "NVIDIA H200 datasheet, SXM; memory: of its 141 GB, what a driver reports",
+            name="h200",
+            family="nvidia",
+            device_kinds=("NVIDIA H200",),
+            peak_flops=_HOPPER_FLOPS,
+            memory_bytes=GPU_MEMORY_SHARE * 150 * GB,
+            memory_bandwidth=4800 * GB,
+            link_bandwidth=450 * GB,
+            network_bandwidth=50 * GB,
+            vector_flops=33.5 * TERA,
+            latency_seconds=_NCCL_SECONDS,
+            sources="NVIDIA H200 datasheet, SXM; memory: of its 141 GB, what a driver reports",
             nvlink_domain_size=8,
         ),
         Chip(
-            *("b200", "nvidia", ("NVIDIA B200",), _B200),
-            *(
-                GPU_SHARE * 191_514_411_008.0,
-                7672 * GB,
-                900 * GB,
-                50 * GB,
-                37.2 * TERA,
-                _NVIDIA,
-            ),
-            f"NVIDIA Blackwell architecture brief, HGX B200; bandwidth, {_XLA}",
+            name="b200",
+            family="nvidia",
+            device_kinds=("NVIDIA B200",),
+            peak_flops={"bf16": 2250 * TERA, "fp8": 4500 * TERA, "tf32": 1100 * TERA},
+            memory_bytes=GPU_MEMORY_SHARE * 191_514_411_008.0,
+            memory_bandwidth=7672 * GB,
+            link_bandwidth=900 * GB,
+            network_bandwidth=50 * GB,
+            vector_flops=37.2 * TERA,
+            latency_seconds=_NCCL_SECONDS,
+            sources=f"NVIDIA Blackwell architecture brief, HGX B200; bandwidth, {_XLA}",
             nvlink_domain_size=8,
         ),
     )
@@ -172,9 +200,15 @@ def find_chip(device: Any) -> Chip | None:
     """Returns a JAX device's chip; None: not in the table. A CPU is measured."""
     if device.platform == "cpu":
         return measure_cpu(len(device.client.local_devices()))
-    return next(
-        (c for c in CHIPS.values() if device.device_kind in c.device_kinds), None
-    )
+    for chip in CHIPS.values():
+        if device.device_kind in chip.device_kinds:
+            return chip
+    return None
+
+
+# Longer than another program's busy moment (0.3 s were seen), which would halve one
+# figure and leave the rest.
+_MEASURED_SECONDS = 1.5
 
 
 @cache
@@ -183,17 +217,21 @@ def measure_cpu(devices: int) -> Chip:
     fp32 matrix products, SiLU and a sum reach now, how fast new memory is, and how much
     there is. Takes 2 s."""
     device = jax.local_devices(backend="cpu")[0]
-    shapes = (
-        (1024, 1024),
-        (4096, 4096),
-        (4096, 4096),
-        (2**26,),
-    )  # the last is more than caches hold
-    square, large, mapped, read = (
-        jax.device_put(jnp.ones(s, jnp.float32), device) for s in shapes
-    )
-    matmul, add, total = jax.jit(jnp.matmul), jax.jit(jnp.add), jax.jit(jnp.sum)
+
+    def make_ones(*shape: int) -> jax.Array:
+        return jax.device_put(jnp.ones(shape, jnp.float32), device)
+
+    square = make_ones(1024, 1024)
+    large = make_ones(4096, 4096)
+    mapped = make_ones(4096, 4096)
+    more_than_caches = make_ones(2**26)
+    matmul = jax.jit(jnp.matmul)
+    add = jax.jit(jnp.add)
+    total = jax.jit(jnp.sum)
     silu = jax.jit(jax.nn.silu, donate_argnums=0)
+
+    def multiply() -> jax.Array:
+        return matmul(square, square)
 
     # An element-wise map as programs have them, which here computes rather than waits
     # for memory. In place: fresh pages cost several times more, and are counted apart.
@@ -202,33 +240,44 @@ def measure_cpu(devices: int) -> Chip:
         mapped = silu(mapped)
         return mapped
 
-    runs = (
-        lambda: matmul(square, square),
-        apply_silu,
-        lambda: add(
-            large, large
-        ),  # which the C library hands back to the system at once
-        lambda: total(read),
-    )
+    def fill_new_pages() -> jax.Array:
+        # The C library hands the sum's memory back to the system at once.
+        return add(large, large)
+
+    def read() -> jax.Array:
+        return total(more_than_caches)
+
+    runs = (multiply, apply_silu, fill_new_pages, read)
     for run in runs:  # compile
         run().block_until_ready()
-    # In turns, and for longer than another program's busy moment (0.3 s were seen),
-    # which would halve one figure and leave the rest.
-    quickest, end = [inf] * len(runs), time.perf_counter() + 1.5
+    # In turns, so that a busy moment of the machine slows all of them.
+    quickest = [inf] * len(runs)
+    end = time.perf_counter() + _MEASURED_SECONDS
     while time.perf_counter() < end:
         for i, run in enumerate(runs):
             began = time.perf_counter()
             run().block_until_ready()
             quickest[i] = min(quickest[i], time.perf_counter() - began)
-    work = (2 * 1024**3, 2 * large.nbytes, large.nbytes, read.nbytes)
-    peak, bandwidth, pages, reading = (
-        w / q / devices for w, q in zip(work, quickest, strict=True)
-    )
+    multiply_seconds, silu_seconds, page_seconds, read_seconds = quickest
+    flops = 2 * 1024**3
+    peak_flops = flops / multiply_seconds / devices
+    silu_bytes = 2 * mapped.nbytes  # read and written
+    bandwidth = silu_bytes / silu_seconds / devices
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return Chip(
-        *("cpu", "cpu", ("cpu",), {"fp32": peak, "bf16": peak}, memory / devices),
-        *(bandwidth, bandwidth / 2, bandwidth / 2, bandwidth / 8, 3e-4),
-        "measured on this machine",
-        page_allocation_bandwidth=pages,
-        read_bandwidth=reading,
+        name="cpu",
+        family="cpu",
+        device_kinds=("cpu",),
+        peak_flops={"fp32": peak_flops, "bf16": peak_flops},
+        memory_bytes=memory / devices,
+        memory_bandwidth=bandwidth,
+        # Virtual devices exchange by copies: read and written.
+        link_bandwidth=bandwidth / 2,
+        network_bandwidth=bandwidth / 2,
+        # One operation an element, of which 4 bytes are read and 4 written.
+        vector_flops=bandwidth / 8,
+        latency_seconds=3e-4,
+        sources="measured on this machine",
+        page_allocation_bandwidth=large.nbytes / page_seconds / devices,
+        read_bandwidth=more_than_caches.nbytes / read_seconds / devices,
     )

@@ -1,6 +1,6 @@
 """Kinds of plans whose speeds are known to be wrong.
 
-The model of time (``plan/timing.py``) was held against published training runs. The
+The model of time (``plan/timing.py``) was compared with published training runs. The
 kinds of runs that it misses most are declared here, so that a plan of such a kind can
 say so. A row leaves the table in the change that mends the model for it.
 """
@@ -104,4 +104,5 @@ def format_known_time_errors(errors: Sequence[KnownTimeError]) -> str:
     if not errors:
         return ""
     kinds = "; ".join(f"{error.plans} {error.deviation}" for error in errors)
-    return f"speeds known to be wrong (held against {NUM_PUBLISHED_RUNS} published runs): {kinds}"
+    runs = f"compared with {NUM_PUBLISHED_RUNS} published runs"
+    return f"speeds known to be wrong ({runs}): {kinds}"

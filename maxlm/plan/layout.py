@@ -1,5 +1,5 @@
-"""A run on a mesh: every check that it fits, how its models and arrays lie there,
-parameter by parameter, and its FLOPs; no device is needed."""
+"""A run on a mesh: how its arrays lie there, parameter by parameter, in words, and its
+FLOPs; no device is needed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,21 +62,30 @@ class RunLayout:
 def compute_run_layout(
     config: RunConfig, sizes: Mapping[str, int], links: Mapping[str, str] | None = None
 ) -> RunLayout:
-    """Places every array of a run on a mesh of given sizes, whose axes run over
-    ``links``."""
+    """Places every array of a run on a mesh.
+
+    Args:
+        sizes: mesh axis → devices.
+        links: mesh axis → the links that it runs over, in words.
+
+    Raises:
+        MaxlmError: the run does not fit the mesh.
+    """
     placed = place_run(config, sizes, jnp.float32)
     work = RunWorkload(config, jnp.float32)
     split = MeshPartitioning(config, sizes)
     specs = flatten_names(placed.specs)
     devices = prod(sizes.values())
     rows = tuple(
-        _row(name, spec, placed.placements[name], devices)
+        _make_row(name, spec, placed.placements[name], devices)
         for name, spec in specs.items()
     )
     parameter_bytes = sum(row.bytes_per_device for row in rows)
+    trained = work.select_trained(work.specs)
     flops = count_training_flops_per_token(work)
-    a_token = work.tokens_per_row.decoder / config.data.seq_len
-    tokens = config.data.batch_size * config.data.seq_len
+    # A token of text is so many of the decoder's, by which FLOPs are counted.
+    decoder_tokens_per_token = work.tokens_per_row.decoder / config.data.seq_len
+    tokens_per_step = config.data.batch_size * config.data.seq_len
     return RunLayout(
         name=config.name,
         mesh=dict(sizes),
@@ -85,28 +94,30 @@ def compute_run_layout(
         active_parameters=round(count_active_parameters(specs, config.model)),
         rows=rows,
         parameter_bytes=parameter_bytes,
-        gradient_bytes=round(
-            split.local_bytes(split.gradients, work.select_trained(work.specs))
-        ),
+        gradient_bytes=round(split.local_bytes(split.gradients, trained)),
         optimizer_bytes=round(split.local_bytes(split.optimizer, work.optimizer)),
         average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,
-        tokens_per_step=tokens,
-        tokens_total=tokens * config.train.steps,
-        flops_per_token=flops.causal * a_token,
-        flops_per_token_full_attention=flops.full * a_token,
+        tokens_per_step=tokens_per_step,
+        tokens_total=tokens_per_step * config.train.steps,
+        flops_per_token=flops.causal * decoder_tokens_per_token,
+        flops_per_token_full_attention=flops.full * decoder_tokens_per_token,
         notes=tuple(_list_notes(config, placed, sizes, links)),
     )
 
 
-def _row(name: str, spec: ParamSpec, placement: Placement, devices: int) -> ParamRow:
+def _make_row(
+    name: str, spec: ParamSpec, placement: Placement, devices: int
+) -> ParamRow:
+    mesh_axes = []
+    for part in placement.spec:
+        # A PartitionSpec has None, an axis, or several of them for a dimension.
+        mesh_axes.append((part,) if isinstance(part, str) else tuple(part or ()))
     return ParamRow(
         path=name,
         shape=spec.shape,
         dtype=jnp.dtype(spec.dtype).name,
         axes=spec.axes,
-        spec=tuple(
-            (p,) if isinstance(p, str) else tuple(p or ()) for p in placement.spec
-        ),
+        spec=tuple(mesh_axes),
         rule=placement.rule,
         bytes_total=spec.nbytes,
         bytes_per_device=spec.nbytes // placement.num_shards,
@@ -120,80 +131,102 @@ def _list_notes(
     sizes: Mapping[str, int],
     links: Mapping[str, str] | None,
 ) -> Iterator[str]:
-    rules, parallel, attention = placed.compute, config.parallel, config.model.attention
+    """Yields in words how a run is parallel."""
 
-    def ways(axes: tuple[str, ...]) -> str:
+    def name_axes(axes: tuple[str, ...]) -> str:
         return " · ".join(f"{axis}={sizes[axis]}" for axis in axes)
 
-    if used := [axis for axis in MESH_AXES if sizes[axis] > 1]:
-        named = (f"{ways((a,))} ({links[a]})" if links else ways((a,)) for a in used)
-        yield f"devices, from the slowest links to the fastest: {' → '.join(named)}"
-    # Parameters, gradients and optimizer state are split that the maths wants whole.
-    kept = []
-    for name, rest in (
+    rules = placed.compute
+    parallel = config.parallel
+    used_axes = [axis for axis in MESH_AXES if sizes[axis] > 1]
+    if used_axes:
+        names = []
+        for axis in used_axes:
+            name = f"{axis}={sizes[axis]}"
+            names.append(f"{name} ({links[axis]})" if links else name)
+        order = " → ".join(names)
+        yield f"devices, from the slowest links to the fastest: {order}"
+    # Parameters, gradients and optimizer state are split that the maths wants whole:
+    # ZeRO's stage is the number of them.
+    zero_parts = []
+    for name, stored in (
         ("parameters", placed.storage),
         ("gradients", placed.gradients),
         ("optimizer state", placed.optimizer),
     ):
-        if axes := tuple(axis for axis in rest.embed if axis not in rules.embed):
-            kept.append(f"{name} over {ways(axes)}")
-    if kept:
+        axes = tuple(axis for axis in stored.embed if axis not in rules.embed)
+        if axes:
+            zero_parts.append(f"{name} over {name_axes(axes)}")
+    if zero_parts:
         replicas = f", {sizes['data']} replicas over data" if sizes["data"] > 1 else ""
-        yield f"ZeRO-{len(kept)}: {', '.join(kept)}{replicas}"
-    if more := rules.residual[len(rules.seq) :]:
-        yield f"sequence parallel: residual stream and norms split over {ways(more)} as well"
-    if rules.seq:
-        order = (
-            "an early and a late part each"
-            if parallel.balance_sequence
-            else "in its own order"
-        )
+        yield f"ZeRO-{len(zero_parts)}: {', '.join(zero_parts)}{replicas}"
+    sequence_axes = rules.residual[len(rules.seq) :]
+    if sequence_axes:
         yield (
-            f"context parallel: the sequence over {ways(rules.seq)}, {order}; "
+            f"sequence parallel: residual stream and norms split over "
+            f"{name_axes(sequence_axes)} as well"
+        )
+    if rules.seq:
+        order = "in its own order"
+        if parallel.balance_sequence:
+            order = "an early and a late part each"
+        yield (
+            f"context parallel: the sequence over {name_axes(rules.seq)}, {order}; "
             f"attention by {parallel.context}"
         )
-    whole_kv_heads = rules.heads and rules.kv_heads != rules.heads
-    if whole_kv_heads and attention is not None and not attention.latent:
+    attention = config.model.attention
+    has_whole_kv_heads = rules.heads and rules.kv_heads != rules.heads
+    if has_whole_kv_heads and attention is not None and not attention.latent:
         yield (
             f"{attention.num_kv_heads} kv heads are whole on every device of "
-            f"{ways(rules.heads)}, "
-            "each of which computes them all and reads those of its own query heads"
+            f"{name_axes(rules.heads)}, each of which computes them all and reads "
+            f"those of its own query heads"
         )
-    stages = sizes["stage"]
-    micro = config.train.micro_batches
-    if stages > 1:
-        groups = parallel.layer_groups if parallel.schedule == "circular" else 1
-        layers = f"{config.model.num_layers // (stages * groups)} layers"
-        held = f"{groups} groups of {layers}" if groups > 1 else layers
-        idle = bubble_ratio(parallel.schedule, stages, micro, groups)
-        yield (
-            f"pipeline: {parallel.schedule}, {stages} stages of {held}, {micro} "
-            f"micro-batches, "
-            f"{idle:.1%} of the time idle"
-        )
-    if config.optimizer.kind == "muon" and (
-        placed.optimizer.embed or placed.optimizer.mlp
-    ):
+    if sizes["stage"] > 1:
+        yield _describe_pipeline(config, sizes["stage"])
+    splits_moments = placed.optimizer.embed or placed.optimizer.mlp
+    if config.optimizer.kind == "muon" and splits_moments:
         # The compiler gathers what it likes.
-        yield "what Muon's orthogonalisation gathers over devices is not among the bytes sent"
+        yield (
+            "what Muon's orthogonalisation gathers over devices is not among the "
+            "bytes sent"
+        )
+
+
+def _describe_pipeline(config: RunConfig, stages: int) -> str:
+    parallel = config.parallel
+    micro_batches = config.train.micro_batches
+    groups = parallel.layer_groups if parallel.schedule == "circular" else 1
+    layers = f"{config.model.num_layers // (stages * groups)} layers"
+    if groups > 1:
+        layers = f"{groups} groups of {layers}"
+    idle = bubble_ratio(parallel.schedule, stages, micro_batches, groups)
+    return (
+        f"pipeline: {parallel.schedule}, {stages} stages of {layers}, "
+        f"{micro_batches} micro-batches, {idle:.1%} of the time idle"
+    )
 
 
 class TrainingFlopsPerToken(NamedTuple):
-    """Training FLOPs a token (forward and backward), causal attention counted in full
-    as if nothing were masked (Chowdhery et al. 2022, appendix B), and at half, as a
-    kernel computes it."""
+    """Training FLOPs a token, forward and backward."""
 
     full: float
+    """With attention in full, as if nothing were masked (Chowdhery et al. 2022,
+    appendix B)."""
     causal: float
+    """With causal attention at half, as a kernel computes it."""
 
 
 def count_active_parameters(
-    flat: Mapping[str, ParamSpec], config: ModelConfig
+    specs: Mapping[str, ParamSpec], config: ModelConfig
 ) -> float:
     """Counts the parameters that one token meets: all but the routed experts it is not
     sent to."""
-    share = config.active_expert_fraction
-    return sum(s.size * (share if "expert" in s.axes else 1) for s in flat.values())
+    total = 0
+    for spec in specs.values():
+        is_expert = "expert" in spec.axes
+        total += spec.size * (config.active_expert_fraction if is_expert else 1)
+    return total
 
 
 def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
@@ -206,22 +239,29 @@ def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
     two products, and what layers state beside, take their forward FLOPs and twice as
     many backward.
     """
-    weights = float(sum(kernel.size for kernel in (*work.non_layer_kernels, work.head)))
-    full = causal = 0.0
+    outer_kernels = (*work.non_layer_kernels, work.head)
+    weights = float(sum(kernel.size for kernel in outer_kernels))
+    met_share = work.config.model.active_expert_fraction
+    # Forward FLOPs beside weights.
+    full = 0.0
+    causal = 0.0
     for stack in work.stacks:
-        tokens = stack.num_layers * stack.token_ratio
+        layer_tokens = stack.num_layers * stack.token_ratio
         for group in stack.matmul_groups:
-            met = work.config.model.active_expert_fraction if group.has_experts else 1
+            met = met_share if group.has_experts else 1
             weights += group.size * stack.num_layers * group.token_ratio * met
         if stack.router is not None:
-            weights += stack.router.size * tokens
-        other = sum(branch.costs.extra_flops for branch in stack.branches) * tokens
-        full, causal = full + other, causal + other
-        for own, layers in stack.attention_layer_counts.items():
-            width = own.heads.num_heads * (own.heads.head_dim + own.heads.value_dim)
-            products = 2.0 * width * layers * own.token_ratio * own.key_len
+            weights += stack.router.size * layer_tokens
+        extra_flops = sum(branch.costs.extra_flops for branch in stack.branches)
+        full += extra_flops * layer_tokens
+        causal += extra_flops * layer_tokens
+        for attention, num_layers in stack.attention_layer_counts.items():
+            heads = attention.heads
+            width = heads.num_heads * (heads.head_dim + heads.value_dim)
+            queries = 2.0 * width * num_layers * attention.token_ratio
+            products = queries * attention.key_len
             full += products
-            causal += products * (0.5 if own.causal else 1.0)
+            causal += products * (0.5 if attention.causal else 1.0)
     return TrainingFlopsPerToken(
         full=6.0 * weights + 3 * full, causal=6.0 * weights + 3 * causal
     )

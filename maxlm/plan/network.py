@@ -29,27 +29,31 @@ PASSES: tuple[Phase, Phase] = ("forward", "backward")
 _PASSES_OVER_ARRAY = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0}
 
 
-def sent_bytes(kind: str, group_size: Number, whole_bytes: Number) -> Number:
-    """Returns the bytes that each device of a group of ``group_size`` sends in one run;
-    ``whole_bytes`` are of the whole array of an all-gather, a reduce-scatter or an
-    all-reduce, of what one device holds before an all-to-all, of what it passes on in a
-    permute."""
+def count_sent_bytes(kind: str, group_size: Number, whole_bytes: Number) -> Number:
+    """Returns the bytes that each device of a group of ``group_size`` sends in one run.
+
+    Args:
+        whole_bytes: of an all-gather, a reduce-scatter or an all-reduce, bytes of the
+            whole array; of an all-to-all, of what one device holds before it; of a
+            permute, of what it passes on.
+    """
     if kind == "collective-permute":
         return np.where(np.greater(group_size, 1), whole_bytes, 0.0)
-    return (
-        _PASSES_OVER_ARRAY.get(kind, 1.0) * whole_bytes * (group_size - 1) / group_size
-    )
+    passes = _PASSES_OVER_ARRAY.get(kind, 1.0)
+    return passes * whole_bytes * (group_size - 1) / group_size
 
 
 @dataclass(frozen=True)
 class PlannedCollective:
     """All runs of one collective in a step."""
 
-    what: str
+    content: str
+    """The arrays that are sent, in words."""
     kind: str
+    """HLO's name of the collective, such as ``all-gather``."""
     axes: tuple[str, ...]
     whole_bytes: Number
-    """See :func:`sent_bytes`."""
+    """See :func:`count_sent_bytes`."""
     count: Number
     """Runs a step."""
     phase: Phase
@@ -58,10 +62,9 @@ class PlannedCollective:
     their gradients scattered, beside other layers' work."""
 
     def wire_bytes(self, split: MeshPartitioning) -> Number:
-        """Bytes that a device sends in a step."""
-        return self.count * sent_bytes(
-            self.kind, split.num_devices(self.axes), self.whole_bytes
-        )
+        """Returns the bytes that a device sends in a step."""
+        group_size = split.num_devices(self.axes)
+        return self.count * count_sent_bytes(self.kind, group_size, self.whole_bytes)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Network:
     topology: Topology
     chip: Chip
 
-    def seconds(
+    def estimate_seconds(
         self,
         kind: str,
         axes: tuple[str, ...],
@@ -79,35 +82,41 @@ class Network:
         split: MeshPartitioning,
     ) -> Number:
         """Returns the seconds of one run of a collective over mesh axes; see
-        :func:`sent_bytes` for ``whole_bytes``."""
+        :func:`count_sent_bytes` for ``whole_bytes``."""
         ways = split.num_devices(axes)
-        inner = self._inner(axes, split)
-        run = self._on_torus if self.topology.platform == "tpu" else self._on_hosts
-        return run(kind, whole_bytes, ways, inner)
+        inner = self._count_near_devices(axes, split)
+        if self.topology.platform == "tpu":
+            return self._estimate_torus_seconds(kind, whole_bytes, ways, inner)
+        return self._estimate_host_seconds(kind, whole_bytes, ways, inner)
 
-    def link(self, axes: tuple[str, ...], split: MeshPartitioning) -> str:
+    def describe_link(self, axes: tuple[str, ...], split: MeshPartitioning) -> str:
         """Describes the links that mesh axes of one mesh run over."""
-        ways = split.num_devices(axes)
-        inner = self._inner(axes, split)
         if self.topology.platform == "cpu":
             return "memory"
-        near, far = (
-            ("ICI", "DCN") if self.topology.platform == "tpu" else ("NVLink", "network")
-        )
-        return " + ".join(
-            ([near] if inner > 1 else []) + ([far] if ways > inner else [])
-        )
+        is_tpu = self.topology.platform == "tpu"
+        ways = split.num_devices(axes)
+        inner = self._count_near_devices(axes, split)
+        links = []
+        if inner > 1:
+            links.append("ICI" if is_tpu else "NVLink")
+        if ways > inner:
+            links.append("DCN" if is_tpu else "network")
+        return " + ".join(links)
 
-    def _inner(self, axes: tuple[str, ...], split: MeshPartitioning) -> Number:
-        """Devices of a group within one slice, or within one host."""
+    def _count_near_devices(
+        self, axes: tuple[str, ...], split: MeshPartitioning
+    ) -> Number:
+        """Counts devices of a group within one slice, or within one host."""
         if self.topology.platform != "gpu":
+            slices = self.topology.slices
             first, second = BETWEEN_SLICES
-            by_first = np.equal(np.mod(split.sizes[first], self.topology.slices), 0)
-            crossed = np.where(by_first, first in axes, second in axes)
-            return split.num_devices(axes) / np.where(
-                crossed, self.topology.slices, 1.0
-            )
-        inner, stride = 1.0, 1.0
+            first_crosses = np.equal(np.mod(split.sizes[first], slices), 0)
+            is_crossed = np.where(first_crosses, first in axes, second in axes)
+            return split.num_devices(axes) / np.where(is_crossed, slices, 1.0)
+        # The last mesh axis is the fastest: its neighbours are neighbours on a host.
+        # ``stride``: devices between neighbours along an axis.
+        inner = 1.0
+        stride = 1.0
         domain = min(self.chip.nvlink_domain_size, self.topology.shape[-1])
         for axis in reversed(MESH_AXES):
             if axis in axes:
@@ -115,53 +124,59 @@ class Network:
             stride = stride * split.sizes[axis]
         return inner
 
-    def _on_torus(
+    def _estimate_torus_seconds(
         self, kind: str, whole: Number, ways: Number, inner: Number
     ) -> Number:
-        shape = self.topology.shape
+        """Estimates one run over ``ways`` devices, ``inner`` of them in one slice."""
         chip = self.chip
-        across = ways / inner
-        share = np.log(np.maximum(inner, 1)) / log(
-            max(self.topology.devices_per_slice, 2)
-        )
-        closed = float(
-            np.mean([1.0 if wraps else 0.5 for wraps in self.topology.wraps])
-        )
-        dimensions = sum(n > 1 for n in shape) or 1
-        links = np.maximum(2 * dimensions * share * closed, 1.0)
-        side = np.maximum(inner, 1) ** (1 / np.maximum(dimensions * share, 1))
-        hops = np.where(
-            np.greater(inner, 1), side * np.maximum(dimensions * share, 1), 0.0
-        )
+        slices = ways / inner
+        crosses_links = np.greater(inner, 1)
+        slice_devices = max(self.topology.devices_per_slice, 2)
+        dimensions = sum(side > 1 for side in self.topology.shape) or 1
+        # A group of n of N devices lies along log n / log N of the dimensions, each of
+        # which gives a ring both of its directions, if it is closed, or one.
+        dimension_share = np.log(np.maximum(inner, 1)) / log(slice_devices)
+        group_dimensions = np.maximum(dimensions * dimension_share, 1)
+        directions = [1.0 if wraps else 0.5 for wraps in self.topology.wraps]
+        closed = float(np.mean(directions))
+        links = np.maximum(2 * dimensions * dimension_share * closed, 1.0)
+        side = np.maximum(inner, 1) ** (1 / group_dimensions)
+        hops = np.where(crosses_links, side * group_dimensions, 0.0)
+        latency = hops * chip.latency_seconds
         if kind == "collective-permute":
-            near = np.where(np.greater(inner, 1), whole / chip.link_bandwidth, 0.0)
-            far = np.where(np.greater(across, 1), whole / chip.network_bandwidth, 0.0)
-            return np.maximum(near, far) + np.where(
-                inner * across > 1, chip.latency_seconds, 0.0
-            )
+            crosses_slices = np.greater(slices, 1)
+            near = np.where(crosses_links, whole / chip.link_bandwidth, 0.0)
+            far = np.where(crosses_slices, whole / chip.network_bandwidth, 0.0)
+            one_hop = np.where(inner * slices > 1, chip.latency_seconds, 0.0)
+            return np.maximum(near, far) + one_hop
         if kind.endswith("all-to-all"):
+            # On average bytes go a quarter of a ring's side; both directions carry.
             near = whole * side / (8 * closed * chip.link_bandwidth)
-            near = np.where(np.greater(inner, 1), near, 0.0)
-            far = sent_bytes(kind, across, whole) / chip.network_bandwidth
-            return near + far + hops * chip.latency_seconds
-        near = sent_bytes(kind, inner, whole) / (links * chip.link_bandwidth)
+            near = np.where(crosses_links, near, 0.0)
+            far = count_sent_bytes(kind, slices, whole) / chip.network_bandwidth
+            return near + far + latency
+        near = count_sent_bytes(kind, inner, whole) / (links * chip.link_bandwidth)
         # Between slices each device exchanges its part of what its slice has summed up.
-        far = sent_bytes(kind, across, whole / inner) / chip.network_bandwidth
-        return near + far + hops * chip.latency_seconds
+        far = count_sent_bytes(kind, slices, whole / inner) / chip.network_bandwidth
+        return near + far + latency
 
-    def _on_hosts(
+    def _estimate_host_seconds(
         self, kind: str, whole: Number, ways: Number, inner: Number
     ) -> Number:
+        """Estimates one run over ``ways`` devices, ``inner`` of them on one host."""
         chip = self.chip
-        leaves = np.greater(ways, inner)
+        leaves_host = np.greater(ways, inner)
         latency = np.where(np.greater(ways, 1), chip.latency_seconds, 0.0)
         if kind == "collective-permute":
-            rate = np.where(leaves, chip.network_bandwidth, chip.link_bandwidth)
-            return sent_bytes(kind, ways, whole) / rate + latency
+            rate = np.where(leaves_host, chip.network_bandwidth, chip.link_bandwidth)
+            return count_sent_bytes(kind, ways, whole) / rate + latency
         if kind.endswith("all-to-all"):
             far = whole * (ways - inner) / ways / chip.network_bandwidth
-            return far + whole * (inner - 1) / ways / chip.link_bandwidth + latency
-        link = chip.link_bandwidth
+            near = whole * (inner - 1) / ways / chip.link_bandwidth
+            return far + near + latency
+        # A ring leaves a host as often as it has members there: so many network cards
+        # work at once, at most as fast as NVLink.
         network = inner * chip.network_bandwidth
-        rate = np.where(leaves, np.minimum(network, link), link)
-        return sent_bytes(kind, ways, whole) / rate + latency
+        slowest = np.minimum(network, chip.link_bandwidth)
+        rate = np.where(leaves_host, slowest, chip.link_bandwidth)
+        return count_sent_bytes(kind, ways, whole) / rate + latency

@@ -25,9 +25,9 @@ from maxlm.run.config import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
 
-# Of the memory limit, what the analytic peak may safely come to: it is off by a few per
-# cent.
-FILL = 0.95
+# Share of the memory limit that the analytic peak may safely come to: it is off by a
+# few per cent.
+SAFE_FILL_RATIO = 0.95
 
 
 @dataclass(frozen=True)
@@ -41,50 +41,47 @@ class Machine(Network):
         """Returns the machine of a name that docs/plan.md explains; a CPU is
         measured."""
         topology = parse_topology(name)
-        chip = (
-            measure_cpu(topology.devices)
-            if topology.platform == "cpu"
-            else CHIPS[topology.kind]
-        )
+        if topology.platform == "cpu":
+            chip = measure_cpu(topology.devices)
+        else:
+            chip = CHIPS[topology.kind]
         return cls(topology, chip, name)
 
     @classmethod
     def from_devices(cls, devices: Sequence[Any]) -> "Machine | None":
-        """Returns the machine that these devices are; None: a kind whose figures are
-        not known."""
+        """Returns the machine that these devices, real or only described, are; None: a
+        kind whose figures are not known."""
         # Of another process's devices the memory cannot be asked for.
-        own = (
-            d for d in devices if getattr(d, "process_index", 0) == jax.process_index()
-        )
-        first = next(own, devices[0])
+        process = jax.process_index()
+        # Devices that are only described, for a compiler, may belong to no process.
+        local = [d for d in devices if getattr(d, "process_index", 0) == process]
+        first = local[0] if local else devices[0]
         chip = find_chip(first)
         if chip is None:
             return None
-        with suppress(AttributeError, jax.errors.JaxRuntimeError):  # only described
+        # Devices that are only described have no memory to ask for.
+        with suppress(AttributeError, jax.errors.JaxRuntimeError):
             limit = (first.memory_stats() or {}).get("bytes_limit")
             chip = replace(chip, memory_bytes=float(limit or chip.memory_bytes))
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         shape = (len(devices),)
         if first.platform == "gpu":
-            # Processes may have one GPU each: then a host is as many as NVLink joins.
-            a_process = len(devices) // len(
-                {device.process_index for device in devices}
-            )
-            a_host = (
-                a_process
-                if a_process > 1
-                else min(chip.nvlink_domain_size, len(devices))
-            )
+            num_processes = len({device.process_index for device in devices})
+            gpus_per_host = len(devices) // num_processes
+            if gpus_per_host == 1:
+                # Each process has one GPU: a host is as many as NVLink joins.
+                gpus_per_host = min(chip.nvlink_domain_size, len(devices))
             slices = 1
-            shape = (len(devices) // a_host, a_host)
+            shape = (len(devices) // gpus_per_host, gpus_per_host)
         elif first.platform == "tpu":
-            places = np.array([device.coords for device in devices])
-            sides = tuple(int(n) for n in places.max(0) - places.min(0) + 1)
-            shape = sides[: TPUS[chip.name].dimensions]
+            coords = np.array([device.coords for device in devices])
+            sides = coords.max(0) - coords.min(0) + 1
+            dimensions = TPUS[chip.name].dimensions
+            shape = tuple(int(side) for side in sides)[:dimensions]
         topology = Topology(first.platform, chip.name, shape, slices)
         return cls(topology, chip, topology.description)
 
-    def mesh(self, config: RunConfig) -> dict[str, int]:
+    def resolve_mesh_sizes(self, config: RunConfig) -> dict[str, int]:
         """Returns the config's mesh; refuses slices or hosts that it cannot be laid
         along."""
         sizes = mesh_sizes(config.mesh, self.topology.devices)
@@ -95,7 +92,8 @@ class Machine(Network):
         return sizes
 
     def to_json(self) -> dict[str, Any]:
-        topology, chip = self.topology, self.chip
+        topology = self.topology
+        chip = self.chip
         return {
             "name": self.name,
             "words": topology.description,
@@ -113,7 +111,7 @@ class Machine(Network):
 
 @dataclass(frozen=True, kw_only=True)
 class CollectiveCost(PlannedCollective):
-    """The cost of a collective of one plan."""
+    """A collective of one plan, with what it costs."""
 
     devices: int
     """Devices in a group."""
@@ -122,6 +120,11 @@ class CollectiveCost(PlannedCollective):
     """Bytes that each device sends in a step."""
     seconds: float | None
     """Seconds of a step."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data; ``content`` is called "what" there."""
+        fields = asdict(self)
+        return {"what": fields.pop("content"), **fields}
 
 
 @dataclass
@@ -137,33 +140,36 @@ class RunPlan:
     goodput: Goodput | None
 
     def __post_init__(self) -> None:
-        chip = self.machine and self.machine.chip
         layout = self.layout
-        limit = chip and chip.memory_bytes
+        limit = None
+        peak_flops = None
+        if self.machine is not None:
+            limit = self.machine.chip.memory_bytes
+            peak_flops = self.machine.chip.peak_flops["bf16"] * layout.devices
         total = float(self.memory.total)
         self.checkpoint_every = self.shape.work.config.checkpoint.every_steps
         self.memory_limit_bytes = limit
         """Bytes of main memory that a program may use."""
         self.fits = None if limit is None else total <= limit
-        self.barely_fits = limit is not None and FILL * limit < total <= limit
-        """Whether the run fits by less than the plan may be wrong."""
-        self.step_seconds = seconds = self.time and float(self.time.total)
-        self.tokens_per_second = seconds and layout.tokens_per_step / seconds
-        self.total_peak_flops_per_second = (
-            chip and chip.peak_flops["bf16"] * layout.devices
+        self.barely_fits = (
+            limit is not None and SAFE_FILL_RATIO * limit < total <= limit
         )
+        """Whether the run fits by less than the plan may be wrong."""
+        self.step_seconds = None
+        self.tokens_per_second = None
+        if self.time is not None:
+            self.step_seconds = float(self.time.total)
+            self.tokens_per_second = layout.tokens_per_step / self.step_seconds
+        self.total_peak_flops_per_second = peak_flops
         """FLOP/s of all devices together."""
 
     def mfu(self, *, full_attention: bool = False) -> float | None:
         """Share of the machine's peak spent on the model's own work."""
         if self.total_peak_flops_per_second is None or self.tokens_per_second is None:
             return None
-        layout = self.layout
-        flops = (
-            layout.flops_per_token_full_attention
-            if full_attention
-            else layout.flops_per_token
-        )
+        flops = self.layout.flops_per_token
+        if full_attention:
+            flops = self.layout.flops_per_token_full_attention
         return self.tokens_per_second * flops / self.total_peak_flops_per_second
 
     @property
@@ -187,12 +193,17 @@ class RunPlan:
         if self.step_seconds is None or self.goodput is None or not self.goodput.best:
             return None
         steps = self.layout.tokens_total / self.layout.tokens_per_step
-        return steps * self.step_seconds / self.goodput.best / 3600
+        seconds = steps * self.step_seconds / self.goodput.best
+        return seconds / 3600
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data, the layout's first."""
-        machine, limit, hours = self.machine, self.memory_limit_bytes, self.run_hours
+        limit = self.memory_limit_bytes
         margin = None if limit is None else limit - float(self.memory.total)
+        known_errors = [
+            {"kind": error.kind, "plans": error.plans, "deviation": error.deviation}
+            for error in self.known_time_errors
+        ]
         return {
             **asdict(self.layout),
             "remat": self.shape.remat,
@@ -200,23 +211,24 @@ class RunPlan:
             "memory": {**self.memory.to_json(), "limit": limit, "margin": margin},
             "checkpoint_every": self.checkpoint_every,
             "fits": self.fits,
-            "collectives": [asdict(sent) for sent in self.collectives],
-            "machine": machine and machine.to_json(),
-            "time": self.time
-            and {
-                **{part: float(value) for part, value in asdict(self.time).items()},
-                "step": self.step_seconds,
-                "tokens_per_second": self.tokens_per_second,
-                "mfu": self.mfu(),
-                "mfu_full_attention": self.mfu(full_attention=True),
-                "run_hours": hours,
-                "device_hours": None if hours is None else hours * self.layout.devices,
-            },
-            "known_time_errors": [
-                {"kind": error.kind, "plans": error.plans, "deviation": error.deviation}
-                for error in self.known_time_errors
-            ],
-            "goodput": self.goodput and asdict(self.goodput),
+            "collectives": [collective.to_json() for collective in self.collectives],
+            "machine": None if self.machine is None else self.machine.to_json(),
+            "time": None if self.time is None else self._time_to_json(self.time),
+            "known_time_errors": known_errors,
+            "goodput": None if self.goodput is None else asdict(self.goodput),
+        }
+
+    def _time_to_json(self, time: StepTime) -> dict[str, float | None]:
+        parts = {part: float(seconds) for part, seconds in asdict(time).items()}
+        hours = self.run_hours
+        return {
+            **parts,
+            "step": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu(),
+            "mfu_full_attention": self.mfu(full_attention=True),
+            "run_hours": hours,
+            "device_hours": None if hours is None else hours * self.layout.devices,
         }
 
 
@@ -227,40 +239,53 @@ def plan_run(
     sizes: Mapping[str, int] | None = None,
     reliability: Reliability = Reliability(),
 ) -> RunPlan:
-    """Plans a run; refuses whatever does not fit together, but not too little memory.
+    """Plans a run.
 
     Args:
         machine: where; None: bytes alone.
         sizes: mesh axis → devices; default: the config's mesh on the machine.
         reliability: of the machine, for goodput.
+
+    Raises:
+        MaxlmError: something does not fit together. Too little memory is no error.
     """
-    topology = machine and machine.topology
-    dtype = resolve_compute_dtype(
-        config.compute_dtype, topology.platform if topology else "tpu"
-    )
+    topology = None if machine is None else machine.topology
+    platform = "tpu" if topology is None else topology.platform
+    dtype = resolve_compute_dtype(config.compute_dtype, platform)
     if sizes is None:
         assert machine is not None
-        sizes = machine.mesh(config)
+        sizes = machine.resolve_mesh_sizes(config)
     config = resolve_micro_batches(config, sizes)
     links = None if machine is None else _describe_links(machine, config, sizes)
     layout = compute_run_layout(config, sizes, links)
     work = RunWorkload(config, dtype)
-    micro = config.train.micro_batches
-    shape = StepShape(work, sizes, micro, config.model.remat, topology)
-    held, sends, time = estimate_costs(shape, machine)
-    good = None
-    if time:
-        state = float(held.parameters + held.optimizer + held.average)
-        good = estimate_goodput(
+    shape = StepShape(
+        work, sizes, config.train.micro_batches, config.model.remat, topology
+    )
+    memory, collectives, time = estimate_costs(shape, machine)
+    goodput = None
+    if time is not None:
+        state_bytes = float(memory.parameters + memory.optimizer + memory.average)
+        goodput = estimate_goodput(
             layout.devices,
-            state,
+            state_bytes,
             float(time.total),
             config.checkpoint.every_steps,
             reliability,
         )
-    costs = (_cost(c, shape.split, machine) for c in sends)
-    sent = tuple(cost for cost in costs if cost.sent_bytes > 0)
-    return RunPlan(layout, machine, shape, held, sent, time, good)
+    costs = [
+        _estimate_collective_cost(collective, shape.split, machine)
+        for collective in collectives
+    ]
+    return RunPlan(
+        layout=layout,
+        machine=machine,
+        shape=shape,
+        memory=memory,
+        collectives=tuple(cost for cost in costs if cost.sent_bytes > 0),
+        time=time,
+        goodput=goodput,
+    )
 
 
 def _describe_links(
@@ -271,7 +296,9 @@ def _describe_links(
     topology = machine.topology
     split = MeshPartitioning(config, sizes)
     links = {
-        axis: machine.link((axis,), split) for axis in MESH_AXES if sizes[axis] > 1
+        axis: machine.describe_link((axis,), split)
+        for axis in MESH_AXES
+        if sizes[axis] > 1
     }
     # Devices that are here need not be all of a slice, whose shape their coordinates
     # tell.
@@ -288,15 +315,18 @@ def estimate_costs(
 ) -> tuple[DeviceMemory, tuple[PlannedCollective, ...], StepTime | None]:
     """Returns memory, collectives and, on a machine, the time of a run, or of each of
     many."""
-    held = estimate_memory(shape)
-    sends = list_collectives(shape)
+    memory = estimate_memory(shape)
+    collectives = list_collectives(shape)
     if machine is None:
-        return held, sends, None
-    dtype = select_matmul_dtype(machine.chip, shape.work.dtype_bytes)
+        return memory, collectives, None
     time = estimate_time(
-        shape, machine, sends, dtype=dtype, transient_bytes=held.transient_bytes
+        shape,
+        machine,
+        collectives,
+        dtype=select_matmul_dtype(machine.chip, shape.work.dtype_bytes),
+        transient_bytes=memory.transient_bytes,
     )
-    return held, sends, time
+    return memory, collectives, time
 
 
 def select_matmul_dtype(chip: Chip, dtype_bytes: int) -> str:
@@ -304,30 +334,35 @@ def select_matmul_dtype(chip: Chip, dtype_bytes: int) -> str:
     bytes."""
     # By JAX's default precision fp32 products are TF32 on NVIDIA's GPUs, and one pass
     # of bf16 on TPUs.
-    wanted = ("fp32", "tf32", "bf16") if dtype_bytes == FP32 else ("bf16",)
-    return next(dtype for dtype in wanted if dtype in chip.peak_flops)
+    dtypes = ("fp32", "tf32", "bf16") if dtype_bytes == FP32 else ("bf16",)
+    return next(dtype for dtype in dtypes if dtype in chip.peak_flops)
 
 
-def _cost(
-    c: PlannedCollective, split: MeshPartitioning, network: Network | None
+def _estimate_collective_cost(
+    collective: PlannedCollective, split: MeshPartitioning, network: Network | None
 ) -> CollectiveCost:
-    axes = tuple(axis for axis in MESH_AXES if axis in c.axes and split.sizes[axis] > 1)
+    axes = tuple(
+        axis for axis in MESH_AXES if axis in collective.axes and split.sizes[axis] > 1
+    )
+    link = None
     seconds = None
-    if network:
-        one = network.seconds(c.kind, c.axes, c.whole_bytes, split)
-        seconds = float(c.count * one / EFFICIENCY[network.chip.family].network)
+    if network is not None:
+        link = network.describe_link(axes, split)
+        one_run = network.estimate_seconds(
+            collective.kind, collective.axes, collective.whole_bytes, split
+        )
+        efficiency = EFFICIENCY[network.chip.family].network
+        seconds = float(collective.count * one_run / efficiency)
     return CollectiveCost(
-        *(
-            c.what,
-            c.kind,
-            axes,
-            float(c.whole_bytes),
-            round(float(c.count)),
-            c.phase,
-            c.waits,
-        ),
+        content=collective.content,
+        kind=collective.kind,
+        axes=axes,
+        whole_bytes=float(collective.whole_bytes),
+        count=round(float(collective.count)),
+        phase=collective.phase,
+        waits=collective.waits,
         devices=round(float(split.num_devices(axes))),
-        link=network.link(axes, split) if network else None,
-        sent_bytes=float(c.wire_bytes(split)),
+        link=link,
+        sent_bytes=float(collective.wire_bytes(split)),
         seconds=seconds,
     )

@@ -7,11 +7,11 @@ sequence and model stay as they are, so that every candidate trains the same run
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import isqrt
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import yaml
@@ -20,7 +20,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
-from maxlm.plan.predict import FILL, Machine, estimate_costs, plan_run
+from maxlm.plan.predict import SAFE_FILL_RATIO, Machine, estimate_costs, plan_run
 from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run.config import RunConfig
@@ -30,10 +30,10 @@ from maxlm.sharding.links import BETWEEN_SLICES
 
 # Candidates that fit but fail a check which only the plan itself makes, before a search
 # gives up.
-_REFUSALS = 500
+_MAX_REFUSALS = 500
 # Rules for the residual stream's sequence: whole on devices of `tensor`, or split
-# (Megatron's sequence parallelism).
-_RESIDUAL = (("context",), ("context", "tensor"))
+# (Megatron's sequence parallelism, Korthikanti et al. 2022, arXiv 2205.05198).
+_RESIDUAL_RULES = (("context",), ("context", "tensor"))
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Candidate:
     remat: RematPolicy
     residual: tuple[str, ...]
     seconds: float
-    """A step, predicted."""
+    """Predicted seconds of a step."""
     memory: float
-    """Bytes at the peak, predicted."""
+    """Predicted bytes of a device at the peak."""
 
     def find_known_time_errors(
         self, config: RunConfig, topology: Topology
@@ -85,52 +85,102 @@ class SearchResult:
     """Why the last one that fits and is not among the best was refused."""
 
 
+class _FittingCandidates(NamedTuple):
+    """Candidates with one remat policy and one rule for the residual stream, of which
+    all fit: arrays with an element for each."""
+
+    remat: RematPolicy
+    residual: tuple[str, ...]
+    seconds: np.ndarray
+    memory: np.ndarray
+    micro_batches: np.ndarray
+    sizes: dict[str, np.ndarray]
+
+    def get(self, i: int) -> Candidate:
+        return Candidate(
+            sizes={axis: int(sizes[i]) for axis, sizes in self.sizes.items()},
+            micro_batches=int(self.micro_batches[i]),
+            remat=self.remat,
+            residual=self.residual,
+            seconds=float(self.seconds[i]),
+            memory=float(self.memory[i]),
+        )
+
+
 def search_layouts(
     config: RunConfig, machine: Machine, *, top: int = 10
 ) -> SearchResult:
     """Ranks all layouts of a run on a machine; where none fits there is no best."""
     began = time.perf_counter()
-    # Seconds, memory, micro-batches and mesh of candidates that fit; and what their
-    # batch shares.
-    fitting, shared = [np.empty((3 + len(MESH_AXES), 0))], []
-    num_tried = num_divisible = 0
-    least = np.inf
-    for count, shape in _list_shapes(config, machine):
-        num_tried += count
-        divisible = len(shape.micro_batches)
-        if not divisible:
+    groups: list[_FittingCandidates] = []
+    num_tried = 0
+    num_divisible = 0
+    min_peak_bytes = np.inf
+    for num_candidates, shape in _list_shapes(config, machine):
+        num_tried += num_candidates
+        if not len(shape.micro_batches):
             continue
-        num_divisible += divisible
-        held, _, taken = estimate_costs(shape, machine)
-        assert taken is not None
-        sizes = (shape.split.sizes[axis] for axis in MESH_AXES)
-        figures = taken.total, held.total, shape.micro_batches, *sizes
-        columns = np.stack(np.broadcast_arrays(*figures))
-        least = min(least, float(columns[1].min()))
-        columns = columns[:, columns[1] <= FILL * machine.chip.memory_bytes]
-        fitting.append(columns)
-        shared += [
-            (shape.remat, shape.work.config.sharding.compute.residual)
-        ] * columns.shape[1]
-    rows = np.concatenate(fitting, axis=1).T
-    order = np.lexsort((rows[:, 1], rows[:, 0])).tolist()
-    spent = time.perf_counter() - began
+        num_divisible += len(shape.micro_batches)
+        memory, _, step_time = estimate_costs(shape, machine)
+        assert step_time is not None
+        seconds, peak_bytes, micro_batches, *mesh = np.broadcast_arrays(
+            step_time.total,
+            memory.total,
+            shape.micro_batches,
+            *(shape.split.sizes[axis] for axis in MESH_AXES),
+        )
+        min_peak_bytes = min(min_peak_bytes, float(peak_bytes.min()))
+        fits = peak_bytes <= SAFE_FILL_RATIO * machine.chip.memory_bytes
+        group = _FittingCandidates(
+            remat=shape.remat,
+            residual=shape.work.config.sharding.compute.residual,
+            seconds=seconds[fits],
+            memory=peak_bytes[fits],
+            micro_batches=micro_batches[fits],
+            sizes={
+                axis: sizes[fits] for axis, sizes in zip(MESH_AXES, mesh, strict=True)
+            },
+        )
+        groups.append(group)
+
+    candidates = _rank_candidates(groups)
+    search_seconds = time.perf_counter() - began
+    num_fitting = sum(len(group.seconds) for group in groups)
     best: list[Candidate] = []
+    num_refused = 0
     refusal = None
-    for place, i in enumerate(order, 1):
-        *costs, micro_batches = rows[i, :3].tolist()
-        mesh = dict(zip(MESH_AXES, map(int, rows[i, 3:]), strict=True))
-        candidate = Candidate(mesh, int(micro_batches), *shared[i], *costs)
+    for candidate in candidates:
         try:
             plan_run(candidate.apply(config), machine)
             best.append(candidate)
         except MaxlmError as error:
             refusal = str(error)
-        if len(best) == top or place - len(best) == _REFUSALS:
+            num_refused += 1
+        if len(best) == top or num_refused == _MAX_REFUSALS:
             break
     return SearchResult(
-        tuple(best), num_tried, num_divisible, len(order), least, spent, refusal
+        best=tuple(best),
+        num_tried=num_tried,
+        num_divisible=num_divisible,
+        num_fitting=num_fitting,
+        min_peak_bytes=min_peak_bytes,
+        search_seconds=search_seconds,
+        last_refusal=refusal,
     )
+
+
+def _rank_candidates(groups: Sequence[_FittingCandidates]) -> Iterator[Candidate]:
+    """Yields the candidates of all groups, the quickest first, of equally quick ones
+    that with the least memory."""
+    if not groups:
+        return
+    seconds = np.concatenate([group.seconds for group in groups])
+    memory = np.concatenate([group.memory for group in groups])
+    places = [(group, i) for group in groups for i in range(len(group.seconds))]
+    # The last key of a lexsort is the first to sort by.
+    for place in np.lexsort((memory, seconds)).tolist():
+        group, i = places[place]
+        yield group.get(i)
 
 
 def _list_shapes(
@@ -139,32 +189,31 @@ def _list_shapes(
     """Yields the number of candidates with one remat policy and one set of rules, and
     the steps of those that divide as they must."""
     dtype = resolve_compute_dtype(config.compute_dtype, machine.topology.platform)
-    batch = config.data.batch_size
-    axes = [a for a in MESH_AXES if a != "expert" or config.model.moe is not None]
+    has_experts = config.model.moe is not None
+    axes = [axis for axis in MESH_AXES if axis != "expert" or has_experts]
     meshes = list(_list_factorisations(machine.topology.devices, len(axes)))
-    pairs = list(product(meshes, list_divisors(batch)))
-    micro = np.array([n for _, n in pairs], float)
-    sizes = {a: np.ones(len(pairs)) for a in MESH_AXES}
-    sizes |= dict(
-        zip(axes, np.array([mesh for mesh, _ in pairs], float).T, strict=True)
-    )
-    given = config.sharding.compute.residual
-    for residual in dict.fromkeys((given, *_RESIDUAL)):
+    pairs = list(product(meshes, list_divisors(config.data.batch_size)))
+    mesh_columns = np.array([mesh for mesh, _ in pairs], float).T
+    micro_batches = np.array([count for _, count in pairs], float)
+    sizes = {axis: np.ones(len(pairs)) for axis in MESH_AXES}
+    sizes |= dict(zip(axes, mesh_columns, strict=True))
+
+    configured = config.sharding.compute.residual
+    for residual in dict.fromkeys((configured, *_RESIDUAL_RULES)):
         compute = config.sharding.compute.model_copy(update={"residual": residual})
         rules = config.sharding.model_copy(update={"compute": compute})
         work = RunWorkload(config.model_copy(update={"sharding": rules}), dtype)
-        divides = _find_divisible(work, sizes, micro, machine)
-        if residual != given:
+        divides = _find_divisible(work, sizes, micro_batches, machine)
+        if residual != configured:
             # Rules that differ over axes of one device are the same candidate.
-            divides &= np.any(
-                [sizes[axis] > 1 for axis in set(residual) ^ set(given)], axis=0
-            )
-        own = {axis: n[divides] for axis, n in sizes.items()}
+            differing = set(residual) ^ set(configured)
+            divides &= np.any([sizes[axis] > 1 for axis in differing], axis=0)
+        divisible_sizes = {axis: column[divides] for axis, column in sizes.items()}
         for remat in get_args(RematPolicy):
-            yield (
-                len(pairs),
-                StepShape(work, own, micro[divides], remat, machine.topology),
+            shape = StepShape(
+                work, divisible_sizes, micro_batches[divides], remat, machine.topology
             )
+            yield len(pairs), shape
 
 
 def list_divisors(n: int) -> list[int]:
@@ -173,56 +222,64 @@ def list_divisors(n: int) -> list[int]:
     return sorted({*small, *(n // divisor for divisor in small)})
 
 
-def _list_factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write n as an ordered product."""
-    if parts == 1:
+def _list_factorisations(n: int, num_factors: int) -> Iterator[tuple[int, ...]]:
+    """Yields every way to write n as an ordered product."""
+    if num_factors == 1:
         yield (n,)
         return
     for first in list_divisors(n):
-        for rest in _list_factorisations(n // first, parts - 1):
+        for rest in _list_factorisations(n // first, num_factors - 1):
             yield (first, *rest)
 
 
 def _find_divisible(
-    work: RunWorkload, sizes: dict[str, np.ndarray], micro: np.ndarray, machine: Machine
+    work: RunWorkload,
+    sizes: dict[str, np.ndarray],
+    micro_batches: np.ndarray,
+    machine: Machine,
 ) -> np.ndarray:
     """Marks candidates that meet every check of a run, and divide its parameters."""
-    config = work.config
     split = MeshPartitioning(work.config, sizes)
-    requirements = require_run_trainable(config, sizes, micro)
-    good = np.all(
-        np.stack(np.broadcast_arrays(*(each.is_met for each in requirements))), axis=0
-    )
+    requirements = require_run_trainable(work.config, sizes, micro_batches)
+    met = np.broadcast_arrays(*(requirement.is_met for requirement in requirements))
+    divides = np.all(np.stack(met), axis=0)
+    all_rules = (split.storage, split.gradients, split.optimizer, split.compute)
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
-            for own in (split.storage, split.gradients, split.optimizer, split.compute):
-                good &= size % split.num_devices(own.mesh_axes(axis)) == 0
+            for rules in all_rules:
+                divides &= size % split.num_devices(rules.mesh_axes(axis)) == 0
     topology = machine.topology
     if topology.platform == "gpu":
-        good &= topology.shape[-1] % sizes["tensor"] == 0
+        # Tensor parallelism stays within a host.
+        gpus_per_host = topology.shape[-1]
+        divides &= gpus_per_host % sizes["tensor"] == 0
     if topology.platform == "tpu" and topology.slices > 1:
-        good &= np.any(
-            [sizes[a] % topology.slices == 0 for a in BETWEEN_SLICES], axis=0
-        )
-    return good
+        crosses = [sizes[axis] % topology.slices == 0 for axis in BETWEEN_SLICES]
+        divides &= np.any(crosses, axis=0)
+    return divides
 
 
 def format_run_yaml(run: RunConfig, source: str) -> str:
     """Formats a run as YAML for ``maxlm train``: a source (a config file or the name of
     a shipped config), and the settings that differ from it."""
-    wanted = run.model_dump(mode="json")
+    settings = run.model_dump(mode="json")
     try:
-        known = load_config(RunConfig, source).value.model_dump(mode="json")
-        data = {"include": source, **_differing(known, wanted)}
-    except MaxlmError:  # it is no run without the settings that were given beside it
-        data = wanted
+        defaults = load_config(RunConfig, source).value.model_dump(mode="json")
+    except MaxlmError:
+        # The source is no run without the settings that were given beside it.
+        data = settings
+    else:
+        data = {"include": source, **_select_differing(defaults, settings)}
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
 
 
-def _differing(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+def _select_differing(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """Returns the part of ``high`` that differs from ``low``."""
-    found = {key: v for key, v in high.items() if key not in low or low[key] != v}
-    for key, value in found.items():
+    differing: dict[str, Any] = {}
+    for key, value in high.items():
+        if key in low and low[key] == value:
+            continue
         if isinstance(value, dict) and isinstance(low.get(key), dict):
-            found[key] = _differing(low[key], value)
-    return found
+            value = _select_differing(low[key], value)
+        differing[key] = value
+    return differing

@@ -1,4 +1,4 @@
-"""The cost of serving a model on a machine: what is held, how many sequences fit, how
+"""The cost of serving a model on a machine: its memory, how many sequences fit, how
 long tokens take, and the search over splits.
 
 A replica decodes its rows one token each a step, all of them for as long as a request
@@ -36,7 +36,7 @@ from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.network import PlannedCollective
-from maxlm.plan.predict import FILL, Machine, select_matmul_dtype
+from maxlm.plan.predict import SAFE_FILL_RATIO, Machine, select_matmul_dtype
 from maxlm.plan.search import list_divisors
 from maxlm.plan.serving_cache import (
     CacheFormat,
@@ -73,13 +73,13 @@ ENGINE_WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("auto",)
 other engines publish."""
 PREFILL_CHUNK = 2048
 """Most tokens of prompts that are computed at once."""
-# Rows of a replica beyond which no plan looks.
-_MOST_ROWS = 8192
+# Most rows of a replica that a plan looks at.
+_MAX_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class ServingOptions:
-    """Requests to serve, all of the same lengths, and what is asked of serving them."""
+    """Requests to serve, all of the same lengths, and the times to serve them in."""
 
     prompt: int = 512
     """Tokens of a request's prompt."""
@@ -96,6 +96,7 @@ class ServingOptions:
 
     @property
     def length(self) -> int:
+        """Tokens of a finished request."""
         return self.prompt + self.new
 
 
@@ -104,21 +105,29 @@ def read_workload(
 ) -> RunWorkload:
     """Reads the model of a run, but not its task. Raises MaxlmError: it is no decoder,
     or requests are longer than its context."""
-    kind, limit = config.model.transformer_type, config.model.max_seq_len
+    kind = config.model.transformer_type
     if kind != "decoder":
-        what = f"serving is planned for decoders, not an {kind}"
-        fix = "name a decoder's config"
-        raise MaxlmError(what, where="model.architecture", fix=fix)
+        message = f"serving is planned for decoders, not an {kind}"
+        raise MaxlmError(
+            message, where="model.architecture", fix="name a decoder's config"
+        )
+    limit = config.model.max_seq_len
     if options.length > limit:
-        what = f"{options.prompt:,} + {options.new:,} tokens exceed the context of {limit:,}"
+        lengths = f"{options.prompt:,} + {options.new:,} tokens"
+        message = f"{lengths} exceed the context of {limit:,}"
         fix = "make them shorter, or raise model.max_seq_len"
-        raise MaxlmError(what, where="--prompt, --new", fix=fix)
-    kept = ("name", "compute_dtype", "model", "adapter", "sharding", "parallel")
-    data = DataConfig(seq_len=options.prompt, batch_size=1)
-    run = RunConfig(**{key: getattr(config, key) for key in kept}, data=data)
-    return RunWorkload(
-        run, resolve_compute_dtype(run.compute_dtype, machine.topology.platform)
+        raise MaxlmError(message, where="--prompt, --new", fix=fix)
+    run = RunConfig(
+        name=config.name,
+        compute_dtype=config.compute_dtype,
+        model=config.model,
+        adapter=config.adapter,
+        sharding=config.sharding,
+        parallel=config.parallel,
+        data=DataConfig(seq_len=options.prompt, batch_size=1),
     )
+    platform = machine.topology.platform
+    return RunWorkload(run, resolve_compute_dtype(run.compute_dtype, platform))
 
 
 class ServedModel:
@@ -136,68 +145,83 @@ class ServedModel:
         tensor: int,
         cache: CacheFormat,
     ):
-        mesh = MeshConfig(
-            data=machine.topology.devices // tensor, fsdp=1, tensor=tensor
-        )
+        devices = machine.topology.devices
+        mesh = MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
         run = work.config.model_copy(update={"mesh": mesh})
         platform = machine.topology.platform
-        self.machine, self.options = machine, options
+        self.machine = machine
+        self.options = options
         self.cache: CacheFormat = cache
-        self.sizes = sizes = machine.mesh(run)
+        self.sizes = machine.resolve_mesh_sizes(run)
         dtype = resolve_compute_dtype(run.compute_dtype, platform)
-        placed = place_run(run, sizes, dtype, for_training=False)
+        placed = place_run(run, self.sizes, dtype, for_training=False)
         assert isinstance(placed.model, Decoder)
-        rules = {"storage": placed.storage, "compute": placed.compute}
-        sharding = run.sharding.model_copy(
-            update={"gradients": None, "optimizer": None, **rules}
-        )
+        # As the model lies on this mesh; nothing is trained.
+        rules = {
+            "storage": placed.storage,
+            "compute": placed.compute,
+            "gradients": None,
+            "optimizer": None,
+        }
+        sharding = run.sharding.model_copy(update=rules)
         self.work = copy(work)
         self.work.config = run.model_copy(update={"sharding": sharding})
-        ways = prod(sizes[axis] for axis in placed.compute.heads)
-        self.layer_caches = count_layer_caches(placed.model, cache, platform, ways)
+        self.split = MeshPartitioning(self.work.config, self.sizes)
+
+        head_ways = prod(self.sizes[axis] for axis in placed.compute.heads)
+        self.layer_caches = count_layer_caches(placed.model, cache, platform, head_ways)
         """Caches of layers, and the number of layers that have each."""
         self.unsplit_caches = count_layer_caches(placed.model, cache, platform)
         """Those of a replica of one device, where no head is twice."""
-        self.split = MeshPartitioning(self.work.config, sizes)
+
         chip = machine.chip
-        usual = select_matmul_dtype(chip, work.dtype_bytes)
-        self.matmul_dtype = (
-            options.weights if options.weights in chip.peak_flops else usual
-        )
-        reached = chip.read_bandwidth or chip.memory_bandwidth
-        self.read_bandwidth = reached * DECODE_EFFICIENCY[chip.family].reading
+        self.matmul_dtype = select_matmul_dtype(chip, work.dtype_bytes)
+        if options.weights in chip.peak_flops:
+            self.matmul_dtype = options.weights
+        bandwidth = chip.read_bandwidth or chip.memory_bandwidth
+        self.read_bandwidth = bandwidth * DECODE_EFFICIENCY[chip.family].reading
         """B/s in reading weights and caches."""
 
     @cached_property
     def weight_bytes(self) -> dict[str, float]:
         """Bytes of each parameter in use."""
-        table = self.work.dtype_bytes
-        cast = {
-            "table": table,
-            "matrix": table if self.options.weights == "auto" else 1,
+        compute_itemsize = self.work.dtype_bytes
+        has_quantized = self.options.weights != "auto"
+        itemsize_of_role = {
+            "matrix": 1 if has_quantized else compute_itemsize,
+            "table": compute_itemsize,
+            "vector": FP32,
         }
-        return {
-            name: float(
-                spec.size * cast.get(spec.role, FP32) / self._count_shards(spec.axes)
-            )
-            for name, spec in self.work.specs.items()
-        }
+        sizes = {}
+        for name, spec in self.work.specs.items():
+            size = spec.size * itemsize_of_role[spec.role]
+            sizes[name] = float(size / self._count_shards(spec.axes))
+        return sizes
 
     def count_read_weight_bytes(self, rows: Number) -> Number:
         """Counts what a step of so many rows reads: all but tables of which it looks up
-        rows, and but experts that none is sent to, as if each were as likely (Mixtral,
-        arXiv 2401.04088)."""
+        rows, and but experts that none is sent to.
+
+        As if each expert were as likely, a row misses one with a chance of 1 − k/E, and
+        all rows do with that to the power of their number (Mixtral, arXiv 2401.04088).
+        """
         work = self.work
-        experts = self.work.experts
-        met = 1.0
-        unread = list(work.embedding_lookup_rates)[work.config.model.tie_embeddings :]
+        experts = work.experts
+        met_share = 1.0
         if experts is not None:
-            met = 1 - (1 - experts.experts_per_token / experts.num_experts) ** rows
-        return sum(
-            size * (met if "expert" in work.specs[name].axes else 1.0)
-            for name, size in self.weight_bytes.items()
-            if name not in unread
-        )
+            chosen = experts.experts_per_token / experts.num_experts
+            met_share = 1 - (1 - chosen) ** rows
+        looked_up = list(work.embedding_lookup_rates)
+        if work.config.model.tie_embeddings:
+            # The first table is the head too, which is read whole.
+            looked_up = looked_up[1:]
+        total = 0
+        for name, size in self.weight_bytes.items():
+            if name in looked_up:
+                continue
+            is_expert = "expert" in work.specs[name].axes
+            total += size * (met_share if is_expert else 1.0)
+        return total
 
     def _count_shards(self, axes: tuple[str | None, ...]) -> Number:
         return self.split.num_shards(self.split.compute, axes)
@@ -210,28 +234,31 @@ class ServedModel:
         """Counts the bytes of so many rows at their full length, by what they are
         for."""
         model = self.work.config.model
-        vocab = self._count_shards(("vocab",))
+        vocab_ways = float(self._count_shards(("vocab",)))
         # In fp32, with what sampling makes of them.
-        logits = 2 * FP32 * model.vocab_size / float(vocab)
-        each = logits + self.count_cache_bytes(self.options.length)
+        logits = 2 * FP32 * model.vocab_size / vocab_ways
+        sequence = logits + self.count_cache_bytes(self.options.length)
         # A chunk of a prompt in a layer: the residual stream and its norms, and all
         # that the layer's matrices write.
-        within = max(
-            self.split.local_non_residual_width(g)
-            for g in self.work.matmul_layer_counts
+        layer_width = max(
+            self.split.local_non_residual_width(group)
+            for group in self.work.matmul_layer_counts
         )
-        width = (4 * model.d_model + 2 * float(within)) * self.work.dtype_bytes
+        elements_per_token = 4 * model.d_model + 2 * float(layer_width)
+        bytes_per_token = elements_per_token * self.work.dtype_bytes
+        chunk_tokens = min(self.options.prompt, PREFILL_CHUNK)
         return {
             "weights": sum(self.weight_bytes.values()),
-            "working": min(self.options.prompt, PREFILL_CHUNK) * width,
-            "sequences": rows * each,
+            "working": chunk_tokens * bytes_per_token,
+            "sequences": rows * sequence,
         }
 
     def count_max_rows(self) -> int:
         """Counts the sequences that fit."""
-        weights, working, each = self.count_memory_bytes(1).values()
-        left = FILL * self.machine.chip.memory_bytes - weights - working
-        return max(int(left / each), 0)
+        parts = self.count_memory_bytes(1)
+        room = SAFE_FILL_RATIO * self.machine.chip.memory_bytes
+        room = room - parts["weights"] - parts["working"]
+        return max(int(room / parts["sequences"]), 0)
 
     def _plan_pass(self, tokens: int, rows: Number) -> tuple[StepShape, StepTime]:
         """Plans the forward pass of so many tokens of so many rows on each replica,
@@ -241,56 +268,78 @@ class ServedModel:
         work = copy(self.work)
         work.config = config.model_copy(update={"data": data})
         work.tokens_per_row = TokensPerRow(tokens, tokens)
-        shape = StepShape(work, self.sizes, 1, "none", self.machine.topology)
-        sends = [c for c in list_collectives(shape) if c.phase == "forward"]
-        axes = self.split.compute.vocab
-        size = rows * config.model.vocab_size * FP32
-        sends.append(
-            PlannedCollective("logits", "all-gather", axes, size, 1.0, "forward")
+        shape = StepShape(
+            work,
+            self.sizes,
+            micro_batches=1,
+            remat="none",
+            topology=self.machine.topology,
         )
-        return shape, estimate_time(
-            shape, self.machine, tuple(sends), dtype=self.matmul_dtype
+        collectives = [
+            collective
+            for collective in list_collectives(shape)
+            if collective.phase == "forward"
+        ]
+        logits = PlannedCollective(
+            content="logits",
+            kind="all-gather",
+            axes=self.split.compute.vocab,
+            whole_bytes=rows * config.model.vocab_size * FP32,
+            count=1.0,
+            phase="forward",
         )
+        time = estimate_time(
+            shape, self.machine, (*collectives, logits), dtype=self.matmul_dtype
+        )
+        return shape, time
 
     def estimate_prefill_seconds(self, prompts: Number = 1) -> Number:
         """Estimates a forward pass over so many prompts of each replica, to their first
         tokens."""
         chip = self.machine.chip
-        own = EFFICIENCY[self.machine.chip.family]
-        length, dtype = self.options.prompt, self.matmul_dtype
+        efficiency = EFFICIENCY[chip.family]
+        length = self.options.prompt
         shape, time = self._plan_pass(length, prompts)
         # Logits are computed of each prompt's last token alone.
-        flops = count_device_flops(shape).loss / (chip.peak_flops[dtype] * own.matmul)
-        logits = estimate_elementwise_bytes(shape).loss / (
-            chip.memory_bandwidth * own.memory
-        )
-        read = self.count_read_weight_bytes(prompts * length) / self.read_bandwidth
-        busy = np.maximum(read, time.forward - (1 - 1 / length) * (flops + logits))
-        exposed = time.communication - np.minimum(time.communication * own.hidden, busy)
+        matmul_rate = chip.peak_flops[self.matmul_dtype] * efficiency.matmul
+        bandwidth = chip.memory_bandwidth * efficiency.memory
+        loss_products = count_device_flops(shape).loss / matmul_rate
+        loss_traffic = estimate_elementwise_bytes(shape).loss / bandwidth
+        other_tokens = 1 - 1 / length
+        computing = time.forward - other_tokens * (loss_products + loss_traffic)
+        reading = self.count_read_weight_bytes(prompts * length) / self.read_bandwidth
+        busy = np.maximum(reading, computing)
+        hidden = np.minimum(time.communication * efficiency.hidden, busy)
+        exposed = time.communication - hidden
         return busy + exposed + DECODE_EFFICIENCY[chip.family].step_seconds
 
     def estimate_decode_seconds(self, rows: Number) -> dict[str, Number]:
         """Estimates the seconds of a step that adds a token to every row: its parts,
         and in all."""
         chip = self.machine.chip
-        own = EFFICIENCY[self.machine.chip.family]
+        efficiency = EFFICIENCY[chip.family]
         dtype = self.matmul_dtype
+        # Attention is in bf16 where other products are in 8 bits.
+        attention_dtype = "bf16" if dtype in ("fp8", "int8") else dtype
+        matmul_rate = chip.peak_flops[dtype] * efficiency.matmul
+        attention_rate = chip.peak_flops[attention_dtype] * efficiency.matmul
+        bandwidth = chip.memory_bandwidth * efficiency.memory
+
         shape, time = self._plan_pass(1, rows)
         flops = count_device_flops(shape)
         moved = estimate_elementwise_bytes(shape)
+        read_weights = self.count_read_weight_bytes(rows) / self.read_bandwidth
+        products = (flops.forward + flops.loss) / matmul_rate
+        # On average a row has its prompt and half of its answer.
         context = self.options.prompt + -(-self.options.new // 2)
-        read = self.count_read_weight_bytes(rows) / self.read_bandwidth
-        cached = rows * self.count_cache_bytes(context) / self.read_bandwidth
-        attended = rows * self._count_attention_flops(context)
-        attention_dtype = "bf16" if dtype in ("fp8", "int8") else dtype
-        products = (flops.forward + flops.loss) / (chip.peak_flops[dtype] * own.matmul)
-        traffic = (moved.forward + moved.loss) / (chip.memory_bandwidth * own.memory)
+        read_cache = rows * self.count_cache_bytes(context) / self.read_bandwidth
+        attention = rows * self._count_attention_flops(context) / attention_rate
+        traffic = (moved.forward + moved.loss) / bandwidth
+        extra = count_extra_forward_flops(shape) / chip.vector_flops
         parts = {
-            "weights": np.maximum(read, products),
-            "cache": np.maximum(
-                cached, attended / (chip.peak_flops[attention_dtype] * own.matmul)
-            ),
-            "traffic": traffic + count_extra_forward_flops(shape) / chip.vector_flops,
+            "weights": np.maximum(read_weights, products),
+            "cache": np.maximum(read_cache, attention),
+            "traffic": traffic + extra,
             "communication": time.communication,
             "overhead": DECODE_EFFICIENCY[chip.family].step_seconds,
         }
@@ -300,23 +349,20 @@ class ServedModel:
         """Counts one row's FLOPs of attention over its cache. Latent attention
         multiplies by the vectors that it keeps twice, as keys and as values (arXiv
         2405.04434, section 2.1.2)."""
-        heads = {stack.name: stack.heads() for stack in self.work.stacks}
+        heads_of_stack = {stack.name: stack.heads() for stack in self.work.stacks}
+        head_ways = float(self._count_shards(("heads",)))
         flops = 0.0
         for layer, num_layers in self.layer_caches.items():
-            own = heads[layer.stack]
-            if own is not None:
-                width = own.head_dim + own.value_dim
-                if layer.specs.value is None:  # it is a part of the key
-                    vector = jax.tree.leaves(layer.specs.key)[0].shape[-1]
-                    width = 2 * vector - own.shared_key_dim
-                one = (
-                    2
-                    * num_layers
-                    * own.num_heads
-                    * width
-                    * min(context, layer.window or context)
-                )
-                flops += one / float(self._count_shards(("heads",)))
+            heads = heads_of_stack[layer.stack]
+            if heads is None:
+                continue
+            width = heads.head_dim + heads.value_dim
+            if layer.specs.value is None:
+                # Latent attention: the value is a part of the key.
+                vector = jax.tree.leaves(layer.specs.key)[0].shape[-1]
+                width = 2 * vector - heads.shared_key_dim
+            seen = min(context, layer.window or context)
+            flops += 2 * num_layers * heads.num_heads * width * seen / head_ways
         return flops
 
 
@@ -346,11 +392,11 @@ class ServingPlan:
     cache: CacheFormat
     options: ServingOptions
     memory: dict[str, float]
-    """Bytes of a device: parts, in all, and what there is."""
+    """Bytes of a device: by part, their ``total``, and the ``limit``."""
     token_cache_bytes: float
     """Bytes that one more token takes before a window is full, each head once."""
     sequence_cache_bytes: float
-    """Bytes of a finished request's caches, likewise."""
+    """Bytes of a finished request's caches, each head once."""
     max_batch: int
     """Sequences that fit, on all devices together."""
     fits: bool
@@ -369,26 +415,23 @@ def plan_served_model(served: ServedModel) -> ServingPlan:
     """Plans one split; too little memory is no error."""
     options = served.options
     machine = served.machine
+    chip = machine.chip
     replicas = served.sizes["data"]
-    most = served.count_max_rows()
-    longest = (options.tpot_ms or np.inf) / 1e3
-    rows = min(max(most, 1), _MOST_ROWS)
-    if options.batch is None:
-        points = list_serving_points(served, [replicas * n for n in range(1, rows + 1)])
-        in_time = (point for point in points if point.tpot_seconds <= longest)
-        point = max(
-            in_time, key=lambda point: point.tokens_per_second, default=points[0]
-        )
-    else:
-        (point,) = list_serving_points(served, [options.batch])
-    doubled = (replicas * 2**i for i in range(rows.bit_length()))
+    max_rows = served.count_max_rows()
+    max_tpot = (options.tpot_ms or np.inf) / 1e3
+    curve_rows = min(max(max_rows, 1), _MAX_ROWS)
+    point = _choose_point(served, curve_rows, max_tpot)
     memory = served.count_memory_bytes(-(-point.batch // replicas))
-    memory |= {"total": sum(memory.values()), "limit": machine.chip.memory_bytes}
-    first = float(served.estimate_prefill_seconds())
+    memory |= {"total": sum(memory.values()), "limit": chip.memory_bytes}
+    ttft_seconds = float(served.estimate_prefill_seconds())
+    meets_tpot = point.tpot_seconds <= max_tpot
+    meets_ttft = 1e3 * ttft_seconds <= (options.ttft_ms or np.inf)
+    doubled = [replicas * 2**i for i in range(curve_rows.bit_length())]
+    curve_batches = sorted({*doubled, replicas * curve_rows, point.batch})
+    decode_efficiency = DECODE_EFFICIENCY[chip.family]._asdict()
     return ServingPlan(
         name=served.work.config.name,
-        machine=machine.to_json()
-        | {"decode": DECODE_EFFICIENCY[machine.chip.family]._asdict()},
+        machine={**machine.to_json(), "decode": decode_efficiency},
         devices=machine.topology.devices,
         mesh=dict(served.sizes),
         cache=served.cache,
@@ -398,16 +441,27 @@ def plan_served_model(served: ServedModel) -> ServingPlan:
         sequence_cache_bytes=count_sequence_bytes(
             served.unsplit_caches, options.length
         ),
-        max_batch=most * replicas,
-        fits=point.batch <= most * replicas,
-        meets_targets=point.tpot_seconds <= longest
-        and 1e3 * first <= (options.ttft_ms or np.inf),
-        ttft_seconds=first,
+        max_batch=max_rows * replicas,
+        fits=point.batch <= max_rows * replicas,
+        meets_targets=meets_tpot and meets_ttft,
+        ttft_seconds=ttft_seconds,
         point=point,
-        curve=list_serving_points(
-            served, sorted({*doubled, replicas * rows, point.batch})
-        ),
+        curve=list_serving_points(served, curve_batches),
     )
+
+
+def _choose_point(served: ServedModel, max_rows: int, max_tpot: float) -> ServingPoint:
+    """Chooses the number of sequences that is asked for, or that gives most tokens a
+    second with at most ``max_tpot`` seconds between them; if none does, the least."""
+    if served.options.batch is not None:
+        return list_serving_points(served, [served.options.batch])[0]
+    replicas = served.sizes["data"]
+    batches = [replicas * rows for rows in range(1, max_rows + 1)]
+    points = list_serving_points(served, batches)
+    in_time = [point for point in points if point.tpot_seconds <= max_tpot]
+    if not in_time:
+        return points[0]
+    return max(in_time, key=lambda point: point.tokens_per_second)
 
 
 def list_serving_points(
@@ -420,23 +474,31 @@ def list_serving_points(
     # A token's share of the passes that compute all rows' prompts, several at once if
     # short.
     together = np.clip(PREFILL_CHUNK // served.options.prompt, 1, rows)
-    share = (
-        rows / together / served.options.new * served.estimate_prefill_seconds(together)
-    )
-    tpot = time["total"] + share
-    columns = (column.tolist() for column in np.broadcast_arrays(tpot, *time.values()))
-    return tuple(
-        ServingPoint(
-            batch, seconds, batch / seconds, dict(zip(time, parts, strict=True))
+    passes_per_token = rows / together / served.options.new
+    prefill_share = passes_per_token * served.estimate_prefill_seconds(together)
+    tpot = time["total"] + prefill_share
+    columns = np.broadcast_arrays(tpot, *time.values())
+    points = []
+    for batch, *figures in zip(batches, *columns, strict=True):
+        tpot_seconds, *parts = (float(figure) for figure in figures)
+        points.append(
+            ServingPoint(
+                batch=batch,
+                tpot_seconds=tpot_seconds,
+                tokens_per_second=batch / tpot_seconds,
+                time=dict(zip(time, parts, strict=True)),
+            )
         )
-        for batch, seconds, *parts in zip(batches, *columns, strict=True)
-    )
+    return tuple(points)
 
 
-def _rank(plan: ServingPlan) -> tuple[int, float]:
+def _get_rank(plan: ServingPlan) -> tuple[int, float]:
+    """Returns the key that sorts plans, best first."""
     if plan.is_feasible:
         return 0, -plan.point.tokens_per_second
-    return (1, plan.point.tpot_seconds) if plan.fits else (2, plan.memory["total"])
+    if plan.fits:
+        return 1, plan.point.tpot_seconds
+    return 2, plan.memory["total"]
 
 
 def search_serving(
@@ -460,17 +522,16 @@ def search_serving(
         that the model cannot have was refused.
     """
     work = read_workload(config, machine, options)
-    devices = machine.topology.devices
     plans: list[ServingPlan] = []
     refusal: MaxlmError | None = None
-    splits = [tensor] if tensor else list_divisors(devices)
-    for split, cache in product(splits, caches):
+    replica_sizes = [tensor] if tensor else list_divisors(machine.topology.devices)
+    for replica_size, cache in product(replica_sizes, caches):
         try:
-            plans.append(
-                plan_served_model(ServedModel(work, machine, options, split, cache))
-            )
+            served = ServedModel(work, machine, options, replica_size, cache)
+            plans.append(plan_served_model(served))
         except MaxlmError as error:
             refusal = error
-    if refusal and not plans:
+    if refusal is not None and not plans:
         raise refusal
-    return sorted(plans, key=_rank), refusal and str(refusal)
+    message = None if refusal is None else str(refusal)
+    return sorted(plans, key=_get_rank), message

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.caches.config import (
@@ -30,11 +31,12 @@ class LayerCache(NamedTuple):
     window: int | None
     """Most tokens that it needs."""
     specs: Any
-    """:class:`~maxlm.models.caches.CacheArraySpec` of its arrays, for one row and one
+    """A pytree of :class:`~maxlm.models.caches.CacheArraySpec`, for one row and one
     page."""
-    dtype: Any
+    dtype: DTypeLike
     """Dtype of arrays whose specs name none."""
     page_size: int
+    """Tokens of a page."""
 
 
 def count_layer_caches(
@@ -46,42 +48,57 @@ def count_layer_caches(
     """Counts the layers that have each cache, by
     :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
-    multiple = choose_feature_multiple(platform)
-    page = find_default_page_size(config.kind) or PAGE_TOKENS
-    specs = model.cache_specs(
-        CacheLayout(1, 1, 1, page, None, config, multiple, head_ways)
+    page_size = find_default_page_size(config.kind) or PAGE_TOKENS
+    layout = CacheLayout(
+        num_shards=1,
+        num_rows=1,
+        num_pages=1,
+        page_size=page_size,
+        cache=config,
+        feature_multiple=choose_feature_multiple(platform),
+        head_ways=head_ways,
     )
-    return Counter(
-        LayerCache(part.name, kind.window, own, model.dtype, page)
-        for part in model.config.layer_stacks
-        for own, kind in zip(specs[part.name], cycle(part.kinds), strict=False)
-    )
+    specs_by_stack = model.cache_specs(layout)
+    counts: Counter[LayerCache] = Counter()
+    for stack in model.config.layer_stacks:
+        # Layers take their kinds in turns.
+        kinds = cycle(stack.kinds)
+        for specs, kind in zip(specs_by_stack[stack.name], kinds, strict=False):
+            counts[
+                LayerCache(stack.name, kind.window, specs, model.dtype, page_size)
+            ] += 1
+    return counts
 
 
 def count_sequence_bytes(
     caches: Mapping[LayerCache, int],
     length: int,
-    count_shards: Callable[[Any], Any] = lambda axes: 1,
+    count_shards: Callable[[tuple[str | None, ...]], Any] = lambda axes: 1,
 ) -> float:
     """Counts the bytes that a sequence of ``length`` tokens has on a device.
-    ``count_shards``: parts that an array of these logical axes is split into; default:
-    one."""
+
+    Args:
+        count_shards: parts that an array of these logical axes is split into; default:
+            one.
+    """
     size = 0.0
     for layer, num_layers in caches.items():
         pages = -(-length // layer.page_size)
-        if layer.window is not None:  # it may begin and end within a page
-            pages = min(pages, -(-(layer.window - 1) // layer.page_size) + 1)
+        if layer.window is not None:
+            # A window may begin and end within a page.
+            window_pages = -(-(layer.window - 1) // layer.page_size) + 1
+            pages = min(pages, window_pages)
         for array in jax.tree.leaves(layer.specs):
-            numbers = prod(array.shape) * (pages if array.unit == "page" else 1)
+            elements = prod(array.shape) * (pages if array.unit == "page" else 1)
             itemsize = jnp.dtype(array.dtype or layer.dtype).itemsize
-            size += (
-                num_layers * numbers * itemsize / float(count_shards(array.axes[1:]))
-            )
+            num_shards = float(count_shards(array.axes[1:]))
+            size += num_layers * elements * itemsize / num_shards
     return size
 
 
 def count_token_bytes(caches: Mapping[LayerCache, int]) -> float:
     """Counts the bytes that one more token takes, before a window is full."""
     page = max(layer.page_size for layer in caches)
-    one, two = (count_sequence_bytes(caches, pages * page) for pages in (1, 2))
-    return (two - one) / page
+    one_page = count_sequence_bytes(caches, page)
+    two_pages = count_sequence_bytes(caches, 2 * page)
+    return (two_pages - one_page) / page

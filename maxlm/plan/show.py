@@ -1,23 +1,25 @@
 """Plans as tables for a terminal."""
 
 from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import NamedTuple
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from maxlm.models.architectures.config import strip_stack_name
 from maxlm.plan.known_errors import format_known_time_errors
 from maxlm.plan.layout import ParamRow, RunLayout
-from maxlm.plan.predict import FILL, RunPlan
+from maxlm.plan.predict import SAFE_FILL_RATIO, RunPlan
 from maxlm.plan.search import SearchResult
 from maxlm.plan.serving import ServingPlan
+from maxlm.plan.timing import StepTime
 
 # Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are
 # compute-optimal.
-OPTIMAL = 20
+OPTIMAL_TOKENS_PER_PARAMETER = 20
 
 
 def format_bytes(size: float) -> str:
@@ -47,15 +49,13 @@ def format_seconds(seconds: float) -> str:
     if seconds < 7200:
         return f"{_three_digits(seconds / 60)} min"
     hours = seconds / 3600
-    return (
-        f"{_three_digits(hours)} h"
-        if hours < 72
-        else f"{_three_digits(hours / 24)} days"
-    )
+    if hours < 72:
+        return f"{_three_digits(hours)} h"
+    return f"{_three_digits(hours / 24)} days"
 
 
 def _three_digits(value: float) -> str:
-    """Never in scientific notation."""
+    """Formats three significant digits, never in scientific notation."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
@@ -63,7 +63,7 @@ def render_plan_tables(
     plan: RunPlan, *, price_per_device_hour: float | None = None
 ) -> Group:
     """Renders a plan, with the price of an accelerator's hour in whatever currency."""
-    parts: list[Any] = [render_layout_facts(plan.layout)]
+    parts: list[RenderableType] = [render_layout_facts(plan.layout)]
     if plan.machine:
         parts.append(Text(f"{plan.machine.name}: {plan.machine.topology.description}"))
         parts.append(Text(format_fit_verdict(plan), style="bold"))
@@ -72,65 +72,74 @@ def render_plan_tables(
             parts.append(
                 Text(format_known_time_errors(plan.known_time_errors), style="bold")
             )
-    parts += [_parameters(plan.layout), _memory(plan)]
-    if size := plan.shape.work.cache_bytes:
+    parts.append(_render_parameters(plan.layout))
+    parts.append(_render_memory(plan))
+    cache_bytes = plan.shape.work.cache_bytes
+    if cache_bytes:
         tokens = f"{plan.shape.work.tokens_per_row.decoder:,} tokens"
-        parts.append(
-            Text(f"caches of one row of {tokens} in generation: {format_bytes(size)}")
-        )
+        size = format_bytes(cache_bytes)
+        parts.append(Text(f"caches of one row of {tokens} in generation: {size}"))
     if plan.collectives:
-        parts.append(_communication(plan))
-    if plan.machine:
-        parts.append(_time(plan))
+        parts.append(_render_communication(plan))
+    if plan.time is not None:
+        parts.append(_render_time(plan.time))
     return Group(*parts)
 
 
 def render_layout_facts(layout: RunLayout) -> Text:
+    """Renders a run's name, size, mesh, tokens and FLOPs, and notes on its layout."""
     axes = " ".join(f"{axis}={size}" for axis, size in layout.mesh.items() if size > 1)
-    sparse = layout.active_parameters < layout.parameters
-    active = f", {layout.active_parameters:,} of them active" if sparse else ""
+    active = ""
+    if layout.active_parameters < layout.parameters:
+        active = f", {layout.active_parameters:,} of them active"
     per_parameter = layout.tokens_total / layout.parameters
-    ratio = (
-        format_count(per_parameter) if per_parameter >= 1000 else f"{per_parameter:.3g}"
-    )
+    if per_parameter >= 1000:
+        tokens_per_parameter = format_count(per_parameter)
+    else:
+        tokens_per_parameter = f"{per_parameter:.3g}"
+    of_optimal = per_parameter / OPTIMAL_TOKENS_PER_PARAMETER
+    notes = [f"\n{note}" for note in layout.notes]
     return Text.assemble(
         (layout.name, "bold"),
         f" · {layout.parameters:,} parameters{active} · {layout.devices:,} devices"
         f" ({axes or 'one of each axis'})\n",
         f"{layout.tokens_per_step:,} tokens a step · "
         f"{format_count(layout.tokens_total)} in the run"
-        f" ({ratio} a parameter, {per_parameter / OPTIMAL:.2g}× of {OPTIMAL}:1)\n",
+        f" ({tokens_per_parameter} a parameter, "
+        f"{of_optimal:.2g}× of {OPTIMAL_TOKENS_PER_PARAMETER}:1)\n",
         f"{layout.flops_per_token:.4g} FLOPs a token with causal attention at half,"
         f" {layout.flops_per_token_full_attention:.4g} in full",
-        *(f"\n{note}" for note in layout.notes),
+        *notes,
     )
 
 
 def format_prediction(plan: RunPlan) -> str:
     """Formats the time of a step and the memory of a device in a line."""
+    memory = _format_memory_need(plan)
     if plan.step_seconds is None:
-        return _format_need(plan)
-    return f"{format_seconds(plan.step_seconds)} a step, MFU {plan.mfu():.1%}, {_format_need(plan)}"
+        return memory
+    seconds = format_seconds(plan.step_seconds)
+    return f"{seconds} a step, MFU {plan.mfu():.1%}, {memory}"
 
 
-def _format_need(plan: RunPlan) -> str:
+def _format_memory_need(plan: RunPlan) -> str:
     limit = plan.memory_limit_bytes
-    there = "" if limit is None else f" of {format_bytes(limit)}"
-    return f"{format_bytes(float(plan.memory.total))}{there} a device"
+    of_limit = "" if limit is None else f" of {format_bytes(limit)}"
+    return f"{format_bytes(float(plan.memory.total))}{of_limit} a device"
 
 
 def format_fit_verdict(plan: RunPlan) -> str:
+    """Formats whether a run fits a machine's memory, and what to do where not."""
     assert plan.memory_limit_bytes is not None
-    total = float(plan.memory.total)
-    need = _format_need(plan)
+    need = _format_memory_need(plan)
     if plan.barely_fits:
         return f"fits, but closer than the plan is sure of: {need}; ask --compile"
     if plan.fits:
-        return f"fits: {need}, {1 - total / plan.memory_limit_bytes:.0%} to spare"
+        spare = 1 - float(plan.memory.total) / plan.memory_limit_bytes
+        return f"fits: {need}, {spare:.0%} to spare"
     return (
         f"does not fit: {need}; raise train.micro_batches, choose a model.remat that "
-        f"keeps less, "
-        "split over more devices, or let --search choose"
+        "keeps less, split over more devices, or let --search choose"
     )
 
 
@@ -141,8 +150,12 @@ def make_table(
     right: Container[str],
     wrap: Container[str] = (),
 ) -> Group:
-    """Makes a table under a title, which may be wider; columns align right and wrap by
-    name."""
+    """Makes a table under a title, which may be wider.
+
+    Args:
+        right: names of columns that are aligned to the right.
+        wrap: names of columns that may wrap.
+    """
     table = Table(box=None, pad_edge=False)
     for name in columns:
         justify = "right" if name in right else "left"
@@ -151,29 +164,32 @@ def make_table(
         )
     for row in rows:
         table.add_row(*row)
-    return Group(*([Text(f"\n{title}", style="italic")] if title else []), table)
+    if title is None:
+        return Group(table)
+    return Group(Text(f"\n{title}", style="italic"), table)
 
 
-def _parameters(layout: RunLayout) -> Group:
+def _render_parameters(layout: RunLayout) -> Group:
     dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
-    where, *sizes = (
-        "layout: logical axis = size → mesh axes",
-        "bytes",
-        "a device",
-        "copies",
-    )
-    rows = []
-    for row in layout.rows:
-        held = format_bytes(row.bytes_total), format_bytes(row.bytes_per_device)
-        rows.append((row.path, _dimensions(row), *held, str(row.replicas)))
-    columns = ("parameter", where, *sizes)
-    return make_table(
-        f"Parameters ({dtypes})", columns, rows, right=sizes, wrap=(where,)
-    )
+    rows = [
+        (
+            row.path,
+            _format_dimensions(row),
+            format_bytes(row.bytes_total),
+            format_bytes(row.bytes_per_device),
+            str(row.replicas),
+        )
+        for row in layout.rows
+    ]
+    dimensions = "layout: logical axis = size → mesh axes"
+    sizes = ("bytes", "a device", "copies")
+    columns = ("parameter", dimensions, *sizes)
+    title = f"Parameters ({dtypes})"
+    return make_table(title, columns, rows, right=sizes, wrap=(dimensions,))
 
 
-def _dimensions(row: ParamRow) -> str:
-    """``layers=32 · embed=4096→fsdp · mlp=14336→tensor``"""
+def _format_dimensions(row: ParamRow) -> str:
+    """Formats ``layers=32 · embed=4096→fsdp · mlp=14336→tensor``."""
     parts = []
     for axis, size, mesh_axes in zip(row.axes, row.shape, row.spec, strict=True):
         name = f"{axis}={size}" if axis else str(size)
@@ -181,58 +197,90 @@ def _dimensions(row: ParamRow) -> str:
     return " · ".join(parts)
 
 
-def _memory(plan: RunPlan) -> Group:
-    held = plan.memory
+def _render_memory(plan: RunPlan) -> Group:
+    memory = plan.memory
+    peak_phase = memory.peak_phase
     parts = {
-        "parameters (fp32)": held.parameters,
-        "optimizer state": held.optimizer,
-        "moving average (fp32)": held.average,
-        "frozen models (fp32)": held.frozen,
-        "batch": held.batch,
-        "gradients": held.gradients,
-        f"activations kept ({plan.shape.remat})": held.activations,
-        f"working set of {held.peak_phase}": held.working,
-        **{
-            f"  {what}": size
-            for what, size in held.working_sets[held.peak_phase].items()
-        },
-        "together": held.total,
+        "parameters (fp32)": memory.parameters,
+        "optimizer state": memory.optimizer,
+        "moving average (fp32)": memory.average,
+        "frozen models (fp32)": memory.frozen,
+        "batch": memory.batch,
+        "gradients": memory.gradients,
+        f"activations kept ({plan.shape.remat})": memory.activations,
+        f"working set of {peak_phase}": memory.working,
     }
+    for name, size in memory.working_sets[peak_phase].items():
+        parts[f"  {name}"] = size
+    parts["together"] = memory.total
     if plan.memory_limit_bytes is not None:
-        margin = plan.memory_limit_bytes - float(held.total)
-        parts |= {"limit": plan.memory_limit_bytes, "margin": margin}
-    sizes = ((name, float(size)) for name, size in parts.items())
-    rows = [(name, f"{size:,.0f}", format_bytes(size)) for name, size in sizes if size]
+        parts["limit"] = plan.memory_limit_bytes
+        parts["margin"] = plan.memory_limit_bytes - float(memory.total)
+    rows = []
+    for name, part in parts.items():
+        size = float(part)
+        if size:
+            rows.append((name, f"{size:,.0f}", format_bytes(size)))
     title = "Memory of each device, at the peak of a step"
     return make_table(title, ("what", "bytes", ""), rows, right=("bytes", ""))
 
 
-def _communication(plan: RunPlan) -> Group:
-    """Kernels together, and both passes."""
+class _TrafficKey(NamedTuple):
+    """Collectives that share a row of the table."""
+
+    content: str
+    kind: str
+    over: str
+    """Mesh axes, and the links they run over."""
+    hides: str
+
+
+@dataclass
+class _Traffic:
+    runs: int = 0
+    sent_bytes: float = 0.0
+    seconds: float = 0.0
+
+
+def _render_communication(plan: RunPlan) -> Group:
+    """Renders collectives: those of all kernels together, and both passes."""
     names = (strip_stack_name(row.path) for row in plan.layout.rows)
     kernels = {name.partition(".kernel")[0] for name in names} | {"head"}
-    total: dict[tuple[Any, ...], tuple[int, float, float]] = {}
-    for s in plan.collectives:
-        owner, _, rest = s.what.partition(": ")
-        what = f"kernels{f': {rest}s' if rest else ''}" if owner in kernels else s.what
-        over = f"{', '.join(s.axes)} ({s.link})" if s.link else ", ".join(s.axes)
-        key = (what, s.kind, over, "waits" if s.waits else "can hide it")
-        runs, sent, seconds = total.get(key, (0, 0.0, 0.0))
-        total[key] = (runs + s.count, sent + s.sent_bytes, seconds + (s.seconds or 0.0))
+    rows_by_key: dict[_TrafficKey, _Traffic] = {}
+    for collective in plan.collectives:
+        content = collective.content
+        owner, _, of_owner = content.partition(": ")
+        if owner in kernels:
+            content = f"kernels: {of_owner}s" if of_owner else "kernels"
+        over = ", ".join(collective.axes)
+        if collective.link:
+            over = f"{over} ({collective.link})"
+        hides = "waits" if collective.waits else "can hide it"
+        key = _TrafficKey(content, collective.kind, over, hides)
+        row = rows_by_key.setdefault(key, _Traffic())
+        row.runs += collective.count
+        row.sent_bytes += collective.sent_bytes
+        row.seconds += collective.seconds or 0.0
+
+    has_times = plan.machine is not None
     rows = []
-    timed = ("time",) if plan.machine else ()
-    for (*key, hidden), (runs, sent, seconds) in total.items():
-        taken = (format_seconds(seconds),) * len(timed)
-        rows.append((*key, f"{runs:,}", format_bytes(sent), *taken, hidden))
-    columns = ("what", "kind", "over", "runs", "sent", *timed, "computation")
+    for key, row in rows_by_key.items():
+        cells = [key.content, key.kind, key.over, f"{row.runs:,}"]
+        cells.append(format_bytes(row.sent_bytes))
+        if has_times:
+            cells.append(format_seconds(row.seconds))
+        cells.append(key.hides)
+        rows.append(cells)
+    columns = ["what", "kind", "over", "runs", "sent"]
+    if has_times:
+        columns.append("time")
+    columns.append("computation")
     title = "Communication of each device, in a step"
     right = ("runs", "sent", "time")
     return make_table(title, columns, rows, right=right, wrap=("what", "over"))
 
 
-def _time(plan: RunPlan) -> Group:
-    time = plan.time
-    assert time is not None
+def _render_time(time: StepTime) -> Group:
     parts = {
         "matrix products": time.products,
         "attention": time.attention,
@@ -242,25 +290,25 @@ def _time(plan: RunPlan) -> Group:
         "together": time.total,
     }
     total = float(time.total)
-    seconds = ((name, float(value)) for name, value in parts.items())
-    rows = [(name, format_seconds(s), f"{s / total:.1%}") for name, s in seconds if s]
-    return make_table(
-        "Time of a step", ("what", "time", "share"), rows, right=("time", "share")
-    )
+    rows = []
+    for name, part in parts.items():
+        seconds = float(part)
+        if seconds:
+            rows.append((name, format_seconds(seconds), f"{seconds / total:.1%}"))
+    columns = ("what", "time", "share")
+    return make_table("Time of a step", columns, rows, right=columns[1:])
 
 
 def format_run_estimate(
     plan: RunPlan, price_per_device_hour: float | None = None
 ) -> str:
     """Formats rates, the whole run, and the cost of failures."""
-    layout, good, step, hours = (
-        plan.layout,
-        plan.goodput,
-        plan.step_seconds,
-        plan.run_hours,
-    )
+    layout = plan.layout
+    goodput = plan.goodput
+    step = plan.step_seconds
+    hours = plan.run_hours
     assert step is not None
-    assert good is not None
+    assert goodput is not None
     rate = layout.tokens_per_step / step
     lines = [
         f"{format_seconds(step)} a step · {format_count(rate)} tokens/s, "
@@ -270,23 +318,26 @@ def format_run_estimate(
     ]
     if hours is not None:
         steps = layout.tokens_total // layout.tokens_per_step
-        words = f"{steps:,} steps in {format_seconds(3600 * hours)}, "
-        words += f"{hours * layout.devices:,.0f} device-hours"
+        device_hours = hours * layout.devices
+        line = f"{steps:,} steps in {format_seconds(3600 * hours)}, "
+        line += f"{device_hours:,.0f} device-hours"
         if price_per_device_hour is not None:
-            price = price_per_device_hour
-            words += f", {price * hours * layout.devices:,.0f} at {price:g} each"
-        lines.append(words)
-    every = max(1, round(good.best_interval_seconds / step))
-    best = good.best_interval_seconds
-    own = "none are configured"
+            price = price_per_device_hour * hours * layout.devices
+            line += f", {price:,.0f} at {price_per_device_hour:g} each"
+        lines.append(line)
+    best_interval = goodput.best_interval_seconds
+    best_steps = max(1, round(best_interval / step))
+    configured = "none are configured"
     if plan.checkpoint_every:
-        own = (
-            f"{good.configured:.1%} with every {plan.checkpoint_every:,} as configured"
+        configured = (
+            f"{goodput.configured:.1%} with every {plan.checkpoint_every:,} "
+            f"as configured"
         )
+    mtbf_seconds = 3600 * goodput.mtbf_hours
     lines.append(
-        f"goodput {good.best:.1%} with a checkpoint every {every:,} steps "
-        f"({format_seconds(best)}), {own}; a failure every "
-        f"{format_seconds(3600 * good.mtbf_hours)}"
+        f"goodput {goodput.best:.1%} with a checkpoint every {best_steps:,} steps "
+        f"({format_seconds(best_interval)}), {configured}; "
+        f"a failure every {format_seconds(mtbf_seconds)}"
     )
     return "\n".join(lines)
 
@@ -335,52 +386,64 @@ def render_serving_tables(
     plan: ServingPlan, *, price_per_device_hour: float | None = None
 ) -> Group:
     """Renders a plan, with the price of an accelerator's hour in whatever currency."""
-    options, point, rate = plan.options, plan.point, plan.point.tokens_per_second
-    each, whole = map(format_bytes, (plan.token_cache_bytes, plan.sequence_cache_bytes))
-    lines = [
-        f" · {_describe_split(plan)} · cache {plan.cache} · weights {options.weights} "
-        f"· requests"
-        f" of {options.prompt:,} + {options.new:,} tokens\n"
-        f"{plan.machine['name']}: {plan.machine['words']}\n",
-        f"cache: {each} a token, {whole} a sequence of {options.length:,}",
-        f"first token of a prompt alone after {format_seconds(plan.ttft_seconds)}; "
-        f"{_count_sequences(point.batch)}: {format_seconds(point.tpot_seconds)} a "
-        f"token, "
-        f"{rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device",
-    ]
-    if price_per_device_hour is not None:
-        price = price_per_device_hour * plan.devices / 3600 / rate
-        lines.append(f"{1e6 * price:,.3g} for a million new tokens")
     head = Text.assemble(
-        (plan.name, "bold"), lines[0], (format_serving_verdict(plan), "bold")
+        (plan.name, "bold"),
+        f" · {_describe_split(plan)} · cache {plan.cache} · "
+        f"weights {plan.options.weights} · requests of "
+        f"{plan.options.prompt:,} + {plan.options.new:,} tokens\n"
+        f"{plan.machine['name']}: {plan.machine['words']}\n",
+        (format_serving_verdict(plan), "bold"),
     )
-    memory = [
+    estimate = Text(_format_serving_estimate(plan, price_per_device_hour))
+    memory_rows = [
         (name, f"{size:,.0f}", format_bytes(size)) for name, size in plan.memory.items()
     ]
-    step = [
-        (name, format_seconds(seconds), f"{seconds / point.time['total']:.1%}")
-        for name, seconds in point.time.items()
+    step_time = plan.point.time
+    step_rows = [
+        (name, format_seconds(seconds), f"{seconds / step_time['total']:.1%}")
+        for name, seconds in step_time.items()
     ]
-    curve = [
+    curve_rows = [
         (
-            f"{own.batch:,}{' ←' if own == point else ''}",
-            *map(format_seconds, (own.time["total"], own.tpot_seconds)),
-            f"{own.tokens_per_second:,.0f}",
-            f"{own.tokens_per_second / plan.devices:,.0f}",
+            f"{point.batch:,} ←" if point == plan.point else f"{point.batch:,}",
+            format_seconds(point.time["total"]),
+            format_seconds(point.tpot_seconds),
+            f"{point.tokens_per_second:,.0f}",
+            f"{point.tokens_per_second / plan.devices:,.0f}",
         )
-        for own in plan.curve
+        for point in plan.curve
     ]
-    sizes, times = ("bytes", ""), ("time", "share")
+    sizes = ("bytes", "")
+    times = ("time", "share")
     rates = ("step", "a token", "tokens/s", "a device")
+    step_title = f"A step of {_count_sequences(plan.point.batch)}"
     return Group(
         head,
-        Text("\n".join(lines[1:])),
-        make_table("Memory of each device", ("what", *sizes), memory, sizes),
-        make_table(
-            f"A step of {_count_sequences(point.batch)}", ("what", *times), step, times
-        ),
-        make_table("By sequences at once", ("sequences", *rates), curve, rates),
+        estimate,
+        make_table("Memory of each device", ("what", *sizes), memory_rows, sizes),
+        make_table(step_title, ("what", *times), step_rows, times),
+        make_table("By sequences at once", ("sequences", *rates), curve_rows, rates),
     )
+
+
+def _format_serving_estimate(
+    plan: ServingPlan, price_per_device_hour: float | None
+) -> str:
+    """Formats the cache's bytes, the times of tokens, and their price."""
+    point = plan.point
+    rate = point.tokens_per_second
+    lines = [
+        f"cache: {format_bytes(plan.token_cache_bytes)} a token, "
+        f"{format_bytes(plan.sequence_cache_bytes)} a sequence of "
+        f"{plan.options.length:,}",
+        f"first token of a prompt alone after {format_seconds(plan.ttft_seconds)}; "
+        f"{_count_sequences(point.batch)}: {format_seconds(point.tpot_seconds)} "
+        f"a token, {rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device",
+    ]
+    if price_per_device_hour is not None:
+        price_per_token = price_per_device_hour * plan.devices / 3600 / rate
+        lines.append(f"{1e6 * price_per_token:,.3g} for a million new tokens")
+    return "\n".join(lines)
 
 
 def _count_sequences(count: int) -> str:
@@ -389,51 +452,53 @@ def _count_sequences(count: int) -> str:
 
 def format_serving_verdict(plan: ServingPlan) -> str:
     """Formats whether it fits and is in time, and what to do where not."""
-    total, limit = (format_bytes(plan.memory[name]) for name in ("total", "limit"))
+    total = format_bytes(plan.memory["total"])
+    limit = format_bytes(plan.memory["limit"])
     need = f"{total} of {limit} a device"
     if not plan.fits:
-        need += f", of which {FILL:.0%} are filled at most"
-        what = (
-            f"{_count_sequences(plan.point.batch)} need {need}; {plan.max_batch:,} fit"
-        )
+        need += f", of which {SAFE_FILL_RATIO:.0%} are filled at most"
+        sequences = _count_sequences(plan.point.batch)
+        problem = f"{sequences} need {need}; {plan.max_batch:,} fit"
         if not plan.max_batch:
-            what = f"not one sequence a replica: {need}"
+            problem = f"not one sequence a replica: {need}"
         return (
-            f"does not fit: {what}; split over more devices (tensor in --mesh), or "
-            f"choose a "
-            "smaller --cache, --batch or --prompt"
+            f"does not fit: {problem}; split over more devices (tensor in --mesh), "
+            "or choose a smaller --cache, --batch or --prompt"
         )
-    words = f"fits: {need}, {_count_sequences(plan.max_batch)} at most"
+    verdict = f"fits: {need}, {_count_sequences(plan.max_batch)} at most"
     missed = []
-    for name, most, value in (
+    for name, max_ms, seconds in (
         ("first token", plan.options.ttft_ms, plan.ttft_seconds),
         ("token", plan.options.tpot_ms, plan.point.tpot_seconds),
     ):
-        if most is not None and 1e3 * value > most:
-            missed.append(
-                f"{format_seconds(value)} a {name}, not {format_seconds(most / 1e3)}"
-            )
-    return f"{words}, but too slow: {' and '.join(missed)}" if missed else words
+        if max_ms is not None and 1e3 * seconds > max_ms:
+            target = format_seconds(max_ms / 1e3)
+            missed.append(f"{format_seconds(seconds)} a {name}, not {target}")
+    if missed:
+        return f"{verdict}, but too slow: {' and '.join(missed)}"
+    return verdict
 
 
 def render_serving_search(plans: list[ServingPlan], top: int) -> Group:
-    """Renders the best of a search."""
-    good = [plan for plan in plans if plan.is_feasible]
+    """Renders the best of a search: ``top`` of the plans that fit and are in time."""
+    feasible = [plan for plan in plans if plan.is_feasible]
     rows = [
         (
             _describe_split(plan),
             plan.cache,
             f"{plan.point.batch:,}",
             f"{plan.point.tokens_per_second / plan.devices:,.0f}",
-            *map(format_seconds, (plan.point.tpot_seconds, plan.ttft_seconds)),
+            format_seconds(plan.point.tpot_seconds),
+            format_seconds(plan.ttft_seconds),
             format_bytes(plan.memory["total"]),
         )
-        for plan in good[:top]
+        for plan in feasible[:top]
     ]
-    columns = ("sequences", "tokens/s\na device", "a token", "first\ntoken", "memory")
-    title = f"{len(plans)} splits and caches, {sum(plan.fits for plan in plans)} fit, "
-    title += f"{len(good)} are in time too"
-    return make_table(title, ("mesh", "cache", *columns), rows, columns)
+    figures = ("sequences", "tokens/s\na device", "a token", "first\ntoken", "memory")
+    num_fitting = sum(plan.fits for plan in plans)
+    title = f"{len(plans)} splits and caches, {num_fitting} fit, "
+    title += f"{len(feasible)} are in time too"
+    return make_table(title, ("mesh", "cache", *figures), rows, right=figures)
 
 
 def _describe_split(plan: ServingPlan) -> str:

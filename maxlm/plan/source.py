@@ -29,10 +29,18 @@ def load_plan(source: str, machine: Machine | None) -> StoredPlan:
         path = path / "plan.json"
     if path.suffix == ".json":
         return _read_plan(path)
-    config, *settings = [source] if path.is_file() else shlex.split(source) or [source]
+    if path.is_file():
+        # A config's path may have spaces.
+        words = [source]
+    else:
+        words = shlex.split(source) or [source]
+    config, *settings = words
     run = load_run_config(config, settings)
-    sizes = None if machine else mesh_sizes(run.mesh, count_min_devices(run.mesh))
-    return StoredPlan.model_validate(plan_run(run, machine, sizes=sizes).to_json())
+    sizes = None
+    if machine is None:
+        sizes = mesh_sizes(run.mesh, count_min_devices(run.mesh))
+    plan = plan_run(run, machine, sizes=sizes)
+    return StoredPlan.model_validate(plan.to_json())
 
 
 def _read_plan(path: Path) -> StoredPlan:

@@ -1,16 +1,16 @@
-"""A model's stacks of layers as costs are counted: what each layer states of itself
+"""Costs of a model's stacks of layers: what each layer states of itself
 (``models/costs.py``), joined with its parameters' declarations and with the tokens that
 it sees."""
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.config import LayerStack, TrunkSpec, strip_stack_name
-from maxlm.models.costs import AttentionCosts, Branch, ExpertCosts, FeatureKind
+from maxlm.models.costs import AttentionCosts, Branch, ExpertRouting, FeatureKind
 from maxlm.models.params import (
     ParamSpec,
     flatten_names,
@@ -39,7 +39,9 @@ class Kernel:
 
     @property
     def output_features(self) -> FeatureKind:
-        axes = set(self.axes[self.num_input_dims + ("expert" in self.axes) :])
+        # A dimension of experts comes before the inputs, and is not counted as one.
+        first_output = self.num_input_dims + ("expert" in self.axes)
+        axes = set(self.axes[first_output:])
         if "latent" in axes:
             return "latent"
         if axes & {"heads", "kv_heads", "head_dim"}:
@@ -50,10 +52,15 @@ class Kernel:
 def make_kernel(
     name: str, spec: ParamSpec, trained_names: Set[str], needs_raw_output: bool = False
 ) -> Kernel:
-    """Makes a layer's own part of a stack of matrices."""
-    shape, axes = spec.shape[spec.num_layer_axes :], spec.axes[spec.num_layer_axes :]
-    how = len(spec.contracting_dims), needs_raw_output, name in trained_names
-    return Kernel(strip_stack_name(name).removesuffix(".kernel"), shape, axes, *how)
+    """Makes the kernel of one layer from the declaration of a whole stack's."""
+    return Kernel(
+        name=strip_stack_name(name).removesuffix(".kernel"),
+        shape=spec.shape[spec.num_layer_axes :],
+        axes=spec.axes[spec.num_layer_axes :],
+        num_input_dims=len(spec.contracting_dims),
+        needs_raw_output=needs_raw_output,
+        is_trained=name in trained_names,
+    )
 
 
 @dataclass(frozen=True)
@@ -114,17 +121,21 @@ class AttentionShape(NamedTuple):
     heads: AttentionCosts
     token_ratio: float
     """Queries for each token of the batch."""
-    biased: bool = False
+    has_biases: bool = False
     """Whether scores gain learnt biases by distance."""
 
 
-class Stack:
-    """Layers whose parameters lie in one stack.
+class StackCosts:
+    """Costs of the layers whose parameters lie in one stack: parameters, matrix
+    products, attention and experts.
 
     Args:
         seq_len: tokens of a row in a decoder.
         encoder_len: tokens of a row in an encoder beside it.
         trained_names: the base's parameters that have gradients.
+
+    Raises:
+        ValueError: a module's ``costs()`` leave out one of its matrices.
     """
 
     def __init__(
@@ -141,60 +152,98 @@ class Stack:
         self.period = len(part.kinds)
         """Layers that one turn of the scan runs."""
         encoder_rate = encoder_len / seq_len
-        length, rate = (
-            (encoder_len, encoder_rate) if trunk.is_encoder else (seq_len, 1.0)
-        )
-        self.token_ratio = rate
+        self.token_ratio = encoder_rate if trunk.is_encoder else 1.0
         """Tokens that go through for each of the batch."""
         tree = param_specs(model)
-        self.specs, self.base_specs = (
-            {
-                n: spec
-                for n, spec in flatten_names(each).items()
-                if n.startswith(f"{self.name}.")
-            }
-            for each in (tree, select_base_params(tree))
-        )
-        """All parameters, and those without what an adapter adds."""
+        self.specs = self._select_own(flatten_names(tree))
+        """All parameters."""
+        self.base_specs = self._select_own(flatten_names(select_base_params(tree)))
+        """Parameters without those that an adapter adds."""
         self.branches = model.trunks[trunk.prefix].stacks[part.name].costs()
         self.cross_attention = any(
-            own.branch == "cross_attention" for own in self.branches
+            branch.branch == "cross_attention" for branch in self.branches
         )
         self.matmul_groups = self._list_matmuls(trained_names, encoder_rate)
         """Matrix products by name; without what an adapter adds, like the router."""
-        self.adapter_kernels = tuple(
-            make_kernel(n, spec, self.specs.keys())
-            for n, spec in self.specs.items()
-            if spec.role == "matrix"
-            and all(spec is not own for own in self.base_specs.values())
-        )
+        self.adapter_kernels = self._list_adapter_kernels()
         """Matrices that an adapter adds."""
-        self.experts: ExpertCosts | None = None
+        self.experts: ExpertRouting | None = None
         self.router: Kernel | None = None
-        self.attention_layer_counts: Counter[AttentionShape] = Counter()
-        """Number of layers of each shape."""
-        biased = model.config.positions.kind == "relative"
         for branch in self.branches:
-            heads, experts = branch.costs.attention, branch.costs.experts
-            if heads and branch.branch == "cross_attention":
-                own = AttentionShape(length, encoder_len, False, None, heads, rate)
-                self.attention_layer_counts[own] += part.num_layers
-            elif heads:
-                for kind in part.kinds:
-                    seen = trunk.causal, kind.window, heads, rate, biased
-                    own = AttentionShape(length, length, *seen)
-                    self.attention_layer_counts[own] += part.num_layers // len(
-                        part.kinds
-                    )
-            if experts:
+            experts = branch.costs.experts
+            if experts is not None:
                 path = f"{self.name}.{branch.module}.{experts.router}"
                 self.router = make_kernel(path, self.base_specs[path], trained_names)
                 self.experts = experts
+        has_biases = model.config.positions.kind == "relative"
+        self.attention_layer_counts = self._count_attention_layers(
+            trunk, part, seq_len, encoder_len, has_biases
+        )
+        """Number of layers of each shape."""
 
     def heads(self, branch: Branch = "mixer") -> AttentionCosts | None:
-        return next(
-            (own.costs.attention for own in self.branches if own.branch == branch), None
+        """Returns the heads of one of a layer's branches; None: it has no such branch,
+        or no attention in it."""
+        for costs in self.branches:
+            if costs.branch == branch:
+                return costs.costs.attention
+        return None
+
+    def _select_own(self, specs: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
+        """Selects the parameters of this stack from all of a model's."""
+        prefix = f"{self.name}."
+        return {name: spec for name, spec in specs.items() if name.startswith(prefix)}
+
+    def _list_adapter_kernels(self) -> tuple[Kernel, ...]:
+        # By identity: an adapter's matrix may be declared like one of the base's.
+        base = {id(spec) for spec in self.base_specs.values()}
+        added = {
+            name: spec
+            for name, spec in self.specs.items()
+            if spec.role == "matrix" and id(spec) not in base
+        }
+        return tuple(
+            make_kernel(name, spec, self.specs.keys()) for name, spec in added.items()
         )
+
+    def _count_attention_layers(
+        self,
+        trunk: TrunkSpec,
+        part: LayerStack,
+        seq_len: int,
+        encoder_len: int,
+        has_biases: bool,
+    ) -> Counter[AttentionShape]:
+        query_len = encoder_len if trunk.is_encoder else seq_len
+        layers_per_kind = part.num_layers // len(part.kinds)
+        counts: Counter[AttentionShape] = Counter()
+        for branch in self.branches:
+            heads = branch.costs.attention
+            if heads is None:
+                continue
+            if branch.branch == "cross_attention":
+                attention = AttentionShape(
+                    query_len=query_len,
+                    key_len=encoder_len,
+                    causal=False,
+                    window=None,
+                    heads=heads,
+                    token_ratio=self.token_ratio,
+                )
+                counts[attention] += part.num_layers
+                continue
+            for kind in part.kinds:
+                attention = AttentionShape(
+                    query_len=query_len,
+                    key_len=query_len,
+                    causal=trunk.causal,
+                    window=kind.window,
+                    heads=heads,
+                    token_ratio=self.token_ratio,
+                    has_biases=has_biases,
+                )
+                counts[attention] += layers_per_kind
+        return counts
 
     def _list_matmuls(
         self, trained_names: Set[str], encoder_rate: float
@@ -203,16 +252,23 @@ class Stack:
         specs = self.base_specs
         missing = {name for name, spec in specs.items() if spec.role == "matrix"}
         for branch in self.branches:
-            for group in branch.costs.matrices:
+            for matrices in branch.costs.matrices:
                 kernels = []
-                for own in sorted(group.names):
-                    name = f"{self.name}.{branch.module}.{own}"
-                    raw = own in group.needs_raw_output
-                    kernels.append(make_kernel(name, specs[name], trained_names, raw))
+                for matrix in sorted(matrices.names):
+                    name = f"{self.name}.{branch.module}.{matrix}"
+                    needs_raw = matrix in matrices.needs_raw_output
+                    kernels.append(
+                        make_kernel(name, specs[name], trained_names, needs_raw)
+                    )
                     missing.discard(name)
-                reads = group.input_features
-                tokens = encoder_rate if reads == "memory" else self.token_ratio
-                groups.append(MatmulGroup(tuple(kernels), branch.branch, reads, tokens))
+                reads_encoder = matrices.input_features == "memory"
+                group = MatmulGroup(
+                    kernels=tuple(kernels),
+                    branch=branch.branch,
+                    input_features=matrices.input_features,
+                    token_ratio=encoder_rate if reads_encoder else self.token_ratio,
+                )
+                groups.append(group)
         if missing:
             raise ValueError(
                 f"the costs of its module leave out the matrix {min(missing)}"

@@ -2,7 +2,7 @@
 
 Matrix products run at a share of the peak, everything else that touches memory at a
 share of its bandwidth, and communication beside them where it can. Per micro-batch,
-forward and backward apart:
+forward and backward apart, in seconds:
 
     products     FLOPs / (peak · matmul)
     attention    its FLOPs likewise, and its scores' element-wise work: on the vector units, or
@@ -20,6 +20,7 @@ The constants (``EFFICIENCY``) are fitted to published runs by
 (``benchmarks/plan_cpu.py``).
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -28,23 +29,31 @@ import numpy as np
 
 from maxlm.optim.kinds import get_input_output_dims
 from maxlm.plan.layout import count_training_flops_per_token
-from maxlm.plan.memory import persistent_bytes
-from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective
-from maxlm.plan.stacks import AttentionShape, Stack
+from maxlm.plan.memory import count_stored_bytes
+from maxlm.plan.network import Network, Phase, PlannedCollective
+from maxlm.plan.stacks import AttentionShape, StackCosts
 from maxlm.plan.workload import FP32, Number, StepShape
 
 # Vector operations for each score of attention: softmax and masks, forward; their
 # gradients and the softmax again, backward. From the static schedules of the best
 # published TPU kernels at head size 128: 138 µs forward and 393 µs backward on a v5p,
 # 161 and 277 µs on a v6e, for 67 M scores, less the products' time.
-_SCORE_OPS = {"forward": 12.0, "backward": 20.0}
-# Passes over the residual stream of a layer's norms and additions.
-_STREAMS = {"pre": 8, "post": 8, "sandwich": 12, "parallel": 7, "parallel_shared": 5}
+_FORWARD_OPS_PER_SCORE = 12.0
+_BACKWARD_OPS_PER_SCORE = 20.0
 # Passes over fp32 scores in memory where no kernel keeps them on the chip.
-_SCORE_PASSES = {"forward": 4.0, "backward": 8.0}
-# Blocks up to this size the C library keeps for the next step (glibc's
+_FORWARD_SCORE_PASSES = 4.0
+_BACKWARD_SCORE_PASSES = 8.0
+# Passes over the residual stream of a layer's norms and additions.
+_STREAM_PASSES = {
+    "pre": 8,
+    "post": 8,
+    "sandwich": 12,
+    "parallel": 7,
+    "parallel_shared": 5,
+}
+# Blocks up to this size, in bytes, the C library keeps for the next step (glibc's
 # DEFAULT_MMAP_THRESHOLD_MAX).
-_KEPT_BLOCK = 32 * 2**20
+_REUSED_BLOCK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -125,137 +134,202 @@ class DeviceFlops:
     loss_backward: Number
 
 
+class _PassFlops(NamedTuple):
+    forward: Number
+    backward: Number
+
+
+def _add_up(parts: Iterable[_PassFlops]) -> _PassFlops:
+    forward = backward = 0.0
+    for part in parts:
+        forward += part.forward
+        backward += part.backward
+    return _PassFlops(forward, backward)
+
+
 def count_device_flops(shape: StepShape) -> DeviceFlops:
     """Counts what a device computes: its layers for one micro-batch, the loss for
     all."""
-    work, split, rules = shape.work, shape.split, shape.split.compute
-    forward = backward = 0.0
-    for group, layers in work.matmul_layer_counts.items():
-        share = 1.0
+    parts = [*_list_matmul_flops(shape), *_list_adapter_flops(shape)]
+    if shape.work.router is not None:
+        parts.append(_count_router_flops(shape))
+    layers = _add_up(parts)
+    attention = _count_attention_flops(shape)
+    loss = _count_loss_flops(shape)
+    # A pipeline's backward pass runs its layers forward once more.
+    forward_again = np.where(shape.pipelined, layers.forward, 0.0)
+    scores_again = shape.score_recomputes * attention.forward
+    return DeviceFlops(
+        forward=layers.forward,
+        backward=layers.backward + forward_again,
+        attention_forward=attention.forward,
+        attention_backward=attention.backward + scores_again,
+        loss=loss.forward,
+        loss_backward=loss.backward,
+    )
+
+
+def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
+    """Yields FLOPs of each of the layers' matrices: 2·K·N for each token, once for the
+    gradient of its input, and once for its own if it is trained."""
+    work = shape.work
+    split = shape.split
+    for group, num_layers in work.matmul_layer_counts.items():
+        met_share = 1.0
         if group.has_experts and work.experts is not None:
-            share = shape.expert_rows_per_token / work.experts.num_experts
-        tokens = shape.per_stage(layers) * group.token_ratio * shape.micro_batch_tokens
+            met_share = shape.expert_rows_per_token / work.experts.num_experts
+        tokens = (
+            shape.per_stage(num_layers) * group.token_ratio * shape.micro_batch_tokens
+        )
+        # Experts' hidden activations are never kept.
+        remakes_hidden = (
+            group.has_experts
+            and shape.remat == "none"
+            and group.output_features == "mlp"
+        )
         for kernel in group.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had
             # tokens.
             axes = tuple(axis for axis in kernel.axes if axis != "expert")
-            one = 2 * kernel.size * share * tokens / split.num_shards(rules, axes)
-            forward += one
-            again = work.is_kernel_recomputed(group, kernel, shape.remat)
-            backward += one * (1 + kernel.is_trained + again)
-            if (
-                group.has_experts
-                and shape.remat == "none"
-                and group.output_features == "mlp"
-            ):
-                backward += one  # experts' hidden activations are never kept
-    again = shape.remat != "none"
-    for stack in work.stacks:
+            num_shards = split.num_shards(split.compute, axes)
+            forward = 2 * kernel.size * met_share * tokens / num_shards
+            recomputes = work.is_kernel_recomputed(group, kernel, shape.remat)
+            products = 1 + kernel.is_trained + recomputes
+            yield _PassFlops(forward, forward * products)
+            if remakes_hidden:
+                yield _PassFlops(0.0, forward)
+
+
+def _list_adapter_flops(shape: StepShape) -> Iterator[_PassFlops]:
+    """Yields FLOPs of each matrix that an adapter adds; all are trained."""
+    split = shape.split
+    products = 2 + (shape.remat != "none")
+    for stack in shape.work.stacks:
         layers = shape.per_stage(stack.num_layers) * stack.token_ratio
         for kernel in stack.adapter_kernels:
-            to_stream = "embed" in kernel.axes[kernel.num_input_dims :]
-            tokens = shape.residual_tokens if to_stream else shape.micro_batch_tokens
-            one = (
-                2 * layers * tokens * kernel.size / split.num_shards(rules, kernel.axes)
-            )
-            forward, backward = forward + one, backward + one * (2 + again)
-    if work.router is not None:
-        tokens = shape.per_stage(work.num_expert_layers) * shape.residual_tokens
-        router = 2 * work.router.size * tokens
-        forward += router
-        backward += router * (1 + work.router.is_trained + (shape.remat != "none"))
-    once = gradients = 0.0
-    for own, layers in work.attention_layer_counts.items():
-        scores = _scores(shape, own, layers)
-        head = own.heads.head_dim
-        value = own.heads.value_dim
-        once += 2 * scores * (head + value)
+            writes_stream = "embed" in kernel.axes[kernel.num_input_dims :]
+            tokens = shape.micro_batch_tokens
+            if writes_stream:
+                tokens = shape.residual_tokens
+            num_shards = split.num_shards(split.compute, kernel.axes)
+            forward = 2 * layers * tokens * kernel.size / num_shards
+            yield _PassFlops(forward, forward * products)
+
+
+def _count_router_flops(shape: StepShape) -> _PassFlops:
+    work = shape.work
+    router = work.router
+    assert router is not None
+    tokens = shape.per_stage(work.num_expert_layers) * shape.residual_tokens
+    forward = 2 * router.size * tokens
+    products = 1 + router.is_trained + (shape.remat != "none")
+    return _PassFlops(forward, forward * products)
+
+
+def _count_attention_flops(shape: StepShape) -> _PassFlops:
+    """Counts attention's products, without what the backward pass computes again."""
+    forward = backward = 0.0
+    for attention, num_layers in shape.work.attention_layer_counts.items():
+        scores = _count_scores(shape, attention, num_layers)
+        key_dim = attention.heads.head_dim
+        value_dim = attention.heads.value_dim
+        forward += 2 * scores * (key_dim + value_dim)
         # Scores, and gradients of weights, queries, keys and values.
-        gradients += 2 * scores * (3 * head + 2 * value)
-    loss = loss_backward = 0.0
-    outer = dict.fromkeys(work.non_layer_kernels, shape.embedding_loss_residual_tokens)
-    for kernel, tokens in {work.head: shape.embedding_loss_tokens, **outer}.items():
-        one = (
-            2
-            * shape.loss_calls
-            * tokens
-            * kernel.size
-            / split.num_shards(rules, kernel.axes)
-        )
-        loss, loss_backward = loss + one, loss_backward + one * (1 + kernel.is_trained)
-    backward = backward + np.where(shape.pipelined, forward, 0.0)
-    gradients = gradients + shape.score_recomputes * once
-    return DeviceFlops(forward, backward, once, gradients, loss, loss_backward)
+        backward += 2 * scores * (3 * key_dim + 2 * value_dim)
+    return _PassFlops(forward, backward)
+
+
+def _count_loss_flops(shape: StepShape) -> _PassFlops:
+    """Counts the products of the head and of other matrices behind the layers."""
+    work = shape.work
+    split = shape.split
+    tokens_of_kernel = {work.head: shape.embedding_loss_tokens}
+    for kernel in work.non_layer_kernels:
+        tokens_of_kernel[kernel] = shape.embedding_loss_residual_tokens
+    parts = []
+    for kernel, tokens in tokens_of_kernel.items():
+        num_shards = split.num_shards(split.compute, kernel.axes)
+        forward = 2 * shape.loss_calls * tokens * kernel.size / num_shards
+        parts.append(_PassFlops(forward, forward * (1 + kernel.is_trained)))
+    return _add_up(parts)
 
 
 def count_attention_scores(shape: StepShape, *, fused: bool) -> Number:
     """Counts scores of attention on a device in one pass of its layers, as far as they
     are computed: those that a kernel keeps on the chip, or the others."""
-    scores = (
-        _scores(shape, own, layers)
-        for own, layers in shape.work.attention_layer_counts.items()
-        if (shape.fused_attention and not own.biased) == fused
-    )
-    return sum(scores, start=0.0)
+    total = 0.0
+    for attention, num_layers in shape.work.attention_layer_counts.items():
+        is_fused = shape.fused_attention and not attention.has_biases
+        if is_fused == fused:
+            total += _count_scores(shape, attention, num_layers)
+    return total
 
 
-def _scores(shape: StepShape, own: AttentionShape, layers: int) -> Number:
-    seen = layers * own.token_ratio * own.key_len * computed_score_ratio(own)
-    heads = own.heads.num_heads / shape.split.num_devices(shape.split.compute.heads)
-    return shape.per_stage(seen) * shape.micro_batch_tokens * heads
+def _count_scores(
+    shape: StepShape, attention: AttentionShape, num_layers: int
+) -> Number:
+    keys = num_layers * attention.token_ratio * attention.key_len
+    keys = keys * get_computed_score_ratio(attention)
+    head_ways = shape.split.num_devices(shape.split.compute.heads)
+    heads = attention.heads.num_heads / head_ways
+    return shape.per_stage(keys) * shape.micro_batch_tokens * heads
 
 
 def count_extra_forward_flops(shape: StepShape) -> Number:
     """Counts a device's forward FLOPs beside products and attention in one pass of its
     layers."""
-    work = shape.work
     split = shape.split
     flops = 0.0
-    for stack in work.stacks:
-        for own in (
-            branch.costs for branch in stack.branches if branch.costs.extra_flops
-        ):
-            layers = shape.per_stage(stack.num_layers)
-            tokens = layers * stack.token_ratio * shape.micro_batch_tokens
-            flops += (
-                own.extra_flops
-                * tokens
-                / split.num_shards(split.compute, own.flops_axes)
-            )
+    for stack in shape.work.stacks:
+        layers = shape.per_stage(stack.num_layers)
+        tokens = layers * stack.token_ratio * shape.micro_batch_tokens
+        for branch in stack.branches:
+            costs = branch.costs
+            if costs.extra_flops:
+                num_shards = split.num_shards(split.compute, costs.flops_axes)
+                flops += costs.extra_flops * tokens / num_shards
     return flops
 
 
-def computed_score_ratio(attention: AttentionShape) -> float:
-    """The share of all pairs that is computed: under a causal mask tiles of queries
-    skip the keys after them, and those before their window."""
+def get_computed_score_ratio(attention: AttentionShape) -> float:
+    """Returns the share of all pairs that is computed: under a causal mask tiles of
+    queries skip the keys after them, and those before their window."""
     if not attention.causal:
         return 1.0
     length = attention.query_len
     tile = max(128, -(-length // 16))
     starts = np.arange(0, length, tile)
     stops = np.minimum(starts + tile, length)
-    keys = stops - np.maximum(starts - min(attention.window or length, length) + 1, 0)
+    window = min(attention.window or length, length)
+    first_keys = np.maximum(starts - window + 1, 0)
+    keys = stops - first_keys
     return float(np.sum(keys * (stops - starts)) / length**2)
 
 
 def count_newton_schulz_flops(shape: StepShape) -> Number:
-    """Counts FLOPs of the optimizer on each device: Muon's Newton–Schulz products,
-    three an iteration, of each hidden matrix [m, n], m the smaller (Jordan et al.
-    2024); as if they were split as the moments are."""
+    """Counts FLOPs of the optimizer on each device: Muon's Newton–Schulz products of
+    each hidden matrix [m, n], m the smaller, as if they were split as the moments are.
+
+    An iteration X ← aX + (bA + cA²)X with A = XXᵀ has three: 2·m²·n each for A and for
+    the last, 2·m³ for A² (Jordan et al. 2024, "Muon").
+    """
     work = shape.work
-    config = shape.work.config.optimizer
+    optimizer = work.config.optimizer
     total = 0.0
-    if config.kind != "muon":
+    if optimizer.kind != "muon":
         return total
     for spec in work.select_trained(work.specs):
-        if spec.role == "matrix":
-            m, n = sorted(
-                prod(spec.shape[d] for d in dims)
-                for dims in get_input_output_dims(spec)
-            )
-            one = 4.0 * m * m * n + 2.0 * m**3
-            shards = shape.split.num_shards(shape.split.optimizer, spec.axes)
-            total = total + config.ns_steps * one * spec.size / (m * n) / shards
+        if spec.role != "matrix":
+            continue
+        input_dims, output_dims = get_input_output_dims(spec)
+        fan_in = prod(spec.shape[dim] for dim in input_dims)
+        fan_out = prod(spec.shape[dim] for dim in output_dims)
+        m = min(fan_in, fan_out)
+        n = max(fan_in, fan_out)
+        iteration = 4.0 * m * m * n + 2.0 * m**3
+        shards = shape.split.num_shards(shape.split.optimizer, spec.axes)
+        # Layers and experts have a matrix each: spec.size / (m * n) in all.
+        total += optimizer.ns_steps * iteration * spec.size / (m * n) / shards
     return total
 
 
@@ -265,11 +339,11 @@ def count_frozen_forward_flops(shape: StepShape) -> Number:
     work = shape.work
     devices = prod(shape.split.sizes.values())
     tokens = work.config.data.batch_size * work.tokens_per_row.decoder
-    each = (
-        count_training_flops_per_token(own).causal / 3
-        for own in work.frozen_models.values()
-    )
-    return sum(each, start=0.0) * tokens / devices
+    flops_per_token = 0.0
+    for model in work.frozen_models.values():
+        # A third of training: no backward pass.
+        flops_per_token += count_training_flops_per_token(model).causal / 3
+    return flops_per_token * tokens / devices
 
 
 class ElementwiseBytes(NamedTuple):
@@ -284,53 +358,81 @@ class ElementwiseBytes(NamedTuple):
 
 def estimate_elementwise_bytes(shape: StepShape) -> ElementwiseBytes:
     """Estimates a device's element-wise traffic in a step."""
-    work, split, rules = shape.work, shape.split, shape.split.compute
-    model, itemsize = work.config.model, work.dtype_bytes
+    work = shape.work
+    split = shape.split
     elements = sum(
         stack.num_layers * _count_elementwise(shape, stack) for stack in work.stacks
     )
-    forward = shape.per_stage(elements) * itemsize
-    chunk = model.vocab_size / split.num_devices(rules.vocab)
-    loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * chunk * FP32
-    state = persistent_bytes(shape)
+    forward = shape.per_stage(elements) * work.dtype_bytes
+    # fp32 logits, in four passes.
+    logits_width = work.config.model.vocab_size / split.num_devices(split.compute.vocab)
+    loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * logits_width * FP32
+    stored = count_stored_bytes(shape)
     # Parameters, their average and moments are read and written, and so are gradients.
-    update = 2 * (2 * state["parameters"] + state["average"] + state["optimizer"])
+    updated = 2 * stored["parameters"] + stored["average"] + stored["optimizer"]
     return ElementwiseBytes(
-        forward, forward * (2 + shape.layer_recomputes), loss, update
+        forward=forward,
+        backward=forward * (2 + shape.layer_recomputes),
+        loss=loss,
+        update=2 * updated,
     )
 
 
-def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
-    """Elements that a layer's element-wise maps read and write in a forward pass: norms
-    the stream and the narrow vectors of latent attention, additions the stream twice;
-    rotations queries, output, keys and values; the activation."""
-    work, split, model = shape.work, shape.split, shape.work.config.model
+def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
+    """Counts elements that a layer's element-wise maps read and write in a forward
+    pass: norms the stream and the narrow vectors of latent attention, additions the
+    stream twice; rotations queries, output, keys and values; the activation."""
+    work = shape.work
+    split = shape.split
+    model = work.config.model
+    encoder_rate = work.tokens_per_row.encoder_tokens_per_decoder_token
     stream = shape.residual_tokens * stack.token_ratio * model.d_model
     tokens = shape.micro_batch_tokens * stack.token_ratio
-    each = 0.0
-    narrow = 0.0
-    hidden = 0.0
-    encoder_rate = work.tokens_per_row.encoder_tokens_per_decoder_token
-    for heads, seen in (
+
+    rotated = 0.0
+    for heads, key_rate in (
         (stack.heads(), 1.0),
         (stack.heads("cross_attention"), encoder_rate),
     ):
-        sizes = split.local_attention_widths(heads)
-        each += sizes.queries + sizes.output + (sizes.keys + sizes.values) * seen
+        widths = split.local_attention_widths(heads)
+        keys_and_values = (widths.keys + widths.values) * key_rate
+        rotated += widths.queries + widths.output + keys_and_values
+
+    narrow = 0.0
+    hidden = 0.0
     for group in stack.matmul_groups:
-        served = shape.expert_rows_per_token if group.has_experts else 1.0
-        hidden += tokens * served * split.local_ffn_elements_per_token(group)
+        rows_per_token = shape.expert_rows_per_token if group.has_experts else 1.0
+        width = split.local_ffn_elements_per_token(group)
+        hidden += tokens * rows_per_token * width
         narrow += 2 * group.latent_width
-    streams = _STREAMS[model.placement] + (4 if stack.cross_attention else 0)
-    return streams * stream + tokens * (2 * each + narrow) + 1.5 * hidden
+
+    stream_passes = _STREAM_PASSES[model.placement]
+    if stack.cross_attention:
+        stream_passes += 4
+    # An activation reads the outputs of two maps and writes one array.
+    return stream_passes * stream + tokens * (2 * rotated + narrow) + 1.5 * hidden
 
 
-def attention_score_bytes(shape: StepShape) -> tuple[Number, Number]:
-    """Bytes of attention's scores, forward and backward, where they go through
+def count_attention_score_bytes(shape: StepShape) -> tuple[Number, Number]:
+    """Returns bytes of attention's scores, forward and backward, where they go through
     memory."""
-    one = count_attention_scores(shape, fused=False) * FP32
-    forward = one * _SCORE_PASSES["forward"]
-    return forward, one * _SCORE_PASSES["backward"] + shape.score_recomputes * forward
+    one_pass = count_attention_scores(shape, fused=False) * FP32
+    forward = one_pass * _FORWARD_SCORE_PASSES
+    backward = one_pass * _BACKWARD_SCORE_PASSES + shape.score_recomputes * forward
+    return forward, backward
+
+
+class _PassSeconds(NamedTuple):
+    """Seconds that a device computes in one pass over its layers, for one
+    micro-batch."""
+
+    products: Number
+    attention: Number
+    traffic: Number
+
+    @property
+    def total(self) -> Number:
+        return self.products + self.attention + self.traffic
 
 
 def estimate_time(
@@ -349,65 +451,111 @@ def estimate_time(
         efficiency: default: of the chip's family.
         transient_bytes: bytes that a step takes and gives back.
     """
-    chip, slots, micro = (
-        network.chip,
-        shape.stage_passes_with_bubble,
-        shape.micro_batches,
-    )
-    own = efficiency or EFFICIENCY[chip.family]
+    chip = network.chip
+    efficiency = efficiency or EFFICIENCY[chip.family]
+    bandwidth = chip.memory_bandwidth * efficiency.memory
+    matmul_rate = chip.peak_flops[dtype] * efficiency.matmul
     flops = count_device_flops(shape)
-    bandwidth = chip.memory_bandwidth * own.memory
-    rate = chip.peak_flops[dtype] * own.matmul
-    # Attention is in bf16 where other products are in fp8.
-    attention_rate = chip.peak_flops["bf16" if dtype == "fp8" else dtype] * own.matmul
-    kept = count_attention_scores(shape, fused=True) if shape.fused_attention else 0.0
-    softmax, softmax_back = (
-        kept * ops / chip.vector_flops for ops in _SCORE_OPS.values()
+    moved = estimate_elementwise_bytes(shape)
+    forward, backward = _estimate_layer_seconds(
+        shape, network, efficiency, dtype, flops, moved
     )
-    softmax_back += shape.score_recomputes * softmax
-    ahead, back, loss_bytes, update = estimate_elementwise_bytes(shape)
-    scores, scores_back = attention_score_bytes(shape)
-    other = count_extra_forward_flops(shape) / chip.vector_flops
-    # Of matrix products, attention and the rest.
-    passes = {
-        "forward": (
-            flops.forward / rate,
-            flops.attention_forward / attention_rate + softmax + scores / bandwidth,
-            ahead / bandwidth + other,
-        ),
-        "backward": (
-            flops.backward / rate,
-            flops.attention_backward / attention_rate
-            + softmax_back
-            + scores_back / bandwidth,
-            back / bandwidth + (2 + shape.layer_recomputes) * other,
-        ),
-    }
-    loss = flops.loss / rate + loss_bytes / bandwidth, flops.loss_backward / rate
-    once_flops = count_newton_schulz_flops(shape) + count_frozen_forward_flops(shape)
 
-    sent: dict[Phase, Number] = {"forward": 0.0, "backward": 0.0, "once": 0.0}
-    for c in collectives:
-        one = network.seconds(c.kind, c.axes, c.whole_bytes, shape.split) / own.network
-        sent[c.phase] = sent[c.phase] + c.count * one
-    exposed = 0.0
-    once = sent["once"]
-    for phase, end in zip(PASSES, loss, strict=True):
-        busy = slots * sum(passes[phase]) + end
-        exposed += sent[phase] - np.minimum(sent[phase] * own.hidden, busy)
-    share = (slots - micro) / slots
-    parts = [sum(pair) * micro for pair in zip(*passes.values(), strict=True)]
-    # From there to a tenth more it may be either: the plan's bytes are off by some per
-    # cent.
-    new = transient_bytes * np.clip(10 * (transient_bytes / _KEPT_BLOCK - 1), 0, 1)
+    # Communication hides behind computation of the same pass: the share ``hidden`` of
+    # it at most, and no more than there is computation.
+    passes_with_bubble = shape.stage_passes_with_bubble
+    sent = _sum_collective_seconds(shape, network, collectives, efficiency)
+    loss_forward = flops.loss / matmul_rate + moved.loss / bandwidth
+    loss_backward = flops.loss_backward / matmul_rate
+    forward_busy = passes_with_bubble * forward.total + loss_forward
+    backward_busy = passes_with_bubble * backward.total + loss_backward
+    hidden_forward = np.minimum(sent["forward"] * efficiency.hidden, forward_busy)
+    hidden_backward = np.minimum(sent["backward"] * efficiency.hidden, backward_busy)
+    exposed = (sent["forward"] - hidden_forward) + (sent["backward"] - hidden_backward)
+
+    micro_batches = shape.micro_batches
+    products = (forward.products + backward.products) * micro_batches
+    attention = (forward.attention + backward.attention) * micro_batches
+    traffic = (forward.traffic + backward.traffic) * micro_batches
+    idle_passes = passes_with_bubble - micro_batches
+    idle_share = idle_passes / passes_with_bubble
+    layer_seconds = products + attention + traffic
+    once_flops = count_newton_schulz_flops(shape) + count_frozen_forward_flops(shape)
+    outer_flops = flops.loss + flops.loss_backward + once_flops
+    # From a block's size to a tenth more it may be either: the plan's bytes are off by
+    # some per cent.
+    blocks = transient_bytes / _REUSED_BLOCK_BYTES
+    new_bytes = transient_bytes * np.clip(10 * (blocks - 1), 0, 1)
     return StepTime(
-        products=parts[0] + (flops.loss + flops.loss_backward + once_flops) / rate,
-        attention=parts[1],
-        traffic=parts[2]
-        + (loss_bytes + update) / bandwidth
-        + new / chip.page_allocation_bandwidth,
-        exposed=exposed * (1 - share) + once,
-        idle=sum(parts) / micro * (slots - micro) + exposed * share,
+        products=products + outer_flops / matmul_rate,
+        attention=attention,
+        traffic=traffic
+        + (moved.loss + moved.update) / bandwidth
+        + new_bytes / chip.page_allocation_bandwidth,
+        exposed=exposed * (1 - idle_share) + sent["once"],
+        idle=layer_seconds / micro_batches * idle_passes + exposed * idle_share,
         communication=sum(sent.values()),
-        forward=micro * sum(passes["forward"]) + loss[0],
+        forward=micro_batches * forward.total + loss_forward,
     )
+
+
+def _estimate_layer_seconds(
+    shape: StepShape,
+    network: Network,
+    efficiency: Efficiency,
+    dtype: str,
+    flops: DeviceFlops,
+    moved: ElementwiseBytes,
+) -> tuple[_PassSeconds, _PassSeconds]:
+    """Estimates what a device computes in its layers, forward and backward, for one
+    micro-batch."""
+    chip = network.chip
+    bandwidth = chip.memory_bandwidth * efficiency.memory
+    matmul_rate = chip.peak_flops[dtype] * efficiency.matmul
+    # Attention is in bf16 where other products are in fp8.
+    attention_dtype = "bf16" if dtype == "fp8" else dtype
+    attention_rate = chip.peak_flops[attention_dtype] * efficiency.matmul
+
+    # Softmax on the vector units, of scores that a kernel keeps on the chip.
+    on_chip_scores = 0.0
+    if shape.fused_attention:
+        on_chip_scores = count_attention_scores(shape, fused=True)
+    softmax = on_chip_scores * _FORWARD_OPS_PER_SCORE / chip.vector_flops
+    softmax_backward = on_chip_scores * _BACKWARD_OPS_PER_SCORE / chip.vector_flops
+    softmax_backward += shape.score_recomputes * softmax
+    # The other scores go through memory.
+    score_bytes, score_bytes_backward = count_attention_score_bytes(shape)
+    extra = count_extra_forward_flops(shape) / chip.vector_flops
+
+    forward = _PassSeconds(
+        products=flops.forward / matmul_rate,
+        attention=flops.attention_forward / attention_rate
+        + softmax
+        + score_bytes / bandwidth,
+        traffic=moved.forward / bandwidth + extra,
+    )
+    backward = _PassSeconds(
+        products=flops.backward / matmul_rate,
+        attention=flops.attention_backward / attention_rate
+        + softmax_backward
+        + score_bytes_backward / bandwidth,
+        traffic=moved.backward / bandwidth + (2 + shape.layer_recomputes) * extra,
+    )
+    return forward, backward
+
+
+def _sum_collective_seconds(
+    shape: StepShape,
+    network: Network,
+    collectives: Iterable[PlannedCollective],
+    efficiency: Efficiency,
+) -> dict[Phase, Number]:
+    """Sums up the seconds of a step's collectives in each phase."""
+    total: dict[Phase, Number] = {"forward": 0.0, "backward": 0.0, "once": 0.0}
+    for collective in collectives:
+        one_run = network.estimate_seconds(
+            collective.kind, collective.axes, collective.whole_bytes, shape.split
+        )
+        one_run = one_run / efficiency.network
+        total[collective.phase] = total[collective.phase] + collective.count * one_run
+    return total

@@ -10,14 +10,17 @@ from maxlm.config import MaxlmError
 
 
 class _Tpu(NamedTuple):
-    """A chip's cores, which names of v4, v5p and 7x count, the torus's dimensions, the
-    largest slice, and what Google calls slices (Google Cloud TPU documentation, a page
-    a generation; "TPU configurations"; "About TPUs in GKE")."""
+    """A kind of TPU (Google Cloud TPU documentation, a page a generation; "TPU
+    configurations"; "About TPUs in GKE")."""
 
     cores: int
+    """Cores of a chip; names of v4, v5p and 7x count these."""
     dimensions: int
+    """Of a slice's torus."""
     most_chips: int
+    """Chips of the largest slice."""
     gke_accelerator: str
+    """Value of GKE's node label ``cloud.google.com/gke-tpu-accelerator``."""
     cloud_prefix: str
     """Prefix of Cloud TPU's type."""
 
@@ -30,8 +33,8 @@ TPUS = {
     "tpu7x": _Tpu(2, 3, 9216, "tpu7x", "tpu7x"),
 }
 _ALIASES = {"7x": "tpu7x", "v7x": "tpu7x"}
-# Slices of these machines, smallest first; others of three dimensions are multiples of
-# 4x4x4.
+# Slices of two dimensions, and small ones of three, smallest first; larger ones of
+# three have sides that are multiples of 4.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
@@ -41,29 +44,63 @@ class _Gpu(NamedTuple):
     (xla/backends/gpu/target_config/specs)."""
 
     cores: int
-    fpus: int
-    clock: float
+    fpus_per_core: int
+    clock_ghz: float
     l2_bytes: int
     bandwidth: float
-    memory: int
+    """B/s of main memory."""
+    memory_bytes: int
     shared_kib: int
-    """Shared memory of a core, of which a block may have all but 1 KiB."""
-    capability: int
+    """KiB of shared memory of a core, of which a block may have all but 1 KiB."""
+    compute_capability: int
+    """Its major number; the minor is 0."""
     name: str
 
 
 _GPUS = {
     "a100": _Gpu(
-        108, 64, 1.41, 41_943_040, 2.03904e12, 85_100_068_864, 164, 8, "A100-SXM4-80GB"
+        cores=108,
+        fpus_per_core=64,
+        clock_ghz=1.41,
+        l2_bytes=41_943_040,
+        bandwidth=2.03904e12,
+        memory_bytes=85_100_068_864,
+        shared_kib=164,
+        compute_capability=8,
+        name="A100-SXM4-80GB",
     ),
     "h100": _Gpu(
-        132, 128, 1.98, 52_428_800, 3.35232e12, 84_942_979_072, 228, 9, "H100 80GB HBM3"
+        cores=132,
+        fpus_per_core=128,
+        clock_ghz=1.98,
+        l2_bytes=52_428_800,
+        bandwidth=3.35232e12,
+        memory_bytes=84_942_979_072,
+        shared_kib=228,
+        compute_capability=9,
+        name="H100 80GB HBM3",
     ),
     "h200": _Gpu(
-        132, 128, 1.98, 52_428_800, 4.8e12, 151_397_597_184, 228, 9, "H200 141GB HBM3e"
+        cores=132,
+        fpus_per_core=128,
+        clock_ghz=1.98,
+        l2_bytes=52_428_800,
+        bandwidth=4.8e12,
+        memory_bytes=151_397_597_184,
+        shared_kib=228,
+        compute_capability=9,
+        name="H200 141GB HBM3e",
     ),
     "b200": _Gpu(
-        148, 128, 1.965, 132_644_864, 7.67232e12, 191_514_411_008, 228, 10, "B200"
+        cores=148,
+        fpus_per_core=128,
+        clock_ghz=1.965,
+        l2_bytes=132_644_864,
+        bandwidth=7.67232e12,
+        memory_bytes=191_514_411_008,
+        shared_kib=228,
+        compute_capability=10,
+        name="B200",
     ),
 }
 # What XLA's GPU compiler asks of a card, by the names it gives them, where no card is
@@ -80,14 +117,14 @@ gpu_device_info {{
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
   core_count: {gpu.cores}
-  fpus_per_core: {gpu.fpus}
-  clock_rate_ghz: {gpu.clock}
+  fpus_per_core: {gpu.fpus_per_core}
+  clock_rate_ghz: {gpu.clock_ghz}
   l2_cache_size: {gpu.l2_bytes}
   memory_bandwidth: {gpu.bandwidth:.0f}
-  device_memory_size: {gpu.memory}
-  shared_memory_per_core: {shared}
-  shared_memory_per_block_optin: {block}
-  cuda_compute_capability {{ major: {gpu.capability} minor: 0 }}
+  device_memory_size: {gpu.memory_bytes}
+  shared_memory_per_core: {core_shared_bytes}
+  shared_memory_per_block_optin: {block_shared_bytes}
+  cuda_compute_capability {{ major: {gpu.compute_capability} minor: 0 }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
@@ -126,16 +163,17 @@ class Topology:
     @property
     def compiler_name(self) -> str:
         """Name that ``jax.experimental.topologies`` takes."""
-        start = f"{self.kind}:" if self.platform == "tpu" else f"{self.slices}x"
-        return start + _join(self.shape)
+        prefix = f"{self.kind}:" if self.platform == "tpu" else f"{self.slices}x"
+        return prefix + _join(self.shape)
 
     @property
     def wraps(self) -> tuple[bool, ...]:
         """Whether each dimension of a slice's torus is closed to a ring: of three, all
         are where all are multiples of 4; of two, those of 16."""
         if len(self.shape) == 3:
-            return (all(n % 4 == 0 for n in self.shape),) * 3
-        return tuple(n == 16 for n in self.shape)
+            is_closed = all(side % 4 == 0 for side in self.shape)
+            return (is_closed, is_closed, is_closed)
+        return tuple(side == 16 for side in self.shape)
 
     @property
     def chips_per_host(self) -> int:
@@ -153,20 +191,21 @@ class Topology:
         if self.platform == "gpu":
             hosts = _count(self.slices * self.shape[0], "host")
             return f"{chips} {self.kind.upper()} GPUs on {hosts}"
-        many = f"{self.slices} slices of " if self.slices > 1 else ""
+        slices = f"{self.slices} slices of " if self.slices > 1 else ""
+        counts = [_count(chips, "chip")]
         cores = chips * TPUS[self.kind].cores
-        counted = f", {cores} cores" if cores > chips else ""
-        counted += f", {self.devices} devices" if self.devices > chips else ""
-        own = self.chips_per_host
-        return (
-            f"{many}{_join(self.shape, '×')} {self.kind} chips: "
-            f"{_count(chips, 'chip')}{counted}, "
-            f"{_count(max(chips // own, 1), 'host')} of {min(chips, own)}"
-        )
+        if cores > chips:
+            counts.append(f"{cores} cores")
+        if self.devices > chips:
+            counts.append(f"{self.devices} devices")
+        hosts = max(chips // self.chips_per_host, 1)
+        counts.append(f"{_count(hosts, 'host')} of {min(chips, self.chips_per_host)}")
+        shape = _join(self.shape, "×")
+        return f"{slices}{shape} {self.kind} chips: {', '.join(counts)}"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number > 1 else ''}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _join(shape: tuple[int, ...], by: str = "x") -> str:
@@ -186,66 +225,97 @@ def parse_topology(text: str) -> Topology:
     return topology
 
 
+# Groups: slices, kind, then "-" or "x" with a count, or ":" with a shape.
+_NAME = re.compile(
+    r"(?:(?P<slices>\d+)x)?"
+    r"(?P<kind>[a-z0-9]*[a-z][a-z0-9]*?)"
+    r"(?:(?P<separator>-|x)(?P<count>\d+)|:(?P<shape>\d+(?:x\d+)*))"
+)
+
+
 def _parse_topology(text: str) -> Topology:
-    found = re.fullmatch(
-        r"(?:(\d+)x)?([a-z0-9]*[a-z][a-z0-9]*?)(?:(-|x)(\d+)|:(\d+(?:x\d+)*))",
-        text.lower(),
-    )
-    if not found:
+    match = _NAME.fullmatch(text.lower())
+    if match is None:
         raise MaxlmError(f"'{text}' is not the name of a machine", fix=_FIX)
-    slices, count = int(found[1] or 1), int(found[4] or 0)
-    kind = _ALIASES.get(found[2], found[2])
-    shape = tuple(int(n) for n in found[5].split("x")) if found[5] else ()
+    slices = int(match["slices"] or 1)
+    count = int(match["count"] or 0)
+    kind = _ALIASES.get(match["kind"], match["kind"])
+    shape = tuple(int(side) for side in (match["shape"] or "").split("x") if side)
+    by_count = match["separator"] == "x"
     if slices < 1 or 0 in shape:
         raise MaxlmError(f"'{text}' has no devices", fix=_FIX)
-    if kind in TPUS and found[3] != "x":
+    if kind in TPUS and not by_count:
         return Topology("tpu", kind, _find_slice(text, kind, count, shape), slices)
-    if kind in _GPUS and (found[3] == "x" or len(shape) == 2):
-        a_host = min(count, _GPUS_PER_HOST)
-        if not shape and (count < 1 or count % a_host):
-            fix = "use 8, 16, 24, ... GPUs"
-            raise MaxlmError(f"{text} is not a whole number of hosts", fix=fix)
-        return Topology("gpu", kind, shape or (count // a_host, a_host), slices)
-    if (
-        kind == "cpu"
-        and slices == 1
-        and (len(shape) == 1 or (found[3] == "x" and count))
-    ):
-        return Topology("cpu", kind, shape or (count,))
+    if kind in _GPUS and (by_count or len(shape) == 2):
+        return Topology("gpu", kind, shape or _split_gpus(text, count), slices)
+    if kind == "cpu" and slices == 1:
+        if len(shape) == 1:
+            return Topology("cpu", kind, shape)
+        if by_count and count:
+            return Topology("cpu", kind, (count,))
     near = get_close_matches(kind, (*TPUS, *_GPUS, "cpu"), n=1)
-    fix = f"did you mean {near[0]}? {_FIX}" if near and near[0] != kind else _FIX
+    fix = _FIX
+    if near and near[0] != kind:
+        fix = f"did you mean {near[0]}? {_FIX}"
     raise MaxlmError(f"no machine is called '{text}'", fix=fix)
+
+
+def _split_gpus(text: str, count: int) -> tuple[int, int]:
+    """Returns the hosts, and the GPUs of each, of so many GPUs."""
+    gpus_per_host = min(count, _GPUS_PER_HOST)
+    if count < 1 or count % gpus_per_host:
+        message = f"{text} is not a whole number of hosts"
+        raise MaxlmError(message, fix="use 8, 16, 24, ... GPUs")
+    return count // gpus_per_host, gpus_per_host
 
 
 def _find_slice(
     text: str, kind: str, count: int, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Returns a shape as given, or the vendor's for a count: sides as equal as they can
-    be."""
-    cores, dimensions, most, *_ = TPUS[kind]
-    chips = prod(shape) if shape else count // cores
-    listed = _FLAT if dimensions == 2 else _SMALL
+    """Returns a shape as it is named, or the vendor's for a count: sides as equal as
+    they can be."""
+    tpu = TPUS[kind]
+    chips = prod(shape) if shape else count // tpu.cores
+    listed = _FLAT if tpu.dimensions == 2 else _SMALL
     known = [tuple(sorted(sides)) for sides in listed]
-    if dimensions == 3 and chips % 64 == 0 and chips <= most:
-        sides = [4 * n for n in range(1, chips // 64 + 1) if chips // 64 % n == 0]
-        cubes = ((a, b, chips // (a * b)) for a in sides for b in sides)
-        known += [tuple(sorted(s)) for s in cubes if prod(s) == chips and s[2] % 4 == 0]
+    if tpu.dimensions == 3 and chips <= tpu.most_chips:
+        known += _list_cubes(chips)
     if shape and tuple(sorted(shape)) in known:
         return shape
-    equal = [sides for sides in known if prod(sides) == chips]
-    if shape or not equal or count % cores:
-        names = ", ".join(f"{kind}-{cores * prod(sides)}" for sides in listed)
-        more = ", or multiples of 4, as in v5p:4x4x8" if dimensions == 3 else ""
-        fix = f"use {names}{more} ({most} chips at most)"
+    with_count = [sides for sides in known if prod(sides) == chips]
+    if shape or not with_count or count % tpu.cores:
+        names = ", ".join(f"{kind}-{tpu.cores * prod(sides)}" for sides in listed)
+        others = ", or multiples of 4, as in v5p:4x4x8" if tpu.dimensions == 3 else ""
+        fix = f"use {names}{others} ({tpu.most_chips} chips at most)"
         raise MaxlmError(f"no standard slice is {text}", fix=fix)
-    sides = min(equal, key=lambda sides: (max(sides), sides))
+    sides = min(with_count, key=lambda sides: (max(sides), sides))
     # A torus of three dimensions is named with its longest side first, one of two with
     # its last.
-    return sides[::-1] if dimensions == 3 else sides
+    return sides[::-1] if tpu.dimensions == 3 else sides
+
+
+def _list_cubes(chips: int) -> list[tuple[int, ...]]:
+    """Lists the sides, in ascending order, of boxes of 4x4x4 cubes with so many
+    chips."""
+    num_cubes, rest = divmod(chips, 64)
+    if rest:
+        return []
+    divisors = [n for n in range(1, num_cubes + 1) if num_cubes % n == 0]
+    boxes = []
+    for first in divisors:
+        for second in divisors:
+            third, rest = divmod(num_cubes, first * second)
+            if rest == 0:
+                box = tuple(sorted((4 * first, 4 * second, 4 * third)))
+                boxes.append(box)
+    return boxes
 
 
 def format_gpu_target(kind: str) -> str:
     """Formats a GPU for XLA's compiler: a GpuTargetConfigProto as text."""
     gpu = _GPUS[kind]
-    shared, block = gpu.shared_kib * 1024, (gpu.shared_kib - 1) * 1024
-    return _GPU_TARGET.format(gpu=gpu, shared=shared, block=block)
+    return _GPU_TARGET.format(
+        gpu=gpu,
+        core_shared_bytes=gpu.shared_kib * 1024,
+        block_shared_bytes=(gpu.shared_kib - 1) * 1024,
+    )

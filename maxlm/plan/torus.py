@@ -39,15 +39,16 @@ def find_torus_dimensions(
     devices. Raises MaxlmError: the mesh cannot be laid along the torus.
     """
     grid = arrange_devices(mesh_sizes, _list_devices(topology))
-    coords = np.array([device.coords for device in grid.ravel()]).reshape(
-        *grid.shape, 3
-    )
+    coords = np.array([device.coords for device in grid.ravel()])
+    coords = coords.reshape(*grid.shape, len(_DIMENSIONS))
     dimensions = {}
-    for dim, axis in enumerate(mesh_sizes):
+    for mesh_dim, axis in enumerate(mesh_sizes):
         if mesh_sizes[axis] == 1:
             continue
-        along = np.moveaxis(coords, dim, 0)
-        differs = (along != along[:1]).any(axis=tuple(range(along.ndim - 1)))
+        along = np.moveaxis(coords, mesh_dim, 0)
+        # Which coordinate of any device differs from that of the first along this axis.
+        all_but_coords = tuple(range(along.ndim - 1))
+        differs = (along != along[:1]).any(axis=all_but_coords)
         names = [
             name
             for name, is_other in zip(_DIMENSIONS, differs, strict=True)
@@ -60,7 +61,8 @@ def find_torus_dimensions(
 def _list_devices(topology: Topology) -> list[_PlacedDevice]:
     """Lists a machine's devices as JAX does: slice by slice, x fastest, a chip
     whole."""
-    x_side, y_side, z_side = (*topology.shape, *(1,) * (3 - len(topology.shape)))
+    missing_dimensions = 3 - len(topology.shape)
+    x_side, y_side, z_side = (*topology.shape, *[1] * missing_dimensions)
     devices_per_chip = topology.devices_per_slice // (x_side * y_side * z_side)
     places = product(
         range(topology.slices),
@@ -71,6 +73,12 @@ def _list_devices(topology: Topology) -> list[_PlacedDevice]:
     )
     kind = CHIPS[topology.kind].device_kinds[0]
     return [
-        _PlacedDevice(number, (x, y, z), core, slice_index, kind)
+        _PlacedDevice(
+            id=number,
+            coords=(x, y, z),
+            core_on_chip=core,
+            slice_index=slice_index,
+            device_kind=kind,
+        )
         for number, (slice_index, z, y, x, core) in enumerate(places)
     ]

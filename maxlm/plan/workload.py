@@ -1,5 +1,5 @@
-"""A run before any mesh, the ways that one mesh, or very many, split it, and what is
-left of a step on one device.
+"""The plan's inputs: a run before any mesh (``RunWorkload``), the ways that one mesh, or
+very many, split it (``MeshPartitioning``), and a step on one device (``StepShape``).
 
 Everything that the plan's formulas read of a model is here: its parameters and their
 axes, its layers (``plan/stacks.py``), and what of them is computed twice. Mesh sizes
@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from maxlm.models.adapters import build_adapted_model
+from maxlm.models.architectures import Model
 from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.costs import AttentionCosts
 from maxlm.models.params import (
+    Params,
     ParamSpec,
     flatten_names,
     param_specs,
@@ -30,7 +33,13 @@ from maxlm.optim.optimizer import make_optimizer, opt_state_specs
 from maxlm.optim.schedule import make_schedule
 from maxlm.optim.state import select_trainable
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
-from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, make_kernel
+from maxlm.plan.stacks import (
+    AttentionShape,
+    Kernel,
+    MatmulGroup,
+    StackCosts,
+    make_kernel,
+)
 from maxlm.plan.topology import Topology
 from maxlm.run.config import RunConfig, list_base_models, read_frozen_configs
 from maxlm.sharding import AxisRules
@@ -59,86 +68,42 @@ class RunWorkload:
     """A run as costs are counted: its model, task and optimizer for maths in ``dtype``;
     allocates nothing."""
 
-    def __init__(self, config: RunConfig, dtype: Any):
+    def __init__(self, config: RunConfig, dtype: DTypeLike):
         self.config = config
-        self.tokens_per_row = rows = TokensPerRow(
-            *config.task.row_lengths(config.data.seq_len)
-        )
+        decoder_tokens, encoder_tokens = config.task.row_lengths(config.data.seq_len)
+        self.tokens_per_row = TokensPerRow(decoder_tokens, encoder_tokens)
         self.dtype_bytes = jnp.dtype(dtype).itemsize
         """Bytes per element of the compute dtype."""
         model = build_adapted_model(
             config.model, config.adapter, rules=AxisRules(), dtype=dtype
         )
+        self._read_parameters(model)
+        self._read_embeddings(model)
+        self._read_frozen_models(dtype)
+        self.cache_bytes = self._count_cache_bytes(model)
+        """Caches of one row in generation, on all devices together; 0: the model does
+        not generate."""
+        self._read_stacks(model)
+
+    def _read_parameters(self, model: Model) -> None:
+        config = self.config
         tree = param_specs(model)
         self.specs = flatten_names(tree)
         self.base_specs = flatten_names(select_base_params(tree))
         """``specs`` without what an adapter adds, by which a step's computation is
         counted."""
         trained = select_trainable(tree, config.train.trainable)
-        self.trained_names, self.trained_base_names = (
-            frozenset(
-                name for name, spec in flatten_names(specs).items() if spec is not None
-            )
-            for specs in (trained, select_base_params(trained))
-        )
-        """Names among ``specs``, and among ``base_specs``."""
+        self.trained_names = _list_declared_names(trained)
+        """Names among ``specs``."""
+        self.trained_base_names = _list_declared_names(select_base_params(trained))
+        """Names among ``base_specs``."""
         schedule = make_schedule(config.schedule, config.train.steps)
         optimizer = make_optimizer(config.optimizer, schedule, trained)
-        self.optimizer: tuple[ParamSpec, ...] = tuple(
-            jax.tree.leaves(opt_state_specs(optimizer, tree))
-        )
-        encoder_rate, trunks = (
-            rows.encoder_tokens_per_decoder_token,
-            config.model.trunks,
-        )
-        rates = {
-            trunk.prefix: encoder_rate if trunk.is_encoder else 1.0 for trunk in trunks
-        }
-        self.embedding_lookup_rates = {
-            name: tuple(rates[prefix] for prefix in prefixes)
-            for name, prefixes in model.list_embedding_tables().items()
-        }
-        """Parameters in which rows are looked up, that of tokens first, with the tokens
-        of every way it is read for each of the batch's."""
-        bases = list_base_models(config)
-        alone = {"task": ClmTask(), "data": config.data}
-        self.frozen_models = {
-            name: RunWorkload(run.model_copy(update=alone), dtype)
-            for name, run in read_frozen_configs(config).items()
-        }
-        """Other models that the task reads, by name."""
-        others = (
-            own.specs for name, own in self.frozen_models.items() if name not in bases
-        )
-        self.frozen_specs = tuple(spec for specs in others for spec in specs.values())
-        """Their parameters, but for an adapter's base."""
-        cache = count_layer_caches(model) if isinstance(model, Decoder) else {}
-        self.cache_bytes = round(count_sequence_bytes(cache, rows.decoder))
-        """Caches of one row in generation, on all devices together; 0: the model does
-        not generate."""
-        stacks = (
-            Stack(model, trunk, part, *rows, self.trained_base_names)
-            for trunk in trunks
-            for part in trunk.stacks
-        )
-        self.stacks = tuple(stacks)
-        """Layers, in the order in which they are run."""
-        sparse = [stack for stack in self.stacks if stack.experts]
-        self.num_layers = sum(stack.num_layers for stack in self.stacks)
-        self.num_expert_layers = sum(stack.num_layers for stack in sparse)
-        self.experts = sparse[0].experts if sparse else None
-        self.router = sparse[0].router if sparse else None
-        counts = (
-            Counter(dict.fromkeys(s.matmul_groups, s.num_layers)) for s in self.stacks
-        )
-        self.matmul_layer_counts = sum(counts, start=Counter[MatmulGroup]())
-        """The matrix products of layers, by stack and in order of their names: layers
-        of each."""
-        shapes = (stack.attention_layer_counts for stack in self.stacks)
-        self.attention_layer_counts = sum(shapes, start=Counter[AttentionShape]())
-        """Shapes of attention, and the number of layers with each."""
+        state = opt_state_specs(optimizer, tree)
+        self.optimizer: tuple[ParamSpec, ...] = tuple(jax.tree.leaves(state))
+        """Arrays of the optimizer's state."""
         self.non_layer_specs = {
-            n: s for n, s in self.specs.items() if not s.num_layer_axes
+            name: spec for name, spec in self.specs.items() if not spec.num_layer_axes
         }
         self.non_layer_kernels = tuple(
             make_kernel(name, spec, self.trained_base_names)
@@ -146,14 +111,88 @@ class RunWorkload:
             if spec.role == "matrix" and not spec.num_layer_axes
         )
         """Matrices behind the layers, but for the head."""
-        tied = config.model.tie_embeddings
-        size = (config.model.d_model, config.model.vocab_size)
-        name = next(iter(self.embedding_lookup_rates)) if tied else "head.kernel"
-        is_trained = name in self.trained_base_names
-        self.head = Kernel("head", size, ("embed", "vocab"), 1, is_trained=is_trained)
+
+    def _read_embeddings(self, model: Model) -> None:
+        config = self.config.model
+        encoder_rate = self.tokens_per_row.encoder_tokens_per_decoder_token
+        rate_of_trunk = {
+            trunk.prefix: encoder_rate if trunk.is_encoder else 1.0
+            for trunk in config.trunks
+        }
+        self.embedding_lookup_rates = {
+            name: tuple(rate_of_trunk[prefix] for prefix in prefixes)
+            for name, prefixes in model.list_embedding_tables().items()
+        }
+        """Parameters in which rows are looked up, that of tokens first, with the tokens
+        of every way it is read for each of the batch's."""
+        head_parameter = "head.kernel"
+        if config.tie_embeddings:
+            head_parameter = next(iter(self.embedding_lookup_rates))
+        self.head = Kernel(
+            name="head",
+            shape=(config.d_model, config.vocab_size),
+            axes=("embed", "vocab"),
+            num_input_dims=1,
+            is_trained=head_parameter in self.trained_base_names,
+        )
         """The output head [D, V], tied or not."""
 
+    def _read_frozen_models(self, dtype: DTypeLike) -> None:
+        config = self.config
+        # A frozen model has no task of its own: it reads the run's batches.
+        without_task = {"task": ClmTask(), "data": config.data}
+        self.frozen_models = {
+            name: RunWorkload(run.model_copy(update=without_task), dtype)
+            for name, run in read_frozen_configs(config).items()
+        }
+        """Other models that the task reads, by name."""
+        sharing_base = list_base_models(config)
+        self.frozen_specs = tuple(
+            spec
+            for name, model in self.frozen_models.items()
+            if name not in sharing_base
+            for spec in model.specs.values()
+        )
+        """Their parameters, but for an adapter's base."""
+
+    def _count_cache_bytes(self, model: Model) -> int:
+        if not isinstance(model, Decoder):
+            return 0
+        caches = count_layer_caches(model)
+        return round(count_sequence_bytes(caches, self.tokens_per_row.decoder))
+
+    def _read_stacks(self, model: Model) -> None:
+        self.stacks = tuple(
+            StackCosts(
+                model,
+                trunk,
+                part,
+                self.tokens_per_row.decoder,
+                self.tokens_per_row.encoder,
+                self.trained_base_names,
+            )
+            for trunk in self.config.model.trunks
+            for part in trunk.stacks
+        )
+        """Layers, in the order in which they are run."""
+        with_experts = [stack for stack in self.stacks if stack.experts]
+        self.num_layers = sum(stack.num_layers for stack in self.stacks)
+        self.num_expert_layers = sum(stack.num_layers for stack in with_experts)
+        # All layers with experts have the same: a config has one `model.moe`.
+        self.experts = with_experts[0].experts if with_experts else None
+        self.router = with_experts[0].router if with_experts else None
+        self.matmul_layer_counts: Counter[MatmulGroup] = Counter()
+        """The matrix products of layers, by stack and in order of their names: layers
+        of each."""
+        self.attention_layer_counts: Counter[AttentionShape] = Counter()
+        """Shapes of attention, and the number of layers with each."""
+        for stack in self.stacks:
+            for group in dict.fromkeys(stack.matmul_groups):
+                self.matmul_layer_counts[group] += stack.num_layers
+            self.attention_layer_counts += stack.attention_layer_counts
+
     def select_trained(self, specs: Mapping[str, ParamSpec]) -> list[ParamSpec]:
+        """Selects the parameters that have gradients."""
         return [spec for name, spec in specs.items() if name in self.trained_names]
 
     def is_kernel_recomputed(
@@ -163,34 +202,47 @@ class RunWorkload:
         kept."""
         if remat == "none":
             return False
-        kept = SAVED[remat]
-        return {
-            "residual": self.backward_needs_branch_output(group),
-            "mlp": group.has_experts or group.branch != "ffn" or "mlp_up" not in kept,
-            "latent": True,  # for what is made of it next
-            "heads": "qkv" not in kept or kernel.needs_raw_output,
-        }[kernel.output_features]
+        output = kernel.output_features
+        if output == "residual":
+            return self.backward_needs_branch_output(group)
+        if output == "mlp":
+            is_kept = "mlp_up" in SAVED[remat]
+            is_dense_ffn = group.branch == "ffn" and not group.has_experts
+            return not (is_kept and is_dense_ffn)
+        if output == "heads":
+            return "qkv" not in SAVED[remat] or kernel.needs_raw_output
+        # Latent vectors are never kept: what is made of them next needs them.
+        return True
 
     def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
         """Whether the backward pass needs what a residual branch, of which this is the
         last group, adds: for a norm behind it, or for the branch after it."""
         placement = self.config.model.placement
-        return placement in ("sandwich", "post") or (
-            placement == "pre" and group.branch != "ffn"
-        )
+        if placement == "pre":
+            return group.branch != "ffn"
+        return placement in ("sandwich", "post")
 
     def is_parallel_to_attention(self, group: MatmulGroup) -> bool:
         """Whether a group's branch joins the stream with attention's, and has the same
         gradient."""
-        beside = self.config.model.placement in ("parallel", "parallel_shared")
-        return beside and group.branch == "ffn"
+        placement = self.config.model.placement
+        return group.branch == "ffn" and placement in ("parallel", "parallel_shared")
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
+        """Whether the backward pass makes attention's scores again from queries and
+        keys, for what it has not kept."""
         return remat != "none" and "attention" not in SAVED[remat]
 
 
+def _list_declared_names(tree: Params) -> frozenset[str]:
+    """Returns the names of a tree's parameters; None stands for one that is left
+    out."""
+    specs = flatten_names(tree)
+    return frozenset(name for name, spec in specs.items() if spec is not None)
+
+
 class LocalAttentionWidths(NamedTuple):
-    """Elements a token of attention's arrays."""
+    """Elements a token of attention's arrays on one device."""
 
     queries: Number
     output: Number
@@ -201,23 +253,28 @@ class LocalAttentionWidths(NamedTuple):
 
 
 class MeshPartitioning:
-    """Ways a mesh, or each of many, splits what axis rules name; ``sizes``: mesh axis →
-    devices."""
+    """Ways a mesh, or each of many, splits what axis rules name.
+
+    Args:
+        sizes: mesh axis → devices.
+    """
 
     def __init__(self, config: RunConfig, sizes: Mapping[str, Number]):
         rules = config.sharding
         self.sizes = sizes
-        self.storage, self.compute = rules.storage, rules.compute
+        self.storage = rules.storage
+        self.compute = rules.compute
         self.gradients = rules.gradients or rules.storage
         self.optimizer = rules.optimizer or self.gradients
         self.sequence_parallel = tuple(
-            a for a in rules.compute.residual if a not in rules.compute.seq
+            axis for axis in rules.compute.residual if axis not in rules.compute.seq
         )
         """Mesh axes that split the residual stream's sequence, but not that within
         layers."""
 
     def num_devices(self, mesh_axes: Iterable[str]) -> Number:
-        """Returns the number of devices along mesh axes together."""
+        """Returns the number of devices along mesh axes together; an axis that is named
+        twice counts once."""
         return prod((self.sizes[axis] for axis in dict.fromkeys(mesh_axes)), start=1.0)
 
     def num_shards(self, rules: AxisRules, axes: Iterable[str | None]) -> Number:
@@ -228,15 +285,18 @@ class MeshPartitioning:
 
     def gather_axes(self, rules: AxisRules, kernel: Kernel) -> tuple[str, ...]:
         """Returns the mesh axes that split a kernel under rules and not in use."""
-        used = {
-            axis for logical in kernel.axes for axis in self.compute.mesh_axes(logical)
-        }
-        at_rest = (axis for logical in kernel.axes for axis in rules.mesh_axes(logical))
-        return tuple(dict.fromkeys(axis for axis in at_rest if axis not in used))
+        stored: dict[str, None] = {}  # an ordered set
+        used: set[str] = set()
+        for logical in kernel.axes:
+            stored |= dict.fromkeys(rules.mesh_axes(logical))
+            used |= set(self.compute.mesh_axes(logical))
+        return tuple(axis for axis in stored if axis not in used)
 
-    def local_bytes(self, rules: AxisRules, arrays: Iterable[ParamSpec]) -> Number:
+    def local_bytes(self, rules: AxisRules, specs: Iterable[ParamSpec]) -> Number:
+        """Counts the bytes of arrays on a device, split by rules."""
         return sum(
-            (a.nbytes / self.num_shards(rules, a.axes) for a in arrays), start=0.0
+            (spec.nbytes / self.num_shards(rules, spec.axes) for spec in specs),
+            start=0.0,
         )
 
     def local_attention_widths(
@@ -245,30 +305,38 @@ class MeshPartitioning:
         """Returns the sizes of one branch's heads on a device; without any, zeros."""
         if heads is None:
             return LocalAttentionWidths(0.0, 0.0, 0.0, 0.0, 0.0)
-        own = heads.num_heads / self.num_devices(self.compute.heads)
-        kv = heads.num_kv_heads / self.num_devices(
-            self.compute.mesh_axes(heads.kv_axis)
+        kv_axes = self.compute.mesh_axes(heads.kv_axis)
+        query_heads = heads.num_heads / self.num_devices(self.compute.heads)
+        kv_heads = heads.num_kv_heads / self.num_devices(kv_axes)
+        return LocalAttentionWidths(
+            queries=query_heads * heads.head_dim,
+            output=query_heads * heads.value_dim,
+            keys=kv_heads * heads.head_dim,
+            values=kv_heads * heads.value_dim,
+            heads=query_heads,
         )
-        size, value = heads.head_dim, heads.value_dim
-        return LocalAttentionWidths(own * size, own * value, kv * size, kv * value, own)
 
     def local_ffn_elements_per_token(self, group: MatmulGroup) -> Number:
-        """Elements a token that matrices write into the FFN's width on a device."""
+        """Counts elements a token that matrices write into the FFN's width on a
+        device."""
         if group.output_features != "mlp":
             return 0.0
         return sum(
-            k.shape[-1] / self.num_shards(self.compute, k.axes[-1:])
-            for k in group.kernels
+            kernel.shape[-1] / self.num_shards(self.compute, kernel.axes[-1:])
+            for kernel in group.kernels
         )
 
     def local_non_residual_width(self, group: MatmulGroup) -> Number:
-        """Elements a token that matrices write within their layer on a device."""
-        return sum(
-            prod(k.shape[k.num_input_dims :])
-            / self.num_shards(self.compute, k.axes[k.num_input_dims :])
-            for k in group.kernels
-            if k.output_features != "residual"
-        )
+        """Counts elements a token that matrices write within their layer on a
+        device."""
+        width = 0
+        for kernel in group.kernels:
+            if kernel.output_features == "residual":
+                continue
+            output_size = prod(kernel.shape[kernel.num_input_dims :])
+            output_axes = kernel.axes[kernel.num_input_dims :]
+            width += output_size / self.num_shards(self.compute, output_axes)
+        return width
 
 
 class StepShape:
@@ -289,9 +357,17 @@ class StepShape:
         remat: RematPolicy,
         topology: Topology | None = None,
     ):
-        self.work, self.split = work, MeshPartitioning(work.config, sizes)
+        self.work = work
+        self.split = MeshPartitioning(work.config, sizes)
         self.micro_batches = micro_batches
         self.remat: RematPolicy = remat
+        self._read_topology(topology)
+        self._count_tokens()
+        self._count_turns()
+        self._count_outer_calls()
+
+    def _read_topology(self, topology: Topology | None) -> None:
+        """Tells the kernels, collectives and compiler's habits of a machine."""
         platform = topology and topology.platform
         self.ragged = topology is None or topology.kind not in ("v5e", "cpu")
         """Whether the devices exchange as many rows as there are; otherwise blocks for
@@ -303,56 +379,76 @@ class StepShape:
         """Whether the compiler has all branches of a layer with frozen kernels at once
         (XLA:GPU): it is gradients of kernels that put them in order
         (``parallel/linear.py``)."""
-        split, parallel = self.split, work.config.parallel
-        rules = split.compute
-        batch = work.config.data.batch_size
-        self.micro_batch_size = batch / micro_batches / split.num_devices(rules.batch)
+
+    def _count_tokens(self) -> None:
+        work = self.work
+        split = self.split
+        batch_size = work.config.data.batch_size
+        batch_ways = split.num_devices(split.compute.batch)
+        self.micro_batch_size = batch_size / self.micro_batches / batch_ways
         """Sequences of a micro-batch on a device."""
         tokens = self.micro_batch_size * work.tokens_per_row.decoder
-        self.micro_batch_tokens = tokens / split.num_devices(rules.seq)
+        self.micro_batch_tokens = tokens / split.num_devices(split.compute.seq)
         """Tokens of a micro-batch on a device within layers."""
-        self.residual_tokens = tokens / split.num_devices(rules.residual)
+        self.residual_tokens = tokens / split.num_devices(split.compute.residual)
         """Tokens of a micro-batch on a device in the residual stream."""
-        self.stages = split.num_devices(rules.layers)
+
+    def _count_turns(self) -> None:
+        """Counts a pipeline's passes and turns; of a run without one, those of a single
+        stage."""
+        work = self.work
+        parallel = work.config.parallel
+        self.stages = self.split.num_devices(self.split.compute.layers)
         self.pipelined = np.greater(self.stages, 1)
         self.one_f_one_b = parallel.schedule == "1f1b"
-        circular = parallel.schedule == "circular"
-        self.layer_groups_per_stage = parallel.layer_groups if circular else 1
-        self.layer_recomputes = np.where(self.pipelined, 1, 0) + (remat != "none")
+        is_circular = parallel.schedule == "circular"
+        self.layer_groups_per_stage = parallel.layer_groups if is_circular else 1
+        # A pipeline's backward pass runs its stage forward once more.
+        pipeline_recomputes = np.where(self.pipelined, 1, 0)
+        self.layer_recomputes = pipeline_recomputes + (self.remat != "none")
         """Times that the backward pass runs layers as the forward pass did."""
-        self.score_recomputes = np.where(
-            self.pipelined, 1, 0
-        ) + work.is_attention_recomputed(remat)
+        recomputes_scores = work.is_attention_recomputed(self.remat)
+        self.score_recomputes = pipeline_recomputes + recomputes_scores
         """Times that the backward pass makes attention's scores as the forward pass
         did."""
-        idle = (self.stages - 1) / self.layer_groups_per_stage
-        passes = np.where(self.pipelined, micro_batches + idle, micro_batches)
+        # The bubble of a circular schedule is shorter by the number of its groups
+        # (Narayanan et al. 2021, arXiv 2104.04473, section 2.2.2).
+        idle_passes = (self.stages - 1) / self.layer_groups_per_stage
+        passes = np.where(
+            self.pipelined, self.micro_batches + idle_passes, self.micro_batches
+        )
         self.stage_passes_with_bubble = passes
         """Times that a stage passes all its layers, forward or backward, idle turns
         included: a device computes, and sends, in these too."""
         self.pipeline_iterations = passes * self.layer_groups_per_stage
         """Turns of a pipeline: of a stage, or of one of its groups of layers."""
+
+    def _count_outer_calls(self) -> None:
+        """Counts calls of the embedding and the loss, and the tokens that each sees."""
         # Whether micro-batches lie spread over a pipeline's stages before layers and
         # after, and embedding and loss see all of a device's at once (GPipe, circular).
-        spread = self.pipelined & (not self.one_f_one_b)
-        shares = np.where(spread, micro_batches / self.stages, 1.0)
-        self.embedding_loss_tokens = self.micro_batch_tokens * shares
+        is_spread = self.pipelined & (not self.one_f_one_b)
+        micro_batches_at_once = np.where(
+            is_spread, self.micro_batches / self.stages, 1.0
+        )
+        self.embedding_loss_tokens = self.micro_batch_tokens * micro_batches_at_once
         """Tokens that embedding and loss see at once on a device."""
-        tokens = self.embedding_loss_tokens * self.residual_tokens
-        self.embedding_loss_residual_tokens = tokens / self.micro_batch_tokens
+        products = self.embedding_loss_tokens * self.residual_tokens
+        self.embedding_loss_residual_tokens = products / self.micro_batch_tokens
         """Part of these that the device holds in the residual stream."""
-        self.loss_calls = np.where(spread, 1.0, micro_batches)
+        self.loss_calls = np.where(is_spread, 1.0, self.micro_batches)
         """Times that the loss runs: once, or for each micro-batch (under 1F1B on every
         stage)."""
-        self.embedding_calls = np.where(spread, 1.0, passes)
+        self.embedding_calls = np.where(is_spread, 1.0, self.stage_passes_with_bubble)
         """Times that the embedding runs: once, or in each pass of a stage."""
 
     def gathered_weight_bytes(self, matrices: Kernel | MatmulGroup) -> Number:
-        """Bytes of matrices as a device multiplies by them."""
-        itemsize, split = self.work.dtype_bytes, self.split
+        """Counts bytes of matrices as a device multiplies by them."""
         if isinstance(matrices, MatmulGroup):
             return sum(map(self.gathered_weight_bytes, matrices.kernels))
-        return matrices.size * itemsize / split.num_shards(split.compute, matrices.axes)
+        split = self.split
+        num_shards = split.num_shards(split.compute, matrices.axes)
+        return matrices.size * self.work.dtype_bytes / num_shards
 
     def per_stage(self, layers: Number) -> Number:
         return layers / self.stages
@@ -370,10 +466,13 @@ class StepShape:
         """Rows of the buffers that experts receive: room for the worst case, or their
         capacity."""
         experts = self.work.experts
-        ways = self.split.num_devices(self.split.compute.expert)
         assert experts is not None
         if experts.capacity_factor is not None:
             return self.micro_batch_tokens * self.expert_rows_per_token
-        own = experts.experts_per_token
-        here = np.minimum(own, experts.num_experts / ways)
-        return self.micro_batch_tokens * np.where(np.greater(ways, 1), ways * here, own)
+        per_token = experts.experts_per_token
+        ways = self.split.num_devices(self.split.compute.expert)
+        # At worst every device sends each of its tokens once to all the experts here.
+        per_token_here = np.minimum(per_token, experts.num_experts / ways)
+        is_split = np.greater(ways, 1)
+        rows_per_token = np.where(is_split, ways * per_token_here, per_token)
+        return self.micro_batch_tokens * rows_per_token

@@ -46,32 +46,48 @@ def check_task(
     examples that begin with ``num_virtual_tokens``; raises MaxlmError naming the
     settings."""
     if model.transformer_type != task.architecture:
+        kinds = list_task_kinds(model.transformer_type)
         raise MaxlmError(
             f"task.kind={task.kind} trains a model of architecture "
-            f"{task.architecture}, "
-            f"model.architecture={model.architecture}",
-            fix=f"use task.kind={' or '.join(list_task_kinds(model.transformer_type))}",
+            f"{task.architecture}, model.architecture={model.architecture}",
+            fix=f"use task.kind={' or '.join(kinds)}",
         )
-    if missing := {
-        n: w for n, w in task.required_heads.items() if model.heads.get(n) != w
-    }:
-        what = f"task.kind={task.kind} reads the heads {missing}, the model has {dict(model.heads)}"
-        raise MaxlmError(what, where="model.heads", fix=f"set {missing} there")
+    missing_heads = {
+        name: width
+        for name, width in task.required_heads.items()
+        if model.heads.get(name) != width
+    }
+    if missing_heads:
+        message = f"task.kind={task.kind} reads the heads {missing_heads}, "
+        message += f"the model has {dict(model.heads)}"
+        fix = f"set {missing_heads} there"
+        raise MaxlmError(message, where="model.heads", fix=fix)
     longest = max(task.row_lengths(seq_len))
     if longest > model.max_seq_len:
         rows = "" if longest == seq_len else f" (rows of {longest} with reserved ids)"
-        what = f"data.seq_len={seq_len}{rows} is longer than model.max_seq_len={model.max_seq_len}"
-        raise MaxlmError(what, fix="shorten the sequences, or raise the model's limit")
+        message = f"data.seq_len={seq_len}{rows} is longer than "
+        message += f"model.max_seq_len={model.max_seq_len}"
+        fix = "shorten the sequences, or raise the model's limit"
+        raise MaxlmError(message, fix=fix)
     task.check(seq_len, model.vocab_size)
-    if num_virtual_tokens and (task.reads_text or model.transformer_type != "decoder"):
-        what = f"task.kind={task.kind} has no examples that begin with virtual tokens"
-        fix = "use a task on examples for a decoder, or another adapter"
-        raise MaxlmError(what, where="adapter", fix=fix)
-    if num_virtual_tokens and (frozen := [*task.frozen_models()]):
-        what = f"virtual tokens, which the {frozen[0]} of task.kind={task.kind} does not know"
-        raise MaxlmError(
-            what, where="adapter", fix="use another adapter, such as kind=lora"
+    if num_virtual_tokens:
+        _check_virtual_tokens(task, model)
+
+
+def _check_virtual_tokens(task: Task, model: ModelConfig) -> None:
+    """Checks that a task's examples can begin with an adapter's virtual tokens."""
+    if task.reads_text or model.transformer_type != "decoder":
+        message = (
+            f"task.kind={task.kind} has no examples that begin with virtual tokens"
         )
+        fix = "use a task on examples for a decoder, or another adapter"
+        raise MaxlmError(message, where="adapter", fix=fix)
+    frozen = list(task.frozen_models())
+    if frozen:
+        message = f"virtual tokens, which the {frozen[0]} of task.kind={task.kind} "
+        message += "does not know"
+        fix = "use another adapter, such as kind=lora"
+        raise MaxlmError(message, where="adapter", fix=fix)
 
 
 __all__ = [

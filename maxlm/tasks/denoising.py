@@ -15,9 +15,8 @@ figure. What changes tokens is pure in its arrays and its random generator.
 
 from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -32,8 +31,8 @@ from maxlm.tasks.text import ENCODER_ARRAYS, Row, TextTask
 
 Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
-# Sequences are as long as tiles and shards like.
-_MULTIPLE = 8
+# Rows are as long as a multiple of this, as tiles and shards like.
+_LENGTH_MULTIPLE = 8
 # The texts of published tokenizers' sentinels.
 _SENTINEL = "<extra_id_{}>"
 
@@ -68,20 +67,27 @@ class Denoiser(NamedTuple):
         Neither falls as n grows, and nothing is taken out of fewer than two tokens."""
         if n < 2:
             return 0, 0
-        if self.mean_span is None:  # The mean of 1 ... m is (m + 1) / 2.
-            return min(max(round(2 * self.density * n) - 1, 1), n - 1), 1
+        if self.mean_span is None:
+            # The mean of 1 ... m is (m + 1) / 2.
+            longest_suffix = round(2 * self.density * n) - 1
+            return min(max(longest_suffix, 1), n - 1), 1
         noise = min(max(round(n * self.density), 1), n - 1)
-        return noise, min(max(round(noise / self.mean_span), 1), noise, n - noise)
+        spans = max(round(noise / self.mean_span), 1)
+        # Each span has a token, and one that stays before it.
+        return noise, min(spans, noise, n - noise)
 
     def max_lengths(self, n: int) -> tuple[int, int]:
         """Returns the most (inputs, targets) of n tokens, mode and ends included;
         neither falls as n grows. A row of several documents takes more: each has its
         own ends and spans."""
         noise, spans = self.count_noise_and_spans(n)
-        fewest = noise if self.mean_span else spans
-        return n - fewest + spans + 1 + int(
-            self.mode_token_id is not None
-        ), noise + spans + 1
+        # A suffix is of one token at least: a span.
+        fewest_taken = noise if self.mean_span else spans
+        mode = int(self.mode_token_id is not None)
+        end = 1
+        inputs = n - fewest_taken + spans + end + mode
+        targets = noise + spans + end
+        return inputs, targets
 
     def draw_noise(self, n: int, rng: Generator) -> Flags:
         """Draws which of n tokens are taken out, bool [n]: runs of both kinds in turn,
@@ -91,34 +97,36 @@ class Denoiser(NamedTuple):
         if spans == 0:
             return np.zeros(n, bool)
         if self.mean_span is None:
-            return np.arange(n) >= n - rng.integers(1, noise, endpoint=True)
-        kept, taken = (
-            _draw_composition(n - noise, spans, rng),
-            _draw_composition(noise, spans, rng),
-        )
-        return np.repeat(
-            np.arange(2 * spans) % 2 == 1, np.stack([kept, taken], axis=1).ravel()
-        )
+            suffix = rng.integers(1, noise, endpoint=True)
+            return np.arange(n) >= n - suffix
+        staying = _draw_composition(n - noise, spans, rng)
+        taken = _draw_composition(noise, spans, rng)
+        run_lengths = np.stack([staying, taken], axis=1).ravel()
+        is_taken = np.arange(2 * spans) % 2 == 1
+        return np.repeat(is_taken, run_lengths)
 
 
 def compute_max_lengths(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int]:
     """Returns (inputs, targets) lengths that hold one document of at most n tokens,
     whichever denoiser is drawn."""
-    inputs, targets = zip(*(each.max_lengths(n) for each in denoisers), strict=True)
+    lengths = [denoiser.max_lengths(n) for denoiser in denoisers]
+    inputs, targets = zip(*lengths, strict=True)
     return max(inputs), max(targets)
 
 
 def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids, Ids]:
     """Returns (inputs, targets) of tokens [n], see the module. There are sentinels for
     all spans: see :meth:`DenoisingTask.check`."""
-    opens = noise & ~np.concatenate([[False], noise[:-1]])
-    number = np.cumsum(opens) - 1
-    inputs = np.where(opens, special.first_sentinel - number, tokens)[opens | ~noise]
-    sentinels = special.first_sentinel - number[opens]
-    targets = np.insert(tokens[noise], np.flatnonzero(opens[noise]), sentinels)
-    inputs, targets = (
-        np.append(ids, special.eos).astype(np.int32) for ids in (inputs, targets)
-    )
+    follows_noise = np.concatenate([[False], noise[:-1]])
+    opens_span = noise & ~follows_noise
+    span_number = np.cumsum(opens_span) - 1
+    sentinels = special.first_sentinel - span_number
+    # Of the inputs a span keeps its first place, which becomes its sentinel.
+    inputs = np.where(opens_span, sentinels, tokens)[opens_span | ~noise]
+    starts = np.flatnonzero(opens_span[noise])
+    targets = np.insert(tokens[noise], starts, sentinels[opens_span])
+    inputs = np.append(inputs, special.eos).astype(np.int32)
+    targets = np.append(targets, special.eos).astype(np.int32)
     return inputs, targets
 
 
@@ -127,11 +135,12 @@ def corrupt_tokens(
 ) -> tuple[Ids, Ids]:
     """Returns (inputs, targets) of one document's tokens [n], int32, with its bos, the
     mode token and their ends."""
-    inputs, targets = replace_spans(
-        tokens, denoiser.draw_noise(tokens.size, rng), special
-    )
-    mode = () if denoiser.mode_token_id is None else (denoiser.mode_token_id,)
-    return np.array([*special.bos_ids, *mode, *inputs], np.int32), targets
+    noise = denoiser.draw_noise(tokens.size, rng)
+    inputs, targets = replace_spans(tokens, noise, special)
+    prefix = list(special.bos_ids)
+    if denoiser.mode_token_id is not None:
+        prefix.append(denoiser.mode_token_id)
+    return np.array([*prefix, *inputs], np.int32), targets
 
 
 def corrupt_row(
@@ -158,44 +167,63 @@ def corrupt_row(
         step later, behind the start id), targets, positions and segment_ids, and fp32
         weights, 1 where there is a target. All are 0 in padding.
     """
-    used = {"input_": 0, "": 0}
-    names = ("tokens", "positions", "segment_ids")
-    row: dict[str, np.ndarray] = {"weights": np.zeros(decoder_len, np.float32)}
-    row |= {name: np.zeros(decoder_len, np.int32) for name in (*names, "targets")}
-    row |= {f"input_{name}": np.zeros(encoder_len, np.int32) for name in names}
-
-    def place(side: str, number: int, size: int, **arrays: np.ndarray | int) -> None:
-        own = slice(used[side], used[side] + size)
-        arrays |= {"positions": np.arange(size), "segment_ids": number}
-        for name, array in arrays.items():
-            row[side + name][own] = array
-        used[side] += size
-
+    row: dict[str, np.ndarray] = {
+        "weights": np.zeros(decoder_len, np.float32),
+        "tokens": np.zeros(decoder_len, np.int32),
+        "positions": np.zeros(decoder_len, np.int32),
+        "segment_ids": np.zeros(decoder_len, np.int32),
+        "targets": np.zeros(decoder_len, np.int32),
+        "input_tokens": np.zeros(encoder_len, np.int32),
+        "input_positions": np.zeros(encoder_len, np.int32),
+        "input_segment_ids": np.zeros(encoder_len, np.int32),
+    }
     rates = np.full(len(denoisers), 1 / len(denoisers))
-    borders = np.flatnonzero(np.diff(segment_ids)) + 1
-    for piece, numbers in zip(
-        np.split(tokens, borders), np.split(segment_ids, borders), strict=True
-    ):
-        if piece.size == 0 or numbers[0] == 0:
-            continue
+    num_inputs = 0
+    num_targets = 0
+    for piece, segment_id in _split_segments(tokens, segment_ids):
+        # Drawn by rates: other calls of the generator would change runs' batches.
         denoiser = denoisers[rng.choice(rates.size, p=rates)]
-        free = encoder_len - used["input_"], decoder_len - used[""]
+        free_inputs = encoder_len - num_inputs
+        free_targets = decoder_len - num_targets
         inputs, targets = corrupt_tokens(piece, denoiser, special, rng)
-        if inputs.size > free[0] or targets.size > free[1]:
-            kept = _count_fitting(
-                piece.size, denoiser, (free[0] - len(special.bos_ids), free[1])
-            )
-            if kept == 0:
+        if inputs.size > free_inputs or targets.size > free_targets:
+            free = (free_inputs - len(special.bos_ids), free_targets)
+            num_fitting = _count_fitting(piece.size, denoiser, free)
+            if num_fitting == 0:
                 continue
-            inputs, targets = corrupt_tokens(piece[:kept], denoiser, special, rng)
-        place("input_", numbers[0], inputs.size, tokens=inputs)
+            piece = piece[:num_fitting]
+            inputs, targets = corrupt_tokens(piece, denoiser, special, rng)
+
+        span = slice(num_inputs, num_inputs + inputs.size)
+        row["input_tokens"][span] = inputs
+        row["input_positions"][span] = np.arange(inputs.size)
+        row["input_segment_ids"][span] = segment_id
+        num_inputs += inputs.size
+
+        span = slice(num_targets, num_targets + targets.size)
         shifted = np.concatenate([[special.decoder_start_id], targets[:-1]])
-        place("", numbers[0], targets.size, tokens=shifted, targets=targets, weights=1)
+        row["tokens"][span] = shifted
+        row["positions"][span] = np.arange(targets.size)
+        row["segment_ids"][span] = segment_id
+        row["targets"][span] = targets
+        row["weights"][span] = 1
+        num_targets += targets.size
     return row
 
 
+def _split_segments(tokens: Ids, segment_ids: Ids) -> Iterator[tuple[Ids, int]]:
+    """Yields each segment's tokens and number, padding left out."""
+    borders = np.flatnonzero(np.diff(segment_ids)) + 1
+    pieces = np.split(tokens, borders)
+    numbers = np.split(segment_ids, borders)
+    for piece, number in zip(pieces, numbers, strict=True):
+        if piece.size and number[0] != 0:
+            yield piece, number[0]
+
+
 def _draw_composition(total: int, parts: int, rng: Generator) -> NDArray[np.integer]:
-    """``parts`` positive numbers that add up to ``total``, all such equally likely."""
+    """Draws ``parts`` positive numbers that add up to ``total``, all such equally
+    likely."""
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=total)
 
@@ -204,13 +232,19 @@ def _count_fitting(n: int, denoiser: Denoiser, free: tuple[int, int]) -> int:
     """Counts how many of n tokens surely fit (inputs, targets) of these lengths; 0: too
     few to take any out of."""
 
-    def is_too_long(m: int) -> bool:
-        return any(
-            own > room for own, room in zip(denoiser.max_lengths(m), free, strict=True)
-        )
+    free_inputs, free_targets = free
 
-    fits = bisect_left(range(2, n + 1), True, key=is_too_long)
-    return fits + 1 if fits else 0
+    def is_too_long(m: int) -> bool:
+        inputs, targets = denoiser.max_lengths(m)
+        return inputs > free_inputs or targets > free_targets
+
+    # Lengths fall with m nowhere. Of 2, 3, ... tokens so many fit: up to one more.
+    num_sizes = bisect_left(range(2, n + 1), True, key=is_too_long)
+    return num_sizes + 1 if num_sizes else 0
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
 class DenoisingTask(TextTask):
@@ -237,8 +271,9 @@ class DenoisingTask(TextTask):
 
     def row_lengths(self, seq_len: int) -> tuple[int, int]:
         encoder, decoder = compute_max_lengths(seq_len, self.denoisers)
-        encoder, decoder = (-(-n // _MULTIPLE) * _MULTIPLE for n in (encoder, decoder))
-        return self.decoder_len or decoder, self.encoder_len or encoder
+        encoder_len = self.encoder_len or _round_up(encoder)
+        decoder_len = self.decoder_len or _round_up(decoder)
+        return decoder_len, encoder_len
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         _, encoder_len = self.row_lengths(seq_len)
@@ -253,20 +288,30 @@ class DenoisingTask(TextTask):
     def _corrupt_row(
         self, vocabulary: Vocabulary, start_id: int, row: Row, rng: Generator
     ) -> Row:
-        first = (
-            vocabulary.size - 1 if self.first_sentinel is None else self.first_sentinel
+        first_sentinel = self.first_sentinel
+        if first_sentinel is None:
+            first_sentinel = vocabulary.size - 1
+        special = SentinelIds(
+            first_sentinel=first_sentinel,
+            eos=vocabulary.eos,
+            decoder_start_id=start_id,
+            bos_ids=vocabulary.bos_ids,
         )
-        ids = SentinelIds(first, vocabulary.eos, start_id, vocabulary.bos_ids)
-        tokens, segment_ids = row["tokens"], row["segment_ids"]
+        tokens = row["tokens"]
+        segment_ids = row["segment_ids"]
         decoder_len, encoder_len = self.row_lengths(tokens.size)
         # Without the marks that documents open and close with: each piece gets its own.
         opens = np.diff(segment_ids, prepend=0) != 0
         closes = np.diff(segment_ids, append=0) != 0
-        mark = (opens & np.isin(tokens, vocabulary.bos_ids)) | (
-            closes & (tokens == vocabulary.eos)
-        )
+        opening_mark = opens & np.isin(tokens, vocabulary.bos_ids)
+        closing_mark = closes & (tokens == vocabulary.eos)
+        is_text = ~(opening_mark | closing_mark)
         return corrupt_row(
-            *(tokens[~mark], segment_ids[~mark], self.denoisers, ids, rng),
+            tokens[is_text],
+            segment_ids[is_text],
+            self.denoisers,
+            special,
+            rng,
             encoder_len=encoder_len,
             decoder_len=decoder_len,
         )
@@ -283,8 +328,10 @@ class DenoisingTask(TextTask):
         first = ids.get(_SENTINEL.format(0))
         if first is None:
             return self
-        number = next(n for n in count(1) if ids.get(_SENTINEL.format(n)) != first - n)
-        return self.model_copy(update={"first_sentinel": first, "sentinels": number})
+        sentinels = 1
+        while ids.get(_SENTINEL.format(sentinels)) == first - sentinels:
+            sentinels += 1
+        return self.model_copy(update={"first_sentinel": first, "sentinels": sentinels})
 
     def for_small_model(self) -> Self:
         lengths = {"encoder_len": None, "decoder_len": None}
@@ -292,32 +339,39 @@ class DenoisingTask(TextTask):
 
     def check(self, seq_len: int, vocab_size: int) -> None:
         super().check(seq_len, vocab_size)
-        spans = max(
-            denoiser.count_noise_and_spans(seq_len)[1] for denoiser in self.denoisers
-        )
+        spans = 0
+        for denoiser in self.denoisers:
+            _, denoiser_spans = denoiser.count_noise_and_spans(seq_len)
+            spans = max(spans, denoiser_spans)
         if spans > self.sentinels:
             raise MaxlmError(
                 f"data.seq_len={seq_len} tokens can have {spans} spans taken out, and "
-                f"there are "
-                f"{self.sentinels} sentinels",
+                f"there are {self.sentinels} sentinels",
                 where="task.sentinels",
                 fix=f"set it to {spans} or more, or shorten the sequences",
             )
-        given = {"encoder_len": self.encoder_len, "decoder_len": self.decoder_len}
-        needed = compute_max_lengths(seq_len, self.denoisers)
-        for (name, length), least in zip(given.items(), needed, strict=True):
-            if length is not None and length < least:
-                what = f"{length} is too short for what data.seq_len={seq_len} tokens become"
-                fix = f"set it to {least} or more, to null, or shorten the sequences"
-                raise MaxlmError(what, where=f"task.{name}", fix=fix)
+        inputs, targets = compute_max_lengths(seq_len, self.denoisers)
+        for setting, length, min_length in (
+            ("encoder_len", self.encoder_len, inputs),
+            ("decoder_len", self.decoder_len, targets),
+        ):
+            if length is not None and length < min_length:
+                message = f"{length} is too short for what data.seq_len={seq_len} "
+                message += "tokens become"
+                fix = f"set it to {min_length} or more, to null, or shorten the "
+                fix += "sequences"
+                raise MaxlmError(message, where=f"task.{setting}", fix=fix)
 
     @model_validator(mode="after")
-    def _all_sentinels(self):
-        if self.first_sentinel is not None and self.first_sentinel + 1 < self.sentinels:
+    def _check_sentinels(self) -> Self:
+        if self.first_sentinel is None:
+            return self
+        num_ids = self.first_sentinel + 1  # down to 0
+        if num_ids < self.sentinels:
             raise MaxlmError(
                 f"first_sentinel={self.first_sentinel} has no {self.sentinels} ids at "
                 f"and below it",
-                fix=f"use fewer sentinels: {self.first_sentinel + 1}",
+                fix=f"use fewer sentinels: {num_ids}",
             )
         return self
 
@@ -350,11 +404,16 @@ class Ul2Task(DenoisingTask):
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:
-        modes = ("regular_id", "sequential_id", "extreme_id")
-        return {**super().reserved_ids, **{name: getattr(self, name) for name in modes}}
+        return {
+            **super().reserved_ids,
+            "regular_id": self.regular_id,
+            "sequential_id": self.sequential_id,
+            "extreme_id": self.extreme_id,
+        }
 
     @property
     def denoisers(self) -> tuple[Denoiser, ...]:
+        # (density, mean span, id): table 1 of the paper.
         return (
             Denoiser(0.15, 3, self.regular_id),
             Denoiser(0.15, 8, self.regular_id),

@@ -6,7 +6,7 @@ such files).
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from pydantic import Field
 
 from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
+from maxlm.models.architectures import ModelConfig
+from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.parallel.divergence import StoredTeacher, fused_divergence_loss
 from maxlm.parallel.local import get_layout, make_spec
 from maxlm.sharding.supported import ReshapingAxis
@@ -24,6 +26,7 @@ from maxlm.tasks.sft import AnswerTask
 from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, TaskModels
 from maxlm.tasks.text import TextTask, TokenPredictionTask
 
+# Both are ends of the generalised Jensen–Shannon divergence's range.
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
@@ -64,40 +67,44 @@ class TeacherTask(TokenPredictionTask):
     def check(self, seq_len: int, vocab_size: int) -> None:
         super().check(seq_len, vocab_size)
         if self.features is not None and self.teacher is None:
-            what = "stored log-probabilities have no hidden states"
-            raise MaxlmError(
-                what, where="task.features", fix="set task.teacher, or leave it out"
-            )
+            message = "stored log-probabilities have no hidden states"
+            fix = "set task.teacher, or leave it out"
+            raise MaxlmError(message, where="task.features", fix=fix)
 
     def frozen_models(self) -> Mapping[str, str | None]:
         return {} if self.teacher is None else {"teacher": self.teacher}
 
-    def check_frozen_models(self, model: Any, frozen: Mapping[str, Any]) -> None:
-        for own in frozen.values():
-            check_same_vocabulary(own.vocab_size, model.vocab_size, str(self.teacher))
-            if self.features not in (None, own.d_model):
-                what = f"the teacher's hidden states have {own.d_model} features"
-                raise MaxlmError(
-                    what, where="task.features", fix=f"set it to {own.d_model}"
-                )
+    def check_frozen_models(
+        self, model: ModelConfig, frozen: Mapping[str, ModelConfig]
+    ) -> None:
+        for teacher in frozen.values():
+            check_same_vocabulary(
+                teacher.vocab_size, model.vocab_size, str(self.teacher)
+            )
+            width = teacher.d_model
+            if self.features not in (None, width):
+                message = f"the teacher's hidden states have {width} features"
+                fix = f"set it to {width}"
+                raise MaxlmError(message, where="task.features", fix=fix)
 
     def loss(
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
-        inputs = tuple(batch[name] for name in ("tokens", "positions", "segment_ids"))
+        inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
         hidden, aux = models.trained(*inputs)
-        more: dict[str, jax.Array] = {}
+        feature_sums: dict[str, jax.Array] = {}
+        teacher: StoredTeacher | LogitsInputs
         if self.teacher is None:
-            teacher: Any = StoredTeacher(
-                batch["teacher_ids"], batch["teacher_log_probs"]
-            )
+            teacher = StoredTeacher(batch["teacher_ids"], batch["teacher_log_probs"])
         else:
             model = models.frozen["teacher"]
-            theirs = model(*inputs)[0]
-            teacher = model.prepare_logits(theirs)
+            teacher_hidden, _ = model(*inputs)
+            teacher = model.prepare_logits(teacher_hidden)
             if self.features is not None:
-                own = models.trained.apply_head("features", hidden)
-                more["features"] = _sum_squared_errors(own, theirs, batch["weights"])
+                predicted = models.trained.apply_head("features", hidden)
+                feature_sums["features"] = _sum_squared_errors(
+                    predicted, teacher_hidden, batch["weights"]
+                )
         loss, divergence, cross_entropy = fused_divergence_loss(
             models.trained.prepare_logits(hidden),
             teacher,
@@ -110,8 +117,8 @@ class TeacherTask(TokenPredictionTask):
             chunk_tokens=self.chunk_tokens,
         )
         sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
-        loss += self.features_weight * more.get("features", 0.0) + aux.loss
-        return loss, sums | {"divergence": divergence} | more | aux.sums
+        loss += self.features_weight * feature_sums.get("features", 0.0) + aux.loss
+        return loss, sums | {"divergence": divergence} | feature_sums | aux.sums
 
 
 class DistillationTask(AnswerTask, TeacherTask):
@@ -125,9 +132,9 @@ class DistillationTask(AnswerTask, TeacherTask):
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         arrays = super().batch_arrays(seq_len)
-        axes = ("seq", None)
         if self.teacher is not None:
             return arrays
+        axes = ("seq", None)
         log_probs = BatchArraySpec((seq_len, self.top_k + 1), np.float32, axes)
         ids = BatchArraySpec((seq_len, self.top_k), np.int32, axes)
         return arrays | {"teacher_ids": ids, "teacher_log_probs": log_probs}
@@ -136,24 +143,30 @@ class DistillationTask(AnswerTask, TeacherTask):
         self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
     ) -> Arrays:
         """Adds a stored teacher's log-probabilities, at the places with a weight."""
-        if self.teacher is None:
-            places = np.flatnonzero(arrays["weights"])
-            targets = arrays["targets"][places]
-            values = read_stored_teacher(row, targets, self.top_k, self.temperature)
-            for name, own in zip(
-                ("teacher_ids", "teacher_log_probs"), values, strict=True
-            ):
-                arrays[name] = np.zeros(
-                    (len(arrays["tokens"]), own.shape[1]), own.dtype
-                )
-                arrays[name][places] = own
+        if self.teacher is not None:
+            return arrays
+        places = np.flatnonzero(arrays["weights"])
+        targets = arrays["targets"][places]
+        stored_ids, stored_log_probs = read_stored_teacher(
+            row, targets, self.top_k, self.temperature
+        )
+        length = len(arrays["tokens"])
+        ids = np.zeros((length, stored_ids.shape[1]), stored_ids.dtype)
+        ids[places] = stored_ids
+        log_probs = np.zeros(
+            (length, stored_log_probs.shape[1]), stored_log_probs.dtype
+        )
+        log_probs[places] = stored_log_probs
+        arrays["teacher_ids"] = ids
+        arrays["teacher_log_probs"] = log_probs
         return arrays
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
         if self.teacher is None:
             file = self.open_files("files")
-            size = file[0].get("teacher_vocab_size", inputs.vocabulary.size)
-            check_same_vocabulary(size, inputs.vocabulary.size, str(file.paths[0]))
+            student_size = inputs.vocabulary.size
+            teacher_size = file[0].get("teacher_vocab_size", student_size)
+            check_same_vocabulary(teacher_size, student_size, str(file.paths[0]))
         return super().batch_source(inputs)
 
 
@@ -181,39 +194,41 @@ def write_stored_teacher(
 
 
 def read_stored_teacher(
-    row: Mapping[str, Any], targets: np.ndarray, k: int, temperature: float
+    row: FileRow, targets: np.ndarray, k: int, temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids [n, k] and log-probabilities [n, k + 1] of what a row's teacher
-    says at ``targets``; raises MaxlmError if it was asked for others."""
+    """Returns the ids [n, k] and log-probabilities [n, k + 1] that a row's teacher
+    stored at ``targets``; raises MaxlmError if it stored those of other tokens, another
+    number of them, or at another temperature."""
     if row.get("teacher_ids") is None:
-        what, fix = (
+        raise MaxlmError(
             "no teacher's log-probabilities",
-            "maxlm tune store-logits, or set task.teacher",
+            where="task.teacher",
+            fix="maxlm tune store-logits, or set task.teacher",
         )
-        raise MaxlmError(what, where="task.teacher", fix=fix)
-    found = row["teacher_temperature"]
-    if found != temperature:
-        what = f"log-probabilities at temperature {found:g}, not {temperature:g}"
-        raise MaxlmError(what, where="task.temperature", fix=f"set it to {found:g}")
-    if not np.array_equal(np.frombuffer(row["teacher_targets"], "<i4"), targets):
-        what, fix = (
-            "the teacher's log-probabilities are of other tokens",
-            "store them again",
-        )
-        raise MaxlmError(what, where="teacher_targets", fix=fix)
+    stored_temperature = row["teacher_temperature"]
+    if stored_temperature != temperature:
+        message = f"log-probabilities at temperature {stored_temperature:g}, "
+        message += f"not {temperature:g}"
+        fix = f"set it to {stored_temperature:g}"
+        raise MaxlmError(message, where="task.temperature", fix=fix)
+    stored_targets = np.frombuffer(row["teacher_targets"], "<i4")
+    if not np.array_equal(stored_targets, targets):
+        message = "the teacher's log-probabilities are of other tokens"
+        raise MaxlmError(message, where="teacher_targets", fix="store them again")
     ids = np.frombuffer(row["teacher_ids"], "<i4").reshape(len(targets), -1)
-    found = ids.shape[1]
-    if found != k:
-        what = f"{found} log-probabilities a token, task.top_k={k}"
-        raise MaxlmError(what, where="task.top_k", fix=f"set it to {found}")
-    return ids, np.frombuffer(row["teacher_log_probs"], "<f4").reshape(len(targets), -1)
+    stored_k = ids.shape[1]
+    if stored_k != k:
+        message = f"{stored_k} log-probabilities a token, task.top_k={k}"
+        raise MaxlmError(message, where="task.top_k", fix=f"set it to {stored_k}")
+    log_probs = np.frombuffer(row["teacher_log_probs"], "<f4")
+    return ids, log_probs.reshape(len(targets), -1)
 
 
 def _sum_squared_errors(
-    own: jax.Array, theirs: jax.Array, weights: jax.Array
+    predicted: jax.Array, features: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Sums the errors of tokens [..., S, D], each a mean over features, by weight."""
-    errors = jnp.square(own - theirs.astype(jnp.float32)).mean(-1)
+    errors = jnp.square(predicted - features.astype(jnp.float32)).mean(-1)
     errors = reshard(errors, make_spec(get_layout(weights)))
     return jnp.where(weights != 0, weights * errors, 0.0).sum()
 
@@ -221,7 +236,6 @@ def _sum_squared_errors(
 def check_same_vocabulary(teacher_size: int, student_size: int, where: str) -> None:
     """Checks that a teacher's logits are of the student's tokens."""
     if teacher_size != student_size:
-        what = f"the teacher has {teacher_size} ids, model.vocab_size={student_size}"
-        raise MaxlmError(
-            what, where=where, fix="use a teacher with the student's vocabulary"
-        )
+        message = f"the teacher has {teacher_size} ids, model.vocab_size={student_size}"
+        fix = "use a teacher with the student's vocabulary"
+        raise MaxlmError(message, where=where, fix=fix)

@@ -2,7 +2,7 @@
 pairs."""
 
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,22 @@ from maxlm.tasks.preference import (
     ReferenceTask,
     scale_layers_loss,
 )
-from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, join_sequences
-from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels, map_micro_batches
+from maxlm.tasks.rows import (
+    Arrays,
+    ExampleEncoder,
+    FileRow,
+    FilesSetting,
+    join_sequences,
+)
+from maxlm.tasks.task import (
+    BoundModel,
+    DeviceBatch,
+    LossResult,
+    TaskModels,
+    map_micro_batches,
+)
 
+# Prefix of the arrays of a prompt with another row's completion.
 _KL = "kl_"
 
 
@@ -56,69 +69,79 @@ class KtoTask(ReferenceTask):
     def encode_example(
         self, tokenizer: Tokenizer, row: FileRow
     ) -> list[EncodedSequence]:
-        prompt, completion = (
-            get_column(row, name) for name in ("prompt", "completion")
-        )
-        return [
-            encode_answer(tokenizer, prompt, completion, read_template_variables(row))
-        ]
+        prompt = get_column(row, "prompt")
+        completion = get_column(row, "completion")
+        variables = read_template_variables(row)
+        return [encode_answer(tokenizer, prompt, completion, variables)]
 
     def extend_example(
         self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
     ) -> Arrays:
         """Adds the label, and the prompt with another row's completion, cut to what a
         row has room for."""
-        prompt = row["prompt"]
-        length = encoder.max_length
-        variables = read_template_variables(row)
-        encode = partial(encode_answer, encoder.tokenizer, prompt, variables=variables)
+        encode = partial(
+            encode_answer,
+            encoder.tokenizer,
+            row["prompt"],
+            variables=read_template_variables(row),
+        )
         try:
             tokens, is_target = encode(row[MISMATCHED])
-        except MaxlmError:  # it is told of that row when its own turn comes
+        except MaxlmError:
+            # The fault is of another row, and reported when that one is read.
             tokens, is_target = encode(row["completion"])
-        other = EncodedSequence(tokens[:length], is_target[:length])
-        joined = join_sequences([other], encoder.num_virtual_tokens)
-        own = {"labels": 1.0 if get_label(row) else -1.0}
-        own |= {_KL + name: array for name, array in joined.items()}
-        return super().extend_example(encoder, row, arrays) | own
+        length = encoder.max_length
+        mismatched = EncodedSequence(tokens[:length], is_target[:length])
+        joined = join_sequences([mismatched], encoder.num_virtual_tokens)
+        added: Arrays = {"labels": 1.0 if get_label(row) else -1.0}
+        added |= {_KL + name: array for name, array in joined.items()}
+        return super().extend_example(encoder, row, arrays) | added
 
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
         return super().example_shapes() | {"labels": ()}
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         arrays = super().batch_arrays(seq_len)
-        return arrays | {
-            _KL + name: own for name, own in arrays.items() if "seq" in own.axes
+        mismatched = {
+            _KL + name: array for name, array in arrays.items() if "seq" in array.axes
         }
+        return arrays | mismatched
 
-    def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
-        file = super().open_files(which)
+    def open_files(self, setting: FilesSetting) -> RowFiles:
+        file = super().open_files(setting)
         if len(file) < 2:
-            what = "one row, where each is compared with another's completion"
-            raise MaxlmError(what, where=str(file.paths[0]), fix="give two or more")
+            message = "one row, where each is compared with another's completion"
+            raise MaxlmError(message, where=str(file.paths[0]), fix="give two or more")
         return ExtendedRows(**{**vars(file), "with_mismatched": True})
 
-    def compute_reference_log_probs(self, model: Any, batch: DeviceBatch) -> jax.Array:
-        own = super().compute_reference_log_probs(model, batch)
-        return jnp.concatenate([own, self._compute_mismatched(model, batch)], -1)
+    def compute_reference_log_probs(
+        self, model: BoundModel, batch: DeviceBatch
+    ) -> jax.Array:
+        matched = super().compute_reference_log_probs(model, batch)
+        mismatched = self._compute_mismatched(model, batch)
+        return jnp.concatenate([matched, mismatched], -1)
 
-    def _compute_mismatched(self, model: Any, batch: DeviceBatch) -> jax.Array:
+    def _compute_mismatched(self, model: BoundModel, batch: DeviceBatch) -> jax.Array:
+        """Computes log-probabilities of the other rows' completions, [..., E, 1]."""
         return self.compute_sequence_log_probs(model, batch, _KL).sums
 
     def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
-        batch, is_present = super().prepare_batch(models, batch), batch["labels"] != 0
-        own = map_micro_batches(self._compute_mismatched, models.trained, batch)[..., 0]
-        ratios = jnp.where(is_present, own - batch[LOG_PROBS][..., 1], 0)
+        batch = super().prepare_batch(models, batch)
+        is_present = batch["labels"] != 0
+        mismatched = map_micro_batches(self._compute_mismatched, models.trained, batch)
+        ratios = mismatched[..., 0] - batch[LOG_PROBS][..., 1]
+        ratios = jnp.where(is_present, ratios, 0)
+        # The paper's reference point z0, of the whole batch.
         kl = jnp.maximum(ratios.sum() / jnp.maximum(is_present.sum(), 1), 0)
         return batch | {"kl": jnp.where(is_present, kl, 0)}
 
     def loss(
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
-        own = self.compute_sequence_log_probs(models.trained, batch)
+        answers = self.compute_sequence_log_probs(models.trained, batch)
         labels = batch["labels"]
         is_good = batch["labels"] > 0
-        ratios = own.sums[..., 0] - batch[LOG_PROBS][..., 0]
+        ratios = answers.sums[..., 0] - batch[LOG_PROBS][..., 0]
         values = jax.nn.sigmoid(labels * self.beta * (ratios - batch["kl"]))
         weights = jnp.where(is_good, self.desirable_weight, self.undesirable_weight)
         losses = jnp.where(labels != 0, weights * (1 - values), 0)
@@ -126,19 +149,24 @@ class KtoTask(ReferenceTask):
         examples = (labels != 0).sum(dtype=jnp.float32)
 
         def average(values: jax.Array, chosen: jax.Array) -> jax.Array:
-            """A mean over some examples, as a sum over all."""
+            """Returns a mean over some examples, as a sum over all: what is logged is
+            divided by all."""
             share = examples / jnp.maximum(chosen.sum(dtype=jnp.float32), 1)
             return share * jnp.where(chosen, values, 0).sum()
 
+        is_right = labels * (ratios - batch["kl"]) > 0
+        accuracy = is_right.sum(dtype=jnp.float32)
+        kl = batch["kl"].sum()
+        chosen = average(rewards, is_good)
+        rejected = average(rewards, labels < 0)
         sums = {
             "tokens": examples,
-            "accuracy": (labels * (ratios - batch["kl"]) > 0).sum(dtype=jnp.float32),
-            "kl": batch["kl"].sum(),
-            "chosen_reward": (chosen := average(rewards, is_good)),
-            "rejected_reward": (rejected := average(rewards, labels < 0)),
+            "accuracy": accuracy,
+            "kl": kl,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
             "margin": chosen - rejected,
-            "chosen_log_prob": average(own.means[..., 0], is_good),
+            "chosen_log_prob": average(answers.means[..., 0], is_good),
         }
-        return losses.sum() + scale_layers_loss(
-            own.aux, batch, examples
-        ), sums | own.aux.sums
+        total = losses.sum() + scale_layers_loss(answers.aux, batch, examples)
+        return total, sums | answers.aux.sums

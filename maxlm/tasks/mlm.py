@@ -47,8 +47,10 @@ class MlmTask(TextTask):
         return int(self.mask_id is None)
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
-        mask = next((ids[text] for text in _MASKS if text in ids), None)
-        return self if mask is None else self.model_copy(update={"mask_id": mask})
+        for text in _MASKS:
+            if text in ids:
+                return self.model_copy(update={"mask_id": ids[text]})
+        return self
 
     def make_row_transform(
         self, inputs: SourceInputs
@@ -69,47 +71,56 @@ class MlmTask(TextTask):
         """
         tokens = row["tokens"]
         segment_ids = row["segment_ids"]
-        special = vocabulary.is_special
-        candidate = (segment_ids != 0) & ~special[tokens]
-        places = np.flatnonzero(candidate)
+        is_special = vocabulary.is_special
+        is_candidate = (segment_ids != 0) & ~is_special[tokens]
+        places = np.flatnonzero(is_candidate)
         budget = max(1, round(self.share * places.size)) if places.size else 0
         if self.whole_words:
-            begins = vocabulary.starts_word[tokens] | ~candidate
-            begins[1:] |= segment_ids[1:] != segment_ids[:-1]
-            chosen = places[_whole_words(np.cumsum(begins)[places], budget, rng)]
+            begins_word = vocabulary.starts_word[tokens] | ~is_candidate
+            begins_word[1:] |= segment_ids[1:] != segment_ids[:-1]
+            word_numbers = np.cumsum(begins_word)[places]
+            chosen = places[_choose_whole_words(word_numbers, budget, rng)]
         else:
             chosen = rng.choice(places, budget, replace=False)
         chosen = np.sort(chosen)
 
-        out = tokens.copy()
         targets = np.zeros_like(tokens)
+        targets[chosen] = tokens[chosen]
         weights = np.zeros(tokens.size, np.float32)
-        targets[chosen], weights[chosen] = tokens[chosen], 1
+        weights[chosen] = 1
+
+        # Of the chosen tokens most become the mask, some another token, some stay.
         lot = rng.random(chosen.size)
+        is_masked = lot < self.masked
+        is_replaced = ~is_masked & (lot < self.masked + self.random)
         mask_id = vocabulary.size - 1 if self.mask_id is None else self.mask_id
-        out[chosen[lot < self.masked]] = mask_id
-        other = chosen[(lot >= self.masked) & (lot < self.masked + self.random)]
-        out[other] = rng.choice(np.flatnonzero(~special), other.size)
-        return row | {"tokens": out, "targets": targets, "weights": weights}
+        masked_tokens = tokens.copy()
+        masked_tokens[chosen[is_masked]] = mask_id
+        replaced = chosen[is_replaced]
+        ordinary_ids = np.flatnonzero(~is_special)
+        masked_tokens[replaced] = rng.choice(ordinary_ids, replaced.size)
+        return row | {"tokens": masked_tokens, "targets": targets, "weights": weights}
 
     @model_validator(mode="after")
-    def _check_parts(self):
+    def _check_shares(self) -> Self:
         if self.masked + self.random > 1:
-            what = f"masked={self.masked} and random={self.random} are more than all"
-            raise MaxlmError(what, fix="let them add up to at most 1")
+            message = f"masked={self.masked} and random={self.random} are more than all"
+            raise MaxlmError(message, fix="let them add up to at most 1")
         return self
 
 
-def _whole_words(
+def _choose_whole_words(
     words: NDArray[np.integer], budget: int, rng: Generator
 ) -> NDArray[np.bool_]:
-    """Flags those tokens [n] whose words, given by number, fill the budget."""
-    _, word_of, sizes = np.unique(words, return_inverse=True, return_counts=True)
-    chosen = np.zeros(sizes.size, bool)
+    """Flags tokens [n] of words drawn at random until the budget of tokens is full;
+    ``words``: the number of each token's word."""
+    _, word_of_token, sizes = np.unique(words, return_inverse=True, return_counts=True)
+    is_chosen = np.zeros(sizes.size, bool)
     for word in rng.permutation(sizes.size):
         size = int(sizes[word])
         if size <= budget:
-            chosen[word], budget = True, budget - size
+            is_chosen[word] = True
+            budget -= size
         if budget == 0:
             break
-    return chosen[word_of]
+    return is_chosen[word_of_token]

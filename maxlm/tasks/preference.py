@@ -26,10 +26,24 @@ from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
 from maxlm.sharding.supported import ReshapingAxis
-from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, RowTask, sum_by_segment
-from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels, map_micro_batches
+from maxlm.tasks.rows import (
+    Arrays,
+    ExampleEncoder,
+    FileRow,
+    FilesSetting,
+    RowTask,
+    sum_by_segment,
+)
+from maxlm.tasks.task import (
+    BoundModel,
+    DeviceBatch,
+    LossResult,
+    TaskModels,
+    map_micro_batches,
+)
 
-LOG_PROBS, MISMATCHED = "reference_log_probs", "mismatched_completion"
+LOG_PROBS = "reference_log_probs"
+MISMATCHED = "mismatched_completion"
 _FIX = "compute it anew with precompute_reference_log_probs"
 
 PairLosses = tuple[jax.Array, jax.Array]
@@ -66,26 +80,31 @@ class PreferenceTask(RowTask):
     """Most examples that share a row, each with attention to itself alone."""
 
     def compute_sequence_log_probs(
-        self, model: Any, batch: DeviceBatch, prefix: str = ""
+        self, model: BoundModel, batch: DeviceBatch, prefix: str = ""
     ) -> SequenceLogProbs:
         """Runs a model once over rows [..., S], the arrays whose names begin with
         ``prefix``."""
-        arrays = (
-            batch[prefix + name] for name in ("tokens", "positions", "segment_ids")
+        segment_ids = batch[f"{prefix}segment_ids"]
+        hidden, aux = model(
+            batch[f"{prefix}tokens"], batch[f"{prefix}positions"], segment_ids
         )
-        hidden, aux = model(*arrays)
-        logits = model.prepare_logits(hidden)
-        targets = batch[f"{prefix}targets"]
-        own = compute_fused_log_probs(logits, targets, chunk_tokens=self.chunk_tokens)
+        per_token = compute_fused_log_probs(
+            model.prepare_logits(hidden),
+            batch[f"{prefix}targets"],
+            chunk_tokens=self.chunk_tokens,
+        )
         weights = batch[f"{prefix}weights"]
 
-        def total(values: jax.Array) -> jax.Array:
-            sums = sum_by_segment(
-                values, batch[f"{prefix}segment_ids"], self.num_segments
-            )
+        def sum_by_sequence(values: jax.Array) -> jax.Array:
+            sums = sum_by_segment(values, segment_ids, self.num_segments)
             return sums.reshape(*sums.shape[:-1], -1, self.sequences_per_example)
 
-        return SequenceLogProbs(own, total(own * weights), total(weights), aux)
+        return SequenceLogProbs(
+            per_token=per_token,
+            sums=sum_by_sequence(per_token * weights),
+            lengths=sum_by_sequence(weights),
+            aux=aux,
+        )
 
 
 @dataclass(frozen=True)
@@ -107,8 +126,8 @@ class ExtendedRows(RowFiles):
         return row
 
     def _read_completion(self, index: int) -> Any:
-        """A row's completion; None where it has none, or cannot be read: its own turn
-        says so."""
+        """Returns a row's completion; None where it has none, or cannot be read, which
+        is reported when that row is read itself."""
         try:
             return super().__getitem__(index).get("completion")
         except MaxlmError:
@@ -121,9 +140,8 @@ def _open_array(path: Path) -> NDArray[np.float32]:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise MaxlmError(
-            f"cannot be read: {error}", where=str(path), fix=_FIX
-        ) from error
+        message = f"cannot be read: {error}"
+        raise MaxlmError(message, where=str(path), fix=_FIX) from error
 
 
 class ReferenceTask(PreferenceTask):
@@ -143,31 +161,33 @@ class ReferenceTask(PreferenceTask):
     `validation_files.npy`): no second model is held then."""
 
     def frozen_models(self) -> Mapping[str, str | None]:
-        return (
-            {}
-            if self.reference_log_probs is not None
-            else {"reference": self.reference}
-        )
+        if self.reference_log_probs is not None:
+            return {}
+        return {"reference": self.reference}
 
     def for_small_model(self) -> Self:
         return super().for_small_model().model_copy(update={LOG_PROBS: None})
 
-    def compute_reference_log_probs(self, model: Any, batch: DeviceBatch) -> jax.Array:
+    def compute_reference_log_probs(
+        self, model: BoundModel, batch: DeviceBatch
+    ) -> jax.Array:
         """Computes what the reference says of rows [..., S]: fp32 [..., E, columns]."""
         return self.compute_sequence_log_probs(model, batch).sums
 
     def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
         if LOG_PROBS in batch:
             return batch
-        model = models.frozen["reference"]
-        found = map_micro_batches(self.compute_reference_log_probs, model, batch)
-        return batch | {LOG_PROBS: found}
+        reference = models.frozen["reference"]
+        log_probs = map_micro_batches(
+            self.compute_reference_log_probs, reference, batch
+        )
+        return batch | {LOG_PROBS: log_probs}
 
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
-        own = {LOG_PROBS: (self.num_reference_columns,)}
-        return super().example_shapes() | (
-            {} if self.reference_log_probs is None else own
-        )
+        shapes = super().example_shapes()
+        if self.reference_log_probs is None:
+            return shapes
+        return shapes | {LOG_PROBS: (self.num_reference_columns,)}
 
     def extend_example(
         self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
@@ -180,17 +200,18 @@ class ReferenceTask(PreferenceTask):
             )
         return arrays | {LOG_PROBS: row[LOG_PROBS]}
 
-    def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
-        file = super().open_files(which)
+    def open_files(self, setting: FilesSetting) -> RowFiles:
+        file = super().open_files(setting)
         if self.reference_log_probs is None:
             return file
-        path = Path(self.reference_log_probs, f"{which}.npy")
+        path = Path(self.reference_log_probs, f"{setting}.npy")
         _open_array.cache_clear()  # it may have been written anew
-        wanted = len(file), self.num_reference_columns
         shape = _open_array(path).shape
-        if shape != wanted:
-            what = f"an array {[*shape]}, where the files and the task need {[*wanted]}"
-            raise MaxlmError(what, where=str(path), fix=_FIX)
+        required = (len(file), self.num_reference_columns)
+        if shape != required:
+            message = f"an array {[*shape]}, where the files and the task need "
+            message += f"{[*required]}"
+            raise MaxlmError(message, where=str(path), fix=_FIX)
         return ExtendedRows(**vars(file), log_probs=path)
 
 
@@ -212,22 +233,23 @@ class LogProbPairTask(PairTask):
 
     @abstractmethod
     def compute_pair_losses(
-        self, own: SequenceLogProbs, batch: DeviceBatch
+        self, answers: SequenceLogProbs, batch: DeviceBatch
     ) -> PairLosses:
-        """Computes pairs' losses from the trained model's log-probabilities."""
+        """Computes pairs' losses from the trained model's log-probabilities of the
+        answers."""
 
     def loss(
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
-        own = self.compute_sequence_log_probs(models.trained, batch)
-        losses, rewards = self.compute_pair_losses(own, batch)
-        total, sums = sum_pairs(losses, rewards, own.is_present, own.aux, batch)
-        sums["chosen_log_prob"] = own.means[..., 0].sum()
+        answers = self.compute_sequence_log_probs(models.trained, batch)
+        losses, rewards = self.compute_pair_losses(answers, batch)
+        total, sums = sum_pairs(losses, rewards, answers.is_present, answers.aux, batch)
+        sums["chosen_log_prob"] = answers.means[..., 0].sum()
         reference = batch.get(LOG_PROBS)
         if reference is not None:
-            sums["kl"] = (
-                ((own.sums - reference) / jnp.maximum(own.lengths, 1)).mean(-1).sum()
-            )
+            ratios = answers.sums - reference
+            ratios_per_token = ratios / jnp.maximum(answers.lengths, 1)
+            sums["kl"] = ratios_per_token.mean(-1).sum()
         return total, sums
 
 
@@ -244,26 +266,32 @@ class MarginPairTask(LogProbPairTask):
     @model_validator(mode="after")
     def _check_smoothing(self) -> Self:
         if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
-            what = f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}"
-            raise MaxlmError(
-                what, where="label_smoothing", fix="set it to 0, or use another loss"
-            )
+            message = f"label_smoothing={self.label_smoothing} with "
+            message += f"loss_type={self.loss_type}"
+            fix = "set it to 0, or use another loss"
+            raise MaxlmError(message, where="label_smoothing", fix=fix)
         return self
 
     def compute_margin_losses(
-        self, scores: jax.Array, wanted: float = 0.0
+        self, scores: jax.Array, target_margin: float = 0.0
     ) -> jax.Array:
-        """Computes losses [..., E] from the scores [..., E, 2] of both answers;
-        ``wanted``: by how much they are to differ, times ``beta``."""
+        """Computes losses [..., E] from the scores [..., E, 2] of both answers.
+
+        Args:
+            target_margin: by how much they are to differ, times ``beta``.
+        """
         margins = scores[..., 0] - scores[..., 1]
         smoothing = self.label_smoothing
         if self.loss_type == "ipo":
+            # (h − 1 / 2τ)² with β as τ (Azar et al. 2023, arXiv 2310.12036).
             return jnp.square(margins - 1 / (2 * self.beta))
-        margins = self.beta * margins - wanted
+        margins = self.beta * margins - target_margin
         if self.loss_type == "hinge":
             return jax.nn.relu(1 - margins)
+        # As if the label is right, and as if it is wrong.
         right, wrong = (-jax.nn.log_sigmoid(sign * margins) for sign in (1, -1))
         if self.loss_type == "robust":
+            # Unbiased under flipped labels (Chowdhury et al. 2024, arXiv 2403.00409).
             return ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
         return (1 - smoothing) * right + smoothing * wrong
 
@@ -280,12 +308,12 @@ class DpoTask(ReferenceTask, MarginPairTask):
     2310.12036), per token."""
 
     def compute_pair_losses(
-        self, own: SequenceLogProbs, batch: DeviceBatch
+        self, answers: SequenceLogProbs, batch: DeviceBatch
     ) -> PairLosses:
-        ratios = own.sums - batch[LOG_PROBS]
-        scores = (
-            ratios / jnp.maximum(own.lengths, 1) if self.loss_type == "ipo" else ratios
-        )
+        ratios = answers.sums - batch[LOG_PROBS]
+        scores = ratios
+        if self.loss_type == "ipo":
+            scores = ratios / jnp.maximum(answers.lengths, 1)
         return self.compute_margin_losses(scores), self.beta * ratios
 
 
@@ -299,33 +327,33 @@ class ReferenceFreePairTask(LogProbPairTask):
     """Whether the cross-entropy is over prompts too."""
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
-        own = {"nll_weights": BatchArraySpec.of_tokens(seq_len, np.float32)}
-        return super().batch_arrays(seq_len) | own
+        nll_weights = BatchArraySpec.of_tokens(seq_len, np.float32)
+        return super().batch_arrays(seq_len) | {"nll_weights": nll_weights}
 
     def extend_example(
         self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
     ) -> Arrays:
         weights = arrays["weights"]
-        if (
-            self.learns_prompts
-        ):  # from the first token on, which the last virtual one predicts
+        if self.learns_prompts:
+            # From the first token on, which the last virtual one predicts.
             weights = arrays["positions"] >= encoder.num_virtual_tokens - 1
-        return arrays | {
-            "nll_weights": ((arrays["segment_ids"] == 1) * weights).astype(np.float32)
-        }
+        is_chosen = arrays["segment_ids"] == 1
+        return arrays | {"nll_weights": (is_chosen * weights).astype(np.float32)}
 
     def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
+        # The loss is divided by the number of pairs: a mean over tokens of the whole
+        # batch, its micro-batches together, is weighted by pairs over tokens.
         weights = batch["nll_weights"]
-        pairs = ((batch["segment_ids"] % 2 == 1) & (batch["positions"] == 0)).sum(
-            dtype=jnp.float32
-        )
-        return batch | {
-            "nll_weights": weights * (pairs / jnp.maximum(weights.sum(), 1))
-        }
+        is_chosen = batch["segment_ids"] % 2 == 1
+        begins_pair = is_chosen & (batch["positions"] == 0)
+        num_pairs = begins_pair.sum(dtype=jnp.float32)
+        nll_weights = weights * (num_pairs / jnp.maximum(weights.sum(), 1))
+        return batch | {"nll_weights": nll_weights}
 
-    def compute_nll(self, own: SequenceLogProbs, batch: DeviceBatch) -> jax.Array:
+    def compute_nll(self, answers: SequenceLogProbs, batch: DeviceBatch) -> jax.Array:
         """Returns each pair's share of the cross-entropy, [..., E]."""
-        nll = -own.per_token * batch["nll_weights"]
+        nll = -answers.per_token * batch["nll_weights"]
+        # Chosen answers are every other segment.
         return sum_by_segment(nll, batch["segment_ids"], self.num_segments)[..., ::2]
 
 
@@ -342,12 +370,14 @@ class CpoTask(ReferenceFreePairTask, MarginPairTask):
     """Weight of the cross-entropy of chosen answers; 0 for SimPO as published."""
 
     def compute_pair_losses(
-        self, own: SequenceLogProbs, batch: DeviceBatch
+        self, answers: SequenceLogProbs, batch: DeviceBatch
     ) -> PairLosses:
-        scores = own.means if self.loss_type in ("ipo", "simpo") else own.sums
-        wanted = self.gamma if self.loss_type == "simpo" else 0.0
-        losses = self.compute_margin_losses(scores, wanted)
-        return losses + self.alpha * self.compute_nll(own, batch), self.beta * scores
+        is_per_token = self.loss_type in ("ipo", "simpo")
+        scores = answers.means if is_per_token else answers.sums
+        target_margin = self.gamma if self.loss_type == "simpo" else 0.0
+        losses = self.compute_margin_losses(scores, target_margin)
+        losses = losses + self.alpha * self.compute_nll(answers, batch)
+        return losses, self.beta * scores
 
 
 class OrpoTask(ReferenceFreePairTask):
@@ -362,13 +392,16 @@ class OrpoTask(ReferenceFreePairTask):
     """Weight of the odds ratio, the paper's λ."""
 
     def compute_pair_losses(
-        self, own: SequenceLogProbs, batch: DeviceBatch
+        self, answers: SequenceLogProbs, batch: DeviceBatch
     ) -> PairLosses:
-        scores = jnp.where(own.is_present[..., None], own.means, -1.0)
-        # Clipped, so that gradients stay finite where a probability is near one.
+        # Padding gets some probability, of which the odds are finite.
+        scores = jnp.where(answers.is_present[..., None], answers.means, -1.0)
+        # log(p / (1 − p)), the paper's equation 4. Clipped, so that gradients stay
+        # finite where a probability is near one.
         log_odds = scores - jax.nn.log1mexp(jnp.maximum(-scores, 1e-7))
-        ratio = jax.nn.log_sigmoid(log_odds[..., 0] - log_odds[..., 1])
-        return self.compute_nll(own, batch) - self.beta * ratio, self.beta * scores
+        log_ratio = jax.nn.log_sigmoid(log_odds[..., 0] - log_odds[..., 1])
+        losses = self.compute_nll(answers, batch) - self.beta * log_ratio
+        return losses, self.beta * scores
 
 
 def sum_pairs(
@@ -380,7 +413,8 @@ def sum_pairs(
 ) -> LossResult:
     """Sums pairs' losses [..., E], and what is logged of both answers' rewards [..., E,
     2]; ``tokens`` counts the pairs."""
-    chosen, rejected = (jnp.where(is_present, rewards[..., i], 0) for i in (0, 1))
+    chosen = jnp.where(is_present, rewards[..., 0], 0)
+    rejected = jnp.where(is_present, rewards[..., 1], 0)
     sums = {
         "tokens": is_present.sum(dtype=jnp.float32),
         "accuracy": (chosen > rejected).sum(dtype=jnp.float32),
@@ -395,6 +429,9 @@ def sum_pairs(
 def scale_layers_loss(
     aux: Aux, batch: DeviceBatch, examples: jax.Array
 ) -> jax.Array | float:
-    """Returns what layers add to a loss summed over examples, not over tokens."""
+    """Returns what layers add to a loss summed over examples: theirs is summed over
+    tokens."""
     tokens = (batch["segment_ids"] > 0).sum(dtype=jnp.float32)
-    return aux.loss * (examples / jnp.maximum(tokens, 1)) if aux.sums else aux.loss
+    if not aux.sums:  # layers add nothing
+        return aux.loss
+    return aux.loss * (examples / jnp.maximum(tokens, 1))

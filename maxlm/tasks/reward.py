@@ -44,8 +44,8 @@ class RewardTask(PairTask):
     ) -> list[EncodedSequence]:
         # With a token behind the last one, which rows have as a target alone.
         return [
-            EncodedSequence([*own.tokens, 0], [*own.is_target, True])
-            for own in super().encode_example(tokenizer, row)
+            EncodedSequence([*answer.tokens, 0], [*answer.is_target, True])
+            for answer in super().encode_example(tokenizer, row)
         ]
 
     def extend_example(
@@ -53,29 +53,28 @@ class RewardTask(PairTask):
     ) -> Arrays:
         margin = row.get("margin")
         if not isinstance(margin, Real | None):
-            what = f"margin is {margin!r}"
-            raise MaxlmError(
-                what, where="margin", fix="write a number, or leave it out"
-            )
+            message = f"margin is {margin!r}"
+            fix = "write a number, or leave it out"
+            raise MaxlmError(message, where="margin", fix=fix)
         return arrays | {"margins": float(margin or 0)}
 
     def loss(
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
-        arrays = (batch[name] for name in ("tokens", "positions", "segment_ids"))
-        hidden, aux = models.trained(*arrays)
+        segment_ids = batch["segment_ids"]
+        hidden, aux = models.trained(batch["tokens"], batch["positions"], segment_ids)
         # Of each segment, the score at its last token; 0 of padding.
         positions = batch["positions"][..., None]
         numbers = jnp.arange(1, self.num_segments + 1)
-        own = batch["segment_ids"][..., None] == numbers
-        is_last = own & (
-            positions == jnp.where(own, positions, -1).max(-2, keepdims=True)
-        )
-        scores = jnp.where(is_last, models.trained.apply_head(SCORE, hidden), 0).sum(-2)
+        is_in_segment = segment_ids[..., None] == numbers
+        last = jnp.where(is_in_segment, positions, -1).max(-2, keepdims=True)
+        is_last = is_in_segment & (positions == last)
+        token_scores = models.trained.apply_head(SCORE, hidden)
+        scores = jnp.where(is_last, token_scores, 0).sum(-2)
         scores = scores.reshape(*scores.shape[:-1], -1, 2)
-        lengths = sum_by_segment(
-            batch["weights"], batch["segment_ids"], self.num_segments
-        )
+        lengths = sum_by_segment(batch["weights"], segment_ids, self.num_segments)
+        # −log σ(chosen − rejected − margin) (Ouyang et al. 2022, arXiv 2203.02155,
+        # equation 1; the margin as in Llama 2, arXiv 2307.09288, equation 2).
         losses = -jax.nn.log_sigmoid(scores[..., 0] - scores[..., 1] - batch["margins"])
         losses += self.center_rewards * jnp.square(scores.sum(-1))
         return sum_pairs(losses, scores, lengths[..., ::2] > 0, aux, batch)

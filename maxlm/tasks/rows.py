@@ -24,11 +24,15 @@ from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress, show_progress
 from maxlm.tasks.task import SourceInputs, Task
 
-# So many rows take longer than processes to start: seconds.
-_MANY_ROWS, _PART_ROWS = 16384, 1024
+# So many rows take longer to encode than processes to start: seconds.
+_MANY_ROWS = 16384
+# Rows that a process encodes at once.
+_PART_ROWS = 1024
 # Refused rows whose faults a run says at its start; a file in its folder lists all.
 _REFUSED_ROWS_SHOWN = 3
 TooLong = Literal["drop", "cut_end", "cut_start"]
+FilesSetting = Literal["files", "validation_files"]
+"""Settings of a task that name files."""
 FileRow = Mapping[str, Any]
 """A row of a file, by column."""
 Arrays = dict[str, Any]
@@ -92,31 +96,32 @@ class RowTask(Task):
         return (self.examples_per_row or 0) * self.sequences_per_example
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
-        return super().batch_arrays(seq_len) | {
-            name: BatchArraySpec(
-                (self.examples_per_row or 1, *shape),
-                np.float32,
-                (None,) * (1 + len(shape)),
-            )
-            for name, shape in self.example_shapes().items()
-        }
+        arrays = super().batch_arrays(seq_len)
+        for name, example_shape in self.example_shapes().items():
+            shape = (self.examples_per_row or 1, *example_shape)
+            axes = (None,) * len(shape)
+            arrays[name] = BatchArraySpec(shape, np.float32, axes)
+        return arrays
 
     def make_encoder(
         self, tokenizer: Tokenizer, seq_len: int, num_virtual_tokens: int = 0
     ) -> "ExampleEncoder":
         """Returns what encodes rows for batches of ``seq_len`` tokens."""
         room = seq_len // self.sequences_per_example
-        length = min(self.max_length or room + 1, room + 1 - num_virtual_tokens)
+        # A sequence's last token is a target alone: one more than a row has room for.
+        most = room + 1 - num_virtual_tokens
+        length = min(self.max_length or most, most)
         return ExampleEncoder(self, tokenizer, length, num_virtual_tokens)
 
-    def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
+    def open_files(self, setting: FilesSetting) -> RowFiles:
         """Opens the files to train or evaluate on."""
-        paths = getattr(self, which)
+        paths = getattr(self, setting)
         if not paths:
-            what = f"task.kind={self.kind} trains on rows of files, and none is named"
-            raise MaxlmError(
-                what, where=f"task.{which}", fix="name a .jsonl or .parquet file"
+            message = (
+                f"task.kind={self.kind} trains on rows of files, and none is named"
             )
+            fix = "name a .jsonl or .parquet file"
+            raise MaxlmError(message, where=f"task.{setting}", fix=fix)
         return open_rows(*paths, columns=self.columns)
 
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
@@ -127,13 +132,16 @@ class RowTask(Task):
         )
 
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
-        once = partial(self.make_source, inputs=inputs, shuffle=False, endless=False)
         if self.validation_files:
             file = self.open_files("validation_files")
-            return {"validation": once(file, np.arange(len(file)))}
-        file = self.open_files("files")
-        _, heldout = self._split(len(file), inputs.seed)
-        return {"validation": once(file, heldout)} if heldout.size else {}
+            examples = np.arange(len(file))
+        else:
+            file = self.open_files("files")
+            _, examples = self._split(len(file), inputs.seed)
+            if not examples.size:
+                return {}
+        source = self.make_source(file, examples, inputs, shuffle=False, endless=False)
+        return {"validation": source}
 
     def for_small_model(self) -> Self:
         small = super().for_small_model()
@@ -142,61 +150,75 @@ class RowTask(Task):
     def _split(
         self, num_rows: int, seed: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows to train and to evaluate on, in the file's order."""
+        """Returns the rows to train and to evaluate on, in the file's order."""
         if self.validation_files or not self.validation_fraction:
             return np.arange(num_rows), np.arange(0)
         order = permute(np.arange(num_rows), num_rows, derive_key(seed, "validation"))
-        size = min(num_rows - 1, max(1, round(num_rows * self.validation_fraction)))
-        return np.sort(order[size:]), np.sort(order[:size])
+        num_heldout = max(1, round(num_rows * self.validation_fraction))
+        num_heldout = min(num_rows - 1, num_heldout)  # a row is left to train on
+        return np.sort(order[num_heldout:]), np.sort(order[:num_heldout])
 
     def make_source(
         self,
         file: RowFiles,
         examples: NDArray[np.int64],
         inputs: SourceInputs,
-        **options: bool,
+        *,
+        shuffle: bool,
+        endless: bool,
     ) -> RowSource:
-        """Makes a batch source of some rows of files; ``options``: ``shuffle`` and
-        ``endless`` of :func:`~maxlm.data.rows.make_row_source`."""
+        """Makes a batch source of some rows of files; see
+        :func:`~maxlm.data.rows.make_row_source`."""
         assert inputs.tokenizer is not None
         loader = inputs.loader
-        arrays = self.batch_arrays(inputs.loader.seq_len)
         encoder = self.make_encoder(
             inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens
         )
-        skips = loader.on_bad_rows == "skip"
         scan = scan_examples(
-            encoder, file, examples, inputs.build_workers, keep_errors=skips
+            encoder,
+            file,
+            examples,
+            inputs.build_workers,
+            keep_errors=loader.on_bad_rows == "skip",
         )
         notes = self.describe_scan(scan, encoder.max_length)
         if scan.errors:
             notes.append(describe_refused_rows(scan))
-        kept = np.flatnonzero(scan.lengths)
-        if not kept.size:
+        usable = np.flatnonzero(scan.lengths)
+        if not usable.size:
             fix = "raise data.seq_len, or set task.too_long"
             raise MaxlmError(notes[-1], where=str(file.paths[0]), fix=fix)
         return make_row_source(
-            *(file, encoder, arrays, loader.batch_size),
+            file,
+            encoder,
+            self.batch_arrays(loader.seq_len),
+            loader.batch_size,
             seed=inputs.seed,
-            examples=examples[kept],
-            lengths=scan.lengths[kept],
+            examples=examples[usable],
+            lengths=scan.lengths[usable],
             examples_per_row=self.examples_per_row,
+            shuffle=shuffle,
+            endless=endless,
             notes=notes,
             refused=scan.errors,
-            **options,
         )
 
     def describe_scan(self, scan: "ExampleScan", max_length: int) -> list[str]:
         """Says which rows are cut and left out, and by which rule."""
-        rule, total = f"task.too_long={self.too_long}", f"of {len(scan.lengths):,} rows"
+        rule = f"task.too_long={self.too_long}"
+        of_rows = f"of {len(scan.lengths):,} rows"
+        limit = f"{max_length:,}"
         notes = []
-        if cut := int(scan.was_cut.sum()):
-            notes.append(f"{cut:,} {total} are cut to {max_length:,} tokens ({rule})")
-        if lost := int((scan.lengths == 0).sum()) - len(scan.errors):
-            why = f"longer than {max_length:,} tokens"
+        num_cut = int(scan.was_cut.sum())
+        if num_cut:
+            notes.append(f"{num_cut:,} {of_rows} are cut to {limit} tokens ({rule})")
+        # Rows that cannot be read are not among those that the rule leaves out.
+        num_left_out = int((scan.lengths == 0).sum()) - len(scan.errors)
+        if num_left_out:
+            reason = f"longer than {limit} tokens"
             if self.too_long != "drop":
-                why = f"no token to learn among the {max_length:,} that are kept"
-            notes.append(f"{lost:,} {total} are left out: {why} ({rule})")
+                reason = f"no token to learn among the {limit} that are kept"
+            notes.append(f"{num_left_out:,} {of_rows} are left out: {reason} ({rule})")
         return notes
 
 
@@ -230,55 +252,62 @@ def scan_examples(
     *,
     keep_errors: bool = False,
 ) -> ExampleScan:
-    """Encodes rows of files once; many in up to so many processes, with a progress bar.
-    A row that cannot be read raises its MaxlmError, or, with ``keep_errors``, is left
-    out."""
+    """Encodes rows of files once.
+
+    Args:
+        workers: processes at most, for many rows; None: one a core.
+        keep_errors: whether a row that cannot be read is left out; otherwise its
+            MaxlmError is raised.
+    """
     is_long = len(examples) >= _MANY_ROWS
     parts = np.array_split(examples, max(1, len(examples) // _PART_ROWS))
-    counts = [np.zeros((3, 0), np.int64)] * len(parts)
-    errors = [list[MaxlmError]()] * len(parts)
-    done = 0
-    is_shown = is_long and jax.process_index() == 0
+    scans: dict[int, ExampleScan] = {}
+    num_done = 0
     with ExitStack() as stack:
-        progress = (
-            stack.enter_context(show_progress("rows")) if is_shown else ignore_progress
-        )
+        progress = ignore_progress
+        if is_long and jax.process_index() == 0:
+            progress = stack.enter_context(show_progress("rows"))
         pool = stack.enter_context(WorkerPool(workers if is_long else 1))
-        scan = partial(_scan, encoder, file)
-        for number, part_counts, faults in pool.map_unordered(
-            scan, [*enumerate(parts)]
-        ):
-            if faults and not keep_errors:
-                raise faults[0]
-            counts[number] = part_counts
-            errors[number] = faults
-            done += len(parts[number])
-            progress("encoding rows", done, len(examples))
+        scan = partial(_scan_part, encoder, file)
+        for number, part in pool.map_unordered(scan, [*enumerate(parts)]):
+            if part.errors and not keep_errors:
+                raise part.errors[0]
+            scans[number] = part
+            num_done += len(part.lengths)
+            progress("encoding rows", num_done, len(examples))
     # In the order of the files, in whichever order the parts were done.
-    in_order = [error for faults in errors for error in faults]
-    return ExampleScan(*np.concatenate(counts, axis=1), errors=in_order)
+    in_order = [scans[number] for number in range(len(parts))]
+    return ExampleScan(
+        lengths=np.concatenate([part.lengths for part in in_order]),
+        num_targets=np.concatenate([part.num_targets for part in in_order]),
+        was_cut=np.concatenate([part.was_cut for part in in_order]),
+        errors=[error for part in in_order for error in part.errors],
+    )
 
 
-def _scan(
+def _scan_part(
     encoder: "ExampleEncoder", file: RowFiles, job: tuple[int, NDArray[np.int64]]
-) -> tuple[int, NDArray[np.int64], list[MaxlmError]]:
+) -> tuple[int, ExampleScan]:
+    """Encodes a numbered part of the examples."""
     number, examples = job
-    counts = np.zeros((3, len(examples)), np.int64)
-    errors = list[MaxlmError]()
+    lengths = np.zeros(len(examples), np.int64)
+    num_targets = np.zeros(len(examples), np.int64)
+    was_cut = np.zeros(len(examples), np.int64)
+    errors: list[MaxlmError] = []
     for i, example in enumerate(examples.tolist()):
         try:
-            if encoded := encode_row(encoder, file, example):
-                size = max(
-                    len(own) for name, own in encoded.items() if name.endswith("tokens")
-                )
-                counts[:, i] = (
-                    size,
-                    np.count_nonzero(encoded["weights"]),
-                    encoded["was_cut"],
-                )
+            arrays = encode_row(encoder, file, example)
         except MaxlmError as error:
             errors.append(error)
-    return number, counts, errors
+            continue
+        if not arrays:  # the example is left out
+            continue
+        lengths[i] = max(
+            len(array) for name, array in arrays.items() if name.endswith("tokens")
+        )
+        num_targets[i] = np.count_nonzero(arrays["weights"])
+        was_cut[i] = arrays["was_cut"]
+    return number, ExampleScan(lengths, num_targets, was_cut, errors)
 
 
 @dataclass(frozen=True)
@@ -299,10 +328,13 @@ class ExampleEncoder:
         if not all(sequence.num_targets for sequence in sequences):
             return {}
         arrays: Arrays = join_sequences(sequences, self.num_virtual_tokens)
-        arrays["was_cut"] = any(len(each.tokens) > self.max_length for each in whole)
+        arrays["was_cut"] = any(
+            len(sequence.tokens) > self.max_length for sequence in whole
+        )
         return self.task.extend_example(self, row, arrays)
 
     def _cut(self, sequence: EncodedSequence) -> EncodedSequence:
+        """Cuts a sequence to its longest length, or drops it: one without tokens."""
         tokens, is_target = sequence
         # The first token is learnt where virtual ones stand before it.
         is_first_learnt = self.num_virtual_tokens > 0
@@ -314,32 +346,32 @@ class ExampleEncoder:
                     part = slice(self.max_length)
                 case "cut_start":
                     part = slice(-self.max_length, None)
+                    # What stood before it is gone.
                     is_first_learnt = False
-            tokens, is_target = tokens[part], is_target[part]
-        return EncodedSequence(
-            tokens, [is_first_learnt and is_target[0], *is_target[1:]]
-        )
+            tokens = tokens[part]
+            is_target = is_target[part]
+        first = is_first_learnt and is_target[0]
+        return EncodedSequence(tokens, [first, *is_target[1:]])
 
 
 def join_sequences(
     sequences: Sequence[EncodedSequence], num_virtual_tokens: int = 0
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, np.ndarray]:
     """Lays sequences out one after the other, each a segment that begins with virtual
     tokens."""
     parts = []
     for segment, sequence in enumerate(sequences, 1):
         ids = np.array([0] * num_virtual_tokens + sequence.tokens, np.int32)
-        learnt = np.array([False] * num_virtual_tokens + sequence.is_target)
-        size = len(ids) - 1
-        parts.append(
-            {
-                "tokens": ids[:-1],
-                "targets": ids[1:],
-                "weights": learnt[1:].astype(np.float32),
-                "segment_ids": np.full(size, segment, np.int32),
-                "positions": np.arange(size, dtype=np.int32),
-            }
-        )
+        is_learnt = np.array([False] * num_virtual_tokens + sequence.is_target)
+        length = len(ids) - 1
+        part = {
+            "tokens": ids[:-1],
+            "targets": ids[1:],
+            "weights": is_learnt[1:].astype(np.float32),
+            "segment_ids": np.full(length, segment, np.int32),
+            "positions": np.arange(length, dtype=np.int32),
+        }
+        parts.append(part)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -348,5 +380,5 @@ def sum_by_segment(
 ) -> jax.Array:
     """Sums values [..., S] over the tokens of each segment 1 to n: [..., n]; padding,
     0, is left out."""
-    own = segment_ids[..., None] == jnp.arange(1, num_segments + 1)
-    return jnp.where(own, values[..., None], 0).sum(-2)
+    is_in_segment = segment_ids[..., None] == jnp.arange(1, num_segments + 1)
+    return jnp.where(is_in_segment, values[..., None], 0).sum(-2)

@@ -41,9 +41,8 @@ class AnswerTask(RowTask):
                 variables=variables,
             )
         else:
-            prompt, completion = (
-                get_column(row, name) for name in ("prompt", "completion")
-            )
+            prompt = get_column(row, "prompt")
+            completion = get_column(row, "completion")
             encoded = encode_answer(tokenizer, prompt, completion, variables)
         if self.learn_prompt:
             encoded = encoded._replace(is_target=[True] * len(encoded.tokens))

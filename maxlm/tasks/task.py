@@ -1,23 +1,28 @@
-"""The frame of a task: what a model is trained for."""
+"""The base of tasks: what a model is trained for."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar, Unpack
 
 import jax
 import numpy as np
 from jax import lax
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.config.errors import Requirement
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.data.loader import LoaderConfig, Mixing, TokenSource
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.models.architectures import ModelConfig
+from maxlm.models.aux import Aux
+from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.sharding import AxisRules
 from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
 
+ModelT = TypeVar("ModelT")
+ResultT = TypeVar("ResultT")
 DeviceBatch = dict[str, jax.Array]
 LossResult = tuple[jax.Array, dict[str, jax.Array]]
 """The loss to differentiate, summed over what is counted, and sums to log: ``tokens``
@@ -39,9 +44,29 @@ class Vocabulary:
     """bool [size]: ids with which a word begins."""
 
 
+class BoundModel(Protocol):
+    """A language model bound to its parameters, as losses on tokens read it."""
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, Aux]:
+        """Returns final hidden states [..., S, D], and what layers add to the loss."""
+        ...
+
+    def prepare_logits(self, hidden: jax.Array) -> LogitsInputs: ...
+
+    def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
+        """Maps hidden states [..., S, D] by one of ``model.heads``, fp32."""
+        ...
+
+
 @dataclass(frozen=True)
 class TaskModels:
-    """The models that a loss reads, each bound to its parameters."""
+    """The models that a loss reads, each bound to its parameters: ``BoundModel`` for
+    tasks on tokens, whatever architecture a task of one's own names otherwise."""
 
     trained: Any
     frozen: Mapping[str, Any] = field(default_factory=dict)
@@ -50,7 +75,7 @@ class TaskModels:
 
 @dataclass(frozen=True)
 class SourceInputs:
-    """The things that a run has for its task to make batches from."""
+    """Inputs of a run for its task to make batches from."""
 
     loader: LoaderConfig
     seed: int
@@ -86,12 +111,13 @@ class Task(Config):
     with a ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none
     otherwise."""
 
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls, **config: Unpack[ConfigDict]):
+        super().__init_subclass__(**config)
         reads_batches = "loss" in cls.__dict__ or "prepare_batch" in cls.__dict__
         if reads_batches and "mesh_axes" not in cls.__dict__:
             cls.mesh_axes = frozenset()
 
+    # A Literal of its own in each subclass, which no wider type than Any allows.
     kind: Any
     chunk_tokens: int = Field(default=1024, gt=0)
     """Tokens a device holds logits of at once: chunk_tokens × vocab_size fp32
@@ -108,9 +134,11 @@ class Task(Config):
         """Widths of the ``model.heads`` that the loss reads, by name."""
         return {}
 
-    def check_frozen_models(self, model: Any, frozen: Mapping[str, Any]) -> None:
-        """Checks that the loss can read these models beside the trained one, all given
-        by their configs; raises MaxlmError naming what differs."""
+    def check_frozen_models(
+        self, model: ModelConfig, frozen: Mapping[str, ModelConfig]
+    ) -> None:
+        """Checks by their configs that the loss can read these models beside the
+        trained one; raises MaxlmError naming what differs."""
 
     def row_lengths(self, seq_len: int) -> tuple[int, int]:
         """Returns the tokens of a row that a decoder (or a model of one sequence)
@@ -122,9 +150,14 @@ class Task(Config):
         """Returns a batch's arrays by name: by default those of a model of one sequence
         that predicts tokens, each with a weight."""
         length, _ = self.row_lengths(seq_len)
-        names = ("tokens", "targets", "segment_ids", "positions")
-        arrays = dict.fromkeys(names, BatchArraySpec.of_tokens(length))
-        return arrays | {"weights": BatchArraySpec.of_tokens(length, np.float32)}
+        integers = BatchArraySpec.of_tokens(length)
+        return {
+            "tokens": integers,
+            "targets": integers,
+            "segment_ids": integers,
+            "positions": integers,
+            "weights": BatchArraySpec.of_tokens(length, np.float32),
+        }
 
     @abstractmethod
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
@@ -145,9 +178,13 @@ class Task(Config):
     def loss(
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
-        """Computes the loss of a batch, as the sum over what is counted. ``batch``: the
-        arrays of :meth:`prepare_batch`, [B, ...]; [M, B, ...] on pipeline stages.
-        ``key``: of this step and micro-batch."""
+        """Computes the loss of a batch, as the sum over what is counted.
+
+        Args:
+            batch: the arrays of :meth:`prepare_batch`, [B, ...]; [M, B, ...] on
+                pipeline stages.
+            key: of this step and micro-batch.
+        """
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:
@@ -162,7 +199,10 @@ class Task(Config):
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
         """Returns the task with the reserved ids that a published tokenizer has.
-        ``ids``: of its special tokens, by their text."""
+
+        Args:
+            ids: of its special tokens, by their text.
+        """
         return self
 
     def for_small_model(self) -> Self:
@@ -175,32 +215,36 @@ class Task(Config):
         many ids; raises MaxlmError naming the setting."""
         for name, reserved in self.reserved_ids.items():
             if reserved is not None and reserved >= vocab_size:
-                what = f"{reserved} is no row of the model's table, model.vocab_size={vocab_size}"
+                message = f"{reserved} is no row of the model's table, "
+                message += f"model.vocab_size={vocab_size}"
                 fix = "name one of the tokenizer's ids, or null"
-                raise MaxlmError(what, where=f"task.{name}", fix=fix)
+                raise MaxlmError(message, where=f"task.{name}", fix=fix)
 
     def require_mesh(
         self, compute: AxisRules, sizes: Mapping[str, Any]
     ) -> Iterator[Requirement]:
-        """Yields what a mesh must meet for this task. ``compute``: rules of arrays in
-        use; ``sizes``: devices by mesh axis, or arrays of them."""
-        declare = (
-            f"declare mesh_axes with '{{}}' in {type(self).__name__} (docs/tasks.md)"
-        )
+        """Yields what a mesh must meet for this task.
+
+        Args:
+            compute: rules of arrays in use.
+            sizes: devices by mesh axis, or arrays of them.
+        """
+        name = type(self).__name__
         subject = f"task.kind={self.kind}"
-        yield from require_declared_axes(
-            self.mesh_axes, compute, sizes, subject, declare
-        )
+        fix = f"declare mesh_axes with '{{}}' in {name} (docs/tasks.md)"
+        yield from require_declared_axes(self.mesh_axes, compute, sizes, subject, fix)
 
     def name_row_lengths(self, seq_len: int) -> dict[str, int]:
         """Returns the lengths of :meth:`row_lengths` by the settings that decide
         them."""
         decoder, encoder = self.row_lengths(seq_len)
-        named = {"task.decoder_len": decoder, "task.encoder_len": encoder}
-        return {
-            "data.seq_len" if n == seq_len else setting: n
-            for setting, n in named.items()
-        }
+        lengths: dict[str, int] = {}
+        for setting, length in (
+            ("task.decoder_len", decoder),
+            ("task.encoder_len", encoder),
+        ):
+            lengths["data.seq_len" if length == seq_len else setting] = length
+        return lengths
 
     def check_vocab_size(
         self, tokenizer_vocab_size: int, model_vocab_size: int
@@ -208,23 +252,28 @@ class Task(Config):
         """Checks that every id of the tokenizer has a row in the model's table, and
         that there are as many more as the task reserves; raises MaxlmError naming both
         sizes."""
-        free = self.num_ids_to_reserve
-        least = tokenizer_vocab_size + free
-        if least > model_vocab_size:
-            reserved = f" and task.kind={self.kind} needs {free} more" if free else ""
-            other = "name ids of the tokenizer's own in the task"
-            raise MaxlmError(
-                f"the tokenizer has {tokenizer_vocab_size} ids{reserved}, "
-                f"model.vocab_size={model_vocab_size}",
-                where="model.vocab_size",
-                fix=f"set it to {least} or more, or "
-                + (other if free else "train a smaller tokenizer"),
-            )
+        num_reserved = self.num_ids_to_reserve
+        min_vocab_size = tokenizer_vocab_size + num_reserved
+        if min_vocab_size <= model_vocab_size:
+            return
+        reserved = ""
+        other_fix = "train a smaller tokenizer"
+        if num_reserved:
+            reserved = f" and task.kind={self.kind} needs {num_reserved} more"
+            other_fix = "name ids of the tokenizer's own in the task"
+        raise MaxlmError(
+            f"the tokenizer has {tokenizer_vocab_size} ids{reserved}, "
+            f"model.vocab_size={model_vocab_size}",
+            where="model.vocab_size",
+            fix=f"set it to {min_vocab_size} or more, or {other_fix}",
+        )
 
 
 def map_micro_batches(
-    function: Callable[[Any, DeviceBatch], Any], model: Any, batch: DeviceBatch
-) -> Any:
+    function: Callable[[ModelT, DeviceBatch], ResultT],
+    model: ModelT,
+    batch: DeviceBatch,
+) -> ResultT:
     """Computes ``function(model, batch)`` of micro-batches [M, B, ...]: one after the
     other, stacked, or of all together where the model runs them through a pipeline."""
     if getattr(model, "pipeline_schedule", None) is not None:

@@ -3,7 +3,7 @@ target."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -37,13 +37,11 @@ class TransformedSource:
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Row:
         batch = self.source.rows(step, row_numbers)
-        rows = [
-            self.change(
-                {name: array[i] for name, array in batch.items()},
-                np.random.default_rng((self.seed, step, int(row))),
-            )
-            for i, row in enumerate(row_numbers)
-        ]
+        rows = []
+        for i, number in enumerate(row_numbers):
+            row = {name: array[i] for name, array in batch.items()}
+            rng = np.random.default_rng((self.seed, step, int(number)))
+            rows.append(self.change(row, rng))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -62,11 +60,13 @@ class TokenPredictionTask(Task):
         """Returns the cross-entropy of targets (next tokens, masked ones, or what a
         decoder writes for the input in ``ENCODER_ARRAYS``) and what layers add (balance
         of experts)."""
-        inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
-        beside: dict[str, Any] = {"inputs": inputs} if inputs else {}
         model = models.trained
-        names = ("tokens", "positions", "segment_ids")
-        hidden, aux = model(*(batch[name] for name in names), **beside)
+        arrays = (batch["tokens"], batch["positions"], batch["segment_ids"])
+        inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
+        if inputs:
+            hidden, aux = model(*arrays, inputs=inputs)
+        else:
+            hidden, aux = model(*arrays)
         loss, cross_entropy = fused_cross_entropy_loss(
             model.prepare_logits(hidden),
             batch["targets"],
@@ -97,17 +97,18 @@ class TextTask(TokenPredictionTask):
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
         """Reads each held-out store once, in order; the transform is the same each
         time."""
-        sizes = inputs.loader.seq_len, inputs.loader.batch_size
-        return {
-            name: self._transformed(make_one_pass_batches(store, *sizes), inputs)
-            for name, store in inputs.heldout.items()
-        }
+        loader = inputs.loader
+        sources = {}
+        for name, store in inputs.heldout.items():
+            source = make_one_pass_batches(store, loader.seq_len, loader.batch_size)
+            sources[name] = self._transformed(source, inputs)
+        return sources
 
     def _transformed(self, source: BatchSource, inputs: SourceInputs) -> BatchSource:
         change = self.make_row_transform(inputs)
-        return (
-            source if change is None else TransformedSource(source, change, inputs.seed)
-        )
+        if change is None:
+            return source
+        return TransformedSource(source, change, inputs.seed)
 
 
 class ClmTask(TextTask):

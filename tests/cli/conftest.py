@@ -31,8 +31,8 @@ def run(capfd, monkeypatch) -> Callable[..., Outcome]:
 
 def read_content(folder: Path) -> dict[Path, bytes | None]:
     """Every file's bytes, and the names of folders."""
-    found = sorted(folder.rglob("*"))
-    return {path: path.read_bytes() if path.is_file() else None for path in found}
+    paths = sorted(folder.rglob("*"))
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.fixture

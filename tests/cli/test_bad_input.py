@@ -29,7 +29,7 @@ def parse_table(text: str) -> dict[str, str]:
     for name, long in SHORT.items():
         text = text.replace(name, long)
     rows = re.findall(r"^(\S.*)\n((?:    .*\n)+)", text, re.MULTILINE)
-    return {given: " ".join(message.split()) for given, message in rows}
+    return {change: " ".join(message.split()) for change, message in rows}
 
 
 # A config with one odd setting, and what `maxlm train` says to it. None of these needs

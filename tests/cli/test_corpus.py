@@ -114,9 +114,9 @@ def test_without_the_packages(recipe, tmp_path, check_refused, monkeypatch, argu
     (tmp_path / "corpus" / "documents").mkdir(parents=True)
     (tmp_path / "corpus" / "corpus.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    what = f"{arguments[1]}: a corpus needs pyarrow, which is not installed; "
+    message = f"{arguments[1]}: a corpus needs pyarrow, which is not installed; "
     check_refused(
-        tmp_path, ["corpus", *arguments], f"{what}pip install 'maxlm[corpus]'"
+        tmp_path, ["corpus", *arguments], f"{message}pip install 'maxlm[corpus]'"
     )
 
 

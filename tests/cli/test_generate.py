@@ -29,9 +29,9 @@ def calls(monkeypatch):
         for piece in (" a", "", "ß"):
             yield [f"{piece}{row}" if piece else "" for row in range(len(prompts))]
 
-    def search_text(*given, num_beams, num_samples):
+    def search_text(*arguments, num_beams, num_samples):
         seen.search = num_beams, num_samples
-        return generate_text(*given)
+        return generate_text(*arguments)
 
     monkeypatch.setattr("maxlm.inference.text.search_text", search_text)
     monkeypatch.setattr("maxlm.run.load.load_model", load_model)
@@ -65,9 +65,9 @@ def test_options_go_before_the_runs_own_settings(calls, run):
 
 
 def test_searches(calls, run):
-    for option, asked in (("--beams=3", (3, 1)), ("--best-of=4", (None, 4))):
+    for option, search in (("--beams=3", (3, 1)), ("--best-of=4", (None, 4))):
         assert run("generate", "runs/x", "hello", option).out == "hello a0ß0\n"
-        assert calls.search == asked
+        assert calls.search == search
     code, _, error = run("generate", "runs/x", "hello", "--beams=3", "--best-of=4")
     assert (code, error.count("\n"), "two ways" in error) == (2, 1, True)
 

@@ -85,20 +85,21 @@ SHORT = {"$GPU": GPU, "$TPU": TPU, "$ROWS": ROWS, "$IN_CLUSTER": IN_CLUSTER}
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), re.findall(r"^(\S.*)\n((?:    .*\n)+)", REFUSED, re.M)
+    ("line", "message"), re.findall(r"^(\S.*)\n((?:    .*\n)+)", REFUSED, re.M)
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
-    given, message, check_refused, tmp_path, monkeypatch
+    line, message, check_refused, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     for short, long in SHORT.items():
-        given = given.replace(short, shlex.join(long))
+        line = line.replace(short, shlex.join(long))
     arguments = [
         word.replace("\\n", "\n").replace("\\udcff", "\udcff")
-        for word in shlex.split(given)
+        for word in shlex.split(line)
     ]
-    whole = ["launch", *arguments, "--out", "job", "--submit"]
-    check_refused(tmp_path, whole, f"...{' '.join(message.split())}...")
+    command = ["launch", *arguments, "--out", "job", "--submit"]
+    one_line = " ".join(message.split())
+    check_refused(tmp_path, command, f"...{one_line}...")
 
 
 def test_what_does_not_fit_says_how_to_find_what_does(run, check_refused, tmp_path):
@@ -159,9 +160,9 @@ def test_a_recipe_without_data_gets_a_job_with_placeholders(
 
 
 def test_a_template_of_ones_own(run, check_refused, tmp_path):
-    own = tmp_path / "own.j2"
-    own.write_text("{{ name }} on {{ hosts.count }}: {{ command | shell }}\n")
-    job = ["launch", "slurm", *GPU, "--template", str(own)]
+    template = tmp_path / "own.j2"
+    template.write_text("{{ name }} on {{ hosts.count }}: {{ command | shell }}\n")
+    job = ["launch", "slurm", *GPU, "--template", str(template)]
     assert run(*job).out == (
         "llama2-7b on 8: maxlm train llama2_7b 'data.sources=[{store: /data/tokens}]' "
         "tokenizer.path=/data/tokenizer folder=/data/runs\n"
@@ -172,18 +173,18 @@ def test_a_template_of_ones_own(run, check_refused, tmp_path):
         "task.files=[/data/a.jsonl]",
         "train.start_from=/data/llama",
     ]
-    made = run("launch", "slurm", *rows, "--template", str(own)).out
-    assert made.startswith(
+    script = run("launch", "slurm", *rows, "--template", str(template)).out
+    assert script.startswith(
         "llama3-8b-sft-lora on 8: maxlm tune llama3_8b_sft_lora folder="
     )
-    own.write_text("{{ name }}\n{{ nmae }}\n")
+    template.write_text("{{ name }}\n{{ nmae }}\n")
     check_refused(
         tmp_path, job, "...own.j2: 'nmae' is undefined; compare with the shipped..."
     )
-    own.write_text("\n{% if %}\n")
+    template.write_text("\n{% if %}\n")
     check_refused(tmp_path, job, "...own.j2:2: ...")
-    where = str(own / "job")
-    own.write_text("")
+    where = str(template / "job")
+    template.write_text("")
     check_refused(tmp_path, [*job, "--out", where], f"{where}: cannot write: ...")
 
 
@@ -219,13 +220,13 @@ START = (
 
 
 @pytest.mark.parametrize(
-    ("arguments", "calls", "kept"),
+    ("arguments", "calls", "file_name"),
     [
-        (["slurm", *GPU, "folder=runs"], ["sbatch {kept}"], "job.sbatch"),
-        (["jobset", *GPU, *IN_CLUSTER], ["kubectl create -f {kept}"], "jobset.yaml"),
+        (["slurm", *GPU, "folder=runs"], ["sbatch {path}"], "job.sbatch"),
+        (["jobset", *GPU, *IN_CLUSTER], ["kubectl create -f {path}"], "jobset.yaml"),
         (
             ["skypilot", *GPU, *IN_CLUSTER, "--secret", "HF_TOKEN"],
-            ["sky jobs launch --yes --detach-run --secret HF_TOKEN {kept}"],
+            ["sky jobs launch --yes --detach-run --secret HF_TOKEN {path}"],
             "task.yaml",
         ),
         (
@@ -248,22 +249,22 @@ START = (
                 "p",
             ],
             [
-                f"{TPU_VM} scp {{kept}} mine:maxlm-mine.sh.new {WHERE}",
+                f"{TPU_VM} scp {{path}} mine:maxlm-mine.sh.new {WHERE}",
                 f"{TPU_VM} ssh mine {WHERE} '--command={START}'",
             ],
             "worker.sh",
         ),
     ],
 )
-def test_submit(arguments, calls, kept, client, run):
-    path = f"runs/llama2_7b/launch/{kept}"
-    calls = [shlex.split(call.format(kept=path)) for call in calls]
+def test_submit(arguments, calls, file_name, client, run):
+    path = f"runs/llama2_7b/launch/{file_name}"
+    calls = [shlex.split(call.format(path=path)) for call in calls]
     job = ["launch", *arguments, "--submit"]
     code, _, err = run(*job)
-    what = (
+    message = (
         f"{path}: {calls[0][0]} is not on the PATH here; the job is kept in this file"
     )
-    assert (code, what in err) == (2, True)
+    assert (code, message in err) == (2, True)
     text = Path(path).read_text()
     # What is submitted is what is kept, wherever else it is written.
     client(calls[0][0])
@@ -275,19 +276,21 @@ def test_submit(arguments, calls, kept, client, run):
     client(calls[0][0], code=3)
     code, out, _ = run(*job)
     assert (code, len(out.removeprefix(text).splitlines())) == (1, 1)
-    assert os.listdir(Path(path).parent) == [kept]
+    assert os.listdir(Path(path).parent) == [file_name]
 
 
 def test_a_spot_node_has_no_such_grace(run):
     job = ["launch", "jobset", *GPU, *IN_CLUSTER]
     note = "note: GKE's Spot nodes give 15 s, not 120, unless their pool says so\n"
-    for more, said in ([], ""), (["--spot"], note), (["--spot", "--grace", "15"], ""):
-        assert "".join(re.findall("note: .*\n", run(*job, *more).err)) == said
+    cases = [([], ""), (["--spot"], note), (["--spot", "--grace", "15"], "")]
+    for options, expected in cases:
+        notes = re.findall("note: .*\n", run(*job, *options).err)
+        assert "".join(notes) == expected
 
 
 def test_known_errors_of_the_plan_are_noted(run):
     long = ["llama3_8b", *TEXT, "folder=/data/runs", "--on", "h100x64"]
-    note = "note: speeds known to be wrong (held against 116 published runs): H100 at ≥ 8,192"
+    note = "note: speeds known to be wrong (compared with 116 published runs): H100 at ≥ 8,192"
     assert run("launch", "slurm", *long).err.count(note) == 1
     assert "note: " not in run("launch", "slurm", *GPU).err
 
@@ -295,9 +298,9 @@ def test_known_errors_of_the_plan_are_noted(run):
 def documented():
     files = ("docs/launch.md", "README.md", "launch/README.md")
     texts = [*((ROOT / file).read_text() for file in files), command.__doc__]
-    found = [re.findall(r"^ *maxlm launch .*", text, re.MULTILINE) for text in texts]
-    assert all(found)
-    return [line.strip() for lines in found for line in lines]
+    commands = [re.findall(r"^ *maxlm launch .*", text, re.MULTILINE) for text in texts]
+    assert all(commands)
+    return [line.strip() for lines in commands for line in lines]
 
 
 @pytest.mark.parametrize("line", documented())

@@ -64,7 +64,7 @@ def test_exit_codes(run):
             ["llama2_7b", "--restart", "2"],
             "--device-mtbf, --restart or --checkpoint needs a",
         ),
-        ([*FITS[1:], "--devices", "8"], "--devices goes without --on"),
+        ([*FITS[1:], "--devices", "8"], "--devices excludes --on"),
         (["diff", "nowhere.json", "nowhere.json"], "nowhere.json"),
         (["diff", "llama2_7b"], "missing argument 'second'"),
         (
@@ -72,7 +72,7 @@ def test_exit_codes(run):
             "unknown key model.remaat",
         ),
         ([*FITS[1:], "--search", "--mesh", "fsdp=32"], "--mesh is what --search"),
-        ([*FITS[1:], "--top", "2"], "--top is how many a search shows"),
+        ([*FITS[1:], "--top", "2"], "--top needs a search"),
         (["llama3_8b", "--serve"], "--serve needs a machine"),
         (
             ["llama3_8b", "--serve", "--on", "v5p-8", "--cache", "int3"],
@@ -80,11 +80,11 @@ def test_exit_codes(run):
         ),
         (
             ["llama3_8b", "--serve", "--on", "v5p-8", "--compile"],
-            "--compile is of training",
+            "--compile is for training runs",
         ),
         (
             ["llama3_8b", "--serve", "--on", "v5p-8", "--devices", "8"],
-            "--devices is of training",
+            "--devices is for training runs",
         ),
         (
             ["llama3_8b", "--serve", "--on", "v5p-8", "--mesh", "stage=4"],
@@ -94,7 +94,7 @@ def test_exit_codes(run):
             ["llama3_8b", "--serve", "--on", "v5p-8", "--weights", "fp8"],
             "--weights fp8: maxlm serves no quantized weights yet",
         ),
-        ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is of serving"),
+        ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is for serving"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, check_refused, tmp_path):
@@ -123,8 +123,8 @@ def test_on_this_machine_with_its_own_compiler(run):
     # What is trained takes the place of what was.
     outputs, reused = figures["outputs"], figures["outputs in arguments' place"]
     assert outputs["compiler"] == pytest.approx(reused["compiler"], rel=1e-3)
-    own, peak = figures["temporaries"]["compiler"], figures["peak"]["compiler"]
-    assert peak == pytest.approx(rest["compiler"] + own, rel=1e-3)
+    temporaries, peak = figures["temporaries"]["compiler"], figures["peak"]["compiler"]
+    assert peak == pytest.approx(rest["compiler"] + temporaries, rel=1e-3)
     # Products of all layers, in every trip of the loop over them.
     (products,) = out["compiled"]["products"].values()
     assert products["plan"] == pytest.approx(products["compiler"], rel=1e-3)
@@ -194,15 +194,15 @@ def test_a_search_prints_what_train_takes(run, tmp_path):
     out = run("plan", "llama3_8b", *settings, "--search", "--top", "2").out
     file = tmp_path / "found.yaml"
     file.write_text(out.split("for maxlm train\n")[1].split("\n\n")[0])
-    found = load_config(RunConfig, file).value
-    assert (found.data.batch_size, found.train.steps) == (256, 20000)
+    loaded = load_config(RunConfig, file).value
+    assert (loaded.data.batch_size, loaded.train.steps) == (256, 20000)
     assert out.count("fits: ") == 1
     assert run("plan", file, "--on", "v5p-64").code == 0
 
 
 def test_known_errors_stand_below_the_speeds_and_below_a_search(run):
     mixture = ["plan", "mixtral_8x7b", "--on", "v5p-256"]
-    line = "speeds known to be wrong (held against 116 published runs): mixtures of experts 34–98%"
+    line = "speeds known to be wrong (compared with 116 published runs): mixtures of experts 34–98%"
     words = " ".join(run(*mixture).out.split())
     assert words.count(line) == 1
     words = " ".join(run(*mixture, "--search", "--top", "2").out.split())
@@ -215,8 +215,8 @@ def test_a_search_in_vain(run):
     code, out, _ = run(*search)
     assert (code, "none fits; the least that any needs is" in out) == (1, True)
     code, out, _ = run(*search, "--json")
-    found = json.loads(out)
-    assert (code, found["fits"], found["search"]["best"]) == (1, False, [])
+    result = json.loads(out)
+    assert (code, result["fits"], result["search"]["best"]) == (1, False, [])
     code, out, _ = run("plan", "llama3_405b", "--on", "v5p-8960", "--search")
     assert (code, "none divides" in out) == (1, True)
 
@@ -261,23 +261,23 @@ def test_a_search_keeps_to_what_a_run_allows_and_json_stays_json(run):
     assert (code, plan["fits"], "candidates in" in err) == (0, True, True)
     assert best[0]["seconds"] == pytest.approx(plan["time"]["step"])
     assert best[0]["sizes"] == plan["mesh"]
-    assert all(own["sizes"]["context"] == 1 for own in best)
+    assert all(candidate["sizes"]["context"] == 1 for candidate in best)
 
 
 def test_serving(run, tmp_path):
     """A run's folder, its best split, and the exit codes."""
-    own = ["plan", "models/llama3_1_8b", "--serve", "--on", "h100x8"]
+    arguments = ["plan", "models/llama3_1_8b", "--serve", "--on", "h100x8"]
     code, out, _ = run(
-        *own, "--tpot-ms", "30", "--search", "--top", "2", "--price", "2"
+        *arguments, "--tpot-ms", "30", "--search", "--top", "2", "--price", "2"
     )
     assert (code, "12 fit" in out, "for a million" in out) == (0, True, True)
-    assert run(*own, "--tpot-ms", "1").code == 1
+    assert run(*arguments, "--tpot-ms", "1").code == 1
     code, out, _ = run("plan", "llama3_70b", "--serve", "--on", "h100x1")
     assert (code, "not one sequence" in out.split("does not fit: ")[1]) == (1, True)
     (tmp_path / "config.yaml").write_text("include: models/llama3_1_8b\nname: mine")
     sizes = ["--mesh", "data=4,tensor=2", "--batch", "64", "--cache", "int8"]
     page = ["--html", str(tmp_path / "page.html"), "--json"]
-    plan = json.loads(run("plan", str(tmp_path), *own[2:], *sizes, *page).out)
+    plan = json.loads(run("plan", str(tmp_path), *arguments[2:], *sizes, *page).out)
     assert (plan["name"], plan["point"]["batch"], plan["mesh"]["tensor"]) == (
         "mine",
         64,

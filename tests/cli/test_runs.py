@@ -20,7 +20,7 @@ def test_list(run, tmp_path):
         ["seven", "102", "-", "preempted", "0.0490", "56.0%"],
     ]
     listed = json.loads(run("runs", "list", tmp_path, "--json").out)
-    assert [each["name"] for each in listed] == ["new", "seven"]
+    assert [listed_run["name"] for listed_run in listed] == ["new", "seven"]
     assert run("runs", "list", tmp_path / "empty").out.startswith("no runs in ")
 
 

@@ -68,11 +68,10 @@ def test_a_conversation_by_lines(talk, tmp_path):
     assert "hällo" not in prompts[2]
     assert [request.sampling.seed for request in engine.requests] == [7, 8, 9]
     assert {request.sampling.temperature for request in engine.requests} == {0.5}
-    for request in engine.requests:  # an answer may fill the context
-        assert (
-            len(request.prompt_tokens) + request.sampling.max_new_tokens
-            == engine.max_length
-        )
+    for request in engine.requests:
+        # An answer may fill the context.
+        room = engine.max_length - len(request.prompt_tokens)
+        assert request.sampling.max_new_tokens == room
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_program(talk):
@@ -109,14 +108,13 @@ def test_a_model_without_a_chat_template(talk, tokenizer):
 def test_serve_says_what_is_wrong_before_it_loads(tmp_path, check_refused):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        what = f"127.0.0.1:{port}: cannot listen: Address already in use...--port..."
-        check_refused(tmp_path, ["serve", "runs/none", "--port", port], what)
+        message = f"127.0.0.1:{port}: cannot listen: Address already in use...--port..."
+        check_refused(tmp_path, ["serve", "runs/none", "--port", port], message)
     for option in ("--api-key-file", "--chat-template"):
-        for given, what in (("no", "does not exist"), (".", "is a directory")):
-            line = f"maxlm serve: invalid value for '{option}': file...{what}..."
-            check_refused(
-                tmp_path, ["serve", "runs/none", option, f"{tmp_path}/{given}"], line
-            )
+        for name, fault in (("no", "does not exist"), (".", "is a directory")):
+            arguments = ["serve", "runs/none", option, f"{tmp_path}/{name}"]
+            message = f"maxlm serve: invalid value for '{option}': file...{fault}..."
+            check_refused(tmp_path, arguments, message)
     for verb in (["serve", "--port", "0"], ["chat"]):
         check_refused(
             tmp_path, [*verb, f"{tmp_path}/no"], f"{tmp_path}/no: no such folder..."

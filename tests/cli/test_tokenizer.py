@@ -50,13 +50,13 @@ def test_encode_an_argument_and_decode_arguments(trained, run):
 
 
 def test_stats(trained, corpus, run):
-    found = json.loads(run("tokenizer", "stats", trained, corpus, "--json").out)
-    assert found["documents"] == 1
-    assert found["bytes"] == corpus.stat().st_size
-    assert found["bytes_per_token"] == found["bytes"] / found["tokens"]
-    assert 0 < found["vocabulary_use"] <= 1
+    measures = json.loads(run("tokenizer", "stats", trained, corpus, "--json").out)
+    assert measures["documents"] == 1
+    assert measures["bytes"] == corpus.stat().st_size
+    assert measures["bytes_per_token"] == measures["bytes"] / measures["tokens"]
+    assert 0 < measures["vocabulary_use"] <= 1
     table = run("tokenizer", "stats", trained, corpus).out
-    assert f"{found['tokens']:,}" in table
+    assert f"{measures['tokens']:,}" in table
     assert "bytes per token" in table
 
 
@@ -108,20 +108,20 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, tmp_path, monkeypatch,
 
 def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, run):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", "llama2")
-    kept = tmp_path / "kept"
-    take = ["tokenizer", "import", checkpoint, "--out", kept]
+    existing = tmp_path / "kept"
+    take = ["tokenizer", "import", checkpoint, "--out", existing]
     assert "not every text comes back" in run(*take).out
     assert "there is a tokenizer here already" in run(*take).err
     assert run(*take, "--force").code == 0
-    ids = run("tokenizer", "encode", kept, "the fox").out.split()
-    assert run("tokenizer", "decode", kept, *ids).out == "the fox"
+    ids = run("tokenizer", "encode", existing, "the fox").out.split()
+    assert run("tokenizer", "decode", existing, *ids).out == "the fox"
     out = tmp_path / "exported"
     out.mkdir()
     (out / "model.safetensors").write_bytes(b"stays")
-    assert run("tokenizer", "export", kept, "--out", out).code == 0
+    assert run("tokenizer", "export", existing, "--out", out).code == 0
     (checkpoint / "config.json").unlink()
     for path in checkpoint.iterdir():
-        assert (kept / path.name).read_bytes() == path.read_bytes()
+        assert (existing / path.name).read_bytes() == path.read_bytes()
         assert (out / path.name).read_bytes() == path.read_bytes()
     exported = {path.name for path in out.iterdir()}
     assert exported == {path.name for path in checkpoint.iterdir()} | {

@@ -40,8 +40,15 @@ def rendered():
             text = ("model.num_layers=1",)
         settings = [*text, "folder=/data/runs", *more]
         run = load_config(RunConfig, source, settings).value
-        options = JobOptions(**options)
-        how = {"scheduler": scheduler, "on": on, "options": options, "force": force}
-        return render_job(make_job(run, source, settings, **how)[0])
+        job, _ = make_job(
+            run,
+            source,
+            settings,
+            scheduler=scheduler,
+            on=on,
+            options=JobOptions(**options),
+            force=force,
+        )
+        return render_job(job)
 
     return make

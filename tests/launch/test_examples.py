@@ -43,18 +43,18 @@ def test_is_what_its_command_prints(name, capfd):
 def test_shell_scripts(name):
     checker = Path(sys.executable).with_name("shellcheck")
     for command in (["bash", "-n"], [checker, "--shell=bash"]):
-        found = subprocess.run(
+        result = subprocess.run(
             [*command, EXAMPLES / name], capture_output=True, text=True
         )
-        assert found.returncode == 0, found.stdout + found.stderr
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 def round_trip(jobset):
     from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-    found = JobsetV1alpha2JobSet.from_dict(deepcopy(jobset))
-    assert found is not None
-    return found.to_dict()
+    parsed = JobsetV1alpha2JobSet.from_dict(deepcopy(jobset))
+    assert parsed is not None
+    return parsed.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,21 @@ def expanded(text, variables):
     """What Kubernetes makes of a container's command, arguments and variables' values
     (third_party/forked/golang/expansion, and the API's words on `command`): ``$$`` is
     ``$``, ``$(NAME)`` a variable or itself, and any other ``$`` one."""
-    found, at = "", 0
+    result = ""
+    at = 0
     while at < len(text):
         end = text.find(")", at)
         if text[at : at + 2] == "$$":
-            found, at = found + "$", at + 2
+            result += "$"
+            at += 2
         elif text[at : at + 2] == "$(" and end > 0:
-            found += variables.get(text[at + 2 : end], text[at : end + 1])
+            name = text[at + 2 : end]
+            result += variables.get(name, text[at : end + 1])
             at = end + 1
         else:
-            found, at = found + text[at], at + 1
-    return found
+            result += text[at]
+            at += 1
+    return result
 
 
 @pytest.mark.parametrize(
@@ -129,11 +133,11 @@ def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, sele
         *((exit_code.format(code), None) for code in (12, 76, 125, 128, 137)),
         *((message, "Preempted") for message in (exit_code.format(75), evicted)),
     ]:
-        matching = [
-            name
-            for name, each in rules.items()
-            if any(re.search(p, message) for p in each["onJobFailureMessagePatterns"])
-        ]
+        matching = []
+        for name, policy in rules.items():
+            patterns = policy["onJobFailureMessagePatterns"]
+            if any(re.search(pattern, message) for pattern in patterns):
+                matching.append(name)
         assert matching == ([rule] if rule else []), message
     script = 'echo "$MAXLM_PROCESS_ID $MAXLM_NUM_PROCESSES $MAXLM_COORDINATOR"'
     if container["command"] == ["/bin/sh", "-c"]:
@@ -176,9 +180,7 @@ def test_skypilot_numbers_its_nodes():
         ["bash", "-c", script], env=env, capture_output=True, text=True
     ).stdout
     assert out.split() == [
-        *(
-            "MAXLM_COORDINATOR=10.0.0.7:8476",
-            "MAXLM_NUM_PROCESSES=2",
-            "MAXLM_PROCESS_ID=1",
-        )
+        "MAXLM_COORDINATOR=10.0.0.7:8476",
+        "MAXLM_NUM_PROCESSES=2",
+        "MAXLM_PROCESS_ID=1",
     ]

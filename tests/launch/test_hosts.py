@@ -19,8 +19,8 @@ TPUS = [
 
 @pytest.mark.parametrize(("name", "count", "chips", "topology", "kind"), TPUS)
 def test_tpu_slices(name, count, chips, topology, kind):
-    found = resolve_hosts(parse_topology(name), "jobset", name, None)
-    assert (found.count, found.devices, found.gke_topology) == (count, chips, topology)
-    assert found.accelerator_type == kind
-    hosts = f"{count} host{'s' if count > 1 else ''} of {chips}"
-    assert parse_topology(name).description.endswith(hosts)
+    hosts = resolve_hosts(parse_topology(name), "jobset", name, None)
+    assert (hosts.count, hosts.devices, hosts.gke_topology) == (count, chips, topology)
+    assert hosts.accelerator_type == kind
+    words = f"{count} host{'s' if count > 1 else ''} of {chips}"
+    assert parse_topology(name).description.endswith(words)

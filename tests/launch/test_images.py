@@ -24,12 +24,12 @@ def test_lock(kind):
     locked = {canonicalize_name(name): Version(version) for name, version, _ in entries}
     assert all("--hash=sha256:" in rest for _, _, rest in entries)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
+    expected = [
         *project["dependencies"],
         *project["optional-dependencies"]["data"],
         EXTRA[kind],
     ]
-    for text in wanted:
+    for text in expected:
         requirement = Requirement(text)
         version = locked.get(canonicalize_name(requirement.name))
         assert version, f"{requirement.name} is not locked"

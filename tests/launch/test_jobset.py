@@ -87,17 +87,19 @@ def test_a_dollar_reaches_the_program(pod, machine):
     prompts = f'samples.prompts=["{text}"]'
     _, spec = pod(on, [prompts, *more], env=("FIRST=1", f"NOTE={text}"))
     (container,) = spec["containers"]
-    variables = {each["name"]: each.get("value", "") for each in container["env"]}
+    variables = {
+        variable["name"]: variable.get("value", "") for variable in container["env"]
+    }
     assert expanded(variables["NOTE"], variables) == text
     words = [*container["command"], *container.get("args", ())]
     assert any(prompts in expanded(word, variables) for word in words)
 
 
 @pytest.mark.parametrize(
-    ("on", "wanted"), [("v5p-8", False), ("v5p-64", True), ("h100x64", False)]
+    ("on", "expected"), [("v5p-8", False), ("v5p-64", True), ("h100x64", False)]
 )
-def test_a_slice_of_several_hosts_has_a_node_pool_to_itself(pod, on, wanted):
-    assert ("annotations" in pod(on)[0]["metadata"]) == wanted
+def test_a_slice_of_several_hosts_has_a_node_pool_to_itself(pod, on, expected):
+    assert ("annotations" in pod(on)[0]["metadata"]) == expected
 
 
 def test_gpus_have_a_kind(pod):

@@ -85,13 +85,11 @@ def test_slurm_in_a_container(program, rendered, tmp_path):
     program("srun", '#!/bin/bash\nprintf "%s\\n" "$@" > "$LOG"\n')
     mounts = ("/data:/data", "/fast disk:/scratch")
     script = rendered("slurm", "h100x64", image="docker://a", mount=mounts)
-    assert (
-        subprocess.run(["bash", "-c", script], env=environment(tmp_path)).returncode
-        == 0
-    )
-    given = (tmp_path / "log").read_text().splitlines()
+    done = subprocess.run(["bash", "-c", script], env=environment(tmp_path))
+    assert done.returncode == 0
+    logged = (tmp_path / "log").read_text().splitlines()
     # pyxis takes the last of several.
-    assert [word for word in given if "mounts" in word] == [
+    assert [word for word in logged if "mounts" in word] == [
         "--container-mounts=/data:/data,/fast disk:/scratch"
     ]
 
@@ -164,11 +162,11 @@ def test_a_worker_runs_one_at_a_time(program, rendered, tmp_path):
     assert log.read_text().count("start") == 1
     os.killpg(first.pid, signal.SIGKILL)
     deadline = time.monotonic() + 300
-    while (
-        third := subprocess.run(command, env=env, capture_output=True)
-    ).returncode == 2:
+    third = subprocess.run(command, env=env, capture_output=True)
+    while third.returncode == 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+        third = subprocess.run(command, env=env, capture_output=True)
     assert third.returncode == 0
 
 
@@ -205,12 +203,12 @@ def test_a_config_of_this_machine_goes_along(scheduler, tmp_path, program):
     job, _ = make_job(
         run, str(source), ["seed=7"], scheduler=scheduler, on=on, options=options
     )
-    script = text = render_job(job)
+    text = render_job(job)
+    script = text
     if scheduler == "jobset":
-        pod = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"][
-            "template"
-        ]
-        script = pod["spec"]["containers"][0]["args"][0]
+        (replicated,) = yaml.safe_load(text)["spec"]["replicatedJobs"]
+        pod = replicated["template"]["spec"]["template"]["spec"]
+        script = pod["containers"][0]["args"][0]
     elif scheduler == "skypilot":
         script = yaml.safe_load(text)["run"]
     elif scheduler == "ray":

@@ -1,4 +1,4 @@
-"""Small models of every kind of layer, for the plan's formulas to be held against."""
+"""Small models of every kind of layer, to compare the plan's formulas with."""
 
 from typing import Any
 
@@ -86,10 +86,10 @@ def run(model: str, layout: str, **changes: Any) -> RunConfig:
     settings = dict(CELLS[layout].settings)
     micro = MICRO if cell.mesh.get("stage", 1) > 1 else 1
     sizes = {"vocab_size": 88, "num_layers": 4, "d_model": 32}
-    own = MODELS[model] if model in MODELS else cells.MODELS[model]
+    model_settings = MODELS[model] if model in MODELS else cells.MODELS[model]
     return RunConfig.model_validate(
         {
-            "model": {**sizes, **own, "max_seq_len": SEQ, **changes},
+            "model": {**sizes, **model_settings, "max_seq_len": SEQ, **changes},
             "task": _TASKS.get(model, {"kind": "clm"}),
             "data": {"seq_len": SEQ, "batch_size": ROWS * micro},
             "mesh": cell.mesh,

@@ -13,7 +13,7 @@ from maxlm.plan.communication import list_collectives
 from maxlm.plan.compiled.compare import count_step_products
 from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.compiled.program import compute_peak_bytes, make_abstract_batch
-from maxlm.plan.memory import estimate_memory, persistent_bytes
+from maxlm.plan.memory import count_stored_bytes, estimate_memory
 from maxlm.plan.timing import count_frozen_forward_flops
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.workload import RunWorkload, StepShape
@@ -81,67 +81,69 @@ def test_frozen_base(layout, kind):
     DPO's reference is the base, whose pass holds less than training."""
     plain = run(layout, "gqa_window", remat="none").model_dump()
     parts = {"task": {"kind": kind}, "adapter": {"kind": "lora", "rank": 4}}
-    shape, cost, held = compiled(RunConfig.model_validate(plain | parts))
-    assert sum(persistent_bytes(shape).values()) == pytest.approx(
-        held.argument_size_in_bytes, rel=1e-3
+    shape, cost, memory = compiled(RunConfig.model_validate(plain | parts))
+    assert sum(count_stored_bytes(shape).values()) == pytest.approx(
+        memory.argument_size_in_bytes, rel=1e-3
     )
     assert float(estimate_memory(shape).total) == pytest.approx(
-        compute_peak_bytes(held), rel=0.25
+        compute_peak_bytes(memory), rel=0.25
     )
     # The reference's attention counts at half, whatever tiles are skipped.
     products = cost.matmul_flops + cost.attention_flops
     exact = {"sft": 1e-6, "dpo": 0.04}[kind]
-    own = count_step_products(shape).total_flops + count_frozen_forward_flops(shape)
-    assert own == pytest.approx(products, rel=exact)
+    planned = count_step_products(shape).total_flops + count_frozen_forward_flops(shape)
+    assert planned == pytest.approx(products, rel=exact)
     if kind == "sft" and layout == "fsdp":
         assert sum(sent(shape).values()) == pytest.approx(cost.wire_bytes(), rel=0.01)
 
 
 def compiled(config: RunConfig):
-    setup = set_up_run(
-        config, jax.devices()[: prod(getattr(config.mesh, a) for a in MESH_AXES)]
-    )
+    num_devices = prod(getattr(config.mesh, axis) for axis in MESH_AXES)
+    setup = set_up_run(config, jax.devices()[:num_devices])
     arguments = setup.abstract_state, make_abstract_batch(setup)
     step: Any = setup.jit_train_step()
     with jax.set_mesh(setup.mesh):
         program = step.__wrapped__.lower(*arguments).compile(compiler_options=QUICK)
     sizes = dict(setup.mesh.shape)
     work = RunWorkload(config, jnp.float32)
-    how = config.train.micro_batches, config.model.remat, parse_topology("cpux8")
-    shape = StepShape(work, sizes, *how)
-    return (
-        shape,
-        read_compiled_cost(program.as_text(), sizes),
-        program.memory_analysis(),
+    shape = StepShape(
+        work,
+        sizes,
+        config.train.micro_batches,
+        config.model.remat,
+        parse_topology("cpux8"),
     )
+    cost = read_compiled_cost(program.as_text(), sizes)
+    return shape, cost, program.memory_analysis()
 
 
 def sent(shape: StepShape) -> Counter[tuple[str, str]]:
     total: Counter[tuple[str, str]] = Counter()
     sizes = shape.split.sizes
-    for c in list_collectives(shape):
-        axes = "+".join(a for a in sizes if a in c.axes and sizes[a] > 1)
+    for collective in list_collectives(shape):
+        axes = "+".join(
+            axis for axis in sizes if axis in collective.axes and sizes[axis] > 1
+        )
         if axes:
-            total[c.kind, axes] += float(c.wire_bytes(shape.split))
+            sent_bytes = float(collective.wire_bytes(shape.split))
+            total[collective.kind, axes] += sent_bytes
     return total
 
 
 def gathered_for_top_k(shape: StepShape) -> Counter[tuple[str, str]]:
     """XLA:CPU gathers every token's fp32 scores of experts for a top-k, which it cannot
     split; forward, and once more to differentiate."""
-    moe, sizes, rules = (
-        shape.work.config.model.moe,
-        shape.split.sizes,
-        shape.split.compute,
-    )
-    axes = [a for a in sizes if a in (*rules.batch, *rules.residual) and sizes[a] > 1]
+    moe = shape.work.config.model.moe
+    sizes = shape.split.sizes
+    rules = shape.split.compute
+    token_axes = (*rules.batch, *rules.residual)
+    axes = [axis for axis in sizes if axis in token_axes and sizes[axis] > 1]
     if moe is None or not axes:
         return Counter()
-    others = prod(sizes[a] for a in axes) - 1
-    one = float(shape.residual_tokens) * moe.num_experts * 4 * others
-    return Counter(
-        {("all-gather", "+".join(axes)): 2 * shape.work.num_expert_layers * one}
-    )
+    others = prod(sizes[axis] for axis in axes) - 1
+    one_layer = float(shape.residual_tokens) * moe.num_experts * 4 * others
+    sent_bytes = 2 * shape.work.num_expert_layers * one_layer
+    return Counter({("all-gather", "+".join(axes)): sent_bytes})
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def gathered_for_top_k(shape: StepShape) -> Counter[tuple[str, str]]:
 def test_bytes_sent_and_products(layout, model, off):
     if OLD and "pp" in layout:
         pytest.skip("jax 0.10 adds gathers of its own")
-    shape, cost, held = compiled(run(layout, model))
+    shape, cost, memory = compiled(run(layout, model))
     products = cost.matmul_flops + cost.attention_flops
     ours = sent(shape)
     theirs = Counter(cost.wire_by_kind_and_axes())
@@ -163,16 +165,19 @@ def test_bytes_sent_and_products(layout, model, off):
             assert ours[key] == pytest.approx(theirs[key], rel=3 * off), key
     # Relative biases leave positions of the batch unread, which the compiler drops.
     exact = 0.01 if model == "encoder_decoder" else 1e-3
-    assert sum(persistent_bytes(shape).values()) == pytest.approx(
-        held.argument_size_in_bytes, rel=exact
+    assert sum(count_stored_bytes(shape).values()) == pytest.approx(
+        memory.argument_size_in_bytes, rel=exact
     )
     if model == "moe" or "cp" in layout:
         # products in kernels, or of blocks that the mask skips as the program runs
         return
     # Scores of one tile are computed once for two uses; beside maps and attention a
     # decoder beside an encoder makes biases of a table.
-    again = shape.work.is_attention_recomputed(shape.remat)
-    exact = 1e-3 if model == "encoder_decoder" else 0.05 if again else 1e-6
+    exact = 1e-6
+    if model == "encoder_decoder":
+        exact = 1e-3
+    elif shape.work.is_attention_recomputed(shape.remat):
+        exact = 0.05
     assert count_step_products(shape).total_flops == pytest.approx(products, rel=exact)
 
 
@@ -180,12 +185,12 @@ def test_bytes_sent_and_products(layout, model, off):
 def test_every_remat_policy(remat):
     """The peak is a CPU's, whose compiler keeps other copies than a TPU's;
     benchmarks/plan_memory.py has the machines that matter."""
-    shape, cost, held = compiled(run("fsdp", "gqa_window", remat=remat))
+    shape, cost, memory = compiled(run("fsdp", "gqa_window", remat=remat))
     products = cost.matmul_flops + cost.attention_flops
     exact = 0.05 if shape.work.is_attention_recomputed(remat) else 1e-6  # as above
     assert count_step_products(shape).total_flops == pytest.approx(products, rel=exact)
     assert sum(sent(shape).values()) == pytest.approx(cost.wire_bytes(), rel=0.02)
     if remat == "none":
         assert float(estimate_memory(shape).total) == pytest.approx(
-            compute_peak_bytes(held), rel=0.25
+            compute_peak_bytes(memory), rel=0.25
         )

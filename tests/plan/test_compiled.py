@@ -108,7 +108,7 @@ def test_stacked_arrays_of_a_loop_are_not_read_whole_in_every_trip():
     """Four times the layers are four times the bytes, not sixteen."""
 
     def function(x, w):
-        return lax.scan(lambda c, own: (jnp.sin(c * own), c), x, w)
+        return lax.scan(lambda c, layer: (jnp.sin(c * layer), c), x, w)
 
     # Large enough that what does not scale is nothing beside them.
     texts = (text_of(function, (K, 512), (n, K, 512)) for n in (8, 32))
@@ -164,9 +164,9 @@ def test_each_collective_has_its_axes_and_bytes(
     x = jax.ShapeDtypeStruct((8 * ROWS, COLUMNS), jnp.float32, sharding=sharding)
     text = jax.jit(step).lower(x).compile().as_text()
     cost = read_compiled_cost(text, dict(devices.shape))
-    (found,) = cost.collectives
-    assert (found.kind, found.axes, found.count) == (kind, axes, 5)
-    assert (found.payload_bytes, found.wire_bytes) == (SIZE, 5 * size)
+    (collective,) = cost.collectives
+    assert (collective.kind, collective.axes, collective.count) == (kind, axes, 5)
+    assert (collective.payload_bytes, collective.wire_bytes) == (SIZE, 5 * size)
     assert cost.wire_by_kind_and_axes() == {(kind, axes): 5 * size}
     assert cost.wire_bytes(kind=kind) == cost.wire_bytes(axes=axes) == cost.wire_bytes()
     assert cost.wire_bytes(kind="nothing") == 0

@@ -33,8 +33,12 @@ def test_variadic_collectives_sum_their_parts():
 replica_groups={{0,1},{2,3}}, use_global_device_ids=true, to_apply=%add
 """
     )
-    (found,) = read_compiled_cost(text, {"data": 2, "tensor": 2}).collectives
-    assert (found.axes, found.payload_bytes, found.wire_bytes) == ("tensor", 64, 64)
+    (collective,) = read_compiled_cost(text, {"data": 2, "tensor": 2}).collectives
+    assert (collective.axes, collective.payload_bytes, collective.wire_bytes) == (
+        "tensor",
+        64,
+        64,
+    )
 
 
 def test_a_start_and_its_done_are_one_collective():
@@ -163,11 +167,9 @@ custom_call_target="AsyncCollectiveDone"
         "reduce-scatter": (2, 2 * 7 * 8 * 64 * 2),
     }
     assert traffic.custom_calls == []
-    started_bytes, under, scatters = (
-        (16 + 16 + 128) * 64 * 2,
-        2 * 32 * 32 * 2,
-        (64 + 8) * 64 * 2,
-    )
+    started_bytes = (16 + 16 + 128) * 64 * 2
+    under = 2 * 32 * 32 * 2
+    scatters = (64 + 8) * 64 * 2
     assert traffic.memory_bytes == started_bytes + under + 2 * scatters
 
 

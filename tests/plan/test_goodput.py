@@ -6,7 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from maxlm.plan.goodput import best_interval_seconds, estimate_goodput, goodput_ratio
+from maxlm.plan.goodput import (
+    compute_best_interval_seconds,
+    compute_goodput_ratio,
+    estimate_goodput,
+)
 
 
 def simulated(
@@ -21,7 +25,8 @@ def simulated(
     failure = random.exponential(mean)
     while now < end:
         if now + interval + write <= failure:
-            now, done = now + interval + write, done + interval
+            now += interval + write
+            done += interval
             continue
         now = failure
         failure = now + random.exponential(mean)
@@ -34,7 +39,7 @@ def simulated(
 
 @pytest.mark.parametrize("times", [(600, 7200, 30, 300), (900, 3600, 60, 900)])
 def test_progress_is_what_a_simulated_run_makes(times):
-    assert goodput_ratio(*times) == pytest.approx(
+    assert compute_goodput_ratio(*times) == pytest.approx(
         simulated(*times, hours=60_000), rel=0.02
     )
 
@@ -42,18 +47,21 @@ def test_progress_is_what_a_simulated_run_makes(times):
 @given(mean=st.floats(1e3, 1e7), share=st.floats(1e-5, 0.2), restart=st.floats(0, 1e3))
 def test_the_best_interval_is(mean, share, restart):
     write = share * mean
-    found = minimize_scalar(
-        lambda tau: -goodput_ratio(tau, mean, write, restart),
+    optimum = minimize_scalar(
+        lambda tau: -compute_goodput_ratio(tau, mean, write, restart),
         bounds=(write / 100, 5 * mean),
         method="bounded",
         options={"xatol": 1e-4 * write},
     )
-    best = goodput_ratio(best_interval_seconds(mean, write), mean, write, restart)
-    assert best == pytest.approx(-found.fun, rel=1e-3)
+    best = compute_goodput_ratio(
+        compute_best_interval_seconds(mean, write), mean, write, restart
+    )
+    assert best == pytest.approx(-optimum.fun, rel=1e-3)
 
 
 def test_a_larger_machine_fails_more_often():
-    few, many = (estimate_goodput(n, 1e9, 36.0, 100) for n in (256, 16_384))
+    few = estimate_goodput(256, 1e9, 36.0, 100)
+    many = estimate_goodput(16_384, 1e9, 36.0, 100)
     assert few.mtbf_hours == pytest.approx(64 * many.mtbf_hours)
     # 419 interruptions in 54 days on 16,384 devices: one every three hours.
     assert many.mtbf_hours == pytest.approx(54 * 24 / 419)
@@ -63,7 +71,7 @@ def test_a_larger_machine_fails_more_often():
 
 def test_the_ends_of_the_scale():
     assert estimate_goodput(64, 1e9, 10.0, 0).configured == 0
-    assert goodput_ratio(1e9, 60, 1, 1) == 0
-    found = estimate_goodput(64, 0.0, 30.0, 100)
-    assert found.best > 0.999
-    assert found.best_interval_seconds == 30.0  # no oftener than there are steps
+    assert compute_goodput_ratio(1e9, 60, 1, 1) == 0
+    goodput = estimate_goodput(64, 0.0, 30.0, 100)
+    assert goodput.best > 0.999
+    assert goodput.best_interval_seconds == 30.0  # no oftener than there are steps

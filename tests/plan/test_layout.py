@@ -183,7 +183,8 @@ def test_axes_are_named_with_what_they_run_over():
     )
 
 
-WHOLE, SPLIT = {"embed": "null"}, {"embed": "fsdp"}
+WHOLE = {"embed": "null"}
+SPLIT = {"embed": "fsdp"}
 ZERO = {
     0: {"storage": WHOLE},
     1: {"storage": WHOLE, "gradients": WHOLE, "optimizer": SPLIT},
@@ -202,20 +203,15 @@ def test_zero_splits_what_its_number_says(kind):
     }
     ways = 8
     norms = 4096 * 65 * 4
-    found = lay_out({"fsdp": ways}, **settings, **{"sharding.max_unsharded": 1})
-    whole = 4 * found.parameters
+    layout = lay_out({"fsdp": ways}, **settings, **{"sharding.max_unsharded": 1})
+    whole = 4 * layout.parameters
     split = (whole - norms) // ways + norms
-    assert found.parameter_bytes == (split if kind >= 3 else whole)
-    assert found.gradient_bytes == (split if kind >= 2 else whole)
-    assert found.optimizer_bytes == 2 * (split if kind >= 1 else whole) + 8
-    over = (
-        "parameters over fsdp=8",
-        "gradients over fsdp=8",
-        "optimizer state over fsdp=8",
-    )
-    assert found.notes[1:] == (
-        (f"ZeRO-{kind}: {', '.join(over[-kind:])}",) if kind else ()
-    )
+    assert layout.parameter_bytes == (split if kind >= 3 else whole)
+    assert layout.gradient_bytes == (split if kind >= 2 else whole)
+    assert layout.optimizer_bytes == 2 * (split if kind >= 1 else whole) + 8
+    parts = ("parameters", "gradients", "optimizer state")[-kind:]
+    over = ", ".join(f"{part} over fsdp=8" for part in parts)
+    assert layout.notes[1:] == ((f"ZeRO-{kind}: {over}",) if kind else ())
 
 
 def test_kv_heads_that_are_whole_on_purpose():
@@ -223,11 +219,11 @@ def test_kv_heads_that_are_whole_on_purpose():
         "sharding.storage.kv_heads": "null",
         "sharding.compute.kv_heads": "null",
     }
-    found = lay_out({"tensor": 16, "fsdp": 2}, **settings)
-    assert found.notes[2] == (
+    layout = lay_out({"tensor": 16, "fsdp": 2}, **settings)
+    assert layout.notes[2] == (
         "8 kv heads are whole on every device of tensor=16, each of which computes "
         "them all and "
         "reads those of its own query heads"
     )
-    (key,) = [row for row in found.rows if row.path == "layers.attention.key.kernel"]
+    (key,) = [row for row in layout.rows if row.path == "layers.attention.key.kernel"]
     assert key.replicas == 16

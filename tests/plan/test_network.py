@@ -27,42 +27,54 @@ def split(**sizes: int) -> MeshPartitioning:
 
 def test_a_whole_torus_uses_all_its_links():
     """v5p:4x4x4, six links of 90 GB/s each way."""
-    taken = network("v5p-128").seconds("all-gather", ("fsdp",), 64e9, split(fsdp=64))
+    taken = network("v5p-128").estimate_seconds(
+        "all-gather", ("fsdp",), 64e9, split(fsdp=64)
+    )
     assert float(taken) == pytest.approx(63e9 / (6 * 90e9), rel=0.001)
     # An axis along one dimension uses two.
-    own = split(fsdp=16, tensor=4)
-    taken = network("v5p-128").seconds("reduce-scatter", ("tensor",), 1e9, own)
+    mesh = split(fsdp=16, tensor=4)
+    taken = network("v5p-128").estimate_seconds(
+        "reduce-scatter", ("tensor",), 1e9, mesh
+    )
     assert float(taken) == pytest.approx(0.75e9 / (2 * 90e9), rel=0.01)
 
 
 def test_a_slice_without_rings_has_half():
-    open_, closed = (
-        float(network(f"v5e-{n}").seconds("all-gather", ("fsdp",), 1e12, split(fsdp=n)))
-        for n in (64, 256)
+
+    def seconds(chips: int) -> float:
+        machine = network(f"v5e-{chips}")
+        mesh = split(fsdp=chips)
+        return float(machine.estimate_seconds("all-gather", ("fsdp",), 1e12, mesh))
+
+    assert seconds(64) / seconds(256) == pytest.approx(
+        2 * (63 / 64) / (255 / 256), rel=0.01
     )
-    assert open_ / closed == pytest.approx(2 * (63 / 64) / (255 / 256), rel=0.01)
 
 
 def test_between_slices_goes_what_a_slice_has_summed():
     """Each of 256 chips all-reduces a 256th over the network: 2 · 31/32 of it at 3.125
     GB/s."""
-    own = split(data=32, fsdp=256)
-    taken = network("32xv5e-256").seconds("all-reduce", ("data",), 1e9, own)
+    mesh = split(data=32, fsdp=256)
+    taken = network("32xv5e-256").estimate_seconds("all-reduce", ("data",), 1e9, mesh)
     assert float(taken) == pytest.approx(2 * 31 / 32 * 1e9 / 3.125e9, rel=0.001)
-    both = network("32xv5e-256").seconds("all-reduce", ("data", "fsdp"), 256e9, own)
+    both = network("32xv5e-256").estimate_seconds(
+        "all-reduce", ("data", "fsdp"), 256e9, mesh
+    )
     inside = 2 * 255 / 256 * 256e9 / (4 * 45e9)
     assert float(both) == pytest.approx(inside + 2 * 31 / 32 * 1e9 / 3.125e9, rel=0.001)
 
 
 def test_gpus_within_a_host_and_between_hosts():
     hosts = network("h100x64")
-    near = hosts.seconds("all-gather", ("tensor",), 8e9, split(data=8, tensor=8))
+    near = hosts.estimate_seconds(
+        "all-gather", ("tensor",), 8e9, split(data=8, tensor=8)
+    )
     assert float(near) == pytest.approx(7e9 / 450e9, rel=0.01)
     # A ring of all leaves each host once with eight cards' worth of network: 400 GB/s.
-    far = hosts.seconds("all-gather", ("fsdp",), 64e9, split(fsdp=64))
+    far = hosts.estimate_seconds("all-gather", ("fsdp",), 64e9, split(fsdp=64))
     assert float(far) == pytest.approx(63e9 / 400e9, rel=0.01)
     # One of a host's eight GPUs in each group: its own card alone.
-    alone = hosts.seconds("all-reduce", ("data",), 1e9, split(data=8, fsdp=8))
+    alone = hosts.estimate_seconds("all-reduce", ("data",), 1e9, split(data=8, fsdp=8))
     assert float(alone) == pytest.approx(2 * 7 / 8 * 1e9 / 50e9, rel=0.01)
 
 
@@ -77,7 +89,7 @@ def test_gpus_within_a_host_and_between_hosts():
     ],
 )
 def test_links_in_words(name, sizes, axes, link):
-    assert network(name).link(axes, split(**{"fsdp": 1, **sizes})) == link
+    assert network(name).describe_link(axes, split(**{"fsdp": 1, **sizes})) == link
 
 
 @given(
@@ -92,12 +104,15 @@ def test_links_in_words(name, sizes, axes, link):
 def test_many_meshes_at_once_are_each_by_itself(name, kind, axes):
     meshes = [(4, 64, 1, 1), (4, 16, 1, 4), (8, 8, 2, 2), (32, 8, 1, 1), (256, 1, 1, 1)]
     names = ("data", "fsdp", "context", "tensor")
-    each = [split(**dict(zip(names, mesh, strict=True))) for mesh in meshes]
-    every = MeshPartitioning(
-        CONFIG, {a: np.array([s.sizes[a] for s in each], float) for a in MESH_AXES}
+    splits = [split(**dict(zip(names, mesh, strict=True))) for mesh in meshes]
+    columns = {
+        axis: np.array([one.sizes[axis] for one in splits], float) for axis in MESH_AXES
+    }
+    every = MeshPartitioning(CONFIG, columns)
+    machine = network(name)
+    together = np.broadcast_to(
+        machine.estimate_seconds(kind, axes, 1e9, every), len(meshes)
     )
-    own = network(name)
-    together = np.broadcast_to(own.seconds(kind, axes, 1e9, every), len(meshes))
-    alone = [float(own.seconds(kind, axes, 1e9, one)) for one in each]
+    alone = [float(machine.estimate_seconds(kind, axes, 1e9, one)) for one in splits]
     assert together == pytest.approx(alone, rel=1e-12)
     assert all(t >= 0 for t in alone)

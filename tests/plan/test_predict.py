@@ -32,8 +32,10 @@ def test_products_follow_from_parameters_and_tokens_and_recomputing_trades_memor
         peak = 64 * CHIPS["v5p"].peak_flops["bf16"]
         products = float(plan.time.products) * EFFICIENCY["tpu"].matmul * peak
         matrices = plan.layout.parameters - 128256 * 4096
-        again = products / (2 * matrices * plan.layout.tokens_per_step)
-        assert factor - (0.4 if remat != "mlp" else 1) < again <= factor
+        forward_passes = products / (2 * matrices * plan.layout.tokens_per_step)
+        # Of an MLP's three matrices "mlp" keeps two products.
+        tolerance = 1 if remat == "mlp" else 0.4
+        assert factor - tolerance < forward_passes <= factor
         plans.append(plan)
     memory = [float(plan.memory.total) for plan in plans]
     assert memory == sorted(memory, reverse=True)
@@ -64,16 +66,19 @@ def test_a_step_waits_for_new_memory_where_no_pool_holds_it():
         config = run("demo", "data.batch_size=16", f"data.seq_len={seq_len}")
         pool = plan_run(config, machine)
         memory = pool.memory
-        new = float(memory.total - memory.parameters - memory.optimizer - memory.batch)
+        stored = memory.parameters + memory.optimizer + memory.batch
+        transient = float(memory.total - stored)
         waited = 1e9 * (plan_run(config, slow).step_seconds - pool.step_seconds)
-        if new <= 2**25:
+        if transient <= 2**25:
             assert waited == 0
-        elif new >= 1.1 * 2**25:
-            assert waited == pytest.approx(new, rel=1e-6)
+            seen.add("kept")
+        elif transient >= 1.1 * 2**25:
+            assert waited == pytest.approx(transient, rel=1e-6)
+            seen.add("given back")
         else:
-            assert 0 < waited < new
-        seen.add((new > 2**25) + (new >= 1.1 * 2**25))
-    assert seen == {0, 1, 2}
+            assert 0 < waited < transient
+            seen.add("either")
+    assert seen == {"kept", "given back", "either"}
 
 
 def test_json_is_plain_and_whole():
@@ -95,16 +100,14 @@ def test_json_is_plain_and_whole():
     assert sum(out["time"][part] for part in steps) == pytest.approx(
         out["time"]["step"]
     )
-    assert {c["kind"] for c in out["collectives"]} >= {
-        "all-gather",
-        "ragged-all-to-all",
-    }
-    assert all(
-        c["sent_bytes"] > 0 and c["axes"] and c["link"] for c in out["collectives"]
-    )
-    assert sum(c["seconds"] for c in out["collectives"]) == pytest.approx(
-        out["time"]["communication"], rel=1e-3
-    )
+    kinds = {collective["kind"] for collective in out["collectives"]}
+    assert kinds >= {"all-gather", "ragged-all-to-all"}
+    for collective in out["collectives"]:
+        assert collective["sent_bytes"] > 0
+        assert collective["axes"]
+        assert collective["link"]
+    seconds = sum(collective["seconds"] for collective in out["collectives"])
+    assert seconds == pytest.approx(out["time"]["communication"], rel=1e-3)
 
 
 def test_a_v5e_exchanges_blocks_for_the_worst_case():
@@ -113,7 +116,7 @@ def test_a_v5e_exchanges_blocks_for_the_worst_case():
     def rows(on: str) -> float:
         plan = plan_run(run("mixtral_8x7b", "mesh.expert=8"), Machine.from_name(on))
         return sum(
-            s.sent_bytes for s in plan.collectives if s.what.startswith("experts: ")
+            s.sent_bytes for s in plan.collectives if s.content.startswith("experts: ")
         )
 
     assert rows("v5e-64") == pytest.approx(4 * rows("v6e-64"))
@@ -132,9 +135,14 @@ def test_a_mesh_that_the_machine_cannot_have(on, setting, words):
         plan_run(run("llama2_7b", setting), Machine.from_name(on))
 
 
-def tpu(coords, slice_index: int) -> SimpleNamespace:
-    own = {"coords": coords, "slice_index": slice_index, "process_index": coords[0]}
-    return SimpleNamespace(platform="tpu", device_kind="TPU v5", **own)
+def tpu(coords: tuple[int, int, int], slice_index: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        platform="tpu",
+        device_kind="TPU v5",
+        coords=coords,
+        slice_index=slice_index,
+        process_index=coords[0],
+    )
 
 
 def gpu(kind: str, process: int = 0) -> SimpleNamespace:
@@ -145,10 +153,10 @@ def gpu(kind: str, process: int = 0) -> SimpleNamespace:
 
 def test_the_machine_that_is_here():
     places = [(x, y, z) for x in range(4) for y in range(4) for z in range(2)]
-    found = Machine.from_devices([tpu(p, s) for s in range(2) for p in places])
-    assert found.topology == Machine.from_name("2xv5p-64").topology
-    for a_process in (8, 1):
-        gpus = [gpu("H100 80GB HBM3", i // a_process) for i in range(16)]
+    machine = Machine.from_devices([tpu(p, s) for s in range(2) for p in places])
+    assert machine.topology == Machine.from_name("2xv5p-64").topology
+    for gpus_per_process in (8, 1):
+        gpus = [gpu("H100 80GB HBM3", i // gpus_per_process) for i in range(16)]
         assert (
             Machine.from_devices(gpus).topology == Machine.from_name("h100x16").topology
         )
@@ -170,9 +178,8 @@ def report(path: Path, name: str = "demo") -> tuple[dict[str, Any], str]:
 
 def test_a_report_holds_the_whole_plan_and_its_name_cannot_break_out(tmp_path):
     hostile = "a </script><script>alert(1)</script> <!--<script> & {{plan}} {{title}} ü"
-    (plan, page), (_, usual) = (
-        report(tmp_path / "page", name) for name in (hostile, "demo")
-    )
+    plan, page = report(tmp_path / "page", hostile)
+    _, usual = report(tmp_path / "page", "demo")
     (data,) = re.findall(
         r'<script id="data" type="application/json">(.*?)</script>', page, re.S
     )

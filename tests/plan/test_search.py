@@ -27,20 +27,21 @@ def brute_force(config: RunConfig, machine: Machine) -> float:
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     residuals = (["context"], ["context", "tensor"])
     for data, tensor, stage, micro, remat, residual in product(
-        *(divisors, divisors, divisors, (1, 2, 8), get_args(RematPolicy), residuals)
+        divisors, divisors, divisors, (1, 2, 8), get_args(RematPolicy), residuals
     ):
+        if n % (data * tensor * stage):
+            continue
         settings = config.model_dump()
         settings["mesh"] = {"data": data, "tensor": tensor, "stage": stage}
         settings["train"]["micro_batches"] = micro
         settings["model"]["remat"] = remat
         settings["sharding"]["compute"]["residual"] = residual
-        if n % (data * tensor * stage) == 0:
-            try:
-                plan = plan_run(RunConfig.model_validate(settings), machine)
-            except MaxlmError:
-                continue
-            if plan.fits and not plan.barely_fits:
-                best = min(best, plan.step_seconds or inf)
+        try:
+            plan = plan_run(RunConfig.model_validate(settings), machine)
+        except MaxlmError:
+            continue
+        if plan.fits and not plan.barely_fits:
+            best = min(best, plan.step_seconds or inf)
     return best
 
 
@@ -53,10 +54,13 @@ def test_divisors_of_a_large_number_are_those_of_a_count():
 def test_nothing_better_is_missed():
     config = run(**{"data.batch_size": 32})
     machine = Machine.from_name("h100x4")
-    found = search_layouts(config, machine, top=3)
-    assert found.best[0].seconds <= brute_force(config, machine) * (1 + 1e-9) < inf
+    result = search_layouts(config, machine, top=3)
+    assert result.best[0].seconds <= brute_force(config, machine) * (1 + 1e-9) < inf
     assert (
-        found.num_tried >= found.num_divisible >= found.num_fitting >= len(found.best)
+        result.num_tried
+        >= result.num_divisible
+        >= result.num_fitting
+        >= len(result.best)
     )
 
 
@@ -66,10 +70,10 @@ def test_nothing_better_is_missed():
 def test_what_is_found_is_a_plan(name, on):
     config = run(name)
     machine = Machine.from_name(on)
-    found = search_layouts(config, machine, top=5)
-    assert len(found.best) == 5
-    assert [c.seconds for c in found.best] == sorted(c.seconds for c in found.best)
-    for candidate in found.best:
+    result = search_layouts(config, machine, top=5)
+    assert len(result.best) == 5
+    assert [c.seconds for c in result.best] == sorted(c.seconds for c in result.best)
+    for candidate in result.best:
         plan = plan_run(candidate.apply(config), machine)
         assert plan.fits
         assert prod(candidate.sizes.values()) == machine.topology.devices
@@ -81,7 +85,8 @@ def test_what_is_found_is_a_plan(name, on):
 
 
 def test_the_snippet_is_the_candidate(tmp_path):
-    source, file = tmp_path / "own.yaml", tmp_path / "found.yaml"
+    source = tmp_path / "own.yaml"
+    file = tmp_path / "found.yaml"
     mine = {"include": "llama3_8b", "mesh": {"tensor": 8}}
     mine["data"] = {"sources": [{"name": "a", "documents": ["x"], "weight": 1.0}]}
     source.write_text(yaml.safe_dump(mine))
@@ -93,16 +98,16 @@ def test_the_snippet_is_the_candidate(tmp_path):
     config = run(str(source), **settings)
     machine = Machine.from_name("v5p-64")
     for best in search_layouts(config, machine, top=3).best:
-        wanted = best.apply(config)
-        file.write_text(format_run_yaml(wanted, str(source)))
-        assert load_config(RunConfig, file).value == wanted
+        applied = best.apply(config)
+        file.write_text(format_run_yaml(applied, str(source)))
+        assert load_config(RunConfig, file).value == applied
         assert yaml.safe_load(file.read_text())["include"] == str(source)
 
 
 def test_slices_are_crossed_by_data_or_stages_alone():
     machine = Machine.from_name("2xv5e-16")
-    found = search_layouts(run(**{"data.batch_size": 64}), machine, top=20)
-    assert len(found.best) == 20
+    result = search_layouts(run(**{"data.batch_size": 64}), machine, top=20)
+    assert len(result.best) == 20
     assert all(
-        c.sizes["data"] % 2 == 0 or c.sizes["stage"] % 2 == 0 for c in found.best
+        c.sizes["data"] % 2 == 0 or c.sizes["stage"] % 2 == 0 for c in result.best
     )

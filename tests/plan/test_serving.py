@@ -18,6 +18,7 @@ from maxlm.plan.predict import Machine
 from maxlm.plan.serving import (
     ServedModel,
     ServingOptions,
+    WeightFormat,
     list_serving_points,
     read_workload,
     search_serving,
@@ -41,13 +42,19 @@ def load(name: str, *settings: str) -> RunConfig:
 
 
 def place(
-    name, on, prompt, new, *, tensor=1, cache: Any = "auto", weights: Any = "auto"
-):
+    name: str,
+    on: str,
+    prompt: int,
+    new: int,
+    *,
+    tensor: int = 1,
+    cache: CacheFormat = "auto",
+    weights: WeightFormat = "auto",
+) -> ServedModel:
     machine = Machine.from_name(on)
     options = ServingOptions(prompt, new, weights)
-    return ServedModel(
-        read_workload(load(name), machine, options), machine, options, tensor, cache
-    )
+    work = read_workload(load(name), machine, options)
+    return ServedModel(work, machine, options, tensor, cache)
 
 
 def test_the_sums_that_everyone_knows():
@@ -65,12 +72,13 @@ def quantized_bytes(tokens: int, key: Size, value: Size | None, bits: int) -> in
     """Bytes of one layer's keys and values, (heads, size) each, as numpy holds them: a
     ring of 64 tokens and two pages in 16 bits; pages of codes for all, keys' scales by
     channel, values' by token."""
-    page, scales = (32, 1) if bits == 8 else (64, 2)
+    page = 32 if bits == 8 else 64
+    scales = 1 if bits == 8 else 2
     pages = ceil(tokens / page)
     arrays: list[np.ndarray] = []
-    for shape in filter(None, (key, value)):
-        arrays.append(np.zeros((64 + 2 * page, *shape), np.float16))
-    for heads, size in filter(None, (key, value)):
+    shapes = [shape for shape in (key, value) if shape]
+    for heads, size in shapes:
+        arrays.append(np.zeros((64 + 2 * page, heads, size), np.float16))
         arrays.append(np.zeros((pages, page, heads, size * bits // 8), np.uint8))
     arrays.append(np.zeros((pages, scales, *key), np.float16))
     if value:
@@ -89,37 +97,44 @@ def quantized_bytes(tokens: int, key: Size, value: Size | None, bits: int) -> in
 @pytest.mark.parametrize("length", [40, 64, 65, 777])
 def test_caches_are_as_large_as_their_arrays(name, layers, key, value, length):
     # A TPU's pages have room for whole lanes.
-    key, value = (of and (of[0], ceil(of[1] / 128) * 128) for of in (key, value))
-    exact = 2 * layers * sum(heads * size for heads, size in filter(None, (key, value)))
+    def pad(shape: Size) -> Size:
+        heads, size = shape
+        return heads, ceil(size / 128) * 128
+
+    key = pad(key)
+    value = value and pad(value)
+    elements = sum(heads * size for heads, size in (key, value or (0, 0)))
+    exact = 2 * layers * elements
     for cache, bits in (("auto", 16), ("int8", 8), ("int4", 4)):
         served = place(name, "v5p-2", 30, length - 30, cache=cache)
         if cache == "auto":
             assert served.count_cache_bytes(length) == exact * 32 * ceil(length / 32)
         else:
-            own = layers * quantized_bytes(length, key, value, bits)
-            assert served.count_cache_bytes(length) == own
+            expected = layers * quantized_bytes(length, key, value, bits)
+            assert served.count_cache_bytes(length) == expected
 
 
 def test_scales_leave_what_the_formats_promise():
-    whole, *formats = (
-        count_token_bytes(
-            place("smollm2_135m", "h100x1", 8, 8, cache=cache).layer_caches
-        )
-        for cache in get_args(CacheFormat)
-    )
-    assert np.all(np.array(formats) / whole <= [0.53, 0.31])
+    token_bytes = {}
+    for cache in get_args(CacheFormat):
+        served = place("smollm2_135m", "h100x1", 8, 8, cache=cache)
+        token_bytes[cache] = count_token_bytes(served.layer_caches)
+    assert token_bytes["int8"] / token_bytes["auto"] <= 0.53
+    assert token_bytes["int4"] / token_bytes["auto"] <= 0.31
 
 
 def test_windows_keep_their_pages_alone():
     """Gemma 3 1B: of 26 layers each sixth sees all tokens, others 512."""
-    wide, token = 26 // 6, 2 * 256 * 2
+    wide = 26 // 6
+    token = 2 * 256 * 2
     for length in (100, 512, 2000, 5000):
         served = place("gemma3_1b", "v5e-1", 50, length - 50)
-        pages = min(ceil(length / PAGE_TOKENS), ceil(511 / PAGE_TOKENS) + 1)
-        slots = PAGE_TOKENS * (wide * ceil(length / PAGE_TOKENS) + (26 - wide) * pages)
+        pages = ceil(length / PAGE_TOKENS)
+        window_pages = min(pages, ceil(511 / PAGE_TOKENS) + 1)
+        slots = PAGE_TOKENS * (wide * pages + (26 - wide) * window_pages)
         assert served.count_cache_bytes(length) == token * slots
     row = place("gemma3_1b", "v5e-1", 50, 4950, cache="int8")
-    local = next(own for own in row.layer_caches if own.window)
+    local = next(layer for layer in row.layer_caches if layer.window)
     page = PAGE_TOKENS * 256 + 256 * 2 + PAGE_TOKENS * 256 + PAGE_TOKENS * 2
     pages = ceil(511 / PAGE_TOKENS) + 1
     assert count_sequence_bytes({local: 1}, 5000) == 128 * token + pages * page
@@ -128,17 +143,15 @@ def test_windows_keep_their_pages_alone():
 @pytest.mark.parametrize(("tensor", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
 def test_devices_keep_one_kv_head_each_where_there_are_fewer(tensor, heads):
     """Qwen3 30B: 48 layers with 4 heads of 128. No kernel is gathered."""
-    served, whole = (
-        place("qwen3_30b_a3b", "h100x8", 32, 32, tensor=n) for n in (tensor, 1)
-    )
+    served = place("qwen3_30b_a3b", "h100x8", 32, 32, tensor=tensor)
+    whole = place("qwen3_30b_a3b", "h100x8", 32, 32, tensor=1)
     assert served.count_cache_bytes(64) == 2 * 48 * heads * 128 * 2 * 64
     assert count_token_bytes(served.unsplit_caches) == count_token_bytes(
         whole.layer_caches
     )
     shape, _ = served._plan_pass(1, 4)
-    assert {c.kind for c in list_collectives(shape) if c.phase == "forward"} <= {
-        "all-reduce"
-    }
+    kinds = {sent.kind for sent in list_collectives(shape) if sent.phase == "forward"}
+    assert kinds <= {"all-reduce"}
 
 
 def test_a_state_is_of_one_size():
@@ -172,7 +185,8 @@ def test_weights_are_counted_once_and_split():
 
 def test_a_step_is_its_roofline():
     served = place("llama3_1_8b", "h100x1", 1024, 512)
-    norms, bandwidth = 65 * 4096, 3350e9 * DECODE_EFFICIENCY["nvidia"].reading
+    norms = 65 * 4096
+    bandwidth = 3350e9 * DECODE_EFFICIENCY["nvidia"].reading
     read = 2 * (8_030_261_248 - norms - 128256 * 4096) + 4 * norms
     time = served.estimate_decode_seconds(np.array([1.0, 4000.0]))
     assert time["weights"][0] == pytest.approx(read / bandwidth)
@@ -202,13 +216,21 @@ def test_tensor_parallelism_sums_up_twice_a_layer():
     served = place("llama3_1_8b", "h100x8", 128, 128, tensor=4)
     split = served.split
     rows = 16
-    hidden, logits = rows * 4096 * 2, rows * 128256 * 4
+    hidden = rows * 4096 * 2
+    logits = rows * 128256 * 4
 
     def seconds(kind: str, size: int) -> float:
-        return float(served.machine.seconds(kind, ("tensor",), size, split)) / 0.54
+        return (
+            float(served.machine.estimate_seconds(kind, ("tensor",), size, split))
+            / 0.54
+        )
 
-    own = (2 * 32 + 1) * seconds("all-reduce", hidden) + seconds("all-gather", logits)
-    assert served.estimate_decode_seconds(rows)["communication"] == pytest.approx(own)
+    expected = (2 * 32 + 1) * seconds("all-reduce", hidden) + seconds(
+        "all-gather", logits
+    )
+    assert served.estimate_decode_seconds(rows)["communication"] == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,15 +242,16 @@ def test_more_sequences_are_slower_each_and_faster_together(name):
     assert batches == sorted(set(batches))
     assert batches[-1] == plan.max_batch or len(batches) > 13
     for values in ("tpot_seconds", "tokens_per_second"):
-        found = [getattr(point, values) for point in plan.curve]
-        assert found == sorted(found)
+        figures = [getattr(point, values) for point in plan.curve]
+        assert figures == sorted(figures)
     assert plan.fits
     assert json.loads(json.dumps(asdict(plan), allow_nan=False))["point"]["batch"] > 0
 
 
 def test_experts_are_read_as_tokens_meet_them():
     served = place("mixtral_8x7b", "v5p-2", 64, 64)
-    one, many = (served.count_read_weight_bytes(rows) for rows in (1, 500))
+    one = served.count_read_weight_bytes(1)
+    many = served.count_read_weight_bytes(500)
     # 12.9 of 46.7 billion parameters are met by one token (Mixtral, table 1), tables
     # apart.
     assert one / many == pytest.approx(12.9 / 46.7, rel=0.02)

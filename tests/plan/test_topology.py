@@ -27,8 +27,8 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_vendors_names(name):
-    found = parse_topology(name)
-    assert (found.platform, found.compiler_name, found.devices) == KNOWN[name]
+    topology = parse_topology(name)
+    assert (topology.platform, topology.compiler_name, topology.devices) == KNOWN[name]
 
 
 NOT_KNOWN = {
@@ -64,9 +64,9 @@ def test_names_of_no_machine(name):
 def test_what_a_name_counts(name, words, wraps):
     """From the vendors' pages: what a name counts, and which dimensions close to a
     ring."""
-    found = parse_topology(name)
-    assert words in found.description
-    assert list(found.wraps) == wraps
+    topology = parse_topology(name)
+    assert words in topology.description
+    assert list(topology.wraps) == wraps
 
 
 @pytest.mark.parametrize("chips", [64, 128, 192, 256, 512, 768, 4096])

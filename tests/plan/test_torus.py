@@ -22,14 +22,14 @@ def test_one_axis_of_all_chips_of_a_slice_lies_along_all_dimensions(machine):
     topology = parse_topology(machine)
     dimensions = "·".join("xyz"[: len(topology.shape)])
     slices = {"data": 2} if topology.slices == 2 else {}
-    found = find(machine, fsdp=prod(topology.shape), **slices)
-    assert found == {"fsdp": dimensions} | dict.fromkeys(slices, "")
+    lies_along = find(machine, fsdp=prod(topology.shape), **slices)
+    assert lies_along == {"fsdp": dimensions} | dict.fromkeys(slices, "")
 
 
 def test_axes_as_large_as_the_sides_lie_along_one_dimension_each():
-    found = find("v5p:4x4x8", data=8, fsdp=4, tensor=4)
-    assert found["data"] == "z"
-    assert sorted(found.values()) == ["x", "y", "z"]
+    lies_along = find("v5p:4x4x8", data=8, fsdp=4, tensor=4)
+    assert lies_along["data"] == "z"
+    assert sorted(lies_along.values()) == ["x", "y", "z"]
 
 
 def test_two_chiplets_of_a_chip_are_no_step_on_the_torus():

@@ -15,7 +15,8 @@ from maxlm.sharding import bind_mesh
 from maxlm.tasks import TASKS, SourceInputs, TaskModels, Vocabulary
 from tests.models.building import QUICK
 
-VOCAB, EOS = 97, 2
+VOCAB = 97
+EOS = 2
 PREFERENCE_CASES: dict[str, dict[str, Any]] = {
     "reward": {"kind": "reward"},
     "reward_centred": {"kind": "reward", "center_rewards": 0.3},
@@ -68,17 +69,20 @@ def draw_rows(seed: int, count: int = 6) -> list[dict[str, Any]]:
     """Rows that every task reads, of ragged lengths; answers are good and bad by
     turns."""
     random = np.random.default_rng(seed)
-    return [
-        {
-            "prompt": draw_text(random),
-            "chosen": (chosen := draw_text(random)),
+    rows = []
+    for i in range(count):
+        prompt = draw_text(random)
+        chosen = draw_text(random)
+        row = {
+            "prompt": prompt,
+            "chosen": chosen,
             "rejected": draw_text(random),
             "completion": chosen,
             "label": i % 3 != 1,
             "margin": round(float(random.normal()), 3),
         }
-        for i in range(count)
-    ]
+        rows.append(row)
+    return rows
 
 
 def make_task(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Any:
@@ -104,8 +108,9 @@ def make_batch(
     """Rows [batch_size, ...] of a task's file, each of its examples once."""
     file = task.open_files("files")
     inputs = make_inputs(seq_len, batch_size)
-    once = {"shuffle": False, "endless": False}
-    source = task.make_source(file, np.arange(len(file)), inputs, **once)
+    source = task.make_source(
+        file, np.arange(len(file)), inputs, shuffle=False, endless=False
+    )
     return source.rows(step, range(batch_size))
 
 
@@ -138,10 +143,10 @@ def _jit_step(kind: Any, settings: str, model: Any, frozen_model: Any) -> Any:
 
         def total(params):
             models = TaskModels(bind(model, params), frozen)
-            found = jax.lax.map(
-                lambda own: task.loss(models, own, jax.random.key(0)), micro
+            results = jax.lax.map(
+                lambda rows: task.loss(models, rows, jax.random.key(0)), micro
             )
-            loss, sums = jax.tree.map(lambda x: x.sum(0), found)
+            loss, sums = jax.tree.map(lambda x: x.sum(0), results)
             return loss / sums["tokens"], sums
 
         return jax.value_and_grad(total, has_aux=True)(params)

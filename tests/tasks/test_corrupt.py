@@ -52,7 +52,8 @@ def recover(inputs, targets):
     """The tokens, with each sentinel of the inputs replaced by what follows it in the
     targets."""
     assert inputs[-1] == targets[-1] == SENTINELS.eos
-    inputs, targets = inputs[:-1], targets[:-1]
+    inputs = inputs[:-1]
+    targets = targets[:-1]
     if inputs.size and inputs[0] in MODES.values():
         inputs = inputs[1:]
     assert not targets.size or is_sentinel(targets[0])
@@ -60,14 +61,14 @@ def recover(inputs, targets):
     for token in targets.tolist():
         if is_sentinel(np.array(token)):
             assert token not in spans
-            spans[token] = own = []
+            spans[token] = span = []
         else:
-            own.append(token)
-    found = []
+            span.append(token)
+    tokens = []
     for token in inputs.tolist():
-        found += spans.pop(token) if is_sentinel(np.array(token)) else [token]
+        tokens += spans.pop(token) if is_sentinel(np.array(token)) else [token]
     assert not spans
-    return np.array(found, np.int32)
+    return np.array(tokens, np.int32)
 
 
 @given(sizes, denoisers, seeds)
@@ -79,10 +80,12 @@ def test_every_token_can_be_put_back(n, denoiser, seed):
     np.testing.assert_array_equal(recover(inputs, targets), tokens)
     assert (inputs[0] == denoiser.mode_token_id) == (denoiser.mode_token_id is not None)
 
-    own = inputs[is_sentinel(inputs)]
-    np.testing.assert_array_equal(own, SENTINELS.first_sentinel - np.arange(own.size))
-    np.testing.assert_array_equal(targets[is_sentinel(targets)], own)
-    assert own.size or n == 1
+    sentinels = inputs[is_sentinel(inputs)]
+    np.testing.assert_array_equal(
+        sentinels, SENTINELS.first_sentinel - np.arange(sentinels.size)
+    )
+    np.testing.assert_array_equal(targets[is_sentinel(targets)], sentinels)
+    assert sentinels.size or n == 1
     # No span is empty, none touches the next, and none comes first.
     assert not (is_sentinel(inputs[:-1]) & is_sentinel(inputs[1:])).any()
     assert not (is_sentinel(targets[:-1]) & ~(targets[1:] < WORDS)).any()
@@ -108,8 +111,8 @@ def test_noise_has_its_share_in_spans_of_the_mean(n, density, mean, seed):
     assert not noise[0]
     assert noise[-1]
     assert noise.sum() == np.clip(np.round(n * density), 1, n - 1)
-    wanted = max(1, np.round(noise.sum() / mean))
-    assert opens == min(wanted, noise.sum(), n - noise.sum())
+    expected = max(1, np.round(noise.sum() / mean))
+    assert opens == min(expected, noise.sum(), n - noise.sum())
 
 
 def test_every_division_into_spans_is_as_likely():
@@ -117,16 +120,19 @@ def test_every_division_into_spans_is_as_likely():
     rng = np.random.default_rng(0)
     times = 6000
     denoiser = Denoiser(3 / 7, 1.5)
-    found = Counter(tuple(denoiser.draw_noise(7, rng).tolist()) for _ in range(times))
+    counts = Counter(tuple(denoiser.draw_noise(7, rng).tolist()) for _ in range(times))
     every = {
-        tuple(np.repeat([False, True] * 2, [kept, taken, 4 - kept, 3 - taken]).tolist())
-        for kept, taken in product((1, 2, 3), (1, 2))
+        tuple(
+            np.repeat(
+                [False, True] * 2, [staying, taken, 4 - staying, 3 - taken]
+            ).tolist()
+        )
+        for staying, taken in product((1, 2, 3), (1, 2))
     }
-    assert set(found) == every
+    assert set(counts) == every
     expected = times / len(every)
-    assert (
-        sum((n - expected) ** 2 / expected for n in found.values()) < 20.5
-    )  # χ²₅, p = 0.001
+    chi_squared = sum((n - expected) ** 2 / expected for n in counts.values())
+    assert chi_squared < 20.5  # 5 degrees of freedom, p = 0.001
 
 
 @pytest.mark.parametrize(
@@ -139,9 +145,9 @@ def test_a_prefix_ends_anywhere_up_to_twice_the_mean(n, density, most):
     noise = np.array([denoiser.draw_noise(n, rng) for _ in range(times)])
     taken = noise.sum(axis=1)
     assert (noise == (np.arange(n) >= n - taken[:, None])).all()
-    found = np.bincount(taken, minlength=n)[1:]
-    assert found[:most].min() > 0.7 * times / most
-    assert not found[most:].any()
+    counts = np.bincount(taken, minlength=n)[1:]
+    assert counts[:most].min() > 0.7 * times / most
+    assert not counts[most:].any()
     if most > 1:
         assert abs(taken.mean() - density * n) < 0.04 * n
 
@@ -164,9 +170,8 @@ def test_published_examples():
     segments = np.repeat(np.arange(1, 501), 4).astype(np.int32)
     row = corrupt_row(text(2000), segments, mixture, SENTINELS, rng, **lengths)
     drawn = Counter(row["input_tokens"][row["input_tokens"] >= 510].tolist())
-    assert all(
-        abs(drawn[mode] - n) < 45 for mode, n in {510: 143, 511: 71, 512: 286}.items()
-    )
+    for mode, count in {510: 143, 511: 71, 512: 286}.items():
+        assert abs(drawn[mode] - count) < 45
 
 
 @st.composite
@@ -175,21 +180,20 @@ def rows(draw):
     pieces = draw(st.lists(st.integers(1, 60), min_size=0, max_size=6))
     padding = draw(st.integers(0 if pieces else 1, 9))
     segments = np.repeat(np.arange(len(pieces) + 1), [padding, *pieces])
-    segments = np.concatenate([segments[padding:], segments[:padding]]).astype(np.int32)
-    return np.where(segments > 0, text(segments.size), 0).astype(np.int32), segments
+    segments = np.roll(segments, -padding).astype(np.int32)
+    tokens = np.where(segments > 0, text(segments.size), 0)
+    return tokens.astype(np.int32), segments
 
 
-ENCODER, DECODER = (
-    ("tokens", "positions"),
-    ("tokens", "targets", "positions", "weights"),
-)
+ENCODER = ("tokens", "positions")
+DECODER = ("tokens", "targets", "positions", "weights")
 
 
 def side_of(row, prefix, names, number):
     """One segment's part of the arrays of a side."""
-    own = row[f"{prefix}segment_ids"] == number
-    assert (np.diff(np.flatnonzero(own)) == 1).all()
-    return {name: row[prefix + name][own] for name in names}
+    is_in_segment = row[f"{prefix}segment_ids"] == number
+    assert (np.diff(np.flatnonzero(is_in_segment)) == 1).all()
+    return {name: row[prefix + name][is_in_segment] for name in names}
 
 
 @given(
@@ -202,34 +206,36 @@ def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_le
     tokens, segments = row
     rng = np.random.default_rng(seed)
     lengths = {"encoder_len": 200, "decoder_len": decoder_len}
-    found = corrupt_row(tokens, segments, mixture, SENTINELS, rng, **lengths)
-    assert {a.dtype for n, a in found.items() if n != "weights"} == {np.dtype(np.int32)}
-    assert found["weights"].dtype == np.float32
-    np.testing.assert_array_equal(found["weights"], found["segment_ids"] > 0)
+    corrupted = corrupt_row(tokens, segments, mixture, SENTINELS, rng, **lengths)
+    assert {a.dtype for n, a in corrupted.items() if n != "weights"} == {
+        np.dtype(np.int32)
+    }
+    assert corrupted["weights"].dtype == np.float32
+    np.testing.assert_array_equal(corrupted["weights"], corrupted["segment_ids"] > 0)
     for prefix, names, size in (("input_", ENCODER, 200), ("", DECODER, decoder_len)):
-        padding = found[f"{prefix}segment_ids"] == 0
+        padding = corrupted[f"{prefix}segment_ids"] == 0
         assert padding.shape == (size,)
-        assert not any(found[prefix + name][padding].any() for name in names)
+        assert not any(corrupted[prefix + name][padding].any() for name in names)
         assert (np.diff(np.flatnonzero(~padding)) == 1).all()
 
-    kept = np.setdiff1d(found["segment_ids"], 0)
+    numbers = np.setdiff1d(corrupted["segment_ids"], 0)
     # A segment takes three more places than it has tokens: mode, end, a sentinel for
     # one token.
     has_room = min(200, decoder_len) >= segments.size + 3 * segments.max()
-    assert kept.size == segments.max() or not has_room
-    np.testing.assert_array_equal(kept, np.setdiff1d(found["input_segment_ids"], 0))
-    for number in kept:
-        inputs, own = (
-            side_of(found, "input_", ENCODER, number),
-            side_of(found, "", DECODER, number),
-        )
+    assert numbers.size == segments.max() or not has_room
+    np.testing.assert_array_equal(
+        numbers, np.setdiff1d(corrupted["input_segment_ids"], 0)
+    )
+    for number in numbers:
+        inputs = side_of(corrupted, "input_", ENCODER, number)
+        outputs = side_of(corrupted, "", DECODER, number)
         whole = tokens[segments == number]
-        again = recover(inputs["tokens"], own["targets"])
+        again = recover(inputs["tokens"], outputs["targets"])
         np.testing.assert_array_equal(again, whole[: again.size])
         assert again.size == whole.size or (again.size >= 2 and not has_room)
-        shifted = [SENTINELS.decoder_start_id, *own["targets"][:-1]]
-        np.testing.assert_array_equal(own["tokens"], shifted)
-        for side in (inputs, own):
+        shifted = [SENTINELS.decoder_start_id, *outputs["targets"][:-1]]
+        np.testing.assert_array_equal(outputs["tokens"], shifted)
+        for side in (inputs, outputs):
             np.testing.assert_array_equal(
                 side["positions"], np.arange(side["positions"].size)
             )
@@ -244,8 +250,12 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
     numbers = 1 + np.searchsorted(borders, np.arange(568), side="right").astype(
         np.int32
     )
-    found = corrupt_row(
-        *(text(568), numbers, (Denoiser(),), SENTINELS._replace(bos_ids=opening), rng),
+    corrupted = corrupt_row(
+        text(568),
+        numbers,
+        (Denoiser(),),
+        SENTINELS._replace(bos_ids=opening),
+        rng,
         encoder_len=512,
         decoder_len=120,
     )
@@ -261,11 +271,12 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
         if fitting:
             inputs, targets = lengths(max(fitting))
             np.testing.assert_array_equal(
-                found["input_tokens"][at : at + marks], opening
+                corrupted["input_tokens"][at : at + marks], opening
             )
-            at, to = at + marks + inputs, to + targets
-    assert np.count_nonzero(found["input_segment_ids"]) == at
-    assert np.count_nonzero(found["segment_ids"]) == to
+            at += marks + inputs
+            to += targets
+    assert np.count_nonzero(corrupted["input_segment_ids"]) == at
+    assert np.count_nonzero(corrupted["segment_ids"]) == to
 
 
 @pytest.mark.parametrize(
@@ -273,8 +284,8 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
 )
 def test_room_for_a_document_is_no_more_than_is_used(denoiser):
     rng = np.random.default_rng(0)
-    found = [corrupt_tokens(text(50), denoiser, SENTINELS, rng) for _ in range(400)]
-    most = tuple(max(pair[i].size for pair in found) for i in (0, 1))
+    pairs = [corrupt_tokens(text(50), denoiser, SENTINELS, rng) for _ in range(400)]
+    most = tuple(max(pair[i].size for pair in pairs) for i in (0, 1))
     assert most == compute_max_lengths(50, (denoiser,))
 
 
@@ -288,8 +299,8 @@ def masked(row, seed=0, starts_word=None, **settings):
     vocabulary = Vocabulary(WORDS, (), 0, SPECIAL, starts)
     rng = np.random.default_rng(seed)
     named = dict(zip(("tokens", "segment_ids"), row, strict=True))
-    found = task.mask_row(vocabulary, named, rng)
-    return {name: found[name] for name in ("tokens", "targets", "weights")}
+    arrays = task.mask_row(vocabulary, named, rng)
+    return {name: arrays[name] for name in ("tokens", "targets", "weights")}
 
 
 @given(rows(), seeds, st.floats(0.01, 0.99), st.booleans())
@@ -297,19 +308,19 @@ def test_masked_tokens_can_be_put_back_and_special_ones_stay(row, seed, share, w
     tokens, segments = row
     starts = text(WORDS, 3) % 3 == 0 if whole else None
     before = tokens.copy()
-    found = masked(row, seed, share=share, starts_word=starts)
+    arrays = masked(row, seed, share=share, starts_word=starts)
     np.testing.assert_array_equal(tokens, before)
-    assert [a.dtype for a in found.values()] == [np.int32, np.int32, np.float32]
-    chosen = found["weights"] == 1
-    assert set(np.unique(found["weights"])) <= {0, 1}
+    assert [a.dtype for a in arrays.values()] == [np.int32, np.int32, np.float32]
+    chosen = arrays["weights"] == 1
+    assert set(np.unique(arrays["weights"])) <= {0, 1}
     np.testing.assert_array_equal(
-        np.where(chosen, found["targets"], found["tokens"]), tokens
+        np.where(chosen, arrays["targets"], arrays["tokens"]), tokens
     )
-    assert not found["targets"][~chosen].any()
+    assert not arrays["targets"][~chosen].any()
 
     candidates = (segments > 0) & ~SPECIAL[tokens]
     assert not (chosen & ~candidates).any()
-    assert not SPECIAL[found["tokens"][chosen & (found["tokens"] != MASK)]].any()
+    assert not SPECIAL[arrays["tokens"][chosen & (arrays["tokens"] != MASK)]].any()
     budget = max(1, np.round(share * candidates.sum())) if candidates.any() else 0
     if starts is None:
         assert chosen.sum() == budget
@@ -340,11 +351,12 @@ def check_words(tokens, segments, candidates, starts, chosen, budget):
 
 def test_chosen_tokens_become_a_mask_another_or_stay():
     row = np.random.default_rng(1).integers(5, WORDS, 200_000).astype(np.int32)
-    found = masked((row, np.ones_like(row)))
-    chosen = found["weights"] == 1
+    arrays = masked((row, np.ones_like(row)))
+    chosen = arrays["weights"] == 1
     assert chosen.sum() == 30_000
-    became = found["tokens"][chosen]
-    is_mask, same = became == MASK, became == row[chosen]
+    became = arrays["tokens"][chosen]
+    is_mask = became == MASK
+    same = became == row[chosen]
     assert abs(is_mask.mean() - 0.8) < 0.01
     assert abs(same.mean() - 0.1 - 0.1 / 495) < 0.007
     others = np.bincount(became[~is_mask & ~same], minlength=WORDS)

@@ -2,6 +2,8 @@
 alone, in any layout; a stored teacher's rows are those that are trained on."""
 
 import json
+from math import prod
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,7 +28,9 @@ from tests.tasks.row_cases import (
     make_inputs,
 )
 
-SEQ, ROWS, WIDTH = 24, 4, 20
+SEQ = 24
+ROWS = 4
+WIDTH = 20
 MODEL = {
     "vocab_size": VOCAB + 3,  # splits over two devices
     "num_layers": 2,
@@ -40,74 +44,96 @@ TEACHER = MODEL | {"num_layers": 1, "d_model": WIDTH, "logit_cap": 9.0}
 
 
 def make_task(path, **settings):
-    own = {"kind": "distill", "teacher": "teacher", "examples_per_row": 1} | settings
-    return row_cases.make_task(path, draw_rows(5, ROWS), **own)
+    usual = {"kind": "distill", "teacher": "teacher", "examples_per_row": 1} | settings
+    return row_cases.make_task(path, draw_rows(5, ROWS), **usual)
+
+
+class Outputs(NamedTuple):
+    """Both models' outputs, in float64."""
+
+    student_hidden: np.ndarray
+    student_logits: np.ndarray
+    teacher_hidden: np.ndarray
+    teacher_logits: np.ndarray
+    feature_head: np.ndarray | None
+    """The student's map to the teacher's features."""
 
 
 def compute_loss(task, batch, **mesh):
-    """The loss's sums and gradient with random models on a mesh; and both models'
-    logits."""
-    settings = {"model": MODEL | {"heads": dict(task.required_heads)}, "task": task}
-    settings |= {
-        "compute_dtype": "float32",
-        "data": {"seq_len": SEQ, "batch_size": ROWS},
-    }
-    config = RunConfig.model_validate(settings | {"mesh": {"fsdp": 1} | mesh})
-    devices = jax.devices()[: int(np.prod(list(mesh.values()) or [1]))]
-    runs = [
-        set_up_run(
-            config.model_copy(update={"model": model}), devices, frozen_sources={}
-        )
-        for model in (config.model, DecoderConfig.model_validate(TEACHER))
-    ]
-    params = [run.init_train_state().params for run in runs]
-    spread = jax.tree.map(lambda p: 6 * p, params)
-    own = runs[0]
-    rows = [batch, task.batch_arrays(SEQ), range(ROWS), own.placed.compute, own.mesh]
-    put = make_global_batch(*rows, (1, ROWS), own.token_order)
+    """The loss's sums and gradient with random models on a mesh; and, on one device,
+    both models' outputs."""
+    config = RunConfig.model_validate(
+        {
+            "model": MODEL | {"heads": dict(task.required_heads)},
+            "task": task,
+            "compute_dtype": "float32",
+            "data": {"seq_len": SEQ, "batch_size": ROWS},
+            "mesh": {"fsdp": 1} | mesh,
+        }
+    )
+    devices = jax.devices()[: prod(mesh.values())]
+
+    def set_up(model):
+        run = config.model_copy(update={"model": model})
+        return set_up_run(run, devices, frozen_sources={})
+
+    student_run = set_up(config.model)
+    teacher_run = set_up(DecoderConfig.model_validate(TEACHER))
+    params = [run.init_train_state().params for run in (student_run, teacher_run)]
+    # Larger parameters, for distributions that differ.
+    student_params, teacher_params = jax.tree.map(lambda p: 6 * p, params)
+    put = make_global_batch(
+        batch,
+        task.batch_arrays(SEQ),
+        range(ROWS),
+        student_run.placed.compute,
+        student_run.mesh,
+        (1, ROWS),
+        student_run.token_order,
+    )
     put = {name: array[0] for name, array in put.items()}
 
-    def loss(student, teacher, put):
-        models = [
-            bind(run.model, p) for run, p in zip(runs, (student, teacher), strict=True)
-        ]
-        frozen = {"teacher": models[1]} if task.teacher else {}
-        return task.loss(TaskModels(models[0], frozen), put, jax.random.key(0))
+    def loss(student_params, teacher_params, put):
+        student = bind(student_run.model, student_params)
+        teacher = bind(teacher_run.model, teacher_params)
+        frozen = {"teacher": teacher} if task.teacher else {}
+        return task.loss(TaskModels(student, frozen), put, jax.random.key(0))
 
-    def states(student, teacher, put):
-        found = []
-        for run, p in zip(runs, (student, teacher), strict=True):
-            model = bind(run.model, p)
-            hidden = model(
-                *(put[name] for name in ("tokens", "positions", "segment_ids"))
-            )[0]
-            found.append((hidden, model.logits(hidden)))
-        return found
+    def run_models(student_params, teacher_params, put):
+        inputs = (put["tokens"], put["positions"], put["segment_ids"])
+        student = bind(student_run.model, student_params)
+        teacher = bind(teacher_run.model, teacher_params)
+        student_hidden, _ = student(*inputs)
+        teacher_hidden, _ = teacher(*inputs)
+        return (
+            student_hidden,
+            student.logits(student_hidden),
+            teacher_hidden,
+            teacher.logits(teacher_hidden),
+        )
 
-    run = bind_mesh(
-        own.mesh,
-        jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK),
-    )
-    (value, sums), gradient = run(*spread, put)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    step = bind_mesh(student_run.mesh, step)
+    (value, sums), gradient = step(student_params, teacher_params, put)
     sums = {name: float(x) for name, x in {"loss": value, **sums}.items()}
+    gradient = flatten_names(gradient)
     if mesh:
-        return sums, flatten_names(gradient), None
-    both = bind_mesh(own.mesh, jax.jit(states, compiler_options=QUICK))(*spread, put)
-    head = flatten_names(spread[0]).get("heads.features.kernel")
-    both = jax.tree.map(lambda a: np.asarray(a, np.float64), both)
-    return (
-        sums,
-        flatten_names(gradient),
-        (both, None if head is None else np.float64(head)),
+        return sums, gradient, None
+    forward = jax.jit(run_models, compiler_options=QUICK)
+    forward = bind_mesh(student_run.mesh, forward)
+    arrays = forward(student_params, teacher_params, put)
+    head = flatten_names(student_params).get("heads.features.kernel")
+    outputs = Outputs(
+        *(np.asarray(array, np.float64) for array in arrays),
+        feature_head=None if head is None else np.float64(head),
     )
+    return sums, gradient, outputs
 
 
 def log_softmax(x):
-    return (
-        x
-        - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - x.max(-1, keepdims=True)
-    )
+    largest = x.max(-1, keepdims=True)
+    total = np.exp(x - largest).sum(-1, keepdims=True)
+    return x - np.log(total) - largest
 
 
 def test_the_loss_is_the_formulas_and_alike_in_every_layout(tmp_path):
@@ -120,26 +146,24 @@ def test_the_loss_is_the_formulas_and_alike_in_every_layout(tmp_path):
     }
     task = make_task(tmp_path, **settings)
     batch = make_batch(task, SEQ, ROWS)
-    sums, gradient, (((hidden, student), (wanted, teacher)), head) = compute_loss(
-        task, batch
-    )
+    sums, gradient, outputs = compute_loss(task, batch)
     weights = batch["weights"]
-    own = (log_softmax(a / 1.7) for a in (student, teacher))
-    p, q = own
+    student = outputs.student_logits
+    p = log_softmax(student / 1.7)
+    q = log_softmax(outputs.teacher_logits / 1.7)
     mixture = np.log(0.7 * np.exp(p) + 0.3 * np.exp(q))
     kl = 0.3 * np.exp(q) * (q - mixture) + 0.7 * np.exp(p) * (p - mixture)
     divergence = 1.7**2 * (kl.sum(-1) * weights).sum()
-    at = np.take_along_axis(log_softmax(student), batch["targets"][..., None], -1)[
-        ..., 0
-    ]
-    entropy = -(at * weights).sum()
-    norm = np.take_along_axis(student, batch["targets"][..., None], -1)[..., 0] - at
-    features = (np.square(hidden @ head - wanted).mean(-1) * weights).sum()
-    loss = (
-        0.8 * divergence
-        + 0.2 * (entropy + 1e-2 * (norm**2 * weights).sum())
-        + 0.4 * features
-    )
+    targets = batch["targets"][..., None]
+    log_probs = np.take_along_axis(log_softmax(student), targets, -1)[..., 0]
+    entropy = -(log_probs * weights).sum()
+    # The log-normaliser.
+    norm = np.take_along_axis(student, targets, -1)[..., 0] - log_probs
+    z_loss = 1e-2 * (norm**2 * weights).sum()
+    predicted = outputs.student_hidden @ outputs.feature_head
+    errors = np.square(predicted - outputs.teacher_hidden).mean(-1)
+    features = (errors * weights).sum()
+    loss = 0.8 * divergence + 0.2 * (entropy + z_loss) + 0.4 * features
     want = {
         "divergence": divergence,
         "cross_entropy": entropy,
@@ -179,16 +203,15 @@ def store(rows, task, k, temperature=1.0):
     stored = []
     encoder = make_task_encoder(task.model_copy(update={"teacher": "any"}))
     for row in rows:
-        found = encoder(row)
-        targets = found["targets"][found["weights"] > 0]
+        arrays = encoder(row)
+        targets = arrays["targets"][arrays["weights"] > 0]
         q = log_softmax(random.normal(size=(len(targets), MODEL["vocab_size"])) * 3)
         ids = np.argsort(-q)[:, :k]
         top = np.take_along_axis(q, ids, -1)
         rest = np.log1p(-np.minimum(np.exp(top).sum(-1, keepdims=True), 1 - 1e-12))
-        own = ids, np.concatenate([top, rest], 1), targets
-        stored.append(
-            row | write_stored_teacher(*own) | {"teacher_temperature": temperature}
-        )
+        log_probs = np.concatenate([top, rest], 1)
+        columns = write_stored_teacher(ids, log_probs, targets)
+        stored.append(row | columns | {"teacher_temperature": temperature})
     return stored
 
 
@@ -199,12 +222,12 @@ def make_task_encoder(task):
 def test_a_stored_teacher_stands_beside_the_tokens_it_is_of(tmp_path):
     task = make_task(tmp_path, teacher=None, top_k=8)
     (row,) = store(draw_rows(0, 1), task, 8)
-    found = make_task_encoder(task)(row)
-    places = np.flatnonzero(found["weights"])
+    arrays = make_task_encoder(task)(row)
+    places = np.flatnonzero(arrays["weights"])
     ids = np.frombuffer(row["teacher_ids"], np.int32).reshape(-1, 8)
-    np.testing.assert_array_equal(found["teacher_ids"][places], ids)
+    np.testing.assert_array_equal(arrays["teacher_ids"][places], ids)
     log_probs = np.frombuffer(row["teacher_log_probs"], np.float32).reshape(-1, 9)
-    np.testing.assert_array_equal(found["teacher_log_probs"][places], log_probs)
+    np.testing.assert_array_equal(arrays["teacher_log_probs"][places], log_probs)
 
 
 def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(tmp_path):
@@ -212,22 +235,22 @@ def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(tmp_path):
         tmp_path, teacher=None, top_k=5, divergence="reverse_kl", chunk_tokens=7
     )
     encoder = make_task_encoder(task)
-    found = [encoder(row) for row in store(draw_rows(2, ROWS), task, 5)]
+    examples = [encoder(row) for row in store(draw_rows(2, ROWS), task, 5)]
     batch = {
         name: np.zeros((ROWS, *spec.shape), spec.dtype)
         for name, spec in task.batch_arrays(SEQ).items()
     }
-    for i, own in enumerate(found):
+    for i, example in enumerate(examples):
         for name, array in batch.items():
-            array[i, : len(own["tokens"])] = own[name]
-    sums, gradient, (((_, student), _), _) = compute_loss(task, batch)
-    p = np.exp(log_softmax(student))
+            array[i, : len(example["tokens"])] = example[name]
+    sums, gradient, outputs = compute_loss(task, batch)
+    p = np.exp(log_softmax(outputs.student_logits))
     want = 0.0
     for i, j in np.argwhere(batch["weights"]):
         q = batch["teacher_log_probs"][i, j].astype(np.float64)
-        own = p[i, j]
-        top = own[batch["teacher_ids"][i, j]]
-        classes = np.append(top, own.sum() - top.sum())
+        probabilities = p[i, j]
+        top = probabilities[batch["teacher_ids"][i, j]]
+        classes = np.append(top, probabilities.sum() - top.sum())
         want += (classes * (np.log(classes) - q)).sum()
     assert sums["divergence"] == pytest.approx(want, rel=1e-5)
     other, spread, _ = compute_loss(task, batch, fsdp=2, context=2, tensor=2)

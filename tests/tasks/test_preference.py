@@ -33,7 +33,8 @@ from tests.tasks.row_cases import (
 CONFIG = building.LLAMA_GQA.model_copy(
     update={"vocab_size": VOCAB, "max_seq_len": 96, "heads": {"score": 1}}
 )
-SEQ, ROWS = 42, 6
+SEQ = 42
+ROWS = 6
 every = pytest.mark.parametrize("name", PREFERENCE_CASES)
 
 
@@ -79,28 +80,32 @@ class Answers:
     def _compute(self, ids: list[int]) -> list[np.ndarray]:
         tokens = np.zeros((1, SEQ), np.int32)
         tokens[0, : len(ids)] = ids
-        found = self._run(self._params, tokens)
-        return [np.asarray(array[0, : len(ids)], np.float64) for array in found]
+        arrays = self._run(self._params, tokens)
+        return [np.asarray(array[0, : len(ids)], np.float64) for array in arrays]
 
     def log_probs(self, ids: list[int], num_prompt: int) -> np.ndarray:
-        logits = self._compute(ids)[0][:-1]
-        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-        return logits[np.arange(len(ids) - 1), ids[1:]][max(num_prompt - 1, 0) :]
+        logits, _ = self._compute(ids)
+        logits = logits[:-1]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        of_targets = log_probs[np.arange(len(ids) - 1), ids[1:]]
+        return of_targets[max(num_prompt - 1, 0) :]
 
     def score(self, ids: list[int]) -> float:
-        return self._compute(ids)[1][-1, 0]
+        _, scores = self._compute(ids)
+        return scores[-1, 0]
 
 
 def compute_formula(
-    settings: dict[str, Any], rows: list[dict[str, Any]], own: Answers, other: Answers
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    trained: Answers,
+    other: Answers,
 ) -> Any:
     """The mean loss, written out."""
     kind = settings["kind"]
     beta = settings.get("beta", 0.1)
-    form, eps = (
-        settings.get("loss_type", "sigmoid"),
-        settings.get("label_smoothing", 0.0),
-    )
+    form = settings.get("loss_type", "sigmoid")
+    eps = settings.get("label_smoothing", 0.0)
     sizes = [len(row["prompt"].split()) for row in rows]
 
     def log_probs(model: Answers, answer: str) -> list[np.ndarray]:
@@ -114,7 +119,7 @@ def compute_formula(
 
     if kind == "reward":
         chosen, rejected = (
-            np.array([own.score(sequence(row, side)) for row in rows])
+            np.array([trained.score(sequence(row, side)) for row in rows])
             for side in ("chosen", "rejected")
         )
         loss = -log_sigmoid(chosen - rejected - [row["margin"] for row in rows])
@@ -125,16 +130,19 @@ def compute_formula(
         kl = []
         for i, (row, size) in enumerate(zip(rows, sizes, strict=True)):
             ids = sequence(rows[i - 1], "completion", row["prompt"])
-            kl.append(sum(own.log_probs(ids, size)) - sum(other.log_probs(ids, size)))
+            kl.append(
+                sum(trained.log_probs(ids, size)) - sum(other.log_probs(ids, size))
+            )
         z = max(np.mean(kl), 0)
         pairs = zip(
-            log_probs(own, "completion"), log_probs(other, "completion"), strict=True
+            log_probs(trained, "completion"),
+            log_probs(other, "completion"),
+            strict=True,
         )
         losses = []
         for row, (ours, theirs) in zip(rows, pairs, strict=True):
-            sign, weight = (
-                (1, "desirable_weight") if row["label"] else (-1, "undesirable_weight")
-            )
+            sign = 1 if row["label"] else -1
+            weight = "desirable_weight" if row["label"] else "undesirable_weight"
             value = 1 / (1 + np.exp(-sign * beta * (ours.sum() - theirs.sum() - z)))
             losses.append(settings[weight] * (1 - value))
         return np.mean(losses)
@@ -142,7 +150,7 @@ def compute_formula(
     mean_of = form in ("ipo", "simpo") or kind == "orpo"
     reduce = np.mean if mean_of else np.sum
     chosen, rejected = (
-        np.array([reduce(x) for x in log_probs(own, side)]) for side in sides
+        np.array([reduce(x) for x in log_probs(trained, side)]) for side in sides
     )
     if kind == "dpo":
         base = [np.array([reduce(x) for x in log_probs(other, side)]) for side in sides]
@@ -151,7 +159,7 @@ def compute_formula(
     if kind == "orpo":
         odds = [x - np.log1p(-np.exp(x)) for x in (chosen, rejected)]
         whole = np.concatenate(
-            [own.log_probs(sequence(row, "chosen"), 1) for row in rows]
+            [trained.log_probs(sequence(row, "chosen"), 1) for row in rows]
         )
         return -whole.mean() - np.mean(beta * log_sigmoid(odds[0] - odds[1]))
     if form == "simpo":
@@ -166,11 +174,8 @@ def compute_formula(
     else:
         loss = -(1 - eps) * log_sigmoid(h) - eps * log_sigmoid(-h)
     if kind == "cpo":
-        loss = (
-            loss
-            - settings.get("alpha", 1.0)
-            * np.concatenate(log_probs(own, "chosen")).mean()
-        )
+        chosen_mean = np.concatenate(log_probs(trained, "chosen")).mean()
+        loss = loss - settings.get("alpha", 1.0) * chosen_mean
     return np.mean(loss)
 
 
@@ -183,7 +188,7 @@ def test_a_loss_is_its_formula(name, seed, models, tmp_path):
     loss, sums, _ = compute_loss_and_gradient(task, models, make_batch(task, SEQ, ROWS))
     model, mesh, *params = models
     want = compute_formula(
-        settings, rows, *(Answers(model, mesh, own) for own in params)
+        settings, rows, *(Answers(model, mesh, values) for values in params)
     )
     assert loss == pytest.approx(want, rel=2e-5)
     assert sums["tokens"] == 1
@@ -201,17 +206,18 @@ def test_packed_rows_and_micro_batches_change_nothing(name, models, tmp_path):
     )
     packed = task.model_copy(update={"examples_per_row": 3})
     cases = [(task, SEQ, ROWS, 3), (packed, 2 * SEQ, 4, 2)]
-    for own, seq_len, count, parts in cases:
-        batch = make_batch(own, seq_len, count)
-        if own is packed:  # some rows hold several, one nothing
+    for variant, seq_len, count, parts in cases:
+        batch = make_batch(variant, seq_len, count)
+        if variant is packed:
+            # Some rows hold several, one nothing.
             assert batch["segment_ids"].max() > task.sequences_per_example
             assert not batch["segment_ids"].any(-1).all()
-        found = compute_loss_and_gradient(own, models, batch, parts)
-        assert found[0] == pytest.approx(want, rel=1e-6)
+        result = compute_loss_and_gradient(variant, models, batch, parts)
+        assert result[0] == pytest.approx(want, rel=1e-6)
         for key, value in sums.items():
             if parts == 1 or settings["kind"] != "kto":
-                assert found[1][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
-        flat = flatten_names(found[2])
+                assert result[1][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+        flat = flatten_names(result[2])
         for key, value in flatten_names(gradient).items():
             scale = float(abs(value).max()) + 1e-3
             np.testing.assert_allclose(
@@ -230,11 +236,9 @@ def test_mismatched_completions_have_room_in_packed_rows(tmp_path):
     assert learnt == batch["weights"].sum() == sum(sizes) + len(rows)
 
 
-CUBE, RING, STAGES = (
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"fsdp": 2, "context": 2},
-    {"stage": 2},
-)
+CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+RING = {"fsdp": 2, "context": 2}
+STAGES = {"stage": 2}
 
 
 @pytest.mark.parametrize(
@@ -286,8 +290,8 @@ def test_a_mesh_trains_as_one_device_does(name, layout, tmp_path):
                 state, metrics = step(state, batch)
                 records.append({key: float(value) for key, value in metrics.items()})
         results.append((records, jax.device_get(flatten_names(state.params))))
-    (records, params), (own, spread) = results
-    for here, there in zip(records, own, strict=True):
+    (records, params), (spread_records, spread) = results
+    for here, there in zip(records, spread_records, strict=True):
         for key, value in here.items():
             assert there[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     for key, value in params.items():
@@ -304,7 +308,7 @@ ROW = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "what"),
+    ("kind", "change", "message"),
     [
         ("dpo", {"rejected": "5 6"}, "chosen equals rejected"),
         ("orpo", {"chosen": " "}, "an empty completion"),
@@ -315,16 +319,16 @@ ROW = {
         ("cpo", {"prompt": None}, "prompt is null"),
     ],
 )
-def test_a_bad_row_is_refused_by_file_and_number(kind, change, what, tmp_path):
+def test_a_bad_row_is_refused_by_file_and_number(kind, change, message, tmp_path):
     task = make_task(tmp_path, [ROW, ROW, ROW | change], kind=kind)
     with pytest.raises(MaxlmError) as caught:
         task.batch_source(make_inputs(16, 2))
-    assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl: row 2: {what}")
+    assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl: row 2: {message}")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "what"),
+    ("settings", "message"),
     [
         (
             {"kind": "dpo", "loss_type": "ipo", "label_smoothing": 0.1},
@@ -338,12 +342,12 @@ def test_a_bad_row_is_refused_by_file_and_number(kind, change, what, tmp_path):
         ({"kind": "reward"}, r"reads the heads \{'score': 1\}"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, what, tmp_path):
+def test_settings_that_do_not_fit_are_refused(settings, message, tmp_path):
     run = {
         "model": json.loads(building.GPT2.model_dump_json()),
         "data": {"seq_len": 16},
     }
-    with pytest.raises((MaxlmError, ValueError), match=what):
+    with pytest.raises((MaxlmError, ValueError), match=message):
         RunConfig.model_validate(run | {"task": settings})
 
 
@@ -361,15 +365,15 @@ def test_log_odds_are_finite_where_a_probability_is_near_one():
 
     def loss(chosen, rejected):
         sums = jnp.stack([chosen, rejected])[None, None]
-        own = SequenceLogProbs(jnp.zeros((1, 2)), sums, jnp.ones_like(sums), Aux())
-        return task.compute_pair_losses(own, batch)[0].sum()
+        answers = SequenceLogProbs(jnp.zeros((1, 2)), sums, jnp.ones_like(sums), Aux())
+        return task.compute_pair_losses(answers, batch)[0].sum()
 
     def log_odds(x):
         return x - np.log(-np.expm1(np.minimum(x.astype(np.float64), -1e-7)))
 
     x = np.array([-1e-8, -1e-6, -0.5, -0.7, -3.0, -200.0], np.float32)
-    own, other = (each.ravel() for each in np.meshgrid(x, x))
-    value, slopes = jax.vmap(jax.value_and_grad(loss, (0, 1)))(own, other)
-    exact = np.logaddexp(0, log_odds(other) - log_odds(own))
+    chosen, rejected = (grid.ravel() for grid in np.meshgrid(x, x))
+    value, slopes = jax.vmap(jax.value_and_grad(loss, (0, 1)))(chosen, rejected)
+    exact = np.logaddexp(0, log_odds(rejected) - log_odds(chosen))
     np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-30)
     assert np.isfinite(slopes).all()

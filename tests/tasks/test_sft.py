@@ -32,9 +32,9 @@ def make_rows(count, seed=0):
         sizes = random.integers(1, 5, 2 * random.integers(1, 3))
         texts = [" ".join(random.choice(words, size)) for size in sizes]
         roles = ["user", "assistant"] * (len(texts) // 2)
-        own = zip(roles, texts, strict=True)
+        turns = zip(roles, texts, strict=True)
         talks.append(
-            {"messages": [{"role": role, "content": text} for role, text in own]}
+            {"messages": [{"role": role, "content": text} for role, text in turns]}
         )
     return talks
 
@@ -78,14 +78,16 @@ def compute_loss_and_gradient(config, batch):
     setup = set_up_run(
         config.model_copy(update={"mesh": MeshConfig()}), jax.devices()[:1]
     )
-    shape = 1, len(batch["tokens"])
-    own = (
+    num_rows = len(batch["tokens"])
+    put = make_global_batch(
+        batch,
         setup.config.task.batch_arrays(SEQ),
-        range(shape[1]),
+        range(num_rows),
         setup.placed.compute,
         setup.mesh,
+        (1, num_rows),
+        setup.token_order,
     )
-    put = make_global_batch(batch, *own, shape, setup.token_order)
     put = {name: array[0] for name, array in put.items()}
 
     def loss(params, put):
@@ -103,22 +105,23 @@ def test_labels_of_prompts_do_not_matter(home, tmp_path):
     assert 20 < unlearnt.sum() < (batch["segment_ids"] > 0).sum()
     other = {**batch, "targets": np.where(unlearnt, 7, batch["targets"])}
     assert (other["targets"] != batch["targets"]).any()
-    (loss, gradient), (same, again) = (
-        compute_loss_and_gradient(config, b) for b in (batch, other)
-    )
+    loss, gradient = compute_loss_and_gradient(config, batch)
+    same, again = compute_loss_and_gradient(config, other)
     assert loss == same
     jax.tree.map(np.testing.assert_array_equal, gradient, again)
 
 
 def test_packed_rows_give_what_rows_of_their_own_do(home, tmp_path):
-    found = []
+    results = []
     for most in (None, 1):
         data = {"seq_len": SEQ, "batch_size": 24, "workers": 0}
         config = make_config(home, tmp_path, task={"examples_per_row": most}, data=data)
         source = config.task.batch_source(make_inputs(config))
         batch = source.rows(0, range(source.rows_per_epoch))
-        found.append((source.rows_per_epoch, *compute_loss_and_gradient(config, batch)))
-    (packed, loss, gradient), (single, want, expected) = found
+        results.append(
+            (source.rows_per_epoch, *compute_loss_and_gradient(config, batch))
+        )
+    (packed, loss, gradient), (single, want, expected) = results
     assert packed < single / 2
     assert loss == pytest.approx(want, rel=1e-6)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
@@ -129,9 +132,9 @@ def test_packed_rows_give_what_rows_of_their_own_do(home, tmp_path):
 def test_micro_batches_of_unequal_lengths_are_one_batch(home, tmp_path):
     records = []
     for parts in (1, 4):
-        own = {"steps": 2, "micro_batches": parts}
+        train = {"steps": 2, "micro_batches": parts}
         config = make_config(
-            home, tmp_path, f"m{parts}", {"examples_per_row": 1}, train=own
+            home, tmp_path, f"m{parts}", {"examples_per_row": 1}, train=train
         )
         folder = train_model(config, say=lambda _: None).folder
         records.append(tiny.read_metrics(folder))
@@ -143,10 +146,11 @@ def test_micro_batches_of_unequal_lengths_are_one_batch(home, tmp_path):
 
 def make_source(home, folder, lengths, **task):
     """A source of prompts of "a" and completions of "b", so many words each."""
-    words = {"prompt": "a", "completion": "b"}
-    own = [{n: f"{w} " * size for (n, w), size in zip(words.items(), each, strict=True)}
-           for each in lengths]  # fmt: skip
-    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, own)))
+    lines = [
+        {"prompt": "a " * num_prompt, "completion": "b " * num_completion}
+        for num_prompt, num_completion in lengths
+    ]
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = make_config(
         home, folder, task={"files": [str(folder / "own.jsonl")], **task}
     )
@@ -156,9 +160,8 @@ def make_source(home, folder, lengths, **task):
 def test_long_rows_are_cut_or_left_out_by_the_rule_and_counted(home, tmp_path):
     sizes = [(2, 3), (1, 1), (12, 12), (3, 30), (40, 1)]
     encode = load_tokenizer(home / "tokenizer").encode
-    assert [len(encode("a " * a + "b " * b)) + 2 > 20 for a, b in sizes] == [
-        False
-    ] * 2 + [True] * 3
+    is_long = [len(encode("a " * a + "b " * b)) + 2 > 20 for a, b in sizes]
+    assert is_long == [False, False, True, True, True]
     dropped = make_source(home, tmp_path, sizes, max_length=20)
     why = "longer than 20 tokens (task.too_long=drop)"
     assert dropped.notes == (f"3 of 5 rows are left out: {why}",)
@@ -198,11 +201,11 @@ def test_refused_rows_end_a_run_or_are_left_out_and_listed(home, tmp_path):
             make_config(home, tmp_path, "stops", task, **parts), say=lambda _: None
         )
     data["on_bad_rows"] = "skip"
-    said = []
+    messages = []
     folder = train_model(
-        make_config(home, tmp_path, "skips", task, **parts), say=said.append
+        make_config(home, tmp_path, "skips", task, **parts), say=messages.append
     ).folder
-    (note,) = [line for line in said if "refused" in line]
+    (note,) = [message for message in messages if "refused" in message]
     counted = (
         "training: 2 of 26 rows are refused and left out (data.on_bad_rows=skip): "
     )
@@ -236,21 +239,21 @@ def test_validation_rows_are_others_than_those_trained_on(
     config = make_config(home, tmp_path, task={"validation_fraction": fraction})
     inputs = make_inputs(config)
     training = config.task.batch_source(inputs).example_indices
-    held = config.task.evaluation_sources(inputs)
-    heldout = held["validation"].example_indices if held else np.arange(0)
+    sources = config.task.evaluation_sources(inputs)
+    heldout = sources["validation"].example_indices if sources else np.arange(0)
     assert heldout.size == size
     assert sorted([*training, *heldout]) == list(range(24))
-    assert not held or held["validation"].num_steps is not None
+    assert not sources or sources["validation"].num_steps is not None
 
 
 def test_a_run_resumes_bit_for_bit_and_says_what_is_left_out(home, tmp_path):
-    said = []
+    lines = []
     task = {"validation_fraction": 0.25, "max_length": 40}
-    whole = train_model(make_config(home, tmp_path, "whole", task), say=said.append)
-    notes = [line for line in said if "rows are left out: longer than 40" in line]
+    whole = train_model(make_config(home, tmp_path, "whole", task), say=lines.append)
+    notes = [line for line in lines if "rows are left out: longer than 40" in line]
     assert notes[0].startswith("training: ")
     losses = [
-        each["loss"] for each in tiny.read_metrics(whole.folder) if "loss" in each
+        record["loss"] for record in tiny.read_metrics(whole.folder) if "loss" in record
     ]
     assert losses[-1] < losses[0]
     cut = shutil.copytree(whole.folder, whole.folder.with_name("cut"))
@@ -264,15 +267,19 @@ def test_a_runs_own_tokenizer_gets_the_template_that_is_named(home, tmp_path):
     base = load_tokenizer(home / "tokenizer")
     base.extra_files.clear()
     base.save(tmp_path / "base")
-    own = {"path": str(tmp_path / "base")}
-    parts = {"tokenizer": own, "train": {"steps": 1}}
+    tokenizer = {"path": str(tmp_path / "base")}
+    parts = {"tokenizer": tokenizer, "train": {"steps": 1}}
     config = make_config(home, tmp_path, "bare", **parts)
     with pytest.raises(
         MaxlmError, match=r"row 0: .* no chat template; set tokenizer\.chat"
     ):
         train_model(config, say=lambda _: None)
     config = make_config(
-        home, tmp_path, "own", tokenizer=own | {"chat": "chatml"}, train={"steps": 1}
+        home,
+        tmp_path,
+        "own",
+        tokenizer=tokenizer | {"chat": "chatml"},
+        train={"steps": 1},
     )
     run = train_model(config, say=lambda _: None)
     assert "chat_template.jinja" in load_tokenizer(run.folder / "tokenizer").extra_files

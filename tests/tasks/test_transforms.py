@@ -13,7 +13,10 @@ from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
 from maxlm.tasks.mlm import MlmTask
 from maxlm.tasks.text import TransformedSource
 
-TEXT, SIZE, BOS, EOS = 50, 90, 1, 2
+TEXT = 50
+SIZE = 90
+BOS = 1
+EOS = 2
 MARK = np.isin(np.arange(SIZE), [0, BOS, EOS]) | (np.arange(SIZE) >= TEXT)
 VOCABULARY = Vocabulary(SIZE, (BOS,), EOS, MARK, np.arange(SIZE) % 3 == 0)
 TASKS = [
@@ -26,9 +29,8 @@ TASKS = [
 
 def transform_of(task, start_id: int = 0, seed: int = 0):
     inputs = SourceInputs(LoaderConfig(), seed, VOCABULARY, start_id=start_id)
-    change = pickle.loads(
-        pickle.dumps(task.make_row_transform(inputs))
-    )  # as loader processes get it
+    # As loader processes get it.
+    change = pickle.loads(pickle.dumps(task.make_row_transform(inputs)))
 
     def transform(batch, step, row_numbers):
         source: Any = SimpleNamespace(rows=lambda *_: batch)
@@ -44,7 +46,8 @@ def batch(rows: int = 3, seq_len: int = 203, seed: int = 0) -> dict[str, np.ndar
     segments = np.ones((rows, seq_len), np.int32)
     segments[:, 110:] = 2
     segments[:, 190:] = 0
-    tokens[:, [0, 110]], tokens[:, [109, 189]] = BOS, EOS
+    tokens[:, [0, 110]] = BOS
+    tokens[:, [109, 189]] = EOS
     tokens[segments == 0] = 0
     positions = np.where(segments == 2, np.arange(seq_len) - 110, np.arange(seq_len))
     targets = np.roll(tokens, -1, axis=1)
@@ -61,10 +64,10 @@ def batch(rows: int = 3, seq_len: int = 203, seed: int = 0) -> dict[str, np.ndar
 def test_a_row_depends_on_its_number_the_step_and_the_seed_alone(task):
     transform = transform_of(task, seed=3)
     before = batch()
-    kept = {name: array.copy() for name, array in before.items()}
+    copies = {name: array.copy() for name, array in before.items()}
     whole = transform(before, 7, [4, 5, 6])
     assert all(
-        np.array_equal(before[name], kept[name]) for name in kept
+        np.array_equal(before[name], copies[name]) for name in copies
     )  # left as it was
     alone = transform({name: a[1:2] for name, a in before.items()}, 7, [5])
     assert all(np.array_equal(alone[name][0], whole[name][1]) for name in whole)
@@ -88,22 +91,26 @@ def test_what_was_taken_out_is_in_the_targets_and_documents_stay_apart(task):
     after = transform_of(task, start_id=9, seed=0)(before, 0, [0, 1, 2])
     for row in range(3):
         for segment in (1, 2):
-            text = before["tokens"][row][before["segment_ids"][row] == segment][1:-1]
+            is_document = before["segment_ids"][row] == segment
+            text = before["tokens"][row][is_document][1:-1]
             inputs = after["input_tokens"][row][
                 after["input_segment_ids"][row] == segment
             ]
-            own = after["segment_ids"][row] == segment
-            if not own.any():
+            is_in_segment = after["segment_ids"][row] == segment
+            if not is_in_segment.any():
                 continue  # no room was left for it
-            targets, tokens = after["targets"][row][own], after["tokens"][row][own]
+            targets, tokens = (
+                after["targets"][row][is_in_segment],
+                after["tokens"][row][is_in_segment],
+            )
             assert tokens[0] == 9
             assert np.array_equal(tokens[1:], targets[:-1])
             assert inputs[-1] == targets[-1] == EOS
             assert inputs[0] == BOS
             # The last document is cut to what fits; others are whole, in inputs and
             # targets.
-            found = np.concatenate([inputs, targets])
-            found = found[(found >= 10) & (found < TEXT)]
-            assert np.array_equal(np.sort(found), np.sort(text[: found.size]))
-            assert found.size >= 0.9 * text.size
+            words = np.concatenate([inputs, targets])
+            words = words[(words >= 10) & (words < TEXT)]
+            assert np.array_equal(np.sort(words), np.sort(text[: words.size]))
+            assert words.size >= 0.9 * text.size
         assert np.array_equal(after["weights"][row] > 0, after["segment_ids"][row] > 0)

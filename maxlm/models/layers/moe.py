@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
-from maxlm.models.costs import ExpertCosts, LayerCosts, group_matrices
+from maxlm.models.costs import ExpertRouting, LayerCosts, group_matrices
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import compute_residual_std
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
@@ -219,7 +219,7 @@ class Moe(nnx.Module):
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
         config = self.config
-        experts = ExpertCosts(
+        experts = ExpertRouting(
             router="router",
             experts_per_token=config.experts_per_token,
             num_experts=config.num_experts,

@@ -75,9 +75,8 @@ def count_step_products(shape: StepShape) -> StepProducts:
     """
     flops = count_device_flops(shape)
     passes = shape.stage_passes_with_bubble
-    matmul = (
-        passes * (flops.forward + flops.backward) + flops.loss + flops.loss_backward
-    )
+    layers = passes * (flops.forward + flops.backward)
+    matmul = layers + flops.loss + flops.loss_backward
     attention = passes * (flops.attention_forward + flops.attention_backward)
     return StepProducts(float(matmul), float(attention))
 
@@ -91,8 +90,8 @@ def compare_products(
     is_cpu = plan.machine is not None and plan.machine.topology.platform == "cpu"
     if is_cpu and not cost.attention_flops:
         # XLA:CPU rewrites attention's products, and forgets where they were traced.
-        total = PlannedAndCompiled(planned.total_flops, float(cost.matmul_flops))
-        return {"matrix products, attention's among them": total}
+        all_products = PlannedAndCompiled(planned.total_flops, float(cost.matmul_flops))
+        return {"matrix products, attention's among them": all_products}
     matmul = PlannedAndCompiled(planned.matmul_flops, float(cost.matmul_flops))
     attention = PlannedAndCompiled(planned.attention_flops, float(cost.attention_flops))
     return {

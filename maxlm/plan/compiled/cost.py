@@ -1,24 +1,32 @@
-"""The cost of a compiled program for each device, with every loop's trips counted:
+"""The cost of a compiled program for each device, with every loop's trips counted.
+
 XLA's own ``cost_analysis()`` counts a body once, so that a scanned model seems to have
-one layer."""
+one layer.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 from maxlm.plan.compiled.flops import matmul_flops
 from maxlm.plan.compiled.groups import find_device_group
 from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction, parse_hlo
 from maxlm.plan.compiled.loops import count_trips
-from maxlm.plan.network import sent_bytes
+from maxlm.plan.network import count_sent_bytes
 
 COLLECTIVES = (
-    *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all"),
-    *("collective-permute", "collective-broadcast"),
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
 )
-_KINDS = {name + end: name for name in COLLECTIVES for end in ("", "-start")}
+# Opcode → kind: an asynchronous collective has two instructions, of which one counts.
+_KIND_OF_OPCODE = {name: name for name in COLLECTIVES}
+_KIND_OF_OPCODE |= {f"{name}-start": name for name in COLLECTIVES}
 # Instructions that run other computations → the attributes that name these.
 CALLS = {
     "call": ("to_apply",),
@@ -45,10 +53,12 @@ class CompiledCollective:
     @property
     def wire_bytes(self) -> int:
         """Bytes that a ring sends from each device in all runs."""
-        whole = self.payload_bytes * (
-            self.group_size if self.kind == "all-gather" else 1
-        )
-        return round(self.count * float(sent_bytes(self.kind, self.group_size, whole)))
+        whole = self.payload_bytes
+        if self.kind == "all-gather":
+            # Its operand is a device's part.
+            whole = whole * self.group_size
+        one_run = float(count_sent_bytes(self.kind, self.group_size, whole))
+        return round(self.count * one_run)
 
 
 @dataclass(frozen=True)
@@ -67,12 +77,16 @@ class CompiledCost:
     has one: its update, which is left out where the numbers are bad."""
 
     def wire_bytes(self, *, kind: str | None = None, axes: str | None = None) -> int:
-        """Bytes that a device sends, of one kind, along given axes, or all."""
-        sizes = self.wire_by_kind_and_axes().items()
-        return sum(n for (k, a), n in sizes if kind in (None, k) and axes in (None, a))
+        """Returns the bytes that a device sends: in collectives of one kind, or all
+        (None), and over given axes, or any."""
+        return sum(
+            collective.wire_bytes
+            for collective in self.collectives
+            if kind in (None, collective.kind) and axes in (None, collective.axes)
+        )
 
     def wire_by_kind_and_axes(self) -> dict[tuple[str, str], int]:
-        """(kind, axes) → bytes that a device sends, largest first."""
+        """Returns (kind, axes) → bytes that a device sends, largest first."""
         total: Counter[tuple[str, str]] = Counter()
         for collective in self.collectives:
             total[collective.kind, collective.axes] += collective.wire_bytes
@@ -80,36 +94,52 @@ class CompiledCost:
 
 
 def read_compiled_cost(hlo_text: str, sizes: Mapping[str, int]) -> CompiledCost:
-    """Reads costs out of a compiled program's text (``compiled.as_text()``); ``sizes``:
-    mesh axis → devices, outermost first, of the mesh that it was compiled for."""
+    """Reads costs out of a compiled program's text (``compiled.as_text()``).
+
+    Args:
+        sizes: mesh axis → devices, outermost first, of the mesh that it was compiled
+            for.
+    """
     reader = _Reader(parse_hlo(hlo_text), sizes)
     total = reader.cost(reader.module.entry)
-    loops = sorted(name for kind, name in total if kind == "loop")
-    return CompiledCost(*_sum_flops(total), _list_collectives(total), tuple(loops))
+    return CompiledCost(
+        matmul_flops=total.matmul_flops,
+        attention_flops=total.attention_flops,
+        collectives=total.list_collectives(),
+        unknown_loops=tuple(sorted(total.unknown_loops)),
+    )
 
 
-_Tally = Counter[tuple[str, Any]]
-"""Costs of one run of a computation: FLOPs of ("matmul", "") and ("attention", ""),
-runs of ("collective", :class:`CompiledCollective`) and of ("loop", name), whose trips
-are unknown."""
+@dataclass
+class _Tally:
+    """Costs of one run of a computation."""
 
+    matmul_flops: int = 0
+    attention_flops: int = 0
+    runs: Counter[CompiledCollective] = field(default_factory=Counter)
+    """Runs of each collective."""
+    unknown_loops: set[str] = field(default_factory=set)
+    """Names of loops whose trips are unknown."""
 
-def _sum_flops(tally: _Tally) -> tuple[int, int]:
-    return tally["matmul", ""], tally["attention", ""]
+    def add(self, other: "_Tally", times: int = 1) -> None:
+        """Adds so many runs of another computation."""
+        self.matmul_flops += times * other.matmul_flops
+        self.attention_flops += times * other.attention_flops
+        for collective, runs in other.runs.items():
+            self.runs[collective] += times * runs
+        self.unknown_loops |= other.unknown_loops
 
+    def list_collectives(self) -> tuple[CompiledCollective, ...]:
+        collectives = [
+            replace(collective, count=runs) for collective, runs in self.runs.items()
+        ]
+        return tuple(sorted(collectives, key=lambda collective: -collective.wire_bytes))
 
-def _list_collectives(tally: _Tally) -> tuple[CompiledCollective, ...]:
-    collectives = [
-        replace(collective, count=runs)
-        for (kind, collective), runs in tally.items()
-        if kind == "collective"
-    ]
-    return tuple(sorted(collectives, key=lambda collective: -collective.wire_bytes))
-
-
-def _weigh(tally: _Tally) -> tuple[int, int]:
-    """Returns the key that ranks a branch by cost: FLOPs, then the wire."""
-    return sum(_sum_flops(tally)), sum(c.wire_bytes for c in _list_collectives(tally))
+    @property
+    def weight(self) -> tuple[int, int]:
+        """Key that ranks branches by cost: FLOPs, then bytes on the wire."""
+        sent = sum(collective.wire_bytes for collective in self.list_collectives())
+        return self.matmul_flops + self.attention_flops, sent
 
 
 @dataclass
@@ -123,7 +153,8 @@ class _Reader:
     def cost(self, computation: Computation) -> _Tally:
         """Returns the tally of one run, everything that it calls included."""
         if computation.name not in self.known:
-            total = self.known[computation.name] = Counter()
+            total = _Tally()
+            self.known[computation.name] = total
             for instruction in computation.instructions.values():
                 self._add(total, instruction, computation)
         return self.known[computation.name]
@@ -140,73 +171,93 @@ class _Reader:
             trips = count_trips(instruction, computation, self.module)
             if trips is None:
                 trips = 1
-                total["loop", instruction.op_name or instruction.name] = 1
+                total.unknown_loops.add(instruction.op_name or instruction.name)
             for body in self._called(instruction, "body"):
-                total.update({key: trips * n for key, n in self.cost(body).items()})
+                total.add(self.cost(body), times=trips)
         elif opcode == "conditional":
-            attributes = "branch_computations", "true_computation", "false_computation"
-            branches = [
-                self.cost(branch) for branch in self._called(instruction, *attributes)
-            ]
-            total.update(max(branches, key=_weigh))
+            attributes = (
+                "branch_computations",
+                "true_computation",
+                "false_computation",
+            )
+            branches = self._called(instruction, *attributes)
+            tallies = [self.cost(branch) for branch in branches]
+            total.add(max(tallies, key=lambda tally: tally.weight))
         elif opcode == "fusion":
             self._add_fusion(total, *self._called(instruction, "calls"))
         else:
             self._add_alone(total, instruction, computation)
             for called in self._called(instruction, *CALLS.get(opcode, ())):
-                total.update(self.cost(called))
+                total.add(self.cost(called))
 
     def _add_fusion(self, total: _Tally, body: Computation) -> None:
-        """An all-reduce of which the same fusion keeps a slice is how XLA:TPU writes a
-        reduce-scatter."""
-        sliced = any(i.opcode == "dynamic-slice" for i in body.instructions.values())
-        for instruction in body.instructions.values():
+        """Adds what is in a fusion. An all-reduce of which the same fusion keeps a
+        slice is how XLA:TPU writes a reduce-scatter."""
+        instructions = body.instructions.values()
+        keeps_slice = any(other.opcode == "dynamic-slice" for other in instructions)
+        for instruction in instructions:
             if instruction.opcode == "fusion":
                 self._add_fusion(total, *self._called(instruction, "calls"))
             else:
-                self._add_alone(total, instruction, body, sliced)
+                self._add_alone(total, instruction, body, keeps_slice)
 
     def _add_alone(
         self,
         total: _Tally,
         instruction: Instruction,
-        within: Computation,
-        scattered: bool = False,
+        computation: Computation,
+        scatters: bool = False,
     ) -> None:
-        if instruction.opcode in _KINDS:
-            collective = self._collective(instruction, within, scattered)
-            if collective.group_size > 1 and not within.continues_async_collective(
-                instruction
-            ):
-                total["collective", collective] += 1
-        elif flops := matmul_flops(instruction, within):
-            is_attention = _is_attention(self.module.source_files(instruction))
-            total["attention" if is_attention else "matmul", ""] += flops
+        """Adds an instruction without what it calls.
 
-    def _collective(
-        self, instruction: Instruction, within: Computation, scattered: bool
+        Args:
+            scatters: whether an all-reduce is a reduce-scatter.
+        """
+        if instruction.opcode in _KIND_OF_OPCODE:
+            collective = self._read_collective(instruction, computation, scatters)
+            is_continued = computation.continues_async_collective(instruction)
+            if collective.group_size > 1 and not is_continued:
+                total.runs[collective] += 1
+            return
+        flops = matmul_flops(instruction, computation)
+        if not flops:
+            return
+        if _is_attention(self.module.source_files(instruction)):
+            total.attention_flops += flops
+        else:
+            total.matmul_flops += flops
+
+    def _read_collective(
+        self, instruction: Instruction, computation: Computation, scatters: bool
     ) -> CompiledCollective:
-        kind = _KINDS[instruction.opcode]
-        operands = [s for o in within.operands(instruction) for s in o.shapes]
-        if kind in ("ragged-all-to-all", "collective-permute") and len(operands) > 2:
+        kind = _KIND_OF_OPCODE[instruction.opcode]
+        arrays = [
+            shape
+            for operand in computation.operands(instruction)
+            for shape in operand.shapes
+        ]
+        if kind in ("ragged-all-to-all", "collective-permute") and len(arrays) > 2:
             # Behind the data: the buffer it is written into, and offsets.
-            operands = operands[:1]
-        axes, size = find_device_group(instruction, self.sizes)
+            arrays = arrays[:1]
+        axes, group_size = find_device_group(instruction, self.sizes)
+        if kind == "all-reduce" and scatters:
+            kind = "reduce-scatter"
         return CompiledCollective(
-            kind="reduce-scatter" if kind == "all-reduce" and scattered else kind,
+            kind=kind,
             axes=axes,
-            group_size=size,
-            shape=str(max(operands, key=lambda s: s.nbytes)),
+            group_size=group_size,
+            shape=str(max(arrays, key=lambda array: array.nbytes)),
             op_name=instruction.op_name,
-            payload_bytes=sum(s.nbytes for s in operands),
+            payload_bytes=sum(array.nbytes for array in arrays),
         )
 
 
 def _is_attention(files: tuple[str, ...]) -> bool:
-    """Attention's products are those traced through a file of kernels or of programs on
-    shards that is about attention; a layer's projections are not."""
-    return any(
-        folder in ("pallas_kernels", "parallel") and "attention" in name
-        for path in files
-        for folder, name in pairwise(path.split("/")[-3:])
-    )
+    """Returns whether products traced through these files are attention's: a file of
+    kernels or of programs on shards that is about attention is among them. A layer's
+    projections are not."""
+    for path in files:
+        for folder, name in pairwise(path.split("/")[-3:]):
+            if folder in ("pallas_kernels", "parallel") and "attention" in name:
+                return True
+    return False

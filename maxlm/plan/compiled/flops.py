@@ -1,13 +1,15 @@
 """Floating-point operations of the matrix products in a compiled program."""
 
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
 from maxlm.plan.compiled.hlo import Computation, HloShape, Instruction
+
+_GEMM_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]')
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:
@@ -19,81 +21,94 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
     operands = [operand.shapes for operand in computation.operands(instruction)]
     if opcode == "dot":
         contracted = instruction.integers("lhs_contracting_dims")
-        return _dot(operands[0][0], instruction.shapes[0], contracted)
+        return _count_dot_flops(operands[0][0], instruction.shapes[0], contracted)
     if opcode == "convolution":
-        return _convolution(instruction, operands[0][0], operands[1][0])
+        return _count_convolution_flops(instruction, operands[0][0], operands[1][0])
     if instruction.custom_call_target == "pallas_kernels.CpuMatmul":
-        return _dot(operands[0][0], instruction.shapes[0], (1,))
-    dims = re.search(
-        r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]', instruction.attributes
-    )
-    if "gemm" in instruction.custom_call_target and dims:
-        contracted = tuple(int(n) for n in re.findall(r"\d+", dims[1]))
-        return _dot(operands[0][0], instruction.shapes[0], contracted)
+        return _count_dot_flops(operands[0][0], instruction.shapes[0], (1,))
+    if "gemm" in instruction.custom_call_target:
+        # A matrix library's call states its dot in JSON.
+        dims = _GEMM_CONTRACTED.search(instruction.attributes)
+        if dims:
+            contracted = tuple(int(digits) for digits in re.findall(r"\d+", dims[1]))
+            return _count_dot_flops(operands[0][0], instruction.shapes[0], contracted)
     return 0
 
 
-def _dot(lhs: HloShape, result: HloShape, contracted: tuple[int, ...]) -> int:
-    return 2 * result.size * prod(lhs.dims[d] for d in contracted)
+def _count_dot_flops(
+    lhs: HloShape, result: HloShape, contracted: tuple[int, ...]
+) -> int:
+    return 2 * result.size * prod(lhs.dims[dim] for dim in contracted)
 
 
-def _convolution(instruction: Instruction, lhs: HloShape, rhs: HloShape) -> int:
-    """Products that meet an element of the input, not its padding nor the holes of a
-    dilation: compilers write batched and multi-dimensional dots as convolutions that
-    consist mostly of those."""
+def _count_convolution_flops(
+    instruction: Instruction, lhs: HloShape, rhs: HloShape
+) -> int:
+    """Counts products that meet an element of the input, not its padding nor the holes
+    of a dilation: compilers write batched and multi-dimensional dots as convolutions
+    that consist mostly of those."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if labels is None:
         raise ValueError(f"%{instruction.name}: a convolution without dim_labels")
-    left, right, out = labels.groups()
+    # A letter for each dimension: b batch, f features of input or output, i and o those
+    # of the kernel, digits the spatial ones.
+    lhs_labels, rhs_labels, result_labels = labels.groups()
     result = instruction.shapes[0]
-    spatial = sorted(c for c in left if c.isdigit())
-    met = 1
-    for axis, window in zip(
-        spatial, _list_windows(instruction, len(spatial)), strict=True
-    ):
-        labelled = (lhs, left), (rhs, right), (result, out)
-        met *= _count_positions(
-            *(s.dims[names.index(axis)] for s, names in labelled), *window
+    spatial_axes = sorted(label for label in lhs_labels if label.isdigit())
+    windows = _list_windows(instruction, len(spatial_axes))
+    positions = 1
+    for axis, window in zip(spatial_axes, windows, strict=True):
+        positions *= _count_positions(
+            lhs.dims[lhs_labels.index(axis)],
+            rhs.dims[rhs_labels.index(axis)],
+            result.dims[result_labels.index(axis)],
+            window,
         )
-    batch, features = result.dims[out.index("b")], result.dims[out.index("f")]
-    return 2 * rhs.dims[right.index("i")] * features * batch * met
+    batch = result.dims[result_labels.index("b")]
+    outputs = result.dims[result_labels.index("f")]
+    inputs = rhs.dims[rhs_labels.index("i")]
+    return 2 * inputs * outputs * batch * positions
 
 
-def _list_windows(instruction: Instruction, count: int) -> Iterator[tuple[int, ...]]:
-    """Stride, dilation of input and of kernel, and padding ahead, of each dimension."""
-    parts = dict(
-        part.split("=") for part in (instruction.attribute("window") or "").split()
-    )
-    usual = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
-    columns = (
-        [int(n.split("_")[0]) for n in parts[name].split("x")]
-        if name in parts
-        else [n] * count
-        for name, n in usual.items()
-    )
-    return zip(*columns, strict=True)
+class _Window(NamedTuple):
+    """A convolution's window along one dimension."""
+
+    stride: int = 1
+    lhs_dilate: int = 1
+    rhs_dilate: int = 1
+    pad: int = 0
+    """Padding before the first element."""
+
+
+def _list_windows(instruction: Instruction, count: int) -> list[_Window]:
+    """Reads the windows of so many dimensions, as in ``window={size=3x3 pad=1_1x1_1}``:
+    an attribute that is left out has its default in all."""
+    text = instruction.attribute("window") or ""
+    attributes = dict(part.split("=") for part in text.split())
+    windows = [_Window()] * count
+    for name in _Window._fields:
+        if name not in attributes:
+            continue
+        values = attributes[name].split("x")
+        # Of padding before and after, ``1_1``, the first.
+        numbers = [int(value.split("_")[0]) for value in values]
+        windows = [
+            window._replace(**{name: number})
+            for window, number in zip(windows, numbers, strict=True)
+        ]
+    return windows
 
 
 @lru_cache(maxsize=4096)
-def _count_positions(
-    inputs: int,
-    kernel: int,
-    outputs: int,
-    stride: int,
-    lhs_dilate: int,
-    rhs_dilate: int,
-    low: int,
-) -> int:
-    """Pairs of output and kernel positions that meet an input element along one
+def _count_positions(inputs: int, kernel: int, outputs: int, window: _Window) -> int:
+    """Counts pairs of output and kernel positions that meet an input element along one
     dimension."""
-    starts = np.arange(outputs) * stride - low
+    starts = np.arange(outputs) * window.stride - window.pad
+    last = (inputs - 1) * window.lhs_dilate
     count = 0
-    for offset in range(0, kernel * rhs_dilate, rhs_dilate):
-        place = starts + offset
-        met = (
-            (place >= 0)
-            & (place <= (inputs - 1) * lhs_dilate)
-            & (place % lhs_dilate == 0)
-        )
-        count += int(met.sum())
+    for offset in range(0, kernel * window.rhs_dilate, window.rhs_dilate):
+        positions = starts + offset
+        is_inside = (positions >= 0) & (positions <= last)
+        is_element = positions % window.lhs_dilate == 0
+        count += int((is_inside & is_element).sum())
     return count

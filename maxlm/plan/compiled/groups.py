@@ -1,25 +1,32 @@
-"""Finds the devices a collective joins, and the mesh axes they lie along. Ids in a
-compiled program number its mesh's devices in order (``mesh.devices.flat``), so that
-sizes are enough for axes."""
+"""Finds the devices a collective joins, and the mesh axes they lie along.
+
+Ids in a compiled program number its mesh's devices in order (``mesh.devices.flat``), so
+that sizes are enough for axes.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
 from maxlm.plan.compiled.hlo import Instruction
 
-_EXPLICIT = re.compile(r"replica_groups=\{((?:\{[\d, ]*\},?\s*)*)\}")
+# The printed forms, which parse_replica_groups() shows.
+_ID_LISTS = r"((?:\{[\d, ]*\},?\s*)*)"
+_EXPLICIT = re.compile(rf"replica_groups=\{{{_ID_LISTS}\}}")
+_PAIRS = re.compile(rf"source_target_pairs=\{{{_ID_LISTS}\}}")
 _ASSIGNED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]\s*(?:,\s*device_ids=\(([^{]*)\)\s*)?\s*\{([^}]*)\}"
 )
-_COUNTED = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_AXIS = re.compile(r"([^',:()\s]+)'?(?::\((\d+)\)(\d+))?")
-_PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d, ]*\},?\s*)*)\}")
+_MESH_AXIS = re.compile(r"([^',=\s]+)'?=(\d+)")
+# Of the axes that a group spans: name, product of the factors before, size of the part.
+_SPANNED_AXIS = re.compile(r"([^',:()\s]+)'?(?::\((\d+)\)(\d+))?")
+_COUNTED_IDS = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
 def find_device_group(
@@ -30,17 +37,19 @@ def find_device_group(
     members of one group; of a permute 2, or 1 where no data moves."""
     text = instruction.attributes
     start = max(text.find("replica_groups="), text.find("source_target_pairs="))
-    return _find_group(text[start:] if start >= 0 else "", tuple(sizes.items()))
+    printed_groups = text[start:] if start >= 0 else ""
+    return _find_group(printed_groups, tuple(sizes.items()))
 
 
 @lru_cache(maxsize=4096)
 def _find_group(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[str, int]:
     pairs = _PAIRS.match(text)
     if pairs:
-        moves = [pair for pair in _lists(pairs[1]) if pair[0] != pair[1]]
-        return _axes(moves, sizes), 2 if moves else 1
-    groups = parse_replica_groups(text, prod(n for _, n in sizes))
-    return _axes(groups, sizes), max(map(len, groups))
+        moves = [pair for pair in _parse_id_lists(pairs[1]) if pair[0] != pair[1]]
+        return _find_varying_axes(moves, sizes), 2 if moves else 1
+    devices = prod(size for _, size in sizes)
+    groups = parse_replica_groups(text, devices)
+    return _find_varying_axes(groups, sizes), max(map(len, groups))
 
 
 def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
@@ -53,70 +62,104 @@ def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
     one (of b = 2 · 2 the factor 2 that comes after a factor of 2), and
     ``device_ids=(...)`` between the two gives the ids where they do not just count up.
     """
-    explicit, assigned, mesh = (p.match(text) for p in (_EXPLICIT, _ASSIGNED, _MESH))
+    explicit = _EXPLICIT.match(text)
     if explicit:
-        return _lists(explicit[1]) or [list(range(devices))]
+        return _parse_id_lists(explicit[1]) or [list(range(devices))]
+    assigned = _ASSIGNED.match(text)
     if assigned:
-        return _iota(_integers(assigned[1]), assigned[2], assigned[3]).tolist()
+        shape, base, order = assigned.groups()
+        return _count_up_ids(_parse_integers(shape), base, order).tolist()
+    mesh = _MESH.match(text)
     if mesh:
-        return _mesh_groups(*mesh.groups())
+        axes, device_ids, spanned = mesh.groups()
+        return _parse_mesh_groups(axes, device_ids, spanned)
     if text.startswith("replica_groups="):
         raise ValueError(f"unknown form: {text[:120]}")
     return [list(range(devices))]
 
 
-def _iota(shape: Sequence[int], base: str, order: str | None) -> np.ndarray:
-    dims = _integers(base)
+def _count_up_ids(shape: Sequence[int], base: str, order: str | None) -> np.ndarray:
+    """Returns ids counted up in the shape ``base``, transposed, and read in
+    ``shape``."""
+    dims = _parse_integers(base)
     ids = np.arange(np.prod(dims)).reshape(dims)
-    return (ids.transpose(_integers(order)) if order else ids).reshape(shape)
+    if order:
+        ids = ids.transpose(_parse_integers(order))
+    return ids.reshape(shape)
 
 
-def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> list[list[int]]:
-    sizes = {name: int(n) for name, n in re.findall(r"([^',=\s]+)'?=(\d+)", axes)}
+class _AxisPart(NamedTuple):
+    """A factor of a mesh axis that a group spans."""
+
+    axis: str
+    before: int
+    """Product of the axis's factors before it: devices differ along it in
+    ``[before, before * size)``."""
+    size: int
+
+
+def _parse_mesh_groups(
+    axes: str, device_ids: str | None, spanned: str
+) -> list[list[int]]:
+    sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
     parts = [
-        (name, int(before or 1), int(size or sizes[name]))
-        for name, before, size in _AXIS.findall(spanned)
+        _AxisPart(name, int(before or 1), int(size or sizes[name]))
+        for name, before, size in _SPANNED_AXIS.findall(spanned)
     ]
     # Every axis is cut where one of the parts that a group spans begins or ends.
     dims: list[int] = []
-    dim_of_part: dict[tuple[str, int], int] = {}
-    for name, size in sizes.items():
-        axis_parts = [(before, n) for axis, before, n in parts if axis == name]
-        starts = {before for before, _ in axis_parts}
-        ends = {before * n for before, n in axis_parts}
-        for low, high in pairwise(sorted({1, size} | starts | ends)):
-            dim_of_part[name, low] = len(dims)
+    dim_of_cut: dict[tuple[str, int], int] = {}
+    for axis, size in sizes.items():
+        cuts = {1, size}
+        for part in parts:
+            if part.axis == axis:
+                cuts |= {part.before, part.before * part.size}
+        for low, high in pairwise(sorted(cuts)):
+            dim_of_cut[axis, low] = len(dims)
             dims.append(high // low)
-    last = []
-    for name, before, size in parts:
-        inner = [
-            (axis, low)
-            for axis, low in dim_of_part
-            if axis == name and before <= low < before * size
-        ]
-        last += [dim_of_part[part] for part in sorted(inner)]
-    ids = np.arange(np.prod(dims)).reshape(dims)
-    if counted := _COUNTED.fullmatch(device_ids or ""):
-        ids = _iota(dims, counted[1], counted[2])
+
+    # The dimensions that a group spans, those of its first part first.
+    spanned_dims: list[int] = []
+    for part in parts:
+        lows = sorted(
+            low
+            for axis, low in dim_of_cut
+            if axis == part.axis and part.before <= low < part.before * part.size
+        )
+        spanned_dims += [dim_of_cut[part.axis, low] for low in lows]
+
+    counted = _COUNTED_IDS.fullmatch(device_ids or "")
+    if counted:
+        ids = _count_up_ids(dims, counted[1], counted[2])
     elif device_ids:
-        ids = np.reshape(_integers(device_ids), dims)
-    first = [d for d in range(len(dims)) if d not in last]
-    members = prod(dims[d] for d in last)
-    return ids.transpose(*first, *last).reshape(-1, members).tolist()
+        ids = np.reshape(_parse_integers(device_ids), dims)
+    else:
+        ids = np.arange(np.prod(dims)).reshape(dims)
+    other_dims = [dim for dim in range(len(dims)) if dim not in spanned_dims]
+    members = prod(dims[dim] for dim in spanned_dims)
+    ids = ids.transpose(*other_dims, *spanned_dims)
+    return ids.reshape(-1, members).tolist()
 
 
-def _axes(groups: Sequence[Sequence[int]], sizes: tuple[tuple[str, int], ...]) -> str:
-    names, dims = zip(*sizes, strict=True)
+def _find_varying_axes(
+    groups: Sequence[Sequence[int]], sizes: tuple[tuple[str, int], ...]
+) -> str:
+    """Returns the mesh axes along which members of a group differ, joined by "+"."""
+    names = [name for name, _ in sizes]
+    dims = [size for _, size in sizes]
     varies = np.zeros(len(dims), bool)
     for members in groups:
-        places = np.stack(np.unravel_index(np.array(members), dims))
-        varies |= (places != places[:, :1]).any(axis=1)
-    return "+".join(name for name, here in zip(names, varies, strict=True) if here)
+        coords = np.stack(np.unravel_index(np.array(members), dims))
+        varies |= (coords != coords[:, :1]).any(axis=1)
+    varying = (
+        name for name, is_varying in zip(names, varies, strict=True) if is_varying
+    )
+    return "+".join(varying)
 
 
-def _lists(text: str) -> list[list[int]]:
-    return [_integers(inner) for inner in re.findall(r"\{([\d, ]*)\}", text)]
+def _parse_id_lists(text: str) -> list[list[int]]:
+    return [_parse_integers(inner) for inner in re.findall(r"\{([\d, ]*)\}", text)]
 
 
-def _integers(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text)]
+def _parse_integers(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", text)]

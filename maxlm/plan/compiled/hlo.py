@@ -26,7 +26,7 @@ _BRACKET = re.compile(r"[()]")
 # instruction.
 _CONTINUED = re.compile(r'\n(?="|\}\}|\}, ")')
 _SPACE = re.compile(r"S\((\d+)\)")
-# Where XLA:TPU keeps semaphores.
+# The memory space in which XLA:TPU keeps semaphores.
 SEMAPHORES = 2
 
 
@@ -47,7 +47,12 @@ class HloShape:
     def nbytes(self) -> int:
         # f8e4m3fn: the first number in the name; pred is a byte, tokens are nothing.
         width = re.search(r"\d+", self.dtype)
-        bits = int(width[0]) if width else 8 if self.dtype == "pred" else 0
+        if width:
+            bits = int(width[0])
+        elif self.dtype == "pred":
+            bits = 8
+        else:
+            bits = 0
         return (self.size * bits + 7) // 8
 
     def __str__(self) -> str:
@@ -85,14 +90,17 @@ class Instruction:
         return match[1] if match[1] is not None else match[2]
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """An attribute that lists numbers: ``dimensions={0,1}``; absent: none."""
-        return tuple(int(n) for n in re.findall(r"\d+", self.attribute(name) or ""))
+        """Returns an attribute that lists numbers, ``dimensions={0,1}``; absent:
+        none."""
+        text = self.attribute(name) or ""
+        return tuple(int(digits) for digits in re.findall(r"\d+", text))
 
     def called_computations(self, *names: str) -> tuple[str, ...]:
         """Returns the computations under attributes of these names."""
-        return tuple(
-            n for name in names for n in _NAME.findall(self.attribute(name) or "")
-        )
+        computations: list[str] = []
+        for name in names:
+            computations += _NAME.findall(self.attribute(name) or "")
+        return tuple(computations)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,10 @@ class Computation:
         return (self.instructions[name] for name in instruction.operands)
 
     def contains_custom_call(self, target: str) -> bool:
-        return any(i.custom_call_target == target for i in self.instructions.values())
+        return any(
+            instruction.custom_call_target == target
+            for instruction in self.instructions.values()
+        )
 
     def continues_async_collective(self, instruction: Instruction) -> bool:
         """Whether an instruction of a fusion's body is a collective that another fusion
@@ -116,19 +127,26 @@ class Computation:
         These are handed its semaphores. Channels do not tell: many collectives share
         one.
         """
-        return (
-            instruction.attribute("channel_id") is not None
-            and any(
-                [s.memory_space for s in p.shapes] == [SEMAPHORES]
-                for p in self.parameters
-            )
-            and not self.contains_custom_call("AsyncCollectiveStart")
-        )
+        has_channel = instruction.attribute("channel_id") is not None
+        starts_here = self.contains_custom_call("AsyncCollectiveStart")
+        return has_channel and self._takes_semaphores and not starts_here
+
+    @cached_property
+    def _takes_semaphores(self) -> bool:
+        for parameter in self.parameters:
+            if [shape.memory_space for shape in parameter.shapes] == [SEMAPHORES]:
+                return True
+        return False
 
     @cached_property
     def parameters(self) -> tuple[Instruction, ...]:
-        parameters = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return tuple(sorted(parameters, key=lambda i: int(i.literal)))
+        """Parameters in the order of their numbers."""
+        parameters = [
+            instruction
+            for instruction in self.instructions.values()
+            if instruction.opcode == "parameter"
+        ]
+        return tuple(sorted(parameters, key=lambda parameter: int(parameter.literal)))
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,7 @@ def parse_hlo(text: str) -> HloModule:
             entry = computations[name]
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
-    return HloModule(computations, entry, _frames(text))
+    return HloModule(computations, entry, _parse_stack_frames(text))
 
 
 def _parse_shapes(text: str) -> tuple[HloShape, ...]:
@@ -172,26 +190,35 @@ def _parse_shapes(text: str) -> tuple[HloShape, ...]:
     shapes = []
     for dtype, dims, layout in _LEAF.findall(text):
         space = _SPACE.search(layout)
-        sizes = tuple(int(n) for n in re.findall(r"\d+", dims))
-        shapes.append(HloShape(dtype, sizes, int(space[1]) if space else 0))
+        sizes = tuple(int(digits) for digits in re.findall(r"\d+", dims))
+        memory_space = int(space[1]) if space else 0
+        shapes.append(HloShape(dtype, sizes, memory_space))
     return tuple(shapes)
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:
     """Parses what follows ``%name =``: ``type opcode(operands), attributes``."""
-    end = _balanced(text, 0) if text.startswith("(") else text.index(" ")
-    shapes = _parse_shapes(text[:end])
-    opcode = _OPCODE.match(text, end)
+    is_tuple = text.startswith("(")
+    type_end = _find_closing_end(text, 0) if is_tuple else text.index(" ")
+    opcode = _OPCODE.match(text, type_end)
     if opcode is None:
         raise ValueError(f"no opcode in: %{name} = {text[:200]}")
-    close = _balanced(text, opcode.end() - 1)
-    inner = text[opcode.end() : close - 1]
+    operands_end = _find_closing_end(text, opcode.end() - 1)
+    inner = text[opcode.end() : operands_end - 1]
+    # A constant's value may look like names.
     operands = () if opcode[1] == "constant" else tuple(_NAME.findall(inner))
-    return Instruction(name, opcode[1], shapes, operands, inner, text[close:])
+    return Instruction(
+        name=name,
+        opcode=opcode[1],
+        shapes=_parse_shapes(text[:type_end]),
+        operands=operands,
+        literal=inner,
+        attributes=text[operands_end:],
+    )
 
 
-def _balanced(text: str, start: int) -> int:
-    """The place after the parenthesis that closes the one at ``start``."""
+def _find_closing_end(text: str, start: int) -> int:
+    """Returns the place after the parenthesis that closes the one at ``start``."""
     depth = 0
     for bracket in _BRACKET.finditer(text, start):
         depth += 1 if bracket[0] == "(" else -1
@@ -200,13 +227,15 @@ def _balanced(text: str, start: int) -> int:
     return len(text)
 
 
-def _frames(text: str) -> dict[int, tuple[str, ...]]:
-    """The tables FileNames, FileLocations and StackFrames, joined."""
-    names = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.MULTILINE))
-    places = _table(text, "FileLocations")
+def _parse_stack_frames(text: str) -> dict[int, tuple[str, ...]]:
+    """Joins the tables FileNames, FileLocations and StackFrames."""
+    names = dict(
+        re.findall(r'^(\d+) "(.*)"$', _find_table(text, "FileNames"), re.MULTILINE)
+    )
+    places = _find_table(text, "FileLocations")
     locations = dict(re.findall(r"^(\d+) \{file_name_id=(\d+)", places, re.MULTILINE))
     row = r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?"
-    rows = re.findall(row, _table(text, "StackFrames"), re.MULTILINE)
+    rows = re.findall(row, _find_table(text, "StackFrames"), re.MULTILINE)
     # Parents come before their children; some versions print them one too high.
     shift = any(frame == parent for frame, _, parent in rows)
     frames: dict[int, tuple[str, ...]] = {}
@@ -217,6 +246,6 @@ def _frames(text: str) -> dict[int, tuple[str, ...]]:
     return frames
 
 
-def _table(text: str, title: str) -> str:
+def _find_table(text: str, title: str) -> str:
     table = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
     return table[1] if table else ""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.experimental.topologies import get_topology_desc
@@ -28,13 +28,23 @@ from maxlm.run.config import RunConfig
 from maxlm.run.global_batch import batch_sharding
 from maxlm.run.setup import RunSetup, set_up_run
 
+# Platform → the package with its compiler, and maxlm's extra that installs it.
 _PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda")}
 
 
-def compute_peak_bytes(memory: Any) -> int:
-    """Returns the main memory of each device that a program needs; ``memory``: JAX's
-    account of it, ``compiled.memory_analysis()``, whose aliases are outputs that take
-    an argument's place."""
+class MemoryAnalysis(Protocol):
+    """JAX's account of a program's memory, ``compiled.memory_analysis()``, in bytes of
+    each device."""
+
+    argument_size_in_bytes: int
+    output_size_in_bytes: int
+    temp_size_in_bytes: int
+    alias_size_in_bytes: int
+    """Outputs that take an argument's place."""
+
+
+def compute_peak_bytes(memory: MemoryAnalysis) -> int:
+    """Returns the bytes of main memory of each device that a program needs."""
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
 
@@ -59,12 +69,15 @@ class CompiledStep:
         return read_compiled_cost(self.compiled.as_text(), dict(self.setup.mesh.shape))
 
 
+_NEEDED_MEMORY = re.compile(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)")
+
+
 class DoesNotFit(MaxlmError):
     """A program that the compiler finds no room for."""
 
 
 def compile_step(config: RunConfig, topology: str) -> CompiledStep:
-    """Compile a run's training step ahead of time for a topology, as ``parse_topology``
+    """Compiles a run's training step ahead of time for a topology, as ``parse_topology``
     reads it; no accelerator is needed.
 
     Keep JAX on this machine's CPU (``JAX_PLATFORMS=cpu``) before anything touches a
@@ -76,7 +89,8 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     setup = set_up_run(config, get_topology_devices(machine))
     # Before the mesh becomes current: what it evaluates would run on devices that do
     # not exist.
-    arguments = setup.abstract_state, make_abstract_batch(setup)
+    arguments = (setup.abstract_state, make_abstract_batch(setup))
+    # The jitted function, without what makes the mesh current for a call.
     step: Any = setup.jit_train_step()
     with jax.set_mesh(setup.mesh):
         lowered = step.__wrapped__.lower(*arguments)
@@ -85,11 +99,9 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        match = re.search(
-            r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error)
-        )
-        words = match.group() if match else str(error).splitlines()[0]
-        raise DoesNotFit(f"the compiler finds no room: {words}") from None
+        match = _NEEDED_MEMORY.search(str(error))
+        reason = match.group() if match else str(error).splitlines()[0]
+        raise DoesNotFit(f"the compiler finds no room: {reason}") from None
     return CompiledStep(setup, compiled, perf_counter() - began)
 
 
@@ -152,24 +164,27 @@ def compile_candidate_peaks(
     peaks = []
     for candidate in candidates:
         try:
-            peak = float(compile_step(candidate.apply(run), machine.name).peak_bytes)
+            step = compile_step(candidate.apply(run), machine.name)
         except DoesNotFit:
-            peak = inf
-        peaks.append(peak)
+            peaks.append(inf)
+        else:
+            peaks.append(float(step.peak_bytes))
     return peaks
 
 
 def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
     """Makes a training batch [micro-batches, rows, ...] without its data."""
-    data, micro = setup.config.data, setup.config.train.micro_batches
-    return {
-        name: jax.ShapeDtypeStruct(
-            (micro, data.batch_size // micro, *array.shape),
+    data = setup.config.data
+    micro_batches = setup.config.train.micro_batches
+    rows = data.batch_size // micro_batches
+    batch = {}
+    for name, array in setup.config.task.batch_arrays(data.seq_len).items():
+        batch[name] = jax.ShapeDtypeStruct(
+            (micro_batches, rows, *array.shape),
             array.dtype,
             sharding=batch_sharding(setup.placed.compute, setup.mesh, array.axes),
         )
-        for name, array in setup.config.task.batch_arrays(data.seq_len).items()
-    }
+    return batch
 
 
 def get_topology_devices(topology: Topology) -> list[Any]:
@@ -186,10 +201,9 @@ def get_topology_devices(topology: Topology) -> list[Any]:
         return here[: topology.devices]
     if not has_compiler(topology.platform):
         message = f"no compiler for {topology.platform.upper()}s is installed"
-        extra = _PACKAGES[topology.platform][1]
-        raise MaxlmError(
-            message, fix=f"pip install -c constraints.txt 'maxlm[{extra}]'"
-        )
+        _, extra = _PACKAGES[topology.platform]
+        fix = f"pip install -c constraints.txt 'maxlm[{extra}]'"
+        raise MaxlmError(message, fix=fix)
     try:
         if topology.platform == "tpu":
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -204,17 +218,17 @@ def get_topology_devices(topology: Topology) -> list[Any]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         message = f"the compiler knows no {topology.compiler_name} ({reason})"
-        raise MaxlmError(
-            message, fix="name a shape that exists, such as v5p:4x4x2"
-        ) from error
+        fix = "name a shape that exists, such as v5p:4x4x2"
+        raise MaxlmError(message, fix=fix) from error
 
 
 def has_compiler(platform: str) -> bool:
-    """Whether the packages that compile for a platform are installed; a CPU's come with
-    JAX."""
+    """Returns whether the packages that compile for a platform are installed; a CPU's
+    come with JAX."""
     if platform == "cpu":
         return True
+    package, _ = _PACKAGES[platform]
     try:
-        return importlib.util.find_spec(_PACKAGES[platform][0]) is not None
-    except ModuleNotFoundError:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that would hold it
         return False
