@@ -14,9 +14,9 @@ import time
 
 import numpy as np
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.programs.load import LoadedRun, load_model
 
 PAGE, DRAFTS = 16, 6

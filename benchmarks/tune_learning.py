@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tune_data import has_note, is_formatted, write_chats, write_utility
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import encode_chat
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.models.params import flatten_names
 from maxlm.programs.load import LoadedRun, load_model

@@ -1,6 +1,6 @@
 """RunConfig: the one typed description of a run, composed of each part's own config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from maxlm.adapters import AdapterConfig
 from maxlm.config import Config, FileName, LocalPath, MaxlmError, load_config
+from maxlm.config.sampling import FinalSamplesConfig
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.inference.sampling import FinalSamplesConfig, check_samples
 from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.context_extension import TuneConfig, extend_context
@@ -117,6 +117,34 @@ class RunConfig(Config):
     def num_virtual_tokens(self) -> int:
         """Virtual tokens that every example begins with."""
         return count_virtual_tokens(self.adapter)
+
+
+def check_samples(
+    samples: FinalSamplesConfig, model: ModelConfig, prompt_lengths: Sequence[int] = ()
+) -> None:
+    """Check that a model continues text, and has positions for prompts and their
+    continuations. ``prompt_lengths``: tokens of each prompt; 1 where there is no
+    tokenizer yet. Raises MaxlmError, naming the prompt."""
+    if samples.prompts and model.architecture == "encoder":
+        message = "an encoder names masked tokens, and continues no text"
+        raise MaxlmError(message, where="samples.prompts", fix="set it to []")
+    max_new_tokens = samples.max_new_tokens
+    # A model without a table of positions can continue past its training length, but
+    # memory bounds the keys and values that it keeps of a row.
+    limit = model.position_limit or max(4096, 16 * model.max_seq_len)
+    for index, prompt_length in enumerate(prompt_lengths):
+        total = prompt_length + max_new_tokens
+        if model.architecture == "encoder_decoder":
+            # The encoder holds the prompt; the decoder holds start_id and the output.
+            total = max(prompt_length, 1 + max_new_tokens)
+        if total > limit:
+            raise MaxlmError(
+                f"the prompt and samples.max_new_tokens={max_new_tokens} make "
+                f"{total:,} tokens; model.max_seq_len={model.max_seq_len} allows "
+                f"{limit:,}",
+                where=f"samples.prompts.{index}",
+                fix="shorten the prompt, or ask for fewer new tokens",
+            )
 
 
 def read_frozen_configs(

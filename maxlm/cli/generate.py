@@ -42,7 +42,7 @@ def command(
 ) -> None:
     """Continue prompts with a trained model. Options left out are the run's `samples`
     settings."""
-    from maxlm.inference.sampling import SamplingConfig
+    from maxlm.config.sampling import SamplingConfig
     from maxlm.programs.generate import generate_text, get_prompt_separator, search_text
     from maxlm.programs.load import load_model
 

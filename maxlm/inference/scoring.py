@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures import Encoder, EncoderDecoder
 from maxlm.models.params import Params, bind
 from maxlm.sharding import bind_mesh

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Requirement, check_requirements
-from maxlm.inference.sampling import check_samples
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import ParamSpec, flatten_names
 from maxlm.models.placement import (
@@ -21,7 +20,7 @@ from maxlm.models.placement import (
 )
 from maxlm.parallel.pipeline import bubble_ratio
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
-from maxlm.run import RunConfig, read_frozen_configs
+from maxlm.run import RunConfig, check_samples, read_frozen_configs
 from maxlm.sharding import MESH_AXES, Placement
 from maxlm.train.batch import require_batch_split
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import encode_chat
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 
 _HELP = """\
 /reset       forget the conversation

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from maxlm.config import MaxlmError, load_config
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.conversations import get_column, read_template_variables
 from maxlm.data.documents.streams import import_pyarrow
 from maxlm.data.row_files import open_rows
@@ -20,7 +21,6 @@ from maxlm.data.rows import encode_row
 from maxlm.data.tokenizer import check_tools_are_written, encode_chat
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import Params, bind
 from maxlm.parallel.divergence import StoredTeacher, compute_top_log_probs
 from maxlm.programs.generate import encode_prompts
@@ -133,7 +133,7 @@ def generate_answers(
             out.
         num_answers: to each prompt.
         settings: the engine's, as ``max_sequences=16``.
-        sampling: of :class:`maxlm.inference.sampling.SamplingConfig`.
+        sampling: of :class:`maxlm.config.sampling.SamplingConfig`.
 
     Returns:
         Answers written; those left out: empty, cut off, or to a prompt too long for the

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.inference.search.best_of_n import best_of_n
 from maxlm.models.architectures import Model

@@ -24,9 +24,8 @@ from maxlm.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from maxlm.inference.sampling import check_samples
 from maxlm.programs.generate import encode_prompts
-from maxlm.run import PREPARED, READING, RunConfig
+from maxlm.run import PREPARED, READING, RunConfig, check_samples
 from maxlm.runtime.progress import show_progress
 from maxlm.tasks import SourceInputs, Vocabulary
 from maxlm.train.checkpoint.reading import check_same_settings

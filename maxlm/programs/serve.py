@@ -11,13 +11,13 @@ from pydantic import ValidationError
 
 from maxlm.adapters import LoraAdapter
 from maxlm.config import MaxlmError, load_config
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.huggingface.peft.reading import read_peft_adapter
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.inference.adapter_slots import LoraWeights, ServedAdapter
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
 from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.families import find_family

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.documents import find_files
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.inference.generate import generate_tokens
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import compute_run_layout
 from maxlm.programs.load import load_frozen_models

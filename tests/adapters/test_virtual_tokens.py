@@ -12,10 +12,10 @@ import pytest
 
 from maxlm.adapters import PrefixAdapter, PromptAdapter
 from maxlm.adapters.virtual_tokens import from_peft, to_peft
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.models.adapters import Adapter, build_adapted_model

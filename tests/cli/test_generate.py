@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from maxlm.inference.sampling import SamplingConfig
+from maxlm.config.sampling import SamplingConfig
 from maxlm.run import FinalSamplesConfig
 
 

@@ -13,9 +13,9 @@ from flax import nnx
 from jax import lax
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.blocks import MIXERS, register_mixer
 from maxlm.models.caches import CacheArraySpec, RecurrentCache

@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.smollm2 import find_package, write_checkpoint
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate_tokens
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.models.params import bind
 from maxlm.programs.convert import convert

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.row_files import open_rows
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.programs.distillation import generate_answers, store_teacher_logits
 from maxlm.programs.generate import search_text
 from maxlm.programs.load import load_run

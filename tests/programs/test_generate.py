@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import load_tokenizer
 from maxlm.inference.generate import generate_tokens
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import param_specs

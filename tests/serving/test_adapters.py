@@ -11,11 +11,11 @@ import pytest
 
 from maxlm.adapters import Ia3Adapter
 from maxlm.config import to_yaml
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import TokenizerConfig, export_tokenizer, train_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.families import FAMILIES
 from maxlm.programs.convert import convert
 from maxlm.programs.load import LoadedRun

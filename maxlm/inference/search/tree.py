@@ -7,9 +7,9 @@ from dataclasses import replace
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
