@@ -314,13 +314,12 @@ def test_only_those_who_want_log_probabilities_pay_for_them(llama):
     engine = make_engine(llama)
     shape = engine._inputs.list_shapes()[-1]
     with jax.set_mesh(engine.mesh):
-        given = engine._inputs.build(
+        inputs = engine._inputs.build(
             ScheduledStep(), shape, engine.scheduler.page_tables, {}
         )
-        sizes = engine._runner.layout, engine._windows, engine.vocab_size
         runner = engine._runner
         step = run_step.lower(
-            engine.model, shape, *sizes, runner.params, runner.state, given
+            engine.model, runner.spec, shape, runner.params, runner.state, inputs
         )
         rest, main = step.compile().as_text().split("\nENTRY ")
     sorts = re.compile(rf",{runner.model.config.vocab_size}\]\S* sort\(")

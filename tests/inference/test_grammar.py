@@ -26,7 +26,7 @@ from maxlm.inference.grammar import GrammarCompiler, GrammarMatcher
 from maxlm.inference.requests import GrammarSpec
 from maxlm.inference.sampling import (
     make_keys,
-    process_logits,
+    compute_sampling_logits,
     sample_tokens,
     stack_settings,
 )
@@ -80,7 +80,7 @@ def step(settings, allowed, position, vocab_size):
     logits = 3 * jax.random.normal(jax.random.key(position), (ROWS, vocab_size + EXTRA))
     none = jnp.zeros(ROWS, jnp.int32)
     positions = jnp.full(ROWS, position, jnp.int32)
-    logits = process_logits(
+    logits = compute_sampling_logits(
         logits,
         settings,
         none[:, None],

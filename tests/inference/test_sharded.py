@@ -104,18 +104,14 @@ def check_split_caches(engine, shard):
     with jax.set_mesh(engine.mesh):
         key = engine._runner.state.caches["layers"][0].key
         assert {s.data.shape for s in key.addressable_shards} == {shard}
-        given = engine._inputs.build(
+        inputs = engine._inputs.build(
             ScheduledStep(), shape, engine.scheduler.page_tables, {}
         )
-        sizes = engine._runner.layout, engine._windows, engine.vocab_size
-        step = run_step.lower(
-            engine.model,
-            shape,
-            *sizes,
-            engine._runner.params,
-            engine._runner.state,
-            given,
-        ).compile()
+        runner = engine._runner
+        lowered = run_step.lower(
+            engine.model, runner.spec, shape, runner.params, runner.state, inputs
+        )
+        step = lowered.compile()
     sent = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|collective-)\S+\(", step.as_text())
     assert sent  # the regular expression finds something: results of split maps
     # Neither a cache nor the new keys and values: [..., heads, ..., 6].

@@ -16,9 +16,9 @@ from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
     TokenBudget,
+    claim_idle_engine,
     decode_text,
     rank_outputs,
-    require_idle,
 )
 from maxlm.models.architectures import EncoderDecoder
 
@@ -75,7 +75,7 @@ def beam_search(
         raise MaxlmError(
             f"a budget of {budget} tokens", where="budget", fix="allow at least 1"
         )
-    require_idle(engine)
+    claim_idle_engine(engine)
     sampling = SamplingConfig(temperature=0, max_new_tokens=config.max_new_tokens)
     requests = [
         GenerationRequest(

@@ -107,7 +107,7 @@ def check_samples_differ(sampling: SamplingConfig, num_samples: int) -> None:
         raise MaxlmError(what, where="temperature", fix="set it above 0, or draw one")
 
 
-def require_idle(engine: Engine) -> None:
+def claim_idle_engine(engine: Engine) -> None:
     """Checks that a search has the engine for itself, and drops outputs that wait
     there. Raises MaxlmError: other requests are there."""
     if engine.scheduler.running or engine.scheduler.waiting:
@@ -139,7 +139,7 @@ def draw_continuations(
     """Runs requests of one sequence each, with ``top_logprobs``. One starts when the
     budget has room for the longest output that it and those that run may have. Returns
     each one's continuation; None: the budget had no room for it."""
-    require_idle(engine)
+    claim_idle_engine(engine)
     waiting = deque(requests)
     found = dict[str, SequenceOutput]()
     reserved: dict[str, int] = {}  # tokens that those which run may still generate

@@ -26,3 +26,5 @@ ModelConfig = Annotated[
     add_default_tag("architecture", "decoder"),
 ]
 Model = Decoder | Encoder | EncoderDecoder
+GenerativeModel = Decoder | EncoderDecoder
+"""A model that continues text."""
