@@ -11,7 +11,7 @@ import pytest
 
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
-from maxlm.inference.generate import generate, generate_tokens
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.model_runner import count_compilations
 from maxlm.inference.params import prepare_params
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
@@ -257,8 +257,11 @@ def test_penalties_see_the_prompt_and_what_several_steps_wrote(llama):
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(llama):
     uniform = SamplingConfig(temperature=1e6, max_new_tokens=8)
-    drawn = generate_tokens(
-        llama.model, llama.params, PROMPTS, uniform, vocab_size=40, **SMALL
+    config = EngineConfig(**SMALL)
+    drawn = collect_tokens(
+        generate(
+            llama.model, llama.params, PROMPTS, uniform, vocab_size=40, config=config
+        )
     )
     assert 35 < max(map(max, drawn)) < 40
     assert all(len(set(row)) > 4 for row in drawn)

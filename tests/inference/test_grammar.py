@@ -25,8 +25,8 @@ from maxlm.inference.banned_sequences import fill_draft_masks
 from maxlm.inference.grammar import GrammarCompiler, GrammarMatcher
 from maxlm.inference.requests import GrammarSpec
 from maxlm.inference.sampling import (
-    make_keys,
     compute_sampling_logits,
+    make_keys,
     sample_tokens,
     stack_settings,
 )

@@ -15,8 +15,8 @@ from maxlm.config import load_config
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.sampling import (
     compute_logprobs,
-    make_keys,
     compute_sampling_logits,
+    make_keys,
     sample_tokens,
     stack_settings,
 )

@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
-from maxlm.inference.generate import generate_tokens
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scoring import Scorer
 from maxlm.inference.sequences import ScheduledStep
@@ -39,9 +39,9 @@ SMALL = {"max_sequences": 2, "max_length": 32, "page_size": 4, "prefill_tokens":
 
 
 def tokens(tiny, sampling, **settings):
-    return generate_tokens(
-        tiny.model, tiny.params, PROMPTS, sampling, **SMALL, **settings
-    )
+    config = EngineConfig(**SMALL, **settings)
+    outputs = generate(tiny.model, tiny.params, PROMPTS, sampling, config=config)
+    return collect_tokens(outputs)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import load_tokenizer
-from maxlm.inference.generate import generate_tokens
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import param_specs
@@ -63,7 +63,8 @@ def test_pieces_join_to_the_decoded_tokens(model):
         lambda s: jnp.asarray(draw(0, 0.02, s.shape), s.dtype), param_specs(model)
     )
     ids = [[BOS, *tokenizer.encode(prompt)] for prompt in prompts]
-    rows = generate_tokens(model, params, ids, SAMPLING, tokenizer=tokenizer)
+    outputs = generate(model, params, ids, SAMPLING, tokenizer=tokenizer)
+    rows = collect_tokens(outputs)
     tokens = [[t for t in row if t != EOS] for row in rows]
     expected = [
         tokenizer.decode_bytes(row).decode("utf-8", "replace") for row in tokens

@@ -1,0 +1,7 @@
+"""JSON as Python has it."""
+
+from typing import Any
+
+JsonObject = dict[str, Any]
+"""An object of JSON; its values are whatever JSON has, to be checked where they are
+read."""
