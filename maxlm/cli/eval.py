@@ -128,9 +128,9 @@ def report(
     """Write a page of evaluations: tasks by models, subjects, checkpoints, samples,
     cost."""
     from maxlm.evaluation.report import build_report, write_report
-    from maxlm.evaluation.results import find_evaluations
+    from maxlm.evaluation.results import read_newest_evaluations
 
-    found = [each for folder in folders for each in find_evaluations(folder)]
+    found = [each for folder in folders for each in read_newest_evaluations(folder)]
     print("written:", *write_report(build_report(found, samples), output))
 
 
@@ -149,9 +149,9 @@ def compare(
     """Compare two evaluations by paired tests; exit with 1 if a task of B falls
     significantly."""
     from maxlm.evaluation.compare import compare_evaluations
-    from maxlm.evaluation.results import find_evaluations
+    from maxlm.evaluation.results import read_newest_evaluations
 
-    a, b = (find_evaluations(folder)[-1] for folder in (first, second))
+    a, b = (read_newest_evaluations(folder)[-1] for folder in (first, second))
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     found, skipped = compare_evaluations(a, b, names, alpha)
     columns = ("A", "B", "B - A", f"{1 - alpha:.3g} interval", "p", "docs", "verdict")
@@ -282,11 +282,11 @@ def score_humaneval_samples(
     """Score completions of HumanEval's problems: pass@k, by running them in a
     sandbox."""
     from maxlm.evaluation.code import score_code_samples, truncate_completion
-    from maxlm.evaluation.records import read_records
+    from maxlm.evaluation.records import read_json_records
     from maxlm.evaluation.sandbox import SandboxLimits, detect_isolation
 
-    problems = read_records(data, ("task_id", "prompt", "test", "entry_point"))
-    records = read_records(samples, ("task_id", "completion"))
+    problems = read_json_records(data, ("task_id", "prompt", "test", "entry_point"))
+    records = read_json_records(samples, ("task_id", "completion"))
     if truncate:
         records = [
             r | {"completion": truncate_completion(r["completion"])} for r in records
@@ -325,7 +325,7 @@ def evaluate_swe_bench(
 ) -> None:
     """Apply predicted patches in local clones, run the tests, and report which are
     resolved."""
-    from maxlm.evaluation.records import read_records
+    from maxlm.evaluation.records import read_json_records
     from maxlm.evaluation.swe_bench import evaluate_predictions
 
     keys = (
@@ -336,8 +336,8 @@ def evaluate_swe_bench(
         "FAIL_TO_PASS",
         "PASS_TO_PASS",
     )
-    tasks = read_records(instances, keys)
-    answers = read_records(predictions, ("instance_id", "model_patch"))
+    tasks = read_json_records(instances, keys)
+    answers = read_json_records(predictions, ("instance_id", "model_patch"))
     options = {"seconds": seconds, "readable": readable or ()}
     report = evaluate_predictions(answers, tasks, repositories, output, **options)
     if output:

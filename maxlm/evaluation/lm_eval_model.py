@@ -15,7 +15,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer, render_chat
 from maxlm.data.tokenizer.chat import get_chat_template
-from maxlm.evaluation.records import read_records
+from maxlm.evaluation.records import read_json_records
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scoring import MaskedScorer, Scorer
@@ -211,7 +211,7 @@ class AnswerLog(dict[str, Any]):
 
     def __init__(self, path: Path):
         old = (
-            read_records(path, ("request", "answer"), skip_damaged=True)
+            read_json_records(path, ("request", "answer"), skip_damaged=True)
             if path.exists()
             else []
         )

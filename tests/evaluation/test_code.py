@@ -13,7 +13,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation import code
-from maxlm.evaluation.records import read_records
+from maxlm.evaluation.records import read_json_records
 from maxlm.evaluation.sandbox import SandboxLimits, run_all
 
 GENEROUS = SandboxLimits(seconds=60)
@@ -162,18 +162,18 @@ def test_bad_files_are_refused_and_any_character_is_read(tmp_path):
     for text in ('{"task_id": 1}\n{"task": 1}', "1", "{"):
         path.write_text(text)
         with pytest.raises(MaxlmError, match="not a record with task_id"):
-            read_records(path, ["task_id"])
+            read_json_records(path, ["task_id"])
     (tmp_path / "a.jsonl.gz").write_text("{}")
     for name in ("a.jsonl.gz", "missing.jsonl"):
         with pytest.raises(MaxlmError, match="cannot be read"):
-            read_records(tmp_path / name, [])
+            read_json_records(tmp_path / name, [])
     record = {"task_id": "a\u2028b\u0085c"}
     (tmp_path / "b.jsonl").write_text(
         json.dumps(record, ensure_ascii=False) + "\n", "utf-8"
     )
     (tmp_path / "b.json").write_text(json.dumps([record]), "utf-8")
-    assert read_records(tmp_path / "b.jsonl", ["task_id"]) == [record]
-    assert read_records(tmp_path / "b.json", ["task_id"]) == [record]
+    assert read_json_records(tmp_path / "b.jsonl", ["task_id"]) == [record]
+    assert read_json_records(tmp_path / "b.json", ["task_id"]) == [record]
 
 
 def test_command_scores_a_samples_file(tmp_path, problems, capsys):
@@ -189,7 +189,7 @@ def test_command_scores_a_samples_file(tmp_path, problems, capsys):
     )
     score_humaneval_samples(samples, data, truncate=True, as_json=True)
     assert json.loads(capsys.readouterr().out)["pass@1"] == 0.5
-    written = read_records(
+    written = read_json_records(
         tmp_path / "samples.jsonl_results.jsonl", ["completion", "passed"]
     )
     assert [each["passed"] for each in written] == [True, False]

@@ -12,7 +12,7 @@ from maxlm.evaluation.compare import (
     compare_samples,
     compute_holm_p_values,
 )
-from maxlm.evaluation.results import EvalDoc, find_evaluations
+from maxlm.evaluation.results import EvalDoc, read_newest_evaluations
 from tests.evaluation.folders import make_sample, write_evaluation
 
 
@@ -136,7 +136,7 @@ def test_equal_models_seldom_fail_the_gate(metric):
 
 
 def compare_both(folder, tasks):
-    first, second = (find_evaluations(folder / name)[-1] for name in "ab")
+    first, second = (read_newest_evaluations(folder / name)[-1] for name in "ab")
     return compare_evaluations(first, second, tasks, 0.05)
 
 

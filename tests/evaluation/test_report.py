@@ -8,7 +8,7 @@ import pytest
 
 from maxlm.cli.main import main
 from maxlm.evaluation.report import build_report
-from maxlm.evaluation.results import find_evaluations
+from maxlm.evaluation.results import read_newest_evaluations
 from tests.evaluation.folders import make_sample, write_evaluation
 
 HARD = [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
@@ -40,7 +40,7 @@ def folders(tmp_path):
 
 def build(folders, **options):
     return build_report(
-        [each for f in folders for each in find_evaluations(f)], **options
+        [each for f in folders for each in read_newest_evaluations(f)], **options
     )
 
 
