@@ -37,7 +37,7 @@ def read_json_records(
         if row in (b"", b"\r"):
             continue
         fault = None
-        record = row
+        record: Any = row
         if isinstance(row, bytes):
             try:
                 record = json.loads(row)
