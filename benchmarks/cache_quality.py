@@ -25,7 +25,7 @@ from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.models.caches.layout import CacheLayout, has_unit
-from maxlm.programs.load import LoadedRun, load_model
+from maxlm.run.load import LoadedRun, load_model
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", ROOT / "docs/architecture.md", ROOT / "LICENSE"]

@@ -31,7 +31,7 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.model_runner import count_compilations
 from maxlm.inference.requests import GenerationRequest
 from maxlm.models.params import flatten_names
-from maxlm.programs.load import load_model
+from maxlm.run.load import load_model
 
 PREFILL = 512
 BATCHES = (1, 8)

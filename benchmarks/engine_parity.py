@@ -27,7 +27,7 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.speculation import DraftModel
-from maxlm.programs.load import load_model
+from maxlm.run.load import load_model
 
 SIZES: dict[str, Any] = {"max_sequences": 8, "prefill_tokens": 64, "max_length": 256}
 WAYS: dict[str, dict[str, Any]] = {

@@ -33,12 +33,12 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scoring import Scorer
 from maxlm.models.params import flatten_names
-from maxlm.programs.load import LoadedRun, load_model
-from maxlm.programs.preference import score_texts
-from maxlm.programs.run_config import load_run_config
-from maxlm.programs.train import TrainingResult
-from maxlm.programs.tune import tune_model
+from maxlm.run.load import LoadedRun, load_model
+from maxlm.run.load_config import load_run_config
+from maxlm.train.program import TrainingResult
 from maxlm.train.records import read_records
+from maxlm.tune.program import tune_model
+from maxlm.tune.references import score_texts
 
 REWARD = (
     "data.batch_size=64",

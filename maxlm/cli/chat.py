@@ -33,8 +33,8 @@ def command(
     """
     from maxlm.config.sampling import SamplingConfig
     from maxlm.inference.engine_config import EngineConfig
-    from maxlm.programs.chat import ChatSession, run_chat
-    from maxlm.programs.serve import load_chat_model, make_engine
+    from maxlm.serving.program import load_chat_model, make_engine
+    from maxlm.serving.terminal_chat import ChatSession, run_chat
 
     # At temperature 1 small models stray; an answer may have what the context has room
     # for.

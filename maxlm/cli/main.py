@@ -234,7 +234,7 @@ def _find_overrides(option: str, arguments: Sequence[str], verb: str) -> list[st
         "serve": ("inference.engine_config", "Engine"),
         "chat": ("config.sampling", "Sampling"),
     }
-    module, name = schemas.get(verb, ("run", "Run"))
+    module, name = schemas.get(verb, ("run.config", "Run"))
     schema = getattr(importlib.import_module(f"maxlm.{module}"), f"{name}Config")
     words = [
         word for each in arguments for word in each.split("=", each.startswith("-"))

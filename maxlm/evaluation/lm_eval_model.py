@@ -19,7 +19,7 @@ from maxlm.evaluation.records import read_json_records
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scoring import MaskedScorer, Scorer
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class MaxlmModel(TemplateLM):

@@ -27,6 +27,7 @@ from maxlm.inference.banned_sequences import (
 )
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
+from maxlm.inference.generative_model import require_generative
 from maxlm.inference.grammar import GrammarCompiler
 from maxlm.inference.model_runner import (
     MAX_PAGE_COPIES,
@@ -51,12 +52,8 @@ from maxlm.inference.step import (
     StepOutputs,
     StepSizes,
 )
-from maxlm.models.architectures import (
-    Encoder,
-    EncoderDecoder,
-    GenerativeModel,
-    Model,
-)
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.caches.layout import (
     CacheLayout,
     choose_feature_multiple,
@@ -115,15 +112,12 @@ class Engine:
         vocab_size: int | None = None,
         draft: DraftModel | None = None,
     ):
-        if isinstance(model, Encoder):
-            message = "an encoder names masked tokens; it does not continue text"
-            fix = "use a decoder, or an encoder with a decoder"
-            raise MaxlmError(message, where="engine", fix=fix)
+        model = require_generative(model)
         if model.rules.seq:
             message = f"the sequence is split over {' and '.join(model.rules.seq)}"
             fix = "generate on a mesh with context=1"
             raise MaxlmError(message, where="mesh", fix=fix)
-        self.model: GenerativeModel = model
+        self.model = model
         self.tokenizer = tokenizer
         self.mesh = jax.tree.leaves(params)[0].sharding.mesh
         self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
@@ -157,8 +151,9 @@ class Engine:
             num_virtual_tokens=num_virtual,
         )
         speculation = config.speculation
+        draft_model = None if draft is None else require_generative(draft.model)
         if speculation is not None:
-            check_speculation(model, None if draft is None else draft.model, layout)
+            check_speculation(model, draft_model, layout)
         with jax.set_mesh(self.mesh):
             self._adapters = AdapterSlots(
                 model, config.max_adapters, config.max_adapter_rank
@@ -167,8 +162,8 @@ class Engine:
                 model, params, self._spec, self._adapters.arrays or None
             )
             self._draft_runner = None
-            if draft is not None:
-                self._draft_runner = ModelRunner(draft.model, draft.params, self._spec)
+            if draft is not None and draft_model is not None:
+                self._draft_runner = ModelRunner(draft_model, draft.params, self._spec)
         self._runners = [self._runner]
         if self._draft_runner is not None:
             self._runners.append(self._draft_runner)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import reshard
 
 from maxlm.inference.adapter_slots import write_columns
+from maxlm.inference.generative_model import GenerativeModel
 from maxlm.inference.params import prepare_params
 from maxlm.inference.sequences import PageCopy, RowCopy, RunningSequence
 from maxlm.inference.step import (
@@ -23,7 +24,7 @@ from maxlm.inference.step import (
     run_decoding_step,
     run_step,
 )
-from maxlm.models.architectures import EncoderDecoder, GenerativeModel
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.architectures.transformer import CrossAttentionCache
 from maxlm.models.caches.layout import (
     CacheArraySpec,

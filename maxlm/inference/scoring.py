@@ -20,7 +20,8 @@ from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
-from maxlm.models.architectures import Encoder, EncoderDecoder
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import Params, bind
 from maxlm.sharding import bind_mesh
 

@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.architectures import GenerativeModel
+from maxlm.inference.generative_model import GenerativeModel
+from maxlm.models.architectures import Model
 from maxlm.models.caches.layout import CacheLayout, has_row_caches, list_paged_windows
 from maxlm.models.params import Params
 
@@ -51,7 +52,7 @@ SpeculationConfig = Annotated[
 class DraftModel(NamedTuple):
     """A model that guesses what another one will say."""
 
-    model: GenerativeModel
+    model: Model
     params: Params
 
 

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
 from maxlm.inference.adapter_slots import add_adapters
+from maxlm.inference.generative_model import GenerativeModel
 from maxlm.inference.sampling import (
     TOP_LOGPROBS,
     Array,
@@ -28,7 +29,6 @@ from maxlm.inference.sampling import (
     make_keys,
     sample_tokens,
 )
-from maxlm.models.architectures import GenerativeModel
 from maxlm.models.architectures.transformer import Caches, CrossAttentionCache
 from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.params import Params, bind

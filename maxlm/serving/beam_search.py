@@ -8,7 +8,7 @@ from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLog
 from maxlm.inference.sampling import TOP_LOGPROBS
 from maxlm.inference.search.beam import BeamSearch, BeamSearchConfig, check_beam_search
 from maxlm.inference.search.continuations import TokenBudget, decode_text
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.serving.engine_loop import EngineLoop
 from maxlm.serving.errors import ApiError
 from maxlm.serving.schemas import GenerationBody

@@ -19,8 +19,8 @@ from maxlm.inference.sequences import ScheduledStep
 from maxlm.inference.speculation import DraftModel
 from maxlm.inference.step import run_step
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.placement import place_model
 from maxlm.parallel.config import ParallelConfig
+from maxlm.run.model_placement import place_model
 from maxlm.sharding import ShardingConfig
 from maxlm.sharding.mesh import MESH_AXES
 from tests.inference.conftest import CONFIGS, Tiny

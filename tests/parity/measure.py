@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config.sampling import SamplingConfig
+from maxlm.huggingface.families.family import ModelFamily
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.generate import collect_tokens, generate
-from maxlm.models.families.family import ModelFamily
 from maxlm.sharding import ShardingConfig
 from tests.parity import compare, grok, tiny
 

@@ -20,8 +20,8 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.models.params import bind
-from maxlm.programs.convert import convert
-from maxlm.programs.load import load_run
+from maxlm.run.convert import convert
+from maxlm.run.load import load_run
 from maxlm.train.records import read_records
 
 torch = pytest.importorskip("torch")

@@ -20,7 +20,7 @@ from maxlm.inference.search.continuations import (
     decode_text,
     rank_outputs,
 )
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class BeamSearchConfig(Config):

@@ -22,7 +22,7 @@ from maxlm.inference.search.continuations import (
     score_outputs,
     with_own_seed,
 )
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class TreeSearchConfig(Config):
