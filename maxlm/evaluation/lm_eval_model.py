@@ -135,7 +135,9 @@ class MaxlmModel(TemplateLM):
             raise MaxlmError(message, where="generate_until", fix=fix)
         engine_requests = []
         for number, request in enumerate(requests):
-            context, settings = request.args
+            # The harness types them as any tuple.
+            arguments: Any = request.args
+            context, settings = arguments
             engine_requests.append(self._make_request(number, context, settings))
         tokens: list[list[int]] = [[] for _ in engine_requests]
         num_done = 0

@@ -26,10 +26,14 @@ def test_figures_and_samples_are_read(tmp_path):
     }
     data["results"]["arc"] |= {"perplexity,none": 58.0, "perplexity_stderr,none": 33.0}
     path.write_text(json.dumps(data))
-    (own,) = read_newest_evaluations(tmp_path)
-    assert (own.model, own.step, own.units) == ("tiny", 7, ["arc"])
-    assert own.costs == {"seconds": 12.5, "prompt_tokens": 99, "generated_tokens": None}
-    task = own.tasks["arc"]
+    (evaluation,) = read_newest_evaluations(tmp_path)
+    assert (evaluation.model, evaluation.step, evaluation.units) == ("tiny", 7, ["arc"])
+    assert evaluation.costs == {
+        "seconds": 12.5,
+        "prompt_tokens": 99,
+        "generated_tokens": None,
+    }
+    task = evaluation.tasks["arc"]
     assert [*task.metrics] == ["acc", "acc_norm", "perplexity"]
     acc = task.metrics["acc"]
     assert (acc.value, acc.n, acc.shots) == (pytest.approx(2 / 3), 3, 5)
@@ -72,14 +76,16 @@ def test_the_newest_evaluation_of_each_task_is_taken(tmp_path):
             tasks = {"t": {"acc": [score, score]}, name: {"acc": [score]}}
             about = {"step": step, "seconds": 2.0}
             path = write_evaluation(folder, tasks, time=f"2026-01-{time}", maxlm=about)
-    found = read_newest_evaluations(tmp_path)
-    assert [each.step for each in found] == [4, 30]
-    for each in found:
-        values = {name: task.metrics["acc"].value for name, task in each.tasks.items()}
+    evaluations = read_newest_evaluations(tmp_path)
+    assert [evaluation.step for evaluation in evaluations] == [4, 30]
+    for evaluation in evaluations:
+        values = {
+            name: task.metrics["acc"].value for name, task in evaluation.tasks.items()
+        }
         assert values == {"t": 1, "new": 1, "old": 0}
-        assert {*each.units} == {*values}
-        assert each.costs["seconds"] == 4
-    assert [each.step for each in read_newest_evaluations(path)] == [4]
+        assert {*evaluation.units} == {*values}
+        assert evaluation.costs["seconds"] == 4
+    assert [evaluation.step for evaluation in read_newest_evaluations(path)] == [4]
 
 
 def test_groups_hold_their_tasks_at_any_depth(tmp_path):
@@ -87,9 +93,9 @@ def test_groups_hold_their_tasks_at_any_depth(tmp_path):
     groups = {"top": ["low", "c"], "low": ["a", "b"], "a": []}
     scored = {"top": ["a", "b", "c"], "low": ["a", "b"]}
     write_evaluation(tmp_path, tasks, groups=scored, group_subtasks=groups)
-    (own,) = read_newest_evaluations(tmp_path)
-    assert own.units == ["d", "top"]
-    assert {s.key[0] for s in own.tasks["top"].read_samples()} == {"a", "b", "c"}
+    (evaluation,) = read_newest_evaluations(tmp_path)
+    assert evaluation.units == ["d", "top"]
+    assert {s.key[0] for s in evaluation.tasks["top"].read_samples()} == {"a", "b", "c"}
 
 
 DEEP = '{"results": ' + "[" * 5000 + "]" * 5000 + "}"

@@ -128,16 +128,16 @@ def test_a_schema_a_regex_and_a_grammar(tokenizer, compiler):
         *[GrammarSpec("regex", DATE)] * 2,
         *[GrammarSpec("lark", SUM)] * 2,
     ]
-    found = generate(
+    texts = generate(
         tokenizer, [compiler.compile(spec) for spec in specs], temperature=1.5
     )
-    for text in found[:4]:
+    for text in texts[:4]:
         jsonschema.validate(json.loads(text), SCHEMA)
-    assert all(re.fullmatch(DATE, text) for text in found[4:6])
+    assert all(re.fullmatch(DATE, text) for text in texts[4:6])
     assert all(
-        re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}", text) for text in found[6:]
+        re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}", text) for text in texts[6:]
     )
-    assert len({*found}) > 6
+    assert len({*texts}) > 6
 
 
 def test_any_json_object(tokenizer, compiler):

@@ -211,17 +211,17 @@ def test_draws_follow_the_probabilities():
     def draw(positions):
         zero = jnp.zeros((1, 1), jnp.int32)
         process = partial(compute_sampling_logits, vocab_size=vocab - 1)
-        kept = process(logits[None], settings, zero, zero[0], zero[0])
+        processed = process(logits[None], settings, zero, zero[0], zero[0])
         keys = jax.vmap(lambda position: make_keys(settings, position)[0])(positions)
-        rows = jnp.broadcast_to(kept, (len(positions), vocab))
-        return kept[0], sample_tokens(rows, keys, jnp.zeros(len(positions), bool))
+        rows = jnp.broadcast_to(processed, (len(positions), vocab))
+        return processed[0], sample_tokens(rows, keys, jnp.zeros(len(positions), bool))
 
-    kept, tokens = draw(jnp.arange(draws // 4, dtype=jnp.int32))
+    processed_row, tokens = draw(jnp.arange(draws // 4, dtype=jnp.int32))
     counts = np.bincount(tokens, minlength=vocab)
     for part in range(1, 4):
         _, tokens = draw(jnp.arange(draws // 4, dtype=jnp.int32) + part * draws // 4)
         counts += np.bincount(tokens, minlength=vocab)
-    expected = draws * np.asarray(jax.nn.softmax(kept), np.float64)
+    expected = draws * np.asarray(jax.nn.softmax(processed_row), np.float64)
     assert counts[expected == 0].sum() == 0
     assert (expected > 0).sum() > 100
     assert (

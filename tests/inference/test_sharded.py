@@ -76,11 +76,11 @@ def test_the_same_tokens_with_windows_forks_and_guesses(mesh, build_tiny):
             GenerationRequest(str(i), tuple(prompt), SAMPLED, num_sequences=1 + i % 2)
             for i, prompt in enumerate(PROMPTS)
         ]
-        found = {}
+        rows = {}
         for output in engine.run(requests):
-            own = found.setdefault((output.request_id, output.sequence_index), [])
-            own += output.token_ids
-        return found
+            row = rows.setdefault((output.request_id, output.sequence_index), [])
+            row += output.token_ids
+        return rows
 
     assert run(one) == run(four)
 
@@ -92,9 +92,9 @@ def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
         config = EngineConfig(**SMALL | {"max_length": 20})  # one context is cut
         return Scorer(Engine(tiny.model, tiny.params, config)).score(pairs)
 
-    for ours, wanted in zip(run(sharded), run(tinies["llama"]), strict=True):
-        assert ours.logprob == pytest.approx(wanted.logprob, abs=1e-4)
-        assert ours.is_greedy == wanted.is_greedy
+    for ours, expected in zip(run(sharded), run(tinies["llama"]), strict=True):
+        assert ours.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        assert ours.is_greedy == expected.is_greedy
 
 
 def check_split_caches(engine, shard):
@@ -129,20 +129,20 @@ def test_fewer_kv_heads_than_devices_are_kept_once_a_device(mesh, build_tiny):
     attention = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6}
     one = build_tiny("llama", mesh(), vocab_size=64, attention=attention)
     eight = mesh(data=2, tensor=4)
-    how = ShardingConfig(), ParallelConfig(), dict(eight.shape), jnp.float32
-    placed = place_model(one.model.config, *how, training=None)
-    held = jax.device_put(
+    settings = ShardingConfig(), ParallelConfig(), dict(eight.shape), jnp.float32
+    placed = place_model(one.model.config, *settings, training=None)
+    on_devices = jax.device_put(
         jax.device_get(one.params), NamedSharding(eight, PartitionSpec())
     )
-    four = Tiny(placed.model, held)
+    four = Tiny(placed.model, on_devices)
     assert tokens(four, GREEDY) == tokens(one, GREEDY)
     engine = Engine(four.model, four.params, EngineConfig(**SMALL))
     check_split_caches(engine, (1, 17, 1, 4, 6))
-    ours, wanted = (
-        Embedder(own.model, own.params, m, 20).embed(PROMPTS[:3])
-        for own, m in ((four, eight), (one, mesh()))
+    ours, expected = (
+        Embedder(tiny_model.model, tiny_model.params, m, 20).embed(PROMPTS[:3])
+        for tiny_model, m in ((four, eight), (one, mesh()))
     )
-    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_keys_that_lie_apart_from_their_queries_are_refused():

@@ -124,14 +124,14 @@ def test_a_prompt_opens_as_the_tokenizer_says_and_an_encoder_reads_a_whole_docum
     prompts = ["a", "bc", ""]
     a, b, c = (ord(char) + 2 for char in "abc")
     foreign = ForeignTokenizer()
-    own = ByteTokenizer()
+    byte_tokenizer = ByteTokenizer()
     assert encode_prompts(foreign, prompts, as_documents=False) == [[a], [b, c], [BOS]]
     assert encode_prompts(foreign, prompts, as_documents=True) == [
         [a, EOS],
         [b, c, EOS],
         [EOS],
     ]
-    assert encode_prompts(own, prompts, as_documents=False) == [
+    assert encode_prompts(byte_tokenizer, prompts, as_documents=False) == [
         [BOS, a],
         [BOS, b, c],
         [BOS],
