@@ -3,12 +3,13 @@ accuracy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from maxlm.inference.scoring import Scorer, Tokens
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_types import JsonMapping
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +47,7 @@ def compute_position_losses(
     return losses_by_position
 
 
-def compute_gold_probability(samples: Sequence[Mapping[str, Any]]) -> float | None:
+def compute_gold_probability(samples: Sequence[JsonMapping]) -> float | None:
     """Computes the mean probability that a model gives to the right choice among a
     question's, which changes smoothly where accuracy jumps (Schaeffer et al. 2023,
     arXiv 2304.15004). ``samples``: the harness's records of a multiple-choice task.

@@ -20,6 +20,7 @@ from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scoring import MaskedScorer, Scorer
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.runtime.json_types import JsonObject
 
 
 class MaxlmModel(TemplateLM):
@@ -156,9 +157,9 @@ class MaxlmModel(TemplateLM):
         return answers
 
     def _make_request(
-        self, number: int, context: str, settings: dict[str, Any]
+        self, number: int, context: str, settings: JsonObject
     ) -> GenerationRequest:
-        sampling: dict[str, Any] = dict(
+        sampling: JsonObject = dict(
             model_utils.normalize_gen_kwargs(settings, self._max_gen_toks)
         )
         max_new_tokens = sampling.pop("max_gen_toks")

@@ -14,6 +14,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.records import Record, read_json_records
+from maxlm.runtime.json_types import JsonMapping
 
 OUTCOMES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
 """Model a's share of the win."""
@@ -33,7 +34,7 @@ STYLE_FEATURES = {
     "bold": r"\*\*[^*\n]+\*\*|__[^_\n]+__",
 }
 """Patterns that count one in an answer."""
-Battle = Mapping[str, Any]
+Battle = JsonMapping
 
 
 def read_battles(path: Path) -> list[Record]:

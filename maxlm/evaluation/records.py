@@ -10,10 +10,10 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.progress import Progress
 
-Record = dict[str, Any]
-"""An object of JSON."""
+Record = JsonObject
 Key = tuple[Any, ...]
 """The values of some of a record's fields, by which it is found."""
 

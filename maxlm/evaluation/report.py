@@ -1,7 +1,7 @@
 """Evaluations side by side, as JSON and as a page."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,15 @@ from typing import Any
 from maxlm.evaluation.results import (
     EvalDoc,
     EvaluationResult,
-    JsonObject,
     TaskResult,
     choose_main_metric,
 )
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.runtime.report_page import write_report_page
 
 
-def write_report(report: Mapping[str, Any], path: Path) -> list[Path]:
+def write_report(report: JsonMapping, path: Path) -> list[Path]:
     """Writes the report as a page, ``.html``, and as JSON, ``.json``; returns their
     paths."""
     page = path.with_suffix(".html")

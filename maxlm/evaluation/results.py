@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.json_files import check_regular_file, parse_json
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
-JsonObject = dict[str, Any]
-"""An object of JSON, as the harness writes it."""
 Parsed = TypeVar("Parsed")
 
 
@@ -249,7 +248,7 @@ def _list_members(name: str, groups: Mapping[str, list[str]]) -> list[str]:
     return members
 
 
-def _parse_sample(task: str, line: Mapping[str, Any]) -> EvalDoc:
+def _parse_sample(task: str, line: JsonMapping) -> EvalDoc:
     filter_name = line.get("filter", "none")
     values: dict[str, tuple[float, float]] = {}
     for metric in line["metrics"]:

@@ -11,14 +11,14 @@ import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.records import Record
 from maxlm.evaluation.sandbox import ExecutionResult, SandboxLimits, run_command
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_types import JsonMapping
 
 DEFAULT_TEST_COMMAND = "python -m pytest -rA -p no:cacheprovider"
 # As the benchmark's harness tries them. A model's changes of the tests' own files do
@@ -56,7 +56,7 @@ def make_prediction(instance_id: str, model: str, answer: str) -> dict[str, str]
 
 
 def evaluate_prediction(
-    instance: Mapping[str, Any],
+    instance: JsonMapping,
     patch: str,
     repositories: Path,
     seconds: float = 1800.0,
@@ -139,8 +139,8 @@ def parse_passed_tests(log: str) -> set[str]:
 
 
 def evaluate_predictions(
-    predictions: Sequence[Mapping[str, Any]],
-    instances: Sequence[Mapping[str, Any]],
+    predictions: Sequence[JsonMapping],
+    instances: Sequence[JsonMapping],
     repositories: Path,
     logs: Path | None = None,
     *,

@@ -30,8 +30,9 @@ from lm_eval.tasks._index import Kind
 from maxlm.config import MaxlmError
 from maxlm.evaluation.code import replace_code_eval
 from maxlm.runtime.json_files import parse_json, read_json_file
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
-Row = dict[str, Any]
+Row = JsonObject
 _SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")
 _COPY_AGAIN = "copy the benchmark's file again"
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -58,7 +59,7 @@ class LocalTaskFactory(TaskFactory):
         self._shots = shots
         self.missing: list[str] = []
 
-    def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
+    def _build_task(self, entry: Any, overrides: JsonObject | None) -> Any:
         config = self._load_full_config(entry, overrides)
         if "dataset_path" not in config:
             raise MissingData("this task takes no local files", where=entry.name)
@@ -68,14 +69,14 @@ class LocalTaskFactory(TaskFactory):
             shots = task_shots  # a task that says 0 shows its questions alone
         evaluated_split = config.get("test_split") or config.get("validation_split")
         fewshot_split = _find_fewshot_split(config) if shots else None
-        rows: dict[str, Any] = {}
+        rows: JsonObject = {}
         for split in (evaluated_split, fewshot_split):
             if split and split not in rows:
                 is_evaluated = split == evaluated_split
                 rows[split] = load_split(
                     self._folder, config, split, is_evaluated=is_evaluated
                 )
-        changes: dict[str, Any] = {
+        changes: JsonObject = {
             "dataset_kwargs": None,
             "custom_dataset": lambda **_: rows,
         }
@@ -114,7 +115,7 @@ class LocalTaskFactory(TaskFactory):
         return tasks
 
 
-def _find_fewshot_split(config: Mapping[str, Any]) -> str | None:
+def _find_fewshot_split(config: JsonMapping) -> str | None:
     """Returns the split of the examples, as the harness chooses it; None: the evaluated
     one, or examples that the definition has itself."""
     if config.get("fewshot_split"):
@@ -152,7 +153,7 @@ def load_tasks(
     shots: int | None = None,
     seed: int | None = None,
     manager: TaskManager | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Loads tasks, groups of tasks, or all that have a tag. Raises MaxlmError: an
     unknown task, rows that cannot be loaded, or a task that would run generated
     programs outside the sandbox.
@@ -168,7 +169,7 @@ def load_tasks(
         group that ``data`` has no files of, its ``seed`` that of the examples.
     """
     manager = manager or _index_tasks()
-    loaded_by_name: dict[str, Any] = {}
+    loaded_by_name: JsonObject = {}
     check_task_names(manager, names)
     for name in names:
         # Tasks draw from the global generators; the defaults are the harness's.
@@ -209,13 +210,13 @@ def _check_runs_no_code(task: Any, *, runs_in_sandbox: bool) -> None:
 
 def evaluate_tasks(
     model: LM,
-    tasks: Mapping[str, Any],
+    tasks: JsonMapping,
     *,
     limit: int | None = None,
     chat: bool = False,
     system: str | None = None,
     on_task: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Evaluates a model on tasks (:func:`load_tasks`), one after the other.
 
     Args:
@@ -230,7 +231,7 @@ def evaluate_tasks(
     """
     # Of standard errors: a fork may deadlock beside JAX's threads.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    merged: dict[str, Any] = {"seconds_by_task": {}, "missing": []}
+    merged: JsonObject = {"seconds_by_task": {}, "missing": []}
     for name, loaded in tasks.items():
         start = time.perf_counter()
         if on_task is not None:
@@ -257,7 +258,7 @@ def evaluate_tasks(
 
 
 def load_split(
-    folder: Path, config: Mapping[str, Any], split: str, *, is_evaluated: bool
+    folder: Path, config: JsonMapping, split: str, *, is_evaluated: bool
 ) -> Any:
     """Loads a split of a task as a ``datasets.Dataset``. Raises MissingData: no file;
     MaxlmError: a file whose rows have no known form.
@@ -290,7 +291,7 @@ def load_split(
 
 
 def _find_files(
-    folder: Path, config: Mapping[str, Any], split: str, *, is_evaluated: bool
+    folder: Path, config: JsonMapping, split: str, *, is_evaluated: bool
 ) -> list[Path]:
     dataset = config["dataset_path"].rpartition("/")[2]
     subset = str(config.get("dataset_name") or "main")

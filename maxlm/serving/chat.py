@@ -1,9 +1,9 @@
 """/v1/chat/completions: conversations, by the model's chat template."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,10 +11,10 @@ from starlette.responses import Response
 from maxlm.data.tokenizer import Tokenizer, render_escaped_chat
 from maxlm.data.tokenizer.chat import EscapedChat, get_chat_template
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.serving.engine_loop import RequestGroupStream
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import LOWEST_LOGPROB, Answer, decode_token
-from maxlm.serving.json_types import JsonObject
 from maxlm.serving.reasoning import (
     ReasoningFormat,
     ReasoningParser,
@@ -176,7 +176,7 @@ def _render_conversation(
     )
 
 
-def _mentions_tools(message: Mapping[str, Any]) -> bool:
+def _mentions_tools(message: JsonMapping) -> bool:
     return "tool_calls" in message or message["role"] == "tool"
 
 

@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import LOWEST_LOGPROB, Answer, decode_token
-from maxlm.serving.json_types import JsonObject
 from maxlm.serving.schemas import MAX_PROMPTS, CompletionBody, list_prompts
 from maxlm.serving.server_state import ServerState
 

@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 
 from maxlm.inference.embedding import Embedder, EmbeddingProgram, PaddedBatch, Pooling
 from maxlm.inference.scoring import make_score_request, read_score
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import cancel_on_disconnect
-from maxlm.serving.json_types import JsonObject
 from maxlm.serving.schemas import (
     EmbeddingBody,
     PairBody,

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from maxlm.config import MaxlmError
-from maxlm.serving.json_types import JsonObject
+from maxlm.runtime.json_types import JsonObject
 
 _KINDS = {
     401: ("authentication_error", "invalid_api_key"),

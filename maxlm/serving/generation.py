@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.beam_search import check_beam_body, search_beams
 from maxlm.serving.engine_loop import RequestGroupStream
 from maxlm.serving.errors import convert_error
-from maxlm.serving.json_types import JsonObject
 from maxlm.serving.schemas import GenerationBody
 from maxlm.serving.server_state import ServerState
 

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError
-from maxlm.serving.json_types import JsonObject
 from maxlm.serving.schemas import SAMPLING_FIELDS, ApiBody, ApiModel
 
 

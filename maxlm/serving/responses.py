@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from maxlm.inference.requests import SequenceOutput
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.chat import ChatAnswer, ParsedAnswer, prepare_chat_answer
 from maxlm.serving.engine_loop import RequestGroupStream
 from maxlm.serving.errors import ApiError, convert_error
-from maxlm.serving.json_types import JsonObject
 from maxlm.serving.response_schemas import ResponsesBody
 from maxlm.serving.schemas import ChatBody
 from maxlm.serving.server_state import ServerState

@@ -18,8 +18,8 @@ from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GenerationRequest, GrammarSpec
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError
-from maxlm.serving.json_types import JsonObject
 
 _UNSUPPORTED = (
     "suffix",

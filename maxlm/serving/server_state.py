@@ -24,10 +24,10 @@ from maxlm.inference.adapter_slots import ServedAdapter
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import EngineStats
 from maxlm.inference.requests import SequenceOutput
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.deadlines import DEFAULT_REQUEST_SECONDS
 from maxlm.serving.engine_loop import EngineLoop, RequestGroupStream
 from maxlm.serving.errors import ApiError
-from maxlm.serving.json_types import JsonObject
 from maxlm.serving.schemas import ApiBody
 
 Body = TypeVar("Body", bound=ApiBody)

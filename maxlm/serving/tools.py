@@ -11,15 +11,15 @@ Three ways to write a call are known, and told apart by the chat template:
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
 from maxlm.inference.outputs import count_begun
 from maxlm.inference.requests import GrammarSpec
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.serving.errors import ApiError
-from maxlm.serving.json_types import JsonObject
 from maxlm.serving.schemas import Tool, ToolFunction
 
 ToolFormat = Literal["hermes", "mistral", "llama3"]
@@ -61,7 +61,7 @@ def detect_tool_format(template: str) -> ToolFormat:
 
 
 def describe_tools_in_text(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    messages: Sequence[JsonMapping], tools: Sequence[JsonMapping]
 ) -> list[JsonObject]:
     """Returns a conversation in which tools, calls and their results are plain text,
     for a chat template that knows no tools."""
