@@ -24,7 +24,7 @@ from serve_load import serve
 
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
-from maxlm.inference.generate import generate_tokens
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.speculation import DraftModel
 from maxlm.run.load import load_model
@@ -140,8 +140,9 @@ def main() -> None:
         print(f"{name}: {equal} of {len(prompts)} equal transformers'", flush=True)
 
     for name, settings in WAYS.items():
-        given = loaded.model, loaded.params, prompts, greedy
-        compare(name, generate_tokens(*given, **SIZES | settings))
+        config = EngineConfig(**SIZES | settings)
+        outputs = generate(loaded.model, loaded.params, prompts, greedy, config=config)
+        compare(name, collect_tokens(outputs))
     compare("a draft model", run_with_draft(loaded, prompts, greedy))
     expected = [text for _, text in run_engine(loaded, prompts, greedy)]
     with serve(args.folder, SIZES) as url:

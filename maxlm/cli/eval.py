@@ -142,10 +142,10 @@ def report(
     """Write an HTML page of evaluations: tasks by models, subjects, checkpoints,
     samples, cost."""
     from maxlm.evaluation.report import build_report, write_report
-    from maxlm.evaluation.results import find_evaluations
+    from maxlm.evaluation.results import read_newest_evaluations
 
     evaluations = [
-        evaluation for folder in folders for evaluation in find_evaluations(folder)
+        evaluation for folder in folders for evaluation in read_newest_evaluations(folder)
     ]
     page = build_report(evaluations, samples)
     print("written:", *write_report(page, output))
@@ -166,10 +166,10 @@ def compare(
     """Compare two evaluations by paired tests; exit code 1 if B is significantly worse
     in a task."""
     from maxlm.evaluation.compare import compare_evaluations
-    from maxlm.evaluation.results import find_evaluations
+    from maxlm.evaluation.results import read_newest_evaluations
 
-    evaluation_a = find_evaluations(first)[-1]
-    evaluation_b = find_evaluations(second)[-1]
+    evaluation_a = read_newest_evaluations(first)[-1]
+    evaluation_b = read_newest_evaluations(second)[-1]
     comparisons, skipped = compare_evaluations(
         evaluation_a, evaluation_b, _split_names(tasks), alpha
     )
@@ -323,11 +323,11 @@ def score_humaneval_samples(
     """Score completions of HumanEval's problems: pass@k, by running them in a
     sandbox."""
     from maxlm.evaluation.code import score_code_samples, truncate_completion
-    from maxlm.evaluation.records import read_records
+    from maxlm.evaluation.records import read_json_records
     from maxlm.evaluation.sandbox import SandboxLimits, detect_isolation
 
-    problems = read_records(data, ("task_id", "prompt", "test", "entry_point"))
-    records = read_records(samples, ("task_id", "completion"))
+    problems = read_json_records(data, ("task_id", "prompt", "test", "entry_point"))
+    records = read_json_records(samples, ("task_id", "completion"))
     if truncate:
         records = [
             record | {"completion": truncate_completion(record["completion"])}
@@ -366,7 +366,7 @@ def evaluate_swe_bench(
 ) -> None:
     """Apply predicted patches in local clones, run the tests, and report which are
     resolved."""
-    from maxlm.evaluation.records import read_records
+    from maxlm.evaluation.records import read_json_records
     from maxlm.evaluation.swe_bench import evaluate_predictions
 
     keys = (
@@ -377,8 +377,8 @@ def evaluate_swe_bench(
         "FAIL_TO_PASS",
         "PASS_TO_PASS",
     )
-    tasks = read_records(instances, keys)
-    answers = read_records(predictions, ("instance_id", "model_patch"))
+    tasks = read_json_records(instances, keys)
+    answers = read_json_records(predictions, ("instance_id", "model_patch"))
     report = evaluate_predictions(
         answers,
         tasks,

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from maxlm.config import MaxlmError
 from maxlm.evaluation.endpoint import ChatEndpoint
 from maxlm.evaluation.ratings import BATTLE_COLUMNS, compute_leaderboard, read_battles
+from maxlm.evaluation.records import Record
 from maxlm.serving.app import make_error_response, make_page_response
 from maxlm.serving.errors import ApiError
 
@@ -54,38 +55,37 @@ class Arena:
     def __init__(
         self, endpoints: Sequence[ChatEndpoint], database: Path, **options: float
     ):
+        """``options``: of each request, such as ``temperature``; see
+        :meth:`ChatEndpoint.stream`."""
         self._endpoints = {endpoint.model: endpoint for endpoint in endpoints}
         if len(self._endpoints) < max(2, len(endpoints)):
-            what = "an arena needs two models or more, of different names"
-            raise MaxlmError(
-                what, where=", ".join(self._endpoints), fix="serve with --name"
-            )
-        self._database, self._options = database, options
-        self._battles: dict[
-            str, list[str]
-        ] = {}  # both models; none are left after the vote
-        self._execute(
-            f"create table if not exists battles ({', '.join(BATTLE_COLUMNS)})"
-        )
+            message = "an arena needs two models or more, of different names"
+            where = ", ".join(self._endpoints)
+            raise MaxlmError(message, where=where, fix="serve with --name")
+        self._database = database
+        self._options = options
+        self._battles: dict[str, list[str]] = {}
+        """Both models of each battle; none are left after the vote."""
+        columns = ", ".join(BATTLE_COLUMNS)
+        self._execute(f"create table if not exists battles ({columns})")
 
     def make_app(self) -> Starlette:
         """Returns the page's server."""
-        gets: Any = {
-            "/": self._show_page,
-            "/leaderboard": self._show_page,
-            "/ratings": self._rate,
-        }
-        routes = [Route(path, answer) for path, answer in gets.items()]
-        posts: Any = {"/answer": self._answer, "/vote": self._vote}
-        routes += [
-            Route(path, answer, methods=["POST"]) for path, answer in posts.items()
+        routes = [
+            Route("/", self._show_page),
+            Route("/leaderboard", self._show_page),
+            Route("/ratings", self._rate),
+            Route("/answer", self._answer, methods=["POST"]),
+            Route("/vote", self._vote, methods=["POST"]),
         ]
-        handlers = dict.fromkeys(
-            (ApiError, ValidationError), lambda _, e: make_error_response(e)
-        )
+
+        def handle_error(request: Request, error: Exception) -> Response:
+            return make_error_response(error)
+
+        handlers: Any = {ApiError: handle_error, ValidationError: handle_error}
         return Starlette(routes=routes, exception_handlers=handlers)
 
-    def _execute(self, statement: str, *values: Any) -> None:
+    def _execute(self, statement: str, *values: str | float) -> None:
         with closing(sqlite3.connect(self._database)) as connection, connection:
             connection.execute(statement, values)
 
@@ -93,20 +93,20 @@ class Arena:
         return make_page_response(Path(__file__).with_name("arena.html"))
 
     async def _rate(self, request: Request) -> Response:
-        found = await run_in_threadpool(
-            lambda: compute_leaderboard(read_battles(self._database))
-        )
-        return JSONResponse(found)
+        def compute() -> Record:
+            return compute_leaderboard(read_battles(self._database))
+
+        return JSONResponse(await run_in_threadpool(compute))
 
     async def _answer(self, request: Request) -> Response:
         """Answers with a text as it comes, and a NUL behind it if it is complete."""
         body = AnswerBody.model_validate_json(await request.body())
         if len(body.messages) == 1:
-            self._battles.setdefault(
-                body.battle, random.sample(list(self._endpoints), 2)
-            )
+            models = random.sample(list(self._endpoints), 2)
+            self._battles.setdefault(body.battle, models)
             while len(self._battles) > MAX_OPEN_BATTLES:
-                del self._battles[next(iter(self._battles))]
+                oldest = next(iter(self._battles))
+                del self._battles[oldest]
         models = self._battles.get(body.battle)
         if not models:  # also one from before a restart
             raise ApiError(409, "this battle is over")
@@ -116,9 +116,9 @@ class Arena:
             try:
                 yield from self._endpoints[model].stream(body.messages, **self._options)
                 yield "\0"
-            except (
-                Exception
-            ) as error:  # Its text may name the model: it is for the server alone.
+            except Exception as error:
+                # An endpoint may raise anything. The text may name the model: it is
+                # for the server alone.
                 print(f"{model}: {error}", file=sys.stderr, flush=True)
 
         return StreamingResponse(stream(), media_type="text/plain")
@@ -128,10 +128,13 @@ class Arena:
         models = self._battles.get(body.battle)
         if not models:
             raise ApiError(409, "no battle without a vote")
-        talks = (
-            json.dumps(talk) for talk in (body.conversation_a, body.conversation_b)
+        self._execute(
+            "insert into battles values (?, ?, ?, ?, ?, ?)",
+            *models,
+            body.winner,
+            time.time(),
+            json.dumps(body.conversation_a),
+            json.dumps(body.conversation_b),
         )
-        values = (*models, body.winner, time.time(), *talks)
-        self._execute("insert into battles values (?, ?, ?, ?, ?, ?)", *values)
         self._battles[body.battle] = []
         return JSONResponse(models)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import comb
 from types import SimpleNamespace
+from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.sandbox import ExecutionResult, SandboxLimits, run_all
@@ -18,10 +19,10 @@ def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     equation 1 of Chen et al. 2021, 1 - C(n - c, k) / C(n, k). Raises ValueError unless
     1 <= k <= n."""
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(
-            f"pass@{k} of {num_correct} correct among {num_samples} samples"
-        )
-    return 1 - comb(num_samples - num_correct, k) / comb(num_samples, k)
+        message = f"pass@{k} of {num_correct} correct among {num_samples} samples"
+        raise ValueError(message)
+    chance_all_wrong = comb(num_samples - num_correct, k) / comb(num_samples, k)
+    return 1 - chance_all_wrong
 
 
 def truncate_completion(completion: str) -> str:
@@ -33,7 +34,8 @@ def truncate_completion(completion: str) -> str:
 def build_check_program(problem: Mapping[str, str], completion: str) -> str:
     """Return the program that ends without error if a HumanEval problem's completion is
     correct."""
-    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+    function = f"{problem['prompt']}{completion}"
+    return f"{function}\n{problem['test']}\ncheck({problem['entry_point']})"
 
 
 def score_code_samples(
@@ -47,18 +49,19 @@ def score_code_samples(
     ``pass@k`` as means over the problems with samples, for each k that all of these
     have samples for, ``num_problems`` and ``num_samples``; and each sample's result, in
     order."""
-    by_id = {problem["task_id"]: problem for problem in problems}
-    if unknown := [each["task_id"] for each in samples if each["task_id"] not in by_id]:
-        raise MaxlmError(
-            f"a sample's {unknown[0]} is no problem of the data", fix="see --data"
-        )
-    programs = [
-        build_check_program(by_id[each["task_id"]], each["completion"])
-        for each in samples
-    ]
-    tasks = [each["task_id"] for each in samples]
-    score, results = _score_programs(tasks, programs, ks, limits, workers)
-    return score | {"num_problems": len({*tasks}), "num_samples": len(tasks)}, results
+    problems_by_id = {problem["task_id"]: problem for problem in problems}
+    task_ids = [sample["task_id"] for sample in samples]
+    programs = []
+    for task_id, sample in zip(task_ids, samples, strict=True):
+        if task_id not in problems_by_id:
+            message = f"a sample's {task_id} is no problem of the data"
+            raise MaxlmError(message, fix="see --data")
+        problem = problems_by_id[task_id]
+        programs.append(build_check_program(problem, sample["completion"]))
+    score, results = _score_programs(task_ids, programs, ks, limits, workers)
+    score["num_problems"] = len(set(task_ids))
+    score["num_samples"] = len(task_ids)
+    return score, results
 
 
 def evaluate_code(
@@ -68,9 +71,13 @@ def evaluate_code(
 ) -> tuple[dict[str, float], list[ExecutionResult]]:
     """Score each problem's candidate programs by its tests, as Hugging Face's metric
     ``code_eval`` does, in the sandbox."""
+    problems: list[int] = []
+    programs: list[str] = []
     pairs = zip(references, predictions, strict=True)
-    programs = [f"{program}\n{tests}" for tests, each in pairs for program in each]
-    problems = [number for number, each in enumerate(predictions) for _ in each]
+    for number, (tests, candidates) in enumerate(pairs):
+        for candidate in candidates:
+            problems.append(number)
+            programs.append(f"{candidate}\n{tests}")
     return _score_programs(problems, programs, k)
 
 
@@ -85,15 +92,18 @@ def _score_programs(
     results."""
     results = run_all(programs, limits, workers)
     counts = Counter(problems)
-    pairs = zip(problems, results, strict=True)
-    correct = Counter(name for name, result in pairs if result.passed)
-    score = {}
+    num_correct = Counter[str | int]()
+    for problem, result in zip(problems, results, strict=True):
+        num_correct[problem] += result.passed
+    fewest_samples = min(counts.values(), default=0)
+    score: dict[str, float] = {}
     for k in ks:
-        if k <= min(counts.values(), default=0):
-            each = [
-                estimate_pass_at_k(n, correct[name], k) for name, n in counts.items()
+        if k <= fewest_samples:
+            estimates = [
+                estimate_pass_at_k(num_samples, num_correct[problem], k)
+                for problem, num_samples in counts.items()
             ]
-            score[f"pass@{k}"] = sum(each) / len(each)
+            score[f"pass@{k}"] = sum(estimates) / len(estimates)
     return score, results
 
 
@@ -104,14 +114,19 @@ def replace_code_eval() -> Iterator[None]:
     keep the metric."""
     import evaluate
 
-    load = evaluate.load
-    for name in ("humaneval", "mbpp"):  # Loaded before, they would keep the other.
+    original_load = evaluate.load
+    sandboxed = SimpleNamespace(compute=evaluate_code)
+
+    def load(path: str, *arguments: Any, **options: Any) -> Any:
+        if path == "code_eval":
+            return sandboxed
+        return original_load(path, *arguments, **options)
+
+    # Modules that are loaded already would keep the metric that they have.
+    for name in ("humaneval", "mbpp"):
         sys.modules.pop(f"lm_eval.tasks.{name}.utils", None)
-    ours = SimpleNamespace(compute=evaluate_code)
-    evaluate.load = lambda path, *rest, **options: (
-        ours if path == "code_eval" else load(path, *rest, **options)
-    )
+    evaluate.load = load
     try:
         yield
     finally:
-        evaluate.load = load
+        evaluate.load = original_load

@@ -24,15 +24,15 @@ class TaskComparison(NamedTuple):
     metric: str
     first: float
     second: float
-    interval: tuple[
-        float, float
-    ]  # Of second - first, at 1 - alpha, for this task alone.
-    p: float  # Two-sided; compare_evaluations adjusts it for the number of tasks.
-    verdict: (
-        str  # Whether the second falls or rises (is worse or better); same: p > alpha.
-    )
+    interval: tuple[float, float]
+    """Of second - first, at 1 - alpha, for this task alone."""
+    p: float
+    """Two-sided; compare_evaluations adjusts it for the number of tasks."""
+    verdict: str
+    """Whether the second falls or rises (is worse or better); same: p > alpha."""
     num_docs: int
-    notes: list[str]  # Of documents of one side alone, and of prompts that differ.
+    notes: list[str]
+    """Of documents of one side alone, and of prompts that differ."""
 
 
 def compare_evaluations(
@@ -44,33 +44,41 @@ def compare_evaluations(
     """Compares the main metric of ``tasks``, or of each task and group that both have;
     lists the rest, and why. Raises MaxlmError for missing samples, for tasks of
     ``tasks`` that cannot be compared, and where none can be."""
-    found, skipped = [], []
+    comparisons: list[TaskComparison] = []
+    skipped: list[str] = []
     both = [name for name in first.tasks if name in second.tasks]
     for name in dict.fromkeys(tasks or [*first.units, *second.units]):
         metrics = first.tasks[name].metrics if name in both else {}
-        sides = [each.tasks[name].read_samples() for each in (first, second) if metrics]
+        if not metrics:
+            skipped.append(f"{name} (not in both)")
+            continue
+        sides = (first.tasks[name].read_samples(), second.tasks[name].read_samples())
         scored = [
-            m
-            for m in metrics
-            if all(any(m in s.values for s in side) for side in sides)
+            metric
+            for metric in metrics
+            if all(_has_metric(samples, metric) for samples in sides)
         ]
-        if metric := choose_main_metric(scored):
-            better = metrics[metric].higher_is_better
-            found.append(compare_samples(name, metric, sides, better, alpha))
-        else:
-            skipped.append(
-                f"{name} ({'no figure of each document' if metrics else 'not in both'})"
-            )
-    if not found or (tasks and skipped):
-        what, fix = (
-            f"cannot compare {', '.join(skipped)}",
-            f"tasks of both: {', '.join(both)}",
-        )
-        raise MaxlmError(what, where=f"{first.path} and {second.path}", fix=fix)
-    pairs = zip(found, compute_holm_p_values([each.p for each in found]), strict=True)
+        metric = choose_main_metric(scored)
+        if not metric:
+            skipped.append(f"{name} (no figure of each document)")
+            continue
+        higher_is_better = metrics[metric].higher_is_better
+        comparison = compare_samples(name, metric, sides, higher_is_better, alpha)
+        comparisons.append(comparison)
+    if not comparisons or (tasks and skipped):
+        message = f"cannot compare {', '.join(skipped)}"
+        fix = f"tasks of both: {', '.join(both)}"
+        where = f"{first.path} and {second.path}"
+        raise MaxlmError(message, where=where, fix=fix)
+    adjusted = compute_holm_p_values([comparison.p for comparison in comparisons])
     return [
-        f._replace(p=p, verdict=f.verdict if p <= alpha else "same") for f, p in pairs
+        comparison._replace(p=p, verdict=comparison.verdict if p <= alpha else "same")
+        for comparison, p in zip(comparisons, adjusted, strict=True)
     ], skipped
+
+
+def _has_metric(samples: Sequence[EvalDoc], metric: str) -> bool:
+    return any(metric in sample.values for sample in samples)
 
 
 def compare_samples(
@@ -89,53 +97,94 @@ def compare_samples(
     that is shown, and as differences of equal models are symmetric it holds for few
     documents. Raises MaxlmError if no document is in both.
     """
-    first, second = ({s.key: s for s in side if metric in s.values} for side in sides)
+    first, second = (
+        {sample.key: sample for sample in samples if metric in sample.values}
+        for samples in sides
+    )
     keys = [key for key in first if key in second]
     if not keys:
-        raise MaxlmError(
-            f"no document of {task} is in both evaluations", fix="evaluate one again"
-        )
+        message = f"no document of {task} is in both evaluations"
+        raise MaxlmError(message, fix="evaluate one again")
     a = _split_figure(metric, [first[key].values[metric] for key in keys])
     b = _split_figure(metric, [second[key].values[metric] for key in keys])
-    n = len(keys)
-    lost = int((b < a).sum())
-    gained = int((b > a).sum())
+    num_docs = len(keys)
     if np.isin([a, b], (0, 1)).all():
-        p = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-        middle = (gained - lost) / (n + 2)
-        quantile = float(stats.norm.ppf(1 - alpha / 2))
-        error = quantile * sqrt(lost + gained + 1 - (gained - lost) * middle) / (n + 2)
-        low, high = middle - error, middle + error
+        num_lost = int((b < a).sum())
+        num_gained = int((b > a).sum())
+        p, low, high = _compare_binary(num_lost, num_gained, num_docs, alpha)
     else:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # Of differences that are all alike: nan.
-            test = stats.ttest_rel(b, a)
-        # No less than a test by flipping signs could give.
-        p = max(float(np.nan_to_num(test.pvalue, nan=1.0)), 2.0 ** (1 - n))
-        low, high = map(float, test.confidence_interval(1 - alpha))
-    alone = [("A", len(first) - n), ("B", len(second) - n)]
-    notes = [
-        f"{task}: {count:,} documents only in {side}" for side, count in alone if count
-    ]
-    if changed := sum(
-        first[key].prompt_hash != second[key].prompt_hash for key in keys
-    ):
-        notes.append(f"warning: {task}: {changed:,} prompts differ: other examples?")
-    figures = float(a.mean()), float(b.mean())
+        p, low, high = _compare_means(a, b, alpha)
+    notes = []
+    for side, samples in (("A", first), ("B", second)):
+        num_alone = len(samples) - num_docs
+        if num_alone:
+            notes.append(f"{task}: {num_alone:,} documents only in {side}")
+    num_changed = sum(first[key].prompt_hash != second[key].prompt_hash for key in keys)
+    if num_changed:
+        notes.append(
+            f"warning: {task}: {num_changed:,} prompts differ: other examples?"
+        )
+    first_figure = float(a.mean())
+    second_figure = float(b.mean())
     if is_perplexity(metric):
-        figures = exp(figures[0]), exp(figures[1])
-        low, high = figures[0] * expm1(low), figures[0] * expm1(high)
-    verdict = "rises" if (figures[1] > figures[0]) == higher_is_better else "falls"
-    return TaskComparison(task, metric, *figures, (low, high), p, verdict, n, notes)
+        first_figure = exp(first_figure)
+        second_figure = exp(second_figure)
+        # The interval is that of a logarithm's difference.
+        low = first_figure * expm1(low)
+        high = first_figure * expm1(high)
+    has_risen = (second_figure > first_figure) == higher_is_better
+    return TaskComparison(
+        task=task,
+        metric=metric,
+        first=first_figure,
+        second=second_figure,
+        interval=(low, high),
+        p=p,
+        verdict="rises" if has_risen else "falls",
+        num_docs=num_docs,
+        notes=notes,
+    )
+
+
+def _compare_binary(
+    num_lost: int, num_gained: int, num_docs: int, alpha: float
+) -> tuple[float, float, float]:
+    """McNemar's exact p of zeros and ones, and Agresti and Min's interval of the
+    difference."""
+    num_changed = num_lost + num_gained
+    p = 1.0
+    if num_changed:
+        p = float(stats.binomtest(num_lost, num_changed).pvalue)
+    difference = num_gained - num_lost
+    middle = difference / (num_docs + 2)
+    quantile = float(stats.norm.ppf(1 - alpha / 2))
+    variance = num_changed + 1 - difference * middle
+    error = quantile * sqrt(variance) / (num_docs + 2)
+    return p, middle - error, middle + error
+
+
+def _compare_means(
+    a: np.ndarray, b: np.ndarray, alpha: float
+) -> tuple[float, float, float]:
+    """The p of a paired t test, and the interval of the mean difference."""
+    # Differences that are all alike have no variance: a warning, and p is NaN.
+    with warnings.catch_warnings(action="ignore"):
+        test = stats.ttest_rel(b, a)
+    p = float(np.nan_to_num(test.pvalue, nan=1.0))
+    # No less than a test by flipping signs could give.
+    p = max(p, 2.0 ** (1 - len(a)))
+    low, high = map(float, test.confidence_interval(1 - alpha))
+    return p, low, high
 
 
 def compute_holm_p_values(p_values: Sequence[float]) -> list[float]:
     """Adjusts p values so that any of them is at most alpha by chance with probability
     alpha at most (Holm 1979)."""
     order = np.argsort(p_values)
-    products = np.arange(len(order), 0, -1) * np.asarray(p_values)[order]
-    return np.minimum(1, np.maximum.accumulate(products))[np.argsort(order)].tolist()
+    num_left = np.arange(len(order), 0, -1)
+    products = num_left * np.asarray(p_values)[order]
+    adjusted = np.minimum(1, np.maximum.accumulate(products))
+    return adjusted[np.argsort(order)].tolist()
 
 
 def _split_figure(metric: str, values: Sequence[tuple[float, float]]) -> np.ndarray:

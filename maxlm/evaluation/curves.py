@@ -3,12 +3,18 @@ accuracy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from maxlm.inference.scoring import Scorer, Tokens
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_types import JsonMapping
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LOSS_AT = "eval_loss_at/"
 
 
 def compute_position_losses(
@@ -30,36 +36,38 @@ def compute_position_losses(
         [(document[:1], document[1:]) for document in documents], on_progress
     )
     losses = -np.array([score.token_logprobs for score in scores]).mean(axis=0)
-    ends = [1 << k for k in range((losses.size - 1).bit_length() + 1)]
-    return {
-        min(end, losses.size): float(losses[start:end].mean())
-        for start, end in zip([0, *ends], ends, strict=False)
-        if start < losses.size
-    }
+    losses_by_position: dict[int, float] = {}
+    start = 0
+    end = 1
+    while start < losses.size:
+        last_position = min(end, losses.size)
+        losses_by_position[last_position] = float(losses[start:end].mean())
+        start = end
+        end *= 2
+    return losses_by_position
 
 
-def compute_gold_probability(samples: Sequence[Mapping[str, Any]]) -> float | None:
+def compute_gold_probability(samples: Sequence[JsonMapping]) -> float | None:
     """Computes the mean probability that a model gives to the right choice among a
     question's, which changes smoothly where accuracy jumps (Schaeffer et al. 2023,
     arXiv 2304.15004). ``samples``: the harness's records of a multiple-choice task.
     Returns None for another kind of task."""
-    found = []
+    probabilities = []
     for sample in samples:
+        # Of multiple choice each response is (log-likelihood, is greedy).
         logprobs = [
-            each[0]
-            for each in sample["filtered_resps"]
-            if isinstance(each, list | tuple)
+            response[0]
+            for response in sample["filtered_resps"]
+            if isinstance(response, list | tuple)
         ]
         gold = sample["target"]
-        if (
-            len(logprobs) < 2
-            or not isinstance(gold, int)
-            or not 0 <= gold < len(logprobs)
-        ):
+        if len(logprobs) < 2 or not isinstance(gold, int):
+            return None
+        if not 0 <= gold < len(logprobs):
             return None
         weights = np.exp(np.array(logprobs) - max(logprobs))
-        found.append(weights[gold] / weights.sum())
-    return float(np.mean(found)) if found else None
+        probabilities.append(weights[gold] / weights.sum())
+    return float(np.mean(probabilities)) if probabilities else None
 
 
 def draw_downstream(
@@ -74,62 +82,45 @@ def draw_downstream(
         flops_per_token: of training.
     """
     by_task: dict[str, set[str]] = {}
-    for name in (
-        n for record in records for n in record if n.startswith("downstream/")
-    ):
-        by_task.setdefault(name.split("/")[1], set()).add(name)
-    by_position = [
-        (
-            record["step"],
-            [(int(n.partition("/")[2]), v) for n, v in record.items() if _is_at(n)],
-        )
-        for record in records
-        if any(map(_is_at, record))
-    ]
-    count = len(by_task) + bool(by_position)
-    if not count:
+    for record in records:
+        for name in record:
+            if name.startswith("downstream/"):
+                task = name.split("/")[1]
+                by_task.setdefault(task, set()).add(name)
+    by_position: list[tuple[float, list[tuple[int, float]]]] = []
+    """Of each record with losses by position: the step, and (position, loss)."""
+    for record in records:
+        points = []
+        for name, value in record.items():
+            if name.startswith(_LOSS_AT):
+                points.append((int(name.removeprefix(_LOSS_AT)), value))
+        if points:
+            by_position.append((record["step"], points))
+    num_panels = len(by_task) + bool(by_position)
+    if not num_panels:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * count, 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.2 * num_panels, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # binds itself to the figure: no window is needed
     panels = [
-        FigureCanvasAgg(figure).figure.add_subplot(1, count, n + 1)
-        for n in range(count)
+        figure.add_subplot(1, num_panels, number + 1) for number in range(num_panels)
     ]
     for axes, (task, names) in zip(panels, by_task.items(), strict=False):
         for name in sorted(names):
-            points = [
-                (r["tokens"] * flops_per_token, r[name]) for r in records if name in r
+            flops = [
+                record["tokens"] * flops_per_token
+                for record in records
+                if name in record
             ]
-            label = name.split("/")[2].replace("_", " ")
-            style: Any = {"marker": "o", "markersize": 4, "label": label}
-            if name.endswith("gold_probability"):
-                style["linestyle"] = "--"
-            if not name.endswith("perplexity"):
-                axes.plot(*zip(*points, strict=True), **style)
-                continue
-            other = axes.twinx()
-            other.plot(
-                *zip(*points, strict=True),
-                color="#E45756",
-                **{**style, "linestyle": "--"},
-            )
-            other.set_yscale("log")
-            other.spines[["top"]].set_visible(False)
-            other.legend(frameon=False, loc="lower right")
+            values = [record[name] for record in records if name in record]
+            _draw_metric(axes, name, flops, values)
         axes.set_xlabel("training FLOPs")
         axes.set_title(task)
         axes.legend(frameon=False)
-    for number, (step, points) in enumerate(by_position):
-        shade = 0.2 + 0.8 * (number + 1) / len(by_position)
-        label = f"step {step:,}" if number in (0, len(by_position) - 1) else None
-        panels[-1].plot(
-            *zip(*points, strict=True), color="#4C78A8", alpha=shade, label=label
-        )
-        panels[-1].set_xlabel("tokens of context")
-        panels[-1].set_title("held-out loss by position")
-        panels[-1].legend(frameon=False)
+    if by_position:
+        _draw_position_losses(panels[-1], by_position)
     for axes in panels:
         axes.set_xscale("log")
         axes.spines[["top", "right"]].set_visible(False)
@@ -138,5 +129,52 @@ def draw_downstream(
         figure.savefig(temporary, format="png")
 
 
-def _is_at(name: str) -> bool:
-    return name.startswith("eval_loss_at/")
+def _draw_metric(
+    axes: "Axes", name: str, flops: Sequence[float], values: Sequence[float]
+) -> None:
+    """Draws one metric of a task; a perplexity on an axis of its own."""
+    label = name.split("/")[2].replace("_", " ")
+    if name.endswith("perplexity"):
+        perplexity_axes = axes.twinx()
+        perplexity_axes.plot(
+            flops,
+            values,
+            color="#E45756",
+            marker="o",
+            markersize=4,
+            label=label,
+            linestyle="--",
+        )
+        perplexity_axes.set_yscale("log")
+        perplexity_axes.spines[["top"]].set_visible(False)
+        perplexity_axes.legend(frameon=False, loc="lower right")
+        return
+    is_proxy = name.endswith("gold_probability")
+    axes.plot(
+        flops,
+        values,
+        marker="o",
+        markersize=4,
+        label=label,
+        linestyle="--" if is_proxy else "-",
+    )
+
+
+def _draw_position_losses(
+    axes: "Axes", by_position: Sequence[tuple[float, Sequence[tuple[int, float]]]]
+) -> None:
+    """Draws the loss by position, later steps darker."""
+    last = len(by_position) - 1
+    for number, (step, points) in enumerate(by_position):
+        positions = [position for position, _ in points]
+        losses = [loss for _, loss in points]
+        axes.plot(
+            positions,
+            losses,
+            color="#4C78A8",
+            alpha=0.2 + 0.8 * (number + 1) / len(by_position),
+            label=f"step {step:,}" if number in (0, last) else None,
+        )
+    axes.set_xlabel("tokens of context")
+    axes.set_title("held-out loss by position")
+    axes.legend(frameon=False)

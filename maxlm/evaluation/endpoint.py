@@ -12,9 +12,8 @@ from maxlm.config import MaxlmError
 try:
     from openai import APIStatusError, DefaultHttpxClient, OpenAI, OpenAIError, Timeout
 except ModuleNotFoundError as error:
-    what = f"the package {error.name} is not installed"
-    fix = "pip install 'maxlm[eval]'"
-    raise MaxlmError(what, fix=fix) from None
+    message = f"the package {error.name} is not installed"
+    raise MaxlmError(message, fix="pip install 'maxlm[eval]'") from None
 
 
 class EndpointDown(MaxlmError):
@@ -39,25 +38,31 @@ class ChatEndpoint:
     """Fields beyond the protocol that each request has, such as our server's
     ``regex``."""
 
-    def complete(self, messages: Sequence[Any], **options: float) -> str:
+    def complete(self, messages: Sequence[Mapping[str, str]], **options: float) -> str:
         """Returns the answer to a conversation; options are temperature, max_tokens and
         others of the protocol. Raises RequestRefused or EndpointDown."""
         with _convert_errors(self.client):
-            return self._create(messages, **options).choices[0].message.content or ""
+            completion = self._create(messages, **options)
+            return completion.choices[0].message.content or ""
 
-    def stream(self, messages: Sequence[Any], **options: float) -> Iterator[str]:
+    def stream(
+        self, messages: Sequence[Mapping[str, str]], **options: float
+    ) -> Iterator[str]:
         """Yields the answer's pieces as they come. Raises errors of many types."""
-        finished = None
+        finish_reason = None
         for event in self._create(messages, **options, stream=True):
             for choice in event.choices[:1]:
-                finished = choice.finish_reason
+                finish_reason = choice.finish_reason
                 yield choice.delta.content or ""
-        if not finished:
+        if not finish_reason:
             raise OSError("the answer broke off")
 
-    def _create(self, messages: Sequence[Any], **options: Any) -> Any:
-        options |= {"model": self.model, "extra_body": self.extra_body}
-        return self.client.chat.completions.create(messages=messages, **options)
+    def _create(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        # Any: the client's overloads tell streams from answers by literals alone.
+        create: Any = self.client.chat.completions.create
+        return create(
+            model=self.model, messages=messages, extra_body=self.extra_body, **options
+        )
 
 
 def open_endpoint(
@@ -67,25 +72,28 @@ def open_endpoint(
     of the first that it serves. Its key is in `key_variable`, or else in
     OPENAI_API_KEY, or it needs none. 10 retries take about a minute."""
     url, _, model = address.partition("#")
-    url = (url if "://" in url else f"http://{url}").rstrip("/")
+    if "://" not in url:
+        url = f"http://{url}"
+    url = url.rstrip("/")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise MaxlmError(
-            "not a URL", where=address, fix="write http://HOST:PORT/v1#MODEL"
-        )
-    near = parts.hostname in ("localhost", "127.0.0.1", "::1")  # no proxy leads there
+        fix = "write http://HOST:PORT/v1#MODEL"
+        raise MaxlmError("not a URL", where=address, fix=fix)
+    # No proxy leads to this machine.
+    is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    api_key = os.environ.get(key_variable) or os.environ.get("OPENAI_API_KEY")
     client = OpenAI(
         base_url=url if parts.path else f"{url}/v1",
-        api_key=os.environ.get(key_variable)
-        or os.environ.get("OPENAI_API_KEY")
-        or "none",
+        api_key=api_key or "none",  # the client refuses an empty one
         max_retries=max_retries,
         http_client=DefaultHttpxClient(
-            trust_env=not near, timeout=Timeout(900, connect=10)
+            trust_env=not is_local, timeout=Timeout(900, connect=10)
         ),
     )
     with _convert_errors(client):
-        return ChatEndpoint(client, model or client.models.list().data[0].id)
+        if not model:
+            model = client.models.list().data[0].id
+    return ChatEndpoint(client, model)
 
 
 @contextmanager
@@ -95,9 +103,13 @@ def _convert_errors(client: OpenAI) -> Iterator[None]:
     try:
         yield
     except (OpenAIError, LookupError, TypeError, AttributeError, ValueError) as error:
-        what = " ".join(str(error.__cause__ or error).split())[:300]
+        # The client does not check what a server sends: JSON of another form shows
+        # where it is read, as any of these.
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         code = error.status_code if isinstance(error, APIStatusError) else 500
+        if code in (400, 413, 422):
+            raise RequestRefused(reason, where=where) from None
         if code < 500 and code not in (408, 409, 429):
-            kind = RequestRefused if code in (400, 413, 422) else MaxlmError
-            raise kind(what, where=where) from None
-        raise EndpointDown(f"does not answer: {what}", where=where, fix=fix) from None
+            raise MaxlmError(reason, where=where) from None
+        message = f"does not answer: {reason}"
+        raise EndpointDown(message, where=where, fix=fix) from None

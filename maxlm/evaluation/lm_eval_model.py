@@ -15,11 +15,12 @@ from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer, render_chat
 from maxlm.data.tokenizer.chat import get_chat_template
-from maxlm.evaluation.records import read_records
+from maxlm.evaluation.records import read_json_records
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scoring import MaskedScorer, Scorer
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.runtime.json_types import JsonObject
 
 
 class MaxlmModel(TemplateLM):
@@ -49,26 +50,29 @@ class MaxlmModel(TemplateLM):
         seed: int = 0,
     ):
         super().__init__()
-        self.engine, self.backend = None, "causal"
+        self.engine: Engine | None = None
+        self.backend = "causal"
         if isinstance(engine, MaskedScorer):
             self._scorer = engine
         else:
-            self.engine, self._scorer = engine, Scorer(engine)
-            tokenizer, max_length = engine.tokenizer, engine.config.max_length
-            self.backend = (
-                "seq2seq" if isinstance(engine.model, EncoderDecoder) else "causal"
-            )
+            self.engine = engine
+            self._scorer = Scorer(engine)
+            tokenizer = engine.tokenizer
+            max_length = engine.config.max_length
+            if isinstance(engine.model, EncoderDecoder):
+                self.backend = "seq2seq"
         assert tokenizer is not None, "the harness's texts need a tokenizer"
         assert max_length is not None
-        self._codec, self.max_length = tokenizer, max_length
+        self._codec = tokenizer
+        self.max_length = max_length
         """Tokens that the model reads at once; the beginning of a longer text is cut
         off."""
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         """Called with the requests that are done, and all of them."""
-        self._add_bos = (
-            False if self.engine is None else add_bos_token
-        )  # MaskedScorer adds it
-        self._max_gen_toks, self._seed = max_gen_toks, seed
+        # MaskedScorer adds it itself.
+        self._add_bos = False if self.engine is None else add_bos_token
+        self._max_gen_toks = max_gen_toks
+        self._seed = seed
 
     eot_token_id = property(lambda self: self._codec.eos_id)
     prefix_token_id = property(lambda self: self._codec.bos_id)
@@ -84,11 +88,9 @@ class MaxlmModel(TemplateLM):
         if not add_special_tokens:
             return ids
         prefix = (self._codec.bos_id,) if self._add_bos else self._codec.prefix_ids
-        return [
-            *prefix,
-            *ids,
-            *([self._codec.eos_id] if self.backend == "seq2seq" else []),
-        ]
+        # An encoder's inputs end with eos.
+        suffix = (self._codec.eos_id,) if self.backend == "seq2seq" else ()
+        return [*prefix, *ids, *suffix]
 
     def loglikelihood(
         self, requests: Any, disable_tqdm: bool = True
@@ -99,28 +101,29 @@ class MaxlmModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(context, tail) for _, context, tail in requests]
-        scores = self._scorer.score(
-            pairs, lambda done: self.on_progress(done, len(pairs))
-        )
+
+        def report(num_done: int) -> None:
+            self.on_progress(num_done, len(pairs))
+
+        scores = self._scorer.score(pairs, report)
         return [(score.logprob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(
         self, requests: Any, disable_tqdm: bool = True
     ) -> list[float]:
         windows = []
-        owners = []
-        totals = [0.0] * len(requests)
+        owners: list[int] = []
+        """The number of the request that each window is of."""
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            own = utils.get_rolling_token_windows(
+            for window in utils.get_rolling_token_windows(
                 ids, self.prefix_token_id, self.max_length, 1
-            )
-            for window in own:
+            ):
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(number)
-        for number, (logprob, _) in zip(
-            owners, self._loglikelihood_tokens(windows), strict=True
-        ):
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows)
+        for number, (logprob, _) in zip(owners, scores, strict=True):
             totals[number] += logprob
         return totals
 
@@ -128,58 +131,65 @@ class MaxlmModel(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[str]:
         if self.engine is None:
-            what = "a masked model names tokens; it does not continue text"
-            raise MaxlmError(
-                what, where="generate_until", fix="choose tasks of multiple choice"
-            )
-        asked = [
-            self._make_request(number, *each.args)
-            for number, each in enumerate(requests)
-        ]
-        tokens: list[list[int]] = [[] for _ in asked]
+            message = "a masked model names tokens; it does not continue text"
+            fix = "choose tasks of multiple choice"
+            raise MaxlmError(message, where="generate_until", fix=fix)
+        engine_requests = []
+        for number, request in enumerate(requests):
+            # The harness types them as any tuple.
+            arguments: Any = request.args
+            context, settings = arguments
+            engine_requests.append(self._make_request(number, context, settings))
+        tokens: list[list[int]] = [[] for _ in engine_requests]
         num_done = 0
-        special = {*self._codec.special_tokens.values()}
-        answers = []
-        for output in self.engine.run(asked):
+        for output in self.engine.run(engine_requests):
             tokens[int(output.request_id)] += output.token_ids
             num_done += output.finish_reason is not None
-            self.on_progress(num_done, len(asked))
-        for request, ids in zip(asked, tokens, strict=True):
+            self.on_progress(num_done, len(engine_requests))
+        special_ids = set(self._codec.special_tokens.values())
+        answers = []
+        for engine_request, ids in zip(engine_requests, tokens, strict=True):
             # As transformers does: literals of special tokens may end a text, and are
             # not in it.
-            text = self._codec.decode(i for i in ids if i not in special)
-            stops = [*request.stop_strings]
+            text = self._codec.decode(i for i in ids if i not in special_ids)
+            stops = list(engine_request.stop_strings)
             answers.append(model_utils.postprocess_generated_text(text, stops, None))
         return answers
 
     def _make_request(
-        self, number: int, context: str, settings: dict[str, Any]
+        self, number: int, context: str, settings: JsonObject
     ) -> GenerationRequest:
-        given: dict[str, Any] = {
-            **model_utils.normalize_gen_kwargs(settings, self._max_gen_toks)
-        }
-        most = given.pop("max_gen_toks")
-        end = self._codec.decode([self.eot_token_id])
-        stops = model_utils.handle_stop_sequences(given.pop("until"), eos=end)
-        if not given.pop("do_sample", False):
-            given["temperature"] = 0
-        given["seed"] = (given.get("seed", self._seed) + number) % 2**32
-        if unknown := given.keys() - SamplingConfig.model_fields.keys():
-            what = f"{', '.join(sorted(unknown))}: no setting of sampling here"
-            raise MaxlmError(what, where="generation_kwargs", fix="leave it out")
-        room = self.max_length - (0 if self.backend == "seq2seq" else most)
+        sampling: JsonObject = dict(
+            model_utils.normalize_gen_kwargs(settings, self._max_gen_toks)
+        )
+        max_new_tokens = sampling.pop("max_gen_toks")
+        end_text = self._codec.decode([self.eot_token_id])
+        stops = model_utils.handle_stop_sequences(sampling.pop("until"), eos=end_text)
+        if not sampling.pop("do_sample", False):
+            sampling["temperature"] = 0
+        sampling["seed"] = (sampling.get("seed", self._seed) + number) % 2**32
+        unknown = sampling.keys() - SamplingConfig.model_fields.keys()
+        if unknown:
+            message = f"{', '.join(sorted(unknown))}: no setting of sampling here"
+            raise MaxlmError(message, where="generation_kwargs", fix="leave it out")
+        room = self.max_length
+        if self.backend != "seq2seq":  # an encoder reads the prompt alone
+            room -= max_new_tokens
         if room < 1:
-            what = f"max_gen_toks={most} leaves a prompt no room in max_length={self.max_length}"
-            raise MaxlmError(
-                what, where="generation_kwargs", fix="set a larger max_length"
+            message = (
+                f"max_gen_toks={max_new_tokens} leaves a prompt no room in "
+                f"max_length={self.max_length}"
             )
+            fix = "set a larger max_length"
+            raise MaxlmError(message, where="generation_kwargs", fix=fix)
         prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-        own = {
-            "stop_strings": tuple(filter(None, stops)),
-            "stop_token_ids": (self.eot_token_id,),
-        }
-        sampling = SamplingConfig(**given, max_new_tokens=most)
-        return GenerationRequest(str(number), tuple(prompt), sampling, **own)
+        return GenerationRequest(
+            str(number),
+            tuple(prompt),
+            SamplingConfig(**sampling, max_new_tokens=max_new_tokens),
+            stop_strings=tuple(filter(None, stops)),
+            stop_token_ids=(self.eot_token_id,),
+        )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return get_chat_template(self._codec) if chat_template else None
@@ -187,42 +197,49 @@ class MaxlmModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        rest = [each for each in chat_history if each["role"] != "system"]
+        without_system = [
+            message for message in chat_history if message["role"] != "system"
+        ]
         try:
             text = render_chat(
                 self._codec, chat_history, add_generation_prompt=add_generation_prompt
             )
         except MaxlmError:
-            if len(rest) == len(chat_history):
+            if len(without_system) == len(chat_history):
                 raise
-            return self.apply_chat_template(rest, add_generation_prompt)  # as HFLM does
+            # As HFLM does: some templates refuse a system's message.
+            return self.apply_chat_template(without_system, add_generation_prompt)
         if add_generation_prompt:
             return text
         # The last message is the beginning of the answer: what ends its turn is cut
         # off.
         last = chat_history[-1]["content"]
         start = text.rindex(last.strip())
-        tail = last.lstrip()
-        return text[:start] + (tail if text.startswith(tail, start) else last.strip())
+        # Blanks at its end stay where the template wrote them.
+        ending = last.lstrip()
+        if not text.startswith(ending, start):
+            ending = last.strip()
+        return text[:start] + ending
 
 
 class AnswerLog(dict[str, Any]):
     """Answers by the hash of their request; each is written to a JSONL file at once."""
 
     def __init__(self, path: Path):
-        old = (
-            read_records(path, ("request", "answer"), skip_damaged=True)
-            if path.exists()
-            else []
-        )
-        super().__init__((each["request"], each["answer"]) for each in old)
+        super().__init__()
         self._path = path
+        if path.exists():
+            fields = ("request", "answer")
+            for record in read_json_records(path, fields, skip_damaged=True):
+                # Not by this class's own method, which would write it once more.
+                super().__setitem__(record["request"], record["answer"])
 
     def __setitem__(self, request: str, answer: Any) -> None:
         if request not in self:
             line = json.dumps({"request": request, "answer": answer})
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(f"\n{line}")  # The line before may be cut short.
+                # Behind a line break: the line before may be cut short.
+                file.write(f"\n{line}")
         super().__setitem__(request, answer)
 
     def commit(self) -> None:
@@ -234,5 +251,7 @@ class ResumableModel(CachingLM):
     (The harness's own class pickles them.)"""
 
     def __init__(self, lm: LM, path: Path):
-        self.lm, self.cache_db, self.dbdict = lm, str(path), AnswerLog(path)
+        self.lm = lm
+        self.cache_db = str(path)
+        self.dbdict = AnswerLog(path)
         lm.set_cache_hook(self.get_cache_hook())

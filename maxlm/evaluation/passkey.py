@@ -24,8 +24,8 @@ SENTENCES = (
     "The sky is blue.",
     "The sun is yellow.",
     "Here we go.",
+    "There and back again.",
 )
-SENTENCES += ("There and back again.",)
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 
@@ -38,28 +38,34 @@ def build_passkey_prompt(
     question."""
 
     def encode(num_sentences: int) -> list[int]:
-        own = [SENTENCES[i % len(SENTENCES)] for i in range(num_sentences)]
+        filler = [SENTENCES[i % len(SENTENCES)] for i in range(num_sentences)]
         place = round(depth / 100 * num_sentences)
-        before, behind = " ".join(own[:place]), " ".join(own[place:])
-        parts = filter(None, [TASK, before, NEEDLE.format(key=key), behind, QUESTION])
-        return [*tokenizer.prefix_ids, *tokenizer.encode("\n".join(parts))]
+        before = " ".join(filler[:place])
+        behind = " ".join(filler[place:])
+        parts = [TASK, before, NEEDLE.format(key=key), behind, QUESTION]
+        text = "\n".join(part for part in parts if part)
+        return [*tokenizer.prefix_ids, *tokenizer.encode(text)]
 
-    base, some = len(encode(0)), len(encode(100))
-    if base > max_tokens:
-        what = f"a passkey prompt has {base} tokens, and room for {max_tokens}"
-        raise MaxlmError(what, where="--lengths", fix="use longer ones")
-    count = max(0, (max_tokens - base) * 100 // (some - base))
+    shortest = len(encode(0))
+    if shortest > max_tokens:
+        message = f"a passkey prompt has {shortest} tokens, and room for {max_tokens}"
+        raise MaxlmError(message, where="--lengths", fix="use longer ones")
+    # An estimate by the tokens of 100 sentences, then steps of one.
+    tokens_per_hundred = len(encode(100)) - shortest
+    count = max(0, (max_tokens - shortest) * 100 // tokens_per_hundred)
     while len(encode(count + 1)) <= max_tokens:
         count += 1
-    while len(prompt := encode(count)) > max_tokens:
+    prompt = encode(count)
+    while len(prompt) > max_tokens:
         count -= 1
+        prompt = encode(count)
     return prompt
 
 
 def parse_passkey(text: str) -> str | None:
     """Returns the first number in an answer."""
-    found = re.search(r"\d+", text)
-    return found and found[0]
+    number = re.search(r"\d+", text)
+    return None if number is None else number[0]
 
 
 def evaluate_passkey(
@@ -84,22 +90,27 @@ def evaluate_passkey(
     tokenizer = engine.tokenizer
     random = Random(seed)
     assert tokenizer is not None
-    # A stray space or quotation mark may come first.
-    room = max(len(tokenizer.encode(f" {key}")) for key in (10000, 54321, 98989)) + 3
+    key_sizes = [len(tokenizer.encode(f" {key}")) for key in (10000, 54321, 98989)]
+    room = max(key_sizes) + 3  # a stray space or quotation mark may come first
     sampling = SamplingConfig(temperature=0, max_new_tokens=room)
-    requests, keys = [], []
+    requests: list[GenerationRequest] = []
+    keys: list[str] = []
     for length, depth, _ in product(lengths, depths, range(num_samples)):
-        keys.append(str(random.randint(10_000, 99_999)))
-        prompt = build_passkey_prompt(tokenizer, length - room, depth, keys[-1])
+        key = str(random.randint(10_000, 99_999))
+        keys.append(key)
+        prompt = build_passkey_prompt(tokenizer, length - room, depth, key)
         requests.append(GenerationRequest(str(len(requests)), tuple(prompt), sampling))
-    answers = [list[int]() for _ in keys]
-    done = 0
+    answers: list[list[int]] = [[] for _ in keys]
+    num_done = 0
     for output in engine.run(requests):
         answers[int(output.request_id)] += output.token_ids
-        done += output.finish_reason is not None
-        on_progress(done, len(keys))
-    pairs = zip(answers, keys, strict=True)
-    right = np.array(
-        [parse_passkey(tokenizer.decode(answer)) == key for answer, key in pairs]
+        num_done += output.finish_reason is not None
+        on_progress(num_done, len(keys))
+    is_right = np.array(
+        [
+            parse_passkey(tokenizer.decode(answer)) == key
+            for answer, key in zip(answers, keys, strict=True)
+        ]
     )
-    return right.reshape(len(lengths), len(depths), num_samples).mean(axis=-1).tolist()
+    by_cell = is_right.reshape(len(lengths), len(depths), num_samples)
+    return by_cell.mean(axis=-1).tolist()

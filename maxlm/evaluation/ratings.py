@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.records import read_records
+from maxlm.evaluation.records import Record, read_json_records
+from maxlm.runtime.json_types import JsonMapping
 
 OUTCOMES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
 """Model a's share of the win."""
@@ -33,10 +34,10 @@ STYLE_FEATURES = {
     "bold": r"\*\*[^*\n]+\*\*|__[^_\n]+__",
 }
 """Patterns that count one in an answer."""
-Battle = Mapping[str, Any]
+Battle = JsonMapping
 
 
-def read_battles(path: Path) -> list[dict[str, Any]]:
+def read_battles(path: Path) -> list[Record]:
     """Returns the battles of an arena's database, or of a JSONL file (model_a, model_b,
     winner, tstamp), in order of time. Raises MaxlmError if a line is no battle."""
     with path.open("rb") as file:
@@ -44,22 +45,24 @@ def read_battles(path: Path) -> list[dict[str, Any]]:
     if is_database:
         try:
             with closing(sqlite3.connect(path)) as connection:
-                rows = connection.execute(
-                    "select * from battles order by tstamp"
-                ).fetchall()
+                query = "select * from battles order by tstamp"
+                rows = connection.execute(query).fetchall()
         except sqlite3.Error as error:
-            raise MaxlmError(
-                f"no arena's database ({error})", where=str(path)
-            ) from None
-        values = [(*row[:4], *map(json.loads, row[4:])) for row in rows]
-        return [dict(zip(BATTLE_COLUMNS, each, strict=True)) for each in values]
-    battles = read_records(path, ("model_a", "model_b", "winner"))
+            message = f"no arena's database ({error})"
+            raise MaxlmError(message, where=str(path)) from None
+        battles = []
+        for row in rows:
+            battle = dict(zip(BATTLE_COLUMNS, row, strict=True))
+            for column in ("conversation_a", "conversation_b"):
+                battle[column] = json.loads(battle[column])
+            battles.append(battle)
+        return battles
+    battles = read_json_records(path, ("model_a", "model_b", "winner"))
     for number, battle in enumerate(battles, 1):
         if battle["winner"] not in OUTCOMES:
+            message = f"winner={battle['winner']!r}"
             fix = f"it is one of {', '.join(OUTCOMES)}"
-            raise MaxlmError(
-                f"winner={battle['winner']!r}", where=f"{path}:{number}", fix=fix
-            )
+            raise MaxlmError(message, where=f"{path}:{number}", fix=fix)
     return sorted(battles, key=lambda battle: battle.get("tstamp") or 0)
 
 
@@ -68,10 +71,10 @@ def compute_online_elo(battles: Sequence[Battle]) -> dict[str, float]:
     matters."""
     ratings: dict[str, float] = {}
     for battle in battles:
-        a, b = (
-            ratings.setdefault(battle[side], 1000.0) for side in ("model_a", "model_b")
-        )
-        change = 4 * (OUTCOMES[battle["winner"]] - 1 / (1 + 10 ** ((b - a) / 400)))
+        a = ratings.setdefault(battle["model_a"], 1000.0)
+        b = ratings.setdefault(battle["model_b"], 1000.0)
+        expected = 1 / (1 + 10 ** ((b - a) / 400))
+        change = 4 * (OUTCOMES[battle["winner"]] - expected)
         ratings[battle["model_a"]] += change
         ratings[battle["model_b"]] -= change
     return ratings
@@ -91,7 +94,7 @@ class BradleyTerryFit:
 
 def fit_bradley_terry(
     battles: Sequence[Battle],
-    features: Any = None,
+    features: np.ndarray | None = None,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> BradleyTerryFit:
@@ -102,44 +105,56 @@ def fit_bradley_terry(
     where no ratings are finite."""
     from scipy.sparse.csgraph import connected_components
 
-    models, index = np.unique(
-        [[b["model_a"], b["model_b"]] for b in battles], return_inverse=True
-    )
-    if len(models) < 2:
+    pairs = [[battle["model_a"], battle["model_b"]] for battle in battles]
+    models, index = np.unique(pairs, return_inverse=True)
+    num_models = len(models)
+    if num_models < 2:
         raise MaxlmError("ratings need battles between two models or more")
-    columns = [index.reshape(-1, 2), [OUTCOMES[battle["winner"]] for battle in battles]]
-    columns += [features] * (features is not None)
+    outcomes = [OUTCOMES[battle["winner"]] for battle in battles]
+    columns = [index.reshape(-1, 2), np.array(outcomes)]
+    if features is not None:
+        columns.append(features)
+    # Battles that are alike are one row with a count: model a, model b, outcome,
+    # features.
     rows, counts = np.unique(np.column_stack(columns), axis=0, return_counts=True)
-    first, second = (
-        np.eye(len(models))[rows[:, n].astype(int)] for n in (0, 1)
-    )  # one-hot
+    one_hot = np.eye(num_models)
+    first = one_hot[rows[:, 0].astype(int)]
+    second = one_hot[rows[:, 1].astype(int)]
+    row_outcomes = rows[:, 2]
     num_groups, group = connected_components(first.T @ second, directed=False)
     if num_groups > 1:
         names = " | ".join(", ".join(models[group == n]) for n in range(num_groups))
         fix = "collect battles that join them, or leave models out"
         raise MaxlmError(f"groups of models never met: {names}", fix=fix)
     design = np.concatenate([first - second, rows[:, 3:]], axis=1)
+    # The battles themselves, then their resamples, a batch at a time to bound memory.
     params = []
-    draw = np.random.default_rng(seed)
-    at_once = max(1, 4_000_000 // design.size)  # bounds memory
-    for start in range(0, 1 + num_resamples, at_once):
-        size = min(at_once, 1 + num_resamples - start)
-        weights = draw.multinomial(len(battles), counts / counts.sum(), size=size)
+    generator = np.random.default_rng(seed)
+    shares = counts / counts.sum()
+    num_fits = 1 + num_resamples
+    batch_size = max(1, 4_000_000 // design.size)
+    for start in range(0, num_fits, batch_size):
+        size = min(batch_size, num_fits - start)
+        weights = generator.multinomial(len(battles), shares, size=size)
         if start == 0:
             weights[0] = counts
-        params.append(_maximize_likelihood(design, rows[:, 2], weights, len(models)))
-    ratings, style = np.split(np.concatenate(params), [len(models)], axis=1)
+        params.append(_maximize_likelihood(design, row_outcomes, weights, num_models))
+    ratings, style = np.split(np.concatenate(params), [num_models], axis=1)
     if np.isnan(ratings[0]).any():
-        raise MaxlmError(
+        message = (
             "no finite ratings: models, or a style, won every battle against others"
         )
+        raise MaxlmError(message)
+    # From natural log-odds to Elo's scale.
     ratings = 1000 + ratings * 400 / np.log(10)
-    resampled = ratings[1:][~np.isnan(ratings[1:]).any(axis=1)]
-    intervals = np.full((len(models), 2), np.nan)
+    fitted = ratings[0]
+    resampled = ratings[1:]
+    resampled = resampled[~np.isnan(resampled).any(axis=1)]
+    intervals = np.full((num_models, 2), np.nan)
     if len(resampled) >= 0.975 * num_resamples > 0:  # else an end may be infinite
         spread = 1.96 * resampled.std(axis=0)
-        intervals = np.stack([ratings[0] - spread, ratings[0] + spread], axis=1)
-    return BradleyTerryFit(models.tolist(), ratings[0], intervals, style[0])
+        intervals = np.stack([fitted - spread, fitted + spread], axis=1)
+    return BradleyTerryFit(models.tolist(), fitted, intervals, style[0])
 
 
 def _maximize_likelihood(
@@ -148,69 +163,77 @@ def _maximize_likelihood(
     """Newton's method for all rows of `weights` [R, C] at once: [R, P]; NaN: no finite
     maximum."""
     params, step = np.zeros((2, len(weights), design.shape[1]))
-    curvature = centre = 1e-10 * np.eye(design.shape[1])
-    centre[:num_models, :num_models] += (
-        1  # The likelihood does not know the ratings' sum: 0.
-    )
+    # The likelihood does not change with the ratings' sum, which this keeps at 0.
+    centre = 1e-10 * np.eye(design.shape[1])
+    centre[:num_models, :num_models] += 1
+    curvature = centre
     for _ in range(25):
-        chance = 1 / (1 + np.exp(-np.clip(params @ design.T, -500, 500)))
+        log_odds = np.clip(params @ design.T, -500, 500)
+        chance = 1 / (1 + np.exp(-log_odds))
         slope = (weights * (outcome - chance)) @ design
-        curvature = (
-            design.T * (weights * chance * (1 - chance))[:, None]
-        ) @ design + centre
+        information = weights * chance * (1 - chance)
+        curvature = (design.T * information[:, None]) @ design + centre
         step = np.linalg.solve(curvature, slope[..., None])[..., 0]
+        # No parameter moves by more than 2, so that a fit does not overshoot.
         step /= np.maximum(1, np.abs(step).max(axis=1, keepdims=True) / 2)
         params += step
         if np.abs(step).max() < 1e-9:
             break
     # Across groups that won both ways, the curvature at the maximum is no less than
     # about 0.1.
-    finite = (np.abs(step).max(axis=1) < 1e-6) & (
-        np.linalg.eigvalsh(curvature)[:, 0] > 1e-6
-    )
-    return np.where(finite[:, None], params, np.nan)
+    has_converged = np.abs(step).max(axis=1) < 1e-6
+    is_curved = np.linalg.eigvalsh(curvature)[:, 0] > 1e-6
+    is_finite = has_converged & is_curved
+    return np.where(is_finite[:, None], params, np.nan)
 
 
 def compute_leaderboard(
     battles: Sequence[Battle], style_control: bool = False
-) -> dict[str, Any]:
+) -> Record:
     """Returns a leaderboard as plain data: rows by rating, style's coefficients, and a
     note where there are no finite ratings (rows are by Elo) or no intervals."""
-    counts = Counter(
-        battle[side] for battle in battles for side in ("model_a", "model_b")
-    )
-    elo = sorted(compute_online_elo(battles).items(), key=lambda each: -each[1])
-    empty = dict.fromkeys(("rank", "rating", "low", "high"))
-    rows = [
-        {"model": name, "elo": x, "battles": counts[name], **empty} for name, x in elo
+    counts = Counter[str]()
+    for battle in battles:
+        counts.update((battle["model_a"], battle["model_b"]))
+    elo = compute_online_elo(battles)
+    rows: list[Record] = [
+        {
+            "model": model,
+            "elo": elo[model],
+            "battles": counts[model],
+            "rank": None,
+            "rating": None,
+            "low": None,
+            "high": None,
+        }
+        for model in sorted(elo, key=lambda model: -elo[model])
     ]
-    found: dict[str, Any] = {"rows": rows, "style": {}, "note": None}
+    leaderboard: Record = {"rows": rows, "style": {}, "note": None}
     try:
-        fit = fit_bradley_terry(
-            battles, compute_style_features(battles) if style_control else None
-        )
+        features = compute_style_features(battles) if style_control else None
+        fit = fit_bradley_terry(battles, features)
     except MaxlmError as error:
-        return found | {"note": str(error)}
-    if np.isnan(fit.intervals).any():
-        found["note"] = (
+        leaderboard["note"] = str(error)
+        return leaderboard
+    has_intervals = not np.isnan(fit.intervals).any()
+    if not has_intervals:
+        leaderboard["note"] = (
             "too few battles for intervals: resamples have no finite ratings"
         )
     for row in rows:
         number = fit.models.index(row["model"])
-        row["rating"], (low, high) = (
-            float(fit.ratings[number]),
-            fit.intervals[number].tolist(),
-        )
-        if not found["note"]:
-            row |= {
-                "rank": 1 + int((fit.intervals[:, 0] > high).sum()),
-                "low": low,
-                "high": high,
-            }
+        row["rating"] = float(fit.ratings[number])
+        if has_intervals:
+            low, high = fit.intervals[number].tolist()
+            # Behind the models whose whole interval is above this one's.
+            num_better = int((fit.intervals[:, 0] > high).sum())
+            row["rank"] = 1 + num_better
+            row["low"] = low
+            row["high"] = high
     rows.sort(key=lambda row: -row["rating"])
-    return found | {
-        "style": dict(zip(STYLE_FEATURES, fit.coefficients.tolist(), strict=False))
-    }
+    coefficients = fit.coefficients.tolist()
+    leaderboard["style"] = dict(zip(STYLE_FEATURES, coefficients, strict=False))
+    return leaderboard
 
 
 def compute_style_features(battles: Sequence[Battle]) -> np.ndarray:
@@ -218,23 +241,45 @@ def compute_style_features(battles: Sequence[Battle]) -> np.ndarray:
     square: as in LMSYS's "Does style matter?" (2024), but about zero, so that swapped
     sides change nothing. Counted in conversation_a and _b, but for length without code;
     MaxlmError: a battle has none."""
-    talks = [battle.get(f"conversation_{side}") for battle in battles for side in "ab"]
-    try:
-        counts = np.array(
-            [_count_style(talk or None) for talk in talks], float
-        ).reshape(-1, 2, 4)
-    except (TypeError, KeyError):
-        what = "style control needs conversation_a and conversation_b: lists of role and content"
-        raise MaxlmError(what) from None
-    ratio = (counts[:, 0] - counts[:, 1]) / (counts.sum(axis=1) + 1)
-    return ratio / np.maximum(np.sqrt((ratio**2).mean(axis=0)), 1e-9)
+    counts = []
+    for battle in battles:
+        for column in ("conversation_a", "conversation_b"):
+            conversation = battle.get(column)
+            if not _is_conversation(conversation):
+                raise MaxlmError(
+                    "style control needs conversation_a and conversation_b: lists of "
+                    "role and content"
+                )
+            counts.append(_count_style(conversation))
+    by_side = np.array(counts, float).reshape(-1, 2, len(STYLE_FEATURES))
+    difference = by_side[:, 0] - by_side[:, 1]
+    ratio = difference / (by_side.sum(axis=1) + 1)
+    root_mean_square = np.sqrt((ratio**2).mean(axis=0))
+    return ratio / np.maximum(root_mean_square, 1e-9)
 
 
-def _count_style(turns: Any) -> list[int]:
-    text = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
-    plain = re.sub(r"(?s)```.*?(?:```|\Z)", "", text)
-    texts = (text, plain, plain, plain)
-    return [
-        len(re.findall(*each))
-        for each in zip(STYLE_FEATURES.values(), texts, strict=True)
-    ]
+def _is_conversation(conversation: Any) -> TypeGuard[list[dict[str, str]]]:
+    """Whether JSON is a conversation of at least one message."""
+    if not isinstance(conversation, list) or not conversation:
+        return False
+    for turn in conversation:
+        if not isinstance(turn, dict) or "role" not in turn:
+            return False
+        # Only what the model says is counted; a user's content may have other forms.
+        is_text = isinstance(turn.get("content"), str)
+        if turn["role"] == "assistant" and not is_text:
+            return False
+    return True
+
+
+def _count_style(conversation: Sequence[Mapping[str, str]]) -> list[int]:
+    """Counts each of STYLE_FEATURES in the assistant's messages."""
+    text = "\n".join(
+        turn["content"] for turn in conversation if turn["role"] == "assistant"
+    )
+    without_code = re.sub(r"(?s)```.*?(?:```|\Z)", "", text)
+    counts = []
+    for feature, pattern in STYLE_FEATURES.items():
+        counted = text if feature == "length" else without_code
+        counts.append(len(re.findall(pattern, counted)))
+    return counts

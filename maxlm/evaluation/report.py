@@ -1,7 +1,7 @@
 """Evaluations side by side, as JSON and as a page."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from maxlm.evaluation.results import (
     choose_main_metric,
 )
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.runtime.report_page import write_report_page
 
 
-def write_report(report: Mapping[str, Any], path: Path) -> list[Path]:
+def write_report(report: JsonMapping, path: Path) -> list[Path]:
     """Writes the report as a page, ``.html``, and as JSON, ``.json``; returns their
     paths."""
-    page, plain = path.with_suffix(".html"), path.with_suffix(".json")
+    page = path.with_suffix(".html")
+    plain = path.with_suffix(".json")
     write_report_page(page, "maxlm.evaluation", report["title"], report)
     with replace_file(plain.absolute()) as new:
         new.write_text(f"{json.dumps(report, indent=1, allow_nan=False)}\n", "utf-8")
@@ -28,94 +30,154 @@ def write_report(report: Mapping[str, Any], path: Path) -> list[Path]:
 
 def build_report(
     evaluations: Sequence[EvaluationResult], num_samples: int = 20
-) -> dict[str, Any]:
+) -> JsonObject:
     """Builds plain data: models, a row for each task and metric with 95% intervals, a
     row for each task of a group, and up to ``num_samples`` samples of each task or
     group, by the last step of each model (``shown``: numbers of ``models``)."""
-    rows, samples, models = [], [], []
-    shown = [
-        *{
-            (e.model, e.step is None and i): i for i, e in enumerate(evaluations)
-        }.values()
-    ]
-    for unit in dict.fromkeys(chain(*(each.units for each in evaluations))):
-        tasks = [each.tasks.get(unit) for each in evaluations]
-        better = {
-            m: r.higher_is_better for t in tasks if t for m, r in t.metrics.items()
-        }
-        main = choose_main_metric(better)
-        parts = dict.fromkeys(
-            p for task in tasks if task for p in task.sample_files if p != unit
-        )
-        for name, metric in [
-            *((unit, each) for each in better),
-            *((part, main) for part in parts),
-        ]:
-            found = [
-                each.tasks[name].metrics if name in each.tasks else {}
-                for each in evaluations
-            ]
-            cells = [own[metric]._asdict() if metric in own else None for own in found]
+    rows: list[JsonObject] = []
+    samples: list[JsonObject] = []
+    shown = _list_last_steps(evaluations)
+    units = chain(*(evaluation.units for evaluation in evaluations))
+    for unit in dict.fromkeys(units):
+        results = [evaluation.tasks.get(unit) for evaluation in evaluations]
+        directions: dict[str, bool] = {}
+        """Whether higher is better, by metric."""
+        parts: dict[str, None] = {}
+        """Tasks of a group, in order."""
+        for result in results:
+            if result is None:
+                continue
+            for metric, figure in result.metrics.items():
+                directions[metric] = figure.higher_is_better
+            parts |= dict.fromkeys(task for task in result.sample_files if task != unit)
+        main_metric = choose_main_metric(directions)
+        names = [(unit, metric) for metric in directions]
+        names += [(part, main_metric) for part in parts]
+        for task, metric in names:
             row = {
-                "task": name,
-                "group": unit if name in parts else None,
+                "task": task,
+                "group": unit if task in parts else None,
                 "metric": metric,
-            }
-            row |= {
-                "main": metric == main,
-                "higher_is_better": better[metric],
-                "cells": cells,
+                "main": metric == main_metric,
+                "higher_is_better": directions[metric],
+                "cells": [
+                    _make_cell(evaluation, task, metric) for evaluation in evaluations
+                ],
             }
             rows.append(row)
-        samples += _choose_samples(unit, main, [tasks[i] for i in shown], num_samples)
-    names = [each.model.rstrip("/").rpartition("/")[2] for each in evaluations]
-    full = zip(names, (each.step for each in evaluations), strict=True)
-    full = [name if step is None else f"{name} · step {step}" for name, step in full]
-    for i, (name, each) in enumerate(zip(full, evaluations, strict=True)):
-        clash = f" ({each.path.parent})" if full.count(name) > 1 else ""
-        cells = [row["cells"][i] for row in rows if row["main"] and not row["group"]]
-        own = {
-            "name": name + clash,
-            "model": each.model,
-            "step": each.step,
-            "file": str(each.path),
+        shown_results = [results[number] for number in shown]
+        samples += _choose_samples(unit, main_metric, shown_results, num_samples)
+    short_names = [
+        evaluation.model.rstrip("/").rpartition("/")[2] for evaluation in evaluations
+    ]
+    return {
+        "title": ", ".join(dict.fromkeys(short_names)),
+        "models": _describe_models(evaluations, short_names, rows),
+        "shown": shown,
+        "rows": rows,
+        "samples": samples,
+    }
+
+
+def _list_last_steps(evaluations: Sequence[EvaluationResult]) -> list[int]:
+    """Numbers of the last evaluation of each run, and of all that have no step."""
+    last: dict[tuple[str, int | None], int] = {}
+    for number, evaluation in enumerate(evaluations):
+        # Without a step each is a model of its own.
+        key = number if evaluation.step is None else None
+        last[evaluation.model, key] = number
+    return list(last.values())
+
+
+def _make_cell(
+    evaluation: EvaluationResult, task: str, metric: str
+) -> JsonObject | None:
+    """An evaluation's figure; None: it has none."""
+    result = evaluation.tasks.get(task)
+    if result is None or metric not in result.metrics:
+        return None
+    return result.metrics[metric]._asdict()
+
+
+def _describe_models(
+    evaluations: Sequence[EvaluationResult],
+    short_names: Sequence[str],
+    rows: Sequence[JsonObject],
+) -> list[JsonObject]:
+    """The report's models, told apart by step and, where need be, by folder."""
+    names = [
+        name if evaluation.step is None else f"{name} · step {evaluation.step}"
+        for name, evaluation in zip(short_names, evaluations, strict=True)
+    ]
+    models: list[JsonObject] = []
+    for number, (name, evaluation) in enumerate(zip(names, evaluations, strict=True)):
+        if names.count(name) > 1:
+            name = f"{name} ({evaluation.path.parent})"
+        num_documents = 0
+        for row in rows:
+            cell = row["cells"][number]
+            # A group's tasks are counted with it.
+            if row["main"] and not row["group"] and cell:
+                num_documents += cell["n"]
+        model = {
+            "name": name,
+            "model": evaluation.model,
+            "step": evaluation.step,
+            "file": str(evaluation.path),
+            "documents": num_documents,
+            **evaluation.costs,
         }
-        models.append(
-            own | {"documents": sum(cell["n"] for cell in cells if cell), **each.costs}
-        )
-    found = {"title": ", ".join(dict.fromkeys(names)), "models": models, "shown": shown}
-    return found | {"rows": rows, "samples": samples}
+        models.append(model)
+    return models
 
 
 def _choose_samples(
     task: str, metric: str, results: Sequence[TaskResult | None], count: int
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """In turn one of each pattern of right and wrong models, those that disagree
     first."""
-    sides: list[dict[Any, EvalDoc]] = [{} for _ in results]
-    for side, own in zip(sides, results, strict=True):
+    docs_by_model: list[dict[tuple[Any, ...], EvalDoc]] = []
+    for result in results:
+        docs: dict[tuple[Any, ...], EvalDoc] = {}
         # lm_eval writes no samples without --log_samples.
-        if own and all(path.is_file() for path in own.sample_files.values()):
-            side.update((s.key, s) for s in own.read_samples() if metric in s.values)
-    patterns: dict[tuple[bool | None, ...], list[dict[str, Any]]] = {}
-    for key in dict.fromkeys(chain(*sides)):
-        own = [side.get(key) for side in sides]
-        rights = tuple(
-            s and {0.0: False, 1.0: True}.get(s.values[metric][0]) for s in own
-        )
-        answers = [
-            s and {**s.answer, "right": r} for s, r in zip(own, rights, strict=True)
-        ]
-        _, _, _, prompt, target, options, _ = next(filter(None, own))
-        shown = {
+        if result and all(path.is_file() for path in result.sample_files.values()):
+            for doc in result.read_samples():
+                if metric in doc.values:
+                    docs[doc.key] = doc
+        docs_by_model.append(docs)
+    patterns: dict[tuple[bool | None, ...], list[JsonObject]] = {}
+    for key in dict.fromkeys(chain(*docs_by_model)):
+        docs_of_key = [docs.get(key) for docs in docs_by_model]
+        rights = tuple(_is_right(doc, metric) for doc in docs_of_key)
+        answers: list[JsonObject | None] = []
+        for doc, is_right in zip(docs_of_key, rights, strict=True):
+            answers.append(None if doc is None else {**doc.answer, "right": is_right})
+        # What a page shows of the document is the same in all evaluations.
+        any_doc = next(doc for doc in docs_of_key if doc is not None)
+        sample = {
             "task": task,
             "part": key[0],
             "document": str(key[1]),
-            "prompt": prompt,
+            "prompt": any_doc.prompt,
+            "target": any_doc.target,
+            "options": any_doc.options,
+            "answers": answers,
         }
-        shown |= {"target": target, "options": options, "answers": answers}
-        patterns.setdefault(rights, []).append(shown)
-    order = sorted(patterns, key=lambda rights: len({*rights}) == 1)
-    return [
-        *filter(None, chain(*zip_longest(*(patterns[rights] for rights in order))))
-    ][:count]
+        patterns.setdefault(rights, []).append(sample)
+
+    def agrees(rights: tuple[bool | None, ...]) -> bool:
+        return len(set(rights)) == 1
+
+    ordered = [patterns[rights] for rights in sorted(patterns, key=agrees)]
+    in_turn = chain(*zip_longest(*ordered))
+    return [sample for sample in in_turn if sample is not None][:count]
+
+
+def _is_right(doc: EvalDoc | None, metric: str) -> bool | None:
+    """Whether an answer is right; None: there is none, or it is right in part."""
+    if doc is None:
+        return None
+    score, _ = doc.values[metric]
+    if score in (0.0, 1.0):
+        return score == 1.0
+    return None

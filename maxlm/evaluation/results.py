@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from math import exp, isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.json_files import check_regular_file, parse_json
+from maxlm.runtime.json_types import JsonMapping, JsonObject
+
+Parsed = TypeVar("Parsed")
 
 
 class MetricResult(NamedTuple):
@@ -18,9 +21,8 @@ class MetricResult(NamedTuple):
     value: float
     low: float | None
     high: float | None
-    interval: (
-        str | None
-    )  # Wilson's of zeros and ones; else normal, by the standard error.
+    interval: str | None
+    """Wilson's of zeros and ones; else normal, by the standard error."""
     n: int
     shots: int | None
     higher_is_better: bool
@@ -29,35 +31,31 @@ class MetricResult(NamedTuple):
 class EvalDoc(NamedTuple):
     """A document's scores, and what a page shows of it."""
 
-    key: tuple[
-        Any, ...
-    ]  # Task, document's number, filter and hash: the same in two evaluations.
-    values: dict[
-        str, tuple[float, float]
-    ]  # Sum and weight; of perplexities nats, and words.
+    key: tuple[Any, ...]
+    """Task, document's number, filter and hash: the same in two evaluations."""
+    values: dict[str, tuple[float, float]]
+    """Sum and weight; of perplexities nats, and words."""
     prompt_hash: str | None
     prompt: str
     target: str
     options: list[str]
-    answer: dict[
-        str, Any
-    ]  # Log-likelihoods in nats and the option chosen, or generated text.
+    answer: JsonObject
+    """Log-likelihoods in nats and the option chosen, or generated text."""
 
 
 class TaskResult(NamedTuple):
     """Results of a task, or of a group of tasks over all their documents."""
 
     metrics: dict[str, MetricResult]
-    sample_files: dict[str, Path]  # By task, several in a group; a file may be missing.
+    sample_files: dict[str, Path]
+    """By task, several in a group; a file may be missing."""
 
     def read_samples(self) -> list[EvalDoc]:
         """Raises MaxlmError for a file that is missing, or that has a damaged line."""
-        pairs = self.sample_files.items()
-        return [
-            s
-            for task, path in pairs
-            for s in _parse_file(path, partial(_parse_sample, task))
-        ]
+        samples: list[EvalDoc] = []
+        for task, path in self.sample_files.items():
+            samples += _parse_file(path, partial(_parse_sample, task))
+        return samples
 
 
 class EvaluationResult(NamedTuple):
@@ -66,37 +64,45 @@ class EvaluationResult(NamedTuple):
     path: Path
     model: str
     step: int | None
-    tasks: dict[str, TaskResult]  # Tasks and groups that have figures.
-    units: list[str]  # The outermost of them: groups, and tasks outside groups.
-    costs: dict[
-        str, Any
-    ]  # seconds, prompt_tokens, generated_tokens; 0 or None: not known.
+    tasks: dict[str, TaskResult]
+    """Tasks and groups that have figures."""
+    units: list[str]
+    """The outermost of them: groups, and tasks outside groups."""
+    costs: dict[str, float | None]
+    """seconds, prompt_tokens, generated_tokens; 0 or None: not known."""
 
 
 def choose_main_metric(metrics: Iterable[str]) -> str:
     """Chooses ``acc_norm``, else ``acc``, else the first, as published tables do; "" of
     none."""
-    names = [*metrics]
-    return next((name for name in ("acc_norm", "acc", *names) if name in names), "")
+    names = list(metrics)
+    for name in ("acc_norm", "acc"):
+        if name in names:
+            return name
+    return names[0] if names else ""
 
 
-def find_evaluations(source: Path) -> list[EvaluationResult]:
+def read_newest_evaluations(source: Path) -> list[EvaluationResult]:
     """Reads the evaluations of each folder under a run or folder, each task's newest,
     by model and step; or one results file. Raises MaxlmError where there is none, and
     for one that is damaged."""
     paths = [source] if source.is_file() else sorted(source.rglob("results_*.json"))
     if not paths:
+        message = "no evaluation here (results_*.json)"
         fix = "name a run, or a folder that maxlm eval or lm_eval --output_path wrote"
-        raise MaxlmError(
-            "no evaluation here (results_*.json)", where=str(source), fix=fix
-        )
-    merged: dict[Any, EvaluationResult] = {}
-    for path in reversed(paths):  # names end in the time
-        (found,) = _parse_file(path, partial(_parse_results, path))
-        place = path.parent, found.model, found.step
-        newer = merged.get(place)
-        merged[place] = found if newer is None else _merge_evaluations(newer, found)
-    return sorted(merged.values(), key=lambda each: (each.model, each.step or 0))
+        raise MaxlmError(message, where=str(source), fix=fix)
+    merged: dict[tuple[Path, str, int | None], EvaluationResult] = {}
+    for path in reversed(paths):  # names end in the time: the newest first
+        (evaluation,) = _parse_file(path, partial(_parse_results, path))
+        key = (path.parent, evaluation.model, evaluation.step)
+        if key in merged:
+            evaluation = _merge_evaluations(merged[key], evaluation)
+        merged[key] = evaluation
+
+    def get_model_and_step(evaluation: EvaluationResult) -> tuple[str, int]:
+        return evaluation.model, evaluation.step or 0
+
+    return sorted(merged.values(), key=get_model_and_step)
 
 
 def _merge_evaluations(
@@ -114,41 +120,36 @@ def _merge_evaluations(
 
 
 def list_metrics(
-    results: dict[str, Any],
+    results: JsonObject,
 ) -> Iterator[tuple[str, str, float, float | None, int]]:
     """Yields task, metric, value, standard error (None: there is none) and number of
     documents."""
-    for task, found in results["results"].items():
-        for key, value in found.items():
-            metric, _, kind = key.partition(",")
-            if (
-                kind
-                and not metric.endswith("_stderr")
-                and isinstance(value, int | float)
-            ):
-                error = found.get(f"{metric}_stderr,{kind}")
-                error = error if isinstance(error, float) and isfinite(error) else None
-                count = found.get("sample_count", {}).get(
-                    key, found.get("sample_len", 0)
-                )
-                yield (
-                    task,
-                    metric if kind == "none" else f"{metric} ({kind})",
-                    value,
-                    error,
-                    count,
-                )
+    for task, fields in results["results"].items():
+        for key, value in fields.items():
+            # Metrics are METRIC,FILTER; other keys are about the task.
+            metric, _, filter_name = key.partition(",")
+            is_figure = filter_name and not metric.endswith("_stderr")
+            if not is_figure or not isinstance(value, int | float):
+                continue
+            name = metric if filter_name == "none" else f"{metric} ({filter_name})"
+            stderr = fields.get(f"{metric}_stderr,{filter_name}")
+            if not isinstance(stderr, float) or not isfinite(stderr):
+                stderr = None
+            num_docs = fields.get("sample_len", 0)
+            num_docs = fields.get("sample_count", {}).get(key, num_docs)
+            yield task, name, value, stderr, num_docs
 
 
-def _parse_file(path: Path, parse: Callable[[Any], Any]) -> list[Any]:
+def _parse_file(path: Path, parse: Callable[[Any], Parsed]) -> list[Parsed]:
     """Parses a JSON file, or each line of a JSON Lines file."""
-    found = []
+    parsed: list[Parsed] = []
     fix = "evaluate again (lm_eval: with --log_samples)"
     check_regular_file(path, fix)
     try:
         data = path.read_bytes()
         for text in data.splitlines() if path.suffix == ".jsonl" else [data]:
-            found.append(parse(parse_json(text, f"{path}:{len(found) + 1}", fix)))
+            where = f"{path}:{len(parsed) + 1}"
+            parsed.append(parse(parse_json(text, where, fix)))
     except (
         OSError,
         LookupError,
@@ -157,47 +158,62 @@ def _parse_file(path: Path, parse: Callable[[Any], Any]) -> list[Any]:
         ValueError,
         MaxlmError,
     ) as error:
-        is_ours = isinstance(error, MaxlmError)
-        fault = error.message if is_ours else f"{type(error).__name__}: {error}"
-        what = f"missing, damaged, or not an evaluation's ({fault})"
-        raise MaxlmError(what, where=f"{path}:{len(found) + 1}", fix=fix) from error
-    return found
+        # The harness writes these files, in forms that change with its versions, and
+        # has no schema of them: whatever does not fit is the file's fault.
+        if isinstance(error, MaxlmError):
+            fault = error.what
+        else:
+            fault = f"{type(error).__name__}: {error}"
+        message = f"missing, damaged, or not an evaluation's ({fault})"
+        where = f"{path}:{len(parsed) + 1}"
+        raise MaxlmError(message, where=where, fix=fix) from error
+    return parsed
 
 
-def _parse_results(path: Path, data: dict[str, Any]) -> EvaluationResult:
-    ours, groups = data.get("maxlm") or {}, data.get("group_subtasks") or {}
-    tasks = {}
-    inner = set()
+def _parse_results(path: Path, data: JsonObject) -> EvaluationResult:
+    our_fields = data.get("maxlm") or {}
+    groups = data.get("group_subtasks") or {}
+    tasks: dict[str, TaskResult] = {}
+    inner: set[str] = set()
+    """Members of groups."""
     stamp = path.stem.removeprefix("results_")
-    for name, metric, value, stderr, n in (
-        m for m in list_metrics(data) if isfinite(m[2])
-    ):
+    for name, metric, value, stderr, num_docs in list_metrics(data):
+        if not isfinite(value):
+            continue
         if name not in tasks:
             members = _list_members(name, groups)
             inner.update(members)
-            leaves = [each for each in members if not groups.get(each)] or [name]
+            leaves = [member for member in members if not groups.get(member)]
             files = {
-                leaf: path.with_name(f"samples_{leaf}_{stamp}.jsonl") for leaf in leaves
+                leaf: path.with_name(f"samples_{leaf}_{stamp}.jsonl")
+                for leaf in leaves or [name]
             }
             tasks[name] = TaskResult({}, files)
-        better = (data.get("higher_is_better", {}).get(name) or {}).get(
-            metric.split(" ")[0]
+        directions = data.get("higher_is_better", {}).get(name) or {}
+        higher_is_better = directions.get(metric.split(" ")[0])
+        low, high, interval = _compute_interval(metric, value, stderr, num_docs)
+        tasks[name].metrics[metric] = MetricResult(
+            value=value,
+            low=low,
+            high=high,
+            interval=interval,
+            n=num_docs,
+            shots=data.get("n-shot", {}).get(name),
+            higher_is_better=higher_is_better is not False,
         )
-        own = (
-            *_compute_interval(metric, value, stderr, n),
-            n,
-            data.get("n-shot", {}).get(name),
-        )
-        tasks[name].metrics[metric] = MetricResult(value, *own, better is not False)
-    costs = {
-        key: ours.get(key) for key in ("seconds", "prompt_tokens", "generated_tokens")
-    }
-    costs["seconds"] = float(
-        costs["seconds"] or data.get("total_evaluation_time_seconds") or 0
+    seconds = our_fields.get("seconds") or data.get("total_evaluation_time_seconds")
+    return EvaluationResult(
+        path=path,
+        model=str(data.get("model_name") or path.parent.name),
+        step=our_fields.get("step"),
+        tasks=tasks,
+        units=[name for name in tasks if name not in inner],
+        costs={
+            "seconds": float(seconds or 0),
+            "prompt_tokens": our_fields.get("prompt_tokens"),
+            "generated_tokens": our_fields.get("generated_tokens"),
+        },
     )
-    model = data.get("model_name") or path.parent.name
-    units = [t for t in tasks if t not in inner]
-    return EvaluationResult(path, str(model), ours.get("step"), tasks, units, costs)
 
 
 def is_perplexity(metric: str) -> bool:
@@ -207,13 +223,15 @@ def is_perplexity(metric: str) -> bool:
 
 def _compute_interval(
     metric: str, value: float, stderr: float | None, n: int
-) -> tuple[Any, Any, Any]:
+) -> tuple[float | None, float | None, str | None]:
+    """The 95% interval's ends, and its kind."""
     from scipy import stats
 
     if stderr is None:
         return None, None, None
     # Of figures in [0, 1] only zeros and ones have a binomial's variance.
-    if n and abs(stderr**2 * (n - 1) - value * (1 - value)) < 1e-9:
+    variance = stderr**2 * (n - 1)
+    if n and abs(variance - value * (1 - value)) < 1e-9:
         interval = stats.binomtest(round(value * n), n).proportion_ci(method="wilson")
         return float(interval.low), float(interval.high), "Wilson"
     if is_perplexity(metric):  # normal is its logarithm
@@ -223,49 +241,58 @@ def _compute_interval(
 
 
 def _list_members(name: str, groups: Mapping[str, list[str]]) -> list[str]:
-    members = groups.get(name) or []
-    return [
-        each for member in members for each in (member, *_list_members(member, groups))
-    ]
+    """Members of a group, and theirs."""
+    members: list[str] = []
+    for member in groups.get(name) or []:
+        members += [member, *_list_members(member, groups)]
+    return members
 
 
-def _parse_sample(task: str, line: Mapping[str, Any]) -> EvalDoc:
-    kind = line.get("filter", "none")
-    values = {}
+def _parse_sample(task: str, line: JsonMapping) -> EvalDoc:
+    filter_name = line.get("filter", "none")
+    values: dict[str, tuple[float, float]] = {}
     for metric in line["metrics"]:
         is_ratio = metric.endswith("_perplexity") or metric == "bits_per_byte"
         pair = line[metric] if is_ratio else [line[metric], 1]
         if all(isinstance(x, int | float) and isfinite(x) for x in pair):
-            name = metric if kind == "none" else f"{metric} ({kind})"
+            name = metric if filter_name == "none" else f"{metric} ({filter_name})"
             values[name] = (float(pair[0]), float(pair[1]))
-    calls = [[*call.values()] for call in line["arguments"].values()]
+    # The arguments of each call of the model: a context and an option of multiple
+    # choice, or a prompt and settings.
+    calls = [list(call.values()) for call in line["arguments"].values()]
     prompt = os.path.commonprefix([call[0] for call in calls])  # noqa: RUF071
-    if options := [
-        call[1] for call in calls if len(call) > 1 and isinstance(call[1], str)
-    ]:
-        scores = [float(each[0]) for each in line["filtered_resps"]]
-        lengths = [
-            len(text.lstrip()) if "acc_norm" in values else 1 for text in options
-        ]
+    options = [call[1] for call in calls if len(call) > 1 and isinstance(call[1], str)]
+    if options:
+        scores = [float(response[0]) for response in line["filtered_resps"]]
+        # As acc_norm chooses: by log-likelihood a character.
+        by_length = "acc_norm" in values
+        lengths = [len(text.lstrip()) if by_length else 1 for text in options]
         ranks = [
             score / max(length, 1)
             for score, length in zip(scores, lengths, strict=False)
         ]
-        answer: dict[str, Any] = {"scores": scores, "choice": ranks.index(max(ranks))}
+        answer: JsonObject = {"scores": scores, "choice": ranks.index(max(ranks))}
     else:
-        texts = {"output": line["resps"][0][0], "answer": line["filtered_resps"][0]}
-        answer = {name: _shorten(str(text)) for name, text in texts.items()}
-    if len({*options}) == 1 < len(options):  # Contexts differ, as WinoGrande's do.
+        answer = {
+            "output": _shorten(str(line["resps"][0][0])),
+            "answer": _shorten(str(line["filtered_resps"][0])),
+        }
+    is_one_text = len(set(options)) == 1
+    if is_one_text and len(options) > 1:  # contexts differ, as WinoGrande's do
         options = [call[0][len(prompt) :] + call[1] for call in calls]
-    key = (task, line["doc_id"], kind, line.get("doc_hash"))
-    texts = (
-        _shorten(prompt),
-        _shorten(str(line.get("target"))),
-        [*map(_shorten, options)],
+    return EvalDoc(
+        key=(task, line["doc_id"], filter_name, line.get("doc_hash")),
+        values=values,
+        prompt_hash=line.get("prompt_hash"),
+        prompt=_shorten(prompt),
+        target=_shorten(str(line.get("target"))),
+        options=[_shorten(option) for option in options],
+        answer=answer,
     )
-    return EvalDoc(key, values, line.get("prompt_hash"), *texts, answer)
 
 
-def _shorten(text: str, most: int = 3000) -> str:
-    note = f"\n[… {len(text) - most:,} characters left out …]\n"
-    return text if len(text) <= most else text[: most // 2] + note + text[-most // 2 :]
+def _shorten(text: str, max_chars: int = 3000) -> str:
+    if len(text) <= max_chars:
+        return text
+    note = f"\n[… {len(text) - max_chars:,} characters left out …]\n"
+    return text[: max_chars // 2] + note + text[-max_chars // 2 :]

@@ -28,7 +28,8 @@ from maxlm.config import MaxlmError
 from maxlm.runtime.pool import count_usable_cores
 
 Layer = Literal["bwrap", "unshare", "limits"]
-_EMPTY = "/tmp/empty"  # A folder of its own: this Python may lie beneath /tmp.
+# A folder of its own: this Python may lie beneath /tmp.
+_EMPTY = "/tmp/empty"
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/nix/store")
 # A new root, built over /proc: nothing that a program may read lies beneath. A
 # container that hides a part of its own /proc allows no other. The shell stays, to
@@ -62,7 +63,8 @@ def run(write=os.write, table=vars(builtins)):
     known = list(table.items())
     write(int(sys.argv[1]), b"+")
     exec(compile(program, "program.py", "exec"), vars(module))
-    if replaced := [name for name, value in known if table.get(name) is not value and name != "_"]:
+    replaced = [name for name, value in known if table.get(name) is not value and name != "_"]
+    if replaced:
         raise RuntimeError(f"the program replaced builtins: {replaced}")
     write(int(sys.argv[1]), token)
 run()
@@ -102,18 +104,18 @@ class ExecutionResult:
 def detect_isolation() -> Layer:
     """Return the strongest layer that runs a program here, found by trying; warn if it
     is limits alone. Raises MaxlmError if none does."""
-    # Within bwrap root remains root, whose processes have no limit.
-    for layer in get_args(Layer)[os.geteuid() == 0 :]:
+    layers: tuple[Layer, ...] = get_args(Layer)
+    if os.geteuid() == 0:
+        layers = layers[1:]  # within bwrap root remains root, without limits
+    for layer in layers:
         with suppress(MaxlmError, OSError):
             run_python("", SandboxLimits(seconds=60), layer)
             if layer == "limits":
-                warnings.warn(
-                    "not isolated: the network, files, other processes", stacklevel=2
-                )
+                message = "not isolated: the network, files, other processes"
+                warnings.warn(message, stacklevel=2)
             return layer
-    raise MaxlmError(
-        "no sandbox works here", fix="install util-linux; do not run this as root"
-    )
+    fix = "install util-linux; do not run this as root"
+    raise MaxlmError("no sandbox works here", fix=fix)
 
 
 def run_all(
@@ -152,8 +154,10 @@ def run_python(
         raise MaxlmError(f"a program cannot be run in the sandbox: {result.message}")
     if answered == b"+" + token:
         return replace(result, status="passed", message="")
-    early = "it ended before its last line"
-    return replace(result, status="failed", message=early) if result.passed else result
+    if result.passed:
+        message = "it ended before its last line"
+        return replace(result, status="failed", message=message)
+    return result
 
 
 def run_command(
@@ -169,56 +173,56 @@ def run_command(
     `folder` (root changes its owner; by default an empty one), and may read `readable`
     besides the system's folders and this Python's. `files` are descriptors: its
     standard input, and others it keeps."""
-    limits, layer = limits or SandboxLimits(), layer or detect_isolation()
+    limits = limits or SandboxLimits()
+    layer = layer or detect_isolation()
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with temporary as scratch, tempfile.TemporaryFile() as printed:
-        path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        folder = (
-            folder.absolute()
-            if folder
-            else Path(scratch if layer == "limits" else _EMPTY)
-        )
+        if folder is not None:
+            folder = folder.absolute()
+        elif layer == "limits":
+            folder = Path(scratch)
+        else:
+            folder = Path(_EMPTY)  # which exists within the sandbox alone
+        python_folder = Path(sys.executable).parent
+        environment = {
+            "PATH": f"{python_folder}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            "HOME": str(folder),
+            "LANG": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+        }
         process = subprocess.Popen(
             [*_list_prefix(layer, limits, folder, readable), *command],
             stdin=files[0],
             stdout=printed,
             stderr=subprocess.STDOUT,
             cwd=scratch if str(folder) == _EMPTY else folder,
-            env={
-                "PATH": path,
-                "HOME": str(folder),
-                "LANG": "C.UTF-8",
-                "OMP_NUM_THREADS": "1",
-            },
+            env=environment,
             pass_fds=files[1:],
             start_new_session=True,
         )
-        ended = select.poll()
+        poll = select.poll()
         descriptor = os.pidfd_open(process.pid)
         try:
-            ended.register(descriptor, select.POLLIN)
-            in_time = bool(ended.poll(limits.seconds * 1000))
+            poll.register(descriptor, select.POLLIN)
+            has_ended = bool(poll.poll(limits.seconds * 1000))  # milliseconds
         finally:
             os.close(descriptor)
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # Not waited for yet: its number is its own.
+            # Not waited for yet: no other process can have its number.
+            os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-        printed.seek(max(0, printed.seek(0, os.SEEK_END) - limits.output_bytes))
+        num_bytes = printed.seek(0, os.SEEK_END)
+        printed.seek(max(0, num_bytes - limits.output_bytes))
         text = printed.read().decode("utf-8", "replace")
-    last = (text.strip().splitlines() or [f"exit code {code}"])[-1].strip()[:500]
-    if not in_time:
-        return ExecutionResult(
-            "timed_out", f"longer than {limits.seconds:g} s", text, code
-        )
-    status = (
-        "passed"
-        if code == 0
-        else "out_of_memory"
-        if "MemoryError" in text[-99:]
-        else "failed"
-    )
-    return ExecutionResult(status, last if code else "", text, code)
+    if not has_ended:
+        message = f"longer than {limits.seconds:g} s"
+        return ExecutionResult("timed_out", message, text, code)
+    if code == 0:
+        return ExecutionResult("passed", "", text, code)
+    lines = text.strip().splitlines()
+    message = lines[-1].strip()[:500] if lines else f"exit code {code}"
+    is_out_of_memory = "MemoryError" in text[-99:]
+    status = "out_of_memory" if is_out_of_memory else "failed"
+    return ExecutionResult(status, message, text, code)
 
 
 def _list_prefix(
@@ -228,48 +232,53 @@ def _list_prefix(
     size = limits.file_bytes
     processes = limits.processes
     is_root = os.geteuid() == 0
-    at = shlex.quote(str(folder))
+    quoted_folder = shlex.quote(str(folder))
+    has_folder = quoted_folder != _EMPTY
     rights = "setpriv --no-new-privs"
-    own = "" if at == _EMPTY else at
-    if (
-        is_root
-    ):  # A user each, of systemd's for services: processes are limited by user.
+    if is_root:
+        # A user each, of systemd's range for services: processes are limited by user.
         user = random.randrange(61184, 65520)
         rights += f" --reuid={user} --regid={user} --clear-groups"
-        if own:
+        if has_folder:
             subprocess.run(["chown", "-hR", f"{user}:{user}", folder], check=True)
-    elif layer == "limits":  # It counts all of the user's: allow for those there.
-        processes += int(
-            Path("/proc/loadavg").read_text("utf-8").split()[3].partition("/")[2]
-        )
+    elif layer == "limits":
+        # The limit counts all of the user's processes: allow for those there. The file
+        # has, fourth, RUNNING/ALL.
+        load = Path("/proc/loadavg").read_text("utf-8").split()
+        processes += int(load[3].partition("/")[2])
     # If the machine runs out of memory, this one ends first.
     prefix = "choom -n 1000 -- setpriv --pdeathsig KILL "
     python = (sys.prefix, sys.base_prefix, Path(sys.executable).resolve().parents[1])
     paths = dict.fromkeys(
-        os.path.abspath(each) for each in (*_SYSTEM, *python, *readable)
+        os.path.abspath(path) for path in (*_SYSTEM, *python, *readable)
     )
-    found = [shlex.quote(path) for path in paths if os.path.exists(path)]
+    readable_paths = [shlex.quote(path) for path in paths if os.path.exists(path)]
     if layer == "bwrap":
         prefix += "bwrap --unshare-all --die-with-parent --proc /proc --dev /dev "
         prefix += f"--size {size} --tmpfs /tmp --perms 1777 --dir {_EMPTY} "
-        prefix += "".join(f"--ro-bind {path} {path} " for path in found)
-        prefix += f"{own and f'--bind {at} {at}'} --remount-ro / --chdir {at} "
+        for path in readable_paths:
+            prefix += f"--ro-bind {path} {path} "
+        if has_folder:
+            prefix += f"--bind {quoted_folder} {quoted_folder} "
+        prefix += f"--remount-ro / --chdir {quoted_folder} "
     elif layer == "unshare":
         rights += " --bounding-set=-all --inh-caps=-all"
-        read = " ".join(found)
-        made = " .".join(["", *found])
-        folders = {
-            "readable": read,
-            "made": made,
-            "writable": own,
-            "folder": at,
-            "empty": _EMPTY,
-        }
-        script = _BUILD_ROOT.format(**folders, size=size)
-        prefix += "unshare --mount --net --pid --ipc --uts --kill-child "
-        prefix += (
-            f"{'' if is_root else '--map-root-user'} sh -c {shlex.quote(script)} sh "
+        script = _BUILD_ROOT.format(
+            readable=" ".join(readable_paths),
+            # Relative to the new root.
+            made=" .".join(["", *readable_paths]),
+            writable=quoted_folder if has_folder else "",
+            folder=quoted_folder,
+            empty=_EMPTY,
+            size=size,
         )
-    limit = f" prlimit --as={limits.memory_bytes} --fsize={size} --core=0 --nproc={processes}"
-    limit += f" --nofile={limits.open_files} --cpu={int(limits.seconds) + 1}"
+        prefix += "unshare --mount --net --pid --ipc --uts --kill-child "
+        if not is_root:
+            prefix += "--map-root-user "
+        prefix += f"sh -c {shlex.quote(script)} sh "
+    limit = (
+        f" prlimit --as={limits.memory_bytes} --fsize={size} --core=0"
+        f" --nproc={processes} --nofile={limits.open_files}"
+        f" --cpu={int(limits.seconds) + 1}"
+    )
     return shlex.split(prefix + rights + limit)

@@ -11,14 +11,14 @@ import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.sandbox import SandboxLimits, run_command
+from maxlm.evaluation.records import Record
+from maxlm.evaluation.sandbox import ExecutionResult, SandboxLimits, run_command
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_types import JsonMapping
 
 DEFAULT_TEST_COMMAND = "python -m pytest -rA -p no:cacheprovider"
 # As the benchmark's harness tries them. A model's changes of the tests' own files do
@@ -35,11 +35,14 @@ def extract_patch(answer: str) -> str:
     """Return the patch in a model's answer: the first ``diff`` or ``patch`` fence or
     tag, or else the first of another name, or else the whole answer; "" if that holds
     no hunk."""
-    found = re.findall(r"<([\w-]+)>(.*?)</\1>", answer, re.DOTALL)
-    found += re.findall(r"```(\w*)[ \t]*\n(.*?)```", answer, re.DOTALL)
-    found.sort(key=lambda each: each[0] not in ("diff", "patch"))
-    patch = [*(text for _, text in found), answer][0].strip("\n") + "\n"
-    return patch if re.search(r"^(@@ |diff --git )", patch, re.MULTILINE) else ""
+    blocks = re.findall(r"<([\w-]+)>(.*?)</\1>", answer, re.DOTALL)
+    blocks += re.findall(r"```(\w*)[ \t]*\n(.*?)```", answer, re.DOTALL)
+    named = [text for name, text in blocks if name in ("diff", "patch")]
+    others = [text for name, text in blocks if name not in ("diff", "patch")]
+    candidates = [*named, *others, answer]
+    patch = candidates[0].strip("\n") + "\n"
+    has_hunk = re.search(r"^(@@ |diff --git )", patch, re.MULTILINE)
+    return patch if has_hunk else ""
 
 
 def make_prediction(instance_id: str, model: str, answer: str) -> dict[str, str]:
@@ -53,53 +56,72 @@ def make_prediction(instance_id: str, model: str, answer: str) -> dict[str, str]
 
 
 def evaluate_prediction(
-    instance: Mapping[str, Any],
+    instance: JsonMapping,
     patch: str,
     repositories: Path,
     seconds: float = 1800.0,
     readable: Sequence[Path] = (),
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Record, str]:
     """Apply a patch to an instance's clone, of those in `repositories`, and run the
     tests in the sandbox, where they may read the folders `readable` (a virtual
     environment). Return its entry of the benchmark's report, and the log. Raises
     MaxlmError without a clone or the commit."""
-    limits = SandboxLimits(seconds, 4 << 30, 256, 1 << 30, 1024, 64 << 20)
-    exists = bool(patch.strip())
+    limits = SandboxLimits(
+        seconds=seconds,
+        memory_bytes=4 << 30,
+        processes=256,
+        file_bytes=1 << 30,
+        open_files=1024,
+        output_bytes=64 << 20,
+    )
+    has_patch = bool(patch.strip())
     test_patch = instance["test_patch"]
-    report: dict[str, Any] = {"patch_is_None": not exists, "patch_exists": exists}
-    report |= {"patch_successfully_applied": False, "resolved": False}
-    if not exists:
+    report: Record = {
+        "patch_is_None": not has_patch,
+        "patch_exists": has_patch,
+        "patch_successfully_applied": False,
+        "resolved": False,
+    }
+    if not has_patch:
         return report, ""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         clone = Path(temporary)
         commit = instance["base_commit"]
         _clone(instance["repo"], commit, repositories, clone)
-        for name, text in (("model", patch), ("test", test_patch)):
-            (clone / ".git" / name).write_text(text, "utf-8")
-        run = partial(run_command, limits=limits, folder=clone, readable=readable)
+        (clone / ".git" / "model").write_text(patch, "utf-8")
+        (clone / ".git" / "test").write_text(test_patch, "utf-8")
+
+        def run_script(script: str) -> ExecutionResult:
+            command = ["/bin/sh", "-c", script]
+            return run_command(command, limits, folder=clone, readable=readable)
+
         files = re.findall(r"^diff --git a/.* b/(.*)$", test_patch, re.MULTILINE)
         script = _APPLY.format(files=shlex.join(files), commit=shlex.quote(commit))
-        applied = run(["/bin/sh", "-c", script])
-        if applied.exit_code == 99:
-            raise MaxlmError(
-                "its test patch does not apply", where=instance["instance_id"]
-            )
+        applied = run_script(script)
+        if applied.exit_code == 99:  # of _APPLY: the test patch
+            message = "its test patch does not apply"
+            raise MaxlmError(message, where=instance["instance_id"])
         if not applied.passed:
             return report, applied.output
-        tested = run(
-            ["/bin/sh", "-c", instance.get("test_command", DEFAULT_TEST_COMMAND)]
-        )
-    passed = parse_passed_tests("" if tested.status == "timed_out" else tested.output)
-    report |= {"patch_successfully_applied": True, "resolved": True, "tests_status": {}}
+        tested = run_script(instance.get("test_command", DEFAULT_TEST_COMMAND))
+    is_complete = tested.status != "timed_out"
+    passed = parse_passed_tests(tested.output) if is_complete else set()
+    tests_status = {}
+    is_resolved = True
     for group in ("FAIL_TO_PASS", "PASS_TO_PASS"):
         tests = instance[group]
-        tests = json.loads(tests) if isinstance(tests, str) else tests
-        success, failure = (
-            [t for t in tests if t in passed],
-            [t for t in tests if t not in passed],
-        )
-        report["tests_status"][group] = {"success": success, "failure": failure}
-        report["resolved"] &= not failure
+        if isinstance(tests, str):
+            tests = json.loads(tests)
+        failure = [test for test in tests if test not in passed]
+        tests_status[group] = {
+            "success": [test for test in tests if test in passed],
+            "failure": failure,
+        }
+        if failure:
+            is_resolved = False
+    report["patch_successfully_applied"] = True
+    report["resolved"] = is_resolved
+    report["tests_status"] = tests_status
     return report, applied.output + tested.output
 
 
@@ -107,81 +129,88 @@ def parse_passed_tests(log: str) -> set[str]:
     """Return the tests that passed, of the lines that ``pytest -rA`` ends with."""
     # The benchmark's lists have names up to a space, too. The last outcome of a name
     # counts.
-    words = re.findall(
-        r"^(PASSED|XFAIL|FAILED|ERROR|SKIPPED) +(\S+)", log, re.MULTILINE
-    )
-    outcomes = {name: outcome for outcome, name in words}
+    pattern = r"^(PASSED|XFAIL|FAILED|ERROR|SKIPPED) +(\S+)"
+    outcomes: dict[str, str] = {}
+    for outcome, name in re.findall(pattern, log, re.MULTILINE):
+        outcomes[name] = outcome
     return {
         name for name, outcome in outcomes.items() if outcome in ("PASSED", "XFAIL")
     }
 
 
 def evaluate_predictions(
-    predictions: Sequence[Mapping[str, Any]],
-    instances: Sequence[Mapping[str, Any]],
+    predictions: Sequence[JsonMapping],
+    instances: Sequence[JsonMapping],
     repositories: Path,
     logs: Path | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Evaluate predictions, the last of each instance, with options of
-    `evaluate_prediction`; write each one's log to `logs`. Return the benchmark's report
-    of a run (schema 2; in ``error_ids`` are those whose patch does not apply), and each
-    instance's own in ``instances``."""
-    by_id = {each["instance_id"]: each for each in instances}
-    patches = {each["instance_id"]: each["model_patch"] or "" for each in predictions}
-    if unknown := [name for name in patches if name not in by_id]:
-        raise MaxlmError(
-            f"no instance of the predictions' {unknown[0]}", fix="check --instances"
-        )
-    reports = {}
+    *,
+    seconds: float = 1800.0,
+    readable: Sequence[Path] = (),
+) -> Record:
+    """Evaluate predictions, the last of each instance, as `evaluate_prediction` does;
+    write each one's log to `logs`. Return the benchmark's report of a run (schema 2; in
+    ``error_ids`` are those whose patch does not apply), and each instance's own in
+    ``instances``."""
+    instances_by_id = {instance["instance_id"]: instance for instance in instances}
+    patches: dict[str, str] = {}
+    for prediction in predictions:
+        patches[prediction["instance_id"]] = prediction["model_patch"] or ""
+    for name in patches:
+        if name not in instances_by_id:
+            message = f"no instance of the predictions' {name}"
+            raise MaxlmError(message, fix="check --instances")
+    reports: dict[str, Record] = {}
     for name, patch in patches.items():
         reports[name], log = evaluate_prediction(
-            by_id[name], patch, repositories, **options
+            instances_by_id[name], patch, repositories, seconds, readable
         )
         if logs:
             with convert_write_errors(logs):
                 logs.mkdir(parents=True, exist_ok=True)
                 (logs / f"{name}.log").write_text(log, "utf-8")
-    ids = {"submitted": set(patches), "incomplete": by_id.keys() - patches}
-    fields = ("patch_successfully_applied", "resolved", "patch_is_None")
-    for key, field in zip(
-        ("completed", "resolved", "empty_patch"), fields, strict=True
-    ):
-        ids[key] = {name for name, each in reports.items() if each[field]}
-    ids["unresolved"] = ids["completed"] - ids["resolved"]
-    ids["error"] = ids["submitted"] - ids["completed"] - ids["empty_patch"]
-    report: dict[str, Any] = {"total_instances": len(by_id), "schema_version": 2}
+
+    def select(field: str) -> set[str]:
+        return {name for name, report in reports.items() if report[field]}
+
+    submitted = set(patches)
+    completed = select("patch_successfully_applied")
+    resolved = select("resolved")
+    empty_patch = select("patch_is_None")
+    ids = {
+        "submitted": submitted,
+        "incomplete": instances_by_id.keys() - patches,
+        "completed": completed,
+        "resolved": resolved,
+        "empty_patch": empty_patch,
+        "unresolved": completed - resolved,
+        "error": submitted - completed - empty_patch,
+    }
+    report: Record = {"total_instances": len(instances_by_id), "schema_version": 2}
     for key, names in ids.items():
-        report |= {f"{key}_instances": len(names), f"{key}_ids": sorted(names)}
-    return report | {"instances": reports}
+        report[f"{key}_instances"] = len(names)
+        report[f"{key}_ids"] = sorted(names)
+    report["instances"] = reports
+    return report
 
 
 def _clone(name: str, commit: str, repositories: Path, target: Path) -> None:
-    places = [
-        repositories / each for each in (name, name.replace("/", "__"), Path(name).name)
-    ]
-    source = next((each for each in places if each.is_dir()), None)
-    if source is None:
-        what, fix = f"no clone of {name}", f"git clone it to {places[1]}"
-        raise MaxlmError(what, where=str(repositories), fix=fix)
+    """Check a commit out in a copy of a repository's clone."""
+    usual_folder = repositories / name.replace("/", "__")
+    folders = [repositories / name, usual_folder, repositories / Path(name).name]
+    sources = [folder for folder in folders if folder.is_dir()]
+    if not sources:
+        message = f"no clone of {name}"
+        fix = f"git clone it to {usual_folder}"
+        raise MaxlmError(message, where=str(repositories), fix=fix)
+    source = sources[0]
     # Linked files would change their owner in the source as well.
-    clone = [
-        "git",
-        "clone",
-        "--quiet",
-        "--no-hardlinks",
-        "--no-checkout",
-        source,
-        target,
-    ]
-    for command in (
-        clone,
-        ["git", "-C", target, "checkout", "--quiet", "--detach", commit],
-    ):
-        done = subprocess.run(
+    clone = ["git", "clone", "--quiet", "--no-hardlinks", "--no-checkout"]
+    clone += [str(source), str(target)]
+    checkout = ["git", "-C", str(target), "checkout", "--quiet", "--detach", commit]
+    for command in (clone, checkout):
+        process = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
-        if done.returncode:
-            raise MaxlmError(
-                done.stderr.strip().splitlines()[-1], where=f"{source} at {commit}"
-            )
+        if process.returncode:
+            message = process.stderr.strip().splitlines()[-1]
+            raise MaxlmError(message, where=f"{source} at {commit}")

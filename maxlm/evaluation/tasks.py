@@ -30,8 +30,9 @@ from lm_eval.tasks._index import Kind
 from maxlm.config import MaxlmError
 from maxlm.evaluation.code import replace_code_eval
 from maxlm.runtime.json_files import parse_json, read_json_file
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
-Row = dict[str, Any]
+Row = JsonObject
 _SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")
 _COPY_AGAIN = "copy the benchmark's file again"
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -54,29 +55,35 @@ class LocalTaskFactory(TaskFactory):
 
     def __init__(self, folder: Path, shots: int | None):
         super().__init__()
-        self._folder, self._shots = folder, shots
+        self._folder = folder
+        self._shots = shots
         self.missing: list[str] = []
 
-    def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
+    def _build_task(self, entry: Any, overrides: JsonObject | None) -> Any:
         config = self._load_full_config(entry, overrides)
         if "dataset_path" not in config:
             raise MissingData("this task takes no local files", where=entry.name)
-        own = config.get("num_fewshot")
-        shots = own if own == 0 or self._shots is None else self._shots
-        evaluated = config.get("test_split") or config.get("validation_split")
-        examples = _find_fewshot_split(config) if shots else None
-        rows = {
-            split: load_split(
-                self._folder, config, split, is_evaluated=split == evaluated
-            )
-            for split in dict.fromkeys(filter(None, (evaluated, examples)))
+        task_shots = config.get("num_fewshot")
+        shots = self._shots
+        if task_shots == 0 or shots is None:
+            shots = task_shots  # a task that says 0 shows its questions alone
+        evaluated_split = config.get("test_split") or config.get("validation_split")
+        fewshot_split = _find_fewshot_split(config) if shots else None
+        rows: JsonObject = {}
+        for split in (evaluated_split, fewshot_split):
+            if split and split not in rows:
+                is_evaluated = split == evaluated_split
+                rows[split] = load_split(
+                    self._folder, config, split, is_evaluated=is_evaluated
+                )
+        changes: JsonObject = {
+            "dataset_kwargs": None,
+            "custom_dataset": lambda **_: rows,
         }
-        changes = {
-            name: config.get(name) if config.get(name) in rows else None
-            for name in _SPLITS
-        }
-        changes |= {"dataset_kwargs": None, "custom_dataset": lambda **_: rows}
-        return super()._build_task(entry, (overrides or {}) | changes)
+        for name in _SPLITS:
+            split = config.get(name)
+            changes[name] = split if split in rows else None
+        return super()._build_task(entry, {**(overrides or {}), **changes})
 
     def _build_tag(self, entry: Any, overrides: Any, registry: Any) -> list[Any]:
         return self._build_group_members([entry.name], entry.name, overrides, registry)
@@ -84,32 +91,37 @@ class LocalTaskFactory(TaskFactory):
     def _build_group_members(
         self, member_list: Any, group_name: str, overrides: Any, registry: Any
     ) -> list[Any]:
-        names = []
-        built = []
+        members = []
+        for member in member_list:
+            entry = registry.get(member) if isinstance(member, str) else None
+            if entry and entry.kind is Kind.TAG:
+                members += sorted(entry.tags)
+            else:
+                members.append(member)
+        tasks = []
         error = None
-        for item in member_list:
-            entry = registry.get(item) if isinstance(item, str) else None
-            names += sorted(entry.tags) if entry and entry.kind is Kind.TAG else [item]
-        for name in names:
+        for member in members:
             try:
-                built += super()._build_group_members(
-                    [name], group_name, overrides, registry
+                tasks += super()._build_group_members(
+                    [member], group_name, overrides, registry
                 )
             except MissingData as missing:
                 error = missing
-                if isinstance(name, str) and registry[name].kind is not Kind.GROUP:
-                    self.missing.append(name)
-        if error and not built:
+                # Those of a group within this one are in the list already.
+                if isinstance(member, str) and registry[member].kind is not Kind.GROUP:
+                    self.missing.append(member)
+        if error and not tasks:
             raise error
-        return built
+        return tasks
 
 
-def _find_fewshot_split(config: Mapping[str, Any]) -> str | None:
+def _find_fewshot_split(config: JsonMapping) -> str | None:
     """Returns the split of the examples, as the harness chooses it; None: the evaluated
     one, or examples that the definition has itself."""
-    if split := config.get("fewshot_split"):
-        return split
-    if (config.get("fewshot_config") or {}).get("samples"):
+    if config.get("fewshot_split"):
+        return config["fewshot_split"]
+    fewshot_config = config.get("fewshot_config") or {}
+    if fewshot_config.get("samples"):
         return None
     return config.get("training_split") or config.get("validation_split")
 
@@ -117,17 +129,16 @@ def _find_fewshot_split(config: Mapping[str, Any]) -> str | None:
 def check_task_names(manager: TaskManager, names: Sequence[str]) -> None:
     """Raises MaxlmError, with near names, if the harness has no task, group or tag of a
     name."""
-    known = manager.all_tasks
-    for name in (each for each in names if each not in known):
-        near = (
-            get_close_matches(name, known, n=3)
-            + [k for k in known if k.startswith(name)][:3]
-        )
-        fix = (
-            f"did you mean {' or '.join(dict.fromkeys(near))}?"
-            if near
-            else "see lm_eval ls tasks"
-        )
+    all_names = manager.all_tasks
+    for name in names:
+        if name in all_names:
+            continue
+        near_names = get_close_matches(name, all_names, n=3)
+        longer_names = [other for other in all_names if other.startswith(name)]
+        near_names += longer_names[:3]
+        fix = "see lm_eval ls tasks"
+        if near_names:
+            fix = f"did you mean {' or '.join(dict.fromkeys(near_names))}?"
         raise MaxlmError(f"no task {name!r}", where="--tasks", fix=fix)
 
 
@@ -142,7 +153,7 @@ def load_tasks(
     shots: int | None = None,
     seed: int | None = None,
     manager: TaskManager | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Loads tasks, groups of tasks, or all that have a tag. Raises MaxlmError: an
     unknown task, rows that cannot be loaded, or a task that would run generated
     programs outside the sandbox.
@@ -158,53 +169,54 @@ def load_tasks(
         group that ``data`` has no files of, its ``seed`` that of the examples.
     """
     manager = manager or _index_tasks()
-    opened = {}
+    loaded_by_name: JsonObject = {}
     check_task_names(manager, names)
     for name in names:
+        # Tasks draw from the global generators; the defaults are the harness's.
         random.seed(0 if seed is None else seed)
-        np.random.seed(1234 if seed is None else seed)
-        manager._factory = (
-            TaskFactory() if data is None else LocalTaskFactory(data, shots)
-        )
+        example_seed = 1234 if seed is None else seed
+        np.random.seed(example_seed)
+        factory = TaskFactory() if data is None else LocalTaskFactory(data, shots)
+        manager._factory = factory
+        runs_code = any(code_task in name for code_task in _CODE_TASKS)
         try:
-            runs_code = any(kind in name for kind in _CODE_TASKS)
             with replace_code_eval() if runs_code else nullcontext():
                 loaded: Any = manager.load(name)
         except MaxlmError:
             raise
-        except Exception as error:  # definitions run code of their own, and download
-            what = f"cannot be loaded ({type(error).__name__}: {error})"
+        except Exception as error:
+            # Definitions run code of their own, and download: anything may be raised.
+            message = f"cannot be loaded ({type(error).__name__}: {error})"
             fix = None if data else "without internet, name local files: --data FOLDER"
-            raise MaxlmError(what, where=f"task {name}", fix=fix) from error
+            raise MaxlmError(message, where=f"task {name}", fix=fix) from error
         for task in loaded["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own is None or (own and shots is not None):
+            task_shots = task.get_config("num_fewshot")
+            if task_shots is None or (task_shots and shots is not None):
                 task.set_config(key="num_fewshot", value=shots or 0)
-            unsafe = (
-                getattr(task, "UNSAFE_CODE", False) or "cruxeval" in task.config.task
-            )
-            if unsafe and not runs_code:
-                what = "it would run generated programs outside the sandbox"
-                raise MaxlmError(
-                    what, where=f"task {task.config.task}", fix="leave it out"
-                )
-        missing = getattr(manager._factory, "missing", [])
-        opened[name] = loaded | {
-            "missing": missing,
-            "seed": 1234 if seed is None else seed,
-        }
-    return opened
+            _check_runs_no_code(task, runs_in_sandbox=runs_code)
+        missing = factory.missing if isinstance(factory, LocalTaskFactory) else []
+        loaded_by_name[name] = {**loaded, "missing": missing, "seed": example_seed}
+    return loaded_by_name
+
+
+def _check_runs_no_code(task: Any, *, runs_in_sandbox: bool) -> None:
+    # cruxeval's tasks run code without saying so.
+    runs_code = getattr(task, "UNSAFE_CODE", False) or "cruxeval" in task.config.task
+    if runs_code and not runs_in_sandbox:
+        message = "it would run generated programs outside the sandbox"
+        where = f"task {task.config.task}"
+        raise MaxlmError(message, where=where, fix="leave it out")
 
 
 def evaluate_tasks(
     model: LM,
-    tasks: Mapping[str, Any],
+    tasks: JsonMapping,
     *,
     limit: int | None = None,
     chat: bool = False,
     system: str | None = None,
     on_task: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Evaluates a model on tasks (:func:`load_tasks`), one after the other.
 
     Args:
@@ -217,33 +229,36 @@ def evaluate_tasks(
         The harness's dict of results, ``samples`` among them; ``missing``;
         ``seconds_by_task``.
     """
-    os.environ["DISABLE_MULTIPROC"] = (
-        "1"  # standard errors: a fork may deadlock beside JAX
-    )
-    prompts = {"system_instruction": system, "apply_chat_template": chat}
-    merged: dict[str, Any] = {"seconds_by_task": {}, "missing": []}
+    # Of standard errors: a fork may deadlock beside JAX's threads.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    merged: JsonObject = {"seconds_by_task": {}, "missing": []}
     for name, loaded in tasks.items():
         start = time.perf_counter()
         if on_task is not None:
             on_task(name)
         for task in loaded["tasks"].values():  # each time: the same examples
             task.set_fewshot_seed(seed=loaded["seed"])
-        own = {**prompts, "fewshot_as_multiturn": chat, "bootstrap_iters": 1000}
-        own["confirm_run_unsafe_code"] = (
-            True  # in the sandbox: load_tasks refuses others
+        results: Any = evaluate(
+            model,
+            loaded,
+            limit=limit,
+            system_instruction=system,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            bootstrap_iters=1000,
+            confirm_run_unsafe_code=True,  # in the sandbox: load_tasks refuses others
         )
-        found: Any = evaluate(model, loaded, limit=limit, **own)
-        for key, value in found.items():
-            merged[key] = (
-                merged.get(key, {}) | value if isinstance(value, dict) else value
-            )
+        for key, value in results.items():
+            if isinstance(value, dict):
+                value = {**merged.get(key, {}), **value}
+            merged[key] = value
         merged["missing"] += loaded["missing"]
         merged["seconds_by_task"][name] = time.perf_counter() - start
     return merged
 
 
 def load_split(
-    folder: Path, config: Mapping[str, Any], split: str, *, is_evaluated: bool
+    folder: Path, config: JsonMapping, split: str, *, is_evaluated: bool
 ) -> Any:
     """Loads a split of a task as a ``datasets.Dataset``. Raises MissingData: no file;
     MaxlmError: a file whose rows have no known form.
@@ -260,42 +275,57 @@ def load_split(
         try:
             rows += [_convert_row(row, dataset) for row in _read_rows(path)]
         except (ValueError, LookupError, TypeError) as error:
-            what = f"these rows have no known form ({type(error).__name__}: {error})"
-            raise MaxlmError(
-                what, where=str(path), fix="see docs/evaluation.md"
-            ) from error
+            # Rows of others' files have any shape; _convert_row knows the usual ones.
+            message = f"these rows have no known form ({type(error).__name__}: {error})"
+            fix = "see docs/evaluation.md"
+            raise MaxlmError(message, where=str(path), fix=fix) from error
     if not rows:
         name = config["dataset_name"] if dataset == "mmlu" else config["task"]
-        what = f"no rows of {config['task']}: looked for {name}_{split} and {name}/{split} "
-        what += (
-            f"({', '.join(_SUFFIXES)}), and for the files of {config['dataset_path']}"
+        message = (
+            f"no rows of {config['task']}: looked for {name}_{split} and "
+            f"{name}/{split} ({', '.join(_SUFFIXES)}), and for the files of "
+            f"{config['dataset_path']}"
         )
-        raise MissingData(what, where=str(folder), fix="put a file there")
+        raise MissingData(message, where=str(folder), fix="put a file there")
     return Dataset.from_list(rows)
 
 
 def _find_files(
-    folder: Path, config: Mapping[str, Any], split: str, *, is_evaluated: bool
+    folder: Path, config: JsonMapping, split: str, *, is_evaluated: bool
 ) -> list[Path]:
     dataset = config["dataset_path"].rpartition("/")[2]
     subset = str(config.get("dataset_name") or "main")
-    names = [config["task"], dataset + subset]
-    names.append(dataset if subset in ("main", "default", "all") else subset)
-    # A name may be split over folders.
-    spread = ["(?:^|/)" + "/?".join(_squash(name).replace("/", "")) for name in names]
-    split = "(?:validation|valid|val|dev)" if split == "validation" else split
-    patterns = [f"{name}/?(?:data/)?{split}[0-9]*(?:of[0-9]+)?$" for name in spread]
-    patterns += [f"{name}$" for name in spread if is_evaluated]
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES]
-    squashed = {
-        path: _squash(str(path.relative_to(folder).with_suffix(""))) for path in files
-    }
+    has_one_subset = subset in ("main", "default", "all")
+    names = [config["task"], dataset + subset, dataset if has_one_subset else subset]
+    name_patterns = []
+    for name in names:
+        letters = _squash(name).replace("/", "")
+        # A name may be split over folders.
+        name_patterns.append("(?:^|/)" + "/?".join(letters))
+    if split == "validation":
+        split = "(?:validation|valid|val|dev)"
+    # The best match first: a name with its split, then a name alone.
+    patterns = [
+        f"{name}/?(?:data/)?{split}[0-9]*(?:of[0-9]+)?$" for name in name_patterns
+    ]
+    if is_evaluated:
+        patterns += [f"{name}$" for name in name_patterns]
+    squashed: dict[Path, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _SUFFIXES:
+            squashed[path] = _squash(str(path.relative_to(folder).with_suffix("")))
     for pattern in patterns:
-        if found := [path for path in files if re.search(pattern, squashed[path])]:
-            shards = [
-                p for p in found if "-of-" in p.name and p.parent == found[0].parent
-            ]
-            return shards if "-of-" in found[0].name else found[:1]
+        matches = [path for path, name in squashed.items() if re.search(pattern, name)]
+        if not matches:
+            continue
+        first = matches[0]
+        if "-of-" not in first.name:
+            return [first]
+        return [
+            path
+            for path in matches
+            if "-of-" in path.name and path.parent == first.parent
+        ]
     return []
 
 
@@ -312,9 +342,10 @@ def _read_rows(path: Path) -> Iterator[Row]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = list(csv.reader(file))
         # Hendrycks et al.'s files of MMLU have no head.
-        is_mmlu = len(lines[0]) == 6 and lines[0][5] in (*"ABCD",)
+        is_mmlu = len(lines[0]) == 6 and lines[0][5] in ("A", "B", "C", "D")
         head = ["question", *"ABCD", "answer"] if is_mmlu else lines.pop(0)
-        yield from (dict(zip(head, line, strict=True)) for line in lines)
+        for line in lines:
+            yield dict(zip(head, line, strict=True))
     elif path.suffix == ".json":
         yield from read_json_file(path, _COPY_AGAIN)
     else:
@@ -326,35 +357,45 @@ def _read_rows(path: Path) -> Iterator[Row]:
 def _convert_row(row: Row, dataset: str) -> Row:
     """Returns a row in its dataset's own form."""
     if {"question", "A", "D", "answer"} <= row.keys():  # Hendrycks et al.'s MMLU
-        answer = "ABCD".index(row["answer"])
         return {
             "question": row["question"],
-            "choices": [row[c] for c in "ABCD"],
-            "answer": answer,
+            "choices": [row[letter] for letter in "ABCD"],
+            "answer": "ABCD".index(row["answer"]),
         }
     if {"query", "choices", "gold"} <= row.keys():  # llm-foundry's multiple choice
         return _convert_multiple_choice(row, dataset)
-    if {
-        "context_options",
-        "continuation",
-        "gold",
-    } <= row.keys():  # llm-foundry's WinoGrande
-        one, two = row["context_options"]
-        same = next(
-            (n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0
-        )
-        start = one.rfind(" ", 0, same) + 1
-        sentence = f"{one[:start]}_ {row['continuation'].strip()}"
-        answer = str(row["gold"] + 1)
-        options = {"option1": one[start:], "option2": two[start:]}
-        return {"sentence": sentence, **options, "answer": answer}
+    if {"context_options", "continuation", "gold"} <= row.keys():
+        return _convert_winogrande(row)
     if {"context", "continuation"} <= row.keys():  # llm-foundry's LAMBADA
         return {"text": f"{row['context']} {row['continuation']}"}
     if isinstance(row.get("question"), Mapping):  # AI2's ARC and OpenBookQA
-        stem, choices = row["question"]["stem"], row["question"]["choices"]
-        columns = {name: [each[name] for each in choices] for name in ("text", "label")}
+        stem = row["question"]["stem"]
+        choices = row["question"]["choices"]
+        columns = {
+            "text": [choice["text"] for choice in choices],
+            "label": [choice["label"] for choice in choices],
+        }
         return {**row, "question": stem, "question_stem": stem, "choices": columns}
     return row
+
+
+def _convert_winogrande(row: Row) -> Row:
+    """Returns llm-foundry's row of WinoGrande, two contexts, as a sentence with a gap
+    and its two fillings."""
+    first, second = row["context_options"]
+    # The contexts are one text up to the word that fills the gap.
+    num_equal = 0
+    for place, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            num_equal = place
+            break
+    start = first.rfind(" ", 0, num_equal) + 1
+    return {
+        "sentence": f"{first[:start]}_ {row['continuation'].strip()}",
+        "option1": first[start:],
+        "option2": second[start:],
+        "answer": str(row["gold"] + 1),
+    }
 
 
 def _convert_multiple_choice(row: Row, dataset: str) -> Row:
@@ -366,8 +407,17 @@ def _convert_multiple_choice(row: Row, dataset: str) -> Row:
         return {"goal": text, "sol1": choices[0], "sol2": choices[1], "label": gold}
     if dataset == "hellaswag":
         activity, _, context = query.partition(": ")
-        split = {"activity_label": activity, "ctx_a": context, "ctx_b": ""}
-        return {**split, "endings": choices, "label": str(gold)}
+        return {
+            "activity_label": activity,
+            "ctx_a": context,
+            "ctx_b": "",
+            "endings": choices,
+            "label": str(gold),
+        }
     labels = [chr(ord("A") + number) for number in range(len(choices))]
-    answer = {"choices": {"text": choices, "label": labels}, "answerKey": labels[gold]}
-    return {"question_stem" if dataset == "openbookqa" else "question": text, **answer}
+    question_field = "question_stem" if dataset == "openbookqa" else "question"
+    return {
+        question_field: text,
+        "choices": {"text": choices, "label": labels},
+        "answerKey": labels[gold],
+    }

@@ -4,7 +4,7 @@ steps."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -54,40 +54,41 @@ class StackedLora(AdaptedParam):
     """``x · base + (mask * (x · A)) · B``: of each token the mask leaves the columns of
     its own adapter alone, so that one dense product serves any mix of adapters."""
 
-    lora_a: Any
+    lora_a: jax.Array
     """[*inputs, slots · rank]."""
-    lora_b: Any
+    lora_b: jax.Array
     """[slots · rank, *outputs], multiplied by each adapter's scale."""
-    mask: Any
+    mask: jax.Array
     """[B, S, slots · rank], 0 or 1, the same for all maps."""
 
     def finish_product(
         self, y: jax.Array, x: jax.Array, reader: ParamReader
     ) -> jax.Array:
-        (h,) = reader.multiply(x, reader.read(self.lora_a, (*reader.input_axes, None)))
+        lora_a = reader.read(self.lora_a, (*reader.input_axes, None))
+        (h,) = reader.multiply(x, lora_a)
         h *= reshard(self.mask, jax.typeof(h).sharding.spec)
-        return (
-            y
-            + reader.multiply(h, reader.read(self.lora_b, (None, *reader.output_axes)))[
-                0
-            ]
-        )
+        lora_b = reader.read(self.lora_b, (None, *reader.output_axes))
+        (delta,) = reader.multiply(h, lora_b)
+        return y + delta
 
 
 def declare_stacked_lora(specs: Params, num_columns: int) -> dict[str, ParamSpec]:
     """Returns declarations of A and B beside all linear maps of layers, by canonical
     name; ``num_columns`` is slots · rank."""
-    found: dict[str, ParamSpec] = {}
+    declarations: dict[str, ParamSpec] = {}
 
-    def adapt(name: str, spec: ParamSpec) -> ParamSpec:
-        # These two of latent attention are not multiplied with what they map alone.
+    def declare(name: str, spec: ParamSpec) -> ParamSpec:
+        # Decoding with latent attention absorbs these two into the query and the
+        # output: they are not multiplied with their inputs alone.
         if not name.endswith((".key_up.kernel", ".value_up.kernel")):
-            found[f"{name}.lora_a"] = declare_input_map(spec, num_columns, spec.init)
-            found[f"{name}.lora_b"] = declare_output_map(spec, num_columns, spec.init)
-        return spec
+            lora_a = declare_input_map(spec, num_columns, spec.init)
+            lora_b = declare_output_map(spec, num_columns, spec.init)
+            declarations[f"{name}.lora_a"] = lora_a
+            declarations[f"{name}.lora_b"] = lora_b
+        return spec  # visited, not replaced
 
-    replace_targets(specs, None, adapt)
-    return found
+    replace_targets(specs, None, declare)
+    return declarations
 
 
 def add_adapters(
@@ -97,9 +98,16 @@ def add_adapters(
     that has A and B; ``arrays`` has each layer's, by canonical name."""
     flat = flatten_names(params, is_leaf)
     structure = jax.tree.structure(params, is_leaf=is_leaf)
-    for name in {array.rpartition(".")[0] for array in arrays}:
-        parts = flat[name].layers, arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"]
-        layers = tuple(StackedLora(*own, mask) for own in zip(*parts, strict=True))
+    for name in {array_name.rpartition(".")[0] for array_name in arrays}:
+        layers = tuple(
+            StackedLora(base, lora_a, lora_b, mask)
+            for base, lora_a, lora_b in zip(
+                flat[name].layers,
+                arrays[f"{name}.lora_a"],
+                arrays[f"{name}.lora_b"],
+                strict=True,
+            )
+        )
         flat[name] = UnstackedParam(layers)
     return jax.tree.unflatten(structure, [*flat.values()])
 
@@ -110,81 +118,79 @@ class AdapterSlots:
 
     def __init__(self, model: Model, num_slots: int, rank: int):
         if num_slots and not isinstance(model, Decoder):
-            what = "adapters are loaded beside decoders alone"
-            raise MaxlmError(what, where="max_adapters", fix="leave it out")
+            message = "adapters are loaded beside decoders alone"
+            raise MaxlmError(message, where="max_adapters", fix="leave it out")
         self.loaded: dict[str, tuple[int, int]] = {}
         """Each adapter's slot, and the number of its load, which no other load has."""
         self._num_slots = num_slots
         self._rank = rank
         self._num_loads = 0
-        specs = (
-            declare_stacked_lora(param_specs(model), num_slots * rank)
-            if num_slots
-            else {}
-        )
-        self._specs = specs
+        self._specs: dict[str, ParamSpec] = {}
+        if num_slots:
+            self._specs = declare_stacked_lora(param_specs(model), num_slots * rank)
         rules = model.rules.model_copy(update={"layers": ()})
 
-        def make(spec: ParamSpec) -> list[jax.Array]:
-            lead = spec.num_layer_axes
-            count = int(np.prod(spec.shape[:lead]))
-            layout = rules.spec(*spec.axes[lead:])
-            shape = spec.shape[lead:]
+        def make_layers(spec: ParamSpec) -> list[jax.Array]:
+            num_layer_axes = spec.num_layer_axes
+            num_layers = prod(spec.shape[:num_layer_axes])
+            shape = spec.shape[num_layer_axes:]
+            layout = rules.spec(*spec.axes[num_layer_axes:])
             return [
-                jnp.zeros(shape, model.dtype, out_sharding=layout) for _ in range(count)
+                jnp.zeros(shape, model.dtype, out_sharding=layout)
+                for _ in range(num_layers)
             ]
 
-        self.arrays = {name: make(spec) for name, spec in specs.items()}
+        self.arrays = {name: make_layers(spec) for name, spec in self._specs.items()}
         """Each layer's A and B of all slots, by canonical name."""
 
     def load(self, name: str, weights: LoraWeights) -> None:
         """Writes an adapter into a free slot; see :meth:`Engine.load_adapter`."""
         adapter, arrays = weights
-        free = self._list_free_slots()
-        tensors = ", ".join(
-            f"{name} {list(array.shape)}"
-            for name, array in arrays.items()
-            if array.shape != self._find_shape(name, adapter.rank)
-        )
-        changes = adapter.dora or adapter.changes_base
-        merge = "merge it (maxlm convert)"
-        too_large = (
-            f"its rank is {adapter.rank}, slots have {self._rank} (max_adapter_rank)"
-        )
-        for is_wrong, what, fix in (
-            (
-                name in self.loaded,
-                "it is loaded already",
-                "unload it, or use a new name",
-            ),
-            (not free, f"all {self._num_slots} slots are taken", "raise max_adapters"),
-            (changes, "a slot holds no DoRA, nor PiSSA, which changes the base", merge),
-            (
-                adapter.rank > self._rank,
-                too_large,
-                f"set max_adapter_rank={adapter.rank}",
-            ),
-            (
-                tensors,
-                f"no slot fits {tensors[:300]}",
-                f"name one for this base, or {merge}",
-            ),
-        ):
-            if is_wrong:
-                raise MaxlmError(what, where=f"adapter {name}", fix=fix)
-        self._write(free[0], arrays, adapter.scale)
+        free_slots = self._list_free_slots()
+        self._check(name, weights, has_free_slot=bool(free_slots))
+        slot = free_slots[0]
+        self._write(slot, arrays, adapter.scale)
         self._num_loads += 1
-        self.loaded[name] = free[0], self._num_loads
+        self.loaded[name] = (slot, self._num_loads)
+
+    def _check(self, name: str, weights: LoraWeights, *, has_free_slot: bool) -> None:
+        """Checks that an adapter fits a slot; raises MaxlmError."""
+        adapter, arrays = weights
+        where = f"adapter {name}"
+        if name in self.loaded:
+            fix = "unload it, or use a new name"
+            raise MaxlmError("it is loaded already", where=where, fix=fix)
+        if not has_free_slot:
+            message = f"all {self._num_slots} slots are taken"
+            raise MaxlmError(message, where=where, fix="raise max_adapters")
+        if adapter.dora or adapter.changes_base:
+            message = "a slot holds no DoRA, nor PiSSA, which changes the base"
+            raise MaxlmError(message, where=where, fix="merge it (maxlm convert)")
+        if adapter.rank > self._rank:
+            message = (
+                f"its rank is {adapter.rank}, slots have {self._rank} "
+                "(max_adapter_rank)"
+            )
+            fix = f"set max_adapter_rank={adapter.rank}"
+            raise MaxlmError(message, where=where, fix=fix)
+        misfits = [
+            f"{tensor} {list(array.shape)}"
+            for tensor, array in arrays.items()
+            if array.shape != self._find_shape(tensor, adapter.rank)
+        ]
+        if misfits:
+            message = f"no slot fits {', '.join(misfits)[:300]}"
+            fix = "name one for this base, or merge it (maxlm convert)"
+            raise MaxlmError(message, where=where, fix=fix)
 
     def get_load_number(self, name: str) -> int:
         """Returns the number of an adapter's load; raises MaxlmError where it is not
         loaded."""
         if name not in self.loaded:
-            known = ", ".join(sorted(self.loaded)) or "none"
-            what = f"no adapter {name!r} is loaded"
-            raise MaxlmError(
-                what, where="adapter", fix=f"load it first; loaded are: {known}"
-            )
+            loaded_names = ", ".join(sorted(self.loaded)) or "none"
+            message = f"no adapter {name!r} is loaded"
+            fix = f"load it first; loaded are: {loaded_names}"
+            raise MaxlmError(message, where="adapter", fix=fix)
         return self.loaded[name][1]
 
     def make_masks(self, names: Sequence[str | None]) -> np.ndarray | None:
@@ -193,7 +199,8 @@ class AdapterSlots:
         masks = np.zeros((len(names), self._num_slots, self._rank), bool)
         for mask, name in zip(masks, names, strict=True):
             if name in self.loaded:
-                mask[self.loaded[name][0]] = True
+                slot, _ = self.loaded[name]
+                mask[slot] = True
         return masks.reshape(len(names), -1) if self._num_slots else None
 
     def warm_up(self) -> None:
@@ -202,9 +209,8 @@ class AdapterSlots:
             self._write(slot, {}, 1.0)
 
     def _list_free_slots(self) -> list[int]:
-        return sorted(
-            {*range(self._num_slots)} - {slot for slot, _ in self.loaded.values()}
-        )
+        taken = {slot for slot, _ in self.loaded.values()}
+        return [slot for slot in range(self._num_slots) if slot not in taken]
 
     def _find_shape(self, name: str, rank: int) -> tuple[int, ...] | None:
         """The shape of an adapter's array; None: no slot has it."""
@@ -217,26 +223,30 @@ class AdapterSlots:
 
     def _write(self, slot: int, arrays: Mapping[str, np.ndarray], scale: float) -> None:
         """Overwrites a slot; what ``arrays`` do not have becomes 0."""
+        start = np.int32(slot * self._rank)
         for name, layers in self.arrays.items():
             is_a = name.endswith("lora_a")
-            lead = self._specs[name].num_layer_axes
-            own = np.zeros(self._find_shape(name, self._rank) or (), np.float32)
+            # Padded with zeros to the largest rank.
+            padded = np.zeros(self._find_shape(name, self._rank) or (), np.float32)
             array = arrays.get(name)
             if array is not None:
-                own[tuple(map(slice, array.shape))] = array if is_a else array * scale
-            own = own.reshape(-1, *own.shape[lead:])
-            start = np.int32(slot * self._rank)
-            dim = own.ndim - 2 if is_a else 0
-            layers[:] = (
-                write_columns(*pair, start, dim)
-                for pair in zip(layers, own, strict=True)
-            )
+                corner = tuple(slice(size) for size in array.shape)
+                padded[corner] = array if is_a else array * scale
+            layer_shape = padded.shape[self._specs[name].num_layer_axes :]
+            by_layer = padded.reshape(-1, *layer_shape)
+            # The axis of slots · rank: A's last, B's first.
+            dim = len(layer_shape) - 1 if is_a else 0
+            layers[:] = [
+                write_columns(stacked, columns, start, dim)
+                for stacked, columns in zip(layers, by_layer, strict=True)
+            ]
 
 
 @partial(jax.jit, static_argnums=3, donate_argnums=0)
 def write_columns(
-    stacked: jax.Array, own: jax.Array, start: jax.Array, dim: int
+    stacked: jax.Array, columns: jax.Array, start: jax.Array, dim: int
 ) -> jax.Array:
     """Writes a layer's A or B into its slot's columns, from ``start`` on."""
-    own = reshard(own.astype(stacked.dtype), jax.typeof(stacked).sharding.spec)
-    return lax.dynamic_update_slice_in_dim(stacked, own, start, dim)
+    columns = columns.astype(stacked.dtype)
+    columns = reshard(columns, jax.typeof(stacked).sharding.spec)
+    return lax.dynamic_update_slice_in_dim(stacked, columns, start, dim)

@@ -86,9 +86,8 @@ class BannedSequencesMatcher:
     def _list_banned(self) -> set[int]:
         banned: set[int] = set()
         for *before, last in self._sequences:
-            count = len(before)
-            ends = count == 0 or list(self._output[-count:]) == before
-            if ends:
+            start = max(0, len(self._output) - len(before))
+            if list(self._output[start:]) == before:
                 banned.add(last)
         return banned
 
@@ -116,17 +115,18 @@ class CombinedMatcher:
         """See :class:`TokenMatcher`."""
         if self._is_stuck:
             return "no token can come next"
-        return next(
-            (matcher.error for matcher in self._matchers if matcher.error), None
-        )
+        for matcher in self._matchers:
+            if matcher.error:
+                return matcher.error
+        return None
 
     def fill_mask(self, row: NDArray[np.uint32]) -> None:
         """See :class:`TokenMatcher`."""
-        one = np.empty_like(row)
+        mask = np.empty_like(row)
         row[:] = np.iinfo(np.uint32).max
         for matcher in self._matchers:
-            matcher.fill_mask(one)
-            row &= one
+            matcher.fill_mask(mask)
+            row &= mask
         if not row.any():
             self._is_stuck = True
             for token in self._stop_ids:

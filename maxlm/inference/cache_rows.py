@@ -8,7 +8,7 @@ import numpy as np
 
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.pages import PagePool, PrefixNode, PrefixTree, count_spanned_pages
-from maxlm.inference.sequences import PageCopy, RunningSequence
+from maxlm.inference.sequences import PageCopy, RunningSequence, get_order
 
 
 @dataclass(eq=False)
@@ -41,17 +41,13 @@ class CacheRows:
 
     def start_step(self) -> None:
         """Allow a step's prefill again."""
-        self.tokens_left, self.chunks_left = (
-            self.config.prefill_tokens,
-            self.config.max_chunks,
-        )
+        self.tokens_left = self.config.prefill_tokens
+        self.chunks_left = self.config.max_chunks
 
     def spend(self, num_tokens: int) -> None:
         """Take a chunk, or an encoder's input, from what the step may still prefill."""
-        self.tokens_left, self.chunks_left = (
-            self.tokens_left - num_tokens,
-            self.chunks_left - 1,
-        )
+        self.tokens_left -= num_tokens
+        self.chunks_left -= 1
 
     def match_prefix(self, sequence: RunningSequence) -> list[PrefixNode]:
         """Return the nodes of the prefix that a sequence need not compute."""
@@ -61,14 +57,17 @@ class CacheRows:
     def is_computing_prefix(self, sequence: RunningSequence) -> bool:
         """Return whether a running sequence is computing more of this one's prefix than
         the tree has, in whole pages."""
-        most = self._count_matchable(sequence)
-        size = self.page_size
-        start = len(self.match_prefix(sequence)) * self.page_size
+        num_matchable = self._count_matchable(sequence)
+        page_size = self.page_size
+        num_matched = len(self.match_prefix(sequence)) * page_size
         for other in self.running:
-            if other.num_to_compute > 1 and other.cache_key == sequence.cache_key:
-                end = max(start, other.num_computed) // size * size + size
-                if end < most and other.tokens[:end] == sequence.tokens[:end]:
-                    return True
+            if other.num_to_compute <= 1 or other.cache_key != sequence.cache_key:
+                continue
+            # The end of the next page that the other one fills.
+            num_pages = max(num_matched, other.num_computed) // page_size
+            end = (num_pages + 1) * page_size
+            if end < num_matchable and other.tokens[:end] == sequence.tokens[:end]:
+                return True
         return False
 
     def place(self, sequence: RunningSequence) -> bool:
@@ -82,8 +81,9 @@ class CacheRows:
         sequence.num_pages = len(nodes)
         if self.config.prefix_cache and not sequence.encoder_tokens:
             sequence.node, pages = self.tree.acquire(nodes, sequence.cache_key)
-            for table, held in zip(self.page_tables, pages, strict=True):
-                table[sequence.row, len(nodes) - len(held) : len(nodes)] = held
+            for table, seen_pages in zip(self.page_tables, pages, strict=True):
+                first = len(nodes) - len(seen_pages)
+                table[sequence.row, first : len(nodes)] = seen_pages
         return True
 
     def _has_room(self, sequence: RunningSequence, nodes: list[PrefixNode]) -> bool:
@@ -93,28 +93,34 @@ class CacheRows:
         step."""
         if not self.free_rows:
             return False
-        num_encoded, num_matched = len(sequence.encoder_tokens), len(nodes)
-        if num_encoded or len(sequence.tokens) - num_matched * self.page_size > 1:
+        page_size = self.page_size
+        num_encoded = len(sequence.encoder_tokens)
+        num_matched = len(nodes) * page_size
+        num_to_compute = len(sequence.tokens) - num_matched
+        if num_encoded or num_to_compute > 1:
+            if not self.chunks_left:
+                return False
             # An encoder's input is not split: it may have a step's budget, and more,
             # for itself.
             fits = max(1, num_encoded) <= self.tokens_left
-            if not self.chunks_left or not (
-                fits or self.tokens_left == self.config.prefill_tokens
-            ):
+            is_first = self.tokens_left == self.config.prefill_tokens
+            if not (fits or is_first):
                 return False
         if not self.running:
             return True  # with small chunks, if need be
-        for group, (pool, window) in enumerate(
-            zip(self.pools, self.windows, strict=True)
-        ):
-            first = self.tree.find_first_page(group, num_matched * self.page_size)
-            matched = [node.pages[group] for node in nodes[first:]]
-            wanted = -(-len(sequence.tokens) // self.page_size)
+        for group, pool in enumerate(self.pools):
+            first = self.tree.find_first_page(group, num_matched)
+            matched_pages = [node.pages[group] for node in nodes[first:]]
+            num_pages = -(-len(sequence.tokens) // page_size)
+            window = self.windows[group]
             if window is not None:
-                seen = window - 1 + self.config.prefill_tokens
-                wanted = min(wanted, count_spanned_pages(seen, self.page_size))
-            wanted += sum(page in pool.evictable for page in matched) - len(matched)
-            if wanted + len(self.running) > pool.num_available:
+                num_seen = window - 1 + self.config.prefill_tokens
+                num_pages = min(num_pages, count_spanned_pages(num_seen, page_size))
+            # Matched pages are there already; taking an evictable one makes it
+            # unavailable to others.
+            num_taken = sum(page in pool.evictable for page in matched_pages)
+            num_pages += num_taken - len(matched_pages)
+            if num_pages + len(self.running) > pool.num_available:
                 return False
         return True
 
@@ -130,9 +136,8 @@ class CacheRows:
         target.has_encoder_output = source.has_encoder_output
         target.num_computed = num_computed
         target.num_pages = -(-num_computed // self.page_size)
-        for group, (pool, table) in enumerate(
-            zip(self.pools, self.page_tables, strict=True)
-        ):
+        for group, pool in enumerate(self.pools):
+            table = self.page_tables[group]
             first = self.tree.find_first_page(group, num_computed)
             pages = table[source.row, first : target.num_pages]
             table[target.row, first : target.num_pages] = pages
@@ -149,9 +154,9 @@ class CacheRows:
     def can_fork(self, source: RunningSequence, num_computed: int) -> bool:
         """Return whether there is a row, a page to spare for each that runs, and all
         that the token behind a sequence's first ones sees."""
-        if not self.free_rows or any(
-            p.num_available <= len(self.running) for p in self.pools
-        ):
+        if not self.free_rows:
+            return False
+        if any(pool.num_available <= len(self.running) for pool in self.pools):
             return False
         end = -(-num_computed // self.page_size)
         for group, table in enumerate(self.page_tables):
@@ -166,53 +171,68 @@ class CacheRows:
         """Give a sequence pages of its own for its next tokens, as far as there are;
         ``copies`` gets those that a shared, partly filled page needs. Return the tokens
         that it has pages for, ``num_tokens`` at most; 0: nothing has changed."""
-        row, computed, size = sequence.row, sequence.num_computed, self.page_size
-        page, offset = divmod(computed, size)
-        pools = list(zip(self.pools, self.page_tables, strict=True))
-        shared = [
-            bool(offset) and pool.ref_counts[t[row, page]] > 1 for pool, t in pools
-        ]
-        spare = [pool.num_available for pool in self.pools]
-        num_new = min(map(int.__sub__, spare, shared), default=num_tokens)
-        num_tokens = min(num_tokens, (sequence.num_pages + num_new) * size - computed)
-        if num_new < 0 or num_tokens <= 0:
+        row = sequence.row
+        page_size = self.page_size
+        num_computed = sequence.num_computed
+        # Where the next token goes.
+        page_index, offset = divmod(num_computed, page_size)
+        shared = []
+        num_new_pages = num_tokens  # at least as many as the tokens need
+        for pool, table in zip(self.pools, self.page_tables, strict=True):
+            is_shared = offset > 0 and pool.ref_counts[table[row, page_index]] > 1
+            shared.append(is_shared)
+            # The copy of a shared page takes one of the pool's.
+            num_new_pages = min(num_new_pages, pool.num_available - is_shared)
+        capacity = (sequence.num_pages + num_new_pages) * page_size
+        num_tokens = min(num_tokens, capacity - num_computed)
+        if num_new_pages < 0 or num_tokens <= 0:
             return 0
-        end = max(-(-(computed + num_tokens) // size), sequence.num_pages)
-        for group, (pool, table) in enumerate(pools):
+        num_pages = -(-(num_computed + num_tokens) // page_size)
+        num_pages = max(num_pages, sequence.num_pages)
+        for group, table in enumerate(self.page_tables):
             if shared[group]:
-                held = int(table[row, page])
-                own = self._allocate(group)
-                # All copies are read first: a copy of a copy is one of the first page.
-                at = (self.shard, group, held)
-                sources = (
-                    c.source for c in copies if (c.shard, c.group, c.destination) == at
-                )
-                copies.append(PageCopy(self.shard, group, next(sources, held), own))
-                pool.release(held)
-                table[row, page] = own
-            for index in range(sequence.num_pages, end):
+                page = int(table[row, page_index])
+                table[row, page_index] = self._copy_page(group, page, copies)
+            for index in range(sequence.num_pages, num_pages):
                 table[row, index] = self._allocate(group)
-        sequence.num_pages = end
+        sequence.num_pages = num_pages
         return num_tokens
+
+    def _copy_page(self, group: int, page: int, copies: list[PageCopy]) -> int:
+        """Replace a shared page by a copy of it; return the copy's number."""
+        copied = self._allocate(group)
+        # All copies of a step are read before any is written: a copy of a copy that is
+        # not done yet is one of the first page.
+        source = page
+        for copy in copies:
+            if (copy.shard, copy.group, copy.destination) == (self.shard, group, page):
+                source = copy.source
+                break
+        copies.append(PageCopy(self.shard, group, source, copied))
+        self.pools[group].release(page)
+        return copied
 
     def settle(self, sequence: RunningSequence) -> None:
         """Put a sequence's newly filled pages into the tree; take back those beyond its
         computed tokens, and those that its next token does not see."""
-        size, computed, tables = self.page_size, sequence.num_computed, self.page_tables
-        while sequence.node is not None and sequence.node.depth < computed // size:
-            at = sequence.row, sequence.node.depth
-            tokens = tuple(sequence.tokens[at[1] * size : (at[1] + 1) * size])
-            pages = [int(table[at]) for table in tables]
-            sequence.node = self.tree.extend(sequence.node, tokens, pages)
-            for table, page in zip(tables, sequence.node.pages, strict=True):
-                table[at] = page
-        end = -(-computed // size)
+        page_size = self.page_size
+        num_computed = sequence.num_computed
+        node = sequence.node
+        while node is not None and node.depth < num_computed // page_size:
+            index = node.depth  # of the first page that the tree does not have
+            first = index * page_size
+            tokens = tuple(sequence.tokens[first : first + page_size])
+            pages = [int(table[sequence.row, index]) for table in self.page_tables]
+            node = self.tree.extend(node, tokens, pages)
+            for table, page in zip(self.page_tables, node.pages, strict=True):
+                table[sequence.row, index] = page
+        sequence.node = node
+        num_pages = -(-num_computed // page_size)
         for group in range(len(self.pools)):
-            self._take_back(sequence, group, end, sequence.num_pages)
-            self._take_back(
-                sequence, group, 0, self.tree.find_first_page(group, computed)
-            )
-        sequence.num_pages = end
+            first_seen = self.tree.find_first_page(group, num_computed)
+            self._take_back(sequence, group, num_pages, sequence.num_pages)
+            self._take_back(sequence, group, 0, first_seen)
+        sequence.num_pages = num_pages
 
     def release(self, sequence: RunningSequence) -> None:
         """Take back a sequence's row and pages."""
@@ -233,7 +253,7 @@ class CacheRows:
         sequence.row = heappop(self.free_rows)
         sequence.shard = self.shard
         sequence.state = "running"
-        insort(self.running, sequence, key=lambda each: each.order)
+        insort(self.running, sequence, key=get_order)
 
     def _allocate(self, group: int) -> int:
         if not self.pools[group].free:

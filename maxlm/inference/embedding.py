@@ -40,9 +40,15 @@ class Embedder:
 
     def __init__(self, model: Model, params: Params, mesh: Mesh, max_length: int):
         if isinstance(model, EncoderDecoder) or mesh.shape["context"] > 1:
-            what = "embeddings need an encoder or a decoder alone, on a mesh with context=1"
-            raise MaxlmError(what, where="embeddings", fix="use another model or mesh")
-        self.max_length, self._model, self._params = max_length, model, params
+            message = (
+                "embeddings need an encoder or a decoder alone, on a mesh with "
+                "context=1"
+            )
+            fix = "use another model or mesh"
+            raise MaxlmError(message, where="embeddings", fix=fix)
+        self.max_length = max_length
+        self._model = model
+        self._params = params
         self._ways = prod(mesh.shape[axis] for axis in model.rules.batch)
         self._mesh = mesh
         self._lock = threading.Lock()
@@ -60,10 +66,10 @@ class Embedder:
             pooling: default: mean for encoders; last for causal models, whose last
                 token alone has seen all.
         """
-        found = np.zeros((len(rows), self._model.config.d_model), np.float32)
-        for batch, vectors in self.iterate_embeddings(rows, pooling):
-            found[batch] = vectors
-        return found
+        embeddings = np.zeros((len(rows), self._model.config.d_model), np.float32)
+        for indices, vectors in self.iterate_embeddings(rows, pooling):
+            embeddings[indices] = vectors
+        return embeddings
 
     def iterate_embeddings(
         self,
@@ -131,10 +137,11 @@ class Embedder:
     def apply_head(self, rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
         """Returns what one of the model's further heads says at each text's last token,
         fp32 [len(rows), width]."""
-        found = np.zeros((len(rows), self._model.config.heads[name]), np.float32)
-        for batch, values in self.iterate_embeddings(rows, "last", name):
-            found[batch] = values
-        return found
+        width = self._model.config.heads[name]
+        values = np.zeros((len(rows), width), np.float32)
+        for indices, batch_values in self.iterate_embeddings(rows, "last", name):
+            values[indices] = batch_values
+        return values
 
 
 def iterate_padded_batches(
@@ -149,10 +156,13 @@ def iterate_padded_batches(
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     while order:
         longest = len(rows[order[-1]])
-        width = min(max(16, 1 << (longest - 1).bit_length()), max(max_length, longest))
-        most = 1 if width > _LONG or is_shared() else _ROWS
-        indices = [order.pop() for _ in range(min(len(order), most))]
-        num_rows = -(-(1 if len(indices) == 1 else _ROWS) // num_ways) * num_ways
+        width = max(16, 1 << (longest - 1).bit_length())
+        width = min(width, max(max_length, longest))
+        max_rows = 1 if width > _LONG or is_shared() else _ROWS
+        indices = [order.pop() for _ in range(min(len(order), max_rows))]
+        # Two shapes for each width: a single row, and _ROWS padded.
+        num_rows = 1 if len(indices) == 1 else _ROWS
+        num_rows = -(-num_rows // num_ways) * num_ways
         tokens = np.zeros((num_rows, width), np.int32)
         lengths = np.ones(num_rows, np.int32)
         for place, index in enumerate(indices):
@@ -169,10 +179,8 @@ def compute_padded_states(
     by_row = rules.spec("batch", None)
     tokens = reshard(tokens, by_row)
     lengths = reshard(lengths, rules.spec("batch"))[:, None]
-    places = jnp.broadcast_to(
-        jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
-    )
-    places = reshard(places, by_row)
+    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    places = reshard(jnp.broadcast_to(places, tokens.shape), by_row)
     segments = (places < lengths).astype(jnp.int32)
     hidden, _ = forward(tokens, places * segments, segments)
     return hidden, places, lengths
@@ -195,11 +203,15 @@ def _embed(
     )
     first = model.num_virtual_tokens
     is_real = (places >= first) & (places < lengths)
-    means = is_real / (lengths - first)
-    weights = {"mean": means, "first": places == first, "last": places == lengths - 1}
+    weights = {
+        "mean": is_real / (lengths - first),
+        "first": places == first,
+        "last": places == lengths - 1,
+    }
     hidden = reshard(hidden.astype(jnp.float32), model.rules.spec("batch", None, None))
     pooled = jnp.einsum("bs,bsd->bd", weights[pooling].astype(jnp.float32), hidden)
     if head is not None:
         return reshard(bound.apply_head(head, pooled), PartitionSpec())
-    pooled /= jnp.maximum(jnp.sqrt(jnp.sum(pooled**2, axis=-1, keepdims=True)), 1e-12)
+    norm = jnp.sqrt(jnp.sum(pooled**2, axis=-1, keepdims=True))
+    pooled /= jnp.maximum(norm, 1e-12)
     return reshard(pooled, PartitionSpec())

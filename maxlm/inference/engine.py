@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from maxlm.inference.banned_sequences import (
 )
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
+from maxlm.inference.generative_model import require_generative
 from maxlm.inference.grammar import GrammarCompiler
 from maxlm.inference.model_runner import (
     MAX_PAGE_COPIES,
@@ -45,9 +46,13 @@ from maxlm.inference.speculation import (
     check_speculation,
     look_up_prompt,
 )
-from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
+from maxlm.inference.step import (
+    EngineSpec,
+    StepInputs,
+    StepOutputs,
+    StepSizes,
+)
 from maxlm.models.architectures import Model
-from maxlm.models.architectures.encoder import Encoder
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.caches.layout import (
     CacheLayout,
@@ -90,6 +95,9 @@ class Engine:
         vocab_size: ids that may be drawn; default: the tokenizer's, else the model's.
         draft: the model that ``config.speculation`` names, on the same mesh.
 
+    Attributes:
+        config: as given, with ``max_length`` cut to the positions that the model has.
+
     Raises:
         MaxlmError: a model that cannot continue text, a mesh that splits the sequence,
             or a draft model that cannot guess for this one.
@@ -104,77 +112,78 @@ class Engine:
         vocab_size: int | None = None,
         draft: DraftModel | None = None,
     ):
-        if isinstance(model, Encoder):
-            what = "an encoder names masked tokens; it does not continue text"
-            fix = "use a decoder, or an encoder with a decoder"
-            raise MaxlmError(what, where="engine", fix=fix)
+        model = require_generative(model)
         if model.rules.seq:
-            what = f"the sequence is split over {' and '.join(model.rules.seq)}"
-            raise MaxlmError(
-                what, where="mesh", fix="generate on a mesh with context=1"
-            )
-        self.model: Any = model
+            message = f"the sequence is split over {' and '.join(model.rules.seq)}"
+            fix = "generate on a mesh with context=1"
+            raise MaxlmError(message, where="mesh", fix=fix)
+        self.model = model
         self.tokenizer = tokenizer
-        num_virtual = model.num_virtual_tokens
-        longest = config.max_length + num_virtual
-        limit = model.config.position_limit
-        if limit is not None:
-            longest = min(longest, limit)
-        self.config = config.model_copy(update={"max_length": longest - num_virtual})
-        own_config = config.model_copy(update={"max_length": longest})
         self.mesh = jax.tree.leaves(params)[0].sharding.mesh
         self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
         self.num_shards = prod(self.mesh.shape[axis] for axis in model.rules.batch)
+
+        # Users count tokens without virtual ones; the scheduler and the devices count
+        # all that stand in a row.
+        num_virtual = model.num_virtual_tokens
+        max_row_length = config.max_length + num_virtual
+        position_limit = model.config.position_limit
+        if position_limit is not None:
+            max_row_length = min(max_row_length, position_limit)
+        max_length = max_row_length - num_virtual
+        self.config = config.model_copy(update={"max_length": max_length})
+        row_config = config.model_copy(update={"max_length": max_row_length})
+
         windows = list_paged_windows(model, config.cache)
-        pages = dict(zip(windows, own_config.count_pages(windows), strict=True))
-        narrow = [count for window, count in pages.items() if window is not None]
-        self._windows = windows
-        self._layout = CacheLayout(
-            self.num_shards,
-            self.config.max_sequences,
-            pages.get(None, max(narrow, default=0)),
-            self.config.page_size,
-            max(narrow, default=None),
-            self.config.cache,
-            choose_feature_multiple(self.mesh.devices.flat[0].platform),
-        )
-        specs = model.cache_specs(self._layout)
-        encodes = isinstance(model, EncoderDecoder)
+        platform = self.mesh.devices.flat[0].platform
+        layout = _make_cache_layout(row_config, windows, self.num_shards, platform)
+        self._spec = EngineSpec(layout, windows, max_row_length, self.vocab_size)
+        cache_specs = model.cache_specs(layout)
+        has_encoder = isinstance(model, EncoderDecoder)
+        has_row_state = has_unit(cache_specs, "row")
+        self._copies_rows = has_row_state or has_encoder
         self.scheduler = Scheduler(
-            own_config,
-            self._windows,
+            row_config,
+            windows,
             num_shards=self.num_shards,
-            decoder_start_id=model.config.start_id if encodes else None,
-            has_row_state=has_unit(specs, "row"),
+            decoder_start_id=model.config.start_id if has_encoder else None,
+            has_row_state=has_row_state,
             num_virtual_tokens=num_virtual,
         )
-        self._copies_rows = has_unit(specs, "row") or encodes
         speculation = config.speculation
+        draft_model = None if draft is None else require_generative(draft.model)
         if speculation is not None:
-            check_speculation(model, draft and draft.model, self._layout)
-        own = self._layout, self._windows, longest, self.vocab_size
+            check_speculation(model, draft_model, layout)
         with jax.set_mesh(self.mesh):
             self._adapters = AdapterSlots(
                 model, config.max_adapters, config.max_adapter_rank
             )
             self._runner = ModelRunner(
-                model, params, *own, self._adapters.arrays or None
+                model, params, self._spec, self._adapters.arrays or None
             )
-            self._draft = ModelRunner(*draft, *own) if draft is not None else None
-        self._runners = [self._runner, *filter(None, [self._draft])]
+            self._draft_runner = None
+            if draft is not None and draft_model is not None:
+                self._draft_runner = ModelRunner(draft_model, draft.params, self._spec)
+        self._runners = [self._runner]
+        if self._draft_runner is not None:
+            self._runners.append(self._draft_runner)
         self._inputs = InputBuilder(
-            own_config,
+            row_config,
             self.num_shards,
             model.config.vocab_size,
-            num_drafts=speculation.num_drafts if speculation else 0,
-            all_rows=has_row_caches(specs) or encodes,
+            num_drafts=0 if speculation is None else speculation.num_drafts,
+            all_rows=has_row_caches(cache_specs) or has_encoder,
             adapters=self._adapters,
         )
         self._grammars: GrammarCompiler | None = None
         self._outputs = OutputBuilder(tokenizer)
-        self._ended: list[SequenceOutput] = []
-        self._steps = self._drafted = self._accepted = 0
+        self._aborted: list[SequenceOutput] = []
+        """Outputs of aborted sequences, for the next step to return."""
+        self._num_steps = 0
+        self._num_drafted = 0
+        self._num_accepted = 0
         self._step_seconds = self.config.dispatch_seconds / self.config.decode_steps
+        """Time of one decode step, about."""
         self._compiler: BackgroundCompiler[StepSizes] | None = None
 
     def add_request(
@@ -185,48 +194,56 @@ class Engine:
         where it can never run here: too long, a token that the model does not have, a
         stop string without a tokenizer."""
         where = f"request {request.request_id}"
-        vocab = self.model.config.vocab_size
-        tokens = chain(request.prompt_tokens, *request.continuations)
-        wrong = next((t for t in tokens if not 0 <= t < vocab), None)
-        if wrong is not None:
-            what = f"token {wrong} is outside the model's vocabulary of {vocab}"
-            fix = "use the tokenizer that the model was trained with"
-            raise MaxlmError(what, where=where, fix=fix)
+        vocab_size = self.model.config.vocab_size
+        for token in chain(request.prompt_tokens, *request.continuations):
+            if not 0 <= token < vocab_size:
+                message = (
+                    f"token {token} is outside the model's vocabulary of {vocab_size}"
+                )
+                fix = "use the tokenizer that the model was trained with"
+                raise MaxlmError(message, where=where, fix=fix)
         if self.tokenizer is None and (request.stop_strings or request.grammar):
-            what = "stop strings and grammars need a tokenizer"
-            raise MaxlmError(
-                what, where=where, fix="give the engine one, or use stop_token_ids"
-            )
+            message = "stop strings and grammars need a tokenizer"
+            fix = "give the engine one, or use stop_token_ids"
+            raise MaxlmError(message, where=where, fix=fix)
         matcher = self._make_matcher(request)
-        stops = {token for token in request.stop_token_ids if 0 <= token < vocab}
+        stop_ids = {
+            token for token in request.stop_token_ids if 0 <= token < vocab_size
+        }
         if self.tokenizer is not None and not request.ignore_eos:
-            stops |= set(self.tokenizer.stop_ids)
-        if len(stops) > MAX_STOP_IDS:
-            what = (
-                f"{len(stops)} tokens end the output; there is room for {MAX_STOP_IDS}"
+            stop_ids |= set(self.tokenizer.stop_ids)
+        if len(stop_ids) > MAX_STOP_IDS:
+            message = (
+                f"{len(stop_ids)} tokens end the output; there is room for "
+                f"{MAX_STOP_IDS}"
             )
-            raise MaxlmError(what, where=where, fix="name fewer in stop_token_ids")
+            raise MaxlmError(message, where=where, fix="name fewer in stop_token_ids")
         continued = self.continues_text(request.prompt_tokens)
-        name = request.adapter
-        key = None if name is None else self._adapters.get_load_number(name)
-        for sequence in self.scheduler.add(request, key):
+        # An adapter that is loaded again under a name shares no pages with the last.
+        cache_key = None
+        if request.adapter is not None:
+            cache_key = self._adapters.get_load_number(request.adapter)
+        for sequence in self.scheduler.add(request, cache_key):
             sequence.is_branching = branching
             sequence.needs_host |= branching
-            sequence.stop_ids = tuple(sorted(stops))
+            sequence.stop_ids = tuple(sorted(stop_ids))
             self._outputs.add(sequence, matcher, continued=continued)
 
     def _make_matcher(self, request: GenerationRequest) -> TokenMatcher | None:
         """Returns what says which tokens may come next, or None: all may."""
         matchers: list[TokenMatcher] = []
         if request.grammar is not None and self.tokenizer is not None:
-            self._grammars = self._grammars or GrammarCompiler(self.tokenizer)
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(self.tokenizer)
             matchers.append(self._grammars.compile(request.grammar))
         if request.banned_sequences:
             matchers.append(BannedSequencesMatcher(request.banned_sequences))
-        if len(matchers) > 1:
-            stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
-            return CombinedMatcher(matchers, stop_ids)
-        return matchers[0] if matchers else None
+        if not matchers:
+            return None
+        if len(matchers) == 1:
+            return matchers[0]
+        stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
+        return CombinedMatcher(matchers, stop_ids)
 
     def branch(self, request_id: str, branches: Sequence[tuple[int, int]]) -> list[int]:
         """Replaces the sequences of a request by branches of them, between steps; see
@@ -244,23 +261,24 @@ class Engine:
             output = SequenceOutput(
                 request_id, sequence.index, [], finish_reason="abort"
             )
-            self._ended.append(output)
+            self._aborted.append(output)
 
     @property
     def has_work(self) -> bool:
         """Whether :meth:`step` has anything to do."""
-        return bool(self._ended or self.scheduler.running or self.scheduler.waiting)
+        return bool(self._aborted or self.scheduler.running or self.scheduler.waiting)
 
-    def step(self) -> list[SequenceOutput]:
+    def step(self, *, limit_seconds: bool = True) -> list[SequenceOutput]:
         """Runs one dispatch; returns what it added to sequences, nothing where none was
-        waiting."""
-        return self._step(
-            max(1, round(self.config.dispatch_seconds / self._step_seconds))
-        )
-
-    def _step(self, max_steps: int | None) -> list[SequenceOutput]:
-        outputs = self._ended
-        self._ended = []
+        waiting. ``limit_seconds``: whether it ends after about
+        ``config.dispatch_seconds``; otherwise it has as many steps as
+        ``config.decode_steps`` allows."""
+        outputs = self._aborted
+        self._aborted = []
+        max_steps = None
+        if limit_seconds:
+            steps_in_time = self.config.dispatch_seconds / self._step_seconds
+            max_steps = max(1, round(steps_in_time))
         drafts = self._plan_drafts()
         plan = self.scheduler.schedule(max_steps)
         if plan is None:
@@ -273,8 +291,8 @@ class Engine:
             result = self._run(plan, shape)
         result = jax.device_get(result)
         if not plan.prefill:
-            # A step that compiles is no measure: estimates go up by degrees, and down
-            # at once.
+            # A step that compiles takes far longer than the next ones will: estimates
+            # at most double, and fall at once.
             seconds = (time.perf_counter() - start) / plan.num_steps
             self._step_seconds = min(seconds, 2 * self._step_seconds)
         return outputs + self._collect(plan, shape, result)
@@ -289,9 +307,8 @@ class Engine:
         for request in requests:
             self.add_request(request)
         while self.has_work:
-            yield from (
-                self.step() if stream or self.scheduler.waiting else self._step(None)
-            )
+            has_waiting = bool(self.scheduler.waiting)
+            yield from self.step(limit_seconds=stream or has_waiting)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -309,25 +326,25 @@ class Engine:
         """Frees an adapter's slot; raises MaxlmError while requests use it."""
         self._adapters.get_load_number(name)
         sequences = [*self.scheduler.running, *self.scheduler.waiting]
-        if count := len(
-            {s.request.request_id for s in sequences if s.request.adapter == name}
-        ):
-            what = f"{count} requests use it"
+        requests = [sequence.request for sequence in sequences]
+        users = {request.request_id for request in requests if request.adapter == name}
+        if users:
+            message = f"{len(users)} requests use it"
             fix = "wait until they end, or abort them"
-            raise MaxlmError(what, where=f"adapter {name}", fix=fix)
+            raise MaxlmError(message, where=f"adapter {name}", fix=fix)
         del self._adapters.loaded[name]
 
     def warm_up(self, on_progress: Progress = ignore_progress) -> None:
         """Compiles every program that steps may need, but for encoders; none is
         compiled later."""
-        empty = ScheduledStep(num_steps=0)
+        no_work = ScheduledStep(num_steps=0)
         self._inputs.is_warm = True
         with jax.set_mesh(self.mesh):
             self._adapters.warm_up()
             shapes = self._inputs.list_shapes()
             for number, shape in enumerate(shapes):
                 on_progress("compiling", number, len(shapes))
-                self._run(empty, shape)
+                self._run(no_work, shape)
             on_progress("compiling", len(shapes), len(shapes))
             for runner in self._runners:
                 runner.copy_pages([])
@@ -339,15 +356,14 @@ class Engine:
         and returns at once: steps compile theirs themselves where its turn has not
         come. Ends with :meth:`close`."""
         self._inputs.is_warm = True
-        # Steps change what inputs are built from, so that they are described here and
-        # now.
-        empty = ScheduledStep(num_steps=0)
-        tables = self.scheduler.page_tables
+        # The thread may not build inputs itself: steps change, meanwhile, what they are
+        # built from.
+        no_work = ScheduledStep(num_steps=0)
+        page_tables = self.scheduler.page_tables
         inputs: dict[StepSizes, StepInputs] = {}
         for shape in self._inputs.list_shapes():
-            inputs[shape] = describe_arrays(
-                self._inputs.build(empty, shape, tables, {})
-            )
+            arrays = self._inputs.build(no_work, shape, page_tables, {})
+            inputs[shape] = describe_arrays(arrays)
 
         def compile_program(shape: StepSizes) -> None:
             with jax.set_mesh(self.mesh):
@@ -377,49 +393,56 @@ class Engine:
     def stats(self) -> EngineStats:
         """Returns counts for monitoring."""
         scheduler = self.scheduler
+        # Page 0 of each pool is padding.
+        num_pages = self.num_shards * sum(count - 1 for count in scheduler.num_pages)
         return EngineStats(
-            len(scheduler.running),
-            len(scheduler.waiting),
-            self.num_shards * sum(count - 1 for count in scheduler.num_pages),
-            scheduler.count_available_pages(),
-            self._outputs.num_prompt_tokens,
-            self._outputs.num_cached_tokens,
-            self._outputs.num_generated_tokens,
-            scheduler.num_preemptions,
-            self._steps,
-            self._drafted,
-            self._accepted,
-            count_compilations(),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_pages=num_pages,
+            num_free_pages=scheduler.count_available_pages(),
+            prompt_tokens_total=self._outputs.num_prompt_tokens,
+            cached_prompt_tokens_total=self._outputs.num_cached_tokens,
+            generated_tokens_total=self._outputs.num_generated_tokens,
+            preemptions_total=scheduler.num_preemptions,
+            steps_total=self._num_steps,
+            drafted_tokens_total=self._num_drafted,
+            accepted_tokens_total=self._num_accepted,
+            compilations_total=count_compilations(),
         )
 
     def _run(self, plan: ScheduledStep, shape: StepSizes) -> StepOutputs:
         """Runs a step, and keeps the draft model's caches up to the model's."""
         if self._compiler is not None:
             self._compiler.claim(shape)
-        tables, matchers = self.scheduler.page_tables, self._outputs.matchers
-        inputs = self._inputs.build(plan, shape, tables, matchers)
+        inputs = self._inputs.build(
+            plan, shape, self.scheduler.page_tables, self._outputs.matchers
+        )
         outputs = self._runner.run(shape, inputs)
-        self._steps += 1
-        if self._draft is not None and not plan.drafts:
-            self._draft.run(shape, inputs)
+        self._num_steps += 1
+        # Where there are drafts, drawing them has put these tokens in its caches.
+        if self._draft_runner is not None and not plan.drafts:
+            self._draft_runner.run(shape, inputs)
         return outputs
 
     def _plan_drafts(self) -> dict[RunningSequence, list[int]]:
         """Says how many tokens are guessed for each sequence that decodes; these
         tokens, as far as they are known before pages are."""
         config = self.config.speculation
-        drafts = {}
+        drafts: dict[RunningSequence, list[int]] = {}
         if config is None:
             return drafts
         for sequence in self.scheduler.running:
-            most = min(config.num_drafts, sequence.num_tokens_left - 1)
-            if not sequence.is_decoding or most < 1 or sequence.is_branching:
+            # The model always draws one token more than are guessed.
+            num_drafts = min(config.num_drafts, sequence.num_tokens_left - 1)
+            if not sequence.is_decoding or num_drafts < 1 or sequence.is_branching:
                 continue
-            draft = [0] * most
             if isinstance(config, PromptLookupConfig):
-                draft = look_up_prompt(sequence.tokens, config)[:most]
+                draft = look_up_prompt(sequence.tokens, config)[:num_drafts]
+            else:
+                draft = [0] * num_drafts  # the draft model overwrites them
             if draft:
-                drafts[sequence], sequence.num_drafts = draft, len(draft)
+                drafts[sequence] = draft
+                sequence.num_drafts = len(draft)
         return drafts
 
     def _draw_drafts(
@@ -431,22 +454,25 @@ class Engine:
             for row in plan.decode
             if row.sequence in drafts and row.num_tokens > 1
         }
-        if self._draft is None or not plan.drafts:
+        if self._draft_runner is None or not plan.drafts:
             return
         if plan.prefill:  # one program fewer; the draft model then only reads along
             plan.decode = [row._replace(num_tokens=1) for row in plan.decode]
             plan.drafts = {}
             return
-        # A step more than there are drafts, so that the last of them is in the cache as
-        # well.
-        alone = replace(
-            plan, num_steps=max(row.num_tokens for row in plan.decode), drafts={}
+        # One step more than there are drafts, so that the last of them is in the draft
+        # model's cache as well.
+        num_steps = max(row.num_tokens for row in plan.decode)
+        draft_plan = replace(plan, num_steps=num_steps, drafts={})
+        shape = self._inputs.choose_shape(draft_plan)
+        inputs = self._inputs.build(
+            draft_plan, shape, self.scheduler.page_tables, matchers={}
         )
-        shape = self._inputs.choose_shape(alone)
-        inputs = self._inputs.build(alone, shape, self.scheduler.page_tables, {})
-        tokens = np.asarray(self._draft.run(shape, inputs).tokens)
-        for each, draft in plan.drafts.items():
-            draft[:] = tokens[: len(draft), each.shard, each.row].tolist()
+        outputs = self._draft_runner.run(shape, inputs)
+        tokens = np.asarray(outputs.tokens)
+        for sequence, draft in plan.drafts.items():
+            drawn = tokens[: len(draft), sequence.shard, sequence.row]
+            draft[:] = drawn.tolist()
 
     def _update_caches(self, plan: ScheduledStep) -> None:
         """Does what comes before a step: copies, and encoders."""
@@ -467,12 +493,14 @@ class Engine:
         outputs: dict[RunningSequence, SequenceOutput] = {}
         for sequence, tokens in self._inputs.read_results(result, shape, plan).items():
             outputs[sequence] = self._outputs.take(sequence, tokens)
-            if draft := plan.drafts.get(sequence):
-                self._drafted += len(draft)
-                self._accepted += len(tokens) - 1
-        self.scheduler.finish_step(
-            plan, {each: own.token_ids for each, own in outputs.items()}
-        )
+            draft = plan.drafts.get(sequence)
+            if draft:
+                self._num_drafted += len(draft)
+                self._num_accepted += len(tokens) - 1
+        new_tokens = {
+            sequence: output.token_ids for sequence, output in outputs.items()
+        }
+        self.scheduler.finish_step(plan, new_tokens)
         for sequence, output in outputs.items():
             if output.finish_reason is not None:
                 self.scheduler.finish(sequence)
@@ -483,7 +511,29 @@ class Engine:
         """Whether an output's first word follows others, rather than opening a text."""
         if self.tokenizer is None or isinstance(self.model, EncoderDecoder):
             return False
-        return not {*prompt_tokens} <= {
-            self.tokenizer.bos_id,
-            *self.tokenizer.prefix_ids,
-        }
+        opening_ids = {self.tokenizer.bos_id, *self.tokenizer.prefix_ids}
+        return not set(prompt_tokens) <= opening_ids
+
+
+def _make_cache_layout(
+    config: EngineConfig,
+    windows: tuple[int | None, ...],
+    num_shards: int,
+    platform: str,
+) -> CacheLayout:
+    """Returns the sizes of caches; those that depend on one model's heads are still
+    their defaults."""
+    num_pages = dict(zip(windows, config.count_pages(windows), strict=True))
+    window_pages = [count for window, count in num_pages.items() if window is not None]
+    num_window_pages = max(window_pages, default=None)
+    # Without a layer that sees everything there are windows' pages alone, if any.
+    num_full_pages = num_pages.get(None, num_window_pages or 0)
+    return CacheLayout(
+        num_shards=num_shards,
+        num_rows=config.max_sequences,
+        num_pages=num_full_pages,
+        page_size=config.page_size,
+        num_window_pages=num_window_pages,
+        cache=config.cache,
+        feature_multiple=choose_feature_multiple(platform),
+    )

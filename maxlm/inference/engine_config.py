@@ -90,20 +90,28 @@ class EngineConfig(Config):
         """Returns how many of so many tokens a step computes: all, but where half or
         more of the size that holds them would be padding, as many as the next smaller
         one holds."""
-        sizes = self.chunk_sizes
-        fit = next(i for i, size in enumerate(sizes) if size >= num_tokens)
-        return sizes[fit - 1] if fit and 2 * num_tokens <= sizes[fit] else num_tokens
+        smaller = 0
+        for size in self.chunk_sizes:
+            if size >= num_tokens:
+                is_half_padding = 2 * num_tokens <= size
+                return smaller if smaller and is_half_padding else num_tokens
+            smaller = size
+        raise ValueError(f"{num_tokens} tokens in chunks of {self.prefill_tokens}")
 
     def count_pages(self, windows: tuple[int | None, ...]) -> tuple[int, ...]:
         """Return the pages of each group's pool in one shard, page 0 included.
         ``windows``: tokens that a token sees in each group of layers, itself included;
         None: all."""
+        # Page 0 is padding.
         full = self.num_pages or self.max_sequences * self.pages_per_sequence + 1
-        chunk, size = self.prefill_tokens, self.page_size
-        spans = [
-            window and count_spanned_pages(window - 1 + chunk, size)
-            for window in windows
-        ]
-        return tuple(
-            min(full, self.max_sequences * span + 1) if span else full for span in spans
-        )
+        counts = []
+        for window in windows:
+            if window is None:
+                counts.append(full)
+                continue
+            # The first token of a chunk sees a window before it, its last one the
+            # chunk.
+            num_seen = window - 1 + self.prefill_tokens
+            num_spanned = count_spanned_pages(num_seen, self.page_size)
+            counts.append(min(full, self.max_sequences * num_spanned + 1))
+        return tuple(counts)

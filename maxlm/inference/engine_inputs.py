@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,27 @@ from maxlm.inference.requests import TokenLogprob
 from maxlm.inference.sampling import RowSettings, stack_settings
 from maxlm.inference.sequences import PrefillChunk, RunningSequence, ScheduledStep
 from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
+
+
+class _PlacedChunk(NamedTuple):
+    """A chunk, and where it stands in a step's arrays."""
+
+    chunk: PrefillChunk
+    shard: int
+    index: int
+    """Its place among its shard's F chunks."""
+    begin: int
+    """Where its tokens begin among its shard's C tokens of chunks."""
+
+
+class _PlacedResults(NamedTuple):
+    """A sequence that tokens are drawn for, and where a step's arrays have them."""
+
+    sequence: RunningSequence
+    shard: int
+    place: int
+    """Of the first, among its shard's b·G + F results."""
+    num_tokens: int
 
 
 @dataclass(eq=False)
@@ -34,51 +56,70 @@ class InputBuilder:
     """Whether no shape is chosen but those of `list_shapes`."""
 
     def __post_init__(self) -> None:
-        self.rows = self.num_shards, self.config.max_sequences
+        self.rows = (self.num_shards, self.config.max_sequences)
+        """(D, R)."""
         self._shapes = self.list_shapes()
-        self._words = -(-self.vocab_size // 32)
+        self._num_mask_words = -(-self.vocab_size // 32)
         self._no_history = np.zeros((*self.rows, self.config.max_length), np.int32)
         self._placed: dict[tuple[int, int], RunningSequence] = {}
-        self._prompt_lengths = np.zeros(self.rows, np.int32)
+        """The last sequence of each (shard, row)."""
+        # What depends on the sequences that are placed, and not on their progress: made
+        # anew only when another sequence takes a row.
         self._settings: RowSettings | None = None
+        self._prompt_lengths = np.zeros(self.rows, np.int32)
         self._adapter_masks: np.ndarray | None = None
 
     def list_shapes(self) -> list[StepSizes]:
         """Lists the shapes that plans fit in, the smaller ones first."""
-        F, most = self.config.max_chunks, self.config.max_sequences
-        widths = dict.fromkeys((1, 1 + self.num_drafts))
-        counts = [most if self.all_rows else 1]
-        while counts[-1] < most:
-            counts.append(min(4 * counts[-1], most))
-        most_steps = max(self.config.decode_steps, 1 + self.num_drafts)
-        steps = {width: most_steps if width == 1 else 1 for width in widths}
-        decode = [StepSizes(b, G, 0, 0, steps[G]) for b in counts for G in widths]
-        return decode + [
-            StepSizes(most, G, C, F, 1) for C in self.config.chunk_sizes for G in widths
-        ]
+        max_rows = self.config.max_sequences
+        row_counts = [max_rows if self.all_rows else 1]
+        while row_counts[-1] < max_rows:
+            row_counts.append(min(4 * row_counts[-1], max_rows))
+        # The draft model runs a step for each draft, and one more.
+        max_steps = max(self.config.decode_steps, 1 + self.num_drafts)
+        widths = list(dict.fromkeys((1, 1 + self.num_drafts)))
+        shapes = []
+        for num_rows in row_counts:
+            for width in widths:
+                # Rows with drafts are verified in one step.
+                steps = max_steps if width == 1 else 1
+                shapes.append(StepSizes(num_rows, width, 0, 0, steps))
+        for chunk_tokens in self.config.chunk_sizes:
+            for width in widths:
+                max_chunks = self.config.max_chunks
+                shapes.append(StepSizes(max_rows, width, chunk_tokens, max_chunks, 1))
+        return shapes
 
     def choose_shape(self, plan: ScheduledStep) -> StepSizes:
         """Returns the smallest shape that a plan fits in. Where nothing but
         continuations is read, and their own programs may be compiled, it has no rows
         that decode."""
         width = 1 + self.num_drafts if plan.drafts else 1
-        tokens = Counter[int]()
+        chunk_tokens = Counter[int]()
         for chunk in plan.prefill:
-            tokens[chunk.sequence.shard] += chunk.num_tokens
+            chunk_tokens[chunk.sequence.shard] += chunk.num_tokens
+        max_chunk_tokens = max(chunk_tokens.values(), default=0)
         num_rows = 1 + max((row.sequence.row for row in plan.decode), default=-1)
-        num_tokens = max(tokens.values(), default=0)
-        shape = next(
-            each
-            for each in self._shapes
-            if each.row_tokens == width
-            and each.num_rows >= num_rows
-            and (each.chunk_tokens >= num_tokens if tokens else not each.chunk_tokens)
+
+        def fits(shape: StepSizes) -> bool:
+            if bool(shape.chunk_tokens) != bool(plan.prefill):
+                return False
+            return (
+                shape.row_tokens == width
+                and shape.num_rows >= num_rows
+                and shape.chunk_tokens >= max_chunk_tokens
+            )
+
+        shape = next(shape for shape in self._shapes if fits(shape))
+        reads_continuations_alone = (
+            bool(plan.prefill)
+            and not plan.decode
+            and all(chunk.sequence.request.continuations for chunk in plan.prefill)
         )
-        only_reads = tokens and all(
-            each.sequence.request.continuations for each in plan.prefill
-        )
-        no_rows = only_reads and not (plan.decode or self.all_rows or self.is_warm)
-        return shape._replace(num_rows=0) if no_rows else shape
+        may_drop_rows = not (self.all_rows or self.is_warm)
+        if reads_continuations_alone and may_drop_rows:
+            return shape._replace(num_rows=0)
+        return shape
 
     def build(
         self,
@@ -89,13 +130,18 @@ class InputBuilder:
     ) -> StepInputs:
         """Builds the inputs of a plan; ``matchers``: of sequences with a grammar or
         banned sequences."""
-        D = self.rows[0]
+        D = self.num_shards
         b, G, C, F, _ = shape
-        for part in (*plan.decode, *plan.prefill):
-            at = part.sequence.shard, part.sequence.row
-            if self._placed.get(at) is not part.sequence:
-                self._placed[at], self._settings = part.sequence, None
-        asked = [part.sequence.request for part in (*plan.decode, *plan.prefill)]
+        num_results = b * G + F
+        sequences = _list_sequences(plan)
+        for sequence in sequences:
+            place = (sequence.shard, sequence.row)
+            if self._placed.get(place) is not sequence:
+                self._placed[place] = sequence
+                self._settings = None
+        needs_logprobs = any(
+            sequence.request.top_logprobs is not None for sequence in sequences
+        )
         inputs = StepInputs(
             tokens=np.zeros((D, b, G), np.int32),
             computed=np.full((D, b), -1, np.int32),
@@ -111,40 +157,30 @@ class InputBuilder:
             settings=self._settings or self._stack_settings(),
             history=self._make_history(plan),
             prompt_lengths=self._prompt_lengths,
-            allowed=np.zeros((D, b * G + F, self._words), np.uint32),
+            allowed=np.zeros((D, num_results, self._num_mask_words), np.uint32),
             has_grammar=np.bool_(bool(matchers)),
-            forced_tokens=np.full((D, b * G + F), -1, np.int32),
-            logprobs_wanted=np.bool_(
-                any(request.top_logprobs is not None for request in asked)
-            ),
+            forced_tokens=np.full((D, num_results), -1, np.int32),
+            needs_logprobs=np.bool_(needs_logprobs),
             adapter_masks=self._adapter_masks,
         )
         for sequence, num_tokens in plan.decode:
-            at = sequence.shard, sequence.row
-            own = [sequence.tokens[-1], *plan.drafts.get(sequence, ())]
-            inputs.tokens[at][: len(own)] = own
-            inputs.computed[at], inputs.counts[at] = sequence.num_computed, num_tokens
-        for at, begin, (sequence, start, size, _) in self._locate_chunks(plan):
-            inputs.chunk_rows[at], inputs.chunk_starts[at] = sequence.row, start
-            inputs.chunk_sizes[at], inputs.chunk_lengths[at] = (
-                size,
-                len(sequence.tokens),
-            )
-            own = sequence.tokens[start : start + size + 1]
-            inputs.chunk_tokens[at[0], begin : begin + size] = own[:size]
-            if sequence.request.prompt_logprobs is not None:
-                first = max(0, sequence.logprobs_start - 1 - start)
-                last = max(first, min(len(own), sequence.num_prompt_tokens - start) - 1)
-                targets = inputs.chunk_targets[at[0], begin + first : begin + last]
-                targets[:] = own[first + 1 : last + 1]
+            place = (sequence.shard, sequence.row)
+            row_tokens = [sequence.tokens[-1], *plan.drafts.get(sequence, ())]
+            inputs.tokens[place][: len(row_tokens)] = row_tokens
+            inputs.computed[place] = sequence.num_computed
+            inputs.counts[place] = num_tokens
+        for placed_chunk in _place_chunks(plan):
+            _write_chunk(inputs, placed_chunk)
         if matchers:
             inputs.allowed[:] = np.iinfo(np.uint32).max
-        for sequence, (shard, first), _ in self._locate_results(plan, shape):
-            if tails := sequence.request.continuations:
-                inputs.forced_tokens[shard, first] = tails[sequence.index][-1]
-            if matcher := matchers.get(sequence):
+        for sequence, shard, place, _ in _place_results(plan, shape):
+            continuations = sequence.request.continuations
+            if continuations:
+                inputs.forced_tokens[shard, place] = continuations[sequence.index][-1]
+            matcher = matchers.get(sequence)
+            if matcher is not None:
                 draft = plan.drafts.get(sequence, ())
-                masks = inputs.allowed[shard, first : first + 1 + len(draft)]
+                masks = inputs.allowed[shard, place : place + 1 + len(draft)]
                 fill_draft_masks(matcher, masks, draft)
         return inputs
 
@@ -153,92 +189,79 @@ class InputBuilder:
     ) -> dict[RunningSequence, list[TokenLogprob]]:
         """Returns the tokens of each decoding row, of a draft those that the model drew
         too and the one behind them; and the token behind each chunk that samples."""
-        found: dict[RunningSequence, list[TokenLogprob]] = {}
-        for sequence, (shard, first), num_tokens in self._locate_results(plan, shape):
-            own = found.setdefault(sequence, [])
+        tokens: dict[RunningSequence, list[TokenLogprob]] = {}
+        for sequence, shard, place, num_tokens in _place_results(plan, shape):
+            sequence_tokens = tokens.setdefault(sequence, [])
             draft = plan.drafts.get(sequence, ())
             for i in range(num_tokens):
-                step, place = (i, 0) if shape.row_tokens == 1 else (0, i)
-                own.append(_read(result, (step, shard, first + place), sequence))
-                if i < len(draft) and own[-1].token_id != draft[i]:
+                # Token i is that of step i; with drafts it is result i of one step.
+                if shape.row_tokens == 1:
+                    at = (i, shard, place)
+                else:
+                    at = (0, shard, place + i)
+                token = _read_token(result, at, sequence)
+                sequence_tokens.append(token)
+                if i < len(draft) and token.token_id != draft[i]:
                     break
-        return found
+        return tokens
 
     def read_prompts(
         self, result: StepOutputs, plan: ScheduledStep
     ) -> Iterator[tuple[PrefillChunk, list[TokenLogprob]]]:
-        """Yields chunks of prompts whose log-probabilities are wanted, and the prompt's
-        tokens that follow those of the chunk."""
-        for (shard, _), begin, chunk in self._locate_chunks(plan):
-            sequence, start, size, _ = chunk
+        """Yields chunks of prompts whose log-probabilities are requested, and the
+        prompt's tokens that follow those of the chunk."""
+        for chunk, shard, _, begin in _place_chunks(plan):
+            sequence = chunk.sequence
             if sequence.request.prompt_logprobs is None:
                 continue
-            first = max(start + 1, sequence.logprobs_start)
-            known = sequence.tokens[
-                first : min(start + size + 1, sequence.num_prompt_tokens)
+            first = max(chunk.start + 1, sequence.logprobs_start)
+            end = chunk.start + chunk.num_tokens + 1
+            end = min(end, sequence.num_prompt_tokens)
+            following = sequence.tokens[first:end]
+            # A token's log-probability stands at the place of the one before it.
+            offset = begin + first - 1 - chunk.start
+            places = slice(offset, offset + len(following))
+            chosen, top_ids, top = (
+                np.asarray(x)[shard, places] for x in result.prompt_logprobs
+            )
+            tokens = [
+                TokenLogprob(token, float(logprob), _zip_top(ids, logprobs))
+                for token, logprob, ids, logprobs in zip(
+                    following, chosen, top_ids, top, strict=True
+                )
             ]
-            begin += first - start - 1
-            at = shard, slice(begin, begin + len(known))
-            columns = zip(
-                known, *(np.asarray(x)[at] for x in result.prompt_logprobs), strict=True
-            )
-            yield (
-                chunk,
-                [
-                    TokenLogprob(t, float(p), _zip(ids, top))
-                    for t, p, ids, top in columns
-                ],
-            )
-
-    def _locate_chunks(
-        self, plan: ScheduledStep
-    ) -> list[tuple[tuple[int, int], int, PrefillChunk]]:
-        """Each chunk's (shard, place among its chunks), and where its tokens begin
-        among them."""
-        counts = Counter[int]()
-        begins = Counter[int]()
-        found = []
-        for chunk in plan.prefill:
-            shard = chunk.sequence.shard
-            found.append(((shard, counts[shard]), begins[shard], chunk))
-            counts[shard] += 1
-            begins[shard] += chunk.num_tokens
-        return found
-
-    def _locate_results(
-        self, plan: ScheduledStep, shape: StepSizes
-    ) -> Iterator[tuple[RunningSequence, tuple[int, int], int]]:
-        """Yields each sequence that tokens are drawn for, the (shard, place) of its
-        first result, and the number of its tokens."""
-        for sequence, num_tokens in plan.decode:
-            yield (
-                sequence,
-                (sequence.shard, sequence.row * shape.row_tokens),
-                num_tokens,
-            )
-        for (shard, index), _, chunk in self._locate_chunks(plan):
-            if chunk.samples:
-                place = shape.num_rows * shape.row_tokens + index
-                yield chunk.sequence, (shard, place), 1
+            yield chunk, tokens
 
     def _stack_settings(self) -> RowSettings:
+        """Stacks what is placed in each row, and keeps it."""
         D, R = self.rows
-        placed = [self._placed.get(at) for at in np.ndindex(D, R)]
-        placed = [
-            each if each and each.state != "finished" else None for each in placed
+        placed: list[RunningSequence | None] = []
+        for place in np.ndindex(D, R):
+            sequence = self._placed.get(place)
+            if sequence is not None and sequence.state == "finished":
+                sequence = None  # an empty row has the cheapest settings
+            placed.append(sequence)
+        prompt_lengths = [
+            0 if sequence is None else sequence.num_prompt_tokens for sequence in placed
         ]
-        self._prompt_lengths = np.array(
-            [each.num_prompt_tokens if each else 0 for each in placed], np.int32
-        ).reshape(D, R)
+        self._prompt_lengths = np.array(prompt_lengths, np.int32).reshape(D, R)
         masks = self.adapters.make_masks(
-            [e.request.adapter if e else None for e in placed]
+            [
+                None if sequence is None else sequence.request.adapter
+                for sequence in placed
+            ]
         )
         self._adapter_masks = None if masks is None else masks.reshape(D, R, -1)
         settings = stack_settings(
-            [each.request.sampling if each else None for each in placed],
+            [
+                None if sequence is None else sequence.request.sampling
+                for sequence in placed
+            ],
             D * R,
-            stop_ids=[each.stop_ids if each else () for each in placed],
-            streams=[each.index if each else 0 for each in placed],
+            stop_ids=[
+                () if sequence is None else sequence.stop_ids for sequence in placed
+            ],
+            streams=[0 if sequence is None else sequence.index for sequence in placed],
         )
         self._settings = RowSettings(*(x.reshape(D, R, *x.shape[1:]) for x in settings))
         return self._settings
@@ -246,29 +269,82 @@ class InputBuilder:
     def _make_history(self, plan: ScheduledStep) -> np.ndarray:
         """Each row's tokens, where a setting looks at them; else the same array
         always."""
-        sequences = [part.sequence for part in (*plan.decode, *plan.prefill)]
-        sequences = [each for each in sequences if each.request.sampling.reads_history]
+        sequences = [
+            sequence
+            for sequence in _list_sequences(plan)
+            if sequence.request.sampling.reads_history
+        ]
         if not sequences:
             return self._no_history
         history = np.zeros_like(self._no_history)
-        for each in sequences:
-            own = [*each.tokens, *plan.drafts.get(each, ())][: history.shape[-1]]
-            own[: each.num_virtual_tokens] = [
-                -1
-            ] * each.num_virtual_tokens  # no token at all
-            history[each.shard, each.row, : len(own)] = own
+        for sequence in sequences:
+            tokens = [*sequence.tokens, *plan.drafts.get(sequence, ())]
+            tokens = tokens[: history.shape[-1]]
+            num_virtual = sequence.num_virtual_tokens
+            tokens[:num_virtual] = [-1] * num_virtual  # no token of the vocabulary
+            history[sequence.shard, sequence.row, : len(tokens)] = tokens
         return history
 
 
-def _read(
-    result: StepOutputs, at: tuple[int, ...], sequence: RunningSequence
+def _list_sequences(plan: ScheduledStep) -> list[RunningSequence]:
+    """Lists the sequences that have a part in a step."""
+    return [part.sequence for part in (*plan.decode, *plan.prefill)]
+
+
+def _place_chunks(plan: ScheduledStep) -> list[_PlacedChunk]:
+    """Places the chunks of each shard one behind the other."""
+    num_chunks = Counter[int]()
+    num_tokens = Counter[int]()
+    placed = []
+    for chunk in plan.prefill:
+        shard = chunk.sequence.shard
+        placed.append(_PlacedChunk(chunk, shard, num_chunks[shard], num_tokens[shard]))
+        num_chunks[shard] += 1
+        num_tokens[shard] += chunk.num_tokens
+    return placed
+
+
+def _place_results(plan: ScheduledStep, shape: StepSizes) -> Iterator[_PlacedResults]:
+    """Yields each sequence that tokens are drawn for: rows that decode, then chunks."""
+    for sequence, num_tokens in plan.decode:
+        place = sequence.row * shape.row_tokens
+        yield _PlacedResults(sequence, sequence.shard, place, num_tokens)
+    num_row_results = shape.num_rows * shape.row_tokens
+    for chunk, shard, index, _ in _place_chunks(plan):
+        if chunk.samples:
+            yield _PlacedResults(chunk.sequence, shard, num_row_results + index, 1)
+
+
+def _write_chunk(inputs: StepInputs, placed: _PlacedChunk) -> None:
+    """Writes a chunk's tokens, and those whose log-probabilities are requested."""
+    chunk, shard, index, begin = placed
+    sequence, start, num_tokens, _ = chunk
+    inputs.chunk_rows[shard, index] = sequence.row
+    inputs.chunk_starts[shard, index] = start
+    inputs.chunk_sizes[shard, index] = num_tokens
+    inputs.chunk_lengths[shard, index] = len(sequence.tokens)
+    # The chunk's tokens, and the one behind them where it is known.
+    tokens = sequence.tokens[start : start + num_tokens + 1]
+    inputs.chunk_tokens[shard, begin : begin + num_tokens] = tokens[:num_tokens]
+    if sequence.request.prompt_logprobs is None:
+        return
+    first = max(0, sequence.logprobs_start - 1 - start)
+    num_followed = min(len(tokens), sequence.num_prompt_tokens - start) - 1
+    end = max(first, num_followed)
+    targets = inputs.chunk_targets[shard, begin + first : begin + end]
+    targets[:] = tokens[first + 1 : end + 1]
+
+
+def _read_token(
+    result: StepOutputs, at: tuple[int, int, int], sequence: RunningSequence
 ) -> TokenLogprob:
+    """Reads the token at (step, shard, place)."""
     token = int(result.tokens[at])
     chosen, top_ids, top = result.logprobs
     if sequence.request.top_logprobs is None:
         return TokenLogprob(token, 0.0)
-    return TokenLogprob(token, float(chosen[at]), _zip(top_ids[at], top[at]))
+    return TokenLogprob(token, float(chosen[at]), _zip_top(top_ids[at], top[at]))
 
 
-def _zip(ids: np.ndarray, values: np.ndarray) -> tuple[tuple[int, float], ...]:
+def _zip_top(ids: np.ndarray, values: np.ndarray) -> tuple[tuple[int, float], ...]:
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))

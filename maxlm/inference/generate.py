@@ -1,7 +1,6 @@
 """Continuations of a few prompts at once, by an engine of their own."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer
@@ -19,7 +18,7 @@ def generate(
     *,
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
-    **settings: Any,
+    config: EngineConfig | None = None,
 ) -> Iterator[SequenceOutput]:
     """Continues prompts, and yields their tokens as they come; an output's
     ``request_id`` is the prompt's number, "0", "1", ... A model with an encoder reads
@@ -31,28 +30,34 @@ def generate(
         tokenizer: for text, and for the tokens that end an output; None: outputs end at
             ``max_new_tokens`` alone.
         vocab_size: ids that may be drawn; default: the tokenizer's, else the model's.
-        settings: of :class:`~maxlm.inference.engine.EngineConfig`; default: room for
-            these prompts.
+        config: of the engine; the default, and a config that leaves ``max_sequences``
+            or ``max_length`` out, have room for these prompts.
 
     Raises:
         MaxlmError: a model that cannot continue these prompts; before anything runs.
     """
+    config = config or EngineConfig()
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     room = {
         "max_sequences": max(1, len(prompts)),
+        # In steps of 128: prompts of about one length share a compilation.
         "max_length": max(2, -(-longest // 128) * 128),
     }
-    engine = Engine(
-        model, params, EngineConfig(**{**room, **settings}), tokenizer, vocab_size
-    )
+    unset = {
+        name: value
+        for name, value in room.items()
+        if name not in config.model_fields_set
+    }
+    config = config.model_copy(update=unset)
+    engine = Engine(model, params, config, tokenizer, vocab_size)
     for number, prompt in enumerate(prompts):
         engine.add_request(GenerationRequest(str(number), tuple(prompt), sampling))
     return engine.run((), stream=True)
 
 
-def generate_tokens(*args: Any, **kwargs: Any) -> list[list[int]]:
-    """Returns each prompt's new tokens; arguments as of :func:`generate`."""
-    found: dict[str, list[int]] = {}
-    for output in generate(*args, **kwargs):
-        found.setdefault(output.request_id, []).extend(output.token_ids)
-    return [found[str(number)] for number in range(len(found))]
+def collect_tokens(outputs: Iterable[SequenceOutput]) -> list[list[int]]:
+    """Returns each prompt's new tokens, of the outputs of :func:`generate`."""
+    tokens: dict[str, list[int]] = {}
+    for output in outputs:
+        tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    return [tokens[str(number)] for number in range(len(tokens))]

@@ -32,8 +32,8 @@ class GrammarCompiler:
         try:
             from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError as error:
-            what = f"structured output needs the module {error.name}"
-            raise MaxlmError(what, fix="pip install 'maxlm[serve]'") from error
+            message = f"structured output needs the module {error.name}"
+            raise MaxlmError(message, fix="pip install 'maxlm[serve]'") from error
         vocabulary: Any = TokenizerWrapper(_Vocabulary(tokenizer))
         self._tokens = LLTokenizer(vocabulary, eos_token=[*tokenizer.stop_ids])
         self._stop_ids = tokenizer.stop_ids
@@ -62,7 +62,7 @@ class GrammarMatcher:
     """Follows one output, and says which tokens may come next.
 
     Masks are uint32 [words], token v in bit v % 32 of word v // 32, as
-    ``process_logits`` takes them; words beyond the tokenizer's ids are 0.
+    ``compute_sampling_logits`` takes them; words beyond the tokenizer's ids are 0.
     """
 
     def __init__(self, matcher: Any, stop_ids: Sequence[int]):
@@ -125,24 +125,26 @@ class _Vocabulary:
         text may come. Some tokenizers put a space before what they encode, or change
         it."""
         ids = self._tokenizer.encode(text)
-        return (
-            ids
-            if b"".join(self.tokens[i] for i in ids) == text
-            else self._match_longest(text)
-        )
+        if b"".join(self.tokens[i] for i in ids) == text:
+            return ids
+        return self._match_longest(text)
 
     def _match_longest(self, text: bytes) -> list[int]:
         ids = []
         while text:
-            sizes = range(min(self._longest, len(text)), 0, -1)
-            found = next(
-                (text[:size] for size in sizes if text[:size] in self._ids), None
-            )
-            if found is None:
+            prefix = self._find_longest_prefix(text)
+            if prefix is None:
                 break
-            ids.append(self._ids[found])
-            text = text[len(found) :]
+            ids.append(self._ids[prefix])
+            text = text[len(prefix) :]
         return ids
+
+    def _find_longest_prefix(self, text: bytes) -> bytes | None:
+        """The longest beginning of a text that is a token's."""
+        for size in range(min(self._longest, len(text)), 0, -1):
+            if text[:size] in self._ids:
+                return text[:size]
+        return None
 
 
 def _translate_spec(spec: GrammarSpec) -> str:
@@ -175,7 +177,7 @@ def _make_error(spec: GrammarSpec, reason: str) -> MaxlmError:
 def _shorten(message: str) -> str:
     """The line of a message that names the mistake."""
     lines = [line.strip() for line in message.splitlines()]
-    named = [
-        line.removeprefix("error: ") for line in lines if line.startswith("error: ")
-    ]
-    return next(iter(named or lines), "")
+    for line in lines:
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    return lines[0] if lines else ""

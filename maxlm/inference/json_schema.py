@@ -9,6 +9,8 @@ goes: no grammar keeps it.
 
 from typing import Any, NamedTuple
 
+from maxlm.runtime.json_types import JsonObject
+
 # What llguidance 1.9 checks itself; an unknown one is an error there.
 _COMPILED_FORMATS = frozenset(
     (
@@ -68,10 +70,10 @@ def make_compilable_schema(schema: Any) -> CompilableSchema:
             return rewrite_schema(value, root)
         return value
 
-    def rewrite_schema(value: dict[str, Any], root: Any) -> dict[str, Any]:
+    def rewrite_schema(value: JsonObject, root: Any) -> JsonObject:
         if "$id" in value:
             root = value  # references within begin here
-        rewritten: dict[str, Any] = {}
+        rewritten: JsonObject = {}
         for keyword, argument in value.items():
             if keyword in _DATA_KEYWORDS:
                 rewritten[keyword] = argument
@@ -93,7 +95,7 @@ def make_compilable_schema(schema: Any) -> CompilableSchema:
     return CompilableSchema(rewrite(schema, schema), frozenset(dropped))
 
 
-def _follow_reference(schema: dict[str, Any], root: Any) -> dict[str, Any]:
+def _follow_reference(schema: JsonObject, root: Any) -> JsonObject:
     """Returns the schema that a schema refers to by ``#/...`` alone; itself where it
     does not."""
     reference = schema.get("$ref")
@@ -112,7 +114,7 @@ def _follow_reference(schema: dict[str, Any], root: Any) -> dict[str, Any]:
     return target if isinstance(target, dict) else schema
 
 
-def _replace_property_names(schema: dict[str, Any], names: dict[str, Any]) -> None:
+def _replace_property_names(schema: JsonObject, names: JsonObject) -> None:
     """Writes what ``propertyNames`` asks for as properties or a pattern of them, if it
     is all that a schema says of names; the compiler refuses what is left.
 
@@ -146,7 +148,7 @@ def _replace_property_names(schema: dict[str, Any], names: dict[str, Any]) -> No
     del schema["propertyNames"]
 
 
-def _replace_format(schema: dict[str, Any]) -> None:
+def _replace_format(schema: JsonObject) -> None:
     """Writes a format as a pattern, or drops it, where the compiler does not know
     it."""
     name = schema.get("format")
@@ -161,7 +163,7 @@ def _replace_format(schema: dict[str, Any]) -> None:
         schema["allOf"] = [*conditions, {"pattern": f"^({_FORMAT_PATTERNS[name]})$"}]
 
 
-def _drop_unique_items(schema: dict[str, Any]) -> bool:
+def _drop_unique_items(schema: JsonObject) -> bool:
     """Removes ``uniqueItems``; returns whether a value may now be one that it
     forbids."""
     must_differ = schema.get("uniqueItems")

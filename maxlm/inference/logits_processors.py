@@ -16,10 +16,11 @@ from jax import lax
 LEAST_PROBABILITY = 1e-30
 
 
-def apply_needed(
-    logits: jax.Array,
-    changes: Sequence[tuple[jax.Array, Callable[[jax.Array], jax.Array]]],
-) -> jax.Array:
+LogitsChange = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
+"""The rows that need a change of logits, bool [...], and the change, of all rows."""
+
+
+def apply_needed(logits: jax.Array, changes: Sequence[LogitsChange]) -> jax.Array:
     """Applies changes in order, each if any of the rows [...] beside it is set; where
     none is, all of them cost one reduction and one condition."""
     stacked = jnp.stack([rows for rows, _ in changes], axis=-1)
@@ -41,7 +42,8 @@ def find_argmax(logits: jax.Array) -> jax.Array:
     """
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     highest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(logits == highest, ids, logits.shape[-1] - 1), axis=-1)
+    last_id = logits.shape[-1] - 1
+    return jnp.min(jnp.where(logits == highest, ids, last_id), axis=-1)
 
 
 def mask_from_bits(bits: jax.Array, vocab: int) -> jax.Array:
@@ -67,9 +69,8 @@ def count_tokens(
     slots = lax.broadcasted_iota(jnp.int32, history.shape, history.ndim - 1)
     within = (slots >= starts[..., None]) & (slots < ends[..., None])
     zeros = jnp.zeros_like(like, jnp.float32)
-    return scatter_tokens(
-        "add", zeros, jnp.where(within, history, -1), within.astype(jnp.float32)
-    )
+    counted = jnp.where(within, history, -1)
+    return scatter_tokens("add", zeros, counted, within.astype(jnp.float32))
 
 
 def find_repeated_ngrams(
@@ -93,20 +94,21 @@ def find_repeated_ngrams(
     ends = (slots < lengths[..., None]) & (sizes[..., None] > 0)
 
     def compare(back, carry):
+        """Compares the tokens ``back`` before each slot with that ``back`` before the
+        next token; of rows with shorter n-grams nothing more."""
         ends, shifted = carry
-        shifted = jnp.concatenate(
-            [jnp.full_like(shifted[..., :1], -1), shifted[..., :-1]], -1
-        )
+        no_token = jnp.full_like(shifted[..., :1], -1)
+        shifted = jnp.concatenate([no_token, shifted[..., :-1]], -1)
         place = (lengths - back)[..., None]
         last = jnp.take_along_axis(history, jnp.maximum(place, 0), axis=-1)
-        equal = (shifted == last) & (shifted >= 0) & (place >= 0)
-        return ends & (equal | (back >= sizes[..., None])), shifted
+        is_equal = (shifted == last) & (shifted >= 0) & (place >= 0)
+        is_compared = back >= sizes[..., None]
+        return ends & (is_equal | is_compared), shifted
 
     longest = jnp.minimum(jnp.max(sizes), history.shape[-1] + 1)
     ends, _ = lax.fori_loop(1, longest, compare, (ends, history))
-    return scatter_tokens(
-        "max", jnp.zeros_like(like, bool), jnp.where(ends, history, -1), ends
-    )
+    none = jnp.zeros_like(like, bool)
+    return scatter_tokens("max", none, jnp.where(ends, history, -1), ends)
 
 
 def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
@@ -133,10 +135,11 @@ def keep_typical(logits: jax.Array, p: jax.Array) -> jax.Array:
     probability p [...] (Meister et al. 2022, arXiv 2202.00666, eq. 10)."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
     probability = jnp.exp(log_p)
-    entropy = -jnp.sum(
-        jnp.where(probability > 0, log_p * probability, 0), axis=-1, keepdims=True
-    )
-    return _keep_highest(-jnp.abs(log_p + entropy), probability, p)
+    # 0 · log 0 is 0 here, not NaN.
+    terms = jnp.where(probability > 0, log_p * probability, 0)
+    entropy = -jnp.sum(terms, axis=-1, keepdims=True)
+    closeness = -jnp.abs(log_p + entropy)
+    return _keep_highest(closeness, probability, p)
 
 
 def _weigh(logits: jax.Array) -> jax.Array:
@@ -160,7 +163,9 @@ def _keep_highest(
 
     def add_bit(index, lowest):
         bit = jnp.uint32(1) << (31 - index).astype(jnp.uint32)
-        # The greatest number that begins with the bits found so far and a 0.
+        # Bits are decided from the highest down. This is the greatest number that
+        # begins with those decided so far and a 0; if the values above it weigh too
+        # much already, the lowest value to keep is higher: the bit is a 1.
         candidate = _to_signed(lowest | (bit - 1))[..., None]
         above = jnp.sum(jnp.where(keys > candidate, weights, 0), axis=-1)
         return jnp.where(above < target, lowest, lowest | bit)

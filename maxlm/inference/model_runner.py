@@ -1,10 +1,10 @@
 """A model on the devices: its parameters, its caches, and the programs that advance
 them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,11 @@ import numpy as np
 from jax.sharding import reshard
 
 from maxlm.inference.adapter_slots import write_columns
+from maxlm.inference.generative_model import GenerativeModel
 from maxlm.inference.params import prepare_params
-from maxlm.inference.sequences import PageCopy, RunningSequence
+from maxlm.inference.sequences import PageCopy, RowCopy, RunningSequence
 from maxlm.inference.step import (
+    EngineSpec,
     EngineState,
     StepInputs,
     StepOutputs,
@@ -22,46 +24,67 @@ from maxlm.inference.step import (
     run_decoding_step,
     run_step,
 )
-from maxlm.models.caches.layout import CacheLayout, allocate_cache_array
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.models.architectures.transformer import CrossAttentionCache
+from maxlm.models.caches.layout import (
+    CacheArraySpec,
+    CacheLayout,
+    allocate_cache_array,
+)
 from maxlm.models.params import Params, bind
 from maxlm.parallel.local import axis_size, get_platform, map_shards
 
+Tree = TypeVar("Tree")
 MAX_PAGE_COPIES = 8
 """Pages that one call of :func:`copy_pages` copies."""
 
 
-@dataclass(eq=False)
 class ModelRunner:
     """Holds a model's parameters and caches, and runs its programs on the current
-    mesh."""
+    mesh.
 
-    model: Any
-    params: Params
-    """In any layout as they are given; then as steps read them."""
-    layout: CacheLayout
-    windows: tuple[int | None, ...]
-    """Windows of the page tables that steps are given."""
-    max_length: int
-    """Tokens of the longest sequence."""
-    vocab_size: int
-    """Ids that may be drawn."""
-    adapters: Mapping[str, list[jax.Array]] | None = None
-    """A and B beside the parameters, which change in place."""
+    Args:
+        params: in any layout.
+        spec: of the engine; the layout of caches is then fitted to the model.
+        adapters: A and B beside the parameters, which change in place.
 
-    def __post_init__(self) -> None:
-        self.layout = replace(self.layout, head_ways=axis_size(self.model.rules.heads))
-        self.params = prepare_params(self.model, self.params)
-        self.state = allocate_state(self.model, self.layout, self.max_length)
-        # What compiling needs of arrays that steps give up and put others in place of.
+    Attributes:
+        params: as steps read them.
+        spec: with the model's own layout of caches.
+        state: the caches; each program that changes them takes them and returns others.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        params: Params,
+        spec: EngineSpec,
+        adapters: Mapping[str, list[jax.Array]] | None = None,
+    ):
+        head_ways = axis_size(model.rules.heads)
+        layout = replace(spec.layout, head_ways=head_ways)
+        self.model = model
+        self.spec = replace(spec, layout=layout)
+        self.params = prepare_params(model, params)
+        self.state = allocate_state(model, layout, spec.max_length)
+        self._adapters = adapters
+        # The thread that compiles may not read arrays that steps give up meanwhile:
+        # it reads their shapes, which stay.
         self._state_shapes = describe_arrays(self.state)
-        self._adapter_shapes = describe_arrays(self.adapters)
+        self._adapter_shapes = describe_arrays(adapters)
 
     def run(self, shape: StepSizes, inputs: StepInputs) -> StepOutputs:
         """Runs a step."""
         program = _choose_program(shape)
-        sizes = shape, self.layout, self.windows, self.vocab_size
-        arrays = self.params, self.state, inputs, self.adapters
-        self.state, outputs = program(self.model, *sizes, *arrays)
+        self.state, outputs = program(
+            self.model,
+            self.spec,
+            shape,
+            self.params,
+            self.state,
+            inputs,
+            self._adapters,
+        )
         return outputs
 
     def compile(self, shape: StepSizes, inputs: StepInputs) -> None:
@@ -71,62 +94,83 @@ class ModelRunner:
         Args:
             inputs: `jax.ShapeDtypeStruct` in place of arrays suffice.
         """
-        program: Any = _choose_program(shape)
-        sizes = shape, self.layout, self.windows, self.vocab_size
-        arrays = self.params, self._state_shapes, inputs, self._adapter_shapes
-        program.lower(self.model, *sizes, *arrays).compile()
+        lowered = _choose_program(shape).lower(
+            self.model,
+            self.spec,
+            shape,
+            self.params,
+            self._state_shapes,
+            inputs,
+            self._adapter_shapes,
+        )
+        lowered.compile()
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copies pages, ``MAX_PAGE_COPIES`` at most: all are read before any is
         written."""
-        shape = (self.layout.num_shards, MAX_PAGE_COPIES)
-        stacked = {}
-        for group, window in enumerate(self.windows):
+        layout = self.spec.layout
+        shape = (layout.num_shards, MAX_PAGE_COPIES)
+        copies_by_window = {}
+        for group, window in enumerate(self.spec.windows):
             sources = np.zeros(shape, np.int32)
-            destinations = np.full(shape, self.layout.count_pages(window), np.int32)
+            # Past the last page: no copy.
+            destinations = np.full(shape, layout.count_pages(window), np.int32)
             for place, copy in enumerate(copies):
                 if copy.group == group:
                     sources[copy.shard, place] = copy.source
                     destinations[copy.shard, place] = copy.destination
-            stacked[str(window)] = sources, destinations
-        self.state = copy_pages(self.model, self.layout, self.state, stacked)
+            copies_by_window[str(window)] = sources, destinations
+        self.state = copy_pages(self.model, layout, self.state, copies_by_window)
 
-    def copy_rows(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Copies what caches keep by row, of each (shard, source, destination)."""
-        rows = np.arange(self.layout.num_rows, dtype=np.int32)
-        sources = np.tile(rows, (self.layout.num_shards, 1))
+    def copy_rows(self, copies: Sequence[RowCopy]) -> None:
+        """Copies what caches keep by row."""
+        layout = self.spec.layout
+        rows = np.arange(layout.num_rows, dtype=np.int32)
+        sources = np.tile(rows, (layout.num_shards, 1))
         for shard, source, destination in copies:
             sources[shard, destination] = source
         self.state = copy_rows(
-            self.model, self.layout, self.max_length, self.state, sources
+            self.model, layout, self.spec.max_length, self.state, sources
         )
 
     def encode(self, sequence: RunningSequence) -> None:
         """Runs the encoder over a sequence's input, for its row."""
-        D = self.layout.num_shards
-        size = len(sequence.encoder_tokens)
+        layout = self.spec.layout
+        num_tokens = len(sequence.encoder_tokens)
         # Powers of two from 16 on: few sizes, hence few compilations.
-        width = min(max(16, 1 << (size - 1).bit_length()), self.max_length)
-        tokens, lengths = np.zeros((D, width), np.int32), np.zeros(D, np.int32)
-        rows = np.full(D, self.layout.num_rows, np.int32)
-        tokens[sequence.shard, :size] = sequence.encoder_tokens
-        lengths[sequence.shard], rows[sequence.shard] = size, sequence.row
-        own = self.params, self.state, tokens, lengths, rows
-        self.state = encode_row(self.model, self.layout, self.max_length, *own)
+        width = max(16, 1 << (num_tokens - 1).bit_length())
+        width = min(width, self.spec.max_length)
+        tokens = np.zeros((layout.num_shards, width), np.int32)
+        lengths = np.zeros(layout.num_shards, np.int32)
+        # Past the last row: other shards write nothing.
+        rows = np.full(layout.num_shards, layout.num_rows, np.int32)
+        tokens[sequence.shard, :num_tokens] = sequence.encoder_tokens
+        lengths[sequence.shard] = num_tokens
+        rows[sequence.shard] = sequence.row
+        self.state = encode_row(
+            self.model,
+            layout,
+            self.spec.max_length,
+            self.params,
+            self.state,
+            tokens,
+            lengths,
+            rows,
+        )
 
 
-def _choose_program(shape: StepSizes) -> Callable[..., tuple[EngineState, StepOutputs]]:
-    few_tokens = get_platform() == "cpu" and not shape.chunk_tokens
-    return run_decoding_step if few_tokens else run_step
+def _choose_program(shape: StepSizes) -> Any:
+    """The jitted step for a shape; Any: JAX names no type of a jitted function."""
+    is_decoding_on_cpu = get_platform() == "cpu" and not shape.chunk_tokens
+    return run_decoding_step if is_decoding_on_cpu else run_step
 
 
-def describe_arrays(tree: Any) -> Any:
+def describe_arrays(tree: Tree) -> Tree:
     """Returns shapes, dtypes and, of arrays on devices, shardings."""
 
-    def describe(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)
-        )
+    def describe(x: np.ndarray | jax.Array) -> jax.ShapeDtypeStruct:
+        sharding = x.sharding if isinstance(x, jax.Array) else None
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
 
     return jax.tree.map(describe, tree)
 
@@ -145,17 +189,22 @@ def count_compilations() -> int:
     return sum(program._cache_size() for program in programs)
 
 
-def state_specs(model: Any, layout: CacheLayout, input_length: int) -> EngineState:
-    """Returns the engine's arrays before they are allocated. ``input_length``: tokens
-    of an encoder's longest input."""
-    cross = None
-    if model.config.transformer_type == "encoder_decoder":
-        cross = model.cross_cache_specs(layout, input_length)
-    return EngineState(model.cache_specs(layout), cross)
+def state_specs(
+    model: GenerativeModel, layout: CacheLayout, input_length: int
+) -> EngineState:
+    """Returns the engine's arrays before they are allocated, a
+    :class:`~maxlm.models.caches.layout.CacheArraySpec` for each. ``input_length``:
+    tokens of an encoder's longest input."""
+    cross_cache = None
+    if isinstance(model, EncoderDecoder):
+        cross_cache = model.cross_cache_specs(layout, input_length)
+    return EngineState(model.cache_specs(layout), cross_cache)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def allocate_state(model: Any, layout: CacheLayout, input_length: int) -> EngineState:
+def allocate_state(
+    model: GenerativeModel, layout: CacheLayout, input_length: int
+) -> EngineState:
     """Returns empty caches, in their compute layout on the current mesh. Raises
     MaxlmError: dimensions that do not divide over their mesh axes."""
     specs = state_specs(model, layout, input_length)
@@ -166,7 +215,7 @@ def allocate_state(model: Any, layout: CacheLayout, input_length: int) -> Engine
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def copy_pages(
-    model: Any,
+    model: GenerativeModel,
     layout: CacheLayout,
     state: EngineState,
     copies: Mapping[str, tuple[jax.Array, jax.Array]],
@@ -175,28 +224,27 @@ def copy_pages(
     (sources, destinations), int32 [D, 8]; a destination past the last page is none. All
     are read before any is written."""
 
-    batch = model.rules.spec("batch")
-    copies = jax.tree.map(lambda x: reshard(x, batch), copies)
+    by_shard = model.rules.spec("batch")
+    copies = jax.tree.map(lambda x: reshard(x, by_shard), copies)
 
-    def local(pages, sources, destinations):
+    def copy_shard(pages, sources, destinations):
         return pages.at[0, destinations[0]].set(pages[0, sources[0]], mode="drop")
 
-    def copy(pages: jax.Array, spec: Any) -> jax.Array:
+    def copy(pages: jax.Array, spec: CacheArraySpec) -> jax.Array:
         if spec.unit != "page":
             return pages
-        layout = model.rules.spec(*spec.axes)
-        return map_shards(local, (layout, batch, batch), layout)(
-            pages, *copies[str(spec.window)]
-        )
+        by_page = model.rules.spec(*spec.axes)
+        sources, destinations = copies[str(spec.window)]
+        in_specs = (by_page, by_shard, by_shard)
+        return map_shards(copy_shard, in_specs, by_page)(pages, sources, destinations)
 
-    return state._replace(
-        caches=jax.tree.map(copy, state.caches, model.cache_specs(layout))
-    )
+    caches = jax.tree.map(copy, state.caches, model.cache_specs(layout))
+    return state._replace(caches=caches)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def copy_rows(
-    model: Any,
+    model: GenerativeModel,
     layout: CacheLayout,
     input_length: int,
     state: EngineState,
@@ -204,25 +252,25 @@ def copy_rows(
 ) -> EngineState:
     """Gives each row what row ``sources``, int32 [D, R], has of caches that are kept by
     row."""
-    batch = model.rules.spec("batch")
-    sources = reshard(sources, batch)
+    by_shard = model.rules.spec("batch")
+    sources = reshard(sources, by_shard)
 
-    def copy(rows: jax.Array, spec: Any) -> jax.Array:
+    def copy(rows: jax.Array, spec: CacheArraySpec) -> jax.Array:
         if spec.unit == "page":
             return rows
-        layout = model.rules.spec(*spec.axes)
+        by_row = model.rules.spec(*spec.axes)
 
         def select_rows(rows: jax.Array, sources: jax.Array) -> jax.Array:
             return rows[:, sources[0]]
 
-        return map_shards(select_rows, (layout, batch), layout)(rows, sources)
+        return map_shards(select_rows, (by_row, by_shard), by_row)(rows, sources)
 
     return jax.tree.map(copy, state, state_specs(model, layout, input_length))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def encode_row(
-    model: Any,
+    model: EncoderDecoder,
     layout: CacheLayout,
     input_length: int,
     params: Params,
@@ -238,30 +286,30 @@ def encode_row(
         lengths: int32 [D], tokens of each; 0: there is none.
         rows: int32 [D]; past the last row: none.
     """
-    batch = model.rules.spec("batch")
-    tokens, lengths, rows = (reshard(x, batch) for x in (tokens, lengths, rows))
-    positions = reshard(jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1), batch)
+    by_shard = model.rules.spec("batch")
+    tokens, lengths, rows = (reshard(x, by_shard) for x in (tokens, lengths, rows))
+    positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+    positions = reshard(positions, by_shard)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    # Padding at 0, as in training: a row is as long as its last position says (dynamic
-    # NTK).
-    new = (
-        bind(model, params).project_cross_keys(
-            (tokens, positions * segments, segments)
-        ),
-        segments,
-    )
+    # Padding stands at position 0, as in training: dynamic NTK takes a row's last
+    # position for its length.
+    encoder_inputs = (tokens, positions * segments, segments)
+    keys_values = bind(model, params).project_cross_keys(encoder_inputs)
+    encoded = CrossAttentionCache(keys_values, segments)
 
-    def write(held: jax.Array, new: jax.Array, spec: Any) -> jax.Array:
-        room = held.shape[2] - new.shape[1]
-        new = jnp.pad(new, ((0, 0), (0, room), *((0, 0),) * (new.ndim - 2)))
-        new = new.astype(held.dtype)[:, None]
+    def write(cache: jax.Array, new: jax.Array, spec: CacheArraySpec) -> jax.Array:
+        num_padding = cache.shape[2] - new.shape[1]
+        new = jnp.pad(new, ((0, 0), (0, num_padding), *((0, 0),) * (new.ndim - 2)))
+        new = new.astype(cache.dtype)[:, None]
 
-        def local(held, rows, new):
-            return held.at[0, rows[0]].set(new[0, 0], mode="drop")
+        def write_shard(cache, rows, new):
+            return cache.at[0, rows[0]].set(new[0, 0], mode="drop")
 
-        layout = model.rules.spec(*spec.axes)
-        return map_shards(local, (layout, batch, layout), layout)(held, rows, new)
+        by_row = model.rules.spec(*spec.axes)
+        in_specs = (by_row, by_shard, by_row)
+        return map_shards(write_shard, in_specs, by_row)(cache, rows, new)
 
     specs = model.cross_cache_specs(layout, input_length)
-    old: Any = state.cross_cache
-    return state._replace(cross_cache=jax.tree.map(write, old, type(old)(*new), specs))
+    assert state.cross_cache is not None
+    cross_cache = jax.tree.map(write, state.cross_cache, encoded, specs)
+    return state._replace(cross_cache=cross_cache)

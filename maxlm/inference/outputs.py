@@ -36,25 +36,35 @@ class TextStream:
 
     def _release(self, text: str, *, at_end: bool) -> tuple[str, str | None]:
         self._held += text
-        found = [(self._held.find(stop), stop) for stop in self._stop_strings]
-        found = [(place, stop) for place, stop in found if place >= 0]
-        if found:
-            place, stop = min(found)
+        matches = [
+            (self._held.index(stop), stop)
+            for stop in self._stop_strings
+            if stop in self._held
+        ]
+        if matches:
+            # The first in the text; of two that begin together the first in the
+            # alphabet.
+            place, stop = min(matches)
             text = self._held[:place]
             self._held = ""
             return text, stop
-        begun = (count_begun(self._held, stop) for stop in self._stop_strings)
-        kept = 0 if at_end else max(begun, default=0)
-        final = len(self._held) - kept
-        text, self._held = self._held[:final], self._held[final:]
+        num_begun = 0
+        if not at_end:
+            for stop in self._stop_strings:
+                num_begun = max(num_begun, count_begun(self._held, stop))
+        num_final = len(self._held) - num_begun
+        text = self._held[:num_final]
+        self._held = self._held[num_final:]
         return text, None
 
 
 def count_begun(text: str, stop: str) -> int:
     """Counts the characters at a text's end that may be the beginning of a stop
     string."""
-    sizes = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
 
 
 @dataclass(eq=False)
@@ -78,7 +88,9 @@ class OutputBuilder:
     def __init__(self, tokenizer: Tokenizer | None):
         self.tokenizer = tokenizer
         self.matchers: dict[RunningSequence, TokenMatcher] = {}
-        self.num_prompt_tokens = self.num_cached_tokens = self.num_generated_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_generated_tokens = 0
         self._outputs: dict[RunningSequence, _Output] = {}
 
     def add(
@@ -102,9 +114,14 @@ class OutputBuilder:
     def branch(self, sequences: Iterable[RunningSequence]) -> None:
         """Adds branches that have begun, and forgets sequences that none goes on
         from."""
-        made = {each: _Output(None, started=True) for each in sequences}
-        outputs = (made | self._outputs).items()
-        self._outputs = {each: own for each, own in outputs if each.state != "finished"}
+        for sequence in sequences:
+            # A branch that stays in place has an output already.
+            self._outputs.setdefault(sequence, _Output(None, started=True))
+        self._outputs = {
+            sequence: output
+            for sequence, output in self._outputs.items()
+            if sequence.state != "finished"
+        }
 
     def forget(self, sequence: RunningSequence) -> None:
         self._outputs.pop(sequence, None)
@@ -115,66 +132,64 @@ class OutputBuilder:
     ) -> SequenceOutput:
         """Makes the output of a sequence's new tokens, up to the one that ends it."""
         request = sequence.request
-        own = self._outputs[sequence]
-        taken = SequenceOutput(request.request_id, sequence.index, [])
-        if not own.started:
-            own.started = True
+        so_far = self._outputs[sequence]
+        output = SequenceOutput(request.request_id, sequence.index, [])
+        if not so_far.started:
+            so_far.started = True
             num_virtual = sequence.num_virtual_tokens
-            taken.num_cached_tokens = max(0, sequence.num_cached_tokens - num_virtual)
+            output.num_cached_tokens = max(0, sequence.num_cached_tokens - num_virtual)
             if request.prompt_logprobs is not None:
-                taken.prompt_logprobs = own.prompt_logprobs or []
+                output.prompt_logprobs = so_far.prompt_logprobs or []
             self.num_prompt_tokens += sequence.num_prompt_tokens - num_virtual
-            self.num_cached_tokens += taken.num_cached_tokens
-        left = sequence.num_tokens_left
-        text = []
+            self.num_cached_tokens += output.num_cached_tokens
+        matcher = self.matchers.get(sequence)
+        stream = so_far.text
+        pieces = []
         for token in tokens:
-            taken.token_ids.append(token.token_id)
+            output.token_ids.append(token.token_id)
             if request.top_logprobs is not None:
-                taken.logprobs.append(
-                    token._replace(top=token.top[: request.top_logprobs])
-                )
+                top = token.top[: request.top_logprobs]
+                output.logprobs.append(token._replace(top=top))
             if token.token_id in sequence.stop_ids:
-                taken.finish_reason = "stop"
-                taken.stop_match = token.token_id
+                output.finish_reason = "stop"
+                output.stop_match = token.token_id
                 break
-            matcher = self.matchers.get(sequence)
             if matcher is not None:
                 matcher.accept(token.token_id)
-            if own.text is not None:
-                piece, taken.stop_match = own.text.push(token.token_id)
-                text.append(piece)
-                if taken.stop_match is not None:
-                    taken.finish_reason = "stop"
+            if stream is not None:
+                piece, output.stop_match = stream.push(token.token_id)
+                pieces.append(piece)
+                if output.stop_match is not None:
+                    output.finish_reason = "stop"
                     break
             if matcher is not None and matcher.is_finished:
-                taken.finish_reason = "stop" if matcher.error is None else "abort"
+                output.finish_reason = "stop" if matcher.error is None else "abort"
                 break
-            if len(taken.token_ids) == left:
-                taken.finish_reason = "length"
+            if len(output.token_ids) == sequence.num_tokens_left:
+                output.finish_reason = "length"
                 break
-        if (
-            taken.finish_reason
-            and own.text is not None
-            and not isinstance(taken.stop_match, str)
-        ):
-            piece, stop = own.text.flush()
-            text.append(piece)
+        has_stop_string = isinstance(output.stop_match, str)
+        if output.finish_reason and stream is not None and not has_stop_string:
+            # The last characters may complete a stop string.
+            piece, stop = stream.flush()
+            pieces.append(piece)
             if stop is not None:
-                taken.finish_reason = "stop"
-                taken.stop_match = stop
-        taken.text = "".join(text)
-        if not request.continuations:  # their tokens are given
-            self.num_generated_tokens += len(taken.token_ids)
-        return taken
+                output.finish_reason = "stop"
+                output.stop_match = stop
+        output.text = "".join(pieces)
+        if not request.continuations:  # their tokens are not generated
+            self.num_generated_tokens += len(output.token_ids)
+        return output
 
     def take_prompt(self, chunk: PrefillChunk, tokens: Sequence[TokenLogprob]) -> None:
         """Keeps log-probabilities of a prompt's tokens for its first output."""
-        own = self._outputs[chunk.sequence]
-        count = chunk.sequence.request.prompt_logprobs
-        if own.started:
+        sequence = chunk.sequence
+        so_far = self._outputs[sequence]
+        if so_far.started:
             return  # computed again after a preemption
-        if own.prompt_logprobs is None or chunk.start < chunk.sequence.logprobs_start:
-            own.prompt_logprobs = []
-        own.prompt_logprobs += [
-            token._replace(top=token.top[:count]) for token in tokens
+        if so_far.prompt_logprobs is None or chunk.start < sequence.logprobs_start:
+            so_far.prompt_logprobs = []
+        num_top = sequence.request.prompt_logprobs
+        so_far.prompt_logprobs += [
+            token._replace(top=token.top[:num_top]) for token in tokens
         ]

@@ -92,7 +92,9 @@ class PrefixTree:
     def __init__(
         self, pools: list[PagePool], windows: tuple[int | None, ...], page_size: int
     ):
-        self.pools, self.windows, self.page_size = pools, windows, page_size
+        self.pools = pools
+        self.windows = windows
+        self.page_size = page_size
         self._roots: dict[Hashable, PrefixNode] = {}
 
     def match(self, tokens: list[int], key: Hashable = None) -> list[PrefixNode]:
@@ -108,20 +110,24 @@ class PrefixTree:
             if node is None:
                 break
             nodes.append(node)
-            usable = True
+            is_usable = True
             for group, page in enumerate(node.pages):
                 runs[group] = runs[group] + 1 if page else 0
-                usable &= runs[group] >= node.depth - self.find_first_page(group, end)
-            num_usable = node.depth if usable else num_usable
+                num_seen = node.depth - self.find_first_page(group, end)
+                if runs[group] < num_seen:
+                    is_usable = False
+            if is_usable:
+                num_usable = node.depth
         return nodes[:num_usable]
 
     def find_first_page(self, group: int, num_computed: int) -> int:
         """Return the index, in a sequence, of the first page that its next token
         sees."""
         window = self.windows[group]
-        return (
-            0 if window is None else max(0, num_computed - window + 1) // self.page_size
-        )
+        if window is None:
+            return 0
+        first_token = max(0, num_computed - window + 1)
+        return first_token // self.page_size
 
     def acquire(
         self, nodes: list[PrefixNode], key: Hashable = None
@@ -136,9 +142,10 @@ class PrefixTree:
         pages = []
         for group, pool in enumerate(self.pools):
             first = self.find_first_page(group, len(nodes) * self.page_size)
-            pages.append([each.pages[group] for each in nodes[first:]])
-            for page in pages[-1]:
+            seen_pages = [seen_node.pages[group] for seen_node in nodes[first:]]
+            for page in seen_pages:
                 pool.retain(page)
+            pages.append(seen_pages)
         return node, pages
 
     def extend(
@@ -153,10 +160,13 @@ class PrefixTree:
             child = PrefixNode(tokens, node, node.depth + 1, [0] * len(pages))
             node.children[tokens] = child
         for group, (pool, page) in enumerate(zip(self.pools, pages, strict=True)):
-            if page and not child.pages[group]:
+            if not page:
+                continue
+            if not child.pages[group]:
                 pool.retain(page)
-                pool.cached[page], child.pages[group] = child, page
-            elif page and child.pages[group] != page:
+                pool.cached[page] = child
+                child.pages[group] = page
+            elif child.pages[group] != page:
                 pool.retain(child.pages[group])
                 pool.release(page)
         child.num_holders += 1
@@ -189,5 +199,6 @@ class PrefixTree:
             if node.parent is None:
                 del self._roots[node.key]
                 return
-            del node.parent.children[node.key]  # pyright: ignore
+            assert isinstance(node.key, tuple)  # a root's alone may be of another type
+            del node.parent.children[node.key]
             node = node.parent

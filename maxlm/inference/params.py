@@ -26,66 +26,77 @@ def prepare_params(model: Model, params: Params) -> Params:
     """Returns parameters laid out for use: in their compute layout on the mesh that
     they lie on, matrices and tables cast to the compute dtype, the decoder's layers out
     of their stacks. One array after the other, so that little is held twice."""
-    stacks = tuple(f"{stack}." for stack in getattr(model, "stacks", {}))
+    stack_prefixes = tuple(f"{stack}." for stack in getattr(model, "stacks", {}))
     rules = model.rules.model_copy(update={"layers": ()})
 
     def lay_out(spec: ParamSpec, x: jax.Array, unstack: bool) -> Any:
-        castable = spec.role in ("matrix", "table") and jnp.issubdtype(
-            spec.dtype, jnp.floating
-        )
-        dtype = model.dtype if castable else x.dtype
-        lead = spec.num_layer_axes if unstack else 0
-        return _lay_out(x, rules.spec(*spec.axes), jnp.dtype(dtype), lead)
+        is_float = jnp.issubdtype(spec.dtype, jnp.floating)
+        is_cast = is_float and spec.role in ("matrix", "table")
+        dtype = jnp.dtype(model.dtype if is_cast else x.dtype)
+        num_layer_axes = spec.num_layer_axes if unstack else 0
+        return _lay_out(x, rules.spec(*spec.axes), dtype, num_layer_axes)
 
-    def prepare(name: str, spec: Any, held: Any) -> Any:
-        unstack = name.startswith(stacks)
-        laid_out = jax.tree.map(partial(lay_out, unstack=unstack), spec, held)
+    def prepare(name: str, spec: Any, value: Any) -> Any:
+        unstack = name.startswith(stack_prefixes)
+        laid_out = jax.tree.map(partial(lay_out, unstack=unstack), spec, value)
         if not unstack:
             return laid_out
-        tree = jax.tree.structure(held)
-        layers = zip(*tree.flatten_up_to(laid_out), strict=True)
-        return UnstackedParam(tuple(map(tree.unflatten, layers)))
+        # A leaf of several arrays, each now a list over layers → a leaf for each layer.
+        structure = jax.tree.structure(value)
+        arrays_by_layer = zip(*structure.flatten_up_to(laid_out), strict=True)
+        return UnstackedParam(tuple(map(structure.unflatten, arrays_by_layer)))
 
     with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
         specs = flatten_names(param_specs(model), is_leaf)
-        held = flatten_names(params, is_leaf)
-        values = {name: prepare(name, specs[name], own) for name, own in held.items()}
+        values = {
+            name: prepare(name, specs[name], value)
+            for name, value in flatten_names(params, is_leaf).items()
+        }
         for names in _list_joint_kernels(model, specs):
-            layers = zip(*(values[name].layers for name in names), strict=True)
-            fused = tuple(FusedKernel(_fuse_kernels(kernels)) for kernels in layers)
-            values |= dict.fromkeys(
-                names, UnstackedParam((FusedKernel(None),) * len(fused))
+            kernels_by_layer = zip(
+                *(values[name].layers for name in names), strict=True
             )
-            values[names[0]] = UnstackedParam(fused)
-    values = list(values.values())
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), values)
+            fused = [
+                FusedKernel(_fuse_kernels(kernels)) for kernels in kernels_by_layer
+            ]
+            # The first of them has the joint kernel; the others are read through it.
+            first, *others = names
+            values[first] = UnstackedParam(tuple(fused))
+            for name in others:
+                values[name] = UnstackedParam((FusedKernel(None),) * len(fused))
+    structure = jax.tree.structure(params, is_leaf=is_leaf)
+    return jax.tree.unflatten(structure, list(values.values()))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _lay_out(x: jax.Array, spec: PartitionSpec, dtype: Any, lead: int) -> Any:
-    """The array, or with ``lead`` axes that count layers a list of each layer's."""
+def _lay_out(
+    x: jax.Array, spec: PartitionSpec, dtype: jnp.dtype, num_layer_axes: int
+) -> jax.Array | list[jax.Array]:
+    """The array, or where it has axes that count layers a list of each layer's."""
     x = reshard(x.astype(dtype), spec)
-    return list(x.reshape(-1, *x.shape[lead:])) if lead else x
+    if not num_layer_axes:
+        return x
+    return list(x.reshape(-1, *x.shape[num_layer_axes:]))
 
 
-def _list_joint_kernels(model: Any, specs: dict[str, Any]) -> list[list[str]]:
+def _list_joint_kernels(model: Model, specs: dict[str, Any]) -> list[list[str]]:
     """Names of kernels that one product can read together."""
-    found = []
+    joint_kernels: list[list[str]] = []
+    # Only kernels whose inputs are whole lie side by side (can_fuse_kernels).
     if model.rules.residual or model.rules.embed:
-        return found
+        return joint_kernels
     for stack, block in getattr(model, "stacks", {}).items():
         for layer in (block.mixer, block.ffn):
             for group in getattr(layer, "joint_projections", ()):
-                names = [f"{stack}.{layer.name}.{each}.kernel" for each in group]
-                own = [
-                    specs[name]
-                    for name in names
-                    if isinstance(specs.get(name), ParamSpec)
+                names = [f"{stack}.{layer.name}.{part}.kernel" for part in group]
+                group_specs = [specs.get(name) for name in names]
+                layouts = [
+                    model.rules.spec(*spec.axes[spec.num_layer_axes :])
+                    for spec in group_specs
+                    if isinstance(spec, ParamSpec)
                 ]
-                axes = [spec.axes[spec.num_layer_axes :] for spec in own]
-                whole = len(own) == len(names)
-                if whole and can_fuse_kernels(
-                    [model.rules.spec(*each) for each in axes]
-                ):
-                    found.append(names)
-    return found
+                # One that is absent, or stored as other than one array, is not fused.
+                is_complete = len(layouts) == len(names)
+                if is_complete and can_fuse_kernels(layouts):
+                    joint_kernels.append(names)
+    return joint_kernels

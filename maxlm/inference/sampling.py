@@ -15,6 +15,7 @@ from jax import lax
 
 from maxlm.config.sampling import MAX_LOGIT_BIASES, SamplingConfig
 from maxlm.inference.logits_processors import (
+    LogitsChange,
     apply_needed,
     count_tokens,
     find_argmax,
@@ -29,36 +30,41 @@ from maxlm.inference.logits_processors import (
 
 MAX_STOP_IDS = 16
 TOP_LOGPROBS = 20
-GROUPS = 128
+NUM_GROUPS = 128
+"""Tokens are drawn in two steps: one of so many groups, then one of its tokens."""
 # Below this a temperature no longer fits the range of fp32 logits; the result is greedy
 # anyway.
-COLDEST = 1e-30
-_SIZES = ("no_repeat_ngram_size", "min_new_tokens", "top_k")
+MIN_TEMPERATURE = 1e-30
+
+
+Array = Any
+"""A NumPy array on the host, a jax.Array within a step, and a jax.ShapeDtypeStruct
+where a step is compiled before it runs."""
 
 
 class RowSettings(NamedTuple):
     """Settings of a batch's rows, as in :class:`SamplingConfig`: fp32 or int32 [R], or
     each shard's rows [D, R]."""
 
-    bias_ids: jax.Array
+    bias_ids: Array
     """int32 [R, 320]; -1: none."""
-    bias_values: jax.Array
+    bias_values: Array
     """fp32 [R, 320]."""
-    repetition_penalty: jax.Array
-    frequency_penalty: jax.Array
-    presence_penalty: jax.Array
-    no_repeat_ngram_size: jax.Array
-    min_new_tokens: jax.Array
-    stop_ids: jax.Array
+    repetition_penalty: Array
+    frequency_penalty: Array
+    presence_penalty: Array
+    no_repeat_ngram_size: Array
+    min_new_tokens: Array
+    stop_ids: Array
     """int32 [R, 16]: tokens that do not come before ``min_new_tokens``; -1: none."""
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    typical_p: jax.Array
-    seed: jax.Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    typical_p: Array
+    seed: Array
     """uint32 [R]."""
-    stream: jax.Array
+    stream: Array
     """uint32 [R]: tells rows of one seed apart."""
 
 
@@ -80,30 +86,43 @@ def stack_settings(
     default = SamplingConfig()
     rows = [config or default for config in configs]
     rows += [default] * (num_rows - len(rows))
-    columns: dict[str, Any] = {
-        "bias_ids": np.full((num_rows, MAX_LOGIT_BIASES), -1, np.int32),
-        "bias_values": np.zeros((num_rows, MAX_LOGIT_BIASES), np.float32),
-        "stop_ids": np.full((num_rows, MAX_STOP_IDS), -1, np.int32),
-        "seed": np.array([config.seed for config in rows], np.uint32),
-        "stream": np.zeros(num_rows, np.uint32),
-    }
+    bias_ids = np.full((num_rows, MAX_LOGIT_BIASES), -1, np.int32)
+    bias_values = np.zeros((num_rows, MAX_LOGIT_BIASES), np.float32)
     for row, config in enumerate(rows):
-        columns["bias_ids"][row, : len(config.logit_bias)] = [*config.logit_bias]
-        columns["bias_values"][row, : len(config.logit_bias)] = [
-            *config.logit_bias.values()
-        ]
+        num_biases = len(config.logit_bias)
+        bias_ids[row, :num_biases] = list(config.logit_bias)
+        bias_values[row, :num_biases] = list(config.logit_bias.values())
+    all_stop_ids = np.full((num_rows, MAX_STOP_IDS), -1, np.int32)
     for row, ids in enumerate(stop_ids):
-        columns["stop_ids"][row, : len(ids)] = ids
-    columns["stream"][: len(streams)] = streams
-    for name in RowSettings._fields:
-        if name not in columns:
-            # Sizes and temperatures beyond this mean the same.
-            values = [min(getattr(config, name), 2**31 - 1) for config in rows]
-            columns[name] = np.array(values, np.int32 if name in _SIZES else np.float32)
-    return RowSettings(**columns)
+        all_stop_ids[row, : len(ids)] = ids
+    all_streams = np.zeros(num_rows, np.uint32)
+    all_streams[: len(streams)] = streams
+
+    def stack(name: str, dtype: type[np.generic]) -> np.ndarray:
+        # Sizes and temperatures above int32's range mean the same as its largest.
+        values = [min(getattr(config, name), 2**31 - 1) for config in rows]
+        return np.array(values, dtype)
+
+    return RowSettings(
+        bias_ids=bias_ids,
+        bias_values=bias_values,
+        repetition_penalty=stack("repetition_penalty", np.float32),
+        frequency_penalty=stack("frequency_penalty", np.float32),
+        presence_penalty=stack("presence_penalty", np.float32),
+        no_repeat_ngram_size=stack("no_repeat_ngram_size", np.int32),
+        min_new_tokens=stack("min_new_tokens", np.int32),
+        stop_ids=all_stop_ids,
+        temperature=stack("temperature", np.float32),
+        top_k=stack("top_k", np.int32),
+        top_p=stack("top_p", np.float32),
+        min_p=stack("min_p", np.float32),
+        typical_p=stack("typical_p", np.float32),
+        seed=np.array([config.seed for config in rows], np.uint32),
+        stream=all_streams,
+    )
 
 
-def process_logits(
+def compute_sampling_logits(
     logits: jax.Array,
     settings: RowSettings,
     history: jax.Array,
@@ -147,7 +166,8 @@ def process_logits(
         logits = lax.cond(has_grammar, mask, lambda x: x, logits)
     logits = _apply_penalties(logits, settings, history, prompt_lengths, lengths)
     greedy = settings.temperature == 0
-    temperature = jnp.where(greedy, 1, jnp.maximum(settings.temperature, COLDEST))
+    temperature = jnp.maximum(settings.temperature, MIN_TEMPERATURE)
+    temperature = jnp.where(greedy, 1, temperature)
     return _apply_filters(logits / temperature[..., None], settings, ~greedy)
 
 
@@ -172,31 +192,35 @@ def _apply_penalties(
 
     def penalize_counts(logits):
         counts = count_tokens(history, prompt_lengths, lengths, logits)
-        frequency, presence = settings.frequency_penalty, settings.presence_penalty
-        return (
-            logits - frequency[..., None] * counts - presence[..., None] * (counts > 0)
-        )
+        frequency_penalty = settings.frequency_penalty[..., None] * counts
+        logits = logits - frequency_penalty
+        return logits - settings.presence_penalty[..., None] * (counts > 0)
 
     def ban(logits):
-        early = (lengths - prompt_lengths < settings.min_new_tokens)[..., None]
-        early = jnp.broadcast_to(early, settings.stop_ids.shape)
-        marked = scatter_tokens(
-            "max", jnp.zeros_like(logits, bool), settings.stop_ids, early
-        )
-        marked |= find_repeated_ngrams(
+        is_early = (lengths - prompt_lengths < settings.min_new_tokens)[..., None]
+        is_early = jnp.broadcast_to(is_early, settings.stop_ids.shape)
+        none = jnp.zeros_like(logits, bool)
+        banned = scatter_tokens("max", none, settings.stop_ids, is_early)
+        banned |= find_repeated_ngrams(
             history, lengths, settings.no_repeat_ngram_size, logits
         )
-        left = jnp.any(~marked & (logits > -jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(marked & left, -jnp.inf, logits)
+        # A row that would have no token left keeps them all.
+        has_others = jnp.any(~banned & (logits > -jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(banned & has_others, -jnp.inf, logits)
 
-    counted = (settings.frequency_penalty != 0) | (settings.presence_penalty != 0)
-    changes = (
-        (jnp.any(settings.bias_ids >= 0, axis=-1), add_bias),
-        (settings.repetition_penalty != 1, apply_repetition_penalty),
-        (counted, penalize_counts),
-        ((settings.no_repeat_ngram_size > 0) | (settings.min_new_tokens > 0), ban),
+    counts_output = (settings.frequency_penalty != 0) | (settings.presence_penalty != 0)
+    has_bias = jnp.any(settings.bias_ids >= 0, axis=-1)
+    penalizes_repetition = settings.repetition_penalty != 1
+    bans = (settings.no_repeat_ngram_size > 0) | (settings.min_new_tokens > 0)
+    return apply_needed(
+        logits,
+        (
+            (has_bias, add_bias),
+            (penalizes_repetition, apply_repetition_penalty),
+            (counts_output, penalize_counts),
+            (bans, ban),
+        ),
     )
-    return apply_needed(logits, changes)
 
 
 def _apply_filters(
@@ -204,23 +228,30 @@ def _apply_filters(
 ) -> jax.Array:
     """Applies what keeps some of the tokens of ``drawn`` rows alone."""
 
-    def drop(
-        keep: Callable[..., jax.Array], rows: jax.Array, *setting: jax.Array
-    ) -> Any:
-        def change(logits):
-            return jnp.where(
-                rows[..., None] & ~keep(logits, *setting), -jnp.inf, logits
-            )
+    def make_filter(
+        keep: Callable[[jax.Array, jax.Array], jax.Array],
+        rows: jax.Array,
+        setting: jax.Array,
+    ) -> LogitsChange:
+        """``keep`` marks the tokens that may be drawn, by the setting of each row."""
 
-        return rows, change
+        def drop_others(logits):
+            dropped = rows[..., None] & ~keep(logits, setting)
+            return jnp.where(dropped, -jnp.inf, logits)
 
-    changes = (
-        drop(keep_top_k, drawn & (settings.top_k > 0), settings.top_k),
-        drop(keep_top_p, drawn & (settings.top_p < 1), settings.top_p),
-        drop(keep_min_p, drawn & (settings.min_p > 0), settings.min_p),
-        drop(keep_typical, drawn & (settings.typical_p < 1), settings.typical_p),
+        return rows, drop_others
+
+    return apply_needed(
+        logits,
+        (
+            make_filter(keep_top_k, drawn & (settings.top_k > 0), settings.top_k),
+            make_filter(keep_top_p, drawn & (settings.top_p < 1), settings.top_p),
+            make_filter(keep_min_p, drawn & (settings.min_p > 0), settings.min_p),
+            make_filter(
+                keep_typical, drawn & (settings.typical_p < 1), settings.typical_p
+            ),
+        ),
     )
-    return apply_needed(logits, changes)
 
 
 def make_keys(settings: RowSettings, positions: jax.Array) -> jax.Array:
@@ -229,9 +260,8 @@ def make_keys(settings: RowSettings, positions: jax.Array) -> jax.Array:
 
     @jnp.vectorize
     def make_key(seed, stream, position):
-        return jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(seed), stream), position
-        )
+        stream_key = jax.random.fold_in(jax.random.key(seed), stream)
+        return jax.random.fold_in(stream_key, position)
 
     return make_key(settings.seed, settings.stream, positions)
 
@@ -245,7 +275,7 @@ def sample_tokens(logits: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.
     vocabulary would take most of the time.
 
     Args:
-        logits: fp32 [..., V], as :func:`process_logits` returns them.
+        logits: fp32 [..., V], as :func:`compute_sampling_logits` returns them.
         keys: random keys [...], one a row (:func:`make_keys`).
         greedy: rows whose likeliest token is taken, bool [...]; if all are, no number
             is drawn.
@@ -257,17 +287,17 @@ def sample_tokens(logits: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.
     def draw(row, key):
         # Group g has the tokens g, g + 128, ...: sums over the first dimension are
         # vectorized.
-        groups = jnp.pad(
-            row, (0, -row.size % GROUPS), constant_values=-jnp.inf
-        ).reshape(-1, GROUPS)
+        num_padding = -row.size % NUM_GROUPS
+        padded = jnp.pad(row, (0, num_padding), constant_values=-jnp.inf)
+        groups = padded.reshape(-1, NUM_GROUPS)
         highest = jnp.max(row)
-        sums = jnp.sum(
-            jnp.exp(groups - jnp.where(jnp.isfinite(highest), highest, 0)), axis=0
-        )
+        # A row without a token (all -inf) must not become NaN.
+        highest = jnp.where(jnp.isfinite(highest), highest, 0)
+        sums = jnp.sum(jnp.exp(groups - highest), axis=0)
         group_key, token_key = jax.random.split(key)
         group = jax.random.categorical(group_key, jnp.log(sums))
         place = jax.random.categorical(token_key, groups[:, group])
-        return (place * GROUPS + group).astype(jnp.int32)
+        return (place * NUM_GROUPS + group).astype(jnp.int32)
 
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
@@ -283,37 +313,37 @@ def sample_tokens(logits: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.
 class TokenLogprobs(NamedTuple):
     """Log-probabilities of tokens, and of the likeliest ones in their places."""
 
-    chosen: Any
+    chosen: Array
     """Natural ones of the tokens, fp32 [...]."""
-    top_ids: Any
+    top_ids: Array
     """Ids of the likeliest tokens, int32 [..., 20], the likeliest first."""
-    top: Any
+    top: Array
     """fp32 [..., 20]."""
 
 
 def compute_logprobs(
-    logits: jax.Array, tokens: jax.Array, wanted: jax.Array, *, vocab_size: int
+    logits: jax.Array, tokens: jax.Array, is_needed: jax.Array, *, vocab_size: int
 ) -> TokenLogprobs:
     """Compute the model's own log-probabilities of tokens, and of the likeliest ones.
 
     Args:
         logits: the model's, [..., V].
         tokens: int32 [...].
-        wanted: whether any row needs them, bool []; if not, all are 0.
+        is_needed: whether any row needs them, bool []; if not, all are 0.
         vocab_size: ids that the tokenizer has; no other is among the likeliest.
     """
-    size = min(TOP_LOGPROBS, vocab_size)
+    num_top = min(TOP_LOGPROBS, vocab_size)
 
     def compute(logits):
         logits = logits.astype(jnp.float32)
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - total
-        values, ids = lax.top_k(logits[..., :vocab_size], size)
-        return TokenLogprobs(chosen[..., 0], ids, values - total)
+        top_logits, top_ids = lax.top_k(logits[..., :vocab_size], num_top)
+        return TokenLogprobs(chosen[..., 0], top_ids, top_logits - total)
 
     def skip(logits):
-        none = jnp.zeros_like(logits[..., 0], jnp.float32)
-        several = jnp.zeros_like(logits[..., :size], jnp.float32)
-        return TokenLogprobs(none, several.astype(jnp.int32), several)
+        chosen = jnp.zeros_like(logits[..., 0], jnp.float32)
+        top = jnp.zeros_like(logits[..., :num_top], jnp.float32)
+        return TokenLogprobs(chosen, top.astype(jnp.int32), top)
 
-    return lax.cond(wanted, compute, skip, logits)
+    return lax.cond(is_needed, compute, skip, logits)

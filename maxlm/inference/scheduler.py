@@ -16,8 +16,10 @@ from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sequences import (
     DecodeRow,
     PrefillChunk,
+    RowCopy,
     RunningSequence,
     ScheduledStep,
+    get_order,
 )
 
 
@@ -54,7 +56,8 @@ class Scheduler:
     it."""
 
     def __post_init__(self) -> None:
-        config, windows = self.config, self.windows
+        config = self.config
+        windows = self.windows
         self.num_pages = config.count_pages(windows)
         """Pages of each group's pool in one shard, page 0 included."""
         shape = (self.num_shards, config.max_sequences, config.pages_per_sequence)
@@ -96,9 +99,14 @@ class Scheduler:
         tokens = (0,) * num_virtual + tokens
         self._check(request, len(tokens))
         if request.request_id in self._requests:
-            what = f"a request {request.request_id} is under way"
-            raise MaxlmError(what, where="request_id", fix="use another")
-        prompts = [(*tokens, *tail[:-1]) for tail in request.continuations]
+            message = f"a request {request.request_id} is under way"
+            raise MaxlmError(message, where="request_id", fix="use another")
+        if request.continuations:
+            # The last token of each is only looked up in what its predecessor predicts.
+            prompts = [(*tokens, *tail[:-1]) for tail in request.continuations]
+        else:
+            prompts = [tokens] * request.num_sequences
+        needs_host = request.grammar is not None or bool(request.banned_sequences)
         creations = [next(self._counter) for _ in range(request.num_sequences)]
         sequences = [
             RunningSequence(
@@ -111,10 +119,9 @@ class Scheduler:
                 encoder_tokens=encoder_tokens,
                 cache_key=cache_key,
                 num_virtual_tokens=num_virtual,
-                needs_host=request.grammar is not None
-                or bool(request.banned_sequences),
+                needs_host=needs_host,
             )
-            for index, prompt in enumerate(prompts or [tokens] * request.num_sequences)
+            for index, prompt in enumerate(prompts)
         ]
         self._requests[request.request_id] = list(sequences)
         self.waiting += sequences
@@ -125,38 +132,50 @@ class Scheduler:
         them, that could not even run alone."""
         where = f"request {request.request_id}"
         config = self.config
-        new = request.sampling.max_new_tokens
+        max_new_tokens = request.sampling.max_new_tokens
         if not request.prompt_tokens or request.num_sequences < 1:
-            what = "a request needs a token to continue, and a sequence"
-            raise MaxlmError(
-                what, where=where, fix="give a prompt, and num_sequences of 1 or more"
+            message = "a request needs a token to continue, and a sequence"
+            fix = "give a prompt, and num_sequences of 1 or more"
+            raise MaxlmError(message, where=where, fix=fix)
+        continuations = request.continuations
+        if continuations:
+            is_whole = all(continuations)
+            has_sequences = request.num_sequences == len(continuations)
+            if not (is_whole and has_sequences) or request.prompt_logprobs is None:
+                message = (
+                    "continuations have tokens, a sequence each, and prompt_logprobs"
+                )
+                fix = f"set num_sequences={len(continuations)}"
+                raise MaxlmError(message, where=where, fix=fix)
+            num_prompt_tokens += max(map(len, continuations)) - 1
+            max_new_tokens = 0
+        # An encoder reads the prompt apart from the decoder's tokens, which
+        # num_prompt_tokens counts: both must fit.
+        prompt_size = len(request.prompt_tokens)
+        longest = max(prompt_size, num_prompt_tokens + max_new_tokens)
+        if longest > config.max_length:
+            allowed = config.max_length - self.num_virtual_tokens
+            message = (
+                f"{prompt_size:,} tokens of prompt and "
+                f"max_new_tokens={max_new_tokens} are more than the {allowed:,} of the "
+                "longest sequence (max_length)"
             )
-        if tails := request.continuations:
-            is_whole = all(tails) and request.num_sequences == len(tails)
-            if not is_whole or request.prompt_logprobs is None:
-                what = "continuations have tokens, a sequence each, and prompt_logprobs"
-                raise MaxlmError(
-                    what, where=where, fix=f"set num_sequences={len(tails)}"
-                )
-            num_prompt_tokens = num_prompt_tokens + max(map(len, tails)) - 1
-            new = 0
-        if max(len(request.prompt_tokens), num_prompt_tokens + new) > config.max_length:
-            what = f"{len(request.prompt_tokens):,} tokens of prompt and max_new_tokens={new} are "
-            longest = config.max_length - self.num_virtual_tokens
-            what += f"more than the {longest:,} of the longest sequence (max_length)"
             fix = "shorten the prompt, or ask for fewer new tokens"
-            raise MaxlmError(what, where=where, fix=fix)
+            raise MaxlmError(message, where=where, fix=fix)
+        page_size = config.page_size
+        # The last new token is never read.
+        num_read = num_prompt_tokens + max(max_new_tokens, 1) - 1
         for window, num_pages in zip(self.windows, self.num_pages, strict=True):
-            # The last token is never read.
-            wanted = -(-(num_prompt_tokens + max(new, 1) - 1) // config.page_size)
+            num_needed = -(-num_read // page_size)
             if window is not None:
-                wanted = min(wanted, count_spanned_pages(window, config.page_size))
-            if wanted > num_pages - 1:
-                what = f"it needs {wanted:,} pages of {config.page_size} tokens, and the cache has "
-                what += f"{num_pages - 1:,} (num_pages)"
-                raise MaxlmError(
-                    what, where=where, fix="raise num_pages, or ask for fewer tokens"
+                num_needed = min(num_needed, count_spanned_pages(window, page_size))
+            if num_needed > num_pages - 1:
+                message = (
+                    f"it needs {num_needed:,} pages of {page_size} tokens, and the "
+                    f"cache has {num_pages - 1:,} (num_pages)"
                 )
+                fix = "raise num_pages, or ask for fewer tokens"
+                raise MaxlmError(message, where=where, fix=fix)
 
     def abort(self, request_id: str) -> list[RunningSequence]:
         """End a request's sequences and return them; none where there is no such
@@ -176,10 +195,10 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         sequence.state = "finished"
-        others = self._requests[sequence.request.request_id]
-        others.remove(sequence)
-        if not others:
-            del self._requests[sequence.request.request_id]
+        request_id = sequence.request.request_id
+        self._requests[request_id].remove(sequence)
+        if not self._requests[request_id]:
+            del self._requests[request_id]
 
     def fork(
         self, sequence: RunningSequence, next_token: int | None = None
@@ -187,17 +206,16 @@ class Scheduler:
         """Add a sequence that goes on from another's tokens (beam search). Without a
         free row in the same shard it waits. ``next_token`` replaces the last token,
         which is not computed yet."""
-        others = self._requests[sequence.request.request_id]
-        tokens = (
-            sequence.tokens
-            if next_token is None
-            else [*sequence.tokens[:-1], next_token]
-        )
-        index = 1 + max(other.index for other in others)
-        order = sequence.order[0]
-        order = order, next(self._counter)
-        target = replace(sequence, index=index, tokens=list(tokens), order=order)
-        others.append(target)
+        siblings = self._requests[sequence.request.request_id]
+        tokens = list(sequence.tokens)
+        if next_token is not None:
+            tokens[-1] = next_token
+        index = 1 + max(sibling.index for sibling in siblings)
+        request_order, _ = sequence.order
+        order = (request_order, next(self._counter))
+        # Fields with init=False, such as its state and row, are those of a new one.
+        target = replace(sequence, index=index, tokens=tokens, order=order)
+        siblings.append(target)
         shard = self._shards[sequence.shard]
         if sequence.state == "running" and shard.free_rows:
             shard.fork(sequence, target, sequence.num_computed)
@@ -213,17 +231,20 @@ class Scheduler:
         in place of its last one; those that none goes on from end. Return each branch's
         sequence: the first of an index stays in place, others are forks."""
         branches = list(branches)
-        sources = {each.index: each for each in self._requests.get(request_id, ())}
-        for index in sources.keys() - {index for index, _ in branches}:
+        sources = {
+            sequence.index: sequence for sequence in self._requests.get(request_id, ())
+        }
+        continued = {index for index, _ in branches}
+        for index in sources.keys() - continued:
             self.finish(sources[index])
-        found: list[RunningSequence] = []
+        sequences: list[RunningSequence] = []
         for index, token in branches:
             sequence = sources[index]
-            if sequence in found:
+            if sequence in sequences:
                 sequence = self.fork(sequence, token)
             sequence.tokens[-1] = token
-            found.append(sequence)
-        return found
+            sequences.append(sequence)
+        return sequences
 
     def schedule(self, max_steps: int | None = None) -> ScheduledStep | None:
         """Plan the next step; None: nothing is there to do. ``max_steps``: limit of
@@ -237,12 +258,13 @@ class Scheduler:
             self._plan_prefill(shard, step)
         if not (step.decode or step.prefill or step.encode):
             return None
-        self._add_decode_steps(
-            step, min(max_steps or 1 << 30, self.config.decode_steps)
-        )
+        decode_steps = self.config.decode_steps
+        if max_steps is not None:
+            decode_steps = min(decode_steps, max_steps)
+        self._add_decode_steps(step, decode_steps)
         for shard in self._shards:
-            copies = shard.row_copies.items()
-            step.row_copies += [(shard.shard, source, row) for row, source in copies]
+            for destination, source in shard.row_copies.items():
+                step.row_copies.append(RowCopy(shard.shard, source, destination))
             shard.row_copies = {}
         return step
 
@@ -274,13 +296,15 @@ class Scheduler:
         for sequence in list(shard.running):
             if sequence.state != "running" or not sequence.is_decoding:
                 continue
-            wanted = 1 + min(sequence.num_drafts, sequence.num_tokens_left - 1)
-            while not (num_tokens := shard.reserve(sequence, wanted, step.page_copies)):
+            num_drafts = min(sequence.num_drafts, sequence.num_tokens_left - 1)
+            num_tokens = shard.reserve(sequence, 1 + num_drafts, step.page_copies)
+            while not num_tokens:
                 # Those planned before are older, and so never preempted.
                 self._preempt(shard.running[-1])
                 if sequence.state != "running":
                     break
-            else:
+                num_tokens = shard.reserve(sequence, 1 + num_drafts, step.page_copies)
+            if num_tokens:
                 step.decode.append(DecodeRow(sequence, num_tokens))
 
     def _plan_prefill(self, shard: CacheRows, step: ScheduledStep) -> None:
@@ -288,49 +312,57 @@ class Scheduler:
         that none waits for a longer one to end; an equal share of the oldest in any
         case."""
         num_before = len(step.prefill)
-        if prompts := [each for each in shard.running if not each.is_decoding]:
+        prompts = [sequence for sequence in shard.running if not sequence.is_decoding]
+        if prompts:
             oldest, *others = prompts
-            others.sort(key=lambda each: each.num_to_compute)
+            others.sort(key=_count_to_compute)
             chosen = [oldest, *others[: max(0, shard.chunks_left - 1)]]
-            wanted = sum(each.num_to_compute for each in chosen)
+            num_to_compute = sum(map(_count_to_compute, chosen))
             shard.tokens_left = self.config.limit_chunk_tokens(
-                min(wanted, shard.tokens_left)
+                min(num_to_compute, shard.tokens_left)
             )
-            kept = -(-shard.tokens_left // len(chosen))
-            for sequence in sorted(chosen, key=lambda each: each.num_to_compute):
-                kept = 0 if sequence is oldest else kept
-                self._plan_chunk(shard, sequence, step, shard.tokens_left - kept)
+            # Shorter prompts leave the oldest its equal share.
+            reserve = -(-shard.tokens_left // len(chosen))
+            for sequence in sorted(chosen, key=_count_to_compute):
+                if sequence is oldest:
+                    reserve = 0
+                self._plan_chunk(shard, sequence, step, shard.tokens_left - reserve)
         working = [*(row.sequence for row in step.decode), *step.encode]
-        if not any(sequence.shard == shard.shard for sequence in working):
-            while shard.running and len(step.prefill) == num_before:
-                # Nothing but prompts, which hold all pages.
-                self._preempt(shard.running[-1])
-                if shard.running:
-                    self._plan_chunk(shard, shard.running[0], step, shard.tokens_left)
+        if any(sequence.shard == shard.shard for sequence in working):
+            return
+        while shard.running and len(step.prefill) == num_before:
+            # Nothing but prompts, which hold all pages: without a preemption none of
+            # them would ever go on.
+            self._preempt(shard.running[-1])
+            if shard.running:
+                self._plan_chunk(shard, shard.running[0], step, shard.tokens_left)
 
     def _plan_chunk(
         self,
         shard: CacheRows,
         sequence: RunningSequence,
         step: ScheduledStep,
-        most: int,
+        max_tokens: int,
     ) -> None:
-        """Plan up to ``most`` tokens of a sequence, as far as the shard's pages
+        """Plan up to ``max_tokens`` tokens of a sequence, as far as the shard's pages
         allow."""
+        if not shard.chunks_left:
+            max_tokens = 0
         num_left = sequence.num_to_compute
-        prompt_left = not sequence.num_output_tokens
-        leads = len(self._requests[sequence.request.request_id]) > 1 and self._can_share
-        wanted = num_left
-        num_shared = sequence.num_shared_tokens - 1 - sequence.num_computed
-        if (
-            leads
-            and prompt_left
-            and num_shared > 0
+        num_tokens = num_left
+        siblings = self._requests[sequence.request.request_id]
+        leads_others = (
+            self._can_share
+            and len(siblings) > 1
+            and not sequence.num_output_tokens
             and self._find_leader(sequence) is None
-        ):
-            wanted = num_shared  # the others go on from there
-        wanted = min(wanted, most) if shard.chunks_left else 0
-        if num_tokens := shard.reserve(sequence, wanted, step.page_copies):
+        )
+        num_shared = sequence.num_shared_tokens - 1 - sequence.num_computed
+        if leads_others and num_shared > 0:
+            num_tokens = num_shared  # the others fork there
+        num_tokens = min(num_tokens, max_tokens)
+        num_tokens = shard.reserve(sequence, num_tokens, step.page_copies)
+        if num_tokens:
             shard.spend(num_tokens)
             start = sequence.num_computed
             samples = num_tokens == num_left
@@ -353,12 +385,13 @@ class Scheduler:
                 step.encode.append(sequence)
                 shard.spend(len(sequence.encoder_tokens))
             decodes = sequence.is_decoding
-            # A copy of a page that it shares in part: the other may be about to write
-            # there.
-            if decodes or sequence.num_computed % self.config.page_size:
-                decodes &= bool(shard.reserve(sequence, 1, step.page_copies))
-            if decodes:
-                step.decode.append(DecodeRow(sequence, 1))
+            shares_part_of_page = sequence.num_computed % self.config.page_size > 0
+            if decodes or shares_part_of_page:
+                # This copies a page that is shared in part now: the sequence that it
+                # forked from may be about to write there.
+                num_reserved = shard.reserve(sequence, 1, step.page_copies)
+                if decodes and num_reserved:
+                    step.decode.append(DecodeRow(sequence, 1))
 
     def _find_leader(self, sequence: RunningSequence) -> RunningSequence | None:
         """Return the sequence that computes the prompt for a request's others, its
@@ -379,8 +412,8 @@ class Scheduler:
             has_input = leader.has_encoder_output or not leader.encoder_tokens
             return not (leader.state == "running" and is_prefilled and has_input)
         return any(
-            each.free_rows and each.is_computing_prefix(sequence)
-            for each in self._shards
+            shard.free_rows and shard.is_computing_prefix(sequence)
+            for shard in self._shards
         )
 
     def _place(self, sequence: RunningSequence) -> CacheRows | None:
@@ -395,38 +428,47 @@ class Scheduler:
                 return shard
 
         def rank(shard: CacheRows) -> tuple[int, int]:
-            return len(shard.match_prefix(sequence)), sum(
-                p.num_available for p in shard.pools
-            )
+            num_prefix_pages = len(shard.match_prefix(sequence))
+            num_available = sum(pool.num_available for pool in shard.pools)
+            return num_prefix_pages, num_available
 
-        ranked = sorted(self._shards, key=rank, reverse=True)
-        return next((shard for shard in ranked if shard.place(sequence)), None)
+        for shard in sorted(self._shards, key=rank, reverse=True):
+            if shard.place(sequence):
+                return shard
+        return None
 
-    def _add_decode_steps(self, step: ScheduledStep, most: int) -> None:
+    def _add_decode_steps(self, step: ScheduledStep, max_steps: int) -> None:
         """Let rows decode several tokens in this dispatch: while no prompt is under
         way, none needs the host between, and pages are there without preempting any."""
         rows = [row.sequence for row in step.decode]
-        if step.encode or len(rows) < sum(len(shard.running) for shard in self._shards):
+        if step.encode or len(rows) < len(self.running):
             return
         if any(sequence.needs_host or sequence.num_drafts for sequence in rows):
             return
-        num_steps = min(most, max(each.num_tokens_left for each in rows))
+        num_steps = max(sequence.num_tokens_left for sequence in rows)
+        num_steps = min(num_steps, max_steps)
         for sequence in rows:
-            wanted = min(num_steps, sequence.num_tokens_left)
+            num_tokens = min(num_steps, sequence.num_tokens_left)
             shard = self._shards[sequence.shard]
-            got = shard.reserve(sequence, wanted, step.page_copies)
-            num_steps = num_steps if got == wanted else got
+            num_reserved = shard.reserve(sequence, num_tokens, step.page_copies)
+            if num_reserved < num_tokens:
+                num_steps = num_reserved
         step.num_steps = num_steps
         step.decode = [
-            DecodeRow(each, min(num_steps, each.num_tokens_left)) for each in rows
+            DecodeRow(sequence, min(num_steps, sequence.num_tokens_left))
+            for sequence in rows
         ]
 
     def _wait(self, sequence: RunningSequence) -> None:
         sequence.state = "waiting"
-        insort(self.waiting, sequence, key=lambda each: each.order)
+        insort(self.waiting, sequence, key=get_order)
 
     def _preempt(self, sequence: RunningSequence) -> None:
         """Take a sequence's row and pages; older ones alone start before it again."""
         self._shards[sequence.shard].release(sequence)
         self._wait(sequence)
         self.num_preemptions += 1
+
+
+def _count_to_compute(sequence: RunningSequence) -> int:
+    return sequence.num_to_compute

@@ -8,7 +8,7 @@ cache has room.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,16 +69,16 @@ class Scorer:
         while waiting or running:
             while waiting and sum(map(len, running.values())) < room:
                 context = waiting.pop()
-                name = f"score-{self._num_calls}-{len(waiting)}"
-                own = groups[context]
-                running[name] = own
-                engine.add_request(
-                    make_score_request(name, context, [pairs[i][1] for i in own])
-                )
+                request_id = f"score-{self._num_calls}-{len(waiting)}"
+                indices = groups[context]
+                running[request_id] = indices
+                continuations = [pairs[index][1] for index in indices]
+                request = make_score_request(request_id, context, continuations)
+                engine.add_request(request)
             for output in engine.step():
                 index = running[output.request_id][output.sequence_index]
                 scores[index] = read_score(output, pairs[index][1])
-                if all(i in scores for i in running[output.request_id]):
+                if all(index in scores for index in running[output.request_id]):
                     del running[output.request_id]
             if on_progress is not None:
                 on_progress(len(scores))
@@ -87,17 +87,16 @@ class Scorer:
     def _cut_context(self, context: Tokens, continuation: Tokens) -> tuple[int, ...]:
         longest = self.engine.config.max_length
         if len(continuation) > longest:
-            what = f"a continuation has {len(continuation):,} tokens; the longest sequence has "
-            what += f"{longest:,} (max_length)"
-            raise MaxlmError(what, fix="score it in parts")
-        # The last token is looked up, never read. An encoder reads contexts apart from
-        # it.
-        behind = (
-            0
-            if isinstance(self.engine.model, EncoderDecoder)
-            else len(continuation) - 1
-        )
-        return tuple(context[behind - longest :])
+            message = (
+                f"a continuation has {len(continuation):,} tokens; the longest "
+                f"sequence has {longest:,} (max_length)"
+            )
+            raise MaxlmError(message, fix="score it in parts")
+        if isinstance(self.engine.model, EncoderDecoder):
+            room = longest  # the encoder reads the context alone
+        else:
+            room = longest - (len(continuation) - 1)  # the last token is never read
+        return tuple(context[-room:])
 
 
 def make_score_request(
@@ -109,8 +108,8 @@ def make_score_request(
         request_id,
         tuple(context),
         SamplingConfig(temperature=0, max_new_tokens=1),
-        len(continuations),
-        tuple(map(tuple, continuations)),
+        num_sequences=len(continuations),
+        continuations=tuple(map(tuple, continuations)),
         top_logprobs=1,
         prompt_logprobs=1,
     )
@@ -155,46 +154,56 @@ class MaskedScorer:
         longest row."""
         if not pairs:
             return []
-        rows = []
-        places = []
+        rows: list[list[int]] = []
+        masked: list[int] = []
         length = self.model.config.max_seq_len
+        num_wrapping = len(self.wrap([])[0])
         for context, continuation in pairs:
-            room = length - len(self.wrap([])[0]) - len(continuation)
+            room = length - num_wrapping - len(continuation)
             if room < 0:
-                what = f"a continuation has {len(continuation):,} tokens, and the model reads "
-                what += (
-                    f"{length:,}, those at a text's ends included (model.max_seq_len)"
+                message = (
+                    f"a continuation has {len(continuation):,} tokens, and the model "
+                    f"reads {length:,}, those at a text's ends included "
+                    "(model.max_seq_len)"
                 )
-                raise MaxlmError(what, fix="score it in parts")
+                raise MaxlmError(message, fix="score it in parts")
             context = context[max(0, len(context) - room) :]
             row, start = self.wrap([*context, *continuation])
             first = start + len(context)
-            places += range(first, first + len(continuation))
+            # A row for each of the continuation's tokens, which is masked in it.
+            masked += range(first, first + len(continuation))
             rows += [row] * len(continuation)
-        at = np.array(places, np.int32)
+        masked_places = np.array(masked, np.int32)
         logprobs = np.zeros(len(rows))
         is_greedy = np.zeros(len(rows), bool)
         num_done = 0
         for batch, tokens, lengths in iterate_padded_batches(rows, length, self._ways):
-            own = np.zeros(len(lengths), np.int32)
-            index = np.arange(len(batch))
-            own[: len(batch)] = at[batch]
-            targets = tokens[np.arange(len(lengths)), own]
-            tokens[index, at[batch]] = self.mask_id
-            found = self._run(self.model, self.params, tokens, lengths, own, targets)
-            logprobs[batch], is_greedy[batch] = (
-                np.asarray(x)[: len(batch)] for x in found
+            num_rows = len(batch)  # without padding
+            places = np.zeros(len(lengths), np.int32)
+            places[:num_rows] = masked_places[batch]
+            targets = tokens[np.arange(len(lengths)), places]
+            tokens[np.arange(num_rows), masked_places[batch]] = self.mask_id
+            batch_logprobs, batch_greedy = self._run(
+                self.model, self.params, tokens, lengths, places, targets
             )
-            num_done += len(batch)
+            logprobs[batch] = np.asarray(batch_logprobs)[:num_rows]
+            is_greedy[batch] = np.asarray(batch_greedy)[:num_rows]
+            num_done += num_rows
             if on_progress is not None:
                 on_progress(num_done * len(pairs) // len(rows))
-        ends = np.cumsum([len(continuation) for _, continuation in pairs])[:-1]
-        return [
-            ContinuationScore(float(own.sum()), bool(greedy.all()), tuple(own.tolist()))
-            for own, greedy in zip(
-                np.split(logprobs, ends), np.split(is_greedy, ends), strict=True
+        scores = []
+        start = 0
+        for _, continuation in pairs:
+            span = slice(start, start + len(continuation))
+            start = span.stop
+            token_logprobs = logprobs[span]
+            score = ContinuationScore(
+                logprob=float(token_logprobs.sum()),
+                is_greedy=bool(is_greedy[span].all()),
+                token_logprobs=tuple(token_logprobs.tolist()),
             )
-        ]
+            scores.append(score)
+        return scores
 
 
 def _score_masked(
@@ -207,7 +216,7 @@ def _score_masked(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability [B] of ``targets`` [B] at ``places`` [B] of rows [B,
     S], and whether each is the likeliest token there."""
-    bound: Any = bind(model, params)
+    bound = bind(model, params)
     hidden, _, _ = compute_padded_states(bound, model.rules, tokens, lengths)
     places, targets = (
         reshard(x, model.rules.spec("batch"))[:, None] for x in (places, targets)

@@ -89,6 +89,11 @@ class RunningSequence:
         return self.request.sampling.max_new_tokens - self.num_output_tokens
 
 
+def get_order(sequence: RunningSequence) -> tuple[int, int]:
+    """Returns what sequences are sorted by, for ``key=``: the oldest first."""
+    return sequence.order
+
+
 class DecodeRow(NamedTuple):
     """A sequence whose last token is computed, with its drafts, or with the tokens that
     follow in the steps of one dispatch."""
@@ -118,6 +123,15 @@ class PageCopy(NamedTuple):
     destination: int
 
 
+class RowCopy(NamedTuple):
+    """A row to copy, where caches are kept by row (recurrent states, an encoder's
+    output)."""
+
+    shard: int
+    source: int
+    destination: int
+
+
 @dataclass
 class ScheduledStep:
     """Work for the device, in this order: copies, each kind read as a whole before any
@@ -132,6 +146,4 @@ class ScheduledStep:
     encode: list[RunningSequence] = field(default_factory=list)
     """Sequences whose encoder has to run."""
     page_copies: list[PageCopy] = field(default_factory=list)
-    row_copies: list[tuple[int, int, int]] = field(default_factory=list)
-    """(shard, source, destination), where caches are kept by row (recurrent states, an
-    encoder's output)."""
+    row_copies: list[RowCopy] = field(default_factory=list)

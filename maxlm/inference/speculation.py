@@ -10,12 +10,13 @@ arXiv 2408.07978).
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.inference.generative_model import GenerativeModel
 from maxlm.models.architectures import Model
 from maxlm.models.caches.layout import CacheLayout, has_row_caches, list_paged_windows
 from maxlm.models.params import Params
@@ -61,33 +62,38 @@ def look_up_prompt(tokens: Sequence[int], config: PromptLookupConfig) -> list[in
     array = np.asarray(tokens)
     for size in range(min(config.max_ngram, len(array) - 1), config.min_ngram - 1, -1):
         windows = np.lib.stride_tricks.sliding_window_view(array[:-1], size)
-        found = np.flatnonzero((windows == array[-size:]).all(axis=1))
-        if len(found):
-            start = int(found[-1]) + size
+        matches = np.flatnonzero((windows == array[-size:]).all(axis=1))
+        if len(matches):
+            start = int(matches[-1]) + size
             return array[start : start + config.num_drafts].tolist()
     return []
 
 
-def check_speculation(model: Any, draft: Any, layout: CacheLayout) -> None:
+def check_speculation(
+    model: GenerativeModel, draft: GenerativeModel | None, layout: CacheLayout
+) -> None:
     """Checks that tokens can be taken back from a model's caches, and that a draft
     model, if there is one, can guess for it on the same pages. Raises MaxlmError:
     recurrent states, or caches that evict; a draft model with another vocabulary, or
     windows of its own."""
     where = "speculation"
-    for each in filter(None, (model, draft)):
-        if has_row_caches(each.cache_specs(layout)):
-            what = "a recurrent state, or a cache that evicts, cannot take tokens back"
-            raise MaxlmError(what, where=where, fix="leave it out")
+    models = [model] if draft is None else [model, draft]
+    for each_model in models:
+        if has_row_caches(each_model.cache_specs(layout)):
+            message = (
+                "a recurrent state, or a cache that evicts, cannot take tokens back"
+            )
+            raise MaxlmError(message, where=where, fix="leave it out")
     if draft is None:
         return
-    own = draft.config.vocab_size
-    if own != model.config.vocab_size:
-        what = f"the draft model has {own} tokens, the model {model.config.vocab_size}"
-        raise MaxlmError(
-            what, where=where, fix="use a draft model with the same tokenizer"
-        )
+    draft_size = draft.config.vocab_size
+    model_size = model.config.vocab_size
+    if draft_size != model_size:
+        message = f"the draft model has {draft_size} tokens, the model {model_size}"
+        fix = "use a draft model with the same tokenizer"
+        raise MaxlmError(message, where=where, fix=fix)
+    # The draft model reads the model's page tables, one for each window.
     if not set(list_paged_windows(draft)) <= set(list_paged_windows(model)):
-        what = "the draft model has windows that the model has not"
-        raise MaxlmError(
-            what, where=where, fix="use another draft model, or prompt_lookup"
-        )
+        message = "the draft model has windows that the model has not"
+        fix = "use another draft model, or prompt_lookup"
+        raise MaxlmError(message, where=where, fix=fix)

@@ -7,9 +7,10 @@ everything else, lengths and settings of sampling included, is an array. Leading
 count shards of the batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +18,41 @@ from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
 from maxlm.inference.adapter_slots import add_adapters
+from maxlm.inference.generative_model import GenerativeModel
 from maxlm.inference.sampling import (
     TOP_LOGPROBS,
+    Array,
     RowSettings,
     TokenLogprobs,
     compute_logprobs,
+    compute_sampling_logits,
     make_keys,
-    process_logits,
     sample_tokens,
 )
-from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.models.architectures.transformer import Caches, CrossAttentionCache, Decoder
+from maxlm.models.architectures.transformer import Caches, CrossAttentionCache
 from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.params import Params, bind
 from maxlm.parallel.local import map_shards
 from maxlm.sharding import AxisRules
 
-Array = Any
-"""A NumPy array on the host, a jax.Array within a step."""
 PROMPT_BLOCK = 32
 """Tokens of a prompt whose logits are held at once, where their log-probabilities are
-wanted."""
+requested."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What all of an engine's programs are compiled for, whatever a step's sizes."""
+
+    layout: CacheLayout
+    """Of the caches."""
+    windows: tuple[int | None, ...]
+    """The windows of the page tables that steps are given, as
+    :func:`~maxlm.models.caches.layout.list_paged_windows` returns them."""
+    max_length: int
+    """Tokens of the longest sequence, virtual ones included."""
+    vocab_size: int
+    """Ids that the tokenizer has; no other is drawn."""
 
 
 class StepSizes(NamedTuple):
@@ -71,15 +86,15 @@ class StepInputs(NamedTuple):
     """int32 [D, b]: tokens of each row that its cache has; -1: no sequence decodes
     there."""
     counts: Array
-    """int32 [D, b]: how many of ``tokens`` are a row's own; with several steps, how
-    many of these it takes part in."""
+    """int32 [D, b]: how many of the G ``tokens`` of each row are real; with several
+    steps, how many of these the row takes part in."""
     num_steps: Array
     """int32 []."""
     chunk_tokens: Array
     """int32 [D, C], chunk after chunk."""
     chunk_targets: Array
     """int32 [D, C]: the token that follows each of them, where its log-probability is
-    wanted; -1: it is not."""
+    requested; -1: it is not."""
     chunk_rows: Array
     """int32 [D, F]."""
     chunk_starts: Array
@@ -102,7 +117,7 @@ class StepInputs(NamedTuple):
     """bool []: whether ``allowed`` is to be looked at."""
     forced_tokens: Array
     """int32 [D, b·G + F]: results in place of drawn ones; -1: draw."""
-    logprobs_wanted: Array
+    needs_logprobs: Array
     """bool []."""
     adapter_masks: Array | None = None
     """bool [D, R, slots · rank]: columns of each row's adapter; None: the model has no
@@ -129,64 +144,15 @@ def make_ragged_batch(
     rules: AxisRules,
 ) -> RaggedBatch:
     """Places a step's tokens in their sequences and pages."""
-    b, G, C, F, _ = shape
 
-    def local(*given):
-        given = jax.tree.map(lambda x: x[0], given)
-        computed, counts, rows, starts, sizes, lengths, page_tables = given
-        offsets = jnp.arange(G, dtype=jnp.int32)
-        live = (computed[:, None] >= 0) & (offsets < counts[:, None])
-        positions = jnp.where(live, computed[:, None] + offsets, 0)
-        live = live.reshape(-1)
-        positions = positions.reshape(-1)
-        known = positions + 1
-        owner = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
-        ends = jnp.cumsum(sizes)
-        if C:
-            place = jnp.arange(C, dtype=jnp.int32)
-            chunk = jnp.searchsorted(ends, place, side="right").astype(jnp.int32)
-            inside = chunk < F
-            chunk = jnp.minimum(chunk, F - 1)
-            own = starts[chunk] + place - (ends - sizes)[chunk]
-            live = jnp.concatenate([live, inside])
-            positions = jnp.concatenate([positions, jnp.where(inside, own, 0)])
-            known = jnp.concatenate([known, jnp.where(inside, lengths[chunk], 1)])
-            owner = jnp.concatenate([owner, b + chunk])
-        # A row has all of its G tokens for attention; keys behind its own are not
-        # looked at.
-        decoding = jnp.where(computed >= 0, computed + G, 0)
-        kv_lengths = jnp.concatenate(
-            [decoding, jnp.where(sizes > 0, starts + sizes, 0)]
-        )
-        query_starts = jnp.concatenate(
-            [
-                jnp.arange(b, dtype=jnp.int32) * G,
-                b * G + ends - sizes,
-                b * G + sizes.sum()[None],
-            ]
-        )
-        tables, slots = [], []
-        for window, table in zip(windows, page_tables, strict=True):
-            table = jnp.pad(table, ((0, 0), (0, -(-(G - 1) // layout.page_size))))
-            table = jnp.concatenate([table[:b], table[rows]])
-            page = table[owner, positions // layout.page_size]
-            slot = page * layout.page_size + positions % layout.page_size
-            slots.append(
-                jnp.where(live, slot, layout.count_pages(window) * layout.page_size)
-            )
-            tables.append(table)
-        made = (
-            positions,
-            known,
-            kv_lengths,
-            query_starts,
-            rows,
-            tuple(tables),
-            tuple(slots),
-        )
-        return jax.tree.map(lambda x: x[None].astype(jnp.int32), made)
+    def place(*shard_inputs):
+        # Each shard sees its part of the arrays with a leading axis of size 1.
+        squeezed = jax.tree.map(lambda x: x[0], shard_inputs)
+        placed = _place_shard_tokens(shape, layout, windows, *squeezed)
+        return jax.tree.map(lambda x: x[None].astype(jnp.int32), placed)
 
-    given = (
+    by_shard = rules.spec("batch")
+    placed = map_shards(place, by_shard, by_shard)(
         inputs.computed,
         inputs.counts,
         inputs.chunk_rows,
@@ -195,17 +161,96 @@ def make_ragged_batch(
         inputs.chunk_lengths,
         inputs.page_tables,
     )
-    shards = rules.spec("batch")
-    made = map_shards(local, shards, shards)(*given)
-    return RaggedBatch(*made, windows=windows, uniform_rows=(b, G))
+    uniform_rows = (shape.num_rows, shape.row_tokens)
+    return RaggedBatch(*placed, windows=windows, uniform_rows=uniform_rows)
 
 
-def _run_step(
-    model: Decoder | EncoderDecoder,
+def _place_shard_tokens(
     shape: StepSizes,
     layout: CacheLayout,
     windows: tuple[int | None, ...],
-    vocab_size: int,
+    computed: jax.Array,
+    counts: jax.Array,
+    chunk_rows: jax.Array,
+    chunk_starts: jax.Array,
+    chunk_sizes: jax.Array,
+    chunk_lengths: jax.Array,
+    page_tables: tuple[jax.Array, ...],
+) -> tuple[jax.Array | tuple[jax.Array, ...], ...]:
+    """The arrays of a :class:`RaggedBatch`, in its order, of one shard."""
+    b, G, C, F, _ = shape
+    page_size = layout.page_size
+
+    # Tokens of the decoding rows, G a row.
+    offsets = jnp.arange(G, dtype=jnp.int32)
+    is_real = (computed[:, None] >= 0) & (offsets < counts[:, None])
+    positions = jnp.where(is_real, computed[:, None] + offsets, 0)
+    is_real = is_real.reshape(-1)
+    positions = positions.reshape(-1)
+    lengths = positions + 1
+    # Which of the b rows and F chunks each token belongs to.
+    owner = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
+
+    # Tokens of the chunks behind them, then padding up to C.
+    chunk_ends = jnp.cumsum(chunk_sizes)
+    if C:
+        place = jnp.arange(C, dtype=jnp.int32)
+        chunk = jnp.searchsorted(chunk_ends, place, side="right").astype(jnp.int32)
+        in_chunk = chunk < F
+        chunk = jnp.minimum(chunk, F - 1)
+        chunk_positions = (
+            chunk_starts[chunk] + place - (chunk_ends - chunk_sizes)[chunk]
+        )
+        is_real = jnp.concatenate([is_real, in_chunk])
+        positions = jnp.concatenate(
+            [positions, jnp.where(in_chunk, chunk_positions, 0)]
+        )
+        lengths = jnp.concatenate(
+            [lengths, jnp.where(in_chunk, chunk_lengths[chunk], 1)]
+        )
+        owner = jnp.concatenate([owner, b + chunk])
+
+    # Attention counts all G tokens of a row as its queries; keys behind a row's real
+    # tokens are masked by position.
+    row_kv_lengths = jnp.where(computed >= 0, computed + G, 0)
+    chunk_kv_lengths = jnp.where(chunk_sizes > 0, chunk_starts + chunk_sizes, 0)
+    kv_lengths = jnp.concatenate([row_kv_lengths, chunk_kv_lengths])
+    query_starts = jnp.concatenate(
+        [
+            jnp.arange(b, dtype=jnp.int32) * G,
+            b * G + chunk_ends - chunk_sizes,
+            b * G + chunk_sizes.sum()[None],
+        ]
+    )
+
+    tables = []
+    slots = []
+    # kv_lengths count G tokens of every row: they may reach past the longest sequence's
+    # last page.
+    num_extra_pages = -(-(G - 1) // page_size)
+    for window, table in zip(windows, page_tables, strict=True):
+        table = jnp.pad(table, ((0, 0), (0, num_extra_pages)))
+        table = jnp.concatenate([table[:b], table[chunk_rows]])
+        page = table[owner, positions // page_size]
+        slot = page * page_size + positions % page_size
+        past_last_slot = layout.count_pages(window) * page_size
+        slots.append(jnp.where(is_real, slot, past_last_slot))
+        tables.append(table)
+    return (
+        positions,
+        lengths,
+        kv_lengths,
+        query_starts,
+        chunk_rows,
+        tuple(tables),
+        tuple(slots),
+    )
+
+
+def _run_step(
+    model: GenerativeModel,
+    spec: EngineSpec,
+    shape: StepSizes,
     params: Params,
     state: EngineState,
     inputs: StepInputs,
@@ -214,33 +259,35 @@ def _run_step(
     """Runs one dispatch.
 
     Args:
-        layout: of ``state``'s caches.
-        windows: the model's ``cache_windows``.
-        vocab_size: ids that the tokenizer has; no other is drawn.
         params: as :func:`~maxlm.inference.params.prepare_params` returns them.
         adapters: A and B of all slots, as :func:`add_adapters` takes them.
     """
-    split = model.rules.spec("batch")
-    whole = PartitionSpec()
-    inputs = jax.tree.map(lambda x: reshard(x, split if x.ndim else whole), inputs)
-    adapted = bound = bind(model, params)
+    by_shard = model.rules.spec("batch")
+    replicated = PartitionSpec()
+    inputs = jax.tree.map(
+        lambda x: reshard(x, by_shard if x.ndim else replicated), inputs
+    )
+    base = bind(model, params)
+    bound = base
     if adapters is not None:
         mask = _spread_adapter_masks(inputs, shape, model.rules).astype(model.dtype)
-        adapted = bind(model, add_adapters(params, adapters, mask))
-    advance = partial(_run_once, adapted, shape, layout, windows, vocab_size)
+        bound = bind(model, add_adapters(params, adapters, mask))
+    advance = partial(_run_once, bound, spec, shape)
     if shape.max_steps == 1:
-        state, hidden, step = advance(inputs, state)
-        outputs = jax.tree.map(lambda x: x[None], step)
+        state, chunk_states, drawn = advance(inputs, state)
+        drawn = jax.tree.map(lambda x: x[None], drawn)
     else:
-        state, outputs = _run_steps(advance, shape, inputs, state)
-        hidden = None
-    prompt = _compute_prompt_logprobs(bound, vocab_size, hidden, inputs)
-    tokens, logprobs = outputs
-    outputs = StepOutputs(tokens, logprobs, prompt)
-    return state, jax.tree.map(lambda x: reshard(x, whole), outputs)
+        # Steps with chunks are never repeated, so that none is without its states.
+        state, drawn = _run_steps(advance, shape, inputs, state)
+        chunk_states = None
+    prompt_logprobs = _compute_prompt_logprobs(
+        base, spec.vocab_size, chunk_states, inputs
+    )
+    outputs = StepOutputs(drawn.tokens, drawn.logprobs, prompt_logprobs)
+    return state, jax.tree.map(lambda x: reshard(x, replicated), outputs)
 
 
-run_step = jax.jit(_run_step, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
+run_step = jax.jit(_run_step, static_argnums=(0, 1, 2), donate_argnums=4)
 # A loop adds up few numbers faster than XLA's library for CPUs, and than the tree of
 # two programs that the compiler makes of it.
 _SUMS_AS_LOOPS = {
@@ -249,8 +296,8 @@ _SUMS_AS_LOOPS = {
 }
 run_decoding_step = jax.jit(
     _run_step,
-    static_argnums=(0, 1, 2, 3, 4),
-    donate_argnums=6,
+    static_argnums=(0, 1, 2),
+    donate_argnums=4,
     compiler_options=_SUMS_AS_LOOPS,
 )
 """The same, of a shape without chunks, on a CPU."""
@@ -262,111 +309,163 @@ def _spread_adapter_masks(
     """Each token's mask, [D, b·G + C, slots · rank]."""
     b, G, C, F, _ = shape
 
-    def local(masks, rows, sizes):
-        masks, rows, sizes = masks[0], rows[0], sizes[0]
-        owners = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
+    def spread(masks, chunk_rows, chunk_sizes):
+        masks, chunk_rows, chunk_sizes = masks[0], chunk_rows[0], chunk_sizes[0]
+        rows = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
         if C:
-            chunks = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(C), side="right")
-            owners = jnp.concatenate([owners, rows[jnp.minimum(chunks, F - 1)]])
-        return masks[owners][None]
+            chunk_ends = jnp.cumsum(chunk_sizes)
+            chunks = jnp.searchsorted(chunk_ends, jnp.arange(C), side="right")
+            rows = jnp.concatenate([rows, chunk_rows[jnp.minimum(chunks, F - 1)]])
+        return masks[rows][None]
 
-    shards = rules.spec("batch")
-    given = inputs.adapter_masks, inputs.chunk_rows, inputs.chunk_sizes
-    return map_shards(local, shards, shards)(*given)
+    by_shard = rules.spec("batch")
+    return map_shards(spread, by_shard, by_shard)(
+        inputs.adapter_masks, inputs.chunk_rows, inputs.chunk_sizes
+    )
 
 
-def _run_once(bound, shape, layout, windows, vocab_size, inputs, state):
-    """The caches, the chunks' hidden states [D, C, D], and (tokens, logprobs) of each
-    result."""
+class DrawnTokens(NamedTuple):
+    """What one step draws, b·G + F results."""
+
+    tokens: jax.Array
+    """int32 [D, b·G + F]."""
+    logprobs: TokenLogprobs
+    """[D, b·G + F, ...]."""
+
+
+StepFunction = Callable[
+    [StepInputs, EngineState], tuple[EngineState, jax.Array, DrawnTokens]
+]
+"""Returns the state, the hidden states [D, C, D] of the chunks, and what is drawn."""
+
+
+def _run_once(
+    bound: GenerativeModel,
+    spec: EngineSpec,
+    shape: StepSizes,
+    inputs: StepInputs,
+    state: EngineState,
+) -> tuple[EngineState, jax.Array, DrawnTokens]:
+    """A :data:`StepFunction` of a model with its parameters."""
     b, G, C, _, _ = shape
     rules = bound.rules
-    D = inputs.computed.shape[0]
-    batch = make_ragged_batch(inputs, shape, layout, windows, rules)
-    tokens = jnp.concatenate(
-        [_merge(inputs.tokens, rules), inputs.chunk_tokens], axis=1
-    )
+    num_shards = inputs.computed.shape[0]
+    batch = make_ragged_batch(inputs, shape, spec.layout, spec.windows, rules)
+    row_tokens = _merge_row_tokens(inputs.tokens, rules)
+    tokens = jnp.concatenate([row_tokens, inputs.chunk_tokens], axis=1)
     hidden, caches = bound.forward_with_cache(
         tokens, batch, state.caches, state.cross_cache
     )
     state = state._replace(caches=caches)
-    # What is drawn from: every token of a decoding row, the last one of each chunk.
+
+    # A token is drawn behind every token of a decoding row, and behind the last one of
+    # each chunk. The row of each of these results:
     rows = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
-    rows = jnp.broadcast_to(rows, (D, b * G), out_sharding=rules.spec("batch", None))
+    rows = jnp.broadcast_to(
+        rows, (num_shards, b * G), out_sharding=rules.spec("batch", None)
+    )
     rows = jnp.concatenate([rows, inputs.chunk_rows], axis=1)
-    decoded, chunks = hidden[:, : b * G], hidden[:, b * G :]
+    sampled_states = hidden[:, : b * G]
+    chunk_states = hidden[:, b * G :]
     if C:
         last = jnp.maximum(jnp.cumsum(inputs.chunk_sizes, axis=1) - 1, 0)
-        ends = jnp.take_along_axis(chunks, last[..., None], axis=1)
-        decoded = jnp.concatenate([decoded, ends], axis=1)
-    logits = bound.logits(decoded)
+        last_states = jnp.take_along_axis(chunk_states, last[..., None], axis=1)
+        sampled_states = jnp.concatenate([sampled_states, last_states], axis=1)
+    logits = bound.logits(sampled_states)
+
+    # Tokens of the sequence before each result; 0 where no sequence decodes.
     offsets = jnp.arange(1, G + 1, dtype=jnp.int32)
     computed = inputs.computed[..., None]
-    lengths = _merge(jnp.where(computed < 0, 0, computed + offsets), rules)
-    lengths = jnp.concatenate(
-        [lengths, inputs.chunk_starts + inputs.chunk_sizes], axis=1
-    )
+    row_lengths = jnp.where(computed < 0, 0, computed + offsets)
+    row_lengths = _merge_row_tokens(row_lengths, rules)
+    chunk_lengths = inputs.chunk_starts + inputs.chunk_sizes
+    lengths = jnp.concatenate([row_lengths, chunk_lengths], axis=1)
 
-    def local(flags, *given):
-        has_grammar, logprobs_wanted = flags
-        logits, rows, lengths, settings, history, prompt_lengths, allowed, forced = (
-            jax.tree.map(lambda x: x[0], given)
-        )
-        own = jax.tree.map(lambda x: x[rows], settings)
-        processed = process_logits(
-            logits,
-            own,
-            history[rows],
-            prompt_lengths[rows],
-            lengths,
-            vocab_size=vocab_size,
-            allowed=allowed,
-            has_grammar=has_grammar,
-        )
-        # Where no sequence is, the length is 0, and nothing reads what is drawn.
-        greedy = (own.temperature == 0) | (lengths == 0)
-        drawn = sample_tokens(processed, make_keys(own, lengths), greedy)
-        tokens = jnp.where(forced >= 0, forced, drawn)
-        logprobs = compute_logprobs(
-            logits, tokens, logprobs_wanted, vocab_size=vocab_size
-        )
-        return jax.tree.map(lambda x: x[None], (tokens, logprobs))
+    def sample(flags, *shard_arrays):
+        squeezed = jax.tree.map(lambda x: x[0], shard_arrays)
+        drawn = _sample_shard(spec.vocab_size, flags, *squeezed)
+        return jax.tree.map(lambda x: x[None], drawn)
 
-    shards = rules.spec("batch")
-    given = (
+    by_shard = rules.spec("batch")
+    flags = inputs.has_grammar, inputs.needs_logprobs
+    arrays = (
+        logits,
         rows,
         lengths,
         inputs.settings,
         inputs.history,
         inputs.prompt_lengths,
         inputs.allowed,
+        inputs.forced_tokens,
     )
-    given = *given, inputs.forced_tokens
-    flags = inputs.has_grammar, inputs.logprobs_wanted
-    specs = PartitionSpec(), *(shards,) * (1 + len(given))
-    return state, chunks, map_shards(local, specs, shards)(flags, logits, *given)
+    in_specs = (PartitionSpec(), *(by_shard,) * len(arrays))
+    drawn = map_shards(sample, in_specs, by_shard)(flags, *arrays)
+    return state, chunk_states, DrawnTokens(*drawn)
 
 
-def _run_steps(advance, shape: StepSizes, inputs: StepInputs, state: EngineState):
+def _sample_shard(
+    vocab_size: int,
+    flags: tuple[jax.Array, jax.Array],
+    logits: jax.Array,
+    rows: jax.Array,
+    lengths: jax.Array,
+    settings: RowSettings,
+    history: jax.Array,
+    prompt_lengths: jax.Array,
+    allowed: jax.Array,
+    forced_tokens: jax.Array,
+) -> tuple[jax.Array, TokenLogprobs]:
+    """Draws the tokens of one shard's results, and computes their log-probabilities.
+
+    Args:
+        flags: ``has_grammar`` and ``needs_logprobs`` of :class:`StepInputs`.
+        logits: [results, V].
+        rows, lengths: of each result, int32 [results].
+        settings, history, prompt_lengths: of each row.
+    """
+    has_grammar, needs_logprobs = flags
+    settings = jax.tree.map(lambda x: x[rows], settings)
+    processed = compute_sampling_logits(
+        logits,
+        settings,
+        history[rows],
+        prompt_lengths[rows],
+        lengths,
+        vocab_size=vocab_size,
+        allowed=allowed,
+        has_grammar=has_grammar,
+    )
+    # Nothing reads what is drawn where no sequence is (length 0): greedy is cheapest.
+    greedy = (settings.temperature == 0) | (lengths == 0)
+    drawn = sample_tokens(processed, make_keys(settings, lengths), greedy)
+    tokens = jnp.where(forced_tokens >= 0, forced_tokens, drawn)
+    logprobs = compute_logprobs(logits, tokens, needs_logprobs, vocab_size=vocab_size)
+    return tokens, logprobs
+
+
+def _run_steps(
+    advance: StepFunction, shape: StepSizes, inputs: StepInputs, state: EngineState
+) -> tuple[EngineState, DrawnTokens]:
     """Steps of decoding rows, each with the token that the last one drew; a row whose
-    output has ended writes nothing more."""
+    output has ended writes nothing more. What is drawn has an axis of steps in
+    front."""
     b = shape.num_rows
 
-    def body(carry):
+    def run_next(carry):
         step, inputs, state, outputs = carry
-        state, _, result = advance(inputs, state)
+        state, _, drawn = advance(inputs, state)
         outputs = jax.tree.map(
-            lambda all_, own: lax.dynamic_update_index_in_dim(all_, own, step, 0),
+            lambda stacked, x: lax.dynamic_update_index_in_dim(stacked, x, step, 0),
             outputs,
-            result,
+            drawn,
         )
-        tokens = result[0]
+        tokens = drawn.tokens
         stops = inputs.settings.stop_ids[:, :b]
-        ended = jnp.any(tokens[..., None] == stops, axis=-1) | (
-            inputs.counts <= step + 1
-        )
+        has_stopped = jnp.any(tokens[..., None] == stops, axis=-1)
+        ended = has_stopped | (inputs.counts <= step + 1)
         computed = jnp.where(ended, -1, inputs.computed + (inputs.computed >= 0))
-        at = jnp.arange(inputs.history.shape[-1]) == computed[..., None]
-        written = jnp.where(at, tokens[..., None], inputs.history[:, :b])
+        is_next_place = jnp.arange(inputs.history.shape[-1]) == computed[..., None]
+        written = jnp.where(is_next_place, tokens[..., None], inputs.history[:, :b])
         inputs = inputs._replace(
             tokens=tokens[..., None],
             computed=computed,
@@ -374,73 +473,82 @@ def _run_steps(advance, shape: StepSizes, inputs: StepInputs, state: EngineState
         )
         return step + 1, inputs, state, outputs
 
-    _, _, one = jax.eval_shape(advance, inputs, state)
-    empty = jax.tree.map(
-        lambda x: jnp.zeros(
-            (shape.max_steps, *x.shape),
-            x.dtype,
-            out_sharding=PartitionSpec(None, *x.sharding.spec),
-        ),
-        one,
-    )
-    start = jnp.zeros((), jnp.int32), inputs, state, empty
+    def make_empty(x: jax.ShapeDtypeStruct) -> jax.Array:
+        layout = PartitionSpec(None, *x.sharding.spec)
+        return jnp.zeros((shape.max_steps, *x.shape), x.dtype, out_sharding=layout)
+
+    _, _, drawn = jax.eval_shape(advance, inputs, state)
+    outputs = jax.tree.map(make_empty, drawn)
+    start = jnp.zeros((), jnp.int32), inputs, state, outputs
     _, _, state, outputs = lax.while_loop(
-        lambda carry: carry[0] < inputs.num_steps, body, start
+        lambda carry: carry[0] < inputs.num_steps, run_next, start
     )
     return state, outputs
 
 
-def _compute_prompt_logprobs(bound, vocab_size, hidden, inputs) -> TokenLogprobs:
+def _compute_prompt_logprobs(
+    bound: GenerativeModel,
+    vocab_size: int,
+    chunk_states: jax.Array | None,
+    inputs: StepInputs,
+) -> TokenLogprobs:
     """Log-probabilities of the tokens that follow those of the chunks, where they are
-    wanted, [D, C, ...]; a block at a time, so that few logits are held, and no more
-    blocks than these fill."""
+    requested, [D, C, ...].
+
+    Tokens with a target go first, in blocks of ``PROMPT_BLOCK``, so that few logits are
+    held at once, and no more blocks are computed than these tokens fill.
+    """
     D, C = inputs.chunk_tokens.shape
-    size = min(TOP_LOGPROBS, vocab_size)
-    shapes: Any = (
-        ((D, C), jnp.float32),
-        ((D, C, size), jnp.int32),
-        ((D, C, size), jnp.float32),
+    num_top = min(TOP_LOGPROBS, vocab_size)
+    by_shard = bound.rules.spec("batch")
+    zeros = TokenLogprobs(
+        chosen=jnp.zeros((D, C), jnp.float32, out_sharding=by_shard),
+        top_ids=jnp.zeros((D, C, num_top), jnp.int32, out_sharding=by_shard),
+        top=jnp.zeros((D, C, num_top), jnp.float32, out_sharding=by_shard),
     )
-    layout = bound.rules.spec("batch")
-    none = TokenLogprobs(*(jnp.zeros(*s, out_sharding=layout) for s in shapes))
-    if not C:
-        return none
+    if chunk_states is None or not C:
+        return zeros
     block = min(PROMPT_BLOCK, C)
-    wanted = inputs.chunk_targets >= 0
-    order = jnp.argsort(~wanted, axis=1, stable=True)
-    most = jnp.max(reshard(jnp.sum(wanted, axis=1), PartitionSpec()))
+    has_target = inputs.chunk_targets >= 0
+    order = jnp.argsort(~has_target, axis=1, stable=True)
+    num_targets = jnp.max(reshard(jnp.sum(has_target, axis=1), PartitionSpec()))
 
     def compute_block(carry):
-        start, found = carry
+        start, logprobs = carry
+        # The last block may overlap the one before: it computes the same values again.
         start = jnp.minimum(start, C - block)
-        own = lax.dynamic_slice_in_dim(order, start, block, 1)
-        targets = jnp.take_along_axis(inputs.chunk_targets, own, axis=1)
-        logits = bound.logits(jnp.take_along_axis(hidden, own[..., None], axis=1))
+        places = lax.dynamic_slice_in_dim(order, start, block, 1)
+        targets = jnp.take_along_axis(inputs.chunk_targets, places, axis=1)
+        states = jnp.take_along_axis(chunk_states, places[..., None], axis=1)
+        logits = bound.logits(states)
         targets = jnp.maximum(targets, 0)
-        logprobs = compute_logprobs(
+        block_logprobs = compute_logprobs(
             logits, targets, jnp.ones((), bool), vocab_size=vocab_size
         )
         write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-        return start + block, jax.tree.map(write, found, logprobs)
+        return start + block, jax.tree.map(write, logprobs, block_logprobs)
 
-    def compute_blocks(none):
+    def compute_blocks(zeros):
         start = jnp.zeros((), jnp.int32)
-        return lax.while_loop(
-            lambda carry: carry[0] < most, compute_block, (start, none)
-        )[1]
+        _, logprobs = lax.while_loop(
+            lambda carry: carry[0] < num_targets, compute_block, (start, zeros)
+        )
+        return logprobs
 
-    # Of one block nothing changes from turn to turn, and XLA computes it before the
-    # loop asks.
-    found = lax.cond(most > 0, compute_blocks, lambda none: none, none)
-    rank = jnp.maximum(jnp.cumsum(wanted, axis=1) - 1, 0)
+    # The condition looks superfluous beside the loop's own. But where all tokens fit in
+    # one block, nothing in the loop's body changes from turn to turn, and XLA hoists
+    # it out of the loop: it would be computed in every step.
+    logprobs = lax.cond(num_targets > 0, compute_blocks, lambda zeros: zeros, zeros)
+    # Back from the order of blocks to that of tokens.
+    rank = jnp.maximum(jnp.cumsum(has_target, axis=1) - 1, 0)
 
-    def pick(x: jax.Array) -> jax.Array:
+    def restore_order(x: jax.Array) -> jax.Array:
         index = rank.reshape(D, C, *(1,) * (x.ndim - 2))
         return jnp.take_along_axis(x, index, axis=1)
 
-    return jax.tree.map(pick, found)
+    return jax.tree.map(restore_order, logprobs)
 
 
-def _merge(x: jax.Array, rules: AxisRules) -> jax.Array:
+def _merge_row_tokens(x: jax.Array, rules: AxisRules) -> jax.Array:
     """[D, b, G] → [D, b·G]."""
     return x.reshape(x.shape[0], -1, out_sharding=rules.spec("batch", None))

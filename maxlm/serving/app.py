@@ -77,9 +77,8 @@ def make_app(state: ServerState) -> Starlette:
             CORSMiddleware,
             allow_origins=state.allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=[
-                "*"
-            ],  # clients send names of their own; the origin is the guard
+            # Clients send headers of their own; the origin is the guard.
+            allow_headers=["*"],
             expose_headers=["x-maxlm-ignored", "retry-after"],
         )
         middleware.append(cross_origin)
@@ -94,18 +93,17 @@ async def _answer(
     start = time.monotonic()
     try:
         _check_host(state, request)
-        given = request.headers.get("authorization", "").encode()
-        is_open = not state.api_key or path in _OPEN_PATHS
-        if not is_open and not hmac.compare_digest(
-            given, f"Bearer {state.api_key}".encode()
-        ):
-            raise ApiError(401, "send the header authorization: Bearer KEY")
+        if path not in _OPEN_PATHS:
+            _check_api_key(state, request)
         response = await endpoint(state, request)
-        if ignored := getattr(request.state, "ignored_fields", None):
-            response.headers["x-maxlm-ignored"] = ", ".join(ignored)
+        ignored_fields = getattr(request.state, "ignored_fields", None)
+        if ignored_fields:
+            response.headers["x-maxlm-ignored"] = ", ".join(ignored_fields)
     except ClientDisconnect:
         response = Response(status_code=499)  # nobody reads it; as nginx counts them
     except Exception as error:
+        # Whatever went wrong with one request, the client is answered and others go
+        # on; a fault of ours is printed with its traceback.
         response = make_error_response(error)
     state.metrics.requests.labels(path, response.status_code).inc()
     if state.prints_requests:
@@ -123,6 +121,18 @@ def _print_request(request: Request, status: int, seconds: float) -> None:
         print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", flush=True)
 
 
+def _check_api_key(state: ServerState, request: Request) -> None:
+    """Raises ApiError: the server has a key, and the request another or none."""
+    if not state.api_key:
+        return
+    authorization = request.headers.get("authorization", "").encode()
+    expected = f"Bearer {state.api_key}".encode()
+    # A comparison that ends at the first difference would tell by its time how much of
+    # a key is right.
+    if not hmac.compare_digest(authorization, expected):
+        raise ApiError(401, "send the header authorization: Bearer KEY")
+
+
 def _check_host(state: ServerState, request: Request) -> None:
     """Raises ApiError: a request calls the server by a name that is none of its own. A
     page of another site may have its own name lead here (DNS rebinding)."""
@@ -133,7 +143,10 @@ def _check_host(state: ServerState, request: Request) -> None:
     match = _HOST.fullmatch(header)
     host = match["name"].strip("[]").lower() if match else None
     if host not in state.allowed_hosts:
-        message = f"the host {header[:200]!r} is none of this server's: start it with an API key"
+        message = (
+            f"the host {header[:200]!r} is none of this server's: start it with an "
+            "API key"
+        )
         raise ApiError(403, message)
 
 
@@ -143,17 +156,22 @@ async def _refuse_path(
     status = getattr(error, "status_code", 404)
     if state.prints_requests:
         _print_request(request, status, 0.0)
-    what = f"{request.method} {request.url.path[:200]}: no such path, or not by this method"
-    response = make_error_response(ApiError(status, what))
+    message = (
+        f"{request.method} {request.url.path[:200]}: no such path, or not by this "
+        "method"
+    )
+    response = make_error_response(ApiError(status, message))
     response.headers.update(getattr(error, "headers", None) or {})  # Allow, beside 405
     return response
 
 
 def make_error_response(error: Exception) -> Response:
     """Returns an error in OpenAI's form."""
-    found = convert_error(error)
-    headers = {"retry-after": str(found.retry_after)} if found.retry_after else None
-    return JSONResponse(found.to_json(), found.status, headers)
+    api_error = convert_error(error)
+    headers = {}
+    if api_error.retry_after:
+        headers["retry-after"] = str(api_error.retry_after)
+    return JSONResponse(api_error.to_json(), api_error.status, headers)
 
 
 def make_page_response(path: Path) -> Response:
@@ -178,10 +196,14 @@ async def report_health(state: ServerState, request: Request) -> Response:
     """Answers /health: 200 while requests are taken; the first ones may wait for
     programs that are not compiled yet, whose number is ``programs_left``."""
     loop = state.engine_loop
-    status = "failed" if loop.failure else "stopping" if loop.is_draining else "ok"
+    status = "ok"
+    if loop.failure:
+        status = "failed"
+    elif loop.is_draining:
+        status = "stopping"
     programs_left = loop.engine.num_programs_left if loop.engine is not None else 0
-    about = {"status": status, "programs_left": programs_left}
-    return JSONResponse(about, 200 if status == "ok" else 503)
+    health = {"status": status, "programs_left": programs_left}
+    return JSONResponse(health, 200 if status == "ok" else 503)
 
 
 async def report_metrics(state: ServerState, request: Request) -> Response:
@@ -192,15 +214,15 @@ async def report_metrics(state: ServerState, request: Request) -> Response:
 
 async def list_models(state: ServerState, request: Request) -> Response:
     """Answers /v1/models."""
-    data = [state.describe_model(adapter) for adapter in (None, *state.list_adapters())]
-    return JSONResponse({"object": "list", "data": data})
+    models = [state.describe_model()]
+    models += [state.describe_model(adapter) for adapter in state.list_adapters()]
+    return JSONResponse({"object": "list", "data": models})
 
 
 async def describe_model(state: ServerState, request: Request) -> Response:
     """Answers /v1/models/NAME."""
-    return JSONResponse(
-        state.describe_model(state.find_adapter(request.path_params["name"]))
-    )
+    adapter = state.find_adapter(request.path_params["name"])
+    return JSONResponse(state.describe_model(adapter))
 
 
 async def tokenize(state: ServerState, request: Request) -> Response:
@@ -218,8 +240,13 @@ async def tokenize(state: ServerState, request: Request) -> Response:
         )
         encode = partial(encode, allow_special=body.parse_special)
         tokens = await state.encode_text(body.prompt or "", "prompt", encode=encode)
-    about = {"count": len(tokens), "max_model_len": state.max_length}
-    return JSONResponse(about | {"tokens": list(tokens)})
+    return JSONResponse(
+        {
+            "count": len(tokens),
+            "max_model_len": state.max_length,
+            "tokens": list(tokens),
+        }
+    )
 
 
 async def detokenize(state: ServerState, request: Request) -> Response:
@@ -234,23 +261,22 @@ async def load_lora_adapter(state: ServerState, request: Request) -> Response:
     body = await state.read_body(request, LoadAdapterBody)
     engine = state.engine_loop.engine
     if engine is None or state.read_adapter is None:
-        raise ApiError(
-            400, "no adapters are loaded beside this model", code="unsupported"
-        )
+        message = "no adapters are loaded beside this model"
+        raise ApiError(400, message, code="unsupported")
     with state.engine_loop.admit():
-        found = await asyncio.to_thread(state.read_adapter, body.lora_path)
-        await state.engine_loop.call(
-            partial(engine.load_adapter, body.lora_name, found.weights)
-        )
-        if found.tokenizer is not None:
-            state.adapter_tokenizers[body.lora_name] = found.tokenizer
+        adapter = await asyncio.to_thread(state.read_adapter, body.lora_path)
+        load = partial(engine.load_adapter, body.lora_name, adapter.weights)
+        await state.engine_loop.call(load)
+        if adapter.tokenizer is not None:
+            state.adapter_tokenizers[body.lora_name] = adapter.tokenizer
     return JSONResponse(state.describe_model(body.lora_name))
 
 
 async def unload_lora_adapter(state: ServerState, request: Request) -> Response:
     """Answers /v1/unload_lora_adapter."""
     body = await state.read_body(request, UnloadAdapterBody)
-    name, engine = body.lora_name, state.engine_loop.engine
+    name = body.lora_name
+    engine = state.engine_loop.engine
     state.find_adapter(f"{state.name}:{name}")
     assert engine is not None, "it has an adapter"
     with state.engine_loop.admit():

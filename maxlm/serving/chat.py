@@ -1,9 +1,9 @@
 """/v1/chat/completions: conversations, by the model's chat template."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,7 +11,8 @@ from starlette.responses import Response
 from maxlm.data.tokenizer import Tokenizer, render_escaped_chat
 from maxlm.data.tokenizer.chat import EscapedChat, get_chat_template
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
-from maxlm.serving.engine_loop import RequestStream
+from maxlm.runtime.json_types import JsonMapping, JsonObject
+from maxlm.serving.engine_loop import RequestGroupStream
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import LOWEST_LOGPROB, Answer, decode_token
 from maxlm.serving.reasoning import (
@@ -30,7 +31,8 @@ from maxlm.serving.tools import (
     make_tool_grammar,
 )
 
-_OWN_VARIABLES = {
+# Variables of chat templates that the server sets itself.
+_RESERVED_VARIABLES = {
     "messages",
     "tools",
     "add_generation_prompt",
@@ -53,9 +55,11 @@ class _ToolPlan:
     def make_parser(self) -> ToolCallParser:
         """Returns a parser of one answer; without tools all is content."""
         names = [tool.function.name for tool in self.offered]
-        most = None if self.parallel else 1
         return ToolCallParser(
-            self.tool_format, names, forced=bool(self.required), max_calls=most
+            self.tool_format,
+            names,
+            forced=bool(self.required),
+            max_calls=None if self.parallel else 1,
         )
 
 
@@ -73,8 +77,11 @@ def plan_tools(body: ChatBody, template: str) -> _ToolPlan:
             tool for tool in tools if tool.function.name == choice.function.name
         ]
         if not required:
-            what = f"tool_choice names {choice.function.name!r}, which is not among the tools"
-            raise ApiError(400, what, param="tool_choice")
+            message = (
+                f"tool_choice names {choice.function.name!r}, which is not among the "
+                "tools"
+            )
+            raise ApiError(400, message, param="tool_choice")
     offered = [] if choice == "none" else tools
     parallel = body.parallel_tool_calls and not isinstance(choice, Tool)
     return _ToolPlan(detect_tool_format(template), offered, required, parallel)
@@ -93,7 +100,7 @@ async def encode_conversation(
     tokenizer: Tokenizer,
     messages: list[ChatMessage],
     plan: _ToolPlan | None = None,
-    variables: dict[str, Any] | None = None,
+    variables: JsonObject | None = None,
     kept_tokens: int | None = None,
     *,
     continues_last: bool = False,
@@ -118,18 +125,17 @@ async def encode_conversation(
     begins_inside = False
     if marks is not None:
         last_text = messages[-1].to_template()["content"] if continues_last else ""
-        is_opened_by_message = last_text.rfind(marks.opener) > last_text.rfind(
-            marks.closer
-        )
-        begins_inside = is_opened_by_message or whole_text.rstrip().endswith(
-            marks.opener
-        )
-    behind = ""
+        last_opener = last_text.rfind(marks.opener)
+        last_closer = last_text.rfind(marks.closer)
+        is_opened_by_message = last_opener > last_closer
+        is_opened_by_template = whole_text.rstrip().endswith(marks.opener)
+        begins_inside = is_opened_by_message or is_opened_by_template
+    suffix = ""
     if begins_inside and closes_thoughts and marks is not None:
-        behind = f"\n{marks.closer}\n\n"
+        suffix = f"\n{marks.closer}\n\n"
         begins_inside = False
     if plan.required:
-        behind += get_forced_prefix(plan.tool_format)
+        suffix += get_forced_prefix(plan.tool_format)
 
     def encode(text: str) -> list[int]:
         # Of a text that is cut, its end: literals' escapes make it a little shorter, no
@@ -137,8 +143,8 @@ async def encode_conversation(
         is_cut = len(text) < len(whole_text)
         ending = conversation.text[-len(text) :] if is_cut else conversation.text
         ids = conversation._replace(text=ending).encode(tokenizer)
-        if behind:
-            ids += tokenizer.encode(behind, allow_special=True)
+        if suffix:
+            ids += tokenizer.encode(suffix, allow_special=True)
         return ids
 
     # A template may leave parts of messages out: what it wrote is what counts.
@@ -152,13 +158,13 @@ def _render_conversation(
     tokenizer: Tokenizer,
     messages: list[ChatMessage],
     plan: _ToolPlan,
-    variables: dict[str, Any],
+    variables: JsonObject,
     continues_last: bool,
 ) -> EscapedChat:
     template = get_chat_template(tokenizer)
     written = [message.to_template() for message in messages]
     tools = [tool.model_dump(exclude_none=True) for tool in plan.offered]
-    settings: dict[str, Any] = {"add_generation_prompt": True, **variables}
+    settings: JsonObject = {"add_generation_prompt": True, **variables}
     if "tool" in template:
         settings["tools"] = tools or None
     elif tools or any(_mentions_tools(message) for message in written):
@@ -170,7 +176,7 @@ def _render_conversation(
     )
 
 
-def _mentions_tools(message: Mapping[str, Any]) -> bool:
+def _mentions_tools(message: JsonMapping) -> bool:
     return "tool_calls" in message or message["role"] == "tool"
 
 
@@ -179,7 +185,7 @@ class ParsedAnswer(NamedTuple):
 
     reasoning: str
     content: str
-    calls: dict[int, dict[str, Any]]
+    calls: dict[int, JsonObject]
 
 
 @dataclass(eq=False)
@@ -203,61 +209,63 @@ class ChatAnswer(Answer):
     def make_request(
         self, request_id: str, prompt: tuple[int, ...]
     ) -> GenerationRequest:
-        body, plan = self.body, self.plan
-        asked = body.max_completion_tokens or body.max_tokens
-        most = self.state.resolve_max_tokens(len(prompt), asked, "messages")
+        body = self.body
+        plan = self.plan
+        max_new_tokens = self.state.resolve_max_tokens(
+            len(prompt), body.requested_max_tokens, "messages"
+        )
         tokenizer = self.state.get_tokenizer(body.model)
-        defaults = self.state.sampling_defaults
-        request = body.make_request(request_id, prompt, most, tokenizer, defaults)
+        request = body.make_request(
+            request_id, prompt, max_new_tokens, tokenizer, self.state.sampling_defaults
+        )
         # The engine ends where the model's own tokenizer says; an adapter may end
         # elsewhere too.
-        ends = {*tokenizer.stop_ids} - {*self.state.tokenizer.stop_ids}
-        stops = dict.fromkeys((*request.stop_token_ids, *sorted(ends)))
-        request = replace(request, stop_token_ids=tuple(stops))
+        adapter_stop_ids = set(tokenizer.stop_ids) - set(self.state.tokenizer.stop_ids)
+        stop_ids = dict.fromkeys((*request.stop_token_ids, *sorted(adapter_stop_ids)))
+        grammar = request.grammar
         if plan.required:
-            if request.grammar:
-                raise ApiError(
-                    400, "tool_choice asks for a call: leave the other form out"
-                )
-            call = make_tool_grammar(
+            if grammar:
+                message = "tool_choice asks for a call: leave the other form out"
+                raise ApiError(400, message)
+            grammar = make_tool_grammar(
                 plan.required, plan.tool_format, parallel=plan.parallel
             )
-            request = replace(request, grammar=call)
         return replace(
-            request, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None
+            request,
+            stop_token_ids=tuple(stop_ids),
+            grammar=grammar,
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
 
-    def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
+    def describe(self, index: int, output: SequenceOutput) -> JsonObject:
         is_first = index not in self.parsers
         parsed = self.parse(index, output)
         if self.body.stream:
             name = "delta"
-            message: dict[str, Any] = {"role": "assistant"} if is_first else {}
+            message: JsonObject = {"role": "assistant"} if is_first else {}
             if parsed.content or (is_first and not parsed.reasoning):
                 message["content"] = parsed.content
             calls = [{"index": number, **call} for number, call in parsed.calls.items()]
         else:
             name = "message"
-            calls = [*parsed.calls.values()]
-            message = {
-                "role": "assistant",
-                "content": parsed.content or (None if calls else ""),
-            }
+            calls = list(parsed.calls.values())
+            content = parsed.content
+            if calls and not content:
+                content = None  # as OpenAI has it; "" without calls
+            message = {"role": "assistant", "content": content}
         if parsed.reasoning:
             message["reasoning_content"] = parsed.reasoning
         if calls:
             message["tool_calls"] = calls
-        reason = self.get_finish_reason(index, output)
         logprobs = None
         if self.body.logprobs:
-            logprobs = {
-                "content": [self._describe_logprob(entry) for entry in output.logprobs]
-            }
+            entries = [self._describe_logprob(entry) for entry in output.logprobs]
+            logprobs = {"content": entries}
         return {
             "index": index,
             name: message,
             "logprobs": logprobs,
-            "finish_reason": reason,
+            "finish_reason": self.get_finish_reason(index, output),
         }
 
     def parse(self, index: int, output: SequenceOutput) -> "ParsedAnswer":
@@ -269,22 +277,21 @@ class ChatAnswer(Answer):
                 self.marks, self.begins_inside
             )
         reasoned = self.reasoning_parsers[index].push(output.text, final=is_last)
-        found = self.parsers[index].push(reasoned.content, final=is_last)
+        parsed = self.parsers[index].push(reasoned.content, final=is_last)
         reasoning = reasoned.reasoning if self.body.include_reasoning else ""
-        return ParsedAnswer(reasoning, found.content, found.calls)
+        return ParsedAnswer(reasoning, parsed.content, parsed.calls)
 
     def get_finish_reason(self, index: int, output: SequenceOutput) -> str | None:
         """Returns why an output ended, in OpenAI's words; None: more will come."""
         has_called = self.parsers[index].num_calls > 0
-        return (
-            "tool_calls"
-            if output.finish_reason == "stop" and has_called
-            else output.finish_reason
-        )
+        if output.finish_reason == "stop" and has_called:
+            return "tool_calls"
+        return output.finish_reason
 
     async def _read(
-        self, stream: RequestStream
+        self, stream: RequestGroupStream
     ) -> AsyncIterator[tuple[int, SequenceOutput]]:
+        # Parsers of their own: those of parse() may not see an answer before its end.
         counters: dict[int, ReasoningParser] = {}
         async for index, output in super()._read(stream):
             if index not in counters:
@@ -294,15 +301,15 @@ class ChatAnswer(Answer):
                 self.num_reasoning_tokens += len(output.token_ids)
             yield index, output
 
-    def _describe_usage(self) -> dict[str, Any]:
+    def _describe_usage(self) -> JsonObject:
         usage = super()._describe_usage()
         if self.marks is not None:
             details = {"reasoning_tokens": self.num_reasoning_tokens}
             usage["completion_tokens_details"] = details
         return usage
 
-    def _describe_logprob(self, entry: TokenLogprob) -> dict[str, Any]:
-        def describe(token_id: int, logprob: float) -> dict[str, Any]:
+    def _describe_logprob(self, entry: TokenLogprob) -> JsonObject:
+        def describe(token_id: int, logprob: float) -> JsonObject:
             text, data = decode_token(self.state.tokenizer, token_id)
             return {
                 "token": text,
@@ -310,14 +317,15 @@ class ChatAnswer(Answer):
                 "bytes": list(data),
             }
 
-        top = [describe(*other) for other in entry.top]
+        top = [describe(token_id, logprob) for token_id, logprob in entry.top]
         return {**describe(entry.token_id, entry.logprob), "top_logprobs": top}
 
 
 async def create_chat_completion(state: ServerState, request: Request) -> Response:
     """Answers /v1/chat/completions."""
     body = await state.read_body(request, ChatBody)
-    return await (await prepare_chat_answer(state, body)).respond(request)
+    answer = await prepare_chat_answer(state, body)
+    return await answer.respond(request)
 
 
 async def prepare_chat_answer(
@@ -328,25 +336,29 @@ async def prepare_chat_answer(
     that cannot fit."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    if taken := _OWN_VARIABLES & body.chat_template_kwargs.keys():
-        what = f"{', '.join(sorted(taken))}: not a variable to set"
-        raise ApiError(400, what, param="chat_template_kwargs")
+    reserved = _RESERVED_VARIABLES & body.chat_template_kwargs.keys()
+    if reserved:
+        message = f"{', '.join(sorted(reserved))}: not a variable to set"
+        raise ApiError(400, message, param="chat_template_kwargs")
     tokenizer = state.get_tokenizer(body.model)
     template = get_chat_template(tokenizer, with_tools=bool(body.tools))
     plan = plan_tools(body, template)
     _check_continuation(body, plan)
-    asked_tokens = body.max_completion_tokens or body.max_tokens
     marks = detect_reasoning_format(template) if body.separate_reasoning else None
+    variables = {
+        "add_generation_prompt": body.add_generation_prompt,
+        **body.chat_template_kwargs,
+    }
+    kept_tokens = state.resolve_truncation(
+        body.truncate_prompt_tokens, body.requested_max_tokens
+    )
     conversation = await encode_conversation(
         state,
         tokenizer,
         body.messages,
         plan,
-        {
-            "add_generation_prompt": body.add_generation_prompt,
-            **body.chat_template_kwargs,
-        },
-        state.resolve_truncation(body.truncate_prompt_tokens, asked_tokens),
+        variables,
+        kept_tokens,
         continues_last=body.continue_final_message,
         marks=marks,
         closes_thoughts=body.has_form or bool(plan.required),

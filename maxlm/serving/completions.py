@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import LOWEST_LOGPROB, Answer, decode_token
 from maxlm.serving.schemas import MAX_PROMPTS, CompletionBody, list_prompts
@@ -34,20 +34,23 @@ class _Completions(Answer):
         self, request_id: str, prompt: tuple[int, ...]
     ) -> GenerationRequest:
         body = self.body
-        most = self.state.resolve_max_tokens(len(prompt), body.max_tokens, "prompt")
+        max_new_tokens = self.state.resolve_max_tokens(
+            len(prompt), body.max_tokens, "prompt"
+        )
+        request = body.make_request(
+            request_id,
+            prompt,
+            max_new_tokens,
+            self.state.tokenizer,
+            self.state.sampling_defaults,
+        )
+        top_logprobs = body.logprobs
+        if self.num_sequences > body.n and top_logprobs is None:
+            top_logprobs = 0  # the best are found by their log-probabilities
         return replace(
-            body.make_request(
-                request_id,
-                prompt,
-                most,
-                self.state.tokenizer,
-                self.state.sampling_defaults,
-            ),
+            request,
             num_sequences=self.num_sequences,
-            # The best are found by their log-probabilities.
-            top_logprobs=body.logprobs
-            if self.num_sequences == body.n
-            else body.logprobs or 0,
+            top_logprobs=top_logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
 
@@ -56,33 +59,26 @@ class _Completions(Answer):
         """See :class:`Answer`; more than ``n`` where the best of them are asked for."""
         return self.body.best_of or self.body.n
 
-    def describe_all(
-        self, outputs: Mapping[int, SequenceOutput]
-    ) -> list[dict[str, Any]]:
+    def describe_all(self, outputs: Mapping[int, SequenceOutput]) -> list[JsonObject]:
         """See :class:`Answer`."""
-        choices: list[dict[str, Any]] = []
+        choices: list[JsonObject] = []
         for start in range(0, len(outputs), self.num_sequences):
-            drawn = range(start, start + self.num_sequences)
-            best = sorted(
-                drawn, key=lambda index: -compute_mean_logprob(outputs[index])
-            )
+            indices = list(range(start, start + self.num_sequences))
             # A prompt is computed for the first of its sequences, which may not be
             # among the best.
-            known = outputs[start].prompt_logprobs or []
-            self.prompt_logprobs.setdefault(start // self.num_sequences, known)
-            returned = (
-                drawn if self.num_sequences == self.body.n else best[: self.body.n]
-            )
-            for index in returned:
-                choices.append(
-                    {**self.describe(index, outputs[index]), "index": len(choices)}
-                )
+            prompt_logprobs = outputs[start].prompt_logprobs or []
+            prompt_index = start // self.num_sequences
+            self.prompt_logprobs.setdefault(prompt_index, prompt_logprobs)
+            if self.num_sequences > self.body.n:
+                indices.sort(key=lambda index: -compute_mean_logprob(outputs[index]))
+            for index in indices[: self.body.n]:
+                choice = self.describe(index, outputs[index])
+                choices.append({**choice, "index": len(choices)})
         return choices
 
-    def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
+    def describe(self, index: int, output: SequenceOutput) -> JsonObject:
         text = output.text
         entries = output.logprobs
-        described = None
         if self.body.max_tokens == 0:  # the engine makes one at least
             text = ""
             entries = []
@@ -90,25 +86,24 @@ class _Completions(Answer):
         prompt_index = index // self.num_sequences
         if self.body.echo and index not in self.num_chars:
             text = self.texts[prompt_index] + text
-            first = TokenLogprob(
-                self.prompts[prompt_index][0], math.nan
-            )  # nothing before it
+            # Nothing stands before the first token that could predict it.
+            first = TokenLogprob(self.prompts[prompt_index][0], math.nan)
             # A prompt is computed for the first of its sequences, whose output comes
             # first.
-            known = self.prompt_logprobs.setdefault(
+            prompt_logprobs = self.prompt_logprobs.setdefault(
                 prompt_index, output.prompt_logprobs or []
             )
-            entries = [first, *known, *entries]
+            entries = [first, *prompt_logprobs, *entries]
         offset = self.num_chars.get(index, 0)
         self.num_chars[index] = offset + len(text)
+        logprobs = None
         if self.body.logprobs is not None:
-            described = describe_logprobs(self.state.tokenizer, entries, offset)
-        reason = output.finish_reason
+            logprobs = describe_logprobs(self.state.tokenizer, entries, offset)
         return {
             "index": index,
             "text": text,
-            "logprobs": described,
-            "finish_reason": reason,
+            "logprobs": logprobs,
+            "finish_reason": output.finish_reason,
         }
 
 
@@ -121,7 +116,7 @@ def compute_mean_logprob(output: SequenceOutput) -> float:
 async def create_completion(state: ServerState, request: Request) -> Response:
     """Answers /v1/completions."""
     body = await state.read_body(request, CompletionBody)
-    given = list_prompts(body.prompt)
+    prompts = list_prompts(body.prompt)
     if body.best_of is not None and body.best_of < body.n:
         message = f"best_of is {body.best_of}, fewer than the {body.n} of n"
         raise ApiError(400, message, param="best_of")
@@ -130,50 +125,60 @@ async def create_completion(state: ServerState, request: Request) -> Response:
             "the best of several sequences are known at their end: leave stream out"
         )
         raise ApiError(400, message, param="best_of")
-    if len(given) * (body.best_of or body.n) > MAX_PROMPTS:
-        raise ApiError(
-            400, f"more than {MAX_PROMPTS} sequences at once", param="prompt"
-        )
+    num_sequences = body.best_of or body.n
+    if len(prompts) * num_sequences > MAX_PROMPTS:
+        message = f"more than {MAX_PROMPTS} sequences at once"
+        raise ApiError(400, message, param="prompt")
     kept_tokens = state.resolve_truncation(body.truncate_prompt_tokens, body.max_tokens)
-    prompts = await state.encode_prompts(
-        given, "prompt", allow_special=body.parse_special, kept_tokens=kept_tokens
+    encoded = await state.encode_prompts(
+        prompts, "prompt", allow_special=body.parse_special, kept_tokens=kept_tokens
     )
-    decode = state.tokenizer.decode
     texts: list[str] = []
     if body.echo:
-        for prompt, tokens in zip(given, prompts, strict=True):
-            is_whole = isinstance(prompt, str) and kept_tokens is None
-            texts.append(str(prompt) if is_whole else decode(tokens))
-    return await _Completions(state, body, prompts, texts).respond(request)
+        for prompt, tokens in zip(prompts, encoded, strict=True):
+            if isinstance(prompt, str) and kept_tokens is None:
+                texts.append(prompt)
+            else:
+                texts.append(state.tokenizer.decode(tokens))
+    return await _Completions(state, body, encoded, texts).respond(request)
 
 
 def describe_logprobs(
     tokenizer: Tokenizer, logprobs: list[TokenLogprob], offset: int
-) -> dict[str, Any]:
+) -> JsonObject:
     """Returns log-probabilities as /v1/completions does; a prompt's first token has
     none (NaN)."""
-    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    rows: list[tuple[Any, ...]] = []
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offsets: list[int] = []
     for token_id, logprob, top in logprobs:
-        best: dict[str, float] = {}
-        for other, value in (
-            *top,
-            (token_id, logprob),
-        ):  # the likelier of two that read alike
-            best.setdefault(name_token(tokenizer, other), max(value, LOWEST_LOGPROB))
-        found = (
-            (max(logprob, LOWEST_LOGPROB), best) if logprob == logprob else (None, None)
-        )
-        rows.append((name_token(tokenizer, token_id), *found, offset))
-        offset += len(decode_token(tokenizer, token_id)[0])
-    return {name: [row[column] for row in rows] for column, name in enumerate(names)}
+        tokens.append(name_token(tokenizer, token_id))
+        text_offsets.append(offset)
+        text, _ = decode_token(tokenizer, token_id)
+        offset += len(text)
+        if math.isnan(logprob):
+            token_logprobs.append(None)
+            top_logprobs.append(None)
+            continue
+        token_logprobs.append(max(logprob, LOWEST_LOGPROB))
+        likeliest: dict[str, float] = {}
+        for top_id, top_logprob in (*top, (token_id, logprob)):
+            # Tokens may read alike: the likelier one comes first, and stays.
+            name = name_token(tokenizer, top_id)
+            likeliest.setdefault(name, max(top_logprob, LOWEST_LOGPROB))
+        top_logprobs.append(likeliest)
+    return {
+        "tokens": tokens,
+        "token_logprobs": token_logprobs,
+        "top_logprobs": top_logprobs,
+        "text_offset": text_offsets,
+    }
 
 
 def name_token(tokenizer: Tokenizer, token_id: int) -> str:
     r"""Returns a token's text, or ``bytes:\xe2\x80`` for a part of a character."""
     text, data = decode_token(tokenizer, token_id)
-    return (
-        "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-        if "\ufffd" in text
-        else text
-    )
+    if "\ufffd" not in text:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

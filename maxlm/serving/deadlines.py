@@ -67,11 +67,11 @@ class DeadlineProtocol(H11Protocol):
         self._timer = None
         if self.transport.is_closing():
             return
-        # To who has sent nothing nothing is said; nor within another answer.
+        # A client that has sent nothing is told nothing, nor is one within another
+        # answer.
         if self._num_bytes and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._send_error(
-                ApiError(408, f"the request was not complete after {allowed:.0f} s")
-            )
+            message = f"the request was not complete after {allowed:.0f} s"
+            self._send_error(ApiError(408, message))
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -16,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from maxlm.inference.embedding import Embedder, EmbeddingProgram, PaddedBatch, Pooling
 from maxlm.inference.scoring import make_score_request, read_score
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError
 from maxlm.serving.generation import cancel_on_disconnect
 from maxlm.serving.schemas import (
@@ -42,38 +42,55 @@ async def create_embeddings(state: ServerState, request: Request) -> Response:
     vectors = await _embed(state, embedder, request, rows, body.pooling)
     if body.dimensions is not None:
         if body.dimensions > vectors.shape[1]:
-            what = f"the model's vectors have {vectors.shape[1]} dimensions"
-            raise ApiError(400, what, param="dimensions")
+            message = f"the model's vectors have {vectors.shape[1]} dimensions"
+            raise ApiError(400, message, param="dimensions")
         vectors = vectors[:, : body.dimensions]
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    written: list[Any] = vectors.tolist()
-    if body.encoding_format == "base64":
-        written = [
-            base64.b64encode(each.astype("<f4").tobytes()).decode() for each in vectors
-        ]
-    data = [
-        {"object": "embedding", "index": n, "embedding": e}
-        for n, e in enumerate(written)
-    ]
-    return _respond(state, rows, data)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors /= np.maximum(norms, 1e-12)
+    data: list[JsonObject] = []
+    for index, vector in enumerate(vectors):
+        if body.encoding_format == "base64":
+            # As OpenAI's clients decode it: little-endian fp32.
+            embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        else:
+            embedding = vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": embedding})
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": data,
+            "model": state.name,
+            "usage": _describe_usage(rows),
+        }
+    )
 
 
 async def create_scores(state: ServerState, request: Request) -> Response:
     """Answers /v1/score: how well each text_2 follows from, or is like, its text_1."""
     body = await state.read_body(request, ScoreBody)
-    firsts, seconds = list_prompts(body.text_1), list_prompts(body.text_2)
+    firsts = list_prompts(body.text_1)
+    seconds = list_prompts(body.text_2)
     if len(firsts) == 1:
         firsts = [*firsts] * len(seconds)
     if len(firsts) != len(seconds):
-        what = f"text_1 has {len(firsts)} texts, text_2 {len(seconds)}: give one, or as many"
-        raise ApiError(400, what, param="text_1")
+        message = (
+            f"text_1 has {len(firsts)} texts, text_2 {len(seconds)}: give one, or as "
+            "many"
+        )
+        raise ApiError(400, message, param="text_1")
     rows, scores = await score_pairs(state, request, firsts, seconds, body)
     data = [
-        {"index": n, "object": "score", "score": score}
-        for n, score in enumerate(scores)
+        {"index": index, "object": "score", "score": score}
+        for index, score in enumerate(scores)
     ]
-    return _respond(
-        state, rows, data, id=f"score-{uuid4().hex}", model=body.model or state.name
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": data,
+            "model": body.model or state.name,
+            "usage": _describe_usage(rows),
+            "id": f"score-{uuid4().hex}",
+        }
     )
 
 
@@ -82,45 +99,47 @@ async def create_ranking(state: ServerState, request: Request) -> Response:
     body = await state.read_body(request, RerankBody)
     documents = body.list_texts()
     method = body.resolve_method(state.engine_loop.engine is not None)
+    firsts = documents
+    if method == "loglikelihood":
+        firsts = [_ask_for_query(document) for document in documents]
+    queries = [body.query] * len(documents)
     rows, scores = await score_pairs(
-        state,
-        request,
-        documents
-        if method == "cosine"
-        else [_ask_for_query(text) for text in documents],
-        [body.query] * len(documents),
-        body,
-        ("documents", "query"),
+        state, request, firsts, queries, body, ("documents", "query")
     )
     if method == "loglikelihood":
         scores = [math.exp(score) for score in scores]
     order = sorted(range(len(documents)), key=lambda index: -scores[index])
-    results: list[dict[str, Any]] = []
+    results: list[JsonObject] = []
     for index in order[: body.top_n]:
-        result: dict[str, Any] = {"index": index, "relevance_score": scores[index]}
+        result: JsonObject = {"index": index, "relevance_score": scores[index]}
         if body.return_documents:
             result["document"] = {"text": documents[index]}
         results.append(result)
-    usage = {"prompt_tokens": sum(map(len, rows)), "total_tokens": sum(map(len, rows))}
-    about = {
-        "id": f"rerank-{uuid4().hex}",
-        "model": body.model or state.name,
-        "usage": usage,
-    }
-    return JSONResponse({**about, "results": results})
+    return JSONResponse(
+        {
+            "id": f"rerank-{uuid4().hex}",
+            "model": body.model or state.name,
+            "usage": _describe_usage(rows),
+            "results": results,
+        }
+    )
 
 
 def _ask_for_query(document: str) -> str:
     """Returns the text whose continuation by the query is the more likely the better
     the document fits it (Sachan et al. 2022, arXiv 2204.07496, §2)."""
-    return f"Passage: {document}\nPlease write a question based on this passage.\nQuestion: "
+    return (
+        f"Passage: {document}\n"
+        "Please write a question based on this passage.\n"
+        "Question: "
+    )
 
 
 async def score_pairs(
     state: ServerState,
     request: Request,
-    firsts: Sequence[Any],
-    seconds: Sequence[Any],
+    firsts: Sequence[str | list[int]],
+    seconds: Sequence[str | list[int]],
     body: PairBody,
     fields: tuple[str, str] = ("text_1", "text_2"),
 ) -> tuple[Rows, list[float]]:
@@ -138,9 +157,9 @@ async def score_pairs(
         tails = await state.encode_prompts(seconds, fields[1], max_tokens=max_tokens)
         rows = [*heads, *tails]
         vectors = await _embed(state, embedder, request, rows, None)
-        scores = np.sum(
-            vectors[: len(firsts)] * vectors[len(firsts) :], axis=1
-        ).tolist()
+        # Vectors have length 1: their products are cosines.
+        products = vectors[: len(firsts)] * vectors[len(firsts) :]
+        scores = np.sum(products, axis=1).tolist()
     else:
         heads = await state.encode_prompts(firsts, fields[0])
         encode = state.tokenizer.encode
@@ -167,18 +186,22 @@ async def _score_tails(
     for head, tail in zip(heads, tails, strict=True):
         state.resolve_max_tokens(len(head) + len(tail), 1, fields[1])
     name = uuid4().hex
-    asked = [
-        replace(make_score_request(f"{name}-{n}", head, [tail]), adapter=adapter)
-        for n, (head, tail) in enumerate(zip(heads, tails, strict=True))
-    ]
+    score_requests = []
+    for index, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+        score_request = make_score_request(f"{name}-{index}", head, [tail])
+        score_requests.append(replace(score_request, adapter=adapter))
     scores = [0.0] * len(tails)
 
     async def collect() -> None:
         async for output in stream:
             index = int(output.request_id.rpartition("-")[2])
-            scores[index] = read_score(output, tails[index]).logprob / len(tails[index])
+            tail = tails[index]
+            scores[index] = read_score(output, tail).logprob / len(tail)
 
-    with await cancel_on_disconnect(request, state.engine_loop.submit(asked)) as stream:
+    stream = await cancel_on_disconnect(
+        request, state.engine_loop.submit(score_requests)
+    )
+    with stream:
         await cancel_on_disconnect(request, collect())
     return scores
 
@@ -224,9 +247,8 @@ async def _embed(
                     embedder.compile_program, tokens.shape, pooling
                 )
                 values, seconds = await loop.call(partial(run_timed, program, batch))
-                vectors.update(
-                    zip(indices, values, strict=False)
-                )  # further rows are padding
+                # Further rows are padding.
+                vectors.update(zip(indices, values, strict=False))
                 if loop.is_generating:
                     await asyncio.sleep(seconds)
         return np.stack([vectors[index] for index in range(len(rows))])
@@ -234,8 +256,6 @@ async def _embed(
     return await cancel_on_disconnect(request, compute())
 
 
-def _respond(state: ServerState, rows: Rows, data: list[Any], **more: Any) -> Response:
-    total = sum(map(len, rows))
-    usage = {"prompt_tokens": total, "total_tokens": total}
-    about = {"object": "list", "data": data, "model": state.name, "usage": usage}
-    return JSONResponse(about | more)
+def _describe_usage(rows: Rows) -> dict[str, int]:
+    num_tokens = sum(map(len, rows))
+    return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}

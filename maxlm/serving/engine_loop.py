@@ -24,7 +24,7 @@ T = TypeVar("T")
 _PAUSE_SHARE = 0.04
 
 
-class RequestStream(AbstractContextManager["RequestStream"]):
+class RequestGroupStream(AbstractContextManager["RequestGroupStream"]):
     """Outputs of some requests as they come; a context that aborts what is unfinished
     when left."""
 
@@ -72,9 +72,8 @@ class EngineLoop:
     _executor: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, "engine")
     )
-    _streams: dict[str, RequestStream] = field(
-        default_factory=dict
-    )  # of the thread alone
+    # Of the thread alone.
+    _streams: dict[str, RequestGroupStream] = field(default_factory=dict)
     _is_step_due: bool = False
 
     def __post_init__(self) -> None:
@@ -91,7 +90,7 @@ class EngineLoop:
 
     async def submit(
         self, requests: Sequence[GenerationRequest], *, is_admitted: bool = False
-    ) -> RequestStream:
+    ) -> RequestGroupStream:
         """Hands requests to the engine, all or none; to be used with ``with``. Raises
         ApiError: 429, 503, or 500 after a failure; MaxlmError: the engine cannot take a
         request.
@@ -99,19 +98,20 @@ class EngineLoop:
         Args:
             is_admitted: whether :meth:`admit` holds places for them.
         """
-        count = 0 if is_admitted else sum(request.num_sequences for request in requests)
+        self._raise_failure()
+        num_places = 0
+        if not is_admitted:
+            num_places = sum(request.num_sequences for request in requests)
+            self._take_places(num_places)
 
         def release() -> None:
-            self.num_open -= count
+            self.num_open -= num_places
             self._executor.submit(self._run, lambda: self._abort(stream))
 
-        self._raise_failure()
-        if not is_admitted:
-            self._take_places(count)
-        stream = RequestStream(requests, release)
+        stream = RequestGroupStream(requests, release)
         try:
             await self.call(lambda: self._add(requests, stream))
-        except BaseException:
+        except BaseException:  # cancellation too must give the places back
             release()
             raise
         return stream
@@ -130,9 +130,8 @@ class EngineLoop:
     async def call(self, function: Callable[[], T]) -> T:
         """Runs a function in the engine's thread, between two steps, and returns its
         value."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, self._run, function
-        )
+        event_loop = asyncio.get_running_loop()
+        return await event_loop.run_in_executor(self._executor, self._run, function)
 
     def _raise_failure(self) -> None:
         if self.failure:
@@ -144,8 +143,8 @@ class EngineLoop:
             raise ApiError(503, "the server is stopping", retry_after=5)
         # A request that is larger than the queue is taken when nothing else runs.
         if self.num_open and self.num_open + count > self.max_open_sequences:
-            what = f"{self.num_open} sequences run or wait; the queue is full"
-            raise ApiError(429, what, retry_after=1)
+            message = f"{self.num_open} sequences run or wait; the queue is full"
+            raise ApiError(429, message, retry_after=1)
         self.num_open += count
 
     # What follows runs in the thread.
@@ -164,7 +163,9 @@ class EngineLoop:
     def _step(self) -> None:
         """Delivers a step's outputs; on a fault of the engine's its requests fail,
         others go on."""
-        self._is_step_due, start, ended = False, time.monotonic(), False
+        self._is_step_due = False
+        start = time.monotonic()
+        has_ended = False
         assert self.engine is not None, "it had work"
         try:
             outputs = self.engine.step()
@@ -173,13 +174,13 @@ class EngineLoop:
                 stream = self._streams.get(output.request_id)
                 if stream is not None:
                     _send(stream, output)
-                    ended |= output.finish_reason is not None
-            if ended and not self.stats.num_waiting:
+                    has_ended |= output.finish_reason is not None
+            if has_ended and not self.stats.num_waiting:
                 time.sleep(_PAUSE_SHARE * (time.monotonic() - start))
         except Exception as error:
-            self._fail_requests(
-                " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            )
+            # The thread must go on, whatever a step raises: later requests may not fail.
+            reason = f"{type(error).__name__}: {error}"
+            self._fail_requests(" ".join(reason.split())[:500])
 
     def _fail_requests(self, reason: str) -> None:
         print(f"error: the engine failed: {reason}", file=sys.stderr, flush=True)
@@ -192,7 +193,7 @@ class EngineLoop:
                 self.engine = None
 
     def _add(
-        self, requests: Sequence[GenerationRequest], stream: RequestStream
+        self, requests: Sequence[GenerationRequest], stream: RequestGroupStream
     ) -> None:
         if self.engine is None:
             raise MaxlmError("this model generates no text", fix="use /v1/embeddings")
@@ -200,15 +201,13 @@ class EngineLoop:
             self.engine.add_request(request)
             self._streams[request.request_id] = stream
 
-    def _abort(self, stream: RequestStream) -> None:
+    def _abort(self, stream: RequestGroupStream) -> None:
         for request_id in stream.request_ids:
-            if (
-                self._streams.pop(request_id, None) is not None
-                and self.engine is not None
-            ):
+            is_known = self._streams.pop(request_id, None) is not None
+            if is_known and self.engine is not None:
                 self.engine.abort(request_id)
 
 
-def _send(stream: RequestStream, item: SequenceOutput | Exception) -> None:
+def _send(stream: RequestGroupStream, item: SequenceOutput | Exception) -> None:
     with suppress(RuntimeError):  # its event loop is closed
         stream.loop.call_soon_threadsafe(stream.outputs.put_nowait, item)

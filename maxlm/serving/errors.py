@@ -2,11 +2,12 @@
 
 import traceback
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from maxlm.config import MaxlmError
+from maxlm.runtime.json_types import JsonObject
 
 _KINDS = {
     401: ("authentication_error", "invalid_api_key"),
@@ -36,11 +37,17 @@ class ApiError(Exception):
     retry_after: int | None = None
     """Seconds after which to try again."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns ``{"error": {message, type, param, code}}``."""
         kind, usual_code = _KINDS.get(self.status, ("invalid_request_error", None))
-        names = {"type": kind, "param": self.param, "code": self.code or usual_code}
-        return {"error": {"message": self.message, **names}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind,
+                "param": self.param,
+                "code": self.code or usual_code,
+            }
+        }
 
 
 def convert_error(error: Exception) -> ApiError:
@@ -60,18 +67,23 @@ def _convert_validation_error(error: ValidationError) -> ApiError:
     """Names one fault: where several types are allowed, of a value that has one of
     them, or else the deepest, which is that of the type that was meant."""
     faults = error.errors(include_url=False, include_context=False)
-    fault = max(
-        faults, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"]))
-    )
-    path = [
-        str(part) for part in fault["loc"]
-    ]  # with members of unions, such as "list[int]"
+
+    def rank(fault: ErrorDetails) -> tuple[bool, int]:
+        is_value_fault = not fault["type"].endswith("_type")
+        return is_value_fault, len(fault["loc"])
+
+    fault = max(faults, key=rank)
+    # The path names members of unions too, such as "list[int]".
+    path = [str(part) for part in fault["loc"]]
     fields = [
         part
         for part in path
         if part.replace("_", "").isalnum() and part not in _TYPE_NAMES
     ]
-    name, text = ".".join(fields)[:300], fault["msg"][:300]
+    name = ".".join(fields)[:300]
+    message = fault["msg"][:300]
     if fault["type"] == "json_invalid":
-        text = f"the body is no JSON: {text}"
-    return ApiError(400, f"{name}: {text}" if name else text, param=name or None)
+        message = f"the body is no JSON: {message}"
+    if name:
+        return ApiError(400, f"{name}: {message}", param=name)
+    return ApiError(400, message)

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 from uuid import uuid4
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,9 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.beam_search import check_beam_body, search_beams
-from maxlm.serving.engine_loop import RequestStream
+from maxlm.serving.engine_loop import RequestGroupStream
 from maxlm.serving.errors import convert_error
+from maxlm.serving.schemas import GenerationBody
 from maxlm.serving.server_state import ServerState
 
 T = TypeVar("T")
@@ -33,8 +35,7 @@ class Answer(ABC):
     object_names: ClassVar[tuple[str, str]]
     """The kinds of object that a whole answer is, and an event."""
     state: ServerState
-    body: Any
-    """A ``GenerationBody``."""
+    body: GenerationBody
     prompts: Sequence[tuple[int, ...]]
     """One request is made for each; the ``n`` sequences of prompt 0 come first."""
 
@@ -42,11 +43,10 @@ class Answer(ABC):
         body = self.body
         self.completion_tokens = 0
         self._cached_tokens: dict[str, int] = {}
-        about = {
+        answer_kind, event_kind = self.object_names
+        self._about: JsonObject = {
             "id": f"{self.id_prefix}-{uuid4().hex}",
-            "object": self.object_names[body.stream],
-        }
-        self._about = about | {
+            "object": event_kind if body.stream else answer_kind,
             "created": int(time.time()),
             "model": body.model or self.state.name,
         }
@@ -59,7 +59,7 @@ class Answer(ABC):
         """Returns the engine's request for a prompt."""
 
     @abstractmethod
-    def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
+    def describe(self, index: int, output: SequenceOutput) -> JsonObject:
         """Returns a choice, of an answer or event: what an output adds to sequence
         ``index``."""
 
@@ -68,43 +68,37 @@ class Answer(ABC):
         """Sequences that are drawn for each prompt."""
         return self.body.n
 
-    def describe_all(
-        self, outputs: Mapping[int, SequenceOutput]
-    ) -> list[dict[str, Any]]:
+    def describe_all(self, outputs: Mapping[int, SequenceOutput]) -> list[JsonObject]:
         """Returns the choices of an answer that does not stream, from its sequences'
         outputs."""
         return [self.describe(index, outputs[index]) for index in sorted(outputs)]
 
     async def respond(self, request: Request) -> Response:
         """Returns the answer to a client that has sent its body."""
-        own = self._adapter
-        asked = [
-            replace(
-                self.make_request(f"{self._about['id']}-{number}", prompt), adapter=own
-            )
-            for number, prompt in enumerate(self.prompts)
-        ]
+        engine_requests = []
+        for number, prompt in enumerate(self.prompts):
+            engine_request = self.make_request(f"{self._about['id']}-{number}", prompt)
+            engine_requests.append(replace(engine_request, adapter=self._adapter))
         if self.body.use_beam_search:
             check_beam_body(self.body)
-            return JSONResponse(
-                await cancel_on_disconnect(request, self._search(asked))
-            )
+            answer = await cancel_on_disconnect(request, self._search(engine_requests))
+            return JSONResponse(answer)
         # Also while it waits for the engine's thread: who hung up leaves its place in
         # the queue.
         stream = await cancel_on_disconnect(
-            request, self.state.engine_loop.submit(asked)
+            request, self.state.engine_loop.submit(engine_requests)
         )
         if self.body.stream:
             return EventStream(stream, self._write_events(stream))
         with stream:
-            return JSONResponse(
-                await cancel_on_disconnect(request, self._collect(stream))
-            )
+            answer = await cancel_on_disconnect(request, self._collect(stream))
+            return JSONResponse(answer)
 
-    async def _write_events(self, stream: RequestStream) -> AsyncIterator[str]:
-        def write(choices: list[Any], usage: Any = None) -> str:
-            event = self._about | {"choices": choices, "usage": usage}
-            return f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n"
+    async def _write_events(self, stream: RequestGroupStream) -> AsyncIterator[str]:
+        def write(choices: list[JsonObject], usage: JsonObject | None = None) -> str:
+            event = {**self._about, "choices": choices, "usage": usage}
+            data = json.dumps(event, ensure_ascii=False, allow_nan=False)
+            return f"data: {data}\n\n"
 
         try:
             async for index, output in self._read(stream):
@@ -113,50 +107,51 @@ class Answer(ABC):
                 yield write([], self._describe_usage())
             yield "data: [DONE]\n\n"
         except Exception as error:
+            # The status 200 is sent already: an error can only be the last event.
             yield f"data: {json.dumps(convert_error(error).to_json())}\n\n"
 
-    async def _collect(self, stream: RequestStream) -> dict[str, Any]:
-        whole: dict[int, SequenceOutput] = {}
+    async def _collect(self, stream: RequestGroupStream) -> JsonObject:
+        outputs: dict[int, SequenceOutput] = {}
         async for index, output in self._read(stream):
-            own = whole.setdefault(index, output)
-            if own is not output:
-                own.append(output)
-        choices = self.describe_all(whole)
-        return self._about | {"choices": choices, "usage": self._describe_usage()}
+            if index in outputs:
+                outputs[index].append(output)
+            else:
+                outputs[index] = output
+        choices = self.describe_all(outputs)
+        return {**self._about, "choices": choices, "usage": self._describe_usage()}
 
-    async def _search(self, asked: Sequence[GenerationRequest]) -> dict[str, Any]:
-        choices: list[dict[str, Any]] = []
-        for request in asked:
+    async def _search(self, requests: Sequence[GenerationRequest]) -> JsonObject:
+        choices: list[JsonObject] = []
+        for request in requests:
             num_beams = max(self.num_sequences, self.body.n)
             outputs = await search_beams(self.state, self.body, request, num_beams)
             for output in outputs:
                 self.completion_tokens += len(output.token_ids)
                 choices.append(self.describe(len(choices), output))
-        return self._about | {"choices": choices, "usage": self._describe_usage()}
+        return {**self._about, "choices": choices, "usage": self._describe_usage()}
 
     async def _read(
-        self, stream: RequestStream
+        self, stream: RequestGroupStream
     ) -> AsyncIterator[tuple[int, SequenceOutput]]:
         async for output in self.state.metrics.time_outputs(stream):
             self.completion_tokens += len(output.token_ids)
-            cached = self._cached_tokens.get(output.request_id, 0)
-            self._cached_tokens[output.request_id] = max(
-                output.num_cached_tokens, cached
-            )
-            prompt_index = int(output.request_id.rpartition("-")[2])
+            request_id = output.request_id
+            # A request's sequences share its prompt, which is counted once.
+            num_cached = self._cached_tokens.get(request_id, 0)
+            self._cached_tokens[request_id] = max(output.num_cached_tokens, num_cached)
+            prompt_index = int(request_id.rpartition("-")[2])
             yield prompt_index * self.num_sequences + output.sequence_index, output
 
-    def _describe_usage(self) -> dict[str, Any]:
+    def _describe_usage(self) -> JsonObject:
         """The numbers of tokens; of prompts as they came, and of all sequences that
         were drawn."""
         prompt_tokens = sum(map(len, self.prompts))
+        cached_tokens = sum(self._cached_tokens.values())
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {
-                "cached_tokens": sum(self._cached_tokens.values())
-            },
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
 
 
@@ -170,10 +165,9 @@ def decode_token(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
 async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
     """Returns what ``work`` does, or cancels it when the client hangs up; call it once
     the body is read. Raises ClientDisconnect: the client hung up."""
-    task, hang_up = (
-        asyncio.ensure_future(work),
-        asyncio.ensure_future(request.receive()),
-    )
+    task = asyncio.ensure_future(work)
+    # Behind the whole body nothing can be received but that the client hung up.
+    hang_up = asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({task, hang_up}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -189,7 +183,7 @@ class EventStream(StreamingResponse):
     or an object with an ``error`` if one comes up on the way. ``stream``: what the
     events are made of; released whatever happens."""
 
-    def __init__(self, stream: RequestStream, events: AsyncIterator[str]):
+    def __init__(self, stream: RequestGroupStream, events: AsyncIterator[str]):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._stream = stream

@@ -1,10 +1,11 @@
 """Bodies of /v1/responses, and the same conversations as bodies of
 /v1/chat/completions."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError
 from maxlm.serving.schemas import SAMPLING_FIELDS, ApiBody, ApiModel
 
@@ -49,7 +50,7 @@ class ResponseFunction(ApiModel):
     type: Literal["function"] = "function"
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
 
 
 class ResponseToolChoice(ApiModel):
@@ -64,7 +65,7 @@ class ResponseTextFormat(ApiModel):
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    schema_: JsonObject | None = Field(default=None, alias="schema")
 
 
 class ResponseText(ApiModel):
@@ -90,12 +91,12 @@ class ResponsesBody(ApiBody):
     previous_response_id: str | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
     truncation: Literal["auto", "disabled"] = "disabled"
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: JsonObject = Field(default_factory=dict)
 
-    def to_chat(self) -> dict[str, Any]:
+    def to_chat(self) -> JsonObject:
         """Returns the same request as a body of /v1/chat/completions."""
         extra = self.model_extra or {}
-        chat: dict[str, Any] = {
+        chat: JsonObject = {
             name: extra[name] for name in extra if name in SAMPLING_FIELDS
         }
         chat |= {
@@ -107,18 +108,15 @@ class ResponsesBody(ApiBody):
             "stream": self.stream,
             "parallel_tool_calls": self.parallel_tool_calls,
             "chat_template_kwargs": self.chat_template_kwargs,
-            "tool_choice": self.tool_choice
-            if self.tools or self.tool_choice != "auto"
-            else None,
         }
         if self.truncation == "auto":
             chat["truncate_prompt_tokens"] = -1
         if isinstance(self.tool_choice, ResponseToolChoice):
-            chat["tool_choice"] = {
-                "type": "function",
-                "function": {"name": self.tool_choice.name},
-            }
-        tools: list[dict[str, Any]] = []
+            function = {"name": self.tool_choice.name}
+            chat["tool_choice"] = {"type": "function", "function": function}
+        elif self.tools or self.tool_choice != "auto":
+            chat["tool_choice"] = self.tool_choice
+        tools: list[JsonObject] = []
         for tool in self.tools:
             function = tool.model_dump(include={"name", "description", "parameters"})
             tools.append({"type": "function", "function": function})
@@ -128,24 +126,23 @@ class ResponsesBody(ApiBody):
             chat["response_format"] = {"type": "json_object"}
         if form.type == "json_schema":
             if form.schema_ is None:
-                raise ApiError(
-                    400, "json_schema has no schema", param="text.format.schema"
-                )
+                message = "json_schema has no schema"
+                raise ApiError(400, message, param="text.format.schema")
             chat["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"schema": form.schema_},
             }
         return chat
 
-    def describe_tool_choice(self) -> Any:
+    def describe_tool_choice(self) -> str | JsonObject:
         """Returns ``tool_choice`` as it came."""
         choice = self.tool_choice
         return choice if isinstance(choice, str) else choice.model_dump()
 
-    def _list_messages(self) -> list[dict[str, Any]]:
+    def _list_messages(self) -> list[JsonObject]:
         """The conversation as messages: what an assistant thought, said and called is
         one."""
-        messages: list[dict[str, Any]] = []
+        messages: list[JsonObject] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
@@ -178,6 +175,6 @@ class ResponsesBody(ApiBody):
 
 
 def _join_parts(content: str | list[ResponseContent]) -> str:
-    return (
-        content if isinstance(content, str) else "".join(part.text for part in content)
-    )
+    if isinstance(content, str):
+        return content
+    return "".join(part.text for part in content)

@@ -4,15 +4,15 @@
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
 from uuid import uuid4
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from maxlm.inference.requests import SequenceOutput
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.chat import ChatAnswer, ParsedAnswer, prepare_chat_answer
-from maxlm.serving.engine_loop import RequestStream
+from maxlm.serving.engine_loop import RequestGroupStream
 from maxlm.serving.errors import ApiError, convert_error
 from maxlm.serving.response_schemas import ResponsesBody
 from maxlm.serving.schemas import ChatBody
@@ -25,7 +25,7 @@ _CAUSES: dict[str | None, str] = {
 }
 _ITEM_STATUS: dict[str | None, str] = dict.fromkeys(_CAUSES, "incomplete")
 
-Event = tuple[str, dict[str, Any]]
+Event = tuple[str, JsonObject]
 """Its type, and its fields but for ``type`` and ``sequence_number``."""
 
 
@@ -34,7 +34,7 @@ class OutputItems:
     """Items of a response, made of an answer's parts as they come: thoughts, a message,
     calls."""
 
-    items: list[dict[str, Any]] = field(default_factory=list)
+    items: list[JsonObject] = field(default_factory=list)
     _call_number: int | None = None
     """The number of the call that the last item is."""
 
@@ -88,25 +88,21 @@ class OutputItems:
         events.append(("response.output_item.done", about))
         return events
 
-    def _add_arguments(self, call: dict[str, Any]) -> list[Event]:
+    def _add_arguments(self, call: JsonObject) -> list[Event]:
         piece = call["function"].get("arguments", "")
         if not piece:
             return []
         self.items[-1]["arguments"] += piece
-        return [
-            (
-                "response.function_call_arguments.delta",
-                {**self._place(), "delta": piece},
-            )
-        ]
+        fields = {**self._place(), "delta": piece}
+        return [("response.function_call_arguments.delta", fields)]
 
     def _add_text(self, kind: str, part_kind: str, text: str) -> list[Event]:
         events: list[Event] = []
         is_open = self.items and self.items[-1]["status"] == "in_progress"
         if not is_open or self.items[-1]["type"] != kind:
             events += self.finish()
-            part: dict[str, Any] = {"type": part_kind, "text": ""}
-            item: dict[str, Any] = {"type": kind, "status": "in_progress"}
+            part: JsonObject = {"type": part_kind, "text": ""}
+            item: JsonObject = {"type": kind, "status": "in_progress"}
             if kind == "message":
                 part |= {"annotations": [], "logprobs": []}
                 item |= {"id": f"msg_{uuid4().hex}", "role": "assistant"}
@@ -123,16 +119,14 @@ class OutputItems:
         events.append((f"response.{part_kind}.delta", delta))
         return events
 
-    def _open(self, item: dict[str, Any]) -> Event:
+    def _open(self, item: JsonObject) -> Event:
         self.items.append(item)
-        # What comes later is not in this event.
-        shown = json.loads(json.dumps(item))
-        return "response.output_item.added", {
-            "output_index": len(self.items) - 1,
-            "item": shown,
-        }
+        # A copy: what is added to the item later is not in this event.
+        copied = json.loads(json.dumps(item))
+        fields = {"output_index": len(self.items) - 1, "item": copied}
+        return "response.output_item.added", fields
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> JsonObject:
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
 
 
@@ -142,17 +136,17 @@ class ResponsesAnswer(ChatAnswer):
 
     id_prefix = "resp"
     object_names = ("response", "response")
-    asked: ResponsesBody | None = None
+    responses_body: ResponsesBody | None = None
     """The body as it came; ``body`` is the same conversation as a chat's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.output = OutputItems()
 
-    async def _write_events(self, stream: RequestStream) -> AsyncIterator[str]:
+    async def _write_events(self, stream: RequestGroupStream) -> AsyncIterator[str]:
         number = 0
 
-        def write(kind: str, fields: dict[str, Any]) -> str:
+        def write(kind: str, fields: JsonObject) -> str:
             nonlocal number
             event = {"type": kind, "sequence_number": number, **fields}
             number += 1
@@ -168,26 +162,25 @@ class ResponsesAnswer(ChatAnswer):
                 for kind, fields in self.output.add(self.parse(index, output)):
                     yield write(kind, fields)
                 reason = self.get_finish_reason(index, output)
-            for kind, fields in self.output.finish(
-                _ITEM_STATUS.get(reason, "completed")
-            ):
+            status = _ITEM_STATUS.get(reason, "completed")
+            for kind, fields in self.output.finish(status):
                 yield write(kind, fields)
             response = self._describe_response(reason)
             yield write(f"response.{response['status']}", {"response": response})
         except Exception as error:
+            # The status 200 is sent already: an error can only be the last event.
             about = convert_error(error).to_json()["error"]
-            yield write(
-                "error", {name: about[name] for name in ("code", "message", "param")}
-            )
+            fields = {name: about[name] for name in ("code", "message", "param")}
+            yield write("error", fields)
 
-    def describe_all_items(self, output: SequenceOutput) -> dict[str, Any]:
+    def describe_all_items(self, output: SequenceOutput) -> JsonObject:
         """Returns the response that an answer without a stream is."""
         self.output.add(self.parse(0, output))
         reason = self.get_finish_reason(0, output)
         self.output.finish(_ITEM_STATUS.get(reason, "completed"))
         return self._describe_response(reason)
 
-    async def _collect(self, stream: RequestStream) -> dict[str, Any]:
+    async def _collect(self, stream: RequestGroupStream) -> JsonObject:
         whole: SequenceOutput | None = None
         async for _, output in self._read(stream):
             if whole is None:
@@ -197,15 +190,15 @@ class ResponsesAnswer(ChatAnswer):
         assert whole is not None, "a sequence has one output at least"
         return self.describe_all_items(whole)
 
-    def _describe_response(self, finish_reason: str | None) -> dict[str, Any]:
+    def _describe_response(self, finish_reason: str | None) -> JsonObject:
         """The response; ``finish_reason`` None: it goes on."""
-        asked = self.asked
-        assert asked is not None
+        body = self.responses_body
+        assert body is not None
         status = "in_progress" if finish_reason is None else "completed"
         cause = _CAUSES.get(finish_reason)
         if cause is not None:
             status = "incomplete"
-        form = asked.text.format
+        form = body.text.format
         return {
             "id": self._about["id"],
             "object": "response",
@@ -213,32 +206,32 @@ class ResponsesAnswer(ChatAnswer):
             "status": status,
             "error": None,
             "incomplete_details": None if cause is None else {"reason": cause},
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "metadata": asked.metadata,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata,
             "model": self._about["model"],
             "output": self.output.items,
-            "parallel_tool_calls": asked.parallel_tool_calls,
+            "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": self._get_sampling("temperature"),
             "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},
-            "tool_choice": asked.describe_tool_choice(),
-            "tools": [tool.model_dump(exclude_unset=True) for tool in asked.tools],
+            "tool_choice": body.describe_tool_choice(),
+            "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools],
             "top_p": self._get_sampling("top_p"),
-            "truncation": asked.truncation,
+            "truncation": body.truncation,
             "usage": None if finish_reason is None else self._describe_response_usage(),
         }
 
     def _get_sampling(self, name: str) -> float:
         """A setting of sampling as it is used: the request's, the model's own, or
         OpenAI's."""
-        return (self.body.model_extra or {}).get(
-            name, self.state.sampling_defaults.get(name, 1.0)
-        )
+        default = self.state.sampling_defaults.get(name, 1.0)
+        extra = self.body.model_extra or {}
+        return extra.get(name, default)
 
-    def _describe_response_usage(self) -> dict[str, Any]:
+    def _describe_response_usage(self) -> JsonObject:
         usage = self._describe_usage()
         return {
             "input_tokens": usage["prompt_tokens"],
@@ -257,10 +250,9 @@ async def create_response(state: ServerState, request: Request) -> Response:
         raise ApiError(400, message, param="previous_response_id", code="unsupported")
     chat_body = ChatBody.model_validate(body.to_chat(), strict=True)
     ignored = chat_body.list_ignored_fields()
-    request.state.ignored_fields = [
-        *dict.fromkeys([*request.state.ignored_fields, *ignored])
-    ]
+    all_ignored = dict.fromkeys([*request.state.ignored_fields, *ignored])
+    request.state.ignored_fields = list(all_ignored)
     answer = await prepare_chat_answer(state, chat_body, ResponsesAnswer)
     assert isinstance(answer, ResponsesAnswer)
-    answer.asked = body
+    answer.responses_body = body
     return await answer.respond(request)

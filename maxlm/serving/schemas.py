@@ -18,6 +18,7 @@ from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GenerationRequest, GrammarSpec
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError
 
 _UNSUPPORTED = (
@@ -58,8 +59,9 @@ class ApiModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, value: Any) -> Any:
-        is_object = isinstance(value, dict)
-        return {k: v for k, v in value.items() if v is not None} if is_object else value
+        if not isinstance(value, dict):
+            return value  # a mistake that pydantic names
+        return {key: field for key, field in value.items() if field is not None}
 
 
 class ApiBody(ApiModel):
@@ -73,13 +75,14 @@ class ApiBody(ApiModel):
         extra = self.model_extra or {}
         for name in _UNSUPPORTED:
             if extra.get(name):
-                raise ApiError(
-                    400, f"{name} is not supported", param=name, code="unsupported"
-                )
+                message = f"{name} is not supported"
+                raise ApiError(400, message, param=name, code="unsupported")
         unknown = [name for name in extra if name not in SAMPLING_FIELDS]
-        return [
+        # They go into a header: few, short, and of plain characters.
+        printable = [
             name for name in unknown if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)
-        ][:16]
+        ]
+        return printable[:16]
 
 
 class StreamOptions(ApiModel):
@@ -92,7 +95,7 @@ class StreamOptions(ApiModel):
 class JsonSchemaFormat(ApiModel):
     """A named JSON schema."""
 
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    schema_: JsonObject | bool = Field(alias="schema")
 
 
 class ResponseFormat(ApiModel):
@@ -160,11 +163,17 @@ class GenerationBody(ApiBody):
         """
         vocab_size = tokenizer.vocab_size
         if any(token >= vocab_size for token in self.logit_bias):
-            what = f"logit_bias has token ids above {vocab_size - 1}, the vocabulary's last"
-            raise ApiError(400, what, param="logit_bias")
+            message = (
+                f"logit_bias has token ids above {vocab_size - 1}, the vocabulary's "
+                "last"
+            )
+            raise ApiError(400, message, param="logit_bias")
         if self.min_tokens > max_new_tokens:
-            what = f"min_tokens is {self.min_tokens}, more than the {max_new_tokens} allowed"
-            raise ApiError(400, what, param="min_tokens")
+            message = (
+                f"min_tokens is {self.min_tokens}, more than the {max_new_tokens} "
+                "allowed"
+            )
+            raise ApiError(400, message, param="min_tokens")
         extra = self.model_extra or {}
         sampling = dict(sampling_defaults)
         sampling |= {
@@ -174,20 +183,19 @@ class GenerationBody(ApiBody):
             sampling["top_k"] = 0
         if sampling.get("top_p") == 0:  # OpenAI takes it: the likeliest token alone
             sampling["top_p"] = 1e-9
-        seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
         sampling |= {
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": self.min_tokens,
+            "logit_bias": self.logit_bias,
+            "seed": secrets.randbits(32) if self.seed is None else self.seed % 2**32,
         }
-        sampling |= {"logit_bias": self.logit_bias, "seed": seed}
+        stop_strings = [self.stop] if isinstance(self.stop, str) else self.stop
         return GenerationRequest(
             request_id=request_id,
             prompt_tokens=prompt,
             sampling=SamplingConfig.model_validate(sampling, strict=True),
             num_sequences=self.n,
-            stop_strings=(self.stop,)
-            if isinstance(self.stop, str)
-            else tuple(self.stop),
+            stop_strings=tuple(stop_strings),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             grammar=self._make_grammar(),
@@ -201,29 +209,24 @@ class GenerationBody(ApiBody):
         return bool(self.regex or self.lark or (form and form.type != "text"))
 
     def _make_grammar(self) -> GrammarSpec | None:
-        found = (
-            [GrammarSpec("regex", self.regex, "regex")]
-            if self.regex is not None
-            else []
-        )
-        found += (
-            [GrammarSpec("lark", self.lark, "lark")] if self.lark is not None else []
-        )
+        grammars: list[GrammarSpec] = []
+        if self.regex is not None:
+            grammars.append(GrammarSpec("regex", self.regex, "regex"))
+        if self.lark is not None:
+            grammars.append(GrammarSpec("lark", self.lark, "lark"))
         form = self.response_format
         if form and form.type == "json_object":
-            found.append(GrammarSpec("json_object"))
+            grammars.append(GrammarSpec("json_object"))
         if form and form.type == "json_schema":
             if form.json_schema is None:
-                what, name = "json_schema has no schema", "response_format.json_schema"
-                raise ApiError(400, what, param=name)
-            found.append(
-                GrammarSpec("json_schema", json.dumps(form.json_schema.schema_))
-            )
-        if len(found) > 1:
-            raise ApiError(
-                400, "response_format, regex and lark: give one", param="regex"
-            )
-        return found[0] if found else None
+                message = "json_schema has no schema"
+                raise ApiError(400, message, param="response_format.json_schema")
+            schema = json.dumps(form.json_schema.schema_)
+            grammars.append(GrammarSpec("json_schema", schema))
+        if len(grammars) > 1:
+            message = "response_format, regex and lark: give one"
+            raise ApiError(400, message, param="regex")
+        return grammars[0] if grammars else None
 
 
 class CompletionBody(GenerationBody):
@@ -244,7 +247,7 @@ class ToolFunction(ApiModel):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     arguments: str | None = None
 
 
@@ -274,19 +277,24 @@ class ChatMessage(ApiModel):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
-    def to_template(self) -> dict[str, Any]:
+    def to_template(self) -> JsonObject:
         """Returns the message as chat templates read it: content as text, arguments as
         data."""
-        found = self.model_dump(include={*ChatMessage.model_fields}, exclude_none=True)
+        message = self.model_dump(
+            include=set(ChatMessage.model_fields), exclude_none=True
+        )
         if self.role == "developer":
-            found["role"] = "system"
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        for call in found.get("tool_calls", ()):
+            message["role"] = "system"
+        content = self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        message["content"] = content
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            arguments = function.setdefault("arguments", "") or "{}"
             with suppress(ValueError, RecursionError):  # what is no JSON stays text
-                arguments = call["function"].setdefault("arguments", "") or "{}"
-                call["function"]["arguments"] = json.loads(arguments)
-        return found | {"content": text}
+                function["arguments"] = json.loads(arguments)
+        return message
 
 
 class ChatBody(GenerationBody):
@@ -300,7 +308,7 @@ class ChatBody(GenerationBody):
     tools: Annotated[list[Tool], Field(max_length=128)] = []
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool = True
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: JsonObject = {}
     continue_final_message: bool = False
     """Whether the last message, the assistant's, is to be continued."""
     add_generation_prompt: bool = True
@@ -310,6 +318,11 @@ class ChatBody(GenerationBody):
     content."""
     include_reasoning: bool = True
     """Whether thoughts that are told apart are sent."""
+
+    @property
+    def requested_max_tokens(self) -> int | None:
+        """Tokens that an answer may have, by either name; None: not given."""
+        return self.max_completion_tokens or self.max_tokens
 
     def list_ignored_fields(self) -> list[str]:
         """As of other bodies, with keywords of the schemas of tools of which one must
@@ -340,7 +353,9 @@ class PairBody(ApiBody):
     def resolve_method(self, generates: bool) -> Literal["loglikelihood", "cosine"]:
         """Returns how pairs are scored; by default as the model can: ``generates``: it
         continues text."""
-        return self.method or ("loglikelihood" if generates else "cosine")
+        if self.method is not None:
+            return self.method
+        return "loglikelihood" if generates else "cosine"
 
 
 class ScoreBody(PairBody):
@@ -368,7 +383,10 @@ class RerankBody(PairBody):
 
     def list_texts(self) -> list[str]:
         """Returns the documents' texts."""
-        return [each if isinstance(each, str) else each.text for each in self.documents]
+        return [
+            document if isinstance(document, str) else document.text
+            for document in self.documents
+        ]
 
 
 class UnloadAdapterBody(ApiBody):

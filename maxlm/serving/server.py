@@ -25,19 +25,18 @@ def bind_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sends at once (TCP_NODELAY) where the protocol is named, and waits 40 ms
     # elsewhere.
-    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        taken.bind((host, port))
-        taken.listen()  # so that no other process can listen here from now on
+        listener.bind((host, port))
+        listener.listen()  # so that no other process can listen here from now on
     except (OSError, UnicodeError, OverflowError) as error:
-        taken.close()
+        listener.close()
         reason = getattr(error, "strerror", None) or str(error)
+        message = f"cannot listen: {reason}"
         fix = "name another with --port (0: any free one) or --host"
-        raise MaxlmError(
-            f"cannot listen: {reason}", where=f"{host}:{port}", fix=fix
-        ) from None
-    return taken
+        raise MaxlmError(message, where=f"{host}:{port}", fix=fix) from None
+    return listener
 
 
 def read_api_key(path: str | Path | None) -> str | None:
@@ -48,12 +47,13 @@ def read_api_key(path: str | Path | None) -> str | None:
     if path is not None:
         key = Path(path).read_text("utf-8", "replace").strip()
         where = str(path)
-    if key is not None and (
-        not key.isascii() or not key.isprintable() or not key.strip()
-    ):
-        raise MaxlmError(
-            "the key is empty or not printable ASCII", where=where, fix="set another"
-        )
+    if key is None:
+        return None
+    # A header has no other characters.
+    is_printable = key.isascii() and key.isprintable()
+    if not is_printable or not key.strip():
+        message = "the key is empty or not printable ASCII"
+        raise MaxlmError(message, where=where, fix="set another")
     return key
 
 
@@ -64,9 +64,11 @@ def run_server(
     ends when those that run are answered, the second ends at once. ``announce``: called
     with the URL when requests are taken."""
     host, port = bound.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if ":" in host:  # an IPv6 address
+        host = f"[{host}]"
+    server = _DrainingServer(state, lambda: announce(f"http://{host}:{port}"))
     try:
-        asyncio.run(_DrainingServer(state, lambda: announce(url)).serve([bound]))
+        asyncio.run(server.serve([bound]))
     finally:
         state.engine_loop.stop()
 
@@ -108,11 +110,11 @@ class _DrainingServer(uvicorn.Server):
             return
         loop.is_draining = True
         if loop.num_open:
-            what = f"finishing {loop.num_open} that run; Ctrl-C ends now"
-            print(what, file=sys.stderr, flush=True)
+            message = f"finishing {loop.num_open} that run; Ctrl-C ends now"
+            print(message, file=sys.stderr, flush=True)
 
     async def on_tick(self, counter: int) -> bool:
-        self.should_exit |= (
-            self._engine_loop.is_draining and not self._engine_loop.num_open
-        )
+        loop = self._engine_loop
+        if loop.is_draining and not loop.num_open:
+            self.should_exit = True
         return await super().on_tick(counter)

@@ -22,9 +22,11 @@ from starlette.requests import Request
 from maxlm.data.tokenizer import Tokenizer, make_token_count_bound
 from maxlm.inference.adapter_slots import ServedAdapter
 from maxlm.inference.embedding import Embedder
+from maxlm.inference.engine import EngineStats
 from maxlm.inference.requests import SequenceOutput
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.deadlines import DEFAULT_REQUEST_SECONDS
-from maxlm.serving.engine_loop import EngineLoop, RequestStream
+from maxlm.serving.engine_loop import EngineLoop, RequestGroupStream
 from maxlm.serving.errors import ApiError
 from maxlm.serving.schemas import ApiBody
 
@@ -84,9 +86,8 @@ class ServerState:
         async for chunk in request.stream():
             data += chunk
             if len(data) > self.max_body_bytes:
-                raise ApiError(
-                    413, f"the body is larger than {self.max_body_bytes:,} bytes"
-                )
+                message = f"the body is larger than {self.max_body_bytes:,} bytes"
+                raise ApiError(413, message)
         body = schema.model_validate_json(bytes(data))
         self.find_adapter(body.model)
         request.state.ignored_fields = body.list_ignored_fields()
@@ -104,8 +105,8 @@ class ServerState:
         known |= {f"{self.name}:{adapter}": adapter for adapter in self.list_adapters()}
         if model not in known:
             names = ", ".join(repr(name) for name in known if name is not None)
-            what = f"there is no model {str(model)[:200]!r} here, only {names}"
-            raise ApiError(404, what, param="model", code="model_not_found")
+            message = f"there is no model {str(model)[:200]!r} here, only {names}"
+            raise ApiError(404, message, param="model", code="model_not_found")
         return known[model]
 
     def get_tokenizer(self, model: str | None) -> Tokenizer:
@@ -114,16 +115,19 @@ class ServerState:
         adapter = self.find_adapter(model)
         return self.adapter_tokenizers.get(adapter or "", self.tokenizer)
 
-    def describe_model(self, adapter: str | None = None) -> dict[str, Any]:
+    def describe_model(self, adapter: str | None = None) -> JsonObject:
         """Returns the model, or an adapter of it, as /v1/models does."""
-        about = {
+        model: JsonObject = {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "maxlm",
         }
-        own = {"id": f"{self.name}:{adapter}", "parent": self.name} if adapter else {}
-        return {**about, **own, "max_model_len": self.max_length}
+        if adapter:
+            model["id"] = f"{self.name}:{adapter}"
+            model["parent"] = self.name
+        model["max_model_len"] = self.max_length
+        return model
 
     async def encode_prompts(
         self,
@@ -203,35 +207,36 @@ class ServerState:
     ) -> tuple[int, ...]:
         # So much text has more tokens than are kept; what stands before it is not
         # looked at.
-        most_chars = (num_tokens + 64) * max(map(len, self.tokenizer.codec.token_bytes))
-        tokens = encode(text[-most_chars:])
+        longest_token = max(map(len, self.tokenizer.codec.token_bytes))
+        max_chars = (num_tokens + 64) * longest_token
+        tokens = encode(text[-max_chars:])
         if len(tokens) <= num_tokens:
             return tuple(tokens)
-        begins = tokens[0] == self.tokenizer.bos_id and num_tokens > 1
-        return (
-            (tokens[0], *tokens[1 - num_tokens :])
-            if begins
-            else tuple(tokens[-num_tokens:])
-        )
+        has_bos = tokens[0] == self.tokenizer.bos_id
+        if has_bos and num_tokens > 1:
+            return (tokens[0], *tokens[1 - num_tokens :])
+        return tuple(tokens[-num_tokens:])
 
     def resolve_truncation(
-        self, asked: int | None, max_new_tokens: int | None
+        self, kept_tokens: int | None, max_new_tokens: int | None
     ) -> int | None:
         """Returns how many last tokens of a prompt are kept, None: all must fit. Raises
         ApiError: fewer than one.
 
         Args:
-            asked: -1 asks for all that there is room for beside ``max_new_tokens``;
-                where these are not given, beside an answer of a quarter of the context.
+            kept_tokens: the request's ``truncate_prompt_tokens``; -1 asks for all that
+                there is room for beside ``max_new_tokens``; where these are not given,
+                beside an answer of a quarter of the context.
         """
-        if asked is None:
+        if kept_tokens is None:
             return None
-        if asked == 0:
-            raise ApiError(
-                400, "keep one token at least, or -1", param="truncate_prompt_tokens"
-            )
+        if kept_tokens == 0:
+            message = "keep one token at least, or -1"
+            raise ApiError(400, message, param="truncate_prompt_tokens")
         room = self.max_length - (max_new_tokens or self.max_length // 4)
-        return max(1, room if asked == -1 else min(asked, room))
+        if kept_tokens == -1:
+            kept_tokens = room
+        return max(1, min(kept_tokens, room))
 
     def check_prompt_length(
         self,
@@ -245,29 +250,34 @@ class ServerState:
         for ``max_tokens``; ``is_least``: it has so many at least."""
         if num_tokens > (max_tokens or self.max_length):
             count = f"at least {num_tokens}" if is_least else str(num_tokens)
-            message = (
-                f"the prompt has {count} tokens; {self._describe_context(max_tokens)}"
-            )
+            context = self._describe_context(max_tokens)
             raise ApiError(
-                400, message, param=prompt_field, code="context_length_exceeded"
+                400,
+                f"the prompt has {count} tokens; {context}",
+                param=prompt_field,
+                code="context_length_exceeded",
             )
 
     def resolve_max_tokens(
-        self, num_prompt_tokens: int, asked: int | None, prompt_field: str
+        self, num_prompt_tokens: int, max_tokens: int | None, prompt_field: str
     ) -> int:
-        """Returns how many tokens a sequence may have; None asks for all that there is
-        room for. Raises ApiError: they do not fit the context; ``prompt_field`` is the
-        request's field that has the prompt, to name there."""
+        """Returns how many new tokens a sequence may have; ``max_tokens`` None asks for
+        all that there is room for. Raises ApiError: they do not fit the context;
+        ``prompt_field`` is the request's field that has the prompt, to name there."""
         room = self.max_length - num_prompt_tokens
-        if room < 1 or (asked or 0) > room:
+        if room < 1 or (max_tokens or 0) > room:
             message = f"the prompt has {num_prompt_tokens} tokens"
-            name = prompt_field
+            field_at_fault = prompt_field
             if room >= 1:
-                message += f" and {asked} more were asked for"
-                name = "max_tokens"
+                message += f" and {max_tokens} more were asked for"
+                field_at_fault = "max_tokens"
             message += f"; {self._describe_context()}"
-            raise ApiError(400, message, param=name, code="context_length_exceeded")
-        return room if asked is None else max(asked, 1)
+            raise ApiError(
+                400, message, param=field_at_fault, code="context_length_exceeded"
+            )
+        if max_tokens is None:
+            return room
+        return max(max_tokens, 1)  # the engine makes one at least
 
     def _describe_context(self, max_tokens: int | None = None) -> str:
         """Says how long the context is, and by which setting."""
@@ -283,39 +293,53 @@ class ServerMetrics(Collector):
     ``read_stats``: returns the engine's ``EngineStats``, or None; each of its fields is
     a gauge ``maxlm_NAME``, and a counter where the name ends in ``_total``."""
 
-    def __init__(self, read_stats: Callable[[], Any]):
+    def __init__(self, read_stats: Callable[[], EngineStats | None]):
         self.registry = CollectorRegistry()
         self._read_stats = read_stats
         self.registry.register(self)
-        about: dict[str, Any] = {"registry": self.registry, "namespace": "maxlm"}
-        text = "Answers, by path and status"
-        self.requests = Counter("requests", text, ["path", "code"], **about)
-        name, text = (
-            "time_to_first_token_seconds",
-            "From a request to a sequence's first token",
+        self.requests = Counter(
+            "requests",
+            "Answers, by path and status",
+            ["path", "code"],
+            namespace="maxlm",
+            registry=self.registry,
         )
-        self._first = Histogram(name, text, buckets=_SECONDS, **about)
-        text = "Between tokens of a sequence; a step's tokens share its time"
-        self._between = Histogram(
-            "inter_token_seconds", text, buckets=_SECONDS, **about
+        self._first = self._make_histogram(
+            "time_to_first_token_seconds", "From a request to a sequence's first token"
         )
-        self._duration = Histogram(
-            "request_seconds", "From a request to its last token", **about
+        self._between = self._make_histogram(
+            "inter_token_seconds",
+            "Between tokens of a sequence; a step's tokens share its time",
+        )
+        self._duration = self._make_histogram(
+            "request_seconds", "From a request to its last token"
+        )
+
+    def _make_histogram(self, name: str, description: str) -> Histogram:
+        return Histogram(
+            name,
+            description,
+            buckets=_SECONDS,
+            namespace="maxlm",
+            registry=self.registry,
         )
 
     async def time_outputs(
-        self, stream: RequestStream
+        self, stream: RequestGroupStream
     ) -> AsyncIterator[SequenceOutput]:
         """Passes a stream's outputs on, and observes when they come."""
         last: dict[tuple[str, int], float] = {}
         async for output in stream:
             now = time.monotonic()
             key = (output.request_id, output.sequence_index)
-            if count := len(output.token_ids):
+            num_tokens = len(output.token_ids)
+            if num_tokens:
                 if key not in last:
                     self._first.observe(now - stream.start_time)
-                for _ in range(count if key in last else 0):
-                    self._between.observe((now - last[key]) / count)
+                else:
+                    seconds = (now - last[key]) / num_tokens
+                    for _ in range(num_tokens):
+                        self._between.observe(seconds)
                 last[key] = now
             yield output
         self._duration.observe(time.monotonic() - stream.start_time)
@@ -323,9 +347,12 @@ class ServerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yields the engine's numbers."""
         stats = self._read_stats()
-        for name, value in stats._asdict().items() if stats else ():
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+        if stats is None:
+            return
+        for name, value in stats._asdict().items():
             words = name.removeprefix("num_").replace("_total", " since the start")
-            yield kind(
-                f"maxlm_{name}", f"Engine: {words.replace('_', ' ')}", value=value
-            )
+            description = f"Engine: {words.replace('_', ' ')}"
+            if name.endswith("_total"):
+                yield CounterMetricFamily(f"maxlm_{name}", description, value=value)
+            else:
+                yield GaugeMetricFamily(f"maxlm_{name}", description, value=value)

@@ -11,13 +11,14 @@ Three ways to write a call are known, and told apart by the chat template:
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
 from maxlm.inference.outputs import count_begun
 from maxlm.inference.requests import GrammarSpec
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.serving.errors import ApiError
 from maxlm.serving.schemas import Tool, ToolFunction
 
@@ -54,33 +55,38 @@ def detect_tool_format(template: str) -> ToolFormat:
     if "[TOOL_CALLS]" in template:
         return "mistral"
     is_llama = "<|start_header_id|>" in template and "tool" in template
-    return "llama3" if "<tool_call>" not in template and is_llama else "hermes"
+    if is_llama and "<tool_call>" not in template:
+        return "llama3"
+    return "hermes"
 
 
 def describe_tools_in_text(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+    messages: Sequence[JsonMapping], tools: Sequence[JsonMapping]
+) -> list[JsonObject]:
     """Returns a conversation in which tools, calls and their results are plain text,
     for a chat template that knows no tools."""
-    found: list[dict[str, Any]] = []
+    plain_messages: list[JsonObject] = []
     for message in messages:
-        role, content = message["role"], message["content"]
+        role = message["role"]
+        content = message["content"]
         for call in message.get("tool_calls", ()):
-            written = _to_json(
-                {key: call["function"][key] for key in ("name", "arguments")}
+            function = call["function"]
+            call_text = _to_json(
+                {"name": function["name"], "arguments": function["arguments"]}
             )
-            content += f"\n<tool_call>\n{written}\n</tool_call>"
+            content += f"\n<tool_call>\n{call_text}\n</tool_call>"
         if role == "tool":
             role = "user"
             content = f"<tool_response>\n{content}\n</tool_response>"
-        found.append({"role": role, "content": content.strip("\n")})
+        plain_messages.append({"role": role, "content": content.strip("\n")})
     if tools:
-        text = _INSTRUCTIONS.format(tools="\n".join(map(_to_json, tools)))
-        if found[0]["role"] == "system":
-            found[0]["content"] += f"\n\n{text}"
+        instructions = _INSTRUCTIONS.format(tools="\n".join(map(_to_json, tools)))
+        if plain_messages[0]["role"] == "system":
+            plain_messages[0]["content"] += f"\n\n{instructions}"
         else:
-            found.insert(0, {"role": "system", "content": text})
-    return found
+            system_message = {"role": "system", "content": instructions}
+            plain_messages.insert(0, system_message)
+    return plain_messages
 
 
 def _to_json(value: Any) -> str:
@@ -94,7 +100,7 @@ def make_tool_grammar(
     Raises ApiError: parameters that are no schema of an object, or two schemas with one
     ``$id``."""
     key = "parameters" if tool_format == "llama3" else "arguments"
-    calls: list[dict[str, Any]] = []
+    calls: list[JsonObject] = []
     schema_ids: set[str] = set()
     for index, tool in enumerate(tools):
         parameters = _make_parameters_schema(tool.function, index)
@@ -117,14 +123,14 @@ def make_tool_grammar(
     return GrammarSpec("json_schema", json.dumps(schema), "tools")
 
 
-def _make_parameters_schema(function: ToolFunction, index: int) -> dict[str, Any]:
+def _make_parameters_schema(function: ToolFunction, index: int) -> JsonObject:
     """Returns a function's parameters as a schema that keeps its meaning within
     another: its ``$id`` makes it a resource, and ``#`` and ``#/...`` begin there (JSON
     Schema, 8.2)."""
     where = f"the parameters of the tool {function.name}"
     if function.parameters is None:
         # As OpenAI has it: no parameters are an empty list of them.
-        schema: dict[str, Any] = {
+        schema: JsonObject = {
             "type": "object",
             "properties": {},
             "additionalProperties": False,
@@ -138,9 +144,8 @@ def _make_parameters_schema(function: ToolFunction, index: int) -> dict[str, Any
     kinds = schema.get("type", "object")
     if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
         raise ApiError(400, f"{where} must be of type object", param="tools")
-    if (
-        "$ref" not in schema
-    ):  # llguidance takes nothing beside a reference that leads back to it
+    # llguidance takes nothing beside a reference that leads back to it.
+    if "$ref" not in schema:
         schema["type"] = "object"
     if not isinstance(schema.setdefault("$id", f"{_TOOL_SCHEMAS}{index}"), str):
         raise ApiError(400, f"$id of {where} is no text", param="tools")
@@ -152,7 +157,8 @@ def _make_parameters_schema(function: ToolFunction, index: int) -> dict[str, Any
 def get_forced_prefix(tool_format: ToolFormat) -> str:
     """Returns what opens a call, to end the prompt with where the model has to make
     one."""
-    return _OPENERS[tool_format] + ("\n" if tool_format == "hermes" else "")
+    opener = _OPENERS[tool_format]
+    return f"{opener}\n" if tool_format == "hermes" else opener
 
 
 @dataclass
@@ -160,7 +166,7 @@ class ParsedText:
     """Content and calls, as far as a piece of an answer's text makes them certain."""
 
     content: str = ""
-    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    calls: dict[int, JsonObject] = field(default_factory=dict)
     """Calls by number, as OpenAI has them: where one begins with its id and name, and
     then the next part of its arguments' JSON text."""
 
@@ -180,8 +186,12 @@ class ToolCallParser:
     def __post_init__(self) -> None:
         self.num_calls = 0
         self._opener = _OPENERS[self.tool_format] if self.names else ""
-        self._text, self._held, self._arguments = "", "", ""
-        self._found = ParsedText()
+        self._text = ""
+        """What is not told apart yet."""
+        self._held = ""
+        """The opener of a call that may still prove to be none: then it is content."""
+        self._arguments = ""
+        self._parsed = ParsedText()
         starts_with_head = self.forced or (self.names and self.tool_format == "llama3")
         self._state = self._read_head if starts_with_head else self._read_content
 
@@ -189,15 +199,17 @@ class ToolCallParser:
         """Takes more text; returns what is certain with it. ``final``: no more will
         come."""
         self._text += text
-        self._found = ParsedText()
+        self._parsed = ParsedText()
+        # A state is a method that reads as far as it can; until it stays the same.
         state = None
         while state != self._state:
             state = self._state
             state(final)
-        return self._found
+        return self._parsed
 
     def _read_content(self, final: bool) -> None:
-        content, opener = self._text, self._opener
+        content = self._text
+        opener = self._opener
         if opener and opener in content:
             content, _, self._text = content.partition(opener)
             content = content.rstrip()
@@ -205,11 +217,14 @@ class ToolCallParser:
             self._state = self._read_head
         elif final or not opener:
             self._text = ""
-            content = "" if final and self.num_calls and content.isspace() else content
+            is_after_calls = final and self.num_calls > 0
+            if is_after_calls and content.isspace():
+                content = ""
         else:  # space before a call is no content, nor is what may begin one
-            content = content[: len(content) - count_begun(content, opener)].rstrip()
+            num_sure = len(content) - count_begun(content, opener)
+            content = content[:num_sure].rstrip()
             self._text = self._text[len(content) :]
-        self._found.content += content
+        self._parsed.content += content
 
     def _read_head(self, final: bool) -> None:
         plain = _BEFORE_HEAD.sub("", self._text, count=1)
@@ -219,9 +234,11 @@ class ToolCallParser:
             self._text = plain[match.end() :]
             self._arguments = ""
             self._state = self._read_arguments
-            call = {"id": f"call_{uuid4().hex[:24]}", "type": "function"}
-            function = {"name": match[1], "arguments": ""}
-            self._found.calls[self.num_calls] = call | {"function": function}
+            self._parsed.calls[self.num_calls] = {
+                "id": f"call_{uuid4().hex[:24]}",
+                "type": "function",
+                "function": {"name": match[1], "arguments": ""},
+            }
         elif match or final or not may_begin or len(plain) > _MAX_HEAD_CHARS:
             self._text = self._held + self._text
             self._opener = ""
@@ -231,17 +248,19 @@ class ToolCallParser:
         num_sent = len(self._arguments)
         self._arguments += self._text
         end = _find_object_end(self._arguments)
-        if piece := self._arguments[num_sent:end]:
-            call = self._found.calls.setdefault(
-                self.num_calls, {"function": {"arguments": ""}}
-            )
+        piece = self._arguments[num_sent:end]
+        if piece:
+            continued_call = {"function": {"arguments": ""}}
+            call = self._parsed.calls.setdefault(self.num_calls, continued_call)
             call["function"]["arguments"] += piece
-        self._text = self._arguments[end:] if end else ""
-        if end:
-            self.num_calls = self.num_calls + 1
-            self._held = ""
-            is_last = self.num_calls == self.max_calls
-            self._state = self._drop_rest if is_last else self._read_between
+        if not end:
+            self._text = ""
+            return
+        self._text = self._arguments[end:]
+        self.num_calls += 1
+        self._held = ""
+        is_last = self.num_calls == self.max_calls
+        self._state = self._drop_rest if is_last else self._read_between
 
     def _read_between(self, final: bool) -> None:
         if self._opener == _OPENERS["hermes"]:
@@ -249,7 +268,9 @@ class ToolCallParser:
             if closed:
                 self._text = rest
                 self._state = self._read_content
-        elif text := self._text.lstrip("}],; \n\t"):
+            return
+        text = self._text.lstrip("}],; \n\t")
+        if text:
             self._text = text
             self._state = self._read_head if text[0] == "{" else self._read_content
 
@@ -260,8 +281,11 @@ class ToolCallParser:
 def _find_object_end(text: str) -> int | None:
     """Where the JSON object that begins a text ends, if it does."""
     depth = 0
-    for found in _STRING_OR_BRACKET.finditer(text):
-        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
+    for match in _STRING_OR_BRACKET.finditer(text):
+        if match[0] in "{[":
+            depth += 1
+        elif match[0] in "}]":
+            depth -= 1
         if depth == 0:
-            return found.end()
+            return match.end()
     return None

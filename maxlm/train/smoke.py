@@ -20,7 +20,7 @@ from maxlm.config.sampling import SamplingConfig
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.documents import find_files
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-from maxlm.inference.generate import generate_tokens
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.models.params import flatten_names
 from maxlm.optim.state import TrainState
 from maxlm.plan.layout import compute_run_layout
@@ -218,7 +218,8 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     if setup.config.model.transformer_type == "encoder":
         return  # it names tokens, and continues nothing
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
-    (tokens,) = generate_tokens(setup.model, state.params, [[1, 2, 3]], sampling)
+    outputs = generate(setup.model, state.params, [[1, 2, 3]], sampling)
+    (tokens,) = collect_tokens(outputs)
     right = len(tokens) == NEW_TOKENS and max(tokens) < setup.config.model.vocab_size
     yield Check("the model generates", right, " ".join(map(str, tokens)))
 

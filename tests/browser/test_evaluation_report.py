@@ -4,7 +4,7 @@ text."""
 import pytest
 
 from maxlm.evaluation.report import build_report, write_report
-from maxlm.evaluation.results import find_evaluations
+from maxlm.evaluation.results import read_newest_evaluations
 from tests.evaluation.folders import make_sample, write_evaluation
 
 HOSTILE = (
@@ -46,7 +46,9 @@ def report(request, open_report, tmp_path):
         write_evaluation(
             tmp_path / str(step), tasks, model=model, samples=samples, **options
         )
-    write_report(build_report(find_evaluations(tmp_path)), tmp_path / "page.html")
+    write_report(
+        build_report(read_newest_evaluations(tmp_path)), tmp_path / "page.html"
+    )
     opened = open_report(tmp_path / "page.html", request.param)
     yield opened
     size = "[document.body.scrollWidth <= innerWidth, document.images.length]"

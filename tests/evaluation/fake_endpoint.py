@@ -14,12 +14,12 @@ from maxlm.evaluation.endpoint import ChatEndpoint, open_endpoint
 @dataclass
 class FakeEndpoint:
     """``reply(body)`` returns a text, or an int: a status to refuse with; None: the
-    connection is cut. ``asked`` holds the bodies of the requests."""
+    connection is cut. ``bodies`` holds the bodies of the requests."""
 
     url: str
     reply: Callable[[dict[str, Any]], str | int | None]
     name: str
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
 
     def open(self, max_retries: int = 0) -> ChatEndpoint:
         return open_endpoint(f"{self.url}#{self.name}", max_retries=max_retries)
@@ -47,7 +47,7 @@ def run_endpoint(
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            fake.asked.append(body)
+            fake.bodies.append(body)
             text = fake.reply(body)
             if isinstance(text, int):
                 self.answer(

@@ -51,11 +51,11 @@ def write_evaluation(
                 f"{metric}_stderr,none": spread,
             }
         rows = zip(*metrics.values(), strict=True)
-        made = [
+        sample_lines = [
             make_sample(i, dict(zip(metrics, row, strict=True)))
             for i, row in enumerate(rows)
         ]
-        lines = map(json.dumps, (samples or {}).get(task, made))
+        lines = map(json.dumps, (samples or {}).get(task, sample_lines))
         (folder / f"samples_{task}_{time}.jsonl").write_text(
             "".join(f"{x}\n" for x in lines)
         )

@@ -63,10 +63,13 @@ def test_names_come_with_the_vote_alone(client, fakes, tmp_path):
     assert vote(client, talks).status_code == 409
     body = {"battle": "x", "side": "a", "messages": talks[0][:1]}
     assert client.post("/answer", json=body).status_code == 409
-    (kept,) = read_battles(tmp_path / "arena.db")
-    assert (kept["model_a"], kept["model_b"], kept["winner"]) == (*names, "model_b")
-    assert (kept["conversation_a"], kept["conversation_b"]) == talks
-    assert fakes[0].asked[0]["max_tokens"] == 99
+    (battle,) = read_battles(tmp_path / "arena.db")
+    assert (battle["model_a"], battle["model_b"], battle["winner"]) == (
+        *names,
+        "model_b",
+    )
+    assert (battle["conversation_a"], battle["conversation_b"]) == talks
+    assert fakes[0].bodies[0]["max_tokens"] == 99
 
 
 def test_sides_are_random_and_votes_rate(client):

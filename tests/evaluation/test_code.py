@@ -13,7 +13,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation import code
-from maxlm.evaluation.records import read_records
+from maxlm.evaluation.records import read_json_records
 from maxlm.evaluation.sandbox import SandboxLimits, run_all
 
 GENEROUS = SandboxLimits(seconds=60)
@@ -67,11 +67,13 @@ def mutate(problem: dict[str, str], kind: str) -> str:
 def test_canonical_solutions_pass_and_mutated_ones_fail(problems):
     assert len(problems) == 164
     canonical = [
-        code.build_check_program(each, each["canonical_solution"]) for each in problems
+        code.build_check_program(problem, problem["canonical_solution"])
+        for problem in problems
     ]
     kinds = itertools.cycle(["pass", "none", "constant"])
     mutated = [
-        mutate(each, kind) for each, kind in zip(problems[::4], kinds, strict=False)
+        mutate(problem, kind)
+        for problem, kind in zip(problems[::4], kinds, strict=False)
     ]
     results = run_all(canonical + mutated, GENEROUS)
     failed = [
@@ -154,7 +156,7 @@ def test_the_harness_runs_programs_in_the_sandbox(task, monkeypatch):
     for answer, expected in ((right, 1.0), (wrong, 0.0)):
         score = metric["metric"](references=[tests], predictions=[[answer]], **options)
         assert (score["pass@1"] if isinstance(score, dict) else score) == expected
-    assert [each.startswith((right, wrong)) for each in ran[-2:]] == [True, True]
+    assert [program.startswith((right, wrong)) for program in ran[-2:]] == [True, True]
 
 
 def test_bad_files_are_refused_and_any_character_is_read(tmp_path):
@@ -162,18 +164,18 @@ def test_bad_files_are_refused_and_any_character_is_read(tmp_path):
     for text in ('{"task_id": 1}\n{"task": 1}', "1", "{"):
         path.write_text(text)
         with pytest.raises(MaxlmError, match="not a record with task_id"):
-            read_records(path, ["task_id"])
+            read_json_records(path, ["task_id"])
     (tmp_path / "a.jsonl.gz").write_text("{}")
     for name in ("a.jsonl.gz", "missing.jsonl"):
         with pytest.raises(MaxlmError, match="cannot be read"):
-            read_records(tmp_path / name, [])
+            read_json_records(tmp_path / name, [])
     record = {"task_id": "a\u2028b\u0085c"}
     (tmp_path / "b.jsonl").write_text(
         json.dumps(record, ensure_ascii=False) + "\n", "utf-8"
     )
     (tmp_path / "b.json").write_text(json.dumps([record]), "utf-8")
-    assert read_records(tmp_path / "b.jsonl", ["task_id"]) == [record]
-    assert read_records(tmp_path / "b.json", ["task_id"]) == [record]
+    assert read_json_records(tmp_path / "b.jsonl", ["task_id"]) == [record]
+    assert read_json_records(tmp_path / "b.json", ["task_id"]) == [record]
 
 
 def test_command_scores_a_samples_file(tmp_path, problems, capsys):
@@ -185,12 +187,12 @@ def test_command_scores_a_samples_file(tmp_path, problems, capsys):
     completions = [chosen[0]["canonical_solution"] + "\nprint(1/0)", "    return 0"]
     pairs = zip(chosen, completions, strict=True)
     samples.write_text(
-        "\n".join(json.dumps(each | {"completion": c}) for each, c in pairs)
+        "\n".join(json.dumps(record | {"completion": c}) for record, c in pairs)
     )
     score_humaneval_samples(samples, data, truncate=True, as_json=True)
     assert json.loads(capsys.readouterr().out)["pass@1"] == 0.5
-    written = read_records(
+    written = read_json_records(
         tmp_path / "samples.jsonl_results.jsonl", ["completion", "passed"]
     )
-    assert [each["passed"] for each in written] == [True, False]
-    assert [each["result"] for each in written] == ["passed", "AssertionError"]
+    assert [record["passed"] for record in written] == [True, False]
+    assert [record["result"] for record in written] == ["passed", "AssertionError"]

@@ -12,7 +12,7 @@ from maxlm.evaluation.compare import (
     compare_samples,
     compute_holm_p_values,
 )
-from maxlm.evaluation.results import EvalDoc, find_evaluations
+from maxlm.evaluation.results import EvalDoc, read_newest_evaluations
 from tests.evaluation.folders import make_sample, write_evaluation
 
 
@@ -24,7 +24,10 @@ def compare(first, second, metric="acc", higher=True, alpha=0.05, weights=None):
             {metric: (float(x), float(w))} for x, w in zip(scores, weights, strict=True)
         ]
         sides.append(
-            [EvalDoc((i,), each, "", "", "", [], {}) for i, each in enumerate(values)]
+            [
+                EvalDoc((i,), doc_values, "", "", "", [], {})
+                for i, doc_values in enumerate(values)
+            ]
         )
     return compare_samples("t", metric, sides, higher, alpha)
 
@@ -42,8 +45,8 @@ def test_mcnemar_is_the_exact_binomial_test_and_holm_as_by_hand():
 
 def test_zeros_and_ones_are_compared_by_the_documents_that_change():
     first, second = [1] * 9 + [0] * 3 + [1] * 40, [0] * 9 + [1] * 3 + [1] * 40
-    found = compare(first, second, alpha=0.2)
-    assert (found.first, found.second) == (
+    comparison = compare(first, second, alpha=0.2)
+    assert (comparison.first, comparison.second) == (
         pytest.approx(49 / 52),
         pytest.approx(43 / 52),
     )
@@ -55,7 +58,7 @@ def test_zeros_and_ones_are_compared_by_the_documents_that_change():
     # Agresti and Min: half a document more in each of the four cells.
     b, c, n, z = 9.5, 3.5, 54, 1.2815515655446004
     middle, error = (c - b) / n, z * sqrt(b + c - (c - b) ** 2 / n) / n
-    assert found.interval == (
+    assert comparison.interval == (
         pytest.approx(middle - error),
         pytest.approx(middle + error),
     )
@@ -65,14 +68,14 @@ def test_other_figures_by_a_paired_t_test():
     rng = np.random.default_rng(3)
     first = rng.random(31)
     second = first - 0.02 + 0.05 * rng.standard_normal(31)
-    found = compare(first, second, "f1")
+    comparison = compare(first, second, "f1")
     change = second - first
     error = change.std(ddof=1) / sqrt(31)
     # 30 degrees of freedom: 2.0423 at 95% (any table of Student's t).
-    assert found.interval[1] - found.interval[0] == pytest.approx(
+    assert comparison.interval[1] - comparison.interval[0] == pytest.approx(
         2 * 2.0423 * error, rel=1e-4
     )
-    assert (found.p < 0.05) == (abs(change.mean()) > 2.0423 * error)
+    assert (comparison.p < 0.05) == (abs(change.mean()) > 2.0423 * error)
     assert compare(first, first, "f1").p == compare([0.5], [0.25], "f1").p == 1.0
     assert compare([0.5, 0.75], [0.25, 0.5], "f1").p == 0.5  # Two signs: no less.
 
@@ -89,18 +92,21 @@ def test_perplexities_are_of_all_documents_together():
             if metric == "word_perplexity"
             else (lambda x: -x / log(2))
         )
-        found = compare(first, second, metric, higher=False, weights=weights)
-        a, b = (figure(each.sum() / weights.sum()) for each in (first, second))
-        assert (found.first, found.second) == (pytest.approx(a), pytest.approx(b))
-        assert found.verdict == "falls"  # It rises, and lower is better.
+        comparison = compare(first, second, metric, higher=False, weights=weights)
+        a, b = (figure(side.sum() / weights.sum()) for side in (first, second))
+        assert (comparison.first, comparison.second) == (
+            pytest.approx(a),
+            pytest.approx(b),
+        )
+        assert comparison.verdict == "falls"  # It rises, and lower is better.
         # The interval beside a bootstrap of documents; a perplexity's is of B ÷ A,
         # times A.
         a, b = (
-            figure(each[picks].sum(1) / weights[picks].sum(1))
-            for each in (first, second)
+            figure(side[picks].sum(1) / weights[picks].sum(1))
+            for side in (first, second)
         )
-        change = b - a if metric == "bits_per_byte" else found.first * (b / a - 1)
-        width = found.interval[1] - found.interval[0]
+        change = b - a if metric == "bits_per_byte" else comparison.first * (b / a - 1)
+        width = comparison.interval[1] - comparison.interval[0]
         assert width == pytest.approx(2 * 1.97 * np.std(change), rel=0.1)
 
 
@@ -109,9 +115,11 @@ def test_perplexities_that_are_far_apart_differ():
     say."""
     rng = np.random.default_rng(6)
     first = rng.normal(-4, 3, 60)
-    found = compare(first, first - rng.gamma(2.0, 5.0, 60), "perplexity", higher=False)
-    assert found.second > 1000 * found.first
-    assert found.p < 1e-9
+    comparison = compare(
+        first, first - rng.gamma(2.0, 5.0, 60), "perplexity", higher=False
+    )
+    assert comparison.second > 1000 * comparison.first
+    assert comparison.p < 1e-9
 
 
 @pytest.mark.parametrize("metric", ["acc", "f1"])
@@ -136,20 +144,20 @@ def test_equal_models_seldom_fail_the_gate(metric):
 
 
 def compare_both(folder, tasks):
-    first, second = (find_evaluations(folder / name)[-1] for name in "ab")
+    first, second = (read_newest_evaluations(folder / name)[-1] for name in "ab")
     return compare_evaluations(first, second, tasks, 0.05)
 
 
 @pytest.fixture
 def two(tmp_path):
     """Evaluations of which the second falls on one of two tasks, and lacks one."""
-    kept = [1.0, 0.0, 1.0, 1.0] * 10
-    tasks = {"arc": {"acc": kept}, "piqa": {"acc": kept}, "only": {"acc": [1.0]}}
+    scores = [1.0, 0.0, 1.0, 1.0] * 10
+    tasks = {"arc": {"acc": scores}, "piqa": {"acc": scores}, "only": {"acc": [1.0]}}
     write_evaluation(tmp_path / "a", tasks)
-    lines = [make_sample(i, {"acc": score}) for i, score in enumerate(kept)]
+    lines = [make_sample(i, {"acc": score}) for i, score in enumerate(scores)]
     lines = [*lines[3:], make_sample(99, {"acc": 1.0})]  # Three lost, one of its own.
     lines[0]["prompt_hash"] = "other examples"
-    tasks = {"arc": {"acc": kept[2:]}, "piqa": {"acc": [0.0] * 10 + kept[10:]}}
+    tasks = {"arc": {"acc": scores[2:]}, "piqa": {"acc": [0.0] * 10 + scores[10:]}}
     write_evaluation(tmp_path / "b", tasks, model="b", samples={"arc": lines})
     return tmp_path / "a", tmp_path / "b"
 
@@ -180,11 +188,20 @@ def test_groups_are_compared_over_all_their_documents(tmp_path):
         write_evaluation(
             tmp_path / name, tasks, model=name, groups={"m": ["m_x", "m_y", "m_z"]}
         )
-    ((own,), skipped) = compare_both(tmp_path, [])
-    assert (own.task, own.num_docs, own.verdict, skipped) == ("m", 45, "falls", [])
-    assert own.p == pytest.approx(2 / 2**12)
-    ((own,), _) = compare_both(tmp_path, ["m_y"])
-    assert (own.num_docs, own.p, own.verdict) == (15, pytest.approx(0.125), "same")
+    ((comparison,), skipped) = compare_both(tmp_path, [])
+    assert (comparison.task, comparison.num_docs, comparison.verdict, skipped) == (
+        "m",
+        45,
+        "falls",
+        [],
+    )
+    assert comparison.p == pytest.approx(2 / 2**12)
+    ((comparison,), _) = compare_both(tmp_path, ["m_y"])
+    assert (comparison.num_docs, comparison.p, comparison.verdict) == (
+        15,
+        pytest.approx(0.125),
+        "same",
+    )
 
 
 def test_what_cannot_be_compared_is_named(two, tmp_path, capsys):

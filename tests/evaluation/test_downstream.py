@@ -49,9 +49,9 @@ def test_tasks_while_training_are_those_of_the_checkpoint(tmp_path):
     records = [r for r in tiny.read_metrics(run.folder) if "downstream/piqa/acc" in r]
     assert [record["step"] for record in records] == [2, 4]
     assert {f"eval_loss_at/{n}" for n in (1, 2, 4, 8, 16, 31)} <= records[0].keys()
-    own = ["max_length=32", "max_sequences=3", "prefill_tokens=48"]
-    how = {"mesh": "fsdp=1", "data": tmp_path / "data", "limit": 5}
-    results, folder = evaluate_model(str(run.folder), ["piqa"], own, **how)
+    settings = ["max_length=32", "max_sequences=3", "prefill_tokens=48"]
+    options = {"mesh": "fsdp=1", "data": tmp_path / "data", "limit": 5}
+    results, folder = evaluate_model(str(run.folder), ["piqa"], settings, **options)
     assert folder == run.folder / "evaluations" / "step-000004"
     for metric in ("acc", "acc_norm"):
         value = results["results"]["piqa"][f"{metric},none"]
@@ -62,8 +62,8 @@ def test_tasks_while_training_are_those_of_the_checkpoint(tmp_path):
     for sample in samples:
         weights = np.exp([float(answer[0]) for answer in sample["filtered_resps"]])
         rights.append(weights[int(sample["target"])] / weights.sum())
-    found = records[-1]["downstream/piqa/gold_probability"]
-    assert found == pytest.approx(np.mean(rights), abs=1e-4)
+    probability = records[-1]["downstream/piqa/gold_probability"]
+    assert probability == pytest.approx(np.mean(rights), abs=1e-4)
     assert (run.folder / "plots" / "downstream.png").stat().st_size > 10_000
 
 
@@ -76,15 +76,15 @@ def test_losses_by_position_are_means_over_documents(one_device_mesh):
         engine = Engine(
             llama.model, llama.params, EngineConfig(max_sequences=2, max_length=16)
         )
-        found = compute_position_losses(Scorer(engine), rows)
+        position_losses = compute_position_losses(Scorer(engine), rows)
         for row in rows:
             logprobs = np.asarray(jax.nn.log_softmax(llama.logits(row)), np.float64)
             losses.append(-logprobs[np.arange(11), row[1:]])
     mean = np.mean(losses, axis=0)
-    wanted = {1: mean[:1], 2: mean[1:2], 4: mean[2:4], 8: mean[4:8], 11: mean[8:]}
-    assert found.keys() == wanted.keys()
-    for end, values in wanted.items():
-        assert found[end] == pytest.approx(values.mean(), abs=1e-4)
+    expected = {1: mean[:1], 2: mean[1:2], 4: mean[2:4], 8: mean[4:8], 11: mean[8:]}
+    assert position_losses.keys() == expected.keys()
+    for end, values in expected.items():
+        assert position_losses[end] == pytest.approx(values.mean(), abs=1e-4)
 
 
 def test_only_multiple_choice_has_a_probability_of_the_right_choice():

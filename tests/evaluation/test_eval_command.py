@@ -69,8 +69,8 @@ def test_the_harness_makes_a_model_of_its_arguments(tmp_path):
 
     write_checkpoint(tmp_path)
     arguments = f"run={tmp_path},max_length=90,max_sequences=2,mesh=fsdp=2;tensor=2,max_gen_toks=5"
-    own = {"batch_size": 1, "device": None}
-    model = get_model("maxlm").create_from_arg_string(arguments, own)
+    model_arguments = {"batch_size": 1, "device": None}
+    model = get_model("maxlm").create_from_arg_string(arguments, model_arguments)
     assert (model.max_length, model.engine.config.max_sequences) == (90, 2)
     assert model.engine.mesh.shape["tensor"] == 2
     (text,) = model.generate_until([SimpleNamespace(args=("what", {"until": []}))])
@@ -90,10 +90,10 @@ def test_a_checkpoint_to_result_files_without_torch(tmp_path):
         (data / f"{name}.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows)
         )
-    asked = [{"question": f"q{n}", "answer": f"so\n#### {n}"} for n in range(3)]
+    questions = [{"question": f"q{n}", "answer": f"so\n#### {n}"} for n in range(3)]
     for split in ("train", "test"):
         path = data / f"gsm8k_{split}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in asked))
+        path.write_text("".join(json.dumps(row) + "\n" for row in questions))
     arguments = [
         "eval",
         str(folder),
@@ -125,8 +125,8 @@ def test_a_checkpoint_to_result_files_without_torch(tmp_path):
     assert results["maxlm"]["generated_tokens"] > 0
     (path,) = (tmp_path / "out").glob("samples_piqa_*.jsonl")
     samples = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [each["doc_id"] for each in samples] == [0, 1, 2]
-    accuracy = np.mean([each["acc"] for each in samples])
+    assert [sample["doc_id"] for sample in samples] == [0, 1, 2]
+    accuracy = np.mean([sample["acc"] for sample in samples])
     assert results["results"]["piqa"]["acc,none"] == accuracy
     prompt = samples[0]["arguments"]["gen_args_0"]["arg_0"]
     assert prompt.startswith("<|im_start|>user\nQuestion: q")

@@ -28,8 +28,8 @@ list[{m}] = {n} | [[{n}.]] | ［［{n}］］ | [[A]] not [[B]] | [[B]] | the tie
 
 
 def score_as_fastchat(text: str) -> float:
-    found = ONE_SCORE.search(text) or ONE_SCORE_BACKUP.search(text)
-    return ast.literal_eval(found.groups()[0]) if found else -1
+    match = ONE_SCORE.search(text) or ONE_SCORE_BACKUP.search(text)
+    return ast.literal_eval(match.groups()[0]) if match else -1
 
 
 def winner_as_fastchat(text: str) -> str:
@@ -70,9 +70,9 @@ def play(draw: random.Random, num_pairs: int, first: float):
 @pytest.mark.parametrize("first", [0.75, 0.3, 0.95])
 def test_a_judge_of_known_bias_is_caught(first):
     for seed in range(20):
-        found = measure_position_bias(play(random.Random(seed), 160, first))
-        assert found["is_biased"]
-        assert found["first_share"] == pytest.approx(first, abs=0.1)
+        bias = measure_position_bias(play(random.Random(seed), 160, first))
+        assert bias["is_biased"]
+        assert bias["first_share"] == pytest.approx(first, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["coin", "opinion", "whim"])
@@ -93,10 +93,10 @@ def test_an_unbiased_judge_is_not_flagged(kind):
 
 
 def test_errors_and_ties_are_no_wins():
-    found = measure_position_bias(
+    bias = measure_position_bias(
         [("error", "model_1"), ("tie", "tie"), ("model_1", "tie")]
     )
-    assert (found["num_pairs"], found["consistency"], found["first_share"]) == (
+    assert (bias["num_pairs"], bias["consistency"], bias["first_share"]) == (
         2,
         0.5,
         1.0,
@@ -111,10 +111,10 @@ def test_maths_is_judged_beside_a_reference():
         "prompt_template": "{question_2} {ref_answer_2} {answer_2}",
     }
     question = {"question_id": 7, "category": "math", "turns": ["q{1}", "q2"]}
-    given = ({name: template}, question, [["a1", "{a2}"]], 2)
-    found, messages = format_judge_prompt(*given, ["r1", "r2"])
-    assert found == name
+    arguments = ({name: template}, question, [["a1", "{a2}"]], 2)
+    template_name, messages = format_judge_prompt(*arguments, ["r1", "r2"])
+    assert template_name == name
     assert messages[1] == {"role": "user", "content": "q2 r2 {a2}"}
     assert "question 7: KeyError('ref_answer_2')" in message(
-        format_judge_prompt, *given, ["r1"]
+        format_judge_prompt, *arguments, ["r1"]
     )

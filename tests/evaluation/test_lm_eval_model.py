@@ -46,7 +46,7 @@ def in_mesh(one_device_mesh):
 
 
 def ask(*arguments):
-    return [SimpleNamespace(args=each) for each in arguments]
+    return [SimpleNamespace(args=request_arguments) for request_arguments in arguments]
 
 
 def score_directly(tiny, context, tail):
@@ -72,8 +72,10 @@ def test_loglikelihoods_are_those_of_plain_forward_passes(model, tiny, tokenizer
     ]
     done = []
     model.on_progress = lambda count, total: done.append((count, total))
-    found = model.loglikelihood(ask(*texts))
-    for (context, continuation), (logprob, is_greedy) in zip(texts, found, strict=True):
+    scores = model.loglikelihood(ask(*texts))
+    for (context, continuation), (logprob, is_greedy) in zip(
+        texts, scores, strict=True
+    ):
         head = [tokenizer.bos_id, *tokenizer.encode(context.rstrip())]
         tail = tokenizer.encode(context[len(context.rstrip()) :] + continuation)
         if context:  # encoded together, then cut
@@ -89,8 +91,8 @@ def test_a_continuation_is_greedy_if_all_its_tokens_are(model, tiny, tokenizer):
     head = [tokenizer.bos_id, *tokenizer.encode("ab")]
     likeliest = tiny.greedy(head, 3)
     other = [*likeliest[:2], (likeliest[2] + 1) % tokenizer.vocab_size]
-    found = model._loglikelihood_tokens([(None, head, likeliest), (None, head, other)])
-    assert [is_greedy for _, is_greedy in found] == [True, False]
+    scores = model._loglikelihood_tokens([(None, head, likeliest), (None, head, other)])
+    assert [is_greedy for _, is_greedy in scores] == [True, False]
 
 
 def test_rolling_predicts_each_token_once(model, tiny, tokenizer, monkeypatch):
@@ -100,20 +102,22 @@ def test_rolling_predicts_each_token_once(model, tiny, tokenizer, monkeypatch):
     monkeypatch.setattr(
         model._scorer,
         "score",
-        lambda given, *rest: pairs.extend(given) or score(given, *rest),
+        lambda scored_pairs, *rest: (
+            pairs.extend(scored_pairs) or score(scored_pairs, *rest)
+        ),
     )
-    found = model.loglikelihood_rolling(ask(*((text,) for text in texts)))
+    totals = model.loglikelihood_rolling(ask(*((text,) for text in texts)))
     ids = [
         token for text in texts for token in [tokenizer.bos_id, *tokenizer.encode(text)]
     ]
     assert [token for _, tail in pairs for token in tail] == ids[:]
     assert all(len(context) + len(tail) <= MAX_LENGTH + 1 for context, tail in pairs)
     sums = [score_directly(tiny, *pair)[0] for pair in pairs]
-    assert sum(found) == pytest.approx(sum(sums), abs=1e-3)
+    assert sum(totals) == pytest.approx(sum(sums), abs=1e-3)
     single = score_directly(
         tiny, [tokenizer.bos_id], [tokenizer.bos_id, *tokenizer.encode("q")]
     )
-    assert found[0] == pytest.approx(single[0], abs=1e-4)
+    assert totals[0] == pytest.approx(single[0], abs=1e-4)
 
 
 def test_generation_stops_where_it_is_told(model, tiny, tokenizer):
@@ -125,7 +129,7 @@ def test_generation_stops_where_it_is_told(model, tiny, tokenizer):
     stop = whole[3:5]
     long = "what it is asked " * 6
     cut = [tokenizer.bos_id, *tokenizer.encode(long)][-(MAX_LENGTH - 5) :]
-    found = model.generate_until(
+    answers = model.generate_until(
         ask(
             ("the model ", {"until": [], "max_gen_toks": 12, "do_sample": False}),
             ("the model ", {"until": [stop], "max_gen_toks": 12, "temperature": 0.0}),
@@ -140,10 +144,10 @@ def test_generation_stops_where_it_is_told(model, tiny, tokenizer):
             * 2,
         )
     )
-    assert found[:2] == [whole, whole[: whole.index(stop)]]
-    assert found[2] == tokenizer.decode(ids[:3])
-    assert found[3] == tokenizer.decode(tiny.greedy(cut, 5))
-    assert found[4] != found[5]  # repeats of a request are draws of their own
+    assert answers[:2] == [whole, whole[: whole.index(stop)]]
+    assert answers[2] == tokenizer.decode(ids[:3])
+    assert answers[3] == tokenizer.decode(tiny.greedy(cut, 5))
+    assert answers[4] != answers[5]  # repeats of a request are draws of their own
 
 
 def test_settings_that_cannot_be_met(model):

@@ -118,16 +118,16 @@ def test_a_public_form_gives_the_official_prompt(name, manager, tmp_path):
     split = "validation" if name in ("piqa", "winogrande", "hellaswag") else "test"
     write(tmp_path / "public" / f"{name}.jsonl", public)
     write(tmp_path / "official" / name / f"{split}.jsonl", official)
-    found = [
+    rows = [
         read_prompt(manager, name, tmp_path / kind) for kind in ("public", "official")
     ]
     if (
         name == "hellaswag"
     ):  # the official prompt capitalizes ctx_b, llm-foundry does not
-        assert found[1][0] == "Egg: A man boils. He"
-        found[1] = found[0][0], *found[1][1:]
-    assert found[0] == found[1]
-    assert found[0][0] != ""
+        assert rows[1][0] == "Egg: A man boils. He"
+        rows[1] = rows[0][0], *rows[1][1:]
+    assert rows[0] == rows[1]
+    assert rows[0][0] != ""
 
 
 def test_ai2_rows_and_parquet_shards(manager, tmp_path):
@@ -170,8 +170,12 @@ def test_examples_come_from_where_the_harness_takes_them(manager, tmp_path):
 def test_tasks_that_run_programs_outside_the_sandbox_are_refused(manager, monkeypatch):
     for name, unsafe in (("cruxeval_output", False), ("pseudo_to_code_2k", True)):
         config = SimpleNamespace(task=name)
-        own = {"config": config, "UNSAFE_CODE": unsafe, "get_config": lambda key: 2}
-        loaded = {"tasks": {name: SimpleNamespace(**own)}}
+        attributes = {
+            "config": config,
+            "UNSAFE_CODE": unsafe,
+            "get_config": lambda key: 2,
+        }
+        loaded = {"tasks": {name: SimpleNamespace(**attributes)}}
         monkeypatch.setattr(manager, "load", lambda _, loaded=loaded: loaded)
         monkeypatch.setattr("maxlm.evaluation.tasks.check_task_names", lambda *_: None)
         with pytest.raises(

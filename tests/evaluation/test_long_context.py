@@ -48,9 +48,9 @@ def test_prompts_fill_their_length_with_the_key_at_its_depth(tokenizer, length):
 
 
 def test_a_length_without_room_is_refused(tokenizer):
-    what = message(build_passkey_prompt, tokenizer, 100, 0, "12345")
+    fault = message(build_passkey_prompt, tokenizer, 100, 0, "12345")
     assert re.fullmatch(
-        r"--lengths: a passkey prompt has \d+ tokens, and room for 100; .*", what
+        r"--lengths: a passkey prompt has \d+ tokens, and room for 100; .*", fault
     )
 
 
@@ -89,8 +89,8 @@ class NearSightedEngine:
 
 def test_accuracy_is_by_length_and_depth(tokenizer):
     engine = NearSightedEngine(tokenizer, 500)
-    found = evaluate_passkey(engine, [600, 2000], [0, 50, 100], 3, seed=1)
-    assert found == [[1, 1, 1], [0, 0, 1]]
+    shares = evaluate_passkey(engine, [600, 2000], [0, 50, 100], 3, seed=1)
+    assert shares == [[1, 1, 1], [0, 0, 1]]
     assert len(set(engine.prompts)) == 18
     again = NearSightedEngine(tokenizer, 500)
     evaluate_passkey(again, [600, 2000], [0, 50, 100], 3, seed=1)
@@ -99,13 +99,13 @@ def test_accuracy_is_by_length_and_depth(tokenizer):
 
 def test_windows_lie_evenly_in_a_text(tmp_path):
     text = tmp_path / "a.txt"
-    own = SimpleNamespace(prefix_ids=(7,), encode=list)
+    tokenizer = SimpleNamespace(prefix_ids=(7,), encode=list)
     text.write_bytes(bytes(range(100)))
-    windows = cut_windows(own, text, 11, 4)
+    windows = cut_windows(tokenizer, text, 11, 4)
     assert [window[:2] for window in windows] == [[7, 0], [7, 20], [7, 50], [7, 70]]
     assert all(len(window) == 11 for window in windows)
-    what = message(cut_windows, own, text, 200, 4)
-    assert what.startswith(f"{text}: 100 tokens give no window of 200; ")
+    fault = message(cut_windows, tokenizer, text, 200, 4)
+    assert fault.startswith(f"{text}: 100 tokens give no window of 200; ")
 
 
 def test_tables_of_a_checkpoint(tmp_path, capfd):
@@ -118,12 +118,12 @@ def test_tables_of_a_checkpoint(tmp_path, capfd):
         assert main(["eval", *map(str, arguments)]) == 0
         return capfd.readouterr().out
 
-    own = ["positions", model, "--text", text, "--windows", 3]
-    losses = json.loads(run(*own, "--length", 40, "--json"))[str(model)]
+    command = ["positions", model, "--text", text, "--windows", 3]
+    losses = json.loads(run(*command, "--length", 40, "--json"))[str(model)]
     assert [*losses] == ["1", "2", "4", "8", "16", "32", "39"]
     assert all(loss > 0 for loss in losses.values())
-    assert re.search(r"65 to 127 +│ +[\d.]+", run(*own))
-    own = [
+    assert re.search(r"65 to 127 +│ +[\d.]+", run(*command))
+    command = [
         "passkey",
         model,
         "--lengths",
@@ -133,8 +133,8 @@ def test_tables_of_a_checkpoint(tmp_path, capfd):
         "--samples",
         2,
     ]
-    found = json.loads(run(*own, "--json"))
-    assert (found["lengths"], found["depths"]) == ([500, 700], [0, 100])
-    assert found["accuracy"] == [[0, 0], [0, 0]]  # a random model
-    assert re.search(r"700 +│ +0% +│ +0%", run(*own))
-    assert main(["eval", *map(str, own[:2]), "--lengths", "0"]) == 2
+    report = json.loads(run(*command, "--json"))
+    assert (report["lengths"], report["depths"]) == ([500, 700], [0, 100])
+    assert report["accuracy"] == [[0, 0], [0, 0]]  # a random model
+    assert re.search(r"700 +│ +0% +│ +0%", run(*command))
+    assert main(["eval", *map(str, command[:2]), "--lengths", "0"]) == 2

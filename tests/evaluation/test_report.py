@@ -8,7 +8,7 @@ import pytest
 
 from maxlm.cli.main import main
 from maxlm.evaluation.report import build_report
-from maxlm.evaluation.results import find_evaluations
+from maxlm.evaluation.results import read_newest_evaluations
 from tests.evaluation.folders import make_sample, write_evaluation
 
 HARD = [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
@@ -40,7 +40,8 @@ def folders(tmp_path):
 
 def build(folders, **options):
     return build_report(
-        [each for f in folders for each in find_evaluations(f)], **options
+        [evaluation for f in folders for evaluation in read_newest_evaluations(f)],
+        **options,
     )
 
 
@@ -52,17 +53,17 @@ def wilson(hits, n, z=1.959963984540054):
 
 def test_the_figures_are_those_of_the_samples(folders, tmp_path):
     report = build(folders)
-    own = [model["name"] for model in report["models"]]
-    assert own == ["own · step 100", "own · step 200", "other"]
+    names = [model["name"] for model in report["models"]]
+    assert names == ["own · step 100", "own · step 200", "other"]
     rows = {(row["task"], row["metric"]): row for row in report["rows"]}
     groups = {task: row["group"] for (task, _), row in rows.items()}
     assert groups == {"arc": None, "m": None, "m_law": "m", "m_art": "m"}
-    for cell, own in zip(
+    for cell, names in zip(
         rows["arc", "acc"]["cells"], (HARD, EASY, [0.0] * 11), strict=True
     ):
-        assert cell["value"] == pytest.approx(sum(own) / 11)
+        assert cell["value"] == pytest.approx(sum(names) / 11)
         assert [cell["low"], cell["high"]] == pytest.approx(
-            wilson(sum(own), 11), abs=1e-9
+            wilson(sum(names), 11), abs=1e-9
         )
         assert (cell["interval"], cell["n"], cell["shots"]) == ("Wilson", 11, 5)
     f1 = rows["arc", "f1"]["cells"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.evaluation.results import find_evaluations
+from maxlm.evaluation.results import read_newest_evaluations
 from tests.evaluation.folders import make_sample, write_evaluation
 
 ARC = {"arc": {"acc": [1.0, 0.0, 1.0], "acc_norm": [1.0, 1.0, 1.0]}}
@@ -26,10 +26,14 @@ def test_figures_and_samples_are_read(tmp_path):
     }
     data["results"]["arc"] |= {"perplexity,none": 58.0, "perplexity_stderr,none": 33.0}
     path.write_text(json.dumps(data))
-    (own,) = find_evaluations(tmp_path)
-    assert (own.model, own.step, own.units) == ("tiny", 7, ["arc"])
-    assert own.costs == {"seconds": 12.5, "prompt_tokens": 99, "generated_tokens": None}
-    task = own.tasks["arc"]
+    (evaluation,) = read_newest_evaluations(tmp_path)
+    assert (evaluation.model, evaluation.step, evaluation.units) == ("tiny", 7, ["arc"])
+    assert evaluation.costs == {
+        "seconds": 12.5,
+        "prompt_tokens": 99,
+        "generated_tokens": None,
+    }
+    task = evaluation.tasks["arc"]
     assert [*task.metrics] == ["acc", "acc_norm", "perplexity"]
     acc = task.metrics["acc"]
     assert (acc.value, acc.n, acc.shots) == (pytest.approx(2 / 3), 3, 5)
@@ -54,7 +58,9 @@ def test_other_forms_of_scores(tmp_path):
         make_sample(4, {"acc": float("nan")}),
     ]
     write_evaluation(tmp_path, {"t": {"acc": [1.0]}}, samples={"t": lines})
-    values = [s.values for s in find_evaluations(tmp_path)[0].tasks["t"].read_samples()]
+    values = [
+        s.values for s in read_newest_evaluations(tmp_path)[0].tasks["t"].read_samples()
+    ]
     assert values == [
         {"exact_match (strict)": (1, 1)},
         {"word_perplexity": (-20, 4)},
@@ -70,14 +76,16 @@ def test_the_newest_evaluation_of_each_task_is_taken(tmp_path):
             tasks = {"t": {"acc": [score, score]}, name: {"acc": [score]}}
             about = {"step": step, "seconds": 2.0}
             path = write_evaluation(folder, tasks, time=f"2026-01-{time}", maxlm=about)
-    found = find_evaluations(tmp_path)
-    assert [each.step for each in found] == [4, 30]
-    for each in found:
-        values = {name: task.metrics["acc"].value for name, task in each.tasks.items()}
+    evaluations = read_newest_evaluations(tmp_path)
+    assert [evaluation.step for evaluation in evaluations] == [4, 30]
+    for evaluation in evaluations:
+        values = {
+            name: task.metrics["acc"].value for name, task in evaluation.tasks.items()
+        }
         assert values == {"t": 1, "new": 1, "old": 0}
-        assert {*each.units} == {*values}
-        assert each.costs["seconds"] == 4
-    assert [each.step for each in find_evaluations(path)] == [4]
+        assert {*evaluation.units} == {*values}
+        assert evaluation.costs["seconds"] == 4
+    assert [evaluation.step for evaluation in read_newest_evaluations(path)] == [4]
 
 
 def test_groups_hold_their_tasks_at_any_depth(tmp_path):
@@ -85,9 +93,9 @@ def test_groups_hold_their_tasks_at_any_depth(tmp_path):
     groups = {"top": ["low", "c"], "low": ["a", "b"], "a": []}
     scored = {"top": ["a", "b", "c"], "low": ["a", "b"]}
     write_evaluation(tmp_path, tasks, groups=scored, group_subtasks=groups)
-    (own,) = find_evaluations(tmp_path)
-    assert own.units == ["d", "top"]
-    assert {s.key[0] for s in own.tasks["top"].read_samples()} == {"a", "b", "c"}
+    (evaluation,) = read_newest_evaluations(tmp_path)
+    assert evaluation.units == ["d", "top"]
+    assert {s.key[0] for s in evaluation.tasks["top"].read_samples()} == {"a", "b", "c"}
 
 
 DEEP = '{"results": ' + "[" * 5000 + "]" * 5000 + "}"
@@ -100,9 +108,9 @@ def test_a_damaged_results_file_is_named(tmp_path, text):
     path = tmp_path / "results_x.json"
     path.write_bytes(text.encode("latin1"))
     with pytest.raises(MaxlmError, match=f"^{path}:1: missing, damaged, or[^\n]*$"):
-        find_evaluations(tmp_path)
+        read_newest_evaluations(tmp_path)
     with pytest.raises(MaxlmError, match="nowhere: no evaluation here"):
-        find_evaluations(tmp_path / "nowhere")
+        read_newest_evaluations(tmp_path / "nowhere")
 
 
 DAMAGED = ['{"doc_id": 1', "", DEEP, "3", '{"metrics": []}', '{"metrics": ["x"]}']
@@ -117,4 +125,4 @@ def test_a_damaged_sample_is_named_with_its_line(tmp_path, line):
     whole = path.read_text().splitlines()
     path.write_text("\n".join([*whole[:2], line, *whole[2:]]))
     with pytest.raises(MaxlmError, match=f"^{path}:3: missing, damaged.*--log_samples"):
-        find_evaluations(tmp_path)[0].tasks["arc"].read_samples()
+        read_newest_evaluations(tmp_path)[0].tasks["arc"].read_samples()

@@ -91,11 +91,11 @@ def test_hostile_program_fails_and_does_no_harm(name, tmp_path):
     marker = f"60.{time.time_ns()}"
     victim.parent.mkdir()
     victim.write_text("here")
-    for each in (
+    for attack in (
         victim,
         *list(victim.parents)[:3],
     ):  # File permissions alone protect nothing.
-        each.chmod(0o777)
+        attack.chmod(0o777)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.05)
         values = {
@@ -166,7 +166,7 @@ def test_results_are_in_order_with_the_errors_last_line():
         "print('x')\n{}['key']",
     ]
     results = run_all(programs, workers=3)
-    assert [each.message for each in results] == ["lines", "", "KeyError: 'key'"]
+    assert [result.message for result in results] == ["lines", "", "KeyError: 'key'"]
     assert "ValueError: two" in results[0].output
 
 

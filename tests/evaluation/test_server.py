@@ -17,10 +17,12 @@ def test_a_server_continues_texts_and_has_no_log_likelihoods_without_a_tokenizer
     ) as running:
         url = str(running.client.base_url).rstrip("/")
         client = open_server(url)
-        asked = [SimpleNamespace(args=("3+4 =", {"until": ["\n"], "max_gen_toks": 9}))]
-        assert client.generate_until(asked) == ["so 7"]
+        requests = [
+            SimpleNamespace(args=("3+4 =", {"until": ["\n"], "max_gen_toks": 9}))
+        ]
+        assert client.generate_until(requests) == ["so 7"]
         with pytest.raises(MaxlmError, match="need its tokenizer; tokenizer=FOLDER"):
-            client.loglikelihood(asked)
+            client.loglikelihood(requests)
     with pytest.raises(MaxlmError, match="this server cannot be used"):
         open_server("http://127.0.0.1:9/v1")
 

@@ -100,11 +100,13 @@ def test_command_reports_that_the_gold_patch_resolves(benchmark, tmp_path, capsy
 def test_patches_that_are_empty_stale_or_wrong(benchmark):
     gold = benchmark[1]["patch"]
     for patch in ("", None, "\n"):
-        report, own = evaluate(benchmark, patch)
-        assert not own["patch_exists"]
+        report, instance_report = evaluate(benchmark, patch)
+        assert not instance_report["patch_exists"]
         assert report["empty_patch_ids"] == ["someone__sums-1"]
-    report, own = evaluate(benchmark, gold.replace("sums.py", "nowhere.py"))
-    assert own["patch_exists"] > own["patch_successfully_applied"]
+    report, instance_report = evaluate(benchmark, gold.replace("sums.py", "nowhere.py"))
+    assert (
+        instance_report["patch_exists"] > instance_report["patch_successfully_applied"]
+    )
     assert report["error_ids"] == ["someone__sums-1"]
     assert evaluate(benchmark, gold.replace("Small sums", "Sums that are small"))[1][
         "resolved"
@@ -112,12 +114,12 @@ def test_patches_that_are_empty_stale_or_wrong(benchmark):
 
 
 def test_patch_that_breaks_other_tests_does_not_resolve(benchmark):
-    report, own = evaluate(
+    report, instance_report = evaluate(
         benchmark, benchmark[2](sums=FIXED.replace("a * 2", "a * 3"))
     )
-    assert not own["resolved"]
-    assert own["tests_status"]["FAIL_TO_PASS"]["failure"] == []
-    assert own["tests_status"]["PASS_TO_PASS"]["failure"] == [
+    assert not instance_report["resolved"]
+    assert instance_report["tests_status"]["FAIL_TO_PASS"]["failure"] == []
+    assert instance_report["tests_status"]["PASS_TO_PASS"]["failure"] == [
         "test_sums.py::test_double"
     ]
     assert report["unresolved_ids"] == ["someone__sums-1"]
@@ -129,9 +131,11 @@ def test_patch_of_the_tests_has_no_effect(benchmark):
     cheat = benchmark[2](
         test_sums="def test_add():\n    pass\n", test_more="import nothing\n"
     )
-    _, own = evaluate(benchmark, cheat)
-    assert own["tests_status"]["FAIL_TO_PASS"]["failure"] == ["test_sums.py::test_add"]
-    assert not own["resolved"]
+    _, instance_report = evaluate(benchmark, cheat)
+    assert instance_report["tests_status"]["FAIL_TO_PASS"]["failure"] == [
+        "test_sums.py::test_add"
+    ]
+    assert not instance_report["resolved"]
     assert evaluate(benchmark, benchmark[2](sums=FIXED, test_more="import nothing\n"))[
         1
     ]["resolved"]
@@ -143,9 +147,11 @@ def test_hostile_patch_does_no_harm(benchmark, tmp_path):
     target = tmp_path / "made"
     tmp_path.chmod(0o777)
     conftest = f"open({str(target)!r}, 'w').write('x')\n"
-    _, own = evaluate(benchmark, benchmark[2](sums=FIXED, conftest=conftest))
+    _, instance_report = evaluate(
+        benchmark, benchmark[2](sums=FIXED, conftest=conftest)
+    )
     assert not target.exists()
-    assert own["patch_successfully_applied"] > own["resolved"]
+    assert instance_report["patch_successfully_applied"] > instance_report["resolved"]
 
 
 def test_missing_things_are_named(benchmark):

@@ -60,7 +60,7 @@ def merge(tiny: Tiny, name: str | None, seed: int = 0) -> Tiny:
     for kernel in {array.rpartition(".")[0] for array in arrays}:
         a = arrays[f"{kernel}.lora_a"].astype(np.float64)
         b = arrays[f"{kernel}.lora_b"].astype(np.float64)
-        layers = [np.tensordot(*each, 1) for each in zip(a, b, strict=True)]
+        layers = [np.tensordot(*factors, 1) for factors in zip(a, b, strict=True)]
         value = np.asarray(flat[kernel]) + ADAPTERS[name].scale * np.stack(layers)
         flat[kernel] = jax.device_put(value.astype(np.float32), flat[kernel].sharding)
     return Tiny(
@@ -78,65 +78,67 @@ def load(engine: Engine, tiny: Tiny, name: str, seed: int = 0) -> None:
 
 def request(adapter: str | None, request_id: str = "", **options) -> GenerationRequest:
     name = request_id or str(adapter)
-    own = GenerationRequest(
+    request = GenerationRequest(
         name, tuple(PROMPTS[adapter]), GREEDY, top_logprobs=0, adapter=adapter
     )
-    return replace(own, **options)
+    return replace(request, **options)
 
 
-def collect(outputs, found=None) -> dict[str, list]:
+def collect(outputs, tokens_by_name=None) -> dict[str, list]:
     """(token, log-probability) of each request's sequence."""
-    found = {} if found is None else found
+    tokens_by_name = {} if tokens_by_name is None else tokens_by_name
     for output in outputs:
-        own = found.setdefault(output.request_id, [])
-        own += [(each.token_id, each.logprob) for each in output.logprobs]
-    return found
+        pairs = tokens_by_name.setdefault(output.request_id, [])
+        pairs += [(token.token_id, token.logprob) for token in output.logprobs]
+    return tokens_by_name
 
 
-def check(tiny: Tiny, found: list, adapter: str | None, seed: int = 0) -> None:
+def check(tiny: Tiny, outputs: list, adapter: str | None, seed: int = 0) -> None:
     merged = merge(tiny, adapter, seed)
     tokens = merged.greedy(PROMPTS[adapter], 9)
-    assert [token for token, _ in found] == tokens
+    assert [token for token, _ in outputs] == tokens
     logits = merged.logits([*PROMPTS[adapter], *tokens[:-1]])[
         len(PROMPTS[adapter]) - 1 :
     ]
     want = np.asarray(jax.nn.log_softmax(logits))[np.arange(9), tokens]
-    np.testing.assert_allclose([logprob for _, logprob in found], want, atol=2e-5)
+    np.testing.assert_allclose([logprob for _, logprob in outputs], want, atol=2e-5)
 
 
 def test_a_batch_of_adapters_is_as_each_merged_model_alone(tiny):
     engine = make_engine(tiny)
     for name in ADAPTERS:
         load(engine, tiny, name)
-    found = collect(engine.run([request(name) for name in PROMPTS]))
+    outputs = collect(engine.run([request(name) for name in PROMPTS]))
     for name in PROMPTS:
-        check(tiny, found[name or "None"], name)
-    tokens = {name: [token for token, _ in each] for name, each in found.items()}
+        check(tiny, outputs[name or "None"], name)
+    tokens = {name: [token for token, _ in pairs] for name, pairs in outputs.items()}
     assert tokens["None"] != tokens["out"]
 
 
 def test_adapters_come_and_go_between_steps_and_nothing_compiles(llama):
     engine = make_engine(llama, max_adapters=2)
-    found = {}
+    outputs = {}
     engine.warm_up()
     compiled = engine.stats().compilations_total
     load(engine, llama, "small")
     engine.add_request(request("small"))
     engine.add_request(request(None))
-    collect(engine.step(), found)
+    collect(engine.step(), outputs)
     load(engine, llama, "out", seed=1)
     engine.add_request(request("out"))
-    collect(engine.step(), found)
+    collect(engine.step(), outputs)
     assert "requests use it" in message(lambda: engine.unload_adapter("out"))
     assert "slots are taken" in message(lambda: load(engine, llama, "stable"))
-    while any(each.request.adapter == "small" for each in engine.scheduler.running):
-        collect(engine.step(), found)
+    while any(
+        sequence.request.adapter == "small" for sequence in engine.scheduler.running
+    ):
+        collect(engine.step(), outputs)
     engine.unload_adapter("small")
     load(engine, llama, "stable")
     engine.add_request(request("stable"))
-    collect(engine.run([]), found)
+    collect(engine.run([]), outputs)
     for name in PROMPTS:
-        check(llama, found[str(name)], name, seed=int(name == "out"))
+        check(llama, outputs[str(name)], name, seed=int(name == "out"))
     assert engine.stats().compilations_total == compiled
     assert engine.adapters == ("out", "stable")
 
@@ -199,8 +201,8 @@ def test_adapters_on_four_devices_with_drafts(mesh, build_tiny, tinies):
     )
     for name in ADAPTERS:
         load(engine, four, name)
-    found = collect(engine.run([request(name) for name in PROMPTS]))
+    outputs = collect(engine.run([request(name) for name in PROMPTS]))
     with jax.set_mesh(tinies["llama"].params["embedding"]["table"].sharding.mesh):
         for name in PROMPTS:
-            check(tinies["llama"], found[name or "None"], name)
+            check(tinies["llama"], outputs[name or "None"], name)
     assert engine.stats().accepted_tokens_total > 0

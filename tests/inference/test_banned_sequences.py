@@ -35,8 +35,8 @@ def test_outputs_are_all_but_those_with_a_banned_sequence():
 
     def has_banned(output: tuple[int, ...]) -> bool:
         windows = (
-            output[i : i + len(each)] == each
-            for each in banned
+            output[i : i + len(sequence)] == sequence
+            for sequence in banned
             for i in range(len(output))
         )
         return any(windows)

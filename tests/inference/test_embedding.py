@@ -79,10 +79,10 @@ def test_rows_are_what_they_are_alone(name, mesh, one_device_mesh):
     apart = Embedder(split_model, prepare_params(split_model, split_params), split, 33)
     embedder = Embedder(model, params, one_device_mesh, 33)
     for pooling in ("mean", "last", "first"):
-        expected = [pool(each, pooling) for each in states]
+        expected = [pool(hidden, pooling) for hidden in states]
         np.testing.assert_allclose(embedder.embed(rows, pooling), expected, atol=2e-5)
     usual = {"llama": "last", "encoder": "mean"}[name]
-    expected = [pool(each, usual) for each in states]
+    expected = [pool(hidden, usual) for hidden in states]
     np.testing.assert_allclose(apart.embed(rows), expected, atol=2e-5)
     np.testing.assert_array_equal(
         embedder.embed(rows[:3]), embedder.embed(rows[:3], usual)

@@ -110,19 +110,21 @@ def check_greedy_rows(model: EncoderDecoder, params: Any) -> None:
         GenerationRequest(str(i), tuple(prompt), greedy, num_sequences=1 + (i == 1))
         for i, prompt in enumerate(PROMPTS)
     ]
-    found = {}
+    rows = {}
     for output in Engine(model, params, config).run(requests):
-        own = found.setdefault((int(output.request_id), output.sequence_index), [])
-        own += output.token_ids
-    assert len(found) == 4
-    for (prompt, _), row in found.items():
+        row_tokens = rows.setdefault(
+            (int(output.request_id), output.sequence_index), []
+        )
+        row_tokens += output.token_ids
+    assert len(rows) == 4
+    for (prompt, _), row in rows.items():
         written = [model.config.start_id]
         for _ in row:
             written.append(
                 int(forward(model, params, PROMPTS[prompt], written)[-1].argmax())
             )
         assert row == written[1:]
-    assert len({tuple(row) for row in found.values()}) == len(
+    assert len({tuple(row) for row in rows.values()}) == len(
         PROMPTS
     )  # the input matters
 

@@ -11,7 +11,7 @@ import pytest
 
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
-from maxlm.inference.generate import generate, generate_tokens
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.model_runner import count_compilations
 from maxlm.inference.params import prepare_params
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
@@ -53,17 +53,17 @@ def make_requests(prompts, sampling, **options) -> list[GenerationRequest]:
 
 
 def collect(outputs) -> dict[tuple[str, int], list[int]]:
-    found: dict[tuple[str, int], list[int]] = {}
+    rows_by_key: dict[tuple[str, int], list[int]] = {}
     for output in outputs:
-        tokens = found.setdefault((output.request_id, output.sequence_index), [])
+        tokens = rows_by_key.setdefault((output.request_id, output.sequence_index), [])
         tokens += output.token_ids
-    return found
+    return rows_by_key
 
 
 def rows(engine: Engine, prompts, sampling, **options) -> list[list[int]]:
-    found = collect(engine.run(make_requests(prompts, sampling, **options)))
+    rows_by_key = collect(engine.run(make_requests(prompts, sampling, **options)))
     assert engine.stats().num_free_pages == engine.stats().num_pages
-    return [found[str(number), 0] for number in range(len(prompts))]
+    return [rows_by_key[str(number), 0] for number in range(len(prompts))]
 
 
 def test_greedy_rows_equal_full_forward_passes(tiny):
@@ -82,7 +82,7 @@ def test_pages_have_room_for_whole_lanes(llama, monkeypatch):
     engine = make_engine(llama)
     assert engine._runner.state.caches["layers"][0].key.shape[-2:] == (4, 8)
     assert rows(engine, PROMPTS[:2], GREEDY) == [
-        llama.greedy(each, 9) for each in PROMPTS[:2]
+        llama.greedy(prompt, 9) for prompt in PROMPTS[:2]
     ]
 
 
@@ -99,7 +99,7 @@ def test_requests_that_come_and_go_at_any_moment(llama):
     engine = make_engine(llama)
     expected = {}
     random = np.random.default_rng(0)
-    found: dict[tuple[str, int], list[int]] = {}
+    rows_by_key: dict[tuple[str, int], list[int]] = {}
     for number in range(12):
         prompt = random.integers(0, 66, random.integers(1, 30)).tolist()
         sampling = SAMPLED.model_copy(update={"seed": number})
@@ -107,15 +107,17 @@ def test_requests_that_come_and_go_at_any_moment(llama):
         engine.add_request(GenerationRequest(str(number), tuple(prompt), sampling))
         for _ in range(random.integers(0, 3)):
             for output in engine.step():
-                found.setdefault((output.request_id, 0), []).extend(output.token_ids)
+                rows_by_key.setdefault((output.request_id, 0), []).extend(
+                    output.token_ids
+                )
         if number % 4 == 3:
             engine.abort(str(number))
             expected.pop((str(number), 0))
     for key, tokens in collect(engine.run([])).items():
-        found.setdefault(key, []).extend(tokens)
+        rows_by_key.setdefault(key, []).extend(tokens)
     alone = make_engine(llama)
     for key, (prompt, sampling) in expected.items():
-        assert rows(alone, [prompt], sampling) == [found[key]]
+        assert rows(alone, [prompt], sampling) == [rows_by_key[key]]
     assert engine.stats().num_free_pages == engine.stats().num_pages
 
 
@@ -126,17 +128,17 @@ def test_preempted_rows_are_computed_again_to_the_same_tokens(llama):
     sampling = SAMPLED.model_copy(update={"max_new_tokens": 20})
     prompts = [PROMPTS[1], PROMPTS[3], PROMPTS[2]]
     scarce = make_engine(llama, num_pages=14, prefix_cache=False, prefill_tokens=3)
-    found = rows(scarce, prompts, sampling, prompt_logprobs=1)
-    assert found == rows(make_engine(llama), prompts, sampling)
+    drawn = rows(scarce, prompts, sampling, prompt_logprobs=1)
+    assert drawn == rows(make_engine(llama), prompts, sampling)
     assert scarce.stats().preemptions_total > 0
 
 
 def test_sequences_of_one_request_share_its_prompt_and_draw_by_themselves(llama):
     engine = make_engine(llama)
     (request,) = make_requests([PROMPTS[1]], SAMPLED, num_sequences=3)
-    found = collect(engine.run([request]))
-    assert len({tuple(tokens) for tokens in found.values()}) == 3
-    assert found["0", 0] == rows(engine, [PROMPTS[1]], SAMPLED)[0]
+    rows_by_key = collect(engine.run([request]))
+    assert len({tuple(tokens) for tokens in rows_by_key.values()}) == 3
+    assert rows_by_key["0", 0] == rows(engine, [PROMPTS[1]], SAMPLED)[0]
 
 
 def test_a_shared_prefix_is_computed_once(llama):
@@ -168,13 +170,13 @@ def test_runs_dispatch_many_steps_unless_somebody_waits_or_reads_along(llama):
 
     def sizes(num_requests: int, **options) -> list[int]:
         requests = make_requests(PROMPTS[:num_requests], GREEDY, ignore_eos=True)
-        own = [
+        expected = [
             len(o.token_ids)
             for o in engine.run(requests, **options)
             if o.request_id == "0"
         ]
-        assert sum(own) == 9
-        return own
+        assert sum(expected) == 9
+        return expected
 
     sizes(1, stream=True)
     assert max(sizes(1, stream=True)) == 1
@@ -191,20 +193,23 @@ def test_log_probabilities_are_the_model_s_own(llama):
     for output in make_engine(llama).run(requests):
         outputs.setdefault(output.request_id, []).append(output)
     for number, prompt in enumerate(PROMPTS):
-        own = outputs[str(number)]
-        tokens = [token for output in own for token in output.token_ids]
+        request_outputs = outputs[str(number)]
+        tokens = [token for output in request_outputs for token in output.token_ids]
         logits = llama.logits([*prompt, *tokens])
-        wanted = np.asarray(jax.nn.log_softmax(logits))[:-1]
+        logprobs = np.asarray(jax.nn.log_softmax(logits))[:-1]
         (prompt_part,) = [
-            o.prompt_logprobs for o in own if o.prompt_logprobs is not None
+            o.prompt_logprobs for o in request_outputs if o.prompt_logprobs is not None
         ]
-        found = [*prompt_part, *(one for output in own for one in output.logprobs)]
-        assert [one.token_id for one in found] == [*prompt[1:], *tokens]
-        for one, row in zip(found, wanted, strict=True):
+        entries = [
+            *prompt_part,
+            *(one for output in request_outputs for one in output.logprobs),
+        ]
+        assert [one.token_id for one in entries] == [*prompt[1:], *tokens]
+        for one, row in zip(entries, logprobs, strict=True):
             assert one.logprob == pytest.approx(row[one.token_id], abs=1e-4)
             best = np.argsort(-row)[: len(one.top)]
             assert [token for token, _ in one.top] == best.tolist()
-        assert {len(one.top) for one in own[0].logprobs} == {3}
+        assert {len(one.top) for one in request_outputs[0].logprobs} == {3}
 
 
 @pytest.mark.parametrize("settings", [{}, {"prefill_tokens": 5, "num_pages": 14}])
@@ -219,20 +224,20 @@ def test_continuations_are_scored_behind_what_they_share(llama, settings):
     requests = make_requests(
         contexts, GREEDY.model_copy(update={"max_new_tokens": 1}), **options
     )
-    requests = [replace(each, prompt_logprobs=1) for each in requests]
+    requests = [replace(request, prompt_logprobs=1) for request in requests]
     (other,) = make_requests([PROMPTS[2]], GREEDY)
     outputs = list(engine.run([replace(other, request_id="other"), *requests]))
     assert collect(outputs)["other", 0] == llama.greedy(PROMPTS[2], 9)
-    scored = [each for each in outputs if each.request_id != "other"]
+    scored = [output for output in outputs if output.request_id != "other"]
     assert len(scored) == len(contexts) * len(tails)
     for output in scored:
         context, tail = contexts[int(output.request_id)], tails[output.sequence_index]
-        wanted = np.asarray(jax.nn.log_softmax(llama.logits([*context, *tail])))
-        found = [*output.prompt_logprobs, *output.logprobs]
-        assert [one.token_id for one in found] == [*tail]
-        for place, one in enumerate(found, len(context) - 1):
-            assert one.logprob == pytest.approx(wanted[place, one.token_id], abs=1e-4)
-            assert one.top[0][0] == wanted[place].argmax()
+        logprobs = np.asarray(jax.nn.log_softmax(llama.logits([*context, *tail])))
+        tokens = [*output.prompt_logprobs, *output.logprobs]
+        assert [one.token_id for one in tokens] == [*tail]
+        for place, one in enumerate(tokens, len(context) - 1):
+            assert one.logprob == pytest.approx(logprobs[place, one.token_id], abs=1e-4)
+            assert one.top[0][0] == logprobs[place].argmax()
     assert engine.stats().num_free_pages == engine.stats().num_pages
 
 
@@ -246,9 +251,9 @@ def test_a_row_stops_at_a_stop_token_and_the_others_go_on(llama):
 
 def test_penalties_see_the_prompt_and_what_several_steps_wrote(llama):
     sampling = SamplingConfig(temperature=0, max_new_tokens=9, no_repeat_ngram_size=1)
-    (found,) = rows(make_engine(llama), [PROMPTS[1]], sampling)
+    (drawn,) = rows(make_engine(llama), [PROMPTS[1]], sampling)
     text = list(PROMPTS[1])
-    for token in found:
+    for token in drawn:
         logits = llama.logits(text)[-1].copy()
         logits[text] = -np.inf
         assert token == logits.argmax()
@@ -257,8 +262,11 @@ def test_penalties_see_the_prompt_and_what_several_steps_wrote(llama):
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(llama):
     uniform = SamplingConfig(temperature=1e6, max_new_tokens=8)
-    drawn = generate_tokens(
-        llama.model, llama.params, PROMPTS, uniform, vocab_size=40, **SMALL
+    config = EngineConfig(**SMALL)
+    drawn = collect_tokens(
+        generate(
+            llama.model, llama.params, PROMPTS, uniform, vocab_size=40, config=config
+        )
     )
     assert 35 < max(map(max, drawn)) < 40
     assert all(len(set(row)) > 4 for row in drawn)
@@ -314,13 +322,12 @@ def test_only_those_who_want_log_probabilities_pay_for_them(llama):
     engine = make_engine(llama)
     shape = engine._inputs.list_shapes()[-1]
     with jax.set_mesh(engine.mesh):
-        given = engine._inputs.build(
+        inputs = engine._inputs.build(
             ScheduledStep(), shape, engine.scheduler.page_tables, {}
         )
-        sizes = engine._runner.layout, engine._windows, engine.vocab_size
         runner = engine._runner
         step = run_step.lower(
-            engine.model, shape, *sizes, runner.params, runner.state, given
+            engine.model, runner.spec, shape, runner.params, runner.state, inputs
         )
         rest, main = step.compile().as_text().split("\nENTRY ")
     sorts = re.compile(rf",{runner.model.config.vocab_size}\]\S* sort\(")
@@ -400,9 +407,9 @@ def test_parameters_are_laid_out_once_and_equal(llama):
             np.testing.assert_array_equal(laid_out[name], value)
             continue
         for layer in range(2):
-            own = laid_out.pop(f"{name}.layers.{layer}", None)
-            if own is not None:
-                np.testing.assert_array_equal(own, value[layer])
+            layer_values = laid_out.pop(f"{name}.layers.{layer}", None)
+            if layer_values is not None:
+                np.testing.assert_array_equal(layer_values, value[layer])
             else:  # side by side with the others of its input
                 first = (
                     name.replace("key", "query")
@@ -410,11 +417,11 @@ def test_parameters_are_laid_out_once_and_equal(llama):
                     .replace("up", "gate")
                 )
                 fused = laid_out[f"{first}.layers.{layer}.value"]
-                wanted = np.reshape(value[layer], (20, -1))
-                width = wanted.shape[1]
+                expected = np.reshape(value[layer], (20, -1))
+                width = expected.shape[1]
                 places = range(fused.shape[1] - width + 1)
                 assert any(
-                    np.array_equal(fused[:, at : at + width], wanted) for at in places
+                    np.array_equal(fused[:, at : at + width], expected) for at in places
                 )
 
 

@@ -25,8 +25,8 @@ from maxlm.inference.banned_sequences import fill_draft_masks
 from maxlm.inference.grammar import GrammarCompiler, GrammarMatcher
 from maxlm.inference.requests import GrammarSpec
 from maxlm.inference.sampling import (
+    compute_sampling_logits,
     make_keys,
-    process_logits,
     sample_tokens,
     stack_settings,
 )
@@ -80,7 +80,7 @@ def step(settings, allowed, position, vocab_size):
     logits = 3 * jax.random.normal(jax.random.key(position), (ROWS, vocab_size + EXTRA))
     none = jnp.zeros(ROWS, jnp.int32)
     positions = jnp.full(ROWS, position, jnp.int32)
-    logits = process_logits(
+    logits = compute_sampling_logits(
         logits,
         settings,
         none[:, None],
@@ -128,16 +128,16 @@ def test_a_schema_a_regex_and_a_grammar(tokenizer, compiler):
         *[GrammarSpec("regex", DATE)] * 2,
         *[GrammarSpec("lark", SUM)] * 2,
     ]
-    found = generate(
+    texts = generate(
         tokenizer, [compiler.compile(spec) for spec in specs], temperature=1.5
     )
-    for text in found[:4]:
+    for text in texts[:4]:
         jsonschema.validate(json.loads(text), SCHEMA)
-    assert all(re.fullmatch(DATE, text) for text in found[4:6])
+    assert all(re.fullmatch(DATE, text) for text in texts[4:6])
     assert all(
-        re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}", text) for text in found[6:]
+        re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}", text) for text in texts[6:]
     )
-    assert len({*found}) > 6
+    assert len({*texts}) > 6
 
 
 def test_any_json_object(tokenizer, compiler):

@@ -124,8 +124,8 @@ class Case:
             batch = make_ragged_batch(inputs, shape, layout, (self.window,), rules)
             split = lambda x, h: jax.sharding.reshard(x, rules.spec("batch", None, h))  # noqa: E731
             q, k, v = split(q, "heads"), split(k, "kv_heads"), split(v, "kv_heads")
-            own = None if self.value_dim else v
-            y, cache = cache.attend(q, k, own, batch, rules=rules, **options)
+            values = None if self.value_dim else v
+            y, cache = cache.attend(q, k, values, batch, rules=rules, **options)
             return jax.sharding.reshard(y, jax.sharding.PartitionSpec()), cache
 
         out = np.full((D, ROWS, T, N, self.value_dim or self.size), np.nan)
@@ -152,15 +152,15 @@ class Case:
                     places += [(row, known[row] + i) for i in range(size)]
                 places += [(0, 0)] * (ROWS * width + CHUNK - len(places))
                 index = tuple(np.array(places).T)
-                given = [x[:, *index].astype(np.float32) for x in (q, k, v)]
+                step_arrays = [x[:, *index].astype(np.float32) for x in (q, k, v)]
                 for (
                     row,
                     accepted,
                 ) in decode.items():  # what is guessed wrongly is other tokens
                     for g in range(accepted, width):
-                        given[1][:, row * width + g] *= -3
+                        step_arrays[1][:, row * width + g] *= -3
                 y, cache = step(
-                    cache, *given, computed=computed, counts=counts, chunk_rows=ids,
+                    cache, *step_arrays, computed=computed, counts=counts, chunk_rows=ids,
                     chunk_starts=starts, chunk_sizes=sizes, chunk_lengths=starts + sizes,
                     page_tables=(table,),
                 )  # fmt: skip
@@ -178,18 +178,18 @@ class Case:
         """Softmax weights [G, T, S] of one kv head's queries [T, G, H]; keys -1 are
         none."""
         G = self.heads[0] // self.heads[1]
-        own = slice(head * G, (head + 1) * G)
+        heads = slice(head * G, (head + 1) * G)
         scores = np.einsum("tgh,sh->gts", q, k) * self.scale
         distance = at[:, None] - keys_at
         if self.soft_cap:
             scores = self.soft_cap * np.tanh(scores / self.soft_cap)
         if self.slopes is not None:
-            scores -= self.slopes[own, None, None] * distance
+            scores -= self.slopes[heads, None, None] * distance
         if self.biases is not None:
-            scores += self.biases[own][:, np.clip(-distance, -7, 7) + 7]
+            scores += self.biases[heads][:, np.clip(-distance, -7, 7) + 7]
         seen = (distance >= 0) & (distance < (self.window or 1000))
         weights = np.where(seen, np.exp(scores), 0)
-        sink = 0 if self.sinks is None else np.exp(self.sinks[own, None, None])
+        sink = 0 if self.sinks is None else np.exp(self.sinks[heads, None, None])
         return weights / (weights.sum(-1, keepdims=True) + sink)
 
 
@@ -235,11 +235,11 @@ def simulate_kivi(case: Case, q, k, v, blocks, ring: int) -> np.ndarray:
         keys, values = np.where(old, rough_k, k)[:end], np.where(old, rough_v, v)[:end]
         at = np.arange(start, end)
         for head in range(K):
-            own = slice(head * N // K, (head + 1) * N // K)
+            queries = slice(head * N // K, (head + 1) * N // K)
             weights = case.weigh(
-                q[start:end, own], keys[:, head], at, np.arange(end), head
+                q[start:end, queries], keys[:, head], at, np.arange(end), head
             )
-            out[start:end, own] = np.einsum("gts,sh->tgh", weights, values[:, head])
+            out[start:end, queries] = np.einsum("gts,sh->tgh", weights, values[:, head])
     return out
 
 
@@ -250,8 +250,8 @@ def simulate_eviction(case: Case, q, k, v, blocks) -> tuple[np.ndarray, list[set
     out = np.full((len(k), N, v.shape[-1]), np.nan)
     last = []
     for head in range(K):
-        own = slice(head * N // K, (head + 1) * N // K)
-        kept = []
+        queries = slice(head * N // K, (head + 1) * N // K)
+        kept_positions = []
         scores = {}
         for start, size, is_chunk in blocks:
             end = start + size
@@ -265,14 +265,22 @@ def simulate_eviction(case: Case, q, k, v, blocks) -> tuple[np.ndarray, list[set
                 return (1e9 if token >= end - config.recent else scores[token]), token  # noqa: B023
 
             if not is_chunk:  # it takes another's place, then attends
-                kept = sorted(kept, key=rank)[-(budget - 1) :]
-            kept = sorted(kept) + at.tolist()
+                kept_positions = sorted(kept_positions, key=rank)[-(budget - 1) :]
+            kept_positions = sorted(kept_positions) + at.tolist()
             weights = case.weigh(
-                q[start:end, own], k[kept, head], at, np.array(kept), head
+                q[start:end, queries],
+                k[kept_positions, head],
+                at,
+                np.array(kept_positions),
+                head,
             )
-            out[start:end, own] = np.einsum("gts,sh->tgh", weights, v[kept, head])
+            out[start:end, queries] = np.einsum(
+                "gts,sh->tgh", weights, v[kept_positions, head]
+            )
             if config.kind == "h2o":
-                for token, mass in zip(kept, weights.sum((0, 1)), strict=True):
+                for token, mass in zip(
+                    kept_positions, weights.sum((0, 1)), strict=True
+                ):
                     scores[token] = scores.get(token, 0) + mass
             if config.kind == "snapkv":
                 scores.update(dict.fromkeys(range(start, end), 0))
@@ -282,16 +290,22 @@ def simulate_eviction(case: Case, q, k, v, blocks) -> tuple[np.ndarray, list[set
                     mass, np.ones(config.pooling) / config.pooling, "full"
                 )
                 side = config.pooling // 2
-                scores = dict(zip(kept, around[side : side + len(kept)], strict=True))
-            kept = sorted(kept, key=rank)[-budget:]
-        last.append(set(kept))
+                scores = dict(
+                    zip(
+                        kept_positions,
+                        around[side : side + len(kept_positions)],
+                        strict=True,
+                    )
+                )
+            kept_positions = sorted(kept_positions, key=rank)[-budget:]
+        last.append(set(kept_positions))
     return out, last
 
 
-def check(found, expected, known) -> None:
+def check(outputs, expected, known) -> None:
     for row, tokens in enumerate(known):
         np.testing.assert_allclose(
-            found[row, :tokens], expected[row][:tokens], atol=2e-5
+            outputs[row, :tokens], expected[row][:tokens], atol=2e-5
         )
 
 
@@ -299,13 +313,13 @@ def check(found, expected, known) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
     case = Case(parse(kind=kind, recent=3), **OPTIONS[name])
-    (q, k, v), found, known, cache = case.run(one_device_mesh, STEPS)
+    (q, k, v), outputs, known, cache = case.run(one_device_mesh, STEPS)
     assert not isinstance(cache, PagedCache)
     both = [
         simulate_kivi(case, q[0, r], k[0, r], v[0, r], list_blocks(STEPS, r), 1)
         for r in range(4)
     ]
-    check(found[0], both, known)
+    check(outputs[0], both, known)
 
 
 @pytest.mark.parametrize("kind", ["paged", "int8", "int4"])
@@ -315,10 +329,10 @@ def test_room_for_more_features_changes_no_answer(one_device_mesh, kind, name):
     narrow = Case(parse(kind=kind, **recent), **OPTIONS[name], scale=8**-0.5)
     wide = replace(narrow, feature_multiple=12, scale=None)
     _, expected, known, _ = narrow.run(one_device_mesh, STEPS)
-    _, found, _, cache = wide.run(one_device_mesh, STEPS)
+    _, outputs, _, cache = wide.run(one_device_mesh, STEPS)
     pages = cache.key if kind == "paged" else cache.key.codes
     assert pages.shape[-1] == 12
-    check(found[0], expected[0], known)
+    check(outputs[0], expected[0], known)
 
 
 def test_rejected_guesses_leave_no_trace(one_device_mesh):
@@ -327,12 +341,12 @@ def test_rejected_guesses_leave_no_trace(one_device_mesh):
     rng = np.random.default_rng(0)
     steps: Any = [*STEPS[:2], ({}, {2: 1, 3: 10})]
     steps += [({r: int(rng.integers(1, 5)) for r in range(4)}, {}) for _ in range(9)]
-    (q, k, v), found, known, _ = case.run(one_device_mesh, steps, width=4)
+    (q, k, v), outputs, known, _ = case.run(one_device_mesh, steps, width=4)
     both = [
         simulate_kivi(case, q[0, r], k[0, r], v[0, r], list_blocks(steps, r), 2)
         for r in range(4)
     ]
-    check(found[0], both, known)
+    check(outputs[0], both, known)
 
 
 EVICTING = {
@@ -343,19 +357,25 @@ EVICTING = {
 
 
 def check_eviction(case: Case, mesh, steps=STEPS) -> None:
-    (q, k, v), found, known, cache = case.run(mesh, steps)
+    (q, k, v), outputs, known, cache = case.run(mesh, steps)
     positions = np.asarray(cache.positions)
-    for shard in range(len(found)):
+    for shard in range(len(outputs)):
         for row, tokens in enumerate(known):
-            own = q[shard, row], k[shard, row], v[shard, row], list_blocks(steps, row)
-            expected, kept = simulate_eviction(case, *own)
-            np.testing.assert_allclose(
-                found[shard, row, :tokens], expected[:tokens], atol=2e-5
+            arrays = (
+                q[shard, row],
+                k[shard, row],
+                v[shard, row],
+                list_blocks(steps, row),
             )
-            held = [
-                set((each[each > 0] - 1).tolist()) for each in positions[shard, row]
+            expected, kept_positions = simulate_eviction(case, *arrays)
+            np.testing.assert_allclose(
+                outputs[shard, row, :tokens], expected[:tokens], atol=2e-5
+            )
+            stored_positions = [
+                set((row_positions[row_positions > 0] - 1).tolist())
+                for row_positions in positions[shard, row]
             ]
-            assert held == kept
+            assert stored_positions == kept_positions
 
 
 @pytest.mark.parametrize("kind", EVICTING)
@@ -375,13 +395,13 @@ def test_eight_devices_answer_alike(mesh, name):
     for kind in EVICTING:
         check_eviction(Case(EVICTING[kind], **OPTIONS[name]), eight)
     case = Case(parse(kind="int4", recent=3), **OPTIONS[name])
-    (q, k, v), found, known, _ = case.run(eight, STEPS)
+    (q, k, v), outputs, known, _ = case.run(eight, STEPS)
     for d in range(4):
-        own = [
+        expected = [
             simulate_kivi(case, q[d, r], k[d, r], v[d, r], list_blocks(STEPS, r), 1)
             for r in range(4)
         ]
-        check(found[d], own, known)
+        check(outputs[d], expected, known)
 
 
 @pytest.mark.parametrize("tensor", [2, 4])  # of 2 kv heads
@@ -392,12 +412,14 @@ def test_devices_that_compute_all_keys_answer_alike(
     config = EVICTING[kind] if kind == "h2o" else parse(kind=kind)
     case = Case(config, **OPTIONS["cap, slopes"], sinks=OPTIONS["sinks"]["sinks"])
     _, expected, known, _ = case.run(one_device_mesh, STEPS)
-    _, found, _, _ = replace(case, whole_keys=True).run(mesh(tensor=tensor), STEPS)
-    check(found[0], expected[0], known)
+    _, outputs, _, _ = replace(case, whole_keys=True).run(mesh(tensor=tensor), STEPS)
+    check(outputs[0], expected[0], known)
 
 
 def count_bytes(spec, unit) -> int:
-    leaves = [each for each in jax.tree.leaves(spec) if each.unit == unit]
+    leaves = [
+        spec_leaf for spec_leaf in jax.tree.leaves(spec) if spec_leaf.unit == unit
+    ]
     return sum(
         prod(x.shape) * jnp.dtype(x.dtype or "bfloat16").itemsize for x in leaves
     )
@@ -451,12 +473,12 @@ def test_sequences_within_the_budget_are_exact(
         EngineConfig.model_validate({"cache": cache, **SIZES, **scarce}),
     )
     sampling = SamplingConfig(temperature=0, max_new_tokens=20)
-    found = [[] for _ in PROMPTS]
+    rows = [[] for _ in PROMPTS]
     for output in engine.run(
         [GenerationRequest(str(i), tuple(p), sampling) for i, p in enumerate(PROMPTS)]
     ):
-        found[int(output.request_id)] += output.token_ids
-    assert found == expected
+        rows[int(output.request_id)] += output.token_ids
+    assert rows == expected
     assert bool(engine.stats().preemptions_total) == bool(scarce)
     assert bool(engine.stats().drafted_tokens_total) == bool(scarce)
     assert engine.stats().num_free_pages == engine.stats().num_pages
@@ -480,7 +502,7 @@ def test_copied_rows_are_whole_and_pages_stay(llama, kind):
 
 
 def test_settings_that_cannot_be_meant():
-    for settings, said in (
+    for settings, fault in (
         (
             {"kind": "h2o", "budget": 4, "recent": 4},
             "recent=4 leaves nothing of budget=4",
@@ -488,7 +510,7 @@ def test_settings_that_cannot_be_meant():
         ({"kind": "sinks", "budget": 3}, "num_sinks=4 leaves nothing of budget=3"),
         ({"kind": "snapkv", "budget": 64, "pooling": 4}, "pooling=4 is even"),
     ):
-        assert said in message(lambda s=settings: parse(**s))
+        assert fault in message(lambda s=settings: parse(**s))
     layout = CacheLayout(1, 1, 2, 7, cache=parse(kind="int4"))
     assert "page_size=7 is odd" in message(lambda: kv_cache_spec(layout, None, 1, 8, 8))
     assert EngineConfig.model_validate({"cache": {"kind": "int4"}}).page_size == 64
@@ -500,7 +522,7 @@ def test_guesses_need_a_cache_that_takes_tokens_back(llama):
         "speculation": {"kind": "prompt_lookup"},
         "cache": EVICTING["h2o"],
     }
-    said = message(
+    fault = message(
         lambda: Engine(llama.model, llama.params, EngineConfig.model_validate(settings))
     )
-    assert "cannot take tokens back" in said
+    assert "cannot take tokens back" in fault

@@ -90,16 +90,16 @@ class PagesMachine(RuleBasedStateMachine):
         expected = max(depth for depth in depths if self.is_usable(key, tokens, depth))
         assert len(nodes) == expected
         node, pages = self.tree.acquire(nodes, key)
-        held = []
-        for group, found in enumerate(pages):
+        held_pages = []
+        for group, group_pages in enumerate(pages):
             seen = range(self.first_page(group, expected * SIZE), expected)
-            held.append(dict(zip(seen, found, strict=True)))
-            assert found == [
+            held_pages.append(dict(zip(seen, group_pages, strict=True)))
+            assert group_pages == [
                 self.entries[key, tokens[: (i + 1) * SIZE]][group] for i in seen
             ]
         tokens = tokens[: expected * SIZE]
         self.sequences.append(
-            {"key": key, "tokens": tokens, "node": node, "pages": held}
+            {"key": key, "tokens": tokens, "node": node, "pages": held_pages}
         )
 
     @rule(which=st.integers(0, 99), tokens=st.tuples(*[st.integers(0, 1)] * SIZE))
@@ -129,7 +129,7 @@ class PagesMachine(RuleBasedStateMachine):
                     pool.retain(page)
             source["node"].num_holders += 1
             self.sequences.append(
-                {**source, "pages": [dict(each) for each in source["pages"]]}
+                {**source, "pages": [dict(group) for group in source["pages"]]}
             )
 
     @rule(which=st.integers(0, 99))

@@ -53,8 +53,8 @@ def test_each_token_is_predicted_from_all_others(mesh, one_device_mesh):
             logits = np.asarray(compute_logits(params, rows), np.float64)
             logits = logits[np.arange(len(tail)), places]
             logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            wanted = logprobs[np.arange(len(tail)), targets]
-            assert score.logprob == pytest.approx(wanted.sum(), abs=1e-4)
+            expected = logprobs[np.arange(len(tail)), targets]
+            assert score.logprob == pytest.approx(expected.sum(), abs=1e-4)
             assert score.is_greedy == bool((logits.argmax(-1) == targets).all())
     cut, whole = scorer.score([([9] * 40 + [5] * 28, [6] * 3), ([5] * 28, [6] * 3)])
     assert cut.logprob == pytest.approx(whole.logprob, abs=1e-5)

@@ -15,8 +15,8 @@ from maxlm.config import load_config
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.sampling import (
     compute_logprobs,
+    compute_sampling_logits,
     make_keys,
-    process_logits,
     sample_tokens,
     stack_settings,
 )
@@ -132,7 +132,7 @@ class Batch:
 
 @jax.jit
 def step(logits, settings, history, prompts, lengths):
-    logits = process_logits(
+    logits = compute_sampling_logits(
         logits, settings, history, prompts, lengths, vocab_size=VOCAB
     )
     return sample(logits, settings, lengths)
@@ -210,18 +210,18 @@ def test_draws_follow_the_probabilities():
     @jax.jit
     def draw(positions):
         zero = jnp.zeros((1, 1), jnp.int32)
-        process = partial(process_logits, vocab_size=vocab - 1)
-        kept = process(logits[None], settings, zero, zero[0], zero[0])
+        process = partial(compute_sampling_logits, vocab_size=vocab - 1)
+        processed = process(logits[None], settings, zero, zero[0], zero[0])
         keys = jax.vmap(lambda position: make_keys(settings, position)[0])(positions)
-        rows = jnp.broadcast_to(kept, (len(positions), vocab))
-        return kept[0], sample_tokens(rows, keys, jnp.zeros(len(positions), bool))
+        rows = jnp.broadcast_to(processed, (len(positions), vocab))
+        return processed[0], sample_tokens(rows, keys, jnp.zeros(len(positions), bool))
 
-    kept, tokens = draw(jnp.arange(draws // 4, dtype=jnp.int32))
+    processed_row, tokens = draw(jnp.arange(draws // 4, dtype=jnp.int32))
     counts = np.bincount(tokens, minlength=vocab)
     for part in range(1, 4):
         _, tokens = draw(jnp.arange(draws // 4, dtype=jnp.int32) + part * draws // 4)
         counts += np.bincount(tokens, minlength=vocab)
-    expected = draws * np.asarray(jax.nn.softmax(kept), np.float64)
+    expected = draws * np.asarray(jax.nn.softmax(processed_row), np.float64)
     assert counts[expected == 0].sum() == 0
     assert (expected > 0).sum() > 100
     assert (
@@ -251,7 +251,7 @@ def test_draws_differ_by_seed_stream_and_position_alone():
     assert len(set(tokens)) == 5
 
 
-keep = jax.jit(process_logits, static_argnames="vocab_size")
+keep = jax.jit(compute_sampling_logits, static_argnames="vocab_size")
 
 
 def kept_ids(
@@ -342,7 +342,7 @@ def test_positions_of_a_draft_are_as_one_after_another(batch):
     )
     ends = lengths[:, None] + np.arange(drafts, dtype=np.int32)
     axes = (1, None, None, None, 1)
-    process = jax.vmap(partial(process_logits, vocab_size=VOCAB), axes, 1)
+    process = jax.vmap(partial(compute_sampling_logits, vocab_size=VOCAB), axes, 1)
     together = jax.jit(process)(several, settings, history, prompts, ends)
     for g in range(drafts):
         alone = keep(
@@ -405,7 +405,7 @@ def test_all_the_biases_that_a_row_may_have():
     biases = {i: float(i % 7) for i in range(0, 640, 2)}
     settings = stack_settings([None, SamplingConfig(logit_bias=biases)], 3)
     zeros = jnp.zeros((3, 1), jnp.int32)
-    process = partial(process_logits, vocab_size=640)
+    process = partial(compute_sampling_logits, vocab_size=640)
     logits = process(jnp.zeros((3, 640)), settings, zeros, zeros[:, 0], zeros[:, 0])
     assert not np.any(logits[::2])
     assert logits[1].tolist() == [biases.get(i, 0.0) for i in range(640)]

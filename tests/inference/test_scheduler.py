@@ -66,8 +66,8 @@ class SimulatedDevice:
             seen = np.arange(
                 0 if window is None else max(0, start - window + 1), len(tokens)
             )
-            found = pool[table[seen // self.size], seen % self.size]
-            np.testing.assert_array_equal(found, np.array(states)[seen])
+            stored = pool[table[seen // self.size], seen % self.size]
+            np.testing.assert_array_equal(stored, np.array(states)[seen])
         return states[start:]
 
     def run(self, step, before_finish=lambda: None):
@@ -84,7 +84,7 @@ class SimulatedDevice:
             self.rows[shard, destination] = rows[shard, source]
         for sequence in step.encode:
             self.rows[sequence.shard, sequence.row] = hash(sequence.encoder_tokens)
-        found = {}
+        drawn = {}
         for sequence, num_tokens in step.decode:
             start = sequence.num_computed
             new = []
@@ -106,14 +106,14 @@ class SimulatedDevice:
                     state = self.compute(sequence, tokens, start + at, writers)[-1]
                     new.append(next_token(sequence, state))
             ends = [at for at, token in enumerate(new, 1) if token == self.stop]
-            found[sequence] = new[: min(ends, default=None)]
+            drawn[sequence] = new[: min(ends, default=None)]
         for sequence, start, num_tokens, samples in step.prefill:
             assert start == sequence.num_computed
             end = start + num_tokens
             assert samples == (end == len(sequence.tokens))
             states = self.compute(sequence, sequence.tokens[:end], start, writers)
             if samples:
-                found[sequence] = [next_token(sequence, states[-1])]
+                drawn[sequence] = [next_token(sequence, states[-1])]
             self.num_prefilled += num_tokens
         config = self.scheduler.config
         parts = [*step.decode, *step.prefill]
@@ -129,7 +129,7 @@ class SimulatedDevice:
         assert len({id(part.sequence) for part in parts}) == len(parts)
         self.max_steps = max(self.max_steps, step.num_steps)
         before_finish()
-        self.scheduler.finish_step(step, found)
+        self.scheduler.finish_step(step, drawn)
         for sequence in self.scheduler.running:
             if sequence.num_tokens_left == 0 or sequence.tokens[-1] == self.stop:
                 self.scheduler.finish(sequence)
@@ -215,14 +215,14 @@ def test_random_traffic_computes_every_token_from_its_own_context(
             name = rng.choice(list(scheduler._requests))
             alive = list(scheduler._requests[name])
             assert scheduler.abort(name) == alive
-            assert {each.state for each in alive} == {"finished"}
+            assert {sequence.state for sequence in alive} == {"finished"}
             assert scheduler.abort(name) == []
 
     for _ in range(800):
         if rng.random() < 0.35:
             prefix = prefixes[rng.integers(3)][: rng.integers(longest // 2)]
             tokens = [*prefix, *rng.integers(0, STOP, rng.integers(1, 9)).tolist()]
-            how = {
+            options = {
                 "new": int(rng.integers(1, longest - 1 - len(tokens))),
                 "num_sequences": int(rng.choice([1, 1, 1, 2, 4])),
                 "grammar": GrammarSpec("json_object") if rng.random() < 0.1 else None,
@@ -234,9 +234,13 @@ def test_random_traffic_computes_every_token_from_its_own_context(
                     for _ in range(rng.integers(6))
                 ]
                 tails = tuple(tuple(tail.tolist()) for tail in [*tails, np.array([1])])
-                how |= {"new": 1, "num_sequences": len(tails), "continuations": tails}
-                how |= {"grammar": None, "prompt_logprobs": 0}
-            request = make_request(tokens, next(names), **how)
+                options |= {
+                    "new": 1,
+                    "num_sequences": len(tails),
+                    "continuations": tails,
+                }
+                options |= {"grammar": None, "prompt_logprobs": 0}
+            request = make_request(tokens, next(names), **options)
             requests += scheduler.add(request, cache_key=int(rng.integers(2)))
         if rng.random() < 0.06:
             abort_one()
@@ -256,13 +260,13 @@ def test_random_traffic_computes_every_token_from_its_own_context(
         for sequence in scheduler.running:
             end = -(-sequence.num_computed // device.size)
             for group, window in enumerate(windows):
-                held = scheduler.page_tables[group][
+                row_pages = scheduler.page_tables[group][
                     sequence.shard, sequence.row
                 ].nonzero()[0]
                 start = (
                     0 if window is None else max(0, sequence.num_computed - window + 1)
                 )
-                assert held.tolist() == list(range(start // device.size, end))
+                assert row_pages.tolist() == list(range(start // device.size, end))
     check_rest(scheduler, device)
     for sequence in requests:
         states = hash_tokens(sequence, sequence.tokens)[
@@ -302,7 +306,7 @@ def test_requests_share_a_prefix(together):
         device.run(step)
     assert most == 32 * together
     assert len(pages) == 125 * together
-    assert sum(each.num_cached_tokens for each in sequences) == 31 * 1000
+    assert sum(sequence.num_cached_tokens for sequence in sequences) == 31 * 1000
     assert 1000 < device.num_prefilled <= 1000 + 32 * 2 <= 32 * 1002 / 5
     check_rest(scheduler, device)
 
@@ -315,8 +319,8 @@ def test_prompt_of_several_sequences_is_prefilled_once():
     finish_all(scheduler, device)
     assert device.num_prefilled == 22
     assert device.num_copies == 6
-    assert [each.num_cached_tokens for each in sequences] == [0] + [22] * 6
-    assert len({tuple(each.tokens) for each in sequences}) > 1
+    assert [sequence.num_cached_tokens for sequence in sequences] == [0] + [22] * 6
+    assert len({tuple(sequence.tokens) for sequence in sequences}) > 1
     check_rest(scheduler, device)
 
 
@@ -330,12 +334,12 @@ def test_rows_and_steps():
     for number, new in enumerate([20, 3, 7, 9]):
         sequences += scheduler.add(make_request([1, 2 + number], number, new))
     step = scheduler.schedule()
-    assert [each.row for each in sequences] == [0, 1, 2, -1]
+    assert [sequence.row for sequence in sequences] == [0, 1, 2, -1]
     device.run(step)
     step = scheduler.schedule()
     assert (step.num_steps, [n for _, n in step.decode]) == (4, [4, 2, 4])
     device.run(step, lambda: scheduler.abort("0"))
-    assert [each.row for each in sequences] == [-1, -1, 2, -1]
+    assert [sequence.row for sequence in sequences] == [-1, -1, 2, -1]
     step = scheduler.schedule()
     assert (step.num_steps, sequences[3].row) == (1, 0)
     device.run(step)
@@ -485,14 +489,14 @@ def test_short_prompts_are_read_whole_and_the_oldest_goes_on():
     scheduler, device = simulate(max_sequences=4, prefill_tokens=32)
     for number, size in enumerate([60, 20, 30, 10]):
         scheduler.add(make_request([number] * size, number))
-    found = []
+    plans = []
     for _ in range(2):
         step = scheduler.schedule()
-        found.append(
+        plans.append(
             [(chunk.sequence.order[0], chunk.num_tokens) for chunk in step.prefill]
         )
         device.run(step)
-    assert found == [[(3, 10), (1, 14), (0, 8)], [(1, 6), (2, 15), (0, 11)]]
+    assert plans == [[(3, 10), (1, 14), (0, 8)], [(1, 6), (2, 15), (0, 11)]]
 
 
 def test_prompt_logprobs_need_the_whole_prompt():

@@ -158,7 +158,7 @@ def test_wide_beams_find_the_best_of_all_continuations(llama, logprobs, penalty)
 def test_penalties_and_rules_of_ending_equal_a_naive_search(llama, logprobs):
     """And so they do where the engine guesses tokens: not those of beams."""
     engine = make_engine(llama, speculation=PromptLookupConfig())
-    found = {}
+    best = {}
     prompts = [PROMPT, [1], list(range(20, 43))]
     for penalty, early in product((-1.0, 0.0, 1.0, 2.0), (True, False, "never")):
         config = BeamSearchConfig(
@@ -172,9 +172,9 @@ def test_penalties_and_rules_of_ending_equal_a_naive_search(llama, logprobs):
         for prompt, result in zip(prompts, results, strict=True):
             assert read(result) == search_naively(logprobs, prompt, 3, 2, config)
             assert {o.finish_reason for o in result.outputs} <= {"stop", "length"}
-        found[penalty, early] = [result.outputs for result in results]
+        best[penalty, early] = [result.outputs for result in results]
         check_pages(engine)
-    assert found[1.0, False] not in (found[2.0, False], found[1.0, True])
+    assert best[1.0, False] not in (best[2.0, False], best[1.0, True])
 
 
 def test_equally_likely_beams_go_by_rank():
@@ -183,10 +183,10 @@ def test_equally_likely_beams_go_by_rank():
     )
     search.beams = [Beam(4, (5,), -1.0), Beam(2, (6,), -1.5)]
     tops = {4: ((1, -1.0), (3, -1.0), (9, -1.0)), 2: ((8, -0.5), (7, -0.5), (0, -0.5))}
-    found = search.advance(
+    beams = search.advance(
         {index: TokenLogprob(0, 0.0, top) for index, top in tops.items()}
     )
-    assert found == [Beam(4, (5, 1), -2.0), Beam(4, (5, 3), -2.0)]
+    assert beams == [Beam(4, (5, 1), -2.0), Beam(4, (5, 3), -2.0)]
     assert not search.finished  # the end is likely, but third
 
 
@@ -282,21 +282,24 @@ def test_best_of_n_by_a_true_verifier_is_pass_at_n(llama):
 
 
 def test_votes_by_hand(llama):
-    made = [
+    continuations = [
         Continuation((i,), 0.0, score=s)
         for i, s in enumerate((0.5, 0.9, 0.1, 0.3, 0.2, 1.0))
     ]
     answers = ["7", "8", "7", None, "7", None]
-    answer, ranked = rank_by_answer(made, answers)  # 7: 0.8, 8: 0.9
+    answer, ranked = rank_by_answer(continuations, answers)  # 7: 0.8, 8: 0.9
     assert (answer, [o.token_ids[0] for o in ranked]) == ("8", [1, 0, 4, 2, 5, 3])
     answer, ranked = rank_by_answer(
-        [replace(each, score=1.0) for each in made], answers
+        [replace(continuation, score=1.0) for continuation in continuations], answers
     )
     assert (answer, [o.token_ids[0] for o in ranked]) == ("7", [0, 2, 4, 1, 3, 5])
-    assert rank_by_answer(made[:2], [None, None]) == (None, [made[1], made[0]])
-    assert message(rank_by_answer, [replace(made[0], score=-1.0)], ["7"]).startswith(
-        "scorer: "
+    assert rank_by_answer(continuations[:2], [None, None]) == (
+        None,
+        [continuations[1], continuations[0]],
     )
+    assert message(
+        rank_by_answer, [replace(continuations[0], score=-1.0)], ["7"]
+    ).startswith("scorer: ")
     engine = make_engine(llama, Letters())
 
     def parse(text):
@@ -304,7 +307,10 @@ def test_votes_by_hand(llama):
 
     voted = self_consistency(engine, PROMPT, 11, SAMPLED, parse)
     texts = [o.text for o in best_of_n(engine, PROMPT, 11, SAMPLED).outputs]
-    counts = {each: [parse(t) for t in texts].count(each) for each in map(parse, texts)}
+    counts = {
+        continuation: [parse(t) for t in texts].count(continuation)
+        for continuation in map(parse, texts)
+    }
     assert counts[str(voted.answer)] == max(counts.values()) > 1
     assert parse(voted.outputs[0].text) == voted.answer
 

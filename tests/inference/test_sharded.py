@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
-from maxlm.inference.generate import generate_tokens
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scoring import Scorer
 from maxlm.inference.sequences import ScheduledStep
@@ -39,9 +39,9 @@ SMALL = {"max_sequences": 2, "max_length": 32, "page_size": 4, "prefill_tokens":
 
 
 def tokens(tiny, sampling, **settings):
-    return generate_tokens(
-        tiny.model, tiny.params, PROMPTS, sampling, **SMALL, **settings
-    )
+    config = EngineConfig(**SMALL, **settings)
+    outputs = generate(tiny.model, tiny.params, PROMPTS, sampling, config=config)
+    return collect_tokens(outputs)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def test_the_same_tokens_with_windows_forks_and_guesses(mesh, build_tiny):
             GenerationRequest(str(i), tuple(prompt), SAMPLED, num_sequences=1 + i % 2)
             for i, prompt in enumerate(PROMPTS)
         ]
-        found = {}
+        rows = {}
         for output in engine.run(requests):
-            own = found.setdefault((output.request_id, output.sequence_index), [])
-            own += output.token_ids
-        return found
+            row = rows.setdefault((output.request_id, output.sequence_index), [])
+            row += output.token_ids
+        return rows
 
     assert run(one) == run(four)
 
@@ -92,9 +92,9 @@ def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
         config = EngineConfig(**SMALL | {"max_length": 20})  # one context is cut
         return Scorer(Engine(tiny.model, tiny.params, config)).score(pairs)
 
-    for ours, wanted in zip(run(sharded), run(tinies["llama"]), strict=True):
-        assert ours.logprob == pytest.approx(wanted.logprob, abs=1e-4)
-        assert ours.is_greedy == wanted.is_greedy
+    for ours, expected in zip(run(sharded), run(tinies["llama"]), strict=True):
+        assert ours.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        assert ours.is_greedy == expected.is_greedy
 
 
 def check_split_caches(engine, shard):
@@ -104,18 +104,14 @@ def check_split_caches(engine, shard):
     with jax.set_mesh(engine.mesh):
         key = engine._runner.state.caches["layers"][0].key
         assert {s.data.shape for s in key.addressable_shards} == {shard}
-        given = engine._inputs.build(
+        inputs = engine._inputs.build(
             ScheduledStep(), shape, engine.scheduler.page_tables, {}
         )
-        sizes = engine._runner.layout, engine._windows, engine.vocab_size
-        step = run_step.lower(
-            engine.model,
-            shape,
-            *sizes,
-            engine._runner.params,
-            engine._runner.state,
-            given,
-        ).compile()
+        runner = engine._runner
+        lowered = run_step.lower(
+            engine.model, runner.spec, shape, runner.params, runner.state, inputs
+        )
+        step = lowered.compile()
     sent = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|collective-)\S+\(", step.as_text())
     assert sent  # the regular expression finds something: results of split maps
     # Neither a cache nor the new keys and values: [..., heads, ..., 6].
@@ -133,20 +129,20 @@ def test_fewer_kv_heads_than_devices_are_kept_once_a_device(mesh, build_tiny):
     attention = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6}
     one = build_tiny("llama", mesh(), vocab_size=64, attention=attention)
     eight = mesh(data=2, tensor=4)
-    how = ShardingConfig(), ParallelConfig(), dict(eight.shape), jnp.float32
-    placed = place_model(one.model.config, *how, training=None)
-    held = jax.device_put(
+    settings = ShardingConfig(), ParallelConfig(), dict(eight.shape), jnp.float32
+    placed = place_model(one.model.config, *settings, training=None)
+    on_devices = jax.device_put(
         jax.device_get(one.params), NamedSharding(eight, PartitionSpec())
     )
-    four = Tiny(placed.model, held)
+    four = Tiny(placed.model, on_devices)
     assert tokens(four, GREEDY) == tokens(one, GREEDY)
     engine = Engine(four.model, four.params, EngineConfig(**SMALL))
     check_split_caches(engine, (1, 17, 1, 4, 6))
-    ours, wanted = (
-        Embedder(own.model, own.params, m, 20).embed(PROMPTS[:3])
-        for own, m in ((four, eight), (one, mesh()))
+    ours, expected = (
+        Embedder(tiny_model.model, tiny_model.params, m, 20).embed(PROMPTS[:3])
+        for tiny_model, m in ((four, eight), (one, mesh()))
     )
-    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_keys_that_lie_apart_from_their_queries_are_refused():

@@ -55,10 +55,10 @@ def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(models):
         GenerationRequest(str(seed), PROMPT, sampling.model_copy(update={"seed": seed}))
         for seed in range(NUM_SAMPLES)
     ]
-    found: dict[str, list[int]] = {}
+    rows: dict[str, list[int]] = {}
     for output in engine.run(requests):
-        found.setdefault(output.request_id, []).extend(output.token_ids)
-    for tokens in found.values():
+        rows.setdefault(output.request_id, []).extend(output.token_ids)
+    for tokens in rows.values():
         counts[tokens[0], tokens[1]] += 1
     joint = np.zeros((VOCAB, VOCAB))
     first = next_distribution(models[0], PROMPT)
@@ -125,5 +125,7 @@ def test_tokens_a_step_follow_from_the_rate_of_acceptance(
     steps = (
         counted.drafted_tokens_total / num_drafts
     )  # but for a few cut ones at the ends
-    wanted = (1 - a ** (num_drafts + 1)) / (1 - a)
-    assert 1 + counted.accepted_tokens_total / steps == pytest.approx(wanted, rel=0.03)
+    expected = (1 - a ** (num_drafts + 1)) / (1 - a)
+    assert 1 + counted.accepted_tokens_total / steps == pytest.approx(
+        expected, rel=0.03
+    )

@@ -13,7 +13,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import load_tokenizer
 from maxlm.data.tokenizer.prompts import encode_prompts
-from maxlm.inference.generate import generate_tokens
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.text import generate_text, get_prompt_separator
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
@@ -64,7 +64,8 @@ def test_pieces_join_to_the_decoded_tokens(model):
         lambda s: jnp.asarray(draw(0, 0.02, s.shape), s.dtype), param_specs(model)
     )
     ids = [[BOS, *tokenizer.encode(prompt)] for prompt in prompts]
-    rows = generate_tokens(model, params, ids, SAMPLING, tokenizer=tokenizer)
+    outputs = generate(model, params, ids, SAMPLING, tokenizer=tokenizer)
+    rows = collect_tokens(outputs)
     tokens = [[t for t in row if t != EOS] for row in rows]
     expected = [
         tokenizer.decode_bytes(row).decode("utf-8", "replace") for row in tokens
@@ -123,14 +124,14 @@ def test_a_prompt_opens_as_the_tokenizer_says_and_an_encoder_reads_a_whole_docum
     prompts = ["a", "bc", ""]
     a, b, c = (ord(char) + 2 for char in "abc")
     foreign = ForeignTokenizer()
-    own = ByteTokenizer()
+    byte_tokenizer = ByteTokenizer()
     assert encode_prompts(foreign, prompts, as_documents=False) == [[a], [b, c], [BOS]]
     assert encode_prompts(foreign, prompts, as_documents=True) == [
         [a, EOS],
         [b, c, EOS],
         [EOS],
     ]
-    assert encode_prompts(own, prompts, as_documents=False) == [
+    assert encode_prompts(byte_tokenizer, prompts, as_documents=False) == [
         [BOS, a],
         [BOS, b, c],
         [BOS],

@@ -14,7 +14,8 @@ import numpy as np
 
 from maxlm.config.sampling import SamplingConfig
 from maxlm.huggingface.families.family import ModelFamily
-from maxlm.inference.generate import generate_tokens
+from maxlm.inference.engine_config import EngineConfig
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.sharding import ShardingConfig
 from tests.parity import compare, grok, tiny
 
@@ -254,7 +255,8 @@ def _ours_continued(name: str, given: list[list[int]]) -> list[list[int]]:
     model = own.config.build(rules=rules, dtype=jnp.float32)
     params = compare.placed(own.params, mesh)
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW)
-    return generate_tokens(model, params, given, sampling, page_size=4)
+    config = EngineConfig(page_size=4)
+    return collect_tokens(generate(model, params, given, sampling, config=config))
 
 
 def _theirs_continued(name: str, prompt: list[int]) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maxlm.config.sampling import SamplingConfig
-from maxlm.inference.sampling import process_logits, stack_settings
+from maxlm.inference.sampling import compute_sampling_logits, stack_settings
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -86,7 +86,7 @@ def test_a_thousand_random_settings():
         ]
     )
     settings = stack_settings(configs, ROWS, stop_ids=[STOPS] * ROWS)
-    process = jax.jit(partial(process_logits, vocab_size=VOCAB))
+    process = jax.jit(partial(compute_sampling_logits, vocab_size=VOCAB))
     ours = process(
         logits,
         settings,

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks.smollm2 import find_package, write_checkpoint
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
-from maxlm.inference.generate import generate_tokens
+from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.models.params import bind
 from maxlm.run.convert import convert
@@ -81,7 +81,8 @@ def test_greedy_continuations_are_the_same(theirs, ours, prompts):
         [*ours.tokenizer.prefix_ids, *ours.tokenizer.encode(p)] for p in PROMPTS
     ] == prompts
     greedy = SamplingConfig(temperature=0, max_new_tokens=TOKENS)
-    found = generate_tokens(ours.model, ours.params, prompts, greedy)
+    outputs = generate(ours.model, ours.params, prompts, greedy)
+    found = collect_tokens(outputs)
     assert ours.tokenizer.decode(found[0]).startswith(" Paris")
     # One look at the whole text tells what transformers would have said after every
     # token of it.

@@ -52,7 +52,7 @@ class FakeEngine:
 
     def stats(self) -> FakeStats:
         running = self.sequences[:4]
-        prompts = [len(each.prompt_tokens) for each in self.requests]
+        prompts = [len(request.prompt_tokens) for request in self.requests]
         waiting = len(self.sequences) - len(running)
         return FakeStats(
             len(running), waiting, 100 - len(running), sum(prompts), self.num_generated
@@ -69,7 +69,7 @@ class FakeEngine:
             <= self.max_length
         )
         assert request.request_id not in {
-            each.request.request_id for each in self.sequences
+            sequence.request.request_id for sequence in self.sequences
         }
         self.requests.append(request)
         text = self.reply(self.tokenizer.decode(request.prompt_tokens), request)
@@ -86,7 +86,7 @@ class FakeEngine:
     def step(self) -> list[SequenceOutput]:
         self.before_step()
         running = self.sequences[:4]
-        outputs = [self._advance(each) for each in running]
+        outputs = [self._advance(sequence) for sequence in running]
         going = [
             s for s, o in zip(running, outputs, strict=True) if not o.finish_reason
         ]
@@ -97,7 +97,9 @@ class FakeEngine:
         request = s.request
         if request.continuations:
             tail = request.continuations[s.index]
-            *before, last = (TokenLogprob(each, -0.5, ((each, -0.5),)) for each in tail)
+            *before, last = (
+                TokenLogprob(token_id, -0.5, ((token_id, -0.5),)) for token_id in tail
+            )
             ends = {
                 "logprobs": [last],
                 "prompt_logprobs": before,
@@ -107,26 +109,31 @@ class FakeEngine:
         token = s.tokens[s.num_sent]
         s.num_sent += 1
         self.num_generated += 1
-        found = SequenceOutput(request.request_id, s.index, [token])
+        output = SequenceOutput(request.request_id, s.index, [token])
         is_end = token == self.tokenizer.eos_id
-        found.text, stopped = s.text.flush() if is_end else s.text.push(token)
+        output.text, stopped = s.text.flush() if is_end else s.text.push(token)
         if is_end or stopped:
-            found.finish_reason = "stop"
+            output.finish_reason = "stop"
         elif s.num_sent == request.sampling.max_new_tokens:
-            found.finish_reason, found.text = "length", found.text + s.text.flush()[0]
+            output.finish_reason, output.text = (
+                "length",
+                output.text + s.text.flush()[0],
+            )
         if request.top_logprobs is not None:
             other = self.tokenizer.encode("a")[0]
-            own = -1.0 * s.num_sent
-            top = ((token, own), (other, own - 0.5))[: request.top_logprobs]
-            found.logprobs = [TokenLogprob(token, own, top)]
+            logprob = -1.0 * s.num_sent
+            top = ((token, logprob), (other, logprob - 0.5))[: request.top_logprobs]
+            output.logprobs = [TokenLogprob(token, logprob, top)]
         if request.prompt_logprobs is not None and s.num_sent == 1:
-            found.prompt_logprobs = [
+            output.prompt_logprobs = [
                 TokenLogprob(
-                    each, -0.5, ((each, -0.5), (0, -0.75))[: request.prompt_logprobs]
+                    token_id,
+                    -0.5,
+                    ((token_id, -0.5), (0, -0.75))[: request.prompt_logprobs],
                 )
-                for each in request.prompt_tokens[1:]
+                for token_id in request.prompt_tokens[1:]
             ]
-        return found
+        return output
 
 
 class FakeEmbedder:

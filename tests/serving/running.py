@@ -49,10 +49,12 @@ def run_in_thread(
     """``make_engine`` may make a real engine; ``settings`` are those of
     ``ServerState``."""
 
-    def encode(text: str, **how: bool) -> list[int]:
-        return [tokenizer.bos_id, *tokenizer.encode(text, **how)]
+    def encode(text: str, **options: bool) -> list[int]:
+        return [tokenizer.bos_id, *tokenizer.encode(text, **options)]
 
-    engine = (make_engine or (lambda own: FakeEngine(own, reply)))(tokenizer)
+    engine = (
+        make_engine or (lambda fake_tokenizer: FakeEngine(fake_tokenizer, reply))
+    )(tokenizer)
     loop = EngineLoop(engine, max_open)
     state = ServerState(
         "fake", tokenizer, max_length, encode, loop, embedder, **settings

@@ -90,8 +90,10 @@ def ask(server: Any, model: str) -> Any:
 
 
 def answer_alone(tiny: Any, tokenizer: Any, name: str | None) -> str:
-    own = merge(tiny, name)
-    engine = Engine(own.model, own.params, EngineConfig(max_length=128), tokenizer)
+    merged = merge(tiny, name)
+    engine = Engine(
+        merged.model, merged.params, EngineConfig(max_length=128), tokenizer
+    )
     prompt = (tokenizer.bos_id, *tokenizer.encode("the model"))
     sampling = SamplingConfig(temperature=0, max_new_tokens=12)
     return "".join(
@@ -115,15 +117,15 @@ def test_adapters_are_loaded_listed_named_and_unloaded(
     plain, adapted = (answer_alone(tiny, tokenizer, name) for name in (None, "out"))
     assert plain != adapted
     for model, text in (("fake", plain), ("fake:run", adapted), ("fake:peft", adapted)):
-        found = ask(server, model).json()
-        assert (found["model"], found["choices"][0]["text"]) == (model, text)
+        answer = ask(server, model).json()
+        assert (answer["model"], answer["choices"][0]["text"]) == (model, text)
     scores = [
         server.http.post(
             "/v1/score", json={"model": m, "text_1": "a", "text_2": "b"}
         ).json()
         for m in ("fake", "fake:run", "fake:peft")
     ]
-    plain, *adapted = (each["data"][0]["score"] for each in scores)
+    plain, *adapted = (score["data"][0]["score"] for score in scores)
     assert adapted[0] == pytest.approx(adapted[1], abs=1e-5) != plain
     gone = server.http.post(URLS[1], json={"lora_name": "peft"})
     assert gone.json() == {"id": "fake:peft", "object": "model", "deleted": True}
@@ -167,8 +169,8 @@ def test_what_cannot_be_loaded_is_refused(server, tiny, folders, tmp_path):
         )
         assert answer.status_code == 401
     peft = partial(read_lora_adapter, folders["peft"], base_folder=folders["base"])
-    said = message(peft, model=other.model)
-    assert "is [20, 8], and [24, 8] by the settings and this model" in said
+    fault = message(peft, model=other.model)
+    assert "is [20, 8], and [24, 8] by the settings and this model" in fault
 
 
 def test_conversations_are_written_by_the_adapters_own_template(

@@ -87,7 +87,7 @@ def test_embeddings_take_turns_end_with_their_client_and_outlive_a_stop(start_se
     assert embedder.num_done == 4
     embedder.gate.clear()
     with ThreadPoolExecutor(2) as pool:
-        found = pool.submit(server.http.post, "/v1/embeddings", json=texts)
+        embedding = pool.submit(server.http.post, "/v1/embeddings", json=texts)
         wait_until(lambda: server.loop.num_open == 1)
         other = pool.submit(server.http.post, "/v1/completions", json=PROMPT)
         wait_until(lambda: server.loop.num_open == 2)
@@ -97,7 +97,10 @@ def test_embeddings_take_turns_end_with_their_client_and_outlive_a_stop(start_se
         )
         embedder.waited, server.engine.before_step = [], lambda: time.sleep(0.01)
         embedder.gate.set()
-        assert (found.result().status_code, other.result().status_code) == (200, 200)
+        assert (embedding.result().status_code, other.result().status_code) == (
+            200,
+            200,
+        )
     assert 0 < len(embedder.waited) < 100  # sequences went on between texts
     assert server.http.post("/v1/embeddings", json=texts).status_code == 503
 
@@ -234,7 +237,7 @@ def test_a_full_queue_is_429_and_who_waits_is_served(start_server):
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
         gate.open.set()
-        assert [each.result().status_code for each in running] == [200] * 6
+        assert [answer.result().status_code for answer in running] == [200] * 6
     # More than the queue holds, when nothing else runs.
     many = server.http.post("/v1/completions", json=PROMPT | {"n": 8})
     assert len(many.json()["choices"]) == 8

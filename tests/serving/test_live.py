@@ -49,13 +49,19 @@ def server(tiny, chat_tokenizer):
 
 def test_mixed_requests_at_once_are_as_alone(server, tiny, chat_tokenizer):
     def make_body(number: int) -> dict:
-        how = {"temperature": 0} if number % 2 else {"temperature": 0.7, "seed": number}
-        return {"prompt": f"p{number} " * (number + 1), "max_tokens": 5 + number, **how}
+        sampling = (
+            {"temperature": 0} if number % 2 else {"temperature": 0.7, "seed": number}
+        )
+        return {
+            "prompt": f"p{number} " * (number + 1),
+            "max_tokens": 5 + number,
+            **sampling,
+        }
 
     def ask(number: int) -> str:
         body = {**make_body(number), "stream": number % 3 == 0}
-        found = server.client.completions.create(model="fake", **body)
-        events = found if body["stream"] else [found]
+        completion = server.client.completions.create(model="fake", **body)
+        events = completion if body["stream"] else [completion]
         return "".join(event.choices[0].text for event in events)
 
     with ThreadPoolExecutor(8) as pool:
@@ -71,8 +77,10 @@ def test_mixed_requests_at_once_are_as_alone(server, tiny, chat_tokenizer):
 
 def test_a_seed_repeats_an_answer_and_without_one_each_differs(server):
     def ask(**settings) -> str:
-        found = server.client.completions.create(model="fake", prompt="x", **settings)
-        return found.choices[0].text
+        completion = server.client.completions.create(
+            model="fake", prompt="x", **settings
+        )
+        return completion.choices[0].text
 
     assert ask(seed=5) == ask(seed=5) != ask(seed=6)
     assert ask() != ask()
@@ -91,8 +99,10 @@ def test_echoed_prompts_have_logprobs_in_each_of_n(server, chat_tokenizer):
     streamed: dict[int, list[float]] = {}
     for event in server.client.completions.create(**ask, stream=True):
         if event.choices:
-            own = event.choices[0]
-            streamed.setdefault(own.index, []).extend(own.logprobs.token_logprobs)
+            event_choice = event.choices[0]
+            streamed.setdefault(event_choice.index, []).extend(
+                event_choice.logprobs.token_logprobs
+            )
     for choice in choices:
         count = 1 + len(chat_tokenizer.encode(ask["prompt"][choice.index // 3])) + 2
         logprobs = choice.logprobs.token_logprobs
@@ -121,20 +131,20 @@ def test_a_schema_is_kept_and_a_bad_one_is_a_400(server):
 
     def check(text: str) -> None:
         value = json.loads(text)
-        assert {name: type(each) for name, each in value.items()} == {
+        assert {name: type(field) for name, field in value.items()} == {
             "n": int,
             "ok": bool,
         }
         assert value["n"] <= 99
 
     ask = {"messages": [{"role": "user", "content": "go"}], "model": "fake", "seed": 1}
-    found = server.client.chat.completions.create(**ask, response_format=form)
-    check(found.choices[0].message.content)
+    completion = server.client.chat.completions.create(**ask, response_format=form)
+    check(completion.choices[0].message.content)
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-    found = server.client.chat.completions.create(
+    completion = server.client.chat.completions.create(
         **ask, tools=[tool], tool_choice="required"
     )
-    (call,) = found.choices[0].message.tool_calls
+    (call,) = completion.choices[0].message.tool_calls
     check(call.function.arguments)
     form["json_schema"]["schema"] = {"type": "nonsense"}
     answer = server.http.post(
@@ -311,20 +321,20 @@ def test_documents_are_ranked_by_how_likely_the_query_is_behind_them(
     documents = ["the model", "an answer of some length", "x"]
     query = "what it is asked"
     body = {"query": query, "documents": documents, "top_n": 2}
-    found = server.http.post("/v1/rerank", json=body).json()
+    ranking = server.http.post("/v1/rerank", json=body).json()
     passages = [
         f"Passage: {text}\nPlease write a question based on this passage.\nQuestion: "
         for text in documents
     ]
     body = {"text_1": passages, "text_2": [query] * 3}
     scores = [
-        each["score"]
-        for each in server.http.post("/v1/score", json=body).json()["data"]
+        score["score"]
+        for score in server.http.post("/v1/score", json=body).json()["data"]
     ]
     order = sorted(range(3), key=lambda index: -scores[index])[:2]
-    assert [result["index"] for result in found["results"]] == order
-    relevance = [result["relevance_score"] for result in found["results"]]
+    assert [result["index"] for result in ranking["results"]] == order
+    relevance = [result["relevance_score"] for result in ranking["results"]]
     np.testing.assert_allclose(
         relevance, np.exp([scores[index] for index in order]), rtol=1e-5
     )
-    assert found["results"][0]["document"]["text"] == documents[order[0]]
+    assert ranking["results"][0]["document"]["text"] == documents[order[0]]

@@ -54,13 +54,15 @@ def test_chat_answers_and_settings_reach_the_engine(start_server):
     }
     settings |= {"messages": [{"role": "developer", "content": "Be kind."}, *HELLO]}
     settings |= {"max_completion_tokens": 100, "model": "fake"}
-    found = server.client.chat.completions.create(**settings, extra_body=extra)
-    assert [choice.message.content for choice in found.choices] == ["Hello there!"] * 2
-    assert [choice.finish_reason for choice in found.choices] == ["stop"] * 2
+    completion = server.client.chat.completions.create(**settings, extra_body=extra)
+    assert [choice.message.content for choice in completion.choices] == [
+        "Hello there!"
+    ] * 2
+    assert [choice.finish_reason for choice in completion.choices] == ["stop"] * 2
     (request,) = server.engine.requests
     tokenizer = server.engine.tokenizer
-    assert found.usage.prompt_tokens == len(request.prompt_tokens)
-    assert found.usage.completion_tokens == 2 * (
+    assert completion.usage.prompt_tokens == len(request.prompt_tokens)
+    assert completion.usage.completion_tokens == 2 * (
         len(tokenizer.encode("Hello there!")) + 1
     )
     assert tokenizer.decode(request.prompt_tokens) == (
@@ -114,17 +116,22 @@ def test_every_event_of_a_chat_stream(start_server):
         event["usage"] is None and len(event["choices"]) == 1 for event in events
     )
     for index in range(2):
-        own = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
-        assert own[0]["delta"]["role"] == "assistant"
-        assert all("role" not in choice["delta"] for choice in own[1:])
-        assert [choice["finish_reason"] for choice in own] == [None] * (
-            len(own) - 1
+        choices = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert choices[0]["delta"]["role"] == "assistant"
+        assert all("role" not in choice["delta"] for choice in choices[1:])
+        assert [choice["finish_reason"] for choice in choices] == [None] * (
+            len(choices) - 1
         ) + ["stop"]
         assert (
-            "".join(choice["delta"].get("content", "") for choice in own) == "猫 🐈 é"
+            "".join(choice["delta"].get("content", "") for choice in choices)
+            == "猫 🐈 é"
         )
-        assert not any("\ufffd" in choice["delta"].get("content", "") for choice in own)
-        entries = [e for c in own if c["logprobs"] for e in c["logprobs"]["content"]]
+        assert not any(
+            "\ufffd" in choice["delta"].get("content", "") for choice in choices
+        )
+        entries = [
+            e for c in choices if c["logprobs"] for e in c["logprobs"]["content"]
+        ]
         assert bytes(b for e in entries[:-1] for b in e["bytes"]).decode() == "猫 🐈 é"
         assert [e["logprob"] for e in entries] == [
             -n for n in range(1, len(entries) + 1)
@@ -144,10 +151,13 @@ def test_stop_strings_never_leak_and_max_tokens_is_length(start_server):
     events = read_events(server, "/v1/chat/completions", body)
     text = "".join(e["choices"][0]["delta"].get("content", "") for e in events)
     assert (text, events[-1]["choices"][0]["finish_reason"]) == ("one ", "stop")
-    found = server.client.chat.completions.create(
+    completion = server.client.chat.completions.create(
         model="fake", messages=HELLO, max_tokens=3
     )
-    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (
+    assert (
+        completion.choices[0].message.content,
+        completion.choices[0].finish_reason,
+    ) == (
         "one",
         "length",
     )
@@ -163,13 +173,15 @@ def test_completions_of_many_prompts(start_server):
         (["a", "b"], ["a!", "b!"]),
         (tokens, ["ids!"]),
     ):
-        found = server.client.completions.create(
+        completion = server.client.completions.create(
             model="fake", prompt=prompt, n=2, max_tokens=9
         )
-        assert [choice.text for choice in found.choices] == [
+        assert [choice.text for choice in completion.choices] == [
             t for t in texts for _ in range(2)
         ]
-        assert [choice.index for choice in found.choices] == [*range(2 * len(texts))]
+        assert [choice.index for choice in completion.choices] == [
+            *range(2 * len(texts))
+        ]
     both = server.client.completions.create(model="fake", prompt=[tokens, tokens[:1]])
     assert [choice.text for choice in both.choices] == ["ids!", "i!"]
     events = read_events(
@@ -192,27 +204,29 @@ def test_echo_and_logprobs_as_harnesses_read_them(start_server):
             **settings, max_tokens=count
         ).choices
         assert choice.text == "é the" + "b" * count
-        found = choice.logprobs
-        assert found.token_logprobs == [
+        logprobs = choice.logprobs
+        assert logprobs.token_logprobs == [
             None,
             *[-0.5] * (len(prompt) - 1),
             *[-1.0] * count,
         ]
-        assert found.tokens[:2] == ["bytes:\\xc3", "bytes:\\xa9"]
-        assert found.top_logprobs[0] is None
-        rows = zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True)
+        assert logprobs.tokens[:2] == ["bytes:\\xc3", "bytes:\\xa9"]
+        assert logprobs.top_logprobs[0] is None
+        rows = zip(
+            logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+        )
         for token, value, top in [*rows][1:]:
             assert max(top.values()) == value == top[token]
-        assert found.text_offset[0] == 0
-        assert sorted(found.text_offset) == found.text_offset
+        assert logprobs.text_offset[0] == 0
+        assert sorted(logprobs.text_offset) == logprobs.text_offset
     events = read_events(server, "/v1/completions", {**settings, "max_tokens": 2})
     assert "".join(e["choices"][0]["text"] for e in events) == "é thebc"
 
 
 def test_each_prompt_gets_n_choices(start_server):
     server = start_server()
-    found = server.client.completions.create(model="fake", prompt=["x", "y"], n=2)
-    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    completion = server.client.completions.create(model="fake", prompt=["x", "y"], n=2)
+    assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
     assert [request.num_sequences for request in server.engine.requests] == [2, 2]
 
 
@@ -296,8 +310,10 @@ def test_a_call_is_forced_by_grammar(start_server):
         "required",
         {"type": "function", "function": {"name": "get_weather"}},
     ):
-        found = server.client.chat.completions.create(**settings, tool_choice=choice)
-        (call,) = found.choices[0].message.tool_calls
+        completion = server.client.chat.completions.create(
+            **settings, tool_choice=choice
+        )
+        (call,) = completion.choices[0].message.tool_calls
         assert (call.function.name, call.function.arguments) == (
             "get_weather",
             '{"place": "x"}',
@@ -318,27 +334,27 @@ def test_embeddings_and_scores(start_server):
     expected = np.array(
         [FakeEmbedder.embed(n + 1) for n in range(11)]
     )  # bos before each
-    found = create(model="fake", input=texts, encoding_format="float")
+    embeddings = create(model="fake", input=texts, encoding_format="float")
     np.testing.assert_allclose(
-        [each.embedding for each in found.data], expected, atol=1e-6
+        [embedding.embedding for embedding in embeddings.data], expected, atol=1e-6
     )
-    assert found.usage.prompt_tokens == sum(range(1, 12))
-    found = create(model="fake", input=texts)  # in base64, which the client reads
+    assert embeddings.usage.prompt_tokens == sum(range(1, 12))
+    embeddings = create(model="fake", input=texts)  # in base64, which the client reads
     np.testing.assert_allclose(
-        [each.embedding for each in found.data], expected, atol=1e-6
+        [embedding.embedding for embedding in embeddings.data], expected, atol=1e-6
     )
     short = np.array(create(model="fake", input="xxx", dimensions=2).data[0].embedding)
     np.testing.assert_allclose(short, np.array([4, 1]) / 17**0.5, atol=1e-6)
 
     score = {"text_1": "ab", "text_2": ["c", "qz"]}
     answer = server.http.post("/v1/score", json=score).json()
-    assert [each["score"] for each in answer["data"]] == [-0.5, -0.5]
-    asked = server.engine.requests[-1]
-    tokens = [*asked.prompt_tokens, *asked.continuations[0]]
+    assert [score["score"] for score in answer["data"]] == [-0.5, -0.5]
+    engine_request = server.engine.requests[-1]
+    tokens = [*engine_request.prompt_tokens, *engine_request.continuations[0]]
     assert server.engine.tokenizer.decode(tokens) == "<|endoftext|>abqz"
     answer = server.http.post("/v1/score", json={**score, "method": "cosine"}).json()
     expected = [FakeEmbedder.embed(3) @ FakeEmbedder.embed(n) for n in (2, 3)]
-    assert [each["score"] for each in answer["data"]] == pytest.approx(
+    assert [score["score"] for score in answer["data"]] == pytest.approx(
         expected, abs=1e-6
     )
 
@@ -350,18 +366,23 @@ def test_tokenize_and_back(start_server):
         ({}, [tokenizer.bos_id]),
         ({"add_special_tokens": False}, []),
     ):
-        found = server.http.post("/tokenize", json={"prompt": "Straße", **extra}).json()
-        assert found["tokens"] == [*prefix, *tokenizer.encode("Straße")]
-        assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), 2048)
-    text = server.http.post("/detokenize", json={"tokens": found["tokens"]}).json()
+        answer = server.http.post(
+            "/tokenize", json={"prompt": "Straße", **extra}
+        ).json()
+        assert answer["tokens"] == [*prefix, *tokenizer.encode("Straße")]
+        assert (answer["count"], answer["max_model_len"]) == (
+            len(answer["tokens"]),
+            2048,
+        )
+    text = server.http.post("/detokenize", json={"tokens": answer["tokens"]}).json()
     assert text == {"prompt": "Straße"}
     turn = {"prompt": "<|im_start|>a", "add_special_tokens": False}
     assert len(server.http.post("/tokenize", json=turn).json()["tokens"]) > 2
-    found = server.http.post("/tokenize", json=turn | {"parse_special": True}).json()
-    assert found["tokens"] == tokenizer.encode("<|im_start|>a", allow_special=True)
+    answer = server.http.post("/tokenize", json=turn | {"parse_special": True}).json()
+    assert answer["tokens"] == tokenizer.encode("<|im_start|>a", allow_special=True)
     create = server.client.completions.create
     create(model="fake", prompt="<|im_start|>a", extra_body={"parse_special": True})
-    assert [*server.engine.requests[-1].prompt_tokens[1:]] == found["tokens"]
+    assert [*server.engine.requests[-1].prompt_tokens[1:]] == answer["tokens"]
     messages = [{"role": "user", "content": "hi <|im_end|>"}]
     chat = server.http.post("/tokenize", json={"messages": messages}).json()["tokens"]
     assert chat == encode_chat(tokenizer, messages, add_generation_prompt=True)

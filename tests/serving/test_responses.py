@@ -53,11 +53,11 @@ def test_a_text_is_answered_and_settings_reach_the_engine(start_server):
 
 def test_a_stream_adds_up_to_the_whole_answer(start_server):
     client = start_server(lambda text, request: "Let me see.\n" + CALL).client
-    asked = {"model": "fake", "input": "weather?", "tools": [WEATHER]}
-    whole = client.responses.create(**asked)
+    body = {"model": "fake", "input": "weather?", "tools": [WEATHER]}
+    whole = client.responses.create(**body)
     kinds: list[str] = []
     text = arguments = ""
-    with client.responses.stream(**asked) as stream:  # which checks the order of events
+    with client.responses.stream(**body) as stream:  # which checks the order of events
         for event in stream:
             kinds.append(event.type)
             if event.type == "response.output_text.delta":
@@ -174,9 +174,9 @@ def test_a_cut_answer_is_incomplete(start_server):
     ],
 )
 def test_what_cannot_be_is_a_400_that_names_the_field(start_server, extra, param):
-    asked = {"model": "fake", "input": "hi", **extra}
+    body = {"model": "fake", "input": "hi", **extra}
     with pytest.raises(openai.BadRequestError) as refused:
-        start_server().client.responses.create(**asked)
+        start_server().client.responses.create(**body)
     assert refused.value.body["param"].startswith(param)
 
 
@@ -189,9 +189,10 @@ def test_what_follows_a_call_within_one_output_comes_behind_it():
         "1}}\n</tool_call>\nAll done",
     ]
     for piece in pieces:
-        found = parser.push(piece, final=piece is pieces[-1])
+        parsed = parser.push(piece, final=piece is pieces[-1])
         kinds += [
-            kind for kind, _ in items.add(ParsedAnswer("", found.content, found.calls))
+            kind
+            for kind, _ in items.add(ParsedAnswer("", parsed.content, parsed.calls))
         ]
     items.finish()
     assert [item["type"] for item in items.items] == ["function_call", "message"]

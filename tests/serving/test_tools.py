@@ -21,10 +21,10 @@ ARGUMENTS = ['{"a": [1, {"b": "}]"}], "c": "\\\\\\"{"}', "{}", '{"ü": "</tool_c
 
 
 def read(
-    tool_format: str, text: str, seed: int, **how
+    tool_format: str, text: str, seed: int, **options
 ) -> tuple[str, list[tuple[str, str]]]:
     """Content, and (name, arguments) of calls, of a text in random pieces."""
-    parser = ToolCallParser(tool_format, ["f", "g"], **how)
+    parser = ToolCallParser(tool_format, ["f", "g"], **options)
     draw = random.Random(seed)
     content = ""
     calls = []
@@ -44,14 +44,14 @@ def read(
 
 def write(tool_format: str, calls: list[tuple[str, str]]) -> str:
     key = "parameters" if tool_format == "llama3" else "arguments"
-    found = [
+    parsed = [
         f'{{"name": {json.dumps(name)}, "{key}": {value}}}' for name, value in calls
     ]
     if tool_format == "mistral":
-        return f"[TOOL_CALLS] [{', '.join(found)}]"
+        return f"[TOOL_CALLS] [{', '.join(parsed)}]"
     if tool_format == "llama3":
-        return "<|python_tag|>" + "; ".join(found)
-    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in found)
+        return "<|python_tag|>" + "; ".join(parsed)
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in parsed)
 
 
 @FORMATS
@@ -192,8 +192,8 @@ def test_a_forced_call_takes_what_its_schema_takes_alone_and_among_others(accept
 
 
 def test_a_tool_without_parameters_has_no_arguments(accepts_call):
-    for given in ({}, {"parameters": None}):
-        tool = Tool.model_validate({"function": {"name": "now", **given}})
+    for parameters in ({}, {"parameters": None}):
+        tool = Tool.model_validate({"function": {"name": "now", **parameters}})
         grammar = make_tool_grammar([tool], "hermes", parallel=True)
         assert accepts_call(grammar, "now", "arguments", {})
         assert not accepts_call(grammar, "now", "arguments", {"a": 1})

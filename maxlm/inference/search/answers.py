@@ -8,16 +8,18 @@ _NUMBER = r"(?:(?<![\w.)])-)?(?:(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)
 
 def parse_last_number(text: str) -> str | None:
     """Returns a text's last number: "1,234.50" as "1234.5"."""
-    found = re.findall(_NUMBER, text)
-    return normalize_number(found[-1]) if found else None
+    numbers = re.findall(_NUMBER, text)
+    return normalize_number(numbers[-1]) if numbers else None
 
 
 def parse_gsm8k(text: str) -> str | None:
     """Returns the number behind the last ``####``, as solutions of GSM8K end (Cobbe et
     al. 2021, arXiv 2110.14168)."""
     _, mark, rest = text.rpartition("####")
-    found = re.match(rf"\s*\$?\s*({_NUMBER})", rest) if mark else None
-    return normalize_number(found[1]) if found else None
+    if not mark:
+        return None
+    number = re.match(rf"\s*\$?\s*({_NUMBER})", rest)
+    return normalize_number(number[1]) if number else None
 
 
 def parse_boxed(text: str) -> str | None:
@@ -27,8 +29,11 @@ def parse_boxed(text: str) -> str | None:
         depth = 1
         end = start.end()
         while end < len(text) and depth:
-            escaped = text[end - 1] == "\\"
-            depth += 0 if escaped else (text[end] == "{") - (text[end] == "}")
+            is_escaped = text[end - 1] == "\\"
+            if text[end] == "{" and not is_escaped:
+                depth += 1
+            elif text[end] == "}" and not is_escaped:
+                depth -= 1
             end += 1
         if not depth:
             answer = text[start.end() : end - 1].strip()
@@ -45,8 +50,9 @@ def parse_choice(text: str) -> str | None:
         rf"\b{letter}",
     )
     for pattern in patterns:
-        if found := re.findall(pattern, text):
-            return found[-1]
+        letters = re.findall(pattern, text)
+        if letters:
+            return letters[-1]
     return None
 
 

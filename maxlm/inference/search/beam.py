@@ -16,9 +16,9 @@ from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
     TokenBudget,
+    claim_idle_engine,
     decode_text,
     rank_outputs,
-    require_idle,
 )
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
@@ -72,66 +72,71 @@ def beam_search(
     stops = frozenset(stop_token_ids)
     check_beam_search(engine.vocab_size, config, stops)
     if budget is not None and budget < 1:
-        raise MaxlmError(
-            f"a budget of {budget} tokens", where="budget", fix="allow at least 1"
-        )
-    require_idle(engine)
+        message = f"a budget of {budget} tokens"
+        raise MaxlmError(message, where="budget", fix="allow at least 1")
+    claim_idle_engine(engine)
     sampling = SamplingConfig(temperature=0, max_new_tokens=config.max_new_tokens)
     requests = [
         GenerationRequest(
-            str(n), tuple(p), sampling, ignore_eos=True, top_logprobs=TOP_LOGPROBS
+            str(number),
+            tuple(prompt),
+            sampling,
+            ignore_eos=True,  # stops are the search's business
+            top_logprobs=TOP_LOGPROBS,
         )
-        for n, p in enumerate(prompts)
+        for number, prompt in enumerate(prompts)
     ]
-    room, num_beams = engine.scheduler.config, config.num_beams
-    most_pages = room.num_pages or room.max_sequences * room.pages_per_sequence + 1
+    num_beams = config.num_beams
+    engine_config = engine.scheduler.config
+    max_sequences = engine_config.max_sequences
+    engine_pages = engine_config.num_pages
+    if engine_pages is None:
+        engine_pages = max_sequences * engine_config.pages_per_sequence + 1
     num_pages = {
-        each.request_id: _count_pages(engine, each, num_beams) for each in requests
+        request.request_id: _count_pages(engine, request, num_beams)
+        for request in requests
     }
     waiting = deque(requests)
-    running = dict[str, BeamSearch]()
-    results = dict[str, DecodingResult]()
+    running: dict[str, BeamSearch] = {}
+    results: dict[str, DecodingResult] = {}
     try:
         while waiting or running:
             # All searches have rows and pages to the end: a beam that is preempted
             # would fall behind the others.
-            while waiting and (len(running) + 1) * num_beams <= room.max_sequences:
+            while waiting and (len(running) + 1) * num_beams <= max_sequences:
                 request_id = waiting[0].request_id
-                if (
-                    sum(num_pages[each] for each in (request_id, *running))
-                    >= most_pages
-                ):
+                num_running_pages = sum(num_pages[running_id] for running_id in running)
+                if num_pages[request_id] + num_running_pages >= engine_pages:
                     break
                 engine.add_request(waiting.popleft(), branching=True)
                 running[request_id] = BeamSearch(config, stops, TokenBudget(budget))
             if not running:
-                what = f"{num_beams} beams need more rows or pages than the engine has"
-                raise MaxlmError(
-                    what, where="num_beams", fix="raise max_sequences or num_pages"
+                message = (
+                    f"{num_beams} beams need more rows or pages than the engine has"
                 )
-            tokens = defaultdict[str, dict[int, TokenLogprob]](dict)
+                fix = "raise max_sequences or num_pages"
+                raise MaxlmError(message, where="num_beams", fix=fix)
+            tokens: dict[str, dict[int, TokenLogprob]] = defaultdict(dict)
             for output in engine.step():
                 tokens[output.request_id][output.sequence_index] = output.logprobs[0]
-            for request_id, found in tokens.items():
+            for request_id, beam_tokens in tokens.items():
                 search = running[request_id]
-                beams = search.advance(found)
+                beams = search.advance(beam_tokens)
                 branches = [(beam.index, beam.tokens[-1]) for beam in beams]
                 indices = engine.branch(request_id, branches)
                 search.beams = [
-                    b._replace(index=i) for b, i in zip(beams, indices, strict=True)
+                    beam._replace(index=index)
+                    for beam, index in zip(beams, indices, strict=True)
                 ]
                 if not beams:
                     del running[request_id]
+                    prompt = prompts[int(request_id)]
                     outputs = [
-                        replace(
-                            each,
-                            text=decode_text(engine, prompts[int(request_id)], each),
-                        )
-                        for each in search.finished[: config.num_return_sequences]
+                        replace(output, text=decode_text(engine, prompt, output))
+                        for output in search.finished[: config.num_return_sequences]
                     ]
-                    results[request_id] = DecodingResult(
-                        outputs, search.budget.num_spent
-                    )
+                    num_spent = search.budget.num_spent
+                    results[request_id] = DecodingResult(outputs, num_spent)
     finally:
         for request_id in running:
             engine.abort(request_id)
@@ -170,20 +175,27 @@ class BeamSearch:
             for token, logprob in tokens[beam.index].top
         ]
         extended.sort(key=lambda beam: -beam.logprob)
-        beams = [beam for beam in extended if beam.tokens[-1] not in self.stops][
-            : config.num_beams
-        ]
-        at_end = length == config.max_new_tokens or not self.budget.allows(len(beams))
+        open_beams = [beam for beam in extended if beam.tokens[-1] not in self.stops]
+        beams = open_beams[: config.num_beams]
+        has_budget = self.budget.allows(len(beams))
+        at_end = length == config.max_new_tokens or not has_budget
+        # As in transformers, an end below the best num_beams extensions does not count.
         for _, ids, logprob in extended[: config.num_beams]:
             stop = ids[-1] if ids[-1] in self.stops else None
-            if at_end or stop is not None:
-                reason = "length" if stop is None else "stop"
-                score = self._score(logprob, length)
-                self.finished.append(
-                    Continuation(ids, logprob, "", reason, score, stop)
-                )
+            if stop is None and not at_end:
+                continue
+            output = Continuation(
+                token_ids=ids,
+                logprob=logprob,
+                finish_reason="length" if stop is None else "stop",
+                score=self._score(logprob, length),
+                stop_match=stop,
+            )
+            self.finished.append(output)
         self.finished = rank_outputs(self.finished)[: config.num_beams]
-        return [] if at_end or self._is_done(beams, length) else beams
+        if at_end or self._is_done(beams, length):
+            return []
+        return beams
 
     def _is_done(self, beams: list[Beam], length: int) -> bool:
         config = self.config
@@ -202,12 +214,14 @@ class BeamSearch:
 def _count_pages(engine: Engine, request: GenerationRequest, num_beams: int) -> int:
     """Pages that beams hold at most, at their longest and alike in the prompt alone."""
     is_encoded = isinstance(engine.model, EncoderDecoder)
-    size = engine.config.page_size
+    page_size = engine.config.page_size
     num_prompt_tokens = 1 if is_encoded else len(request.prompt_tokens)
     num_prompt_tokens += engine.model.num_virtual_tokens
+    # The last new token is never read.
     num_tokens = num_prompt_tokens + request.sampling.max_new_tokens - 1
-    shared = num_prompt_tokens // size
-    return shared + num_beams * (-(-num_tokens // size) - shared)
+    num_shared_pages = num_prompt_tokens // page_size
+    num_beam_pages = -(-num_tokens // page_size) - num_shared_pages
+    return num_shared_pages + num_beams * num_beam_pages
 
 
 def check_beam_search(
@@ -215,12 +229,11 @@ def check_beam_search(
 ) -> None:
     """Checks that a search knows enough tokens behind each beam. Raises MaxlmError: it
     does not, or more outputs than beams are asked for."""
-    num_known = (
-        TOP_LOGPROBS if vocab_size > TOP_LOGPROBS else config.num_beams + len(stops)
-    )
-    if config.num_beams + len(stops) > num_known:
+    # All tokens of a vocabulary of TOP_LOGPROBS or fewer are known.
+    is_limited = vocab_size > TOP_LOGPROBS
+    if is_limited and config.num_beams + len(stops) > TOP_LOGPROBS:
         message = f"{config.num_beams} beams and {len(stops)} tokens that end an output"
-        fix = f"have {num_known} of both at most: so many likeliest tokens are known"
+        fix = f"have {TOP_LOGPROBS} of both at most: so many likeliest tokens are known"
         raise MaxlmError(message, where="num_beams", fix=fix)
     if config.num_return_sequences > config.num_beams:
         message = f"{config.num_return_sequences} outputs of {config.num_beams} beams"

@@ -2,12 +2,12 @@
 answer."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypedDict, Unpack
 
 from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
-from maxlm.inference.requests import GenerationRequest
+from maxlm.inference.requests import GenerationRequest, GrammarSpec
 from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
@@ -25,6 +25,19 @@ AnswerParser = Callable[[str], str | None]
 """Returns the answer that a text gives; None: it gives none."""
 
 
+class SampleOptions(TypedDict, total=False):
+    """Further fields of each sample's
+    :class:`~maxlm.inference.requests.GenerationRequest`."""
+
+    stop_strings: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    grammar: GrammarSpec | None
+    banned_sequences: tuple[tuple[int, ...], ...]
+    top_logprobs: int | None
+    adapter: str | None
+
+
 def best_of_n(
     engine: Engine,
     prompt: Sequence[int],
@@ -34,7 +47,7 @@ def best_of_n(
     parse_answer: AnswerParser | None = None,
     *,
     budget: int | None = None,
-    **request: Any,
+    **options: Unpack[SampleOptions],
 ) -> DecodingResult:
     """Draws samples, and sorts them by their scores; with a parser by the sum of the
     scores of all that give the same answer first (weighted best of N, Li et al. 2023,
@@ -46,7 +59,7 @@ def best_of_n(
         scorer: with ``parse_answer`` returns scores of 0 or more, such as
             probabilities.
         budget: tokens that all samples may have; as many are drawn as surely fit.
-        request: other fields of :class:`~maxlm.inference.requests.GenerationRequest`.
+        options: further fields of each sample's request.
 
     Raises:
         MaxlmError: the budget is less than the longest sample, the samples would be all
@@ -56,28 +69,31 @@ def best_of_n(
     longest = sampling.max_new_tokens
     spent = TokenBudget(budget)
     if not spent.allows(longest):
-        what = f"a budget of {budget} tokens is less than one sample's max_new_tokens={longest}"
-        raise MaxlmError(
-            what, where="budget", fix="raise it, or ask for shorter samples"
+        message = (
+            f"a budget of {budget} tokens is less than one sample's "
+            f"max_new_tokens={longest}"
         )
+        fix = "raise it, or ask for shorter samples"
+        raise MaxlmError(message, where="budget", fix=fix)
+    # A continuation's log-probability is the sum of its tokens', which must be asked
+    # for.
+    options.setdefault("top_logprobs", 0)
     requests = [
         GenerationRequest(
             f"sample {index}",
             tuple(prompt),
             with_own_seed(sampling, index, max_new_tokens=longest),
-            **{"top_logprobs": 0, **request},
+            **options,
         )
         for index in range(num_samples)
     ]
     drawn = draw_continuations(engine, requests, spent)
-    outputs = score_outputs(
-        scorer, prompt, [each for each in drawn if each is not None]
-    )
+    samples = [sample for sample in drawn if sample is not None]
+    outputs = score_outputs(scorer, prompt, samples)
     if parse_answer is None:
         return DecodingResult(rank_outputs(outputs), spent.num_spent)
-    answer, outputs = rank_by_answer(
-        outputs, [parse_answer(each.text) for each in outputs]
-    )
+    answers = [parse_answer(output.text) for output in outputs]
+    answer, outputs = rank_by_answer(outputs, answers)
     return DecodingResult(outputs, spent.num_spent, answer)
 
 
@@ -87,7 +103,9 @@ def self_consistency(
     num_samples: int,
     sampling: SamplingConfig,
     parse_answer: AnswerParser,
-    **options: Any,
+    *,
+    budget: int | None = None,
+    **options: Unpack[SampleOptions],
 ) -> DecodingResult:
     """Draws samples, and takes the answer that most of them give, of equal ones the
     first (Wang et al. 2023, arXiv 2203.11171). Arguments and errors are those of
@@ -97,7 +115,14 @@ def self_consistency(
         return [1.0] * len(outputs)
 
     return best_of_n(
-        engine, prompt, num_samples, sampling, score, parse_answer, **options
+        engine,
+        prompt,
+        num_samples,
+        sampling,
+        score,
+        parse_answer,
+        budget=budget,
+        **options,
     )
 
 
@@ -110,18 +135,20 @@ def rank_by_answer(
     sums: dict[str, float] = {}
     for output, answer in zip(outputs, answers, strict=True):
         if output.score < 0:
-            what = f"a score of {output.score:g}, where the scores of equal answers are added"
-            raise MaxlmError(
-                what, where="scorer", fix="return 0 or more, such as a probability"
+            message = (
+                f"a score of {output.score:g}, where the scores of equal answers are "
+                "added"
             )
+            fix = "return 0 or more, such as a probability"
+            raise MaxlmError(message, where="scorer", fix=fix)
         if answer is not None:
             sums[answer] = sums.get(answer, 0.0) + output.score
-    best_first: list[str | None] = [
-        *sorted(sums, key=sums.__getitem__, reverse=True),
-        None,
-    ]
-    order = sorted(
-        range(len(outputs)),
-        key=lambda i: (best_first.index(answers[i]), -outputs[i].score),
-    )
-    return best_first[0], [outputs[i] for i in order]
+    best_first: list[str | None] = []
+    best_first += sorted(sums, key=lambda answer: sums[answer], reverse=True)
+    best_first.append(None)
+
+    def rank(index: int) -> tuple[int, float]:
+        return best_first.index(answers[index]), -outputs[index].score
+
+    ranked = [outputs[index] for index in sorted(range(len(outputs)), key=rank)]
+    return best_first[0], ranked

@@ -74,10 +74,11 @@ def score_outputs(
     another number of scores, or no number."""
     scores = [float(score) for score in scorer(prompt, outputs)]
     if len(scores) != len(outputs) or any(map(isnan, scores)):
-        what = f"{len(outputs)} continuations got the scores {scores}"
-        raise MaxlmError(what, where="scorer", fix="return one number for each")
+        message = f"{len(outputs)} continuations got the scores {scores}"
+        raise MaxlmError(message, where="scorer", fix="return one number for each")
     return [
-        replace(each, score=score) for each, score in zip(outputs, scores, strict=True)
+        replace(output, score=score)
+        for output, score in zip(outputs, scores, strict=True)
     ]
 
 
@@ -91,7 +92,8 @@ def with_own_seed(
 ) -> SamplingConfig:
     """Returns settings with the seed of one of a search's samples, and another
     length."""
-    seed = int(np.random.SeedSequence((sampling.seed, *place)).generate_state(1)[0])
+    sequence = np.random.SeedSequence((sampling.seed, *place))
+    seed = int(sequence.generate_state(1)[0])
     return sampling.model_copy(update={"seed": seed, "max_new_tokens": max_new_tokens})
 
 
@@ -99,24 +101,24 @@ def check_samples_differ(sampling: SamplingConfig, num_samples: int) -> None:
     """Checks that several samples are not all the same. Raises MaxlmError: temperature
     0, or fewer samples than one."""
     if num_samples < 1:
-        raise MaxlmError(
-            f"{num_samples} samples", where="search", fix="draw at least one"
-        )
+        message = f"{num_samples} samples"
+        raise MaxlmError(message, where="search", fix="draw at least one")
     if sampling.temperature == 0 and num_samples > 1:
-        what = f"{num_samples} samples at temperature 0 are all alike"
-        raise MaxlmError(what, where="temperature", fix="set it above 0, or draw one")
+        message = f"{num_samples} samples at temperature 0 are all alike"
+        fix = "set it above 0, or draw one"
+        raise MaxlmError(message, where="temperature", fix=fix)
 
 
-def require_idle(engine: Engine) -> None:
+def claim_idle_engine(engine: Engine) -> None:
     """Checks that a search has the engine for itself, and drops outputs that wait
     there. Raises MaxlmError: other requests are there."""
     if engine.scheduler.running or engine.scheduler.waiting:
-        what = "the engine has other requests, whose outputs a search would take"
-        raise MaxlmError(
-            what, where="search", fix="wait until they end, or use another engine"
-        )
+        message = "the engine has other requests, whose outputs a search would take"
+        fix = "wait until they end, or use another engine"
+        raise MaxlmError(message, where="search", fix=fix)
+    # Outputs of aborted requests may be left, which the search would take for its own.
     while engine.has_work:
-        engine.step()  # outputs of aborted requests
+        engine.step()
 
 
 def decode_text(engine: Engine, prompt: Sequence[int], output: Continuation) -> str:
@@ -124,13 +126,12 @@ def decode_text(engine: Engine, prompt: Sequence[int], output: Continuation) -> 
     tokenizer."""
     if engine.tokenizer is None:
         return ""
-    tokens = output.token_ids[
-        : -1 if output.token_ids[-1] == output.stop_match else None
-    ]
+    tokens = output.token_ids
+    if tokens[-1] == output.stop_match:
+        tokens = tokens[:-1]
     continued = engine.continues_text(prompt)
-    return engine.tokenizer.decode_bytes(tokens, continued=continued).decode(
-        "utf-8", "replace"
-    )
+    text = engine.tokenizer.decode_bytes(tokens, continued=continued)
+    return text.decode("utf-8", "replace")
 
 
 def draw_continuations(
@@ -139,42 +140,48 @@ def draw_continuations(
     """Runs requests of one sequence each, with ``top_logprobs``. One starts when the
     budget has room for the longest output that it and those that run may have. Returns
     each one's continuation; None: the budget had no room for it."""
-    require_idle(engine)
+    claim_idle_engine(engine)
     waiting = deque(requests)
-    found = dict[str, SequenceOutput]()
-    reserved: dict[str, int] = {}  # tokens that those which run may still generate
+    outputs: dict[str, SequenceOutput] = {}
+    reserved: dict[str, int] = {}
+    """Tokens that each running request may still generate."""
     try:
         while True:
             while waiting:
-                most = waiting[0].sampling.max_new_tokens
-                if not budget.allows(sum(reserved.values()) + most):
+                max_new_tokens = waiting[0].sampling.max_new_tokens
+                if not budget.allows(sum(reserved.values()) + max_new_tokens):
                     break
                 request = waiting.popleft()
                 engine.add_request(request)
-                reserved[request.request_id] = most
+                reserved[request.request_id] = max_new_tokens
             if not reserved:
-                return [
-                    _make_continuation(found.get(each.request_id)) for each in requests
-                ]
+                break
             for output in engine.step():
-                name = output.request_id
-                count = len(output.token_ids)
-                own = found.setdefault(name, output)
-                if own is not output:
-                    own.append(output)
-                reserved[name] -= count
-                budget.num_spent += count
+                request_id = output.request_id
+                if request_id in outputs:
+                    outputs[request_id].append(output)
+                else:
+                    outputs[request_id] = output
+                num_tokens = len(output.token_ids)
+                reserved[request_id] -= num_tokens
+                budget.num_spent += num_tokens
                 if output.finish_reason is not None:
-                    del reserved[name]
+                    del reserved[request_id]
     finally:
         for request_id in reserved:
             engine.abort(request_id)
+    continuations: list[Continuation | None] = []
+    for request in requests:
+        output = outputs.get(request.request_id)
+        continuations.append(None if output is None else _make_continuation(output))
+    return continuations
 
 
-def _make_continuation(output: SequenceOutput | None) -> Continuation | None:
-    if output is None:
-        return None
-    logprob = sum(token.logprob for token in output.logprobs)
-    ids = tuple(output.token_ids)
-    reason, stop_match = output.finish_reason, output.stop_match
-    return Continuation(ids, logprob, output.text, reason, stop_match=stop_match)
+def _make_continuation(output: SequenceOutput) -> Continuation:
+    return Continuation(
+        token_ids=tuple(output.token_ids),
+        logprob=sum(token.logprob for token in output.logprobs),
+        text=output.text,
+        finish_reason=output.finish_reason,
+        stop_match=output.stop_match,
+    )

@@ -72,20 +72,23 @@ def diverse_verifier_tree_search(
             alike.
     """
     if isinstance(engine.model, EncoderDecoder):
-        what = "a model with an encoder does not go on from a step of its own"
-        raise MaxlmError(
-            what, where="tree search", fix="use a decoder, or another search"
-        )
+        message = "a model with an encoder does not go on from a step of its own"
+        fix = "use a decoder, or another search"
+        raise MaxlmError(message, where="tree search", fix=fix)
     check_samples_differ(sampling, config.num_subtrees * config.beam_width)
 
-    def make_request(path: Continuation, *place: int) -> GenerationRequest:
-        most = sampling.max_new_tokens - len(path.token_ids)
-        is_last = place[0] == last_step
-        most = most if is_last else min(most, config.max_step_tokens)
+    def make_request(
+        path: Continuation, step: int, path_index: int, sample: int
+    ) -> GenerationRequest:
+        place = (step, path_index, sample)
+        max_new_tokens = sampling.max_new_tokens - len(path.token_ids)
+        is_last = step == last_step
+        if not is_last:
+            max_new_tokens = min(max_new_tokens, config.max_step_tokens)
         return GenerationRequest(
             f"step {place}",
             (*prompt, *path.token_ids),
-            with_own_seed(sampling, *place, max_new_tokens=most),
+            with_own_seed(sampling, *place, max_new_tokens=max_new_tokens),
             stop_strings=() if is_last else config.step_delimiters,
             stop_token_ids=() if is_last else config.step_token_ids,
             top_logprobs=0,
@@ -94,20 +97,25 @@ def diverse_verifier_tree_search(
     def join(path: Continuation, step: Continuation) -> Continuation:
         """Returns the path with one more step."""
         tokens = (*path.token_ids, *step.token_ids)
-        reason = step.finish_reason
-        if reason == "length" or step.stop_match in delimiters:
-            reason = "length" if len(tokens) == sampling.max_new_tokens else None
-        stop = step.stop_match if reason == "stop" else None
-        whole = Continuation(
-            tokens, path.logprob + step.logprob, "", reason, stop_match=stop
+        finish_reason = step.finish_reason
+        if finish_reason == "length" or step.stop_match in delimiters:
+            # The step has ended, the path only with its last token.
+            is_full = len(tokens) == sampling.max_new_tokens
+            finish_reason = "length" if is_full else None
+        joined = Continuation(
+            token_ids=tokens,
+            logprob=path.logprob + step.logprob,
+            finish_reason=finish_reason,
+            stop_match=step.stop_match if finish_reason == "stop" else None,
         )
-        return replace(whole, text=decode_text(engine, prompt, whole))
+        return replace(joined, text=decode_text(engine, prompt, joined))
 
     delimiters = (*config.step_delimiters, *config.step_token_ids)
     spent = TokenBudget(budget)
     last_step = config.max_steps - 1
     paths = [Continuation((), 0.0)] * config.num_subtrees
-    expanded: dict[int, list[Continuation]] = {}
+    last_children: dict[int, list[Continuation]] = {}
+    """Of each path, by its index: all continuations of its last step."""
     for step in range(config.max_steps):
         live = [i for i, path in enumerate(paths) if path.finish_reason is None]
         if not live:
@@ -117,24 +125,27 @@ def diverse_verifier_tree_search(
         places = [(i, sample) for sample in range(config.beam_width) for i in live]
         requests = [make_request(paths[i], step, i, sample) for i, sample in places]
         drawn = draw_continuations(engine, requests, spent)
-        children = [
-            (i, join(paths[i], each))
-            for (i, _), each in zip(places, drawn, strict=True)
-            if each is not None
-        ]
+        owners: list[int] = []
+        children: list[Continuation] = []
+        for (i, _), next_step in zip(places, drawn, strict=True):
+            if next_step is not None:
+                owners.append(i)
+                children.append(join(paths[i], next_step))
         if children:
-            scored = score_outputs(scorer, prompt, [child for _, child in children])
-            for i in {i for i, _ in children}:
-                own = [
-                    each
-                    for (j, _), each in zip(children, scored, strict=True)
-                    if j == i
-                ]
-                expanded[i], paths[i] = own, rank_outputs(own)[0]
+            children = score_outputs(scorer, prompt, children)
+            children_by_path: dict[int, list[Continuation]] = {}
+            for i, child in zip(owners, children, strict=True):
+                children_by_path.setdefault(i, []).append(child)
+            for i, path_children in children_by_path.items():
+                last_children[i] = path_children
+                paths[i] = rank_outputs(path_children)[0]
         if len(children) < len(places):
-            break
-    if not expanded:
-        what = f"a budget of {budget} tokens has no room for a step"
-        raise MaxlmError(what, where="budget", fix="raise it, or lower max_step_tokens")
-    outputs = [each for i in sorted(expanded) for each in expanded[i]]
+            break  # the budget is spent
+    if not last_children:
+        message = f"a budget of {budget} tokens has no room for a step"
+        fix = "raise it, or lower max_step_tokens"
+        raise MaxlmError(message, where="budget", fix=fix)
+    outputs: list[Continuation] = []
+    for _, path_children in sorted(last_children.items()):
+        outputs += path_children
     return DecodingResult(rank_outputs(outputs), spent.num_spent)
