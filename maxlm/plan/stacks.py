@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.config import LayerStack, TrunkSpec, strip_stack_name
-from maxlm.models.costs import AttentionCosts, Branch, ExpertCosts, FeatureKind
+from maxlm.models.costs import AttentionCosts, Branch, ExpertRouting, FeatureKind
 from maxlm.models.params import (
     ParamSpec,
     flatten_names,
@@ -169,7 +169,7 @@ class Stack:
             and all(spec is not own for own in self.base_specs.values())
         )
         """Matrices that an adapter adds."""
-        self.experts: ExpertCosts | None = None
+        self.experts: ExpertRouting | None = None
         self.router: Kernel | None = None
         self.attention_layer_counts: Counter[AttentionShape] = Counter()
         """Number of layers of each shape."""
