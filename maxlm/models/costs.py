@@ -6,8 +6,9 @@ what there is besides, such as scores of attention. A module without ``costs`` i
 counted by :func:`group_matrices`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 
@@ -85,19 +86,13 @@ class BranchCosts(NamedTuple):
     costs: LayerCosts
 
 
-@runtime_checkable
-class HasCosts(Protocol):
-    """A module that states its costs itself."""
-
-    def costs(self) -> LayerCosts: ...
-
-
 def get_costs(module: Any) -> LayerCosts:
     """Returns a module's own ``costs()``, or those of its matrices by their
     declarations."""
-    if isinstance(module, HasCosts):
-        return module.costs()
-    return LayerCosts(group_matrices(module))
+    count_costs: Callable[[], LayerCosts] | None = getattr(module, "costs", None)
+    if count_costs is None:
+        return LayerCosts(group_matrices(module))
+    return count_costs()
 
 
 def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:

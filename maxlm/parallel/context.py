@@ -98,8 +98,9 @@ class SequenceSplit(NamedTuple):
         ``chunk_size`` tokens, of the device at ``device_index`` along ``axes``."""
         if not self.balanced:
             return [device_index * chunk_size]
+        early_start = device_index * chunk_size
         late_chunk = 2 * self.num_shards - 1 - device_index
-        return [device_index * chunk_size, late_chunk * chunk_size]
+        return [early_start, late_chunk * chunk_size]
 
 
 def count_ring_steps(

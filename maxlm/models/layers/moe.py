@@ -271,7 +271,8 @@ class Moe(nnx.Module):
             mask = jnp.ones_like(logits[..., 0], dtype=bool)
         # Padding goes to expert E, which is nowhere.
         expert_ids = jnp.where(mask[..., None], routing.expert_ids, num_experts)
-        is_assigned = expert_ids[..., None] == jnp.arange(num_experts)
+        experts = jnp.arange(num_experts)
+        is_assigned = expert_ids[..., None] == experts
         load = is_assigned.sum((1, 2), dtype=jnp.float32)  # [B, E]
         capacity = None
         dropped = jnp.zeros((), jnp.float32)
