@@ -11,7 +11,7 @@ Letters: D model, V vocabulary, ways the devices that share it, T tokens of a de
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,13 +142,14 @@ class HeadLayout:
             for axes in self.hidden_stored
         )
         """Devices that share a token's vocabulary all need the token."""
-        self.specs = (
+        specs: Any = (
             make_spec(self.hidden_stored),
             make_spec(self.head_stored),
             None if self.bias_stored is None else make_spec(self.bias_stored),
             None if gathered_head is None else make_spec(self.head_used),
         )
-        """Of the arrays."""
+        self.specs = HeadArrays(*specs)
+        """Of the arrays, in their places."""
 
     @property
     def token_axes(self) -> Axes:
@@ -275,9 +276,9 @@ def _run_loss(
         hidden, head, bias = layout.gather(arrays)
         other = None
         if other_layout is not None:
-            other_hidden, *other_head = other_layout.gather(other_arrays)
+            other_hidden, other_head, other_bias = other_layout.gather(other_arrays)
             other_hidden = other_hidden.reshape(-1, other_hidden.shape[-1])
-            other = LocalHead(other_hidden, *other_head)
+            other = LocalHead(other_hidden, other_head, other_bias)
         vocab_start = vocab_index[0] * head.shape[1]
         flat_hidden, *flat_rows = (
             array.reshape(-1, *array.shape[num_token_dims:])
@@ -308,8 +309,8 @@ def _run_loss(
     run = map_shards(
         local,
         in_specs=(
-            HeadArrays(*layout.specs),
-            None if other_layout is None else HeadArrays(*other_layout.specs),
+            layout.specs,
+            None if other_layout is None else other_layout.specs,
             row_specs,
             make_spec((vocab_axes,)),
         ),
@@ -360,7 +361,7 @@ def _log_probs(
     run = map_shards(
         local,
         in_specs=(
-            HeadArrays(*layout.specs),
+            layout.specs,
             layout.token_spec,
             make_spec((vocab_axes,)),
         ),
@@ -378,6 +379,7 @@ def _log_probs_backward(options, saved, cotangents):
     arrays, targets = saved
     loss = _make_cross_entropy(options)
     _, gradients = _run_loss(arrays, None, (targets, -cotangents), loss, gradient=True)
+    assert gradients is not None
     return HeadArrays(*gradients, gathered_head=None), None
 
 

@@ -11,14 +11,13 @@ tokens that a stored teacher names.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from maxlm.parallel.cross_entropy import (
-    HeadArrays,
     HeadLayout,
     HeadLoss,
     LocalHead,
@@ -153,7 +152,8 @@ def fused_divergence_loss(
         )
 
     loss = HeadLoss(options, local, teacher_options.head_layout)
-    total, divergence, cross_entropy = run_head_loss(arrays, teacher_arrays, rows, loss)
+    sums: Any = run_head_loss(arrays, teacher_arrays, rows, loss)
+    total, divergence, cross_entropy = sums
     return total, divergence, cross_entropy
 
 
@@ -195,7 +195,7 @@ def compute_top_log_probs(
     row_spec = make_spec((*layout.hidden_used[:-1], ()))
     run = map_shards(
         local,
-        in_specs=(HeadArrays(*layout.specs), make_spec((vocab_axes,))),
+        in_specs=(layout.specs, make_spec((vocab_axes,))),
         out_specs=(row_spec, row_spec),
     )
     ids, log_probs = run(arrays, axis_indices(vocab_axes))

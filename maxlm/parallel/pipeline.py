@@ -401,13 +401,13 @@ def run_1f1b_pipeline(
             """Runs one forward pass; returns what goes to the next stage."""
             turn = t - stage_index
             x, context = first(ends, take_micro_batch(turn))
-            x = jnp.where(stage_index == 0, x, state["x"])
+            x = jnp.where(stage_index == 0, x, state.x)
             y, terms = stage(params, x, context)
             works = (turn >= 0) & (turn < micro_batches)
             inputs = lax.dynamic_update_index_in_dim(
-                state["inputs"], x, turn % num_slots, 0
+                state.inputs, x, turn % num_slots, 0
             )
-            sums = _add_where(works, state["sums"], terms)
+            sums = _add_where(works, state.sums, terms)
             return y, state._replace(inputs=inputs, sums=sums)
 
         def backward_last(
