@@ -3,11 +3,11 @@
 Shapes: B batch, S sequence, D model, L layers.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol
+from operator import attrgetter
+from typing import Annotated, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
-from maxlm.config import Config, MaxlmError
+from maxlm.config import Config
+from maxlm.config.registry import RegisteredConfig, Registry
 from maxlm.models.aux import Aux
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import CacheLayout, LayerCache
@@ -92,29 +93,7 @@ def build_attention(
 
 @dataclass(frozen=True)
 class RegisteredMixer:
-    """A mixer that configs of its kind stand for."""
-
-    build: Callable[..., Mixer]
-    mesh_axes: frozenset[ReshapingAxis] = frozenset()
-    """The mesh axes, of those that reshape a batch, that it supports in training."""
-
-
-MIXERS: dict[type[Config], RegisteredMixer] = {
-    AttentionConfig: RegisteredMixer(build_attention, frozenset({"context", "stage"}))
-}
-FEED_FORWARDS: dict[type[Config], Callable[..., FeedForward]] = {
-    MlpConfig: Mlp,
-    MoeConfig: Moe,
-}
-
-
-def register_mixer(
-    config: type[Config],
-    build: Callable[..., Mixer],
-    *,
-    mesh_axes: Iterable[ReshapingAxis] = (),
-) -> None:
-    """Makes stacks with such a config have another mixer.
+    """A mixer by its kind.
 
     Args:
         config: a class with a ``kind`` of its own, for ``model.mixer``.
@@ -125,43 +104,42 @@ def register_mixer(
             order; with ``stage`` it runs in a program on pipeline stages. Runs that
             need others are refused.
     """
-    MIXERS[config] = RegisteredMixer(build, frozenset(mesh_axes))
+
+    config: type[Config]
+    build: Callable[..., Mixer]
+    mesh_axes: Collection[ReshapingAxis] = ()
 
 
-def register_ffn(config: type[Config], build: Callable[..., FeedForward]) -> None:
-    """Makes stacks with such a config, as ``model.ffn``, have another feed-forward; see
-    :func:`register_mixer`, but ``build`` is called without norm config."""
-    FEED_FORWARDS[config] = build
+@dataclass(frozen=True)
+class RegisteredFeedForward:
+    """A feed-forward by its kind.
+
+    Args:
+        config: a class with a ``kind`` of its own, for ``model.ffn``.
+        build: called with the config and a
+            :class:`~maxlm.models.build_context.BuildContext`.
+    """
+
+    config: type[Config]
+    build: Callable[..., FeedForward]
 
 
-def parse_registered_config(
-    registered: Iterable[type[Config]],
-    role: str,
-    value: Any,
-    register: Callable[[Any], object] = lambda found: found(),
-) -> Any:
-    """Reads the config of a registered kind from plain data with its ``kind``. Entry
-    points of that name in the group ``maxlm.<role>s`` are first passed to ``register``,
-    or called by default."""
-    if not isinstance(value, Mapping):
-        return value
-    kind = value.get("kind")
-    for entry in entry_points(group=f"maxlm.{role}s", name=str(kind)):
-        register(entry.load())
-    with_kind = (config for config in registered if "kind" in config.model_fields)
-    kinds = {config.model_fields["kind"].default: config for config in with_kind}
-    if kind not in kinds:
-        fix = (
-            f"use one of {', '.join(kinds)}"
-            if kinds
-            else "install the package that has it"
-        )
-        raise MaxlmError(f"no {role} of kind={kind}", fix=fix)
-    return kinds[kind].model_validate(value)
+MIXERS = Registry[RegisteredMixer]("mixer")
+MIXERS.register(
+    "attention",
+    RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
+)
+FEED_FORWARDS = Registry[RegisteredFeedForward]("ffn")
+FEED_FORWARDS.register("mlp", RegisteredFeedForward(MlpConfig, Mlp))
+FEED_FORWARDS.register("moe", RegisteredFeedForward(MoeConfig, Moe))
 
-
-parse_mixer = partial(parse_registered_config, MIXERS, "mixer")
-parse_ffn = partial(parse_registered_config, FEED_FORWARDS, "ffn")
+# Attention, MLPs and experts have settings of their own, and so no ``kind`` among these.
+MixerConfig = Annotated[
+    Config, RegisteredConfig(MIXERS, get_config=attrgetter("config"))
+]
+FeedForwardConfig = Annotated[
+    Config, RegisteredConfig(FEED_FORWARDS, get_config=attrgetter("config"))
+]
 
 
 class Block(nnx.Module):
@@ -187,8 +165,8 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        mixer_config: Config,
-        ffn_config: Config,
+        mixer_config: Any,
+        ffn_config: Any,
         norm_config: NormConfig,
         placement: Placement,
         context: BuildContext,
@@ -201,7 +179,7 @@ class Block(nnx.Module):
         self.placement = placement
         has_post_norms = placement == "sandwich"
         self.attention_norm = build_norm()
-        mixer = MIXERS[type(mixer_config)].build(mixer_config, norm_config, context)
+        mixer = MIXERS.get(mixer_config.kind).build(mixer_config, norm_config, context)
         self.mixer_name = mixer.name
         setattr(self, mixer.name, mixer)
         self.attention_post_norm = build_norm() if has_post_norms else None
@@ -212,7 +190,7 @@ class Block(nnx.Module):
             cross = Attention(mixer_config, norm_config, context)
         self.cross = cross
         self.mlp_norm = build_norm() if placement != "parallel_shared" else None
-        ffn = FEED_FORWARDS[type(ffn_config)](ffn_config, context)
+        ffn = FEED_FORWARDS.get(ffn_config.kind).build(ffn_config, context)
         self.ffn_name = ffn.name
         setattr(self, ffn.name, ffn)
         self.mlp_post_norm = build_norm() if has_post_norms else None

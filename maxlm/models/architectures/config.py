@@ -3,18 +3,27 @@ common."""
 
 from collections.abc import Mapping
 from math import isclose
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, TypeAlias, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeAlias,
+    TypeVar,
+)
 
+from jax.typing import DTypeLike
 from pydantic import (
-    BeforeValidator,
     Field,
     PositiveInt,
-    SerializeAsAny,
     model_validator,
 )
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.blocks import Placement, parse_ffn, parse_mixer
+from maxlm.models.blocks import FeedForwardConfig, MixerConfig, Placement
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -27,6 +36,8 @@ from maxlm.models.layers.rope import (
     compute_yarn_mscale,
 )
 from maxlm.models.remat import RematPolicy
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import AxisRules
 
 # A type checker takes it for anything: most of what reads it is only there where a model
 # has attention.
@@ -98,6 +109,14 @@ class TrunkSpec(NamedTuple):
 class TransformerConfig(Config):
     """Layers between an embedding and an output head."""
 
+    if TYPE_CHECKING:
+        # Each architecture declares its own, with its name as the only value.
+        architecture: Any
+
+    transformer_type: ClassVar[Literal["decoder", "encoder", "encoder_decoder"]]
+    """How tokens are read and written: what tasks, the engine and the server go by. An
+    architecture of another name is used as one of these."""
+
     vocab_size: int = Field(gt=0)
     num_layers: LayerCount
     """Layers of the model, or of the decoder where there is an encoder too."""
@@ -105,12 +124,12 @@ class TransformerConfig(Config):
     max_seq_len: int = Field(gt=0)
     """Longest sequence the model is meant for; the rows of a learned position table."""
     attention: OptionalAttention = None
-    mixer: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_mixer)] = None
+    mixer: MixerConfig | None = None
     """Another mixer in place of ``attention``, by the kind it is registered with."""
     mlp: MlpConfig | None = None
     moe: MoeConfig | None = None
     """A mixture of experts in place of ``mlp``."""
-    ffn: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_ffn)] = None
+    ffn: FeedForwardConfig | None = None
     """Another feed-forward in place of ``mlp`` and ``moe``, by the kind it is
     registered with."""
     dense_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
@@ -247,6 +266,16 @@ class TransformerConfig(Config):
                 f"scaling.kind={scaling.kind} of one pair of dimensions",
                 fix="turn more of them, or use another scaling",
             )
+
+    def build(
+        self,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
+    ) -> Any:
+        """Builds the model; arguments as those of ``Transformer``."""
+        raise NotImplementedError
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -299,6 +299,7 @@ class DecoderConfig(TransformerConfig):
     """A causal decoder; see configs/models for published sizes."""
 
     architecture: Literal["decoder"] = "decoder"
+    transformer_type = "decoder"
 
     def build(
         self,

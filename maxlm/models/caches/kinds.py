@@ -1,15 +1,25 @@
-"""The cache of a layer of attention, as the layout says."""
+"""The kinds of caches of a layer of attention, and the arrays that each has.
 
-from functools import partial
+To add one, write its config and its cache in a file here, make a
+:class:`RegisteredCache` of them and name it in ``CACHES``, or register it from outside:
+``CACHES.register("kind", RegisteredCache(...))``, or an installed package's entry point
+of the group ``maxlm.caches``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
 from maxlm.models.caches.config import (
-    EvictingCacheConfig,
+    CACHES,
+    CacheConfig,
+    HeavyHittersCacheConfig,
     PagedCacheConfig,
     QuantizedCacheConfig,
     SinksCacheConfig,
+    SnapKVCacheConfig,
 )
 from maxlm.models.caches.evicting import EvictingCache
 from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
@@ -22,6 +32,52 @@ from maxlm.models.caches.quantized import (
 from maxlm.parallel.ulysses import count_kv_copies
 
 
+@dataclass(frozen=True)
+class KeyValueSizes:
+    """What a layer of attention keeps of a token, and how long."""
+
+    window: int | None
+    """Tokens that a token sees; None: all before it."""
+    num_kv_heads: int
+    key_size: int
+    value_size: int | None
+    """None: all query heads share one head of keys, of which values are a part."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes of a head's arrays: keys, and values where they have their own."""
+        if self.value_size is None:
+            return [self.key_size]
+        return [self.key_size, self.value_size]
+
+    @property
+    def missing(self) -> list[None]:
+        """None for each array that there is not."""
+        return [None] * (2 - len(self.sizes))
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axes of keys and values: batch, place, kv heads, token, feature."""
+        heads = "kv_heads" if self.value_size is not None else None
+        return ("batch", None, heads, None, None)
+
+
+@dataclass(frozen=True)
+class RegisteredCache:
+    """A cache of attention by its kind.
+
+    Args:
+        config: its settings, for the engine's ``cache``.
+        make_spec: returns a layer's cache with a :class:`CacheArraySpec` for each
+            array. Raises MaxlmError: sizes that the cache cannot keep.
+        page_size: tokens of a page where none are set; None: the engine's default.
+    """
+
+    config: type[CacheConfig]
+    make_spec: Callable[[CacheLayout, KeyValueSizes], AttentionCache]
+    page_size: int | None = None
+
+
 def kv_cache_spec(
     layout: CacheLayout,
     window: int | None,
@@ -31,92 +87,71 @@ def kv_cache_spec(
 ) -> AttentionCache:
     """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for
     each array. ``value_size`` None: all query heads share one head of keys, of which
-    values are a part. Raises MaxlmError: pages that int4 codes do not fit in."""
-    config = layout.cache
-    if not isinstance(config, PagedCacheConfig | QuantizedCacheConfig):
-        return _evicting_cache_spec(
-            layout, config, window, num_kv_heads, key_size, value_size
-        )
+    values are a part. Raises MaxlmError: sizes that the cache cannot keep."""
+    sizes = KeyValueSizes(window, num_kv_heads, key_size, value_size)
+    return CACHES.get(layout.cache.kind).make_spec(layout, sizes)
 
-    head_axis = None
-    if value_size is not None:
-        # Split as query heads are, with copies where devices are more than kv heads.
-        head_axis = "heads"
+
+def _list_page_specs(layout: CacheLayout, sizes: KeyValueSizes) -> list[CacheArraySpec]:
+    """Declares the pages of keys, and of values where they have their own."""
+    num_kv_heads = sizes.num_kv_heads
+    axes = sizes.axes
+    if sizes.value_size is not None:
+        # Pages have a copy of a kv head for each device whose query heads read it.
         num_kv_heads *= count_kv_copies(num_kv_heads, layout.head_ways)
-    declare_pages = partial(_pages_spec, layout, window, num_kv_heads, head_axis)
-    key = declare_pages(key_size)
-    value = None if value_size is None else declare_pages(value_size)
-    if isinstance(config, PagedCacheConfig):
-        return _cache_of_specs(PagedCache, key, value)
-
-    ring_pages = count_ring_pages(config.recent, layout.page_size)
-    if window is not None and window <= (ring_pages - 1) * layout.page_size:
-        # All that it sees would be kept as it is.
-        return _cache_of_specs(PagedCache, key, value)
-    declare_ring = partial(_ring_spec, layout, ring_pages)
-    return _cache_of_specs(
-        QuantizedCache,
-        quantized_pages_spec(key, config.kind, per_channel=True),
-        None if value is None else quantized_pages_spec(value, config.kind),
-        declare_ring(key),
-        None if value is None else declare_ring(value),
-    )
-
-
-def _evicting_cache_spec(
-    layout: CacheLayout,
-    config: EvictingCacheConfig,
-    window: int | None,
-    num_kv_heads: int,
-    key_size: int,
-    value_size: int | None,
-) -> EvictingCache:
-    head_axis = None if value_size is None else "kv_heads"
-    axes = ("batch", None, head_axis, None)
-    num_tokens = min(config.budget, window or config.budget)
-    shape = (layout.num_shards, layout.num_rows, num_kv_heads, num_tokens)
-    key = CacheArraySpec((*shape, key_size), (*axes, None))
-    value = None
-    if value_size is not None:
-        value = CacheArraySpec((*shape, value_size), (*axes, None))
-    positions = CacheArraySpec(shape, axes, jnp.int32)
-    scores = None
-    if not isinstance(config, SinksCacheConfig):
-        scores = CacheArraySpec(shape, axes, jnp.float32)
-    return _cache_of_specs(EvictingCache, key, value, positions, scores, config)
-
-
-def _pages_spec(
-    layout: CacheLayout,
-    window: int | None,
-    num_kv_heads: int,
-    head_axis: str | None,
-    head_size: int,
-) -> CacheArraySpec:
-    """Declares pages [D, P, K, page, H], H rounded up to the layout's multiple."""
+        axes = (*axes[:2], "heads", *axes[3:])
+    num_pages = layout.count_pages(sizes.window)
     multiple = layout.feature_multiple
-    padded_size = -(-head_size // multiple) * multiple
-    shape = (
-        layout.num_shards,
-        layout.count_pages(window),
-        num_kv_heads,
-        layout.page_size,
-        padded_size,
-    )
-    axes = ("batch", None, head_axis, None, None)
-    return CacheArraySpec(shape, axes, unit="page", window=window)
+    specs = []
+    for size in sizes.sizes:
+        width = -(-size // multiple) * multiple
+        shape = (layout.num_shards, num_pages, num_kv_heads, layout.page_size, width)
+        specs.append(CacheArraySpec(shape, axes, unit="page", window=sizes.window))
+    return specs
 
 
-def _ring_spec(
-    layout: CacheLayout, ring_pages: int, pages: CacheArraySpec
-) -> CacheArraySpec:
-    """Declares the ring [D, R, n, K, page, H] of each row's last pages, such as
-    ``pages`` [D, P, K, page, H]."""
-    shape = (layout.num_shards, layout.num_rows, ring_pages, *pages.shape[2:])
-    axes = (*pages.axes[:2], None, *pages.axes[2:])
-    return CacheArraySpec(shape, axes)
+def _make_paged_spec(layout: CacheLayout, sizes: KeyValueSizes) -> PagedCache:
+    return PagedCache(*_list_page_specs(layout, sizes), *sizes.missing)
 
 
-def _cache_of_specs(cache: Any, *specs: Any) -> Any:
-    """Builds a cache with declarations where its arrays will be."""
-    return cache(*specs)
+def _make_quantized_spec(layout: CacheLayout, sizes: KeyValueSizes) -> AttentionCache:
+    config: Any = layout.cache
+    pages = _list_page_specs(layout, sizes)
+    ring = count_ring_pages(config.recent, layout.page_size)
+    window = sizes.window
+    if window is not None and window <= (ring - 1) * layout.page_size:
+        # All that a token sees would be kept as it is.
+        return PagedCache(*pages, *sizes.missing)
+    # Keys have a scale per channel, values one per token (KIVI, section 3).
+    codes = [
+        quantized_pages_spec(spec, config.kind, per_channel=index == 0)
+        for index, spec in enumerate(pages)
+    ]
+    recent = []
+    for spec in pages:
+        shape = (layout.num_shards, layout.num_rows, ring, *spec.shape[2:])
+        axes = (*sizes.axes[:2], None, *spec.axes[2:])
+        recent.append(CacheArraySpec(shape, axes))
+    return QuantizedCache(*codes, *sizes.missing, *recent, *sizes.missing)
+
+
+def _make_evicting_spec(layout: CacheLayout, sizes: KeyValueSizes) -> EvictingCache:
+    config: Any = layout.cache
+    room = min(config.budget, sizes.window or config.budget)
+    shape = (layout.num_shards, layout.num_rows, sizes.num_kv_heads, room)
+    specs = [CacheArraySpec((*shape, size), sizes.axes) for size in sizes.sizes]
+    key, value = [*specs, *sizes.missing]
+    positions = CacheArraySpec(shape, sizes.axes[:-1], jnp.int32)
+    scores = CacheArraySpec(shape, sizes.axes[:-1], jnp.float32)
+    if isinstance(config, SinksCacheConfig):
+        return EvictingCache(key, value, positions, None, config)
+    return EvictingCache(key, value, positions, scores, config)
+
+
+PAGED = RegisteredCache(PagedCacheConfig, _make_paged_spec)
+# A page shares a scale: as many tokens as the TPU's kernel takes at least.
+INT8 = RegisteredCache(QuantizedCacheConfig, _make_quantized_spec, page_size=32)
+INT4 = RegisteredCache(QuantizedCacheConfig, _make_quantized_spec, page_size=64)
+SINKS = RegisteredCache(SinksCacheConfig, _make_evicting_spec)
+HEAVY_HITTERS = RegisteredCache(HeavyHittersCacheConfig, _make_evicting_spec)
+SNAPKV = RegisteredCache(SnapKVCacheConfig, _make_evicting_spec)

@@ -5,7 +5,7 @@ Shapes: B batch, S queries, T keys, D model, N query heads, K kv heads, H head d
 value dim, R rotary dims (``biases``: their reach).
 """
 
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,10 @@ class LatentConfig(Config):
 
 
 class AttentionConfig(Config):
+    """Heads of attention, and how their scores become weights."""
+
+    kind: ClassVar[str] = "attention"
+
     num_heads: int = Field(gt=0)
     """Query heads."""
     num_kv_heads: int = Field(gt=0)

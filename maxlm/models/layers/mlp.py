@@ -1,7 +1,7 @@
 """Position-wise feed-forward layers."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 from flax import nnx
@@ -24,6 +24,10 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 
 
 class MlpConfig(Config):
+    """A multi-layer perceptron with one hidden layer."""
+
+    kind: ClassVar[str] = "mlp"
+
     d_ff: int = Field(gt=0)
     """Width of the hidden layer."""
     activation: Activation = "silu"

@@ -8,7 +8,7 @@ Shapes: B batch, S sequence, D model, E experts, F width of an expert, k experts
 token.
 """
 
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,10 @@ from maxlm.parallel.local import get_layout, make_spec
 
 
 class MoeConfig(Config):
+    """A mixture of experts, and how tokens are routed to them."""
+
+    kind: ClassVar[str] = "moe"
+
     num_experts: int = Field(gt=0)
     """Routed experts."""
     experts_per_token: int = Field(gt=0)
