@@ -40,6 +40,7 @@ from benchmarks.kernel_cycles.static.problems import Mask
 from benchmarks.program_traffic import read_program_traffic
 from maxlm.config import load_config
 from maxlm.parallel.local import map_shards
+from maxlm.parallel.terms import AttentionTerms
 from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.compiled.program import (
     CompiledStep,
@@ -122,11 +123,19 @@ def splash(q, k, v, segment_ids, *, blocks: dict[str, Sequence[int]]) -> jax.Arr
 
 
 def splash_on_shards(
-    q, k, v, *, rules: AxisRules, segment_ids, blocks, **options
+    q,
+    k,
+    v,
+    terms: AttentionTerms,
+    *,
+    rules: AxisRules,
+    segment_ids,
+    blocks,
+    **layout,
 ) -> jax.Array:
     """In the place of :func:`maxlm.parallel.attention.sharded_attention`. JAX
     differentiates it, which is as good where nothing crosses the wire."""
-    assert options["window"] is None
+    assert terms.window is None
     assert not rules.mesh_axes("seq")
     queries, keys = (
         rules.spec("batch", "seq", heads, None) for heads in ("heads", "kv_heads")

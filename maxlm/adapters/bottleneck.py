@@ -2,7 +2,7 @@
 connection."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from pydantic import Field
@@ -15,12 +15,13 @@ from maxlm.adapters.targets import (
 )
 from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter
-from maxlm.models.layers.mlp import ACTIVATIONS
+from maxlm.models.layers.mlp import ACTIVATIONS, Activation
 from maxlm.models.params import (
     AdaptedParam,
     ParamReader,
     Params,
     ParamSpec,
+    StoredParam,
     flatten_names,
     truncated_normal,
 )
@@ -32,24 +33,30 @@ class BottleneckParam(AdaptedParam):
     """A map with ``y + act(y · down + down_bias) · up + up_bias`` behind its output y,
     of one dimension (Houlsby et al. 2019, arXiv 1902.00751, §2.1)."""
 
-    adapter_down: Any
+    adapter_down: StoredParam
     """[..., outputs, width]."""
-    adapter_down_bias: Any
-    adapter_up: Any
+    adapter_down_bias: StoredParam
+    adapter_up: StoredParam
     """[..., width, outputs]."""
-    adapter_up_bias: Any
-    activation: str = field(metadata={"static": True})
+    adapter_up_bias: StoredParam
+    activation: Activation = field(metadata={"static": True})
 
     def finish_output(self, y: jax.Array, reader: ParamReader) -> jax.Array:
         (axis,) = reader.output_axes
 
-        def apply(x: jax.Array, kernel: Any, bias: Any, *axes: str | None) -> jax.Array:
-            (product,) = reader.multiply(x, reader.read(kernel, axes))
-            return product + reader.read(bias, axes[1:]).move()
+        def apply(
+            x: jax.Array,
+            kernel: StoredParam,
+            bias: StoredParam,
+            in_axis: str | None,
+            out_axis: str | None,
+        ) -> jax.Array:
+            (product,) = reader.multiply(x, reader.read(kernel, (in_axis, out_axis)))
+            return product + reader.read(bias, (out_axis,)).move()
 
-        h = apply(y, self.adapter_down, self.adapter_down_bias, axis, None)
-        h = ACTIVATIONS[self.activation](h)
-        return y + apply(h, self.adapter_up, self.adapter_up_bias, None, axis)
+        hidden = apply(y, self.adapter_down, self.adapter_down_bias, axis, None)
+        hidden = ACTIVATIONS[self.activation](hidden)
+        return y + apply(hidden, self.adapter_up, self.adapter_up_bias, None, axis)
 
 
 class BottleneckAdapter(Adapter):
@@ -65,24 +72,36 @@ class BottleneckAdapter(Adapter):
 
     def adapt(self, specs: Params) -> Params:
         if any("expert" in spec.axes for spec in flatten_names(specs).values()):
-            what = "no bottleneck adapter stands behind routed experts"
-            raise MaxlmError(what, where="adapter.kind", fix="use lora")
-        both = self.placement == "houlsby"
-        return replace_targets(
-            specs, ("out", "down") if both else ("down",), self._adapt_one
-        )
+            raise MaxlmError(
+                "no bottleneck adapter stands behind routed experts",
+                where="adapter.kind",
+                fix="use lora",
+            )
+        # Last maps of attention and of the feed-forward.
+        targets = ("out", "down") if self.placement == "houlsby" else ("down",)
+        return replace_targets(specs, targets, self._adapt_one)
 
     def _adapt_one(self, name: str, spec: ParamSpec) -> BottleneckParam:
         zeros = jax.nn.initializers.zeros
-        offset = declare_vector(spec, zeros)
-        lead = len(offset.shape) - 1
-        size = offset.shape[-1]
-        shape, axes = (*offset.shape, size), (*offset.axes, offset.axes[-1])
-        square = replace(spec, shape=shape, axes=axes, contracting_dims=(lead,))
+        up_bias = declare_vector(spec, zeros)
+        num_layer_dims = len(up_bias.shape) - 1
+        size = up_bias.shape[-1]
+        # A map from outputs to outputs, of which both maps here are a side.
+        square = replace(
+            spec,
+            shape=(*up_bias.shape, size),
+            axes=(*up_bias.axes, up_bias.axes[-1]),
+            contracting_dims=(num_layer_dims,),
+        )
         width = max(1, size // self.reduction_factor)
+        # `up` begins with zeros: the first step is the base's.
         down = declare_input_map(square, width, truncated_normal(0.02))
         up = declare_output_map(square, width, zeros)
-        activation = "silu" if self.placement == "houlsby" else "relu"
         return BottleneckParam(
-            spec, down, declare_vector(down, zeros), up, offset, activation
+            spec,
+            adapter_down=down,
+            adapter_down_bias=declare_vector(down, zeros),
+            adapter_up=up,
+            adapter_up_bias=up_bias,
+            activation="silu" if self.placement == "houlsby" else "relu",
         )

@@ -3,7 +3,7 @@ layers."""
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from maxlm.models.params import (
     Params,
     ParamSpec,
     ShardedWeight,
+    StoredParam,
 )
 
 
@@ -26,16 +27,17 @@ class Ia3Param(AdaptedParam):
     """A map whose inputs, or whose outputs with their bias, are multiplied by
     factors."""
 
-    ia3: Any
+    ia3: StoredParam
     """[..., *inputs] or [..., *outputs]."""
     of_inputs: bool = field(metadata={"static": True})
     num_scaled_dims: int = field(metadata={"static": True})
     """Dimensions of one layer's inputs or outputs."""
 
     def materialize(self, reader: ParamReader) -> ShardedWeight:
-        own = reader.read(self.base)
+        weight = reader.read(self.base)
         factors = reader.read(self.ia3, self._axes(reader)).value
-        return own._replace(value=own.value * self._expand(factors, own.value))
+        scaled = weight.value * self._expand(factors, weight.value)
+        return weight._replace(value=scaled)
 
     def prepare_input(self, x: jax.Array, reader: ParamReader) -> jax.Array:
         return x * self._read_factors(reader) if self.of_inputs else x
@@ -58,10 +60,13 @@ class Ia3Param(AdaptedParam):
         return reader.read(self.ia3, self._axes(reader)).move()
 
     def _expand(self, factors: jax.Array, kernel: jax.Array) -> jax.Array:
-        at = factors.ndim if self.of_inputs else factors.ndim - self.num_scaled_dims
-        return jnp.expand_dims(
-            factors, tuple(range(at, at + kernel.ndim - factors.ndim))
-        )
+        """Returns factors with dimensions of size 1 for those of the kernel that they
+        do not scale: its last ones, or those before its outputs."""
+        first = factors.ndim
+        if not self.of_inputs:
+            first -= self.num_scaled_dims
+        num_added = kernel.ndim - factors.ndim
+        return jnp.expand_dims(factors, tuple(range(first, first + num_added)))
 
 
 class Ia3Adapter(Adapter):
@@ -75,13 +80,18 @@ class Ia3Adapter(Adapter):
     """Maps whose inputs are scaled: PEFT's `feedforward_modules`."""
 
     def adapt(self, specs: Params) -> Params:
-        def scale(name: str, spec: ParamSpec, of_inputs: bool) -> Ia3Param:
-            lead, end = split_dims(spec)
-            vector = declare_vector(spec, jax.nn.initializers.ones, of_inputs=of_inputs)
-            num_dims = end - lead if of_inputs else len(spec.shape) - end
-            return Ia3Param(spec, vector, of_inputs, num_dims)
+        scale_outputs = partial(_declare_factors, of_inputs=False)
+        scale_inputs = partial(_declare_factors, of_inputs=True)
+        specs = replace_targets(specs, self.targets, scale_outputs)
+        return replace_targets(specs, self.input_targets, scale_inputs)
 
-        specs = replace_targets(specs, self.targets, partial(scale, of_inputs=False))
-        return replace_targets(
-            specs, self.input_targets, partial(scale, of_inputs=True)
-        )
+
+def _declare_factors(name: str, spec: ParamSpec, *, of_inputs: bool) -> Ia3Param:
+    input_start, output_start = split_dims(spec)
+    ones = jax.nn.initializers.ones
+    factors = declare_vector(spec, ones, of_inputs=of_inputs)
+    if of_inputs:
+        num_scaled_dims = output_start - input_start
+    else:
+        num_scaled_dims = len(spec.shape) - output_start
+    return Ia3Param(spec, factors, of_inputs, num_scaled_dims)

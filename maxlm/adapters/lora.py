@@ -1,15 +1,20 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), as PEFT defines them."""
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), as PEFT defines them.
+
+Shapes: B batch, S sequence, D model, V vocabulary. A map's A is [..., *inputs, rank] and
+its B [..., rank, *outputs], where ... are dimensions of layers and of experts.
+"""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import reshard
+from jax.typing import DTypeLike
 from pydantic import Field
 
 from maxlm.adapters.targets import (
@@ -23,6 +28,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter
 from maxlm.models.params import (
     AdaptedParam,
+    GatheredParam,
     Initializer,
     Leaf,
     ParamReader,
@@ -30,9 +36,10 @@ from maxlm.models.params import (
     ParamSpec,
     RowReader,
     ShardedWeight,
+    StoredParam,
     is_leaf,
 )
-from maxlm.parallel.local import get_layout, make_spec
+from maxlm.parallel.local import Dims, get_layout, make_spec
 
 _TINY = 1e-30
 """Least norm that is divided by: an output whose weights are all 0 stays 0."""
@@ -42,9 +49,18 @@ _MICRO_BATCH_STRIDE = 7_919
 """A prime, so that the seeds of neighbouring micro-batches differ."""
 
 
-def _get_array(param: Any) -> Any:
-    """The array that is trained, of a parameter that is kept whole beside it too."""
-    return getattr(param, "value", param)
+Axes = tuple[str | None, ...]
+"""Logical axes of an array's dimensions."""
+
+
+def _get_trained_array(param: StoredParam) -> jax.Array:
+    """Returns the array that is trained, of a parameter that is kept whole beside it
+    too."""
+    return param.value if isinstance(param, GatheredParam) else param
+
+
+def _has_mesh() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
 
 
 @jax.tree_util.register_dataclass
@@ -54,44 +70,42 @@ class LoraParam(AdaptedParam):
     2402.09353, §4.1) that times ``magnitude / ‖base + scale · A · B‖`` for each output.
     Norms have no gradient."""
 
-    lora_a: Any
+    lora_a: StoredParam
     """[..., *inputs, rank]."""
-    lora_b: Any
+    lora_b: StoredParam
     """[..., rank, *outputs]."""
-    lora_magnitude: Any
+    lora_magnitude: StoredParam
     """[..., *outputs], each magnitude's difference from the base's norm: with zeros the
     model is the base bit for bit, and gradients are those of the magnitude. None: no
     DoRA."""
     scale: float = field(metadata={"static": True})
     dropout: float = field(default=0.0, kw_only=True, metadata={"static": True})
-    dropout_seed: Any = field(default=None, kw_only=True)
+    dropout_seed: StoredParam = field(default=None, kw_only=True)
     """fp32 [...], a whole number below 2^24 for each layer: it begins the random
     numbers of a training step's dropout. Floating, so that it may stand beside
     parameters that are differentiated. None: no input is dropped, as at inference."""
 
     def materialize(self, reader: ParamReader) -> ShardedWeight:
-        base, own = self._read(reader)
-        return ShardedWeight(own._multiply_out(), base.compute_layout)
+        base, arrays = self._read_arrays(reader)
+        return ShardedWeight(arrays._multiply_out(), base.compute_layout)
 
     def finish_product(
         self, y: jax.Array, x: jax.Array, reader: ParamReader
     ) -> jax.Array:
-        in_axes, out_axes = self._axes(reader)
+        a_axes, b_axes = self._list_axes(reader)
 
-        def map_inputs(x: jax.Array) -> jax.Array:
-            return reader.multiply(
-                self._drop_inputs(x), reader.read(self.lora_a, in_axes)
-            )[0]
+        def multiply_a(x: jax.Array) -> jax.Array:
+            x = self._drop_inputs(x)
+            (h,) = reader.multiply(x, reader.read(self.lora_a, a_axes))
+            return h
 
-        # What is left of x is computed again in the backward pass, rather than kept for
-        # each map.
-        h = (
-            map_inputs(x)
-            if self.dropout_seed is None
-            else jax.checkpoint(map_inputs)(x)
-        )
-        (added,) = reader.multiply(h, reader.read(self.lora_b, out_axes))
-        return self._scale_outputs(y + self.scale * added, reader)
+        if self.dropout_seed is not None:
+            # What is left of x is computed again in the backward pass, rather than kept
+            # for each map.
+            multiply_a = jax.checkpoint(multiply_a)
+        h = multiply_a(x)
+        (product,) = reader.multiply(h, reader.read(self.lora_b, b_axes))
+        return self._scale_outputs(y + self.scale * product, reader)
 
     def merge(self) -> jax.Array | None:
         return None if isinstance(self.base, Leaf) else self._multiply_out()
@@ -101,152 +115,174 @@ class LoraParam(AdaptedParam):
             return self
         shape = specs.lora_a.shape[: specs.lora_a.num_layer_axes]
         seeds = jax.random.randint(key, shape, 0, _NUM_SEEDS).astype(jnp.float32)
-        if shape and not jax.sharding.get_abstract_mesh().empty:
-            layout = get_layout(_get_array(self.lora_a))[: len(shape)]
+        if shape and _has_mesh():
+            layout = get_layout(_get_trained_array(self.lora_a))[: len(shape)]
             seeds = reshard(seeds, make_spec(layout))
         return replace(self, dropout_seed=seeds)
 
     def seed_micro_batch(self, index: jax.Array) -> Self:
         if self.dropout_seed is None:
             return self
-        seeds = (
-            self.dropout_seed.astype(jnp.uint32) + index * _MICRO_BATCH_STRIDE
-        ) % _NUM_SEEDS
+        seeds = self.dropout_seed.astype(jnp.uint32) + index * _MICRO_BATCH_STRIDE
+        seeds = seeds % _NUM_SEEDS
         return replace(self, dropout_seed=seeds.astype(jnp.float32))
 
     def _drop_inputs(self, x: jax.Array) -> jax.Array:
         if self.dropout_seed is None:
             return x
-        key = jax.random.key(_get_array(self.dropout_seed).astype(jnp.uint32))
-        meshless = jax.sharding.get_abstract_mesh().empty
-        layout: Any = {} if meshless else {"out_sharding": jax.typeof(x).sharding}
-        bits = jax.random.bits(key, x.shape, jnp.uint32, **layout)
-        is_kept = bits >= np.uint32(self.dropout * 2**32)
-        return jnp.where(is_kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        seed = _get_trained_array(self.dropout_seed).astype(jnp.uint32)
+        out_sharding = jax.typeof(x).sharding if _has_mesh() else None
+        bits = jax.random.bits(
+            jax.random.key(seed), x.shape, jnp.uint32, out_sharding=out_sharding
+        )
+        # A share `dropout` of all 32-bit numbers lies below this.
+        is_left = bits >= np.uint32(self.dropout * 2**32)
+        return jnp.where(is_left, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def split_principal(self) -> Self:
         """Takes the base's largest singular values and vectors out of it, into A and B
         (PiSSA, Meng et al. 2024, arXiv 2404.02948, eq. 2–4)."""
-        lead = self._lead
+        lead = self._num_lead_dims
         rank = self.lora_a.shape[-1]
-        shape = prod(self.lora_a.shape[lead:-1]), prod(self.lora_b.shape[lead + 1 :])
+        num_inputs = prod(self.lora_a.shape[lead:-1])
+        num_outputs = prod(self.lora_b.shape[lead + 1 :])
 
-        def factor(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def split_kernel(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
             root = jnp.sqrt(s[:rank] / self.scale)
-            a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
-            return (
-                kernel - self.scale * jnp.matmul(a, b, precision=lax.Precision.HIGHEST),
-                a,
-                b,
-            )
+            a = u[:, :rank] * root
+            b = root[:, None] * vt[:rank]
+            product = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+            return kernel - self.scale * product, a, b
 
-        parts = lax.map(factor, self.base.astype(jnp.float32).reshape(-1, *shape))
-        names = "base", "lora_a", "lora_b"
-        own = {
-            n: x.reshape(getattr(self, n).shape)
-            for n, x in zip(names, parts, strict=True)
-        }
-        own = replace(self, **own | {"base": own["base"].astype(self.base.dtype)})
+        kernels = self.base.astype(jnp.float32).reshape(-1, num_inputs, num_outputs)
+        rest, a, b = lax.map(split_kernel, kernels)
+        rest = rest.reshape(self.base.shape)
+        a = a.reshape(self.lora_a.shape)
+        b = b.reshape(self.lora_b.shape)
+        split = replace(self, base=rest.astype(self.base.dtype), lora_a=a, lora_b=b)
         if self.lora_magnitude is None:
-            return own
-        before, after = own._compute_norms()
-        return replace(own, lora_magnitude=after - before)
+            return split
+        # Magnitudes are of the base as it was: the sum of both parts.
+        before, after = split._compute_norms()
+        return replace(split, lora_magnitude=after - before)
 
     @property
-    def _lead(self) -> int:
+    def _num_lead_dims(self) -> int:
         """Dimensions before the inputs: layers, experts."""
         return self.lora_a.ndim + self.lora_b.ndim - self.base.ndim - 2
 
-    def _axes(
-        self, reader: ParamReader
-    ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-        """Logical axes of one layer's A and B."""
-        lead, end = split_dims(reader.spec)
-        axes = reader.spec.axes
-        layers = reader.spec.num_layer_axes
-        return (*axes[layers:end], None), (*axes[layers:lead], None, *axes[end:])
+    def _list_axes(self, reader: ParamReader) -> tuple[Axes, Axes]:
+        """Returns the logical axes of one layer's A and B."""
+        input_start, output_start = split_dims(reader.spec)
+        first = reader.spec.num_layer_axes
+        lead = reader.spec.axes[first:input_start]
+        inputs = reader.spec.axes[input_start:output_start]
+        outputs = reader.spec.axes[output_start:]
+        return (*lead, *inputs, None), (*lead, None, *outputs)
 
-    def _read(self, reader: ParamReader) -> tuple[ShardedWeight, Self]:
+    def _read_arrays(self, reader: ParamReader) -> tuple[ShardedWeight, Self]:
         """Reads the base, and all arrays in its layout."""
         base = reader.read(self.base)
-        in_axes, out_axes = self._axes(reader)
-        lead = self._lead
+        a_axes, b_axes = self._list_axes(reader)
+        lead = self._num_lead_dims
+        output_start = len(a_axes) - 1
         layout = get_layout(base.value)
-        end = len(in_axes) - 1
+        lead_layout = layout[:lead]
+        output_layout = layout[output_start:]
 
-        def read(
-            param: Any, axes: tuple[str | None, ...], *layout: Any, **how: Any
-        ) -> Any:
-            if param is not None:
-                return reshard(
-                    replace(reader, **how).read(param, axes).value, make_spec(layout)
-                )
+        def read(reader: ParamReader, param: StoredParam, axes: Axes, layout: Dims):
+            return reshard(reader.read(param, axes).value, make_spec(layout))
 
-        outer, outputs = layout[:lead], layout[end:]
-        vector = *out_axes[:lead], *out_axes[lead + 1 :]
-        return base, replace(
+        lora_a = read(reader, self.lora_a, a_axes, (*layout[:output_start], ()))
+        lora_b = read(reader, self.lora_b, b_axes, (*lead_layout, (), *output_layout))
+        magnitude = None
+        if self.lora_magnitude is not None:
+            magnitude = read(
+                replace(reader, dtype=jnp.float32),
+                self.lora_magnitude,
+                (*b_axes[:lead], *b_axes[lead + 1 :]),
+                (*lead_layout, *output_layout),
+            )
+        arrays = replace(
             self,
             base=base.value,
-            lora_a=read(self.lora_a, in_axes, *layout[:end], ()),
-            lora_b=read(self.lora_b, out_axes, *outer, (), *outputs),
-            lora_magnitude=read(
-                self.lora_magnitude, vector, *outer, *outputs, dtype=jnp.float32
-            ),
+            lora_a=lora_a,
+            lora_b=lora_b,
+            lora_magnitude=magnitude,
         )
+        return base, arrays
 
     def _scale_outputs(self, y: jax.Array, reader: ParamReader) -> jax.Array:
         """Scales results [B, S, *outputs] to DoRA's magnitudes."""
         if self.lora_magnitude is None:
             return y
-        factors = self._read(reader)[1]._compute_factors()
-        return y * reshard(
-            factors.astype(y.dtype), make_spec(get_layout(y)[-factors.ndim :])
-        )
+        _, arrays = self._read_arrays(reader)
+        factors = arrays._compute_factors()
+        output_layout = get_layout(y)[-factors.ndim :]
+        return y * reshard(factors.astype(y.dtype), make_spec(output_layout))
 
     def _compute_factors(self) -> jax.Array:
+        """Computes magnitude / norm of each output, fp32 [..., *outputs]."""
         before, after = self._compute_norms()
         return (before + self.lora_magnitude) / jnp.maximum(after, _TINY)
 
     def _multiply_out(self) -> jax.Array:
         """Computes the kernel whose product this is."""
-        lead = self._lead
-        outer = tuple(range(self._lead))
-        over = ((self.lora_a.ndim - 1,), (lead,)), (outer, outer)
+        lead = self._num_lead_dims
+        lead_dims = tuple(range(lead))
+        rank_dims = (self.lora_a.ndim - 1,), (lead,)
         product = lax.dot_general(
-            self.lora_a, self.lora_b, over, precision=lax.Precision.HIGHEST
+            self.lora_a,
+            self.lora_b,
+            (rank_dims, (lead_dims, lead_dims)),
+            precision=lax.Precision.HIGHEST,
         )
         kernel = self.base + self.scale * product
         if self.lora_magnitude is None:
             return kernel
-        inputs = tuple(range(lead, self.lora_a.ndim - 1))
-        return kernel * jnp.expand_dims(self._compute_factors(), inputs).astype(
-            kernel.dtype
-        )
+        input_dims = tuple(range(lead, self.lora_a.ndim - 1))
+        factors = jnp.expand_dims(self._compute_factors(), input_dims)
+        return kernel * factors.astype(kernel.dtype)
 
     def _compute_norms(self) -> tuple[jax.Array, jax.Array]:
         """Computes norms of each output's weights in the base, and in the base with A ·
-        B, fp32 [..., *outputs] without gradient; A · B is never made."""
-        parts = self.base, self.lora_a, self.lora_b
-        w, a, b = (lax.stop_gradient(x.astype(jnp.float32)) for x in parts)
-        lead = self._lead
+        B, fp32 [..., *outputs] without gradient; A · B is never made:
+        ‖w + s·A·b‖² = ‖w‖² + b·(2s·Aᵀw + s²·AᵀA·b)."""
+        w = lax.stop_gradient(self.base.astype(jnp.float32))
+        a = lax.stop_gradient(self.lora_a.astype(jnp.float32))
+        b = lax.stop_gradient(self.lora_b.astype(jnp.float32))
+        lead = self._num_lead_dims
+        lead_dims = tuple(range(lead))
+        input_dims = tuple(range(lead, a.ndim - 1))
         layout = get_layout(w)
-        batch, inputs = tuple(range(lead)), tuple(range(lead, a.ndim - 1))
+        output_layout = layout[a.ndim - 1 :]
 
-        def dot(x: jax.Array, y: jax.Array, over: Any, *dims: Any) -> jax.Array:
-            meshless = jax.sharding.get_abstract_mesh().empty
-            out = None if meshless else make_spec((*layout[:lead], *dims))
-            how: Any = {"precision": lax.Precision.HIGHEST, "out_sharding": out}
-            return lax.dot_general(x, y, (over, (batch, batch)), **how)
+        def dot(
+            x: jax.Array,
+            y: jax.Array,
+            contracting_dims: tuple[tuple[int, ...], tuple[int, ...]],
+            *out_layout: tuple[str, ...],
+        ) -> jax.Array:
+            out_sharding = None
+            if _has_mesh():
+                out_sharding = make_spec((*layout[:lead], *out_layout))
+            return lax.dot_general(
+                x,
+                y,
+                (contracting_dims, (lead_dims, lead_dims)),
+                precision=lax.Precision.HIGHEST,
+                out_sharding=out_sharding,
+            )
 
-        outputs = layout[a.ndim - 1 :]
-        aw, aa = (
-            dot(a, w, (inputs, inputs), (), *outputs),
-            dot(a, a, (inputs, inputs), (), ()),
-        )
-        bb = dot(aa, b, ((lead + 1,), (lead,)), (), *outputs)
-        added = jnp.sum(b * (2 * self.scale * aw + self.scale**2 * bb), axis=lead)
-        squares = jnp.sum(jnp.square(w), axis=inputs)
+        over_inputs = (input_dims, input_dims)
+        over_rank = (lead + 1,), (lead,)
+        a_w = dot(a, w, over_inputs, (), *output_layout)
+        a_a = dot(a, a, over_inputs, (), ())
+        a_a_b = dot(a_a, b, over_rank, (), *output_layout)
+        added = jnp.sum(b * (2 * self.scale * a_w + self.scale**2 * a_a_b), axis=lead)
+        squares = jnp.sum(jnp.square(w), axis=input_dims)
+        # Rounding may leave less than nothing.
         return jnp.sqrt(squares), jnp.sqrt(jnp.maximum(squares + added, 0))
 
 
@@ -263,11 +299,12 @@ class LoraTable(LoraParam):
 
     def look_up(self, read_rows: RowReader, reader: ParamReader) -> jax.Array:
         rows = read_rows(self.base, ())
-        in_axes, out_axes = self._axes(reader)
-        h = read_rows(self.lora_a, in_axes)
-        b = replace(reader, dtype=rows.dtype).read(self.lora_b, out_axes).move()
-        out = jax.typeof(rows).sharding.spec
-        rows += self.scale * jnp.einsum("...r,rd->...d", h, b, out_sharding=out)
+        a_axes, b_axes = self._list_axes(reader)
+        h = read_rows(self.lora_a, a_axes)
+        b = replace(reader, dtype=rows.dtype).read(self.lora_b, b_axes).move()
+        row_spec = jax.typeof(rows).sharding.spec
+        added = jnp.einsum("...r,rd->...d", h, b, out_sharding=row_spec)
+        rows += self.scale * added
         return self._scale_outputs(rows, reader)
 
     def merge(self) -> jax.Array | None:
@@ -280,7 +317,7 @@ class TokenRowsParam(AdaptedParam):
     """A table [V, D], or a head [D, V], with rows of its own in place of some tokens'
     of the base; a head tied to the table has them too."""
 
-    token_rows: Any
+    token_rows: StoredParam
     """[tokens, D]."""
     token_ids: tuple[int, ...] = field(metadata={"static": True})
     is_head: bool = field(metadata={"static": True})
@@ -313,15 +350,20 @@ class TokenRowsParam(AdaptedParam):
         is_row = jnp.arange(table.shape[0])[:, None] == jnp.asarray(self.token_ids)
         one_hot = is_row.astype(table.dtype)
         is_replaced = is_row.any(axis=1, keepdims=True)
-        layout: dict[str, Any] = {}
-        if not jax.sharding.get_abstract_mesh().empty:
-            vocab, columns = get_layout(table)
-            one_hot = reshard(one_hot, make_spec((vocab, ())))
-            is_replaced = reshard(is_replaced, make_spec((vocab, ())))
-            rows = reshard(rows, make_spec(((), columns)))
-            layout = {"out_sharding": make_spec((vocab, columns))}
-        picked = jnp.matmul(one_hot, rows, precision=lax.Precision.HIGHEST, **layout)
-        replaced = jnp.where(is_replaced, picked, table)
+        out_sharding = None
+        if _has_mesh():
+            vocab_axes, column_axes = get_layout(table)
+            one_hot = reshard(one_hot, make_spec((vocab_axes, ())))
+            is_replaced = reshard(is_replaced, make_spec((vocab_axes, ())))
+            rows = reshard(rows, make_spec(((), column_axes)))
+            out_sharding = make_spec((vocab_axes, column_axes))
+        new_rows = jnp.matmul(
+            one_hot,
+            rows,
+            precision=lax.Precision.HIGHEST,
+            out_sharding=out_sharding,
+        )
+        replaced = jnp.where(is_replaced, new_rows, table)
         return replaced.T if self.is_head else replaced
 
 
@@ -357,7 +399,8 @@ class LoraAdapter(Adapter):
 
     @property
     def scale(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+        divisor = self.rank**0.5 if self.rank_stabilized else self.rank
+        return self.alpha / divisor
 
     @property
     def changes_base(self) -> bool:
@@ -375,81 +418,104 @@ class LoraAdapter(Adapter):
             adapted["head"] = {**adapted["head"], "kernel": kernel}
         return adapted
 
-    def _add_token_rows(self, spec: Any, *, is_head: bool) -> TokenRowsParam:
+    def _add_token_rows(self, spec: StoredParam, *, is_head: bool) -> TokenRowsParam:
         if is_leaf(spec):
-            what = f"the {'head' if is_head else 'table of tokens'} has LoRA, and rows of its own"
+            name = "head" if is_head else "table of tokens"
             raise MaxlmError(
-                what, where="adapter.token_ids", fix="take it out of adapter.targets"
+                f"the {name} has LoRA, and rows of its own",
+                where="adapter.token_ids",
+                fix="take it out of adapter.targets",
             )
-        size, columns = spec.shape[::-1] if is_head else spec.shape
-        wrong = [i for i in self.token_ids if not 0 <= i < size]
-        if wrong or len({*self.token_ids}) < len(self.token_ids):
-            what = f"{(wrong or self.token_ids)[0]} is no row of the model's table, or named twice"
-            fix = f"name different ids below model.vocab_size={size}"
-            raise MaxlmError(what, where="adapter.token_ids", fix=fix)
-        axis = spec.axes[0 if is_head else 1]
-        zeros = jax.nn.initializers.zeros
-        rows = ParamSpec((len(self.token_ids), columns), (None, axis), zeros, "table")
+        # A head is [D, V], a table [V, D].
+        vocab_size, d_model = spec.shape[::-1] if is_head else spec.shape
+        outside = [i for i in self.token_ids if not 0 <= i < vocab_size]
+        num_tokens = len(self.token_ids)
+        if outside or len(set(self.token_ids)) < num_tokens:
+            token_id = outside[0] if outside else self.token_ids[0]
+            raise MaxlmError(
+                f"{token_id} is no row of the model's table, or named twice",
+                where="adapter.token_ids",
+                fix=f"name different ids below model.vocab_size={vocab_size}",
+            )
+        d_model_axis = spec.axes[0 if is_head else 1]
+        rows = ParamSpec(
+            (num_tokens, d_model),
+            (None, d_model_axis),
+            jax.nn.initializers.zeros,
+            "table",
+        )
         return TokenRowsParam(spec, rows, self.token_ids, is_head)
 
     def init_from_base(self, params: Params) -> Params:
         if self.init != "pissa" and not self.token_ids:
             return params
 
-        def split(held: Any) -> Any:
-            if isinstance(held, TokenRowsParam):
-                return held.take_base_rows()
-            is_map = isinstance(held, LoraParam) and not isinstance(held, LoraTable)
-            if self.init != "pissa" or not is_map:
-                return held
-            layouts = jax.tree.map(lambda x: x.sharding.spec, held)
-            run: Any = jax.sharding.auto_axes(
-                LoraParam.split_principal, out_sharding=layouts
-            )
-            with jax.set_mesh(held.base.sharding.mesh):
-                return jax.jit(run)(held)
+        def init_leaf(param: StoredParam) -> StoredParam:
+            if isinstance(param, TokenRowsParam):
+                return param.take_base_rows()
+            is_map = isinstance(param, LoraParam) and not isinstance(param, LoraTable)
+            if self.init == "pissa" and is_map:
+                return _split_principal_sharded(param)
+            return param
 
-        return jax.tree.map(split, params, is_leaf=is_leaf)
+        return jax.tree.map(init_leaf, params, is_leaf=is_leaf)
 
     def _adapt_one(self, name: str, spec: ParamSpec, tied: bool) -> LoraParam:
-        zeros = jax.nn.initializers.zeros
-        lead, end = split_dims(spec)
-        sides = prod(spec.shape[lead:end]), prod(spec.shape[end:])
-        if self.init == "pissa" and self.rank > min(sides):
-            what = (
-                f"adapter.rank={self.rank}, and {name} has {min(sides)} singular values"
-            )
+        input_start, output_start = split_dims(spec)
+        num_inputs = prod(spec.shape[input_start:output_start])
+        num_outputs = prod(spec.shape[output_start:])
+        num_singular_values = min(num_inputs, num_outputs)
+        if self.init == "pissa" and self.rank > num_singular_values:
             raise MaxlmError(
-                what, where="adapter.init", fix="lower the rank, or its targets"
+                f"adapter.rank={self.rank}, and {name} has {num_singular_values} "
+                "singular values",
+                where="adapter.init",
+                fix="lower the rank, or its targets",
             )
         if self.dropout and "expert" in spec.axes:
-            what = f"dropout of the inputs of the experts {name} is not implemented"
             raise MaxlmError(
-                what, where="adapter.dropout", fix="set it to 0, or other targets"
+                f"dropout of the inputs of the experts {name} is not implemented",
+                where="adapter.dropout",
+                fix="set it to 0, or other targets",
             )
         if self.dora and "expert" in spec.axes:
-            what = f"DoRA of the experts {name} is not implemented"
             raise MaxlmError(
-                what, where="adapter.dora", fix="set it to false, or other targets"
+                f"DoRA of the experts {name} is not implemented",
+                where="adapter.dora",
+                fix="set it to false, or other targets",
             )
-        first = _draw_uniform(sides[0])
-        second = zeros
-        if not spec.contracting_dims:  # as PEFT: the rows' part is zero
-            first = zeros
-            second = jax.nn.initializers.normal(1.0)
+
+        zeros = jax.nn.initializers.zeros
+        is_table = not spec.contracting_dims
+        if is_table:  # as PEFT: the rows' part is zero
+            a_init = zeros
+            b_init = jax.nn.initializers.normal(1.0)
+        else:
+            a_init = _draw_uniform(num_inputs)
+            b_init = zeros
+        lora_a = declare_input_map(spec, self.rank, a_init)
+        lora_b = declare_output_map(spec, self.rank, b_init)
         magnitude = declare_vector(spec, zeros) if self.dora else None
-        parts = (
-            *(spec, declare_input_map(spec, self.rank, first)),
-            *(declare_output_map(spec, self.rank, second), magnitude, self.scale),
+        if is_table:
+            return LoraTable(spec, lora_a, lora_b, magnitude, self.scale, tied=tied)
+        return LoraParam(
+            spec, lora_a, lora_b, magnitude, self.scale, dropout=self.dropout
         )
-        if not spec.contracting_dims:
-            return LoraTable(*parts, tied=tied)
-        return LoraParam(*parts, dropout=self.dropout)
+
+
+def _split_principal_sharded(param: LoraParam) -> LoraParam:
+    """Runs :meth:`LoraParam.split_principal` in the layout of its arrays."""
+    layouts = jax.tree.map(lambda x: x.sharding.spec, param)
+    run = jax.sharding.auto_axes(LoraParam.split_principal, out_sharding=layouts)
+    with jax.set_mesh(param.base.sharding.mesh):
+        return jax.jit(run)(param)
 
 
 def _draw_uniform(num_inputs: int) -> Initializer:
     """Draws uniformly within ± 1 / √inputs, as torch's linear maps and PEFT's A."""
     limit = num_inputs**-0.5
-    return lambda key, shape, dtype: jax.random.uniform(
-        key, shape, dtype, -limit, limit
-    )
+
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return draw

@@ -5,67 +5,90 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
 
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.models.params import Initializer, Params, ParamSpec, flatten_names, is_leaf
+from maxlm.models.params import (
+    Initializer,
+    Leaf,
+    Params,
+    ParamSpec,
+    StoredParam,
+    flatten_names,
+    is_leaf,
+)
 
 EXPERTS = "experts"
 """The target of all kernels of routed experts."""
 
 
 def replace_targets(
-    specs: Params, targets: Sequence[str] | None, adapt: Callable[[str, ParamSpec], Any]
+    specs: Params,
+    targets: Sequence[str] | None,
+    adapt: Callable[[str, ParamSpec], Leaf],
 ) -> Params:
     """Returns declarations with ``adapt(name, spec)`` in place of the targets.
     ``targets``: names of maps, such as ``query`` or ``mlp.up``, or patterns of their
     full names; ``experts``. None: all linear maps of layers."""
-    flat: Mapping[str, Any] = flatten_names(specs, is_leaf)
-    plain = {name: spec for name, spec in flat.items() if not is_leaf(spec)}
+    flat: Mapping[str, StoredParam] = flatten_names(specs, is_leaf)
     candidates = {
-        n: s for n, s in plain.items() if s.contracting_dims or n == "embedding.table"
+        name: spec
+        for name, spec in flat.items()
+        if not is_leaf(spec) and (spec.contracting_dims or name == "embedding.table")
     }
     if targets is None:
-        names = {
-            n
-            for n, s in candidates.items()
-            if n.endswith(".kernel") and s.num_layer_axes
-        }
+        chosen = _find_layer_maps(candidates)
     else:
-        names = {
-            name for target in targets for name in _find_target(candidates, target)
-        }
-    chosen = [
-        adapt(name, spec) if name in names else spec for name, spec in flat.items()
+        chosen = set()
+        for target in targets:
+            chosen.update(_find_target(candidates, target))
+    adapted = [
+        adapt(name, spec) if name in chosen else spec for name, spec in flat.items()
     ]
-    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_leaf), chosen)
+    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_leaf), adapted)
+
+
+def _find_layer_maps(candidates: Mapping[str, ParamSpec]) -> set[str]:
+    """Finds the linear maps of layers, those of routed experts left out: they are not
+    named ``kernel``."""
+    return {
+        name
+        for name, spec in candidates.items()
+        if name.endswith(".kernel") and spec.num_layer_axes
+    }
 
 
 def _find_target(candidates: Mapping[str, ParamSpec], target: str) -> list[str]:
-    modules = {n: n.removesuffix(".kernel").removesuffix(".table") for n in candidates}
+    """Finds the parameters that a target names; raises MaxlmError where there are
+    none."""
+    modules = {
+        name: name.removesuffix(".kernel").removesuffix(".table") for name in candidates
+    }
 
     def is_meant(name: str, spec: ParamSpec) -> bool:
+        is_expert = "expert" in spec.axes
         if target == EXPERTS:
-            return "expert" in spec.axes
-        if any(fnmatchcase(own, target) for own in (name, modules[name])):
+            return is_expert
+        module = modules[name]
+        if fnmatchcase(name, target) or fnmatchcase(module, target):
             return True
         # `up` is no expert's: they are many more, and have a target of their own.
-        return ("expert" not in spec.axes or "." in target) and fnmatchcase(
-            modules[name], f"*.{target}"
-        )
+        if is_expert and "." not in target:
+            return False
+        return fnmatchcase(module, f"*.{target}")
 
-    found = [name for name, spec in candidates.items() if is_meant(name, spec)]
-    if not found:
-        short = [module.rpartition(".")[2] for module in modules.values()]
-        known = [*dict.fromkeys([*short, *modules.values()])]
+    matching = [name for name, spec in candidates.items() if is_meant(name, spec)]
+    if not matching:
+        last_parts = [module.rpartition(".")[2] for module in modules.values()]
+        known = list(dict.fromkeys([*last_parts, *modules.values()]))
         near = get_close_matches(target, known, n=3, cutoff=0.3) or known[:3]
-        what = f"{target!r} is no linear map of this model"
         raise MaxlmError(
-            what, where="adapter.targets", fix=f"use a name such as {', '.join(near)}"
+            f"{target!r} is no linear map of this model",
+            where="adapter.targets",
+            fix=f"use a name such as {', '.join(near)}",
         )
-    return found
+    return matching
 
 
 def split_dims(spec: ParamSpec) -> tuple[int, int]:
@@ -77,29 +100,40 @@ def split_dims(spec: ParamSpec) -> tuple[int, int]:
 
 def declare_input_map(spec: ParamSpec, rank: int, init: Initializer) -> ParamSpec:
     """Declares a map from a kernel's inputs to ``rank`` numbers."""
-    _, end = split_dims(spec)
-    shape, axes = (*spec.shape[:end], rank), (*spec.axes[:end], None)
-    return replace(spec, shape=shape, axes=axes, init=init)
+    _, output_start = split_dims(spec)
+    return replace(
+        spec,
+        shape=(*spec.shape[:output_start], rank),
+        axes=(*spec.axes[:output_start], None),
+        init=init,
+    )
 
 
 def declare_output_map(spec: ParamSpec, rank: int, init: Initializer) -> ParamSpec:
     """Declares a map from ``rank`` numbers to a kernel's outputs."""
-    lead, end = split_dims(spec)
-    shape = (*spec.shape[:lead], rank, *spec.shape[end:])
-    axes = (*spec.axes[:lead], None, *spec.axes[end:])
-    return replace(spec, shape=shape, axes=axes, contracting_dims=(lead,), init=init)
+    input_start, output_start = split_dims(spec)
+    return replace(
+        spec,
+        shape=(*spec.shape[:input_start], rank, *spec.shape[output_start:]),
+        axes=(*spec.axes[:input_start], None, *spec.axes[output_start:]),
+        contracting_dims=(input_start,),
+        init=init,
+    )
 
 
 def declare_vector(
     spec: ParamSpec, init: Initializer, *, of_inputs: bool = False
 ) -> ParamSpec:
     """Declares a number for each of a kernel's outputs, or inputs."""
-    lead, end = split_dims(spec)
-    kept = slice(lead, end) if of_inputs else slice(end, None)
-    shape, axes = (
-        (*spec.shape[:lead], *spec.shape[kept]),
-        (*spec.axes[:lead], *spec.axes[kept]),
-    )
+    input_start, output_start = split_dims(spec)
+    inputs = slice(input_start, output_start)
+    outputs = slice(output_start, None)
+    dims = inputs if of_inputs else outputs
     return replace(
-        spec, shape=shape, axes=axes, role="vector", contracting_dims=(), init=init
+        spec,
+        shape=(*spec.shape[:input_start], *spec.shape[dims]),
+        axes=(*spec.axes[:input_start], *spec.axes[dims]),
+        role="vector",
+        contracting_dims=(),
+        init=init,
     )

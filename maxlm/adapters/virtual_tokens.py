@@ -11,7 +11,7 @@ replaced by parameters: its keys and values in each layer (prefix tuning: Li & L
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from maxlm.models.params import (
     Params,
     ParamSpec,
     ShardedWeight,
+    StoredParam,
     flatten_names,
 )
 from maxlm.parallel.local import get_layout, make_spec
@@ -45,7 +46,7 @@ _PROMPT = "embedding.table.virtual"
 class VirtualTokens(AdaptedParam):
     """A kernel or table, and vectors in place of what it gives for virtual tokens."""
 
-    virtual: Any
+    virtual: StoredParam
     """[n, *outputs]."""
 
     def materialize(self, reader: ParamReader) -> ShardedWeight:
@@ -54,23 +55,21 @@ class VirtualTokens(AdaptedParam):
     def replace_virtual(
         self, y: jax.Array, positions: jax.Array, reader: ParamReader
     ) -> jax.Array:
-        num_outputs = y.ndim - positions.ndim
-        vectors = reader.read(
-            self.virtual, (None, *reader.spec.axes[-num_outputs:])
-        ).move()
-        layout = get_layout(y)
+        num_output_dims = y.ndim - positions.ndim
+        output_axes = reader.spec.axes[-num_output_dims:]
+        vectors = reader.read(self.virtual, (None, *output_axes)).move()
         num_virtual = len(vectors)
+        layout = get_layout(y)
         positions = reshard(positions, make_spec(layout[: positions.ndim]))
         # A product with ones and zeros: XLA splits it and its gradient over any mesh,
         # and a gather whose indices are split over devices not.
         one_hot = (positions[..., None] == jnp.arange(num_virtual)).astype(y.dtype)
-        found = jnp.tensordot(
+        replacements = jnp.tensordot(
             one_hot, vectors, 1, precision="highest", out_sharding=make_spec(layout)
         )
-        is_virtual = jnp.expand_dims(
-            positions < num_virtual, tuple(range(-num_outputs, 0))
-        )
-        return jnp.where(is_virtual, found, y)
+        is_virtual = positions < num_virtual
+        is_virtual = jnp.expand_dims(is_virtual, tuple(range(-num_output_dims, 0)))
+        return jnp.where(is_virtual, replacements, y)
 
 
 class _VirtualTokensAdapter(Adapter):
@@ -81,11 +80,16 @@ class _VirtualTokensAdapter(Adapter):
     """Standard deviation of the normal values that they begin with."""
 
     def _add_vectors(self, spec: ParamSpec) -> VirtualTokens:
-        lead = spec.num_layer_axes
-        inputs = lead + max(1, len(spec.contracting_dims))  # of a table its rows
+        num_layer_dims = spec.num_layer_axes
+        num_input_dims = max(1, len(spec.contracting_dims))  # of a table its rows
+        output_start = num_layer_dims + num_input_dims
         virtual = ParamSpec(
-            (*spec.shape[:lead], self.num_virtual_tokens, *spec.shape[inputs:]),
-            (*spec.axes[:lead], None, *spec.axes[inputs:]),
+            (
+                *spec.shape[:num_layer_dims],
+                self.num_virtual_tokens,
+                *spec.shape[output_start:],
+            ),
+            (*spec.axes[:num_layer_dims], None, *spec.axes[output_start:]),
             jax.nn.initializers.normal(self.init_std),
             "table",
         )
@@ -101,12 +105,17 @@ class PrefixAdapter(_VirtualTokensAdapter):
         """See :meth:`~maxlm.models.adapters.Adapter.adapt`; raises MaxlmError for
         layers without keys and values."""
         names = {name for name in _KERNELS if name.partition(".")[0] in specs}
-        if missing := names - flatten_names(specs).keys():
-            what = f"prefix tuning adds keys and values, and the model has no {min(missing)}"
-            fix = "use adapter.kind=prompt, or a model with multi-head or grouped attention"
-            raise MaxlmError(what, where="adapter.kind", fix=fix)
+        missing = names - flatten_names(specs).keys()
+        if missing:
+            raise MaxlmError(
+                "prefix tuning adds keys and values, and the model has no "
+                f"{min(missing)}",
+                where="adapter.kind",
+                fix="use adapter.kind=prompt, or a model with multi-head or grouped "
+                "attention",
+            )
         return replace_targets(
-            specs, [*names], lambda name, spec: self._add_vectors(spec)
+            specs, list(names), lambda name, spec: self._add_vectors(spec)
         )
 
 
@@ -120,13 +129,15 @@ class PromptAdapter(_VirtualTokensAdapter):
 
     def adapt(self, specs: Params) -> Params:
         table = specs["embedding"]["table"]
-        if wrong := [
-            i for i in self.init_token_ids or () if not 0 <= i < table.shape[0]
-        ]:
-            what = f"{wrong[0]} is no row of the model's table, model.vocab_size={table.shape[0]}"
-            raise MaxlmError(
-                what, where="adapter.init_token_ids", fix="name the tokenizer's ids"
-            )
+        vocab_size = table.shape[0]
+        for token_id in self.init_token_ids or ():
+            if not 0 <= token_id < vocab_size:
+                raise MaxlmError(
+                    f"{token_id} is no row of the model's table, "
+                    f"model.vocab_size={vocab_size}",
+                    where="adapter.init_token_ids",
+                    fix="name the tokenizer's ids",
+                )
         return {**specs, "embedding": {"table": self._add_vectors(table)}}
 
     def init_from_base(self, params: Params) -> Params:
@@ -148,11 +159,17 @@ def to_peft(arrays: Mapping[str, np.ndarray], embedding_scale: float = 1) -> np.
             that it looks up alone, as Gemma does; PEFT's vectors have it in them.
     """
     if _PROMPT in arrays:
-        return arrays[_PROMPT] * np.asarray(embedding_scale, arrays[_PROMPT].dtype)
-    own = [arrays[name] for name in _PREFIXES if name in arrays]
-    pairs = [np.stack(pair, axis=1) for pair in zip(own[::2], own[1::2], strict=True)]
+        prompt = arrays[_PROMPT]
+        return prompt * np.asarray(embedding_scale, prompt.dtype)
+    prefixes = [arrays[name] for name in _PREFIXES if name in arrays]
+    # Of each stack of layers its keys, then its values, [layers, n, K, H].
+    pairs = [
+        np.stack([keys, values], axis=1)
+        for keys, values in zip(prefixes[::2], prefixes[1::2], strict=True)
+    ]
     joined = np.concatenate(pairs)  # [layers, 2, n, K, H]
-    return joined.transpose(2, 0, 1, 3, 4).reshape(joined.shape[2], -1)
+    num_virtual = joined.shape[2]
+    return joined.transpose(2, 0, 1, 3, 4).reshape(num_virtual, -1)
 
 
 def from_peft(
@@ -169,23 +186,22 @@ def from_peft(
     names = [name for name in (_PROMPT, *_PREFIXES) if name in shapes]
     is_prompt = names[0] == _PROMPT
     num_virtual = shapes[names[0]][0 if is_prompt else 1]
-    wanted = num_virtual, sum(prod(shapes[name]) for name in names) // num_virtual
-    if prompt_embeddings.shape != wanted:
-        what = f"prompt_embeddings is {[*prompt_embeddings.shape]}, and {[*wanted]} in this model"
+    num_values = sum(prod(shapes[name]) for name in names)
+    expected_shape = (num_virtual, num_values // num_virtual)
+    if prompt_embeddings.shape != expected_shape:
         raise MaxlmError(
-            what, fix="use an adapter of this model, with as many virtual tokens"
+            f"prompt_embeddings is {[*prompt_embeddings.shape]}, and "
+            f"{[*expected_shape]} in this model",
+            fix="use an adapter of this model, with as many virtual tokens",
         )
     if is_prompt:
-        return {
-            _PROMPT: prompt_embeddings
-            / np.asarray(embedding_scale, prompt_embeddings.dtype)
-        }
-    heads = shapes[names[0]][2:]
+        scale = np.asarray(embedding_scale, prompt_embeddings.dtype)
+        return {_PROMPT: prompt_embeddings / scale}
+    head_shape = shapes[names[0]][2:]
+    joined = prompt_embeddings.reshape(num_virtual, -1, 2, *head_shape)
+    joined = joined.transpose(1, 2, 0, 3, 4)  # [layers, 2, n, K, H]
     depths = [shapes[name][0] for name in names[::2]]
-    joined = prompt_embeddings.reshape(num_virtual, -1, 2, *heads).transpose(
-        1, 2, 0, 3, 4
-    )
-    parts = np.split(joined, np.cumsum(depths)[:-1])
-    return dict(
-        zip(names, [part[:, kind] for part in parts for kind in range(2)], strict=True)
-    )
+    arrays = []
+    for stack in np.split(joined, np.cumsum(depths)[:-1]):
+        arrays += [stack[:, 0], stack[:, 1]]  # keys, values
+    return dict(zip(names, arrays, strict=True))

@@ -161,7 +161,7 @@ def _parse_file(path: Path, parse: Callable[[Any], Parsed]) -> list[Parsed]:
         # The harness writes these files, in forms that change with its versions, and
         # has no schema of them: whatever does not fit is the file's fault.
         if isinstance(error, MaxlmError):
-            fault = error.what
+            fault = error.message
         else:
             fault = f"{type(error).__name__}: {error}"
         message = f"missing, damaged, or not an evaluation's ({fault})"

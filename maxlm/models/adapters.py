@@ -1,5 +1,5 @@
-"""Adapters: other ways in which a model's parameters rest, such as beside small trained
-ones.
+"""Adapters: other ways in which a model's parameters are stored, such as beside small
+trained ones.
 
 An adapter is a config with a ``kind`` and one method, from declarations to
 declarations. To add one, write an :class:`Adapter` and register it in
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from maxlm.config import Config
 from maxlm.models.architectures import Model, ModelConfig
@@ -23,6 +24,8 @@ from maxlm.models.params import (
     replace_base_params,
     select_base_params,
 )
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import AxisRules
 
 
 class Adapter(Config):
@@ -42,12 +45,12 @@ class Adapter(Config):
         return False
 
     def init_from_base(self, params: Params) -> Params:
-        """Return fresh parameters with those that depend on the base, which are in
-        them."""
+        """Returns fresh parameters, the base's among them, with new values for those
+        that depend on the base."""
         return params
 
     def adapt(self, specs: Params) -> Params:
-        """Return the declarations of a model with a :class:`~maxlm.models.params.Leaf`
+        """Returns the declarations of a model with a :class:`~maxlm.models.params.Leaf`
         of declarations in place of each parameter that is adapted."""
         raise NotImplementedError
 
@@ -59,53 +62,65 @@ def count_virtual_tokens(adapter: Adapter | None) -> int:
 
 
 def build_adapted_model(
-    config: ModelConfig, adapter: Adapter | None, **kwargs: Any
+    config: ModelConfig,
+    adapter: Adapter | None,
+    *,
+    rules: AxisRules,
+    dtype: DTypeLike,
+    parallel: ParallelConfig = ParallelConfig(),
 ) -> Model:
-    """Builds a model whose parameters rest as its adapter says, by
-    ``config.build(**kwargs)``."""
-    model = config.build(**kwargs)
+    """Builds a model whose parameters are stored as its adapter says; the keywords are
+    those of ``config.build``."""
+    model = config.build(rules=rules, dtype=dtype, parallel=parallel)
     if adapter is None:
         return model
     specs = adapter.adapt(param_specs(model))
     if adapter.base_dtype != "float32":
-        dtype = jnp.dtype(adapter.base_dtype)
-        base = select_base_params(specs)
-
-        def store(spec: ParamSpec) -> ParamSpec:
-            return spec if spec.role == "vector" else replace(spec, dtype=dtype)
-
-        rest = {
-            name: own if name == "heads" else jax.tree.map(store, own)
-            for name, own in base.items()
-        }
-        specs = replace_base_params(specs, rest)
+        specs = _store_base_as(specs, jnp.dtype(adapter.base_dtype))
     model = bind_specs(model, specs)
     model.num_virtual_tokens = count_virtual_tokens(adapter)
     return model
+
+
+def _store_base_as(specs: Params, dtype: DTypeLike) -> Params:
+    """Returns declarations with another dtype for the base's matrices and tables; heads
+    of a task, which are trained beside an adapter, stay."""
+
+    def store(spec: ParamSpec) -> ParamSpec:
+        return spec if spec.role == "vector" else replace(spec, dtype=dtype)
+
+    base = {}
+    for name, module_specs in select_base_params(specs).items():
+        if name == "heads":
+            base[name] = module_specs
+        else:
+            base[name] = jax.tree.map(store, module_specs)
+    return replace_base_params(specs, base)
 
 
 _merge = jax.jit(lambda leaf: leaf.merge())
 
 
 def merge_adapter(specs: Params, params: Params) -> tuple[Params, Params]:
-    """Return declarations and parameters with the array of :meth:`Leaf.merge` in place
+    """Returns declarations and parameters with the array of :meth:`Leaf.merge` in place
     of each leaf that has one; the others stay. Runs under the mesh of the parameters,
-    which it takes out of ``params`` one by one, so that little is held twice."""
+    which it takes out of ``params`` one by one, so that few are in memory twice."""
     merged_specs = dict(specs)
-    merged = dict[str, Any]()
+    merged: Params = {}
     for name in sorted(params):  # a bias before its kernel
-        held = params.pop(name)
-        if isinstance(held, dict):
-            merged_specs[name], merged[name] = merge_adapter(specs[name], held)
+        param = params.pop(name)
+        if isinstance(param, dict):
+            merged_specs[name], merged[name] = merge_adapter(specs[name], param)
             continue
-        merged[name] = held
-        if (
-            isinstance(held, Leaf)
-            and held.base_field
-            and (value := _merge(held)) is not None
-        ):
-            base = getattr(specs[name], held.base_field)
-            merged_specs[name], merged[name] = replace(base, dtype=value.dtype), value
-            if name == "kernel" and "bias" in merged:
-                merged["bias"] = held.merge_bias(merged["bias"])
+        merged[name] = param
+        if not isinstance(param, Leaf) or not param.base_field:
+            continue
+        value = _merge(param)
+        if value is None:
+            continue
+        base_spec = getattr(specs[name], param.base_field)
+        merged_specs[name] = replace(base_spec, dtype=value.dtype)
+        merged[name] = value
+        if name == "kernel" and "bias" in merged:
+            merged["bias"] = param.merge_bias(merged["bias"])
     return merged_specs, merged

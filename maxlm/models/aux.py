@@ -19,6 +19,6 @@ class Aux:
     def plus(self, other: "Aux") -> "Aux":
         """Adds up both; sums that only one has stay."""
         sums = {**self.sums, **other.sums}
-        both = self.sums.keys() & other.sums.keys()
-        sums |= {name: self.sums[name] + other.sums[name] for name in both}
+        for name in self.sums.keys() & other.sums.keys():
+            sums[name] = self.sums[name] + other.sums[name]
         return Aux(self.loss + other.loss, sums)

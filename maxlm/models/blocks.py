@@ -1,4 +1,7 @@
-"""Joins layers into blocks, and blocks into a scanned stack."""
+"""Joins layers into blocks, and blocks into a scanned stack.
+
+Shapes: B batch, S sequence, D model, L layers.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,11 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 
 from maxlm.config import Config
 from maxlm.config.registry import RegisteredConfig, Registry
 from maxlm.models.aux import Aux
-from maxlm.models.caches import CacheLayout
+from maxlm.models.build_context import BuildContext
+from maxlm.models.caches import CacheLayout, LayerCache
 from maxlm.models.caches.paged import CrossCache
 from maxlm.models.costs import BranchCosts, get_costs
 from maxlm.models.dtypes import accumulation_dtype
@@ -31,10 +36,8 @@ from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.params import Params, ParamSpec, bind, is_leaf, param_specs
 from maxlm.models.remat import RematPolicy, apply_remat
-from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import scan_layers
 from maxlm.parallel.local import LANES, axis_size, get_layout
-from maxlm.sharding import AxisRules
 from maxlm.sharding.supported import ReshapingAxis
 
 Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
@@ -52,13 +55,13 @@ class Mixer(Protocol):
     """The first part of its parameters' names within a layer."""
 
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, cache: Any
-    ) -> tuple[jax.Array, Any]:
-        """Maps [B, S, D] to the same; also gives the cache with these tokens (None if
-        None was)."""
+        self, x: jax.Array, inputs: AttentionInputs, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Maps [B, S, D] to the same; returns also the cache with these tokens in it,
+        or None where there is none."""
         ...
 
-    def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
+    def cache_spec(self, layout: CacheLayout, window: int | None) -> LayerCache:
         """Returns a layer's cache: a pytree with a
         :class:`~maxlm.models.caches.CacheArraySpec` for each array; an empty one is
         zeros."""
@@ -80,12 +83,12 @@ class FeedForward(Protocol):
 
 
 def build_attention(
-    config: AttentionConfig, *sizes: Any, **kwargs: Any
+    config: AttentionConfig, norm: NormConfig, context: BuildContext
 ) -> Attention | LatentAttention:
     """Builds multi-head or latent attention, as the config says."""
-    return (Attention if config.latent is None else LatentAttention)(
-        config, *sizes, **kwargs
-    )
+    if config.latent is None:
+        return Attention(config, norm, context)
+    return LatentAttention(config, norm, context)
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ class RegisteredMixer:
 
     Args:
         config: a class with a ``kind`` of its own, for ``model.mixer``.
-        build: called with (config, norm config, d_model, number of layers, standard
-            deviation of initial weights) and the keywords rules, dtype and parallel.
+        build: called with the config, the model's :class:`NormConfig` and a
+            :class:`~maxlm.models.build_context.BuildContext`.
         mesh_axes: the axes on which it may be trained, of those that reshape what it
             sees: with ``context`` x [B, S, D] is split along S, its tokens in another
             order; with ``stage`` it runs in a program on pipeline stages. Runs that
@@ -113,8 +116,8 @@ class RegisteredFeedForward:
 
     Args:
         config: a class with a ``kind`` of its own, for ``model.ffn``.
-        build: called with (config, d_model, number of layers, standard deviation of
-            initial weights) and the keywords rules and dtype.
+        build: called with the config and a
+            :class:`~maxlm.models.build_context.BuildContext`.
     """
 
     config: type[Config]
@@ -154,7 +157,9 @@ class Block(nnx.Module):
     ==================  ====================================================
 
     Args:
-        depth: layers of the whole model, for the initial size of what they add.
+        mixer_config: an :class:`AttentionConfig`, or one that ``register_mixer`` knows.
+        ffn_config: an :class:`MlpConfig`, a :class:`MoeConfig`, or one that
+            ``register_ffn`` knows.
         cross_attention: whether the layer looks at an encoder's output as well.
     """
 
@@ -164,75 +169,70 @@ class Block(nnx.Module):
         ffn_config: Any,
         norm_config: NormConfig,
         placement: Placement,
-        d_model: int,
-        depth: int,
-        init_std: float,
+        context: BuildContext,
         *,
         cross_attention: bool,
-        rules: AxisRules,
-        dtype: Any,
-        parallel: ParallelConfig,
     ):
+        def build_norm() -> Norm:
+            return Norm(norm_config, context.d_model, context)
+
         self.placement = placement
-        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        sizes = (d_model, depth, init_std)
-        norm = partial(Norm, norm_config, d_model, **kw)
-        sandwich = placement == "sandwich"
-        outer = (norm_config, *sizes)
-        self.attention_norm = norm()
-        registered = MIXERS.get(mixer_config.kind)
-        mixer = registered.build(mixer_config, *outer, parallel=parallel, **kw)
+        has_post_norms = placement == "sandwich"
+        self.attention_norm = build_norm()
+        mixer = MIXERS.get(mixer_config.kind).build(mixer_config, norm_config, context)
         self.mixer_name = mixer.name
         setattr(self, mixer.name, mixer)
-        self.attention_post_norm = norm() if sandwich else None
-        self.cross_norm = norm() if cross_attention else None
-        cross = partial(Attention, mixer_config, *outer, parallel=parallel, **kw)
-        self.cross = cross() if cross_attention else None
-        self.mlp_norm = norm() if placement != "parallel_shared" else None
-        registered_ffn = FEED_FORWARDS.get(ffn_config.kind)
-        ffn = registered_ffn.build(ffn_config, *sizes, **kw)
+        self.attention_post_norm = build_norm() if has_post_norms else None
+        self.cross_norm = build_norm() if cross_attention else None
+        cross = None
+        if cross_attention:
+            assert isinstance(mixer_config, AttentionConfig)
+            cross = Attention(mixer_config, norm_config, context)
+        self.cross = cross
+        self.mlp_norm = build_norm() if placement != "parallel_shared" else None
+        ffn = FEED_FORWARDS.get(ffn_config.kind).build(ffn_config, context)
         self.ffn_name = ffn.name
         setattr(self, ffn.name, ffn)
-        self.mlp_post_norm = norm() if sandwich else None
+        self.mlp_post_norm = build_norm() if has_post_norms else None
 
     def __call__(
         self,
         x: jax.Array,
         inputs: AttentionInputs,
-        cache: Any = None,
+        cache: LayerCache | None = None,
         encoder_output: EncoderOutput | CrossCache | None = None,
-    ) -> tuple[jax.Array, Any, Aux]:
+    ) -> tuple[jax.Array, LayerCache | None, Aux]:
         """x [B, S, D] → the same, the layer's cache with these tokens in it, and what
         the layer adds to the loss and the log."""
         if self.placement in ("parallel", "parallel_shared"):
-            y = self.attention_norm(x)
-            z = y if self.mlp_norm is None else self.mlp_norm(x)
-            y, cache = self.mixer(y, inputs, cache)
-            z, aux = self.ffn.feed(z, inputs.segment_ids)
+            mixer_input = self.attention_norm(x)
+            ffn_input = mixer_input if self.mlp_norm is None else self.mlp_norm(x)
+            y, cache = self.mixer(mixer_input, inputs, cache)
+            z, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
             return x + y + z, cache, aux
-        y, cache = self.mixer(self._before(self.attention_norm, x), inputs, cache)
-        x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
+
+        y, cache = self.mixer(self._norm_before(self.attention_norm, x), inputs, cache)
+        x = self._add_branch(x, y, self.attention_norm, self.attention_post_norm)
         if encoder_output is not None and self.cross is not None:
             y = self.cross.cross_attend(
-                self._before(self.cross_norm, x), inputs, encoder_output
+                self._norm_before(self.cross_norm, x), inputs, encoder_output
             )
-            x = self._joined(x, y, self.cross_norm, None)
-        y, aux = self.ffn.feed(self._before(self.mlp_norm, x), inputs.segment_ids)
-        return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
+            x = self._add_branch(x, y, self.cross_norm, None)
+        ffn_input = self._norm_before(self.mlp_norm, x)
+        y, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
+        x = self._add_branch(x, y, self.mlp_norm, self.mlp_post_norm)
+        return x, cache, aux
 
     def costs(self) -> tuple[BranchCosts, ...]:
         """Costs of one layer, by branch."""
-        mixer: Any = self.mixer
-        ffn: Any = self.ffn
-        own = BranchCosts("mixer", mixer.name, get_costs(mixer))
-        feed = BranchCosts("ffn", ffn.name, get_costs(ffn))
+        mixer_costs = BranchCosts("mixer", self.mixer_name, get_costs(self.mixer))
+        ffn_costs = BranchCosts("ffn", self.ffn_name, get_costs(self.ffn))
         if self.cross is None:
-            return own, feed
-        return (
-            own,
-            feed,
-            BranchCosts("cross_attention", "cross", self.cross.costs("memory")),
-        )
+            return mixer_costs, ffn_costs
+        # Its keys and values are made of the encoder's output.
+        cross_costs = self.cross.costs(kv_input="memory")
+        cross = BranchCosts("cross_attention", "cross", cross_costs)
+        return mixer_costs, ffn_costs, cross
 
     @property
     def mixer(self) -> Mixer:
@@ -242,16 +242,18 @@ class Block(nnx.Module):
     def ffn(self) -> FeedForward:
         return getattr(self, self.ffn_name)
 
-    def _before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
+    def _norm_before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
+        """Returns a branch's input."""
         return x if norm is None or self.placement == "post" else norm(x)
 
-    def _joined(
-        self, x: jax.Array, y: jax.Array, norm: Norm | None, after: Norm | None
+    def _add_branch(
+        self, x: jax.Array, y: jax.Array, norm: Norm | None, post_norm: Norm | None
     ) -> jax.Array:
+        """Adds a branch's output y to the residual stream x."""
         if self.placement == "post":
             assert norm is not None
             return norm(x + y)
-        return x + (y if after is None else after(y))
+        return x + (y if post_norm is None else post_norm(y))
 
 
 Body = Callable[[Any, Any, Any, Any], tuple[Any, Aux]]
@@ -266,72 +268,84 @@ def scan_blocks(
     context: Any,
     shared: Any = None,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     remat: RematPolicy = "none",
 ) -> tuple[Any, Aux]:
     """Runs a stacked block layer after layer; returns x after all, and their ``Aux``
     added up. Compile time does not grow with depth.
 
     Args:
-        params: of the block, whose structure alone is used (``params.stack_layers``).
+        block: its structure alone is used (``params.stack_layers``).
+        params: of the block, each with a leading axis of layers.
         bodies: what layers do with it, by turns.
-        context, shared: arrays that every layer reads, without and with a gradient.
+        x: an array, or a tree of arrays, that goes through the layers.
+        context, shared: trees of arrays that every layer reads, without and with a
+            gradient.
         dtype: of matrices in use, and of their gradients until all layers are through.
     """
 
-    def layer(body, own, carry, context, shared):
+    def run_layer(body, layer_params, carry, context, shared):
         x, total = carry
-        x, aux = body(bind(block, own), x, context, shared)
+        x, aux = body(bind(block, layer_params), x, context, shared)
         return x, jax.tree.map(jnp.add, total, aux)
 
-    def cast(
-        spec: ParamSpec, held: Any
-    ) -> Any:  # an array, or what is held for its gradient
-        castable = spec.role == "matrix" and jnp.issubdtype(spec.dtype, jnp.floating)
-        return (
-            jax.tree.map(partial(cast_without_hoisting, dtype=dtype), held)
-            if castable
-            else held
-        )
+    def cast_matrix(spec: ParamSpec, param: Any) -> Any:
+        # `param` is an array, or arrays of one leaf that stand for one in its gradient.
+        if spec.role != "matrix" or not jnp.issubdtype(spec.dtype, jnp.floating):
+            return param
+        return jax.tree.map(partial(cast_without_hoisting, dtype=dtype), param)
 
-    def cast_all(own: Params) -> Params:
+    def cast_layer(layer_params: Params) -> Params:
         specs = jax.tree.map(
-            _declare_step_values, param_specs(block), own, is_leaf=is_leaf
+            _declare_step_values, param_specs(block), layer_params, is_leaf=is_leaf
         )
-        return jax.tree.map(cast, specs, own)
+        return jax.tree.map(cast_matrix, specs, layer_params)
 
-    first = jax.tree.map(lambda a: a[0], params)
+    # The carry holds the sum of `Aux`, whose fields a layer alone knows.
+    first_layer = jax.tree.map(lambda a: a[0], params)
     _, aux = jax.eval_shape(
-        lambda own: bodies[0](bind(block, own), x, context, shared), first
+        lambda layer_params: bodies[0](bind(block, layer_params), x, context, shared),
+        first_layer,
     )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), aux)
-    alone = len(bodies) == 1 and len(jax.tree.leaves(params)[0]) > 1
+    zero_aux = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), aux
+    )
+
+    num_layers = len(jax.tree.leaves(params)[0])
+    is_loop_body = len(bodies) == 1 and num_layers > 1
     layers = [
-        apply_remat(partial(layer, body), remat, is_loop_body=alone) for body in bodies
+        apply_remat(partial(run_layer, body), remat, is_loop_body=is_loop_body)
+        for body in bodies
     ]
     return scan_layers(
-        layers, params, (x, zeros), context, shared=shared, cast=cast_all
+        layers, params, (x, zero_aux), context, shared=shared, cast=cast_layer
     )
 
 
-def _declare_step_values(spec: Any, held: Any) -> Any:
-    """A parameter's declarations, with those of a vector for what a leaf holds for one
-    training step alone (``Leaf.seed_dropout``): it stays as it is."""
+def _declare_step_values(spec: Any, param: Any) -> Any:
+    """Returns a parameter's declarations, with those of a vector for what a leaf holds
+    for one training step alone (``Leaf.seed_dropout``): it stays as it is."""
     if not is_leaf(spec):
         return spec
-    value = ParamSpec((), (), jax.nn.initializers.zeros, "vector")
-    names = [part.name for part in fields(spec) if getattr(spec, part.name) is None]
-    return replace(spec, **{n: value for n in names if getattr(held, n) is not None})
+    step_value = ParamSpec((), (), jax.nn.initializers.zeros, "vector")
+    undeclared = [
+        field.name for field in fields(spec) if getattr(spec, field.name) is None
+    ]
+    return replace(
+        spec,
+        **{name: step_value for name in undeclared if getattr(param, name) is not None},
+    )
 
 
-def cast_without_hoisting(x: jax.Array, dtype: Any) -> jax.Array:
+def cast_without_hoisting(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Casts one layer's x to ``dtype``, where it stands: XLA:TPU would cast all layers'
     parameters before the loop, with their dimensions turned around, and hold these
     copies throughout."""
     if x.dtype == dtype:
         return x
-    to = jnp.finfo(dtype)
-    x = lax.reduce_precision(x, to.nexp, to.nmant).astype(dtype)
-    if x.shape[-1] // axis_size(get_layout(x)[-1]) < LANES:
+    target = jnp.finfo(dtype)
+    x = lax.reduce_precision(x, target.nexp, target.nmant).astype(dtype)
+    columns_per_device = x.shape[-1] // axis_size(get_layout(x)[-1])
+    if columns_per_device < LANES:
         return x  # a TPU keeps so narrow a shard turned around to begin with
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))

@@ -9,7 +9,7 @@ from maxlm.models.architectures import ModelConfig
 from maxlm.models.layers.rope import LinearScaling, NtkScaling, Scaling, YarnScaling
 
 
-class TuneConfig(Config):
+class ContextExtensionConfig(Config):
     """Changes of a pretrained model that training goes on from."""
 
     extend_to: int | None = Field(default=None, gt=0)
@@ -20,7 +20,7 @@ class TuneConfig(Config):
     """Scaling of RoPE, by the ratio of the lengths."""
 
 
-def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
+def extend_context(model: ModelConfig, tune: ContextExtensionConfig) -> ModelConfig:
     """Returns the model with the context of ``tune.extend_to`` tokens; one that was
     extended so before, as in a run's config.yaml, is returned as it is.
 
@@ -29,34 +29,45 @@ def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
     Raises MaxlmError: positions other than RoPE, a length that is no longer, another
     scaling."""
     length = tune.extend_to
-    original = model.max_seq_len
-    where = "tune.extend_to"
     if length is None:
         return model
+    where = "tune.extend_to"
+    original = model.max_seq_len
     kind = model.positions.kind
     if kind != "rope":
-        what = f"positions.kind={kind} have no RoPE to scale"
-        fix = "set model.max_seq_len alone"
-        raise MaxlmError(what, where=where, fix=fix)
-    if found := model.positions.scaling:
-        if original == length and found == _make_scaling(
-            model, round(length / found.factor), tune
-        ):
-            return model
-        what = f"the model has a scaling already: kind={found.kind}, factor={found.factor:g}, "
-        what += f"max_seq_len={original:,}"
-        fix = "set model.positions.scaling to null and model.max_seq_len to the length before it"
-        raise MaxlmError(what, where=where, fix=fix)
+        raise MaxlmError(
+            f"positions.kind={kind} have no RoPE to scale",
+            where=where,
+            fix="set model.max_seq_len alone",
+        )
+    scaling = model.positions.scaling
+    if scaling is not None:
+        if original == length:
+            unscaled_length = round(length / scaling.factor)
+            if scaling == _make_scaling(model, unscaled_length, tune):
+                return model
+        raise MaxlmError(
+            f"the model has a scaling already: kind={scaling.kind}, "
+            f"factor={scaling.factor:g}, max_seq_len={original:,}",
+            where=where,
+            fix="set model.positions.scaling to null and model.max_seq_len to the "
+            "length before it",
+        )
     if length <= original:
-        what = f"{length:,} tokens are no more than model.max_seq_len={original:,}"
-        raise MaxlmError(what, where=where, fix="give a larger number, or leave it out")
+        raise MaxlmError(
+            f"{length:,} tokens are no more than model.max_seq_len={original:,}",
+            where=where,
+            fix="give a larger number, or leave it out",
+        )
+
     scaling = _make_scaling(model, original, tune)
     pattern = []
     for layer in model.pattern:
-        own = layer.positions
-        if own is not None and (layer.window is None or layer.window > original):
-            own = own.model_copy(update={"scaling": scaling})
-        pattern.append(layer.model_copy(update={"positions": own}))
+        positions = layer.positions
+        sees_further = layer.window is None or layer.window > original
+        if positions is not None and sees_further:
+            positions = positions.model_copy(update={"scaling": scaling})
+        pattern.append(layer.model_copy(update={"positions": positions}))
     changes = {
         "max_seq_len": length,
         "positions": model.positions.model_copy(update={"scaling": scaling}),
@@ -66,7 +77,7 @@ def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
 
 
 def _make_scaling(
-    model: ModelConfig, original_length: int, tune: TuneConfig
+    model: ModelConfig, original_length: int, tune: ContextExtensionConfig
 ) -> Scaling:
     assert tune.extend_to is not None
     factor = tune.extend_to / original_length
@@ -74,12 +85,13 @@ def _make_scaling(
         return LinearScaling(factor=factor)
     if tune.extend_by == "ntk":
         return NtkScaling(factor=factor)
+    is_latent = model.attention is not None and model.attention.latent is not None
     # Latent attention has dimensions that do not turn: all of a score is sharpened, as
     # DeepSeek's.
-    m = (
-        1.0
-        if model.attention is not None and model.attention.latent is not None
-        else None
+    mscale = 1.0 if is_latent else None
+    return YarnScaling(
+        factor=factor,
+        original_length=original_length,
+        mscale=mscale,
+        mscale_all_dim=mscale,
     )
-    own = {"factor": factor, "original_length": original_length}
-    return YarnScaling.model_validate(own | {"mscale": m, "mscale_all_dim": m})

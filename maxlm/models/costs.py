@@ -6,6 +6,7 @@ what there is besides, such as scores of attention. A module without ``costs`` i
 counted by :func:`group_matrices`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -86,25 +87,31 @@ class BranchCosts(NamedTuple):
     costs: LayerCosts
 
 
-def get_costs(module: nnx.Module) -> LayerCosts:
+def get_costs(module: Any) -> LayerCosts:
     """Returns a module's own ``costs()``, or those of its matrices by their
     declarations."""
-    own: Any = getattr(module, "costs", None)
-    return own() if own else LayerCosts(group_matrices(module))
+    count_costs: Callable[[], LayerCosts] | None = getattr(module, "costs", None)
+    if count_costs is None:
+        return LayerCosts(group_matrices(module))
+    return count_costs()
 
 
 def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:
     """Groups a module's matrices by submodule and input: heads or an MLP's hidden
     layer, where their axes say so, otherwise the residual stream."""
     groups: dict[tuple[str, FeatureKind], list[str]] = {}
-    for name, spec in flatten_names(select_base_params(param_specs(module))).items():
-        if spec.role == "matrix":
-            axes = {spec.axes[d] for d in spec.contracting_dims}
-            reads = (
-                "heads" if "heads" in axes else "mlp" if "mlp" in axes else "residual"
-            )
-            submodule = name.removesuffix(".kernel").rpartition(".")[0]
-            groups.setdefault((submodule, reads), []).append(name)
+    specs = flatten_names(select_base_params(param_specs(module)))
+    for name, spec in specs.items():
+        if spec.role != "matrix":
+            continue
+        input_axes = {spec.axes[dim] for dim in spec.contracting_dims}
+        features: FeatureKind = "residual"
+        if "heads" in input_axes:
+            features = "heads"
+        elif "mlp" in input_axes:
+            features = "mlp"
+        submodule = name.removesuffix(".kernel").rpartition(".")[0]
+        groups.setdefault((submodule, features), []).append(name)
     return tuple(
-        MatrixGroup(tuple(names), reads) for (_, reads), names in groups.items()
+        MatrixGroup(tuple(names), features) for (_, features), names in groups.items()
     )

@@ -17,13 +17,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
+from jax.typing import DTypeLike
 
 from maxlm.parallel.linear import multiply_fused_kernel, multiply_kernels
 from maxlm.parallel.local import Dims, get_layout, make_spec, parse_spec
 from maxlm.sharding import AxisRules
 
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
+"""``(random key, shape, dtype) -> initial values``."""
 Params = dict[str, Any]
+"""A model's parameters by the names of its modules, nested; or as many declarations. In
+the place of each parameter stands an array (or a :class:`ParamSpec`), or a
+:class:`Leaf` of them."""
+StoredParam = Any
+"""What stands there: an array, a :class:`Leaf`, or the declaration of one."""
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
@@ -46,7 +53,7 @@ class ParamSpec:
     """Whether its gradient is no slope of the loss but what a rule says to move
     against; optimizers step against its sign by a fixed amount, and keep it out of
     clipping."""
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def num_layer_axes(self) -> int:
@@ -62,20 +69,33 @@ class ParamSpec:
         return self.size * jnp.dtype(self.dtype).itemsize
 
 
-def declare(*args: Any, **kwargs: Any) -> nnx.Param:
+def declare(
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Initializer,
+    role: Literal["matrix", "table", "vector"],
+    *,
+    contracting_dims: tuple[int, ...] = (),
+    sign_update: bool = False,
+) -> nnx.Param:
     """Returns a parameter without values, to be assigned to a module's attribute;
     arguments are those of :class:`ParamSpec`."""
-    spec = ParamSpec(*args, **kwargs)
+    spec = ParamSpec(shape, axes, init, role, contracting_dims, sign_update)
+    return _declare_spec(spec)
+
+
+def _declare_spec(spec: ParamSpec) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
+
+
+# sqrt(1 − 4·φ(2) / (2·Φ(2) − 1)): the deviation of a unit normal cut at ±2.
+_TRUNCATED_STD = 0.879625661034239
 
 
 def truncated_normal(std: float) -> Initializer:
     """Draws normal values cut at two deviations, widened to have deviation ``std``
     then."""
-    kept = (
-        0.879625661034239  # sqrt(1 - 4·φ(2) / (2·Φ(2) - 1)), of a unit normal cut at ±2
-    )
-    return jax.nn.initializers.truncated_normal(std / kept)
+    return jax.nn.initializers.truncated_normal(std / _TRUNCATED_STD)
 
 
 def get_spec(param: nnx.Param) -> ParamSpec:
@@ -106,7 +126,7 @@ class ParamReader:
 
     spec: ParamSpec
     rules: AxisRules
-    dtype: Any
+    dtype: DTypeLike
     token_layout: Dims = ()
     """The mesh axes of B and S in the results, where the parameter is multiplied
     with."""
@@ -119,9 +139,8 @@ class ParamReader:
     @property
     def output_axes(self) -> tuple[str | None, ...]:
         """Logical axes of a matrix's outputs, for one layer."""
-        return self.spec.axes[
-            self.spec.num_layer_axes + len(self.spec.contracting_dims) :
-        ]
+        num_inputs = len(self.spec.contracting_dims)
+        return self.spec.axes[self.spec.num_layer_axes + num_inputs :]
 
     def read(
         self, param: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()
@@ -130,34 +149,38 @@ class ParamReader:
         ZeRO-3 the compute dtype crosses the wire. ``axes`` are its logical axes;
         default: the parameter's."""
         if isinstance(param, Leaf):
-            own = replace(self, spec=replace(self.spec, axes=axes)) if axes else self
-            return param.materialize(own)
+            reader = self
+            if axes:
+                reader = replace(self, spec=replace(self.spec, axes=axes))
+            return param.materialize(reader)
         value = param.astype(self.dtype)
-        own = (axes or self.spec.axes)[
-            -value.ndim :
-        ]  # a scan takes the leading layer axis away
-        used = parse_spec(self.rules.spec(*own), value.ndim)
-        pairs = zip(get_layout(value), used, strict=True)
-        if any(have[: len(want)] != want for have, want in pairs):
-            value = reshard(
-                value, self.rules.spec(*own)
-            )  # stored on other axes altogether
-        return ShardedWeight(value, used)
+        # A scan takes the leading layer axis away.
+        value_axes = (axes or self.spec.axes)[-value.ndim :]
+        compute_spec = self.rules.spec(*value_axes)
+        compute_layout = parse_spec(compute_spec, value.ndim)
+        stored_layout = get_layout(value)
+        can_be_gathered = all(
+            stored[: len(used)] == used
+            for stored, used in zip(stored_layout, compute_layout, strict=True)
+        )
+        if not can_be_gathered:  # stored on other axes altogether
+            value = reshard(value, compute_spec)
+        return ShardedWeight(value, compute_layout)
 
     def multiply(self, x: jax.Array, *weights: ShardedWeight) -> tuple[jax.Array, ...]:
         """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S,
         *outputs] each."""
-        values, used, wholes = zip(*weights, strict=True)
-        return multiply_kernels(x, values, wholes, used, self.token_layout)
+        values, compute_layouts, gathered = zip(*weights, strict=True)
+        return multiply_kernels(x, values, gathered, compute_layouts, self.token_layout)
 
 
-RowReader = Callable[[Any, tuple[str | None, ...]], jax.Array]
+RowReader = Callable[[StoredParam, tuple[str | None, ...]], jax.Array]
 """``(table, logical axes or ()) -> rows`` of the ids that are looked up, [..., S,
 columns]."""
 
 
 class Leaf:
-    """A parameter at rest, where that is not one array.
+    """A parameter that is not stored as one array.
 
     A subclass is a frozen dataclass that is registered with JAX as a pytree. It stands
     in a tree of parameters where an array does, and holds arrays (or leaves again); in
@@ -233,15 +256,15 @@ class AdaptedParam(Leaf):
 
     base_field: ClassVar[str | None] = "base"
 
-    base: Any
+    base: StoredParam
 
     def read_kernel(self, reader: ParamReader) -> ShardedWeight:
         return reader.read(self.base)
 
 
-def is_leaf(held: Any) -> bool:
-    """Returns whether this is a parameter at rest that is not one array."""
-    return isinstance(held, Leaf)
+def is_leaf(param: StoredParam) -> bool:
+    """Returns whether a stored parameter is not one array."""
+    return isinstance(param, Leaf)
 
 
 @jax.tree_util.register_dataclass
@@ -255,9 +278,10 @@ class GatheredParam(Leaf):
     whole: jax.Array
 
     def materialize(self, reader: ParamReader) -> ShardedWeight:
-        own = reader.read(self.value)
+        weight = reader.read(self.value)
         whole = jax.lax.stop_gradient(self.whole).astype(reader.dtype)
-        return own._replace(gathered=reshard(whole, make_spec(own.compute_layout)))
+        gathered = reshard(whole, make_spec(weight.compute_layout))
+        return weight._replace(gathered=gathered)
 
 
 @jax.tree_util.register_dataclass
@@ -265,7 +289,7 @@ class GatheredParam(Leaf):
 class UnstackedParam(Leaf):
     """A stack's parameter as one array (or leaf) a layer, as inference reads it."""
 
-    layers: tuple[Any, ...]
+    layers: tuple[StoredParam, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -282,23 +306,24 @@ class FusedKernel(Leaf):
         self, x: jax.Array, readers: "Sequence[ParamReader]"
     ) -> tuple[jax.Array, ...]:
         """Multiplies x [B, S, in] by the kernels; see :meth:`ParamReader.multiply`."""
-        shapes = tuple(
-            reader.spec.shape[reader.spec.num_layer_axes :] for reader in readers
-        )
-        layouts = tuple(
-            parse_spec(r.rules.spec(*r.output_axes), len(r.output_axes))
-            for r in readers
-        )
         assert self.value is not None
+        output_shapes = []
+        output_layouts = []
+        for reader in readers:
+            layer_shape = reader.spec.shape[reader.spec.num_layer_axes :]
+            output_shapes.append(layer_shape[1:])
+            axes = reader.output_axes
+            output_layouts.append(parse_spec(reader.rules.spec(*axes), len(axes)))
         return multiply_fused_kernel(
-            x, self.value, tuple(s[1:] for s in shapes), layouts
+            x, self.value, tuple(output_shapes), tuple(output_layouts)
         )
 
 
-def get_base(held: Any) -> Any:
-    """Returns the base of a leaf that has one, or else what is given."""
-    field = getattr(held, "base_field", None)
-    return held if field is None else getattr(held, field)
+def get_base(param: StoredParam) -> StoredParam:
+    """Returns the base of a leaf that has one, or else the parameter itself."""
+    if isinstance(param, Leaf) and param.base_field is not None:
+        return getattr(param, param.base_field)
+    return param
 
 
 def is_unstacked(params: Params) -> bool:
@@ -310,20 +335,20 @@ def is_unstacked(params: Params) -> bool:
 def take_stacked_layer(params: Params, layer: int) -> Params:
     """Returns the parameters of one layer of a stack."""
 
-    def take(held: Any) -> Any:
-        if isinstance(held, UnstackedParam):
-            return held.layers[layer]
-        return jax.tree.map(lambda x: x[layer], held)
+    def take(param: StoredParam) -> StoredParam:
+        if isinstance(param, UnstackedParam):
+            return param.layers[layer]
+        return jax.tree.map(lambda x: x[layer], param)
 
     return jax.tree.map(take, params, is_leaf=is_leaf)
 
 
-def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> ShardedWeight:
+def read_weight(param: nnx.Param, rules: AxisRules, dtype: DTypeLike) -> ShardedWeight:
     """Returns a parameter cast to ``dtype``, for ``maxlm.parallel``."""
     return ParamReader(get_spec(param), rules, dtype).read(param.get_value())
 
 
-def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
+def materialize(param: nnx.Param, rules: AxisRules, dtype: DTypeLike) -> jax.Array:
     """Returns a parameter cast to ``dtype`` and moved as :meth:`ShardedWeight.move`
     says."""
     return read_weight(param, rules, dtype).move()
@@ -334,12 +359,11 @@ def replace_virtual(
 ) -> jax.Array:
     """Returns a parameter's result y in the compute dtype after
     :meth:`Leaf.replace_virtual`."""
-    held = param.get_value()
-    if not isinstance(held, Leaf):
+    value = param.get_value()
+    if not isinstance(value, Leaf):
         return y
-    return held.replace_virtual(
-        y, positions, ParamReader(get_spec(param), rules, y.dtype)
-    )
+    reader = ParamReader(get_spec(param), rules, y.dtype)
+    return value.replace_virtual(y, positions, reader)
 
 
 def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> ModuleT:
@@ -347,22 +371,28 @@ def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> Modul
     ``num_layers``; for several groups of layers in a pipeline stage two, [groups,
     layers / groups], so that splitting the second gives each stage its share of every
     group."""
-    lead = (num_layers,) if num_groups == 1 else (num_groups, num_layers // num_groups)
+    lead_shape: tuple[int, ...] = (num_layers,)
+    lead_axes: tuple[str | None, ...] = ("layers",)
+    if num_groups > 1:
+        lead_shape = (num_groups, num_layers // num_groups)
+        lead_axes = (None, "layers")
 
-    def deepen(param: nnx.Param, spec: ParamSpec) -> nnx.Param:
-        spec = replace(
+    def stack(param: nnx.Param, spec: ParamSpec) -> nnx.Param:
+        stacked = replace(
             spec,
-            shape=(*lead, *spec.shape),
-            axes=(*(None,) * (len(lead) - 1), "layers", *spec.axes),
-            contracting_dims=tuple(d + len(lead) for d in spec.contracting_dims),
+            shape=(*lead_shape, *spec.shape),
+            axes=(*lead_axes, *spec.axes),
+            contracting_dims=tuple(
+                dim + len(lead_shape) for dim in spec.contracting_dims
+            ),
         )
-        return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
+        return _declare_spec(stacked)
 
-    return _replaced(module, param_specs(module), deepen)
+    return _map_params(module, param_specs(module), stack)
 
 
 def param_specs(module: nnx.Module) -> Params:
-    """Returns the declarations of all arrays at rest, as a nested dict of
+    """Returns the declarations of all stored arrays, as a nested dict of
     :class:`ParamSpec` (or of leaves that hold some)."""
     return nnx.to_pure_dict(
         nnx.state(module),
@@ -373,28 +403,28 @@ def param_specs(module: nnx.Module) -> Params:
 def bind_specs(module: ModuleT, specs: Params) -> ModuleT:
     """Returns the module with other leaves for its parameters; pure. ``specs`` are its
     :func:`param_specs`, some replaced by a :class:`Leaf` of declarations."""
-    return _replaced(
-        module,
-        specs,
-        lambda param, rest: nnx.Param(
-            param.get_value(), spec=get_spec(param), rest=rest
-        ),
-    )
+
+    def declare_stored(param: nnx.Param, stored_spec: StoredParam) -> nnx.Param:
+        return nnx.Param(param.get_value(), spec=get_spec(param), rest=stored_spec)
+
+    return _map_params(module, specs, declare_stored)
 
 
 def select_base_params(tree: Params) -> Params:
-    """Return parameters (or their declarations) as a model without adapted leaves names
-    them: in place of each :class:`Leaf` that has one, its base."""
+    """Returns parameters (or their declarations) as a model without adapted leaves
+    names them: in place of each :class:`Leaf` that has one, its base."""
     return jax.tree.map(get_base, tree, is_leaf=is_leaf)
 
 
 def replace_base_params(tree: Params, base: Params) -> Params:
-    """Return parameters with other values for what :func:`select_base_params`
+    """Returns parameters with other values for what :func:`select_base_params`
     selects."""
 
-    def put(held: Any, own: Any) -> Any:
-        field = getattr(held, "base_field", None)
-        return own if field is None else replace(held, **{field: own})
+    def put(param: StoredParam, base: StoredParam) -> StoredParam:
+        if isinstance(param, Leaf) and param.base_field is not None:
+            leaf: Any = param  # a dataclass, as all leaves are
+            return replace(leaf, **{param.base_field: base})
+        return base
 
     return jax.tree.map(put, tree, base, is_leaf=is_leaf)
 
@@ -403,10 +433,12 @@ def seed_dropout(params: Params, specs: Params, key: jax.Array) -> Params:
     """Returns parameters whose leaves drop what training drops, each by random numbers
     of its own name; ``specs``: their declarations."""
 
-    def seed(path: tuple[Any, ...], spec: Any, held: Any) -> Any:
+    def seed(
+        path: jax.tree_util.KeyPath, spec: StoredParam, param: StoredParam
+    ) -> StoredParam:
         if not is_leaf(spec):
-            return held
-        return held.seed_dropout(spec, fold_in_name(key, join_path(path)))
+            return param
+        return param.seed_dropout(spec, fold_in_name(key, join_path(path)))
 
     return jax.tree_util.tree_map_with_path(seed, specs, params, is_leaf=is_leaf)
 
@@ -414,8 +446,8 @@ def seed_dropout(params: Params, specs: Params, key: jax.Array) -> Params:
 def seed_micro_batch(params: Params, index: jax.Array) -> Params:
     """Returns parameters with :meth:`Leaf.seed_micro_batch` of each leaf."""
 
-    def seed(held: Any) -> Any:
-        return held.seed_micro_batch(index) if is_leaf(held) else held
+    def seed(param: StoredParam) -> StoredParam:
+        return param.seed_micro_batch(index) if is_leaf(param) else param
 
     return jax.tree.map(seed, params, is_leaf=is_leaf)
 
@@ -431,21 +463,29 @@ def bind(module: ModuleT, params: Params) -> ModuleT:
 
     Of a stacked block's parameters, those of one layer make a block.
     """
-    return _replaced(
-        module, params, lambda param, own: nnx.Param(own, **param.get_metadata())
-    )
+
+    def set_value(param: nnx.Param, value: StoredParam) -> nnx.Param:
+        return nnx.Param(value, **param.get_metadata())
+
+    return _map_params(module, params, set_value)
 
 
-def _replaced(module: ModuleT, tree: Params, make: Callable[..., nnx.Param]) -> ModuleT:
-    """The module with parameters made of its own and a tree's leaves, each used
-    once."""
+def _map_params(
+    module: ModuleT,
+    tree: Params,
+    function: Callable[[nnx.Param, Any], nnx.Param],
+) -> ModuleT:
+    """Returns the module with ``function(parameter, the tree's value of its name)`` for
+    each parameter; every value is used once."""
     graphdef, state = nnx.split(module)
-    given = flatten_names(tree, lambda held: not isinstance(held, Mapping))
-    flat = []
+    # Values may be trees themselves (leaves): only the nested dicts are names.
+    values = flatten_names(tree, lambda value: not isinstance(value, Mapping))
+    mapped = []
     for path, param in nnx.to_flat_state(state):
-        flat.append((path, make(param, given.pop(".".join(map(str, path))))))
-    assert not given, f"the module has no parameter {next(iter(given))}"
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+        name = ".".join(map(str, path))
+        mapped.append((path, function(param, values.pop(name))))
+    assert not values, f"the module has no parameter {next(iter(values))}"
+    return nnx.merge(graphdef, nnx.from_flat_state(mapped))
 
 
 def flatten_names(
@@ -457,7 +497,7 @@ def flatten_names(
     return {join_path(path): value for path, value in flat}
 
 
-def join_path(path: tuple[Any, ...]) -> str:
+def join_path(path: jax.tree_util.KeyPath) -> str:
     """Returns the canonical name of a leaf's path in a JAX tree."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
@@ -472,19 +512,17 @@ def init_params(specs: Params, key: jax.Array) -> Params:
     layer alone. Pure; under ``maxlm.sharding.jit_sharded`` no parameter is ever whole
     on one device."""
 
-    def init(name: str, spec: ParamSpec) -> jax.Array:
-        own = fold_in_name(key, name)
+    def init(path: jax.tree_util.KeyPath, spec: ParamSpec) -> jax.Array:
+        param_key = fold_in_name(key, join_path(path))
         if not spec.num_layer_axes:
-            return spec.init(own, spec.shape, spec.dtype)
-        lead, shape = (
-            spec.shape[: spec.num_layer_axes],
-            spec.shape[spec.num_layer_axes :],
+            return spec.init(param_key, spec.shape, spec.dtype)
+        num_layers = prod(spec.shape[: spec.num_layer_axes])
+        layer_shape = spec.shape[spec.num_layer_axes :]
+        fold_in_layer = jax.vmap(lambda layer: jax.random.fold_in(param_key, layer))
+        layer_keys = fold_in_layer(jnp.arange(num_layers))
+        init_layers = jax.vmap(
+            lambda layer_key: spec.init(layer_key, layer_shape, spec.dtype)
         )
-        layers = jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(prod(lead)))
-        return jax.vmap(lambda k: spec.init(k, shape, spec.dtype))(layers).reshape(
-            spec.shape
-        )
+        return init_layers(layer_keys).reshape(spec.shape)
 
-    return jax.tree_util.tree_map_with_path(
-        lambda path, spec: init(join_path(path), spec), specs
-    )
+    return jax.tree_util.tree_map_with_path(init, specs)

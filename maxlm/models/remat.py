@@ -7,10 +7,12 @@ FFN).
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import jax
 
+P = ParamSpec("P")
+T = TypeVar("T")
 RematPolicy = Literal["none", "full", "attention", "mlp", "matmuls"]
 
 SAVED: dict[str, tuple[str, ...]] = {
@@ -23,8 +25,8 @@ SAVED: dict[str, tuple[str, ...]] = {
 
 
 def apply_remat(
-    layer: Callable[..., Any], policy: RematPolicy, *, is_loop_body: bool = True
-) -> Callable[..., Any]:
+    layer: Callable[P, T], policy: RematPolicy, *, is_loop_body: bool = True
+) -> Callable[P, T]:
     """Applies a policy to ``layer``; "none" recomputes only :func:`save_inputs_only`.
 
     Args:
@@ -42,7 +44,7 @@ def apply_remat(
     )
 
 
-def save_inputs_only(function: Callable[..., Any]) -> Callable[..., Any]:
+def save_inputs_only(function: Callable[P, T]) -> Callable[P, T]:
     """Wraps a cheap ``function``: a scanned layer's backward pass keeps its arguments
     alone, under any policy, for what lies between is several times as large."""
     return jax.checkpoint(function, prevent_cse=False)

@@ -31,15 +31,20 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Requirement
 from maxlm.parallel.local import Axes, axis_size
+from maxlm.parallel.terms import HeadTerms
 from maxlm.sharding import AxisRules
-from pallas_kernels.attention import sink_gradient
+from pallas_kernels.attention.params import AttentionOptions
 
 ContextMethod = Literal["all_gather", "ring", "ulysses"]
 Segments = tuple[jax.Array, jax.Array] | None
+"""Segment ids of queries and of keys; None: each row is one segment."""
+Count = Any
+"""A number, or an array of numbers, one for each of many meshes that a plan tries."""
 
 
 class SequenceSplit(NamedTuple):
-    """Split of a sequence over devices, and its attention mask."""
+    """Split of a sequence over devices, and its attention mask. Hashable: what is no
+    array of an attention."""
 
     axes: Axes
     """The mesh axes over which rows are split."""
@@ -55,12 +60,26 @@ class SequenceSplit(NamedTuple):
     def num_shards(self) -> int:
         return axis_size(self.axes)
 
-    @property
-    def mask_kwargs(self) -> dict[str, Any]:
-        return {"causal": self.causal, "window": self.window}
+    def score_options(self, head_terms: HeadTerms) -> AttentionOptions:
+        """Returns the kernel's options of how scores are computed."""
+        return {
+            "scale": self.scale,
+            "soft_cap": self.soft_cap,
+            "slopes": head_terms.slopes,
+            "biases": head_terms.biases,
+            "sinks": head_terms.sinks,
+        }
 
-    def score_kwargs(self, head_terms: "HeadTerms") -> dict[str, Any]:
-        return {"scale": self.scale, "soft_cap": self.soft_cap, **head_terms._asdict()}
+    def kernel_options(
+        self, head_terms: HeadTerms, segments: Segments
+    ) -> AttentionOptions:
+        """Returns the kernel's options for queries and keys of the whole sequence."""
+        return {
+            "segment_ids": segments,
+            "causal": self.causal,
+            "window": self.window,
+            **self.score_options(head_terms),
+        }
 
     @property
     def chunks_per_device(self) -> int:
@@ -70,48 +89,31 @@ class SequenceSplit(NamedTuple):
     def last_ring_step(self, tokens_per_device: int) -> int:
         """Counts the devices before its own, of ``tokens_per_device`` tokens each, that
         hold keys a device may need. Later devices' keys pass by as the ring closes."""
+        # In balanced order each device also holds late tokens, which see far.
         window = None if self.balanced else self.window
         return int(count_ring_steps(self.num_shards, tokens_per_device, window))
 
-    def chunk_starts(self, device_index: Any, chunk_size: int) -> list[Any]:
+    def chunk_starts(self, device_index: jax.Array, chunk_size: int) -> list[jax.Array]:
         """Returns the index in the sequence of the first token of each chunk, of
         ``chunk_size`` tokens, of the device at ``device_index`` along ``axes``."""
         if not self.balanced:
             return [device_index * chunk_size]
-        return [
-            device_index * chunk_size,
-            (2 * self.num_shards - 1 - device_index) * chunk_size,
-        ]
+        early_start = device_index * chunk_size
+        late_chunk = 2 * self.num_shards - 1 - device_index
+        return [early_start, late_chunk * chunk_size]
 
 
 def count_ring_steps(
-    num_shards: Any, tokens_per_device: Any, window: int | None
-) -> Any:
+    num_shards: Count, tokens_per_device: Count, window: int | None
+) -> Count:
     """Returns the devices before one's own that hold keys it may need, of so many that
     hold the sequence in order; numbers or arrays of them."""
     others = num_shards - 1
     if window is None:
         return others
-    return np.minimum(others, (window + tokens_per_device - 2) // tokens_per_device)
-
-
-class HeadTerms(NamedTuple):
-    """Each query head's own terms of the softmax, fp32; or None."""
-
-    slopes: jax.Array | None = None
-    """[N], constants; times the distance of query and key, subtracted from scores."""
-    biases: jax.Array | None = None
-    """[N, 2R + 1], with gradients; added to scores by distance."""
-    sinks: jax.Array | None = None
-    """[N], with gradients: a logit beside the scores."""
-
-    def compute_gradients(
-        self, lse: jax.Array, delta: jax.Array, d_biases: jax.Array | None = None
-    ) -> "HeadTerms":
-        """Returns gradients of these, from log-sum-exps and ``compute_row_delta``, fp32
-        [B, S, N], and those of biases."""
-        own = None if self.sinks is None else sink_gradient(self.sinks, lse, delta)
-        return HeadTerms(None, d_biases, own)
+    # The first of its tokens sees window − 1 tokens of the devices before it.
+    reached = (window + tokens_per_device - 2) // tokens_per_device
+    return np.minimum(others, reached)
 
 
 def require_context(
@@ -120,7 +122,7 @@ def require_context(
     num_kv_heads: int,
     *,
     rules: AxisRules,
-    sizes: Mapping[str, Any],
+    sizes: Mapping[str, Count],
     method: ContextMethod = "all_gather",
     balanced: bool = False,
 ) -> Iterator[Requirement]:
@@ -133,64 +135,85 @@ def require_context(
         sizes: mesh axis → devices.
     """
     yield from require_keys_beside_queries(num_heads, num_kv_heads, rules, sizes)
-    seq, heads = rules.mesh_axes("seq"), rules.mesh_axes("heads")
-    shares, ways = (prod(sizes[axis] for axis in axes) for axes in (heads, seq))
-    alone = np.equal(ways, 1)
-    divides = seq_len % (ways * (2 if balanced else 1)) == 0
-    yield Requirement(alone | divides, partial(_length_error, seq_len, ways, balanced))
-    split = _named(heads + seq, sizes)
-    what = f"ulysses splits query heads, and {num_heads} do not divide over {split}"
+    seq_axes = rules.mesh_axes("seq")
+    head_axes = rules.mesh_axes("heads")
+    head_shards = prod(sizes[axis] for axis in head_axes)
+    seq_shards = prod(sizes[axis] for axis in seq_axes)
+    is_whole = np.equal(seq_shards, 1)
+
+    num_chunks = seq_shards * (2 if balanced else 1)
+    divides = seq_len % num_chunks == 0
+    refuse = partial(_length_error, seq_len, seq_shards, balanced)
+    yield Requirement(is_whole | divides, refuse)
+
+    split = _describe_axes(head_axes + seq_axes, sizes)
+    message = f"ulysses splits query heads, and {num_heads} do not divide over {split}"
     fix = "use ring or all_gather, or fewer devices on these axes"
-    refuse = partial(MaxlmError, what, where="parallel.context", fix=fix)
-    divides = num_heads % (shares * ways) == 0
-    yield Requirement(alone | (method != "ulysses") | divides, refuse)
+    refuse = partial(MaxlmError, message, where="parallel.context", fix=fix)
+    divides = num_heads % (head_shards * seq_shards) == 0
+    yield Requirement(is_whole | (method != "ulysses") | divides, refuse)
 
 
 def require_keys_beside_queries(
-    num_heads: int, num_kv_heads: int, rules: AxisRules, sizes: Mapping[str, Any]
+    num_heads: int, num_kv_heads: int, rules: AxisRules, sizes: Mapping[str, Count]
 ) -> Iterator[Requirement]:
     """Requires that kv heads are split as query heads are, or whole where each device's
     query heads are whole groups, or lie within one."""
-    heads, kv_heads = rules.mesh_axes("heads"), rules.mesh_axes("kv_heads")
-    differing = prod(sizes[axis] for axis in set(heads) ^ set(kv_heads))
-    whole = np.equal(prod(sizes[axis] for axis in kv_heads), 1)
-    what = f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}"
-    where, fix = "sharding.compute.kv_heads", "give them the axes of heads, or null"
-    ordered = [a for a in heads if a in kv_heads] == [a for a in kv_heads if a in heads]
-    refuse = partial(MaxlmError, what, where=where, fix=fix)
-    yield Requirement(whole | (np.equal(differing, 1) & ordered), refuse)
-    shares = prod(sizes[axis] for axis in heads)
-    group = max(num_heads // num_kv_heads, 1)
-    own = num_heads // shares
-    aligned = (
-        (own % group == 0)
-        | (group % np.maximum(own, 1) == 0)
-        | (num_heads % shares != 0)
+    head_axes = rules.mesh_axes("heads")
+    kv_axes = rules.mesh_axes("kv_heads")
+    where = "sharding.compute.kv_heads"
+
+    # Axes that only one of both has may be there where they have one device.
+    unshared_size = prod(sizes[axis] for axis in set(head_axes) ^ set(kv_axes))
+    same_order = [axis for axis in head_axes if axis in kv_axes] == [
+        axis for axis in kv_axes if axis in head_axes
+    ]
+    kv_heads_are_whole = np.equal(prod(sizes[axis] for axis in kv_axes), 1)
+    split_alike = np.equal(unshared_size, 1) & same_order
+    message = (
+        f"heads are on mesh axes {_describe_axes(head_axes, sizes)}, "
+        f"kv_heads on {_describe_axes(kv_axes, sizes)}"
     )
-    what = f"{own} query heads a device straddle the groups of {group} that share a kv head"
+    fix = "give them the axes of heads, or null"
+    refuse = partial(MaxlmError, message, where=where, fix=fix)
+    yield Requirement(kv_heads_are_whole | split_alike, refuse)
+
+    head_shards = prod(sizes[axis] for axis in head_axes)
+    group_size = max(num_heads // num_kv_heads, 1)
+    heads_per_device = num_heads // head_shards
+    aligned = (
+        (heads_per_device % group_size == 0)
+        | (group_size % np.maximum(heads_per_device, 1) == 0)
+        # Heads that do not divide are refused elsewhere, by name.
+        | (num_heads % head_shards != 0)
+    )
+    message = (
+        f"{heads_per_device} query heads a device straddle the groups of {group_size} "
+        "that share a kv head"
+    )
     fix = f"split heads over a multiple or a divisor of {num_kv_heads} devices"
-    refuse = partial(MaxlmError, what, where=where, fix=fix)
-    yield Requirement(np.logical_not(whole) | aligned, refuse)
+    refuse = partial(MaxlmError, message, where=where, fix=fix)
+    yield Requirement(np.logical_not(kv_heads_are_whole) | aligned, refuse)
 
 
-def _named(axes: Axes, sizes: Mapping[str, int]) -> str:
+def _describe_axes(axes: Axes, sizes: Mapping[str, Count]) -> str:
     return "·".join(f"{axis}={sizes[axis]}" for axis in axes) or "none"
 
 
-def _length_error(length: int, ways: int, balanced: bool) -> MaxlmError:
-    chunks = ways * (2 if balanced else 1)
-    below, above = length // chunks * chunks, -(-length // chunks) * chunks
+def _length_error(length: int, num_shards: int, balanced: bool) -> MaxlmError:
+    num_chunks = num_shards * (2 if balanced else 1)
+    below = length // num_chunks * num_chunks
+    above = -(-length // num_chunks) * num_chunks
+    chunking = f"{num_shards} context shards"
+    if balanced:
+        chunking += ", two chunks each when balanced"
+    fix = f"use {below} or {above}" if below else f"use {above}"
+    if balanced and length % num_shards == 0:
+        fix += ", or parallel.balance_sequence=false"
     return MaxlmError(
-        f"a sequence of {length} does not divide into {chunks} chunks "
-        f"({ways} context "
-        f"shards{', two chunks each when balanced' if balanced else ''})",
+        f"a sequence of {length} does not divide into {num_chunks} chunks ({chunking})",
         where="data.seq_len",
-        fix=f"use {f'{below} or ' if below else ''}{above}"
-        + (
-            ", or parallel.balance_sequence=false"
-            if balanced and length % ways == 0
-            else ""
-        ),
+        fix=fix,
     )
 
 
@@ -202,7 +225,8 @@ def sequence_order_indices(length: int, num_shards: int, balanced: bool) -> np.n
         raise _length_error(length, num_shards, balanced)
     if not balanced:
         return np.arange(length)
+    # Device i has chunk i of the first half, and its mirror image of the second.
     chunks = np.arange(length).reshape(2 * num_shards, -1)
-    return np.stack([chunks[:num_shards], chunks[num_shards:][::-1]], axis=1).reshape(
-        -1
-    )
+    early = chunks[:num_shards]
+    late = chunks[num_shards:][::-1]
+    return np.stack([early, late], axis=1).reshape(-1)

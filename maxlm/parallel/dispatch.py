@@ -4,10 +4,15 @@ A token's k choices are its *assignments*, numbered t·k + j. A plan puts them i
 *slots*, sorted by expert; ``send_to_experts`` takes an array of slots to the devices
 that hold the experts, ``receive_from_experts`` brings one back. Each is the other's
 transpose: the gradient of a sent array is received.
+
+Letters: T tokens of a device, k experts of a token, E experts, R rows at the experts;
+b sequences of a device, C slots of an expert for one sequence; ways, the devices that
+experts are split over.
 """
 
 from dataclasses import dataclass, field
 from math import ceil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,18 @@ from jax import lax
 
 from maxlm.parallel.local import Axes, axis_size
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer_product
+
+
+class _RaggedSlices(NamedTuple):
+    """Slices of one ragged exchange, as ``lax.ragged_all_to_all`` takes them: int32
+    [E], one for each peer and expert."""
+
+    input_offsets: jax.Array
+    """First row of each slice that is sent."""
+    send_sizes: jax.Array
+    output_offsets: jax.Array
+    """Its first row at the receiver."""
+    recv_sizes: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -46,45 +63,57 @@ class DroplessDispatch:
         zeros."""
         if not self.axes:
             return slots
-        there, back = self._slices()
+        sent, returned = self._make_slices()
         if self.ragged:
-            out = jnp.zeros((self._num_rows, *slots.shape[1:]), slots.dtype)
-            return lax.ragged_all_to_all(slots, out, *there, axis_name=self.axes)
+            rows = jnp.zeros((self._num_rows, *slots.shape[1:]), slots.dtype)
+            return lax.ragged_all_to_all(slots, rows, *sent, axis_name=self.axes)
         # Rows bound for one device are contiguous: send as many as there may be from
         # its first.
         ways = len(self.counts)
-        room = self._num_rows // len(self.counts)
-        first = there[0].reshape(ways, -1)[:, :1]
-        got = self._swap(slots[jnp.minimum(first + jnp.arange(room), len(slots) - 1)])
-        starts, sizes = (
-            a.reshape(ways, -1).T for a in back[:2]
-        )  # [experts here, ways]
-        own = self.counts.reshape(ways, ways, -1)[:, self.device_index[0]]
-        at = room * jnp.arange(ways) + (jnp.cumsum(own, 1) - own).T
-        return _pick(got, self._num_rows, starts.ravel(), sizes.ravel(), at.ravel())
+        block_rows = self._num_rows // len(self.counts)
+        first = sent.input_offsets.reshape(ways, -1)[:, :1]
+        index = jnp.minimum(first + jnp.arange(block_rows), len(slots) - 1)
+        received = self._exchange_blocks(slots[index])
+        # Of each expert here, by origin: [experts here, ways].
+        starts = returned.input_offsets.reshape(ways, -1).T
+        sizes = returned.send_sizes.reshape(ways, -1).T
+        counts = self._counts_by_origin()
+        # A row's source: its origin's block, behind the rows of experts before its own.
+        sources = block_rows * jnp.arange(ways) + (jnp.cumsum(counts, 1) - counts).T
+        return _gather_slices(
+            received, self._num_rows, starts.ravel(), sizes.ravel(), sources.ravel()
+        )
 
     def receive_from_experts(self, rows: jax.Array) -> jax.Array:
         """Receives [R, ...] → [T·k, ...]; zeros in slots sent nowhere where devices are
         several."""
         if not self.axes:
             return rows
-        there, back = self._slices()
+        sent, returned = self._make_slices()
+        num_slots = len(self.slot_assignments)
         if self.ragged:
-            out = jnp.zeros((len(self.slot_assignments), *rows.shape[1:]), rows.dtype)
-            return lax.ragged_all_to_all(rows, out, *back, axis_name=self.axes)
+            slots = jnp.zeros((num_slots, *rows.shape[1:]), rows.dtype)
+            return lax.ragged_all_to_all(rows, slots, *returned, axis_name=self.axes)
         ways = len(self.counts)
-        room = self._num_rows // len(self.counts)
-        own = self.counts.reshape(ways, ways, -1)[
-            :, self.device_index[0]
-        ]  # [ways, experts here]
-        block = jax.vmap(lambda *slices: _pick(rows, room, *slices))
-        got = self._swap(
-            block(jnp.cumsum(own, 1) - own, own, back[0].reshape(ways, -1))
+        block_rows = self._num_rows // len(self.counts)
+        counts = self._counts_by_origin()
+        # A block for each origin, of its rows at the experts here.
+        gather_blocks = jax.vmap(
+            lambda *slices: _gather_slices(rows, block_rows, *slices)
         )
-        starts, sizes = there[:2]
+        blocks = gather_blocks(
+            jnp.cumsum(counts, 1) - counts,
+            counts,
+            returned.input_offsets.reshape(ways, -1),
+        )
+        received = self._exchange_blocks(blocks)
+        starts = sent.input_offsets
         first = starts.reshape(ways, -1)[:, :1]
-        at = room * jnp.arange(ways)[:, None] + starts.reshape(ways, -1) - first
-        return _pick(got, len(self.slot_assignments), starts, sizes, at.ravel())
+        sources = block_rows * jnp.arange(ways)[:, None] + starts.reshape(ways, -1)
+        sources = sources - first
+        return _gather_slices(
+            received, num_slots, starts, sent.send_sizes, sources.ravel()
+        )
 
     def dot(
         self, rows: jax.Array, kernels: jax.Array, *, transposed: bool = False
@@ -96,8 +125,10 @@ class DroplessDispatch:
 
     @property
     def _num_rows(self) -> int:
-        (tokens, k), (ways, experts) = self.assignment_slots.shape, self.counts.shape
-        return ways * tokens * min(k, experts // ways)
+        """R, enough for the worst case."""
+        tokens, k = self.assignment_slots.shape
+        ways, num_experts = self.counts.shape
+        return ways * tokens * min(k, num_experts // ways)
 
     @property
     def _sizes(self) -> jax.Array:
@@ -105,33 +136,42 @@ class DroplessDispatch:
         sizes = self.counts.sum(0, dtype=jnp.int32)
         return sizes.reshape(len(self.counts), -1)[self.device_index[0]]
 
-    def _slices(self):
-        """Returns the slices of both ragged exchanges, there and back: (first row,
-        rows) of each slice sent, its first row at the receiver, rows received; one for
-        each peer and expert."""
+    def _counts_by_origin(self) -> jax.Array:
+        """Returns the assignments of each device to each expert here, [ways, experts
+        here]."""
         ways = len(self.counts)
-        here = self.device_index[0]
-        mine = self.counts[here]
-        first = (
-            jnp.cumsum(self.counts, 1) - self.counts
-        )  # of each expert's slots, by origin
-        per_owner = self.counts.reshape(
-            ways, ways, -1
-        )  # origin, owner, expert of the owner
+        return self.counts.reshape(ways, ways, -1)[:, self.device_index[0]]
+
+    def _make_slices(self) -> tuple[_RaggedSlices, _RaggedSlices]:
+        """Returns the slices of both ragged exchanges, there and back."""
+        ways = len(self.counts)
+        device = self.device_index[0]
+        sent_sizes = self.counts[device]
+        # First slot of each expert, by origin.
+        first_slots = jnp.cumsum(self.counts, 1) - self.counts
+        # Origin, owner, expert of the owner.
+        per_owner = self.counts.reshape(ways, ways, -1)
         totals = per_owner.sum(0)
         # Where rows of an origin begin at their owner: after other experts, then other
         # origins.
-        begin = jnp.cumsum(totals, 1) - totals + jnp.cumsum(per_owner, 0) - per_owner
-        received = per_owner[:, here].ravel()
-        there = (first[here], mine, begin[here].ravel(), received)
-        at_origin = first.reshape(ways, ways, -1)[:, here].ravel()
-        return there, (begin[:, here].ravel(), received, at_origin, mine)
-
-    def _swap(self, blocks: jax.Array) -> jax.Array:
-        """[ways, room, ...]: block i to device i; what came, as [ways · room, ...]."""
-        return lax.all_to_all(blocks, self.axes, 0, 0, tiled=True).reshape(
-            -1, *blocks.shape[2:]
+        first_rows = (
+            jnp.cumsum(totals, 1) - totals + jnp.cumsum(per_owner, 0) - per_owner
         )
+        received_sizes = per_owner[:, device].ravel()
+        there = _RaggedSlices(
+            first_slots[device], sent_sizes, first_rows[device].ravel(), received_sizes
+        )
+        slots_at_origin = first_slots.reshape(ways, ways, -1)[:, device].ravel()
+        back = _RaggedSlices(
+            first_rows[:, device].ravel(), received_sizes, slots_at_origin, sent_sizes
+        )
+        return there, back
+
+    def _exchange_blocks(self, blocks: jax.Array) -> jax.Array:
+        """Sends block i of [ways, room, ...] to device i; returns what came, [ways ·
+        room, ...]."""
+        received = lax.all_to_all(blocks, self.axes, 0, 0, tiled=True)
+        return received.reshape(-1, *blocks.shape[2:])
 
 
 @jax.tree_util.register_dataclass
@@ -155,36 +195,39 @@ class CapacityDispatch:
         """Sends [E·b·C, ...] → [R, ...], R = experts a device × ways · b · C."""
         if not self.axes:
             return slots
-        blocks = slots.reshape(
-            axis_size(self.axes), self.experts_per_device, -1, *slots.shape[1:]
-        )
-        got = lax.all_to_all(blocks, self.axes, 0, 0, tiled=True)
-        return got.swapaxes(0, 1).reshape(-1, *slots.shape[1:])
+        ways = axis_size(self.axes)
+        blocks = slots.reshape(ways, self.experts_per_device, -1, *slots.shape[1:])
+        received = lax.all_to_all(blocks, self.axes, 0, 0, tiled=True)
+        # By expert, then by origin.
+        return received.swapaxes(0, 1).reshape(-1, *slots.shape[1:])
 
     def receive_from_experts(self, rows: jax.Array) -> jax.Array:
         """Receives [R, ...] → [E·b·C, ...]."""
         if not self.axes:
             return rows
-        blocks = rows.reshape(
-            self.experts_per_device, axis_size(self.axes), -1, *rows.shape[1:]
-        )
-        got = lax.all_to_all(blocks.swapaxes(0, 1), self.axes, 0, 0, tiled=True)
-        return got.reshape(-1, *rows.shape[1:])
+        ways = axis_size(self.axes)
+        blocks = rows.reshape(self.experts_per_device, ways, -1, *rows.shape[1:])
+        received = lax.all_to_all(blocks.swapaxes(0, 1), self.axes, 0, 0, tiled=True)
+        return received.reshape(-1, *rows.shape[1:])
 
     def dot(
         self, rows: jax.Array, kernels: jax.Array, *, transposed: bool = False
     ) -> jax.Array:
         """Multiplies [R, D] by kernels [experts, D, F] ([experts, F, D] if transposed)
         → [R, F]."""
-        dims = (((2,), (2 if transposed else 1,)), ((0,), (0,)))
-        return lax.dot_general(self._split(rows), kernels, dims).reshape(len(rows), -1)
+        kernel_dim = 2 if transposed else 1
+        dims = (((2,), (kernel_dim,)), ((0,), (0,)))
+        products = lax.dot_general(self._split_experts(rows), kernels, dims)
+        return products.reshape(len(rows), -1)
 
     def outer_product(self, rows: jax.Array, others: jax.Array) -> jax.Array:
         """Contracts [R, D] and [R, F] to [experts, D, F]."""
         dims = (((1,), (1,)), ((0,), (0,)))
-        return lax.dot_general(self._split(rows), self._split(others), dims)
+        return lax.dot_general(
+            self._split_experts(rows), self._split_experts(others), dims
+        )
 
-    def _split(self, rows: jax.Array) -> jax.Array:
+    def _split_experts(self, rows: jax.Array) -> jax.Array:
         return rows.reshape(self.experts_per_device, -1, rows.shape[-1])
 
 
@@ -208,15 +251,20 @@ def plan_dropless(
         device_index: int32 [1], this device's number along them.
     """
     k = expert_ids.shape[-1]
-    flat = expert_ids.reshape(-1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    slot = jnp.argsort(order).astype(
-        jnp.int32
-    )  # the inverse; a TPU sorts faster than it scatters
-    counts = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    flat_ids = expert_ids.reshape(-1)
+    slot_assignments = jnp.argsort(flat_ids, stable=True).astype(jnp.int32)
+    # The inverse; a TPU sorts faster than it scatters.
+    assignment_slots = jnp.argsort(slot_assignments).astype(jnp.int32)
+    is_chosen = flat_ids[:, None] == jnp.arange(num_experts)
+    counts = is_chosen.sum(0, dtype=jnp.int32)
     counts = lax.all_gather(counts, axes) if axes else counts[None]
     return DroplessDispatch(
-        order, slot.reshape(-1, k), counts, device_index, axes, ragged
+        slot_assignments,
+        assignment_slots.reshape(-1, k),
+        counts,
+        device_index,
+        axes,
+        ragged,
     )
 
 
@@ -224,49 +272,70 @@ def compute_expert_capacity(
     seq_len: int, experts_per_token: int, num_experts: int, factor: float
 ) -> int:
     """Returns the slots of an expert for one sequence: ⌈S·k/E · factor⌉, at most S."""
-    return min(seq_len, ceil(seq_len * experts_per_token / num_experts * factor))
+    equal_share = seq_len * experts_per_token / num_experts
+    return min(seq_len, ceil(equal_share * factor))
 
 
 def plan_capacity(
     expert_ids: jax.Array, num_experts: int, expert_capacity: int, axes: Axes
 ) -> CapacityDispatch:
-    """Give each sequence's assignments their slots: all first choices in the order of
+    """Gives each sequence's assignments their slots: all first choices in the order of
     tokens, then all second choices, and so on, until an expert has its capacity
-    (GShard, algorithm 1). ``expert_ids``: int32 [b, S, k] whole sequences;
-    ``num_experts`` for nowhere."""
-    b, s, k = expert_ids.shape
-    by_rank = expert_ids.swapaxes(1, 2).reshape(b, k * s)
+    (GShard, arXiv 2006.16668, algorithm 1).
+
+    Args:
+        expert_ids: int32 [b, S, k] of whole sequences; ``num_experts`` for nowhere.
+    """
+    b, seq_len, k = expert_ids.shape
+    num_ranked = k * seq_len
+    # [b, k·S]: all first choices, then all second ones.
+    by_rank = expert_ids.swapaxes(1, 2).reshape(b, num_ranked)
     order = jnp.argsort(by_rank, axis=1, stable=True)
-    counts = (by_rank[..., None] == jnp.arange(num_experts + 1)).sum(1, dtype=jnp.int32)
-    first = (
-        jnp.cumsum(counts, 1) - counts
-    )  # [b, E + 1], of those that chose the same expert
+    is_chosen = by_rank[..., None] == jnp.arange(num_experts + 1)
+    counts = is_chosen.sum(1, dtype=jnp.int32)
+    # [b, E + 1]: the first place in the order of those that chose an expert.
+    first = jnp.cumsum(counts, 1) - counts
+
+    # The slot of each assignment: its place among those of its expert and row.
     place = jnp.argsort(order, axis=1) - jnp.take_along_axis(first, by_rank, 1)
-    place = place.reshape(b, k, s).swapaxes(1, 2)
-    kept = (place < expert_capacity) & (expert_ids < num_experts)
-    rows = jnp.arange(b)[:, None, None]
+    place = place.reshape(b, k, seq_len).swapaxes(1, 2)
+    has_slot = (place < expert_capacity) & (expert_ids < num_experts)
+    row = jnp.arange(b)[:, None, None]
     nowhere = num_experts * b * expert_capacity
-    slot = jnp.where(kept, (expert_ids * b + rows) * expert_capacity + place, nowhere)
-    slot = slot.reshape(-1, k).astype(jnp.int32)
+    slots = jnp.where(
+        has_slot, (expert_ids * b + row) * expert_capacity + place, nowhere
+    )
+    assignment_slots = slots.reshape(-1, k).astype(jnp.int32)
+
     # Of slot c of expert e, in each row: the c-th of its assignments, if there are as
     # many.
-    within = jnp.arange(expert_capacity)
-    index = jnp.minimum(first[:, :num_experts, None] + within, k * s - 1)  # [b, E, C]
-    rank, token = jnp.divmod(jax.vmap(jnp.take)(order, index), s)
-    filled = within < counts[:, :num_experts, None]
-    order = jnp.where(filled, (rows * s + token) * k + rank, b * s * k)
-    order = order.swapaxes(0, 1).reshape(-1).astype(jnp.int32)
-    return CapacityDispatch(order, slot, axes, num_experts // axis_size(axes))
-
-
-def _pick(
-    source: jax.Array, length: int, starts: jax.Array, sizes: jax.Array, at: jax.Array
-) -> jax.Array:
-    """[length, ...] whose rows starts[i] … + sizes[i] are the source's from at[i] on,
-    for slices in order and without gaps; zeros beyond them."""
-    row = jnp.arange(length)
-    which = jnp.minimum(
-        jnp.searchsorted(jnp.cumsum(sizes), row, side="right"), len(sizes) - 1
+    slot = jnp.arange(expert_capacity)
+    index = jnp.minimum(first[:, :num_experts, None] + slot, num_ranked - 1)
+    rank, token = jnp.divmod(jax.vmap(jnp.take)(order, index), seq_len)  # [b, E, C]
+    is_filled = slot < counts[:, :num_experts, None]
+    assignments = jnp.where(
+        is_filled, (row * seq_len + token) * k + rank, b * seq_len * k
     )
-    index = jnp.where(row < sizes.sum(), at[which] + row - starts[which], len(source))
+    slot_assignments = assignments.swapaxes(0, 1).reshape(-1).astype(jnp.int32)
+    experts_per_device = num_experts // axis_size(axes)
+    return CapacityDispatch(
+        slot_assignments, assignment_slots, axes, experts_per_device
+    )
+
+
+def _gather_slices(
+    source: jax.Array,
+    length: int,
+    starts: jax.Array,
+    sizes: jax.Array,
+    source_starts: jax.Array,
+) -> jax.Array:
+    """Returns [length, ...] whose rows starts[i] … + sizes[i] are the source's from
+    source_starts[i] on, for slices in order and without gaps; zeros beyond them."""
+    row = jnp.arange(length)
+    slice_index = jnp.searchsorted(jnp.cumsum(sizes), row, side="right")
+    slice_index = jnp.minimum(slice_index, len(sizes) - 1)
+    is_filled = row < sizes.sum()
+    index = source_starts[slice_index] + row - starts[slice_index]
+    index = jnp.where(is_filled, index, len(source))
     return jnp.take(source, index, axis=0, mode="fill", fill_value=0)

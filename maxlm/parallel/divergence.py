@@ -5,6 +5,9 @@ Both heads, both softmaxes, the divergence and the cross-entropy of the targets 
 operation, a chunk of tokens at a time, as in :mod:`maxlm.parallel.cross_entropy`. A
 teacher may stand in memory, or as the log-probabilities of its likeliest tokens, with
 all others as one class more.
+
+Letters: D model, V vocabulary, ways the devices that share it, c tokens of a chunk, k
+tokens that a stored teacher names.
 """
 
 import math
@@ -15,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from maxlm.parallel.cross_entropy import (
+    HeadLayout,
     HeadLoss,
+    LocalHead,
     LogitsInputs,
-    lay_out_head,
     run_head_loss,
 )
 from maxlm.parallel.local import Axes, axis_indices, make_spec, map_shards
@@ -67,61 +71,90 @@ def fused_divergence_loss(
         The loss, T²·divergence and cross-entropy, fp32 sums over tokens. The first
         alone is differentiable, in the student's arrays.
     """
-    own, how = student.split(z_loss, chunk_tokens)
+    arrays, options = student.split(z_loss, chunk_tokens)
+    rows = (targets, weights)
+    teacher_arrays = None
+    teacher_options = options
     if isinstance(teacher, StoredTeacher):
-        stored = teacher
-        other = None
-        other_how = how
+        rows = (*rows, *teacher)
     else:
-        stored = ()
-        other, other_how = teacher.split(0.0, chunk_tokens)
-    share = ce_weight
-    vocab = how.used[1]
+        teacher_arrays, teacher_options = teacher.split(0.0, chunk_tokens)
+    divergence_weight = 1.0 - ce_weight
+    vocab_axes = options.vocab_axes
 
-    def local(hidden, head, bias, first, rows, other, gradient):
+    def local(
+        model: LocalHead,
+        vocab_start: jax.Array,
+        rows: tuple[jax.Array, ...],
+        other: LocalHead | None,
+        gradient: bool,
+    ):
         targets, weights, *stored = rows
-        teacher: Any = (stored[0] - first, stored[1]) if other is None else other[:1]
+        # What a chunk of tokens has of the teacher: ids and log-probabilities, or
+        # hidden states.
+        if other is None:
+            ids, log_probs = stored
+            teacher_rows = (ids - vocab_start, log_probs)
+        else:
+            teacher_rows = (other.hidden,)
 
-        def measure(logits: jax.Array, teacher: Any):
+        def measure(
+            logits: jax.Array, teacher_rows: tuple[jax.Array, ...]
+        ) -> tuple[jax.Array, jax.Array]:
             logits = logits / temperature
             if other is None:
-                return _measure_from_classes(
-                    logits, teacher[0], teacher[1], beta, vocab
-                )
-            theirs = compute_logits(teacher[0], other[1], other[2], other_how.soft_cap)
-            return _measure_from_logits(logits, theirs / temperature, beta, vocab)
+                ids, log_probs = teacher_rows
+                return _measure_from_classes(logits, ids, log_probs, beta, vocab_axes)
+            (hidden,) = teacher_rows
+            teacher_logits = compute_logits(
+                hidden, other.head, other.bias, teacher_options.soft_cap
+            )
+            return _measure_from_logits(
+                logits, teacher_logits / temperature, beta, vocab_axes
+            )
 
-        def logits_loss(logits, targets, weights, *teacher):
-            divergence, d_logits = measure(logits, teacher)
-            (loss, entropy), d_entropy = compute_logits_cross_entropy(
-                *(logits, targets, weights),
-                axes=vocab,
-                z_loss=how.z_loss,
-                gradient=gradient and share > 0,
+        def logits_loss(logits, targets, weights, *teacher_rows):
+            divergence, d_logits = measure(logits, teacher_rows)
+            (cross_entropy_loss, cross_entropy), d_cross_entropy = (
+                compute_logits_cross_entropy(
+                    logits,
+                    targets,
+                    weights,
+                    axes=vocab_axes,
+                    z_loss=options.z_loss,
+                    gradient=gradient and ce_weight > 0,
+                )
             )
             # Whatever stands where nothing is counted may be infinite.
-            divergence = (
-                jnp.where(weights != 0, divergence * weights, 0.0).sum()
-                * temperature**2
-            )
-            sums = (1.0 - share) * divergence + share * loss, divergence, entropy
+            divergence = jnp.where(weights != 0, divergence * weights, 0.0).sum()
+            divergence = divergence * temperature**2
+            loss = divergence_weight * divergence + ce_weight * cross_entropy_loss
+            sums = (loss, divergence, cross_entropy)
             if not gradient:
                 return sums, None
-            counted = weights[:, None] * ((1.0 - share) * temperature)
-            d_logits = jnp.where(counted != 0, d_logits * counted, 0.0)
-            return sums, d_logits if d_entropy is None else d_logits + share * d_entropy
+            # One factor T of T² is left: the logits were divided by the other.
+            token_weights = weights[:, None] * (divergence_weight * temperature)
+            d_logits = jnp.where(token_weights != 0, d_logits * token_weights, 0.0)
+            if d_cross_entropy is not None:
+                d_logits = d_logits + ce_weight * d_cross_entropy
+            return sums, d_logits
 
         return sum_over_chunks(
-            *(hidden, head, (targets - first, weights, *teacher), logits_loss),
-            bias=bias,
-            soft_cap=how.soft_cap,
+            model.hidden,
+            model.head,
+            (targets - vocab_start, weights, *teacher_rows),
+            logits_loss,
+            bias=model.bias,
+            soft_cap=options.soft_cap,
             num_sums=3,
             gradient=gradient,
-            chunk_tokens=how.chunk,
+            chunk_tokens=options.chunk_tokens,
         )
 
-    loss = HeadLoss(how, local, other_how.used)
-    return run_head_loss(own, other, (targets, weights, *stored), loss)
+    loss = HeadLoss(options, local, teacher_options.head_layout)
+    sums: Any = run_head_loss(arrays, teacher_arrays, rows, loss)
+    total, divergence, cross_entropy = sums
+    return total, divergence, cross_entropy
 
 
 def compute_top_log_probs(
@@ -129,37 +162,44 @@ def compute_top_log_probs(
 ) -> StoredTeacher:
     """Returns the ``k`` likeliest tokens after each of a model's hidden states [...,
     D]."""
-    own, how = model.split(0.0, chunk_tokens)
-    tokens, specs, bring = lay_out_head(own, how.used)
-    vocab = how.used[1]
+    arrays, options = model.split(0.0, chunk_tokens)
+    layout = HeadLayout(arrays, options.head_layout)
+    vocab_axes = layout.vocab_axes
 
-    def local(own, number):
-        hidden, head, bias = bring(*own)
-        first = number[0] * head.shape[1]
+    def local(arrays, vocab_index):
+        hidden, head, bias = layout.gather(arrays)
+        vocab_start = vocab_index[0] * head.shape[1]
 
-        def find(rows):
-            logits = compute_logits(rows, head, bias, how.soft_cap) / temperature
+        def find_top(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = compute_logits(rows, head, bias, options.soft_cap) / temperature
             values, ids = lax.top_k(logits, min(k, logits.shape[1]))
-            if vocab:
-                values = lax.all_gather(values, vocab, axis=1, tiled=True)
-                ids = lax.all_gather(ids + first, vocab, axis=1, tiled=True)
+            if vocab_axes:
+                # The best of each device's best; ids count from this share's first.
+                values = lax.all_gather(values, vocab_axes, axis=1, tiled=True)
+                ids = lax.all_gather(ids + vocab_start, vocab_axes, axis=1, tiled=True)
                 values, places = lax.top_k(values, k)
-                ids = jnp.take_along_axis(ids, places, axis=1) - first
-            classes, _ = _compute_class_log_probs(logits, ids, vocab)
-            return ids + first, classes
+                ids = jnp.take_along_axis(ids, places, axis=1) - vocab_start
+            log_probs, _ = _compute_class_log_probs(logits, ids, vocab_axes)
+            return ids + vocab_start, log_probs
 
         rows = hidden.reshape(-1, hidden.shape[-1])
-        found = lax.map(find, split_into_chunks(rows, how.chunk))
-        return jax.tree.map(
-            lambda a: a.reshape(-1, a.shape[-1])[: len(rows)].reshape(
-                *hidden.shape[:-1], -1
-            ),
-            found,
-        )
+        chunks = split_into_chunks(rows, options.chunk_tokens)
 
-    rows = make_spec((*tokens[:-1], ()))
-    run = map_shards(local, (specs, make_spec((vocab,))), (rows, rows))
-    return StoredTeacher(*run(own, axis_indices(vocab)))
+        def join_chunks(x: jax.Array) -> jax.Array:
+            # The last chunk is padded.
+            x = x.reshape(-1, x.shape[-1])[: len(rows)]
+            return x.reshape(*hidden.shape[:-1], -1)
+
+        return jax.tree.map(join_chunks, lax.map(find_top, chunks))
+
+    row_spec = make_spec((*layout.hidden_used[:-1], ()))
+    run = map_shards(
+        local,
+        in_specs=(layout.specs, make_spec((vocab_axes,))),
+        out_specs=(row_spec, row_spec),
+    )
+    ids, log_probs = run(arrays, axis_indices(vocab_axes))
+    return StoredTeacher(ids, log_probs)
 
 
 def _measure_from_logits(
@@ -167,11 +207,12 @@ def _measure_from_logits(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the divergence [c] of logits [c, V / ways] from a teacher's, and its
     gradient."""
-    student, teacher = (a - _logsumexp(a, axes)[:, None] for a in (logits, teacher))
+    student = logits - _logsumexp(logits, axes)[:, None]
+    teacher = teacher - _logsumexp(teacher, axes)[:, None]
     terms, slopes = _divergence_terms(student, teacher, beta)
-    sums = terms.sum(-1), slopes.sum(-1)
-    total, slope = lax.psum(sums, axes) if axes else sums
-    return total, slopes - jnp.exp(student) * slope[:, None]
+    sums = (terms.sum(-1), slopes.sum(-1))
+    divergence, slope_sum = lax.psum(sums, axes) if axes else sums
+    return divergence, slopes - jnp.exp(student) * slope_sum[:, None]
 
 
 def _measure_from_classes(
@@ -182,30 +223,34 @@ def _measure_from_classes(
     student, shares = _compute_class_log_probs(logits, ids, axes)
     terms, slopes = _divergence_terms(student, log_probs, beta)
     d_classes = slopes - jnp.exp(student) * slopes.sum(-1, keepdims=True)
+    divergence = terms.sum(-1)
     # The last class's is split over its tokens.
-    return terms.sum(-1), _set_classes(
-        shares * d_classes[:, -1:], ids, d_classes[:, :-1]
-    )
+    d_others = shares * d_classes[:, -1:]
+    return divergence, _set_classes(d_others, ids, d_classes[:, :-1])
 
 
 def _divergence_terms(
     student: jax.Array, teacher: jax.Array, beta: float
 ) -> tuple[jax.Array, jax.Array]:
     """Returns terms that add up to the divergence of log-probabilities, and s with the
-    gradient s − p·Σs in the student's logits, p being its probabilities."""
-    p, q = jnp.exp(student), jnp.exp(teacher)
+    gradient s − p·Σs in the student's logits, p being its probabilities; ``beta`` as of
+    :func:`fused_divergence_loss`."""
+    p = jnp.exp(student)
+    q = jnp.exp(teacher)
 
-    def expect(p: jax.Array, log_ratio: jax.Array) -> jax.Array:
+    def weigh(p: jax.Array, log_ratio: jax.Array) -> jax.Array:
+        # 0 · log 0 is 0.
         return jnp.where(p > 0, p * log_ratio, 0.0)
 
     if beta == 0:
-        return expect(q, teacher - student), -q
+        return weigh(q, teacher - student), -q
     if beta == 1:
-        terms = expect(p, student - teacher)
+        terms = weigh(p, student - teacher)
         return terms, terms
     mixture = jnp.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
-    own = (1.0 - beta) * expect(p, student - mixture)
-    return beta * expect(q, teacher - mixture) + own, own
+    student_terms = (1.0 - beta) * weigh(p, student - mixture)
+    teacher_terms = beta * weigh(q, teacher - mixture)
+    return teacher_terms + student_terms, student_terms
 
 
 def _compute_class_log_probs(
@@ -215,24 +260,29 @@ def _compute_class_log_probs(
     of these the share that each of this device's tokens has [c, V / ways], 0 for
     ids."""
     size = logits.shape[1]
-    here = (ids >= 0) & (ids < size)
-    own = jnp.where(
-        here, jnp.take_along_axis(logits, jnp.clip(ids, 0, size - 1), axis=1), 0.0
-    )
-    own = lax.psum(own, axes) if axes else own
+    is_here = (ids >= 0) & (ids < size)
+    index = jnp.clip(ids, 0, size - 1)
+    class_logits = jnp.where(is_here, jnp.take_along_axis(logits, index, axis=1), 0.0)
+    if axes:
+        class_logits = lax.psum(class_logits, axes)
     others = _set_classes(logits, ids, jnp.full(ids.shape, -jnp.inf))
-    rest = _logsumexp(others, axes)[:, None]
-    shares = jnp.exp(others - jnp.where(jnp.isfinite(rest), rest, 0.0))
-    return jax.nn.log_softmax(jnp.concatenate([own, rest], axis=1), axis=1), shares
+    others_logit = _logsumexp(others, axes)[:, None]
+    # Where the ids are all tokens there are no others: −inf − −inf is NaN.
+    finite_logit = jnp.where(jnp.isfinite(others_logit), others_logit, 0.0)
+    shares = jnp.exp(others - finite_logit)
+    all_logits = jnp.concatenate([class_logits, others_logit], axis=1)
+    return jax.nn.log_softmax(all_logits, axis=1), shares
 
 
 def _set_classes(values: jax.Array, ids: jax.Array, new: jax.Array) -> jax.Array:
     """Sets values [c, V / ways] at ids [c, k], as far as they are this device's."""
     size = values.shape[1]
-    places = jnp.where((ids >= 0) & (ids < size), ids, size)
+    places = jnp.where((ids >= 0) & (ids < size), ids, size)  # size: dropped
     return values.at[jnp.arange(len(ids))[:, None], places].set(new, mode="drop")
 
 
 def _logsumexp(x: jax.Array, axes: Axes) -> jax.Array:
-    own = jax.nn.logsumexp(x, axis=-1)
-    return jax.nn.logsumexp(lax.all_gather(own, axes), axis=0) if axes else own
+    local = jax.nn.logsumexp(x, axis=-1)
+    if not axes:
+        return local
+    return jax.nn.logsumexp(lax.all_gather(local, axes), axis=0)

@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from maxlm.parallel.local import (
+    Axes,
     Dims,
     axis_indices,
     axis_size,
@@ -29,26 +30,43 @@ from maxlm.parallel.local import (
 class _Layouts:
     """Layouts of a table in storage, and of ids."""
 
-    def __init__(self, table: jax.Array, ids: jax.Array, used: Dims):
-        self.table, self.ids = get_layout(table), get_layout(ids)
-        split_dims = {axis: dim for dim, axes in enumerate(self.ids) for axis in axes}
-        columns = self.table[1][len(used[1]) :]
-        # An inner axis cannot be exchanged without the outer ones.
-        exchanges = all(axis in split_dims for axis in columns)
-        self.exchanged = (
-            [(axis, split_dims[axis]) for axis in columns] if exchanges else []
-        )
+    def __init__(self, table: jax.Array, ids: jax.Array, table_used: Dims):
+        self.table_stored = get_layout(table)
+        self.table_used = table_used
+        self.ids = get_layout(ids)
+        vocab_axes, column_axes = table_used
+        id_dims = {axis: dim for dim, axes in enumerate(self.ids) for axis in axes}
+        slice_axes = self.table_stored[1][len(column_axes) :]
+        self.exchanged: list[tuple[str, int]] = []
         """(mesh axis, dimension of ``ids`` it splits), of the columns; outermost
         first."""
-        self.held = (used[0], self.table[1] if self.exchanged else used[1])
+        # An inner axis cannot be exchanged without the outer ones.
+        if all(axis in id_dims for axis in slice_axes):
+            self.exchanged = [(axis, id_dims[axis]) for axis in slice_axes]
+        columns = self.table_stored[1] if self.exchanged else column_axes
+        self.table_gathered: Dims = (vocab_axes, columns)
         """Layout of the table during the look-up: gathered where no all-to-all can
         exchange it."""
 
+    @property
+    def vocab_axes(self) -> Axes:
+        return self.table_used[0]
 
-def _own_rows(ids, table, number):
-    """Indices into this device's rows, and whether they are there."""
-    rows = ids - number[0] * table.shape[0]
-    return rows, (rows >= 0) & (rows < table.shape[0])
+    @property
+    def summed_axes(self) -> Axes:
+        """Axes along which devices have gradients of different tokens, and the same
+        columns."""
+        id_axes = {axis for axes in self.ids for axis in axes}
+        exchanged_axes = {axis for axis, _ in self.exchanged}
+        return tuple(sorted(id_axes - exchanged_axes))
+
+
+def _find_rows(
+    ids: jax.Array, num_rows: int, vocab_index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns indices into this device's rows, and whether they are there."""
+    rows = ids - vocab_index[0] * num_rows
+    return rows, (rows >= 0) & (rows < num_rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -70,67 +88,82 @@ def embed_tokens(
         dtype: of the result; gradients are summed within a device in fp32, between
             devices in it.
     """
-    own = _Layouts(table, ids, table_layout)
-    vocab = table_layout[0]
-    size = table.shape[0]
+    layouts = _Layouts(table, ids, table_layout)
+    vocab_size = table.shape[0]
 
-    def local(table, ids, number):
-        table = gather(table.astype(dtype), own.table, own.held)
-        everyone = ids
-        for axis, dim in own.exchanged:
-            everyone = lax.all_gather(everyone, axis, axis=dim, tiled=True)
-        rows, here = _own_rows(everyone, table, number)
-        y = jnp.where(here[..., None], table[jnp.where(here, rows, 0)], 0)
-        y = reduce(y, vocab, (*own.ids, table_layout[1]), out_layout)
-        for axis, dim in reversed(own.exchanged):
+    def local(table, ids, vocab_index):
+        table = gather(
+            table.astype(dtype), layouts.table_stored, layouts.table_gathered
+        )
+        # Everyone looks up, in its own columns, the tokens of all that share the table.
+        for axis, dim in layouts.exchanged:
+            ids = lax.all_gather(ids, axis, axis=dim, tiled=True)
+        rows, is_here = _find_rows(ids, len(table), vocab_index)
+        y = jnp.where(is_here[..., None], table[jnp.where(is_here, rows, 0)], 0)
+        y = reduce(y, layouts.vocab_axes, (*layouts.ids, table_layout[1]), out_layout)
+        for axis, dim in reversed(layouts.exchanged):
             y = lax.all_to_all(
                 y, axis, split_axis=dim, concat_axis=y.ndim - 1, tiled=True
             )
         return y
 
-    specs = make_spec(own.table), make_spec(own.ids), make_spec((vocab,))
-    y = map_shards(local, specs, make_spec(out_layout))(table, ids, axis_indices(vocab))
-    known = (ids >= 0) & (ids < size)
-    return jnp.where(
-        jax.sharding.reshard(known, make_spec(out_layout[:-1]))[..., None], y, jnp.nan
+    run = map_shards(
+        local,
+        in_specs=(
+            make_spec(layouts.table_stored),
+            make_spec(layouts.ids),
+            make_spec((layouts.vocab_axes,)),
+        ),
+        out_specs=make_spec(out_layout),
     )
+    y = run(table, ids, axis_indices(layouts.vocab_axes))
+    is_known = (ids >= 0) & (ids < vocab_size)
+    is_known = jax.sharding.reshard(is_known, make_spec(out_layout[:-1]))
+    return jnp.where(is_known[..., None], y, jnp.nan)
 
 
-def _forward(table, ids, used, out, dtype):
-    return embed_tokens(table, ids, used, out, dtype), (table, ids)
+def _forward(table, ids, table_layout, out_layout, dtype):
+    y = embed_tokens(table, ids, table_layout, out_layout, dtype)
+    return y, (table, ids)
 
 
-def _backward(used, out, dtype, saved, d_y):
+def _backward(table_layout, out_layout, dtype, saved, d_y):
     table, ids = saved
-    own = _Layouts(table, ids, used)
-    vocab = used[0]
+    layouts = _Layouts(table, ids, table_layout)
 
-    def local(table, ids, number, d_y):
-        held = (table.shape[0] * axis_size(own.table[0]) // axis_size(vocab), -1)
-        for axis, dim in own.exchanged:
+    def local(table, ids, vocab_index, d_y):
+        # The table may be stored in more parts of rows than it is used in.
+        vocab_size = table.shape[0] * axis_size(layouts.table_stored[0])
+        num_rows = vocab_size // axis_size(layouts.vocab_axes)
+        for axis, dim in layouts.exchanged:
             ids = lax.all_gather(ids, axis, axis=dim, tiled=True)
             d_y = lax.all_to_all(
                 d_y, axis, split_axis=d_y.ndim - 1, concat_axis=dim, tiled=True
             )
-        d_y = gather(d_y, out, (*own.ids, used[1]))
-        zeros = jnp.zeros((held[0], d_y.shape[-1]), jnp.float32)
-        rows, here = _own_rows(ids, zeros, number)
-        rows = jnp.where(here, rows, held[0])  # dropped
-        d_table = zeros.at[rows].add(d_y.astype(jnp.float32), mode="drop").astype(dtype)
-        summed = {axis for axes in own.ids for axis in axes} - {
-            axis for axis, _ in own.exchanged
-        }
-        d_table = reduce(d_table, tuple(sorted(summed)), own.held, own.table)
+        d_y = gather(d_y, out_layout, (*layouts.ids, table_layout[1]))
+        zeros = jnp.zeros((num_rows, d_y.shape[-1]), jnp.float32)
+        rows, is_here = _find_rows(ids, num_rows, vocab_index)
+        rows = jnp.where(is_here, rows, num_rows)  # past the end: dropped
+        d_table = zeros.at[rows].add(d_y.astype(jnp.float32), mode="drop")
+        d_table = reduce(
+            d_table.astype(dtype),
+            layouts.summed_axes,
+            layouts.table_gathered,
+            layouts.table_stored,
+        )
         return d_table.astype(table.dtype)
 
-    specs = (
-        make_spec(own.table),
-        make_spec(own.ids),
-        make_spec((vocab,)),
-        make_spec(out),
+    run = map_shards(
+        local,
+        in_specs=(
+            make_spec(layouts.table_stored),
+            make_spec(layouts.ids),
+            make_spec((layouts.vocab_axes,)),
+            make_spec(out_layout),
+        ),
+        out_specs=make_spec(layouts.table_stored),
     )
-    run = map_shards(local, specs, make_spec(own.table))
-    return run(table, ids, axis_indices(vocab), d_y), None
+    return run(table, ids, axis_indices(layouts.vocab_axes), d_y), None
 
 
 embed_tokens.defvjp(_forward, _backward)

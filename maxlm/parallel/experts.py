@@ -20,16 +20,20 @@ again.
 Receive buffers hold the worst case, so that hidden activations would be by far the
 largest arrays of a step. They are made for a part of F at a time, never kept, and made
 again in the backward pass whatever the remat policy.
+
+Letters: B batch, S sequence, D model, E experts, F width of an expert, k experts of a
+token; T = B·S tokens of a device, R rows at the experts.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import reshard
+from jax.typing import DTypeLike
 
 from maxlm.parallel.dispatch import DispatchPlan, plan_capacity, plan_dropless
 from maxlm.parallel.local import (
@@ -46,6 +50,8 @@ from maxlm.parallel.local import (
 HIDDEN_BYTES = 1 << 30
 
 Kernels = dict[str, jax.Array]
+"""``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D]; or what is as large."""
+T = TypeVar("T")
 
 
 def apply_experts(
@@ -81,11 +87,11 @@ def apply_experts(
         [B, S, D] in x's dtype and layout; differentiable in x, the weights and kernels,
         reverse mode.
     """
-    how = _Layouts(x, kernels, kernel_layouts, activation, expert_capacity)
-    lies = make_spec((*how.tokens[:2], ()))
-    return _experts(
-        x, reshard(routing_weights, lies), reshard(expert_ids, lies), kernels, how
-    )
+    settings = _Settings(x, kernels, kernel_layouts, activation, expert_capacity)
+    token_spec = make_spec((*settings.tokens[:2], ()))
+    routing_weights = reshard(routing_weights, token_spec)
+    expert_ids = reshard(expert_ids, token_spec)
+    return _experts(x, routing_weights, expert_ids, kernels, settings)
 
 
 def supports_ragged_all_to_all() -> bool:
@@ -96,226 +102,284 @@ def supports_ragged_all_to_all() -> bool:
     on a CPU host. Without devices, as on a CPU.
     """
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return not (
-        device is None
-        or device.platform == "cpu"
-        or device.device_kind == "TPU v5 lite"
-    )
+    if device is None or device.platform == "cpu":
+        return False
+    return device.device_kind != "TPU v5 lite"
 
 
-class _Layouts:
+class _Settings:
     """Everything static. Compared by identity: it lives as long as one trace."""
 
     def __init__(
         self,
         x: jax.Array,
         kernels: Kernels,
-        used: dict[str, Dims],
+        kernel_layouts: dict[str, Dims],
         activation: Callable[[jax.Array], jax.Array],
-        room: int | None,
+        expert_capacity: int | None,
     ):
-        self.used, self.activation, self.room = used, activation, room
-        self.expert_axes, _, self.f_axes = used["up"]
+        self.kernel_layouts = kernel_layouts
+        self.activation = activation
+        self.expert_capacity = expert_capacity
+        self.expert_axes, _, self.f_axes = kernel_layouts["up"]
         self.tokens = get_layout(x)
         # Tokens that share F's axes are gathered over them: each device computes its
         # part of F.
-        self.whole = tuple(
-            tuple(a for a in axes if a not in self.f_axes) for axes in self.tokens
+        self.gathered_tokens = tuple(
+            tuple(axis for axis in axes if axis not in self.f_axes)
+            for axes in self.tokens
         )
-        self.spread = self.whole[0] + self.whole[1]
+        self.row_axes = self.gathered_tokens[0] + self.gathered_tokens[1]
         """Axes that rows differ along."""
-        self.residual_spec = make_spec((self.spread,))
-        self.stored = {name: get_layout(kernel) for name, kernel in kernels.items()}
+        self.token_spec = make_spec(self.tokens)
+        self.residual_spec = make_spec((self.row_axes,))
+        self.stored_layouts = {
+            name: get_layout(kernel) for name, kernel in kernels.items()
+        }
         self.kernel_specs = {
-            name: make_spec(dims) for name, dims in self.stored.items()
+            name: make_spec(dims) for name, dims in self.stored_layouts.items()
         }
         self.ragged = supports_ragged_all_to_all()
 
+    def gather_tokens(self, x: jax.Array) -> jax.Array:
+        """Gathers tokens, on shards, to all devices that have a part of F for them."""
+        return gather(x, self.tokens, self.gathered_tokens)
+
+    def reduce_tokens(self, y: jax.Array) -> jax.Array:
+        """Sums, on shards, what the devices' parts of F gave; inverts
+        :meth:`gather_tokens`."""
+        return reduce(y, self.f_axes, self.gathered_tokens, self.tokens)
+
+    def gather_kernels(self, kernels: Kernels, dtype: DTypeLike) -> Kernels:
+        """Gathers kernels, on shards, from storage to use."""
+        return {
+            name: gather(
+                kernel.astype(dtype),
+                self.stored_layouts[name],
+                self.kernel_layouts[name],
+            )
+            for name, kernel in kernels.items()
+        }
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    rows: jax.Array
+    """[R, D]: the experts' inputs."""
+    scale: jax.Array
+    """fp32 [R, 1]: their routing weights."""
+    plan: DispatchPlan
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _experts(x, weights, chosen, kernels, how):
-    return _run(x, weights, chosen, kernels, how)[0]
+def _experts(
+    x: jax.Array,
+    weights: jax.Array,
+    expert_ids: jax.Array,
+    kernels: Kernels,
+    settings: _Settings,
+) -> jax.Array:
+    return _forward(x, weights, expert_ids, kernels, settings)[0]
 
 
-def _run(x, weights, chosen, kernels, how: _Layouts):
+def _forward(x, weights, expert_ids, kernels, settings: _Settings):
     num_experts = kernels["up"].shape[0]
-    tokens = make_spec(how.tokens)
 
-    def program(x, weights, chosen, kernels, here):
-        x, weights, chosen = (
-            gather(a, how.tokens, how.whole) for a in (x, weights, chosen)
-        )
-        kernels = _gathered(kernels, x.dtype, how)
-        plan: DispatchPlan
-        if how.room is None:
-            plan = plan_dropless(
-                chosen, num_experts, how.expert_axes, here, ragged=how.ragged
-            )
-        else:
-            plan = plan_capacity(chosen, num_experts, how.room, how.expert_axes)
-        rows = plan.send_to_experts(
-            _to_slots(x.reshape(-1, x.shape[-1]), plan, chosen.shape[-1])
-        )
+    def run(x, weights, expert_ids, kernels, device_index):
+        x = settings.gather_tokens(x)
+        weights = settings.gather_tokens(weights)
+        expert_ids = settings.gather_tokens(expert_ids)
+        kernels = settings.gather_kernels(kernels, x.dtype)
+        plan = _plan(expert_ids, num_experts, device_index, settings)
+        slots = _to_slots(x.reshape(-1, x.shape[-1]), plan, expert_ids.shape[-1])
+        rows = plan.send_to_experts(slots)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         scale = plan.send_to_experts(_to_slots(weights.reshape(-1, 1), plan, 1))
 
-        def add(out, own: Kernels):
-            weighted = _weighted(_hidden(plan, rows, own), scale, how.activation)
-            return out + plan.dot(weighted, own["down"]), None
+        def add_part(out: jax.Array, part: Kernels) -> tuple[jax.Array, None]:
+            hidden = _compute_hidden(plan, rows, part)
+            weighted = _activate(hidden, scale, settings.activation)
+            return out + plan.dot(weighted, part["down"]), None
 
-        out, _ = _over_parts(add, jnp.zeros(rows.shape, wide), kernels, len(rows))
+        out = jnp.zeros(rows.shape, wide)
+        out, _ = _scan_parts(add_part, out, kernels, len(rows))
         out = out.astype(rows.dtype)
-        y = (
-            _from_slots(plan.receive_from_experts(out), plan)
-            .astype(x.dtype)
-            .reshape(x.shape)
-        )
-        y = reduce(y, how.f_axes, how.whole, how.tokens)
-        return y, (rows, scale, plan)
+        y = _from_slots(plan.receive_from_experts(out), plan)
+        y = y.astype(x.dtype).reshape(x.shape)
+        return settings.reduce_tokens(y), _Saved(rows, scale, plan)
 
     y, saved = map_shards(
-        program,
+        run,
         in_specs=(
-            tokens,
-            tokens,
-            tokens,
-            how.kernel_specs,
-            make_spec((how.expert_axes,)),
+            settings.token_spec,
+            settings.token_spec,
+            settings.token_spec,
+            settings.kernel_specs,
+            make_spec((settings.expert_axes,)),
         ),
-        out_specs=(tokens, how.residual_spec),
-    )(x, weights, chosen, kernels, axis_indices(how.expert_axes))
+        out_specs=(settings.token_spec, settings.residual_spec),
+    )(x, weights, expert_ids, kernels, axis_indices(settings.expert_axes))
     return y, (saved, kernels)
 
 
-def _backward(how: _Layouts, residuals, d_y):
+def _backward(settings: _Settings, residuals, d_y):
     saved, kernels = residuals
-    tokens = make_spec(how.tokens)
 
-    def program(d_y, saved, masters):
+    def run(d_y, saved: _Saved, stored_kernels: Kernels):
         rows, scale, plan = saved
-        d_y = gather(d_y, how.tokens, how.whole)
-        shape = d_y.shape
+        d_y = settings.gather_tokens(d_y)
+        token_shape = d_y.shape[:2]
+        d_model = d_y.shape[-1]
         k = plan.assignment_slots.shape[1]
-        kernels = _gathered(masters, rows.dtype, how)
-        d_out = plan.send_to_experts(_to_slots(d_y.reshape(-1, shape[-1]), plan, k))
+        kernels = settings.gather_kernels(stored_kernels, rows.dtype)
+        d_slots = _to_slots(d_y.reshape(-1, d_model), plan, k)
+        d_out = plan.send_to_experts(d_slots)
 
-        def add(sums, own: Kernels):
+        def add_part(
+            sums: tuple[jax.Array, jax.Array], part: Kernels
+        ) -> tuple[tuple[jax.Array, jax.Array], Kernels]:
             d_rows, d_scale = sums
-            weigh = partial(_weighted, activation=how.activation)
-            weighted, transpose = jax.vjp(weigh, _hidden(plan, rows, own), scale)
-            d_hidden, d_own_scale = transpose(
-                plan.dot(d_out, own["down"], transposed=True)
-            )
-            grads = {name: plan.outer_product(rows, d) for name, d in d_hidden.items()}
-            grads["down"] = plan.outer_product(weighted, d_out)
+            activate = partial(_activate, activation=settings.activation)
+            hidden = _compute_hidden(plan, rows, part)
+            weighted, pull = jax.vjp(activate, hidden, scale)
+            d_weighted = plan.dot(d_out, part["down"], transposed=True)
+            d_hidden, d_part_scale = pull(d_weighted)
+            d_kernels = {
+                name: plan.outer_product(rows, d) for name, d in d_hidden.items()
+            }
+            d_kernels["down"] = plan.outer_product(weighted, d_out)
             for name, d in d_hidden.items():
-                d_rows += plan.dot(d, own[name], transposed=True)
-            return (d_rows, d_scale + d_own_scale), grads
+                d_rows += plan.dot(d, part[name], transposed=True)
+            return (d_rows, d_scale + d_part_scale), d_kernels
 
         wide = jnp.promote_types(rows.dtype, jnp.float32)
-        zeros = jnp.zeros(rows.shape, wide), jnp.zeros_like(scale)
-        (d_rows, d_scale), grads = _over_parts(add, zeros, kernels, len(rows))
-        assert grads is not None
+        zeros = (jnp.zeros(rows.shape, wide), jnp.zeros_like(scale))
+        (d_rows, d_scale), d_kernels = _scan_parts(add_part, zeros, kernels, len(rows))
+        assert d_kernels is not None
         d_rows = d_rows.astype(rows.dtype)
-        d_x = (
-            _from_slots(plan.receive_from_experts(d_rows), plan)
-            .astype(rows.dtype)
-            .reshape(shape)
-        )
+        d_x = _from_slots(plan.receive_from_experts(d_rows), plan)
+        d_x = d_x.astype(rows.dtype).reshape(*token_shape, d_model)
         d_scale = plan.receive_from_experts(d_scale)[:, 0]
-        d_weights = _taken(d_scale, plan.assignment_slots).reshape(*shape[:2], k)
-        d_x, d_weights = (
-            reduce(d, how.f_axes, how.whole, how.tokens) for d in (d_x, d_weights)
-        )
-        partials = tuple(a for a in how.spread if a not in how.expert_axes)
+        d_weights = _take_or_zero(d_scale, plan.assignment_slots)
+        d_weights = d_weights.reshape(*token_shape, k)
+        d_x = settings.reduce_tokens(d_x)
+        d_weights = settings.reduce_tokens(d_weights)
         # Reduced in the compute dtype, as the gradients of all other weights are.
-        d_kernels = {
-            name: reduce(
-                grads[name], partials, how.used[name], how.stored[name]
-            ).astype(m.dtype)
-            for name, m in masters.items()
-        }
-        return d_x, d_weights, d_kernels
+        summed_axes = tuple(
+            axis for axis in settings.row_axes if axis not in settings.expert_axes
+        )
+        reduced = {}
+        for name, stored in stored_kernels.items():
+            d_kernel = reduce(
+                d_kernels[name],
+                summed_axes,
+                settings.kernel_layouts[name],
+                settings.stored_layouts[name],
+            )
+            reduced[name] = d_kernel.astype(stored.dtype)
+        return d_x, d_weights, reduced
 
-    d_x, d_weights, grads = map_shards(
-        program,
-        in_specs=(tokens, how.residual_spec, how.kernel_specs),
-        out_specs=(tokens, tokens, how.kernel_specs),
+    d_x, d_weights, d_kernels = map_shards(
+        run,
+        in_specs=(settings.token_spec, settings.residual_spec, settings.kernel_specs),
+        out_specs=(settings.token_spec, settings.token_spec, settings.kernel_specs),
     )(d_y, saved, kernels)
-    return d_x, d_weights, None, grads
+    return d_x, d_weights, None, d_kernels
 
 
-_experts.defvjp(_run, _backward)
+_experts.defvjp(_forward, _backward)
 
 
-def _gathered(kernels: Kernels, dtype: Any, how: _Layouts) -> Kernels:
-    return {
-        name: gather(kernel.astype(dtype), how.stored[name], how.used[name])
-        for name, kernel in kernels.items()
-    }
+def _plan(
+    expert_ids: jax.Array,
+    num_experts: int,
+    device_index: jax.Array,
+    settings: _Settings,
+) -> DispatchPlan:
+    if settings.expert_capacity is None:
+        return plan_dropless(
+            expert_ids,
+            num_experts,
+            settings.expert_axes,
+            device_index,
+            ragged=settings.ragged,
+        )
+    return plan_capacity(
+        expert_ids, num_experts, settings.expert_capacity, settings.expert_axes
+    )
 
 
-def _hidden(plan: DispatchPlan, rows: jax.Array, kernels: Kernels) -> Kernels:
+def _compute_hidden(plan: DispatchPlan, rows: jax.Array, kernels: Kernels) -> Kernels:
+    """Multiplies rows [R, D] by ``up`` and perhaps ``gate``, to [R, F] each."""
     return {name: plan.dot(rows, kernels[name]) for name in kernels if name != "down"}
 
 
-def _over_parts(
-    body: Callable[[Any, Kernels], tuple[Any, Kernels | None]],
-    carry: Any,
+def _scan_parts(
+    body: Callable[[T, Kernels], tuple[T, Kernels | None]],
+    carry: T,
     kernels: Kernels,
     num_rows: int,
-) -> tuple[Any, Kernels | None]:
-    """``body(carry, kernels) -> (carry, arrays like the kernels)`` for a part of F at a
-    time."""
+) -> tuple[T, Kernels | None]:
+    """Runs ``body(carry, kernels) -> (carry, arrays like the kernels)`` for a part of F
+    at a time."""
     width = kernels["up"].shape[2]
-    size = num_rows * width * kernels["up"].dtype.itemsize
+    hidden_bytes = num_rows * width * kernels["up"].dtype.itemsize
+    # The fewest parts that divide F and fit; F of them where none fits.
     fitting = (
-        n for n in range(1, width) if width % n == 0 and size // n <= HIDDEN_BYTES
+        n
+        for n in range(1, width)
+        if width % n == 0 and hidden_bytes // n <= HIDDEN_BYTES
     )
-    parts = next(fitting, width)
-    if parts == 1:
+    num_parts = next(fitting, width)
+    if num_parts == 1:
         return body(carry, kernels)
-    dims = {name: 1 if name == "down" else 2 for name in kernels}
+    part_width = width // num_parts
+    f_dims = {name: 1 if name == "down" else 2 for name in kernels}
 
-    def step(carry, at):
-        own = {
-            name: lax.dynamic_slice_in_dim(kernel, at, width // parts, dims[name])
+    def step(carry: T, start: jax.Array) -> tuple[T, Kernels | None]:
+        part = {
+            name: lax.dynamic_slice_in_dim(kernel, start, part_width, f_dims[name])
             for name, kernel in kernels.items()
         }
-        return body(carry, own)
+        return body(carry, part)
 
-    carry, out = lax.scan(step, carry, jnp.arange(parts) * (width // parts))
-    if out is None:
+    starts = jnp.arange(num_parts) * part_width
+    carry, stacked = lax.scan(step, carry, starts)
+    if stacked is None:
         return carry, None
     # [parts, E, ...] → the parts side by side in F.
     whole = {
-        name: jnp.moveaxis(o, 0, dims[name]).reshape(kernels[name].shape)
-        for name, o in out.items()
+        name: jnp.moveaxis(parts, 0, f_dims[name]).reshape(kernels[name].shape)
+        for name, parts in stacked.items()
     }
     return carry, whole
 
 
-def _weighted(
+def _activate(
     hidden: Kernels, scale: jax.Array, activation: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Hidden activations [R, F] times their rows' routing weights fp32 [R, 1]."""
+    """Returns hidden activations [R, F] times their rows' routing weights fp32 [R,
+    1]."""
     up = hidden["up"]
-    product = activation(hidden["gate"]) * up if "gate" in hidden else activation(up)
+    gate = hidden.get("gate")
+    product = activation(up) if gate is None else activation(gate) * up
     return (product * scale).astype(up.dtype)
 
 
 def _to_slots(values: jax.Array, plan: DispatchPlan, k: int) -> jax.Array:
     """[T, ...], each for the k assignments of a token → one for each slot, zeros in
     empty ones."""
-    return _taken(values, plan.slot_assignments // k)
+    return _take_or_zero(values, plan.slot_assignments // k)
 
 
 def _from_slots(slots: jax.Array, plan: DispatchPlan) -> jax.Array:
-    """The sum over a token's assignments, [T, D] in fp32 or wider; those dropped add
+    """Sums over a token's assignments, [T, D] in fp32 or wider; those dropped add
     nothing."""
     wide = jnp.promote_types(slots.dtype, jnp.float32)
-    return jnp.sum(_taken(slots, plan.assignment_slots), axis=1, dtype=wide)
+    return jnp.sum(_take_or_zero(slots, plan.assignment_slots), axis=1, dtype=wide)
 
 
-def _taken(values: jax.Array, index: jax.Array) -> jax.Array:
+def _take_or_zero(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Takes rows; those past the end are zeros."""
     return jnp.take(values, index, axis=0, mode="fill", fill_value=0)

@@ -13,7 +13,7 @@ The only place that calls ``shard_map``. Two rules hold for everything run throu
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,18 @@ STEP = 16
 # The last dimension of a TPU's tiles.
 LANES = 128
 
+T = TypeVar("T")
 Axes = tuple[str, ...]
 Dims = tuple[Axes, ...]
 """The mesh axes that split each dimension of an array."""
+DeviceGroups = list[list[int]]
+"""Groups of devices, by their numbers along some axes, that exchange among
+themselves."""
 
 
 def map_shards(
-    function: Callable[..., Any], in_specs: Any, out_specs: Any, axes: Axes = ()
-) -> Callable[..., Any]:
+    function: Callable[..., T], in_specs: Any, out_specs: Any, axes: Axes = ()
+) -> Callable[..., T]:
     """Maps ``function`` over each device's shards, manual over ``axes``; default: every
     mesh axis that is not so yet. ``in_specs`` and ``out_specs`` are layouts of
     arguments and results, on these axes. A result that a spec leaves whole over an axis
@@ -72,8 +76,11 @@ def get_layout(x: jax.Array) -> Dims:
 
 def parse_spec(spec: PartitionSpec, ndim: int) -> Dims:
     """Returns a spec as one tuple of mesh axes for each dimension."""
-    parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in spec]
-    return (*parts, *((),) * (ndim - len(parts)))
+    dims: list[Axes] = []
+    for axes in spec:
+        dims.append((axes,) if isinstance(axes, str) else tuple(axes or ()))
+    num_unnamed = ndim - len(dims)  # a spec may end early; the rest is whole
+    return (*dims, *((),) * num_unnamed)
 
 
 def make_spec(dims: Sequence[Axes]) -> PartitionSpec:
@@ -85,9 +92,10 @@ def make_spec(dims: Sequence[Axes]) -> PartitionSpec:
 def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
     """Gathers shards from layout ``have`` to layout ``want``, whose axes begin
     ``have``'s in every dimension, over the other axes."""
-    for dim, (own, kept) in enumerate(zip(have, want, strict=True)):
-        if extra := _beyond(own, kept):
-            x = _gather(x, extra, dim)
+    for dim, (have_axes, want_axes) in enumerate(zip(have, want, strict=True)):
+        gathered_axes = _remove_prefix(have_axes, want_axes)
+        if gathered_axes:
+            x = _gather(x, gathered_axes, dim)
     return x
 
 
@@ -97,13 +105,14 @@ def gather_to_spec(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     differentiable."""
     have = get_layout(x)
     want = parse_spec(spec, x.ndim)
-    if have == want or any(
-        own[: len(kept)] != kept for own, kept in zip(have, want, strict=True)
-    ):
+    splits_less = all(
+        have_axes[: len(want_axes)] == want_axes
+        for have_axes, want_axes in zip(have, want, strict=True)
+    )
+    if have == want or not splits_less:
         return reshard(x, spec)
-    return map_shards(
-        lambda x: gather(x, have, want), make_spec(have), make_spec(want)
-    )(x)
+    run = map_shards(lambda x: gather(x, have, want), make_spec(have), make_spec(want))
+    return run(x)
 
 
 def reduce(
@@ -116,54 +125,62 @@ def reduce(
     and along which x is equal rather than partial is scattered too, after division by
     its size.
     """
-    left = list(partial)
-    for dim, (own, wanted) in enumerate(zip(have, want, strict=True)):
-        if extra := _beyond(wanted, own):
-            equal = axis_size([axis for axis in extra if axis not in left])
-            x = x / equal if equal > 1 else x
-            x = _scatter(x, extra, dim)
-            left = [axis for axis in left if axis not in extra]
-    return lax.psum(x, tuple(left)) if left else x
+    unsummed = list(partial)
+    for dim, (have_axes, want_axes) in enumerate(zip(have, want, strict=True)):
+        added_axes = _remove_prefix(want_axes, have_axes)
+        if not added_axes:
+            continue
+        # A scatter sums equal values too.
+        num_equal = axis_size([axis for axis in added_axes if axis not in unsummed])
+        if num_equal > 1:
+            x = x / num_equal
+        x = _scatter(x, added_axes, dim)
+        unsummed = [axis for axis in unsummed if axis not in added_axes]
+    return lax.psum(x, tuple(unsummed)) if unsummed else x
 
 
 def _gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """Gathers all shards of ``dim`` over ``axes``; see :func:`_two_steps`."""
+    """Gathers all shards of ``dim`` over ``axes``; see :func:`_group_two_steps`."""
     collect = partial(lax.all_gather, axis_name=axes, axis=dim, tiled=True)
-    groups = _two_steps(axes)
+    groups = _group_two_steps(axes)
     if groups is None:
         return collect(x)
-    outer, inner = groups
-    return collect(collect(x, axis_index_groups=inner), axis_index_groups=outer)
+    outer_groups, inner_groups = groups
+    x = collect(x, axis_index_groups=inner_groups)
+    return collect(x, axis_index_groups=outer_groups)
 
 
 def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """The sum over ``axes``, split along ``dim``; see :func:`_two_steps`."""
-    groups = _two_steps(axes)
+    """Returns the sum over ``axes``, split along ``dim``; see
+    :func:`_group_two_steps`."""
+    groups = _group_two_steps(axes)
     if groups is None:
         return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
-    outer, inner = groups
+    outer_groups, inner_groups = groups
     scatter = partial(lax.psum_scatter, axis_name=axes, tiled=True)
     # Along the last dimension, shards narrower than a TPU's lanes would be all-reduced
     # after all; so are some matrices, or padded by up to a quarter, that are not in
     # rows of lanes.
     x = jnp.moveaxis(x, dim, 0)
-    whole = x.shape
-    if x.ndim == 2 and whole[1] % LANES == 0:
-        x = x.reshape(whole[0], -1, LANES)
-    x = scatter(x, axis_index_groups=outer)
-    if len(inner[0]) > 2:
-        x = scatter(x, axis_index_groups=inner)
+    shape = x.shape
+    if x.ndim == 2 and shape[1] % LANES == 0:
+        x = x.reshape(shape[0], -1, LANES)
+    x = scatter(x, axis_index_groups=outer_groups)
+    if len(inner_groups[0]) > 2:
+        x = scatter(x, axis_index_groups=inner_groups)
     else:  # scatters over pairs are padded; an exchange of halves is not
         halves = x.reshape(2, -1, *x.shape[1:])
-        x = lax.all_to_all(halves, axes, 0, 0, axis_index_groups=inner, tiled=True).sum(
-            0
+        halves = lax.all_to_all(
+            halves, axes, 0, 0, axis_index_groups=inner_groups, tiled=True
         )
-    return jnp.moveaxis(x.reshape(-1, *whole[1:]), 0, dim)
+        x = halves.sum(0)
+    return jnp.moveaxis(x.reshape(-1, *shape[1:]), 0, dim)
 
 
-def _two_steps(axes: Axes) -> tuple[list[list[int]], list[list[int]]] | None:
+def _group_two_steps(axes: Axes) -> tuple[DeviceGroups, DeviceGroups] | None:
     """Groups devices to gather or scatter over ``axes`` in two steps, where that is
-    better: devices i·b + j of a·b as those of equal j, then those of equal i.
+    better: devices i·b + j of a·b as those of equal j (the outer groups), then those of
+    equal i (the inner ones).
 
     Over more than one dimension of a torus XLA:TPU replaces reduce-scatters, and in
     three dimensions all-gathers too, by an all-reduce and a slice: twice the bytes
@@ -172,14 +189,17 @@ def _two_steps(axes: Axes) -> tuple[list[list[int]], list[list[int]]] | None:
     the j-th; a gather goes back the same way.
     """
     size = axis_size(axes)
-    inner = size // STEP if size > STEP else 2
-    if get_platform() != "tpu" or size <= 4 or size % inner:
+    inner_size = size // STEP if size > STEP else 2
+    if get_platform() != "tpu" or size <= 4 or size % inner_size:
         return None
-    outer_groups = [list(range(j, size, inner)) for j in range(inner)]
-    return outer_groups, [list(range(i, i + inner)) for i in range(0, size, inner)]
+    outer_groups = [list(range(j, size, inner_size)) for j in range(inner_size)]
+    inner_groups = [list(range(i, i + inner_size)) for i in range(0, size, inner_size)]
+    return outer_groups, inner_groups
 
 
-def _beyond(longer: Axes, shorter: Axes) -> Axes:
+def _remove_prefix(longer: Axes, shorter: Axes) -> Axes:
+    """Returns the axes of ``longer`` behind those of ``shorter``, which it begins
+    with."""
     if longer[: len(shorter)] != shorter:
         raise ValueError(f"{longer} does not begin with {shorter}")
     return longer[len(shorter) :]

@@ -30,11 +30,13 @@ anywhere and the last S − 1 no forward; they are scans of their own and do not
 what they lack. Stage i keeps its inputs of 2(S − 1 − i) + 1 micro-batches, however many
 there are. Both kinds of pass take M + S − 1 slots, of which a stage works M: the bubble
 is GPipe's, (S − 1) / (M + S − 1).
+
+Letters: S stages, G layer groups of a stage, M micro-batches, L layers.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,9 @@ from maxlm.parallel.config import Schedule
 from maxlm.parallel.local import axis_indices, axis_size, map_shards
 
 STAGE = "stage"
-StageFn = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
+PyTree = Any
+"""A tree of arrays."""
+StageFn = Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, PyTree]]
 """(one group's parameters, x, one micro-batch's context) -> (x, sums to add up)."""
 
 
@@ -58,57 +62,79 @@ def bubble_ratio(
     return (stages - 1) / (micro_batches * groups + stages - 1)
 
 
-def _circular(tick, stage, stages: int, micro_batches: int, groups: int):
-    """(micro-batch, group, whether there is one) of a stage at a tick; NumPy or JAX."""
+class _Turn(NamedTuple):
+    """What a stage does in a tick."""
+
+    micro_batch: Any
+    group: Any
+    works: Any
+    """bool, whether there is anything; the others mean nothing where not."""
+
+
+def _circular_turn(
+    tick: Any, stage: Any, stages: int, micro_batches: int, groups: int
+) -> _Turn:
+    """Returns a stage's turn at a tick; NumPy or JAX."""
     turn = tick - stage
-    batch, within = turn // (stages * groups), turn % (stages * groups)
+    round_ticks = stages * groups
+    micro_batch_round = turn // round_ticks
+    within_round = turn % round_ticks
     works = (turn >= 0) & (turn < micro_batches * groups)
-    return batch * stages + within % stages, within // stages, works
+    micro_batch = micro_batch_round * stages + within_round % stages
+    return _Turn(micro_batch, within_round // stages, works)
 
 
-def _backward_turn(tick, stage, stages: int):
+def _backward_turn(tick: Any, stage: Any, stages: int) -> Any:
+    """Returns the micro-batch whose backward pass a stage runs at a tick of 1F1B."""
     return tick - 2 * (stages - 1) + stage
 
 
-def _to_next(x: Any, stages: int) -> Any:
+def _send_to_next(x: PyTree, stages: int) -> PyTree:
     return lax.ppermute(x, STAGE, [(i, (i + 1) % stages) for i in range(stages)])
 
 
-def _to_previous(x: Any, stages: int) -> Any:
+def _send_to_previous(x: PyTree, stages: int) -> PyTree:
     return lax.ppermute(x, STAGE, [((i + 1) % stages, i) for i in range(stages)])
 
 
-def _at(tree: Any, index: jax.Array) -> Any:
+def _take(tree: PyTree, index: jax.Array) -> PyTree:
     return jax.tree.map(
         lambda a: lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree
     )
 
 
-def _group(params: Any, group: jax.Array, groups: int) -> Any:
-    return params if groups == 1 else _at(params, group)
+def _take_group(params: PyTree, group: jax.Array, groups: int) -> PyTree:
+    """Returns one layer group's parameters; with one group there is no such axis."""
+    return params if groups == 1 else _take(params, group)
 
 
-def _add(totals: Any, terms: Any, counts: jax.Array | bool = True) -> Any:
-    if counts is True:
-        return jax.tree.map(jnp.add, totals, terms)
-    return jax.tree.map(lambda s, p: s + jnp.where(counts, p, 0), totals, terms)
+def _add(totals: PyTree, terms: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, totals, terms)
 
 
-def _add_to_group(total: Any, part: Any, group: jax.Array, groups: int) -> Any:
+def _add_where(counts: jax.Array, totals: PyTree, terms: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda total, term: total + jnp.where(counts, term, 0), totals, terms
+    )
+
+
+def _add_to_group(
+    totals: PyTree, terms: PyTree, group: jax.Array, groups: int
+) -> PyTree:
     if groups == 1:
-        return _add(total, part)
-    return jax.tree.map(lambda t, p: t.at[group].add(p), total, part)
+        return _add(totals, terms)
+    return jax.tree.map(lambda total, term: total.at[group].add(term), totals, terms)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
 def run_circular_pipeline(
     stage: StageFn,
-    params: Any,
+    params: PyTree,
     x: jax.Array,
-    context: Any,
+    context: PyTree,
     micro_batches: int,
     groups: int = 1,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, PyTree]:
     """Runs all layers over all micro-batches by the circular schedule (GPipe for one
     group); reverse-mode differentiable in ``params`` and ``x``.
 
@@ -131,149 +157,218 @@ def run_circular_pipeline(
     return _pipeline_forward(stage, params, x, context, micro_batches, groups)[0]
 
 
-def _specs(groups: int) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+def _make_specs(groups: int) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
     """Returns the specs of layers' parameters, of arrays split over stages and of whole
     ones."""
     layers = PartitionSpec(STAGE) if groups == 1 else PartitionSpec(None, STAGE)
     return layers, PartitionSpec(STAGE), PartitionSpec()
 
 
-def _store(
-    slots: jax.Array, value: jax.Array, due: jax.Array, slot: jax.Array
+def _store_if_due(
+    slots: jax.Array, value: jax.Array, is_due: jax.Array, slot: jax.Array
 ) -> jax.Array:
-    """``slots`` with ``value`` in place where it is due; its last slot takes what is
-    not."""
-    last = slots.shape[0] - 1
-    return lax.dynamic_update_index_in_dim(slots, value, jnp.where(due, slot, last), 0)
+    """Returns ``slots`` with ``value`` in place where it is due; the last slot takes
+    what is not."""
+    last_slot = slots.shape[0] - 1
+    slot = jnp.where(is_due, slot, last_slot)
+    return lax.dynamic_update_index_in_dim(slots, value, slot, 0)
+
+
+class _CircularTiming(NamedTuple):
+    """Ticks of the streams that bring inputs to stage 0 and results home."""
+
+    round_ticks: int
+    """From one round of micro-batches, as many as stages, to the next."""
+    first_delivery: int
+    """The tick in which the first round's results are all home."""
+    num_ticks: int
+
+    def is_round_start(self, tick: jax.Array) -> jax.Array:
+        return tick % self.round_ticks == 0
+
+    def is_delivery(self, tick: jax.Array) -> jax.Array:
+        return (tick >= self.first_delivery) & (
+            (tick - self.first_delivery) % self.round_ticks == 0
+        )
+
+    def find_delivery_slot(self, tick: jax.Array) -> jax.Array:
+        """Returns the round whose results come home."""
+        return (tick - self.first_delivery) // self.round_ticks
+
+
+def _time_circular(stages: int, micro_batches: int, groups: int) -> _CircularTiming:
+    round_ticks = stages * groups
+    return _CircularTiming(
+        round_ticks,
+        first_delivery=round_ticks + stages - 2,
+        num_ticks=micro_batches * groups + stages - 1,
+    )
 
 
 def _pipeline_forward(stage, params, x, context, micro_batches, groups):
     stages = axis_size((STAGE,))
-    layers, split, whole = _specs(groups)
-    rounds = stages * groups  # ticks from one batch of micro-batches to the next
-    delivered = (
-        rounds + stages - 2
-    )  # the tick in which the first batch's results are all home
+    layers, split, whole = _make_specs(groups)
+    timing = _time_circular(stages, micro_batches, groups)
 
-    def run(params, x, context, number):
-        own = number[0]
+    def run(params, x, context, stage_indices):
+        stage_index = stage_indices[0]
         empty = jnp.zeros_like(x[0])
 
         def tick(carry, t):
             current, incoming, outgoing, results, sums = carry
-            batch = jnp.clip(t // rounds, 0, x.shape[0] - 1)
-            incoming = jnp.where(t % rounds == 0, _at(x, batch), incoming)
-            micro, group, works = _circular(t, own, stages, micro_batches, groups)
-            fresh = (own == 0) & (group == 0)
-            given = jnp.where(fresh, incoming, current)
-            micro = _place(micro, stages, micro_batches)
-            y, part = stage(_group(params, group, groups), given, _at(context, micro))
-            sums = _add(sums, part, works)
-            outgoing = jnp.where(own == stages - 1, y, outgoing)
-            due = (t >= delivered) & ((t - delivered) % rounds == 0)
-            results = _store(results, outgoing, due, (t - delivered) // rounds)
-            streams = _to_previous(jnp.stack([incoming, outgoing]), stages)
-            return (_to_next(y, stages), *streams, results, sums), given
+            # Every stage puts one of its inputs into the stream at a round's begin.
+            input_slot = jnp.clip(t // timing.round_ticks, 0, x.shape[0] - 1)
+            incoming = jnp.where(
+                timing.is_round_start(t), _take(x, input_slot), incoming
+            )
+            micro_batch, group, works = _circular_turn(
+                t, stage_index, stages, micro_batches, groups
+            )
+            is_fresh = (stage_index == 0) & (group == 0)
+            stage_input = jnp.where(is_fresh, incoming, current)
+            place = _find_place(micro_batch, stages, micro_batches)
+            y, terms = stage(
+                _take_group(params, group, groups), stage_input, _take(context, place)
+            )
+            sums = _add_where(works, sums, terms)
+            outgoing = jnp.where(stage_index == stages - 1, y, outgoing)
+            is_due = timing.is_delivery(t)
+            results = _store_if_due(
+                results, outgoing, is_due, timing.find_delivery_slot(t)
+            )
+            streams = _send_to_previous(jnp.stack([incoming, outgoing]), stages)
+            carry = (_send_to_next(y, stages), *streams, results, sums)
+            return carry, stage_input
 
-        part = jax.eval_shape(
-            stage, _group(params, own, groups), empty, _at(context, own)
-        )[1]
-        sums = _zeros(part)
+        first_group = _take_group(params, stage_index, groups)
+        _, terms = jax.eval_shape(
+            stage, first_group, empty, _take(context, stage_index)
+        )
+        sums = _make_zeros(terms)
         results = jnp.concatenate([jnp.zeros_like(x), empty[None]])
-        ticks = jnp.arange(micro_batches * groups + stages - 1)
-        carry, given = lax.scan(tick, (empty, empty, empty, results, sums), ticks)
+        ticks = jnp.arange(timing.num_ticks)
+        start = (empty, empty, empty, results, sums)
+        carry, stage_inputs = lax.scan(tick, start, ticks)
         *_, results, sums = carry
-        return results[:-1], lax.psum(sums, STAGE), given[None]
+        return results[:-1], lax.psum(sums, STAGE), stage_inputs[None]
 
-    mapped = map_shards(
+    run_stages = map_shards(
         run, (layers, split, whole, split), (split, whole, split), axes=(STAGE,)
     )
-    out, sums, given = mapped(params, x, context, axis_indices((STAGE,)))
-    return (out, sums), (params, context, given)
+    out, sums, stage_inputs = run_stages(params, x, context, axis_indices((STAGE,)))
+    return (out, sums), (params, context, stage_inputs)
 
 
 def _pipeline_backward(stage, micro_batches, groups, saved, cotangents):
     """The forward tick's lines in reverse order, each transposed."""
-    params, context, given = saved
+    params, context, stage_inputs = saved
     d_out, d_sums = cotangents
     stages = axis_size((STAGE,))
-    layers, split, whole = _specs(groups)
-    rounds = stages * groups
-    delivered = rounds + stages - 2
+    layers, split, whole = _make_specs(groups)
+    timing = _time_circular(stages, micro_batches, groups)
 
-    def run(params, context, given, number, d_out, d_sums):
-        own, given = number[0], given[0]
+    def run(params, context, stage_inputs, stage_indices, d_out, d_sums):
+        stage_index = stage_indices[0]
+        stage_inputs = stage_inputs[0]
         empty = jnp.zeros_like(d_out[0])
 
         def tick(carry, inputs):
             d_current, d_incoming, d_outgoing, d_x, d_params = carry
-            t, given = inputs
-            d_y = _to_previous(d_current, stages)
-            d_incoming, d_outgoing = _to_next(
+            t, stage_input = inputs
+            d_y = _send_to_previous(d_current, stages)
+            d_incoming, d_outgoing = _send_to_next(
                 jnp.stack([d_incoming, d_outgoing]), stages
             )
-            due = (t >= delivered) & ((t - delivered) % rounds == 0)
-            slot = jnp.clip((t - delivered) // rounds, 0, d_out.shape[0] - 1)
-            d_outgoing = jnp.where(due, _at(d_out, slot), d_outgoing)
-            last = own == stages - 1
-            d_y = jnp.where(last, d_y + d_outgoing, d_y)
-            d_outgoing = jnp.where(last, 0, d_outgoing)
-            micro, group, works = _circular(t, own, stages, micro_batches, groups)
-            micro = _place(micro, stages, micro_batches)
-            ctx = _at(context, micro)
-            _, backward = jax.vjp(
-                lambda p, x: stage(p, x, ctx), _group(params, group, groups), given
+            is_due = timing.is_delivery(t)
+            slot = jnp.clip(timing.find_delivery_slot(t), 0, d_out.shape[0] - 1)
+            d_outgoing = jnp.where(is_due, _take(d_out, slot), d_outgoing)
+            is_last = stage_index == stages - 1
+            d_y = jnp.where(is_last, d_y + d_outgoing, d_y)
+            d_outgoing = jnp.where(is_last, 0, d_outgoing)
+            micro_batch, group, works = _circular_turn(
+                t, stage_index, stages, micro_batches, groups
             )
-            d_part = jax.tree.map(lambda d: jnp.where(works, d, 0), d_sums)
-            part, d_given = backward((jnp.where(works, d_y, 0), d_part))
-            d_params = _add_to_group(d_params, part, group, groups)
-            fresh = (own == 0) & (group == 0)
-            d_incoming = jnp.where(fresh, d_incoming + d_given, d_incoming)
-            d_x = _store(d_x, d_incoming, t % rounds == 0, t // rounds)
-            d_incoming = jnp.where(t % rounds == 0, 0, d_incoming)
-            carry = (
-                jnp.where(fresh, 0, d_given),
-                d_incoming,
-                d_outgoing,
-                d_x,
-                d_params,
+            place = _find_place(micro_batch, stages, micro_batches)
+            tick_context = _take(context, place)
+            _, pull = jax.vjp(
+                lambda p, x: stage(p, x, tick_context),
+                _take_group(params, group, groups),
+                stage_input,
             )
-            return carry, None
+            d_terms = jax.tree.map(lambda d: jnp.where(works, d, 0), d_sums)
+            d_group, d_input = pull((jnp.where(works, d_y, 0), d_terms))
+            d_params = _add_to_group(d_params, d_group, group, groups)
+            is_fresh = (stage_index == 0) & (group == 0)
+            d_incoming = jnp.where(is_fresh, d_incoming + d_input, d_incoming)
+            d_x = _store_if_due(
+                d_x, d_incoming, timing.is_round_start(t), t // timing.round_ticks
+            )
+            d_incoming = jnp.where(timing.is_round_start(t), 0, d_incoming)
+            d_current = jnp.where(is_fresh, 0, d_input)
+            return (d_current, d_incoming, d_outgoing, d_x, d_params), None
 
         d_x = jnp.concatenate([jnp.zeros_like(d_out), empty[None]])
         d_params = jax.tree.map(jnp.zeros_like, params)
-        ticks = jnp.arange(micro_batches * groups + stages - 1)
+        ticks = jnp.arange(timing.num_ticks)
         start = (empty, empty, empty, d_x, d_params)
-        (*_, d_x, d_params), _ = lax.scan(tick, start, (ticks, given), reverse=True)
+        carry, _ = lax.scan(tick, start, (ticks, stage_inputs), reverse=True)
+        *_, d_x, d_params = carry
         return d_params, d_x[:-1]
 
-    specs = (layers, whole, split, split, split, whole), (layers, split)
-    mapped = map_shards(run, *specs, axes=(STAGE,))
-    return *mapped(params, context, given, axis_indices((STAGE,)), d_out, d_sums), None
+    run_stages = map_shards(
+        run,
+        (layers, whole, split, split, split, whole),
+        (layers, split),
+        axes=(STAGE,),
+    )
+    d_params, d_x = run_stages(
+        params, context, stage_inputs, axis_indices((STAGE,)), d_out, d_sums
+    )
+    return d_params, d_x, None
 
 
 run_circular_pipeline.defvjp(_pipeline_forward, _pipeline_backward)
 
 
-def _place(micro: jax.Array, stages: int, micro_batches: int) -> jax.Array:
-    """The position in [M, ...] of the ``micro``-th micro-batch that is worked on.
+def _find_place(micro_batch: jax.Array, stages: int, micro_batches: int) -> jax.Array:
+    """Returns the position in [M, ...] of a micro-batch, numbered in the order in which
+    they are worked on.
 
     Stage i holds M/S of them in a row, and each round takes one from every stage.
     """
-    micro = jnp.clip(micro, 0, micro_batches - 1)
-    return micro % stages * (micro_batches // stages) + micro // stages
+    micro_batch = jnp.clip(micro_batch, 0, micro_batches - 1)
+    per_stage = micro_batches // stages
+    return micro_batch % stages * per_stage + micro_batch // stages
+
+
+class _State1F1B(NamedTuple):
+    """What a stage has between ticks."""
+
+    d_ends: PyTree
+    d_params: PyTree
+    d_y: jax.Array
+    """Gradient from the next stage, of its last tick."""
+    inputs: jax.Array
+    """[slots, ...]: inputs whose backward pass is to come; micro-batch m is in slot m
+    mod slots."""
+    sums: PyTree
+    """The layers' sums."""
+    totals: PyTree
+    """Loss and sums of ``last``."""
+    x: jax.Array
+    """Input from the stage before, of its last tick."""
 
 
 def run_1f1b_pipeline(
-    first: Callable[[Any, Any], tuple[jax.Array, Any]],
+    first: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
     stage: StageFn,
-    last: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
-    first_last_params: Any,
-    params: Any,
-    batch: Any,
+    last: Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, PyTree]],
+    first_last_params: PyTree,
+    params: PyTree,
+    batch: PyTree,
     *,
-    sums_cotangent: Callable[[Any], Any],
-) -> tuple[tuple[jax.Array, Any, Any], tuple[Any, Any]]:
+    sums_cotangent: Callable[[PyTree], PyTree],
+) -> tuple[tuple[jax.Array, PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Computes loss and gradients by the 1F1B schedule.
 
     Args:
@@ -291,118 +386,129 @@ def run_1f1b_pipeline(
         stages), (gradients of ``first_last_params``, of ``params``).
     """
     stages = axis_size((STAGE,))
-    layers, split, whole = _specs(1)
+    layers, split, whole = _make_specs(1)
     micro_batches = jax.tree.leaves(batch)[0].shape[0]
-    kept = 2 * stages - 1
+    num_slots = 2 * stages - 1
 
-    def run(ends, params, batch, number):
-        own = number[0]
-        is_last = own == stages - 1
+    def run(ends, params, batch, stage_indices):
+        stage_index = stage_indices[0]
+        is_last = stage_index == stages - 1
 
-        def micro(turn):
-            return _at(batch, jnp.clip(turn, 0, micro_batches - 1))
+        def take_micro_batch(turn: jax.Array) -> PyTree:
+            return _take(batch, jnp.clip(turn, 0, micro_batches - 1))
 
-        def forward(t, state):
-            """One forward pass: what is kept, and what goes to the next stage."""
-            turn = t - own
-            x, context = first(ends, micro(turn))
-            x = jnp.where(own == 0, x, state["x"])
-            y, part = stage(params, x, context)
+        def forward(t: jax.Array, state: _State1F1B) -> tuple[jax.Array, _State1F1B]:
+            """Runs one forward pass; returns what goes to the next stage."""
+            turn = t - stage_index
+            x, context = first(ends, take_micro_batch(turn))
+            x = jnp.where(stage_index == 0, x, state.x)
+            y, terms = stage(params, x, context)
             works = (turn >= 0) & (turn < micro_batches)
-            inputs = lax.dynamic_update_index_in_dim(state["inputs"], x, turn % kept, 0)
-            return y, state | {
-                "inputs": inputs,
-                "parts": _add(state["parts"], part, works),
-            }
+            inputs = lax.dynamic_update_index_in_dim(
+                state.inputs, x, turn % num_slots, 0
+            )
+            sums = _add_where(works, state.sums, terms)
+            return y, state._replace(inputs=inputs, sums=sums)
 
-        def backward(t, y, state):
-            """One backward pass; on the last stage, of the micro-batch just seen."""
-            turn = _backward_turn(t, own, stages)
+        def backward_last(
+            works: jax.Array, y: jax.Array, micro_batch: PyTree, state: _State1F1B
+        ) -> tuple[jax.Array, _State1F1B]:
+            """Runs ``last`` and its backward pass; returns the gradient of this stage's
+            output, which on all but the last stage is the next one's."""
+            totals, pull = jax.vjp(lambda e, y: last(e, y, micro_batch), ends, y)
+            loss, sums = totals
+            counts = works & is_last
+            d_sums = jax.tree.map(jnp.zeros_like, sums)
+            d_loss = jnp.where(counts, 1.0, 0.0).astype(loss.dtype)
+            d_ends, d_y = pull((d_loss, d_sums))
+            d_y = jnp.where(is_last, d_y, state.d_y)
+            totals = _add_where(counts, state.totals, totals)
+            d_ends = _add(state.d_ends, d_ends)
+            return d_y, state._replace(totals=totals, d_ends=d_ends)
+
+        def backward(
+            t: jax.Array, y: jax.Array | None, state: _State1F1B
+        ) -> tuple[jax.Array, _State1F1B]:
+            """Runs one backward pass; on the last stage, of the micro-batch whose
+            forward pass has just given y (None: there was none)."""
+            turn = _backward_turn(t, stage_index, stages)
             works = (turn >= 0) & (turn < micro_batches)
-            ours = micro(turn)
-            if y is None:
-                d_y = state["d_y"]
-            else:
-                (loss, sums), pull = jax.vjp(lambda e, y: last(e, y, ours), ends, y)
-                counts = works & is_last
-                nothing = jax.tree.map(jnp.zeros_like, sums)
-                d_ends, d_last = pull(
-                    (jnp.where(counts, 1.0, 0.0).astype(loss.dtype), nothing)
-                )
-                d_y = jnp.where(is_last, d_last, state["d_y"])
-                state |= {
-                    "totals": _add(state["totals"], (loss, sums), counts),
-                    "d_ends": _add(state["d_ends"], d_ends),
-                }
-            (_, context), pull_first = jax.vjp(lambda e: first(e, ours), ends)
+            micro_batch = take_micro_batch(turn)
+            d_y = state.d_y
+            if y is not None:
+                d_y, state = backward_last(works, y, micro_batch, state)
+            (_, context), pull_first = jax.vjp(lambda e: first(e, micro_batch), ends)
             # A stage without a turn may take anything; `d_y` has this pass wait for the
             # forward one and the loss. XLA:CPU would run them side by side, and virtual
             # devices then wait for each other for good, one in this pass's collectives
             # and one in the others'.
-            given = jnp.where(works, _at(state["inputs"], turn % kept), d_y)
-            (_, part), pull = jax.vjp(lambda p, x: stage(p, x, context), params, given)
-            d_part = jax.tree.map(
-                lambda d: jnp.where(works, d, 0), sums_cotangent(part)
+            x = jnp.where(works, _take(state.inputs, turn % num_slots), d_y)
+            (_, terms), pull = jax.vjp(lambda p, x: stage(p, x, context), params, x)
+            d_terms = jax.tree.map(
+                lambda d: jnp.where(works, d, 0), sums_cotangent(terms)
             )
-            d_params, d_x = pull((jnp.where(works, d_y, 0), d_part))
-            none = jax.tree.map(_no_gradient, context)
-            (d_ends,) = pull_first((jnp.where(own == 0, d_x, 0), none))
-            sums = _add((state["d_params"], state["d_ends"]), (d_params, d_ends))
-            return d_x, state | dict(zip(("d_params", "d_ends"), sums, strict=True))
+            d_params, d_x = pull((jnp.where(works, d_y, 0), d_terms))
+            d_context = jax.tree.map(_no_gradient, context)
+            (d_ends,) = pull_first((jnp.where(stage_index == 0, d_x, 0), d_context))
+            d_params, d_ends = _add((state.d_params, state.d_ends), (d_params, d_ends))
+            return d_x, state._replace(d_params=d_params, d_ends=d_ends)
 
-        def warm_up(state, t):
+        def warm_up(state: _State1F1B, t: jax.Array) -> tuple[_State1F1B, None]:
             y, state = forward(t, state)
-            return state | {"x": _to_next(y, stages)}, None
+            return state._replace(x=_send_to_next(y, stages)), None
 
-        def steady(state, t):
+        def steady(state: _State1F1B, t: jax.Array) -> tuple[_State1F1B, None]:
             y, state = forward(t, state)
             d_x, state = backward(t, y, state)
-            return state | {
-                "x": _to_next(y, stages),
-                "d_y": _to_previous(d_x, stages),
-            }, None
+            x = _send_to_next(y, stages)
+            return state._replace(x=x, d_y=_send_to_previous(d_x, stages)), None
 
-        def cool_down(state, t):
+        def cool_down(state: _State1F1B, t: jax.Array) -> tuple[_State1F1B, None]:
             d_x, state = backward(t, None, state)
-            return state | {"d_y": _to_previous(d_x, stages)}, None
+            return state._replace(d_y=_send_to_previous(d_x, stages)), None
 
-        x, context = first(ends, micro(own))
-        _, part = jax.eval_shape(stage, params, x, context)
-        totals = jax.eval_shape(last, ends, x, micro(own))
+        micro_batch = take_micro_batch(stage_index)
+        x, context = first(ends, micro_batch)
+        _, terms = jax.eval_shape(stage, params, x, context)
+        totals = jax.eval_shape(last, ends, x, take_micro_batch(stage_index))
         empty = jnp.zeros_like(x)
-        state = {
-            "x": empty,
-            "d_y": empty,
-            "inputs": jnp.stack([empty] * kept),
-            "parts": _zeros(part),
-            "totals": _zeros(totals),
-            "d_ends": jax.tree.map(jnp.zeros_like, ends),
-            "d_params": jax.tree.map(jnp.zeros_like, params),
-        }
-        bounds = (
-            stages - 1,
-            micro_batches + stages - 1,
-            micro_batches + 2 * (stages - 1),
+        state = _State1F1B(
+            x=empty,
+            d_y=empty,
+            inputs=jnp.stack([empty] * num_slots),
+            sums=_make_zeros(terms),
+            totals=_make_zeros(totals),
+            d_ends=jax.tree.map(jnp.zeros_like, ends),
+            d_params=jax.tree.map(jnp.zeros_like, params),
         )
-        state, _ = lax.scan(warm_up, state, jnp.arange(bounds[0]))
-        state, _ = lax.scan(steady, state, jnp.arange(bounds[0], bounds[1]))
-        state, _ = lax.scan(cool_down, state, jnp.arange(bounds[1], bounds[2]))
-        totals, parts, d_ends = lax.psum(
-            (state["totals"], state["parts"], state["d_ends"]), STAGE
-        )
-        return totals, parts, d_ends, state["d_params"]
+        first_backward = stages - 1
+        forward_end = micro_batches + stages - 1
+        backward_end = micro_batches + 2 * (stages - 1)
+        state, _ = lax.scan(warm_up, state, jnp.arange(first_backward))
+        state, _ = lax.scan(steady, state, jnp.arange(first_backward, forward_end))
+        state, _ = lax.scan(cool_down, state, jnp.arange(forward_end, backward_end))
+        totals, sums, d_ends = lax.psum((state.totals, state.sums, state.d_ends), STAGE)
+        return totals, sums, d_ends, state.d_params
 
-    specs = (whole, layers, whole, split), (whole, whole, whole, layers)
-    mapped = map_shards(run, *specs, axes=(STAGE,))
-    own = axis_indices((STAGE,))
-    totals, parts, d_ends, d_params = mapped(first_last_params, params, batch, own)
-    return (*totals, parts), (d_ends, d_params)
+    run_stages = map_shards(
+        run,
+        (whole, layers, whole, split),
+        (whole, whole, whole, layers),
+        axes=(STAGE,),
+    )
+    totals, sums, d_ends, d_params = run_stages(
+        first_last_params, params, batch, axis_indices((STAGE,))
+    )
+    loss, last_sums = totals
+    return (loss, last_sums, sums), (d_ends, d_params)
 
 
-def _zeros(shapes: Any) -> Any:
+def _make_zeros(shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def _no_gradient(x: jax.Array) -> Any:
-    is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return jnp.zeros_like(x) if is_float else np.zeros(x.shape, jax.dtypes.float0)
+def _no_gradient(x: jax.Array) -> jax.Array | np.ndarray:
+    """Returns the cotangent of what has no gradient, as ``jax.vjp`` takes it."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)

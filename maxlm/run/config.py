@@ -14,7 +14,7 @@ from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.context_extension import TuneConfig, extend_context
+from maxlm.models.context_extension import ContextExtensionConfig, extend_context
 from maxlm.models.dtypes import ComputeDtype
 from maxlm.optim.config import AnyOptimizerConfig, OptimizerConfig
 from maxlm.optim.schedule import ScheduleConfig
@@ -68,7 +68,7 @@ class RunConfig(Config):
     compute_dtype: ComputeDtype = "auto"
     """Dtype of the maths: auto is bfloat16 on TPUs and GPUs, float32 on CPUs.
     Parameters, norms, softmax, loss and optimizer are float32 in any case."""
-    tune: TuneConfig = TuneConfig()
+    tune: ContextExtensionConfig = ContextExtensionConfig()
     model: ModelConfig
     adapter: AdapterConfig | None = None
     """Small parameters beside the model's own, by kind, which alone are trained unless
@@ -91,12 +91,12 @@ class RunConfig(Config):
     @field_validator("model")
     @classmethod
     def _extend_context(cls, model: ModelConfig, info: ValidationInfo) -> ModelConfig:
-        return extend_context(model, info.data.get("tune", TuneConfig()))
+        return extend_context(model, info.data.get("tune", ContextExtensionConfig()))
 
     @field_validator("data")
     @classmethod
     def _extend_rows(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
-        length = info.data.get("tune", TuneConfig()).extend_to
+        length = info.data.get("tune", ContextExtensionConfig()).extend_to
         if length is None or "seq_len" in data.model_fields_set:
             return data
         return data.model_copy(update={"seq_len": length})

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import jax
 from jax.sharding import AxisType, Mesh, auto_axes
@@ -11,6 +11,8 @@ from jax.sharding import AxisType, Mesh, auto_axes
 from maxlm.config import Config, MaxlmError
 from maxlm.sharding.links import arrange_devices
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # Outermost (slowest links) first: `tensor` neighbours sit next to each other.
 MeshAxis = Literal["stage", "data", "fsdp", "expert", "context", "tensor"]
 MESH_AXES: tuple[str, ...] = get_args(MeshAxis)
@@ -41,18 +43,30 @@ class MeshConfig(Config):
 def parse_mesh(text: str) -> MeshConfig:
     """Parses ``"fsdp=64,tensor=4"`` to a config; axes left out have size 1. Raises
     MaxlmError: malformed text, or an axis that does not exist."""
-    sizes = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        part = part.strip()
+        if not part:
+            continue
         axis, _, size = part.partition("=")
         if axis not in MESH_AXES:
-            fix = f"use {', '.join(MESH_AXES)}"
-            raise MaxlmError(f"unknown mesh axis '{axis}'", where="--mesh", fix=fix)
+            raise MaxlmError(
+                f"unknown mesh axis '{axis}'",
+                where="--mesh",
+                fix=f"use {', '.join(MESH_AXES)}",
+            )
         if axis in sizes:
-            fix = "give each axis once"
-            raise MaxlmError(f"axis '{axis}' is given twice", where="--mesh", fix=fix)
+            raise MaxlmError(
+                f"axis '{axis}' is given twice",
+                where="--mesh",
+                fix="give each axis once",
+            )
         if not size.isdecimal() or int(size) < 1:
-            fix = "write fsdp=8,tensor=2"
-            raise MaxlmError(f"'{part}' is not AXIS=SIZE", where="--mesh", fix=fix)
+            raise MaxlmError(
+                f"'{part}' is not AXIS=SIZE",
+                where="--mesh",
+                fix="write fsdp=8,tensor=2",
+            )
         sizes[axis] = int(size)
     return MeshConfig(**{"fsdp": 1, **sizes})
 
@@ -62,27 +76,34 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     MaxlmError: two axes are -1, a size is below 1, or the product is not
     ``num_devices``."""
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    described = (
-        ", ".join(f"{a}={n}" for a, n in sizes.items() if n != 1) or "all axes 1"
+    description = ", ".join(
+        f"{axis}={size}" for axis, size in sizes.items() if size != 1
     )
-    free = [axis for axis, n in sizes.items() if n == -1]
-    for axis, n in sizes.items():
-        if n < 1 and n != -1:
-            fix = "use a size ≥ 1, or -1 for the rest"
-            raise MaxlmError(f"mesh.{axis}={n}", where="mesh", fix=fix)
-    if len(free) > 1:
-        fix = "leave one of them at -1"
-        raise MaxlmError(f"{' and '.join(free)} are both -1", where="mesh", fix=fix)
-    fixed = prod(n for n in sizes.values() if n != -1)
-    if free and num_devices % fixed == 0:
-        sizes[free[0]] = num_devices // fixed
-    elif free or fixed != num_devices:
-        wanted = f"a multiple of {fixed}" if free else str(fixed)
-        what = f"{described} needs {wanted} devices, {num_devices} here"
-        fix = (
-            f"set the axes so that their product is {num_devices}, or one of them to -1"
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise MaxlmError(
+                f"mesh.{axis}={size}",
+                where="mesh",
+                fix="use a size ≥ 1, or -1 for the rest",
+            )
+    free_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(free_axes) > 1:
+        raise MaxlmError(
+            f"{' and '.join(free_axes)} are both -1",
+            where="mesh",
+            fix="leave one of them at -1",
         )
-        raise MaxlmError(what, where="mesh", fix=fix)
+    fixed_size = prod(size for size in sizes.values() if size != -1)
+    if free_axes and num_devices % fixed_size == 0:
+        sizes[free_axes[0]] = num_devices // fixed_size
+    elif free_axes or fixed_size != num_devices:
+        needed = f"a multiple of {fixed_size}" if free_axes else str(fixed_size)
+        raise MaxlmError(
+            f"{description or 'all axes 1'} needs {needed} devices, {num_devices} here",
+            where="mesh",
+            fix=f"set the axes so that their product is {num_devices}, or one of them "
+            "to -1",
+        )
     return sizes
 
 
@@ -97,12 +118,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     hardware's links; see ``maxlm.sharding.links``."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    return Mesh(
-        arrange_devices(sizes, devices), tuple(sizes), (AxisType.Explicit,) * len(sizes)
-    )
+    axis_types = (AxisType.Explicit,) * len(sizes)
+    return Mesh(arrange_devices(sizes, devices), tuple(sizes), axis_types)
 
 
-def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
+def jit_sharded(function: Callable[P, T], shardings: Any) -> Callable[P, T]:
     """Jits ``function`` so that every output is computed in shards, never whole on a
     device.
 
@@ -117,12 +137,12 @@ def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., A
     return jax.jit(auto_axes(function, out_sharding=shardings), out_shardings=shardings)
 
 
-def bind_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def bind_mesh(mesh: Mesh, function: Callable[P, T]) -> Callable[P, T]:
     """Wraps ``function`` with ``mesh`` as JAX's current one, which layers read while
     being traced. ``__wrapped__`` is ``function`` itself, say to lower it."""
 
     @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
         with jax.set_mesh(mesh):
             return function(*args, **kwargs)
 

@@ -20,6 +20,14 @@ ACTIVATIONS = (
     ("batch", "seq", "vocab"),
 )
 
+_RESIDUAL_WIDTH = "the residual stream's width, which norms, experts and the loss need"
+# Logical axes that compute rules may not split, and what they are.
+WHOLE_AXES = {
+    "embed": _RESIDUAL_WIDTH,
+    "expert_embed": _RESIDUAL_WIDTH,
+    "head_dim": "a head's width, which attention needs",
+}
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -39,7 +47,7 @@ def resolve_placement(
     rules: AxisRules,
     mesh_sizes: Mapping[str, int],
 ) -> Placement:
-    """Resolve one array's partition. Raises MaxlmError: a dimension that its mesh axes
+    """Resolves one array's partition. Raises MaxlmError: a dimension that its mesh axes
     do not divide; two dimensions on one mesh axis.
 
     Args:
@@ -49,50 +57,57 @@ def resolve_placement(
     """
     matched = []
     for size, axis in zip(shape, axes, strict=True):
-        names = rules.mesh_axes(axis)
-        if size % prod(mesh_sizes[name] for name in names):
-            split = "·".join(f"{name}={mesh_sizes[name]}" for name in names)
-            fix = f"change the mesh to a divisor of {size}, or set '{axis}' to null in "
-            fix += "sharding.storage and sharding.compute to keep it whole"
-            what = f"{axis}={size} does not divide over {split}"
-            raise MaxlmError(what, where=array_name, fix=fix)
-        if names:
-            matched.append(f"{axis}→{'+'.join(names)}")
-    used = _check_distinct(axes, rules, where=array_name)
+        mesh_axes = rules.mesh_axes(axis)
+        if size % prod(mesh_sizes[name] for name in mesh_axes):
+            split = "·".join(f"{name}={mesh_sizes[name]}" for name in mesh_axes)
+            raise MaxlmError(
+                f"{axis}={size} does not divide over {split}",
+                where=array_name,
+                fix=f"change the mesh to a divisor of {size}, or set '{axis}' to null "
+                "in sharding.storage and sharding.compute to keep it whole",
+            )
+        if mesh_axes:
+            matched.append(f"{axis}→{'+'.join(mesh_axes)}")
+    used_axes = _check_distinct(axes, rules, where=array_name)
     return Placement(
         spec=rules.spec(*axes),
         rule=", ".join(matched) or "whole",
-        num_shards=prod(mesh_sizes[name] for name in used),
+        num_shards=prod(mesh_sizes[name] for name in used_axes),
     )
 
 
 def _check_distinct(
     axes: Sequence[str | None], rules: AxisRules, where: str
 ) -> dict[str, str]:
-    """Refuse two logical axes of one array on one mesh axis; returns the mesh axes with
-    their logical ones."""
-    seen: dict[str, str] = {}
-    for axis in filter(None, axes):
-        for name in rules.mesh_axes(axis):
-            if name in seen:
-                what = f"axes {seen[name]} and {axis} are both on mesh axis '{name}'"
-                fix = "give one of them another mesh axis, or null"
-                raise MaxlmError(what, where=where, fix=fix)
-            seen[name] = axis
-    return seen
+    """Refuses two logical axes of one array on one mesh axis; returns the mesh axes
+    with their logical ones."""
+    logical_axes: dict[str, str] = {}
+    for axis in axes:
+        for mesh_axis in rules.mesh_axes(axis):
+            if mesh_axis in logical_axes:
+                raise MaxlmError(
+                    f"axes {logical_axes[mesh_axis]} and {axis} are both on mesh axis "
+                    f"'{mesh_axis}'",
+                    where=where,
+                    fix="give one of them another mesh axis, or null",
+                )
+            assert axis is not None  # it has mesh axes
+            logical_axes[mesh_axis] = axis
+    return logical_axes
 
 
 def check_activation_rules(rules: AxisRules) -> None:
-    """Refuse compute rules that split two dimensions of one activation over the same
+    """Refuses compute rules that split two dimensions of one activation over the same
     mesh axis, or the width of the residual stream or of a head. ``rules``: on the mesh
     at hand, so without axes of size 1."""
-    width = "the residual stream's width, which norms, experts and the loss need"
-    head = "a head's width, which attention needs"
-    for axis, needed in (("embed", width), ("expert_embed", width), ("head_dim", head)):
-        if names := rules.mesh_axes(axis):
-            what = f"mesh axis '{names[0]}' splits {needed} whole"
-            fix = f"set it to null (sharding.storage.{axis} splits weights at rest)"
-            raise MaxlmError(what, where=f"sharding.compute.{axis}", fix=fix)
+    for axis, needed in WHOLE_AXES.items():
+        mesh_axes = rules.mesh_axes(axis)
+        if mesh_axes:
+            raise MaxlmError(
+                f"mesh axis '{mesh_axes[0]}' splits {needed} whole",
+                where=f"sharding.compute.{axis}",
+                fix=f"set it to null (sharding.storage.{axis} splits weights at rest)",
+            )
     for axes in ACTIVATIONS:
         _check_distinct(axes, rules, where="sharding.compute")
 
@@ -102,21 +117,23 @@ def check_unsharded_share(
     sizes: Mapping[str, int],
     max_share: float,
 ) -> None:
-    """Refuse a plan that leaves too many parameter bytes whole on every device.
+    """Refuses a plan that leaves too many parameter bytes whole on every device.
     ``placements``: path → (bytes, placement). ``max_share``: the largest share allowed;
     only meshes that split parameters are held to it."""
     if prod(sizes[axis] for axis in PARAMETER_AXES) == 1:
         return
-    whole = {
-        path: size
-        for path, (size, placement) in placements.items()
+    whole_bytes = {
+        path: num_bytes
+        for path, (num_bytes, placement) in placements.items()
         if placement.num_shards == 1
     }
-    share = sum(whole.values()) / sum(size for size, _ in placements.values())
+    total_bytes = sum(num_bytes for num_bytes, _ in placements.values())
+    share = sum(whole_bytes.values()) / total_bytes
     if share > max_share:
-        what = f"{share:.0%} of parameter bytes would be whole on every device "
-        what += (
-            f"(limit {max_share:.0%}), the largest {max(whole, key=whole.__getitem__)}"
+        largest = max(whole_bytes, key=whole_bytes.__getitem__)
+        raise MaxlmError(
+            f"{share:.0%} of parameter bytes would be whole on every device "
+            f"(limit {max_share:.0%}), the largest {largest}",
+            where="sharding.storage",
+            fix="give one of its axes a mesh axis, or raise sharding.max_unsharded",
         )
-        fix = "give one of its axes a mesh axis, or raise sharding.max_unsharded"
-        raise MaxlmError(what, where="sharding.storage", fix=fix)

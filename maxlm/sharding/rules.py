@@ -72,14 +72,15 @@ class AxisRules(Config):
     def for_mesh(self, sizes: Mapping[str, int]) -> "AxisRules":
         """Returns these rules for a mesh's sizes: axes of size 1 split nothing and are
         left out."""
-        kept = {
-            a: tuple(n for n in getattr(self, a) if sizes[n] > 1) for a in LOGICAL_AXES
+        rules = {
+            axis: tuple(name for name in self.mesh_axes(axis) if sizes[name] > 1)
+            for axis in LOGICAL_AXES
         }
-        return AxisRules(**kept)
+        return AxisRules(**rules)
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """Returns the mesh axes of one logical axis (none for ``None``)."""
-        return getattr(self, axis) if axis is not None else ()
+        return () if axis is None else getattr(self, axis)
 
 
 LOGICAL_AXES = tuple(AxisRules.model_fields)

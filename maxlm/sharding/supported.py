@@ -33,14 +33,17 @@ def require_declared_axes(
         how_to_declare: for the message, with ``{}`` for the axis to declare.
     """
 
-    def refuse(axis: str, declaration: str, meaning: str) -> MaxlmError:
-        what = f"{axis}={sizes[axis]} {meaning}, and {subject} does not say that it supports this"
-        fix = f"set it to 1, or if it does, {how_to_declare.format(declaration)}"
-        return MaxlmError(what, where=f"mesh.{axis}", fix=fix)
+    def refuse(axis: str, declaration: ReshapingAxis, meaning: str) -> MaxlmError:
+        return MaxlmError(
+            f"{axis}={sizes[axis]} {meaning}, and {subject} does not say that it "
+            "supports this",
+            where=f"mesh.{axis}",
+            fix=f"set it to 1, or if it does, {how_to_declare.format(declaration)}",
+        )
 
     if "context" not in declared:
+        meaning = "splits rows and reorders their tokens"
         for axis in compute.seq:
-            meaning = "splits rows and reorders their tokens"
             refuse_context = partial(refuse, axis, "context", meaning)
             yield Requirement(np.equal(sizes[axis], 1), refuse_context)
     if "stage" not in declared:

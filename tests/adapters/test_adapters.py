@@ -91,14 +91,14 @@ def test_a_fresh_adapter_changes_no_bit_and_a_merged_one_computes_the_same(name)
 @pytest.mark.usefixtures("on_one_device")
 def test_merging_dora_is_its_equation_and_taking_the_product_away_gives_the_base():
     *_, fresh = build(ADAPTERS["dora"])
-    noisy = flatten_names(randomize(fresh), lambda held: isinstance(held, Leaf))
-    held = noisy["layers.attention.key.kernel"]
-    w, a, b, m = (np.asarray(x, np.float64) for x in jax.tree.leaves(held))
-    product = held.scale * np.einsum("lir,lrkh->likh", a, b)
+    noisy = flatten_names(randomize(fresh), lambda param: isinstance(param, Leaf))
+    leaf = noisy["layers.attention.key.kernel"]
+    w, a, b, m = (np.asarray(x, np.float64) for x in jax.tree.leaves(leaf))
+    product = leaf.scale * np.einsum("lir,lrkh->likh", a, b)
     want = w + product
     norms = np.sqrt(np.square(w).sum(1)), np.sqrt(np.square(want).sum(1))
     factors = ((norms[0] + m) / norms[1])[:, None]
-    merged = held.merge()
+    merged = leaf.merge()
     np.testing.assert_allclose(merged, want * factors, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(merged / factors - product, w, atol=1e-6)
 
@@ -130,12 +130,12 @@ def test_bottlenecks_are_their_equations(name):
 def test_pissa_moves_the_principal_part_of_the_base_into_a_and_b(dora):
     adapter = LoraAdapter(rank=3, init="pissa", dora=dora)
     base, params, model, fresh = build(adapter)
-    found = adapter.init_from_base(fresh)
+    split_params = adapter.init_from_base(fresh)
     np.testing.assert_allclose(
-        run(model, found), run(base, params), rtol=1e-4, atol=2e-5
+        run(model, split_params), run(base, params), rtol=1e-4, atol=2e-5
     )
     w = params["layers"]["attention"]["out"]["kernel"].reshape(3, 24, 14)
-    kernel = found["layers"]["attention"]["out"]["kernel"]
+    kernel = split_params["layers"]["attention"]["out"]["kernel"]
     values = np.linalg.svd(w, compute_uv=False)
     rest = np.linalg.svd(kernel.base.reshape(3, 24, 14), compute_uv=False)
     np.testing.assert_allclose(rest[:, :11], values[:, 3:], rtol=1e-4, atol=1e-5)
@@ -219,7 +219,7 @@ def test_dropout_zeroes_a_share_of_inputs_and_keeps_their_mean():
 
     def read_inputs(params: Any, layer: int) -> np.ndarray:
         leaf = jax.tree.map(
-            lambda held: held[layer], params["layers"]["mlp"]["gate"]["kernel"]
+            lambda array: array[layer], params["layers"]["mlp"]["gate"]["kernel"]
         )
         outputs = leaf.lora_b.shape[-1]
         leaf = replace(leaf, lora_a=jnp.eye(14), lora_b=jnp.eye(14, outputs))
@@ -267,9 +267,9 @@ def test_rows_of_tokens_stand_in_the_table_and_in_the_head(tied):
         changed = np.flatnonzero((before != after).any(axis=1))
         assert [*changed] == [3, 9]
         np.testing.assert_array_equal(after[[9, 3]], flat[f"{layer}.{name}.token_rows"])
-    said = "no row of the model's table, or named twice"
+    refusal = "no row of the model's table, or named twice"
     for wrong in ((config.vocab_size,), (2, 2)):
-        with pytest.raises(MaxlmError, match=said):
+        with pytest.raises(MaxlmError, match=refusal):
             build(LoraAdapter(token_ids=wrong), config)
     with pytest.raises(MaxlmError, match="has LoRA, and rows of its own"):
         build(LoraAdapter(token_ids=(1,), targets=("embedding",)), config)

@@ -152,10 +152,10 @@ def test_a_mesh_trains_the_adapter_alone_as_one_device_does(
     one = train(make_config("one", {}, adapter=ADAPTERS[name], **start))
     spread = train(make_config("spread", SPREAD, adapter=ADAPTERS[name], **start))
     np.testing.assert_allclose(read_losses(spread), read_losses(one), rtol=2e-5)
-    for own, other in zip(
+    for expected, sharded in zip(
         *(jax.tree.leaves(r.state.params) for r in (one, spread)), strict=True
     ):
-        np.testing.assert_allclose(other, own, atol=3e-4)
+        np.testing.assert_allclose(sharded, expected, atol=3e-4)
     began = init_or_warm_start_state(spread.setup).params
     names = flatten_names(base.state.params)
     assert are_equal(select_base_params(spread.state.params), base.state.params)
@@ -175,10 +175,10 @@ def test_a_mesh_trains_the_adapter_alone_as_one_device_does(
     # A run that is used has the adapter merged, where it can be.
     loaded = load_run(spread.folder)
     assert (loaded.config.adapter is None) == (name != "houlsby")
-    kept = [
+    adapter_arrays = [
         name for name in flatten_names(loaded.params) if name.endswith(".adapter_up")
     ]
-    assert bool(kept) == (name == "houlsby")
+    assert bool(adapter_arrays) == (name == "houlsby")
 
 
 @pytest.mark.slow
@@ -187,10 +187,10 @@ def test_pipelines_and_context_train_it_too(make_config, train):
     want = read_losses(train(make_config("one", {}, adapter=adapter)))
     train_settings = {"steps": 3, "micro_batches": 2}
     for mesh in ({"stage": 2, "tensor": 2}, {"context": 2, "fsdp": 2}):
-        own = train(
+        run = train(
             make_config("-".join(mesh), mesh, adapter=adapter, train=train_settings)
         )
-        np.testing.assert_allclose(read_losses(own), want, rtol=2e-5)
+        np.testing.assert_allclose(read_losses(run), want, rtol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -227,11 +227,11 @@ def test_a_base_rests_in_bfloat16(make_config, train, train_beside_reference, ba
     adapter = ADAPTERS["lora"] | {"base_dtype": "bfloat16"}
     start: dict[str, Any] = {"steps": 3, "start_from": str(base.folder)}
     run = train(make_config("half", SPREAD, adapter=adapter, train=start))
-    held = flatten_names(select_base_params(run.state.params))
+    base_params = flatten_names(select_base_params(run.state.params))
     for name, want in flatten_names(base.state.params).items():
         want = want if "norm" in name else want.astype(jnp.bfloat16)
-        assert held[name].dtype == want.dtype, name
-        np.testing.assert_array_equal(held[name], want)
+        assert base_params[name].dtype == want.dtype, name
+        np.testing.assert_array_equal(base_params[name], want)
     other, _ = train_beside_reference("lora")
     np.testing.assert_allclose(read_losses(run), read_losses(other), rtol=1e-3)
     goes_on = {"steps": 1, "start_from": str(run.folder)}
@@ -244,7 +244,7 @@ def test_a_base_rests_in_bfloat16(make_config, train, train_beside_reference, ba
     stored = RunCheckpointReader(run.folder / "checkpoints")
     read = stored.open(f"{kernel}.base").read()
     assert read.dtype == np.float32
-    np.testing.assert_array_equal(read, held[kernel].astype(np.float32))
+    np.testing.assert_array_equal(read, base_params[kernel].astype(np.float32))
     a, b = (stored.open(f"{kernel}.lora_{side}").read() for side in "ab")
     merged = flatten_names(load_run(run.folder).params)[kernel]
     np.testing.assert_allclose(merged, read + 16 / 4 * a @ b, atol=1e-6)

@@ -64,11 +64,11 @@ class Adapted:
         rows += [(0, 0, 0)] * (48 - len(rows))
         arrays = (np.array([column], np.int32) for column in zip(*rows, strict=True))
         logits = np.asarray(_forward(self.model, self.params, *arrays)[1])[0]
-        found = []
+        segment_logits = []
         for segment in segments:
-            found.append(logits[n : n + len(segment)])
+            segment_logits.append(logits[n : n + len(segment)])
             logits = logits[n + len(segment) :]
-        return found
+        return segment_logits
 
     def greedy(self, prompt: list[int], steps: int) -> list[int]:
         text = list(prompt)
@@ -138,11 +138,11 @@ def test_segments_of_a_row_have_virtual_tokens_each_whatever_their_ids(adapted):
 def test_a_prompt_of_given_tokens_begins_as_these_tokens(one_device_mesh):
     adapter = PromptAdapter(num_virtual_tokens=N, init_token_ids=(3, 11))
     with jax.set_mesh(one_device_mesh):
-        own = build(MODELS["pattern"], adapter)
-        own = Adapted(own.model, adapter.init_from_base(own.params))
-        base = build_base(own)
+        adapted = build(MODELS["pattern"], adapter)
+        adapted = Adapted(adapted.model, adapter.init_from_base(adapted.params))
+        base = build_base(adapted)
         expected = base.logits([3, 11, 3, 11, 3, *PROMPTS[1]])[0][N:]
-        np.testing.assert_array_equal(own.logits(PROMPTS[1])[0], expected)
+        np.testing.assert_array_equal(adapted.logits(PROMPTS[1])[0], expected)
 
 
 def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(one_device_mesh):
@@ -151,22 +151,23 @@ def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(one_device_mesh):
         update={"num_layers": 1, "max_seq_len": 48}
     )
     with jax.set_mesh(one_device_mesh):
-        own = build(config, ADAPTERS["prefix"])
-        base = build_base(own)
+        adapted = build(config, ADAPTERS["prefix"])
+        base = build_base(adapted)
         model = bind(base.model, base.params)
         block = bind(model.layers, jax.tree.map(lambda x: x[0], base.params["layers"]))
         x = block.attention_norm(model.embed(*np.array([[[3, 4, 6, 7, 9]], [[0] * N]])))
-        made = block.attention.project_keys_values(x)._asdict().items()
-        layers = own.params["layers"]
-        kernels = {name: layers["attention"][name]["kernel"] for name, _ in made}
+        keys_values = block.attention.project_keys_values(x)._asdict().items()
+        layers = adapted.params["layers"]
+        kernels = {name: layers["attention"][name]["kernel"] for name, _ in keys_values}
         attention = {
-            n: {"kernel": replace(kernels[n], virtual=vectors)} for n, vectors in made
+            n: {"kernel": replace(kernels[n], virtual=vectors)}
+            for n, vectors in keys_values
         }
         attention = {**layers["attention"], **attention}
-        params = {**own.params, "layers": {**layers, "attention": attention}}
+        params = {**adapted.params, "layers": {**layers, "attention": attention}}
         expected = base.logits([3, 4, 6, 7, 9, *PROMPTS[1]])[0][N:]
-        found = Adapted(own.model, params).logits(PROMPTS[1])[0]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+        logits = Adapted(adapted.model, params).logits(PROMPTS[1])[0]
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -180,20 +181,20 @@ def test_greedy_rows_equal_full_forward_passes(
     built, one_device_mesh, name, kind, settings
 ):
     with jax.set_mesh(one_device_mesh):
-        own = built[name, kind]
-        engine = own.engine(**settings)
+        adapted = built[name, kind]
+        engine = adapted.engine(**settings)
         for _ in range(2):  # at first nothing is cached
             requests = [
                 GenerationRequest(str(i), tuple(p), GREEDY)
                 for i, p in enumerate(PROMPTS)
             ]
-            found: dict[str, list[int]] = {}
+            generated: dict[str, list[int]] = {}
             for output in engine.run(requests):
-                found.setdefault(output.request_id, []).extend(output.token_ids)
+                generated.setdefault(output.request_id, []).extend(output.token_ids)
                 request = requests[int(output.request_id)]
                 assert output.num_cached_tokens < len(request.prompt_tokens)
-            assert [found[str(i)] for i in range(4)] == [
-                own.greedy(p, 8) for p in PROMPTS
+            assert [generated[str(i)] for i in range(4)] == [
+                adapted.greedy(p, 8) for p in PROMPTS
             ]
         stats = engine.stats()
     assert stats.prompt_tokens_total == 2 * sum(map(len, PROMPTS))
@@ -204,16 +205,16 @@ def test_logprobs_scores_beams_and_penalties_leave_virtual_tokens_out(adapted, k
     engine = adapted.engine()
     prompt = PROMPTS[1]
     logprobs = np.asarray(jax.nn.log_softmax(adapted.logits(prompt)[0]))
-    wanted = logprobs[np.arange(6), prompt[1:]]
+    expected = logprobs[np.arange(6), prompt[1:]]
 
     request = GenerationRequest("a", tuple(prompt), GREEDY, prompt_logprobs=1)
     first = next(iter(engine.run([request]))).prompt_logprobs
     assert [entry.token_id for entry in first] == prompt[1:]
-    np.testing.assert_allclose([entry.logprob for entry in first], wanted, atol=1e-4)
+    np.testing.assert_allclose([entry.logprob for entry in first], expected, atol=1e-4)
     engine.abort("a")
 
     (score,) = Scorer(adapted.engine()).score([(prompt[:3], prompt[3:])])
-    np.testing.assert_allclose(score.token_logprobs, wanted[2:], atol=1e-4)
+    np.testing.assert_allclose(score.token_logprobs, expected[2:], atol=1e-4)
 
     (result,) = beam_search(
         adapted.engine(), [prompt], BeamSearchConfig(max_new_tokens=5)
@@ -235,8 +236,8 @@ def test_logprobs_scores_beams_and_penalties_leave_virtual_tokens_out(adapted, k
 
 
 def test_the_longest_sequence_is_that_of_real_tokens(built, kind):
-    own = built["gpt2", kind]
-    engine = own.engine(max_length=99)
+    adapted = built["gpt2", kind]
+    engine = adapted.engine(max_length=99)
     assert engine.config.max_length == 48 - N  # positions that are left
     request = GenerationRequest(
         "a", tuple(range(30)), GREEDY.model_copy(update={"max_new_tokens": 13})
@@ -260,8 +261,10 @@ def test_embeddings_pool_real_tokens(adapted, one_device_mesh):
         "first": hidden[0],
         "last": hidden[-1],
     }.items():
-        (found,) = embedder.embed([PROMPTS[1]], pooling)
-        np.testing.assert_allclose(found, vector / np.linalg.norm(vector), atol=1e-5)
+        (embedding,) = embedder.embed([PROMPTS[1]], pooling)
+        np.testing.assert_allclose(
+            embedding, vector / np.linalg.norm(vector), atol=1e-5
+        )
 
 
 def test_arrays_turn_into_pefts_and_back(adapted, kind):
@@ -274,8 +277,8 @@ def test_arrays_turn_into_pefts_and_back(adapted, kind):
     assert back.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_allclose(back[name], array, rtol=1e-6)
-    said = message(from_peft, theirs[1:], shapes)
-    assert said.startswith(f"prompt_embeddings is [4, {theirs.shape[1]}], and [5, ")
+    refusal = message(from_peft, theirs[1:], shapes)
+    assert refusal.startswith(f"prompt_embeddings is [4, {theirs.shape[1]}], and [5, ")
 
 
 @pytest.fixture
@@ -307,9 +310,9 @@ def make_config(tmp_path):
             "init_std": 0.5,
         }
         for name, part in parts.items():
-            own = settings.get(name, {}) | part
+            changed = settings.get(name, {}) | part
             settings[name] = {
-                key: value for key, value in own.items() if value is not None
+                key: value for key, value in changed.items() if value is not None
             }
         return RunConfig.model_validate(settings)
 
@@ -329,15 +332,15 @@ def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
     batch = {
         "tokens": random.integers(0, 300, (8, 32)),
         "targets": random.integers(0, 300, (8, 32)),
-        "segment_ids": np.stack([np.repeat([1, 2, 0], each) for each in sizes]),
+        "segment_ids": np.stack([np.repeat([1, 2, 0], lengths) for lengths in sizes]),
         "positions": np.stack(
-            [np.concatenate([*map(np.arange, each)]) for each in sizes]
+            [np.concatenate([*map(np.arange, lengths)]) for lengths in sizes]
         ),
     }
     batch = {name: array.astype(np.int32) for name, array in batch.items()}
     weights = (batch["segment_ids"] > 0) & (batch["positions"] >= 3)
     batch["weights"] = weights.astype(np.float32)
-    wanted: dict[str, np.ndarray] = {}
+    expected: dict[str, np.ndarray] = {}
     for name, mesh in MESHES.items():
         parts: dict[str, Any] = {"adapter": {"kind": kind}}
         if name == "2x2x2":
@@ -371,19 +374,19 @@ def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
             if x.ndim
         }
         assert {n.split(".", 2)[2] for n in moments} == tuned
-        found = moments | {n: np.asarray(metrics[n]) for n in ("loss", "grad_norm")}
-        wanted = wanted or found
-        for key, array in wanted.items():
+        results = moments | {n: np.asarray(metrics[n]) for n in ("loss", "grad_norm")}
+        expected = expected or results
+        for key, array in expected.items():
             scale = np.abs(array).max()
             np.testing.assert_allclose(
-                found[key], array, atol=1e-4 * scale, err_msg=key
+                results[key], array, atol=1e-4 * scale, err_msg=key
             )
 
 
 def test_what_cannot_have_virtual_tokens_is_refused(make_config):
     task = {"kind": "clm", "files": None}
-    said = message(make_config, "a", {}, task=task, train={"trainable": ["*"]})
-    assert "task.kind=clm has no examples that begin with virtual tokens" in said
+    refusal = message(make_config, "a", {}, task=task, train={"trainable": ["*"]})
+    assert "task.kind=clm has no examples that begin with virtual tokens" in refusal
     latent = {"kv_rank": 8, "rotary_dim": 2, "value_dim": 4}
     attention = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 6, "latent": latent}
     model = {
@@ -394,7 +397,7 @@ def test_what_cannot_have_virtual_tokens_is_refused(make_config):
         "max_seq_len": 8,
     }
     latent = DecoderConfig.model_validate(model | {"attention": attention})
-    said = message(build, latent, ADAPTERS["prefix"])
-    assert "the model has no layers.attention.key.kernel" in said
+    refusal = message(build, latent, ADAPTERS["prefix"])
+    assert "the model has no layers.attention.key.kernel" in refusal
     ids = PromptAdapter(init_token_ids=(99,))
     assert "99 is no row of the model's table" in message(build, MODELS["gpt2"], ids)

@@ -15,6 +15,7 @@ from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.caches.config import PagedCacheConfig, QuantizedCacheConfig
 from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.caches.layout import choose_feature_multiple
+from maxlm.parallel.terms import AttentionTerms
 from maxlm.sharding import AxisRules
 from pallas_kernels.chips import find_chip
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
@@ -233,8 +234,12 @@ def test_pages_of_narrow_heads_are_not_copied(device, case, kind):
 
     def run(cache, q, key, value, arrays):
         batch = RaggedBatch(*arrays, windows=(window,), uniform_rows=(ROWS, 1))
-        own = {**static, "window": window, "rules": AxisRules()}
-        return cache.attend(q, key, value, batch, **own)
+        settings = dict(static)
+        value_dim = settings.pop("value_dim", None)
+        terms = AttentionTerms(**settings)
+        return cache.attend(
+            q, key, value, batch, terms, rules=AxisRules(), value_dim=value_dim
+        )
 
     with jax.set_mesh(mesh):
         compiled = (

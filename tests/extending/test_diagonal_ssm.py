@@ -18,9 +18,11 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.blocks import MIXERS, RegisteredMixer
+from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import CacheArraySpec, RecurrentCache
 from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import (
     bind,
     declare,
@@ -84,20 +86,16 @@ class DiagonalSsm(nnx.Module):
     name = "ssm"
 
     def __init__(
-        self, config, norm, d_model, num_layers, init_std, *, rules, dtype, parallel
+        self, config: DiagonalSsmConfig, norm: NormConfig, context: BuildContext
     ):
-        del norm, num_layers, parallel
+        del norm
         self.width = config.width
-        self.rules = rules
-        kw: dict[str, Any] = {
-            "bias": False,
-            "std": init_std,
-            "rules": rules,
-            "dtype": dtype,
-        }
-        outer, inner = {"embed": d_model}, {"mlp": config.width}
-        self.up, self.gate = Linear(outer, inner, **kw), Linear(outer, inner, **kw)
-        self.out = Linear(inner, outer, **kw)
+        self.rules = context.rules
+        residual = {"embed": context.d_model}
+        state = {"mlp": config.width}
+        self.up = Linear(residual, state, context, bias=False)
+        self.gate = Linear(residual, state, context, bias=False)
+        self.out = Linear(state, residual, context, bias=False)
         self.decay = declare(
             (config.width,), ("mlp",), jax.nn.initializers.ones, "vector"
         )

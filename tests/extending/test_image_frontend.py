@@ -21,9 +21,13 @@ class ImageDecoder(Decoder):
 
     def __init__(self, config: DecoderConfig, **kw):
         super().__init__(config, **kw)
-        sizes = {"latent": PATCH}, {"embed": config.d_model}
-        own = {"bias": True, "std": 0.1, "rules": self.rules, "dtype": self.dtype}
-        self.patches = Linear(*sizes, **own)
+        self.patches = Linear(
+            {"latent": PATCH},
+            {"embed": config.d_model},
+            self.context,
+            bias=True,
+            std=0.1,
+        )
 
     def embed_image(self, patches: jax.Array, tokens: jax.Array) -> jax.Array:
         seen = self.patches(patches, seq_axis="residual")

@@ -1,6 +1,6 @@
 """A feed-forward as an external package writes it, named in a config by its kind."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from maxlm.config.load import validate_config
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import FEED_FORWARDS, RegisteredFeedForward
+from maxlm.models.build_context import BuildContext
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
@@ -31,15 +32,11 @@ class SquaredRelu(nnx.Module):
 
     name = "squared"
 
-    def __init__(self, config, d_model, num_layers, init_std, *, rules, dtype):
-        kw: dict[str, Any] = {
-            "bias": False,
-            "std": init_std,
-            "rules": rules,
-            "dtype": dtype,
-        }
-        self.up = Linear({"embed": d_model}, {"mlp": config.width}, **kw)
-        self.down = Linear({"mlp": config.width}, {"embed": d_model}, **kw)
+    def __init__(self, config: SquaredReluConfig, context: BuildContext):
+        residual = {"embed": context.d_model}
+        hidden = {"mlp": config.width}
+        self.up = Linear(residual, hidden, context, bias=False)
+        self.down = Linear(hidden, residual, context, bias=False)
 
     def feed(self, x, segment_ids):
         return self.down(

@@ -22,6 +22,7 @@ from maxlm.models.caches.config import AnyCacheConfig
 from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.caches.layout import CacheLayout, allocate_cache_array
 from maxlm.models.caches.paged import PagedCache
+from maxlm.parallel.terms import AttentionTerms
 from maxlm.sharding import ShardingConfig
 from tests.errors import message
 
@@ -102,18 +103,14 @@ class Case:
         shape = StepSizes(ROWS, width, CHUNK, CHUNKS, 1)
         value_size = None if self.value_dim else self.size
         spec = kv_cache_spec(layout, self.window, K, self.size, value_size)
-        options = {
-            name: getattr(self, name) for name in ("window", "soft_cap", "scale")
-        }
-        options |= {
-            name: getattr(self, name)
-            for name in ("slopes", "biases", "sinks", "value_dim")
-        }
-        options = {
-            name: x
-            for name, x in options.items()
-            if name in ("window",) or x is not None
-        }
+        terms = AttentionTerms(
+            self.window,
+            self.scale,
+            self.soft_cap,
+            self.slopes,
+            self.biases,
+            self.sinks,
+        )
 
         @jax.jit
         def step(cache, q, k, v, **arrays):
@@ -125,7 +122,9 @@ class Case:
             split = lambda x, h: jax.sharding.reshard(x, rules.spec("batch", None, h))  # noqa: E731
             q, k, v = split(q, "heads"), split(k, "kv_heads"), split(v, "kv_heads")
             values = None if self.value_dim else v
-            y, cache = cache.attend(q, k, values, batch, rules=rules, **options)
+            y, cache = cache.attend(
+                q, k, values, batch, terms, rules=rules, value_dim=self.value_dim
+            )
             return jax.sharding.reshard(y, jax.sharding.PartitionSpec()), cache
 
         out = np.full((D, ROWS, T, N, self.value_dim or self.size), np.nan)

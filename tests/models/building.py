@@ -78,9 +78,12 @@ def on_devices(values: Params, shardings: Params) -> Params:
     )
 
 
-def change(params: Params, name: str, of: Any) -> Params:
+def change(params: Params, name: str, function: Any) -> Params:
     """Return parameters of which one is what ``of`` makes of it."""
-    leaves = [of(x) if own == name else x for own, x in flatten_names(params).items()]
+    leaves = [
+        function(x) if other == name else x
+        for other, x in flatten_names(params).items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -115,8 +118,8 @@ def batch(vocab_size: int) -> dict[str, np.ndarray]:
 
 
 def placed_batch(vocab_size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    given = batch(vocab_size)
-    return dict(zip(given, rows(mesh, *given.values()), strict=True))
+    arrays = batch(vocab_size)
+    return dict(zip(arrays, rows(mesh, *arrays.values()), strict=True))
 
 
 def loss(
@@ -142,15 +145,15 @@ def make_uniform_batch(first: int, count: int, rows: int, length: int) -> Any:
     of caches for it: one page of ``length`` tokens a row, page 0 unused."""
     place = np.arange(first, first + count, dtype=np.int32)
     positions = np.tile(place, rows)[None]
-    own = np.arange(1, rows + 1, dtype=np.int32)
+    pages = np.arange(1, rows + 1, dtype=np.int32)
     batch = RaggedBatch(
         positions=positions,
         lengths=positions + 1,
         kv_lengths=np.full((1, rows), first + count, np.int32),
         query_starts=np.arange(rows + 1, dtype=np.int32)[None] * count,
         chunk_rows=np.zeros((1, 0), np.int32),
-        page_tables=(own[None, :, None],),
-        slots=((own[:, None] * length + place).reshape(1, -1),),
+        page_tables=(pages[None, :, None],),
+        slots=((pages[:, None] * length + place).reshape(1, -1),),
         windows=(None,),
         uniform_rows=(rows, count),
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from maxlm.models.build_context import BuildContext
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.params import Params, bind, param_specs
 from maxlm.sharding import AxisRules, ShardingConfig
@@ -61,7 +62,8 @@ def compute_rules(mesh: Mesh, **changes: Any) -> AxisRules:
 
 
 def layer(config: MoeConfig, rules: AxisRules, dtype: Any = jnp.float32) -> Moe:
-    return Moe(config, D_MODEL, 3, 0.3, rules=rules, dtype=dtype)
+    context = BuildContext(rules, dtype, D_MODEL, num_layers=3, init_std=0.3)
+    return Moe(config, context)
 
 
 def random_params(config: MoeConfig, seed: int = 0) -> Params:

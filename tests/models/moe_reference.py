@@ -47,12 +47,12 @@ def served(chosen, counted, config):
         return set(pairs)
     room = ceil(length * k / config["num_experts"] * config["capacity_factor"])
     taken = dict.fromkeys(range(config["num_experts"]), 0)
-    kept = set()
+    served_pairs = set()
     for t, j in pairs:
         if taken[chosen[t][j]] < room:
             taken[chosen[t][j]] += 1
-            kept.add((t, j))
-    return kept
+            served_pairs.add((t, j))
+    return served_pairs
 
 
 def expert(x, params, e, config):
@@ -75,7 +75,7 @@ def moe(params, x, counted, config):
     squares, dropped = 0.0, 0
     for b, row in enumerate(x):
         routes = [route(token @ params["router"], bias, config) for token in row]
-        kept = served([chosen for _, chosen, _ in routes], counted[b], config)
+        served_pairs = served([chosen for _, chosen, _ in routes], counted[b], config)
         for t, token in enumerate(row):
             scores, chosen, weights = routes[t]
             if "shared" in params:
@@ -86,8 +86,8 @@ def moe(params, x, counted, config):
             squares += np.log(np.exp(token @ params["router"]).sum()) ** 2
             for j, (e, weight) in enumerate(zip(chosen, weights, strict=True)):
                 load[e] += 1
-                dropped += (t, j) not in kept
-                if (t, j) in kept:
+                dropped += (t, j) not in served_pairs
+                if (t, j) in served_pairs:
                     y[b, t] += weight * expert(token, params, e, config)
     tokens = counted.sum()
     balance = num_experts * ((load / (tokens * k)) * (mass / tokens)).sum()

@@ -21,20 +21,20 @@ def read_models(path: Path) -> dict[str, dict[str, Any]]:
     tree = yaml.safe_load(path.read_text())
 
     def resolve(values: dict[str, Any]) -> dict[str, Any]:
-        own = dict(values)
-        base = own.pop("base", None)
-        return {**(resolve(tree["bases"][base]) if base else {}), **own}
+        resolved = dict(values)
+        base = resolved.pop("base", None)
+        return {**(resolve(tree["bases"][base]) if base else {}), **resolved}
 
     return {name: resolve(values) for name, values in tree["models"].items()}
 
 
 PUBLISHED = read_models(Path(__file__).parent / "published_configs.yaml")
 """The config.json of each preset's model, and of a few without one."""
-COUNTS = {
-    name: (count, values.pop("active", count))
-    for name, values in PUBLISHED.items()
-    if (count := values.pop("parameters", None))
-}
+COUNTS: dict[str, tuple[int, int]] = {}
+for _name, _values in PUBLISHED.items():
+    _count = _values.pop("parameters", None)
+    if _count:
+        COUNTS[_name] = (_count, _values.pop("active", _count))
 """Each preset's parameters, and those that a token meets, as published with the
 weights."""
 
@@ -68,8 +68,10 @@ def folder_of(name: str, folder: Path, tensors: Any = None, **values: Any) -> Pa
         tensors: others than its own.
         values: of config.json, besides its own or instead.
     """
-    own = golden(name)
+    case = golden(name)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(own.values | values))
-    save_file(own.tensors if tensors is None else tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(case.values | values))
+    save_file(
+        case.tensors if tensors is None else tensors, folder / "model.safetensors"
+    )
     return folder

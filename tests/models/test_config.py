@@ -19,7 +19,7 @@ LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
 
 
 @pytest.mark.parametrize(
-    ("config", "changes", "what"),
+    ("config", "changes", "message"),
     [
         (BOTH, {"placement": "parallel"}, "placement=parallel with cross-attention"),
         (
@@ -73,24 +73,24 @@ LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
         ),
     ],
 )
-def test_what_is_not_computed_is_refused(config, changes, what):
+def test_what_is_not_computed_is_refused(config, changes, message):
     kind = EncoderDecoderConfig if config is BOTH else DecoderConfig
     tree = LLAMA_GQA.model_dump(exclude={"architecture"}) | config
     changes = dict(changes)
     tree["attention"] |= changes.pop("attention", {})
-    with pytest.raises((MaxlmError, ValidationError), match=what):
+    with pytest.raises((MaxlmError, ValidationError), match=message):
         kind.model_validate(tree | changes)
 
 
 def test_a_layer_s_own_slopes_are_used(one_device_mesh):
-    own = LLAMA_GQA.model_copy(update={"positions": PositionsConfig(kind="alibi")})
+    config = LLAMA_GQA.model_copy(update={"positions": PositionsConfig(kind="alibi")})
     kinds = [{"window": 3}, {"positions": {"kind": "alibi", "max_bias": 2.0}}]
-    own = DecoderConfig.model_validate(
-        own.model_dump() | {"pattern": kinds, "num_layers": 2}
+    config = DecoderConfig.model_validate(
+        config.model_dump() | {"pattern": kinds, "num_layers": 2}
     )
     with jax.set_mesh(one_device_mesh):
-        trunk = own.build(rules=AxisRules(), dtype=jnp.float32)
-        (part,) = own.layer_stacks
+        trunk = config.build(rules=AxisRules(), dtype=jnp.float32)
+        (part,) = config.layer_stacks
         batch, _ = make_uniform_batch(0, 1, 1, 4)
         first, second = trunk.attention_inputs_by_kind(part, batch)
     np.testing.assert_allclose(first.slopes, 2.0 ** -np.arange(2, 9, 2))

@@ -7,7 +7,7 @@ import yaml
 from maxlm.config import MaxlmError, load_config
 from maxlm.config.show import to_yaml
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.context_extension import TuneConfig, extend_context
+from maxlm.models.context_extension import ContextExtensionConfig, extend_context
 from maxlm.run.config import RunConfig
 from maxlm.train.smoke import shrink_config
 from tests.train import tiny
@@ -39,8 +39,8 @@ def make_run(tune=None, seq_len=None, **model) -> RunConfig:
 @pytest.mark.parametrize("kind", SCALINGS)
 def test_the_effective_run_is_written_and_read_back(kind, tmp_path):
     run = make_run({"extend_to": 128, "extend_by": kind})
-    found = run.model.positions.scaling.model_dump(exclude_defaults=True)
-    assert found | {"kind": kind} == SCALINGS[kind]
+    scaling = run.model.positions.scaling.model_dump(exclude_defaults=True)
+    assert scaling | {"kind": kind} == SCALINGS[kind]
     assert (run.model.max_seq_len, run.data.seq_len) == (128, 128)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(run))
@@ -63,10 +63,10 @@ def test_rows_have_the_length_that_is_set_and_origins_tell_what_another_setting_
 
 
 def test_windows_within_the_original_length_keep_their_own_positions():
-    own = {"kind": "rope", "theta": 1e3}
+    positions = {"kind": "rope", "theta": 1e3}
     pattern = [
-        {"window": 8, "positions": own},
-        {"window": 48, "positions": own},
+        {"window": 8, "positions": positions},
+        {"window": 48, "positions": positions},
         {"window": None},
     ]
     local, wide, full = make_run({"extend_to": 64}, pattern=pattern).model.pattern
@@ -79,14 +79,14 @@ def test_latent_attention_is_sharpened_as_a_whole():
     latent = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 8}
     attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 12, "latent": latent}
     plain = make_model(attention=attention)
-    model = extend_context(plain, TuneConfig(extend_to=128))
-    scales = [each.score_scale(each.layer_kinds[0]) for each in (plain, model)]
+    model = extend_context(plain, ContextExtensionConfig(extend_to=128))
+    scales = [config.score_scale(config.layer_kinds[0]) for config in (plain, model)]
     # DeepSeek-V2, appendix: the square of 0.1·ln(4) + 1.
     assert scales[1] / scales[0] == pytest.approx(1.1386294361119891**2)
 
 
 @pytest.mark.parametrize(
-    ("model", "tune", "what"),
+    ("model", "tune", "message"),
     [
         (
             {"positions": {"kind": "learned"}},
@@ -121,8 +121,10 @@ def test_latent_attention_is_sharpened_as_a_whole():
         ),
     ],
 )
-def test_what_cannot_be_extended_is_refused(model, tune, what):
-    by = "ntk" if what.startswith("scaling.kind") else "yarn"
+def test_what_cannot_be_extended_is_refused(model, tune, message):
+    by = "ntk" if message.startswith("scaling.kind") else "yarn"
     plain = make_model(**model)
-    with pytest.raises(MaxlmError, match=what.replace(".", r"\.")):
-        extend_context(plain, TuneConfig(**{"extend_to": 128, "extend_by": by, **tune}))
+    with pytest.raises(MaxlmError, match=message.replace(".", r"\.")):
+        extend_context(
+            plain, ContextExtensionConfig(**{"extend_to": 128, "extend_by": by, **tune})
+        )

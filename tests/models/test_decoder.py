@@ -48,12 +48,12 @@ def run(request, one_device_mesh):
 
 
 def test_hidden_states_logits_and_loss_equal_the_reference(run):
-    config, params, (loss, found), _ = run
+    config, params, (loss, outputs), _ = run
     batch = building.batch(config.vocab_size)
     for row in range(len(SEGMENTS)):
-        given = batch["tokens"][row], POSITIONS[row], SEGMENTS[row]
-        wanted = reference.decoder(config.model_dump(), params, *given)
-        for got, want in zip(found, wanted, strict=True):
+        inputs = batch["tokens"][row], POSITIONS[row], SEGMENTS[row]
+        expected = reference.decoder(config.model_dump(), params, *inputs)
+        for got, want in zip(outputs, expected, strict=True):
             assert np.abs(got[row] - want).max() <= 1e-5 * np.abs(want).max()
     assert loss == pytest.approx(
         reference_loss(config.model_dump(), params, batch), rel=1e-5
@@ -80,9 +80,9 @@ def test_gradient_of_every_parameter_equals_finite_differences(run):
             / 2
             / step
         )
-        found = np.vdot(grads[name], direction)
+        computed_slope = np.vdot(grads[name], direction)
         size = np.linalg.norm(grads[name])
-        assert abs(found - slope) <= 2e-5 * size + 1e-6, name
+        assert abs(computed_slope - slope) <= 2e-5 * size + 1e-6, name
 
 
 def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device_mesh):
@@ -102,10 +102,10 @@ def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device
             "layers": joined
         }
 
-    (expected, same), wanted = computed(unrolled, mesh, as_one(params))
+    (expected, same), unrolled_grads = computed(unrolled, mesh, as_one(params))
     assert loss == pytest.approx(expected, rel=1e-6)
     # XLA orders sums by the processor: 1.4e-5 apart was seen.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), aux, same)
-    for name, grad in flatten_names(wanted).items():
-        found = flatten_names(as_one(grads))[name]
-        assert np.abs(found - grad).max() <= 1e-4 * np.abs(grad).max(), name
+    for name, grad in flatten_names(unrolled_grads).items():
+        joined_grad = flatten_names(as_one(grads))[name]
+        assert np.abs(joined_grad - grad).max() <= 1e-4 * np.abs(grad).max(), name

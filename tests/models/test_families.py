@@ -23,9 +23,9 @@ LOOSE = dict.fromkeys(("t5", "t5_v1_1", "ul2"), 1e-4)
 
 def read(name: str) -> tuple[Any, Any, Any]:
     """A case's family, its config in our words, and the entries of its table."""
-    own = golden(name)
-    family, config = compare.read(own.values, own.tensors)
-    return family, config, family.list_entries(config, own.tensors)
+    case = golden(name)
+    family, config = compare.read(case.values, case.tensors)
+    return family, config, family.list_entries(config, case.tensors)
 
 
 def test_every_family_has_a_case():
@@ -34,33 +34,33 @@ def test_every_family_has_a_case():
 
 @every
 def test_the_published_logits(name):
-    own = golden(name)
+    case = golden(name)
     _, config, entries = read(name)
     more: dict[str, Any] = {}
-    if "types" in own.shown:
-        more["types"] = own.shown["types"]
-    source = own.shown.get("source")
+    if "types" in case.shown:
+        more["types"] = case.shown["types"]
+    source = case.shown.get("source")
     if source is not None:
         places = np.broadcast_to(np.arange(source.shape[1]), source.shape)
         more["inputs"] = (source, places, None)
-    tensors = {key: value.astype(np.float32) for key, value in own.tensors.items()}
+    tensors = {key: value.astype(np.float32) for key, value in case.tensors.items()}
     params = compare.parameters(config, entries, tensors)
-    got = compare.logits(config, params, own.shown["tokens"], **more)
-    error = np.abs(got - own.logits).max() / np.abs(own.logits).max()
+    got = compare.logits(config, params, case.shown["tokens"], **more)
+    error = np.abs(got - case.logits).max() / np.abs(case.logits).max()
     assert error < LOOSE.get(name, 1e-5)
 
 
 @every
 def test_each_tensor_and_each_parameter_once(name):
-    own = golden(name)
+    case = golden(name)
     _, config, entries = read(name)
-    assert sorted(entry.theirs for entry in entries) == sorted(own.tensors)
+    assert sorted(entry.theirs for entry in entries) == sorted(case.tensors)
     specs = flatten_names(
         param_specs(config.build(rules=AxisRules(), dtype=jnp.float32))
     )
     count_lead_axes(entries, {key: spec.shape for key, spec in specs.items()})
     for entry in entries:
-        whole = own.tensors[entry.theirs].astype(np.float32)
+        whole = case.tensors[entry.theirs].astype(np.float32)
         parts = entry.split(whole)
         for place, part in zip(entry.ours, parts, strict=True):
             assert part.shape == specs[place.name].shape[len(place.index) :], place

@@ -59,7 +59,7 @@ def test_without_segments_each_row_is_one_document(llama):
 
 
 @pytest.mark.parametrize(
-    ("given", "bad"),
+    ("subject", "bad"),
     [
         ("token", -1),
         ("token", GPT2.vocab_size),
@@ -69,11 +69,11 @@ def test_without_segments_each_row_is_one_document(llama):
     ],
 )
 def test_a_token_or_a_position_outside_its_table_gives_nan_in_its_row_alone(
-    gpt2, given, bad
+    gpt2, subject, bad
 ):
     tokens = building.tokens_and_targets(23)[0]
     positions = POSITIONS.copy()
-    (tokens if given == "token" else positions)[1, 3] = bad
+    (tokens if subject == "token" else positions)[1, 3] = bad
     hidden, _ = gpt2(tokens, positions, SEGMENTS)
     assert np.isnan(hidden[1, 3]).all()
     assert np.isfinite(hidden[[0, 2]]).all()
@@ -132,18 +132,18 @@ def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(
         params = building.on_devices(values, building.storage(config, mesh))
         _, layout = building.make_uniform_batch(0, 1, 2, config.max_seq_len)
         caches = allocate_state(model, layout, 1).caches
-        found = []
+        chunk_logits = []
         caches = jax.tree.map(lambda x: x + 1e3, caches)
         for first, last in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
             batch, _ = building.make_uniform_batch(
                 first, last - first, 2, config.max_seq_len
             )
-            own = tokens[:, first:last].reshape(1, -1)
-            logits, caches = advance(params, own, batch, caches)
-            found.append(np.asarray(logits).reshape(2, last - first, -1))
-    found = np.concatenate(found, axis=1)
+            chunk = tokens[:, first:last].reshape(1, -1)
+            logits, caches = advance(params, chunk, batch, caches)
+            chunk_logits.append(np.asarray(logits).reshape(2, last - first, -1))
+    chunk_logits = np.concatenate(chunk_logits, axis=1)
     for row in range(2):
         _, exact = reference.decoder(
             config.model_dump(), values, tokens[row], np.arange(11), np.ones(11)
         )
-        assert np.abs(found[row] - exact).max() <= 2e-5 * np.abs(exact).max()
+        assert np.abs(chunk_logits[row] - exact).max() <= 2e-5 * np.abs(exact).max()

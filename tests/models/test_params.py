@@ -46,12 +46,14 @@ def initial(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 def test_declarations_of_a_llama():
     specs = flatten_names(param_specs(model(LLAMA_GQA)))
-    found = {n: (s.shape, s.axes, s.role, s.contracting_dims) for n, s in specs.items()}
+    declared = {
+        n: (s.shape, s.axes, s.role, s.contracting_dims) for n, s in specs.items()
+    }
     queries = ("layers", "embed", "heads", "head_dim")
     keys = ("layers", "embed", "kv_heads", "head_dim")
     scale = ((3, 14), ("layers", None), "vector", ())
     wide = ((3, 14, 18), ("layers", "embed", "mlp"), "matrix", (1,))
-    assert found == {
+    assert declared == {
         "embedding.table": ((41, 14), ("vocab", "embed"), "table", ()),
         "final_norm.scale": ((14,), (None,), "vector", ()),
         "head.kernel": ((14, 41), ("embed", "vocab"), "table", (0,)),

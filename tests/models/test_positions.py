@@ -37,8 +37,8 @@ def plain(theta, size):
     return np.array([theta ** (-2 * i / size) for i in range(size // 2)])
 
 
-def close(found, expected, rtol=1e-12):
-    np.testing.assert_allclose(found, expected, rtol=rtol)
+def close(actual, expected, rtol=1e-12):
+    np.testing.assert_allclose(actual, expected, rtol=rtol)
 
 
 @pytest.mark.parametrize("factor", FACTORS)
@@ -46,14 +46,17 @@ def close(found, expected, rtol=1e-12):
 def test_frequencies_fall_geometrically_and_are_scaled_as_a_whole(theta, size, factor):
     """NTK's new base is that of a geometric sequence, the ends of which are known: the
     first stays, the last is divided."""
-    own = plain(theta, size)
-    close(compute_frequencies(theta, size), own)
+    unscaled = plain(theta, size)
+    close(compute_frequencies(theta, size), unscaled)
     dynamic = DynamicNtkScaling(factor=factor, original_length=32)
-    close(compute_frequencies(theta, size, dynamic), own)
-    close(compute_frequencies(theta, size, LinearScaling(factor=factor)), own / factor)
+    close(compute_frequencies(theta, size, dynamic), unscaled)
+    close(
+        compute_frequencies(theta, size, LinearScaling(factor=factor)),
+        unscaled / factor,
+    )
     pairs = np.arange(size // 2) / (size // 2 - 1)
-    wanted = (own[-1] / factor) ** pairs
-    close(compute_frequencies(theta, size, NtkScaling(factor=factor)), wanted)
+    expected = (unscaled[-1] / factor) ** pairs
+    close(compute_frequencies(theta, size, NtkScaling(factor=factor)), expected)
 
 
 def yarn(theta, size, scaling):
@@ -61,8 +64,8 @@ def yarn(theta, size, scaling):
     beta_fast it stays, where it is less than beta_slow it is divided (Peng et al. 2023,
     eq. 17 and 18). Between, as in the published code, the ramp is even in the pair's
     number, that is in log r."""
-    own = plain(theta, size)
-    found = np.empty_like(own)
+    unscaled = plain(theta, size)
+    scaled = np.empty_like(unscaled)
     fast, slow = scaling.beta_fast, scaling.beta_slow
 
     def turns(pair):
@@ -73,14 +76,14 @@ def yarn(theta, size, scaling):
     pairs = range(-3 * size, 4 * size)
     first = max(max(i for i in pairs if turns(i) >= fast), 0)
     last = min(min(i for i in pairs if turns(i) <= slow), size - 1)
-    for i, frequency in enumerate(own):
+    for i, frequency in enumerate(unscaled):
         if scaling.truncate:
             share = (i - first) / (last - first)
         else:
             share = log(fast / turns(i)) / log(fast / slow)
-        kept = 1 - min(max(share, 0), 1)
-        found[i] = frequency * kept + frequency / scaling.factor * (1 - kept)
-    return found
+        unchanged = 1 - min(max(share, 0), 1)
+        scaled[i] = frequency * unchanged + frequency / scaling.factor * (1 - unchanged)
+    return scaled
 
 
 @pytest.mark.parametrize("truncate", [True, False])
@@ -97,17 +100,17 @@ def test_yarn_stretches_slow_pairs_alone_with_a_ramp_between(
         beta_slow=betas[1],
         truncate=truncate,
     )
-    found = compute_frequencies(theta, 128, scaling)
-    close(found, yarn(theta, 128, scaling))
-    own = plain(theta, 128)
-    turns = length * own / (2 * pi)
+    scaled = compute_frequencies(theta, 128, scaling)
+    close(scaled, yarn(theta, 128, scaling))
+    unscaled = plain(theta, 128)
+    turns = length * unscaled / (2 * pi)
     # Whole dimensions move the ramp's ends by less than one pair.
     pair = theta ** (2 / 128) if truncate else 1
-    close(found[turns > betas[0] * pair], own[turns > betas[0] * pair])
-    close(found[turns < betas[1] / pair], own[turns < betas[1] / pair] / 8)
+    close(scaled[turns > betas[0] * pair], unscaled[turns > betas[0] * pair])
+    close(scaled[turns < betas[1] / pair], unscaled[turns < betas[1] / pair] / 8)
     between = (turns < betas[0] / pair) & (turns > betas[1] * pair)
     assert between.any()
-    assert ((found < own) & (found > own / 8))[between].all()
+    assert ((scaled < unscaled) & (scaled > unscaled / 8))[between].all()
 
 
 def test_yarn_ramps_begin_and_end_at_a_pair_that_there_is():
@@ -115,27 +118,27 @@ def test_yarn_ramps_begin_and_end_at_a_pair_that_there_is():
     the slowest pair turns it would end at the 8th, and does at the 7th, the head's last
     dimension."""
     scaling = YarnScaling(factor=8.0, original_length=200)
-    found = compute_frequencies(1e4, 128, scaling)
-    close(found, yarn(1e4, 128, scaling))
-    assert found[0] == 1
-    assert (found[1:] < plain(1e4, 128)[1:]).all()
+    scaled = compute_frequencies(1e4, 128, scaling)
+    close(scaled, yarn(1e4, 128, scaling))
+    assert scaled[0] == 1
+    assert (scaled[1:] < plain(1e4, 128)[1:]).all()
 
     scaling = YarnScaling(factor=8.0, original_length=10**8, beta_fast=1e6)
-    found = compute_frequencies(1e4, 8, scaling)
-    own = plain(1e4, 8)
-    close(found, yarn(1e4, 8, scaling))
-    kept = 1 - np.array([0, 0, 1, 2]) / 6
-    close(found, own * kept + own / 8 * (1 - kept))
+    scaled = compute_frequencies(1e4, 8, scaling)
+    unscaled = plain(1e4, 8)
+    close(scaled, yarn(1e4, 8, scaling))
+    unchanged = 1 - np.array([0, 0, 1, 2]) / 6
+    close(scaled, unscaled * unchanged + unscaled / 8 * (1 - unchanged))
 
 
 @pytest.mark.parametrize("theta", THETAS)
 def test_llama3_has_three_regimes_that_meet(theta):
     """Its published code: by wavelength, below L / high, above L / low, and between."""
     scaling = Llama3Scaling(factor=8.0, original_length=8192)
-    own = plain(theta, 128)
-    found = compute_frequencies(theta, 128, scaling)
+    unscaled = plain(theta, 128)
+    scaled = compute_frequencies(theta, 128, scaling)
     counts = {"short": 0, "long": 0, "between": 0}
-    for frequency, got in zip(own, found, strict=True):
+    for frequency, got in zip(unscaled, scaled, strict=True):
         wavelength = 2 * pi / frequency
         if wavelength < 8192 / 4.0:
             expected = frequency
@@ -156,13 +159,13 @@ def angles(positions, turns):
     return np.asarray(positions, np.float64)[..., None] * turns
 
 
-def assert_turned(found: Rotary, expected, scale=1.0):
+def assert_turned(rotary: Rotary, expected, scale=1.0):
     """``expected``: angles [B, S, R/2]."""
     np.testing.assert_allclose(
-        found.cos[..., 0, :], scale * np.cos(expected), atol=1e-4
+        rotary.cos[..., 0, :], scale * np.cos(expected), atol=1e-4
     )
     np.testing.assert_allclose(
-        found.sin[..., 0, :], scale * np.sin(expected), atol=1e-4
+        rotary.sin[..., 0, :], scale * np.sin(expected), atol=1e-4
     )
 
 
@@ -173,15 +176,15 @@ def test_dynamic_scaling_is_none_up_to_the_original_length_and_ntk_beyond(theta)
     scaling = DynamicNtkScaling(factor=4.0, original_length=10)
     lengths = 5, 10, 11, 37
     rows = np.array([[*range(n), *[0] * (37 - n)] for n in lengths], np.int32)
-    found = compute_rotary(jnp.asarray(rows), 16, theta, scaling)
+    rotary = compute_rotary(jnp.asarray(rows), 16, theta, scaling)
     for row, n in enumerate(lengths):
         factor = max(1.0, 4.0 * n / 10 - 3.0)
         base = theta * factor ** (16 / 14)
-        own = Rotary(found.cos[row : row + 1], found.sin[row : row + 1])
-        assert_turned(own, angles(rows[row : row + 1], plain(base, 16)))
+        row_rotary = Rotary(rotary.cos[row : row + 1], rotary.sin[row : row + 1])
+        assert_turned(row_rotary, angles(rows[row : row + 1], plain(base, 16)))
         if n <= 10:
             same = compute_rotary(jnp.asarray(rows[row : row + 1]), 16, theta)
-            np.testing.assert_allclose(own.cos, same.cos, atol=1e-6)
+            np.testing.assert_allclose(row_rotary.cos, same.cos, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +215,8 @@ def test_dynamic_scaling_is_none_up_to_the_original_length_and_ntk_beyond(theta)
 )
 def test_yarn_alone_changes_the_size_of_what_is_turned(scaling, expected):
     assert rope_attention_factor(scaling) == pytest.approx(expected, rel=1e-12)
-    found = compute_rotary(jnp.arange(9, dtype=jnp.int32)[None], 8, 1e4, scaling)
-    np.testing.assert_allclose(found.cos**2 + found.sin**2, expected**2, rtol=1e-5)
+    rotary = compute_rotary(jnp.arange(9, dtype=jnp.int32)[None], 8, 1e4, scaling)
+    np.testing.assert_allclose(rotary.cos**2 + rotary.sin**2, expected**2, rtol=1e-5)
 
 
 def test_alibi_slopes_are_the_published_ones():
@@ -226,12 +229,12 @@ def test_alibi_slopes_are_the_published_ones():
 
 @given(st.integers(1, 130))
 def test_alibi_slopes_equal_the_reference_and_differ(heads):
-    found = compute_alibi_slopes(heads)
+    slopes = compute_alibi_slopes(heads)
     close(
-        found, [reference.alibi_slope(head, heads) for head in range(heads)], rtol=1e-6
+        slopes, [reference.alibi_slope(head, heads) for head in range(heads)], rtol=1e-6
     )
-    assert len(set(found.tolist())) == heads
-    assert found.dtype == np.float32
+    assert len(set(slopes.tolist())) == heads
+    assert slopes.dtype == np.float32
 
 
 def buckets_of(config, causal):
@@ -249,10 +252,10 @@ def test_buckets_grow_with_distance_on_each_side(half, reach, causal):
     exact = per_side // 2
     assume(reach > half)
     config = PositionsConfig(kind="relative", buckets=2 * half, max_distance=reach)
-    found = buckets_of(config, causal)
+    buckets = buckets_of(config, causal)
     ahead = 0 if causal else half
-    behind = [found[d] for d in range(reach + 1)]
-    before = [found[-d] - ahead for d in range(1, reach + 1)]
+    behind = [buckets[d] for d in range(reach + 1)]
+    before = [buckets[-d] - ahead for d in range(1, reach + 1)]
     assert behind == sorted(behind)
     assert before == ([0] * reach if causal else behind[1:])
     assert behind[:exact] == list(range(exact))

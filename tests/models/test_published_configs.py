@@ -19,10 +19,10 @@ LAYOUTS = list({frozenset(values): name for name, values in PUBLISHED.items()}.v
 
 def settings(values: dict[str, Any], tensors: Any = ()) -> tuple[Any, list[str]]:
     values = json.loads(json.dumps(values))
-    found, notes = find_family(values, "config.json").read_config(
+    config, notes = find_family(values, "config.json").read_config(
         values, "config.json", tensors
     )
-    return Holder.model_validate({"model": found}).model, notes
+    return Holder.model_validate({"model": config}).model, notes
 
 
 def test_a_relative_without_a_preset():
@@ -173,8 +173,8 @@ def test_layers_without_end_are_refused_before_any_is_named(name, key):
     values = change(name, **{key: 10**9})
     if name == "bart_base" and key == "encoder_layers":
         values.pop("num_hidden_layers", None)  # another name of it
-    wanted = f"is not a whole number up to 10,000; {FIX}"
-    assert refusal(values) == f"config.json: {key}=1000000000 {wanted}"
+    ending = f"is not a whole number up to 10,000; {FIX}"
+    assert refusal(values) == f"config.json: {key}=1000000000 {ending}"
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,10 @@ def test_partial_rotation_that_the_published_code_ignores(name):
     inside: dict[str, Any] = {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
     if name.startswith("gemma3"):
         inside = {"sliding_attention": inside}
-    own = {key: value for key, value in change(name).items() if key != "rope_scaling"}
-    assert (refusal(own | {"rope_parameters": inside}) or "").endswith(want)
+    plain_rope = {
+        key: value for key, value in change(name).items() if key != "rope_scaling"
+    }
+    assert (refusal(plain_rope | {"rope_parameters": inside}) or "").endswith(want)
 
 
 def test_caps_that_a_file_does_not_name():

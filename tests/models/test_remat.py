@@ -62,9 +62,14 @@ def saved_per_token_and_layer(config, mesh) -> int:
         return jax.vjp(lambda p: building.loss(model, p, batch)[0], params)[1]
 
     with jax.set_mesh(mesh):
-        given = building.placed_params(config, mesh), building.placed_batch(23, mesh)
-        kept = jax.tree.leaves(jax.eval_shape(residuals, *given))
-    of_layers = [x for x in kept if x.shape[:3] == (config.num_layers, *SEGMENTS.shape)]
+        arguments = (
+            building.placed_params(config, mesh),
+            building.placed_batch(23, mesh),
+        )
+        saved = jax.tree.leaves(jax.eval_shape(residuals, *arguments))
+    of_layers = [
+        x for x in saved if x.shape[:3] == (config.num_layers, *SEGMENTS.shape)
+    ]
     return sum(x.size for x in of_layers) // (config.num_layers * SEGMENTS.size)
 
 
@@ -77,16 +82,16 @@ def test_each_policy_keeps_what_it_documents(one_device_mesh, config):
         heads.num_kv_heads * heads.head_dim,
     )
     hidden = 2 * F if config.mlp.gated else F
-    kept = {
+    saved = {
         policy: saved_per_token_and_layer(
             config.model_copy(update={"remat": policy}), one_device_mesh
         )
         for policy in POLICIES
     }
-    assert kept["full"] == D
+    assert saved["full"] == D
     attended = queries + heads.num_heads  # the output, and a log-sum-exp a head
-    assert kept["attention"] == D + attended
-    assert kept["mlp"] == D + hidden
-    assert kept["matmuls"] == D + attended + (queries + 2 * keys) + hidden
+    assert saved["attention"] == D + attended
+    assert saved["mlp"] == D + hidden
+    assert saved["matmuls"] == D + attended + (queries + 2 * keys) + hidden
     # Inputs of both norms and of all linear maps, and q, k, v and what attention gave.
-    assert kept["none"] == 4 * D + queries + attended + 2 * keys + hidden + F
+    assert saved["none"] == 4 * D + queries + attended + 2 * keys + hidden + F

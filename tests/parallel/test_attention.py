@@ -23,11 +23,30 @@ from maxlm.parallel.context import (
     require_context,
     sequence_order_indices,
 )
+from maxlm.parallel.terms import AttentionTerms, HeadTerms
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK
 from tests.pallas_kernels import reference
 
 METHODS = ("all_gather", "ring", "ulysses")
+
+
+def attend_on_mesh(
+    q,
+    k,
+    v,
+    *,
+    window=None,
+    scale=None,
+    soft_cap=None,
+    slopes=None,
+    biases=None,
+    sinks=None,
+    **layout,
+):
+    """``sharded_attention`` with the keywords of the kernels' ``attention``."""
+    terms = AttentionTerms(window, scale, soft_cap, slopes, biases, sinks)
+    return sharded_attention(q, k, v, terms, **layout)
 
 
 class Case(NamedTuple):
@@ -164,31 +183,31 @@ def laid_out(axes, rules, operands, segments=None):
     return placed, None if segments is None else tuple(map(put, segments, rows))
 
 
-def assert_exact(found, case: Case, everything, order):
+def assert_exact(results, case: Case, everything, order):
     (q, k, v, d_o), segments, slopes, learnt = everything
     options = {"segment_ids": segments, "slopes": slopes, **learnt, **case.options}
     o, _, *grads = reference.attention(q, k, v, d_o=d_o, **options)
-    for i, (name, own) in enumerate(
-        zip(("o", "d_q", "d_k", "d_v"), found, strict=False)
+    for i, (name, actual) in enumerate(
+        zip(("o", "d_q", "d_k", "d_v"), results, strict=False)
     ):
         want = (o, *grads)[i]
-        np.testing.assert_allclose(own, want[:, order], atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(actual, want[:, order], atol=2e-5, err_msg=name)
     for name, want in zip(learnt, grads[3:], strict=True):
-        np.testing.assert_allclose(found[4][name], want, atol=3e-5, err_msg=name)
+        np.testing.assert_allclose(results[4][name], want, atol=3e-5, err_msg=name)
 
 
 def check(axes, case: Case, order=slice(None), **method):
     rules = rules_on(axes, case.shape[4])
     everything = arrays(case)
     operands, segments, slopes, learnt = everything
-    attend = partial(sharded_attention, rules=rules, **case.options, **method)
+    attend = partial(attend_on_mesh, rules=rules, **case.options, **method)
     with jax.set_mesh(axes):
         turned = jax.tree.map(lambda x: x[:, order], (operands, segments))
         placed, segments = laid_out(axes, rules, *turned)
         run = jax.jit(pulled(attend), compiler_options=QUICK)
-        found = run(placed, segments, slopes, learnt)
-    assert found[0].sharding.spec == placed[0].sharding.spec
-    assert_exact(found, case, everything, order)
+        results = run(placed, segments, slopes, learnt)
+    assert results[0].sharding.spec == placed[0].sharding.spec
+    assert_exact(results, case, everything, order)
 
 
 # Every case by every method, in one order or the other.
@@ -220,7 +239,7 @@ def test_what_heads_learn_gets_its_gradient_by_heads_within_stages(method, mesh)
     case = Case({}, (1, 8, 8, 4, 2, 3, 5), CAPPED, True, 3, packed=True, sinks=True)
     seeds = [arrays(case, seed) for seed in range(2)]
     attend = partial(
-        sharded_attention, rules=rules, method=method, balanced=True, **CAPPED
+        attend_on_mesh, rules=rules, method=method, balanced=True, **CAPPED
     )
     order = sequence_order_indices(8, 2, balanced=True)
     learnt = {"sinks": rules.spec("heads"), "biases": rules.spec("heads", None)}
@@ -231,8 +250,8 @@ def test_what_heads_learn_gets_its_gradient_by_heads_within_stages(method, mesh)
         return *jax.tree.map(lambda x: x[:, order], (operands, segments)), *rest
 
     def stage(everything):
-        own = jax.tree.map(lambda x: x[0], everything)
-        return jax.tree.map(lambda x: x[None], pulled(attend)(*own))
+        stage_operands = jax.tree.map(lambda x: x[0], everything)
+        return jax.tree.map(lambda x: x[None], pulled(attend)(*stage_operands))
 
     def put(spec, *x):
         return jax.device_put(
@@ -249,11 +268,12 @@ def test_what_heads_learn_gets_its_gradient_by_heads_within_stages(method, mesh)
             axis_names={"stage"},
             check_vma=False,
         )
-        found = jax.jit(run, compiler_options=QUICK)(everything)
-    assert found[4]["biases"].sharding.spec == PartitionSpec("stage", "tensor", None)
-    assert found[4]["sinks"].sharding.spec == PartitionSpec("stage", "tensor")
-    for i, own in enumerate(seeds):
-        assert_exact(jax.tree.map(lambda x: np.asarray(x)[i], found), case, own, order)  # noqa: B023
+        results = jax.jit(run, compiler_options=QUICK)(everything)
+    assert results[4]["biases"].sharding.spec == PartitionSpec("stage", "tensor", None)
+    assert results[4]["sinks"].sharding.spec == PartitionSpec("stage", "tensor")
+    for i, stage_arrays in enumerate(seeds):
+        stage_results = jax.tree.map(lambda x, i=i: np.asarray(x)[i], results)
+        assert_exact(stage_results, case, stage_arrays, order)
 
 
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -274,7 +294,7 @@ def test_each_method_communicates_as_it_should(method, forward, backward, mesh):
         operands, _ = laid_out(
             axes, rules, arrays(Case({}, (1, 16, 16, 4, 4, 3, 3), {}))[0]
         )
-        attend = partial(sharded_attention, rules=rules, method=method, balanced=True)
+        attend = partial(attend_on_mesh, rules=rules, method=method, balanced=True)
         both = jax.jit(lambda *qkv: jax.vjp(attend, *qkv), compiler_options=QUICK)
         _, pull = both(*operands[:3])
         there = (
@@ -299,7 +319,7 @@ def test_a_window_within_reach_of_one_neighbour_ends_the_ring_there(mesh):
         operands, _ = laid_out(
             axes, rules, arrays(Case({}, (1, 32, 32, 1, 1, 3, 3), {}))[0]
         )
-        run = pulled(partial(sharded_attention, rules=rules, method="ring", window=5))
+        run = pulled(partial(attend_on_mesh, rules=rules, method="ring", window=5))
         lowered = jax.jit(run).lower(operands, None, None, {})
         text = lowered.compile(compiler_options=QUICK).as_text()
     assert " while(" not in text
@@ -327,19 +347,18 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
         block = KeyValueBlock(
             jnp.zeros((1, rows, 1, 1)), jnp.zeros((1, rows, 1, 1)), None
         )
-        for own in range(ways):
-            queries = _Queries(split, jnp.int32(own), None, jnp.zeros((1, rows, 1, 1)))
+        for device in range(ways):
+            q = jnp.zeros((1, rows, 1, 1))
+            queries = _Queries(split, jnp.int32(device), None, HeadTerms(), (q,))
             before = len(computed)
             for t in range(split.last_ring_step(rows) + 1):
-                other = (own - t) % ways
-                for pair in queries.pairs(block, jnp.int32(other) if t else None):
-                    if pair.live is None or pair.live:
-                        starts = (split.chunk_starts(n, size) for n in (own, other))
-                        a, b = (
-                            s[i]
-                            for s, i in zip(starts, (pair.query, pair.key), strict=True)
-                        )
-                        computed.add((a, b))
+                other = (device - t) % ways
+                key_device = jnp.int32(other) if t else None
+                for pair in queries.list_pairs(block, key_device):
+                    if pair.is_live is None or pair.is_live:
+                        q_start = split.chunk_starts(device, size)[pair.q_chunk]
+                        k_start = split.chunk_starts(other, size)[pair.k_chunk]
+                        computed.add((q_start, k_start))
             work.append(len(computed) - before)
     assert computed == worth
     if balanced and window is None:

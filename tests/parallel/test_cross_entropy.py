@@ -97,23 +97,23 @@ def exact(biased, cap, z_loss):
         logits = hidden @ head + bias
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
-        own = (
+        log_probs = (
             jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             - normaliser
         )
-        entropy = -jnp.sum(weights * own)
+        entropy = -jnp.sum(weights * log_probs)
         loss = entropy + z_loss * jnp.sum(weights * normaliser**2)
-        return (loss, jnp.sum(own * COTANGENT)), (loss, entropy, own)
+        return (loss, jnp.sum(log_probs * COTANGENT)), (loss, entropy, log_probs)
 
     def run(*operands):
         _, pull, values = jax.vjp(plain, *operands, has_aux=True)
         return values, [pull(jax.tree.map(jnp.float64, at)) for at in ((1, 0), (0, 1))]
 
     with jax.enable_x64(True):
-        found = jax.jit(run, compiler_options=QUICK)(
-            hidden, head, bias if biased else np.zeros(V)
-        )
-        return jax.tree.map(np.asarray, found)
+        if not biased:
+            bias = np.zeros(V)
+        results = jax.jit(run, compiler_options=QUICK)(hidden, head, bias)
+        return jax.tree.map(np.asarray, results)
 
 
 def check(case, mesh, biased, cap, z_loss, whole=False):
@@ -121,27 +121,32 @@ def check(case, mesh, biased, cap, z_loss, whole=False):
 
     def run(hidden, head, bias, targets, weights, whole):
         def both(hidden, head, bias):
-            own = LogitsInputs(
+            model = LogitsInputs(
                 hidden, head, case.used, whole, bias if biased else None, cap
             )
             sums = fused_cross_entropy_loss(
-                own, targets, weights, z_loss=z_loss, chunk_tokens=5
+                model, targets, weights, z_loss=z_loss, chunk_tokens=5
             )
             return (
                 sums[0],
-                compute_fused_log_probs(own, targets, chunk_tokens=5),
+                compute_fused_log_probs(model, targets, chunk_tokens=5),
             ), sums[1]
 
-        (loss, own), pull, entropy = jax.vjp(both, hidden, head, bias, has_aux=True)
+        (loss, log_probs), pull, entropy = jax.vjp(
+            both, hidden, head, bias, has_aux=True
+        )
         cotangent = jax.sharding.reshard(
-            jnp.float32(COTANGENT), jax.typeof(own).sharding.spec
+            jnp.float32(COTANGENT), jax.typeof(log_probs).sharding.spec
         )
         # A cotangent of the loss that is not 1.
-        of_loss, of_own = pull((jnp.float32(3), 0 * own)), pull((0 * loss, cotangent))
+        of_loss, of_own = (
+            pull((jnp.float32(3), 0 * log_probs)),
+            pull((0 * loss, cotangent)),
+        )
         for gradient, value in zip(of_loss, (hidden, head, bias), strict=True):
             assert get_layout(gradient) == get_layout(value)
             assert gradient.dtype == jnp.float32
-        return (loss, entropy, own), ([g / 3 for g in of_loss], of_own)
+        return (loss, entropy, log_probs), ([g / 3 for g in of_loss], of_own)
 
     with jax.set_mesh(on):
         arrays = placed(on, case)
@@ -149,10 +154,10 @@ def check(case, mesh, biased, cap, z_loss, whole=False):
         whole = jax.device_put(arrays[1], in_use) if whole else None
         values, slopes = jax.jit(run, compiler_options=QUICK)(*arrays, whole)
     true_values, true_slopes = exact(biased, cap, z_loss)
-    for own, true in zip(values, true_values, strict=True):
-        np.testing.assert_allclose(own, true, rtol=2e-6, atol=2e-5)
-    for own, true in zip(slopes, true_slopes, strict=True):
-        for gradient, want in zip(own[: 2 + biased], true, strict=False):
+    for computed, true in zip(values, true_values, strict=True):
+        np.testing.assert_allclose(computed, true, rtol=2e-6, atol=2e-5)
+    for computed, true in zip(slopes, true_slopes, strict=True):
+        for gradient, want in zip(computed[: 2 + biased], true, strict=False):
             np.testing.assert_allclose(gradient, want, rtol=2e-5, atol=5e-5)
 
 
@@ -184,10 +189,10 @@ def test_no_device_holds_more_logits_than_a_chunk(mesh):
         weights = jnp.ones(tokens)
 
         def loss(hidden, head, bias):
-            own = LogitsInputs(hidden, head, ((), ()), bias=bias, soft_cap=30.0)
-            return fused_cross_entropy_loss(own, targets, weights, chunk_tokens=chunk)[
-                0
-            ]
+            model = LogitsInputs(hidden, head, ((), ()), bias=bias, soft_cap=30.0)
+            return fused_cross_entropy_loss(
+                model, targets, weights, chunk_tokens=chunk
+            )[0]
 
         step = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
         text = step.lower(hidden, head, jnp.zeros(V)).compile().as_text()

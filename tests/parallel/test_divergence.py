@@ -130,12 +130,14 @@ def check(case: Case, mesh, options, k=None):
             rows = (*case.hidden[:2], ())
             teacher = StoredTeacher(put(ids, rows), put(np.float32(log_probs), rows))
 
-        def loss(own, teacher, targets, weights):
-            given = LogitsInputs(hidden=own[0], head=own[1], bias=own[2], **student)
+        def loss(operands, teacher, targets, weights):
+            model = LogitsInputs(
+                hidden=operands[0], head=operands[1], bias=operands[2], **student
+            )
             if k is None:
                 teacher = LogitsInputs(**teacher)
             sums = fused_divergence_loss(
-                given,
+                model,
                 teacher,
                 targets,
                 weights,
@@ -145,25 +147,27 @@ def check(case: Case, mesh, options, k=None):
             )
             return 3 * sums[0], sums
 
-        own = hidden, head, bias
+        operands = hidden, head, bias
         arrays = (
             teacher if k is not None else {n: teacher[n] for n in ("hidden", "head")}
         )
 
-        def run(own, arrays, targets, weights):
+        def run(operands, arrays, targets, weights):
             rest = arrays if k is not None else {**teacher, **arrays}
-            return jax.value_and_grad(loss, has_aux=True)(own, rest, targets, weights)
+            return jax.value_and_grad(loss, has_aux=True)(
+                operands, rest, targets, weights
+            )
 
         (_, sums), slopes = jax.jit(run, compiler_options=QUICK)(
-            own, arrays, targets, weights
+            operands, arrays, targets, weights
         )
-        for gradient, value in zip(slopes, own, strict=True):
+        for gradient, value in zip(slopes, operands, strict=True):
             assert get_layout(gradient) == get_layout(value)
     true_sums, true_slopes = exact(options, None if k == V else k)
-    for found, true in zip(sums, true_sums, strict=True):
-        np.testing.assert_allclose(found, true, rtol=3e-6, atol=2e-5)
-    for found, true in zip(slopes, true_slopes, strict=True):
-        np.testing.assert_allclose(found / 3, true, rtol=3e-5, atol=5e-5)
+    for computed, true in zip(sums, true_sums, strict=True):
+        np.testing.assert_allclose(computed, true, rtol=3e-6, atol=2e-5)
+    for computed, true in zip(slopes, true_slopes, strict=True):
+        np.testing.assert_allclose(computed / 3, true, rtol=3e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -202,16 +206,16 @@ def test_the_likeliest_tokens_and_the_rest_are_the_teachers(name, mesh):
         )
 
         def run(hidden, head):
-            own = LogitsInputs(hidden, head, case.used, soft_cap=TEACHER_CAP)
-            return compute_top_log_probs(own, K, temperature=2.0, chunk_tokens=5)
+            model = LogitsInputs(hidden, head, case.used, soft_cap=TEACHER_CAP)
+            return compute_top_log_probs(model, K, temperature=2.0, chunk_tokens=5)
 
-        found = jax.jit(run, compiler_options=QUICK)(states, kernel)
+        top = jax.jit(run, compiler_options=QUICK)(states, kernel)
     order = np.argsort(-want)[..., :K]
-    np.testing.assert_array_equal(np.sort(found.ids), np.sort(order))
-    log_probs = np.asarray(found.log_probs)
+    np.testing.assert_array_equal(np.sort(top.ids), np.sort(order))
+    log_probs = np.asarray(top.log_probs)
     np.testing.assert_allclose(
         log_probs[..., :K],
-        np.take_along_axis(want, np.asarray(found.ids), -1),
+        np.take_along_axis(want, np.asarray(top.ids), -1),
         atol=3e-6,
     )
     np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-6)

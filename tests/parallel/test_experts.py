@@ -69,13 +69,13 @@ def test_hidden_activations_may_be_made_in_parts(
 ):
     whole = on_one_device(config)
     widths = []
-    exact = experts._hidden
+    compute_hidden = experts._compute_hidden
 
-    def seen(plan, rows, kernels):
+    def record_width(plan, rows, kernels):
         widths.append(kernels["up"].shape[2])
-        return exact(plan, rows, kernels)
+        return compute_hidden(plan, rows, kernels)
 
-    monkeypatch.setattr(experts, "_hidden", seen)
+    monkeypatch.setattr(experts, "_compute_hidden", record_width)
     monkeypatch.setattr(experts, "HIDDEN_BYTES", 1 << 9)
     assert_equal(building.outputs_and_gradients(mesh(fsdp=2), config), whole)
     assert max(widths) < config.d_ff

@@ -13,18 +13,20 @@ from maxlm.parallel.layers import scan_layers
 L, B, D = 6, 3, 7
 
 
-def layer(own, carry, context, shared):
+def layer(layer_params, carry, context, shared):
     x, total = carry
     x = x + shared
     shift, scale = context
-    y = jnp.tanh(x @ own["w"] + shift) * scale + own["b"]
+    y = jnp.tanh(x @ layer_params["w"] + shift) * scale + layer_params["b"]
     return x + y, total + jnp.sum(y**2)
 
 
-def other(own, carry, context, shared):
+def other(layer_params, carry, context, shared):
     """A layer of another kind with the same parameters."""
     x, total = carry
-    return x - 2 * shared + jnp.sin(x @ own["w"]) * context[1] - own["b"], total
+    return x - 2 * shared + jnp.sin(x @ layer_params["w"]) * context[1] - layer_params[
+        "b"
+    ], total
 
 
 def inputs():
@@ -46,8 +48,8 @@ def by_scan(layers, params, x, shared, context, **options):
 def unrolled(layers, params, x, shared, context):
     carry = x, jnp.zeros(())
     for number in range(L):
-        own = jax.tree.map(lambda a, n=number: a[n], params)
-        carry = layers[number % len(layers)](own, carry, context, shared)
+        layer_params = jax.tree.map(lambda a, n=number: a[n], params)
+        carry = layers[number % len(layers)](layer_params, carry, context, shared)
     return jnp.sum(jnp.sin(carry[0])) + 0.5 * carry[1]
 
 
@@ -70,8 +72,10 @@ def test_gradients_are_those_of_layers_written_out(kinds):
 @pytest.mark.parametrize("remat", [False, True])
 def test_parameters_and_context_are_not_kept_again(remat):
     """What the forward scan stacks for the backward one is of activations' shapes."""
-    own = [jax.checkpoint(layer) if remat else layer]
-    jaxpr = jax.make_jaxpr(jax.grad(partial(by_scan, own), argnums=(0, 1)))(*inputs())
+    layers = [jax.checkpoint(layer) if remat else layer]
+    jaxpr = jax.make_jaxpr(jax.grad(partial(by_scan, layers), argnums=(0, 1)))(
+        *inputs()
+    )
     forward, backward = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
     stacked = [
         v.aval.shape for v in forward.outvars[2:]
@@ -97,8 +101,8 @@ def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
     """bf16 until all layers are through, fp32 at the end, and the same as with the cast
     within."""
 
-    def cast(own):
-        return own | {"w": own["w"].astype(jnp.bfloat16)}
+    def cast(layer_params):
+        return layer_params | {"w": layer_params["w"].astype(jnp.bfloat16)}
 
     args = inputs()
     loss = partial(by_scan, [layer], cast=cast)
@@ -109,7 +113,10 @@ def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
     got = jax.jit(jax.grad(loss, argnums=(0, 1)))(*args)
     assert {g.dtype for g in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
     within = jax.grad(
-        partial(unrolled, [lambda own, *rest: layer(cast(own), *rest)]), argnums=(0, 1)
+        partial(
+            unrolled, [lambda layer_params, *rest: layer(cast(layer_params), *rest)]
+        ),
+        argnums=(0, 1),
     )
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=2e-2, atol=2e-2), got, within(*args)

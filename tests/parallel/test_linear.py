@@ -146,9 +146,9 @@ def test_nothing_else_crosses_the_wire(name, axes, expected, mesh):
     text = (
         lowered(CASES[name], mesh(**axes))[0].compile(compiler_options=QUICK).as_text()
     )
-    found = {
+    transfers = {
         f"{kind} {prod(map(int, shape.split(',')))}"
         for result, kind in re.findall(rf" = (.*?) ({KINDS})(?:-start)?\(", text)
         for shape in re.findall(r"f32\[([\d,]+)\]", result)
     }
-    assert found == set(expected.split(", "))
+    assert transfers == set(expected.split(", "))

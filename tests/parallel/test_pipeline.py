@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.parallel.pipeline import _backward_turn, _circular, bubble_ratio
+from maxlm.parallel.pipeline import _backward_turn, _circular_turn, bubble_ratio
 from maxlm.plan.compiled.cost import COLLECTIVES
 from maxlm.plan.compiled.hlo import Computation, HloModule, parse_hlo
 from maxlm.run.config import RunConfig
@@ -30,25 +30,27 @@ def schedule_circular(stages: int, micro: int, groups: int = 1) -> np.ndarray:
     """The program's forward passes: int [ticks, stages, 2], (micro-batch, group), −1
     idle."""
     ticks = np.arange(micro * groups + stages - 1)[:, None]
-    *slots, works = _circular(ticks, np.arange(stages)[None], stages, micro, groups)
+    *slots, works = _circular_turn(
+        ticks, np.arange(stages)[None], stages, micro, groups
+    )
     return np.where(works[..., None], np.stack(slots, axis=-1), -1)
 
 
 def schedule_1f1b(stages: int, micro: int) -> np.ndarray:
     """int [ticks, stages, 2], the micro-batch of each stage's forward and backward
     pass."""
-    ticks, own = np.arange(micro + 2 * (stages - 1))[:, None], np.arange(stages)[None]
-    slots = np.stack([ticks - own, _backward_turn(ticks, own, stages)], axis=-1)
+    ticks, stage = np.arange(micro + 2 * (stages - 1))[:, None], np.arange(stages)[None]
+    slots = np.stack([ticks - stage, _backward_turn(ticks, stage, stages)], axis=-1)
     return np.where((slots >= 0) & (slots < micro), slots, -1)
 
 
 def when(slots: np.ndarray) -> dict[tuple[int, ...], int]:
-    """The tick in which each (stage, *what) is done; no two ticks do the same."""
+    """The tick in which each (stage, *work) is done; no two ticks do the same."""
     done = {}
     for tick, row in enumerate(slots):
-        for stage, what in enumerate(row):
-            if (what >= 0).all():
-                key = (stage, *what.tolist())
+        for stage, work in enumerate(row):
+            if (work >= 0).all():
+                key = (stage, *work.tolist())
                 assert key not in done
                 done[key] = tick
     return done
@@ -174,7 +176,7 @@ def test_1f1bs_loops_wait_for_each_other():
                 for body in module.computations.values()
                 if body is not module.entry
             ),
-            key=lambda found: len(found[1]),
+            key=lambda candidate: len(candidate[1]),
         )
     )
     assert len(loops) == 3  # through layers: forward, forward once more, backward
@@ -198,10 +200,10 @@ def loops_with_collectives(body: Computation, module: HloModule) -> list[str]:
 
 def what_it_needs(name: str, body: Computation) -> set[str]:
     """Names of all instructions that one depends on."""
-    found = set()
+    names = set()
     new = [name]
     while new:
-        operands = set(body.instructions[new.pop()].operands) - found
-        found |= operands
+        operands = set(body.instructions[new.pop()].operands) - names
+        names |= operands
         new.extend(operands)
-    return found
+    return names

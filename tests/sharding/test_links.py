@@ -46,11 +46,11 @@ def tpus(
     ]
 
 
-def gpus(hosts: int, each: int = 8) -> list[Device]:
+def gpus(hosts: int, per_host: int = 8) -> list[Device]:
     """In an order of no help."""
     devices = [
-        Device(i, i // each, "gpu", "NVIDIA H100 80GB HBM3")
-        for i in range(hosts * each)
+        Device(i, i // per_host, "gpu", "NVIDIA H100 80GB HBM3")
+        for i in range(hosts * per_host)
     ]
     return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
 

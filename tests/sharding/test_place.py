@@ -56,8 +56,8 @@ def test_shards_times_bytes_per_device_is_the_whole(data):
     array = jax.device_put(
         np.zeros(shape, np.float32), NamedSharding(mesh, placement.spec)
     )
-    held = array.addressable_shards[0].data.nbytes
-    assert placement.num_shards * held == array.nbytes
+    num_bytes = array.addressable_shards[0].data.nbytes
+    assert placement.num_shards * num_bytes == array.nbytes
     assert placement.num_shards == len({str(s.index) for s in array.addressable_shards})
     used = Counter(n for axis in logical for n in rules[axis])
     assert placement.num_shards == prod(sizes[n] for n in used)
@@ -65,7 +65,7 @@ def test_shards_times_bytes_per_device_is_the_whole(data):
 
 def test_too_many_whole_bytes_are_refused():
     """100 bytes of `norm` and 300 of `table` are whole, of 1,200."""
-    held = {
+    num_bytes = {
         "norm": (100, Placement(P(None), "whole", 1)),
         "table": (300, Placement(P(None), "whole", 1)),
         "kernel": (800, Placement(P("fsdp"), "embed→fsdp", 4)),
@@ -77,13 +77,13 @@ def test_too_many_whole_bytes_are_refused():
         "largest table; give one of its axes a mesh axis, or raise "
         "sharding.max_unsharded"
     )
-    assert message(check_unsharded_share, held, sizes, 0.1) == expected
-    assert message(check_unsharded_share, held, sizes, 0.33) == expected.replace(
+    assert message(check_unsharded_share, num_bytes, sizes, 0.1) == expected
+    assert message(check_unsharded_share, num_bytes, sizes, 0.33) == expected.replace(
         "10%", "33%"
     )
-    check_unsharded_share(held, sizes, 0.34)
+    check_unsharded_share(num_bytes, sizes, 0.34)
     # A mesh that splits no parameters may hold them whole.
-    check_unsharded_share(held, {**ONES, "data": 8, "context": 2}, 0.0)
+    check_unsharded_share(num_bytes, {**ONES, "data": 8, "context": 2}, 0.0)
 
 
 def test_rules_on_a_mesh_leave_out_axes_of_size_one():
@@ -111,8 +111,8 @@ def test_a_placement_names_its_rules():
         rule="layers→stage, embed→fsdp+expert, heads→tensor",
         num_shards=8,
     )
-    found = resolve_placement("scale", (7,), (None,), STORAGE, SIZES)
-    assert found == Placement(P(None), "whole", 1)
+    placement = resolve_placement("scale", (7,), (None,), STORAGE, SIZES)
+    assert placement == Placement(P(None), "whole", 1)
 
 
 @pytest.mark.parametrize(

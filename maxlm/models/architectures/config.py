@@ -12,8 +12,10 @@ from typing import (
     NamedTuple,
     Self,
     TypeAlias,
+    TypeVar,
 )
 
+from jax.typing import DTypeLike
 from pydantic import (
     Field,
     PositiveInt,
@@ -34,7 +36,11 @@ from maxlm.models.layers.rope import (
     compute_yarn_mscale,
 )
 from maxlm.models.remat import RematPolicy
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import AxisRules
 
+# A type checker takes it for anything: most of what reads it is only there where a model
+# has attention.
 if TYPE_CHECKING:
     OptionalAttention: TypeAlias = Any
 else:
@@ -48,6 +54,7 @@ over them, so a mistyped number must end here. The deepest published transformer
 
 LayerCount = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 
+FfnT = TypeVar("FfnT", MlpConfig, MoeConfig)
 HeadName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
@@ -72,7 +79,7 @@ class LayerStack(NamedTuple):
 
 
 STACKS = ("first_layers", "layers", "last_layers")
-"""Names that parts may have."""
+"""Names that stacks may have."""
 
 
 def strip_stack_name(name: str) -> str:
@@ -96,7 +103,7 @@ class TrunkSpec(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        return sum(part.num_layers for part in self.stacks)
+        return sum(stack.num_layers for stack in self.stacks)
 
 
 class TransformerConfig(Config):
@@ -163,34 +170,39 @@ class TransformerConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if (self.attention is None) == (self.mixer is None):
-            given = (
-                "neither attention nor" if self.mixer is None else "both attention and"
-            )
-            raise MaxlmError(f"{given} mixer", fix="give one of them")
-        dense = self.dense_layers
-        both = self.mlp is not None and self.moe is not None
+        if self.attention is None and self.mixer is None:
+            raise MaxlmError("neither attention nor mixer", fix="give one of them")
+        if self.attention is not None and self.mixer is not None:
+            raise MaxlmError("both attention and mixer", fix="give one of them")
         if not (self.mlp or self.moe or self.ffn):
             raise MaxlmError("neither mlp nor moe", fix="give one of them")
         if self.ffn and (self.mlp or self.moe):
             raise MaxlmError("ffn beside mlp or moe", fix="leave the others out")
-        if both and not dense:
-            fix = "set one of them to null, or dense_layers above 0"
-            raise MaxlmError("both mlp and moe", fix=fix)
-        if dense and not both:
-            what = f"dense_layers={dense} stand before layers with experts"
-            raise MaxlmError(what, fix="give both mlp and moe, or set it to 0")
-        if dense >= self.num_layers:
-            what = f"dense_layers={dense} of num_layers={self.num_layers}"
+        num_dense = self.dense_layers
+        has_both = self.mlp is not None and self.moe is not None
+        if has_both and not num_dense:
             raise MaxlmError(
-                what, fix="leave some layers for the experts, or set moe to null"
+                "both mlp and moe",
+                fix="set one of them to null, or dense_layers above 0",
             )
-        if dense and self.pattern:
+        if num_dense and not has_both:
+            raise MaxlmError(
+                f"dense_layers={num_dense} stand before layers with experts",
+                fix="give both mlp and moe, or set it to 0",
+            )
+        if num_dense >= self.num_layers:
+            raise MaxlmError(
+                f"dense_layers={num_dense} of num_layers={self.num_layers}",
+                fix="leave some layers for the experts, or set moe to null",
+            )
+        if num_dense and self.pattern:
             raise MaxlmError("dense_layers with a pattern", fix="leave one of them out")
         if self.pattern and self.attention and self.attention.window is not None:
-            what = f"attention.window={self.attention.window} with a pattern"
-            fix = "give windows to its kinds of layers alone"
-            raise MaxlmError(what, where="pattern", fix=fix)
+            raise MaxlmError(
+                f"attention.window={self.attention.window} with a pattern",
+                where="pattern",
+                fix="give windows to its kinds of layers alone",
+            )
         return self
 
     @model_validator(mode="after")
@@ -198,47 +210,71 @@ class TransformerConfig(Config):
         for kind in self.layer_kinds:
             self._check_positions(kind.positions or self.positions)
         scheme = self.positions.kind
-        own = [kind.positions for kind in self.pattern]
-        if any(positions and positions.kind != scheme for positions in own):
-            what = f"a pattern of other positions than {scheme}"
-            raise MaxlmError(what, where="pattern", fix="let all layers have one kind")
-        if scheme not in ("rope", "alibi") and any(own):
-            what = f"a pattern of positions of kind={scheme}, of which a model has one"
-            raise MaxlmError(what, where="pattern", fix="leave them out")
+        pattern_positions = [
+            kind.positions for kind in self.pattern if kind.positions is not None
+        ]
+        if any(positions.kind != scheme for positions in pattern_positions):
+            raise MaxlmError(
+                f"a pattern of other positions than {scheme}",
+                where="pattern",
+                fix="let all layers have one kind",
+            )
+        if pattern_positions and scheme not in ("rope", "alibi"):
+            raise MaxlmError(
+                f"a pattern of positions of kind={scheme}, of which a model has one",
+                where="pattern",
+                fix="leave them out",
+            )
         return self
 
     def _check_positions(self, positions: PositionsConfig) -> None:
         if self.attention is None:
             if positions.kind not in ("learned", "sinusoidal", "none"):
-                what = f"positions.kind={positions.kind} without attention"
-                raise MaxlmError(what, fix="use learned, sinusoidal or none")
+                raise MaxlmError(
+                    f"positions.kind={positions.kind} without attention",
+                    fix="use learned, sinusoidal or none",
+                )
             return
-        latent, head, turned = (
-            self.attention.latent,
-            self.attention.head_dim,
-            positions.rotary_dim,
-        )
+        latent = self.attention.latent
+        head_dim = self.attention.head_dim
         if latent is not None and positions.kind != "rope":
             raise MaxlmError(
                 "latent attention turns queries", fix="use positions.kind=rope"
             )
-        if latent is not None and turned is not None:
-            what = f"positions.rotary_dim={turned} with latent attention"
-            raise MaxlmError(what, fix="set attention.latent.rotary_dim alone")
+        if latent is not None and positions.rotary_dim is not None:
+            raise MaxlmError(
+                f"positions.rotary_dim={positions.rotary_dim} with latent attention",
+                fix="set attention.latent.rotary_dim alone",
+            )
         if positions.kind != "rope":
             return
-        size = latent.rotary_dim if latent else turned or head
-        if size % 2:
-            raise ValueError(f"rope needs an even head_dim, not {size}")
-        if size > head:
-            what = f"positions.rotary_dim={size} of attention.head_dim={head}"
-            raise MaxlmError(what, fix="turn at most all dimensions")
-        if size == 2 and isinstance(positions.scaling, NtkScaling | DynamicNtkScaling):
-            what = f"scaling.kind={positions.scaling.kind} of one pair of dimensions"
-            raise MaxlmError(what, fix="turn more of them, or use another scaling")
+        if latent is not None:
+            rotary_dim = latent.rotary_dim
+        else:
+            rotary_dim = positions.rotary_dim or head_dim
+        if rotary_dim % 2:
+            raise ValueError(f"rope needs an even head_dim, not {rotary_dim}")
+        if rotary_dim > head_dim:
+            raise MaxlmError(
+                f"positions.rotary_dim={rotary_dim} of attention.head_dim={head_dim}",
+                fix="turn at most all dimensions",
+            )
+        # Their base has the exponent R / (R − 2).
+        scaling = positions.scaling
+        if rotary_dim == 2 and isinstance(scaling, NtkScaling | DynamicNtkScaling):
+            raise MaxlmError(
+                f"scaling.kind={scaling.kind} of one pair of dimensions",
+                fix="turn more of them, or use another scaling",
+            )
 
-    def build(self, **kwargs: Any) -> Any:
-        """Builds the model; ``kwargs``: arguments of ``Transformer``."""
+    def build(
+        self,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
+    ) -> Any:
+        """Builds the model; arguments as those of ``Transformer``."""
         raise NotImplementedError
 
     @property
@@ -251,15 +287,16 @@ class TransformerConfig(Config):
     def layer_stacks(self) -> tuple[LayerStack, ...]:
         """The stacks of layers, first to last. What a pattern leaves over at the end
         has its own, so that each is whole periods."""
-        depth = self.num_layers - self.dense_layers
-        dense = self.moe is None
-        before, among, behind = STACKS
-        first = LayerStack(before, self.dense_layers, self.layer_kinds, True)
-        kinds = self.layer_kinds[:depth]
-        rest = depth % len(kinds)
-        main = LayerStack(among, depth - rest, kinds, dense)
-        last = LayerStack(behind, rest, kinds[:rest], dense)
-        return tuple(part for part in (first, main, last) if part.num_layers)
+        first_name, main_name, last_name = STACKS
+        num_others = self.num_layers - self.dense_layers
+        first = LayerStack(first_name, self.dense_layers, self.layer_kinds, dense=True)
+        # A pattern longer than the model is cut.
+        kinds = self.layer_kinds[:num_others]
+        num_left_over = num_others % len(kinds)
+        is_dense = self.moe is None
+        main = LayerStack(main_name, num_others - num_left_over, kinds, is_dense)
+        last = LayerStack(last_name, num_left_over, kinds[:num_left_over], is_dense)
+        return tuple(stack for stack in (first, main, last) if stack.num_layers)
 
     @property
     def trunks(self) -> tuple[TrunkSpec, ...]:
@@ -272,11 +309,9 @@ class TransformerConfig(Config):
             return 1.0
         scale = self.attention.scale or self.attention.head_dim**-0.5
         scaling = (kind.positions or self.positions).scaling
-        if (
-            self.attention.latent
-            and isinstance(scaling, YarnScaling)
-            and scaling.mscale_all_dim
-        ):
+        if not self.attention.latent or not isinstance(scaling, YarnScaling):
+            return scale
+        if scaling.mscale_all_dim:
             scale *= compute_yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
         return scale
 
@@ -290,7 +325,9 @@ class TransformerConfig(Config):
     def active_expert_fraction(self) -> float:
         """The share of a layer's routed experts that a token meets; 1 without
         experts."""
-        return self.moe.experts_per_token / self.moe.num_experts if self.moe else 1.0
+        if self.moe is None:
+            return 1.0
+        return self.moe.experts_per_token / self.moe.num_experts
 
     def shrunk(
         self, *, vocab_size: int, num_layers: int, head_dim: int, seq_len: int
@@ -301,46 +338,52 @@ class TransformerConfig(Config):
         registered mixers and feed-forwards as they are; ``vocab_size`` and
         ``num_layers`` are upper bounds."""
         attention = self.attention
-        small = None
+        small_attention = None
         d_model = 2 * head_dim
         if attention is not None:
-            small = attention.shrunk(head_dim, seq_len)
-            d_model = small.num_heads * head_dim
+            small_attention = attention.shrunk(head_dim, seq_len)
+            d_model = small_attention.num_heads * head_dim
 
-        def narrowed(layer: Any) -> Any:
-            if layer is None:
+        def shrink_ffn(ffn: FfnT | None) -> FfnT | None:
+            if ffn is None:
                 return None
-            d_ff = max(1, round(layer.d_ff / self.d_model * d_model / 8)) * 8
-            return layer.model_copy(update={"d_ff": d_ff})
+            # The same ratio to d_model, in multiples of 8.
+            d_ff = max(1, round(ffn.d_ff / self.d_model * d_model / 8)) * 8
+            return ffn.model_copy(update={"d_ff": d_ff})
 
-        def turned(positions: PositionsConfig | None) -> PositionsConfig | None:
+        def shrink_positions(
+            positions: PositionsConfig | None,
+        ) -> PositionsConfig | None:
             if positions is None or positions.rotary_dim is None:
                 return positions
-            share = positions.rotary_dim / (
-                attention.head_dim if attention else head_dim
-            )
-            size = max(2, round(share * head_dim / 2) * 2)
-            return positions.model_copy(update={"rotary_dim": size})
+            old_head_dim = attention.head_dim if attention else head_dim
+            share = positions.rotary_dim / old_head_dim
+            rotary_dim = max(2, round(share * head_dim / 2) * 2)
+            return positions.model_copy(update={"rotary_dim": rotary_dim})
 
         window = max(2, seq_len // 4)
         pattern = tuple(
-            LayerKind(window=kind.window and window, positions=turned(kind.positions))
+            LayerKind(
+                window=None if kind.window is None else window,
+                positions=shrink_positions(kind.positions),
+            )
             for kind in dict.fromkeys(self.pattern)
         )
         # T5's, without which a narrow model's logits would hardly differ.
-        by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
+        scales_by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
+        moe = None if self.moe is None else self.moe.limit_experts(8)
         return self.model_copy(
             update={
                 "vocab_size": min(self.vocab_size, vocab_size),
                 "num_layers": min(self.num_layers, num_layers),
                 "d_model": d_model,
                 "max_seq_len": seq_len,
-                "attention": small,
-                "mlp": narrowed(self.mlp),
-                "moe": narrowed(self.moe and self.moe.limit_experts(8)),
+                "attention": small_attention,
+                "mlp": shrink_ffn(self.mlp),
+                "moe": shrink_ffn(moe),
                 "dense_layers": min(self.dense_layers, 1),
                 "pattern": pattern,
-                "positions": turned(self.positions),
-                "logit_scale": d_model**-0.5 if by_width else self.logit_scale,
+                "positions": shrink_positions(self.positions),
+                "logit_scale": d_model**-0.5 if scales_by_width else self.logit_scale,
             }
         )

@@ -1,10 +1,11 @@
 """Encoders: every token sees every other one of its segment (BERT)."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
@@ -14,6 +15,7 @@ from maxlm.models.aux import Aux
 from maxlm.models.layers.linear import Embedding, Linear
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation
 from maxlm.models.layers.norm import Norm
+from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
 
 
@@ -41,9 +43,15 @@ class EncoderConfig(TransformerConfig):
         """See :attr:`TransformerConfig.trunks`."""
         return (TrunkSpec(self.layer_stacks, causal=False),)
 
-    def build(self, **kwargs: Any) -> "Encoder":
-        """Builds the model; ``kwargs``: arguments of :class:`Transformer`."""
-        return Encoder(self, **kwargs)
+    def build(
+        self,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
+    ) -> "Encoder":
+        """Builds the model; arguments as those of :class:`Transformer`."""
+        return Encoder(self, rules=rules, dtype=dtype, parallel=parallel)
 
 
 class Encoder(Transformer):
@@ -52,25 +60,37 @@ class Encoder(Transformer):
     config: EncoderConfig
 
     def __init__(
-        self, config: EncoderConfig, *, rules: AxisRules, dtype: Any, **kwargs: Any
+        self,
+        config: EncoderConfig,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
     ):
-        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        super().__init__(config, causal=False, **kwargs, **kw)
-        rows = (None, config.token_types, config.d_model, config.init_std)
-        self.types = Embedding(*rows, **kw) if config.token_types else None
-        head: Any = None
-        if config.head_activation is not None:
-            D = config.d_model
-            dense = Linear(
-                {"embed": D}, {"latent": D}, bias=True, std=config.init_std, **kw
-            )
-            head = nnx.Dict(dense=dense, norm=Norm(config.norm, D, **kw))
-        self.head_layer = head
+        super().__init__(
+            config, rules=rules, dtype=dtype, parallel=parallel, causal=False
+        )
+        self.types = (
+            Embedding(None, config.token_types, self.context)
+            if config.token_types
+            else None
+        )
+        self.head_layer = (
+            self._build_head_layer() if config.head_activation is not None else None
+        )
+
+    def _build_head_layer(self) -> nnx.Dict:
+        width = self.config.d_model
+        dense = Linear({"embed": width}, {"latent": width}, self.context, bias=True)
+        norm = Norm(self.config.norm, width, self.context)
+        return nnx.Dict(dense=dense, norm=norm)
 
     def list_embedding_tables(self) -> dict[str, tuple[str, ...]]:
         """See :meth:`Transformer.list_embedding_tables`."""
-        types = {"types.table": ("",)} if self.types is not None else {}
-        return super().list_embedding_tables() | types
+        tables = super().list_embedding_tables()
+        if self.types is not None:
+            tables["types.table"] = ("",)
+        return tables
 
     def __call__(
         self,
@@ -85,7 +105,8 @@ class Encoder(Transformer):
         head = self.head_layer
         if head is not None and self.config.head_activation is not None:
             activate = ACTIVATIONS[self.config.head_activation]
-            x = head.norm(activate(head.dense(x, seq_axis="residual")))
+            x = activate(head.dense(x, seq_axis="residual"))
+            x = head.norm(x)
         return x, aux
 
     def forward_without_head(
@@ -99,7 +120,8 @@ class Encoder(Transformer):
         pooled from."""
         x = self.embedding(tokens)
         if self.types is not None:
-            x += self.types(jnp.zeros_like(tokens) if types is None else types)
-        return self.forward_embedded(
-            self.embed_inputs(x, positions), positions, segment_ids
-        )
+            if types is None:
+                types = jnp.zeros_like(tokens)
+            x += self.types(types)
+        x = self.embed_inputs(x, positions)
+        return self.forward_embedded(x, positions, segment_ids)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
@@ -12,9 +13,12 @@ from maxlm.models.architectures.config import LayerCount, TransformerConfig, Tru
 from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
+from maxlm.models.blocks import Block
 from maxlm.models.caches import CacheArraySpec, CacheLayout
 from maxlm.models.layers.attention import EncoderOutput, KeysValues
 from maxlm.models.params import bind, get_values, take_stacked_layer
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import AxisRules
 
 Tokens = tuple[jax.Array, jax.Array, jax.Array | None]
 """Token ids, positions and segment ids, int [B, S]."""
@@ -32,25 +36,26 @@ class EncoderDecoderConfig(TransformerConfig):
 
     @model_validator(mode="after")
     def _plain(self):
-        if (
-            self.pattern
-            or any(kind.window for kind in self.layer_kinds)
-            or self.dense_layers
-        ):
-            what = "an encoder and a decoder with windows, a pattern or dense_layers"
+        has_windows = any(kind.window for kind in self.layer_kinds)
+        if self.pattern or has_windows or self.dense_layers:
             raise MaxlmError(
-                what, fix="leave them out; such layers are for decoders alone"
+                "an encoder and a decoder with windows, a pattern or dense_layers",
+                fix="leave them out; such layers are for decoders alone",
             )
         if self.placement not in ("pre", "post"):
-            what = f"placement={self.placement} with cross-attention"
-            raise MaxlmError(what, fix="use pre or post")
+            raise MaxlmError(
+                f"placement={self.placement} with cross-attention",
+                fix="use pre or post",
+            )
         if self.attention is None:
             raise MaxlmError(
                 "cross-attention without attention", fix="give attention, not mixer"
             )
         if self.attention.latent is not None:
-            fix = "leave it out, or use a decoder alone"
-            raise MaxlmError("cross-attention with attention.latent", fix=fix)
+            raise MaxlmError(
+                "cross-attention with attention.latent",
+                fix="leave it out, or use a decoder alone",
+            )
         return self
 
     @property
@@ -65,9 +70,15 @@ class EncoderDecoderConfig(TransformerConfig):
         encoder = TrunkSpec(stacks, "encoder.", causal=False, is_encoder=True)
         return encoder, TrunkSpec(self.layer_stacks, cross_attention=True)
 
-    def build(self, **kwargs: Any) -> "EncoderDecoder":
-        """Builds the model; ``kwargs``: arguments of :class:`Transformer`."""
-        return EncoderDecoder(self, **kwargs)
+    def build(
+        self,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
+    ) -> "EncoderDecoder":
+        """Builds the model; arguments as those of :class:`Transformer`."""
+        return EncoderDecoder(self, rules=rules, dtype=dtype, parallel=parallel)
 
     def shrunk(self, **sizes: int) -> "EncoderDecoderConfig":
         """See :meth:`TransformerConfig.shrunk`."""
@@ -80,9 +91,24 @@ class EncoderDecoder(Transformer):
 
     config: EncoderDecoderConfig
 
-    def __init__(self, config: EncoderDecoderConfig, **kwargs: Any):
-        super().__init__(config, cross_attention=True, **kwargs)
-        self.encoder = Trunk(config.encoder_config, causal=False, **kwargs)
+    def __init__(
+        self,
+        config: EncoderDecoderConfig,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
+    ):
+        super().__init__(
+            config, rules=rules, dtype=dtype, parallel=parallel, cross_attention=True
+        )
+        self.encoder = Trunk(
+            config.encoder_config,
+            rules=rules,
+            dtype=dtype,
+            parallel=parallel,
+            causal=False,
+        )
 
     @property
     def trunks(self) -> dict[str, Trunk]:
@@ -106,17 +132,16 @@ class EncoderDecoder(Transformer):
         stack."""
         encoded, _ = self.encode(inputs)
 
-        def project(stack: Any) -> tuple[KeysValues, ...]:
-            own = get_values(stack)
-            count = self.config.num_layers
-            layers = (
-                bind(stack, take_stacked_layer(own, layer)) for layer in range(count)
-            )
-            return tuple(
-                layer.cross.project_keys_values(encoded.states) for layer in layers
-            )
+        def project_stack(stack: Block) -> tuple[KeysValues, ...]:
+            params = get_values(stack)
+            keys_values = []
+            for layer in range(self.config.num_layers):
+                block = bind(stack, take_stacked_layer(params, layer))
+                assert block.cross is not None
+                keys_values.append(block.cross.project_keys_values(encoded.states))
+            return tuple(keys_values)
 
-        return {name: project(stack) for name, stack in self.stacks.items()}
+        return {name: project_stack(stack) for name, stack in self.stacks.items()}
 
     def cross_cache_specs(
         self, layout: CacheLayout, length: int
@@ -124,13 +149,18 @@ class EncoderDecoder(Transformer):
         """Returns the cross-attention cache of inputs of ``length`` tokens, with a
         :class:`~maxlm.models.caches.CacheArraySpec` for each array."""
         attention = self.config.attention
-        lead = (layout.num_shards, layout.num_rows, length)
         assert attention is not None
-        shape = (*lead, attention.num_kv_heads, attention.head_dim)
-        keys = CacheArraySpec(shape, ("batch", None, None, "kv_heads", None))
-        layers = (KeysValues(keys, keys),) * self.config.num_layers
-        segments = CacheArraySpec(lead, ("batch", None, None), jnp.int32)
-        return CrossAttentionCache(dict.fromkeys(self.stacks, layers), segments)
+        num_layers = self.config.num_layers
+        rows = (layout.num_shards, layout.num_rows, length)
+        # Declarations stand where arrays will.
+        key: Any = CacheArraySpec(
+            (*rows, attention.num_kv_heads, attention.head_dim),
+            ("batch", None, None, "kv_heads", None),
+        )
+        segment_ids: Any = CacheArraySpec(rows, ("batch", None, None), jnp.int32)
+        layers = (KeysValues(key, key),) * num_layers
+        keys_values = dict.fromkeys(self.stacks, layers)
+        return CrossAttentionCache(keys_values, segment_ids)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -142,8 +172,7 @@ class EncoderDecoder(Transformer):
     ) -> tuple[jax.Array, Aux]:
         """Hidden states of the output's tokens; see :class:`Transformer`. Segments of
         equal number of these and of the encoder's ``inputs`` belong together."""
-        memory, aux = self.encode(inputs)
-        x, more = self.run_layers(
-            self.embed(tokens, positions), (positions, segment_ids), memory
-        )
-        return self.apply_final_norm(x), aux.plus(more)
+        encoder_output, encoder_aux = self.encode(inputs)
+        x = self.embed(tokens, positions)
+        x, aux = self.run_layers(x, (positions, segment_ids), encoder_output)
+        return self.apply_final_norm(x), encoder_aux.plus(aux)

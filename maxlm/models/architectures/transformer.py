@@ -1,17 +1,23 @@
-"""A trunk with a table of tokens and an output head: what maxlm calls a model."""
+"""A trunk with a table of tokens and an output head: what maxlm calls a model.
+
+Shapes: B batch, S sequence, D model, V vocabulary, K kv heads, H head dim. In inference
+a step's tokens are [shards of the batch, S]; see :mod:`maxlm.models.caches`.
+"""
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
+from jax.typing import DTypeLike
 
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.trunk import LayersFunction, Trunk
 from maxlm.models.aux import Aux
-from maxlm.models.caches import CacheLayout, RaggedBatch
+from maxlm.models.blocks import Block
+from maxlm.models.caches import CacheLayout, LayerCache, RaggedBatch
 from maxlm.models.caches.paged import CrossCache
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs, KeysValues
@@ -27,12 +33,13 @@ from maxlm.models.params import (
     replace_virtual,
     take_stacked_layer,
 )
+from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.parallel.linear import multiply_head
 from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
-Caches = dict[str, tuple[Any, ...]]
+Caches = dict[str, tuple[LayerCache, ...]]
 """Each layer's cache, by stack."""
 
 
@@ -42,39 +49,55 @@ class CrossAttentionCache(NamedTuple):
 
     keys_values: dict[str, tuple[KeysValues, ...]]
     """Each layer's keys and values, [D, R, T, K, H], by stack."""
-    segment_ids: Any
+    segment_ids: jax.Array
     """int32 [D, R, T]: 1 for an input's tokens, 0 behind them."""
 
 
 class Transformer(Trunk):
-    """Maps tokens to hidden states to logits; ``kwargs``: arguments of
-    :class:`Trunk`."""
+    """Maps tokens to hidden states to logits; arguments as those of :class:`Trunk`."""
 
     def __init__(
-        self, config: TransformerConfig, *, rules: AxisRules, dtype: Any, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
+        causal: bool = True,
+        cross_attention: bool = False,
     ):
-        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        super().__init__(config, **kwargs, **kw)
-        D, std, vocab = config.d_model, config.init_std, config.vocab_size
-        self.embedding = Embedding("vocab", vocab, D, std, **kw)
-        own = {"bias": False, "std": std, "role": "table", **kw}
-        self.head = (
-            None
-            if config.tie_embeddings
-            else Linear({"embed": D}, {"vocab": vocab}, **own)
+        super().__init__(
+            config,
+            rules=rules,
+            dtype=dtype,
+            parallel=parallel,
+            causal=causal,
+            cross_attention=cross_attention,
         )
-        zeros = jax.nn.initializers.zeros
-        offsets = config.head_bias
+        vocab_size = config.vocab_size
+        self.embedding = Embedding("vocab", vocab_size, self.context)
+        self.head = None if config.tie_embeddings else self._build_head()
         self.head_bias = (
-            declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
+            declare((vocab_size,), ("vocab",), jax.nn.initializers.zeros, "vector")
+            if config.head_bias
+            else None
         )
-        maps = {
-            n: Linear({"embed": D}, {None: width}, **own)
-            for n, width in config.heads.items()
-        }
-        self.heads = nnx.Dict(maps)
+        residual = {"embed": config.d_model}
+        self.heads = nnx.Dict(
+            {
+                name: Linear(
+                    residual, {None: width}, self.context, bias=False, role="table"
+                )
+                for name, width in config.heads.items()
+            }
+        )
         self.layers_fn: LayersFunction | None = None
         self.num_virtual_tokens = 0
+
+    def _build_head(self) -> Linear:
+        residual = {"embed": self.config.d_model}
+        vocabulary = {"vocab": self.config.vocab_size}
+        return Linear(residual, vocabulary, self.context, bias=False, role="table")
 
     @property
     def trunks(self) -> dict[str, Trunk]:
@@ -117,27 +140,31 @@ class Transformer(Trunk):
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
         """Computes hidden states of inputs [..., S, D] that a frontend has embedded."""
-        x, aux = (self.layers_fn or self.run_layers)(x, (positions, segment_ids))
+        run_layers = self.layers_fn or self.run_layers
+        x, aux = run_layers(x, (positions, segment_ids))
         return self.apply_final_norm(x), aux
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """Embeds tokens as the first layer's input."""
         if tokens.ndim == 3:  # outside the layers, stages are one more data axis
             split = self.rules.spec("layers", "batch", "seq")
-            tokens, positions = reshard(tokens, split), reshard(positions, split)
+            tokens = reshard(tokens, split)
+            positions = reshard(positions, split)
         x = self.embedding(tokens)
         x = replace_virtual(self.embedding.table, x, positions, self.rules)
         return self.embed_inputs(x, positions)
 
     def cache_specs(self, layout: CacheLayout) -> Caches:
         """Returns each layer's ``Mixer.cache_spec``."""
-        return {
-            part.name: tuple(
-                self.stacks[part.name].mixer.cache_spec(layout, kind.window)
-                for kind in part.kinds * (part.num_layers // len(part.kinds))
+        specs: Caches = {}
+        for stack in self.config.layer_stacks:
+            mixer = self.stacks[stack.name].mixer
+            num_periods = stack.num_layers // len(stack.kinds)
+            specs[stack.name] = tuple(
+                mixer.cache_spec(layout, kind.window)
+                for kind in stack.kinds * num_periods
             )
-            for part in self.config.layer_stacks
-        }
+        return specs
 
     def forward_with_cache(
         self,
@@ -151,47 +178,54 @@ class Transformer(Trunk):
         loop over them would copy each one's weights and cache out of their stacks, at
         every token."""
         x = self.embed(tokens, batch.positions)
-        written = {}
-        for part in self.config.layer_stacks:
-            stack = self.stacks[part.name]
-            kinds = self.attention_inputs_by_kind(part, batch)
-            own, written[part.name] = get_values(stack), []
-            for layer, cache in enumerate(caches[part.name]):
-                inputs = kinds[layer % len(kinds)]
+        new_caches: Caches = {}
+        for stack in self.config.layer_stacks:
+            block = self.stacks[stack.name]
+            inputs_by_kind = self.attention_inputs_by_kind(stack, batch)
+            stack_params = get_values(block)
+            stack_caches = []
+            for layer, cache in enumerate(caches[stack.name]):
                 encoded = None
                 if cross_cache is not None:
-                    keys = cross_cache.keys_values[part.name][layer]
-                    encoded = CrossCache(*keys, cross_cache.segment_ids)
-                settings = BlockSettings(inputs.scale, inputs.window, inputs.causal)
-                arrays = inputs._replace(scale=None, window=None, causal=None)
-                params = take_stacked_layer(own, layer)
-                x, cache = run_cached_block(
-                    stack, settings, params, x, arrays, cache, encoded
+                    key, value = cross_cache.keys_values[stack.name][layer]
+                    encoded = CrossCache(key, value, cross_cache.segment_ids)
+                settings, arrays = split_static_inputs(
+                    inputs_by_kind[layer % len(inputs_by_kind)]
                 )
-                written[part.name].append(cache)
-        return self.apply_final_norm(x), {
-            name: tuple(own) for name, own in written.items()
-        }
+                params = take_stacked_layer(stack_params, layer)
+                x, cache = run_cached_block(
+                    block, settings, params, x, arrays, cache, encoded
+                )
+                stack_caches.append(cache)
+            new_caches[stack.name] = tuple(stack_caches)
+        return self.apply_final_norm(x), new_caches
 
     def prepare_logits(self, hidden: jax.Array) -> LogitsInputs:
         """Returns the maps from hidden states to logits; training fuses them with the
         loss."""
+        wide = accumulation_dtype(self.dtype)
         scale = self.config.logit_scale
-        bias = None
         if scale != 1:
-            hidden = (hidden.astype(accumulation_dtype(self.dtype)) * scale).astype(
-                hidden.dtype
-            )
+            # Scaled hidden states give scaled logits, and are far fewer.
+            hidden = (hidden.astype(wide) * scale).astype(hidden.dtype)
+        bias = None
         if self.head_bias is not None:
-            bias = read_weight(
-                self.head_bias, self.rules, accumulation_dtype(self.dtype)
-            ).value
+            bias = read_weight(self.head_bias, self.rules, wide).value
         table = self.embedding.table if self.head is None else self.head.kernel
         kernel = read_weight(table, self.rules, self.dtype)
         if self.head is None:
-            whole = None if kernel.gathered is None else kernel.gathered.T
-            kernel = ShardedWeight(kernel.value.T, kernel.compute_layout[::-1], whole)
-        return LogitsInputs(hidden, *kernel, bias, self.config.logit_cap)
+            # A tied head is the table [V, D] transposed.
+            gathered = None if kernel.gathered is None else kernel.gathered.T
+            layout = kernel.compute_layout[::-1]
+            kernel = ShardedWeight(kernel.value.T, layout, gathered)
+        return LogitsInputs(
+            hidden,
+            head=kernel.value,
+            head_layout=kernel.compute_layout,
+            gathered_head=kernel.gathered,
+            bias=bias,
+            soft_cap=self.config.logit_cap,
+        )
 
     def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [..., S, D] by one of ``config.heads`` → fp32 [..., S,
@@ -225,25 +259,33 @@ class BlockSettings(NamedTuple):
     causal: bool
 
 
+def split_static_inputs(
+    inputs: AttentionInputs,
+) -> tuple[BlockSettings, AttentionInputs]:
+    """Splits inputs into what a program is compiled for and arrays."""
+    settings = BlockSettings(inputs.scale, inputs.window, inputs.causal)
+    return settings, inputs._replace(scale=None, window=None, causal=None)
+
+
 # Layers alike are traced once, which is half of the time that a program of many layers
 # takes to build; inlined, so that the compiler sees the same program as without.
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
 def run_cached_block(
-    block: Any,
+    block: Block,
     settings: BlockSettings,
     params: Params,
     x: jax.Array,
     arrays: AttentionInputs,
-    cache: Any,
+    cache: LayerCache,
     encoder_output: CrossCache | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, LayerCache]:
     """Runs one layer with its cache, for inference.
 
     Args:
         block: the stack that the layer is of.
         settings: stand in for those fields of ``arrays``, which are None there.
         params: the layer's own.
-        x: [D, S, model dimension].
+        x: [shards of the batch, S, D].
 
     Returns:
         x behind the layer, and the cache with the tokens in it.
@@ -259,9 +301,15 @@ class DecoderConfig(TransformerConfig):
     architecture: Literal["decoder"] = "decoder"
     transformer_type = "decoder"
 
-    def build(self, **kwargs: Any) -> "Decoder":
-        """Builds the model; ``kwargs``: arguments of :class:`Transformer`."""
-        return Decoder(self, **kwargs)
+    def build(
+        self,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
+    ) -> "Decoder":
+        """Builds the model; arguments as those of :class:`Transformer`."""
+        return Decoder(self, rules=rules, dtype=dtype, parallel=parallel)
 
 
 class Decoder(Transformer):

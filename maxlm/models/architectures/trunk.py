@@ -1,16 +1,21 @@
-"""Layers one after the other, with what stands before the first and after the last."""
+"""Layers one after the other, with what stands before the first and after the last.
+
+Shapes: B batch, S sequence, D model, N query heads, R reach of learnt biases.
+"""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from maxlm.models.architectures.config import LayerKind, LayerStack, TransformerConfig
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, scan_blocks
+from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs, EncoderOutput
@@ -44,12 +49,37 @@ PositionsAndSegments = tuple[jax.Array, jax.Array | None]
 LayersFunction = Callable[[jax.Array, PositionsAndSegments], tuple[jax.Array, Aux]]
 
 
+class KindContext(NamedTuple):
+    """What layers of one kind read of the tokens."""
+
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    rotary: Rotary | None
+
+
+class StackContext(NamedTuple):
+    """Arrays that all layers of a stack read, without gradient."""
+
+    kinds: tuple[KindContext, ...]
+    """For each kind of layer, by turns."""
+    encoder_segment_ids: jax.Array | None
+
+
+class SharedArrays(NamedTuple):
+    """Arrays that all layers of a stack read, with a gradient."""
+
+    biases: jax.Array | None
+    """fp32 [N, 2R + 1], by distance."""
+    encoder_states: jax.Array | None
+
+
 class Trunk(nnx.Module):
     """A transformer without its table of tokens and its head.
 
     Args:
         rules: compute layout of parameters and activations.
         dtype: compute dtype; parameters are fp32.
+        parallel: methods by which attention and layers are split over devices.
         causal: whether tokens see those before them alone.
         cross_attention: whether layers look at an encoder's output as well.
     """
@@ -59,41 +89,61 @@ class Trunk(nnx.Module):
         config: TransformerConfig,
         *,
         rules: AxisRules,
-        dtype: Any,
+        dtype: DTypeLike,
         parallel: ParallelConfig = ParallelConfig(),
         causal: bool = True,
         cross_attention: bool = False,
     ):
-        self.config, self.rules, self.dtype, self.parallel = (
-            config,
-            rules,
-            dtype,
-            parallel,
-        )
+        self.config = config
+        self.rules = rules
+        self.dtype = dtype
+        self.parallel = parallel
         self.causal = causal
-        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        D, std, positions = config.d_model, config.init_std, config.positions
-        rows = config.max_seq_len + positions.offset
-        learned = positions.kind == "learned"
-        self.positions = Embedding(None, rows, D, std, **kw) if learned else None
-        self.embedding_norm = (
-            Norm(config.norm, D, **kw) if config.embedding_norm else None
+        context = BuildContext(
+            rules, dtype, config.d_model, config.num_layers, config.init_std, parallel
         )
-        biases: dict[str, Any] = {"init": truncated_normal(std), "role": "table"}
-        relative = positions.kind == "relative"
-        shape = (positions.buckets, config.attention.num_heads if relative else 0)
-        self.relative = declare(shape, (None, "heads"), **biases) if relative else None
-        for part in config.layer_stacks:
-            ffn = config.ffn or (config.mlp if part.dense else config.moe)
+        self.context = context
+        self.positions = self._build_learned_positions()
+        self.embedding_norm = (
+            Norm(config.norm, config.d_model, context)
+            if config.embedding_norm
+            else None
+        )
+        self.relative = self._declare_relative_biases()
+        mixer = config.mixer or config.attention
+        for stack in config.layer_stacks:
+            ffn = config.ffn or (config.mlp if stack.dense else config.moe)
             assert ffn is not None
-            sizes = (config.placement, D, config.num_layers, std)
-            how = {"cross_attention": cross_attention, "parallel": parallel, **kw}
             block = Block(
-                config.mixer or config.attention, ffn, config.norm, *sizes, **how
+                mixer,
+                ffn,
+                config.norm,
+                config.placement,
+                context,
+                cross_attention=cross_attention,
             )
-            groups = self.num_layer_groups if part.name == "layers" else 1
-            setattr(self, part.name, stack_layers(block, part.num_layers, groups))
-        self.final_norm = Norm(config.norm, D, **kw) if config.final_norm else None
+            num_groups = self.num_layer_groups if stack.name == "layers" else 1
+            layers = stack_layers(block, stack.num_layers, num_groups)
+            setattr(self, stack.name, layers)
+        self.final_norm = (
+            Norm(config.norm, config.d_model, context) if config.final_norm else None
+        )
+
+    def _build_learned_positions(self) -> Embedding | None:
+        positions = self.config.positions
+        if positions.kind != "learned":
+            return None
+        num_rows = self.config.max_seq_len + positions.offset
+        return Embedding(None, num_rows, self.context)
+
+    def _declare_relative_biases(self) -> nnx.Param | None:
+        """Declares the table [buckets, N] of biases by distance."""
+        positions = self.config.positions
+        if positions.kind != "relative":
+            return None
+        shape = (positions.buckets, self.config.attention.num_heads)
+        init = truncated_normal(self.config.init_std)
+        return declare(shape, (None, "heads"), init, "table")
 
     @property
     def pipeline_schedule(self) -> Schedule | None:
@@ -109,13 +159,14 @@ class Trunk(nnx.Module):
     def stacks(self) -> dict[str, Block]:
         """The stacks of layers by name."""
         return {
-            part.name: getattr(self, part.name) for part in self.config.layer_stacks
+            stack.name: getattr(self, stack.name) for stack in self.config.layer_stacks
         }
 
     def embed_inputs(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Returns embeddings of tokens [..., S, D] as the first layer's input."""
         config = self.config
         if config.embedding_scale != 1:
+            # Rounded to the compute dtype, as Gemma's published code does.
             x *= jnp.asarray(config.embedding_scale, x.dtype)
         if self.positions is not None:
             x += self.positions(positions + config.positions.offset)
@@ -136,19 +187,20 @@ class Trunk(nnx.Module):
         """Runs all layers, one after the other or in a pipeline; reverse-mode
         differentiable."""
         if self.pipeline_schedule is not None:
+            micro_batches = x.shape[0]
+            indices = jnp.arange(micro_batches, dtype=jnp.uint32)
             return run_circular_pipeline(
                 self.run_stage,
                 get_values(self.stacks["layers"]),
                 x,
-                (context, jnp.arange(x.shape[0], dtype=jnp.uint32)),
-                micro_batches=x.shape[0],
+                (context, indices),
+                micro_batches=micro_batches,
                 groups=self.num_layer_groups,
             )
         total = Aux()
-        for part in self.config.layer_stacks:
-            x, aux = self._run(
-                part, get_values(self.stacks[part.name]), x, context, encoder_output
-            )
+        for stack in self.config.layer_stacks:
+            params = get_values(self.stacks[stack.name])
+            x, aux = self._run_stack(stack, params, x, context, encoder_output)
             total = total.plus(aux)
         return x, total
 
@@ -163,101 +215,141 @@ class Trunk(nnx.Module):
         number, uint32."""
         tokens, micro_batch = context
         layers = seed_micro_batch(layers, micro_batch)
-        part = next(part for part in self.config.layer_stacks if part.name == "layers")
-        return self._run(part, layers, x, tokens, None)
+        stack = next(
+            stack for stack in self.config.layer_stacks if stack.name == "layers"
+        )
+        return self._run_stack(stack, layers, x, tokens, None)
 
-    def _run(
+    def _run_stack(
         self,
-        part: LayerStack,
-        layers: Params,
+        stack: LayerStack,
+        params: Params,
         x: jax.Array,
-        where: PositionsAndSegments,
+        tokens: PositionsAndSegments,
         encoder_output: EncoderOutput | None,
     ) -> tuple[jax.Array, Aux]:
-        def layer(number: int, block: Block, x: jax.Array, context: Any, shared: Any):
-            kinds, segments = context
-            biases, states = shared
-            inputs = self._attention_inputs(part.kinds[number], kinds[number], biases)
-            encoded = None if states is None else EncoderOutput(states, segments)
+        def run_layer(
+            kind_index: int,
+            block: Block,
+            x: jax.Array,
+            context: StackContext,
+            shared: SharedArrays,
+        ) -> tuple[jax.Array, Aux]:
+            inputs = self._make_attention_inputs(
+                stack.kinds[kind_index], context.kinds[kind_index], shared.biases
+            )
+            encoded = None
+            if shared.encoder_states is not None:
+                encoded = EncoderOutput(
+                    shared.encoder_states, context.encoder_segment_ids
+                )
             x, _, aux = block(x, inputs, encoder_output=encoded)
             return x, aux
 
-        bodies = [partial(layer, number) for number in range(len(part.kinds))]
-        states: Any = encoder_output and encoder_output.states
-        segments = encoder_output and encoder_output.segment_ids
-        context = self._contexts(part, where), segments
-        shared = self.relative_biases(), states
-        if is_unstacked(layers):  # as inference holds them
+        bodies = [partial(run_layer, index) for index in range(len(stack.kinds))]
+        encoder_states = None
+        encoder_segment_ids = None
+        if encoder_output is not None:
+            encoder_states = encoder_output.states
+            encoder_segment_ids = encoder_output.segment_ids
+        context = StackContext(self._list_contexts(stack, tokens), encoder_segment_ids)
+        shared = SharedArrays(self.compute_relative_biases(), encoder_states)
+        block = self.stacks[stack.name]
+
+        if is_unstacked(params):  # as inference stores them
             total = Aux()
-            for number in range(part.num_layers):
-                block = bind(self.stacks[part.name], take_stacked_layer(layers, number))
-                x, aux = bodies[number % len(bodies)](block, x, context, shared)
+            for layer in range(stack.num_layers):
+                bound = bind(block, take_stacked_layer(params, layer))
+                x, aux = bodies[layer % len(bodies)](bound, x, context, shared)
                 total = total.plus(aux)
             return x, total
-        how: Any = {"dtype": self.dtype, "remat": self.config.remat}
         return scan_blocks(
-            self.stacks[part.name], layers, bodies, x, context, shared, **how
+            block,
+            params,
+            bodies,
+            x,
+            context,
+            shared,
+            dtype=self.dtype,
+            remat=self.config.remat,
         )
 
     def attention_inputs_by_kind(
         self, stack: LayerStack, batch: RaggedBatch
     ) -> list[AttentionInputs]:
         """Returns each kind of layer's inputs for a step of inference."""
-        biases = self.relative_biases()
-        where = (batch.positions, None)
-        contexts = self._contexts(stack, where, batch.lengths)
-        if get_platform() == "cpu":
-            contexts = tuple(
-                (*rest, turns and materialize_rotary(turns))
-                for *rest, turns in contexts
-            )
-        return [
-            self._attention_inputs(kind, context, biases)._replace(batch=batch)
-            for kind, context in zip(stack.kinds, contexts, strict=True)
-        ]
+        biases = self.compute_relative_biases()
+        contexts = self._list_contexts(stack, (batch.positions, None), batch.lengths)
+        inputs = []
+        for kind, context in zip(stack.kinds, contexts, strict=True):
+            if context.rotary is not None and get_platform() == "cpu":
+                context = context._replace(rotary=materialize_rotary(context.rotary))
+            kind_inputs = self._make_attention_inputs(kind, context, biases)
+            inputs.append(kind_inputs._replace(batch=batch))
+        return inputs
 
-    def _contexts(
+    def _list_contexts(
         self,
-        part: LayerStack,
-        where: PositionsAndSegments,
+        stack: LayerStack,
+        tokens: PositionsAndSegments,
         lengths: jax.Array | None = None,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[KindContext, ...]:
         """Returns positions, segment ids and angles for each kind of layer."""
-        turns = {
-            kind.positions: self.rotary(kind, where[0], lengths) for kind in part.kinds
+        positions, segment_ids = tokens
+        # Kinds of equal positions share their angles, which are computed once.
+        rotary_by_positions = {
+            kind.positions: self.rotary(kind, positions, lengths)
+            for kind in stack.kinds
         }
-        return tuple((*where, turns[kind.positions]) for kind in part.kinds)
+        return tuple(
+            KindContext(positions, segment_ids, rotary_by_positions[kind.positions])
+            for kind in stack.kinds
+        )
 
-    def _attention_inputs(
-        self, kind: LayerKind, context: tuple[Any, Any, Any], biases: Any
+    def _make_attention_inputs(
+        self, kind: LayerKind, context: KindContext, biases: jax.Array | None
     ) -> AttentionInputs:
-        slopes = None
         config = self.config
+        slopes = None
         if config.positions.kind == "alibi":
-            own = kind.positions or config.positions
+            positions = kind.positions or config.positions
             slopes = jnp.asarray(
-                compute_alibi_slopes(config.attention.num_heads, own.max_bias)
+                compute_alibi_slopes(config.attention.num_heads, positions.max_bias)
             )
-        scale = config.score_scale(kind)
         return AttentionInputs(
-            *context, slopes, biases, scale, kind.window, self.causal
+            context.positions,
+            context.segment_ids,
+            context.rotary,
+            slopes,
+            biases,
+            scale=config.score_scale(kind),
+            window=kind.window,
+            causal=self.causal,
         )
 
     def rotary(
         self, kind: LayerKind, positions: jax.Array, lengths: jax.Array | None = None
     ) -> Rotary | None:
         """Returns the angles of positions, where the model turns queries and keys."""
-        own = kind.positions or self.config.positions
-        attention = self.config.attention
-        if own.kind != "rope":
+        settings = kind.positions or self.config.positions
+        if settings.kind != "rope":
             return None
-        size = own.rotary_dim or attention.head_dim
-        size = attention.latent.rotary_dim if attention.latent else size
-        how = (own.theta, own.scaling, accumulation_dtype(self.dtype))
-        return compute_rotary(positions, size, *how, lengths=lengths)
+        attention = self.config.attention
+        if attention.latent:
+            rotary_dim = attention.latent.rotary_dim
+        else:
+            rotary_dim = settings.rotary_dim or attention.head_dim
+        return compute_rotary(
+            positions,
+            rotary_dim,
+            settings.theta,
+            settings.scaling,
+            accumulation_dtype(self.dtype),
+            lengths=lengths,
+        )
 
-    def relative_biases(self) -> jax.Array | None:
-        """Returns terms added to scores by distance, fp32 [N, 2R+1], where they are
+    def compute_relative_biases(self) -> jax.Array | None:
+        """Returns terms added to scores by distance, fp32 [N, 2R + 1], where they are
         learnt."""
         if self.relative is None:
             return None

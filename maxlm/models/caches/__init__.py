@@ -10,7 +10,13 @@ all as it is, ``QuantizedCache`` in fewer bits, ``EvictingCache`` a fixed number
 tokens. A mixer with a state instead of keys keeps a :class:`RecurrentCache`.
 """
 
-from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
+from maxlm.models.caches.layout import CacheArraySpec, CacheLayout, LayerCache
 from maxlm.models.caches.ragged import RaggedBatch, RecurrentCache
 
-__all__ = ["CacheArraySpec", "CacheLayout", "RaggedBatch", "RecurrentCache"]
+__all__ = [
+    "CacheArraySpec",
+    "CacheLayout",
+    "LayerCache",
+    "RaggedBatch",
+    "RecurrentCache",
+]

@@ -8,11 +8,15 @@ then the best of it and of what was kept stay. Keys keep the rotary positions of
 tokens, also in StreamingLLM, which counts places in the cache instead. The current
 token and the recent ones are never evicted, and what is behind a layer's window always
 is first. A sequence within the budget is exact.
+
+Shapes: D shards of the batch, R rows of a shard, n of them side by side, T tokens of
+each; M tokens kept; N query heads, K kv heads, G = N / K; H head dim, Hv value dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +29,25 @@ from maxlm.models.caches.config import (
     SnapKVCacheConfig,
 )
 from maxlm.models.caches.paged import AttentionCache
-from maxlm.models.caches.ragged import RowTokens, run_rows
+from maxlm.models.caches.ragged import RaggedBatch, RowTokens, run_rows
+from maxlm.parallel.terms import AttentionTerms
+from maxlm.sharding import AxisRules
+
+
+class _NewTokens(NamedTuple):
+    """Queries, keys and values of new tokens, [n, T, heads, features] each."""
+
+    q: jax.Array
+    key: jax.Array
+    value: jax.Array | None
+    """None: a token's value is the beginning of its key."""
+
+
+_AttendRows = Callable[
+    [jax.Array, jax.Array, jax.Array | None, jax.Array, RowTokens],
+    tuple[jax.Array, jax.Array],
+]
+"""(q, key, value, positions, rows) of :func:`_attend_rows` -> (y, weights)."""
 
 
 @jax.tree_util.register_dataclass
@@ -33,186 +55,267 @@ from maxlm.models.caches.ragged import RowTokens, run_rows
 class EvictingCache(AttentionCache):
     """M tokens of each row and kv head, in any order."""
 
-    key: Any
+    key: jax.Array
     """[D, R, K, M, H]."""
-    value: Any
+    value: jax.Array | None
     """[D, R, K, M, Hv]; None: a token's value is the beginning of its key."""
-    positions: Any
+    positions: jax.Array
     """int32 [D, R, K, M]: 1 and the token's position; 0: none."""
-    scores: Any
+    scores: jax.Array | None
     """fp32 [D, R, K, M]: weights that the token was given; None: they do not matter."""
     config: EvictingCacheConfig = field(metadata={"static": True})
 
-    def attend_shard(self, q, key, value, batch, rules, *, window, **options):
+    def attend_shard(
+        self,
+        q: jax.Array,
+        key: jax.Array | None,
+        value: jax.Array | None,
+        batch: RaggedBatch,
+        terms: AttentionTerms,
+        *,
+        rules: AxisRules,
+        value_dim: int | None,
+    ) -> tuple[jax.Array, Self]:
         """See :class:`AttentionCache`. Where devices have heads that share keys, they
         add up the weights that these were given. Rows have no drafts
         (``check_speculation``): no token could be taken back.
         """
-        shared = tuple(set(rules.mesh_axes("heads")) - set(rules.mesh_axes("kv_heads")))
-        attend = partial(_attend_rows, shared=shared, window=window, **options)
+        assert key is not None
+        head_axes = rules.mesh_axes("heads")
+        kv_axes = rules.mesh_axes("kv_heads")
+        attend = partial(
+            _attend_rows,
+            terms=terms,
+            value_dim=value_dim,
+            shared_axes=tuple(set(head_axes) - set(kv_axes)),
+        )
 
-        def advance(own, tokens, where):
-            own = replace(
-                own, positions=jnp.where(where.begins[:, None, None], 0, own.positions)
-            )
-            if tokens[0].shape[1] == 1:
-                return _replace_one(own, tokens, where, window, attend)
-            keep = partial(_keep_best, window=window, attend=attend)
+        def advance(
+            cache: EvictingCache, tokens: _NewTokens, rows: RowTokens
+        ) -> tuple[EvictingCache, jax.Array]:
+            begins = rows.begins[:, None, None]
+            positions = jnp.where(begins, 0, cache.positions)
+            cache = replace(cache, positions=positions)
+            if tokens.q.shape[1] == 1:
+                return _replace_one(cache, tokens, rows, terms.window, attend)
+            keep_best = partial(_keep_best, window=terms.window, attend=attend)
             return lax.map(
-                lambda chunk: _skip_if_empty(keep, *chunk), (own, tokens, where)
+                lambda row: _skip_if_empty(keep_best, *row), (cache, tokens, rows)
             )
 
-        cache, y = run_rows(advance, self, (q, key, value), batch)
+        cache, y = run_rows(advance, self, _NewTokens(q, key, value), batch)
         return y, cache
 
 
 def _attend_rows(
-    q,
-    key,
-    value,
-    positions,
-    where: RowTokens,
+    q: jax.Array,
+    key: jax.Array,
+    value: jax.Array | None,
+    positions: jax.Array,
+    rows: RowTokens,
     *,
-    shared,
-    window,
-    slopes,
-    biases,
-    sinks,
-    **options,
-):
+    terms: AttentionTerms,
+    value_dim: int | None,
+    shared_axes: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
     """Attends with q [n, T, N, H] to key [n, K, S, H]; positions int32 [n, K, S] are 1
     and the token's, 0 for none. Returns y [n, T, N, Hv] and fp32 [n, K, T, S]: the
     weights, summed over the heads that share keys."""
     n, T, N, H = q.shape
     K = key.shape[1]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
     G = N // K
+    assert terms.scale is not None
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+
     q = q.reshape(n, T, K, G, H)
     scores = jnp.einsum("ntkgh,nksh->nkgts", q, key, preferred_element_type=wide)
-    scores *= options["scale"]
-    distance = where.positions[:, None, :, None] - (positions[:, :, None] - 1)
-    cap = options.get("soft_cap")
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
-    if slopes is not None:
-        scores -= slopes.reshape(K, G, 1, 1) * distance[:, :, None].astype(wide)
-    if biases is not None:
-        reach = biases.shape[1] // 2
-        at = (jnp.clip(-distance, -reach, reach) + reach)[:, :, None]
-        head, member = jnp.arange(K)[:, None, None, None], jnp.arange(G)[:, None, None]
-        scores += biases.reshape(K, G, -1)[head, member, at]
-    seen = (distance >= 0) & (positions > 0)[:, :, None] & where.live[:, None, :, None]
-    if window is not None:
-        seen &= distance < window
-    scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
-    sink = -jnp.inf if sinks is None else sinks.reshape(K, G, 1, 1)
+    scores *= terms.scale
+    # [n, K, T, S]: each kv head keeps tokens of its own.
+    distance = rows.positions[:, None, :, None] - (positions[:, :, None] - 1)
+    if terms.soft_cap is not None:
+        scores = terms.soft_cap * jnp.tanh(scores / terms.soft_cap)
+    if terms.slopes is not None:
+        slopes = terms.slopes.reshape(K, G, 1, 1)
+        scores -= slopes * distance[:, :, None].astype(wide)
+    if terms.biases is not None:
+        reach = terms.biases.shape[1] // 2
+        place = (jnp.clip(-distance, -reach, reach) + reach)[:, :, None]
+        kv_head = jnp.arange(K)[:, None, None, None]
+        member = jnp.arange(G)[:, None, None]
+        scores += terms.biases.reshape(K, G, -1)[kv_head, member, place]
+
+    is_seen = (distance >= 0) & (positions > 0)[:, :, None]
+    is_seen &= rows.live[:, None, :, None]
+    if terms.window is not None:
+        is_seen &= distance < terms.window
+    scores = jnp.where(is_seen[:, :, None], scores, -jnp.inf)
+
+    sink = -jnp.inf
+    if terms.sinks is not None:
+        sink = terms.sinks.reshape(K, G, 1, 1)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)
-    top = jnp.where(top == -jnp.inf, 0, top)
+    top = jnp.where(top == -jnp.inf, 0, top)  # −inf − −inf is NaN
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top)
     weights /= jnp.where(total > 0, total, 1)
-    value = key[..., : options["value_dim"]] if value is None else value
-    near = weights.astype(value.dtype)
-    y = jnp.einsum("nkgts,nksh->ntkgh", near, value, preferred_element_type=wide)
+
+    if value is None:
+        value = key[..., :value_dim]
+    y = jnp.einsum(
+        "nkgts,nksh->ntkgh",
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=wide,
+    )
     weights = weights.sum(axis=2)
-    return y.reshape(n, T, N, -1).astype(q.dtype), lax.psum(
-        weights, shared
-    ) if shared else weights
+    y = y.reshape(n, T, N, -1).astype(q.dtype)
+    if shared_axes:
+        weights = lax.psum(weights, shared_axes)
+    return y, weights
 
 
-def _rank_tokens(config, keys, scores, ends, window):
-    """fp32 [n, K, S], the higher the better; keys as of :func:`_mask_scores`, ends
-    int32 [n] the tokens of each row."""
-    ends = ends[:, None, None]
+def _rank_tokens(
+    config: EvictingCacheConfig,
+    positions: jax.Array,
+    scores: jax.Array | None,
+    lengths: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Ranks tokens, fp32 [n, K, S], the higher the better; positions as of
+    :func:`_attend_rows`, lengths int32 [n] the tokens of each row."""
+    ends = lengths[:, None, None]
     if isinstance(config, SinksCacheConfig):
-        ranks = jnp.where(keys <= config.num_sinks, jnp.inf, keys.astype(jnp.float32))
+        is_sink = positions <= config.num_sinks
+        ranks = jnp.where(is_sink, jnp.inf, positions.astype(jnp.float32))
     else:
-        ranks = jnp.where(keys > ends - config.recent, jnp.inf, scores)
+        assert scores is not None
+        is_recent = positions > ends - config.recent
+        ranks = jnp.where(is_recent, jnp.inf, scores)
     if window is not None:
-        ranks = jnp.where(keys > ends - window + 1, ranks, -1.0)
-    return jnp.where(keys > 0, ranks, -jnp.inf)
+        # The next token will not see what is behind the window; scores are positive.
+        ranks = jnp.where(positions > ends - window + 1, ranks, -1.0)
+    return jnp.where(positions > 0, ranks, -jnp.inf)
 
 
-def _replace_one(cache: EvictingCache, tokens, where: RowTokens, window, attend):
-    """The cache with one token of each row in the place of another, then y [n, 1, N,
-    Hv]."""
+def _replace_one(
+    cache: EvictingCache,
+    tokens: _NewTokens,
+    rows: RowTokens,
+    window: int | None,
+    attend: _AttendRows,
+) -> tuple[EvictingCache, jax.Array]:
+    """Returns the cache with one token of each row in the place of another, then y [n,
+    1, N, Hv]."""
     # Written before it is read: or XLA copies the whole.
-    q, key, value = tokens
-    (n, K, _), config = cache.positions.shape, cache.config
-    ranks = _rank_tokens(
-        config, cache.positions, cache.scores, where.positions[:, 0] + 1, window
-    )
-    worst = ranks == ranks.min(axis=-1, keepdims=True)
-    slot = jnp.where(worst, cache.positions, jnp.iinfo(jnp.int32).max).argmin(axis=-1)
-    at = jnp.where(where.live, jnp.arange(n)[:, None], n), jnp.arange(K), slot
+    config = cache.config
+    n, K, _ = cache.positions.shape
+    lengths = rows.positions[:, 0] + 1
+    ranks = _rank_tokens(config, cache.positions, cache.scores, lengths, window)
+    is_worst = ranks == ranks.min(axis=-1, keepdims=True)
+    # Of equally bad ones the oldest, and an empty place before any.
+    largest = jnp.iinfo(jnp.int32).max
+    slot = jnp.where(is_worst, cache.positions, largest).argmin(axis=-1)
+    row = jnp.where(rows.live, jnp.arange(n)[:, None], n)  # n: dropped
+    index = row, jnp.arange(K), slot
 
-    def write(held, new):
-        return None if held is None else held.at[at].set(new, mode="drop")
+    def write(array: jax.Array, new: jax.Array | float) -> jax.Array:
+        return array.at[index].set(new, mode="drop")
 
-    keys = write(cache.key, key[:, 0].astype(cache.key.dtype))
-    values = write(
-        cache.value, None if value is None else value[:, 0].astype(cache.value.dtype)
-    )
-    positions, scores = (
-        write(cache.positions, where.positions + 1),
-        write(cache.scores, 0.0),
-    )
-    y, weights = attend(q, keys, values, positions, where)
+    keys = write(cache.key, tokens.key[:, 0].astype(cache.key.dtype))
+    values = None
+    if cache.value is not None:
+        assert tokens.value is not None
+        values = write(cache.value, tokens.value[:, 0].astype(cache.value.dtype))
+    positions = write(cache.positions, rows.positions + 1)
+    scores = None if cache.scores is None else write(cache.scores, 0.0)
+    y, weights = attend(tokens.q, keys, values, positions, rows)
     if isinstance(config, HeavyHittersCacheConfig):
+        assert scores is not None
         scores += weights[:, :, 0]
     return EvictingCache(keys, values, positions, scores, config), y
 
 
-def _keep_best(cache: EvictingCache, tokens, where: RowTokens, *, window, attend):
-    """The cache with the best of what it has and of a chunk of each row, the last ones
-    first, and y [n, T, N, Hv]."""
-    (q, *new) = tokens
+def _keep_best(
+    cache: EvictingCache,
+    tokens: _NewTokens,
+    rows: RowTokens,
+    *,
+    window: int | None,
+    attend: _AttendRows,
+) -> tuple[EvictingCache, jax.Array]:
+    """Returns the cache with the best of what it has and of a chunk of each row, the
+    last ones first, and y [n, T, N, Hv]."""
     config = cache.config
     n, K, M = cache.positions.shape
-    T = q.shape[1]
-    own = jnp.where(where.live, where.positions + 1, 0)
-    ends = own.max(axis=1)
-    own = jnp.broadcast_to(own[:, None], (n, K, T))
-    both = [
-        None
-        if x is None
-        else jnp.concatenate([x, y.swapaxes(1, 2).astype(x.dtype)], axis=2)
-        for x, y in zip((cache.key, cache.value), new, strict=True)
-    ]
-    positions = jnp.concatenate([cache.positions, own], axis=-1)
-    y, weights = attend(q, *both, positions, where)
+    T = tokens.q.shape[1]
+    new_positions = jnp.where(rows.live, rows.positions + 1, 0)
+    lengths = new_positions.max(axis=1)
+    new_positions = jnp.broadcast_to(new_positions[:, None], (n, K, T))
+
+    # Everything kept, then everything new, [n, K, M + T, ...].
+    all_keys = _append_tokens(cache.key, tokens.key)
+    all_values = None
+    if cache.value is not None:
+        assert tokens.value is not None
+        all_values = _append_tokens(cache.value, tokens.value)
+    positions = jnp.concatenate([cache.positions, new_positions], axis=-1)
+    y, weights = attend(tokens.q, all_keys, all_values, positions, rows)
+
+    # Newest first, so that SnapKV pools over neighbours and ties go to newer tokens.
     order = jnp.argsort(-positions, axis=-1, stable=True)
     positions = jnp.take_along_axis(positions, order, axis=-1)
     scores = None
     if cache.scores is not None:
         if isinstance(config, SnapKVCacheConfig):
-            choosing = where.positions >= ends[:, None] - config.recent
-            weights = weights * choosing[:, None, :, None]
+            is_choosing = rows.positions >= lengths[:, None] - config.recent
+            weights = weights * is_choosing[:, None, :, None]
         scores = weights.sum(axis=2)
         if isinstance(config, HeavyHittersCacheConfig):
             scores = scores.at[..., :M].add(cache.scores)
         scores = jnp.take_along_axis(scores, order, axis=-1)
         if isinstance(config, SnapKVCacheConfig):
-            size = (1, 1, config.pooling)
-            scores = lax.reduce_window(scores, 0.0, lax.add, size, (1, 1, 1), "SAME")
+            pool_shape = (1, 1, config.pooling)
+            scores = lax.reduce_window(
+                scores, 0.0, lax.add, pool_shape, (1, 1, 1), "SAME"
+            )
             scores /= config.pooling
-    _, best = lax.top_k(_rank_tokens(config, positions, scores, ends, window), M)
+
+    ranks = _rank_tokens(config, positions, scores, lengths, window)
+    _, best = lax.top_k(ranks, M)
     best = jnp.sort(best, axis=-1)
     chosen = jnp.take_along_axis(order, best, axis=-1)[..., None]
-    keys, values = (
-        None if x is None else jnp.take_along_axis(x, chosen, axis=2) for x in both
-    )
+    keys = jnp.take_along_axis(all_keys, chosen, axis=2)
+    values = None
+    if all_values is not None:
+        values = jnp.take_along_axis(all_values, chosen, axis=2)
     positions = jnp.take_along_axis(positions, best, axis=-1)
     if scores is not None:
         scores = jnp.take_along_axis(scores, best, axis=-1)
     return EvictingCache(keys, values, positions, scores, config), y
 
 
-def _skip_if_empty(keep, cache: EvictingCache, tokens, where: RowTokens):
-    """``keep`` for one row, unless it has no token."""
-    given = jax.tree.map(lambda x: x[None], (cache, tokens, where))
-    shape = jax.eval_shape(keep, *given)[1]
-    nothing = lambda own, *_: (own, jnp.zeros(shape.shape, shape.dtype))  # noqa: E731
-    return jax.tree.map(
-        lambda x: x[0], lax.cond(where.live.any(), keep, nothing, *given)
-    )
+def _append_tokens(cached: jax.Array, new: jax.Array) -> jax.Array:
+    """[n, K, M, H] and new tokens' [n, T, K, H] → [n, K, M + T, H]."""
+    new = new.swapaxes(1, 2).astype(cached.dtype)
+    return jnp.concatenate([cached, new], axis=2)
+
+
+def _skip_if_empty(
+    keep_best: Callable[
+        [EvictingCache, _NewTokens, RowTokens], tuple[EvictingCache, jax.Array]
+    ],
+    cache: EvictingCache,
+    tokens: _NewTokens,
+    row: RowTokens,
+) -> tuple[EvictingCache, jax.Array]:
+    """Runs ``keep_best`` for one row, unless it has no token."""
+    operands = jax.tree.map(lambda x: x[None], (cache, tokens, row))
+    _, y_shape = jax.eval_shape(keep_best, *operands)
+
+    def keep_all(
+        cache: EvictingCache, tokens: _NewTokens, row: RowTokens
+    ) -> tuple[EvictingCache, jax.Array]:
+        return cache, jnp.zeros(y_shape.shape, y_shape.dtype)
+
+    result = lax.cond(row.live.any(), keep_best, keep_all, *operands)
+    return jax.tree.map(lambda x: x[0], result)

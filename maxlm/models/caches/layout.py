@@ -5,10 +5,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from maxlm.models.caches.config import CacheConfig, PagedCacheConfig
 from maxlm.parallel.local import LANES
 from maxlm.sharding import AxisRules, resolve_placement
+
+LayerCache = Any
+"""What one layer keeps between tokens: a pytree that its mixer alone knows, such as an
+:class:`~maxlm.models.caches.paged.AttentionCache`."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class CacheArraySpec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     """Logical axis of each dimension."""
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     """None: the compute dtype."""
     unit: Literal["row", "page"] = "row"
     """What the second dimension counts: rows, or pages."""
@@ -51,8 +56,9 @@ class CacheLayout:
 
     def count_pages(self, window: int | None) -> int:
         """Returns the pages of a layer with a window, or none."""
-        full = window is None or self.num_window_pages is None
-        return self.num_pages if full else self.num_window_pages or 0
+        if window is None or self.num_window_pages is None:
+            return self.num_pages
+        return self.num_window_pages
 
 
 def choose_feature_multiple(platform: str) -> int:
@@ -61,7 +67,7 @@ def choose_feature_multiple(platform: str) -> int:
 
 
 def allocate_cache_array(
-    array: CacheArraySpec, rules: AxisRules, dtype: Any
+    array: CacheArraySpec, rules: AxisRules, dtype: DTypeLike
 ) -> jax.Array:
     """Returns zeros in their compute layout on the current mesh. Raises MaxlmError:
     dimensions that do not divide over their mesh axes."""
@@ -75,7 +81,14 @@ def list_paged_windows(
 ) -> tuple[int | None, ...]:
     """Lists the windows of layers that keep pages, each once; None: a layer that sees
     all."""
-    layout = CacheLayout(1, 1, 2, 2, cache=cache or PagedCacheConfig())
+    # Sizes do not matter, but that int4 wants pages of an even number of tokens.
+    layout = CacheLayout(
+        num_shards=1,
+        num_rows=1,
+        num_pages=2,
+        page_size=2,
+        cache=cache or PagedCacheConfig(),
+    )
     specs = jax.tree.leaves(model.cache_specs(layout))
     return tuple(dict.fromkeys(spec.window for spec in specs if spec.unit == "page"))
 

@@ -1,15 +1,19 @@
-"""Attention over a cache on a mesh, and pages of keys and values in the compute
-dtype."""
+"""Attention over a cache on a mesh, and pages of keys and values in the compute dtype.
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+Shapes: D shards of the batch, S tokens of a step, N query heads, K kv heads, H head
+dim, Hv value dim, P pages, R rows.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import reshard
 
-from maxlm.models.caches.ragged import RaggedBatch, run_rows
+from maxlm.models.caches.ragged import RaggedBatch, RowTokens, run_rows
 from maxlm.parallel.local import axis_size, map_shards
+from maxlm.parallel.terms import AttentionTerms, HeadTerms
 from maxlm.parallel.ulysses import count_kv_copies
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention_forward
@@ -19,20 +23,23 @@ from pallas_kernels.paged_attention import paged_attention, write_pages
 class AttentionCache:
     """Keys and values of sequences' earlier tokens, in arrays [D, ...]."""
 
-    key: Any
+    key: jax.Array
     copies_heads: ClassVar[bool] = False
     """Whether it is split as query heads are, with copies of fewer kv heads."""
 
     def attend_shard(
         self,
         q: jax.Array,
-        key: jax.Array,
+        key: jax.Array | None,
         value: jax.Array | None,
         batch: RaggedBatch,
+        terms: AttentionTerms,
+        *,
         rules: AxisRules,
-        **options: Any,
+        value_dim: int | None,
     ) -> tuple[jax.Array, Self]:
-        """Does what :meth:`attend` does for one shard; no array has the axis D."""
+        """Does what :meth:`attend` does for one shard; no array has the axis D. The
+        scale of ``terms`` is set, and their arrays are those of this shard's heads."""
         raise NotImplementedError
 
     def attend(
@@ -41,57 +48,71 @@ class AttentionCache:
         key: jax.Array | None,
         value: jax.Array | None,
         batch: RaggedBatch,
+        terms: AttentionTerms,
         *,
         rules: AxisRules,
-        slopes: Any = None,
-        biases: jax.Array | None = None,
-        sinks: jax.Array | None = None,
-        **options: Any,
+        value_dim: int | None = None,
     ) -> tuple[jax.Array, Self]:
         """Attends to each sequence's earlier tokens and these, each device with its own
         sequences and heads; returns also the cache with these.
 
         Args:
             q: [D, S, N, H].
-            key, value: [D, S, K, H] and [D, S, K, Hv]; no value: it is part of the key.
-            slopes, biases, sinks: [N], [N, 2R + 1] and [N].
-            options: ``window``, ``scale``, ``soft_cap`` and ``value_dim`` of
-                ``pallas_kernels.paged_attention``.
+            key, value: [D, S, K, H] and [D, S, K, Hv]; no value: it is part of the key;
+                no key: the cache stays as it is.
+            value_dim: Hv, where there is no value.
 
         Returns:
             [D, S, N, Hv], and the cache.
         """
-        options["scale"] = options.get("scale") or q.shape[-1] ** -0.5
-
-        def run(head_terms, *sharded):
-            q, key, value, cache, batch = jax.tree.map(lambda x: x[0], sharded)
-            found = cache.attend_shard(
-                q, key, value, batch, rules, **head_terms, **options
-            )
-            return jax.tree.map(lambda x: x[None], found)
-
-        split = rules.spec("batch", None, "heads")
-        if (
-            rules.heads and not rules.kv_heads
-        ):  # devices have all keys, not only their queries' own
+        out_spec = rules.spec("batch", None, "heads")
+        if rules.heads and not rules.kv_heads:
+            # Devices have all keys, not only those of their queries.
             if self.copies_heads and key is not None and value is not None:
-                key, value = copy_kv_heads(key, rules), copy_kv_heads(value, rules)
+                key = copy_kv_heads(key, rules)
+                value = copy_kv_heads(value, rules)
                 rules = rules.model_copy(update={"kv_heads": rules.heads})
             elif (self.key if key is None else key).shape[-2] > 1:
-                rules = rules.model_copy(
-                    update={"heads": ()}
-                )  # each attends for all heads
-        heads, own_heads = rules.spec("batch", None, "heads"), rules.spec("heads")
-        keys = rules.spec("batch", None, "kv_heads")
-        layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
-        head_terms = {
-            name: None if x is None else reshard(jnp.asarray(x, jnp.float32), own_heads)
-            for name, x in (("slopes", slopes), ("biases", biases), ("sinks", sinks))
-        }
-        specs = own_heads, heads, keys, keys, layout, rules.spec("batch")
-        run = map_shards(run, specs, (heads, layout))
-        y, cache = run(head_terms, reshard(q, heads), key, value, self, batch)
-        return reshard(y, split), cache
+                # Each device attends for all heads.
+                rules = rules.model_copy(update={"heads": ()})
+        terms = replace(terms, scale=terms.scale or q.shape[-1] ** -0.5)
+
+        def attend_local(head_terms, *sharded):
+            q, key, value, cache, batch = jax.tree.map(lambda x: x[0], sharded)
+            y_and_cache = cache.attend_shard(
+                q,
+                key,
+                value,
+                batch,
+                terms.with_head_terms(head_terms),
+                rules=rules,
+                value_dim=value_dim,
+            )
+            return jax.tree.map(lambda x: x[None], y_and_cache)
+
+        q_spec = rules.spec("batch", None, "heads")
+        kv_spec = rules.spec("batch", None, "kv_heads")
+        head_spec = rules.spec("heads")
+        cache_specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
+        head_terms = HeadTerms(
+            *(
+                None
+                if term is None
+                else reshard(jnp.asarray(term, jnp.float32), head_spec)
+                for term in terms.by_head
+            )
+        )
+        in_specs = (
+            head_spec,
+            q_spec,
+            kv_spec,
+            kv_spec,
+            cache_specs,
+            rules.spec("batch"),
+        )
+        run = map_shards(attend_local, in_specs, (q_spec, cache_specs))
+        y, cache = run(head_terms, reshard(q, q_spec), key, value, self, batch)
+        return reshard(y, out_spec), cache
 
 
 @jax.tree_util.register_dataclass
@@ -100,24 +121,53 @@ class PagedCache(AttentionCache):
     """Keys and values in pages [D, P, K, page, H], which sequences hold by tables, and
     share where they begin alike."""
 
-    key: Any
-    value: Any
+    key: jax.Array
+    value: jax.Array | None
     """None: a token's value is the beginning of its key."""
     copies_heads = True
 
-    def attend_shard(self, q, key, value, batch, rules, *, window, **options):
+    def attend_shard(
+        self,
+        q: jax.Array,
+        key: jax.Array | None,
+        value: jax.Array | None,
+        batch: RaggedBatch,
+        terms: AttentionTerms,
+        *,
+        rules: AxisRules,
+        value_dim: int | None,
+    ) -> tuple[jax.Array, Self]:
         """See :class:`AttentionCache`."""
-        slots, tables = batch.pages(window)
-        num_values = options["value_dim"] if value is None else value.shape[-1]
-        q, key = (pad_features(x, self.key.shape[-1]) for x in (q, key))
+        assert key is not None
+        slots, page_tables = batch.pages(terms.window)
+        # Pages have room for more features than a head has where a kernel reads whole
+        # lanes (`CacheLayout.feature_multiple`).
+        q = pad_features(q, self.key.shape[-1])
+        key = pad_features(key, self.key.shape[-1])
         keys = write_pages(self.key, key, slots)
         values = self.value
+        num_values = value_dim
         if value is not None:
+            assert values is not None
+            num_values = value.shape[-1]
             values = write_pages(values, pad_features(value, values.shape[-1]), slots)
-        rows = tables, batch.kv_lengths, batch.query_starts
-        own = {"uniform_rows": batch.uniform_rows, "window": window, **options}
-        y, _ = paged_attention(q, keys, values, *rows, **own)
-        return y[..., :num_values], PagedCache(keys, values)
+        y, _ = paged_attention(
+            q,
+            keys,
+            values,
+            page_tables,
+            batch.kv_lengths,
+            batch.query_starts,
+            uniform_rows=batch.uniform_rows,
+            value_dim=value_dim,
+            window=terms.window,
+            scale=terms.scale,
+            soft_cap=terms.soft_cap,
+            slopes=terms.slopes,
+            biases=terms.biases,
+            sinks=terms.sinks,
+        )
+        return y[..., :num_values], replace(self, key=keys, value=values)
 
 
 @jax.tree_util.register_dataclass
@@ -126,20 +176,42 @@ class CrossCache(AttentionCache):
     """Keys and values [D, R, T, K, H] of the encoder's output that each row's tokens
     look up; new tokens have none."""
 
-    key: Any
-    value: Any
-    segment_ids: Any
+    key: jax.Array
+    value: jax.Array
+    segment_ids: jax.Array
     """int32 [D, R, T]: 1 for an input's tokens, 0 behind them."""
 
-    def attend_shard(self, q, key, value, batch, rules, *, slopes, biases, **options):
+    def attend_shard(
+        self,
+        q: jax.Array,
+        key: jax.Array | None,
+        value: jax.Array | None,
+        batch: RaggedBatch,
+        terms: AttentionTerms,
+        *,
+        rules: AxisRules,
+        value_dim: int | None,
+    ) -> tuple[jax.Array, Self]:
         """See :class:`AttentionCache`."""
 
-        def advance(own, q, where):
-            segments = jnp.ones(q.shape[:2], jnp.int32), own.segment_ids
-            how = {"segment_ids": segments, "causal": False, **options}
-            return None, attention_forward(q, own.key, own.value, **how)[0]
+        def attend_rows(
+            encoded: CrossCache, q: jax.Array, tokens: RowTokens
+        ) -> tuple[None, jax.Array]:
+            q_segments = jnp.ones(q.shape[:2], jnp.int32)
+            y, _ = attention_forward(
+                q,
+                encoded.key,
+                encoded.value,
+                segment_ids=(q_segments, encoded.segment_ids),
+                causal=False,
+                scale=terms.scale,
+                soft_cap=terms.soft_cap,
+                sinks=terms.sinks,
+            )
+            return None, y
 
-        return run_rows(advance, self, q, batch)[1], self
+        _, y = run_rows(attend_rows, self, q, batch)
+        return y, self
 
 
 def copy_kv_heads(x: jax.Array, rules: AxisRules) -> jax.Array:
@@ -152,4 +224,5 @@ def copy_kv_heads(x: jax.Array, rules: AxisRules) -> jax.Array:
 
 def pad_features(x: jax.Array, size: int) -> jax.Array:
     """Pads the last dimension with zeros up to ``size``."""
-    return jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, size - x.shape[-1])))
+    leading = ((0, 0),) * (x.ndim - 1)
+    return jnp.pad(x, (*leading, (0, size - x.shape[-1])))

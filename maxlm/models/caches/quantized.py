@@ -6,22 +6,33 @@ quantized when all its tokens are older than the recent ones, so that how much o
 sequence is quantized is a function of its length alone, and tokens can be taken back. A
 query attends to the quantized pages and to the others by two calls of one kernel; their
 log-sum-exps join them.
+
+Shapes: D shards of the batch, R rows of a shard, n pages in a row's ring, P pages, K kv
+heads, H head dim. A row whose tokens fill pages 0 to i has pages 0 to i − (n − 2)
+quantized, and the last n − 2 full ones and the one that is being filled in its ring.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from maxlm.config import MaxlmError
 from maxlm.models.caches.layout import CacheArraySpec
 from maxlm.models.caches.paged import AttentionCache, pad_features
+from maxlm.models.caches.ragged import RaggedBatch
+from maxlm.parallel.terms import AttentionTerms
+from maxlm.sharding import AxisRules
 from pallas_kernels.attention.combine import merge_attention
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
 
 SCALE_DTYPE = jnp.bfloat16
+
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -29,89 +40,158 @@ SCALE_DTYPE = jnp.bfloat16
 class QuantizedCache(AttentionCache):
     """Pages of integers, and each row's last tokens."""
 
-    key: Any
-    """:class:`~pallas_kernels.paged_attention.QuantizedPages` of [D, P, K, page, H]."""
-    value: Any
+    key: QuantizedPages
+    """Of [D, P, K, page, H]."""
+    value: QuantizedPages | None
     """None: a token's value is the beginning of its key."""
-    recent_key: Any
+    recent_key: jax.Array
     """[D, R, n, K, page, H]: page i of a row's sequence, not quantized yet, is in place
     i mod n."""
-    recent_value: Any
+    recent_value: jax.Array | None
     copies_heads = True
 
-    def attend_shard(self, q, key, value, batch, rules, *, window, sinks, **options):
+    def attend_shard(
+        self,
+        q: jax.Array,
+        key: jax.Array | None,
+        value: jax.Array | None,
+        batch: RaggedBatch,
+        terms: AttentionTerms,
+        *,
+        rules: AxisRules,
+        value_dim: int | None,
+    ) -> tuple[jax.Array, Self]:
         """See :class:`AttentionCache`. All is written before anything is read: or XLA
         copies whole pools. Raises MaxlmError: more than a page of tokens of a row that
         decodes."""
-        rows, width = batch.uniform_rows
-        split = rows * width
-        num_recent, _, page = self.recent_key.shape[1:4]
-        if width > page:
-            what = f"{width} tokens a step of a row that decodes, in pages of {page}"
+        assert key is not None
+        num_uniform, tokens_per_row = batch.uniform_rows
+        num_uniform_tokens = num_uniform * tokens_per_row
+        ring_pages, _, page_size = self.recent_key.shape[1:4]
+        if tokens_per_row > page_size:
             raise MaxlmError(
-                what, where="cache", fix="guess fewer tokens, or raise page_size"
+                f"{tokens_per_row} tokens a step of a row that decodes, in pages of "
+                f"{page_size}",
+                where="cache",
+                fix="guess fewer tokens, or raise page_size",
             )
-        dtype = jnp.promote_types(q.dtype, jnp.float32)
-        kernel = partial(paged_attention, window=window, dtype=dtype, **options)
+        attend = partial(
+            paged_attention,
+            value_dim=value_dim,
+            window=terms.window,
+            scale=terms.scale,
+            soft_cap=terms.soft_cap,
+            slopes=terms.slopes,
+            biases=terms.biases,
+            dtype=jnp.promote_types(q.dtype, jnp.float32),
+        )
         lengths = batch.kv_lengths
         starts = batch.query_starts
-        slots, tables = batch.pages(window)
+        slots, page_tables = batch.pages(terms.window)
 
-        def count_quantized_pages(num_tokens):
-            return jnp.maximum(num_tokens // page - (num_recent - 2), 0)
+        def count_quantized_pages(num_tokens: jax.Array) -> jax.Array:
+            return jnp.maximum(num_tokens // page_size - (ring_pages - 2), 0)
 
-        first, last = (
-            count_quantized_pages(lengths - jnp.diff(starts)),
-            count_quantized_pages(lengths),
-        )
-        new, rings = (
-            _list_arrays(key, value),
-            _list_arrays(self.recent_key, self.recent_value),
-        )
-        sizes = [x.shape[-1] for x in new]
+        # Pages of each row that were quantized before this step, and after it.
+        first = count_quantized_pages(lengths - jnp.diff(starts))
+        last = count_quantized_pages(lengths)
+
+        new = _list_arrays(key, value)
+        rings = _list_arrays(self.recent_key, self.recent_value)
+        pools = _list_arrays(self.key, self.value)
+        feature_sizes = [array.shape[-1] for array in new]
         new = [
-            pad_features(x, ring.shape[-1]) for x, ring in zip(new, rings, strict=True)
+            pad_features(array, ring.shape[-1])
+            for array, ring in zip(new, rings, strict=True)
         ]
         q = pad_features(q, rings[0].shape[-1])
-        pools = _list_arrays(self.key, self.value)
-        live = slots < len(self.key.scale) * page
-        calls = []
-        for write, of, tokens, begins, uniform in (
-            (
-                _write_uniform_rows,
-                slice(rows),
-                slice(split),
-                starts[: rows + 1],
-                (rows, width),
-            ),
-            (
-                _write_chunks,
-                slice(rows, None),
-                slice(split, None),
-                starts[rows:] - split,
-                (0, 0),
-            ),
-        ):
-            own, bounds = (batch.positions[tokens], live[tokens]), (first[of], last[of])
-            if not len(own[0]):
-                continue
-            rings, part = write(rings, [x[tokens] for x in new], *own, batch, bounds)
-            pools = _write_quantized(pools, part, tables[of], bounds, sizes)
-            call = (
-                *_pair(part.pages),
-                part.tables,
-                lengths[of] - bounds[0] * page,
-                begins,
+        num_slots = len(self.key.scale) * page_size
+        live = slots < num_slots
+
+        recent_calls: list[Callable[[], tuple[jax.Array, jax.Array]]] = []
+
+        def write_tokens(
+            write: _WriteExact,
+            rows: slice,
+            tokens: slice,
+            row_starts: jax.Array,
+            uniform_rows: tuple[int, int],
+        ) -> None:
+            """Writes the tokens of some rows; the call that attends to what of them is
+            not quantized follows when all is written."""
+            nonlocal rings, pools
+            positions = batch.positions[tokens]
+            is_live = live[tokens]
+            bounds = (first[rows], last[rows])
+            if not len(positions):
+                return
+            rings, exact = write(
+                rings,
+                [array[tokens] for array in new],
+                positions,
+                is_live,
+                batch,
+                bounds,
             )
-            calls.append(partial(kernel, q[tokens], *call, uniform_rows=uniform))
-        limits = {"uniform_rows": (rows, width), "key_limits": first * page}
-        old = kernel(q, *_pair(pools), tables, lengths, starts, sinks=sinks, **limits)
-        recent = [call() for call in calls]
-        if len(recent) > 1:
-            recent = [jax.tree.map(lambda *x: jnp.concatenate(x), *recent)]
-        y, _ = merge_attention(old, recent[0])
-        y = y if value is None else y[..., : value.shape[-1]]
-        return y.astype(q.dtype), QuantizedCache(*_pair(pools), *_pair(rings))
+            pools = _write_quantized(
+                pools, exact, page_tables[rows], bounds, feature_sizes
+            )
+            call = partial(
+                attend,
+                q[tokens],
+                *_make_pair(exact.pages),
+                exact.tables,
+                lengths[rows] - bounds[0] * page_size,
+                row_starts,
+                uniform_rows=uniform_rows,
+            )
+            recent_calls.append(call)
+
+        uniform_starts = starts[: num_uniform + 1]
+        chunk_starts = starts[num_uniform:] - num_uniform_tokens
+        write_tokens(
+            _write_uniform_rows,
+            slice(num_uniform),
+            slice(num_uniform_tokens),
+            uniform_starts,
+            (num_uniform, tokens_per_row),
+        )
+        write_tokens(
+            _write_chunks,
+            slice(num_uniform, None),
+            slice(num_uniform_tokens, None),
+            chunk_starts,
+            (0, 0),
+        )
+
+        quantized_output = attend(
+            q,
+            *_make_pair(pools),
+            page_tables,
+            lengths,
+            starts,
+            sinks=terms.sinks,  # once: the two outputs are joined
+            uniform_rows=(num_uniform, tokens_per_row),
+            key_limits=first * page_size,
+        )
+        recent_output, *chunk_output = [call() for call in recent_calls]
+        if chunk_output:
+            recent_output = jax.tree.map(
+                lambda *parts: jnp.concatenate(parts), recent_output, *chunk_output
+            )
+        y, _ = merge_attention(quantized_output, recent_output)
+        if value is not None:
+            y = y[..., : value.shape[-1]]
+        key_pages, value_pages = _make_pair(pools)
+        key_ring, value_ring = _make_pair(rings)
+        cache = replace(
+            self,
+            key=key_pages,
+            value=value_pages,
+            recent_key=key_ring,
+            recent_value=value_ring,
+        )
+        return y.astype(q.dtype), cache
 
 
 def quantized_pages_spec(
@@ -123,17 +203,26 @@ def quantized_pages_spec(
         pages: [D, P, K, page, H].
         per_channel: as keys; else per token, as values.
     """
-    *lead, page, size = pages.shape
-    shape = *lead, size if per_channel else page
-    scale: Any = replace(pages, shape=shape, axes=pages.axes[:-1], dtype=SCALE_DTYPE)
-    codes: Any = replace(pages, dtype=jnp.int8)
+    *leading, page_size, head_size = pages.shape
+    scale: Any = replace(
+        pages,
+        shape=(*leading, head_size if per_channel else page_size),
+        axes=pages.axes[:-1],
+        dtype=SCALE_DTYPE,
+    )
     if kind == "int8":
+        codes: Any = replace(pages, dtype=jnp.int8)
         return QuantizedPages(codes, scale, None)
-    if page % 2:
-        what = f"page_size={page} is odd, and int4 keeps two tokens in a byte"
-        raise MaxlmError(what, where="cache", fix="use an even number")
-    codes = replace(pages, shape=(*lead, page // 2, size), dtype=jnp.uint8)
-    return QuantizedPages(codes, scale, scale)
+    if page_size % 2:
+        raise MaxlmError(
+            f"page_size={page_size} is odd, and int4 keeps two tokens in a byte",
+            where="cache",
+            fix="use an even number",
+        )
+    packed_shape = (*leading, page_size // 2, head_size)
+    codes = replace(pages, shape=packed_shape, dtype=jnp.uint8)
+    zero_point = scale
+    return QuantizedPages(codes, scale, zero_point)
 
 
 def count_ring_pages(recent: int, page_size: int) -> int:
@@ -143,7 +232,7 @@ def count_ring_pages(recent: int, page_size: int) -> int:
 
 
 def quantize_pages(
-    pages: jax.Array, dtype: Any, *, per_channel: bool
+    pages: jax.Array, dtype: DTypeLike, *, per_channel: bool
 ) -> QuantizedPages:
     """Rounds [..., page, H] to integers, scales first to bf16, so that codes belong to
     them.
@@ -153,29 +242,33 @@ def quantize_pages(
             zero point.
         per_channel: a scale for each channel, as of keys; else for each token.
     """
+    is_int8 = dtype == jnp.int8
     x = pages.astype(jnp.float32)
     axis = -2 if per_channel else -1
     top = x.max(axis, keepdims=True)
     bottom = x.min(axis, keepdims=True)
-    zero = None
-    if dtype == jnp.int8:
-        steps = 127
-        low = -127
+    zero_point = None
+    if is_int8:
+        lowest_code = -127
+        highest_code = 127
         span = jnp.maximum(top, -bottom)
     else:
-        steps = 15
-        low = 0
-        zero = bottom.astype(SCALE_DTYPE)
-        x = x - zero
-        span = top - zero
-    scale = (jnp.maximum(span, 1e-30) / steps).astype(SCALE_DTYPE)
-    codes = jnp.clip(jnp.round(x / scale.astype(jnp.float32)), low, steps).astype(dtype)
-    if dtype != jnp.int8:
-        first, second = jnp.split(codes, 2, axis=-2)
-        codes = first | second << 4
-    return QuantizedPages(
-        codes, scale.squeeze(axis), zero if zero is None else zero.squeeze(axis)
-    )
+        lowest_code = 0
+        highest_code = 15
+        zero_point = bottom.astype(SCALE_DTYPE)
+        x = x - zero_point
+        span = top - zero_point
+    scale = (jnp.maximum(span, 1e-30) / highest_code).astype(SCALE_DTYPE)
+    codes = jnp.round(x / scale.astype(jnp.float32))
+    codes = jnp.clip(codes, lowest_code, highest_code).astype(dtype)
+    if not is_int8:
+        # A byte has a token of the page's first half and one of its second.
+        low_bits, high_bits = jnp.split(codes, 2, axis=-2)
+        codes = low_bits | high_bits << 4
+    scale = scale.squeeze(axis)
+    if zero_point is not None:
+        zero_point = zero_point.squeeze(axis)
+    return QuantizedPages(codes, scale, zero_point)
 
 
 class _ExactTokens(NamedTuple):
@@ -190,78 +283,137 @@ class _ExactTokens(NamedTuple):
     """int32 [n, m]: the pages that may become quantized now, in order."""
 
 
-def _write_uniform_rows(rings, new, positions, live, batch, bounds):
+_PageBounds = tuple[jax.Array, jax.Array]
+"""int32 [n] each: pages of each row that are quantized before a step, and after it."""
+_WriteExact = Callable[
+    [
+        list[jax.Array],
+        list[jax.Array],
+        jax.Array,
+        jax.Array,
+        RaggedBatch,
+        _PageBounds,
+    ],
+    tuple[list[jax.Array], _ExactTokens],
+]
+"""(rings, new tokens, their positions, whether they are live, batch, bounds) -> (rings,
+tokens that are not quantized)."""
+
+
+def _write_uniform_rows(
+    rings: list[jax.Array],
+    new: list[jax.Array],
+    positions: jax.Array,
+    live: jax.Array,
+    batch: RaggedBatch,
+    bounds: _PageBounds,
+) -> tuple[list[jax.Array], _ExactTokens]:
     """Writes tokens of uniform rows into their rings [R, n, K, page, H], and reads them
     there."""
-    rows, width = batch.uniform_rows
-    num_recent, _, page = rings[0].shape[1:4]
-    at = jnp.arange(rows)[:, None] * num_recent
-    places = positions.reshape(rows, width)
-    slots = ((at + places // page % num_recent) * page + places % page).reshape(-1)
-    slots = jnp.where(live, slots, rings[0].size)
-    pages = [x.reshape(-1, *x.shape[2:]) for x in rings]
-    pages = [write_pages(x, y, slots) for x, y in zip(pages, new, strict=True)]
-    tables = at + (bounds[0][:, None] + jnp.arange(num_recent)) % num_recent
-    rings = [x.reshape(y.shape) for x, y in zip(pages, rings, strict=True)]
-    return rings, _ExactTokens(pages, tables, tables[:, :1])
+    num_uniform, tokens_per_row = batch.uniform_rows
+    ring_pages, _, page_size = rings[0].shape[1:4]
+    first, _ = bounds
+    # Pages of all rings, one after the other.
+    ring_starts = jnp.arange(num_uniform)[:, None] * ring_pages
+    positions = positions.reshape(num_uniform, tokens_per_row)
+    page = ring_starts + positions // page_size % ring_pages
+    slots = (page * page_size + positions % page_size).reshape(-1)
+    slots = jnp.where(live, slots, rings[0].size)  # past the end: dropped
+    pages = [
+        write_pages(ring.reshape(-1, *ring.shape[2:]), tokens, slots)
+        for ring, tokens in zip(rings, new, strict=True)
+    ]
+    tables = ring_starts + (first[:, None] + jnp.arange(ring_pages)) % ring_pages
+    rings = [
+        written.reshape(ring.shape) for written, ring in zip(pages, rings, strict=True)
+    ]
+    # A step of at most a page completes at most one page.
+    return rings, _ExactTokens(pages, tables, ripe=tables[:, :1])
 
 
-def _write_chunks(rings, new, positions, live, batch, bounds):
+def _write_chunks(
+    rings: list[jax.Array],
+    new: list[jax.Array],
+    positions: jax.Array,
+    live: jax.Array,
+    batch: RaggedBatch,
+    bounds: _PageBounds,
+) -> tuple[list[jax.Array], _ExactTokens]:
     """Puts chunks' tokens behind the recent ones of their rows, and the last of them in
     rings."""
-    num_recent, _, page = rings[0].shape[1:4]
-    room = len(positions)
+    ring_pages, _, page_size = rings[0].shape[1:4]
+    num_tokens = len(positions)
     first, last = bounds
-    ids = batch.chunk_rows
-    starts = batch.query_starts[-len(ids) - 1 :] - batch.query_starts[-len(ids) - 1]
-    count = num_recent - 1 + -(-room // page)
-    ring = (first[:, None] + jnp.arange(num_recent - 1)) % num_recent
-    pad = (0, 0), (0, count - num_recent + 1), *((0, 0),) * 3
-    pages = [jnp.pad(x[ids[:, None], ring], pad) for x in rings]
+    chunk_rows = batch.chunk_rows
+    num_chunks = len(chunk_rows)
+    chunk_starts = batch.query_starts[-num_chunks - 1 :]
+    chunk_starts = chunk_starts - batch.query_starts[-num_chunks - 1]
+
+    # Each chunk has a run of pages: those of its row's ring that are not quantized, and
+    # room for all tokens of the step.
+    recent_pages = ring_pages - 1
+    pages_per_chunk = recent_pages + -(-num_tokens // page_size)
+    ring = (first[:, None] + jnp.arange(recent_pages)) % ring_pages
+    padding = (0, 0), (0, pages_per_chunk - recent_pages), *((0, 0),) * 3
+    pages = [jnp.pad(x[chunk_rows[:, None], ring], padding) for x in rings]
     pages = [x.reshape(-1, *x.shape[2:]) for x in pages]
-    chunk = jnp.searchsorted(starts, jnp.arange(room), side="right") - 1
-    chunk = jnp.minimum(chunk, len(ids) - 1)
-    slots = jnp.where(
-        live, (chunk * count - first[chunk]) * page + positions, pages[0].size
-    )
+
+    token = jnp.arange(num_tokens)
+    chunk = jnp.searchsorted(chunk_starts, token, side="right") - 1
+    chunk = jnp.minimum(chunk, num_chunks - 1)
+    slots = (chunk * pages_per_chunk - first[chunk]) * page_size + positions
+    slots = jnp.where(live, slots, pages[0].size)  # past the end: dropped
     pages = [write_pages(x, y, slots) for x, y in zip(pages, new, strict=True)]
-    tables = jnp.arange(len(ids) * count).reshape(-1, count)
-    # Which page each place of a ring has now.
-    ring = last[:, None] + (jnp.arange(num_recent) - last[:, None]) % num_recent
-    ring = jnp.minimum(ring - first[:, None], count - 1) + tables[:, :1]
-    used = jnp.where(starts[1:] > starts[:-1], ids, len(rings[0]))
+    tables = jnp.arange(num_chunks * pages_per_chunk).reshape(-1, pages_per_chunk)
+
+    # The page of the sequence that each place of a ring has now.
+    ring = last[:, None] + (jnp.arange(ring_pages) - last[:, None]) % ring_pages
+    ring = jnp.minimum(ring - first[:, None], pages_per_chunk - 1) + tables[:, :1]
+    # Rows of empty chunks keep their rings: past the end, and dropped.
+    has_tokens = chunk_starts[1:] > chunk_starts[:-1]
+    written_rows = jnp.where(has_tokens, chunk_rows, len(rings[0]))
     rings = [
-        x.at[used].set(y[ring], mode="drop") for x, y in zip(rings, pages, strict=True)
+        x.at[written_rows].set(y[ring], mode="drop")
+        for x, y in zip(rings, pages, strict=True)
     ]
-    return rings, _ExactTokens(pages, tables, tables)
+    return rings, _ExactTokens(pages, tables, ripe=tables)
 
 
-def _write_quantized(pools, part: _ExactTokens, page_tables, bounds, sizes):
-    """Quantizes pages ``first`` to ``last`` of each row, int32 [n] each, and the first
-    of their features, as many as arrays have of their own."""
+def _write_quantized(
+    pools: list[QuantizedPages],
+    exact: _ExactTokens,
+    page_tables: jax.Array,
+    bounds: _PageBounds,
+    feature_sizes: list[int],
+) -> list[QuantizedPages]:
+    """Quantizes the pages of each row between its bounds, and the first of their
+    features, as many as arrays have of their own."""
     first, last = bounds
-    index = first[:, None] + jnp.arange(part.ripe.shape[1])
+    page = first[:, None] + jnp.arange(exact.ripe.shape[1])
     entries = jnp.take_along_axis(
-        page_tables, jnp.minimum(index, page_tables.shape[1] - 1), axis=1
+        page_tables, jnp.minimum(page, page_tables.shape[1] - 1), axis=1
     )
-    entries = jnp.where(index < last[:, None], entries, len(pools[0].scale)).reshape(-1)
-    ripe = part.ripe.reshape(-1)
-    written = []
+    num_pages = len(pools[0].scale)
+    entries = jnp.where(page < last[:, None], entries, num_pages)  # past: dropped
+    entries = entries.reshape(-1)
+    ripe = exact.ripe.reshape(-1)
 
     def write(pool: jax.Array, new: jax.Array) -> jax.Array:
         return pool.at[entries].set(pad_features(new, pool.shape[-1]), mode="drop")
 
-    for number, (pool, pages) in enumerate(zip(pools, part.pages, strict=True)):
-        own = pages[ripe][..., : sizes[number]]
-        new = quantize_pages(own, pool.codes.dtype, per_channel=number == 0)
+    written = []
+    for index, (pool, pages) in enumerate(zip(pools, exact.pages, strict=True)):
+        features = pages[ripe][..., : feature_sizes[index]]
+        is_key = index == 0
+        new = quantize_pages(features, pool.codes.dtype, per_channel=is_key)
         written.append(jax.tree.map(write, pool, new))
     return written
 
 
-def _list_arrays(key: Any, value: Any) -> list[Any]:
+def _list_arrays(key: T, value: T | None) -> list[T]:
     return [key] if value is None else [key, value]
 
 
-def _pair(arrays: list[Any]) -> tuple[Any, Any]:
-    """Keys, and values or None."""
+def _make_pair(arrays: list[T]) -> tuple[T, T | None]:
+    """Returns keys, and values or None."""
     return arrays[0], arrays[1] if len(arrays) > 1 else None

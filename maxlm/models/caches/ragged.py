@@ -1,4 +1,8 @@
-"""Tokens of a step, several sequences side by side, and how caches by row take them."""
+"""Tokens of a step, several sequences side by side, and how caches by row take them.
+
+Shapes: D shards of the batch, S tokens of a step, b uniform rows of G tokens, F chunks,
+R rows; n rows side by side, T tokens of each.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,7 +74,7 @@ def run_rows(
     together, then chunks, each as long as all of them.
 
     Args:
-        advance: ``(states [n, ...], tokens [n, T, ...], where) -> (states, y [n, T,
+        advance: ``(states [n, ...], tokens [n, T, ...], rows) -> (states, y [n, T,
             ...])`` for rows side by side, where tokens that are not live leave a state
             as it was; no states: all stay as they are.
         states, tokens: trees of arrays [R, ...] and [S, ...].
@@ -79,43 +83,61 @@ def run_rows(
     Returns:
         The states, and y [S, ...].
     """
-    rows, width = batch.uniform_rows
+    num_uniform, tokens_per_row = batch.uniform_rows
+    num_uniform_tokens = num_uniform * tokens_per_row
+    num_rows = len(jax.tree.leaves(states)[0])
+    num_tokens = len(jax.tree.leaves(tokens)[0])
+    num_chunk_tokens = num_tokens - num_uniform_tokens
     outputs = []
-    num_rows, num_tokens = (len(jax.tree.leaves(x)[0]) for x in (states, tokens))
-    room = num_tokens - rows * width
-    if (
-        room
-    ):  # first: what comes last may read whole states, as nothing is written after it
-        starts = batch.query_starts[rows:]
-        ids = batch.chunk_rows
-        at = starts[:-1, None] + jnp.arange(room)
-        live = at < starts[1:, None]
-        index = jnp.minimum(at, num_tokens - 1)
-        where = RowTokens(batch.positions[index], live)
-        own = jax.tree.map(lambda x: x[index], tokens)
-        after, y = advance(jax.tree.map(lambda s: s[ids], states), own, where)
-        if after is not None:
+
+    # Chunks first: what comes last may read whole states, as nothing is written after
+    # it.
+    if num_chunk_tokens:
+        # Each chunk takes the place of as many tokens as all chunks have together.
+        starts = batch.query_starts[num_uniform:]
+        chunk_rows = batch.chunk_rows
+        place = starts[:-1, None] + jnp.arange(num_chunk_tokens)
+        live = place < starts[1:, None]
+        index = jnp.minimum(place, num_tokens - 1)
+        chunk_tokens = RowTokens(batch.positions[index], live)
+        values = jax.tree.map(lambda x: x[index], tokens)
+        old_states = jax.tree.map(lambda s: s[chunk_rows], states)
+        new_states, y = advance(old_states, values, chunk_tokens)
+        if new_states is not None:
             # Rows without a live token keep what they have, and may be named twice.
-            used = jnp.where(live.any(axis=1), ids, num_rows)
+            written_rows = jnp.where(live.any(axis=1), chunk_rows, num_rows)
             states = jax.tree.map(
-                lambda s, a: s.at[used].set(a, mode="drop"), states, after
+                lambda s, new: s.at[written_rows].set(new, mode="drop"),
+                states,
+                new_states,
             )
-        out = jnp.zeros((room, *y.shape[2:]), y.dtype)
-        outputs.append(
-            out.at[jnp.where(live, index - rows * width, room)].set(y, mode="drop")
-        )
-    if rows:
-        own = jax.tree.map(
-            lambda x: x[: rows * width].reshape(rows, width, *x.shape[1:]), tokens
-        )
-        positions = batch.positions[: rows * width].reshape(rows, width)
-        where = RowTokens(positions, positions < batch.kv_lengths[:rows, None])
-        after, y = advance(jax.tree.map(lambda s: s[:rows], states), own, where)
-        if after is not None and rows < num_rows:
-            after = jax.tree.map(lambda s, a: s.at[:rows].set(a), states, after)
-        states = states if after is None else after
-        outputs.append(y.reshape(rows * width, *y.shape[2:]))
-    return states, outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs[::-1])
+        output = jnp.zeros((num_chunk_tokens, *y.shape[2:]), y.dtype)
+        # Places past the end are dropped.
+        out_index = jnp.where(live, index - num_uniform_tokens, num_chunk_tokens)
+        outputs.append(output.at[out_index].set(y, mode="drop"))
+
+    if num_uniform:
+
+        def split_rows(x: jax.Array) -> jax.Array:
+            first = x[:num_uniform_tokens]
+            return first.reshape(num_uniform, tokens_per_row, *x.shape[1:])
+
+        values = jax.tree.map(split_rows, tokens)
+        positions = split_rows(batch.positions)
+        live = positions < batch.kv_lengths[:num_uniform, None]
+        old_states = jax.tree.map(lambda s: s[:num_uniform], states)
+        new_states, y = advance(old_states, values, RowTokens(positions, live))
+        if new_states is not None and num_uniform < num_rows:
+            new_states = jax.tree.map(
+                lambda s, new: s.at[:num_uniform].set(new), states, new_states
+            )
+        states = states if new_states is None else new_states
+        outputs.append(y.reshape(num_uniform_tokens, *y.shape[2:]))
+
+    if len(outputs) == 1:
+        return states, outputs[0]
+    chunk_output, uniform_output = outputs
+    return states, jnp.concatenate([uniform_output, chunk_output])
 
 
 class RecurrentCache(NamedTuple):
@@ -145,26 +167,25 @@ class RecurrentCache(NamedTuple):
                 params'.
         """
 
-        def local(states, x, batch, params):
+        def advance_shard(states, x, batch, params):
             states, x, batch = jax.tree.map(lambda a: a[0], (states, x, batch))
 
-            def advance_fresh(states, x, where):
-                begins = where.begins
-                fresh = jax.tree.map(
-                    lambda s: jnp.where(begins.reshape(-1, *(1,) * (s.ndim - 1)), 0, s),
-                    states,
-                )
-                return advance(fresh, x, where.live, *params)
+            def advance_rows(states, x, rows):
+                def reset(state: jax.Array) -> jax.Array:
+                    features = (1,) * (state.ndim - 1)
+                    return jnp.where(rows.begins.reshape(-1, *features), 0, state)
 
-            return jax.tree.map(
-                lambda a: a[None], run_rows(advance_fresh, states, x, batch)
-            )
+                return advance(jax.tree.map(reset, states), x, rows.live, *params)
 
-        features = rules.spec("batch", None, feature_axis)
-        states = jax.tree.map(lambda s: jax.typeof(s).sharding.spec, self.state)
-        own = tuple(rules.spec(*(None,) * (a.ndim - 1), feature_axis) for a in params)
-        specs = states, features, rules.spec("batch"), own
-        states, y = map_shards(local, specs, (states, features))(
-            self.state, x, batch, params
+            states_and_y = run_rows(advance_rows, states, x, batch)
+            return jax.tree.map(lambda a: a[None], states_and_y)
+
+        x_spec = rules.spec("batch", None, feature_axis)
+        state_specs = jax.tree.map(lambda s: jax.typeof(s).sharding.spec, self.state)
+        param_specs = tuple(
+            rules.spec(*(None,) * (param.ndim - 1), feature_axis) for param in params
         )
+        in_specs = state_specs, x_spec, rules.spec("batch"), param_specs
+        run_shards = map_shards(advance_shard, in_specs, (state_specs, x_spec))
+        states, y = run_shards(self.state, x, batch, params)
         return y, RecurrentCache(states)

@@ -1,7 +1,11 @@
 """Multi-head attention: multi-query, grouped, full and latent, with an optional
-key-value cache."""
+key-value cache.
 
-from typing import Any, ClassVar, NamedTuple, Self
+Shapes: B batch, S queries, T keys, D model, N query heads, K kv heads, H head dim, Hv
+value dim, R rotary dims (``biases``: their reach).
+"""
+
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +14,18 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
+from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.caches.kinds import kv_cache_spec
+from maxlm.models.caches.paged import AttentionCache, CrossCache
 from maxlm.models.costs import AttentionCosts, FeatureKind, LayerCosts, MatrixGroup
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.layers.linear import Linear, compute_residual_std, project
+from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.models.params import declare, materialize, replace_virtual
 from maxlm.parallel.attention import sharded_attention
-from maxlm.parallel.config import ParallelConfig
+from maxlm.parallel.terms import AttentionTerms
 from maxlm.sharding import AxisRules
 
 
@@ -73,21 +79,26 @@ class AttentionConfig(Config):
 
     @model_validator(mode="after")
     def _heads_divide(self):
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        if heads % kv_heads:
-            what = f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}"
+        num_heads = self.num_heads
+        num_kv_heads = self.num_kv_heads
+        if num_heads % num_kv_heads:
             raise MaxlmError(
-                what, fix="let every kv head serve as many query heads as the others"
+                f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}",
+                fix="let every kv head serve as many query heads as the others",
             )
         if self.latent is None:
             return self
-        if kv_heads != heads:
-            what = f"latent attention with num_kv_heads={kv_heads} of {heads} heads"
-            fix = "every query head has its own keys there: set it to num_heads"
-            raise MaxlmError(what, fix=fix)
-        if self.latent.rotary_dim >= self.head_dim:
-            what = f"latent.rotary_dim={self.latent.rotary_dim} of head_dim={self.head_dim}"
-            raise MaxlmError(what, fix="leave some dimensions without positions")
+        if num_kv_heads != num_heads:
+            raise MaxlmError(
+                f"latent attention with num_kv_heads={num_kv_heads} of {num_heads} heads",
+                fix="every query head has its own keys there: set it to num_heads",
+            )
+        rotary_dim = self.latent.rotary_dim
+        if rotary_dim >= self.head_dim:
+            raise MaxlmError(
+                f"latent.rotary_dim={rotary_dim} of head_dim={self.head_dim}",
+                fix="leave some dimensions without positions",
+            )
         if self.qk_norm or self.clip:
             raise MaxlmError(
                 "latent attention with qk_norm or clip", fix="leave them out"
@@ -101,18 +112,28 @@ class AttentionConfig(Config):
     def shrunk(self, head_dim: int, seq_len: int) -> Self:
         """Attention of the same kind with small heads: the ratio of query to kv heads
         stays, up to 8, and windows are a quarter of a sequence."""
-        kv_heads = 1 if self.num_kv_heads == 1 else 2
-        changes: dict[str, Any] = {
-            "num_heads": min(self.num_heads // self.num_kv_heads, 8) * kv_heads,
-            "num_kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "window": self.window and max(2, seq_len // 4),
-        }
-        if latent := self.latent:
-            ranks = {"q_rank": latent.q_rank and head_dim, "kv_rank": head_dim}
-            sizes = {"rotary_dim": head_dim // 2, "value_dim": head_dim}
-            changes["latent"] = latent.model_copy(update={**ranks, **sizes})
-        return self.model_copy(update=changes)
+        group_size = min(self.num_heads // self.num_kv_heads, 8)
+        num_kv_heads = 1 if self.num_kv_heads == 1 else 2
+        window = None if self.window is None else max(2, seq_len // 4)
+        latent = self.latent
+        if latent is not None:
+            latent = latent.model_copy(
+                update={
+                    "q_rank": None if latent.q_rank is None else head_dim,
+                    "kv_rank": head_dim,
+                    "rotary_dim": head_dim // 2,
+                    "value_dim": head_dim,
+                }
+            )
+        return self.model_copy(
+            update={
+                "num_heads": group_size * num_kv_heads,
+                "num_kv_heads": num_kv_heads,
+                "head_dim": head_dim,
+                "window": window,
+                "latent": latent,
+            }
+        )
 
     @property
     def value_dim(self) -> int:
@@ -123,8 +144,8 @@ class AttentionConfig(Config):
 class KeysValues(NamedTuple):
     """Keys [B, T, K, H] and values [B, T, K, Hv] of one layer."""
 
-    key: Any
-    value: Any
+    key: jax.Array
+    value: jax.Array
 
 
 class EncoderOutput(NamedTuple):
@@ -165,107 +186,141 @@ class Attention(nnx.Module):
     """Maps of the same input that are always applied together, in this order."""
 
     def __init__(
-        self,
-        config: AttentionConfig,
-        norm: NormConfig,
-        d_model: int,
-        num_layers: int,
-        init_std: float,
-        *,
-        rules: AxisRules,
-        dtype: Any,
-        parallel: ParallelConfig,
+        self, config: AttentionConfig, norm: NormConfig, context: BuildContext
     ):
-        self.config, self.rules, self.parallel = config, rules, parallel
-        outer = {"embed": d_model}
-        queries = {"heads": config.num_heads, "head_dim": config.head_dim}
-        keys = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        own: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        kw = {"bias": config.bias, "std": init_std, **own}
-        self.query = Linear(outer, queries, **kw)
-        self.key = Linear(outer, keys, **kw)
-        self.value = Linear(outer, keys, **kw)
-        self.query_norm = Norm(norm, config.head_dim, **own) if config.qk_norm else None
-        self.key_norm = Norm(norm, config.head_dim, **own) if config.qk_norm else None
+        self.config = config
+        self.rules = context.rules
+        self.parallel = context.parallel
+        residual = {"embed": context.d_model}
+        query_heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        key_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        self.query = Linear(residual, query_heads, context, bias=config.bias)
+        self.key = Linear(residual, key_heads, context, bias=config.bias)
+        self.value = Linear(residual, key_heads, context, bias=config.bias)
+        self.query_norm = (
+            Norm(norm, config.head_dim, context) if config.qk_norm else None
+        )
+        self.key_norm = Norm(norm, config.head_dim, context) if config.qk_norm else None
         self.sinks = declare_sinks(config)
-        std = compute_residual_std(init_std, num_layers)
         self.out = Linear(
-            queries, outer, **kw | {"bias": config.has_out_bias, "std": std}
+            query_heads,
+            residual,
+            context,
+            bias=config.has_out_bias,
+            std=context.residual_std,
         )
 
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, cache: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self,
+        x: jax.Array,
+        inputs: AttentionInputs,
+        cache: AttentionCache | None = None,
+    ) -> tuple[jax.Array, AttentionCache | None]:
         """Self-attention of x [B, S, D]; see :class:`~maxlm.models.blocks.Mixer`. A
         sequence split over devices stands in the order of
         ``maxlm.parallel.context.sequence_order_indices``."""
-        q, k, v = self._clipped(*project(x, self.query, self.key, self.value))
+        q, k, v = self._clip(*project(x, self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q = self.query_norm(q)
             k = self.key_norm(k)
         if inputs.rotary is not None:
-            q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
+            q = rotate(q, inputs.rotary)
+            k = rotate(k, inputs.rotary)
+        # After the rotation: keys that an adapter sets have no positions.
         k = replace_virtual(self.key.kernel, k, inputs.positions, self.rules)
         v = replace_virtual(self.value.kernel, v, inputs.positions, self.rules)
-        q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+        q = checkpoint_name(q, "qkv")
+        k = checkpoint_name(k, "qkv")
+        v = checkpoint_name(v, "qkv")
         y, cache = attend(self, q, k, v, inputs, cache, self.rules)
         return self.out(y, seq_axis="residual"), cache
 
-    def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
+    def cache_spec(self, layout: CacheLayout, window: int | None) -> AttentionCache:
         """A layer's cache; see :mod:`maxlm.models.caches`."""
-        size = self.config.head_dim
-        return kv_cache_spec(layout, window, self.config.num_kv_heads, size, size)
+        head_dim = self.config.head_dim
+        return kv_cache_spec(
+            layout, window, self.config.num_kv_heads, head_dim, head_dim
+        )
 
     def costs(self, kv_input: FeatureKind = "residual") -> LayerCosts:
         """Counts costs of one layer whose keys and values are made of ``kv_input``; see
         :mod:`maxlm.models.costs`."""
         config = self.config
         query = ("query.kernel",)
-        keys = ("key.kernel", "value.kernel")
-        raw = (*query, *keys) if config.clip is not None else ()
-        raw = raw or ((*query, keys[0]) if config.qk_norm else ())
+        keys_values = ("key.kernel", "value.kernel")
+        # A clip changes all three after their products, norms queries and keys alone.
+        changed_after: tuple[str, ...] = ()
+        if config.clip is not None:
+            changed_after = (*query, *keys_values)
+        elif config.qk_norm:
+            changed_after = ("query.kernel", "key.kernel")
         if kv_input == "residual":
-            inner = (MatrixGroup((*query, *keys), needs_raw_output=raw),)
+            inner = (
+                MatrixGroup((*query, *keys_values), needs_raw_output=changed_after),
+            )
         else:
             inner = (
-                MatrixGroup(query, needs_raw_output=raw),
-                MatrixGroup(keys, kv_input, raw),
+                MatrixGroup(query, needs_raw_output=changed_after),
+                MatrixGroup(keys_values, kv_input, changed_after),
             )
-        sizes = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
-        heads = AttentionCosts(*sizes, qk_norm=config.qk_norm)
-        return LayerCosts((*inner, MatrixGroup(("out.kernel",), "heads")), heads)
+        out = MatrixGroup(("out.kernel",), "heads")
+        heads = AttentionCosts(
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.value_dim,
+            qk_norm=config.qk_norm,
+        )
+        return LayerCosts((*inner, out), heads)
 
     def project_keys_values(self, encoder_states: jax.Array) -> KeysValues:
         """Projects an encoder's output [B, T, D] to keys and values for
         :meth:`cross_attend`."""
-        k, v = self._clipped(*project(encoder_states, self.key, self.value))
-        k = k if self.key_norm is None else self.key_norm(k)
+        k, v = self._clip(*project(encoder_states, self.key, self.value))
+        if self.key_norm is not None:
+            k = self.key_norm(k)
         return KeysValues(checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
 
     def cross_attend(
-        self, x: jax.Array, inputs: AttentionInputs, encoded: Any
+        self,
+        x: jax.Array,
+        inputs: AttentionInputs,
+        encoded: EncoderOutput | CrossCache,
     ) -> jax.Array:
         """Applies cross-attention to x [B, S, D]: every token sees all of an encoder's
-        in its segment, without positions. ``encoded`` is an :class:`EncoderOutput` or,
-        with a batch of sequences, a ``CrossCache``."""
-        (q,) = self._clipped(self.query(x))
-        q = checkpoint_name(q if self.query_norm is None else self.query_norm(q), "qkv")
-        options: dict[str, Any] = {"rules": self.rules, "scale": self.config.scale}
-        options |= {"soft_cap": self.config.soft_cap, "sinks": read_sinks(self)}
-        if inputs.batch is not None:
-            y, _ = encoded.attend(q, None, None, inputs.batch, **options)
-        else:
-            keys = self.project_keys_values(encoded.states)
-            segments = inputs.segment_ids
-            if encoded.segment_ids is not None:
-                own = jnp.ones_like(inputs.positions) if segments is None else segments
-                options["segment_ids"] = own, encoded.segment_ids
-            y = sharded_attention(q, *keys, causal=False, **options)
+        in its segment, without positions. ``encoded`` is a ``CrossCache`` with a batch
+        of sequences, else an :class:`EncoderOutput`."""
+        (q,) = self._clip(self.query(x))
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+        q = checkpoint_name(q, "qkv")
+        terms = AttentionTerms(
+            scale=self.config.scale,
+            soft_cap=self.config.soft_cap,
+            sinks=read_sinks(self),
+        )
+        if isinstance(encoded, CrossCache):
+            assert inputs.batch is not None
+            y, _ = encoded.attend(q, None, None, inputs.batch, terms, rules=self.rules)
+            return self.out(y, seq_axis="residual")
+
+        k, v = self.project_keys_values(encoded.states)
+        segment_ids = None
+        if encoded.segment_ids is not None:
+            q_segments = inputs.segment_ids
+            if q_segments is None:
+                q_segments = jnp.ones_like(inputs.positions)
+            segment_ids = (q_segments, encoded.segment_ids)
+        y = sharded_attention(
+            q, k, v, terms, rules=self.rules, causal=False, segment_ids=segment_ids
+        )
         return self.out(y, seq_axis="residual")
 
-    def _clipped(self, *heads: jax.Array) -> tuple[jax.Array, ...]:
+    def _clip(self, *heads: jax.Array) -> tuple[jax.Array, ...]:
         clip = self.config.clip
-        return heads if clip is None else tuple(jnp.clip(a, -clip, clip) for a in heads)
+        if clip is None:
+            return heads
+        return tuple(jnp.clip(head, -clip, clip) for head in heads)
 
 
 class LatentAttention(nnx.Module):
@@ -281,161 +336,228 @@ class LatentAttention(nnx.Module):
     name = "attention"
 
     def __init__(
-        self,
-        config: AttentionConfig,
-        norm: NormConfig,
-        d_model: int,
-        num_layers: int,
-        init_std: float,
-        *,
-        rules: AxisRules,
-        dtype: Any,
-        parallel: ParallelConfig,
+        self, config: AttentionConfig, norm: NormConfig, context: BuildContext
     ):
         assert config.latent is not None
-        self.config = config
-        self.latent = config.latent
-        self.parallel = parallel
-        # Every query head has its own keys and values, where it is.
-        self.rules = rules.model_copy(update={"kv_heads": rules.heads})
-        # The vector is whole wherever heads are.
-        self.shared_rules = rules.model_copy(update={"kv_heads": ()})
         latent = config.latent
-        outer = {"embed": d_model}
-        own: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        kw: dict[str, Any] = {"bias": False, "std": init_std, **own}
-        down: dict[str, Any] = {**kw, "bias": config.bias}
-        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
-        rank = latent.q_rank
-        self.query_down = Linear(outer, {"latent": rank}, **down) if rank else None
-        self.query_norm = Norm(norm, rank, **own) if rank else None
-        self.query = Linear({"embed": rank} if rank else outer, heads, **kw)
+        rules = context.rules
+        self.config = config
+        self.latent = latent
+        self.parallel = context.parallel
+        # Every query head has its own keys and values, on the query head's device.
+        self.rules = rules.model_copy(update={"kv_heads": rules.heads})
+        # The latent vector is whole on every device that has heads.
+        self.shared_rules = rules.model_copy(update={"kv_heads": ()})
+
+        residual = {"embed": context.d_model}
+        query_heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        # Head dimensions without positions; the rotary ones are shared by all heads.
+        plain_dim = config.head_dim - latent.rotary_dim
+        plain_heads = {"heads": config.num_heads, "head_dim": plain_dim}
+        value_heads = {"heads": config.num_heads, "head_dim": latent.value_dim}
         # Maps out of the vector are stored split as those out of the residual stream
         # are.
         vector = {"embed": latent.kv_rank}
-        self.key_down = Linear(outer, {"latent": latent.kv_rank}, **down)
-        self.key_norm = Norm(norm, latent.kv_rank, **own)
-        self.key_rotary = Linear(outer, {"head_dim": latent.rotary_dim}, **down)
-        plain = {
-            "heads": config.num_heads,
-            "head_dim": config.head_dim - latent.rotary_dim,
-        }
-        values = {"heads": config.num_heads, "head_dim": latent.value_dim}
-        self.key_up = Linear(vector, plain, **kw)
-        self.value_up = Linear(vector, values, **kw)
+        q_rank = latent.q_rank
+        self.query_down = (
+            Linear(residual, {"latent": q_rank}, context, bias=config.bias)
+            if q_rank
+            else None
+        )
+        self.query_norm = Norm(norm, q_rank, context) if q_rank else None
+        query_input = {"embed": q_rank} if q_rank else residual
+        self.query = Linear(query_input, query_heads, context, bias=False)
+        self.key_down = Linear(
+            residual, {"latent": latent.kv_rank}, context, bias=config.bias
+        )
+        self.key_norm = Norm(norm, latent.kv_rank, context)
+        self.key_rotary = Linear(
+            residual, {"head_dim": latent.rotary_dim}, context, bias=config.bias
+        )
+        self.key_up = Linear(vector, plain_heads, context, bias=False)
+        self.value_up = Linear(vector, value_heads, context, bias=False)
         self.sinks = declare_sinks(config)
-        std = compute_residual_std(init_std, num_layers)
         self.out = Linear(
-            values, outer, **{**kw, "bias": config.has_out_bias, "std": std}
+            value_heads,
+            residual,
+            context,
+            bias=config.has_out_bias,
+            std=context.residual_std,
         )
 
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, cache: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self,
+        x: jax.Array,
+        inputs: AttentionInputs,
+        cache: AttentionCache | None = None,
+    ) -> tuple[jax.Array, AttentionCache | None]:
         """See :class:`Attention`."""
         assert inputs.rotary is not None
-        first = self.query if self.query_down is None else self.query_down
-        q, vector, shared = project(x, first, self.key_down, self.key_rotary)
+        query_map = self.query if self.query_down is None else self.query_down
+        q, vector, shared_key = project(x, query_map, self.key_down, self.key_rotary)
         if self.query_norm is not None:
             q = self.query(self.query_norm(q))
-        plain = self.config.head_dim - self.latent.rotary_dim
-        q, turned = q[..., :plain], rotate(q[..., plain:], inputs.rotary)
+        plain_dim = self.config.head_dim - self.latent.rotary_dim
+        q_plain = q[..., :plain_dim]
+        q_rotary = rotate(q[..., plain_dim:], inputs.rotary)
         vector = self.key_norm(vector)
-        shared = rotate(shared[:, :, None], inputs.rotary)
+        shared_key = rotate(shared_key[:, :, None], inputs.rotary)
         if cache is None:
-            k, v = project(vector, self.key_up, self.value_up)
-            of_all = (*k.shape[:3], shared.shape[-1])
-            shared = jnp.broadcast_to(
-                shared, of_all, out_sharding=jax.typeof(k).sharding
+            y, cache = self._attend_by_heads(
+                q_plain, q_rotary, vector, shared_key, inputs
             )
-            k = jnp.concatenate([k, shared], axis=-1)
-            q = jnp.concatenate([q, turned], axis=-1)
-            q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
-            y, cache = attend(self, q, k, v, inputs, None, self.rules)
         else:
-            # Attention without making keys and values: q·(U c) = (Uᵀ q)·c, and Σ w (V
-            # c) = V Σ w c (§2.1.2), so that a token reads kv_rank + R numbers of each
-            # earlier one.
-            q = self._through(q, self.key_up, "bsnh,rnh->bsnr")
-            q = jnp.concatenate([q, turned], axis=-1)
-            k = jnp.concatenate([vector[:, :, None], shared], axis=-1)
-            rank = self.latent.kv_rank
-            y, cache = attend(
-                self, q, k, None, inputs, cache, self.shared_rules, value_dim=rank
+            y, cache = self._attend_by_vectors(
+                q_plain, q_rotary, vector, shared_key, inputs, cache
             )
-            y = self._through(y, self.value_up, "bsnr,rnh->bsnh")
         return self.out(y, seq_axis="residual"), cache
 
-    def cache_spec(self, layout: CacheLayout, window: int | None) -> Any:
+    def _attend_by_heads(
+        self,
+        q_plain: jax.Array,
+        q_rotary: jax.Array,
+        vector: jax.Array,
+        shared_key: jax.Array,
+        inputs: AttentionInputs,
+    ) -> tuple[jax.Array, None]:
+        """Makes every head's keys and values of the vectors, and attends to them."""
+        k, v = project(vector, self.key_up, self.value_up)
+        shared_shape = (*k.shape[:3], shared_key.shape[-1])
+        shared_key = jnp.broadcast_to(
+            shared_key, shared_shape, out_sharding=jax.typeof(k).sharding
+        )
+        k = jnp.concatenate([k, shared_key], axis=-1)
+        q = jnp.concatenate([q_plain, q_rotary], axis=-1)
+        q = checkpoint_name(q, "qkv")
+        k = checkpoint_name(k, "qkv")
+        v = checkpoint_name(v, "qkv")
+        y, _ = attend(self, q, k, v, inputs, None, self.rules)
+        return y, None
+
+    def _attend_by_vectors(
+        self,
+        q_plain: jax.Array,
+        q_rotary: jax.Array,
+        vector: jax.Array,
+        shared_key: jax.Array,
+        inputs: AttentionInputs,
+        cache: AttentionCache,
+    ) -> tuple[jax.Array, AttentionCache | None]:
+        """Attends to a cache of vectors without making keys and values: q·(U c) =
+        (Uᵀ q)·c, and Σ w (V c) = V Σ w c (§2.1.2), so that a token reads kv_rank + R
+        numbers of each earlier one."""
+        q_vector = self._apply_kernel(q_plain, self.key_up, "bsnh,rnh->bsnr")
+        q = jnp.concatenate([q_vector, q_rotary], axis=-1)
+        k = jnp.concatenate([vector[:, :, None], shared_key], axis=-1)
+        y, new_cache = attend(
+            self,
+            q,
+            k,
+            None,
+            inputs,
+            cache,
+            self.shared_rules,
+            value_dim=self.latent.kv_rank,
+        )
+        return self._apply_kernel(y, self.value_up, "bsnr,rnh->bsnh"), new_cache
+
+    def cache_spec(self, layout: CacheLayout, window: int | None) -> AttentionCache:
         """A layer's cache of vectors with the shared rotary keys behind them;
         attention's values are the vectors."""
-        return kv_cache_spec(
-            layout, window, 1, self.latent.kv_rank + self.latent.rotary_dim, None
-        )
+        key_size = self.latent.kv_rank + self.latent.rotary_dim
+        return kv_cache_spec(layout, window, 1, key_size, None)
 
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
         config = self.config
-        squeezed = self.query_down is not None
-        first = "query_down.kernel" if squeezed else "query.kernel"
+        has_query_down = self.query_down is not None
+        first_query_map = "query_down.kernel" if has_query_down else "query.kernel"
         groups = [
-            MatrixGroup((first, "key_down.kernel", "key_rotary.kernel")),
+            MatrixGroup((first_query_map, "key_down.kernel", "key_rotary.kernel")),
             MatrixGroup(("key_up.kernel", "value_up.kernel"), "latent"),
             MatrixGroup(("out.kernel",), "heads"),
         ]
-        if squeezed:
+        if has_query_down:
             groups.append(MatrixGroup(("query.kernel",), "latent"))
-        sizes = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
-        return LayerCosts(
-            tuple(groups), AttentionCosts(*sizes, "heads", self.latent.rotary_dim)
+        heads = AttentionCosts(
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.value_dim,
+            kv_axis="heads",
+            shared_key_dim=self.latent.rotary_dim,
         )
+        return LayerCosts(tuple(groups), heads)
 
-    def _through(self, x: jax.Array, map_: Linear, maths: str) -> jax.Array:
-        kernel = materialize(map_.kernel, self.rules, map_.dtype)
-        heads = self.rules.spec("batch", "seq", "heads", None)
-        return jnp.einsum(maths, x, kernel, out_sharding=heads)
+    def _apply_kernel(self, x: jax.Array, linear: Linear, equation: str) -> jax.Array:
+        kernel = materialize(linear.kernel, self.rules, linear.dtype)
+        out_sharding = self.rules.spec("batch", "seq", "heads", None)
+        return jnp.einsum(equation, x, kernel, out_sharding=out_sharding)
 
 
 def declare_sinks(config: AttentionConfig) -> nnx.Param | None:
     """Declares a layer's sinks [N], where it has any."""
-    shape = (config.num_heads,)
+    if not config.sinks:
+        return None
     zeros = jax.nn.initializers.zeros
-    return declare(shape, ("heads",), zeros, "vector") if config.sinks else None
+    return declare((config.num_heads,), ("heads",), zeros, "vector")
 
 
-def read_sinks(layer: Any) -> jax.Array | None:
+def read_sinks(layer: Attention | LatentAttention) -> jax.Array | None:
     """Returns a layer's sinks [N] in fp32 or wider, split as heads are; None: it has
     none."""
-    wide = accumulation_dtype(layer.out.dtype)
-    return None if layer.sinks is None else materialize(layer.sinks, layer.rules, wide)
+    if layer.sinks is None:
+        return None
+    return materialize(layer.sinks, layer.rules, accumulation_dtype(layer.out.dtype))
 
 
 def attend(
-    layer: Any,
+    layer: Attention | LatentAttention,
     q: jax.Array,
     k: jax.Array,
-    v: Any,
+    v: jax.Array | None,
     inputs: AttentionInputs,
-    cache: Any,
+    cache: AttentionCache | None,
     rules: AxisRules,
-    **options: Any,
-) -> tuple[jax.Array, Any]:
-    """Attends to these tokens and a cache's, if there is one; returns also the cache
-    with these. ``layer``: with a ``config``, ``sinks``, ``rules`` and ``parallel``.
-    ``options``: further ones of the cache's ``attend``."""
-    options |= {"rules": rules, "window": inputs.window, "scale": inputs.scale}
-    options |= {
-        "soft_cap": layer.config.soft_cap,
-        "slopes": inputs.slopes,
-        "biases": inputs.biases,
-    }
-    options["sinks"] = read_sinks(layer)
+    *,
+    value_dim: int | None = None,
+) -> tuple[jax.Array, AttentionCache | None]:
+    """Attends to these tokens and a cache's, if there is one.
+
+    Args:
+        q: [B, S, N, H].
+        k, v: [B, S, K, H] and [B, S, K, Hv]; no value, with a cache: it is the
+            beginning of the key.
+        rules: layout of q, k and v; kv heads may lie otherwise than in the layer's.
+        value_dim: Hv, where there is no value.
+
+    Returns:
+        [B, S, N, Hv], and the cache with these tokens in it.
+    """
+    terms = AttentionTerms(
+        window=inputs.window,
+        scale=inputs.scale,
+        soft_cap=layer.config.soft_cap,
+        slopes=inputs.slopes,
+        biases=inputs.biases,
+        sinks=read_sinks(layer),
+    )
     if cache is not None:
-        return cache.attend(q, k, v, inputs.batch, **options)
+        assert inputs.batch is not None
+        return cache.attend(
+            q, k, v, inputs.batch, terms, rules=rules, value_dim=value_dim
+        )
+    assert v is not None
     segments = inputs.segment_ids
-    options["segment_ids"] = None if segments is None else (segments, segments)
-    own = {
-        "method": layer.parallel.context,
-        "balanced": layer.parallel.balance_sequence,
-    }
-    return sharded_attention(q, k, v, causal=inputs.causal, **own, **options), None
+    y = sharded_attention(
+        q,
+        k,
+        v,
+        terms,
+        rules=rules,
+        causal=inputs.causal,
+        segment_ids=None if segments is None else (segments, segments),
+        method=layer.parallel.context,
+        balanced=layer.parallel.balance_sequence,
+    )
+    return y, None

@@ -1,15 +1,18 @@
 """The linear map and the table that every other layer is made of."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 from flax import nnx
 
+from maxlm.models.build_context import BuildContext
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
     FusedKernel,
     Leaf,
     ParamReader,
+    ShardedWeight,
     declare,
     get_base,
     get_spec,
@@ -18,7 +21,9 @@ from maxlm.models.params import (
 )
 from maxlm.parallel.embedding import embed_tokens
 from maxlm.parallel.local import get_layout, parse_spec
-from maxlm.sharding import AxisRules
+
+StoredParam = jax.Array | Leaf
+"""A parameter as it is stored: one array, or a leaf that holds several."""
 
 
 class Linear(nnx.Module):
@@ -27,31 +32,40 @@ class Linear(nnx.Module):
     Args:
         inputs, outputs: logical axis (or None) → size, in order; the kernel's shape is
             their concatenation.
-        std: standard deviation of the truncated normal initialiser.
+        std: standard deviation of the truncated normal initialiser; None: the
+            context's ``init_std``.
         role: "matrix" for hidden layers, "table" for an output head.
     """
 
     def __init__(
         self,
-        inputs: dict[str, int],
-        outputs: dict[Any, int],
+        inputs: Mapping[str, int],
+        outputs: Mapping[str, int] | Mapping[None, int],
+        context: BuildContext,
         *,
         bias: bool,
-        std: float,
-        rules: AxisRules,
-        dtype: Any,
-        role: Any = "matrix",
+        std: float | None = None,
+        role: Literal["matrix", "table"] = "matrix",
     ):
-        self.rules, self.dtype = rules, dtype
+        self.rules = context.rules
+        self.dtype = context.dtype
         self.kernel = declare(
             (*inputs.values(), *outputs.values()),
             (*inputs, *outputs),
-            truncated_normal(std),
+            truncated_normal(context.init_std if std is None else std),
             role,
             contracting_dims=tuple(range(len(inputs))),
         )
-        offsets = tuple(outputs.values()), tuple(outputs), jax.nn.initializers.zeros
-        self.bias = declare(*offsets, "vector") if bias else None
+        self.bias = (
+            declare(
+                tuple(outputs.values()),
+                tuple(outputs),
+                jax.nn.initializers.zeros,
+                "vector",
+            )
+            if bias
+            else None
+        )
 
     def __call__(self, x: jax.Array, *, seq_axis: str = "seq") -> jax.Array:
         """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see
@@ -65,73 +79,101 @@ def project(
     """Applies several maps to one input [B, S, *inputs], which then crosses the wire
     once. ``seq_axis``: the logical axis of the results' sequence: "seq" within a layer,
     "residual" for what is added to the residual stream."""
-    rules, dtype = layers[0].rules, layers[0].dtype
-    tokens = parse_spec(rules.spec("batch", seq_axis), 2)
-    uses = [
-        ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers
+    rules = layers[0].rules
+    dtype = layers[0].dtype
+    token_layout = parse_spec(rules.spec("batch", seq_axis), 2)
+    readers = [
+        ParamReader(get_spec(layer.kernel), rules, dtype, token_layout)
+        for layer in layers
     ]
-    held = [layer.kernel.get_value() for layer in layers]
-    ys = [
-        y if layer.bias is None else y + materialize(layer.bias, rules, dtype)
-        for layer, y in zip(layers, _multiply(x.astype(dtype), uses, held), strict=True)
-    ]
+    kernels: list[StoredParam] = [layer.kernel.get_value() for layer in layers]
+    products = _multiply(x.astype(dtype), readers, kernels)
+
+    outputs = []
+    for layer, y in zip(layers, products, strict=True):
+        if layer.bias is not None:
+            y = y + materialize(layer.bias, rules, dtype)
+        outputs.append(y)
+    # Adapters see an output with its bias.
     return tuple(
-        kernel.finish_output(y, use) if isinstance(kernel, Leaf) else y
-        for y, use, kernel in zip(ys, uses, held, strict=True)
+        kernel.finish_output(y, reader) if isinstance(kernel, Leaf) else y
+        for y, reader, kernel in zip(outputs, readers, kernels, strict=True)
     )
 
 
 def _multiply(
-    x: jax.Array, uses: list[ParamReader], kernels: list[Any]
+    x: jax.Array, readers: list[ParamReader], kernels: list[StoredParam]
 ) -> list[jax.Array]:
-    """Multiplies x by kernels at rest; all in one program, where none changes its
-    input."""
-    pairs = list(zip(uses, kernels, strict=True))
+    """Multiplies x by stored kernels; in one program, where none changes its input."""
     fused = get_base(kernels[0])
     if isinstance(fused, FusedKernel):
-        xs = [x] * len(kernels)
-        ys = fused.multiply(x, uses)
-    else:
-        xs = [p.prepare_input(x, use) if isinstance(p, Leaf) else x for use, p in pairs]
-        weights = [
-            p.read_kernel(use) if isinstance(p, Leaf) else use.read(p)
-            for use, p in pairs
-        ]
-        if all(own is x for own in xs):
-            ys = uses[0].multiply(x, *weights)
-        else:
-            ys = (
-                use.multiply(own, w)[0]
-                for use, own, w in zip(uses, xs, weights, strict=True)
-            )
+        products = fused.multiply(x, readers)
+        return _finish_products(products, x, readers, kernels)
+
+    inputs = [
+        _prepare_input(x, reader, kernel)
+        for reader, kernel in zip(readers, kernels, strict=True)
+    ]
+    weights = [
+        _read_kernel(reader, kernel)
+        for reader, kernel in zip(readers, kernels, strict=True)
+    ]
+    if all(prepared is x for prepared in inputs):
+        products = readers[0].multiply(x, *weights)
+        return _finish_products(products, x, readers, kernels)
+
+    finished = []
+    for prepared, weight, reader, kernel in zip(
+        inputs, weights, readers, kernels, strict=True
+    ):
+        (y,) = reader.multiply(prepared, weight)
+        finished.append(_finish_product(y, prepared, reader, kernel))
+    return finished
+
+
+def _prepare_input(x: jax.Array, reader: ParamReader, kernel: StoredParam) -> jax.Array:
+    return kernel.prepare_input(x, reader) if isinstance(kernel, Leaf) else x
+
+
+def _read_kernel(reader: ParamReader, kernel: StoredParam) -> ShardedWeight:
+    if isinstance(kernel, Leaf):
+        return kernel.read_kernel(reader)
+    return reader.read(kernel)
+
+
+def _finish_product(
+    y: jax.Array, x: jax.Array, reader: ParamReader, kernel: StoredParam
+) -> jax.Array:
+    return kernel.finish_product(y, x, reader) if isinstance(kernel, Leaf) else y
+
+
+def _finish_products(
+    products: tuple[jax.Array, ...],
+    x: jax.Array,
+    readers: list[ParamReader],
+    kernels: list[StoredParam],
+) -> list[jax.Array]:
     return [
-        kernel.finish_product(y, own, use) if isinstance(kernel, Leaf) else y
-        for y, own, (use, kernel) in zip(ys, xs, pairs, strict=True)
+        _finish_product(y, x, reader, kernel)
+        for y, reader, kernel in zip(products, readers, kernels, strict=True)
     ]
 
 
-def compute_residual_std(std: float, num_layers: int) -> float:
-    """Computes the deviation of maps into the residual stream (Radford et al. 2019,
-    §2.3)."""
-    return std * (2 * num_layers) ** -0.5
-
-
 class Embedding(nnx.Module):
-    """A table [V, D]; indices outside it give NaN rather than a wrong row."""
+    """A table [size, D]; indices outside it give NaN rather than a wrong row.
 
-    def __init__(
-        self,
-        axis: str | None,
-        size: int,
-        d_model: int,
-        std: float,
-        *,
-        rules: AxisRules,
-        dtype: Any,
-    ):
-        self.rules, self.dtype = rules, dtype
+    Args:
+        axis: logical axis of the rows, or None.
+    """
+
+    def __init__(self, axis: str | None, size: int, context: BuildContext):
+        self.rules = context.rules
+        self.dtype = context.dtype
         self.table = declare(
-            (size, d_model), (axis, "embed"), truncated_normal(std), "table"
+            (size, context.d_model),
+            (axis, "embed"),
+            truncated_normal(context.init_std),
+            "table",
         )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -140,18 +182,19 @@ class Embedding(nnx.Module):
         reader = ParamReader(
             get_spec(self.table), self.rules, accumulation_dtype(self.dtype)
         )
-        tokens = *get_layout(ids)[:-1], self.rules.residual
+        token_layout = (*get_layout(ids)[:-1], self.rules.residual)
 
-        def read_rows(param: Any, axes: tuple[str | None, ...] = ()) -> jax.Array:
+        def read_rows(
+            param: StoredParam, axes: tuple[str | None, ...] = ()
+        ) -> jax.Array:
             table = reader.read(param, axes)
-            layout = *tokens, self.rules.mesh_axes((axes or reader.spec.axes)[-1])
+            column_axis = (axes or reader.spec.axes)[-1]
+            out_layout = (*token_layout, self.rules.mesh_axes(column_axis))
             return embed_tokens(
-                table.value, ids, table.compute_layout, layout, self.dtype
+                table.value, ids, table.compute_layout, out_layout, self.dtype
             )
 
-        held = self.table.get_value()
-        return (
-            held.look_up(read_rows, reader)
-            if isinstance(held, Leaf)
-            else read_rows(held)
-        )
+        table = self.table.get_value()
+        if isinstance(table, Leaf):
+            return table.look_up(read_rows, reader)
+        return read_rows(table)

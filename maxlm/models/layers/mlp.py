@@ -1,6 +1,7 @@
 """Position-wise feed-forward layers."""
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import jax
 from flax import nnx
@@ -9,19 +10,17 @@ from pydantic import Field
 
 from maxlm.config import Config
 from maxlm.models.aux import Aux
-from maxlm.models.layers.linear import Linear, compute_residual_std, project
+from maxlm.models.build_context import BuildContext
+from maxlm.models.layers.linear import Linear, project
 from maxlm.models.remat import save_inputs_only
-from maxlm.sharding import AxisRules
 
-ACTIVATIONS = {
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-
-
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
 class MlpConfig(Config):
@@ -46,23 +45,18 @@ class Mlp(nnx.Module):
     name = "mlp"
     joint_projections = (("gate", "up"),)
 
-    def __init__(
-        self,
-        config: MlpConfig,
-        d_model: int,
-        num_layers: int,
-        init_std: float,
-        *,
-        rules: AxisRules,
-        dtype: Any,
-    ):
+    def __init__(self, config: MlpConfig, context: BuildContext):
         self.config = config
-        inner, outer = {"mlp": config.d_ff}, {"embed": d_model}
-        kw: dict[str, Any] = {"bias": config.bias, "rules": rules, "dtype": dtype}
-        self.gate = Linear(outer, inner, std=init_std, **kw) if config.gated else None
-        self.up = Linear(outer, inner, std=init_std, **kw)
+        hidden = {"mlp": config.d_ff}
+        residual = {"embed": context.d_model}
+        self.gate = (
+            Linear(residual, hidden, context, bias=config.bias)
+            if config.gated
+            else None
+        )
+        self.up = Linear(residual, hidden, context, bias=config.bias)
         self.down = Linear(
-            inner, outer, std=compute_residual_std(init_std, num_layers), **kw
+            hidden, residual, context, bias=config.bias, std=context.residual_std
         )
 
     def feed(
@@ -74,11 +68,14 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] → [B, S, D]."""
         activate = ACTIVATIONS[self.config.activation]
+
+        # The names are those by which remat policies keep values (models/remat.py).
         if self.gate is None:
             up = checkpoint_name(self.up(x), "mlp_up")
             hidden = save_inputs_only(activate)(up)
         else:
             gate, up = project(x, self.gate, self.up)
-            gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
+            gate = checkpoint_name(gate, "mlp_gate")
+            up = checkpoint_name(up, "mlp_up")
             hidden = save_inputs_only(lambda gate, up: activate(gate) * up)(gate, up)
         return self.down(hidden, seq_axis="residual")

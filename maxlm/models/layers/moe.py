@@ -3,9 +3,12 @@
 A router scores every token against every expert; the k best serve it, and their outputs
 are added, weighted by score. Parameters grow with the number of experts, work with k
 alone.
+
+Shapes: B batch, S sequence, D model, E experts, F width of an expert, k experts of a
+token.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +19,14 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
+from maxlm.models.build_context import BuildContext
 from maxlm.models.costs import ExpertRouting, LayerCosts, group_matrices
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.layers.linear import compute_residual_std
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
 from maxlm.models.params import declare, materialize, read_weight, truncated_normal
-from maxlm.parallel import dispatch, experts
-from maxlm.parallel import local as shards
-from maxlm.sharding import AxisRules
+from maxlm.parallel.dispatch import compute_expert_capacity
+from maxlm.parallel.experts import apply_experts
+from maxlm.parallel.local import get_layout, make_spec
 
 
 class MoeConfig(Config):
@@ -84,27 +87,35 @@ class MoeConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self):
-        size = self.num_experts // self.groups
-        met = self.groups_per_token
-        k = f"experts_per_token={self.experts_per_token}"
-        if self.experts_per_token > self.num_experts:
-            what = f"{k} of num_experts={self.num_experts}"
-            raise MaxlmError(what, fix="choose at most as many experts as there are")
-        if self.num_experts % self.groups:
-            what = f"num_experts={self.num_experts} is not a multiple of groups={self.groups}"
-            raise MaxlmError(what, fix="make groups a divisor of num_experts")
-        if met > self.groups:
-            what = f"groups_per_token={met} of groups={self.groups}"
-            raise MaxlmError(what, fix="choose at most as many groups as there are")
-        if self.experts_per_token > met * size:
-            what = (
-                f"{k} cannot come from groups_per_token={met} groups of {size} experts"
+        per_token = self.experts_per_token
+        group_size = self.num_experts // self.groups
+        if per_token > self.num_experts:
+            raise MaxlmError(
+                f"experts_per_token={per_token} of num_experts={self.num_experts}",
+                fix="choose at most as many experts as there are",
             )
-            fix = "raise groups_per_token, or lower experts_per_token or groups"
-            raise MaxlmError(what, fix=fix)
-        if self.group_score == "top2" and size < 2:
-            what = f"group_score=top2 with groups of {size} expert"
-            raise MaxlmError(what, fix="use group_score: max, or fewer groups")
+        if self.num_experts % self.groups:
+            raise MaxlmError(
+                f"num_experts={self.num_experts} is not a multiple of "
+                f"groups={self.groups}",
+                fix="make groups a divisor of num_experts",
+            )
+        if self.groups_per_token > self.groups:
+            raise MaxlmError(
+                f"groups_per_token={self.groups_per_token} of groups={self.groups}",
+                fix="choose at most as many groups as there are",
+            )
+        if per_token > self.groups_per_token * group_size:
+            raise MaxlmError(
+                f"experts_per_token={per_token} cannot come from "
+                f"groups_per_token={self.groups_per_token} groups of {group_size} experts",
+                fix="raise groups_per_token, or lower experts_per_token or groups",
+            )
+        if self.group_score == "top2" and group_size < 2:
+            raise MaxlmError(
+                f"group_score=top2 with groups of {group_size} expert",
+                fix="use group_score: max, or fewer groups",
+            )
         return self
 
     def limit_experts(self, max_experts: int) -> Self:
@@ -113,15 +124,18 @@ class MoeConfig(Config):
         if self.num_experts <= max_experts:
             return self
         groups = min(self.groups, max_experts // 2)  # of two or more
-        size = max_experts // groups
-        per_token = max(1, groups * self.groups_per_token // self.groups)
-        met = min(self.experts_per_token, groups * size // 2, per_token * size)
+        group_size = max_experts // groups
+        num_experts = groups * group_size
+        groups_per_token = max(1, groups * self.groups_per_token // self.groups)
+        experts_per_token = min(
+            self.experts_per_token, num_experts // 2, groups_per_token * group_size
+        )
         return self.model_copy(
             update={
-                "num_experts": groups * size,
-                "experts_per_token": met,
+                "num_experts": num_experts,
+                "experts_per_token": experts_per_token,
                 "groups": groups,
-                "groups_per_token": per_token,
+                "groups_per_token": groups_per_token,
             }
         )
 
@@ -152,80 +166,86 @@ class Moe(nnx.Module):
 
     name = "moe"
 
-    def __init__(
-        self,
-        config: MoeConfig,
-        d_model: int,
-        num_layers: int,
-        init_std: float,
-        *,
-        rules: AxisRules,
-        dtype: Any,
-    ):
-        self.config, self.rules, self.dtype = config, rules, dtype
-        e, f = config.num_experts, config.d_ff
+    def __init__(self, config: MoeConfig, context: BuildContext):
+        self.config = config
+        self.rules = context.rules
+        self.dtype = context.dtype
+        d_model = context.d_model
+        num_experts = config.num_experts
+        up_shape = (num_experts, d_model, config.d_ff)
+        up_axes = ("expert", "expert_embed", "mlp")
+        down_shape = (num_experts, config.d_ff, d_model)
+        down_axes = ("expert", "mlp", "expert_embed")
+        normal = truncated_normal(context.init_std)
+        residual_normal = truncated_normal(context.residual_std)
+
         # Like an output head it classifies tokens; it is no map between hidden layers.
-        normal = truncated_normal(init_std)
-        self.router = declare((d_model, e), ("embed", None), normal, "table", (0,))
-        inner, outer = (
-            ("expert", "expert_embed", "mlp"),
-            ("expert", "mlp", "expert_embed"),
+        self.router = declare(
+            (d_model, num_experts),
+            ("embed", None),
+            normal,
+            "table",
+            contracting_dims=(0,),
         )
-        maps: dict[str, Any] = {"init": normal, "contracting_dims": (1,)}
-        gated = config.gated
         self.gate = (
-            declare((e, d_model, f), inner, role="matrix", **maps) if gated else None
+            declare(up_shape, up_axes, normal, "matrix", contracting_dims=(1,))
+            if config.gated
+            else None
         )
-        self.up = declare((e, d_model, f), inner, role="matrix", **maps)
-        out_of = truncated_normal(compute_residual_std(init_std, num_layers))
+        self.up = declare(up_shape, up_axes, normal, "matrix", contracting_dims=(1,))
         self.down = declare(
-            (e, f, d_model), outer, out_of, "matrix", contracting_dims=(1,)
+            down_shape, down_axes, residual_normal, "matrix", contracting_dims=(1,)
         )
-        zeros = (e,), (None,), jax.nn.initializers.zeros
-        bias = (
-            declare(*zeros, "vector", sign_update=True)
+        self.selection_bias = (
+            declare(
+                (num_experts,),
+                (None,),
+                jax.nn.initializers.zeros,
+                "vector",
+                sign_update=True,
+            )
             if config.selection_bias
             else None
         )
-        self.selection_bias = bias
-        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        width = max(1, config.shared_experts) * f
-        kind = config.activation
-        dense = MlpConfig(d_ff=width, activation=kind, gated=gated)
-        shared = config.shared_experts > 0
-        self.shared = (
-            Mlp(dense, d_model, num_layers, init_std, **kw) if shared else None
+        self.shared = self._build_shared(context) if config.shared_experts > 0 else None
+
+    def _build_shared(self, context: BuildContext) -> Mlp:
+        """Builds the experts that serve every token, as one dense layer."""
+        config = self.config
+        mlp_config = MlpConfig(
+            d_ff=config.shared_experts * config.d_ff,
+            activation=config.activation,
+            gated=config.gated,
         )
+        return Mlp(mlp_config, context)
 
     def feed(
         self, x: jax.Array, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, Aux]:
         """See :class:`~maxlm.models.blocks.FeedForward`."""
-        counted = None
+        mask = None
         if segment_ids is not None:
-            counted = reshard(
-                segment_ids != 0, shards.make_spec(shards.get_layout(x)[:2])
-            )
-        y, routed = self(x, counted)
-        load = routed.load
+            token_layout = get_layout(x)[:2]
+            mask = reshard(segment_ids != 0, make_spec(token_layout))
+        y, moe_aux = self(x, mask)
+        load = moe_aux.load
         sums = {
             "expert_load": load.mean(),
             "expert_load_max": load.max(),
             "expert_load_min": load.min(),
-            "expert_dropped": routed.dropped / load.size,
+            "expert_dropped": moe_aux.dropped / load.size,
         }
-        return y, Aux(routed.loss, sums)
+        return y, Aux(moe_aux.loss, sums)
 
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
         config = self.config
+        is_bounded = config.dispatch == "capacity"
         experts = ExpertRouting(
             router="router",
             experts_per_token=config.experts_per_token,
             num_experts=config.num_experts,
-            capacity_factor=config.capacity_factor
-            if config.dispatch == "capacity"
-            else None,
+            capacity_factor=config.capacity_factor if is_bounded else None,
             has_shared=self.shared is not None,
         )
         return LayerCosts(group_matrices(self), experts=experts)
@@ -237,58 +257,66 @@ class Moe(nnx.Module):
         loss and to log. ``mask``: bool [B, S], laid out as x; False for padding, which
         no routed expert serves and no statistic counts. None: all tokens."""
         config = self.config
+        num_experts = config.num_experts
         x = x.astype(self.dtype)
         wide = accumulation_dtype(self.dtype)
-        bias = None
         logits = jnp.einsum(
             "bsd,de->bse",
             x.astype(wide),
             materialize(self.router, self.rules, wide),
             precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
-            out_sharding=shards.make_spec((*shards.get_layout(x)[:2], ())),
+            out_sharding=make_spec((*get_layout(x)[:2], ())),
         )
+        bias = None
         if self.selection_bias is not None:
             bias = read_weight(self.selection_bias, self.rules, wide).value
         routing = route(logits, bias, config)
         if mask is None:
             mask = jnp.ones_like(logits[..., 0], dtype=bool)
-        chosen = jnp.where(mask[..., None], routing.expert_ids, config.num_experts)
-        numbers = jnp.arange(config.num_experts)
-        load = (chosen[..., None] == numbers).sum((1, 2), dtype=jnp.float32)  # [B, E]
-        room = None
+        # Padding goes to expert E, which is nowhere.
+        expert_ids = jnp.where(mask[..., None], routing.expert_ids, num_experts)
+        experts = jnp.arange(num_experts)
+        is_assigned = expert_ids[..., None] == experts
+        load = is_assigned.sum((1, 2), dtype=jnp.float32)  # [B, E]
+        capacity = None
         dropped = jnp.zeros((), jnp.float32)
         if config.dispatch == "capacity":
-            size = x.shape[1], config.experts_per_token, config.num_experts
-            room = dispatch.compute_expert_capacity(*size, config.capacity_factor)
-            dropped = jnp.maximum(load - room, 0).sum()
+            capacity = compute_expert_capacity(
+                x.shape[1],
+                config.experts_per_token,
+                num_experts,
+                config.capacity_factor,
+            )
+            dropped = jnp.maximum(load - capacity, 0).sum()
         load = load.sum(0)
         loss = router_loss(logits, routing.scores, load, mask, config)
         if bias is not None:
-            rule = lax.stop_gradient(load - load.mean())
-            loss += jnp.sum(rule * (bias - lax.stop_gradient(bias)))
-        kernels = {
-            name: read_weight(param, self.rules, self.dtype)
-            for name, param in {
-                "gate": self.gate,
-                "up": self.up,
-                "down": self.down,
-            }.items()
-            if param is not None
-        }
-        y = experts.apply_experts(
+            # Adds 0 to the loss; the bias's gradient is the load beyond the mean.
+            excess_load = lax.stop_gradient(load - load.mean())
+            loss += jnp.sum(excess_load * (bias - lax.stop_gradient(bias)))
+
+        weights = {}
+        for name, param in self._kernels().items():
+            weights[name] = read_weight(param, self.rules, self.dtype)
+        y = apply_experts(
             x,
             routing.weights,
-            chosen,
-            {name: kernel.value for name, kernel in kernels.items()},
+            expert_ids,
+            {name: weight.value for name, weight in weights.items()},
             activation=ACTIVATIONS[config.activation],
             kernel_layouts={
-                name: kernel.compute_layout for name, kernel in kernels.items()
+                name: weight.compute_layout for name, weight in weights.items()
             },
-            expert_capacity=room,
+            expert_capacity=capacity,
         )
         if self.shared is not None:
             y = y + self.shared(x)
         return y, MoeAux(loss, load, dropped)
+
+    def _kernels(self) -> dict[str, nnx.Param]:
+        """The routed experts' kernels, by their names in ``parallel/experts.py``."""
+        kernels = {"up": self.up, "down": self.down}
+        return kernels if self.gate is None else {"gate": self.gate, **kernels}
 
 
 class Routing(NamedTuple):
@@ -304,23 +332,26 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
     """Chooses each token's experts and their weights, from logits fp32 [B, S, E]; the
     bias, fp32 [E], is added to the scores that experts and groups are chosen by.
     Differentiable in the logits through scores and weights; not in the bias."""
-    scores = (jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid)(logits)
+    score = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
+    scores = score(logits)
     ranked = lax.stop_gradient(scores if bias is None else scores + bias)
     if config.groups_per_token < config.groups:
-        size = config.num_experts // config.groups
-        grouped = ranked.reshape(*ranked.shape[:-1], config.groups, size)
-        best = lax.top_k(grouped, 1 if config.group_score == "max" else 2)[0].sum(-1)
-        _, kept = lax.top_k(best, config.groups_per_token)
-        allowed = (kept[..., None] == jnp.arange(config.groups)).any(-2)
-        ranked = jnp.where(jnp.repeat(allowed, size, axis=-1), ranked, -jnp.inf)
-    _, chosen = lax.top_k(ranked, config.experts_per_token)
+        group_size = config.num_experts // config.groups
+        grouped = ranked.reshape(*ranked.shape[:-1], config.groups, group_size)
+        num_best = 1 if config.group_score == "max" else 2
+        best_scores, _ = lax.top_k(grouped, num_best)
+        _, chosen_groups = lax.top_k(best_scores.sum(-1), config.groups_per_token)
+        is_chosen = (chosen_groups[..., None] == jnp.arange(config.groups)).any(-2)
+        is_allowed = jnp.repeat(is_chosen, group_size, axis=-1)
+        ranked = jnp.where(is_allowed, ranked, -jnp.inf)
+    _, expert_ids = lax.top_k(ranked, config.experts_per_token)
     # Not take_along_axis: its gradient would be a scatter into [B, S, E].
-    onehot = chosen[..., None] == jnp.arange(config.num_experts)
-    weights = jnp.where(onehot, scores[..., None, :], 0.0).sum(-1)
+    one_hot = expert_ids[..., None] == jnp.arange(config.num_experts)
+    weights = jnp.where(one_hot, scores[..., None, :], 0.0).sum(-1)
     if config.renormalise:
         # The sum of sigmoids can underflow to 0.
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-    return Routing(scores, weights * config.scale, chosen)
+    return Routing(scores, weights * config.scale, expert_ids)
 
 
 def router_loss(
@@ -331,22 +362,23 @@ def router_loss(
     config: MoeConfig,
 ) -> jax.Array:
     """Computes balance and z losses times coefficients and counted tokens, an fp32
-    scalar, from logits and scores [B, S, E], assignments to each expert [E], all fp32,
-    and bool [B, S]."""
+    scalar. ``MoeConfig.balance_loss`` and ``z_loss`` have the formulas.
+
+    Args:
+        logits, scores: fp32 [B, S, E].
+        load: fp32 [E], assignments to each expert.
+        mask: bool [B, S], the tokens counted.
+    """
     loss = jnp.zeros((), jnp.float32)
     if config.balance_loss:
         shares = scores
-        if config.score == "sigmoid":
-            shares = scores / (
-                scores.sum(-1, keepdims=True) + 1e-20
-            )  # DeepSeek-V3, eq. 19
-        mass = jnp.where(mask[..., None], shares, 0.0).sum((0, 1))
-        tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
-        f, p = (
-            lax.stop_gradient(load) / (tokens * config.experts_per_token),
-            mass / tokens,
-        )
-        loss += config.balance_loss * tokens * config.num_experts * jnp.sum(f * p)
+        if config.score == "sigmoid":  # DeepSeek-V3, eq. 19
+            shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+        share_sums = jnp.where(mask[..., None], shares, 0.0).sum((0, 1))
+        num_tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
+        f = lax.stop_gradient(load) / (num_tokens * config.experts_per_token)
+        p = share_sums / num_tokens
+        loss += config.balance_loss * num_tokens * config.num_experts * jnp.sum(f * p)
     if config.z_loss:
         squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
         loss += config.z_loss * jnp.where(mask, squares, 0.0).sum()

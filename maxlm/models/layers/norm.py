@@ -1,6 +1,6 @@
 """Normalisation over the last axis, in fp32."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ from flax import nnx
 from pydantic import Field
 
 from maxlm.config import Config
+from maxlm.models.build_context import BuildContext
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.sharding import AxisRules
 
 
 class NormConfig(Config):
@@ -28,22 +28,25 @@ class NormConfig(Config):
 class Norm(nnx.Module):
     """RMSNorm (Zhang & Sennrich 2019, eq. 4) or LayerNorm (Ba et al. 2016, eq. 4)."""
 
-    def __init__(self, config: NormConfig, size: int, *, rules: AxisRules, dtype: Any):
-        self.config, self.rules, self.dtype = config, rules, dtype
-        # The scale is whole on every device: a few kilobytes that every residual
-        # element needs.
+    def __init__(self, config: NormConfig, size: int, context: BuildContext):
+        self.config = config
+        self.rules = context.rules
+        self.dtype = context.dtype
         zeros = jax.nn.initializers.zeros
-        start = zeros if config.zero_centred else jax.nn.initializers.ones
-        self.scale = declare((size,), (None,), start, "vector")
+        ones = jax.nn.initializers.ones
+        initial_scale = zeros if config.zero_centred else ones
+        # No logical axis: the scale is whole on every device, a few kilobytes that
+        # every element of the residual stream needs.
+        self.scale = declare((size,), (None,), initial_scale, "vector")
         self.bias = declare((size,), (None,), zeros, "vector") if config.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] → the same shape in the compute dtype."""
+        """x [..., size] → the same shape in the compute dtype."""
         dtype = accumulation_dtype(self.dtype)
         scale = materialize(self.scale, self.rules, dtype)
-        bias = (
-            materialize(self.bias, self.rules, dtype) if self.bias is not None else None
-        )
+        bias = None
+        if self.bias is not None:
+            bias = materialize(self.bias, self.rules, dtype)
         return save_inputs_only(self._normalise)(x, scale, bias)
 
     def _normalise(

@@ -1,7 +1,7 @@
 """Positions of tokens; the rotary ones are in ``rope.py``."""
 
 from math import floor, log2
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,10 @@ class PositionsConfig(Config):
     @model_validator(mode="after")
     def _consistent(self):
         if self.kind == "relative" and self.max_distance <= self.buckets // 2:
-            what = f"is not beyond the {self.buckets // 2} distances with a bucket each"
-            raise ValueError(f"max_distance={self.max_distance} {what}")
+            raise ValueError(
+                f"max_distance={self.max_distance} is not beyond the "
+                f"{self.buckets // 2} distances with a bucket each"
+            )
         if self.rotary_dim is not None and self.rotary_dim % 2:
             raise ValueError(
                 f"rope turns pairs of dimensions: rotary_dim={self.rotary_dim} is odd"
@@ -51,16 +53,16 @@ def compute_alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
     other slope of twice as many."""
     n = 2 ** floor(log2(num_heads))
     slopes = 2.0 ** (-max_bias * np.arange(1, n + 1) / n)
-    between = 2.0 ** (-max_bias * np.arange(1, 2 * n, 2) / (2 * n))
-    return np.concatenate([slopes, between])[:num_heads].astype(np.float32)
+    slopes_between = 2.0 ** (-max_bias * np.arange(1, 2 * n, 2) / (2 * n))
+    return np.concatenate([slopes, slopes_between])[:num_heads].astype(np.float32)
 
 
 def compute_sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
     """Computes sines and cosines of position / 10000^(2i/D), fp32 [..., D] (Vaswani
     2017, §3.5)."""
     rates = 10_000.0 ** (-np.arange(0, d_model, 2) / d_model)
-    angle = positions[..., None].astype(jnp.float32) * rates.astype(np.float32)
-    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    angles = positions[..., None].astype(jnp.float32) * rates.astype(np.float32)
+    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return waves.reshape(*positions.shape, -1)[..., :d_model]
 
 
@@ -72,31 +74,36 @@ def compute_relative_buckets(config: PositionsConfig, *, causal: bool) -> np.nda
     Half of the buckets are for one distance each, the others grow with its logarithm.
     Without ``causal`` keys before and after the query have half of them each.
     """
-    reach, buckets = config.max_distance, config.buckets
+    reach = config.max_distance
+    num_buckets = config.buckets
     distance = np.arange(-reach, reach + 1)
-    side = np.zeros_like(distance)
     if causal:
-        behind = np.maximum(-distance, 0)
+        first_bucket = np.zeros_like(distance)
+        distance = np.maximum(-distance, 0)
     else:
-        buckets //= 2
-        side = np.where(distance > 0, buckets, 0)
-        behind = np.abs(distance)
-    exact = buckets // 2
+        num_buckets //= 2
+        first_bucket = np.where(distance > 0, num_buckets, 0)
+        distance = np.abs(distance)
+
+    num_exact = num_buckets // 2
     # In fp32, as where weights were trained: a distance on a border must fall on the
     # same side.
-    ratio = np.log(np.maximum(behind, 1).astype(np.float32) / np.float32(exact))
-    beyond = ratio / np.float32(np.log(reach / exact)) * np.float32(buckets - exact)
-    far = exact + beyond.astype(int)
-    return side + np.where(behind < exact, behind, np.minimum(far, buckets - 1))
+    log_ratio = np.log(
+        np.maximum(distance, 1).astype(np.float32) / np.float32(num_exact)
+    )
+    log_reach = np.float32(np.log(reach / num_exact))
+    beyond_exact = log_ratio / log_reach * np.float32(num_buckets - num_exact)
+    far_bucket = np.minimum(num_exact + beyond_exact.astype(int), num_buckets - 1)
+    return first_bucket + np.where(distance < num_exact, distance, far_bucket)
 
 
 def compute_relative_biases(
-    table: Any, config: PositionsConfig, *, causal: bool
-) -> Any:
+    table: jax.Array, config: PositionsConfig, *, causal: bool
+) -> jax.Array:
     """Looks up [N, 2·max_distance + 1], by distance, in the table [buckets, N];
     differentiable."""
-    at = compute_relative_buckets(config, causal=causal)
-    onehot = np.eye(config.buckets, dtype=np.float32)[at]
+    buckets = compute_relative_buckets(config, causal=causal)
+    one_hot = np.eye(config.buckets, dtype=np.float32)[buckets]
     # A product and not a gather: its gradient is one too, and exact, as a row has one
     # 1.
-    return jnp.einsum("rb,bn->nr", onehot, table, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("rb,bn->nr", one_hot, table, precision=jax.lax.Precision.HIGHEST)

@@ -5,16 +5,18 @@ Pair i of a head's dimensions turns by position · θ_i, θ_i = theta^(−2i/R),
 of 2π·theta^(2i/R) tokens. A model that is run past the positions it has learnt meets
 angles that it has not; each scaling here maps new positions to old angles in its own
 way (docs/positions.md).
+
+Shapes: B batch, S sequence, N heads, H head dim, R dimensions that turn.
 """
 
-from functools import partial
 from math import ceil, floor, log, pi
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from pydantic import Field, model_validator
 
 from maxlm.config import Config
@@ -89,9 +91,9 @@ class Llama3Scaling(Config):
     @model_validator(mode="after")
     def _in_order(self):
         if self.low_freq_factor >= self.high_freq_factor:
-            high = f"high_freq_factor={self.high_freq_factor}"
             raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} is not below {high}"
+                f"low_freq_factor={self.low_freq_factor} is not below "
+                f"high_freq_factor={self.high_freq_factor}"
             )
         return self
 
@@ -110,7 +112,7 @@ class Rotary(NamedTuple):
 
 
 def compute_frequencies(
-    theta: float, rotary_dim: int, scaling: Any = None
+    theta: float, rotary_dim: int, scaling: Scaling | None = None
 ) -> np.ndarray:
     """Computes radians a token of each pair of dimensions, float64 [rotary_dim / 2], of
     any scaling but the dynamic one, which counts as none here."""
@@ -120,34 +122,42 @@ def compute_frequencies(
     if isinstance(scaling, LinearScaling):
         return plain / scaling.factor
     if isinstance(scaling, YarnScaling):
-        return _yarn(plain, theta, rotary_dim, scaling)
+        return _scale_yarn(plain, theta, rotary_dim, scaling)
     if isinstance(scaling, Llama3Scaling):
-        return _llama3(plain, scaling)
+        return _scale_llama3(plain, scaling)
     return plain
 
 
-def _yarn(
-    plain: np.ndarray, theta: float, size: int, scaling: YarnScaling
+def _scale_yarn(
+    plain: np.ndarray, theta: float, rotary_dim: int, scaling: YarnScaling
 ) -> np.ndarray:
-    def dimension(turns: float) -> float:
-        """Returns the pair of dimensions that turns so often in the original length."""
-        return size * log(scaling.original_length / (turns * 2 * pi)) / (2 * log(theta))
+    """Scales frequencies as eq. 17–20 of Peng et al. 2023 say."""
 
-    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    def find_pair(turns: float) -> float:
+        """Returns the pair of dimensions that turns so often in the original length."""
+        tokens_per_radian = scaling.original_length / (turns * 2 * pi)
+        return rotary_dim * log(tokens_per_radian) / (2 * log(theta))
+
+    low = find_pair(scaling.beta_fast)
+    high = find_pair(scaling.beta_slow)
     if scaling.truncate:
         low = floor(low)
         high = ceil(high)
     low = max(low, 0)
-    high = min(high, size - 1)
-    stretched = np.clip((np.arange(size // 2) - low) / (high - low or 0.001), 0, 1)
-    return plain * (1 - stretched) + plain / scaling.factor * stretched
+    high = min(high, rotary_dim - 1)
+    ramp_length = high - low or 0.001
+    # 0: as trained; 1: interpolated.
+    ramp = np.clip((np.arange(rotary_dim // 2) - low) / ramp_length, 0, 1)
+    return plain * (1 - ramp) + plain / scaling.factor * ramp
 
 
-def _llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
+def _scale_llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     turns = scaling.original_length * plain / (2 * pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return plain * kept + plain / scaling.factor * (1 - kept)
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
+    # 1: as trained; 0: stretched.
+    unchanged = np.clip((turns - low) / (high - low), 0, 1)
+    return plain * unchanged + plain / scaling.factor * (1 - unchanged)
 
 
 def compute_yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -156,24 +166,25 @@ def compute_yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rope_attention_factor(scaling: Any) -> float:
+def rope_attention_factor(scaling: Scaling | None) -> float:
     """Returns the factor on cosines and sines."""
     if not isinstance(scaling, YarnScaling):
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
+    factor = scaling.factor
     if scaling.mscale and scaling.mscale_all_dim:
-        of = partial(compute_yarn_mscale, scaling.factor)
-        return of(scaling.mscale) / of(scaling.mscale_all_dim)
-    return compute_yarn_mscale(scaling.factor)
+        rotary_mscale = compute_yarn_mscale(factor, scaling.mscale)
+        return rotary_mscale / compute_yarn_mscale(factor, scaling.mscale_all_dim)
+    return compute_yarn_mscale(factor)
 
 
 def compute_rotary(
     positions: jax.Array,
     rotary_dim: int,
     theta: float,
-    scaling: Any = None,
-    dtype: Any = jnp.float32,
+    scaling: Scaling | None = None,
+    dtype: DTypeLike = jnp.float32,
     *,
     lengths: jax.Array | None = None,
 ) -> Rotary:
@@ -186,22 +197,35 @@ def compute_rotary(
         lengths: int [B, S], the tokens of each token's sequence; None: one more than a
             row's last position.
     """
-    turns: Any = compute_frequencies(theta, rotary_dim, scaling).astype(dtype)
     if isinstance(scaling, DynamicNtkScaling):
-        lengths = (
-            1 + positions.max(axis=1, keepdims=True) if lengths is None else lengths
+        if lengths is None:
+            lengths = 1 + positions.max(axis=1, keepdims=True)
+        frequencies = _compute_dynamic_frequencies(
+            theta, rotary_dim, scaling, lengths, dtype
         )
-        length = jnp.maximum(lengths, scaling.original_length).astype(dtype)[
-            ..., None, None
-        ]
-        factor = scaling.factor * length / scaling.original_length - (
-            scaling.factor - 1
-        )
-        base = theta * factor ** (rotary_dim / (rotary_dim - 2))
-        turns = base ** (-jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
-    angle = positions[..., None, None].astype(dtype) * turns
+    else:
+        frequencies = compute_frequencies(theta, rotary_dim, scaling).astype(dtype)
+    angles = positions[..., None, None].astype(dtype) * frequencies
     scale = rope_attention_factor(scaling)
-    return Rotary(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
+    return Rotary(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+
+def _compute_dynamic_frequencies(
+    theta: float,
+    rotary_dim: int,
+    scaling: DynamicNtkScaling,
+    lengths: jax.Array,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Computes radians a token, [B, S, 1, R/2]: each token's by its sequence's length
+    (Peng et al. 2023, §3.3)."""
+    length = jnp.maximum(lengths, scaling.original_length).astype(dtype)
+    length = length[..., None, None]
+    stretch = scaling.factor * length / scaling.original_length
+    factor = stretch - (scaling.factor - 1)
+    base = theta * factor ** (rotary_dim / (rotary_dim - 2))
+    exponents = -jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim
+    return base**exponents
 
 
 def materialize_rotary(rotary: Rotary) -> Rotary:
@@ -220,15 +244,26 @@ def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
     # Or the map that made x writes its fp32 sums out, twice the bytes, for the fp32
     # that follows.
     x = lax.optimization_barrier(x)
-    size = 2 * rotary.cos.shape[-1]
-    precise = jnp.promote_types(x.dtype, jnp.float32)
-    a, b = (half.astype(precise) for half in jnp.split(x[..., :size], 2, axis=-1))
-    turned = (a * rotary.cos - b * rotary.sin, b * rotary.cos + a * rotary.sin)
-    rest = [x[..., size:]] if size < x.shape[-1] else []
-    return jnp.concatenate([*(half.astype(x.dtype) for half in turned), *rest], axis=-1)
+    rotary_dim = 2 * rotary.cos.shape[-1]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    first, second = jnp.split(x[..., :rotary_dim], 2, axis=-1)
+    first = first.astype(wide)
+    second = second.astype(wide)
+    turned_first = first * rotary.cos - second * rotary.sin
+    turned_second = second * rotary.cos + first * rotary.sin
+    rest = [x[..., rotary_dim:]] if rotary_dim < x.shape[-1] else []
+    return jnp.concatenate(
+        [turned_first.astype(x.dtype), turned_second.astype(x.dtype), *rest], axis=-1
+    )
 
 
-rotate.defvjp(
-    lambda x, rotary: (rotate(x, rotary), rotary),
-    lambda rotary, d_y: (rotate(d_y, Rotary(rotary.cos, -rotary.sin)), None),
-)
+def _rotate_forward(x: jax.Array, rotary: Rotary) -> tuple[jax.Array, Rotary]:
+    return rotate(x, rotary), rotary
+
+
+def _rotate_backward(rotary: Rotary, d_y: jax.Array) -> tuple[jax.Array, None]:
+    # A rotation's transpose is the rotation back.
+    return rotate(d_y, Rotary(rotary.cos, -rotary.sin)), None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
