@@ -178,18 +178,19 @@ def _read_document(record: "WarcRecord", name: str, max_bytes: int) -> RawDocume
     # A Content-Length that is too large swallows the records that follow; a wrong one
     # reads as 0.
     is_whole = len(body) >= length and b"\r\n\r\nWARC/" not in body
-    lacks_status = record.is_http and (http is None or http.status_code is None)
-    if not is_whole or lacks_status:
+    if not is_whole:
         raise _Damaged("broken")
     content_type = headers.get("Content-Type") or ""
     codings = []
     if record.is_http:
+        if http is None or http.status_code is None:
+            raise _Damaged("broken")
         if http.status_code // 100 != 2:
             raise _PassOver("status")
-        content_type = http.get("Content-Type", "")
+        content_type = http.get("Content-Type") or ""
         # The last that was applied is undone first.
         for header in ("Transfer-Encoding", "Content-Encoding"):
-            codings += reversed(http.get(header, "").split(","))
+            codings += reversed((http.get(header) or "").split(","))
     media_type = content_type.partition(";")[0].strip().lower()
     is_text = media_type == "text/plain" and kind != "response"
     if media_type and media_type not in _HTML_TYPES and not is_text:
@@ -203,8 +204,9 @@ def _read_document(record: "WarcRecord", name: str, max_bytes: int) -> RawDocume
 
     charset = _CHARSET.search(content_type[:_SNIFF])
     meta = {}
-    if headers.get("WARC-Date"):
-        meta["date"] = headers.get("WARC-Date")
+    date = headers.get("WARC-Date")
+    if date:
+        meta["date"] = date
     if media_type:
         meta["content_type"] = media_type
     if charset:

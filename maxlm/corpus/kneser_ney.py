@@ -301,7 +301,6 @@ def _compute_log10(values: np.ndarray) -> np.ndarray:
     logarithm of 0, as ARPA files have it."""
     with np.errstate(divide="ignore"):
         logarithms = np.log10(values)
-    # -0.0, so that all are written with a sign.
     return np.maximum(np.minimum(logarithms, -0.0), -99)
 
 

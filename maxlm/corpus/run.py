@@ -75,7 +75,7 @@ def run_recipe(
     steps = bind_stages(recipe)
     # Before anything is written: rules that cannot be settled.
     plan_verdicts(recipe, resolve_rules(recipe, recipe.keep, recipe.cut, ""), "")
-    packages = list(_PACKAGES)
+    packages: list[str] = [*_PACKAGES]
     for step in steps:
         stage_packages = step.stage.list_packages()
         check_packages(stage_packages, f"the stage {step.stage.unique_name}")

@@ -165,14 +165,16 @@ class LineSplitterConfig(Config):
 def make_line_splitter(config: LineSplitterConfig) -> Callable[[str], Iterator[str]]:
     """Makes a function from a text to its lines, of words separated by spaces; none
     without words. Punctuation is unified as in CCNet."""
-    split_words = _WORD.findall
+    encode: Callable[[str], list[int]] | None = None
     if config.tokenizer is not None:
         from maxlm.data.tokenizer import load_tokenizer
 
         encode = load_tokenizer(Path(config.tokenizer)).encode
 
-        def split_words(line: str) -> list[str]:
-            return [str(token) for token in encode(line)]
+    def split_words(line: str) -> list[str]:
+        if encode is None:
+            return _WORD.findall(line)
+        return [str(token) for token in encode(line)]
 
     def split_lines(text: str) -> Iterator[str]:
         for line in _normalize_words(text, config).split("\n"):

@@ -32,7 +32,7 @@ from maxlm.data.documents.document import is_heldout
 from maxlm.runtime.files import convert_write_errors, replace_file
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csr_array
 
 TRAIN = "maxlm corpus train-quality"
 """The command that makes a model."""
@@ -250,7 +250,7 @@ def train_classifier(
 class _Examples:
     """Documents that a classifier learns from; arrays have an entry for each."""
 
-    features: "csr_matrix"
+    features: "csr_array"
     """See `_make_features`."""
     labels: np.ndarray
     """Whether it is a positive example: bool."""
@@ -261,7 +261,7 @@ class _Examples:
 def _read_examples(
     positive: Iterable[bytes], negative: Iterable[bytes], settings: ClassifierConfig
 ) -> _Examples:
-    from scipy.sparse import vstack
+    from scipy.sparse import csr_array, vstack
 
     features = []
     kinds = []
@@ -280,7 +280,7 @@ def _read_examples(
     ids = np.array(digests, "S8")
     is_conflict = np.isin(ids, np.intersect1d(ids[labels], ids[~labels]))
     part_of_text[is_conflict] = _CONFLICT
-    return _Examples(vstack(features, format="csr"), labels, part_of_text)
+    return _Examples(csr_array(vstack(features, format="csr")), labels, part_of_text)
 
 
 def _choose_part(text: bytes, heldout: float) -> int:
@@ -320,10 +320,10 @@ def choose_threshold(
     return float(thresholds[best]), True
 
 
-def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> "csr_matrix":
+def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> "csr_array":
     """Hashes the n-grams of texts: a sparse matrix [texts, weights] with rows of norm
     1."""
-    from scipy.sparse import hstack
+    from scipy.sparse import csr_array, hstack
     from sklearn.feature_extraction.text import HashingVectorizer
 
     num_buckets = 1 << settings.buckets
@@ -335,14 +335,14 @@ def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> "csr_mat
     )
     word_features = word_vectorizer.transform(heads)
     if not settings.char_ngrams:
-        return word_features
+        return csr_array(word_features)
     character_vectorizer = HashingVectorizer(
         n_features=num_buckets,
         ngram_range=(settings.char_ngrams, settings.char_ngrams),
         analyzer="char_wb",
     )
     character_features = character_vectorizer.transform(heads)
-    return hstack([word_features, character_features], format="csr")
+    return csr_array(hstack([word_features, character_features], format="csr"))
 
 
 def _check_parts(examples: _Examples, settings: ClassifierConfig) -> None:

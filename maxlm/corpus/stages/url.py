@@ -14,11 +14,11 @@ from maxlm.data.documents.streams import COMPRESSIONS, open_stream
 
 _LISTS = Path(__file__).parents[1] / "lists"
 # Files of words, of subwords and of soft words.
-_NSFW_LISTS = [
+_NSFW_LISTS = (
     (str(_LISTS / "nsfw_words.txt"),),
     (str(_LISTS / "nsfw_subwords.txt"),),
     (str(_LISTS / "nsfw_soft_words.txt"),),
-]
+)
 _AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//([^/?#]*)", re.I)
 _LONGEST_AUTHORITY = 1024
 _LONGEST_HOST = 253  # DNS has no longer names.
@@ -84,11 +84,11 @@ class UrlStage(PerDocumentStage):
         suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)
         blocked_names = frozenset(map(_encode_host, _read_entries(self.domains)))
         words = _BlockedWords(
-            self.words, self.subwords, self.soft_words, self.soft_count
+            self.words, self.subwords, self.soft_words, soft_count=self.soft_count
         )
         nsfw_words = None
         if self.nsfw:
-            nsfw_words = _BlockedWords(*_NSFW_LISTS, self.soft_count)
+            nsfw_words = _BlockedWords(*_NSFW_LISTS, soft_count=self.soft_count)
 
         def find_rule(host: str, domain: str | None, address: str) -> str | None:
             if domain in blocked_names:
@@ -131,6 +131,7 @@ class _BlockedWords:
         words: Iterable[str],
         subwords: Iterable[str],
         soft_words: Iterable[str],
+        *,
         soft_count: int,
     ):
         self._words = frozenset(_read_entries(words))
