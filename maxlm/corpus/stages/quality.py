@@ -217,7 +217,7 @@ def train_classifier(
     # Platt's calibration: a logistic regression of the score alone.
     platt = LogisticRegression(C=100)
     platt.fit(scores[calibrated, None], labels[calibrated])
-    scale = float(platt.coef_[0, 0])
+    scale = float(np.asarray(platt.coef_)[0, 0])
     offset = float(platt.intercept_[0])
     probabilities = expit(scale * scores + offset)
     threshold, is_reached = choose_threshold(
