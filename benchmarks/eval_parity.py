@@ -30,9 +30,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from maxlm.evaluation.lm_eval_model import MaxlmModel
+from maxlm.evaluation.program import make_evaluation_engine
 from maxlm.evaluation.tasks import load_tasks
-from maxlm.programs.evaluate import make_evaluation_engine
-from maxlm.programs.serve import load_chat_model
+from maxlm.serving.program import load_chat_model
 
 TASKS = "arc_challenge,piqa,winogrande,lambada_openai,mmlu_anatomy,gsm8k:5"
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import transformers
 
+from maxlm.evaluation.program import make_evaluation_engine
 from maxlm.inference.scoring import Scorer
-from maxlm.programs.evaluate import make_evaluation_engine
-from maxlm.programs.load import load_model
+from maxlm.run.load import load_model
 
 
 def list_texts(row):

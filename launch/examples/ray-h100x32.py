@@ -1,9 +1,9 @@
 # llama3_8b on h100x32: 32 H100 GPUs on 4 hosts
 """Starts one process on each node and ends with the worst of their codes.
 
-Run it on the cluster: ray job submit --working-dir FOLDER -- python FILE `ray job stop`
-asks the processes to save and end; RAY_JOB_STOP_WAIT_TIME_S on the cluster says how
-long Ray waits for that (3 seconds if it is not set).
+Run it on the cluster: ray job submit --working-dir FOLDER -- python FILE
+`ray job stop` asks the processes to save and end; RAY_JOB_STOP_WAIT_TIME_S on the cluster says
+how long Ray waits for that (3 seconds if it is not set).
 """
 
 import contextlib
@@ -44,8 +44,7 @@ class Host:
 
     def address(self) -> str:
         while True:
-            # Above Ray's own and below those that connections get: it stays free until
-            # it is used.
+            # Above Ray's own and below those that connections get: it stays free until it is used.
             port = random.randrange(20_000, 32_768)
             with contextlib.suppress(OSError), socket.socket() as probe:
                 probe.bind(("", port))
@@ -93,16 +92,15 @@ def attempt(asked: list[int]) -> int:
 
 
 def meaning(code: int) -> int:
-    """One of `WORST`: 76 for a signal's, as Python or a shell gives it, but Ctrl-C's;
-    else 1."""
+    """One of `WORST`: 76 for a signal's, as Python or a shell gives it, but Ctrl-C's; else 1."""
     if code in WORST:
         return code
     return 76 if code < 0 or (code > 128 and code != 130) else 1
 
 
 def watch(hosts: list, asked: list[int]) -> int:
-    """The worst code, once all have ended: `GRACE` seconds after the first that did not
-    end well the others are told to, and as long after that killed."""
+    """The worst code, once all have ended: `GRACE` seconds after the first that did not end well
+    the others are told to, and as long after that killed."""
     sent, failed = 0, None
     while True:
         codes = ray.get([host.code.remote() for host in hosts])

@@ -14,7 +14,7 @@ from maxlm.adapters.targets import (
     replace_targets,
 )
 from maxlm.config import MaxlmError
-from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.adapters import Adapter
 from maxlm.models.layers.mlp import ACTIVATIONS
 from maxlm.models.params import (
     AdaptedParam,
@@ -52,7 +52,6 @@ class BottleneckParam(AdaptedParam):
         return y + apply(h, self.adapter_up, self.adapter_up_bias, None, axis)
 
 
-@register_adapter
 class BottleneckAdapter(Adapter):
     """Bottleneck adapters behind layers' branches; they cannot be merged."""
 

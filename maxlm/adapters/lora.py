@@ -20,7 +20,7 @@ from maxlm.adapters.targets import (
     split_dims,
 )
 from maxlm.config import MaxlmError
-from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.adapters import Adapter
 from maxlm.models.params import (
     AdaptedParam,
     Initializer,
@@ -325,7 +325,6 @@ class TokenRowsParam(AdaptedParam):
         return replaced.T if self.is_head else replaced
 
 
-@register_adapter
 class LoraAdapter(Adapter):
     """Low-rank matrices beside kernels: LoRA, rsLoRA, DoRA, PiSSA."""
 

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from maxlm.adapters.targets import replace_targets
 from maxlm.config import MaxlmError
-from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.adapters import Adapter
 from maxlm.models.architectures.config import STACKS
 from maxlm.models.params import (
     AdaptedParam,
@@ -92,7 +92,6 @@ class _VirtualTokensAdapter(Adapter):
         return VirtualTokens(spec, virtual)
 
 
-@register_adapter
 class PrefixAdapter(_VirtualTokensAdapter):
     """Every layer has keys and values of its own for virtual tokens."""
 
@@ -111,7 +110,6 @@ class PrefixAdapter(_VirtualTokensAdapter):
         )
 
 
-@register_adapter
 class PromptAdapter(_VirtualTokensAdapter):
     """The embedding table has rows of its own for virtual tokens."""
 

@@ -169,8 +169,8 @@ def mix(
     Prepares the run's text in the run's folder, as training would. Weights, phases and
     steps may then be tried, as KEY=VALUE; other text needs another folder.
     """
-    from maxlm.programs.mixture import prepare_mixture
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
+    from maxlm.train.mixture import prepare_mixture
 
     run = load_config(RunConfig, config, settings or ()).value
     usages = prepare_mixture(run)

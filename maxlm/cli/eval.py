@@ -75,8 +75,8 @@ def command(
     engine's, as max_sequences=32; max_length is the tokens that the model reads at
     once.
     """
+    from maxlm.run.train_config import FaultToleranceConfig
     from maxlm.runtime.session import distributed_session
-    from maxlm.train.config import FaultToleranceConfig
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     options = {**context.params, "tasks": names, "settings": settings or ()}
@@ -93,8 +93,8 @@ def command(
     ):
         import jax
 
+        from maxlm.evaluation.program import evaluate_model
         from maxlm.evaluation.results import list_metrics
-        from maxlm.programs.evaluate import evaluate_model
 
         results, folder = evaluate_model(**options)
         if jax.process_index() != 0:
@@ -195,7 +195,7 @@ def show_position_perplexities(
 ) -> None:
     """Show models' perplexity by the position of a token: with what context, up to
     --length."""
-    from maxlm.programs.evaluate import evaluate_position_losses
+    from maxlm.evaluation.program import evaluate_position_losses
 
     options = {"length": length, "num_windows": windows, "mesh": mesh, "step": step}
     losses = {
@@ -231,7 +231,7 @@ def show_passkey_accuracy(
     """Show how often a model finds a number hidden in long texts, by length and
     depth."""
     from maxlm.evaluation.passkey import evaluate_passkey
-    from maxlm.programs.evaluate import load_engine_for_length
+    from maxlm.evaluation.program import load_engine_for_length
 
     sizes, places = (
         _parse(lengths, "--lengths", 1, 2**31),

@@ -103,7 +103,7 @@ def command(
     from maxlm.launch.render import job_file_path, render_job, submit_job
     from maxlm.plan.known_errors import format_known_time_errors
     from maxlm.plan.show import format_prediction
-    from maxlm.programs.run_config import load_run_config
+    from maxlm.run.load_config import load_run_config
 
     jax.config.update(
         "jax_platforms", "cpu"

@@ -231,10 +231,10 @@ def _find_overrides(option: str, arguments: Sequence[str], verb: str) -> list[st
     from maxlm.config.keys import join_key
 
     schemas = {
-        "serve": ("inference.engine", "Engine"),
-        "chat": ("inference.sampling", "Sampling"),
+        "serve": ("inference.engine_config", "Engine"),
+        "chat": ("config.sampling", "Sampling"),
     }
-    module, name = schemas.get(verb, ("run", "Run"))
+    module, name = schemas.get(verb, ("run.config", "Run"))
     schema = getattr(importlib.import_module(f"maxlm.{module}"), f"{name}Config")
     words = [
         word for each in arguments for word in each.split("=", each.startswith("-"))

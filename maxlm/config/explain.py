@@ -5,7 +5,7 @@ import collections.abc
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
@@ -21,6 +21,7 @@ from maxlm.config.keys import (
     join_key,
 )
 from maxlm.config.layers import SettingsTree
+from maxlm.config.registry import RegisteredConfig
 
 _LISTS = (list, tuple, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
@@ -75,12 +76,13 @@ def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
     kinds: list[Any] = [cls]
     siblings: list[Any] = []
     for part in item["loc"]:
-        inner = _list_child_types(kinds, part)
+        child = get_descendant(data, (part,))
+        inner = _list_child_types(kinds, part, child)
         if inner or (isinstance(data, dict) and part in data) or isinstance(part, int):
             key = (*key, part)
             siblings = kinds
             kinds = inner
-            data = get_descendant(data, (part,))
+            data = child
         elif part != "[key]":
             kinds = _select_tagged_types(kinds, part)
     if item["type"].startswith("union_tag"):
@@ -214,17 +216,24 @@ def _join_names(names: list[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _split_union(annotation: Any) -> list[Any]:
+def _split_union(
+    annotation: Any, metadata: Sequence[Any] = (), settings: Any = None
+) -> list[Any]:
     """Returns the members of a union, however nested or annotated; else the type
-    itself."""
+    itself. Of a registered config, it returns the kind that ``settings`` name, or all
+    kinds."""
+    for item in metadata:
+        if isinstance(item, RegisteredConfig):
+            return list(item.select_types(settings))
     origin = typing.get_origin(annotation)
     if origin is Annotated:
-        return _split_union(typing.get_args(annotation)[0])
+        annotation, *metadata = typing.get_args(annotation)
+        return _split_union(annotation, metadata, settings)
     if origin in (Union, types.UnionType):
         return [
             kind
             for member in typing.get_args(annotation)
-            for kind in _split_union(member)
+            for kind in _split_union(member, settings=settings)
         ]
     return [annotation]
 
@@ -235,19 +244,23 @@ def _select_models(kinds: list[Any]) -> list[type[BaseModel]]:
     ]
 
 
-def _list_child_types(kinds: list[Any], part: str | int) -> list[Any]:
-    """Returns the types allowed at a name or index below values of the given types."""
+def _list_child_types(
+    kinds: list[Any], part: str | int, settings: Any = None
+) -> list[Any]:
+    """Returns the types allowed at a name or index below values of the given types;
+    ``settings`` are what stands there."""
     found: list[Any] = []
     for kind in kinds:
         arguments = typing.get_args(kind)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if part in kind.model_fields:
-                found += _split_union(kind.model_fields[str(part)].annotation)
+                field = kind.model_fields[str(part)]
+                found += _split_union(field.annotation, field.metadata, settings)
         elif typing.get_origin(kind) in _MAPPINGS and len(arguments) == 2:
-            found += _split_union(arguments[1])
+            found += _split_union(arguments[1], settings=settings)
         elif typing.get_origin(kind) in _LISTS and arguments and isinstance(part, int):
             whole = len(arguments) > part and ... not in arguments
-            found += _split_union(arguments[part if whole else 0])
+            found += _split_union(arguments[part if whole else 0], settings=settings)
     return found
 
 
@@ -282,7 +295,7 @@ def iterate_schema_keys(model_types: list[Any], key: Key = ()) -> Iterator[Key]:
         for name, info in model.model_fields.items():
             here = (*key, name)
             yield here
-            inner = _split_union(info.annotation)
+            inner = _split_union(info.annotation, info.metadata)
             yield from iterate_schema_keys(inner, here)
             for kind in inner:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"

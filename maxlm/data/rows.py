@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchArraySpec
-from maxlm.data.loader.batches import Batch
+from maxlm.data.batch_source import Batch, BatchArraySpec
 from maxlm.data.loader.packing import pack_best_fit
 from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 from maxlm.data.row_files import RowFiles

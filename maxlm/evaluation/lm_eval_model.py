@@ -12,14 +12,14 @@ from lm_eval.api.model import LM, CachingLM, TemplateLM
 from lm_eval.models import utils as model_utils
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer, render_chat
 from maxlm.data.tokenizer.chat import get_chat_template
 from maxlm.evaluation.records import read_records
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import MaskedScorer, Scorer
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class MaxlmModel(TemplateLM):

@@ -9,10 +9,10 @@ from random import Random
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and "

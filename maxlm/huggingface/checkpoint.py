@@ -1,6 +1,6 @@
 """Checkpoints of parameters alone, written and read a slice at a time.
 
-What is written is what ``maxlm.train.checkpoint.Checkpointer`` restores: an Orbax
+What is written is what ``maxlm.checkpoint.Checkpointer`` restores: an Orbax
 checkpoint, each parameter under its canonical name in zarr3. Orbax itself saves whole
 arrays from devices, so its few JSON files are written here. What is read is any
 checkpoint that maxlm wrote, maybe with its adapter merged.
@@ -107,7 +107,7 @@ class RunCheckpointReader:
         found = (path.parents[1].name for path in folder.glob("*/state/_METADATA"))
         steps = sorted(int(number) for number in found if number.isdigit())
         if step not in (None, *steps) or not steps:
-            what = (
+            message = (
                 "no checkpoint here" if not steps else f"no checkpoint of step {step}"
             )
             fix = (
@@ -115,7 +115,7 @@ class RunCheckpointReader:
                 if steps
                 else "name a run that has one"
             )
-            raise MaxlmError(what, where=str(folder), fix=fix)
+            raise MaxlmError(message, where=str(folder), fix=fix)
         self.step = steps[-1] if step is None else step
         self.folder = folder / str(self.step)
         self._prefix = f"{name}."
@@ -214,9 +214,9 @@ class MergedCheckpointReader:
                     return np.asarray(own.merge_bias(bias(index)))
                 merged = own.merge()
                 if merged is None:
-                    what = f"{name} with adapter.kind={self._kind} cannot be merged"
+                    message = f"{name} with adapter.kind={self._kind} cannot be merged"
                     fix = "--adapter writes the adapter alone"
-                    raise MaxlmError(what, where=str(self.folder), fix=fix)
+                    raise MaxlmError(message, where=str(self.folder), fix=fix)
                 return np.asarray(merged)
 
             yield read
@@ -248,6 +248,6 @@ def _read_tree(path: Path) -> dict[str, Any]:
     """Orbax's description of the arrays in a checkpoint."""
     tree = read_json_object(path, _OTHER).get("tree_metadata")
     if not isinstance(tree, dict):
-        what = "damaged checkpoint (there is no tree_metadata)"
-        raise MaxlmError(what, where=str(path), fix=_OTHER)
+        message = "damaged checkpoint (there is no tree_metadata)"
+        raise MaxlmError(message, where=str(path), fix=_OTHER)
     return tree

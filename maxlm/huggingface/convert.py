@@ -22,6 +22,7 @@ from maxlm.huggingface.checkpoint import (
     ReadSlice,
     RunCheckpointReader,
 )
+from maxlm.huggingface.families.names import TensorEntry
 from maxlm.huggingface.files import (
     NUMPY,
     SHARD_BYTES,
@@ -34,7 +35,6 @@ from maxlm.huggingface.files import (
     read_tensor,
     split_into_slabs,
 )
-from maxlm.models.families.names import TensorEntry
 from maxlm.runtime.progress import Progress, ignore_progress
 
 
@@ -229,11 +229,13 @@ def count_lead_axes(
 def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
     where = str(stored.path)
     if stored.shape != tuple(entry.shape):
-        what = f"{stored.name} is {list(stored.shape)} there, {list(entry.shape)} in this model"
-        raise MaxlmError(what, where=where, fix=_OTHER_CONFIG)
+        message = f"{stored.name} is {list(stored.shape)} there, {list(entry.shape)} in this model"
+        raise MaxlmError(message, where=where, fix=_OTHER_CONFIG)
     if not is_floating(stored.dtype):
-        what = f"{stored.name} is stored as {stored.dtype}, so quantized"
-        raise MaxlmError(what, where=where, fix="use the model in bf16, fp16 or fp32")
+        message = f"{stored.name} is stored as {stored.dtype}, so quantized"
+        raise MaxlmError(
+            message, where=where, fix="use the model in bf16, fp16 or fp32"
+        )
 
 
 def _check_same(one: StoredTensor, other: StoredTensor) -> None:
@@ -244,9 +246,9 @@ def _check_same(one: StoredTensor, other: StoredTensor) -> None:
         )
     )
     if not same:
-        what = f"{other.name} differs from {one.name}, which this model ties it to"
+        message = f"{other.name} differs from {one.name}, which this model ties it to"
         fix = "set tie_word_embeddings to false in config.json if it is an output head of its own"
-        raise MaxlmError(what, where=str(other.path), fix=fix)
+        raise MaxlmError(message, where=str(other.path), fix=fix)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import reshard
 
-from maxlm.adapters import LoraAdapter
+from maxlm.adapters.lora import LoraAdapter
 from maxlm.adapters.targets import (
     declare_input_map,
     declare_output_map,
@@ -20,7 +20,8 @@ from maxlm.adapters.targets import (
 )
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.models.architectures import Decoder, Model
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.params import (
     AdaptedParam,
     ParamReader,

@@ -46,7 +46,9 @@ from maxlm.inference.speculation import (
     look_up_prompt,
 )
 from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
-from maxlm.models.architectures import Encoder, EncoderDecoder, Model
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.caches.layout import (
     CacheLayout,
     choose_feature_multiple,

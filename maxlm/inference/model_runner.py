@@ -149,7 +149,7 @@ def state_specs(model: Any, layout: CacheLayout, input_length: int) -> EngineSta
     """Returns the engine's arrays before they are allocated. ``input_length``: tokens
     of an encoder's longest input."""
     cross = None
-    if model.config.architecture == "encoder_decoder":
+    if model.config.transformer_type == "encoder_decoder":
         cross = model.cross_cache_specs(layout, input_length)
     return EngineState(model.cache_specs(layout), cross)
 

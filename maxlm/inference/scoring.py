@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
-from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.architectures import Encoder, EncoderDecoder
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import Params, bind
 from maxlm.sharding import bind_mesh
 

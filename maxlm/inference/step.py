@@ -26,8 +26,8 @@ from maxlm.inference.sampling import (
     process_logits,
     sample_tokens,
 )
-from maxlm.models.architectures import Decoder, EncoderDecoder
-from maxlm.models.architectures.transformer import Caches, CrossAttentionCache
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.models.architectures.transformer import Caches, CrossAttentionCache, Decoder
 from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.params import Params, bind
 from maxlm.parallel.local import map_shards

@@ -25,7 +25,7 @@ from maxlm.launch.options import (
 from maxlm.launch.places import check_paths, find_placeholder_settings
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 # What GKE's Spot nodes leave of a job's grace, if their pool does not ask for more.
 SPOT_GRACE = 15

@@ -2,21 +2,18 @@
 ones.
 
 An adapter is a config with a ``kind`` and one method, from declarations to
-declarations. To add one, write an :class:`Adapter` and register it
-(:func:`register_adapter`, or in an installed package an entry point of the group
-``maxlm.adapters`` named as its kind).
+declarations. To add one, write an :class:`Adapter` and register it in
+``maxlm.adapters.ADAPTERS``.
 """
 
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from maxlm.config import Config
 from maxlm.models.architectures import Model, ModelConfig
-from maxlm.models.blocks import parse_registered_config
 from maxlm.models.params import (
     Leaf,
     Params,
@@ -53,21 +50,6 @@ class Adapter(Config):
         """Return the declarations of a model with a :class:`~maxlm.models.params.Leaf`
         of declarations in place of each parameter that is adapted."""
         raise NotImplementedError
-
-
-AdapterT = TypeVar("AdapterT", bound=Adapter)
-_ADAPTERS: dict[type[Adapter], type[Adapter]] = {}
-
-
-def register_adapter(adapter: type[AdapterT]) -> type[AdapterT]:
-    """Makes an adapter known by its kind; also as a decorator."""
-    _ADAPTERS[adapter] = adapter
-    return adapter
-
-
-parse_adapter = partial(
-    parse_registered_config, _ADAPTERS, "adapter", register=register_adapter
-)
 
 
 def count_virtual_tokens(adapter: Adapter | None) -> int:

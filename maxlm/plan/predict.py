@@ -21,7 +21,7 @@ from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import TPUS, Topology, parse_topology
 from maxlm.plan.torus import find_torus_dimensions
 from maxlm.plan.workload import FP32, MeshPartitioning, RunWorkload, StepShape
-from maxlm.run import RunConfig, resolve_micro_batches
+from maxlm.run.config import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
 

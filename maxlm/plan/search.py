@@ -20,11 +20,11 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
-from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import FILL, Machine, estimate_costs, plan_run
 from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.placement import require_run_trainable
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
 

@@ -32,10 +32,9 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
-from maxlm.models.architectures import Decoder
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
-from maxlm.plan.layout import place_run
 from maxlm.plan.network import PlannedCollective
 from maxlm.plan.predict import FILL, Machine, select_matmul_dtype
 from maxlm.plan.search import list_divisors
@@ -62,7 +61,8 @@ from maxlm.plan.workload import (
     StepShape,
     TokensPerRow,
 )
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.placement import place_run
 from maxlm.sharding import MeshConfig
 
 WeightFormat = Literal["auto", "fp8", "int8"]
@@ -104,7 +104,7 @@ def read_workload(
 ) -> RunWorkload:
     """Reads the model of a run, but not its task. Raises MaxlmError: it is no decoder,
     or requests are longer than its context."""
-    kind, limit = config.model.architecture, config.model.max_seq_len
+    kind, limit = config.model.transformer_type, config.model.max_seq_len
     if kind != "decoder":
         what = f"serving is planned for decoders, not an {kind}"
         fix = "name a decoder's config"

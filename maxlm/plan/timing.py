@@ -26,12 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maxlm.optim.kinds import get_input_output_dims
 from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.memory import persistent_bytes
 from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective
 from maxlm.plan.stacks import AttentionShape, Stack
 from maxlm.plan.workload import FP32, Number, StepShape
-from maxlm.train.optimizer import get_input_output_dims
 
 # Vector operations for each score of attention: softmax and masks, forward; their
 # gradients and the softmax again, backward. From the static schedules of the best

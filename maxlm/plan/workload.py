@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.models.adapters import build_adapted_model
-from maxlm.models.architectures import Decoder
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.costs import AttentionCosts
 from maxlm.models.params import (
     ParamSpec,
@@ -26,14 +26,15 @@ from maxlm.models.params import (
     select_base_params,
 )
 from maxlm.models.remat import SAVED, RematPolicy
+from maxlm.optim.optimizer import make_optimizer, opt_state_specs
+from maxlm.optim.schedule import make_schedule
+from maxlm.optim.state import select_trainable
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, make_kernel
 from maxlm.plan.topology import Topology
-from maxlm.run import RunConfig, list_base_models, read_frozen_configs
+from maxlm.run.config import RunConfig, list_base_models, read_frozen_configs
 from maxlm.sharding import AxisRules
 from maxlm.tasks.text import ClmTask
-from maxlm.train.optimizer import make_optimizer, make_schedule, opt_state_specs
-from maxlm.train.state import select_trainable
 
 Number = Any
 """A float, or an array of them with an element for every candidate."""

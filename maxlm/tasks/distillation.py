@@ -1,7 +1,7 @@
 """Distillation: a student learns the distributions over tokens that a teacher has.
 
 The teacher is a frozen model beside the student, or stands in the rows of the files as
-the log-probabilities of its likeliest tokens (:mod:`maxlm.programs.distillation` writes
+the log-probabilities of its likeliest tokens (:mod:`maxlm.tune.teachers` writes
 such files).
 """
 

@@ -5,7 +5,7 @@ from math import isfinite
 from statistics import median
 from typing import Any
 
-from maxlm.train.config import FaultToleranceConfig
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.train.trainer import Callback, RollbackDecision, Trainer
 
 # The standard deviation of a normal distribution over its median absolute deviation

@@ -15,8 +15,8 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
-from maxlm.train.config import FaultToleranceConfig
-from maxlm.train.state import TrainState
+from maxlm.optim.state import TrainState
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.train.trainer import Callback, Trainer
 
 _MEDIAN_STEPS = 100
@@ -148,9 +148,8 @@ class Watchdog(Callback):
             where = f"{path} cannot be written: {error.strerror}"
         print(
             f"error: {self.folder}: process {self._process} hangs: "
-            f"{awaited.description} has taken "
-            f"{seconds:.3g} s; {where}; run the same command to resume from the last "
-            f"checkpoint",
+            f"{awaited.description} has taken {seconds:.3g} s; {where}; run the same "
+            "command to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.adapters import BottleneckAdapter, Ia3Adapter, LoraAdapter
+from maxlm.adapters.bottleneck import BottleneckAdapter
+from maxlm.adapters.ia3 import Ia3Adapter
+from maxlm.adapters.lora import LoraAdapter
 from maxlm.config import MaxlmError
 from maxlm.inference.params import prepare_params
 from maxlm.models.adapters import Adapter, build_adapted_model, merge_adapter

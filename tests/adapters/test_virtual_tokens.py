@@ -10,24 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.adapters import PrefixAdapter, PromptAdapter
-from maxlm.adapters.virtual_tokens import from_peft, to_peft
+from maxlm.adapters.virtual_tokens import (
+    PrefixAdapter,
+    PromptAdapter,
+    from_peft,
+    to_peft,
+)
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names, param_specs, select_base_params
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.global_batch import make_global_batch
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import AxisRules
-from maxlm.train.batch import make_global_batch
 from tests.errors import message
 from tests.models.building import CONFIGS
-from tests.programs import tiny
+from tests.train import tiny
 
 N = 5
 ADAPTERS = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.program_traffic import read_program_traffic
+from maxlm.plan.compiled.program import CompiledStep, compile_step
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import CompiledStep, compile_step
 from tests.aot.conftest import SEQ, D, small_run
 
 pytestmark = pytest.mark.timeout(1800)

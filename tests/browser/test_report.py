@@ -15,7 +15,7 @@ from maxlm.config import load_config
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.serving import ServingOptions, search_serving
 from maxlm.plan.show import format_bytes, format_seconds
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.sharding import MESH_AXES
 
 RUNS = {

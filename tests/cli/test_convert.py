@@ -123,7 +123,7 @@ PARAMETERS = sum(tensor.size for tensor in golden("llama").tensors.values())
 REFUSED_BACK = {
     "new --dtype int4": "no number format 'int4'; use one of float32, bfloat16, "
     "float16",
-    "new --family lama": "no family 'lama'; known are gpt2, llama, mistral, qwen2, ...",
+    "new --family lama": "no family 'lama'; did you mean llama?",
     "new --family gpt2": "config.yaml: model: GPT2LMHeadModel has no word for ...; "
     "name another "
     "--family, or change the model",

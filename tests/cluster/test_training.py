@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import tiny
+from tests.train import tiny
 
 STEPS, EVERY = 220, 200  # seconds pass until a job is told
 

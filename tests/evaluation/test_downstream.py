@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from maxlm.evaluation.curves import compute_gold_probability, compute_position_losses
+from maxlm.evaluation.program import evaluate_model
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.scoring import Scorer
-from maxlm.programs.evaluate import evaluate_model
 from tests.inference.conftest import CONFIGS, build
-from tests.programs import tiny
+from tests.train import tiny
 
 
 def write_rows(folder) -> str:

@@ -14,8 +14,8 @@ from maxlm.evaluation.passkey import (
     evaluate_passkey,
     parse_passkey,
 )
+from maxlm.evaluation.program import cut_windows
 from maxlm.inference.requests import SequenceOutput
-from maxlm.programs.evaluate import cut_windows
 from tests.errors import message
 from tests.evaluation.test_eval_command import write_checkpoint
 from tests.serving.running import train_chat_tokenizer

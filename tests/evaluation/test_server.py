@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.programs.evaluate import evaluate_model, open_server
+from maxlm.evaluation.program import evaluate_model, open_server
 from tests.evaluation.fake_endpoint import run_endpoint
 from tests.serving.running import run_in_thread, train_chat_tokenizer
 

@@ -9,8 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from maxlm.checkpoint.folder import FolderTier
+from maxlm.checkpoint.reading import read_metadata
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
 from maxlm.huggingface.convert import export_tensors, import_tensors
+from maxlm.huggingface.families.names import ParamSlice, TensorEntry
 from maxlm.huggingface.files import (
     NUMPY,
     SafetensorsWriter,
@@ -18,9 +21,6 @@ from maxlm.huggingface.files import (
     list_stored_tensors,
     read_tensor,
 )
-from maxlm.models.families.names import ParamSlice, TensorEntry
-from maxlm.train.checkpoint.folder import FolderTier
-from maxlm.train.checkpoint.reading import read_metadata
 from tests.errors import message
 
 V, D, L, E, F = 11, 6, 3, 2, 10

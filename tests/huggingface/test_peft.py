@@ -14,17 +14,17 @@ from safetensors.numpy import load_file, save_file
 
 from maxlm.config import MaxlmError, to_yaml
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
+from maxlm.huggingface.families import FAMILIES
 from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names
 from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.families import FAMILIES
 from maxlm.models.params import flatten_names, is_leaf, param_specs
-from maxlm.programs.convert import convert
-from maxlm.programs.serve import read_lora_adapter
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.convert import convert
+from maxlm.serving.program import read_lora_adapter
 from maxlm.sharding import AxisRules
 from tests.errors import message
-from tests.programs import tiny
+from tests.train import tiny
 
 D, F, V, L = 6, 8, 11, 2
 ATTENTION = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 2}
@@ -89,7 +89,7 @@ def build_specs(config: Any) -> Any:
 
 
 def list_entries(config: Any) -> Any:
-    return FAMILIES["mixtral" if config.moe else "llama"].list_entries(config)
+    return FAMILIES.get("mixtral" if config.moe else "llama").list_entries(config)
 
 
 def read(folder: Path, config: Any = LLAMA) -> PeftAdapter:

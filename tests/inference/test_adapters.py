@@ -6,10 +6,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from maxlm.adapters import LoraAdapter
+from maxlm.adapters.lora import LoraAdapter
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel
 from maxlm.models.params import flatten_names, param_specs
 from tests.errors import message

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate, generate_tokens
 from maxlm.inference.model_runner import count_compilations
 from maxlm.inference.params import prepare_params
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.sequences import ScheduledStep
 from maxlm.inference.speculation import DraftModel, PromptLookupConfig, look_up_prompt
 from maxlm.inference.step import run_step

@@ -14,6 +14,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
@@ -24,7 +25,6 @@ from maxlm.inference.banned_sequences import fill_draft_masks
 from maxlm.inference.grammar import GrammarCompiler, GrammarMatcher
 from maxlm.inference.requests import GrammarSpec
 from maxlm.inference.sampling import (
-    SamplingConfig,
     make_keys,
     process_logits,
     sample_tokens,

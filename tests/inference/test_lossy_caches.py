@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.model_runner import allocate_state, copy_rows, state_specs
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.step import StepSizes, make_ragged_batch
-from maxlm.models.caches.config import CacheConfig
+from maxlm.models.caches.config import AnyCacheConfig
 from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.caches.layout import CacheLayout, allocate_cache_array
 from maxlm.models.caches.paged import PagedCache
@@ -57,7 +57,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def parse(**settings: Any) -> Any:
-    return TypeAdapter(CacheConfig).validate_python(settings)
+    return TypeAdapter(AnyCacheConfig).validate_python(settings)
 
 
 @dataclass

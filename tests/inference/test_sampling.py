@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec, reshard
 from scipy.stats import chisquare
 
 from maxlm.config import load_config
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.sampling import (
-    SamplingConfig,
     compute_logprobs,
     make_keys,
     process_logits,

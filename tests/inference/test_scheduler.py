@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.requests import GenerationRequest, GrammarSpec
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scheduler import Scheduler
 
 VOCAB, STOP = 12, 11

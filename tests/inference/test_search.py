@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest, TokenLogprob
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.answers import (
     parse_boxed,
     parse_choice,

@@ -9,18 +9,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate_tokens
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.inference.sequences import ScheduledStep
 from maxlm.inference.speculation import DraftModel
 from maxlm.inference.step import run_step
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.placement import place_model
 from maxlm.parallel.config import ParallelConfig
+from maxlm.run.model_placement import place_model
 from maxlm.sharding import ShardingConfig
 from maxlm.sharding.mesh import MESH_AXES
 from tests.inference.conftest import CONFIGS, Tiny

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel
 
 VOCAB = 8

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from maxlm.config import MaxlmError
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.params import bind, flatten_names, param_specs, stack_layers
+from maxlm.optim.config import OptimizerConfig
+from maxlm.optim.optimizer import make_optimizer
 from maxlm.sharding import AxisRules
-from maxlm.train.optimizer import OptimizerConfig, make_optimizer
 from tests.models import moe_building as building
 from tests.models import moe_reference as reference
 from tests.models.building import QUICK, change

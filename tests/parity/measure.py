@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.config.sampling import SamplingConfig
+from maxlm.huggingface.families.family import ModelFamily
 from maxlm.inference.generate import generate_tokens
-from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.families.family import ModelFamily
 from maxlm.sharding import ShardingConfig
 from tests.parity import compare, grok, tiny
 

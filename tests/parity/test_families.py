@@ -12,8 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from maxlm.models.families import FAMILIES  # noqa: E402
-from maxlm.programs.convert import convert  # noqa: E402
+from maxlm.huggingface.families import FAMILIES  # noqa: E402
+from maxlm.run.convert import convert  # noqa: E402
 from tests.parity import compare, measure  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -24,7 +24,9 @@ every = pytest.mark.parametrize("name", measure.CASES)
 
 
 def test_every_family_is_here():
-    assert {measure.case(name).family.name for name in measure.CASES} == set(FAMILIES)
+    assert {measure.case(name).family.name for name in measure.CASES} == set(
+        FAMILIES.kinds()
+    )
 
 
 @every

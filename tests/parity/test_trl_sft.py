@@ -17,7 +17,8 @@ from maxlm.data.loader import LoaderConfig  # noqa: E402
 from maxlm.data.tokenizer import import_tokenizer  # noqa: E402
 from maxlm.models.params import bind, flatten_names  # noqa: E402
 from maxlm.sharding import ShardingConfig  # noqa: E402
-from maxlm.tasks import SftTask, SourceInputs, TaskModels  # noqa: E402
+from maxlm.tasks import SourceInputs, TaskModels  # noqa: E402
+from maxlm.tasks.sft import SftTask  # noqa: E402
 from tests.data.tokenizer.foreign import write_checkpoint  # noqa: E402
 from tests.parity import compare, tiny  # noqa: E402
 

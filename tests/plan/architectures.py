@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from maxlm.run import RunConfig
-from tests.programs import cells
-from tests.programs.cells import CELLS, MICRO, ROWS
+from maxlm.run.config import RunConfig
+from tests.train import cells
+from tests.train.cells import CELLS, MICRO, ROWS
 
 SEQ = 32
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}

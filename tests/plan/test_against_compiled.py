@@ -12,17 +12,17 @@ import pytest
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.compiled.compare import count_step_products
 from maxlm.plan.compiled.cost import read_compiled_cost
+from maxlm.plan.compiled.program import compute_peak_bytes, make_abstract_batch
 from maxlm.plan.memory import estimate_memory, persistent_bytes
 from maxlm.plan.timing import count_frozen_forward_flops
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.workload import RunWorkload, StepShape
-from maxlm.programs.compile import compute_peak_bytes, make_abstract_batch
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import MESH_AXES
 from tests.models.building import QUICK
 from tests.plan import architectures
-from tests.programs.cells import CAPACITY, MODELS
+from tests.train.cells import CAPACITY, MODELS
 
 # (layout, model, how far bytes sent may be off): scalars and norms weigh in models so
 # small, the more with experts, whose routing sends a few numbers a token. `make test`

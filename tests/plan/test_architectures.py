@@ -16,7 +16,7 @@ from maxlm.plan.timing import (
 )
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.workload import RunWorkload, StepShape
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.sharding import MESH_AXES
 from tests.plan.architectures import run
 

@@ -13,10 +13,10 @@ from maxlm.config.assets import list_shipped_configs
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.show import format_bytes, format_count
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import MESH_AXES
-from tests.programs import tiny
+from tests.train import tiny
 
 
 def tiny_run(**top) -> RunConfig:

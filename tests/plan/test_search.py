@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.search import format_run_yaml, list_divisors, search_layouts
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 
 def run(name: str = "gpt2_medium", **settings) -> RunConfig:

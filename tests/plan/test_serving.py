@@ -30,7 +30,7 @@ from maxlm.plan.serving_cache import (
     count_token_bytes,
 )
 from maxlm.plan.timing import DECODE_EFFICIENCY
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 Size = tuple[int, int]
 """Heads, and the size of each."""

@@ -26,8 +26,8 @@ from maxlm.runtime.cluster import Cluster, find_cluster, parse_first_host
 from maxlm.runtime.rendezvous import join_processes
 from maxlm.runtime.session import describe_lost_peer
 from tests.ports import free_port
-from tests.programs import tiny
-from tests.programs.jobs import HERE, Process
+from tests.train import tiny
+from tests.train.jobs import HERE, Process
 
 WORKER = Path(__file__).with_name("peers_worker.py")
 

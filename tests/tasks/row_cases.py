@@ -12,7 +12,7 @@ import numpy as np
 from maxlm.data.loader import LoaderConfig
 from maxlm.models.params import bind
 from maxlm.sharding import bind_mesh
-from maxlm.tasks import SourceInputs, TaskModels, Vocabulary, find_task
+from maxlm.tasks import TASKS, SourceInputs, TaskModels, Vocabulary
 from tests.models.building import QUICK
 
 VOCAB, EOS = 97, 2
@@ -85,7 +85,7 @@ def make_task(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Any:
     """A task on a file of these rows."""
     path = folder / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    task = find_task(settings["kind"])
+    task = TASKS.find(settings["kind"])
     assert task is not None
     return task.model_validate({"files": [str(path)], **settings})
 

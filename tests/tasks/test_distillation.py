@@ -10,12 +10,12 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.global_batch import make_global_batch
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import bind_mesh
 from maxlm.tasks import TaskModels
 from maxlm.tasks.distillation import TextDistillationTask, write_stored_teacher
-from maxlm.train.batch import make_global_batch
 from tests.models.building import QUICK
 from tests.tasks import row_cases
 from tests.tasks.row_cases import (

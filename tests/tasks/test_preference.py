@@ -14,8 +14,8 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.models.params import bind, flatten_names
-from maxlm.programs.setup import open_training_batches, set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.setup import open_training_batches, set_up_run
 from maxlm.sharding import MeshConfig, ShardingConfig, bind_mesh
 from maxlm.tasks.preference import OrpoTask, SequenceLogProbs
 from tests.models import building

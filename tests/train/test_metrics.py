@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.programs.runs import read_run
+from maxlm.run.reporting_config import ReportingConfig
 from maxlm.train import display
 from maxlm.train.display import ConsoleDisplay, plot_loss
-from maxlm.train.records import MetricsLog, ReportingConfig, read_records
+from maxlm.train.records import MetricsLog, read_records
+from maxlm.train.runs import read_run
 from maxlm.train.trainer import measure_peak_memory_bytes
 
 QUIET = ReportingConfig(tensorboard=False)

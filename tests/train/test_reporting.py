@@ -12,12 +12,13 @@ from urllib.request import urlopen
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.run.reporting_config import ReportingConfig, WandbConfig
 from maxlm.train import records as records_module
 from maxlm.train.prometheus import PrometheusSink
-from maxlm.train.records import MetricsLog, ReportingConfig, WandbConfig, read_records
+from maxlm.train.records import MetricsLog, read_records
 from tests.errors import message
 from tests.ports import free_port
-from tests.programs import tiny
+from tests.train import tiny
 from tests.train.test_metrics import files_at_most
 
 
@@ -183,7 +184,7 @@ def test_a_run_answers_with_what_it_logs(tmp_path, monkeypatch):
     port = free_port()
     scraped = {}
     monkeypatch.setattr(
-        "maxlm.programs.train.plot_loss", lambda *paths: scraped.update(scrape(port)[0])
+        "maxlm.train.program.plot_loss", lambda *paths: scraped.update(scrape(port)[0])
     )
     reporting = {"tensorboard": False, "prometheus_port": port}
     text = tiny.write_text(tmp_path / "text")

@@ -11,11 +11,11 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Preempted
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.signals import handle_signals
 from maxlm.train import callbacks, trainer
 from maxlm.train.anomaly import LossSpikeDetector
-from maxlm.train.config import FaultToleranceConfig
 from maxlm.train.trainer import Callback, RollbackDecision, StepTimer, Trainer
 from maxlm.train.watchdog import Watchdog
 

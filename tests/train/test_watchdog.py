@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from maxlm.config.errors import LOST
-from maxlm.train.config import FaultToleranceConfig
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.train.watchdog import Watchdog
 
 QUICK = FaultToleranceConfig(hang_factor=5.0, hang_seconds=0.3, idle_seconds=1.5)

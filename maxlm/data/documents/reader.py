@@ -16,7 +16,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SourceFile
-from maxlm.data.documents.files import find_files, import_corpus_reader
+from maxlm.data.documents.files import find_corpus_reader, find_files
 from maxlm.data.documents.streams import make_whole_slice, open_parquet, open_stream
 
 _BATCH_ROWS = 64  # Of Parquet, what is decoded at a time.
@@ -69,7 +69,7 @@ def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | Non
         fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
         raise MaxlmError("a crawl holds pages, not texts", where=where, fix=fix)
     if part.file.format == "corpus":
-        yield from import_corpus_reader(where).read_corpus_slice(part)
+        yield from find_corpus_reader(where).read_corpus_slice(part)
         return
     for record in read_records(source, part):
         if record.error is not None:

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from maxlm.config.errors import MaxlmError, ProcessLost
-from maxlm.data.loader.batches import Batch
+from maxlm.data.batch_source import Batch
 from maxlm.data.loader.mixture import ENDLESS
 from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.pool import stop_with_parent

@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest, TokenLogprob
-from maxlm.inference.sampling import TOP_LOGPROBS, SamplingConfig
+from maxlm.inference.sampling import TOP_LOGPROBS
 from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
@@ -19,7 +20,7 @@ from maxlm.inference.search.continuations import (
     rank_outputs,
     require_idle,
 )
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class BeamSearchConfig(Config):

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import FinishReason, GenerationRequest, SequenceOutput
-from maxlm.inference.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
@@ -22,7 +22,7 @@ from maxlm.inference.search.continuations import (
     score_outputs,
     with_own_seed,
 )
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class TreeSearchConfig(Config):

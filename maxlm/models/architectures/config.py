@@ -3,18 +3,25 @@ common."""
 
 from collections.abc import Mapping
 from math import isclose
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeAlias,
+)
 
 from pydantic import (
-    BeforeValidator,
     Field,
     PositiveInt,
-    SerializeAsAny,
     model_validator,
 )
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.blocks import Placement, parse_ffn, parse_mixer
+from maxlm.models.blocks import FeedForwardConfig, MixerConfig, Placement
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -95,6 +102,14 @@ class TrunkSpec(NamedTuple):
 class TransformerConfig(Config):
     """Layers between an embedding and an output head."""
 
+    if TYPE_CHECKING:
+        # Each architecture declares its own, with its name as the only value.
+        architecture: Any
+
+    transformer_type: ClassVar[Literal["decoder", "encoder", "encoder_decoder"]]
+    """How tokens are read and written: what tasks, the engine and the server go by. An
+    architecture of another name is used as one of these."""
+
     vocab_size: int = Field(gt=0)
     num_layers: LayerCount
     """Layers of the model, or of the decoder where there is an encoder too."""
@@ -102,12 +117,12 @@ class TransformerConfig(Config):
     max_seq_len: int = Field(gt=0)
     """Longest sequence the model is meant for; the rows of a learned position table."""
     attention: OptionalAttention = None
-    mixer: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_mixer)] = None
+    mixer: MixerConfig | None = None
     """Another mixer in place of ``attention``, by the kind it is registered with."""
     mlp: MlpConfig | None = None
     moe: MoeConfig | None = None
     """A mixture of experts in place of ``mlp``."""
-    ffn: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_ffn)] = None
+    ffn: FeedForwardConfig | None = None
     """Another feed-forward in place of ``mlp`` and ``moe``, by the kind it is
     registered with."""
     dense_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
@@ -221,6 +236,10 @@ class TransformerConfig(Config):
         if size == 2 and isinstance(positions.scaling, NtkScaling | DynamicNtkScaling):
             what = f"scaling.kind={positions.scaling.kind} of one pair of dimensions"
             raise MaxlmError(what, fix="turn more of them, or use another scaling")
+
+    def build(self, **kwargs: Any) -> Any:
+        """Builds the model; ``kwargs``: arguments of ``Transformer``."""
+        raise NotImplementedError
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

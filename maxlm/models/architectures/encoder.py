@@ -21,6 +21,7 @@ class EncoderConfig(TransformerConfig):
     """A bidirectional encoder with a head that names masked tokens."""
 
     architecture: Literal["encoder"] = "encoder"
+    transformer_type = "encoder"
     token_types: int = Field(default=0, ge=0)
     """Rows of a table that tells apart the texts of a pair; 0: there is none."""
     head_activation: Activation | None = None

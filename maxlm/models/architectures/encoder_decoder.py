@@ -24,6 +24,7 @@ class EncoderDecoderConfig(TransformerConfig):
     """Two trunks alike but for their depth; ``num_layers`` is the decoder's."""
 
     architecture: Literal["encoder_decoder"] = "encoder_decoder"
+    transformer_type = "encoder_decoder"
     encoder_layers: LayerCount
     """Layers of the encoder."""
     start_id: int = Field(default=0, ge=0)

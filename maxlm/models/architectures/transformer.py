@@ -257,6 +257,7 @@ class DecoderConfig(TransformerConfig):
     """A causal decoder; see configs/models for published sizes."""
 
     architecture: Literal["decoder"] = "decoder"
+    transformer_type = "decoder"
 
     def build(self, **kwargs: Any) -> "Decoder":
         """Builds the model; ``kwargs``: arguments of :class:`Transformer`."""

@@ -1,7 +1,7 @@
 """Multi-head attention: multi-query, grouped, full and latent, with an optional
 key-value cache."""
 
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,10 @@ class LatentConfig(Config):
 
 
 class AttentionConfig(Config):
+    """Heads of attention, and how their scores become weights."""
+
+    kind: ClassVar[str] = "attention"
+
     num_heads: int = Field(gt=0)
     """Query heads."""
     num_kv_heads: int = Field(gt=0)

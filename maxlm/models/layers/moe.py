@@ -5,7 +5,7 @@ are added, weighted by score. Parameters grow with the number of experts, work w
 alone.
 """
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,10 @@ from maxlm.sharding import AxisRules
 
 
 class MoeConfig(Config):
+    """A mixture of experts, and how tokens are routed to them."""
+
+    kind: ClassVar[str] = "moe"
+
     num_experts: int = Field(gt=0)
     """Routed experts."""
     experts_per_token: int = Field(gt=0)
