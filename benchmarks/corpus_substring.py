@@ -158,7 +158,7 @@ def sorting_seconds(texts: Sequence[str], size: int) -> dict[str, float]:
     joined = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
     offsets = np.cumsum([0, *map(len, texts)])
     hashing = time.process_time()
-    hashes, _ = hash_windows(joined, *find_words(joined, offsets), size)
+    hashes, _ = hash_windows(joined, find_words(joined, offsets), size)
     np.argsort(hashes, kind="stable")
     return {
         "suffixes": sorted_ - began,

@@ -9,30 +9,34 @@ import mmap
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.encoding import decode, remove_control_characters
+from maxlm.corpus.encoding import decode_page, remove_control_characters
 from maxlm.corpus.stage import check_packages
 from maxlm.data.documents.config import FilesConfig
+
+if TYPE_CHECKING:
+    from fastwarc.warc import WarcRecord
 
 SkipCallback = Callable[[str], None]
 """Called with the reason, for each record that is no document."""
 
 _LINE_START = b"\nWARC/"
-_GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+_GZIP = b"\x1f\x8b\x08"
+_ZSTD = b"\x28\xb5\x2f\xfd"
 _CHARSET = re.compile(r"charset\s*=\s*(?:[\"']\s*)?([\w.:-]+)", re.I)
 _HTML = re.compile(rb"<(?:!doctype\s+html|html|head|body|title|meta)\b", re.I)
-_SNIFF = 1024
+_SNIFF = 1024  # Bytes in which a page is told from something else.
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
-_MOST_FALSE_STARTS = (
-    256  # Else a file made of nothing but magic numbers would take for ever.
-)
+# Else a file made of nothing but magic numbers would take for ever.
+_MOST_FALSE_STARTS = 256
 _BOMB = 1 << 30  # So long a record is not even decompressed.
 
 
@@ -86,7 +90,7 @@ def read_warc(
     """
     try:
         with open(path, "rb") as file:
-            if not path.stat().st_size:
+            if not path.stat().st_size:  # Which cannot be mapped.
                 on_skip("broken")
                 return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -94,9 +98,9 @@ def read_warc(
                     file, view, path.name, on_skip, max_record_bytes
                 )
     except OSError as error:
-        what = f"cannot read: {error.strerror or error}"
+        message = f"cannot read: {error.strerror or error}"
         raise MaxlmError(
-            what, where=str(path), fix="check the file and its permissions"
+            message, where=str(path), fix="check the file and its permissions"
         ) from error
 
 
@@ -112,16 +116,10 @@ def _read_records(
     check_packages(("fastwarc",), "reading a WARC")
     from fastwarc.warc import ArchiveIterator
 
-    # What a record begins with; told by the file's name where its beginning is damaged.
-    marks = {".gz": _GZIP, ".zst": _ZSTD}
-    mark = next((m for m in marks.values() if view[:4].startswith(m)), None)
-    if mark is None:
-        mark = (
-            _LINE_START
-            if view[:5] == b"WARC/"
-            else marks.get(Path(name).suffix, _LINE_START)
-        )
-    start, false_starts, is_counted = 0, 0, False
+    mark = _find_record_mark(view, name)
+    start = 0
+    false_starts = 0
+    is_counted = False  # What is broken here.
     while start >= 0 and false_starts < _MOST_FALSE_STARTS:
         file.seek(start)
         false_starts += 1
@@ -131,27 +129,42 @@ def _read_records(
                 false_starts = 0
                 start = record.stream_pos
                 try:
-                    yield _read_document(record, name, max_bytes)
-                    is_counted = False
-                except _PassOver as why:
-                    count(str(why))
-                    is_counted = isinstance(why, _Damaged)
+                    document = _read_document(record, name, max_bytes)
+                except _PassOver as reason:
+                    count(str(reason))
+                    is_counted = isinstance(reason, _Damaged)
                     if is_counted or record.content_length > _BOMB:
                         break
+                else:
+                    yield document
+                    is_counted = False
             else:
                 if not false_starts:
-                    return
+                    return  # The end of the file.
                 raise OSError("no record here")
         except OSError:
             if not is_counted:
                 count("broken")
             is_counted = True
         start = view.find(mark, start + 1)
-        start += mark == _LINE_START and start >= 0
+        if mark == _LINE_START and start >= 0:
+            start += 1  # The record begins after the line end.
 
 
-def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
-    """Reads a record of fastwarc's. Raises _PassOver: it is no document, or broken."""
+def _find_record_mark(view: mmap.mmap, name: str) -> bytes:
+    """Returns what each record of a file begins with; told by the file's name where its
+    beginning is damaged."""
+    marks = {".gz": _GZIP, ".zst": _ZSTD}
+    for mark in marks.values():
+        if view[:4].startswith(mark):
+            return mark
+    if view[:5] == b"WARC/":
+        return _LINE_START
+    return marks.get(Path(name).suffix, _LINE_START)
+
+
+def _read_document(record: "WarcRecord", name: str, max_bytes: int) -> RawDocument:
+    """Reads a record. Raises _PassOver: it is no document, or broken."""
     kind = str(record.record_type)
     headers = record.headers
     if kind not in ("response", "resource", "conversion"):
@@ -165,62 +178,75 @@ def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
     # A Content-Length that is too large swallows the records that follow; a wrong one
     # reads as 0.
     is_whole = len(body) >= length and b"\r\n\r\nWARC/" not in body
-    if not is_whole or (record.is_http and (http is None or http.status_code is None)):
+    if not is_whole:
         raise _Damaged("broken")
     content_type = headers.get("Content-Type") or ""
-    codings = ()
+    codings = []
     if record.is_http:
+        if http is None or http.status_code is None:
+            raise _Damaged("broken")
         if http.status_code // 100 != 2:
             raise _PassOver("status")
-        content_type = http.get("Content-Type", "")
-        names = ("Transfer-Encoding", "Content-Encoding")
-        codings = [c for each in names for c in reversed(http.get(each, "").split(","))]
-    media = content_type.partition(";")[0].strip().lower()
-    is_text = media == "text/plain" and kind != "response"
-    if media and media not in _HTML_TYPES and not is_text:
+        content_type = http.get("Content-Type") or ""
+        # The last that was applied is undone first.
+        for header in ("Transfer-Encoding", "Content-Encoding"):
+            codings += reversed((http.get(header) or "").split(","))
+    media_type = content_type.partition(";")[0].strip().lower()
+    is_text = media_type == "text/plain" and kind != "response"
+    if media_type and media_type not in _HTML_TYPES and not is_text:
         raise _PassOver("not_html")
     for coding in codings:
-        body = _undo(body, coding.strip().lower(), max_bytes)
+        body = _undo_coding(body, coding.strip().lower(), max_bytes)
     if not body.strip():
         raise _PassOver("empty")
-    if not media and not _HTML.search(body, 0, _SNIFF):
+    if not media_type and not _HTML.search(body, 0, _SNIFF):
         raise _PassOver("not_html")
+
     charset = _CHARSET.search(content_type[:_SNIFF])
-    found = {"date": headers.get("WARC-Date"), "content_type": media}
-    found["charset"] = charset[1] if charset else None
-    meta = {key: value for key, value in found.items() if value}
-    id_ = (headers.get("WARC-Record-ID") or "").strip("<> ").removeprefix("urn:uuid:")
+    meta = {}
+    date = headers.get("WARC-Date")
+    if date:
+        meta["date"] = date
+    if media_type:
+        meta["content_type"] = media_type
+    if charset:
+        meta["charset"] = charset[1]
+    record_id = (headers.get("WARC-Record-ID") or "").strip("<> ")
+    record_id = record_id.removeprefix("urn:uuid:")
+    url = (headers.get("WARC-Target-URI") or "").strip("<> ")  # wget writes <URL>
+    text = None
+    if is_text:
+        decoded, _ = decode_page(body, meta.get("charset"))
+        text = remove_control_characters(decoded)
     return RawDocument(
-        id=id_ or f"{name}:{record.stream_pos}",
-        url=(headers.get("WARC-Target-URI") or "").strip("<> ")
-        or None,  # wget writes <URL>
+        id=record_id or f"{name}:{record.stream_pos}",
+        url=url or None,
         html=None if is_text else body,
-        text=remove_control_characters(decode(body, meta.get("charset"))[0])
-        if is_text
-        else None,
+        text=text,
         meta=meta,
     )
 
 
-def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
-    """Undo one HTTP coding. Crawlers often store the decoded body under the old
+def _undo_coding(body: bytes, coding: str, max_bytes: int) -> bytes:
+    """Undoes one HTTP coding. Crawlers often store the decoded body under the old
     headers. Raises _PassOver: what comes out is longer than `max_bytes`; it is neither
     coded so nor HTML."""
     from fastwarc import stream_io
 
     if coding in ("", "identity", "none") or not body:
         return body
-    open_ = {
+    readers = {
         "chunked": stream_io.ChunkedReader,
         "gzip": stream_io.GzipReader,
         "deflate": partial(_open_deflate, max_bytes + 1),
         "br": stream_io.BrotliReader,
         "zstd": stream_io.ZstdReader,
-    }.get(coding.removeprefix("x-"))
-    try:
-        decoded = open_(io.BytesIO(body)).read(max_bytes + 1) if open_ else b""
-    except (OSError, zlib.error):
-        decoded = b""
+    }
+    open_reader = readers.get(coding.removeprefix("x-"))
+    decoded = b""
+    if open_reader is not None:
+        with suppress(OSError, zlib.error):
+            decoded = open_reader(io.BytesIO(body)).read(max_bytes + 1)
     if len(decoded) > max_bytes:
         raise _PassOver("too_large")
     if not decoded and b"<" not in body[:_SNIFF]:
@@ -229,10 +255,9 @@ def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
 
 
 def _open_deflate(size: int, stream: io.BytesIO) -> io.BytesIO:
-    """The first `size` bytes of deflate data, which come with or without zlib's
+    """Opens the first `size` bytes of deflate data, which come with or without zlib's
     header."""
     data = stream.read()
-    unpack = zlib.decompressobj(
-        zlib.MAX_WBITS if data[:1] == b"\x78" else -zlib.MAX_WBITS
-    )
-    return io.BytesIO(unpack.decompress(data, size))
+    has_header = data[:1] == b"\x78"
+    window_bits = zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
+    return io.BytesIO(zlib.decompressobj(window_bits).decompress(data, size))

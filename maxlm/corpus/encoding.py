@@ -25,8 +25,9 @@ CONTROLS = bytes({*range(32), 127} - set(b"\t\n\r"))
 _FEW_ERRORS = {"utf-8": 0.2}  # Of the characters that are not ASCII.
 
 
-def decode(data: bytes, charset: str | None = None) -> tuple[str, str]:
-    """Returns the text without NUL, and the name of its encoding; never fails.
+def decode_page(data: bytes, charset: str | None = None) -> tuple[str, str]:
+    """Decodes a page. Returns the text without NUL, and the name of its encoding; never
+    fails.
 
     In this order: a byte order mark; UTF-8 if the data are (nearly) that, whatever is
     declared, since other encodings hardly ever look so; the charset of the HTTP header;
@@ -34,44 +35,52 @@ def decode(data: bytes, charset: str | None = None) -> tuple[str, str]:
     Encoding Standard says: "iso-8859-1" is cp1252. In HTTP that is a server's default
     more often than the truth, so a meta tag goes before it.
     """
-    for bom, name in _BOMS:
-        if data.startswith(bom):
-            return data[len(bom) :].decode(name, "replace").replace("\0", ""), name
+    for mark, encoding in _BOMS:
+        if data.startswith(mark):
+            text = data[len(mark) :].decode(encoding, "replace")
+            return text.replace("\0", ""), encoding
     if b"\x1b" not in data:  # ISO-2022-JP is all ASCII, but for escapes.
         with suppress(UnicodeDecodeError):
-            return (
-                data.replace(b"\0", b"") if b"\0" in data else data
-            ).decode(), "utf-8"
-    text, name, least = "", "", 2.0
-    for candidate in _candidates(data, charset):
-        tried = data.decode(candidate, "replace")
-        foreign = len(tried) - len(tried.encode("ascii", "ignore"))
-        errors = tried.count("\ufffd") / foreign if foreign else 0.0
-        if errors < least:
-            text, name, least = tried, candidate, errors
-        if errors <= _FEW_ERRORS.get(candidate, 0.02):
+            return data.replace(b"\0", b"").decode(), "utf-8"
+    # The first candidate that fits well, else the one that fits best.
+    best_text = ""
+    best_encoding = ""
+    fewest_errors = 2.0  # More than any share.
+    for encoding in _list_candidates(data, charset):
+        text = data.decode(encoding, "replace")
+        num_foreign = len(text) - len(text.encode("ascii", "ignore"))
+        errors = text.count("\ufffd") / num_foreign if num_foreign else 0.0
+        if errors < fewest_errors:
+            best_text = text
+            best_encoding = encoding
+            fewest_errors = errors
+        if errors <= _FEW_ERRORS.get(encoding, 0.02):
             break
-    return text.replace("\0", ""), name
+    return best_text.replace("\0", ""), best_encoding
 
 
-def _candidates(data: bytes, charset: str | None) -> Iterator[str]:
-    """Python's names of encodings, likeliest first."""
+def _list_candidates(data: bytes, charset: str | None) -> Iterator[str]:
+    """Yields Python's names of encodings, likeliest first."""
     from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
-    def known(
-        name: str | None,
-    ) -> str | None:  # Python also "decodes" base64 and the like.
-        name = map_encoding_to_html5(name, fallback_utf8=False) if name else None
-        return _SUPERSETS.get(name, name) if name else None
+    # Only what HTML knows: Python also "decodes" base64 and the like.
+    def get_known(name: str | None) -> str | None:
+        if not name:
+            return None
+        encoding = map_encoding_to_html5(name, fallback_utf8=False)
+        return _SUPERSETS.get(encoding, encoding) if encoding else None
 
-    meta = _META.search(data, 0, _META_BYTES)
-    declared = [known(charset), known(meta[1].decode() if meta else None)]
+    meta_tag = _META.search(data, 0, _META_BYTES)
+    declared = [
+        get_known(charset),
+        get_known(meta_tag[1].decode() if meta_tag else None),
+    ]
     if declared[0] == "cp1252":
         declared.reverse()
     if b"\x1b" not in data:
         declared.insert(0, "utf-8")
     yield from filter(None, declared)
-    yield known(detect_encoding(data)) or "utf-8"
+    yield get_known(detect_encoding(data)) or "utf-8"
     yield "cp1252"
 
 

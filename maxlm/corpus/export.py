@@ -40,7 +40,7 @@ def export_corpus(
     force: bool = False,
     progress: Progress = ignore_progress,
 ) -> Counter[str]:
-    """Write the documents that `rules` keep to files in the folder `out`, one of each
+    """Writes the documents that `rules` keep to files in the folder `out`, one of each
     shard.
 
     They are those that a token store is built from, in the same order, each with `id`,
@@ -58,25 +58,29 @@ def export_corpus(
     """
     out = out.absolute()
     _check_replaceable(out, force)
-    language = find_language_label(corpus)
-    columns = ("id", "source", "url", "meta", *([language] if language else []))
+    columns = ["id", "source", "url", "meta"]
+    language_label = find_language_label(corpus)
+    if language_label:
+        columns.append(language_label)
     shards = corpus.settle_rules(rules, progress)
     building = out.with_name(f".{out.name}.exporting")
     with lock_folder(building), convert_write_errors(out):
         new = building / "new"
         shutil.rmtree(new, ignore_errors=True)  # Of a killed export.
         new.mkdir()
-        counts = Counter[str](dict.fromkeys(_COUNTS, 0))
-        write = partial(_export_shard, rules, columns, format, new)
         executor.require_on_workers(building, ())
-        for each in JobRunner("export", executor, progress)(
-            write, list(enumerate(shards))
-        ):
-            counts.update(each)
-        about = (
-            {"corpus": str(corpus.folder), "format": format} | rules.describe() | counts
-        )
-        (new / _MANIFEST).write_text(json.dumps(about, indent=1))
+        export_shard = partial(_export_shard, rules, columns, format, new)
+        run = JobRunner("export", executor, progress)
+        counts = Counter[str](dict.fromkeys(_COUNTS, 0))
+        for shard_counts in run(export_shard, list(enumerate(shards))):
+            counts.update(shard_counts)
+        manifest = {
+            "corpus": str(corpus.folder),
+            "format": format,
+            **rules.describe(),
+            **counts,
+        }
+        (new / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         if out.exists():
             shutil.rmtree(out)
         os.rename(new, out)
@@ -98,16 +102,15 @@ def _check_replaceable(out: Path, force: bool) -> None:
 def _export_shard(
     rules: FilterRules,
     columns: Sequence[str],
-    format: str,
+    format: Literal["parquet", "jsonl"],
     folder: Path,
     part: tuple[int, StageShardView],
 ) -> Counter[str]:
+    """Exports a shard, unless nothing is kept of it. `part`: its number and it."""
     number, shard = part
     counts: Counter[str] = Counter()
-    names = [name if "." not in name else "language" for name in columns]
-    schema = pa.schema(
-        [*((n, pa.string()) for n in names), ("text", pa.large_string())]
-    )
+    # The only label among the columns is that of the language.
+    names = ["language" if "." in column else column for column in columns]
 
     def read_rows() -> Iterator[dict[str, Any]]:
         for values, text in read_filtered_documents(shard, rules, columns):
@@ -117,30 +120,42 @@ def _export_shard(
             else:
                 counts["dropped" if text is None else "empty"] += 1
 
-    path = folder / f"{number:06d}.{format}"
     if format == "parquet":
-        groups = batch_by_size(
-            read_rows(), lambda row: len(row["text"]), _GROUP_CHARS, _GROUP_ROWS
-        )
-        with (
-            replace_file(path) as new,
-            pq.ParquetWriter(new, schema, compression="zstd") as file,
-        ):
-            for rows in groups:
-                file.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+        path = folder / f"{number:06d}.parquet"
+        fields = [(name, pa.string()) for name in names]
+        schema = pa.schema([*fields, ("text", pa.large_string())])
+        _write_parquet(path, read_rows(), schema)
     else:
-        path = path.with_name(f"{path.name}.gz")
-        with (
-            replace_file(path) as new,
-            new.open("wb") as raw,
-            # Neither a name nor a time in the header: the same documents are the same
-            # bytes.
-            gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
-        ):
-            for row in read_rows():
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        path = folder / f"{number:06d}.jsonl.gz"
+        _write_jsonl(path, read_rows())
     if counts["documents"]:
         counts["files"] = 1
     else:
         path.unlink()
     return counts
+
+
+def _write_parquet(
+    path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema
+) -> None:
+    groups = batch_by_size(
+        rows, lambda row: len(row["text"]), _GROUP_CHARS, _GROUP_ROWS
+    )
+    with (
+        replace_file(path) as new,
+        pq.ParquetWriter(new, schema, compression="zstd") as file,
+    ):
+        for group in groups:
+            file.write_batch(pa.RecordBatch.from_pylist(group, schema=schema))
+
+
+def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    with (
+        replace_file(path) as new,
+        new.open("wb") as raw,
+        # Neither a name nor a time in the header: the same documents are the same
+        # bytes.
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
+    ):
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import cached_property, reduce
 from itertools import pairwise
 from math import isfinite
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,11 @@ from pyarrow import types
 
 from maxlm.config import MaxlmError
 
-_COMPARE: dict[type, Callable] = {
+Value: TypeAlias = "pa.Array | pa.ChunkedArray | pa.Scalar"
+"""The value of an expression: of each row, or one for all of them."""
+
+_Function = Callable[[Value, Value], Value]
+_COMPARISONS: dict[type[ast.cmpop], _Function] = {
     ast.Eq: pc.equal,
     ast.NotEq: pc.not_equal,
     ast.Lt: pc.less,
@@ -34,16 +38,13 @@ _COMPARE: dict[type, Callable] = {
     ast.GtE: pc.greater_equal,
 }
 # In float64: integers of labels would silently wrap around.
-_ARITHMETIC: dict[type, Callable] = {
+_ARITHMETIC: dict[type[ast.operator], _Function] = {
     ast.Add: pc.add,
     ast.Sub: pc.subtract,
     ast.Mult: pc.multiply,
     ast.Div: pc.divide,
 }
-_FIX = 'write it like: language.name == "en" and heuristics.words >= 50'
-
-
-_SIGNS: dict[type, str] = {
+_SIGNS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==",
     ast.NotEq: "!=",
     ast.Lt: "<",
@@ -52,6 +53,7 @@ _SIGNS: dict[type, str] = {
     ast.GtE: ">=",
 }
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_FIX = 'write it like: language.name == "en" and heuristics.words >= 50'
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Expression:
-    """A condition on a document's labels. Made by `parse`; picklable."""
+    """A condition on a document's labels. Made by `parse_expression`; picklable."""
 
     text: str
 
@@ -78,7 +80,7 @@ class Expression:
     @cached_property
     def label_names(self) -> tuple[str, ...]:
         """The labels that the expression names, each once."""
-        return tuple(dict.fromkeys(_names(self._tree)))
+        return tuple(dict.fromkeys(_list_names(self._tree)))
 
     @cached_property
     def thresholds(self) -> tuple[Threshold, ...]:
@@ -91,11 +93,9 @@ class Expression:
         """Returns the expression with labels replaced by constants."""
         if values.keys().isdisjoint(self.label_names):
             return self
-        return Expression(
-            ast.unparse(
-                _LabelReplacer(values).visit(ast.parse(ast.unparse(self._tree)))
-            )
-        )
+        # A copy: the replacer changes a tree in place.
+        tree = ast.parse(ast.unparse(self._tree))
+        return Expression(ast.unparse(_LabelReplacer(values).visit(tree)))
 
     def evaluate(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
         """Marks rows that fulfil it: bool [rows]. `table` has the columns
@@ -106,61 +106,76 @@ class Expression:
         return pc.fill_null(value, False).to_numpy(zero_copy_only=False)
 
 
-def parse(
+def parse_expression(
     text: str, labels: Mapping[str, pa.DataType], error_location: str
 ) -> Expression:
-    """Check an expression against the types of the labels that it may name.
-    `error_location`: the config key it comes from, for errors."""
+    """Parses an expression and checks it against the types of the labels that it may
+    name. `error_location`: the config key it comes from, for errors."""
     expression = Expression(text)
     try:
         tree = expression._tree
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        what = f"{text!r} is no expression: {getattr(error, 'msg', str(error))}"
-        raise MaxlmError(what, where=error_location, fix=_FIX) from error
+        reason = getattr(error, "msg", str(error))
+        message = f"{text!r} is no expression: {reason}"
+        raise MaxlmError(message, where=error_location, fix=_FIX) from error
+    names = expression.label_names
+    for name in names:
+        if name not in labels:
+            raise make_unknown_label_error(name, labels, error_location)
+    # Evaluating it on one row of nulls tells whether it has a meaning and of what type.
+    columns = {name: pa.nulls(1, labels[name]) for name in names}
+    if not names:
+        columns = {"": pa.nulls(1)}  # For the number of rows.
     try:
-        names = expression.label_names
-        for name in names:
-            if name not in labels:
-                raise make_unknown_label_error(name, labels, error_location)
-        empty = pa.Table.from_arrays(
-            [pa.nulls(1, labels[n]) for n in names], list(names)
-        )
-        value = _evaluate(tree, empty if names else pa.table({"": pa.nulls(1)}))
-    except _Unknown as error:
-        what = f"{text!r}: {error} means nothing here"
-        raise MaxlmError(what, where=error_location, fix=_FIX) from error
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        what = f"{text!r} compares things of different kinds ({str(error).splitlines()[0]})"
+        value = _evaluate(tree, pa.table(columns))
+    except _MeaninglessSyntax as error:
+        message = f"{text!r}: {error} means nothing here"
+        raise MaxlmError(message, where=error_location, fix=_FIX) from error
+    except (pa.ArrowException, _WrongKind, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"{text!r} compares things of different kinds ({reason})"
         kinds = ", ".join(f"{name} is {labels[name]}" for name in names)
-        raise MaxlmError(what, where=error_location, fix=f"labels: {kinds}") from error
-    if not pa.types.is_boolean(value.type):
-        what = f"{text!r} is a value, not a condition"
         raise MaxlmError(
-            what, where=error_location, fix="compare it with something"
-        ) from None
+            message, where=error_location, fix=f"labels: {kinds}"
+        ) from error
+    if not pa.types.is_boolean(value.type):
+        message = f"{text!r} is a value, not a condition"
+        raise MaxlmError(message, where=error_location, fix="compare it with something")
     return expression
 
 
-class _Unknown(Exception):
+class _MeaninglessSyntax(Exception):
     """Syntax that has no meaning in an expression."""
+
+
+class _WrongKind(Exception):
+    """Arithmetic with something else than numbers."""
 
 
 def make_unknown_label_error(
     name: str, labels: Mapping[str, pa.DataType], error_location: str
 ) -> MaxlmError:
-    """The error for a label that does not exist; names near ones."""
+    """Makes the error for a label that does not exist; it names near ones."""
     near = get_close_matches(name, labels, n=3, cutoff=0.5)
-    near = near or [label for label in labels if name.rpartition(".")[2] in label][:3]
-    listed = ", ".join(near or list(labels)[:8]) or "no stage gives any"
-    fix = f"did you mean {listed}?" if near else f"there are: {listed}"
+    if not near:
+        last_part = name.rpartition(".")[2]
+        near = [label for label in labels if last_part in label][:3]
+    if near:
+        fix = f"did you mean {', '.join(near)}?"
+    else:
+        fix = f"there are: {', '.join(list(labels)[:8]) or 'no stage gives any'}"
     return MaxlmError(f'there is no label "{name}"', where=error_location, fix=fix)
 
 
-def _dotted(node: ast.expr) -> str | None:
+def _get_dotted_name(node: ast.AST) -> str | None:
+    """Returns the label that a node names, such as "language.name"; None: it is no
+    name."""
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Attribute) and (inner := _dotted(node.value)):
-        return f"{inner}.{node.attr}"
+    if isinstance(node, ast.Attribute):
+        prefix = _get_dotted_name(node.value)
+        if prefix is not None:
+            return f"{prefix}.{node.attr}"
     return None
 
 
@@ -170,8 +185,8 @@ class _LabelReplacer(ast.NodeTransformer):
     def __init__(self, values: Mapping[str, bool | float | tuple[()] | None]):
         self._values = values
 
-    def visit(self, node: ast.AST) -> Any:
-        name = _dotted(node) if isinstance(node, ast.expr) else None
+    def visit(self, node: ast.AST) -> ast.AST:
+        name = _get_dotted_name(node)
         if name is None:
             return self.generic_visit(node)
         if name not in self._values:
@@ -181,10 +196,15 @@ class _LabelReplacer(ast.NodeTransformer):
         return ast.Constant(False if isinstance(value, tuple) else value)
 
 
-def _names(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.expr) and (name := _dotted(node)):
+def _list_names(node: ast.AST) -> list[str]:
+    """Lists the labels that a node and those below it name, from left to right."""
+    name = _get_dotted_name(node)
+    if name is not None:
         return [name]
-    return [name for child in ast.iter_child_nodes(node) for name in _names(child)]
+    names = []
+    for child in ast.iter_child_nodes(node):
+        names += _list_names(child)
+    return names
 
 
 def _list_thresholds(tree: ast.expr) -> list[Threshold]:
@@ -192,15 +212,16 @@ def _list_thresholds(tree: ast.expr) -> list[Threshold]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Compare):
             continue
+        # `1 <= a < 2` is two comparisons.
         sides = pairwise([node.left, *node.comparators])
         for (left, right), operator in zip(sides, node.ops, strict=True):
             sign = _SIGNS.get(type(operator))
             if sign is None:
                 continue
-            label = _dotted(left)
+            label = _get_dotted_name(left)
             value = _parse_number(right)
             if label is None:
-                label = _dotted(right)
+                label = _get_dotted_name(right)
                 value = _parse_number(left)
                 sign = _MIRRORED.get(sign, sign)
             if label is not None and value is not None:
@@ -215,57 +236,73 @@ def _parse_number(node: ast.expr) -> float | None:
         value = ast.literal_eval(node)
     except ValueError:
         return None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not isfinite(value)
-    ):
+    # True and False are ints to Python.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not isfinite(value):
         return None
     return float(value)
 
 
-def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:
-    name = _dotted(node)
+def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Value:
+    """Evaluates an expression on the rows of a table.
+
+    Raises:
+        _MeaninglessSyntax: a part of it means nothing.
+        _WrongKind, pa.ArrowException: it calculates with or compares what it cannot.
+    """
+    name = _get_dotted_name(node)
     if name is not None:
         return table.column(name)
     match node:
         case ast.Constant(value=str() | int() | float() | bool() | None):
             return pa.scalar(node.value)
-        case ast.BoolOp(op=op, values=values):
+        case ast.BoolOp(op=op, values=operands):
             join = pc.and_kleene if isinstance(op, ast.And) else pc.or_kleene
-            return reduce(join, (_evaluate(value, table) for value in values))
+            return reduce(join, [_evaluate(operand, table) for operand in operands])
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return pc.invert(_evaluate(operand, table))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return pc.negate(_evaluate(operand, table))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-            sides = (_float(_evaluate(side, table)) for side in (left, right))
-            return _ARITHMETIC[type(op)](*sides)
+            left_value = _to_float(_evaluate(left, table))
+            right_value = _to_float(_evaluate(right, table))
+            return _ARITHMETIC[type(op)](left_value, right_value)
         case ast.Compare(left=left, ops=ops, comparators=comparators):
-            sides = zip(pairwise([left, *comparators]), ops, strict=True)
-            return reduce(
-                pc.and_kleene, (_compare(a, op, b, table) for (a, b), op in sides)
-            )
-    raise _Unknown(ast.unparse(node))
+            sides = pairwise([left, *comparators])
+            results = [
+                _compare(one, op, other, table)
+                for (one, other), op in zip(sides, ops, strict=True)
+            ]
+            return reduce(pc.and_kleene, results)
+    raise _MeaninglessSyntax(ast.unparse(node))
 
 
-def _compare(left: ast.expr, op: ast.cmpop, right: ast.expr, table: Any) -> Any:
+def _compare(
+    left: ast.expr,
+    op: ast.cmpop,
+    right: ast.expr,
+    table: pa.RecordBatch | pa.Table,
+) -> Value:
     if isinstance(op, ast.Is | ast.IsNot) and ast.unparse(right) == "None":
-        null = pc.is_null(_evaluate(left, table))
-        return null if isinstance(op, ast.Is) else pc.invert(null)
-    if isinstance(op, ast.In | ast.NotIn) and isinstance(
-        right, ast.Tuple | ast.List | ast.Set
-    ):
+        is_null = pc.is_null(_evaluate(left, table))
+        return is_null if isinstance(op, ast.Is) else pc.invert(is_null)
+    is_collection = isinstance(right, ast.Tuple | ast.List | ast.Set)
+    if isinstance(op, ast.In | ast.NotIn) and is_collection:
         value = _evaluate(left, table)
-        matches = (pc.equal(value, _evaluate(each, table)) for each in right.elts)
-        found = reduce(pc.or_kleene, matches, pa.scalar(False))
-        return found if isinstance(op, ast.In) else pc.invert(found)
-    if type(op) in _COMPARE:
-        return _COMPARE[type(op)](_evaluate(left, table), _evaluate(right, table))
-    raise _Unknown(f"{ast.unparse(left)} {type(op).__name__} {ast.unparse(right)}")
+        is_member = pa.scalar(False)
+        for element in right.elts:
+            is_equal = pc.equal(value, _evaluate(element, table))
+            is_member = pc.or_kleene(is_member, is_equal)
+        return is_member if isinstance(op, ast.In) else pc.invert(is_member)
+    if type(op) in _COMPARISONS:
+        compare = _COMPARISONS[type(op)]
+        return compare(_evaluate(left, table), _evaluate(right, table))
+    raise _MeaninglessSyntax(
+        f"{ast.unparse(left)} {type(op).__name__} {ast.unparse(right)}"
+    )
 
 
-def _float(value: Any) -> Any:
+def _to_float(value: Value) -> Value:
     if not (types.is_integer(value.type) or types.is_floating(value.type)):
-        raise TypeError(f"no arithmetic with {value.type}")
+        raise _WrongKind(f"no arithmetic with {value.type}")
     return pc.cast(value, pa.float64())

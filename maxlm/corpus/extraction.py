@@ -24,11 +24,15 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.encoding import CONTROLS, decode, remove_control_characters
+from maxlm.corpus.encoding import CONTROLS, decode_page, remove_control_characters
 
 _MEMORY = 4 << 30  # Bytes of address space; what needs more is broken.
 _GRACE = 60  # Seconds on the clock for a page, beside 20 for each of processor time.
-_CHILD = "import sys; sys.path[:] = {path!r}; import {module} as m; m.serve_extractor{arguments!r}"
+# The program of the child process.
+_CHILD = (
+    "import sys; sys.path[:] = {path!r}; "
+    "import {module} as m; m.serve_extractor{arguments!r}"
+)
 _HEAD = 1 << 16  # Characters of a page in which its metadata are looked for.
 _TAG = re.compile(r"<[a-zA-Z!/?]")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-\w+)*")
@@ -50,33 +54,18 @@ MOST_DEPTH = 256
 page."""
 _SLOW_DEPTH = 3000
 """Depth beyond which resiliparse, whose time grows with its square, is slow."""
-_FLAT_DEPTH = (
-    200  # Of counted elements that keep their tags; parsers add some of their own.
-)
+# Of counted elements that keep their tags; parsers add some of their own.
+_FLAT_DEPTH = 200
 # A tag with its attributes; in quotes there may be a ">".
 _TAG_WITH_NAME = re.compile(
     r"""<(/?)([a-zA-Z][a-zA-Z0-9]*)(?:[^<>"']|"[^"<]*"|'[^'<]*')*>?"""
 )
 # Elements without an end tag, and those whose end tag may be left out, by their first
 # letters.
-_UNCLOSED = frozenset(
-    (
-        "are",
-        "bas",
-        "br",
-        "col",
-        "dd",
-        "dt",
-        "emb",
-        "hr",
-        "img",
-        "inp",
-        "li",
-        "lin",
-        "met",
-        "opt",
-    )
-).union(("p", "sou", "tbo", "td", "tfo", "th", "the", "tr", "tra", "wbr"))
+_UNCLOSED = frozenset([
+    "are", "bas", "br", "col", "dd", "dt", "emb", "hr", "img", "inp", "li", "lin",
+    "met", "opt", "p", "sou", "tbo", "td", "tfo", "th", "the", "tr", "tra", "wbr",
+])  # fmt: skip
 # Elements whose content is no markup: without their tags it would be text.
 _RAW = frozenset(
     ["script", "style", "title", "textarea", "noscript", "iframe", "template", "xmp"]
@@ -106,7 +95,7 @@ class ExtractedPage:
 def extract_page(
     data: bytes, charset: str | None, use_trafilatura: bool, markdown: bool
 ) -> ExtractedPage:
-    """Read a page.
+    """Reads a page.
 
     Args:
         data: HTML.
@@ -118,20 +107,26 @@ def extract_page(
             2018).
         markdown: headings, emphasis and fences around code; only for trafilatura.
     """
-    source, encoding = decode(data, charset)
+    source, encoding = decode_page(data, charset)
     # A tenth of random bytes are controls, and they are no UTF-8.
-    controls = len(data) - len(data.translate(None, CONTROLS))
-    binary = not encoding.startswith("utf") and controls > len(data) // 20
-    if binary or not _TAG.search(source):
+    num_controls = len(data) - len(data.translate(None, CONTROLS))
+    is_binary = not encoding.startswith("utf") and num_controls > len(data) // 20
+    if is_binary or not _TAG.search(source):
         return ExtractedPage("not_html", encoding=encoding)
-    page = ExtractedPage("ok", None, *_read_metadata(source[:_HEAD]), encoding)
-    if source.count("<") > (MOST_DEPTH if use_trafilatura else _SLOW_DEPTH):
+    title, day, language = _read_metadata(source[:_HEAD])
+    page = ExtractedPage(
+        status="ok", title=title, date=day, language_hint=language, encoding=encoding
+    )
+    # No page of fewer tags is deep.
+    deepest = MOST_DEPTH if use_trafilatura else _SLOW_DEPTH
+    flat = source
+    if source.count("<") > deepest:
         flat = flatten_deep_html(source)
-    else:
-        flat = source
-    text = _trafilatura(flat, markdown) if use_trafilatura else ""
+    text = _extract_with_trafilatura(flat, markdown) if use_trafilatura else ""
     # Of a page so broken, the more text the better.
-    fast_text = _resiliparse(flat) if flat is not source or not text else ""
+    fast_text = ""
+    if flat is not source or not text:
+        fast_text = _extract_with_resiliparse(flat)
     if text and len(text.split()) >= len(fast_text.split()):
         return replace(page, text=text, mode="trafilatura")
     if fast_text:
@@ -139,7 +134,7 @@ def extract_page(
     return replace(page, status="empty")
 
 
-def _trafilatura(source: str, markdown: bool) -> str:
+def _extract_with_trafilatura(source: str, markdown: bool) -> str:
     import trafilatura
 
     text = trafilatura.extract(
@@ -152,7 +147,7 @@ def _trafilatura(source: str, markdown: bool) -> str:
     return remove_control_characters(text or "").strip()
 
 
-def _resiliparse(source: str) -> str:
+def _extract_with_resiliparse(source: str) -> str:
     from resiliparse.extract.html2text import extract_plain_text
 
     text = extract_plain_text(
@@ -173,33 +168,31 @@ def flatten_deep_html(source: str) -> str:
     to the page.
     """
     depth = 0
-    positions: dict[
-        str, list[int]
-    ] = {}  # By name, the depths of its open elements, rising.
-    stack: list[str] = []
+    open_elements: list[str] = []
+    # By name, the depths of open elements, rising.
+    depths: dict[str, list[int]] = {}
     pieces = []
     done = 0
     for tag in _TAG_WITH_NAME.finditer(source):
-        closes = bool(tag[1])
+        is_end_tag = bool(tag[1])
         name = tag[2].lower()
         if name in _RAW or name[:3] in _UNCLOSED:
             continue
-        if not closes:
+        if not is_end_tag:
             is_deep = depth >= _FLAT_DEPTH
-            positions.setdefault(name, []).append(depth)
-            stack.append(name)
+            depths.setdefault(name, []).append(depth)
+            open_elements.append(name)
             depth += 1
         else:
-            opened = positions.get(name)
-            if not opened:
+            if not depths.get(name):
+                continue  # It closes nothing.
+            element_depth = depths[name][-1]
+            if _is_behind_barrier(name, element_depth, depths):
                 continue
-            position = opened[-1]
-            if _is_behind_barrier(name, position, positions):
-                continue
-            while depth > position:
-                positions[stack.pop()].pop()
+            while depth > element_depth:
+                depths[open_elements.pop()].pop()
                 depth -= 1
-            is_deep = position >= _FLAT_DEPTH
+            is_deep = element_depth >= _FLAT_DEPTH
         if is_deep:
             pieces.append(source[done : tag.start()])
             done = tag.end()
@@ -209,49 +202,60 @@ def flatten_deep_html(source: str) -> str:
 
 
 def _is_behind_barrier(
-    name: str, position: int, positions: Mapping[str, Sequence[int]]
+    name: str, element_depth: int, depths: Mapping[str, Sequence[int]]
 ) -> bool:
     """Tells whether an open element holds one whose content its end tag does not
     close."""
     if name in _BARRIERS or name in ("body", "html"):
         return False
     for barrier in _BARRIERS:
-        depths = positions.get(barrier)
-        if depths and depths[-1] > position:
+        barrier_depths = depths.get(barrier)
+        if barrier_depths and barrier_depths[-1] > element_depth:
             return True
     return False
 
 
 def _read_metadata(head: str) -> tuple[str | None, str | None, str | None]:
+    """Reads the title, the day of publication and the language of a page."""
     from resiliparse.parse.html import HTMLTree
 
     tree = HTMLTree.parse(head)
-    document: Any = tree.document
+    document: Any = tree.document  # The package has no types.
+    title = remove_control_characters(" ".join((tree.title or "").split()))
+    days = []
+    for selector in _DATES:
+        for node in document.query_selector_all(selector):
+            days.append(node.getattr("content") or node.getattr("datetime") or "")
     published = _PUBLISHED.search(head)
+    if published:
+        days.append(published[1])
     root = document.query_selector("html[lang]")
     language = root.getattr("lang").lower() if root else ""
-    nodes = [node for each in _DATES for node in document.query_selector_all(each)]
-    days = [node.getattr("content") or node.getattr("datetime") or "" for node in nodes]
-    days += [published[1]] if published else []
     return (
-        remove_control_characters(" ".join((tree.title or "").split()))[
-            :_TITLE_CHARACTERS
-        ]
-        or None,
+        title[:_TITLE_CHARACTERS] or None,
         next(filter(None, map(_parse_day, days)), None),
         language if _LANGUAGE.fullmatch(language) else None,
     )
 
 
 def _parse_day(text: str) -> str | None:
-    try:
-        return (
-            date(*map(int, found.groups())).isoformat()
-            if (found := _DAY.match(text))
-            else None
-        )
-    except ValueError:
+    """Parses the date that a text begins with, to YYYY-MM-DD; None: it is none."""
+    match = _DAY.match(text)
+    if match is None:
         return None
+    year, month, day = map(int, match.groups())
+    try:
+        return date(year, month, day).isoformat()
+    except ValueError:  # Such as a 31st of June.
+        return None
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way of reading pages; see `extract_page`."""
+
+    use_trafilatura: bool
+    markdown: bool
 
 
 class HtmlExtractorProcess:
@@ -263,55 +267,53 @@ class HtmlExtractorProcess:
     """
 
     def __init__(self, use_trafilatura: bool, markdown: bool, seconds: float):
-        """See `extract_page`; `seconds`: processor time that each way of a page may
-        take."""
-        self._ways = (
-            [(True, markdown), (False, False)] if use_trafilatura else [(False, False)]
-        )
+        """See `extract_page`; `seconds`: processor time that each way of reading a page
+        may take."""
+        self._ways = [_Way(use_trafilatura=False, markdown=False)]
+        if use_trafilatura:
+            self._ways.insert(0, _Way(use_trafilatura=True, markdown=markdown))
         self._seconds = seconds
         self._child: tuple[subprocess.Popen, Connection] | None = None
         self._end: Callable[[], object] = lambda: None
 
     def read(self, data: bytes, charset: str | None) -> ExtractedPage:
-        """Read a page of HTML, with the charset of its HTTP header. What takes too long
-        or fails in one way is tried in the next."""
+        """Reads a page of HTML, with the charset of its HTTP header. What takes too
+        long or fails in one way is tried in the next."""
         page = ExtractedPage("broken")
         for way in self._ways:
-            page = self._ask(data, charset, *way)
-            if page.status not in (
-                "timeout",
-                "broken",
-            ):
+            page = self._request_page(data, charset, way.use_trafilatura, way.markdown)
+            if page.status not in ("timeout", "broken"):
                 break
         return page
 
     def close(self) -> None:
-        """End the child process."""
+        """Ends the child process."""
         self._end()
         self._child = None
 
-    def _ask(self, *question: Any) -> ExtractedPage:
+    def _request_page(
+        self, data: bytes, charset: str | None, use_trafilatura: bool, markdown: bool
+    ) -> ExtractedPage:
+        """Lets the child process read a page; see `extract_page`."""
         process, connection = self._child or self._start()
         try:
-            connection.send(question)
+            connection.send((data, charset, use_trafilatura, markdown))
             # A second at a time, so that a suspension of both costs it no more than
             # that.
-            if not any(
-                connection.poll(1)
-                for _ in range(math.ceil(_GRACE + 20 * self._seconds))
-            ):
+            num_polls = math.ceil(_GRACE + 20 * self._seconds)
+            if not any(connection.poll(1) for _ in range(num_polls)):
                 process.kill()  # It waits for something, and uses none of its time.
             return connection.recv()
         except (EOFError, OSError):  # The page was its end.
-            stopped = process.wait() in (-signal.SIGPROF, -signal.SIGKILL)
+            is_stopped = process.wait() in (-signal.SIGPROF, -signal.SIGKILL)
             self.close()
-            return ExtractedPage("timeout" if stopped else "broken")
+            return ExtractedPage("timeout" if is_stopped else "broken")
 
     def _start(self) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = socket.socketpair()
         with theirs:
             fd = theirs.fileno()
-            arguments = fd, self._seconds, self._ways[0][0]
+            arguments = (fd, self._seconds, self._ways[0].use_trafilatura)
             code = _CHILD.format(path=sys.path, module=__name__, arguments=arguments)
             process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[fd])
         connection = Connection(ours.detach())
@@ -319,10 +321,11 @@ class HtmlExtractorProcess:
         try:
             connection.recv()
         except EOFError as error:
-            what = (
-                f"the process that extracts text does not start (exit {process.wait()})"
+            exit_code = process.wait()
+            message = (
+                f"the process that extracts text does not start (exit {exit_code})"
             )
-            raise MaxlmError(what, fix="see its error above") from error
+            raise MaxlmError(message, fix="see its error above") from error
         self._child = process, connection
         return self._child
 
@@ -334,25 +337,25 @@ def _stop(process: subprocess.Popen, connection: Connection) -> None:
 
 
 def serve_extractor(fd: int, cpu_seconds: float, use_trafilatura: bool) -> None:
-    """Read pages for the process at the other end, until it ends; see
+    """Reads pages for the process at the other end, until it ends; see
     `HtmlExtractorProcess`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
+    # Not handled: the kernel ends the process when its time is up.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     connection = Connection(fd)
-    extract_page(
-        b"<p>", None, use_trafilatura, False
-    )  # Else imports are on the first page's time.
+    # Else imports are on the first page's time.
+    extract_page(b"<p>", None, use_trafilatura, False)
     connection.send("ready")
     with suppress(EOFError, ConnectionError):
         while True:
-            question = connection.recv()
+            arguments = connection.recv()
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
             try:
-                page = extract_page(*question)
+                page = extract_page(*arguments)
             except Exception:  # The parsers raise what they like; the label says so.
                 page = ExtractedPage("broken")
             signal.setitimer(signal.ITIMER_PROF, 0)

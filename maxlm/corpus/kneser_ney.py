@@ -53,9 +53,8 @@ class KneserNeyConfig(Config):
             raise ValueError(
                 f"prune has {len(self.prune)} numbers for order {self.order}"
             )
-        if list(self.prune) != sorted(self.prune) or any(
-            count < 0 for count in self.prune
-        ):
+        falls = list(self.prune) != sorted(self.prune)
+        if falls or any(count < 0 for count in self.prune):
             raise ValueError("prune must not fall from one order to the next")
         for count, discount in enumerate(self.discount_fallback or (), 1):
             if not 0 <= discount <= count:
@@ -146,16 +145,20 @@ def _read_words(sentences: Iterable[str]) -> tuple[list[bytes], np.ndarray]:
     id_of_word = {word: number for number, word in enumerate(_SPECIAL_WORDS)}
     ids = array("I")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = memory // _BYTES_PER_WORD
+    max_words = memory // _BYTES_PER_WORD
     for sentence in sentences:
-        if len(ids) > limit:
-            message = f"the text has more than {limit:,} words, which is what fits into memory"
+        if len(ids) > max_words:
+            message = (
+                f"the text has more than {max_words:,} words, which is what fits into "
+                "memory"
+            )
             raise MaxlmError(message, fix="train on a sample of it")
         words = sentence.encode(errors="replace").replace(b"\0", b" ").split()
         if "<" in sentence:
             words = [word for word in words if word not in _LEFT_OUT]
         ids.append(_BEGIN)
-        ids.extend(id_of_word.setdefault(word, len(id_of_word)) for word in words)
+        for word in words:
+            ids.append(id_of_word.setdefault(word, len(id_of_word)))
         ids.append(_END)
     return list(id_of_word), np.array(ids, np.uint32)
 
@@ -169,11 +172,17 @@ def _count_ngrams(
     counts = np.bincount(ids, minlength=num_words)
     counts[_BEGIN] = 0
     zeros = np.zeros(num_words, np.int64)
-    in_model = (counts > thresholds[0]) | (words <= _END)
-    orders = [_Ngrams(words, zeros, zeros, counts, in_model)]
-    # The number of the n-gram that ends at each place of the text, as far as there is
-    # one.
+    is_special = words <= _END
+    in_model = (counts > thresholds[0]) | is_special
+    orders = [
+        _Ngrams(
+            first=words, suffix=zeros, context=zeros, count=counts, in_model=in_model
+        )
+    ]
+    # The number of the n-gram of the order before that ends at each place of the text,
+    # as far as there is one.
     number_at = ids
+    # The places where an n-gram of this order ends: all within one sentence.
     ends = np.flatnonzero(ids != _BEGIN)
     for order, threshold in enumerate(thresholds[1:], 2):
         if order > 2:  # No n-gram of the order before begins with <s> here.
@@ -181,15 +190,21 @@ def _count_ngrams(
         # An n-gram as one number: its suffix in the upper half, its first word in the
         # lower.
         keys = number_at[ends].astype(np.int64) << 32 | ids[ends - order + 1]
-        keys, places, inverse, counts = np.unique(
+        keys, first_occurrences, numbers, counts = np.unique(
             keys, return_index=True, return_inverse=True, return_counts=True
         )
-        context = number_at[ends[places] - 1].astype(np.int64)
-        first = keys & (2**32 - 1)
-        suffix = keys >> 32
-        orders.append(_Ngrams(first, suffix, context, counts, counts > threshold))
+        context_ends = ends[first_occurrences] - 1
+        orders.append(
+            _Ngrams(
+                first=keys & (2**32 - 1),
+                suffix=keys >> 32,
+                context=number_at[context_ends].astype(np.int64),
+                count=counts,
+                in_model=counts > threshold,
+            )
+        )
         number_at = np.zeros(len(ids), np.uint32)
-        number_at[ends] = inverse
+        number_at[ends] = numbers
     return orders
 
 
@@ -205,22 +220,29 @@ def _adjust_counts(orders: Sequence[_Ngrams]) -> None:
 def _estimate_discounts(
     order: int, counts: np.ndarray, fallback: Sequence[float] | None
 ) -> list[float]:
-    """Estimates the discounts of the adjusted counts 0, 1, 2, 3+ of an order's n-grams
-    (Chen and Goodman 1999, equation 26)."""
+    """Estimates the discounts of the adjusted counts 0, 1, 2, 3+ of an order's n-grams.
+
+    Chen and Goodman 1999, equation 26: with n_j the n-grams of count j and Y = n_1 /
+    (n_1 + 2 n_2), D_j = j - (j + 1) Y n_(j + 1) / n_j.
+    """
     n = np.bincount(np.minimum(counts, 5), minlength=6).tolist()
     if all(n[1:4]):
         y = n[1] / (n[1] + 2 * n[2])
-        discounts = [0.0, *(j - (j + 1) * y * n[j + 1] / n[j] for j in (1, 2, 3))]
+        discounts = [0.0]
+        for j in (1, 2, 3):
+            discounts.append(j - (j + 1) * y * n[j + 1] / n[j])
         if all(0 <= discounts[j] <= j for j in (1, 2, 3)):
             return discounts
     if fallback is None:
-        raise MaxlmError(
+        message = (
             f"no discounts can be estimated for {order}-grams, of which {n[1]:,}, "
-            f"{n[2]:,}, "
-            f"{n[3]:,} and {n[4]:,} have the counts 1, 2, 3 and 4",
-            fix="take more text, drop repeated lines, or set discount_fallback: [0.5, "
-            "1, 1.5]",
+            f"{n[2]:,}, {n[3]:,} and {n[4]:,} have the counts 1, 2, 3 and 4"
         )
+        fix = (
+            "take more text, drop repeated lines, or set discount_fallback: [0.5, 1, "
+            "1.5]"
+        )
+        raise MaxlmError(message, fix=fix)
     return [0.0, *fallback]
 
 
@@ -236,9 +258,10 @@ def _discount(
     amounts = np.array(discounts)[np.minimum(ngrams.count, 3)]
     freed = np.where(ngrams.in_model, amounts, ngrams.count)
     totals = np.bincount(ngrams.context, ngrams.count, num_contexts)
-    weights = np.bincount(ngrams.context, freed, num_contexts)
-    weights = np.where(totals > 0, weights / np.maximum(totals, 1), 1.0)
-    return (ngrams.count - amounts) / totals[ngrams.context], weights
+    freed_totals = np.bincount(ngrams.context, freed, num_contexts)
+    weights = np.where(totals > 0, freed_totals / np.maximum(totals, 1), 1.0)
+    probabilities = (ngrams.count - amounts) / totals[ngrams.context]
+    return probabilities, weights
 
 
 def _write_model(
@@ -252,27 +275,33 @@ def _write_model(
     for order, ngrams in enumerate(orders, 1):
         file.write(b"ngram %d=%d\n" % (order, ngrams.in_model.sum()))
     # Below unigrams lies the uniform distribution over all words but <s>.
-    lower = np.array([1 / (orders[0].in_model.sum() - 1)])
-    probabilities, weights = _discount(orders[0], discounts[0], 1)
+    num_predicted = orders[0].in_model.sum() - 1
+    lower = np.array([1 / num_predicted])
+    discounted, weights = _discount(orders[0], discounts[0], num_contexts=1)
     for order, ngrams in enumerate(orders, 1):
-        lower = probabilities + weights[ngrams.context] * lower[ngrams.suffix]
+        probabilities = discounted + weights[ngrams.context] * lower[ngrams.suffix]
         if order == 1:
-            lower[_BEGIN] = 1  # Means nothing; as KenLM has it.
+            probabilities[_BEGIN] = 1  # Means nothing; as KenLM has it.
         backoffs = None
         if order < len(orders):
-            probabilities, weights = _discount(
-                orders[order], discounts[order], len(lower)
+            # An n-gram's backoff is its weight as a context of the next order.
+            discounted, weights = _discount(
+                orders[order], discounts[order], num_contexts=len(probabilities)
             )
             backoffs = _compute_log10(weights)
         file.write(b"\n\\%d-grams:\n" % order)
-        _write_ngrams(file, words, orders[:order], _compute_log10(lower), backoffs)
+        log10_probabilities = _compute_log10(probabilities)
+        _write_ngrams(file, words, orders[:order], log10_probabilities, backoffs)
+        lower = probabilities
     file.write(b"\n\\end\\\n")
 
 
 def _compute_log10(values: np.ndarray) -> np.ndarray:
-    """Never above 0 by rounding; -99 for the logarithm of 0, as ARPA files have it."""
+    """Computes logarithms of probabilities: never above 0 by rounding; -99 for the
+    logarithm of 0, as ARPA files have it."""
     with np.errstate(divide="ignore"):
-        return np.maximum(np.minimum(np.log10(values), -0.0), -99)
+        logarithms = np.log10(values)
+    return np.maximum(np.minimum(logarithms, -0.0), -99)
 
 
 def _write_ngrams(
@@ -285,8 +314,9 @@ def _write_ngrams(
     """Writes ARPA lines of the last of `orders`, of which the highest has no
     backoffs."""
     in_model = np.flatnonzero(orders[-1].in_model)
-    cuts = range(_LINES_AT_A_TIME, len(in_model), _LINES_AT_A_TIME)
-    for rows in np.split(in_model, cuts):
+    piece_starts = range(_LINES_AT_A_TIME, len(in_model), _LINES_AT_A_TIME)
+    for rows in np.split(in_model, piece_starts):
+        # Words from the first on: that of each suffix, down to unigrams.
         columns = []
         numbers = rows
         for ngrams in reversed(orders):

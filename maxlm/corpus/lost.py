@@ -11,12 +11,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.cuts import remove_spans
+from maxlm.corpus.cuts import get_span_edges, remove_spans
 from maxlm.corpus.dedup.judges import KEPT_DOCUMENT
 from maxlm.corpus.dedup.members import compute_document_offsets
 from maxlm.corpus.dedup.minhash import make_shingle_set
@@ -25,25 +25,29 @@ from maxlm.corpus.opened import OpenCorpus, mark_kept, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules, get_text_stages
 from maxlm.corpus.settling import add_neutral_verdicts
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import JobRunner
+from maxlm.corpus.stage import JobRunner, LabelValue, Stage
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
-from maxlm.corpus.stages.substring import SubstringStage, find_words, hash_windows
+from maxlm.corpus.stages.substring import (
+    SubstringStage,
+    convert_to_code_points,
+    find_words,
+    hash_windows,
+)
 from maxlm.corpus.verdicts import VerdictPlan, plan_verdicts
 from maxlm.runtime.executor import TaskExecutor
 from maxlm.runtime.files import replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _FILE = "lost.json"
-_SKETCH = (
-    64  # N-grams of a document that are compared: its smallest hashes, a fair sample.
-)
+# N-grams of a document that are compared: its smallest hashes, a fair sample.
+_SKETCH = 64
 _DOUBT = 0.25  # Five standard deviations of a share of so many.
 _BATCH = 256  # Texts hashed at a time.
 
 
 @dataclass(frozen=True)
-class LostText:
+class LostTextCounts:
     """Counts of what deduplication drops and cuts, and of what of it no kept document
     has."""
 
@@ -62,12 +66,12 @@ class LostText:
     with what only they have."""
 
     def __str__(self) -> str:
+        num_lost = self.documents + self.passages
         text = (
-            f"text lost: {self.documents + self.passages:,} (of "
-            f"{self.dropped_documents:,} "
-            f"documents dropped as copies and {self.cut_passages:,} passages cut)"
+            f"text lost: {num_lost:,} (of {self.dropped_documents:,} documents dropped "
+            f"as copies and {self.cut_passages:,} passages cut)"
         )
-        if self.documents or self.passages:
+        if num_lost:
             text += (
                 f": {self.documents:,} documents and {self.passages:,} passages, "
                 f"{self.characters:,} characters, are in no kept document"
@@ -75,15 +79,17 @@ class LostText:
         if self.repetitive_documents:
             text += (
                 f"; {self.repetitive_documents:,} documents are dropped for their "
-                f"share of "
-                "repeats, with what only they have"
+                "share of repeats, with what only they have"
             )
         return text
 
 
 @dataclass
 class _Removed:
-    """Documents and passages that rules drop and cut of a shard because of copies."""
+    """Documents and passages that rules drop and cut of a shard because of copies.
+
+    Stages are named by their places in `VerdictPlan.stages`.
+    """
 
     kept: list[int] = field(default_factory=list)
     """Numbers of kept documents."""
@@ -102,7 +108,7 @@ class _DroppedDocument:
     characters: int
     digests: tuple[tuple[int, bytes], ...]
     """The digests by which stages call it a copy, each with the stage's number."""
-    witnesses: tuple[tuple[int, int], ...]
+    look_alikes: tuple[tuple[int, int], ...]
     """The kept documents that it is said to be like, each after the stage's number."""
 
 
@@ -115,12 +121,24 @@ class _CutPassage:
     """Hashes of windows that cover it: uint64."""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A shard to look through."""
+
+    first_document: int
+    """The number of its first document in the corpus."""
+    raw_shard: StageShardView
+    """Its labels as the stages wrote them."""
+    shard: StageShardView
+    """Its labels as settled."""
+
+
 def count_lost_text(
     corpus: OpenCorpus,
     rules: FilterRules,
     executor: TaskExecutor,
     progress: Progress = ignore_progress,
-) -> LostText:
+) -> LostTextCounts:
     """Looks in what `rules` keep of a corpus for what they drop as copies and cut as
     repeats.
 
@@ -128,36 +146,36 @@ def count_lost_text(
     Raises MaxlmError as `OpenCorpus.settle_rules`.
     """
     plan = plan_verdicts(corpus.recipe, rules, str(corpus.folder))
-    settled = corpus.settle_rules(rules, progress)
-    if not plan.stages or not settled:
-        return LostText()
-    path = corpus.folder / settled[0].settled_folder / _FILE
+    settled_shards = corpus.settle_rules(rules, progress)
+    if not plan.stages or not settled_shards:
+        return LostTextCounts()
+    path = corpus.folder / settled_shards[0].settled_folder / _FILE
     if path.exists():
-        return LostText(**json.loads(path.read_text()))
+        return LostTextCounts(**json.loads(path.read_text()))
     run = JobRunner("text lost", executor, progress)
-    offsets = compute_document_offsets(settled)
-    parts = list(zip(offsets[:-1], corpus.shards, settled, strict=True))
+    offsets = compute_document_offsets(settled_shards)
+    parts = [
+        _Part(*part)
+        for part in zip(offsets[:-1], corpus.shards, settled_shards, strict=True)
+    ]
     removed = run(partial(_list_removed, corpus, rules, plan), parts, "dropped and cut")
-    documents, document_characters = _count_lost_documents(
-        corpus, plan, removed, parts, run
-    )
-    passages, passage_characters = _count_lost_passages(
-        corpus, rules, plan, removed, parts, run
-    )
-    total = LostText(
-        documents=documents,
-        passages=passages,
-        characters=document_characters + passage_characters,
+    lost_documents = _find_lost_documents(corpus, plan, removed, parts, run)
+    lost_passages = _find_lost_passages(corpus, rules, plan, removed, parts, run)
+    lost_characters = sum(document.characters for document in lost_documents)
+    lost_characters += sum(passage.characters for passage in lost_passages)
+    counts = LostTextCounts(
+        documents=len(lost_documents),
+        passages=len(lost_passages),
+        characters=lost_characters,
         dropped_documents=sum(len(part.documents) for part in removed),
         cut_passages=sum(len(part.passages) for part in removed),
         repetitive_documents=sum(part.num_repetitive for part in removed),
     )
     with replace_file(path) as new:
-        new.write_text(json.dumps(asdict(total)))
-    return total
+        new.write_text(json.dumps(asdict(counts)))
+    return counts
 
 
-_Part = tuple[int, StageShardView, StageShardView]
 """A shard: the number of its first document; its labels as the stages wrote them; as
 settled."""
 
@@ -166,35 +184,38 @@ def _list_removed(
     corpus: OpenCorpus, rules: FilterRules, plan: VerdictPlan, part: _Part
 ) -> _Removed:
     """Lists what the rules drop and cut of a shard because of copies."""
-    first, raw_shard, shard = part
     removed = _Removed()
     raw_names = list(dict.fromkeys(["text", *rules.label_names, *plan.label_names]))
-    names = list(dict.fromkeys([*raw_names, *shard.settled_labels]))
-    tables = zip(
-        shard.read_row_groups(names),
-        raw_shard.read_row_groups(raw_names),
-        _read_texts_of_stages(corpus, plan, shard),
+    names = list(dict.fromkeys([*raw_names, *part.shard.settled_labels]))
+    row_groups = zip(
+        part.shard.read_row_groups(names),
+        part.raw_shard.read_row_groups(raw_names),
+        _read_texts_of_stages(corpus, plan, part.shard),
         strict=True,
     )
-    for table, raw, texts in tables:
-        alone = mark_kept(add_neutral_verdicts(raw, plan.stages), rules)
+    first_document = part.first_document
+    for table, raw_table, texts_by_stage in row_groups:
         is_kept = mark_kept(table, rules)
-        for row in np.flatnonzero(alone | is_kept).tolist():
-            labels = _read_labels(table, row)
-            texts_of_row = [column[row] for column in texts]
+        is_kept_alone = mark_kept(add_neutral_verdicts(raw_table, plan.stages), rules)
+        for row in np.flatnonzero(is_kept_alone | is_kept).tolist():
             _add_document(
-                removed, plan, first + row, bool(is_kept[row]), labels, texts_of_row
+                removed,
+                plan,
+                first_document + row,
+                bool(is_kept[row]),
+                _read_labels(table, row),
+                [texts[row] for texts in texts_by_stage],
             )
-        first += table.num_rows
+        first_document += table.num_rows
     return removed
 
 
-def _read_labels(table: pa.RecordBatch, row: int) -> dict[str, Any]:
-    return {
-        name: column[row].as_py()
-        for name, column in zip(table.schema.names, table.columns, strict=True)
-        if name != "text"
-    }
+def _read_labels(table: pa.RecordBatch, row: int) -> dict[str, LabelValue]:
+    labels = {}
+    for name, column in zip(table.schema.names, table.columns, strict=True):
+        if name != "text":
+            labels[name] = column[row].as_py()
+    return labels
 
 
 def _add_document(
@@ -202,7 +223,7 @@ def _add_document(
     plan: VerdictPlan,
     number: int,
     is_kept: bool,
-    labels: Mapping[str, Any],
+    labels: Mapping[str, LabelValue],
     texts: Sequence[str | None],
 ) -> None:
     """Adds a document that the rules keep, or would keep if it were like no other.
@@ -211,13 +232,13 @@ def _add_document(
         number: the document's, in the corpus.
         texts: the text as each stage of the plan read it.
     """
-    digests = []
-    witnesses = []
-    cuts: list[tuple[int, str, list[Span]]] = []
     if is_kept:
         removed.kept.append(number)
-    for index, (bound, text) in enumerate(zip(plan.stages, texts, strict=True)):
-        stage = bound.stage
+    digests = []
+    look_alikes = []
+    cuts: list[tuple[int, str, list[Span]]] = []
+    for index, (verdict_stage, text) in enumerate(zip(plan.stages, texts, strict=True)):
+        stage = verdict_stage.stage
         name = stage.unique_name
         if text is None:
             continue
@@ -227,43 +248,51 @@ def _add_document(
             elif labels[f"{name}.duplicate"]:
                 digests.append((index, stage.compute_digest(text)))
         elif isinstance(stage, NearStage):
-            witness = labels[f"{name}.{KEPT_DOCUMENT}"]
-            if witness is not None and not is_kept:
-                witnesses.append((index, witness))
-        elif is_kept and not bound.is_cut:
-            continue  # It keeps what it has in common with others.
-        elif isinstance(stage, SubstringStage) and labels[f"{name}.cuts"]:
-            spans = [(span["start"], span["end"]) for span in labels[f"{name}.cuts"]]
-            cuts.append((index, text, spans))
-    if not is_kept and (digests or witnesses or not cuts):
+            look_alike = labels[f"{name}.{KEPT_DOCUMENT}"]
+            if isinstance(look_alike, int) and not is_kept:
+                look_alikes.append((index, look_alike))
+        elif isinstance(stage, SubstringStage):
+            spans = labels[f"{name}.cuts"]
+            # A kept document keeps what is found and not cut.
+            goes = verdict_stage.is_cut or not is_kept
+            if goes and isinstance(spans, list) and spans:
+                cuts.append((index, text, get_span_edges(spans)))
+
+    if not is_kept and (digests or look_alikes or not cuts):
         characters = max(len(text or "") for text in texts)
         removed.documents.append(
-            _DroppedDocument(number, characters, tuple(digests), tuple(witnesses))
+            _DroppedDocument(number, characters, tuple(digests), tuple(look_alikes))
         )
         return
     if not is_kept:
         removed.num_repetitive += 1
     for index, text, spans in cuts:
-        pieces = [text[start:stop] for start, stop in spans]
+        passages = [text[start:stop] for start, stop in spans]
         # What a document repeats of itself goes with it, where a rule says that it
         # goes.
-        rest = [] if is_kept else [remove_spans(text, spans)]
-        removed.passages += _list_passages(plan, index, pieces, rest)
+        repeated_in = [] if is_kept else [remove_spans(text, spans)]
+        removed.passages += _make_cut_passages(plan, index, passages, repeated_in)
 
 
 def _read_texts_of_stages(
     corpus: OpenCorpus, plan: VerdictPlan, shard: StageShardView
-) -> Iterator[list[pa.Array]]:
+) -> Iterator[list[list[str | None]]]:
     """Yields for each row group the texts as each stage of the plan read them."""
-    views = []
-    for bound in plan.stages:
-        position = corpus.recipe.stages.index(bound.stage)
-        views.append(
-            replace(shard, text_stages=get_text_stages(corpus.recipe.stages[:position]))
-        )
-    readers = [view.read_row_groups(["text"]) for view in views]
+    readers = []
+    for verdict_stage in plan.stages:
+        view = _view_as_stage(corpus, verdict_stage.stage, shard)
+        readers.append(view.read_row_groups(["text"]))
     for tables in zip(*readers, strict=True):
         yield [table.column("text").to_pylist() for table in tables]
+
+
+def _view_as_stage(
+    corpus: OpenCorpus, stage: Stage, shard: StageShardView
+) -> StageShardView:
+    """Returns a shard with the texts that a stage of its corpus read."""
+    position = corpus.recipe.stages.index(stage)
+    text_stages = get_text_stages(corpus.recipe.stages[:position])
+    return replace(shard, text_stages=text_stages)
 
 
 def _get_window_words(plan: VerdictPlan, index: int) -> int:
@@ -272,173 +301,194 @@ def _get_window_words(plan: VerdictPlan, index: int) -> int:
     return stage.min_tokens
 
 
-def _list_passages(
-    plan: VerdictPlan, index: int, pieces: Sequence[str], rest: Sequence[str]
+def _make_cut_passages(
+    plan: VerdictPlan, index: int, passages: Sequence[str], repeated_in: Sequence[str]
 ) -> list[_CutPassage]:
-    """Lists passages with windows that cover them, but for those that `rest` has."""
-    size = _get_window_words(plan, index)
-    has_already, _, _ = _hash_texts(rest, size)
-    hashes, piece_of_window, word = _hash_texts(pieces, size)
-    passages = []
-    for number, piece in enumerate(pieces):
-        here = piece_of_window == number
-        words = word[here]
-        # Side by side, and the last one.
-        covering = (words % size == 0) | (words == words.max(initial=0))
-        wanted = hashes[here][covering]
-        passages.append(
-            _CutPassage(index, len(piece), wanted[~np.isin(wanted, has_already)])
-        )
-    return passages
+    """Hashes windows that cover passages, but for those that other texts have.
+
+    Args:
+        index: the stage's, in the plan.
+        passages: what is cut of a document.
+        repeated_in: texts whose windows are not lost.
+    """
+    window_words = _get_window_words(plan, index)
+    known_hashes = _hash_texts(repeated_in, window_words).hashes
+    windows = _hash_texts(passages, window_words)
+    cut_passages = []
+    for number, passage in enumerate(passages):
+        is_of_passage = windows.text == number
+        words = windows.word[is_of_passage]
+        # Windows side by side, and the last one.
+        is_last = words == words.max(initial=0)
+        is_covering = (words % window_words == 0) | is_last
+        hashes = windows.hashes[is_of_passage][is_covering]
+        hashes = hashes[~np.isin(hashes, known_hashes)]
+        cut_passages.append(_CutPassage(index, len(passage), hashes))
+    return cut_passages
 
 
-def _hash_texts(
-    texts: Sequence[str], size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hashes the windows of texts: uint64 [windows], the text of each and the word of
-    it with which it begins, int64 [windows]."""
-    points = [np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts]
-    text = np.concatenate([np.empty(0, np.uint32), *points])
-    offsets = np.cumsum([0, *map(len, points)], dtype=np.int64)
-    starts, stops, first = find_words(text, offsets)
-    hashes, begins = hash_windows(text, starts, stops, first, size)
-    text_of_window = np.searchsorted(first, begins, "right") - 1
-    return hashes, text_of_window, begins - first[text_of_window]
+class _Windows(NamedTuple):
+    """The windows of texts; arrays have an entry for each."""
+
+    hashes: np.ndarray
+    """uint64."""
+    text: np.ndarray
+    """The index of the text: int64."""
+    word: np.ndarray
+    """The word of that text with which the window begins: int64."""
 
 
-def _count_lost_documents(
+def _hash_texts(texts: Sequence[str], window_words: int) -> _Windows:
+    """Hashes the windows of texts."""
+    code_points = [convert_to_code_points(text) for text in texts]
+    all_text = np.concatenate([np.empty(0, np.uint32), *code_points])
+    offsets = np.cumsum([0, *map(len, code_points)], dtype=np.int64)
+    words = find_words(all_text, offsets)
+    hashes, first_words = hash_windows(all_text, words, window_words)
+    text = words.find_documents(first_words)
+    return _Windows(hashes, text, first_words - words.document_offsets[text])
+
+
+def _find_lost_documents(
     corpus: OpenCorpus,
     plan: VerdictPlan,
     removed: Sequence[_Removed],
     parts: Sequence[_Part],
     run: JobRunner,
-) -> tuple[int, int]:
-    """Counts dropped documents that are like no kept one, and their characters."""
+) -> list[_DroppedDocument]:
+    """Finds dropped documents that are like no kept one."""
     kept_digests = {digest for part in removed for digest in part.kept_digests}
-    survivors = {number for part in removed for number in part.kept}
-    left = [
+    kept = {number for part in removed for number in part.kept}
+    without_copy = [
         document
         for part in removed
         for document in part.documents
         if kept_digests.isdisjoint(document.digests)
     ]
-    wanted: dict[int, set[int]] = {}
-    for document in left:
-        for stage, witness in document.witnesses:
-            wanted.setdefault(stage, set()).update((document.number, witness))
+    # Of what is left, near-copies are compared with what they are said to be like.
+    compared: dict[int, set[int]] = {}
+    for document in without_copy:
+        for stage, look_alike in document.look_alikes:
+            numbers = compared.setdefault(stage, set())
+            numbers.update((document.number, look_alike))
     sketches: dict[tuple[int, int], np.ndarray] = {}
-    for stage, numbers in wanted.items():
+    for stage, numbers in compared.items():
         job = partial(_sketch_documents, corpus, plan, stage, frozenset(numbers))
         for shard_sketches in run(job, parts, "near-copies"):
             sketches |= shard_sketches
-    lost = [
-        document
-        for document in left
-        if not any(
-            witness in survivors
-            and _are_alike(
+
+    def is_like_kept(document: _DroppedDocument) -> bool:
+        for stage, look_alike in document.look_alikes:
+            if look_alike in kept and _are_alike(
                 sketches[stage, document.number],
-                sketches[stage, witness],
-                plan.stages[stage].stage,
-            )
-            for stage, witness in document.witnesses
-        )
-    ]
-    return len(lost), sum(document.characters for document in lost)
+                sketches[stage, look_alike],
+                _get_near_stage(plan, stage).jaccard,
+            ):
+                return True
+        return False
+
+    return [document for document in without_copy if not is_like_kept(document)]
+
+
+def _get_near_stage(plan: VerdictPlan, index: int) -> NearStage:
+    stage = plan.stages[index].stage
+    assert isinstance(stage, NearStage)
+    return stage
 
 
 def _sketch_documents(
     corpus: OpenCorpus,
     plan: VerdictPlan,
-    stage: int,
+    index: int,
     numbers: frozenset[int],
     part: _Part,
 ) -> dict[tuple[int, int], np.ndarray]:
     """Returns the smallest hashes of n-grams of documents, by the stage's and their
-    numbers."""
-    first, _, shard = part
-    near = plan.stages[stage].stage
-    assert isinstance(near, NearStage)
-    position = corpus.recipe.stages.index(near)
-    view = replace(shard, text_stages=get_text_stages(corpus.recipe.stages[:position]))
+    numbers: one more than are compared, which tells whether they are all."""
+    stage = _get_near_stage(plan, index)
+    view = _view_as_stage(corpus, stage, part.shard)
     sketches = {}
+    first_document = part.first_document
     for table in view.read_row_groups(["text"]):
         for row, text in enumerate(table.column("text")):
-            if first + row in numbers:
-                hashes = make_shingle_set(text.as_py(), near.ngram)
-                sketches[stage, first + row] = hashes[: _SKETCH + 1]
-        first += table.num_rows
+            number = first_document + row
+            if number in numbers:
+                hashes = make_shingle_set(text.as_py(), stage.ngram)
+                sketches[index, number] = hashes[: _SKETCH + 1]
+        first_document += table.num_rows
     return sketches
 
 
-def _are_alike(one: np.ndarray, other: np.ndarray, stage: object) -> bool:
-    """Tells whether two documents with these sketches may have the similarity that a
-    stage asks."""
-    assert isinstance(stage, NearStage)
+def _are_alike(one: np.ndarray, other: np.ndarray, min_jaccard: float) -> bool:
+    """Tells whether two documents with these sketches may have a Jaccard similarity of
+    `min_jaccard` or more."""
     union = np.union1d(one, other)
-    is_whole = len(one) <= _SKETCH and len(other) <= _SKETCH
-    sample = union if is_whole else union[:_SKETCH]
-    shared = np.count_nonzero(np.isin(sample, one) & np.isin(sample, other))
-    least = stage.jaccard if is_whole else stage.jaccard - _DOUBT
-    return bool(shared >= least * len(sample))
+    are_whole = len(one) <= _SKETCH and len(other) <= _SKETCH
+    if not are_whole:
+        # The smallest hashes of the union are a fair sample of it, of which the share
+        # that both have estimates the similarity.
+        union = union[:_SKETCH]
+        min_jaccard -= _DOUBT
+    num_shared = np.count_nonzero(np.isin(union, one) & np.isin(union, other))
+    return bool(num_shared >= min_jaccard * len(union))
 
 
-def _count_lost_passages(
+def _find_lost_passages(
     corpus: OpenCorpus,
     rules: FilterRules,
     plan: VerdictPlan,
     removed: Sequence[_Removed],
     parts: Sequence[_Part],
     run: JobRunner,
-) -> tuple[int, int]:
-    """Counts passages cut that are not in what stays of kept documents, and their
-    characters."""
+) -> list[_CutPassage]:
+    """Finds passages cut that are not in what stays of kept documents."""
     passages = [passage for part in removed for passage in part.passages]
-    lost = 0
-    characters = 0
+    lost = []
     for index in sorted({passage.stage for passage in passages}):
         of_stage = [passage for passage in passages if passage.stage == index]
-        wanted = np.unique(np.concatenate([passage.windows for passage in of_stage]))
-        job = partial(_find_windows, corpus, rules, plan, index, wanted)
-        is_there = np.zeros(len(wanted), np.bool_)
-        for is_in_shard in run(job, parts, "passages"):
-            is_there |= is_in_shard
+        windows = np.unique(np.concatenate([passage.windows for passage in of_stage]))
+        job = partial(_mark_kept_windows, corpus, rules, plan, index, windows)
+        is_kept = np.zeros(len(windows), np.bool_)
+        for is_kept_in_shard in run(job, parts, "passages"):
+            is_kept |= is_kept_in_shard
         for passage in of_stage:
-            if not is_there[np.searchsorted(wanted, passage.windows)].all():
-                lost += 1
-                characters += passage.characters
-    return lost, characters
+            if not is_kept[np.searchsorted(windows, passage.windows)].all():
+                lost.append(passage)
+    return lost
 
 
-def _find_windows(
+def _mark_kept_windows(
     corpus: OpenCorpus,
     rules: FilterRules,
     plan: VerdictPlan,
     index: int,
-    wanted: np.ndarray,
+    windows: np.ndarray,
     part: _Part,
 ) -> np.ndarray:
     """Marks the hashes (sorted) of windows that are in what stays of a shard's kept
-    documents: bool [wanted]."""
-    _, _, shard = part
-    bound = plan.stages[index]
-    size = _get_window_words(plan, index)
-    cuts = rules.cut if bound.is_cut else ()
-    position = corpus.recipe.stages.index(bound.stage)
-    view = replace(shard, text_stages=get_text_stages(corpus.recipe.stages[:position]))
-    is_there = np.zeros(len(wanted), np.bool_)
+    documents: bool [windows]."""
+    verdict_stage = plan.stages[index]
+    window_words = _get_window_words(plan, index)
+    cuts = rules.cut if verdict_stage.is_cut else ()
+    view = _view_as_stage(corpus, verdict_stage.stage, part.shard)
+    is_kept_window = np.zeros(len(windows), np.bool_)
     # Rules are on labels and the newest text's being there; windows are of the text
     # that was read.
-    tables = shard.read_row_groups(
-        list(dict.fromkeys(["text", *rules.label_names, *cuts]))
+    names = list(dict.fromkeys(["text", *rules.label_names, *cuts]))
+    row_groups = zip(
+        part.shard.read_row_groups(names), view.read_row_groups(["text"]), strict=True
     )
-    for table, texts in zip(tables, view.read_row_groups(["text"]), strict=True):
+    for table, texts in row_groups:
         columns = dict(zip(table.schema.names, table.columns, strict=True))
-        is_kept = mark_kept(table, rules)
         columns["text"] = texts.column("text")
-        rest = pa.RecordBatch.from_pydict(columns).filter(pa.array(is_kept))
-        remaining = list(remove_cut_spans(rest, FilterRules(rules.keep, tuple(cuts))))
-        for begin in range(0, len(remaining), _BATCH):
-            hashes, _, _ = _hash_texts(remaining[begin : begin + _BATCH], size)
-            is_there |= np.isin(wanted, hashes)
-    return is_there
+        is_kept = pa.array(mark_kept(table, rules))
+        kept_table = pa.RecordBatch.from_pydict(columns).filter(is_kept)
+        kept_texts = list(
+            remove_cut_spans(kept_table, FilterRules(rules.keep, tuple(cuts)))
+        )
+        for first in range(0, len(kept_texts), _BATCH):
+            hashes = _hash_texts(
+                kept_texts[first : first + _BATCH], window_words
+            ).hashes
+            is_kept_window |= np.isin(windows, hashes)
+    return is_kept_window

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.cuts import remove_spans
+from maxlm.corpus.cuts import get_span_edges, remove_spans
 from maxlm.corpus.recipe import (
     RECIPE,
     FilterRules,
@@ -28,6 +28,7 @@ from maxlm.corpus.shards import (
     DOCUMENTS,
     StageShardView,
     check_shard,
+    mark_valid,
     read_shard_checksums,
     verify_shards,
 )
@@ -65,31 +66,21 @@ class OpenCorpus:
                 ended before it, with the rules that need no more.
         """
         folder = Path(folder)
-        try:
-            text = (folder / RECIPE).read_text("utf-8")
-            recipe = RecipeConfig.model_validate_json(
-                verify_and_strip_json_digest(text)
-            )
-        except OSError as error:
-            fix = "make one with maxlm corpus run RECIPE"
-            raise MaxlmError(
-                "there is no corpus here", where=str(folder), fix=fix
-            ) from error
-        except ValueError as error:  # Pydantic's, and bytes that are no UTF-8.
-            what = "this corpus was made by another version of maxlm, or is damaged"
-            raise MaxlmError(what, where=str(folder / RECIPE), fix=_AGAIN) from error
-        corpus = cls(folder, recipe)
-        for title in corpus.list_stages():
+        corpus = cls(folder, _read_recipe(folder))
+        for stage_name in corpus.list_stages():
             try:
-                corpus.read_manifest(title)
+                corpus.read_manifest(stage_name)
             except MaxlmError as error:
-                done = corpus.count_shard_files(title)
-                if title == DOCUMENTS:
-                    message = f"the stage documents is not finished: {done} shards are read so far"
+                if stage_name == DOCUMENTS:
+                    num_read = corpus.count_shard_files(stage_name)
+                    message = (
+                        f"the stage documents is not finished: {num_read} shards are "
+                        "read so far"
+                    )
                     raise MaxlmError(message, where=str(folder), fix=_AGAIN) from error
                 if not allow_unfinished:
                     raise
-                return corpus.take_finished_stages(title)
+                return corpus.take_finished_stages(stage_name)
         return corpus
 
     def list_stages(self) -> list[str]:
@@ -101,21 +92,19 @@ class OpenCorpus:
 
         Returns a line for each stage whose shards have no checksums of whole files.
         """
-        unchecked = []
+        notes = []
         for stage in self.list_stages():
             folder = self.folder / stage
+            paths = [shard.path(stage) for shard in self.shards]
             list_sha256 = self.read_manifest(stage).get("checksums_sha256")
-            verify_shards(
-                folder, [shard.path(stage) for shard in self.shards], list_sha256
-            )
+            verify_shards(folder, paths, list_sha256)
             if list_sha256 is None:
-                unchecked.append(
+                notes.append(
                     f"{folder}: an earlier maxlm wrote these shards without checksums "
-                    f"of whole "
-                    "files: those of their pages are checked; the recipe, run again, "
-                    "adds them"
+                    "of whole files: those of their pages are checked; the recipe, run "
+                    "again, adds them"
                 )
-        return unchecked
+        return notes
 
     def read_checksums(self) -> dict[Path, str]:
         """Reads the SHA-256 of every file of the corpus's shards, but of stages without
@@ -134,32 +123,32 @@ class OpenCorpus:
         """Returns the corpus as it is before a stage that is not done."""
         names = [stage.unique_name for stage in self.recipe.stages]
         position = names.index(unfinished_stage)
-        first = self.recipe.model_copy(
+        finished_recipe = self.recipe.model_copy(
             update={"stages": self.recipe.stages[:position], "keep": {}, "cut": ()}
         )
         keep = {}
         for name, text in self.recipe.keep.items():
             with suppress(MaxlmError):  # It names a label that is not there yet.
-                resolve_rules(first, {name: text}, (), "")
+                resolve_rules(finished_recipe, {name: text}, (), "")
                 keep[name] = text
-        cut = [
-            label
-            for label in self.recipe.cut
-            if label.rpartition(".")[0] in names[:position]
-        ]
-        shards = len(self.read_manifest(DOCUMENTS)["shards"])
-        parts = [
+        cut = []
+        for label in self.recipe.cut:
+            stage_name = label.rpartition(".")[0]
+            if stage_name in names[:position]:
+                cut.append(label)
+        num_shards = len(self.read_manifest(DOCUMENTS)["shards"])
+        num_written = self.count_shard_files(unfinished_stage)
+        notes = [
             f"not done: stage {unfinished_stage} is {position + 1} of {len(names)}, "
-            f"{self.count_shard_files(unfinished_stage)} of its {shards} shards are "
-            f"written"
+            f"{num_written} of its {num_shards} shards are written"
         ]
         left_out = [name for name in self.recipe.keep if name not in keep]
         left_out += [f"cut {label}" for label in self.recipe.cut if label not in cut]
         if left_out:
-            parts.append(f"rules that wait for it or later ones: {', '.join(left_out)}")
-        parts.append(_AGAIN)
-        recipe = first.model_copy(update={"keep": keep, "cut": tuple(cut)})
-        return OpenCorpus(self.folder, recipe, "; ".join(parts))
+            notes.append(f"rules that wait for it or later ones: {', '.join(left_out)}")
+        notes.append(_AGAIN)
+        recipe = finished_recipe.model_copy(update={"keep": keep, "cut": tuple(cut)})
+        return OpenCorpus(self.folder, recipe, "; ".join(notes))
 
     def read_manifest(self, stage_name: str) -> dict[str, Any]:
         """Reads the manifest of a stage's folder."""
@@ -167,8 +156,10 @@ class OpenCorpus:
         try:
             return json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
         except (OSError, ValueError) as error:
-            what = f"the stage {stage_name} is not finished, or its manifest is damaged"
-            raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
+            message = (
+                f"the stage {stage_name} is not finished, or its manifest is damaged"
+            )
+            raise MaxlmError(message, where=str(path), fix=_AGAIN) from error
 
     @cached_property
     def labels(self) -> dict[str, pa.DataType]:
@@ -193,10 +184,11 @@ class OpenCorpus:
         """Returns the shards with verdicts as they are among the documents that `rules`
         keep; see `settling.settle_verdicts`. To be used wherever these rules are
         applied."""
-        titles = [DOCUMENTS, *(stage.unique_name for stage in self.recipe.stages)]
         # Whole manifests: a stage whose folder was deleted may have made other labels
         # by one key.
-        manifests = [json.dumps(self.read_manifest(title)) for title in titles]
+        manifests = [
+            json.dumps(self.read_manifest(name)) for name in self.list_stages()
+        ]
         return settle_verdicts(
             self.recipe, self.shards, manifests, rules, str(self.folder), progress
         )
@@ -211,7 +203,8 @@ class OpenCorpus:
         return resolve_rules(self.recipe, keep, cut, str(self.folder))
 
 
-class FilteredShard(NamedTuple):
+@dataclass(frozen=True)
+class FilteredShard:
     """A shard as a file of documents: what its `SourceFile.details` are."""
 
     shard: StageShardView
@@ -220,12 +213,27 @@ class FilteredShard(NamedTuple):
     """SHA-256 of each of the files that are read; None: its stage has no checksums."""
 
 
+def _read_recipe(corpus: Path) -> RecipeConfig:
+    path = corpus / RECIPE
+    try:
+        text = verify_and_strip_json_digest(path.read_text("utf-8"))
+        return RecipeConfig.model_validate_json(text)
+    except OSError as error:
+        fix = "make one with maxlm corpus run RECIPE"
+        raise MaxlmError(
+            "there is no corpus here", where=str(corpus), fix=fix
+        ) from error
+    except ValueError as error:  # Pydantic's, and bytes that are no UTF-8.
+        message = "this corpus was made by another version of maxlm, or is damaged"
+        raise MaxlmError(message, where=str(path), fix=_AGAIN) from error
+
+
 def mark_kept(table: pa.RecordBatch, rules: FilterRules) -> np.ndarray:
     """Marks documents that fulfil all rules and have a text: bool [rows]."""
-    keep = table.column("text").is_valid().to_numpy(zero_copy_only=False)
+    is_kept = mark_valid(table.column("text"))
     for rule in rules.keep.values():
-        keep = keep & rule.evaluate(table)
-    return keep
+        is_kept = is_kept & rule.evaluate(table)
+    return is_kept
 
 
 def read_filtered_documents(
@@ -238,37 +246,43 @@ def read_filtered_documents(
     """
     needed = dict.fromkeys([*columns, "text", *rules.label_names, *rules.cut])
     for table in shard.read_row_groups(list(needed)):
-        keep = mark_kept(table, rules)
-        texts = remove_cut_spans(table.filter(pa.array(keep)), rules)
-        values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
-        for row, keeps in zip(values, keep, strict=True):
-            yield row, next(texts) if keeps else None
+        is_kept = mark_kept(table, rules)
+        kept_texts = remove_cut_spans(table.filter(pa.array(is_kept)), rules)
+        values = [table.column(name).to_pylist() for name in columns]
+        for row, row_is_kept in zip(zip(*values, strict=True), is_kept, strict=True):
+            yield row, next(kept_texts) if row_is_kept else None
 
 
 def remove_cut_spans(table: pa.RecordBatch, rules: FilterRules) -> Iterator[str]:
     """Yields the texts of documents without the spans of all the labels in
     `rules.cut`."""
-    spans = [table.column(label).to_pylist() for label in rules.cut]
-    for i, text in enumerate(table.column("text").to_pylist()):
-        cuts = [
-            (span["start"], span["end"]) for each in spans for span in each[i] or ()
-        ]
-        yield remove_spans(text, cuts) if cuts else text
+    span_columns = [table.column(label).to_pylist() for label in rules.cut]
+    for row, text in enumerate(table.column("text").to_pylist()):
+        spans = []
+        for column in span_columns:
+            spans += get_span_edges(column[row] or ())  # Null: there are none.
+        yield remove_spans(text, spans) if spans else text
 
 
 def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
     """Lists the shards of the corpus in `folder`, as files."""
     corpus = OpenCorpus.open(folder)
-    chosen = source if isinstance(source, SourceConfig) else None
-    rules = corpus.resolve_rules(chosen and chosen.keep, chosen and chosen.cut)
-    labels, files = ["text", *rules.label_names, *rules.cut], []
+    keep = None
+    cut = None
+    if isinstance(source, SourceConfig):
+        keep = source.keep
+        cut = source.cut
+    rules = corpus.resolve_rules(keep, cut)
+    labels = ["text", *rules.label_names, *rules.cut]
     digests = corpus.read_checksums()
+    files = []
     for shard in corpus.settle_rules(rules):
-        stages = {
-            stage for label in labels for stage, _ in shard.find_column_sources(label)
-        }
+        stages: set[str] = set()
+        for label in labels:
+            stages.update(stage for stage, _ in shard.find_column_sources(label))
         path = shard.path(DOCUMENTS)
         extra_paths = tuple(shard.path(s) for s in sorted(stages - {DOCUMENTS}))
+        sha256_by_path = {path: digests.get(path) for path in (path, *extra_paths)}
         state = path.stat()
         files.append(
             SourceFile(
@@ -279,11 +293,7 @@ def list_corpus_files(folder: Path, source: FilesConfig) -> list[SourceFile]:
                 size=state.st_size,
                 mtime_ns=state.st_mtime_ns,
                 extra_paths=extra_paths,
-                details=FilteredShard(
-                    shard,
-                    rules,
-                    {path: digests.get(path) for path in (path, *extra_paths)},
-                ),
+                details=FilteredShard(shard, rules, sha256_by_path),
             )
         )
     return files
@@ -300,8 +310,11 @@ def read_corpus_slice(part: FileSlice) -> Iterator[Document | None]:
 
 def describe_filter_rules(files: Iterable[SourceFile]) -> str:
     """Describes the rules that decide what is taken from corpora, as JSON."""
-    rules = {file.details.shard.folder: file.details.rules for file in files}
-    return json.dumps([each.describe() for each in rules.values()])
+    rules_by_corpus = {}
+    for file in files:
+        filtered: FilteredShard = file.details
+        rules_by_corpus[filtered.shard.folder] = filtered.rules
+    return json.dumps([rules.describe() for rules in rules_by_corpus.values()])
 
 
 def find_document(
@@ -310,27 +323,28 @@ def find_document(
     """Finds a document by its id; raises MaxlmError if there is none. Returns its
     newest text, columns and labels, by name; whether it fulfils each rule, by the
     rule's name."""
-    hidden = [
-        f"{stage.unique_name}.{name}"
-        for stage in corpus.recipe.stages
-        if isinstance(stage, CrossDocumentStage)
-        for name in stage.internal_labels
-    ]
-    shown = [name for name in corpus.labels if name not in hidden]
-    columns = ["id", "source", "url", "meta", "text", *shown]
+    internal_labels = []
+    for stage in corpus.recipe.stages:
+        if isinstance(stage, CrossDocumentStage):
+            for name in stage.internal_labels:
+                internal_labels.append(f"{stage.unique_name}.{name}")
+    shown_labels = [name for name in corpus.labels if name not in internal_labels]
+    # Labels name some of the documents' columns too.
+    columns = list(
+        dict.fromkeys(["id", "source", "url", "meta", "text", *shown_labels])
+    )
     rules = corpus.resolve_rules()
     for shard in corpus.settle_rules(rules):
         for group, ids in enumerate(shard.read_row_groups(["id"])):
             row = ids.column("id").index(document_id).as_py()
             if row >= 0:
-                tables = shard.read_row_groups(list(dict.fromkeys(columns)))
-                table = next(islice(tables, group, None)).slice(row, 1)
-                passed = {
-                    name: bool(rule.evaluate(table)[0])
+                tables = shard.read_row_groups(columns)
+                document = next(islice(tables, group, None)).slice(row, 1)
+                fulfils = {
+                    name: bool(rule.evaluate(document)[0])
                     for name, rule in rules.keep.items()
                 }
-                return table.to_pylist()[0], passed
+                return document.to_pylist()[0], fulfils
+    message = f"there is no document {document_id!r}"
     fix = "ids are in the report, or in the column id of documents/*.parquet"
-    raise MaxlmError(
-        f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix
-    )
+    raise MaxlmError(message, where=str(corpus.folder), fix=fix)

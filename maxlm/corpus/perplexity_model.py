@@ -106,33 +106,36 @@ def open_perplexity_model(path: Path, words: LineSplitterConfig) -> PerplexityMo
     """Opens a model. `words`: of a file; a folder has its own. Raises MaxlmError: KenLM
     cannot read the model, or the folder has none."""
     if not path.is_dir():
-        return PerplexityModel(_load(path, words))
+        return PerplexityModel(_load_kenlm(path, words))
     metadata = read_perplexity_metadata(path)
-    return PerplexityModel(
-        _load(path / metadata.file, metadata.words), metadata.cutoffs
-    )
+    compute = _load_kenlm(path / metadata.file, metadata.words)
+    return PerplexityModel(compute, metadata.cutoffs)
 
 
-def _load(path: Path, words: LineSplitterConfig) -> Callable[[str], float | None]:
+def _load_kenlm(path: Path, words: LineSplitterConfig) -> Callable[[str], float | None]:
+    """Returns `PerplexityModel.compute` of a file of KenLM's."""
     import kenlm
 
     config = kenlm.Config()
     config.show_progress = False
     config.arpa_complain = kenlm.ARPALoadComplain.NONE
     try:
-        log10_prob = kenlm.Model(str(path), config).score
+        compute_log10_probability = kenlm.Model(str(path), config).score
     except OSError as error:
         message = f"KenLM cannot read this model: {error}"
         raise MaxlmError(message, where=str(path), fix=TRAIN_FIX) from error
     split_lines = make_line_splitter(words)
 
     def compute(text: str) -> float | None:
-        total = 0.0
-        number = 0
+        log10_probability = 0.0
+        num_tokens = 0
         for line in split_lines(text):
-            total += log10_prob(line)
-            number += line.count(" ") + 2
-        return 10 ** (-total / number) if number else None
+            log10_probability += compute_log10_probability(line)
+            # One word more than spaces, and the line end.
+            num_tokens += line.count(" ") + 2
+        if num_tokens == 0:
+            return None
+        return 10 ** (-log10_probability / num_tokens)
 
     return compute
 
@@ -160,15 +163,18 @@ def list_model_files(path: Path, words: LineSplitterConfig) -> list[Path]:
     if path.is_dir():
         metadata = read_perplexity_metadata(path)
         words = metadata.words
-        files = [path / metadata.file, path / CUTOFFS_FILE]
-        if hash_file(files[0]) != metadata.model_sha256:
+        model = path / metadata.file
+        if hash_file(model) != metadata.model_sha256:
             message = f"{CUTOFFS_FILE} was written for another model"
-            fix = f"maxlm corpus calibrate-perplexity {files[0]} --reference SAMPLE --out {path}"
-            raise MaxlmError(message, where=str(files[0]), fix=fix)
+            fix = (
+                f"maxlm corpus calibrate-perplexity {model} --reference SAMPLE --out "
+                f"{path}"
+            )
+            raise MaxlmError(message, where=str(model), fix=fix)
+        files = [model, path / CUTOFFS_FILE]
     if words.tokenizer is not None:
-        files += [
-            file for file in sorted(Path(words.tokenizer).iterdir()) if file.is_file()
-        ]
+        tokenizer_files = sorted(Path(words.tokenizer).iterdir())
+        files += [file for file in tokenizer_files if file.is_file()]
     return files
 
 
@@ -255,14 +261,17 @@ def calibrate_perplexity(
 def _calibrate(
     model: Path, reference: Iterable[str], config: PerplexityCalibrationConfig
 ) -> PerplexityMetadata:
-    compute = _load(model, config.words)
-    scores = map(compute, islice(reference, config.reference_documents))
-    perplexities = np.array([score for score in scores if score is not None])
+    """Sets the cutoffs of a file of KenLM's."""
+    compute = _load_kenlm(model, config.words)
+    perplexities = []
+    for text in islice(reference, config.reference_documents):
+        perplexity = compute(text)
+        if perplexity is not None:
+            perplexities.append(perplexity)
     if len(perplexities) < _FEWEST_DOCUMENTS:
         message = f"{len(perplexities)} documents are too few to set cutoffs by"
-        raise MaxlmError(
-            message, fix=f"give {_FEWEST_DOCUMENTS} or more with --reference"
-        )
+        fix = f"give {_FEWEST_DOCUMENTS} or more with --reference"
+        raise MaxlmError(message, fix=fix)
     low, high = np.percentile(perplexities, config.percentiles).tolist()
     shown = np.percentile(perplexities, _SHOWN_PERCENTILES).tolist()
     return PerplexityMetadata(

@@ -8,10 +8,9 @@ surrogates become U+FFFD).
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -26,7 +25,7 @@ from maxlm.corpus.shards import (
 from maxlm.data.batching import batch_by_size
 from maxlm.data.documents.document import FileSlice, SourceFile
 from maxlm.data.documents.files import find_files
-from maxlm.data.documents.reader import read_records
+from maxlm.data.documents.reader import Record, read_records
 from maxlm.data.documents.streams import (
     DamagedFile,
     check_unchanged,
@@ -50,10 +49,19 @@ class ReadJob:
     slices: tuple[FileSlice, ...]
 
 
+DocumentRow = dict[str, bytes | None]
+"""The columns of a document, by name."""
+
+
+class _LeftOut(Exception):
+    """A document is left out; the argument is the reason."""
+
+
 def plan_shards(
     folder: Path, sources: Sequence[CrawlSource], shard_bytes: int
 ) -> tuple[list[ReadJob], int]:
-    """Cut sources into shards; returns those to be read, and how many files are binary.
+    """Cuts sources into shards; returns those to be read, and how many files are
+    binary.
 
     A shard's name is made from what is in it (paths, sizes and times of files, and how
     they are read): a shard of the same name holds the same documents, and new files
@@ -64,44 +72,44 @@ def plan_shards(
     for source in sources:
         listing = find_files(source)
         num_binary_files += listing.num_binary_files
-        slices = (
-            each for file in listing.files for each in _cut_file(file, shard_bytes)
-        )
-        for parts in batch_by_size(slices, lambda each: each.size_bytes, shard_bytes):
+        slices = _cut_files(listing.files, shard_bytes)
+        for parts in batch_by_size(slices, lambda part: part.size_bytes, shard_bytes):
             jobs.append(_make_job(folder, source, parts))
     return jobs, num_binary_files
 
 
-def _cut_file(file: SourceFile, shard_bytes: int) -> Sequence[FileSlice]:
-    if file.format == "corpus":
-        fix = "name the files it was made of, or use it in a mixture"
-        raise MaxlmError("this is a corpus already", where=file.name, fix=fix)
-    try:
-        return scan_file(file, shard_bytes, digest=False).slices
-    except DamagedFile:  # Which the reader will count.
-        return [make_whole_slice(file)]
+def _cut_files(files: Iterable[SourceFile], shard_bytes: int) -> Iterator[FileSlice]:
+    for file in files:
+        if file.format == "corpus":
+            fix = "name the files it was made of, or use it in a mixture"
+            raise MaxlmError("this is a corpus already", where=file.name, fix=fix)
+        try:
+            slices = scan_file(file, shard_bytes, digest=False).slices
+        except DamagedFile:  # Which the reader will count.
+            slices = [make_whole_slice(file)]
+        yield from slices
 
 
 def _make_job(
     folder: Path, source: CrawlSource, slices: Sequence[FileSlice]
 ) -> ReadJob:
-    # A file by its path: two names that are not Unicode may have become one.
-    parts: list[Any] = [source.model_dump(exclude={"documents"})] + [
-        [str(each.file.path), each.file.size, each.file.mtime_ns, each.start, each.stop]
-        for each in slices
-    ]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return ReadJob(
-        StageShardView(folder, f"{source.name}-{digest[:16]}"), source, tuple(slices)
-    )
+    description: list[object] = [source.model_dump(exclude={"documents"})]
+    for part in slices:
+        file = part.file
+        # A file by its path: two names that are not Unicode may have become one.
+        description.append(
+            [str(file.path), file.size, file.mtime_ns, part.start, part.stop]
+        )
+    digest = hashlib.sha256(json.dumps(description).encode()).hexdigest()
+    shard = StageShardView(folder, f"{source.name}-{digest[:16]}")
+    return ReadJob(shard, source, tuple(slices))
 
 
 def write_document_shard(job: ReadJob) -> None:
-    """Write a shard's documents."""
+    """Writes a shard's documents."""
     with open_shard_writer(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
         rows = _make_rows(job, lambda reason: writer.counts.update([reason]))
-        sizes = lambda row: sum(len(value or b"") for value in row.values())  # noqa: E731
-        for group in batch_by_size(rows, sizes, _GROUP_BYTES, _GROUP_ROWS):
+        for group in batch_by_size(rows, _count_bytes, _GROUP_BYTES, _GROUP_ROWS):
             writer.write_row_group(
                 pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA)
             )
@@ -109,15 +117,20 @@ def write_document_shard(job: ReadJob) -> None:
             check_unchanged(part.file, "corpus")
 
 
-def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | None]]:
+def _count_bytes(row: DocumentRow) -> int:
+    return sum(len(value or b"") for value in row.values())
+
+
+def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[DocumentRow]:
     for part in job.slices:
         try:
             for document in _read_raw(job.source, part, count):
-                row = _make_row(job.source, document)
-                if isinstance(row, str):
-                    count(row)
-                else:
-                    yield row
+                try:
+                    row = _make_row(job.source, document)
+                except _LeftOut as reason:
+                    count(str(reason))
+                    continue
+                yield row
         except DamagedFile:
             count("broken")  # The rest of the file; what came before is kept.
 
@@ -125,61 +138,73 @@ def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | 
 def _read_raw(
     source: CrawlSource, part: FileSlice, count: SkipCallback
 ) -> Iterator[RawDocument]:
-    file, longest = part.file, source.max_document_bytes
+    """Yields the documents of a part of a file; those that cannot be read are
+    counted."""
+    file = part.file
+    max_bytes = source.max_document_bytes
     if file.format == "warc":
-        yield from read_warc(file.path, count, max_record_bytes=longest)
+        yield from read_warc(file.path, count, max_record_bytes=max_bytes)
     elif file.is_html:
         with open_stream(file.path, file.compression) as stream:
-            data = stream.read(longest + 1)
-        yield RawDocument(id=file.name, url=None, html=data, text=None)
+            # One byte more tells that it is too long.
+            page = stream.read(max_bytes + 1)
+        yield RawDocument(id=file.name, url=None, html=page, text=None)
     else:
-        for record in read_records(source, part, max_bytes=longest, with_fields=True):
+        for record in read_records(source, part, max_bytes=max_bytes, with_fields=True):
             if record.skip_reason:
                 count(record.skip_reason)
-                continue
-            meta = {
-                key: value for key, value in record.fields.items() if value is not None
-            }
-            url, id_ = meta.pop(source.url_field, None), meta.pop("id", record.id)
-            text = (
-                None
-                if record.text is None
-                else record.text.decode().removeprefix("\ufeff")
-            )
-            yield RawDocument(
-                str(id_), url if isinstance(url, str) else None, None, text, meta
-            )
+            else:
+                yield _convert_record(source, record)
 
 
-def _make_row(
-    source: CrawlSource, document: RawDocument
-) -> dict[str, bytes | None] | str:
-    """Makes a document's columns, or returns the reason why it is left out.
+def _convert_record(source: CrawlSource, record: Record) -> RawDocument:
+    """Makes a document of a row of JSONL or Parquet or of a text; its other fields
+    become `meta`."""
+    meta = {key: value for key, value in record.fields.items() if value is not None}
+    url = meta.pop(source.url_field, None)
+    document_id = meta.pop("id", record.id)
+    text = None
+    if record.text is not None:
+        text = record.text.decode().removeprefix("\ufeff")  # A byte order mark.
+    return RawDocument(
+        id=str(document_id),
+        url=url if isinstance(url, str) else None,
+        html=None,
+        text=text,
+        meta=meta,
+    )
+
+
+def _make_row(source: CrawlSource, document: RawDocument) -> DocumentRow:
+    """Makes a document's columns. Raises _LeftOut: it is no document.
 
     Texts of all kinds are UTF-8 without NUL from here on.
     """
-    text = document.text
-    row = {
-        "id": _utf8(document.id),
+    text = _encode(document.text)
+    content = document.html or text or b""
+    if len(content) > source.max_document_bytes:
+        raise _LeftOut("too_large")
+    has_text = document.text is not None and document.text.strip()
+    if not document.html and not has_text:
+        raise _LeftOut("empty")
+    meta = None
+    if document.meta:
+        try:
+            meta = json.dumps(document.meta, default=str)
+        except RecursionError as error:
+            raise _LeftOut("broken") from error
+    return {
+        "id": _encode(document.id),
         "source": source.name.encode(),
-        "url": _utf8(document.url),
-        "text": _utf8(text),
+        "url": _encode(document.url),
+        "text": text,
         "html": document.html,
+        "meta": _encode(meta),
     }
-    if len(row["html"] or row["text"] or b"") > source.max_document_bytes:
-        return "too_large"
-    if not document.html and not (text and text.strip()):
-        return "empty"
-    try:
-        meta = json.dumps(document.meta, default=str) if document.meta else None
-    except RecursionError:
-        return "broken"
-    return {**row, "meta": _utf8(meta)}
 
 
-def _utf8(text: str | None) -> bytes | None:
-    return (
-        None
-        if text is None
-        else _SURROGATE.sub("\ufffd", text.replace("\0", "")).encode()
-    )
+def _encode(text: str | None) -> bytes | None:
+    """Encodes a text as UTF-8, without what no text column can hold."""
+    if text is None:
+        return None
+    return _SURROGATE.sub("\ufffd", text.replace("\0", "")).encode()

@@ -6,7 +6,6 @@ import keyword
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as types
@@ -14,7 +13,11 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, LocalPath, MaxlmError
 from maxlm.corpus.crawl import CrawlSource
-from maxlm.corpus.expression import Expression, make_unknown_label_error, parse
+from maxlm.corpus.expression import (
+    Expression,
+    make_unknown_label_error,
+    parse_expression,
+)
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
 from maxlm.corpus.stage import CrossDocumentStage, Stage, Verdicts
 from maxlm.corpus.stages import AnyStage
@@ -58,10 +61,10 @@ class RecipeConfig(Config):
     (see docs/corpus.md)."""
 
     @model_validator(mode="after")
-    def _names_differ(self):
-        sources = [source.name for source in self.sources]
-        titles = [stage.unique_name for stage in self.stages]
-        for kind, names in (("sources", sources), ("stages", titles)):
+    def _check_names(self) -> "RecipeConfig":
+        source_names = [source.name for source in self.sources]
+        stage_names = [stage.unique_name for stage in self.stages]
+        for kind, names in (("sources", source_names), ("stages", stage_names)):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(
@@ -75,11 +78,11 @@ class RecipeConfig(Config):
                 raise ValueError(
                     f"two stages use the index {index}: name it in one of them"
                 )
-        for title in titles:
-            if title in (DOCUMENTS, "lock", "settled") or keyword.iskeyword(title):
-                raise ValueError(
-                    f"no stage can be called {title}: give it another name"
-                )
+        for name in stage_names:
+            # These are other files of the corpus's folder; and no expression could name
+            # a label below a keyword.
+            if name in (DOCUMENTS, "lock", "settled") or keyword.iskeyword(name):
+                raise ValueError(f"no stage can be called {name}: give it another name")
         return self
 
 
@@ -106,14 +109,13 @@ class FilterRules:
     @property
     def label_names(self) -> list[str]:
         """The labels that rules of `keep` name, each once."""
-        return list(
-            dict.fromkeys(
-                name for rule in self.keep.values() for name in rule.label_names
-            )
-        )
+        names = []
+        for rule in self.keep.values():
+            names += rule.label_names
+        return list(dict.fromkeys(names))
 
-    def describe(self) -> dict[str, Any]:
-        """The rules as JSON has them."""
+    def describe(self) -> dict[str, object]:
+        """Describes the rules, as JSON has it."""
         return {
             "keep": {name: rule.text for name, rule in self.keep.items()},
             "cut": self.cut,
@@ -127,71 +129,93 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     `where` that names such a verdict selects documents as if none did.
     """
     resolve_rules(recipe, recipe.keep, recipe.cut, "")
-    keys = {DOCUMENTS: ""}
-    steps = []
-    wholes: set[str] = set()
+    fingerprints = {DOCUMENTS: ""}
+    cross_document: set[str] = set()
+    bound_stages = []
     for number, stage in enumerate(recipe.stages):
         name = stage.unique_name
         place = f"stages.{number}"
-        labels = get_label_types(recipe.stages[:number])
-        texts = get_text_stages(recipe.stages[:number])
+        earlier = recipe.stages[:number]
+        labels = get_label_types(earlier)
+        text_stages = get_text_stages(earlier)
         where = None
+        condition_labels: tuple[str, ...] = ()
         if stage.where is not None:
-            condition = parse(stage.where, labels, f"{place}.where")
-            where = condition.replace_labels(
-                get_neutral_verdicts(recipe.stages[:number])
-            )
-        read = [*stage.input_columns, *(where.label_names if where else ())]
-        for column in read:
+            condition = parse_expression(stage.where, labels, f"{place}.where")
+            where = condition.replace_labels(get_neutral_verdicts(earlier))
+            condition_labels = where.label_names
+        columns = [*stage.input_columns, *condition_labels]
+        for column in columns:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
                 raise make_unknown_label_error(column, labels, f"{place} ({name})")
-        for label, kind in stage.input_labels.items():
-            if not any(
-                is_kind(labels.get(label, pa.null())) for is_kind in _KINDS[kind]
-            ):
-                what = f'"{label}" holds no {kind}, which {name} needs'
-                raise MaxlmError(what, where=place, fix="name a label that does")
-        sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
-        # Of texts the order matters: the newest that a document has is read.
-        seen = texts if "text" in stage.input_columns else ()
-        before = sorted((s, keys[s]) for s in {*sources, *seen})
-        parts = [stage.fingerprint(), where and where.text, before, seen]
-        keys[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        whole = isinstance(stage, CrossDocumentStage) or bool(
-            wholes & {*sources, *seen}
+        _check_input_labels(stage, labels, place)
+
+        # All that it reads: stages of labels, and those that wrote the text. Of these
+        # the order matters: the newest that a document has is read.
+        texts_read = text_stages if "text" in stage.input_columns else ()
+        sources = set(texts_read)
+        for column in columns:
+            sources.add(column.rpartition(".")[0] or DOCUMENTS)
+        source_fingerprints = sorted(
+            (source, fingerprints[source]) for source in sources
         )
-        wholes |= {name} if whole else set()
-        steps.append(BoundStage(stage, texts, where, keys[name], whole))
-    return steps
+        parts = [
+            stage.fingerprint(),
+            where and where.text,
+            source_fingerprints,
+            texts_read,
+        ]
+        fingerprints[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        is_cross_document = isinstance(stage, CrossDocumentStage)
+        if is_cross_document or not cross_document.isdisjoint(sources):
+            cross_document.add(name)
+        bound_stages.append(
+            BoundStage(
+                stage=stage,
+                text_stages=text_stages,
+                where=where,
+                fingerprint=fingerprints[name],
+                is_cross_document=name in cross_document,
+            )
+        )
+    return bound_stages
+
+
+def _check_input_labels(
+    stage: Stage, labels: Mapping[str, pa.DataType], place: str
+) -> None:
+    """Checks that the labels that a stage reads hold what it needs."""
+    for label, kind in stage.input_labels.items():
+        type_ = labels.get(label, pa.null())
+        if not any(is_kind(type_) for is_kind in _KINDS[kind]):
+            message = f'"{label}" holds no {kind}, which {stage.unique_name} needs'
+            raise MaxlmError(message, where=place, fix="name a label that does")
 
 
 def get_label_types(stages: Sequence[Stage]) -> dict[str, pa.DataType]:
     """Returns the type of each label that a corpus of these stages has."""
-    return _DOCUMENT_LABELS | {
-        f"{stage.unique_name}.{field.name}": field.type
-        for stage in stages
-        for field in stage.schema()
-        if field.name != "text"
-    }
+    label_types = dict(_DOCUMENT_LABELS)
+    for stage in stages:
+        for field in stage.schema():
+            if field.name != "text":
+                label_types[f"{stage.unique_name}.{field.name}"] = field.type
+    return label_types
 
 
 def get_neutral_verdicts(stages: Sequence[Stage]) -> Verdicts:
     """Returns the verdicts of stages that compare documents for one that loses no
     text."""
-    return {
-        name: value
-        for stage in stages
-        if isinstance(stage, CrossDocumentStage)
-        for name, value in stage.neutral_verdicts.items()
-    }
+    verdicts = {}
+    for stage in stages:
+        if isinstance(stage, CrossDocumentStage):
+            verdicts |= stage.neutral_verdicts
+    return verdicts
 
 
 def get_text_stages(stages: Sequence[Stage]) -> tuple[str, ...]:
     """Returns the stages that write a version of the text, oldest first."""
-    return (
-        DOCUMENTS,
-        *(each.unique_name for each in stages if "text" in each.schema().names),
-    )
+    writers = [stage.unique_name for stage in stages if "text" in stage.schema().names]
+    return (DOCUMENTS, *writers)
 
 
 def resolve_rules(
@@ -200,42 +224,58 @@ def resolve_rules(
     cut: Sequence[str],
     error_location: str,
 ) -> FilterRules:
-    """Check rules against a recipe's labels. `error_location`: what comes before a
+    """Checks rules against a recipe's labels. `error_location`: what comes before a
     rule's key in errors, such as the corpus's folder."""
     labels = get_label_types(recipe.stages)
-    parsed = {}
+    expressions = {}
     for name, text in keep.items():
         place = f"{error_location}: keep.{name}" if error_location else f"keep.{name}"
         if not re.fullmatch(r"[A-Za-z][\w-]*", name):
-            what = f"{name!r} cannot be the name of a rule"
-            raise MaxlmError(what, where=place, fix="use letters, digits, _ and -")
-        known = text.strip().removeprefix("published.")
-        if known != text.strip():
-            if known not in PUBLISHED:
-                what = f'there is no published rule "{known}"'
-                raise MaxlmError(
-                    what, where=place, fix=f"choose: {', '.join(PUBLISHED)}"
-                )
-            text = PUBLISHED[known]
-        parsed[name] = parse(text, labels, place)
-    spans = [name for name, type_ in labels.items() if _holds_spans(type_)]
-    titles = [DOCUMENTS, *(stage.unique_name for stage in recipe.stages)]
-    newest = get_text_stages(recipe.stages)[-1]
+            message = f"{name!r} cannot be the name of a rule"
+            raise MaxlmError(message, where=place, fix="use letters, digits, _ and -")
+        text = _expand_published_rule(text, place)
+        expressions[name] = parse_expression(text, labels, place)
+    _check_cuts(recipe, labels, cut)
+    return FilterRules(expressions, tuple(cut))
+
+
+def _expand_published_rule(text: str, place: str) -> str:
+    """Returns the expression that `published.NAME` stands for; others as they are."""
+    prefix = "published."
+    if not text.strip().startswith(prefix):
+        return text
+    name = text.strip().removeprefix(prefix)
+    if name not in PUBLISHED:
+        message = f'there is no published rule "{name}"'
+        fix = f"choose: {', '.join(PUBLISHED)}"
+        raise MaxlmError(message, where=place, fix=fix)
+    return PUBLISHED[name]
+
+
+def _check_cuts(
+    recipe: RecipeConfig, labels: Mapping[str, pa.DataType], cut: Sequence[str]
+) -> None:
+    """Checks that labels hold spans of the newest text."""
+    span_labels = [name for name, type_ in labels.items() if _holds_spans(type_)]
+    stage_names = [DOCUMENTS, *(stage.unique_name for stage in recipe.stages)]
+    newest_text = get_text_stages(recipe.stages)[-1]
     for label in cut:
-        if label not in spans:
-            what = f'"{label}" is no label that holds spans to cut'
-            raise MaxlmError(
-                what, where="cut", fix=f"choose: {', '.join(spans) or 'none here'}"
+        if label not in span_labels:
+            message = f'"{label}" is no label that holds spans to cut'
+            fix = f"choose: {', '.join(span_labels) or 'none here'}"
+            raise MaxlmError(message, where="cut", fix=fix)
+        stage_name = label.rpartition(".")[0]
+        if stage_names.index(stage_name) <= stage_names.index(newest_text):
+            message = (
+                f"{label} are places in the text as it was before {newest_text} "
+                "changed it"
             )
-        stage = label.rpartition(".")[0]
-        if titles.index(stage) <= titles.index(newest):
-            what = (
-                f"{label} are places in the text as it was before {newest} changed it"
-            )
-            raise MaxlmError(what, where="cut", fix=f"put {stage} after {newest}")
-    return FilterRules(parsed, tuple(cut))
+            fix = f"put {stage_name} after {newest_text}"
+            raise MaxlmError(message, where="cut", fix=fix)
 
 
 def _holds_spans(type_: pa.DataType) -> bool:
-    has_fields = types.is_list(type_) and types.is_struct(type_.value_type)
-    return has_fields and {"start", "end"} <= {field.name for field in type_.value_type}
+    if not types.is_list(type_) or not types.is_struct(type_.value_type):
+        return False
+    fields = {field.name for field in type_.value_type}
+    return {"start", "end"} <= fields

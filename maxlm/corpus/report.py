@@ -8,12 +8,12 @@ import hashlib
 import heapq
 import html
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.types as types
 
 from maxlm.corpus.expression import Threshold
-from maxlm.corpus.lost import LostText
+from maxlm.corpus.lost import LostTextCounts
 from maxlm.corpus.opened import OpenCorpus, remove_cut_spans
 from maxlm.corpus.recipe import FilterRules
-from maxlm.corpus.shards import DOCUMENTS, StageShardView
+from maxlm.corpus.shards import DOCUMENTS, StageShardView, mark_valid
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.decontaminate import (
     DecontaminateStage,
@@ -34,16 +34,44 @@ from maxlm.runtime.executor import TaskExecutor
 from maxlm.runtime.files import replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
 
+HAS_TEXT = "has text"
+"""The rule before all others."""
 SAMPLES = 5
+"""Examples of each kind."""
 _SNIPPET_CHARS = 700
 _VALUES = 16_384  # of each label
 _TOKENIZED_BYTES = 200_000  # of each source and language in each shard
 _BINS = 48
 _MOST_ITEMS = 100
 _ALARM_SHARE = 0.5  # Of a source's text, of which the report warns if more is lost.
-_WIDTH, _HEIGHT = 440, 120
+_WIDTH = 440  # Of a histogram, in pixels.
+_HEIGHT = 120
 
-Key = tuple[str, ...]
+RuleSource = tuple[str, str]
+"""A rule and a source."""
+SourceLanguage = tuple[str, str]
+"""A source and a language."""
+
+
+@dataclass(frozen=True)
+class MixtureCounts:
+    """Counts of kept text, after cuts."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokenized_bytes: int = 0
+    """Bytes of the documents that were tokenized, which are a sample."""
+    tokens: int = 0
+    """Their tokens."""
+
+    def add(self, other: "MixtureCounts") -> "MixtureCounts":
+        """Returns the sum of both."""
+        return MixtureCounts(
+            self.documents + other.documents,
+            self.bytes + other.bytes,
+            self.tokenized_bytes + other.tokenized_bytes,
+            self.tokens + other.tokens,
+        )
 
 
 @dataclass(frozen=True, order=True)
@@ -55,21 +83,19 @@ class Sample:
     id: str = field(compare=False)
     source: str = field(compare=False)
     text: str = field(compare=False)
-    labels: Mapping[str, Any] = field(compare=False)
+    labels: Mapping[str, object] = field(compare=False)
 
 
 @dataclass
 class CorpusSummary:
     """Counts, values and examples; the sum of two is that of both their documents."""
 
-    documents: Counter[Key] = field(default_factory=Counter)
-    """Documents that fulfil a rule and all before, by (rule, source); rule "" counts
-    all."""
-    bytes: Counter[Key] = field(default_factory=Counter)
-    """UTF-8 bytes of their texts, by the same keys."""
-    mixture: dict[Key, np.ndarray] = field(default_factory=dict)
-    """Kept text, after cuts, by (source, language): documents, bytes, and bytes and
-    tokens of the documents tokenized: int64 [4]."""
+    documents: Counter[RuleSource] = field(default_factory=Counter)
+    """Documents that fulfil a rule and all before; rule "" counts all."""
+    bytes: Counter[RuleSource] = field(default_factory=Counter)
+    """UTF-8 bytes of their texts."""
+    mixture: dict[SourceLanguage, MixtureCounts] = field(default_factory=dict)
+    """Kept text, after cuts."""
     value_samples: dict[str, np.ndarray] = field(default_factory=dict)
     """A sample of each numeric label's values: float64 [2, values], the first row
     random numbers of which the smallest are kept, so that the sample does not depend on
@@ -80,25 +106,34 @@ class CorpusSummary:
     """Examples that all rules keep."""
 
     def add(self, other: "CorpusSummary") -> None:
+        """Adds what another summary counts."""
         self.documents.update(other.documents)
         self.bytes.update(other.bytes)
-        for key, figures in other.mixture.items():
-            self.mixture[key] = self.mixture.get(key, np.zeros(4, np.int64)) + figures
+        for key, counts in other.mixture.items():
+            if key in self.mixture:
+                counts = self.mixture[key].add(counts)
+            self.mixture[key] = counts
         for label, sample in other.value_samples.items():
             self.add_values(label, sample)
         for rule, samples in other.dropped.items():
-            self.dropped[rule] = heapq.nsmallest(
-                SAMPLES, self.dropped.get(rule, []) + samples
-            )
-        self.kept = heapq.nsmallest(SAMPLES, self.kept + other.kept)
+            self.add_dropped(rule, samples)
+        self.add_kept(other.kept)
+
+    def add_dropped(self, rule: str, samples: Sequence[Sample]) -> None:
+        """Adds examples of documents that a rule drops."""
+        all_samples = [*self.dropped.get(rule, []), *samples]
+        self.dropped[rule] = heapq.nsmallest(SAMPLES, all_samples)
+
+    def add_kept(self, samples: Sequence[Sample]) -> None:
+        """Adds examples of documents that all rules keep."""
+        self.kept = heapq.nsmallest(SAMPLES, [*self.kept, *samples])
 
     def add_values(self, label: str, sample: np.ndarray) -> None:
-        both = np.concatenate(
-            [self.value_samples.get(label, np.empty((2, 0))), sample], axis=1
-        )
-        self.value_samples[label] = both[
-            :, np.argsort(both[0], kind="stable")[:_VALUES]
-        ]
+        """Adds values of a label, see `value_samples`."""
+        known = self.value_samples.get(label, np.empty((2, 0)))
+        values = np.concatenate([known, sample], axis=1)
+        smallest_first = np.argsort(values[0], kind="stable")
+        self.value_samples[label] = values[:, smallest_first[:_VALUES]]
 
 
 def summarize_corpus(
@@ -109,127 +144,148 @@ def summarize_corpus(
     progress: Progress = ignore_progress,
 ) -> CorpusSummary:
     """Computes figures of a corpus under rules, tokens by the tokenizer in a folder."""
-    numeric = [
-        name
-        for name, type_ in corpus.labels.items()
-        if (types.is_integer(type_) or types.is_floating(type_))
-        and not name.endswith((".cluster", ".group"))  # Numbers that are names.
-    ]
-    job = partial(
-        _summarize_shard, rules, numeric, find_language_label(corpus), tokenizer
-    )
+    numeric_labels = []
+    for name, type_ in corpus.labels.items():
+        is_number = types.is_integer(type_) or types.is_floating(type_)
+        is_identity = name.endswith((".cluster", ".group"))  # Numbers that are names.
+        if is_number and not is_identity:
+            numeric_labels.append(name)
+    language_label = find_language_label(corpus)
+    job = partial(_summarize_shard, rules, numeric_labels, language_label, tokenizer)
     shards = corpus.settle_rules(rules, progress)
-    total = CorpusSummary()
     executor.require_on_workers(corpus.folder, ())
-    for each in JobRunner("report", executor, progress)(job, shards):
-        total.add(each)
+    run = JobRunner("report", executor, progress)
+    total = CorpusSummary()
+    for summary in run(job, shards):
+        total.add(summary)
     return total
 
 
 def find_language_label(corpus: OpenCorpus) -> str | None:
-    """The label that names a document's language, if a stage gives one."""
-    found = [
-        stage.unique_name for stage in corpus.recipe.stages if stage.stage == "language"
-    ]
-    return f"{found[0]}.name" if found else None
+    """Returns the label that names a document's language, if a stage gives one."""
+    for stage in corpus.recipe.stages:
+        if stage.stage == "language":
+            return f"{stage.unique_name}.name"
+    return None
 
 
 def _summarize_shard(
     rules: FilterRules,
-    numeric: Sequence[str],
-    language: str | None,
+    numeric_labels: Sequence[str],
+    language_label: str | None,
     tokenizer: Path | None,
     shard: StageShardView,
 ) -> CorpusSummary:
     from maxlm.data.tokenizer import load_tokenizer
 
     summary = CorpusSummary()
-    languages = [language] if language else []
-    columns = [
-        "id",
-        "source",
-        "text",
-        *rules.label_names,
-        *numeric,
-        *languages,
-        *rules.cut,
-    ]
+    columns = ["id", "source", "text", *rules.label_names, *numeric_labels, *rules.cut]
+    if language_label:
+        columns.append(language_label)
     seed = int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:8], "big")
     random = np.random.default_rng(seed)
-    codec = tokenizer and load_tokenizer(tokenizer)
+    encode = load_tokenizer(tokenizer).encode if tokenizer else None
     for table in shard.read_row_groups(list(dict.fromkeys(columns))):
-        texts = table.column("text")
-        sizes = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
-        sources = table.column("source")
-        keep = np.ones(table.num_rows, np.bool_)
-        _count(summary, "", sources, sizes, keep)
-        keep = keep & pc.is_valid(texts).to_numpy(zero_copy_only=False)
-        _count(summary, "has text", sources, sizes, keep)
-        for name, rule in rules.keep.items():
-            passes = rule.evaluate(table)
-            fell = _samples(table, np.flatnonzero(keep & ~passes), rule.label_names)
-            summary.dropped[name] = heapq.nsmallest(
-                SAMPLES, summary.dropped.get(name, []) + fell
-            )
-            keep = keep & passes
-            _count(summary, name, sources, sizes, keep)
-        kept = _samples(table, np.flatnonzero(keep), rules.label_names)
-        summary.kept = heapq.nsmallest(SAMPLES, summary.kept + kept)
-        for label in numeric:
+        is_kept = _count_rules(summary, rules, table)
+        for label in numeric_labels:
             values = pc.cast(table.column(label), pa.float64()).drop_null().to_numpy()
-            summary.add_values(label, np.stack([random.random(len(values)), values]))
-        table = table.filter(pa.array(keep))
-        names = (
-            table.column(language).to_pylist() if language else [None] * table.num_rows
-        )
-        for source, name, text in zip(
-            table.column("source").to_pylist(),
-            names,
-            remove_cut_spans(table, rules),
-            strict=True,
-        ):
-            raw = text.encode()
-            figures = summary.mixture.setdefault(
-                (source, name or "?"), np.zeros(4, int)
-            )
-            figures[:2] += (1, len(raw))
-            if codec is not None and figures[2] < _TOKENIZED_BYTES:
-                figures[2:] += (len(raw), len(codec.encode(raw)))
+            sample = np.stack([random.random(len(values)), values])
+            summary.add_values(label, sample)
+        kept_table = table.filter(pa.array(is_kept))
+        _count_mixture(summary, rules, language_label, encode, kept_table)
     return summary
 
 
-def _count(
+def _count_rules(
+    summary: CorpusSummary, rules: FilterRules, table: pa.RecordBatch
+) -> np.ndarray:
+    """Counts what is left of documents after each rule, and takes examples. Returns
+    which of them all rules keep: bool [rows]."""
+    texts = table.column("text")
+    sizes = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
+    sources = np.asarray(table.column("source").to_pylist(), object)
+    is_kept = np.ones(table.num_rows, np.bool_)
+    _count_documents(summary, "", sources, sizes, is_kept)
+    is_kept = is_kept & mark_valid(texts)
+    _count_documents(summary, HAS_TEXT, sources, sizes, is_kept)
+    for name, rule in rules.keep.items():
+        passes = rule.evaluate(table)
+        dropped_rows = np.flatnonzero(is_kept & ~passes)
+        samples = _choose_samples(table, dropped_rows, rule.label_names)
+        summary.add_dropped(name, samples)
+        is_kept = is_kept & passes
+        _count_documents(summary, name, sources, sizes, is_kept)
+    kept_rows = np.flatnonzero(is_kept)
+    summary.add_kept(_choose_samples(table, kept_rows, rules.label_names))
+    return is_kept
+
+
+def _count_mixture(
+    summary: CorpusSummary,
+    rules: FilterRules,
+    language_label: str | None,
+    encode: Callable[[bytes], Sequence[int]] | None,
+    kept_table: pa.RecordBatch,
+) -> None:
+    """Counts the text of kept documents by source and language."""
+    sources = kept_table.column("source").to_pylist()
+    languages = [None] * kept_table.num_rows
+    if language_label:
+        languages = kept_table.column(language_label).to_pylist()
+    texts = remove_cut_spans(kept_table, rules)
+    for source, language, text in zip(sources, languages, texts, strict=True):
+        encoded = text.encode()
+        key = (source, language or "?")
+        counts = summary.mixture.get(key, MixtureCounts())
+        tokenized_bytes = 0
+        tokens = 0
+        if encode is not None and counts.tokenized_bytes < _TOKENIZED_BYTES:
+            tokenized_bytes = len(encoded)
+            tokens = len(encode(encoded))
+        summary.mixture[key] = counts.add(
+            MixtureCounts(1, len(encoded), tokenized_bytes, tokens)
+        )
+
+
+def _count_documents(
     summary: CorpusSummary,
     rule: str,
-    sources: pa.Array,
+    sources: np.ndarray,
     sizes: np.ndarray,
-    keep: np.ndarray,
+    is_kept: np.ndarray,
 ) -> None:
-    names = np.asarray(sources.to_pylist(), object)[keep]
-    for source in set(names.tolist()):
-        here = names == source
-        summary.documents[rule, source] += int(here.sum())
-        summary.bytes[rule, source] += int(sizes[keep][here].sum())
+    kept_sources = sources[is_kept]
+    kept_sizes = sizes[is_kept]
+    for source in set(kept_sources.tolist()):
+        is_of_source = kept_sources == source
+        summary.documents[rule, source] += int(is_of_source.sum())
+        summary.bytes[rule, source] += int(kept_sizes[is_of_source].sum())
 
 
-def _samples(
+def _choose_samples(
     table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]
 ) -> list[Sample]:
+    """Chooses documents among some rows: those with the smallest hashes of their
+    ids."""
     ids = table.column("id")
-    order = {
-        hashlib.sha256(ids[int(r)].as_py().encode()).hexdigest()[:16]: int(r)
-        for r in rows
-    }
-    return [
-        Sample(
-            each,
-            ids[order[each]].as_py(),
-            table.column("source")[order[each]].as_py(),
-            (table.column("text")[order[each]].as_py() or "")[:_SNIPPET_CHARS],
-            {label: table.column(label)[order[each]].as_py() for label in labels},
+    row_by_hash = {}
+    for row in rows.tolist():
+        id_hash = hashlib.sha256(ids[row].as_py().encode()).hexdigest()[:16]
+        row_by_hash[id_hash] = row
+    samples = []
+    for id_hash in heapq.nsmallest(SAMPLES, row_by_hash):
+        row = row_by_hash[id_hash]
+        text = table.column("text")[row].as_py() or ""
+        samples.append(
+            Sample(
+                sort_key=id_hash,
+                id=ids[row].as_py(),
+                source=table.column("source")[row].as_py(),
+                text=text[:_SNIPPET_CHARS],
+                labels={label: table.column(label)[row].as_py() for label in labels},
+            )
         )
-        for each in heapq.nsmallest(SAMPLES, order)
-    ]
+    return samples
 
 
 def write_report(
@@ -237,31 +293,36 @@ def write_report(
     rules: FilterRules,
     summary: CorpusSummary,
     path: Path,
-    lost: LostText | None = None,
+    lost: LostTextCounts | None = None,
 ) -> None:
-    """Write a page that needs no network, whole or not at all; `report.html` is its
+    """Writes a page that needs no network, whole or not at all; `report.html` is its
     template."""
     from jinja2 import Environment
 
     template = files("maxlm.corpus").joinpath("report.html").read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "number": "{:,.0f}".format, "share": "{:.1%}".format, "value": _format_value
-    }  # fmt: skip
-    stages = corpus.recipe.stages
+    environment.filters["number"] = "{:,.0f}".format
+    environment.filters["share"] = "{:.1%}".format
+    environment.filters["value"] = _format_value
     funnel = compute_funnel(rules, summary)
+    manifests = []
+    contaminated = []
+    for stage in corpus.recipe.stages:
+        name = stage.unique_name
+        manifests.append((name, corpus.read_manifest(name)))
+        if isinstance(stage, DecontaminateStage):
+            items = count_contaminated_documents(stage, corpus.shards)
+            contaminated += items[:_MOST_ITEMS]
     page = environment.from_string(template).render(
         name=corpus.folder.resolve().name,
-        sources=[*funnel[0]["by_source"]],
+        sources=list(funnel[0]["by_source"]),
         read=corpus.read_manifest(DOCUMENTS)["counts"],
         funnel=funnel,
-        stages=[
-            (stage.unique_name, corpus.read_manifest(stage.unique_name))
-            for stage in stages
-        ],
+        stages=manifests,
         histograms=_draw_histograms(rules, summary),
         rules=[
-            (n, rule.text, summary.dropped.get(n, [])) for n, rule in rules.keep.items()
+            (name, rule.text, summary.dropped.get(name, []))
+            for name, rule in rules.keep.items()
         ],
         kept=summary.kept,
         mixture=_list_mixture(summary),
@@ -269,33 +330,47 @@ def write_report(
         unfinished=corpus.unfinished,
         alarms=list_alarms(corpus, rules, summary),
         lost="" if lost is None else str(lost),
-        contaminated=[
-            item
-            for stage in stages
-            if isinstance(stage, DecontaminateStage)
-            for item in count_contaminated_documents(stage, corpus.shards)[:_MOST_ITEMS]
-        ],
+        contaminated=contaminated,
     )
     with replace_file(path) as new:
         new.write_text(page, "utf-8")
 
 
-def compute_funnel(rules: FilterRules, summary: CorpusSummary) -> list[dict[str, Any]]:
+class FunnelRow(TypedDict):
+    """What is left after a rule and all before it."""
+
+    rule: str
+    expression: str
+    left: int
+    """Documents."""
+    bytes: int
+    """Of their texts."""
+    dropped: int
+    """Documents that the rule drops."""
+    by_source: dict[str, int]
+    """`left` by source."""
+    of_all: float
+    """`left` as a share of all documents."""
+
+
+def compute_funnel(rules: FilterRules, summary: CorpusSummary) -> list[FunnelRow]:
     """Computes what is left after each rule, from all documents down."""
     sources = sorted({source for _, source in summary.documents})
-    rows = []
-    for rule in ("", "has text", *rules.keep):
-        documents = {source: summary.documents[rule, source] for source in sources}
-        left = sum(documents.values())
+    rows: list[FunnelRow] = []
+    for rule in ("", HAS_TEXT, *rules.keep):
+        left_by_source = {source: summary.documents[rule, source] for source in sources}
+        left = sum(left_by_source.values())
+        num_all = rows[0]["left"] if rows else left
+        num_before = rows[-1]["left"] if rows else left
         rows.append(
             {
                 "rule": rule or "all documents",
                 "expression": rules.keep[rule].text if rule in rules.keep else "",
                 "left": left,
                 "bytes": sum(summary.bytes[rule, source] for source in sources),
-                "dropped": rows[-1]["left"] - left if rows else 0,
-                "by_source": documents,
-                "of_all": left / max(1, rows[0]["left"]) if rows else 1.0,
+                "dropped": num_before - left,
+                "by_source": left_by_source,
+                "of_all": left / max(1, num_all) if rows else 1.0,
             }
         )
     return rows
@@ -313,52 +388,84 @@ def list_alarms(
     """
     settled_labels = set(corpus.list_settled_labels(rules))
     kept_bytes: Counter[str] = Counter()
-    for (source, _), (_, size, _, _) in summary.mixture.items():
-        kept_bytes[source] += int(size)
+    for (source, _), counts in summary.mixture.items():
+        kept_bytes[source] += counts.bytes
     alarms = []
     for source in sorted({source for _, source in summary.documents}):
-        total = summary.bytes["has text", source]
-        if total == 0 or total - kept_bytes[source] <= _ALARM_SHARE * total:
+        total = summary.bytes[HAS_TEXT, source]
+        lost = total - kept_bytes[source]
+        if total == 0 or lost <= _ALARM_SHARE * total:
             continue
         losses = []
         before = total
         for name, rule in rules.keep.items():
             after = summary.bytes[name, source]
-            kind = "" if settled_labels.isdisjoint(rule.label_names) else " (copies)"
-            losses.append((before - after, f"{name}{kind}"))
+            is_about_copies = not settled_labels.isdisjoint(rule.label_names)
+            title = f"{name} (copies)" if is_about_copies else name
+            losses.append((before - after, title))
             before = after
         losses.append((before - kept_bytes[source], f"cut {', '.join(rules.cut)}"))
         losses.sort(key=lambda loss: -loss[0])
+        smallest_reason = total / 200
         reasons = [
-            f"{name} {size / total:.0%}" for size, name in losses if size >= total / 200
+            f"{title} {size / total:.0%}"
+            for size, title in losses
+            if size >= smallest_reason
         ]
         share = 1 - kept_bytes[source] / total
         alarms.append(
             f'alarm: source "{source}" loses {share:.0%} of its text '
-            f"({total / 1e6:,.1f} MB): "
-            f"{', '.join(reasons)}"
+            f"({total / 1e6:,.1f} MB): {', '.join(reasons)}"
         )
     return alarms
 
 
-def _list_mixture(summary: CorpusSummary) -> list[dict[str, Any]]:
-    rows = []
-    for (source, language), (documents, size, tried, tokens) in sorted(
-        summary.mixture.items(), key=lambda item: (item[0][0], -item[1][1])
-    ):
-        row = {
-            "source": source,
-            "language": language,
-            "documents": documents,
-            "bytes": size,
-        }
-        rows.append(row | {"tokens": size * tokens / tried if tried else None})
+class MixtureRow(TypedDict):
+    """Kept text of a source in a language."""
+
+    source: str
+    language: str
+    documents: int
+    bytes: int
+    tokens: float | None
+    """Estimated from the documents that were tokenized; None: none was."""
+
+
+def _list_mixture(summary: CorpusSummary) -> list[MixtureRow]:
+    """Lists the kept text by source, and of a source the language with the most
+    documents first."""
+
+    def get_order(entry: tuple[SourceLanguage, MixtureCounts]) -> tuple[str, int]:
+        (source, _), counts = entry
+        return source, -counts.documents
+
+    rows: list[MixtureRow] = []
+    for (source, language), counts in sorted(summary.mixture.items(), key=get_order):
+        tokens = None
+        if counts.tokenized_bytes:
+            tokens = counts.bytes * counts.tokens / counts.tokenized_bytes
+        rows.append(
+            {
+                "source": source,
+                "language": language,
+                "documents": counts.documents,
+                "bytes": counts.bytes,
+                "tokens": tokens,
+            }
+        )
     return rows
 
 
-def _draw_histograms(
-    rules: FilterRules, summary: CorpusSummary
-) -> list[dict[str, Any]]:
+class Histogram(TypedDict):
+    """The values of a label, drawn."""
+
+    label: str
+    number: int
+    """Values drawn."""
+    svg: str
+
+
+def _draw_histograms(rules: FilterRules, summary: CorpusSummary) -> list[Histogram]:
     """Draws labels that rules compare with numbers first, each with the values where
     they cut, then others that rules name."""
     thresholds: dict[str, list[Threshold]] = {}
@@ -366,45 +473,47 @@ def _draw_histograms(
         for threshold in rule.thresholds:
             thresholds.setdefault(threshold.label, []).append(threshold)
     named = rules.label_names
-    order = sorted(
+    labels = sorted(
         summary.value_samples,
         key=lambda label: (label not in thresholds, label not in named, label),
     )
-    charts = []
-    for label in order:
+    histograms: list[Histogram] = []
+    for label in labels:
         sample = summary.value_samples[label][1]
         values = sample[np.isfinite(sample)]
         if values.size:
             svg = _draw_histogram(values, thresholds.get(label, []))
-            charts.append({"label": label, "number": values.size, "svg": svg})
-    return charts
+            histograms.append({"label": label, "number": values.size, "svg": svg})
+    return histograms
 
 
 def _draw_histogram(values: np.ndarray, thresholds: Sequence[Threshold]) -> str:
     """Draws a histogram with a line at each threshold, as SVG."""
-    least, most = np.quantile(values, (0.005, 0.995))
-    # Thresholds lie in the picture, also where no value does.
-    low = min(float(least), *(threshold.value for threshold in thresholds), float(most))
-    high = max(
-        float(most), *(threshold.value for threshold in thresholds), float(least)
-    )
+    # But for outliers. Thresholds lie in the picture, also where no value does.
+    least, most = np.quantile(values, (0.005, 0.995)).tolist()
+    threshold_values = [threshold.value for threshold in thresholds]
+    low = min(least, most, *threshold_values)
+    high = max(least, most, *threshold_values)
     # Counts and perplexities span decades.
-    logarithmic = low >= 0 and high > 50 * max(float(np.median(values)), 1e-9) > 0
-    scale = np.log1p if logarithmic else np.asarray
+    typical = max(float(np.median(values)), 1e-9)
+    is_logarithmic = low >= 0 and high > 50 * typical
+    scale = np.log1p if is_logarithmic else np.asarray
     left = float(scale(low))
     right = float(scale(high))
-    right = right if right > left else left + 1
-    counts, _ = np.histogram(np.clip(scale(values), left, right), _BINS, (left, right))
-    height = np.sqrt(counts / max(1, counts.max())) * (
-        _HEIGHT - 24
-    )  # roots: rare values show
-    width = _WIDTH / _BINS
+    if right <= left:
+        right = left + 1
+    scaled_values = np.clip(scale(values), left, right)
+    counts, _ = np.histogram(scaled_values, _BINS, (left, right))
+    # Roots, so that rare values show.
+    bar_heights = np.sqrt(counts / max(1, counts.max())) * (_HEIGHT - 24)
+    bar_width = _WIDTH / _BINS
     floor = _HEIGHT - 16
-    parts = [
-        f'<rect x="{i * width:.1f}" y="{floor - bar:.1f}" width="{width - 1:.1f}" '
-        f'height="{bar:.1f}" class="in"/>'
-        for i, bar in enumerate(height)
-    ]
+    parts = []
+    for i, bar_height in enumerate(bar_heights):
+        parts.append(
+            f'<rect x="{i * bar_width:.1f}" y="{floor - bar_height:.1f}" '
+            f'width="{bar_width - 1:.1f}" height="{bar_height:.1f}" class="in"/>'
+        )
     for threshold in thresholds:
         x = (float(scale(threshold.value)) - left) / (right - left) * _WIDTH
         anchor = "end" if x > _WIDTH / 2 else "start"
@@ -414,7 +523,7 @@ def _draw_histogram(values: np.ndarray, thresholds: Sequence[Threshold]) -> str:
             f'<text x="{x:.1f}" y="10" text-anchor="{anchor}">{text}</text>'
         )
     parts.append(f'<text x="0" y="{_HEIGHT - 2}">{low:.4g}</text>')
-    note = " (log)" if logarithmic else ""
+    note = " (log)" if is_logarithmic else ""
     parts.append(
         f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" '
         f'text-anchor="end">{high:.4g}{note}</text>'
@@ -422,9 +531,12 @@ def _draw_histogram(values: np.ndarray, thresholds: Sequence[Threshold]) -> str:
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
-def _format_value(value: Any) -> str:
+def _format_value(value: object) -> str:
+    """Formats a label of an example; of spans it says how many they are."""
+    if value is None:
+        return "none"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
         return f"{len(value)} of them"
-    return "none" if value is None else str(value)
+    return str(value)

@@ -7,14 +7,13 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.indexing import enter_kept_texts
+from maxlm.corpus.indexing import index_kept_texts
 from maxlm.corpus.opened import MANIFEST
 from maxlm.corpus.reading import ReadJob, plan_shards, write_document_shard
 from maxlm.corpus.recipe import (
@@ -60,7 +59,7 @@ def run_recipe(
     progress: Progress = ignore_progress,
     executor: TaskExecutor | None = None,
 ) -> Path:
-    """Read the sources and label the documents; returns the corpus's folder.
+    """Reads the sources and labels the documents; returns the corpus's folder.
 
     Tasks run on `executor`, by default in `recipe.workers` processes of this machine;
     the files are the same everywhere.
@@ -76,75 +75,92 @@ def run_recipe(
     steps = bind_stages(recipe)
     # Before anything is written: rules that cannot be settled.
     plan_verdicts(recipe, resolve_rules(recipe, recipe.keep, recipe.cut, ""), "")
+    packages: list[str] = [*_PACKAGES]
     for step in steps:
-        check_packages(
-            step.stage.list_packages(), f"the stage {step.stage.unique_name}"
-        )
+        stage_packages = step.stage.list_packages()
+        check_packages(stage_packages, f"the stage {step.stage.unique_name}")
+        packages += stage_packages
     _check_place(folder, recipe)
-    jobs, binary_files = plan_shards(folder, recipe.sources, recipe.shard_bytes)
+    jobs, num_binary_files = plan_shards(folder, recipe.sources, recipe.shard_bytes)
     _check_outside(folder, jobs)
-    names = [job.shard.name for job in jobs]
-    documents = hashlib.sha256("".join(names).encode()).hexdigest()
-    keys = {DOCUMENTS: f"{documents} {binary_files}"}
-    # Labels may depend on which other documents there are.
-    for step in steps:
-        own = (
-            f"{step.fingerprint} {documents}"
-            if step.is_cross_document
-            else step.fingerprint
-        )
-        keys[step.stage.unique_name] = own
+
+    shard_names = [job.shard.name for job in jobs]
+    keys = _make_keys(steps, shard_names, num_binary_files)
     with ExitStack() as stack:
         stack.enter_context(lock_folder(folder))
         if executor is None:
             executor = stack.enter_context(WorkerPool(recipe.workers))
-        packages = (name for step in steps for name in step.stage.list_packages())
-        executor.require_on_workers(folder, [*_PACKAGES, *packages])
+        executor.require_on_workers(folder, packages)
         # Before anything else, so that a run that is stopped leaves no corpus of two
         # recipes.
-        for title, key in keys.items():
-            _forget_stale_manifest(folder / title, key, names)
+        for stage_name, key in keys.items():
+            _forget_stale_manifest(folder / stage_name, key, shard_names)
         _write_json(folder / RECIPE, recipe.model_dump(mode="json"))
         run = JobRunner(DOCUMENTS, executor, progress)
-        _read_sources(folder, keys[DOCUMENTS], jobs, binary_files, recipe, run)
+        _read_sources(folder, keys[DOCUMENTS], jobs, num_binary_files, recipe, run)
         for step in steps:
-            _run_step(
-                folder, step, keys[step.stage.unique_name], names, executor, progress
-            )
-        enter_kept_texts(folder, executor, progress)
+            name = step.stage.unique_name
+            run = JobRunner(name, executor, progress)
+            _run_step(folder, step, keys[name], shard_names, run)
+        index_kept_texts(folder, executor, progress)
     return folder
 
 
+def _make_keys(
+    steps: Sequence[BoundStage], shard_names: Sequence[str], num_binary_files: int
+) -> dict[str, str]:
+    """Makes the key of each stage, by its name: if it is another than a run before has
+    written, the stage is done again."""
+    documents = hashlib.sha256("".join(shard_names).encode()).hexdigest()
+    keys = {DOCUMENTS: f"{documents} {num_binary_files}"}
+    for step in steps:
+        key = step.fingerprint
+        if step.is_cross_document:  # Its labels depend on which others there are.
+            key = f"{key} {documents}"
+        keys[step.stage.unique_name] = key
+    return keys
+
+
 def _check_place(folder: Path, recipe: RecipeConfig) -> None:
+    """Checks that a folder is a corpus's, or can become one."""
     fix = "choose another out"
     if folder.exists() and not folder.is_dir():
         raise MaxlmError("this is a file", where=str(folder), fix=fix)
     if folder.exists() and any(folder.iterdir()) and not (folder / "lock").exists():
-        what = "this folder holds something else than a corpus"
-        raise MaxlmError(what, where=str(folder), fix=f"{fix}, or empty the folder")
+        message = "this folder holds something else than a corpus"
+        raise MaxlmError(message, where=str(folder), fix=f"{fix}, or empty the folder")
     for source in recipe.sources:
         for entry in source.documents:
             if folder.resolve().is_relative_to(Path(entry).expanduser().resolve()):
-                what = f"the corpus would lie inside {entry}, which it is made of"
-                raise MaxlmError(what, where=str(folder), fix=fix)
+                message = f"the corpus would lie inside {entry}, which it is made of"
+                raise MaxlmError(message, where=str(folder), fix=fix)
 
 
 def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
-    """A pattern may match what a run has written, of which the next would make
-    documents."""
-    home = folder.resolve()
-    for file in (part.file for job in jobs for part in job.slices):
-        if file.path.resolve().is_relative_to(home):
-            what = f"the corpus would be made of its own file {file.name}"
-            fix = "choose another out, or sources that leave it out"
-            raise MaxlmError(what, where=str(folder), fix=fix)
+    """Checks that no source lies in the corpus's folder. A pattern may match what a run
+    has written, of which the next would make documents."""
+    corpus = folder.resolve()
+    for job in jobs:
+        for part in job.slices:
+            file = part.file
+            if file.path.resolve().is_relative_to(corpus):
+                message = f"the corpus would be made of its own file {file.name}"
+                fix = "choose another out, or sources that leave it out"
+                raise MaxlmError(message, where=str(folder), fix=fix)
 
 
-def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
-    path = home / MANIFEST
-    with suppress(OSError, ValueError, KeyError, TypeError):
+def _forget_stale_manifest(
+    stage_folder: Path, key: str, shard_names: Sequence[str]
+) -> None:
+    """Deletes a stage's manifest if it is of another key or of other shards, or cannot
+    be read."""
+    path = stage_folder / MANIFEST
+    manifest = None
+    with suppress(OSError, ValueError):  # There is none, or it is damaged.
         manifest = json.loads(verify_and_strip_json_digest(path.read_text("utf-8")))
-        if manifest["key"] == key and list(manifest["shards"]) == list(shards):
+    if isinstance(manifest, dict):
+        has_key = manifest.get("key") == key
+        if has_key and list(manifest.get("shards", ())) == list(shard_names):
             return
     with convert_write_errors(path):
         path.unlink(missing_ok=True)
@@ -154,22 +170,29 @@ def _read_sources(
     folder: Path,
     key: str,
     jobs: Sequence[ReadJob],
-    binary_files: int,
+    num_binary_files: int,
     recipe: RecipeConfig,
     run: JobRunner,
 ) -> None:
+    """Reads the sources into the shards of documents that are not there."""
+
     def read(pending: Sequence[StageShardView]) -> None:
         names = {shard.name for shard in pending}
-        left = [job for job in jobs if job.shard.name in names]
-        run(write_document_shard, left, num_done=len(jobs) - len(left))
+        pending_jobs = [job for job in jobs if job.shard.name in names]
+        num_done = len(jobs) - len(pending_jobs)
+        run(write_document_shard, pending_jobs, num_done=num_done)
 
     details = {
         "key": key,
         "sources": [source.model_dump(mode="json") for source in recipe.sources],
     }
-    shards = [job.shard for job in jobs]
     _make_shards(
-        folder / DOCUMENTS, shards, read, details, (), binary_files=binary_files
+        folder / DOCUMENTS,
+        [job.shard for job in jobs],
+        read,
+        details,
+        packages=(),
+        counts={"binary_files": num_binary_files},
     )
 
 
@@ -177,86 +200,113 @@ def _run_step(
     folder: Path,
     step: BoundStage,
     key: str,
-    names: Sequence[str],
-    executor: TaskExecutor,
-    progress: Progress,
+    shard_names: Sequence[str],
+    run: JobRunner,
 ) -> None:
-    stage, own = step.stage, step.stage.unique_name
-    home = folder / own
-    views = [
-        StageShardView(folder, name, step.text_stages, step.where, own)
-        for name in names
+    """Writes the labels of a stage that are not there."""
+    stage = step.stage
+    stage_folder = folder / stage.unique_name
+    scratch = stage_folder / "scratch"
+    shards = [
+        StageShardView(
+            folder,
+            name,
+            text_stages=step.text_stages,
+            where=step.where,
+            output_stage=stage.unique_name,
+        )
+        for name in shard_names
     ]
-    run = JobRunner(own, executor, progress)
 
     def label(pending: list[StageShardView]) -> None:
         if isinstance(stage, PerDocumentStage):
             # The largest first, or all would wait for one that begins last.
-            pending.sort(key=lambda view: -view.path(DOCUMENTS).stat().st_size)
-            run(ShardLabeller(stage), pending, num_done=len(views) - len(pending))
+            pending.sort(key=lambda shard: -shard.path(DOCUMENTS).stat().st_size)
+            num_done = len(shards) - len(pending)
+            run(ShardLabeller(stage), pending, num_done=num_done)
         elif isinstance(stage, CrossDocumentStage):
-            with convert_write_errors(home):
-                (home / "scratch").mkdir(exist_ok=True)
-            stage.label(views, home / "scratch", run)
+            with convert_write_errors(stage_folder):
+                scratch.mkdir(exist_ok=True)
+            # All of them: each is compared with the others.
+            stage.label(shards, scratch, run)
 
-    with convert_write_errors(home):
-        home.mkdir(exist_ok=True)
-        path = home / "key"
-        if not path.exists() or path.read_text() != key:  # Labels of other inputs
-            if path.exists():
-                shutil.rmtree(
-                    folder / SETTLED, ignore_errors=True
-                )  # Of no use to anyone now.
-            shutil.rmtree(home)
-            home.mkdir()
-            with replace_file(path) as new:
+    with convert_write_errors(stage_folder):
+        stage_folder.mkdir(exist_ok=True)
+        key_path = stage_folder / "key"
+        had_key = key_path.exists()
+        if not had_key or key_path.read_text() != key:
+            # What lies here are labels of other inputs, and so are settled ones.
+            if had_key:
+                shutil.rmtree(folder / SETTLED, ignore_errors=True)
+            shutil.rmtree(stage_folder)
+            stage_folder.mkdir()
+            with replace_file(key_path) as new:
                 new.write_text(key)
     details = {
         "key": key,
         "stage": stage.model_dump(mode="json"),
         "version": stage.version,
     }
-    _make_shards(home, views, label, details, stage.list_packages())
-    shutil.rmtree(home / "scratch", ignore_errors=True)
+    _make_shards(stage_folder, shards, label, details, stage.list_packages())
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _make_shards(
-    home: Path,
+    stage_folder: Path,
     shards: Sequence[StageShardView],
     make: Callable[[list[StageShardView]], None],
-    details: dict[str, Any],
+    details: Mapping[str, object],
     packages: Sequence[str],
-    **counts: int,
+    counts: Mapping[str, int] | None = None,
 ) -> None:
-    """Make the shards of a stage that are not there, then its manifest; delete the
-    shards of files that are no longer sources."""
+    """Makes the shards of a stage that are not there, then its manifest; deletes the
+    shards of files that are no longer sources.
+
+    Args:
+        make: makes shards of the stage.
+        details, counts: entries of the manifest, and of its counts, beside those of all
+            stages.
+        packages: those whose versions the manifest tells, beside those of all stages.
+    """
     began = time.time()
-    paths = {shard.name: shard.path(home.name) for shard in shards}
+    paths = {shard.name: shard.path(stage_folder.name) for shard in shards}
     # By a listing: a network disk may remember for a while that a file which was asked
     # for by name was not there.
-    present = set(home.glob("*.parquet"))
+    present = set(stage_folder.glob("*.parquet"))
     pending = [shard for shard in shards if paths[shard.name] not in present]
     # Without its list of checksums (of an earlier maxlm, or deleted) a stage gets one
     # now.
-    if not pending and all(
-        (home / name).exists() for name in (MANIFEST, CHECKSUMS_NAME)
-    ):
+    has_manifest = (stage_folder / MANIFEST).exists()
+    has_checksums = (stage_folder / CHECKSUMS_NAME).exists()
+    if not pending and has_manifest and has_checksums:
         return
-    before = read_file_identities(paths.values())
+    identities_before = read_file_identities(paths.values())
     if pending:
         make(pending)
-    for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {
-        *paths.values()
-    }:
-        path.unlink(missing_ok=True)  # Also of killed workers; one may live on unseen.
-    found = {name: read_counts(path) for name, path in paths.items()}
+    # Also unfinished files of killed workers; one may live on unseen.
+    files = {*stage_folder.glob("*.parquet"), *stage_folder.glob(".*.parquet.*")}
+    for path in files.difference(paths.values()):
+        path.unlink(missing_ok=True)
+
+    counts_by_shard = {name: read_counts(path) for name, path in paths.items()}
     total: Counter[str] = Counter()
-    for each in found.values():  # By `update`, as a sum of Counters drops what is 0.
-        total.update(each)
-    manifest = details | {
-        "counts": {"rows": 0, "labelled": 0, **counts} | dict(sorted(total.items())),
-        "shards": {name: each["rows"] for name, each in found.items()},
-        "checksums_sha256": write_shard_checksums(home, list(paths.values()), before),
+    for shard_counts in counts_by_shard.values():
+        total.update(shard_counts)  # A sum of Counters would drop what is 0.
+    checksums_sha256 = write_shard_checksums(
+        stage_folder, list(paths.values()), identities_before
+    )
+    manifest = {
+        **details,
+        "counts": {
+            "rows": 0,
+            "labelled": 0,
+            **(counts or {}),
+            **dict(sorted(total.items())),
+        },
+        "shards": {
+            name: shard_counts["rows"] for name, shard_counts in counts_by_shard.items()
+        },
+        "checksums_sha256": checksums_sha256,
         "last_run": {
             "shards": len(pending),  # Others may be of earlier runs.
             "packages": {name: version(name) for name in (*_PACKAGES, *packages)},
@@ -265,8 +315,8 @@ def _make_shards(
             "seconds": round(time.time() - began, 3),
         },
     }
-    _write_json(home / MANIFEST, manifest)
+    _write_json(stage_folder / MANIFEST, manifest)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     write_json_with_digest(path, json.dumps(content, indent=1, ensure_ascii=False))

@@ -30,16 +30,16 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
+from maxlm.corpus.cuts import get_span_edges
 from maxlm.corpus.dedup.judges import (
     KEPT_DOCUMENT,
     CopyJudge,
@@ -51,13 +51,11 @@ from maxlm.corpus.dedup.judges import (
 )
 from maxlm.corpus.dedup.members import compute_document_offsets, compute_keep_scores
 from maxlm.corpus.dedup.pairs import SimilarityGraph
-from maxlm.corpus.dedup.passages import (
-    SpanSet,
-)
+from maxlm.corpus.dedup.passages import Span, SpanSet
 from maxlm.corpus.expression import Expression
 from maxlm.corpus.recipe import FilterRules, RecipeConfig, get_label_types
-from maxlm.corpus.shards import StageShardView, open_shard_writer
-from maxlm.corpus.stage import CrossDocumentStage
+from maxlm.corpus.shards import StageShardView, mark_valid, open_shard_writer
+from maxlm.corpus.stage import CrossDocumentStage, LabelValue, Stage
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
 from maxlm.corpus.stages.substring import SubstringStage
@@ -73,6 +71,7 @@ from maxlm.runtime.progress import Progress, ignore_progress
 SETTLED = "settled"
 """Name of the folder with settled labels, below a corpus."""
 _VERSION = 1
+_LAYOUTS_SUFFIX = ".layouts"  # Of scratch files, which are deleted.
 _MOST_RESULTS = 1 << 16  # Of a condition that are remembered.
 
 
@@ -101,27 +100,26 @@ def settle_verdicts(
     description = [_VERSION, list(manifests), rules.describe()]
     key = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
     corpus = shards[0].folder
-    home = corpus / SETTLED / key
+    folder = corpus / SETTLED / key
     names = [*plan.label_names]
-    for stage in plan.stages:
-        if isinstance(stage.stage, ExactStage | NearStage):
-            names.append(f"{stage.stage.unique_name}.{KEPT_DOCUMENT}")
-    if not home.exists():
-        with convert_write_errors(home):
-            home.parent.mkdir(exist_ok=True)
-            building = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=home.parent))
+    for verdict_stage in plan.stages:
+        if isinstance(verdict_stage.stage, ExactStage | NearStage):
+            names.append(f"{verdict_stage.stage.unique_name}.{KEPT_DOCUMENT}")
+    if not folder.exists():
+        with convert_write_errors(folder):
+            folder.parent.mkdir(exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
         try:
             settling = _Settling(
-                recipe, shards, rules, plan, error_location, building, progress
+                recipe, shards, rules, plan, error_location, scratch, progress
             )
-            settling.write(building, names)
+            settling.write(scratch, names)
             with suppress(OSError):  # Another process was faster.
-                building.rename(home)
+                scratch.rename(folder)
         finally:
-            shutil.rmtree(building, ignore_errors=True)
-    folder = f"{SETTLED}/{key}"
+            shutil.rmtree(scratch, ignore_errors=True)
     return [
-        replace(shard, settled_labels=tuple(names), settled_folder=folder)
+        replace(shard, settled_labels=tuple(names), settled_folder=f"{SETTLED}/{key}")
         for shard in shards
     ]
 
@@ -132,10 +130,11 @@ def add_neutral_verdicts(
     """Replaces verdicts by those on documents that lose no text: null where a stage did
     not look."""
     columns = dict(zip(table.schema.names, table.columns, strict=True))
-    for bound in stages:
-        if not isinstance(bound.stage, CrossDocumentStage):
+    for verdict_stage in stages:
+        stage = verdict_stage.stage
+        if not isinstance(stage, CrossDocumentStage):
             continue
-        for name, neutral in bound.stage.neutral_verdicts.items():
+        for name, neutral in stage.neutral_verdicts.items():
             if name not in columns:
                 continue
             column = columns[name]
@@ -143,10 +142,12 @@ def add_neutral_verdicts(
                 continue  # An expression only tells whether spans are null.
             if neutral is None:
                 columns[name] = pa.nulls(len(column), column.type)
-                continue
-            values = np.full(len(column), neutral)
-            is_null = column.is_null().to_numpy(zero_copy_only=False)
-            columns[name] = pa.array(values, column.type, mask=is_null)
+            else:
+                columns[name] = pa.array(
+                    np.full(len(column), neutral),
+                    column.type,
+                    mask=~mark_valid(column),
+                )
     return pa.RecordBatch.from_pydict(columns)
 
 
@@ -158,23 +159,25 @@ class _RowCondition:
         self._names = expression.label_names
         self._schema = pa.schema([(name, types[name]) for name in self._names])
         # Most documents have one of few combinations of verdicts.
-        self._results: dict[tuple[Any, ...], bool] = {}
+        self._results: dict[tuple[object, ...], bool] = {}
 
-    def holds(self, values: Mapping[str, Any]) -> bool:
+    def holds(self, labels: Mapping[str, LabelValue]) -> bool:
         """Tells whether a document with these labels fulfils it."""
-        row = [values[name] for name in self._names]
-        # An expression only tells whether spans are null.
-        row = [() if isinstance(value, list) else value for value in row]
-        key = tuple(row)
+        values = []
+        for name in self._names:
+            value = labels[name]
+            # An expression only tells whether spans are null.
+            values.append(() if isinstance(value, list) else value)
+        key = tuple(values)
         if key not in self._results:
             if len(self._results) >= _MOST_RESULTS:
                 self._results.clear()
             columns = [
                 pa.array([value], field.type)
-                for value, field in zip(row, self._schema, strict=True)
+                for value, field in zip(values, self._schema, strict=True)
             ]
-            batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
-            self._results[key] = bool(self._expression.evaluate(batch)[0])
+            row = pa.RecordBatch.from_arrays(columns, schema=self._schema)
+            self._results[key] = bool(self._expression.evaluate(row)[0])
         return self._results[key]
 
 
@@ -199,67 +202,70 @@ class _Settling:
         self._progress = progress
         self._types = get_label_types(recipe.stages)
         self._offsets = compute_document_offsets(shards)
-        self._dependent = {name for stage in plan.stages for name in stage.labels}
+        self._dependent = set(plan.label_names)
         # By label, what is settled of documents, by their numbers; of others it is
         # neutral.
-        self._settled: dict[str, dict[int, Any]] = {}
-        self._masked: dict[str, set[int]] = {
-            stage.stage.unique_name: set() for stage in plan.stages
+        self._settled: dict[str, dict[int, LabelValue]] = {}
+        # By stage, the documents that its `where` leaves out with these verdicts.
+        self._deselected: dict[str, set[int]] = {
+            verdict_stage.stage.unique_name: set() for verdict_stage in plan.stages
         }
 
         with convert_write_errors(scratch):
-            self._kept = self._mark_kept_alone()
-            judges = {
-                stage.stage.unique_name: self._make_judge(stage, scratch)
-                for stage in plan.stages
-                if isinstance(stage.stage, CrossDocumentStage)
-            }
-        self._judges: dict[str, VerdictJudge] = {}
-        related: set[int] = set()
-        for name, (judge, documents) in judges.items():
-            self._judges[name] = judge
-            related.update(documents)
+            # As long as a document is not decided: what the rules keep of documents
+            # alone.
+            self._is_kept = self._mark_kept_alone()
+            self._judges: dict[str, VerdictJudge] = {}
+            related: set[int] = set()
+            for verdict_stage in plan.stages:
+                stage = verdict_stage.stage
+                if isinstance(stage, CrossDocumentStage):
+                    judge, documents = self._make_judge(stage, scratch)
+                    self._judges[stage.unique_name] = judge
+                    related.update(documents)
+        # Documents that are like others, rising, and their labels.
         numbers = np.array(sorted(related), np.int64)
-        self._related = numbers[self._kept[numbers]] if len(numbers) else numbers
+        self._related = numbers[self._is_kept[numbers]]
         self._table = self._read_related()
         for phase in plan.phases:
-            self._decide(phase)
+            self._decide_phase(phase)
 
     def _read_groups(
-        self, columns: Sequence[str], step: str
+        self, columns: Iterable[str], step: str
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yields each row group with the number of its first document."""
+        """Yields each row group after the number of its first document."""
         names = list(dict.fromkeys(columns))
         for index, shard in enumerate(self._shards):
-            document = self._offsets[index]
+            first_document = self._offsets[index]
             for table in shard.read_row_groups(names):
-                yield document, table
-                document += table.num_rows
+                yield first_document, table
+                first_document += table.num_rows
             self._progress(f"settling copies: {step}", index + 1, len(self._shards))
 
     def _mark_kept_alone(self) -> np.ndarray:
         """Marks documents that the rules keep if none loses a text: bool
         [documents]."""
         is_kept = np.zeros(self._offsets[-1], np.bool_)
-        wheres = [stage for stage in self._plan.stages if stage.where is not None]
-        names = ["text", *self._rules.label_names]
-        names += [
-            name for stage in wheres if stage.where for name in stage.where.label_names
-        ]
-        for document, table in self._read_groups([*names, "id"], "rules"):
+        conditions = {}
+        for verdict_stage in self._plan.stages:
+            if verdict_stage.where is not None:
+                number = self._recipe.stages.index(verdict_stage.stage)
+                conditions[f"stages.{number}.where"] = verdict_stage.where
+        names = ["id", "text", *self._rules.label_names]
+        for condition in conditions.values():
+            names += condition.label_names
+        for first_document, table in self._read_groups(names, "rules"):
             neutral = add_neutral_verdicts(table, self._plan.stages)
-            has_text = table.column("text").is_valid().to_numpy(zero_copy_only=False)
+            has_text = mark_valid(table.column("text"))
             passes = has_text
             for rule_name, rule in self._rules.keep.items():
                 result = rule.evaluate(neutral)
                 self._check_falls(rule, f"keep.{rule_name}", table, result & has_text)
                 passes = passes & result
-            for stage in wheres:
-                if stage.where is not None:
-                    place = f"stages.{self._recipe.stages.index(stage.stage)}.where"
-                    result = stage.where.evaluate(neutral)
-                    self._check_falls(stage.where, place, table, result)
-            is_kept[document : document + table.num_rows] = passes
+            for place, condition in conditions.items():
+                result = condition.evaluate(neutral)
+                self._check_falls(condition, place, table, result)
+            is_kept[first_document : first_document + table.num_rows] = passes
         return is_kept
 
     def _check_falls(
@@ -267,80 +273,102 @@ class _Settling:
         condition: Expression,
         place: str,
         table: pa.RecordBatch,
-        neutral: np.ndarray,
+        neutral_result: np.ndarray,
     ) -> None:
         """Checks that no document fulfils a condition because it loses a text.
 
         Args:
             table: documents with the verdicts as if every rule kept every document.
-            neutral: which documents fulfil it if they lose no text: bool [documents].
+            neutral_result: which documents fulfil it if they lose no text: bool
+                [documents].
         """
         names = [name for name in condition.label_names if name in self._dependent]
         if not names:
             return
-        has_text = table.column("text").is_valid().to_numpy(zero_copy_only=False)
-        gained = np.flatnonzero(condition.evaluate(table) & ~neutral & has_text)
-        if len(gained) == 0:
+        has_text = mark_valid(table.column("text"))
+        is_gained = condition.evaluate(table) & ~neutral_result & has_text
+        gained_rows = np.flatnonzero(is_gained)
+        if len(gained_rows) == 0:
             return
-        document_id = table.column("id")[int(gained[0])].as_py()
+        document_id = table.column("id")[int(gained_rows[0])].as_py()
         where = f"{self._error_location}: {place}" if self._error_location else place
         message = (
             f"{condition.text!r} selects documents, such as {document_id!r}, because "
-            f"others like "
-            f"them are kept ({', '.join(names)}), and which are kept depends on this"
+            f"others like them are kept ({', '.join(names)}), and which are kept "
+            "depends on this"
         )
-        fix = "write it so that it selects fewer by these labels, like: not near.duplicate"
+        fix = (
+            "write it so that it selects fewer by these labels, like: not "
+            "near.duplicate"
+        )
         raise MaxlmError(message, where=where, fix=fix)
 
     def _make_judge(
-        self, bound: VerdictStage, scratch: Path
+        self, stage: CrossDocumentStage, scratch: Path
     ) -> tuple[VerdictJudge, list[int]]:
-        """Reads what a stage found; returns also the documents that are like others."""
-        stage = bound.stage
-        name = stage.unique_name
+        """Reads the findings of a stage; returns also the documents that are like
+        others."""
         if isinstance(stage, ExactStage):
-            documents = []
-            groups = []
-            for first, table in self._read_groups([f"{name}.group"], name):
-                column = table.column(0)
-                rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-                documents.append(rows + first)
-                groups.append(column.drop_null().to_numpy())
-            numbers = np.concatenate([np.empty(0, np.int64), *documents])
-            numbers_of_groups = np.concatenate([np.empty(0, np.int64), *groups])
-            return CopyJudge(numbers, numbers_of_groups), numbers.tolist()
+            return self._read_copies(stage)
         if isinstance(stage, NearStage):
-            highs = [np.empty(0, np.int64)]
-            lows = [np.empty(0, np.int64)]
-            similarities = [np.empty(0)]
-            for first, table in self._read_groups([f"{name}.pairs"], name):
-                column = table.column(0)
-                counts = column.value_lengths().fill_null(0).to_numpy()
-                low, jaccard = column.flatten().flatten()
-                highs.append(np.repeat(np.arange(table.num_rows) + first, counts))
-                lows.append(low.to_numpy())
-                similarities.append(jaccard.to_numpy())
-            graph = SimilarityGraph(*map(np.concatenate, (lows, highs, similarities)))
-            return SimilarityJudge(graph), graph.documents.tolist()
+            return self._read_similarities(stage)
         if isinstance(stage, SubstringStage):
-            passages = DocumentPassages(scratch / f"{name}.layouts")
-            for first, table in self._read_groups(
-                [f"{name}.repeats", f"{name}.layout"], name
-            ):
-                rows = np.flatnonzero(self._kept[first : first + table.num_rows])
-                repeats, layouts = table.take(pa.array(rows)).columns
-                passages.add(rows + first, repeats, layouts)
-            return PassageJudge(stage.min_tokens, passages), passages.documents
+            layouts = scratch / f"{stage.unique_name}{_LAYOUTS_SUFFIX}"
+            return self._read_passages(stage, layouts)
         raise TypeError(f"{type(stage).__name__} has verdicts that are not settled")
+
+    def _read_copies(self, stage: ExactStage) -> tuple[CopyJudge, list[int]]:
+        name = stage.unique_name
+        documents = [np.empty(0, np.int64)]
+        groups = [np.empty(0, np.int64)]
+        for first_document, table in self._read_groups([f"{name}.group"], name):
+            column = table.column(0)
+            documents.append(np.flatnonzero(mark_valid(column)) + first_document)
+            groups.append(column.drop_null().to_numpy())
+        all_documents = np.concatenate(documents)
+        judge = CopyJudge(all_documents, np.concatenate(groups))
+        return judge, all_documents.tolist()
+
+    def _read_similarities(self, stage: NearStage) -> tuple[SimilarityJudge, list[int]]:
+        name = stage.unique_name
+        # A pair stands with the later of its documents, and names the one before.
+        lows = [np.empty(0, np.int64)]
+        highs = [np.empty(0, np.int64)]
+        similarities = [np.empty(0)]
+        for first_document, table in self._read_groups([f"{name}.pairs"], name):
+            column = table.column(0)
+            documents = np.arange(table.num_rows) + first_document
+            num_pairs = column.value_lengths().fill_null(0).to_numpy()
+            low, jaccard = column.flatten().flatten()
+            lows.append(low.to_numpy())
+            highs.append(np.repeat(documents, num_pairs))
+            similarities.append(jaccard.to_numpy())
+        graph = SimilarityGraph(
+            np.concatenate(lows), np.concatenate(highs), np.concatenate(similarities)
+        )
+        return SimilarityJudge(graph), graph.documents.tolist()
+
+    def _read_passages(
+        self, stage: SubstringStage, layouts_path: Path
+    ) -> tuple[PassageJudge, list[int]]:
+        name = stage.unique_name
+        passages = DocumentPassages(layouts_path)
+        columns = [f"{name}.repeats", f"{name}.layout"]
+        for first_document, table in self._read_groups(columns, name):
+            stop_document = first_document + table.num_rows
+            rows = np.flatnonzero(self._is_kept[first_document:stop_document])
+            repeats, layouts = table.take(pa.array(rows)).columns
+            passages.add(rows + first_document, repeats, layouts)
+        return PassageJudge(stage.min_tokens, passages), passages.documents
 
     def _read_related(self) -> pa.Table:
         """Reads the labels of documents that are like others which rules and conditions
         name."""
         names = ["id", *self._rules.label_names, *self._rules.cut]
-        for stage in self._plan.stages:
-            names += stage.labels
-            if stage.where is not None:
-                names += stage.where.label_names
+        for verdict_stage in self._plan.stages:
+            names += verdict_stage.labels
+            if verdict_stage.where is not None:
+                names += verdict_stage.where.label_names
         for phase in self._plan.phases:
             names += [label.removeprefix("-") for _, label in get_order_labels(phase)]
         # Spans that are settled are long, and needed here by no one.
@@ -350,187 +378,217 @@ class _Settling:
             if not (self._is_verdict(name) and pa.types.is_list(self._types[name]))
         ]
         tables = []
-        for first, table in self._read_groups(names, "labels"):
-            start, stop = np.searchsorted(
-                self._related, [first, first + table.num_rows]
-            )
-            tables.append(table.take(pa.array(self._related[start:stop] - first)))
+        for first_document, table in self._read_groups(names, "labels"):
+            bounds = [first_document, first_document + table.num_rows]
+            start, stop = np.searchsorted(self._related, bounds)
+            rows = self._related[start:stop] - first_document
+            tables.append(table.take(pa.array(rows)))
         return pa.Table.from_batches(tables)
 
-    def _decide(self, phase: Sequence[VerdictStage]) -> None:
+    def _decide_phase(self, phase: Sequence[VerdictStage]) -> None:
         """Decides one document after the other."""
-        documents = self._related
-        rank = np.zeros(len(documents))
-        for _, label in get_order_labels(phase):
-            column = (
-                self._table.select([label.removeprefix("-")])
-                .combine_chunks()
-                .to_batches()
-            )
-            if column:
-                rank = compute_keep_scores(column[0], label)
         rules = [
             _RowCondition(rule, self._types)
             for rule in self._rules.keep.values()
             if not self._dependent.isdisjoint(rule.label_names)
         ]
-        wheres = {
-            bound.stage.unique_name: _RowCondition(bound.where, self._types)
-            for bound in self._plan.stages
-            if bound.where is not None
+        conditions = {
+            verdict_stage.stage.unique_name: _RowCondition(
+                verdict_stage.where, self._types
+            )
+            for verdict_stage in self._plan.stages
+            if verdict_stage.where is not None
         }
-        fixed_cuts = [name for name in self._rules.cut if not self._is_verdict(name)]
-        for row in np.lexsort((documents, -rank)).tolist():
-            document = int(documents[row])
-            if not self._kept[document]:
-                continue  # Decided in the phase before.
-            values = self._read_values(row, document)
+        for row in self._order_rows(phase):
+            document = int(self._related[row])
+            if not self._is_kept[document]:
+                continue  # The phase before dropped it.
+            labels = self._read_labels(row, document)
             cuts = DocumentCuts(SpanSet(), SpanSet())
-            self._add_fixed_cuts(document, fixed_cuts, values, phase, cuts)
-            looked: list[tuple[VerdictJudge, DocumentCuts]] = []
-            for bound in phase:
-                name = bound.stage.unique_name
-                if name in wheres and not wheres[name].holds(values):
-                    self._masked[name].add(document)
-                    values.update(dict.fromkeys(bound.labels))
-                    continue
-                if not isinstance(bound.stage, CrossDocumentStage):
-                    continue
-                if values[self._seen_label(bound.stage)] is None:
-                    continue
-                # What is found and not cut leaves the text to others.
-                stage_cuts = (
-                    cuts if bound.is_cut else DocumentCuts(SpanSet(), SpanSet())
-                )
-                judge = self._judges[name]
-                verdicts = judge.judge(document, stage_cuts)
-                looked.append((judge, stage_cuts))
-                kept_document = verdicts.get(KEPT_DOCUMENT)
-                if kept_document is not None:
-                    verdicts["of"] = self._get_id(kept_document)
-                for label, value in verdicts.items():
-                    values[f"{name}.{label}"] = value
-                    self._settled.setdefault(f"{name}.{label}", {})[document] = value
-            self._kept[document] = all(rule.holds(values) for rule in rules)
-            if self._kept[document]:
-                for judge, stage_cuts in looked:
-                    judge.keep(document, stage_cuts)
+            self._add_fixed_cuts(document, labels, phase, cuts)
+            judged = self._judge_document(document, phase, conditions, labels, cuts)
+            is_kept = all(rule.holds(labels) for rule in rules)
+            self._is_kept[document] = is_kept
+            if is_kept:
+                for judge, judge_cuts in judged:
+                    judge.keep(document, judge_cuts)
+
+    def _order_rows(self, phase: Sequence[VerdictStage]) -> list[int]:
+        """Returns the rows of the related documents in the order in which a phase
+        decides them: the best first, of equals the first of the corpus."""
+        ranks = np.zeros(len(self._related))
+        for _, keep_by in get_order_labels(phase):
+            column = self._table.select([keep_by.removeprefix("-")])
+            batches = column.combine_chunks().to_batches()
+            if batches:  # There is none of a table without rows.
+                ranks = compute_keep_scores(batches[0], keep_by)
+        return np.lexsort((self._related, -ranks)).tolist()
+
+    def _judge_document(
+        self,
+        document: int,
+        phase: Sequence[VerdictStage],
+        conditions: Mapping[str, _RowCondition],
+        labels: dict[str, LabelValue],
+        cuts: DocumentCuts,
+    ) -> list[tuple[VerdictJudge, DocumentCuts]]:
+        """Settles the verdicts of a phase's stages on a document.
+
+        Args:
+            conditions: `where` of stages, by the stage's name.
+            labels: the document's labels; settled ones are replaced.
+            cuts: what is cut of the document; what stages cut is added.
+
+        Returns:
+            The judges of the stages that look at the document, with what they cut.
+        """
+        judged: list[tuple[VerdictJudge, DocumentCuts]] = []
+        for verdict_stage in phase:
+            stage = verdict_stage.stage
+            name = stage.unique_name
+            if name in conditions and not conditions[name].holds(labels):
+                self._deselected[name].add(document)
+                labels.update(dict.fromkeys(verdict_stage.labels))
+                continue
+            if not isinstance(stage, CrossDocumentStage):
+                continue
+            if labels[_get_seen_label(stage)] is None:
+                continue
+            # What is found and not cut leaves the text to others.
+            if verdict_stage.is_cut:
+                stage_cuts = cuts
+            else:
+                stage_cuts = DocumentCuts(SpanSet(), SpanSet())
+            judge = self._judges[name]
+            judgement = judge.judge(document, stage_cuts)
+            judged.append((judge, stage_cuts))
+            verdicts = dict(judgement.labels)
+            if judgement.kept_document is not None:
+                verdicts["of"] = self._get_id(judgement.kept_document)
+                verdicts[KEPT_DOCUMENT] = judgement.kept_document
+            for label, value in verdicts.items():
+                labels[f"{name}.{label}"] = value
+                self._settled.setdefault(f"{name}.{label}", {})[document] = value
+        return judged
 
     def _is_verdict(self, name: str) -> bool:
-        return any(
-            isinstance(bound.stage, CrossDocumentStage)
-            and name in bound.stage.neutral_verdicts
-            for bound in self._plan.stages
-        )
-
-    def _seen_label(self, stage: CrossDocumentStage) -> str:
-        """Names a label that is null where the stage did not look, and only there."""
-        return next(
-            name
-            for name, neutral in stage.neutral_verdicts.items()
-            if neutral not in (None, ())
-        )
+        for verdict_stage in self._plan.stages:
+            stage = verdict_stage.stage
+            if isinstance(stage, CrossDocumentStage) and name in stage.neutral_verdicts:
+                return True
+        return False
 
     def _get_id(self, document: int) -> str:
         row = int(np.searchsorted(self._related, document))
         return self._table.column("id")[row].as_py()
 
-    def _read_values(self, row: int, document: int) -> dict[str, Any]:
+    def _read_labels(self, row: int, document: int) -> dict[str, LabelValue]:
         """Reads the labels of a document, with what is settled of it so far."""
-        values: dict[str, Any] = {}
+        labels: dict[str, LabelValue] = {}
         for name in self._table.column_names:
-            values[name] = self._table.column(name)[row].as_py()
-        for bound in self._plan.stages:
-            if not isinstance(bound.stage, CrossDocumentStage):
-                continue
-            is_seen = values[self._seen_label(bound.stage)] is not None
-            for name, neutral in bound.stage.neutral_verdicts.items():
-                values[name] = neutral if is_seen else None
+            labels[name] = self._table.column(name)[row].as_py()
+        for verdict_stage in self._plan.stages:
+            stage = verdict_stage.stage
+            if isinstance(stage, CrossDocumentStage):
+                is_seen = labels[_get_seen_label(stage)] is not None
+                for name, neutral in stage.neutral_verdicts.items():
+                    labels[name] = neutral if is_seen else None
         for name, settled in self._settled.items():
             if document in settled:
-                values[name] = settled[document]
-        for bound in self._plan.stages:
-            if document in self._masked[bound.stage.unique_name]:
-                values.update(dict.fromkeys(bound.labels))
-        return values
+                labels[name] = settled[document]
+        for verdict_stage in self._plan.stages:
+            if document in self._deselected[verdict_stage.stage.unique_name]:
+                labels.update(dict.fromkeys(verdict_stage.labels))
+        return labels
 
     def _add_fixed_cuts(
         self,
         document: int,
-        names: Sequence[str],
-        values: Mapping[str, Any],
+        labels: Mapping[str, LabelValue],
         phase: Sequence[VerdictStage],
         cuts: DocumentCuts,
     ) -> None:
         """Adds the words that are cut of a document whatever the verdicts are."""
-        spans = [
-            (span["start"], span["end"])
-            for name in names
-            for span in values[name] or ()
-        ]
-        judges = [
-            self._judges.get(bound.stage.unique_name) for bound in phase if bound.is_cut
-        ]
-        for judge in judges if spans else ():
-            if isinstance(judge, PassageJudge):
-                for span in judge.find_words(document, spans):
-                    cuts.cut.add(*span)
+        spans: list[Span] = []
+        for name in self._rules.cut:
+            if self._is_verdict(name):
+                continue
+            label = labels[name]
+            if isinstance(label, list):  # Null where the stage did not look.
+                spans += get_span_edges(label)
+        if not spans:
+            return
+        for verdict_stage in phase:
+            judge = self._judges.get(verdict_stage.stage.unique_name)
+            if verdict_stage.is_cut and isinstance(judge, PassageJudge):
+                for word_span in judge.find_words(document, spans):
+                    cuts.cut.add(*word_span)
 
     def write(self, folder: Path, names: Sequence[str]) -> None:
-        """Write the settled labels, as files of `folder`."""
-        types = self._types | {
-            name: pa.int64() for name in names if name.endswith(f".{KEPT_DOCUMENT}")
-        }
+        """Writes the settled labels, as files of `folder`."""
+        types = dict(self._types)
+        for name in names:
+            if name.endswith(f".{KEPT_DOCUMENT}"):
+                types[name] = pa.int64()
         schema = pa.schema([(name, types[name]) for name in names])
         columns = [name for name in names if name in self._types]
         for index, shard in enumerate(self._shards):
-            document = self._offsets[index]
+            first_document = self._offsets[index]
             with open_shard_writer(folder / f"{shard.name}.parquet", schema) as writer:
                 for table in shard.read_row_groups(columns):
-                    writer.write_row_group(self._settle_group(table, document, schema))
-                    document += table.num_rows
+                    settled = self._settle_group(table, first_document, schema)
+                    writer.write_row_group(settled)
+                    first_document += table.num_rows
             self._progress("settling copies: writing", index + 1, len(self._shards))
-        for path in folder.glob("*.layouts"):
+        for path in folder.glob(f"*{_LAYOUTS_SUFFIX}"):
             path.unlink()
 
     def _settle_group(
-        self, table: pa.RecordBatch, first: int, schema: pa.Schema
+        self, table: pa.RecordBatch, first_document: int, schema: pa.Schema
     ) -> pa.RecordBatch:
-        """Returns the settled labels of a row group, whose first document is
-        `first`."""
+        """Returns the settled labels of a row group."""
         columns: dict[str, pa.Array] = {}
-        start, stop = np.searchsorted(self._related, [first, first + table.num_rows])
+        bounds = [first_document, first_document + table.num_rows]
+        start, stop = np.searchsorted(self._related, bounds)
         related = self._related[start:stop].tolist()
-        for bound in self._plan.stages:
-            name = bound.stage.unique_name
-            masked = self._masked[name]
-            neutral: Mapping[str, Any] = {}
-            if isinstance(bound.stage, CrossDocumentStage):
-                neutral = bound.stage.neutral_verdicts
-            labels = [
-                label for label in schema.names if label.rpartition(".")[0] == name
-            ]
-            for label in labels:
-                if isinstance(bound.stage, CrossDocumentStage) and (
-                    label in neutral or label not in self._types
-                ):
-                    values = self._list_neutral_values(table, bound.stage, label)
-                else:
-                    values = table.column(label).to_pylist()
+        for verdict_stage in self._plan.stages:
+            stage = verdict_stage.stage
+            deselected = self._deselected[stage.unique_name]
+            for label in schema.names:
+                if label.rpartition(".")[0] != stage.unique_name:
+                    continue
+                values = _list_unsettled_values(table, stage, label)
                 settled = self._settled.get(label, {})
                 for document in related:
-                    if document in masked:
-                        values[document - first] = None
+                    if document in deselected:
+                        values[document - first_document] = None
                     elif document in settled:
-                        values[document - first] = settled[document]
+                        values[document - first_document] = settled[document]
                 columns[label] = pa.array(values, schema.field(label).type)
         return pa.RecordBatch.from_pydict(columns, schema=schema)
 
-    def _list_neutral_values(
-        self, table: pa.RecordBatch, stage: CrossDocumentStage, label: str
-    ) -> list[Any]:
-        """Lists a verdict for documents that lose no text; None where the stage did not
-        look."""
-        value = stage.neutral_verdicts.get(label)
-        seen = table.column(self._seen_label(stage)).is_valid().to_pylist()
-        return [value if is_seen else None for is_seen in seen]
+
+def _get_seen_label(stage: CrossDocumentStage) -> str:
+    """Names a label that is null where the stage did not look, and only there."""
+    for name, neutral in stage.neutral_verdicts.items():
+        if neutral not in (None, ()):
+            return name
+    raise TypeError(f"{type(stage).__name__} has no verdict that tells where it looked")
+
+
+def _list_unsettled_values(
+    table: pa.RecordBatch, stage: Stage, label: str
+) -> list[LabelValue]:
+    """Lists a label of the documents of a row group on which nothing is settled.
+
+    Verdicts are those on a document that loses no text, None where the stage did not
+    look; other labels are as the stage wrote them.
+    """
+    if isinstance(stage, CrossDocumentStage):
+        # Only settled labels have `kept_document`, which the table has not.
+        is_verdict = label in stage.neutral_verdicts or label not in table.schema.names
+        if is_verdict:
+            neutral = stage.neutral_verdicts.get(label)
+            is_seen = table.column(_get_seen_label(stage)).is_valid().to_pylist()
+            return [neutral if seen else None for seen in is_seen]
+    return table.column(label).to_pylist()

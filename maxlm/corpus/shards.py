@@ -13,9 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,7 +51,7 @@ is JSON."""
 
 
 @dataclass(frozen=True)
-class RowGroup:
+class SelectedRows:
     """The documents of one row group that a stage is to label."""
 
     batch: pa.RecordBatch
@@ -95,57 +93,66 @@ class StageShardView:
         with open_parquet(self.path(DOCUMENTS)) as parquet:
             return parquet.metadata.num_rows
 
-    def read_selected_rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
+    def read_selected_rows(self, columns: Sequence[str]) -> Iterator[SelectedRows]:
         """Yields the documents to label, a row group at a time; those without a text
         only if "text" is not among the columns. `columns`: columns of `DOCUMENT_SCHEMA`
         or labels as "stage.label". "text" is the newest version a document has."""
-        needed = dict.fromkeys(
-            [*columns, *(self.where.label_names if self.where else ())]
-        )
-        first = 0
+        condition_labels = self.where.label_names if self.where else ()
+        needed = dict.fromkeys([*columns, *condition_labels])
+        first_row = 0
         for table in self.read_row_groups(list(needed)):
-            keep = (
-                self.where.evaluate(table)
-                if self.where
-                else np.ones(table.num_rows, np.bool_)
-            )
+            if self.where:
+                is_selected = self.where.evaluate(table)
+            else:
+                is_selected = np.ones(table.num_rows, np.bool_)
             if "text" in columns:
-                keep &= ~table.column("text").is_null().to_numpy(zero_copy_only=False)
-            index = np.flatnonzero(keep)
+                is_selected = is_selected & mark_valid(table.column("text"))
+            row_indices = np.flatnonzero(is_selected)
             batch = table.select(list(columns))
-            if len(index) < table.num_rows:
-                batch = batch.take(pa.array(index))
-            yield RowGroup(batch, index, table.num_rows, first)
-            first += table.num_rows
+            if len(row_indices) < table.num_rows:
+                batch = batch.take(pa.array(row_indices))
+            yield SelectedRows(batch, row_indices, table.num_rows, first_row)
+            first_row += table.num_rows
 
     def read_row_groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yields every row of the given columns, a row group at a time, whatever
         `where` says."""
-        stages = {
-            stage for name in columns for stage, _ in self.find_column_sources(name)
-        }
+        # Those of the documents are always opened: they say how many row groups there
+        # are.
+        stages = {DOCUMENTS}
+        for column in columns:
+            stages.update(stage for stage, _ in self.find_column_sources(column))
         with ExitStack() as stack:
             files = {
                 stage: stack.enter_context(open_parquet(self.path(stage)))
-                for stage in sorted(stages | {DOCUMENTS})
+                for stage in sorted(stages)
             }
             for group in range(files[DOCUMENTS].num_row_groups):
                 arrays = [self._read(files, group, column) for column in columns]
                 yield pa.RecordBatch.from_arrays(arrays, list(columns))
 
-    def _read(self, files: Mapping[str, Any], group: int, column: str) -> pa.Array:
-        arrays = []
+    def _read(
+        self, files: Mapping[str, pq.ParquetFile], group: int, column: str
+    ) -> pa.Array:
+        """Reads a column of a row group: of several versions each row's newest."""
+        versions = []
         for stage, name in self.find_column_sources(column):
             if name not in files[stage].schema_arrow.names:
-                what = f'there is no column "{name}": another version of maxlm made this file'
+                message = (
+                    f'there is no column "{name}": another version of maxlm made this '
+                    "file"
+                )
                 fix = "delete the stage's folder and run the recipe again"
-                raise MaxlmError(what, where=str(self.path(stage)), fix=fix)
+                raise MaxlmError(message, where=str(self.path(stage)), fix=fix)
             table = files[stage].read_row_group(group, columns=[name])
-            arrays.append(pa.concat_arrays(table.column(name).chunks))
-        return reduce(lambda newer, older: newer.fill_null(older), arrays)
+            versions.append(pa.concat_arrays(table.column(name).chunks))
+        newest, *older_versions = versions
+        for older in older_versions:
+            newest = newest.fill_null(older)
+        return newest
 
     def find_column_sources(self, column: str) -> list[tuple[str, str]]:
-        """Find the files that hold a column: (stage, column in its file), newest text
+        """Finds the files that hold a column: (stage, column in its file), newest text
         first."""
         if column in self.settled_labels:
             return [(self.settled_folder, column)]
@@ -164,34 +171,38 @@ class ShardWriter:
     """Writes row groups to a Parquet file, and counts its labels."""
 
     def __init__(self, parquet: pq.ParquetWriter):
-        self._parquet, self.counts = parquet, Counter[str]()
+        self._parquet = parquet
+        self.counts = Counter[str]()
 
-    def write_selected_rows(self, rows: RowGroup, labels: pa.RecordBatch) -> None:
+    def write_selected_rows(self, rows: SelectedRows, labels: pa.RecordBatch) -> None:
         """Writes the labels of `rows.batch`; the row group's other documents get
         nulls."""
-        if len(rows.row_indices) < rows.num_rows:
-            places = np.full(rows.num_rows, -1, np.int64)
-            places[rows.row_indices] = np.arange(len(rows.row_indices))
-            labels = labels.take(pa.array(places, mask=places < 0))
-        self.write_row_group(labels, num_labelled=len(rows.row_indices))
+        num_selected = len(rows.row_indices)
+        if num_selected < rows.num_rows:
+            label_rows = np.full(rows.num_rows, -1, np.int64)
+            label_rows[rows.row_indices] = np.arange(num_selected)
+            labels = labels.take(pa.array(label_rows, mask=label_rows < 0))
+        self.write_row_group(labels, num_labelled=num_selected)
 
     def write_row_group(
         self, batch: pa.RecordBatch, num_labelled: int | None = None
     ) -> None:
-        """Writes one row group."""
-        self.counts["rows"] += batch.num_rows
-        self.counts["labelled"] += (
-            batch.num_rows if num_labelled is None else num_labelled
-        )
+        """Writes one row group. `num_labelled`: rows that were selected; None:
+        all."""
+        num_rows: int = batch.num_rows
+        self.counts["rows"] += num_rows
+        self.counts["labelled"] += num_rows if num_labelled is None else num_labelled
         for field, column in zip(batch.schema, batch.columns, strict=True):
-            if pa.types.is_boolean(field.type):
-                self.counts[f"{field.name}=true"] += column.sum().as_py() or 0
-            elif (
+            is_category = (
                 pa.types.is_string(field.type)
                 and field.name not in DOCUMENT_SCHEMA.names
-            ):
-                for each in column.drop_null().value_counts().to_pylist():
-                    self.counts[f"{field.name}={each['values']}"] += each["counts"]
+            )
+            if pa.types.is_boolean(field.type):
+                num_true = column.sum().as_py()  # None, if all are null.
+                self.counts[f"{field.name}=true"] += num_true or 0
+            elif is_category:
+                for entry in column.drop_null().value_counts().to_pylist():
+                    self.counts[f"{field.name}={entry['values']}"] += entry["counts"]
         batch = batch.cast(self._parquet.schema)
         self._parquet.write_batch(batch, row_group_size=batch.num_rows)
 
@@ -202,11 +213,20 @@ def open_shard_writer(path: Path, schema: pa.Schema) -> Iterator[ShardWriter]:
     labels."""
     with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-    with replace_file(path) as new, pq.ParquetWriter(new, schema, **options) as parquet:
+    with (
+        replace_file(path) as new,
+        pq.ParquetWriter(
+            new, schema, compression="zstd", write_page_checksum=True
+        ) as parquet,
+    ):
         writer = ShardWriter(parquet)
         yield writer
         parquet.add_key_value_metadata({"counts": json.dumps(writer.counts)})
+
+
+def mark_valid(column: pa.Array) -> np.ndarray:
+    """Marks the rows of a column that are not null: bool [rows]."""
+    return column.is_valid().to_numpy(zero_copy_only=False)
 
 
 def read_counts(path: Path) -> Counter[str]:
@@ -236,7 +256,7 @@ def write_shard_checksums(
     folder: Path, paths: Sequence[Path], before: Mapping[Path, FileIdentity]
 ) -> str:
     """Writes the list of the SHA-256s of a stage's shards into its folder; returns the
-    list's own.
+    SHA-256 of the list.
 
     A shard that the last list has and that is the file it was `before` keeps its
     SHA-256: damage since then must not become what is checked against.
@@ -247,9 +267,12 @@ def write_shard_checksums(
             text = (folder / CHECKSUMS_NAME).read_text("utf-8", "replace")
         now = read_file_identities(paths)
         unchanged = {path.name for path in paths if before.get(path) == now[path]}
-        listed = parse_checksums(text).items()
-        known = {name: digest for name, digest in listed if name in unchanged}
-        return write_checksums(folder, [path.name for path in paths], known)
+        known_digests = {
+            name: digest
+            for name, digest in parse_checksums(text).items()
+            if name in unchanged
+        }
+        return write_checksums(folder, [path.name for path in paths], known_digests)
 
 
 def verify_shards(folder: Path, paths: Sequence[Path], list_sha256: str | None) -> None:

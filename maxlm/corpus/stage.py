@@ -12,12 +12,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.corpus.cuts import TextSpan
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.text import UNICODE
 from maxlm.runtime.executor import TaskExecutor
@@ -27,8 +28,15 @@ from maxlm.runtime.progress import Progress
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 LabelTypes = Mapping[str, pa.DataType]
+LabelValue = bool | float | str | list[TextSpan] | tuple[()] | None
+"""The value of a label that rules read; the empty tuple: no spans."""
 Verdicts = Mapping[str, bool | float | tuple[()] | None]
 """Labels by name and their values; the empty tuple: no spans."""
+RowLabels = Mapping[str, object]
+"""The labels of one document by name, as pyarrow converts them; others are null."""
+RowLabelFn = Callable[..., RowLabels]
+"""Maps the values of the columns that a stage reads of one document, in their order, to
+its labels."""
 BatchLabelFn = Callable[[pa.RecordBatch], pa.RecordBatch]
 """Maps the columns a stage reads to the columns it adds, row by row. Pure."""
 
@@ -124,11 +132,12 @@ class Stage(Config):
         settings = self.model_dump(mode="json", exclude={"where", "memory"})
         parts = [type(self).__name__, self.version, settings]
         try:
-            parts += [(path.name, hash_file(path)) for path in self.list_input_files()]
+            for path in self.list_input_files():
+                parts.append((path.name, hash_file(path)))
         except OSError as error:
-            what = f"cannot read {error.filename}: {error.strerror}"
+            message = f"cannot read {error.filename}: {error.strerror}"
             raise MaxlmError(
-                what, where=self.unique_name, fix=self.files_fix
+                message, where=self.unique_name, fix=self.files_fix
             ) from error
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return f"{digest} {UNICODE}" if self.depends_on_unicode else digest
@@ -139,23 +148,22 @@ class PerDocumentStage(Stage):
     models."""
 
     @abstractmethod
-    def make_row_label_fn(self) -> Callable[..., Mapping[str, Any]]:
-        """Returns a function from a row's `input_columns` to labels by name; others are
-        null."""
+    def make_row_label_fn(self) -> RowLabelFn:
+        """Returns a function from a row's `input_columns` to its labels."""
 
     def make_batch_label_fn(self) -> BatchLabelFn:
-        """The labelling function of a batch."""
-        label = self.make_row_label_fn()
+        """Returns the labelling function of a batch."""
+        label_row = self.make_row_label_fn()
         schema = self.schema()
 
         def label_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
             # A row at a time: as Python values a batch would take several times its
             # size.
-            rows = [
-                label(*(v.as_py() for v in row))
-                for row in zip(*batch.columns, strict=True)
-            ]
-            return pa.RecordBatch.from_pylist(rows, schema=schema)
+            labels = []
+            for row in zip(*batch.columns, strict=True):
+                values = [value.as_py() for value in row]
+                labels.append(label_row(*values))
+            return pa.RecordBatch.from_pylist(labels, schema=schema)
 
         return label_rows
 
@@ -192,15 +200,15 @@ class CrossDocumentStage(Stage):
 
     @property
     def input_labels(self) -> Mapping[str, Literal["numbers", "strings"]]:
-        return (
-            {} if self.keep_by is None else {self.keep_by.removeprefix("-"): "numbers"}
-        )
+        if self.keep_by is None:
+            return {}
+        return {self.keep_by.removeprefix("-"): "numbers"}
 
     @abstractmethod
     def label(
         self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner
     ) -> None:
-        """Write the labels of every shard (`StageShardView.open_writer`).
+        """Writes the labels of every shard (`StageShardView.open_writer`).
 
         Large work goes through `run_jobs`, in jobs whose memory does not grow with the
         corpus; they pass data on by files in `scratch`, which stays if the run is
@@ -215,16 +223,19 @@ class ShardLabeller:
 
     def __init__(self, stage: PerDocumentStage):
         self._stage = stage
-        self._label: BatchLabelFn | None = None
+        self._label_batch: BatchLabelFn | None = None
 
     def __call__(self, shard: StageShardView) -> None:
-        """Label one shard."""
+        """Labels one shard."""
         stage = self._stage
         try:
-            self._label = self._label or stage.make_batch_label_fn()
+            # Here and not in __init__: the object is pickled to a worker, models are
+            # not.
+            if self._label_batch is None:
+                self._label_batch = stage.make_batch_label_fn()
             with shard.open_writer(stage.schema()) as writer:
                 for rows in shard.read_selected_rows(stage.input_columns):
-                    writer.write_selected_rows(rows, self._label(rows.batch))
+                    writer.write_selected_rows(rows, self._label_batch(rows.batch))
         except MaxlmError as error:
             where = error.where or f"{stage.unique_name}, shard {shard.name}"
             raise MaxlmError(error.message, where=where, fix=error.fix) from error
@@ -236,5 +247,5 @@ def check_packages(packages: Sequence[str], required_by: str) -> None:
         try:
             version(package)
         except PackageNotFoundError as error:
-            what = f"{required_by} needs {package}, which is not installed"
-            raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
+            message = f"{required_by} needs {package}, which is not installed"
+            raise MaxlmError(message, fix="pip install 'maxlm[corpus]'") from error

@@ -27,7 +27,9 @@ import regex
 
 from maxlm.config import Config
 
-SPACE, ALONE, EXTEND = (1 << i for i in range(3))
+SPACE = 1
+ALONE = 2
+EXTEND = 4
 """Bits of a character's class: white space (`str.isspace`); a letter of a script
 without spaces, which is a word by itself; a mark or format character, which belongs to
 what it follows."""
@@ -35,9 +37,8 @@ what it follows."""
 UNICODE = f"Unicode {unicodedata.unidata_version}"
 """The version of these tables, those of the running Python, on which labels depend."""
 
-_ASSIGNED = (
-    0x34000  # No letters or marks above, but for the variation selectors at E0000.
-)
+# No letters or marks above, but for the variation selectors at E0000.
+_ASSIGNED = 0x34000
 ALONE_RANGES = (
     (0xE00, 0xEFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3040, 0x309F),
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
@@ -51,20 +52,24 @@ def get_code_point_classes() -> np.ndarray:
     classes = np.zeros(0x110000, np.uint8)
     for code in (*range(_ASSIGNED), *range(0xE0000, 0xE0200)):
         character = chr(code)
-        kind = unicodedata.category(character)
+        category = unicodedata.category(character)
         if character.isspace():
             classes[code] = SPACE
-        elif kind[0] == "M" or kind == "Cf":
+        elif category[0] == "M" or category == "Cf":
             classes[code] = EXTEND
     for first, last in ALONE_RANGES:
         for code in range(first, last + 1):
-            if unicodedata.category(chr(code))[0] == "L":
+            is_letter = unicodedata.category(chr(code))[0] == "L"
+            if is_letter:
                 classes[code] = ALONE
     return classes
 
 
-_ALONE = "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in ALONE_RANGES)
+# Parts of patterns: `regex` knows Unicode's properties and, by (?V1), differences (--)
+# and intersections (&&) of classes.
+_ALONE = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ALONE_RANGES)
 _LETTER = rf"[\p{{L}}\p{{N}}--[\p{{L}}&&[{_ALONE}]]]"
+# What a word goes on with.
 _REST = rf"[\p{{L}}\p{{N}}\p{{M}}\p{{Cf}}--[\p{{L}}&&[{_ALONE}]]]"
 _MARKS = r"[\p{M}\p{Cf}]*+"
 WORD = regex.compile(rf"(?V1)[\p{{L}}&&[{_ALONE}]]{_MARKS}|{_LETTER}{_REST}*+")
@@ -81,7 +86,7 @@ _TOKEN = regex.compile(
 
 def split_words_and_symbols(text: str) -> list[str]:
     """Splits a text into words and symbols."""
-    return [found[0] for found in _TOKEN.finditer(text)]
+    return [match[0] for match in _TOKEN.finditer(text)]
 
 
 def is_word(token: str) -> bool:
@@ -99,7 +104,7 @@ _LONG_RUN = regex.compile("[\\p{M}\uff9e\uff9f]{30}(?=[\\p{M}\uff9e\uff9f])")
 _JOINER = "\u034f"  # COMBINING GRAPHEME JOINER, which marks do not move across.
 
 
-def normalize(form: Literal["NFC", "NFD", "NFKC", "NFKD"], text: str) -> str:
+def normalize_unicode(form: Literal["NFC", "NFD", "NFKC", "NFKD"], text: str) -> str:
     """Normalizes a text as `unicodedata.normalize` does, but for runs of more than 30
     marks.
 
@@ -112,9 +117,8 @@ def normalize(form: Literal["NFC", "NFD", "NFKC", "NFKD"], text: str) -> str:
 
 
 # Scripts written without spaces, here with Katakana: each character is a word.
-_SOLID = "".join(
-    f"{chr(first)}-{chr(last)}" for first, last in (*ALONE_RANGES, (0x30A0, 0x30FF))
-)
+_SOLID_RANGES = (*ALONE_RANGES, (0x30A0, 0x30FF))
+_SOLID = "".join(f"{chr(first)}-{chr(last)}" for first, last in _SOLID_RANGES)
 # Python counts vowel signs and joiners of Indic, Arabic and Hebrew script as no
 # letters.
 _LETTERS = (
@@ -161,26 +165,33 @@ class LineSplitterConfig(Config):
 def make_line_splitter(config: LineSplitterConfig) -> Callable[[str], Iterator[str]]:
     """Makes a function from a text to its lines, of words separated by spaces; none
     without words. Punctuation is unified as in CCNet."""
-    split = _WORD.findall
+    encode: Callable[[str], list[int]] | None = None
     if config.tokenizer is not None:
         from maxlm.data.tokenizer import load_tokenizer
 
         encode = load_tokenizer(Path(config.tokenizer)).encode
-        split = lambda line: list(map(str, encode(line)))  # noqa: E731
 
-    def lines(text: str) -> Iterator[str]:
-        for line in _normalize(text, config).split("\n"):
-            if words := split(line):
+    def split_words(line: str) -> list[str]:
+        if encode is None:
+            return _WORD.findall(line)
+        return [str(token) for token in encode(line)]
+
+    def split_lines(text: str) -> Iterator[str]:
+        for line in _normalize_words(text, config).split("\n"):
+            words = split_words(line)
+            if words:
                 yield " ".join(words)
 
-    return lines
+    return split_lines
 
 
-def _normalize(text: str, config: LineSplitterConfig) -> str:
+def _normalize_words(text: str, config: LineSplitterConfig) -> str:
     if not text.isascii():
         if config.accents:
-            text = ACCENT.sub("", normalize("NFKD", text))
-        text = normalize("NFKC", text).translate(_PUNCTUATION)
+            text = ACCENT.sub("", normalize_unicode("NFKD", text))
+        text = normalize_unicode("NFKC", text).translate(_PUNCTUATION)
     if config.lower:  # After NFKC, which has capital letters for some signs.
         text = text.lower()
-    return _DIGIT.sub("0", text) if config.digits else text
+    if config.digits:
+        text = _DIGIT.sub("0", text)
+    return text

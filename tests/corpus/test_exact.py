@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_a_long_run_of_marks_takes_time_in_proportion():
     text = "a" + "\u0301\u0323" * 300_000
-    assert ExactStage().normalise(text).startswith("\u1ea1\u0323")
+    assert ExactStage().normalize_text(text).startswith("\u1ea1\u0323")
     for accents in (True, False):
         assert (
             len(list(make_line_splitter(LineSplitterConfig(accents=accents))(text)))

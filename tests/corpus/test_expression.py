@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.expression import Threshold, parse
+from maxlm.corpus.expression import Threshold, parse_expression
 
 LABELS = {
     "language.name": pa.string(),
@@ -82,7 +82,7 @@ def test_logic_is_three_valued(expression, documents):
         heuristics__words=[row["words"] for row in documents],
         near__duplicate=[row["flag"] for row in documents],
     )
-    found = parse(written(expression), LABELS, "keep.x").evaluate(data)
+    found = parse_expression(written(expression), LABELS, "keep.x").evaluate(data)
     assert found.tolist() == [
         three_valued(expression, row) is True for row in documents
     ]
@@ -120,21 +120,21 @@ def test_values(text, expected):
         near__duplicate=[True, False, None],
         source=["web", "books", "web"],
     )
-    expression = parse(text, LABELS, "keep.x")
+    expression = parse_expression(text, LABELS, "keep.x")
     assert expression.evaluate(data).tolist() == expected
     assert pickle.loads(pickle.dumps(expression)).evaluate(data).tolist() == expected
 
 
 def test_names_and_thresholds():
     text = 'heuristics.words >= 50 and 0.1 > heuristics.symbol_ratio and language.name == "en"'
-    expression = parse(text, LABELS, "keep.x")
+    expression = parse_expression(text, LABELS, "keep.x")
     names = ("heuristics.words", "heuristics.symbol_ratio", "language.name")
     assert expression.label_names == names
     assert expression.thresholds == (
         Threshold("heuristics.words", ">=", 50),
         Threshold("heuristics.symbol_ratio", "<", 0.1),
     )
-    chained = parse(
+    chained = parse_expression(
         "-1 < heuristics.words <= 1e3 and heuristics.words != None", LABELS, "keep.x"
     )
     assert chained.thresholds == (
@@ -145,7 +145,7 @@ def test_names_and_thresholds():
 
 def test_labels_are_replaced_by_constants():
     text = "not (heuristics.words > 3 or heuristics.symbol_ratio is None) and language.name != 'x'"
-    expression = parse(text, LABELS, "keep.x")
+    expression = parse_expression(text, LABELS, "keep.x")
     replaced = expression.replace_labels(
         {"heuristics.words": 1.0, "heuristics.symbol_ratio": 0.0}
     )
@@ -183,6 +183,6 @@ def test_labels_are_replaced_by_constants():
 )
 def test_mistakes_are_named(text, message):
     with pytest.raises(MaxlmError) as error:
-        parse(text, LABELS, "keep.long")
+        parse_expression(text, LABELS, "keep.long")
     assert str(error.value).startswith("keep.long: ")
     assert message in str(error.value)

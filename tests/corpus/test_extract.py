@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.corpus import extraction
-from maxlm.corpus.encoding import decode
+from maxlm.corpus.encoding import decode_page
 from maxlm.corpus.extraction import HtmlExtractorProcess, extract_page
 from maxlm.corpus.stages.extract import ExtractStage
 
@@ -90,7 +90,7 @@ def test_declared_encodings(encoding):
     text = TEXTS[encoding]
     name = NAMES.get(encoding, encoding)
     data = text.encode(encoding)
-    assert decode(data, name)[0] == text
+    assert decode_page(data, name)[0] == text
     for meta in (
         f'<meta charset="{name}">',
         f"<META http-equiv=a content='a; charset={name}'>",
@@ -98,7 +98,7 @@ def test_declared_encodings(encoding):
         page = f"<html>{meta}<p>"
         # A server's default of Latin-1 says nothing.
         for charset in (None, "iso-8859-1"):
-            assert decode(page.encode() + data, charset)[0] == page + text
+            assert decode_page(page.encode() + data, charset)[0] == page + text
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,11 @@ def test_declared_encodings(encoding):
 )
 def test_utf8_is_told_whatever_is_declared(charset):
     text = "".join(TEXTS.values()) + "😀"
-    assert decode(text.encode(), charset) == (text, "utf-8")
-    assert decode(text.encode("utf-8-sig"), charset)[0] == text
+    assert decode_page(text.encode(), charset) == (text, "utf-8")
+    assert decode_page(text.encode("utf-8-sig"), charset)[0] == text
     # A cut character, and a foreign byte, are no reason to read all the rest as
     # something else.
-    found, name = decode(text.encode()[:-2] + b"\xe9", charset)
+    found, name = decode_page(text.encode()[:-2] + b"\xe9", charset)
     assert name == "utf-8"
     assert found.startswith(text[:-1])
 
@@ -120,7 +120,7 @@ def test_utf8_is_told_whatever_is_declared(charset):
 def test_text_is_unicode_without_nul(data, quality):
     data = b"<html><body><p>" + data + b"&#0;&#xD800;&#1;" + STORY.encode()
     page = extract_page(data, None, quality, markdown=False)
-    for text in (page.text or "", page.title or "", decode(data)[0]):
+    for text in (page.text or "", page.title or "", decode_page(data)[0]):
         text.encode()
         assert "\0" not in text
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.expression import parse
+from maxlm.corpus.expression import parse_expression
 from maxlm.corpus.stages.heuristics import LABELS, PUBLISHED, HeuristicsStage
 from tests.corpus import naive_heuristics as naive
 from tests.corpus.corpora import label_texts
@@ -111,7 +111,11 @@ def test_published_rules_keep_prose():
     labels = pa.Table.from_pylist(label(*texts), pa.schema(list(LABELS.items())))
     labels = labels.rename_columns(list(TYPES))
     for rule in PUBLISHED.values():
-        assert parse(rule, TYPES, "").evaluate(labels).tolist() == [True, False, False]
+        assert parse_expression(rule, TYPES, "").evaluate(labels).tolist() == [
+            True,
+            False,
+            False,
+        ]
 
 
 def test_a_long_text_is_measured_up_to_a_whole_character():

@@ -49,9 +49,9 @@ def test_the_funnel_ends_at_what_is_kept(figures, whole):
     assert rows[-1]["bytes"] == sum(len(document.text) for document in taken)
     by_source = Counter(document.id.split("-")[0] for document in taken)
     assert rows[-1]["by_source"] == by_source
-    mixture = {key: figures.tolist() for key, figures in summary.mixture.items()}
-    assert sum(row[0] for row in mixture.values()) == len(taken)
-    assert sum(row[1] for row in mixture.values()) == rows[-1]["bytes"]
+    mixture = summary.mixture.values()
+    assert sum(counts.documents for counts in mixture) == len(taken)
+    assert sum(counts.bytes for counts in mixture) == rows[-1]["bytes"]
 
 
 def test_samples_fell_where_the_report_says(figures):

@@ -4,7 +4,7 @@ all."""
 import pyarrow as pa
 import pytest
 
-from maxlm.corpus.expression import parse
+from maxlm.corpus.expression import parse_expression
 from maxlm.corpus.shards import StageShardView, read_counts
 from tests.corpus.corpora import add_labels, make_corpus
 
@@ -28,7 +28,7 @@ def by_length(text):
 def test_labels_stand_beside_their_documents_and_nulls_beside_others(tmp_path):
     texts = ["a b", None, "", "b c d", "é", None, "last one"]
     (shard,) = make_corpus(tmp_path, texts, shards=1, rows_per_group=3)
-    where = parse('id != "d3"', {"id": pa.string()}, "where")
+    where = parse_expression('id != "d3"', {"id": pa.string()}, "where")
     label(
         StageShardView(tmp_path, shard.name, where=where, output_stage="made"),
         by_length,

@@ -31,18 +31,24 @@ def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
         out.write_batch(batch)
 
 
-def read_batch(path: Path) -> pa.RecordBatch:
-    """The columns of a file, read when they are looked at."""
+def map_columns(path: Path) -> pa.RecordBatch:
+    """Maps the columns of a file into memory: they are read when they are looked at."""
     return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a file of numbers, not copied, read when they are looked at."""
-    batch = read_batch(path)
+    """Reads the columns of a file of numbers, not copied: when they are looked at."""
+    batch = map_columns(path)
     return {
         name: column.to_numpy()
-        for name, column in zip(batch.schema.names, batch, strict=True)
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
     }
+
+
+def count_ranges(num_items: int, item_bytes: int, memory: int) -> int:
+    """Counts the ranges into which items are divided, so that those of one range take
+    about `memory` bytes at most; at least one."""
+    return max(1, -(-num_items * item_bytes // memory))  # Rounded up.
 
 
 def make_equal_range_starts(num_ranges: int) -> np.ndarray:
@@ -60,23 +66,26 @@ def read_range(
     which that lies from range_starts[range_index] up to the next start. Returns the
     columns of all files end to end, and the index of each row's file: uint64 [rows]."""
     bounds = range_starts[range_index : range_index + 2]
-    parts, sizes = [], []
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    sizes = []
     for path in paths:
         columns = read_columns(path)
-        key = columns[names[0]]
-        start, stop = [*np.searchsorted(key, bounds).tolist(), len(key)][:2]
-        parts.append([columns[name][start:stop] for name in names])
+        sorted_keys = columns[names[0]]
+        start, *stops = np.searchsorted(sorted_keys, bounds).tolist()
+        # The last range has no next start, and ends with the file.
+        stop = stops[0] if stops else len(sorted_keys)
+        for name in names:
+            pieces[name].append(columns[name][start:stop])
         sizes.append(stop - start)
-    ends = (
-        map(np.concatenate, zip(*parts, strict=True))
-        if parts
-        else [np.empty(0, np.uint64)]
-    )
-    found = dict(zip(names, ends, strict=True))
-    return found, np.repeat(np.arange(len(paths), dtype=np.uint64), sizes)
+    if not paths:
+        pieces = {name: [np.empty(0, np.uint64)] for name in names}
+    columns = {name: np.concatenate(parts) for name, parts in pieces.items()}
+    file_indices = np.repeat(np.arange(len(paths), dtype=np.uint64), sizes)
+    return columns, file_indices
 
 
 def mark_run_starts(values: np.ndarray) -> np.ndarray:
     """Marks where sorted values change: bool [len(values)], true at the first of each
     run."""
-    return np.append(True, values[1:] != values[:-1])[: len(values)]
+    is_start = np.append(True, values[1:] != values[:-1])
+    return is_start[: len(values)]  # Of no values there is no first one either.

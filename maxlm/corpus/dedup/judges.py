@@ -3,14 +3,15 @@ on one document after the other, given those that are kept already
 (`corpus.settling`)."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from maxlm.corpus.cuts import TextSpan
 from maxlm.corpus.dedup.pairs import SimilarityGraph
 from maxlm.corpus.dedup.passages import (
     RepeatedRun,
@@ -22,23 +23,32 @@ from maxlm.corpus.dedup.passages import (
     find_inner_spans,
     find_shared_spans,
 )
+from maxlm.corpus.stage import LabelValue
 
 KEPT_DOCUMENT = "kept_document"
 """Name of a verdict: the number, in the corpus, of the kept document that `of`
 names."""
-JudgedVerdicts = dict[str, Any]
-"""Verdicts on a document, by the names of a stage's labels."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A stage's verdicts on a document."""
+
+    labels: Mapping[str, LabelValue]
+    """Verdicts by the names of the stage's labels, but for `of`."""
+    kept_document: int | None = None
+    """The kept document that `of` names, by its number in the corpus."""
 
 
 class VerdictJudge(Protocol):
     """Findings of one stage, and what of them kept documents keep so far."""
 
-    def judge(self, document: int, cuts: "DocumentCuts") -> JudgedVerdicts:
-        """Returns the stage's verdicts on a document, by the names of its labels."""
+    def judge(self, document: int, cuts: "DocumentCuts") -> Judgement:
+        """Judges a document, and adds what the stage cuts of it to `cuts`."""
         ...
 
     def keep(self, document: int, cuts: "DocumentCuts") -> None:
-        """Takes note that a document is kept."""
+        """Records that a document is kept."""
         ...
 
 
@@ -55,16 +65,19 @@ class CopyJudge:
     """Verdicts of `exact`: of each group of copies one is kept."""
 
     def __init__(self, documents: np.ndarray, groups: np.ndarray):
+        """`documents`: those that have copies; `groups`: the group of each."""
         self._groups = dict(zip(documents.tolist(), groups.tolist(), strict=True))
-        self._survivors: dict[int, int] = {}  # By group.
+        self._kept_by_group: dict[int, int] = {}
 
-    def judge(self, document: int, cuts: DocumentCuts) -> JudgedVerdicts:
-        survivor = self._survivors.get(self._groups.get(document, -1))
-        return {"duplicate": survivor is not None, KEPT_DOCUMENT: survivor}
+    def judge(self, document: int, cuts: DocumentCuts) -> Judgement:
+        kept_copy = None
+        if document in self._groups:
+            kept_copy = self._kept_by_group.get(self._groups[document])
+        return Judgement({"duplicate": kept_copy is not None}, kept_copy)
 
     def keep(self, document: int, cuts: DocumentCuts) -> None:
         if document in self._groups:
-            self._survivors.setdefault(self._groups[document], document)
+            self._kept_by_group.setdefault(self._groups[document], document)
 
 
 class SimilarityJudge:
@@ -73,12 +86,12 @@ class SimilarityJudge:
     def __init__(self, graph: SimilarityGraph):
         self._graph = graph
 
-    def judge(self, document: int, cuts: DocumentCuts) -> JudgedVerdicts:
+    def judge(self, document: int, cuts: DocumentCuts) -> Judgement:
         match = self._graph.find_kept(document)
         if match is None:
-            return {"duplicate": False, "jaccard": None, KEPT_DOCUMENT: None}
-        survivor, jaccard = match
-        return {"duplicate": True, "jaccard": jaccard, KEPT_DOCUMENT: survivor}
+            return Judgement({"duplicate": False, "jaccard": None})
+        kept_document, jaccard = match
+        return Judgement({"duplicate": True, "jaccard": jaccard}, kept_document)
 
     def keep(self, document: int, cuts: DocumentCuts) -> None:
         self._graph.mark_kept(document)
@@ -88,46 +101,71 @@ class PassageJudge:
     """Verdicts of `substring`: passages are cut that stand in what stays of a kept
     document."""
 
-    def __init__(self, size: int, passages: "DocumentPassages"):
-        self._size = size
+    def __init__(self, window_words: int, passages: "DocumentPassages"):
+        self._window_words = window_words
         self._passages = passages
-        self._kept = WindowIndex()
+        self._kept_windows = WindowIndex()
 
-    def judge(self, document: int, cuts: DocumentCuts) -> JudgedVerdicts:
+    def judge(self, document: int, cuts: DocumentCuts) -> Judgement:
         runs = self._passages.get_runs(document)
         if not runs:
-            return {"cuts": [], "cut_share": 0.0}
-        shared = [
-            span
-            for span in find_shared_spans(runs, self._kept, self._size)
-            if not cuts.needed.overlaps(*span)
-        ]
+            return Judgement({"cuts": [], "cut_share": 0.0})
+        # First what kept documents have, then what the document repeats of itself.
+        shared = []
+        for span in find_shared_spans(runs, self._kept_windows, self._window_words):
+            if not cuts.needed.overlaps(*span):
+                shared.append(span)
         for span in shared:
             cuts.cut.add(*span)
-        inner = find_inner_spans(runs, self._size, cuts.cut, cuts.needed)
-        starts, stops, length = self._passages.get_word_edges(document)
+        inner = find_inner_spans(runs, self._window_words, cuts.cut, cuts.needed)
         spans = choose_cover([*shared, *inner])
-        pieces = [{"start": starts[a], "end": stops[b - 1]} for a, b in spans]
-        # With the white space between pieces that touch.
-        characters = sum(
-            stops[b - 1] - starts[a] for a, b in SpanSet(spans).list_spans()
-        )
-        return {"cuts": pieces, "cut_share": characters / length}
+
+        layout = self._passages.get_word_layout(document)
+        cut_spans = [layout.get_characters(*span) for span in spans]
+        # Joined, so that white space between pieces that touch counts too.
+        num_cut = 0
+        for span in SpanSet(spans).list_spans():
+            start, end = layout.get_characters(*span)
+            num_cut += end - start
+        labels: dict[str, LabelValue] = {
+            "cuts": [TextSpan(start=start, end=end) for start, end in cut_spans],
+            "cut_share": num_cut / layout.num_characters,
+        }
+        return Judgement(labels)
 
     def keep(self, document: int, cuts: DocumentCuts) -> None:
         runs = self._passages.get_runs(document)
-        add_intact_windows(runs, self._kept, self._size, cuts.cut)
+        add_intact_windows(runs, self._kept_windows, self._window_words, cuts.cut)
 
     def find_words(self, document: int, spans: Sequence[Span]) -> list[Span]:
         """Finds the words that spans of characters touch; none of a document without
         repeats."""
         if not self._passages.get_runs(document):
             return []
-        starts, stops, _ = self._passages.get_word_edges(document)
-        return [
-            (bisect_right(stops, start), bisect_left(starts, stop))
-            for start, stop in spans
-        ]
+        layout = self._passages.get_word_layout(document)
+        words = []
+        for start, end in spans:
+            first_word = bisect_right(layout.stops, start)
+            stop_word = bisect_left(layout.starts, end)
+            words.append((first_word, stop_word))
+        return words
+
+
+@dataclass(frozen=True)
+class WordLayout:
+    """Where the words of a text lie, in characters."""
+
+    starts: list[int]
+    """The first character of each word."""
+    stops: list[int]
+    """The character after each word's last."""
+    num_characters: int
+    """Characters of the whole text."""
+
+    def get_characters(self, start: int, stop: int) -> Span:
+        """Returns the characters from the first of word `start` to the last of the word
+        before `stop`."""
+        return self.starts[start], self.stops[stop - 1]
 
 
 class DocumentPassages:
@@ -136,9 +174,8 @@ class DocumentPassages:
     def __init__(self, path: Path):
         self._path = path
         self._runs: dict[int, np.ndarray] = {}
-        self._layouts: dict[
-            int, tuple[int, int]
-        ] = {}  # Where in the file, and how many numbers.
+        # By document, where in the file its layout begins, and how many numbers it has.
+        self._layouts: dict[int, tuple[int, int]] = {}
         self._size = 0
         self._file: np.ndarray | None = None  # Opened when all is written.
 
@@ -150,10 +187,8 @@ class DocumentPassages:
                 runs = repeats[row].values
                 if runs is None or len(runs) == 0:
                     continue
-                columns = [
-                    field.to_numpy().astype(np.int64) for field in runs.flatten()
-                ]
-                self._runs[document] = np.stack(columns, 1)
+                fields = [field.to_numpy().astype(np.int64) for field in runs.flatten()]
+                self._runs[document] = np.stack(fields, 1)
                 layout = layouts[row].values.to_numpy().astype(np.int32)
                 file.write(layout.tobytes())
                 self._layouts[document] = (self._size, len(layout))
@@ -167,13 +202,20 @@ class DocumentPassages:
     def get_runs(self, document: int) -> list[RepeatedRun]:
         """Returns the repeats of a document, from left to right."""
         runs = self._runs.get(document)
-        return [] if runs is None else [RepeatedRun(*run) for run in runs.tolist()]
+        if runs is None:
+            return []
+        return [RepeatedRun(*run) for run in runs.tolist()]
 
-    def get_word_edges(self, document: int) -> tuple[list[int], list[int], int]:
-        """Returns the first character of each word, the one after its last, and how
-        many characters the text has."""
-        offset, count = self._layouts[document]
+    def get_word_layout(self, document: int) -> WordLayout:
+        """Returns where the words of a document with repeats lie."""
+        offset, length = self._layouts[document]
         if self._file is None:
             self._file = np.memmap(self._path, np.int32, "r")
-        edges = np.cumsum(self._file[offset : offset + count], dtype=np.int64)
-        return edges[:-1:2].tolist(), edges[1::2].tolist(), int(edges[-1])
+        # A layout has the lengths of white space and words by turns, white space first
+        # and last: their sums are the edges.
+        edges = np.cumsum(self._file[offset : offset + length], dtype=np.int64)
+        return WordLayout(
+            starts=edges[:-1:2].tolist(),
+            stops=edges[1::2].tolist(),
+            num_characters=int(edges[-1]),
+        )

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maxlm.corpus.dedup.columns import get_shard_path, read_batch, write_columns
-from maxlm.corpus.shards import RowGroup, StageShardView
+from maxlm.corpus.dedup.columns import get_shard_path, map_columns, write_columns
+from maxlm.corpus.shards import SelectedRows, StageShardView
 from maxlm.corpus.stage import Stage
 
 
@@ -38,62 +38,68 @@ class SelectedDocuments:
     def num_selected(self) -> int:
         return self.shard_offsets[-1]
 
-    def read_batch(self, shard: int) -> pa.RecordBatch:
-        """The columns of a shard's members."""
-        return read_batch(get_shard_path(self.folder, "members", self.shards[shard]))
+    def map_shard(self, shard: int) -> pa.RecordBatch:
+        """Maps the columns of a shard's members into memory; `shard`: its index."""
+        return map_columns(get_shard_path(self.folder, "members", self.shards[shard]))
 
     def group_by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
         """Yields each shard that has some of the sorted `members`, and the slice of
         these."""
-        ends = np.searchsorted(members, self.shard_offsets)
-        for shard in np.flatnonzero(np.diff(ends)).tolist():
-            yield shard, slice(int(ends[shard]), int(ends[shard + 1]))
+        bounds = np.searchsorted(members, self.shard_offsets)
+        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+            yield shard, slice(int(bounds[shard]), int(bounds[shard + 1]))
 
     def get_document_numbers(self, members: np.ndarray) -> np.ndarray:
         """Returns members' numbers among all documents of the corpus: int64; -1 for
         -1."""
         rows = self.take("row", members).fill_null(-1).to_numpy()
         shards = np.searchsorted(self.shard_offsets, members, "right") - 1
-        return np.where(members < 0, -1, rows + np.array(self.document_offsets)[shards])
+        numbers = np.array(self.document_offsets)[shards] + rows
+        return np.where(members < 0, -1, numbers)
 
     def take(self, column: str, members: np.ndarray) -> pa.Array:
         """Returns a column's values for members in any order; null for -1."""
         unique = np.unique(members[members >= 0])
-        parts = [self.read_batch(0).column(column).slice(0, 0)]  # For the type.
-        for shard, part in self.group_by_shard(unique):
-            values = self.read_batch(shard).column(column)
-            parts.append(
-                values.take(pa.array(unique[part] - self.shard_offsets[shard]))
-            )
-        places = pa.array(np.searchsorted(unique, members), mask=members < 0)
-        return pa.concat_arrays(parts).take(places)
+        parts = [self.map_shard(0).column(column).slice(0, 0)]  # For the type.
+        for shard, span in self.group_by_shard(unique):
+            values = self.map_shard(shard).column(column)
+            rows = unique[span] - self.shard_offsets[shard]
+            parts.append(values.take(pa.array(rows)))
+        places = np.searchsorted(unique, members)
+        return pa.concat_arrays(parts).take(pa.array(places, mask=members < 0))
 
 
 def write_members(
-    scratch: Path, shard: str, groups: Sequence[RowGroup], keep_by: str | None
+    scratch: Path, shard: str, groups: Sequence[SelectedRows], keep_by: str | None
 ) -> np.ndarray:
-    """Write the file of a shard's members, of their ids and the label that `keep_by`
+    """Writes the file of a shard's members, of their ids and the label that `keep_by`
     names; returns the ranks."""
-    rows = [group.row_indices + group.first_row for group in groups]
-    ranks = [compute_keep_scores(group.batch, keep_by) for group in groups]
-    ids = [group.batch.column("id") for group in groups]
-    columns = {"row": np.concatenate([np.empty(0, np.int64), *rows])}
-    columns |= {"rank": np.concatenate([np.empty(0), *ranks])}
-    columns |= {"id": pa.concat_arrays([pa.array([], pa.string()), *ids])}
+    rows = [np.empty(0, np.int64)]
+    ranks = [np.empty(0)]
+    ids = [pa.array([], pa.string())]
+    for group in groups:
+        rows.append(group.row_indices + group.first_row)
+        ranks.append(compute_keep_scores(group.batch, keep_by))
+        ids.append(group.batch.column("id"))
+    rank = np.concatenate(ranks)
+    columns = {"row": np.concatenate(rows), "rank": rank, "id": pa.concat_arrays(ids)}
     write_columns(get_shard_path(scratch, "members", shard), columns)
-    return columns["rank"]
+    return rank
 
 
 def open_selected_documents(
     folder: Path, shards: Sequence[StageShardView]
 ) -> SelectedDocuments:
-    """Number the members of shards whose files have been written."""
+    """Numbers the members of shards whose files have been written."""
     names = tuple(shard.name for shard in shards)
-    sizes = (
-        read_batch(get_shard_path(folder, "members", name)).num_rows for name in names
+    paths = [get_shard_path(folder, "members", name) for name in names]
+    num_members = [map_columns(path).num_rows for path in paths]
+    return SelectedDocuments(
+        folder=folder,
+        shards=names,
+        shard_offsets=tuple(accumulate(num_members, initial=0)),
+        document_offsets=compute_document_offsets(shards),
     )
-    offsets = tuple(accumulate(sizes, initial=0))
-    return SelectedDocuments(folder, names, offsets, compute_document_offsets(shards))
 
 
 def compute_document_offsets(shards: Sequence[StageShardView]) -> tuple[int, ...]:
@@ -107,13 +113,12 @@ def compute_keep_scores(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarra
     number."""
     if keep_by is None:
         return np.zeros(batch.num_rows)
-    values = pc.fill_null(
-        pc.cast(batch.column(keep_by.removeprefix("-")), pa.float64()), np.nan
-    )
-    signed = values.to_numpy(zero_copy_only=False) * (
-        -1 if keep_by.startswith("-") else 1
-    )
-    return np.where(np.isnan(signed), -np.inf, signed)
+    label = keep_by.removeprefix("-")
+    values = pc.fill_null(pc.cast(batch.column(label), pa.float64()), np.nan)
+    scores = values.to_numpy(zero_copy_only=False)
+    if keep_by.startswith("-"):
+        scores = -scores
+    return np.where(np.isnan(scores), -np.inf, scores)
 
 
 def write_labels(
@@ -122,15 +127,17 @@ def write_labels(
     rows: np.ndarray,
     labels: Mapping[str, pa.Array | np.ndarray],
 ) -> None:
-    """Write a shard's labels. `rows`: the members' rows within the shard, rising.
+    """Writes a shard's labels. `rows`: the members' rows within the shard, rising.
     `labels`: for each of the stage's labels its values for the members; others get
     nulls."""
     schema = pa.schema(dict(stage.label_types))
     batch = pa.RecordBatch.from_pydict(dict(labels), schema=schema)
     with shard.open_writer(schema) as writer:
         for group in shard.read_selected_rows(["id"]):
-            start, stop = np.searchsorted(
-                rows, [group.first_row, group.first_row + group.num_rows]
+            bounds = [group.first_row, group.first_row + group.num_rows]
+            start, stop = np.searchsorted(rows, bounds)
+            # Not all selected documents are members: some have no text.
+            group_members = replace(
+                group, row_indices=rows[start:stop] - group.first_row
             )
-            own = replace(group, row_indices=rows[start:stop] - group.first_row)
-            writer.write_selected_rows(own, batch.slice(start, stop - start))
+            writer.write_selected_rows(group_members, batch.slice(start, stop - start))

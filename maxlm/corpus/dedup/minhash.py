@@ -15,7 +15,7 @@ from math import ceil, log, log1p
 
 import numpy as np
 
-from maxlm.corpus.text import ACCENT, WORD, normalize
+from maxlm.corpus.text import ACCENT, WORD, normalize_unicode
 
 _SEED = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
@@ -33,14 +33,19 @@ def choose_banding(
         similarity: of pairs that must be found with probability `recall` at least.
         max_hashes: bands * rows at most. One row always fits: more are used if need be.
     """
-    best = 1, 1
+    best_bands = 1
+    best_rows = 1
     for rows in range(1, max_hashes + 1):
-        miss = log1p(-(similarity**rows)) if similarity < 1 else -np.inf
-        bands = max(1, ceil(log(1 - recall) / miss - 1e-9))
+        # Smallest b with (1 - s^r)^b <= 1 - recall. The logarithm of the base is that of
+        # the probability that one band misses a pair.
+        log_miss = log1p(-(similarity**rows)) if similarity < 1 else -np.inf
+        # Less a rounding error, which must not make it one more.
+        bands = max(1, ceil(log(1 - recall) / log_miss - 1e-9))
         if rows > 1 and bands * rows > max_hashes:
             break
-        best = bands, rows
-    return best
+        best_bands = bands
+        best_rows = rows
+    return best_bands, best_rows
 
 
 def mix_bits(values: np.ndarray) -> np.ndarray:
@@ -59,12 +64,11 @@ def _hash_word(word: str) -> int:
     A letter counts as its canonical decomposition, so that texts in NFC and in NFD have
     the same words.
     """
-    plain = ACCENT.sub("", normalize("NFD", word)).casefold()
+    plain = ACCENT.sub("", normalize_unicode("NFD", word)).casefold()
     if not plain.isalnum():
         plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
-    return int.from_bytes(
-        hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little"
-    )
+    digest = hashlib.blake2b(plain.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def hash_words(text: str) -> np.ndarray:
@@ -79,10 +83,12 @@ def hash_shingles(words: np.ndarray, size: int) -> np.ndarray:
     words none.
     """
     size = min(size, len(words))
-    values = np.full(len(words) - size + 1 if size else 0, _SEED)
+    num_shingles = len(words) - size + 1 if size else 0
+    # FNV-1a over the words' hashes, of all shingles at once.
+    hashes = np.full(num_shingles, _SEED)
     for i in range(size):
-        values = (values ^ words[i : i + len(values)]) * _PRIME
-    return mix_bits(values)
+        hashes = (hashes ^ words[i : i + num_shingles]) * _PRIME
+    return mix_bits(hashes)
 
 
 def make_shingle_set(text: str, size: int) -> np.ndarray:
@@ -101,19 +107,21 @@ def compute_band_keys(
     uint64 [bands, texts]; see `choose_banding`. Those of a text without shingles mean
     nothing."""
     num_bands, num_rows = banding
+    # The hash functions are factor * shingle + term modulo 2^32. They must be the same
+    # in every run: keys lie in files.
     random = np.random.Generator(np.random.PCG64(0))
     functions = random.integers(0, 2**32, (2, num_bands * num_rows), np.uint32)
-    factors = functions[0, :, None] | np.uint32(1)
+    factors = functions[0, :, None] | np.uint32(1)  # Odd, and so a bijection.
     terms = functions[1, :, None]
     signatures = np.full((len(sets), factors.size), 2**32 - 1, np.uint32)
-    for i, each in enumerate(sets):
-        shingles = (each >> _HALF).astype(np.uint32)
+    for signature, shingle_set in zip(signatures, sets, strict=True):
+        shingles = (shingle_set >> _HALF).astype(np.uint32)
         for first in range(0, len(shingles), _CHUNK):
-            least = (factors * shingles[first : first + _CHUNK] + terms).min(1)
-            np.minimum(signatures[i], least, out=signatures[i])
-    bands = np.arange(num_bands, dtype=np.uint64)[:, None] ^ _SEED
+            hashes = factors * shingles[first : first + _CHUNK] + terms
+            np.minimum(signature, hashes.min(1), out=signature)
+    keys = np.arange(num_bands, dtype=np.uint64)[:, None] ^ _SEED
     rows = signatures.reshape(len(sets), num_bands, num_rows)
-    for j in range(num_rows):
-        bands = (bands ^ rows[:, :, j].T) * _PRIME
-        bands ^= bands >> _HALF
-    return mix_bits(bands)
+    for row in range(num_rows):
+        keys = (keys ^ rows[:, :, row].T) * _PRIME
+        keys ^= keys >> _HALF
+    return mix_bits(keys)

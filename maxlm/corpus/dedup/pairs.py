@@ -6,16 +6,16 @@ sort by it, and a corpus may have 2^32 members.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from maxlm.corpus.dedup.columns import (
     get_shard_path,
     make_equal_range_starts,
+    map_columns,
     mark_run_starts,
-    read_batch,
     read_columns,
     read_range,
     write_columns,
@@ -44,13 +44,14 @@ def unpack_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def write_band_keys(
     scratch: Path, shard: str, keys: np.ndarray, has_words: np.ndarray
 ) -> None:
-    """Write keys (uint64 [bands, members]) of the members that have words (bool
+    """Writes keys (uint64 [bands, members]) of the members that have words (bool
     [members]), as columns key1 (sorted), member1 (within the shard), key2, ..."""
     places = np.flatnonzero(has_words).astype(np.int32)
     columns = {}
-    for band, row in enumerate(keys[:, has_words], 1):
-        order = np.argsort(row, kind="stable")
-        columns |= {f"key{band}": row[order], f"member{band}": places[order]}
+    for band, band_keys in enumerate(keys[:, has_words], 1):
+        order = np.argsort(band_keys, kind="stable")
+        columns[f"key{band}"] = band_keys[order]
+        columns[f"member{band}"] = places[order]
     write_columns(get_shard_path(scratch, "bands", shard), columns)
 
 
@@ -75,57 +76,80 @@ def find_candidate_pairs(
     The members of one key are in one range, however many they are: about 80 bytes each.
     """
     files = [get_shard_path(members.folder, "bands", name) for name in members.shards]
-    names = (f"key{band}", f"member{band}")
-    starts = make_equal_range_starts(num_ranges)
-    columns, shard = read_range(files, names, starts, range_index)
-    key = columns[f"key{band}"]
-    member = columns[f"member{band}"] + np.array(members.shard_offsets)[shard]
+    key_name = f"key{band}"
+    member_name = f"member{band}"
+    range_starts = make_equal_range_starts(num_ranges)
+    columns, shard_of_row = read_range(
+        files, (key_name, member_name), range_starts, range_index
+    )
+    keys = columns[key_name]
+    member = columns[member_name] + np.array(members.shard_offsets)[shard_of_row]
     if copy_marks:
         is_copy = np.concatenate([read_columns(path)["is_copy"] for path in copy_marks])
         is_single = is_copy[member] == 0
-        key = key[is_single]
+        keys = keys[is_single]
         member = member[is_single]
-    del columns, shard
-    order = np.argsort(key, kind="stable")
-    first = mark_run_starts(key[order])
-    order = order[
-        ~(first & np.append(first[1:], True))
-    ]  # Those whose key occurs more than once.
-    key, member = key[order], member[order]
-    starts = np.flatnonzero(mark_run_starts(key))
-    sizes = np.diff(starts, append=len(key))
-    for size in np.unique(sizes):
-        groups = starts[sizes == size]
+    del columns, shard_of_row  # Before the sort, which takes as much memory again.
+
+    order = np.argsort(keys, kind="stable")
+    is_first = mark_run_starts(keys[order])
+    is_last = np.append(is_first[1:], True)
+    is_alone = is_first & is_last  # No other member has this key: there is no pair.
+    order = order[~is_alone]
+    keys = keys[order]
+    member = member[order]
+
+    # A group is members[start : start + size] of one key. Groups of one size are
+    # paired together, by array operations.
+    group_starts = np.flatnonzero(mark_run_starts(keys))
+    group_sizes = np.diff(group_starts, append=len(keys))
+    for size in np.unique(group_sizes):
+        starts = group_starts[group_sizes == size]
         if size > max_group_size:
-            for start in groups.tolist():
-                yield from _pair_large(
-                    members, member[start : start + size], max_group_size
-                )
-            continue
-        a, b = np.triu_indices(size, 1)
-        step = max(1, _PIECE // len(a))
-        for i in range(0, len(groups), step):
-            rows = member[groups[i : i + step, None] + np.arange(size)]
-            yield pack_pairs(rows[:, a].ravel(), rows[:, b].ravel())
+            for start in starts.tolist():
+                group = member[start : start + size]
+                yield from _pair_large_group(members, group, max_group_size)
+        else:
+            yield from _pair_small_groups(member, starts, size)
 
 
-def _pair_large(
-    members: SelectedDocuments, group: np.ndarray, limit: int
+def _pair_small_groups(
+    member: np.ndarray, starts: np.ndarray, size: int
 ) -> Iterator[np.ndarray]:
-    few = max(1, limit // 4)
-    group = group[np.argsort(-members.take("rank", group).to_numpy(), kind="stable")]
-    step = max(1, _PIECE // (2 * few))
-    for i in range(0, len(group), step):
-        here = np.arange(i, min(i + step, len(group)))[:, None]
-        best = np.broadcast_to(np.arange(few), (len(here), few))
-        following = np.minimum(here + np.arange(1, few + 1), len(group) - 1)
-        a, b = np.broadcast_arrays(here, np.concatenate([best, following], axis=1))
-        yield np.unique(pack_pairs(group[a[a != b]], group[b[a != b]]))
+    """Yields all pairs within each of the groups member[start : start + size]."""
+    one, other = np.triu_indices(size, 1)
+    groups_at_a_time = max(1, _PIECE // len(one))
+    for first in range(0, len(starts), groups_at_a_time):
+        piece_starts = starts[first : first + groups_at_a_time]
+        groups = member[piece_starts[:, None] + np.arange(size)]  # [groups, size]
+        yield pack_pairs(groups[:, one].ravel(), groups[:, other].ravel())
+
+
+def _pair_large_group(
+    members: SelectedDocuments, group: np.ndarray, max_group_size: int
+) -> Iterator[np.ndarray]:
+    """Yields pairs of each member of a group with the best ones and with as many after
+    it, in order of rank."""
+    num_partners = max(1, max_group_size // 4)
+    ranks = members.take("rank", group).to_numpy()
+    group = group[np.argsort(-ranks, kind="stable")]
+    members_at_a_time = max(1, _PIECE // (2 * num_partners))
+    for first in range(0, len(group), members_at_a_time):
+        stop = min(first + members_at_a_time, len(group))
+        places = np.arange(first, stop)[:, None]
+        best = np.broadcast_to(np.arange(num_partners), (len(places), num_partners))
+        # Past the end of the group it is the last one again.
+        following = places + np.arange(1, num_partners + 1)
+        following = np.minimum(following, len(group) - 1)
+        partners = np.concatenate([best, following], axis=1)
+        one, other = np.broadcast_arrays(places, partners)
+        differ = one != other
+        yield np.unique(pack_pairs(group[one[differ]], group[other[differ]]))
 
 
 def count_pairs(files: Sequence[Path]) -> int:
     """Counts the pairs in the files, each as often as it is there."""
-    return sum(read_batch(path).num_rows for path in files)
+    return sum(map_columns(path).num_rows for path in files)
 
 
 def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray:
@@ -137,15 +161,46 @@ def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray
     """
     step = max(1, count_pairs(files) // (num_ranges * _SAMPLES))
     samples = [np.zeros(1, np.uint64)]
+    # The count goes on from file to file: most may have fewer pairs than a step.
     skip = step // 2
-    for path in (
-        files
-    ):  # the count goes on from file to file: most may have fewer pairs than a step
+    for path in files:
         pairs = read_columns(path)["pair"]
-        samples.append(pairs[skip::step])
-        skip += len(samples[-1]) * step - len(pairs)
-    sample = np.sort(np.concatenate(samples))
-    return sample[np.arange(num_ranges) * len(sample) // num_ranges]
+        sample = pairs[skip::step]
+        samples.append(sample)
+        skip += len(sample) * step - len(pairs)
+    all_samples = np.sort(np.concatenate(samples))
+    quantiles = np.arange(num_ranges) * len(all_samples) // num_ranges
+    return all_samples[quantiles]
+
+
+@dataclass(frozen=True)
+class DuplicateMarks:
+    """What is said of the members that are like others; arrays have an entry for
+    each."""
+
+    member: np.ndarray
+    """Their numbers, rising: int64."""
+    duplicate_of: np.ndarray
+    """The kept member of which each is a duplicate, or -1: it is kept; int64."""
+    jaccard: np.ndarray
+    """Its similarity to that member: float64."""
+    cluster: np.ndarray
+    """Its connected component of the verified pairs, numbered by their first members:
+    int64."""
+    cluster_size: np.ndarray
+    """The members of that component: int64."""
+
+    def select(self, first: int, stop: int) -> "DuplicateMarks":
+        """Returns those of members from `first` up to `stop`."""
+        bounds = np.searchsorted(self.member, [first, stop])
+        span = slice(*bounds.tolist())
+        return DuplicateMarks(
+            self.member[span],
+            self.duplicate_of[span],
+            self.jaccard[span],
+            self.cluster[span],
+            self.cluster_size[span],
+        )
 
 
 def resolve_duplicates(
@@ -153,8 +208,8 @@ def resolve_duplicates(
     high: np.ndarray,
     jaccard: np.ndarray,
     rank_fn: Callable[[np.ndarray], np.ndarray],
-) -> np.recarray:
-    """Decide which documents are kept.
+) -> DuplicateMarks:
+    """Decides which documents are kept.
 
     Likeness does not carry over: with A like B and B like C, A and C may have little in
     common, and a long enough chain connects anything. So a cluster is not reduced to
@@ -168,71 +223,97 @@ def resolve_duplicates(
         low, high, jaccard: pairs of members verified to be alike: int64, int64, float64
             [pairs].
         rank_fn: how good each of some members is, the higher the better; float64.
-
-    Returns:
-        A record of each member that is like another one, in order: `member`, int64;
-        `duplicate_of`, the kept member of which it is a duplicate, or -1: it is kept;
-        `jaccard`, its similarity to that member, float64; `cluster`, its connected
-        component of the verified pairs, numbered by their first members;
-        `cluster_size`, the members of that component.
     """
     from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
 
     member = np.unique(np.concatenate([low, high]))
     ends = np.searchsorted(member, [low, high]).reshape(2, -1)
 
-    def connect(ends: np.ndarray) -> np.ndarray:
-        size = len(member)
-        graph = coo_array(
-            (np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(size, size)
-        )
-        return connected_components(graph, directed=False)[1] if size else member
-
-    # Copies (what is wholly alike carries over) are one node: the best of them.
+    # Copies are one node, since what is wholly alike does carry over. The best of them
+    # stands for the node.
     is_copy = jaccard == 1
-    node = connect(ends[:, is_copy])
+    node = _label_components(ends[:, is_copy], len(member))
     rank = rank_fn(member)
     order = np.lexsort((member, -rank, node))
-    first = order[mark_run_starts(node[order])]
-    stands, rank = member[first], rank[first]
-    pairs, which = np.unique(pack_pairs(*node[ends[:, ~is_copy]]), return_index=True)
-    shape = (len(first), len(first))
-    graph = coo_array(
-        (jaccard[~is_copy][which], unpack_pairs(pairs)), shape=shape
+    best_of_node = order[mark_run_starts(node[order])]
+    node_member = member[best_of_node]
+    node_rank = rank[best_of_node]
+    num_nodes = len(best_of_node)
+
+    # Pairs of nodes, each once, as a matrix that has each seen from both.
+    node_pairs = pack_pairs(*node[ends[:, ~is_copy]])
+    node_pairs, first_of_pair = np.unique(node_pairs, return_index=True)
+    similarity = jaccard[~is_copy][first_of_pair]
+    one_way = coo_array(
+        (similarity, unpack_pairs(node_pairs)), shape=(num_nodes, num_nodes)
     ).tocsr()
-    graph = graph + graph.T
-    of, likeness = _keep_best(np.lexsort((stands, -rank)), graph)
-    copy = (of[node] < 0) & (member != stands[node])
-    cluster = connect(ends)  # Numbered as they first appear.
-    size = np.bincount(cluster)[cluster]
-    duplicate_of = np.where(copy, stands[node], np.where(of >= 0, stands[of], -1)[node])
-    columns = [member, duplicate_of, np.where(copy, 1.0, likeness[node]), cluster, size]
-    names = "member, duplicate_of, jaccard, cluster, cluster_size"
-    return np.rec.fromarrays(columns, formats="i8, i8, f8, i8, i8", names=names)
+    graph = one_way + one_way.T
+
+    visiting_order = np.lexsort((node_member, -node_rank))
+    kept_node, likeness = _find_kept_nodes(
+        visiting_order, graph.indptr, graph.indices, graph.data
+    )
+    # A member is a duplicate of the best copy in its own node, where that is kept; else
+    # of what its node is a duplicate of.
+    node_is_kept = kept_node[node] < 0
+    is_copy_of_kept = node_is_kept & (member != node_member[node])
+    node_duplicate_of = np.where(kept_node >= 0, node_member[kept_node], -1)
+    duplicate_of = np.where(is_copy_of_kept, node_member[node], node_duplicate_of[node])
+    member_jaccard = np.where(is_copy_of_kept, 1.0, likeness[node])
+    cluster = _label_components(ends, len(member))
+    cluster_size = np.bincount(cluster)[cluster]
+    return DuplicateMarks(member, duplicate_of, member_jaccard, cluster, cluster_size)
 
 
-def _keep_best(order: np.ndarray, graph: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses what is kept of nodes in `order`, the best first. Returns for each node
-    the kept one that it is most like (of equals the better), or -1: it is kept; and how
-    much it is like it.
+def _label_components(ends: np.ndarray, num_nodes: int) -> np.ndarray:
+    """Returns each node's connected component, numbered as they first appear: int64
+    [num_nodes]. `ends`: the nodes at both ends of each edge, int64 [2, edges]."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    In `graph`, a sparse matrix by rows, node i is like neighbours[starts[i]:starts[i +
-    1]], as much as the same of `similarity` says.
+    if num_nodes == 0:
+        return np.empty(0, np.int64)
+    ones = np.ones(ends.shape[1], np.int8)
+    graph = coo_array((ones, tuple(ends)), shape=(num_nodes, num_nodes))
+    _, components = connected_components(graph, directed=False)
+    return components.astype(np.int64)
+
+
+def _find_kept_nodes(
+    visiting_order: np.ndarray,
+    starts: np.ndarray,
+    neighbours: np.ndarray,
+    similarity: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decides which nodes are kept, visited from the best to the worst.
+
+    Args:
+        starts, neighbours, similarity: node i is like neighbours[starts[i] : starts[i +
+            1]], as much as the same of `similarity` says.
+
+    Returns:
+        For each node the kept one that it is most like (of equals the better), or -1:
+        it is kept; and how much it is like that.
     """
-    starts, neighbours, similarity = graph.indptr, graph.indices, graph.data
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    of = np.full(len(order), -1, np.int64)
-    likeness = np.zeros(len(order))
-    for node in order[np.diff(starts)[order] > 0].tolist():
+    num_nodes = len(visiting_order)
+    visited_as = np.empty(num_nodes, np.int64)
+    visited_as[visiting_order] = np.arange(num_nodes)
+    kept_node = np.full(num_nodes, -1, np.int64)
+    likeness = np.zeros(num_nodes)
+    has_neighbours = np.diff(starts)[visiting_order] > 0
+    for node in visiting_order[has_neighbours].tolist():
         edges = slice(starts[node], starts[node + 1])
         others = neighbours[edges]
-        kept = np.flatnonzero((rank[others] < rank[node]) & (of[others] < 0))
-        if len(kept):
-            best = kept[np.lexsort((rank[others[kept]], -similarity[edges][kept]))[0]]
-            of[node], likeness[node] = others[best], similarity[edges][best]
-    return of, likeness
+        is_visited = visited_as[others] < visited_as[node]
+        candidates = np.flatnonzero(is_visited & (kept_node[others] < 0))
+        if len(candidates):
+            best_first = np.lexsort(
+                (visited_as[others[candidates]], -similarity[edges][candidates])
+            )
+            best = candidates[best_first[0]]
+            kept_node[node] = others[best]
+            likeness[node] = similarity[edges][best]
+    return kept_node, likeness
 
 
 class SimilarityGraph:
@@ -245,31 +326,24 @@ class SimilarityGraph:
     def __init__(self, low: np.ndarray, high: np.ndarray, jaccard: np.ndarray):
         """`low`, `high`, `jaccard`: pairs of documents verified to be alike, by their
         numbers: int64, int64, float64 [pairs]."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
         self.documents = np.unique(np.concatenate([low, high]))
-        size = len(self.documents)
         ends = np.searchsorted(self.documents, [low, high]).reshape(2, -1)
         is_copy = jaccard == 1
-        self._nodes = np.empty(0, np.int64)
-        if size:
-            ones = np.ones(np.count_nonzero(is_copy), np.int8)
-            copies = coo_array((ones, tuple(ends[:, is_copy])), shape=(size, size))
-            self._nodes = connected_components(copies, directed=False)[1].astype(
-                np.int64
-            )
-        num_nodes = int(self._nodes.max()) + 1 if size else 0
+        self._nodes = _label_components(ends[:, is_copy], len(self.documents))
+        num_nodes = int(self._nodes.max(initial=-1)) + 1
+
+        # Each pair of nodes once, seen from both. Those of node i are from starts[i] up
+        # to starts[i + 1].
         one, other = self._nodes[ends[:, ~is_copy]]
-        # Each pair of nodes once, seen from both.
-        pairs, first = np.unique(pack_pairs(one, other), return_index=True)
-        one, other = unpack_pairs(pairs)
-        similarity = np.tile(jaccard[~is_copy][first], 2)
-        rows = np.concatenate([one, other])
-        order = np.argsort(rows, kind="stable")
+        node_pairs, first_of_pair = np.unique(pack_pairs(one, other), return_index=True)
+        one, other = unpack_pairs(node_pairs)
+        similarity = np.tile(jaccard[~is_copy][first_of_pair], 2)
+        seen_from = np.concatenate([one, other])
+        order = np.argsort(seen_from, kind="stable")
         self._neighbours = np.concatenate([other, one])[order]
         self._similarity = similarity[order]
-        self._starts = np.searchsorted(rows[order], np.arange(num_nodes + 1))
+        self._starts = np.searchsorted(seen_from[order], np.arange(num_nodes + 1))
+
         # The kept document of each node, and when it was marked; -1: there is none.
         self._kept = np.full(num_nodes, -1, np.int64)
         self._times = np.full(num_nodes, -1, np.int64)
@@ -290,7 +364,8 @@ class SimilarityGraph:
             return None
         neighbours = neighbours[is_kept]
         similarity = self._similarity[edges][is_kept]
-        best = np.lexsort((self._times[neighbours], -similarity))[0]
+        best_first = np.lexsort((self._times[neighbours], -similarity))
+        best = best_first[0]
         return int(self._kept[neighbours[best]]), float(similarity[best])
 
     def mark_kept(self, document: int) -> None:

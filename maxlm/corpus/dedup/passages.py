@@ -50,11 +50,10 @@ class WindowIndex:
         intervals = self._intervals.get(document)
         if not intervals:
             return []
-        first = max(
-            0, bisect_right(intervals, start, key=lambda interval: interval[0]) - 1
-        )
+        # The last that begins at `start` or before: others before it end before it.
+        num_before = bisect_right(intervals, start, key=lambda interval: interval[0])
         overlaps = []
-        for i in range(first, len(intervals)):
+        for i in range(max(0, num_before - 1), len(intervals)):
             begin, end, place = intervals[i]
             if begin >= stop:
                 break
@@ -128,15 +127,18 @@ class SpanSet:
 
 
 def find_shared_spans(
-    runs: Sequence[RepeatedRun], kept: WindowIndex, size: int
+    runs: Sequence[RepeatedRun], kept_windows: WindowIndex, size: int
 ) -> list[Span]:
     """Finds what a document has in common with kept ones: spans of its words, each of
     which stands in one piece in what stays of one of these; they may overlap."""
     spans = []
     for run in runs:
-        for low, high, _ in kept.find(run.document, run.source_word, run.source_stop):
+        for low, high, _ in kept_windows.find(
+            run.document, run.source_word, run.source_stop
+        ):
             start = run.word + low - run.source_word
-            spans.append((start, start + high - low - 1 + size))
+            num_windows = high - low
+            spans.append((start, start + num_windows - 1 + size))
     return spans
 
 
@@ -186,7 +188,7 @@ def find_inner_spans(
 
 
 def add_intact_windows(
-    runs: Sequence[RepeatedRun], kept: WindowIndex, size: int, cut: SpanSet
+    runs: Sequence[RepeatedRun], kept_windows: WindowIndex, size: int, cut: SpanSet
 ) -> None:
     """Adds to the windows of kept documents those of one more, of which no word is
     cut."""
@@ -195,7 +197,7 @@ def add_intact_windows(
             run.word, run.word + run.windows, size
         ):
             source = run.source_word + first - run.word
-            kept.add(run.document, source, source + stop - first, first)
+            kept_windows.add(run.document, source, source + stop - first, first)
 
 
 def choose_cover(spans: Iterable[Span]) -> list[Span]:

@@ -13,7 +13,6 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,7 @@ _CORPUS_ID = "corpus.id"
 
 
 def reserve_index_entry(
-    index: Path, corpus: Path, settings: Mapping[str, Any]
+    index: Path, corpus: Path, settings: Mapping[str, object]
 ) -> tuple[list[Path], Path]:
     """Finds the entries of corpora that come before a corpus, and its own, which is
     made if it is not there. Raises MaxlmError: the index's texts are normalised by
@@ -48,26 +47,29 @@ def reserve_index_entry(
         entries = sorted(
             path for path in index.iterdir() if _ENTRY.fullmatch(path.name)
         )
-        for number, entry in enumerate(entries):
+        for position, entry in enumerate(entries):
             if entry.name.endswith(f"-{name}"):
-                return entries[:number], entry
-        last = int(entries[-1].name[:6]) if entries else 0
-        entry = index / f"{last + 1:06d}-{name}"
+                return entries[:position], entry
+        last_number = int(entries[-1].name[:6]) if entries else 0
+        entry = index / f"{last_number + 1:06d}-{name}"
         write_index_entry(entry, np.empty(0, DIGEST))
         return entries, entry
 
 
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+def _check_settings(path: Path, settings: Mapping[str, object]) -> None:
+    """Checks that an index has these settings, and writes those of a new one."""
     if not path.exists():
         with replace_file(path) as new:
             new.write_text(json.dumps(settings))
         return
     index_settings = json.loads(path.read_text())
     if index_settings != settings:
-        message = f"this index holds texts normalised by {index_settings}, not by {dict(settings)}"
-        raise MaxlmError(
-            message, where=str(path), fix="set the same, or name another folder"
+        message = (
+            f"this index holds texts normalised by {index_settings}, not by "
+            f"{dict(settings)}"
         )
+        fix = "set the same, or name another folder"
+        raise MaxlmError(message, where=str(path), fix=fix)
 
 
 def _read_corpus_id(corpus: Path) -> str:
@@ -93,8 +95,9 @@ def mark_indexed_texts(digests: np.ndarray, entries: Sequence[Path]) -> np.ndarr
     for entry in entries:
         if entry.stat().st_size == 0:  # Which cannot be mapped.
             continue
-        known = np.memmap(entry, DIGEST, "r")
-        places = np.searchsorted(known, digests)
-        inside = np.flatnonzero(places < len(known))
-        is_indexed[inside] |= known[places[inside]] == digests[inside]
+        entry_digests = np.memmap(entry, DIGEST, "r")
+        places = np.searchsorted(entry_digests, digests)
+        # Behind the last there is nothing to compare with.
+        inside = np.flatnonzero(places < len(entry_digests))
+        is_indexed[inside] |= entry_digests[places[inside]] == digests[inside]
     return is_indexed

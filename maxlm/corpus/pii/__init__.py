@@ -16,10 +16,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # a shape.
 _PRIORITY: tuple[Kind, ...] = ("key", "email", "iban", "card", "ssn", "ip", "phone")
 
-_LEAD = 40
+_LEAD = 40  # Characters before a number that are looked at.
 _LEAD_START = re.compile(r"[0-9\n]|@\S+|[.!?]\s+(?=[A-ZÀ-Þ])|[^\W\d]{6}[.!?]$")
 
-NOT_OURS = re.compile(
+COUNTED_THING = re.compile(
     r"(?:isbn|issn|doi|ean|imei|order|product|stock|catalog\w*|docket|invoice|ticket|case|part|"
     r"serial|sku|item|tracking|version|article|bestell\w*|rechnung\w*|commande|pedido|ordine|"
     r"facture|patent|model|lot|batch|id|ref\w*|no|nr|n°|№|#|[$€£¥])"
@@ -53,4 +53,5 @@ def get_preceding_words(text: str, start: int) -> str:
     Those of the same sentence and line (or the line above, if none of its own), after
     any number before: a word such as "phone" speaks of the number that comes next.
     """
-    return _LEAD_START.split(text[max(0, start - _LEAD) : start].rstrip())[-1].lower()
+    lead = text[max(0, start - _LEAD) : start].rstrip()
+    return _LEAD_START.split(lead)[-1].lower()

@@ -13,6 +13,7 @@ _LOCAL = (
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.%+'-"
     + "".join(chr(code) for code in range(0xC0, 0x250))
 )
+_LONGEST_LOCAL = 64  # RFC 5321.
 _LABEL = r"[0-9A-Za-zÀ-ɏ](?:[0-9A-Za-zÀ-ɏ-]{0,61}[0-9A-Za-zÀ-ɏ])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL}){{1,8}}")
 _IPV4 = re.compile(r"(?<![\w.-])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![\w-]|\.[0-9])")
@@ -29,71 +30,80 @@ def find_emails(text: str) -> Iterator[PiiMatch]:
     handle `@user@host` are none. What follows without a space is left out:
     `bob@example.com.She knows`.
     """
-    at = text.find("@")
     done = 0
+    at = text.find("@")
     while at >= 0:
-        head = text[max(done, at - 64) : at]
-        local = head[len(head.rstrip(_LOCAL)) :].lstrip(".%+'-")
-        end = _domain_end(text, at + 1) if local and local[-1] != "." else None
+        head = text[max(done, at - _LONGEST_LOCAL) : at]
+        local_start = len(head.rstrip(_LOCAL))
+        local = head[local_start:].lstrip(".%+'-")
+        end = None
+        if local and local[-1] != ".":
+            end = _find_domain_end(text, at + 1)
         if end is not None:
             start = at - len(local)
-            handle = text[max(0, start - 1) : start] == "@"
-            scp = local == "git" and text[end : end + 1] == ":"
-            if not handle and not scp:
+            is_handle = text[max(0, start - 1) : start] == "@"
+            is_scp_path = local == "git" and text[end : end + 1] == ":"
+            if not is_handle and not is_scp_path:
                 yield PiiMatch(start, end, "email")
                 done = end
         at = text.find("@", at + 1)
 
 
-def _domain_end(text: str, start: int) -> int | None:
+def _find_domain_end(text: str, start: int) -> int | None:
     """Returns the end of the domain that begins at `start`; None: there is none."""
-    found = _DOMAIN.match(text, start)
-    if found is None:
+    match = _DOMAIN.match(text, start)
+    if match is None:
         return None
-    labels = found[0].split(".")
-    if text[found.end() : found.end() + 1].isalnum():
+    labels = match[0].split(".")
+    following = text[match.end() : match.end() + 1]
+    if following.isalnum():
         # The match ends within a label, which is too long or not of Latin letters.
         labels.pop()
-    elif text[found.end() : found.end() + 1] == "@":
-        labels = _before_next(labels)
-    while len(labels) > 1 and not _is_top(labels[-1]):
+    elif following == "@":
+        labels = _cut_next_address(labels)
+    while len(labels) > 1 and not _is_top_level(labels[-1]):
         labels.pop()
     # The first word of the next sentence may be a top-level domain too: example.com.So
     while (
         len(labels) > 2
         and labels[-1][0].isupper()
         and ".".join(labels[:-1]).islower()
-        and _is_top(labels[-2])
+        and _is_top_level(labels[-2])
     ):
         labels.pop()
-    return start + len(".".join(labels)) if len(labels) > 1 else None
+    if len(labels) < 2:
+        return None
+    return start + len(".".join(labels))
 
 
-def _before_next(labels: list[str]) -> list[str]:
-    """The domain's labels before the next address, if a hyphen joins them:
+def _cut_next_address(labels: list[str]) -> list[str]:
+    """Returns the domain's labels before the next address, if a hyphen joins them:
     example.com-al@x.org."""
     for number, label in enumerate(labels[1:], 1):
-        top, hyphen, _ = label.partition("-")
-        if hyphen and _is_top(top):
-            return [*labels[:number], top]
+        top_level, hyphen, _ = label.partition("-")
+        if hyphen and _is_top_level(top_level):
+            return [*labels[:number], top_level]
     return labels
 
 
-def _is_top(label: str) -> bool:
-    return label.lower() in _top_level()
+def _is_top_level(label: str) -> bool:
+    return label.lower() in _read_top_level_domains()
 
 
 @cache
-def _top_level() -> frozenset[str]:
+def _read_top_level_domains() -> frozenset[str]:
+    """Reads the top-level domains of the Public Suffix List, internationalised ones
+    also as ASCII."""
     path = distribution("tldextract").locate_file("tldextract/.tld_set_snapshot")
     snapshot = Path(str(path)).read_text("utf-8")
-    rules = [
-        line for line in snapshot.split("\n") if line and not line.startswith("//")
-    ]
-    names = {
-        rule.rpartition(".")[2] for rule in rules
-    }  # Of some there are only rules below: *.np
-    return frozenset(names | {name.encode("idna").decode() for name in names})
+    names = set()
+    for line in snapshot.split("\n"):
+        if line and not line.startswith("//"):
+            # Of some there are only rules below: *.np
+            name = line.rpartition(".")[2]
+            names.add(name)
+            names.add(name.encode("idna").decode())
+    return frozenset(names)
 
 
 def find_ips(text: str) -> Iterator[PiiMatch]:
@@ -105,14 +115,17 @@ def find_ips(text: str) -> Iterator[PiiMatch]:
     are those of which the last three are below 25: one address in a thousand, and most
     numbers of sections.
     """
-    for found in _IPV4.finditer(text):
-        numbered = max(map(int, found[0].split(".")[1:])) < 25
-        numbered = numbered or _VERSION.search(get_preceding_words(text, found.start()))
-        if not numbered and _is_public(found[0]):
-            yield PiiMatch(*found.span(), "ip")
-    for found in _IPV6.finditer(text):
-        if _is_public(found[0]):
-            yield PiiMatch(*found.span(), "ip")
+    for match in _IPV4.finditer(text):
+        _, *last_three = map(int, match[0].split("."))
+        if max(last_three) < 25:
+            continue
+        if _VERSION.search(get_preceding_words(text, match.start())):
+            continue
+        if _is_public(match[0]):
+            yield PiiMatch(*match.span(), "ip")
+    for match in _IPV6.finditer(text):
+        if _is_public(match[0]):
+            yield PiiMatch(*match.span(), "ip")
 
 
 def _is_public(address: str) -> bool:

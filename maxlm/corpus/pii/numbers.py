@@ -4,7 +4,7 @@ US SSNs."""
 import re
 from collections.abc import Iterator
 
-from maxlm.corpus.pii import NOT_OURS, PiiMatch, get_preceding_words
+from maxlm.corpus.pii import COUNTED_THING, PiiMatch, get_preceding_words
 
 # The issuers' number ranges (ISO/IEC 7812): first digits, and how many digits in all.
 _ISSUERS = (
@@ -19,8 +19,8 @@ _ISSUERS = (
     (r"50|5[6-8]|63|67", (16,)),  # Maestro
 )
 _CARD = re.compile(
-    r"[1-6][0-9]{3}(?:[0-9]{10,15}|([ "
-    r"-])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5}))"
+    r"[1-6][0-9]{3}"
+    r"(?:[0-9]{10,15}|([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5}))"
 )
 _DIGITS = re.compile(r"[0-9]+")
 _GROUP_AFTER = re.compile(r"[ -][0-9][0-9A-Fa-f]{3}(?!\w)")
@@ -33,10 +33,8 @@ _THING = re.compile(r"(?!id|no|nr|n°|№)")
 _CALLS = re.compile(
     r"(?:phone|fax|\b(?:tel|mobile|cell))[\s.:#-]*(?:no|number)?[\s.:#-]*$"
 )
-_VOID_SSNS = (
-    "078051120",
-    "219099999",
-)  # Printed in advertisements; the SSA voided them.
+# Printed in advertisements; the SSA voided them.
+_VOID_SSNS = ("078051120", "219099999")
 
 # Countries by the length of their IBANs (SWIFT's IBAN Registry).
 _IBAN_COUNTRIES = """
@@ -56,9 +54,9 @@ _WORD = re.compile(r"[A-Z0-9]+")
 _GOES_ON = re.compile(r"\w|[-.,/]\d")
 
 
-def _inside(text: str, start: int, end: int) -> bool:
-    """Whether text[start:end] is only a part of a longer word or number."""
-    before = text[max(0, start - 2) : start][::-1]
+def _is_inside(text: str, start: int, end: int) -> bool:
+    """Tells whether text[start:end] is only a part of a longer word or number."""
+    before = text[max(0, start - 2) : start][::-1]  # Read away from it.
     return _GOES_ON.match(before) is not None or _GOES_ON.match(text, end) is not None
 
 
@@ -70,34 +68,48 @@ def find_card_numbers(text: str) -> Iterator[PiiMatch]:
     like are none; nor are those with groups of digits both before them and after, which
     are of a table.
     """
-    at, refused = 0, False
-    while found := _CARD.search(text, at):
-        start, end = found.span()
-        in_table = refused and start == at + 1 and _GROUP_AFTER.match(text, end)
-        refused = bool(
-            in_table
-            or _inside(text, start, end)
-            or not _is_card(found[0].replace(" ", "").replace("-", ""))
-            or NOT_OURS.search(get_preceding_words(text, start))
+    position = 0
+    is_refused = False
+    while match := _CARD.search(text, position):
+        start, end = match.span()
+        follows_refused = is_refused and start == position + 1
+        is_in_table = follows_refused and _GROUP_AFTER.match(text, end)
+        digits = match[0].replace(" ", "").replace("-", "")
+        is_refused = bool(
+            is_in_table
+            or _is_inside(text, start, end)
+            or not _is_card(digits)
+            or COUNTED_THING.search(get_preceding_words(text, start))
         )
-        if not refused:
+        if is_refused:
+            position = _find_end(_DIGITS, text, start)
+        else:
             yield PiiMatch(start, end, "card")
-        at = _end_of(_DIGITS, text, start) if refused else end
+            position = end
 
 
-def _end_of(group: re.Pattern[str], text: str, start: int) -> int:
+def _find_end(group: re.Pattern[str], text: str, start: int) -> int:
     """Returns the end of the group that begins at `start`; `start` + 1 if none does."""
-    found = group.match(text, start)
-    return found.end() if found else start + 1
+    match = group.match(text, start)
+    return match.end() if match else start + 1
 
 
 def _is_card(digits: str) -> bool:
-    known = any(
-        len(digits) in lengths and re.match(p, digits) for p, lengths in _ISSUERS
+    is_of_issuer = any(
+        len(digits) in lengths and re.match(prefix, digits)
+        for prefix, lengths in _ISSUERS
     )
-    doubled = [sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2]]  # Luhn.
-    right = (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
-    return known and right and len(set(digits)) > 1
+    has_several_digits = len(set(digits)) > 1
+    return is_of_issuer and has_several_digits and _has_luhn_digit(digits)
+
+
+def _has_luhn_digit(digits: str) -> bool:
+    """Tells whether the last digit is Luhn's check digit of those before."""
+    # From the right, every other digit is doubled, and the digits of that are added.
+    total = sum(map(int, digits[-1::-2]))
+    for digit in digits[-2::-2]:
+        total += sum(divmod(2 * int(digit), 10))
+    return total % 10 == 0
 
 
 def find_ssns(text: str) -> Iterator[PiiMatch]:
@@ -106,48 +118,55 @@ def find_ssns(text: str) -> Iterator[PiiMatch]:
     With dashes, those after "part no.", "tel." and the like are none, unless such words
     say so too. The SSA never gives out area 000, 666 or 900-999, group 00, serial 0000.
     """
-    for found in _SSN.finditer(text):
-        start, end = found.span()
-        digits = re.sub(r"\D", "", found[0])
-        area, group, serial = digits[:3], digits[3:5], digits[5:]
-        if (
-            area in ("000", "666")
-            or group == "00"
-            or serial == "0000"
-            or digits in _VOID_SSNS
-        ):
+    for match in _SSN.finditer(text):
+        start, end = match.span()
+        digits = re.sub(r"\D", "", match[0])
+        area = digits[:3]
+        group = digits[3:5]
+        serial = digits[5:]
+        is_void = area in ("000", "666") or group == "00" or serial == "0000"
+        if is_void or digits in _VOID_SSNS:
             continue
-        if _inside(text, start, end) or text[max(0, start - 1) : start] in (
-            "-",
-            "+",
-            "#",
-            "$",
-        ):
+        before = text[max(0, start - 1) : start]
+        if before in ("-", "+", "#", "$") or _is_inside(text, start, end):
             continue
         words = get_preceding_words(text, start)
-        other = NOT_OURS.search(words)
-        other = (other and _THING.match(other[0])) or _CALLS.search(words)
-        if _SSN_WORDS.search(words) or (found["plain"] is None and not other):
+        says_so = _SSN_WORDS.search(words)
+        has_dashes = match["plain"] is None
+        if says_so or (has_dashes and not _names_other_number(words)):
             yield PiiMatch(start, end, "ssn")
+
+
+def _names_other_number(words: str) -> bool:
+    """Tells whether the words before a number say that it is no person's."""
+    thing = COUNTED_THING.search(words)
+    if thing and _THING.match(thing[0]):
+        return True
+    return _CALLS.search(words) is not None
 
 
 def find_ibans(text: str) -> Iterator[PiiMatch]:
     """Finds IBANs (ISO 13616): the country's length, and remainder 1 modulo 97 (ISO
     7064)."""
-    at = 0
-    while found := _IBAN.search(text, at):
-        start = found.start()
-        length = _IBAN_LENGTHS.get(found[0][:2], 0)
+    position = 0
+    while match := _IBAN.search(text, position):
+        start = match.start()
+        length = _IBAN_LENGTHS.get(match[0][:2], 0)
         # In groups of four the pattern may run on into the next word.
-        end = start + length + (length - 1) // 4 * (found[0][4:5] == " ")
+        is_grouped = match[0][4:5] == " "
+        num_spaces = (length - 1) // 4 if is_grouped else 0
+        end = start + length + num_spaces
         compact = text[start:end].replace(" ", "")
-        whole = end <= found.end() and len(compact) == length > 0
-        if whole and not _inside(text, start, end) and _is_iban(compact):
+        is_whole = end <= match.end() and len(compact) == length > 0
+        if is_whole and not _is_inside(text, start, end) and _is_iban(compact):
             yield PiiMatch(start, end, "iban")
-            at = end
+            position = end
         else:
-            at = _end_of(_WORD, text, start)
+            position = _find_end(_WORD, text, start)
 
 
 def _is_iban(compact: str) -> bool:
-    return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
+    # The country and its check digits go to the end, letters become 10 to 35.
+    moved = compact[4:] + compact[:4]
+    number = "".join(str(int(character, 36)) for character in moved)
+    return int(number) % 97 == 1

@@ -3,10 +3,13 @@
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.pii import NOT_OURS, PiiMatch, get_preceding_words
+from maxlm.corpus.pii import COUNTED_THING, PiiMatch, get_preceding_words
+
+if TYPE_CHECKING:
+    from phonenumbers import PhoneNumber, PhoneNumberMatch
 
 _LEAST_DIGITS = 7
 _RUN = re.compile(
@@ -17,12 +20,13 @@ _TABLE_GROUPS = 14  # As many numbers in a row are a table.
 _GROUP = re.compile(r"[0-9]+")
 _WORDS = re.compile(
     r"phone|t[eé]l[eéè]f|\bt[eé]l(?:\b|[a-z]*[.:])|\bmob(?:ile|iel|il)?\b|m[oó]vil|\bcel|portable\b|"
-    r"\bcall|\bfax|whatsapp|\bsms\b|\btext "
-    r"(?:me|us|him|her)\b|\bring\b|\bdial|handy|hotline|"
+    r"\bcall|\bfax|whatsapp|\bsms\b|\btext (?:me|us|him|her)\b|\bring\b|\bdial|"
+    r"handy|hotline|"
     r"\banruf|\brufen? |rufnummer|\bllam|\bchiam|\bappele|\bbel(?:len)?\b|dzwon|komórk|"
     r"\blig(?:ue|ar)|\breach\b|\bcontact\b|kontakt\b|電話|电话|전화|\bтел"
 )
-_BEFORE, _AFTER = re.compile(r"[\w.,/#$€£¥=&%-]"), re.compile(r"[\w%€°]")
+_BEFORE = re.compile(r"[\w.,/#$€£¥=&%-]")
+_AFTER = re.compile(r"[\w%€°]")
 # Dates, decimal fractions, ISBNs.
 _OTHER = re.compile(
     r"[0-9]{1,4}([-./])[0-9]{1,2}\1[0-9]{1,4}(?![-./]?[0-9])"
@@ -35,8 +39,8 @@ _UNSPOKEN_OTHER = re.compile(
     r"|[0-9]{5}-[0-9]{4}|[0-9]{3}\.[0-9]{3}-[0-9]{4}"
 )
 _NORTH_AMERICAN = re.compile(
-    r"(?:1[-. ])?(?:\([2-9][0-9]{2}\) "
-    r"?[2-9][0-9]{2}[-.]|[2-9][0-9]{2}([-.])[2-9][0-9]{2}\1)"
+    r"(?:1[-. ])?"
+    r"(?:\([2-9][0-9]{2}\) ?[2-9][0-9]{2}[-.]|[2-9][0-9]{2}([-.])[2-9][0-9]{2}\1)"
     r"[0-9]{4}"
 )
 
@@ -70,44 +74,51 @@ def find_phones(text: str, regions: Sequence[str]) -> Iterator[PiiMatch]:
 def _find_in_run(
     text: str, run: str, offset: int, regions: Sequence[str]
 ) -> Iterator[PiiMatch]:
+    """Finds the numbers of a run of digits and signs, which begins at `offset`."""
     from phonenumbers import Leniency, PhoneNumberMatcher
 
     if run.count("(") != run.count(")"):
         run = run.replace("(", " ")  # "(call 030 123456)": the library would take none.
-    found = [
-        (offset + each.start, offset + each.end, each.number)
-        for region in regions
-        for each in PhoneNumberMatcher(run, region, Leniency.POSSIBLE, sys.maxsize)
-    ]
+    matches: list[PhoneNumberMatch] = []
+    for region in regions:
+        matches += PhoneNumberMatcher(run, region, Leniency.POSSIBLE, sys.maxsize)
+    # Of those that overlap the first and longest.
+    matches.sort(key=lambda match: (match.start, -match.end))
     end = 0
-    for start, stop, number in sorted(found, key=lambda each: (each[0], -each[1])):
-        if start >= end and _is_phone(text, start, stop, number):
+    for match in matches:
+        start = offset + match.start
+        stop = offset + match.end
+        if start >= end and _is_phone(text, start, stop, match.number):
             yield PiiMatch(start, stop, "phone")
             end = stop
 
 
-def _is_phone(text: str, start: int, stop: int, number: Any) -> bool:
+def _is_phone(text: str, start: int, stop: int, number: "PhoneNumber") -> bool:
     from phonenumbers import PhoneNumberFormat, format_number, is_valid_number
 
-    raw = text[start:stop]
-    base = re.split(r" ?(?:x|ext)", raw)[0]
-    groups = _GROUP.findall(base)
-    if sum(map(len, groups)) < _LEAST_DIGITS or _AFTER.match(text, stop):
+    written = text[start:stop]
+    without_extension = re.split(r" ?(?:x|ext)", written)[0]
+    groups = _GROUP.findall(without_extension)
+    num_digits = sum(map(len, groups))
+    if num_digits < _LEAST_DIGITS or _AFTER.match(text, stop):
         return False
     words = get_preceding_words(text, start)
-    other = NOT_OURS.search(words)
+    thing = COUNTED_THING.search(words)
     # "Phone no." is one, "contact me about order no." is none.
-    spoken = _WORDS.search(words, max(0, other.start() - 12) if other else 0)
-    if (other and not spoken) or (start and _BEFORE.match(text, start - 1)):
+    is_announced = _WORDS.search(words, max(0, thing.start() - 12) if thing else 0)
+    if thing and not is_announced:
         return False
-    if raw[0] == "+":
-        return raw[1].isalnum()
-    if _OTHER.fullmatch(base):
+    if start and _BEFORE.match(text, start - 1):
         return False
-    if spoken or _NORTH_AMERICAN.fullmatch(base):
+    if written[0] == "+":
+        return written[1].isalnum()
+    if _OTHER.fullmatch(without_extension):
+        return False
+    if is_announced or _NORTH_AMERICAN.fullmatch(without_extension):
         return True
-    if _UNSPOKEN_OTHER.fullmatch(base):
+    if _UNSPOKEN_OTHER.fullmatch(without_extension):
         return False
-    usual = format_number(number, PhoneNumberFormat.NATIONAL)
-    written = base.lstrip("(").startswith("0") or _GROUP.findall(usual) == groups
-    return len(groups) > 1 and written and is_valid_number(number)
+    usual_groups = _GROUP.findall(format_number(number, PhoneNumberFormat.NATIONAL))
+    has_leading_zero = without_extension.lstrip("(").startswith("0")
+    is_as_usual = has_leading_zero or usual_groups == groups
+    return len(groups) > 1 and is_as_usual and is_valid_number(number)

@@ -59,44 +59,46 @@ _STAND_IN = re.compile(
     r"example|your|change|placeholder|xxxx|dummy|insert|redacted|^passw|^\$|^<|^\*+$",
     re.IGNORECASE,
 )
-_LEAST_BITS = (
-    3.0  # A character of random hexadecimal digits, 16 of them, carries this at least.
-)
+# A character of random hexadecimal digits, 16 of them, carries this at least.
+_LEAST_BITS = 3.0
 
 
 def find_credentials(text: str) -> Iterator[PiiMatch]:
     """Finds access tokens, private keys, passwords in URLs, random values given to a
     secret."""
     if any(prefix in text for prefix in _TOKENS):
-        yield from (PiiMatch(*found.span(), "key") for found in _TOKEN.finditer(text))
+        for token in _TOKEN.finditer(text):
+            yield PiiMatch(*token.span(), "key")
     if "PRIVATE KEY" in text:
         for begin in _BEGIN.finditer(text):
-            if end := _END.search(text, begin.end(), begin.end() + _LONGEST_KEY):
+            end = _END.search(text, begin.end(), begin.end() + _LONGEST_KEY)
+            if end:
                 yield PiiMatch(begin.start(), end.end(), "key")
     if "://" in text and "@" in text:
-        for found in _LOGIN.finditer(text):
-            if not _STAND_IN.search(found[1]):
-                yield PiiMatch(*found.span(1), "key")
+        for login in _LOGIN.finditer(text):
+            if not _STAND_IN.search(login[1]):
+                yield PiiMatch(*login.span(1), "key")
     lowered = text.lower()
     if any(name in lowered for name in _NAMES):
-        for found in _ASSIGNED.finditer(text):
-            group = 1 if found[1] else 2
-            if _is_random(found[group]):
-                yield PiiMatch(*found.span(group), "key")
+        for assignment in _ASSIGNED.finditer(text):
+            group = 1 if assignment[1] else 2
+            if _is_random(assignment[group]):
+                yield PiiMatch(*assignment.span(group), "key")
 
 
 def _is_random(value: str) -> bool:
-    """Whether a value looks drawn at random, not like a name or an expression."""
-    digits = sum(c.isdigit() for c in value)
-    mixed = value.lower() != value != value.upper()
-    if (
-        not digits
-        or digits == len(value)
-        or (digits < 3 and not mixed)
-        or _STAND_IN.search(value)
-    ):
+    """Tells whether a value looks drawn at random, not like a name or an expression."""
+    num_digits = sum(character.isdigit() for character in value)
+    has_both_cases = value.lower() != value != value.upper()
+    if num_digits == 0 or num_digits == len(value):
         return False
-    bits = -sum(
-        n / len(value) * math.log2(n / len(value)) for n in Counter(value).values()
-    )
+    if num_digits < 3 and not has_both_cases:
+        return False
+    if _STAND_IN.search(value):
+        return False
+    # The entropy of its characters.
+    bits = 0.0
+    for count in Counter(value).values():
+        share = count / len(value)
+        bits -= share * math.log2(share)
     return bits >= _LEAST_BITS

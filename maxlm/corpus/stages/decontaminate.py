@@ -1,10 +1,10 @@
 """Decontamination: documents that hold n-grams of items of evaluation sets."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from maxlm.corpus.cuts import CUTS, merge_spans
 from maxlm.corpus.dedup.columns import mark_run_starts
 from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, mix_bits
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import LabelTypes, PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage, RowLabelFn, RowLabels
 from maxlm.corpus.text import WORD
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.files import find_files
@@ -39,6 +39,21 @@ class NgramIndex:
     """Words of the n-grams."""
 
 
+@dataclass(frozen=True)
+class _EvaluationItems:
+    """The items of an evaluation set."""
+
+    ids: list[str]
+    num_words: np.ndarray
+    """The words of each, 0 if it is not looked for: it is too short, or equal to one
+    before; int64 [items]."""
+    ngrams: np.ndarray
+    """The n-grams of all that are looked for, in the order of the texts: uint64
+    [places]."""
+    item_of_ngram: np.ndarray
+    """The item of each: int64 [places]."""
+
+
 def build_ngram_index(
     sets: Mapping[str, SourceConfig], n: int, min_words: int, max_items_per_ngram: int
 ) -> NgramIndex:
@@ -48,115 +63,132 @@ def build_ngram_index(
         n: words in an n-gram. An item of fewer words is looked for as a whole,
         min_words: if it has this many; else it is left out.
         max_items_per_ngram: n-grams of more different items of a set are left out, as
-            text of a template, if they are not of a long passage; see `_wanted`.
+            text of a template, if they are not of a long passage; see
+            `_mark_own_ngrams`.
     """
-    grams = []
-    owners = []
-    items = []
+    ngrams = []
+    item_of_ngram = []
+    set_and_ids = []
     lengths = set[int]()
     for name, source in sets.items():
-        ids, words, gram, owner = _read_items(source, n, min_words)
-        wanted = _wanted(words, gram, owner, n, max_items_per_ngram)
-        if not wanted.any():
-            what = f'evaluation set "{name}" has no text of {min_words} words or more to look for'
-            if words.any():
-                what = f'all text of evaluation set "{name}" is common to more than '
-                what += f"{max_items_per_ngram} items"
+        items = _read_items(source, n, min_words)
+        is_own = _mark_own_ngrams(items, n, max_items_per_ngram)
+        if not is_own.any():
+            if items.num_words.any():
+                message = (
+                    f'all text of evaluation set "{name}" is common to more than '
+                    f"{max_items_per_ngram} items"
+                )
+            else:
+                message = (
+                    f'evaluation set "{name}" has no text of {min_words} words or more '
+                    "to look for"
+                )
             fix = "check its files and text_field, lower shortest, or raise max_items"
-            raise MaxlmError(what, fix=fix)
-        lengths.update(np.minimum(words[words > 0], n).tolist())
-        grams.append(gram[wanted])
-        owners.append(owner[wanted] + len(items))
-        items += [(name, each) for each in ids]
-    gram, owner = _pairs(np.concatenate(grams), np.concatenate(owners))
-    ngrams_per_item = np.bincount(owner, minlength=len(items))
-    return NgramIndex(gram, owner, ngrams_per_item, tuple(items), frozenset(lengths))
-
-
-def _read_items(
-    source: SourceConfig, n: int, shortest: int
-) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Reads the items of a set.
-
-    Returns:
-        Their ids. The words of each, 0 if it is too short or equal to one before: int64
-        [items]. The n-grams of all in the order of the text, uint64 [places], and the
-        item of each, int64.
-    """
-    ids = []
-    words = []
-    grams = []
-    owners = []
-    seen = set()
-    for document in read_documents(source):
-        text = hash_words(document.text.decode("utf-8", "replace"))
-        found = hash_shingles(text, n)
-        count = len(text)
-        content = hashlib.sha256(np.unique(found).tobytes()).digest()
-        if wanted := count >= shortest and content not in seen:
-            seen.add(content)
-            grams.append(found)
-            owners.append(len(ids))
-        ids.append(document.id)
-        words.append(count if wanted else 0)
-    places = np.repeat(np.array(owners, np.int64), [len(each) for each in grams])
-    return (
-        ids,
-        np.array(words, np.int64),
-        np.concatenate([np.empty(0, np.uint64), *grams]),
-        places,
+            raise MaxlmError(message, fix=fix)
+        num_words = items.num_words[items.num_words > 0]
+        lengths.update(np.minimum(num_words, n).tolist())
+        ngrams.append(items.ngrams[is_own])
+        item_of_ngram.append(items.item_of_ngram[is_own] + len(set_and_ids))
+        set_and_ids += [(name, item_id) for item_id in items.ids]
+    hashes, item_indices = _sort_pairs(
+        np.concatenate(ngrams), np.concatenate(item_of_ngram)
+    )
+    return NgramIndex(
+        hashes=hashes,
+        item_indices=item_indices,
+        ngrams_per_item=np.bincount(item_indices, minlength=len(set_and_ids)),
+        items=tuple(set_and_ids),
+        lengths=frozenset(lengths),
     )
 
 
-def _wanted(
-    words: np.ndarray, grams: np.ndarray, owners: np.ndarray, n: int, max_items: int
-) -> np.ndarray:
-    """Marks places that have n-grams to look for: not those of a template. bool
-    [places].
+def _read_items(source: SourceConfig, n: int, min_words: int) -> _EvaluationItems:
+    """Reads the items of a set."""
+    ids = []
+    num_words = []
+    ngrams = [np.empty(0, np.uint64)]
+    item_of_ngram = [np.empty(0, np.int64)]
+    seen = set()
+    for document in read_documents(source):
+        words = hash_words(document.text.decode("utf-8", "replace"))
+        item_ngrams = hash_shingles(words, n)
+        content = hashlib.sha256(np.unique(item_ngrams).tobytes()).digest()
+        if len(words) >= min_words and content not in seen:
+            seen.add(content)
+            ngrams.append(item_ngrams)
+            item_of_ngram.append(np.full(len(item_ngrams), len(ids), np.int64))
+            num_words.append(len(words))
+        else:
+            num_words.append(0)
+        ids.append(document.id)
+    return _EvaluationItems(
+        ids=ids,
+        num_words=np.array(num_words, np.int64),
+        ngrams=np.concatenate(ngrams),
+        item_of_ngram=np.concatenate(item_of_ngram),
+    )
+
+
+def _mark_own_ngrams(items: _EvaluationItems, n: int, max_items: int) -> np.ndarray:
+    """Marks the n-grams of items that are not of a template: bool [places].
 
     An n-gram of more than `max_items` items is of a template, unless it is of a passage
     that several items quote, such as a text with many questions: 2 n words or more in a
     row that the same items share, at most half of all. What most items share is how
     they are asked.
     """
-    gram, owner = _pairs(grams, owners)
-    firsts = np.flatnonzero(mark_run_starts(gram))
-    count = np.diff(np.append(firsts, len(gram)))
+    ngrams, item_of_ngram = _sort_pairs(items.ngrams, items.item_of_ngram)
+    starts = np.flatnonzero(mark_run_starts(ngrams))
+    num_items = np.diff(np.append(starts, len(ngrams)))
     # One number for a set of items. Two sets have the same by chance only.
-    hashes = mix_bits(owner.astype(np.uint64) + np.uint64(1))
-    whose = np.add.reduceat(hashes, firsts) if len(gram) else hashes
-    quoted = 2 * count <= np.count_nonzero(words)
+    item_hashes = mix_bits(item_of_ngram.astype(np.uint64) + np.uint64(1))
+    item_sets = item_hashes
+    if len(ngrams):
+        item_sets = np.add.reduceat(item_hashes, starts)
 
-    place = np.searchsorted(gram[firsts], grams)
-    run = np.cumsum(mark_run_starts(whose[place]) | mark_run_starts(owners)) - 1
-    long = np.bincount(run)[run] + n - 1 >= 2 * n
-    is_passage = np.zeros(len(firsts), np.bool_)
-    is_passage[place[long]] = True
-    return ((count <= max_items) | (is_passage & quoted))[place]
+    # Of each place the number of its n-gram. A run is places of an item, one after the
+    # other, whose n-grams the same items share.
+    number = np.searchsorted(ngrams[starts], items.ngrams)
+    opens_run = mark_run_starts(item_sets[number])
+    opens_run |= mark_run_starts(items.item_of_ngram)
+    run = np.cumsum(opens_run) - 1
+    run_words = np.bincount(run)[run] + n - 1
+    is_long = run_words >= 2 * n
+    is_of_passage = np.zeros(len(starts), np.bool_)
+    is_of_passage[number[is_long]] = True
+    is_quoted = 2 * num_items <= np.count_nonzero(items.num_words)
+    is_own = (num_items <= max_items) | (is_of_passage & is_quoted)
+    return is_own[number]
 
 
-def _pairs(grams: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sort_pairs(ngrams: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns each n-gram of each item once, sorted by n-gram, then item."""
-    order = np.lexsort((owners, grams))
-    grams, owners = grams[order], owners[order]
-    keep = mark_run_starts(grams) | mark_run_starts(owners)
-    return grams[keep], owners[keep]
+    order = np.lexsort((items, ngrams))
+    ngrams = ngrams[order]
+    items = items[order]
+    is_first = mark_run_starts(ngrams) | mark_run_starts(items)
+    return ngrams[is_first], items[is_first]
 
 
 def find_ngrams(index: NgramIndex, text: str) -> np.ndarray:
-    """Finds every n-gram of the index in a text. Returns int64 [found, 3]: the first of
-    it in `index.hashes`, its first character and the one after its last."""
+    """Finds every n-gram of the index in a text. Returns int64 [matches, 3]: the first
+    of it in `index.hashes`, its first character and the one after its last."""
     words = hash_words(text)
-    spans = np.array([word.span() for word in WORD.finditer(text)], np.int64).reshape(
-        -1, 2
-    )
-    found = [np.empty((0, 3), np.int64)]
-    for size in sorted(n for n in index.lengths if n <= len(words)):
-        grams = hash_shingles(words, size)
-        place = np.searchsorted(index.hashes, grams) % len(index.hashes)
-        at = np.flatnonzero(index.hashes[place] == grams)
-        found.append(np.stack([place[at], spans[at, 0], spans[at + size - 1, 1]], 1))
-    return np.concatenate(found)
+    word_spans = [word.span() for word in WORD.finditer(text)]
+    spans = np.array(word_spans, np.int64).reshape(-1, 2)
+    matches = [np.empty((0, 3), np.int64)]
+    for n in sorted(index.lengths):
+        if n > len(words):
+            continue
+        ngrams = hash_shingles(words, n)
+        # Modulo the length, as one behind the last would be no index; it is not equal.
+        position = np.searchsorted(index.hashes, ngrams) % len(index.hashes)
+        first_word = np.flatnonzero(index.hashes[position] == ngrams)
+        start = spans[first_word, 0]
+        stop = spans[first_word + n - 1, 1]
+        matches.append(np.stack([position[first_word], start, stop], 1))
+    return np.concatenate(matches)
 
 
 class DecontaminateStage(PerDocumentStage):
@@ -205,67 +237,93 @@ class DecontaminateStage(PerDocumentStage):
     depends_on_unicode: ClassVar[bool] = True
 
     def list_input_files(self) -> Iterable[Path]:
-        return [
-            file.path
-            for source in self.sets.values()
-            for file in find_files(source).files
-        ]
+        for source in self.sets.values():
+            for file in find_files(source).files:
+                yield file.path
 
-    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
-        shortest = min(self.shortest, self.ngram)
-        index = build_ngram_index(self.sets, self.ngram, shortest, self.max_items)
+    def make_row_label_fn(self) -> RowLabelFn:
+        min_words = min(self.shortest, self.ngram)
+        index = build_ngram_index(self.sets, self.ngram, min_words, self.max_items)
 
-        def label(text: str | None) -> dict[str, Any]:
-            found = find_ngrams(index, text or "")
-            if not len(found):
+        def label(text: str | None) -> RowLabels:
+            matches = find_ngrams(index, text or "")
+            if not len(matches):
                 return {"contaminated": False, "overlap": 0.0, "cuts": []}
-            grams = np.unique(found[:, 0])
-            stops = np.searchsorted(index.hashes, index.hashes[grams], "right")
-            owners = [
-                index.item_indices[i:j] for i, j in zip(grams, stops, strict=True)
-            ]
-            items, hits = np.unique(np.concatenate(owners), return_counts=True)
-            overlap = hits / index.ngrams_per_item[items]
-            enough = hits >= np.minimum(self.min_hits, index.ngrams_per_item[items])
-            best = np.lexsort((-hits, -overlap, ~enough))[0]
-            spans = zip(*merge_spans(found[:, 1], found[:, 2]), strict=True)
-            name, item = index.items[items[best]]
+            positions, starts, stops = matches.T
+            items, num_hits = _count_hits(index, positions)
+            num_ngrams = index.ngrams_per_item[items]
+            overlap = num_hits / num_ngrams
+            is_enough = num_hits >= np.minimum(self.min_hits, num_ngrams)
+            # Of those with enough hits the one with the greatest overlap.
+            best = np.lexsort((-num_hits, -overlap, ~is_enough))[0]
+            set_name, item_id = index.items[items[best]]
+            cut_starts, cut_stops = merge_spans(starts, stops)
             return {
-                "contaminated": bool(enough[best]),
+                "contaminated": bool(is_enough[best]),
                 "overlap": overlap[best],
-                "set": name,
-                "item": item,
-                "cuts": [{"start": start, "end": end} for start, end in spans],
+                "set": set_name,
+                "item": item_id,
+                "cuts": [
+                    {"start": start, "end": end}
+                    for start, end in zip(cut_starts, cut_stops, strict=True)
+                ],
             }
 
         return label
 
 
+def _count_hits(
+    index: NgramIndex, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the items that n-grams belong to, and how many different ones of each
+    there are: int64 [items] both. `positions`: as `find_ngrams` returns them."""
+    firsts = np.unique(positions)
+    stops = np.searchsorted(index.hashes, index.hashes[firsts], "right")
+    items = [
+        index.item_indices[first:stop]
+        for first, stop in zip(firsts, stops, strict=True)
+    ]
+    return np.unique(np.concatenate(items), return_counts=True)
+
+
+class ContaminatedItem(TypedDict):
+    """An item of an evaluation set that documents have."""
+
+    set: str
+    item: str
+    """Its id."""
+    documents: int
+    """Contaminated documents that have more of it than of any other item."""
+    overlap: float
+    """The greatest overlap."""
+
+
 def count_contaminated_documents(
     stage: DecontaminateStage, shards: Sequence[StageShardView]
-) -> list[dict[str, Any]]:
-    """Counts the items of evaluation sets that have contaminated documents, most first:
-    by set and item the number of documents that have most of it, and the greatest
-    overlap."""
-    title = stage.unique_name
-    names = ("set", "item", "overlap", "contaminated")
-    found: dict[tuple[str, str], list[float]] = {}
-    for shard in shards:
-        for table in shard.read_row_groups([f"{title}.{name}" for name in names]):
-            for name, item, overlap, contaminated in zip(
-                *table.to_pydict().values(), strict=True
-            ):
-                if contaminated:
-                    found.setdefault((name, item), []).append(overlap)
-    counts = [
-        {
-            "set": name,
-            "item": item,
-            "documents": len(overlaps),
-            "overlap": max(overlaps),
-        }
-        for (name, item), overlaps in found.items()
+) -> list[ContaminatedItem]:
+    """Counts the items of evaluation sets that have contaminated documents, most
+    first."""
+    columns = [
+        f"{stage.unique_name}.{name}"
+        for name in ("set", "item", "overlap", "contaminated")
     ]
+    overlaps: dict[tuple[str, str], list[float]] = {}
+    for shard in shards:
+        for table in shard.read_row_groups(columns):
+            values = [column.to_pylist() for column in table.columns]
+            for set_name, item, overlap, is_contaminated in zip(*values, strict=True):
+                if is_contaminated:
+                    overlaps.setdefault((set_name, item), []).append(overlap)
+    items: list[ContaminatedItem] = []
+    for (set_name, item), item_overlaps in overlaps.items():
+        items.append(
+            {
+                "set": set_name,
+                "item": item,
+                "documents": len(item_overlaps),
+                "overlap": max(item_overlaps),
+            }
+        )
     return sorted(
-        counts, key=lambda each: (-each["documents"], each["set"], each["item"])
+        items, key=lambda item: (-item["documents"], item["set"], item["item"])
     )

@@ -11,7 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from maxlm.config import LocalPath
-from maxlm.corpus.dedup.columns import get_shard_path, read_columns, write_columns
+from maxlm.corpus.dedup.columns import (
+    count_ranges,
+    get_shard_path,
+    read_columns,
+    write_columns,
+)
 from maxlm.corpus.dedup.copies import read_copies, write_copies
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
@@ -26,9 +31,9 @@ from maxlm.corpus.dedup.text_index import (
 )
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdicts
-from maxlm.corpus.text import normalize
+from maxlm.corpus.text import normalize_unicode
 
-_BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
+_MEMBER_BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
 
 
 class ExactStage(CrossDocumentStage):
@@ -72,19 +77,21 @@ class ExactStage(CrossDocumentStage):
     version: ClassVar[int] = 5
     depends_on_unicode: ClassVar[bool] = True
 
-    def normalise(self, text: str) -> str:
+    def normalize_text(self, text: str) -> str:
         """Returns the text that is hashed."""
         if self.unicode != "none":
-            text = normalize(self.unicode, text)
+            text = normalize_unicode(self.unicode, text)
         if self.case:
             text = text.casefold()
             if self.unicode != "none" and not text.isascii():
-                text = normalize(self.unicode, text)  # Folding may take letters apart.
+                text = normalize_unicode(
+                    self.unicode, text
+                )  # Folding may take letters apart.
         return " ".join(text.split()) if self.spaces else text
 
     def compute_digest(self, text: str) -> bytes:
         """Computes the digest by which texts are compared: 16 bytes."""
-        return hashlib.sha256(self.normalise(text).encode()).digest()[:16]
+        return hashlib.sha256(self.normalize_text(text).encode()).digest()[:16]
 
     def reserve_entry(self, corpus: Path) -> tuple[list[Path], Path]:
         """Finds the index's entries of corpora before this one, and its own; see
@@ -97,31 +104,34 @@ class ExactStage(CrossDocumentStage):
     def label(
         self, shards: Sequence[StageShardView], scratch: Path, run_jobs: JobRunner
     ) -> None:
-        """Hash each shard, group each range of hashes, label each shard."""
-        earlier: list[Path] = []
+        """Hashes each shard, groups each range of hashes, labels each shard."""
+        earlier_entries: list[Path] = []
         if self.index is not None and shards:
-            earlier, _ = self.reserve_entry(shards[0].folder)
-        run_jobs(partial(_hash_shard, self, scratch, earlier), shards, "hash")
+            earlier_entries, _ = self.reserve_entry(shards[0].folder)
+        hash_shard = partial(_hash_shard, self, scratch, earlier_entries)
+        run_jobs(hash_shard, shards, "hash")
+
         members = open_selected_documents(scratch, shards)
-        number = max(1, -(-members.num_selected * _BYTES // self.memory))
-        digests = [get_shard_path(scratch, "hashes", shard.name) for shard in shards]
-        run_jobs(
-            partial(write_copies, scratch, digests, number, self.keep_by is not None),
-            range(number),
-            "group",
-        )
-        run_jobs(
-            partial(_label_shard, members, number), list(enumerate(shards)), "label"
-        )
+        num_ranges = count_ranges(members.num_selected, _MEMBER_BYTES, self.memory)
+        hashes = [get_shard_path(scratch, "hashes", shard.name) for shard in shards]
+        has_ranks = self.keep_by is not None
+        group = partial(write_copies, scratch, hashes, num_ranges, has_ranks)
+        run_jobs(group, range(num_ranges), "group")
+
+        label_shard = partial(_label_shard, members, num_ranges)
+        run_jobs(label_shard, list(enumerate(shards)), "label")
 
 
 def _hash_shard(
-    stage: ExactStage, scratch: Path, earlier: Sequence[Path], shard: StageShardView
+    stage: ExactStage,
+    scratch: Path,
+    earlier_entries: Sequence[Path],
+    shard: StageShardView,
 ) -> None:
-    """Write a shard's members, which of them earlier corpora have, and the two halves
+    """Writes a shard's members, which of them earlier corpora have, and the two halves
     of their digests, sorted."""
-    out = get_shard_path(scratch, "hashes", shard.name)
-    if out.exists():
+    path = get_shard_path(scratch, "hashes", shard.name)
+    if path.exists():
         return
     members = []
     digests = bytearray()
@@ -130,9 +140,10 @@ def _hash_shard(
             digests += stage.compute_digest(text.as_py())
         members.append(replace(group, batch=group.batch.drop_columns(["text"])))
     rank = write_members(scratch, shard.name, members, stage.keep_by)
-    seen = mark_indexed_texts(np.frombuffer(digests, DIGEST), earlier)
+    is_indexed = mark_indexed_texts(np.frombuffer(digests, DIGEST), earlier_entries)
     write_columns(
-        get_shard_path(scratch, "seen", shard.name), {"seen": seen.astype(np.uint8)}
+        get_shard_path(scratch, "seen", shard.name),
+        {"seen": is_indexed.astype(np.uint8)},
     )
     hashes, checks = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
     order = np.argsort(hashes, kind="stable")
@@ -140,30 +151,35 @@ def _hash_shard(
         "hash": hashes[order],
         "check": checks[order],
         "place": order.astype(np.uint32),
+        "rank": rank[order],
     }
-    write_columns(out, columns | {"rank": rank[order]})
+    write_columns(path, columns)  # Last: it says that the shard is done.
 
 
 def _label_shard(
-    members: SelectedDocuments, number: int, part: tuple[int, StageShardView]
+    members: SelectedDocuments, num_ranges: int, part: tuple[int, StageShardView]
 ) -> None:
-    which, shard = part
-    found = read_copies(members.folder, number, which)
-    rows = members.read_batch(which).column("row").to_numpy()
+    """Writes the labels of a shard. `part`: its index and it."""
+    index, shard = part
+    rows = members.map_shard(index).column("row").to_numpy()
     offsets = np.array(members.shard_offsets)
-    source = offsets[found["source_file"]] + found["source_place"]
-    of = np.full(len(rows), -1, np.int64)
-    copies = np.ones(len(rows), np.int64)
-    of[found["place"]] = np.where(source == found["place"] + offsets[which], -1, source)
-    copies[found["place"]] = found["copies"]
-    seen = read_columns(get_shard_path(members.folder, "seen", shard.name))["seen"]
+    copies = read_copies(members.folder, num_ranges, index)
+    member = offsets[index] + copies.place
+    source = offsets[copies.source_file] + copies.source_place
+    duplicate_of = np.full(len(rows), -1, np.int64)
+    duplicate_of[copies.place] = np.where(source == member, -1, source)
+    num_copies = np.ones(len(rows), np.int64)
+    num_copies[copies.place] = copies.copies
     group = np.full(len(rows), -1, np.int64)
-    group[found["place"]] = members.get_document_numbers(source)
+    group[copies.place] = members.get_document_numbers(source)
+    is_indexed = read_columns(get_shard_path(members.folder, "seen", shard.name))[
+        "seen"
+    ]
     labels = {
-        "duplicate": of >= 0,
-        "of": members.take("id", of),
-        "copies": copies,
-        "seen_before": seen.astype(np.bool_),
+        "duplicate": duplicate_of >= 0,
+        "of": members.take("id", duplicate_of),
+        "copies": num_copies,
+        "seen_before": is_indexed.astype(np.bool_),
         "group": pa.array(group, mask=group < 0),
     }
     write_labels(shard, ExactStage, rows, labels)

@@ -1,14 +1,13 @@
 """The text of HTML pages."""
 
 import json
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.corpus.extraction import HtmlExtractorProcess
-from maxlm.corpus.stage import LabelTypes, PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage, RowLabelFn, RowLabels
 
 
 class ExtractStage(PerDocumentStage):
@@ -47,16 +46,19 @@ class ExtractStage(PerDocumentStage):
     version: ClassVar[int] = 5
     packages: ClassVar[tuple[str, ...]] = ("trafilatura", "lxml", "resiliparse")
 
-    def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
+    def make_row_label_fn(self) -> RowLabelFn:
         extractor = HtmlExtractorProcess(
-            self.mode == "quality", self.markdown, self.seconds
+            use_trafilatura=self.mode == "quality",
+            markdown=self.markdown,
+            seconds=self.seconds,
         )
 
-        def label(html: bytes | None, meta: str | None) -> dict[str, Any]:
+        def label(html: bytes | None, meta: str | None) -> RowLabels:
             if html is None:
                 return {}
             if len(html) > self.max_bytes:
                 return {"status": "too_large"}
-            return vars(extractor.read(html, json.loads(meta or "{}").get("charset")))
+            charset = json.loads(meta or "{}").get("charset")
+            return vars(extractor.read(html, charset))  # Its fields are the labels.
 
         return label

@@ -3,7 +3,7 @@ them."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from itertools import accumulate
 from typing import ClassVar, Literal
 
@@ -13,7 +13,7 @@ import regex
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import LabelTypes, PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage, RowLabelFn
 from maxlm.corpus.text import has_letter, is_word, split_words_and_symbols
 
 Measures = dict[str, float | None]
@@ -22,6 +22,8 @@ Measures = dict[str, float | None]
 _SHORT_LINE = 30  # FineWeb: characters.
 _LONG_WORD = 1000  # C4: characters.
 _FEWEST_WORDS = 3  # C4: in a line.
+_C4_ENDINGS = (".", "?", "!", '"', "'")
+_LONGEST_TOP_NGRAM = 4  # Gopher: of longer ones all repeats count.
 _TERMINAL = regex.compile(r"\p{Sentence_Terminal}")
 _SENTENCE_END = regex.compile(r"\p{Sentence_Terminal}[\p{Sentence_Terminal}\"')\]”’»]*")
 _QUOTES = re.compile("[\"')\\]”’»]")
@@ -50,7 +52,7 @@ def measure_text(text: str, stop_words: Collection[str]) -> Measures:
     }
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def _divide(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
@@ -58,142 +60,162 @@ def _measure_words(
     text: str, tokens: list[str], stop_words: Collection[str]
 ) -> Measures:
     """Computes Gopher's measures of quality."""
-    lengths = [len(token) for token in tokens if is_word(token)]
+    word_lengths = [len(token) for token in tokens if is_word(token)]
     lines = text.splitlines()
-    bullets = sum(line.lstrip().startswith(("•", "-")) for line in lines)
-    trailing = sum(line.rstrip().endswith(("...", "…")) for line in lines)
+    num_ellipses = text.count("...") + text.count("…")
+    num_alphabetic = sum(map(has_letter, tokens))
+    num_bullets = sum(line.lstrip().startswith(("•", "-")) for line in lines)
+    num_trailing = sum(line.rstrip().endswith(("...", "…")) for line in lines)
     return {
-        "words": len(lengths),
-        "mean_word_length": _ratio(sum(lengths), len(lengths)),
-        "hash_ratio": _ratio(text.count("#"), len(tokens)),
-        "ellipsis_ratio": _ratio(text.count("...") + text.count("…"), len(tokens)),
-        "alphabetic_words": _ratio(sum(map(has_letter, tokens)), len(tokens)),
+        "words": len(word_lengths),
+        "mean_word_length": _divide(sum(word_lengths), len(word_lengths)),
+        "hash_ratio": _divide(text.count("#"), len(tokens)),
+        "ellipsis_ratio": _divide(num_ellipses, len(tokens)),
+        "alphabetic_words": _divide(num_alphabetic, len(tokens)),
         "stop_words": len({*stop_words}.intersection(tokens)),
-        "bullet_lines": _ratio(bullets, len(lines)),
-        "ellipsis_lines": _ratio(trailing, len(lines)),
+        "bullet_lines": _divide(num_bullets, len(lines)),
+        "ellipsis_lines": _divide(num_trailing, len(lines)),
     }
 
 
 def _count_repeated(pieces: Iterable[str]) -> tuple[int, int]:
     """Counts the pieces that were there before, and their characters."""
-    repeats = {piece: count - 1 for piece, count in Counter(pieces).items()}
-    return sum(repeats.values()), sum(len(piece) * n for piece, n in repeats.items())
+    num_repeats = 0
+    num_characters = 0
+    for piece, count in Counter(pieces).items():
+        num_repeats += count - 1
+        num_characters += len(piece) * (count - 1)
+    return num_repeats, num_characters
 
 
 def _measure_repetition(text: str, tokens: list[str]) -> Measures:
     """Computes Gopher's measures of repetition."""
     values: Measures = {}
-    pieces = {
-        "line": re.split("\n+", text),
-        "paragraph": re.split("\n{2,}", text.strip()),
-    }
-    for name, each in pieces.items():
-        number, characters = _count_repeated(each)
-        values[f"duplicate_{name}s"] = _ratio(number, len(each))
-        values[f"duplicate_{name}_chars"] = _ratio(characters, len(text))
-    names = [
-        *(f"top_{n}gram" for n in (2, 3, 4)),
-        *(f"duplicate_{n}grams" for n in range(5, 11)),
-    ]
-    counts = _count_ngram_characters(tokens)
-    return values | {
-        n: _ratio(c, len(text)) for n, c in zip(names, counts, strict=True)
-    }
+    lines = re.split("\n+", text)
+    paragraphs = re.split("\n{2,}", text.strip())
+    for name, pieces in (("line", lines), ("paragraph", paragraphs)):
+        num_repeated, num_characters = _count_repeated(pieces)
+        values[f"duplicate_{name}s"] = _divide(num_repeated, len(pieces))
+        values[f"duplicate_{name}_chars"] = _divide(num_characters, len(text))
+    for n, num_characters in _count_ngram_characters(tokens).items():
+        name = f"top_{n}gram" if n <= _LONGEST_TOP_NGRAM else f"duplicate_{n}grams"
+        values[name] = _divide(num_characters, len(text))
+    return values
 
 
-def _count_ngram_characters(tokens: list[str]) -> list[int]:
-    """Counts characters in the most frequent n-gram (n from 2 to 4), spaces included,
-    times how often it occurs, and in n-grams that were there before (n from 5 to 10),
-    none counted twice."""
+def _count_ngram_characters(tokens: list[str]) -> dict[int, int]:
+    """Counts, by n, characters in the most frequent n-gram (n from 2 to 4), spaces
+    included, times how often it occurs, and in n-grams that were there before (n from 5
+    to 10), none counted twice."""
     known: dict[str, int] = {}
     ids = np.array([known.setdefault(token, len(known)) for token in tokens], np.int64)
-    ends = [0, *accumulate(map(len, tokens))]
-    grams = ids
-    repeats = True
-    counts = []
+    # Where each token begins, without spaces.
+    offsets = [0, *accumulate(map(len, tokens))]
+    # For each place the number of its n-gram among those of this n.
+    ngrams = ids
+    has_repeats = True
+    counts = {}
     for n in range(2, 11):
-        size = len(tokens) - n + 1
-        if size < 1:
-            counts.append(0)
+        num_places = len(tokens) - n + 1
+        if num_places < 1:
+            counts[n] = 0
             continue
-        first, often = 0, 1
-        if repeats:  # Else no longer one is there twice either.
-            grams = grams[:size] * len(known) + ids[n - 1 :]
-            _, firsts, grams, numbers = np.unique(
-                grams, return_index=True, return_inverse=True, return_counts=True
+        top_place = 0
+        top_count = 1
+        if has_repeats:  # Else no longer one is there twice either.
+            # An n-gram is the (n - 1)-gram that it begins with and its last token.
+            keys = ngrams[:num_places] * len(known) + ids[n - 1 :]
+            _, first_places, ngrams, occurrences = np.unique(
+                keys, return_index=True, return_inverse=True, return_counts=True
             )
-            often = int(numbers.max())
-            first = int(firsts[numbers == often].min())
-            repeats = often > 1
-        if n < 5:
-            counts.append(often * (ends[first + n] - ends[first] + n - 1))
+            top_count = int(occurrences.max())
+            top_place = int(first_places[occurrences == top_count].min())
+            has_repeats = top_count > 1
+        if n <= _LONGEST_TOP_NGRAM:
+            num_letters = offsets[top_place + n] - offsets[top_place]
+            counts[n] = top_count * (num_letters + n - 1)
+        elif has_repeats:
+            counts[n] = _count_covered(ngrams.tolist(), offsets, n)
         else:
-            counts.append(_count_covered(grams.tolist(), ends, n) if repeats else 0)
+            counts[n] = 0
     return counts
 
 
-def _count_covered(grams: list[int], ends: list[int], n: int) -> int:
+def _count_covered(ngrams: list[int], offsets: list[int], n: int) -> int:
+    """Counts the characters of n-grams that were there before, going on behind each."""
     seen: set[int] = set()
-    characters = i = 0
-    while i < len(grams):
-        if grams[i] in seen:
-            characters += ends[i + n] - ends[i]
-            i += n
+    num_characters = 0
+    place = 0
+    while place < len(ngrams):
+        if ngrams[place] in seen:
+            num_characters += offsets[place + n] - offsets[place]
+            place += n
         else:
-            seen.add(grams[i])
-            i += 1
-    return characters
+            seen.add(ngrams[place])
+            place += 1
+    return num_characters
 
 
 def _measure_lines(text: str, num_tokens: int) -> Measures:
     """Computes FineWeb's measures."""
     lines = [line for line in text.split("\n") if line and not line.isspace()]
-    newlines = text.count("\n")
-    ended = sum(_TERMINAL.match(line[-1]) is not None for line in lines)
+    num_newlines = text.count("\n")
+    num_ended = sum(_TERMINAL.match(line[-1]) is not None for line in lines)
+    num_short = sum(len(line) <= _SHORT_LINE for line in lines)
+    _, num_repeated_characters = _count_repeated(lines)
     return {
-        "line_punct_ratio": _ratio(ended, len(lines)),
-        "short_line_ratio": _ratio(
-            sum(len(line) <= _SHORT_LINE for line in lines), len(lines)
-        ),
-        "char_dup_ratio": _ratio(_count_repeated(lines)[1], len(text) - newlines),
-        "list_ratio": _ratio(newlines, num_tokens),
+        "line_punct_ratio": _divide(num_ended, len(lines)),
+        "short_line_ratio": _divide(num_short, len(lines)),
+        "char_dup_ratio": _divide(num_repeated_characters, len(text) - num_newlines),
+        "list_ratio": _divide(num_newlines, num_tokens),
     }
 
 
 def _apply_c4(lines: list[str]) -> Measures:
     """Applies C4's rules to lines, in the order of its code, which gives up on the page
     at the first line with a curly bracket or "lorem ipsum"."""
-    counts = [0] * 5
-    kept = sentences = 0
-    curly = lorem = False
+    num_punctuated = 0
+    num_short = 0
+    num_long_word = 0
+    num_javascript = 0
+    num_policy = 0
+    num_taken = 0
+    num_sentences = 0
+    has_curly_bracket = False
+    has_lorem_ipsum = False
     for line in lines:
         words = line.split()
         line = _CITATION.sub("", line.strip())
-        punctuated = line.endswith((".", "?", "!", '"', "'")) and not line.endswith(
-            "..."
-        )
-        short = len(words) < _FEWEST_WORDS
-        long = max(map(len, words), default=0) > _LONG_WORD
-        javascript = _JAVASCRIPT.search(line) is not None
-        policy = _POLICY.search(line) is not None
-        for i, flag in enumerate((punctuated, short, long, javascript, policy)):
-            counts[i] += flag
-        if punctuated and not short and not long and not curly and not lorem:
-            lorem = _LOREM.search(line) is not None
-            curly = not lorem and not javascript and "{" in line
-            if not (lorem or curly or javascript or policy):
-                kept += 1
-                sentences += _count_sentences(line)
-    names = ("punctuated", "short", "long_word", "javascript", "policy")
+        is_punctuated = line.endswith(_C4_ENDINGS) and not line.endswith("...")
+        is_short = len(words) < _FEWEST_WORDS
+        has_long_word = max(map(len, words), default=0) > _LONG_WORD
+        is_javascript = _JAVASCRIPT.search(line) is not None
+        is_policy = _POLICY.search(line) is not None
+        num_punctuated += is_punctuated
+        num_short += is_short
+        num_long_word += has_long_word
+        num_javascript += is_javascript
+        num_policy += is_policy
+        if has_curly_bracket or has_lorem_ipsum:
+            continue  # Given up.
+        if not is_punctuated or is_short or has_long_word:
+            continue
+        has_lorem_ipsum = _LOREM.search(line) is not None
+        has_curly_bracket = not has_lorem_ipsum and not is_javascript and "{" in line
+        is_left_out = is_javascript or is_policy
+        if not (has_lorem_ipsum or has_curly_bracket or is_left_out):
+            num_taken += 1
+            num_sentences += _count_sentences(line)
     return {
-        "c4_lines": kept,
-        "c4_sentences": sentences,
-        "c4_curly_bracket": curly,
-        "c4_lorem_ipsum": lorem,
-        **{
-            f"c4_{n}_lines": _ratio(c, len(lines))
-            for n, c in zip(names, counts, strict=True)
-        },
+        "c4_lines": num_taken,
+        "c4_sentences": num_sentences,
+        "c4_curly_bracket": has_curly_bracket,
+        "c4_lorem_ipsum": has_lorem_ipsum,
+        "c4_punctuated_lines": _divide(num_punctuated, len(lines)),
+        "c4_short_lines": _divide(num_short, len(lines)),
+        "c4_long_word_lines": _divide(num_long_word, len(lines)),
+        "c4_javascript_lines": _divide(num_javascript, len(lines)),
+        "c4_policy_lines": _divide(num_policy, len(lines)),
     }
 
 
@@ -204,24 +226,28 @@ def _count_sentences(line: str) -> int:
     before a space; marks outside ASCII need no space. A full stop after a single letter
     ends none: initials, e.g., U.S.
     """
-    ends = done = 0
+    num_sentences = 0
+    done = 0
     for end in _SENTENCE_END.finditer(line):
         marks = _QUOTES.sub("", end[0])
-        after = line[end.end() : end.end() + 1]
-        initial = marks == "." and _INITIAL.search(
-            line, max(0, end.start() - 2), end.start()
-        )
-        if not initial and (not marks.isascii() or not after or after.isspace()):
-            ends = ends + 1
+        following = line[end.end() : end.end() + 1]
+        if marks == ".":
+            before = max(0, end.start() - 2)
+            if _INITIAL.search(line, before, end.start()):
+                continue
+        if not marks.isascii() or not following or following.isspace():
+            num_sentences += 1
             done = end.end()
-    return ends + bool(line[done:].strip())
+    has_rest = bool(line[done:].strip())
+    return num_sentences + has_rest
 
 
 GOPHER_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
 _TYPES = {bool: pa.bool_(), int: pa.int32()}
 LABELS = {
-    n: _TYPES.get(type(v), pa.float64()) for n, v in measure_text("a", ()).items()
+    name: _TYPES.get(type(value), pa.float64())
+    for name, value in measure_text("a", ()).items()
 }
 """The labels. Ratios are float64, so that a ratio of counts that equals a threshold is
 equal."""
@@ -240,12 +266,12 @@ PUBLISHED: dict[str, str] = {
         " and heuristics.duplicate_paragraph_chars <= 0.2"
         " and heuristics.top_2gram <= 0.2 and heuristics.top_3gram <= 0.18"
         " and heuristics.top_4gram <= 0.16"
-        " and heuristics.duplicate_5grams <= 0.15 and heuristics.duplicate_6grams <= "
-        "0.14"
-        " and heuristics.duplicate_7grams <= 0.13 and heuristics.duplicate_8grams <= "
-        "0.12"
-        " and heuristics.duplicate_9grams <= 0.11 and heuristics.duplicate_10grams <= "
-        "0.1"
+        " and heuristics.duplicate_5grams <= 0.15"
+        " and heuristics.duplicate_6grams <= 0.14"
+        " and heuristics.duplicate_7grams <= 0.13"
+        " and heuristics.duplicate_8grams <= 0.12"
+        " and heuristics.duplicate_9grams <= 0.11"
+        " and heuristics.duplicate_10grams <= 0.1"
     ),
     "c4": (
         "heuristics.c4_sentences >= 5"
@@ -324,19 +350,20 @@ class HeuristicsStage(PerDocumentStage):
     packages: ClassVar[tuple[str, ...]] = ("regex",)
     depends_on_unicode: ClassVar[bool] = True
 
-    def make_row_label_fn(self) -> Callable[[str | None], Measures]:
+    def make_row_label_fn(self) -> RowLabelFn:
         """Raises: MaxlmError: a stop word is several words."""
         for word in self.stop_words:
-            number = len(split_words_and_symbols(word))
-            if number != 1:
-                what = f"stop_words: {word!r} is {number} words, where one is asked for"
-                raise MaxlmError(
-                    what, where="heuristics", fix="give each word by itself"
+            num_words = len(split_words_and_symbols(word))
+            if num_words != 1:
+                message = (
+                    f"stop_words: {word!r} is {num_words} words, where one is asked for"
                 )
+                fix = "give each word by itself"
+                raise MaxlmError(message, where="heuristics", fix=fix)
 
         def label(text: str | None) -> Measures:
             text = text or ""
-            if 4 * len(text) > self.longest:
+            if 4 * len(text) > self.longest:  # A character has 4 bytes at most.
                 text = text.encode()[: self.longest].decode("utf-8", "ignore")
             return measure_text(text, self.stop_words)
 

@@ -5,20 +5,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import LabelTypes, PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage, RowLabelFn, RowLabels
 
 _SHIPPED = "lid.176.ftz"
 _UNDETERMINED = "und"
+_LABEL_PREFIX = "__label__"  # Of fastText's names of classes.
 _SPACES = " \n\r\t\v\f\0"  # To fastText.
-_END_OF_LINE = re.compile(
-    r"(?<!\S)</s>(?!\S)"
-)  # fastText reads no further than this word.
+# fastText reads no further than this word.
+_END_OF_LINE = re.compile(r"(?<!\S)</s>(?!\S)")
 _SPAN = pa.struct(
     [
         ("start", pa.int32()),
@@ -108,11 +108,11 @@ class LanguageStage(PerDocumentStage):
     def list_input_files(self) -> Iterable[Path]:
         return () if self.model == _SHIPPED else (Path(self.model),)
 
-    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
+    def make_row_label_fn(self) -> RowLabelFn:
         """Raises: MaxlmError: no model; a threshold for a language that it lacks."""
         compute_scores = self._open_model()
 
-        def label(text: str | None) -> dict[str, Any]:
+        def label(text: str | None) -> RowLabels:
             text = text or ""
             scores = compute_scores(text)
             spans = find_language_spans(
@@ -122,7 +122,8 @@ class LanguageStage(PerDocumentStage):
             num_same = sum(
                 span.end - span.start for span in spans if span.name == scores.name
             )
-            return asdict(scores) | {
+            return {
+                **asdict(scores),
                 "confident": scores != _NO_LANGUAGE and scores.score >= threshold,
                 "share": num_same / len(text) if text else 0.0,
                 "spans": [asdict(span) for span in spans],
@@ -131,6 +132,7 @@ class LanguageStage(PerDocumentStage):
         return label
 
     def _open_model(self) -> Callable[[str], LanguageScores]:
+        """Returns a function from a text to its likeliest languages."""
         import fasttext
 
         path = find_shipped_model() if self.model == _SHIPPED else Path(self.model)
@@ -140,12 +142,13 @@ class LanguageStage(PerDocumentStage):
             message = f"no fastText model: {error}"
             raise MaxlmError(message, where=str(path), fix=self.files_fix) from error
         labels, _ = model.predict("", k=-1, threshold=-1.0)  # All of them.
-        known = {label.removeprefix("__label__") for label in labels}
-        if unknown := [name for name in self.thresholds if name not in known]:
+        known = {label.removeprefix(_LABEL_PREFIX) for label in labels}
+        unknown = [name for name in self.thresholds if name not in known]
+        if unknown:
             message = f"the model knows no language {', '.join(unknown)}"
             where = f"thresholds of the stage {self.unique_name}"
             raise MaxlmError(message, where=where, fix="use codes such as en, de, zh")
-        nothing = model.predict("", k=2)
+        prediction_of_nothing = model.predict("", k=2)
 
         def compute_scores(text: str) -> LanguageScores:
             if not text.strip(_SPACES):
@@ -154,16 +157,13 @@ class LanguageStage(PerDocumentStage):
             if "</s>" in text:
                 text = _END_OF_LINE.sub(" ", text)
             prediction = model.predict(text, k=2)
-            if (
-                prediction == nothing
-            ):  # It has no word and no n-gram that the model knows.
+            # It has no word and no n-gram that the model knows.
+            if prediction == prediction_of_nothing:
                 return _NO_LANGUAGE
-            # A model may know one language alone.
-            names = [
-                *(name.removeprefix("__label__") for name in prediction[0]),
-                _UNDETERMINED,
-            ]
-            scores = [*prediction[1], 0.0]
+            labels, scores = prediction
+            names = [label.removeprefix(_LABEL_PREFIX) for label in labels]
+            if len(names) == 1:  # A model may know one language alone.
+                return LanguageScores(names[0], scores[0], _UNDETERMINED, 0.0)
             return LanguageScores(names[0], scores[0], names[1], scores[1])
 
         return compute_scores
@@ -185,11 +185,12 @@ def find_language_spans(
     spans: list[LanguageSpan] = []
     if scores == _NO_LANGUAGE:
         return spans
-    begin = 0  # Of the paragraph.
+    begin = 0  # Of the paragraph, to which lines are joined until it is long.
     first_unread = 0
     end = 0
     while end < len(text):
-        end = text.find("\n", end) + 1 or len(text)
+        line_end = text.find("\n", end)
+        end = len(text) if line_end < 0 else line_end + 1
         is_long = end - begin >= paragraph_characters
         is_last = end == len(text)
         if not is_long and (spans or not is_last):
@@ -204,6 +205,7 @@ def find_language_spans(
             continue
         if spans and spans[-1].name == paragraph_scores.name:
             span = spans[-1]
+            # The mean over the longer run.
             weight = (end - begin) / (end - span.start)
             span.score += weight * (paragraph_scores.score - span.score)
             span.end = end

@@ -14,17 +14,18 @@ A job whose files are there is not done again, so a killed run goes on where it 
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.corpus.dedup.columns import (
+    count_ranges,
     get_shard_path,
     read_columns,
     read_range,
@@ -44,6 +45,7 @@ from maxlm.corpus.dedup.minhash import (
     make_shingle_set,
 )
 from maxlm.corpus.dedup.pairs import (
+    DuplicateMarks,
     count_pairs,
     find_candidate_pairs,
     find_pair_range_starts,
@@ -126,36 +128,51 @@ class NearStage(CrossDocumentStage):
         run_jobs(partial(_sign_shard, self, scratch), shards, "signatures")
         members = open_selected_documents(scratch, shards)
         copies, sources = self._find_copies(members, run_jobs)
-        number = max(1, -(-members.num_selected * _KEY_BYTES // self.memory))
-        folder = scratch / f"keys-{number}"  # A killed run may have had other ranges.
-        num_bands, _ = self.choose_banding()
-        parts = list(product(range(1, num_bands + 1), range(number)))
-        run_jobs(
-            partial(_write_pairs, self, members, folder, number), parts, "candidates"
+        pairs = self._find_pairs(members, run_jobs)
+        # A copy and its source are a pair that needs no check.
+        pairs = _VerifiedPairs(
+            low=np.concatenate([pairs.low, np.minimum(copies, sources)]),
+            high=np.concatenate([pairs.high, np.maximum(copies, sources)]),
+            jaccard=np.concatenate([pairs.jaccard, np.ones(len(copies))]),
         )
 
-        found = sorted(folder.glob("pairs-*.arrow"))
-        number = max(1, -(-count_pairs(found) * _PAIR_BYTES // self.memory))
-        starts = find_pair_range_starts(found, number)
-        files = [folder / f"checked-{number}-{i}.arrow" for i in range(number)]
-        verify = partial(_verify, self.jaccard, members, found, starts)
-        run_jobs(verify, list(enumerate(files)), "verify")
+        def get_ranks(numbers: np.ndarray) -> np.ndarray:
+            return members.take("rank", numbers).to_numpy()
 
-        verified = [read_columns(file) for file in files]
-        low, high = unpack_pairs(np.concatenate([each["pair"] for each in verified]))
-        jaccard = np.concatenate([each["jaccard"] for each in verified])
-        low = np.concatenate([low, np.minimum(copies, sources)])
-        high = np.concatenate([high, np.maximum(copies, sources)])
-        jaccard = np.concatenate([jaccard, np.ones(len(copies))])
-        rank_fn = lambda number: members.take("rank", number).to_numpy()  # noqa: E731
-        marks = resolve_duplicates(low, high, jaccard, rank_fn)
-        ends = np.searchsorted(marks.member, members.shard_offsets)
-        pairs = _list_pairs_by_shard(members, low, high, jaccard)
-        parts = [
-            (i, shard, marks[ends[i] : ends[i + 1]], pairs[i])
-            for i, shard in enumerate(shards)
-        ]
+        marks = resolve_duplicates(pairs.low, pairs.high, pairs.jaccard, get_ranks)
+        pairs_by_shard = _list_pairs_by_shard(members, pairs)
+        parts = []
+        for index, shard in enumerate(shards):
+            first_member, stop_member = members.shard_offsets[index : index + 2]
+            shard_marks = marks.select(first_member, stop_member)
+            parts.append(_LabelJob(index, shard, shard_marks, pairs_by_shard[index]))
         run_jobs(partial(_label_shard, members), parts, "label")
+
+    def _find_pairs(
+        self, members: SelectedDocuments, run_jobs: JobRunner
+    ) -> "_VerifiedPairs":
+        """Finds the pairs of members that are alike, but for those of copies."""
+        num_ranges = count_ranges(members.num_selected, _KEY_BYTES, self.memory)
+        # By the number of ranges, since a killed run may have had others.
+        folder = members.folder / f"keys-{num_ranges}"
+        num_bands, _ = self.choose_banding()
+        bands_and_ranges = list(product(range(1, num_bands + 1), range(num_ranges)))
+        write_candidates = partial(_write_candidates, self, members, folder, num_ranges)
+        run_jobs(write_candidates, bands_and_ranges, "candidates")
+
+        candidates = sorted(folder.glob("pairs-*.arrow"))
+        num_ranges = count_ranges(count_pairs(candidates), _PAIR_BYTES, self.memory)
+        starts = find_pair_range_starts(candidates, num_ranges)
+        paths = [folder / f"checked-{num_ranges}-{i}.arrow" for i in range(num_ranges)]
+        verify = partial(_verify, self.jaccard, members, candidates, starts)
+        run_jobs(verify, list(enumerate(paths)), "verify")
+
+        verified = [read_columns(path) for path in paths]
+        low, high = unpack_pairs(
+            np.concatenate([columns["pair"] for columns in verified])
+        )
+        jaccard = np.concatenate([columns["jaccard"] for columns in verified])
+        return _VerifiedPairs(low, high, jaccard)
 
     def _find_copies(
         self, members: SelectedDocuments, run_jobs: JobRunner
@@ -163,183 +180,231 @@ class NearStage(CrossDocumentStage):
         """Finds members whose sets of n-grams others have, and the best member with
         each: int64 [copies] both. Writes down which are such copies, for the search of
         candidates."""
-        number = max(1, -(-members.num_selected * _DIGEST_BYTES // self.memory))
+        num_ranges = count_ranges(members.num_selected, _DIGEST_BYTES, self.memory)
         digests = [
             get_shard_path(members.folder, "digests", name) for name in members.shards
         ]
-        group = partial(write_copies, members.folder, digests, number, True)
-        run_jobs(group, range(number), "copies")
+        group = partial(write_copies, members.folder, digests, num_ranges, True)
+        run_jobs(group, range(num_ranges), "copies")
+
         offsets = np.array(members.shard_offsets)
         copies = [np.empty(0, np.int64)]
         sources = [np.empty(0, np.int64)]
         for shard, name in enumerate(members.shards):
-            columns = read_copies(members.folder, number, shard)
-            member = columns["place"] + offsets[shard]
-            source = offsets[columns["source_file"]] + columns["source_place"]
-            others = member != source
-            copies.append(member[others])
-            sources.append(source[others])
+            shard_copies = read_copies(members.folder, num_ranges, shard)
+            member = offsets[shard] + shard_copies.place
+            source = offsets[shard_copies.source_file] + shard_copies.source_place
+            has_other_source = member != source
+            copies.append(member[has_other_source])
+            sources.append(source[has_other_source])
             is_copy = np.zeros(offsets[shard + 1] - offsets[shard], np.uint8)
-            is_copy[columns["place"][others]] = 1
+            is_copy[shard_copies.place[has_other_source]] = 1
             write_columns(
                 get_shard_path(members.folder, "marks", name), {"is_copy": is_copy}
             )
         return np.concatenate(copies), np.concatenate(sources)
 
 
+@dataclass(frozen=True)
+class _VerifiedPairs:
+    """Pairs of members that are alike; arrays have an entry for each."""
+
+    low: np.ndarray
+    """The smaller member: int64."""
+    high: np.ndarray
+    """The larger member: int64."""
+    jaccard: np.ndarray
+    """Their similarity: float64."""
+
+
+@dataclass(frozen=True)
+class _ShardPairs:
+    """The pairs of a shard's members with members before them, in order of the
+    members."""
+
+    num_pairs: np.ndarray
+    """How many each member has: int64 [members]."""
+    documents: np.ndarray
+    """The other one of each pair, by its number among all documents: int64 [pairs]."""
+    jaccard: np.ndarray
+    """How alike the two are: float64 [pairs]."""
+
+
+@dataclass(frozen=True)
+class _LabelJob:
+    """A shard to be labelled."""
+
+    index: int
+    shard: StageShardView
+    marks: DuplicateMarks
+    """Those of the shard's members."""
+    pairs: _ShardPairs
+
+
 def _list_pairs_by_shard(
-    members: SelectedDocuments, low: np.ndarray, high: np.ndarray, jaccard: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Lists the pairs of each shard's members with members before them: how many each
-    has, the other's number among all documents, and how alike they are."""
-    order = np.lexsort((low, high))
-    high = high[order]
-    documents = members.get_document_numbers(low[order])
-    jaccard = jaccard[order]
-    parts = []
+    members: SelectedDocuments, pairs: _VerifiedPairs
+) -> list[_ShardPairs]:
+    """Lists the pairs of each shard's members with members before them."""
+    order = np.lexsort((pairs.low, pairs.high))
+    high = pairs.high[order]
+    documents = members.get_document_numbers(pairs.low[order])
+    jaccard = pairs.jaccard[order]
+    shard_pairs = []
     for shard in range(len(members.shards)):
-        first, stop = members.shard_offsets[shard : shard + 2]
-        begin, end = np.searchsorted(high, [first, stop])
-        counts = np.bincount(high[begin:end] - first, minlength=stop - first)
-        parts.append((counts, documents[begin:end], jaccard[begin:end]))
-    return parts
+        first_member, stop_member = members.shard_offsets[shard : shard + 2]
+        start, stop = np.searchsorted(high, [first_member, stop_member])
+        num_pairs = np.bincount(
+            high[start:stop] - first_member, minlength=stop_member - first_member
+        )
+        shard_pairs.append(
+            _ShardPairs(num_pairs, documents[start:stop], jaccard[start:stop])
+        )
+    return shard_pairs
 
 
-def _label_shard(
-    members: SelectedDocuments,
-    part: tuple[int, StageShardView, Any, tuple[np.ndarray, np.ndarray, np.ndarray]],
-) -> None:
-    """Write the labels of a shard, whose index, clustered members and pairs `part`
-    has."""
-    number, shard, marks, (pair_counts, pair_documents, pair_jaccard) = part
-    pair_fields = list(PAIRS.value_type)
+def _label_shard(members: SelectedDocuments, job: _LabelJob) -> None:
+    """Writes the labels of a shard."""
     pairs = pa.StructArray.from_arrays(
-        [pa.array(pair_documents), pa.array(pair_jaccard)], fields=pair_fields
+        [pa.array(job.pairs.documents), pa.array(job.pairs.jaccard)],
+        fields=list(PAIRS.value_type),
     )
-    pair_offsets = np.concatenate([[0], np.cumsum(pair_counts)]).astype(np.int32)
-    rows = members.read_batch(number).column("row").to_numpy()
-    of, cluster = np.full((2, len(rows)), -1, np.int64)
-    jaccard = np.zeros(len(rows))
+    pair_offsets = np.concatenate([[0], np.cumsum(job.pairs.num_pairs)])
+    rows = members.map_shard(job.index).column("row").to_numpy()
+    # Members without a mark are like no other.
+    duplicate_of = np.full(len(rows), -1, np.int64)
+    cluster = np.full(len(rows), -1, np.int64)
     cluster_size = np.ones(len(rows), np.int64)
-    places = marks.member - members.shard_offsets[number]
-    of[places], jaccard[places] = marks.duplicate_of, marks.jaccard
-    cluster[places], cluster_size[places] = marks.cluster, marks.cluster_size
+    jaccard = np.zeros(len(rows))
+    places = job.marks.member - members.shard_offsets[job.index]
+    duplicate_of[places] = job.marks.duplicate_of
+    cluster[places] = job.marks.cluster
+    cluster_size[places] = job.marks.cluster_size
+    jaccard[places] = job.marks.jaccard
     labels = {
-        "duplicate": of >= 0,
-        "of": members.take("id", of),
-        "jaccard": pa.array(jaccard, mask=of < 0),
+        "duplicate": duplicate_of >= 0,
+        "of": members.take("id", duplicate_of),
+        "jaccard": pa.array(jaccard, mask=duplicate_of < 0),
         "cluster": pa.array(cluster, mask=cluster < 0),
         "cluster_size": cluster_size,
-        "pairs": pa.ListArray.from_arrays(pair_offsets, pairs),
+        "pairs": pa.ListArray.from_arrays(pair_offsets.astype(np.int32), pairs),
     }
-    write_labels(shard, NearStage, rows, labels)
+    write_labels(job.shard, NearStage, rows, labels)
 
 
-def _set_file(scratch: Path, shard: str) -> Path:
-    """The sets of a shard's members, end to end; beside it where each begins
-    (.arrow)."""
+def _get_sets_path(scratch: Path, shard: str) -> Path:
+    """Returns the file with the sets of a shard's members, end to end; beside it is
+    where each begins (.arrow)."""
     return scratch / "sets" / f"{shard}.hashes"
 
 
 def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
-    file = _set_file(scratch, shard.name)
+    """Writes a shard's members, their sets of n-grams, the digests of these, and a key
+    for each band of their signatures."""
     if get_shard_path(scratch, "members", shard.name).exists():  # It is written last.
         return
+    sets_path = _get_sets_path(scratch, shard.name)
+    banding = stage.choose_banding()
+    num_bands, _ = banding
     members = []
     sizes = []
-    banding = stage.choose_banding()
+    ranks = [np.empty(0)]
+    keys = [np.empty((num_bands, 0), np.uint64)]
     digests = bytearray()
-    keys = [np.empty((banding[0], 0), np.uint64)]
-    with convert_write_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(file) as new, new.open("wb") as stream:
+    with convert_write_errors(sets_path):
+        sets_path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(sets_path) as new, new.open("wb") as stream:
         for group in shard.read_selected_rows(("id", *stage.input_columns)):
             texts = group.batch.column("text").to_pylist()
             sets = [make_shingle_set(text, stage.ngram) for text in texts]
-            stream.writelines(each.data for each in sets)
-            sizes += map(len, sets)
             for shingles in sets:
+                stream.write(shingles.data)
+                sizes.append(len(shingles))
                 digests += hashlib.sha256(shingles.data).digest()[:16]
             keys.append(compute_band_keys(sets, banding))
+            ranks.append(compute_keep_scores(group.batch, stage.keep_by))
             members.append(replace(group, batch=group.batch.drop_columns(["text"])))
-    write_columns(
-        file.with_suffix(".arrow"), {"start": np.cumsum([0, *sizes], dtype=np.int64)}
-    )
-    write_band_keys(
-        scratch, shard.name, np.concatenate(keys, axis=1), np.array(sizes, bool)
-    )
+    set_starts = np.cumsum([0, *sizes], dtype=np.int64)
+    write_columns(sets_path.with_suffix(".arrow"), {"start": set_starts})
+    all_keys = np.concatenate(keys, axis=1)
+    write_band_keys(scratch, shard.name, all_keys, np.array(sizes, bool))
+
+    # Members without words are copies of none.
     hashes, checks = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
     has_words = np.flatnonzero(sizes)
     order = has_words[np.argsort(hashes[has_words], kind="stable")]
-    ranks = [compute_keep_scores(group.batch, stage.keep_by) for group in members]
-    rank = np.concatenate([np.empty(0), *ranks])[order]
     columns = {
         "hash": hashes[order],
         "check": checks[order],
         "place": order.astype(np.uint32),
+        "rank": np.concatenate(ranks)[order],
     }
-    write_columns(
-        get_shard_path(scratch, "digests", shard.name), columns | {"rank": rank}
-    )
+    write_columns(get_shard_path(scratch, "digests", shard.name), columns)
     write_members(scratch, shard.name, members, stage.keep_by)
 
 
-def _write_pairs(
+def _write_candidates(
     stage: NearStage,
     members: SelectedDocuments,
     folder: Path,
-    number: int,
-    part: tuple[int, int],
+    num_ranges: int,
+    band_and_range: tuple[int, int],
 ) -> None:
-    """Write the candidates of a band and range in files of bounded size, each
+    """Writes the candidates of a band and range in files of bounded size, each
     sorted."""
-    band, which = part
-    done = folder / f"{band}-{which}.done"
+    band, range_index = band_and_range
+    done = folder / f"{band}-{range_index}.done"
     if done.exists():
         return
-    marks = [get_shard_path(members.folder, "marks", name) for name in members.shards]
-    found = find_candidate_pairs(members, band, number, which, stage.max_group, marks)
-    for i, pieces in enumerate(batch_by_size(found, len, stage.memory // _PAIR_BYTES)):
-        path = folder / f"pairs-{band}-{which}-{i}.arrow"
+    copy_marks = [
+        get_shard_path(members.folder, "marks", name) for name in members.shards
+    ]
+    candidates = find_candidate_pairs(
+        members, band, num_ranges, range_index, stage.max_group, copy_marks
+    )
+    pairs_of_file = stage.memory // _PAIR_BYTES
+    for number, pieces in enumerate(batch_by_size(candidates, len, pairs_of_file)):
+        path = folder / f"pairs-{band}-{range_index}-{number}.arrow"
         write_columns(path, {"pair": np.unique(np.concatenate(pieces))})
     write_columns(done, {})
 
 
 def _verify(
-    least: float,
+    min_jaccard: float,
     members: SelectedDocuments,
-    found: Sequence[Path],
-    starts: np.ndarray,
+    candidate_files: Sequence[Path],
+    range_starts: np.ndarray,
     part: tuple[int, Path],
 ) -> None:
-    """Write the candidates of a range of pairs whose Jaccard similarity is `least` or
-    more."""
-    which, out = part
-    if out.exists():
+    """Writes the candidates of a range of pairs whose Jaccard similarity is
+    `min_jaccard` or more. `part`: the range's index, and the file to write."""
+    range_index, path = part
+    if path.exists():
         return
-    columns, _ = read_range(found, ("pair",), starts, which)
+    columns, _ = read_range(candidate_files, ("pair",), range_starts, range_index)
     candidates = np.unique(columns["pair"])
     low, high = unpack_pairs(candidates)
     jaccard = np.empty(len(candidates))
-    for shard, here in members.group_by_shard(low):
-        order = np.argsort(high[here], kind="stable") + here.start
-        for other, there in members.group_by_shard(high[order]):
-            pairs = order[there]
-            ones = _read_sets(members, shard, low[pairs])
-            others = _read_sets(members, other, high[pairs])
-            for pair, one, its in zip(pairs, ones, others, strict=True):
-                shared = len(np.intersect1d(one, its, assume_unique=True))
-                jaccard[pair] = shared / (len(one) + len(its) - shared)
-    alike = jaccard >= least
-    write_columns(out, {"pair": candidates[alike], "jaccard": jaccard[alike]})
+    # By the shards of both members, so that two files of sets are open at a time.
+    for low_shard, span in members.group_by_shard(low):
+        order = np.argsort(high[span], kind="stable") + span.start
+        for high_shard, high_span in members.group_by_shard(high[order]):
+            pairs = order[high_span]
+            low_sets = _read_sets(members, low_shard, low[pairs])
+            high_sets = _read_sets(members, high_shard, high[pairs])
+            for pair, one, other in zip(pairs, low_sets, high_sets, strict=True):
+                num_shared = len(np.intersect1d(one, other, assume_unique=True))
+                num_all = len(one) + len(other) - num_shared
+                jaccard[pair] = num_shared / num_all
+    is_alike = jaccard >= min_jaccard
+    write_columns(path, {"pair": candidates[is_alike], "jaccard": jaccard[is_alike]})
 
 
 def _read_sets(
-    members: SelectedDocuments, shard: int, which: np.ndarray
+    members: SelectedDocuments, shard: int, numbers: np.ndarray
 ) -> Iterator[np.ndarray]:
     """Yields the sets of members of a shard, which have n-grams: no file is empty."""
-    file = _set_file(members.folder, members.shards[shard])
-    hashes = np.memmap(file, np.uint64, "r")
-    start = read_columns(file.with_suffix(".arrow"))["start"]
-    for place in (which - members.shard_offsets[shard]).tolist():
-        yield hashes[start[place] : start[place + 1]]
+    path = _get_sets_path(members.folder, members.shards[shard])
+    hashes = np.memmap(path, np.uint64, "r")
+    starts = read_columns(path.with_suffix(".arrow"))["start"]
+    for place in (numbers - members.shard_offsets[shard]).tolist():
+        yield hashes[starts[place] : starts[place + 1]]

@@ -1,20 +1,21 @@
 """Measures how far a text is from good prose, by an n-gram model of KenLM."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
 from maxlm.corpus.perplexity_model import (
     TRAIN_FIX,
+    PerplexityModel,
     list_model_files,
     open_perplexity_model,
 )
-from maxlm.corpus.stage import LabelTypes, PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage, RowLabelFn, RowLabels
 from maxlm.corpus.text import LineSplitterConfig
 
 ANY = "*"
@@ -58,8 +59,10 @@ class PerplexityStage(PerDocumentStage):
             raise ValueError(
                 f'without a language label, models must be {{"{ANY}": MODEL}}'
             )
-        if unknown := sorted(set(self.cutoffs) - set(self.models)):
-            raise ValueError(f"cutoffs for {', '.join(unknown)}, which have no model")
+        without_model = sorted(set(self.cutoffs) - set(self.models))
+        if without_model:
+            languages = ", ".join(without_model)
+            raise ValueError(f"cutoffs for {languages}, which have no model")
         return self
 
     @property
@@ -70,13 +73,14 @@ class PerplexityStage(PerDocumentStage):
         for path in self.models.values():
             yield from list_model_files(path, self.words)
 
-    def make_row_label_fn(self) -> Callable[..., dict[str, Any]]:
+    def make_row_label_fn(self) -> RowLabelFn:
         """Reads models when the first document in their language comes."""
-        open_model = cache(
-            lambda key: open_perplexity_model(self.models[key], self.words)
-        )
 
-        def label(text: str, language: str | None = None) -> dict[str, Any]:
+        @cache
+        def open_model(key: str) -> PerplexityModel:
+            return open_perplexity_model(self.models[key], self.words)
+
+        def label(text: str, language: str | None = None) -> RowLabels:
             key = language if language in self.models else ANY
             if key not in self.models:
                 return {}

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, TypedDict
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -13,12 +13,30 @@ from maxlm.corpus.pii.addresses import find_emails, find_ips
 from maxlm.corpus.pii.numbers import find_card_numbers, find_ibans, find_ssns
 from maxlm.corpus.pii.phones import check_regions, find_phones
 from maxlm.corpus.pii.secrets import find_credentials
-from maxlm.corpus.stage import PerDocumentStage
+from maxlm.corpus.stage import PerDocumentStage, RowLabelFn, RowLabels
 
 # The least that a number of any kind has: five digits with little between them.
 _DIGITS = re.compile(r"[0-9](?:[^0-9\n]{0,3}[0-9]){4}")
-_PLACES = ("start", "end", "kind", "masked_start", "masked_end")
-_SPAN = pa.struct([(n, pa.string() if n == "kind" else pa.int32()) for n in _PLACES])
+_SPAN = pa.struct(
+    [
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("kind", pa.string()),
+        ("masked_start", pa.int32()),
+        ("masked_end", pa.int32()),
+    ]
+)
+
+
+class PiiSpan(TypedDict):
+    """A value of `_SPAN`: where personal data is in the text and in its masked
+    version."""
+
+    start: int
+    end: int
+    kind: Kind
+    masked_start: int | None
+    masked_end: int | None
 
 
 class PiiStage(PerDocumentStage):
@@ -53,27 +71,28 @@ class PiiStage(PerDocumentStage):
 
     @model_validator(mode="after")
     def _check(self) -> "PiiStage":
-        if unmasked := [kind for kind in self.placeholders if kind not in self.mask]:
-            raise ValueError(
-                f"placeholders for {', '.join(unmasked)}, which mask does not name"
-            )
+        unmasked = [kind for kind in self.placeholders if kind not in self.mask]
+        if unmasked:
+            kinds = ", ".join(unmasked)
+            raise ValueError(f"placeholders for {kinds}, which mask does not name")
         return self
 
     def schema(self) -> pa.Schema:
-        text = [("text", pa.large_string())] if self.mask else []
-        counts = [(kind, pa.int32()) for kind in KINDS]
-        return pa.schema(
-            [*text, ("count", pa.int32()), *counts, ("spans", pa.list_(_SPAN))]
-        )
+        fields: list[tuple[str, pa.DataType]] = []
+        if self.mask:
+            fields.append(("text", pa.large_string()))
+        fields.append(("count", pa.int32()))
+        fields += [(kind, pa.int32()) for kind in KINDS]
+        fields.append(("spans", pa.list_(_SPAN)))
+        return pa.schema(fields)
 
-    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
+    def make_row_label_fn(self) -> RowLabelFn:
         """Raises: MaxlmError: a region has no numbering plan."""
         check_regions(self.regions)
-        placeholders = {
-            k: self.placeholders.get(k, f"<{k.upper()}>") for k in self.mask
-        }
+        placeholders = {kind: f"<{kind.upper()}>" for kind in self.mask}
+        placeholders |= self.placeholders
 
-        def label(text: str | None) -> dict[str, Any]:
+        def label(text: str | None) -> RowLabels:
             matches = find_pii(text, self.regions) if text else []
             masked, spans = mask_pii(text or "", matches, placeholders)
             counts = Counter(match.kind for match in matches)
@@ -90,33 +109,48 @@ class PiiStage(PerDocumentStage):
 def find_pii(text: str, regions: Sequence[str]) -> list[PiiMatch]:
     """Finds the personal data of a text, in order and without overlaps; `regions` as in
     the stage's settings."""
-    found = [*find_credentials(text)]
+    # What a kind must have is looked for first: that takes a fraction of the time.
+    matches = list(find_credentials(text))
     if "@" in text:
-        found += find_emails(text)
+        matches += find_emails(text)
     if _DIGITS.search(text):
-        found += [*find_card_numbers(text), *find_ssns(text), *find_ibans(text)]
-        found += find_phones(text, regions)
+        matches += find_card_numbers(text)
+        matches += find_ssns(text)
+        matches += find_ibans(text)
+        matches += find_phones(text, regions)
     if "." in text or ":" in text:
-        found += find_ips(text)
-    return remove_overlaps(found)
+        matches += find_ips(text)
+    return remove_overlaps(matches)
 
 
 def mask_pii(
     text: str, matches: list[PiiMatch], placeholders: Mapping[str, str]
-) -> tuple[str | None, list[dict]]:
+) -> tuple[str | None, list[PiiSpan]]:
     """Returns the masked text, None if nothing is masked, and each match's place in
     both texts."""
     parts = []
-    spans = []
+    spans: list[PiiSpan] = []
     done = 0
-    shift = 0
+    shift = 0  # How much further on a character is in the masked text.
     for start, end, kind in matches:
-        place = None, None
+        masked_start = None
+        masked_end = None
         placeholder = placeholders.get(kind)
         if placeholder is not None:
             parts += [text[done:start], placeholder]
-            place = start + shift, start + shift + len(placeholder)
+            masked_start = start + shift
+            masked_end = masked_start + len(placeholder)
             done = end
-            shift = place[1] - end
-        spans.append(dict(zip(_PLACES, (start, end, kind, *place), strict=True)))
-    return ("".join([*parts, text[done:]]) if parts else None), spans
+            shift = masked_end - end
+        spans.append(
+            {
+                "start": start,
+                "end": end,
+                "kind": kind,
+                "masked_start": masked_start,
+                "masked_end": masked_end,
+            }
+        )
+    if not parts:
+        return None, spans
+    return "".join([*parts, text[done:]]), spans

@@ -7,28 +7,38 @@ measured on others that neither saw.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import BaseModel, BeforeValidator, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.stage import LabelTypes, PerDocumentStage, check_packages
+from maxlm.corpus.stage import (
+    LabelTypes,
+    PerDocumentStage,
+    RowLabelFn,
+    RowLabels,
+    check_packages,
+)
 from maxlm.corpus.text import WORD_PATTERN
 from maxlm.data.documents.document import is_heldout
 from maxlm.runtime.files import convert_write_errors, replace_file
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
 TRAIN = "maxlm corpus train-quality"
 """The command that makes a model."""
-_BATCH = 1024
+_BATCH = 1024  # Texts whose features are computed at a time.
 _PARTS = ("train", "calibrate", "measure")
+_CONFLICT = -1  # In place of a part.
 _LONGEST = 1 << 20  # Characters of a text that are looked at.
 
 
@@ -92,6 +102,21 @@ class ClassifierReport:
         return "\n".join(lines)
 
 
+class _ClassifierNumbers(BaseModel):
+    """Numbers of a classifier, see `Classifier`."""
+
+    scale: float
+    offset: float
+    threshold: float
+
+
+class _ClassifierMetadata(BaseModel):
+    """The metadata of a classifier's file, in which each entry is JSON."""
+
+    settings: Annotated[ClassifierConfig, BeforeValidator(json.loads)]
+    numbers: Annotated[_ClassifierNumbers, BeforeValidator(json.loads)]
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A trained model."""
@@ -112,7 +137,8 @@ class Classifier:
 
         features = _make_features(texts, self.settings)
         scores = self.scale * (features @ self.weights.astype(np.float64)) + self.offset
-        return np.where(np.diff(features.indptr) > 0, expit(scores), np.nan)
+        has_words = np.diff(features.indptr) > 0
+        return np.where(has_words, expit(scores), np.nan)
 
     def save(self, path: Path) -> None:
         """Writes a .safetensors file: the weights, and all else as JSON in its
@@ -136,16 +162,22 @@ def load_classifier(path: Path) -> Classifier:
     """Reads a file that `Classifier.save` wrote."""
     try:
         with safe_open(path, "numpy") as file:
-            metadata = file.metadata()
-            settings = ClassifierConfig.model_validate_json(metadata["settings"])
+            metadata = _ClassifierMetadata.model_validate(file.metadata() or {})
+            settings = metadata.settings
             weights = file.get_tensor("weights")
-            size = (1 << settings.buckets) * (2 if settings.char_ngrams else 1)
-            if weights.shape != (size,) or weights.dtype != np.float32:
-                raise ValueError(f"weights {weights.dtype}{weights.shape}")
-            return Classifier(settings, weights, **json.loads(metadata["numbers"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        num_weights = (1 << settings.buckets) * (2 if settings.char_ngrams else 1)
+        if weights.shape != (num_weights,) or weights.dtype != np.float32:
+            raise ValueError(f"weights {weights.dtype}{weights.shape}")
+    except (OSError, SafetensorError, ValueError) as error:
         fix = f"train one: {TRAIN} (see its --help)"
         raise MaxlmError(f"{path} holds no classifier ({error})", fix=fix) from error
+    return Classifier(
+        settings=settings,
+        weights=weights,
+        scale=metadata.numbers.scale,
+        offset=metadata.numbers.offset,
+        threshold=metadata.numbers.threshold,
+    )
 
 
 def train_classifier(
@@ -159,28 +191,6 @@ def train_classifier(
     it. Raises MaxlmError: too few documents of one kind in one of the three parts; no
     scikit-learn."""
     check_packages(("scikit-learn",), "training a quality classifier")
-    rows, kinds, parts, digests = [], [], [], []
-    for kind, texts in ((True, iter(positive)), (False, iter(negative))):
-        while batch := list(islice(texts, _BATCH)):
-            decoded = [text.decode("utf-8", "replace") for text in batch]
-            rows.append(_make_features(decoded, settings))
-            kinds += [kind] * len(batch)
-            parts += [
-                is_heldout(text, settings.heldout)
-                + is_heldout(text, settings.heldout / 2)
-                for text in batch
-            ]
-            digests += [hashlib.sha256(text).digest()[:8] for text in batch]
-    labels, parts, ids = (
-        np.array(kinds, bool),
-        np.array(parts, np.int8),
-        np.array(digests, "S8"),
-    )
-    both = np.isin(ids, np.intersect1d(ids[labels], ids[~labels]))
-    parts[both] = -1
-    _check_parts(parts, labels, settings)
-
-    from scipy.sparse import vstack
     from scipy.special import expit
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import (
@@ -190,31 +200,97 @@ def train_classifier(
         roc_auc_score,
     )
 
-    features: Any = vstack(rows, format="csr")
-    train, middle, last = (parts == part for part in range(len(_PARTS)))
+    examples = _read_examples(positive, negative, settings)
+    _check_parts(examples, settings)
+    features = examples.features
+    labels = examples.labels
+    trained = examples.parts == _PARTS.index("train")
+    calibrated = examples.parts == _PARTS.index("calibrate")
+    measured = examples.parts == _PARTS.index("measure")
+
     model = LogisticRegression(class_weight="balanced", C=10, max_iter=1000)
-    weights = model.fit(features[train], labels[train]).coef_[0].astype(np.float32)
+    model.fit(features[trained], labels[trained])
+    weights = model.coef_[0].astype(np.float32)
+    # As float64, as `Classifier.predict_proba` has it.
     scores = features @ weights.astype(np.float64)
-    platt = LogisticRegression(C=100).fit(scores[middle, None], labels[middle])
-    scale, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
-    scores = expit(scale * scores + offset)
-    target = settings.target, settings.target_value
-    threshold, reached = choose_threshold(scores[middle], labels[middle], *target)
-    truth = labels[last]
-    taken = scores[last] >= threshold
+
+    # Platt's calibration: a logistic regression of the score alone.
+    platt = LogisticRegression(C=100)
+    platt.fit(scores[calibrated, None], labels[calibrated])
+    scale = float(np.asarray(platt.coef_)[0, 0])
+    offset = float(platt.intercept_[0])
+    probabilities = expit(scale * scores + offset)
+    threshold, is_reached = choose_threshold(
+        probabilities[calibrated],
+        labels[calibrated],
+        settings.target,
+        settings.target_value,
+    )
+
+    truth = labels[measured]
+    measured_probabilities = probabilities[measured]
+    is_taken = measured_probabilities >= threshold
+    precision = precision_score(truth, is_taken, zero_division=1.0)  # pyright: ignore
     report = ClassifierReport(
-        trained=(int(labels[train].sum()), int((~labels[train]).sum())),
+        trained=(int(labels[trained].sum()), int((~labels[trained]).sum())),
         measured=(int(truth.sum()), int((~truth).sum())),
-        conflicts=int(both.sum()),
-        roc_auc=float(roc_auc_score(truth, scores[last])),
-        brier=float(brier_score_loss(truth, scores[last])),
+        conflicts=int(np.count_nonzero(examples.parts == _CONFLICT)),
+        roc_auc=float(roc_auc_score(truth, measured_probabilities)),
+        brier=float(brier_score_loss(truth, measured_probabilities)),
         threshold=threshold,
-        reached=reached,
+        reached=is_reached,
         target=f"{settings.target} {settings.target_value:g}",
-        precision=float(precision_score(truth, taken, zero_division=1.0)),  # pyright: ignore
-        recall=float(recall_score(truth, taken)),
+        precision=float(precision),
+        recall=float(recall_score(truth, is_taken)),
     )
     return Classifier(settings, weights, scale, offset, threshold), report
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Documents that a classifier learns from; arrays have an entry for each."""
+
+    features: "csr_array"
+    """See `_make_features`."""
+    labels: np.ndarray
+    """Whether it is a positive example: bool."""
+    parts: np.ndarray
+    """Its part, by its place in `_PARTS`; `_CONFLICT`: it is among both kinds; int8."""
+
+
+def _read_examples(
+    positive: Iterable[bytes], negative: Iterable[bytes], settings: ClassifierConfig
+) -> _Examples:
+    from scipy.sparse import csr_array, vstack
+
+    features = []
+    kinds = []
+    parts = []
+    digests = []
+    for kind, texts in ((True, iter(positive)), (False, iter(negative))):
+        while batch := list(islice(texts, _BATCH)):
+            decoded = [text.decode("utf-8", "replace") for text in batch]
+            features.append(_make_features(decoded, settings))
+            for text in batch:
+                kinds.append(kind)
+                parts.append(_choose_part(text, settings.heldout))
+                digests.append(hashlib.sha256(text).digest()[:8])
+    labels = np.array(kinds, bool)
+    part_of_text = np.array(parts, np.int8)
+    ids = np.array(digests, "S8")
+    is_conflict = np.isin(ids, np.intersect1d(ids[labels], ids[~labels]))
+    part_of_text[is_conflict] = _CONFLICT
+    return _Examples(csr_array(vstack(features, format="csr")), labels, part_of_text)
+
+
+def _choose_part(text: bytes, heldout: float) -> int:
+    """Returns the place in `_PARTS` of the part that a text belongs to."""
+    if not is_heldout(text, heldout):
+        return _PARTS.index("train")
+    # Those of the smaller share are among those of the larger.
+    if not is_heldout(text, heldout / 2):
+        return _PARTS.index("calibrate")
+    return _PARTS.index("measure")
 
 
 def choose_threshold(
@@ -225,49 +301,67 @@ def choose_threshold(
     from sklearn.metrics import precision_recall_curve
 
     precision, recall, thresholds = precision_recall_curve(labels, scores)
-    reaches, other = (
-        (precision, recall) if target == "precision" else (recall, precision)
-    )
-    reaches, other = reaches[:-1], other[:-1]  # The last point has no threshold.
-    reached = reaches >= target_value
-    if not reached.any():
-        return float(thresholds[np.argmax(reaches)]), False
-    return float(
-        thresholds[np.lexsort((reaches, np.where(reached, other, -1)))[-1]]
-    ), True
+    # The last point has no threshold.
+    precision = precision[:-1]
+    recall = recall[:-1]
+    if target == "precision":
+        target_measure = precision
+        other_measure = recall
+    else:
+        target_measure = recall
+        other_measure = precision
+    is_reached = target_measure >= target_value
+    if not is_reached.any():
+        closest = np.argmax(target_measure)
+        return float(thresholds[closest]), False
+    # Of those with most of the other measure the one with most of the target's.
+    worst_first = np.lexsort((target_measure, np.where(is_reached, other_measure, -1)))
+    best = worst_first[-1]
+    return float(thresholds[best]), True
 
 
-def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> Any:
+def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> "csr_array":
     """Hashes the n-grams of texts: a sparse matrix [texts, weights] with rows of norm
     1."""
-    from scipy.sparse import hstack
+    from scipy.sparse import csr_array, hstack
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    size = 1 << settings.buckets
-    longest = settings.word_ngrams
-    texts = [text[:_LONGEST] for text in texts]
-    words = HashingVectorizer(
-        n_features=size, ngram_range=(1, longest), token_pattern=WORD_PATTERN
+    num_buckets = 1 << settings.buckets
+    heads = [text[:_LONGEST] for text in texts]
+    word_vectorizer = HashingVectorizer(
+        n_features=num_buckets,
+        ngram_range=(1, settings.word_ngrams),
+        token_pattern=WORD_PATTERN,
     )
-    found = words.transform(texts)
+    word_features = word_vectorizer.transform(heads)
     if not settings.char_ngrams:
-        return found
-    ngram_range = (settings.char_ngrams, settings.char_ngrams)
-    characters = HashingVectorizer(
-        n_features=size, ngram_range=ngram_range, analyzer="char_wb"
+        return csr_array(word_features)
+    character_vectorizer = HashingVectorizer(
+        n_features=num_buckets,
+        ngram_range=(settings.char_ngrams, settings.char_ngrams),
+        analyzer="char_wb",
     )
-    return hstack([found, characters.transform(texts)], format="csr")
+    character_features = character_vectorizer.transform(heads)
+    return csr_array(hstack([word_features, character_features], format="csr"))
 
 
-def _check_parts(
-    parts: np.ndarray, labels: np.ndarray, settings: ClassifierConfig
-) -> None:
-    for kind, chosen in (("positive", labels), ("negative", ~labels)):
+def _check_parts(examples: _Examples, settings: ClassifierConfig) -> None:
+    """Checks that there are examples of both kinds in each part."""
+    for kind, is_of_kind in (
+        ("positive", examples.labels),
+        ("negative", ~examples.labels),
+    ):
         for number, part in enumerate(_PARTS):
-            if not np.any(chosen & (parts == number)):
-                what = f"{chosen.sum()} {kind} documents: none of them falls to the part to {part}"
-                fix = f"give more documents, or raise heldout (it is {settings.heldout:g})"
-                raise MaxlmError(what, fix=fix)
+            if not np.any(is_of_kind & (examples.parts == number)):
+                message = (
+                    f"{is_of_kind.sum()} {kind} documents: none of them falls to the "
+                    f"part to {part}"
+                )
+                fix = (
+                    "give more documents, or raise heldout (it is "
+                    f"{settings.heldout:g})"
+                )
+                raise MaxlmError(message, fix=fix)
 
 
 class QualityStage(PerDocumentStage):
@@ -291,10 +385,10 @@ class QualityStage(PerDocumentStage):
     def list_input_files(self) -> Iterable[Path]:
         return (self.model,)
 
-    def make_row_label_fn(self) -> Callable[[str], dict[str, Any]]:
+    def make_row_label_fn(self) -> RowLabelFn:
         model = load_classifier(self.model)
 
-        def label(text: str) -> dict[str, Any]:
+        def label(text: str) -> RowLabels:
             score = model.predict_proba([text])[0]
             return {} if np.isnan(score) else {"score": score}
 

@@ -43,15 +43,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.corpus.cuts import CUTS, merge_spans
-from maxlm.corpus.dedup.columns import read_batch, read_columns, write_columns
-from maxlm.corpus.dedup.copies import read_copies, write_copies
+from maxlm.corpus.dedup.columns import (
+    count_ranges,
+    map_columns,
+    read_columns,
+    write_columns,
+)
+from maxlm.corpus.dedup.copies import Copies, read_copies, write_copies
 from maxlm.corpus.dedup.members import (
     compute_document_offsets,
     compute_keep_scores,
@@ -63,13 +68,13 @@ from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdic
 from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_code_point_classes
 from maxlm.data.batching import batch_by_size
 
-_BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
-_BYTES_OF_WINDOW = 80  # In a range job.
+_CHARACTER_BYTES = 64  # Of its block, in an index job.
+_WINDOW_BYTES = 80  # In a range job.
 # Bases of the two hashes of a window: odd, and so invertible modulo 2^64.
-_BASE, _CHECK_BASE = 0x9FB21C651E98DF25, 0xD6E8FEB86659FD93
-_LARGEST_BLOCK = (
-    2**31
-)  # Places in a block are uint32, and no document is longer than this.
+_BASE = 0x9FB21C651E98DF25
+_CHECK_BASE = 0xD6E8FEB86659FD93
+# Places in a block are uint32, and no document is longer than this.
+_LARGEST_BLOCK = 2**31
 
 REPEATS = pa.list_(
     pa.struct(
@@ -89,6 +94,36 @@ LAYOUT = pa.list_(pa.int32())
 first and last. Only of texts with repeats."""
 
 
+class WordEdges(NamedTuple):
+    """Where the words of documents lie that stand end to end."""
+
+    starts: np.ndarray
+    """Each word's first character: int64 [words]."""
+    stops: np.ndarray
+    """The character after each word's last: int64 [words]."""
+    document_offsets: np.ndarray
+    """Each document's first word, and the number of words: int64 [documents + 1]."""
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_offsets) - 1
+
+    def find_documents(self, words: np.ndarray) -> np.ndarray:
+        """Finds the document of each word: int64 [words]."""
+        return np.searchsorted(self.document_offsets, words, "right") - 1
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A document of a shard."""
+
+    text: np.ndarray
+    """Its code points: uint32."""
+    row: int
+    """Its row within the shard."""
+    rank: float
+
+
 def write_window_blocks(
     folder: Path,
     window_words: int,
@@ -104,61 +139,87 @@ def write_window_blocks(
     - for each window its hashes, sorted, the word with which it begins, and its
       document's rank, if ranks differ
     """
-    done = _block_file(folder, shard.name, "windows")
+    done = _get_block_path(folder, shard.name, "windows")
     if done.exists():
         return
-    windows = []
-    documents = _read_code_points(shard, keep_by)
+    num_windows = []
     blocks = batch_by_size(
-        documents, lambda document: len(document[0]), block_characters
+        _read_documents(shard, keep_by),
+        lambda document: len(document.text),
+        block_characters,
     )
-    for number, block in enumerate(blocks):
+    for number, documents in enumerate(blocks):
         name = f"{shard.name}-{number}"
-        texts, rows, ranks = zip(*block, strict=True)
-        text = np.concatenate(texts)
-        offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-        starts, stops, first = find_words(text, offsets)
-        columns = {"row": np.array(rows), "end": offsets[1:], "first_word": first[:-1]}
-        write_columns(_block_file(folder, name, "documents"), columns)
-        write_columns(_block_file(folder, name, "text"), {"text": text})
-        hashes, begins = hash_windows(text, starts, stops, first, window_words)
-        order = np.argsort(hashes, kind="stable")
-        columns = {"hash": hashes[order], "place": begins[order].astype(np.uint32)}
-        checks, _ = hash_windows(text, starts, stops, first, window_words, _CHECK_BASE)
-        columns |= {"check": checks[order]}
-        if keep_by is not None:
-            documents_of_windows = np.searchsorted(first, begins[order], "right") - 1
-            columns |= {"rank": np.array(ranks)[documents_of_windows]}
-        write_columns(_block_file(folder, name, "hashes"), columns)
-        windows.append(len(hashes))
-    write_columns(done, {"windows": np.array(windows, np.int64)})
+        num_windows.append(
+            _write_block(
+                folder, name, documents, window_words, has_ranks=keep_by is not None
+            )
+        )
+    write_columns(done, {"windows": np.array(num_windows, np.int64)})
 
 
-def _read_code_points(
-    shard: StageShardView, keep_by: str | None
-) -> Iterator[tuple[np.ndarray, int, float]]:
-    """Yields the code points (uint32), row and rank of each document of a shard."""
-    columns = ("text",) if keep_by is None else ("text", keep_by.removeprefix("-"))
+def _write_block(
+    folder: Path,
+    name: str,
+    documents: Sequence[_Document],
+    window_words: int,
+    has_ranks: bool,
+) -> int:
+    """Writes the files of a block of documents; returns its number of windows."""
+    texts = [document.text for document in documents]
+    text = np.concatenate(texts)
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    words = find_words(text, offsets)
+    document_columns = {
+        "row": np.array([document.row for document in documents]),
+        "end": offsets[1:],
+        "first_word": words.document_offsets[:-1],
+    }
+    write_columns(_get_block_path(folder, name, "documents"), document_columns)
+    write_columns(_get_block_path(folder, name, "text"), {"text": text})
+
+    hashes, first_words = hash_windows(text, words, window_words)
+    checks, _ = hash_windows(text, words, window_words, _CHECK_BASE)
+    order = np.argsort(hashes, kind="stable")
+    window_columns = {
+        "hash": hashes[order],
+        "place": first_words[order].astype(np.uint32),
+        "check": checks[order],
+    }
+    if has_ranks:
+        ranks = np.array([document.rank for document in documents])
+        document_of_window = words.find_documents(first_words[order])
+        window_columns["rank"] = ranks[document_of_window]
+    write_columns(_get_block_path(folder, name, "hashes"), window_columns)
+    return len(hashes)
+
+
+def _read_documents(shard: StageShardView, keep_by: str | None) -> Iterator[_Document]:
+    """Yields the documents of a shard."""
+    columns = ["text"]
+    if keep_by is not None:
+        columns.append(keep_by.removeprefix("-"))
     for group in shard.read_selected_rows(columns):
-        encoded = (
-            text.as_py().encode("utf-32-le") for text in group.batch.column("text")
-        )
-        texts = (np.frombuffer(text, np.uint32) for text in encoded)
+        texts = group.batch.column("text")
         rows = (group.row_indices + group.first_row).tolist()
-        yield from zip(
-            texts, rows, compute_keep_scores(group.batch, keep_by).tolist(), strict=True
-        )
+        ranks = compute_keep_scores(group.batch, keep_by).tolist()
+        for text, row, rank in zip(texts, rows, ranks, strict=True):
+            yield _Document(convert_to_code_points(text.as_py()), row, rank)
+
+
+def convert_to_code_points(text: str) -> np.ndarray:
+    """Returns the code points of a text: uint32 [characters]."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
 def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> list[str]:
     """Lists the names of the blocks of all shards, in order."""
-    return [
-        f"{shard.name}-{number}"
-        for shard in shards
-        for number in range(
-            read_batch(_block_file(folder, shard.name, "windows")).num_rows
-        )
-    ]
+    names = []
+    for shard in shards:
+        path = _get_block_path(folder, shard.name, "windows")
+        for number in range(map_columns(path).num_rows):
+            names.append(f"{shard.name}-{number}")
+    return names
 
 
 @dataclass(frozen=True)
@@ -183,26 +244,29 @@ def write_duplicate_spans(
     """Writes the labels of a shard's documents. `part`: the shard, and for every shard
     the number of its first document in the corpus, by the shard's name."""
     shard, document_offsets = part
-    labels = [
-        _label_block(folder, blocks, number, num_ranges, window_words, document_offsets)
-        for number, block in enumerate(blocks)
-        if _get_shard_name(block) == shard.name
-    ]
-    rows = np.concatenate([np.empty(0, np.int64), *(block.rows for block in labels)])
-    shares = np.concatenate([np.empty(0), *(block.cut_share for block in labels)])
-    columns = {
-        "cuts": pa.concat_arrays(
-            [pa.array([], CUTS), *(block.cuts for block in labels)]
-        ),
-        "cut_share": shares,
-        "repeats": pa.concat_arrays(
-            [pa.array([], REPEATS), *(block.repeats for block in labels)]
-        ),
-        "layout": pa.concat_arrays(
-            [pa.array([], LAYOUT), *(block.layout for block in labels)]
-        ),
+    rows = [np.empty(0, np.int64)]
+    cuts = [pa.array([], CUTS)]
+    shares = [np.empty(0)]
+    repeats = [pa.array([], REPEATS)]
+    layouts = [pa.array([], LAYOUT)]
+    for number, name in enumerate(blocks):
+        if _get_shard_name(name) != shard.name:
+            continue
+        block = _label_block(
+            folder, blocks, number, num_ranges, window_words, document_offsets
+        )
+        rows.append(block.rows)
+        cuts.append(block.cuts)
+        shares.append(block.cut_share)
+        repeats.append(block.repeats)
+        layouts.append(block.layout)
+    labels = {
+        "cuts": pa.concat_arrays(cuts),
+        "cut_share": np.concatenate(shares),
+        "repeats": pa.concat_arrays(repeats),
+        "layout": pa.concat_arrays(layouts),
     }
-    write_labels(shard, SubstringStage, rows, columns)
+    write_labels(shard, SubstringStage, np.concatenate(rows), labels)
 
 
 def _get_shard_name(block: str) -> str:
@@ -214,89 +278,139 @@ def _label_block(
     blocks: Sequence[str],
     block: int,
     num_ranges: int,
-    size: int,
+    window_words: int,
     document_offsets: Mapping[str, int],
 ) -> _BlockLabels:
     """Labels the documents of a block, whose number `block` is, from the copies of its
-    windows of `size` words."""
-    documents = read_columns(_block_file(folder, blocks[block], "documents"))
-    ends = documents["end"]
-    text = read_columns(_block_file(folder, blocks[block], "text"))["text"]
-    offsets = np.concatenate([[0], ends])
-    starts, stops, first = find_words(text, offsets)
+    windows."""
+    name = blocks[block]
+    documents = read_columns(_get_block_path(folder, name, "documents"))
+    text = read_columns(_get_block_path(folder, name, "text"))["text"]
+    text_offsets = np.concatenate([[0], documents["end"]])
+    words = find_words(text, text_offsets)
     copies = read_copies(folder, num_ranges, block)
-    word, source_block, source = (
-        copies[name] for name in ("place", "source_file", "source_place")
-    )
 
-    # A source that comes later in the block is in a better document.
-    is_cut = (source_block != block) | (source > word) | (source + size <= word)
-    # A number is left out between documents, so that no two windows of different ones
-    # touch.
-    spaced = word[is_cut] + np.searchsorted(first, word[is_cut], "right") - 1
-    begins, finishes = merge_spans(spaced, spaced + size)
-    document = np.searchsorted(first + np.arange(len(first)), begins, "right") - 1
-    edges = np.stack([starts[begins - document], stops[finishes - 1 - document]], 1)
-    spans = (edges - offsets[document, None]).astype(np.int32)
-    cut_characters = np.bincount(document, spans[:, 1] - spans[:, 0], len(ends))
-    cuts = _make_list_array(
-        np.bincount(document, minlength=len(ends)), CUTS, [spans[:, 0], spans[:, 1]]
-    )
+    # A source that comes later in the block is in a better document. One that overlaps
+    # its copy is none: see the rule above.
+    is_elsewhere = copies.source_file != block
+    is_later = copies.source_place > copies.place
+    is_apart = copies.source_place + window_words <= copies.place
+    is_cut = is_elsewhere | is_later | is_apart
+    cut_starts = copies.place[is_cut]
+    cuts, num_cut = _list_cuts(words, text_offsets, cut_starts, window_words)
+    num_characters = np.diff(text_offsets)
 
-    follows = (
-        (np.diff(word) == 1) & (np.diff(source) == 1) & (np.diff(source_block) == 0)
+    run_starts, run_lengths = _find_runs(words, copies)
+    run_words = copies.place[run_starts]
+    run_documents = words.find_documents(run_words)
+    source_documents, source_words = _find_documents(
+        folder,
+        blocks,
+        copies.source_file[run_starts],
+        copies.source_place[run_starts],
+        document_offsets,
     )
-    document = np.searchsorted(first, word, "right") - 1
-    follows &= np.diff(document) == 0
-    run = np.flatnonzero(np.append(True, ~follows)[: len(word)])
-    lengths = np.diff(run, append=len(word))
-    source_document, source_word = _find_documents(
-        folder, blocks, source_block[run], source[run], document_offsets
-    )
+    num_runs = np.bincount(run_documents, minlength=words.num_documents)
     repeats = _make_list_array(
-        np.bincount(document[run], minlength=len(ends)),
+        num_runs,
         REPEATS,
-        [word[run] - first[document[run]], lengths, source_document, source_word],
+        [
+            run_words - words.document_offsets[run_documents],
+            run_lengths,
+            source_documents,
+            source_words,
+        ],
     )
-
-    has_repeats = np.bincount(document, minlength=len(ends)) > 0
-    layouts = [
-        _make_layout(starts[a:b] - begin, stops[a:b] - begin, end - begin)
-        if repeated
-        else []
-        for a, b, begin, end, repeated in zip(
-            first[:-1], first[1:], offsets[:-1], ends, has_repeats, strict=True
-        )
-    ]
-    shares = cut_characters / np.maximum(ends - offsets[:-1], 1)
     return _BlockLabels(
         rows=documents["row"],
         cuts=cuts,
-        cut_share=shares,
+        cut_share=num_cut / np.maximum(num_characters, 1),
         repeats=repeats,
-        layout=pa.array(layouts, LAYOUT),
+        layout=_make_layouts(words, text_offsets, has_repeats=num_runs > 0),
     )
 
 
+def _list_cuts(
+    words: WordEdges,
+    text_offsets: np.ndarray,
+    window_starts: np.ndarray,
+    window_words: int,
+) -> tuple[pa.ListArray, np.ndarray]:
+    """Returns the union of windows as spans of each document's characters, and how many
+    characters of each document they hold: float64 [documents].
+
+    Args:
+        text_offsets: the first character of each document, and the number of all.
+        window_starts: the word with which each window begins, rising.
+    """
+    # A number is left out between documents, so that no two windows of different ones
+    # touch.
+    spaced_starts = window_starts + words.find_documents(window_starts)
+    span_starts, span_stops = merge_spans(spaced_starts, spaced_starts + window_words)
+    spaced_offsets = words.document_offsets + np.arange(len(words.document_offsets))
+    document = np.searchsorted(spaced_offsets, span_starts, "right") - 1
+    first_word = span_starts - document
+    last_word = span_stops - 1 - document
+    starts = (words.starts[first_word] - text_offsets[document]).astype(np.int32)
+    ends = (words.stops[last_word] - text_offsets[document]).astype(np.int32)
+    num_spans = np.bincount(document, minlength=words.num_documents)
+    num_characters = np.bincount(document, ends - starts, words.num_documents)
+    return _make_list_array(num_spans, CUTS, [starts, ends]), num_characters
+
+
+def _find_runs(words: WordEdges, copies: Copies) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the runs of repeated windows of a document, one after the other, whose
+    sources are so too. Returns the index of each run's first window among `copies`, and
+    its number of windows: int64 [runs]."""
+    document = words.find_documents(copies.place)
+    follows = (
+        (np.diff(copies.place) == 1)
+        & (np.diff(copies.source_place) == 1)
+        & (np.diff(copies.source_file) == 0)
+        & (np.diff(document) == 0)
+    )
+    is_start = np.append(True, ~follows)[: len(copies.place)]  # Of no windows none.
+    run_starts = np.flatnonzero(is_start)
+    return run_starts, np.diff(run_starts, append=len(copies.place))
+
+
 def _make_list_array(
-    counts: np.ndarray, type_: pa.ListType, fields: Sequence[np.ndarray]
+    counts: np.ndarray, type_: pa.ListType, columns: Sequence[np.ndarray]
 ) -> pa.ListArray:
-    """Makes a column of lists of structures, of which row i has counts[i]."""
-    types = list(type_.value_type)
+    """Makes a column of lists of structures, of which row i has counts[i]. `columns`:
+    the values of each field of the structures, those of all rows end to end."""
+    fields = list(type_.value_type)
     arrays = [
         pa.array(values, field.type)
-        for values, field in zip(fields, types, strict=True)
+        for values, field in zip(columns, fields, strict=True)
     ]
-    structures = pa.StructArray.from_arrays(arrays, fields=types)
+    structures = pa.StructArray.from_arrays(arrays, fields=fields)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), structures, type=type_)
 
 
-def _make_layout(starts: np.ndarray, stops: np.ndarray, length: int) -> np.ndarray:
-    """Makes the layout of a text from its words' first characters and those after their
-    last."""
-    edges = np.stack([starts, stops], 1).ravel()
-    return np.diff(edges, prepend=0, append=length).astype(np.int32)
+def _make_layouts(
+    words: WordEdges, text_offsets: np.ndarray, has_repeats: np.ndarray
+) -> pa.ListArray:
+    """Makes the layouts of documents; empty ones of those without repeats.
+
+    Args:
+        text_offsets: the first character of each document, and the number of all.
+        has_repeats: which documents have some: bool [documents].
+    """
+    edges = np.stack([words.starts, words.stops], axis=1)
+    layouts = []
+    for document in range(words.num_documents):
+        if not has_repeats[document]:
+            layouts.append([])
+            continue
+        first_word, stop_word = words.document_offsets[document : document + 2]
+        begin, end = text_offsets[document : document + 2]
+        # From edge to edge are the lengths of white space and words by turns.
+        document_edges = edges[first_word:stop_word].ravel() - begin
+        lengths = np.diff(document_edges, prepend=0, append=end - begin)
+        layouts.append(lengths.astype(np.int32))
+    return pa.array(layouts, LAYOUT)
 
 
 def _find_documents(
@@ -311,79 +425,83 @@ def _find_documents(
     documents = np.empty(len(block), np.int64)
     words = np.empty(len(block), np.int64)
     for number, name in enumerate(blocks):
-        here = np.flatnonzero(block == number)
-        if len(here) == 0:
+        in_block = np.flatnonzero(block == number)
+        if len(in_block) == 0:
             continue
-        columns = read_columns(_block_file(folder, name, "documents"))
-        first_word = columns["first_word"]
+        columns = read_columns(_get_block_path(folder, name, "documents"))
+        first_words = columns["first_word"]
         # The last document that begins with this word or before: those before it may be
         # empty.
-        index = np.searchsorted(first_word, word[here], "right") - 1
+        index = np.searchsorted(first_words, word[in_block], "right") - 1
         offset = document_offsets[_get_shard_name(name)]
-        documents[here] = columns["row"][index] + offset
-        words[here] = word[here] - first_word[index]
+        documents[in_block] = columns["row"][index] + offset
+        words[in_block] = word[in_block] - first_words[index]
     return documents, words
 
 
-def _block_file(folder: Path, name: str, kind: str) -> Path:
-    """A file of a block: its `documents`, `text` or `hashes`; or of a shard: how many
-    `windows` each of its blocks has."""
+def _get_block_path(folder: Path, name: str, kind: str) -> Path:
+    """Returns a file of a block: its `documents`, `text` or `hashes`; or of a shard:
+    how many `windows` each of its blocks has."""
     return folder / "blocks" / f"{name}.{kind}"
 
 
-def find_words(
-    text: np.ndarray, offsets: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Finds the words of documents that lie end to end as code points: runs of visible
-    characters, in which each letter of a script without spaces is a word of its own,
-    with its marks. Returns each word's first character and the one after its last,
-    int64 [words]; each document's first word, and the number of words, int64 [documents
-    + 1]."""
-    bits = get_code_point_classes()[text]
-    opens = np.bincount(offsets, minlength=len(text) + 1)[:-1] > 0  # A document begins.
-    space, alone = bits & SPACE > 0, bits & ALONE > 0
-    begins = (bits & EXTEND == 0) | opens
-    # The last character of the document before this one that is no mark, if there is
-    # one.
-    anchor = np.maximum.accumulate(np.where(begins, np.arange(len(text)), 0))
-    after = np.roll(alone[anchor], 1)
-    starts = ~space & (opens | np.roll(space, 1) | (begins & (after | alone)))
-    edges = np.append(np.flatnonzero(starts | space | opens), len(text))
-    starts = np.flatnonzero(starts)
-    return (
-        starts,
-        edges[np.searchsorted(edges, starts, "right")],
-        np.searchsorted(starts, offsets),
+def find_words(text: np.ndarray, offsets: np.ndarray) -> WordEdges:
+    """Finds the words of documents that stand end to end as code points: runs of
+    visible characters, in which each letter of a script without spaces is a word of its
+    own, with its marks. `offsets`: each document's first character, and the number of
+    all: int64 [documents + 1]."""
+    classes = get_code_point_classes()[text]
+    is_space = classes & SPACE > 0
+    is_alone = classes & ALONE > 0
+    is_mark = classes & EXTEND > 0
+    opens_document = np.bincount(offsets, minlength=len(text) + 1)[:-1] > 0
+    # A mark belongs to its base: the last character of the document before it that is
+    # none, if there is one.
+    is_base = ~is_mark | opens_document
+    base = np.maximum.accumulate(np.where(is_base, np.arange(len(text)), 0))
+    # Each says of the character before; that of the first one is of no account, since
+    # it opens a document.
+    follows_alone = np.roll(is_alone[base], 1)
+    follows_space = np.roll(is_space, 1)
+    opens_word = opens_document | follows_space
+    opens_word |= is_base & (follows_alone | is_alone)
+    is_start = ~is_space & opens_word
+    # A word ends where another one, white space or a document begins.
+    edges = np.append(np.flatnonzero(is_start | is_space | opens_document), len(text))
+    starts = np.flatnonzero(is_start)
+    return WordEdges(
+        starts=starts,
+        stops=edges[np.searchsorted(edges, starts, "right")],
+        document_offsets=np.searchsorted(starts, offsets),
     )
 
 
 def hash_windows(
-    text: np.ndarray,
-    starts: np.ndarray,
-    stops: np.ndarray,
-    document_word_offsets: np.ndarray,
-    window_words: int,
-    base: int = _BASE,
+    text: np.ndarray, words: WordEdges, window_words: int, base: int = _BASE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hashes each run of `window_words` words within a document, with the white space
-    between them, from what `find_words` found: uint64 [windows], and the word with
-    which each begins, int64 [windows].
+    between them: uint64 [windows], and the word with which each begins, int64
+    [windows].
 
     The hash is a polynomial of the characters: the difference of two sums up to its
     ends, times a power that makes up for where it begins."""
-    ends = np.repeat(document_word_offsets[1:], np.diff(document_word_offsets))
-    begins = np.flatnonzero(np.arange(len(starts)) + window_words <= ends)
+    words_of_document = np.diff(words.document_offsets)
+    stop_word = np.repeat(words.document_offsets[1:], words_of_document)
+    is_whole = np.arange(len(words.starts)) + window_words <= stop_word
+    first_words = np.flatnonzero(is_whole)
+    # All modulo 2^64: sum i is that of (code point + 1) * base^j over the characters j
+    # before i.
+    terms = (text.astype(np.uint64) + np.uint64(1)) * _list_powers(base, len(text))
     sums = np.zeros(len(text) + 1, np.uint64)
-    np.cumsum(
-        (text.astype(np.uint64) + np.uint64(1)) * _list_powers(base, len(text)),
-        out=sums[1:],
-    )
-    inverse = _list_powers(pow(base, -1, 2**64), len(text))
-    start, stop = starts[begins], stops[begins + window_words - 1]
-    return mix_bits((sums[stop] - sums[start]) * inverse[start]), begins
+    np.cumsum(terms, out=sums[1:])
+    inverse_powers = _list_powers(pow(base, -1, 2**64), len(text))
+    start = words.starts[first_words]
+    stop = words.stops[first_words + window_words - 1]
+    return mix_bits((sums[stop] - sums[start]) * inverse_powers[start]), first_words
 
 
 def _list_powers(base: int, number: int) -> np.ndarray:
+    """Lists base^0, base^1, ... modulo 2^64: uint64 [number]."""
     powers = np.full(number, base, np.uint64)
     powers[:1] = 1
     return np.multiply.accumulate(powers)
@@ -423,20 +541,30 @@ class SubstringStage(CrossDocumentStage):
     ) -> None:
         """See `CrossDocumentStage.label`. The scratch files take ten times the text."""
         folder = scratch / f"blocks-{self.memory}"  # A killed run may have had another.
-        largest = min(self.memory // _BYTES_OF_CHARACTER, _LARGEST_BLOCK)
+        block_characters = min(self.memory // _CHARACTER_BYTES, _LARGEST_BLOCK)
         index = partial(
-            write_window_blocks, folder, self.min_tokens, largest, self.keep_by
+            write_window_blocks,
+            folder,
+            self.min_tokens,
+            block_characters,
+            self.keep_by,
         )
         run_jobs(index, shards, "index")
+
         blocks = list_blocks(folder, shards)
-        hashes = [_block_file(folder, block, "hashes") for block in blocks]
-        windows = sum(read_batch(file).num_rows for file in hashes)
-        number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
-        match = partial(write_copies, folder, hashes, number, self.keep_by is not None)
-        run_jobs(match, range(number) if blocks else (), "match")
-        cut = partial(write_duplicate_spans, folder, blocks, number, self.min_tokens)
-        offsets = compute_document_offsets(shards)[:-1]
-        by_name = {
-            shard.name: offset for shard, offset in zip(shards, offsets, strict=True)
-        }
-        run_jobs(cut, [(shard, by_name) for shard in shards], "cut")
+        hashes = [_get_block_path(folder, block, "hashes") for block in blocks]
+        num_windows = sum(map_columns(path).num_rows for path in hashes)
+        num_ranges = count_ranges(num_windows, _WINDOW_BYTES, self.memory)
+        has_ranks = self.keep_by is not None
+        match = partial(write_copies, folder, hashes, num_ranges, has_ranks)
+        run_jobs(match, range(num_ranges) if blocks else (), "match")
+
+        cut = partial(
+            write_duplicate_spans, folder, blocks, num_ranges, self.min_tokens
+        )
+        document_offsets = {}
+        for shard, offset in zip(
+            shards, compute_document_offsets(shards)[:-1], strict=True
+        ):
+            document_offsets[shard.name] = offset
+        run_jobs(cut, [(shard, document_offsets) for shard in shards], "cut")

@@ -1,16 +1,16 @@
 """Signs of toxic and sexual text: a shipped classifier, and lists of words."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import LabelTypes, PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage, RowLabelFn, RowLabels
 from maxlm.corpus.text import UNICODE, is_word, split_words_and_symbols
 
 _SHIPPED = resources.files("maxlm.corpus") / "lists" / "toxic"
@@ -65,87 +65,97 @@ class ToxicityStage(PerDocumentStage):
     def list_packages(self) -> tuple[str, ...]:
         """The classifier is a pickle of its package's, which need not be there without
         it."""
-        own = ("alt-profanity-check", "scikit-learn") if self.classifier else ()
-        return (*own, *self.packages)
+        if not self.classifier:
+            return self.packages
+        return ("alt-profanity-check", "scikit-learn", *self.packages)
 
     def fingerprint(self) -> str:
         """Hashes the lists' content too."""
         content = repr(read_word_lists(self.lists))
-        return hashlib.sha256(
-            f"{super().fingerprint()} {UNICODE} {content}".encode()
-        ).hexdigest()
+        parts = f"{super().fingerprint()} {UNICODE} {content}"
+        return hashlib.sha256(parts.encode()).hexdigest()
 
-    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
-        listed = _index_phrases(read_word_lists(self.lists))
+    def make_row_label_fn(self) -> RowLabelFn:
+        phrases = _index_phrases(read_word_lists(self.lists))
         predict = None
         if self.classifier:
             from profanity_check import predict_prob as predict
 
-        def label(text: str | None) -> dict[str, Any]:
+        def label(text: str | None) -> RowLabels:
             text = (text or "")[: self.longest]
-            found, words = _count_listed(text, listed)
-            labels = {"words": found, "word_ratio": found / words if words else None}
-            if predict is None or not text:
-                return labels
-            scores = predict(list(chunk_text(text, self.chunk)))
-            return labels | {"score": scores.mean(), "max_score": scores.max()}
+            num_listed, num_words = _count_listed(text, phrases)
+            labels: dict[str, object] = {
+                "words": num_listed,
+                "word_ratio": num_listed / num_words if num_words else None,
+            }
+            if predict is not None and text:
+                scores = predict(list(chunk_text(text, self.chunk)))
+                labels["score"] = scores.mean()
+                labels["max_score"] = scores.max()
+            return labels
 
         return label
 
 
-def chunk_text(text: str, size: int) -> Iterator[str]:
-    """Cuts a text into about equal parts of some `size` at most, at spaces where one is
-    near."""
-    number = -(-len(text) // size)
+def chunk_text(text: str, max_characters: int) -> Iterator[str]:
+    """Cuts a text into about equal parts, at spaces where one is near."""
+    num_parts = -(-len(text) // max_characters)  # Rounded up.
     start = 0
-    for k in range(1, number + 1):
-        stop = len(text) * k // number
-        if k < number:
-            space = text.rfind(" ", max(start, stop - size // 4), stop)
-            stop = space if space > start else stop
+    for part in range(1, num_parts + 1):
+        stop = len(text) * part // num_parts
+        if part < num_parts:
+            space = text.rfind(" ", max(start, stop - max_characters // 4), stop)
+            if space > start:
+                stop = space
         yield text[start:stop]
         start = stop
 
 
 def read_word_lists(names: Sequence[str]) -> tuple[str, ...]:
     """Reads the words and phrases of lists, shipped ones by name or files by path."""
-    phrases: dict[str, None] = {}
+    phrases: dict[str, None] = {}  # An ordered set.
     for name in names:
         path = _SHIPPED / f"{name}.txt" if name.isalpha() else Path(name)
         try:
             lines = path.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            shipped = sorted(Path(each.name).stem for each in _SHIPPED.iterdir())
+            shipped = sorted(Path(file.name).stem for file in _SHIPPED.iterdir())
+            message = f"cannot read the list {name!r} ({error})"
             fix = f"give a file of words, or one of: {', '.join(shipped)}"
-            raise MaxlmError(
-                f"cannot read the list {name!r} ({error})", fix=fix
-            ) from error
-        phrases.update(
-            dict.fromkeys(x.strip() for x in lines if x.strip() and x[0] != "#")
-        )
+            raise MaxlmError(message, fix=fix) from error
+        for line in lines:
+            phrase = line.strip()
+            is_comment = line.startswith("#")
+            if phrase and not is_comment:
+                phrases[phrase] = None
     return tuple(phrases)
 
 
 def _count_listed(
-    text: str, listed: Mapping[str, Sequence[list[str]]]
+    text: str, phrases: Mapping[str, Sequence[list[str]]]
 ) -> tuple[int, int]:
     """Counts listed phrases from the start, the longest at each place; and the words of
-    a text. `listed`: phrases as tokens in lower case, by their first, the longest
-    first."""
+    a text. `phrases`: as `_index_phrases` returns them."""
     tokens = split_words_and_symbols(text.lower())
-    found = end = 0
-    for i, token in enumerate(tokens):
-        if i >= end and token in listed:
-            for phrase in listed[token]:
-                if tokens[i : i + len(phrase)] == phrase:
-                    found, end = found + 1, i + len(phrase)
-                    break
-    return found, sum(map(is_word, tokens))
+    num_listed = 0
+    end = 0  # Of the phrases counted: they do not overlap.
+    for start, token in enumerate(tokens):
+        if start < end:
+            continue
+        for phrase in phrases.get(token, ()):
+            if tokens[start : start + len(phrase)] == phrase:
+                num_listed += 1
+                end = start + len(phrase)
+                break
+    return num_listed, sum(map(is_word, tokens))
 
 
 def _index_phrases(phrases: Sequence[str]) -> dict[str, list[list[str]]]:
-    listed: dict[str, list[list[str]]] = {}
-    split = (split_words_and_symbols(phrase.lower()) for phrase in phrases)
-    for tokens in sorted(filter(None, split), key=len, reverse=True):
-        listed.setdefault(tokens[0], []).append(tokens)
-    return listed
+    """Returns phrases as tokens in lower case, by their first token, the longest
+    first."""
+    tokenized = [split_words_and_symbols(phrase.lower()) for phrase in phrases]
+    by_first_token: dict[str, list[list[str]]] = {}
+    for tokens in sorted(tokenized, key=len, reverse=True):
+        if tokens:
+            by_first_token.setdefault(tokens[0], []).append(tokens)
+    return by_first_token

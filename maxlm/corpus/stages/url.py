@@ -1,24 +1,27 @@
 """Labels from a document's address."""
 
 import re
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.corpus.stage import LabelTypes, PerDocumentStage
+from maxlm.corpus.stage import LabelTypes, PerDocumentStage, RowLabelFn, RowLabels
 from maxlm.data.documents.streams import COMPRESSIONS, open_stream
 
 _LISTS = Path(__file__).parents[1] / "lists"
-_NSFW_LISTS = [
-    [str(_LISTS / f"nsfw_{kind}.txt")] for kind in ("words", "subwords", "soft_words")
-]
+# Files of words, of subwords and of soft words.
+_NSFW_LISTS = (
+    (str(_LISTS / "nsfw_words.txt"),),
+    (str(_LISTS / "nsfw_subwords.txt"),),
+    (str(_LISTS / "nsfw_soft_words.txt"),),
+)
 _AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//([^/?#]*)", re.I)
-_LONGEST_AUTHORITY, _LONGEST_HOST = 1024, 253  # DNS has no longer names.
+_LONGEST_AUTHORITY = 1024
+_LONGEST_HOST = 253  # DNS has no longer names.
 _HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _WORD = re.compile(r"[^\W_]+")
 
@@ -68,41 +71,48 @@ class UrlStage(PerDocumentStage):
 
     def list_input_files(self) -> Iterable[Path]:
         lists = [self.domains, self.words, self.subwords, self.soft_words]
-        return map(Path, chain(*lists, *(_NSFW_LISTS if self.nsfw else ())))
+        if self.nsfw:
+            lists += _NSFW_LISTS
+        for paths in lists:
+            yield from map(Path, paths)
 
-    def make_row_label_fn(self) -> Callable[[str | None], dict[str, Any]]:
+    def make_row_label_fn(self) -> RowLabelFn:
         """Raises: MaxlmError: a list cannot be read."""
         from tldextract import TLDExtract
 
-        suffixes = TLDExtract(
-            suffix_list_urls=(), cache_dir=None
-        )  # Only what it ships.
-        names = frozenset(map(_ascii, _entries(self.domains)))
-        words = _Words([self.words, self.subwords, self.soft_words], self.soft_count)
-        nsfw = _Words(_NSFW_LISTS, self.soft_count) if self.nsfw else None
+        # Only what it ships: no list is downloaded.
+        suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)
+        blocked_names = frozenset(map(_encode_host, _read_entries(self.domains)))
+        words = _BlockedWords(
+            self.words, self.subwords, self.soft_words, soft_count=self.soft_count
+        )
+        nsfw_words = None
+        if self.nsfw:
+            nsfw_words = _BlockedWords(*_NSFW_LISTS, soft_count=self.soft_count)
 
-        def label(url: str | None) -> dict[str, Any]:
+        def find_rule(host: str, domain: str | None, address: str) -> str | None:
+            if domain in blocked_names:
+                return "domain"
+            labels = host.split(".")
+            for first in range(len(labels)):
+                if ".".join(labels[first:]) in blocked_names:
+                    return "subdomain"
+            rule = words.find_rule(address)
+            if rule is None and nsfw_words and nsfw_words.find_rule(address):
+                return "nsfw"
+            return rule
+
+        def label(url: str | None) -> RowLabels:
             if url is None:
                 return {}
-            host, rest = _split(url)
+            host, rest = _split_url(url)
             if not host:
                 return {"blocked": False}
-            found = suffixes.extract_str(host)
-            domain = (
-                f"{found.domain}.{found.suffix}"
-                if found.domain and found.suffix
-                else None
-            )
-            labels = host.split(".")
-            address = f"{_unicode(host)}/{rest}"
-            if domain in names:
-                rule = "domain"
-            elif names.intersection(".".join(labels[i:]) for i in range(len(labels))):
-                rule = "subdomain"
-            else:
-                rule = words.rule(address) or (
-                    "nsfw" if nsfw and nsfw.rule(address) else None
-                )
+            parts = suffixes.extract_str(host)
+            domain = None
+            if parts.domain and parts.suffix:
+                domain = f"{parts.domain}.{parts.suffix}"
+            rule = find_rule(host, domain, f"{_decode_host(host)}/{rest}")
             return {
                 "host": host,
                 "domain": domain,
@@ -113,28 +123,41 @@ class UrlStage(PerDocumentStage):
         return label
 
 
-class _Words:
+class _BlockedWords:
     """Words to look for in addresses, from files of words, subwords and soft words."""
 
-    def __init__(self, lists: Iterable[Iterable[str]], soft_count: int):
-        self._words, subwords, self._soft = (
-            frozenset(_entries(paths)) for paths in lists
-        )
-        parts = sorted(subwords)
-        self._subwords = re.compile("|".join(map(re.escape, parts))) if parts else None
+    def __init__(
+        self,
+        words: Iterable[str],
+        subwords: Iterable[str],
+        soft_words: Iterable[str],
+        *,
+        soft_count: int,
+    ):
+        self._words = frozenset(_read_entries(words))
+        self._soft_words = frozenset(_read_entries(soft_words))
         self._soft_count = soft_count
+        parts = sorted(set(_read_entries(subwords)))
+        self._subwords = re.compile("|".join(map(re.escape, parts))) if parts else None
 
-    def rule(self, address: str) -> str | None:
-        found = set(_WORD.findall(address))
-        if found & self._words or (self._subwords and self._subwords.search(address)):
+    def find_rule(self, address: str) -> str | None:
+        """Returns the rule by which an address is blocked; None: it is not."""
+        words = set(_WORD.findall(address))
+        if not words.isdisjoint(self._words):
             return "word"
-        return "soft_words" if len(found & self._soft) >= self._soft_count else None
+        if self._subwords is not None and self._subwords.search(address):
+            return "word"
+        if len(words & self._soft_words) >= self._soft_count:
+            return "soft_words"
+        return None
 
 
-def _split(url: str) -> tuple[str, str]:
-    """The host as ASCII, "" if there is none, and what follows it, percent-decoded."""
+def _split_url(url: str) -> tuple[str, str]:
+    """Returns the host as ASCII, "" if there is none, and what follows it,
+    percent-decoded."""
     url = url.strip()
-    url = url if _AUTHORITY.match(url) else f"//{url}"
+    if not _AUTHORITY.match(url):
+        url = f"//{url}"
     authority = _AUTHORITY.match(url)
     # A long one that is not ASCII would take urlsplit a time that grows with its
     # square.
@@ -142,7 +165,7 @@ def _split(url: str) -> tuple[str, str]:
         return "", ""
     try:
         parts = urlsplit(url)
-        host = _ascii(unquote(parts.hostname or ""))
+        host = _encode_host(unquote(parts.hostname or ""))
         _ = parts.port  # Raises where the port is none, as in "javascript:alert(1)".
     except ValueError:
         return "", ""
@@ -151,7 +174,8 @@ def _split(url: str) -> tuple[str, str]:
     return host, unquote(f"{parts.path}?{parts.query}").lower()
 
 
-def _ascii(host: str) -> str:
+def _encode_host(host: str) -> str:
+    """Returns a name in lower case, an internationalised one as ASCII."""
     host = host.strip(".").lower()
     if host.isascii():
         return host
@@ -161,18 +185,21 @@ def _ascii(host: str) -> str:
         return host
 
 
-def _unicode(host: str) -> str:
+def _decode_host(host: str) -> str:
+    """Returns an internationalised name as Unicode."""
     try:
         return host.encode().decode("idna") if "xn--" in host else host
     except UnicodeError:
         return host
 
 
-def _entries(paths: Iterable[str]) -> Iterable[str]:
-    """The entries of list files, in lower case."""
+def _read_entries(paths: Iterable[str]) -> Iterator[str]:
+    """Yields the entries of list files, in lower case."""
     for path in map(Path, paths):
-        with open_stream(path, COMPRESSIONS.get(path.suffix.lower(), "none")) as stream:
+        compression = COMPRESSIONS.get(path.suffix.lower(), "none")
+        with open_stream(path, compression) as stream:
             content = stream.read().decode("utf-8", "replace")
         for line in content.lower().splitlines():
-            if entry := line.partition("#")[0].split():
-                yield entry[-1]
+            columns = line.partition("#")[0].split()
+            if columns:
+                yield columns[-1]
