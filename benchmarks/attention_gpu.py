@@ -112,8 +112,8 @@ def table(shape: Shape, capability: str, repeats: int) -> None:
     shapes = (B, S, N, H), (B, S, K, H), (B, S, K, H), (B, S, N, H)
     keys = jax.random.split(jax.random.key(0), 4)
     *operands, d_o = (
-        jax.random.normal(key, each, jnp.bfloat16)
-        for key, each in zip(keys, shapes, strict=True)
+        jax.random.normal(key, operand_shape, jnp.bfloat16)
+        for key, operand_shape in zip(keys, shapes, strict=True)
     )
     pairs = B * N * S * (S + 1) / 2
     print(f"\nB={B} S={S} heads={N}/{K} head_dim={H}, bf16, causal")

@@ -53,12 +53,10 @@ from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention, attention_backward, attention_forward
 
-RUN, OVERRIDES, TOPOLOGY, CHIP = (
-    "runs/llama3_8b",
-    ["train.micro_batches=4"],
-    "v5p-64",
-    "v5p",
-)
+RUN = "runs/llama3_8b"
+OVERRIDES = ["train.micro_batches=4"]
+TOPOLOGY = "v5p-64"
+CHIP = "v5p"
 # The forward and the backward kernel, by what the compiled step calls them.
 CASES: dict[str, tuple[str, ...]] = {
     "ours": ("/attention_forward/", "/attention_backward/"),
@@ -75,7 +73,9 @@ COLUMNS = (
     ),
     *("forward runs", "backward runs", "ms a step"),
 )
-GIB, MEGA, MILLI = 1 << 30, 1e6, 1e-3
+GIB = 1 << 30
+MEGA = 1e6
+MILLI = 1e-3
 
 Program = tuple[Callable[..., Any], Sequence[Any]]
 
@@ -93,10 +93,14 @@ class Shape(NamedTuple):
     def of(cls, config: RunConfig) -> "Shape":
         """In this recipe all devices split the rows, and none the heads."""
         model: Any = config.model
-        own, devices = model.attention, parse_topology(TOPOLOGY).devices
+        attention, devices = model.attention, parse_topology(TOPOLOGY).devices
         rows = config.data.batch_size // config.train.micro_batches // devices
         return cls(
-            rows, config.data.seq_len, own.num_heads, own.num_kv_heads, own.head_dim
+            rows,
+            config.data.seq_len,
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_dim,
         )
 
     def operands(self) -> tuple[Any, ...]:
@@ -183,10 +187,11 @@ def kernel_passes(
         Spec("attention_step:both_passes", {"shape": shape, "blocks": b})
         for b in blocks
     ]
-    found = [measure(spec, CHIP) for spec in specs]
-    passes, best = [], {}
+    measurements = [measure(spec, CHIP) for spec in specs]
+    passes = []
+    best = {}
     for name, backward in (("forward", False), ("backward", True)):
-        cycles = [costs.cycles(backward=backward) for costs in found]
+        cycles = [costs.cycles(backward=backward) for costs in measurements]
         least = min(cycles)
         passes.append(Pass(least))
         best[name] = (blocks[cycles.index(least)] or {}).get(name)
@@ -197,8 +202,10 @@ def xla_bound(shape: Shape, backward: bool) -> Pass:
     """Cycles in which the chip's memory moves what this pass reads and writes."""
     function, arguments = xla_pass(shape, backward)
     on = SingleDeviceSharding(get_topology_devices(parse_topology(TOPOLOGY))[0])
-    given = (jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on) for a in arguments)
-    text: Any = jax.jit(function).lower(*given).compile().as_text()
+    structs = (
+        jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on) for a in arguments
+    )
+    text: Any = jax.jit(function).lower(*structs).compile().as_text()
     cost = read_compiled_cost(text, {})
     seconds = read_program_traffic(text).memory_bytes / CHIPS[CHIP].memory_bandwidth
     return Pass(seconds * STATIC[CHIP].clock_hz, cost.attention_flops)
@@ -208,7 +215,9 @@ def row(case: str) -> tuple[list[str], str]:
     """Cells of the table, once the step is known to have this attention and no other; a
     note."""
     config = load_config(RunConfig, RUN, OVERRIDES).value
-    shape, note, swaps = Shape.of(config), "", {}
+    shape = Shape.of(config)
+    note = ""
+    swaps = {}
     if case == "xla":
         passes = [xla_bound(shape, backward) for backward in (False, True)]
         for function in (attention_forward, attention_backward):
@@ -233,12 +242,15 @@ def row(case: str) -> tuple[list[str], str]:
         step = compile_step(config, TOPOLOGY)
     model: Any = config.model
     runs = times_run(case, step, passes, model.num_layers * config.train.micro_batches)
-    cycles = sum(times * own.cycles for times, own in zip(runs, passes, strict=True))
+    cycles = sum(
+        times * kernel_pass.cycles
+        for times, kernel_pass in zip(runs, passes, strict=True)
+    )
     bound = "≥ " if case == "xla" else ""
     cells = [
         f"{step.compiled.memory_analysis().temp_size_in_bytes / GIB:.2f}",
         f"{step.compiled.memory_analysis().argument_size_in_bytes / GIB:.2f}",
-        *(f"{bound}{own.cycles / MEGA:.1f}" for own in passes),
+        *(f"{bound}{kernel_pass.cycles / MEGA:.1f}" for kernel_pass in passes),
         *map(str, runs),
         f"{bound}{cycles / STATIC[CHIP].clock_hz / MILLI:,.0f}",
     ]
@@ -250,12 +262,15 @@ def times_run(
 ) -> list[int]:
     """Forward and backward passes in the compiled step, which has no other
     attention."""
-    cost, traffic = step.read_cost(), read_program_traffic(step.compiled.as_text())
-    found = [c for c in traffic.custom_calls if c.target == "tpu_custom_call"]
-    runs = [sum(c.count for c in found if name in c.op_name) for name in CASES[case]]
-    assert sum(runs) == sum(c.count for c in found), found
+    cost = step.read_cost()
+    traffic = read_program_traffic(step.compiled.as_text())
+    kernel_calls = [c for c in traffic.custom_calls if c.target == "tpu_custom_call"]
+    runs = [
+        sum(c.count for c in kernel_calls if name in c.op_name) for name in CASES[case]
+    ]
+    assert sum(runs) == sum(c.count for c in kernel_calls), kernel_calls
     if case == "xla":
-        forward, backward = (own.flops for own in passes)
+        forward, backward = (kernel_pass.flops for kernel_pass in passes)
         times, rest = divmod(cost.attention_flops - layers * backward, forward)
         assert rest == 0, (cost.attention_flops, forward, backward)
         runs = [times, layers]

@@ -65,7 +65,7 @@ def _flip(kind: Kind, chosen: random.Random, expected: Any) -> str:
     try:
         outcome = "equal" if kind.read() == expected else "other"
     except MaxlmError as error:
-        named = any(str(each) in str(error) for each in (path, *kind.names))
+        named = any(str(name) in str(error) for name in (path, *kind.names))
         outcome = "refused" if named else "unnamed"
     except Exception as error:
         outcome = f"unnamed ({error!r:.80})"
@@ -95,7 +95,8 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
 
     def stored() -> tuple[Any, ...]:
         store = TokenStore.open(folder / "store")
-        offsets, tokens = store.offsets[:], store.read(0, store.num_tokens)
+        offsets = store.offsets[:]
+        tokens = store.read(0, store.num_tokens)
         return store.manifest, offsets.tolist(), tokens.tolist()
 
     def verified() -> Any:
@@ -144,13 +145,17 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.disable()
     with tempfile.TemporaryDirectory() as folder:
-        found = count_flips(make_kinds(Path(folder)), arguments.flips, arguments.seed)
-    for name, counts in found.items():
+        counts_by_kind = count_flips(
+            make_kinds(Path(folder)), arguments.flips, arguments.seed
+        )
+    for name, counts in counts_by_kind.items():
         words = ", ".join(
             f"{counts[k]} {k}" for k in ("refused", "equal", "other", "unnamed")
         )
         print(f"{name}: {arguments.flips} flips, {words}")
-    return int(any(counts["other"] or counts["unnamed"] for counts in found.values()))
+    return int(
+        any(counts["other"] or counts["unnamed"] for counts in counts_by_kind.values())
+    )
 
 
 if __name__ == "__main__":

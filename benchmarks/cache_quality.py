@@ -48,7 +48,8 @@ def compute_loss(
     run: LoadedRun, config: EngineConfig, prompts: list[list[int]]
 ) -> np.ndarray:
     """Computes each prompt's mean negative log-likelihood, natural."""
-    engine, losses = Engine(run.model, run.params, config), np.zeros(len(prompts))
+    engine = Engine(run.model, run.params, config)
+    losses = np.zeros(len(prompts))
     one = SamplingConfig(temperature=0, max_new_tokens=1)
     for output in engine.run(
         [
@@ -67,13 +68,15 @@ def count_bytes(run: LoadedRun, config: EngineConfig) -> float:
     (stack, *_) = run.model.cache_specs(
         CacheLayout(1, 1, 1, config.page_size, cache=config.cache)
     ).values()
-    unit, tokens = "page", config.page_size
+    unit = "page"
+    tokens = config.page_size
     if not has_unit(stack, unit):
-        unit, tokens = "row", getattr(config.cache, "budget", 0)
-    arrays = [each for each in jax.tree.leaves(stack[0]) if each.unit == unit]
+        unit = "row"
+        tokens = getattr(config.cache, "budget", 0)
+    arrays = [array for array in jax.tree.leaves(stack[0]) if array.unit == unit]
     sizes = [
-        np.prod(each.shape) * jnp.dtype(each.dtype or "bfloat16").itemsize
-        for each in arrays
+        np.prod(array.shape) * jnp.dtype(array.dtype or "bfloat16").itemsize
+        for array in arrays
     ]
     return sum(sizes) / tokens
 
@@ -109,11 +112,14 @@ def main() -> None:
             "prefix_cache": False,
         }
         config = EngineConfig.model_validate(settings)
-        losses, size = compute_loss(run, config, prompts), count_bytes(run, config)
+        losses = compute_loss(run, config, prompts)
+        size = count_bytes(run, config)
         if base is None or base_bytes is None:
             base, base_bytes = losses, size
         figures = zip(np.exp(losses), np.exp(losses - base), strict=True)
-        columns = (f"{f'{own:.3f} ({ratio:.4f}x)':>20}" for own, ratio in figures)
+        columns = (
+            f"{f'{perplexity:.3f} ({ratio:.4f}x)':>20}" for perplexity, ratio in figures
+        )
         print(f"{name:8}{size / base_bytes:7.3f}x", *columns, flush=True)
 
 

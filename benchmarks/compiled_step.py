@@ -160,11 +160,9 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
         print(f"  with {' '.join(extra)}")
     step = compile_step(config, case.topology)
     print(f"  traced and compiled in {step.seconds:.1f} s")
-    hlo_text, cost, memory = (
-        step.compiled.as_text(),
-        step.read_cost(),
-        step.compiled.memory_analysis(),
-    )
+    hlo_text = step.compiled.as_text()
+    cost = step.read_cost()
+    memory = step.compiled.memory_analysis()
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / f"{name}.hlo").write_text(hlo_text)
@@ -189,13 +187,13 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     peers = {"MaxText": case.peer, **case.others}
     header = "".join(f"{peer:>{max(len(peer), 8)}} {'ratio':>6}  " for peer in peers)
     print(f"  {'':<26}{'maxlm':>9}  {header}".rstrip())
-    for what, value in ours.items():
+    for label, value in ours.items():
         cells = ""
         for peer, row in peers.items():
-            theirs = _theirs(row).get(what)
+            theirs = _theirs(row).get(label)
             ratio = value / theirs if theirs else None
             cells += f"{_figure(theirs):>{max(len(peer), 8)}} {_figure(ratio):>6}  "
-        print(f"  {what:<26}{value:>9.2f}  {cells}".rstrip())
+        print(f"  {label:<26}{value:>9.2f}  {cells}".rstrip())
     _print_wire(cost, traffic)
     machine = Machine.from_name(case.topology)
     plan = plan_run(config, machine)

@@ -101,7 +101,8 @@ def changed(value: Any) -> list[Any]:
 def drawn(name: str, draw: random.Random) -> Values:
     """A config.json like that of a case, of other sizes."""
     settings = tiny.CASES[name][1]
-    heads, head_dim = draw.randint(1, 7), 4 * draw.randint(1, 3)
+    heads = draw.randint(1, 7)
+    head_dim = 4 * draw.randint(1, 3)
     free = {"head_dim", "d_kv", "qk_rope_head_dim"} & settings.keys()
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     layers = draw.randint(3, 5)
@@ -128,7 +129,10 @@ def drawn(name: str, draw: random.Random) -> Values:
 
     def resized(key: str, value: Any) -> Any:
         if isinstance(value, dict) and key.endswith("_config"):
-            return {inner: resized(inner, own) for inner, own in value.items()}
+            return {
+                inner: resized(inner, inner_value)
+                for inner, inner_value in value.items()
+            }
         return by_key.get(key, value) if value is not None else None
 
     values = {key: resized(key, value) for key, value in settings.items()}
@@ -150,12 +154,10 @@ def whole_config(name: str, settings: Values) -> tuple[Any, Values]:
 
 def batch_of(values: Values) -> Batch:
     """What a model of a config.json is shown: one row."""
-    draw, rows, types, source = (
-        np.random.default_rng(0),
-        values["vocab_size"],
-        None,
-        None,
-    )
+    draw = np.random.default_rng(0)
+    rows = values["vocab_size"]
+    types = None
+    source = None
     if "type_vocab_size" in values:
         types = draw.integers(0, values["type_vocab_size"], (1, LENGTH))
     if values["is_encoder_decoder"]:
@@ -225,19 +227,19 @@ def outcome(cls: Any, values: Values, batch: Batch, names: Any) -> tuple[str, st
     except (MaxlmError, ValidationError) as error:
         return "refused", str(error).replace("\n", " ")
     try:
-        made = Theirs(cls, values, batch)
+        theirs = Theirs(cls, values, batch)
     except Exception as error:
         return "transformers refuses", f"{type(error).__name__}: {error}".splitlines()[
             0
         ]
     try:
-        family, config = compare.read(values, made.tensors())
-        entries = family.list_entries(config, made.tensors())
+        family, config = compare.read(values, theirs.tensors())
+        entries = family.list_entries(config, theirs.tensors())
         used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
-        assert used >= made.tensors().keys(), "tensors left over"
-        key = made.key, config.model_dump_json()
+        assert used >= theirs.tensors().keys(), "tensors left over"
+        key = theirs.key, config.model_dump_json()
         if key not in _known:
-            params = compare.parameters(config, entries, made.tensors())
+            params = compare.parameters(config, entries, theirs.tensors())
             _known[key] = our_logits(config, params, batch)
     except (
         MaxlmError,
@@ -246,11 +248,11 @@ def outcome(cls: Any, values: Values, batch: Batch, names: Any) -> tuple[str, st
         KeyError,
     ) as error:  # other tensors
         return "refused", str(error).replace("\n", " ")
-    if hasattr(config, "start_id") and made.start_id() not in (None, config.start_id):
-        return "DIFFERS", f"start_id {config.start_id} here, {made.start_id()} there"
-    if _known[key].shape != made.logits.shape:
+    if hasattr(config, "start_id") and theirs.start_id() not in (None, config.start_id):
+        return "DIFFERS", f"start_id {config.start_id} here, {theirs.start_id()} there"
+    if _known[key].shape != theirs.logits.shape:
         return "DIFFERS", "shapes of logits"
-    error = relative(_known[key], made.logits)
+    error = relative(_known[key], theirs.logits)
     return "equal" if error < TOLERANCE else "DIFFERS", f"{error:.0e}"
 
 
@@ -258,18 +260,20 @@ def mutate(cases: list[str], verbose: bool) -> bool:
     """Whether no mutation differs without a word; prints a line a case."""
     total: Counter[str] = Counter()
     for name in cases:
-        start, counts, few = time.monotonic(), Counter[str](), {}
+        start = time.monotonic()
+        counts = Counter[str]()
+        few = {}
         if name == "gemma3":
             few = {"num_hidden_layers": 3, "sliding_window_pattern": 2}
         cls, base = whole_config(name, tiny.CASES[name][1] | few)
         batch = batch_of(base)
         names = Theirs(cls, base, batch).tensors()
         for label, values in [("base", base), *mutations(base)]:
-            what, why = outcome(cls, values, batch, names)
-            counts[what] += 1
-            if verbose or what == "DIFFERS":
-                print(f"  {name}: {label}: {what} ({why})", flush=True)
-            assert what == "equal" or label != "base", why
+            verdict, reason = outcome(cls, values, batch, names)
+            counts[verdict] += 1
+            if verbose or verdict == "DIFFERS":
+                print(f"  {name}: {label}: {verdict} ({reason})", flush=True)
+            assert verdict == "equal" or label != "base", reason
         total += counts
         print(f"{name}: {dict(counts)}, {time.monotonic() - start:.0f} s", flush=True)
     print(f"all: {total.total()} configs: {dict(total)}")
@@ -284,10 +288,10 @@ def there_and_back(cls: Any, values: Values, dtype: str) -> float:
         MaxlmError: the model is refused.
     """
     batch = batch_of(values)
-    made = Theirs(cls, values, batch, np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    theirs = Theirs(cls, values, batch, np.dtype(getattr(ml_dtypes, dtype, dtype)))
     with tempfile.TemporaryDirectory() as home:
         first, run, again = (Path(home) / part for part in ("first", "run", "again"))
-        made.model.to(getattr(torch, dtype)).save_pretrained(first)
+        theirs.model.to(getattr(torch, dtype)).save_pretrained(first)
         convert(first, run)
         convert(run, again)
         want, got = (
@@ -302,25 +306,30 @@ def there_and_back(cls: Any, values: Values, dtype: str) -> float:
             name: reader.open(name).read().astype(float) for name in reader.shapes
         }
         config = load_config(RunConfig, run / "config.yaml").value.model
-    error = relative(our_logits(config, params, batch), made.logits)
+    error = relative(our_logits(config, params, batch), theirs.logits)
     return error if want == got else float("inf")
 
 
 def draw_models(cases: list[str], number: int, seed: int, verbose: bool) -> bool:
     """Whether so many random models are all equal or refused."""
-    draw, counts, worst = random.Random(seed), Counter[str](), 0.0
+    draw = random.Random(seed)
+    counts = Counter[str]()
+    worst = 0.0
     for index in range(number):
-        name, dtype = cases[index % len(cases)], draw.choice(["float32", "bfloat16"])
+        name = cases[index % len(cases)]
+        dtype = draw.choice(["float32", "bfloat16"])
         cls, values = whole_config(name, drawn(name, draw))
         try:
             error = there_and_back(cls, values, dtype)
             worst = max(worst, error)
-            what, why = "equal" if error < TOLERANCE else "DIFFERS", f"{error:.0e}"
+            verdict = "equal" if error < TOLERANCE else "DIFFERS"
+            reason = f"{error:.0e}"
         except MaxlmError as refusal:
-            what, why = "refused", str(refusal)
-        counts[what] += 1
-        if verbose or what != "equal":
-            print(f"  {name}, {dtype}: {what} ({why})", flush=True)
+            verdict = "refused"
+            reason = str(refusal)
+        counts[verdict] += 1
+        if verbose or verdict != "equal":
+            print(f"  {name}, {dtype}: {verdict} ({reason})", flush=True)
     print(f"{number} random models: {dict(counts)}, largest error {worst:.0e}")
     return not counts["DIFFERS"]
 
@@ -339,8 +348,8 @@ def main() -> int:
     torch.set_num_threads(1)
     cases = options.cases.split(",") if options.cases else []
     if options.random:
-        given = cases or [*tiny.CASES], options.random, options.seed, options.verbose
-        return 0 if draw_models(*given) else 1
+        settings = cases or [*tiny.CASES], options.random, options.seed, options.verbose
+        return 0 if draw_models(*settings) else 1
     return 0 if mutate(cases or CASES, options.verbose) else 1
 
 

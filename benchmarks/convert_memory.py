@@ -72,7 +72,8 @@ def convert_one_way(source: str, target: str) -> None:
 
     from maxlm.programs.convert import convert
 
-    began, baseline = time.perf_counter(), resident("VmRSS")
+    began = time.perf_counter()
+    baseline = resident("VmRSS")
     convert(source, target)
     print(json.dumps([baseline, resident("VmHWM"), time.perf_counter() - began]))
 
@@ -97,7 +98,8 @@ def main() -> None:
             json.dumps(LLAMA.write_config(config))
         )
         sizes = [stored.nbytes for stored in list_stored_tensors(theirs).values()]
-        largest, total = max(sizes), sum(sizes)
+        largest = max(sizes)
+        total = sum(sizes)
         print(
             f"{total / NUMPY[args.dtype].itemsize / 1e6:.0f} M parameters in "
             f"{args.dtype}: "

@@ -28,7 +28,9 @@ from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 
 def main() -> None:
-    documents, folder, tokenizer = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    documents = Path(sys.argv[1])
+    folder = sys.argv[2]
+    tokenizer = sys.argv[3]
     logger.remove()
     config = MinhashConfig()  # 14 bands of 8: it finds 92% at a similarity of 0.8.
 
@@ -54,8 +56,8 @@ def main() -> None:
         tasks=14,
     )
     run(MinhashDedupCluster(f"{folder}/buckets", f"{folder}/remove", config))
-    kept = JsonlWriter(f"{folder}/kept", compression=None)
-    run(reader, MinhashDedupFilter(f"{folder}/remove"), kept)
+    writer = JsonlWriter(f"{folder}/kept", compression=None)
+    run(reader, MinhashDedupFilter(f"{folder}/remove"), writer)
     seconds.append(time.process_time())
     lines = sum(
         len(p.read_text().splitlines()) for p in Path(f"{folder}/kept").glob("*.jsonl")

@@ -66,10 +66,14 @@ def main() -> None:
         word_ngrams=arguments.word_ngrams, char_ngrams=arguments.char_ngrams
     )
     good, bad = (
-        [each.text for each in read_documents(SourceConfig(documents=tuple(paths)))]
+        [
+            document.text
+            for document in read_documents(SourceConfig(documents=tuple(paths)))
+        ]
         for paths in (arguments.positive, arguments.negative)
     )
-    raw, labels = good + bad, np.arange(len(good) + len(bad)) < len(good)
+    raw = good + bad
+    labels = np.arange(len(good) + len(bad)) < len(good)
     texts = [text.decode() for text in raw]
     training, (model, report) = measure_seconds(
         lambda: train_classifier(good, bad, settings)

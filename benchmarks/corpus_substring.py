@@ -91,13 +91,15 @@ def write_corpus(folder: Path, texts: Sequence[str]) -> list[StageShardView]:
 
 
 def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
-    part, size = [], 0
+    part = []
+    size = 0
     for text in texts:
         part.append(text)
         size += len(text)
         if size >= _SHARD_BYTES:
             yield part
-            part, size = [], 0
+            part = []
+            size = 0
     if part:
         yield part
 
@@ -115,7 +117,8 @@ def measure(stage, small, shards, scratch, connection) -> None:
     run(stage, small, scratch / "small")
     Path("/proc/self/clear_refs").write_text("5")  # The peak becomes what is held now.
     before = memory("VmRSS")
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
+    wall = time.perf_counter()
     run(stage, shards, scratch / "all")
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     connection.send((cpu, wall, memory("VmHWM") - before))
@@ -191,7 +194,8 @@ def main() -> None:
             some = texts[: len(texts) * times // 16]
             size = sum(len(text.encode()) for text in some) / 1e6
             shards = write_corpus(home / f"{times}", some)
-            (scratch := home / f"scratch-{times}").mkdir()
+            scratch = home / f"scratch-{times}"
+            scratch.mkdir()
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=measure, args=(stage, small, shards, scratch, theirs)

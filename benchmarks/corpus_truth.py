@@ -34,10 +34,12 @@ def documents(corpus: OpenCorpus) -> dict[str, dict[str, Any]]:
             settled.read_row_groups(settled_names),
             strict=True,
         )
-        for found, table in tables:
+        for columns, table in tables:
             cuts = table.column("substring.cuts").to_pylist()
-            kept = mark_kept(table, rules).tolist()
-            for row, spans, keep in zip(found.to_pylist(), cuts, kept, strict=True):
+            is_kept = mark_kept(table, rules).tolist()
+            for row, spans, keep in zip(
+                columns.to_pylist(), cuts, is_kept, strict=True
+            ):
                 rows[row["id"]] = row | {"substring.cuts": spans, "kept": keep}
     return rows
 
@@ -46,15 +48,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("corpus", type=Path)
     parser.add_argument("truth", type=Path)
-    given = parser.parse_args()
-    corpus = OpenCorpus.open(given.corpus)
+    arguments = parser.parse_args()
+    corpus = OpenCorpus.open(arguments.corpus)
     rows = documents(corpus)
     truth = defaultdict(list)
-    for line in given.truth.read_text().splitlines():
-        truth[(row := json.loads(line))["kind"]].append(row)
+    for line in arguments.truth.read_text().splitlines():
+        record = json.loads(line)
+        truth[record["kind"]].append(record)
 
-    def share(name: str, found: int, number: int) -> None:
-        print(f"{name:58} {found:5} of {number:5}  {found / max(1, number):7.2%}")
+    def share(name: str, count: int, total: int) -> None:
+        print(f"{name:58} {count:5} of {total:5}  {count / max(1, total):7.2%}")
 
     copies = [t for t in truth["exact_copy"] if (rows[t["id"]]["text"] or "").strip()]
     pairs = [(rows[t["id"]], rows[t["of"]]) for t in copies]
@@ -78,19 +81,23 @@ def main() -> None:
         times += 1
         left += t["text"] in remove_spans(row["text"], spans)
     share("repeated paragraph in kept documents, cut (one stays)", times - left, times)
-    found = Counter()
+    masked_counts = Counter()
     for t in truth["pii"]:
         row = rows[t["id"]]
         if row["pii.spans"] is None:
             continue
         masked = Counter(span["kind"] for span in row["pii.spans"])
         for kind, value in t["spans"]:
-            found[kind, "all"] += 1
-            found[kind, "masked"] += (
+            masked_counts[kind, "all"] += 1
+            masked_counts[kind, "masked"] += (
                 value not in row["text"] and masked[_PII.get(kind, kind)] > 0
             )
-    for kind in sorted({kind for kind, _ in found}):
-        share(f"personal data, {kind}", found[kind, "masked"], found[kind, "all"])
+    for kind in sorted({kind for kind, _ in masked_counts}):
+        share(
+            f"personal data, {kind}",
+            masked_counts[kind, "masked"],
+            masked_counts[kind, "all"],
+        )
     for reason, number in Counter(t["reason"] for t in truth["junk"]).items():
         dropped = sum(
             not rows[t["id"]]["kept"]

@@ -69,19 +69,20 @@ def main() -> None:
     print(f"reading {flat.nbytes / 1e6:.0f} MB: {read:.1f} ms")
     for rows in args.rows:
         x = draw(rows, WIDTH)
-        held, other = jnp.asarray(x), torch.tensor(x)
+        x_jax = jnp.asarray(x)
+        x_torch = torch.tensor(x)
         xla = {
             name: time_median(
-                lambda x=held, run=run: run(x, ours).block_until_ready(), args.rounds
+                lambda x=x_jax, run=run: run(x, ours).block_until_ready(), args.rounds
             )
             for name, run in layers.items()
         }
         with torch.no_grad():
             peer = time_median(
-                lambda x=other: run_layers(F.linear, x, theirs), args.rounds
+                lambda x=x_torch: run_layers(F.linear, x, theirs), args.rounds
             )
-        own = ", ".join(f"{name} {ms:6.1f} ms" for name, ms in xla.items())
-        print(f"{rows:4} rows: {own}, PyTorch {peer:6.1f} ms", flush=True)
+        ours_text = ", ".join(f"{name} {ms:6.1f} ms" for name, ms in xla.items())
+        print(f"{rows:4} rows: {ours_text}, PyTorch {peer:6.1f} ms", flush=True)
 
 
 if __name__ == "__main__":

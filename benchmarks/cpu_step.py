@@ -73,7 +73,8 @@ def maxlm_step() -> Step:
     batch = {
         name: jax.device_put(array[None], sharding) for name, array in batch.items()
     }
-    state, step = setup.init_train_state(), setup.jit_train_step()
+    state = setup.init_train_state()
+    step = setup.jit_train_step()
 
     def run() -> float:
         nonlocal state
@@ -145,7 +146,8 @@ def bare_step(remat: bool) -> Step:
         return optax.apply_updates(params, updates), state, value
 
     params = init(jax.random.key(0))
-    state, data = optimizer.init(params), jnp.asarray(tokens())
+    state = optimizer.init(params)
+    data = jnp.asarray(tokens())
 
     def run() -> float:
         nonlocal params, state
@@ -211,11 +213,11 @@ def main() -> None:
         "--only", default="", help="comma-separated beginnings of names"
     )
     args = parser.parse_args()
-    wanted = tuple(filter(None, args.only.split(",")))
+    name_prefixes = tuple(filter(None, args.only.split(",")))
     steps: dict[str, Step] = {}
     first: dict[str, float] = {}
     for name, build in CONTENDERS.items():
-        if wanted and not name.startswith(wanted):
+        if name_prefixes and not name.startswith(name_prefixes):
             continue
         began = time.perf_counter()
         try:
@@ -240,7 +242,8 @@ def main() -> None:
     print(f"{'':<28} {'tokens/s':>9} {'min':>7} {'max':>7}  {'÷ bare':>6}")
     for name, median in medians.items():
         ratio = f"{median / base:6.2f}" if base else ""
-        low, high = min(rates[name]), max(rates[name])
+        low = min(rates[name])
+        high = max(rates[name])
         print(f"{name:<28} {median:>9,.0f} {low:>7,.0f} {high:>7,.0f}  {ratio}")
 
 

@@ -39,7 +39,8 @@ def make_config(
     folder: Path, kind: str | None, steps: int, rate: float, seed: int
 ) -> RunConfig:
     """Makes the run of the base model (None), or one that goes on from it."""
-    base, length = folder / "base", LENGTH if kind is None else LONG
+    base = folder / "base"
+    length = LENGTH if kind is None else LONG
     settings = [
         f"folder={folder}",
         f"data.seq_len={length}",
@@ -110,10 +111,10 @@ def measure(run: Path, config: RunConfig, windows: list[list[int]]) -> dict[int,
     return {end: exp(losses[end - 32 : end].mean()) for end in POSITIONS}
 
 
-def show(name: str, found: Mapping[int, float]) -> None:
+def show(name: str, perplexities: Mapping[int, float]) -> None:
     """Prints a row: perplexities, and the last over that at LENGTH."""
-    ratio = found[POSITIONS[-1]] / found[LENGTH]
-    values = (f"{value:9.2f}" for value in found.values())
+    ratio = perplexities[POSITIONS[-1]] / perplexities[LENGTH]
+    values = (f"{value:9.2f}" for value in perplexities.values())
     print(f"{name:16}", *values, f"{ratio:8.3f}", flush=True)
 
 
@@ -129,7 +130,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder, seed = args.folder / f"seed{args.seed}", args.seed
+    folder = args.folder / f"seed{args.seed}"
+    seed = args.seed
     base = train_once(make_config(folder, None, args.steps, 8e-3, seed))
     configs = {
         k: make_config(folder, k, args.tune_steps, args.rate, seed) for k in KINDS

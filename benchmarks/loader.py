@@ -118,10 +118,12 @@ def measure_grain(
     stores: dict[str, TokenStore], config: LoaderConfig, seconds: float
 ) -> None:
     """Prints the line of Grain's packer of the same kind."""
-    length, packing = {"tokens": config.seq_len}, config.packing
+    length = {"tokens": config.seq_len}
+    packing = config.packing
     datasets = []
     for store in stores.values():
-        tokens, starts = store.read(0, store.num_tokens).astype(np.int32), store.offsets
+        tokens = store.read(0, store.num_tokens).astype(np.int32)
+        starts = store.offsets
         if packing == "best_fit":
             starts = np.union1d(
                 starts,
@@ -205,7 +207,8 @@ def measure_resume() -> None:
 
 def rate(function: Callable[[], object], seconds: float) -> float:
     """Calls a second."""
-    began, calls = time.perf_counter(), 0
+    began = time.perf_counter()
+    calls = 0
     while (elapsed := time.perf_counter() - began) < seconds:
         function()
         calls += 1

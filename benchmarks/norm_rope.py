@@ -132,7 +132,8 @@ def pallas_norm_forward(x, branch, scale):
 
 def pallas_norm_backward(x, scale, d_x, d_normed):
     def kernel(x, scale, d_x, d_normed, d_total, d_scale):
-        wide, d_wide = x[...].astype(jnp.float32), d_normed[...].astype(jnp.float32)
+        wide = x[...].astype(jnp.float32)
+        d_wide = d_normed[...].astype(jnp.float32)
         root = jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + EPS)
         unit = wide * root
         d_scale[...] = jnp.sum((d_wide * unit).reshape(-1, 8, D), axis=0)
@@ -206,7 +207,8 @@ def main() -> None:
     args = parser.parse_args()
     names = chosen(parser, args, XLA)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    here, above = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
+    here = str(Path(__file__).parent)
+    above = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, *sys.path, above)))
     print(
         f"{'':<20}{'MB moved':>9}{'least':>8}{'ratio':>7}{'memory':>10}{'XLA':>10}{'Pallas':>10}"

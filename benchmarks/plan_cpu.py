@@ -133,7 +133,8 @@ def measure(name: str, seconds: float) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     config = load_config(RunConfig, f"runs/{run}", settings).value
     setup = set_up_run(config)
-    state, step = setup.init_train_state(), setup.jit_train_step()
+    state = setup.init_train_state()
+    step = setup.jit_train_step()
     data, micro = config.data, config.train.micro_batches
     shape = (micro, data.batch_size // micro, data.seq_len)
     tokens = np.random.default_rng(0).integers(
@@ -151,7 +152,8 @@ def measure(name: str, seconds: float) -> None:
     for _ in range(2):
         measure_cpu.cache_clear()
         plans.append(plan_run(config, Machine.from_name(f"cpux{devices}")))
-        taken, first = [], time.perf_counter()
+        taken = []
+        first = time.perf_counter()
         while len(taken) < 4 or time.perf_counter() - first < seconds / 2:
             began = time.perf_counter()
             state, metrics = step(state, batch)
@@ -193,26 +195,28 @@ def main() -> None:
         "attention, element-wise, exposed; GFLOP/s, GB/s, GB/s of new memory",
         flush=True,
     )
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    measurements: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
             planned, measured, middle, parts, rates = in_child(
                 __file__, name, "--seconds", str(args.seconds)
             )
-            found[name].append((planned, measured))
+            measurements[name].append((planned, measured))
             columns = f"{1e3 * middle:>10.1f}   " + "".join(
                 f"{1e3 * part:8.1f}" for part in parts
             )
             columns += "  ;" + "".join(f"{rate / 1e9:8.1f}" for rate in rates)
             print(row(name, planned, measured) + columns, flush=True)
     worst = max(
-        abs(planned / taken - 1) for pairs in found.values() for planned, taken in pairs
+        abs(planned / taken - 1)
+        for pairs in measurements.values()
+        for planned, taken in pairs
     )
     print(f"error of the worst single one: {worst:.1%}\nmedians of the rounds")
     errors = []
     for name in names:
         planned, measured = (
-            median(column) for column in zip(*found[name], strict=True)
+            median(column) for column in zip(*measurements[name], strict=True)
         )
         errors.append(abs(planned / measured - 1))
         print(row(name, planned, measured))

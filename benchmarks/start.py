@@ -43,7 +43,8 @@ def first_step(folder: Path, config: str, settings: list[str]) -> float:
         text=True,
     ) as process:
         assert process.stderr is not None
-        lines, seconds = [], None
+        lines = []
+        seconds = None
         for line in process.stderr:
             lines.append(line)
             if seconds is None and line.startswith("step 1/"):

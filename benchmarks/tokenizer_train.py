@@ -71,7 +71,8 @@ def train(side: str, texts: Iterator[str], vocab_size: int) -> str:
 def measure(side: str, source: str, limit: int, vocab_size: int, results) -> None:
     """Put (wall seconds, CPU seconds, MB, digest) or None into ``results``."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    cpu = time.process_time()
     try:
         digest = train(side, read_texts(source, limit), vocab_size)
     except ImportError:
@@ -108,15 +109,15 @@ def main() -> None:
     for side in ("tokenizers", "maxlm", "rustbpe"):
         results = spawn.Queue()
         limit = int(arguments.megabytes * 1e6)
-        given = (side, arguments.text, limit, arguments.vocab_size, results)
-        process = spawn.Process(target=measure, args=given)
+        process_arguments = (side, arguments.text, limit, arguments.vocab_size, results)
+        process = spawn.Process(target=measure, args=process_arguments)
         process.start()
-        found = received(results, process)
+        measurement = received(results, process)
         process.join()
-        if found is None:
+        if measurement is None:
             print(f"{side:12} not installed")
             continue
-        wall, cpu, peak, digests[side] = found
+        wall, cpu, peak, digests[side] = measurement
         print(f"{side:12}{wall:8.1f}{cpu:8.1f}{peak:9.0f}  {digests[side][:12]}")
     if digests["maxlm"] != digests["tokenizers"]:
         raise SystemExit("the merges differ")

@@ -56,10 +56,10 @@ def format_answer(answer: str, note: str) -> str:
 def is_formatted(text: str) -> bool:
     """Returns whether an answer has the format."""
     try:
-        found = json.loads(text)
+        answer = json.loads(text)
     except ValueError:
         return False
-    return isinstance(found, dict) and list(found) == ["answer", "note"]
+    return isinstance(answer, dict) and list(answer) == ["answer", "note"]
 
 
 def has_note(text: str) -> bool:
@@ -82,7 +82,8 @@ def write_chats(folder: Path, seed: int = 0) -> None:
             kind, plain = (
                 format_answer(answer, note) for note in (rng.choice(NOTES), "")
             )
-            chosen, good = rng.choice([kind, plain]), rng.random() < 0.5
+            chosen = rng.choice([kind, plain])
+            good = rng.random() < 0.5
             chats.append(
                 {"messages": [*prompt, {"role": "assistant", "content": chosen}]},
             )

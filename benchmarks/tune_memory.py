@@ -45,7 +45,8 @@ def measure(name: str) -> None:
     config, more = RECIPES[recipe]
     settings = [f"data.batch_size={4 * MACHINES[on]}", *more]
     run = load_config(RunConfig, f"tune/{config}", settings).value
-    plan, step = plan_run(run, Machine.from_name(on)), compile_step(run, on)
+    plan = plan_run(run, Machine.from_name(on))
+    step = compile_step(run, on)
     work = plan.shape.work
     trained = sum(spec.size for spec in work.select_trained(work.specs))
     alone = compute_run_layout(run, dict.fromkeys(MESH_AXES, 1))

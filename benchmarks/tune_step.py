@@ -37,7 +37,8 @@ def build_ours(folder: str, rows: np.ndarray, adapted: bool) -> Timer:
     from maxlm.programs.tune import convert_sources
     from maxlm.train.batch import batch_sharding
 
-    count, length = rows.shape[0], rows.shape[1] - 1
+    count = rows.shape[0]
+    length = rows.shape[1] - 1
     home = tempfile.mkdtemp()
     settings = [f"folder={home}", f"data.seq_len={length}", f"data.batch_size={count}"]
     settings += [
@@ -65,7 +66,8 @@ def build_ours(folder: str, rows: np.ndarray, adapted: bool) -> Timer:
     batch = {
         name: jax.device_put(array[None], sharding) for name, array in batch.items()
     }
-    state, step = init_or_warm_start_state(setup), setup.jit_train_step()
+    state = init_or_warm_start_state(setup)
+    step = setup.jit_train_step()
 
     def run(steps: int) -> float:
         nonlocal state
@@ -144,10 +146,10 @@ def main() -> None:
             (ours(options.steps), theirs(options.steps)) for _ in range(options.rounds)
         ]
         rates = [
-            rows[:, 1:].size / statistics.median(each)
-            for each in zip(*pairs, strict=True)
+            rows[:, 1:].size / statistics.median(seconds)
+            for seconds in zip(*pairs, strict=True)
         ]
-        ratios = [other / own for own, other in pairs]
+        ratios = [peer_seconds / our_seconds for our_seconds, peer_seconds in pairs]
         print(
             f"{name}: maxlm {rates[0]:,.0f} tokens/s, Trainer {rates[1]:,.0f}; ratio "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",

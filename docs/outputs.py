@@ -203,7 +203,8 @@ def _run_cached(command: str) -> tuple[str, ...]:
             text=True,
             check=True,
         )
-        stdout, stderr = process.stdout, ""
+        stdout = process.stdout
+        stderr = ""
     else:
         raise ValueError(f"{command}: neither maxlm nor python")
     # A line of stderr is as long as it is: the pages fold it as a terminal does.

@@ -135,7 +135,8 @@ def _program(schedule: Schedule, blocks: list[_Block]) -> str:
     instructions.
     """
     index = {block.start: i for i, block in enumerate(blocks)}
-    registers, body = set(), []
+    registers = set()
+    body = []
     for i, block in enumerate(blocks):
         lines = [f"n[{i}] += 1"]
         for at in range(block.start, block.stop):
@@ -175,8 +176,8 @@ def _divider() -> tuple[Callable[..., None], Callable[[], Any]]:
 
     def divide(predicate: Any, a: Any, b: Any, results: str) -> None:
         known = not any(isinstance(x, Unknown) for x in (predicate, a, b)) and b
-        for wanted, at in (("Div", 0), ("Rem", 1)):
-            if predicate and wanted in results:
+        for result_kind, at in (("Div", 0), ("Rem", 1)):
+            if predicate and result_kind in results:
                 queue.append(divmod(a, b)[at] if known else UNKNOWN)
 
     return divide, lambda: queue.popleft() if queue else UNKNOWN
@@ -202,7 +203,8 @@ def _copier(
         if isinstance(target, Unknown) or isinstance(granules, Unknown):
             memory.clear()
         elif isinstance(predicate, Unknown) or predicate:
-            data, start = (), 0
+            data = ()
+            start = 0
             if not (isinstance(predicate, Unknown) or isinstance(source, Unknown)):
                 data = operands.get(source // OPERAND - 1, ())
                 start = source % OPERAND * 8
