@@ -62,7 +62,7 @@ test-corpus: $(ready) ## run the tests of the corpus and of reading documents
 	$(pytest) $(corpus_tests) $(if $(K),-k '$(K)')
 
 test-layouts: $(ready) ## train every model in every layout, smoke every config (make test: a cover; K=name: some)
-	$(pytest) $(addprefix tests/,programs/test_parity.py programs/test_hosts.py programs/test_smoke.py \
+	$(pytest) $(addprefix tests/,train/test_parity.py train/test_hosts.py train/test_smoke.py \
 		plan/test_against_compiled.py adapters) $(if $(K),-k '$(K)')
 
 test-parity: $(ready) ## compare models with transformers (PyTorch: 0.7 GB on Python 3.11; K=name: some)
@@ -119,7 +119,7 @@ corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token
 	$(bin)/maxlm corpus report corpora/demo --tokenizer runs/corpus-demo/tokenizer
 
 torture: $(ready) ## kill runs on one and two hosts 100 times, and compare their ends (half an hour)
-	$(bin)/python -m pytest -q tests/programs/test_torture.py tests/programs/test_processes.py
+	$(bin)/python -m pytest -q tests/train/test_torture.py tests/train/test_processes.py
 	$(bin)/python benchmarks/torture.py --kills 100
 
 check: $(ready) ## formatting, lint, types, directions of imports, names

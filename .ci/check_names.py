@@ -59,11 +59,13 @@ VERBS, VALUES, TERMS = (set(words.split()) for words in (_VERBS, _VALUES, _TERMS
 
 
 def main(folders: list[str]) -> int:
-    classes, findings = defaultdict(list), []
+    classes = defaultdict(list)
+    findings = []
     for path in sorted(
         path for name in PACKAGES for path in (ROOT / name).rglob("*.py")
     ):
-        where, tree = path.relative_to(ROOT), ast.parse(path.read_text())
+        where = path.relative_to(ROOT)
+        tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 continue

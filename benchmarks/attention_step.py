@@ -41,15 +41,15 @@ from benchmarks.program_traffic import read_program_traffic
 from maxlm.config import load_config
 from maxlm.parallel.local import map_shards
 from maxlm.plan.compiled.cost import read_compiled_cost
-from maxlm.plan.hardware import CHIPS
-from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import (
+from maxlm.plan.compiled.program import (
     CompiledStep,
     compile_step,
     get_topology_devices,
     has_compiler,
 )
-from maxlm.run import RunConfig
+from maxlm.plan.hardware import CHIPS
+from maxlm.plan.topology import parse_topology
+from maxlm.run.config import RunConfig
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention, attention_backward, attention_forward
 

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.caches.layout import CacheLayout, has_unit
-from maxlm.programs.load import LoadedRun, load_model
+from maxlm.run.load import LoadedRun, load_model
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", ROOT / "docs/architecture.md", ROOT / "LICENSE"]

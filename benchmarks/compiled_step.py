@@ -31,7 +31,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.plan.compiled.tables import render_compiler_tables
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 MB, GB, TERA = 1e6, 1e9, 1e12
 
@@ -144,7 +144,7 @@ CASES = {
 
 def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     """Compile one case and print it."""
-    from maxlm.programs.compile import (
+    from maxlm.plan.compiled.program import (
         compare_with_compiled_step,
         compile_step,
         compute_peak_bytes,
@@ -206,7 +206,7 @@ def measure_depths(
 ) -> None:
     """Seconds to trace and compile one case with so many layers: medians, after a round
     that is not counted (the first compilation also loads the compiler)."""
-    from maxlm.programs.compile import compile_step
+    from maxlm.plan.compiled.program import compile_step
 
     taken: dict[int, list[float]] = {depth: [] for depth in depths}
     for number in range(rounds + 1):

@@ -34,8 +34,8 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.huggingface.checkpoint import RunCheckpointReader
-from maxlm.programs.convert import convert
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.convert import convert
 from tests.parity import compare, tiny
 from tests.parity.measure import LENGTH, SOURCE, Batch, all_double, relative, theirs
 

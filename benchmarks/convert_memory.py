@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
+from maxlm.huggingface.families.llama import LLAMA
+from maxlm.huggingface.families.names import TensorEntry
 from maxlm.huggingface.files import (
     NUMPY,
     SafetensorsWriter,
     list_stored_tensors,
     split_into_slabs,
 )
-from maxlm.models.architectures import DecoderConfig
-from maxlm.models.families.llama import LLAMA
-from maxlm.models.families.names import TensorEntry
+from maxlm.models.architectures.transformer import DecoderConfig
 
 LAYERS, HEAD = 16, 64
 
@@ -70,7 +70,7 @@ def convert_one_way(source: str, target: str) -> None:
     import orbax.checkpoint  # noqa: F401 (restoring the run would load it too)
     import tensorstore  # noqa: F401
 
-    from maxlm.programs.convert import convert
+    from maxlm.run.convert import convert
 
     began = time.perf_counter()
     baseline = resident("VmRSS")

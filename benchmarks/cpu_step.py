@@ -35,9 +35,9 @@ def tokens() -> np.ndarray:
 
 def maxlm_step() -> Step:
     from maxlm.config import load_config
-    from maxlm.programs.setup import set_up_run
-    from maxlm.run import RunConfig
-    from maxlm.train.batch import batch_sharding
+    from maxlm.run.config import RunConfig
+    from maxlm.run.global_batch import batch_sharding
+    from maxlm.run.setup import set_up_run
 
     settings = [
         *(

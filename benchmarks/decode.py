@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.model_runner import count_compilations
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
-from maxlm.programs.load import load_model
+from maxlm.run.load import load_model
 
 PREFILL = 512
 BATCHES = (1, 8)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.train.program import train_model
 
 SEEDS = (0, 1, 2)
 TEACHER: dict[str, Any] = {"num_layers": 3, "d_model": 96, "heads": 4, "d_ff": 256}

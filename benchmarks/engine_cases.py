@@ -14,10 +14,10 @@ import time
 
 import numpy as np
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
-from maxlm.programs.load import LoadedRun, load_model
+from maxlm.run.load import LoadedRun, load_model
 
 PAGE, DRAFTS = 16, 6
 

@@ -22,12 +22,12 @@ import torch
 import transformers
 from serve_load import serve
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate_tokens
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel
-from maxlm.programs.load import load_model
+from maxlm.run.load import load_model
 
 SIZES: dict[str, Any] = {"max_sequences": 8, "prefill_tokens": 64, "max_length": 256}
 WAYS: dict[str, dict[str, Any]] = {

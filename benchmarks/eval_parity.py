@@ -30,9 +30,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from maxlm.evaluation.lm_eval_model import MaxlmModel
+from maxlm.evaluation.program import make_evaluation_engine
 from maxlm.evaluation.tasks import load_tasks
-from maxlm.programs.evaluate import make_evaluation_engine
-from maxlm.programs.serve import load_chat_model
+from maxlm.serving.program import load_chat_model
 
 TASKS = "arc_challenge,piqa,winogrande,lambada_openai,mmlu_anatomy,gsm8k:5"
 
@@ -58,7 +58,9 @@ def compare(theirs, ours):
             for arguments, a, b in zip(
                 one["arguments"], one["resps"], two["resps"], strict=True
             ):
-                a, b, count = a[0], b[0], count + 1
+                a = a[0]
+                b = b[0]
+                count = count + 1
                 if isinstance(a, str):
                     texts += a != b
                 else:

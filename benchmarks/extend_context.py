@@ -25,10 +25,10 @@ from maxlm.config import load_config
 from maxlm.data.store import TokenStore
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.scoring import Scorer
-from maxlm.programs.load import load_run
-from maxlm.programs.setup import set_up_run
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.load import load_run
+from maxlm.run.setup import set_up_run
+from maxlm.train.program import train_model
 
 LENGTH, LONG, TOKENS = 128, 512, 2048
 POSITIONS = 64, 128, 192, 256, 384, 511

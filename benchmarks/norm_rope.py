@@ -33,9 +33,9 @@ from benchmarks.kernel_cycles.static import Spec, measure
 from benchmarks.program_traffic import read_program_traffic
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, compute_rotary, rotate
+from maxlm.plan.compiled.program import get_topology_devices
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import get_topology_devices
 
 TOKENS, D, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 32, 8, 128
 EPS, THETA, ROWS = 1e-5, 500_000.0, 128

@@ -15,13 +15,13 @@ from maxlm.config import find_asset, load_config
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.plan.layout import count_active_parameters
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.sharding import AxisRules
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 MARKERS = "<!-- sizes -->\n", "<!-- /sizes -->\n"
 
-# The family (maxlm.models.families) of presets whose names start so; the longest start
+# The family (maxlm.huggingface.families) of presets whose names start so; the longest start
 # counts.
 FAMILIES = {
     "gpt2": "gpt2",

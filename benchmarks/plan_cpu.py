@@ -125,9 +125,9 @@ def measure(name: str, seconds: float) -> None:
     from maxlm.config import load_config
     from maxlm.plan.hardware import measure_cpu
     from maxlm.plan.predict import Machine, plan_run
-    from maxlm.programs.setup import set_up_run
-    from maxlm.run import RunConfig
-    from maxlm.train.batch import batch_sharding
+    from maxlm.run.config import RunConfig
+    from maxlm.run.global_batch import batch_sharding
+    from maxlm.run.setup import set_up_run
 
     run, devices, settings = CASES[name]
     jax.config.update("jax_num_cpu_devices", devices)

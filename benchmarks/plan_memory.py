@@ -59,9 +59,9 @@ CASES = {
 def measure(name: str) -> None:
     """Print one case: peak in bytes, planned and compiled, and bytes sent likewise."""
     from maxlm.config import load_config
+    from maxlm.plan.compiled.program import compile_step, compute_peak_bytes
     from maxlm.plan.predict import Machine, plan_run
-    from maxlm.programs.compile import compile_step, compute_peak_bytes
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
 
     run, on, rows, mesh, remat, more = CASES[name]
     settings = [f"data.batch_size={rows}", f"model.remat={remat}", "mesh.fsdp=1"]

@@ -29,7 +29,7 @@ from maxlm.plan.network import Network
 from maxlm.plan.timing import Efficiency, estimate_time
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.workload import RunWorkload, StepShape
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.sharding import MESH_AXES, MeshConfig, mesh_sizes
 
 

@@ -41,7 +41,7 @@ from maxlm.plan.serving import ServingOptions, WeightFormat, search_serving
 from maxlm.plan.serving_cache import CacheFormat
 from maxlm.plan.timing import DECODE_EFFICIENCY, DecodeEfficiency
 from maxlm.plan.topology import parse_topology
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 
 class Row(NamedTuple):

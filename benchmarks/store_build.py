@@ -25,7 +25,7 @@ from maxlm.config import load_config
 from maxlm.data.documents import SourceConfig, find_files, read_documents
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.runtime.pool import count_usable_cores
 
 LIBRARY = ("encode_batch", "encode_batch_fast")

@@ -206,10 +206,8 @@ def broken(
     before = None
     for number, (aim, target) in enumerate(zip(aims, targets, strict=True)):
         layout = campaign.layouts[number % len(campaign.layouts)]
-        saved, before = (
-            newest(job, campaign.name, layout if layout == before else None),
-            layout,
-        )
+        saved = newest(job, campaign.name, layout if layout == before else None)
+        before = layout
         with started(job, campaign.name, layout) as attempt:
             wait_for(attempt, aim, target, startup[layout.hosts], choose)
             kills.append(kill(attempt, campaign, layout, aim, saved, choose))

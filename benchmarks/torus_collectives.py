@@ -64,8 +64,8 @@ def count(
 
 def main() -> None:
     from maxlm.config import MaxlmError
+    from maxlm.plan.compiled.program import get_topology_devices
     from maxlm.plan.topology import parse_topology
-    from maxlm.programs.compile import get_topology_devices
     from maxlm.sharding import MeshConfig, make_mesh
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

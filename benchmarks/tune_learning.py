@@ -27,18 +27,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tune_data import has_note, is_formatted, write_chats, write_utility
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import encode_chat
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.models.params import flatten_names
-from maxlm.programs.load import LoadedRun, load_model
-from maxlm.programs.preference import score_texts
-from maxlm.programs.run_config import load_run_config
-from maxlm.programs.train import TrainingResult
-from maxlm.programs.tune import tune_model
+from maxlm.run.load import LoadedRun, load_model
+from maxlm.run.load_config import load_run_config
+from maxlm.train.program import TrainingResult
 from maxlm.train.records import read_records
+from maxlm.tune.program import tune_model
+from maxlm.tune.references import score_texts
 
 REWARD = (
     "data.batch_size=64",

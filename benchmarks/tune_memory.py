@@ -35,10 +35,10 @@ def measure(name: str) -> None:
     """Print one case: parameters, trained ones, the share of state, bytes planned and
     compiled."""
     from maxlm.config import load_config
+    from maxlm.plan.compiled.program import compile_step, compute_peak_bytes
     from maxlm.plan.layout import compute_run_layout
     from maxlm.plan.predict import Machine, plan_run
-    from maxlm.programs.compile import compile_step, compute_peak_bytes
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
     from maxlm.sharding import MESH_AXES
 
     recipe, on = CASES[name]

@@ -31,11 +31,11 @@ def make_rows(rows: int, length: int) -> np.ndarray:
 
 
 def build_ours(folder: str, rows: np.ndarray, adapted: bool) -> Timer:
-    from maxlm.programs.load import init_or_warm_start_state
-    from maxlm.programs.run_config import load_run_config
-    from maxlm.programs.setup import set_up_run
-    from maxlm.programs.tune import convert_sources
-    from maxlm.train.batch import batch_sharding
+    from maxlm.run.global_batch import batch_sharding
+    from maxlm.run.load_config import load_run_config
+    from maxlm.run.setup import set_up_run
+    from maxlm.run.warm_start import init_or_warm_start_state
+    from maxlm.tune.program import convert_sources
 
     count = rows.shape[0]
     length = rows.shape[1] - 1

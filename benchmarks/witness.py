@@ -24,7 +24,7 @@ PACE = 0.02  # seconds a batch at least: who aims at a step must be able to see 
 def main() -> int:
     folder, *arguments = sys.argv[1:]
     from maxlm.cli.main import main as maxlm
-    from maxlm.programs import train
+    from maxlm.train import program as train
 
     taken = train.open_training_batches
 

@@ -197,7 +197,7 @@ def _entry(module: str, name: str) -> str:
 def pages() -> dict[str, str]:
     """Return the generated pages' text, by their file's name."""
     from maxlm.corpus.recipe import RecipeConfig
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
 
     return {
         "settings.md": settings_page(

@@ -34,7 +34,7 @@ settings.load_profile("maxlm")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs the longest files first: no worker ends with one of them while others
     rest."""
-    items.sort(key=lambda item: item.path.parent.name not in ("programs", "tasks"))
+    items.sort(key=lambda item: item.path.parent.name not in ("train", "tune", "tasks"))
 
 
 @pytest.fixture(scope="module", autouse=True)

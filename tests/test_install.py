@@ -19,7 +19,8 @@ EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line i
 def find_packages(requirements: list[str]) -> set[str]:
     """Names of all packages that `requirements` lead to, where their metadata is
     installed."""
-    todo, seen = [*requirements], set()
+    todo = [*requirements]
+    seen = set()
     while todo:
         wanted = Requirement(todo.pop())
         name = canonicalize_name(wanted.name)

@@ -1,34 +1,26 @@
 """Adapters: small trained parameters beside a model's own, by kind.
 
-To add one, write an :class:`~maxlm.models.adapters.Adapter` in a file here and add it
-to ``_Builtin``, or register it from outside (:mod:`maxlm.models.adapters`).
+To add one, write an :class:`~maxlm.models.adapters.Adapter` in a file here and name it
+in ``ADAPTERS``, or register it from outside: ``ADAPTERS.register("kind")`` decorates
+its class, and an installed package names its class in an entry point of the group
+``maxlm.adapters``.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, SerializeAsAny, WrapValidator
+from maxlm.config.registry import RegisteredConfig, Registry
+from maxlm.models.adapters import Adapter
 
-from maxlm.adapters.bottleneck import BottleneckAdapter
-from maxlm.adapters.ia3 import Ia3Adapter
-from maxlm.adapters.lora import LoraAdapter
-from maxlm.adapters.virtual_tokens import PrefixAdapter, PromptAdapter
-from maxlm.models.adapters import Adapter, parse_adapter
+ADAPTERS = Registry[type[Adapter]](
+    "adapter",
+    {
+        "lora": "maxlm.adapters.lora:LoraAdapter",
+        "ia3": "maxlm.adapters.ia3:Ia3Adapter",
+        "bottleneck": "maxlm.adapters.bottleneck:BottleneckAdapter",
+        "prefix": "maxlm.adapters.virtual_tokens:PrefixAdapter",
+        "prompt": "maxlm.adapters.virtual_tokens:PromptAdapter",
+    },
+)
+AdapterConfig = Annotated[Adapter, RegisteredConfig(ADAPTERS, Adapter)]
 
-_Builtin = LoraAdapter | Ia3Adapter | BottleneckAdapter | PrefixAdapter | PromptAdapter
-_KINDS = [adapter.model_fields["kind"].default for adapter in _Builtin.__args__]
-
-
-def _validate_adapter(settings: Any, validate: Any) -> Adapter:
-    if isinstance(settings, Adapter):
-        return settings
-    if isinstance(settings, Mapping) and settings.get("kind") not in _KINDS:
-        return parse_adapter(settings)
-    return validate(settings)
-
-
-AdapterConfig = Annotated[
-    SerializeAsAny[_Builtin],
-    Field(discriminator="kind"),
-    WrapValidator(_validate_adapter),
-]
+__all__ = ["ADAPTERS", "Adapter", "AdapterConfig"]

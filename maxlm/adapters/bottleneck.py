@@ -14,7 +14,7 @@ from maxlm.adapters.targets import (
     replace_targets,
 )
 from maxlm.config import MaxlmError
-from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.adapters import Adapter
 from maxlm.models.layers.mlp import ACTIVATIONS
 from maxlm.models.params import (
     AdaptedParam,
@@ -52,7 +52,6 @@ class BottleneckParam(AdaptedParam):
         return y + apply(h, self.adapter_up, self.adapter_up_bias, None, axis)
 
 
-@register_adapter
 class BottleneckAdapter(Adapter):
     """Bottleneck adapters behind layers' branches; they cannot be merged."""
 
@@ -76,7 +75,8 @@ class BottleneckAdapter(Adapter):
     def _adapt_one(self, name: str, spec: ParamSpec) -> BottleneckParam:
         zeros = jax.nn.initializers.zeros
         offset = declare_vector(spec, zeros)
-        lead, size = len(offset.shape) - 1, offset.shape[-1]
+        lead = len(offset.shape) - 1
+        size = offset.shape[-1]
         shape, axes = (*offset.shape, size), (*offset.axes, offset.axes[-1])
         square = replace(spec, shape=shape, axes=axes, contracting_dims=(lead,))
         width = max(1, size // self.reduction_factor)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.adapters.targets import declare_vector, replace_targets, split_dims
-from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.adapters import Adapter
 from maxlm.models.params import (
     AdaptedParam,
     Leaf,
@@ -64,7 +64,6 @@ class Ia3Param(AdaptedParam):
         )
 
 
-@register_adapter
 class Ia3Adapter(Adapter):
     """Factors on the outputs of some maps, and on the inputs of others."""
 

@@ -20,7 +20,7 @@ from maxlm.adapters.targets import (
     split_dims,
 )
 from maxlm.config import MaxlmError
-from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.adapters import Adapter
 from maxlm.models.params import (
     AdaptedParam,
     Initializer,
@@ -127,7 +127,8 @@ class LoraParam(AdaptedParam):
     def split_principal(self) -> Self:
         """Takes the base's largest singular values and vectors out of it, into A and B
         (PiSSA, Meng et al. 2024, arXiv 2404.02948, eq. 2–4)."""
-        lead, rank = self._lead, self.lora_a.shape[-1]
+        lead = self._lead
+        rank = self.lora_a.shape[-1]
         shape = prod(self.lora_a.shape[lead:-1]), prod(self.lora_b.shape[lead + 1 :])
 
         def factor(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -161,18 +162,18 @@ class LoraParam(AdaptedParam):
         self, reader: ParamReader
     ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
         """Logical axes of one layer's A and B."""
-        (lead, end), axes = split_dims(reader.spec), reader.spec.axes
+        lead, end = split_dims(reader.spec)
+        axes = reader.spec.axes
         layers = reader.spec.num_layer_axes
         return (*axes[layers:end], None), (*axes[layers:lead], None, *axes[end:])
 
     def _read(self, reader: ParamReader) -> tuple[ShardedWeight, Self]:
         """Reads the base, and all arrays in its layout."""
-        base, (in_axes, out_axes), lead = (
-            reader.read(self.base),
-            self._axes(reader),
-            self._lead,
-        )
-        layout, end = get_layout(base.value), len(in_axes) - 1
+        base = reader.read(self.base)
+        in_axes, out_axes = self._axes(reader)
+        lead = self._lead
+        layout = get_layout(base.value)
+        end = len(in_axes) - 1
 
         def read(
             param: Any, axes: tuple[str | None, ...], *layout: Any, **how: Any
@@ -209,7 +210,8 @@ class LoraParam(AdaptedParam):
 
     def _multiply_out(self) -> jax.Array:
         """Computes the kernel whose product this is."""
-        lead, outer = self._lead, tuple(range(self._lead))
+        lead = self._lead
+        outer = tuple(range(self._lead))
         over = ((self.lora_a.ndim - 1,), (lead,)), (outer, outer)
         product = lax.dot_general(
             self.lora_a, self.lora_b, over, precision=lax.Precision.HIGHEST
@@ -227,7 +229,8 @@ class LoraParam(AdaptedParam):
         B, fp32 [..., *outputs] without gradient; A · B is never made."""
         parts = self.base, self.lora_a, self.lora_b
         w, a, b = (lax.stop_gradient(x.astype(jnp.float32)) for x in parts)
-        lead, layout = self._lead, get_layout(w)
+        lead = self._lead
+        layout = get_layout(w)
         batch, inputs = tuple(range(lead)), tuple(range(lead, a.ndim - 1))
 
         def dot(x: jax.Array, y: jax.Array, over: Any, *dims: Any) -> jax.Array:
@@ -259,7 +262,8 @@ class LoraTable(LoraParam):
         return reader.read(self.base)
 
     def look_up(self, read_rows: RowReader, reader: ParamReader) -> jax.Array:
-        rows, (in_axes, out_axes) = read_rows(self.base, ()), self._axes(reader)
+        rows = read_rows(self.base, ())
+        in_axes, out_axes = self._axes(reader)
         h = read_rows(self.lora_a, in_axes)
         b = replace(reader, dtype=rows.dtype).read(self.lora_b, out_axes).move()
         out = jax.typeof(rows).sharding.spec
@@ -321,7 +325,6 @@ class TokenRowsParam(AdaptedParam):
         return replaced.T if self.is_head else replaced
 
 
-@register_adapter
 class LoraAdapter(Adapter):
     """Low-rank matrices beside kernels: LoRA, rsLoRA, DoRA, PiSSA."""
 
@@ -429,9 +432,11 @@ class LoraAdapter(Adapter):
             raise MaxlmError(
                 what, where="adapter.dora", fix="set it to false, or other targets"
             )
-        first, second = _draw_uniform(sides[0]), zeros
+        first = _draw_uniform(sides[0])
+        second = zeros
         if not spec.contracting_dims:  # as PEFT: the rows' part is zero
-            first, second = zeros, jax.nn.initializers.normal(1.0)
+            first = zeros
+            second = jax.nn.initializers.normal(1.0)
         magnitude = declare_vector(spec, zeros) if self.dora else None
         parts = (
             *(spec, declare_input_map(spec, self.rank, first)),

@@ -56,9 +56,8 @@ def _find_target(candidates: Mapping[str, ParamSpec], target: str) -> list[str]:
             modules[name], f"*.{target}"
         )
 
-    if not (
-        found := [name for name, spec in candidates.items() if is_meant(name, spec)]
-    ):
+    found = [name for name, spec in candidates.items() if is_meant(name, spec)]
+    if not found:
         short = [module.rpartition(".")[2] for module in modules.values()]
         known = [*dict.fromkeys([*short, *modules.values()])]
         near = get_close_matches(target, known, n=3, cutoff=0.3) or known[:3]

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from maxlm.adapters.targets import replace_targets
 from maxlm.config import MaxlmError
-from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.adapters import Adapter
 from maxlm.models.architectures.config import STACKS
 from maxlm.models.params import (
     AdaptedParam,
@@ -58,7 +58,8 @@ class VirtualTokens(AdaptedParam):
         vectors = reader.read(
             self.virtual, (None, *reader.spec.axes[-num_outputs:])
         ).move()
-        layout, num_virtual = get_layout(y), len(vectors)
+        layout = get_layout(y)
+        num_virtual = len(vectors)
         positions = reshard(positions, make_spec(layout[: positions.ndim]))
         # A product with ones and zeros: XLA splits it and its gradient over any mesh,
         # and a gather whose indices are split over devices not.
@@ -91,7 +92,6 @@ class _VirtualTokensAdapter(Adapter):
         return VirtualTokens(spec, virtual)
 
 
-@register_adapter
 class PrefixAdapter(_VirtualTokensAdapter):
     """Every layer has keys and values of its own for virtual tokens."""
 
@@ -110,7 +110,6 @@ class PrefixAdapter(_VirtualTokensAdapter):
         )
 
 
-@register_adapter
 class PromptAdapter(_VirtualTokensAdapter):
     """The embedding table has rows of its own for virtual tokens."""
 
@@ -181,7 +180,8 @@ def from_peft(
             _PROMPT: prompt_embeddings
             / np.asarray(embedding_scale, prompt_embeddings.dtype)
         }
-    heads, depths = shapes[names[0]][2:], [shapes[name][0] for name in names[::2]]
+    heads = shapes[names[0]][2:]
+    depths = [shapes[name][0] for name in names[::2]]
     joined = prompt_embeddings.reshape(num_virtual, -1, 2, *heads).transpose(
         1, 2, 0, 3, 4
     )

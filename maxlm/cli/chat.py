@@ -31,10 +31,10 @@ def command(
     max_length=16384; by default temperature=0.7, max_length=8192, and an answer may
     fill the context. Each line of piped input is a message.
     """
+    from maxlm.config.sampling import SamplingConfig
     from maxlm.inference.engine_config import EngineConfig
-    from maxlm.inference.sampling import SamplingConfig
-    from maxlm.programs.chat import ChatSession, run_chat
-    from maxlm.programs.serve import load_chat_model, make_engine
+    from maxlm.serving.program import load_chat_model, make_engine
+    from maxlm.serving.terminal_chat import ChatSession, run_chat
 
     # At temperature 1 small models stray; an answer may have what the context has room
     # for.

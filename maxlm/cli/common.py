@@ -11,7 +11,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 if TYPE_CHECKING:
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
 
 ConfigArgument = Annotated[
     str, Argument(help="A YAML file, or a shipped config: demo, llama3_8b.")
@@ -111,11 +111,11 @@ def run_training(
         peer_timeout_seconds=run.faults.peer_seconds,
         cluster_variables=cluster_variables,
     ):
-        from maxlm.programs.report import print_training_report
-        from maxlm.programs.train import train_model as train
+        from maxlm.train.program import train_model as train
+        from maxlm.train.report import print_training_report
 
         if tuning is not None:
-            from maxlm.programs.tune import tune_model as train
+            from maxlm.tune.program import tune_model as train
         print_training_report(
             train(run, **(tuning or {}), resume=resume, profile=traced)
         )

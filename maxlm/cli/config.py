@@ -21,7 +21,7 @@ app = typer.Typer(help="Show configs, where each value comes from, their schema.
 @app.command()
 def show(config: ConfigArgument, settings: SettingsArgument = None) -> None:
     """Print the resolved config as YAML, with where each value comes from."""
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
 
     print(to_annotated_yaml(load_config(RunConfig, config, settings or ())))
 
@@ -37,7 +37,7 @@ def print_schema(
     if recipe:
         from maxlm.corpus.recipe import RecipeConfig as described
     else:
-        from maxlm.run import RunConfig as described
+        from maxlm.run.config import RunConfig as described
 
     print(json.dumps(build_json_schema(described), indent=2, ensure_ascii=False))
 

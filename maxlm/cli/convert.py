@@ -43,7 +43,7 @@ def command(
     Tensors pass one at a time, so that a model need not fit in memory. To go on from an
     imported run, train under a new name with train.start_from=TARGET.
     """
-    from maxlm.programs.convert import convert
+    from maxlm.run.convert import convert
 
     if not 0 < shard_gb < float("inf"):
         raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")

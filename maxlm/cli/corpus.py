@@ -169,8 +169,8 @@ def mix(
     Prepares the run's text in the run's folder, as training would. Weights, phases and
     steps may then be tried, as KEY=VALUE; other text needs another folder.
     """
-    from maxlm.programs.mixture import prepare_mixture
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
+    from maxlm.train.mixture import prepare_mixture
 
     run = load_config(RunConfig, config, settings or ()).value
     usages = prepare_mixture(run)
@@ -355,7 +355,8 @@ def _print_funnel(
         report = {"funnel": rows, "lost": asdict(lost), "alarms": alarms}
         print_json(report | {"unfinished": corpus.unfinished})
         return
-    columns, cells = ("dropped", "left", "MB", *rows[0]["by_source"]), []
+    columns = ("dropped", "left", "MB", *rows[0]["by_source"])
+    cells = []
     for row in rows:
         counts = [f"{number:,}" for number in row["by_source"].values()]
         figures = (
@@ -544,7 +545,8 @@ def _show_stored(store: str, document: str, tokens: bool) -> None:
         raise MaxlmError(
             f"{document!r} is no number of a document", where=store, fix=fix
         )
-    opened, index = TokenStore.open(store), int(document)
+    opened = TokenStore.open(store)
+    index = int(document)
     if tokens:
         print(" ".join(map(str, opened.document(index).tolist())))
         return

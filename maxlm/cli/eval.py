@@ -75,8 +75,8 @@ def command(
     engine's, as max_sequences=32; max_length is the tokens that the model reads at
     once.
     """
+    from maxlm.run.train_config import FaultToleranceConfig
     from maxlm.runtime.session import distributed_session
-    from maxlm.train.config import FaultToleranceConfig
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     options = {**context.params, "tasks": names, "settings": settings or ()}
@@ -93,13 +93,14 @@ def command(
     ):
         import jax
 
+        from maxlm.evaluation.program import evaluate_model
         from maxlm.evaluation.results import list_metrics
-        from maxlm.programs.evaluate import evaluate_model
 
         results, folder = evaluate_model(**options)
         if jax.process_index() != 0:
             return
-    seconds, cells = dict(results["maxlm"]["seconds_by_task"]), []
+    seconds = dict(results["maxlm"]["seconds_by_task"])
+    cells = []
     for task, metric, value, error, rows in list_metrics(results):
         show = "{:.4f}".format if abs(value) < 1000 else "{:.4g}".format
         spread = "" if error is None else show(error)
@@ -194,7 +195,7 @@ def show_position_perplexities(
 ) -> None:
     """Show models' perplexity by the position of a token: with what context, up to
     --length."""
-    from maxlm.programs.evaluate import evaluate_position_losses
+    from maxlm.evaluation.program import evaluate_position_losses
 
     options = {"length": length, "num_windows": windows, "mesh": mesh, "step": step}
     losses = {
@@ -207,7 +208,8 @@ def show_position_perplexities(
                 for model, own in losses.items()
             }
         )
-    ends, rows = sorted({end for own in losses.values() for end in own}), []
+    ends = sorted({end for own in losses.values() for end in own})
+    rows = []
     for start, end in zip([0, *ends], ends, strict=False):
         row = [f"{exp(own[end]):.4g}" if end in own else "" for own in losses.values()]
         rows.append((f"{start + 1:,} to {end:,}", *row))
@@ -229,7 +231,7 @@ def show_passkey_accuracy(
     """Show how often a model finds a number hidden in long texts, by length and
     depth."""
     from maxlm.evaluation.passkey import evaluate_passkey
-    from maxlm.programs.evaluate import load_engine_for_length
+    from maxlm.evaluation.program import load_engine_for_length
 
     sizes, places = (
         _parse(lengths, "--lengths", 1, 2**31),
@@ -388,13 +390,15 @@ def evaluate_mt_bench(
     from maxlm.evaluation.endpoint import open_endpoint
     from maxlm.evaluation.mt_bench import load_mt_bench, run_mt_bench
 
-    loaded, judging = load_mt_bench(data, limit), open_endpoint(judge, "JUDGE_API_KEY")
+    loaded = load_mt_bench(data, limit)
+    judging = open_endpoint(judge, "JUDGE_API_KEY")
     fix = 'give a JSON object, such as {"regex": "..."}'
     body = parse_json(judge_body, "--judge-body", fix)
     if not isinstance(body, dict):
         raise MaxlmError("no JSON object", where="--judge-body", fix=fix)
     judging = replace(judging, extra_body=body)
-    endpoints, pairwise = [open_endpoint(model) for model in models], mode == "pairwise"
+    endpoints = [open_endpoint(model) for model in models]
+    pairwise = mode == "pairwise"
     limits: Any = {"max_tokens": max_tokens, "judge_max_tokens": judge_max_tokens}
     limits |= {"pairwise": pairwise, "concurrency": concurrency}
     with show_progress("requests") as progress:
@@ -456,7 +460,8 @@ def show_ratings(
     Elo."""
     from maxlm.evaluation.ratings import compute_leaderboard, read_battles
 
-    found, rows = compute_leaderboard(read_battles(battles), style_control), []
+    found = compute_leaderboard(read_battles(battles), style_control)
+    rows = []
     if not found["rows"] or found["rows"][0]["rating"] is None:
         raise MaxlmError(found["note"], where=str(battles))
     for row in found["rows"]:

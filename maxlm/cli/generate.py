@@ -42,9 +42,9 @@ def command(
 ) -> None:
     """Continue prompts with a trained model. Options left out are the run's `samples`
     settings."""
-    from maxlm.inference.sampling import SamplingConfig
-    from maxlm.programs.generate import generate_text, get_prompt_separator, search_text
-    from maxlm.programs.load import load_model
+    from maxlm.config.sampling import SamplingConfig
+    from maxlm.inference.text import generate_text, get_prompt_separator, search_text
+    from maxlm.run.load import load_model
 
     options = {
         k: v for k, v in context.params.items() if k in SamplingConfig.model_fields

@@ -103,14 +103,15 @@ def command(
     from maxlm.launch.render import job_file_path, render_job, submit_job
     from maxlm.plan.known_errors import format_known_time_errors
     from maxlm.plan.show import format_prediction
-    from maxlm.programs.run_config import load_run_config
+    from maxlm.run.load_config import load_run_config
 
     jax.config.update(
         "jax_platforms", "cpu"
     )  # Planning touches no accelerator of this machine's.
     given: dict[str, Any] = {}
     for field in fields(JobOptions):
-        if (value := context.params[field.name]) is not None:
+        value = context.params[field.name]
+        if value is not None:
             given[field.name] = tuple(value) if isinstance(value, list) else value
     options = JobOptions(**given)
     all_settings = [*(settings or ())]

@@ -57,7 +57,9 @@ class LazyGroup(TyperGroup):
         module: Any = importlib.import_module(f"maxlm.cli.{name}")
         found = module.app if hasattr(module, "app") else module.command
         if rest and (special := getattr(module, "subcommands", {}).get(rest[0])):
-            name, found, rest = f"{name} {rest[0]}", special, rest[1:]
+            name = f"{name} {rest[0]}"
+            found = special
+            rest = rest[1:]
         return name, _build_command(name, found), rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -195,7 +197,8 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
     else:
         from maxlm.config.errors import find_user_error
 
-        if (known := find_user_error(error)) is None:
+        known = find_user_error(error)
+        if known is None:
             return None
         line = str(known)
     return f"error: {' '.join(line.split())}"
@@ -205,7 +208,8 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
     """Return a usage error with the nearest names, or the help to read."""
     context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
     path = context.command_path if context else "maxlm"
-    text, fix = error.format_message().rstrip("."), f"see '{path} --help'"
+    text = error.format_message().rstrip(".")
+    fix = f"see '{path} --help'"
     if context is None or option is None or not text.startswith("No such option"):
         text = f"{text[:1].lower()}{text[1:]}".replace(
             ". Did you mean", "; did you mean"
@@ -227,10 +231,10 @@ def _find_overrides(option: str, arguments: Sequence[str], verb: str) -> list[st
     from maxlm.config.keys import join_key
 
     schemas = {
-        "serve": ("inference.engine", "Engine"),
-        "chat": ("inference.sampling", "Sampling"),
+        "serve": ("inference.engine_config", "Engine"),
+        "chat": ("config.sampling", "Sampling"),
     }
-    module, name = schemas.get(verb, ("run", "Run"))
+    module, name = schemas.get(verb, ("run.config", "Run"))
     schema = getattr(importlib.import_module(f"maxlm.{module}"), f"{name}Config")
     words = [
         word for each in arguments for word in each.split("=", each.startswith("-"))

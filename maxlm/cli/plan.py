@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from maxlm.plan.predict import Machine
     from maxlm.plan.search import SearchResult
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
 
 _DEFAULT_TOP = 10
 
@@ -227,7 +227,7 @@ def compare(
     Exit code: 0 compared, 2 a mistake in what was given.
     """
     from maxlm.plan.diff import compare_plans, render_plan_diff
-    from maxlm.programs.plan_source import load_plan
+    from maxlm.plan.source import load_plan
 
     machine = None if on is None else _make_machine(on)
     diff = compare_plans(load_plan(first, machine), load_plan(second, machine))
@@ -256,7 +256,7 @@ def _plan_training(
     from maxlm.plan.goodput import Reliability
     from maxlm.plan.predict import plan_run
     from maxlm.plan.show import format_seconds, render_plan_tables
-    from maxlm.programs.run_config import load_run_config
+    from maxlm.run.load_config import load_run_config
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
     run = load_run_config(config, settings)
@@ -283,8 +283,8 @@ def _plan_training(
     if machine is None or not compiled:
         return _PlanOutput(data, tables, plan.fits)
 
+    from maxlm.plan.compiled.program import check_fit_by_compiling
     from maxlm.plan.compiled.tables import render_compiler_tables
-    from maxlm.programs.compile import check_fit_by_compiling
 
     verdict = check_fit_by_compiling(run, machine, plan)
     data["compiled"] = asdict(verdict)
@@ -333,7 +333,7 @@ def _plan_serving(
     from maxlm.plan.serving import ENGINE_WEIGHT_FORMATS, ServingOptions, search_serving
     from maxlm.plan.serving_cache import CacheFormat
     from maxlm.plan.show import render_serving_search, render_serving_tables
-    from maxlm.run import RunConfig
+    from maxlm.run.config import RunConfig
     from maxlm.sharding import mesh_sizes, parse_mesh
 
     if on is None:
@@ -439,7 +439,7 @@ def _search(
     limit = machine.chip.memory_bytes
     peaks: list[float] = []
     if options.compile_top:
-        from maxlm.programs.compile import compile_candidate_peaks
+        from maxlm.plan.compiled.program import compile_candidate_peaks
 
         peaks = compile_candidate_peaks(
             run, machine, result.best[: options.compile_top]

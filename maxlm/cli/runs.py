@@ -18,7 +18,7 @@ def list_runs(
     as_json: JsonOption = False,
 ) -> None:
     """List the runs in a folder: step, state, loss, goodput."""
-    from maxlm.programs import runs
+    from maxlm.train import runs
 
     found = runs.list_runs(folder)
     if as_json:
@@ -39,8 +39,8 @@ def show(
 ) -> None:
     """Show a run's goodput, what else its time went to, its interruptions, how long
     steps take."""
-    from maxlm.programs.history_image import draw_history
-    from maxlm.programs.runs import read_run, show_run
+    from maxlm.train.history_image import draw_history
+    from maxlm.train.runs import read_run, show_run
 
     now = time.time()
     found = read_run(run, now)

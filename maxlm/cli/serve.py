@@ -74,6 +74,6 @@ def command(
 
     Settings are the engine's, as max_sequences=16. SIGTERM and Ctrl-C finish what runs.
     """
-    from maxlm.programs.serve import serve
+    from maxlm.serving.program import serve
 
     serve(**context.params)

@@ -8,11 +8,12 @@ from maxlm.cli.common import ConfigArgument, SettingsArgument, open_console
 def command(config: ConfigArgument, settings: SettingsArgument = None) -> None:
     """Shrink a run to this device and try all of it: steps, checkpoint, restore,
     generation."""
-    from maxlm.programs.run_config import load_run_config
-    from maxlm.programs.smoke import smoke
+    from maxlm.run.load_config import load_run_config
+    from maxlm.train.smoke import smoke
 
     run = load_run_config(config, settings or ())
-    console, failed = open_console(), 0
+    console = open_console()
+    failed = 0
     for check in smoke(run):
         failed += not check.passed
         verdict = "[green]pass[/]" if check.passed else "[red]FAIL[/]"

@@ -311,7 +311,8 @@ def _read_texts(
         documents=tuple(text), text_field=text_field, on_bad_bytes="replace"
     )
     files = find_files(source).files
-    total, done = min(sum(file.size for file in files), limit), 0
+    total = min(sum(file.size for file in files), limit)
+    done = 0
     for file in files:
         for document in read_documents(source, file):
             yield document.text

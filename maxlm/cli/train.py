@@ -39,7 +39,7 @@ def command(
     and saved, 76 a process hung or was lost: after the last two the same command
     resumes.
     """
-    from maxlm.programs.run_config import load_run_config
+    from maxlm.run.load_config import load_run_config
 
     cluster_variables = make_cluster_variables(coordinator, num_processes, process_id)
     run = load_run_config(config, settings or ())

@@ -78,7 +78,7 @@ def command(
 
     A recipe is a run's config: `maxlm plan` and `maxlm launch` take it too.
     """
-    from maxlm.programs.run_config import load_run_config
+    from maxlm.run.load_config import load_run_config
 
     own = [f"train.start_from={base}"] if base else []
     own += [f"task.files={json.dumps([str(path) for path in data])}"] if data else []
@@ -113,7 +113,7 @@ def show(
     """Print rows as a task reads them, what is learnt in colour or between « », and
     count what is cut or left out. Settings are a run's, as task.turns=last
     data.seq_len=512."""
-    from maxlm.programs.show_examples import describe_examples, render_examples
+    from maxlm.tune.examples import describe_examples, render_examples
 
     report = describe_examples(
         data, model, settings or (), kind=kind, num_examples=examples
@@ -145,7 +145,7 @@ def store_logits(
     """Write rows with a teacher's likeliest tokens, and the probability of all others,
     beside each token to learn: then maxlm tune distill --data OUT needs no teacher.
     Settings are those of the task sft that say what is learnt, as turns=last."""
-    from maxlm.programs.distillation import store_teacher_logits
+    from maxlm.tune.teachers import store_teacher_logits
 
     own = {
         "k": k,
@@ -177,7 +177,7 @@ def write_answers(
 ) -> None:
     """Write a teacher's answers to the prompts of rows, for maxlm tune sft to learn.
     Settings are the engine's, as max_sequences=32."""
-    from maxlm.programs.distillation import generate_answers
+    from maxlm.tune.teachers import generate_answers
 
     own = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     own |= {} if top_p is None else {"top_p": top_p}

@@ -47,7 +47,8 @@ def resolve_config(name: str) -> Path:
     A bare name is looked up among the recipes (configs/runs, tune, methods), then the
     presets (configs/models); ``.yaml`` may be left out.
     """
-    if (path := Path(name).expanduser()).is_file():
+    path = Path(name).expanduser()
+    if path.is_file():
         return path
     found = None if name.endswith(("/", ".")) else find_shipped_config(name)
     if found is not None:

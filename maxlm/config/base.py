@@ -101,7 +101,8 @@ class Config(BaseModel):
     ) -> core_schema.CoreSchema:
         schema = handler(source)
         model: Any = handler.resolve_ref_schema(schema)
-        inner, ref = _check_scalars(model), model.get("ref")
+        inner = _check_scalars(model)
+        ref = model.get("ref")
         inner.pop("ref", None)
         model.clear()
         wrapper = core_schema.with_info_wrap_validator_function

@@ -5,7 +5,7 @@ import collections.abc
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
@@ -21,6 +21,7 @@ from maxlm.config.keys import (
     join_key,
 )
 from maxlm.config.layers import SettingsTree
+from maxlm.config.registry import RegisteredConfig
 
 _LISTS = (list, tuple, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
@@ -75,15 +76,20 @@ def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
     kinds: list[Any] = [cls]
     siblings: list[Any] = []
     for part in item["loc"]:
-        inner = _list_child_types(kinds, part)
+        child = get_descendant(data, (part,))
+        inner = _list_child_types(kinds, part, child)
         if inner or (isinstance(data, dict) and part in data) or isinstance(part, int):
-            key, siblings, kinds = (*key, part), kinds, inner
-            data = get_descendant(data, (part,))
+            key = (*key, part)
+            siblings = kinds
+            kinds = inner
+            data = child
         elif part != "[key]":
             kinds = _select_tagged_types(kinds, part)
     if item["type"].startswith("union_tag"):
         part = item["ctx"]["discriminator"].strip("'")
-        key, siblings, kinds = (*key, part), kinds, _list_child_types(kinds, part)
+        key = (*key, part)
+        siblings = kinds
+        kinds = _list_child_types(kinds, part)
     return ConfigFault(key, kinds, siblings, [])
 
 
@@ -91,7 +97,9 @@ def _describe(
     fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree
 ) -> MaxlmError:
     error = fault.errors[0]
-    kind, value, name = error["type"], error.get("input"), join_key(fault.key)
+    kind = error["type"]
+    value = error.get("input")
+    name = join_key(fault.key)
     where = str(tree.locate(fault.key))
     if kind == "extra_forbidden":
         return MaxlmError(
@@ -113,9 +121,11 @@ def _describe(
         return MaxlmError(f"{name} is required", where=where, fix=fix)
     if kind == "union_tag_invalid":
         value = error["ctx"]["tag"]
-    wanted, fix = [choices] if allowed else [], None
+    wanted = [choices] if allowed else []
+    fix = None
     for item in fault.errors:
-        prefix, words = "Input should be ", item["msg"]
+        prefix = "Input should be "
+        words = item["msg"]
         if item["type"] in ("literal_error", "union_tag_invalid"):
             continue
         if not words.startswith(prefix):
@@ -206,16 +216,24 @@ def _join_names(names: list[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _split_union(annotation: Any) -> list[Any]:
+def _split_union(
+    annotation: Any, metadata: Sequence[Any] = (), settings: Any = None
+) -> list[Any]:
     """Returns the members of a union, however nested or annotated; else the type
-    itself."""
-    if (origin := typing.get_origin(annotation)) is Annotated:
-        return _split_union(typing.get_args(annotation)[0])
+    itself. Of a registered config, it returns the kind that ``settings`` name, or all
+    kinds."""
+    for item in metadata:
+        if isinstance(item, RegisteredConfig):
+            return list(item.select_types(settings))
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        annotation, *metadata = typing.get_args(annotation)
+        return _split_union(annotation, metadata, settings)
     if origin in (Union, types.UnionType):
         return [
             kind
             for member in typing.get_args(annotation)
-            for kind in _split_union(member)
+            for kind in _split_union(member, settings=settings)
         ]
     return [annotation]
 
@@ -226,19 +244,23 @@ def _select_models(kinds: list[Any]) -> list[type[BaseModel]]:
     ]
 
 
-def _list_child_types(kinds: list[Any], part: str | int) -> list[Any]:
-    """Returns the types allowed at a name or index below values of the given types."""
+def _list_child_types(
+    kinds: list[Any], part: str | int, settings: Any = None
+) -> list[Any]:
+    """Returns the types allowed at a name or index below values of the given types;
+    ``settings`` are what stands there."""
     found: list[Any] = []
     for kind in kinds:
         arguments = typing.get_args(kind)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if part in kind.model_fields:
-                found += _split_union(kind.model_fields[str(part)].annotation)
+                field = kind.model_fields[str(part)]
+                found += _split_union(field.annotation, field.metadata, settings)
         elif typing.get_origin(kind) in _MAPPINGS and len(arguments) == 2:
-            found += _split_union(arguments[1])
+            found += _split_union(arguments[1], settings=settings)
         elif typing.get_origin(kind) in _LISTS and arguments and isinstance(part, int):
             whole = len(arguments) > part and ... not in arguments
-            found += _split_union(arguments[part if whole else 0])
+            found += _split_union(arguments[part if whole else 0], settings=settings)
     return found
 
 
@@ -273,7 +295,7 @@ def iterate_schema_keys(model_types: list[Any], key: Key = ()) -> Iterator[Key]:
         for name, info in model.model_fields.items():
             here = (*key, name)
             yield here
-            inner = _split_union(info.annotation)
+            inner = _split_union(info.annotation, info.metadata)
             yield from iterate_schema_keys(inner, here)
             for kind in inner:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"

@@ -47,7 +47,8 @@ class SettingsTree:
     def find_value_origin(self, key: Key, value: Any) -> SettingOrigin | None:
         """Returns where the `value` a config holds at `key` comes from; None for a
         default."""
-        at, written = self._find_written(key), get_descendant(self.settings, key)
+        at = self._find_written(key)
+        written = get_descendant(self.settings, key)
         if (
             isinstance(written, int | float)
             and isinstance(value, int | float)
@@ -180,7 +181,8 @@ def _set_value(
     """`node`, which stands at `key`, with `value` merged in at `parts` below it."""
     if not parts:
         return _merge(node, value, key)
-    name, where = join_key((*key, parts[0])), str(COMMAND_LINE)
+    name = join_key((*key, parts[0]))
+    where = str(COMMAND_LINE)
     if node and isinstance(node.value, list):
         size = len(node.value)
         if not parts[0].isdecimal() or int(parts[0]) >= size:
@@ -189,7 +191,8 @@ def _set_value(
             raise MaxlmError(
                 what, where=where, fix="count from 0, or give the whole list"
             )
-        index, items = int(parts[0]), [*node.value]
+        index = int(parts[0])
+        items = [*node.value]
         items[index] = _set_value(items[index], parts[1:], value, (*key, index))
         return Setting(items, node.origin)
     part = parts[0]

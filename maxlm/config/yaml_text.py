@@ -203,9 +203,9 @@ def parse_yaml(text: str, source: str, *, track_lines: bool = True) -> Setting:
     "on"). ``source``: the file, or "command line", for messages and origins.
     ``track_lines``: whether line numbers mean anything to the user."""
     try:
-        if (
-            node := (loader := _Loader(text, source, track_lines)).get_single_node()
-        ) is None:
+        loader = _Loader(text, source, track_lines)
+        node = loader.get_single_node()
+        if node is None:
             return Setting(None, SettingOrigin(source))
         return loader.build(node, loader.locate(node.start_mark))
     except RecursionError:

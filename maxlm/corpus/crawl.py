@@ -128,7 +128,8 @@ def _read_records(
         try:
             # HTTP is left alone: its codings' errors would end the iteration.
             for record in ArchiveIterator(file, parse_http=False):
-                false_starts, start = 0, record.stream_pos
+                false_starts = 0
+                start = record.stream_pos
                 try:
                     yield _read_document(record, name, max_bytes)
                     is_counted = False
@@ -151,23 +152,23 @@ def _read_records(
 
 def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
     """Reads a record of fastwarc's. Raises _PassOver: it is no document, or broken."""
-    kind, headers = str(record.record_type), record.headers
+    kind = str(record.record_type)
+    headers = record.headers
     if kind not in ("response", "resource", "conversion"):
         raise _PassOver(kind)
     if record.content_length > max_bytes:
         raise _PassOver("too_large")
     record.parse_http(quirks_mode=True)
-    http, length, body = (
-        record.http_headers,
-        record.content_length,
-        record.reader.read(),
-    )
+    http = record.http_headers
+    length = record.content_length
+    body = record.reader.read()
     # A Content-Length that is too large swallows the records that follow; a wrong one
     # reads as 0.
     is_whole = len(body) >= length and b"\r\n\r\nWARC/" not in body
     if not is_whole or (record.is_http and (http is None or http.status_code is None)):
         raise _Damaged("broken")
-    content_type, codings = headers.get("Content-Type") or "", ()
+    content_type = headers.get("Content-Type") or ""
+    codings = ()
     if record.is_http:
         if http.status_code // 100 != 2:
             raise _PassOver("status")

@@ -26,7 +26,8 @@ _SPACE = re.compile(r"\s+")
 def remove_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
     """`text` without `spans`. `spans`: (start, end) in characters, in any order; they
     may overlap, and what lies outside of the text is passed over."""
-    done, pieces = 0, []
+    done = 0
+    pieces = []
     for start, end in _gaps(text, spans):
         pieces += text[done:start], _joint(text, start, end)
         done = end
@@ -80,6 +81,7 @@ def _spaced(character: str) -> bool:
 def merge_spans(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The union of spans as spans that are apart, rising."""
     order = np.argsort(start)
-    start, stop = start[order], np.maximum.accumulate(stop[order])
+    start = start[order]
+    stop = np.maximum.accumulate(stop[order])
     first = np.append(True, start[1:] > stop[:-1])[: len(start)]
     return start[first], stop[np.append(first[1:], True)[: len(start)]]

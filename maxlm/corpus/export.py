@@ -26,7 +26,8 @@ from maxlm.runtime.progress import Progress, ignore_progress
 
 _COUNTS = ("documents", "text_bytes", "files", "dropped", "empty")
 _MANIFEST = "export.json"
-_GROUP_CHARS, _GROUP_ROWS = 16 << 20, 4096
+_GROUP_CHARS = 16 << 20
+_GROUP_ROWS = 4096
 
 
 def export_corpus(

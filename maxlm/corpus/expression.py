@@ -100,7 +100,8 @@ class Expression:
     def evaluate(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
         """Marks rows that fulfil it: bool [rows]. `table` has the columns
         `label_names`."""
-        if isinstance(value := _evaluate(self._tree, table), pa.Scalar):
+        value = _evaluate(self._tree, table)
+        if isinstance(value, pa.Scalar):
             return np.full(table.num_rows, bool(value.as_py()))
         return pc.fill_null(value, False).to_numpy(zero_copy_only=False)
 
@@ -224,7 +225,8 @@ def _parse_number(node: ast.expr) -> float | None:
 
 
 def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:
-    if (name := _dotted(node)) is not None:
+    name = _dotted(node)
+    if name is not None:
         return table.column(name)
     match node:
         case ast.Constant(value=str() | int() | float() | bool() | None):

@@ -277,7 +277,8 @@ class HtmlExtractorProcess:
         or fails in one way is tried in the next."""
         page = ExtractedPage("broken")
         for way in self._ways:
-            if (page := self._ask(data, charset, *way)).status not in (
+            page = self._ask(data, charset, *way)
+            if page.status not in (
                 "timeout",
                 "broken",
             ):

@@ -178,10 +178,8 @@ class OpenCorpus:
     @cached_property
     def shards(self) -> list[StageShardView]:
         """The corpus's shards, in the order of its documents."""
-        names, texts = (
-            self.read_manifest(DOCUMENTS)["shards"],
-            get_text_stages(self.recipe.stages),
-        )
+        names = self.read_manifest(DOCUMENTS)["shards"]
+        texts = get_text_stages(self.recipe.stages)
         return [StageShardView(self.folder, name, texts) for name in names]
 
     def list_settled_labels(self, rules: FilterRules) -> tuple[str, ...]:
@@ -323,7 +321,8 @@ def find_document(
     rules = corpus.resolve_rules()
     for shard in corpus.settle_rules(rules):
         for group, ids in enumerate(shard.read_row_groups(["id"])):
-            if (row := ids.column("id").index(document_id).as_py()) >= 0:
+            row = ids.column("id").index(document_id).as_py()
+            if row >= 0:
                 tables = shard.read_row_groups(list(dict.fromkeys(columns)))
                 table = next(islice(tables, group, None)).slice(row, 1)
                 passed = {

@@ -59,7 +59,8 @@ def plan_shards(
     they are read): a shard of the same name holds the same documents, and new files
     make new shards.
     """
-    jobs, num_binary_files = [], 0
+    jobs = []
+    num_binary_files = 0
     for source in sources:
         listing = find_files(source)
         num_binary_files += listing.num_binary_files
@@ -112,7 +113,8 @@ def _make_rows(job: ReadJob, count: SkipCallback) -> Iterator[dict[str, bytes | 
     for part in job.slices:
         try:
             for document in _read_raw(job.source, part, count):
-                if isinstance(row := _make_row(job.source, document), str):
+                row = _make_row(job.source, document)
+                if isinstance(row, str):
                     count(row)
                 else:
                     yield row

@@ -127,10 +127,12 @@ def bind_stages(recipe: RecipeConfig) -> list[BoundStage]:
     `where` that names such a verdict selects documents as if none did.
     """
     resolve_rules(recipe, recipe.keep, recipe.cut, "")
-    keys, steps = {DOCUMENTS: ""}, []
+    keys = {DOCUMENTS: ""}
+    steps = []
     wholes: set[str] = set()
     for number, stage in enumerate(recipe.stages):
-        name, place = stage.unique_name, f"stages.{number}"
+        name = stage.unique_name
+        place = f"stages.{number}"
         labels = get_label_types(recipe.stages[:number])
         texts = get_text_stages(recipe.stages[:number])
         where = None
@@ -200,13 +202,15 @@ def resolve_rules(
 ) -> FilterRules:
     """Check rules against a recipe's labels. `error_location`: what comes before a
     rule's key in errors, such as the corpus's folder."""
-    labels, parsed = get_label_types(recipe.stages), {}
+    labels = get_label_types(recipe.stages)
+    parsed = {}
     for name, text in keep.items():
         place = f"{error_location}: keep.{name}" if error_location else f"keep.{name}"
         if not re.fullmatch(r"[A-Za-z][\w-]*", name):
             what = f"{name!r} cannot be the name of a rule"
             raise MaxlmError(what, where=place, fix="use letters, digits, _ and -")
-        if (known := text.strip().removeprefix("published.")) != text.strip():
+        known = text.strip().removeprefix("published.")
+        if known != text.strip():
             if known not in PUBLISHED:
                 what = f'there is no published rule "{known}"'
                 raise MaxlmError(
@@ -223,7 +227,8 @@ def resolve_rules(
             raise MaxlmError(
                 what, where="cut", fix=f"choose: {', '.join(spans) or 'none here'}"
             )
-        if titles.index(stage := label.rpartition(".")[0]) <= titles.index(newest):
+        stage = label.rpartition(".")[0]
+        if titles.index(stage) <= titles.index(newest):
             what = (
                 f"{label} are places in the text as it was before {newest} changed it"
             )

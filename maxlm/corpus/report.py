@@ -155,7 +155,8 @@ def _summarize_shard(
         *rules.cut,
     ]
     seed = int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:8], "big")
-    random, codec = np.random.default_rng(seed), tokenizer and load_tokenizer(tokenizer)
+    random = np.random.default_rng(seed)
+    codec = tokenizer and load_tokenizer(tokenizer)
     for table in shard.read_row_groups(list(dict.fromkeys(columns))):
         texts = table.column("text")
         sizes = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
@@ -247,7 +248,8 @@ def write_report(
     environment.filters |= {
         "number": "{:,.0f}".format, "share": "{:.1%}".format, "value": _format_value
     }  # fmt: skip
-    stages, funnel = corpus.recipe.stages, compute_funnel(rules, summary)
+    stages = corpus.recipe.stages
+    funnel = compute_funnel(rules, summary)
     page = environment.from_string(template).render(
         name=corpus.folder.resolve().name,
         sources=[*funnel[0]["by_source"]],

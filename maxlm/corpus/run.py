@@ -230,7 +230,8 @@ def _make_shards(
 ) -> None:
     """Make the shards of a stage that are not there, then its manifest; delete the
     shards of files that are no longer sources."""
-    began, paths = time.time(), {shard.name: shard.path(home.name) for shard in shards}
+    began = time.time()
+    paths = {shard.name: shard.path(home.name) for shard in shards}
     # By a listing: a network disk may remember for a while that a file which was asked
     # for by name was not there.
     present = set(home.glob("*.parquet"))

@@ -51,7 +51,8 @@ class JobRunner:
         """Runs a function over jobs, `num_done` being done before; returns results as
         they come."""
         title = self._title if step is None else f"{self._title}: {step}"
-        results, total = [], len(jobs) + num_done
+        results = []
+        total = len(jobs) + num_done
         self._progress(title, num_done, total)
         for result in self._executor.map_unordered(function, jobs):
             results.append(result)
@@ -144,7 +145,8 @@ class PerDocumentStage(Stage):
 
     def make_batch_label_fn(self) -> BatchLabelFn:
         """The labelling function of a batch."""
-        label, schema = self.make_row_label_fn(), self.schema()
+        label = self.make_row_label_fn()
+        schema = self.schema()
 
         def label_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
             # A row at a time: as Python values a batch would take several times its

@@ -6,7 +6,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from maxlm.data.loader.batches import Batch
+Batch = dict[str, np.ndarray]
+"""int32 arrays [rows, seq_len] and float32 weights [rows, seq_len]:
+
+tokens       token ids; 0 in padding.
+targets      the next token of the same document, also where the document is cut here; 0 where
+             there is none.
+weights      1 where the target counts; 0 at a document's last token and in padding.
+segment_ids  1, 2, ... for the row's pieces; 0 in padding.
+positions    0, 1, ... within each piece. A piece that continues a cut document starts at 0 again,
+             as attention cannot see what came before it.
+"""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ def batch_by_size(
 ) -> Iterator[list[Item]]:
     """Yields lists of items in order; the item by which a list reaches either limit is
     its last."""
-    batch, size = list[Item](), 0
+    batch = list[Item]()
+    size = 0
     for item in items:
         batch.append(item)
         size += get_size(item)
         if size >= max_size or len(batch) == max_items:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch

@@ -5,15 +5,13 @@ Rows of files have one of these forms, the values of ``prompt``, ``completion``,
 ``chosen`` and ``rejected`` being text or lists of messages, {"role": ..., "content":
 ...}:
 
-=====================================
-========================================================
+=====================================  =================================================
 ``messages``                           a conversation
 ``prompt``, ``completion``             a prompt and an answer to it
 ``prompt``, ``chosen``, ``rejected``   two answers, of which one is better; with messages the
                                        prompt may be left out: what both begin with
 ``prompt``, ``completion``, ``label``  an answer and whether it is good: true or false
-=====================================
-========================================================
+=====================================  =================================================
 
 Beside messages a row may have ``tools``, the functions that the model may call, and
 ``chat_template_kwargs``, variables of the chat template; both also as JSON.
@@ -160,10 +158,8 @@ def encode_pair(
         raise MaxlmError(
             "chosen equals rejected", where="chosen", fix="leave the row out"
         )
-    prompt, are_lists = (
-        row.get("prompt"),
-        isinstance(chosen, list) and isinstance(rejected, list),
-    )
+    prompt = row.get("prompt")
+    are_lists = isinstance(chosen, list) and isinstance(rejected, list)
     if prompt is None and not are_lists:
         prompt = get_column(row, "prompt")
     size = 0

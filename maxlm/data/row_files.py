@@ -42,7 +42,8 @@ class RowFiles:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         file, row = self._find(index)
-        if (path := self.paths[file]) not in _OPENED:
+        path = self.paths[file]
+        if path not in _OPENED:
             _OPENED[path] = _read_file(path)
         content = _OPENED[path][row]
         try:
@@ -104,13 +105,13 @@ class _JsonLines:
     def __getitem__(self, index: int) -> dict[str, Any]:
         fault = ""
         try:
-            if isinstance(
-                row := json.loads(self._data[slice(*self._spans[index])]), dict
-            ):
+            row = json.loads(self._data[slice(*self._spans[index])])
+            if isinstance(row, dict):
                 return row
         except (ValueError, RecursionError) as error:
             fault = f" ({error})"
-        what, fix = f"no JSON object{fault}", "write one object on each line"
+        what = f"no JSON object{fault}"
+        fix = "write one object on each line"
         raise MaxlmError(what, where=f"{self._path}: row {index}", fix=fix)
 
 
@@ -206,6 +207,7 @@ def _read_arrow(paths: Sequence[Path]) -> Any:
             else:
                 tables.append(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
         except (OSError, pa.ArrowInvalid) as error:
-            what, fix = f"cannot be read: {error}", "write the file again"
+            what = f"cannot be read: {error}"
+            fix = "write the file again"
             raise MaxlmError(what, where=str(path), fix=fix) from error
     return _ArrowRows(pa.concat_tables(tables))

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import BatchArraySpec
-from maxlm.data.loader.batches import Batch
+from maxlm.data.batch_source import Batch, BatchArraySpec
 from maxlm.data.loader.packing import pack_best_fit
 from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 from maxlm.data.row_files import RowFiles
@@ -78,12 +77,14 @@ class RowSource:
 
     def _fill(self, batch: Batch, i: int, examples: Sequence[int]) -> None:
         """Write examples into row i, which is zeros, one after the other."""
-        start, segments = 0, dict.fromkeys(self.arrays, 0)
+        start = 0
+        segments = dict.fromkeys(self.arrays, 0)
         for number, example in enumerate(examples):
             encoded = encode_row(self.encode, self.file, example)
             along = (name for name, array in self.arrays.items() if "seq" in array.axes)
             length = max(len(encoded[name]) for name in along if name in encoded)
-            if length > (room := _room(self.arrays)):
+            room = _room(self.arrays)
+            if length > room:
                 what = (
                     f"an example of {length} tokens, where a row of a batch has {room}"
                 )

@@ -107,9 +107,8 @@ class Arena:
             )
             while len(self._battles) > MAX_OPEN_BATTLES:
                 del self._battles[next(iter(self._battles))]
-        if not (
-            models := self._battles.get(body.battle)
-        ):  # also one from before a restart
+        models = self._battles.get(body.battle)
+        if not models:  # also one from before a restart
             raise ApiError(409, "this battle is over")
         model = models["ab".index(body.side)]
 
@@ -126,7 +125,8 @@ class Arena:
 
     async def _vote(self, request: Request) -> Response:
         body = VoteBody.model_validate_json(await request.body())
-        if not (models := self._battles.get(body.battle)):
+        models = self._battles.get(body.battle)
+        if not models:
             raise ApiError(409, "no battle without a vote")
         talks = (
             json.dumps(talk) for talk in (body.conversation_a, body.conversation_b)

@@ -84,7 +84,8 @@ def _score_programs(
     """Run each problem's candidates; return pass@k as means over the problems, and
     results."""
     results = run_all(programs, limits, workers)
-    counts, pairs = Counter(problems), zip(problems, results, strict=True)
+    counts = Counter(problems)
+    pairs = zip(problems, results, strict=True)
     correct = Counter(name for name, result in pairs if result.passed)
     score = {}
     for k in ks:

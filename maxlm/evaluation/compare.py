@@ -90,19 +90,20 @@ def compare_samples(
     documents. Raises MaxlmError if no document is in both.
     """
     first, second = ({s.key: s for s in side if metric in s.values} for side in sides)
-    if not (keys := [key for key in first if key in second]):
+    keys = [key for key in first if key in second]
+    if not keys:
         raise MaxlmError(
             f"no document of {task} is in both evaluations", fix="evaluate one again"
         )
     a = _split_figure(metric, [first[key].values[metric] for key in keys])
     b = _split_figure(metric, [second[key].values[metric] for key in keys])
-    n, lost, gained = len(keys), int((b < a).sum()), int((b > a).sum())
+    n = len(keys)
+    lost = int((b < a).sum())
+    gained = int((b > a).sum())
     if np.isin([a, b], (0, 1)).all():
         p = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-        middle, quantile = (
-            (gained - lost) / (n + 2),
-            float(stats.norm.ppf(1 - alpha / 2)),
-        )
+        middle = (gained - lost) / (n + 2)
+        quantile = float(stats.norm.ppf(1 - alpha / 2))
         error = quantile * sqrt(lost + gained + 1 - (gained - lost) * middle) / (n + 2)
         low, high = middle - error, middle + error
     else:
@@ -140,7 +141,8 @@ def compute_holm_p_values(p_values: Sequence[float]) -> list[float]:
 def _split_figure(metric: str, values: Sequence[tuple[float, float]]) -> np.ndarray:
     """Splits a metric's figure, a perplexity's logarithm, into what each document adds,
     to first order; their mean is it."""
-    (sums, weights), name = np.asarray(values).T, metric.split(" ")[0]
+    sums, weights = np.asarray(values).T
+    name = metric.split(" ")[0]
     mean = sums.sum() / weights.sum()
     shares = (sums - mean * weights) / weights.mean()
     if is_perplexity(metric):

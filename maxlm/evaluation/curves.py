@@ -86,7 +86,8 @@ def draw_downstream(
         for record in records
         if any(map(_is_at, record))
     ]
-    if not (count := len(by_task) + bool(by_position)):
+    count = len(by_task) + bool(by_position)
+    if not count:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

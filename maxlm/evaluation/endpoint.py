@@ -12,10 +12,8 @@ from maxlm.config import MaxlmError
 try:
     from openai import APIStatusError, DefaultHttpxClient, OpenAI, OpenAIError, Timeout
 except ModuleNotFoundError as error:
-    what, fix = (
-        f"the package {error.name} is not installed",
-        "pip install 'maxlm[eval]'",
-    )
+    what = f"the package {error.name} is not installed"
+    fix = "pip install 'maxlm[eval]'"
     raise MaxlmError(what, fix=fix) from None
 
 
@@ -92,10 +90,8 @@ def open_endpoint(
 
 @contextmanager
 def _convert_errors(client: OpenAI) -> Iterator[None]:
-    where, fix = (
-        str(client.base_url),
-        "start it, and give the same command again: it goes on",
-    )
+    where = str(client.base_url)
+    fix = "start it, and give the same command again: it goes on"
     try:
         yield
     except (OpenAIError, LookupError, TypeError, AttributeError, ValueError) as error:

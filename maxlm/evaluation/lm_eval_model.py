@@ -12,14 +12,14 @@ from lm_eval.api.model import LM, CachingLM, TemplateLM
 from lm_eval.models import utils as model_utils
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer, render_chat
 from maxlm.data.tokenizer.chat import get_chat_template
 from maxlm.evaluation.records import read_records
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import MaskedScorer, Scorer
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class MaxlmModel(TemplateLM):
@@ -107,7 +107,9 @@ class MaxlmModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Any, disable_tqdm: bool = True
     ) -> list[float]:
-        windows, owners, totals = [], [], [0.0] * len(requests)
+        windows = []
+        owners = []
+        totals = [0.0] * len(requests)
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             own = utils.get_rolling_token_windows(
@@ -135,7 +137,9 @@ class MaxlmModel(TemplateLM):
             for number, each in enumerate(requests)
         ]
         tokens: list[list[int]] = [[] for _ in asked]
-        num_done, special, answers = 0, {*self._codec.special_tokens.values()}, []
+        num_done = 0
+        special = {*self._codec.special_tokens.values()}
+        answers = []
         for output in self.engine.run(asked):
             tokens[int(output.request_id)] += output.token_ids
             num_done += output.finish_reason is not None
@@ -154,7 +158,8 @@ class MaxlmModel(TemplateLM):
         given: dict[str, Any] = {
             **model_utils.normalize_gen_kwargs(settings, self._max_gen_toks)
         }
-        most, end = given.pop("max_gen_toks"), self._codec.decode([self.eot_token_id])
+        most = given.pop("max_gen_toks")
+        end = self._codec.decode([self.eot_token_id])
         stops = model_utils.handle_stop_sequences(given.pop("until"), eos=end)
         if not given.pop("do_sample", False):
             given["temperature"] = 0
@@ -196,7 +201,8 @@ class MaxlmModel(TemplateLM):
         # The last message is the beginning of the answer: what ends its turn is cut
         # off.
         last = chat_history[-1]["content"]
-        start, tail = text.rindex(last.strip()), last.lstrip()
+        start = text.rindex(last.strip())
+        tail = last.lstrip()
         return text[:start] + (tail if text.startswith(tail, start) else last.strip())
 
 

@@ -96,10 +96,8 @@ def run_mt_bench(
         raise MaxlmError(
             what, where=", ".join(names), fix="serve with --name, or drop one"
         )
-    fill, answers = (
-        partial(fill_records, num_threads=concurrency, progress=progress),
-        {},
-    )
+    fill = partial(fill_records, num_threads=concurrency, progress=progress)
+    answers = {}
     for endpoint in models:
         path = output / "model_answer" / f"{endpoint.model.replace('/', '_')}.jsonl"
         make = partial(_answer, endpoint, data, max_tokens)
@@ -156,7 +154,8 @@ def _answer(
 ) -> Record:
     if record:
         return record
-    question, talk = data.questions[key[0]], []
+    question = data.questions[key[0]]
+    talk = []
     record = {
         "question_id": key[0],
         "answer_id": uuid.uuid4().hex,
@@ -193,7 +192,8 @@ def _judge(
     for game, order in enumerate(permutations(range(len(names))), 1):
         prefix = f"g{game}_" if len(names) == 2 else ""
         shown = [answers[names[n]][number,]["choices"][0]["turns"] for n in order]
-        question, reference = data.questions[number], data.references.get(number, ())
+        question = data.questions[number]
+        reference = data.references.get(number, ())
         name, talk = format_judge_prompt(
             data.templates, question, shown, turn, reference
         )
@@ -204,7 +204,8 @@ def _judge(
         record |= {"judge": [judge.model, name], "tstamp": time.time()}
         if prefix:
             sides = {side: models[n] for side, n in zip("AB", order, strict=True)}
-            record[f"{prefix}winner"] = sides.get(winner := parse_winner(text), winner)
+            winner = parse_winner(text)
+            record[f"{prefix}winner"] = sides.get(winner, winner)
         else:
             record["score"] = parse_score(text)
     return record
@@ -307,7 +308,8 @@ def summarize_judgments(records: Sequence[Record], data: MtBenchData) -> Record:
     found: dict[str, Record] = {kind: {} for kind in (*kinds.values(), "all")}
     for kind, cells in found.items():
         for name, turns in (("turn_1", (1,)), ("turn_2", (2,)), ("both", (1, 2))):
-            values, num_unreadable = defaultdict(list), 0
+            values = defaultdict(list)
+            num_unreadable = 0
             for record in records:
                 if record["turn"] in turns and kind in (
                     kinds[record["question_id"]],

@@ -9,10 +9,10 @@ from random import Random
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and "
@@ -81,7 +81,8 @@ def evaluate_passkey(
         num_samples: keys for each length and depth; cells have keys of their own.
         on_progress: is told how many answers there are, and of how many.
     """
-    tokenizer, random = engine.tokenizer, Random(seed)
+    tokenizer = engine.tokenizer
+    random = Random(seed)
     assert tokenizer is not None
     # A stray space or quotation mark may come first.
     room = max(len(tokenizer.encode(f" {key}")) for key in (10000, 54321, 98989)) + 3
@@ -91,7 +92,8 @@ def evaluate_passkey(
         keys.append(str(random.randint(10_000, 99_999)))
         prompt = build_passkey_prompt(tokenizer, length - room, depth, keys[-1])
         requests.append(GenerationRequest(str(len(requests)), tuple(prompt), sampling))
-    answers, done = [list[int]() for _ in keys], 0
+    answers = [list[int]() for _ in keys]
+    done = 0
     for output in engine.run(requests):
         answers[int(output.request_id)] += output.token_ids
         done += output.finish_reason is not None

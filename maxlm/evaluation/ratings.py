@@ -118,11 +118,10 @@ def fit_bradley_terry(
         names = " | ".join(", ".join(models[group == n]) for n in range(num_groups))
         fix = "collect battles that join them, or leave models out"
         raise MaxlmError(f"groups of models never met: {names}", fix=fix)
-    design, params = np.concatenate([first - second, rows[:, 3:]], axis=1), []
-    draw, at_once = (
-        np.random.default_rng(seed),
-        max(1, 4_000_000 // design.size),
-    )  # bounds memory
+    design = np.concatenate([first - second, rows[:, 3:]], axis=1)
+    params = []
+    draw = np.random.default_rng(seed)
+    at_once = max(1, 4_000_000 // design.size)  # bounds memory
     for start in range(0, 1 + num_resamples, at_once):
         size = min(at_once, 1 + num_resamples - start)
         weights = draw.multinomial(len(battles), counts / counts.sum(), size=size)

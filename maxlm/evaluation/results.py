@@ -84,11 +84,8 @@ def find_evaluations(source: Path) -> list[EvaluationResult]:
     """Reads the evaluations of each folder under a run or folder, each task's newest,
     by model and step; or one results file. Raises MaxlmError where there is none, and
     for one that is damaged."""
-    if not (
-        paths := [source]
-        if source.is_file()
-        else sorted(source.rglob("results_*.json"))
-    ):
+    paths = [source] if source.is_file() else sorted(source.rglob("results_*.json"))
+    if not paths:
         fix = "name a run, or a folder that maxlm eval or lm_eval --output_path wrote"
         raise MaxlmError(
             "no evaluation here (results_*.json)", where=str(source), fix=fix
@@ -169,7 +166,9 @@ def _parse_file(path: Path, parse: Callable[[Any], Any]) -> list[Any]:
 
 def _parse_results(path: Path, data: dict[str, Any]) -> EvaluationResult:
     ours, groups = data.get("maxlm") or {}, data.get("group_subtasks") or {}
-    tasks, inner, stamp = {}, set(), path.stem.removeprefix("results_")
+    tasks = {}
+    inner = set()
+    stamp = path.stem.removeprefix("results_")
     for name, metric, value, stderr, n in (
         m for m in list_metrics(data) if isfinite(m[2])
     ):
@@ -196,10 +195,8 @@ def _parse_results(path: Path, data: dict[str, Any]) -> EvaluationResult:
     costs["seconds"] = float(
         costs["seconds"] or data.get("total_evaluation_time_seconds") or 0
     )
-    model, units = (
-        data.get("model_name") or path.parent.name,
-        [t for t in tasks if t not in inner],
-    )
+    model = data.get("model_name") or path.parent.name
+    units = [t for t in tasks if t not in inner]
     return EvaluationResult(path, str(model), ours.get("step"), tasks, units, costs)
 
 
@@ -233,7 +230,8 @@ def _list_members(name: str, groups: Mapping[str, list[str]]) -> list[str]:
 
 
 def _parse_sample(task: str, line: Mapping[str, Any]) -> EvalDoc:
-    kind, values = line.get("filter", "none"), {}
+    kind = line.get("filter", "none")
+    values = {}
     for metric in line["metrics"]:
         is_ratio = metric.endswith("_perplexity") or metric == "bits_per_byte"
         pair = line[metric] if is_ratio else [line[metric], 1]

@@ -140,10 +140,8 @@ def run_python(
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as answer:
         stdin.write(token + b"\n" + program.encode("utf-8", "surrogatepass"))
         stdin.seek(0)
-        files, packages = (
-            (stdin.fileno(), answer.fileno()),
-            sysconfig.get_path("purelib"),
-        )
+        files = (stdin.fileno(), answer.fileno())
+        packages = sysconfig.get_path("purelib")
         command = [sys.executable, "-ISBuc", _HARNESS, str(files[1]), packages]
         result = run_command(command, limits, layer=layer, files=files)
         answer.seek(0)
@@ -195,7 +193,8 @@ def run_command(
             pass_fds=files[1:],
             start_new_session=True,
         )
-        ended, descriptor = select.poll(), os.pidfd_open(process.pid)
+        ended = select.poll()
+        descriptor = os.pidfd_open(process.pid)
         try:
             ended.register(descriptor, select.POLLIN)
             in_time = bool(ended.poll(limits.seconds * 1000))
@@ -226,8 +225,11 @@ def _list_prefix(
     layer: Layer, limits: SandboxLimits, folder: Path, readable: Sequence[Path]
 ) -> list[str]:
     """Return the command that runs, confined, the one that is put behind it."""
-    size, processes, is_root = limits.file_bytes, limits.processes, os.geteuid() == 0
-    at, rights = shlex.quote(str(folder)), "setpriv --no-new-privs"
+    size = limits.file_bytes
+    processes = limits.processes
+    is_root = os.geteuid() == 0
+    at = shlex.quote(str(folder))
+    rights = "setpriv --no-new-privs"
     own = "" if at == _EMPTY else at
     if (
         is_root
@@ -254,7 +256,8 @@ def _list_prefix(
         prefix += f"{own and f'--bind {at} {at}'} --remount-ro / --chdir {at} "
     elif layer == "unshare":
         rights += " --bounding-set=-all --inh-caps=-all"
-        read, made = " ".join(found), " .".join(["", *found])
+        read = " ".join(found)
+        made = " .".join(["", *found])
         folders = {
             "readable": read,
             "made": made,

@@ -64,20 +64,23 @@ def evaluate_prediction(
     environment). Return its entry of the benchmark's report, and the log. Raises
     MaxlmError without a clone or the commit."""
     limits = SandboxLimits(seconds, 4 << 30, 256, 1 << 30, 1024, 64 << 20)
-    exists, test_patch = bool(patch.strip()), instance["test_patch"]
+    exists = bool(patch.strip())
+    test_patch = instance["test_patch"]
     report: dict[str, Any] = {"patch_is_None": not exists, "patch_exists": exists}
     report |= {"patch_successfully_applied": False, "resolved": False}
     if not exists:
         return report, ""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        clone, commit = Path(temporary), instance["base_commit"]
+        clone = Path(temporary)
+        commit = instance["base_commit"]
         _clone(instance["repo"], commit, repositories, clone)
         for name, text in (("model", patch), ("test", test_patch)):
             (clone / ".git" / name).write_text(text, "utf-8")
         run = partial(run_command, limits=limits, folder=clone, readable=readable)
         files = re.findall(r"^diff --git a/.* b/(.*)$", test_patch, re.MULTILINE)
         script = _APPLY.format(files=shlex.join(files), commit=shlex.quote(commit))
-        if (applied := run(["/bin/sh", "-c", script])).exit_code == 99:
+        applied = run(["/bin/sh", "-c", script])
+        if applied.exit_code == 99:
             raise MaxlmError(
                 "its test patch does not apply", where=instance["instance_id"]
             )
@@ -157,7 +160,8 @@ def _clone(name: str, commit: str, repositories: Path, target: Path) -> None:
     places = [
         repositories / each for each in (name, name.replace("/", "__"), Path(name).name)
     ]
-    if (source := next((each for each in places if each.is_dir()), None)) is None:
+    source = next((each for each in places if each.is_dir()), None)
+    if source is None:
         what, fix = f"no clone of {name}", f"git clone it to {places[1]}"
         raise MaxlmError(what, where=str(repositories), fix=fix)
     # Linked files would change their owner in the source as well.

@@ -58,7 +58,8 @@ class LocalTaskFactory(TaskFactory):
         self.missing: list[str] = []
 
     def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
-        if "dataset_path" not in (config := self._load_full_config(entry, overrides)):
+        config = self._load_full_config(entry, overrides)
+        if "dataset_path" not in config:
             raise MissingData("this task takes no local files", where=entry.name)
         own = config.get("num_fewshot")
         shots = own if own == 0 or self._shots is None else self._shots
@@ -83,7 +84,9 @@ class LocalTaskFactory(TaskFactory):
     def _build_group_members(
         self, member_list: Any, group_name: str, overrides: Any, registry: Any
     ) -> list[Any]:
-        names, built, error = [], [], None
+        names = []
+        built = []
+        error = None
         for item in member_list:
             entry = registry.get(item) if isinstance(item, str) else None
             names += sorted(entry.tags) if entry and entry.kind is Kind.TAG else [item]
@@ -154,7 +157,8 @@ def load_tasks(
         By name, what the harness's ``evaluate`` takes; its ``missing`` are tasks of a
         group that ``data`` has no files of, its ``seed`` that of the examples.
     """
-    manager, opened = manager or _index_tasks(), {}
+    manager = manager or _index_tasks()
+    opened = {}
     check_task_names(manager, names)
     for name in names:
         random.seed(0 if seed is None else seed)
@@ -250,7 +254,8 @@ def load_split(
     """
     from datasets import Dataset
 
-    dataset, rows = config["dataset_path"].rpartition("/")[2], []
+    dataset = config["dataset_path"].rpartition("/")[2]
+    rows = []
     for path in _find_files(folder, config, split, is_evaluated=is_evaluated):
         try:
             rows += [_convert_row(row, dataset) for row in _read_rows(path)]
@@ -339,10 +344,8 @@ def _convert_row(row: Row, dataset: str) -> Row:
             (n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0
         )
         start = one.rfind(" ", 0, same) + 1
-        sentence, answer = (
-            f"{one[:start]}_ {row['continuation'].strip()}",
-            str(row["gold"] + 1),
-        )
+        sentence = f"{one[:start]}_ {row['continuation'].strip()}"
+        answer = str(row["gold"] + 1)
         options = {"option1": one[start:], "option2": two[start:]}
         return {"sentence": sentence, **options, "answer": answer}
     if {"context", "continuation"} <= row.keys():  # llm-foundry's LAMBADA
@@ -355,7 +358,9 @@ def _convert_row(row: Row, dataset: str) -> Row:
 
 
 def _convert_multiple_choice(row: Row, dataset: str) -> Row:
-    query, choices, gold = row["query"], row["choices"], int(row["gold"])
+    query = row["query"]
+    choices = row["choices"]
+    gold = int(row["gold"])
     text = query.removeprefix("Question: ").rstrip("\n")
     if dataset == "piqa":
         return {"goal": text, "sol1": choices[0], "sol2": choices[1], "label": gold}

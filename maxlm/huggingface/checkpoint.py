@@ -1,6 +1,6 @@
 """Checkpoints of parameters alone, written and read a slice at a time.
 
-What is written is what ``maxlm.train.checkpoint.Checkpointer`` restores: an Orbax
+What is written is what ``maxlm.checkpoint.Checkpointer`` restores: an Orbax
 checkpoint, each parameter under its canonical name in zarr3. Orbax itself saves whole
 arrays from devices, so its few JSON files are written here. What is read is any
 checkpoint that maxlm wrote, maybe with its adapter merged.
@@ -107,7 +107,7 @@ class RunCheckpointReader:
         found = (path.parents[1].name for path in folder.glob("*/state/_METADATA"))
         steps = sorted(int(number) for number in found if number.isdigit())
         if step not in (None, *steps) or not steps:
-            what = (
+            message = (
                 "no checkpoint here" if not steps else f"no checkpoint of step {step}"
             )
             fix = (
@@ -115,7 +115,7 @@ class RunCheckpointReader:
                 if steps
                 else "name a run that has one"
             )
-            raise MaxlmError(what, where=str(folder), fix=fix)
+            raise MaxlmError(message, where=str(folder), fix=fix)
         self.step = steps[-1] if step is None else step
         self.folder = folder / str(self.step)
         self._prefix = f"{name}."
@@ -166,7 +166,8 @@ class MergedCheckpointReader:
     """The parameters of a checkpoint with its adapter merged into them, by slices."""
 
     def __init__(self, inner: RunCheckpointReader, adapter: Adapter, specs: Params):
-        self.inner, self.folder = inner, inner.folder
+        self.inner = inner
+        self.folder = inner.folder
         self.shapes = {name: spec.shape for name, spec in flatten_names(specs).items()}
         """Shapes of all parameters, by canonical name."""
         adapted = flatten_names(adapter.adapt(specs), is_leaf)
@@ -194,7 +195,8 @@ class MergedCheckpointReader:
                 if name.endswith(".bias")
                 else ""
             )
-            if (leaf := self._leaves.get(owner)) is None:
+            leaf = self._leaves.get(owner)
+            if leaf is None:
                 yield open_slices(name)
                 return
             slices = {
@@ -210,10 +212,11 @@ class MergedCheckpointReader:
                 )
                 if bias is not None:
                     return np.asarray(own.merge_bias(bias(index)))
-                if (merged := own.merge()) is None:
-                    what = f"{name} with adapter.kind={self._kind} cannot be merged"
+                merged = own.merge()
+                if merged is None:
+                    message = f"{name} with adapter.kind={self._kind} cannot be merged"
                     fix = "--adapter writes the adapter alone"
-                    raise MaxlmError(what, where=str(self.folder), fix=fix)
+                    raise MaxlmError(message, where=str(self.folder), fix=fix)
                 return np.asarray(merged)
 
             yield read
@@ -245,6 +248,6 @@ def _read_tree(path: Path) -> dict[str, Any]:
     """Orbax's description of the arrays in a checkpoint."""
     tree = read_json_object(path, _OTHER).get("tree_metadata")
     if not isinstance(tree, dict):
-        what = "damaged checkpoint (there is no tree_metadata)"
-        raise MaxlmError(what, where=str(path), fix=_OTHER)
+        message = "damaged checkpoint (there is no tree_metadata)"
+        raise MaxlmError(message, where=str(path), fix=_OTHER)
     return tree

@@ -22,6 +22,7 @@ from maxlm.huggingface.checkpoint import (
     ReadSlice,
     RunCheckpointReader,
 )
+from maxlm.huggingface.families.names import TensorEntry
 from maxlm.huggingface.files import (
     NUMPY,
     SHARD_BYTES,
@@ -34,7 +35,6 @@ from maxlm.huggingface.files import (
     read_tensor,
     split_into_slabs,
 )
-from maxlm.models.families.names import TensorEntry
 from maxlm.runtime.progress import Progress, ignore_progress
 
 
@@ -81,7 +81,8 @@ def import_tensors(
     done, bad, first = 0, 0, ""
     for stored, entry in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
         count = _import_one(stored, entry, shapes, writer)
-        bad, first = bad + count, first or (stored.name if count else "")
+        bad = bad + count
+        first = first or (stored.name if count else "")
         done += stored.nbytes
         progress("converting", done, total)
     if bad:
@@ -116,7 +117,8 @@ def export_tensors(
         name: prod(shape) * NUMPY[dtype].itemsize
         for name, (dtype, shape) in kinds.items()
     }
-    total, done = sum(sizes.values()), 0
+    total = sum(sizes.values())
+    done = 0
     writer = SafetensorsWriter(folder, kinds, shard_bytes)
     # Parameter by parameter, so that each need only be decoded once.
     for names, group in groupby(sorted(entries, key=_names), key=_names):
@@ -171,7 +173,8 @@ def match_entries(
     pairs: list[tuple[StoredTensor, TensorEntry]] = []
     again: list[tuple[StoredTensor, StoredTensor]] = []
     missing: list[str] = []
-    left, ignored = dict(tensors), list(ignored)
+    left = dict(tensors)
+    ignored = list(ignored)
     for entry in entries:
         stored = [
             left.pop(name) for name in (entry.theirs, *entry.aliases) if name in left
@@ -226,11 +229,13 @@ def count_lead_axes(
 def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
     where = str(stored.path)
     if stored.shape != tuple(entry.shape):
-        what = f"{stored.name} is {list(stored.shape)} there, {list(entry.shape)} in this model"
-        raise MaxlmError(what, where=where, fix=_OTHER_CONFIG)
+        message = f"{stored.name} is {list(stored.shape)} there, {list(entry.shape)} in this model"
+        raise MaxlmError(message, where=where, fix=_OTHER_CONFIG)
     if not is_floating(stored.dtype):
-        what = f"{stored.name} is stored as {stored.dtype}, so quantized"
-        raise MaxlmError(what, where=where, fix="use the model in bf16, fp16 or fp32")
+        message = f"{stored.name} is stored as {stored.dtype}, so quantized"
+        raise MaxlmError(
+            message, where=where, fix="use the model in bf16, fp16 or fp32"
+        )
 
 
 def _check_same(one: StoredTensor, other: StoredTensor) -> None:
@@ -241,9 +246,9 @@ def _check_same(one: StoredTensor, other: StoredTensor) -> None:
         )
     )
     if not same:
-        what = f"{other.name} differs from {one.name}, which this model ties it to"
+        message = f"{other.name} differs from {one.name}, which this model ties it to"
         fix = "set tie_word_embeddings to false in config.json if it is an output head of its own"
-        raise MaxlmError(what, where=str(other.path), fix=fix)
+        raise MaxlmError(message, where=str(other.path), fix=fix)
 
 
 def _listed(names: Sequence[str]) -> str:

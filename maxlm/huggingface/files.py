@@ -126,14 +126,14 @@ def _list_indexed_files(index: Path) -> list[str]:
     if not isinstance(files, dict) or not all(
         isinstance(file, str) for file in files.values()
     ):
-        what = "no index of safetensors files (a JSON object with a weight_map)"
-        raise MaxlmError(what, where=str(index), fix=_AGAIN)
+        message = "no index of safetensors files (a JSON object with a weight_map)"
+        raise MaxlmError(message, where=str(index), fix=_AGAIN)
     names = sorted(set(files.values()))
     for name in names:
         if name != Path(name).name or name in ("", ".", ".."):
-            what = f"the index names {name!r}, which is no file in its own folder"
+            message = f"the index names {name!r}, which is no file in its own folder"
             fix = "download the checkpoint again, and put all its files into one folder"
-            raise MaxlmError(what, where=str(index), fix=fix)
+            raise MaxlmError(message, where=str(index), fix=fix)
     return names
 
 
@@ -143,7 +143,8 @@ def read_tensor(
     """Returns a tensor's values, in its own number format or cast on the way to
     ``dtype``."""
     values = np.empty(stored.shape, dtype or NUMPY[stored.dtype])
-    flat, done = values.reshape(-1), 0
+    flat = values.reshape(-1)
+    done = 0
     for piece in iterate_flat_chunks(stored):
         cast = cast_values(piece, flat.dtype, where=stored.name, lossy=lossy)
         flat[done : done + len(piece)] = cast
@@ -189,8 +190,8 @@ def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
         reason = (
             str(error).removeprefix("Error while deserializing header: ").splitlines()
         )
-        what = f"no complete safetensors file ({(reason or [type(error).__name__])[0][:100]})"
-        raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
+        message = f"no complete safetensors file ({(reason or [type(error).__name__])[0][:100]})"
+        raise MaxlmError(message, where=str(path), fix=_AGAIN) from error
     tensors: dict[str, StoredTensor] = {}
     for (
         name
@@ -205,18 +206,19 @@ def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _describe_lack(folder: Path) -> MaxlmError:
-    where, fix = str(folder), "name a folder with safetensors files"
+    where = str(folder)
+    fix = "name a folder with safetensors files"
     if not folder.is_dir():
         return MaxlmError("no folder here", where=where, fix=fix)
     for path in sorted(folder.iterdir()):
         if path.name.endswith(_PICKLES):
-            what = f"{path.name} is a pickle, which can run any code when it is read"
+            message = f"{path.name} is a pickle, which can run any code when it is read"
             fix = (
                 "fetch the model as safetensors; or, only if you trust it, load it "
                 "with "
                 "transformers (from_pretrained) and write it with save_pretrained"
             )
-            return MaxlmError(what, where=where, fix=fix)
+            return MaxlmError(message, where=where, fix=fix)
     return MaxlmError(f"neither {SINGLE} nor {INDEX} here", where=where, fix=fix)
 
 
@@ -253,11 +255,14 @@ class SafetensorsWriter:
 
     def write(self, name: str, values: np.ndarray, *, lossy: bool = False) -> None:
         """Writes one tensor, cast to the format it was announced with."""
-        if values.shape != (stored := self._places[name]).shape:
-            what = (
+        stored = self._places[name]
+        if values.shape != stored.shape:
+            message = (
                 f"is {list(values.shape)} in the checkpoint, not {list(stored.shape)}"
             )
-            raise MaxlmError(what, where=name, fix="use the config it was trained with")
+            raise MaxlmError(
+                message, where=name, fix="use the config it was trained with"
+            )
         with stored.path.open("r+b") as file:
             file.seek(stored.offset)
             for slab in split_into_slabs(values):
@@ -287,10 +292,10 @@ def cast_values(
         fix = "choose a number format of wider range"
         raise MaxlmError(f"values too large for {dtype.name}", where=where, fix=fix)
     if not lossy and np.any((back != values) & ~np.isnan(values)):
-        what = f"its {values.dtype.name} values would be rounded to {dtype.name}"
+        message = f"its {values.dtype.name} values would be rounded to {dtype.name}"
         fix = "ask for that outright, or for a format that holds them"
         fix = "save the model as float32 first" if values.dtype == np.float64 else fix
-        raise MaxlmError(what, where=where, fix=fix)
+        raise MaxlmError(message, where=where, fix=fix)
     return result
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import reshard
 
-from maxlm.adapters import LoraAdapter
+from maxlm.adapters.lora import LoraAdapter
 from maxlm.adapters.targets import (
     declare_input_map,
     declare_output_map,
@@ -20,7 +20,8 @@ from maxlm.adapters.targets import (
 )
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.models.architectures import Decoder, Model
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.params import (
     AdaptedParam,
     ParamReader,
@@ -113,7 +114,9 @@ class AdapterSlots:
             raise MaxlmError(what, where="max_adapters", fix="leave it out")
         self.loaded: dict[str, tuple[int, int]] = {}
         """Each adapter's slot, and the number of its load, which no other load has."""
-        self._num_slots, self._rank, self._num_loads = num_slots, rank, 0
+        self._num_slots = num_slots
+        self._rank = rank
+        self._num_loads = 0
         specs = (
             declare_stacked_lora(param_specs(model), num_slots * rank)
             if num_slots
@@ -124,10 +127,8 @@ class AdapterSlots:
 
         def make(spec: ParamSpec) -> list[jax.Array]:
             lead = spec.num_layer_axes
-            count, layout = (
-                int(np.prod(spec.shape[:lead])),
-                rules.spec(*spec.axes[lead:]),
-            )
+            count = int(np.prod(spec.shape[:lead]))
+            layout = rules.spec(*spec.axes[lead:])
             shape = spec.shape[lead:]
             return [
                 jnp.zeros(shape, model.dtype, out_sharding=layout) for _ in range(count)
@@ -138,16 +139,15 @@ class AdapterSlots:
 
     def load(self, name: str, weights: LoraWeights) -> None:
         """Writes an adapter into a free slot; see :meth:`Engine.load_adapter`."""
-        (adapter, arrays), free = weights, self._list_free_slots()
+        adapter, arrays = weights
+        free = self._list_free_slots()
         tensors = ", ".join(
             f"{name} {list(array.shape)}"
             for name, array in arrays.items()
             if array.shape != self._find_shape(name, adapter.rank)
         )
-        changes, merge = (
-            adapter.dora or adapter.changes_base,
-            "merge it (maxlm convert)",
-        )
+        changes = adapter.dora or adapter.changes_base
+        merge = "merge it (maxlm convert)"
         too_large = (
             f"its rank is {adapter.rank}, slots have {self._rank} (max_adapter_rank)"
         )
@@ -208,7 +208,8 @@ class AdapterSlots:
 
     def _find_shape(self, name: str, rank: int) -> tuple[int, ...] | None:
         """The shape of an adapter's array; None: no slot has it."""
-        if (spec := self._specs.get(name)) is None:
+        spec = self._specs.get(name)
+        if spec is None:
             return None
         shape = [*spec.shape]
         shape[-1 if name.endswith("lora_a") else spec.num_layer_axes] = rank
@@ -217,11 +218,14 @@ class AdapterSlots:
     def _write(self, slot: int, arrays: Mapping[str, np.ndarray], scale: float) -> None:
         """Overwrites a slot; what ``arrays`` do not have becomes 0."""
         for name, layers in self.arrays.items():
-            is_a, lead = name.endswith("lora_a"), self._specs[name].num_layer_axes
+            is_a = name.endswith("lora_a")
+            lead = self._specs[name].num_layer_axes
             own = np.zeros(self._find_shape(name, self._rank) or (), np.float32)
-            if (array := arrays.get(name)) is not None:
+            array = arrays.get(name)
+            if array is not None:
                 own[tuple(map(slice, array.shape))] = array if is_a else array * scale
-            own, start = own.reshape(-1, *own.shape[lead:]), np.int32(slot * self._rank)
+            own = own.reshape(-1, *own.shape[lead:])
+            start = np.int32(slot * self._rank)
             dim = own.ndim - 2 if is_a else 0
             layers[:] = (
                 write_columns(*pair, start, dim)

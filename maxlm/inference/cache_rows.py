@@ -62,7 +62,8 @@ class CacheRows:
         """Return whether a running sequence is computing more of this one's prefix than
         the tree has, in whole pages."""
         most = self._count_matchable(sequence)
-        size, start = self.page_size, len(self.match_prefix(sequence)) * self.page_size
+        size = self.page_size
+        start = len(self.match_prefix(sequence)) * self.page_size
         for other in self.running:
             if other.num_to_compute > 1 and other.cache_key == sequence.cache_key:
                 end = max(start, other.num_computed) // size * size + size
@@ -137,7 +138,8 @@ class CacheRows:
             table[target.row, first : target.num_pages] = pages
             for page in pages.tolist():
                 pool.retain(page)
-        if (node := source.node) is not None:
+        node = source.node
+        if node is not None:
             while node.depth > num_computed // self.page_size:
                 node = node.parent
                 assert node is not None
@@ -178,7 +180,8 @@ class CacheRows:
         end = max(-(-(computed + num_tokens) // size), sequence.num_pages)
         for group, (pool, table) in enumerate(pools):
             if shared[group]:
-                held, own = int(table[row, page]), self._allocate(group)
+                held = int(table[row, page])
+                own = self._allocate(group)
                 # All copies are read first: a copy of a copy is one of the first page.
                 at = (self.shard, group, held)
                 sources = (
@@ -221,11 +224,14 @@ class CacheRows:
         self.running.remove(sequence)
         heappush(self.free_rows, sequence.row)
         self.row_copies.pop(sequence.row, None)
-        sequence.row, sequence.num_pages, sequence.num_computed = -1, 0, 0
+        sequence.row = -1
+        sequence.num_pages = 0
+        sequence.num_computed = 0
         sequence.has_encoder_output = False
 
     def _take_row(self, sequence: RunningSequence) -> None:
-        sequence.row, sequence.shard = heappop(self.free_rows), self.shard
+        sequence.row = heappop(self.free_rows)
+        sequence.shard = self.shard
         sequence.state = "running"
         insort(self.running, sequence, key=lambda each: each.order)
 

@@ -11,7 +11,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures import Encoder, EncoderDecoder, Model
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import Params, bind
 from maxlm.sharding import AxisRules, bind_mesh
 

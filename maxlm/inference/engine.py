@@ -46,7 +46,9 @@ from maxlm.inference.speculation import (
     look_up_prompt,
 )
 from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
-from maxlm.models.architectures import Encoder, EncoderDecoder, Model
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.caches.layout import (
     CacheLayout,
     choose_feature_multiple,
@@ -112,9 +114,11 @@ class Engine:
                 what, where="mesh", fix="generate on a mesh with context=1"
             )
         self.model: Any = model
-        self.tokenizer, num_virtual = tokenizer, model.num_virtual_tokens
+        self.tokenizer = tokenizer
+        num_virtual = model.num_virtual_tokens
         longest = config.max_length + num_virtual
-        if (limit := model.config.position_limit) is not None:
+        limit = model.config.position_limit
+        if limit is not None:
             longest = min(longest, limit)
         self.config = config.model_copy(update={"max_length": longest - num_virtual})
         own_config = config.model_copy(update={"max_length": longest})
@@ -180,7 +184,8 @@ class Engine:
         a step and no text, for :meth:`branch` to be called between. Raises MaxlmError
         where it can never run here: too long, a token that the model does not have, a
         stop string without a tokenizer."""
-        where, vocab = f"request {request.request_id}", self.model.config.vocab_size
+        where = f"request {request.request_id}"
+        vocab = self.model.config.vocab_size
         tokens = chain(request.prompt_tokens, *request.continuations)
         wrong = next((t for t in tokens if not 0 <= t < vocab), None)
         if wrong is not None:
@@ -254,7 +259,8 @@ class Engine:
         )
 
     def _step(self, max_steps: int | None) -> list[SequenceOutput]:
-        outputs, self._ended = self._ended, []
+        outputs = self._ended
+        self._ended = []
         drafts = self._plan_drafts()
         plan = self.scheduler.schedule(max_steps)
         if plan is None:
@@ -306,14 +312,16 @@ class Engine:
         if count := len(
             {s.request.request_id for s in sequences if s.request.adapter == name}
         ):
-            what, fix = f"{count} requests use it", "wait until they end, or abort them"
+            what = f"{count} requests use it"
+            fix = "wait until they end, or abort them"
             raise MaxlmError(what, where=f"adapter {name}", fix=fix)
         del self._adapters.loaded[name]
 
     def warm_up(self, on_progress: Progress = ignore_progress) -> None:
         """Compiles every program that steps may need, but for encoders; none is
         compiled later."""
-        empty, self._inputs.is_warm = ScheduledStep(num_steps=0), True
+        empty = ScheduledStep(num_steps=0)
+        self._inputs.is_warm = True
         with jax.set_mesh(self.mesh):
             self._adapters.warm_up()
             shapes = self._inputs.list_shapes()
@@ -399,7 +407,8 @@ class Engine:
     def _plan_drafts(self) -> dict[RunningSequence, list[int]]:
         """Says how many tokens are guessed for each sequence that decodes; these
         tokens, as far as they are known before pages are."""
-        config, drafts = self.config.speculation, {}
+        config = self.config.speculation
+        drafts = {}
         if config is None:
             return drafts
         for sequence in self.scheduler.running:
@@ -425,10 +434,8 @@ class Engine:
         if self._draft is None or not plan.drafts:
             return
         if plan.prefill:  # one program fewer; the draft model then only reads along
-            plan.decode, plan.drafts = (
-                [row._replace(num_tokens=1) for row in plan.decode],
-                {},
-            )
+            plan.decode = [row._replace(num_tokens=1) for row in plan.decode]
+            plan.drafts = {}
             return
         # A step more than there are drafts, so that the last of them is in the cache as
         # well.

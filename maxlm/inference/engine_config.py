@@ -8,9 +8,9 @@ from maxlm.config import Config
 from maxlm.inference.pages import count_spanned_pages
 from maxlm.inference.speculation import SpeculationConfig
 from maxlm.models.caches.config import (
-    QUANTIZED_PAGE_SIZES,
-    CacheConfig,
+    AnyCacheConfig,
     PagedCacheConfig,
+    find_default_page_size,
 )
 
 MIN_CHUNK = 16
@@ -49,7 +49,7 @@ class EngineConfig(Config):
     meanwhile waits for its end."""
     speculation: SpeculationConfig | None = None
     """Guess several tokens a step; null: none."""
-    cache: CacheConfig = PagedCacheConfig()
+    cache: AnyCacheConfig = PagedCacheConfig()
     """How keys and values are kept: all of them, in fewer bits, or a part. All but
     ``paged`` are lossy, share no prefixes, and depend a little on the chunks that a
     prompt is computed in."""
@@ -70,9 +70,8 @@ class EngineConfig(Config):
             if isinstance(cache, dict)
             else getattr(cache, "kind", None)
         )
-        if kind in QUANTIZED_PAGE_SIZES:
-            return {"page_size": QUANTIZED_PAGE_SIZES[kind], **settings}
-        return settings
+        page_size = find_default_page_size(kind) if isinstance(kind, str) else None
+        return settings if page_size is None else {"page_size": page_size, **settings}
 
     @property
     def pages_per_sequence(self) -> int:

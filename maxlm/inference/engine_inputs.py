@@ -35,7 +35,8 @@ class InputBuilder:
 
     def __post_init__(self) -> None:
         self.rows = self.num_shards, self.config.max_sequences
-        self._shapes, self._words = self.list_shapes(), -(-self.vocab_size // 32)
+        self._shapes = self.list_shapes()
+        self._words = -(-self.vocab_size // 32)
         self._no_history = np.zeros((*self.rows, self.config.max_length), np.int32)
         self._placed: dict[tuple[int, int], RunningSequence] = {}
         self._prompt_lengths = np.zeros(self.rows, np.int32)
@@ -60,7 +61,8 @@ class InputBuilder:
         """Returns the smallest shape that a plan fits in. Where nothing but
         continuations is read, and their own programs may be compiled, it has no rows
         that decode."""
-        width, tokens = 1 + self.num_drafts if plan.drafts else 1, Counter[int]()
+        width = 1 + self.num_drafts if plan.drafts else 1
+        tokens = Counter[int]()
         for chunk in plan.prefill:
             tokens[chunk.sequence.shard] += chunk.num_tokens
         num_rows = 1 + max((row.sequence.row for row in plan.decode), default=-1)
@@ -87,7 +89,8 @@ class InputBuilder:
     ) -> StepInputs:
         """Builds the inputs of a plan; ``matchers``: of sequences with a grammar or
         banned sequences."""
-        D, (b, G, C, F, _) = self.rows[0], shape
+        D = self.rows[0]
+        b, G, C, F, _ = shape
         for part in (*plan.decode, *plan.prefill):
             at = part.sequence.shard, part.sequence.row
             if self._placed.get(at) is not part.sequence:
@@ -152,7 +155,8 @@ class InputBuilder:
         too and the one behind them; and the token behind each chunk that samples."""
         found: dict[RunningSequence, list[TokenLogprob]] = {}
         for sequence, (shard, first), num_tokens in self._locate_results(plan, shape):
-            own, draft = found.setdefault(sequence, []), plan.drafts.get(sequence, ())
+            own = found.setdefault(sequence, [])
+            draft = plan.drafts.get(sequence, ())
             for i in range(num_tokens):
                 step, place = (i, 0) if shape.row_tokens == 1 else (0, i)
                 own.append(_read(result, (step, shard, first + place), sequence))
@@ -191,7 +195,9 @@ class InputBuilder:
     ) -> list[tuple[tuple[int, int], int, PrefillChunk]]:
         """Each chunk's (shard, place among its chunks), and where its tokens begin
         among them."""
-        counts, begins, found = Counter[int](), Counter[int](), []
+        counts = Counter[int]()
+        begins = Counter[int]()
+        found = []
         for chunk in plan.prefill:
             shard = chunk.sequence.shard
             found.append(((shard, counts[shard]), begins[shard], chunk))
@@ -257,7 +263,8 @@ class InputBuilder:
 def _read(
     result: StepOutputs, at: tuple[int, ...], sequence: RunningSequence
 ) -> TokenLogprob:
-    token, (chosen, top_ids, top) = int(result.tokens[at]), result.logprobs
+    token = int(result.tokens[at])
+    chosen, top_ids, top = result.logprobs
     if sequence.request.top_logprobs is None:
         return TokenLogprob(token, 0.0)
     return TokenLogprob(token, float(chosen[at]), _zip(top_ids[at], top[at]))

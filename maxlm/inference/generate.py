@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures import Model
 from maxlm.models.params import Params
 

@@ -79,7 +79,8 @@ class ModelRunner:
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copies pages, ``MAX_PAGE_COPIES`` at most: all are read before any is
         written."""
-        shape, stacked = (self.layout.num_shards, MAX_PAGE_COPIES), {}
+        shape = (self.layout.num_shards, MAX_PAGE_COPIES)
+        stacked = {}
         for group, window in enumerate(self.windows):
             sources = np.zeros(shape, np.int32)
             destinations = np.full(shape, self.layout.count_pages(window), np.int32)
@@ -102,7 +103,8 @@ class ModelRunner:
 
     def encode(self, sequence: RunningSequence) -> None:
         """Runs the encoder over a sequence's input, for its row."""
-        D, size = self.layout.num_shards, len(sequence.encoder_tokens)
+        D = self.layout.num_shards
+        size = len(sequence.encoder_tokens)
         # Powers of two from 16 on: few sizes, hence few compilations.
         width = min(max(16, 1 << (size - 1).bit_length()), self.max_length)
         tokens, lengths = np.zeros((D, width), np.int32), np.zeros(D, np.int32)
@@ -147,7 +149,7 @@ def state_specs(model: Any, layout: CacheLayout, input_length: int) -> EngineSta
     """Returns the engine's arrays before they are allocated. ``input_length``: tokens
     of an encoder's longest input."""
     cross = None
-    if model.config.architecture == "encoder_decoder":
+    if model.config.transformer_type == "encoder_decoder":
         cross = model.cross_cache_specs(layout, input_length)
     return EngineState(model.cache_specs(layout), cross)
 
@@ -208,11 +210,12 @@ def copy_rows(
     def copy(rows: jax.Array, spec: Any) -> jax.Array:
         if spec.unit == "page":
             return rows
-        layout, local = (
-            model.rules.spec(*spec.axes),
-            lambda rows, sources: rows[:, sources[0]],
-        )
-        return map_shards(local, (layout, batch), layout)(rows, sources)
+        layout = model.rules.spec(*spec.axes)
+
+        def select_rows(rows: jax.Array, sources: jax.Array) -> jax.Array:
+            return rows[:, sources[0]]
+
+        return map_shards(select_rows, (layout, batch), layout)(rows, sources)
 
     return jax.tree.map(copy, state, state_specs(model, layout, input_length))
 

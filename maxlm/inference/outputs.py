@@ -40,7 +40,8 @@ class TextStream:
         found = [(place, stop) for place, stop in found if place >= 0]
         if found:
             place, stop = min(found)
-            text, self._held = self._held[:place], ""
+            text = self._held[:place]
+            self._held = ""
             return text, stop
         begun = (count_begun(self._held, stop) for stop in self._stop_strings)
         kept = 0 if at_end else max(begun, default=0)
@@ -88,10 +89,8 @@ class OutputBuilder:
         continued: bool,
     ) -> None:
         """Begins a sequence's output; ``continued``: its first word follows others."""
-        text, has_text = (
-            None,
-            not (sequence.is_branching or sequence.request.continuations),
-        )
+        text = None
+        has_text = not (sequence.is_branching or sequence.request.continuations)
         if self.tokenizer is not None and has_text:
             text = TextStream(
                 self.tokenizer, sequence.request.stop_strings, continued=continued
@@ -115,7 +114,8 @@ class OutputBuilder:
         self, sequence: RunningSequence, tokens: Sequence[TokenLogprob]
     ) -> SequenceOutput:
         """Makes the output of a sequence's new tokens, up to the one that ends it."""
-        request, own = sequence.request, self._outputs[sequence]
+        request = sequence.request
+        own = self._outputs[sequence]
         taken = SequenceOutput(request.request_id, sequence.index, [])
         if not own.started:
             own.started = True
@@ -125,7 +125,8 @@ class OutputBuilder:
                 taken.prompt_logprobs = own.prompt_logprobs or []
             self.num_prompt_tokens += sequence.num_prompt_tokens - num_virtual
             self.num_cached_tokens += taken.num_cached_tokens
-        left, text = sequence.num_tokens_left, []
+        left = sequence.num_tokens_left
+        text = []
         for token in tokens:
             taken.token_ids.append(token.token_id)
             if request.top_logprobs is not None:
@@ -133,9 +134,11 @@ class OutputBuilder:
                     token._replace(top=token.top[: request.top_logprobs])
                 )
             if token.token_id in sequence.stop_ids:
-                taken.finish_reason, taken.stop_match = "stop", token.token_id
+                taken.finish_reason = "stop"
+                taken.stop_match = token.token_id
                 break
-            if (matcher := self.matchers.get(sequence)) is not None:
+            matcher = self.matchers.get(sequence)
+            if matcher is not None:
                 matcher.accept(token.token_id)
             if own.text is not None:
                 piece, taken.stop_match = own.text.push(token.token_id)
@@ -157,7 +160,8 @@ class OutputBuilder:
             piece, stop = own.text.flush()
             text.append(piece)
             if stop is not None:
-                taken.finish_reason, taken.stop_match = "stop", stop
+                taken.finish_reason = "stop"
+                taken.stop_match = stop
         taken.text = "".join(text)
         if not request.continuations:  # their tokens are given
             self.num_generated_tokens += len(taken.token_ids)
@@ -165,10 +169,8 @@ class OutputBuilder:
 
     def take_prompt(self, chunk: PrefillChunk, tokens: Sequence[TokenLogprob]) -> None:
         """Keeps log-probabilities of a prompt's tokens for its first output."""
-        own, count = (
-            self._outputs[chunk.sequence],
-            chunk.sequence.request.prompt_logprobs,
-        )
+        own = self._outputs[chunk.sequence]
+        count = chunk.sequence.request.prompt_logprobs
         if own.started:
             return  # computed again after a preemption
         if own.prompt_logprobs is None or chunk.start < chunk.sequence.logprobs_start:

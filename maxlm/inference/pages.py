@@ -98,7 +98,9 @@ class PrefixTree:
     def match(self, tokens: list[int], key: Hashable = None) -> list[PrefixNode]:
         """Return the nodes of the longest usable prefix that leaves a token to compute,
         in the tree of a key: other models or adapters have others."""
-        node, nodes, size = self._roots.get(key), [], self.page_size
+        node = self._roots.get(key)
+        nodes = []
+        size = self.page_size
         runs = [0] * len(self.windows)  # pages without a gap that end here
         num_usable = 0
         for end in range(size, len(tokens), size):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from maxlm.inference.sampling import SamplingConfig
+from maxlm.config.sampling import SamplingConfig
 
 FinishReason = Literal["stop", "length", "abort"]
 """stop: an end-of-text token or a stop string came; length: ``max_new_tokens``, or the

@@ -6,15 +6,14 @@ transformers 5.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from pydantic import Field
 
-from maxlm.config import Config, MaxlmError
+from maxlm.config.sampling import MAX_LOGIT_BIASES, SamplingConfig
 from maxlm.inference.logits_processors import (
     apply_needed,
     count_tokens,
@@ -27,98 +26,14 @@ from maxlm.inference.logits_processors import (
     mask_from_bits,
     scatter_tokens,
 )
-from maxlm.models.architectures import ModelConfig
 
-MAX_LOGIT_BIASES = 320
 MAX_STOP_IDS = 16
 TOP_LOGPROBS = 20
 GROUPS = 128
 # Below this a temperature no longer fits the range of fp32 logits; the result is greedy
 # anyway.
 COLDEST = 1e-30
-_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-_Bias = Annotated[float, Field(ge=-1000, le=1000)]
 _SIZES = ("no_repeat_ngram_size", "min_new_tokens", "top_k")
-
-
-class SamplingConfig(Config):
-    """Settings of drawing a continuation, applied to the logits in the order in which
-    they stand here, as transformers does."""
-
-    logit_bias: dict[_TokenId, _Bias] = Field(default={}, max_length=MAX_LOGIT_BIASES)
-    """Added to logits, by token id."""
-    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
-    """Divides positive logits, and multiplies negative ones, of tokens that the prompt
-    or the output has (Keskar et al. 2019, arXiv 1909.05858, §4.1); 1: none."""
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """Taken from a token's logit for each time that the output has it."""
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """Taken once from the logits of tokens that the output has."""
-    no_repeat_ngram_size: int = Field(default=0, ge=0)
-    """No sequence of so many tokens comes twice, the prompt included; 0: no limit."""
-    min_new_tokens: int = Field(default=0, ge=0)
-    """No end-of-text token before so many tokens."""
-    temperature: float = Field(default=1.0, ge=0)
-    """Divides the logits: below 1 sharpens the distribution, above 1 flattens it; 0
-    always takes the likeliest token (greedy)."""
-    top_k: int = Field(default=0, ge=0)
-    """Draw from this many likeliest tokens alone (Fan et al. 2018); 0: from all."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw from the smallest set of likeliest tokens that holds this much probability
-    (nucleus sampling, Holtzman et al. 2019); 1: from all."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    """Draw from tokens with at least this share of the likeliest token's probability
-    (Nguyen et al. 2024, arXiv 2407.01082); 0: from all."""
-    typical_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw from the tokens whose surprise is closest to the expected one and that hold
-    this much probability (Meister et al. 2022, arXiv 2202.00666); 1: from all."""
-    max_new_tokens: int = Field(default=128, gt=0)
-    """Stop each continuation after this many tokens; an end-of-text token stops it
-    sooner."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed: the same seed, prompt and settings give the same text."""
-
-    @property
-    def reads_history(self) -> bool:
-        """Whether a token's distribution depends on earlier ones beyond the model."""
-        penalties = (
-            self.frequency_penalty,
-            self.presence_penalty,
-            self.no_repeat_ngram_size,
-        )
-        return self.repetition_penalty != 1 or any(penalties)
-
-
-class FinalSamplesConfig(SamplingConfig):
-    """Text generated when training ends."""
-
-    prompts: tuple[str, ...] = ()
-
-
-def check_samples(
-    samples: FinalSamplesConfig, model: ModelConfig, prompt_tokens: Sequence[int] = ()
-) -> None:
-    """Check that a model continues text, and has positions for prompts and their
-    continuations. ``prompt_tokens``: tokens of each prompt; 1 where there is no
-    tokenizer yet. Raises MaxlmError, naming the prompt."""
-    if samples.prompts and model.architecture == "encoder":
-        what = "an encoder names masked tokens, and continues no text"
-        raise MaxlmError(what, where="samples.prompts", fix="set it to []")
-    new, length = samples.max_new_tokens, model.max_seq_len
-    # Without a table of positions a model can go on, but what it keeps of a row fills
-    # the memory.
-    limit = model.position_limit or max(4096, 16 * length)
-    for index, tokens in enumerate(prompt_tokens):
-        total = tokens + new
-        if model.architecture == "encoder_decoder":  # they stand apart, behind start_id
-            total = max(tokens, 1 + new)
-        if total > limit:
-            raise MaxlmError(
-                f"the prompt and samples.max_new_tokens={new} make {total:,} tokens; "
-                f"model.max_seq_len={length} allows {limit:,}",
-                where=f"samples.prompts.{index}",
-                fix="shorten the prompt, or ask for fewer new tokens",
-            )
 
 
 class RowSettings(NamedTuple):
@@ -249,10 +164,8 @@ def _apply_penalties(
         return scatter_tokens("add", logits, settings.bias_ids, settings.bias_values)
 
     def apply_repetition_penalty(logits):
-        starts, penalty = (
-            jnp.zeros_like(lengths),
-            settings.repetition_penalty[..., None],
-        )
+        starts = jnp.zeros_like(lengths)
+        penalty = settings.repetition_penalty[..., None]
         counts = count_tokens(history, starts, lengths, logits)
         penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
         return jnp.where(counts > 0, penalized, logits)

@@ -87,9 +87,11 @@ class Scheduler:
         """Queue a request and return its sequences. Requests with different
         ``cache_key`` share no pages (other adapters). Raises MaxlmError: it can never
         run."""
-        encoder_tokens, tokens = (), request.prompt_tokens
+        encoder_tokens = ()
+        tokens = request.prompt_tokens
         if self.decoder_start_id is not None:
-            encoder_tokens, tokens = tokens, (self.decoder_start_id,)
+            encoder_tokens = tokens
+            tokens = (self.decoder_start_id,)
         num_virtual = self.num_virtual_tokens
         tokens = (0,) * num_virtual + tokens
         self._check(request, len(tokens))
@@ -121,7 +123,8 @@ class Scheduler:
     def _check(self, request: GenerationRequest, num_prompt_tokens: int) -> None:
         """Refuse a request, with so many tokens of the decoder, virtual ones among
         them, that could not even run alone."""
-        where, config = f"request {request.request_id}", self.config
+        where = f"request {request.request_id}"
+        config = self.config
         new = request.sampling.max_new_tokens
         if not request.prompt_tokens or request.num_sequences < 1:
             what = "a request needs a token to continue, and a sequence"
@@ -135,7 +138,8 @@ class Scheduler:
                 raise MaxlmError(
                     what, where=where, fix=f"set num_sequences={len(tails)}"
                 )
-            num_prompt_tokens, new = num_prompt_tokens + max(map(len, tails)) - 1, 0
+            num_prompt_tokens = num_prompt_tokens + max(map(len, tails)) - 1
+            new = 0
         if max(len(request.prompt_tokens), num_prompt_tokens + new) > config.max_length:
             what = f"{len(request.prompt_tokens):,} tokens of prompt and max_new_tokens={new} are "
             longest = config.max_length - self.num_virtual_tokens
@@ -189,7 +193,8 @@ class Scheduler:
             if next_token is None
             else [*sequence.tokens[:-1], next_token]
         )
-        index, order = 1 + max(other.index for other in others), sequence.order[0]
+        index = 1 + max(other.index for other in others)
+        order = sequence.order[0]
         order = order, next(self._counter)
         target = replace(sequence, index=index, tokens=list(tokens), order=order)
         others.append(target)
@@ -312,12 +317,11 @@ class Scheduler:
     ) -> None:
         """Plan up to ``most`` tokens of a sequence, as far as the shard's pages
         allow."""
-        num_left, prompt_left = sequence.num_to_compute, not sequence.num_output_tokens
+        num_left = sequence.num_to_compute
+        prompt_left = not sequence.num_output_tokens
         leads = len(self._requests[sequence.request.request_id]) > 1 and self._can_share
-        wanted, num_shared = (
-            num_left,
-            sequence.num_shared_tokens - 1 - sequence.num_computed,
-        )
+        wanted = num_left
+        num_shared = sequence.num_shared_tokens - 1 - sequence.num_computed
         if (
             leads
             and prompt_left
@@ -328,7 +332,8 @@ class Scheduler:
         wanted = min(wanted, most) if shard.chunks_left else 0
         if num_tokens := shard.reserve(sequence, wanted, step.page_copies):
             shard.spend(num_tokens)
-            start, samples = sequence.num_computed, num_tokens == num_left
+            start = sequence.num_computed
+            samples = num_tokens == num_left
             step.prefill.append(PrefillChunk(sequence, start, num_tokens, samples))
 
     def _start_waiting(self, step: ScheduledStep) -> None:
@@ -368,7 +373,8 @@ class Scheduler:
 
     def _is_blocked(self, sequence: RunningSequence) -> bool:
         """Return whether a running sequence is about to compute what this one would."""
-        if (leader := self._find_leader(sequence)) is not None:
+        leader = self._find_leader(sequence)
+        if leader is not None:
             is_prefilled = leader.num_computed >= leader.num_shared_tokens - 1
             has_input = leader.has_encoder_output or not leader.encoder_tokens
             return not (leader.state == "running" and is_prefilled and has_input)
@@ -380,10 +386,8 @@ class Scheduler:
     def _place(self, sequence: RunningSequence) -> CacheRows | None:
         """Give a sequence a row where most of its prefix is, then where most pages are
         free; None: there is no room."""
-        num_prefilled, leader = (
-            sequence.num_shared_tokens - 1,
-            self._find_leader(sequence),
-        )
+        num_prefilled = sequence.num_shared_tokens - 1
+        leader = self._find_leader(sequence)
         if leader is not None:
             shard = self._shards[leader.shard]
             if shard.can_fork(leader, num_prefilled):
@@ -408,10 +412,8 @@ class Scheduler:
             return
         num_steps = min(most, max(each.num_tokens_left for each in rows))
         for sequence in rows:
-            wanted, shard = (
-                min(num_steps, sequence.num_tokens_left),
-                self._shards[sequence.shard],
-            )
+            wanted = min(num_steps, sequence.num_tokens_left)
+            shard = self._shards[sequence.shard]
             got = shard.reserve(sequence, wanted, step.page_copies)
             num_steps = num_steps if got == wanted else got
         step.num_steps = num_steps

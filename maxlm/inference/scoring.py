@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
-from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.architectures import Encoder, EncoderDecoder
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import Params, bind
 from maxlm.sharding import bind_mesh
 
@@ -63,14 +64,13 @@ class Scorer:
         waiting = sorted(groups, reverse=True)
         running: dict[str, list[int]] = {}
         scores: dict[int, ContinuationScore] = {}
-        engine, room = (
-            self.engine,
-            2 * self.engine.config.max_sequences * self.engine.num_shards,
-        )
+        engine = self.engine
+        room = 2 * self.engine.config.max_sequences * self.engine.num_shards
         while waiting or running:
             while waiting and sum(map(len, running.values())) < room:
                 context = waiting.pop()
-                name, own = f"score-{self._num_calls}-{len(waiting)}", groups[context]
+                name = f"score-{self._num_calls}-{len(waiting)}"
+                own = groups[context]
                 running[name] = own
                 engine.add_request(
                     make_score_request(name, context, [pairs[i][1] for i in own])
@@ -155,7 +155,9 @@ class MaskedScorer:
         longest row."""
         if not pairs:
             return []
-        rows, places, length = [], [], self.model.config.max_seq_len
+        rows = []
+        places = []
+        length = self.model.config.max_seq_len
         for context, continuation in pairs:
             room = length - len(self.wrap([])[0]) - len(continuation)
             if room < 0:
@@ -169,10 +171,13 @@ class MaskedScorer:
             first = start + len(context)
             places += range(first, first + len(continuation))
             rows += [row] * len(continuation)
-        at, logprobs = np.array(places, np.int32), np.zeros(len(rows))
-        is_greedy, num_done = np.zeros(len(rows), bool), 0
+        at = np.array(places, np.int32)
+        logprobs = np.zeros(len(rows))
+        is_greedy = np.zeros(len(rows), bool)
+        num_done = 0
         for batch, tokens, lengths in iterate_padded_batches(rows, length, self._ways):
-            own, index = np.zeros(len(lengths), np.int32), np.arange(len(batch))
+            own = np.zeros(len(lengths), np.int32)
+            index = np.arange(len(batch))
             own[: len(batch)] = at[batch]
             targets = tokens[np.arange(len(lengths)), own]
             tokens[index, at[batch]] = self.mask_id

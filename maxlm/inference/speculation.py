@@ -80,7 +80,8 @@ def check_speculation(model: Any, draft: Any, layout: CacheLayout) -> None:
             raise MaxlmError(what, where=where, fix="leave it out")
     if draft is None:
         return
-    if (own := draft.config.vocab_size) != model.config.vocab_size:
+    own = draft.config.vocab_size
+    if own != model.config.vocab_size:
         what = f"the draft model has {own} tokens, the model {model.config.vocab_size}"
         raise MaxlmError(
             what, where=where, fix="use a draft model with the same tokenizer"

@@ -26,8 +26,8 @@ from maxlm.inference.sampling import (
     process_logits,
     sample_tokens,
 )
-from maxlm.models.architectures import Decoder, EncoderDecoder
-from maxlm.models.architectures.transformer import Caches, CrossAttentionCache
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.models.architectures.transformer import Caches, CrossAttentionCache, Decoder
 from maxlm.models.caches import CacheLayout, RaggedBatch
 from maxlm.models.params import Params, bind
 from maxlm.parallel.local import map_shards
@@ -137,8 +137,10 @@ def make_ragged_batch(
         offsets = jnp.arange(G, dtype=jnp.int32)
         live = (computed[:, None] >= 0) & (offsets < counts[:, None])
         positions = jnp.where(live, computed[:, None] + offsets, 0)
-        live, positions = live.reshape(-1), positions.reshape(-1)
-        known, owner = positions + 1, jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
+        live = live.reshape(-1)
+        positions = positions.reshape(-1)
+        known = positions + 1
+        owner = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
         ends = jnp.cumsum(sizes)
         if C:
             place = jnp.arange(C, dtype=jnp.int32)
@@ -218,7 +220,8 @@ def _run_step(
         params: as :func:`~maxlm.inference.params.prepare_params` returns them.
         adapters: A and B of all slots, as :func:`add_adapters` takes them.
     """
-    split, whole = model.rules.spec("batch"), PartitionSpec()
+    split = model.rules.spec("batch")
+    whole = PartitionSpec()
     inputs = jax.tree.map(lambda x: reshard(x, split if x.ndim else whole), inputs)
     adapted = bound = bind(model, params)
     if adapters is not None:
@@ -276,7 +279,8 @@ def _run_once(bound, shape, layout, windows, vocab_size, inputs, state):
     """The caches, the chunks' hidden states [D, C, D], and (tokens, logprobs) of each
     result."""
     b, G, C, _, _ = shape
-    rules, D = bound.rules, inputs.computed.shape[0]
+    rules = bound.rules
+    D = inputs.computed.shape[0]
     batch = make_ragged_batch(inputs, shape, layout, windows, rules)
     tokens = jnp.concatenate(
         [_merge(inputs.tokens, rules), inputs.chunk_tokens], axis=1

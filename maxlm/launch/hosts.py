@@ -65,7 +65,8 @@ def resolve_hosts(
         machine: the machine's, for messages.
         nodes: how many hosts a CPU machine has; of others the name tells.
     """
-    if (platform := topology.platform) not in _PLATFORMS[scheduler]:
+    platform = topology.platform
+    if platform not in _PLATFORMS[scheduler]:
         able = [s for s, platforms in _PLATFORMS.items() if platform in platforms]
         what = f"{scheduler} is not for {platform.upper()}s, and {machine} is one"
         raise MaxlmError(what, fix=f"use {' or '.join(able)}")
@@ -79,17 +80,16 @@ def resolve_hosts(
             raise MaxlmError(what, fix="give a divisor of them")
         return JobHosts("cpu", 1, nodes, topology.devices // nodes)
     if platform == "gpu":
-        count, devices = topology.slices * topology.shape[0], topology.shape[1]
+        count = topology.slices * topology.shape[0]
+        devices = topology.shape[1]
         gpu = _SKYPILOT_GPUS.get(topology.kind, topology.kind.upper())
         found = JobHosts(
             "gpu", 1, count, devices, _GKE_GPUS[topology.kind], accelerator_type=gpu
         )
     else:
-        tpu, chips, own = (
-            TPUS[topology.kind],
-            prod(topology.shape),
-            topology.chips_per_host,
-        )
+        tpu = TPUS[topology.kind]
+        chips = prod(topology.shape)
+        own = topology.chips_per_host
         # GKE names the shortest side first, but of one host's 2x2x1.
         sides = (
             topology.shape if topology.shape == (2, 2, 1) else sorted(topology.shape)

@@ -25,7 +25,7 @@ from maxlm.launch.options import (
 from maxlm.launch.places import check_paths, find_placeholder_settings
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 # What GKE's Spot nodes leave of a job's grace, if their pool does not ask for more.
 SPOT_GRACE = 15
@@ -107,7 +107,8 @@ def make_job(
     check_paths(run, scheduler, mounted if in_container else None, user_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else parse_time_limit_seconds(options.time)
-    env, secrets = parse_env(options.env), parse_secrets(options.secret, scheduler)
+    env = parse_env(options.env)
+    secrets = parse_secrets(options.secret, scheduler)
     if both := [variable for variable in env if variable in secrets]:
         raise MaxlmError(
             f"{both[0]} is named by --env and by --secret", fix="leave one out"
@@ -118,7 +119,8 @@ def make_job(
     node_selector = split_pairs(
         "--node-selector", options.node_selector, "KEY=VALUE", label
     )
-    if not (plan := plan_run(run, machine)).fits and not force:
+    plan = plan_run(run, machine)
+    if not plan.fits and not force:
         fix = f"find what does: maxlm plan {config_source} --on {on} --search (or --force)"
         raise MaxlmError(
             f"does not fit on {on}: {format_prediction(plan)}", where=run.name, fix=fix
@@ -126,13 +128,17 @@ def make_job(
     _check_times(
         limit, options.grace if supports_option(scheduler, "grace") else None, plan
     )
-    config, text, path = config_source, "", Path(config_source).expanduser()
+    config = config_source
+    text = ""
+    path = Path(config_source).expanduser()
     if path.is_file() or not find_shipped_config(config_source):
         config = str(path.resolve())
         if (
             in_container or scheduler != "slurm"
         ):  # the job does not see this machine's files
-            config, settings, text = f"/tmp/{name}.yaml", (), to_yaml(run)
+            config = f"/tmp/{name}.yaml"
+            settings = ()
+            text = to_yaml(run)
     title = f"{run.name} on {on}: {machine.topology.description}"
     placeholders = find_placeholder_settings(run)
     if placeholders:

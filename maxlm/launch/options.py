@@ -68,7 +68,8 @@ def supports_option(scheduler: str, option: str) -> bool:
 def check_options(options: JobOptions, scheduler: str) -> None:
     """Refuse what the scheduler would have to ignore."""
     for own in fields(options):
-        name, value = f"--{own.name.replace('_', '-')}", getattr(options, own.name)
+        name = f"--{own.name.replace('_', '-')}"
+        value = getattr(options, own.name)
         if (
             isinstance(value, str)
             and own.name != "maxlm"

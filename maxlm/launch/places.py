@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.documents.config import is_installed_text
 from maxlm.launch.options import Mount, check_url
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 PLACEHOLDER = "/path/to/"
 """Start of a path that stands for one of the user's, in a job that is shown for a

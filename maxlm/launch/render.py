@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 from maxlm.config import MaxlmError
 from maxlm.config.assets import find_asset
 from maxlm.launch.job import Job
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 # scheduler → template under launch/; what follows the last slash, without .j2, is the
 # file's name.

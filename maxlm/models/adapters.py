@@ -2,21 +2,18 @@
 ones.
 
 An adapter is a config with a ``kind`` and one method, from declarations to
-declarations. To add one, write an :class:`Adapter` and register it
-(:func:`register_adapter`, or in an installed package an entry point of the group
-``maxlm.adapters`` named as its kind).
+declarations. To add one, write an :class:`Adapter` and register it in
+``maxlm.adapters.ADAPTERS``.
 """
 
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from maxlm.config import Config
 from maxlm.models.architectures import Model, ModelConfig
-from maxlm.models.blocks import parse_registered_config
 from maxlm.models.params import (
     Leaf,
     Params,
@@ -55,21 +52,6 @@ class Adapter(Config):
         raise NotImplementedError
 
 
-AdapterT = TypeVar("AdapterT", bound=Adapter)
-_ADAPTERS: dict[type[Adapter], type[Adapter]] = {}
-
-
-def register_adapter(adapter: type[AdapterT]) -> type[AdapterT]:
-    """Makes an adapter known by its kind; also as a decorator."""
-    _ADAPTERS[adapter] = adapter
-    return adapter
-
-
-parse_adapter = partial(
-    parse_registered_config, _ADAPTERS, "adapter", register=register_adapter
-)
-
-
 def count_virtual_tokens(adapter: Adapter | None) -> int:
     """Returns the tokens that every example begins with and an adapter has parameters
     for: those at positions below it; real tokens follow."""
@@ -86,7 +68,8 @@ def build_adapted_model(
         return model
     specs = adapter.adapt(param_specs(model))
     if adapter.base_dtype != "float32":
-        dtype, base = jnp.dtype(adapter.base_dtype), select_base_params(specs)
+        dtype = jnp.dtype(adapter.base_dtype)
+        base = select_base_params(specs)
 
         def store(spec: ParamSpec) -> ParamSpec:
             return spec if spec.role == "vector" else replace(spec, dtype=dtype)
@@ -108,9 +91,11 @@ def merge_adapter(specs: Params, params: Params) -> tuple[Params, Params]:
     """Return declarations and parameters with the array of :meth:`Leaf.merge` in place
     of each leaf that has one; the others stay. Runs under the mesh of the parameters,
     which it takes out of ``params`` one by one, so that little is held twice."""
-    merged_specs, merged = dict(specs), dict[str, Any]()
+    merged_specs = dict(specs)
+    merged = dict[str, Any]()
     for name in sorted(params):  # a bias before its kernel
-        if isinstance(held := params.pop(name), dict):
+        held = params.pop(name)
+        if isinstance(held, dict):
             merged_specs[name], merged[name] = merge_adapter(specs[name], held)
             continue
         merged[name] = held

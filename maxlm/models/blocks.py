@@ -1,10 +1,10 @@
 """Joins layers into blocks, and blocks into a scanned stack."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol
+from operator import attrgetter
+from typing import Annotated, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from flax import nnx
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from maxlm.config import Config, MaxlmError
+from maxlm.config import Config
+from maxlm.config.registry import RegisteredConfig, Registry
 from maxlm.models.aux import Aux
 from maxlm.models.caches import CacheLayout
 from maxlm.models.caches.paged import CrossCache
@@ -89,29 +90,7 @@ def build_attention(
 
 @dataclass(frozen=True)
 class RegisteredMixer:
-    """A mixer that configs of its kind stand for."""
-
-    build: Callable[..., Mixer]
-    mesh_axes: frozenset[ReshapingAxis] = frozenset()
-    """The mesh axes, of those that reshape a batch, that it supports in training."""
-
-
-MIXERS: dict[type[Config], RegisteredMixer] = {
-    AttentionConfig: RegisteredMixer(build_attention, frozenset({"context", "stage"}))
-}
-FEED_FORWARDS: dict[type[Config], Callable[..., FeedForward]] = {
-    MlpConfig: Mlp,
-    MoeConfig: Moe,
-}
-
-
-def register_mixer(
-    config: type[Config],
-    build: Callable[..., Mixer],
-    *,
-    mesh_axes: Iterable[ReshapingAxis] = (),
-) -> None:
-    """Makes stacks with such a config have another mixer.
+    """A mixer by its kind.
 
     Args:
         config: a class with a ``kind`` of its own, for ``model.mixer``.
@@ -122,43 +101,42 @@ def register_mixer(
             order; with ``stage`` it runs in a program on pipeline stages. Runs that
             need others are refused.
     """
-    MIXERS[config] = RegisteredMixer(build, frozenset(mesh_axes))
+
+    config: type[Config]
+    build: Callable[..., Mixer]
+    mesh_axes: Collection[ReshapingAxis] = ()
 
 
-def register_ffn(config: type[Config], build: Callable[..., FeedForward]) -> None:
-    """Makes stacks with such a config, as ``model.ffn``, have another feed-forward; see
-    :func:`register_mixer`, but ``build`` is called without norm config and parallel."""
-    FEED_FORWARDS[config] = build
+@dataclass(frozen=True)
+class RegisteredFeedForward:
+    """A feed-forward by its kind.
+
+    Args:
+        config: a class with a ``kind`` of its own, for ``model.ffn``.
+        build: called with (config, d_model, number of layers, standard deviation of
+            initial weights) and the keywords rules and dtype.
+    """
+
+    config: type[Config]
+    build: Callable[..., FeedForward]
 
 
-def parse_registered_config(
-    registered: Iterable[type[Config]],
-    role: str,
-    value: Any,
-    register: Callable[[Any], object] = lambda found: found(),
-) -> Any:
-    """Reads the config of a registered kind from plain data with its ``kind``. Entry
-    points of that name in the group ``maxlm.<role>s`` are first passed to ``register``,
-    or called by default."""
-    if not isinstance(value, Mapping):
-        return value
-    kind = value.get("kind")
-    for entry in entry_points(group=f"maxlm.{role}s", name=str(kind)):
-        register(entry.load())
-    with_kind = (config for config in registered if "kind" in config.model_fields)
-    kinds = {config.model_fields["kind"].default: config for config in with_kind}
-    if kind not in kinds:
-        fix = (
-            f"use one of {', '.join(kinds)}"
-            if kinds
-            else "install the package that has it"
-        )
-        raise MaxlmError(f"no {role} of kind={kind}", fix=fix)
-    return kinds[kind].model_validate(value)
+MIXERS = Registry[RegisteredMixer]("mixer")
+MIXERS.register(
+    "attention",
+    RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
+)
+FEED_FORWARDS = Registry[RegisteredFeedForward]("ffn")
+FEED_FORWARDS.register("mlp", RegisteredFeedForward(MlpConfig, Mlp))
+FEED_FORWARDS.register("moe", RegisteredFeedForward(MoeConfig, Moe))
 
-
-parse_mixer = partial(parse_registered_config, MIXERS, "mixer")
-parse_ffn = partial(parse_registered_config, FEED_FORWARDS, "ffn")
+# Attention, MLPs and experts have settings of their own, and so no ``kind`` among these.
+MixerConfig = Annotated[
+    Config, RegisteredConfig(MIXERS, get_config=attrgetter("config"))
+]
+FeedForwardConfig = Annotated[
+    Config, RegisteredConfig(FEED_FORWARDS, get_config=attrgetter("config"))
+]
 
 
 class Block(nnx.Module):
@@ -183,7 +161,7 @@ class Block(nnx.Module):
     def __init__(
         self,
         mixer_config: Any,
-        ffn_config: Config,
+        ffn_config: Any,
         norm_config: NormConfig,
         placement: Placement,
         d_model: int,
@@ -202,7 +180,7 @@ class Block(nnx.Module):
         sandwich = placement == "sandwich"
         outer = (norm_config, *sizes)
         self.attention_norm = norm()
-        registered = MIXERS[type(mixer_config)]
+        registered = MIXERS.get(mixer_config.kind)
         mixer = registered.build(mixer_config, *outer, parallel=parallel, **kw)
         self.mixer_name = mixer.name
         setattr(self, mixer.name, mixer)
@@ -211,7 +189,8 @@ class Block(nnx.Module):
         cross = partial(Attention, mixer_config, *outer, parallel=parallel, **kw)
         self.cross = cross() if cross_attention else None
         self.mlp_norm = norm() if placement != "parallel_shared" else None
-        ffn = FEED_FORWARDS[type(ffn_config)](ffn_config, *sizes, **kw)
+        registered_ffn = FEED_FORWARDS.get(ffn_config.kind)
+        ffn = registered_ffn.build(ffn_config, *sizes, **kw)
         self.ffn_name = ffn.name
         setattr(self, ffn.name, ffn)
         self.mlp_post_norm = norm() if sandwich else None

@@ -28,14 +28,15 @@ def extend_context(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
     window lies within the original length: they see no longer distances than before.
     Raises MaxlmError: positions other than RoPE, a length that is no longer, another
     scaling."""
-    length, original, where = tune.extend_to, model.max_seq_len, "tune.extend_to"
+    length = tune.extend_to
+    original = model.max_seq_len
+    where = "tune.extend_to"
     if length is None:
         return model
-    if (kind := model.positions.kind) != "rope":
-        what, fix = (
-            f"positions.kind={kind} have no RoPE to scale",
-            "set model.max_seq_len alone",
-        )
+    kind = model.positions.kind
+    if kind != "rope":
+        what = f"positions.kind={kind} have no RoPE to scale"
+        fix = "set model.max_seq_len alone"
         raise MaxlmError(what, where=where, fix=fix)
     if found := model.positions.scaling:
         if original == length and found == _make_scaling(

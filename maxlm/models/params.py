@@ -334,7 +334,8 @@ def replace_virtual(
 ) -> jax.Array:
     """Returns a parameter's result y in the compute dtype after
     :meth:`Leaf.replace_virtual`."""
-    if not isinstance(held := param.get_value(), Leaf):
+    held = param.get_value()
+    if not isinstance(held, Leaf):
         return y
     return held.replace_virtual(
         y, positions, ParamReader(get_spec(param), rules, y.dtype)

@@ -75,7 +75,8 @@ def sharded_attention(
     """
     axes = rules.mesh_axes("seq")
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    heads, how = (q.shape[2], k.shape[2]), {"method": method, "balanced": balanced}
+    heads = (q.shape[2], k.shape[2])
+    how = {"method": method, "balanced": balanced}
     check_requirements(
         require_context(q.shape[1], *heads, rules=rules, sizes=sizes, **how)
     )

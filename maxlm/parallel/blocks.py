@@ -119,7 +119,8 @@ class _Queries:
         empties on every device. A chunk of queries meets the nearest keys first.
         ``number``: of the device whose keys these are, another than the queries'; None:
         the same."""
-        split, size = self.split, self.arrays[0][0].shape[1]
+        split = self.split
+        size = self.arrays[0][0].shape[1]
         keys = list(zip(*(_cut(x, split) for x in block), strict=True))
         starts = split.chunk_starts(self.number, size)
         key_starts = starts if number is None else split.chunk_starts(number, size)
@@ -133,10 +134,8 @@ class _Queries:
                 segments = (
                     None if k_segments is None else (self.segments[a], k_segments)
                 )
-                mask, live = (
-                    {"segment_ids": segments, "causal": False, **of_scores},
-                    None,
-                )
+                mask = {"segment_ids": segments, "causal": False, **of_scores}
+                live = None
                 places = {"q_offset": starts[a], "k_offset": key_starts[b]}
                 same = (
                     number is None and a == b
@@ -189,7 +188,8 @@ class _Queries:
             d_q = tuple(jnp.zeros(q.shape, jnp.float32) for q, *_ in self.arrays)
             biases = self.head_terms.biases
             own = d_q, () if biases is None else (jnp.zeros_like(biases),)
-        d_q, d_biases = list(own[0]), own[1]
+        d_q = list(own[0])
+        d_biases = own[1]
         chunks = (_cut(x, self.split)[0] for x in (block.k, block.v))
         zeros = [jnp.zeros(x.shape, jnp.float32) for x in chunks]
         d_keys: list[Any] = [zeros] * self.split.chunks_per_device
@@ -266,7 +266,8 @@ def _ring_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
             block, split
         )
 
-    if (last := split.last_ring_step(block.k.shape[1])) == 0:
+    last = split.last_ring_step(block.k.shape[1])
+    if last == 0:
         return queries.fold(block, None, None)
     coming = _rotate(block, split)
     partial, block = _steps(step, (queries.fold(block, None, None), coming), last)
@@ -286,7 +287,8 @@ def _ring_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
         own, terms = queries.pull(block, queries.number_before(t), own)
         return own, coming, _add(arriving, terms)
 
-    if (last := split.last_ring_step(block.k.shape[1])) == 0:
+    last = split.last_ring_step(block.k.shape[1])
+    if last == 0:
         return queries.pull(block, None, None)
     coming = _rotate(block, split)
     own, sums = queries.pull(block, None, None)
@@ -330,7 +332,8 @@ def _gathered_forward(queries: _Queries, block: KeyValueBlock) -> PartialOutput:
 
 def _gathered_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
     split = queries.split
-    whole, size = _gathered(split, block), block.k.shape[1]
+    whole = _gathered(split, block)
+    size = block.k.shape[1]
 
     def put(sums, number, terms):
         return tuple(
@@ -348,6 +351,7 @@ def _gathered_backward(queries: _Queries, block: KeyValueBlock) -> Gradients:
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (whole.k, whole.v))
     sums = put(zeros, queries.number, terms)
     own, sums = _steps(step, (own, sums), split.last_ring_step(size) + 1)
-    everywhere, rows = ((),) * 4, ((), split.axes, (), ())
+    everywhere = ((),) * 4
+    rows = ((), split.axes, (), ())
     d_k, d_v = (reduce(x, split.axes, everywhere, rows) for x in sums)
     return own, (d_k, d_v)

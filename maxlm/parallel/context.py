@@ -159,10 +159,8 @@ def require_keys_beside_queries(
     ordered = [a for a in heads if a in kv_heads] == [a for a in kv_heads if a in heads]
     refuse = partial(MaxlmError, what, where=where, fix=fix)
     yield Requirement(whole | (np.equal(differing, 1) & ordered), refuse)
-    shares, group = (
-        prod(sizes[axis] for axis in heads),
-        max(num_heads // num_kv_heads, 1),
-    )
+    shares = prod(sizes[axis] for axis in heads)
+    group = max(num_heads // num_kv_heads, 1)
     own = num_heads // shares
     aligned = (
         (own % group == 0)

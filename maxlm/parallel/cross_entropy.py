@@ -55,7 +55,8 @@ class LogitsInputs(NamedTuple):
     ) -> tuple[HeadArrays, "HeadOptions"]:
         """Returns the arrays, a bias split over the vocabulary's axes or more of them,
         and the settings of a program on them."""
-        bias, vocab = self.bias, self.head_layout[1]
+        bias = self.bias
+        vocab = self.head_layout[1]
         if bias is not None and get_layout(bias)[0][: len(vocab)] != vocab:
             bias = reshard(bias, make_spec((vocab,)))
         how = HeadOptions(self.head_layout, self.soft_cap, z_loss, chunk_tokens)
@@ -107,7 +108,9 @@ def lay_out_head(own: HeadArrays, used: Dims):
     """Returns the layout of tokens in use, the specs of these arrays, and a function
     that brings hidden, head and bias into use on shards."""
     hidden, head, bias, whole = own
-    have, stored, vocab = get_layout(hidden), get_layout(head), used[1]
+    have = get_layout(hidden)
+    stored = get_layout(head)
+    vocab = used[1]
     bias_stored = None if bias is None else get_layout(bias)
     # Devices that share a token's vocabulary all need the token.
     tokens = tuple(tuple(a for a in axes if a not in vocab) for axes in have)
@@ -181,9 +184,12 @@ def _run_loss(own, other: Any, rows, loss: HeadLoss, *, gradient: bool):
     """Returns the sums, and the gradients of hidden, head and bias, or None."""
     how = loss.how
     tokens, specs, bring = lay_out_head(own, how.used)
-    have, stored, vocab = get_layout(own[0]), get_layout(own[1]), how.used[1]
+    have = get_layout(own[0])
+    stored = get_layout(own[1])
+    vocab = how.used[1]
     bias_stored = None if own[2] is None else get_layout(own[2])
-    token_axes, lead = tuple(axis for axes in tokens for axis in axes), len(tokens) - 1
+    token_axes = tuple(axis for axes in tokens for axis in axes)
+    lead = len(tokens) - 1
     row_specs = tuple(make_spec((*tokens[:-1], *((),) * (a.ndim - lead))) for a in rows)
     rows = tuple(map(reshard, rows, row_specs))
     other_specs, bring_other = None, None
@@ -206,7 +212,8 @@ def _run_loss(own, other: Any, rows, loss: HeadLoss, *, gradient: bool):
         if gradients is None:
             return sums, None
         d_head = reduce(gradients.head, token_axes, how.used, stored)
-        if (d_bias := gradients.bias) is not None and bias_stored is not None:
+        d_bias = gradients.bias
+        if d_bias is not None and bias_stored is not None:
             d_bias = reduce(d_bias, token_axes, (vocab,), bias_stored)
         d_hidden = gradients.hidden.reshape(hidden.shape)
         # Or the whole head's gradient waits, in fp32, for the layers' backward pass to
@@ -227,7 +234,8 @@ run_head_loss.defvjp(partial(_run_loss, gradient=True), _backward)
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _log_probs(own, targets, how):
     tokens, specs, bring = lay_out_head(own, how.used)
-    rows, vocab = make_spec(tokens[:-1]), how.used[1]
+    rows = make_spec(tokens[:-1])
+    vocab = how.used[1]
     targets = reshard(targets, rows)
 
     def local(own, targets, number):
@@ -245,7 +253,8 @@ def _log_probs(own, targets, how):
         rows = hidden.reshape(-1, hidden.shape[-1]), targets.ravel()
         normalizer, own = lax.map(one, rows, batch_size=min(how.chunk, len(rows[1])))
         if vocab:
-            own, top = lax.psum(own, vocab), lax.pmax(normalizer, vocab)
+            own = lax.psum(own, vocab)
+            top = lax.pmax(normalizer, vocab)
             normalizer = top + jnp.log(lax.psum(jnp.exp(normalizer - top), vocab))
         return (own - normalizer).reshape(targets.shape)
 
@@ -255,7 +264,8 @@ def _log_probs(own, targets, how):
 
 def _log_probs_backward(how, saved, cotangents):
     own, targets = saved
-    rows, loss = (targets, -cotangents), _make_cross_entropy(how)
+    rows = (targets, -cotangents)
+    loss = _make_cross_entropy(how)
     _, gradients = _run_loss(own, None, rows, loss, gradient=True)
     return (*gradients, None), None
 

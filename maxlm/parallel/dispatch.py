@@ -52,7 +52,8 @@ class DroplessDispatch:
             return lax.ragged_all_to_all(slots, out, *there, axis_name=self.axes)
         # Rows bound for one device are contiguous: send as many as there may be from
         # its first.
-        ways, room = len(self.counts), self._num_rows // len(self.counts)
+        ways = len(self.counts)
+        room = self._num_rows // len(self.counts)
         first = there[0].reshape(ways, -1)[:, :1]
         got = self._swap(slots[jnp.minimum(first + jnp.arange(room), len(slots) - 1)])
         starts, sizes = (
@@ -71,7 +72,8 @@ class DroplessDispatch:
         if self.ragged:
             out = jnp.zeros((len(self.slot_assignments), *rows.shape[1:]), rows.dtype)
             return lax.ragged_all_to_all(rows, out, *back, axis_name=self.axes)
-        ways, room = len(self.counts), self._num_rows // len(self.counts)
+        ways = len(self.counts)
+        room = self._num_rows // len(self.counts)
         own = self.counts.reshape(ways, ways, -1)[
             :, self.device_index[0]
         ]  # [ways, experts here]
@@ -107,7 +109,8 @@ class DroplessDispatch:
         """Returns the slices of both ragged exchanges, there and back: (first row,
         rows) of each slice sent, its first row at the receiver, rows received; one for
         each peer and expert."""
-        ways, here = len(self.counts), self.device_index[0]
+        ways = len(self.counts)
+        here = self.device_index[0]
         mine = self.counts[here]
         first = (
             jnp.cumsum(self.counts, 1) - self.counts

@@ -69,10 +69,14 @@ def fused_divergence_loss(
     """
     own, how = student.split(z_loss, chunk_tokens)
     if isinstance(teacher, StoredTeacher):
-        stored, other, other_how = teacher, None, how
+        stored = teacher
+        other = None
+        other_how = how
     else:
-        stored, (other, other_how) = (), teacher.split(0.0, chunk_tokens)
-    share, vocab = ce_weight, how.used[1]
+        stored = ()
+        other, other_how = teacher.split(0.0, chunk_tokens)
+    share = ce_weight
+    vocab = how.used[1]
 
     def local(hidden, head, bias, first, rows, other, gradient):
         targets, weights, *stored = rows

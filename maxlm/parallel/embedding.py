@@ -70,7 +70,8 @@ def embed_tokens(
         dtype: of the result; gradients are summed within a device in fp32, between
             devices in it.
     """
-    own, vocab = _Layouts(table, ids, table_layout), table_layout[0]
+    own = _Layouts(table, ids, table_layout)
+    vocab = table_layout[0]
     size = table.shape[0]
 
     def local(table, ids, number):
@@ -101,7 +102,8 @@ def _forward(table, ids, used, out, dtype):
 
 def _backward(used, out, dtype, saved, d_y):
     table, ids = saved
-    own, vocab = _Layouts(table, ids, used), used[0]
+    own = _Layouts(table, ids, used)
+    vocab = used[0]
 
     def local(table, ids, number, d_y):
         held = (table.shape[0] * axis_size(own.table[0]) // axis_size(vocab), -1)

@@ -194,7 +194,8 @@ def _backward(how: _Layouts, residuals, d_y):
     def program(d_y, saved, masters):
         rows, scale, plan = saved
         d_y = gather(d_y, how.tokens, how.whole)
-        shape, k = d_y.shape, plan.assignment_slots.shape[1]
+        shape = d_y.shape
+        k = plan.assignment_slots.shape[1]
         kernels = _gathered(masters, rows.dtype, how)
         d_out = plan.send_to_experts(_to_slots(d_y.reshape(-1, shape[-1]), plan, k))
 
@@ -271,7 +272,8 @@ def _over_parts(
     fitting = (
         n for n in range(1, width) if width % n == 0 and size // n <= HIDDEN_BYTES
     )
-    if (parts := next(fitting, width)) == 1:
+    parts = next(fitting, width)
+    if parts == 1:
         return body(carry, kernels)
     dims = {name: 1 if name == "down" else 2 for name in kernels}
 

@@ -110,7 +110,8 @@ def _multiply(contract, x, kernels, wholes, used, tokens):
     own = _Layouts(x, kernels, wholes, used, tokens)
 
     def local(x, kernels, wholes):
-        x, summed = gather(x, own.x, (*own.inner, *own.x[2:])), _flat(own.x[2:])
+        x = gather(x, own.x, (*own.inner, *own.x[2:]))
+        summed = _flat(own.x[2:])
         ys = []
         for i, pair in enumerate(zip(kernels, wholes, strict=True)):
             y = contract(x, own.kernel(i, *pair), own.inputs)
@@ -141,7 +142,8 @@ def _backward(used, tokens, saved, d_ys):
 
     def local(x, kernels, wholes, d_ys):
         x = gather(x, own.x, (*own.inner, *own.x[2:]))
-        d_x, products = jnp.zeros((), x.dtype), []
+        d_x = jnp.zeros((), x.dtype)
+        products = []
         for i, pair in enumerate(zip(kernels, wholes, strict=True)):
             outputs = own.outputs[i]
             d_y = gather(d_ys[i], (*tokens, *outputs), (*own.inner, *outputs))
@@ -186,7 +188,8 @@ def multiply_fused_kernel(
             order, that are its own (:func:`fuse_kernels`).
         output_shapes, output_layouts: of each kernel, and the mesh axes that split it.
     """
-    tokens, columns = get_layout(x)[:2], get_layout(kernel)
+    tokens = get_layout(x)[:2]
+    columns = get_layout(kernel)
     local_shapes = [
         tuple(size // axis_size(axes) for size, axes in zip(shape, layout, strict=True))
         for shape, layout in zip(output_shapes, output_layouts, strict=True)

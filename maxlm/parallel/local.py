@@ -95,7 +95,8 @@ def gather_to_spec(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Moves an array to another layout: by :func:`gather`, which on a TPU stays a
     gather, where that splits less of the same axes; otherwise by the compiler. Not
     differentiable."""
-    have, want = get_layout(x), parse_spec(spec, x.ndim)
+    have = get_layout(x)
+    want = parse_spec(spec, x.ndim)
     if have == want or any(
         own[: len(kept)] != kept for own, kept in zip(have, want, strict=True)
     ):
@@ -128,7 +129,8 @@ def reduce(
 def _gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """Gathers all shards of ``dim`` over ``axes``; see :func:`_two_steps`."""
     collect = partial(lax.all_gather, axis_name=axes, axis=dim, tiled=True)
-    if (groups := _two_steps(axes)) is None:
+    groups = _two_steps(axes)
+    if groups is None:
         return collect(x)
     outer, inner = groups
     return collect(collect(x, axis_index_groups=inner), axis_index_groups=outer)
@@ -136,7 +138,8 @@ def _gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
 
 def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """The sum over ``axes``, split along ``dim``; see :func:`_two_steps`."""
-    if (groups := _two_steps(axes)) is None:
+    groups = _two_steps(axes)
+    if groups is None:
         return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
     outer, inner = groups
     scatter = partial(lax.psum_scatter, axis_name=axes, tiled=True)

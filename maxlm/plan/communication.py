@@ -66,10 +66,8 @@ def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         "norms: gradients", "all-reduce", axes, size, runs, "backward", False
     )
     for stack in work.stacks:
-        tokens, passes = (
-            (*compute.batch, *compute.seq),
-            _count_passes(shape, stack.num_layers),
-        )
+        tokens = (*compute.batch, *compute.seq)
+        passes = _count_passes(shape, stack.num_layers)
         for kernel in stack.adapter_kernels:
             yield from _list_weight_collectives(shape, kernel, *passes, tokens)
 
@@ -85,7 +83,8 @@ def _list_matmul_collectives(
     shape: StepShape, group: MatmulGroup, forward: Number, backward: Number
 ) -> Iterator[PlannedCollective]:
     work, rules, kernels = shape.work, shape.split.compute, group.kernels
-    is_latent, inputs = group.input_features == "latent", kernels[0].num_input_dims
+    is_latent = group.input_features == "latent"
+    inputs = kernels[0].num_input_dims
     width = prod(kernels[0].shape[:inputs]) if is_latent else work.config.model.d_model
     size = shape.micro_batch_tokens * group.token_ratio * work.dtype_bytes * width
     sequence = shape.split.sequence_parallel
@@ -151,8 +150,10 @@ def _list_weight_collectives(
     Under ZeRO-2 kernels are at hand whole, and gradients go to shares of their own; but
     experts', and all of a 1F1B pipeline, are gathered from such shares too.
     """
-    split, used = shape.split, shape.gathered_weight_bytes(kernel)
-    scattered, here = split.gather_axes(split.gradients, kernel), 1.0
+    split = shape.split
+    used = shape.gathered_weight_bytes(kernel)
+    scattered = split.gather_axes(split.gradients, kernel)
+    here = 1.0
     if split.gradients != split.storage and "expert" not in kernel.axes:
         here = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
     runs = here * forward, here * backward
@@ -168,7 +169,8 @@ def _list_gradient_collectives(
 ) -> Iterator[PlannedCollective]:
     """A kernel's gradient, reduced into its shares and over the axes that split the
     tokens."""
-    split, what = shape.split, f"{kernel.name}: gradient"
+    split = shape.split
+    what = f"{kernel.name}: gradient"
     used = shape.gathered_weight_bytes(kernel)
     scattered = split.gather_axes(split.gradients, kernel)
     yield PlannedCollective(
@@ -190,7 +192,8 @@ def _list_attention_collectives(
     ways, kv_ways = split.num_devices(axes), split.num_devices(kv_axes)
     query_heads = heads.num_heads / split.num_devices(rules.heads)
     kv_heads = heads.num_kv_heads / kv_ways
-    tokens, value = shape.micro_batch_tokens * attention.token_ratio, heads.value_dim
+    tokens = shape.micro_batch_tokens * attention.token_ratio
+    value = heads.value_dim
     # Of a key and its value, or a query and its output, each.
     either = tokens * (heads.head_dim + value) / 2
     itemsize = work.dtype_bytes
@@ -204,12 +207,14 @@ def _list_attention_collectives(
         return _in_passes(f"attention: {what}", kind, axes, size, ahead, back)
 
     both, gradients = "keys and values", "their gradients"
-    if (method := work.config.parallel.context) == "all_gather":
+    method = work.config.parallel.context
+    if method == "all_gather":
         whole = either * read * ways
         yield from send(both, "all-gather", whole * itemsize, 2 * forward, 2 * backward)
         yield from send(gradients, "reduce-scatter", whole * FP32, 0, 2 * backward)
     elif method == "ring":
-        kind, block = "collective-permute", either * read
+        kind = "collective-permute"
+        block = either * read
         window = None if work.config.parallel.balance_sequence else attention.window
         steps = 2 * count_ring_steps(ways, attention.query_len / ways, window)
         back = np.where(np.greater(steps, 0), steps + 2, 0)
@@ -235,10 +240,8 @@ def _list_attention_collectives(
         ):
             yield from send(what, "all-to-all", size, ahead, back)
     if heads.shared_key_dim:
-        what, shared = (
-            "attention: shared keys' gradient",
-            tokens * heads.shared_key_dim * itemsize,
-        )
+        what = "attention: shared keys' gradient"
+        shared = tokens * heads.shared_key_dim * itemsize
         yield PlannedCollective(
             what, "all-reduce", rules.heads, shared, backward, "backward"
         )
@@ -272,18 +275,19 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     split_over = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
     for kernel in (kernel for group in groups for kernel in group.kernels):
         yield from _list_weight_collectives(shape, kernel, forward, runs, split_over)
-    axes, size = split.gather_axes(split.storage, router), router.size * FP32
+    axes = split.gather_axes(split.storage, router)
+    size = router.size * FP32
     yield from _in_passes(
         "router", "all-gather", axes, size, forward, runs, waits=False
     )
-    axes, what = (*rules.batch, *rules.residual), "router: gradient"
+    axes = (*rules.batch, *rules.residual)
+    what = "router: gradient"
     yield PlannedCollective(what, "all-reduce", axes, size, runs, "backward", False)
-    kind, rows = "all-to-all", shape.expert_buffer_rows
+    kind = "all-to-all"
+    rows = shape.expert_buffer_rows
     if shape.ragged and experts.capacity_factor is None:
-        kind, rows = (
-            "ragged-all-to-all",
-            shape.micro_batch_tokens * experts.experts_per_token,
-        )
+        kind = "ragged-all-to-all"
+        rows = shape.micro_batch_tokens * experts.experts_per_token
     routed = rows * width
     for what, ahead, back in (
         ("rows there", forward, again),
@@ -366,7 +370,8 @@ def _list_lookup_collectives(
         shape.split.compute,
         shape.embedding_calls,
     )
-    vocab, sequence = rules.mesh_axes(table.axes[0]), split.sequence_parallel
+    vocab = rules.mesh_axes(table.axes[0])
+    sequence = split.sequence_parallel
     tokens = (*rules.batch, *rules.seq)
     exchanged = tuple(
         a for a in split.gather_axes(split.gradients, table) if a in tokens
@@ -410,10 +415,8 @@ def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     pipeline carries inputs and results as well."""
     work, split, axes = shape.work, shape.split, shape.split.compute.layers
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    runs, kind = (
-        (1 if shape.one_f_one_b else 3) * shape.pipeline_iterations,
-        "collective-permute",
-    )
+    runs = (1 if shape.one_f_one_b else 3) * shape.pipeline_iterations
+    kind = "collective-permute"
     yield PlannedCollective(
         "pipeline: to the next stage", kind, axes, one, runs, "forward"
     )

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-GB, GIB, TERA = 1e9, 2.0**30, 1e12
+GB = 1e9
+GIB = 2.0**30
+TERA = 1e12
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def measure_cpu(devices: int) -> Chip:
     # for memory. In place: fresh pages cost several times more, and are counted apart.
     def apply_silu() -> jax.Array:
         nonlocal mapped
-        return (mapped := silu(mapped))
+        mapped = silu(mapped)
+        return mapped
 
     runs = (
         lambda: matmul(square, square),

@@ -4,87 +4,18 @@ parameter by parameter, and its FLOPs; no device is needed."""
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from maxlm.config import MaxlmError
-from maxlm.config.errors import Requirement, check_requirements
-from maxlm.inference.sampling import check_samples
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import ParamSpec, flatten_names
-from maxlm.models.placement import (
-    PlacedModel,
-    TrainingShape,
-    place_model,
-    require_trainable,
-)
 from maxlm.parallel.pipeline import bubble_ratio
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
-from maxlm.run import RunConfig, read_frozen_configs
+from maxlm.run.config import RunConfig
+from maxlm.run.model_placement import PlacedModel
+from maxlm.run.placement import place_run
 from maxlm.sharding import MESH_AXES, Placement
-from maxlm.train.batch import require_batch_split
-
-
-def require_run_trainable(
-    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
-) -> Iterator[Requirement]:
-    """Yields what a run must meet to train on one or many meshes, but for parameters'
-    splits."""
-    yield from _require_batch(config, sizes, micro_batches)
-    shape = TrainingShape(config.data.seq_len, micro_batches)
-    parts = config.model, config.sharding, config.parallel
-    yield from require_trainable(*parts, sizes, shape, config.sharding.compute)
-
-
-def _require_batch(
-    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
-) -> Iterator[Requirement]:
-    data, compute = config.data, config.sharding.compute
-    yield from config.task.require_mesh(compute, sizes)
-    lengths = config.task.name_row_lengths(data.seq_len)
-    yield from require_batch_split(
-        data.batch_size, micro_batches, lengths, compute, sizes
-    )
-
-
-def place_run(
-    config: RunConfig,
-    sizes: Mapping[str, int],
-    dtype: Any,
-    *,
-    for_training: bool = True,
-) -> PlacedModel:
-    """Lays a run's model out on a mesh (``place_model``): to generate, or
-    ``for_training``, where the batch must divide over the mesh."""
-    shape = None
-    if for_training:
-        micro, samples = config.train.micro_batches, config.samples
-        check_requirements(_require_batch(config, sizes, micro))
-        check_samples(samples, config.model, [1] * len(samples.prompts))
-        shape = TrainingShape(config.data.seq_len, micro)
-    parts = config.model, config.sharding, config.parallel
-    return place_model(*parts, sizes, dtype, shape, config.adapter)
-
-
-def place_frozen_models(
-    config: RunConfig,
-    sources: Mapping[str, str | None],
-    sizes: Mapping[str, int],
-    dtype: Any,
-) -> dict[str, PlacedModel]:
-    """Lays out the models that a run's task only reads, by name."""
-    reads = sources and not config.task.prepares_batch_alone
-    if reads and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
-        what = f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run"
-        raise MaxlmError(
-            what, where="parallel.schedule", fix="use circular, or mesh.stage=1"
-        )
-    placed = {}
-    for name, own in read_frozen_configs(config, sources).items():
-        run = config.model_copy(update={"model": own.model, "adapter": own.adapter})
-        placed[name] = place_run(run, sizes, dtype)
-    return placed
 
 
 @dataclass(frozen=True)
@@ -134,8 +65,10 @@ def compute_run_layout(
     """Places every array of a run on a mesh of given sizes, whose axes run over
     ``links``."""
     placed = place_run(config, sizes, jnp.float32)
-    work, split = RunWorkload(config, jnp.float32), MeshPartitioning(config, sizes)
-    specs, devices = flatten_names(placed.specs), prod(sizes.values())
+    work = RunWorkload(config, jnp.float32)
+    split = MeshPartitioning(config, sizes)
+    specs = flatten_names(placed.specs)
+    devices = prod(sizes.values())
     rows = tuple(
         _row(name, spec, placed.placements[name], devices)
         for name, spec in specs.items()
@@ -226,7 +159,8 @@ def _list_notes(
             f"{ways(rules.heads)}, "
             "each of which computes them all and reads those of its own query heads"
         )
-    stages, micro = sizes["stage"], config.train.micro_batches
+    stages = sizes["stage"]
+    micro = config.train.micro_batches
     if stages > 1:
         groups = parallel.layer_groups if parallel.schedule == "circular" else 1
         layers = f"{config.model.num_layers // (stages * groups)} layers"

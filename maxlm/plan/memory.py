@@ -218,7 +218,8 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
     """Counts what the remat policy keeps of the layers that are differentiated
     together."""
     work, split, model = shape.work, shape.split, shape.work.config.model
-    itemsize, kept = work.dtype_bytes, SAVED.get(shape.remat, ())
+    itemsize = work.dtype_bytes
+    kept = SAVED.get(shape.remat, ())
     if shape.remat == "none":
         kept = ("qkv", "attention", "mlp_up")
     own, crossing = stack.heads(), stack.heads("cross_attention")
@@ -330,11 +331,13 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
     gradient, norms' inputs and outputs."""
     work, itemsize = shape.work, shape.work.dtype_bytes
     beside = (m for m in stack.matmul_groups if m.module == group.module)
-    count, tokens = len(group.kernels), shape.micro_batch_tokens * stack.token_ratio
+    count = len(group.kernels)
+    tokens = shape.micro_batch_tokens * stack.token_ratio
     one = tokens * shape.split.local_ffn_elements_per_token(group) / count * itemsize
     kept = 1 if "mlp_up" in SAVED.get(shape.remat, ()) else count + 1
     outputs = 0 if shape.remat == "none" else kept
-    stream, inner = _stream(shape, stack), tokens * work.config.model.d_model * itemsize
+    stream = _stream(shape, stack)
+    inner = tokens * work.config.model.d_model * itemsize
     # Where the sequence is gathered, the stream's width is there five times in both
     # lengths.
     width = np.where(np.greater(inner, stream), 5 * inner + 4 * stream, 5 * stream)
@@ -364,7 +367,8 @@ def _attention(
     """Attention that looks at ``seen`` tokens for each of the batch, with learnt biases
     or not."""
     split, work = shape.split, shape.work
-    sizes, itemsize = split.local_attention_widths(heads), work.dtype_bytes
+    sizes = split.local_attention_widths(heads)
+    itemsize = work.dtype_bytes
     tokens = shape.micro_batch_tokens * stack.token_ratio
     length, keys = (
         work.tokens_per_row.decoder * rate for rate in (stack.token_ratio, seen)
@@ -428,7 +432,8 @@ def list_loss_working_set(shape: StepShape) -> Parts:
     work, split = shape.work, shape.split
     model, itemsize = work.config.model, work.dtype_bytes
     size = work.head.size / split.num_shards(split.compute, work.head.axes)
-    tokens, states = shape.embedding_loss_tokens, 5 + 3 * len(work.non_layer_kernels)
+    tokens = shape.embedding_loss_tokens
+    states = 5 + 3 * len(work.non_layer_kernels)
     chunk = np.minimum(work.config.task.chunk_tokens, tokens)
     logits = chunk * model.vocab_size / split.num_devices(split.compute.vocab)
     return {
@@ -442,7 +447,9 @@ def list_loss_working_set(shape: StepShape) -> Parts:
 def list_update_working_set(shape: StepShape) -> Parts:
     """Lists the updates gathered, where each device updates a part of what it holds
     (ZeRO-1 and 2): the two largest parameters' are alive together."""
-    work, split, whole = shape.work, shape.split, []
+    work = shape.work
+    split = shape.split
+    whole = []
     for spec in work.select_trained(work.specs):
         held = split.local_bytes(split.storage, [spec])
         whole.append(

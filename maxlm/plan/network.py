@@ -80,13 +80,15 @@ class Network:
     ) -> Number:
         """Returns the seconds of one run of a collective over mesh axes; see
         :func:`sent_bytes` for ``whole_bytes``."""
-        ways, inner = split.num_devices(axes), self._inner(axes, split)
+        ways = split.num_devices(axes)
+        inner = self._inner(axes, split)
         run = self._on_torus if self.topology.platform == "tpu" else self._on_hosts
         return run(kind, whole_bytes, ways, inner)
 
     def link(self, axes: tuple[str, ...], split: MeshPartitioning) -> str:
         """Describes the links that mesh axes of one mesh run over."""
-        ways, inner = split.num_devices(axes), self._inner(axes, split)
+        ways = split.num_devices(axes)
+        inner = self._inner(axes, split)
         if self.topology.platform == "cpu":
             return "memory"
         near, far = (
@@ -116,7 +118,9 @@ class Network:
     def _on_torus(
         self, kind: str, whole: Number, ways: Number, inner: Number
     ) -> Number:
-        shape, chip, across = self.topology.shape, self.chip, ways / inner
+        shape = self.topology.shape
+        chip = self.chip
+        across = ways / inner
         share = np.log(np.maximum(inner, 1)) / log(
             max(self.topology.devices_per_slice, 2)
         )
@@ -148,7 +152,8 @@ class Network:
     def _on_hosts(
         self, kind: str, whole: Number, ways: Number, inner: Number
     ) -> Number:
-        chip, leaves = self.chip, np.greater(ways, inner)
+        chip = self.chip
+        leaves = np.greater(ways, inner)
         latency = np.where(np.greater(ways, 1), chip.latency_seconds, 0.0)
         if kind == "collective-permute":
             rate = np.where(leaves, chip.network_bandwidth, chip.link_bandwidth)
@@ -156,6 +161,7 @@ class Network:
         if kind.endswith("all-to-all"):
             far = whole * (ways - inner) / ways / chip.network_bandwidth
             return far + whole * (inner - 1) / ways / chip.link_bandwidth + latency
-        link, network = chip.link_bandwidth, inner * chip.network_bandwidth
+        link = chip.link_bandwidth
+        network = inner * chip.network_bandwidth
         rate = np.where(leaves, np.minimum(network, link), link)
         return sent_bytes(kind, ways, whole) / rate + latency

@@ -21,7 +21,7 @@ from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import TPUS, Topology, parse_topology
 from maxlm.plan.torus import find_torus_dimensions
 from maxlm.plan.workload import FP32, MeshPartitioning, RunWorkload, StepShape
-from maxlm.run import RunConfig, resolve_micro_batches
+from maxlm.run.config import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
 
@@ -56,7 +56,9 @@ class Machine(Network):
         own = (
             d for d in devices if getattr(d, "process_index", 0) == jax.process_index()
         )
-        if (chip := find_chip(first := next(own, devices[0]))) is None:
+        first = next(own, devices[0])
+        chip = find_chip(first)
+        if chip is None:
             return None
         with suppress(AttributeError, jax.errors.JaxRuntimeError):  # only described
             limit = (first.memory_stats() or {}).get("bytes_limit")
@@ -73,7 +75,8 @@ class Machine(Network):
                 if a_process > 1
                 else min(chip.nvlink_domain_size, len(devices))
             )
-            slices, shape = 1, (len(devices) // a_host, a_host)
+            slices = 1
+            shape = (len(devices) // a_host, a_host)
         elif first.platform == "tpu":
             places = np.array([device.coords for device in devices])
             sides = tuple(int(n) for n in places.max(0) - places.min(0) + 1)
@@ -134,8 +137,10 @@ class RunPlan:
     goodput: Goodput | None
 
     def __post_init__(self) -> None:
-        chip, layout = self.machine and self.machine.chip, self.layout
-        limit, total = chip and chip.memory_bytes, float(self.memory.total)
+        chip = self.machine and self.machine.chip
+        layout = self.layout
+        limit = chip and chip.memory_bytes
+        total = float(self.memory.total)
         self.checkpoint_every = self.shape.work.config.checkpoint.every_steps
         self.memory_limit_bytes = limit
         """Bytes of main memory that a program may use."""
@@ -239,7 +244,8 @@ def plan_run(
     config = resolve_micro_batches(config, sizes)
     links = None if machine is None else _describe_links(machine, config, sizes)
     layout = compute_run_layout(config, sizes, links)
-    work, micro = RunWorkload(config, dtype), config.train.micro_batches
+    work = RunWorkload(config, dtype)
+    micro = config.train.micro_batches
     shape = StepShape(work, sizes, micro, config.model.remat, topology)
     held, sends, time = estimate_costs(shape, machine)
     good = None
@@ -282,7 +288,8 @@ def estimate_costs(
 ) -> tuple[DeviceMemory, tuple[PlannedCollective, ...], StepTime | None]:
     """Returns memory, collectives and, on a machine, the time of a run, or of each of
     many."""
-    held, sends = estimate_memory(shape), list_collectives(shape)
+    held = estimate_memory(shape)
+    sends = list_collectives(shape)
     if machine is None:
         return held, sends, None
     dtype = select_matmul_dtype(machine.chip, shape.work.dtype_bytes)

@@ -20,11 +20,11 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
-from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import FILL, Machine, estimate_costs, plan_run
 from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.placement import require_run_trainable
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
 
@@ -97,7 +97,8 @@ def search_layouts(
     least = np.inf
     for count, shape in _list_shapes(config, machine):
         num_tried += count
-        if not (divisible := len(shape.micro_batches)):
+        divisible = len(shape.micro_batches)
+        if not divisible:
             continue
         num_divisible += divisible
         held, _, taken = estimate_costs(shape, machine)
@@ -186,7 +187,8 @@ def _find_divisible(
     work: RunWorkload, sizes: dict[str, np.ndarray], micro: np.ndarray, machine: Machine
 ) -> np.ndarray:
     """Marks candidates that meet every check of a run, and divide its parameters."""
-    config, split = work.config, MeshPartitioning(work.config, sizes)
+    config = work.config
+    split = MeshPartitioning(work.config, sizes)
     requirements = require_run_trainable(config, sizes, micro)
     good = np.all(
         np.stack(np.broadcast_arrays(*(each.is_met for each in requirements))), axis=0

@@ -32,10 +32,9 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
-from maxlm.models.architectures import Decoder
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
-from maxlm.plan.layout import place_run
 from maxlm.plan.network import PlannedCollective
 from maxlm.plan.predict import FILL, Machine, select_matmul_dtype
 from maxlm.plan.search import list_divisors
@@ -62,7 +61,8 @@ from maxlm.plan.workload import (
     StepShape,
     TokensPerRow,
 )
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.placement import place_run
 from maxlm.sharding import MeshConfig
 
 WeightFormat = Literal["auto", "fp8", "int8"]
@@ -104,12 +104,10 @@ def read_workload(
 ) -> RunWorkload:
     """Reads the model of a run, but not its task. Raises MaxlmError: it is no decoder,
     or requests are longer than its context."""
-    kind, limit = config.model.architecture, config.model.max_seq_len
+    kind, limit = config.model.transformer_type, config.model.max_seq_len
     if kind != "decoder":
-        what, fix = (
-            f"serving is planned for decoders, not an {kind}",
-            "name a decoder's config",
-        )
+        what = f"serving is planned for decoders, not an {kind}"
+        fix = "name a decoder's config"
         raise MaxlmError(what, where="model.architecture", fix=fix)
     if options.length > limit:
         what = f"{options.prompt:,} + {options.new:,} tokens exceed the context of {limit:,}"
@@ -141,10 +139,8 @@ class ServedModel:
         mesh = MeshConfig(
             data=machine.topology.devices // tensor, fsdp=1, tensor=tensor
         )
-        run, platform = (
-            work.config.model_copy(update={"mesh": mesh}),
-            machine.topology.platform,
-        )
+        run = work.config.model_copy(update={"mesh": mesh})
+        platform = machine.topology.platform
         self.machine, self.options = machine, options
         self.cache: CacheFormat = cache
         self.sizes = sizes = machine.mesh(run)
@@ -162,7 +158,8 @@ class ServedModel:
         """Caches of layers, and the number of layers that have each."""
         self.unsplit_caches = count_layer_caches(placed.model, cache, platform)
         """Those of a replica of one device, where no head is twice."""
-        self.split, chip = MeshPartitioning(self.work.config, sizes), machine.chip
+        self.split = MeshPartitioning(self.work.config, sizes)
+        chip = machine.chip
         usual = select_matmul_dtype(chip, work.dtype_bytes)
         self.matmul_dtype = (
             options.weights if options.weights in chip.peak_flops else usual
@@ -190,7 +187,9 @@ class ServedModel:
         """Counts what a step of so many rows reads: all but tables of which it looks up
         rows, and but experts that none is sent to, as if each were as likely (Mixtral,
         arXiv 2401.04088)."""
-        work, experts, met = self.work, self.work.experts, 1.0
+        work = self.work
+        experts = self.work.experts
+        met = 1.0
         unread = list(work.embedding_lookup_rates)[work.config.model.tie_embeddings :]
         if experts is not None:
             met = 1 - (1 - experts.experts_per_token / experts.num_experts) ** rows
@@ -210,7 +209,8 @@ class ServedModel:
     def count_memory_bytes(self, rows: int) -> dict[str, float]:
         """Counts the bytes of so many rows at their full length, by what they are
         for."""
-        model, vocab = self.work.config.model, self._count_shards(("vocab",))
+        model = self.work.config.model
+        vocab = self._count_shards(("vocab",))
         # In fp32, with what sampling makes of them.
         logits = 2 * FP32 * model.vocab_size / float(vocab)
         each = logits + self.count_cache_bytes(self.options.length)
@@ -243,7 +243,8 @@ class ServedModel:
         work.tokens_per_row = TokensPerRow(tokens, tokens)
         shape = StepShape(work, self.sizes, 1, "none", self.machine.topology)
         sends = [c for c in list_collectives(shape) if c.phase == "forward"]
-        axes, size = self.split.compute.vocab, rows * config.model.vocab_size * FP32
+        axes = self.split.compute.vocab
+        size = rows * config.model.vocab_size * FP32
         sends.append(
             PlannedCollective("logits", "all-gather", axes, size, 1.0, "forward")
         )
@@ -254,7 +255,8 @@ class ServedModel:
     def estimate_prefill_seconds(self, prompts: Number = 1) -> Number:
         """Estimates a forward pass over so many prompts of each replica, to their first
         tokens."""
-        chip, own = self.machine.chip, EFFICIENCY[self.machine.chip.family]
+        chip = self.machine.chip
+        own = EFFICIENCY[self.machine.chip.family]
         length, dtype = self.options.prompt, self.matmul_dtype
         shape, time = self._plan_pass(length, prompts)
         # Logits are computed of each prompt's last token alone.
@@ -270,9 +272,12 @@ class ServedModel:
     def estimate_decode_seconds(self, rows: Number) -> dict[str, Number]:
         """Estimates the seconds of a step that adds a token to every row: its parts,
         and in all."""
-        chip, own = self.machine.chip, EFFICIENCY[self.machine.chip.family]
-        dtype, (shape, time) = self.matmul_dtype, self._plan_pass(1, rows)
-        flops, moved = count_device_flops(shape), estimate_elementwise_bytes(shape)
+        chip = self.machine.chip
+        own = EFFICIENCY[self.machine.chip.family]
+        dtype = self.matmul_dtype
+        shape, time = self._plan_pass(1, rows)
+        flops = count_device_flops(shape)
+        moved = estimate_elementwise_bytes(shape)
         context = self.options.prompt + -(-self.options.new // 2)
         read = self.count_read_weight_bytes(rows) / self.read_bandwidth
         cached = rows * self.count_cache_bytes(context) / self.read_bandwidth
@@ -295,9 +300,11 @@ class ServedModel:
         """Counts one row's FLOPs of attention over its cache. Latent attention
         multiplies by the vectors that it keeps twice, as keys and as values (arXiv
         2405.04434, section 2.1.2)."""
-        heads, flops = {stack.name: stack.heads() for stack in self.work.stacks}, 0.0
+        heads = {stack.name: stack.heads() for stack in self.work.stacks}
+        flops = 0.0
         for layer, num_layers in self.layer_caches.items():
-            if (own := heads[layer.stack]) is not None:
+            own = heads[layer.stack]
+            if own is not None:
                 width = own.head_dim + own.value_dim
                 if layer.specs.value is None:  # it is a part of the key
                     vector = jax.tree.leaves(layer.specs.key)[0].shape[-1]
@@ -360,8 +367,11 @@ class ServingPlan:
 
 def plan_served_model(served: ServedModel) -> ServingPlan:
     """Plans one split; too little memory is no error."""
-    options, machine, replicas = served.options, served.machine, served.sizes["data"]
-    most, longest = served.count_max_rows(), (options.tpot_ms or np.inf) / 1e3
+    options = served.options
+    machine = served.machine
+    replicas = served.sizes["data"]
+    most = served.count_max_rows()
+    longest = (options.tpot_ms or np.inf) / 1e3
     rows = min(max(most, 1), _MOST_ROWS)
     if options.batch is None:
         points = list_serving_points(served, [replicas * n for n in range(1, rows + 1)])
@@ -449,7 +459,8 @@ def search_serving(
         by time per token; then those that need the fewest bytes. And why the last split
         that the model cannot have was refused.
     """
-    work, devices = read_workload(config, machine, options), machine.topology.devices
+    work = read_workload(config, machine, options)
+    devices = machine.topology.devices
     plans: list[ServingPlan] = []
     refusal: MaxlmError | None = None
     splits = [tensor] if tensor else list_divisors(devices)

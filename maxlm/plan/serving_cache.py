@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxlm.models.architectures import Decoder
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.caches.config import (
-    QUANTIZED_PAGE_SIZES,
     PagedCacheConfig,
     QuantizedCacheConfig,
+    find_default_page_size,
 )
 from maxlm.models.caches.layout import CacheLayout, choose_feature_multiple
 
@@ -47,7 +47,7 @@ def count_layer_caches(
     :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
     multiple = choose_feature_multiple(platform)
-    page = QUANTIZED_PAGE_SIZES.get(cache, PAGE_TOKENS)
+    page = find_default_page_size(config.kind) or PAGE_TOKENS
     specs = model.cache_specs(
         CacheLayout(1, 1, 1, page, None, config, multiple, head_ways)
     )

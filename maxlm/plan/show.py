@@ -22,7 +22,8 @@ OPTIMAL = 20
 
 def format_bytes(size: float) -> str:
     """Formats ``1.5 GiB``: three significant digits, binary units."""
-    sign, size = ("-" if size < 0 else ""), abs(size)
+    sign = "-" if size < 0 else ""
+    size = abs(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1023.5:
             return f"{sign}{_three_digits(size)} {unit}"
@@ -120,7 +121,8 @@ def _format_need(plan: RunPlan) -> str:
 
 def format_fit_verdict(plan: RunPlan) -> str:
     assert plan.memory_limit_bytes is not None
-    total, need = float(plan.memory.total), _format_need(plan)
+    total = float(plan.memory.total)
+    need = _format_need(plan)
     if plan.barely_fits:
         return f"fits, but closer than the plan is sure of: {need}; ask --compile"
     if plan.fits:
@@ -217,12 +219,14 @@ def _communication(plan: RunPlan) -> Group:
         key = (what, s.kind, over, "waits" if s.waits else "can hide it")
         runs, sent, seconds = total.get(key, (0, 0.0, 0.0))
         total[key] = (runs + s.count, sent + s.sent_bytes, seconds + (s.seconds or 0.0))
-    rows, timed = [], ("time",) if plan.machine else ()
+    rows = []
+    timed = ("time",) if plan.machine else ()
     for (*key, hidden), (runs, sent, seconds) in total.items():
         taken = (format_seconds(seconds),) * len(timed)
         rows.append((*key, f"{runs:,}", format_bytes(sent), *taken, hidden))
     columns = ("what", "kind", "over", "runs", "sent", *timed, "computation")
-    title, right = "Communication of each device, in a step", ("runs", "sent", "time")
+    title = "Communication of each device, in a step"
+    right = ("runs", "sent", "time")
     return make_table(title, columns, rows, right=right, wrap=("what", "over"))
 
 
@@ -237,10 +241,8 @@ def _time(plan: RunPlan) -> Group:
         "pipeline idle": time.idle,
         "together": time.total,
     }
-    total, seconds = (
-        float(time.total),
-        ((name, float(value)) for name, value in parts.items()),
-    )
+    total = float(time.total)
+    seconds = ((name, float(value)) for name, value in parts.items())
     rows = [(name, format_seconds(s), f"{s / total:.1%}") for name, s in seconds if s]
     return make_table(
         "Time of a step", ("what", "time", "share"), rows, right=("time", "share")
@@ -274,10 +276,8 @@ def format_run_estimate(
             price = price_per_device_hour
             words += f", {price * hours * layout.devices:,.0f} at {price:g} each"
         lines.append(words)
-    every, best = (
-        max(1, round(good.best_interval_seconds / step)),
-        good.best_interval_seconds,
-    )
+    every = max(1, round(good.best_interval_seconds / step))
+    best = good.best_interval_seconds
     own = "none are configured"
     if plan.checkpoint_every:
         own = (
@@ -403,7 +403,8 @@ def format_serving_verdict(plan: ServingPlan) -> str:
             f"choose a "
             "smaller --cache, --batch or --prompt"
         )
-    words, missed = f"fits: {need}, {_count_sequences(plan.max_batch)} at most", []
+    words = f"fits: {need}, {_count_sequences(plan.max_batch)} at most"
+    missed = []
     for name, most, value in (
         ("first token", plan.options.ttft_ms, plan.ttft_seconds),
         ("token", plan.options.tpot_ms, plan.point.tpot_seconds),

@@ -199,7 +199,8 @@ class Stack:
     def _list_matmuls(
         self, trained_names: Set[str], encoder_rate: float
     ) -> tuple[MatmulGroup, ...]:
-        groups, specs = [], self.base_specs
+        groups = []
+        specs = self.base_specs
         missing = {name for name, spec in specs.items() if spec.role == "matrix"}
         for branch in self.branches:
             for group in branch.costs.matrices:

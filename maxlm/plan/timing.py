@@ -26,12 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maxlm.optim.kinds import get_input_output_dims
 from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.memory import persistent_bytes
 from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective
 from maxlm.plan.stacks import AttentionShape, Stack
 from maxlm.plan.workload import FP32, Number, StepShape
-from maxlm.train.optimizer import get_input_output_dims
 
 # Vector operations for each score of attention: softmax and masks, forward; their
 # gradients and the softmax again, backward. From the static schedules of the best
@@ -166,11 +166,9 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
         backward += router * (1 + work.router.is_trained + (shape.remat != "none"))
     once = gradients = 0.0
     for own, layers in work.attention_layer_counts.items():
-        scores, head, value = (
-            _scores(shape, own, layers),
-            own.heads.head_dim,
-            own.heads.value_dim,
-        )
+        scores = _scores(shape, own, layers)
+        head = own.heads.head_dim
+        value = own.heads.value_dim
         once += 2 * scores * (head + value)
         # Scores, and gradients of weights, queries, keys and values.
         gradients += 2 * scores * (3 * head + 2 * value)
@@ -210,7 +208,9 @@ def _scores(shape: StepShape, own: AttentionShape, layers: int) -> Number:
 def count_extra_forward_flops(shape: StepShape) -> Number:
     """Counts a device's forward FLOPs beside products and attention in one pass of its
     layers."""
-    work, split, flops = shape.work, shape.split, 0.0
+    work = shape.work
+    split = shape.split
+    flops = 0.0
     for stack in work.stacks:
         for own in (
             branch.costs for branch in stack.branches if branch.costs.extra_flops
@@ -242,7 +242,9 @@ def count_newton_schulz_flops(shape: StepShape) -> Number:
     """Counts FLOPs of the optimizer on each device: Muon's Newton–Schulz products,
     three an iteration, of each hidden matrix [m, n], m the smaller (Jordan et al.
     2024); as if they were split as the moments are."""
-    work, config, total = shape.work, shape.work.config.optimizer, 0.0
+    work = shape.work
+    config = shape.work.config.optimizer
+    total = 0.0
     if config.kind != "muon":
         return total
     for spec in work.select_trained(work.specs):
@@ -260,7 +262,8 @@ def count_newton_schulz_flops(shape: StepShape) -> Number:
 def count_frozen_forward_flops(shape: StepShape) -> Number:
     """Counts FLOPs of a device in the forward passes of models that the task only
     reads."""
-    work, devices = shape.work, prod(shape.split.sizes.values())
+    work = shape.work
+    devices = prod(shape.split.sizes.values())
     tokens = work.config.data.batch_size * work.tokens_per_row.decoder
     each = (
         count_training_flops_per_token(own).causal / 3
@@ -303,12 +306,10 @@ def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
     rotations queries, output, keys and values; the activation."""
     work, split, model = shape.work, shape.split, shape.work.config.model
     stream = shape.residual_tokens * stack.token_ratio * model.d_model
-    tokens, each, narrow, hidden = (
-        shape.micro_batch_tokens * stack.token_ratio,
-        0.0,
-        0.0,
-        0.0,
-    )
+    tokens = shape.micro_batch_tokens * stack.token_ratio
+    each = 0.0
+    narrow = 0.0
+    hidden = 0.0
     encoder_rate = work.tokens_per_row.encoder_tokens_per_decoder_token
     for heads, seen in (
         (stack.heads(), 1.0),
@@ -354,7 +355,8 @@ def estimate_time(
         shape.micro_batches,
     )
     own = efficiency or EFFICIENCY[chip.family]
-    flops, bandwidth = count_device_flops(shape), chip.memory_bandwidth * own.memory
+    flops = count_device_flops(shape)
+    bandwidth = chip.memory_bandwidth * own.memory
     rate = chip.peak_flops[dtype] * own.matmul
     # Attention is in bf16 where other products are in fp8.
     attention_rate = chip.peak_flops["bf16" if dtype == "fp8" else dtype] * own.matmul
@@ -388,7 +390,8 @@ def estimate_time(
     for c in collectives:
         one = network.seconds(c.kind, c.axes, c.whole_bytes, shape.split) / own.network
         sent[c.phase] = sent[c.phase] + c.count * one
-    exposed, once = 0.0, sent["once"]
+    exposed = 0.0
+    once = sent["once"]
     for phase, end in zip(PASSES, loss, strict=True):
         busy = slots * sum(passes[phase]) + end
         exposed += sent[phase] - np.minimum(sent[phase] * own.hidden, busy)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.models.adapters import build_adapted_model
-from maxlm.models.architectures import Decoder
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.costs import AttentionCosts
 from maxlm.models.params import (
     ParamSpec,
@@ -26,14 +26,15 @@ from maxlm.models.params import (
     select_base_params,
 )
 from maxlm.models.remat import SAVED, RematPolicy
+from maxlm.optim.optimizer import make_optimizer, opt_state_specs
+from maxlm.optim.schedule import make_schedule
+from maxlm.optim.state import select_trainable
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, make_kernel
 from maxlm.plan.topology import Topology
-from maxlm.run import RunConfig, list_base_models, read_frozen_configs
+from maxlm.run.config import RunConfig, list_base_models, read_frozen_configs
 from maxlm.sharding import AxisRules
 from maxlm.tasks.text import ClmTask
-from maxlm.train.optimizer import make_optimizer, make_schedule, opt_state_specs
-from maxlm.train.state import select_trainable
 
 Number = Any
 """A float, or an array of them with an element for every candidate."""
@@ -99,10 +100,8 @@ class RunWorkload:
         }
         """Parameters in which rows are looked up, that of tokens first, with the tokens
         of every way it is read for each of the batch's."""
-        bases, alone = (
-            list_base_models(config),
-            {"task": ClmTask(), "data": config.data},
-        )
+        bases = list_base_models(config)
+        alone = {"task": ClmTask(), "data": config.data}
         self.frozen_models = {
             name: RunWorkload(run.model_copy(update=alone), dtype)
             for name, run in read_frozen_configs(config).items()
@@ -147,10 +146,8 @@ class RunWorkload:
             if spec.role == "matrix" and not spec.num_layer_axes
         )
         """Matrices behind the layers, but for the head."""
-        tied, size = (
-            config.model.tie_embeddings,
-            (config.model.d_model, config.model.vocab_size),
-        )
+        tied = config.model.tie_embeddings
+        size = (config.model.d_model, config.model.vocab_size)
         name = next(iter(self.embedding_lookup_rates)) if tied else "head.kernel"
         is_trained = name in self.trained_base_names
         self.head = Kernel("head", size, ("embed", "vocab"), 1, is_trained=is_trained)
@@ -208,7 +205,8 @@ class MeshPartitioning:
     devices."""
 
     def __init__(self, config: RunConfig, sizes: Mapping[str, Number]):
-        rules, self.sizes = config.sharding, sizes
+        rules = config.sharding
+        self.sizes = sizes
         self.storage, self.compute = rules.storage, rules.compute
         self.gradients = rules.gradients or rules.storage
         self.optimizer = rules.optimizer or self.gradients
@@ -371,10 +369,8 @@ class StepShape:
     def expert_buffer_rows(self) -> Number:
         """Rows of the buffers that experts receive: room for the worst case, or their
         capacity."""
-        experts, ways = (
-            self.work.experts,
-            self.split.num_devices(self.split.compute.expert),
-        )
+        experts = self.work.experts
+        ways = self.split.num_devices(self.split.compute.expert)
         assert experts is not None
         if experts.capacity_factor is not None:
             return self.micro_batch_tokens * self.expert_rows_per_token

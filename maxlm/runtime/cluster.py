@@ -18,7 +18,8 @@ NUM_PROCESSES = "MAXLM_NUM_PROCESSES"
 PROCESS_ID = "MAXLM_PROCESS_ID"
 _SETTINGS = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
 _GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
-_DEVICES, _SERVER = Path("/sys/bus/pci/devices"), "http://metadata.google.internal"
+_DEVICES = Path("/sys/bus/pci/devices")
+_SERVER = "http://metadata.google.internal"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
     a TPU VM.
     """
     explicit = {name: environ[name] for name in _SETTINGS if environ.get(name)}
-    if (slurm := _slurm(environ)) and set(explicit) == {COORDINATOR}:
+    slurm = _slurm(environ)
+    if slurm and set(explicit) == {COORDINATOR}:
         found = replace(slurm, coordinator=explicit[COORDINATOR])
     elif explicit:
         found = _read_settings(explicit, slurm)
@@ -106,7 +108,8 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     names = ("JOB_ID", "PROCID", "STEP_ID", "STEP_NODELIST", "STEP_NUM_TASKS")
     if any(f"SLURM_{name}" not in environ for name in names):
         return None
-    if (count := _number(environ, "SLURM_STEP_NUM_TASKS")) == 1:
+    count = _number(environ, "SLURM_STEP_NUM_TASKS")
+    if count == 1:
         return None
     # Steps of a job may run side by side.
     job, step = (_number(environ, f"SLURM_{name}_ID") for name in ("JOB", "STEP"))

@@ -54,8 +54,10 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._workers, context, initializer=_begin)
         pool = self._pool
-        named, waiting = (uuid.uuid4(), pickle.dumps(function)), iter(jobs)
-        busy, finished = set[Future[Result]](), False
+        named = (uuid.uuid4(), pickle.dumps(function))
+        waiting = iter(jobs)
+        busy = set[Future[Result]]()
+        finished = False
         try:
             while True:
                 with (

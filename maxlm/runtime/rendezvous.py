@@ -125,8 +125,10 @@ def _accept_all(
 ) -> JoinedProcesses:
     """Process 0: listens until all have connected."""
     deadline = time.monotonic() + seconds
-    hosts, connections = {0: socket.gethostname()}, dict[int, Connection]()
-    all_facts, accepted = {0: facts}, list[Connection]()
+    hosts = {0: socket.gethostname()}
+    connections = dict[int, Connection]()
+    all_facts = {0: facts}
+    accepted = list[Connection]()
     try:
         with _listen(cluster, deadline) as server:
             while len(hosts) < cluster.num_processes:
@@ -182,7 +184,8 @@ def _connect(
     }
     greeting["host"] = socket.gethostname()
     host, _, port = cluster.coordinator.rpartition(":")
-    address, began = (host.strip("[]"), int(port)), time.monotonic()
+    address = (host.strip("[]"), int(port))
+    began = time.monotonic()
     while True:
         try:
             left = began + seconds - time.monotonic()
@@ -203,7 +206,8 @@ def _connect(
             problem = "something there does not answer as process 0 would"
         except OSError as error:
             problem = str(error.strerror or error)
-        if (passed := time.monotonic() - began) > seconds:
+        passed = time.monotonic() - began
+        if passed > seconds:
             raise ProcessLost(
                 f"process {cluster.process_id} on {greeting['host']} cannot reach "
                 f"process 0 at "

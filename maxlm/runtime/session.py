@@ -60,7 +60,8 @@ def distributed_session(
             lost.
         cluster_variables: values in place of the environment's, for ``find_cluster``.
     """
-    if (cluster := find_cluster({**os.environ, **cluster_variables})) is None:
+    cluster = find_cluster({**os.environ, **cluster_variables})
+    if cluster is None:
         yield
         return
     facts = {join_key(key): value for key, value in flatten(settings)}

@@ -117,7 +117,8 @@ class SignalHandler:
     :func:`handle_signals`."""
 
     def __init__(self):
-        self._deferring, self.request = False, StopRequest.NONE
+        self._deferring = False
+        self.request = StopRequest.NONE
         self._last_signal = signal.SIGTERM
         self.interrupted_work = False
         """Whether a scheduler's signal has raised an exception instead of being

@@ -28,7 +28,8 @@ def to_place(path: Path | str) -> Place:
     """Returns the place of a path or URL; raises MaxlmError for a URL of another
     kind."""
     # Also from a Path, which has made one slash of two.
-    if (match := re.fullmatch(r"([a-z0-9+]+):/+([^/]+(?:/.*?)?)/*", str(path))) is None:
+    match = re.fullmatch(r"([a-z0-9+]+):/+([^/]+(?:/.*?)?)/*", str(path))
+    if match is None:
         return Path(path)
     if match[1] not in _DRIVERS:
         fix = "give a folder, or a URL that begins with gs:// or s3://"

@@ -232,7 +232,8 @@ async def detokenize(state: ServerState, request: Request) -> Response:
 async def load_lora_adapter(state: ServerState, request: Request) -> Response:
     """Answers /v1/load_lora_adapter: loads a folder's adapter beside the model."""
     body = await state.read_body(request, LoadAdapterBody)
-    if (engine := state.engine_loop.engine) is None or state.read_adapter is None:
+    engine = state.engine_loop.engine
+    if engine is None or state.read_adapter is None:
         raise ApiError(
             400, "no adapters are loaded beside this model", code="unsupported"
         )

@@ -3,11 +3,12 @@ for each beam, and what beams share is in the cache of prefixes."""
 
 from dataclasses import replace
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
-from maxlm.inference.sampling import TOP_LOGPROBS, SamplingConfig
+from maxlm.inference.sampling import TOP_LOGPROBS
 from maxlm.inference.search.beam import BeamSearch, BeamSearchConfig, check_beam_search
 from maxlm.inference.search.continuations import TokenBudget, decode_text
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.serving.engine_loop import EngineLoop
 from maxlm.serving.errors import ApiError
 from maxlm.serving.schemas import GenerationBody

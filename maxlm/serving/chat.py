@@ -52,10 +52,8 @@ class _ToolPlan:
 
     def make_parser(self) -> ToolCallParser:
         """Returns a parser of one answer; without tools all is content."""
-        names, most = (
-            [tool.function.name for tool in self.offered],
-            None if self.parallel else 1,
-        )
+        names = [tool.function.name for tool in self.offered]
+        most = None if self.parallel else 1
         return ToolCallParser(
             self.tool_format, names, forced=bool(self.required), max_calls=most
         )
@@ -63,7 +61,9 @@ class _ToolPlan:
 
 def plan_tools(body: ChatBody, template: str) -> _ToolPlan:
     """Returns what a request's tools and tool_choice ask for."""
-    choice, tools, required = body.tool_choice, body.tools, []
+    choice = body.tool_choice
+    tools = body.tools
+    required = []
     if not tools and choice not in (None, "none", "auto"):
         raise ApiError(400, "tool_choice needs tools", param="tool_choice")
     if choice == "required":
@@ -186,7 +186,8 @@ class ParsedAnswer(NamedTuple):
 class ChatAnswer(Answer):
     """The answer to /v1/chat/completions."""
 
-    id_prefix, object_names = "chatcmpl", ("chat.completion", "chat.completion.chunk")
+    id_prefix = "chatcmpl"
+    object_names = ("chat.completion", "chat.completion.chunk")
     body: ChatBody
     plan: _ToolPlan
     marks: ReasoningFormat | None = None

@@ -20,7 +20,8 @@ from maxlm.serving.server_state import ServerState
 class _Completions(Answer):
     """The answer to /v1/completions."""
 
-    id_prefix, object_names = "cmpl", ("text_completion", "text_completion")
+    id_prefix = "cmpl"
+    object_names = ("text_completion", "text_completion")
     body: CompletionBody
     texts: list[str]
     """The prompts as ``echo`` repeats them."""
@@ -79,9 +80,13 @@ class _Completions(Answer):
         return choices
 
     def describe(self, index: int, output: SequenceOutput) -> dict[str, Any]:
-        text, entries, described = output.text, output.logprobs, None
+        text = output.text
+        entries = output.logprobs
+        described = None
         if self.body.max_tokens == 0:  # the engine makes one at least
-            text, entries, self.completion_tokens = "", [], 0
+            text = ""
+            entries = []
+            self.completion_tokens = 0
         prompt_index = index // self.num_sequences
         if self.body.echo and index not in self.num_chars:
             text = self.texts[prompt_index] + text

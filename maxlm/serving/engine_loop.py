@@ -43,7 +43,8 @@ class RequestStream(AbstractContextManager["RequestStream"]):
 
     async def __aiter__(self) -> AsyncIterator[SequenceOutput]:
         while self.num_open:
-            if isinstance(output := await self.outputs.get(), Exception):
+            output = await self.outputs.get()
+            if isinstance(output, Exception):
                 raise output
             self.num_open -= output.finish_reason is not None
             yield output
@@ -169,7 +170,8 @@ class EngineLoop:
             outputs = self.engine.step()
             self.stats = self.engine.stats()
             for output in outputs:
-                if (stream := self._streams.get(output.request_id)) is not None:
+                stream = self._streams.get(output.request_id)
+                if stream is not None:
                     _send(stream, output)
                     ended |= output.finish_reason is not None
             if ended and not self.stats.num_waiting:
@@ -186,7 +188,8 @@ class EngineLoop:
             try:
                 self._abort(stream)
             except Exception:  # an engine that cannot even abort serves nothing more
-                self.failure, self.engine = reason, None
+                self.failure = reason
+                self.engine = None
 
     def _add(
         self, requests: Sequence[GenerationRequest], stream: RequestStream

@@ -39,7 +39,8 @@ class Answer(ABC):
     """One request is made for each; the ``n`` sequences of prompt 0 come first."""
 
     def __post_init__(self) -> None:
-        body, self.completion_tokens = self.body, 0
+        body = self.body
+        self.completion_tokens = 0
         self._cached_tokens: dict[str, int] = {}
         about = {
             "id": f"{self.id_prefix}-{uuid4().hex}",
@@ -117,7 +118,8 @@ class Answer(ABC):
     async def _collect(self, stream: RequestStream) -> dict[str, Any]:
         whole: dict[int, SequenceOutput] = {}
         async for index, output in self._read(stream):
-            if (own := whole.setdefault(index, output)) is not output:
+            own = whole.setdefault(index, output)
+            if own is not output:
                 own.append(output)
         choices = self.describe_all(whole)
         return self._about | {"choices": choices, "usage": self._describe_usage()}

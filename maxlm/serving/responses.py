@@ -140,7 +140,8 @@ class OutputItems:
 class ResponsesAnswer(ChatAnswer):
     """The answer to /v1/responses."""
 
-    id_prefix, object_names = "resp", ("response", "response")
+    id_prefix = "resp"
+    object_names = ("response", "response")
     asked: ResponsesBody | None = None
     """The body as it came; ``body`` is the same conversation as a chat's."""
 

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GenerationRequest, GrammarSpec
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.serving.errors import ApiError
 
 _UNSUPPORTED = (

@@ -43,9 +43,11 @@ def bind_socket(host: str, port: int) -> socket.socket:
 def read_api_key(path: str | Path | None) -> str | None:
     """Returns the key that clients have to send: a file's text, else MAXLM_API_KEY's;
     None: none. Raises MaxlmError: a key is empty or not plain ASCII."""
-    key, where = os.environ.get("MAXLM_API_KEY"), "MAXLM_API_KEY"
+    key = os.environ.get("MAXLM_API_KEY")
+    where = "MAXLM_API_KEY"
     if path is not None:
-        key, where = Path(path).read_text("utf-8", "replace").strip(), str(path)
+        key = Path(path).read_text("utf-8", "replace").strip()
+        where = str(path)
     if key is not None and (
         not key.isascii() or not key.isprintable() or not key.strip()
     ):
@@ -89,7 +91,8 @@ class _DrainingServer(uvicorn.Server):
 
     def __init__(self, state: ServerState, announce: Callable[[], None]):
         super().__init__(make_server_config(state))
-        self._engine_loop, self._announce = state.engine_loop, announce
+        self._engine_loop = state.engine_loop
+        self._announce = announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

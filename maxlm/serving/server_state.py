@@ -284,7 +284,8 @@ class ServerMetrics(Collector):
     a gauge ``maxlm_NAME``, and a counter where the name ends in ``_total``."""
 
     def __init__(self, read_stats: Callable[[], Any]):
-        self.registry, self._read_stats = CollectorRegistry(), read_stats
+        self.registry = CollectorRegistry()
+        self._read_stats = read_stats
         self.registry.register(self)
         about: dict[str, Any] = {"registry": self.registry, "namespace": "maxlm"}
         text = "Answers, by path and status"
@@ -308,7 +309,8 @@ class ServerMetrics(Collector):
         """Passes a stream's outputs on, and observes when they come."""
         last: dict[tuple[str, int], float] = {}
         async for output in stream:
-            now, key = time.monotonic(), (output.request_id, output.sequence_index)
+            now = time.monotonic()
+            key = (output.request_id, output.sequence_index)
             if count := len(output.token_ids):
                 if key not in last:
                     self._first.observe(now - stream.start_time)

@@ -71,7 +71,8 @@ def describe_tools_in_text(
             )
             content += f"\n<tool_call>\n{written}\n</tool_call>"
         if role == "tool":
-            role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+            role = "user"
+            content = f"<tool_response>\n{content}\n</tool_response>"
         found.append({"role": role, "content": content.strip("\n")})
     if tools:
         text = _INSTRUCTIONS.format(tools="\n".join(map(_to_json, tools)))
@@ -188,7 +189,8 @@ class ToolCallParser:
         """Takes more text; returns what is certain with it. ``final``: no more will
         come."""
         self._text += text
-        self._found, state = ParsedText(), None
+        self._found = ParsedText()
+        state = None
         while state != self._state:
             state = self._state
             state(final)
@@ -198,7 +200,9 @@ class ToolCallParser:
         content, opener = self._text, self._opener
         if opener and opener in content:
             content, _, self._text = content.partition(opener)
-            content, self._held, self._state = content.rstrip(), opener, self._read_head
+            content = content.rstrip()
+            self._held = opener
+            self._state = self._read_head
         elif final or not opener:
             self._text = ""
             content = "" if final and self.num_calls and content.isspace() else content
@@ -212,13 +216,15 @@ class ToolCallParser:
         may_begin = plain.startswith("{") or _PYTHON_TAG.startswith(plain)
         match = _HEAD.match(plain)
         if match and match[1] in self.names:
-            self._text, self._arguments = plain[match.end() :], ""
+            self._text = plain[match.end() :]
+            self._arguments = ""
             self._state = self._read_arguments
             call = {"id": f"call_{uuid4().hex[:24]}", "type": "function"}
             function = {"name": match[1], "arguments": ""}
             self._found.calls[self.num_calls] = call | {"function": function}
         elif match or final or not may_begin or len(plain) > _MAX_HEAD_CHARS:
-            self._text, self._opener = self._held + self._text, ""
+            self._text = self._held + self._text
+            self._opener = ""
             self._state = self._read_content
 
     def _read_arguments(self, final: bool) -> None:
@@ -232,7 +238,8 @@ class ToolCallParser:
             call["function"]["arguments"] += piece
         self._text = self._arguments[end:] if end else ""
         if end:
-            self.num_calls, self._held = self.num_calls + 1, ""
+            self.num_calls = self.num_calls + 1
+            self._held = ""
             is_last = self.num_calls == self.max_calls
             self._state = self._drop_rest if is_last else self._read_between
 
@@ -240,7 +247,8 @@ class ToolCallParser:
         if self._opener == _OPENERS["hermes"]:
             _, closed, rest = self._text.partition(_CLOSER)
             if closed:
-                self._text, self._state = rest, self._read_content
+                self._text = rest
+                self._state = self._read_content
         elif text := self._text.lstrip("}],; \n\t"):
             self._text = text
             self._state = self._read_head if text[0] == "{" else self._read_content

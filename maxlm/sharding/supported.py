@@ -1,7 +1,7 @@
 """Mesh axes that code registered from outside must know of: on them it sees a batch in
 another form."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ and a batch's micro-batches [M, B, ...] run together."""
 
 
 def require_declared_axes(
-    declared: frozenset[ReshapingAxis],
+    declared: Collection[ReshapingAxis],
     compute: AxisRules,
     sizes: Mapping[str, Any],
     subject: str,

@@ -1,63 +1,42 @@
 """Tasks: what a model is trained for, each a config with its batches, its loss and its
 checks.
 
-To add one, write a :class:`Task` in a file or folder here and add it to ``_TASKS``, or
-register it from outside with :func:`register_task`. An installed package names its
-class in an entry point of the group ``maxlm.tasks``, under the task's kind.
+To add one, write a :class:`Task` in a file or folder here and name it in ``TASKS``, or
+register it from outside: ``TASKS.register("kind")`` decorates its class, and an
+installed package names its class in an entry point of the group ``maxlm.tasks``.
 """
 
-from collections.abc import Mapping
-from importlib.metadata import entry_points
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, SerializeAsAny, WrapValidator
-
-from maxlm.config import MaxlmError, add_default_tag
+from maxlm.config import MaxlmError
+from maxlm.config.registry import RegisteredConfig, Registry
 from maxlm.models.architectures import ModelConfig
-from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
-from maxlm.tasks.distillation import DistillationTask, TextDistillationTask
-from maxlm.tasks.kto import KtoTask
-from maxlm.tasks.mlm import MlmTask
-from maxlm.tasks.preference import CpoTask, DpoTask, OrpoTask
-from maxlm.tasks.reward import RewardTask
-from maxlm.tasks.sft import SftTask
 from maxlm.tasks.task import SourceInputs, Task, TaskModels, Vocabulary
 from maxlm.tasks.text import ClmTask
 
-_Preference = RewardTask | DpoTask | KtoTask | OrpoTask | CpoTask
-_Distillation = DistillationTask | TextDistillationTask
-_Builtin = (
-    ClmTask
-    | MlmTask
-    | SpanCorruptionTask
-    | Ul2Task
-    | SftTask
-    | _Preference
-    | _Distillation
+TASKS = Registry[type[Task]](
+    "task",
+    {
+        "clm": "maxlm.tasks.text:ClmTask",
+        "mlm": "maxlm.tasks.mlm:MlmTask",
+        "span_corruption": "maxlm.tasks.denoising:SpanCorruptionTask",
+        "ul2": "maxlm.tasks.denoising:Ul2Task",
+        "sft": "maxlm.tasks.sft:SftTask",
+        "reward": "maxlm.tasks.reward:RewardTask",
+        "dpo": "maxlm.tasks.preference:DpoTask",
+        "kto": "maxlm.tasks.kto:KtoTask",
+        "orpo": "maxlm.tasks.preference:OrpoTask",
+        "cpo": "maxlm.tasks.preference:CpoTask",
+        "distill": "maxlm.tasks.distillation:DistillationTask",
+        "distill_text": "maxlm.tasks.distillation:TextDistillationTask",
+    },
 )
-_TASKS: dict[str, type[Task]] = {
-    task.model_fields["kind"].default: task for task in _Builtin.__args__
-}
-
-
-def register_task(task: type[Task]) -> type[Task]:
-    """Makes a task known by its kind; also as a decorator."""
-    _TASKS[task.model_fields["kind"].default] = task
-    return task
-
-
-def find_task(kind: str) -> type[Task] | None:
-    """Returns the task of a kind, from an installed package if need be; None if there
-    is none."""
-    if kind not in _TASKS:
-        for entry in entry_points(group="maxlm.tasks", name=kind):
-            register_task(entry.load())
-    return _TASKS.get(kind)
+TaskConfig = Annotated[Task, RegisteredConfig(TASKS, Task, default="clm")]
 
 
 def list_task_kinds(architecture: str) -> list[str]:
     """Returns the kinds of known tasks that train models of an architecture."""
-    return [kind for kind, task in _TASKS.items() if task.architecture == architecture]
+    return [kind for kind, task in TASKS.items() if task.architecture == architecture]
 
 
 def check_task(
@@ -66,24 +45,25 @@ def check_task(
     """Checks that a task can train a model on rows of ``seq_len`` tokens of text, or of
     examples that begin with ``num_virtual_tokens``; raises MaxlmError naming the
     settings."""
-    if model.architecture != task.architecture:
+    if model.transformer_type != task.architecture:
         raise MaxlmError(
             f"task.kind={task.kind} trains a model of architecture "
             f"{task.architecture}, "
             f"model.architecture={model.architecture}",
-            fix=f"use task.kind={' or '.join(list_task_kinds(model.architecture))}",
+            fix=f"use task.kind={' or '.join(list_task_kinds(model.transformer_type))}",
         )
     if missing := {
         n: w for n, w in task.required_heads.items() if model.heads.get(n) != w
     }:
         what = f"task.kind={task.kind} reads the heads {missing}, the model has {dict(model.heads)}"
         raise MaxlmError(what, where="model.heads", fix=f"set {missing} there")
-    if (longest := max(task.row_lengths(seq_len))) > model.max_seq_len:
+    longest = max(task.row_lengths(seq_len))
+    if longest > model.max_seq_len:
         rows = "" if longest == seq_len else f" (rows of {longest} with reserved ids)"
         what = f"data.seq_len={seq_len}{rows} is longer than model.max_seq_len={model.max_seq_len}"
         raise MaxlmError(what, fix="shorten the sequences, or raise the model's limit")
     task.check(seq_len, model.vocab_size)
-    if num_virtual_tokens and (task.reads_text or model.architecture != "decoder"):
+    if num_virtual_tokens and (task.reads_text or model.transformer_type != "decoder"):
         what = f"task.kind={task.kind} has no examples that begin with virtual tokens"
         fix = "use a task on examples for a decoder, or another adapter"
         raise MaxlmError(what, where="adapter", fix=fix)
@@ -94,24 +74,8 @@ def check_task(
         )
 
 
-def _validate_task(settings: Any, validate: Any) -> Task:
-    if isinstance(settings, Task):
-        return settings
-    if isinstance(settings, Mapping) and isinstance(kind := settings.get("kind"), str):
-        task = find_task(kind)
-        if task is not None and task not in _Builtin.__args__:
-            return task.model_validate(settings)
-    return validate(settings)
-
-
-TaskConfig = Annotated[
-    SerializeAsAny[_Builtin],
-    Field(discriminator="kind"),
-    add_default_tag("kind", "clm"),
-    WrapValidator(_validate_task),
-]
-
 __all__ = [
+    "TASKS",
     "ClmTask",
     "SourceInputs",
     "Task",
@@ -119,7 +83,5 @@ __all__ = [
     "TaskModels",
     "Vocabulary",
     "check_task",
-    "find_task",
     "list_task_kinds",
-    "register_task",
 ]

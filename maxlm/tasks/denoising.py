@@ -158,7 +158,8 @@ def corrupt_row(
         step later, behind the start id), targets, positions and segment_ids, and fp32
         weights, 1 where there is a target. All are 0 in padding.
     """
-    used, names = {"input_": 0, "": 0}, ("tokens", "positions", "segment_ids")
+    used = {"input_": 0, "": 0}
+    names = ("tokens", "positions", "segment_ids")
     row: dict[str, np.ndarray] = {"weights": np.zeros(decoder_len, np.float32)}
     row |= {name: np.zeros(decoder_len, np.int32) for name in (*names, "targets")}
     row |= {f"input_{name}": np.zeros(encoder_len, np.int32) for name in names}
@@ -279,7 +280,8 @@ class DenoisingTask(TextTask):
         return self.sentinels if self.first_sentinel is None else 0
 
     def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
-        if (first := ids.get(_SENTINEL.format(0))) is None:
+        first = ids.get(_SENTINEL.format(0))
+        if first is None:
             return self
         number = next(n for n in count(1) if ids.get(_SENTINEL.format(n)) != first - n)
         return self.model_copy(update={"first_sentinel": first, "sentinels": number})

@@ -1,7 +1,7 @@
 """Distillation: a student learns the distributions over tokens that a teacher has.
 
 The teacher is a frozen model beside the student, or stands in the rows of the files as
-the log-probabilities of its likeliest tokens (:mod:`maxlm.programs.distillation` writes
+the log-probabilities of its likeliest tokens (:mod:`maxlm.tune.teachers` writes
 such files).
 """
 
@@ -124,7 +124,8 @@ class DistillationTask(AnswerTask, TeacherTask):
     more."""
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
-        arrays, axes = super().batch_arrays(seq_len), ("seq", None)
+        arrays = super().batch_arrays(seq_len)
+        axes = ("seq", None)
         if self.teacher is not None:
             return arrays
         log_probs = BatchArraySpec((seq_len, self.top_k + 1), np.float32, axes)
@@ -190,7 +191,8 @@ def read_stored_teacher(
             "maxlm tune store-logits, or set task.teacher",
         )
         raise MaxlmError(what, where="task.teacher", fix=fix)
-    if (found := row["teacher_temperature"]) != temperature:
+    found = row["teacher_temperature"]
+    if found != temperature:
         what = f"log-probabilities at temperature {found:g}, not {temperature:g}"
         raise MaxlmError(what, where="task.temperature", fix=f"set it to {found:g}")
     if not np.array_equal(np.frombuffer(row["teacher_targets"], "<i4"), targets):
@@ -200,7 +202,8 @@ def read_stored_teacher(
         )
         raise MaxlmError(what, where="teacher_targets", fix=fix)
     ids = np.frombuffer(row["teacher_ids"], "<i4").reshape(len(targets), -1)
-    if (found := ids.shape[1]) != k:
+    found = ids.shape[1]
+    if found != k:
         what = f"{found} log-probabilities a token, task.top_k={k}"
         raise MaxlmError(what, where="task.top_k", fix=f"set it to {found}")
     return ids, np.frombuffer(row["teacher_log_probs"], "<f4").reshape(len(targets), -1)

@@ -92,7 +92,8 @@ class KtoTask(ReferenceTask):
         }
 
     def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
-        if len(file := super().open_files(which)) < 2:
+        file = super().open_files(which)
+        if len(file) < 2:
             what = "one row, where each is compared with another's completion"
             raise MaxlmError(what, where=str(file.paths[0]), fix="give two or more")
         return ExtendedRows(**{**vars(file), "with_mismatched": True})
@@ -115,12 +116,14 @@ class KtoTask(ReferenceTask):
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
         own = self.compute_sequence_log_probs(models.trained, batch)
-        labels, is_good = batch["labels"], batch["labels"] > 0
+        labels = batch["labels"]
+        is_good = batch["labels"] > 0
         ratios = own.sums[..., 0] - batch[LOG_PROBS][..., 0]
         values = jax.nn.sigmoid(labels * self.beta * (ratios - batch["kl"]))
         weights = jnp.where(is_good, self.desirable_weight, self.undesirable_weight)
         losses = jnp.where(labels != 0, weights * (1 - values), 0)
-        rewards, examples = self.beta * ratios, (labels != 0).sum(dtype=jnp.float32)
+        rewards = self.beta * ratios
+        examples = (labels != 0).sum(dtype=jnp.float32)
 
         def average(values: jax.Array, chosen: jax.Array) -> jax.Array:
             """A mean over some examples, as a sum over all."""

@@ -67,11 +67,9 @@ class MlmTask(TextTask):
             The row with int32 [S] ``tokens``, ``targets`` (the token that a chosen
             place held; 0 elsewhere) and fp32 ``weights``, 1 where a place was chosen.
         """
-        tokens, segment_ids, special = (
-            row["tokens"],
-            row["segment_ids"],
-            vocabulary.is_special,
-        )
+        tokens = row["tokens"]
+        segment_ids = row["segment_ids"]
+        special = vocabulary.is_special
         candidate = (segment_ids != 0) & ~special[tokens]
         places = np.flatnonzero(candidate)
         budget = max(1, round(self.share * places.size)) if places.size else 0
@@ -83,7 +81,8 @@ class MlmTask(TextTask):
             chosen = rng.choice(places, budget, replace=False)
         chosen = np.sort(chosen)
 
-        out, targets = tokens.copy(), np.zeros_like(tokens)
+        out = tokens.copy()
+        targets = np.zeros_like(tokens)
         weights = np.zeros(tokens.size, np.float32)
         targets[chosen], weights[chosen] = tokens[chosen], 1
         lot = rng.random(chosen.size)
@@ -108,7 +107,8 @@ def _whole_words(
     _, word_of, sizes = np.unique(words, return_inverse=True, return_counts=True)
     chosen = np.zeros(sizes.size, bool)
     for word in rng.permutation(sizes.size):
-        if (size := int(sizes[word])) <= budget:
+        size = int(sizes[word])
+        if size <= budget:
             chosen[word], budget = True, budget - size
         if budget == 0:
             break

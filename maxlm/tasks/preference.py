@@ -74,7 +74,8 @@ class PreferenceTask(RowTask):
             batch[prefix + name] for name in ("tokens", "positions", "segment_ids")
         )
         hidden, aux = model(*arrays)
-        logits, targets = model.prepare_logits(hidden), batch[f"{prefix}targets"]
+        logits = model.prepare_logits(hidden)
+        targets = batch[f"{prefix}targets"]
         own = compute_fused_log_probs(logits, targets, chunk_tokens=self.chunk_tokens)
         weights = batch[f"{prefix}weights"]
 
@@ -186,7 +187,8 @@ class ReferenceTask(PreferenceTask):
         path = Path(self.reference_log_probs, f"{which}.npy")
         _open_array.cache_clear()  # it may have been written anew
         wanted = len(file), self.num_reference_columns
-        if (shape := _open_array(path).shape) != wanted:
+        shape = _open_array(path).shape
+        if shape != wanted:
             what = f"an array {[*shape]}, where the files and the task need {[*wanted]}"
             raise MaxlmError(what, where=str(path), fix=_FIX)
         return ExtendedRows(**vars(file), log_probs=path)
@@ -221,7 +223,8 @@ class LogProbPairTask(PairTask):
         losses, rewards = self.compute_pair_losses(own, batch)
         total, sums = sum_pairs(losses, rewards, own.is_present, own.aux, batch)
         sums["chosen_log_prob"] = own.means[..., 0].sum()
-        if (reference := batch.get(LOG_PROBS)) is not None:
+        reference = batch.get(LOG_PROBS)
+        if reference is not None:
             sums["kl"] = (
                 ((own.sums - reference) / jnp.maximum(own.lengths, 1)).mean(-1).sum()
             )
@@ -252,7 +255,8 @@ class MarginPairTask(LogProbPairTask):
     ) -> jax.Array:
         """Computes losses [..., E] from the scores [..., E, 2] of both answers;
         ``wanted``: by how much they are to differ, times ``beta``."""
-        margins, smoothing = scores[..., 0] - scores[..., 1], self.label_smoothing
+        margins = scores[..., 0] - scores[..., 1]
+        smoothing = self.label_smoothing
         if self.loss_type == "ipo":
             return jnp.square(margins - 1 / (2 * self.beta))
         margins = self.beta * margins - wanted

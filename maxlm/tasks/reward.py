@@ -51,7 +51,8 @@ class RewardTask(PairTask):
     def extend_example(
         self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
     ) -> Arrays:
-        if not isinstance(margin := row.get("margin"), Real | None):
+        margin = row.get("margin")
+        if not isinstance(margin, Real | None):
             what = f"margin is {margin!r}"
             raise MaxlmError(
                 what, where="margin", fix="write a number, or leave it out"
@@ -64,10 +65,8 @@ class RewardTask(PairTask):
         arrays = (batch[name] for name in ("tokens", "positions", "segment_ids"))
         hidden, aux = models.trained(*arrays)
         # Of each segment, the score at its last token; 0 of padding.
-        positions, numbers = (
-            batch["positions"][..., None],
-            jnp.arange(1, self.num_segments + 1),
-        )
+        positions = batch["positions"][..., None]
+        numbers = jnp.arange(1, self.num_segments + 1)
         own = batch["segment_ids"][..., None] == numbers
         is_last = own & (
             positions == jnp.where(own, positions, -1).max(-2, keepdims=True)

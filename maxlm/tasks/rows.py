@@ -111,7 +111,8 @@ class RowTask(Task):
 
     def open_files(self, which: Literal["files", "validation_files"]) -> RowFiles:
         """Opens the files to train or evaluate on."""
-        if not (paths := getattr(self, which)):
+        paths = getattr(self, which)
+        if not paths:
             what = f"task.kind={self.kind} trains on rows of files, and none is named"
             raise MaxlmError(
                 what, where=f"task.{which}", fix="name a .jsonl or .parquet file"
@@ -158,7 +159,8 @@ class RowTask(Task):
         """Makes a batch source of some rows of files; ``options``: ``shuffle`` and
         ``endless`` of :func:`~maxlm.data.rows.make_row_source`."""
         assert inputs.tokenizer is not None
-        loader, arrays = inputs.loader, self.batch_arrays(inputs.loader.seq_len)
+        loader = inputs.loader
+        arrays = self.batch_arrays(inputs.loader.seq_len)
         encoder = self.make_encoder(
             inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens
         )
@@ -169,7 +171,8 @@ class RowTask(Task):
         notes = self.describe_scan(scan, encoder.max_length)
         if scan.errors:
             notes.append(describe_refused_rows(scan))
-        if not (kept := np.flatnonzero(scan.lengths)).size:
+        kept = np.flatnonzero(scan.lengths)
+        if not kept.size:
             fix = "raise data.seq_len, or set task.too_long"
             raise MaxlmError(notes[-1], where=str(file.paths[0]), fix=fix)
         return make_row_source(
@@ -260,7 +263,8 @@ def _scan(
     encoder: "ExampleEncoder", file: RowFiles, job: tuple[int, NDArray[np.int64]]
 ) -> tuple[int, NDArray[np.int64], list[MaxlmError]]:
     number, examples = job
-    counts, errors = np.zeros((3, len(examples)), np.int64), list[MaxlmError]()
+    counts = np.zeros((3, len(examples)), np.int64)
+    errors = list[MaxlmError]()
     for i, example in enumerate(examples.tolist()):
         try:
             if encoded := encode_row(encoder, file, example):
@@ -309,7 +313,8 @@ class ExampleEncoder:
                 case "cut_end":
                     part = slice(self.max_length)
                 case "cut_start":
-                    part, is_first_learnt = slice(-self.max_length, None), False
+                    part = slice(-self.max_length, None)
+                    is_first_learnt = False
             tokens, is_target = tokens[part], is_target[part]
         return EncodedSequence(
             tokens, [is_first_learnt and is_target[0], *is_target[1:]]

@@ -209,7 +209,8 @@ class Task(Config):
         that there are as many more as the task reserves; raises MaxlmError naming both
         sizes."""
         free = self.num_ids_to_reserve
-        if (least := tokenizer_vocab_size + free) > model_vocab_size:
+        least = tokenizer_vocab_size + free
+        if least > model_vocab_size:
             reserved = f" and task.kind={self.kind} needs {free} more" if free else ""
             other = "name ids of the tokenizer's own in the task"
             raise MaxlmError(

@@ -64,7 +64,8 @@ class TokenPredictionTask(Task):
         of experts)."""
         inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
         beside: dict[str, Any] = {"inputs": inputs} if inputs else {}
-        model, names = models.trained, ("tokens", "positions", "segment_ids")
+        model = models.trained
+        names = ("tokens", "positions", "segment_ids")
         hidden, aux = model(*(batch[name] for name in names), **beside)
         loss, cross_entropy = fused_cross_entropy_loss(
             model.prepare_logits(hidden),

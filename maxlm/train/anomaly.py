@@ -5,7 +5,7 @@ from math import isfinite
 from statistics import median
 from typing import Any
 
-from maxlm.train.config import FaultToleranceConfig
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.train.trainer import Callback, RollbackDecision, Trainer
 
 # The standard deviation of a normal distribution over its median absolute deviation
@@ -75,7 +75,9 @@ class LossSpikeDetector(Callback):
                 return None
             reason = f"{self._skipped} updates in a row were not finite"
             return RollbackDecision(step - self._skipped + 1, step, reason)
-        if (loss := metrics["loss"]) <= (limit := self._spike_limit()):
+        loss = metrics["loss"]
+        limit = self._spike_limit()
+        if loss <= limit:
             self._spikes = 0
             self._losses = [*self._losses, loss][-self._config.spike_window :]
             return None

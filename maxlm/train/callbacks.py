@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Preempted
+from maxlm.optim.state import TrainState
+from maxlm.optim.step import Sums
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.signals import SignalHandler, StopRequest
 from maxlm.train.anomaly import LossSpikeDetector
-from maxlm.train.checkpoint.checkpointer import Checkpointer
-from maxlm.train.state import TrainState
-from maxlm.train.step import Sums
 from maxlm.train.trainer import Callback, Trainer
 
 

@@ -19,8 +19,10 @@ def parse_steps(text: str) -> tuple[int, int]:
     except ValueError:
         steps = 0, 0
     if not 1 <= steps[0] <= steps[1] or text.endswith(":"):
-        what = f"'{text}' names no steps"
-        raise MaxlmError(what, where="--profile", fix="write the first and last: 10:13")
+        message = f"'{text}' names no steps"
+        raise MaxlmError(
+            message, where="--profile", fix="write the first and last: 10:13"
+        )
     return steps
 
 
@@ -43,8 +45,10 @@ class Profiler(Callback):
             return
         if not self._is_tracing:
             jax.block_until_ready(state)
-            own = f"process-{jax.process_index()}" if jax.process_count() > 1 else ""
-            self._call(jax.profiler.start_trace, str(self._folder / own))
+            process_folder = (
+                f"process-{jax.process_index()}" if jax.process_count() > 1 else ""
+            )
+            self._call(jax.profiler.start_trace, str(self._folder / process_folder))
             self._is_tracing = True
         self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._annotation.__enter__()

@@ -5,28 +5,34 @@ import time
 from collections.abc import Mapping
 
 from maxlm.config import MaxlmError
+from maxlm.run.reporting_config import ReportingConfig
+
+
+def check_prometheus_port(config: ReportingConfig) -> None:
+    """Checks, for process 0, that Prometheus's port is free; raises MaxlmError if it is
+    not."""
+    if config.prometheus_port is not None:
+        PrometheusSink(config.prometheus_address, config.prometheus_port).close()
 
 
 class PrometheusSink:
     """Answers scrapes at ``/metrics`` with the newest value of each number that a run
     logs.
 
-    ======================================
-    ========================================================
+    ======================================  ============================================
     metric                                  value
-    ======================================
-    ========================================================
-    ``maxlm_NAME``, gauge                   number NAME of the newest record that has it, of
-                                            metrics.jsonl: ``maxlm_loss``,
+    ======================================  ============================================
+    ``maxlm_NAME``, gauge                   number NAME of the newest record of
+                                            metrics.jsonl that has it: ``maxlm_loss``,
                                             ``maxlm_mfu``, ...; characters that
-                                            Prometheus has not are underscores
+                                            Prometheus does not allow are underscores
     ``maxlm_step``, gauge                   updates made so far
-    ``maxlm_last_step_timestamp``, gauge    unix seconds at which the newest record was logged
-    ``maxlm_time_seconds_total``, counter   seconds of this attempt by ``activity``, as ``progress``
-                                            events count them
+    ``maxlm_last_step_timestamp``, gauge    Unix seconds at which the newest record was
+                                            logged
+    ``maxlm_time_seconds_total``, counter   seconds of this attempt by ``activity``, as
+                                            ``progress`` events count them
     ``maxlm_events_total``, counter         events of this attempt by ``event``
-    ======================================
-    ========================================================
+    ======================================  ============================================
 
     Args:
         address: name or address to listen at; 127.0.0.1 answers this host alone.
@@ -65,10 +71,10 @@ class PrometheusSink:
             UnicodeError,
         ) as error:  # UnicodeError: no name of a host at all
             reason = getattr(error, "strerror", None) or error
-            what = f"cannot listen at {address} port {port}: {reason}"
+            message = f"cannot listen at {address} port {port}: {reason}"
             fix = "name a free port, and an address of this host or 0.0.0.0 for all of them"
             raise MaxlmError(
-                what, where="reporting.prometheus_port", fix=fix
+                message, where="reporting.prometheus_port", fix=fix
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

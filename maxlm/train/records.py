@@ -11,64 +11,16 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 from uuid import uuid4
 
-from pydantic import Field
-
-from maxlm.config import Config, MaxlmError
+from maxlm.config import MaxlmError
+from maxlm.run.reporting_config import ReportingConfig, WandbConfig
 from maxlm.runtime.files import check_file_exists, convert_write_errors, replace_file
 from maxlm.train.prometheus import PrometheusSink
 
 Numbers = Mapping[str, float]
-
-
-class WandbConfig(Config):
-    """A run on Weights & Biases; every attempt continues the same one."""
-
-    project: str = "maxlm"
-    entity: str | None = None
-    """User or team; null: the account's default."""
-    mode: Literal["online", "offline", "disabled"] = "online"
-    """offline: kept in FOLDER/NAME/wandb for `wandb sync`; disabled: not at all."""
-
-
-class ReportingConfig(Config):
-    """Reports beside metrics.jsonl and events.jsonl, which every run writes."""
-
-    tensorboard: bool = True
-    """Write TensorBoard events to FOLDER/NAME/tensorboard; false: do not."""
-    wandb: WandbConfig | None = None
-    """Report to Weights & Biases too; null: do not."""
-    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
-    """Answer scrapes of Prometheus at this port of process 0's host; null: do not."""
-    prometheus_address: str = Field(default="127.0.0.1", min_length=1)
-    """Address or host name to answer at. The default answers the host itself alone;
-    0.0.0.0 (or :: for IPv6) anyone who reaches it, such as a cluster's Prometheus."""
-
-    def check_packages(self) -> None:
-        """Checks that the packages for it are here; raises MaxlmError if one is
-        missing."""
-        if self.wandb is not None and self.wandb.mode != "disabled":
-            _check_package("wandb", "reporting.wandb")
-        if self.prometheus_port is not None:
-            _check_package("prometheus_client", "reporting.prometheus_port")
-
-    def check_port(self) -> None:
-        """Checks, for process 0, that Prometheus's port can be had; raises MaxlmError
-        if not."""
-        if self.prometheus_port is not None:
-            PrometheusSink(self.prometheus_address, self.prometheus_port).close()
-
-
-def _check_package(package: str, setting: str) -> None:
-    # A folder of that name, such as wandb makes beside a script, has no origin.
-    if getattr(find_spec(package), "origin", None) is None:
-        what = f"the package {package} is not installed"
-        fix = "pip install 'maxlm[reporting]', or leave the setting out"
-        raise MaxlmError(what, where=setting, fix=fix)
 
 
 class Sink(Protocol):
@@ -100,7 +52,8 @@ def read_records(
     if path.exists():
         with path.open("rb") as file:
             for line in file:
-                if (record := _parse(line)) is not None:
+                record = _parse(line)
+                if record is not None:
                     yield record
                 elif damaged_lines is not None and line.endswith(b"\n"):
                     damaged_lines.append(line)
@@ -125,7 +78,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
     Resuming at a step drops every record after it, so that a run that was killed leaves
     the same ``metrics.jsonl`` as one that was not, but for times, rates and memory.
-    ``events.jsonl`` only grows: `maxlm.programs.goodput` tells from it where the time
+    ``events.jsonl`` only grows: `maxlm.train.goodput` tells from it where the time
     of all attempts went.
 
     Args:
@@ -205,7 +158,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         more."""
         if not self._write:
             return
-        self.damaged_lines, past = 0, step < 0
+        self.damaged_lines = 0
+        past = step < 0
         with replace_file(self._metrics) as temporary, temporary.open("wb") as file:
             for line in self._metrics.open("rb"):
                 record = _parse(line)
@@ -300,9 +254,9 @@ class WandbSink:
                 settings=wandb.Settings(console="off", silent=True, finish_timeout=15),
             )
         except wandb.Error as error:
-            what = f"Weights & Biases: {error}"
+            message = f"Weights & Biases: {error}"
             fix = "run wandb login, or set reporting.wandb.mode=offline"
-            raise MaxlmError(what, where="reporting.wandb", fix=fix) from error
+            raise MaxlmError(message, where="reporting.wandb", fix=fix) from error
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Numbers) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
+from maxlm.optim.state import TrainState
+from maxlm.optim.step import Sums
 from maxlm.runtime.signals import StopRequest
-from maxlm.train.state import TrainState
-from maxlm.train.step import Batch, Sums
+from maxlm.tasks.task import DeviceBatch
 
 # Seconds between two ``progress`` events: what a killed run loses of its account.
 PROGRESS_SECONDS = 10.0
@@ -49,7 +50,8 @@ class StepTimer:
         self._restart()
 
     def _restart(self) -> None:
-        self._step_began, self._waited = time.perf_counter(), 0.0
+        self._step_began = time.perf_counter()
+        self._waited = 0.0
 
     @contextmanager
     def time_data_wait(self) -> Iterator[None]:
@@ -163,7 +165,7 @@ class Trainer:
     the next step has been dispatched, so that no callback holds it up.
     """
 
-    step_fn: Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+    step_fn: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]]
     """Compiled, donating its state."""
     num_steps: int
     """Updates of the whole run."""
@@ -175,7 +177,7 @@ class Trainer:
     """Reason why the run must return to a checkpoint."""
 
     def run(
-        self, state: TrainState, batches: Iterator[Batch]
+        self, state: TrainState, batches: Iterator[DeviceBatch]
     ) -> TrainState | RollbackDecision:
         """Trains from ``state.step`` to ``num_steps``, on batches from ``state.step``
         on.
@@ -198,7 +200,7 @@ class Trainer:
             getattr(callback, hook)(self, *arguments)
 
     def _run(
-        self, state: TrainState, batches: Iterator[Batch]
+        self, state: TrainState, batches: Iterator[DeviceBatch]
     ) -> TrainState | RollbackDecision:
         start = step = int(state.step)
         pending: tuple[int, Sums] | None = None
@@ -211,8 +213,10 @@ class Trainer:
             if pending:
                 self._finish_step(*pending)
             pending = step, sums
-            wanted = [each.needs_state(self, step) for each in self.callbacks]
-            if self.rollback is None and (self.stop_request or any(wanted)):
+            needs_state = [
+                callback.needs_state(self, step) for callback in self.callbacks
+            ]
+            if self.rollback is None and (self.stop_request or any(needs_state)):
                 # A checkpoint follows the records up to it: the process may be killed
                 # in between.
                 self._finish_step(*pending)

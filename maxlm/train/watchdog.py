@@ -15,8 +15,8 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
-from maxlm.train.config import FaultToleranceConfig
-from maxlm.train.state import TrainState
+from maxlm.optim.state import TrainState
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.train.trainer import Callback, Trainer
 
 _MEDIAN_STEPS = 100
@@ -52,7 +52,8 @@ class Watchdog(Callback):
         self.event: Callable[..., None] = lambda *_, **__: None
         """Takes ``event("hang", step, process=..., seconds=...)``."""
         self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_STEPS)
-        self._done, self._is_first_step = threading.Event(), True
+        self._done = threading.Event()
+        self._is_first_step = True
         # The training thread replaces it, the watching thread reads it.
         self.awaited = WatchdogTimer(0, "", time.monotonic(), float("inf"))
         self._thread = threading.Thread(
@@ -79,7 +80,8 @@ class Watchdog(Callback):
         median of those before it, once there are enough; or what takes longer (``"first
         step"``, ``"evaluation"``, ``"save"``, ``"restore"``), limited by
         ``idle_seconds``."""
-        words, limit = f"{activity} {step}", self._config.idle_seconds
+        words = f"{activity} {step}"
+        limit = self._config.idle_seconds
         if activity == "step" and len(self._step_seconds) >= _LEAST_STEPS:
             typical = median(self._step_seconds)
             words += f" ({typical:.3g} s is the median)"
@@ -105,9 +107,8 @@ class Watchdog(Callback):
     def _watch(self) -> None:
         while True:
             awaited = self.awaited
-            if (
-                seconds := time.monotonic() - awaited.start_seconds
-            ) >= awaited.timeout_seconds:
+            seconds = time.monotonic() - awaited.start_seconds
+            if seconds >= awaited.timeout_seconds:
                 if self._handle_hang(awaited, seconds):
                     return
             elif self._done.wait(min(awaited.timeout_seconds - seconds, 1.0)):
@@ -147,9 +148,8 @@ class Watchdog(Callback):
             where = f"{path} cannot be written: {error.strerror}"
         print(
             f"error: {self.folder}: process {self._process} hangs: "
-            f"{awaited.description} has taken "
-            f"{seconds:.3g} s; {where}; run the same command to resume from the last "
-            f"checkpoint",
+            f"{awaited.description} has taken {seconds:.3g} s; {where}; run the same "
+            "command to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

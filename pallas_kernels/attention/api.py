@@ -166,15 +166,18 @@ def _attention_forward(operands, call):
 
 def _attention_backward(call, saved, d_o):
     operands, o, lse = saved
-    (q, k, v, *_), sinks = operands, operands.sinks
-    delta, call = compute_row_delta(o, d_o), call._replace(dtype=q.dtype)
+    (q, k, v, *_) = operands
+    sinks = operands.sinks
+    delta = compute_row_delta(o, d_o)
+    call = call._replace(dtype=q.dtype)
     grads = _module(call.backend).backward(
         operands._replace(sinks=None), (lse, delta, d_o), call
     )
     d_q, d_k, d_v, *d_biases = grads
     d_sinks = None if sinks is None else sink_gradient(sinks, lse, delta)
     (d_biases,) = d_biases or (None,)
-    d_k, d_v = d_k.astype(k.dtype), d_v.astype(v.dtype)
+    d_k = d_k.astype(k.dtype)
+    d_v = d_v.astype(v.dtype)
     return (AttentionOperands(d_q, d_k, d_v, sinks=d_sinks, biases=d_biases),)
 
 

@@ -117,14 +117,17 @@ def backward(
     """Runs the backward pass as :mod:`api` calls it: dQ by blocks of keys, dK and dV by
     blocks of queries, so that no sum is atomic and results repeat bit for bit; by
     Triton's kernels where sums of dK and dV do not fit in registers."""
-    H, dtype = operands.q.shape[-1], operands.q.dtype
+    H = operands.q.shape[-1]
+    dtype = operands.q.dtype
     if H > _BACKWARD_HEADS:
         call = call._replace(block_sizes=None, interpret=bool(call.interpret))
         return triton.backward(operands, saved, call)
     sizes = _choose_blocks(H, call)
-    operands, (lse, delta, d_o) = merge_offsets(operands, call.params), saved
+    operands = merge_offsets(operands, call.params)
+    lse, delta, d_o = saved
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
-    delta, d_o = delta.transpose(0, 2, 1), d_o.astype(dtype)
+    delta = delta.transpose(0, 2, 1)
+    d_o = d_o.astype(dtype)
     inputs = {"q": operands.q, "k": operands.k, "v": operands.v}
     inputs |= {"lse": lse, "delta": delta, "d_o": d_o}
     q, k, v = (jax.ShapeDtypeStruct(x.shape, call.dtype) for x in operands[:3])
@@ -201,9 +204,11 @@ def _attend(
 
     masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
     if "sinks" in refs:
-        top, total = refs["sinks"][head] * LOG2E, 1.0
+        top = refs["sinks"][head] * LOG2E
+        total = 1.0
     else:
-        top, total = -jnp.inf, 0.0
+        top = -jnp.inf
+        total = 0.0
     top, total = (
         plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), parts.ALONG_ROWS)
         for x in (top, total)
@@ -228,7 +233,9 @@ def _sum_d_q(
     s: HopperStatics, refs, outputs, shared, visits, row, head, start, me
 ) -> None:
     """64 queries from ``start``."""
-    mine, H, block_k = pl.ds(start, ROWS), shared["q"].shape[-1], s.block
+    mine = pl.ds(start, ROWS)
+    H = shared["q"].shape[-1]
+    block_k = s.block
     parts.copy_own_tiles(s, refs, shared, me, row, head, mine)
 
     def own(name):
@@ -300,7 +307,9 @@ def _sum_d_kv(
     s: HopperStatics, refs, outputs, shared, visits, row, kv_head, start, me
 ) -> None:
     """64 keys from ``start``. Tiles are transposed, [keys, queries]."""
-    mine, H, block_q = pl.ds(start, ROWS), shared["k"].shape[-1], s.block
+    mine = pl.ds(start, ROWS)
+    H = shared["k"].shape[-1]
+    block_q = s.block
     parts.copy_own_tiles(s, refs, shared, me, row, kv_head, mine)
 
     def step(at, member, block, masked, carry):

@@ -97,7 +97,9 @@ class HopperScoreTile:
         starts,
         row_head,
     ):
-        self.statics, self.refs, self.params = statics, refs, statics.params
+        self.statics = statics
+        self.refs = refs
+        self.params = statics.params
         self.shape, self.q_axis = shape, q_axis
         self.q_start, self.k_start = starts
         self.row, self.head = row_head
@@ -123,7 +125,9 @@ class HopperScoreTile:
     def compute_mask(self, segments: tuple[jax.Array, jax.Array] | None) -> Any:
         """Returns bool; segments of queries and of keys are broadcast along the tile's
         axes."""
-        T, in_prefix, inside = self.statics.T, None, None
+        T = self.statics.T
+        in_prefix = None
+        inside = None
         behind = self._behind() if self.params.causal else None
         if "prefix" in self.refs:
             offset = self.refs["k_offset"][0] if "k_offset" in self.refs else 0
@@ -198,7 +202,8 @@ def run_warpgroups(
     if last_first:
         tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
     me = lax.axis_index("warpgroup")
-    visits, table = None, refs.get("visits")
+    visits = None
+    table = refs.get("visits")
     if table is not None:  # else every block, without a mask
         visits = BlockVisits.read(table, 0 if table.shape[0] == 1 else row, tile)
 
@@ -292,10 +297,8 @@ def copy_block(s: HopperStatics, refs, shared, at, row, head, block) -> None:
             plgpu.barrier_wait(shared[f"{names[0]}_free"].at[slot])
 
         for name in names:
-            source, ready = (
-                cut_rows(refs[name], row, head, rows),
-                shared[f"{names[0]}_ready"],
-            )
+            source = cut_rows(refs[name], row, head, rows)
+            ready = shared[f"{names[0]}_ready"]
             plgpu.copy_gmem_to_smem(source, shared[name].at[slot], ready.at[slot])
 
 
@@ -348,15 +351,18 @@ def run_kernel(
             input nothing is copied.
         scratch: beside :func:`make_buffers`.
     """
-    params, interpret = call.params, resolve_interpreter(call.interpret)
-    (B, S, N, _), (T, K) = inputs["q"].shape, inputs["k"].shape[1:3]
+    params = call.params
+    interpret = resolve_interpreter(call.interpret)
+    B, S, N, _ = inputs["q"].shape
+    T, K = inputs["k"].shape[1:3]
     rows, heads, length = ROWS * WARPGROUPS, *((N, S) if per_query else (K, T))
     q_block, k_block = (rows, block) if per_query else (block, rows)
     # Whole blocks, whose queries past the last have no weight.
     inputs = inputs | gpu_blocks.list_mask_inputs(operands, params)
     for name in ("lse", "delta", "q_segments", "k_segments"):
         if name in inputs:
-            x, size = inputs[name], k_block if name == "k_segments" else q_block
+            x = inputs[name]
+            size = k_block if name == "k_segments" else q_block
             pad = *((0, 0),) * (x.ndim - 1), (0, -x.shape[-1] % size)
             inputs[name] = jnp.pad(
                 x, pad, constant_values=jnp.inf if name == "lse" else 0
@@ -383,7 +389,8 @@ def run_kernel(
         bool(interpret),
     )
     scratch = make_buffers(s, inputs, call.dtype) | (scratch or {})
-    names, outputs = tuple(scratch), len(shapes)
+    names = tuple(scratch)
+    outputs = len(shapes)
 
     def body(*refs):
         own, rest = refs[: len(s.names)], refs[len(s.names) :]

@@ -131,11 +131,9 @@ def validate_arguments(
     errors that it names, and returns them in two parts."""
     if unknown := options.keys() - AttentionOptions.__annotations__.keys():
         raise TypeError(f"unknown options of attention: {', '.join(sorted(unknown))}")
-    get, causal, window = (
-        options.get,
-        options.get("causal", True),
-        options.get("window"),
-    )
+    get = options.get
+    causal = options.get("causal", True)
+    window = options.get("window")
     scale, soft_cap, biases = get("scale"), get("soft_cap"), get("biases")
     q_positions, k_positions, prefix = (
         get("q_positions"),
@@ -145,7 +143,8 @@ def validate_arguments(
     shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"{shapes} are not [batch, sequence, heads, head size] each")
-    (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
+    B, S, N, H = q.shape
+    T, K = k.shape[1:3]
     if k.shape[0] != B or k.shape[:3] != v.shape[:3] or k.shape[3] != H:
         raise ValueError(f"{shapes} do not belong together")
     if N % K:
@@ -242,7 +241,8 @@ def merge_offsets(
     differ."""
     q_offset, k_offset = params.q_offset, params.k_offset
     if operands.prefix is None:
-        q_offset, k_offset = q_offset - k_offset, 0
+        q_offset = q_offset - k_offset
+        k_offset = 0
 
     def whole(static: int, traced: jax.Array | None) -> jax.Array | None:
         return jnp.asarray(sum_offsets(static, traced), jnp.int32) if static else traced
@@ -256,9 +256,11 @@ def merge_offsets(
 def _offset(side: str, offset: Any, positions: Any) -> tuple[int, jax.Array | None]:
     """Splits an offset into its static and its traced part."""
     if isinstance(offset, (int, np.integer)):
-        static, traced = int(offset), None
+        static = int(offset)
+        traced = None
     else:
-        static, traced = 0, jnp.asarray(offset)
+        static = 0
+        traced = jnp.asarray(offset)
         if traced.shape or not jnp.issubdtype(traced.dtype, jnp.integer):
             raise ValueError(
                 f"{side}_offset is {traced.dtype} {traced.shape}, not an int scalar"

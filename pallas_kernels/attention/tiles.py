@@ -103,7 +103,9 @@ class ScoreTile(NamedTuple):
 
     def _mask(self, behind: jax.Array) -> jax.Array | None:
         """bool [B or 1, s, t]: which keys each query may see; None: all."""
-        in_prefix, segments, operands = None, None, self.operands
+        in_prefix = None
+        segments = None
+        operands = self.operands
         if operands.prefix is not None:
             k_at = self._positions()[1]
             in_prefix = (k_at < operands.prefix[:, None])[:, None]

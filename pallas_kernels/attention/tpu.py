@@ -73,7 +73,8 @@ class TpuKernelCall(NamedTuple):
             part.params,
             part.blocks,
         )
-        (B, S, N, _), kv_heads = operands.q.shape, operands.k.shape[2]
+        B, S, N, _ = operands.q.shape
+        kv_heads = operands.k.shape[2]
         walk = plan_walk(
             S, T, params, operands, blocks[:2], blocks[2:4], join_tiles=join_tiles
         )
@@ -196,10 +197,8 @@ class TpuKernelCall(NamedTuple):
         arrays = [x for _, x in operands]
         given = [*self.scalars, *arrays]
         # What goes on is written where it was read.
-        aliases, at = (
-            {},
-            sum(x is not None for x in given[: len(given) - len(continued)]),
-        )
+        aliases = {}
+        at = sum(x is not None for x in given[: len(given) - len(continued)])
         for n, ((_, before), (_, _, dtype)) in enumerate(
             zip(continued, results, strict=False)
         ):
@@ -279,9 +278,12 @@ def forward(
 
 def _forward(k, v, part, dtype, interpret):
     q, blocks = part.operands.q, part.blocks
-    (B, S, N, H), Hv = q.shape, v.shape[-1]
+    B, S, N, H = q.shape
+    Hv = v.shape[-1]
     call = TpuKernelCall.of(part, join_tiles=True)
-    bq, slots, tile = blocks.q, blocks.tiles_in_flight, (blocks.k, blocks.tile_q)
+    bq = blocks.q
+    slots = blocks.tiles_in_flight
+    tile = (blocks.k, blocks.tile_q)
     o, lse = call.run(
         tpu_forward.forward_kernel,
         operands=[
@@ -319,9 +321,12 @@ def backward(
     once are taken in parts, where they lie: each adds to dQ, and writes its own of dK
     and dV."""
     q, k, v, *_ = operands
-    (lse, delta, d_o), (B, S), T = saved, q.shape[:2], k.shape[1]
+    lse, delta, d_o = saved
+    B, S = q.shape[:2]
+    T = k.shape[1]
     parts = _parts(BACKWARD, operands, call)
-    rows, keys = round_up(S, parts[0].blocks.q), len(parts) * parts[0].num_rows
+    rows = round_up(S, parts[0].blocks.q)
+    keys = len(parts) * parts[0].num_rows
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     laid_out = (
         _move_heads_first(q, rows),
@@ -350,9 +355,12 @@ def _backward(saved, part, sums, dtypes, interpret):
         dtypes: of dQ, and of dK and dV.
     """
     (q, k, v, d_o, lse, delta), (d_q, d_k, d_v) = saved, sums
-    H, Hv, blocks = q.shape[-1], v.shape[-1], part.blocks
+    H = q.shape[-1]
+    Hv = v.shape[-1]
+    blocks = part.blocks
     call = TpuKernelCall.of(part, join_tiles=False)
-    slots, tile = blocks.tiles_in_flight, (blocks.tile_k, blocks.tile_q)
+    slots = blocks.tiles_in_flight
+    tile = (blocks.tile_k, blocks.tile_q)
     kept = pl.BlockSpec(memory_space=pl.ANY)
     return call.run(
         tpu_backward.backward_kernel,
@@ -395,15 +403,18 @@ def _parts(
     direction: str, operands: AttentionOperands, call: AttentionCall
 ) -> list[KeyPart]:
     """Runs of as many keys as VMEM holds in a pass; sinks go with the first."""
-    sizes, params = AttentionSizes.of(operands, call.dtype), call.params
+    sizes = AttentionSizes.of(operands, call.dtype)
+    params = call.params
     blocks = choose_blocks(
         direction, sizes, name_mask_kind(params, operands), call.block_sizes
     )
     held = count_keys_in_vmem(direction, blocks, sizes, get_chip())
     vmem = vmem_bytes(direction, blocks, sizes, held)
-    parts, T = [], sizes.T
+    parts = []
+    T = sizes.T
     for index in range(-(-T // held)):
-        start, stop = index * held, min((index + 1) * held, T)
+        start = index * held
+        stop = min((index + 1) * held, T)
         segments = (
             None if operands.k_segments is None else operands.k_segments[:, start:stop]
         )

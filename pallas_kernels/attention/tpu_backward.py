@@ -65,10 +65,13 @@ def backward_kernel(
     def keys(tile, j):
         return pl.ds(pl.multiple_of(j * walk.bk + tile.k0, LANES), tile.k1 - tile.k0)
 
-    put, get, slots = scalars.store_zero, scalars.load_zero, len(scores)
+    put = scalars.store_zero
+    get = scalars.load_zero
+    slots = len(scores)
 
     def score(n, tile, j, distance):
-        rows, slot = slice(tile.q0, tile.q1), n % slots
+        rows = slice(tile.q0, tile.q1)
+        slot = n % slots
         s, slope = scale_scores_to_log2(
             multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params
         )
@@ -86,8 +89,10 @@ def backward_kernel(
         yield
 
     def softmax(n, tile):
-        rows, slot = slice(tile.q0, tile.q1), n % slots
-        lse, delta = lse_ref[:, rows] * LOG2_E, delta_ref[:, rows]
+        rows = slice(tile.q0, tile.q1)
+        slot = n % slots
+        lse = lse_ref[:, rows] * LOG2_E
+        delta = delta_ref[:, rows]
         lse = jnp.broadcast_to(lse, (SUBLANES, lse.shape[1]))
         begun: list[jax.Array] = []
         for a in range(0, tile.k1 - tile.k0, CHUNK):
@@ -107,7 +112,8 @@ def backward_kernel(
         yield
 
     def gradients(n, tile, j):
-        rows, slot = slice(tile.q0, tile.q1), n % slots
+        rows = slice(tile.q0, tile.q1)
+        slot = n % slots
         p, d_s = ps[slot][get], d_ss[slot][get]
         dv[keys(tile, j)] += multiply(p, do_ref[rows], 1, 0)
         dk[keys(tile, j)] += multiply(d_s, q_ref[rows], 1, 0)

@@ -87,7 +87,8 @@ def choose_blocks_by_rule(
             return TpuBlocks(q, k, LANES, min(chip.mxu_size, k))
         return TpuBlocks(q, k, min(chip.mxu_size, q), min(chip.mxu_size, k), **stages)
 
-    most, room = 1024, int(chip.vmem_bytes * _USABLE)
+    most = 1024
+    room = int(chip.vmem_bytes * _USABLE)
     keys = round_up(min(sizes.T, _KEYS), LANES)
     while most > LANES and vmem_bytes(direction, blocks(most), sizes, keys) > room:
         most //= 2
@@ -144,7 +145,8 @@ def count_keys_in_vmem(
 ) -> int:
     """Returns the number of keys of a head that VMEM holds, in whole blocks. Raises
     ValueError: not one block."""
-    keys, room = round_up(sizes.T, blocks.k), int(chip.vmem_bytes * _USABLE)
+    keys = round_up(sizes.T, blocks.k)
+    room = int(chip.vmem_bytes * _USABLE)
     while keys > blocks.k and vmem_bytes(direction, blocks, sizes, keys) > room:
         keys = round_up(keys // 2, blocks.k)
     needed = vmem_bytes(direction, blocks, sizes, keys)

@@ -75,12 +75,10 @@ def forward_kernel(
     """
     g, i = pl.program_id(1), pl.program_id(2)
     scalars = statics.read_program_scalars(ints, floats)
-    params, put, get, slots = (
-        statics.params,
-        scalars.store_zero,
-        scalars.load_zero,
-        len(scores),
-    )
+    params = statics.params
+    put = scalars.store_zero
+    get = scalars.load_zero
+    slots = len(scores)
     Hv = v_ref.shape[1]
     # Above MASKED: what is masked weighs nothing, even before the first key that is
     # not.
@@ -118,9 +116,11 @@ def forward_kernel(
         return pl.ds(pl.multiple_of(begin, LANES), piece.stop - piece.start)
 
     def score(n, tile, j, distance):
-        slot, rows = n % slots, slice(tile.q0, tile.q1)
+        slot = n % slots
+        rows = slice(tile.q0, tile.q1)
         for piece in pieces(tile):
-            at, first = keys(tile, j, piece), tile.k0 + piece.start
+            at = keys(tile, j, piece)
+            first = tile.k0 + piece.start
             s, _ = scale_scores_to_log2(multiply(k_ref[at], q_ref[rows], 1, 1), params)
             segments = None, None
             if tile.compares_segments:
@@ -138,7 +138,8 @@ def forward_kernel(
             yield
 
     def softmax(n, tile, first):
-        slot, rows = n % slots, slice(tile.q0, tile.q1)
+        slot = n % slots
+        rows = slice(tile.q0, tile.q1)
         top = jnp.max(tops[slot][get], axis=0, keepdims=True)
         before = m_start if first else m[:, rows]
         top = jnp.maximum(before, jnp.broadcast_to(top, (SUBLANES, top.shape[1])))
@@ -158,7 +159,8 @@ def forward_kernel(
             yield
 
     def values(n, tile, j, first, last):
-        slot, rows = n % slots, slice(tile.q0, tile.q1)
+        slot = n % slots
+        rows = slice(tile.q0, tile.q1)
         for piece in pieces(tile):
             y = multiply(vt[:, keys(tile, j, piece)], weights[slot][get, piece], 1, 0)
             if piece.start > 0:

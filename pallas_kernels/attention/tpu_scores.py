@@ -83,7 +83,8 @@ def interleave_stages(
     """Runs every stage for each of ``count`` tiles, a stage of (ahead, function) so
     many tiles before the one with 0. Neighbours in the program overlap on the machine:
     the stages that run together take turns, each as far as its next ``yield``."""
-    first, last = max(a for a, _ in stages), min(a for a, _ in stages)
+    first = max(a for a, _ in stages)
+    last = min(a for a, _ in stages)
     for n in range(-first, count - last):
         running = [
             stage(n + ahead) for ahead, stage in stages if 0 <= n + ahead < count
@@ -176,7 +177,8 @@ def apply_slope_and_mask(
     behind = lax.broadcasted_iota(jnp.int32, shape, 1) - key
     rows = []
     for a in range(0, len(scores), SUBLANES):
-        own, distance = scores[a : a + SUBLANES], position.qk_offset - a
+        own = scores[a : a + SUBLANES]
+        distance = position.qk_offset - a
         if statics.has_slopes:
             away = jnp.abs(behind + distance).astype(jnp.float32)
             own = own - away * (scalars.slope * LOG2_E)
@@ -199,7 +201,8 @@ def _near(
             ``qk_offset``.
         key: of each key, its index less ``first``.
     """
-    params, seen = statics.params, []
+    params = statics.params
+    seen = []
     if params.causal:
         near = behind >= -distance
         if params.window is not None:

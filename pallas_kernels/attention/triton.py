@@ -131,14 +131,16 @@ def backward(
     operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs this pass as :mod:`api` calls it."""
-    operands, dtype = merge_offsets(operands, call.params), call.dtype
+    operands = merge_offsets(operands, call.params)
+    dtype = call.dtype
     (q, k, v, *_), (lse, delta, d_o) = operands, saved
     sizes = _checked(
         call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype)
     )
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
-    delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)
+    delta = delta.transpose(0, 2, 1)
+    d_o = d_o.astype(v.dtype)
 
     def plan(tiles: TritonTiles, *, per_query: bool) -> TritonKernelCall:
         run = TritonKernelCall(operands, call, tiles, per_query=per_query)
@@ -156,7 +158,8 @@ def backward(
 def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
     """One block of queries of one head."""
     s, (block_q, block_k, *_) = p.statics, p.tiles
-    i, head = _last_first(p), p.head
+    i = _last_first(p)
+    head = p.head
     start = i * block_q
     q = p.load_rows("q", start, block_q, s.S if s.S % block_q else None)
     queries = p.load_token_block("q", start, 1)
@@ -204,7 +207,8 @@ def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
 def _d_q_kernel(p: TritonProgram, d_q_ref):
     """One block of queries of one head."""
     s, params, (block_q, block_k, *_) = p.statics, p.params, p.tiles
-    i, head = _last_first(p), p.head
+    i = _last_first(p)
+    head = p.head
     start = i * block_q
     bound = s.S if s.S % block_q else None
     q, d_o = (

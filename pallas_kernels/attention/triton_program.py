@@ -109,7 +109,8 @@ class TritonProgram:
 
     def compute_mask(self, queries: TokenBlock, keys: TokenBlock) -> Any:
         """Returns the mask, bool, broadcast over a tile."""
-        T, prefix = self.statics.T, self.refs.get("prefix")
+        T = self.statics.T
+        prefix = self.refs.get("prefix")
         return combine_masks(
             self.params,
             queries.position - keys.position if self.params.causal else None,
@@ -180,8 +181,10 @@ class TritonKernelCall:
         *,
         per_query: bool,
     ):
-        (q, k, v, *_), params = operands, call.params
-        (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+        (q, k, v, *_) = operands
+        params = call.params
+        B, S, N, H = q.shape
+        T, K, Hv = v.shape[1:]
         self.inputs: dict[str, jax.Array] = {}
         self.specs: list[pl.BlockSpec] = []
         group = N // K
@@ -278,7 +281,8 @@ def full_spec(x) -> pl.BlockSpec:
 def split_head_dim(H: int) -> list[tuple[int, int]]:
     """Splits into (begin, width) of parts that are powers of two, 16 at least: 80 = 64
     + 16."""
-    parts, begin = [], 0
+    parts = []
+    begin = 0
     while begin < H:
         width = max(16, 1 << ((H - begin).bit_length() - 1))
         parts.append((begin, width))

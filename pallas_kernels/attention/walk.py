@@ -124,7 +124,8 @@ def plan_walk(
 def _apart(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
     """Orders tiles so that no two neighbours have the same keys, as far as that is
     possible: what one adds to their gradients would wait in registers for the next."""
-    left, order = {}, []
+    left = {}
+    order = []
     for tile in tiles:
         left.setdefault(tile.k0, []).append(tile)
     for _ in tiles:
@@ -192,7 +193,10 @@ def make_walk_table(
     first = jnp.arange(nq, dtype=jnp.int32)[None] * bq + shift
     last = first + bq - 1
     zero = jnp.zeros_like(first)
-    low, high, plain_low, plain_high = zero, zero + nk, zero, zero + T // bk
+    low = zero
+    high = zero + nk
+    plain_low = zero
+    plain_high = zero + T // bk
     if walk.edges:
         at = first // bk
         offsets = [
@@ -202,7 +206,8 @@ def make_walk_table(
         high = at + min(offsets)
         plain_low, plain_high = low, high
     elif params.causal:
-        high, plain_high = last // bk + 1, jnp.minimum(plain_high, (first + 1) // bk)
+        high = last // bk + 1
+        plain_high = jnp.minimum(plain_high, (first + 1) // bk)
         if params.window is not None:
             low = (first - params.window + 1) // bk
             plain_low = -(-(last - params.window + 1) // bk)
@@ -212,18 +217,21 @@ def make_walk_table(
             low = jnp.where(prefix > 0, 0, low)
             if params.window is None:
                 plain_high = jnp.maximum(plain_high, jnp.minimum(prefix, T) // bk)
-    begin, end = zero, zero + nk
+    begin = zero
+    end = zero + nk
     one_low, one_high = zero, zero
     if operands.q_segments is not None and operands.k_segments is not None:
         begin, end, one_low, one_high = _segment_blocks(
             walk, operands.q_segments, operands.k_segments
         )
         if walk.edges:
-            at, offsets = first // bk, [edge.offset for edge in walk.edges]
+            at = first // bk
+            offsets = [edge.offset for edge in walk.edges]
             end = jnp.minimum(end, at + max(offsets) + 1)
             if walk.first is not None:
                 begin = jnp.maximum(begin, at + min(*offsets, walk.first))
-        low, high = jnp.maximum(low, begin), jnp.minimum(high, end)
+        low = jnp.maximum(low, begin)
+        high = jnp.minimum(high, end)
         plain_low = jnp.maximum(plain_low, one_low)
         plain_high = jnp.minimum(plain_high, one_high)
     low = jnp.clip(low, 0, nk)
@@ -328,7 +336,8 @@ def visit_key_blocks(
         walk_on()
         return
     # One segment, and no other block to visit: short documents.
-    lead, j = walk.lead, block(walk.lead)
+    lead = walk.lead
+    j = block(walk.lead)
     alone = (begin == j) & (end == j + 1) & (one_from <= j) & (one_to > j)
     pl.when(alone)(
         lambda: visit_tiles(lead.tiles, j, -lead.offset * walk.bk, True, True)

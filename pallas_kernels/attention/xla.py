@@ -40,8 +40,11 @@ def forward(
     operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.attention.attention_forward`."""
-    (q, k, v, *_), params, dtype = operands, call.params, call.dtype
-    (B, S, N, H), (K, Hv) = q.shape, v.shape[2:]
+    (q, k, v, *_) = operands
+    params = call.params
+    dtype = call.dtype
+    B, S, N, H = q.shape
+    K, Hv = v.shape[2:]
     if part := _part(q, k):
 
         def one_part(out, i):
@@ -94,8 +97,11 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """See :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed
     from scores and log-sum-exps."""
-    (q, k, v, *_), params, dtype = operands, call.params, call.dtype
-    (B, S, N, H), (K, Hv) = q.shape, v.shape[2:]
+    (q, k, v, *_) = operands
+    params = call.params
+    dtype = call.dtype
+    B, S, N, H = q.shape
+    K, Hv = v.shape[2:]
     if part := _part(q, k):
         like = q, k, v
 
@@ -134,14 +140,17 @@ def backward(
         (d_k, d_v, *d_biases), d_q = lax.scan(add, zeros, rows)
         return _joined(d_q), d_k.astype(dtype), d_v.astype(dtype), *d_biases
 
-    (lse, delta, d_o), heads = saved, (B, S, K, N // K)
-    q, d_o = q.reshape(*heads, H), d_o.reshape(*heads, Hv)
+    lse, delta, d_o = saved
+    heads = (B, S, K, N // K)
+    q = q.reshape(*heads, H)
+    d_o = d_o.reshape(*heads, Hv)
     # +inf where no key is left: then exp(scores − lse) is 0 there.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     lse, delta = (
         x.reshape(heads).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta)
     )
-    d_q, (d_k, d_v, *d_biases) = [], zeros
+    d_q = []
+    (d_k, d_v, *d_biases) = zeros
 
     for tile in list_score_tiles(operands._replace(q=q), params):
         rows, keys, *_ = tile
@@ -252,7 +261,8 @@ class BatchPartition(NamedTuple):
     ) -> Any:
         """Where part i starts, and its sizes."""
         starts: list[Any] = [0] * x.ndim
-        sizes, numbers = list(x.shape), (i // self.head_parts, i % self.head_parts)
+        sizes = list(x.shape)
+        numbers = (i // self.head_parts, i % self.head_parts)
         for axis, number, count in zip(axes, numbers, self, strict=True):
             if axis is not None and x.shape[axis] > 1:
                 sizes[axis] //= count
@@ -263,7 +273,8 @@ class BatchPartition(NamedTuple):
 def _part(q, k) -> BatchPartition | None:
     """Returns the part attended to at once, so that a tile's scores stay in bounds;
     None: all."""
-    (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
+    B, S, N, _ = q.shape
+    T, K = k.shape[1:3]
     score_bytes = 4 * (N // K) * min(tile_size(S), S) * T
     part = BatchPartition.of(B, K, SCORE_BYTES // score_bytes)
     return part if part.num_parts > 1 else None
@@ -287,7 +298,8 @@ def _rows(operands: AttentionOperands, count: int) -> dict[str, Any]:
         {x: getattr(operands, x) for x in ("q", "q_positions", "q_segments")}, count
     )
     if operands.q_positions is None:
-        first, S = operands.q_offset, operands.q.shape[1]
+        first = operands.q_offset
+        S = operands.q.shape[1]
         first = 0 if first is None else first
         own["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
     return own

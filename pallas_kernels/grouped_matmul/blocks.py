@@ -54,9 +54,12 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
     Every tile of columns reads all rows again, every change of group a block of a
     kernel.
     """
-    D, F, budget = operands.inner, operands.columns, _budget(chip)
+    D = operands.inner
+    F = operands.columns
+    budget = _budget(chip)
     room = budget // 2 // _kernel_bytes(operands, chip)
-    inner, narrow = D, _lanes(min(F, 4 * chip.mxu_size))
+    inner = D
+    narrow = _lanes(min(F, 4 * chip.mxu_size))
     if D * narrow > room and D % LANES == 0:
         inner = LANES * find_largest_divisor(D // LANES, room // narrow // LANES)
     widest = min(_COLUMNS, room // inner)

@@ -64,7 +64,8 @@ def matmul(
     nothing.
     """
     chip = get_chip()
-    (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
+    R, D = rows.shape
+    F = kernels.shape[1 if transposed else 2]
     operands = GroupedOperands(R, D, F, rows.dtype, kernels.dtype, dtype)
     blocks = blocks or sizing.choose_matmul_blocks(operands, chip)
     needed = sizing.matmul_vmem_bytes(blocks, operands, chip)
@@ -183,7 +184,8 @@ def outer(
     """See ``grouped_outer_product``. The grid: parts of D and of F (over the cores),
     visits."""
     chip = get_chip()
-    (R, D), F = rows.shape, others.shape[1]
+    R, D = rows.shape
+    F = others.shape[1]
     operands = GroupedOperands(R, D, F, rows.dtype, others.dtype, dtype)
     blocks = blocks or sizing.choose_outer_blocks(operands, chip)
     needed = sizing.outer_vmem_bytes(blocks, operands)
@@ -329,7 +331,8 @@ def _product(
     left, right = _widened(left, wide), _widened(right, wide)
     if sums == jnp.float32:
         return lax.dot_general(left, right, contract, preferred_element_type=sums)
-    length, total = left.shape[left_dim], None
+    length = left.shape[left_dim]
+    total = None
     for at in range(0, length, _EXACT):
         stop = min(at + _EXACT, length)
         a = lax.slice_in_dim(left, at, stop, axis=left_dim)
@@ -394,7 +397,8 @@ def plan_group_visits(
         padding: visit the rows behind the groups', but no empty group; otherwise every
             group, an empty one once with no rows, and no padding.
     """
-    num_groups, num_tiles = len(group_sizes), -(-num_rows // tile)
+    num_groups = len(group_sizes)
+    num_tiles = -(-num_rows // tile)
     lengths = jnp.append(group_sizes, num_rows - group_sizes.sum(dtype=jnp.int32))
     ends = jnp.cumsum(lengths, dtype=jnp.int32)
     starts = ends - lengths

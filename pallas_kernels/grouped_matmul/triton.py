@@ -35,7 +35,8 @@ def matmul(
     """See ``grouped_matmul``. Tiles begin at their group's first row, so that none has
     two groups; the padding is a group more, whose tiles only write zeros."""
     rows, kernels = _readable(rows), _readable(kernels)
-    (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
+    R, D = rows.shape
+    F = kernels.shape[1 if transposed else 2]
     G = len(group_sizes)
     depth = _choose_depth(rows, kernels)
     tile, inner, columns = blocks or GroupedBlocks(128, depth, 128)
@@ -95,7 +96,8 @@ def outer(
 ) -> jax.Array:
     """See ``grouped_outer_product``. A program goes through all rows of its group."""
     rows, others = _readable(rows), _readable(others)
-    (R, D), F = rows.shape, others.shape[1]
+    R, D = rows.shape
+    F = others.shape[1]
     depth, inner, columns = blocks or GroupedBlocks(
         _choose_depth(rows, others), 128, 128
     )
@@ -164,7 +166,8 @@ def _product(left: jax.Array, right: jax.Array) -> jax.Array:
     sums = accumulation_dtype(left.dtype, right.dtype)
     if left.dtype != right.dtype:
         wide = jnp.float32 if jnp.float32 in (left.dtype, right.dtype) else jnp.bfloat16
-        left, right = left.astype(wide), right.astype(wide)
+        left = left.astype(wide)
+        right = right.astype(wide)
     return jnp.dot(left, right, preferred_element_type=sums)
 
 

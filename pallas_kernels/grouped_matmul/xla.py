@@ -108,7 +108,8 @@ def _product(
 ) -> jax.Array:
     sums = accumulation_dtype(left.dtype, right.dtype)
     if left.dtype != right.dtype or (left.dtype.itemsize == 1 and sums == jnp.float32):
-        left, right = left.astype(sums), right.astype(sums)
+        left = left.astype(sums)
+        right = right.astype(sums)
     contract = (((left_dim,), (right_dim,)), ((), ()))
     return lax.dot_general(left, right, contract, preferred_element_type=sums)
 

@@ -150,9 +150,7 @@ def write_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array
     rows = (slots[:, None] // page * K + head) * page + slots[:, None] % page
     inside = ((slots >= 0) & (slots < P * page))[:, None]
     rows = jnp.where(inside, rows, pages.size // H + token[:, None] * K + head)
-    flat, new = (
-        pages.reshape(P * K * page, H),
-        new.astype(pages.dtype).reshape(T * K, H),
-    )
+    flat = pages.reshape(P * K * page, H)
+    new = new.astype(pages.dtype).reshape(T * K, H)
     flat = flat.at[rows.reshape(-1)].set(new, mode="drop", unique_indices=True)
     return flat.reshape(pages.shape)

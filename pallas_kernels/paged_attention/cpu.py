@@ -25,7 +25,8 @@ def forward(
     operands: PagedOperands, params: PagedParams
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
-    own, (tokens, heads, _) = operands, operands.q.shape
+    own = operands
+    tokens, heads, _ = operands.q.shape
     shapes = (tokens, heads, params.value_dim), (tokens, heads)
     attend = jax.ffi.ffi_call(
         "pallas_kernels.PagedAttention",

@@ -120,7 +120,9 @@ def validate_arguments(
                 f"key_pages {keys} and value_pages {values} do not belong together"
             )
         value_dim = values[3]
-    R, rows, each = len(operands.kv_lengths), params.num_uniform, params.queries_each
+    R = len(operands.kv_lengths)
+    rows = params.num_uniform
+    each = params.queries_each
     if not 0 <= rows <= R or each < (rows > 0) or rows * each > len(q):
         raise ValueError(
             f"uniform_rows={(rows, each)} of {R} rows and {len(q)} queries"
@@ -189,7 +191,8 @@ def dequantize(pages: QuantizedPages, *, per_channel: bool, dtype: Any) -> jax.A
         pages: any leading dimensions; their scales have the same.
         per_channel: as keys; else per token, as values.
     """
-    axis, x = -2 if per_channel else -1, pages.codes
+    axis = -2 if per_channel else -1
+    x = pages.codes
     if x.dtype == jnp.uint8:  # two codes a byte
         x = jnp.concatenate([x & 15, x >> 4], axis=-2)
     x = x.astype(dtype)

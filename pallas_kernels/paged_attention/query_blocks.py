@@ -112,7 +112,8 @@ def block_ragged_rows(
 ) -> QueryBlocks:
     """Makes blocks of ``queries`` each, a power of two, of the other rows: as many as
     any lengths can need, the unused ones without a key."""
-    q, skipped = operands.q[params.num_uniform_queries :], params.num_uniform
+    q = operands.q[params.num_uniform_queries :]
+    skipped = params.num_uniform
     lengths, limits = operands.kv_lengths[skipped:], operands.key_limits[skipped:]
     starts = operands.query_starts[skipped:] - params.num_uniform_queries
     counts = starts[1:] - starts[:-1]
@@ -147,8 +148,12 @@ def restore_queries(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o [T, N, Hv] and lse [T, N] of blocks' o [n, K, M, Hv] and lse [n, K, M].
     What is there for blocks without a key may be anything."""
-    (n, K, _, Hv), N = o.shape, operands.q.shape[1]
-    group, E, kept, places = N // K, blocks.queries, blocks.kept, blocks.places
+    n, K, _, Hv = o.shape
+    N = operands.q.shape[1]
+    group = N // K
+    E = blocks.queries
+    kept = blocks.kept
+    places = blocks.places
     o = o[:, :, : group * E].reshape(n, K, group, E, Hv).transpose(0, 3, 1, 2, 4)
     lse = lse[:, :, : group * E].reshape(n, K, group, E).transpose(0, 3, 1, 2)
     has_keys = jnp.broadcast_to((places.end_page > places.first_page)[:, None], (n, E))
@@ -156,7 +161,8 @@ def restore_queries(
     has_queries = jnp.broadcast_to(
         (operands.kv_lengths[places.row] > 0)[:, None], (n, E)
     )
-    o, lse = o.reshape(n, E, N, Hv), lse.reshape(n, E, N)
+    o = o.reshape(n, E, N, Hv)
+    lse = lse.reshape(n, E, N)
     if blocks.tokens is None:
         o, lse, has_keys, has_queries = (
             x[:, :kept].reshape(n * kept, *x.shape[2:])

@@ -26,8 +26,10 @@ from pallas_kernels.paged_attention.tpu_kernel import (
 
 # Most keys of a block, and bytes of them and of their values. Each round waits once for
 # its own sums, so that fewer are slower; but a row's last block is computed whole.
-_DECODE_KEYS, _DECODE_BYTES = 512, 1 << 21
-_CHUNK_KEYS, _CHUNK_BYTES = 1024, 1 << 22
+_DECODE_KEYS = 512
+_DECODE_BYTES = 1 << 21
+_CHUNK_KEYS = 1024
+_CHUNK_BYTES = 1 << 22
 _MIN_KEYS = 128
 # Rows of a matrix of queries, over all kv heads: more read keys less often, and take
 # more VMEM.
@@ -82,7 +84,8 @@ def choose_blocks(
 ) -> TpuPagedBlocks:
     """Chooses blocks by rule: keys enough to copy while others are computed, queries as
     many as their sums leave VMEM for."""
-    K, width = operands.num_kv_heads, round_up(operands.q.shape[2], LANES)
+    K = operands.num_kv_heads
+    width = round_up(operands.q.shape[2], LANES)
     width += 0 if operands.values is None else round_up(params.value_dim, LANES)
     longest = operands.page_tables.shape[1] * params.page_size
 
@@ -140,7 +143,9 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o [n, K, M, Hv] and lse [n, K, M] of blocks of queries."""
     n, K, M, H = blocks.q.shape
-    cores, Hv, bp = chip.num_cores, params.value_dim, keys // params.page_size
+    cores = chip.num_cores
+    Hv = params.value_dim
+    bp = keys // params.page_size
     # Blocks with keys come first: each fetches the next one's first pages.
     places = blocks.places
     has_keys = places.end_page > places.first_page
@@ -229,7 +234,8 @@ def _vmem_bytes(
     """Bytes of VMEM: pages of two blocks, queries and results twice, sums, scores of
     two heads."""
     (_, N, H), K = operands.q.shape, operands.num_kv_heads
-    M, bp = round_up(N // K * queries, SUBLANES), keys // params.page_size
+    M = round_up(N // K * queries, SUBLANES)
+    bp = keys // params.page_size
     needed = 0
     for x in jax.tree.leaves((operands.keys, operands.values)):
         *_, rows, lanes = x.shape

@@ -135,7 +135,8 @@ def attend_query_blocks(
         slot_ref[0] = 1 - slot
 
     lax.fori_loop(0, num_blocks, attend_block, None)
-    total, top = jnp.sum(sum_ref[...], axis=2, keepdims=True), top_ref[...]
+    total = jnp.sum(sum_ref[...], axis=2, keepdims=True)
+    top = top_ref[...]
     some = total > 0
     for head in range(len(acc_ref)):
         inverse = 1 / jnp.where(some[head], total[head], 1.0)
@@ -152,9 +153,12 @@ def _attend_pages(
     """Adds a block of keys, the first at position ``start``, to the state."""
     top_ref, sum_ref, acc_ref = state
     params, (K, M, _) = statics.params, q_ref.shape
-    B, rows = statics.pages * params.page_size, min(M, _TILE_ROWS)
+    B = statics.pages * params.page_size
+    rows = min(M, _TILE_ROWS)
     rows = rows if M % rows == 0 else M
-    scales, keys, in_flight = _lane_scales(pages), {}, {}
+    scales = _lane_scales(pages)
+    keys = {}
+    in_flight = {}
     tiles = [
         (head, slice(at, at + rows)) for head in range(K) for at in range(0, M, rows)
     ]
@@ -213,7 +217,8 @@ def _compare_positions(
     """Returns queries' positions less keys', and which keys are seen, of rows from
     ``row`` on."""
     key = lax.broadcasted_iota(jnp.int32, shape, 1)
-    distance, seen = block.position - start - key, key < block.limit - start
+    distance = block.position - start - key
+    seen = key < block.limit - start
     if statics.queries > 1:
         query = lax.broadcasted_iota(jnp.int32, shape, 0) + row
         distance += query & (statics.queries - 1)

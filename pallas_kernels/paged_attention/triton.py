@@ -83,7 +83,8 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
 def choose_blocks(operands: PagedOperands, params: PagedParams) -> TritonPagedBlocks:
     """Chooses tiles by rule: those of wide heads and of fp32 are smaller, for
     registers' sake."""
-    N, K = operands.q.shape[1], operands.num_kv_heads
+    N = operands.q.shape[1]
+    K = operands.num_kv_heads
     wide = max(operands.q.shape[2], params.value_dim) * operands.q.dtype.itemsize
     rows = _ROWS if wide <= 256 else _MIN_ROWS
     keys = _KEYS if wide <= 256 else 32 if wide <= 512 else 16
@@ -212,7 +213,8 @@ def _attend_block(
     zeros = tuple(
         jnp.zeros((s.rows, width), jnp.float32) for _, width in split_head_dim(s.Hv)
     )
-    top, total = jnp.full((s.rows,), -jnp.inf), jnp.zeros((s.rows,), jnp.float32)
+    top = jnp.full((s.rows,), -jnp.inf)
+    total = jnp.zeros((s.rows,), jnp.float32)
     if "sinks" in refs:
         sinks = refs["sinks"][head, :] * LOG2E
         mine = (split == 0) & (sinks > -jnp.inf)
@@ -231,7 +233,8 @@ def _load_codes(
 ) -> jax.Array:
     """Reads tokens' codes or numbers, [keys, width], of features that lie in
     ``feature``."""
-    page, packed = s.params.page_size, ref.dtype == jnp.uint8
+    page = s.params.page_size
+    packed = ref.dtype == jnp.uint8
     half = page // 2
     row = slab * (half if packed else page) + (
         lax.rem(place, half) if packed else place

@@ -50,7 +50,9 @@ def forward(
     operands: PagedOperands, params: PagedParams
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
-    parts, rows, each = [], params.num_uniform, params.queries_each
+    parts = []
+    rows = params.num_uniform
+    each = params.queries_each
     if rows:
         q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
         positions = (
@@ -95,7 +97,8 @@ def _attend_ragged(
         def attend_queries(i, out):
             row = jnp.searchsorted(ends, i, side="right")
             first = (i - ends[row] + num_blocks[row]) * size
-            begin, offsets = starts[row] + first, jnp.arange(size, dtype=jnp.int32)
+            begin = starts[row] + first
+            offsets = jnp.arange(size, dtype=jnp.int32)
             inside = offsets < counts[row] - first
             own = _Rows(
                 lax.dynamic_slice_in_dim(q, begin, size)[None],
@@ -120,7 +123,9 @@ def _attend_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o [R, E, N, Hv] and lse [R, E, N]."""
     (R, E, N, H), K = rows.q.shape, operands.num_kv_heads
-    wide, group, limits = accumulation_dtype(rows.q), N // K, rows.limits
+    wide = accumulation_dtype(rows.q)
+    group = N // K
+    limits = rows.limits
     num_keys = params.block_sizes.keys if params.block_sizes else _KEYS
     num_pages = min(max(1, num_keys // params.page_size), rows.tables.shape[1])
     block = num_pages * params.page_size
@@ -130,7 +135,8 @@ def _attend_rows(
         .transpose(0, 2, 3, 1, 4)
         .reshape(R, K, group * E, H)
     )
-    positions, sees = rows.positions, rows.positions >= 0
+    positions = rows.positions
+    sees = rows.positions >= 0
     ends = jnp.minimum(limits, positions.max(axis=1) + 1)
     last = -(-ends.max() // block)
     first = jnp.zeros((), jnp.int32)
@@ -170,14 +176,13 @@ def _attend_rows(
         return o, new_top, total * decay + weights.sum(axis=-1, keepdims=True)
 
     shape = R, K, group, E, 1
-    top, total = jnp.full(shape, -jnp.inf, wide), jnp.zeros(shape, wide)
+    top = jnp.full(shape, -jnp.inf, wide)
+    total = jnp.zeros(shape, wide)
     if operands.sinks is not None:
         sinks = operands.sinks.reshape(1, K, group, 1, 1)
         live = sees[:, None, None, :, None]
-        top, total = (
-            jnp.where(live, sinks, top),
-            jnp.broadcast_to(live & (sinks > -jnp.inf), shape),
-        )
+        top = jnp.where(live, sinks, top)
+        total = jnp.broadcast_to(live & (sinks > -jnp.inf), shape)
         total = total.astype(wide)
     o = jnp.zeros((*shape[:-1], params.value_dim), wide)
     o, top, total = lax.fori_loop(first, last, attend_keys, (o, top, total))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.adapters import BottleneckAdapter, Ia3Adapter, LoraAdapter
+from maxlm.adapters.bottleneck import BottleneckAdapter
+from maxlm.adapters.ia3 import Ia3Adapter
+from maxlm.adapters.lora import LoraAdapter
 from maxlm.config import MaxlmError
 from maxlm.inference.params import prepare_params
 from maxlm.models.adapters import Adapter, build_adapted_model, merge_adapter
@@ -208,7 +210,8 @@ def test_dropout_zeroes_a_share_of_inputs_and_keeps_their_mean():
     """Seen through A and B that are identities: what is added is what is left of x."""
     adapter = LoraAdapter(rank=14, alpha=14, dropout=0.25, targets=("gate",))
     *_, model, fresh = build(adapter)
-    specs, key = param_specs(model), jax.random.key(0)
+    specs = param_specs(model)
+    key = jax.random.key(0)
     seeded = seed_dropout(fresh, specs, key)
     x = jnp.ones((8, 50, 14))
     base = specs["layers"]["mlp"]["gate"]["kernel"].base

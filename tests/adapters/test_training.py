@@ -14,13 +14,14 @@ from maxlm.config import MaxlmError
 from maxlm.huggingface.checkpoint import RunCheckpointReader
 from maxlm.models.params import flatten_names, select_base_params
 from maxlm.plan.predict import plan_run
-from maxlm.programs.load import init_or_warm_start_state, load_run
-from maxlm.programs.setup import set_up_run
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig, list_base_models
+from maxlm.run.config import RunConfig, list_base_models
+from maxlm.run.load import load_run
+from maxlm.run.setup import set_up_run
+from maxlm.run.warm_start import init_or_warm_start_state
 from maxlm.sharding import MESH_AXES
-from maxlm.tasks import ClmTask, TaskModels, register_task
-from tests.programs import tiny
+from maxlm.tasks import TASKS, ClmTask, TaskModels
+from maxlm.train.program import train_model
+from tests.train import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -39,7 +40,7 @@ ADAPTERS = {
 }
 
 
-@register_task
+@TASKS.register("test_reference")
 class ReferenceTask(ClmTask):
     """Cross-entropy beside that of the model that training starts from."""
 
@@ -141,7 +142,7 @@ def are_equal(a: Any, b: Any) -> bool:
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-# The layouts of SFT and DPO with LoRA are in tests/programs/test_parity.py.
+# The layouts of SFT and DPO with LoRA are in tests/train/test_parity.py.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dora", "lora", "ia3", "houlsby"])
 def test_a_mesh_trains_the_adapter_alone_as_one_device_does(
@@ -155,10 +156,8 @@ def test_a_mesh_trains_the_adapter_alone_as_one_device_does(
         *(jax.tree.leaves(r.state.params) for r in (one, spread)), strict=True
     ):
         np.testing.assert_allclose(other, own, atol=3e-4)
-    began, names = (
-        init_or_warm_start_state(spread.setup).params,
-        flatten_names(base.state.params),
-    )
+    began = init_or_warm_start_state(spread.setup).params
+    names = flatten_names(base.state.params)
     assert are_equal(select_base_params(spread.state.params), base.state.params)
     trained = {
         n for n, s in flatten_names(spread.setup.trainable).items() if s is not None
@@ -241,10 +240,8 @@ def test_a_base_rests_in_bfloat16(make_config, train, train_beside_reference, ba
         select_base_params(again.state.params), select_base_params(run.state.params)
     )
 
-    kernel, stored = (
-        "layers.mlp.up.kernel",
-        RunCheckpointReader(run.folder / "checkpoints"),
-    )
+    kernel = "layers.mlp.up.kernel"
+    stored = RunCheckpointReader(run.folder / "checkpoints")
     read = stored.open(f"{kernel}.base").read()
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, held[kernel].astype(np.float32))
@@ -253,7 +250,7 @@ def test_a_base_rests_in_bfloat16(make_config, train, train_beside_reference, ba
     np.testing.assert_allclose(merged, read + 16 / 4 * a @ b, atol=1e-6)
 
     patterns = {"train": start | {"trainable": ["*.lora_*", "layers.mlp.up.*"]}}
-    with pytest.raises(MaxlmError, match="is to be trained, and rests in bfloat16"):
+    with pytest.raises(MaxlmError, match="is trained, and stored in bfloat16"):
         train(make_config("refused", SPREAD, adapter=adapter, **patterns))
 
 

@@ -10,24 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.adapters import PrefixAdapter, PromptAdapter
-from maxlm.adapters.virtual_tokens import from_peft, to_peft
+from maxlm.adapters.virtual_tokens import (
+    PrefixAdapter,
+    PromptAdapter,
+    from_peft,
+    to_peft,
+)
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names, param_specs, select_base_params
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.global_batch import make_global_batch
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import AxisRules
-from maxlm.train.batch import make_global_batch
 from tests.errors import message
 from tests.models.building import CONFIGS
-from tests.programs import tiny
+from tests.train import tiny
 
 N = 5
 ADAPTERS = {
@@ -52,13 +56,15 @@ class Adapted:
 
     def logits(self, *segments: list[int], dummy: int = 0) -> list[np.ndarray]:
         """Logits [S, V] of real tokens, behind virtual ones, of segments in one row."""
-        rows, n = [], self.model.num_virtual_tokens
+        rows = []
+        n = self.model.num_virtual_tokens
         for number, segment in enumerate(segments, 1):
             ids = [dummy] * n + segment
             rows += [(token, place, number) for place, token in enumerate(ids)]
         rows += [(0, 0, 0)] * (48 - len(rows))
         arrays = (np.array([column], np.int32) for column in zip(*rows, strict=True))
-        logits, found = np.asarray(_forward(self.model, self.params, *arrays)[1])[0], []
+        logits = np.asarray(_forward(self.model, self.params, *arrays)[1])[0]
+        found = []
         for segment in segments:
             found.append(logits[n : n + len(segment)])
             logits = logits[n + len(segment) :]
@@ -195,7 +201,8 @@ def test_greedy_rows_equal_full_forward_passes(
 
 
 def test_logprobs_scores_beams_and_penalties_leave_virtual_tokens_out(adapted, kind):
-    engine, prompt = adapted.engine(), PROMPTS[1]
+    engine = adapted.engine()
+    prompt = PROMPTS[1]
     logprobs = np.asarray(jax.nn.log_softmax(adapted.logits(prompt)[0]))
     wanted = logprobs[np.arange(6), prompt[1:]]
 
@@ -365,7 +372,8 @@ def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
         }
         assert {n.split(".", 2)[2] for n in moments} == tuned
         found = moments | {n: np.asarray(metrics[n]) for n in ("loss", "grad_norm")}
-        for key, array in (wanted := wanted or found).items():
+        wanted = wanted or found
+        for key, array in wanted.items():
             scale = np.abs(array).max()
             np.testing.assert_allclose(
                 found[key], array, atol=1e-4 * scale, err_msg=key

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from maxlm.plan.compiled.program import get_topology_devices, has_compiler
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import get_topology_devices, has_compiler
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from pallas_kernels.chips import CHIPS
 
 MACHINES = ("v5p:4x4x4", "v5e:16x16", "v6e:8x8", "h100:8x8")

@@ -4,9 +4,9 @@ compilers."""
 import pytest
 
 from maxlm.config import find_asset, load_config
+from maxlm.plan.compiled.program import compile_step, compute_peak_bytes
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import compile_step, compute_peak_bytes
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -38,7 +38,11 @@ CASES: dict[str, tuple[Any, ...]] = {
     "int4": ((32, 8, 128, 128), 64, "int4", {}, ()),
     "latent": ((16, 1, 576, 512), 32, "bfloat16", {"value_dim": 512}, ()),
 }
-P, R, M, ROWS, TOKENS = 509, 12, 64, 8, 8 + 300
+P = 509
+R = 12
+M = 64
+ROWS = 8
+TOKENS = 8 + 300
 
 
 @pytest.fixture(scope="module", params=MACHINES)
@@ -208,11 +212,13 @@ def test_pages_of_narrow_heads_are_not_copied(device, case, kind):
     mesh = Mesh(
         np.array([device]).reshape((1,) * 6), axes, axis_types=(AxisType.Explicit,) * 6
     )
-    here, window = NamedSharding(mesh, PartitionSpec()), static.get("window")
+    here = NamedSharding(mesh, PartitionSpec())
+    window = static.get("window")
     config = PagedCacheConfig() if kind == "paged" else QuantizedCacheConfig(kind=kind)
     multiple = choose_feature_multiple(device.platform)
     layout = CacheLayout(1, ROWS, P, page, cache=config, feature_multiple=multiple)
-    latent, F = "value_dim" in static, R - ROWS
+    latent = "value_dim" in static
+    F = R - ROWS
     specs = kv_cache_spec(layout, window, K, H, None if latent else Hv)
 
     def like(shape, dtype=jnp.int32):
@@ -235,7 +241,8 @@ def test_pages_of_narrow_heads_are_not_copied(device, case, kind):
             jax.jit(run, donate_argnums=0).lower(cache, q, key, value, arrays).compile()
         )
     largest = max(jax.tree.leaves(cache), key=lambda x: x.size)
-    text, wide = compiled.as_text(), largest.shape[-1]
+    text = compiled.as_text()
+    wide = largest.shape[-1]
     pools = rf"= \w+\[(?:1,)?(?:{P},\d+,\d+|{P * K * page}),{wide}\]\S* ([\w-]+)\("
     made = re.findall(pools, text)
     assert made

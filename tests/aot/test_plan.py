@@ -5,14 +5,14 @@ from itertools import product
 
 import pytest
 
-from maxlm.plan.predict import Machine, plan_run
-from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import (
+from maxlm.plan.compiled.program import (
     compare_with_compiled_step,
     compile_step,
     get_topology_devices,
     has_compiler,
 )
+from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.topology import parse_topology
 from tests.aot.conftest import FF, MATRIX_BYTES, SEQ, D, small_run
 
 pytestmark = pytest.mark.timeout(1800)

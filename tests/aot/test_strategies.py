@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.program_traffic import read_program_traffic
+from maxlm.plan.compiled.program import CompiledStep, compile_step
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import CompiledStep, compile_step
 from tests.aot.conftest import SEQ, D, small_run
 
 pytestmark = pytest.mark.timeout(1800)
@@ -115,11 +115,9 @@ STRATEGIES = {
 
 @cache
 def compile_strategy(machine: str, name: str) -> CompiledStep:
-    strategy, width, machine = (
-        STRATEGIES[name],
-        WIDTHS[machine],
-        FEWER.get(machine, machine),
-    )
+    strategy = STRATEGIES[name]
+    width = WIDTHS[machine]
+    machine = FEWER.get(machine, machine)
     devices = parse_topology(machine).devices
     rest = devices // prod(max(size, 1) for size in strategy.mesh.values())
     mesh = {"fsdp": 1} | {
@@ -140,7 +138,8 @@ def portable(kind: str, machine: str) -> str:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_sends_over_its_own_axes(machine, name):
-    strategy, matrix = STRATEGIES[name], 2 * WIDTHS[machine] ** 2
+    strategy = STRATEGIES[name]
+    matrix = 2 * WIDTHS[machine] ** 2
     step = compile_strategy(machine, name)
     # Smaller ones are sums of norms and metrics; integers are tokens.
     large = {
@@ -163,7 +162,8 @@ def test_a_strategy_sends_over_its_own_axes(machine, name):
 def test_no_layer_crosses_stages(machine, name):
     """What is all-reduced over stages is at most the embedding and the head, once a
     step."""
-    cost, width = compile_strategy(machine, name).read_cost(), WIDTHS[machine]
+    cost = compile_strategy(machine, name).read_cost()
+    width = WIDTHS[machine]
     sums = [c for c in cost.collectives if c.kind == "all-reduce" and "stage" in c.axes]
     assert (
         sum(c.payload_bytes * c.count for c in sums) <= 1.1 * 4 * 2 * width * 2 * width

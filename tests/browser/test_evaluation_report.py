@@ -73,7 +73,8 @@ def test_tables_bars_and_curves(report):
 
 
 def test_samples_are_filtered_and_hostile_text_stays_text(report):
-    page, total = report.page, report.page.locator("details").count()
+    page = report.page
+    total = report.page.locator("details").count()
     page.get_by_label("Task").last.select_option(label="arc")
     assert page.inner_text("#sample-count") == f"20 of {total} samples"
     page.get_by_label("Outcome").select_option(label="Models disagree")

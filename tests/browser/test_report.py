@@ -15,7 +15,7 @@ from maxlm.config import load_config
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.serving import ServingOptions, search_serving
 from maxlm.plan.show import format_bytes, format_seconds
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.sharding import MESH_AXES
 
 RUNS = {
@@ -99,7 +99,8 @@ def test_figures_read_as_on_the_terminal(open_report):
 
 def test_a_parameter_is_found_and_shown(open_report, plan):
     report = open_report(plan)
-    page, devices = report.page, plan["devices"]
+    page = report.page
+    devices = plan["devices"]
     row = next(row for row in plan["rows"] if "attention.out" in row["path"])
     page.fill("#search", "heads out")
     assert row["path"] in page.inner_text("#tensor")
@@ -175,7 +176,9 @@ def test_it_fits_a_phone(open_report, plan):
 
 
 def test_the_page_computes_what_the_plan_does(open_report, plan):
-    page, good, time = open_report(plan).page, plan["goodput"], plan["time"]
+    page = open_report(plan).page
+    good = plan["goodput"]
+    time = plan["time"]
     drawn = page.evaluate("maxlmReport.schedule(maxlmReport.plan)")
     lane = [b["seconds"] for b in drawn["blocks"] if b["lane"] == "computation"]
     links = [b["seconds"] for b in drawn["blocks"] if b["lane"] != "computation"]
@@ -212,7 +215,8 @@ def test_shards_are_where_jax_puts_them(open_report):
             | {"axes": ["vocab", "embed"], "bytes_per_device": 96, "replicas": 2}
         )
     report = open_report(plan)
-    page, sizes = report.page, plan["mesh"]
+    page = report.page
+    sizes = plan["mesh"]
     assert prod(sizes.values()) == 8
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(*sizes.values()), tuple(sizes))
     for row in plan["rows"]:
@@ -257,10 +261,8 @@ def test_stages_have_a_strip_each_and_idle_time(open_report):
 
 
 def test_a_run_that_does_not_fit_says_so_beside_the_compilers_verdict(open_report):
-    plan, words = (
-        make("llama3_405b", "v5e-256"),
-        "does not fit: the compiler finds no room",
-    )
+    plan = make("llama3_405b", "v5e-256")
+    words = "does not fit: the compiler finds no room"
     report = open_report(
         {**plan, "compiled": {"fits": False, "words": words, "figures": {}}}
     )
@@ -274,7 +276,8 @@ def test_a_run_that_does_not_fit_says_so_beside_the_compilers_verdict(open_repor
 @pytest.mark.parametrize("width", [1200, 400])
 def test_a_page_of_serving_plots_every_number_of_sequences(open_report, width):
     config = load_config(RunConfig, "models/llama3_1_8b").value
-    machine, options = Machine.from_name("h100x8"), ServingOptions(tpot_ms=30)
+    machine = Machine.from_name("h100x8")
+    options = ServingOptions(tpot_ms=30)
     (plan,), _ = search_serving(config, machine, options, tensor=2)
     report = open_report(json.loads(json.dumps(asdict(plan))), width)
     assert f"{plan.max_batch:,} sequences at most" in report.text("#fits")

@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from maxlm.checkpoint.folder import FolderTier
 from maxlm.config import load_config, to_yaml
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
-from maxlm.train.checkpoint.folder import FolderTier
-from tests.programs import tiny
+from maxlm.run.config import RunConfig
+from maxlm.run.setup import set_up_run
+from tests.train import tiny
 
 NAMED = "tokenizer.path=tokenizer300"
 MOE = "model.mlp=null model.moe={num_experts: 6, experts_per_token: 2, d_ff: 16}"

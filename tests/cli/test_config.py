@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import tiny
+from tests.train import tiny
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from maxlm.inference.sampling import SamplingConfig
-from maxlm.run import FinalSamplesConfig
+from maxlm.config.sampling import SamplingConfig
+from maxlm.run.config import FinalSamplesConfig
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def calls(monkeypatch):
         seen.search = num_beams, num_samples
         return generate_text(*given)
 
-    monkeypatch.setattr("maxlm.programs.generate.search_text", search_text)
-    monkeypatch.setattr("maxlm.programs.load.load_model", load_model)
-    monkeypatch.setattr("maxlm.programs.generate.generate_text", generate_text)
+    monkeypatch.setattr("maxlm.inference.text.search_text", search_text)
+    monkeypatch.setattr("maxlm.run.load.load_model", load_model)
+    monkeypatch.setattr("maxlm.inference.text.generate_text", generate_text)
     return seen
 
 

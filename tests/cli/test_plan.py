@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from maxlm.config import load_config
-from maxlm.programs.compile import DoesNotFit
-from maxlm.run import RunConfig
+from maxlm.plan.compiled.program import DoesNotFit
+from maxlm.run.config import RunConfig
 
 STARTS = """
 import gc, linecache, sys
@@ -102,7 +102,9 @@ def test_a_mistake_is_one_line(arguments, words, check_refused, tmp_path):
 
 
 def test_no_compiler_here(run, monkeypatch):
-    monkeypatch.setattr("maxlm.programs.compile.has_compiler", lambda platform: False)
+    monkeypatch.setattr(
+        "maxlm.plan.compiled.program.has_compiler", lambda platform: False
+    )
     code, _, err = run(*FITS, "--compile")
     assert (code, "pip install" in err) == (2, True)
 
@@ -225,7 +227,7 @@ def test_where_the_compiler_finds_no_room(run, monkeypatch):
             raise DoesNotFit("the compiler finds no room: 20G of 16G")
         return SimpleNamespace(peak_bytes=7e9)
 
-    monkeypatch.setattr("maxlm.programs.compile.compile_step", no_room)
+    monkeypatch.setattr("maxlm.plan.compiled.program.compile_step", no_room)
     settings = ["plan", "gpt2", "data.batch_size=64", "--on", "v5e-8", "--json"]
     code, out, _ = run(*settings, "train.micro_batches=1", "--compile")
     assert code == 1

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.programs.test_runs import EVENTS, write_run
+from tests.train.test_runs import EVENTS, write_run
 
 
 def test_list(run, tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import maxlm.programs.serve  # noqa: F401  (before its names are replaced)
+import maxlm.serving.program  # noqa: F401  (before its names are replaced)
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.running import train_chat_tokenizer
 
@@ -33,8 +33,10 @@ def talk(monkeypatch, run, tokenizer):
         engine.config = SimpleNamespace(max_length=engine.max_length)
         config = SimpleNamespace(compilation_cache=None)
         loaded = SimpleNamespace(tokenizer=tokenizer, config=config)
-        monkeypatch.setattr("maxlm.programs.serve.load_model", lambda *_, **__: loaded)
-        monkeypatch.setattr("maxlm.programs.serve.make_engine", lambda *_, **__: engine)
+        monkeypatch.setattr("maxlm.serving.program.load_model", lambda *_, **__: loaded)
+        monkeypatch.setattr(
+            "maxlm.serving.program.make_engine", lambda *_, **__: engine
+        )
         stdin = io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", stdin)
         return run("chat", "runs/x", *arguments), engine

@@ -107,10 +107,8 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, tmp_path, monkeypatch,
 
 
 def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, run):
-    checkpoint, kept = (
-        write_checkpoint(tmp_path / "checkpoint", "llama2"),
-        tmp_path / "kept",
-    )
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "llama2")
+    kept = tmp_path / "kept"
     take = ["tokenizer", "import", checkpoint, "--out", kept]
     assert "not every text comes back" in run(*take).out
     assert "there is a tokenizer here already" in run(*take).err

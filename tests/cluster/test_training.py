@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import tiny
+from tests.train import tiny
 
 STEPS, EVERY = 220, 200  # seconds pass until a job is told
 
@@ -37,7 +37,9 @@ class Job:
     """The one that `maxlm launch slurm` prints for a run on two hosts, submitted."""
 
     def __init__(self, scheduler: Mapping[str, str], config: Path, name: str):
-        self.scheduler, self.name, self.run = scheduler, name, config.parent / name
+        self.scheduler = scheduler
+        self.name = name
+        self.run = config.parent / name
         self.environ = tiny.environment(config.parent) | dict(scheduler)
         self.script = config.parent / f"{name}.sbatch"
         program = str(Path(sys.executable).with_name("maxlm"))

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from maxlm.config import Config, FileName, load_config
 from maxlm.config.keys import flatten, get_descendant
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 
 class Nested(Config):

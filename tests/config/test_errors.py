@@ -12,7 +12,7 @@ from pydantic import model_validator
 from maxlm.config import Config, MaxlmError, load_config, to_yaml
 from maxlm.config.keys import flatten, join_key
 from maxlm.config.yaml_text import parse_yaml
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from tests.config.example import Model, Run, Source
 
 

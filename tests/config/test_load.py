@@ -19,7 +19,7 @@ from maxlm.config.keys import (
     split_key,
 )
 from maxlm.config.layers import MAX_FILES
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from tests.config.example import Data, Lion, Mesh, Model, Run, Source
 
 

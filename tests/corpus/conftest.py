@@ -17,7 +17,8 @@ WORDS = (
 def crawl(tmp_path_factory):
     """A few hundred small documents in two sources, with copies and edited copies among
     them."""
-    folder, chance = tmp_path_factory.mktemp("crawl"), random.Random(5)
+    folder = tmp_path_factory.mktemp("crawl")
+    chance = random.Random(5)
     texts = [
         " ".join(chance.choices(WORDS, k=chance.randint(5, 120))) for _ in range(240)
     ]

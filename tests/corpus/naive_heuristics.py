@@ -10,7 +10,8 @@ import regex
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _SPACE = "".join(c for c in map(chr, range(0x110000)) if c.isspace())
 _ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff"
-_WORD, _EXTEND = r"[\p{L}\p{N}--[\p{L}&&[" + _ALONE + r"]]]", r"[\p{M}\p{Cf}]*"
+_WORD = r"[\p{L}\p{N}--[\p{L}&&[" + _ALONE + r"]]]"
+_EXTEND = r"[\p{M}\p{Cf}]*"
 _JOINT = r"[\p{L}\p{N}\p{M}\p{Cf}--[\p{L}&&[" + _ALONE + r"]]]"
 _TOKEN = regex.compile(
     rf"""(?V1)[\p{{L}}&&[{_ALONE}]]{_EXTEND}
@@ -63,7 +64,8 @@ def _lower(text: str) -> str:
 
 
 def _gopher_quality(text: str, stop_words: tuple[str, ...]) -> dict[str, float | None]:
-    found, lines = tokens(text), text.splitlines()
+    found = tokens(text)
+    lines = text.splitlines()
     words = [each for each in found if is_word(each)]
     letters = [each for each in found if any(c.isalpha() for c in each)]
     bullets = [line for line in lines if line.lstrip()[:1] in ("•", "-")]
@@ -95,7 +97,9 @@ def _gopher_repetition(text: str) -> dict[str, float | None]:
         gram, times = max(counts.items(), key=lambda item: item[1], default=("", 0))
         values[f"top_{n}gram"] = ratio(len(gram) * times, size)
     for n in range(5, 11):
-        seen, doubled, i = set(), 0, 0
+        seen = set()
+        doubled = 0
+        i = 0
         while i + n <= len(found):
             gram = tuple(found[i : i + n])
             doubled += chars(list(gram)) if gram in seen else 0
@@ -123,7 +127,10 @@ def _c4(text: str) -> dict[str, float | None]:
         "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
         "use cookies",
     )  # fmt: skip
-    flags, kept, curly, lorem = [], [], False, False
+    flags = []
+    kept = []
+    curly = False
+    lorem = False
     for line in text.splitlines():
         words = line.split()
         line = re.sub(r"\[\d*\]|\[edit\]|\[citation needed\]", "", line.strip())
@@ -131,8 +138,10 @@ def _c4(text: str) -> dict[str, float | None]:
         punctuated = line.endswith((".", "?", "!", '"', "'")) and not line.endswith(
             "..."
         )
-        short, long = len(words) < 3, any(len(word) > 1000 for word in words)
-        javascript, policy = "javascript" in low, any(each in low for each in policies)
+        short = len(words) < 3
+        long = any(len(word) > 1000 for word in words)
+        javascript = "javascript" in low
+        policy = any(each in low for each in policies)
         flags.append((punctuated, short, long, javascript, policy))
         if punctuated and not short and not long and not curly and not lorem:
             lorem = "lorem ipsum" in low
@@ -159,7 +168,8 @@ _END = regex.compile(r"\p{Sentence_Terminal}[\p{Sentence_Terminal}\"')\]”’»
 def sentences(line: str) -> int:
     """Ends of sentences before the line's last visible character, and one for the
     rest."""
-    ends, rest = 0, line
+    ends = 0
+    rest = line
     for end in _END.finditer(line):
         marks = regex.sub(r"[\"')\]”’»]", "", end[0])
         after = line[end.end() :]
@@ -167,5 +177,6 @@ def sentences(line: str) -> int:
             r"(?<!\p{L})\p{L}\Z", line[: end.start()]
         )
         if not initial and (not marks.isascii() or not after or after[0].isspace()):
-            ends, rest = ends + 1, after
+            ends = ends + 1
+            rest = after
     return ends + bool(rest.strip())

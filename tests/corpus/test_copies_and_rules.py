@@ -161,7 +161,8 @@ def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
             pq.ParquetFile(paths[0]).metadata.row_group(0).column(0).compression
             == "ZSTD"
         )
-    opened, codec = TokenStore.open(store), load_tokenizer(tokenizer)
+    opened = TokenStore.open(store)
+    codec = load_tokenizer(tokenizer)
     texts = [
         codec.decode_bytes(opened.text_tokens(i).tolist())
         for i in range(opened.num_documents)

@@ -11,7 +11,8 @@ from maxlm.corpus.cuts import remove_spans
 
 def cut_marked(marked: str) -> str:
     """What remains of a text whose spans stand between brackets."""
-    spans, text = [], ""
+    spans = []
+    text = ""
     for part in re.split(r"(\[|\])", marked):
         if part == "[":
             spans.append((len(text), -1))

@@ -87,7 +87,8 @@ NAMES |= {"cp1251": "windows-1251", "big5hkscs": "big5", "iso2022_jp": "iso-2022
 
 @pytest.mark.parametrize("encoding", TEXTS)
 def test_declared_encodings(encoding):
-    text, name = TEXTS[encoding], NAMES.get(encoding, encoding)
+    text = TEXTS[encoding]
+    name = NAMES.get(encoding, encoding)
     data = text.encode(encoding)
     assert decode(data, name)[0] == text
     for meta in (
@@ -202,10 +203,8 @@ def test_deep_pages_keep_what_their_outer_elements_say(depth):
 
 
 def test_a_page_that_takes_too_long_costs_only_itself():
-    extractor, good = (
-        HtmlExtractorProcess(use_trafilatura=False, markdown=False, seconds=0.5),
-        PAGE.encode(),
-    )
+    extractor = HtmlExtractorProcess(use_trafilatura=False, markdown=False, seconds=0.5)
+    good = PAGE.encode()
     pages = [extractor.read(data, None) for data in (good, SLOW, good, SLOW, good)]
     assert [page.status for page in pages] == ["ok", "timeout", "ok", "timeout", "ok"]
     assert pages[0] == pages[2] == pages[4]

@@ -35,7 +35,8 @@ def label(*texts: str) -> list[dict]:
 
 
 def check(text: str) -> None:
-    found, wanted = label(text)[0], naive.measures(text)
+    found = label(text)[0]
+    wanted = naive.measures(text)
     assert list(found) == list(wanted)
     for name, value in wanted.items():
         assert (found[name] is None) == (value is None), name

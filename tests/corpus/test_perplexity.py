@@ -115,7 +115,8 @@ def test_a_stage_labels_by_language(english, tmp_path):
     stage = PerplexityStage(
         models={"en": english, "de": german}, cutoffs={"en": (9e3, 1e5)}
     )
-    good, none = PARAGRAPHS[4], {"value": None, "bucket": None}
+    good = PARAGRAPHS[4]
+    none = {"value": None, "bucket": None}
     texts = [good, good, good, good, "", "qzx jjk wvv"]
     labels = label(stage, texts, ["en", "de", "fr", None, "en", "en"])
     values = [

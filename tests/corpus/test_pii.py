@@ -104,13 +104,16 @@ def generated(count: int, seed: int) -> list[tuple[str, set[PiiMatch]]]:
     it."""
     from faker import Faker
 
-    rng, documents = random.Random(seed), []
+    rng = random.Random(seed)
+    documents = []
     fakes = {locale: Faker(locale) for locale in REGIONS}
     for number, fake in enumerate(fakes.values()):
         fake.seed_instance(seed + number)
     for _ in range(count):
         locale = rng.choice(list(REGIONS))
-        fake, text, truth = fakes[locale], "", set()
+        fake = fakes[locale]
+        text = ""
+        truth = set()
         pieces: list[tuple[Kind | None, str]] = []
         pieces.extend((None, fake.paragraph()) for _ in range(3))
         pieces.extend((None, rng.choice(HARMLESS)) for _ in range(3))

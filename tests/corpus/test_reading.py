@@ -18,7 +18,8 @@ from maxlm.corpus.shards import DOCUMENTS, read_counts
 def read(folder, shard_bytes=1 << 20, **settings):
     """All documents of a source and the sum of the shards' counts."""
     source = CrawlSource(name="web", **settings)
-    rows, counts = [], Counter()
+    rows = []
+    counts = Counter()
     for job in plan_shards(folder / "corpus", [source], shard_bytes)[0]:
         write_document_shard(job)
         rows += pq.read_table(job.shard.path(DOCUMENTS)).to_pylist()

@@ -71,7 +71,9 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.tags, self.fetched, self.text = Counter(), [], []
+        self.tags = Counter()
+        self.fetched = []
+        self.text = []
 
     def handle_starttag(self, tag, attrs):
         self.tags[tag] += 1

@@ -26,7 +26,8 @@ SMALL = 1 << 10  # Blocks of 16 characters, and ranges of 16 windows.
 @cache
 def kind_of(character: str) -> str:
     """What a character is to the rule of words, by unicodedata."""
-    category, name = unicodedata.category(character), unicodedata.name(character, "")
+    category = unicodedata.category(character)
+    name = unicodedata.name(character, "")
     if character.isspace():
         return "space"
     if category in ("Mn", "Mc", "Me", "Cf"):
@@ -37,7 +38,8 @@ def kind_of(character: str) -> str:
 
 def words_of(text: str) -> list[tuple[int, int]]:
     """(start, end) of each word, by the wording of the rule."""
-    words, last = [], "space"
+    words = []
+    last = "space"
     for i, kind in enumerate(map(kind_of, text)):
         if kind == "space":
             last = kind

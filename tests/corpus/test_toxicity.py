@@ -84,7 +84,8 @@ def test_the_score_is_the_packages_own():
 def test_a_long_text_is_judged_in_chunk_text():
     from profanity_check import predict_prob
 
-    calm, rude = "The committee met on Tuesday. " * 60, "you stupid fucking idiot "
+    calm = "The committee met on Tuesday. " * 60
+    rude = "you stupid fucking idiot "
     text = calm + rude * 10 + calm
     stage = ToxicityStage(chunk=500)
     parts = list(chunk_text(text, 500))

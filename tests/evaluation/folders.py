@@ -72,5 +72,6 @@ def write_evaluation(
         "model_name": model,
         **more,
     }
-    (path := folder / f"results_{time}.json").write_text(json.dumps(data))
+    path = folder / f"results_{time}.json"
+    path.write_text(json.dumps(data))
     return path

@@ -72,7 +72,8 @@ def test_names_come_with_the_vote_alone(client, fakes, tmp_path):
 def test_sides_are_random_and_votes_rate(client):
     sides = Counter()
     for n in range(24):
-        talks, battle = ([], []), str(n)
+        talks = ([], [])
+        battle = str(n)
         better = "ab"[go_on(client, talks, battle=battle)[1].startswith("long")]
         winner = (
             "tie (bothbad)"

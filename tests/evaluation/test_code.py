@@ -87,7 +87,8 @@ def test_score_of_samples(problems):
     """Two problems: 1 of 2 and 2 of 2 samples correct. Code_eval's form is of its
     documentation."""
     first, second = problems[:2]
-    good, bad = first["canonical_solution"], "    return None\n"
+    good = first["canonical_solution"]
+    bad = "    return None\n"
     samples = [
         {"task_id": first["task_id"], "completion": bad},
         {"task_id": second["task_id"], "completion": second["canonical_solution"]},

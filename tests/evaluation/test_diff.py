@@ -17,7 +17,8 @@ from tests.evaluation.folders import make_sample, write_evaluation
 
 
 def compare(first, second, metric="acc", higher=True, alpha=0.05, weights=None):
-    weights, sides = np.ones(len(first)) if weights is None else weights, []
+    weights = np.ones(len(first)) if weights is None else weights
+    sides = []
     for scores in (first, second):
         values = [
             {metric: (float(x), float(w))} for x, w in zip(scores, weights, strict=True)
@@ -32,7 +33,8 @@ def test_mcnemar_is_the_exact_binomial_test_and_holm_as_by_hand():
     adjusted = compute_holm_p_values([0.01, 0.04, 0.03, 0.005, 0.9])
     assert adjusted == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.9])
     for lost, gained in [(0, 0), (1, 0), (0, 5), (8, 1), (5, 5), (13, 37), (2, 8)]:
-        n, least = lost + gained, min(lost, gained)
+        n = lost + gained
+        least = min(lost, gained)
         tail = sum(comb(n, k) for k in range(least + 1)) / 2**n
         p = compare([1] * lost + [0] * gained + [1], [0] * lost + [1] * gained + [1]).p
         assert p == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
@@ -63,7 +65,8 @@ def test_other_figures_by_a_paired_t_test():
     rng = np.random.default_rng(3)
     first = rng.random(31)
     second = first - 0.02 + 0.05 * rng.standard_normal(31)
-    found, change = compare(first, second, "f1"), second - first
+    found = compare(first, second, "f1")
+    change = second - first
     error = change.std(ddof=1) / sqrt(31)
     # 30 degrees of freedom: 2.0423 at 95% (any table of Student's t).
     assert found.interval[1] - found.interval[0] == pytest.approx(
@@ -115,7 +118,10 @@ def test_perplexities_that_are_far_apart_differ():
 def test_equal_models_seldom_fail_the_gate(metric):
     """Of five tasks in each of 400 simulations; documents differ in how hard they
     are."""
-    rng, alpha, runs, fails = np.random.default_rng(11), 0.1, 400, 0
+    rng = np.random.default_rng(11)
+    alpha = 0.1
+    runs = 400
+    fails = 0
     for _ in range(runs):
         p_values = []
         for size in (23, 40, 57, 80, 131):

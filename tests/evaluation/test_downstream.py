@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from maxlm.evaluation.curves import compute_gold_probability, compute_position_losses
+from maxlm.evaluation.program import evaluate_model
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.scoring import Scorer
-from maxlm.programs.evaluate import evaluate_model
 from tests.inference.conftest import CONFIGS, build
-from tests.programs import tiny
+from tests.train import tiny
 
 
 def write_rows(folder) -> str:
-    words, random = tiny.TEXT.split(), np.random.default_rng(1)
+    words = tiny.TEXT.split()
+    random = np.random.default_rng(1)
     rows = [
         {
             "query": f"Question: {words[n]}\n",
@@ -68,7 +69,8 @@ def test_tasks_while_training_are_those_of_the_checkpoint(tmp_path):
 
 def test_losses_by_position_are_means_over_documents(one_device_mesh):
     """Ranges end at powers of two, and the last one with the documents."""
-    rows, losses = np.random.default_rng(0).integers(0, 66, (3, 12)).tolist(), []
+    rows = np.random.default_rng(0).integers(0, 66, (3, 12)).tolist()
+    losses = []
     with jax.set_mesh(one_device_mesh):
         llama = build(CONFIGS["llama"], one_device_mesh)
         engine = Engine(

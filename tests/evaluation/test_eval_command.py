@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from maxlm.data.tokenizer import export_tokenizer
-from tests.programs.tiny import environment
 from tests.serving.running import train_chat_tokenizer
+from tests.train.tiny import environment
 
 PROGRAM = """
 import sys
@@ -25,7 +25,10 @@ def write_checkpoint(folder) -> None:
     """A Llama of random values, as a Hugging Face folder."""
     tokenizer = train_chat_tokenizer()
     export_tokenizer(tokenizer, folder)
-    D, F, V, layers = 32, 48, tokenizer.vocab_size, 2
+    D = 32
+    F = 48
+    V = tokenizer.vocab_size
+    layers = 2
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -62,7 +65,7 @@ def write_checkpoint(folder) -> None:
 def test_the_harness_makes_a_model_of_its_arguments(tmp_path):
     from lm_eval.api.registry import get_model
 
-    import maxlm.programs.lm_eval  # noqa: F401  (registers it)
+    import maxlm.evaluation.lm_eval_command  # noqa: F401  (registers it)
 
     write_checkpoint(tmp_path)
     arguments = f"run={tmp_path},max_length=90,max_sequences=2,mesh=fsdp=2;tensor=2,max_gen_toks=5"

@@ -95,7 +95,8 @@ def test_a_continuation_is_greedy_if_all_its_tokens_are(model, tiny, tokenizer):
 
 def test_rolling_predicts_each_token_once(model, tiny, tokenizer, monkeypatch):
     texts = ["q", "the model answers " * 9, "what it is asked " * 5]
-    pairs, score = [], model._scorer.score
+    pairs = []
+    score = model._scorer.score
     monkeypatch.setattr(
         model._scorer,
         "score",

@@ -184,7 +184,8 @@ def test_each_evaluation_has_the_same_examples(manager, tmp_path):
     rows = [{"question": f"q{n}", "answer": f"#### {n}"} for n in range(30)]
     write(tmp_path / "gsm8k_train.jsonl", *rows)
     write(tmp_path / "gsm8k_test.jsonl", {"question": "q?", "answer": "#### 7"})
-    tasks, seen = load_tasks(["gsm8k"], data=tmp_path, manager=manager), []
+    tasks = load_tasks(["gsm8k"], data=tmp_path, manager=manager)
+    seen = []
 
     def answer(self, requests):
         seen.append([request.args[0] for request in requests])

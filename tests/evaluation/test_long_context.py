@@ -14,8 +14,8 @@ from maxlm.evaluation.passkey import (
     evaluate_passkey,
     parse_passkey,
 )
+from maxlm.evaluation.program import cut_windows
 from maxlm.inference.requests import SequenceOutput
-from maxlm.programs.evaluate import cut_windows
 from tests.errors import message
 from tests.evaluation.test_eval_command import write_checkpoint
 from tests.serving.running import train_chat_tokenizer
@@ -71,7 +71,9 @@ class NearSightedEngine:
     """Answers with the number that stands last among a prompt's last tokens."""
 
     def __init__(self, tokenizer, sight):
-        self.tokenizer, self.sight, self.prompts = tokenizer, sight, []
+        self.tokenizer = tokenizer
+        self.sight = sight
+        self.prompts = []
 
     def run(self, requests):
         for request in requests:
@@ -96,7 +98,8 @@ def test_accuracy_is_by_length_and_depth(tokenizer):
 
 
 def test_windows_lie_evenly_in_a_text(tmp_path):
-    text, own = tmp_path / "a.txt", SimpleNamespace(prefix_ids=(7,), encode=list)
+    text = tmp_path / "a.txt"
+    own = SimpleNamespace(prefix_ids=(7,), encode=list)
     text.write_bytes(bytes(range(100)))
     windows = cut_windows(own, text, 11, 4)
     assert [window[:2] for window in windows] == [[7, 0], [7, 20], [7, 50], [7, 70]]

@@ -67,7 +67,8 @@ def grade(body):
 
 
 def test_answers_and_judgments_have_fastchats_fields(folder, tmp_path):
-    data, output = load_mt_bench(folder), tmp_path / "out"
+    data = load_mt_bench(folder)
+    output = tmp_path / "out"
     with run_endpoint(say, "poor") as poor, run_endpoint(grade, "org/judge") as judge:
         found = run_mt_bench(data, output, [poor.open()], judge.open())
         answers = read(output / "model_answer" / "poor.jsonl")
@@ -104,12 +105,10 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
     """Either endpoint goes down after some requests, with a line half written; then all
     is as in a run that was never cut off, and only what was being asked is asked
     again."""
-    draw, data, asked, ends = (
-        random.Random(pairwise),
-        load_mt_bench(folder),
-        Counter(),
-        [],
-    )
+    draw = random.Random(pairwise)
+    data = load_mt_bench(folder)
+    asked = Counter()
+    ends = []
 
     def limit(reply, most):
         left = [most or draw.randint(6, 12)]

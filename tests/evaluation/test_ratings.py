@@ -27,7 +27,8 @@ def draw_battles(rng, skills, number):
     first = rng.integers(0, len(skills), number)
     second = (first + rng.integers(1, len(skills), number)) % len(skills)
     chance = 1 / (1 + np.exp(skills[second] - skills[first]))
-    ties, drawn = 0.8 * chance * (1 - chance), rng.random(number)
+    ties = 0.8 * chance * (1 - chance)
+    drawn = rng.random(number)
     winner = np.where(drawn < chance - ties / 2, "model_a", "model_b")
     tied = abs(drawn - chance) < ties / 2
     names = np.where(rng.random(number) < 0.5, "tie", "tie (bothbad)")
@@ -71,7 +72,8 @@ def test_intervals_cover_the_truth_95_times_in_100(num_models, number):
 def test_style_control_finds_a_planted_preference():
     """m3 is no better than m2: it writes more, and voters like length and not bold."""
     rng = np.random.default_rng(0)
-    skills, number = np.array([0.0, 0.3, 0.6, 0.6]), 6000
+    skills = np.array([0.0, 0.3, 0.6, 0.6])
+    number = 6000
     battles = draw_battles(rng, skills, number)
     pair = np.array(
         [[int(b[side][1]) for side in ("model_a", "model_b")] for b in battles]
@@ -122,10 +124,8 @@ def test_ratings_that_do_not_exist_are_refused():
 
 
 def test_the_command_reads_battles_in_order_of_time(tmp_path, capsys):
-    path, ratings = (
-        tmp_path / "battles.jsonl",
-        {"m0": 1000.0, "m1": 1000.0, "m2": 1000.0},
-    )
+    path = tmp_path / "battles.jsonl"
+    ratings = {"m0": 1000.0, "m1": 1000.0, "m2": 1000.0}
     battles = draw_battles(np.random.default_rng(2), np.array([2.0, 0, 1]), 200)
     lines = [json.dumps({**b, "tstamp": n}) for n, b in enumerate(battles)]
     path.write_text("\n".join(reversed(lines)))

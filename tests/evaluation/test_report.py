@@ -65,7 +65,8 @@ def test_the_figures_are_those_of_the_samples(folders, tmp_path):
             wilson(sum(own), 11), abs=1e-9
         )
         assert (cell["interval"], cell["n"], cell["shots"]) == ("Wilson", 11, 5)
-    f1, mean = rows["arc", "f1"]["cells"], sum(EASY) / 22
+    f1 = rows["arc", "f1"]["cells"]
+    mean = sum(EASY) / 22
     error = 1.96 * sqrt(sum((x / 2 - mean) ** 2 for x in EASY) / 10 / 11)
     assert [f1[1]["low"], f1[1]["high"]] == pytest.approx([mean - error, mean + error])
     assert (f1[1]["interval"], f1[2]) == ("normal", None)
@@ -149,7 +150,8 @@ def test_the_command_writes_a_page_with_hostile_text_and_the_same_as_json(
     page = tmp_path / "out.html"
     assert main(["eval", "report", str(tmp_path), "--output", str(page)]) == 0
     assert capsys.readouterr().out == f"written: {page} {tmp_path / 'out.json'}\n"
-    text, report = page.read_text(), json.loads((tmp_path / "out.json").read_text())
+    text = page.read_text()
+    report = json.loads((tmp_path / "out.json").read_text())
     assert report == build([tmp_path])
     assert text.count("<script") == text.count("</script>") == 3
     assert len(text) < 60_000

@@ -87,7 +87,8 @@ def count_processes(marker: str) -> int:
 
 @pytest.mark.parametrize("name", FAILING)
 def test_hostile_program_fails_and_does_no_harm(name, tmp_path):
-    victim, marker = tmp_path / "folder" / "precious", f"60.{time.time_ns()}"
+    victim = tmp_path / "folder" / "precious"
+    marker = f"60.{time.time_ns()}"
     victim.parent.mkdir()
     victim.write_text("here")
     for each in (

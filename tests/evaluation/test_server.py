@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.programs.evaluate import evaluate_model, open_server
+from maxlm.evaluation.program import evaluate_model, open_server
 from tests.evaluation.fake_endpoint import run_endpoint
 from tests.serving.running import run_in_thread, train_chat_tokenizer
 
@@ -29,7 +29,8 @@ def test_an_evaluation_that_is_cut_off_asks_for_the_rest(tmp_path):
     numbers = [14, 25, 36, 47, 58, 69, 70]
     rows = [{"question": f"What is {n}?", "answer": f"#### {n}"} for n in numbers]
     (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    answered, room = [], 4
+    answered = []
+    room = 4
 
     def reply(body):
         if len(answered) == room:

@@ -13,11 +13,11 @@ from flax import nnx
 from jax import lax
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.blocks import MIXERS, register_mixer
+from maxlm.models.blocks import MIXERS, RegisteredMixer
 from maxlm.models.caches import CacheArraySpec, RecurrentCache
 from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.linear import Linear, project
@@ -30,17 +30,17 @@ from maxlm.models.params import (
     param_specs,
 )
 from maxlm.plan.compiled.compare import count_step_products
-from maxlm.plan.layout import require_run_trainable
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.timing import count_extra_forward_flops
-from maxlm.programs.smoke import shrink_config
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.placement import require_run_trainable
 from maxlm.sharding import AxisRules
+from maxlm.train.program import train_model
+from maxlm.train.smoke import shrink_config
 from tests.models.building import LLAMA_GQA
 from tests.plan.test_against_compiled import compiled, sent
-from tests.programs import tiny
+from tests.train import tiny
 
 WIDTH = 10
 
@@ -87,7 +87,8 @@ class DiagonalSsm(nnx.Module):
         self, config, norm, d_model, num_layers, init_std, *, rules, dtype, parallel
     ):
         del norm, num_layers, parallel
-        self.width, self.rules = config.width, rules
+        self.width = config.width
+        self.rules = rules
         kw: dict[str, Any] = {
             "bias": False,
             "std": init_std,
@@ -125,7 +126,8 @@ class DiagonalSsm(nnx.Module):
         )
 
 
-register_mixer(DiagonalSsmConfig, DiagonalSsm)
+REGISTERED = RegisteredMixer(DiagonalSsmConfig, DiagonalSsm)
+MIXERS.register("diagonal_ssm", REGISTERED)
 
 MIXER = {"kind": "diagonal_ssm", "width": WIDTH}
 OWN = {
@@ -192,7 +194,8 @@ def test_generation_equals_the_full_forward_pass(model):
     config = EngineConfig(
         max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3
     )
-    engine, found = Engine(model, params, config), {}
+    engine = Engine(model, params, config)
+    found = {}
     assert {x.shape for x in jax.tree.leaves(engine._runner.state)} == {(1, 2, WIDTH)}
     greedy = SamplingConfig(temperature=0, max_new_tokens=8)
     requests = [
@@ -213,7 +216,8 @@ def test_generation_equals_the_full_forward_pass(model):
 
     assert len(found) == 6
     for (number, _), output in found.items():
-        prompt, tokens = prompts[number], [token for token, _ in output]
+        prompt = prompts[number]
+        tokens = [token for token, _ in output]
         text = np.zeros((1, 32), np.int32)
         text[0, : len(prompt) + 8] = [*prompt, *tokens]
         rows = np.asarray(read(params, text))[0, len(prompt) - 1 :][:8]
@@ -258,7 +262,8 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
 def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
     shape, cost, _ = compiled(make_run(tmp_path, mesh={"fsdp": 4, "tensor": 2}))
     assert count_step_products(shape).total_flops == cost.matmul_flops
-    ours, theirs = sent(shape), cost.wire_by_kind_and_axes()
+    ours = sent(shape)
+    theirs = cost.wire_by_kind_and_axes()
     for key, size in theirs.items():
         if size > 0.1 * sum(theirs.values()):
             assert ours[key] == pytest.approx(size, rel=0.03), key
@@ -279,7 +284,7 @@ def test_it_trains_and_resumes_as_any_model_does(tmp_path):
 
 
 @pytest.mark.parametrize("axis", ["context", "stage"])
-def test_a_mesh_that_it_does_not_declare_is_refused(axis, tmp_path, monkeypatch):
+def test_a_mesh_that_it_does_not_declare_is_refused(axis, tmp_path):
     config = make_run(tmp_path, mesh={axis: 2}, train={"steps": 1, "micro_batches": 2})
     sizes = dict.fromkeys(
         ("data", "fsdp", "expert", "tensor", "context", "stage"), 1
@@ -293,14 +298,16 @@ def test_a_mesh_that_it_does_not_declare_is_refused(axis, tmp_path, monkeypatch)
     assert str(caught.value) == (
         f"mesh.{axis}: {axis}=2 {meaning}, and model.mixer.kind=diagonal_ssm does not "
         f"say that it "
-        "supports this; set it to 1, or if it does, give register_mixer mesh_axes with "
-        f"'{axis}' where it is registered"
+        "supports this; set it to 1, or if it does, register it in MIXERS with "
+        f"'{axis}' among mesh_axes"
     )
     assert not list(require_unmet(config, sizes | {axis: 1}))
     assert len(list(require_unmet(config, sizes))) == 1
-    registered = replace(MIXERS[DiagonalSsmConfig], mesh_axes=frozenset({axis}))
-    monkeypatch.setitem(MIXERS, DiagonalSsmConfig, registered)
-    assert not list(require_unmet(config, sizes))
+    try:
+        MIXERS.register("diagonal_ssm", replace(REGISTERED, mesh_axes=(axis,)))
+        assert not list(require_unmet(config, sizes))
+    finally:
+        MIXERS.register("diagonal_ssm", REGISTERED)
 
 
 def require_unmet(config, sizes):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from pydantic import Field
 
+from maxlm.checkpoint.reading import read_metadata
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.data.row_files import open_rows
@@ -20,20 +21,19 @@ from maxlm.data.rows import make_row_source
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
 from maxlm.plan.predict import plan_run
-from maxlm.programs.load import load_frozen_models
-from maxlm.programs.setup import set_up_run
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
-from maxlm.tasks import ClmTask, SourceInputs, Task, TaskModels, register_task
-from maxlm.train.checkpoint.reading import read_metadata
-from tests.programs import tiny
+from maxlm.run.config import RunConfig
+from maxlm.run.setup import set_up_run
+from maxlm.run.warm_start import load_frozen_models
+from maxlm.tasks import TASKS, ClmTask, SourceInputs, Task, TaskModels
+from maxlm.train.program import train_model
+from tests.train import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SIDES = ("chosen", "rejected")
 
 
-@register_task
+@TASKS.register("test_dpo")
 class DpoTask(Task):
     """Prefer the chosen answer to the rejected one."""
 
@@ -90,7 +90,8 @@ class DpoTask(Task):
 def encode_pair(
     tokenizer: Tokenizer, length: int, row: dict[str, str]
 ) -> dict[str, Any]:
-    prompt, found = tokenizer.encode(row["prompt"]), {}
+    prompt = tokenizer.encode(row["prompt"])
+    found = {}
     for side in SIDES:
         ids = [*prompt, *tokenizer.encode(row[side]), tokenizer.eos_id][: length + 1]
         found[f"{side}_tokens"], found[f"{side}_targets"] = ids[:-1], ids[1:]

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.adapters import ADAPTERS
+from maxlm.checkpoint.reading import read_metadata
 from maxlm.config import MaxlmError, load_config, to_yaml
-from maxlm.models.adapters import Adapter, register_adapter
+from maxlm.models.adapters import Adapter
 from maxlm.models.params import (
     GatheredParam,
     Leaf,
@@ -31,14 +33,14 @@ from maxlm.models.params import (
     truncated_normal,
 )
 from maxlm.plan.predict import plan_run
-from maxlm.programs.load import init_or_warm_start_state, load_run
-from maxlm.programs.setup import set_up_run
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.load import load_run
+from maxlm.run.setup import set_up_run
+from maxlm.run.warm_start import init_or_warm_start_state
 from maxlm.sharding import AxisRules
-from maxlm.train.checkpoint.reading import read_metadata
+from maxlm.train.program import train_model
 from tests.models.building import LLAMA_GQA
-from tests.programs import tiny
+from tests.train import tiny
 
 RANK, SCALE = 4, 0.7
 
@@ -64,7 +66,7 @@ class Lora(Leaf):
         return y + self.scale * added
 
 
-@register_adapter
+@ADAPTERS.register("test_lora")
 class LoraAdapter(Adapter):
     """Every hidden matrix outside experts gains A and B."""
 
@@ -78,10 +80,8 @@ class LoraAdapter(Adapter):
     def _adapt_one(self, spec: ParamSpec) -> Any:
         if spec.role != "matrix" or "expert" in spec.axes:
             return spec
-        lead, inputs = (
-            spec.num_layer_axes,
-            spec.num_layer_axes + len(spec.contracting_dims),
-        )
+        lead = spec.num_layer_axes
+        inputs = spec.num_layer_axes + len(spec.contracting_dims)
         a = replace(
             spec,
             shape=(*spec.shape[:inputs], self.rank),
@@ -111,7 +111,7 @@ class Int8(Leaf):
         return use.read(self.values)
 
 
-@register_adapter
+@ADAPTERS.register("test_int8")
 class Int8Adapter(Adapter):
     """Makes every hidden matrix one of integers, and says nothing of how they come from
     floats."""
@@ -319,7 +319,5 @@ def test_its_config_reads_back_and_unknown_kinds_are_refused(make_config, tmp_pa
     )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(RunConfig, tmp_path / "config.yaml").value == config
-    with pytest.raises(
-        MaxlmError, match=r"no adapter of kind=none_such; use one of .*test_lora"
-    ):
-        make_config("a", {"fsdp": 1}, {"steps": 1}, adapter={"kind": "none_such"})
+    with pytest.raises(MaxlmError, match=r"adapter.kind must be one of .*'test_lora'"):
+        load_config(RunConfig, tmp_path / "config.yaml", ["adapter.kind=none_such"])

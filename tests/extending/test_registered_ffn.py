@@ -9,9 +9,12 @@ import pytest
 from flax import nnx
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.keys import COMMAND_LINE
+from maxlm.config.layers import SettingsTree
+from maxlm.config.load import validate_config
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import register_ffn
+from maxlm.models.blocks import FEED_FORWARDS, RegisteredFeedForward
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
@@ -44,7 +47,9 @@ class SquaredRelu(nnx.Module):
         ), Aux()
 
 
-register_ffn(SquaredReluConfig, SquaredRelu)
+FEED_FORWARDS.register(
+    "squared_relu", RegisteredFeedForward(SquaredReluConfig, SquaredRelu)
+)
 SETTINGS = LLAMA_GQA.model_dump() | {
     "mlp": None,
     "ffn": {"kind": "squared_relu", "width": 10},
@@ -67,12 +72,17 @@ def test_a_model_has_it_in_place_of_an_mlp(one_device_mesh):
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("changes", "message"),
     [
-        ({"ffn": {"kind": "cubed"}}, "no ffn of kind=cubed"),
+        (
+            {"ffn": {"kind": "cubed"}},
+            "ffn.kind must be 'squared_relu', not 'cubed'",
+        ),
         ({"mlp": {"d_ff": 8}}, "ffn beside"),
     ],
 )
-def test_an_unknown_kind_and_two_feed_forwards_are_refused(changes, what):
-    with pytest.raises(MaxlmError, match=what):
-        DecoderConfig.model_validate(SETTINGS | changes)
+def test_an_unknown_kind_and_two_feed_forwards_are_refused(changes, message):
+    with pytest.raises(MaxlmError, match=message):
+        validate_config(
+            DecoderConfig, SettingsTree(SETTINGS | changes, {(): COMMAND_LINE})
+        )

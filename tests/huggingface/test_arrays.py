@@ -38,7 +38,8 @@ def test_files_are_whole_tiles_and_both_are_bounded(shape):
     turned=st.booleans(),
 )
 def test_slices_come_back(tmp_path_factory, shape, lead, turned):
-    folder, lead = tmp_path_factory.mktemp("arrays"), min(lead, len(shape))
+    folder = tmp_path_factory.mktemp("arrays")
+    lead = min(lead, len(shape))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "TILE_BYTES", 24)
         patch.setattr(arrays, "FILE_BYTES", 100)

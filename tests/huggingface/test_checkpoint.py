@@ -11,10 +11,10 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from maxlm.checkpoint.config import CheckpointConfig
+from maxlm.checkpoint.folder import FolderTier
 from maxlm.huggingface import arrays
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
-from maxlm.train.checkpoint.folder import FolderTier
-from maxlm.train.config import CheckpointConfig
 from tests.errors import message
 
 LEADS = {"embed.table": 0, "layers.norm": 1, "layers.up": 1, "layers.experts": 2}

@@ -9,8 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from maxlm.checkpoint.folder import FolderTier
+from maxlm.checkpoint.reading import read_metadata
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
 from maxlm.huggingface.convert import export_tensors, import_tensors
+from maxlm.huggingface.families.names import ParamSlice, TensorEntry
 from maxlm.huggingface.files import (
     NUMPY,
     SafetensorsWriter,
@@ -18,9 +21,6 @@ from maxlm.huggingface.files import (
     list_stored_tensors,
     read_tensor,
 )
-from maxlm.models.families.names import ParamSlice, TensorEntry
-from maxlm.train.checkpoint.folder import FolderTier
-from maxlm.train.checkpoint.reading import read_metadata
 from tests.errors import message
 
 V, D, L, E, F = 11, 6, 3, 2, 10
@@ -101,7 +101,8 @@ def save(folder, values, shard_bytes=10**9):
 
 
 def test_values_that_are_no_numbers_are_counted(tmp_path):
-    values, lines = tensors(), []
+    values = tensors()
+    lines = []
     imported(save(tmp_path / "clean", values), tmp_path / "a", warn=lines.append)
     assert lines == []
     values["h.1.down"][1, 2:5, 3] = np.nan, np.inf, -np.inf
@@ -199,7 +200,8 @@ def test_what_training_saved_is_exported(tmp_path):
 
 def test_rounding_is_refused_unless_asked(tmp_path):
     imported(save(tmp_path / "theirs", tensors("F32")), tmp_path / "ours")
-    reader, bf16 = RunCheckpointReader(tmp_path / "ours"), TensorDtypes(default="BF16")
+    reader = RunCheckpointReader(tmp_path / "ours")
+    bf16 = TensorDtypes(default="BF16")
     text = message(export, reader, bf16, tmp_path / "a")
     assert "its float32 values would be rounded to bfloat16" in text
     got = export(reader, bf16, tmp_path / "b", lossy=True)
@@ -220,10 +222,8 @@ def test_progress_counts_bytes_to_the_end(tmp_path):
     there, back = [], []
     folder = save(tmp_path / "theirs", tensors())
     imported(folder, tmp_path / "ours", progress=lambda *call: there.append(call))
-    reader, dtypes = (
-        RunCheckpointReader(tmp_path / "ours"),
-        TensorDtypes(default="BF16"),
-    )
+    reader = RunCheckpointReader(tmp_path / "ours")
+    dtypes = TensorDtypes(default="BF16")
     export(reader, dtypes, tmp_path / "a", progress=lambda *call: back.append(call))
     total = sum(value.nbytes for value in tensors().values())
     for calls in (there, back):

@@ -111,7 +111,8 @@ def test_the_library_reads_what_was_written(
     writer = SafetensorsWriter(folder, own, shard_bytes)
     for name in reversed(arrays):
         writer.write(name, arrays[name])
-    got, written = {}, sorted(folder.glob("*.safetensors"))
+    got = {}
+    written = sorted(folder.glob("*.safetensors"))
     for number, file in enumerate(written, 1):
         part = load_file(file)
         assert (

@@ -14,17 +14,17 @@ from safetensors.numpy import load_file, save_file
 
 from maxlm.config import MaxlmError, to_yaml
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
+from maxlm.huggingface.families import FAMILIES
 from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names
 from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.families import FAMILIES
 from maxlm.models.params import flatten_names, is_leaf, param_specs
-from maxlm.programs.convert import convert
-from maxlm.programs.serve import read_lora_adapter
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.convert import convert
+from maxlm.serving.program import read_lora_adapter
 from maxlm.sharding import AxisRules
 from tests.errors import message
-from tests.programs import tiny
+from tests.train import tiny
 
 D, F, V, L = 6, 8, 11, 2
 ATTENTION = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 2}
@@ -89,7 +89,7 @@ def build_specs(config: Any) -> Any:
 
 
 def list_entries(config: Any) -> Any:
-    return FAMILIES["mixtral" if config.moe else "llama"].list_entries(config)
+    return FAMILIES.get("mixtral" if config.moe else "llama").list_entries(config)
 
 
 def read(folder: Path, config: Any = LLAMA) -> PeftAdapter:
@@ -253,7 +253,8 @@ def test_lora_is_its_formula_with_ranks_alphas_and_layers_of_its_own(tmp_path):
     settings = SETTINGS | {"use_rslora": True, "rank_pattern": {r"layers\.0\..*": 4}}
     settings |= {"alpha_pattern": {r"layers\.1\..*": 5}}  # and PEFT's default of 8
     peft = read(write_folder(tmp_path, settings, tensors))
-    merged, base = merge(peft), draw_base(LLAMA)
+    merged = merge(peft)
+    base = draw_base(LLAMA)
     for layer, scale in ((0, 8 / 4**0.5), (1, 5 / 2**0.5)):
         a, b = (
             tensors[f"{PREFIX}{Q.format(layer)}.lora_{part}.weight"] for part in "AB"
@@ -306,7 +307,8 @@ def test_the_files_own_weights_of_the_base_are_read(tmp_path):
     }
     settings = SETTINGS | {"modules_to_save": ["model.norm"]}
     peft = read(write_folder(tmp_path, settings, tensors))
-    memory, base = adapt(peft), draw_base(LLAMA)
+    memory = adapt(peft)
+    base = draw_base(LLAMA)
     np.testing.assert_array_equal(memory["final_norm.scale"], own["model.norm.weight"])
     np.testing.assert_array_equal(
         memory["embedding.table"], own["model.embed_tokens.weight"]
@@ -346,7 +348,8 @@ def test_experts_share_the_map_of_their_inputs_there(tmp_path):
     names = ["experts.gate_up_proj", "experts.down_proj"]
     settings = SETTINGS | {"target_modules": [], "target_parameters": names}
     folder = write_folder(tmp_path / "peft", settings, tensors)
-    merged, base = merge(read(folder, MIXTRAL), MIXTRAL), draw_base(MIXTRAL)
+    merged = merge(read(folder, MIXTRAL), MIXTRAL)
+    base = draw_base(MIXTRAL)
     for layer, expert in np.ndindex(L, experts):
         prefix = f"{PREFIX}{module.format(layer)}"
         a = tensors[f"{prefix}.base_layer.lora_A.weight"].reshape(experts, rank, D)[

@@ -6,10 +6,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from maxlm.adapters import LoraAdapter
+from maxlm.adapters.lora import LoraAdapter
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel
 from maxlm.models.params import flatten_names, param_specs
 from tests.errors import message
@@ -55,7 +55,8 @@ def merge(tiny: Tiny, name: str | None, seed: int = 0) -> Tiny:
     """The model with an adapter in its weights, in float64 by its equation."""
     if name is None:
         return tiny
-    flat, arrays = flatten_names(tiny.params), draw_arrays(tiny, ADAPTERS[name], seed)
+    flat = flatten_names(tiny.params)
+    arrays = draw_arrays(tiny, ADAPTERS[name], seed)
     for kernel in {array.rpartition(".")[0] for array in arrays}:
         a = arrays[f"{kernel}.lora_a"].astype(np.float64)
         b = arrays[f"{kernel}.lora_b"].astype(np.float64)
@@ -115,7 +116,8 @@ def test_a_batch_of_adapters_is_as_each_merged_model_alone(tiny):
 
 
 def test_adapters_come_and_go_between_steps_and_nothing_compiles(llama):
-    engine, found = make_engine(llama, max_adapters=2), {}
+    engine = make_engine(llama, max_adapters=2)
+    found = {}
     engine.warm_up()
     compiled = engine.stats().compilations_total
     load(engine, llama, "small")

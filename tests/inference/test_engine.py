@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate, generate_tokens
 from maxlm.inference.model_runner import count_compilations
 from maxlm.inference.params import prepare_params
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.sequences import ScheduledStep
 from maxlm.inference.speculation import DraftModel, PromptLookupConfig, look_up_prompt
 from maxlm.inference.step import run_step
@@ -96,7 +96,8 @@ def test_sampled_rows_do_not_depend_on_what_else_runs(tiny):
 
 
 def test_requests_that_come_and_go_at_any_moment(llama):
-    engine, expected = make_engine(llama), {}
+    engine = make_engine(llama)
+    expected = {}
     random = np.random.default_rng(0)
     found: dict[tuple[str, int], list[int]] = {}
     for number in range(12):
@@ -139,7 +140,8 @@ def test_sequences_of_one_request_share_its_prompt_and_draw_by_themselves(llama)
 
 
 def test_a_shared_prefix_is_computed_once(llama):
-    engine, prefix = make_engine(llama), list(range(30))
+    engine = make_engine(llama)
+    prefix = list(range(30))
     rows(engine, [[*prefix, 3]], GREEDY)
     outputs = list(engine.run(make_requests([[*prefix, 5], prefix], GREEDY)))
     cached = {o.request_id: o.num_cached_tokens for o in outputs if o.num_cached_tokens}

@@ -14,6 +14,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
@@ -24,7 +25,6 @@ from maxlm.inference.banned_sequences import fill_draft_masks
 from maxlm.inference.grammar import GrammarCompiler, GrammarMatcher
 from maxlm.inference.requests import GrammarSpec
 from maxlm.inference.sampling import (
-    SamplingConfig,
     make_keys,
     process_logits,
     sample_tokens,
@@ -78,7 +78,8 @@ def compiler(tokenizer) -> GrammarCompiler:
 def step(settings, allowed, position, vocab_size):
     """Tokens that a model of random weights draws, for each row others."""
     logits = 3 * jax.random.normal(jax.random.key(position), (ROWS, vocab_size + EXTRA))
-    none, positions = jnp.zeros(ROWS, jnp.int32), jnp.full(ROWS, position, jnp.int32)
+    none = jnp.zeros(ROWS, jnp.int32)
+    positions = jnp.full(ROWS, position, jnp.int32)
     logits = process_logits(
         logits,
         settings,
@@ -95,7 +96,8 @@ def step(settings, allowed, position, vocab_size):
 
 def generate(tokenizer, matchers: list[GrammarMatcher], **knobs) -> list[str]:
     """Texts that end as they should."""
-    streams, texts = range(ROWS), [[] for _ in range(ROWS)]
+    streams = range(ROWS)
+    texts = [[] for _ in range(ROWS)]
     settings = stack_settings([SamplingConfig(**knobs)] * ROWS, ROWS, streams=streams)
     words = -(-(tokenizer.vocab_size + EXTRA) // 32)
     for position in range(STEPS):
@@ -185,10 +187,8 @@ def test_masks_by_hand(tokenizer, compiler):
 
 
 def test_masks_of_a_draft_are_those_of_one_token_after_another(tokenizer, compiler):
-    spec, words = (
-        GrammarSpec("json_schema", json.dumps(SCHEMA)),
-        -(-tokenizer.vocab_size // 32),
-    )
+    spec = GrammarSpec("json_schema", json.dumps(SCHEMA))
+    words = -(-tokenizer.vocab_size // 32)
     matcher = compiler.compile(spec)
     assert all(map(matcher.accept, tokenizer.encode('{"name":')))
     good, bad = tokenizer.encode('"Zoë"'), tokenizer.encode("}")
@@ -235,7 +235,8 @@ def test_characters_that_a_tokenizer_lacks(tmp_path):
     tiny_tokenizers.save(tiny_tokenizers.t5(), tmp_path, **roles)
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     tokenizer = import_tokenizer(tmp_path)
-    compiler, (a,) = GrammarCompiler(tokenizer), tokenizer.encode("a")[-1:]
+    compiler = GrammarCompiler(tokenizer)
+    (a,) = tokenizer.encode("a")[-1:]
     got = message(compiler.compile, GrammarSpec("regex", "[{]a[}]"))
     assert got.endswith(
         "regex cannot be compiled: no text of this tokenizer has that form"

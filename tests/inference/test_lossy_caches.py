@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.model_runner import allocate_state, copy_rows, state_specs
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.step import StepSizes, make_ragged_batch
-from maxlm.models.caches.config import CacheConfig
+from maxlm.models.caches.config import AnyCacheConfig
 from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.caches.layout import CacheLayout, allocate_cache_array
 from maxlm.models.caches.paged import PagedCache
@@ -57,7 +57,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def parse(**settings: Any) -> Any:
-    return TypeAdapter(CacheConfig).validate_python(settings)
+    return TypeAdapter(AnyCacheConfig).validate_python(settings)
 
 
 @dataclass
@@ -81,11 +81,13 @@ class Case:
     def run(self, mesh, steps, width=1) -> tuple[Any, Any, Any, Any]:
         """Returns q, k, v [D, R, T, heads, size] and what the cache answered; the cache
         too."""
-        (N, K), rng = self.heads, np.random.default_rng(3)
+        N, K = self.heads
+        rng = np.random.default_rng(3)
         rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
         if self.value_dim or self.whole_keys:
             rules = rules.model_copy(update={"kv_heads": ()})
-        D, T = prod(mesh.shape[axis] for axis in rules.batch), 48
+        D = prod(mesh.shape[axis] for axis in rules.batch)
+        T = 48
         q, k, v = (rng.normal(size=(D, ROWS, T, n, self.size)) for n in (N, K, K))
         pages = ROWS * T // self.page + 1
         layout = CacheLayout(
@@ -139,10 +141,8 @@ class Case:
                 )
             )()
             for decode, chunks in steps:
-                computed, counts = (
-                    np.full((D, ROWS), -1, np.int32),
-                    np.zeros((D, ROWS), np.int32),
-                )
+                computed = np.full((D, ROWS), -1, np.int32)
+                counts = np.zeros((D, ROWS), np.int32)
                 for row in decode:
                     computed[:, row], counts[:, row] = known[row], width
                 ids, starts, sizes = np.zeros((3, D, CHUNKS), np.int32)
@@ -195,7 +195,8 @@ class Case:
 
 def list_blocks(steps, row: int) -> list[tuple[int, int, bool]]:
     """(start, tokens, whether it is a chunk) of what a row computes together."""
-    blocks, start = [], 0
+    blocks = []
+    start = 0
     for decode, chunks in steps:
         for which, part in enumerate((decode, chunks)):
             if row in part:
@@ -217,7 +218,9 @@ def round_to(x: np.ndarray, bits: int, axis: int) -> np.ndarray:
 
 def simulate_kivi(case: Case, q, k, v, blocks, ring: int) -> np.ndarray:
     """One row's answers [T, N, Hv]: pages older than the recent ones are rounded."""
-    (N, K), page, bits = case.heads, case.page, int(case.config.kind[3:])
+    N, K = case.heads
+    page = case.page
+    bits = int(case.config.kind[3:])
     pages = k.reshape(-1, page, K, case.size)
     rough_k = round_to(pages, bits, 1).reshape(k.shape)
     rough_v = (
@@ -226,7 +229,9 @@ def simulate_kivi(case: Case, q, k, v, blocks, ring: int) -> np.ndarray:
     out = np.full((len(k), N, v.shape[-1]), np.nan)
     for start, size, _ in blocks:
         limit = max(start // page - ring, 0) * page
-        old, end, at = np.arange(len(k))[:, None, None] < limit, start + size, start
+        old = np.arange(len(k))[:, None, None] < limit
+        end = start + size
+        at = start
         keys, values = np.where(old, rough_k, k)[:end], np.where(old, rough_v, v)[:end]
         at = np.arange(start, end)
         for head in range(K):
@@ -242,11 +247,15 @@ def simulate_eviction(case: Case, q, k, v, blocks) -> tuple[np.ndarray, list[set
     """One row's answers [T, N, Hv], and each kv head's tokens at the end."""
     (N, K), config = case.heads, case.config
     budget = min(config.budget, case.window or config.budget)
-    out, last = np.full((len(k), N, v.shape[-1]), np.nan), []
+    out = np.full((len(k), N, v.shape[-1]), np.nan)
+    last = []
     for head in range(K):
-        own, kept, scores = slice(head * N // K, (head + 1) * N // K), [], {}
+        own = slice(head * N // K, (head + 1) * N // K)
+        kept = []
+        scores = {}
         for start, size, is_chunk in blocks:
-            end, at = start + size, np.arange(start, start + size)
+            end = start + size
+            at = np.arange(start, start + size)
 
             def rank(token):
                 if case.window and token <= end - case.window:  # noqa: B023
@@ -314,7 +323,8 @@ def test_room_for_more_features_changes_no_answer(one_device_mesh, kind, name):
 
 def test_rejected_guesses_leave_no_trace(one_device_mesh):
     """Rows try 4 tokens a step, and 1 to 4 are right."""
-    case, rng = Case(parse(kind="int4", recent=5)), np.random.default_rng(0)
+    case = Case(parse(kind="int4", recent=5))
+    rng = np.random.default_rng(0)
     steps: Any = [*STEPS[:2], ({}, {2: 1, 3: 10})]
     steps += [({r: int(rng.integers(1, 5)) for r in range(4)}, {}) for _ in range(9)]
     (q, k, v), found, known, _ = case.run(one_device_mesh, steps, width=4)
@@ -440,10 +450,8 @@ def test_sequences_within_the_budget_are_exact(
         llama.params,
         EngineConfig.model_validate({"cache": cache, **SIZES, **scarce}),
     )
-    sampling, found = (
-        SamplingConfig(temperature=0, max_new_tokens=20),
-        [[] for _ in PROMPTS],
-    )
+    sampling = SamplingConfig(temperature=0, max_new_tokens=20)
+    found = [[] for _ in PROMPTS]
     for output in engine.run(
         [GenerationRequest(str(i), tuple(p), sampling) for i, p in enumerate(PROMPTS)]
     ):
@@ -458,7 +466,8 @@ def test_sequences_within_the_budget_are_exact(
 def test_copied_rows_are_whole_and_pages_stay(llama, kind):
     """What a fork of a sequence begins with."""
     layout = CacheLayout(1, 3, 5, 4, cache=EVICTING.get(kind) or parse(kind=kind))
-    sizes, rng = (llama.model, layout, 8), np.random.default_rng(0)
+    sizes = (llama.model, layout, 8)
+    rng = np.random.default_rng(0)
     fill = lambda x: jnp.asarray(rng.integers(0, 99, x.shape), x.dtype)  # noqa: E731
     state = jax.tree.map(fill, allocate_state(*sizes))
     before = jax.tree.map(np.asarray, state)

@@ -84,7 +84,8 @@ class PagesMachine(RuleBasedStateMachine):
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=11),
     )
     def start(self, key, tokens):
-        nodes, tokens = self.tree.match(tokens, key), tuple(tokens)
+        nodes = self.tree.match(tokens, key)
+        tokens = tuple(tokens)
         depths = range((len(tokens) - 1) // SIZE + 1)
         expected = max(depth for depth in depths if self.is_usable(key, tokens, depth))
         assert len(nodes) == expected

@@ -24,7 +24,8 @@ def test_each_token_is_predicted_from_all_others(mesh, one_device_mesh):
         mask_id=MASK,
         wrap=lambda tokens: ([FIRST, *tokens, LAST], 1),
     )
-    rng, done = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    done = []
     pairs = [
         (rng.integers(4, 66, before).tolist(), rng.integers(4, 66, size).tolist())
         for before, size in [(0, 5), (7, 1), (3, 28)]

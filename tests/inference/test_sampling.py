@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec, reshard
 from scipy.stats import chisquare
 
 from maxlm.config import load_config
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.sampling import (
-    SamplingConfig,
     compute_logprobs,
     make_keys,
     process_logits,
@@ -40,7 +40,8 @@ def reference(logits, config, prompt, output, vocab_size=VOCAB) -> np.ndarray:
         )
     for i in set(output):
         x[i] -= config.frequency_penalty * output.count(i) + config.presence_penalty
-    banned, n = set(), config.no_repeat_ngram_size
+    banned = set()
+    n = config.no_repeat_ngram_size
     if n:
         grams = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)}
         banned = {
@@ -109,7 +110,8 @@ class Batch:
     """Random rows: few distinct tokens in their texts, so that n-grams come again."""
 
     def __init__(self, configs, seed=0):
-        rng, rows = np.random.default_rng(seed), len(configs)
+        rng = np.random.default_rng(seed)
+        rows = len(configs)
         self.configs = configs
         self.settings = stack_settings(configs, rows, stop_ids=[STOPS] * rows)
         self.logits = rng.normal(0, 1.5, (rows, VOCAB + 3)).astype(np.float32)
@@ -311,7 +313,8 @@ def test_bans_that_would_leave_nothing_do_not_hold():
 
 
 def test_repeated_ngrams_by_hand():
-    x, text = [0.0] * 4, [1, 2, 3, 1, 2]
+    x = [0.0] * 4
+    text = [1, 2, 3, 1, 2]
     assert kept_ids(x, text, no_repeat_ngram_size=3) == [0, 1, 2]  # 1 2 3 came
     assert kept_ids(x, text, no_repeat_ngram_size=2) == [0, 1, 2]  # 2 3 came
     assert kept_ids(x, text, no_repeat_ngram_size=4) == [0, 1, 2, 3]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.requests import GenerationRequest, GrammarSpec
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scheduler import Scheduler
 
 VOCAB, STOP = 12, 11
@@ -39,7 +39,8 @@ class SimulatedDevice:
 
     def __init__(self, scheduler, rng=None, stop=None):
         self.scheduler, self.rng, self.stop = scheduler, rng, stop
-        shards, rows = len(scheduler._shards), scheduler.config.max_sequences
+        shards = len(scheduler._shards)
+        rows = scheduler.config.max_sequences
         self.size = scheduler.config.page_size
         self.pools = [
             np.zeros((shards, n, self.size), np.int64) for n in scheduler.num_pages
@@ -49,7 +50,8 @@ class SimulatedDevice:
 
     def compute(self, sequence, tokens, start, writers):
         """Compute tokens[start:] of a sequence; returns their hashes."""
-        states, shard = hash_tokens(sequence, tokens), sequence.shard
+        states = hash_tokens(sequence, tokens)
+        shard = sequence.shard
         if sequence.encoder_tokens:
             assert self.rows[shard, sequence.row] == hash(sequence.encoder_tokens)
         for group, window in enumerate(self.scheduler.windows):
@@ -69,7 +71,8 @@ class SimulatedDevice:
         return states[start:]
 
     def run(self, step, before_finish=lambda: None):
-        writers, pools = {}, [pool.copy() for pool in self.pools]
+        writers = {}
+        pools = [pool.copy() for pool in self.pools]
         for shard, group, source, destination in step.page_copies:
             assert writers.setdefault((shard, group, destination)) is None
             self.pools[group][shard, destination] = pools[group][shard, source]
@@ -83,7 +86,8 @@ class SimulatedDevice:
             self.rows[sequence.shard, sequence.row] = hash(sequence.encoder_tokens)
         found = {}
         for sequence, num_tokens in step.decode:
-            start, new = sequence.num_computed, []
+            start = sequence.num_computed
+            new = []
             assert start == len(sequence.tokens) - 1
             if sequence.num_drafts and num_tokens > 1:
                 assert step.num_steps == 1
@@ -111,7 +115,8 @@ class SimulatedDevice:
             if samples:
                 found[sequence] = [next_token(sequence, states[-1])]
             self.num_prefilled += num_tokens
-        config, parts = self.scheduler.config, [*step.decode, *step.prefill]
+        config = self.scheduler.config
+        parts = [*step.decode, *step.prefill]
         for shard in range(len(self.scheduler._shards)):
             chunks = [
                 chunk.num_tokens
@@ -199,7 +204,9 @@ def test_random_traffic_computes_every_token_from_its_own_context(
     }
     base |= {"prefill_tokens": 11, "max_chunks": 3}
     scheduler = make_scheduler(windows, **base | settings)
-    device, names, requests = SimulatedDevice(scheduler, rng, STOP), count(), []
+    device = SimulatedDevice(scheduler, rng, STOP)
+    names = count()
+    requests = []
     longest = scheduler.config.max_length
     prefixes = [rng.integers(0, 4, longest // 2).tolist() for _ in range(3)]
 
@@ -240,7 +247,8 @@ def test_random_traffic_computes_every_token_from_its_own_context(
             scheduler.fork(source, 1 if source.num_output_tokens else None)
         for sequence in scheduler.running:
             sequence.num_drafts = int(windows != () and rng.random() < 0.1) * 3
-        if (step := scheduler.schedule()) is None:
+        step = scheduler.schedule()
+        if step is None:
             assert not scheduler.running
             assert not scheduler.waiting
             continue
@@ -279,7 +287,8 @@ def test_requests_share_a_prefix(together):
         "max_chunks": 32,
     }
     scheduler, device = simulate(max_length=1040, **settings)
-    prefix, pages = np.random.default_rng(1).integers(0, VOCAB, 1000), set()
+    prefix = np.random.default_rng(1).integers(0, VOCAB, 1000)
+    pages = set()
     sequences = []
     for number in range(32):
         tokens = [*prefix.tolist(), number % VOCAB, number]
@@ -316,7 +325,8 @@ def test_rows_and_steps():
     sequence's end, if no prompt is under way and no row needs the host or has
     drafts."""
     scheduler = make_scheduler(max_sequences=3, decode_steps=4, prefill_tokens=8)
-    device, sequences = SimulatedDevice(scheduler, np.random.default_rng(0)), []
+    device = SimulatedDevice(scheduler, np.random.default_rng(0))
+    sequences = []
     for number, new in enumerate([20, 3, 7, 9]):
         sequences += scheduler.add(make_request([1, 2 + number], number, new))
     step = scheduler.schedule()
@@ -361,10 +371,8 @@ def test_oldest_requests_start_first_and_stay():
 def test_long_prompt_does_not_hold_up_decoding():
     """Each step of a long prompt decodes the other rows as well."""
     scheduler = make_scheduler(max_length=200, prefill_tokens=10)
-    device, (short,) = (
-        SimulatedDevice(scheduler),
-        scheduler.add(make_request([3], 0, new=60)),
-    )
+    device = SimulatedDevice(scheduler)
+    (short,) = scheduler.add(make_request([3], 0, new=60))
     device.run(scheduler.schedule())
     (long,) = scheduler.add(make_request(range(100), 1))
     for at in range(10):

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest, TokenLogprob
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.answers import (
     parse_boxed,
     parse_choice,
@@ -44,8 +44,11 @@ SMALL: dict[str, Any] = {
 class Letters:
     """Ids 0 to 2: a, line feed and the end."""
 
-    vocab_size, stop_ids, texts = 3, (2,), (b"a", b"\n", b"</s>")
-    bos_id, prefix_ids = 2, ()
+    vocab_size = 3
+    stop_ids = (2,)
+    texts = (b"a", b"\n", b"</s>")
+    bos_id = 2
+    prefix_ids = ()
 
     def decode_bytes(self, ids, *, continued=False):
         return b"".join(self.texts[i] for i in ids)
@@ -94,7 +97,9 @@ def search_naively(
     logprobs, prompt, vocab, stop, config
 ) -> list[tuple[tuple[int, ...], float]]:
     """Beam search as transformers has it: a table of all continuations of all beams."""
-    running, finished, n = [((), 0.0)], [], config.num_beams
+    running = [((), 0.0)]
+    finished = []
+    n = config.num_beams
     for length in range(1, config.max_new_tokens + 1):
         table = []
         for tokens, total in running:
@@ -152,7 +157,8 @@ def test_wide_beams_find_the_best_of_all_continuations(llama, logprobs, penalty)
 
 def test_penalties_and_rules_of_ending_equal_a_naive_search(llama, logprobs):
     """And so they do where the engine guesses tokens: not those of beams."""
-    engine, found = make_engine(llama, speculation=PromptLookupConfig()), {}
+    engine = make_engine(llama, speculation=PromptLookupConfig())
+    found = {}
     prompts = [PROMPT, [1], list(range(20, 43))]
     for penalty, early in product((-1.0, 0.0, 1.0, 2.0), (True, False, "never")):
         config = BeamSearchConfig(
@@ -314,7 +320,8 @@ def score_letters(prompt, outputs):
 
 
 def test_a_tree_keeps_each_path_s_best_step(llama):
-    engine, finished = make_engine(llama, Letters()), 0
+    engine = make_engine(llama, Letters())
+    finished = 0
     tree = TreeSearchConfig(
         num_subtrees=1,
         beam_width=4,

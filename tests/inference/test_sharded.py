@@ -9,18 +9,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate_tokens
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.inference.sequences import ScheduledStep
 from maxlm.inference.speculation import DraftModel
 from maxlm.inference.step import run_step
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.placement import place_model
 from maxlm.parallel.config import ParallelConfig
+from maxlm.run.model_placement import place_model
 from maxlm.sharding import ShardingConfig
 from maxlm.sharding.mesh import MESH_AXES
 from tests.inference.conftest import CONFIGS, Tiny
@@ -131,10 +131,8 @@ def test_fewer_kv_heads_than_devices_are_kept_once_a_device(mesh, build_tiny):
     """Four devices have copies of two kv heads, one each; forward passes without a
     cache too."""
     attention = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6}
-    one, eight = (
-        build_tiny("llama", mesh(), vocab_size=64, attention=attention),
-        mesh(data=2, tensor=4),
-    )
+    one = build_tiny("llama", mesh(), vocab_size=64, attention=attention)
+    eight = mesh(data=2, tensor=4)
     how = ShardingConfig(), ParallelConfig(), dict(eight.shape), jnp.float32
     placed = place_model(one.model.config, *how, training=None)
     held = jax.device_put(

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.speculation import DraftModel
 
-VOCAB, PROMPT = 8, (3, 1)
+VOCAB = 8
+PROMPT = (3, 1)
 NUM_SAMPLES = int(os.environ.get("NUM_SAMPLES", 8_000))
 BIAS = {"logit_bias": {0: 0.5, 5: -0.5}, "temperature": 1.7, "top_p": 0.95}
 
@@ -47,7 +48,8 @@ def make_engine(models, num_drafts: int, rows: int) -> Engine:
 def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(models):
     """Guessed by another model, temperature and nucleus on; probabilities from whole
     passes."""
-    engine, counts = make_engine(models, 3, 250), np.zeros((VOCAB, VOCAB))
+    engine = make_engine(models, 3, 250)
+    counts = np.zeros((VOCAB, VOCAB))
     sampling = SamplingConfig(max_new_tokens=4, **BIAS)
     requests = [
         GenerationRequest(str(seed), PROMPT, sampling.model_copy(update={"seed": seed}))

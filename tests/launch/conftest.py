@@ -8,7 +8,7 @@ from maxlm.config import load_config
 from maxlm.launch.job import make_job
 from maxlm.launch.options import JobOptions
 from maxlm.launch.render import render_job
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from maxlm.config import load_config
 from maxlm.launch.job import make_job
 from maxlm.launch.options import JobOptions
 from maxlm.launch.render import render_job
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 # Each start takes the next exit code of $CODES; a start with SLEEP waits for a signal.
 STAND_IN = """#!/bin/bash

@@ -40,12 +40,14 @@ def route(logits, bias, config):
 def served(chosen, counted, config):
     """chosen [S][k] of one sequence → the (token, rank) pairs that an expert has room
     for."""
-    length, k = len(chosen), config["experts_per_token"]
+    length = len(chosen)
+    k = config["experts_per_token"]
     pairs = [(t, j) for j in range(k) for t in range(length) if counted[t]]
     if config["dispatch"] == "dropless":
         return set(pairs)
     room = ceil(length * k / config["num_experts"] * config["capacity_factor"])
-    taken, kept = dict.fromkeys(range(config["num_experts"]), 0), set()
+    taken = dict.fromkeys(range(config["num_experts"]), 0)
+    kept = set()
     for t, j in pairs:
         if taken[chosen[t][j]] < room:
             taken[chosen[t][j]] += 1
@@ -67,7 +69,9 @@ def moe(params, x, counted, config):
     dict."""
     num_experts, k = config["num_experts"], config["experts_per_token"]
     bias = params.get("selection_bias", np.zeros(num_experts))
-    y, load, mass = np.zeros_like(x), np.zeros(num_experts), np.zeros(num_experts)
+    y = np.zeros_like(x)
+    load = np.zeros(num_experts)
+    mass = np.zeros(num_experts)
     squares, dropped = 0.0, 0
     for b, row in enumerate(x):
         routes = [route(token @ params["router"], bias, config) for token in row]

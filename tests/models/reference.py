@@ -55,10 +55,12 @@ def rotate(x, position, theta, size=None):
     """x [H]; Su et al. 2021, eq. 13: pair i of the first R turns by position ·
     theta^(-2i/R)."""
     size = size or len(x)
-    half, y = size // 2, x.copy()
+    half = size // 2
+    y = x.copy()
     for i in range(half):
         angle = position * theta ** (-2 * i / size)
-        c, s = np.cos(angle), np.sin(angle)
+        c = np.cos(angle)
+        s = np.sin(angle)
         y[i], y[i + half] = c * x[i] - s * x[i + half], s * x[i] + c * x[i + half]
     return y
 
@@ -140,7 +142,9 @@ def self_attention(x, params, seen, config, window, table):
         table: learnt biases by distance [buckets, N], if there are any.
     """
     positions, segments, scheme, norm_config = seen
-    S, N, K = len(x), config["num_heads"], config["num_kv_heads"]
+    S = len(x)
+    N = config["num_heads"]
+    K = config["num_kv_heads"]
     scheme = scheme | {"heads": N}
 
     def project(name, head):
@@ -230,7 +234,8 @@ def embedded(config, params, tokens, positions):
 def decoder(config, params, tokens, positions, segments):
     """Hidden states [S, D] and logits [S, V] of one row; config is a plain nested
     dict."""
-    x, kinds = embedded(config, params, tokens, positions), config["pattern"]
+    x = embedded(config, params, tokens, positions)
+    kinds = config["pattern"]
 
     def normed(x, p):
         return norms(x, p, config["norm"])
@@ -239,7 +244,8 @@ def decoder(config, params, tokens, positions, segments):
         window, scheme = config["attention"]["window"], config["positions"]
         if kinds:
             kind = kinds[number % len(kinds)]
-            window, scheme = kind["window"], kind["positions"] or scheme
+            window = kind["window"]
+            scheme = kind["positions"] or scheme
         seen = (positions, segments, scheme, config["norm"])
         of_layer = (
             p["attention"],

@@ -6,11 +6,11 @@ import yaml
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.config.show import to_yaml
-from maxlm.models.architectures import DecoderConfig
+from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.context_extension import TuneConfig, extend_context
-from maxlm.programs.smoke import shrink_config
-from maxlm.run import RunConfig
-from tests.programs import tiny
+from maxlm.run.config import RunConfig
+from maxlm.train.smoke import shrink_config
+from tests.train import tiny
 
 SCALINGS = {
     "linear": {"kind": "linear", "factor": 4.0},

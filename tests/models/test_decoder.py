@@ -62,9 +62,11 @@ def test_hidden_states_logits_and_loss_equal_the_reference(run):
 
 def test_gradient_of_every_parameter_equals_finite_differences(run):
     """Along one random direction for each parameter, central differences in float64."""
-    rng, step = np.random.default_rng(2), 1e-5
+    rng = np.random.default_rng(2)
+    step = 1e-5
     config, params, _, grads = run
-    grads, batch = flatten_names(grads), building.batch(config.vocab_size)
+    grads = flatten_names(grads)
+    batch = building.batch(config.vocab_size)
 
     def at(name, value):
         moved = building.change(params, name, lambda _: value)
@@ -78,7 +80,8 @@ def test_gradient_of_every_parameter_equals_finite_differences(run):
             / 2
             / step
         )
-        found, size = np.vdot(grads[name], direction), np.linalg.norm(grads[name])
+        found = np.vdot(grads[name], direction)
+        size = np.linalg.norm(grads[name])
         assert abs(found - slope) <= 2e-5 * size + 1e-6, name
 
 

@@ -71,7 +71,8 @@ def test_without_segments_each_row_is_one_document(llama):
 def test_a_token_or_a_position_outside_its_table_gives_nan_in_its_row_alone(
     gpt2, given, bad
 ):
-    tokens, positions = building.tokens_and_targets(23)[0], POSITIONS.copy()
+    tokens = building.tokens_and_targets(23)[0]
+    positions = POSITIONS.copy()
     (tokens if given == "token" else positions)[1, 3] = bad
     hidden, _ = gpt2(tokens, positions, SEGMENTS)
     assert np.isnan(hidden[1, 3]).all()
@@ -93,7 +94,8 @@ def test_bf16_computes_in_bf16_and_keeps_parameters_and_gradients_in_fp32(
     assert {x.dtype for x in jax.tree.leaves((params, grads))} == {
         jnp.dtype(jnp.float32)
     }
-    config, tokens = LLAMA_GQA.model_dump(), np.asarray(batch["tokens"])
+    config = LLAMA_GQA.model_dump()
+    tokens = np.asarray(batch["tokens"])
     for row in range(len(SEGMENTS)):
         _, exact = reference.decoder(
             config, values, tokens[row], POSITIONS[row], SEGMENTS[row]
@@ -107,7 +109,8 @@ def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(
     name, one_device_mesh
 ):
     """7 at once, then one by one; unwritten slots of the cache hold large garbage."""
-    mesh, config = one_device_mesh, CONFIGS[name]
+    mesh = one_device_mesh
+    config = CONFIGS[name]
     values = building.random_params(config, mesh)
     tokens, _, _ = building.tokens_and_targets(config.vocab_size, (2, 11))
     model = building.decoder(config, mesh)
@@ -128,7 +131,8 @@ def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(
     with jax.set_mesh(mesh):
         params = building.on_devices(values, building.storage(config, mesh))
         _, layout = building.make_uniform_batch(0, 1, 2, config.max_seq_len)
-        caches, found = allocate_state(model, layout, 1).caches, []
+        caches = allocate_state(model, layout, 1).caches
+        found = []
         caches = jax.tree.map(lambda x: x + 1e3, caches)
         for first, last in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
             batch, _ = building.make_uniform_batch(

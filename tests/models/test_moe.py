@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from maxlm.config import MaxlmError
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.params import bind, flatten_names, param_specs, stack_layers
+from maxlm.optim.config import OptimizerConfig
+from maxlm.optim.optimizer import make_optimizer
 from maxlm.sharding import AxisRules
-from maxlm.train.optimizer import OptimizerConfig, make_optimizer
 from tests.models import moe_building as building
 from tests.models import moe_reference as reference
 from tests.models.building import QUICK, change
@@ -170,7 +171,8 @@ def test_impossible_settings_are_refused_with_their_values(change, message):
 def test_fewer_experts_are_possible_and_routed_alike(
     most, groups, size, met, per_token, rank
 ):
-    met, experts = min(met, groups), groups * size
+    met = min(met, groups)
+    experts = groups * size
     assume(rank == "max" or size > 1)
     config = MoeConfig(
         num_experts=experts,

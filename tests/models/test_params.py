@@ -122,10 +122,8 @@ def test_values_depend_on_key_name_and_layer_alone(values):
 
 
 def test_binding_leaves_the_module_as_it_was_and_takes_no_other_names(one_device_mesh):
-    declared, params = (
-        model(LLAMA_GQA),
-        building.random_params(LLAMA_GQA, one_device_mesh),
-    )
+    declared = model(LLAMA_GQA)
+    params = building.random_params(LLAMA_GQA, one_device_mesh)
     bound = bind(declared, params)
     np.testing.assert_array_equal(
         bound.embedding.table[...], params["embedding"]["table"]

@@ -121,7 +121,8 @@ def test_yarn_ramps_begin_and_end_at_a_pair_that_there_is():
     assert (found[1:] < plain(1e4, 128)[1:]).all()
 
     scaling = YarnScaling(factor=8.0, original_length=10**8, beta_fast=1e6)
-    found, own = compute_frequencies(1e4, 8, scaling), plain(1e4, 8)
+    found = compute_frequencies(1e4, 8, scaling)
+    own = plain(1e4, 8)
     close(found, yarn(1e4, 8, scaling))
     kept = 1 - np.array([0, 0, 1, 2]) / 6
     close(found, own * kept + own / 8 * (1 - kept))
@@ -131,20 +132,21 @@ def test_yarn_ramps_begin_and_end_at_a_pair_that_there_is():
 def test_llama3_has_three_regimes_that_meet(theta):
     """Its published code: by wavelength, below L / high, above L / low, and between."""
     scaling = Llama3Scaling(factor=8.0, original_length=8192)
-    own, found = plain(theta, 128), compute_frequencies(theta, 128, scaling)
+    own = plain(theta, 128)
+    found = compute_frequencies(theta, 128, scaling)
     counts = {"short": 0, "long": 0, "between": 0}
     for frequency, got in zip(own, found, strict=True):
         wavelength = 2 * pi / frequency
         if wavelength < 8192 / 4.0:
-            expected, regime = frequency, "short"
+            expected = frequency
+            regime = "short"
         elif wavelength > 8192 / 1.0:
-            expected, regime = frequency / 8.0, "long"
+            expected = frequency / 8.0
+            regime = "long"
         else:
             smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
-            expected, regime = (
-                (1 - smooth) * frequency / 8.0 + smooth * frequency,
-                "between",
-            )
+            expected = (1 - smooth) * frequency / 8.0 + smooth * frequency
+            regime = "between"
         assert got == pytest.approx(expected, rel=1e-12)
         counts[regime] += 1
     assert min(counts.values()) > 5

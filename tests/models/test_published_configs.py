@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.models.families import find_family
-from maxlm.models.families.rope import write_position_settings
+from maxlm.huggingface.families import find_family
+from maxlm.huggingface.families.rope import write_position_settings
 from maxlm.models.layers.positions import PositionsConfig
 from tests.models.published import PUBLISHED
 from tests.parity.compare import Holder

@@ -12,12 +12,11 @@ POLICIES = ("none", "matmuls", "mlp", "attention", "full")
 
 
 def test_loss_and_gradients_are_the_same_under_every_policy(one_device_mesh):
-    mesh, results = one_device_mesh, {}
+    mesh = one_device_mesh
+    results = {}
     with jax.set_mesh(mesh):
-        params, batch = (
-            building.placed_params(LLAMA_GQA, mesh),
-            building.placed_batch(23, mesh),
-        )
+        params = building.placed_params(LLAMA_GQA, mesh)
+        batch = building.placed_batch(23, mesh)
         for policy in POLICIES:
             model = building.decoder(
                 LLAMA_GQA.model_copy(update={"remat": policy}), mesh
@@ -47,10 +46,8 @@ def test_layers_of_one_turn_are_computed_again_one_after_the_other(
     config = LLAMA_GQA.model_copy(update=changes)
     model = building.decoder(config, mesh)
     with jax.set_mesh(mesh):
-        params, batch = (
-            building.placed_params(config, mesh),
-            building.placed_batch(23, mesh),
-        )
+        params = building.placed_params(config, mesh)
+        batch = building.placed_batch(23, mesh)
         text = str(building.gradient_step(model).trace(params, batch).jaxpr)
     barriers = text.count("prevent_cse=True")
     assert barriers == (0 if kinds == 1 < depth else kinds)

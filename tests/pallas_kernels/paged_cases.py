@@ -53,8 +53,11 @@ def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     lengths = np.array([length for length, _ in case.rows], np.int32)
     counts = np.array([count for _, count in case.rows], np.int32)
     pages = -(-lengths // page)
-    R, M, P = len(lengths), max(pages.max(), 1) + 2, int(pages.sum()) + 3
-    order, tables = list(rng.permutation(np.arange(1, P))), np.zeros((R, M), np.int32)
+    R = len(lengths)
+    M = max(pages.max(), 1) + 2
+    P = int(pages.sum()) + 3
+    order = list(rng.permutation(np.arange(1, P)))
+    tables = np.zeros((R, M), np.int32)
     used = np.zeros((P, page), bool)
     firsts = np.zeros(R, np.int32)
     limits = np.maximum(lengths - rng.integers(0, 20, R), 0).astype(np.int32)

@@ -47,7 +47,8 @@ def paged_attention(
         value_dim
         or (value_pages[0] if isinstance(value_pages, tuple) else value_pages).shape[-1]
     )
-    o, lse = np.zeros((T, N, Hv)), np.full((T, N), -np.inf)
+    o = np.zeros((T, N, Hv))
+    lse = np.full((T, N), -np.inf)
     limits = kv_lengths if key_limits is None else key_limits
     for r, (begin, end) in enumerate(itertools.pairwise(query_starts)):
         length, limit = int(kv_lengths[r]), int(min(kv_lengths[r], limits[r]))

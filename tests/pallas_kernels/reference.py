@@ -82,20 +82,16 @@ def attention(
     scale = H**-0.5 if scale is None else scale
     o, lse = np.zeros((*q.shape[:3], v.shape[3])), np.zeros(q.shape[:3])
     d_q, d_k, d_v = (np.zeros(x.shape) for x in (q, k, v))
-    d_sinks, d_biases = (
-        np.zeros(N),
-        None if biases is None else np.zeros(np.shape(biases)),
-    )
+    d_sinks = np.zeros(N)
+    d_biases = None if biases is None else np.zeros(np.shape(biases))
     learned = [
         x for x, given in ((d_sinks, sinks), (d_biases, biases)) if given is not None
     ]
     for n in range(N):
         kv = n // (N // K)
         sink = -np.inf if sinks is None else np.float64(sinks[n])
-        scores, derivatives = (
-            np.einsum("bsh,bth->bst", q[:, :, n], k[:, :, kv]) * scale,
-            1,
-        )
+        scores = np.einsum("bsh,bth->bst", q[:, :, n], k[:, :, kv]) * scale
+        derivatives = 1
         if soft_cap is not None:
             scores = soft_cap * np.tanh(scores / soft_cap)
             derivatives = 1 - (scores / soft_cap) ** 2

@@ -89,8 +89,10 @@ def test_the_reference_gradients_are_finite_differences(case):
     """Central differences of the reference's output along random directions, all in
     float64."""
     operands, d_o = case.arrays()
-    operands, options = [x.astype(np.float64) for x in operands], case.options()
-    rng, step = np.random.default_rng(case.seed), 1e-5
+    operands = [x.astype(np.float64) for x in operands]
+    options = case.options()
+    rng = np.random.default_rng(case.seed)
+    step = 1e-5
     learned = [x for x in ("sinks", "biases") if x in options]
     operands += [options.pop(x).astype(np.float64) for x in learned]
 

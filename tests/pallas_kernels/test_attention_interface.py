@@ -73,7 +73,9 @@ class Kernel:
     """Records what it is asked to do, and gives its name's length everywhere."""
 
     def __init__(self, name: str, *, supported: bool):
-        self.value, self.supported, self.calls = len(name), supported, []
+        self.value = len(name)
+        self.supported = supported
+        self.calls = []
 
     def supports(self, operands, params):
         return self.supported

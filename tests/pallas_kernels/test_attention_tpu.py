@@ -133,7 +133,8 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, name):
     """Forward and backward, each on a chip whose VMEM holds just so many keys."""
-    (own, keys), parts = PARTS[name], []
+    own, keys = PARTS[name]
+    parts = []
     taken = tpu._parts
     monkeypatch.setattr(tpu, "_parts", lambda *x: parts.append(taken(*x)) or parts[-1])
 

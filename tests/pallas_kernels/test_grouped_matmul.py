@@ -173,18 +173,18 @@ def test_operands_of_few_bits(where, left, right, transposed, monkeypatch):
     """int8 is exact in int32, over rows so long that fp32 would round; scales come
     behind."""
     backend = _backend(where, monkeypatch)
-    exact, sizes = left == "int8", np.array([21, 0, 10], np.int32)
+    exact = left == "int8"
+    sizes = np.array([21, 0, 10], np.int32)
     rows, others, kernels = operands(40, 1200 if exact else 40, 24, sizes)
     if right == "int8":
         rng = np.random.default_rng(1)
         others, kernels = (rng.integers(120, 128, x.shape) for x in (others, kernels))
         rows = rng.integers(120, 128, rows.shape) if exact else rows
-    rows, others, kernels = (
-        rows.astype(left),
-        others.astype(right),
-        kernels.astype(right),
-    )
-    rng, scales = np.random.default_rng(2), {}
+    rows = rows.astype(left)
+    others = others.astype(right)
+    kernels = kernels.astype(right)
+    rng = np.random.default_rng(2)
+    scales = {}
     if rows.dtype.itemsize == 1:
         scales["row_scales"] = rng.uniform(0.5, 2, 40).astype(np.float32)
         scales["row_scales"][sizes.sum() :] = np.nan
@@ -268,7 +268,8 @@ def test_each_product_is_the_others_gradient_to_the_second_order():
     matmul, outer = (
         partial(f, sizes=sizes) for f in (matmul_reference, outer_reference)
     )
-    back, d_back = kernels.swapaxes(1, 2), d_kernels.swapaxes(1, 2)
+    back = kernels.swapaxes(1, 2)
+    d_back = d_kernels.swapaxes(1, 2)
 
     def check(function, arguments, toward, first, second):
         """Gradients, and those of what they are along ``toward``, which has all
@@ -312,7 +313,8 @@ def test_visits_find_every_row_once_and_no_more(padding, cuts, whole):
     cuts = [*sorted(cuts[:4]), num_rows if whole else max(cuts)]
     sizes = np.diff(np.sort(cuts), prepend=0).astype(np.int32)
     found, count = _visits(sizes, num_rows, tile, padding=padding)
-    found, count = jax.tree.map(np.asarray, found), int(count)
+    found = jax.tree.map(np.asarray, found)
+    count = int(count)
     seen = []
     for tile_number, read, group, begin, end, behind in zip(
         *(x[:count] for x in (found.out_tile, found.tile, *found[2:])), strict=True

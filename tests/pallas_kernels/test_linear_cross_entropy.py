@@ -15,7 +15,8 @@ def reference(hidden, head, targets, weights, z_loss=0.0, soft_cap=None, bias=No
     """The loss, the cross-entropy and the loss's gradients, from every logit; a bias's
     last."""
     hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
-    logits, slope = hidden @ head, 1.0
+    logits = hidden @ head
+    slope = 1.0
     if bias is not None:
         logits = logits + np.asarray(bias, np.float64)
     if soft_cap is not None:

@@ -66,7 +66,9 @@ $region0: #{kernel.1}
         // region range: [18, 18)
 """
 UNITS = ["MATMUL", "VALU", "VSTORE:SPILL"]
-STEP, SPILLING, OUTSIDE = 25 - 9 - 2, 2, 9 + 2
+STEP = 25 - 9 - 2
+SPILLING = 2
+OUTSIDE = 9 + 2
 
 
 def unit_use() -> str:

@@ -44,11 +44,9 @@ def bytes_needed(blocks: TpuBlocks, direction: str, at: AttentionSizes) -> int:
 def test_every_entry_of_the_table_fits_its_chip():
     entries = tuned.load_table()
     for one in entries:
-        blocks, problem = (
-            TpuBlocks(**one.blocks),
-            Problem(
-                one.direction, *one.head_sizes, one.seq, one.mask, one.dtype, one.heads
-            ),
+        blocks = TpuBlocks(**one.blocks)
+        problem = Problem(
+            one.direction, *one.head_sizes, one.seq, one.mask, one.dtype, one.heads
         )
         tpu_blocks.check_blocks(blocks)
         chip = CHIPS[one.chip]
@@ -128,7 +126,8 @@ def test_the_kernel_takes_the_tables_blocks(direction, monkeypatch):
     monkeypatch.setattr(
         tuned, "load_table", lambda: (problem.entry("v4", small, 1, ""),)
     )
-    seen, known = [], tpu.count_keys_in_vmem
+    seen = []
+    known = tpu.count_keys_in_vmem
     monkeypatch.setattr(
         tpu,
         "count_keys_in_vmem",

@@ -319,7 +319,8 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
     sees = reference.mask(length, length, window=window)[0]
     chunks = np.arange(length).reshape(-1, size)
     worth = {(a[0], b[0]) for a in chunks for b in chunks if sees[np.ix_(a, b)].any()}
-    computed, work = set(), []
+    computed = set()
+    work = []
     with jax.set_mesh(mesh(context=ways)):
         split = SequenceSplit(("context",), "ring", balanced, True, window)
         rows = size * split.chunks_per_device

@@ -61,7 +61,8 @@ OPTIONS = [(True, None, 0.0), (False, None, 0.2), (False, 3.0, 0.0)]
 
 def operands():
     rng = np.random.default_rng(0)
-    hidden, head = rng.standard_normal((B, S, D)), 2 * rng.standard_normal((D, V))
+    hidden = rng.standard_normal((B, S, D))
+    head = 2 * rng.standard_normal((D, V))
     targets = rng.integers(0, V, (B, S)).astype(np.int32)
     weights = np.where(rng.random((B, S)) < 0.3, 0, rng.random((B, S)))
     targets[weights == 0] = 0
@@ -179,7 +180,8 @@ def test_no_device_holds_more_logits_than_a_chunk(mesh):
     with jax.set_mesh(on):
         hidden = jnp.asarray(rng.standard_normal((tokens, D)), jnp.float32)
         head = jnp.asarray(rng.standard_normal((D, V)), jnp.float32)
-        targets, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
+        targets = jnp.zeros(tokens, jnp.int32)
+        weights = jnp.ones(tokens)
 
         def loss(hidden, head, bias):
             own = LogitsInputs(hidden, head, ((), ()), bias=bias, soft_cap=30.0)

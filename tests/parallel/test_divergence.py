@@ -93,7 +93,8 @@ def exact(options, k):
         divergence = options.temperature**2 * (kl.sum(-1) * weights).sum()
         norm = jax.nn.logsumexp(logits, -1)
         entropy = norm - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        entropy, z = (entropy * weights).sum(), Z * (norm**2 * weights).sum()
+        entropy = (entropy * weights).sum()
+        z = Z * (norm**2 * weights).sum()
         c = options.ce_weight
         return (1 - c) * divergence + c * (entropy + z), (divergence, entropy)
 
@@ -189,7 +190,8 @@ def test_any_layout_will_do(name, k, mesh):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_likeliest_tokens_and_the_rest_are_the_teachers(name, mesh):
-    case, want = CASES[name], teacher_log_probs(2.0)
+    case = CASES[name]
+    want = teacher_log_probs(2.0)
     on = mesh(**case.mesh)
     with jax.set_mesh(on):
         states, kernel = (

@@ -62,10 +62,8 @@ def run(case: Case, table, ids, d_y):
 
 def arguments(case: Case, on: Mesh, ids: np.ndarray):
     draw = np.random.default_rng(0).standard_normal
-    table, d_y = (
-        draw((V, D)).astype(np.float32),
-        draw((*ids.shape, D)).astype(np.float32),
-    )
+    table = draw((V, D)).astype(np.float32)
+    d_y = draw((*ids.shape, D)).astype(np.float32)
 
     def put(array, dims):
         return jax.device_put(array, NamedSharding(on, make_spec(dims)))

@@ -31,7 +31,8 @@ def inputs():
     """Parameters of six layers, x, what layers share and their context."""
     draw = np.random.default_rng(0).standard_normal
     params = {"w": draw((L, D, D)) / D**0.5, "b": draw((L, D))}
-    x, context = draw((B, D)), (draw((B, D)), draw((B, 1)))
+    x = draw((B, D))
+    context = (draw((B, D)), draw((B, 1)))
     values = params, x, 0.1 * draw((B, D)), context
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), values)
 
@@ -71,7 +72,7 @@ def test_parameters_and_context_are_not_kept_again(remat):
     """What the forward scan stacks for the backward one is of activations' shapes."""
     own = [jax.checkpoint(layer) if remat else layer]
     jaxpr = jax.make_jaxpr(jax.grad(partial(by_scan, own), argnums=(0, 1)))(*inputs())
-    (forward, backward) = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
+    forward, backward = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
     stacked = [
         v.aval.shape for v in forward.outvars[2:]
     ]  # after the carry: x and total
@@ -99,7 +100,8 @@ def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
     def cast(own):
         return own | {"w": own["w"].astype(jnp.bfloat16)}
 
-    args, loss = inputs(), partial(by_scan, [layer], cast=cast)
+    args = inputs()
+    loss = partial(by_scan, [layer], cast=cast)
     jaxpr = jax.make_jaxpr(jax.grad(loss))(*args)
     backward = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"][-1]
     stacked = {v.aval.shape: v.aval.dtype for v in backward.outvars if v.aval.ndim > 2}

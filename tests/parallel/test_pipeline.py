@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from maxlm.parallel.pipeline import _backward_turn, _circular, bubble_ratio
 from maxlm.plan.compiled.cost import COLLECTIVES
 from maxlm.plan.compiled.hlo import Computation, HloModule, parse_hlo
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.global_batch import batch_sharding
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import bind_mesh
-from maxlm.train.batch import batch_sharding
 from tests.models.building import QUICK
 
 STAGES = st.integers(2, 6)
@@ -198,7 +198,8 @@ def loops_with_collectives(body: Computation, module: HloModule) -> list[str]:
 
 def what_it_needs(name: str, body: Computation) -> set[str]:
     """Names of all instructions that one depends on."""
-    found, new = set(), [name]
+    found = set()
+    new = [name]
     while new:
         operands = set(body.instructions[new.pop()].operands) - found
         found |= operands

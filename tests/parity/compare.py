@@ -12,10 +12,10 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config import Config
+from maxlm.huggingface.families import find_family
+from maxlm.huggingface.families.family import ModelFamily
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.families import find_family
-from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import bind, flatten_names, join_path, param_specs
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK

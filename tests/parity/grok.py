@@ -80,7 +80,8 @@ class Attention(nn.Module):
         group = C.num_attention_heads // C.num_key_value_heads
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         q, k = rotated(q), rotated(k)
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
         scores = q @ k.transpose(2, 3) * C.attn_output_multiplier
         scores = C.max_attn_value * torch.tanh(scores / C.max_attn_value)
         future = torch.ones(length, length, dtype=torch.bool).triu(1)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.config.sampling import SamplingConfig
+from maxlm.huggingface.families.family import ModelFamily
 from maxlm.inference.generate import generate_tokens
-from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.families.family import ModelFamily
 from maxlm.sharding import ShardingConfig
 from tests.parity import compare, grok, tiny
 
@@ -171,9 +171,11 @@ def all_double() -> Iterator[None]:
 def packed(name: str) -> float:
     """The largest difference of two documents' logits, in a row that they share and in
     rows padded on the right, from the documents alone."""
-    own, given = case(name), batch(name)
+    own = case(name)
+    given = batch(name)
     parts = [given.part(0), given.part(1)]
-    rows, more = _rows([p.tokens[0] for p in parts], PARTS), {}
+    rows = _rows([p.tokens[0] for p in parts], PARTS)
+    more = {}
     if given.types is not None:
         more["types"] = _rows([p.types[0] for p in parts], PARTS).tokens
     if given.source is not None:
@@ -246,7 +248,8 @@ def continued(name: str) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def _ours_continued(name: str, given: list[list[int]]) -> list[list[int]]:
-    own, mesh = case(name), compare.one_device()
+    own = case(name)
+    mesh = compare.one_device()
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     model = own.config.build(rules=rules, dtype=jnp.float32)
     params = compare.placed(own.params, mesh)

@@ -114,11 +114,9 @@ def check(
 @pytest.mark.parametrize(("beta", "temperature"), CASES)
 def test_same_loss_and_gradient_as_trl(beta, temperature, tmp_path):
     seed = int(4 * beta)
-    rows, student, teacher = (
-        draw_rows(seed, ROWS),
-        build(seed),
-        build(100 + seed, **WIDE),
-    )
+    rows = draw_rows(seed, ROWS)
+    student = build(seed)
+    teacher = build(100 + seed, **WIDE)
     batch = make_torch_batch(rows)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits = student(**inputs).logits[:, :-1], teacher(**inputs).logits[:, :-1].detach()
@@ -136,19 +134,20 @@ def test_same_loss_and_gradient_as_trl(beta, temperature, tmp_path):
 
 
 def test_features_and_cross_entropy_as_torch_has_them(tmp_path):
-    rows, student, teacher = draw_rows(3, ROWS), build(3), build(103, **WIDE)
+    rows = draw_rows(3, ROWS)
+    student = build(3)
+    teacher = build(103, **WIDE)
     sizes = student.config.hidden_size, teacher.config.hidden_size
     student.features = torch.nn.Linear(*sizes, bias=False)
     batch = make_torch_batch(rows)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     inputs["output_hidden_states"] = True
-    ours, theirs = student(**inputs), teacher(**inputs)
+    ours = student(**inputs)
+    theirs = teacher(**inputs)
     labels = batch["labels"][:, 1:]
     counted = labels != -100
-    targets, guess = (
-        theirs.hidden_states[-1][:, :-1],
-        student.features(ours.hidden_states[-1]),
-    )
+    targets = theirs.hidden_states[-1][:, :-1]
+    guess = student.features(ours.hidden_states[-1])
     features = torch.nn.functional.mse_loss(
         guess[:, :-1][counted], targets[counted].detach()
     )

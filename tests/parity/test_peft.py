@@ -15,10 +15,11 @@ from maxlm.models.params import (
     flatten_names,
     join_path,
 )
-from maxlm.programs.convert import convert
-from maxlm.programs.load import init_or_warm_start_state, load_run
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.convert import convert
+from maxlm.run.load import load_run
+from maxlm.run.setup import set_up_run
+from maxlm.run.warm_start import init_or_warm_start_state
 from tests.parity import peft_bases
 
 torch = pytest.importorskip("torch")
@@ -121,7 +122,7 @@ def compute_logits(model: Any, params: Any) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _without_tokenizer(monkeypatch):
-    monkeypatch.setattr("maxlm.programs.load.load_tokenizer", lambda folder: None)
+    monkeypatch.setattr("maxlm.run.load.load_tokenizer", lambda folder: None)
 
 
 def check(

@@ -21,7 +21,7 @@ from maxlm.huggingface.peft.importing import AdaptedParamWriter
 from maxlm.huggingface.peft.reading import read_peft_adapter
 from maxlm.models.adapters import build_adapted_model, merge_adapter
 from maxlm.models.params import bind, bind_specs, flatten_names, param_specs
-from maxlm.programs.convert import HuggingFaceModel, open_huggingface_model
+from maxlm.run.convert import HuggingFaceModel, open_huggingface_model
 from maxlm.sharding import AxisRules
 from tests.parity import peft_bases
 

@@ -7,20 +7,25 @@ import json
 import numpy as np
 import pytest
 
-from maxlm.adapters import PrefixAdapter, PromptAdapter
-from maxlm.adapters.virtual_tokens import from_peft, to_peft
+from maxlm.adapters.virtual_tokens import (
+    PrefixAdapter,
+    PromptAdapter,
+    from_peft,
+    to_peft,
+)
 from maxlm.config import MaxlmError
 from maxlm.models.adapters import build_adapted_model
 from maxlm.models.params import flatten_names, param_specs
-from maxlm.programs.convert import convert
-from maxlm.programs.load import load_run
+from maxlm.run.convert import convert
+from maxlm.run.load import load_run
 from maxlm.sharding import AxisRules
 from tests.parity import compare, measure
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-N, LENGTHS = 4, (13, 6)
+N = 4
+LENGTHS = (13, 6)
 ADAPTERS = {
     "prefix": (PrefixAdapter(num_virtual_tokens=N), "PrefixTuningConfig"),
     "prompt": (PromptAdapter(num_virtual_tokens=N), "PromptTuningConfig"),
@@ -51,7 +56,8 @@ def adapt(name, kind):
 # well.
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "gemma3"])
 def test_logits_and_counts_are_pefts(name, kind):
-    own, adapter = measure.case(name), ADAPTERS[kind][0]
+    own = measure.case(name)
+    adapter = ADAPTERS[kind][0]
     model, embedding = adapt(name, kind)
 
     specs = param_specs(
@@ -101,7 +107,7 @@ def test_logits_and_counts_are_pefts(name, kind):
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("name", ["gpt2", "gemma"])
 def test_files_hold_the_same_vectors_both_ways(name, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("maxlm.programs.load.load_tokenizer", lambda folder: None)
+    monkeypatch.setattr("maxlm.run.load.load_tokenizer", lambda folder: None)
     theirs, embedding = adapt(name, kind)
     theirs.save_pretrained(tmp_path / "peft")
     theirs.base_model.save_pretrained(tmp_path / "base")

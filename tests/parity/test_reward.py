@@ -9,13 +9,13 @@ import pytest
 from maxlm.data.tokenizer import import_tokenizer
 from maxlm.inference.embedding import Embedder
 from maxlm.models.params import flatten_names
-from maxlm.programs.convert import convert
-from maxlm.programs.load import load_model, load_run
-from maxlm.programs.preference import score_texts
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.convert import convert
+from maxlm.run.load import load_model, load_run
+from maxlm.train.program import train_model
+from maxlm.tune.references import score_texts
 from tests.data.tokenizer.foreign import write_checkpoint
-from tests.programs import tiny
+from tests.train import tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

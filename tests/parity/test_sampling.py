@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.inference.sampling import SamplingConfig, process_logits, stack_settings
+from maxlm.config.sampling import SamplingConfig
+from maxlm.inference.sampling import process_logits, stack_settings
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -15,13 +15,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.smollm2 import find_package, write_checkpoint
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate_tokens
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from maxlm.models.params import bind
-from maxlm.programs.convert import convert
-from maxlm.programs.load import load_run
+from maxlm.run.convert import convert
+from maxlm.run.load import load_run
 from maxlm.train.records import read_records
 
 torch = pytest.importorskip("torch")

@@ -32,7 +32,9 @@ from tests.tasks.row_cases import (  # noqa: E402
 )
 
 transformers.logging.set_verbosity_error()
-SEEDS, ROWS, SEQ = range(5), 6, 40
+SEEDS = range(5)
+ROWS = 6
+SEQ = 40
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 CASES = {"sft": {"kind": "sft", "examples_per_row": 1}, **PREFERENCE_CASES}
 
@@ -178,7 +180,8 @@ def build_models(kind: str, seed: int) -> list[Any]:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_same_loss_and_gradient_as_trl(name, seed, tmp_path):
-    settings, rows = CASES[name], draw_rows(seed, ROWS)
+    settings = CASES[name]
+    rows = draw_rows(seed, ROWS)
     kind = settings["kind"]
     model, reference = build_models(kind, seed)
     trainer = make_trainer(model, reference, settings)
@@ -201,7 +204,8 @@ def test_same_loss_and_gradient_as_trl(name, seed, tmp_path):
         flat = compare.parameters(plain, family.list_entries(plain), found)
         return flat if score is None else flat | {"heads.score.kernel": score.T}
 
-    batch = make_batch(task := make_task(tmp_path, rows, **settings), SEQ, ROWS)
+    task = make_task(tmp_path, rows, **settings)
+    batch = make_batch(task, SEQ, ROWS)
     mesh = compare.one_device()
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     params = [compare.placed(convert(m.state_dict()), mesh) for m in (model, reference)]

@@ -17,7 +17,8 @@ from maxlm.data.loader import LoaderConfig  # noqa: E402
 from maxlm.data.tokenizer import import_tokenizer  # noqa: E402
 from maxlm.models.params import bind, flatten_names  # noqa: E402
 from maxlm.sharding import ShardingConfig  # noqa: E402
-from maxlm.tasks import SftTask, SourceInputs, TaskModels  # noqa: E402
+from maxlm.tasks import SourceInputs, TaskModels  # noqa: E402
+from maxlm.tasks.sft import SftTask  # noqa: E402
 from tests.data.tokenizer.foreign import write_checkpoint  # noqa: E402
 from tests.parity import compare, tiny  # noqa: E402
 
@@ -119,7 +120,8 @@ def test_loss_and_gradient_are_those_of_unlearnt_labels(tmp_path, seed, most):
     model.save_pretrained(tmp_path / "model")
     values, tensors = compare.tensors_of(tmp_path / "model")
     family, own = compare.read(values, tensors)
-    entries, mesh = family.list_entries(own), compare.one_device()
+    entries = family.list_entries(own)
+    mesh = compare.one_device()
     gradients = {
         name: p.grad.numpy()
         for name, p in model.named_parameters()

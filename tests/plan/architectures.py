@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from maxlm.run import RunConfig
-from tests.programs import cells
-from tests.programs.cells import CELLS, MICRO, ROWS
+from maxlm.run.config import RunConfig
+from tests.train import cells
+from tests.train.cells import CELLS, MICRO, ROWS
 
 SEQ = 32
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
@@ -82,7 +82,8 @@ _TASKS = {
 
 def run(model: str, layout: str, **changes: Any) -> RunConfig:
     """A run of one of these models, or the parity matrix's, on a layout of that."""
-    cell, settings = CELLS[layout], dict(CELLS[layout].settings)
+    cell = CELLS[layout]
+    settings = dict(CELLS[layout].settings)
     micro = MICRO if cell.mesh.get("stage", 1) > 1 else 1
     sizes = {"vocab_size": 88, "num_layers": 4, "d_model": 32}
     own = MODELS[model] if model in MODELS else cells.MODELS[model]

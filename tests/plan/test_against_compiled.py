@@ -12,17 +12,17 @@ import pytest
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.compiled.compare import count_step_products
 from maxlm.plan.compiled.cost import read_compiled_cost
+from maxlm.plan.compiled.program import compute_peak_bytes, make_abstract_batch
 from maxlm.plan.memory import estimate_memory, persistent_bytes
 from maxlm.plan.timing import count_frozen_forward_flops
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.workload import RunWorkload, StepShape
-from maxlm.programs.compile import compute_peak_bytes, make_abstract_batch
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import MESH_AXES
 from tests.models.building import QUICK
 from tests.plan import architectures
-from tests.programs.cells import CAPACITY, MODELS
+from tests.train.cells import CAPACITY, MODELS
 
 # (layout, model, how far bytes sent may be off): scalars and norms weigh in models so
 # small, the more with experts, whose routing sends a few numbers a token. `make test`
@@ -89,10 +89,8 @@ def test_frozen_base(layout, kind):
         compute_peak_bytes(held), rel=0.25
     )
     # The reference's attention counts at half, whatever tiles are skipped.
-    products, exact = (
-        cost.matmul_flops + cost.attention_flops,
-        {"sft": 1e-6, "dpo": 0.04}[kind],
-    )
+    products = cost.matmul_flops + cost.attention_flops
+    exact = {"sft": 1e-6, "dpo": 0.04}[kind]
     own = count_step_products(shape).total_flops + count_frozen_forward_flops(shape)
     assert own == pytest.approx(products, rel=exact)
     if kind == "sft" and layout == "fsdp":
@@ -155,7 +153,8 @@ def test_bytes_sent_and_products(layout, model, off):
         pytest.skip("jax 0.10 adds gathers of its own")
     shape, cost, held = compiled(run(layout, model))
     products = cost.matmul_flops + cost.attention_flops
-    ours, theirs = sent(shape), Counter(cost.wire_by_kind_and_axes())
+    ours = sent(shape)
+    theirs = Counter(cost.wire_by_kind_and_axes())
     theirs -= gathered_for_top_k(shape)
     assert sum(ours.values()) == pytest.approx(sum(theirs.values()), rel=off)
     large = 0.1 * sum(theirs.values())

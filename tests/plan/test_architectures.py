@@ -16,7 +16,7 @@ from maxlm.plan.timing import (
 )
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.workload import RunWorkload, StepShape
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.sharding import MESH_AXES
 from tests.plan.architectures import run
 
@@ -61,7 +61,8 @@ def test_an_encoder_and_a_decoder_by_hand():
     """T5 small: six layers each, and rows of so many tokens."""
     config = preset("t5_small", "ul2", "task.encoder_len=464", "task.decoder_len=312")
     layout = compute_run_layout(config, ALONE)
-    d, heads = 512, 8 * 64
+    d = 512
+    heads = 8 * 64
     projection, mlp = d * heads, 2 * d * 2048
     of_inputs = (
         6 * (4 * projection + mlp) + 6 * 2 * projection

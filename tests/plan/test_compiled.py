@@ -147,7 +147,8 @@ def test_each_collective_has_its_axes_and_bytes(
     mesh, function, options, kind, axes, size
 ):
     """Run five times in a loop, on shards of all devices."""
-    devices, everywhere = mesh(**SIZES), P(tuple(SIZES))
+    devices = mesh(**SIZES)
+    everywhere = P(tuple(SIZES))
     exchange = partial(function, axis_name=tuple(axes.split("+")), **options)
 
     def local(x):

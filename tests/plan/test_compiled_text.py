@@ -156,10 +156,8 @@ custom_call_target="AsyncCollectiveDone"
 }}
 """,
     )
-    cost, traffic = (
-        read_compiled_cost(text, {"fsdp": 8}),
-        read_program_traffic(text, (1, 2)),
-    )
+    cost = read_compiled_cost(text, {"fsdp": 8})
+    traffic = read_program_traffic(text, (1, 2))
     assert {c.kind: (c.count, c.wire_bytes) for c in cost.collectives} == {
         "all-gather": (1, 7 * 16 * 64 * 2),
         "reduce-scatter": (2, 2 * 7 * 8 * 64 * 2),

@@ -15,7 +15,9 @@ def simulated(
     """Progress of a run whose failures come at random, interval by interval; a restart
     may fail too."""
     random = np.random.default_rng(0)
-    now, done, end = 0.0, 0.0, hours * 3600
+    now = 0.0
+    done = 0.0
+    end = hours * 3600
     failure = random.exponential(mean)
     while now < end:
         if now + interval + write <= failure:

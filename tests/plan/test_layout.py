@@ -13,10 +13,10 @@ from maxlm.config.assets import list_shipped_configs
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.show import format_bytes, format_count
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import MESH_AXES
-from tests.programs import tiny
+from tests.train import tiny
 
 
 def tiny_run(**top) -> RunConfig:
@@ -36,7 +36,8 @@ def llama(**settings) -> RunConfig:
 def test_a_run_makes_the_arrays_that_were_planned():
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
     run = tiny_run(mesh=axes)
-    setup, layout = set_up_run(run), compute_run_layout(run, sizes(**axes))
+    setup = set_up_run(run)
+    layout = compute_run_layout(run, sizes(**axes))
     state = setup.init_train_state()
     arrays = flatten_names(state.params)
     assert [row.path for row in layout.rows] == list(arrays)
@@ -199,7 +200,8 @@ def test_zero_splits_what_its_number_says(kind):
         for part, rules in ZERO[kind].items()
         for axis, value in rules.items()
     }
-    ways, norms = 8, 4096 * 65 * 4
+    ways = 8
+    norms = 4096 * 65 * 4
     found = lay_out({"fsdp": ways}, **settings, **{"sharding.max_unsharded": 1})
     whole = 4 * found.parameters
     split = (whole - norms) // ways + norms

@@ -10,7 +10,7 @@ from maxlm.plan.hardware import CHIPS
 from maxlm.plan.network import Network
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.workload import MeshPartitioning
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.sharding import MESH_AXES
 
 CONFIG = load_config(RunConfig, "llama2_7b").value

@@ -14,7 +14,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.plan.hardware import CHIPS, find_chip
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.timing import EFFICIENCY
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.runtime.report_page import write_report_page
 
 

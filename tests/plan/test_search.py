@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.search import format_run_yaml, list_divisors, search_layouts
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 
 def run(name: str = "gpt2_medium", **settings) -> RunConfig:
@@ -22,7 +22,8 @@ def run(name: str = "gpt2_medium", **settings) -> RunConfig:
 def brute_force(config: RunConfig, machine: Machine) -> float:
     """The quickest step of every mesh of data, fsdp, tensor and stage, one by one,
     through everything that a run checks."""
-    best, n = inf, machine.topology.devices
+    best = inf
+    n = machine.topology.devices
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     residuals = (["context"], ["context", "tensor"])
     for data, tensor, stage, micro, remat, residual in product(
@@ -50,7 +51,8 @@ def test_divisors_of_a_large_number_are_those_of_a_count():
 
 
 def test_nothing_better_is_missed():
-    config, machine = run(**{"data.batch_size": 32}), Machine.from_name("h100x4")
+    config = run(**{"data.batch_size": 32})
+    machine = Machine.from_name("h100x4")
     found = search_layouts(config, machine, top=3)
     assert found.best[0].seconds <= brute_force(config, machine) * (1 + 1e-9) < inf
     assert (
@@ -62,7 +64,8 @@ def test_nothing_better_is_missed():
     ("name", "on"), [("mixtral_8x7b", "v5e-256"), ("llama3_8b", "h100x64")]
 )
 def test_what_is_found_is_a_plan(name, on):
-    config, machine = run(name), Machine.from_name(on)
+    config = run(name)
+    machine = Machine.from_name(on)
     found = search_layouts(config, machine, top=5)
     assert len(found.best) == 5
     assert [c.seconds for c in found.best] == sorted(c.seconds for c in found.best)
@@ -87,7 +90,8 @@ def test_the_snippet_is_the_candidate(tmp_path):
         "data.sources.0.weight": 2.0,
         "optimizer.kind": "lion",
     }
-    config, machine = run(str(source), **settings), Machine.from_name("v5p-64")
+    config = run(str(source), **settings)
+    machine = Machine.from_name("v5p-64")
     for best in search_layouts(config, machine, top=3).best:
         wanted = best.apply(config)
         file.write_text(format_run_yaml(wanted, str(source)))

@@ -30,7 +30,7 @@ from maxlm.plan.serving_cache import (
     count_token_bytes,
 )
 from maxlm.plan.timing import DECODE_EFFICIENCY
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 
 Size = tuple[int, int]
 """Heads, and the size of each."""
@@ -43,7 +43,8 @@ def load(name: str, *settings: str) -> RunConfig:
 def place(
     name, on, prompt, new, *, tensor=1, cache: Any = "auto", weights: Any = "auto"
 ):
-    machine, options = Machine.from_name(on), ServingOptions(prompt, new, weights)
+    machine = Machine.from_name(on)
+    options = ServingOptions(prompt, new, weights)
     return ServedModel(
         read_workload(load(name), machine, options), machine, options, tensor, cache
     )
@@ -155,7 +156,8 @@ def test_a_state_is_of_one_size():
 
 
 def test_weights_are_counted_once_and_split():
-    config, counted = load("llama3_1_8b"), []
+    config = load("llama3_1_8b")
+    counted = []
     for tensor in (1, 2, 4, 8):
         served = place("llama3_1_8b", "h100x8", 64, 64, tensor=tensor)
         norms = (2 * config.model.num_layers + 1) * 4096
@@ -198,7 +200,8 @@ def test_a_cpu_reads_weights_at_the_rate_measured_in_reading(monkeypatch):
 
 def test_tensor_parallelism_sums_up_twice_a_layer():
     served = place("llama3_1_8b", "h100x8", 128, 128, tensor=4)
-    split, rows = served.split, 16
+    split = served.split
+    rows = 16
     hidden, logits = rows * 4096 * 2, rows * 128256 * 4
 
     def seconds(kind: str, size: int) -> float:
@@ -233,9 +236,11 @@ def test_experts_are_read_as_tokens_meet_them():
 
 @pytest.mark.parametrize("tpot_ms", [None, 22.0, 14.0])
 def test_nothing_better_is_missed(tpot_ms):
-    config, machine = load("llama3_1_8b"), Machine.from_name("v5e-8")
+    config = load("llama3_1_8b")
+    machine = Machine.from_name("v5e-8")
     options = ServingOptions(60_000, 2000, tpot_ms=tpot_ms)
-    best, work = -inf, read_workload(config, machine, options)
+    best = -inf
+    work = read_workload(config, machine, options)
     for tensor in (1, 2, 4, 8):
         for cache in get_args(CacheFormat):
             served = ServedModel(work, machine, options, tensor, cache)
@@ -251,7 +256,8 @@ def test_nothing_better_is_missed(tpot_ms):
 
 
 def test_what_cannot_be():
-    one, config = Machine.from_name("h100x1"), load("llama3_1_70b")
+    one = Machine.from_name("h100x1")
+    config = load("llama3_1_70b")
     plan = search_serving(config, one)[0][0]
     assert (plan.fits, plan.max_batch) == (False, 0)
     (slow,), _ = search_serving(load("llama3_1_8b"), one, ServingOptions(tpot_ms=1))

@@ -17,16 +17,20 @@ from maxlm.runtime.session import FAILED, describe_lost_peer, join_cluster
 
 
 def main() -> int:
-    action, cluster, peers = sys.argv[1], find_cluster(os.environ), None
+    action = sys.argv[1]
+    cluster = find_cluster(os.environ)
+    peers = None
     assert cluster
     try:
         peers = join_cluster(cluster, {}, wait_seconds=120, peer_timeout_seconds=10)
         add_up(action)
     except Exception as error:
         if isinstance(error, MaxlmError):
-            code, text = error.exit_code, str(error)
+            code = error.exit_code
+            text = str(error)
         else:
-            code, text = (LOST if describe_lost_peer(error) else FAILED), repr(error)
+            code = LOST if describe_lost_peer(error) else FAILED
+            text = repr(error)
         print(text, flush=True)
         if peers:
             peers.abort_all_processes(code, text)
@@ -42,7 +46,8 @@ def add_up(action: str) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    number, count = jax.process_index(), jax.process_count()
+    number = jax.process_index()
+    count = jax.process_count()
     mesh = jax.make_mesh((count,), ("data",), devices=[*jax.devices()])
     split = jax.NamedSharding(mesh, jax.P("data"))
     whole = jax.NamedSharding(mesh, jax.P())

@@ -26,8 +26,8 @@ from maxlm.runtime.cluster import Cluster, find_cluster, parse_first_host
 from maxlm.runtime.rendezvous import join_processes
 from maxlm.runtime.session import describe_lost_peer
 from tests.ports import free_port
-from tests.programs import tiny
-from tests.programs.jobs import HERE, Process
+from tests.train import tiny
+from tests.train.jobs import HERE, Process
 
 WORKER = Path(__file__).with_name("peers_worker.py")
 
@@ -207,10 +207,8 @@ def meet(
     error."""
 
     def join(process: int, count: int) -> Any:
-        place, own = (
-            Cluster("", f"127.0.0.1:{port}", count, process),
-            (facts or {}).get(process, {}),
-        )
+        place = Cluster("", f"127.0.0.1:{port}", count, process)
+        own = (facts or {}).get(process, {})
         try:
             return join_processes(place, own, wait_seconds=wait)[0]
         except MaxlmError as error:
@@ -324,7 +322,8 @@ def test_processes_of_different_settings():
 
 
 def test_process_0_out_of_reach():
-    port, problem = free_port(), "Connection refused"
+    port = free_port()
+    problem = "Connection refused"
     [(kind, text)] = meet(port, (1, 2), wait=1)
     words = f"process 1 on {HERE} cannot reach process 0 at 127.0.0.1:{port}: {problem} (tried for "
     assert (kind, text[: len(words)]) == (ProcessLost, words)
@@ -349,7 +348,8 @@ def start(tmp_path) -> Iterator[Callable[..., list[Process]]]:
     started: list[Process] = []
 
     def begin(*actions: str) -> list[Process]:
-        port, count = free_port(), len(actions)
+        port = free_port()
+        count = len(actions)
         for number, action in enumerate(actions):
             environ = tiny.environment(tmp_path) | {
                 # clusters have one; this leads nowhere

@@ -51,10 +51,8 @@ class FakeEngine:
         return bool(self.sequences)
 
     def stats(self) -> FakeStats:
-        running, prompts = (
-            self.sequences[:4],
-            [len(each.prompt_tokens) for each in self.requests],
-        )
+        running = self.sequences[:4]
+        prompts = [len(each.prompt_tokens) for each in self.requests]
         waiting = len(self.sequences) - len(running)
         return FakeStats(
             len(running), waiting, 100 - len(running), sum(prompts), self.num_generated
@@ -117,7 +115,8 @@ class FakeEngine:
         elif s.num_sent == request.sampling.max_new_tokens:
             found.finish_reason, found.text = "length", found.text + s.text.flush()[0]
         if request.top_logprobs is not None:
-            other, own = self.tokenizer.encode("a")[0], -1.0 * s.num_sent
+            other = self.tokenizer.encode("a")[0]
+            own = -1.0 * s.num_sent
             top = ((token, own), (other, own - 0.5))[: request.top_logprobs]
             found.logprobs = [TokenLogprob(token, own, top)]
         if request.prompt_logprobs is not None and s.num_sent == 1:

@@ -9,23 +9,23 @@ from typing import Any
 
 import pytest
 
-from maxlm.adapters import Ia3Adapter
+from maxlm.adapters.ia3 import Ia3Adapter
 from maxlm.config import to_yaml
+from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer import TokenizerConfig, export_tokenizer, train_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
+from maxlm.huggingface.families import FAMILIES
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.families import FAMILIES
-from maxlm.programs.convert import convert
-from maxlm.programs.load import LoadedRun
-from maxlm.programs.serve import make_engine, read_lora_adapter
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.convert import convert
+from maxlm.run.load import LoadedRun
+from maxlm.serving.program import make_engine, read_lora_adapter
 from tests.errors import message
 from tests.inference.conftest import CONFIGS, build
 from tests.inference.test_adapters import ADAPTERS, draw_arrays, merge
-from tests.programs import tiny as tiny_run
 from tests.serving.running import run_in_thread, train_chat_tokenizer
+from tests.train import tiny as tiny_run
 
 SIZES = ["max_sequences=4", "max_length=128", "page_size=8", "max_adapters=2"]
 URLS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -61,7 +61,7 @@ def folders(tmp_path_factory, tiny) -> dict[str, Path]:
     """A base, and its adapter as a run and as PEFT has it."""
     home = tmp_path_factory.mktemp("adapters")
     (home / "base").mkdir()
-    values = FAMILIES["llama"].write_config(tiny.model.config)
+    values = FAMILIES.get("llama").write_config(tiny.model.config)
     (home / "base" / "config.json").write_text(json.dumps(values))
     run = write_run(home / "run", tiny, ADAPTERS["out"])
     convert(run, home / "peft", adapter=True)

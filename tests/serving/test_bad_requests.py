@@ -133,7 +133,8 @@ def draw_bad(draw: random.Random) -> tuple[str, object]:
 
 
 def test_a_thousand_malformed_requests(start_server):
-    server, draw = start_server(), random.Random(0)
+    server = start_server()
+    draw = random.Random(0)
     for number in range(1000):
         path, body = draw_bad(draw)
         try:

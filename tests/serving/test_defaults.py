@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.programs.serve import read_sampling_defaults
+from maxlm.serving.program import read_sampling_defaults
 from tests.serving.running import run_in_thread, train_chat_tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}]

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
 from tests.inference.conftest import CONFIGS, build
 from tests.serving.running import run_in_thread

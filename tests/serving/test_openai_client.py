@@ -313,7 +313,8 @@ def test_a_call_is_forced_by_grammar(start_server):
 
 def test_embeddings_and_scores(start_server):
     server = start_server(embedder=FakeEmbedder())
-    texts, create = ["x" * n for n in range(11)], server.client.embeddings.create
+    texts = ["x" * n for n in range(11)]
+    create = server.client.embeddings.create
     expected = np.array(
         [FakeEmbedder.embed(n + 1) for n in range(11)]
     )  # bos before each

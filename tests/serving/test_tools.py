@@ -25,10 +25,13 @@ def read(
 ) -> tuple[str, list[tuple[str, str]]]:
     """Content, and (name, arguments) of calls, of a text in random pieces."""
     parser = ToolCallParser(tool_format, ["f", "g"], **how)
-    draw, content, calls = random.Random(seed), "", []
+    draw = random.Random(seed)
+    content = ""
+    calls = []
     while text:
         size = draw.randint(1, 1 + seed)
-        part, text = parser.push(text[:size], final=size >= len(text)), text[size:]
+        part = parser.push(text[:size], final=size >= len(text))
+        text = text[size:]
         content += part.content
         for index, call in part.calls.items():
             if "id" in call:

@@ -41,7 +41,8 @@ def test_shards_times_bytes_per_device_is_the_whole(data):
     logical = data.draw(
         st.lists(st.sampled_from(LOGICAL_AXES), min_size=1, max_size=3, unique=True)
     )
-    free, rules = list(MESH_AXES), {}
+    free = list(MESH_AXES)
+    rules = {}
     for axis in logical:
         names = data.draw(
             st.lists(st.sampled_from(free), max_size=2, unique=True), axis

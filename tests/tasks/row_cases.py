@@ -4,7 +4,7 @@ them."""
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from maxlm.data.loader import LoaderConfig
 from maxlm.models.params import bind
 from maxlm.sharding import bind_mesh
-from maxlm.tasks import SourceInputs, TaskModels, Vocabulary, find_task
+from maxlm.tasks import TASKS, SourceInputs, TaskModels, Vocabulary
 from tests.models.building import QUICK
 
 VOCAB, EOS = 97, 2
@@ -51,7 +51,10 @@ PREFERENCE_CASES: dict[str, dict[str, Any]] = {
 class NumberTokenizer:
     """A tokenizer of texts like ``"5 17 3"``."""
 
-    vocab_size, eos_id, prefix_ids, special_tokens = VOCAB, EOS, [], {}
+    vocab_size = VOCAB
+    eos_id = EOS
+    prefix_ids: ClassVar[list[int]] = []
+    special_tokens: ClassVar[dict[str, int]] = {}
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -80,8 +83,9 @@ def draw_rows(seed: int, count: int = 6) -> list[dict[str, Any]]:
 
 def make_task(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Any:
     """A task on a file of these rows."""
-    (path := folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = find_task(settings["kind"])
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = TASKS.find(settings["kind"])
     assert task is not None
     return task.model_validate({"files": [str(path)], **settings})
 
@@ -98,7 +102,8 @@ def make_batch(
     task: Any, seq_len: int, batch_size: int, step: int = 0
 ) -> dict[str, np.ndarray]:
     """Rows [batch_size, ...] of a task's file, each of its examples once."""
-    file, inputs = task.open_files("files"), make_inputs(seq_len, batch_size)
+    file = task.open_files("files")
+    inputs = make_inputs(seq_len, batch_size)
     once = {"shuffle": False, "endless": False}
     source = task.make_source(file, np.arange(len(file)), inputs, **once)
     return source.rows(step, range(batch_size))

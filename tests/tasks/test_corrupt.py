@@ -72,7 +72,8 @@ def recover(inputs, targets):
 
 @given(sizes, denoisers, seeds)
 def test_every_token_can_be_put_back(n, denoiser, seed):
-    tokens, rng = text(n, seed), np.random.default_rng(seed)
+    tokens = text(n, seed)
+    rng = np.random.default_rng(seed)
     inputs, targets = corrupt_tokens(tokens, denoiser, SENTINELS, rng)
     assert inputs.dtype == targets.dtype == np.int32
     np.testing.assert_array_equal(recover(inputs, targets), tokens)
@@ -113,7 +114,9 @@ def test_noise_has_its_share_in_spans_of_the_mean(n, density, mean, seed):
 
 def test_every_division_into_spans_is_as_likely():
     """Of 7 tokens, 3 in 2 spans: 3 ways to divide what stays, 2 for what goes."""
-    rng, times, denoiser = np.random.default_rng(0), 6000, Denoiser(3 / 7, 1.5)
+    rng = np.random.default_rng(0)
+    times = 6000
+    denoiser = Denoiser(3 / 7, 1.5)
     found = Counter(tuple(denoiser.draw_noise(7, rng).tolist()) for _ in range(times))
     every = {
         tuple(np.repeat([False, True] * 2, [kept, taken, 4 - kept, 3 - taken]).tolist())
@@ -130,7 +133,9 @@ def test_every_division_into_spans_is_as_likely():
     ("n", "density", "most"), [(40, 0.25, 19), (9, 0.5, 8), (2, 0.25, 1)]
 )
 def test_a_prefix_ends_anywhere_up_to_twice_the_mean(n, density, most):
-    rng, times, denoiser = np.random.default_rng(0), 4000, Denoiser(density, None)
+    rng = np.random.default_rng(0)
+    times = 4000
+    denoiser = Denoiser(density, None)
     noise = np.array([denoiser.draw_noise(n, rng) for _ in range(times)])
     taken = noise.sum(axis=1)
     assert (noise == (np.arange(n) >= n - taken[:, None])).all()
@@ -154,7 +159,8 @@ def test_published_examples():
         (510, 3, 0.15), (510, 8, 0.15), (511, 0, 0.25),
         (512, 3, 0.5), (512, 8, 0.5), (512, 64, 0.15), (512, 64, 0.5),
     ]  # fmt: skip
-    rng, lengths = np.random.default_rng(0), {"encoder_len": 4000, "decoder_len": 4000}
+    rng = np.random.default_rng(0)
+    lengths = {"encoder_len": 4000, "decoder_len": 4000}
     segments = np.repeat(np.arange(1, 501), 4).astype(np.int32)
     row = corrupt_row(text(2000), segments, mixture, SENTINELS, rng, **lengths)
     drawn = Counter(row["input_tokens"][row["input_tokens"] >= 510].tolist())
@@ -194,10 +200,8 @@ def side_of(row, prefix, names, number):
 )
 def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_len):
     tokens, segments = row
-    rng, lengths = (
-        np.random.default_rng(seed),
-        {"encoder_len": 200, "decoder_len": decoder_len},
-    )
+    rng = np.random.default_rng(seed)
+    lengths = {"encoder_len": 200, "decoder_len": decoder_len}
     found = corrupt_row(tokens, segments, mixture, SENTINELS, rng, **lengths)
     assert {a.dtype for n, a in found.items() if n != "weights"} == {np.dtype(np.int32)}
     assert found["weights"].dtype == np.float32
@@ -234,7 +238,8 @@ def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_le
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([(), (503, 504)]))
 def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
     """568 tokens in so many pieces, rows of T5's lengths, which hold them as one."""
-    rng, lengths = np.random.default_rng(seed), Denoiser().max_lengths
+    rng = np.random.default_rng(seed)
+    lengths = Denoiser().max_lengths
     borders = np.sort(rng.choice(np.arange(1, 568), pieces - 1, replace=False))
     numbers = 1 + np.searchsorted(borders, np.arange(568), side="right").astype(
         np.int32
@@ -244,7 +249,9 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
         encoder_len=512,
         decoder_len=120,
     )
-    at, to, marks = 0, 0, len(opening)
+    at = 0
+    to = 0
+    marks = len(opening)
     for n in np.bincount(numbers)[1:]:
         fitting = [
             m
@@ -279,10 +286,8 @@ def masked(row, seed=0, starts_word=None, **settings):
     task = MlmTask(mask_id=MASK, whole_words=starts_word is not None, **settings)
     starts = SPECIAL if starts_word is None else starts_word
     vocabulary = Vocabulary(WORDS, (), 0, SPECIAL, starts)
-    rng, named = (
-        np.random.default_rng(seed),
-        dict(zip(("tokens", "segment_ids"), row, strict=True)),
-    )
+    rng = np.random.default_rng(seed)
+    named = dict(zip(("tokens", "segment_ids"), row, strict=True))
     found = task.mask_row(vocabulary, named, rng)
     return {name: found[name] for name in ("tokens", "targets", "weights")}
 
@@ -314,7 +319,8 @@ def test_masked_tokens_can_be_put_back_and_special_ones_stay(row, seed, share, w
 
 def check_words(tokens, segments, candidates, starts, chosen, budget):
     """Words are chosen whole, and no other would have fitted."""
-    words, previous = [], None
+    words = []
+    previous = None
     for i in np.flatnonzero(candidates):
         goes_on = (
             previous == i - 1

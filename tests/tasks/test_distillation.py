@@ -10,12 +10,12 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names
-from maxlm.programs.setup import set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.global_batch import make_global_batch
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import bind_mesh
 from maxlm.tasks import TaskModels
 from maxlm.tasks.distillation import TextDistillationTask, write_stored_teacher
-from maxlm.train.batch import make_global_batch
 from tests.models.building import QUICK
 from tests.tasks import row_cases
 from tests.tasks.row_cases import (
@@ -123,7 +123,8 @@ def test_the_loss_is_the_formulas_and_alike_in_every_layout(tmp_path):
     sums, gradient, (((hidden, student), (wanted, teacher)), head) = compute_loss(
         task, batch
     )
-    weights, own = batch["weights"], (log_softmax(a / 1.7) for a in (student, teacher))
+    weights = batch["weights"]
+    own = (log_softmax(a / 1.7) for a in (student, teacher))
     p, q = own
     mixture = np.log(0.7 * np.exp(p) + 0.3 * np.exp(q))
     kl = 0.3 * np.exp(q) * (q - mixture) + 0.7 * np.exp(p) * (p - mixture)
@@ -174,7 +175,8 @@ def test_a_prompt_or_padding_does_not_count(tmp_path):
 def store(rows, task, k, temperature=1.0):
     """Rows with a random teacher's log-probabilities beside them, of all their answers'
     tokens."""
-    random, stored = np.random.default_rng(1), []
+    random = np.random.default_rng(1)
+    stored = []
     encoder = make_task_encoder(task.model_copy(update={"teacher": "any"}))
     for row in rows:
         found = encoder(row)
@@ -219,9 +221,11 @@ def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(tmp_path):
         for name, array in batch.items():
             array[i, : len(own["tokens"])] = own[name]
     sums, gradient, (((_, student), _), _) = compute_loss(task, batch)
-    p, want = np.exp(log_softmax(student)), 0.0
+    p = np.exp(log_softmax(student))
+    want = 0.0
     for i, j in np.argwhere(batch["weights"]):
-        q, own = batch["teacher_log_probs"][i, j].astype(np.float64), p[i, j]
+        q = batch["teacher_log_probs"][i, j].astype(np.float64)
+        own = p[i, j]
         top = own[batch["teacher_ids"][i, j]]
         classes = np.append(top, own.sum() - top.sum())
         want += (classes * (np.log(classes) - q)).sum()
@@ -237,7 +241,7 @@ def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(tmp_path):
 def test_what_cannot_be_learnt_is_refused(tmp_path):
     task = make_task(tmp_path, teacher=None, top_k=5)
     rows = draw_rows(0, 2)
-    (row, other) = store(rows, task, 5)
+    row, other = store(rows, task, 5)
     for changed, settings, message in (
         (rows[0], {}, "no teacher's log-probabilities; maxlm tune store-logits"),
         (

@@ -14,8 +14,8 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.models.params import bind, flatten_names
-from maxlm.programs.setup import open_training_batches, set_up_run
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.setup import open_training_batches, set_up_run
 from maxlm.sharding import MeshConfig, ShardingConfig, bind_mesh
 from maxlm.tasks.preference import OrpoTask, SequenceLogProbs
 from tests.models import building
@@ -43,7 +43,8 @@ def models(one_device_mesh):
     sizes = dict(one_device_mesh.shape)
     rules = ShardingConfig().compute.for_mesh(sizes)
     model = CONFIG.build(rules=rules, dtype=np.float32)
-    where, drawn = building.storage(CONFIG, one_device_mesh), []
+    where = building.storage(CONFIG, one_device_mesh)
+    drawn = []
     for seed in (0, 1):
         values = building.random_params(CONFIG, one_device_mesh, seed)
         drawn.append(
@@ -72,7 +73,8 @@ class Answers:
     logits."""
 
     def __init__(self, model: Any, mesh: Any, params: Any):
-        self._run, self._params = bind_mesh(mesh, partial(run_model, model)), params
+        self._run = bind_mesh(mesh, partial(run_model, model))
+        self._params = params
 
     def _compute(self, ids: list[int]) -> list[np.ndarray]:
         tokens = np.zeros((1, SEQ), np.int32)
@@ -93,7 +95,8 @@ def compute_formula(
     settings: dict[str, Any], rows: list[dict[str, Any]], own: Answers, other: Answers
 ) -> Any:
     """The mean loss, written out."""
-    kind, beta = settings["kind"], settings.get("beta", 0.1)
+    kind = settings["kind"]
+    beta = settings.get("beta", 0.1)
     form, eps = (
         settings.get("loss_type", "sigmoid"),
         settings.get("label_smoothing", 0.0),
@@ -174,7 +177,8 @@ def compute_formula(
 @every
 @pytest.mark.parametrize("seed", [0, 3])
 def test_a_loss_is_its_formula(name, seed, models, tmp_path):
-    settings, rows = PREFERENCE_CASES[name], draw_rows(seed, ROWS)
+    settings = PREFERENCE_CASES[name]
+    rows = draw_rows(seed, ROWS)
     task = make_task(tmp_path, rows, **settings)
     loss, sums, _ = compute_loss_and_gradient(task, models, make_batch(task, SEQ, ROWS))
     model, mesh, *params = models
@@ -189,7 +193,8 @@ def test_a_loss_is_its_formula(name, seed, models, tmp_path):
 
 @every
 def test_packed_rows_and_micro_batches_change_nothing(name, models, tmp_path):
-    settings, rows = PREFERENCE_CASES[name], draw_rows(4, ROWS)
+    settings = PREFERENCE_CASES[name]
+    rows = draw_rows(4, ROWS)
     task = make_task(tmp_path, rows, **settings)
     want, sums, gradient = compute_loss_and_gradient(
         task, models, make_batch(task, SEQ, ROWS)
@@ -260,7 +265,8 @@ def test_a_mesh_trains_as_one_device_does(name, layout, tmp_path):
             "schedule": {"learning_rate": 1e-2, "warmup_steps": 0, "kind": "constant"},
         }
     )
-    source, results = task.batch_source(make_inputs(64, 8)), []
+    source = task.batch_source(make_inputs(64, 8))
+    results = []
     for sizes in ({}, layout):
         count = int(np.prod([*sizes.values(), 1]))
         mesh = MeshConfig(**{"fsdp": 1} | sizes)
@@ -272,10 +278,8 @@ def test_a_mesh_trains_as_one_device_does(name, layout, tmp_path):
             key: jax.tree.map(lambda p: 1.3 * p, state.params)
             for key in setup.frozen_sources
         }
-        state, step = (
-            state.__class__(**{**vars(state), "frozen": frozen}),
-            setup.jit_train_step(),
-        )
+        state = state.__class__(**{**vars(state), "frozen": frozen})
+        step = setup.jit_train_step()
         records = []
         with open_training_batches(setup, source, 0) as batches:
             for batch in batches:
@@ -351,7 +355,8 @@ def test_one_row_is_no_file_for_kto(tmp_path):
 
 
 def test_log_odds_are_finite_where_a_probability_is_near_one():
-    task, batch = OrpoTask(beta=1.0), {"segment_ids": np.array([[1, 2]])}
+    task = OrpoTask(beta=1.0)
+    batch = {"segment_ids": np.array([[1, 2]])}
     batch["nll_weights"] = np.zeros((1, 2), np.float32)
 
     def loss(chosen, rejected):

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from maxlm.config import MaxlmError, find_asset, load_config
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
 from maxlm.tasks import ClmTask
 
 T5, BERT, UL2 = (
@@ -60,9 +60,9 @@ def test_a_task_of_an_installed_package_is_found_by_its_kind(monkeypatch):
     entry = EntryPoint("other", f"{__name__}:OtherTask", "maxlm.tasks")
     monkeypatch.setattr(EntryPoint, "load", lambda self: OtherTask)
     monkeypatch.setattr(
-        "maxlm.tasks.entry_points",
-        lambda group, name: (
-            [entry] if (group, name) == (entry.group, entry.name) else []
+        "maxlm.config.registry.entry_points",
+        lambda group, name=None: (
+            [entry] if group == entry.group and name in (None, entry.name) else []
         ),
     )
     config = load_config(RunConfig, "demo", ["task.kind=other", "task.beta=2"]).value

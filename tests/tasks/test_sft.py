@@ -11,13 +11,13 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from maxlm.models.params import bind
-from maxlm.programs.setup import set_up_run
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
+from maxlm.run.config import RunConfig
+from maxlm.run.global_batch import make_global_batch
+from maxlm.run.setup import set_up_run
 from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.tasks import SourceInputs, TaskModels, rows
-from maxlm.train.batch import make_global_batch
-from tests.programs import tiny
+from maxlm.train.program import train_model
+from tests.train import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 pytest.importorskip("jinja2")
@@ -25,7 +25,8 @@ SEQ = 128
 
 
 def make_rows(count, seed=0):
-    random, words = np.random.default_rng(seed), tiny.TEXT.split()
+    random = np.random.default_rng(seed)
+    words = tiny.TEXT.split()
     talks = []
     for _ in range(count):
         sizes = random.integers(1, 5, 2 * random.integers(1, 3))

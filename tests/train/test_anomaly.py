@@ -4,8 +4,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.train.anomaly import LossSpikeDetector
-from maxlm.train.config import FaultToleranceConfig
 from maxlm.train.trainer import RollbackDecision
 
 CONFIG = FaultToleranceConfig(

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.programs.runs import read_run
+from maxlm.run.reporting_config import ReportingConfig
 from maxlm.train import display
 from maxlm.train.display import ConsoleDisplay, plot_loss
-from maxlm.train.records import MetricsLog, ReportingConfig, read_records
+from maxlm.train.records import MetricsLog, read_records
+from maxlm.train.runs import read_run
 from maxlm.train.trainer import measure_peak_memory_bytes
 
 QUIET = ReportingConfig(tensorboard=False)
@@ -164,7 +165,8 @@ def test_plain_lines_come_seldom_and_have_no_eta_before_a_steady_step(monkeypatc
     does."""
     clock = [0.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
     with ConsoleDisplay(107, start_step=97) as console:
         for step, seconds in {
             98: 3600,
@@ -188,7 +190,8 @@ def test_plain_lines_come_seldom_and_have_no_eta_before_a_steady_step(monkeypatc
 def test_a_narrow_terminal_still_shows_step_and_time_left(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
     with ConsoleDisplay(123_456) as console:
         console.update(1, RECORD)
         console.message("a [bold] note")
@@ -202,7 +205,8 @@ def test_a_narrow_terminal_still_shows_step_and_time_left(monkeypatch, columns):
 def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch):
     run(tmp_path / "none", [1, 2], write=False)
     assert not (tmp_path / "none").exists()
-    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
     with ConsoleDisplay(20, show=False) as console:
         console.update(20, RECORD)
         console.message("hello")
@@ -214,7 +218,8 @@ def test_losses_are_drawn_over_tokens_with_means_over_one_in_a_hundred_steps(
 ):
     from matplotlib.axes import Axes
 
-    drawn, plot = [], Axes.plot
+    drawn = []
+    plot = Axes.plot
     monkeypatch.setattr(
         Axes, "plot", lambda self, *a, **k: (drawn.append(a), plot(self, *a, **k))
     )

@@ -12,12 +12,13 @@ from urllib.request import urlopen
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.run.reporting_config import ReportingConfig, WandbConfig
 from maxlm.train import records as records_module
 from maxlm.train.prometheus import PrometheusSink
-from maxlm.train.records import MetricsLog, ReportingConfig, WandbConfig, read_records
+from maxlm.train.records import MetricsLog, read_records
 from tests.errors import message
 from tests.ports import free_port
-from tests.programs import tiny
+from tests.train import tiny
 from tests.train.test_metrics import files_at_most
 
 
@@ -31,7 +32,8 @@ def shown_on_board(folder):
         data = path.read_bytes()
         while data:  # length, its checksum, an event, its checksum
             (length,) = struct.unpack("<Q", data[:8])
-            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
             if event.session_log.status == 1:
                 shown = {
                     tag: {s: v for s, v in curve.items() if s < event.step}
@@ -179,9 +181,10 @@ def test_a_scrape_has_the_newest_numbers_and_what_happened(tmp_path):
 def test_a_run_answers_with_what_it_logs(tmp_path, monkeypatch):
     """Scraped where it draws its plot: all is logged then, and the port is still
     open."""
-    port, scraped = free_port(), {}
+    port = free_port()
+    scraped = {}
     monkeypatch.setattr(
-        "maxlm.programs.train.plot_loss", lambda *paths: scraped.update(scrape(port)[0])
+        "maxlm.train.program.plot_loss", lambda *paths: scraped.update(scrape(port)[0])
     )
     reporting = {"tensorboard": False, "prometheus_port": port}
     text = tiny.write_text(tmp_path / "text")

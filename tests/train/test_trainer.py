@@ -11,11 +11,11 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Preempted
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.signals import handle_signals
 from maxlm.train import callbacks, trainer
 from maxlm.train.anomaly import LossSpikeDetector
-from maxlm.train.config import FaultToleranceConfig
 from maxlm.train.trainer import Callback, RollbackDecision, StepTimer, Trainer
 from maxlm.train.watchdog import Watchdog
 
@@ -93,7 +93,8 @@ def run(journal, mesh, *, steps, start=0, eval_every=0, batches=None):
     detector = LossSpikeDetector(FaultToleranceConfig(), {"losses": [1.0] * start})
     watchdog = Watchdog(FaultToleranceConfig(), None)
     with handle_signals("runs/x") as signals, signals.defer_signals():
-        reduce, late = FlagAllReduce(mesh), journal.is_due_by_time
+        reduce = FlagAllReduce(mesh)
+        late = journal.is_due_by_time
         trainer = Trainer(
             journal.step,
             steps,
@@ -129,7 +130,8 @@ def test_every_step_is_recorded_once_and_in_order_from_any_state(alone):
 
 
 def test_a_step_is_dispatched_before_the_scalars_of_the_last_one_are_read(alone):
-    journal, order = Journal(), []
+    journal = Journal()
+    order = []
 
     class Scalar(float):
         def __float__(self):
@@ -174,7 +176,8 @@ def test_a_checkpoint_comes_after_all_records_up_to_it(alone):
 def test_a_stop_signal_finishes_the_step_and_saves(
     alone, received, kind, words, reason
 ):
-    journal, before = Journal(signals={3: [received]}), signal.getsignal(received)
+    journal = Journal(signals={3: [received]})
+    before = signal.getsignal(received)
     with pytest.raises(MaxlmError) as error:
         run(journal, alone, steps=9)
     assert type(error.value) is kind
@@ -215,7 +218,8 @@ def test_non_finite_updates_in_a_row_end_it_before_anything_is_saved(alone, save
 
 
 def test_the_share_of_time_spent_waiting_for_data(alone, monkeypatch):
-    now, journal = [0.0], Journal()
+    now = [0.0]
+    journal = Journal()
     clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
     monkeypatch.setattr(trainer, "time", clock)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from maxlm.config.errors import LOST
-from maxlm.train.config import FaultToleranceConfig
+from maxlm.run.train_config import FaultToleranceConfig
 from maxlm.train.watchdog import Watchdog
 
 QUICK = FaultToleranceConfig(hang_factor=5.0, hang_seconds=0.3, idle_seconds=1.5)
@@ -20,7 +20,8 @@ def watch(folder, config=QUICK, process=1):
         events.append((kind, step, details))
 
     watchdog = Watchdog(config, folder, process)
-    watchdog.event, watchdog.exit_process = event, ends.append
+    watchdog.event = event
+    watchdog.exit_process = ends.append
     return watchdog, ends, events
 
 
@@ -107,7 +108,8 @@ def test_work_done_in_time_ends_nothing(tmp_path, monkeypatch):
 
 def test_what_comes_before_the_process_is_ended_spares_it(tmp_path, capfd):
     watchdog, ends, _ = watch(tmp_path, QUICK.model_copy(update={"idle_seconds": 0.3}))
-    steps, last = [], threading.Event()
+    steps = []
+    last = threading.Event()
 
     def event(kind, step, **_):
         steps.append(step)

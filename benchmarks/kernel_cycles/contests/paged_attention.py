@@ -29,7 +29,8 @@ def draw_tables(rows: int, context: int, page: int) -> np.ndarray:
 def _problem(which: str, rows: int, context: int, page: int) -> tuple[Any, ...]:
     """Returns q; tables, lengths and starts of queries; the number of pages. Decoding:
     a query a row; prefilling: one row, its last ``rows`` tokens."""
-    queries, rows = rows, rows if which == "decode" else 1
+    queries = rows
+    rows = rows if which == "decode" else 1
     tables = draw_tables(rows, context, page)
     lengths = np.full(rows, context, np.int32)
     starts = np.linspace(0, queries, rows + 1).astype(np.int32)

@@ -40,7 +40,8 @@ def write_copies(
         has_ranks: and rank, of which the highest is the best. Else, and among equals,
             the first.
     """
-    if (path := _range_file(folder, num_ranges, range_index)).exists():
+    path = _range_file(folder, num_ranges, range_index)
+    if path.exists():
         return
     names = ("hash", "check", "place", *(["rank"] if has_ranks else []))
     columns, files = read_range(

@@ -103,7 +103,8 @@ def compute_band_keys(
     num_bands, num_rows = banding
     random = np.random.Generator(np.random.PCG64(0))
     functions = random.integers(0, 2**32, (2, num_bands * num_rows), np.uint32)
-    factors, terms = functions[0, :, None] | np.uint32(1), functions[1, :, None]
+    factors = functions[0, :, None] | np.uint32(1)
+    terms = functions[1, :, None]
     signatures = np.full((len(sets), factors.size), 2**32 - 1, np.uint32)
     for i, each in enumerate(sets):
         shingles = (each >> _HALF).astype(np.uint32)

@@ -31,7 +31,8 @@ _SAMPLES = 1000  # Pairs looked at for each range, to cut ranges of about the sa
 def pack_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Packs pairs of members into numbers: uint64, the smaller member in the upper
     half."""
-    a, b = a.astype(np.uint64), b.astype(np.uint64)
+    a = a.astype(np.uint64)
+    b = b.astype(np.uint64)
     return np.minimum(a, b) << _HALF | np.maximum(a, b)
 
 
@@ -74,7 +75,8 @@ def find_candidate_pairs(
     The members of one key are in one range, however many they are: about 80 bytes each.
     """
     files = [get_shard_path(members.folder, "bands", name) for name in members.shards]
-    names, starts = (f"key{band}", f"member{band}"), make_equal_range_starts(num_ranges)
+    names = (f"key{band}", f"member{band}")
+    starts = make_equal_range_starts(num_ranges)
     columns, shard = read_range(files, names, starts, range_index)
     key = columns[f"key{band}"]
     member = columns[f"member{band}"] + np.array(members.shard_offsets)[shard]
@@ -134,7 +136,8 @@ def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray
     files. Each file is sorted, and so puts a range wrong by n pairs at most.
     """
     step = max(1, count_pairs(files) // (num_ranges * _SAMPLES))
-    samples, skip = [np.zeros(1, np.uint64)], step // 2
+    samples = [np.zeros(1, np.uint64)]
+    skip = step // 2
     for path in (
         files
     ):  # the count goes on from file to file: most may have fewer pairs than a step
@@ -220,7 +223,8 @@ def _keep_best(order: np.ndarray, graph: Any) -> tuple[np.ndarray, np.ndarray]:
     starts, neighbours, similarity = graph.indptr, graph.indices, graph.data
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
-    of, likeness = np.full(len(order), -1, np.int64), np.zeros(len(order))
+    of = np.full(len(order), -1, np.int64)
+    likeness = np.zeros(len(order))
     for node in order[np.diff(starts)[order] > 0].tolist():
         edges = slice(starts[node], starts[node + 1])
         others = neighbours[edges]

@@ -29,7 +29,8 @@ def find_emails(text: str) -> Iterator[PiiMatch]:
     handle `@user@host` are none. What follows without a space is left out:
     `bob@example.com.She knows`.
     """
-    at, done = text.find("@"), 0
+    at = text.find("@")
+    done = 0
     while at >= 0:
         head = text[max(done, at - 64) : at]
         local = head[len(head.rstrip(_LOCAL)) :].lstrip(".%+'-")
@@ -46,7 +47,8 @@ def find_emails(text: str) -> Iterator[PiiMatch]:
 
 def _domain_end(text: str, start: int) -> int | None:
     """Returns the end of the domain that begins at `start`; None: there is none."""
-    if (found := _DOMAIN.match(text, start)) is None:
+    found = _DOMAIN.match(text, start)
+    if found is None:
         return None
     labels = found[0].split(".")
     if text[found.end() : found.end() + 1].isalnum():

@@ -1,37 +1,34 @@
 """The stages, one a file: settings that know how to label documents.
 
-Importing them loads no library that only labelling needs.
+To add one, write a :class:`~maxlm.corpus.stage.Stage` in a file here and name it in
+``STAGES``, or register it from outside: ``STAGES.register("name")`` decorates its
+class, and an installed package names its class in an entry point of the group
+``maxlm.corpus_stages``. Importing a stage loads no library that only labelling needs.
 """
 
 from typing import Annotated
 
-from pydantic import Field
+from maxlm.config.registry import RegisteredConfig, Registry
+from maxlm.corpus.stage import Stage
 
-from maxlm.corpus.stages.decontaminate import DecontaminateStage
-from maxlm.corpus.stages.exact import ExactStage
-from maxlm.corpus.stages.extract import ExtractStage
-from maxlm.corpus.stages.heuristics import HeuristicsStage
-from maxlm.corpus.stages.language import LanguageStage
-from maxlm.corpus.stages.near import NearStage
-from maxlm.corpus.stages.perplexity import PerplexityStage
-from maxlm.corpus.stages.pii import PiiStage
-from maxlm.corpus.stages.quality import QualityStage
-from maxlm.corpus.stages.substring import SubstringStage
-from maxlm.corpus.stages.toxicity import ToxicityStage
-from maxlm.corpus.stages.url import UrlStage
+_FOLDER = "maxlm.corpus.stages"
+STAGES = Registry[type[Stage]](
+    "corpus stage",
+    {
+        "url": f"{_FOLDER}.url:UrlStage",
+        "extract": f"{_FOLDER}.extract:ExtractStage",
+        "language": f"{_FOLDER}.language:LanguageStage",
+        "heuristics": f"{_FOLDER}.heuristics:HeuristicsStage",
+        "perplexity": f"{_FOLDER}.perplexity:PerplexityStage",
+        "quality": f"{_FOLDER}.quality:QualityStage",
+        "toxicity": f"{_FOLDER}.toxicity:ToxicityStage",
+        "pii": f"{_FOLDER}.pii:PiiStage",
+        "exact": f"{_FOLDER}.exact:ExactStage",
+        "near": f"{_FOLDER}.near:NearStage",
+        "substring": f"{_FOLDER}.substring:SubstringStage",
+        "decontaminate": f"{_FOLDER}.decontaminate:DecontaminateStage",
+    },
+)
+AnyStage = Annotated[Stage, RegisteredConfig(STAGES, Stage, tag="stage")]
 
-AnyStage = Annotated[
-    UrlStage
-    | ExtractStage
-    | LanguageStage
-    | HeuristicsStage
-    | PerplexityStage
-    | QualityStage
-    | ToxicityStage
-    | PiiStage
-    | ExactStage
-    | NearStage
-    | SubstringStage
-    | DecontaminateStage,
-    Field(discriminator="stage"),
-]
+__all__ = ["STAGES", "AnyStage"]

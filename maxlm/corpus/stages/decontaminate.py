@@ -50,10 +50,14 @@ def build_ngram_index(
         max_items_per_ngram: n-grams of more different items of a set are left out, as
             text of a template, if they are not of a long passage; see `_wanted`.
     """
-    grams, owners, items, lengths = [], [], [], set[int]()
+    grams = []
+    owners = []
+    items = []
+    lengths = set[int]()
     for name, source in sets.items():
         ids, words, gram, owner = _read_items(source, n, min_words)
-        if not (wanted := _wanted(words, gram, owner, n, max_items_per_ngram)).any():
+        wanted = _wanted(words, gram, owner, n, max_items_per_ngram)
+        if not wanted.any():
             what = f'evaluation set "{name}" has no text of {min_words} words or more to look for'
             if words.any():
                 what = f'all text of evaluation set "{name}" is common to more than '
@@ -79,10 +83,15 @@ def _read_items(
         [items]. The n-grams of all in the order of the text, uint64 [places], and the
         item of each, int64.
     """
-    ids, words, grams, owners, seen = [], [], [], [], set()
+    ids = []
+    words = []
+    grams = []
+    owners = []
+    seen = set()
     for document in read_documents(source):
         text = hash_words(document.text.decode("utf-8", "replace"))
-        found, count = hash_shingles(text, n), len(text)
+        found = hash_shingles(text, n)
+        count = len(text)
         content = hashlib.sha256(np.unique(found).tobytes()).digest()
         if wanted := count >= shortest and content not in seen:
             seen.add(content)
@@ -207,7 +216,8 @@ class DecontaminateStage(PerDocumentStage):
         index = build_ngram_index(self.sets, self.ngram, shortest, self.max_items)
 
         def label(text: str | None) -> dict[str, Any]:
-            if not len(found := find_ngrams(index, text or "")):
+            found = find_ngrams(index, text or "")
+            if not len(found):
                 return {"contaminated": False, "overlap": 0.0, "cuts": []}
             grams = np.unique(found[:, 0])
             stops = np.searchsorted(index.hashes, index.hashes[grams], "right")
@@ -237,7 +247,8 @@ def count_contaminated_documents(
     """Counts the items of evaluation sets that have contaminated documents, most first:
     by set and item the number of documents that have most of it, and the greatest
     overlap."""
-    title, names = stage.unique_name, ("set", "item", "overlap", "contaminated")
+    title = stage.unique_name
+    names = ("set", "item", "overlap", "contaminated")
     found: dict[tuple[str, str], list[float]] = {}
     for shard in shards:
         for table in shard.read_row_groups([f"{title}.{name}" for name in names]):

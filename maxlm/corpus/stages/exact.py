@@ -120,9 +120,11 @@ def _hash_shard(
 ) -> None:
     """Write a shard's members, which of them earlier corpora have, and the two halves
     of their digests, sorted."""
-    if (out := get_shard_path(scratch, "hashes", shard.name)).exists():
+    out = get_shard_path(scratch, "hashes", shard.name)
+    if out.exists():
         return
-    members, digests = [], bytearray()
+    members = []
+    digests = bytearray()
     for group in shard.read_selected_rows(("id", *stage.input_columns)):
         for text in group.batch.column("text"):
             digests += stage.compute_digest(text.as_py())
@@ -150,7 +152,8 @@ def _label_shard(
     rows = members.read_batch(which).column("row").to_numpy()
     offsets = np.array(members.shard_offsets)
     source = offsets[found["source_file"]] + found["source_place"]
-    of, copies = np.full(len(rows), -1, np.int64), np.ones(len(rows), np.int64)
+    of = np.full(len(rows), -1, np.int64)
+    copies = np.ones(len(rows), np.int64)
     of[found["place"]] = np.where(source == found["place"] + offsets[which], -1, source)
     copies[found["place"]] = found["copies"]
     seen = read_columns(get_shard_path(members.folder, "seen", shard.name))["seen"]

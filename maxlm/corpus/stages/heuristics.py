@@ -108,9 +108,12 @@ def _count_ngram_characters(tokens: list[str]) -> list[int]:
     known: dict[str, int] = {}
     ids = np.array([known.setdefault(token, len(known)) for token in tokens], np.int64)
     ends = [0, *accumulate(map(len, tokens))]
-    grams, repeats, counts = ids, True, []
+    grams = ids
+    repeats = True
+    counts = []
     for n in range(2, 11):
-        if (size := len(tokens) - n + 1) < 1:
+        size = len(tokens) - n + 1
+        if size < 1:
             counts.append(0)
             continue
         first, often = 0, 1
@@ -120,7 +123,8 @@ def _count_ngram_characters(tokens: list[str]) -> list[int]:
                 grams, return_index=True, return_inverse=True, return_counts=True
             )
             often = int(numbers.max())
-            first, repeats = int(firsts[numbers == often].min()), often > 1
+            first = int(firsts[numbers == often].min())
+            repeats = often > 1
         if n < 5:
             counts.append(often * (ends[first + n] - ends[first] + n - 1))
         else:
@@ -208,7 +212,8 @@ def _count_sentences(line: str) -> int:
             line, max(0, end.start() - 2), end.start()
         )
         if not initial and (not marks.isascii() or not after or after.isspace()):
-            ends, done = ends + 1, end.end()
+            ends = ends + 1
+            done = end.end()
     return ends + bool(line[done:].strip())
 
 
@@ -322,7 +327,8 @@ class HeuristicsStage(PerDocumentStage):
     def make_row_label_fn(self) -> Callable[[str | None], Measures]:
         """Raises: MaxlmError: a stop word is several words."""
         for word in self.stop_words:
-            if (number := len(split_words_and_symbols(word))) != 1:
+            number = len(split_words_and_symbols(word))
+            if number != 1:
                 what = f"stop_words: {word!r} is {number} words, where one is asked for"
                 raise MaxlmError(
                     what, where="heuristics", fix="give each word by itself"

@@ -219,7 +219,8 @@ def _label_shard(
     pair_offsets = np.concatenate([[0], np.cumsum(pair_counts)]).astype(np.int32)
     rows = members.read_batch(number).column("row").to_numpy()
     of, cluster = np.full((2, len(rows)), -1, np.int64)
-    jaccard, cluster_size = np.zeros(len(rows)), np.ones(len(rows), np.int64)
+    jaccard = np.zeros(len(rows))
+    cluster_size = np.ones(len(rows), np.int64)
     places = marks.member - members.shard_offsets[number]
     of[places], jaccard[places] = marks.duplicate_of, marks.jaccard
     cluster[places], cluster_size[places] = marks.cluster, marks.cluster_size
@@ -244,7 +245,9 @@ def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
     file = _set_file(scratch, shard.name)
     if get_shard_path(scratch, "members", shard.name).exists():  # It is written last.
         return
-    members, sizes, banding = [], [], stage.choose_banding()
+    members = []
+    sizes = []
+    banding = stage.choose_banding()
     digests = bytearray()
     keys = [np.empty((banding[0], 0), np.uint64)]
     with convert_write_errors(file):
@@ -291,7 +294,8 @@ def _write_pairs(
     """Write the candidates of a band and range in files of bounded size, each
     sorted."""
     band, which = part
-    if (done := folder / f"{band}-{which}.done").exists():
+    done = folder / f"{band}-{which}.done"
+    if done.exists():
         return
     marks = [get_shard_path(members.folder, "marks", name) for name in members.shards]
     found = find_candidate_pairs(members, band, number, which, stage.max_group, marks)

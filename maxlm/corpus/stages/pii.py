@@ -106,12 +106,17 @@ def mask_pii(
 ) -> tuple[str | None, list[dict]]:
     """Returns the masked text, None if nothing is masked, and each match's place in
     both texts."""
-    parts, spans, done, shift = [], [], 0, 0
+    parts = []
+    spans = []
+    done = 0
+    shift = 0
     for start, end, kind in matches:
         place = None, None
-        if (placeholder := placeholders.get(kind)) is not None:
+        placeholder = placeholders.get(kind)
+        if placeholder is not None:
             parts += [text[done:start], placeholder]
             place = start + shift, start + shift + len(placeholder)
-            done, shift = end, place[1] - end
+            done = end
+            shift = place[1] - end
         spans.append(dict(zip(_PLACES, (start, end, kind, *place), strict=True)))
     return ("".join([*parts, text[done:]]) if parts else None), spans

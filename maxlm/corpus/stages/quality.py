@@ -200,7 +200,8 @@ def train_classifier(
     scores = expit(scale * scores + offset)
     target = settings.target, settings.target_value
     threshold, reached = choose_threshold(scores[middle], labels[middle], *target)
-    truth, taken = labels[last], scores[last] >= threshold
+    truth = labels[last]
+    taken = scores[last] >= threshold
     report = ClassifierReport(
         trained=(int(labels[train].sum()), int((~labels[train]).sum())),
         measured=(int(truth.sum()), int((~truth).sum())),
@@ -228,7 +229,8 @@ def choose_threshold(
         (precision, recall) if target == "precision" else (recall, precision)
     )
     reaches, other = reaches[:-1], other[:-1]  # The last point has no threshold.
-    if not (reached := reaches >= target_value).any():
+    reached = reaches >= target_value
+    if not reached.any():
         return float(thresholds[np.argmax(reaches)]), False
     return float(
         thresholds[np.lexsort((reaches, np.where(reached, other, -1)))[-1]]
@@ -241,7 +243,8 @@ def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> Any:
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    size, longest = 1 << settings.buckets, settings.word_ngrams
+    size = 1 << settings.buckets
+    longest = settings.word_ngrams
     texts = [text[:_LONGEST] for text in texts]
     words = HashingVectorizer(
         n_features=size, ngram_range=(1, longest), token_pattern=WORD_PATTERN

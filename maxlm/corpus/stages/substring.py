@@ -104,7 +104,8 @@ def write_window_blocks(
     - for each window its hashes, sorted, the word with which it begins, and its
       document's rank, if ranks differ
     """
-    if (done := _block_file(folder, shard.name, "windows")).exists():
+    done = _block_file(folder, shard.name, "windows")
+    if done.exists():
         return
     windows = []
     documents = _read_code_points(shard, keep_by)
@@ -114,10 +115,8 @@ def write_window_blocks(
     for number, block in enumerate(blocks):
         name = f"{shard.name}-{number}"
         texts, rows, ranks = zip(*block, strict=True)
-        text, offsets = (
-            np.concatenate(texts),
-            np.cumsum([0, *map(len, texts)], dtype=np.int64),
-        )
+        text = np.concatenate(texts)
+        offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         starts, stops, first = find_words(text, offsets)
         columns = {"row": np.array(rows), "end": offsets[1:], "first_word": first[:-1]}
         write_columns(_block_file(folder, name, "documents"), columns)

@@ -93,7 +93,8 @@ class UrlStage(PerDocumentStage):
                 if found.domain and found.suffix
                 else None
             )
-            labels, address = host.split("."), f"{_unicode(host)}/{rest}"
+            labels = host.split(".")
+            address = f"{_unicode(host)}/{rest}"
             if domain in names:
                 rule = "domain"
             elif names.intersection(".".join(labels[i:]) for i in range(len(labels))):
@@ -151,7 +152,8 @@ def _split(url: str) -> tuple[str, str]:
 
 
 def _ascii(host: str) -> str:
-    if (host := host.strip(".").lower()).isascii():
+    host = host.strip(".").lower()
+    if host.isascii():
         return host
     try:
         return host.encode("idna").decode()

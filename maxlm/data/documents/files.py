@@ -1,28 +1,29 @@
 """The formats of documents, and from paths, folders and globs to files in a fixed
 order.
 
-Folders of corpora are read by `maxlm.corpus`, which is imported when one is first
-listed or read.
+A folder that `maxlm corpus run` made is one source. What reads it registers itself as a
+document reader (an entry point of maxlm's own package, see pyproject.toml), and is
+imported when such a folder is first listed or read.
 """
 
 import glob
-import importlib
 import importlib.util
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from maxlm.config import MaxlmError
+from maxlm.config.registry import Registry
 from maxlm.data.documents.config import (
     PYTHON_PACKAGE,
     PYTHON_STDLIB,
     FilesConfig,
     is_installed_text,
 )
-from maxlm.data.documents.document import SourceFile
+from maxlm.data.documents.document import Document, FileSlice, SourceFile
 from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
 from maxlm.runtime.json_files import check_regular_file
 
@@ -50,6 +51,27 @@ FORMATS = {
 others are text."""
 
 
+class DocumentReader(Protocol):
+    """Reads folders of documents that are no files of their own."""
+
+    def list_corpus_files(
+        self, folder: Path, config: FilesConfig
+    ) -> Iterable[SourceFile]:
+        """Lists a folder's documents as files that can be read in slices."""
+        ...
+
+    def read_corpus_slice(self, part: FileSlice) -> Iterator[Document]:
+        """Yields the documents of a slice of one of these files, in order."""
+        ...
+
+    def describe_filter_rules(self, files: Iterable[SourceFile]) -> str:
+        """Describes which documents are taken from the folders of ``files``."""
+        ...
+
+
+DOCUMENT_READERS = Registry[DocumentReader]("document reader")
+
+
 def is_corpus(folder: Path) -> bool:
     """Tells a folder that `maxlm corpus run` made, which is one source, from a folder
     of files."""
@@ -66,10 +88,11 @@ def check_corpus_packages(error_location: str) -> None:
             )
 
 
-def import_corpus_reader(error_location: str) -> Any:
-    """Imports the module that reads corpora; `error_location` is what it is to read."""
+def find_corpus_reader(error_location: str) -> DocumentReader:
+    """Returns the reader of corpora; `error_location` is what it is to read. Raises
+    MaxlmError: a package that it needs is missing."""
     check_corpus_packages(error_location)
-    return importlib.import_module("maxlm.corpus.opened")
+    return DOCUMENT_READERS.get("corpus")
 
 
 def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
@@ -77,7 +100,7 @@ def describe_filter_rules(files: Iterable[SourceFile]) -> str | None:
     such."""
     corpora = [file for file in files if file.format == "corpus"]
     return (
-        import_corpus_reader(corpora[0].name).describe_filter_rules(corpora)
+        find_corpus_reader(corpora[0].name).describe_filter_rules(corpora)
         if corpora
         else None
     )
@@ -108,7 +131,7 @@ def find_files(config: FilesConfig) -> FileListing:
         found = binary = 0
         for root in resolve_glob(entry):
             if is_corpus(root):
-                for file in import_corpus_reader(entry).list_corpus_files(root, config):
+                for file in find_corpus_reader(entry).list_corpus_files(root, config):
                     found += 1
                     files.setdefault(os.path.realpath(file.path), file)
                 continue
@@ -138,7 +161,8 @@ def resolve_glob(entry: str) -> list[Path]:
     if not glob.has_magic(entry):
         fix = f"give a file, a folder, a quoted glob, {PYTHON_STDLIB} or {PYTHON_PACKAGE}NAME"
         raise MaxlmError("no such file or folder", where=entry, fix=fix)
-    if not (matches := sorted(map(Path, glob.glob(str(path), recursive=True)))):
+    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not matches:
         fix = "check the pattern (and quote it, so that the shell leaves it alone)"
         raise MaxlmError("the pattern matches nothing", where=entry, fix=fix)
     return matches

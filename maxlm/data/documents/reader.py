@@ -16,7 +16,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, SourceFile
-from maxlm.data.documents.files import find_files, import_corpus_reader
+from maxlm.data.documents.files import find_corpus_reader, find_files
 from maxlm.data.documents.streams import make_whole_slice, open_parquet, open_stream
 
 _BATCH_ROWS = 64  # Of Parquet, what is decoded at a time.
@@ -69,7 +69,7 @@ def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | Non
         fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
         raise MaxlmError("a crawl holds pages, not texts", where=where, fix=fix)
     if part.file.format == "corpus":
-        yield from import_corpus_reader(where).read_corpus_slice(part)
+        yield from find_corpus_reader(where).read_corpus_slice(part)
         return
     for record in read_records(source, part):
         if record.error is not None:
@@ -115,7 +115,8 @@ def _read_text(
     position = 0
     with open_stream(file.path, file.compression) as stream:
         for index in count():
-            if not (piece := stream.read(size)) and index:
+            piece = stream.read(size)
+            if not piece and index:
                 return
             is_whole = index == 0 and not (piece_bytes and stream.peek(1))
             if piece_bytes and not piece.endswith(b"\n"):
@@ -145,7 +146,8 @@ def _read_jsonl(
         for number in count(part.first_row):
             if part.stop is not None and position >= part.stop:
                 return
-            if not (line := stream.readline(longest)):
+            line = stream.readline(longest)
+            if not line:
                 return
             position += len(line)
             name = f"{file.name}:{number}"
@@ -265,7 +267,8 @@ def _read_cell(column: Any, row: int) -> tuple[Any, int]:
     import pyarrow as pa
 
     try:
-        if isinstance(scalar := column[row], pa.DictionaryScalar):
+        scalar = column[row]
+        if isinstance(scalar, pa.DictionaryScalar):
             scalar = scalar.value
         if isinstance(scalar, pa.BinaryScalar):
             buffer = scalar.as_buffer()
@@ -285,7 +288,8 @@ def _decode(source: FilesConfig, data: bytes, where: str, offset: int = 0) -> st
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        byte, place = error.object[error.start], offset + error.start
+        byte = error.object[error.start]
+        place = offset + error.start
         what = f"byte 0x{byte:02x} at offset {place} is not valid UTF-8"
         raise MaxlmError(what, where=where, fix=_FIX) from error
 
@@ -293,7 +297,8 @@ def _decode(source: FilesConfig, data: bytes, where: str, offset: int = 0) -> st
 def _encode(source: FilesConfig, text: str, where: str) -> bytes:
     r"""Encodes a string as UTF-8; JSON escapes like "\ud800" can make lone surrogates
     in it."""
-    if (found := _SURROGATE.search(text)) is None:
+    found = _SURROGATE.search(text)
+    if found is None:
         return text.encode()
     if source.replaces_bad_bytes:
         return _SURROGATE.sub("\ufffd", text).encode()

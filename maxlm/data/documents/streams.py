@@ -63,10 +63,8 @@ def open_stream(path: Path, compression: Compression) -> Iterator[io.BufferedRea
                     yield io.BufferedReader(unpacked, _READ_BYTES)
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            what, fix = (
-                error.strerror or str(error),
-                "check the file and its permissions",
-            )
+            what = error.strerror or str(error)
+            fix = "check the file and its permissions"
             raise MaxlmError(
                 f"cannot read: {what}", where=str(path), fix=fix
             ) from error
@@ -106,7 +104,8 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Fil
     Cuts depend on the file and `slice_bytes` only.
     """
     cut_lines = file.format == "jsonl" and file.compression == "none"
-    hasher, cuts = hashlib.sha256(), [(0, 1)]
+    hasher = hashlib.sha256()
+    cuts = [(0, 1)]
     position = 0
     for path in (file.path, *file.extra_paths) if digest or cut_lines else ():
         with open_stream(path, "none") as stream:
@@ -140,7 +139,9 @@ def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
             )
             if size >= slice_bytes or index + 1 == len(groups):
                 yield FileSlice(file, start, index + 1, first, size)
-                start, first, size = index + 1, row, 0
+                start = index + 1
+                first = row
+                size = 0
 
 
 @contextmanager

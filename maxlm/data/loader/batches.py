@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.data.batch_source import Batch, BatchSource
 from maxlm.data.loader.mixture import ENDLESS, Mixing, MixtureOrder
 from maxlm.data.loader.packing import (
     ConcatPacking,
@@ -26,22 +27,9 @@ from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 from maxlm.data.store.arrays import Int64s
 
 if TYPE_CHECKING:
-    from maxlm.data.batch_source import BatchSource
     from maxlm.data.loader.prefetch import Prefetcher
 
 PADDING = -1
-
-Batch = dict[str, np.ndarray]
-"""int32 arrays [rows, seq_len] and float32 weights [rows, seq_len]:
-
-tokens       token ids; 0 in padding.
-targets      the next token of the same document, also where the document is cut here; 0 where
-             there is none.
-weights      1 where the target counts; 0 at a document's last token and in padding.
-segment_ids  1, 2, ... for the row's pieces; 0 in padding.
-positions    0, 1, ... within each piece. A piece that continues a cut document starts at 0 again,
-             as attention cannot see what came before it.
-"""
 
 
 class LoaderConfig(Config):
@@ -268,7 +256,7 @@ def make_one_pass_batches(store: TokenSource, seq_len: int, batch_size: int) -> 
 
 
 def load_batches(
-    source: "BatchSource",
+    source: BatchSource,
     rows: Sequence[int],
     *,
     start_step: int = 0,
@@ -304,11 +292,11 @@ def load_batches(
     )
 
 
-def _make_rows(source: "BatchSource", rows: Sequence[int], step: int) -> Batch:
+def _make_rows(source: BatchSource, rows: Sequence[int], step: int) -> Batch:
     return source.rows(step, rows)
 
 
-def check_num_steps(batches: "BatchSource", steps: int) -> None:
+def check_num_steps(batches: BatchSource, steps: int) -> None:
     """Refuses a mixture that ends before so many steps."""
     if batches.num_steps is not None and batches.num_steps < steps:
         raise MaxlmError(

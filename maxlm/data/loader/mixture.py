@@ -93,7 +93,8 @@ class MixtureOrder:
         """
         names = tuple(phases[0][1])
         limits = [max_sequences.get(name, ENDLESS) for name in names]
-        before, segments = [0] * len(names), list[MixtureSegment]()
+        before = [0] * len(names)
+        segments = list[MixtureSegment]()
         for (start, of_phase), (stop, _) in zip(
             phases, [*phases[1:], (ENDLESS, {})], strict=True
         ):
@@ -303,10 +304,8 @@ class Mixing:
         """Makes the mixture of stores of these sizes, numbered in the order of
         `tokens`."""
         check_phases(self.phases, tuple(self.weights))
-        exponent, largest = (
-            1 / (self.temperature or math.inf),
-            max([*tokens.values(), 1]),
-        )
+        exponent = 1 / (self.temperature or math.inf)
+        largest = max([*tokens.values(), 1])
         sizes = {name: (count / largest) ** exponent for name, count in tokens.items()}
         # A phase that begins at step 0 without a ramp takes the place of the sources'
         # own weights.

@@ -323,7 +323,8 @@ def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
     items = np.flatnonzero(~full)
     items = items[np.argsort(-lengths[items], kind="stable")]
     waiting: dict[int, list[int]] = {}
-    rooms, chosen = 0, []
+    rooms = 0
+    chosen = []
     for length in lengths[items].tolist():
         if fitting := rooms >> length:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -333,11 +334,13 @@ def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
                 rooms ^= 1 << room
             room -= length
         else:
-            target, room = num_bins, capacity - length
+            target = num_bins
+            room = capacity - length
             num_bins += 1
         chosen.append(target)
         if room:
-            if not (stack := waiting.setdefault(room, [])):
+            stack = waiting.setdefault(room, [])
+            if not stack:
                 rooms |= 1 << room
             stack.append(target)
     bins[items] = chosen

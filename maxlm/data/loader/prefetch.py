@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from maxlm.config.errors import MaxlmError, ProcessLost
-from maxlm.data.loader.batches import Batch
+from maxlm.data.batch_source import Batch
 from maxlm.data.loader.mixture import ENDLESS
 from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.pool import stop_with_parent
@@ -119,7 +119,8 @@ class Prefetcher(Iterator[Batch]):
             # call leaked.
             raise error.with_traceback(None) from None
         except RuntimeError as error:
-            if (killed := _KILLED.search(str(error))) is None:
+            killed = _KILLED.search(str(error))
+            if killed is None:
                 raise
             raise _describe_death(int(killed[1])) from error
         if batch is None:  # Threads have made their last; workers go on.
@@ -286,7 +287,8 @@ def _close_pipelines(pipelines: list[_Pipeline]) -> None:
 
 
 def _describe_death(signal_number: int) -> ProcessLost:
-    name, cause = signal.strsignal(signal_number), _LIKELY_CAUSES.get(signal_number, "")
+    name = signal.strsignal(signal_number)
+    cause = _LIKELY_CAUSES.get(signal_number, "")
     return ProcessLost(
         f"a loader worker was killed by signal {signal_number} ({name}){cause}",
         where="data.workers",
@@ -331,7 +333,8 @@ def _start_worker(worker: int, workers: int) -> None:
     """Runs in each worker before its first batch."""
     del worker, workers
     ignore_signals()
-    if (jax := sys.modules.get("jax")) is not None:  # Grain imports it.
+    jax = sys.modules.get("jax")
+    if jax is not None:  # Grain imports it.
         jax.config.update(
             "jax_platforms", "cpu"
         )  # Never touch the trainer's accelerator.

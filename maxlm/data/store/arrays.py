@@ -145,7 +145,8 @@ class Offsets:
     def searchsorted(self, values: Int64s, side: Literal["right"]) -> Int64s:
         """Bisects as numpy's does: some log2(size / 2^12) chunks a value [n], most of
         them kept."""
-        low, high = np.zeros_like(values), np.full_like(values, self.size)
+        low = np.zeros_like(values)
+        high = np.full_like(values, self.size)
         while (left := np.flatnonzero(low < high)).size:
             middle = (low[left] + high[left]) // 2
             is_low = self[middle] <= values[left]

@@ -104,7 +104,8 @@ def build_store(
             ):  # A kill came between the renames below.
                 os.rename(replaced, out)
             # Meanwhile another builder may have finished it, or another store.
-            if not (manifest := _check_replaceable(out, plan.manifest, force)):
+            manifest = _check_replaceable(out, plan.manifest, force)
+            if not manifest:
                 manifest = _write_segment(plan, building, None, pool, progress)
                 with convert_write_errors(building):
                     write_manifest(building / "store", manifest)
@@ -164,7 +165,8 @@ def _check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | 
         what = "this exists and is not a token store"
         raise MaxlmError(what, where=str(out), fix="choose another folder or remove it")
     try:
-        if not (found := next(describe_differences(read_manifest(out), planned), None)):
+        found = next(describe_differences(read_manifest(out), planned), None)
+        if not found:
             return TokenStore.open(out).manifest
     except MaxlmError:
         if not force:
@@ -195,11 +197,9 @@ def _write_segment(
     if not any(source.num_documents for source in sources):
         shutil.rmtree(building)
         raise _no_documents(plan)
-    store, folder, dtype = (
-        building / "store",
-        building / plan.parts_name,
-        plan.manifest.dtype,
-    )
+    store = building / "store"
+    folder = building / plan.parts_name
+    dtype = plan.manifest.dtype
     with convert_write_errors(building):
         shutil.rmtree(store, ignore_errors=True)
         store.mkdir()
@@ -209,7 +209,8 @@ def _write_segment(
     num_tokens = int(begins[-1])
     create_array(store, "tokens", num_tokens, dtype)
     write = partial(_write_shard, store, folder, dtype, begins)
-    done, digests = 0, {}
+    done = 0
+    digests = {}
     for start, digest in pool.map_unordered(write, range(0, num_tokens, SHARD_TOKENS)):
         digests[start] = digest
         done += min(SHARD_TOKENS, num_tokens - start)
@@ -272,7 +273,8 @@ def _count_by_source(
 
 
 def _no_documents(plan: BuildPlan) -> MaxlmError:
-    where, manifest = ", ".join(plan.source.documents), plan.manifest
+    where = ", ".join(plan.source.documents)
+    manifest = plan.manifest
     if manifest.split == "all":
         what = f"the corpus is empty: no text in {len(manifest.sources)} files"
         return MaxlmError(what, where=where, fix="name files that hold text")
@@ -288,15 +290,15 @@ def _write_shard(
     + 1]. Returns `start` and the shard's hash."""
     stop = min(start + SHARD_TOKENS, int(begins[-1]))
     shard = np.empty(stop - start, dtype)
-    first, end = (
-        np.searchsorted(begins, start, "right") - 1,
-        np.searchsorted(begins, stop),
-    )
+    first = np.searchsorted(begins, start, "right") - 1
+    end = np.searchsorted(begins, stop)
     for index in range(first, end):
-        begin, size = begins[index], begins[index + 1] - begins[index]
+        begin = begins[index]
+        size = begins[index + 1] - begins[index]
         if size:
             tokens = np.memmap(part_path(parts_folder, index, "tokens"), dtype, "r")
-            low, high = max(begin, start), min(begin + size, stop)
+            low = max(begin, start)
+            high = min(begin + size, stop)
             shard[low - start : high - start] = tokens[low - begin : high - begin]
     write_array(open_for_writing(store, "tokens"), start, shard, store)
     return start, hashlib.sha256(shard.data).hexdigest()

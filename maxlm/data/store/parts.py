@@ -158,7 +158,8 @@ def tokenize_part(
         if finished := read_finished_part(folder, job.index):
             return finished
         bos = () if planned.bos_id is None else (planned.bos_id,)
-        eos, dtype = (planned.eos_id,), np.dtype(planned.dtype)
+        eos = (planned.eos_id,)
+        dtype = np.dtype(planned.dtype)
         counts: dict[int, Counter[str]] = {}
         num_tokens = 0
         documents = _texts(source, planned, job, counts)

@@ -270,7 +270,8 @@ class TokenStore:
         try:
             download_folder(self.place, "tokenizer", Path(copy.name))
         except OSError as error:
-            what, where = f"cannot read the tokenizer: {error}", str(self.place)
+            what = f"cannot read the tokenizer: {error}"
+            where = str(self.place)
             fix = get_read_failure_fix(self.place, _REBUILD)
             raise MaxlmError(what, where=where, fix=fix) from error
         return copy
@@ -284,7 +285,8 @@ class TokenStore:
             "offsets": (self._offsets, self.num_documents + 1, "int64"),
         }
         for name, (array, size, dtype) in expected.items():
-            if (found := (array.shape, array.dtype.name)) != ((size,), dtype):
+            found = (array.shape, array.dtype.name)
+            if found != ((size,), dtype):
                 what = f"{name} are {found[1]} {list(found[0])}, the manifest says {dtype} [{size}]"
                 raise self._damaged(what)
 
@@ -346,7 +348,8 @@ def summary_table(store: TokenStore) -> Table:
     """Formats the description as a two-column table, with the sources summed up."""
     from rich.table import Table
 
-    about, manifest = describe_store(store), store.manifest
+    about = describe_store(store)
+    manifest = store.manifest
     left_out = sum(source.num_left_out for source in manifest.sources)
     dropped = sum(source.num_dropped for source in manifest.sources)
     split = manifest.split

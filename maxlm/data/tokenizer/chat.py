@@ -45,7 +45,8 @@ def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
     special tokens of it."""
     if config.chat is None:
         return
-    special, needed = tokenizer.special, CHAT_TOKENS[config.chat]
+    special = tokenizer.special
+    needed = CHAT_TOKENS[config.chat]
     if missing := [token for token in needed if token not in special.ids]:
         what = f"the vocabulary has no special token {' or '.join(missing)}"
         fix = "use another form, or leave tokenizer.chat out and give the tokenizer a template"
@@ -177,7 +178,8 @@ def encode_chat_turns(
             )
         kept = {2 * writers.index(i) + 1 for i in turns}
     else:
-        text, cuts = render(len(messages)), [0]
+        text = render(len(messages))
+        cuts = [0]
         for i in turns:
             is_assistant = messages[i]["role"] == "assistant"
             before = render(i, add_generation_prompt=is_assistant) if i else ""
@@ -191,15 +193,14 @@ def encode_chat_turns(
         pieces = [text[a:b] for a, b in pairwise([*cuts, len(text)])]
         kept = {*range(1, len(pieces), 2)}
     for i, message in enumerate(given["messages"]):
-        role, content = message["role"], message.get("content")
+        role = message["role"]
+        content = message.get("content")
         verbatim = role in ("system", "developer", "user") and isinstance(content, str)
         if verbatim and content.strip() not in text:
             raise _make_template_error(f"drops message {i}, of role {role!r}")
-    ids, spans, special = (
-        list[int](),
-        list[range](),
-        {*tokenizer.special_tokens.values()},
-    )
+    ids = list[int]()
+    spans = list[range]()
+    special = {*tokenizer.special_tokens.values()}
     escape = mark if mark in text else None
     for number, own in enumerate(_encode_pieces(tokenizer, pieces, escape)):
         if number in kept:
@@ -288,12 +289,12 @@ def _encode_pieces(
     if tokenizer.lossless:  # What a piece is encoded as depends on no other.
         yield from (tokenizer.encode_with_escapes(piece, escape) for piece in pieces)
         return
-    text, before = "", list[int]()
+    text = ""
+    before = list[int]()
     for piece in pieces:
         text += piece
-        if (ids := tokenizer.encode_with_escapes(text, escape))[
-            : len(before)
-        ] != before:
+        ids = tokenizer.encode_with_escapes(text, escape)
+        if ids[: len(before)] != before:
             raise _make_template_error(
                 "lets a token cross the beginning or end of a turn"
             )

@@ -150,7 +150,8 @@ class HuggingFaceCodec(Codec):
         encoding = self._marked.encode(segment, add_special_tokens=False)
         ids: list[int] = []
         for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if (span := segment[start:stop]) != mark:
+            span = segment[start:stop]
+            if span != mark:
                 ids += self._without_special([i]) if mark in span else [i]
         return ids
 
@@ -259,7 +260,8 @@ def _known(
     if not special or not lost:
         return data, spec, ()
     spec["added_tokens"] = [token for token in added if token["content"] not in lost]
-    if isinstance(vocab := spec["model"].get("vocab"), dict):
+    vocab = spec["model"].get("vocab")
+    if isinstance(vocab, dict):
         spec["model"]["vocab"] = {
             token: i for token, i in vocab.items() if token not in lost
         }

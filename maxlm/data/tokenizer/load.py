@@ -24,11 +24,13 @@ _CONVERT = (
 
 def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     """Load the tokenizer saved in ``folder``."""
-    if not (folder := Path(folder)).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         what = "no such folder" if not folder.exists() else "not a folder"
         fix = "name a folder that `maxlm tokenizer train` wrote"
         raise MaxlmError(what, where=str(folder), fix=fix)
-    if (metadata := files.read_metadata(folder)).kind.startswith("sentencepiece"):
+    metadata = files.read_metadata(folder)
+    if metadata.kind.startswith("sentencepiece"):
         codec = _open_codec(SentencePieceCodec, folder / SentencePieceCodec.file_name)
     else:
         settings = {

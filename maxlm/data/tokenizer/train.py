@@ -39,7 +39,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
         what = f"vocab_size={config.vocab_size} has no room for every byte and special token"
         raise MaxlmError(what, fix=f"set it to {smallest} ({parts}) or more")
     segments = _training_segments(config, texts)
-    if (first := next(segments, None)) is None:
+    first = next(segments, None)
+    if first is None:
         raise MaxlmError(
             "no text to train a tokenizer on", fix="give text that is not empty"
         )
@@ -86,7 +87,8 @@ def train_bpe(
         show_progress=False,
     )
     tokenizer.train_from_iterator(segments, trainer)
-    if (reached := tokenizer.get_vocab_size() + len(literals)) < config.vocab_size:
+    reached = tokenizer.get_vocab_size() + len(literals)
+    if reached < config.vocab_size:
         raise make_small_text_error(config, reached)
     tokenizer.add_special_tokens(list(literals))
     return tokenizer.to_str().encode(), literals

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
-from maxlm.adapters.virtual_tokens import from_peft
+from maxlm.adapters.ia3 import Ia3Adapter
+from maxlm.adapters.lora import LoraAdapter
+from maxlm.adapters.virtual_tokens import PrefixAdapter, PromptAdapter, from_peft
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
+from maxlm.huggingface.families.names import ParamSlice, TensorEntry
 from maxlm.huggingface.files import StoredTensor, list_file_tensors, read_tensor
 from maxlm.huggingface.peft.settings import (
     CONFIG,
@@ -39,7 +41,6 @@ from maxlm.huggingface.peft.sites import (
 )
 from maxlm.models.adapters import Adapter
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.families.names import ParamSlice, TensorEntry
 from maxlm.models.params import Params, flatten_names
 
 TENSORS = "adapter_model.safetensors"
@@ -90,9 +91,9 @@ def read_peft_adapter(
 def list_task_types(config: ModelConfig) -> tuple[str | None, ...]:
     """Returns PEFT's names of what a model is for; None: not said. The first is
     written."""
-    if config.architecture == "encoder_decoder":
+    if config.transformer_type == "encoder_decoder":
         return "SEQ_2_SEQ_LM", None
-    if config.architecture == "encoder":
+    if config.transformer_type == "encoder":
         return None, "FEATURE_EXTRACTION"
     if "score" in config.heads:
         return "SEQ_CLS", None

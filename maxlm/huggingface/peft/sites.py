@@ -11,8 +11,8 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
+from maxlm.huggingface.families.names import ParamSlice, TensorEntry
 from maxlm.huggingface.peft.settings import MERGE, ModuleSettings, NamePattern, Names
-from maxlm.models.families.names import ParamSlice, TensorEntry
 
 Arrays = dict[str, np.ndarray]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.adapters import Ia3Adapter, LoraAdapter, PrefixAdapter, PromptAdapter
-from maxlm.adapters.ia3 import Ia3Param
-from maxlm.adapters.lora import TokenRowsParam
+from maxlm.adapters.ia3 import Ia3Adapter, Ia3Param
+from maxlm.adapters.lora import LoraAdapter, TokenRowsParam
 from maxlm.adapters.targets import split_dims
-from maxlm.adapters.virtual_tokens import to_peft
+from maxlm.adapters.virtual_tokens import PrefixAdapter, PromptAdapter, to_peft
 from maxlm.config import MaxlmError
 from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
+from maxlm.huggingface.families.names import ParamSlice, TensorEntry
 from maxlm.huggingface.peft.importing import to_matrix
 from maxlm.huggingface.peft.reading import (
     OUR_TOKEN_ROWS,
@@ -51,7 +51,6 @@ from maxlm.huggingface.peft.sites import (
 )
 from maxlm.models.adapters import Adapter
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.families.names import ParamSlice, TensorEntry
 from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
 
 _PARTS = {*LORA_PARTS.values(), *IA3_PARTS.values()}

@@ -24,7 +24,8 @@ def parse_boxed(text: str) -> str | None:
     r"""Returns what the last complete ``\boxed{...}`` holds, without blanks at its ends."""
     answer = None
     for start in re.finditer(r"\\boxed\s*\{", text):
-        depth, end = 1, start.end()
+        depth = 1
+        end = start.end()
         while end < len(text) and depth:
             escaped = text[end - 1] == "\\"
             depth += 0 if escaped else (text[end] == "{") - (text[end] == "}")

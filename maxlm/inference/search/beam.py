@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest, TokenLogprob
-from maxlm.inference.sampling import TOP_LOGPROBS, SamplingConfig
+from maxlm.inference.sampling import TOP_LOGPROBS
 from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
@@ -19,7 +20,7 @@ from maxlm.inference.search.continuations import (
     rank_outputs,
     require_idle,
 )
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class BeamSearchConfig(Config):
@@ -87,7 +88,8 @@ def beam_search(
     num_pages = {
         each.request_id: _count_pages(engine, each, num_beams) for each in requests
     }
-    waiting, running = deque(requests), dict[str, BeamSearch]()
+    waiting = deque(requests)
+    running = dict[str, BeamSearch]()
     results = dict[str, DecodingResult]()
     try:
         while waiting or running:
@@ -159,7 +161,8 @@ class BeamSearch:
     def advance(self, tokens: Mapping[int, TokenLogprob]) -> list[Beam]:
         """Takes the likeliest tokens behind each beam, by its index; returns the beams
         that go on, none at the end."""
-        config, length = self.config, len(self.beams[0].tokens) + 1
+        config = self.config
+        length = len(self.beams[0].tokens) + 1
         self.budget.num_spent += len(self.beams)
         extended = [
             Beam(beam.index, (*beam.tokens, token), beam.logprob + logprob)
@@ -174,10 +177,8 @@ class BeamSearch:
         for _, ids, logprob in extended[: config.num_beams]:
             stop = ids[-1] if ids[-1] in self.stops else None
             if at_end or stop is not None:
-                reason, score = (
-                    "length" if stop is None else "stop",
-                    self._score(logprob, length),
-                )
+                reason = "length" if stop is None else "stop"
+                score = self._score(logprob, length)
                 self.finished.append(
                     Continuation(ids, logprob, "", reason, score, stop)
                 )
@@ -200,7 +201,8 @@ class BeamSearch:
 
 def _count_pages(engine: Engine, request: GenerationRequest, num_beams: int) -> int:
     """Pages that beams hold at most, at their longest and alike in the prompt alone."""
-    is_encoded, size = isinstance(engine.model, EncoderDecoder), engine.config.page_size
+    is_encoded = isinstance(engine.model, EncoderDecoder)
+    size = engine.config.page_size
     num_prompt_tokens = 1 if is_encoded else len(request.prompt_tokens)
     num_prompt_tokens += engine.model.num_virtual_tokens
     num_tokens = num_prompt_tokens + request.sampling.max_new_tokens - 1

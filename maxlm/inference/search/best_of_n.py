@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
@@ -53,7 +53,8 @@ def best_of_n(
             alike, or scores that are added are below 0.
     """
     check_samples_differ(sampling, num_samples)
-    longest, spent = sampling.max_new_tokens, TokenBudget(budget)
+    longest = sampling.max_new_tokens
+    spent = TokenBudget(budget)
     if not spent.allows(longest):
         what = f"a budget of {budget} tokens is less than one sample's max_new_tokens={longest}"
         raise MaxlmError(

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import FinishReason, GenerationRequest, SequenceOutput
-from maxlm.inference.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def draw_continuations(
     budget has room for the longest output that it and those that run may have. Returns
     each one's continuation; None: the budget had no room for it."""
     require_idle(engine)
-    waiting, found = deque(requests), dict[str, SequenceOutput]()
+    waiting = deque(requests)
+    found = dict[str, SequenceOutput]()
     reserved: dict[str, int] = {}  # tokens that those which run may still generate
     try:
         while True:
@@ -156,8 +157,10 @@ def draw_continuations(
                     _make_continuation(found.get(each.request_id)) for each in requests
                 ]
             for output in engine.step():
-                name, count = output.request_id, len(output.token_ids)
-                if (own := found.setdefault(name, output)) is not output:
+                name = output.request_id
+                count = len(output.token_ids)
+                own = found.setdefault(name, output)
+                if own is not output:
                     own.append(output)
                 reserved[name] -= count
                 budget.num_spent += count
@@ -171,9 +174,7 @@ def draw_continuations(
 def _make_continuation(output: SequenceOutput | None) -> Continuation | None:
     if output is None:
         return None
-    logprob, ids = (
-        sum(token.logprob for token in output.logprobs),
-        tuple(output.token_ids),
-    )
+    logprob = sum(token.logprob for token in output.logprobs)
+    ids = tuple(output.token_ids)
     reason, stop_match = output.finish_reason, output.stop_match
     return Continuation(ids, logprob, output.text, reason, stop_match=stop_match)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.inference.search.continuations import (
     Continuation,
     DecodingResult,
@@ -22,7 +22,7 @@ from maxlm.inference.search.continuations import (
     score_outputs,
     with_own_seed,
 )
-from maxlm.models.architectures import EncoderDecoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 
 
 class TreeSearchConfig(Config):
@@ -79,10 +79,8 @@ def diverse_verifier_tree_search(
     check_samples_differ(sampling, config.num_subtrees * config.beam_width)
 
     def make_request(path: Continuation, *place: int) -> GenerationRequest:
-        most, is_last = (
-            sampling.max_new_tokens - len(path.token_ids),
-            place[0] == last_step,
-        )
+        most = sampling.max_new_tokens - len(path.token_ids)
+        is_last = place[0] == last_step
         most = most if is_last else min(most, config.max_step_tokens)
         return GenerationRequest(
             f"step {place}",
@@ -95,7 +93,8 @@ def diverse_verifier_tree_search(
 
     def join(path: Continuation, step: Continuation) -> Continuation:
         """Returns the path with one more step."""
-        tokens, reason = (*path.token_ids, *step.token_ids), step.finish_reason
+        tokens = (*path.token_ids, *step.token_ids)
+        reason = step.finish_reason
         if reason == "length" or step.stop_match in delimiters:
             reason = "length" if len(tokens) == sampling.max_new_tokens else None
         stop = step.stop_match if reason == "stop" else None
@@ -105,7 +104,8 @@ def diverse_verifier_tree_search(
         return replace(whole, text=decode_text(engine, prompt, whole))
 
     delimiters = (*config.step_delimiters, *config.step_token_ids)
-    spent, last_step = TokenBudget(budget), config.max_steps - 1
+    spent = TokenBudget(budget)
+    last_step = config.max_steps - 1
     paths = [Continuation((), 0.0)] * config.num_subtrees
     expanded: dict[int, list[Continuation]] = {}
     for step in range(config.max_steps):

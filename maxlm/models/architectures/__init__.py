@@ -4,25 +4,33 @@ An architecture is a config that builds its module. The rest of maxlm asks the c
 for ``build``, ``position_limit``, ``shrunk``, ``trunks`` and sizes; the module for a
 call, ``trunks``, ``prepare_logits``, ``logits``, ``rules``, ``dtype`` and ``config``;
 one that decodes for ``cache_specs`` and ``forward_with_cache`` too. To add one, write
-both in a file here and join them to the two names below; pydantic tells configs apart
-by their ``architecture``.
+both in a file here and name the config in ``ARCHITECTURES``, or register it from
+outside: ``ARCHITECTURES.register("name")`` decorates the config, and an installed
+package names it in an entry point of the group ``maxlm.architectures``.
 """
 
 from typing import Annotated
 
-from pydantic import Field
+from maxlm.config.registry import RegisteredConfig, Registry
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.transformer import Transformer
 
-from maxlm.config import add_default_tag
-from maxlm.models.architectures.encoder import Encoder, EncoderConfig
-from maxlm.models.architectures.encoder_decoder import (
-    EncoderDecoder,
-    EncoderDecoderConfig,
+ARCHITECTURES = Registry[type[TransformerConfig]](
+    "architecture",
+    {
+        "decoder": "maxlm.models.architectures.transformer:DecoderConfig",
+        "encoder": "maxlm.models.architectures.encoder:EncoderConfig",
+        "encoder_decoder": (
+            "maxlm.models.architectures.encoder_decoder:EncoderDecoderConfig"
+        ),
+    },
 )
-from maxlm.models.architectures.transformer import Decoder, DecoderConfig
-
 ModelConfig = Annotated[
-    DecoderConfig | EncoderConfig | EncoderDecoderConfig,
-    Field(discriminator="architecture"),
-    add_default_tag("architecture", "decoder"),
+    TransformerConfig,
+    RegisteredConfig(
+        ARCHITECTURES, TransformerConfig, tag="architecture", default="decoder"
+    ),
 ]
-Model = Decoder | Encoder | EncoderDecoder
+Model = Transformer
+
+__all__ = ["ARCHITECTURES", "Model", "ModelConfig"]

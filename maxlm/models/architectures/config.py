@@ -3,18 +3,25 @@ common."""
 
 from collections.abc import Mapping
 from math import isclose
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeAlias,
+)
 
 from pydantic import (
-    BeforeValidator,
     Field,
     PositiveInt,
-    SerializeAsAny,
     model_validator,
 )
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.blocks import Placement, parse_ffn, parse_mixer
+from maxlm.models.blocks import FeedForwardConfig, MixerConfig, Placement
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -95,6 +102,14 @@ class TrunkSpec(NamedTuple):
 class TransformerConfig(Config):
     """Layers between an embedding and an output head."""
 
+    if TYPE_CHECKING:
+        # Each architecture declares its own, with its name as the only value.
+        architecture: Any
+
+    transformer_type: ClassVar[Literal["decoder", "encoder", "encoder_decoder"]]
+    """How tokens are read and written: what tasks, the engine and the server go by. An
+    architecture of another name is used as one of these."""
+
     vocab_size: int = Field(gt=0)
     num_layers: LayerCount
     """Layers of the model, or of the decoder where there is an encoder too."""
@@ -102,12 +117,12 @@ class TransformerConfig(Config):
     max_seq_len: int = Field(gt=0)
     """Longest sequence the model is meant for; the rows of a learned position table."""
     attention: OptionalAttention = None
-    mixer: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_mixer)] = None
+    mixer: MixerConfig | None = None
     """Another mixer in place of ``attention``, by the kind it is registered with."""
     mlp: MlpConfig | None = None
     moe: MoeConfig | None = None
     """A mixture of experts in place of ``mlp``."""
-    ffn: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_ffn)] = None
+    ffn: FeedForwardConfig | None = None
     """Another feed-forward in place of ``mlp`` and ``moe``, by the kind it is
     registered with."""
     dense_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
@@ -153,7 +168,8 @@ class TransformerConfig(Config):
                 "neither attention nor" if self.mixer is None else "both attention and"
             )
             raise MaxlmError(f"{given} mixer", fix="give one of them")
-        dense, both = self.dense_layers, self.mlp is not None and self.moe is not None
+        dense = self.dense_layers
+        both = self.mlp is not None and self.moe is not None
         if not (self.mlp or self.moe or self.ffn):
             raise MaxlmError("neither mlp nor moe", fix="give one of them")
         if self.ffn and (self.mlp or self.moe):
@@ -181,7 +197,8 @@ class TransformerConfig(Config):
     def _positions_fit(self) -> Self:
         for kind in self.layer_kinds:
             self._check_positions(kind.positions or self.positions)
-        scheme, own = self.positions.kind, [kind.positions for kind in self.pattern]
+        scheme = self.positions.kind
+        own = [kind.positions for kind in self.pattern]
         if any(positions and positions.kind != scheme for positions in own):
             what = f"a pattern of other positions than {scheme}"
             raise MaxlmError(what, where="pattern", fix="let all layers have one kind")
@@ -220,6 +237,10 @@ class TransformerConfig(Config):
             what = f"scaling.kind={positions.scaling.kind} of one pair of dimensions"
             raise MaxlmError(what, fix="turn more of them, or use another scaling")
 
+    def build(self, **kwargs: Any) -> Any:
+        """Builds the model; ``kwargs``: arguments of ``Transformer``."""
+        raise NotImplementedError
+
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Kinds of layers, by turns; at least one."""
@@ -230,7 +251,8 @@ class TransformerConfig(Config):
     def layer_stacks(self) -> tuple[LayerStack, ...]:
         """The stacks of layers, first to last. What a pattern leaves over at the end
         has its own, so that each is whole periods."""
-        depth, dense = self.num_layers - self.dense_layers, self.moe is None
+        depth = self.num_layers - self.dense_layers
+        dense = self.moe is None
         before, among, behind = STACKS
         first = LayerStack(before, self.dense_layers, self.layer_kinds, True)
         kinds = self.layer_kinds[:depth]
@@ -278,7 +300,9 @@ class TransformerConfig(Config):
         once), ties, biases, norms, positions, gating and remat; experts are 8 at most,
         registered mixers and feed-forwards as they are; ``vocab_size`` and
         ``num_layers`` are upper bounds."""
-        attention, small, d_model = self.attention, None, 2 * head_dim
+        attention = self.attention
+        small = None
+        d_model = 2 * head_dim
         if attention is not None:
             small = attention.shrunk(head_dim, seq_len)
             d_model = small.num_heads * head_dim

@@ -21,6 +21,7 @@ class EncoderConfig(TransformerConfig):
     """A bidirectional encoder with a head that names masked tokens."""
 
     architecture: Literal["encoder"] = "encoder"
+    transformer_type = "encoder"
     token_types: int = Field(default=0, ge=0)
     """Rows of a table that tells apart the texts of a pair; 0: there is none."""
     head_activation: Activation | None = None
@@ -81,9 +82,8 @@ class Encoder(Transformer):
         """Computes hidden states as the head wants them; see :class:`Transformer`.
         ``types``: the text of a pair that each token is of, int; None: the first."""
         x, aux = self.forward_without_head(tokens, positions, segment_ids, types)
-        if (
-            head := self.head_layer
-        ) is not None and self.config.head_activation is not None:
+        head = self.head_layer
+        if head is not None and self.config.head_activation is not None:
             activate = ACTIVATIONS[self.config.head_activation]
             x = head.norm(activate(head.dense(x, seq_axis="residual")))
         return x, aux

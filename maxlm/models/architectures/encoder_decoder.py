@@ -24,6 +24,7 @@ class EncoderDecoderConfig(TransformerConfig):
     """Two trunks alike but for their depth; ``num_layers`` is the decoder's."""
 
     architecture: Literal["encoder_decoder"] = "encoder_decoder"
+    transformer_type = "encoder_decoder"
     encoder_layers: LayerCount
     """Layers of the encoder."""
     start_id: int = Field(default=0, ge=0)
@@ -106,7 +107,8 @@ class EncoderDecoder(Transformer):
         encoded, _ = self.encode(inputs)
 
         def project(stack: Any) -> tuple[KeysValues, ...]:
-            own, count = get_values(stack), self.config.num_layers
+            own = get_values(stack)
+            count = self.config.num_layers
             layers = (
                 bind(stack, take_stacked_layer(own, layer)) for layer in range(count)
             )
@@ -121,10 +123,8 @@ class EncoderDecoder(Transformer):
     ) -> CrossAttentionCache:
         """Returns the cross-attention cache of inputs of ``length`` tokens, with a
         :class:`~maxlm.models.caches.CacheArraySpec` for each array."""
-        attention, lead = (
-            self.config.attention,
-            (layout.num_shards, layout.num_rows, length),
-        )
+        attention = self.config.attention
+        lead = (layout.num_shards, layout.num_rows, length)
         assert attention is not None
         shape = (*lead, attention.num_kv_heads, attention.head_dim)
         keys = CacheArraySpec(shape, ("batch", None, None, "kv_heads", None))

@@ -150,12 +150,11 @@ class Transformer(Trunk):
         follow the caches', and the caches with them in it. Layers are not scanned: a
         loop over them would copy each one's weights and cache out of their stacks, at
         every token."""
-        x, written = self.embed(tokens, batch.positions), {}
+        x = self.embed(tokens, batch.positions)
+        written = {}
         for part in self.config.layer_stacks:
-            stack, kinds = (
-                self.stacks[part.name],
-                self.attention_inputs_by_kind(part, batch),
-            )
+            stack = self.stacks[part.name]
+            kinds = self.attention_inputs_by_kind(part, batch)
             own, written[part.name] = get_values(stack), []
             for layer, cache in enumerate(caches[part.name]):
                 inputs = kinds[layer % len(kinds)]
@@ -177,7 +176,8 @@ class Transformer(Trunk):
     def prepare_logits(self, hidden: jax.Array) -> LogitsInputs:
         """Returns the maps from hidden states to logits; training fuses them with the
         loss."""
-        scale, bias = self.config.logit_scale, None
+        scale = self.config.logit_scale
+        bias = None
         if scale != 1:
             hidden = (hidden.astype(accumulation_dtype(self.dtype)) * scale).astype(
                 hidden.dtype
@@ -202,7 +202,8 @@ class Transformer(Trunk):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [B, S, D] → fp32 logits [B, S, V] (inference)."""
-        head, dtype = self.prepare_logits(hidden), accumulation_dtype(self.dtype)
+        head = self.prepare_logits(hidden)
+        dtype = accumulation_dtype(self.dtype)
         kernel = reshard(head.head, make_spec(head.head_layout))
         spec = self.rules.spec("batch", "seq", "vocab")
         logits = multiply_head(
@@ -210,7 +211,8 @@ class Transformer(Trunk):
         )
         if head.bias is not None:
             logits += reshard(head.bias, self.rules.spec("vocab"))
-        if (cap := head.soft_cap) is not None:
+        cap = head.soft_cap
+        if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
         return reshard(logits, self.rules.spec("batch", "seq", None))
 
@@ -255,6 +257,7 @@ class DecoderConfig(TransformerConfig):
     """A causal decoder; see configs/models for published sizes."""
 
     architecture: Literal["decoder"] = "decoder"
+    transformer_type = "decoder"
 
     def build(self, **kwargs: Any) -> "Decoder":
         """Builds the model; ``kwargs``: arguments of :class:`Transformer`."""

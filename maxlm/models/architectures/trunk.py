@@ -203,7 +203,8 @@ class Trunk(nnx.Module):
         self, stack: LayerStack, batch: RaggedBatch
     ) -> list[AttentionInputs]:
         """Returns each kind of layer's inputs for a step of inference."""
-        biases, where = self.relative_biases(), (batch.positions, None)
+        biases = self.relative_biases()
+        where = (batch.positions, None)
         contexts = self._contexts(stack, where, batch.lengths)
         if get_platform() == "cpu":
             contexts = tuple(
@@ -230,7 +231,8 @@ class Trunk(nnx.Module):
     def _attention_inputs(
         self, kind: LayerKind, context: tuple[Any, Any, Any], biases: Any
     ) -> AttentionInputs:
-        slopes, config = None, self.config
+        slopes = None
+        config = self.config
         if config.positions.kind == "alibi":
             own = kind.positions or config.positions
             slopes = jnp.asarray(
@@ -245,7 +247,8 @@ class Trunk(nnx.Module):
         self, kind: LayerKind, positions: jax.Array, lengths: jax.Array | None = None
     ) -> Rotary | None:
         """Returns the angles of positions, where the model turns queries and keys."""
-        own, attention = kind.positions or self.config.positions, self.config.attention
+        own = kind.positions or self.config.positions
+        attention = self.config.attention
         if own.kind != "rope":
             return None
         size = own.rotary_dim or attention.head_dim

@@ -1,23 +1,27 @@
 """Settings of the caches that a decoder serves from."""
 
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from maxlm.config import Config, MaxlmError, add_default_tag
-
-QUANTIZED_PAGE_SIZES = {"int8": 32, "int4": 64}
-"""Tokens of a page that share a scale, unless another size is set: as the TPU's kernel
-takes them at least."""
+from maxlm.config import Config, MaxlmError
+from maxlm.config.registry import RegisteredConfig, Registry
 
 
-class PagedCacheConfig(Config):
+class CacheConfig(Config):
+    """How attention keeps keys and values, with a ``kind`` of its own."""
+
+    kind: Any
+
+
+class PagedCacheConfig(CacheConfig):
     """All keys and values, in the compute dtype."""
 
     kind: Literal["paged"] = "paged"
 
 
-class QuantizedCacheConfig(Config):
+class QuantizedCacheConfig(CacheConfig):
     """All keys and values, in fewer bits (KIVI, arXiv 2402.02750): keys with a scale
     per channel of a page, values with one per token and head. Prompts attend to their
     own chunk as it is."""
@@ -29,15 +33,15 @@ class QuantizedCacheConfig(Config):
     pages."""
 
 
-class _BudgetConfig(Config):
-    kind: Any
+class _BudgetConfig(CacheConfig):
     budget: int = Field(gt=0)
     """Tokens of a sequence, layer and kv head that are kept."""
 
     @model_validator(mode="after")
     def _within_budget(self):
         name = "num_sinks" if self.kind == "sinks" else "recent"
-        if (tokens := getattr(self, name)) >= self.budget:
+        tokens = getattr(self, name)
+        if tokens >= self.budget:
             what = f"{name}={tokens} leaves nothing of budget={self.budget}"
             raise MaxlmError(what, fix=f"raise budget, or lower {name}")
         return self
@@ -82,8 +86,28 @@ class SnapKVCacheConfig(_BudgetConfig):
 
 
 EvictingCacheConfig = SinksCacheConfig | HeavyHittersCacheConfig | SnapKVCacheConfig
-CacheConfig = Annotated[
-    PagedCacheConfig | QuantizedCacheConfig | EvictingCacheConfig,
-    Field(discriminator="kind"),
-    add_default_tag("kind", "paged"),
+_KINDS = "maxlm.models.caches.kinds"
+CACHES = Registry[Any](
+    "cache",
+    {
+        "paged": f"{_KINDS}:PAGED",
+        "int8": f"{_KINDS}:INT8",
+        "int4": f"{_KINDS}:INT4",
+        "sinks": f"{_KINDS}:SINKS",
+        "h2o": f"{_KINDS}:HEAVY_HITTERS",
+        "snapkv": f"{_KINDS}:SNAPKV",
+    },
+)
+"""A :class:`~maxlm.models.caches.kinds.RegisteredCache` by kind."""
+AnyCacheConfig = Annotated[
+    CacheConfig,
+    RegisteredConfig(
+        CACHES, CacheConfig, default="paged", get_config=attrgetter("config")
+    ),
 ]
+
+
+def find_default_page_size(kind: str) -> int | None:
+    """Returns the tokens of a page where none are set; None: the engine's default."""
+    registered = CACHES.find(kind)
+    return None if registered is None else registered.page_size

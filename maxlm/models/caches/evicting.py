@@ -83,13 +83,16 @@ def _attend_rows(
     """Attends with q [n, T, N, H] to key [n, K, S, H]; positions int32 [n, K, S] are 1
     and the token's, 0 for none. Returns y [n, T, N, Hv] and fp32 [n, K, T, S]: the
     weights, summed over the heads that share keys."""
-    (n, T, N, H), K = q.shape, key.shape[1]
-    wide, G = jnp.promote_types(q.dtype, jnp.float32), N // K
+    n, T, N, H = q.shape
+    K = key.shape[1]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    G = N // K
     q = q.reshape(n, T, K, G, H)
     scores = jnp.einsum("ntkgh,nksh->nkgts", q, key, preferred_element_type=wide)
     scores *= options["scale"]
     distance = where.positions[:, None, :, None] - (positions[:, :, None] - 1)
-    if (cap := options.get("soft_cap")) is not None:
+    cap = options.get("soft_cap")
+    if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     if slopes is not None:
         scores -= slopes.reshape(K, G, 1, 1) * distance[:, :, None].astype(wide)
@@ -163,10 +166,13 @@ def _replace_one(cache: EvictingCache, tokens, where: RowTokens, window, attend)
 def _keep_best(cache: EvictingCache, tokens, where: RowTokens, *, window, attend):
     """The cache with the best of what it has and of a chunk of each row, the last ones
     first, and y [n, T, N, Hv]."""
-    (q, *new), config = tokens, cache.config
-    (n, K, M), T = cache.positions.shape, q.shape[1]
+    (q, *new) = tokens
+    config = cache.config
+    n, K, M = cache.positions.shape
+    T = q.shape[1]
     own = jnp.where(where.live, where.positions + 1, 0)
-    ends, own = own.max(axis=1), jnp.broadcast_to(own[:, None], (n, K, T))
+    ends = own.max(axis=1)
+    own = jnp.broadcast_to(own[:, None], (n, K, T))
     both = [
         None
         if x is None
@@ -176,7 +182,8 @@ def _keep_best(cache: EvictingCache, tokens, where: RowTokens, *, window, attend
     positions = jnp.concatenate([cache.positions, own], axis=-1)
     y, weights = attend(q, *both, positions, where)
     order = jnp.argsort(-positions, axis=-1, stable=True)
-    positions, scores = jnp.take_along_axis(positions, order, axis=-1), None
+    positions = jnp.take_along_axis(positions, order, axis=-1)
+    scores = None
     if cache.scores is not None:
         if isinstance(config, SnapKVCacheConfig):
             choosing = where.positions >= ends[:, None] - config.recent

@@ -1,13 +1,25 @@
-"""The cache of a layer of attention, as the layout says."""
+"""The kinds of caches of a layer of attention, and the arrays that each has.
 
-from functools import partial
+To add one, write its config and its cache in a file here, make a
+:class:`RegisteredCache` of them and name it in ``CACHES``, or register it from outside:
+``CACHES.register("kind", RegisteredCache(...))``, or an installed package's entry point
+of the group ``maxlm.caches``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
 from maxlm.models.caches.config import (
+    CACHES,
+    CacheConfig,
+    HeavyHittersCacheConfig,
     PagedCacheConfig,
     QuantizedCacheConfig,
     SinksCacheConfig,
+    SnapKVCacheConfig,
 )
 from maxlm.models.caches.evicting import EvictingCache
 from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
@@ -20,6 +32,52 @@ from maxlm.models.caches.quantized import (
 from maxlm.parallel.ulysses import count_kv_copies
 
 
+@dataclass(frozen=True)
+class KeyValueSizes:
+    """What a layer of attention keeps of a token, and how long."""
+
+    window: int | None
+    """Tokens that a token sees; None: all before it."""
+    num_kv_heads: int
+    key_size: int
+    value_size: int | None
+    """None: all query heads share one head of keys, of which values are a part."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes of a head's arrays: keys, and values where they have their own."""
+        if self.value_size is None:
+            return [self.key_size]
+        return [self.key_size, self.value_size]
+
+    @property
+    def missing(self) -> list[None]:
+        """None for each array that there is not."""
+        return [None] * (2 - len(self.sizes))
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axes of keys and values: batch, place, kv heads, token, feature."""
+        heads = "kv_heads" if self.value_size is not None else None
+        return ("batch", None, heads, None, None)
+
+
+@dataclass(frozen=True)
+class RegisteredCache:
+    """A cache of attention by its kind.
+
+    Args:
+        config: its settings, for the engine's ``cache``.
+        make_spec: returns a layer's cache with a :class:`CacheArraySpec` for each
+            array. Raises MaxlmError: sizes that the cache cannot keep.
+        page_size: tokens of a page where none are set; None: the engine's default.
+    """
+
+    config: type[CacheConfig]
+    make_spec: Callable[[CacheLayout, KeyValueSizes], AttentionCache]
+    page_size: int | None = None
+
+
 def kv_cache_spec(
     layout: CacheLayout,
     window: int | None,
@@ -29,42 +87,71 @@ def kv_cache_spec(
 ) -> AttentionCache:
     """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for
     each array. ``value_size`` None: all query heads share one head of keys, of which
-    values are a part. Raises MaxlmError: pages that int4 codes do not fit in."""
-    config, shards, rows = layout.cache, layout.num_shards, layout.num_rows
-    sizes = [key_size] if value_size is None else [key_size, value_size]
-    no_value = [None] * (2 - len(sizes))
-    axes = ("batch", None, None if no_value else "kv_heads", None, None)
-    if not isinstance(config, PagedCacheConfig | QuantizedCacheConfig):
-        room = min(config.budget, window or config.budget)
-        kept = [
-            CacheArraySpec((shards, rows, num_kv_heads, room, size), axes)
-            for size in sizes
-        ]
-        key, value = [*kept, *no_value]
-        each = partial(CacheArraySpec, (shards, rows, num_kv_heads, room), axes[:-1])
-        scores = None if isinstance(config, SinksCacheConfig) else each(jnp.float32)
-        return EvictingCache(key, value, each(jnp.int32), scores, config)
-    if not no_value:
+    values are a part. Raises MaxlmError: sizes that the cache cannot keep."""
+    sizes = KeyValueSizes(window, num_kv_heads, key_size, value_size)
+    return CACHES.get(layout.cache.kind).make_spec(layout, sizes)
+
+
+def _list_page_specs(layout: CacheLayout, sizes: KeyValueSizes) -> list[CacheArraySpec]:
+    """Declares the pages of keys, and of values where they have their own."""
+    num_kv_heads = sizes.num_kv_heads
+    axes = sizes.axes
+    if sizes.value_size is not None:
+        # Pages have a copy of a kv head for each device whose query heads read it.
         num_kv_heads *= count_kv_copies(num_kv_heads, layout.head_ways)
         axes = (*axes[:2], "heads", *axes[3:])
-    page, multiple, pages = layout.page_size, layout.feature_multiple, []
-    for size in sizes:
+    num_pages = layout.count_pages(sizes.window)
+    multiple = layout.feature_multiple
+    specs = []
+    for size in sizes.sizes:
         width = -(-size // multiple) * multiple
-        shape = shards, layout.count_pages(window), num_kv_heads, page, width
-        pages.append(CacheArraySpec(shape, axes, unit="page", window=window))
-    if isinstance(config, PagedCacheConfig):
-        return PagedCache(*pages, *no_value)
-    ring = count_ring_pages(config.recent, page)
-    if window is not None and window <= (ring - 1) * page:
-        return PagedCache(*pages, *no_value)  # all that it sees would be kept as it is
+        shape = (layout.num_shards, num_pages, num_kv_heads, layout.page_size, width)
+        specs.append(CacheArraySpec(shape, axes, unit="page", window=sizes.window))
+    return specs
+
+
+def _make_paged_spec(layout: CacheLayout, sizes: KeyValueSizes) -> PagedCache:
+    return PagedCache(*_list_page_specs(layout, sizes), *sizes.missing)
+
+
+def _make_quantized_spec(layout: CacheLayout, sizes: KeyValueSizes) -> AttentionCache:
+    config: Any = layout.cache
+    pages = _list_page_specs(layout, sizes)
+    ring = count_ring_pages(config.recent, layout.page_size)
+    window = sizes.window
+    if window is not None and window <= (ring - 1) * layout.page_size:
+        # All that a token sees would be kept as it is.
+        return PagedCache(*pages, *sizes.missing)
+    # Keys have a scale per channel, values one per token (KIVI, section 3).
     codes = [
-        quantized_pages_spec(own, config.kind, per_channel=index == 0)
-        for index, own in enumerate(pages)
+        quantized_pages_spec(spec, config.kind, per_channel=index == 0)
+        for index, spec in enumerate(pages)
     ]
-    recent = [
-        CacheArraySpec(
-            (shards, rows, ring, *own.shape[2:]), (*axes[:2], None, *axes[2:])
-        )
-        for own in pages
-    ]
-    return QuantizedCache(*codes, *no_value, *recent, *no_value)
+    recent = []
+    for spec in pages:
+        shape = (layout.num_shards, layout.num_rows, ring, *spec.shape[2:])
+        axes = (*sizes.axes[:2], None, *spec.axes[2:])
+        recent.append(CacheArraySpec(shape, axes))
+    return QuantizedCache(*codes, *sizes.missing, *recent, *sizes.missing)
+
+
+def _make_evicting_spec(layout: CacheLayout, sizes: KeyValueSizes) -> EvictingCache:
+    config: Any = layout.cache
+    room = min(config.budget, sizes.window or config.budget)
+    shape = (layout.num_shards, layout.num_rows, sizes.num_kv_heads, room)
+    specs = [CacheArraySpec((*shape, size), sizes.axes) for size in sizes.sizes]
+    key, value = [*specs, *sizes.missing]
+    positions = CacheArraySpec(shape, sizes.axes[:-1], jnp.int32)
+    scores = CacheArraySpec(shape, sizes.axes[:-1], jnp.float32)
+    if isinstance(config, SinksCacheConfig):
+        return EvictingCache(key, value, positions, None, config)
+    return EvictingCache(key, value, positions, scores, config)
+
+
+PAGED = RegisteredCache(PagedCacheConfig, _make_paged_spec)
+# A page shares a scale: as many tokens as the TPU's kernel takes at least.
+INT8 = RegisteredCache(QuantizedCacheConfig, _make_quantized_spec, page_size=32)
+INT4 = RegisteredCache(QuantizedCacheConfig, _make_quantized_spec, page_size=64)
+SINKS = RegisteredCache(SinksCacheConfig, _make_evicting_spec)
+HEAVY_HITTERS = RegisteredCache(HeavyHittersCacheConfig, _make_evicting_spec)
+SNAPKV = RegisteredCache(SnapKVCacheConfig, _make_evicting_spec)

@@ -110,7 +110,8 @@ class PagedCache(AttentionCache):
         slots, tables = batch.pages(window)
         num_values = options["value_dim"] if value is None else value.shape[-1]
         q, key = (pad_features(x, self.key.shape[-1]) for x in (q, key))
-        keys, values = write_pages(self.key, key, slots), self.value
+        keys = write_pages(self.key, key, slots)
+        values = self.value
         if value is not None:
             values = write_pages(values, pad_features(value, values.shape[-1]), slots)
         rows = tables, batch.kv_lengths, batch.query_starts

@@ -44,7 +44,8 @@ class QuantizedCache(AttentionCache):
         copies whole pools. Raises MaxlmError: more than a page of tokens of a row that
         decodes."""
         rows, width = batch.uniform_rows
-        split, (num_recent, _, page) = rows * width, self.recent_key.shape[1:4]
+        split = rows * width
+        num_recent, _, page = self.recent_key.shape[1:4]
         if width > page:
             what = f"{width} tokens a step of a row that decodes, in pages of {page}"
             raise MaxlmError(
@@ -52,11 +53,9 @@ class QuantizedCache(AttentionCache):
             )
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         kernel = partial(paged_attention, window=window, dtype=dtype, **options)
-        lengths, starts, (slots, tables) = (
-            batch.kv_lengths,
-            batch.query_starts,
-            batch.pages(window),
-        )
+        lengths = batch.kv_lengths
+        starts = batch.query_starts
+        slots, tables = batch.pages(window)
 
         def count_quantized_pages(num_tokens):
             return jnp.maximum(num_tokens // page - (num_recent - 2), 0)
@@ -75,7 +74,8 @@ class QuantizedCache(AttentionCache):
         ]
         q = pad_features(q, rings[0].shape[-1])
         pools = _list_arrays(self.key, self.value)
-        live, calls = slots < len(self.key.scale) * page, []
+        live = slots < len(self.key.scale) * page
+        calls = []
         for write, of, tokens, begins, uniform in (
             (
                 _write_uniform_rows,
@@ -106,7 +106,8 @@ class QuantizedCache(AttentionCache):
             calls.append(partial(kernel, q[tokens], *call, uniform_rows=uniform))
         limits = {"uniform_rows": (rows, width), "key_limits": first * page}
         old = kernel(q, *_pair(pools), tables, lengths, starts, sinks=sinks, **limits)
-        if len(recent := [call() for call in calls]) > 1:
+        recent = [call() for call in calls]
+        if len(recent) > 1:
             recent = [jax.tree.map(lambda *x: jnp.concatenate(x), *recent)]
         y, _ = merge_attention(old, recent[0])
         y = y if value is None else y[..., : value.shape[-1]]
@@ -152,12 +153,19 @@ def quantize_pages(
             zero point.
         per_channel: a scale for each channel, as of keys; else for each token.
     """
-    x, axis = pages.astype(jnp.float32), -2 if per_channel else -1
-    top, bottom, zero = x.max(axis, keepdims=True), x.min(axis, keepdims=True), None
+    x = pages.astype(jnp.float32)
+    axis = -2 if per_channel else -1
+    top = x.max(axis, keepdims=True)
+    bottom = x.min(axis, keepdims=True)
+    zero = None
     if dtype == jnp.int8:
-        steps, low, span = 127, -127, jnp.maximum(top, -bottom)
+        steps = 127
+        low = -127
+        span = jnp.maximum(top, -bottom)
     else:
-        steps, low, zero = 15, 0, bottom.astype(SCALE_DTYPE)
+        steps = 15
+        low = 0
+        zero = bottom.astype(SCALE_DTYPE)
         x = x - zero
         span = top - zero
     scale = (jnp.maximum(span, 1e-30) / steps).astype(SCALE_DTYPE)
@@ -185,7 +193,8 @@ class _ExactTokens(NamedTuple):
 def _write_uniform_rows(rings, new, positions, live, batch, bounds):
     """Writes tokens of uniform rows into their rings [R, n, K, page, H], and reads them
     there."""
-    (rows, width), (num_recent, _, page) = batch.uniform_rows, rings[0].shape[1:4]
+    rows, width = batch.uniform_rows
+    num_recent, _, page = rings[0].shape[1:4]
     at = jnp.arange(rows)[:, None] * num_recent
     places = positions.reshape(rows, width)
     slots = ((at + places // page % num_recent) * page + places % page).reshape(-1)
@@ -200,8 +209,10 @@ def _write_uniform_rows(rings, new, positions, live, batch, bounds):
 def _write_chunks(rings, new, positions, live, batch, bounds):
     """Puts chunks' tokens behind the recent ones of their rows, and the last of them in
     rings."""
-    (num_recent, _, page), room = rings[0].shape[1:4], len(positions)
-    (first, last), ids = bounds, batch.chunk_rows
+    num_recent, _, page = rings[0].shape[1:4]
+    room = len(positions)
+    first, last = bounds
+    ids = batch.chunk_rows
     starts = batch.query_starts[-len(ids) - 1 :] - batch.query_starts[-len(ids) - 1]
     count = num_recent - 1 + -(-room // page)
     ring = (first[:, None] + jnp.arange(num_recent - 1)) % num_recent
@@ -234,7 +245,8 @@ def _write_quantized(pools, part: _ExactTokens, page_tables, bounds, sizes):
         page_tables, jnp.minimum(index, page_tables.shape[1] - 1), axis=1
     )
     entries = jnp.where(index < last[:, None], entries, len(pools[0].scale)).reshape(-1)
-    ripe, written = part.ripe.reshape(-1), []
+    ripe = part.ripe.reshape(-1)
+    written = []
 
     def write(pool: jax.Array, new: jax.Array) -> jax.Array:
         return pool.at[entries].set(pad_features(new, pool.shape[-1]), mode="drop")

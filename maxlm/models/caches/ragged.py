@@ -79,13 +79,15 @@ def run_rows(
     Returns:
         The states, and y [S, ...].
     """
-    (rows, width), outputs = batch.uniform_rows, []
+    rows, width = batch.uniform_rows
+    outputs = []
     num_rows, num_tokens = (len(jax.tree.leaves(x)[0]) for x in (states, tokens))
     room = num_tokens - rows * width
     if (
         room
     ):  # first: what comes last may read whole states, as nothing is written after it
-        starts, ids = batch.query_starts[rows:], batch.chunk_rows
+        starts = batch.query_starts[rows:]
+        ids = batch.chunk_rows
         at = starts[:-1, None] + jnp.arange(room)
         live = at < starts[1:, None]
         index = jnp.minimum(at, num_tokens - 1)

@@ -1,7 +1,7 @@
 """Multi-head attention: multi-query, grouped, full and latent, with an optional
 key-value cache."""
 
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,10 @@ class LatentConfig(Config):
 
 
 class AttentionConfig(Config):
+    """Heads of attention, and how their scores become weights."""
+
+    kind: ClassVar[str] = "attention"
+
     num_heads: int = Field(gt=0)
     """Query heads."""
     num_kv_heads: int = Field(gt=0)
@@ -197,7 +201,8 @@ class Attention(nnx.Module):
         ``maxlm.parallel.context.sequence_order_indices``."""
         q, k, v = self._clipped(*project(x, self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+            q = self.query_norm(q)
+            k = self.key_norm(k)
         if inputs.rotary is not None:
             q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
         k = replace_virtual(self.key.kernel, k, inputs.positions, self.rules)
@@ -214,11 +219,9 @@ class Attention(nnx.Module):
     def costs(self, kv_input: FeatureKind = "residual") -> LayerCosts:
         """Counts costs of one layer whose keys and values are made of ``kv_input``; see
         :mod:`maxlm.models.costs`."""
-        config, query, keys = (
-            self.config,
-            ("query.kernel",),
-            ("key.kernel", "value.kernel"),
-        )
+        config = self.config
+        query = ("query.kernel",)
+        keys = ("key.kernel", "value.kernel")
         raw = (*query, *keys) if config.clip is not None else ()
         raw = raw or ((*query, keys[0]) if config.qk_norm else ())
         if kv_input == "residual":
@@ -252,10 +255,8 @@ class Attention(nnx.Module):
         if inputs.batch is not None:
             y, _ = encoded.attend(q, None, None, inputs.batch, **options)
         else:
-            keys, segments = (
-                self.project_keys_values(encoded.states),
-                inputs.segment_ids,
-            )
+            keys = self.project_keys_values(encoded.states)
+            segments = inputs.segment_ids
             if encoded.segment_ids is not None:
                 own = jnp.ones_like(inputs.positions) if segments is None else segments
                 options["segment_ids"] = own, encoded.segment_ids
@@ -292,12 +293,15 @@ class LatentAttention(nnx.Module):
         parallel: ParallelConfig,
     ):
         assert config.latent is not None
-        self.config, self.latent, self.parallel = config, config.latent, parallel
+        self.config = config
+        self.latent = config.latent
+        self.parallel = parallel
         # Every query head has its own keys and values, where it is.
         self.rules = rules.model_copy(update={"kv_heads": rules.heads})
         # The vector is whole wherever heads are.
         self.shared_rules = rules.model_copy(update={"kv_heads": ()})
-        latent, outer = config.latent, {"embed": d_model}
+        latent = config.latent
+        outer = {"embed": d_model}
         own: dict[str, Any] = {"rules": rules, "dtype": dtype}
         kw: dict[str, Any] = {"bias": False, "std": init_std, **own}
         down: dict[str, Any] = {**kw, "bias": config.bias}
@@ -336,10 +340,8 @@ class LatentAttention(nnx.Module):
             q = self.query(self.query_norm(q))
         plain = self.config.head_dim - self.latent.rotary_dim
         q, turned = q[..., :plain], rotate(q[..., plain:], inputs.rotary)
-        vector, shared = (
-            self.key_norm(vector),
-            rotate(shared[:, :, None], inputs.rotary),
-        )
+        vector = self.key_norm(vector)
+        shared = rotate(shared[:, :, None], inputs.rotary)
         if cache is None:
             k, v = project(vector, self.key_up, self.value_up)
             of_all = (*k.shape[:3], shared.shape[-1])
@@ -373,7 +375,8 @@ class LatentAttention(nnx.Module):
 
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
-        config, squeezed = self.config, self.query_down is not None
+        config = self.config
+        squeezed = self.query_down is not None
         first = "query_down.kernel" if squeezed else "query.kernel"
         groups = [
             MatrixGroup((first, "key_down.kernel", "key_rotary.kernel")),
@@ -395,7 +398,8 @@ class LatentAttention(nnx.Module):
 
 def declare_sinks(config: AttentionConfig) -> nnx.Param | None:
     """Declares a layer's sinks [N], where it has any."""
-    shape, zeros = (config.num_heads,), jax.nn.initializers.zeros
+    shape = (config.num_heads,)
+    zeros = jax.nn.initializers.zeros
     return declare(shape, ("heads",), zeros, "vector") if config.sinks else None
 
 

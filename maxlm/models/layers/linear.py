@@ -87,8 +87,10 @@ def _multiply(
     """Multiplies x by kernels at rest; all in one program, where none changes its
     input."""
     pairs = list(zip(uses, kernels, strict=True))
-    if isinstance(fused := get_base(kernels[0]), FusedKernel):
-        xs, ys = [x] * len(kernels), fused.multiply(x, uses)
+    fused = get_base(kernels[0])
+    if isinstance(fused, FusedKernel):
+        xs = [x] * len(kernels)
+        ys = fused.multiply(x, uses)
     else:
         xs = [p.prepare_input(x, use) if isinstance(p, Leaf) else x for use, p in pairs]
         weights = [

@@ -1,6 +1,6 @@
 """Position-wise feed-forward layers."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 from flax import nnx
@@ -25,6 +25,10 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
 class MlpConfig(Config):
+    """A multi-layer perceptron with one hidden layer."""
+
+    kind: ClassVar[str] = "mlp"
+
     d_ff: int = Field(gt=0)
     """Width of the hidden layer."""
     activation: Activation = "silu"

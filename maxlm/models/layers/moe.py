@@ -5,7 +5,7 @@ are added, weighted by score. Parameters grow with the number of experts, work w
 alone.
 """
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,10 @@ from maxlm.sharding import AxisRules
 
 
 class MoeConfig(Config):
+    """A mixture of experts, and how tokens are routed to them."""
+
+    kind: ClassVar[str] = "moe"
+
     num_experts: int = Field(gt=0)
     """Routed experts."""
     experts_per_token: int = Field(gt=0)
@@ -80,7 +84,8 @@ class MoeConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self):
-        size, met = self.num_experts // self.groups, self.groups_per_token
+        size = self.num_experts // self.groups
+        met = self.groups_per_token
         k = f"experts_per_token={self.experts_per_token}"
         if self.experts_per_token > self.num_experts:
             what = f"{k} of num_experts={self.num_experts}"
@@ -184,7 +189,8 @@ class Moe(nnx.Module):
         )
         self.selection_bias = bias
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        width, kind = max(1, config.shared_experts) * f, config.activation
+        width = max(1, config.shared_experts) * f
+        kind = config.activation
         dense = MlpConfig(d_ff=width, activation=kind, gated=gated)
         shared = config.shared_experts > 0
         self.shared = (
@@ -231,7 +237,9 @@ class Moe(nnx.Module):
         loss and to log. ``mask``: bool [B, S], laid out as x; False for padding, which
         no routed expert serves and no statistic counts. None: all tokens."""
         config = self.config
-        x, wide, bias = x.astype(self.dtype), accumulation_dtype(self.dtype), None
+        x = x.astype(self.dtype)
+        wide = accumulation_dtype(self.dtype)
+        bias = None
         logits = jnp.einsum(
             "bsd,de->bse",
             x.astype(wide),
@@ -247,7 +255,8 @@ class Moe(nnx.Module):
         chosen = jnp.where(mask[..., None], routing.expert_ids, config.num_experts)
         numbers = jnp.arange(config.num_experts)
         load = (chosen[..., None] == numbers).sum((1, 2), dtype=jnp.float32)  # [B, E]
-        room, dropped = None, jnp.zeros((), jnp.float32)
+        room = None
+        dropped = jnp.zeros((), jnp.float32)
         if config.dispatch == "capacity":
             size = x.shape[1], config.experts_per_token, config.num_experts
             room = dispatch.compute_expert_capacity(*size, config.capacity_factor)

@@ -135,8 +135,10 @@ def _yarn(
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
-        low, high = floor(low), ceil(high)
-    low, high = max(low, 0), min(high, size - 1)
+        low = floor(low)
+        high = ceil(high)
+    low = max(low, 0)
+    high = min(high, size - 1)
     stretched = np.clip((np.arange(size // 2) - low) / (high - low or 0.001), 0, 1)
     return plain * (1 - stretched) + plain / scaling.factor * stretched
 

@@ -32,7 +32,8 @@ def compress(data: bytes, suffix: str) -> bytes:
             return gzip.compress(data)
         case ".zst":
             # Two frames: concatenated files are how .zst corpora are often made.
-            half, frame = len(data) // 2, zstandard.ZstdCompressor().compress
+            half = len(data) // 2
+            frame = zstandard.ZstdCompressor().compress
             return frame(data[:half]) + frame(data[half:])
         case _:
             return data

@@ -23,7 +23,8 @@ def rows_by_hand(batch, store):
     seen = []
     starts = set(store.offsets.tolist())
     for row in range(batch["tokens"].shape[0]):
-        segment, position = 0, -1
+        segment = 0
+        position = -1
         for column in range(batch["tokens"].shape[1]):
             token, target, here, place, weight = (
                 batch[name][row, column].item()

@@ -70,7 +70,8 @@ def found(batch):
 
 def epoch(source, number=0):
     """One epoch's examples, read row by row."""
-    examples, order = {}, []
+    examples = {}
+    order = []
     for index in range(
         number * source.rows_per_epoch, (number + 1) * source.rows_per_epoch
     ):

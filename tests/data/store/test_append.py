@@ -59,7 +59,8 @@ def test_readers_of_before_go_on(tmp_path, sources, byte_tokenizer, folder_bytes
     out = tmp_path / "store"
     build_store(sources[0], byte_tokenizer(), out, workers=1)
     old = TokenStore.open(out)
-    before, files = batches(old, "best_fit"), folder_bytes(out)
+    before = batches(old, "best_fit")
+    files = folder_bytes(out)
     manifest = append_store(sources[1], out, workers=1)
     assert_same_batches(batches(old, "best_fit"), before)
     pinned = TokenStore.open(out, segments=1)

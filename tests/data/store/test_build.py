@@ -224,10 +224,8 @@ def test_full_disk(tmp_path, byte_tokenizer):
     """A file size limit stands in for a full disk: the writes fail midway."""
     (tmp_path / "a.txt").write_text("x" * 100_000)
     source = SourceConfig(documents=(str(tmp_path / "a.txt"),))
-    tokenizer, (before, most) = (
-        byte_tokenizer(),
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-    )
+    tokenizer = byte_tokenizer()
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))
     try:
         message = fails(tmp_path, source, tokenizer)

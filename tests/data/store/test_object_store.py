@@ -86,7 +86,8 @@ def test_what_is_wrong_is_said(s3, url):
         MaxlmError, match="https://corpora/none: stores cannot be read from https"
     ):
         TokenStore.open("https://corpora/none")
-    store, key = TokenStore.open(url), "web/a/segments/000001/tokens/c/0"
+    store = TokenStore.open(url)
+    key = "web/a/segments/000001/tokens/c/0"
     s3.put_object(Bucket="corpora", Key=key, Body=b"damage")
     with pytest.raises(
         MaxlmError, match=f"s3://corpora/{key}: this file has changed since it was"

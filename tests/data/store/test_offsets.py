@@ -66,7 +66,8 @@ def test_a_store_of_many_documents_reads_chunks(tmp_path, byte_tokenizer, monkey
             for store in (whole, chunks)
         )
         for step in (0, 5, 10**9):
-            a, b = first.rows(step), second.rows(step)
+            a = first.rows(step)
+            b = second.rows(step)
             assert all(np.array_equal(a[name], b[name]) for name in a)
     chunks.verify()
 

@@ -74,7 +74,8 @@ def test_number_of_workers_does_not_change_the_store(
 ):
     set_part_bytes(5000)
     source = SourceConfig(documents=(str(folder / "corpus.jsonl"),))
-    stages, out = [], tmp_path / "store"
+    stages = []
+    out = tmp_path / "store"
     options = {"workers": 3, "progress": lambda *stage: stages.append(stage)}
     build_store(source, folder / "tokenizer", out, **options)
     assert folder_bytes(out) == folder_bytes(reference)

@@ -32,7 +32,8 @@ class Stopped(BaseException):
 
 def stop_after(count, monkeypatch, name="tokenize_part", module=build_module):
     """Let `count` calls through, then stop; returns the list of calls let through."""
-    real, calls = getattr(module, name), []
+    real = getattr(module, name)
+    calls = []
 
     def limited(*arguments):
         if len(calls) == count:
@@ -101,7 +102,8 @@ def test_a_part_that_a_power_failure_left_empty_is_made_again(
 def test_a_kill_while_a_store_is_replaced_loses_neither(
     tmp_path, corpus, byte_tokenizer
 ):
-    out, tokenizer = tmp_path / "store", byte_tokenizer(7)
+    out = tmp_path / "store"
+    tokenizer = byte_tokenizer(7)
     old = build_store(corpus, byte_tokenizer(), out, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         stop_after(1, patch, "rename", os)
@@ -123,7 +125,8 @@ def test_a_kill_while_a_store_is_replaced_loses_neither(
 def test_parts_of_other_inputs_are_not_used(
     tmp_path, corpus, byte_tokenizer, change, set_part_bytes
 ):
-    out, tokenizer = tmp_path / "store", byte_tokenizer()
+    out = tmp_path / "store"
+    tokenizer = byte_tokenizer()
     build_until_stopped(corpus, tokenizer, out, 3, **SETTINGS)
     if change == "text":
         path = tmp_path / "a.jsonl"

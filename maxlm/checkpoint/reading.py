@@ -1,0 +1,383 @@
+"""A checkpoint's folder: ``state/``, every array under its canonical name (Orbax,
+zarr3), and ``metadata/metadata`` (JSON, with a checksum of its own).
+
+On disk layers are [layers, ...]; a circular pipeline holds them as [groups, layers /
+groups, ...], in the same order. Each process reads what its own devices hold and waits
+for no other, so that one that cannot read does not block the others.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from maxlm import __version__
+from maxlm.config import MaxlmError, compare_configs
+from maxlm.models.params import flatten_names
+from maxlm.runtime.collectives import raise_on_all_hosts
+from maxlm.sharding import bind_mesh, jit_sharded
+
+Result = TypeVar("Result")
+PyTree = Any
+Leaves = dict[str, Any]
+Groups = Mapping[str, tuple[int, ...]]
+"""(groups, layers a group) of parameters that are held in groups, by canonical name."""
+
+_RETRY_SECONDS = (0.1, 1.0)  # pauses between tries
+_CHECKSUM = "sha256"
+# Odd constants of a multiplicative hash, one a dimension (Knuth's 2^32/φ and primes
+# near it).
+_FACTORS = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263, 374_761_393)
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+class UnreadableCheckpoint(MaxlmError):
+    """A checkpoint that is damaged, or out of reach: another may be read in its
+    place."""
+
+
+def layer_group_shapes(specs: PyTree) -> Groups:
+    """Returns ``layer_groups`` of a ``FolderTier``, from declarations
+    (``ParamSpec``)."""
+    leaves = flatten_names(specs).items()
+    return {name: spec.shape[:2] for name, spec in leaves if spec.num_layer_axes == 2}
+
+
+def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> Leaves:
+    """Returns arrays in the shapes that are written: all layers along one axis."""
+
+    def is_grouped(name: str, shape: tuple[int, ...]) -> bool:
+        owner = next(
+            (group for group in groups if f".{name}".endswith(f".{group}")), None
+        )
+        return owner is not None and shape[:2] == groups[owner]
+
+    grouped = {
+        n: _flatten_groups(x) for n, x in leaves.items() if is_grouped(n, x.shape)
+    }
+    return _reshape(leaves, grouped)
+
+
+def compute_fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """Returns each array's fingerprint by name: a number that tells whether the array
+    is, bit for bit, what it was. It is computed on the devices that hold the array, the
+    same for every layout. All processes call it together; it waits for the arrays.
+
+    Of the array's bits b_i as unsigned integers it is Σ b_i·w_i mod 2^32, w_i being an
+    odd number mixed from the element's place. A changed element always shows (an odd
+    factor loses no bit of the difference); elements that change places, or several
+    changes at once, go unseen once in 2^32.
+    """
+    mesh = next(
+        (m for x in arrays.values() if (m := getattr(x.sharding, "mesh", None))), None
+    )
+    compute = (
+        bind_mesh(mesh, _fingerprint_all) if mesh is not None else _fingerprint_all
+    )
+    return {
+        name: int(value)
+        for name, value in jax.device_get(compute(dict(arrays))).items()
+    }
+
+
+@jax.jit
+def _fingerprint_all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _fingerprint(array) for name, array in arrays.items()}
+
+
+def _fingerprint(array: jax.Array) -> jax.Array:
+    if array.dtype == jnp.bool_:
+        bits: Any = array.astype(jnp.uint32)
+    else:
+        bits = lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize]).astype(
+            jnp.uint32
+        )
+    sharding: Any = getattr(jax.typeof(array), "sharding", None)
+    where = sharding if sharding is not None and not sharding.mesh.empty else None
+    place = jnp.zeros_like(bits)
+    for axis in range(array.ndim):
+        along = lax.broadcasted_iota(jnp.uint32, array.shape, axis, out_sharding=where)
+        place = place + along * jnp.uint32(_FACTORS[axis % len(_FACTORS)])
+    place = (place ^ (place >> 16)) * jnp.uint32(_FACTORS[1])
+    weight = (place ^ (place >> 13)) | jnp.uint32(1)
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def add_integrity_fields(
+    step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what is saved beside arrays: JSON values, the arrays' fingerprints and a
+    checksum of all. All processes call it together; it waits for the arrays."""
+    versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
+    complete = {"step": step, "versions": versions | {"maxlm": __version__}, **metadata}
+    complete |= {"fingerprints": compute_fingerprints(arrays)}
+    return {**complete, _CHECKSUM: _compute_checksum(complete)}
+
+
+def parse_metadata(text: str | bytes) -> dict[str, Any]:
+    """Returns what :func:`add_integrity_fields` returned, without its checksum; raises
+    ValueError if it is damaged."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("its metadata is nested without end") from None
+    if not isinstance(value, dict):
+        raise ValueError("its metadata is no JSON object")
+    checksum = value.pop(_CHECKSUM, None)
+    # Older versions wrote neither: damage to one of the names does not make it one of
+    # theirs.
+    is_newer = checksum is not None or "maxlm" in str(value.get("versions"))
+    if is_newer and checksum != _compute_checksum(value):
+        raise ValueError("its metadata is not what was saved")
+    return value
+
+
+def _compute_checksum(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Returns what was saved beside the state; raises UnreadableCheckpoint."""
+    return with_retries(
+        path, lambda: parse_metadata((path / "metadata" / "metadata").read_text())
+    )
+
+
+def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
+    """Returns the state in a checkpoint's folder, checked against its fingerprints; see
+    :meth:`FolderTier.restore`. All processes call it together, and it ends alike on
+    all. ``subtree``: name of the part of the state that ``abstract`` describes; empty:
+    all of it, and the checkpoint must hold no other arrays."""
+
+    def read() -> tuple[dict[str, int], Leaves, Leaves]:
+        known = read_metadata(path).get("fingerprints", {})
+        dtypes, leaves = check_saved_shapes(path, abstract, subtree=subtree)
+        arguments = ocp.args.PyTreeRestore(
+            item=leaves,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
+            partial_restore=bool(subtree),
+        )
+        state = epath.Path(path) / "state"
+        return (
+            known,
+            dtypes,
+            with_retries(path, lambda: _handler().restore(state, args=arguments)),
+        )
+
+    known, dtypes, arrays = raise_on_all_hosts(read)
+    check_fingerprints(path, arrays, known, dtypes)
+    leaves = _describe_leaves(abstract, subtree)
+    arrays = _reshape(arrays, leaves)
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract), [arrays[name] for name in leaves]
+    )
+
+
+def check_saved_shapes(
+    path: Path, abstract: PyTree, *, subtree: str = ""
+) -> tuple[Leaves, Leaves]:
+    """Checks, reading no array, that a checkpoint has the arrays that
+    :func:`restore_from` reads; raises as :meth:`FolderTier.restore`. Returns by name
+    dtypes as they are stored, and ``ShapeDtypeStruct`` as wanted, in shapes on disk."""
+    state = epath.Path(path) / "state"
+    stored = with_retries(path, lambda: _handler().metadata(state).tree)
+    prefix = f"{subtree}." if subtree else ""
+    shapes = {n: tuple(m.shape) for n, m in stored.items() if n.startswith(prefix)}
+    leaves = _describe_leaves(abstract, subtree)
+    for name, leaf in leaves.items():
+        if len(leaf.shape) > 1 and (flat := _flatten_groups(leaf)).shape == shapes.get(
+            name
+        ):
+            leaves[name] = flat
+    for name in sorted(
+        {*shapes, *leaves}, key=lambda name: (not name.startswith("params."), name)
+    ):
+        there = str(list(shapes[name])) if name in shapes else "absent"
+        here = str(list(leaves[name].shape)) if name in leaves else "absent"
+        if there != here:
+            other = (
+                "model" if name.startswith("params.") else "optimizer or training state"
+            )
+            message = f"checkpoint of another {other}: {name} is {there} in it, {here} in this run"
+            fix = "use the config it was trained with, or another run folder"
+            raise MaxlmError(message, where=str(path), fix=fix)
+    dtypes = {name: stored[name].dtype for name in leaves}
+    for name, leaf in leaves.items():
+        _check_castable(name, dtypes[name], leaf.dtype, path)
+    return dtypes, leaves
+
+
+def _check_castable(name: str, stored: Any, declared: Any, path: Path) -> None:
+    """Refuses a cast between kinds of numbers: weights cast to integers are all 0, 1 or
+    -1."""
+    stored_dtype = jnp.dtype(stored)
+    wanted_dtype = jnp.dtype(declared)
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if any(
+        jnp.issubdtype(stored_dtype, k) and jnp.issubdtype(wanted_dtype, k)
+        for k in kinds
+    ):
+        return
+    message = f"{name} is {stored_dtype} in it, {wanted_dtype} in this run"
+    message += ", and a cast would lose its values"
+    fix = "use a checkpoint that holds it so (of a run with the same leaf), or the config without it"
+    raise MaxlmError(message, where=str(path), fix=fix)
+
+
+def check_fingerprints(
+    path: Path, arrays: Leaves, known: Mapping[str, int], dtypes: Mapping[str, Any]
+) -> None:
+    """Checks arrays against the fingerprints saved with them, where there are any, and
+    where they were not cast; raises UnreadableCheckpoint. All processes call it
+    together, with one end."""
+    same = {
+        n: x
+        for n, x in arrays.items()
+        if n in known and x.dtype == dtypes.get(n, x.dtype)
+    }
+    changed = [
+        name
+        for name, value in compute_fingerprints(same).items()
+        if value != known[name]
+    ]
+    if changed:
+        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        message = f"unreadable: {changed[0]}{others} is not what was saved"
+        raise UnreadableCheckpoint(message, where=str(path), fix="restore another step")
+
+
+def _flatten_groups(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns shape and sharding on disk of an array that is held in groups."""
+    sharding: Any = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    shape = (leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+
+def _reshape(
+    arrays: Mapping[str, jax.Array], want: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Returns arrays in other shapes of the same order, in place on their devices.
+
+    One program reshapes all: hosts would run several in different orders, and wait for
+    each other.
+    """
+    changed = {
+        n: x for n, x in arrays.items() if n in want and x.shape != want[n].shape
+    }
+    if not changed:
+        return dict(arrays)
+    shardings: Any = {name: want[name].sharding for name in changed}
+
+    def reshape(changed: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {
+            name: array.reshape(want[name].shape) for name, array in changed.items()
+        }
+
+    mesh = getattr(next(iter(shardings.values())), "mesh", None)
+    run = reshape if mesh is None else bind_mesh(mesh, jit_sharded(reshape, shardings))
+    return dict(arrays) | run(changed)
+
+
+def _describe_leaves(abstract: PyTree, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape, dtype and sharding (default: the first device) of arrays by
+    name."""
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
+            jax.local_devices()[0]
+        )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    prefix = f"{subtree}." if subtree else ""
+    return {
+        prefix + name: describe(leaf) for name, leaf in flatten_names(abstract).items()
+    }
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True)
+
+
+def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
+    """Returns what ``read`` returns. Storage fails in as many ways as there are
+    backends, and some errors pass: it is tried again before the checkpoint counts as
+    UnreadableCheckpoint."""
+    pauses = iter(_RETRY_SECONDS)
+    while True:
+        try:
+            return read()
+        except MaxlmError:
+            raise
+        except Exception as error:
+            pause = next(pauses, None)
+            if pause is None:
+                message = f"unreadable ({describe_error(error)})"
+                fix = "restore another step"
+                raise UnreadableCheckpoint(
+                    message, where=str(place), fix=fix
+                ) from error
+        time.sleep(pause)
+
+
+@contextmanager
+def convert_storage_errors(message: str, place: Path | str, fix: str) -> Iterator[None]:
+    """Turns the errors of all storage backends into MaxlmError."""
+    try:
+        yield
+    except MaxlmError:
+        raise
+    except Exception as error:
+        message = f"{message} ({describe_error(error)})"
+        raise MaxlmError(message, where=str(place), fix=fix) from error
+
+
+def describe_error(error: Exception) -> str:
+    """Returns the first line of an error's text; of a long one the beginning and the
+    end, which tells the cause; the error's class without a text."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].split(" [")[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:80]} … {text[-120:]}"
+
+
+def check_same_settings(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    keys: Sequence[str],
+    where: str = "resume",
+    action: str = "the checkpoint was written",
+    ignored: Sequence[str] = (),
+) -> None:
+    """Checks that a saved config has the same values as the current one where it must;
+    raises MaxlmError naming every key that differs, with both values.
+
+    Args:
+        keys: dotted keys that must be equal, each with all below it ("model",
+            "data.seed").
+        action: what was done with the saved config, for the message.
+        ignored: patterns of keys among them that may differ ("data.sources.*.weight").
+    """
+    different = [
+        f"{key}={theirs!r} became {ours!r}"
+        for key, theirs, ours in compare_configs(saved, current)
+        if any(key == top or key.startswith(f"{top}.") for top in keys)
+        and not any(fnmatchcase(key, pattern) for pattern in ignored)
+    ]
+    if different:
+        message = f"{action} with another config: {', '.join(different)}"
+        raise MaxlmError(
+            message, where=where, fix="set them back, or train in another run folder"
+        )

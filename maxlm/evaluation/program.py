@@ -1,0 +1,307 @@
+"""``maxlm eval``: a model on lm-evaluation-harness's tasks and its result files; what
+it makes of long contexts."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import jax
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.chat import get_chat_template
+from maxlm.evaluation.curves import compute_position_losses
+from maxlm.inference.engine import Engine
+from maxlm.inference.scoring import MaskedScorer, Scorer
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.run.load import LoadedRun
+from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.progress import show_progress
+from maxlm.serving.program import load_chat_model, make_engine
+
+DEFAULT_MAX_LENGTH = 4096
+"""Tokens that a model reads at once, if it can."""
+ENGINE_TOKENS = 32_768
+"""Tokens that sequences of an engine hold together, or one of them that is longer."""
+
+
+def evaluate_model(
+    model: str,
+    tasks: Sequence[str],
+    settings: Sequence[str] = (),
+    *,
+    output: Path | None = None,
+    mesh: str | None = None,
+    step: int | None = None,
+    template: Path | None = None,
+    data: Path | None = None,
+    shots: int | None = None,
+    seed: int | None = None,
+    chat: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Evaluates a model on tasks; writes ``results_TIME.json`` and
+    ``samples_TASK_TIME.jsonl``.
+
+    Args:
+        model: a run's folder, a Hugging Face checkpoint's, or the URL of an
+            OpenAI-compatible server, such as http://host:8000/v1.
+        settings: the engine's, as ``max_sequences=32``; a server's: of the harness's
+            client.
+        output: folder of the files; default: ``evaluations`` in the run's or runs/NAME.
+        data, shots, seed, chat, options: of ``load_tasks`` and ``evaluate_tasks`` in
+            :mod:`maxlm.evaluation.tasks`.
+
+    Returns:
+        The harness's dict of results, and the folder.
+    """
+    models, harness = import_harness()
+    opened = harness.load_tasks(tasks, data=data, shots=shots, seed=seed)
+    about: dict[str, Any] = {"folder": model, "step": step}
+    names = [""]
+    is_server = model.startswith(("http://", "https://"))
+    if is_server:
+        lm = open_server(model.rstrip("/"), settings, chat=chat)
+        name = lm.model
+    else:
+        loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
+        name = loaded.config.name
+        is_run = (Path(model) / "config.yaml").exists()
+        about["step"] = loaded.step if is_run else None
+        if chat:
+            get_chat_template(loaded.tokenizer)
+        if output is None and is_run:
+            output = Path(model, "evaluations", f"step-{loaded.step:06d}")
+        lm = make_harness_model(loaded, models.MaxlmModel, settings, seed=seed or 0)
+    folder = output or Path("runs", name.rpartition("/")[2], "evaluations")
+    log = folder / "answers.jsonl"
+    if is_server:
+        lm = resume_answers(lm, log)
+    convert_errors = _convert_server_errors(model) if is_server else nullcontext()
+    with show_progress("requests") as progress, convert_errors:
+        if jax.process_index() == 0:
+            lm.on_progress = lambda done, total: progress(names[-1], done, total)
+        results = harness.evaluate_tasks(
+            lm, opened, chat=chat, on_task=names.append, **options
+        )
+    seconds = results.pop("seconds_by_task")
+    about |= {"seconds": sum(seconds.values()), "seconds_by_task": seconds}
+    engine = getattr(lm, "engine", None)
+    if engine is not None:
+        stats = engine.stats()
+        about["prompt_tokens"] = stats.prompt_tokens_total
+        about["generated_tokens"] = stats.generated_tokens_total
+    results["maxlm"] = about
+    if jax.process_index() == 0:
+        write_results(folder, results, name)
+        if is_server:
+            log.unlink(missing_ok=True)
+    return results, folder
+
+
+def import_harness() -> tuple[Any, Any]:
+    """Imports :mod:`maxlm.evaluation.lm_eval_model` and ``tasks`` beside it, which load
+    lm-evaluation-harness and keep it quiet."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        from maxlm.evaluation import lm_eval_model, tasks
+    except ModuleNotFoundError as error:
+        what = f"the package {error.name} is not installed"
+        fix = "pip install 'maxlm[eval]'"
+        raise MaxlmError(what, fix=fix) from None
+    return lm_eval_model, tasks
+
+
+def make_harness_model(
+    loaded: LoadedRun, kind: Any, settings: Sequence[str] = (), **options: Any
+) -> Any:
+    """Makes a ``MaxlmModel`` (``kind``) with an engine, or with an encoder's scorer."""
+    if not isinstance(loaded.model, Encoder):
+        return kind(make_evaluation_engine(loaded, settings), **options)
+    if settings:
+        what = f"{settings[0]} is for a model that generates text; this is an encoder"
+        raise MaxlmError(what, fix="leave it out")
+    room = loaded.config.model.max_seq_len - len(loaded.tokenizer.prefix_ids) - 1
+    own = {"tokenizer": loaded.tokenizer, "max_length": room}
+    return kind(make_masked_scorer(loaded), **own, **options)
+
+
+def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
+    """Makes an engine for ``MaxlmModel``, which compiles what it runs when it does."""
+    length = min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)
+    # Most sequences are short: 64 of 256 tokens, and what several of them share.
+    pages = max(2 * length, 64 * 256) // 16 + 1
+    # Of several hosts none may time its own steps: all run the same.
+    own = [] if jax.process_count() == 1 else ["decode_steps=1"]
+    own += [
+        f"max_length={length}",
+        f"num_pages={pages}",
+        "max_sequences=64",
+        "max_chunks=64",
+    ]
+    return make_engine(loaded, [*own, *settings], warm_up="never")
+
+
+def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
+    """Makes the scorer of an encoder, whose texts are whole documents."""
+    assert isinstance(loaded.model, Encoder)
+    tokenizer = loaded.tokenizer
+    mask_id = getattr(loaded.config.task, "mask_id", None)
+    if mask_id is None:
+        mask_id = loaded.config.model.vocab_size - 1
+
+    def wrap(tokens: list[int]) -> tuple[list[int], int]:
+        size = len(tokenizer.prefix_ids)
+        if tokens[:size] == [*tokenizer.prefix_ids]:  # where a text has no context
+            return [*tokens, tokenizer.eos_id], 0
+        return [*tokenizer.prefix_ids, *tokens, tokenizer.eos_id], size
+
+    return MaskedScorer(
+        loaded.model, loaded.params, loaded.mesh, mask_id=mask_id, wrap=wrap
+    )
+
+
+def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -> Any:
+    """Makes the harness's own client of an OpenAI-compatible server, for its first
+    model.
+
+    Args:
+        settings: the client's. Log-likelihoods need ``tokenizer=FOLDER``, a Hugging
+            Face tokenizer's, unless the server has one to ask, as vLLM's has.
+        chat: ask by conversations, which have no log-likelihoods.
+    """
+    from lm_eval.api.registry import get_model
+    from lm_eval.utils import check_remote_tokenizer_support, simple_parse_args_string
+
+    given = simple_parse_args_string(",".join(settings))
+    make: Any = get_model("local-chat-completions" if chat else "local-completions")
+    given["base_url"] = f"{url}/chat/completions" if chat else f"{url}/completions"
+    try:
+        if "model" not in given:
+            with urlopen(f"{url}/models", timeout=30) as answer:
+                given["model"] = json.load(answer)["data"][0]["id"]
+        if "tokenizer" not in given:
+            has_one = not chat and check_remote_tokenizer_support(
+                given["base_url"], max_retries=1
+            )
+            given.setdefault("tokenizer_backend", "remote" if has_one else "none")
+        client = make(**given)
+    except (OSError, ValueError, LookupError, ModuleNotFoundError) as error:
+        what = f"this server cannot be used ({error})"
+        fix = "check the address, and the server"
+        raise MaxlmError(what, where=url, fix=fix) from error
+
+    def refuse(*_: Any) -> None:
+        what = "log-likelihoods from a server need its tokenizer"
+        raise MaxlmError(
+            what, where=url, fix="tokenizer=FOLDER names one; leave --chat out"
+        )
+
+    if client.tokenizer is None:
+        client.loglikelihood = client.loglikelihood_rolling = refuse
+    return client
+
+
+def resume_answers(client: Any, log: Path) -> Any:
+    """Wraps a client to keep answers in a file, and begin with those of a run that was
+    cut off."""
+    from maxlm.evaluation.lm_eval_model import ResumableModel
+
+    with convert_write_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+    resumed = ResumableModel(client, log)
+    if resumed.dbdict:
+        what = f"{log}: {len(resumed.dbdict):,} answers of a run that was cut off are taken"
+        print(f"{what}; delete it to ask for all", file=sys.stderr)
+    return resumed
+
+
+@contextmanager
+def _convert_server_errors(url: str) -> Iterator[None]:
+    from aiohttp import ClientError
+
+    try:
+        yield
+    except (
+        OSError,
+        ClientError,
+    ) as error:  # requests' errors are OSErrors, and name no file
+        if getattr(error, "filename", None):
+            raise
+        fix = "start it, and evaluate again: answers so far are kept"
+        raise MaxlmError(
+            f"the server does not answer ({error})", where=url, fix=fix
+        ) from error
+
+
+def write_results(folder: Path, results: dict[str, Any], model_name: str) -> None:
+    """Writes results as ``lm_eval --output_path --log_samples``; takes ``samples`` out
+    of them."""
+    from lm_eval.loggers import EvaluationTracker
+
+    samples = results.pop("samples")
+    tracker = EvaluationTracker(output_path=str(folder))
+    about = tracker.general_config_tracker
+    about.model_name = model_name
+    about.model_name_sanitized = ""
+    about.model_source = "maxlm"
+    with convert_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tracker.save_results_aggregated(results, samples)
+        for task, rows in samples.items():
+            tracker.save_results_samples(task, rows)
+        (
+            folder / f"results_{tracker.date_id}.json"
+        ).stat()  # the tracker raises nothing itself
+
+
+def evaluate_position_losses(
+    model: str, text: Path, *, length: int | None, num_windows: int, **options: Any
+) -> dict[int, float]:
+    """Computes a model's mean loss by position (``compute_position_losses``) over
+    windows of a text file; ``length`` (tokens of a window) and ``options``: of
+    :func:`load_engine_for_length`."""
+    engine = load_engine_for_length(model, length, **options)
+    assert engine.tokenizer is not None
+    windows = cut_windows(engine.tokenizer, text, engine.config.max_length, num_windows)
+    with show_progress("windows") as progress:
+        on_progress = lambda done: progress(model, done, len(windows))  # noqa: E731
+        return compute_position_losses(Scorer(engine), windows, on_progress)
+
+
+def cut_windows(
+    tokenizer: Tokenizer, text: Path, length: int, count: int
+) -> list[list[int]]:
+    """Returns up to ``count`` windows of a text file, each of ``length`` tokens with
+    those that documents open with, evenly spread."""
+    ids = tokenizer.encode(text.read_bytes())
+    prefix = tokenizer.prefix_ids
+    room = length - len(prefix)
+    if room < 2 or len(ids) < room:
+        what = f"{len(ids):,} tokens give no window of {length:,}"
+        raise MaxlmError(
+            what, where=str(text), fix="use a longer text, or another --length"
+        )
+    fitting = len(ids) // room
+    count = min(count, fitting)
+    starts = [i * fitting // count * room for i in range(count)]
+    return [[*prefix, *ids[start : start + room]] for start in starts]
+
+
+def load_engine_for_length(
+    model: str, length: int | None, *, step: int | None = None, mesh: str | None = None
+) -> Engine:
+    """Loads a model to read sequences of ``length`` tokens, by default its
+    ``max_seq_len``."""
+    loaded = load_chat_model(model, step=step, mesh=mesh)
+    length = length or loaded.config.model.max_seq_len
+    sizes = [
+        f"max_length={length}",
+        f"max_sequences={max(1, min(16, ENGINE_TOKENS // length))}",
+    ]
+    return make_engine(loaded, sizes, warm_up="never")

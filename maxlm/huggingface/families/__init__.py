@@ -1,0 +1,76 @@
+"""Families of published models: their configurations and their names, both ways.
+
+To add one, write its file and name it in ``FAMILIES``, or register it from outside:
+``FAMILIES.register("name", ModelFamily(...))``, or an installed package's entry point
+of the group ``maxlm.families``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.config.registry import Registry
+from maxlm.huggingface.families.family import ModelFamily
+
+_FOLDER = "maxlm.huggingface.families"
+FAMILIES = Registry[ModelFamily](
+    "family",
+    {
+        "gpt2": f"{_FOLDER}.gpt2:GPT2",
+        "llama": f"{_FOLDER}.llama:LLAMA",
+        "mistral": f"{_FOLDER}.llama:MISTRAL",
+        "qwen2": f"{_FOLDER}.qwen:QWEN2",
+        "qwen3": f"{_FOLDER}.qwen:QWEN3",
+        "qwen3_moe": f"{_FOLDER}.qwen:QWEN3_MOE",
+        "gemma": f"{_FOLDER}.gemma:GEMMA",
+        "gemma2": f"{_FOLDER}.gemma:GEMMA2",
+        "gemma3": f"{_FOLDER}.gemma:GEMMA3",
+        "falcon": f"{_FOLDER}.bloom:FALCON",
+        "phi": f"{_FOLDER}.phi:PHI",
+        "phi3": f"{_FOLDER}.phi:PHI3",
+        "bloom": f"{_FOLDER}.bloom:BLOOM",
+        "mpt": f"{_FOLDER}.mosaic:MPT",
+        "mixtral": f"{_FOLDER}.llama:MIXTRAL",
+        "grok1": f"{_FOLDER}.grok:GROK1",
+        "dbrx": f"{_FOLDER}.mosaic:DBRX",
+        "deepseek_v2": f"{_FOLDER}.deepseek:DEEPSEEK_V2",
+        "bert": f"{_FOLDER}.bert:BERT",
+        "t5": f"{_FOLDER}.t5:T5",
+        "bart": f"{_FOLDER}.bart:BART",
+    },
+    plural="families",
+)
+
+
+def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
+    """Returns the family that a config.json is of."""
+    names = hf_config.get("architectures") or []
+    kind = hf_config.get("model_type")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        message = f"architectures={names!r} is not a list of names"
+        raise MaxlmError(message, where=source, fix="take it from the published model")
+    families = [family for _, family in FAMILIES.items()]
+    for family in families:
+        known = {
+            family.hf_architecture,
+            family.hf_classifier,
+            *family.other_hf_architectures,
+        }
+        if not (known & {*names} or (not names and kind == family.model_type)):
+            continue
+        if kind not in (None, family.model_type):
+            message = f"model_type={kind!r} is not that of {family.hf_architecture}"
+            raise MaxlmError(
+                message, where=source, fix="take it from the published model"
+            )
+        return family
+    named = ", ".join(names) or f"model_type={kind!r}"
+    supported = [family.hf_architecture for family in families]
+    near = [
+        name for name in supported if name.lower() == named.lower()
+    ]  # LLaMAForCausalLM
+    message = f"the architecture {named} is not supported"
+    fix = (
+        f"did you mean {near[0]}?" if near else f"supported are {', '.join(supported)}"
+    )
+    raise MaxlmError(message, where=source, fix=fix)

@@ -1,0 +1,123 @@
+"""DeepSeek-V2 and V2-Lite (DeepSeek-AI 2024, arXiv 2405.04434): latent attention, many
+small experts with shared ones beside them, a dense layer first."""
+
+from typing import Any
+
+from maxlm.huggingface.families import fields, llama, qwen
+from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.families.names import (
+    NameTable,
+    copy,
+    interleave_by_kv_head,
+    linear,
+    map_linear,
+    map_linears,
+    permute_rotary,
+)
+from maxlm.huggingface.families.reader import ConfigReader
+
+A = "model.layers.{layer}.self_attn"
+S = "model.layers.{layer}.mlp.shared_experts"
+
+
+def _table(config: Any) -> NameTable:
+    latent = config.attention.latent
+    query = permute_rotary(
+        linear("attention.query.kernel"), latent.rotary_dim, each_head=True
+    )
+    down = linear("attention.key_down.kernel", "attention.key_rotary.kernel")
+    bias = linear("attention.key_down.bias", "attention.key_rotary.bias")
+    return {
+        **llama.OUTER,
+        **llama.NORMS,
+        **llama.MLP,
+        **qwen.EXPERTS,
+        f"{A}.q_proj.weight"
+        if latent.q_rank is None
+        else f"{A}.q_b_proj.weight": query,
+        **map_linear(f"{A}.q_a_proj", "attention.query_down"),
+        f"{A}.q_a_layernorm.weight": copy("attention.query_norm.scale"),
+        f"{A}.kv_a_proj_with_mqa.weight": permute_rotary(
+            down, latent.rotary_dim, each_head=False
+        ),
+        f"{A}.kv_a_proj_with_mqa.bias": permute_rotary(
+            bias, latent.rotary_dim, each_head=False
+        ),
+        f"{A}.kv_a_layernorm.weight": copy("attention.key_norm.scale"),
+        f"{A}.kv_b_proj.weight": interleave_by_kv_head(
+            "attention.key_up.kernel", "attention.value_up.kernel"
+        ),
+        **map_linear(f"{A}.o_proj", "attention.out"),
+        **map_linears(S, "moe.shared", **llama.SWIGLU_NAMES),
+    }
+
+
+def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
+    attention = settings["attention"]
+    heads, turned = attention["num_heads"], attention["latent"]["rotary_dim"]
+    reader.read_implemented("num_key_value_heads", heads)
+    attention["head_dim"] = reader.size("qk_nope_head_dim") + turned
+    limited = (
+        reader.read_implemented("topk_method", "greedy", "group_limited_greedy")
+        != "greedy"
+    )
+    groups, chosen = reader.size("n_group", None), reader.size("topk_group", None)
+    if limited and groups != chosen:
+        settings["moe"] |= {"groups": groups, "groups_per_token": chosen}
+    settings["dense_layers"] = dense = reader.size("first_k_dense_replace", 0, least=0)
+    mlp = {"d_ff": reader.size("intermediate_size", 11_008)}
+    mlp["bias"] = reader.read_implemented("mlp_bias", False)
+    if dense:
+        settings["mlp"] = mlp
+
+
+def _write(config: Any) -> dict[str, Any]:
+    attention, moe = config.attention, config.moe
+    return {
+        "num_key_value_heads": attention.num_heads,
+        "qk_nope_head_dim": attention.head_dim - attention.latent.rotary_dim,
+        "topk_method": "group_limited_greedy"
+        if moe.groups_per_token < moe.groups
+        else "greedy",
+        "n_group": moe.groups,
+        "topk_group": moe.groups_per_token,
+        "first_k_dense_replace": config.dense_layers,
+        **({"intermediate_size": config.mlp.d_ff} if config.mlp else {}),
+    }
+
+
+DEEPSEEK_V2 = ModelFamily(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    {
+        **fields.SIZES,
+        "attention_bias": fields.map_flag("attention.bias", False),
+        "q_lora_rank": fields.map_size("attention.latent.q_rank", nullable=True),
+        "kv_lora_rank": fields.map_size("attention.latent.kv_rank"),
+        "qk_rope_head_dim": fields.map_size("attention.latent.rotary_dim"),
+        "v_head_dim": fields.map_size("attention.latent.value_dim"),
+        "moe_intermediate_size": fields.map_size("moe.d_ff"),
+        "hidden_act": fields.require_value("silu", ours="moe.activation"),
+        "n_routed_experts": fields.map_size("moe.num_experts"),
+        "num_experts_per_tok": fields.map_size("moe.experts_per_token"),
+        "n_shared_experts": fields.ConfigField(
+            lambda own, key: own.size(key, 2, nullable=True),
+            "moe.shared_experts",
+            lambda config: config.moe.shared_experts or None,
+        ),
+        # Published with all; implementations differ in true.
+        "norm_topk_prob": fields.require_value(False, ours="moe.renormalise"),
+        "routed_scaling_factor": fields.map_number("moe.scale", 1.0),
+        "aux_loss_alpha": fields.map_number("moe.balance_loss", 0.001, least=0),
+        "rms_norm_eps": fields.require_value(1e-6, ours="norm.eps"),
+        "tie_word_embeddings": fields.map_flag("tie_embeddings", False),
+        "scoring_func": fields.require_value("softmax"),
+        "moe_layer_freq": fields.require_value(1),
+    },
+    _table,
+    rope_kwargs={},
+    read_extra=_read,
+    write_extra=_write,
+    ignored_tensors=llama.BUFFERS,
+    ignored_keys=["head_dim", "qk_head_dim"],  # which follow from others
+)

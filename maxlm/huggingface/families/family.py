@@ -1,0 +1,219 @@
+"""A family of published models: its config.json and its tensor names, both ways."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.huggingface.families.fields import (
+    ConfigFields,
+    put_nested,
+    read_fields,
+    write_fields,
+)
+from maxlm.huggingface.families.names import (
+    NameTable,
+    TensorEntry,
+    linear,
+    list_entries,
+)
+from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.huggingface.families.rope import (
+    read_position_settings,
+    write_position_settings,
+)
+
+_HEAD = "lm_head.weight"
+_SCORE_HEAD = {"score.weight": linear("heads.score.kernel")}
+
+
+def _check_tensor_count(config: Any, table: NameTable, num_tensors: int) -> None:
+    """Checks that files can hold the tensors of a model's layers and experts, before
+    they are listed one by one: a number in a config.json costs its author nothing."""
+    moe = config.moe
+    layers = config.num_layers
+    described = f"{layers:,} layers"
+    fewest = layers
+    if moe is not None and any("{expert}" in name for name in table):
+        layers -= config.dense_layers
+        described = f"{moe.num_experts:,} experts in each of {layers:,} layers"
+        fewest = layers * moe.num_experts
+    if fewest > num_tensors:
+        message = f"{described}, where the files hold {num_tensors:,} tensors"
+        fix = "take config.json and all files from the published model"
+        raise MaxlmError(message, where="config.json", fix=fix)
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A family of published models, and how they map to ours. Pure; nothing is
+    allocated."""
+
+    name: str
+    hf_architecture: str
+    """The class that a converted checkpoint is for, first of config.json's
+    architectures."""
+    fields: ConfigFields
+    """The keys of config.json."""
+    name_table: NameTable | Callable[[Any], NameTable]
+    """The names of its tensors; some follow the model's config."""
+    fixed_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that all its models have, by dotted path."""
+    rope_kwargs: Mapping[str, Any] | None = None
+    """Arguments of ``read_position_settings``; None: no rotary ones, or ``read_extra``
+    does."""
+    read_extra: Callable[[ConfigReader, dict[str, Any]], None] = (
+        lambda reader, settings: None
+    )
+    """Reads into the settings what ``fields`` cannot say."""
+    write_extra: Callable[[Any], dict[str, Any]] = lambda config: {}
+    """Writes what ``read_extra`` reads."""
+    hf_model_type: str | None = None
+    """The family's ``model_type``, where that is not its name."""
+    ignored_tensors: Sequence[str] = ()
+    """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other
+    tasks' heads."""
+    prefix: str = ""
+    """Prefix of all names but the head's; some published files leave it out."""
+    suffix_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Ends of names, and how some published files spell them."""
+    ignored_keys: Sequence[str] = ()
+    """Further names in config.json that say nothing of the maths."""
+    init_std_key: str | None = "initializer_range"
+    """The deviation of initial weights there."""
+    other_hf_architectures: Sequence[str] = ()
+    architecture: str = "decoder"
+    """The architecture of its models, as our configs name it."""
+
+    @property
+    def model_type(self) -> str:
+        """Name of the family in config.json."""
+        return self.hf_model_type or self.name
+
+    @property
+    def hf_classifier(self) -> str:
+        """The class of reward models, which have a head beside a decoder's."""
+        name = self.hf_architecture.removesuffix("ForCausalLM").removesuffix(
+            "LMHeadModel"
+        )
+        return f"{name}ForSequenceClassification"
+
+    def list_entries(
+        self, config: Any, published_names: Iterable[str] = ()
+    ) -> list[TensorEntry]:
+        """Lists every tensor of a model, and where it lies in ours; variants are
+        followed of names in files at hand, ``published_names``."""
+        table = (
+            self.name_table(config) if callable(self.name_table) else self.name_table
+        )
+        there = frozenset(published_names)
+        if there:
+            _check_tensor_count(config, table, len(there))
+        found = list_entries(config, {**table, **_SCORE_HEAD})
+        if not there:
+            return found
+        bare = self.prefix and not any(name.startswith(self.prefix) for name in there)
+
+        def spelt(name: str) -> str:
+            plain = name.removeprefix(self.prefix) if bare else name
+            for usual, other in self.suffix_aliases.items():
+                if plain not in there and plain.endswith(usual):
+                    return plain.removesuffix(usual) + other
+            return plain
+
+        return [
+            replace(e, theirs=spelt(e.theirs), aliases=(*map(spelt, e.aliases),))
+            for e in found
+        ]
+
+    def write_config(self, config: Any) -> dict[str, Any]:
+        """Returns a model's config.json."""
+        values: dict[str, Any] = {"architectures": [self.hf_architecture]}
+        if [*config.heads] == ["score"]:
+            labels = range(config.heads["score"])
+            values = {"architectures": [self.hf_classifier]}
+            values["id2label"] = {str(i): f"LABEL_{i}" for i in labels}
+            values["label2id"] = {f"LABEL_{i}": i for i in labels}
+        values |= {"model_type": self.model_type, **write_fields(config, self.fields)}
+        if self.init_std_key:
+            values[self.init_std_key] = config.init_std
+        if self.rope_kwargs is not None:
+            latent = config.attention.latent
+            turned = latent.rotary_dim if latent else config.attention.head_dim
+            values |= write_position_settings(config.positions, turned)
+        return values | self.write_extra(config)
+
+    def read_config(
+        self,
+        hf_config: Mapping[str, Any],
+        source: str,
+        tensor_names: Iterable[str] = (),
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Reads a config.json, with the names of the tensors beside it: returns a
+        model's settings, and notes for the user. Raises MaxlmError: a value that maxlm
+        does not implement, or one that is missing."""
+        reader = ConfigReader(hf_config, source, frozenset(tensor_names))
+        try:
+            settings = self._read_settings(reader)
+            notes = reader.check_all_read(*self.ignored_keys)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
+            # A value of a kind that no published file has there.
+            message = f"a value cannot be made sense of ({error})"
+            fix = "compare it with the published model's"
+            raise MaxlmError(message, where=source, fix=fix) from error
+        if "heads" in settings and self._lacks_language_head(reader.tensors):
+            notes.append(
+                f"no {_HEAD}, as in a classifier of transformers: read as a tied model"
+            )
+        return settings, notes
+
+    def _lacks_language_head(self, tensor_names: frozenset[str]) -> bool:
+        """Whether files with these tensors are a classifier's as transformers saves it:
+        its class drops the language head, whatever ``tie_word_embeddings`` still says
+        of the base. The model is then read as a tied one, which has no head of its own
+        either. Families whose config cannot say that it is tied could not be written
+        again, and are left alone."""
+        field = self.fields.get("tie_word_embeddings")
+        can_be_tied = field is not None and isinstance(field.write, attrgetter)
+        return (
+            can_be_tied and "score.weight" in tensor_names and _HEAD not in tensor_names
+        )
+
+    def _read_settings(self, reader: ConfigReader) -> dict[str, Any]:
+        settings: dict[str, Any] = {"architecture": self.architecture}
+        for path, value in self.fixed_settings.items():
+            put_nested(settings, path, value)
+        read_fields(reader, self.fields, settings)
+        if self.hf_classifier in (reader.values.get("architectures") or ()):
+            labels = reader.values.get("id2label") or {
+                "0": "",
+                "1": "",
+            }  # transformers' default
+            settings["heads"] = {"score": len(labels)}
+            if self._lacks_language_head(reader.tensors):
+                settings["tie_embeddings"] = True
+        width, attention = settings["d_model"], settings["attention"]
+        heads = attention["num_heads"]
+        attention = {"num_kv_heads": heads, "head_dim": width // heads, **attention}
+        settings["attention"] = attention
+        if "mlp" in settings:
+            settings["mlp"].setdefault("d_ff", 4 * width)
+        if self.rope_kwargs is not None:
+            turned = attention.get("latent", {}).get(
+                "rotary_dim", attention["head_dim"]
+            )
+            settings["positions"] = read_position_settings(
+                reader, turned, **self.rope_kwargs
+            )
+        self.read_extra(reader, settings)
+        for key in ("initializer_range", "init_std"):
+            if reader.has(key) and (std := reader.number(key, least=0)):
+                settings["init_std"] = std
+        return settings

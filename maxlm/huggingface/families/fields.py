@@ -1,0 +1,193 @@
+"""Keys of config.json beside settings of ours: one table, read in both directions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.huggingface.families.reader import REQUIRED, ConfigReader
+from maxlm.models.architectures.config import MAX_LAYERS
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Our names of them, by those in config.json; the first of several is written."""
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """A key of config.json."""
+
+    read: Callable[[ConfigReader, str], Any]
+    """Maps the reader and the key to our value; None: our config's default."""
+    ours: str = ""
+    """Setting that the key holds, as a dotted path; "": none, it is only checked."""
+    write: Callable[[Any], Any] | None = None
+    """Maps a model's config to the key's value; None: it is not written."""
+
+
+ConfigFields = Mapping[str, ConfigField]
+"""Fields by key; one of a nested mapping is ``attn_config.clip_qkv``."""
+
+
+def map_size(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
+    """Declares a number of things or dimensions; ``kwargs``: see
+    :meth:`ConfigReader.size`."""
+    return ConfigField(
+        lambda own, key: own.size(key, default, **kwargs), ours, attrgetter(ours)
+    )
+
+
+def map_layer_count(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
+    """Declares a number of layers. What reads and names them walks over all: the limit
+    of a model's config holds before that."""
+    return map_size(ours, default, most=MAX_LAYERS, **kwargs)
+
+
+def map_number(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
+    """Declares a finite number; ``kwargs``: see :meth:`ConfigReader.number`."""
+    return ConfigField(
+        lambda own, key: own.number(key, default, **kwargs), ours, attrgetter(ours)
+    )
+
+
+def map_flag(ours: str, default: bool) -> ConfigField:
+    """Declares true or false."""
+    return ConfigField(lambda own, key: own.flag(key, default), ours, attrgetter(ours))
+
+
+def require_value(
+    *allowed: Any, ours: str = "", always_write: bool = False
+) -> ConfigField:
+    """Declares a key of which these values alone are implemented; the first is
+    usual."""
+    write = (lambda config: allowed[0]) if ours or always_write else None
+    return ConfigField(
+        lambda own, key: own.read_implemented(key, *allowed), ours, write
+    )
+
+
+def map_activation(ours: str, default: str) -> ConfigField:
+    """Declares an activation's name; ``default`` is a name of Hugging Face's."""
+
+    def write(config: Any) -> str:
+        return to_hf_activation(attrgetter(ours)(config))
+
+    return ConfigField(lambda own, key: read_activation(own, key, default), ours, write)
+
+
+def map_balance_loss(
+    default: float, per_token: str = "num_experts_per_tok"
+) -> ConfigField:
+    """Declares a balance loss's coefficient, for shares that sum to ``per_token``; ours
+    to 1."""
+    return ConfigField(
+        lambda own, key: own.number(key, default, least=0) * own.size(per_token),
+        "moe.balance_loss",
+        lambda config: config.moe.balance_loss / config.moe.experts_per_token,
+    )
+
+
+def map_sizes(
+    num_layers: str, d_model: str, max_seq_len: str, num_heads: str
+) -> ConfigFields:
+    """Declares the sizes that every model has, by their keys."""
+    return {
+        "vocab_size": map_size("vocab_size"),
+        num_layers: map_layer_count("num_layers"),
+        d_model: map_size("d_model"),
+        max_seq_len: map_size("max_seq_len"),
+        num_heads: map_size("attention.num_heads"),
+    }
+
+
+SIZES = map_sizes(
+    "num_hidden_layers", "hidden_size", "max_position_embeddings", "num_attention_heads"
+)
+"""Sizes under the names that most families have."""
+
+
+def read_activation(reader: ConfigReader, key: str, default: str) -> str:
+    """Reads our name of an activation."""
+    name = reader.get(key, default)
+    return ACTIVATIONS[
+        name if name in [*ACTIVATIONS] else reader.read_implemented(key, *ACTIVATIONS)
+    ]
+
+
+def to_hf_activation(name: str) -> str:
+    """Returns the inverse of :func:`read_activation`."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
+
+
+def read_fields(
+    reader: ConfigReader, fields: ConfigFields, settings: dict[str, Any]
+) -> None:
+    """Reads all keys into nested settings."""
+    for path, field in fields.items():
+        own = reader
+        (*outer, key) = path.split(".")
+        for name in outer:
+            own = own.read_nested(name)
+        value = field.read(own, key)
+        if field.ours and value is not None:
+            put_nested(settings, field.ours, value)
+
+
+def write_fields(config: Any, fields: ConfigFields) -> dict[str, Any]:
+    """Writes what :func:`read_fields` reads."""
+    values: dict[str, Any] = {}
+    for path, field in fields.items():
+        if field.write is not None:
+            put_nested(values, path, field.write(config))
+    return values
+
+
+def put_nested(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Puts a value at a dotted path of nested mappings."""
+    *outer, key = path.split(".")
+    for name in outer:
+        tree = tree.setdefault(name, {})
+    tree[key] = value
+
+
+def read_layer_pattern(
+    reader: ConfigReader,
+    default_kinds: Sequence[str],
+    kind_settings: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Returns the shortest pattern that gives ``layer_types``, as settings of a
+    decoder; none where all layers are as the model says. ``default_kinds``: each
+    layer's kind where there is no such list. ``kind_settings``: of each kind, settings
+    of ``LayerKind``."""
+    kinds = reader.get("layer_types", None) or default_kinds
+    if not isinstance(kinds, Sequence) or len(kinds) != len(default_kinds):
+        message = f"layer_types does not name the kinds of {len(default_kinds)} layers"
+        raise MaxlmError(
+            message, where=reader.where, fix="take it from the published model"
+        )
+    for kind in kinds:
+        if kind not in [*kind_settings]:
+            fix = f"only {' and '.join(kind_settings)} can be converted"
+            message = f"layer_types has {kind!r}, which is not implemented"
+            raise MaxlmError(message, where=reader.where, fix=fix)
+    period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+    pattern = [kind_settings[kind] for kind in kinds[:period]]
+    return {"pattern": pattern} if any(pattern) else {}
+
+
+def write_layer_types(config: Any) -> tuple[list[str], int | None]:
+    """Returns the kind of each layer by its window, and the window (None: no layer has
+    one)."""
+    kinds = config.layer_kinds
+    windows = [kinds[layer % len(kinds)].window for layer in range(config.num_layers)]
+    window = next((window for window in windows if window is not None), None)
+    return [GLOBAL if window is None else LOCAL for window in windows], window

@@ -1,0 +1,292 @@
+"""The vocabulary of name tables: how one of their tensors is made of our parameters.
+
+A table maps a tensor's name to a rule, and a rule names the parameters. Names may hold
+``{layer}`` and ``{expert}``; parameters of layers are named as within one
+(``attention.query.kernel``), all others by their full name, and so are those of an
+encoder beside a decoder, whose layers are ``{encoder_layer}``. A rule whose parameters
+a model does not have is passed over, so that one table serves models with and without
+biases, ties or experts. What is left without an entry is found when a table is used:
+every parameter must be filled exactly once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maxlm.models.params import ParamSpec, flatten_names, param_specs
+from maxlm.sharding import AxisRules
+
+Array = np.ndarray
+
+
+class ParamSlice(NamedTuple):
+    """A parameter, or the part of it that belongs to one layer (and one expert)."""
+
+    name: str
+    """Canonical, as in "layers.attention.query.kernel"."""
+    index: tuple[int, ...] = ()
+    """Leading indices: the layer, and maybe the expert; none for all of the
+    parameter."""
+
+
+class ParamShape(NamedTuple):
+    """The shape of a parameter, or of a slice."""
+
+    shape: tuple[int, ...]
+    num_input_dims: int
+    """Leading dimensions that a map sums over; 0 of vectors and tables."""
+
+
+class TensorConversion(NamedTuple):
+    """A published tensor: its shape, and its split into pieces of ours and their
+    join."""
+
+    shape: tuple[int, ...]
+    split: Callable[[Array], Sequence[Array]]
+    join: Callable[[Sequence[Array]], Array]
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    ours: tuple[str, ...]
+    make_conversion: Callable[[tuple[ParamShape, ...]], TensorConversion]
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One published tensor, and the parameters of ours that it holds.
+
+    ``split`` and ``join`` are pure, see fp32, and may return views of what they were
+    given.
+    """
+
+    theirs: str
+    """Full name in the safetensors files."""
+    shape: tuple[int, ...]
+    """Shape in those files."""
+    ours: tuple[ParamSlice, ...]
+    split: Callable[[Array], Sequence[Array]] = lambda tensor: (tensor,)
+    """Splits theirs into an array a place, in the shape of the parameter at its
+    index."""
+    join: Callable[[Sequence[Array]], Array] = lambda parts: parts[0]
+    """Joins what ``split`` splits."""
+    aliases: tuple[str, ...] = ()
+    """Names under which the same tensor may be stored again (tied heads)."""
+    rule: TensorRule | None = None
+    pieces: tuple[ParamShape, ...] = ()
+    """Shapes of ``ours``, which ``rule`` made the entry of."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of a map's inputs, or of a table's rows."""
+        piece = self.pieces[0]
+        return piece.shape[: piece.num_input_dims or len(piece.shape) - 1]
+
+    def convert_outputs(self) -> TensorConversion:
+        """Returns the conversion of a vector with a number for each of a map's
+        outputs."""
+        assert self.rule is not None
+        outputs = (piece.shape[len(self.input_shape) :] for piece in self.pieces)
+        return self.rule.make_conversion(
+            tuple(ParamShape(shape, 0) for shape in outputs)
+        )
+
+
+NameTable = Mapping[str, TensorRule]
+
+QKV = ("attention.query", "attention.key", "attention.value")
+QKV_KERNELS = tuple(f"{name}.kernel" for name in QKV)
+QKV_BIASES = tuple(f"{name}.bias" for name in QKV)
+
+
+def linear(*ours: str) -> TensorRule:
+    """Returns the rule of matrices [outputs, inputs] as torch has them, one above the
+    other; or of their biases, end to end."""
+    return TensorRule(ours, lambda pieces: _stack_rows(pieces, 1))
+
+
+def interleave_by_kv_head(*ours: str) -> TensorRule:
+    """Returns the rule of maps of one input, fused by kv head: for each, its rows of
+    every map, those of queries for all heads that it serves."""
+    return TensorRule(ours, lambda pieces: _stack_rows(pieces, pieces[1].shape[-2]))
+
+
+def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion:
+    """Returns a form whose ``groups`` equal parts of rows have all pieces, one above
+    the other."""
+    first = pieces[0]
+    inputs = (
+        (prod(first.shape[: first.num_input_dims]),) if first.num_input_dims else ()
+    )
+    outputs = (prod(piece.shape[piece.num_input_dims :]) for piece in pieces)
+    stops = np.cumsum([size // groups for size in outputs])
+
+    def split(whole: Array) -> list[Array]:
+        parts = np.split(whole.reshape(groups, -1, *inputs), stops[:-1], axis=1)
+        rows = (part.reshape(-1, *inputs) for part in parts)
+        return [
+            own.T.reshape(piece.shape) for own, piece in zip(rows, pieces, strict=True)
+        ]
+
+    def join(parts: Sequence[Array]) -> Array:
+        rows = [
+            part.reshape(*inputs, -1).T.reshape(groups, -1, *inputs) for part in parts
+        ]
+        joined = np.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
+        return joined.reshape(-1, *inputs)
+
+    return TensorConversion((groups * int(stops[-1]), *inputs), split, join)
+
+
+def map_linear(theirs: str, ours: str) -> NameTable:
+    """Returns the entries of a linear map with a bias."""
+    return {
+        f"{theirs}.weight": linear(f"{ours}.kernel"),
+        f"{theirs}.bias": linear(f"{ours}.bias"),
+    }
+
+
+def map_linears(theirs: str, ours: str, **names: str) -> NameTable:
+    """Returns the entries of a module's linear maps, whose names there are keywords."""
+    found: dict[str, TensorRule] = {}
+    for there, here in names.items():
+        found |= map_linear(f"{theirs}.{there}", f"{ours}.{here}")
+    return found
+
+
+def map_norm(theirs: str, ours: str) -> NameTable:
+    """Returns the entries of a LayerNorm with a bias."""
+    return {
+        f"{theirs}.weight": copy(f"{ours}.scale"),
+        f"{theirs}.bias": copy(f"{ours}.bias"),
+    }
+
+
+def transpose(*ours: str) -> TensorRule:
+    """Returns the rule of matrices [inputs, outputs] side by side (GPT-2's
+    "Conv1D")."""
+
+    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        shape, split, join = _stack_rows(pieces, 1)
+        return TensorConversion(
+            shape[::-1], lambda x: split(x.T), lambda parts: join(parts).T
+        )
+
+    return TensorRule(ours, form)
+
+
+def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
+    """Returns the rule of a table or a vector as it is, or as a matrix of one row."""
+
+    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        own = pieces[0].shape
+        shape = (1, *own) if as_row else own
+        return TensorConversion(
+            shape, lambda x: [x.reshape(own)], lambda parts: parts[0].reshape(shape)
+        )
+
+    return TensorRule((ours,), form, aliases)
+
+
+def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> TensorRule:
+    """Returns the rule with the last ``rotary_dim`` rows of each head, or of all,
+    reordered: theirs pair neighbours, ours halves."""
+
+    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        plain = rule.make_conversion(pieces)
+        last = pieces[-1].shape[-1]
+        size = last if each_head else plain.shape[0]
+        order = np.arange(size)
+        order[-rotary_dim:] = order[-rotary_dim:].reshape(-1, 2).T.ravel()
+        back = np.argsort(order)
+
+        def ordered(rows: Array, order: Array) -> Array:
+            return rows.reshape(-1, size, *rows.shape[1:])[:, order].reshape(rows.shape)
+
+        return TensorConversion(
+            plain.shape,
+            lambda whole: plain.split(ordered(whole, order)),
+            lambda parts: ordered(plain.join(parts), back),
+        )
+
+    return TensorRule(rule.ours, form)
+
+
+def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
+    """Returns all experts' matrices, one above the other, each [d_ff, D]; ours are [E,
+    d_ff, D] too or, of another orientation, [E, D, d_ff]."""
+    axes = (0, 1, 2) if same_orientation else (0, 2, 1)
+
+    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        e, d_ff, d = (pieces[0].shape[axis] for axis in axes)
+        return TensorConversion(
+            (e * d_ff, d),
+            lambda whole: [whole.reshape(e, d_ff, d).transpose(axes)],
+            lambda parts: parts[0].transpose(axes).reshape(e * d_ff, d),
+        )
+
+    return TensorRule((ours,), form)
+
+
+def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
+    """Returns all tensors of a model under its family's names."""
+    specs = flatten_names(
+        param_specs(config.build(rules=AxisRules(), dtype=np.float32))
+    )
+    experts = range(config.moe.num_experts if config.moe else 0)
+    places = [
+        (part.name, at) for part in config.layer_stacks for at in range(part.num_layers)
+    ]
+    found: list[TensorEntry] = []
+    for name, rule in table.items():
+        if "{encoder_layer}" in name:
+            for layer in range(config.encoder_layers):
+                full = name.format(encoder_layer=layer)
+                found += _entry(full, rule, specs, rule.ours, (layer,))
+            continue
+        if "{layer}" not in name:
+            found += _entry(name, rule, specs, rule.ours, ())
+            continue
+        for layer, (stack, index) in enumerate(places):
+            ours = tuple(f"{stack}.{own}" for own in rule.ours)
+            for expert in experts if "{expert}" in name else (None,):
+                full = name.format(layer=layer, expert=expert)
+                at = (index,) if expert is None else (index, expert)
+                found += _entry(full, rule, specs, ours, at)
+    own = {entry.theirs for entry in found}
+    for at, entry in enumerate(found):
+        if not own.isdisjoint(
+            entry.aliases
+        ):  # an untied head is no other name of the table
+            found[at] = replace(
+                entry, aliases=tuple(a for a in entry.aliases if a not in own)
+            )
+    return found
+
+
+def _entry(
+    name: str,
+    rule: TensorRule,
+    specs: Mapping[str, ParamSpec],
+    ours: tuple[str, ...],
+    at: Any,
+) -> list[TensorEntry]:
+    if any(own not in specs for own in ours):
+        return []
+    pieces = tuple(_piece(specs[own], len(at)) for own in ours)
+    form = rule.make_conversion(pieces)
+    how = (form.split, form.join, rule.aliases, rule, pieces)
+    return [
+        TensorEntry(name, form.shape, tuple(ParamSlice(own, at) for own in ours), *how)
+    ]
+
+
+def _piece(spec: ParamSpec, leading: int) -> ParamShape:
+    # An expert's inputs stand behind the expert axis, which an index may or may not
+    # have removed.
+    inputs = 0 if not spec.contracting_dims else spec.contracting_dims[-1] + 1 - leading
+    return ParamShape(spec.shape[leading:], inputs)

@@ -1,0 +1,80 @@
+"""Text in, text out: what lies between a tokenizer and the generation loop."""
+
+from collections.abc import Iterator, Sequence
+
+from maxlm.config.sampling import SamplingConfig
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.prompts import encode_prompts
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.generate import generate
+from maxlm.inference.search.beam import BeamSearchConfig, beam_search
+from maxlm.inference.search.best_of_n import best_of_n
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.models.params import Params
+
+
+def generate_text(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | bytes],
+    sampling: SamplingConfig,
+) -> Iterator[list[str]]:
+    """Continue prompts, each as the opening of a document; an encoder reads them as
+    whole ones. Literals of special tokens in them are plain text.
+
+    Yields at each step a list with the text that each row's new token completes, often
+    empty; all of a row's pieces joined are its continuation (see
+    :func:`get_prompt_separator`). The tokens that end a continuation give no text.
+    """
+    tokens = encode_prompts(
+        tokenizer, prompts, as_documents=isinstance(model, EncoderDecoder)
+    )
+    outputs = generate(model, params, tokens, sampling, tokenizer=tokenizer)
+    return (
+        _place_text(output.text, int(output.request_id), len(prompts))
+        for output in outputs
+    )
+
+
+def search_text(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | bytes],
+    sampling: SamplingConfig,
+    *,
+    num_beams: int | None,
+    num_samples: int = 1,
+) -> Iterator[list[str]]:
+    """Continue prompts one after the other, by beam search or, where ``num_beams`` is
+    None, by the sample with the highest mean log-probability; yields each prompt's text
+    as :func:`generate_text` does, in one piece."""
+    tokens = encode_prompts(
+        tokenizer, prompts, as_documents=isinstance(model, EncoderDecoder)
+    )
+    longest = max(map(len, tokens)) + sampling.max_new_tokens
+    room = EngineConfig(
+        max_sequences=num_beams or min(num_samples, 16), max_length=longest
+    )
+    engine = Engine(model, params, room, tokenizer)
+    for number, prompt in enumerate(tokens):
+        if num_beams is None:
+            result = best_of_n(engine, prompt, num_samples, sampling)
+        else:
+            config = BeamSearchConfig(
+                num_beams=num_beams, max_new_tokens=sampling.max_new_tokens
+            )
+            (result,) = beam_search(engine, [prompt], config)
+        yield _place_text(result.outputs[0].text, number, len(prompts))
+
+
+def get_prompt_separator(model: Model) -> str:
+    """Returns what separates a prompt from its continuation where both are shown."""
+    return "\n" if isinstance(model, EncoderDecoder) else ""
+
+
+def _place_text(text: str, index: int, num_prompts: int) -> list[str]:
+    """One prompt's text as the texts of all prompts."""
+    return [text if i == index else "" for i in range(num_prompts)]

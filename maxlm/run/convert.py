@@ -1,0 +1,572 @@
+"""Published checkpoints to runs and back; adapters of either kind."""
+
+import copy
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from pydantic import ValidationError
+
+from maxlm.checkpoint.reading import read_metadata
+from maxlm.config import (
+    MaxlmError,
+    SettingOrigin,
+    compare_configs,
+    load_config,
+    to_yaml,
+)
+from maxlm.config.keys import join_key
+from maxlm.config.layers import SettingsTree
+from maxlm.config.load import validate_config
+from maxlm.data.tokenizer import (
+    Tokenizer,
+    export_tokenizer,
+    import_tokenizer,
+    load_tokenizer,
+)
+from maxlm.huggingface.checkpoint import (
+    MergedCheckpointReader,
+    RunCheckpointReader,
+    RunCheckpointWriter,
+)
+from maxlm.huggingface.convert import ParamWriter, export_tensors, import_tensors
+from maxlm.huggingface.families import FAMILIES, find_family
+from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.families.names import TensorEntry
+from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes, list_stored_tensors
+from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names
+from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
+from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
+from maxlm.huggingface.peft.writing import TrainedAdapter, write_peft_adapter
+from maxlm.models.adapters import count_virtual_tokens
+from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
+from maxlm.optim.state import list_added_names, select_trainable
+from maxlm.run.config import RunConfig
+from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_files import read_json_object
+from maxlm.runtime.progress import Progress, ignore_progress
+from maxlm.sharding import AxisRules
+from maxlm.tasks import list_task_kinds
+from maxlm.tasks.sft import SftTask
+
+# Settings of a model that say how it is trained or computed, not what it computes.
+_ASIDE = "remat", "init_std"
+_ASIDE += "moe.balance_loss", "moe.z_loss", "moe.dispatch", "moe.capacity_factor"
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# By the names that config.json has for number formats.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """A conversion that is done."""
+
+    family: str
+    folder: Path
+    num_params: int
+    dtype: str
+    notes: list[str]
+    """Notes for the user: settings with no counterpart, tensors left out."""
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A Hugging Face folder, understood; its tensors are not read yet."""
+
+    folder: Path
+    family: ModelFamily
+    values: Mapping[str, Any]
+    """Values of config.json."""
+    config: RunConfig
+    """A run that goes on from these weights."""
+    specs: Mapping[str, ParamSpec]
+    """Declarations of all parameters, by canonical name."""
+    entries: list[TensorEntry]
+    tokenizer: Tokenizer | None
+    notes: list[str]
+    """Notes for the user; the import adds some."""
+
+    def import_tensors(
+        self, writer: ParamWriter, progress: Progress = ignore_progress
+    ) -> TensorDtypes:
+        """Writes all parameters as fp32, one in memory at a time; returns the formats
+        they had."""
+        shapes = {name: spec.shape for name, spec in self.specs.items()}
+        dtypes = import_tensors(
+            *(self.folder, self.entries, shapes, writer, progress),
+            ignored=self.family.ignored_tensors,
+            warn=self.notes.append,
+        )
+        used = {
+            name for entry in self.entries for name in (entry.theirs, *entry.aliases)
+        }
+        left_out = sorted(list_stored_tensors(self.folder).keys() - used)
+        self.notes.extend(f"left out: {name}" for name in left_out)
+        return dtypes
+
+
+def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
+    """Reads a Hugging Face folder's config, tokenizer and tensors' names, as a run
+    ``target``. Raises MaxlmError: files that are missing or damaged, a model that maxlm
+    does not implement."""
+    where = source / "config.json"
+    values = read_json_object(where, "download it again")
+    family = find_family(values, str(where))
+    tensors = list_stored_tensors(source)
+    settings, family_notes = family.read_config(values, str(where), tensors)
+    config = _run_config(settings, target, where)
+    notes = [*family_notes]
+    tokenizer = _import_tokenizer(source, config, notes)
+    if tokenizer is not None:
+        config = _with_tokenizer(config, target, tokenizer, notes)
+    entries = family.list_entries(config.model, tensors)
+    specs = flatten_names(_build_specs(config))
+    return HuggingFaceModel(
+        source, family, values, config, specs, entries, tokenizer, notes
+    )
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    family: str | None = None,
+    dtype: str | None = None,
+    step: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    adapter: bool = False,
+    base: str | Path | None = None,
+    progress: Progress = ignore_progress,
+) -> ConversionResult:
+    """Converts a Hugging Face folder to a run, which takes no options, a PEFT folder
+    and its base to a run, or a run to a Hugging Face or PEFT folder, whichever
+    ``source`` is.
+
+    Args:
+        family: under whose names; None: that it came from, else the first that can say
+            what the model computes.
+        dtype: a key of ``DTYPES``, rounded to if need be; None: as the tensors came,
+            else float32.
+        step: which checkpoint; None: the newest.
+        adapter: write a run's adapter alone, for PEFT; otherwise the merged model.
+        base: the Hugging Face folder of the model that a PEFT adapter is for.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
+    if target.resolve() == Path.cwd():
+        message = "the folder that this runs in cannot be replaced"
+        raise MaxlmError(message, where=str(target), fix="name another")
+    is_run, is_published = (
+        (source / f"config.{kind}").exists() for kind in ("yaml", "json")
+    )
+    if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
+        description = (
+            "neither config.json nor config.yaml here"
+            if source.exists()
+            else "no such folder"
+        )
+        fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
+        raise MaxlmError(description, where=str(source), fix=fix)
+    shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
+    unused = {"dtype": dtype, "shard-gb": shards} if adapter or not is_run else {}
+    unused |= {} if is_run else {"family": family, "step": step}
+    if options := [
+        f"--{name} {value}" for name, value in unused.items() if value is not None
+    ]:
+        published = "a run is written, and this is a published checkpoint"
+        reason = "merged models are written, adapters in fp32" if is_run else published
+        raise MaxlmError(
+            f"{options[0]} says how {reason}", where=str(source), fix="leave it out"
+        )
+    if is_run:
+        return _export_run(
+            source, target, family, dtype, step, shard_bytes, adapter, progress
+        )
+    if is_published:
+        return _import_run(source, target, progress)
+    if base is None:
+        fix = "name its base's folder: --base FOLDER"
+        raise MaxlmError("an adapter without its base", where=str(source), fix=fix)
+    return _import_run(Path(base), target, progress, source)
+
+
+def _import_run(
+    source: Path, target: Path, progress: Progress, adapter_folder: Path | None = None
+) -> ConversionResult:
+    """Writes a Hugging Face checkpoint, with a PEFT adapter or without, as a run of
+    step 0: config, checkpoint, tokenizer.
+
+    Tensors are read, cast to fp32 and written one at a time; nothing is left behind by
+    a failure.
+    """
+    base = open_huggingface_model(source, target)
+    opened: HuggingFaceModel | AdaptedHuggingFaceModel = base
+    parameters = sum(spec.size for spec in base.specs.values())
+    if adapter_folder is not None:
+        opened = open_adapted_model(base, adapter_folder)
+        parameters += sum(array.size for array in opened.peft.arrays.values())
+    family, config, tokenizer = base.family, opened.config, opened.tokenizer
+    with make_new_folder(target) as folder:
+        writer = RunCheckpointWriter(folder / "checkpoints")
+        dtypes = opened.import_tensors(writer, progress)
+        # The way back asks under the usual names.
+        usual = [entry.theirs for entry in family.list_entries(config.model)]
+        names = zip((entry.theirs for entry in base.entries), usual, strict=True)
+        dtypes = dtypes.with_names(dict(names))
+        writer.commit(
+            {
+                "config": config.model_dump(mode="json"),
+                "tokenizer": tokenizer.fingerprint if tokenizer else None,
+                "published": {
+                    "family": family.name,
+                    "dtypes": dtypes.model_dump(),
+                    "tokens": {k: base.values[k] for k in _TOKENS if k in base.values},
+                },
+            }
+        )
+        if tokenizer is not None:
+            tokenizer.save(folder / "tokenizer")
+        (folder / "config.yaml").write_text(to_yaml(config))
+    return ConversionResult(family.name, target, parameters, dtypes.default, base.notes)
+
+
+@dataclass(frozen=True)
+class AdaptedHuggingFaceModel:
+    """A Hugging Face folder and an adapter of PEFT's for it, understood."""
+
+    base: HuggingFaceModel
+    peft: PeftAdapter
+    specs: Params
+    """Declarations of the base's parameters."""
+    config: RunConfig
+    """A run that goes on from both, and trains what PEFT did."""
+    tokenizer: Tokenizer | None
+    """The adapter's own, or its base's."""
+
+    def import_tensors(
+        self, writer: ParamWriter, progress: Progress = ignore_progress
+    ) -> TensorDtypes:
+        """Writes all parameters as fp32, the adapter's too; returns the formats that
+        the base's had."""
+        adapted = AdaptedParamWriter(writer, self.peft, self.specs)
+        dtypes = self.base.import_tensors(adapted, progress)
+        adapted.finish()
+        return dtypes
+
+
+def open_adapted_model(base: HuggingFaceModel, folder: Path) -> AdaptedHuggingFaceModel:
+    """Reads an adapter's folder for a base; raises MaxlmError as
+    :func:`~maxlm.huggingface.peft.reading.read_peft_adapter` does."""
+    config, tokenizer = base.config, base.tokenizer
+    specs = _build_specs(config)
+    entries = base.family.list_entries(config.model)
+    peft = read_peft_adapter(folder, config.model, specs, entries)
+    task = SftTask() if count_virtual_tokens(peft.adapter) else config.task
+    trained = list_trained_names(peft, specs)
+    train = (
+        config.train.model_copy(update={"trainable": trained})
+        if trained
+        else config.train
+    )
+    config = config.model_copy(
+        update={"adapter": peft.adapter, "task": task, "train": train}
+    )
+    tokenizer = import_adapter_tokenizer(folder, tokenizer, config.model.vocab_size)
+    return AdaptedHuggingFaceModel(base, peft, specs, config, tokenizer)
+
+
+def import_adapter_tokenizer(
+    folder: Path, base: Tokenizer | None, num_embedding_rows: int
+) -> Tokenizer | None:
+    """Imports the tokenizer or the chat template that an adapter was trained with,
+    where its folder has one, else returns the base's. Generation stops where the base's
+    does too. Raises MaxlmError: the tokenizer has ids that the base's table has no rows
+    for."""
+    template = folder / "chat_template.jinja"
+    has_model = any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")
+    )
+    if (
+        base is not None
+        and has_model
+        and not (folder / "tokenizer_config.json").exists()
+    ):
+        # No file says which tokens have roles: they are the base's where the vocabulary
+        # is.
+        path = folder / base.codec.file_name
+        has_model = not (path.exists() and path.read_bytes() == base.codec.data)
+    if not has_model:
+        if base is None or not template.exists():
+            return base
+        changed = copy.copy(base)
+        changed.extra_files = base.extra_files | {template.name: template.read_bytes()}
+        return changed
+    tokenizer = import_tokenizer(folder, num_embedding_rows=num_embedding_rows)
+    if tokenizer.vocab_size > num_embedding_rows:
+        message = (
+            f"the adapter's tokenizer has {tokenizer.vocab_size} ids, its base's table"
+        )
+        message += f" {num_embedding_rows} rows"
+        fix = "resize the base as it was in training (resize_token_embeddings), and save it"
+        raise MaxlmError(message, where=str(folder), fix=fix)
+    if base is not None:
+        stops = (*tokenizer.extra_stop_ids, *base.extra_stop_ids)
+        tokenizer.extra_stop_ids = tuple(dict.fromkeys(stops))
+    return tokenizer
+
+
+def _export_run(
+    source: Path,
+    target: Path,
+    family: str | None,
+    dtype: str | None,
+    step: int | None,
+    shard_bytes: int,
+    adapter: bool,
+    progress: Progress,
+) -> ConversionResult:
+    """Writes a run's checkpoint as a folder for transformers, or its adapter alone for
+    PEFT."""
+    config, reader = open_run_checkpoint(source, step)
+    chosen, published = find_run_family(config, reader, family)
+    specs = _build_specs(config)
+    entries = chosen.list_entries(config.model)
+    _check_stored_shapes(reader, config, specs)
+    home = source / "tokenizer"
+    tokenizer = load_tokenizer(home) if home.exists() else None
+    if adapter:
+        if config.adapter is None:
+            message, fix = "this run has no adapter", "leave out --adapter"
+            raise MaxlmError(message, where=str(source), fix=fix)
+        trained = TrainedAdapter(
+            config.adapter,
+            config.model,
+            specs,
+            reader,
+            find_trained_base(config, reader),
+            _open_start(config),
+        )
+        with make_new_folder(target) as folder:
+            count, notes = write_peft_adapter(folder, trained, entries)
+            if tokenizer is not None:
+                export_tokenizer(tokenizer, folder)
+        return ConversionResult(chosen.name, target, count, "F32", notes)
+    if config.adapter is not None:
+        reader = MergedCheckpointReader(reader, config.adapter, specs)
+    values = chosen.write_config(config.model)
+    if tokenizer and not published.get("tokens"):
+        stops = [*tokenizer.stop_ids]
+        ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
+        values |= zip(_TOKENS, ids, strict=True)
+    values |= published.get("tokens") or {}
+    dtypes = TensorDtypes.model_validate(published.get("dtypes") or {"default": "F32"})
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise MaxlmError(
+                f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}"
+            )
+        dtypes = TensorDtypes(default=DTYPES[dtype])
+    values["dtype"] = next(
+        (ours for ours, f in DTYPES.items() if f == dtypes.default), "float32"
+    )
+    with make_new_folder(target) as folder:
+        lossy = dtype is not None
+        export_tensors(
+            reader, entries, dtypes, folder, shard_bytes, progress=progress, lossy=lossy
+        )
+        if tokenizer is not None:
+            export_tokenizer(tokenizer, folder)
+        (folder / "config.json").write_text(
+            json.dumps(values, indent=2, sort_keys=True) + "\n"
+        )
+    parameters = sum(spec.size for spec in flatten_names(specs).values())
+    return ConversionResult(chosen.name, target, parameters, dtypes.default, [])
+
+
+def _check_stored_shapes(
+    reader: RunCheckpointReader, config: RunConfig, specs: Params
+) -> None:
+    """Checks that a checkpoint's arrays have the shapes of the run's model: one whose
+    zarr.json is another's would be read as what it is not."""
+    declared = specs if config.adapter is None else config.adapter.adapt(specs)
+    for name, spec in flatten_names(declared).items():
+        stored = reader.shapes.get(name)
+        if stored is not None and stored != spec.shape:
+            message = (
+                f"{name} is {list(stored)} there, {list(spec.shape)} in the run's model"
+            )
+            fix = "use another checkpoint: this one is damaged, or of another run"
+            raise MaxlmError(message, where=str(reader.folder), fix=fix)
+
+
+def find_trained_base(config: RunConfig, reader: RunCheckpointReader) -> frozenset[str]:
+    """Finds the names of the parameters that were trained and are not the adapter's, by
+    this run or by those that it started from with the same adapter."""
+    assert config.adapter is not None
+    adapted = config.adapter.adapt(_build_specs(config))
+    names = [*flatten_names(adapted)]
+    trained = {*flatten_names(select_trainable(adapted, config.train.trainable))}
+    for pattern in read_metadata(reader.folder).get("trained_before", ()):
+        trained |= {*fnmatch.filter(names, pattern)}
+    return frozenset(trained - list_added_names(adapted))
+
+
+def _open_start(config: RunConfig) -> RunCheckpointReader | None:
+    """The checkpoint of the run without an adapter that an adapter was begun on; None:
+    there is none, or not any more."""
+    while config.adapter is not None:
+        start = config.train.start_from
+        if start is None or not Path(start, "config.yaml").exists():
+            return None
+        config, reader = open_run_checkpoint(Path(start), None)
+        if config.adapter is None:
+            return reader
+    return None
+
+
+def open_run_checkpoint(
+    source: Path, step: int | None
+) -> tuple[RunConfig, RunCheckpointReader]:
+    """A run's config, and its parameters to use."""
+    config = load_config(RunConfig, source / "config.yaml").value
+    name = "params" if config.train.ema_decay is None else "ema"
+    return config, RunCheckpointReader(source / "checkpoints", step, name=name)
+
+
+def find_run_family(
+    config: RunConfig, reader: RunCheckpointReader, name: str | None = None
+) -> tuple[ModelFamily, Mapping[str, Any]]:
+    """The family of a name, else that which a run's parameters came from, else the
+    first that can say what its model computes; and what the run knows of the model that
+    they came from."""
+    published = read_metadata(reader.folder).get("published") or {}
+    model = config.model
+    name = name or published.get("family")
+    if name is None:
+        for _, family in FAMILIES.items():
+            if _find_inexpressible(model, family) is None:
+                return family, published
+        message = "no published family computes what this model does"
+        fix = "--family NAME says what one of them has no word for"
+        raise MaxlmError(message, where="config.yaml: model", fix=fix)
+    family = FAMILIES.find(name)
+    if family is None:
+        raise MaxlmError(f"no family {name!r}", fix=FAMILIES.suggest(name))
+    if fault := _find_inexpressible(model, family):
+        message = f"{family.hf_architecture} has no word for {fault}"
+        fix = "name another --family, or change the model"
+        raise MaxlmError(message, where="config.yaml: model", fix=fix)
+    return family, published
+
+
+def _build_specs(config: RunConfig) -> Params:
+    """Declarations of a run's model, without its adapter."""
+    return param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32))
+
+
+def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:
+    """A run that goes on from these weights, on text to be named."""
+    tree = {
+        "name": target.name,
+        "folder": str(target.parent),
+        "model": dict(settings),
+        "task": {"kind": list_task_kinds(settings["architecture"])[0]},
+        "data": {"seq_len": max(min(settings["max_seq_len"] * 2 // 3, 512), 1)},
+    }
+    return validate_config(
+        RunConfig, SettingsTree(tree, {(): SettingOrigin(str(where))})
+    )
+
+
+def _import_tokenizer(
+    source: Path, config: RunConfig, notes: list[str]
+) -> Tokenizer | None:
+    """The tokenizer beside a model; adds to ``notes`` what is worth telling."""
+    if not any(
+        (source / name).exists() for name in ("tokenizer.json", "tokenizer.model")
+    ):
+        notes.append(
+            "no tokenizer: there is no tokenizer.json or tokenizer.model beside it"
+        )
+        if (source / "generation_config.json").exists():
+            notes.append("left out: generation_config.json")
+        return None
+    rows = config.model.vocab_size
+    tokenizer = import_tokenizer(source, num_embedding_rows=rows)
+    if tokenizer.vocab_size > rows:
+        whole = import_tokenizer(source).vocab_size
+        message = f"the tokenizer has {whole} ids, the model's table {rows} rows"
+        fix = "use the tokenizer that the model was trained with"
+        raise MaxlmError(message, where=str(source), fix=fix)
+    for lost in getattr(tokenizer.codec, "left_out", ()):
+        notes.append(
+            f"left out of the tokenizer: {lost}, which the table has no row for"
+        )
+    return tokenizer
+
+
+def _with_tokenizer(
+    config: RunConfig, target: Path, tokenizer: Tokenizer, notes: list[str]
+) -> RunConfig:
+    """A run with its tokenizer and the reserved ids of its task."""
+    task = config.task.with_special_tokens(tokenizer.special_tokens)
+    values = config.model_dump() | {
+        "tokenizer": {"kind": tokenizer.kind, "path": str(target / "tokenizer")},
+        "task": task.model_dump(),
+    }
+    if tokenizer.vocab_size + task.num_ids_to_reserve > config.model.vocab_size:
+        names = " and ".join(f"task.{name}" for name in task.reserved_ids)
+        notes.append(
+            f"to train it, name ids for task.kind={task.kind} in {names}: the "
+            "tokenizer has none, and the table no rows to spare"
+        )
+    return RunConfig.model_validate(values)
+
+
+def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
+    """Returns a setting that a family's config.json cannot express; None: all are."""
+    if model.architecture != family.architecture:
+        return f"model.architecture={model.architecture}"
+    try:
+        settings, _ = family.read_config(family.write_config(model), family.name)
+        again = type(model).model_validate(settings)
+    except MaxlmError as error:
+        return error.what
+    except ValidationError as error:
+        return f"its model.{join_key(error.errors()[0]['loc'])}"
+    except (AssertionError, AttributeError):
+        return "its kind of layers"
+    different = compare_configs(
+        model.model_dump(mode="json"), again.model_dump(mode="json")
+    )
+    named = (
+        f"model.{key}={ours!r}"
+        for key, ours, _ in different
+        if not key.startswith(_ASIDE)
+    )
+    return next(named, None)
+
+
+@contextmanager
+def make_new_folder(target: Path) -> Iterator[Path]:
+    """Makes a folder that appears under its name when it is complete, or not at all."""
+    part = target.with_name(f".{target.name}.part.{os.getpid()}")
+    missing_parents = [parent for parent in part.parents if not parent.exists()]
+    try:
+        with convert_write_errors(target):
+            part.mkdir(parents=True)
+            yield part
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):  # the first that is not empty
+            for parent in missing_parents:
+                parent.rmdir()

@@ -1,0 +1,176 @@
+"""Models to use: of runs, and published ones.
+
+A run is used with the moving average of its parameters where it has one.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from maxlm.config import MaxlmError, load_config
+from maxlm.data.tokenizer import Tokenizer, load_tokenizer
+from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
+from maxlm.models.adapters import merge_adapter
+from maxlm.models.architectures import Model
+from maxlm.models.params import (
+    Params,
+    bind_specs,
+    flatten_names,
+    is_leaf,
+    join_path,
+)
+from maxlm.run.config import RunConfig
+from maxlm.run.convert import (
+    AdaptedHuggingFaceModel,
+    HuggingFaceModel,
+    open_adapted_model,
+    open_huggingface_model,
+)
+from maxlm.run.setup import RunSetup, set_up_run
+from maxlm.run.warm_start import open_checkpoints
+from maxlm.runtime.json_files import read_json_object
+from maxlm.sharding import MeshConfig, count_min_devices
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and what belongs to it."""
+
+    config: RunConfig
+    mesh: Mesh
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_run(
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
+    merge: bool = True,
+) -> LoadedRun:
+    """Loads the parameters of a run's checkpoint (default: the newest), whatever mesh
+    wrote them, on ``mesh`` (default: one device). ``merge``: adapters that can be are
+    merged into the base."""
+    folder = Path(folder)
+    if not (folder / "config.yaml").exists():
+        message = "no run here (no config.yaml)"
+        raise MaxlmError(message, where=str(folder), fix="name a folder like runs/demo")
+    setup = _set_up_to_use(load_config(RunConfig, folder / "config.yaml").value, mesh)
+    with open_checkpoints(folder, step) as (tier, _, name):
+        step = tier.latest() if step is None else step
+        params = tier.restore(step, setup.abstract_state.params, name)
+    loaded = LoadedRun(
+        setup.config,
+        setup.mesh,
+        setup.model,
+        params,
+        load_tokenizer(folder / "tokenizer"),
+        step or 0,
+    )
+    return _merge_loaded(loaded, setup.specs) if merge else loaded
+
+
+def _merge_loaded(loaded: LoadedRun, specs: Params) -> LoadedRun:
+    """A model with its adapter merged, where it has one that can be."""
+    config = loaded.config
+    if config.adapter is None:
+        return loaded
+    with jax.set_mesh(loaded.mesh):
+        specs, params = merge_adapter(specs, loaded.params)
+    if not any(map(is_leaf, flatten_names(specs, is_leaf).values())):
+        config = config.model_copy(update={"adapter": None})
+    return replace(
+        loaded, config=config, model=bind_specs(loaded.model, specs), params=params
+    )
+
+
+def load_model(
+    folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
+) -> LoadedRun:
+    """Loads a model to use: a run's, as :func:`load_run` does; a Hugging Face folder's
+    (config.json, safetensors, tokenizer); or that of an adapter of PEFT's, merged,
+    where its base is a folder of this machine. Of the latter two nothing is written.
+    Raises MaxlmError: a folder that is none of these, a tokenizer that is missing, a
+    damaged file."""
+    folder = Path(folder)
+    if (folder / "config.yaml").exists():
+        return load_run(folder, step=step, mesh=mesh)
+    is_adapter = (folder / PEFT_CONFIG).exists()
+    if not (is_adapter or (folder / "config.json").exists()):
+        found = (
+            "neither config.yaml nor config.json here"
+            if folder.is_dir()
+            else "no such folder"
+        )
+        fix = "name a run's folder, such as runs/demo, or a Hugging Face checkpoint's"
+        raise MaxlmError(found, where=str(folder), fix=fix)
+    if step is not None:
+        message = f"--step {step} names a run's checkpoint, and this is a published one"
+        raise MaxlmError(message, where=str(folder), fix="leave it out")
+    name = folder.resolve().name.lstrip(".- ") or "model"
+    base_folder = _find_adapter_base(folder) if is_adapter else folder
+    opened: HuggingFaceModel | AdaptedHuggingFaceModel
+    opened = open_huggingface_model(base_folder, Path("runs", name))
+    if is_adapter:
+        opened = open_adapted_model(opened, folder)
+    if opened.tokenizer is None:
+        message, fix = (
+            "no tokenizer.json or tokenizer.model here",
+            "copy the checkpoint's here",
+        )
+        raise MaxlmError(message, where=str(folder), fix=fix)
+    setup = _set_up_to_use(opened.config, mesh)
+    writer = _MemoryWriter()
+    opened.import_tensors(writer)
+
+    def place(path: Any, sharding: Any) -> jax.Array:
+        return jax.device_put(writer.arrays.pop(join_path(path)), sharding)
+
+    params = jax.tree_util.tree_map_with_path(place, setup.shardings.params)
+    loaded = LoadedRun(
+        setup.config, setup.mesh, setup.model, params, opened.tokenizer, 0
+    )
+    return _merge_loaded(loaded, setup.specs)
+
+
+def _find_adapter_base(folder: Path) -> Path:
+    """The folder of the model that an adapter of PEFT's says that it is for."""
+    named = read_json_object(folder / PEFT_CONFIG, "save the adapter again").get(
+        "base_model_name_or_path"
+    )
+    base = Path(named).expanduser() if isinstance(named, str) and named else None
+    if base is None or not (base / "config.json").exists():
+        message = f"its base, base_model_name_or_path={named!r}, is no Hugging Face folder here"
+        fix = f"make a run of both: maxlm convert {folder} runs/NAME --base FOLDER"
+        raise MaxlmError(message, where=str(folder / PEFT_CONFIG), fix=fix)
+    return base
+
+
+class _MemoryWriter:
+    def __init__(self):
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def declare(
+        self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0
+    ) -> None:
+        self.arrays[name] = np.empty(shape, np.float32)
+
+    def write(self, name: str, lead_index: tuple[int, ...], values: np.ndarray) -> None:
+        self.arrays[name][lead_index] = values
+
+
+def _set_up_to_use(config: RunConfig, mesh: MeshConfig | None) -> RunSetup:
+    """Places a model on the first devices that ``mesh`` needs (default: one; with -1:
+    all)."""
+    config = config.model_copy(update={"mesh": mesh or MeshConfig()})
+    devices = jax.devices() if mesh else jax.local_devices()[:1]
+    if mesh and -1 not in mesh.model_dump().values():
+        devices = devices[: count_min_devices(mesh)]
+    return set_up_run(config, devices, for_training=False)

@@ -1,0 +1,265 @@
+"""A model laid out on a mesh, with every check that it can be; no device is needed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.config.errors import Requirement, check_requirements
+from maxlm.models.adapters import Adapter, build_adapted_model
+from maxlm.models.architectures import Model, ModelConfig
+from maxlm.models.blocks import MIXERS
+from maxlm.models.params import Params, flatten_names, param_specs
+from maxlm.parallel.config import ParallelConfig
+from maxlm.parallel.context import require_context, require_keys_beside_queries
+from maxlm.sharding import AxisRules, Placement, ShardingConfig, resolve_placement
+from maxlm.sharding.resolve import check_activation_rules, check_unsharded_share
+from maxlm.sharding.supported import require_declared_axes
+
+_GIVE = "set it to 1 and give its devices to data, fsdp or tensor"
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model and where its parameters lie; nothing is allocated."""
+
+    model: Model
+    storage: AxisRules
+    gradients: AxisRules
+    optimizer: AxisRules
+    compute: AxisRules
+    """Rules, all without mesh axes of size 1."""
+    specs: Params
+    placements: dict[str, Placement]
+    """Every parameter's place in storage, by its canonical name."""
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    """The sizes of a batch that decide whether a model can be trained on a mesh."""
+
+    seq_len: int
+    """Tokens of a row of text."""
+    micro_batches: Any
+
+
+def require_trainable(
+    model: ModelConfig,
+    sharding: ShardingConfig,
+    parallel: ParallelConfig,
+    sizes: Mapping[str, Any],
+    shape: TrainingShape,
+    compute: AxisRules,
+) -> Iterator[Requirement]:
+    """Yields what a model must meet to be trained on a mesh, but for how parameters
+    divide."""
+    yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
+    yield from require_experts(model, sharding.compute, sizes)
+    yield from require_whole_sequences(model, sharding.compute, sizes)
+    if model.mixer is not None:
+        kind = getattr(model.mixer, "kind", "")
+        declare = "register it in MIXERS with '{}' among mesh_axes"
+        mixer_axes = MIXERS.get(kind).mesh_axes
+        subject = f"model.mixer.kind={kind}"
+        yield from require_declared_axes(mixer_axes, compute, sizes, subject, declare)
+    if model.attention is not None:
+        yield from require_context(
+            shape.seq_len,
+            model.attention.num_heads,
+            model.attention.num_kv_heads,
+            rules=compute,
+            sizes=sizes,
+            method=parallel.context,
+            balanced=parallel.balance_sequence,
+        )
+
+
+def place_model(
+    config: ModelConfig,
+    sharding: ShardingConfig,
+    parallel: ParallelConfig,
+    sizes: Mapping[str, int],
+    dtype: Any,
+    training: TrainingShape | None,
+    adapter: Adapter | None = None,
+) -> PlacedModel:
+    """Lays a model out on a mesh of given sizes, by axis. Raises MaxlmError: an axis
+    that does not divide, two on one mesh axis, too much unsharded.
+
+    Args:
+        training: None where the model is to generate: a row's tokens come one at a time
+            through all layers, so that neither is split; kv heads that do not divide
+            are whole, while pages have copies of them and are split.
+    """
+    gradients = sharding.gradients or sharding.storage
+    rules = (
+        sharding.storage,
+        gradients,
+        sharding.optimizer or gradients,
+        sharding.compute,
+    )
+    rules = [attention.for_mesh(sizes) for attention in rules]
+    if training is None:
+        whole: dict[str, Any] = dict.fromkeys(("seq", "residual", "layers"), ())
+        ways = prod(sizes[axis] for axis in sharding.compute.heads)
+        if config.attention is not None and config.attention.num_kv_heads % ways:
+            whole["kv_heads"] = ()
+        rules = [attention.model_copy(update=whole) for attention in rules]
+    storage, gradients, optimizer, compute = rules
+    check_activation_rules(compute)
+    if training is None:
+        check_requirements(require_experts(config, sharding.compute, sizes))
+        check_requirements(require_whole_sequences(config, sharding.compute, sizes))
+        attention = config.attention
+        if attention is not None:
+            heads = attention.num_heads, attention.num_kv_heads
+            check_requirements(require_keys_beside_queries(*heads, compute, sizes))
+    else:
+        shape = (sizes, training, compute)
+        check_requirements(require_trainable(config, sharding, parallel, *shape))
+    how: dict[str, Any] = {"rules": compute, "dtype": dtype, "parallel": parallel}
+    model = build_adapted_model(config, adapter, **how)
+    specs = param_specs(model)
+    flat = flatten_names(specs)
+    for name, spec in flat.items():
+        for attention in (gradients, optimizer, compute):
+            resolve_placement(name, spec.shape, spec.axes, attention, sizes)
+    placements = {
+        n: resolve_placement(n, s.shape, s.axes, storage, sizes)
+        for n, s in flat.items()
+    }
+    # Parameters that ZeRO-1 and ZeRO-2 keep whole are meant to be.
+    if training is not None and storage == optimizer:
+        parts = {name: (spec.nbytes, placements[name]) for name, spec in flat.items()}
+        check_unsharded_share(parts, sizes, sharding.max_unsharded)
+    return PlacedModel(model, storage, gradients, optimizer, compute, specs, placements)
+
+
+def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:
+    """Refuses compute rules that split the narrow vectors of latent attention."""
+    if (
+        model.attention is not None
+        and model.attention.latent is not None
+        and compute.latent
+    ):
+        message = "latent attention needs its narrow vectors whole"
+        fix = "set it to null (sharding.storage.latent splits weights at rest)"
+        raise MaxlmError(message, where="sharding.compute.latent", fix=fix)
+
+
+def require_pipeline(
+    model: ModelConfig,
+    sharding: ShardingConfig,
+    parallel: ParallelConfig,
+    sizes: Mapping[str, Any],
+    micro_batches: Any,
+) -> Iterator[Requirement]:
+    """Requires that micro-batches fill a pipeline, and layers divide over its
+    stages."""
+    stages = sizes["stage"]
+    layers = model.num_layers
+    groups = parallel.layer_groups
+    alone = np.equal(stages, 1)
+    period = len(model.layer_kinds)
+    on_stages = sharding.compute.layers == sharding.storage.layers == ("stage",)
+    message = f"mesh.stage={stages}, but layers are not split over it"
+    where = "sharding.storage.layers, sharding.compute.layers"
+    fix = "set both to stage, or mesh.stage=1"
+    yield Requirement(
+        alone | on_stages, partial(MaxlmError, message, where=where, fix=fix)
+    )
+
+    def starved() -> MaxlmError:
+        few = "less than" if micro_batches < stages else "not a multiple of"
+        fewer = f"a divisor of {micro_batches}" if micro_batches > 1 else "1"
+        message = f"{micro_batches} is {few} the {stages} pipeline stages"
+        fix = f"set it to {-(-micro_batches // stages) * stages}, or mesh.stage to {fewer}"
+        return MaxlmError(message, where="train.micro_batches", fix=fix)
+
+    yield Requirement(alone | (micro_batches % stages == 0), starved)
+    message = f"{groups} layer groups have no place in a {parallel.schedule} pipeline"
+    fix = "set it to 1, or parallel.schedule=circular"
+    refuse = partial(MaxlmError, message, where="parallel.layer_groups", fix=fix)
+    yield Requirement(alone | (groups == 1 or parallel.schedule == "circular"), refuse)
+    why = describe_pipeline_obstacle(model)
+    message = f"{stages} stages have equal shares of one row of layers, but {why}"
+    yield Requirement(
+        alone | (why is None),
+        partial(MaxlmError, message, where="mesh.stage", fix=_GIVE),
+    )
+
+    def uneven() -> MaxlmError:
+        of = f" of {groups} layer groups" if groups > 1 else ""
+        whole = f" in whole patterns of {period}" if period > 1 else ""
+        message = (
+            f"{layers} layers do not divide over {stages} pipeline stages{of}{whole}"
+        )
+        fix = f"use a multiple of {stages * groups * period}, or fewer stages"
+        fix += " or layer groups" if groups > 1 else ""
+        return MaxlmError(message, where="model.num_layers", fix=fix)
+
+    yield Requirement(alone | (layers % (stages * groups * period) == 0), uneven)
+
+
+def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
+    """Returns why layers cannot lie on pipeline stages; None: they can, if their number
+    divides."""
+    if len(model.trunks) > 1:
+        return "this is an encoder beside a decoder"
+    if model.transformer_type == "encoder":
+        return "this is an encoder, whose head's own layer is behind them"
+    if model.dense_layers:
+        return (
+            f"the first model.dense_layers={model.dense_layers} are unlike the others"
+        )
+    if model.positions.kind == "relative":
+        return "all of these share the table of model.positions.kind=relative"
+    return None
+
+
+def require_whole_sequences(
+    model: ModelConfig, compute: AxisRules, sizes: Mapping[str, Any]
+) -> Iterator[Requirement]:
+    """Requires whole sequences for cross-attention, and for experts with a capacity."""
+    whole = np.equal(prod(sizes[axis] for axis in compute.seq), 1)
+
+    def refuse(subject: str, fix: str, where: str = "mesh.{}") -> MaxlmError:
+        axis = next(axis for axis in compute.seq if sizes[axis] > 1)
+        message = f"{subject} whole sequences, which {axis}={sizes[axis]} splits"
+        return MaxlmError(message, where=where.format(axis), fix=fix)
+
+    crosses = any(trunk.cross_attention for trunk in model.trunks)
+    fix = "set it to 1, or sharding.compute.seq and residual to null"
+    yield Requirement(
+        whole | (not crosses), partial(refuse, "cross-attention looks at", fix)
+    )
+    by_capacity = model.moe is not None and model.moe.dispatch == "capacity"
+    message, fix = (
+        "an expert's capacity is counted in",
+        "use dispatch=dropless, or mesh.context=1",
+    )
+    yield Requirement(
+        whole | (not by_capacity), partial(refuse, message, fix, "model.moe.dispatch")
+    )
+
+
+def require_experts(
+    model: ModelConfig, compute: AxisRules, sizes: Mapping[str, Any]
+) -> Iterator[Requirement]:
+    """Requires that experts, if there are any, are split as the tokens they serve."""
+    if model.moe is None:
+        message = f"expert={sizes['expert']}, but the model has no experts"
+        refuse = partial(MaxlmError, message, where="mesh.expert", fix=_GIVE)
+        yield Requirement(np.equal(sizes["expert"], 1), refuse)
+        return
+    for axis in (
+        axis for axis in compute.expert if axis not in compute.batch + compute.seq
+    ):
+        message = f"experts are split over '{axis}', the tokens they serve are not"
+        fix = f"add {axis} to sharding.compute.batch, or take it from this rule"
+        refuse = partial(MaxlmError, message, where="sharding.compute.expert", fix=fix)
+        yield Requirement(np.equal(sizes[axis], 1), refuse)

@@ -1,0 +1,78 @@
+"""A run's models on a mesh: every check that they fit, and where each array lies."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.config.errors import Requirement, check_requirements
+from maxlm.run.config import RunConfig, check_samples, read_frozen_configs
+from maxlm.run.global_batch import require_batch_split
+from maxlm.run.model_placement import (
+    PlacedModel,
+    TrainingShape,
+    place_model,
+    require_trainable,
+)
+
+
+def require_run_trainable(
+    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
+) -> Iterator[Requirement]:
+    """Yields what a run must meet to train on one or many meshes, but for parameters'
+    splits."""
+    yield from _require_batch(config, sizes, micro_batches)
+    shape = TrainingShape(config.data.seq_len, micro_batches)
+    parts = config.model, config.sharding, config.parallel
+    yield from require_trainable(*parts, sizes, shape, config.sharding.compute)
+
+
+def _require_batch(
+    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
+) -> Iterator[Requirement]:
+    data, compute = config.data, config.sharding.compute
+    yield from config.task.require_mesh(compute, sizes)
+    lengths = config.task.name_row_lengths(data.seq_len)
+    yield from require_batch_split(
+        data.batch_size, micro_batches, lengths, compute, sizes
+    )
+
+
+def place_run(
+    config: RunConfig,
+    sizes: Mapping[str, int],
+    dtype: Any,
+    *,
+    for_training: bool = True,
+) -> PlacedModel:
+    """Lays a run's model out on a mesh (``place_model``): to generate, or
+    ``for_training``, where the batch must divide over the mesh."""
+    shape = None
+    if for_training:
+        micro, samples = config.train.micro_batches, config.samples
+        check_requirements(_require_batch(config, sizes, micro))
+        check_samples(samples, config.model, [1] * len(samples.prompts))
+        shape = TrainingShape(config.data.seq_len, micro)
+    parts = config.model, config.sharding, config.parallel
+    return place_model(*parts, sizes, dtype, shape, config.adapter)
+
+
+def place_frozen_models(
+    config: RunConfig,
+    sources: Mapping[str, str | None],
+    sizes: Mapping[str, int],
+    dtype: Any,
+) -> dict[str, PlacedModel]:
+    """Lays out the models that a run's task only reads, by name."""
+    reads = sources and not config.task.prepares_batch_alone
+    if reads and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
+        message = f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run"
+        raise MaxlmError(
+            message, where="parallel.schedule", fix="use circular, or mesh.stage=1"
+        )
+    placed = {}
+    for name, frozen_run in read_frozen_configs(config, sources).items():
+        run = config.model_copy(
+            update={"model": frozen_run.model, "adapter": frozen_run.adapter}
+        )
+        placed[name] = place_run(run, sizes, dtype)
+    return placed

@@ -1,0 +1,99 @@
+"""A run's scores on tasks, with the engine, while it trains."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maxlm.config import MaxlmError
+from maxlm.evaluation.curves import compute_gold_probability, compute_position_losses
+from maxlm.evaluation.program import import_harness
+from maxlm.evaluation.results import list_metrics
+from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.scoring import Scorer
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.optim.state import TrainState, get_eval_params
+from maxlm.run.prepare import PreparedData
+from maxlm.run.setup import RunSetup
+
+
+class DownstreamEvaluator:
+    """Evaluates a run's model on ``train.downstream``'s tasks, on the mesh that it
+    trains on. Raises MaxlmError: a task that does not exist, rows that are not there, a
+    model or mesh that cannot continue text; before training begins. ``on_work``: called
+    before each task, and with each request that is done."""
+
+    def __init__(
+        self, setup: RunSetup, data: PreparedData, on_work: Callable[[], None]
+    ):
+        self._setup, self._data, self._on_work = setup, data, on_work
+        self._config = config = setup.config.train.downstream
+        if isinstance(setup.model, Encoder) or setup.mesh.shape["context"] > 1:
+            message = "tasks need a model that continues text, on a mesh with context=1"
+            raise MaxlmError(
+                message, where="train.downstream", fix="set its tasks to []"
+            )
+        if config.tasks:
+            self._models, self._harness = import_harness()
+            folder = None if config.data is None else Path(config.data)
+            self._tasks = self._harness.load_tasks(
+                config.tasks, data=folder, shots=config.shots
+            )
+        self._model, self._shardings = setup.place_to_generate()
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Returns a metrics record."""
+        config = self._config
+        length = self._setup.config.data.seq_len
+        params = jax.device_put(get_eval_params(state), self._shardings)
+        sizes: Any = {"max_sequences": 32, "max_chunks": 32, "max_length": length}
+        engine = Engine(
+            self._model, params, EngineConfig(**sizes), self._data.tokenizer
+        )
+        del params
+        tokens = int(state.step) * self._setup.config.data.batch_size * length
+        record: dict[str, float] = {"tokens": tokens}
+        if config.position_documents:
+            losses = compute_position_losses(Scorer(engine), self._select_documents())
+            record |= {f"eval_loss_at/{end}": loss for end, loss in losses.items()}
+        return record | (self._evaluate_tasks(engine) if config.tasks else {})
+
+    def _evaluate_tasks(self, engine: Engine) -> dict[str, float]:
+        record: dict[str, float] = {}
+        model = self._models.MaxlmModel(engine)
+        model.on_progress = lambda done, total: self._on_work()
+        results = self._harness.evaluate_tasks(
+            model, self._tasks, limit=self._config.limit
+        )
+        for task, metric, value, *_ in list_metrics(results):
+            record[f"downstream/{task}/{metric}"] = value
+        for task, samples in results["samples"].items():
+            probability = compute_gold_probability(samples)
+            if probability is not None:
+                record[f"downstream/{task}/gold_probability"] = probability
+        return record
+
+    def _select_documents(self) -> list[list[int]]:
+        """The beginnings of the first held-out documents that are long enough."""
+        length, max_documents = (
+            self._setup.config.data.seq_len,
+            self._config.position_documents,
+        )
+        documents = (
+            store.text_tokens(index)
+            for store in self._data.heldout_stores.values()
+            for index in range(store.num_documents)
+        )
+        long_documents = islice(
+            (document for document in documents if len(document) >= length),
+            max_documents,
+        )
+        rows = [document[:length].tolist() for document in long_documents]
+        if not rows:
+            message = f"no held-out document has {length} tokens (data.seq_len)"
+            raise MaxlmError(
+                message, where="train.downstream.position_documents", fix="set it to 0"
+            )
+        return rows

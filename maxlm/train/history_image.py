@@ -1,0 +1,132 @@
+"""A run's history as an image: the steps it reached, and what its time was spent on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.train.goodput import PARTS, RunHistory
+
+# Progress is one calm colour, lost steps and downtime are loud.
+_COLOURS = {
+    "productive": "#59A14F",
+    "lost": "#E15759",
+    "starting": "#BAB0AC",
+    "compiling": "#76B7B2",
+    "loading": "#F28E2B",
+    "saving": "#4E79A7",
+    "evaluating": "#B07AA1",
+    "hanging": "#9C2F2F",
+    "other": "#D7D3CF",
+    "down": "#3B3B3B",
+    "finished": "#FFFFFF",
+}
+_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+_FORMATS = (".png", ".svg", ".pdf")
+# Columns of the lower panel: one is about two points wide.
+NUM_COLUMNS = 240
+# The ends of more attempts than these are marked without words, which would overlap.
+_MOST_LABELS = 12
+
+
+def draw_history(history: RunHistory, image: Path, *, title: str) -> None:
+    """Draws a history: above, the steps reached, with a mark at each interruption;
+    below, column by column, the shares of time. Times are from the beginning of the
+    first attempt on.
+
+    Args:
+        image: file to write, .png, .svg or .pdf; its folder is made if missing.
+
+    Raises MaxlmError: another suffix, a run that has not begun, a file that cannot be
+    written.
+    """
+    if image.suffix not in _FORMATS:
+        message = f"no image format has the suffix {image.suffix!r}"
+        raise MaxlmError(message, where=str(image), fix=f"use {', '.join(_FORMATS)}")
+    if history.wall_seconds <= 0:
+        raise MaxlmError(
+            "no time to draw", where=title, fix="wait for the run to begin"
+        )
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Two of the unit at least: fewer would be read as fractions.
+    units = (unit for unit in _UNITS if history.wall_seconds >= 2 * unit[0])
+    seconds_per_unit, unit_name = next(units, _UNITS[-1])
+    figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    sizes = {"height_ratios": [3, 1.4]}
+    steps_axes, shares_axes = figure.subplots(2, sharex=True, gridspec_kw=sizes)
+    _draw_steps(steps_axes, history, seconds_per_unit)
+    goodput = "" if history.goodput is None else f"goodput {history.goodput:.1%}"
+    steps_axes.set_title(
+        " · ".join(filter(None, [title, goodput])), loc="left", fontsize=11
+    )
+    _draw_shares(shares_axes, history, seconds_per_unit)
+    shares_axes.set_xlabel(f"{unit_name} since the run began")
+    for axes in (steps_axes, shares_axes):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    with convert_write_errors(image.parent):
+        image.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(image) as temporary:
+        figure.savefig(temporary, format=image.suffix.removeprefix("."))
+
+
+def _draw_steps(axes: Any, history: RunHistory, seconds_per_unit: float) -> None:
+    zero = history.attempts[0].began
+    for attempt in history.attempts:
+        times = [(time - zero) / seconds_per_unit for time, _ in attempt.points]
+        steps = [step for _, step in attempt.points]
+        axes.plot(times, steps, color=_COLOURS["productive"], linewidth=2)
+        if attempt.end in ("done", "running"):
+            continue
+        place = ((attempt.ended - zero) / seconds_per_unit, attempt.last_step)
+        mark = {"color": _COLOURS["down"], "markersize": 6, "markeredgewidth": 1.5}
+        axes.plot(*place, marker="x", clip_on=False, **mark)
+        if len(history.attempts) <= _MOST_LABELS:
+            # Right of the line and below it; at the right edge left of it and above.
+            is_late = attempt.ended - zero > 0.85 * history.wall_seconds
+            offset, side = ((-6, 4), "right") if is_late else ((2, -14), "left")
+            style = {"textcoords": "offset points", "ha": side, "fontsize": 8}
+            axes.annotate(attempt.end, place, offset, **style)
+    axes.margins(y=0.1)
+    axes.set_ylabel("step reached")
+    axes.grid(axis="y", alpha=0.25)
+
+
+def _draw_shares(axes: Any, history: RunHistory, seconds_per_unit: float) -> None:
+    right = history.wall_seconds / seconds_per_unit
+    edges = np.linspace(0, right, NUM_COLUMNS + 1)
+    bottom = np.zeros(NUM_COLUMNS)
+    for part, shares in zip(PARTS, compute_shares(history), strict=True):
+        seconds = history.seconds_by_activity[part]
+        if seconds > 0:
+            label = f"{part} {seconds / history.wall_seconds:.1%}"
+            area: Any = {
+                "baseline": bottom,
+                "fill": True,
+                "color": _COLOURS[part],
+                "label": label,
+            }
+            axes.stairs(bottom + shares, edges, **area)
+            bottom = bottom + shares
+    axes.set_ylabel("share of time")
+    axes.set_ylim(0, 1)
+    axes.set_xlim(0, right)
+
+
+def compute_shares(history: RunHistory) -> np.ndarray:
+    """Computes the share of each of ``NUM_COLUMNS`` equal columns of time that each of
+    `PARTS` has: [parts, columns]. The parts of a slice are spread evenly over it."""
+    begin = history.attempts[0].began
+    edges = np.linspace(begin, begin + history.wall_seconds, NUM_COLUMNS + 1)
+    ends = np.array([begin, *(piece.end for piece in history.slices)])
+    seconds = np.zeros((len(PARTS), len(ends)))
+    for number, piece in enumerate(history.slices, 1):
+        for part, spent in piece.seconds_by_activity.items():
+            seconds[PARTS.index(part), number] = spent
+    passed = np.stack([np.interp(edges, ends, row) for row in seconds.cumsum(axis=1)])
+    return np.diff(passed) * (NUM_COLUMNS / history.wall_seconds)

@@ -1,0 +1,145 @@
+"""The report of a finished run: how good the model is, and where its files are."""
+
+import gzip
+import lzma
+from statistics import median
+from typing import Any
+
+import jax
+from rich.console import Console, Group
+
+from maxlm.data.store import TokenStore
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.inference.text import generate_text, get_prompt_separator
+from maxlm.optim.state import get_eval_params
+from maxlm.plan.show import format_bytes, format_seconds, make_table
+from maxlm.train.program import TrainingResult
+from maxlm.train.records import read_records
+
+# Compressors see at most this much of a source's held-out text: xz takes a second a
+# megabyte.
+COMPARED_BYTES = 16 << 20
+
+
+def print_training_report(run: TrainingResult) -> None:
+    """Print held-out bits per byte beside two compressors', samples, and the run's
+    files.
+
+    Only process 0 prints; samples need the whole model on this process's devices and
+    are left out where several processes share it.
+    """
+    if jax.process_index() != 0:
+        return
+    console = Console(highlight=False)
+    if any("bits_per_byte" in result for result in run.heldout.values()):
+        console.print(_comparison(run))
+    else:
+        for name, result in run.heldout.items():
+            own = (
+                f"{key} {value:.4g}" for key, value in result.items() if key != "tokens"
+            )
+            console.print(f"held out ({name}): {' · '.join(own)}", markup=False)
+    if measured := _measured(run):
+        console.print(measured)
+    if jax.process_count() == 1 and run.setup.config.samples.prompts:
+        text = generate_samples(run)
+        path = run.folder / "samples" / f"step-{int(run.state.step)}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        console.print(text, markup=False)
+    console.print(_places(run), markup=False)
+
+
+def _comparison(run: TrainingResult) -> Group:
+    columns = ("source", "bytes", "maxlm", "gzip -9", "xz -9")
+    rows = []
+    for name, result in run.heldout.items():
+        text = _read_text(run.data.heldout_stores[name], run.data.tokenizer)
+        packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
+        rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
+        rows.append(
+            (name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals)
+        )
+    title = "Held-out text: bits per byte (lower is better)"
+    return make_table(title, columns, rows, right=columns[1:])
+
+
+def _measured(run: TrainingResult) -> Group | None:
+    """The plan's figures beside medians of what was measured; None: nothing to
+    compare."""
+    # The first step of a start compiles; those before it may be another machine's.
+    found = read_records(run.folder / "metrics.jsonl")
+    records = [r for r in found if r.get("seconds") and r["step"] > run.start_step + 1]
+    plan = run.plan
+    if plan.step_seconds is None or not records:
+        return None
+    share = plan.mfu() or 0.0
+    measured = median(r.get("mfu") or 0.0 for r in records)
+    figures: list[Any] = [
+        (
+            "step",
+            format_seconds,
+            plan.step_seconds,
+            median(r["seconds"] for r in records),
+        ),
+        ("MFU", "{:.1%}".format, share, measured),
+    ]
+    if "device_memory_peak" in records[-1]:
+        peak = max(r["device_memory_peak"] for r in records)
+        memory = float(plan.memory.total)
+        figures.append(("memory of a device", format_bytes, memory, peak))
+    rows = [
+        (name, word(ours), word(theirs), f"{ours / theirs:.2f}" if theirs else "")
+        for name, word, ours, theirs in figures
+    ]
+    columns = ("", "planned", "median", "planned ÷ measured")
+    return make_table("Planned and measured", columns, rows, right=columns[1:])
+
+
+def _read_text(store: TokenStore, tokenizer: Tokenizer) -> bytes:
+    """The beginning of a store's text, byte for byte if the tokenizer is lossless."""
+    text = bytearray()
+    for index in range(store.num_documents):
+        if len(text) >= COMPARED_BYTES:
+            break
+        text += tokenizer.decode_bytes(store.text_tokens(index).tolist())
+    return bytes(text)
+
+
+def generate_samples(run: TrainingResult) -> str:
+    """Generates one continuation of each of the run's prompts, each under a rule."""
+    config = run.setup.config.samples
+    model, shardings = run.setup.place_to_generate()
+    params = jax.device_put(get_eval_params(run.state), shardings)
+    steps = generate_text(model, params, run.data.tokenizer, config.prompts, config)
+    continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
+    blocks = [
+        f"──── sample {number} ────\n{prompt}{get_prompt_separator(model)}{text}"
+        for number, (prompt, text) in enumerate(
+            zip(config.prompts, continuations, strict=True), 1
+        )
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _places(run: TrainingResult) -> str:
+    folder, config = run.folder, run.setup.config
+    kinds = {
+        "config.yaml": "the run, resolved",
+        "plan.json": "what was planned",
+        "checkpoints": "the model and its optimizer",
+        "tokenizer": "text to ids",
+        "data": "token stores",
+        "metrics.jsonl": "every step's numbers",
+        "tensorboard": f"the same: tensorboard --logdir {folder}",
+        "plots/loss.png": "the loss",
+        "samples": "what is printed above",
+    }
+    there = {name: what for name, what in kinds.items() if (folder / name).exists()}
+    width = max(len(str(folder / name)) for name in there)
+    lines = [f"  {folder / name!s:<{width}}  {what}" for name, what in there.items()]
+    if config.model.transformer_type != "encoder" and not config.task.required_heads:
+        chats = "chat_template.jinja" in run.data.tokenizer.extra_files
+        verb = f"chat {folder}" if chats else f'generate {folder} "your prompt"'
+        lines.append(f"Try: maxlm {verb}")
+    return "\n".join(["Everything is in", *lines])

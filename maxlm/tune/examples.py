@@ -1,0 +1,186 @@
+"""Examples of rows of files as a task reads them: what is learnt, cut and left out."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from rich.text import Text
+
+from maxlm.config import Config, MaxlmError, load_config
+from maxlm.data.loader import LoaderConfig
+from maxlm.data.row_files import open_rows
+from maxlm.data.rows import encode_row
+from maxlm.data.tokenizer import (
+    Tokenizer,
+    TokenizerConfig,
+    add_chat_template,
+    import_tokenizer,
+    load_tokenizer,
+)
+from maxlm.data.tokenizer.files import METADATA
+from maxlm.tasks import TASKS, TaskConfig
+from maxlm.tasks.rows import RowTask, scan_examples
+
+_STYLES = {(True, False): "bold green", (True, True): "green", (False, True): "dim"}
+
+
+class ExampleSettings(Config):
+    """The settings of a run that decide what becomes of rows."""
+
+    task: TaskConfig
+    data: LoaderConfig = LoaderConfig(seq_len=2048)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+
+class ColumnSettings(Config):
+    """The setting that is needed before the kind of the task is known."""
+
+    columns: Mapping[str, str] = Field(default_factory=dict)
+
+
+def _is_column_setting(setting: str) -> bool:
+    return setting.startswith(("task.columns=", "task.columns."))
+
+
+def describe_examples(
+    path: str | Path,
+    model: str | Path,
+    settings: Sequence[str] = (),
+    *,
+    kind: str | None = None,
+    num_examples: int = 3,
+) -> dict[str, Any]:
+    """Encodes a file of rows for a task, and describes it and its first rows as plain
+    data. Raises MaxlmError: a file or tokenizer that cannot be read, a task that reads
+    no rows.
+
+    Args:
+        model: folder of a run, a Hugging Face checkpoint or a tokenizer.
+        settings: a run's, such as ``task.turns=last`` or ``data.seq_len=512``.
+        kind: of the task; None infers it from the columns of the first row.
+    """
+    renamed = [
+        setting.removeprefix("task.")
+        for setting in settings
+        if _is_column_setting(setting)
+    ]
+    names = load_config(ColumnSettings, None, renamed).value.columns
+    columns = open_rows(path, columns=names)[0]
+    kind = kind or infer_task_kind(columns)
+    known = TASKS.find(kind)
+    if known is None or not issubclass(known, RowTask):
+        fix = f"name another with --kind; the columns are {', '.join(columns)}"
+        raise MaxlmError(
+            f"no task on rows of files is called {kind!r}", where="--kind", fix=fix
+        )
+    task_settings = f"task.kind={kind}", f"task.files={[str(path)]}"
+    config = load_config(ExampleSettings, None, [*task_settings, *settings]).value
+    task = config.task
+    tokenizer = open_tokenizer(model)
+    assert isinstance(task, RowTask)
+    add_chat_template(tokenizer, config.tokenizer)
+    file = task.open_files("files")
+    encoder = task.make_encoder(tokenizer, config.data.seq_len)
+    scan = scan_examples(encoder, file, np.arange(len(file)), None, keep_errors=True)
+    example_rows = np.flatnonzero(scan.lengths)
+    lengths = scan.lengths[example_rows]
+    examples = []
+    for i in example_rows[:num_examples].tolist():
+        encoded = encode_row(encoder, file, i)
+        names = ["chosen", "rejected"] if task.sequences_per_example == 2 else [""]
+        for segment, name in enumerate(names, 1):
+            spans = list(_list_spans(tokenizer, encoded, segment))
+            examples.append(
+                {"where": f"{file.locate(i)} {name}".rstrip(), "spans": spans}
+            )
+    return {
+        "kind": kind,
+        "rows": len(file),
+        "rows_used": int(example_rows.size),
+        "rows_unreadable": len(scan.errors),
+        "errors": [str(error) for error in scan.errors],
+        "notes": task.describe_scan(scan, encoder.max_length),
+        "tokens": [
+            int(np.quantile(lengths, q)) if example_rows.size else 0
+            for q in (0, 0.5, 1)
+        ],
+        "share_learnt": float(scan.num_targets.sum() / max(1, lengths.sum())),
+        "examples": examples,
+    }
+
+
+def infer_task_kind(columns: Iterable[str]) -> str:
+    """Infers from the columns of rows the kind of task that they are for."""
+    if {"chosen", "rejected"} <= {*columns}:
+        return "dpo"
+    return "kto" if {"completion", "label"} <= {*columns} else "sft"
+
+
+def open_tokenizer(folder: str | Path) -> Tokenizer:
+    """Opens the tokenizer of a run's folder, of a Hugging Face checkpoint's, or in its
+    own."""
+    folder = Path(folder)
+    tokenizer_folder = (
+        folder / "tokenizer" if (folder / "config.yaml").exists() else folder
+    )
+    return (
+        load_tokenizer(tokenizer_folder)
+        if (tokenizer_folder / METADATA).exists()
+        else import_tokenizer(folder)
+    )
+
+
+def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
+    """Renders what :func:`describe_examples` returns, for a rich console; without
+    colour « » enclose what is learnt."""
+    text = Text()
+    for example in report["examples"]:
+        text.append(f"{example['where']}\n", "bold underline")
+        for is_learnt, group in groupby(example["spans"], lambda span: span["learnt"]):
+            marks = ("", "") if in_colour or not is_learnt else ("«", "»")
+            text.append(marks[0])
+            for span in group:
+                text.append(span["text"], _STYLES.get((is_learnt, span["special"]), ""))
+            text.append(marks[1])
+        text.append("\n\n")
+    least, median, most = report["tokens"]
+    lines = [
+        f"task.kind={report['kind']}: {report['rows_used']:,} of {report['rows']:,} "
+        "rows are used",
+        *report["notes"],
+        f"tokens of an example: {least:,} to {most:,}, median {median:,}",
+        f"learnt: {report['share_learnt']:.1%} of them",
+    ]
+    if report["rows_unreadable"]:
+        lines += [
+            f"{report['rows_unreadable']:,} rows are refused, such as:",
+            *report["errors"][:3],
+        ]
+    return text.append("\n".join(lines))
+
+
+def _list_spans(
+    tokenizer: Tokenizer, encoded: Mapping[str, Any], segment: int
+) -> Iterator[dict[str, Any]]:
+    special = {*tokenizer.special_tokens.values()}
+    is_of_segment = encoded["segment_ids"] == segment
+    ids = [
+        int(encoded["tokens"][is_of_segment][0]),
+        *encoded["targets"][is_of_segment].tolist(),
+    ]
+    marks = zip(
+        [False, *(encoded["weights"][is_of_segment] > 0).tolist()], ids, strict=True
+    )
+    stop = 0
+    for (is_learnt, is_special), group in groupby((m, i in special) for m, i in marks):
+        start = stop
+        stop = stop + len([*group])
+        text = tokenizer.decode_bytes(ids[start:stop], continued=start > 0)
+        yield {
+            "text": text.decode("utf-8", "replace"),
+            "learnt": is_learnt,
+            "special": is_special,
+        }

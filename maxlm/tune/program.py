@@ -1,0 +1,111 @@
+"""``maxlm tune``: trains a model that is there on a recipe of configs/tune."""
+
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import load_tokenizer
+from maxlm.optim.schedule import make_schedule
+from maxlm.run.config import RunConfig
+from maxlm.run.convert import convert
+from maxlm.run.prepare import make_source_inputs
+from maxlm.runtime.progress import show_progress
+from maxlm.train.program import TrainingResult, train_model
+from maxlm.tune.references import precompute_reference_log_probs
+from maxlm.tune.vocabulary import grow_vocabulary
+
+
+def tune_model(
+    config: RunConfig,
+    *,
+    epochs: float | None = None,
+    precompute_reference: bool = False,
+    **options: Any,
+) -> TrainingResult:
+    """Trains a recipe's model; ``options``: of
+    :func:`~maxlm.train.program.train_model`; ``epochs``: times that every row is read,
+    in place of ``train.steps``, a tenth of which may be warm-up;
+    ``precompute_reference``: into ``FOLDER/NAME/reference``, so that no second model is
+    held.
+
+    A Hugging Face checkpoint that it starts from, or whose model its task reads, is
+    first made a run in ``FOLDER/NAME/base``, ``FOLDER/NAME/teacher`` and so on, which
+    later starts find there. Special tokens that its tokenizer lacks are added to a copy
+    of it, in ``FOLDER/NAME/grown``.
+    """
+    if epochs is None:
+        make_schedule(
+            config.schedule, config.train.steps
+        )  # Refused before anything is written.
+    config = grow_vocabulary(convert_sources(config))
+    if epochs is not None:
+        steps = count_steps(config, epochs)
+        warmup = config.schedule.warmup_steps
+        train = config.train.model_copy(update={"steps": steps})
+        schedule = config.schedule.model_copy(
+            update={"warmup_steps": min(warmup, steps // 10)}
+        )
+        config = config.model_copy(update={"train": train, "schedule": schedule})
+    if precompute_reference:
+        stored = Path(config.folder, config.name, "reference")
+        if not (stored / "files.npy").exists():
+            precompute_reference_log_probs(config, stored)
+        task = config.task.model_copy(update={"reference_log_probs": str(stored)})
+        config = config.model_copy(update={"task": task})
+    return train_model(config, **options)
+
+
+def count_steps(config: RunConfig, epochs: float) -> int:
+    """Counts the steps in which a run reads its task's rows so many times."""
+    start = config.train.start_from
+    folder = config.tokenizer.path or (start and Path(start, "tokenizer"))
+    if config.task.reads_text or folder is None:
+        message, fix = (
+            "--epochs counts rows of files, with the base's tokenizer",
+            "set train.steps",
+        )
+        raise MaxlmError(message, where="--epochs", fix=fix)
+    source: Any = config.task.batch_source(
+        make_source_inputs(config, load_tokenizer(folder))
+    )
+    return max(1, ceil(source.rows_per_epoch * epochs / config.data.batch_size))
+
+
+def convert_sources(config: RunConfig) -> RunConfig:
+    """Returns the config with runs in place of the Hugging Face checkpoints that it
+    names, each made where that is not done yet."""
+    home = Path(config.folder, config.name)
+    start = config.train.start_from
+    if start is not None and _is_huggingface(start):
+        train = {"start_from": _convert_once(start, home / "base")}
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update=train)}
+        )
+    changed = {}
+    for name, source in config.task.frozen_models().items():
+        if source is not None and _is_huggingface(source):
+            path = _convert_once(source, home / name)
+            changed |= {field: path for field, value in config.task if value == source}
+    return config.model_copy(update={"task": config.task.model_copy(update=changed)})
+
+
+def _convert_once(source: str, target: Path) -> str:
+    if jax.process_index() == 0 and not (target / "config.yaml").exists():
+        with show_progress() as progress:
+            message = f"reading {source}"
+            convert(
+                source,
+                target,
+                progress=lambda _, done, total: progress(message, done, total),
+            )
+    multihost_utils.sync_global_devices(str(target))
+    return str(target)
+
+
+def _is_huggingface(folder: str) -> bool:
+    path = Path(folder).expanduser()
+    return (path / "config.json").exists() and not (path / "config.yaml").exists()

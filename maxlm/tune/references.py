@@ -1,0 +1,101 @@
+"""Preference tasks beside training: a reference's log-probabilities, computed once, and
+scores of a reward model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import load_tokenizer
+from maxlm.inference.embedding import Embedder
+from maxlm.models.params import Params, bind, select_base_params
+from maxlm.run.config import RunConfig
+from maxlm.run.load import load_run
+from maxlm.run.prepare import (
+    check_frozen_tokenizers,
+    make_source_inputs,
+    prepare_tokenizer,
+)
+from maxlm.run.setup import open_evaluation_batches, set_up_run
+from maxlm.run.warm_start import init_or_warm_start_state, load_frozen_models
+from maxlm.sharding import MeshConfig, bind_mesh
+from maxlm.tasks import TaskModels
+from maxlm.tasks.preference import LOG_PROBS, ReferenceTask
+from maxlm.tasks.reward import SCORE
+from maxlm.tasks.sft import SftTask
+from maxlm.tasks.task import DeviceBatch
+
+
+def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> None:
+    """Computes what a run's reference model says of its rows, in the order of its
+    files, and writes it into ``folder``, for ``task.reference_log_probs``; NaN where
+    the task leaves a row out. Raises MaxlmError: a task without a reference, or what is
+    wrong with the run."""
+    if not isinstance(config.task, ReferenceTask):
+        message = f"task.kind={config.task.kind} has no reference model"
+        raise MaxlmError(message, where="task.kind", fix="leave the computation out")
+    task = config.task.model_copy(
+        update={"reference_log_probs": None, "examples_per_row": 1}
+    )
+    config = config.model_copy(update={"task": task})
+    setup = set_up_run(config)
+    tokenizer = load_tokenizer(prepare_tokenizer(config, Path(folder)))
+    check_frozen_tokenizers(config, tokenizer)
+    inputs = make_source_inputs(config, tokenizer)
+    model = setup.task_models["reference"].model
+    if "reference" in setup.frozen_sources:
+        params = load_frozen_models(setup)["reference"]
+    else:
+        params = select_base_params(init_or_warm_start_state(setup).params)
+
+    def compute(params: Params, batch: DeviceBatch) -> jax.Array:
+        models = TaskModels(None, {"reference": bind(model, params)})
+        return ReferenceTask.prepare_batch(task, models, batch)[LOG_PROBS]
+
+    run = bind_mesh(setup.mesh, jax.jit(compute))
+    for name in ("files", "validation_files"):
+        if not getattr(task, name):
+            continue
+        file = task.open_files(name)
+        source = task.make_source(
+            file, np.arange(len(file)), inputs, shuffle=False, endless=False
+        )
+        log_probs = np.full((len(file), task.num_reference_columns), np.nan, np.float32)
+        with open_evaluation_batches(setup, source) as batches:
+            values = [process_allgather(run(params, own), True) for own in batches]
+        example_indices = source.example_indices
+        log_probs[example_indices] = np.concatenate(values).reshape(
+            -1, log_probs.shape[1]
+        )[: len(example_indices)]
+        if jax.process_index() == 0:
+            np.save(Path(folder, f"{name}.npy"), log_probs)
+    sync_global_devices(str(folder))  # the others read it next
+
+
+def score_texts(
+    folder: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    mesh: MeshConfig | None = None,
+) -> np.ndarray:
+    """Scores answers with a run's reward model. ``rows``: prompts and completions, or
+    messages. Returns fp32 [len(rows)]; a higher score is a better answer."""
+    run = load_run(folder, mesh=mesh)
+    if SCORE not in run.config.model.heads:
+        fix = "name a run of task.kind=reward"
+        raise MaxlmError(
+            f"no reward model: it has no head {SCORE!r}", where=str(folder), fix=fix
+        )
+    encode, length = SftTask().encode_example, run.config.model.max_seq_len
+    tokens = [encode(run.tokenizer, row)[0].tokens for row in rows]
+    longest = max(map(len, tokens), default=0)
+    if longest > length:
+        message = f"a text of {longest} tokens, where the model reads {length}"
+        raise MaxlmError(message, where=str(folder), fix="leave it out, or shorten it")
+    return Embedder(run.model, run.params, run.mesh, length).apply_head(tokens, SCORE)[
+        :, 0
+    ]

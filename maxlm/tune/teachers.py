@@ -1,0 +1,242 @@
+"""A teacher's files for distillation: log-probabilities of its likeliest tokens, and
+answers."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.config import MaxlmError, load_config
+from maxlm.config.sampling import SamplingConfig
+from maxlm.data.conversations import get_column, read_template_variables
+from maxlm.data.documents.streams import import_pyarrow
+from maxlm.data.row_files import open_rows
+from maxlm.data.rows import encode_row
+from maxlm.data.tokenizer import check_tools_are_written, encode_chat
+from maxlm.data.tokenizer.prompts import encode_prompts
+from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
+from maxlm.inference.requests import GenerationRequest
+from maxlm.models.params import Params, bind
+from maxlm.parallel.divergence import StoredTeacher, compute_top_log_probs
+from maxlm.run.load import LoadedRun
+from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.runtime.progress import show_progress
+from maxlm.serving.program import load_chat_model, make_engine
+from maxlm.sharding import bind_mesh
+from maxlm.tasks.distillation import write_stored_teacher
+from maxlm.tasks.sft import SftTask
+
+# Rows that are held, and written together.
+_BLOCK = 256
+
+
+def store_teacher_logits(
+    model: str,
+    files: Sequence[str | Path],
+    out: Path,
+    *,
+    k: int = 64,
+    temperature: float = 1.0,
+    seq_len: int | None = None,
+    settings: Sequence[str] = (),
+    mesh: str | None = None,
+    step: int | None = None,
+) -> tuple[int, int]:
+    """Writes the rows of files with what a teacher says of each token to learn: the
+    log-probabilities of its ``k`` likeliest tokens and of all others together, 8·k + 4
+    bytes a token. The task ``distill`` reads them, without a teacher. Raises
+    MaxlmError: a file of another name, a model or a row that cannot be read.
+
+    Args:
+        model: a run's folder, or a Hugging Face checkpoint's.
+        out: .arrow file of the rows, in the files' order, which memory is mapped to.
+        seq_len: tokens of a row at most; default: the model's.
+        settings: those of the task sft that say what of a row is learnt, as
+            ``turns=last``.
+        mesh: such as ``tensor=2``, with context=1; default: one device.
+
+    Returns:
+        Rows written, and rows left out.
+    """
+    if out.suffix != ".arrow":
+        raise MaxlmError(
+            "not the name of an Arrow file", where=str(out), fix="end it with .arrow"
+        )
+    pa = import_pyarrow(out)
+    task = load_config(SftTask, None, settings).value
+    file = open_rows(*files)
+    loaded = load_chat_model(model, step=step, mesh=mesh)
+    config = loaded.config.model
+    length = min(seq_len or config.max_seq_len, config.max_seq_len)
+    encoder = task.make_encoder(loaded.tokenizer, length)
+    metadata = {
+        "teacher_vocab_size": config.vocab_size,
+        "teacher_temperature": temperature,
+    }
+    rows = pa.Table.from_struct_array(pa.array([file[i] for i in range(len(file))]))
+    written, writer = 0, None
+    with ExitStack() as stack:
+        progress = stack.enter_context(show_progress("rows"))
+        stack.enter_context(convert_write_errors(out))
+        path = stack.enter_context(replace_file(out))
+        for start in range(0, len(file), _BLOCK):
+            block = range(len(file))[start : start + _BLOCK]
+            encoded = {
+                i: found for i in block if (found := encode_row(encoder, file, i))
+            }
+            parts = _find_top(
+                loaded, [x["tokens"] for x in encoded.values()], k, temperature
+            )
+            made = []
+            for found, (ids, log_probs) in zip(encoded.values(), parts, strict=True):
+                places = np.flatnonzero(found["weights"])
+                values = ids[places], log_probs[places], found["targets"][places]
+                made.append(write_stored_teacher(*values) | metadata)
+            if made:
+                table = rows.take([*encoded])
+                for column in made[0]:
+                    table = table.append_column(
+                        column, pa.array([each[column] for each in made])
+                    )
+                writer = writer or stack.enter_context(
+                    pa.ipc.new_stream(str(path), table.schema)
+                )
+                writer.write_table(table)
+            written += len(made)
+            progress("teacher", block[-1] + 1, len(file))
+        if writer is None:
+            message = f"no row has at most {encoder.max_length} tokens"
+            fix = "raise seq_len"
+            raise MaxlmError(message, where=str(files[0]), fix=fix)
+    return written, len(file) - written
+
+
+def generate_answers(
+    model: str,
+    files: Sequence[str | Path],
+    out: Path,
+    *,
+    num_answers: int = 1,
+    settings: Sequence[str] = (),
+    mesh: str | None = None,
+    step: int | None = None,
+    **sampling: Any,
+) -> tuple[int, int]:
+    """Writes a model's answers to the prompts of files as rows of prompt and completion
+    (.jsonl), from which the task ``sft`` distils sequences.
+
+    Args:
+        files: rows with ``prompt``, or with ``messages``, whose last answer is left
+            out.
+        num_answers: to each prompt.
+        settings: the engine's, as ``max_sequences=16``.
+        sampling: of :class:`maxlm.config.sampling.SamplingConfig`.
+
+    Returns:
+        Answers written; those left out: empty, cut off, or to a prompt too long for the
+        engine.
+    """
+    file = open_rows(*files)
+    sampling_config = SamplingConfig(**sampling)
+    loaded = load_chat_model(model, step=step, mesh=mesh)
+    engine = make_engine(loaded, settings, warm_up="never")
+    rows = [file[i] for i in range(len(file))]
+    prompts = [_read_prompt(row, file.locate(i)) for i, row in enumerate(rows)]
+    texts = {}
+    ended = set()
+    num_done = 0
+
+    def requests() -> Iterator[GenerationRequest]:
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                (tokens,) = encode_prompts(
+                    loaded.tokenizer, [prompt], as_documents=False
+                )
+            else:
+                variables = read_template_variables(rows[i])
+                check_tools_are_written(loaded.tokenizer, prompt, **variables)
+                variables["add_generation_prompt"] = True
+                tokens = encode_chat(loaded.tokenizer, prompt, **variables)
+            if len(tokens) < engine.config.max_length:
+                yield GenerationRequest(
+                    str(i), tuple(tokens), sampling_config, num_answers
+                )
+
+    with (
+        show_progress("answers") as progress,
+        convert_write_errors(out),
+        replace_file(out) as path,
+    ):
+        for output in engine.run(requests()):
+            answer = int(output.request_id), output.sequence_index
+            texts[answer] = texts.get(answer, "") + output.text
+            if output.finish_reason is not None:
+                num_done += 1
+                progress("answers", num_done, len(prompts) * num_answers)
+                ended |= {answer} if output.finish_reason == "stop" else set()
+        finished_answers = [answer for answer in sorted(ended) if texts[answer].strip()]
+        with path.open("w", encoding="utf-8") as lines:
+            for answer in finished_answers:
+                row = {"prompt": prompts[answer[0]], "completion": texts[answer]}
+                for name in (
+                    "tools",
+                    "chat_template_kwargs",
+                ):  # they belong to the prompt
+                    if rows[answer[0]].get(name):
+                        row[name] = rows[answer[0]][name]
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return len(finished_answers), len(prompts) * num_answers - len(finished_answers)
+
+
+def _find_top(
+    loaded: LoadedRun, rows: Sequence[np.ndarray], k: int, temperature: float
+) -> list[tuple[np.ndarray, ...]]:
+    """Ids [S, k] and log-probabilities [S, k + 1] of each of some rows of S tokens."""
+    values_by_answer: dict[int, tuple[np.ndarray, ...]] = {}
+    ways = prod(loaded.mesh.shape[axis] for axis in loaded.model.rules.batch)
+    run = bind_mesh(loaded.mesh, _compute_top)
+    length = loaded.config.model.max_seq_len
+    for batch, tokens, lengths in iterate_padded_batches(
+        [r.tolist() for r in rows], length, ways
+    ):
+        size = min(k, loaded.config.model.vocab_size)
+        top = jax.device_get(
+            run(loaded.model, size, temperature, loaded.params, tokens, lengths)
+        )
+        for place, index in enumerate(batch):
+            values_by_answer[index] = tuple(a[place, : lengths[place]] for a in top)
+    return [values_by_answer[index] for index in range(len(rows))]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _compute_top(
+    model: Any,
+    k: int,
+    temperature: float,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+) -> StoredTeacher:
+    bound = bind(model, params)
+    hidden, _, _ = compute_padded_states(bound, model.rules, tokens, lengths)
+    return compute_top_log_probs(
+        bound.prepare_logits(hidden), k, temperature=temperature
+    )
+
+
+def _read_prompt(row: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+    """Returns a row's prompt, or its messages before the last answer."""
+    if row.get("messages") is None:
+        return get_column(row, "prompt")
+    messages = row["messages"]
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise MaxlmError("no message to answer", where=where, fix="leave the row out")
+    return messages
