@@ -4,16 +4,16 @@
     python benchmarks/attention_step.py [CASE ...] [--list]
 
 Needs the `tpu` extra, and no TPU. The shipped recipe, on v5p-64 in 4 micro-batches
-(with one it does not fit), is compiled once a case, minutes each: the same step but for
-what computes attention. The table has the step's memory on a device, as the compiler
-lays it out; cycles of the final schedule of one layer's attention to a micro-batch, at
-a device's shapes and one document a row; how often the compiled step runs each pass;
-and the time of all these cycles at the chip's clock. Kernels alone are counted: neither
-their waits for memory nor what stands beside them (copies, splash's sum of dQ). Of
-splash, the fastest of the blocks that `kernel_cycles.bench` tries.
+(with one it does not fit), is compiled once a case, minutes each. Only attention
+differs. The table has the step's memory on a device, as the compiler lays it out;
+cycles of the final schedule of one layer's attention to a micro-batch, at a device's
+shapes and one document a row; how often the compiled step runs each pass; and the time
+of all these cycles at the chip's clock. Only kernels are counted, not their waits for
+memory or operations beside them (copies, splash's sum of dQ). Splash uses the fastest
+of the blocks that `kernel_cycles.bench` tries.
 
-XLA's attention is no kernel but a loop of many operations. In the place of its cycles
-stands what they cannot be less than: the bytes that they move, at the chip's bandwidth.
+XLA's attention is not a kernel but a loop of many operations. Its column has a lower
+bound instead of cycles: the bytes that it moves, at the chip's bandwidth.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Is a bit that flipped on the disk ever read as another value?
+"""Check that a bit flipped on disk is never read as another value.
 
     python benchmarks/bit_flips.py [--flips 400] [--seed 0]
 
-Makes a token store and its packing index, then flips one bit at a time, in a file drawn
-at random of each kind, and reads the kind again; what has no checksums of its parts
-(the packing index, the store's small files) by verifying whole files. Prints how many
-flips were refused by an error that names the file, how many changed no value (an unused
-bit), and how many were read as other values. Exits with 1 if one was, or an error named
-no file.
+Makes a token store and its packing index. Then it flips one bit at a time, in a random
+file of each kind, and reads that kind again. Kinds without checksums of their parts
+(the packing index, the store's small files) are verified as whole files. Prints how
+many flips caused an error that names the file, how many changed no value (an unused
+bit), and how many were read as other values. Exits with 1 if a flip was read as another
+value, or an error named no file.
 """
 
 import argparse

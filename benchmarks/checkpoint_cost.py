@@ -1,5 +1,5 @@
-"""What checkpoints cost: steps with one in every 50 beside steps with none, in turn, in
-one run.
+"""The cost of checkpoints: steps with one in every 50 and steps without one, alternately
+in one run.
 
     python benchmarks/checkpoint_cost.py --kinds asynchronous
 
@@ -7,9 +7,9 @@ Trains the demo (`maxlm train demo`) with a checkpoint every 100 steps: fifty st
 begin with one are training with a checkpoint every 50 steps, the next fifty are
 training with none. Their time is that of the steps and what training was held up by the
 checkpoint. Each fifty with is compared with the mean of the fifty before and the fifty
-after it, so that a machine which others slow down slows both; whole runs differ by more
-there than checkpoints cost. The first checkpoint, which compiles the fingerprints, is
-left out of the ratio and told apart.
+after it, so that other programs slow both; whole runs differ by more than checkpoints
+cost. The first checkpoint, which compiles the fingerprints, is left out of the ratio
+and printed separately.
 
 Prints steps per second, the median ratio and the interval that holds it with 95%
 confidence (by ranks, of no assumed distribution), and what one checkpoint adds: the

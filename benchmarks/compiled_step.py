@@ -1,5 +1,5 @@
-"""What the TPU compiler makes of our training step, beside a peer's; no accelerator is
-needed.
+"""The training step as the TPU compiler compiles it, beside a peer's; needs no
+accelerator.
 
     python benchmarks/compiled_step.py [CASE ...] [--list] [--dump DIR] [--overrides
     key=value ...] python benchmarks/compiled_step.py CASE --depths 32 80 --rounds 3

@@ -4,11 +4,11 @@
     python -m benchmarks.config_mutations --random 96 [--seed 1]
 
 Every field of the config.json of a tiny model of each family is deleted and changed,
-and fields of other models are added. Each of these files is refused by maxlm, or
-transformers cannot build or run a model of it, or a random model that transformers
-makes of it has the same logits here: both compute in float64, and the largest
-difference is below 1e-9 of the largest logit. Anything else is a silent difference, and
-the exit code 1. ``--random`` makes models of other sizes and takes them through `maxlm
+and fields of other models are added. For each of these files one of three must hold:
+maxlm raises an error, transformers cannot build or run a model of it, or a random model
+that transformers makes of it has the same logits here (both in float64, with the
+largest difference below 1e-9 of the largest logit). Anything else is a silent
+difference, and the exit code is 1. ``--random`` makes models of other sizes and takes them through `maxlm
 convert` and back as well: every tensor comes back bit for bit. Needs the `parity`
 packages.
 """

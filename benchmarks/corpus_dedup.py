@@ -1,4 +1,4 @@
-"""Deduplication: what is found against brute force, and how fast, beside datatrove.
+"""Deduplication: recall and precision against brute force, and speed beside datatrove.
 
     python benchmarks/corpus_dedup.py [--documents FILES] [--count 6000] [--piece 3000]
         [--versions OLD NEW] [--datatrove PYTHON] [--memory]

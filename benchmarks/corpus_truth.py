@@ -1,9 +1,9 @@
-"""What a recipe found of what was planted in the demonstration's crawl.
+"""How much a recipe found of the cases planted in the demonstration's crawl.
 
     python benchmarks/corpus_truth.py corpora/demo corpora/demo-crawl/truth.jsonl
 
-Both come from `make corpus-demo`. The truth is the crawl's maker's alone; no stage has
-seen it.
+Both come from `make corpus-demo`. The crawl's maker writes the truth, and no stage reads
+it.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Time of a model's products alone on this CPU, in XLA and in PyTorch, fp32.
+"""Time of a model's matrix products on this CPU, in XLA and in PyTorch, fp32.
 
     python benchmarks/cpu_products.py [--rows 1 8 16 64 512] [--rounds 7]
 
 The kernels are those of SmolLM2-135M's 30 layers (queries, keys and values as one; gate
-and up as one), each with weights of its own, so that they come from memory. Printed are
+and up as one), each with its own weights, so that they come from memory. It prints
 medians in ms, of XLA's library, of ``pallas_kernels.cpu_matmul``, of PyTorch, and the
 time in which a plain sum reads as many bytes: no step with these products is faster.
 """

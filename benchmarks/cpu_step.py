@@ -1,4 +1,4 @@
-"""Training speed on this CPU, ours beside others, the same small Llama in all of them.
+"""Training speed of the same small Llama on this CPU, in maxlm and in other programs.
 
     python benchmarks/cpu_step.py [--rounds 5] [--steps 4] [--only maxlm,bare]
 

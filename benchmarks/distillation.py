@@ -1,4 +1,4 @@
-"""Does a student learn more from a teacher than from the text alone, at equal steps?
+"""Compare students that learn from a teacher and from text alone, at equal steps.
 
     python benchmarks/distillation.py [--steps 400] [--teacher-steps 400] [--folder DIR]
 

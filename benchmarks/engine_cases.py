@@ -1,4 +1,4 @@
-"""What the engine saves: shared prefixes and guessed tokens.
+"""Savings of the engine by shared prefixes and guessed tokens.
 
     python benchmarks/engine_cases.py FOLDER [--rounds 3]
 

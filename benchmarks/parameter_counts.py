@@ -2,8 +2,7 @@
 
     python benchmarks/parameter_counts.py [--write]
 
-Nothing is allocated. With --write the table goes into docs/families.md, between its
-markers.
+Nothing is allocated. --write puts the table between the markers of docs/families.md.
 """
 
 import argparse

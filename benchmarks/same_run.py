@@ -1,5 +1,4 @@
-"""Whether two runs came to the same end: read from their files alone, with no code of
-maxlm's."""
+"""Compare the results of two runs by their files alone, without maxlm's code."""
 
 import hashlib
 import json

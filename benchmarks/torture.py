@@ -1,16 +1,16 @@
-"""Does a run whose processes are killed again and again end like one that never was?
+"""Check that a run whose processes are killed repeatedly ends like an unbroken one.
 
     python benchmarks/torture.py --kills 100
 
 Three campaigns of `maxlm train`, each process of which is a host: on one; on two; on
 one and two in turn, with other meshes. At random moments of start-up, restoring, steps,
-saves and copies one host, or all, get SIGKILL; a host that is left must end by itself,
-with code 76; then all are started again, and must go on from the newest checkpoint that
-was complete. At the end a run is compared with an unbroken one: arrays, records and
+saves and copies, one host, or all of them, get SIGKILL. A remaining host must exit with
+code 76. Then all are started again, and must resume from the newest complete
+checkpoint. At the end a run is compared with an unbroken one: arrays, records and
 metadata bit by bit, on other meshes within what unbroken runs on those differ by, and a
 witness's record of every batch that was ever taken. Exits with 1 if anything differs,
-saved progress is lost, a worker process outlives its host, or a host ends as it should
-not.
+saved progress is lost, a worker process outlives its host, or a host ends in another
+way.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""What the TPU compiler makes of a gather and of a scatter over a whole slice; no TPU
-is needed.
+"""A gather and a scatter over a whole TPU slice, as the compiler compiles them; needs
+no TPU.
 
     python benchmarks/torus_collectives.py [MACHINE ...]
 

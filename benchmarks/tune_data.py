@@ -1,5 +1,4 @@
-"""Conversations made for tuning: questions that any model half knows, answers in a new
-format.
+"""Make conversations for tuning: simple questions, with answers in a new format.
 
     python benchmarks/tune_data.py FOLDER
 

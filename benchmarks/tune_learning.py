@@ -1,5 +1,4 @@
-"""Does tuning teach what the rows say? A base model learns a format, a preference, a
-score.
+"""Check that tuning teaches what the rows show: a format, a preference, a score.
 
     python -m benchmarks.tune_learning sft|preference|reward|adapters BASE [--folder
     DIR]

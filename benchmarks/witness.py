@@ -1,4 +1,4 @@
-"""`maxlm train`, with a witness: every batch is written down as it is taken.
+"""`maxlm train` that records every batch as it is taken.
 
     python benchmarks/witness.py FOLDER train CONFIG ...
 
