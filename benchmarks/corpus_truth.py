@@ -59,13 +59,19 @@ def main() -> None:
     def share(name: str, count: int, total: int) -> None:
         print(f"{name:58} {count:5} of {total:5}  {count / max(1, total):7.2%}")
 
-    copies = [t for t in truth["exact_copy"] if (rows[t["id"]]["text"] or "").strip()]
-    pairs = [(rows[t["id"]], rows[t["of"]]) for t in copies]
+    copies = [
+        record
+        for record in truth["exact_copy"]
+        if (rows[record["id"]]["text"] or "").strip()
+    ]
+    pairs = [(rows[record["id"]], rows[record["of"]]) for record in copies]
     marked = sum(bool(a["exact.duplicate"] or b["exact.duplicate"]) for a, b in pairs)
     share("exact copies, one of the two marked", marked, len(pairs))
     for low, high in ((0.8, 1.0), (0.0, 0.8)):
-        alike = [t for t in truth["edited_copy"] if low <= t["jaccard"] < high]
-        pairs = [(rows[t["id"]], rows[t["of"]]) for t in alike]
+        alike = [
+            record for record in truth["edited_copy"] if low <= record["jaccard"] < high
+        ]
+        pairs = [(rows[record["id"]], rows[record["of"]]) for record in alike]
         marked = sum(any(x["near.duplicate"] for x in pair) for pair in pairs)
         share(
             f"edited copies at {low:.1f} to {high:.1f}, one of the two marked",
@@ -73,21 +79,21 @@ def main() -> None:
             len(pairs),
         )
     left = times = 0
-    for t in truth["boilerplate"]:
-        row = rows[t["id"]]
-        if not row["kept"] or t["text"] not in row["text"]:
+    for record in truth["boilerplate"]:
+        row = rows[record["id"]]
+        if not row["kept"] or record["text"] not in row["text"]:
             continue
         spans = [(span["start"], span["end"]) for span in row["substring.cuts"] or ()]
         times += 1
-        left += t["text"] in remove_spans(row["text"], spans)
+        left += record["text"] in remove_spans(row["text"], spans)
     share("repeated paragraph in kept documents, cut (one stays)", times - left, times)
     masked_counts = Counter()
-    for t in truth["pii"]:
-        row = rows[t["id"]]
+    for record in truth["pii"]:
+        row = rows[record["id"]]
         if row["pii.spans"] is None:
             continue
         masked = Counter(span["kind"] for span in row["pii.spans"])
-        for kind, value in t["spans"]:
+        for kind, value in record["spans"]:
             masked_counts[kind, "all"] += 1
             masked_counts[kind, "masked"] += (
                 value not in row["text"] and masked[_PII.get(kind, kind)] > 0
@@ -98,20 +104,24 @@ def main() -> None:
             masked_counts[kind, "masked"],
             masked_counts[kind, "all"],
         )
-    for reason, number in Counter(t["reason"] for t in truth["junk"]).items():
+    for reason, number in Counter(record["reason"] for record in truth["junk"]).items():
         dropped = sum(
-            not rows[t["id"]]["kept"]
-            for t in truth["junk"]
-            if t["reason"] == reason and t["id"] in rows
+            not rows[record["id"]]["kept"]
+            for record in truth["junk"]
+            if record["reason"] == reason and record["id"] in rows
         )
         share(f"junk, {reason}", dropped, number)
-    taken = [t for t in (*truth["page"], *truth["article"]) if t["id"] in rows]
+    taken = [
+        record for record in (*truth["page"], *truth["article"]) if record["id"] in rows
+    ]
     share(
-        "pages and articles kept", sum(rows[t["id"]]["kept"] for t in taken), len(taken)
+        "pages and articles kept",
+        sum(rows[record["id"]]["kept"] for record in taken),
+        len(taken),
     )
     counts = corpus.read_manifest("documents")["counts"]
     share("broken places counted", counts.get("broken", 0), len(truth["broken"]))
-    bombs = sum(t["reason"] == "bomb" for t in truth["edge"])
+    bombs = sum(record["reason"] == "bomb" for record in truth["edge"])
     share("zip bombs passed over", counts.get("too_large", 0), bombs)
 
 

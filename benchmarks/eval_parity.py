@@ -55,17 +55,17 @@ def compare(theirs, ours):
     for task, rows in theirs["samples"].items():
         for one, two in zip(rows, ours["samples"][task], strict=True):
             assert one["arguments"] == two["arguments"], (task, one["doc_id"])
-            for arguments, a, b in zip(
+            for arguments, their_responses, our_responses in zip(
                 one["arguments"], one["resps"], two["resps"], strict=True
             ):
-                a = a[0]
-                b = b[0]
-                count = count + 1
-                if isinstance(a, str):
-                    texts += a != b
-                else:
-                    scored.append((arguments, a[0], b[0]))
-                    flags += a[1] != b[1]
+                their_first = their_responses[0]
+                our_first = our_responses[0]
+                count += 1
+                if isinstance(their_first, str):  # a generated text
+                    texts += their_first != our_first
+                else:  # a log-likelihood, and whether it is greedy
+                    scored.append((arguments, their_first[0], our_first[0]))
+                    flags += their_first[1] != our_first[1]
     return scored, flags, texts, count
 
 
