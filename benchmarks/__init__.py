@@ -1,1 +1,1 @@
-"""Scripts behind every figure in docs/."""
+"""Scripts behind the figures in docs/: see README.md."""

@@ -1,4 +1,4 @@
-"""Attention's kernels on the GPU that is here, beside cuDNN's and JAX's own Pallas
+"""Attention's kernels on this machine's GPU, beside cuDNN's and JAX's own Pallas
 kernel.
 
     python benchmarks/attention_gpu.py [--repeats 20]
@@ -6,7 +6,7 @@ kernel.
 Needs an NVIDIA card and JAX's CUDA packages. For each shape (bf16, causal, 16,384
 tokens, grouped and ungrouped heads) one table: median milliseconds of the forward and
 of the backward pass, the share of the card's time that is cuDNN's (above 1: faster than
-cuDNN), and TFLOP/s (4·H a pair of query and key that the mask leaves, forward; 10·H
+cuDNN), and TFLOP/s (4·H for each unmasked pair of query and key forward, 10·H
 backward).
 """
 
@@ -112,8 +112,8 @@ def table(shape: Shape, capability: str, repeats: int) -> None:
     shapes = (B, S, N, H), (B, S, K, H), (B, S, K, H), (B, S, N, H)
     keys = jax.random.split(jax.random.key(0), 4)
     *operands, d_o = (
-        jax.random.normal(key, each, jnp.bfloat16)
-        for key, each in zip(keys, shapes, strict=True)
+        jax.random.normal(key, operand_shape, jnp.bfloat16)
+        for key, operand_shape in zip(keys, shapes, strict=True)
     )
     pairs = B * N * S * (S + 1) / 2
     print(f"\nB={B} S={S} heads={N}/{K} head_dim={H}, bf16, causal")

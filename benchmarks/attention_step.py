@@ -4,16 +4,16 @@
     python benchmarks/attention_step.py [CASE ...] [--list]
 
 Needs the `tpu` extra, and no TPU. The shipped recipe, on v5p-64 in 4 micro-batches
-(with one it does not fit), is compiled once a case, minutes each: the same step but for
-what computes attention. The table has the step's memory on a device, as the compiler
-lays it out; cycles of the final schedule of one layer's attention to a micro-batch, at
-a device's shapes and one document a row; how often the compiled step runs each pass;
-and the time of all these cycles at the chip's clock. Kernels alone are counted: neither
-their waits for memory nor what stands beside them (copies, splash's sum of dQ). Of
-splash, the fastest of the blocks that `kernel_cycles.bench` tries.
+(with one it does not fit), is compiled once a case, minutes each. Only attention
+differs. The table has the step's memory on a device, as the compiler lays it out;
+cycles of the final schedule of one layer's attention to a micro-batch, at a device's
+shapes and one document a row; how often the compiled step runs each pass; and the time
+of all these cycles at the chip's clock. Only kernels are counted, not their waits for
+memory or operations beside them (copies, splash's sum of dQ). Splash uses the fastest
+of the blocks that `kernel_cycles.bench` tries.
 
-XLA's attention is no kernel but a loop of many operations. In the place of its cycles
-stands what they cannot be less than: the bytes that they move, at the chip's bandwidth.
+XLA's attention is not a kernel but a loop of many operations. Its column has a lower
+bound instead of cycles: the bytes that it moves, at the chip's bandwidth.
 """
 
 import argparse
@@ -94,10 +94,14 @@ class Shape(NamedTuple):
     def of(cls, config: RunConfig) -> "Shape":
         """In this recipe all devices split the rows, and none the heads."""
         model: Any = config.model
-        own, devices = model.attention, parse_topology(TOPOLOGY).devices
+        attention, devices = model.attention, parse_topology(TOPOLOGY).devices
         rows = config.data.batch_size // config.train.micro_batches // devices
         return cls(
-            rows, config.data.seq_len, own.num_heads, own.num_kv_heads, own.head_dim
+            rows,
+            config.data.seq_len,
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_dim,
         )
 
     def operands(self) -> tuple[Any, ...]:
@@ -192,11 +196,11 @@ def kernel_passes(
         Spec("attention_step:both_passes", {"shape": shape, "blocks": b})
         for b in blocks
     ]
-    found = [measure(spec, CHIP) for spec in specs]
+    measurements = [measure(spec, CHIP) for spec in specs]
     passes = []
     best = {}
     for name, backward in (("forward", False), ("backward", True)):
-        cycles = [costs.cycles(backward=backward) for costs in found]
+        cycles = [costs.cycles(backward=backward) for costs in measurements]
         least = min(cycles)
         passes.append(Pass(least))
         best[name] = (blocks[cycles.index(least)] or {}).get(name)
@@ -207,8 +211,10 @@ def xla_bound(shape: Shape, backward: bool) -> Pass:
     """Cycles in which the chip's memory moves what this pass reads and writes."""
     function, arguments = xla_pass(shape, backward)
     on = SingleDeviceSharding(get_topology_devices(parse_topology(TOPOLOGY))[0])
-    given = (jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on) for a in arguments)
-    text: Any = jax.jit(function).lower(*given).compile().as_text()
+    structs = (
+        jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on) for a in arguments
+    )
+    text: Any = jax.jit(function).lower(*structs).compile().as_text()
     cost = read_compiled_cost(text, {})
     seconds = read_program_traffic(text).memory_bytes / CHIPS[CHIP].memory_bandwidth
     return Pass(seconds * STATIC[CHIP].clock_hz, cost.attention_flops)
@@ -245,12 +251,15 @@ def row(case: str) -> tuple[list[str], str]:
         step = compile_step(config, TOPOLOGY)
     model: Any = config.model
     runs = times_run(case, step, passes, model.num_layers * config.train.micro_batches)
-    cycles = sum(times * own.cycles for times, own in zip(runs, passes, strict=True))
+    cycles = sum(
+        times * kernel_pass.cycles
+        for times, kernel_pass in zip(runs, passes, strict=True)
+    )
     bound = "≥ " if case == "xla" else ""
     cells = [
         f"{step.compiled.memory_analysis().temp_size_in_bytes / GIB:.2f}",
         f"{step.compiled.memory_analysis().argument_size_in_bytes / GIB:.2f}",
-        *(f"{bound}{own.cycles / MEGA:.1f}" for own in passes),
+        *(f"{bound}{kernel_pass.cycles / MEGA:.1f}" for kernel_pass in passes),
         *map(str, runs),
         f"{bound}{cycles / STATIC[CHIP].clock_hz / MILLI:,.0f}",
     ]
@@ -264,11 +273,13 @@ def times_run(
     attention."""
     cost = step.read_cost()
     traffic = read_program_traffic(step.compiled.as_text())
-    found = [c for c in traffic.custom_calls if c.target == "tpu_custom_call"]
-    runs = [sum(c.count for c in found if name in c.op_name) for name in CASES[case]]
-    assert sum(runs) == sum(c.count for c in found), found
+    kernel_calls = [c for c in traffic.custom_calls if c.target == "tpu_custom_call"]
+    runs = [
+        sum(c.count for c in kernel_calls if name in c.op_name) for name in CASES[case]
+    ]
+    assert sum(runs) == sum(c.count for c in kernel_calls), kernel_calls
     if case == "xla":
-        forward, backward = (own.flops for own in passes)
+        forward, backward = (kernel_pass.flops for kernel_pass in passes)
         times, rest = divmod(cost.attention_flops - layers * backward, forward)
         assert rest == 0, (cost.attention_flops, forward, backward)
         runs = [times, layers]

@@ -1,13 +1,13 @@
-"""Is a bit that flipped on the disk ever read as another value?
+"""Check that a bit flipped on disk is never read as another value.
 
     python benchmarks/bit_flips.py [--flips 400] [--seed 0]
 
-Makes a token store and its packing index, then flips one bit at a time, in a file drawn
-at random of each kind, and reads the kind again; what has no checksums of its parts
-(the packing index, the store's small files) by verifying whole files. Prints how many
-flips were refused by an error that names the file, how many changed no value (an unused
-bit), and how many were read as other values. Exits with 1 if one was, or an error named
-no file.
+Makes a token store and its packing index. Then it flips one bit at a time, in a random
+file of each kind, and reads that kind again. Kinds without checksums of their parts
+(the packing index, the store's small files) are verified as whole files. Prints how
+many flips caused an error that names the file, how many changed no value (an unused
+bit), and how many were read as other values. Exits with 1 if a flip was read as another
+value, or an error named no file.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def _flip(kind: Kind, chosen: random.Random, expected: Any) -> str:
     try:
         outcome = "equal" if kind.read() == expected else "other"
     except MaxlmError as error:
-        named = any(str(each) in str(error) for each in (path, *kind.names))
+        named = any(str(name) in str(error) for name in (path, *kind.names))
         outcome = "refused" if named else "unnamed"
     except Exception as error:
         outcome = f"unnamed ({error!r:.80})"
@@ -145,13 +145,17 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.disable()
     with tempfile.TemporaryDirectory() as folder:
-        found = count_flips(make_kinds(Path(folder)), arguments.flips, arguments.seed)
-    for name, counts in found.items():
+        counts_by_kind = count_flips(
+            make_kinds(Path(folder)), arguments.flips, arguments.seed
+        )
+    for name, counts in counts_by_kind.items():
         words = ", ".join(
             f"{counts[k]} {k}" for k in ("refused", "equal", "other", "unnamed")
         )
         print(f"{name}: {arguments.flips} flips, {words}")
-    return int(any(counts["other"] or counts["unnamed"] for counts in found.values()))
+    return int(
+        any(counts["other"] or counts["unnamed"] for counts in counts_by_kind.values())
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Perplexity with lossy caches over that with all keys and values as they are.
+"""Perplexity with lossy caches, divided by that with exact keys and values.
 
     python benchmarks/cache_quality.py RUN [--tokens 768] [--chunk 16] [--only KIND ...]
     [TEXT ...]
 
-The texts are prompts whose log-probabilities the engine tells (teacher forcing),
-computed ``--chunk`` tokens at a time: a chunk's own tokens see each other as they are,
-and all before it through the cache. Evicting caches have room for half of a text;
-``recent`` keeps its last tokens alone. Bytes are of a token in one layer, scales
-included, over those of bf16.
+The texts are prompts whose log-probabilities the engine computes (teacher forcing),
+``--chunk`` tokens at a time: a chunk's own tokens see each other exactly, and earlier
+ones through the cache. Evicting caches have room for half of a text; ``recent`` keeps
+only its last tokens. Bytes are those of a token in one layer, including scales, divided
+by those of bf16.
 
 RUN: a run or a Hugging Face folder, for instance SmolLM2-135M. On that model int8
 should be at most 1.005, int4 at most 1.05, and h2o at most 1.10 and below ``recent``.
@@ -73,10 +73,10 @@ def count_bytes(run: LoadedRun, config: EngineConfig) -> float:
     if not has_unit(stack, unit):
         unit = "row"
         tokens = getattr(config.cache, "budget", 0)
-    arrays = [each for each in jax.tree.leaves(stack[0]) if each.unit == unit]
+    arrays = [array for array in jax.tree.leaves(stack[0]) if array.unit == unit]
     sizes = [
-        np.prod(each.shape) * jnp.dtype(each.dtype or "bfloat16").itemsize
-        for each in arrays
+        np.prod(array.shape) * jnp.dtype(array.dtype or "bfloat16").itemsize
+        for array in arrays
     ]
     return sum(sizes) / tokens
 
@@ -117,7 +117,9 @@ def main() -> None:
         if base is None or base_bytes is None:
             base, base_bytes = losses, size
         figures = zip(np.exp(losses), np.exp(losses - base), strict=True)
-        columns = (f"{f'{own:.3f} ({ratio:.4f}x)':>20}" for own, ratio in figures)
+        columns = (
+            f"{f'{perplexity:.3f} ({ratio:.4f}x)':>20}" for perplexity, ratio in figures
+        )
         print(f"{name:8}{size / base_bytes:7.3f}x", *columns, flush=True)
 
 

@@ -1,5 +1,5 @@
-"""What benchmarks of named cases share: choosing some, and running each in a process of
-its own."""
+"""Shared by benchmarks with named cases: selecting cases, and running each in its own
+process."""
 
 import argparse
 import json

@@ -1,5 +1,5 @@
-"""What checkpoints cost: steps with one in every 50 beside steps with none, in turn, in
-one run.
+"""The cost of checkpoints: steps with one in every 50 and steps without one, alternately
+in one run.
 
     python benchmarks/checkpoint_cost.py --kinds asynchronous
 
@@ -7,9 +7,9 @@ Trains the demo (`maxlm train demo`) with a checkpoint every 100 steps: fifty st
 begin with one are training with a checkpoint every 50 steps, the next fifty are
 training with none. Their time is that of the steps and what training was held up by the
 checkpoint. Each fifty with is compared with the mean of the fifty before and the fifty
-after it, so that a machine which others slow down slows both; whole runs differ by more
-there than checkpoints cost. The first checkpoint, which compiles the fingerprints, is
-left out of the ratio and told apart.
+after it, so that other programs slow both; whole runs differ by more than checkpoints
+cost. The first checkpoint, which compiles the fingerprints, is left out of the ratio
+and printed separately.
 
 Prints steps per second, the median ratio and the interval that holds it with 95%
 confidence (by ranks, of no assumed distribution), and what one checkpoint adds: the
@@ -90,9 +90,9 @@ def measured(run: Path) -> tuple[list[float], dict[int, float]]:
     }
 
 
-def summary(seconds: list[float], held: dict[int, float]) -> str:
+def summary(seconds: list[float], wait_seconds: dict[int, float]) -> str:
     """Of all checkpoints but the first."""
-    first, *later = sorted(held)
+    first, *later = sorted(wait_seconds)
     without, with_one, ratios, longer = [], [], [], []
     for step in later:
         before, after = (
@@ -100,7 +100,7 @@ def summary(seconds: list[float], held: dict[int, float]) -> str:
             sum(seconds[step + BLOCK :][:BLOCK]),
         )
         without.append((before + after) / 2)
-        with_one.append(held[step] + sum(seconds[step:][:BLOCK]))
+        with_one.append(wait_seconds[step] + sum(seconds[step:][:BLOCK]))
         ratios.append(without[-1] / with_one[-1])
         longer.append(with_one[-1] - without[-1])
     ratios.sort()
@@ -109,12 +109,12 @@ def summary(seconds: list[float], held: dict[int, float]) -> str:
         int(count / 2 - 0.98 * sqrt(count)), 0
     )  # 1.96 deviations of a binomial with p = 1/2
     low, high = ratios[rank], ratios[count - 1 - rank]
-    none, own = (BLOCK / median(each) for each in (without, with_one))
-    usual = median(held[step] for step in later)
+    rate_without, rate_with = (BLOCK / median(times) for times in (without, with_one))
+    usual = median(wait_seconds[step] for step in later)
     return (
-        f"{none:8.3f}{own:8.3f}           {median(ratios):.3f} ({low:.3f} to "
+        f"{rate_without:8.3f}{rate_with:8.3f}           {median(ratios):.3f} ({low:.3f} to "
         f"{high:.3f}, {count})"
-        f"   {held[first]:.3f}, {usual:.3f}, {median(longer):.3f}"
+        f"   {wait_seconds[first]:.3f}, {usual:.3f}, {median(longer):.3f}"
     )
 
 

@@ -1,5 +1,5 @@
-"""What the TPU compiler makes of our training step, beside a peer's; no accelerator is
-needed.
+"""The training step as the TPU compiler compiles it, beside a peer's; needs no
+accelerator.
 
     python benchmarks/compiled_step.py [CASE ...] [--list] [--dump DIR] [--overrides
     key=value ...] python benchmarks/compiled_step.py CASE --depths 32 80 --rounds 3
@@ -187,13 +187,13 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     peers = {"MaxText": case.peer, **case.others}
     header = "".join(f"{peer:>{max(len(peer), 8)}} {'ratio':>6}  " for peer in peers)
     print(f"  {'':<26}{'maxlm':>9}  {header}".rstrip())
-    for what, value in ours.items():
+    for label, value in ours.items():
         cells = ""
         for peer, row in peers.items():
-            theirs = _theirs(row).get(what)
+            theirs = _theirs(row).get(label)
             ratio = value / theirs if theirs else None
             cells += f"{_figure(theirs):>{max(len(peer), 8)}} {_figure(ratio):>6}  "
-        print(f"  {what:<26}{value:>9.2f}  {cells}".rstrip())
+        print(f"  {label:<26}{value:>9.2f}  {cells}".rstrip())
     _print_wire(cost, traffic)
     machine = Machine.from_name(case.topology)
     plan = plan_run(config, machine)

@@ -4,11 +4,11 @@
     python -m benchmarks.config_mutations --random 96 [--seed 1]
 
 Every field of the config.json of a tiny model of each family is deleted and changed,
-and fields of other models are added. Each of these files is refused by maxlm, or
-transformers cannot build or run a model of it, or a random model that transformers
-makes of it has the same logits here: both compute in float64, and the largest
-difference is below 1e-9 of the largest logit. Anything else is a silent difference, and
-the exit code 1. ``--random`` makes models of other sizes and takes them through `maxlm
+and fields of other models are added. For each of these files one of three must hold:
+maxlm raises an error, transformers cannot build or run a model of it, or a random model
+that transformers makes of it has the same logits here (both in float64, with the
+largest difference below 1e-9 of the largest logit). Anything else is a silent
+difference, and the exit code is 1. ``--random`` makes models of other sizes and takes them through `maxlm
 convert` and back as well: every tensor comes back bit for bit. Needs the `parity`
 packages.
 """
@@ -129,7 +129,10 @@ def drawn(name: str, draw: random.Random) -> Values:
 
     def resized(key: str, value: Any) -> Any:
         if isinstance(value, dict) and key.endswith("_config"):
-            return {inner: resized(inner, own) for inner, own in value.items()}
+            return {
+                inner: resized(inner, inner_value)
+                for inner, inner_value in value.items()
+            }
         return by_key.get(key, value) if value is not None else None
 
     values = {key: resized(key, value) for key, value in settings.items()}
@@ -224,19 +227,19 @@ def outcome(cls: Any, values: Values, batch: Batch, names: Any) -> tuple[str, st
     except (MaxlmError, ValidationError) as error:
         return "refused", str(error).replace("\n", " ")
     try:
-        made = Theirs(cls, values, batch)
+        theirs = Theirs(cls, values, batch)
     except Exception as error:
         return "transformers refuses", f"{type(error).__name__}: {error}".splitlines()[
             0
         ]
     try:
-        family, config = compare.read(values, made.tensors())
-        entries = family.list_entries(config, made.tensors())
+        family, config = compare.read(values, theirs.tensors())
+        entries = family.list_entries(config, theirs.tensors())
         used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
-        assert used >= made.tensors().keys(), "tensors left over"
-        key = made.key, config.model_dump_json()
+        assert used >= theirs.tensors().keys(), "tensors left over"
+        key = theirs.key, config.model_dump_json()
         if key not in _known:
-            params = compare.parameters(config, entries, made.tensors())
+            params = compare.parameters(config, entries, theirs.tensors())
             _known[key] = our_logits(config, params, batch)
     except (
         MaxlmError,
@@ -245,11 +248,11 @@ def outcome(cls: Any, values: Values, batch: Batch, names: Any) -> tuple[str, st
         KeyError,
     ) as error:  # other tensors
         return "refused", str(error).replace("\n", " ")
-    if hasattr(config, "start_id") and made.start_id() not in (None, config.start_id):
-        return "DIFFERS", f"start_id {config.start_id} here, {made.start_id()} there"
-    if _known[key].shape != made.logits.shape:
+    if hasattr(config, "start_id") and theirs.start_id() not in (None, config.start_id):
+        return "DIFFERS", f"start_id {config.start_id} here, {theirs.start_id()} there"
+    if _known[key].shape != theirs.logits.shape:
         return "DIFFERS", "shapes of logits"
-    error = relative(_known[key], made.logits)
+    error = relative(_known[key], theirs.logits)
     return "equal" if error < TOLERANCE else "DIFFERS", f"{error:.0e}"
 
 
@@ -266,11 +269,11 @@ def mutate(cases: list[str], verbose: bool) -> bool:
         batch = batch_of(base)
         names = Theirs(cls, base, batch).tensors()
         for label, values in [("base", base), *mutations(base)]:
-            what, why = outcome(cls, values, batch, names)
-            counts[what] += 1
-            if verbose or what == "DIFFERS":
-                print(f"  {name}: {label}: {what} ({why})", flush=True)
-            assert what == "equal" or label != "base", why
+            verdict, reason = outcome(cls, values, batch, names)
+            counts[verdict] += 1
+            if verbose or verdict == "DIFFERS":
+                print(f"  {name}: {label}: {verdict} ({reason})", flush=True)
+            assert verdict == "equal" or label != "base", reason
         total += counts
         print(f"{name}: {dict(counts)}, {time.monotonic() - start:.0f} s", flush=True)
     print(f"all: {total.total()} configs: {dict(total)}")
@@ -285,10 +288,10 @@ def there_and_back(cls: Any, values: Values, dtype: str) -> float:
         MaxlmError: the model is refused.
     """
     batch = batch_of(values)
-    made = Theirs(cls, values, batch, np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    theirs = Theirs(cls, values, batch, np.dtype(getattr(ml_dtypes, dtype, dtype)))
     with tempfile.TemporaryDirectory() as home:
         first, run, again = (Path(home) / part for part in ("first", "run", "again"))
-        made.model.to(getattr(torch, dtype)).save_pretrained(first)
+        theirs.model.to(getattr(torch, dtype)).save_pretrained(first)
         convert(first, run)
         convert(run, again)
         want, got = (
@@ -303,7 +306,7 @@ def there_and_back(cls: Any, values: Values, dtype: str) -> float:
             name: reader.open(name).read().astype(float) for name in reader.shapes
         }
         config = load_config(RunConfig, run / "config.yaml").value.model
-    error = relative(our_logits(config, params, batch), made.logits)
+    error = relative(our_logits(config, params, batch), theirs.logits)
     return error if want == got else float("inf")
 
 
@@ -319,14 +322,14 @@ def draw_models(cases: list[str], number: int, seed: int, verbose: bool) -> bool
         try:
             error = there_and_back(cls, values, dtype)
             worst = max(worst, error)
-            what = "equal" if error < TOLERANCE else "DIFFERS"
-            why = f"{error:.0e}"
+            verdict = "equal" if error < TOLERANCE else "DIFFERS"
+            reason = f"{error:.0e}"
         except MaxlmError as refusal:
-            what = "refused"
-            why = str(refusal)
-        counts[what] += 1
-        if verbose or what != "equal":
-            print(f"  {name}, {dtype}: {what} ({why})", flush=True)
+            verdict = "refused"
+            reason = str(refusal)
+        counts[verdict] += 1
+        if verbose or verdict != "equal":
+            print(f"  {name}, {dtype}: {verdict} ({reason})", flush=True)
     print(f"{number} random models: {dict(counts)}, largest error {worst:.0e}")
     return not counts["DIFFERS"]
 
@@ -345,8 +348,8 @@ def main() -> int:
     torch.set_num_threads(1)
     cases = options.cases.split(",") if options.cases else []
     if options.random:
-        given = cases or [*tiny.CASES], options.random, options.seed, options.verbose
-        return 0 if draw_models(*given) else 1
+        settings = cases or [*tiny.CASES], options.random, options.seed, options.verbose
+        return 0 if draw_models(*settings) else 1
     return 0 if mutate(cases or CASES, options.verbose) else 1
 
 

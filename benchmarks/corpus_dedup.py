@@ -1,4 +1,4 @@
-"""Deduplication: what is found against brute force, and how fast, beside datatrove.
+"""Deduplication: recall and precision against brute force, and speed beside datatrove.
 
     python benchmarks/corpus_dedup.py [--documents FILES] [--count 6000] [--piece 3000]
         [--versions OLD NEW] [--datatrove PYTHON] [--memory]
@@ -72,10 +72,13 @@ def brute_force(texts: list[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
     numbers: dict[tuple[str, ...], int] = {}
     rows, columns = [], []
     for row, text in enumerate(texts):
-        found = words(text)
+        text_words = words(text)
         grams = (
-            {tuple(found[i : i + n]) for i in range(max(1, len(found) - n + 1))}
-            if found
+            {
+                tuple(text_words[i : i + n])
+                for i in range(max(1, len(text_words) - n + 1))
+            }
+            if text_words
             else ()
         )
         columns += [numbers.setdefault(gram, len(numbers)) for gram in grams]
@@ -127,11 +130,11 @@ def plant(
 def write_corpus(
     folder: Path, texts: list[str], shards: int = 4
 ) -> list[StageShardView]:
-    made = []
+    views = []
     for number in range(shards):
         part = range(number * len(texts) // shards, (number + 1) * len(texts) // shards)
-        made.append(StageShardView(folder, f"{number:05d}"))
-        with open_shard_writer(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
+        views.append(StageShardView(folder, f"{number:05d}"))
+        with open_shard_writer(views[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(part.start, part.stop, 1000):
                 rows = [
                     {"id": str(i), "source": "real", "text": texts[i]}
@@ -140,7 +143,7 @@ def write_corpus(
                 writer.write_row_group(
                     pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA)
                 )
-    return made
+    return views
 
 
 def run(
@@ -181,9 +184,9 @@ def report_quality(texts: list[str], labels: pa.Table) -> None:
         )
     true = {tuple(pair) for pair in pairs.tolist()}
     of = [
-        (i, int(kept))
-        for i, kept in enumerate(labels["of"].to_pylist())
-        if kept is not None
+        (i, int(original))
+        for i, original in enumerate(labels["of"].to_pylist())
+        if original is not None
     ]
     right = sum((min(pair), max(pair)) in true for pair in of)
     print(f"  precision: {right / len(of):.4f} of {len(of)} marked documents")
@@ -204,11 +207,11 @@ def report_versions(old: Path, new: Path, folder: Path) -> None:
     ]
     labels, _ = run(NearStage(), write_corpus(folder, texts, 2), folder / "scratch")
     duplicate = labels["duplicate"].to_numpy()
-    found = duplicate[pairs[version]].any(axis=1).sum()
+    num_found = duplicate[pairs[version]].any(axis=1).sum()
     print(
         f"versions: {len(names)} pages in both, {same} identical, {len(changed)} "
         f"others with "
-        f"J >= {TARGET}; found {found} of {version.sum()}, by J from low to high:"
+        f"J >= {TARGET}; found {num_found} of {version.sum()}, by J from low to high:"
     )
     for i in sorted(changed, key=lambda i: jaccard[i])[:: max(1, len(changed) // 6)]:
         mark = "found" if duplicate[pairs[i]].any() else "MISSED"
@@ -275,9 +278,9 @@ def main() -> None:
         folder = Path(name)
         shards = write_corpus(folder / "corpus", texts)
         labels, seconds = run(ExactStage(), shards, folder / "exact")
-        found = sum(labels["duplicate"][i].as_py() for i in copies)
+        num_found = sum(labels["duplicate"][i].as_py() for i in copies)
         print(
-            f"exact: found {found} of {len(copies)} copies; "
+            f"exact: found {num_found} of {len(copies)} copies; "
             f"{len(texts) / seconds:,.0f} documents/s"
         )
 

@@ -56,8 +56,8 @@ def main() -> None:
         tasks=14,
     )
     run(MinhashDedupCluster(f"{folder}/buckets", f"{folder}/remove", config))
-    kept = JsonlWriter(f"{folder}/kept", compression=None)
-    run(reader, MinhashDedupFilter(f"{folder}/remove"), kept)
+    writer = JsonlWriter(f"{folder}/kept", compression=None)
+    run(reader, MinhashDedupFilter(f"{folder}/remove"), writer)
     seconds.append(time.process_time())
     lines = sum(
         len(p.read_text().splitlines()) for p in Path(f"{folder}/kept").glob("*.jsonl")

@@ -50,7 +50,7 @@ def articles(folder: Path) -> list[Labelled]:
     ]
 
 
-def manuals(folders: Sequence[Path], each: int, seed: int = 0) -> list[Labelled]:
+def manuals(folders: Sequence[Path], limit: int, seed: int = 0) -> list[Labelled]:
     """Pages of manuals, with the text of the element that holds their content."""
     import lxml.html
 
@@ -58,10 +58,10 @@ def manuals(folders: Sequence[Path], each: int, seed: int = 0) -> list[Labelled]
     for folder in folders:
         paths = sorted(folder.rglob("*.html"))
         random.Random(seed).shuffle(paths)
-        found: list[Labelled] = []
+        folder_pages: list[Labelled] = []
         for path in paths:
             data = path.read_bytes()
-            if len(found) == each:
+            if len(folder_pages) == limit:
                 break
             if len(data) > 300_000:
                 continue
@@ -75,8 +75,8 @@ def manuals(folders: Sequence[Path], each: int, seed: int = 0) -> list[Labelled]
             )
             text = " ".join(main[0].itertext()) if main else ""
             if len(WORD.findall(text)) > 50:
-                found.append(Labelled(data, text))
-        pages += found
+                folder_pages.append(Labelled(data, text))
+        pages += folder_pages
     return pages
 
 
@@ -84,10 +84,13 @@ def f_score(pages: Sequence[Labelled], texts: Sequence[str | None], size: int) -
     """F of mean precision and recall of word `size`-grams."""
     precisions, recalls = [], []
     for page, text in zip(pages, texts, strict=True):
-        wanted, got = grams(page.text, size), grams(text or "", size)
-        both = (wanted & got).total()
-        precisions.append(both / got.total() if got else 0.0)
-        recalls.append(both / wanted.total() if wanted else 1.0)
+        expected_grams, extracted_grams = (
+            grams(page.text, size),
+            grams(text or "", size),
+        )
+        both = (expected_grams & extracted_grams).total()
+        precisions.append(both / extracted_grams.total() if extracted_grams else 0.0)
+        recalls.append(both / expected_grams.total() if expected_grams else 1.0)
     return statistics.harmonic_mean(
         [statistics.mean(precisions), statistics.mean(recalls)]
     )

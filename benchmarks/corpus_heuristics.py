@@ -38,8 +38,8 @@ def peer_filters() -> dict[str, Callable[[str], bool]]:
         GopherRepetitionFilter,
     )
 
-    def keeps(each) -> Callable[[str], bool]:
-        return lambda text: each.filter(Document(text=text, id="")) is True
+    def keeps(document_filter) -> Callable[[str], bool]:
+        return lambda text: document_filter.filter(Document(text=text, id="")) is True
 
     return {
         "gopher_quality": keeps(GopherQualityFilter()),
@@ -115,10 +115,12 @@ def main() -> None:
     }
     print(f"\n{'kept':26}{'maxlm':>9}{'datatrove':>10}{'agree':>8}{'on our words':>14}")
     for name in filters:
-        kept = ours[name].mean()
-        peer = theirs[name].mean()
-        agree, same = ((ours[name] == each[name]).mean() for each in (theirs, on_ours))
-        print(f"{name:26}{kept:9.3f}{peer:10.3f}{agree:8.3f}{same:14.3f}")
+        our_share = ours[name].mean()
+        peer_share = theirs[name].mean()
+        agree, same = (
+            (ours[name] == other[name]).mean() for other in (theirs, on_ours)
+        )
+        print(f"{name:26}{our_share:9.3f}{peer_share:10.3f}{agree:8.3f}{same:14.3f}")
 
 
 if __name__ == "__main__":

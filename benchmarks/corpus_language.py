@@ -70,15 +70,16 @@ def find_pages(folder: Path, limit: int) -> list[str]:
         if path.is_file() and path.suffix in (".html", ".htm", ".gz", ".txt")
     )
     random.Random(0).shuffle(paths)
-    return [text for path in paths[:limit] if len(text := read(path)) >= LEAST]
+    texts = [read(path) for path in paths[:limit]]
+    return [text for text in texts if len(text) >= LEAST]
 
 
 def judge(texts: dict[str, list[str]]) -> list[Page]:
     """What each page is in, by its lines."""
     english = {line for text in texts.get("en", []) for line in text.split("\n")}
     pages = []
-    for language, each in texts.items():
-        for text in each:
+    for language, language_texts in texts.items():
+        for text in language_texts:
             sizes = Counter()
             for line in text.split("\n"):
                 is_english = line in english or language == "en"
@@ -105,13 +106,13 @@ def predictors() -> dict[str, Predict]:
 
     def library(texts: list[str]) -> list[str]:
         labels = (list(model.predict(text.replace("\n", " "))[0]) for text in texts)
-        return [each[0].removeprefix("__label__") for each in labels]
+        return [text_labels[0].removeprefix("__label__") for text_labels in labels]
 
-    found = {"maxlm": ours, "fasttext": library}
+    calls = {"maxlm": ours, "fasttext": library}
     try:
         import pycld2  # pyright: ignore[reportMissingImports]
     except ImportError:
-        return found
+        return calls
 
     def cld2(texts: list[str]) -> list[str]:
         codes = []
@@ -120,7 +121,7 @@ def predictors() -> dict[str, Predict]:
             codes.append(pycld2.detect(clean)[2][0][1].split("-")[0])
         return codes
 
-    return {**found, "pycld2": cld2}
+    return {**calls, "pycld2": cld2}
 
 
 def print_accuracy(
@@ -198,8 +199,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     texts: dict[str, list[str]] = defaultdict(list)
-    for each in arguments.folders:
-        language, _, folder = each.partition("=")
+    for argument in arguments.folders:
+        language, _, folder = argument.partition("=")
         # All English pages are needed to know English lines.
         limit = 10**9 if language == "en" else arguments.documents
         texts[language] += find_pages(Path(folder), limit)
@@ -209,9 +210,12 @@ def main() -> None:
     answers = {name: call(contents) for name, call in calls.items()}
     table = print_accuracy(pages, answers)
     wrong = [
-        (p, a) for p, a in zip(pages, answers["maxlm"], strict=True) if a != p.language
+        (page, answer)
+        for page, answer in zip(pages, answers["maxlm"], strict=True)
+        if answer != page.language
     ]
-    for page, answer in [each for each in wrong if each[0].language][: arguments.show]:
+    known = [(page, answer) for page, answer in wrong if page.language]
+    for page, answer in known[: arguments.show]:
         print(page.language, "taken for", answer, repr(page.text[:150]))
 
     if arguments.plot:
@@ -221,7 +225,7 @@ def main() -> None:
     print_speed("long pages", [text for text in contents if len(text) >= BYTES], calls)
 
 
-def print_speed(what: str, texts: Sequence[str], calls: Mapping[str, Predict]) -> None:
+def print_speed(label: str, texts: Sequence[str], calls: Mapping[str, Predict]) -> None:
     texts = random.Random(0).sample(texts, min(len(texts), TIMED))
     cut = [text.encode()[:BYTES].decode("utf-8", "ignore") for text in texts]
     if not cut:
@@ -234,16 +238,16 @@ def print_speed(what: str, texts: Sequence[str], calls: Mapping[str, Predict]) -
             calls[name](cut)
             times[name].append(time.process_time() - start)
     print(
-        f"{len(cut)} {what} of {size / len(cut):.0f} bytes, medians of {ROUNDS} "
+        f"{len(cut)} {label} of {size / len(cut):.0f} bytes, medians of {ROUNDS} "
         f"rounds, one core"
     )
-    for name, each in times.items():
-        taken = statistics.median(each)
+    for name, seconds in times.items():
+        median_seconds = statistics.median(seconds)
         ratio = statistics.median(
-            f / t for f, t in zip(times["fasttext"], each, strict=True)
+            f / t for f, t in zip(times["fasttext"], seconds, strict=True)
         )
         print(
-            f"{name:10}{len(cut) / taken:8.0f} docs/s{size / taken / 1e6:8.1f} "
+            f"{name:10}{len(cut) / median_seconds:8.0f} docs/s{size / median_seconds / 1e6:8.1f} "
             f"MB/s{ratio:7.2f}x"
         )
 

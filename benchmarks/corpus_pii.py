@@ -243,9 +243,9 @@ def document(fakes: dict, rng: random.Random) -> tuple[str, set[PiiMatch]]:
         options = SENTENCES.get(kind, PLAIN_CALLS if plain else CALLS[locale[:2]])
         sentences.append((kind, rng.choice(options)))
     rng.shuffle(sentences)
-    for each in sentences:
-        if isinstance(each, tuple):
-            kind, template = each
+    for sentence in sentences:
+        if isinstance(sentence, tuple):
+            kind, template = sentence
             template = template.replace("{name}", fake.name()).replace(
                 "{city}", fake.city()
             )
@@ -256,8 +256,8 @@ def document(fakes: dict, rng: random.Random) -> tuple[str, set[PiiMatch]]:
                     len(text) + len(head), len(text) + len(head) + len(value), kind
                 )
             )  # pyright: ignore[reportArgumentType]
-            each = head + value + tail
-        text += each + rng.choice([" ", "\n"])
+            sentence = head + value + tail
+        text += sentence + rng.choice([" ", "\n"])
     return text, truth
 
 
@@ -273,12 +273,12 @@ def generate(count: int, seed: int) -> list[tuple[str, set[PiiMatch]]]:
 
 
 def measure(
-    found: list[list[PiiMatch]], truths: list[set[PiiMatch]]
+    matches_by_text: list[list[PiiMatch]], truths: list[set[PiiMatch]]
 ) -> dict[str, Counter]:
     """Per kind: `true` values, `found` ones, `right` finds; `touched` values,
     `touching` finds."""
     counts: dict[str, Counter] = defaultdict(Counter)
-    for matches, truth in zip(found, truths, strict=True):
+    for matches, truth in zip(matches_by_text, truths, strict=True):
         for m in matches:
             counts[m.kind]["found"] += 1
             counts[m.kind]["right"] += m in truth
@@ -344,11 +344,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
 
-    made = generate(arguments.documents, arguments.seed)
-    texts, truths = [text for text, _ in made], [truth for _, truth in made]
+    documents = generate(arguments.documents, arguments.seed)
+    texts, truths = [text for text, _ in documents], [truth for _, truth in documents]
     regions = tuple(sorted(REGIONS.values()))
-    found = [find_pii(text, regions) for text in texts]
-    counts = measure(found, truths)
+    matches_by_text = [find_pii(text, regions) for text in texts]
+    counts = measure(matches_by_text, truths)
     print(f"{'':8}{'values':>8}{'recall':>8}{'prec.':>8}   touching: recall, precision")
     for name in (*KINDS, "all"):
         c = counts[name]
@@ -358,7 +358,7 @@ def main() -> None:
             f"{c['touched'] / true:19.3f}{c['touching'] / finds:8.3f}"
         )
     shown: Counter = Counter()
-    for text, matches, truth in zip(texts, found, truths, strict=True):
+    for text, matches, truth in zip(texts, matches_by_text, truths, strict=True):
         for m in [*(truth - {*matches}), *({*matches} - truth)]:
             wrong = "missed" if m in truth else "wrong"
             shown[wrong, m.kind] += 1

@@ -66,7 +66,10 @@ def main() -> None:
         word_ngrams=arguments.word_ngrams, char_ngrams=arguments.char_ngrams
     )
     good, bad = (
-        [each.text for each in read_documents(SourceConfig(documents=tuple(paths)))]
+        [
+            document.text
+            for document in read_documents(SourceConfig(documents=tuple(paths)))
+        ]
         for paths in (arguments.positive, arguments.negative)
     )
     raw = good + bad

@@ -46,13 +46,17 @@ def run(recipe: str, *settings: str) -> tuple[float, float]:
 
 
 def sentences() -> list[str]:
-    found = []
+    docstring_sentences = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_text("utf-8", "replace"))
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                found += (ast.get_docstring(node) or "").split(". ")
-    return [" ".join(each.split()) for each in found if len(each) > 20]
+                docstring_sentences += (ast.get_docstring(node) or "").split(". ")
+    return [
+        " ".join(sentence.split())
+        for sentence in docstring_sentences
+        if len(sentence) > 20
+    ]
 
 
 def memory() -> None:

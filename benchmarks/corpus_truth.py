@@ -1,9 +1,9 @@
-"""What a recipe found of what was planted in the demonstration's crawl.
+"""How much a recipe found of the cases planted in the demonstration's crawl.
 
     python benchmarks/corpus_truth.py corpora/demo corpora/demo-crawl/truth.jsonl
 
-Both come from `make corpus-demo`. The truth is the crawl's maker's alone; no stage has
-seen it.
+Both come from `make corpus-demo`. The crawl's maker writes the truth, and no stage reads
+it.
 """
 
 import argparse
@@ -34,10 +34,12 @@ def documents(corpus: OpenCorpus) -> dict[str, dict[str, Any]]:
             settled.read_row_groups(settled_names),
             strict=True,
         )
-        for found, table in tables:
+        for columns, table in tables:
             cuts = table.column("substring.cuts").to_pylist()
-            kept = mark_kept(table, rules).tolist()
-            for row, spans, keep in zip(found.to_pylist(), cuts, kept, strict=True):
+            is_kept = mark_kept(table, rules).tolist()
+            for row, spans, keep in zip(
+                columns.to_pylist(), cuts, is_kept, strict=True
+            ):
                 rows[row["id"]] = row | {"substring.cuts": spans, "kept": keep}
     return rows
 
@@ -46,24 +48,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("corpus", type=Path)
     parser.add_argument("truth", type=Path)
-    given = parser.parse_args()
-    corpus = OpenCorpus.open(given.corpus)
+    arguments = parser.parse_args()
+    corpus = OpenCorpus.open(arguments.corpus)
     rows = documents(corpus)
     truth = defaultdict(list)
-    for line in given.truth.read_text().splitlines():
-        row = json.loads(line)
-        truth[row["kind"]].append(row)
+    for line in arguments.truth.read_text().splitlines():
+        record = json.loads(line)
+        truth[record["kind"]].append(record)
 
-    def share(name: str, found: int, number: int) -> None:
-        print(f"{name:58} {found:5} of {number:5}  {found / max(1, number):7.2%}")
+    def share(name: str, count: int, total: int) -> None:
+        print(f"{name:58} {count:5} of {total:5}  {count / max(1, total):7.2%}")
 
-    copies = [t for t in truth["exact_copy"] if (rows[t["id"]]["text"] or "").strip()]
-    pairs = [(rows[t["id"]], rows[t["of"]]) for t in copies]
+    copies = [
+        record
+        for record in truth["exact_copy"]
+        if (rows[record["id"]]["text"] or "").strip()
+    ]
+    pairs = [(rows[record["id"]], rows[record["of"]]) for record in copies]
     marked = sum(bool(a["exact.duplicate"] or b["exact.duplicate"]) for a, b in pairs)
     share("exact copies, one of the two marked", marked, len(pairs))
     for low, high in ((0.8, 1.0), (0.0, 0.8)):
-        alike = [t for t in truth["edited_copy"] if low <= t["jaccard"] < high]
-        pairs = [(rows[t["id"]], rows[t["of"]]) for t in alike]
+        alike = [
+            record for record in truth["edited_copy"] if low <= record["jaccard"] < high
+        ]
+        pairs = [(rows[record["id"]], rows[record["of"]]) for record in alike]
         marked = sum(any(x["near.duplicate"] for x in pair) for pair in pairs)
         share(
             f"edited copies at {low:.1f} to {high:.1f}, one of the two marked",
@@ -71,41 +79,49 @@ def main() -> None:
             len(pairs),
         )
     left = times = 0
-    for t in truth["boilerplate"]:
-        row = rows[t["id"]]
-        if not row["kept"] or t["text"] not in row["text"]:
+    for record in truth["boilerplate"]:
+        row = rows[record["id"]]
+        if not row["kept"] or record["text"] not in row["text"]:
             continue
         spans = [(span["start"], span["end"]) for span in row["substring.cuts"] or ()]
         times += 1
-        left += t["text"] in remove_spans(row["text"], spans)
+        left += record["text"] in remove_spans(row["text"], spans)
     share("repeated paragraph in kept documents, cut (one stays)", times - left, times)
-    found = Counter()
-    for t in truth["pii"]:
-        row = rows[t["id"]]
+    masked_counts = Counter()
+    for record in truth["pii"]:
+        row = rows[record["id"]]
         if row["pii.spans"] is None:
             continue
         masked = Counter(span["kind"] for span in row["pii.spans"])
-        for kind, value in t["spans"]:
-            found[kind, "all"] += 1
-            found[kind, "masked"] += (
+        for kind, value in record["spans"]:
+            masked_counts[kind, "all"] += 1
+            masked_counts[kind, "masked"] += (
                 value not in row["text"] and masked[_PII.get(kind, kind)] > 0
             )
-    for kind in sorted({kind for kind, _ in found}):
-        share(f"personal data, {kind}", found[kind, "masked"], found[kind, "all"])
-    for reason, number in Counter(t["reason"] for t in truth["junk"]).items():
+    for kind in sorted({kind for kind, _ in masked_counts}):
+        share(
+            f"personal data, {kind}",
+            masked_counts[kind, "masked"],
+            masked_counts[kind, "all"],
+        )
+    for reason, number in Counter(record["reason"] for record in truth["junk"]).items():
         dropped = sum(
-            not rows[t["id"]]["kept"]
-            for t in truth["junk"]
-            if t["reason"] == reason and t["id"] in rows
+            not rows[record["id"]]["kept"]
+            for record in truth["junk"]
+            if record["reason"] == reason and record["id"] in rows
         )
         share(f"junk, {reason}", dropped, number)
-    taken = [t for t in (*truth["page"], *truth["article"]) if t["id"] in rows]
+    taken = [
+        record for record in (*truth["page"], *truth["article"]) if record["id"] in rows
+    ]
     share(
-        "pages and articles kept", sum(rows[t["id"]]["kept"] for t in taken), len(taken)
+        "pages and articles kept",
+        sum(rows[record["id"]]["kept"] for record in taken),
+        len(taken),
     )
     counts = corpus.read_manifest("documents")["counts"]
     share("broken places counted", counts.get("broken", 0), len(truth["broken"]))
-    bombs = sum(t["reason"] == "bomb" for t in truth["edge"])
+    bombs = sum(record["reason"] == "bomb" for record in truth["edge"])
     share("zip bombs passed over", counts.get("too_large", 0), bombs)
 
 

@@ -1,9 +1,9 @@
-"""Time of a model's products alone on this CPU, in XLA and in PyTorch, fp32.
+"""Time of a model's matrix products on this CPU, in XLA and in PyTorch, fp32.
 
     python benchmarks/cpu_products.py [--rows 1 8 16 64 512] [--rounds 7]
 
 The kernels are those of SmolLM2-135M's 30 layers (queries, keys and values as one; gate
-and up as one), each with weights of its own, so that they come from memory. Printed are
+and up as one), each with its own weights, so that they come from memory. It prints
 medians in ms, of XLA's library, of ``pallas_kernels.cpu_matmul``, of PyTorch, and the
 time in which a plain sum reads as many bytes: no step with these products is faster.
 """
@@ -69,20 +69,20 @@ def main() -> None:
     print(f"reading {flat.nbytes / 1e6:.0f} MB: {read:.1f} ms")
     for rows in args.rows:
         x = draw(rows, WIDTH)
-        held = jnp.asarray(x)
-        other = torch.tensor(x)
+        x_jax = jnp.asarray(x)
+        x_torch = torch.tensor(x)
         xla = {
             name: time_median(
-                lambda x=held, run=run: run(x, ours).block_until_ready(), args.rounds
+                lambda x=x_jax, run=run: run(x, ours).block_until_ready(), args.rounds
             )
             for name, run in layers.items()
         }
         with torch.no_grad():
             peer = time_median(
-                lambda x=other: run_layers(F.linear, x, theirs), args.rounds
+                lambda x=x_torch: run_layers(F.linear, x, theirs), args.rounds
             )
-        own = ", ".join(f"{name} {ms:6.1f} ms" for name, ms in xla.items())
-        print(f"{rows:4} rows: {own}, PyTorch {peer:6.1f} ms", flush=True)
+        ours_text = ", ".join(f"{name} {ms:6.1f} ms" for name, ms in xla.items())
+        print(f"{rows:4} rows: {ours_text}, PyTorch {peer:6.1f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training speed on this CPU, ours beside others, the same small Llama in all of them.
+"""Training speed of the same small Llama on this CPU, in maxlm and in other programs.
 
     python benchmarks/cpu_step.py [--rounds 5] [--steps 4] [--only maxlm,bare]
 
@@ -213,11 +213,11 @@ def main() -> None:
         "--only", default="", help="comma-separated beginnings of names"
     )
     args = parser.parse_args()
-    wanted = tuple(filter(None, args.only.split(",")))
+    name_prefixes = tuple(filter(None, args.only.split(",")))
     steps: dict[str, Step] = {}
     first: dict[str, float] = {}
     for name, build in CONTENDERS.items():
-        if wanted and not name.startswith(wanted):
+        if name_prefixes and not name.startswith(name_prefixes):
             continue
         began = time.perf_counter()
         try:

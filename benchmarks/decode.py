@@ -103,12 +103,12 @@ def time_peer_decode(model: Any, batch: int, prompt: int, new: int, kind: str) -
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     ids = torch.randint(0, 40_000, (batch, prompt))
-    how = {}
+    cache_options = {}
     if kind != "dynamic":
-        how["cache_implementation"] = "static"
+        cache_options["cache_implementation"] = "static"
     if kind == "compiled":
-        how["compile_config"] = CompileConfig(fullgraph=True, mode="default")
-        how["compile_config"]._compile_all_devices = True
+        cache_options["compile_config"] = CompileConfig(fullgraph=True, mode="default")
+        cache_options["compile_config"]._compile_all_devices = True
     count = 4 + new
     model.generate(
         ids,
@@ -119,7 +119,7 @@ def time_peer_decode(model: Any, batch: int, prompt: int, new: int, kind: str) -
         pad_token_id=0,
         disable_compile=kind != "compiled",
         stopping_criteria=[Clock()],
-        **how,
+        **cache_options,
     )
     return (times[-1] - times[-1 - new]) / new
 
@@ -200,22 +200,23 @@ def main() -> None:
         for x in jax.tree.leaves(engine._runner.state.caches)
     )
     for batch in BATCHES:
-        own = times[f"decode {batch}"]
+        batch_times = times[f"decode {batch}"]
         peers = {kind: times[f"peer {kind} {batch}"] for kind in kinds}
         best = min(peers.values(), key=statistics.median)
-        show(f"decode, batch {batch}", own, batch, best)
-        for kind, each in peers.items():
-            show(f"  transformers, {kind}", each, batch)
+        show(f"decode, batch {batch}", batch_times, batch, best)
+        for kind, peer_times in peers.items():
+            show(f"  transformers, {kind}", peer_times, batch)
         read = weights + token_bytes * batch * (args.prompt + args.new // 2)
         shares = sorted(
-            read / weights * s / d for s, d in zip(times["stream"], own, strict=True)
+            read / weights * s / d
+            for s, d in zip(times["stream"], batch_times, strict=True)
         )
         middle = statistics.median(shares)
         print(f"  share of bandwidth {middle:.2f} ({shares[0]:.2f}–{shares[-1]:.2f})")
     rate = weights / statistics.median(times["stream"]) / 1e9
     if args.rows:
-        ms = {name: 1e3 * statistics.median(own) for name, own in times.items()}
-        own = {
+        ms = {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+        common = {
             "source": "here",
             "model": "smollm2_135m",
             "machine": "cpux1",
@@ -226,7 +227,7 @@ def main() -> None:
             (args.prompt, args.new, b, "tpot", ms[f"decode {b}"]) for b in BATCHES
         ]
         names = "prompt", "new", "batch", "measure", "published"
-        rows = [own | dict(zip(names, load, strict=True)) for load in loads]
+        rows = [common | dict(zip(names, load, strict=True)) for load in loads]
         args.rows.write_text(json.dumps(rows))
     print(
         f"stream {rate:.1f} GB/s; compilations after warm-up: "

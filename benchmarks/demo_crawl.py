@@ -78,7 +78,7 @@ def fetch_packages(folder: Path, packages: Sequence[str] = PACKAGES) -> list[Pat
     documentation.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    downloaded = []
     for package in packages:
         target = folder / package
         if not target.is_dir():
@@ -95,8 +95,8 @@ def fetch_packages(folder: Path, packages: Sequence[str] = PACKAGES) -> list[Pat
                     file=sys.stderr,
                 )
                 continue
-        found.append(target)
-    return found or local_folders()
+        downloaded.append(target)
+    return downloaded or local_folders()
 
 
 def local_folders() -> list[Path]:
@@ -115,7 +115,7 @@ def read_pages(
     left = count
     for number, folder in enumerate(folders):
         share = left // (len(folders) - number)
-        wanted = len(pages)
+        first_page = len(pages)
         paths = sorted(
             p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file()
         )
@@ -123,7 +123,7 @@ def read_pages(
         paths = pure if len(pure) >= share else paths
         rng.shuffle(paths)
         for path in paths:
-            if len(pages) - wanted == share:
+            if len(pages) - first_page == share:
                 break
             data = path.read_bytes()
             if not 1000 < len(data) < 300_000 or b"\0" in data:
@@ -136,7 +136,7 @@ def read_pages(
             relative = path.relative_to(folder).with_suffix(".html").as_posix()
             url = f"https://{host(folder.name)}.example.org/{relative}"
             pages.append(Capture(url, data, {"kind": "page", "reason": folder.name}))
-        left -= len(pages) - wanted
+        left -= len(pages) - first_page
     return pages
 
 
@@ -253,7 +253,8 @@ def planted(pages: Sequence[Capture], rng: random.Random) -> Iterator[Capture]:
             page.status,
             page.headers,
         )
-    sources = [words for page in pages if len(words := words_of(page.body)) > 300]
+    page_words = [words_of(page.body) for page in pages]
+    sources = [words for words in page_words if len(words) > 300]
     for number, jaccard in enumerate(
         [0.5, 0.6, 0.7, 0.78, 0.82, 0.9, 0.95] * (share // 7 + 1)
     ):
@@ -272,8 +273,10 @@ def planted(pages: Sequence[Capture], rng: random.Random) -> Iterator[Capture]:
         text = sentences(rng.sample(rng.choice(sources), 200))
         yield made(number, "boilerplate", f"{text}\n\n{COOKIES}", text=COOKIES)
         spans = personal_data(rng)
-        told = "\n\n".join(f"{text} Reach us at {value} today." for _, value in spans)
-        yield made(number, "pii", told, spans=spans)
+        pii_text = "\n\n".join(
+            f"{text} Reach us at {value} today." for _, value in spans
+        )
+        yield made(number, "pii", pii_text, spans=spans)
         reason, text = junk(number, rng, rng.choice(sources))
         yield made(number, "junk", text, reason=reason)
     yield from edges(rng.choice(sources))
@@ -374,11 +377,15 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=3000)
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    folders = given.folders
+    arguments = parser.parse_args()
+    folders = arguments.folders
     if folders is None:
-        folders = fetch_packages(given.fetch) if given.fetch else local_folders()
-    truth = make_crawl(given.out, folders, given.pages, given.files, given.seed)
+        folders = (
+            fetch_packages(arguments.fetch) if arguments.fetch else local_folders()
+        )
+    truth = make_crawl(
+        arguments.out, folders, arguments.pages, arguments.files, arguments.seed
+    )
     kinds = [json.loads(line)["kind"] for line in truth.read_text().splitlines()]
     print(", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)))
 

@@ -58,8 +58,8 @@ def write_file(
     for number in numbers:
         capture = captures[number]
         if number in broken:
-            what = break_something(file, writer, sorted(broken).index(number))
-            truth.write(json.dumps({"kind": "broken", "reason": what}) + "\n")
+            damage = break_something(file, writer, sorted(broken).index(number))
+            truth.write(json.dumps({"kind": "broken", "reason": damage}) + "\n")
         write_capture(writer, capture, rng)
         row = {"id": capture.id, "url": capture.url, **capture.truth}
         if isinstance(row.get("of"), Capture):

@@ -1,4 +1,4 @@
-"""Does a student learn more from a teacher than from the text alone, at equal steps?
+"""Compare students that learn from a teacher and from text alone, at equal steps.
 
     python benchmarks/distillation.py [--steps 400] [--teacher-steps 400] [--folder DIR]
 
@@ -79,25 +79,25 @@ def main() -> None:
     heldout = str(teacher / "data/text/heldout")
     learnt = {"kind": "distill_text", "teacher": str(teacher)}
     tasks = {"cross-entropy": {"kind": "clm"}, "teacher": learnt}
-    found: dict[str, list[float]] = {name: [] for name in tasks}
+    entropies: dict[str, list[float]] = {name: [] for name in tasks}
     for seed in SEEDS:
         for number, (name, task) in enumerate(tasks.items()):
-            own = f"student-{number}-{seed}"
-            settings = make_settings(folder, own, STUDENT, options.steps, 2, 64)
+            run_name = f"student-{number}-{seed}"
+            settings = make_settings(folder, run_name, STUDENT, options.steps, 2, 64)
             source = {"name": "text", "heldout_store": heldout, **stores}
             settings["data"] |= {"sources": [source]}
             settings |= {"tokenizer": {"path": str(teacher / "tokenizer")}}
-            found[name].append(train(settings | {"task": task, "seed": seed}))
-        values = {name: own[-1] for name, own in found.items()}
+            entropies[name].append(train(settings | {"task": task, "seed": seed}))
+        values = {name: by_seed[-1] for name, by_seed in entropies.items()}
         print(
             f"seed {seed}:",
             *(f"{n} {v:.4f}" for n, v in values.items()),
             sep="  ",
             flush=True,
         )
-    base = np.array(found["cross-entropy"])
+    base = np.array(entropies["cross-entropy"])
     for name in list(tasks)[1:]:
-        gains = 1 - np.array(found[name]) / base
+        gains = 1 - np.array(entropies[name]) / base
         print(
             f"{name}: {gains.mean():.1%} below cross-entropy alone (least "
             f"{gains.min():.1%})"

@@ -1,4 +1,4 @@
-"""What the engine saves: shared prefixes and guessed tokens.
+"""Savings of the engine by shared prefixes and guessed tokens.
 
     python benchmarks/engine_cases.py FOLDER [--rounds 3]
 
@@ -29,7 +29,7 @@ def measure_prefix(loaded: LoadedRun) -> None:
     random = np.random.default_rng(0)
     prefix = random.integers(1_000, 40_000, 1_000).tolist()
     sampling = SamplingConfig(temperature=0, max_new_tokens=40)
-    held = {}
+    pages_held = {}
     for count in (1, 32):
         engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer)
         before = engine.stats()
@@ -47,19 +47,19 @@ def measure_prefix(loaded: LoadedRun) -> None:
                 most = max(
                     most, engine.stats().num_pages - engine.stats().num_free_pages
                 )
-        held[count] = most
+        pages_held[count] = most
         after = engine.stats()
     prefix_pages = 1_000 // PAGE
-    own = held[1] - prefix_pages
-    shared = held[32] - 32 * own
+    pages_per_request = pages_held[1] - prefix_pages
+    shared = pages_held[32] - 32 * pages_per_request
     prompts = after.prompt_tokens_total - before.prompt_tokens_total
     computed = prompts - (
         after.cached_prompt_tokens_total - before.cached_prompt_tokens_total
     )
     print(
-        f"shared prefix of 1,000 tokens: one request holds {held[1]} pages, {own} of "
+        f"shared prefix of 1,000 tokens: one request holds {pages_held[1]} pages, {pages_per_request} of "
         f"them its own; "
-        f"32 hold {held[32]}, {shared / prefix_pages:.2f}× the prefix without their own"
+        f"32 hold {pages_held[32]}, {shared / prefix_pages:.2f}× the prefix without their own"
     )
     print(
         f"tokens prefilled: {computed:,} of {prompts:,}, {prompts / computed:.1f}× "
@@ -97,7 +97,7 @@ def measure_lookup(loaded: LoadedRun, rounds: int) -> None:
                 GenerationRequest(f"{number}", prompt, sampling, ignore_eos=True)
             )
             while any(
-                each.num_to_compute != 1 for each in engine.scheduler.running
+                sequence.num_to_compute != 1 for sequence in engine.scheduler.running
             ) or (engine.scheduler.waiting):
                 engine.step()
             start = time.perf_counter()
@@ -110,8 +110,8 @@ def measure_lookup(loaded: LoadedRun, rounds: int) -> None:
             outputs[name] = tokens
     assert outputs["plain"] == outputs["prompt look-up"]
     ratios = sorted(b / a for a, b in zip(*rates.values(), strict=True))
-    for name, own in rates.items():
-        print(f"{name:16}{statistics.median(own):8.1f} tokens/s")
+    for name, name_rates in rates.items():
+        print(f"{name:16}{statistics.median(name_rates):8.1f} tokens/s")
     print(
         f"prompt look-up is {statistics.median(ratios):.2f}× "
         f"({ratios[0]:.2f}–{ratios[-1]:.2f})"

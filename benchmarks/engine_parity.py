@@ -67,8 +67,8 @@ def compute_logprobs(
     |logit|."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, :-1].double()
-    found = torch.log_softmax(logits, -1)[torch.arange(len(prompt) - 1), prompt[1:]]
-    return found.numpy(), logits.abs().amax(-1).numpy()
+    logprobs = torch.log_softmax(logits, -1)[torch.arange(len(prompt) - 1), prompt[1:]]
+    return logprobs.numpy(), logits.abs().amax(-1).numpy()
 
 
 def run_with_draft(loaded: Any, prompts: Prompts, sampling: SamplingConfig) -> Prompts:
@@ -83,18 +83,19 @@ def run_with_draft(loaded: Any, prompts: Prompts, sampling: SamplingConfig) -> P
     with jax.set_mesh(loaded.mesh):
         draft = DraftModel(loaded.model, jax.tree.map(disturb, loaded.params))
     engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
-    found = [[] for _ in prompts]
+    outputs = [[] for _ in prompts]
     requests = [
-        GenerationRequest(str(i), tuple(own), sampling) for i, own in enumerate(prompts)
+        GenerationRequest(str(i), tuple(prompt), sampling)
+        for i, prompt in enumerate(prompts)
     ]
     for output in engine.run(requests):
-        found[int(output.request_id)] += output.token_ids
+        outputs[int(output.request_id)] += output.token_ids
     stats = engine.stats()
     share = stats.accepted_tokens_total / stats.drafted_tokens_total
     print(
         f"a draft model: {share:.0%} of {stats.drafted_tokens_total} guesses were taken"
     )
-    return found
+    return outputs
 
 
 def run_engine(
@@ -150,8 +151,8 @@ def main() -> None:
         answers = [
             post(f"{url}/completions", body | {"prompt": prompt}) for prompt in prompts
         ]
-    found = [answer["choices"][0]["text"] for answer in answers]
-    equal = sum(a == b for a, b in zip(found, expected, strict=True))
+    texts = [answer["choices"][0]["text"] for answer in answers]
+    equal = sum(a == b for a, b in zip(texts, expected, strict=True))
     print(f"server: {equal} of {len(prompts)} texts equal the engine's", flush=True)
 
     peer = peer.double()

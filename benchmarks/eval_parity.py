@@ -41,8 +41,8 @@ def run(model, manager, name, data, limit, shots):
     shots = 5 if name.startswith("mmlu") else shots
     loaded = load_tasks([name], data=data, shots=shots, manager=manager)[name]
     start = time.perf_counter()
-    found = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
-    return found, time.perf_counter() - start
+    results = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
+    return results, time.perf_counter() - start
 
 
 def compare(theirs, ours):
@@ -55,17 +55,17 @@ def compare(theirs, ours):
     for task, rows in theirs["samples"].items():
         for one, two in zip(rows, ours["samples"][task], strict=True):
             assert one["arguments"] == two["arguments"], (task, one["doc_id"])
-            for arguments, a, b in zip(
+            for arguments, their_responses, our_responses in zip(
                 one["arguments"], one["resps"], two["resps"], strict=True
             ):
-                a = a[0]
-                b = b[0]
-                count = count + 1
-                if isinstance(a, str):
-                    texts += a != b
-                else:
-                    scored.append((arguments, a[0], b[0]))
-                    flags += a[1] != b[1]
+                their_first = their_responses[0]
+                our_first = our_responses[0]
+                count += 1
+                if isinstance(their_first, str):  # a generated text
+                    texts += their_first != our_first
+                else:  # a log-likelihood, and whether it is greedy
+                    scored.append((arguments, their_first[0], our_first[0]))
+                    flags += their_first[1] != our_first[1]
     return scored, flags, texts, count
 
 
@@ -92,39 +92,39 @@ def main():
     parser.add_argument("--softmax-dtype", default="float64")
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--float64", type=int, default=0, metavar="N")
-    given = parser.parse_args()
+    options = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     theirs = HFLM(
-        pretrained=given.folder,
+        pretrained=options.folder,
         dtype="float32",
         device="cpu",
-        batch_size=given.batch_size,
-        max_length=given.max_length,
-        softmax_dtype=given.softmax_dtype,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        softmax_dtype=options.softmax_dtype,
     )
-    loaded = load_chat_model(given.folder, step=None, mesh=None, template=None)
+    loaded = load_chat_model(options.folder, step=None, mesh=None, template=None)
     ours = MaxlmModel(
-        make_evaluation_engine(loaded, [f"max_length={given.max_length}"])
+        make_evaluation_engine(loaded, [f"max_length={options.max_length}"])
     )
     manager = TaskManager()
     differs = False
     furthest = {}
-    for spec in given.tasks.split(","):
+    for spec in options.tasks.split(","):
         name, _, rows = spec.partition(":")
-        limit = int(rows or given.rows)
-        own = manager, name, given.data, limit, given.shots
-        (a, hf), (b, own) = (run(model, *own) for model in (theirs, ours))
-        scored, flags, texts, count = compare(a, b)
-        furthest[name] = sorted(scored, key=lambda each: -abs(each[1] - each[2]))[
-            : given.float64
-        ]
+        limit = int(rows or options.rows)
+        task = (manager, name, options.data, limit, options.shots)
+        their_results, their_seconds = run(theirs, *task)
+        our_results, our_seconds = run(ours, *task)
+        scored, flags, texts, count = compare(their_results, our_results)
+        scored.sort(key=lambda request: -abs(request[1] - request[2]))
+        furthest[name] = scored[: options.float64]
         apart = np.array([abs(x - y) for _, x, y in scored] or [0.0])
         metrics = {
             k: v
-            for k, v in a["results"][name].items()
+            for k, v in their_results["results"][name].items()
             if "," in k and "stderr" not in k
         }
-        pairs = {k: (v, b["results"][name][k]) for k, v in metrics.items()}
+        pairs = {k: (v, our_results["results"][name][k]) for k, v in metrics.items()}
         same = all(np.isclose(x, y, rtol=1e-5) for x, y in pairs.values())
         differs |= not same or flags > 0 or texts > 0 or apart.max() > 1e-3
         shown = ", ".join(f"{k} {x:.4f} {y:.4f}" for k, (x, y) in pairs.items())
@@ -132,9 +132,9 @@ def main():
             f"{name}: {limit} rows, {count} requests; |Δll| ≤ {apart.max():.1e} nats, "
             f"{np.mean(apart <= 1e-4):.1%} ≤ 1e-4, median {np.median(apart):.0e}; "
             f"{flags} greedy "
-            f"flags and {texts} texts differ; HFLM, maxlm: {shown}; {hf:.1f} s, "
-            f"{own:.1f} s, "
-            f"ratio {own / hf:.2f}",
+            f"flags and {texts} texts differ; HFLM, maxlm: {shown}; {their_seconds:.1f} s, "
+            f"{our_seconds:.1f} s, "
+            f"ratio {our_seconds / their_seconds:.2f}",
             flush=True,
         )
     theirs.model.double()

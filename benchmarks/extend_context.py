@@ -111,10 +111,10 @@ def measure(run: Path, config: RunConfig, windows: list[list[int]]) -> dict[int,
     return {end: exp(losses[end - 32 : end].mean()) for end in POSITIONS}
 
 
-def show(name: str, found: Mapping[int, float]) -> None:
+def show(name: str, perplexities: Mapping[int, float]) -> None:
     """Prints a row: perplexities, and the last over that at LENGTH."""
-    ratio = found[POSITIONS[-1]] / found[LENGTH]
-    values = (f"{value:9.2f}" for value in found.values())
+    ratio = perplexities[POSITIONS[-1]] / perplexities[LENGTH]
+    values = (f"{value:9.2f}" for value in perplexities.values())
     print(f"{name:16}", *values, f"{ratio:8.3f}", flush=True)
 
 

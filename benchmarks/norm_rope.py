@@ -1,4 +1,4 @@
-"""Whether XLA's own RMSNorm and RoPE leave anything for a kernel to win on a TPU.
+"""How much a kernel could gain over XLA's own RMSNorm and RoPE on a TPU.
 
     python benchmarks/norm_rope.py [CASE ...] [--list] [--chips v5p v6e]
 

@@ -2,8 +2,7 @@
 
     python benchmarks/parameter_counts.py [--write]
 
-Nothing is allocated. With --write the table goes into docs/families.md, between its
-markers.
+Nothing is allocated. --write puts the table between the markers of docs/families.md.
 """
 
 import argparse
@@ -50,7 +49,7 @@ FAMILIES = {
     "bart": "bart",
 }
 
-# As its paper or model card says: parameters, and those that a token meets.
+# Parameters, and those active per token, as the paper or model card states them.
 PUBLISHED: dict[str, tuple[str, ...]] = {
     "gpt2": ("124M",),
     "gpt2_medium": ("355M",),
@@ -151,7 +150,7 @@ def family(name: str) -> str:
 
 
 def counts(config: ModelConfig) -> tuple[int, int]:
-    """Parameters, and those that a token meets."""
+    """Parameters, and those that are active for one token."""
     flat = flatten_names(
         param_specs(config.build(rules=AxisRules(), dtype=jnp.float32))
     )
@@ -162,7 +161,7 @@ def counts(config: ModelConfig) -> tuple[int, int]:
 
 def table() -> str:
     """A row for each preset, in the order of ``PUBLISHED``."""
-    rows = ["| preset | family | parameters | of which a token meets | published |"]
+    rows = ["| preset | family | parameters | active per token | published |"]
     rows.append("|---|---|---:|---:|---|")
     for name, published in PUBLISHED.items():
         total, active = counts(preset(name))

@@ -195,26 +195,28 @@ def main() -> None:
         "attention, element-wise, exposed; GFLOP/s, GB/s, GB/s of new memory",
         flush=True,
     )
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    measurements: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
             planned, measured, middle, parts, rates = in_child(
                 __file__, name, "--seconds", str(args.seconds)
             )
-            found[name].append((planned, measured))
+            measurements[name].append((planned, measured))
             columns = f"{1e3 * middle:>10.1f}   " + "".join(
                 f"{1e3 * part:8.1f}" for part in parts
             )
             columns += "  ;" + "".join(f"{rate / 1e9:8.1f}" for rate in rates)
             print(row(name, planned, measured) + columns, flush=True)
     worst = max(
-        abs(planned / taken - 1) for pairs in found.values() for planned, taken in pairs
+        abs(planned / taken - 1)
+        for pairs in measurements.values()
+        for planned, taken in pairs
     )
     print(f"error of the worst single one: {worst:.1%}\nmedians of the rounds")
     errors = []
     for name in names:
         planned, measured = (
-            median(column) for column in zip(*found[name], strict=True)
+            median(column) for column in zip(*measurements[name], strict=True)
         )
         errors.append(abs(planned / measured - 1))
         print(row(name, planned, measured))

@@ -5,9 +5,8 @@ machines.
 
 Needs the `tpu` and `cuda` extras. Each case compiles a whole training step for a
 machine that is not here, in a process of its own: one to three minutes each, half an
-hour for all. GB (1e9) of one device. The first thirteen were looked at when
-maxlm/plan/memory.py was written, the others after; it has no constant of any case's
-own.
+hour for all. GB (1e9) of one device. The first thirteen were known when
+maxlm/plan/memory.py was written, the others not; it has no constants for single cases.
 """
 
 import argparse

@@ -359,12 +359,14 @@ def fit() -> None:
             )
 
         starts = [(0.8, 0.7, 0.3), (0.9, 0.5, 0.5), (0.95, 0.3, 0.7)]
-        found = min(
+        best_fit = min(
             (minimize(error, start, method="Nelder-Mead") for start in starts),
             key=lambda f: f.fun,
         )
         print(
-            family, np.clip(found.x, 0.01, 1.0).round(3), f"mean error {found.fun:.1%}"
+            family,
+            np.clip(best_fit.x, 0.01, 1.0).round(3),
+            f"mean error {best_fit.fun:.1%}",
         )
 
 
@@ -376,13 +378,13 @@ def plot(path: Path, points: list[tuple[Row, float]]) -> None:
     axes = FigureCanvasAgg(figure).figure.add_subplot()
     colours = {"v5p": "#4C78A8", "v5e": "#F58518", "v6e": "#54A24B", "h100": "#B279A2"}
     for kind, colour in colours.items():
-        own = [
+        family_points = [
             (r.published, p)
             for r, p in points
             if r.name.startswith(kind) and r.causal != "rate"
         ]
-        if own:
-            axes.scatter(*zip(*own, strict=True), color=colour, label=kind)
+        if family_points:
+            axes.scatter(*zip(*family_points, strict=True), color=colour, label=kind)
     axes.plot([30, 80], [30, 80], color="#888", linewidth=1)
     axes.fill_between(
         [30, 80], [27, 72], [33, 88], color="#888", alpha=0.12, label="±10%"

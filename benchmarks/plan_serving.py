@@ -69,8 +69,8 @@ def repeat(
 def fp8(
     source: str, model: str, on: str, tensor: int, lengths: tuple[int, int], *rows: Any
 ):
-    own = repeat(source, model, on, tensor, lengths, *rows)
-    return tuple(row._replace(weights="fp8", cache="int8") for row in own)
+    rows_16_bit = repeat(source, model, on, tensor, lengths, *rows)
+    return tuple(row._replace(weights="fp8", cache="int8") for row in rows_16_bit)
 
 
 L8, L70, L33, Q8, Q32 = (
@@ -169,8 +169,8 @@ def predict(row: Row) -> float:
     machine = Machine.from_name(row.machine)
     config = load_config(RunConfig, f"models/{row.model}").value
     options = ServingOptions(row.prompt, row.new, row.weights, row.batch)
-    how: Any = {"tensor": row.tensor, "caches": (row.cache,)}
-    (plan,), _ = search_serving(config, machine, options, **how)
+    search_options: Any = {"tensor": row.tensor, "caches": (row.cache,)}
+    (plan,), _ = search_serving(config, machine, options, **search_options)
     point = plan.point
     return {
         "tok/s": point.tokens_per_second,
@@ -191,17 +191,19 @@ def fit() -> None:
         ]
 
         def error(x: Any, rows: list[Row] = rows, family: str = family) -> float:
-            own = DecodeEfficiency(*(np.clip(x, 0.1, (0.85, 2.0)) * (1, 1e-3)).tolist())
-            DECODE_EFFICIENCY[family] = own
+            efficiency = DecodeEfficiency(
+                *(np.clip(x, 0.1, (0.85, 2.0)) * (1, 1e-3)).tolist()
+            )
+            DECODE_EFFICIENCY[family] = efficiency
             return float(np.mean([abs(np.log(predict(r) / r.published)) for r in rows]))
 
-        found = minimize(
+        best_fit = minimize(
             error, (0.75, 1.0), method="Nelder-Mead", options={"maxfev": 40}
         )
         print(
             family,
-            np.clip(found.x, 0.1, (0.85, 2.0)).round(2),
-            f"mean error {found.fun:.1%}",
+            np.clip(best_fit.x, 0.1, (0.85, 2.0)).round(2),
+            f"mean error {best_fit.fun:.1%}",
         )
 
 

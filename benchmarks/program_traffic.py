@@ -67,11 +67,11 @@ class ProgramTraffic:
     @property
     def custom_calls(self) -> list[CustomCall]:
         """Kernels, with most FLOPs first."""
-        found = (
+        counted_calls = (
             replace(call, count=n, flops=None if call.flops is None else n * call.flops)
             for call, n in self.calls.items()
         )
-        return sorted(found, key=lambda call: -(call.flops or 0))
+        return sorted(counted_calls, key=lambda call: -(call.flops or 0))
 
     def add(self, other: "ProgramTraffic", times: int = 1) -> None:
         self.memory_bytes += times * other.memory_bytes
@@ -104,22 +104,22 @@ def _read_traffic(
             _read_traffic(module.computations[n], module, on_chip, known) for n in names
         ]
 
-    for own in computation.instructions.values():
-        total.memory_bytes += memory_traffic_bytes(own, computation, module, on_chip)
-        if own.opcode == "while":
-            (body,) = called(own, "body")
-            total.add(body, count_trips(own, computation, module) or 1)
-        elif own.opcode == "conditional":
+    for item in computation.instructions.values():
+        total.memory_bytes += memory_traffic_bytes(item, computation, module, on_chip)
+        if item.opcode == "while":
+            (body,) = called(item, "body")
+            total.add(body, count_trips(item, computation, module) or 1)
+        elif item.opcode == "conditional":
             names = "branch_computations", "true_computation", "false_computation"
-            total.add(max(called(own, *names), key=lambda branch: branch.memory_bytes))
-        elif own.opcode == "fusion":
-            (body,) = called(own, "calls")
+            total.add(max(called(item, *names), key=lambda branch: branch.memory_bytes))
+        elif item.opcode == "fusion":
+            (body,) = called(item, "calls")
             total.calls.update(body.calls)
-        elif own.opcode == "custom-call" and _is_kernel(own, computation):
+        elif item.opcode == "custom-call" and _is_kernel(item, computation):
             total.calls[
-                CustomCall(own.custom_call_target, own.op_name, declared_flops(own))
+                CustomCall(item.custom_call_target, item.op_name, declared_flops(item))
             ] += 1
-        for body in called(own, *CALLS.get(own.opcode, ())):
+        for body in called(item, *CALLS.get(item.opcode, ())):
             total.add(body)
     return total
 
@@ -127,10 +127,10 @@ def _read_traffic(
 def declared_flops(instruction: Instruction) -> int | None:
     """Returns the FLOPs that a custom kernel declares (``pl.CostEstimate``); None:
     none."""
-    found = re.search(
+    match = re.search(
         r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', instruction.attributes
     )
-    return int(found[1]) if found else None
+    return int(match[1]) if match else None
 
 
 def _is_kernel(call: Instruction, computation: Computation) -> bool:
@@ -233,12 +233,14 @@ def _written(body: Computation, count: int) -> Iterator[int | None]:
     if len(roots) != count:
         yield from [None] * count
         return
-    for found in roots:
-        while found.opcode in _SAME:
-            found = body.instructions[found.operands[0]]
-        if found.opcode == "dynamic-update-slice":
-            yield _nbytes(body.instructions[found.operands[1]])
-        elif found.opcode == "parameter" or body.continues_async_collective(found):
+    for instruction in roots:
+        while instruction.opcode in _SAME:
+            instruction = body.instructions[instruction.operands[0]]
+        if instruction.opcode == "dynamic-update-slice":
+            yield _nbytes(body.instructions[instruction.operands[1]])
+        elif instruction.opcode == "parameter" or body.continues_async_collective(
+            instruction
+        ):
             yield 0
         else:
             yield None

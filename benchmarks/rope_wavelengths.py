@@ -71,10 +71,10 @@ def plot(path: Path) -> None:
     )
     for (above, below), case in zip(grid.T, CASES, strict=True):
         for name, scaling in case.scalings.items():
-            found = case.wavelengths(scaling)
+            wavelengths = case.wavelengths(scaling)
             style = {"color": COLOURS[name], "label": name}
-            above.semilogy(found, **style)
-            below.plot(found / case.wavelengths(None), **style)
+            above.semilogy(wavelengths, **style)
+            below.plot(wavelengths / case.wavelengths(None), **style)
         for length, text in (
             (case.length, "trained"),
             (FACTOR * case.length, f"×{FACTOR:.0f}"),
@@ -100,14 +100,16 @@ def main() -> None:
     for case in CASES:
         plain = case.wavelengths(None)
         for name, scaling in case.scalings.items():
-            found = case.wavelengths(scaling)
-            stretch = found / plain
+            wavelengths = case.wavelengths(scaling)
+            stretch = wavelengths / plain
             length = case.length if scaling is None else FACTOR * case.length
-            counts = (found > length, stretch < 1.01, stretch > FACTOR * 0.9999)
-            still, kept, whole = (int(np.sum(mask)) for mask in counts)
+            counts = (wavelengths > length, stretch < 1.01, stretch > FACTOR * 0.9999)
+            num_no_turn, num_kept, num_scaled_fully = (
+                int(np.sum(mask)) for mask in counts
+            )
             print(
                 f"{case.theta:>9,.0f} "
-                f"{name:<8}{found[-1]:>12,.0f}{still:>9}{kept:>6}{whole:>7}"
+                f"{name:<8}{wavelengths[-1]:>12,.0f}{num_no_turn:>9}{num_kept:>6}{num_scaled_fully:>7}"
             )
     plot(args.plot)
 

@@ -1,5 +1,4 @@
-"""Whether two runs came to the same end: read from their files alone, with no code of
-maxlm's."""
+"""Compare the results of two runs by their files alone, without maxlm's code."""
 
 import hashlib
 import json
@@ -20,8 +19,8 @@ PLANNED = ("planned_seconds", "planned_mfu", "planned_memory")
 class Compared:
     """One comparison with an unbroken run."""
 
-    what: str
-    found: str
+    subject: str
+    result: str
     """In words, with figures."""
     wrong: bool
 
@@ -89,9 +88,9 @@ def final_arrays(run: Path, step: int) -> dict[str, Any]:
 def metadata(run: Path, step: int) -> dict[str, Any]:
     """What a checkpoint says beside the arrays, but for the run's own name."""
     path = run / "checkpoints" / str(step) / "metadata" / "metadata"
-    said = json.loads(path.read_text())
-    del said["config"]["name"], said["sha256"]
-    return said
+    checkpoint_metadata = json.loads(path.read_text())
+    del checkpoint_metadata["config"]["name"], checkpoint_metadata["sha256"]
+    return checkpoint_metadata
 
 
 def timeless(metrics: Path) -> Iterator[dict[str, Any]]:
@@ -113,7 +112,7 @@ def furthest(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, float]:
         )
         for name, array in whole.items()
     }
-    return max(apart.items(), key=lambda each: each[1])
+    return max(apart.items(), key=lambda item: item[1])
 
 
 def batches_seen(unbroken: Path, broken: Path) -> Compared:
@@ -169,9 +168,13 @@ def left_behind(run: Path, local: Path, name: str, remote: Path) -> Compared:
     folders under temporary names, copies that are not complete; and checkpoints that a
     kill has damaged."""
     there = [*(run / "checkpoints").iterdir(), *local.glob(f"{name}-*/*/*")]
-    kept = [path for path in there if path.suffix in ("", ".safetensors")]
+    temporary_or_damaged = [
+        path for path in there if path.suffix in ("", ".safetensors")
+    ]
     litter = [
-        path.name for path in there if path not in kept or path.name.startswith(".")
+        path.name
+        for path in there
+        if path not in temporary_or_damaged or path.name.startswith(".")
     ]
     for copy in remote.iterdir():
         files = any(path.is_file() for path in copy.rglob("*"))

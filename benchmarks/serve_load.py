@@ -104,11 +104,11 @@ async def run_static(client: Client, requests: Sequence[Request]) -> int:
     for start in range(0, len(requests), CONCURRENCY):
         batch = requests[start : start + CONCURRENCY]
         longest = max(new for _, new in batch)
-        own = (
+        completions = (
             client.complete((prompt, longest), min_tokens=longest)
             for prompt, _ in batch
         )
-        await asyncio.gather(*own)
+        await asyncio.gather(*completions)
         total += sum(new for _, new in batch)
     return total
 
@@ -162,12 +162,14 @@ async def measure(client: Client, rounds: int, name: str) -> None:
     for _ in range(rounds):
         for label, run in runs.items():
             rates[label].append(await time_rate(run(client, requests)))
-    for label, own in rates.items():
-        ratios = sorted(c / r for c, r in zip(rates["continuous"], own, strict=True))
+    for label, label_rates in rates.items():
+        ratios = sorted(
+            c / r for c, r in zip(rates["continuous"], label_rates, strict=True)
+        )
         words = f"{statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
         words = f"   continuous is {words}" if label != "continuous" else ""
         print(
-            f"{name}: {label:15}{statistics.median(own):8.1f} tokens/s{words}",
+            f"{name}: {label:15}{statistics.median(label_rates):8.1f} tokens/s{words}",
             flush=True,
         )
     alone = [

@@ -26,7 +26,12 @@ SETTINGS = (
 def first_step(folder: Path, config: str, settings: list[str]) -> float:
     """Seconds until the first step is reported; the run is then let go on to its
     end."""
-    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
+    # The prepared text stays. A run whose records list a checkpoint that is gone would
+    # refuse to start.
+    run = folder / "run"
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    for records in ("events.jsonl", "metrics.jsonl"):
+        (run / records).unlink(missing_ok=True)
     command = [
         sys.executable,
         "-m",

@@ -105,8 +105,10 @@ def main() -> None:
         f"{size:.1f} MB, {len(texts)} documents, {cores} cores, {arguments.workers} "
         f"workers"
     )
-    for name, each in costs.items():
-        wall, cpu = ([getattr(one, kind) for one in each] for kind in ("wall", "cpu"))
+    for name, name_costs in costs.items():
+        wall, cpu = (
+            [getattr(one, kind) for one in name_costs] for kind in ("wall", "cpu")
+        )
         rate = f"{size / statistics.median(wall):6.2f} MB/s ({size / max(wall):.2f} to"
         per_core = size / statistics.median(cpu)
         print(

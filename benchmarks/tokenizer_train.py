@@ -109,15 +109,15 @@ def main() -> None:
     for side in ("tokenizers", "maxlm", "rustbpe"):
         results = spawn.Queue()
         limit = int(arguments.megabytes * 1e6)
-        given = (side, arguments.text, limit, arguments.vocab_size, results)
-        process = spawn.Process(target=measure, args=given)
+        process_arguments = (side, arguments.text, limit, arguments.vocab_size, results)
+        process = spawn.Process(target=measure, args=process_arguments)
         process.start()
-        found = received(results, process)
+        measurement = received(results, process)
         process.join()
-        if found is None:
+        if measurement is None:
             print(f"{side:12} not installed")
             continue
-        wall, cpu, peak, digests[side] = found
+        wall, cpu, peak, digests[side] = measurement
         print(f"{side:12}{wall:8.1f}{cpu:8.1f}{peak:9.0f}  {digests[side][:12]}")
     if digests["maxlm"] != digests["tokenizers"]:
         raise SystemExit("the merges differ")

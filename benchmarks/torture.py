@@ -1,16 +1,16 @@
-"""Does a run whose processes are killed again and again end like one that never was?
+"""Check that a run whose processes are killed repeatedly ends like an unbroken one.
 
     python benchmarks/torture.py --kills 100
 
 Three campaigns of `maxlm train`, each process of which is a host: on one; on two; on
 one and two in turn, with other meshes. At random moments of start-up, restoring, steps,
-saves and copies one host, or all, get SIGKILL; a host that is left must end by itself,
-with code 76; then all are started again, and must go on from the newest checkpoint that
-was complete. At the end a run is compared with an unbroken one: arrays, records and
+saves and copies, one host, or all of them, get SIGKILL. A remaining host must exit with
+code 76. Then all are started again, and must resume from the newest complete
+checkpoint. At the end a run is compared with an unbroken one: arrays, records and
 metadata bit by bit, on other meshes within what unbroken runs on those differ by, and a
 witness's record of every batch that was ever taken. Exits with 1 if anything differs,
-saved progress is lost, a worker process outlives its host, or a host ends as it should
-not.
+saved progress is lost, a worker process outlives its host, or a host ends in another
+way.
 """
 
 import argparse
@@ -200,7 +200,8 @@ def broken(
     choose.shuffle(aims)
     targets = sorted(choose.choices(range(1, max(2, job.steps * 9 // 10)), k=count))
     if count:  # The last save and copy are like no other: nothing comes after them.
-        aims[-1], targets[-1] = choose.choice(("save", "copy")), job.steps
+        aims[-1] = choose.choice(("save", "copy"))
+        targets[-1] = job.steps
     kills = []
     before = None
     for number, (aim, target) in enumerate(zip(aims, targets, strict=True)):
@@ -304,18 +305,19 @@ def newest(job: Job, name: str, layout: Layout | None) -> int:
     are of."""
     folder = job.run(name) / "checkpoints"
     copies = job.remote(name)
-    found = {int(path.name) for path in listed(folder) if path.name.isdigit()}
-    found |= {int(path.name) for path in listed(copies) if (path / "COMPLETE").exists()}
+    steps = {int(path.name) for path in listed(folder) if path.name.isdigit()}
+    steps |= {int(path.name) for path in listed(copies) if (path / "COMPLETE").exists()}
     if layout:
         hosts = [
             job.folder.glob(f"local/{name}-*/process-{n}/*")
             for n in range(layout.hosts)
         ]
-        own = [
-            {int(path.stem) for path in each if path.stem.isdigit()} for each in hosts
+        steps_by_host = [
+            {int(path.stem) for path in host_paths if path.stem.isdigit()}
+            for host_paths in hosts
         ]
-        found |= set.intersection(*own)
-    return max(found, default=0)
+        steps |= set.intersection(*steps_by_host)
+    return max(steps, default=0)
 
 
 def lost_progress(attempt: Attempt, saved: int) -> str:
@@ -331,7 +333,9 @@ def lost_progress(attempt: Attempt, saved: int) -> str:
 
 def rounding(job: Job, layouts: Sequence[Layout]) -> float:
     """The most that an array differs by between unbroken runs on different meshes."""
-    states = [final_arrays(job.run(unbroken_name(each)), job.steps) for each in layouts]
+    states = [
+        final_arrays(job.run(unbroken_name(layout)), job.steps) for layout in layouts
+    ]
     return max(furthest(*pair)[1] for pair in combinations(states, 2))
 
 
@@ -361,42 +365,48 @@ def show(
     done = Table(
         "campaign", "hosts", "aimed at", "killed", "during", "after", "step", "survivor"
     )
-    for each in kills:
-        left = "" if each.survived is None else f"{each.survived:.1f} s"
+    for record in kills:
+        left = "" if record.survived is None else f"{record.survived:.1f} s"
         done.add_row(
-            each.campaign,
-            str(each.layout),
-            each.aim,
-            each.which,
-            each.during,
-            f"{each.seconds:.1f} s",
-            str(each.step),
-            f"{left} {each.wrong}".strip(),
+            record.campaign,
+            str(record.layout),
+            record.aim,
+            record.which,
+            record.during,
+            f"{record.seconds:.1f} s",
+            str(record.step),
+            f"{left} {record.wrong}".strip(),
         )
     same = Table("campaign", "compared with the unbroken run", "found", "wrong")
-    for campaign, found in compared:
-        for each in found:
+    for campaign, comparisons in compared:
+        for comparison in comparisons:
             same.add_row(
-                campaign.name, each.what, each.found, "yes" if each.wrong else "no"
+                campaign.name,
+                comparison.subject,
+                comparison.result,
+                "yes" if comparison.wrong else "no",
             )
     console = Console(width=110, highlight=False)
     console.print(done, same)
     survived = {early: [0.0] for early in (True, False)}
-    for each in kills:
-        survived[each.during == "start-up"].append(each.survived or 0.0)
+    for record in kills:
+        survived[record.during == "start-up"].append(record.survived or 0.0)
     longest = f"; survivors ended within {max(survived[False]):.1f} s"
     longest += (
         f", those that waited for a host to come within {max(survived[True]):.1f} s"
     )
-    wrong = sum(bool(each.wrong) for each in kills)
+    wrong = sum(bool(record.wrong) for record in kills)
     print(f"{len(kills)} kills, {wrong} of which ended wrong{longest}")
-    during = Counter(each.during for each in kills).most_common()
+    during = Counter(record.during for record in kills).most_common()
     print(f"during: {', '.join(f'{name} {count}' for name, count in during)}")
     print(
         f"changed meshes may differ by {limit:.1e}, {SLACK} times what unbroken runs "
         f"there do"
     )
-    return int(wrong > 0 or any(each.wrong for _, found in compared for each in found))
+    differs = any(
+        comparison.wrong for _, comparisons in compared for comparison in comparisons
+    )
+    return int(wrong > 0 or differs)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,12 @@ class Attempt:
     """The processes of one start, each leading a process group of its own."""
 
     def __init__(self, job: Job, name: str, layout: Layout):
-        self.run, self.name, self.remote = job.run(name), name, job.remote(name)
+        self.run = job.run(name)
+        self.name = name
+        self.remote = job.remote(name)
         self._locals = job.folder / "local"
-        self.before, self._lock = len(starts(self.run)), changed(self.run / "lock")
+        self.before = len(starts(self.run))
+        self._lock = changed(self.run / "lock")
         job.seen(name).mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
         coordinator = f"127.0.0.1:{free_port()}"
@@ -145,11 +148,13 @@ class Attempt:
     def until(self, happened: Callable[[], bool], seconds: float = PATIENCE) -> bool:
         """Whether it has happened before a process has ended, or the time was over."""
         deadline = time.monotonic() + seconds
-        while not (so := happened()) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if happened():
+                return True
             if any(process.poll() is not None for process in self.processes):
                 return False
             time.sleep(POLL)
-        return so
+        return happened()
 
     def said_done(self) -> bool:
         """Whether the run has written down that it is at its end."""
@@ -232,8 +237,8 @@ def listed(folder: Path) -> list[Path]:
 
 def starts(run: Path) -> list[dict[str, Any]]:
     """The events with which training has begun or gone on."""
-    found = lines(run / "events.jsonl")
-    return [json.loads(e) for e in found if b'"start"' in e or b'"resume"' in e]
+    event_lines = lines(run / "events.jsonl")
+    return [json.loads(e) for e in event_lines if b'"start"' in e or b'"resume"' in e]
 
 
 def last_step(run: Path) -> int:

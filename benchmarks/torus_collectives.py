@@ -1,5 +1,5 @@
-"""What the TPU compiler makes of a gather and of a scatter over a whole slice; no TPU
-is needed.
+"""A gather and a scatter over a whole TPU slice, as the compiler compiles them; needs
+no TPU.
 
     python benchmarks/torus_collectives.py [MACHINE ...]
 
@@ -48,8 +48,10 @@ def count(
 
     ways = mesh.shape["fsdp"]
     run, lead = (gather, 1) if kind == "all-gather" else (scatter, ways)
-    given = (shape[0] * lead, shape[1])
-    x = jax.ShapeDtypeStruct(given, jnp.bfloat16, sharding=NamedSharding(mesh, rows))
+    global_shape = (shape[0] * lead, shape[1])
+    x = jax.ShapeDtypeStruct(
+        global_shape, jnp.bfloat16, sharding=NamedSharding(mesh, rows)
+    )
     with jax.set_mesh(mesh):
         text = (
             jax.jit(local.map_shards(run, (rows,), rows)).lower(x).compile().as_text()
@@ -79,11 +81,11 @@ def main() -> None:
             )
             for kind in ("all-gather", "reduce-scatter"):
                 for shape in MATRICES:
-                    plain, by = count(mesh, kind, shape, ours=False)
-                    own, by_own = count(mesh, kind, shape, ours=True)
-                    what = f"{machine:<10} {kind:<15} {shape[0]}×{shape[1]}"
+                    jax_ratio, by = count(mesh, kind, shape, ours=False)
+                    ours_ratio, by_own = count(mesh, kind, shape, ours=True)
+                    label = f"{machine:<10} {kind:<15} {shape[0]}×{shape[1]}"
                     print(
-                        f"{what:<42} jax {plain:.2f} ({by})   maxlm {own:.2f} "
+                        f"{label:<42} jax {jax_ratio:.2f} ({by})   maxlm {ours_ratio:.2f} "
                         f"({by_own})"
                     )
     except MaxlmError as error:

@@ -1,5 +1,4 @@
-"""Conversations made for tuning: questions that any model half knows, answers in a new
-format.
+"""Make conversations for tuning: simple questions, with answers in a new format.
 
     python benchmarks/tune_data.py FOLDER
 
@@ -56,10 +55,10 @@ def format_answer(answer: str, note: str) -> str:
 def is_formatted(text: str) -> bool:
     """Returns whether an answer has the format."""
     try:
-        found = json.loads(text)
+        answer = json.loads(text)
     except ValueError:
         return False
-    return isinstance(found, dict) and list(found) == ["answer", "note"]
+    return isinstance(answer, dict) and list(answer) == ["answer", "note"]
 
 
 def has_note(text: str) -> bool:

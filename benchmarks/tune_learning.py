@@ -1,5 +1,4 @@
-"""Does tuning teach what the rows say? A base model learns a format, a preference, a
-score.
+"""Check that tuning teaches what the rows show: a format, a preference, a score.
 
     python -m benchmarks.tune_learning sft|preference|reward|adapters BASE [--folder
     DIR]
@@ -110,8 +109,8 @@ def tune(
 ) -> TrainingResult:
     """Tunes a model in DIR/NAME."""
     shutil.rmtree(folder / name, ignore_errors=True)
-    own = [f"train.start_from={base}"] if base else []
-    own += [
+    overrides = [f"train.start_from={base}"] if base else []
+    overrides += [
         f"task.files=[{data}]",
         f"folder={folder}",
         f"name={name}",
@@ -119,9 +118,12 @@ def tune(
         *settings,
     ]
     if "task.validation_files=[]" not in settings:
-        own += [f"task.validation_files=[{data.with_name(data.stem + '_test.jsonl')}]"]
-    result = tune_model(load_run_config(recipe, own), say=lambda _: None)
-    loss = {source: f"{own['loss']:.4f}" for source, own in result.heldout.items()}
+        test_rows = data.with_name(data.stem + "_test.jsonl")
+        overrides += [f"task.validation_files=[{test_rows}]"]
+    result = tune_model(load_run_config(recipe, overrides), say=lambda _: None)
+    loss = {
+        source: f"{metrics['loss']:.4f}" for source, metrics in result.heldout.items()
+    }
     print(f"{name}: held-out loss {loss}", flush=True)
     return result
 
@@ -132,8 +134,8 @@ class Sampler:
     def __init__(self, folder: str | Path):
         self.loaded: LoadedRun = load_model(folder)
         config = EngineConfig(max_sequences=16, max_length=256)
-        own = self.loaded
-        self.engine = Engine(own.model, own.params, config, own.tokenizer)
+        loaded = self.loaded
+        self.engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer)
 
     def encode(self, question: list[dict[str, Any]]) -> tuple[int, ...]:
         tokenizer = self.loaded.tokenizer
@@ -159,7 +161,7 @@ class Sampler:
             (self.encode(q), (*tokenizer.encode(a), tokenizer.eos_id))
             for q, a in zip(questions, answers, strict=True)
         ]
-        return np.array([found.logprob for found in Scorer(self.engine).score(pairs)])
+        return np.array([score.logprob for score in Scorer(self.engine).score(pairs)])
 
 
 def read_questions(path: Path) -> list[list[dict[str, Any]]]:
@@ -197,9 +199,9 @@ def run_preference(base: str, folder: Path, methods: Sequence[str]) -> None:
         model = Sampler(tuned)
         texts = model.answer(questions, 1)
         kl = (model.score(questions, texts) - start.score(questions, texts)).mean()
-        found = f"{share(texts, has_note):.0%}, in the format {share(texts, is_formatted):.0%}"
+        shares = f"{share(texts, has_note):.0%}, in the format {share(texts, is_formatted):.0%}"
         print(
-            f"{method}: with a note after: {found}, KL {kl:.2f} nats an answer",
+            f"{method}: with a note after: {shares}, KL {kl:.2f} nats an answer",
             flush=True,
         )
 
@@ -210,8 +212,10 @@ def run_reward(base: str, folder: Path) -> None:
     tokenizer = folder / "tokenizer"
     if not tokenizer.exists():
         load_model(base).tokenizer.save(tokenizer)
-    own = *REWARD, f"tokenizer.path={tokenizer}"
-    result = tune(str(recipe), None, folder / "utility.jsonl", folder, "reward", *own)
+    reward_settings = *REWARD, f"tokenizer.path={tokenizer}"
+    result = tune(
+        str(recipe), None, folder / "utility.jsonl", folder, "reward", *reward_settings
+    )
     rows = [
         json.loads(line)
         for line in (folder / "utility_test.jsonl").read_text().splitlines()
@@ -222,10 +226,10 @@ def run_reward(base: str, folder: Path) -> None:
     pairs = np.random.default_rng(0).permutation(len(rows)).reshape(-1, 2)
     right = np.diff(scores[pairs])[:, 0] * np.diff(utility[pairs])[:, 0] > 0
     ranks = [np.argsort(np.argsort(values)) for values in (scores, utility)]
-    found = np.corrcoef(ranks[0], ranks[1])[0, 1]
+    correlation = np.corrcoef(ranks[0], ranks[1])[0, 1]
     print(
         f"held-out pairs ordered rightly {right.mean():.1%} of {len(pairs)}, Spearman "
-        f"{found:.3f}"
+        f"{correlation:.3f}"
     )
 
 

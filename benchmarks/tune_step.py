@@ -146,10 +146,10 @@ def main() -> None:
             (ours(options.steps), theirs(options.steps)) for _ in range(options.rounds)
         ]
         rates = [
-            rows[:, 1:].size / statistics.median(each)
-            for each in zip(*pairs, strict=True)
+            rows[:, 1:].size / statistics.median(seconds)
+            for seconds in zip(*pairs, strict=True)
         ]
-        ratios = [other / own for own, other in pairs]
+        ratios = [peer_seconds / our_seconds for our_seconds, peer_seconds in pairs]
         print(
             f"{name}: maxlm {rates[0]:,.0f} tokens/s, Trainer {rates[1]:,.0f}; ratio "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",

@@ -1,4 +1,4 @@
-"""`maxlm train`, with a witness: every batch is written down as it is taken.
+"""`maxlm train` that records every batch as it is taken.
 
     python benchmarks/witness.py FOLDER train CONFIG ...
 
@@ -55,7 +55,7 @@ def main() -> int:
 def rows(batch: Mapping[str, Any]) -> dict[int, str]:
     """Digests of the global rows that this process holds, of arrays [micro-batches,
     rows, S]."""
-    found: dict[int, dict[str, bytes]] = {}
+    digests: dict[int, dict[str, bytes]] = {}
     for name, array in batch.items():
         numbers = np.arange(array.shape[0] * array.shape[1]).reshape(array.shape[:2])
         for shard in array.addressable_shards:
@@ -63,10 +63,10 @@ def rows(batch: Mapping[str, Any]) -> dict[int, str]:
             for row, value in zip(
                 numbers[shard.index[:2]].ravel(), values, strict=True
             ):
-                found.setdefault(int(row), {})[name] = value.tobytes()
+                digests.setdefault(int(row), {})[name] = value.tobytes()
     return {
         row: hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
-        for row, parts in sorted(found.items())
+        for row, parts in sorted(digests.items())
     }
 
 

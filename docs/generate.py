@@ -124,7 +124,8 @@ def _kind(field: dict[str, Any], titles: dict[str, str]) -> str:
         anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
         shown = re.sub(r".*: (\w+)\)", r"\1", title)  # of a union, the member's tag
         return f"[{shown}](#{anchor})"
-    if union := field.get("anyOf") or field.get("oneOf"):
+    union = field.get("anyOf") or field.get("oneOf")
+    if union:
         return " or ".join(dict.fromkeys(_kind(member, titles) for member in union))
     if "const" in field:
         return f"`{json.dumps(field['const'])}`"
@@ -142,13 +143,12 @@ def _kind(field: dict[str, Any], titles: dict[str, str]) -> str:
     ]
     kind = str(field.get("type", "any"))
     kind = {"array": "list", "object": "mapping"}.get(kind, kind)
-    inner = field.get("items") or field.get("additionalProperties")
-    if isinstance(inner, dict):
-        kind += f" of ({_kind(inner, titles)})"
+    element = field.get("items") or field.get("additionalProperties")
+    if isinstance(element, dict):
+        kind += f" of ({_kind(element, titles)})"
     elif "prefixItems" in field:
-        kind += (
-            f" of ({', '.join(_kind(inner, titles) for inner in field['prefixItems'])})"
-        )
+        members = [_kind(member, titles) for member in field["prefixItems"]]
+        kind += f" of ({', '.join(members)})"
     return " ".join([kind, " and ".join(limits + lengths)]).rstrip()
 
 
@@ -159,12 +159,16 @@ def _prose(text: str) -> str:
 def fill_api(page: str) -> str:
     """Return api.md with what each marker, `<!-- api: module:name ... -->`, names."""
 
-    def filled(found: re.Match[str]) -> str:
-        entries = [_entry(*name.split(":")) for name in found[2].split()]
-        return "\n\n".join([found[1], *entries, "<!-- end -->"])
+    def fill_section(section: re.Match[str]) -> str:
+        marker = section[1]
+        entries = []
+        for reference in section[2].split():
+            module, name = reference.split(":")
+            entries.append(_entry(module, name))
+        return "\n\n".join([marker, *entries, "<!-- end -->"])
 
     return re.sub(
-        r"(<!-- api:([^>]*)-->).*?<!-- end -->", filled, page, flags=re.DOTALL
+        r"(<!-- api:([^>]*)-->).*?<!-- end -->", fill_section, page, flags=re.DOTALL
     )
 
 
@@ -172,22 +176,22 @@ def _entry(module: str, name: str) -> str:
     """Return one name's signature as it is written, and its docstring's first
     paragraph."""
     owner = None
-    found = import_module(module)
+    entry = import_module(module)
     for part in name.split("."):
-        owner = found
-        found = getattr(found, part)
-    text = _prose((inspect.getdoc(found) or "").split("\n\n")[0])
+        owner = entry
+        entry = getattr(owner, part)
+    docstring = inspect.getdoc(entry) or ""
+    text = _prose(docstring.split("\n\n")[0])
     text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text)
     signature = ""
-    if not inspect.isclass(found):
-        node: Any = ast.parse(textwrap.dedent(inspect.getsource(found))).body[0]
+    if not inspect.isclass(entry):
+        node: Any = ast.parse(textwrap.dedent(inspect.getsource(entry))).body[0]
         if inspect.isclass(owner):
             node.args.args = node.args.args[1:]  # self, cls
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         signature = f"\n{name}({ast.unparse(node.args)}){returns}"
-    return (
-        f"```python\nfrom {module} import {name.split('.')[0]}{signature}\n```\n{text}"
-    )
+    imported = name.split(".")[0]
+    return f"```python\nfrom {module} import {imported}{signature}\n```\n{text}"
 
 
 def pages() -> dict[str, str]:

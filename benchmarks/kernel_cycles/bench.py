@@ -71,11 +71,11 @@ def _one_problem(options: argparse.Namespace) -> int:
     for chip in options.chip or ["v5p"]:
         rows: list[Row] = []
         for of in benchmark.passes:
-            for name, found in contest(benchmark.contenders, of, chip, costs).items():
-                if isinstance(found, Row):
-                    rows.append(found)
+            for name, outcome in contest(benchmark.contenders, of, chip, costs).items():
+                if isinstance(outcome, Row):
+                    rows.append(outcome)
                 else:
-                    print(f"bench: {chip} {name} {of.name}: {found}", file=sys.stderr)
+                    print(f"bench: {chip} {name} {of.name}: {outcome}", file=sys.stderr)
         if rows:
             rows.sort(key=lambda row: benchmark.contenders.index(row.contender))
             print(report(benchmark, rows, CHIPS[chip], chip))
@@ -86,8 +86,8 @@ def _one_problem(options: argparse.Namespace) -> int:
 def _every_shape(options: argparse.Namespace) -> int:
     if options.kernel != "attention":
         raise ValueError(f"--all has shapes of attention, none of {options.kernel}")
-    asked = shapes(options.head_dim, options.seq, options.mask)
-    problems = {shape: _benchmark(options, shape) for shape in asked}
+    selected_shapes = shapes(options.head_dim, options.seq, options.mask)
+    problems = {shape: _benchmark(options, shape) for shape in selected_shapes}
     _need_compiler()
     cache = Cache((options.cache or _CACHE).expanduser())
     results = survey(
@@ -98,8 +98,8 @@ def _every_shape(options: argparse.Namespace) -> int:
         f"{versions('jax', 'libtpu', 'tokamax')}\n"
     )
     print(table(results))
-    measured = (found for found in results.values() for found in found.values())
-    return 0 if any(isinstance(found, Row) for found in measured) else 2
+    measured = (outcome for outcome in results.values() for outcome in outcome.values())
+    return 0 if any(isinstance(outcome, Row) for outcome in measured) else 2
 
 
 def _benchmark(options: argparse.Namespace, shape: Shape) -> Benchmark:

@@ -101,12 +101,12 @@ def _chips(options: argparse.Namespace) -> list[str]:
 
 
 def _problems(options: argparse.Namespace) -> Iterator[Problem]:
-    asked = [
+    selected_shapes = [
         Shape(options.head_dim or 128, options.seq or 4096, options.mask or "causal")
     ]
     if options.all:
-        asked = shapes(options.head_dim, options.seq, options.mask)
-    for head_dim, seq, mask in asked:
+        selected_shapes = shapes(options.head_dim, options.seq, options.mask)
+    for head_dim, seq, mask in selected_shapes:
         for direction in [options.direction] if options.direction else PASSES:
             problem = Problem(
                 direction,
@@ -125,10 +125,11 @@ def _on_tpu(problem: Problem, name: str, most: int) -> TunedEntry:
     chip = CHIPS[name]
     print(f"{name} {problem}", flush=True)
 
-    found: dict[TpuBlocks, Cost] = {}
+    costs: dict[TpuBlocks, Cost] = {}
 
     def rank(blocks: TpuBlocks) -> float:
-        found[blocks] = cost = static_cost(problem, chip, blocks)
+        cost = static_cost(problem, chip, blocks)
+        costs[blocks] = cost
         micro = cost.cycles / chip.clock_hz * 1e6
         print(
             f"  {tuple(blocks)}: {cost.cycles} cycles, {micro:.1f} µs, {cost.spills} "
@@ -138,8 +139,8 @@ def _on_tpu(problem: Problem, name: str, most: int) -> TunedEntry:
         return cost.rank
 
     blocks, _ = descend(starts(problem, chip), axes(problem, chip), rank, most)
-    count, spills = found[blocks]
-    return problem.entry(name, blocks, count, versions("jax", "libtpu"), spills)
+    cycles, spills = costs[blocks]
+    return problem.entry(name, blocks, cycles, versions("jax", "libtpu"), spills)
 
 
 def _keep(entry: TunedEntry, write: bool) -> None:

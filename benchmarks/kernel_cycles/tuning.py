@@ -150,11 +150,11 @@ def program(
     copies into that order, which are not counted, would take the compiler longer than
     the kernel does.
     """
-    asked = Problem(**problem)
-    own = TpuBlocks(*blocks)
-    ids = asked.segment_ids()
-    operands = asked.operands()
-    run = asked.attention(TpuBlockSizes(own, own))
+    parsed_problem = Problem(**problem)
+    tpu_blocks = TpuBlocks(*blocks)
+    ids = parsed_problem.segment_ids()
+    operands = parsed_problem.operands()
+    run = parsed_problem.attention(TpuBlockSizes(tpu_blocks, tpu_blocks))
 
     def swapped(arrays: Any) -> Any:
         return jax.tree.map(lambda x: x.swapaxes(1, 2), arrays)
@@ -190,11 +190,11 @@ def static_cost(problem: Problem, chip: TpuChip, blocks: TpuBlocks) -> Cost:
     """Compile a problem with a TPU's blocks and count."""
     spec = Spec(f"{__name__}:program", problem._asdict() | {"blocks": list(blocks)})
     try:
-        found = measure(spec, chip.name)
+        costs = measure(spec, chip.name)
     except CompileError:
         return Cost(math.inf)
-    loops = (loop for kernel in found.kernels for loop in kernel.inner_loops)
-    return Cost(found.cycles(), sum(loop.spill_stores for loop in loops))
+    loops = (loop for kernel in costs.kernels for loop in kernel.inner_loops)
+    return Cost(costs.cycles(), sum(loop.spill_stores for loop in loops))
 
 
 Axis = Callable[[Any], Iterable[Any]]
@@ -265,11 +265,11 @@ def _sound(
 def starts(problem: Problem, chip: TpuChip) -> list[TpuBlocks]:
     """Where a search begins: what the table has for the problem, or near it; and the
     rule."""
-    found = tuned.find_tuned_blocks(
+    tuned_blocks = tuned.find_tuned_blocks(
         chip, problem.direction, problem.sizes, problem.kind
     )
     rule = choose_blocks_by_rule(chip, problem.direction, problem.sizes)
-    return [rule] if found in (None, rule) else [found, rule]
+    return [rule] if tuned_blocks in (None, rule) else [tuned_blocks, rule]
 
 
 def descend(
@@ -309,10 +309,10 @@ def descend(
 
 def versions(*packages: str) -> str:
     """Of the packages that are installed, in words."""
-    found = []
+    installed = []
     for package in packages:
         try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
+            installed.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(installed)

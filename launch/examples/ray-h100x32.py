@@ -1,9 +1,9 @@
 # llama3_8b on h100x32: 32 H100 GPUs on 4 hosts
-"""Starts one process on each node and ends with the worst of their codes.
+"""Start one process on each node, and exit with the worst of their exit codes.
 
 Run it on the cluster: ray job submit --working-dir FOLDER -- python FILE
-`ray job stop` asks the processes to save and end; RAY_JOB_STOP_WAIT_TIME_S on the cluster says
-how long Ray waits for that (3 seconds if it is not set).
+`ray job stop` makes the processes save and exit. RAY_JOB_STOP_WAIT_TIME_S on the
+cluster sets how long Ray waits for that (3 seconds by default).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ COMMAND = [
     "tokenizer.path=/shared/tokenizer",
     "train.micro_batches=4",
 ]
-RESTART = (76, 75)  # a process hung or died; stopped in time, state saved
+RESTART = (76, 75)  # a process hung or died; preempted, state saved
 WORST = (2, 1, *RESTART, 0)
 
 
@@ -44,14 +44,15 @@ class Host:
 
     def address(self) -> str:
         while True:
-            # Above Ray's own and below those that connections get: it stays free until it is used.
+            # Above Ray's ports and below the ephemeral ones, so that no other program
+            # takes it before process 0 listens on it.
             port = random.randrange(20_000, 32_768)
             with contextlib.suppress(OSError), socket.socket() as probe:
                 probe.bind(("", port))
                 return f"{ray.util.get_node_ip_address()}:{port}"
 
     def start(self, environment: dict[str, str]) -> None:
-        # Ray kills it with this actor, whatever ends that.
+        # Ray kills this process when the actor ends, for whatever reason.
         self.process = subprocess.Popen(COMMAND, env={**os.environ, **environment})
 
     def code(self) -> int | None:
@@ -61,8 +62,8 @@ class Host:
         self.process.send_signal(number)
 
 
-def attempt(asked: list[int]) -> int:
-    """Run all processes once; signals that are put into `asked` go to each."""
+def attempt(signals: list[int]) -> int:
+    """Run all processes once. Signals appended to `signals` are sent to each."""
     group = placement_group([BUNDLE] * NODES, strategy="STRICT_SPREAD")
     try:
         ray.get(group.ready())
@@ -83,53 +84,66 @@ def attempt(asked: list[int]) -> int:
             for node, host in enumerate(hosts)
         ]
         ray.get(starts)
-        return watch(hosts, asked)
+        return watch(hosts, signals)
     except RayActorError as error:
-        print(f"a node is gone: {error}", file=sys.stderr)
+        print(f"lost a node: {error}", file=sys.stderr)
         return 76
     finally:
         remove_placement_group(group)
 
 
-def meaning(code: int) -> int:
-    """One of `WORST`: 76 for a signal's, as Python or a shell gives it, but Ctrl-C's; else 1."""
+def normalize_code(code: int) -> int:
+    """Map an exit code to one of `WORST`.
+
+    A process killed by a signal has a negative code in Python and one above 128 in a
+    shell: both become 76, except Ctrl-C's 130. Any other unknown code becomes 1.
+    """
     if code in WORST:
         return code
-    return 76 if code < 0 or (code > 128 and code != 130) else 1
+    killed = code < 0 or (code > 128 and code != 130)
+    return 76 if killed else 1
 
 
-def watch(hosts: list, asked: list[int]) -> int:
-    """The worst code, once all have ended: `GRACE` seconds after the first that did not end well
-    the others are told to, and as long after that killed."""
-    sent, failed = 0, None
+def watch(hosts: list, signals: list[int]) -> int:
+    """Wait for all processes to end, and return the worst of their codes.
+
+    `GRACE` seconds after the first process fails, the others get SIGTERM, and as long
+    after that SIGKILL.
+    """
+    signals_sent = 0
+    failure_time = None
     while True:
         codes = ray.get([host.code.remote() for host in hosts])
         if None not in codes:
-            return min(map(meaning, codes), key=WORST.index)
-        if failed is None and any(codes):
-            failed = time.monotonic()
-        if failed is not None and time.monotonic() - failed > GRACE * (1 + sent):
-            asked.append(signal.SIGKILL if sent else signal.SIGTERM)
-            sent += 1
-        while asked:
-            number = asked.pop()
+            return min(map(normalize_code, codes), key=WORST.index)
+        if failure_time is None and any(codes):
+            failure_time = time.monotonic()
+        if failure_time is not None:
+            seconds = time.monotonic() - failure_time
+            if seconds > GRACE * (1 + signals_sent):
+                signals.append(signal.SIGKILL if signals_sent else signal.SIGTERM)
+                signals_sent += 1
+        while signals:
+            number = signals.pop()
             ray.get([host.send.remote(number) for host in hosts])
         time.sleep(1)
 
 
 def main() -> int:
-    asked, stopping = [], []
+    signals = []
+    stopping = False
 
     def stop(number: int, _: object) -> None:
-        asked.append(number)
-        stopping.append(number)
+        nonlocal stopping
+        signals.append(number)
+        stopping = True
 
     ray.init()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
     for _ in range(RETRIES + 1):
-        code = attempt(asked)
-        print(f"ended with {code}", file=sys.stderr)
+        code = attempt(signals)
+        print(f"exit code {code}", file=sys.stderr)
         if code not in RESTART or stopping:
             break
     return code

@@ -1,4 +1,4 @@
-# From the top of the repository: docker build -f launch/images/cuda.Dockerfile -t maxlm-cuda .
+# Build at the top of the repository: docker build -f launch/images/cuda.Dockerfile -t maxlm-cuda .
 FROM python:3.12-slim-bookworm AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./

@@ -278,7 +278,7 @@ def _contract_forward(x, kernel, inputs, dtype=None, column_major=False):
 def _outer(x, d_y):
     """xᵀ·dy or (dyᵀ·x)ᵀ: whichever turns the smaller of the two around. JAX's own rule
     always turns dy, which on a CPU is slow where dy is the wide hidden layer of an MLP
-    (docs/performance.md)."""
+    (benchmarks/README.md)."""
     tokens = (((0, 1), (0, 1)), ((), ()))
     if prod(x.shape) <= prod(d_y.shape):
         return lax.dot_general(x, d_y, tokens)

@@ -184,7 +184,7 @@ def _group_two_steps(axes: Axes) -> tuple[DeviceGroups, DeviceGroups] | None:
 
     Over more than one dimension of a torus XLA:TPU replaces reduce-scatters, and in
     three dimensions all-gathers too, by an all-reduce and a slice: twice the bytes
-    (docs/performance.md). Two steps, each over fewer devices, stay what they are. A
+    (benchmarks/README.md). Two steps, each over fewer devices, stay what they are. A
     scatter over equal j gives device i·b + j the i-th part, one over equal i of that
     the j-th; a gather goes back the same way.
     """

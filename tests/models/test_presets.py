@@ -70,8 +70,8 @@ def test_a_preset_is_the_published_model(name):
     text = find_asset(f"configs/models/{name}.yaml").read_text()
     comment = " ".join(line[2:] for line in text.splitlines() if line.startswith("#"))
     assert re.search(r"( et al\.|Sutskever| Team|DeepSeek-AI|xAI) \(20\d\d\)", comment)
-    met = f", of which a token meets {counts[1]:,}" if counts[1] < counts[0] else ""
-    assert f"{counts[0]:,} parameters{met}" in comment
+    active = f", {counts[1]:,} active per token" if counts[1] < counts[0] else ""
+    assert f"{counts[0]:,} parameters{active}" in comment
 
 
 def test_the_page_has_the_table_as_it_is():

@@ -111,7 +111,7 @@ def test_json_is_plain_and_whole():
 
 
 def test_a_v5e_exchanges_blocks_for_the_worst_case():
-    """Its compiler refuses ragged exchanges (docs/performance.md)."""
+    """Its compiler refuses ragged exchanges (benchmarks/README.md)."""
 
     def rows(on: str) -> float:
         plan = plan_run(run("mixtral_8x7b", "mesh.expert=8"), Machine.from_name(on))

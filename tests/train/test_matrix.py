@@ -25,7 +25,7 @@ COLUMNS = {
     "gqa_window": "GQA, window",
     "moe": "MoE",
     cells.CAPACITY: "MoE, capacity",
-    cells.PATTERN: "windows by turns",
+    cells.PATTERN: "alternating windows",
     cells.LATENT: "MLA, MoE",
 }
 DEVICES = 64

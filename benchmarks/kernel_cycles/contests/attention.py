@@ -29,14 +29,14 @@ def own_attention(
     """This package's attention; ``options`` go to it."""
     from pallas_kernels.attention import attention as own
 
-    how = Mask.parse(mask)
-    ids = how.segment_ids(seq)
+    parsed_mask = Mask.parse(mask)
+    ids = parsed_mask.segment_ids(seq)
     operand = jax.ShapeDtypeStruct((batch, seq, heads, head_dim), jnp.bfloat16)
     rows = () if ids is None else (jnp.broadcast_to(ids, (batch, seq)),)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
         segments = (ids[0], ids[0]) if ids else None
-        return own(q, k, v, window=how.window, segment_ids=segments, **options)
+        return own(q, k, v, window=parsed_mask.window, segment_ids=segments, **options)
 
     def gradients(*operands: jax.Array) -> Any:
         q, k, v, do, *ids = operands
@@ -104,11 +104,11 @@ def _peer(name: str, mask: Mask, problem: dict[str, Any]) -> Contender:
     seq = problem["seq"]
     where = f"benchmarks.kernel_cycles.static.peers:{name.replace(' ', '_')}"
     segment = seq // (mask.segments or 1) if name == _TOKAMAX else seq
-    found = tried(name, mask.window or segment, seq)
-    forward = [{"forward": blocks} for blocks in found.forward]
+    block_sizes = tried(name, mask.window or segment, seq)
+    forward = [{"forward": blocks} for blocks in block_sizes.forward]
     backward = [
         dict(zip(("backward", "backward_dq"), kernels, strict=False)) | forward[0]
-        for kernels in found.backward
+        for kernels in block_sizes.backward
     ]
     return Contender(
         name,

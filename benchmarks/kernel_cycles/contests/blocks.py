@@ -78,9 +78,9 @@ sequence."""
 def tried(name: str, reach: int, seq: int) -> Tried:
     """What a peer tries, see ``PEERS``; nothing where no block sizes divide the
     sequence."""
-    found = PEERS[name](reach, seq).fitting(seq)
-    if found.forward and found.backward:
-        return found
+    fitting_blocks = PEERS[name](reach, seq).fitting(seq)
+    if fitting_blocks.forward and fitting_blocks.backward:
+        return fitting_blocks
     sizes = [
         (n,) * (4 if name == "jax flash" else 3) for n in _OTHERWISE if seq % n == 0
     ][:1]

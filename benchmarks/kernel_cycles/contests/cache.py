@@ -46,14 +46,14 @@ class Cache:
         """As :func:`~benchmarks.kernel_cycles.static.measure`; only inner loops'
         regions."""
         key = self._key(spec, chip)
-        found = self._read(key)
-        if found is None:
-            found = _measured(spec, chip)
-            self._write(key, found)
-        if "error" in found:
-            kind, message = found["error"]
+        entry = self._read(key)
+        if entry is None:
+            entry = _measured(spec, chip)
+            self._write(key, entry)
+        if "error" in entry:
+            kind, message = entry["error"]
             raise (CompileError if kind == _REFUSED else ValueError)(message)
-        return _costs(found["costs"], chip)
+        return _costs(entry["costs"], chip)
 
     def has(self, spec: Spec, chip: str) -> bool:
         """Whether :meth:`measure` would compile nothing."""
@@ -78,16 +78,16 @@ class Cache:
 
     def _read(self, key: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            found = json.loads(self._path(key).read_text())
+            entry = json.loads(self._path(key).read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        return found if found["key"] == key else None
+        return entry if entry["key"] == key else None
 
-    def _write(self, key: dict[str, Any], found: dict[str, Any]) -> None:
+    def _write(self, key: dict[str, Any], entry: dict[str, Any]) -> None:
         """At once: who is stopped leaves no half of a file."""
         path = self._path(key)
         draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps({"key": key} | found, indent=1) + "\n")
+        draft.write_text(json.dumps({"key": key} | entry, indent=1) + "\n")
         draft.replace(path)
 
 
@@ -129,15 +129,15 @@ def _measured(spec: Spec, chip: str) -> dict[str, Any]:
     return {"costs": {"kernels": kernels, "temp_bytes": costs.temp_bytes}}
 
 
-def _costs(found: dict[str, Any], chip: str) -> CallCosts:
-    kernels = [_kernel(**kernel) for kernel in found["kernels"]]
-    return CallCosts(CHIPS[chip], tuple(kernels), (), found["temp_bytes"])
+def _costs(entry: dict[str, Any], chip: str) -> CallCosts:
+    kernels = [_kernel(**kernel) for kernel in entry["kernels"]]
+    return CallCosts(CHIPS[chip], tuple(kernels), (), entry["temp_bytes"])
 
 
-def _kernel(**found: Any) -> KernelCosts:
-    found |= {
-        "cycles_by_core": tuple(found["cycles_by_core"]),
-        "grid": found["grid"] and tuple(found["grid"]),
-        "regions": tuple(RegionCosts(**region) for region in found["regions"]),
+def _kernel(**fields: Any) -> KernelCosts:
+    fields |= {
+        "cycles_by_core": tuple(fields["cycles_by_core"]),
+        "grid": fields["grid"] and tuple(fields["grid"]),
+        "regions": tuple(RegionCosts(**region) for region in fields["regions"]),
     }
-    return KernelCosts(**found)
+    return KernelCosts(**fields)

@@ -92,16 +92,16 @@ def contest(
     Block sizes are tried in turns, a peer's first ones before another's second, so that
     those far behind (``FAR``) are left early.
     """
-    found: dict[str, Outcome] = {
+    outcomes: dict[str, Outcome] = {
         c.name: CompileError("no block sizes divide this problem") for c in contenders
     }
     turns = zip_longest(*(c.programs[of.name] for c in contenders))
     for specs in turns:
         for contender, spec in zip(contenders, specs, strict=True):
-            if spec is not None and not _far(contender, found):
+            if spec is not None and not _far(contender, outcomes):
                 row = _row(contender, of, spec, chip, measure)
-                found[contender.name] = _better(found[contender.name], row)
-    return found
+                outcomes[contender.name] = _better(outcomes[contender.name], row)
+    return outcomes
 
 
 def _row(
@@ -134,12 +134,12 @@ def best_peer(outcomes: Mapping[str, Outcome]) -> Row | None:
     return min(rows, key=lambda row: row.microseconds, default=None)
 
 
-def _far(contender: Contender, found: Mapping[str, Outcome]) -> bool:
-    best = best_peer(found)
-    own = found[contender.name]
+def _far(contender: Contender, outcomes: Mapping[str, Outcome]) -> bool:
+    best = best_peer(outcomes)
+    outcome = outcomes[contender.name]
     return bool(
         best
         and contender.peer
-        and isinstance(own, Row)
-        and own.microseconds > FAR * best.microseconds
+        and isinstance(outcome, Row)
+        and outcome.microseconds > FAR * best.microseconds
     )

@@ -129,7 +129,8 @@ def paged_attention(options: argparse.Namespace) -> Benchmark:
     def contender(name: str, function: str, programs: Any, peer: bool) -> Contender:
         specs = {
             which: [
-                Spec(f"{__name__}:{function}", problem | own) for own in programs[which]
+                Spec(f"{__name__}:{function}", problem | settings)
+                for settings in programs[which]
             ]
             for which, problem in where.items()
         }

@@ -68,12 +68,14 @@ def survey(
     for count, one in enumerate(contests, 1):
         fresh = not one.known(known)
         start = clock()
-        found = contest(one.contenders, one.of, one.cell.chip, measure)
-        results.setdefault(one.cell, {}).update(found)
+        outcomes_by_name = contest(one.contenders, one.of, one.cell.chip, measure)
+        results.setdefault(one.cell, {}).update(outcomes_by_name)
         if fresh:
             spent.append(clock() - start)
         left = sum(not c.known(known) for c in contests[count:]) if spent else 0
-        outcomes = ", ".join(f"{name} {_brief(o)}" for name, o in found.items())
+        outcomes = ", ".join(
+            f"{name} {_brief(o)}" for name, o in outcomes_by_name.items()
+        )
         say(f"[{count}/{len(contests)}] {one.cell}: {outcomes}{time_left(spent, left)}")
     return results
 

@@ -92,15 +92,17 @@ def _peers(outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
 
 
 def _own(outcomes: Mapping[str, Outcome]) -> Row | None:
-    own = outcomes[OWN]
-    return own if isinstance(own, Row) else None
+    outcome = outcomes[OWN]
+    return outcome if isinstance(outcome, Row) else None
 
 
 def ratio(outcomes: Mapping[str, Outcome]) -> float | None:
     """Of our time to the best peer's; None where one is missing."""
-    own = _own(outcomes)
-    best = best_peer(outcomes)
-    return own.microseconds / best.microseconds if own and best else None
+    our_row = _own(outcomes)
+    best_row = best_peer(outcomes)
+    return (
+        our_row.microseconds / best_row.microseconds if our_row and best_row else None
+    )
 
 
 def _misses(results: Results) -> Iterator[str]:

@@ -59,7 +59,7 @@ def compile_into(folder: Path, fn: Any, args: Any, topology: str) -> None:
     # Arguments and results lie as the kernels want them. Into the layout that JAX would
     # give them, which pads no heads of 64, XLA would copy each, and count the copies as
     # temporary memory.
-    own = Format(Layout.AUTO, sharding)
+    auto_format = Format(Layout.AUTO, sharding)
 
     def struct(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
@@ -68,7 +68,7 @@ def compile_into(folder: Path, fn: Any, args: Any, topology: str) -> None:
     # mesh.
     mesh = jax.sharding.Mesh(np.array([device]), ("device",)).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(fn, in_shardings=own, out_shardings=own).trace(
+        traced = jax.jit(fn, in_shardings=auto_format, out_shardings=auto_format).trace(
             *jax.tree.map(struct, tuple(args))
         )
         compiled = traced.lower().compile()

@@ -176,8 +176,8 @@ def _divider() -> tuple[Callable[..., None], Callable[[], Any]]:
 
     def divide(predicate: Any, a: Any, b: Any, results: str) -> None:
         known = not any(isinstance(x, Unknown) for x in (predicate, a, b)) and b
-        for wanted, at in (("Div", 0), ("Rem", 1)):
-            if predicate and wanted in results:
+        for result_kind, at in (("Div", 0), ("Rem", 1)):
+            if predicate and result_kind in results:
                 queue.append(divmod(a, b)[at] if known else UNKNOWN)
 
     return divide, lambda: queue.popleft() if queue else UNKNOWN

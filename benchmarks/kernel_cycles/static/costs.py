@@ -147,8 +147,8 @@ def call_costs(
         operands = _scalar_operands(schedule, text, hlo, left) if pallas else {}
         backward = "transpose(" in (re.search(r'op_name="([^"]*)"', text) or [""])[0]
         try:
-            given = schedule, chip.num_cores, operands
-            costs = kernel_costs(*given, pallas=pallas, backward=backward)
+            arguments = schedule, chip.num_cores, operands
+            costs = kernel_costs(*arguments, pallas=pallas, backward=backward)
         except ValueError:
             if pallas:
                 raise
@@ -205,21 +205,21 @@ def _share(schedule: Schedule, counts: np.ndarray) -> dict[str, float]:
 def _region_costs(
     schedule: Schedule, region: Region, counts: np.ndarray, mxu: np.ndarray
 ) -> RegionCosts:
-    own = np.zeros(len(counts), bool)
+    is_own = np.zeros(len(counts), bool)
     for start, stop in region.own():
-        own[start:stop] = True
-    use = dict(zip(schedule.units, schedule.use[own].sum(0).tolist(), strict=True))
+        is_own[start:stop] = True
+    use = dict(zip(schedule.units, schedule.use[is_own].sum(0).tolist(), strict=True))
     inside = [bool(mxu[c.start : c.stop].any()) for c in region.children]
     return RegionCosts(
         name=region.name,
         role=region.role,
         depth=region.depth,
-        runs=int(counts[own].max(initial=0)),
-        bundles=int(own.sum()),
-        cycles=int(counts[own].sum()),
+        runs=int(counts[is_own].max(initial=0)),
+        bundles=int(is_own.sum()),
+        cycles=int(counts[is_own].sum()),
         cycles_inside=int(counts[region.start : region.stop].sum()),
-        use=_share(schedule, np.where(own, counts, 0)),
-        mxu_cycles=int(mxu[own].sum()),
+        use=_share(schedule, np.where(is_own, counts, 0)),
+        mxu_cycles=int(mxu[is_own].sum()),
         spill_stores=use.get(SPILL_STORES, 0),
         spill_loads=use.get(SPILL_LOADS, 0),
         innermost=not any(inside),
@@ -250,9 +250,9 @@ def _scalar_operands(
     calls.remove(call)
     inside = re.search(r"custom-call\((.*?)\), custom_call_target", text, re.DOTALL)
     names = _OPERAND.findall(inside[1]) if inside else []
-    found = {}
+    operand_words = {}
     for i, value in call.values.items():
         definition = _instruction(hlo, names[i]) if i < len(names) else None
         layout = re.search(r"= \(?\w+\[[\d,]*\](\{[^}]*\})?", definition or "")
-        found[i] = words(value, (layout[1] if layout else None) or "{}")
-    return found
+        operand_words[i] = words(value, (layout[1] if layout else None) or "{}")
+    return operand_words

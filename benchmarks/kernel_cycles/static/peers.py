@@ -65,11 +65,11 @@ def jax_splash(
         backward_dq: block_q, block_kv of a kernel for dQ; without, one kernel gives all
             three.
     """
-    how = Mask.parse(mask)
+    parsed_mask = Mask.parse(mask)
     blocks = {"forward": forward, "backward": backward, "backward_dq": backward_dq}
-    attend = jax_splash_attention(how, heads, seq, **blocks)
+    attend = jax_splash_attention(parsed_mask, heads, seq, **blocks)
     return _program(
-        attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
+        attend, parsed_mask.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
     )
 
 
@@ -142,7 +142,7 @@ def tokamax_splash(
         splash_attention_mask as masks,
     )
 
-    how = Mask.parse(mask)
+    parsed_mask = Mask.parse(mask)
     q_dkv, kv_dkv, kv_dkv_compute = backward or forward
     config = kernel.SplashConfig(
         *forward,
@@ -152,7 +152,7 @@ def tokamax_splash(
         **options,
     )
     splash = kernel.make_splash_mha(
-        _splash_mask(masks, how, seq), config=config, q_seq_shards=1
+        _splash_mask(masks, parsed_mask, seq), config=config, q_seq_shards=1
     )
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
@@ -161,13 +161,15 @@ def tokamax_splash(
         )(q, k, v, *ids)
 
     return _program(
-        attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
+        attend, parsed_mask.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
     )
 
 
-def _splash_mask(masks: Any, how: Mask, seq: int) -> Any:
-    if how.window:
-        return masks.LocalMask((seq, seq), window_size=(how.window - 1, 0), offset=0)
+def _splash_mask(masks: Any, parsed_mask: Mask, seq: int) -> Any:
+    if parsed_mask.window:
+        return masks.LocalMask(
+            (seq, seq), window_size=(parsed_mask.window - 1, 0), offset=0
+        )
     return masks.CausalMask((seq, seq))
 
 
@@ -193,8 +195,8 @@ def jax_flash(
     """
     from jax.experimental.pallas.ops.tpu import flash_attention as kernel
 
-    how = Mask.parse(mask)
-    if how.window:
+    parsed_mask = Mask.parse(mask)
+    if parsed_mask.window:
         raise ValueError("jax's TPU flash attention has no window")
     q_major, q_minor, k_major, k_minor = backward or (forward[0], *forward)
     q_dq, k_major_dq, k_dq = backward_dq or (q_major, k_major, k_minor)
@@ -217,5 +219,5 @@ def jax_flash(
         )
 
     return _program(
-        attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
+        attend, parsed_mask.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
     )

@@ -109,9 +109,9 @@ def _branch(eqn: Any, inputs: list[Callable]) -> Any:
 def _tpu_index(platforms: Sequence[Sequence[str] | None]) -> np.int32:
     """Of the alternative that ``lax.platform_dependent`` takes on a TPU; None is the
     default."""
-    for wanted in ("tpu", None):
+    for platform in ("tpu", None):
         for i, names in enumerate(platforms):
-            if wanted in names if wanted and names else names is wanted:
+            if platform in names if platform and names else names is platform:
                 return np.int32(i)
     raise ValueError(f"no alternative for a TPU among {platforms}")
 

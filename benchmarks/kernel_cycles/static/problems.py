@@ -89,15 +89,18 @@ def shapes(head_dim: int | None, seq: int | None, mask: str | None) -> list[Shap
     Raises:
         ValueError: none has.
     """
-    wanted = (head_dim, seq, mask)
-    found = [
+    requested = (head_dim, seq, mask)
+    matching_shapes = [
         shape
         for shape in SHAPES
-        if all(asked in (None, own) for asked, own in zip(wanted, shape, strict=True))
+        if all(
+            request in (None, value)
+            for request, value in zip(requested, shape, strict=True)
+        )
     ]
-    if not found:
+    if not matching_shapes:
         raise ValueError(
             f"no shape of --all has head size, sequence and mask "
-            f"{', '.join(map(str, wanted))}"
+            f"{', '.join(map(str, requested))}"
         )
-    return found
+    return matching_shapes

@@ -81,11 +81,11 @@ def signed(x: Any) -> Any:
 
 def instructions(bundle: str) -> list[tuple[str | None, str, str]]:
     """(result, operation, operands) of each instruction in a bundle's text."""
-    found = []
+    parsed = []
     for text in bundle.split(";;"):
         if match := _INSTRUCTION.match(text.strip()):
-            found.append(match.groups())
-    return found
+            parsed.append(match.groups())
+    return parsed
 
 
 def bundle_lines(schedule: Schedule, at: int, registers: set[str]) -> list[str]:
@@ -194,8 +194,8 @@ def _plain(schedule: Schedule, operation: str, name: str, rest: str) -> str:
         return "pop()"
     if name == "scmp" and len(atoms) == 2:
         a, b = atoms
-        _, how, kind, *_ = operation.split(".")
-        return _compare(a, b, kind, _COMPARE.get(how))
+        _, comparison, kind, *_ = operation.split(".")
+        return _compare(a, b, kind, _COMPARE.get(comparison))
     if name in _EXTREME and len(atoms) == 2:
         a, b = atoms
         return _select(_compare(a, b, operation[-3:], _EXTREME[name]), a, b)

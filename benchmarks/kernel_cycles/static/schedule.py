@@ -116,7 +116,7 @@ def read_schedules(directory: Path) -> list[Schedule]:
     for path in sorted(directory.iterdir()):
         if match := _FILE.fullmatch(path.name):
             files.setdefault((match[1], match[2]), {})[match[3]] = path
-    whole = {key: found for key, found in files.items() if len(found) == 3}
+    whole = {key: paths for key, paths in files.items() if len(paths) == 3}
     if not whole:
         raise ValueError(
             f"no schedule in {directory}: was it dumped with --xla_jf_dump_llo_text?"
@@ -125,11 +125,11 @@ def read_schedules(directory: Path) -> list[Schedule]:
         parse_schedule(
             name,
             *(
-                found[kind].read_text("utf8", "replace")
+                paths[kind].read_text("utf8", "replace")
                 for kind in (BUNDLES, REGIONS, UNIT_USE)
             ),
         )
-        for (_, name), found in whole.items()
+        for (_, name), paths in whole.items()
     ]
 
 
@@ -157,8 +157,8 @@ def parse_schedule(name: str, bundles: str, regions: str, unit_use: str) -> Sche
         use=use,
         operands={int(i): shape for shape, i in _OPERAND.findall(bundles)},
         scalar_memory={
-            tag: (int(offset, 0) // 4, how == "fixed_abs")
-            for tag, space, _, offset, how in _ALLOCATION.findall(regions)
+            tag: (int(offset, 0) // 4, allocation_kind == "fixed_abs")
+            for tag, space, _, offset, allocation_kind in _ALLOCATION.findall(regions)
             if space == "smem"
         },
     )
@@ -206,7 +206,7 @@ def _parse_regions(text: str) -> tuple[list[Region], list[int]]:
     """The tree of bodies, structural regions dissolved into the body that holds them;
     and where regions end that end with a branch."""
     parents: dict[str, str] = {}
-    found: dict[str, Region] = {}
+    regions: dict[str, Region] = {}
     branch_stop: dict[str, int] = {}
     branch_stops: list[int] = []
     current, role = None, ""
@@ -214,12 +214,10 @@ def _parse_regions(text: str) -> tuple[list[Region], list[int]]:
         if match := _REGION.match(line):
             current, parent, role = match.groups("")
             parents[current] = parent
-        elif (
-            current is not None
-            and current not in found
-            and (match := _RANGE.match(line))
-        ):
-            start, stop = int(match[1]), int(match[2])
+            continue
+        bundle_range = _RANGE.match(line)
+        if bundle_range and current is not None and current not in regions:
+            start, stop = int(bundle_range[1]), int(bundle_range[2])
             if role in ("pred_check_branch", "loop_header_branch"):
                 branch_stops.append(stop)
             if role == "pred_check_branch":
@@ -227,8 +225,10 @@ def _parse_regions(text: str) -> tuple[list[Region], list[int]]:
             elif role == "pred_region":
                 # Its range is counted from its check; the body follows the branch.
                 start = max(start, branch_stop.get(parents[current], start))
-            found[current] = Region(current, role or "root", start, stop)
-    bodies = {n: r for n, r in found.items() if r.role not in _STRUCTURE and r.bundles}
+            regions[current] = Region(current, role or "root", start, stop)
+    bodies = {
+        n: r for n, r in regions.items() if r.role not in _STRUCTURE and r.bundles
+    }
     for name, region in bodies.items():
         up = parents[name]
         while up and up not in bodies:
