@@ -145,7 +145,9 @@ def report(
     from maxlm.evaluation.results import read_newest_evaluations
 
     evaluations = [
-        evaluation for folder in folders for evaluation in read_newest_evaluations(folder)
+        evaluation
+        for folder in folders
+        for evaluation in read_newest_evaluations(folder)
     ]
     page = build_report(evaluations, samples)
     print("written:", *write_report(page, output))
