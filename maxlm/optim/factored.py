@@ -77,8 +77,8 @@ def scale_by_factored_rms(
             else:
                 inputs, outputs = get_input_output_dims(spec)
                 row_mean = square.mean(outputs, keepdims=True)
-                column_mean = square.mean(inputs, keepdims=True)
                 rows = decay * rows + (1 - decay) * row_mean
+                column_mean = square.mean(inputs, keepdims=True)
                 columns = decay * columns + (1 - decay) * column_mean
                 share = rows / rows.mean(inputs, keepdims=True)
                 direction = g * jax.lax.rsqrt(share) * jax.lax.rsqrt(columns)
