@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from maxlm.inference.cpu import paged_attention as cpu_kernel
 from maxlm.models.layers.rope import compute_rotary, materialize_rotary, rotate
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.xla import XlaBlockSizes
@@ -26,13 +27,10 @@ CASES = {
     "28 of 15, 40 keys": ([15] * 28, 40),
 }
 SIZES = [XlaBlockSizes(q, k) for q, k in ((16, 64), (64, 64), (64, 128), (256, 512))]
-WAYS = {"C++": {"backend": "cpu"}, "XLA": {"backend": "xla"}} | {
-    f"XLA, {own.queries} queries, {own.keys} keys": {
-        "backend": "xla",
-        "block_sizes": own,
-    }
-    for own in SIZES
-}
+OPTIONS = {"C++": {"kernel": cpu_kernel}, "XLA": {"backend": "xla"}}
+for size in SIZES:
+    name = f"XLA, {size.queries} queries, {size.keys} keys"
+    OPTIONS[name] = {"backend": "xla", "block_sizes": size}
 
 
 def measure(function, *arguments):
@@ -45,7 +43,7 @@ def measure(function, *arguments):
     return 1e3 * min(seconds)
 
 
-def measure_attention(counts, num_keys, way):
+def measure_attention(counts, num_keys, options):
     rows = 32
     rng = np.random.default_rng(0)
     counts = np.pad(counts, (0, rows - len(counts)))
@@ -58,7 +56,7 @@ def measure_attention(counts, num_keys, way):
 
     @jax.jit
     def attend(q, *rest):
-        layer = lambda _, q: paged_attention(q, *rest, **way)[0]  # noqa: E731
+        layer = lambda _, q: paged_attention(q, *rest, **options)[0]  # noqa: E731
         return lax.fori_loop(0, LAYERS, layer, q)
 
     q = rng.normal(size=(TOKENS, 9, 64)).astype(np.float32)
@@ -81,13 +79,17 @@ def measure_rope(hold):
 
 
 def main():
-    for name, way in WAYS.items():
-        found = (
-            f"{case} {measure_attention(*own, way):.0f}" for case, own in CASES.items()
-        )
-        print(f"{name:26} {'; '.join(found)}", flush=True)
-    each, once = measure_rope(lambda rotary: rotary), measure_rope(materialize_rotary)
-    print(f"turns and products: cosines in each layer {each:.0f}, once {once:.0f}")
+    for name, options in OPTIONS.items():
+        times = []
+        for case, (counts, num_keys) in CASES.items():
+            milliseconds = measure_attention(counts, num_keys, options)
+            times.append(f"{case} {milliseconds:.0f}")
+        print(f"{name:26} {'; '.join(times)}", flush=True)
+    in_each_layer = measure_rope(lambda rotary: rotary)
+    once = measure_rope(materialize_rotary)
+    print(
+        f"turns and products: cosines in each layer {in_each_layer:.0f}, once {once:.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import reshard
 
 from maxlm.inference.adapter_slots import write_columns
+from maxlm.inference.cpu import choose_decode_kernels
 from maxlm.inference.params import prepare_params
 from maxlm.inference.sequences import PageCopy, RunningSequence
 from maxlm.inference.step import (
@@ -51,6 +52,7 @@ class ModelRunner:
     def __post_init__(self) -> None:
         self.layout = replace(self.layout, head_ways=axis_size(self.model.rules.heads))
         self.params = prepare_params(self.model, self.params)
+        self._kernels = choose_decode_kernels()
         self.state = allocate_state(self.model, self.layout, self.max_length)
         # What compiling needs of arrays that steps give up and put others in place of.
         self._state_shapes = describe_arrays(self.state)
@@ -61,7 +63,9 @@ class ModelRunner:
         program = _choose_program(shape)
         sizes = shape, self.layout, self.windows, self.vocab_size
         arrays = self.params, self.state, inputs, self.adapters
-        self.state, outputs = program(self.model, *sizes, *arrays)
+        self.state, outputs = program(
+            self.model, *sizes, *arrays, kernels=self._kernels
+        )
         return outputs
 
     def compile(self, shape: StepSizes, inputs: StepInputs) -> None:
@@ -74,7 +78,7 @@ class ModelRunner:
         program: Any = _choose_program(shape)
         sizes = shape, self.layout, self.windows, self.vocab_size
         arrays = self.params, self._state_shapes, inputs, self._adapter_shapes
-        program.lower(self.model, *sizes, *arrays).compile()
+        program.lower(self.model, *sizes, *arrays, kernels=self._kernels).compile()
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copies pages, ``MAX_PAGE_COPIES`` at most: all are read before any is

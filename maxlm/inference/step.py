@@ -29,7 +29,9 @@ from maxlm.inference.sampling import (
 from maxlm.models.architectures import Decoder, EncoderDecoder
 from maxlm.models.architectures.transformer import Caches, CrossAttentionCache
 from maxlm.models.caches import CacheLayout, RaggedBatch
+from maxlm.models.layers.linear import set_product
 from maxlm.models.params import Params, bind
+from maxlm.parallel.decode_kernels import DecodeKernels, PagedKernel
 from maxlm.parallel.local import map_shards
 from maxlm.sharding import AxisRules
 
@@ -127,6 +129,7 @@ def make_ragged_batch(
     layout: CacheLayout,
     windows: tuple[int | None, ...],
     rules: AxisRules,
+    attention_kernel: PagedKernel | None = None,
 ) -> RaggedBatch:
     """Places a step's tokens in their sequences and pages."""
     b, G, C, F, _ = shape
@@ -197,7 +200,12 @@ def make_ragged_batch(
     )
     shards = rules.spec("batch")
     made = map_shards(local, shards, shards)(*given)
-    return RaggedBatch(*made, windows=windows, uniform_rows=(b, G))
+    return RaggedBatch(
+        *made,
+        windows=windows,
+        uniform_rows=(b, G),
+        attention_kernel=attention_kernel,
+    )
 
 
 def _run_step(
@@ -210,6 +218,8 @@ def _run_step(
     state: EngineState,
     inputs: StepInputs,
     adapters: Mapping[str, Sequence[jax.Array]] | None = None,
+    *,
+    kernels: DecodeKernels | None = None,
 ) -> tuple[EngineState, StepOutputs]:
     """Runs one dispatch.
 
@@ -219,15 +229,22 @@ def _run_step(
         vocab_size: ids that the tokenizer has; no other is drawn.
         params: as :func:`~maxlm.inference.params.prepare_params` returns them.
         adapters: A and B of all slots, as :func:`add_adapters` takes them.
+        kernels: what it multiplies and attends with where they support it; None: what
+            a forward pass in training does.
     """
     split = model.rules.spec("batch")
     whole = PartitionSpec()
     inputs = jax.tree.map(lambda x: reshard(x, split if x.ndim else whole), inputs)
+    if kernels is not None:
+        model = set_product(model, kernels.multiply)
+    attention_kernel = None if kernels is None else kernels.attention
     adapted = bound = bind(model, params)
     if adapters is not None:
         mask = _spread_adapter_masks(inputs, shape, model.rules).astype(model.dtype)
         adapted = bind(model, add_adapters(params, adapters, mask))
-    advance = partial(_run_once, adapted, shape, layout, windows, vocab_size)
+    advance = partial(
+        _run_once, adapted, shape, layout, windows, vocab_size, attention_kernel
+    )
     if shape.max_steps == 1:
         state, hidden, step = advance(inputs, state)
         outputs = jax.tree.map(lambda x: x[None], step)
@@ -240,7 +257,12 @@ def _run_step(
     return state, jax.tree.map(lambda x: reshard(x, whole), outputs)
 
 
-run_step = jax.jit(_run_step, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
+run_step = jax.jit(
+    _run_step,
+    static_argnums=(0, 1, 2, 3, 4),
+    static_argnames="kernels",
+    donate_argnums=6,
+)
 # A loop adds up few numbers faster than XLA's library for CPUs, and than the tree of
 # two programs that the compiler makes of it.
 _SUMS_AS_LOOPS = {
@@ -250,6 +272,7 @@ _SUMS_AS_LOOPS = {
 run_decoding_step = jax.jit(
     _run_step,
     static_argnums=(0, 1, 2, 3, 4),
+    static_argnames="kernels",
     donate_argnums=6,
     compiler_options=_SUMS_AS_LOOPS,
 )
@@ -275,13 +298,15 @@ def _spread_adapter_masks(
     return map_shards(local, shards, shards)(*given)
 
 
-def _run_once(bound, shape, layout, windows, vocab_size, inputs, state):
+def _run_once(
+    bound, shape, layout, windows, vocab_size, attention_kernel, inputs, state
+):
     """The caches, the chunks' hidden states [D, C, D], and (tokens, logprobs) of each
     result."""
     b, G, C, _, _ = shape
     rules = bound.rules
     D = inputs.computed.shape[0]
-    batch = make_ragged_batch(inputs, shape, layout, windows, rules)
+    batch = make_ragged_batch(inputs, shape, layout, windows, rules, attention_kernel)
     tokens = jnp.concatenate(
         [_merge(inputs.tokens, rules), inputs.chunk_tokens], axis=1
     )

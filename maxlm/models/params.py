@@ -18,7 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
 
-from maxlm.parallel.linear import multiply_fused_kernel, multiply_kernels
+from maxlm.parallel.decode_kernels import LocalProduct
+from maxlm.parallel.linear import (
+    multiply_fused_kernel,
+    multiply_kernels,
+    multiply_kernels_with,
+)
 from maxlm.parallel.local import Dims, get_layout, make_spec, parse_spec
 from maxlm.sharding import AxisRules
 
@@ -110,6 +115,9 @@ class ParamReader:
     token_layout: Dims = ()
     """The mesh axes of B and S in the results, where the parameter is multiplied
     with."""
+    product: LocalProduct | None = None
+    """What a step of the engine multiplies with; None: XLA's dot, which has
+    gradients."""
 
     @property
     def input_axes(self) -> tuple[str | None, ...]:
@@ -148,6 +156,10 @@ class ParamReader:
         """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S,
         *outputs] each."""
         values, used, wholes = zip(*weights, strict=True)
+        if self.product is not None:
+            return multiply_kernels_with(
+                self.product, x, values, wholes, used, self.token_layout
+            )
         return multiply_kernels(x, values, wholes, used, self.token_layout)
 
 
@@ -291,7 +303,11 @@ class FusedKernel(Leaf):
         )
         assert self.value is not None
         return multiply_fused_kernel(
-            x, self.value, tuple(s[1:] for s in shapes), layouts
+            x,
+            self.value,
+            tuple(s[1:] for s in shapes),
+            layouts,
+            product=readers[0].product,
         )
 
 

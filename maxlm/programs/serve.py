@@ -15,6 +15,7 @@ from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.huggingface.peft.reading import read_peft_adapter
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.inference.adapter_slots import LoraWeights, ServedAdapter
+from maxlm.inference.cpu import find_missing_cpu_compiler
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.sampling import SamplingConfig
@@ -23,7 +24,6 @@ from maxlm.models.architectures import Encoder, EncoderDecoder, Model
 from maxlm.models.families import find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import param_specs, select_base_params
-from maxlm.parallel.cpu_kernels import find_missing_cpu_compiler
 from maxlm.programs.convert import (
     find_run_family,
     find_trained_base,

@@ -1,6 +1,6 @@
 """Parameters and operands of a paged attention, and their checks."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,22 @@ class PagedParams(NamedTuple):
     @property
     def num_uniform_queries(self) -> int:
         return self.num_uniform * self.queries_each
+
+
+class PagedKernel(Protocol):
+    """An implementation: a module beside this one, or a caller's own."""
+
+    def supports(self, operands: PagedOperands, params: PagedParams) -> bool:
+        """Returns whether it computes this, by shapes, dtypes and which arrays there
+        are."""
+        ...
+
+    def forward(
+        self, operands: PagedOperands, params: PagedParams
+    ) -> tuple[jax.Array, jax.Array]:
+        """Computes (o, lse) of :func:`~pallas_kernels.paged_attention.paged_attention`
+        for validated arguments that it supports."""
+        ...
 
 
 def validate_arguments(

@@ -115,8 +115,16 @@ class PagedCache(AttentionCache):
         if value is not None:
             values = write_pages(values, pad_features(value, values.shape[-1]), slots)
         rows = tables, batch.kv_lengths, batch.query_starts
-        own = {"uniform_rows": batch.uniform_rows, "window": window, **options}
-        y, _ = paged_attention(q, keys, values, *rows, **own)
+        y, _ = paged_attention(
+            q,
+            keys,
+            values,
+            *rows,
+            uniform_rows=batch.uniform_rows,
+            window=window,
+            kernel=batch.attention_kernel,
+            **options,
+        )
         return y[..., :num_values], PagedCache(keys, values)
 
 

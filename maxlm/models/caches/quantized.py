@@ -52,7 +52,13 @@ class QuantizedCache(AttentionCache):
                 what, where="cache", fix="guess fewer tokens, or raise page_size"
             )
         dtype = jnp.promote_types(q.dtype, jnp.float32)
-        kernel = partial(paged_attention, window=window, dtype=dtype, **options)
+        kernel = partial(
+            paged_attention,
+            window=window,
+            dtype=dtype,
+            kernel=batch.attention_kernel,
+            **options,
+        )
         lengths = batch.kv_lengths
         starts = batch.query_starts
         slots, tables = batch.pages(window)

@@ -1,6 +1,6 @@
 """The linear map and the table that every other layer is made of."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -16,9 +16,12 @@ from maxlm.models.params import (
     materialize,
     truncated_normal,
 )
+from maxlm.parallel.decode_kernels import LocalProduct
 from maxlm.parallel.embedding import embed_tokens
 from maxlm.parallel.local import get_layout, parse_spec
 from maxlm.sharding import AxisRules
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
 class Linear(nnx.Module):
@@ -43,6 +46,8 @@ class Linear(nnx.Module):
         role: Any = "matrix",
     ):
         self.rules, self.dtype = rules, dtype
+        self.product: LocalProduct | None = None
+        """See :func:`set_product`."""
         self.kernel = declare(
             (*inputs.values(), *outputs.values()),
             (*inputs, *outputs),
@@ -68,7 +73,8 @@ def project(
     rules, dtype = layers[0].rules, layers[0].dtype
     tokens = parse_spec(rules.spec("batch", seq_axis), 2)
     uses = [
-        ParamReader(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers
+        ParamReader(get_spec(layer.kernel), rules, dtype, tokens, layer.product)
+        for layer in layers
     ]
     held = [layer.kernel.get_value() for layer in layers]
     ys = [
@@ -110,6 +116,16 @@ def _multiply(
     ]
 
 
+def set_product(module: ModuleT, product: LocalProduct) -> ModuleT:
+    """Returns the module with another product in its linear maps, and in a head that is
+    tied to an embedding; pure. What it computes then has no gradients."""
+    copy = nnx.merge(*nnx.split(module))
+    for _, part in nnx.iter_modules(copy):
+        if isinstance(part, (Linear, Embedding)):
+            part.product = product
+    return copy
+
+
 def compute_residual_std(std: float, num_layers: int) -> float:
     """Computes the deviation of maps into the residual stream (Radford et al. 2019,
     §2.3)."""
@@ -130,6 +146,8 @@ class Embedding(nnx.Module):
         dtype: Any,
     ):
         self.rules, self.dtype = rules, dtype
+        self.product: LocalProduct | None = None
+        """Of a head that is tied to the table; see :func:`set_product`."""
         self.table = declare(
             (size, d_model), (axis, "embed"), truncated_normal(std), "table"
         )

@@ -11,8 +11,8 @@ from maxlm.plan.compiled.hlo import Computation, HloShape, Instruction
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:
-    """Returns 2·M·N·K of a dot, a convolution, a matrix library's call or our own
-    kernel's; 0 for others."""
+    """Returns 2·M·N·K of a dot, a convolution or a matrix library's call; 0 for
+    others."""
     opcode = instruction.opcode
     if opcode not in ("dot", "convolution", "custom-call"):
         return 0
@@ -22,8 +22,6 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
         return _dot(operands[0][0], instruction.shapes[0], contracted)
     if opcode == "convolution":
         return _convolution(instruction, operands[0][0], operands[1][0])
-    if instruction.custom_call_target == "pallas_kernels.CpuMatmul":
-        return _dot(operands[0][0], instruction.shapes[0], (1,))
     dims = re.search(
         r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]', instruction.attributes
     )
