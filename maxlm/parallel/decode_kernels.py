@@ -1,9 +1,10 @@
 """Kernels that a step of decoding computes with in place of XLA's own programs.
 
 The engine stands above the models, which cannot import its kernels; so it hands them
-down. It gives its :class:`DecodeKernels` to the step that it compiles, the step sets
-``multiply`` as the product of the model's linear maps, and ``attention`` travels in the
-:class:`~maxlm.models.caches.RaggedBatch` that caches attend with. A trained step has
+down. Its :class:`DecodeKernels` are part of the spec that its steps are compiled for
+(:class:`~maxlm.inference.step.EngineSpec`): a step sets ``multiply`` as the product of
+the model's linear maps, and ``attention`` travels in the
+:class:`~maxlm.models.caches.RaggedBatch` that caches attend with. A training step has
 neither.
 """
 

@@ -38,7 +38,7 @@ _LOAD_TAKES_AN_INDEX = "idx" in signature(plgpu.load).parameters
 
 
 class HopperStatics(NamedTuple):
-    """What a kernel is compiled for."""
+    """The values that a kernel is compiled for."""
 
     params: AttentionParams
     S: int

@@ -36,7 +36,7 @@ class TritonTiles(NamedTuple):
 
 
 class TritonStatics(NamedTuple):
-    """What a kernel is compiled for."""
+    """The values that a kernel is compiled for."""
 
     params: AttentionParams
     tiles: TritonTiles

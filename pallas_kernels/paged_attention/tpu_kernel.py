@@ -29,7 +29,7 @@ _ROWS_AHEAD = 128
 
 
 class PagedKernelStatics(NamedTuple):
-    """What the kernel is compiled for."""
+    """The values that the kernel is compiled for."""
 
     params: PagedParams
     queries: int
@@ -197,7 +197,7 @@ def attend_query_blocks(
 
 
 class _SoftmaxState(NamedTuple):
-    """Of each query, fp32: over the keys so far."""
+    """Each query's softmax over the keys so far, fp32."""
 
     top: Any
     """[K, M, LANES]: the largest score, alike along the lanes."""

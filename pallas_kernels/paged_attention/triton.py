@@ -52,7 +52,7 @@ class TritonPagedBlocks(NamedTuple):
 
 
 class _Statics(NamedTuple):
-    """What a program is compiled for."""
+    """The values that a program is compiled for."""
 
     params: PagedParams
     queries: int
@@ -107,11 +107,17 @@ def choose_blocks(operands: PagedOperands, params: PagedParams) -> TritonPagedBl
     head_dim = max(operands.q.shape[2], params.value_dim)
     head_bytes = head_dim * operands.q.dtype.itemsize
     if head_bytes <= 256:
-        rows, keys, warps = _ROWS, _KEYS, 4
+        rows = _ROWS
+        keys = _KEYS
+        warps = 4
     elif head_bytes <= 512:
-        rows, keys, warps = _MIN_ROWS, 32, 4
+        rows = _MIN_ROWS
+        keys = 32
+        warps = 4
     else:
-        rows, keys, warps = _MIN_ROWS, 16, 8
+        rows = _MIN_ROWS
+        keys = 16
+        warps = 8
     # Enough programs for the card, each with four tiles of keys or more.
     longest = operands.page_tables.shape[1] * params.page_size
     programs = max(1, params.num_uniform * K)
