@@ -85,8 +85,10 @@ def find_broad_excepts(tree: ast.Module, lines: list[str]) -> Iterator[Finding]:
             continue
         caught = ast.walk(node.type) if node.type else [ast.Name("Exception")]
         names = {part.id for part in caught if isinstance(part, ast.Name)}
-        # A comment in the line, behind it, or on one of its own within the clause.
-        clause = lines[node.lineno - 1 : node.body[0].lineno]
+        if isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None:
+            continue  # It hides nothing: the error goes on.
+        # A comment above the clause, in its line, or above its first statement.
+        clause = lines[node.lineno - 2 : node.body[0].lineno]
         if names & BROAD_ERRORS and not any("#" in line for line in clause):
             error = sorted(names & BROAD_ERRORS)[0]
             fix = "check the input first, or say in a comment why nothing else helps"
