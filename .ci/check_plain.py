@@ -1,6 +1,7 @@
 """Checks that code is written plainly: check_plain.py [FOLDER_OR_FILE ...].
 
-What it cannot see is in CONTRIBUTING.md: whether a stranger reads it without stopping.
+It finds places and says what to write instead; exit code 1: there are some. What it
+cannot see is whether a stranger reads the code without stopping.
 """
 
 import ast
