@@ -1,10 +1,10 @@
-"""Time of a model's matrix products on this CPU, in XLA and in PyTorch, fp32.
+"""Time of a model's products of few rows on this CPU, as decoding has, fp32.
 
-    python benchmarks/cpu_products.py [--rows 1 8 16 64 512] [--rounds 7]
+    python benchmarks/cpu_products.py [--rows 1 8 16 32 48] [--rounds 7]
 
 The kernels are those of SmolLM2-135M's 30 layers (queries, keys and values as one; gate
 and up as one), each with its own weights, so that they come from memory. It prints
-medians in ms, of XLA's library, of ``pallas_kernels.cpu_matmul``, of PyTorch, and the
+medians in ms, of XLA's library, of the engine's kernel, of PyTorch, and the
 time in which a plain sum reads as many bytes: no step with these products is faster.
 """
 
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pallas_kernels.cpu import load_kernels
-from pallas_kernels.cpu_matmul import cpu_matmul
+from maxlm.inference.cpu.library import load_library
+from maxlm.inference.cpu.matmul import cpu_matmul
 
 LAYERS, WIDTH, INNER = 30, 576, 1536
 SHAPES = (WIDTH, 960), (WIDTH, WIDTH), (WIDTH, 2 * INNER), (INNER, WIDTH)
@@ -46,10 +46,10 @@ def time_median(run: Callable[[], object], rounds: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 16, 64, 512])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 16, 32, 48])
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    if not load_kernels():
+    if load_library() is None:
         parser.error("no C++ compiler here: install one, or name it in CXX")
     random = np.random.default_rng(0)
     draw = lambda *shape: 0.02 * random.standard_normal(shape, np.float32)  # noqa: E731
@@ -71,18 +71,17 @@ def main() -> None:
         x = draw(rows, WIDTH)
         x_jax = jnp.asarray(x)
         x_torch = torch.tensor(x)
-        xla = {
-            name: time_median(
+        times = {}
+        for name, run in layers.items():
+            times[name] = time_median(
                 lambda x=x_jax, run=run: run(x, ours).block_until_ready(), args.rounds
             )
-            for name, run in layers.items()
-        }
         with torch.no_grad():
-            peer = time_median(
+            times["PyTorch"] = time_median(
                 lambda x=x_torch: run_layers(F.linear, x, theirs), args.rounds
             )
-        ours_text = ", ".join(f"{name} {ms:6.1f} ms" for name, ms in xla.items())
-        print(f"{rows:4} rows: {ours_text}, PyTorch {peer:6.1f} ms", flush=True)
+        line = ", ".join(f"{name} {ms:6.1f} ms" for name, ms in times.items())
+        print(f"{rows:4} rows: {line}", flush=True)
 
 
 if __name__ == "__main__":

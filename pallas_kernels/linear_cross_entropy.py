@@ -122,10 +122,17 @@ def loss_and_gradients(
         of hidden is a term of a sum that the caller takes.
     """
     _check(hidden, head, targets, weights, bias, soft_cap, chunk_tokens)
-    options = {"axes": vocab_axes, "z_loss": z_loss, "gradient": gradient}
+    logits_loss = partial(
+        compute_logits_cross_entropy,
+        axes=vocab_axes,
+        z_loss=z_loss,
+        gradient=gradient,
+    )
     return sum_over_chunks(
-        *(hidden, head, (targets - vocab_start, weights)),
-        partial(compute_logits_cross_entropy, **options),
+        hidden,
+        head,
+        (targets - vocab_start, weights),
+        logits_loss,
         bias=bias,
         soft_cap=soft_cap,
         gradient=gradient,
@@ -154,14 +161,16 @@ def sum_over_chunks(
     """
 
     def body(carry, chunk):
-        rows, own = chunk
+        rows, chunk_inputs = chunk
         logits = compute_logits(rows, head, bias, soft_cap)
-        sums, d_logits = logits_loss(logits, *own)
+        sums, d_logits = logits_loss(logits, *chunk_inputs)
         d_rows = d_head = d_bias = None
         if d_logits is not None:
-            d_logits *= (
-                1.0 if soft_cap is None else 1.0 - jnp.square(logits * (1.0 / soft_cap))
-            )
+            if soft_cap is None:
+                d_logits *= 1.0
+            else:
+                # Of cap·tanh(x / cap): 1 − tanh².
+                d_logits *= 1.0 - jnp.square(logits * (1.0 / soft_cap))
             d_bias = None if bias is None else jnp.sum(d_logits, axis=0)
             d_logits = d_logits.astype(rows.dtype)
             d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
@@ -175,8 +184,9 @@ def sum_over_chunks(
     # None stays None in a tree.
     d_head = zeros(*head.shape) if gradient else None
     d_bias = zeros(*bias.shape) if gradient and bias is not None else None
-    chunks = hidden, inputs
-    chunks = jax.tree.map(lambda a: split_into_chunks(a, chunk_tokens), chunks)
+    chunks = jax.tree.map(
+        lambda array: split_into_chunks(array, chunk_tokens), (hidden, inputs)
+    )
     start = tuple(zeros() for _ in range(num_sums)), d_head, d_bias
     (sums, d_head, d_bias), d_rows = lax.scan(body, start, chunks)
     if d_head is None or d_rows is None:
@@ -200,24 +210,25 @@ def compute_logits_cross_entropy(
     top = lax.pmax(top, axes) if axes else top
     exp = jnp.exp(logits - top[:, None])
     size = logits.shape[1]
-    found = jnp.take_along_axis(
-        logits, jnp.clip(targets, 0, size - 1)[:, None], axis=-1
-    )[:, 0]
-    total = (
-        jnp.sum(exp, axis=-1),
-        jnp.where((targets >= 0) & (targets < size), found, 0.0),
-    )
-    total, target = lax.psum(total, axes) if axes else total
+    # A target may be of another device's share of the vocabulary: 0 here.
+    index = jnp.clip(targets, 0, size - 1)[:, None]
+    target_logit = jnp.take_along_axis(logits, index, axis=-1)[:, 0]
+    total = jnp.sum(exp, axis=-1)
+    is_here = (targets >= 0) & (targets < size)
+    target_logit = jnp.where(is_here, target_logit, 0.0)
+    if axes:
+        total, target_logit = lax.psum((total, target_logit), axes)
     logsumexp = top + jnp.log(total)
-    entropy = jnp.sum(weights * (logsumexp - target))
-    sums = entropy + z_loss * jnp.sum(weights * jnp.square(logsumexp)), entropy
+    entropy = jnp.sum(weights * (logsumexp - target_logit))
+    loss = entropy + z_loss * jnp.sum(weights * jnp.square(logsumexp))
     d_logsumexp = weights * (1.0 + 2.0 * z_loss * logsumexp)
+    sums = loss, entropy
     if not gradient:
         return sums, None
-    onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
-    return sums, exp * (d_logsumexp / total)[:, None] - jnp.where(
-        onehot, weights[:, None], 0.0
-    )
+    is_target = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+    # The logsumexp's gradient is the softmax.
+    d_logits = exp * (d_logsumexp / total)[:, None]
+    return sums, d_logits - jnp.where(is_target, weights[:, None], 0.0)
 
 
 def compute_logits(
@@ -225,22 +236,31 @@ def compute_logits(
 ) -> jax.Array:
     """Computes logits of hidden states [..., D], fp32 [..., V]."""
     logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
-    logits = logits if bias is None else logits + bias
-    return (
-        logits if soft_cap is None else soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
-    )
+    if bias is not None:
+        logits = logits + bias
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
+    return logits
 
 
-def split_into_chunks(a: jax.Array, chunk: int) -> jax.Array:
-    """[T, ...] → [chunks, c, ...] with equal c ≤ chunk; the few rows added are zeros
-    (weight 0)."""
-    count = -(-len(a) // chunk)
-    size = -(-len(a) // count)
-    padding = ((0, count * size - len(a)), *((0, 0),) * (a.ndim - 1))
-    return jnp.pad(a, padding).reshape(count, size, *a.shape[1:])
+def split_into_chunks(array: jax.Array, chunk: int) -> jax.Array:
+    """Splits [T, ...] → [chunks, c, ...] with equal c ≤ chunk; the few rows added are
+    zeros (weight 0)."""
+    count = -(-len(array) // chunk)
+    size = -(-len(array) // count)
+    padding = ((0, count * size - len(array)), *((0, 0),) * (array.ndim - 1))
+    return jnp.pad(array, padding).reshape(count, size, *array.shape[1:])
 
 
-def _check(hidden, head, targets, weights, bias, soft_cap, chunk):
+def _check(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array | None,
+    soft_cap: float | None,
+    chunk: int,
+) -> None:
     shapes = f"hidden {hidden.shape}, head {head.shape}"
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
         raise ValueError(f"hidden is [T, D] and head [D, V]; got {shapes}")

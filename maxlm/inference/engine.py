@@ -25,6 +25,7 @@ from maxlm.inference.banned_sequences import (
     CombinedMatcher,
     TokenMatcher,
 )
+from maxlm.inference.cpu import choose_decode_kernels
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
 from maxlm.inference.generative_model import require_generative
@@ -137,7 +138,13 @@ class Engine:
         windows = list_paged_windows(model, config.cache)
         platform = self.mesh.devices.flat[0].platform
         layout = _make_cache_layout(row_config, windows, self.num_shards, platform)
-        self._spec = EngineSpec(layout, windows, max_row_length, self.vocab_size)
+        self._spec = EngineSpec(
+            layout,
+            windows,
+            max_row_length,
+            self.vocab_size,
+            kernels=choose_decode_kernels(platform),
+        )
         cache_specs = model.cache_specs(layout)
         has_encoder = isinstance(model, EncoderDecoder)
         has_row_state = has_unit(cache_specs, "row")

@@ -31,7 +31,9 @@ from maxlm.inference.sampling import (
 )
 from maxlm.models.architectures.transformer import Caches, CrossAttentionCache
 from maxlm.models.caches import CacheLayout, RaggedBatch
+from maxlm.models.layers.linear import set_product
 from maxlm.models.params import Params, bind
+from maxlm.parallel.decode_kernels import DecodeKernels, PagedKernel
 from maxlm.parallel.local import map_shards
 from maxlm.sharding import AxisRules
 
@@ -53,6 +55,9 @@ class EngineSpec:
     """Tokens of the longest sequence, virtual ones included."""
     vocab_size: int
     """Ids that the tokenizer has; no other is drawn."""
+    kernels: DecodeKernels | None = None
+    """What steps multiply and attend with where they support it; None: what a forward
+    pass in training does."""
 
 
 class StepSizes(NamedTuple):
@@ -142,6 +147,7 @@ def make_ragged_batch(
     layout: CacheLayout,
     windows: tuple[int | None, ...],
     rules: AxisRules,
+    attention_kernel: PagedKernel | None = None,
 ) -> RaggedBatch:
     """Places a step's tokens in their sequences and pages."""
 
@@ -161,8 +167,12 @@ def make_ragged_batch(
         inputs.chunk_lengths,
         inputs.page_tables,
     )
-    uniform_rows = (shape.num_rows, shape.row_tokens)
-    return RaggedBatch(*placed, windows=windows, uniform_rows=uniform_rows)
+    return RaggedBatch(
+        *placed,
+        windows=windows,
+        uniform_rows=(shape.num_rows, shape.row_tokens),
+        attention_kernel=attention_kernel,
+    )
 
 
 def _place_shard_tokens(
@@ -267,6 +277,8 @@ def _run_step(
     inputs = jax.tree.map(
         lambda x: reshard(x, by_shard if x.ndim else replicated), inputs
     )
+    if spec.kernels is not None:
+        model = set_product(model, spec.kernels.multiply)
     base = bind(model, params)
     bound = base
     if adapters is not None:
@@ -350,7 +362,14 @@ def _run_once(
     b, G, C, _, _ = shape
     rules = bound.rules
     num_shards = inputs.computed.shape[0]
-    batch = make_ragged_batch(inputs, shape, spec.layout, spec.windows, rules)
+    batch = make_ragged_batch(
+        inputs,
+        shape,
+        spec.layout,
+        spec.windows,
+        rules,
+        attention_kernel=None if spec.kernels is None else spec.kernels.attention,
+    )
     row_tokens = _merge_row_tokens(inputs.tokens, rules)
     tokens = jnp.concatenate([row_tokens, inputs.chunk_tokens], axis=1)
     hidden, caches = bound.forward_with_cache(

@@ -19,7 +19,12 @@ from flax import nnx
 from jax.sharding import reshard
 from jax.typing import DTypeLike
 
-from maxlm.parallel.linear import multiply_fused_kernel, multiply_kernels
+from maxlm.parallel.decode_kernels import LocalProduct
+from maxlm.parallel.linear import (
+    multiply_fused_kernel,
+    multiply_kernels,
+    multiply_kernels_with,
+)
 from maxlm.parallel.local import Dims, get_layout, make_spec, parse_spec
 from maxlm.sharding import AxisRules
 
@@ -130,6 +135,9 @@ class ParamReader:
     token_layout: Dims = ()
     """The mesh axes of B and S in the results, where the parameter is multiplied
     with."""
+    product: LocalProduct | None = None
+    """What a step of the engine multiplies with; None: XLA's dot, which has
+    gradients."""
 
     @property
     def input_axes(self) -> tuple[str | None, ...]:
@@ -171,6 +179,10 @@ class ParamReader:
         """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S,
         *outputs] each."""
         values, compute_layouts, gathered = zip(*weights, strict=True)
+        if self.product is not None:
+            return multiply_kernels_with(
+                self.product, x, values, gathered, compute_layouts, self.token_layout
+            )
         return multiply_kernels(x, values, gathered, compute_layouts, self.token_layout)
 
 
@@ -315,7 +327,11 @@ class FusedKernel(Leaf):
             axes = reader.output_axes
             output_layouts.append(parse_spec(reader.rules.spec(*axes), len(axes)))
         return multiply_fused_kernel(
-            x, self.value, tuple(output_shapes), tuple(output_layouts)
+            x,
+            self.value,
+            tuple(output_shapes),
+            tuple(output_layouts),
+            product=readers[0].product,
         )
 
 

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
+from maxlm.parallel.decode_kernels import LocalProduct
 from maxlm.parallel.local import (
     Axes,
     Dims,
@@ -42,41 +43,58 @@ from maxlm.parallel.local import (
     parse_spec,
     reduce,
 )
-from pallas_kernels.chips import get_platform
-from pallas_kernels.cpu_matmul import can_multiply_rows, cpu_matmul
 
 
-class _Layouts:
-    """Layouts of everything, and specs, from the arguments' types."""
+class _MapLayouts:
+    """Layouts of some maps of one input, and the specs that follow, read from the
+    arguments' types. In ``Dims``, B and S come first."""
 
-    def __init__(self, x, kernels, wholes, used: tuple[Dims, ...], tokens: Dims):
-        self.x, self.stored, self.used = (
-            get_layout(x),
-            tuple(map(get_layout, kernels)),
-            used,
-        )
-        self.inputs = len(self.x) - 2
-        for dims in used:
-            if dims[: self.inputs] != self.x[2:]:
+    def __init__(
+        self,
+        x: jax.Array,
+        kernels: tuple[jax.Array, ...],
+        gathered_kernels: tuple[jax.Array | None, ...],
+        kernel_layouts: tuple[Dims, ...],
+        token_layout: Dims,
+    ):
+        self.x = get_layout(x)
+        self.stored = tuple(get_layout(kernel) for kernel in kernels)
+        self.used = kernel_layouts
+        self.tokens = token_layout
+        self.num_inputs = len(self.x) - 2
+        self.inputs = self.x[2:]
+        for layout in kernel_layouts:
+            inputs = layout[: self.num_inputs]
+            if inputs != self.inputs:
                 raise ValueError(
-                    f"x is split as {self.x[2:]}, the kernel's inputs as {dims}"
+                    f"x is split as {self.inputs}, the kernel's inputs as {inputs}"
                 )
-        self.inner = tuple(map(_common, self.x[:2], tokens))
+        self.outputs = tuple(layout[self.num_inputs :] for layout in kernel_layouts)
+        self.product_tokens = tuple(map(_common_axes, self.x[:2], token_layout))
         """The tokens' layout during the product: the axes that x and the results
         share."""
-        self.outputs = tuple(dims[self.inputs :] for dims in used)
-        self.spread = tuple(dict.fromkeys(_flat(chain.from_iterable(self.outputs))))
+        self.product_x = (*self.product_tokens, *self.inputs)
+        output_axes = _flatten(chain.from_iterable(self.outputs))
+        self.partial_axes = tuple(dict.fromkeys(output_axes))
         """The axes over which the gradient of x is a partial sum."""
-        self.kernels = tuple(map(make_spec, self.stored))
-        pairs = zip(wholes, used, strict=True)
-        self.wholes = tuple(
-            None if whole is None else make_spec(own) for whole, own in pairs
-        )
-        self.results = tuple(make_spec((*tokens, *own)) for own in self.outputs)
 
-    def kernel(self, i: int, kernel: jax.Array, whole: jax.Array | None) -> jax.Array:
+        self.x_spec = make_spec(self.x)
+        self.kernel_specs = tuple(make_spec(layout) for layout in self.stored)
+        self.gathered_specs = tuple(
+            None if kernel is None else make_spec(layout)
+            for kernel, layout in zip(gathered_kernels, kernel_layouts, strict=True)
+        )
+        self.result_specs = tuple(
+            make_spec((*token_layout, *outputs)) for outputs in self.outputs
+        )
+
+    def gather_kernel(
+        self, index: int, kernel: jax.Array, gathered: jax.Array | None
+    ) -> jax.Array:
         """Returns a kernel in use, on shards."""
-        return gather(kernel, self.stored[i], self.used[i]) if whole is None else whole
+        if gathered is not None:
+            return gathered
+        return gather(kernel, self.stored[index], self.used[index])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -101,77 +119,101 @@ def multiply_kernels(
     Returns:
         One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
     """
-    return _multiply(
-        _contract_forward, x, kernels, gathered_kernels, kernel_layouts, token_layout
+    return multiply_kernels_with(
+        multiply_by_xla, x, kernels, gathered_kernels, kernel_layouts, token_layout
     )
 
 
-def _multiply(contract, x, kernels, wholes, used, tokens):
-    own = _Layouts(x, kernels, wholes, used, tokens)
+def multiply_kernels_with(
+    product: LocalProduct,
+    x: jax.Array,
+    kernels: tuple[jax.Array, ...],
+    gathered_kernels: tuple[jax.Array | None, ...],
+    kernel_layouts: tuple[Dims, ...],
+    token_layout: Dims,
+) -> tuple[jax.Array, ...]:
+    """Returns what :func:`multiply_kernels` does, by another product on shards and
+    without gradients."""
+    layouts = _MapLayouts(x, kernels, gathered_kernels, kernel_layouts, token_layout)
 
-    def local(x, kernels, wholes):
-        x = gather(x, own.x, (*own.inner, *own.x[2:]))
-        summed = _flat(own.x[2:])
+    def local(x, kernels, gathered_kernels):
+        x = gather(x, layouts.x, layouts.product_x)
+        summed_axes = _flatten(layouts.inputs)
         ys = []
-        for i, pair in enumerate(zip(kernels, wholes, strict=True)):
-            y = contract(x, own.kernel(i, *pair), own.inputs)
-            outputs = own.outputs[i]
-            ys.append(reduce(y, summed, (*own.inner, *outputs), (*tokens, *outputs)))
+        for index, outputs in enumerate(layouts.outputs):
+            kernel = layouts.gather_kernel(
+                index, kernels[index], gathered_kernels[index]
+            )
+            y = product(x, kernel, layouts.num_inputs)
+            product_layout = (*layouts.product_tokens, *outputs)
+            result_layout = (*layouts.tokens, *outputs)
+            ys.append(reduce(y, summed_axes, product_layout, result_layout))
         return tuple(ys)
 
-    specs = make_spec(own.x), own.kernels, own.wholes
-    return map_shards(local, specs, own.results)(x, kernels, wholes)
+    specs = layouts.x_spec, layouts.kernel_specs, layouts.gathered_specs
+    run = map_shards(local, specs, layouts.result_specs)
+    return run(x, kernels, gathered_kernels)
 
 
-def _forward(x, kernels, wholes, used, tokens):
-    return _multiply(_contract, x, kernels, wholes, used, tokens), (x, kernels, wholes)
+def _multiply_forward(x, kernels, gathered_kernels, kernel_layouts, token_layout):
+    ys = multiply_kernels_with(
+        multiply_by_xla, x, kernels, gathered_kernels, kernel_layouts, token_layout
+    )
+    return ys, (x, kernels, gathered_kernels)
 
 
-def _backward(used, tokens, saved, d_ys):
-    x, kernels, wholes = saved
-    own = _Layouts(x, kernels, wholes, used, tokens)
+def _multiply_backward(kernel_layouts, token_layout, saved, d_ys):
+    x, kernels, gathered_kernels = saved
+    layouts = _MapLayouts(x, kernels, gathered_kernels, kernel_layouts, token_layout)
 
     # Left alone, a compiler puts off what nothing waits for, the kernels' gradients,
     # and holds every d_y until then. Where these are wider than x, one kernel follows
     # the other, and d_x waits for both; what a gradient then has to travel may still be
     # put off under other work.
-    wide = sum(d_y.size for d_y in d_ys) > x.size
+    is_wide = sum(d_y.size for d_y in d_ys) > x.size
 
     def in_order(*arrays):
-        return lax.optimization_barrier(arrays) if wide else arrays
+        return lax.optimization_barrier(arrays) if is_wide else arrays
 
-    def local(x, kernels, wholes, d_ys):
-        x = gather(x, own.x, (*own.inner, *own.x[2:]))
+    def local(x, kernels, gathered_kernels, d_ys):
+        x = gather(x, layouts.x, layouts.product_x)
         d_x = jnp.zeros((), x.dtype)
         products = []
-        for i, pair in enumerate(zip(kernels, wholes, strict=True)):
-            outputs = own.outputs[i]
-            d_y = gather(d_ys[i], (*tokens, *outputs), (*own.inner, *outputs))
-            kernel = own.kernel(i, *pair)
-            dims = tuple(range(2, d_y.ndim)), tuple(range(own.inputs, kernel.ndim))
-            part = lax.dot_general(d_y, kernel, (dims, ((), ())))
-            # A kernel that is whole where its siblings are split gives its whole share
-            # everywhere.
-            copies = axis_size(
-                [axis for axis in own.spread if axis not in _flat(outputs)]
+        for index, outputs in enumerate(layouts.outputs):
+            result_layout = (*layouts.tokens, *outputs)
+            product_layout = (*layouts.product_tokens, *outputs)
+            d_y = gather(d_ys[index], result_layout, product_layout)
+            kernel = layouts.gather_kernel(
+                index, kernels[index], gathered_kernels[index]
             )
-            part = part / copies if copies > 1 else part
-            d_x, d_y = in_order(d_x + part, d_y)
-            d_x, d_ys, product = in_order(d_x, d_ys, _outer(x, d_y))
+            d_x_term = _multiply_transposed(d_y, kernel, layouts.num_inputs)
+            # A kernel that is whole where its siblings are split gives its whole term
+            # on every device, and the sum over these axes would count it as often.
+            own_axes = _flatten(outputs)
+            copies = axis_size(
+                [axis for axis in layouts.partial_axes if axis not in own_axes]
+            )
+            if copies > 1:
+                d_x_term = d_x_term / copies
+            d_x, d_y = in_order(d_x + d_x_term, d_y)
+            d_x, d_ys, product = in_order(d_x, d_ys, _outer_product(x, d_y))
             products.append(product)
+        summed_axes = _flatten(layouts.product_tokens)
         d_kernels = tuple(
-            reduce(product, _flat(own.inner), used[i], own.stored[i])
-            for i, product in enumerate(products)
+            reduce(product, summed_axes, layouts.used[index], layouts.stored[index])
+            for index, product in enumerate(products)
         )
-        d_x = reduce(d_x, own.spread, (*own.inner, *own.x[2:]), own.x)
+        d_x = reduce(d_x, layouts.partial_axes, layouts.product_x, layouts.x)
         return d_x, d_kernels
 
-    results = make_spec(own.x), own.kernels
-    specs = (*results, own.wholes, own.results)
-    return (*map_shards(local, specs, results)(x, kernels, wholes, d_ys), None)
+    results = layouts.x_spec, layouts.kernel_specs
+    specs = (*results, layouts.gathered_specs, layouts.result_specs)
+    run = map_shards(local, specs, results)
+    d_x, d_kernels = run(x, kernels, gathered_kernels, d_ys)
+    return d_x, d_kernels, None
 
 
-multiply_kernels.defvjp(_forward, _backward)
+multiply_kernels.defvjp(_multiply_forward, _multiply_backward)
 
 
 def multiply_fused_kernel(
@@ -179,6 +221,8 @@ def multiply_fused_kernel(
     kernel: jax.Array,
     output_shapes: tuple[tuple[int, ...], ...],
     output_layouts: tuple[Dims, ...],
+    *,
+    product: LocalProduct | None = None,
 ) -> tuple[jax.Array, ...]:
     """Returns ``x · kernel`` for kernels that lie side by side; without gradient.
 
@@ -187,24 +231,27 @@ def multiply_fused_kernel(
         kernel: [in, outputs of all kernels]: of each device those columns of each, in
             order, that are its own (:func:`fuse_kernels`).
         output_shapes, output_layouts: of each kernel, and the mesh axes that split it.
+        product: on shards; None: XLA's dot.
     """
+    multiply = product or multiply_by_xla
     tokens = get_layout(x)[:2]
-    columns = get_layout(kernel)
-    local_shapes = [
-        tuple(size // axis_size(axes) for size, axes in zip(shape, layout, strict=True))
-        for shape, layout in zip(output_shapes, output_layouts, strict=True)
-    ]
-    ends = tuple(accumulate(map(prod, local_shapes)))
+    local_shapes = []
+    for shape, layout in zip(output_shapes, output_layouts, strict=True):
+        sizes = zip(shape, layout, strict=True)
+        local_shapes.append(tuple(size // axis_size(axes) for size, axes in sizes))
+    ends = tuple(accumulate(prod(shape) for shape in local_shapes))
 
     def local(x, kernel):
-        y = jnp.split(_contract_forward(x, kernel, 1), ends[:-1], axis=-1)
-        shapes = zip(y, local_shapes, strict=True)
-        return tuple(part.reshape(*part.shape[:-1], *shape) for part, shape in shapes)
+        y = multiply(x, kernel, 1)
+        parts = jnp.split(y, ends[:-1], axis=-1)
+        return tuple(
+            part.reshape(*part.shape[:-1], *shape)
+            for part, shape in zip(parts, local_shapes, strict=True)
+        )
 
-    specs = make_spec((*tokens, ())), make_spec(columns)
-    return map_shards(
-        local, specs, tuple(make_spec((*tokens, *own)) for own in output_layouts)
-    )(x, kernel)
+    specs = make_spec((*tokens, ())), make_spec(get_layout(kernel))
+    results = tuple(make_spec((*tokens, *layout)) for layout in output_layouts)
+    return map_shards(local, specs, results)(x, kernel)
 
 
 def multiply_head(
@@ -213,85 +260,100 @@ def multiply_head(
     spec: PartitionSpec,
     dtype: Any,
     *,
-    column_major: bool,
+    product: LocalProduct | None = None,
+    column_major: bool = False,
 ) -> jax.Array:
     """Returns ``hidden · head`` [B, S, V] in ``dtype`` and laid out as ``spec``.
 
     Args:
         hidden: [B, S, D].
         head: [D, V] in its layout in use; ``column_major``: the transpose of a table.
+        product: on shards, without gradient; None: XLA's dot.
     """
-    if get_platform() != "cpu":
+    if product is None:
         return jnp.einsum(
             "bsd,dv->bsv", hidden, head, preferred_element_type=dtype, out_sharding=spec
         )
-    own = partial(_contract_forward, inputs=1, dtype=dtype, column_major=column_major)
-    specs = (
-        make_spec((*parse_spec(spec, 3)[:2], ())),
-        make_spec(((), parse_spec(spec, 3)[2])),
-    )
-    return map_shards(own, specs, spec)(
-        reshard(hidden, specs[0]), reshard(head, specs[1])
-    )
+    batch, seq, vocab = parse_spec(spec, 3)
+    hidden_spec = make_spec((batch, seq, ()))
+    head_spec = make_spec(((), vocab))
+
+    def local(hidden, head):
+        return product(hidden, head, 1, dtype, column_major=column_major)
+
+    run = map_shards(local, (hidden_spec, head_spec), spec)
+    return run(reshard(hidden, hidden_spec), reshard(head, head_spec))
 
 
 def fuse_kernels(kernels: Sequence[jax.Array]) -> jax.Array:
     """Puts kernels [in, *outputs] side by side, as :func:`multiply_fused_kernel` reads
     them; all of them are split over the same axes, or over none."""
     layouts = [get_layout(kernel) for kernel in kernels]
-    split = tuple(dict.fromkeys(_flat(chain.from_iterable(own[1:] for own in layouts))))
+    outputs = chain.from_iterable(layout[1:] for layout in layouts)
+    output_axes = tuple(dict.fromkeys(_flatten(outputs)))
 
     def local(*kernels):
-        return jnp.concatenate([k.reshape(len(k), -1) for k in kernels], axis=1)
+        flat = [kernel.reshape(len(kernel), -1) for kernel in kernels]
+        return jnp.concatenate(flat, axis=1)
 
-    return map_shards(local, tuple(map(make_spec, layouts)), make_spec(((), split)))(
-        *kernels
-    )
+    specs = tuple(make_spec(layout) for layout in layouts)
+    return map_shards(local, specs, make_spec(((), output_axes)))(*kernels)
 
 
 def can_fuse_kernels(specs: Sequence[PartitionSpec]) -> bool:
     """Whether kernels of these layouts can lie side by side: their inputs are whole,
     and the outputs of all are split over the same axes."""
-    parsed = [parse_spec(spec, len(spec)) for spec in specs]
-    split = {_flat(own[1:]) for own in parsed}
-    return len(split) == 1 and not any(own[0] for own in parsed)
+    layouts = [parse_spec(spec, len(spec)) for spec in specs]
+    if any(inputs for inputs, *_ in layouts):
+        return False
+    output_axes = {_flatten(outputs) for _, *outputs in layouts}
+    return len(output_axes) == 1
 
 
-def _contract(x, kernel, inputs, dtype=None):
-    last = tuple(range(x.ndim - inputs, x.ndim))
-    dims = (last, tuple(range(inputs))), ((), ())
+def multiply_by_xla(
+    x: jax.Array,
+    kernel: jax.Array,
+    num_inputs: int,
+    dtype: Any = None,
+    *,
+    column_major: bool = False,
+) -> jax.Array:
+    """Multiplies x [..., *inputs] by a kernel [*inputs, *outputs], by XLA's dot, which
+    chooses its operands' layouts itself: the :class:`LocalProduct` of training."""
+    x_inputs = tuple(range(x.ndim - num_inputs, x.ndim))
+    kernel_inputs = tuple(range(num_inputs))
+    dims = ((x_inputs, kernel_inputs), ((), ()))
     return lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
 
 
-def _contract_forward(x, kernel, inputs, dtype=None, column_major=False):
-    """Multiplies as :func:`_contract` does where no gradient is asked for; on a CPU by
-    a kernel."""
-    tokens, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
-    if get_platform() == "cpu":
-        rows = x.reshape(prod(tokens), -1)
-        columns = kernel.reshape(rows.shape[1], -1)
-        if can_multiply_rows(rows, columns, column_major=column_major):
-            return cpu_matmul(rows, columns, column_major).reshape(*tokens, *outputs)
-    return _contract(x, kernel, inputs, dtype)
+def _multiply_transposed(
+    d_y: jax.Array, kernel: jax.Array, num_inputs: int
+) -> jax.Array:
+    """dy·kernelᵀ [B, S, *inputs]."""
+    d_y_outputs = tuple(range(2, d_y.ndim))
+    kernel_outputs = tuple(range(num_inputs, kernel.ndim))
+    return lax.dot_general(d_y, kernel, ((d_y_outputs, kernel_outputs), ((), ())))
 
 
-def _outer(x, d_y):
-    """xᵀ·dy or (dyᵀ·x)ᵀ: whichever turns the smaller of the two around. JAX's own rule
-    always turns dy, which on a CPU is slow where dy is the wide hidden layer of an MLP
-    (benchmarks/README.md)."""
+def _outer_product(x: jax.Array, d_y: jax.Array) -> jax.Array:
+    """xᵀ·dy or (dyᵀ·x)ᵀ, [*inputs, *outputs]: whichever turns the smaller of the two
+    around. JAX's own rule always turns dy, which on a CPU is slow where dy is the wide
+    hidden layer of an MLP (benchmarks/README.md)."""
     tokens = (((0, 1), (0, 1)), ((), ()))
     if prod(x.shape) <= prod(d_y.shape):
         return lax.dot_general(x, d_y, tokens)
-    turned = lax.dot_general(d_y, x, tokens)
-    outputs = d_y.ndim - 2
-    return turned.transpose((*range(outputs, turned.ndim), *range(outputs)))
+    transposed = lax.dot_general(d_y, x, tokens)
+    num_outputs = d_y.ndim - 2
+    inputs = range(num_outputs, transposed.ndim)
+    return transposed.transpose((*inputs, *range(num_outputs)))
 
 
-def _common(a: Axes, b: Axes) -> Axes:
+def _common_axes(a: Axes, b: Axes) -> Axes:
     """The longest beginning of both."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
     return tuple(axis for axis, _ in same)
 
 
-def _flat(dims: Iterable[Axes]) -> Axes:
-    return tuple(chain.from_iterable(dims))
+def _flatten(layouts: Iterable[Axes]) -> Axes:
+    """The mesh axes of all dimensions, in order."""
+    return tuple(chain.from_iterable(layouts))

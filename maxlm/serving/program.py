@@ -19,6 +19,7 @@ from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.peft.reading import read_peft_adapter
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.inference.adapter_slots import LoraWeights, ServedAdapter
+from maxlm.inference.cpu import find_missing_cpu_compiler
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.speculation import DraftModel, DraftModelConfig
@@ -26,7 +27,6 @@ from maxlm.models.architectures import Model
 from maxlm.models.architectures.encoder import Encoder
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import param_specs, select_base_params
-from maxlm.parallel.cpu_kernels import find_missing_cpu_compiler
 from maxlm.run.convert import (
     find_run_family,
     find_trained_base,

@@ -19,10 +19,13 @@ def merge_attention(
     2018): o [B, S, N, H] and log-sum-exp [B, S, N], −inf where no key was seen.
     Associative and commutative, but for rounding. A sink belongs to one of the blocks
     only."""
-    (o_1, lse_1), (o_2, lse_2) = first, second
+    o_1, lse_1 = first
+    o_2, lse_2 = second
     top = jnp.maximum(lse_1, lse_2)
-    top = jnp.where(top == -jnp.inf, 0.0, top)  # −inf − −inf is NaN
-    weight_1, weight_2 = jnp.exp(lse_1 - top), jnp.exp(lse_2 - top)
+    # No key in either: −inf − −inf is NaN.
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weight_1 = jnp.exp(lse_1 - top)
+    weight_2 = jnp.exp(lse_2 - top)
     total = weight_1 + weight_2
     o = o_1 * weight_1[..., None] + o_2 * weight_2[..., None]
     return o / jnp.where(total > 0, total, 1.0)[..., None], top + jnp.log(total)

@@ -47,9 +47,13 @@ class BlockVisits(NamedTuple):
 
     def masked_block(self, t: jax.Array) -> jax.Array:
         """Returns the block of masked visit t: ``masked_begin`` + t, past the gaps."""
-        at = self.masked_begin + t
-        at = at + jnp.where(at >= self.first_gap_begin, self.first_gap_length, 0)
-        return at + jnp.where(at >= self.second_gap_begin, self.second_gap_length, 0)
+        block = self.masked_begin + t
+        first_gap = jnp.where(block >= self.first_gap_begin, self.first_gap_length, 0)
+        block = block + first_gap
+        second_gap = jnp.where(
+            block >= self.second_gap_begin, self.second_gap_length, 0
+        )
+        return block + second_gap
 
 
 def plan_visits(
@@ -69,33 +73,37 @@ def plan_visits(
     padded = per_query and T % block_k > 0
     if not (params.causal or operands.q_segments is not None or padded):
         return None
-    # bool [B or 1, blocks of queries, blocks of keys]: whether any, and whether every
-    # query sees any, every key.
+    # bool [B or 1, blocks of queries, blocks of keys]: whether some query sees some
+    # key, and whether every query sees every key.
     shape = 1, -(-S // block_q), -(-T // block_k)
-    some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
+    sees_some = jnp.ones(shape, bool)
+    sees_all = jnp.ones(shape, bool)
     if params.causal:
         q_low, q_high = _positions(operands.q_offset, S, block_q)
         k_low, k_high = _positions(operands.k_offset, T, block_k)
         q_low, q_high = q_low[:, :, None], q_high[:, :, None]
         k_low, k_high = k_low[:, None], k_high[:, None]
-        some, whole = q_high >= k_low, q_low >= k_high
+        sees_some = q_high >= k_low
+        sees_all = q_low >= k_high
         if params.window is not None:
-            some &= q_low - k_high < params.window
-            whole &= q_high - k_low < params.window
+            sees_some &= q_low - k_high < params.window
+            sees_all &= q_high - k_low < params.window
         if operands.prefix is not None:
             prefix = operands.prefix[:, None, None]
-            some, whole = some | (k_low < prefix), whole | (k_high < prefix)
+            sees_some = sees_some | (k_low < prefix)
+            sees_all = sees_all | (k_high < prefix)
     if operands.q_segments is not None:
         assert operands.k_segments is not None
-        share, one = compare_block_segments(
+        may_share, is_one = compare_block_segments(
             operands.q_segments, operands.k_segments, block_q, block_k
         )
-        some, whole = some & share, whole & one
-    whole &= some
+        sees_some = sees_some & may_share
+        sees_all = sees_all & is_one
+    sees_all &= sees_some
     if not per_query:
-        return _runs(some.swapaxes(1, 2), whole.swapaxes(1, 2))
-    inside = (jnp.arange(whole.shape[2]) + 1) * block_k <= T
-    return _runs(some, whole & inside)
+        return _find_runs(sees_some.swapaxes(1, 2), sees_all.swapaxes(1, 2))
+    inside = (jnp.arange(sees_all.shape[2]) + 1) * block_k <= T
+    return _find_runs(sees_some, sees_all & inside)
 
 
 def _positions(offset, length: int, block: int) -> tuple[jax.Array, jax.Array]:
@@ -106,37 +114,39 @@ def _positions(offset, length: int, block: int) -> tuple[jax.Array, jax.Array]:
     return low + offset, high + offset
 
 
-def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
+def _find_runs(sees_some: jax.Array, sees_all: jax.Array) -> jax.Array:
     """[B, n, m] → [B, n, FIELDS]. Reductions alone, which XLA fuses with what they
     reduce."""
-    m = some.shape[2]
-    at = jnp.arange(m, dtype=jnp.int32)
+    m = sees_some.shape[2]
+    block = jnp.arange(m, dtype=jnp.int32)
 
-    def first(which):
-        return jnp.min(jnp.where(which, at, m), axis=2)
+    def find_first(which: jax.Array) -> jax.Array:
+        return jnp.min(jnp.where(which, block, m), axis=2)
 
-    begin = first(some)
-    end = jnp.max(jnp.where(some, at + 1, 0), axis=2)
+    begin = find_first(sees_some)
+    end = jnp.max(jnp.where(sees_some, block + 1, 0), axis=2)
     begin = jnp.minimum(begin, end)
-    full_begin = jnp.minimum(first(whole), end)
-    full_end = jnp.minimum(first(~whole & (at >= full_begin[:, :, None])), end)
-    gap_begin = jnp.minimum(first(~some & (at >= begin[:, :, None])), end)
-    gap_end = jnp.minimum(first(some & (at >= gap_begin[:, :, None])), end)
-    full, gap = (full_begin, full_end - full_begin), (gap_begin, gap_end - gap_begin)
-    ordered = full_begin <= gap_begin
-    cuts = [
-        jnp.where(ordered, a, b)
-        for a, b in (
-            (full[0], gap[0]),
-            (full[1], gap[1]),
-            (gap[0], full[0]),
-            (gap[1], full[1]),
-        )
+    # The first run of full blocks, and the first run of empty ones.
+    full_begin = jnp.minimum(find_first(sees_all), end)
+    after_full = ~sees_all & (block >= full_begin[:, :, None])
+    full_end = jnp.minimum(find_first(after_full), end)
+    in_gap = ~sees_some & (block >= begin[:, :, None])
+    gap_begin = jnp.minimum(find_first(in_gap), end)
+    after_gap = sees_some & (block >= gap_begin[:, :, None])
+    gap_end = jnp.minimum(find_first(after_gap), end)
+    full_length = full_end - full_begin
+    gap_length = gap_end - gap_begin
+    # Masked visits pass over both, in order.
+    full_is_first = full_begin <= gap_begin
+    passed_over = [
+        jnp.where(full_is_first, full_begin, gap_begin),
+        jnp.where(full_is_first, full_length, gap_length),
+        jnp.where(full_is_first, gap_begin, full_begin),
+        jnp.where(full_is_first, gap_length, full_length),
     ]
-    count = end - begin - full[1] - gap[1]
-    return jnp.stack([begin, count, full_begin, full_end, *cuts], axis=2).astype(
-        jnp.int32
-    )
+    num_masked = end - begin - full_length - gap_length
+    fields = [begin, num_masked, full_begin, full_end, *passed_over]
+    return jnp.stack(fields, axis=2).astype(jnp.int32)
 
 
 def compare_block_segments(
@@ -145,10 +155,13 @@ def compare_block_segments(
     """Returns bool [B, blocks of queries, blocks of keys]: whether they may have a
     segment in common; whether all their tokens are of one. Past the last token both are
     as if it went on."""
-    q_least, q_low, q_high = (x[:, :, None] for x in _bounds(q_segments, block_q))
-    k_least, k_low, k_high = (x[:, None] for x in _bounds(k_segments, block_k))
-    one = (q_least == q_high) & (k_least == k_high) & (q_high == k_high) & (k_least > 0)
-    return (q_low <= k_high) & (k_low <= q_high), one
+    q_bounds = _bounds(q_segments, block_q)
+    q_least, q_low, q_high = (bound[:, :, None] for bound in q_bounds)
+    k_bounds = _bounds(k_segments, block_k)
+    k_least, k_low, k_high = (bound[:, None] for bound in k_bounds)
+    is_one = (q_least == q_high) & (k_least == k_high) & (q_high == k_high)
+    is_one = is_one & (k_least > 0)
+    return (q_low <= k_high) & (k_low <= q_high), is_one
 
 
 def split_into_blocks(x: jax.Array, size: int) -> jax.Array:
@@ -208,10 +221,10 @@ def scale_scores(
         scores = products * (params.scale * LOG2E)
     else:
         # tanh(x) = 1 − 2 / (e^2x + 1): exact to fp32's step at 1, all that scores need.
-        tanh = 1 - 2 / (
-            exp2(products * (2 * LOG2E * params.scale / params.soft_cap)) + 1
-        )
-        scores, derivative = tanh * (params.soft_cap * LOG2E), 1 - tanh * tanh
+        exponent_scale = 2 * LOG2E * params.scale / params.soft_cap
+        tanh = 1 - 2 / (exp2(products * exponent_scale) + 1)
+        scores = tanh * (params.soft_cap * LOG2E)
+        derivative = 1 - tanh * tanh
     if "slopes" in refs:
         distance = jnp.abs(behind()).astype(jnp.float32)
         scores -= distance * (refs["slopes"][head] * LOG2E)
@@ -219,16 +232,31 @@ def scale_scores(
 
 
 def compute_weights_and_d_scores(
-    scores, slope, lse, d_weights, delta, mask, scale: float, exp2=jnp.exp2
+    scores: jax.Array,
+    derivative: jax.Array | None,
+    lse: jax.Array,
+    d_weights: jax.Array,
+    delta: jax.Array,
+    mask: jax.Array | None,
+    scale: float,
+    exp2: Callable[[jax.Array], jax.Array] = jnp.exp2,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys
-    and values may hold anything finite: d_weights may then not be. ``scale`` is
-    :func:`get_exp2_scale`."""
+    and values may hold anything finite: d_weights may then not be.
+
+    Args:
+        scores, derivative: as :func:`scale_scores` returns them.
+        lse: log2-sum-exps, +inf where there is no key.
+        scale: :func:`get_exp2_scale`.
+    """
     scores = scores * scale
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     weights = exp2(scores - lse)
     d_scores = weights * (d_weights - delta)
-    if slope is not None:
-        d_scores *= slope
-    return weights, d_scores if mask is None else jnp.where(mask, d_scores, 0.0)
+    if derivative is not None:
+        d_scores *= derivative
+    if mask is not None:
+        # Infinity times a weight of 0 is NaN.
+        d_scores = jnp.where(mask, d_scores, 0.0)
+    return weights, d_scores

@@ -10,7 +10,8 @@ JAX's own (``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing 
 12.9.1 or later.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ from pallas_kernels.attention.gpu_blocks import LN2, LOG2E, compute_weights_and_
 from pallas_kernels.attention.hopper_tile import (
     ROWS,
     WARPGROUPS,
+    HopperProgram,
     HopperScoreTile,
-    HopperStatics,
 )
 from pallas_kernels.attention.params import (
     AttentionCall,
@@ -35,6 +36,7 @@ from pallas_kernels.attention.params import (
     merge_offsets,
 )
 
+# Features of a head up to which sums of dK and dV fit in registers.
 _BACKWARD_HEADS = 128
 
 
@@ -71,11 +73,14 @@ def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
 def _choose_blocks(H: int, call: AttentionCall) -> HopperBlockSizes:
     """Returns the blocks given, checked, or those that fit in 227 KB of shared memory,
     and in registers."""
-    default = HopperBlockSizes(
-        128 if H <= _BACKWARD_HEADS else 64, 64 if H > 64 else 128, 64, 2
+    sizes = call.block_sizes or HopperBlockSizes(
+        forward_keys=128 if H <= _BACKWARD_HEADS else 64,
+        d_q_keys=64 if H > 64 else 128,
+        d_kv_queries=64,
+        stages=2,
     )
-    sizes = call.block_sizes or default
-    if any(n < 1 or n % ROWS for n in sizes[:3]) or sizes.stages < 1:
+    rows = (sizes.forward_keys, sizes.d_q_keys, sizes.d_kv_queries)
+    if any(n < 1 or n % ROWS for n in rows) or sizes.stages < 1:
         raise ValueError(f"block_sizes: {sizes}: multiples of {ROWS}, a stage or more")
     return sizes
 
@@ -91,17 +96,21 @@ def forward(
     inputs = {"q": q, "k": k, "v": v}
     if operands.sinks is not None:
         inputs["sinks"] = operands.sinks
-    rows = pl.cdiv(S, ROWS * WARPGROUPS) * ROWS * WARPGROUPS
+    padded_S = pl.cdiv(S, ROWS * WARPGROUPS) * ROWS * WARPGROUPS
     o, lse = parts.run_kernel(
-        *(parts.copy_key_value_blocks, _attend, inputs, operands, call),
+        parts.copy_key_value_blocks,
+        _attend,
+        inputs,
+        operands,
+        call,
         (
             jax.ShapeDtypeStruct(q.shape, call.dtype),
-            jax.ShapeDtypeStruct((B, N, rows), jnp.float32),
+            jax.ShapeDtypeStruct((B, N, padded_S), jnp.float32),
         ),
         per_query=True,
         block=sizes.forward_keys,
         stages=sizes.stages,
-        own=("q", "q_segments"),
+        resident=("q", "q_segments"),
         visited=(("k", "k_segments"), ("v",)),
         scratch={
             "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
@@ -125,42 +134,63 @@ def backward(
     sizes = _choose_blocks(H, call)
     operands = merge_offsets(operands, call.params)
     lse, delta, d_o = saved
+    # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta = delta.transpose(0, 2, 1)
-    d_o = d_o.astype(dtype)
-    inputs = {"q": operands.q, "k": operands.k, "v": operands.v}
-    inputs |= {"lse": lse, "delta": delta, "d_o": d_o}
+    inputs = {
+        "q": operands.q,
+        "k": operands.k,
+        "v": operands.v,
+        "lse": lse,
+        "delta": delta,
+        "d_o": d_o.astype(dtype),
+    }
     q, k, v = (jax.ShapeDtypeStruct(x.shape, call.dtype) for x in operands[:3])
     (d_q,) = parts.run_kernel(
-        *(parts.copy_key_value_blocks, _sum_d_q, inputs, operands, call, (q,)),
+        parts.copy_key_value_blocks,
+        _sum_d_q,
+        inputs,
+        operands,
+        call,
+        (q,),
         per_query=True,
         block=sizes.d_q_keys,
         stages=sizes.stages,
-        own=("q", "d_o", "lse", "delta", "q_segments"),
+        resident=("q", "d_o", "lse", "delta", "q_segments"),
         visited=(("k", "k_segments"), ("v",)),
     )
     d_k, d_v = parts.run_kernel(
-        *(_copy_queries, _sum_d_kv, inputs, operands, call, (k, v)),
+        _copy_queries,
+        _sum_d_kv,
+        inputs,
+        operands,
+        call,
+        (k, v),
         per_query=False,
         block=sizes.d_kv_queries,
         stages=sizes.stages,
-        own=("k", "v", "k_segments"),
+        resident=("k", "v", "k_segments"),
         visited=(("q", "lse", "q_segments"), ("d_o", "delta")),
     )
     return d_q, d_k, d_v
 
 
-def _attend(
-    s: HopperStatics, refs, outputs, shared, visits, row, head, start, me
-) -> None:
-    """A warpgroup that multiplies: queries ``start`` and the 63 after it."""
+def _attend(program: HopperProgram) -> None:
+    """A warpgroup that multiplies: 64 queries, an online softmax over blocks of
+    keys."""
+    p = program
+    s = p.statics
+    shared = p.shared
     block_k = s.block
-    q, H = shared["q"].at[me], shared["q"].shape[-1]
-    mine = pl.ds(start, ROWS)
-    parts.copy_own_tiles(s, refs, shared, me, row, head, mine)
+    q = shared["q"].at[p.warpgroup]
+    H = shared["q"].shape[-1]
+    rows = p.rows
+    parts.copy_resident_tiles(p)
+    q_segments = None
     if s.has_segments:
-        own_segments = parts.load_shared(shared["q_segments"].at[me], parts.ALONG_ROWS)
-        own_segments = parts.broadcast_rows(own_segments, block_k)
+        segments_ref = shared["q_segments"].at[p.warpgroup]
+        q_segments = parts.load_shared(segments_ref, parts.ALONG_ROWS)
+        q_segments = parts.broadcast_rows(q_segments, block_k)
 
     def take_turn():
         """The other warpgroup goes on where it waits, and this one when the other comes
@@ -168,21 +198,26 @@ def _attend(
         plgpu.barrier_arrive(shared["turn"])
         plgpu.barrier_wait(shared["turn"])
 
-    def step(at, carry, masked):
+    def step(visit, carry, masked):
         o, top, total = carry
-        slot = lax.rem(at, jnp.int32(s.stages))
+        slot = lax.rem(visit, jnp.int32(s.stages))
         plgpu.barrier_wait(shared["k_ready"].at[slot])
 
         products = parts.multiply_transposed(q, shared["k"].at[slot], take_turn)
         segments = None
-        if masked and s.has_segments:
-            other = parts.load_shared(
-                shared["k_segments"].at[slot], parts.ALONG_COLUMNS
-            )
-            segments = own_segments, parts.broadcast_columns(other, ROWS)
+        if masked and q_segments is not None:
+            segments_ref = shared["k_segments"].at[slot]
+            k_segments = parts.load_shared(segments_ref, parts.ALONG_COLUMNS)
+            segments = q_segments, parts.broadcast_columns(k_segments, ROWS)
         parts.release_slot(s, shared["k_free"].at[slot])
-        starts = start, block_of(at) * block_k
-        tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
+        tile = HopperScoreTile(
+            p,
+            (ROWS, block_k),
+            q_axis=0,
+            q_start=p.start,
+            k_start=block_of(visit) * block_k,
+            head=p.head,
+        )
         scores, _ = tile.scores(products)
         if masked:
             scores = jnp.where(tile.compute_mask(segments), scores, -jnp.inf)
@@ -202,85 +237,105 @@ def _attend(
         parts.release_slot(s, shared["v_free"].at[slot])
         return o, new_top, total
 
-    masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
-    if "sinks" in refs:
-        top = refs["sinks"][head] * LOG2E
-        total = 1.0
+    masked, count, block_of = parts.order_visits(p.visits, pl.cdiv(s.T, block_k))
+    if "sinks" in p.inputs:
+        # As if a key with the sink's score had come first, and a value of zeros.
+        first_top = p.inputs["sinks"][p.head] * LOG2E
+        first_total = 1.0
     else:
-        top = -jnp.inf
-        total = 0.0
-    top, total = (
-        plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), parts.ALONG_ROWS)
-        for x in (top, total)
+        first_top = -jnp.inf
+        first_total = 0.0
+    top = plgpu.layout_cast(jnp.full((ROWS,), first_top, jnp.float32), parts.ALONG_ROWS)
+    total = plgpu.layout_cast(
+        jnp.full((ROWS,), first_total, jnp.float32), parts.ALONG_ROWS
     )
-    pl.when(me == 1)(take_turn)
+    # Warpgroup 1 waits until warpgroup 0 has its first products under way; at the end
+    # 0 lets 1 go on.
+    pl.when(p.warpgroup == 1)(take_turn)
     carry = parts.make_zeros(ROWS, H), top, total
-    o, top, total = parts.visit_visible_blocks(visits, masked, count, step, carry)
-    pl.when(me == 0)(take_turn)
+    o, top, total = parts.visit_visible_blocks(p.visits, masked, count, step, carry)
+    pl.when(p.warpgroup == 0)(take_turn)
 
-    safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, top * LN2 + jnp.log(safe), -jnp.inf)
-    shared["lse"].at[me][...] = lse
+    safe_total = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, top * LN2 + jnp.log(safe_total), -jnp.inf)
+    o_ref, lse_ref = p.outputs
+    staged_lse = shared["lse"].at[p.warpgroup]
+    staged_lse[...] = lse
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(shared["lse"].at[me], outputs[1].at[row, head, mine])
-    o = o * parts.broadcast_rows(1 / safe, H)
-    parts.store_tile(
-        shared.get("staged", shared["q"]).at[me], outputs[0].at[row, mine, head], o
-    )
+    plgpu.copy_smem_to_gmem(staged_lse, lse_ref.at[p.row, p.head, rows])
+    o = o * parts.broadcast_rows(1 / safe_total, H)
+    staged_o = shared.get("staged", shared["q"]).at[p.warpgroup]
+    parts.store_tile(staged_o, o_ref.at[p.row, rows, p.head], o)
 
 
-def _sum_d_q(
-    s: HopperStatics, refs, outputs, shared, visits, row, head, start, me
-) -> None:
-    """64 queries from ``start``."""
-    mine = pl.ds(start, ROWS)
+def _sum_d_q(program: HopperProgram) -> None:
+    """A warpgroup that multiplies: dQ of 64 queries, over blocks of keys."""
+    p = program
+    s = p.statics
+    shared = p.shared
+    rows = p.rows
     H = shared["q"].shape[-1]
     block_k = s.block
-    parts.copy_own_tiles(s, refs, shared, me, row, head, mine)
+    parts.copy_resident_tiles(p)
 
-    def own(name):
-        x = parts.load_shared(shared[name].at[me], parts.ALONG_ROWS)
+    def load_resident(name):
+        x = parts.load_shared(shared[name].at[p.warpgroup], parts.ALONG_ROWS)
         return parts.broadcast_rows(x, block_k)
 
-    def step(at, d_q, masked):
-        slot = lax.rem(at, jnp.int32(s.stages))
+    def step(visit, d_q, masked):
+        slot = lax.rem(visit, jnp.int32(s.stages))
         for name in ("k", "v"):
             plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
         k = shared["k"].at[slot]
-        products = parts.multiply_transposed(shared["q"].at[me], k, lambda: None)
+        q = shared["q"].at[p.warpgroup]
+        products = parts.multiply_transposed(q, k, lambda: None)
         segments = None
         if masked and s.has_segments:
-            other = parts.load_shared(
-                shared["k_segments"].at[slot], parts.ALONG_COLUMNS
-            )
-            segments = own("q_segments"), parts.broadcast_columns(other, ROWS)
-        d_o, v = shared["d_o"].at[me], shared["v"].at[slot]
+            segments_ref = shared["k_segments"].at[slot]
+            k_segments = parts.load_shared(segments_ref, parts.ALONG_COLUMNS)
+            q_segments = load_resident("q_segments")
+            segments = q_segments, parts.broadcast_columns(k_segments, ROWS)
+        d_o = shared["d_o"].at[p.warpgroup]
+        v = shared["v"].at[slot]
         d_weights = parts.multiply_transposed(d_o, v, lambda: None)
         parts.release_slot(s, shared["v_free"].at[slot])
-        starts = start, block_of(at) * block_k
-        tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
-        scores, slope = tile.scores(products)
-        seen = tile.compute_mask(segments) if masked else None
+        tile = HopperScoreTile(
+            p,
+            (ROWS, block_k),
+            q_axis=0,
+            q_start=p.start,
+            k_start=block_of(visit) * block_k,
+            head=p.head,
+        )
+        scores, derivative = tile.scores(products)
+        mask = tile.compute_mask(segments) if masked else None
+        lse = load_resident("lse")
+        delta = load_resident("delta")
         _, d_scores = compute_weights_and_d_scores(
-            scores, slope, own("lse"), d_weights, own("delta"), seen, s.exp2_scale
+            scores, derivative, lse, d_weights, delta, mask, s.exp2_scale
         )
         d_q = parts.add_product(s, d_q, d_scores.astype(k.dtype), k)
         parts.release_slot(s, shared["k_free"].at[slot])
         return d_q
 
-    masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
-    d_q = parts.visit_visible_blocks(
-        visits, masked, count, step, parts.make_zeros(ROWS, H)
-    )
-    staged = shared.get("staged", shared["q"]).at[me]
-    parts.store_tile(staged, outputs[0].at[row, mine, head], d_q * s.params.scale)
+    masked, count, block_of = parts.order_visits(p.visits, pl.cdiv(s.T, block_k))
+    zeros = parts.make_zeros(ROWS, H)
+    d_q = parts.visit_visible_blocks(p.visits, masked, count, step, zeros)
+    staged = shared.get("staged", shared["q"]).at[p.warpgroup]
+    (d_q_ref,) = p.outputs
+    parts.store_tile(staged, d_q_ref.at[p.row, rows, p.head], d_q * s.params.scale)
 
 
-def _each(s: HopperStatics, visits, body, carry):
-    """``body(at, member, block, masked, carry)`` over what a block of keys visits: each
-    query head of the group makes all visits with a mask, then each all others. ``at``
-    counts."""
-    masked, total, block_of = parts.order_visits(visits, pl.cdiv(s.S, s.block))
+def _visit_queries(
+    program: HopperProgram,
+    body: Callable[[Any, Any, Any, bool, Any], Any],
+    carry: Any,
+) -> Any:
+    """Runs ``body(visit, member, block, masked, carry)`` over what a block of keys
+    visits: each query head of the group, ``member``, makes all visits with a mask, then
+    each all others. ``visit`` counts them all."""
+    s = program.statics
+    masked, total, block_of = parts.order_visits(program.visits, pl.cdiv(s.S, s.block))
 
     def loop(begin, count, is_masked, carry):
         def step(t, carry):
@@ -290,53 +345,72 @@ def _each(s: HopperStatics, visits, body, carry):
 
         return lax.fori_loop(0, count * s.group, step, carry)
 
-    if visits is not None:
+    if program.visits is not None:
         carry = loop(0, masked, True, carry)
     return loop(masked, total - masked, False, carry)
 
 
-def _copy_queries(s: HopperStatics, refs, shared, visits, row, kv_head) -> None:
-    def copy(at, member, block, _, carry):
-        parts.copy_block(s, refs, shared, at, row, kv_head * s.group + member, block)
+def _copy_queries(program: HopperProgram) -> None:
+    """The warpgroup that copies: blocks of queries."""
+    first_head = program.head
+
+    def copy(visit, member, block, _, carry):
+        head = first_head * program.statics.group + member
+        parts.copy_block(program, visit, head, block)
         return carry
 
-    _each(s, visits, copy, None)
+    _visit_queries(program, copy, None)
 
 
-def _sum_d_kv(
-    s: HopperStatics, refs, outputs, shared, visits, row, kv_head, start, me
-) -> None:
-    """64 keys from ``start``. Tiles are transposed, [keys, queries]."""
-    mine = pl.ds(start, ROWS)
+def _sum_d_kv(program: HopperProgram) -> None:
+    """A warpgroup that multiplies: dK and dV of 64 keys, over blocks of queries. Tiles
+    are transposed, [keys, queries]."""
+    p = program
+    s = p.statics
+    shared = p.shared
+    kv_head = p.head
+    rows = p.rows
     H = shared["k"].shape[-1]
     block_q = s.block
-    parts.copy_own_tiles(s, refs, shared, me, row, kv_head, mine)
+    parts.copy_resident_tiles(p)
 
-    def step(at, member, block, masked, carry):
+    def step(visit, member, block, masked, carry):
         d_k, d_v = carry
-        slot = lax.rem(at, jnp.int32(s.stages))
+        slot = lax.rem(visit, jnp.int32(s.stages))
 
-        def beside(name):
+        def load_visited(name):
             x = parts.load_shared(shared[name].at[slot], parts.ALONG_COLUMNS)
             return parts.broadcast_columns(x, ROWS)
 
         for name in ("q", "d_o"):
             plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
-        q, d_o = shared["q"].at[slot], shared["d_o"].at[slot]
-        products = parts.multiply_transposed(shared["k"].at[me], q, lambda: None)
-        d_weights = parts.multiply_transposed(shared["v"].at[me], d_o, lambda: None)
-        at_head = row, kv_head * s.group + member
+        q = shared["q"].at[slot]
+        d_o = shared["d_o"].at[slot]
+        k = shared["k"].at[p.warpgroup]
+        products = parts.multiply_transposed(k, q, lambda: None)
+        v = shared["v"].at[p.warpgroup]
+        d_weights = parts.multiply_transposed(v, d_o, lambda: None)
+        head = kv_head * s.group + member
         tile = HopperScoreTile(
-            s, refs, (ROWS, block_q), 1, (block * block_q, start), at_head
+            p,
+            (ROWS, block_q),
+            q_axis=1,
+            q_start=block * block_q,
+            k_start=p.start,
+            head=head,
         )
-        scores, slope = tile.scores(products)
+        scores, derivative = tile.scores(products)
         segments = None
         if masked and s.has_segments:
-            own = parts.load_shared(shared["k_segments"].at[me], parts.ALONG_ROWS)
-            segments = beside("q_segments"), parts.broadcast_rows(own, block_q)
-        seen = tile.compute_mask(segments) if masked else None
+            segments_ref = shared["k_segments"].at[p.warpgroup]
+            k_segments = parts.load_shared(segments_ref, parts.ALONG_ROWS)
+            q_segments = load_visited("q_segments")
+            segments = q_segments, parts.broadcast_rows(k_segments, block_q)
+        mask = tile.compute_mask(segments) if masked else None
+        lse = load_visited("lse")
+        delta = load_visited("delta")
         weights, d_scores = compute_weights_and_d_scores(
-            scores, slope, beside("lse"), d_weights, beside("delta"), seen, s.exp2_scale
+            scores, derivative, lse, d_weights, delta, mask, s.exp2_scale
         )
         d_v = parts.add_product(s, d_v, weights.astype(d_o.dtype), d_o)
         parts.release_slot(s, shared["d_o_free"].at[slot])
@@ -344,12 +418,13 @@ def _sum_d_kv(
         parts.release_slot(s, shared["q_free"].at[slot])
         return d_k, d_v
 
-    d_k, d_v = _each(
-        s, visits, step, (parts.make_zeros(ROWS, H), parts.make_zeros(ROWS, H))
-    )
-    target = (row, mine, kv_head)
-    for name, ref, x in (
-        ("k", outputs[0], d_k * s.params.scale),
-        ("v", outputs[1], d_v),
-    ):
-        parts.store_tile(shared.get("staged", shared[name]).at[me], ref.at[target], x)
+    zeros = parts.make_zeros(ROWS, H), parts.make_zeros(ROWS, H)
+    d_k, d_v = _visit_queries(p, step, zeros)
+    d_k_ref, d_v_ref = p.outputs
+    # Where results are not in the operands' dtype, k and v share a buffer; else each
+    # result takes the place of its operand, which nobody reads again.
+    staged_k = shared.get("staged", shared["k"]).at[p.warpgroup]
+    staged_v = shared.get("staged", shared["v"]).at[p.warpgroup]
+    d_k = d_k * s.params.scale
+    parts.store_tile(staged_k, d_k_ref.at[p.row, rows, kv_head], d_k)
+    parts.store_tile(staged_v, d_v_ref.at[p.row, rows, kv_head], d_v)

@@ -2,7 +2,6 @@
 registers of a warpgroup."""
 
 from collections.abc import Callable
-from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -39,6 +38,8 @@ _LOAD_TAKES_AN_INDEX = "idx" in signature(plgpu.load).parameters
 
 
 class HopperStatics(NamedTuple):
+    """The values that a kernel is compiled for."""
+
     params: AttentionParams
     S: int
     T: int
@@ -50,8 +51,8 @@ class HopperStatics(NamedTuple):
     """Number of these blocks in shared memory."""
     names: tuple[str, ...]
     """Names of the inputs."""
-    own: tuple[str, ...]
-    """Inputs of which a warpgroup keeps its own rows."""
+    resident: tuple[str, ...]
+    """Inputs of which a warpgroup keeps its own rows in shared memory all the time."""
     visited: tuple[tuple[str, ...], ...]
     """Inputs whose blocks are copied one after the other: those with one barrier
     together, named by the first."""
@@ -67,18 +68,46 @@ class HopperStatics(NamedTuple):
         return gpu_blocks.get_exp2_scale(self.params, self.names)
 
 
+class HopperProgram(NamedTuple):
+    """A warpgroup's share of a program, in the kernel: scalars and references."""
+
+    statics: HopperStatics
+    inputs: dict[str, Any]
+    """In global memory, by name."""
+    outputs: tuple[Any, ...]
+    shared: dict[str, Any]
+    """Buffers and barriers of :func:`make_buffers`, and what a kernel adds."""
+    visits: BlockVisits | None
+    """None: every block, without a mask."""
+    row: Any
+    """Of the batch."""
+    head: Any
+    """A query head, or where tiles are of keys a kv head."""
+    warpgroup: Any
+    """0 and 1 multiply, 2 copies."""
+    start: Any = None
+    """The first of a multiplying warpgroup's ``ROWS`` rows."""
+
+    @property
+    def rows(self) -> Any:
+        """The slice of a multiplying warpgroup's rows."""
+        return pl.ds(self.start, ROWS)
+
+
 def order_visits(
     visits: BlockVisits | None, blocks: int
 ) -> tuple[Any, Any, Callable[[Any], Any]]:
     """Returns (visits with a mask, which come first; all visits; the block of a
     visit)."""
     if visits is None:
-        return 0, blocks, lambda at: at
+        return 0, blocks, lambda visit: visit
     masked = visits.num_masked
 
-    def block_of(at):
+    def block_of(visit):
         return jnp.where(
-            at < masked, visits.masked_block(at), visits.full_begin + at - masked
+            visit < masked,
+            visits.masked_block(visit),
+            visits.full_begin + visit - masked,
         )
 
     return masked, masked + visits.full_end - visits.full_begin, block_of
@@ -86,23 +115,27 @@ def order_visits(
 
 class HopperScoreTile:
     """Scores of queries from ``q_start``, along ``q_axis``, with keys from
-    ``k_start``."""
+    ``k_start``; ``head`` is the query head."""
 
     def __init__(
         self,
-        statics: HopperStatics,
-        refs,
+        program: HopperProgram,
         shape: tuple[int, int],
+        *,
         q_axis: int,
-        starts,
-        row_head,
+        q_start: Any,
+        k_start: Any,
+        head: Any,
     ):
-        self.statics = statics
-        self.refs = refs
-        self.params = statics.params
-        self.shape, self.q_axis = shape, q_axis
-        self.q_start, self.k_start = starts
-        self.row, self.head = row_head
+        self.statics = program.statics
+        self.inputs = program.inputs
+        self.params = program.statics.params
+        self.row = program.row
+        self.shape = shape
+        self.q_axis = q_axis
+        self.q_start = q_start
+        self.k_start = k_start
+        self.head = head
 
     def _iota(self, axis: int) -> jax.Array:
         return plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=TILE)
@@ -111,15 +144,15 @@ class HopperScoreTile:
         """int32: how far behind its query each key is."""
         ahead = self.q_start - self.k_start
         for name, sign in (("q_offset", 1), ("k_offset", -1)):
-            if name in self.refs:
-                ahead += sign * self.refs[name][0]
+            if name in self.inputs:
+                ahead += sign * self.inputs[name][0]
         return self._iota(self.q_axis) - self._iota(1 - self.q_axis) + ahead
 
     def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Returns scores, whose exp2 is taken after ``statics.exp2_scale``, and their
         derivative by the product times the scale; None: 1."""
         return gpu_blocks.scale_scores(
-            products, self.params, self.refs, self.head, self._behind
+            products, self.params, self.inputs, self.head, self._behind
         )
 
     def compute_mask(self, segments: tuple[jax.Array, jax.Array] | None) -> Any:
@@ -129,38 +162,41 @@ class HopperScoreTile:
         in_prefix = None
         inside = None
         behind = self._behind() if self.params.causal else None
-        if "prefix" in self.refs:
-            offset = self.refs["k_offset"][0] if "k_offset" in self.refs else 0
-            prefix = self.refs["prefix"][self.row] - offset - self.k_start
+        if "prefix" in self.inputs:
+            offset = self.inputs["k_offset"][0] if "k_offset" in self.inputs else 0
+            prefix = self.inputs["prefix"][self.row] - offset - self.k_start
             in_prefix = self._iota(1 - self.q_axis) < prefix
         if T % self.shape[1 - self.q_axis]:
             inside = self._iota(1 - self.q_axis) < T - self.k_start
         return combine_masks(self.params, behind, in_prefix, segments, inside)
 
 
-def multiply_transposed(a, b, overlapped: Callable[[], None]) -> jax.Array:
+def multiply_transposed(a: Any, b: Any, overlapped: Callable[[], None]) -> jax.Array:
     """Multiplies a·bᵀ in shared memory; calls ``overlapped`` before it waits for the
     result."""
 
     def multiply(sums):
         plgpu.wgmma(sums, a, b.transpose((1, 0)))
         overlapped()
+        # Reading the accumulator waits for the tensor cores.
         return sums[...]
 
     return pl.run_scoped(multiply, ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def add_product(s: HopperStatics, accumulator: jax.Array, a: jax.Array, b) -> jax.Array:
+def add_product(
+    s: HopperStatics, accumulator: jax.Array, a: jax.Array, b: Any
+) -> jax.Array:
     """Adds a·b to ``accumulator``, a in registers and b in shared memory."""
-    if s.interpret:  # which knows no operand in registers
+    if s.interpret:
+        # The interpreter knows no operand in registers.
         return accumulator + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-    sums: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(
-        ACC.init(accumulator)
-    )
+    multiply = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))
+    sums: Any = multiply(ACC.init(accumulator))
     return sums
 
 
-def load_shared(ref, layout) -> jax.Array:
+def load_shared(ref: Any, layout: Any) -> jax.Array:
     index: Any = ((),) if _LOAD_TAKES_AN_INDEX else ()
     return plgpu.load(ref, *index, layout=layout)
 
@@ -179,7 +215,7 @@ def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
-def store_tile(staged, target, x: jax.Array) -> None:
+def store_tile(staged: Any, target: Any, x: jax.Array) -> None:
     """Copies a tile to global memory through shared memory, as many columns at a time
     as fit; rows past the last are dropped."""
     columns = staged.shape[1]
@@ -192,54 +228,76 @@ def store_tile(staged, target, x: jax.Array) -> None:
 
 
 def run_warpgroups(
-    s: HopperStatics, refs, copy: Callable, multiply: Callable, *, last_first: bool
+    s: HopperStatics,
+    inputs: dict[str, Any],
+    outputs: tuple[Any, ...],
+    shared: dict[str, Any],
+    copy: Callable[[HopperProgram], None],
+    multiply: Callable[[HopperProgram], None],
+    *,
+    last_first: bool,
 ) -> None:
-    """Calls, in a kernel, ``copy(visits, row, head)`` in the warpgroup that copies, and
-    in the others ``multiply(visits, row, head, start, me)``, of 64 rows from ``start``.
-    ``last_first``: start with the last tiles of queries, with a causal mask the
-    longest."""
+    """Calls, in a kernel, ``copy`` in the warpgroup that copies, and ``multiply`` in
+    the others. ``last_first``: start with the last tiles of queries, with a causal mask
+    the longest."""
     head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
     if last_first:
         tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
-    me = lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index("warpgroup")
     visits = None
-    table = refs.get("visits")
-    if table is not None:  # else every block, without a mask
+    table = inputs.get("visits")
+    if table is not None:
         visits = BlockVisits.read(table, 0 if table.shape[0] == 1 else row, tile)
+    program = HopperProgram(s, inputs, outputs, shared, visits, row, head, warpgroup)
 
-    @pl.when(me == WARPGROUPS)
-    def _():
+    # An SM's 65,536 registers are 512 for each of a warpgroup's 128 threads; the two
+    # warpgroups that multiply take what the third does not need: 24 + 2 · 240.
+    @pl.when(warpgroup == WARPGROUPS)
+    def run_copies():
         plgpu.set_max_registers(24, action="decrease")
-        copy(visits, row, head)
+        copy(program)
 
-    @pl.when(me < WARPGROUPS)
-    def _():
+    @pl.when(warpgroup < WARPGROUPS)
+    def run_products():
         plgpu.set_max_registers(240, action="increase")
-        multiply(visits, row, head, (tile * WARPGROUPS + me) * ROWS, me)
+        multiply(program._replace(start=(tile * WARPGROUPS + warpgroup) * ROWS))
 
 
 def visit_visible_blocks(
-    visits: BlockVisits | None, masked, count, step: Callable, carry
+    visits: BlockVisits | None,
+    masked: Any,
+    count: Any,
+    step: Callable[[Any, Any, bool], Any],
+    carry: Any,
 ) -> Any:
-    """Runs ``step(at, carry, is_masked)`` for the visits of :func:`order_visits`."""
+    """Runs ``step(visit, carry, is_masked)`` for the visits of
+    :func:`order_visits`."""
     if visits is not None:
-        carry = lax.fori_loop(0, masked, lambda at, carry: step(at, carry, True), carry)
-    return lax.fori_loop(masked, count, lambda at, carry: step(at, carry, False), carry)
+        carry = lax.fori_loop(
+            0, masked, lambda visit, carry: step(visit, carry, True), carry
+        )
+    return lax.fori_loop(
+        masked, count, lambda visit, carry: step(visit, carry, False), carry
+    )
 
 
-def cut_rows(ref, row, head, rows):
+def cut_rows(ref: Any, row: Any, head: Any, rows: Any) -> Any:
     """Cuts rows of a sequence from [B, S, N, H], [B, N, S] or [B, S]."""
-    return ref.at[
-        {4: (row, rows, head), 3: (row, head, rows), 2: (row, rows)}[len(ref.shape)]
-    ]
+    ndim = len(ref.shape)
+    if ndim == 4:
+        return ref.at[row, rows, head]
+    if ndim == 3:
+        return ref.at[row, head, rows]
+    return ref.at[row, rows]
 
 
-def copy_own_tiles(s: HopperStatics, refs, shared, warpgroup, row, head, rows) -> None:
+def copy_resident_tiles(program: HopperProgram) -> None:
     """Copies what a warpgroup keeps all the time, and waits for it."""
-    ready = shared["own_ready"].at[warpgroup]
-    for name in s.own:
-        source = cut_rows(refs[name], row, head, rows)
-        plgpu.copy_gmem_to_smem(source, shared[name].at[warpgroup], ready)
+    p = program
+    ready = p.shared["resident_ready"].at[p.warpgroup]
+    for name in p.statics.resident:
+        source = cut_rows(p.inputs[name], p.row, p.head, p.rows)
+        plgpu.copy_gmem_to_smem(source, p.shared[name].at[p.warpgroup], ready)
     plgpu.barrier_wait(ready)
 
 
@@ -250,63 +308,70 @@ def make_buffers(
     these are not in the operands' ``dtype``; and barriers: "ready" when all has
     arrived, and "free" when all warpgroups that multiply have read it."""
 
-    def buffer(name: str, *rows: int) -> Any:
-        x = inputs[name]
-        transforms = SWIZZLED if x.ndim == 4 else ()
-        return plgpu.SMEM((*rows, *x.shape[3:]), x.dtype, transforms=transforms)
+    def make_buffer(name: str, *rows: int) -> Any:
+        array = inputs[name]
+        transforms = SWIZZLED if array.ndim == 4 else ()
+        shape = (*rows, *array.shape[3:])
+        return plgpu.SMEM(shape, array.dtype, transforms=transforms)
 
-    buffers = {name: buffer(name, WARPGROUPS, ROWS) for name in s.own}
-    buffers["own_ready"] = plgpu.Barrier(
-        num_barriers=WARPGROUPS, num_arrivals=len(s.own)
+    buffers = {name: make_buffer(name, WARPGROUPS, ROWS) for name in s.resident}
+    buffers["resident_ready"] = plgpu.Barrier(
+        num_barriers=WARPGROUPS, num_arrivals=len(s.resident)
     )
     for names in s.visited:
-        buffers |= {name: buffer(name, s.stages, s.block) for name in names}
-        for state, arrivals in (("ready", len(names)), ("free", WARPGROUPS)):
-            barrier = plgpu.Barrier(num_barriers=s.stages, num_arrivals=arrivals)
-            buffers[f"{names[0]}_{state}"] = barrier
+        for name in names:
+            buffers[name] = make_buffer(name, s.stages, s.block)
+        buffers[f"{names[0]}_ready"] = plgpu.Barrier(
+            num_barriers=s.stages, num_arrivals=len(names)
+        )
+        buffers[f"{names[0]}_free"] = plgpu.Barrier(
+            num_barriers=s.stages, num_arrivals=WARPGROUPS
+        )
     if jnp.dtype(dtype) != inputs["q"].dtype:
-        wide = jnp.dtype(dtype).itemsize == 4
-        columns, swizzled = (32, SWIZZLED_FP32) if wide else (64, SWIZZLED)
-        shape = WARPGROUPS, ROWS, columns
+        # Columns of 128 bytes, which is what a swizzled tile has.
+        is_fp32 = jnp.dtype(dtype).itemsize == 4
+        columns = 32 if is_fp32 else 64
+        swizzled = SWIZZLED_FP32 if is_fp32 else SWIZZLED
+        shape = (WARPGROUPS, ROWS, columns)
         buffers["staged"] = plgpu.SMEM(shape, dtype, transforms=swizzled)
     return buffers
 
 
-def copy_key_value_blocks(
-    s: HopperStatics, refs, shared, visits: BlockVisits | None, row, head
-) -> None:
+def copy_key_value_blocks(program: HopperProgram) -> None:
     """Copies blocks of keys and values, in the warpgroup that copies; keys past the
     last are zeros."""
-    kv_head = lax.div(head, s.group)
-    _, total, block_of = order_visits(visits, pl.cdiv(s.T, s.block))
+    s = program.statics
+    kv_head = lax.div(program.head, s.group)
+    _, total, block_of = order_visits(program.visits, pl.cdiv(s.T, s.block))
 
     @pl.loop(0, total)
-    def _(at):
-        copy_block(s, refs, shared, at, row, kv_head, block_of(at))
+    def copy_visited(visit):
+        copy_block(program, visit, kv_head, block_of(visit))
 
 
-def copy_block(s: HopperStatics, refs, shared, at, row, head, block) -> None:
-    """Copies a block to the slot of visit ``at``, when its readers are done with
-    that."""
-    slot = lax.rem(at, jnp.int32(s.stages))
+def copy_block(program: HopperProgram, visit: Any, head: Any, block: Any) -> None:
+    """Copies a block to the slot of a visit, when its readers are done with that."""
+    s = program.statics
+    shared = program.shared
+    slot = lax.rem(visit, jnp.int32(s.stages))
     rows = pl.ds(block * s.block, s.block)
     for names in s.visited:
 
-        @pl.when(at >= s.stages)
-        def _(names=names):
+        @pl.when(visit >= s.stages)
+        def wait_for_readers(names=names):
             plgpu.barrier_wait(shared[f"{names[0]}_free"].at[slot])
 
         for name in names:
-            source = cut_rows(refs[name], row, head, rows)
+            source = cut_rows(program.inputs[name], program.row, head, rows)
             ready = shared[f"{names[0]}_ready"]
             plgpu.copy_gmem_to_smem(source, shared[name].at[slot], ready.at[slot])
 
 
-def release_slot(s: HopperStatics, free) -> None:
+def release_slot(s: HopperStatics, free: Any) -> None:
     """Signals that this warpgroup has read a slot."""
-    if (
-        s.interpret
-    ):  # which takes reads that are not TMA's or wgmma's as unordered with copies
+    if s.interpret:
+        # The interpreter takes reads that are not TMA's or wgmma's as unordered with
+        # copies.
         plgpu.commit_smem()
     plgpu.barrier_arrive(free)
 
@@ -325,8 +390,8 @@ def resolve_interpreter(interpret: Any) -> Any:
 
 
 def run_kernel(
-    copy: Callable[..., None],
-    multiply: Callable[..., None],
+    copy: Callable[[HopperProgram], None],
+    multiply: Callable[[HopperProgram], None],
     inputs: dict[str, jax.Array],
     operands: AttentionOperands,
     call: AttentionCall,
@@ -335,19 +400,19 @@ def run_kernel(
     per_query: bool,
     block: int,
     stages: int,
-    own: tuple[str, ...],
+    resident: tuple[str, ...],
     visited: tuple[tuple[str, ...], ...],
     scratch: dict[str, Any] | None = None,
 ) -> Any:
     """Runs warpgroups over a grid (heads, tiles, batch rows).
 
     Args:
-        copy: of (s, inputs, scratch, visits, row, head); see :func:`run_warpgroups`.
-        multiply: of (s, inputs, outputs, scratch, visits, row, head, start, me).
+        copy, multiply: what the warpgroups do; see :func:`run_warpgroups`.
         inputs: by name; q, k and v among them.
+        shapes: of the outputs.
         per_query: whether tiles are of queries, which visit blocks of keys; or the
             reverse.
-        block, stages, own, visited: as in :class:`HopperStatics`; of names without an
+        block, stages, resident, visited: as in :class:`HopperStatics`; of names without an
             input nothing is copied.
         scratch: beside :func:`make_buffers`.
     """
@@ -355,58 +420,66 @@ def run_kernel(
     interpret = resolve_interpreter(call.interpret)
     B, S, N, _ = inputs["q"].shape
     T, K = inputs["k"].shape[1:3]
-    rows, heads, length = ROWS * WARPGROUPS, *((N, S) if per_query else (K, T))
-    q_block, k_block = (rows, block) if per_query else (block, rows)
+    rows = ROWS * WARPGROUPS
+    if per_query:
+        num_heads = N
+        length = S
+        q_block = rows
+        k_block = block
+    else:
+        num_heads = K
+        length = T
+        q_block = block
+        k_block = rows
     # Whole blocks, whose queries past the last have no weight.
     inputs = inputs | gpu_blocks.list_mask_inputs(operands, params)
     for name in ("lse", "delta", "q_segments", "k_segments"):
         if name in inputs:
-            x = inputs[name]
+            array = inputs[name]
             size = k_block if name == "k_segments" else q_block
-            pad = *((0, 0),) * (x.ndim - 1), (0, -x.shape[-1] % size)
-            inputs[name] = jnp.pad(
-                x, pad, constant_values=jnp.inf if name == "lse" else 0
-            )
+            padding = (*((0, 0),) * (array.ndim - 1), (0, -array.shape[-1] % size))
+            value = jnp.inf if name == "lse" else 0
+            inputs[name] = jnp.pad(array, padding, constant_values=value)
     visits = gpu_blocks.plan_visits(
         q_block, k_block, operands, params, per_query=per_query
     )
     if visits is not None:
         inputs["visits"] = visits
-    own = tuple(name for name in own if name in inputs)
-    visited = tuple(
-        tuple(name for name in names if name in inputs) for names in visited
-    )
     s = HopperStatics(
         params,
-        S,
-        T,
-        N // K,
-        block,
-        stages,
-        tuple(inputs),
-        own,
-        visited,
-        bool(interpret),
+        S=S,
+        T=T,
+        group=N // K,
+        block=block,
+        stages=stages,
+        names=tuple(inputs),
+        resident=tuple(name for name in resident if name in inputs),
+        visited=tuple(
+            tuple(name for name in names if name in inputs) for names in visited
+        ),
+        interpret=bool(interpret),
     )
     scratch = make_buffers(s, inputs, call.dtype) | (scratch or {})
-    names = tuple(scratch)
-    outputs = len(shapes)
+    num_inputs = len(inputs)
+    num_outputs = len(shapes)
 
     def body(*refs):
-        own, rest = refs[: len(s.names)], refs[len(s.names) :]
-        given = dict(zip(s.names, own, strict=True))
-        shared = dict(zip(names, rest[outputs:], strict=True))
-        copies = partial(copy, s, given, shared)
-        products = partial(multiply, s, given, rest[:outputs], shared)
+        outputs_end = num_inputs + num_outputs
         run_warpgroups(
-            s, given, copies, products, last_first=per_query and params.causal
+            s,
+            dict(zip(s.names, refs[:num_inputs], strict=True)),
+            refs[num_inputs:outputs_end],
+            dict(zip(scratch, refs[outputs_end:], strict=True)),
+            copy,
+            multiply,
+            last_first=per_query and params.causal,
         )
 
     return plgpu.kernel(
         body,
         out_type=shapes,
         scratch_types=tuple(scratch.values()),
-        grid=(heads, pl.cdiv(length, rows), B),
+        grid=(num_heads, pl.cdiv(length, rows), B),
         grid_names=("head", "tile", "row"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",

@@ -129,17 +129,17 @@ def validate_arguments(
 ) -> tuple[AttentionOperands, AttentionParams]:
     """Checks the arguments of :func:`~pallas_kernels.attention.attention`, with the
     errors that it names, and returns them in two parts."""
-    if unknown := options.keys() - AttentionOptions.__annotations__.keys():
+    unknown = options.keys() - AttentionOptions.__annotations__.keys()
+    if unknown:
         raise TypeError(f"unknown options of attention: {', '.join(sorted(unknown))}")
-    get = options.get
     causal = options.get("causal", True)
     window = options.get("window")
-    scale, soft_cap, biases = get("scale"), get("soft_cap"), get("biases")
-    q_positions, k_positions, prefix = (
-        get("q_positions"),
-        get("k_positions"),
-        get("prefix"),
-    )
+    scale = options.get("scale")
+    soft_cap = options.get("soft_cap")
+    biases = options.get("biases")
+    q_positions = options.get("q_positions")
+    k_positions = options.get("k_positions")
+    prefix = options.get("prefix")
     shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"{shapes} are not [batch, sequence, heads, head size] each")
@@ -161,36 +161,46 @@ def validate_arguments(
         raise ValueError(
             f"biases of shape {np.shape(biases)}: want ({N}, an odd number)"
         )
-    q_segments, k_segments = get("segment_ids") or (None, None)
-    static_q, traced_q = _offset("q", get("q_offset", 0), q_positions)
-    static_k, traced_k = _offset("k", get("k_offset", 0), k_positions)
+    q_segments, k_segments = options.get("segment_ids") or (None, None)
+    static_q_offset, q_offset = _split_offset(
+        "q", options.get("q_offset", 0), q_positions
+    )
+    static_k_offset, k_offset = _split_offset(
+        "k", options.get("k_offset", 0), k_positions
+    )
     wide = accumulation_dtype(q)
-    q_at = _array("q_positions", q_positions, jnp.int32, (B, S), (1, S))
-    k_at = _array("k_positions", k_positions, jnp.int32, (B, T), (1, T))
-    if q_at is None and k_at is not None:
-        q_at = (jnp.arange(S, dtype=jnp.int32) + sum_offsets(static_q, traced_q))[None]
-    if k_at is None and q_at is not None:
-        k_at = (jnp.arange(T, dtype=jnp.int32) + sum_offsets(static_k, traced_k))[None]
+    q_positions = _check_array("q_positions", q_positions, jnp.int32, (B, S), (1, S))
+    k_positions = _check_array("k_positions", k_positions, jnp.int32, (B, T), (1, T))
+    # Where one side has positions one by one, the other has them too.
+    if q_positions is None and k_positions is not None:
+        first = sum_offsets(static_q_offset, q_offset)
+        q_positions = (jnp.arange(S, dtype=jnp.int32) + first)[None]
+    if k_positions is None and q_positions is not None:
+        first = sum_offsets(static_k_offset, k_offset)
+        k_positions = (jnp.arange(T, dtype=jnp.int32) + first)[None]
+    num_biases = 0 if biases is None else np.shape(biases)[-1]
     operands = AttentionOperands(
-        *(q, k, v, q_at, k_at),
-        traced_q,
-        traced_k,
-        _array("segment_ids of queries", q_segments, jnp.int32, (B, S)),
-        _array("segment_ids of keys", k_segments, jnp.int32, (B, T)),
-        _array("prefix", prefix, jnp.int32, (B,)),
-        _array("slopes", get("slopes"), wide, (N,)),
-        _array("sinks", get("sinks"), wide, (N,)),
-        _array(
-            "biases",
-            biases,
-            wide,
-            (N, np.shape(biases)[-1] if biases is not None else 0),
+        q=q,
+        k=k,
+        v=v,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        q_offset=q_offset,
+        k_offset=k_offset,
+        q_segments=_check_array(
+            "segment_ids of queries", q_segments, jnp.int32, (B, S)
         ),
+        k_segments=_check_array("segment_ids of keys", k_segments, jnp.int32, (B, T)),
+        prefix=_check_array("prefix", prefix, jnp.int32, (B,)),
+        slopes=_check_array("slopes", options.get("slopes"), wide, (N,)),
+        sinks=_check_array("sinks", options.get("sinks"), wide, (N,)),
+        biases=_check_array("biases", biases, wide, (N, num_biases)),
     )
     scale = 1 / math.sqrt(H) if scale is None else scale
-    return operands, AttentionParams(
-        causal, window, soft_cap, scale, static_q, static_k
+    params = AttentionParams(
+        causal, window, soft_cap, scale, static_q_offset, static_k_offset
     )
+    return operands, params
 
 
 def combine_masks(
@@ -208,18 +218,18 @@ def combine_masks(
         segments: of queries and of keys.
         inside: whether there is such a key.
     """
-    seen = []
+    conditions = []
     if params.causal:
-        near = behind >= 0
+        visible = behind >= 0
         if params.window is not None:
-            near &= behind < params.window
-        seen.append(near if in_prefix is None else near | in_prefix)
+            visible &= behind < params.window
+        conditions.append(visible if in_prefix is None else visible | in_prefix)
     if segments is not None:
-        own, other = segments
-        seen.append((own == other) & (own != 0))
+        q_segments, k_segments = segments
+        conditions.append((q_segments == k_segments) & (q_segments != 0))
     if inside is not None:
-        seen.append(inside)
-    return reduce(and_, seen) if seen else None
+        conditions.append(inside)
+    return reduce(and_, conditions) if conditions else None
 
 
 def accumulation_dtype(*operands: jax.Array) -> Any:
@@ -239,21 +249,26 @@ def merge_offsets(
     """Moves static offsets into the operands' arrays, for kernels that read them there:
     without a prefix, which is counted from 0, only as far as queries' and keys'
     differ."""
-    q_offset, k_offset = params.q_offset, params.k_offset
+    q_offset = params.q_offset
+    k_offset = params.k_offset
     if operands.prefix is None:
         q_offset = q_offset - k_offset
         k_offset = 0
 
-    def whole(static: int, traced: jax.Array | None) -> jax.Array | None:
-        return jnp.asarray(sum_offsets(static, traced), jnp.int32) if static else traced
+    def merge(static: int, traced: jax.Array | None) -> jax.Array | None:
+        if not static:
+            return traced
+        return jnp.asarray(sum_offsets(static, traced), jnp.int32)
 
     return operands._replace(
-        q_offset=whole(q_offset, operands.q_offset),
-        k_offset=whole(k_offset, operands.k_offset),
+        q_offset=merge(q_offset, operands.q_offset),
+        k_offset=merge(k_offset, operands.k_offset),
     )
 
 
-def _offset(side: str, offset: Any, positions: Any) -> tuple[int, jax.Array | None]:
+def _split_offset(
+    side: str, offset: Any, positions: Any
+) -> tuple[int, jax.Array | None]:
     """Splits an offset into its static and its traced part."""
     if isinstance(offset, (int, np.integer)):
         static = int(offset)
@@ -273,10 +288,13 @@ def _offset(side: str, offset: Any, positions: Any) -> tuple[int, jax.Array | No
     return static, traced
 
 
-def _array(name: str, x: Any, dtype: Any, *shapes: tuple[int, ...]) -> jax.Array | None:
+def _check_array(
+    name: str, x: Any, dtype: Any, *shapes: tuple[int, ...]
+) -> jax.Array | None:
+    """Returns an array of one of these shapes in ``dtype``; None as it is."""
     if x is None:
         return None
     if jnp.shape(x) not in shapes:
-        wanted = " or ".join(map(str, shapes))
-        raise ValueError(f"{name} of shape {jnp.shape(x)}: these sizes want {wanted}")
+        allowed = " or ".join(map(str, shapes))
+        raise ValueError(f"{name} of shape {jnp.shape(x)}: these sizes want {allowed}")
     return jnp.asarray(x, dtype)

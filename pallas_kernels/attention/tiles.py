@@ -15,7 +15,9 @@ from pallas_kernels.attention.params import (
 
 # Finite, so that rows with every key masked give no NaN on the way to their zeros.
 MASKED = -1e30
-MIN_TILE, MAX_TILES = 128, 16
+# Queries of a tile at least, and tiles at most: the program grows with their number.
+MIN_TILE = 128
+MAX_TILES = 16
 
 
 def einsum(subscripts: str, *operands: jax.Array) -> Any:
@@ -38,19 +40,20 @@ class ScoreTile(NamedTuple):
     def scores(self) -> tuple[jax.Array, jax.Array | None]:
         """Computes scores, fp32 [B, K, G, rows, keys], MASKED where a query may not see
         a key; and their derivatives by scale·q·k; None: 1."""
-        operands, params = self.operands, self.params
-        q, k = operands.q[:, self.rows], operands.k[:, self.keys]
+        operands = self.operands
+        params = self.params
+        q = operands.q[:, self.rows]
+        k = operands.k[:, self.keys]
         scores = einsum("bskgh,btkh->bkgst", q, k) * params.scale
         derivatives = None
         if params.soft_cap is not None:
             tanh = jnp.tanh(scores / params.soft_cap)
-            scores, derivatives = params.soft_cap * tanh, 1 - tanh * tanh
+            scores = params.soft_cap * tanh
+            derivatives = 1 - tanh * tanh
         behind = self._behind()
         if operands.slopes is not None:
-            scores -= (
-                reshape_by_head(operands.slopes, k.shape[2])
-                * jnp.abs(behind)[:, None, None]
-            )
+            slopes = reshape_by_head(operands.slopes, k.shape[2])
+            scores -= slopes * jnp.abs(behind)[:, None, None]
         if operands.biases is not None:
             biases = self._biases(operands.biases)
             scores += biases.reshape(len(biases), *scores.shape[1:])
@@ -71,34 +74,41 @@ class ScoreTile(NamedTuple):
     def _biases(self, biases: jax.Array) -> jax.Array:
         """fp32 [B or 1, N, s, t]: of each query and key, from those by distance."""
         if self.operands.q_positions is not None:
-            return jnp.moveaxis(_at(biases, -self._behind()), 0, 1)
+            by_pair = _look_up_distances(biases, -self._behind())
+            return jnp.moveaxis(by_pair, 0, 1)
         # Without a gather per score: a row is the one above it, moved on by a place.
         # One row of s + t numbers is repeated s times, and all of it read again in rows
         # of one fewer: each begins with the last number that the one above left, and
         # those of keys before the first query stand at the repeated row's end.
-        s, t = (x.stop - x.start for x in (self.rows, self.keys))
-        q_at, k_at = self._positions()
+        s = self.rows.stop - self.rows.start
+        t = self.keys.stop - self.keys.start
+        q_positions, k_positions = self._positions()
         ahead = jnp.arange(s + t, dtype=jnp.int32)
-        ahead = jnp.where(ahead < t, ahead, ahead - (s + t)) + (k_at[0, 0] - q_at[0, 0])
-        row = _at(biases, ahead)
-        rows = jnp.broadcast_to(row[:, None], (len(row), s, s + t)).reshape(
-            len(row), -1
-        )
-        return rows[:, : s * (s + t - 1)].reshape(1, len(row), s, -1)[..., :t]
+        ahead = jnp.where(ahead < t, ahead, ahead - (s + t))
+        ahead = ahead + (k_positions[0, 0] - q_positions[0, 0])
+        first_row = _look_up_distances(biases, ahead)
+        N = len(first_row)
+        repeated = jnp.broadcast_to(first_row[:, None], (N, s, s + t)).reshape(N, -1)
+        rows = repeated[:, : s * (s + t - 1)].reshape(1, N, s, -1)
+        return rows[..., :t]
 
     def _behind(self) -> jax.Array:
         """int32 [B or 1, s, t]: how far each key lies behind each query."""
-        q_at, k_at = self._positions()
-        return q_at[:, :, None] - k_at[:, None]
+        q_positions, k_positions = self._positions()
+        return q_positions[:, :, None] - k_positions[:, None]
 
     def _positions(self) -> tuple[jax.Array, jax.Array]:
-        operands, params = self.operands, self.params
+        """int32 [B or 1, s] and [B or 1, t]."""
+        operands = self.operands
+        params = self.params
         if operands.q_positions is None or operands.k_positions is None:
-            sides = self.rows, self.keys
-            q_at, k_at = (jnp.arange(x.start, x.stop, dtype=jnp.int32) for x in sides)
-            q_at += sum_offsets(params.q_offset, operands.q_offset)
-            k_at += sum_offsets(params.k_offset, operands.k_offset)
-            return q_at[None], k_at[None]
+            rows = self.rows
+            keys = self.keys
+            q_positions = jnp.arange(rows.start, rows.stop, dtype=jnp.int32)
+            k_positions = jnp.arange(keys.start, keys.stop, dtype=jnp.int32)
+            q_positions += sum_offsets(params.q_offset, operands.q_offset)
+            k_positions += sum_offsets(params.k_offset, operands.k_offset)
+            return q_positions[None], k_positions[None]
         return operands.q_positions[:, self.rows], operands.k_positions[:, self.keys]
 
     def _mask(self, behind: jax.Array) -> jax.Array | None:
@@ -107,11 +117,11 @@ class ScoreTile(NamedTuple):
         segments = None
         operands = self.operands
         if operands.prefix is not None:
-            k_at = self._positions()[1]
-            in_prefix = (k_at < operands.prefix[:, None])[:, None]
+            _, k_positions = self._positions()
+            in_prefix = (k_positions < operands.prefix[:, None])[:, None]
         if operands.q_segments is not None and operands.k_segments is not None:
-            own = operands.q_segments[:, self.rows, None]
-            segments = own, operands.k_segments[:, None, self.keys]
+            q_segments = operands.q_segments[:, self.rows, None]
+            segments = q_segments, operands.k_segments[:, None, self.keys]
         return combine_masks(self.params, behind, in_prefix, segments)
 
 
@@ -120,19 +130,22 @@ def list_score_tiles(
 ) -> list[ScoreTile]:
     """Lists at most MAX_TILES runs of queries, of operands with q [B, S, K, G, H]: the
     program grows with their number."""
-    S, T = operands.q.shape[1], operands.k.shape[1]
+    S = operands.q.shape[1]
+    T = operands.k.shape[1]
     size = tile_size(S)
     runs = [slice(start, min(start + size, S)) for start in range(0, S, size)]
     if not is_mask_static(operands, params):
         return [ScoreTile(rows, slice(0, T), operands, params) for rows in runs]
-    own = params.q_offset - params.k_offset  # the key at the first query's position
-    window = S + T + abs(own) if params.window is None else params.window
-
-    def tile(rows: slice) -> ScoreTile:
-        keys = slice(max(own + rows.start - window + 1, 0), min(own + rows.stop, T))
-        return ScoreTile(rows, keys, operands, params)
-
-    return [tile(rows) for rows in runs]
+    # The key at the first query's position, which may be none.
+    diagonal = params.q_offset - params.k_offset
+    tiles = []
+    for rows in runs:
+        first = 0
+        if params.window is not None:
+            first = max(diagonal + rows.start - params.window + 1, 0)
+        keys = slice(first, min(diagonal + rows.stop, T))
+        tiles.append(ScoreTile(rows, keys, operands, params))
+    return tiles
 
 
 def is_mask_static(operands: AttentionOperands, params: AttentionParams) -> bool:
@@ -148,11 +161,12 @@ def is_mask_static(operands: AttentionOperands, params: AttentionParams) -> bool
 
 
 def tile_size(S: int) -> int:
+    """Returns queries of a tile."""
     return max(MIN_TILE, -(-S // MAX_TILES))
 
 
-def _at(biases: jax.Array, ahead: jax.Array) -> jax.Array:
-    """[N, 2R + 1] at distances of any shape: [N, ...]."""
+def _look_up_distances(biases: jax.Array, ahead: jax.Array) -> jax.Array:
+    """Biases [N, 2R + 1] at distances of any shape: [N, ...]."""
     reach = biases.shape[1] // 2
     index = jnp.clip(ahead, -reach, reach) + reach
     return biases.at[:, index].get(mode="promise_in_bounds")

@@ -1,6 +1,7 @@
 """Attention on a TPU: operands laid out for the kernels, and results laid back."""
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -54,6 +55,18 @@ class KeyPart(NamedTuple):
     vmem_bytes: int
 
 
+BlockedOperand = tuple[Any, jax.Array | None]
+"""A block's spec, and the array."""
+
+
+class BlockedResult(NamedTuple):
+    """An array that a kernel writes block by block."""
+
+    spec: pl.BlockSpec
+    shape: tuple[int, ...]
+    dtype: Any
+
+
 class TpuKernelCall(NamedTuple):
     """One kernel over all queries and a part of the keys."""
 
@@ -67,45 +80,52 @@ class TpuKernelCall(NamedTuple):
     @classmethod
     def of(cls, part: KeyPart, join_tiles: bool) -> "TpuKernelCall":
         """Plans the kernel of a part; ``join_tiles``: see :func:`walk.plan_walk`."""
-        T, operands, params, blocks = (
-            part.num_keys,
-            part.operands,
-            part.params,
-            part.blocks,
-        )
+        T = part.num_keys
+        operands = part.operands
+        params = part.params
+        blocks = part.blocks
         B, S, N, _ = operands.q.shape
         kv_heads = operands.k.shape[2]
         walk = plan_walk(
-            S, T, params, operands, blocks[:2], blocks[2:4], join_tiles=join_tiles
+            S,
+            T,
+            params,
+            operands,
+            (blocks.q, blocks.k),
+            (blocks.tile_q, blocks.tile_k),
+            join_tiles=join_tiles,
         )
         q_first = sum_offsets(params.q_offset, operands.q_offset)
         k_first = sum_offsets(params.k_offset, operands.k_offset)
-        shift = q_first - k_first
-        static = isinstance(shift, int)
-        rows = make_walk_table(walk, S, T, params, operands)
+        qk_offset = q_first - k_first
+        is_static = isinstance(qk_offset, int)
+        table = make_walk_table(walk, S, T, params, operands)
+        # See `ProgramScalars`: the offset, two zeros, each row's prefix.
         ints = jnp.zeros(3 + B, jnp.int32)
-        if not static:
-            ints = ints.at[0].set(shift)
+        if not is_static:
+            ints = ints.at[0].set(qk_offset)
         if operands.prefix is not None:
             ints = ints.at[3:].set(operands.prefix - k_first)
         floats = jnp.stack(
             [
-                jnp.zeros(N, F32) if x is None else x.astype(F32)
-                for x in (operands.slopes, operands.sinks)
+                jnp.zeros(N, F32) if terms is None else terms.astype(F32)
+                for terms in (operands.slopes, operands.sinks)
             ]
         )
+        # Where there are edges, their tiles end with the keys.
+        has_padding = T % walk.bk and not walk.edges
         statics = KernelStatics(
             params=params,
             kv_heads=kv_heads,
             group=N // kv_heads,
-            qk_offset=shift if static else None,
-            num_keys=T if T % walk.bk and not walk.edges else None,
-            num_tables=len(rows),
+            qk_offset=qk_offset if is_static else None,
+            num_keys=T if has_padding else None,
+            num_tables=len(table),
             has_prefix=operands.prefix is not None,
             has_slopes=operands.slopes is not None,
             has_sinks=operands.sinks is not None,
         )
-        return cls(walk, statics, part, (rows, ints, floats))
+        return cls(walk, statics, part, (table, ints, floats))
 
     @property
     def padded_q_len(self) -> int:
@@ -114,16 +134,17 @@ class TpuKernelCall(NamedTuple):
     def pad_segments(self) -> list[tuple[Any, Any]]:
         """Returns int32 [B, 1, queries] and [B, 1, keys], with their blocks; −1 for
         queries that see nothing."""
-        own, keys = self.part.operands.q_segments, self.part.operands.k_segments
-        if own is None or keys is None:
+        q_segments = self.part.operands.q_segments
+        k_segments = self.part.operands.k_segments
+        if q_segments is None or k_segments is None:
             return [(None, None)] * 2
-        own, keys = jnp.where(own == 0, -1, own)[:, None], keys[:, None]
+        q_segments = jnp.where(q_segments == 0, -1, q_segments)[:, None]
+        k_segments = k_segments[:, None]
+        q_segments = _pad_last_axis(q_segments, self.padded_q_len, -1)
+        k_segments = _pad_last_axis(k_segments, self.part.num_rows, 0)
         return [
-            (
-                self.query_row_spec(shared=True),
-                _pad_last_axis(own, self.padded_q_len, -1),
-            ),
-            (self.key_row_spec(), _pad_last_axis(keys, self.part.num_rows, 0)),
+            (self.query_row_spec(shared=True), q_segments),
+            (self.key_row_spec(), k_segments),
         ]
 
     def query_spec(self, width: int) -> pl.BlockSpec:
@@ -156,21 +177,24 @@ class TpuKernelCall(NamedTuple):
             lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0),
         )
 
-    def estimate_cost(self, products: int, arrays, results) -> pl.CostEstimate:
+    def estimate_cost(
+        self,
+        products: int,
+        arrays: list[jax.Array | None],
+        results: list[BlockedResult],
+    ) -> pl.CostEstimate:
         """Estimates the cost of queries with the keys that they see, segments aside, at
         ``products`` multiplications a pair; bytes are of whole arrays, too many where
         keys go in parts."""
         B, S, N, _ = self.part.operands.q.shape
-        pairs = (
-            B
-            * N
-            * _count_pairs(
-                S, self.part.num_keys, self.part.params, self.statics.qk_offset
-            )
+        pairs_per_head = _count_pairs(
+            S, self.part.num_keys, self.part.params, self.statics.qk_offset
         )
-        read = sum(x.nbytes for x in arrays if x is not None)
+        pairs = B * N * pairs_per_head
+        read = sum(array.nbytes for array in arrays if array is not None)
         written = sum(
-            math.prod(shape) * jnp.dtype(dtype).itemsize for _, shape, dtype in results
+            math.prod(result.shape) * jnp.dtype(result.dtype).itemsize
+            for result in results
         )
         return pl.CostEstimate(
             flops=2 * products * pairs,
@@ -179,32 +203,41 @@ class TpuKernelCall(NamedTuple):
         )
 
     def run(
-        self, body, operands, results, scratch, products, interpret, name, continued=()
-    ):
+        self,
+        body: Callable[..., None],
+        operands: list[BlockedOperand],
+        results: list[BlockedResult],
+        scratch: list[Any],
+        products: int,
+        interpret: Any,
+        name: str,
+        continued: Sequence[BlockedOperand] = (),
+    ) -> Any:
         """Runs the kernel over (kv heads of all rows) × (query heads of one) × (blocks
         of queries).
 
         Args:
-            operands: (block, array) or, for what the kernel is not given, (anything,
-                None).
-            results: (block, shape, dtype).
+            operands: blocks and arrays; None: the kernel has None there.
+            scratch: memory, or None, in the kernel's order.
             products: multiplications for a query and a key.
             continued: the last operands, one for each result: what other parts left
                 there.
         """
         operands = [*operands, *continued]
-        specs = [spec if x is not None else None for spec, x in operands]
-        arrays = [x for _, x in operands]
-        given = [*self.scalars, *arrays]
-        # What goes on is written where it was read.
+        specs = [spec if array is not None else None for spec, array in operands]
+        arrays = [array for _, array in operands]
+        inputs = [*self.scalars, *arrays]
+        # What goes on is written where it was read. Aliases count arrays alone.
         aliases = {}
-        at = sum(x is not None for x in given[: len(given) - len(continued)])
-        for n, ((_, before), (_, _, dtype)) in enumerate(
-            zip(continued, results, strict=False)
-        ):
-            if before is not None and before.dtype == dtype:
-                aliases[at] = n
-            at += before is not None
+        num_others = len(inputs) - len(continued)
+        input_index = sum(array is not None for array in inputs[:num_others])
+        pairs = zip(continued, results, strict=False)
+        for result_index, ((_, earlier), result) in enumerate(pairs):
+            if earlier is None:
+                continue
+            if earlier.dtype == result.dtype:
+                aliases[input_index] = result_index
+            input_index += 1
         statics = self.statics._replace(interpret=bool(interpret))
         vmem = self.part.vmem_bytes
         limit = min(vmem + vmem // 4 + (4 << 20), get_chip().vmem_bytes)
@@ -218,11 +251,11 @@ class TpuKernelCall(NamedTuple):
                     self.walk.nq,
                 ),
                 in_specs=specs,
-                out_specs=[spec for spec, *_ in results],
+                out_specs=[result.spec for result in results],
                 scratch_shapes=scratch,
             ),
             out_shape=[
-                jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results
+                jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results
             ],
             input_output_aliases=aliases,
             cost_estimate=self.estimate_cost(products, arrays, results),
@@ -234,7 +267,7 @@ class TpuKernelCall(NamedTuple):
             ),
             interpret=interpret,
             name=name,
-        )(*given)
+        )(*inputs)
 
 
 def _count_pairs(S: int, T: int, params: AttentionParams, shift: int | None) -> int:
@@ -243,12 +276,11 @@ def _count_pairs(S: int, T: int, params: AttentionParams, shift: int | None) -> 
     if not params.causal or shift is None:
         return S * T
     # Query s sees keys first..last, whose bounds grow by one from query to query.
-    last = np.minimum(np.arange(S) + shift, T - 1)
-    first = (
-        0
-        if params.window is None
-        else np.maximum(np.arange(S) + shift - params.window + 1, 0)
-    )
+    position = np.arange(S) + shift
+    last = np.minimum(position, T - 1)
+    first = np.zeros(S, int)
+    if params.window is not None:
+        first = np.maximum(position - params.window + 1, 0)
     return int(np.maximum(last - first + 1, 0).sum())
 
 
@@ -268,22 +300,32 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the forward pass as :mod:`api` calls it. Keys that VMEM does not hold at
     once are taken in parts, whose results are merged."""
-    parts = _parts(FORWARD, operands, call)
-    k, v = (_move_heads_first(x, len(parts) * parts[0].num_rows) for x in operands[1:3])
-    out = call.dtype if len(parts) == 1 else F32
-    results = [_forward(k, v, part, out, call.interpret) for part in parts]
+    parts = _list_key_parts(FORWARD, operands, call)
+    num_rows = len(parts) * parts[0].num_rows
+    k = _move_heads_first(operands.k, num_rows)
+    v = _move_heads_first(operands.v, num_rows)
+    dtype = call.dtype if len(parts) == 1 else F32
+    results = [_forward(k, v, part, dtype, call.interpret) for part in parts]
     o, lse = reduce(merge_attention, results)
     return o.astype(call.dtype), lse
 
 
-def _forward(k, v, part, dtype, interpret):
-    q, blocks = part.operands.q, part.blocks
+def _forward(
+    k: jax.Array, v: jax.Array, part: KeyPart, dtype: Any, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """o [B, S, N, Hv] in ``dtype`` and lse [B, S, N], over a part of the keys."""
+    q = part.operands.q
+    blocks = part.blocks
     B, S, N, H = q.shape
     Hv = v.shape[-1]
     call = TpuKernelCall.of(part, join_tiles=True)
     bq = blocks.q
     slots = blocks.tiles_in_flight
     tile = (blocks.k, blocks.tile_q)
+    turned_rows = count_value_and_sum_rows(Hv)
+    segment_ids = None
+    if call.walk.compares_segments:
+        segment_ids = pltpu.VMEM((blocks.k, LANES), jnp.int32)
     o, lse = call.run(
         tpu_forward.forward_kernel,
         operands=[
@@ -293,16 +335,14 @@ def _forward(k, v, part, dtype, interpret):
             *call.pad_segments(),
         ],
         results=[
-            (call.query_spec(Hv), (B * N, call.padded_q_len, Hv), dtype),
-            (call.query_row_spec(), (B * N, 1, call.padded_q_len), F32),
+            BlockedResult(call.query_spec(Hv), (B * N, call.padded_q_len, Hv), dtype),
+            BlockedResult(call.query_row_spec(), (B * N, 1, call.padded_q_len), F32),
         ],
         scratch=[
             pltpu.VMEM((SUBLANES, bq), F32),
-            pltpu.VMEM((count_value_and_sum_rows(Hv), bq), F32),
-            pltpu.VMEM((count_value_and_sum_rows(Hv), part.num_rows), v.dtype),
-            pltpu.VMEM((blocks.k, LANES), jnp.int32)
-            if call.walk.compares_segments
-            else None,
+            pltpu.VMEM((turned_rows, bq), F32),
+            pltpu.VMEM((turned_rows, part.num_rows), v.dtype),
+            segment_ids,
             *_tiles(slots, tile, F32),
             *_tiles(slots, (SUBLANES, blocks.tile_q), F32, F32),
             *_tiles(slots, tile, v.dtype),
@@ -324,9 +364,10 @@ def backward(
     lse, delta, d_o = saved
     B, S = q.shape[:2]
     T = k.shape[1]
-    parts = _parts(BACKWARD, operands, call)
+    parts = _list_key_parts(BACKWARD, operands, call)
     rows = round_up(S, parts[0].blocks.q)
     keys = len(parts) * parts[0].num_rows
+    # +inf where no key is left: its weights are then exp(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     laid_out = (
         _move_heads_first(q, rows),
@@ -338,30 +379,48 @@ def backward(
     )
     sums: tuple[Any, Any, Any] = (None, None, None)
     for part in parts:
-        dtypes = (call.dtype if part is parts[-1] else F32), call.dtype
-        sums = _backward(laid_out, part, sums, dtypes, call.interpret)
-    return tuple(
-        _move_heads_back(x, B, size) for x, size in zip(sums, (S, T, T), strict=True)
+        d_q_dtype = call.dtype if part is parts[-1] else F32
+        sums = _backward(
+            laid_out, part, sums, d_q_dtype, call.dtype, interpret=call.interpret
+        )
+    d_q, d_k, d_v = sums
+    return (
+        _move_heads_back(d_q, B, S),
+        _move_heads_back(d_k, B, T),
+        _move_heads_back(d_v, B, T),
     )
 
 
-def _backward(saved, part, sums, dtypes, interpret):
+def _backward(
+    laid_out: tuple[jax.Array, ...],
+    part: KeyPart,
+    sums: tuple[Any, Any, Any],
+    d_q_dtype: Any,
+    d_kv_dtype: Any,
+    *,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dQ, dK and dV as the kernel writes them: dQ of the keys so far, dK and dV so far
     as these.
 
     Args:
-        saved: q, k, v, d_o, log-sum-exps and deltas as the kernel reads them.
+        laid_out: q, k, v, d_o, log-sum-exps and deltas as the kernel reads them.
         sums: what this returned for the part before, if any.
-        dtypes: of dQ, and of dK and dV.
     """
-    (q, k, v, d_o, lse, delta), (d_q, d_k, d_v) = saved, sums
+    q, k, v, d_o, lse, delta = laid_out
+    d_q, d_k, d_v = sums
     H = q.shape[-1]
     Hv = v.shape[-1]
     blocks = part.blocks
     call = TpuKernelCall.of(part, join_tiles=False)
     slots = blocks.tiles_in_flight
     tile = (blocks.tile_k, blocks.tile_q)
-    kept = pl.BlockSpec(memory_space=pl.ANY)
+    # dK and dV of the parts before stay where they are: the kernel neither reads nor
+    # writes them.
+    untouched = pl.BlockSpec(memory_space=pl.ANY)
+    score_derivatives: list[Any] = [None]
+    if part.params.soft_cap is not None:
+        score_derivatives = _tiles(slots, tile, F32)
     return call.run(
         tpu_backward.backward_kernel,
         operands=[
@@ -374,17 +433,17 @@ def _backward(saved, part, sums, dtypes, interpret):
             *call.pad_segments(),
         ],
         results=[
-            (call.query_spec(H), q.shape, dtypes[0]),
-            (call.key_spec(H), k.shape, dtypes[1]),
-            (call.key_spec(Hv), v.shape, dtypes[1]),
+            BlockedResult(call.query_spec(H), q.shape, d_q_dtype),
+            BlockedResult(call.key_spec(H), k.shape, d_kv_dtype),
+            BlockedResult(call.key_spec(Hv), v.shape, d_kv_dtype),
         ],
-        continued=[(call.query_spec(H), d_q), (kept, d_k), (kept, d_v)],
+        continued=[(call.query_spec(H), d_q), (untouched, d_k), (untouched, d_v)],
         scratch=[
             pltpu.VMEM((H, blocks.q), F32),
             pltpu.VMEM((part.num_rows, H), F32),
             pltpu.VMEM((part.num_rows, Hv), F32),
             *_tiles(slots, tile, F32, F32),
-            *(_tiles(slots, tile, F32) if part.params.soft_cap is not None else [None]),
+            *score_derivatives,
             *_tiles(slots, tile, q.dtype, q.dtype),
         ],
         products=3 * H + 2 * Hv,
@@ -399,38 +458,46 @@ def _tiles(slots: int, shape: tuple[int, int], *dtypes: Any) -> list[list[Any]]:
     return [[pltpu.VMEM((1, *shape), dtype) for _ in range(slots)] for dtype in dtypes]
 
 
-def _parts(
+def _list_key_parts(
     direction: str, operands: AttentionOperands, call: AttentionCall
 ) -> list[KeyPart]:
-    """Runs of as many keys as VMEM holds in a pass; sinks go with the first."""
+    """Lists runs of as many keys as VMEM holds in a pass; sinks go with the first."""
     sizes = AttentionSizes.of(operands, call.dtype)
     params = call.params
     blocks = choose_blocks(
         direction, sizes, name_mask_kind(params, operands), call.block_sizes
     )
-    held = count_keys_in_vmem(direction, blocks, sizes, get_chip())
-    vmem = vmem_bytes(direction, blocks, sizes, held)
+    num_rows = count_keys_in_vmem(direction, blocks, sizes, get_chip())
+    vmem = vmem_bytes(direction, blocks, sizes, num_rows)
     parts = []
     T = sizes.T
-    for index in range(-(-T // held)):
-        start = index * held
-        stop = min((index + 1) * held, T)
-        segments = (
-            None if operands.k_segments is None else operands.k_segments[:, start:stop]
+    for index in range(-(-T // num_rows)):
+        start = index * num_rows
+        stop = min((index + 1) * num_rows, T)
+        segments = operands.k_segments
+        if segments is not None:
+            segments = segments[:, start:stop]
+        part = KeyPart(
+            index,
+            num_rows,
+            num_keys=stop - start,
+            operands=operands._replace(
+                k_segments=segments, sinks=operands.sinks if index == 0 else None
+            ),
+            params=params._replace(k_offset=params.k_offset + start),
+            blocks=blocks,
+            vmem_bytes=vmem,
         )
-        sinks = operands.sinks if index == 0 else None
-        own = operands._replace(k_segments=segments, sinks=sinks)
-        at = params._replace(k_offset=params.k_offset + start)
-        parts.append(KeyPart(index, held, stop - start, own, at, blocks, vmem))
+        parts.append(part)
     return parts
 
 
 def _move_heads_first(x: jax.Array, size: int, value: float = 0) -> jax.Array:
     """[B, S, N, ...] → [B · N, size, ...], ``value`` beyond S."""
-    (B, S, N), rest = x.shape[:3], x.shape[3:]
-    pad = (0, 0), (0, size - S), *((0, 0),) * (x.ndim - 2)
-    x = jnp.pad(x, pad, constant_values=value)
-    return x.swapaxes(1, 2).reshape(B * N, size, *rest)
+    B, S, N, *features = x.shape
+    padding = ((0, 0), (0, size - S), *((0, 0),) * (x.ndim - 2))
+    x = jnp.pad(x, padding, constant_values=value)
+    return x.swapaxes(1, 2).reshape(B * N, size, *features)
 
 
 def _move_heads_back(x: jax.Array, B: int, S: int) -> jax.Array:

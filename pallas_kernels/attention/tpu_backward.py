@@ -8,6 +8,8 @@ delta) lies along the lanes, and of the five products only dQᵀ = Kᵀ·dSᵀ h
 to turn, the small one.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -32,10 +34,36 @@ CHUNK = 32
 
 
 def backward_kernel(
-    table, ints, floats, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_ids, k_ids, dq_in,
-    dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk, dv, scores, d_ps, slopes, ps, d_ss,
-    *, walk: KeyWalk, statics: KernelStatics, blocks: TpuBlocks,
-):  # fmt: skip
+    table: Any,
+    ints: Any,
+    floats: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    do_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    q_ids: Any,
+    k_ids: Any,
+    dq_in: Any,
+    dk_in: Any,
+    dv_in: Any,
+    dq_ref: Any,
+    dk_ref: Any,
+    dv_ref: Any,
+    dq_sum: Any,
+    dk_sum: Any,
+    dv_sum: Any,
+    scores: list[Any],
+    d_weights: list[Any],
+    derivatives: list[Any] | None,
+    weights: list[Any],
+    d_scores: list[Any],
+    *,
+    walk: KeyWalk,
+    statics: KernelStatics,
+    blocks: TpuBlocks,
+) -> None:
     """Computes one block of queries of one head.
 
     Args:
@@ -45,105 +73,120 @@ def backward_kernel(
         q_ids, k_ids: int32 [1, bq], [1, T], or None.
         dq_in: fp32 [bq, H], what other keys gave; or None.
         dk_in, dv_in: other keys', which stay as they are; or None.
-        dq, dk, dv: fp32 [H, bq], [T, H], [T, Hv], sums.
-        scores, d_ps, slopes: fp32, of each of a few tiles [1, keys, queries]: S, dP and
-            dS/d(q·k), the last only with a cap.
-        ps, d_ss: likewise as q.
+        dq_sum, dk_sum, dv_sum: fp32 [H, bq], [T, H], [T, Hv].
+        scores, d_weights, derivatives: fp32, of each of a few tiles [1, keys, queries]:
+            S, dP and dS/d(q·k), the last only with a cap.
+        weights, d_scores: likewise as q.
     """
-    g, i = pl.program_id(1), pl.program_id(2)
+    member = pl.program_id(1)
+    i = pl.program_id(2)
     scalars = statics.read_program_scalars(ints, floats)
     params = statics.params
 
-    @pl.when((g == 0) & (i == 0))
-    def _():
-        dk[...] = jnp.zeros(dk.shape, jnp.float32)
-        dv[...] = jnp.zeros(dv.shape, jnp.float32)
+    @pl.when((member == 0) & (i == 0))
+    def clear_key_sums():
+        dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
+        dv_sum[...] = jnp.zeros(dv_sum.shape, jnp.float32)
 
     def start():
-        dq[...] = jnp.zeros(dq.shape, jnp.float32)
+        dq_sum[...] = jnp.zeros(dq_sum.shape, jnp.float32)
 
-    def keys(tile, j):
-        return pl.ds(pl.multiple_of(j * walk.bk + tile.k0, LANES), tile.k1 - tile.k0)
+    def get_keys(tile, j):
+        begin = j * walk.bk + tile.k0
+        return pl.ds(pl.multiple_of(begin, LANES), tile.k1 - tile.k0)
 
-    put = scalars.store_zero
-    get = scalars.load_zero
+    # Both are 0, and the compiler does not know (`ProgramScalars`).
+    store_at = scalars.store_zero
+    load_at = scalars.load_zero
     slots = len(scores)
 
+    # The three stages of tile n, which leave what they find in its slot.
+
     def score(n, tile, j, distance):
-        rows = slice(tile.q0, tile.q1)
+        queries = slice(tile.q0, tile.q1)
         slot = n % slots
-        s, slope = scale_scores_to_log2(
-            multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params
-        )
-        segments = None, None
+        products = multiply(k_ref[get_keys(tile, j)], q_ref[queries], 1, 1)
+        score, derivative = scale_scores_to_log2(products, params)
+        q_segments = None
+        k_segments = None
         if tile.compares_segments:
-            own = transpose_ids_to_lanes(k_ids[:, keys(tile, j)])
-            segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
-        spot = TilePosition(
-            distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments
+            tile_ids = transpose_ids_to_lanes(k_ids[:, get_keys(tile, j)])
+            q_segments = q_ids[:, queries]
+            k_segments = jnp.tile(tile_ids, (1, score.shape[1] // LANES))
+        position = TilePosition(
+            distance + tile.q0 - tile.k0,
+            j * walk.bk + tile.k0,
+            q_segments,
+            k_segments,
         )
-        scores[slot][put] = apply_slope_and_mask(s, tile.masked, spot, statics, scalars)
-        d_ps[slot][put] = multiply(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
-        if slope is not None:
-            slopes[slot][put] = slope
+        scores[slot][store_at] = apply_slope_and_mask(
+            score, tile.masked, position, statics, scalars
+        )
+        d_weights[slot][store_at] = multiply(
+            v_ref[get_keys(tile, j)], do_ref[queries], 1, 1
+        )
+        if derivatives is not None:
+            derivatives[slot][store_at] = derivative
         yield
 
-    def softmax(n, tile):
-        rows = slice(tile.q0, tile.q1)
+    def weigh(n, tile):
+        queries = slice(tile.q0, tile.q1)
         slot = n % slots
-        lse = lse_ref[:, rows] * LOG2_E
-        delta = delta_ref[:, rows]
+        lse = lse_ref[:, queries] * LOG2_E
+        delta = delta_ref[:, queries]
         lse = jnp.broadcast_to(lse, (SUBLANES, lse.shape[1]))
-        begun: list[jax.Array] = []
-        for a in range(0, tile.k1 - tile.k0, CHUNK):
-            at = slice(a, a + CHUNK)
-            s = scores[slot][get, at]
-            p = reshape_by_register(s) - limit_in_flight(lse, begun, blocks.pace)
-            p = jnp.exp2(p).reshape(s.shape)
-            begun.append(p[:SUBLANES])
-            ps[slot][put, at] = p.astype(do_ref.dtype)
-            d_s = p * (d_ps[slot][get, at] - delta)
-            if slopes is not None:
-                d_s = d_s * slopes[slot][get, at]
+        started: list[jax.Array] = []
+        for begin in range(0, tile.k1 - tile.k0, CHUNK):
+            chunk = slice(begin, begin + CHUNK)
+            score = scores[slot][load_at, chunk]
+            exponent = reshape_by_register(score) - limit_in_flight(
+                lse, started, blocks.pace
+            )
+            weight = jnp.exp2(exponent).reshape(score.shape)
+            started.append(weight[:SUBLANES])
+            weights[slot][store_at, chunk] = weight.astype(do_ref.dtype)
+            d_score = weight * (d_weights[slot][load_at, chunk] - delta)
+            if derivatives is not None:
+                d_score = d_score * derivatives[slot][load_at, chunk]
             if tile.masked or tile.compares_segments:
                 # Products with a masked key or value may have overflown.
-                d_s = jnp.where(p > 0, d_s, 0.0)
-            d_ss[slot][put, at] = d_s.astype(q_ref.dtype)
+                d_score = jnp.where(weight > 0, d_score, 0.0)
+            d_scores[slot][store_at, chunk] = d_score.astype(q_ref.dtype)
         yield
 
-    def gradients(n, tile, j):
-        rows = slice(tile.q0, tile.q1)
+    def add_gradients(n, tile, j):
+        queries = slice(tile.q0, tile.q1)
         slot = n % slots
-        p, d_s = ps[slot][get], d_ss[slot][get]
-        dv[keys(tile, j)] += multiply(p, do_ref[rows], 1, 0)
-        dk[keys(tile, j)] += multiply(d_s, q_ref[rows], 1, 0)
-        dq[:, rows] += multiply(k_ref[keys(tile, j)], d_s, 0, 0)
+        weight = weights[slot][load_at]
+        d_score = d_scores[slot][load_at]
+        dv_sum[get_keys(tile, j)] += multiply(weight, do_ref[queries], 1, 0)
+        dk_sum[get_keys(tile, j)] += multiply(d_score, q_ref[queries], 1, 0)
+        dq_sum[:, queries] += multiply(k_ref[get_keys(tile, j)], d_score, 0, 0)
         yield
 
-    def tiles(these, j, distance, first, last):
+    def run_tiles(tiles, j, distance, is_first, is_last):
         interleave_stages(
-            len(these),
+            len(tiles),
             [
-                (blocks.ahead, lambda n: score(n, these[n], j, distance)),
-                (0, lambda n: softmax(n, these[n])),
-                (-blocks.behind, lambda n: gradients(n, these[n], j)),
+                (blocks.ahead, lambda n: score(n, tiles[n], j, distance)),
+                (0, lambda n: weigh(n, tiles[n])),
+                (-blocks.behind, lambda n: add_gradients(n, tiles[n], j)),
             ],
         )
 
-    row = [
-        table[(scalars.row if statics.num_tables > 1 else 0), i, c]
-        for c in range(COLUMNS)
-    ]
-
     def finish():
         if dq_in is None:
-            dq_ref[...] = (dq[...] * params.scale).astype(dq_ref.dtype).T
+            dq = dq_sum[...] * params.scale
+            dq_ref[...] = dq.astype(dq_ref.dtype).T
         else:
-            dq_ref[...] = (dq[...].T * params.scale + dq_in[...]).astype(dq_ref.dtype)
+            dq = dq_sum[...].T * params.scale + dq_in[...]
+            dq_ref[...] = dq.astype(dq_ref.dtype)
 
-    visit_key_blocks(walk, row, i, scalars.qk_offset, start, tiles, finish)
+    table_row = scalars.row if statics.num_tables > 1 else 0
+    row = [table[table_row, i, column] for column in range(COLUMNS)]
+    visit_key_blocks(walk, row, i, scalars.qk_offset, start, run_tiles, finish)
 
-    @pl.when((g == statics.group - 1) & (i == pl.num_programs(2) - 1))
-    def _():
-        dk_ref[...] = (dk[...] * params.scale).astype(dk_ref.dtype)
-        dv_ref[...] = dv[...].astype(dv_ref.dtype)
+    @pl.when((member == statics.group - 1) & (i == pl.num_programs(2) - 1))
+    def write_key_gradients():
+        dk_ref[...] = (dk_sum[...] * params.scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)

@@ -63,9 +63,11 @@ class AttentionSizes(NamedTuple):
 
     @classmethod
     def of(cls, operands: AttentionOperands, dtype: Any) -> "AttentionSizes":
-        q, _, v, *_ = operands
-        (S, H), (T, Hv) = (q.shape[1], q.shape[3]), (v.shape[1], v.shape[3])
-        return cls(S, T, H, Hv, q.dtype.itemsize, jnp.dtype(dtype).itemsize)
+        """Reads the sizes of operands, whose results are in ``dtype``."""
+        _, S, _, H = operands.q.shape
+        _, T, _, Hv = operands.v.shape
+        element_bytes = operands.q.dtype.itemsize
+        return cls(S, T, H, Hv, element_bytes, jnp.dtype(dtype).itemsize)
 
 
 def choose_blocks_by_rule(
@@ -76,26 +78,29 @@ def choose_blocks_by_rule(
     so small that nothing spills. From 1024 down, the first whose queries leave VMEM for
     ``_KEYS`` keys, or for all.
     """
-    stages = (
-        {"ahead": 3, "pace": 3} if chip.mxu_size == 256 else {"ahead": 3, "behind": 2}
-    )
 
-    def blocks(most: int) -> TpuBlocks:
-        q = _fit(sizes.S, most)
-        k = min(q, _fit(sizes.T, most))
+    def make_blocks(most: int) -> TpuBlocks:
+        q = _fit_block(sizes.S, most)
+        k = min(q, _fit_block(sizes.T, most))
+        tile_k = min(chip.mxu_size, k)
         if direction == BACKWARD:
-            return TpuBlocks(q, k, LANES, min(chip.mxu_size, k))
-        return TpuBlocks(q, k, min(chip.mxu_size, q), min(chip.mxu_size, k), **stages)
+            return TpuBlocks(q, k, LANES, tile_k)
+        tile_q = min(chip.mxu_size, q)
+        if chip.mxu_size == 256:
+            return TpuBlocks(q, k, tile_q, tile_k, ahead=3, pace=3)
+        return TpuBlocks(q, k, tile_q, tile_k, ahead=3, behind=2)
 
     most = 1024
     room = int(chip.vmem_bytes * _USABLE)
     keys = round_up(min(sizes.T, _KEYS), LANES)
-    while most > LANES and vmem_bytes(direction, blocks(most), sizes, keys) > room:
+    blocks = make_blocks(most)
+    while most > LANES and vmem_bytes(direction, blocks, sizes, keys) > room:
         most //= 2
-    return blocks(most)
+        blocks = make_blocks(most)
+    return blocks
 
 
-def _fit(n: int, most: int) -> int:
+def _fit_block(n: int, most: int) -> int:
     """The largest power of two, 128 to ``most``, that pads n by little."""
     size = most
     while size > LANES and not has_little_padding(n, size):
@@ -120,24 +125,27 @@ def vmem_bytes(
 ) -> int:
     """Returns bytes of VMEM: operands and results twice, so that copies overlap, and
     scratch; of the backward pass, the sums of dK and dV over all queries too."""
-    H, Hv = (round_up(width, LANES) for width in (sizes.H, sizes.Hv))
+    H = round_up(sizes.H, LANES)
+    Hv = round_up(sizes.Hv, LANES)
+    element_bytes = sizes.element_bytes
+    # One fp32 number a query lies along the lanes, in a register of eight rows.
+    row_bytes = blocks.q * SUBLANES * 4
     if direction == FORWARD:
-        operands = sizes.element_bytes * (blocks.q * H + num_keys * (H + Hv))
-        results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
-        sums = sizes.element_bytes * num_keys * count_value_and_sum_rows(sizes.Hv)
-        sums += 4 * blocks.q * (SUBLANES + count_value_and_sum_rows(sizes.Hv))
-        tile = blocks.tile_q * (blocks.k * (4 + sizes.element_bytes) + 2 * SUBLANES * 4)
+        operands = element_bytes * (blocks.q * H + num_keys * (H + Hv))
+        results = blocks.q * Hv * sizes.out_bytes + row_bytes
+        turned_rows = count_value_and_sum_rows(sizes.Hv)
+        scratch = element_bytes * num_keys * turned_rows
+        scratch += row_bytes + 4 * blocks.q * turned_rows
+        # Scores and weights; maxima and decays.
+        tile = blocks.tile_q * (blocks.k * (4 + element_bytes) + 2 * SUBLANES * 4)
     else:
-        operands = (
-            sizes.element_bytes * (blocks.q + num_keys) * (H + Hv)
-            + 2 * blocks.q * 8 * 4
-        )
-        results = (
-            blocks.q * H * (sizes.out_bytes + 4) + num_keys * (H + Hv) * sizes.out_bytes
-        )
-        sums = 4 * num_keys * (H + Hv) + 4 * blocks.q * H
-        tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * sizes.element_bytes)
-    return 2 * (operands + results) + sums + blocks.tiles_in_flight * tile
+        operands = element_bytes * (blocks.q + num_keys) * (H + Hv) + 2 * row_bytes
+        d_q_bytes = blocks.q * H * (sizes.out_bytes + 4)
+        results = d_q_bytes + num_keys * (H + Hv) * sizes.out_bytes
+        scratch = 4 * num_keys * (H + Hv) + 4 * blocks.q * H
+        # Scores, d_weights and derivatives; weights and d_scores.
+        tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * element_bytes)
+    return 2 * (operands + results) + scratch + blocks.tiles_in_flight * tile
 
 
 def count_keys_in_vmem(
@@ -153,8 +161,7 @@ def count_keys_in_vmem(
     if needed > room:
         raise ValueError(
             f"blocks {tuple(blocks)} with head sizes {sizes.H} and {sizes.Hv} take "
-            f"{needed} bytes "
-            f"of VMEM, of which a {chip.name} has {chip.vmem_bytes}"
+            f"{needed} bytes of VMEM, of which a {chip.name} has {chip.vmem_bytes}"
         )
     return keys
 

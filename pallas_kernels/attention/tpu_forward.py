@@ -40,6 +40,7 @@ from pallas_kernels.attention.tpu_scores import (
     transpose_ids_to_lanes,
 )
 from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
+from pallas_kernels.chips import find_largest_divisor
 
 # Keys whose weights are computed at once.
 CHUNK = 16
@@ -53,10 +54,29 @@ NO_KEY = MASKED / 2
 
 
 def forward_kernel(
-    table, ints, floats, q_ref, k_ref, v_ref, q_ids, k_ids, o_ref, lse_ref,
-    m, acc, vt, ids, scores, tops, fades, weights,
-    *, walk: KeyWalk, statics: KernelStatics, blocks: TpuBlocks,
-):  # fmt: skip
+    table: Any,
+    ints: Any,
+    floats: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    q_ids: Any,
+    k_ids: Any,
+    o_ref: Any,
+    lse_ref: Any,
+    top_ref: Any,
+    acc_ref: Any,
+    vt_ref: Any,
+    block_ids: Any,
+    scores: list[Any],
+    tops: list[Any],
+    decays: list[Any],
+    weights: list[Any],
+    *,
+    walk: KeyWalk,
+    statics: KernelStatics,
+    blocks: TpuBlocks,
+) -> None:
     """Computes one block of queries of one head.
 
     Args:
@@ -64,156 +84,177 @@ def forward_kernel(
         q_ref, k_ref, v_ref: [bq, H], [T, H], [T, Hv]; q_ids, k_ids: int32 [1, bq], [1,
             T], or None.
         o_ref, lse_ref: [bq, Hv]; fp32 [1, bq].
-        m: fp32 [SUBLANES, bq], a query's largest score so far.
-        acc: fp32 [turned_rows(Hv), bq], SUMS rows of its sum of weights, and its output
-            but for division by it.
-        vt: [turned_rows(Hv), T], SUMS rows of ones, and the values turned.
-        ids: int32 [bk, LANES], of the keys of a block, or None.
-        scores, tops, fades: fp32, of each of a few tiles [1, keys, queries] and, in
+        top_ref: fp32 [SUBLANES, bq], a query's largest score so far.
+        acc_ref: fp32 [turned rows, bq], SUMS rows of its sum of weights, and its output
+            but for division by it; :func:`count_value_and_sum_rows`.
+        vt_ref: [turned rows, T], SUMS rows of ones, and the values turned.
+        block_ids: int32 [bk, LANES], of the keys of a block, or None.
+        scores, tops, decays: fp32, of each of a few tiles [1, keys, queries] and, in
             rows that are all the same but for tops, [1, SUBLANES, queries].
         weights: likewise [1, keys, queries] as v.
     """
-    g, i = pl.program_id(1), pl.program_id(2)
+    member = pl.program_id(1)
+    i = pl.program_id(2)
     scalars = statics.read_program_scalars(ints, floats)
     params = statics.params
-    put = scalars.store_zero
-    get = scalars.load_zero
+    # Both are 0, and the compiler does not know (`ProgramScalars`).
+    store_at = scalars.store_zero
+    load_at = scalars.load_zero
     slots = len(scores)
     Hv = v_ref.shape[1]
     # Above MASKED: what is masked weighs nothing, even before the first key that is
     # not.
-    m_start = (
-        jnp.maximum(scalars.sink * LOG2_E, NO_KEY) if statics.has_sinks else NO_KEY
-    )
+    first_top = NO_KEY
+    if statics.has_sinks:
+        first_top = jnp.maximum(scalars.sink * LOG2_E, NO_KEY)
 
-    @pl.when((g == 0) & (i == 0))
-    def _():
-        vt[:SUMS] = jnp.ones((SUMS, vt.shape[1]), vt.dtype)
-        if len(vt) > SUMS + Hv:
-            vt[SUMS + Hv :] = jnp.zeros((len(vt) - SUMS - Hv, vt.shape[1]), vt.dtype)
-        step = _step(vt.shape[1], walk.bk)
+    @pl.when((member == 0) & (i == 0))
+    def turn_values():
+        num_rows, num_keys = vt_ref.shape
+        vt_ref[:SUMS] = jnp.ones((SUMS, num_keys), vt_ref.dtype)
+        padding = num_rows - SUMS - Hv
+        if padding > 0:
+            vt_ref[SUMS + Hv :] = jnp.zeros((padding, num_keys), vt_ref.dtype)
+        step = _count_keys_turned_at_once(num_keys, walk.bk)
 
         def turn(j, _):
-            at = pl.ds(pl.multiple_of(j * step, walk.bk), step)
-            vt[SUMS : SUMS + Hv, at] = v_ref[at].T
+            keys = pl.ds(pl.multiple_of(j * step, walk.bk), step)
+            vt_ref[SUMS : SUMS + Hv, keys] = v_ref[keys].T
             return 0
 
-        lax.fori_loop(0, vt.shape[1] // step, turn, 0)
+        lax.fori_loop(0, num_keys // step, turn, 0)
 
     def start():
-        m[...] = jnp.full(m.shape, m_start, jnp.float32)
-        acc[...] = jnp.zeros(acc.shape, jnp.float32)
+        top_ref[...] = jnp.full(top_ref.shape, first_top, jnp.float32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
         if statics.has_sinks:
-            acc[:SUMS] = jnp.ones((SUMS, walk.bq), jnp.float32)
+            acc_ref[:SUMS] = jnp.ones((SUMS, walk.bq), jnp.float32)
 
-    def pieces(tile):
+    def list_pieces(tile):
         """Keys of a tile, by piece."""
         width = tile.k1 - tile.k0
-        return [slice(a, min(a + PIECE, width)) for a in range(0, width, PIECE)]
+        return [
+            slice(begin, min(begin + PIECE, width)) for begin in range(0, width, PIECE)
+        ]
 
-    def keys(tile, j, piece):
+    def get_keys(tile, j, piece):
         begin = j * walk.bk + tile.k0 + piece.start
         return pl.ds(pl.multiple_of(begin, LANES), piece.stop - piece.start)
 
+    # The three stages of tile n, which leave what they find in its slot.
+
     def score(n, tile, j, distance):
         slot = n % slots
-        rows = slice(tile.q0, tile.q1)
-        for piece in pieces(tile):
-            at = keys(tile, j, piece)
-            first = tile.k0 + piece.start
-            s, _ = scale_scores_to_log2(multiply(k_ref[at], q_ref[rows], 1, 1), params)
-            segments = None, None
+        queries = slice(tile.q0, tile.q1)
+        for piece in list_pieces(tile):
+            keys = get_keys(tile, j, piece)
+            first_key = tile.k0 + piece.start
+            products = multiply(k_ref[keys], q_ref[queries], 1, 1)
+            score, _ = scale_scores_to_log2(products, params)
+            q_segments = None
+            k_segments = None
             if tile.compares_segments:
-                own = ids[first : first + len(s)]
-                segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
-            spot = TilePosition(
-                distance + tile.q0 - first, j * walk.bk + first, *segments
+                piece_ids = block_ids[first_key : first_key + len(score)]
+                q_segments = q_ids[:, queries]
+                k_segments = jnp.tile(piece_ids, (1, score.shape[1] // LANES))
+            position = TilePosition(
+                distance + tile.q0 - first_key,
+                j * walk.bk + first_key,
+                q_segments,
+                k_segments,
             )
-            s = apply_slope_and_mask(s, tile.masked, spot, statics, scalars)
-            scores[slot][put, piece] = s
-            top = jnp.max(reshape_by_register(s), axis=0)
+            score = apply_slope_and_mask(score, tile.masked, position, statics, scalars)
+            scores[slot][store_at, piece] = score
+            top = jnp.max(reshape_by_register(score), axis=0)
             if piece.start > 0:
-                top = jnp.maximum(tops[slot][get], top)
-            tops[slot][put] = top
+                top = jnp.maximum(tops[slot][load_at], top)
+            tops[slot][store_at] = top
             yield
 
-    def softmax(n, tile, first):
+    def weigh(n, tile, is_first):
         slot = n % slots
-        rows = slice(tile.q0, tile.q1)
-        top = jnp.max(tops[slot][get], axis=0, keepdims=True)
-        before = m_start if first else m[:, rows]
-        top = jnp.maximum(before, jnp.broadcast_to(top, (SUBLANES, top.shape[1])))
-        m[:, rows] = top
-        if not first or statics.has_sinks:
-            fades[slot][put] = jnp.exp2(before - top)
-        begun: list[jax.Array] = []
-        for piece in pieces(tile):
-            chunk = CHUNK if blocks.pace else piece.stop - piece.start
-            for a in range(piece.start, piece.stop, chunk):
-                at = slice(a, a + chunk)
-                s = scores[slot][get, at]
-                p = reshape_by_register(s) - limit_in_flight(top, begun, blocks.pace)
-                p = jnp.exp2(p).reshape(s.shape)
-                begun.append(p[:SUBLANES])
-                weights[slot][put, at] = p.astype(vt.dtype)
-            yield
-
-    def values(n, tile, j, first, last):
-        slot = n % slots
-        rows = slice(tile.q0, tile.q1)
-        for piece in pieces(tile):
-            y = multiply(vt[:, keys(tile, j, piece)], weights[slot][get, piece], 1, 0)
-            if piece.start > 0:
-                y += acc[:, rows]
-            elif not first:
-                y += (reshape_by_register(acc[:, rows]) * fades[slot][get]).reshape(
-                    y.shape
+        queries = slice(tile.q0, tile.q1)
+        top = jnp.max(tops[slot][load_at], axis=0, keepdims=True)
+        old_top = first_top if is_first else top_ref[:, queries]
+        top = jnp.maximum(old_top, jnp.broadcast_to(top, (SUBLANES, top.shape[1])))
+        top_ref[:, queries] = top
+        if not is_first or statics.has_sinks:
+            decays[slot][store_at] = jnp.exp2(old_top - top)
+        started: list[jax.Array] = []
+        for piece in list_pieces(tile):
+            size = CHUNK if blocks.pace else piece.stop - piece.start
+            for begin in range(piece.start, piece.stop, size):
+                chunk = slice(begin, begin + size)
+                score = scores[slot][load_at, chunk]
+                exponent = reshape_by_register(score) - limit_in_flight(
+                    top, started, blocks.pace
                 )
-            acc[:, rows] = y
+                weight = jnp.exp2(exponent).reshape(score.shape)
+                started.append(weight[:SUBLANES])
+                weights[slot][store_at, chunk] = weight.astype(vt_ref.dtype)
             yield
-        if first and statics.has_sinks:
-            acc[:SUMS, rows] += jnp.tile(fades[slot][get], (SUMS // SUBLANES, 1))
-        if last:
-            write(rows)
 
-    def write(rows):
+    def add_values(n, tile, j, is_first, is_last):
+        slot = n % slots
+        queries = slice(tile.q0, tile.q1)
+        for piece in list_pieces(tile):
+            keys = get_keys(tile, j, piece)
+            y = multiply(vt_ref[:, keys], weights[slot][load_at, piece], 1, 0)
+            if piece.start > 0:
+                y += acc_ref[:, queries]
+            elif not is_first:
+                earlier = reshape_by_register(acc_ref[:, queries])
+                y += (earlier * decays[slot][load_at]).reshape(y.shape)
+            acc_ref[:, queries] = y
+            yield
+        if is_first and statics.has_sinks:
+            # The sink's weight is 1 before it decays.
+            sink_weight = jnp.tile(decays[slot][load_at], (SUMS // SUBLANES, 1))
+            acc_ref[:SUMS, queries] += sink_weight
+        if is_last:
+            write(queries)
+
+    def write(queries):
         """The output of these queries, which have seen all of their keys."""
-        total = _reciprocal(acc[:SUBLANES, rows], statics.interpret)
-        o = (reshape_by_register(acc[SUMS:, rows]) * total).reshape(-1, total.shape[1])[
-            :Hv
-        ]
-        o_ref[rows] = o.astype(o_ref.dtype).T
+        inverse = _reciprocal(acc_ref[:SUBLANES, queries], statics.interpret)
+        o = reshape_by_register(acc_ref[SUMS:, queries]) * inverse
+        o = o.reshape(-1, inverse.shape[1])[:Hv]
+        o_ref[queries] = o.astype(o_ref.dtype).T
 
-    def tiles(these, j, distance, first, last):
-        if these[0].compares_segments:
-            at = pl.ds(pl.multiple_of(j * walk.bk, walk.bk), walk.bk)
-            ids[...] = transpose_ids_to_lanes(k_ids[:, at])
+    def run_tiles(tiles, j, distance, is_first, is_last):
+        if tiles[0].compares_segments:
+            keys = pl.ds(pl.multiple_of(j * walk.bk, walk.bk), walk.bk)
+            block_ids[...] = transpose_ids_to_lanes(k_ids[:, keys])
         interleave_stages(
-            len(these),
+            len(tiles),
             [
-                (blocks.ahead, lambda n: score(n, these[n], j, distance)),
-                (0, lambda n: softmax(n, these[n], first)),
-                (-blocks.behind, lambda n: values(n, these[n], j, first, last)),
+                (blocks.ahead, lambda n: score(n, tiles[n], j, distance)),
+                (0, lambda n: weigh(n, tiles[n], is_first)),
+                (
+                    -blocks.behind,
+                    lambda n: add_values(n, tiles[n], j, is_first, is_last),
+                ),
             ],
         )
 
-    row = [
-        table[(scalars.row if statics.num_tables > 1 else 0), i, c]
-        for c in range(COLUMNS)
-    ]
-    visit_key_blocks(
-        walk, row, i, scalars.qk_offset, start, tiles, lambda: write(slice(0, walk.bq))
-    )
-    top = m[:1]
-    lse_ref[...] = jnp.where(top > NO_KEY, top / LOG2_E + jnp.log(acc[:1]), -jnp.inf)
+    def finish():
+        write(slice(0, walk.bq))
+
+    table_row = scalars.row if statics.num_tables > 1 else 0
+    row = [table[table_row, i, column] for column in range(COLUMNS)]
+    visit_key_blocks(walk, row, i, scalars.qk_offset, start, run_tiles, finish)
+    top = top_ref[:1]
+    has_key_or_sink = top > NO_KEY
+    lse = top / LOG2_E + jnp.log(acc_ref[:1])
+    lse_ref[...] = jnp.where(has_key_or_sink, lse, -jnp.inf)
 
 
-def _step(keys: int, block: int) -> int:
-    """Keys to turn at once: whole blocks that divide all keys, few enough for a loop's
-    body."""
-    blocks = keys // block
-    most = max(TURNED // block, 1)
-    return block * max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= most)
+def _count_keys_turned_at_once(num_keys: int, block: int) -> int:
+    """Counts keys of a loop's round: whole blocks that divide all keys, few enough for
+    the loop's body."""
+    num_blocks = num_keys // block
+    most_blocks = max(TURNED // block, 1)
+    return block * find_largest_divisor(num_blocks, most_blocks)
 
 
 def _reciprocal(x: jax.Array, interpreted: bool) -> jax.Array:

@@ -47,21 +47,24 @@ class KernelStatics(NamedTuple):
     def read_program_scalars(self, int_ref: Any, float_ref: Any) -> "ProgramScalars":
         """Reads, in a kernel, this grid step's scalars (kv heads of all rows, group,
         ...)."""
-        kv, g = pl.program_id(0), pl.program_id(1)
-        row = lax.div(kv, self.kv_heads)
-        head = lax.rem(kv, self.kv_heads) * self.group + g
+        kv_head = pl.program_id(0)
+        member = pl.program_id(1)
+        row = lax.div(kv_head, self.kv_heads)
+        head = lax.rem(kv_head, self.kv_heads) * self.group + member
         return ProgramScalars(
-            row,
-            int_ref[0] if self.qk_offset is None else self.qk_offset,
-            int_ref[1],
-            int_ref[2],
-            int_ref[3 + row] if self.has_prefix else None,
-            float_ref[0, head] if self.has_slopes else None,
-            float_ref[1, head] if self.has_sinks else None,
+            row=row,
+            qk_offset=int_ref[0] if self.qk_offset is None else self.qk_offset,
+            store_zero=int_ref[1],
+            load_zero=int_ref[2],
+            prefix=int_ref[3 + row] if self.has_prefix else None,
+            slope=float_ref[0, head] if self.has_slopes else None,
+            sink=float_ref[1, head] if self.has_sinks else None,
         )
 
 
 class ProgramScalars(NamedTuple):
+    """A grid step's scalars."""
+
     row: Any
     """Row of the batch."""
     qk_offset: Any
@@ -83,12 +86,13 @@ def interleave_stages(
     """Runs every stage for each of ``count`` tiles, a stage of (ahead, function) so
     many tiles before the one with 0. Neighbours in the program overlap on the machine:
     the stages that run together take turns, each as far as its next ``yield``."""
-    first = max(a for a, _ in stages)
-    last = min(a for a, _ in stages)
-    for n in range(-first, count - last):
-        running = [
-            stage(n + ahead) for ahead, stage in stages if 0 <= n + ahead < count
-        ]
+    most_ahead = max(ahead for ahead, _ in stages)
+    least_ahead = min(ahead for ahead, _ in stages)
+    for n in range(-most_ahead, count - least_ahead):
+        running = []
+        for ahead, stage in stages:
+            if 0 <= n + ahead < count:
+                running.append(stage(n + ahead))
         while running:
             running = [stage for stage in running if next(stage, _DONE) is not _DONE]
 
@@ -108,14 +112,9 @@ class TilePosition(NamedTuple):
 def multiply(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     """Multiplies over one axis of each, in fp32; fp32 operands are not rounded to
     bf16."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(
-        a,
-        b,
-        (((a_axis,), (b_axis,)), ((), ())),
-        exact,
-        preferred_element_type=jnp.float32,
-    )
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
 def scale_scores_to_log2(
@@ -141,8 +140,9 @@ def limit_in_flight(x: jax.Array, started: list[jax.Array], pace: int) -> jax.Ar
     """
     if not pace or len(started) < pace:
         return x
-    p = jnp.tile(started.pop(0)[:, :LANES], (1, x.shape[1] // LANES))
-    return jnp.minimum(x, p + _HUGE)
+    earlier = jnp.tile(started.pop(0)[:, :LANES], (1, x.shape[1] // LANES))
+    # The sum is always larger: the compiler does not know, and waits.
+    return jnp.minimum(x, earlier + _HUGE)
 
 
 def reshape_by_register(x: jax.Array) -> jax.Array:
@@ -176,40 +176,51 @@ def apply_slope_and_mask(
     key = lax.broadcasted_iota(jnp.int32, shape, 0)
     behind = lax.broadcasted_iota(jnp.int32, shape, 1) - key
     rows = []
-    for a in range(0, len(scores), SUBLANES):
-        own = scores[a : a + SUBLANES]
-        distance = position.qk_offset - a
+    for first in range(0, len(scores), SUBLANES):
+        register_keys = slice(first, first + SUBLANES)
+        row = scores[register_keys]
+        offset = position.qk_offset - first
         if statics.has_slopes:
-            away = jnp.abs(behind + distance).astype(jnp.float32)
-            own = own - away * (scalars.slope * LOG2_E)
-        seen = []
+            distance = jnp.abs(behind + offset).astype(jnp.float32)
+            row = row - distance * (scalars.slope * LOG2_E)
+        conditions = []
         if position.k_segments is not None:
-            seen.append(position.q_segments == position.k_segments[a : a + SUBLANES])
+            k_segments = position.k_segments[register_keys]
+            conditions.append(position.q_segments == k_segments)
         if masked:
-            seen += _near(behind, key, distance, position.k_start + a, statics, scalars)
-        rows.append(jnp.where(reduce(and_, seen), own, MASKED) if seen else own)
+            conditions += _compare_positions(
+                behind, key, offset, position.k_start + first, statics, scalars
+            )
+        if conditions:
+            row = jnp.where(reduce(and_, conditions), row, MASKED)
+        rows.append(row)
     return jnp.concatenate(rows, axis=0)
 
 
-def _near(
-    behind, key, distance, first, statics: KernelStatics, scalars: ProgramScalars
-) -> list[Any]:
+def _compare_positions(
+    behind: jax.Array,
+    key: jax.Array,
+    offset: Any,
+    first_key: Any,
+    statics: KernelStatics,
+    scalars: ProgramScalars,
+) -> list[jax.Array]:
     """Returns the conditions, all of which hold where a query sees a key, by positions.
 
     Args:
         behind: of each query and key, the query's position less the key's, less
-            ``qk_offset``.
-        key: of each key, its index less ``first``.
+            ``offset``.
+        key: of each key, its index less ``first_key``.
     """
     params = statics.params
-    seen = []
+    conditions = []
     if params.causal:
-        near = behind >= -distance
+        visible = behind >= -offset
         if params.window is not None:
-            near &= behind < params.window - distance
+            visible &= behind < params.window - offset
         if statics.has_prefix:
-            near |= key < scalars.prefix - first
-        seen.append(near)
+            visible |= key < scalars.prefix - first_key
+        conditions.append(visible)
     if statics.num_keys is not None:
-        seen.append(key < statics.num_keys - first)
-    return seen
+        conditions.append(key < statics.num_keys - first_key)
+    return conditions

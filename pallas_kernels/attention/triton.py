@@ -47,15 +47,24 @@ class TritonBlockSizes(NamedTuple):
     d_kv: TritonTiles
 
 
-def _checked(sizes: TritonBlockSizes) -> TritonBlockSizes:
-    """Refuses blocks that Triton has not."""
+def _get_block_sizes(
+    operands: AttentionOperands, call: AttentionCall
+) -> TritonBlockSizes:
+    """Returns the call's blocks, or those by rule.
+
+    Raises:
+        ValueError: blocks that Triton has not.
+    """
+    H = operands.q.shape[3]
+    Hv = operands.v.shape[3]
+    sizes = call.block_sizes or default_block_sizes(H, Hv, operands.q.dtype)
     for q, k, warps, stages in sizes:
-        powers = all(n > 0 and n & (n - 1) == 0 for n in (q, k, warps))
-        if not powers or min(q, k) < 16 or stages < 1:
+        are_powers_of_two = all(n > 0 and n & (n - 1) == 0 for n in (q, k, warps))
+        if not are_powers_of_two or min(q, k) < 16 or stages < 1:
             raise ValueError(
                 f"block_sizes of {q} queries, {k} keys, {warps} warps, {stages} "
-                f"stages: powers of "
-                "two, of queries and keys 16 or more, and a stage or more"
+                f"stages: powers of two, of queries and keys 16 or more, and a stage "
+                f"or more"
             )
     return sizes
 
@@ -79,32 +88,45 @@ def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
     """Chooses blocks by rule: accumulators fit in registers, blocks in shared memory;
     for a card that is not here, an H100's."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
-    small = capability in _SMALL
-    old = capability.startswith(
-        "8."
-    )  # products are warps' own there, and take more registers
+    small_memory = capability in _SMALL
+    # Before Hopper products are each warp's own, and take more registers.
+    old = capability.startswith("8.")
+    head_size = max(H, Hv)
     if jnp.dtype(dtype).itemsize > 2:
-        rows = (64 if max(H, Hv) <= 128 else 32) // (2 if small else 1)
+        rows = 64 if head_size <= 128 else 32
+        if small_memory:
+            rows //= 2
         columns = min(rows, 32)
-        wide, tall = TritonTiles(rows, columns, 4, 1), TritonTiles(columns, rows, 4, 1)
-        return TritonBlockSizes(wide, wide, tall)
-    if max(H, Hv) <= 64:
-        tiles = (128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)
-    elif max(H, Hv) <= 128:
-        tiles = (
-            (128, 64, 8, 2 if small else 3),
-            (128, 64, 8, 2),
-            (32 if old else 64, 128, 8, 2),
+        wide = TritonTiles(rows, columns, warps=4, stages=1)
+        tall = TritonTiles(columns, rows, warps=4, stages=1)
+        return TritonBlockSizes(forward=wide, d_q=wide, d_kv=tall)
+    if head_size <= 64:
+        return TritonBlockSizes(
+            forward=TritonTiles(128, 64, warps=4, stages=3),
+            d_q=TritonTiles(128, 64, warps=8, stages=2),
+            d_kv=TritonTiles(64, 128, warps=8, stages=2),
         )
-    elif small:
-        tiles = (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)
+    if head_size <= 128:
+        return TritonBlockSizes(
+            forward=TritonTiles(128, 64, warps=8, stages=2 if small_memory else 3),
+            d_q=TritonTiles(128, 64, warps=8, stages=2),
+            d_kv=TritonTiles(32 if old else 64, 128, warps=8, stages=2),
+        )
+    if small_memory:
+        return TritonBlockSizes(
+            forward=TritonTiles(64, 32, warps=4, stages=1),
+            d_q=TritonTiles(32, 32, warps=4, stages=1),
+            d_kv=TritonTiles(32, 32, warps=4, stages=1),
+        )
+    if old:
+        forward = TritonTiles(64, 32, warps=4, stages=2)
     else:
-        tiles = (
-            (64, 32, 4, 2) if old else (128, 32, 8, 2),
-            (64, 32, 8, 2),
-            (32, 64, 8, 2),
-        )
-    return TritonBlockSizes(*(TritonTiles(*each) for each in tiles))
+        forward = TritonTiles(128, 32, warps=8, stages=2)
+    return TritonBlockSizes(
+        forward=forward,
+        d_q=TritonTiles(64, 32, warps=8, stages=2),
+        d_kv=TritonTiles(32, 64, warps=8, stages=2),
+    )
 
 
 def forward(
@@ -112,16 +134,14 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs this pass as :mod:`api` calls it."""
     operands = merge_offsets(operands, call.params)
-    q, _, v, *_ = operands
-    B, S, N, _ = q.shape
-    sizes = _checked(
-        call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype)
-    )
+    B, S, N, _ = operands.q.shape
+    Hv = operands.v.shape[3]
+    sizes = _get_block_sizes(operands, call)
     run = TritonKernelCall(operands, call, sizes.forward, per_query=True)
     run.add(full_spec, sinks=operands.sinks)
     o, lse = run(
         _forward_kernel,
-        ((B, S, N, v.shape[3]), call.dtype, run.query_spec),
+        ((B, S, N, Hv), call.dtype, run.query_spec),
         ((B, N, S), jnp.float32, run.query_row_spec),
     )
     return o, lse.transpose(0, 2, 1)
@@ -133,10 +153,11 @@ def backward(
     """Runs this pass as :mod:`api` calls it."""
     operands = merge_offsets(operands, call.params)
     dtype = call.dtype
-    (q, k, v, *_), (lse, delta, d_o) = operands, saved
-    sizes = _checked(
-        call.block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype)
-    )
+    q = operands.q
+    k = operands.k
+    v = operands.v
+    lse, delta, d_o = saved
+    sizes = _get_block_sizes(operands, call)
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta = delta.transpose(0, 2, 1)
@@ -151,17 +172,24 @@ def backward(
     run = plan(sizes.d_q, per_query=True)
     (d_q,) = run(_d_q_kernel, (q.shape, dtype, run.query_spec))
     run = plan(sizes.d_kv, per_query=False)
-    d_k, d_v = run(_d_kv_kernel, *((x.shape, dtype, run.key_spec) for x in (k, v)))
+    d_k, d_v = run(
+        _d_kv_kernel,
+        (k.shape, dtype, run.key_spec),
+        (v.shape, dtype, run.key_spec),
+    )
     return d_q, d_k, d_v
 
 
-def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
-    """One block of queries of one head."""
-    s, (block_q, block_k, *_) = p.statics, p.tiles
+def _forward_kernel(p: TritonProgram, o_ref: Any, lse_ref: Any) -> None:
+    """One block of queries of one head: an online softmax over blocks of keys (Milakov
+    & Gimelshein 2018)."""
+    s = p.statics
+    block_q = p.tiles.q
+    block_k = p.tiles.k
     i = _last_first(p)
     head = p.head
     start = i * block_q
-    q = p.load_rows("q", start, block_q, s.S if s.S % block_q else None)
+    q = p.load_rows("q", start, block_q, _bound(s.S, block_q))
     queries = p.load_token_block("q", start, 1)
 
     def body(j, _, masked, carry):
@@ -184,37 +212,35 @@ def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
         )
         return o, new_top, total * decay + jnp.sum(weights, axis=1)
 
-    zeros = tuple(
-        jnp.zeros((block_q, width), jnp.float32) for _, width in split_head_dim(s.Hv)
-    )
+    o = _zeros(block_q, s.Hv)
     if "sinks" in p.refs:
+        # As if a key with the sink's score had come first, and a value of zeros.
         top = jnp.full((block_q,), p.refs["sinks"][head] * LOG2E, jnp.float32)
-        carry = zeros, top, jnp.ones((block_q,), jnp.float32)
+        total = jnp.ones((block_q,), jnp.float32)
     else:
-        carry = (
-            zeros,
-            jnp.full((block_q,), -jnp.inf),
-            jnp.zeros((block_q,), jnp.float32),
-        )
-    o, top, total = p.visit_visible_blocks(i, pl.cdiv(s.T, block_k), body, carry)
-    some = total > 0
-    inverse = 1 / jnp.where(some, total, 1.0)
-    lse = jnp.where(some, top * LN2 + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
-    store_tile(o_ref, tuple(x * inverse[:, None] for x in o), start, block_q, s.S, s.Hv)
+        top = jnp.full((block_q,), -jnp.inf)
+        total = jnp.zeros((block_q,), jnp.float32)
+    num_blocks = pl.cdiv(s.T, block_k)
+    o, top, total = p.visit_visible_blocks(i, num_blocks, body, (o, top, total))
+    has_weight = total > 0
+    inverse = 1 / jnp.where(has_weight, total, 1.0)
+    lse = top * LN2 + jnp.log(jnp.where(has_weight, total, 1.0))
+    lse = jnp.where(has_weight, lse, -jnp.inf)
+    o = tuple(part * inverse[:, None] for part in o)
+    store_tile(o_ref, o, start, block_q, s.S, s.Hv)
     store_row(lse_ref, lse, start, block_q, s.S)
 
 
-def _d_q_kernel(p: TritonProgram, d_q_ref):
+def _d_q_kernel(p: TritonProgram, d_q_ref: Any) -> None:
     """One block of queries of one head."""
-    s, params, (block_q, block_k, *_) = p.statics, p.params, p.tiles
+    s = p.statics
+    block_q = p.tiles.q
+    block_k = p.tiles.k
     i = _last_first(p)
     head = p.head
     start = i * block_q
-    bound = s.S if s.S % block_q else None
-    q, d_o = (
-        p.load_rows("q", start, block_q, bound),
-        p.load_rows("d_o", start, block_q, bound),
-    )
+    q = p.load_rows("q", start, block_q, _bound(s.S, block_q))
+    d_o = p.load_rows("d_o", start, block_q, _bound(s.S, block_q))
     lse = p.load_row_scalars("lse", start, other=jnp.inf)[:, None]
     delta = p.load_row_scalars("delta", start, other=0.0)[:, None]
     queries = p.load_token_block("q", start, 1)
@@ -223,55 +249,54 @@ def _d_q_kernel(p: TritonProgram, d_q_ref):
         length = s.T if masked and s.T % block_k else None
         keys = p.load_token_block("k", j * block_k, 0)
         k = p.load_rows("k", j * block_k, block_k, length)
-        scores, slope = p.scores(multiply_transposed(q, k), queries, keys, head)
+        scores, derivative = p.scores(multiply_transposed(q, k), queries, keys, head)
         v = p.load_rows("v", j * block_k, block_k, length)
-        seen = p.compute_mask(queries, keys) if masked else None
+        mask = p.compute_mask(queries, keys) if masked else None
         d_weights = multiply_transposed(d_o, v)
         _, d_scores = compute_weights_and_d_scores(
-            scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
+            scores, derivative, lse, d_weights, delta, mask, p.exp2_scale, p.exp2
         )
         return tuple(
             x + multiply(d_scores.astype(y.dtype), y)
             for x, y in zip(d_q, k, strict=True)
         )
 
-    zeros = tuple(
-        jnp.zeros((block_q, width), jnp.float32) for _, width in split_head_dim(s.H)
-    )
-    d_q = p.visit_visible_blocks(i, pl.cdiv(s.T, block_k), body, zeros)
-    store_tile(d_q_ref, tuple(x * params.scale for x in d_q), start, block_q, s.S, s.H)
+    num_blocks = pl.cdiv(s.T, block_k)
+    d_q = p.visit_visible_blocks(i, num_blocks, body, _zeros(block_q, s.H))
+    d_q = tuple(part * p.params.scale for part in d_q)
+    store_tile(d_q_ref, d_q, start, block_q, s.S, s.H)
 
 
-def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
+def _d_kv_kernel(p: TritonProgram, d_k_ref: Any, d_v_ref: Any) -> None:
     """One block of keys of one kv head: its group's query heads are summed here. Tiles
     of scores are transposed, [keys, queries], so that the weights are a product's left
     operand as they lie.
     """
-    s, params, (block_q, block_k, *_) = p.statics, p.params, p.tiles
-    j, kv_head = p.block, p.head
+    s = p.statics
+    block_q = p.tiles.q
+    block_k = p.tiles.k
+    j = p.block
+    kv_head = p.head
     start = j * block_k
-    bound = s.T if s.T % block_k else None
-    k, v = (
-        p.load_rows("k", start, block_k, bound),
-        p.load_rows("v", start, block_k, bound),
-    )
+    k = p.load_rows("k", start, block_k, _bound(s.T, block_k))
+    v = p.load_rows("v", start, block_k, _bound(s.T, block_k))
     keys = p.load_token_block("k", start, 1)
-    q_bound = s.S if s.S % block_q else None
+    q_bound = _bound(s.S, block_q)
 
     def body(i, member, masked, carry):
         d_k, d_v = carry
-        at = i * block_q
-        queries = p.load_token_block("q", at, 0)
-        q = p.load_rows("q", at, block_q, q_bound, member)
+        q_start = i * block_q
+        queries = p.load_token_block("q", q_start, 0)
+        q = p.load_rows("q", q_start, block_q, q_bound, member)
         head = kv_head * s.group + member
-        scores, slope = p.scores(multiply_transposed(k, q), queries, keys, head)
-        d_o = p.load_rows("d_o", at, block_q, q_bound, member)
-        lse = p.load_row_scalars("lse", at, member, other=jnp.inf)[None]
-        delta = p.load_row_scalars("delta", at, member, other=0.0)[None]
-        seen = p.compute_mask(queries, keys) if masked else None
+        scores, derivative = p.scores(multiply_transposed(k, q), queries, keys, head)
+        d_o = p.load_rows("d_o", q_start, block_q, q_bound, member)
+        lse = p.load_row_scalars("lse", q_start, member, other=jnp.inf)[None]
+        delta = p.load_row_scalars("delta", q_start, member, other=0.0)[None]
+        mask = p.compute_mask(queries, keys) if masked else None
         d_weights = multiply_transposed(v, d_o)
         weights, d_scores = compute_weights_and_d_scores(
-            scores, slope, lse, d_weights, delta, seen, p.exp2_scale, p.exp2
+            scores, derivative, lse, d_weights, delta, mask, p.exp2_scale, p.exp2
         )
         d_v = tuple(
             x + multiply(weights.astype(y.dtype), y)
@@ -283,21 +308,27 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
         )
         return d_k, d_v
 
-    zeros = tuple(
-        tuple(
-            jnp.zeros((block_k, width), jnp.float32)
-            for _, width in split_head_dim(size)
-        )
-        for size in (s.H, s.Hv)
-    )
-    d_k, d_v = p.visit_visible_blocks(
-        j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group
-    )
-    store_tile(d_k_ref, tuple(x * params.scale for x in d_k), start, block_k, s.T, s.H)
+    num_blocks = pl.cdiv(s.S, block_q)
+    zeros = _zeros(block_k, s.H), _zeros(block_k, s.Hv)
+    d_k, d_v = p.visit_visible_blocks(j, num_blocks, body, zeros, repeats=s.group)
+    d_k = tuple(part * p.params.scale for part in d_k)
+    store_tile(d_k_ref, d_k, start, block_k, s.T, s.H)
     store_tile(d_v_ref, d_v, start, block_k, s.T, s.Hv)
 
 
-def _last_first(p: TritonProgram):
+def _zeros(rows: int, H: int) -> tuple[jax.Array, ...]:
+    """fp32 [rows, width] of each part of a head of H."""
+    return tuple(
+        jnp.zeros((rows, width), jnp.float32) for _, width in split_head_dim(H)
+    )
+
+
+def _bound(length: int, block: int) -> int | None:
+    """The row past which a block reads zeros; None: blocks divide the length."""
+    return length if length % block else None
+
+
+def _last_first(p: TritonProgram) -> Any:
     """The block of a program: with a causal mask the last blocks, the longest, start
     first."""
     return pl.num_programs(0) - 1 - p.block if p.params.causal else p.block

@@ -36,6 +36,8 @@ class TritonTiles(NamedTuple):
 
 
 class TritonStatics(NamedTuple):
+    """The values that a kernel is compiled for."""
+
     params: AttentionParams
     tiles: TritonTiles
     S: int
@@ -43,6 +45,7 @@ class TritonStatics(NamedTuple):
     H: int
     Hv: int
     group: int
+    """Query heads to a kv head."""
     interpret: bool
 
 
@@ -58,68 +61,85 @@ class TritonProgram:
     """Methods of a program: reading inputs, scores, masks, visits."""
 
     def __init__(self, refs: dict[str, Any], statics: TritonStatics):
-        self.refs, self.statics = refs, statics
-        self.params, self.tiles = statics.params, statics.tiles
+        self.refs = refs
+        self.statics = statics
+        self.params = statics.params
+        self.tiles = statics.tiles
         self.exp2_scale = gpu_blocks.get_exp2_scale(statics.params, refs)
         # Read once, outside all loops: the interpreter knows them nowhere else.
         self.block, self.head, self.row = (pl.program_id(axis) for axis in range(3))
 
     def load_rows(
-        self, name: str, start, block: int, length: int | None, *at
+        self, name: str, start: Any, block: int, length: int | None, *index: Any
     ) -> tuple[jax.Array, ...]:
         """Reads [block, width] of each part of a head: zeros past its size and, where
-        ``length`` is given, past that many rows."""
+        ``length`` is given, past that many rows. ``index``: of dimensions between."""
         ref = self.refs[name]
-        H = {"q": self.statics.H, "k": self.statics.H}.get(name, self.statics.Hv)
+        H = self.statics.H if name in ("q", "k") else self.statics.Hv
         parts = []
         for begin, width in split_head_dim(H):
-            part = ref.at[(pl.ds(start, block), *at, pl.ds(begin, width))]
+            part = ref.at[(pl.ds(start, block), *index, pl.ds(begin, width))]
             mask = _inside(start, block, length, begin, width, H)
-            parts.append(
-                part[...] if mask is None else plgpu.load(part, mask=mask, other=0.0)
-            )
+            if mask is None:
+                parts.append(part[...])
+            else:
+                parts.append(plgpu.load(part, mask=mask, other=0.0))
         return tuple(parts)
 
-    def load_row_scalars(self, name: str, start, *at, other: float) -> jax.Array:
-        """Reads fp32 [block] of queries."""
-        block, S = self.tiles.q, self.statics.S
-        part = self.refs[name].at[(*at, pl.ds(start, block))]
+    def load_row_scalars(
+        self, name: str, start: Any, *index: Any, other: float
+    ) -> jax.Array:
+        """Reads fp32 [block] of queries; ``index``: of dimensions before."""
+        block = self.tiles.q
+        S = self.statics.S
+        part = self.refs[name].at[(*index, pl.ds(start, block))]
         if S % block == 0:
             return part[...]
         return plgpu.load(part, mask=start + jnp.arange(block) < S, other=other)
 
-    def load_token_block(self, side: str, start, axis: int) -> TokenBlock:
+    def load_token_block(self, side: str, start: Any, axis: int) -> TokenBlock:
         """Reads queries (``side`` q) or keys (k), along ``axis`` of a tile of
         scores."""
-        tiles, s = self.tiles, self.statics
-        block, length = (tiles.q, s.S) if side == "q" else (tiles.k, s.T)
+        if side == "q":
+            block = self.tiles.q
+            length = self.statics.S
+        else:
+            block = self.tiles.k
+            length = self.statics.T
         index = start + jnp.arange(block, dtype=jnp.int32)
-        offset, segments = (
-            self.refs.get(f"{side}_{x}") for x in ("offset", "segments")
-        )
+        offset = self.refs.get(f"{side}_offset")
         position = index if offset is None else index + offset[0]
-        if segments is not None:
-            part = segments.at[pl.ds(start, block)]
-            mask = None if length % block == 0 else index < length
-            segments = (
-                part[...] if mask is None else plgpu.load(part, mask=mask, other=0)
-            )
+        segments_ref = self.refs.get(f"{side}_segments")
+        segments = None
+        if segments_ref is not None:
+            part = segments_ref.at[pl.ds(start, block)]
+            if length % block == 0:
+                segments = part[...]
+            else:
+                segments = plgpu.load(part, mask=index < length, other=0)
         tokens = TokenBlock(index, position, segments)
         return jax.tree.map(lambda x: jnp.expand_dims(x, axis), tokens)
 
     def compute_mask(self, queries: TokenBlock, keys: TokenBlock) -> Any:
         """Returns the mask, bool, broadcast over a tile."""
         T = self.statics.T
-        prefix = self.refs.get("prefix")
-        return combine_masks(
-            self.params,
-            queries.position - keys.position if self.params.causal else None,
-            None if prefix is None else keys.position < prefix[self.row],
-            None if queries.segment is None else (queries.segment, keys.segment),
-            keys.index < T if T % self.tiles.k else None,
-        )
+        behind = None
+        in_prefix = None
+        segments = None
+        inside = None
+        if self.params.causal:
+            behind = queries.position - keys.position
+        if "prefix" in self.refs:
+            in_prefix = keys.position < self.refs["prefix"][self.row]
+        if queries.segment is not None:
+            segments = queries.segment, keys.segment
+        if T % self.tiles.k:
+            inside = keys.index < T
+        return combine_masks(self.params, behind, in_prefix, segments, inside)
 
-    def scores(self, products: jax.Array, queries, keys, head) -> tuple[jax.Array, Any]:
+    def scores(
+        self, products: jax.Array, queries: TokenBlock, keys: TokenBlock, head: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Returns what :func:`~pallas_kernels.attention.gpu_blocks.scale_scores`
         does."""
 
@@ -144,26 +164,41 @@ class TritonProgram:
         )
         return y
 
-    def visit_visible_blocks(self, i, blocks: int, body, carry, repeats: int = 1):
+    def visit_visible_blocks(
+        self,
+        i: Any,
+        num_blocks: int,
+        body: Callable[[Any, Any, bool, Any], Any],
+        carry: Any,
+        repeats: int = 1,
+    ) -> Any:
         """Runs ``body(block, repeat, masked, carry)`` over the blocks that block i
         visits, each block ``repeats`` times: as a table says, some with a mask, or all
         of them."""
 
         def loop(begin, count, block_of, masked, carry):
             def step(t, carry):
-                # An array: JAX's interpreter takes no Python int beside a mask.
-                repeat = jnp.int32(0) if repeats == 1 else lax.div(t, count)
-                at = begin + (t if repeats == 1 else t - repeat * count)
-                return body(block_of(at), repeat, masked, carry)
+                if repeats == 1:
+                    # An array: JAX's interpreter takes no Python int beside a mask.
+                    repeat = jnp.int32(0)
+                    visit = begin + t
+                else:
+                    repeat = lax.div(t, count)
+                    visit = begin + (t - repeat * count)
+                return body(block_of(visit), repeat, masked, carry)
 
             return lax.fori_loop(0, repeats * count, step, carry)
 
         if "visits" not in self.refs:
-            return loop(0, blocks, lambda at: at, False, carry)
+            return loop(0, num_blocks, lambda visit: visit, False, carry)
         visits = BlockVisits.read(self.refs["visits"], i)
         carry = loop(0, visits.num_masked, visits.masked_block, True, carry)
-        full = visits.full_end - visits.full_begin
-        return loop(visits.full_begin, full, lambda at: at, False, carry)
+        num_full = visits.full_end - visits.full_begin
+        return loop(visits.full_begin, num_full, lambda visit: visit, False, carry)
+
+
+MakeSpec = Callable[[Any], pl.BlockSpec]
+"""Makes the spec of an array, or of what has its shape."""
 
 
 class TritonKernelCall:
@@ -185,6 +220,7 @@ class TritonKernelCall:
         params = call.params
         B, S, N, H = q.shape
         T, K, Hv = v.shape[1:]
+        # By name, in the order in which the kernel has them.
         self.inputs: dict[str, jax.Array] = {}
         self.specs: list[pl.BlockSpec] = []
         group = N // K
@@ -192,31 +228,39 @@ class TritonKernelCall:
             tiles.q, tiles.k, operands, params, per_query=per_query
         )
         self.statics = TritonStatics(params, tiles, S, T, H, Hv, group, call.interpret)
-        rows, heads = (
-            (pl.cdiv(S, tiles.q), N) if per_query else (pl.cdiv(T, tiles.k), K)
-        )
-        self.grid = rows, heads, B
-        self.query_spec = self._head_spec(tiles.q, group=None if per_query else group)
-        self.query_row_spec = self._query_row_spec(
-            tiles.q, None if per_query else group
-        )
-        self.key_spec = self._head_spec(tiles.k, group if per_query else 1)
+        if per_query:
+            self.grid = (pl.cdiv(S, tiles.q), N, B)
+            self.query_spec = self._head_spec(tiles.q)
+            self.query_row_spec = self._query_row_spec(tiles.q, None)
+            self.key_spec = self._head_spec(tiles.k, share=group)
+        else:
+            self.grid = (pl.cdiv(T, tiles.k), K, B)
+            self.query_spec = self._head_spec(tiles.q, group=group)
+            self.query_row_spec = self._query_row_spec(tiles.q, group)
+            self.key_spec = self._head_spec(tiles.k)
         self.add(lambda x: self._per_row(x, x.shape[1:]), visits=visits)
-        for name, x in gpu_blocks.list_mask_inputs(operands, params).items():
-            spec = full_spec
-            if name.endswith("segments"):
-                spec = self._token_spec(tiles.q if name.startswith("q") else tiles.k)
-            self.add(spec, **{name: x})
+        for name, array in gpu_blocks.list_mask_inputs(operands, params).items():
+            make_spec = full_spec
+            if name == "q_segments":
+                make_spec = self._token_spec(tiles.q)
+            elif name == "k_segments":
+                make_spec = self._token_spec(tiles.k)
+            self.add(make_spec, **{name: array})
         self.add(self.query_spec, q=q)
         self.add(self.key_spec, k=k, v=v)
 
-    def add(self, spec, **arrays: jax.Array | None) -> None:
-        for name, x in arrays.items():
-            if x is not None:
-                self.inputs[name] = x
-                self.specs.append(spec(x))
+    def add(self, make_spec: MakeSpec, **arrays: jax.Array | None) -> None:
+        """Adds inputs of these names, but those that are None."""
+        for name, array in arrays.items():
+            if array is not None:
+                self.inputs[name] = array
+                self.specs.append(make_spec(array))
 
-    def __call__(self, kernel, *outputs):
+    def __call__(
+        self,
+        kernel: Callable[..., None],
+        *outputs: tuple[tuple[int, ...], Any, MakeSpec],
+    ) -> Any:
         """Runs a kernel; ``outputs``: (shape, dtype, spec by what has these) of each
         result."""
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
@@ -231,7 +275,10 @@ class TritonKernelCall:
             body,
             grid=self.grid,
             in_specs=self.specs,
-            out_specs=[spec(x) for (*_, spec), x in zip(outputs, shapes, strict=True)],
+            out_specs=[
+                make_spec(shape)
+                for (_, _, make_spec), shape in zip(outputs, shapes, strict=True)
+            ],
             out_shape=shapes,
             compiler_params=plgpu.CompilerParams(
                 num_warps=tiles.warps, num_stages=tiles.stages
@@ -242,39 +289,46 @@ class TritonKernelCall:
 
     # Specs by what an array is.
 
-    def _per_row(self, x, shape) -> pl.BlockSpec:
-        rest = (0,) * len(shape)
-        shared = x.shape[0] == 1
-        return pl.BlockSpec((None, *shape), lambda i, n, b: (0 if shared else b, *rest))
+    def _per_row(self, x: Any, shape: tuple[int, ...]) -> pl.BlockSpec:
+        """Returns the spec of [B or 1, ...], of the program's row."""
+        is_shared = x.shape[0] == 1
+        others = (0,) * len(shape)
 
-    def _token_spec(self, block: int):
+        def index(i, n, b):
+            return (0 if is_shared else b, *others)
+
+        return pl.BlockSpec((None, *shape), index)
+
+    def _token_spec(self, block: int) -> MakeSpec:
         """Returns the spec of [B or 1, length]."""
         return lambda x: self._per_row(x, (round_up(x.shape[1], block),))
 
-    def _head_spec(self, block: int, share: int = 1, group: int | None = None):
+    def _head_spec(
+        self, block: int, share: int = 1, group: int | None = None
+    ) -> MakeSpec:
         """Returns the spec of [B, length, heads, H], of one head, which ``share`` heads
         read; or [length, group, H] of the program's kv head."""
 
-        def spec(x):
-            shape = None, round_up(x.shape[1], block), group, pad_head_size(x.shape[3])
+        def make_spec(x: Any) -> pl.BlockSpec:
+            length = round_up(x.shape[1], block)
+            shape = (None, length, group, pad_head_size(x.shape[3]))
             return pl.BlockSpec(shape, lambda i, n, b: (b, 0, lax.div(n, share), 0))
 
-        return spec
+        return make_spec
 
-    def _query_row_spec(
-        self, block: int, group: int | None
-    ) -> Callable[[Any], pl.BlockSpec]:
+    def _query_row_spec(self, block: int, group: int | None) -> MakeSpec:
         """Returns the spec of [B, N, S], of the program's head; or [group, S] of its kv
         head."""
 
-        def spec(x):
-            shape = None, group, round_up(x.shape[2], block)
+        def make_spec(x: Any) -> pl.BlockSpec:
+            shape = (None, group, round_up(x.shape[2], block))
             return pl.BlockSpec(shape, lambda i, n, b: (b, n, 0))
 
-        return spec
+        return make_spec
 
 
-def full_spec(x) -> pl.BlockSpec:
+def full_spec(x: Any) -> pl.BlockSpec:
+    """Returns the spec of a whole array."""
     return pl.BlockSpec(x.shape, lambda i, n, b: (0,) * len(x.shape))
 
 
@@ -291,30 +345,44 @@ def split_head_dim(H: int) -> list[tuple[int, int]]:
 
 
 def pad_head_size(H: int) -> int:
-    return sum(split_head_dim(H)[-1])
+    """Returns where the last of the parts of a head ends."""
+    begin, width = split_head_dim(H)[-1]
+    return begin + width
 
 
-def _inside(start, block: int, length: int | None, begin: int, width: int, H: int):
+def _inside(
+    start: Any, block: int, length: int | None, begin: int, width: int, H: int
+) -> jax.Array | None:
     """bool [block, width]: what lies in the array; None: all."""
     masks = []
     if length is not None:
         masks.append((start + jnp.arange(block) < length)[:, None])
     if begin + width > H:
         masks.append((begin + jnp.arange(width) < H)[None])
-    return jnp.broadcast_to(masks[0] & masks[-1], (block, width)) if masks else None
+    if not masks:
+        return None
+    return jnp.broadcast_to(masks[0] & masks[-1], (block, width))
 
 
-def store_tile(ref, parts, start, block: int, length: int, H: int) -> None:
+def store_tile(
+    ref: Any,
+    parts: tuple[jax.Array, ...],
+    start: Any,
+    block: int,
+    length: int,
+    H: int,
+) -> None:
     """Stores the part of a block of rows that lies in the array, in the parts of a
     head."""
     bound = length if length % block else None
-    for (begin, width), x in zip(split_head_dim(H), parts, strict=True):
-        at = ref.at[pl.ds(start, block), pl.ds(begin, width)]
+    for (begin, width), part in zip(split_head_dim(H), parts, strict=True):
+        target = ref.at[pl.ds(start, block), pl.ds(begin, width)]
         mask = _inside(start, block, bound, begin, width, H)
-        plgpu.store(at, x.astype(ref.dtype), mask=mask)
+        plgpu.store(target, part.astype(ref.dtype), mask=mask)
 
 
-def store_row(ref, x, start, block: int, length: int) -> None:
+def store_row(ref: Any, x: jax.Array, start: Any, block: int, length: int) -> None:
+    """Stores the part of one number a row that lies in the array."""
     mask = start + jnp.arange(block) < length if length % block else None
     plgpu.store(ref.at[pl.ds(start, block)], x, mask=mask)
 

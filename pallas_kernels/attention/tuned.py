@@ -104,8 +104,9 @@ def choose_blocks(
     if override is not None:
         check_blocks(getattr(override, direction))
         return getattr(override, direction)
-    found = find_tuned_blocks(get_chip(), direction, sizes, mask_kind)
-    return found or choose_blocks_by_rule(get_chip(), direction, sizes)
+    chip = get_chip()
+    tuned_blocks = find_tuned_blocks(chip, direction, sizes, mask_kind)
+    return tuned_blocks or choose_blocks_by_rule(chip, direction, sizes)
 
 
 def find_tuned_blocks(
@@ -117,17 +118,25 @@ def find_tuned_blocks(
 ) -> TpuBlocks | None:
     """Returns a kernel's blocks in the table, or in another one; None: there is no
     entry that differs in the sequence alone, and whose blocks can be used."""
+    if entries is None:
+        entries = load_table()
     alike = [
         entry
-        for entry in (load_table() if entries is None else entries)
-        if (entry.chip, entry.direction, entry.mask_kind)
-        == (chip.name, direction, mask_kind)
+        for entry in entries
+        if entry.chip == chip.name
+        and entry.direction == direction
+        and entry.mask_kind == mask_kind
         and entry.head_sizes == (sizes.H, sizes.Hv)
         and jnp.dtype(entry.dtype).itemsize == sizes.element_bytes
     ]
-    alike.sort(key=lambda entry: abs(math.log(entry.seq / max(sizes.S, sizes.T, 1))))
-    found = (TpuBlocks(**entry.blocks) for entry in alike)
-    return next((x for x in found if can_use_blocks(x, chip, direction, sizes)), None)
+    # The nearest length first.
+    seq = max(sizes.S, sizes.T, 1)
+    alike.sort(key=lambda entry: abs(math.log(entry.seq / seq)))
+    for entry in alike:
+        blocks = TpuBlocks(**entry.blocks)
+        if can_use_blocks(blocks, chip, direction, sizes):
+            return blocks
+    return None
 
 
 def can_use_blocks(
@@ -138,9 +147,8 @@ def can_use_blocks(
         count_keys_in_vmem(direction, blocks, sizes, chip)
     except ValueError:
         return False
-    return has_little_padding(sizes.S, blocks.q) and has_little_padding(
-        sizes.T, blocks.k
-    )
+    pads_few_queries = has_little_padding(sizes.S, blocks.q)
+    return pads_few_queries and has_little_padding(sizes.T, blocks.k)
 
 
 @cache
@@ -159,9 +167,8 @@ def parse_table(text: str) -> tuple[TunedEntry, ...]:
 
 def format_table(entries: Iterable[TunedEntry]) -> str:
     """Returns the table of these, sorted, an entry a line; the last of each key."""
-    last = {entry.key: entry for entry in entries}
-    return (
-        "["
-        + ",".join("\n" + json.dumps(last[key]._asdict()) for key in sorted(last))
-        + "\n]\n"
-    )
+    last_by_key = {entry.key: entry for entry in entries}
+    lines = [
+        "\n" + json.dumps(last_by_key[key]._asdict()) for key in sorted(last_by_key)
+    ]
+    return f"[{','.join(lines)}\n]\n"

@@ -56,9 +56,13 @@ class KeyWalk(NamedTuple):
     """Static part of a block's way through the keys."""
 
     bq: int
+    """Queries of a block."""
     bk: int
+    """Keys of a block."""
     nq: int
+    """Blocks of queries."""
     nk: int
+    """Blocks of keys."""
     inner: tuple[WalkTile, ...]
     """The tiles of a block that is visited as a whole."""
     edges: tuple[EdgeKeyBlock, ...]
@@ -91,68 +95,113 @@ def plan_walk(
         join_tiles: tiles of the same queries become one, as wide as their keys reach.
     """
     bq, bk = blocks
-    nq, nk = -(-S // bq), -(-T // bk)
     tq, tk = tile
+    nq = -(-S // bq)
+    nk = -(-T // bk)
     packed = operands.q_segments is not None
-    corners = [
-        (q, q + tq, k, k + tk) for q in range(0, bq, tq) for k in range(0, bk, tk)
+    unmasked = [
+        WalkTile(q, q + tq, k, k + tk, masked=False)
+        for q in range(0, bq, tq)
+        for k in range(0, bk, tk)
     ]
-    join = _joined if join_tiles else tuple
-    inner = join([WalkTile(*at, False) for at in corners])
-    if not _aligned(S, T, params, operands, bq, bk):
-        masked = params.causal or packed or T % bk > 0
-        return KeyWalk(bq, bk, nq, nk, inner, (), None, masked, packed, None)
-    # Blocks behind: those of the window, as far as the last queries find the first key.
-    back = max(((nq - 1) * bq + params.q_offset - params.k_offset) // bk, 0)
-    reach = 0 if params.window is None else min(-(-(params.window - 1) // bk), back)
-    cut = {}
-    for offset in range(-reach, bq // bk):
-        tiles = [_seen(at, offset * bk, params.window) for at in corners]
-        if any(tile is None or tile.masked for tile in tiles):
-            seen = [tile for tile in tiles if tile is not None]
-            # A window's far edge ends in a run of tiles with the same keys.
-            cut[offset] = join(seen) if join_tiles or offset >= 0 else _apart(seen)
-    far = max((offset for offset in cut if offset < 0), default=-reach - 1)
-    edges = tuple(EdgeKeyBlock(offset, tiles) for offset, tiles in cut.items() if tiles)
-    first = None if params.window is None else far + 1
-    rows = [(q, q + tq) for q in range(0, bq, tq)]
-    whole = (e for e in edges if [(tile.q0, tile.q1) for tile in e.tiles] == rows)
-    lead = next(whole, None) if join_tiles else None
-    return KeyWalk(bq, bk, nq, nk, inner, edges, first, packed, packed, lead)
-
-
-def _apart(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
-    """Orders tiles so that no two neighbours have the same keys, as far as that is
-    possible: what one adds to their gradients would wait in registers for the next."""
-    left = {}
-    order = []
-    for tile in tiles:
-        left.setdefault(tile.k0, []).append(tile)
-    for _ in tiles:
-        others = [k0 for k0 in left if not order or k0 != order[-1].k0] or list(left)
-        most = max(others, key=lambda k0: len(left[k0]))
-        order.append(left[most].pop(0))
-        if not left[most]:
-            del left[most]
-    return tuple(order)
-
-
-def _joined(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
-    rows: dict[tuple[int, int], list[WalkTile]] = {}
-    for tile in tiles:
-        rows.setdefault((tile.q0, tile.q1), []).append(tile)
-    return tuple(
-        WalkTile(
-            *at,
-            min(t.k0 for t in row),
-            max(t.k1 for t in row),
-            any(t.masked for t in row),
+    join = _join_tiles if join_tiles else tuple
+    inner = join(unmasked)
+    if not _has_fixed_edges(S, T, params, operands, bq, bk):
+        return KeyWalk(
+            bq,
+            bk,
+            nq,
+            nk,
+            inner,
+            edges=(),
+            first=None,
+            masked=params.causal or packed or T % bk > 0,
+            compares_segments=packed,
+            lead=None,
         )
-        for at, row in rows.items()
+    # Blocks behind: those of the window, as far as the last queries find the first key.
+    last_query = (nq - 1) * bq + params.q_offset - params.k_offset
+    most_behind = max(last_query // bk, 0)
+    behind = 0
+    if params.window is not None:
+        behind = min(-(-(params.window - 1) // bk), most_behind)
+    # Tiles of the blocks that the mask cuts, by the block's offset.
+    cut_blocks: dict[int, tuple[WalkTile, ...]] = {}
+    for offset in range(-behind, bq // bk):
+        tiles = [_mask_tile(tile, offset * bk, params.window) for tile in unmasked]
+        if all(tile is not None and not tile.masked for tile in tiles):
+            continue
+        visible = [tile for tile in tiles if tile is not None]
+        if join_tiles or offset >= 0:
+            cut_blocks[offset] = join(visible)
+        else:
+            # A window's far edge ends in a run of tiles with the same keys.
+            cut_blocks[offset] = _spread_keys(visible)
+    edges = tuple(
+        EdgeKeyBlock(offset, tiles) for offset, tiles in cut_blocks.items() if tiles
+    )
+    first = None
+    if params.window is not None:
+        # The plain loop begins behind the window's far edge.
+        far_edge = max((n for n in cut_blocks if n < 0), default=-behind - 1)
+        first = far_edge + 1
+    return KeyWalk(
+        bq,
+        bk,
+        nq,
+        nk,
+        inner,
+        edges,
+        first,
+        masked=packed,
+        compares_segments=packed,
+        lead=_find_lead(edges, bq, tq) if join_tiles else None,
     )
 
 
-def _aligned(
+def _find_lead(
+    edges: tuple[EdgeKeyBlock, ...], bq: int, tq: int
+) -> EdgeKeyBlock | None:
+    """The first edge with every query in a single tile."""
+    all_queries = [(q, q + tq) for q in range(0, bq, tq)]
+    for edge in edges:
+        if [(tile.q0, tile.q1) for tile in edge.tiles] == all_queries:
+            return edge
+    return None
+
+
+def _spread_keys(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
+    """Orders tiles so that no two neighbours have the same keys, as far as that is
+    possible: what one adds to their gradients would wait in registers for the next."""
+    tiles_left: dict[int, list[WalkTile]] = {}
+    for tile in tiles:
+        tiles_left.setdefault(tile.k0, []).append(tile)
+    order: list[WalkTile] = []
+    for _ in tiles:
+        other_keys = [k0 for k0 in tiles_left if not order or k0 != order[-1].k0]
+        candidates = other_keys or list(tiles_left)
+        # Of the keys with most tiles left: their own neighbours are hardest to part.
+        k0 = max(candidates, key=lambda k0: len(tiles_left[k0]))
+        order.append(tiles_left[k0].pop(0))
+        if not tiles_left[k0]:
+            del tiles_left[k0]
+    return tuple(order)
+
+
+def _join_tiles(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
+    """Makes tiles of the same queries one, as wide as their keys reach."""
+    by_queries: dict[tuple[int, int], list[WalkTile]] = {}
+    for tile in tiles:
+        by_queries.setdefault((tile.q0, tile.q1), []).append(tile)
+    joined = []
+    for (q0, q1), row in by_queries.items():
+        k0 = min(tile.k0 for tile in row)
+        k1 = max(tile.k1 for tile in row)
+        joined.append(WalkTile(q0, q1, k0, k1, any(tile.masked for tile in row)))
+    return tuple(joined)
+
+
+def _has_fixed_edges(
     S: int,
     T: int,
     params: AttentionParams,
@@ -160,27 +209,33 @@ def _aligned(
     bq: int,
     bk: int,
 ) -> bool:
-    shift = params.q_offset - params.k_offset
-    static = (
+    """Whether a causal mask cuts the same tiles for every block of queries."""
+    is_static = (
         operands.q_offset is None
         and operands.k_offset is None
         and operands.prefix is None
     )
-    whole = T % bk == 0 or shift + S <= T  # or causality hides the padding too
-    return params.causal and static and shift % bk == 0 and bq % bk == 0 and whole
+    shift = params.q_offset - params.k_offset
+    # Causality may hide the padding of keys too.
+    no_padding_seen = T % bk == 0 or shift + S <= T
+    is_aligned = shift % bk == 0 and bq % bk == 0
+    return params.causal and is_static and is_aligned and no_padding_seen
 
 
-def _seen(
-    corners: tuple[int, int, int, int], start: int, window: int | None
-) -> WalkTile | None:
+def _mask_tile(tile: WalkTile, start: int, window: int | None) -> WalkTile | None:
     """A tile of a key block that begins ``start`` after the queries' first position, or
     None where the mask empties it."""
-    q0, q1, k0, k1 = corners
-    first, last = start + k0, start + k1 - 1
-    if first > q1 - 1 or (window is not None and last <= q0 - window):
+    first_key = start + tile.k0
+    last_key = start + tile.k1 - 1
+    last_query = tile.q1 - 1
+    if first_key > last_query:
         return None
-    whole = last <= q0 and (window is None or first > q1 - 1 - window)
-    return WalkTile(*corners, not whole)
+    if window is not None and last_key <= tile.q0 - window:
+        return None
+    sees_all = last_key <= tile.q0
+    if window is not None:
+        sees_all = sees_all and first_key > last_query - window
+    return tile._replace(masked=not sees_all)
 
 
 def make_walk_table(
@@ -198,13 +253,13 @@ def make_walk_table(
     plain_low = zero
     plain_high = zero + T // bk
     if walk.edges:
-        at = first // bk
-        offsets = [
-            edge.offset for edge in walk.edges if edge.offset >= (walk.first or 0)
-        ]
-        low = zero if walk.first is None else at + walk.first
-        high = at + min(offsets)
-        plain_low, plain_high = low, high
+        diagonal = first // bk
+        plain_begin = walk.first or 0
+        offsets = [edge.offset for edge in walk.edges if edge.offset >= plain_begin]
+        low = zero if walk.first is None else diagonal + walk.first
+        high = diagonal + min(offsets)
+        plain_low = low
+        plain_high = high
     elif params.causal:
         high = last // bk + 1
         plain_high = jnp.minimum(plain_high, (first + 1) // bk)
@@ -219,17 +274,19 @@ def make_walk_table(
                 plain_high = jnp.maximum(plain_high, jnp.minimum(prefix, T) // bk)
     begin = zero
     end = zero + nk
-    one_low, one_high = zero, zero
+    one_low = zero
+    one_high = zero
     if operands.q_segments is not None and operands.k_segments is not None:
         begin, end, one_low, one_high = _segment_blocks(
             walk, operands.q_segments, operands.k_segments
         )
         if walk.edges:
-            at = first // bk
+            diagonal = first // bk
             offsets = [edge.offset for edge in walk.edges]
-            end = jnp.minimum(end, at + max(offsets) + 1)
+            end = jnp.minimum(end, diagonal + max(offsets) + 1)
             if walk.first is not None:
-                begin = jnp.maximum(begin, at + min(*offsets, walk.first))
+                first_offset = min(*offsets, walk.first)
+                begin = jnp.maximum(begin, diagonal + first_offset)
         low = jnp.maximum(low, begin)
         high = jnp.minimum(high, end)
         plain_low = jnp.maximum(plain_low, one_low)
@@ -248,13 +305,13 @@ def _segment_blocks(
     """Finds, for each block of queries [B, nq], the run of key blocks that may share a
     segment with it, and within it the first run of those of the same one segment as all
     of its queries."""
-    share, one = compare_block_segments(q_segments, k_segments, walk.bq, walk.bk)
+    may_share, is_one = compare_block_segments(q_segments, k_segments, walk.bq, walk.bk)
     index = jnp.arange(walk.nk)
-    begin = jnp.where(share, index, walk.nk).min(-1)
-    end = jnp.where(share, index + 1, 0).max(-1)
-    one_begin = jnp.where(one, index, walk.nk).min(-1)
-    broken = (index >= one_begin[..., None]) & ~one
-    one_end = jnp.where(broken, index, walk.nk).min(-1)
+    begin = jnp.where(may_share, index, walk.nk).min(-1)
+    end = jnp.where(may_share, index + 1, 0).max(-1)
+    one_begin = jnp.where(is_one, index, walk.nk).min(-1)
+    ends_run = (index >= one_begin[..., None]) & ~is_one
+    one_end = jnp.where(ends_run, index, walk.nk).min(-1)
     return jnp.minimum(begin, end), end, one_begin, one_end
 
 
@@ -284,38 +341,44 @@ def visit_key_blocks(
     """
     masked_from, plain_from, plain_to, masked_to, begin, end, one_from, one_to = row
 
-    def loop(low, high, these):
+    def loop(low, high, tiles):
         def body(j, _):
-            visit_tiles(these, j, i * walk.bq + qk_offset - j * walk.bk, False, False)
+            distance = i * walk.bq + qk_offset - j * walk.bk
+            visit_tiles(tiles, j, distance, False, False)
             return 0
 
         lax.fori_loop(low, high, body, 0)
 
-    def block(edge):
+    def get_key_block(edge):
         return i * (walk.bq // walk.bk) + qk_offset // walk.bk + edge.offset
 
-    def at_edge(edge, leads):
-        j = block(edge)
-        visited = (j >= begin) & (j < end)
-        ways = [(visited, edge.tiles)]
+    def visit_edge(edge, is_lead):
+        j = get_key_block(edge)
+        distance = -edge.offset * walk.bk
+        is_visited = (j >= begin) & (j < end)
+
+        def visit(tiles):
+            visit_tiles(tiles, j, distance, is_lead, False)
+
         if walk.compares_segments:
-            one = (j >= one_from) & (j < one_to)
-            packed = tuple(tile._replace(compares_segments=True) for tile in edge.tiles)
-            ways = [(visited & one, edge.tiles), (visited & ~one, packed)]
-        for when, these in ways:
+            is_one = (j >= one_from) & (j < one_to)
+            comparing = tuple(
+                tile._replace(compares_segments=True) for tile in edge.tiles
+            )
+            in_one_segment = is_visited & is_one
+            in_several = is_visited & ~is_one
+            pl.when(in_one_segment)(lambda: visit(edge.tiles))
+            pl.when(in_several)(lambda: visit(comparing))
+        else:
+            pl.when(is_visited)(lambda: visit(edge.tiles))
+        if is_lead:
+            pl.when(~is_visited)(start)
 
-            @pl.when(when)
-            def _(these=these):
-                visit_tiles(these, j, -edge.offset * walk.bk, leads, False)
-
-        if leads:
-            pl.when(~visited)(start)
-
-    def walk_on():
+    def visit_all():
         if walk.lead is None:
             start()
         else:
-            at_edge(walk.lead, True)
+            visit_edge(walk.lead, True)
         if walk.masked:
             # Where there are edges, positions mask no block before them.
             masked = tuple(
@@ -329,17 +392,16 @@ def visit_key_blocks(
         loop(plain_from, plain_to, walk.inner)
         for edge in walk.edges:
             if edge is not walk.lead:
-                at_edge(edge, False)
+                visit_edge(edge, False)
         finish()
 
     if walk.lead is None or not walk.compares_segments:
-        walk_on()
+        visit_all()
         return
     # One segment, and no other block to visit: short documents.
     lead = walk.lead
-    j = block(walk.lead)
-    alone = (begin == j) & (end == j + 1) & (one_from <= j) & (one_to > j)
-    pl.when(alone)(
-        lambda: visit_tiles(lead.tiles, j, -lead.offset * walk.bk, True, True)
-    )
-    pl.when(~alone)(walk_on)
+    j = get_key_block(lead)
+    is_alone = (begin == j) & (end == j + 1) & (one_from <= j) & (one_to > j)
+    lead_distance = -lead.offset * walk.bk
+    pl.when(is_alone)(lambda: visit_tiles(lead.tiles, j, lead_distance, True, True))
+    pl.when(~is_alone)(visit_all)

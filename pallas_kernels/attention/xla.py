@@ -31,8 +31,8 @@ from pallas_kernels.attention.tiles import (
 )
 from pallas_kernels.chips import find_largest_divisor
 
-# Scores that exist at once, of which there are a few copies; what has more goes a part
-# at a time.
+# Bytes of scores that exist at once, of which there are a few copies; what has more
+# goes a part at a time.
 SCORE_BYTES = 1 << 26
 
 
@@ -40,39 +40,66 @@ def forward(
     operands: AttentionOperands, call: AttentionCall
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.attention.attention_forward`."""
-    (q, k, v, *_) = operands
+    if _choose_partition(operands) is not None:
+        return _forward_in_parts(operands, call)
+    if _count_loop_tiles(operands, call.params):
+        return _forward_in_loop(operands, call)
+    return _forward_unrolled(operands, call)
+
+
+def _forward_in_parts(
+    operands: AttentionOperands, call: AttentionCall
+) -> tuple[jax.Array, jax.Array]:
+    """A part of the batch and of the heads after the other."""
+    partition = _choose_partition(operands)
+    assert partition is not None
+    B, S, N, _ = operands.q.shape
+    Hv = operands.v.shape[3]
+
+    def run_part(out, i):
+        results = forward(partition.cut_operands(i, operands), call)
+        return partition.put(i, out, results), None
+
+    out = (
+        jnp.zeros((B, S, N, Hv), call.dtype),
+        jnp.zeros((B, S, N), accumulation_dtype(operands.q)),
+    )
+    (o, lse), _ = lax.scan(run_part, out, jnp.arange(partition.num_parts))
+    return o, lse
+
+
+def _forward_in_loop(
+    operands: AttentionOperands, call: AttentionCall
+) -> tuple[jax.Array, jax.Array]:
+    """A tile of queries after the other, by one program."""
+    count = _count_loop_tiles(operands, call.params)
+
+    def run_tile(rows):
+        return forward(operands._replace(**rows), call)
+
+    return _join_rows(lax.map(run_tile, _split_operands(operands, count)))
+
+
+def _forward_unrolled(
+    operands: AttentionOperands, call: AttentionCall
+) -> tuple[jax.Array, jax.Array]:
+    """All tiles of queries, each with the keys that it may see."""
+    q = operands.q
+    v = operands.v
     params = call.params
     dtype = call.dtype
     B, S, N, H = q.shape
     K, Hv = v.shape[2:]
-    if part := _part(q, k):
-
-        def one_part(out, i):
-            return part.put(i, out, forward(part.cut_operands(i, operands), call)), None
-
-        out = (
-            jnp.zeros((B, S, N, Hv), dtype),
-            jnp.zeros((B, S, N), accumulation_dtype(q)),
-        )
-        (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.num_parts))
-        return o, lse
-    if count := _loop_length(S, operands, params):
-
-        def one(rows):
-            return forward(operands._replace(**rows), call)
-
-        return _joined(lax.map(one, _rows(operands, count)))
-
-    operands = operands._replace(q=q.reshape(B, S, K, N // K, H))
+    group = N // K
+    operands = operands._replace(q=q.reshape(B, S, K, group, H))
     sinks = None if operands.sinks is None else reshape_by_head(operands.sinks, K)
 
-    def block(tile: ScoreTile):
+    def attend_tile(tile: ScoreTile) -> tuple[jax.Array, jax.Array]:
         if tile.keys.start >= tile.keys.stop:
-            shape = (B, K, N // K, tile.rows.stop - tile.rows.start)
+            shape = (B, K, group, tile.rows.stop - tile.rows.start)
             lse = jnp.full((*shape, 1), -jnp.inf, accumulation_dtype(q))
-            return jnp.zeros((*shape, Hv), dtype), lse if sinks is None else lse.at[
-                :
-            ].set(sinks)
+            o = jnp.zeros((*shape, Hv), dtype)
+            return o, lse if sinks is None else lse.at[:].set(sinks)
         scores, _ = tile.scores()
         top = jnp.max(scores, axis=-1, keepdims=True)
         if sinks is not None:
@@ -82,12 +109,15 @@ def forward(
         if sinks is not None:
             total += jnp.exp(sinks - top)
         o = einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), v[:, tile.keys])
-        some = top > MASKED / 2  # rows with a key or a sink
-        o = jnp.where(some, o / total, 0.0)
-        return o.astype(dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+        has_key_or_sink = top > MASKED / 2
+        o = jnp.where(has_key_or_sink, o / total, 0.0).astype(dtype)
+        lse = jnp.where(has_key_or_sink, top + jnp.log(total), -jnp.inf)
+        return o, lse
 
-    blocks = [block(tile) for tile in list_score_tiles(operands, params)]
-    o, lse = (jnp.concatenate(parts, axis=3) for parts in zip(*blocks, strict=True))
+    results = [attend_tile(tile) for tile in list_score_tiles(operands, params)]
+    o_tiles, lse_tiles = zip(*results, strict=True)
+    o = jnp.concatenate(o_tiles, axis=3)
+    lse = jnp.concatenate(lse_tiles, axis=3)
     o = o.transpose(0, 3, 1, 2, 4).reshape(B, S, N, Hv)
     return o, lse[..., 0].transpose(0, 3, 1, 2).reshape(B, S, N)
 
@@ -97,71 +127,106 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """See :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed
     from scores and log-sum-exps."""
-    (q, k, v, *_) = operands
+    if _choose_partition(operands) is not None:
+        return _backward_in_parts(operands, saved, call)
+    if _count_loop_tiles(operands, call.params):
+        return _backward_in_loop(operands, saved, call)
+    return _backward_unrolled(operands, saved, call)
+
+
+def _backward_in_parts(
+    operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
+) -> tuple[jax.Array, ...]:
+    """A part of the batch and of the heads after the other."""
+    partition = _choose_partition(operands)
+    assert partition is not None
+    dtype = call.dtype
+    q_dtype = operands.q.dtype
+    k_dtype = operands.k.dtype
+    v_dtype = operands.v.dtype
+
+    def run_part(carry, i):
+        arrays, d_biases = carry
+        q, k, v = arrays
+        part = partition.cut_operands(i, operands._replace(q=q, k=k, v=v))
+        part = part._replace(
+            q=part.q.astype(q_dtype),
+            k=part.k.astype(k_dtype),
+            v=part.v.astype(v_dtype),
+        )
+        d_q, d_k, d_v, *terms = backward(part, partition.cut(i, saved), call)
+        # Every row of the batch adds to its heads' biases.
+        earlier = partition.cut(i, d_biases, BY_HEAD)
+        terms = jax.tree.map(jnp.add, tuple(terms), earlier)
+        arrays = partition.put(i, arrays, (d_q, d_k, d_v))
+        return (arrays, partition.put(i, d_biases, terms, BY_HEAD)), None
+
+    # A part's gradients take the places of its q, k and v, which nobody reads again.
+    arrays = tuple(
+        array.astype(jnp.promote_types(array.dtype, dtype)) for array in operands[:3]
+    )
+    carry = arrays, _make_zero_biases(operands)
+    parts = jnp.arange(partition.num_parts)
+    (gradients, d_biases), _ = lax.scan(run_part, carry, parts)
+    return *(gradient.astype(dtype) for gradient in gradients), *d_biases
+
+
+def _backward_in_loop(
+    operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
+) -> tuple[jax.Array, ...]:
+    """A tile of queries after the other, by one program, which sums dK and dV."""
+    dtype = call.dtype
+    wide = accumulation_dtype(operands.q)
+    count = _count_loop_tiles(operands, call.params)
+
+    def add_tile(sums, tile):
+        rows, saved = tile
+        tile_operands = operands._replace(**rows)
+        d_q, *terms = backward(tile_operands, saved, call._replace(dtype=wide))
+        sums = tuple(x + term for x, term in zip(sums, terms, strict=True))
+        return sums, d_q.astype(dtype)
+
+    zeros = _make_zero_sums(operands)
+    tiles = _split_operands(operands, count), _split_rows(saved, count)
+    (d_k, d_v, *d_biases), d_q = lax.scan(add_tile, zeros, tiles)
+    return _join_rows(d_q), d_k.astype(dtype), d_v.astype(dtype), *d_biases
+
+
+def _backward_unrolled(
+    operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
+) -> tuple[jax.Array, ...]:
+    """All tiles of queries, each with the keys that it may see."""
+    q = operands.q
+    k = operands.k
+    v = operands.v
     params = call.params
     dtype = call.dtype
     B, S, N, H = q.shape
     K, Hv = v.shape[2:]
-    if part := _part(q, k):
-        like = q, k, v
-
-        def one_part(carry, i):
-            places, sums = carry
-            q, k, v = places
-            own = part.cut_operands(i, operands._replace(q=q, k=k, v=v))
-            q, k, v = (x.astype(y.dtype) for x, y in zip(own[:3], like, strict=True))
-            own = own._replace(q=q, k=k, v=v)
-            d_q, d_k, d_v, *terms = backward(own, part.cut(i, saved), call)
-            terms = jax.tree.map(jnp.add, tuple(terms), part.cut(i, sums, BY_HEAD))
-            return (
-                part.put(i, places, (d_q, d_k, d_v)),
-                part.put(i, sums, terms, BY_HEAD),
-            ), None
-
-        # A part's gradients take the places of its q, k and v, which nobody reads
-        # again.
-        places = tuple(x.astype(jnp.promote_types(x.dtype, dtype)) for x in like)
-        carry = places, _no_biases(operands)
-        (grads, d_biases), _ = lax.scan(one_part, carry, jnp.arange(part.num_parts))
-        return *(x.astype(dtype) for x in grads), *d_biases
-    wide = accumulation_dtype(q)
-    zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide), *_no_biases(operands)
-    if count := _loop_length(S, operands, params):
-
-        def add(sums, rows):
-            own, saved = rows
-            own = operands._replace(**own)
-            d_q, *terms = backward(own, saved, call._replace(dtype=wide))
-            return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q.astype(
-                dtype
-            )
-
-        rows = _rows(operands, count), _split(saved, count)
-        (d_k, d_v, *d_biases), d_q = lax.scan(add, zeros, rows)
-        return _joined(d_q), d_k.astype(dtype), d_v.astype(dtype), *d_biases
-
+    d_k, d_v, *d_biases = _make_zero_sums(operands)
     lse, delta, d_o = saved
     heads = (B, S, K, N // K)
     q = q.reshape(*heads, H)
     d_o = d_o.reshape(*heads, Hv)
     # +inf where no key is left: then exp(scores − lse) is 0 there.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    lse, delta = (
-        x.reshape(heads).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta)
-    )
-    d_q = []
-    (d_k, d_v, *d_biases) = zeros
+    lse = lse.reshape(heads).transpose(0, 2, 3, 1)[..., None]
+    delta = delta.reshape(heads).transpose(0, 2, 3, 1)[..., None]
+    d_q_tiles = []
 
     for tile in list_score_tiles(operands._replace(q=q), params):
-        rows, keys, *_ = tile
+        rows = tile.rows
+        keys = tile.keys
         # One tile after the other: a compiler that sees no order makes all tiles'
         # scores at once.
         sums = d_k, d_v, d_biases
-        read = q, d_o, operands.biases
-        (q, d_o, biases), (d_k, d_v, d_biases) = lax.optimization_barrier((read, sums))
+        tile_inputs = q, d_o, operands.biases
+        tile_inputs, sums = lax.optimization_barrier((tile_inputs, sums))
+        q, d_o, biases = tile_inputs
+        d_k, d_v, d_biases = sums
         operands = operands._replace(q=q, biases=biases)
         if keys.start >= keys.stop:
-            d_q.append(jnp.zeros(q[:, rows].shape, dtype))
+            d_q_tiles.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
         tile = tile._replace(operands=operands)
         scores, derivatives = tile.scores()
@@ -169,24 +234,34 @@ def backward(
         d_weights = einsum("bskgh,btkh->bkgst", d_o[:, rows], v[:, keys])
         d_scores = weights * (d_weights - delta[..., rows, :])
         if d_biases:
-            own = tile.bias_gradient(jnp.where(weights > 0, d_scores, 0.0))
-            d_biases = [d_biases[0] + own]
+            term = tile.bias_gradient(jnp.where(weights > 0, d_scores, 0.0))
+            d_biases = [d_biases[0] + term]
         d_scores *= params.scale
         if derivatives is not None:
             d_scores *= derivatives
         # What is masked may overflow: infinity times a weight of 0 is NaN.
         d_scores = jnp.where(weights > 0, d_scores, 0.0).astype(q.dtype)
-        own = einsum("bkgst,btkh->bskgh", d_scores, k[:, keys])
-        d_q.append(own.astype(dtype))
-        own = einsum("bkgst,bskgh->btkh", d_scores, q[:, rows])
-        d_k = d_k.at[:, keys].add(own)
-        own = einsum("bkgst,bskgh->btkh", weights.astype(d_o.dtype), d_o[:, rows])
-        d_v = d_v.at[:, keys].add(own)
-    d_q = jnp.concatenate(d_q, axis=1).reshape(B, S, N, H)
+        d_q_tile = einsum("bkgst,btkh->bskgh", d_scores, k[:, keys])
+        d_q_tiles.append(d_q_tile.astype(dtype))
+        term = einsum("bkgst,bskgh->btkh", d_scores, q[:, rows])
+        d_k = d_k.at[:, keys].add(term)
+        term = einsum("bkgst,bskgh->btkh", weights.astype(d_o.dtype), d_o[:, rows])
+        d_v = d_v.at[:, keys].add(term)
+    d_q = jnp.concatenate(d_q_tiles, axis=1).reshape(B, S, N, H)
     return d_q, d_k.astype(dtype), d_v.astype(dtype), *d_biases
 
 
-def _no_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
+def _make_zero_sums(operands: AttentionOperands) -> tuple[jax.Array, ...]:
+    """Returns zeros for the sums of dK, dV and, where there are biases, theirs."""
+    wide = accumulation_dtype(operands.q)
+    return (
+        jnp.zeros(operands.k.shape, wide),
+        jnp.zeros(operands.v.shape, wide),
+        *_make_zero_biases(operands),
+    )
+
+
+def _make_zero_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
     """Returns zeros for the sum of the biases' gradient; none where there are no
     biases."""
     return () if operands.biases is None else (jnp.zeros_like(operands.biases),)
@@ -194,7 +269,9 @@ def _no_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
 
 # Axes of the batch's rows and of heads: of arrays [B, S, N or K, ...], [B or 1, ...]
 # and [N, ...].
-BY_TOKEN, BY_ROW, BY_HEAD = (0, 2), (0, None), (None, 0)
+BY_TOKEN = (0, 2)
+BY_ROW = (0, None)
+BY_HEAD = (None, 0)
 
 
 class BatchPartition(NamedTuple):
@@ -221,24 +298,30 @@ class BatchPartition(NamedTuple):
         self, i: jax.Array, tree: Any, axes: tuple[int | None, int | None] = BY_TOKEN
     ) -> Any:
         """Cuts part i of arrays; of a single row, which all share, it is whole."""
-        return jax.tree.map(
-            lambda x: lax.dynamic_slice(x, *self._place(i, x, axes)), tree
-        )
+
+        def cut_array(x: jax.Array) -> jax.Array:
+            starts, sizes = self._place(i, x, axes)
+            return lax.dynamic_slice(x, starts, sizes)
+
+        return jax.tree.map(cut_array, tree)
 
     def cut_operands(
         self, i: jax.Array, operands: AttentionOperands
     ) -> AttentionOperands:
         """Cuts the operands of part i."""
-        by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
-        by_head = ("slopes", "sinks", "biases")
-        own = {}
-        for names, axes in (
-            (("q", "k", "v"), BY_TOKEN),
-            (by_row, BY_ROW),
-            (by_head, BY_HEAD),
-        ):
-            own |= self.cut(i, {name: getattr(operands, name) for name in names}, axes)
-        return operands._replace(**own)
+        return operands._replace(
+            q=self.cut(i, operands.q),
+            k=self.cut(i, operands.k),
+            v=self.cut(i, operands.v),
+            q_positions=self.cut(i, operands.q_positions, BY_ROW),
+            k_positions=self.cut(i, operands.k_positions, BY_ROW),
+            q_segments=self.cut(i, operands.q_segments, BY_ROW),
+            k_segments=self.cut(i, operands.k_segments, BY_ROW),
+            prefix=self.cut(i, operands.prefix, BY_ROW),
+            slopes=self.cut(i, operands.slopes, BY_HEAD),
+            sinks=self.cut(i, operands.sinks, BY_HEAD),
+            biases=self.cut(i, operands.biases, BY_HEAD),
+        )
 
     def put(
         self,
@@ -249,63 +332,72 @@ class BatchPartition(NamedTuple):
     ) -> Any:
         """Puts these parts in their places in the arrays."""
 
-        def put_array(x, own):
-            return lax.dynamic_update_slice(
-                x, own.astype(x.dtype), self._place(i, x, axes)[0]
-            )
+        def put_array(x: jax.Array, part: jax.Array) -> jax.Array:
+            part = part.astype(x.dtype)
+            starts, _ = self._place(i, x, axes)
+            return lax.dynamic_update_slice(x, part, starts)
 
         return jax.tree.map(put_array, tree, parts)
 
     def _place(
         self, i: jax.Array, x: jax.Array, axes: tuple[int | None, int | None]
-    ) -> Any:
+    ) -> tuple[list[Any], list[int]]:
         """Where part i starts, and its sizes."""
         starts: list[Any] = [0] * x.ndim
         sizes = list(x.shape)
-        numbers = (i // self.head_parts, i % self.head_parts)
-        for axis, number, count in zip(axes, numbers, self, strict=True):
-            if axis is not None and x.shape[axis] > 1:
-                sizes[axis] //= count
-                starts[axis] = number * sizes[axis]
+        row_part = i // self.head_parts
+        head_part = i % self.head_parts
+        row_axis, head_axis = axes
+        if row_axis is not None and x.shape[row_axis] > 1:
+            sizes[row_axis] //= self.row_parts
+            starts[row_axis] = row_part * sizes[row_axis]
+        if head_axis is not None and x.shape[head_axis] > 1:
+            sizes[head_axis] //= self.head_parts
+            starts[head_axis] = head_part * sizes[head_axis]
         return starts, sizes
 
 
-def _part(q, k) -> BatchPartition | None:
-    """Returns the part attended to at once, so that a tile's scores stay in bounds;
-    None: all."""
-    B, S, N, _ = q.shape
-    T, K = k.shape[1:3]
-    score_bytes = 4 * (N // K) * min(tile_size(S), S) * T
-    part = BatchPartition.of(B, K, SCORE_BYTES // score_bytes)
-    return part if part.num_parts > 1 else None
+def _choose_partition(operands: AttentionOperands) -> BatchPartition | None:
+    """Returns the parts attended to at once, so that a tile's scores stay in bounds;
+    None: all are."""
+    B, S, N, _ = operands.q.shape
+    T, K = operands.k.shape[1:3]
+    tile_rows = min(tile_size(S), S)
+    score_bytes = 4 * (N // K) * tile_rows * T
+    partition = BatchPartition.of(B, K, SCORE_BYTES // score_bytes)
+    return partition if partition.num_parts > 1 else None
 
 
 # Where every tile reads all keys, tiles of one size are a loop: the program is one
 # tile's.
 
 
-def _loop_length(S: int, operands: AttentionOperands, params: AttentionParams) -> int:
+def _count_loop_tiles(operands: AttentionOperands, params: AttentionParams) -> int:
     """Tiles to loop over; 0: none."""
+    S = operands.q.shape[1]
     size = tile_size(S)
-    same = not is_mask_static(operands, params)
-    return S // size if same and size < S and S % size == 0 else 0
+    if is_mask_static(operands, params) or size >= S or S % size:
+        return 0
+    return S // size
 
 
-def _rows(operands: AttentionOperands, count: int) -> dict[str, Any]:
+def _split_operands(operands: AttentionOperands, count: int) -> dict[str, Any]:
     """Returns the operands that belong to each tile's queries, [count, B, S / count,
     ...]."""
-    own = _split(
-        {x: getattr(operands, x) for x in ("q", "q_positions", "q_segments")}, count
-    )
+    rows = {
+        "q": operands.q,
+        "q_positions": operands.q_positions,
+        "q_segments": operands.q_segments,
+    }
+    rows = _split_rows(rows, count)
     if operands.q_positions is None:
-        first = operands.q_offset
         S = operands.q.shape[1]
-        first = 0 if first is None else first
-        own["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
-    return own
+        first = 0 if operands.q_offset is None else operands.q_offset
+        rows["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
+    return rows
 
 
-def _split(tree: Any, count: int) -> Any:
+def _split_rows(tree: Any, count: int) -> Any:
     """[B, S, ...] → [count, B, S / count, ...]"""
 
     def split(x):
@@ -314,7 +406,7 @@ def _split(tree: Any, count: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _joined(tree: Any) -> Any:
+def _join_rows(tree: Any) -> Any:
     """[count, B, S / count, ...] → [B, S, ...]"""
 
     def join(x):

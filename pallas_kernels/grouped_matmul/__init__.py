@@ -6,9 +6,10 @@ the rows there are.
 any order.
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -61,28 +62,26 @@ def grouped_matmul(
         ValueError: shapes or types that do not belong together; sizes that no block
             fits.
     """
-    G, D, F = (*kernels.shape, 0, 0, 0)[:3]
-    D, F = (F, D) if transpose_kernels else (D, F)
-    if (
-        kernels.ndim != 3
-        or rows.ndim != 2
-        or rows.shape[1] != D
-        or group_sizes.shape != (G,)
-    ):
+    if kernels.ndim != 3 or rows.ndim != 2:
         _refuse_shapes(rows=rows, kernels=kernels, sizes=group_sizes)
-    pairs = (row_scales, rows, (len(rows),)), (column_scales, kernels, (G, F))
-    for scales, operand, shape in pairs:
-        if scales is not None and (
-            scales.shape != shape or operand.dtype not in _EIGHT_BITS
-        ):
-            raise ValueError(
-                f"scales {scales.shape} of {operand.dtype}: want {shape} of 8 bits"
-            )
-    scaled = row_scales is not None or column_scales is not None
-    how = _how(rows, kernels, group_sizes, dtype, scaled, backend, transpose_kernels)
-    return _multiply(
-        rows, kernels, group_sizes, (row_scales, column_scales), "matmul", how
+    G, D, F = kernels.shape
+    if transpose_kernels:
+        D, F = F, D
+    if rows.shape[1] != D or group_sizes.shape != (G,):
+        _refuse_shapes(rows=rows, kernels=kernels, sizes=group_sizes)
+    _check_scales(row_scales, rows, (len(rows),))
+    _check_scales(column_scales, kernels, (G, F))
+    call = _make_call(
+        rows,
+        kernels,
+        group_sizes,
+        dtype=dtype,
+        backend=backend,
+        is_scaled=row_scales is not None or column_scales is not None,
+        transpose_kernels=transpose_kernels,
     )
+    scales = row_scales, column_scales
+    return _multiply(rows, kernels, group_sizes, scales, "matmul", call)
 
 
 def grouped_outer_product(
@@ -110,93 +109,125 @@ def grouped_outer_product(
         or group_sizes.ndim != 1
     ):
         _refuse_shapes(rows=rows, others=others, sizes=group_sizes)
-    how = _how(rows, others, group_sizes, dtype, False, backend)
-    return _multiply(rows, others, group_sizes, (), "outer", how)
+    call = _make_call(rows, others, group_sizes, dtype=dtype, backend=backend)
+    return _multiply(rows, others, group_sizes, (), "outer", call)
 
 
-def _refuse_shapes(**arrays: jax.Array) -> None:
+def _refuse_shapes(**arrays: jax.Array) -> NoReturn:
     shapes = ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
     raise ValueError(f"{shapes} do not belong together")
 
 
-class _How(NamedTuple):
-    """Everything static."""
+def _check_scales(
+    scales: jax.Array | None, operand: jax.Array, shape: tuple[int, ...]
+) -> None:
+    if scales is None:
+        return
+    if scales.shape != shape or operand.dtype not in _EIGHT_BITS:
+        raise ValueError(
+            f"scales {scales.shape} of {operand.dtype}: want {shape} of 8 bits"
+        )
+
+
+class _GroupedCall(NamedTuple):
+    """Everything static about one call."""
 
     dtype: Any
     backend: str | None
-    transposed: bool
+    """None: whichever JAX lowers for."""
+    transpose_kernels: bool
 
 
-def _how(left, right, sizes, dtype, scaled, backend, transposed=False) -> _How:
+def _make_call(
+    left: jax.Array,
+    right: jax.Array,
+    sizes: jax.Array,
+    *,
+    dtype: Any,
+    backend: str | None,
+    is_scaled: bool = False,
+    transpose_kernels: bool = False,
+) -> _GroupedCall:
+    """Checks dtypes and backend, and fills in what is left to choose."""
     allowed = (*_FLOATS, *_EIGHT_BITS)
-    narrow = right.dtype in _EIGHT_BITS
-    mixed = left.dtype != right.dtype and (not narrow or left.dtype == jnp.int8)
-    if left.dtype not in allowed or right.dtype not in allowed or mixed:
+    is_narrow = right.dtype in _EIGHT_BITS
+    # Floats may meet narrower numbers; int8 only itself.
+    is_mixed = left.dtype != right.dtype and (not is_narrow or left.dtype == jnp.int8)
+    if left.dtype not in allowed or right.dtype not in allowed or is_mixed:
         raise ValueError(f"no grouped product of {left.dtype} and {right.dtype}")
     if sizes.dtype != jnp.int32:
         raise ValueError(f"sizes are int32, not {sizes.dtype}")
     if backend not in (None, *_MODULES):
         raise ValueError(f"backend '{backend}' is none of {', '.join(_MODULES)}")
     if dtype is None:
-        integers = left.dtype == right.dtype == jnp.int8 and not scaled
-        narrow = jnp.int32 if integers else jnp.bfloat16
-        dtype = narrow if left.dtype in _EIGHT_BITS else left.dtype
+        if left.dtype not in _EIGHT_BITS:
+            dtype = left.dtype
+        elif left.dtype == right.dtype == jnp.int8 and not is_scaled:
+            dtype = jnp.int32
+        else:
+            dtype = jnp.bfloat16
     if jnp.dtype(dtype) not in (*_FLOATS, jnp.dtype(jnp.int32)):
         raise ValueError(f"no result in {jnp.dtype(dtype).name}")
     if left.dtype == jnp.float64:
-        backend = "cpu"  # for checks against references; no kernel has it
-    return _How(jnp.dtype(dtype), backend or get_mesh_platform(), transposed)
+        # For checks against references; no kernel has it.
+        backend = "cpu"
+    backend = backend or get_mesh_platform()
+    return _GroupedCall(jnp.dtype(dtype), backend, transpose_kernels)
 
 
-def _run(name: str, how: _How, *arrays: Any) -> jax.Array:
-    options: dict[str, Any] = {"dtype": how.dtype}
+def _run(name: str, call: _GroupedCall, *arrays: Any) -> jax.Array:
+    """Runs the function ``name`` of the backend's module, "matmul" or "outer"."""
+    options: dict[str, Any] = {"dtype": call.dtype}
     arrays = jax.tree.map(jnp.asarray, arrays)
     if name == "matmul":
-        options["transposed"] = how.transposed
+        options["transposed"] = call.transpose_kernels
 
-    def of(backend: str):
-        module = import_module(
-            f"{__name__}.{_MODULES[backend]}"
-        )  # Pallas is slow to import.
+    def get_function(backend: str) -> Callable[..., jax.Array]:
+        # Pallas is slow to import.
+        module = import_module(f"{__name__}.{_MODULES[backend]}")
         return partial(getattr(module, name), **options)
 
-    if how.backend is not None:
-        return of(how.backend)(*arrays)
+    if call.backend is not None:
+        return get_function(call.backend)(*arrays)
     return lax.platform_dependent(
-        *arrays, tpu=of("tpu"), cuda=of("gpu"), default=of("cpu")
+        *arrays,
+        tpu=get_function("tpu"),
+        cuda=get_function("gpu"),
+        default=get_function("cpu"),
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _multiply(left, right, sizes, scales, name: str, how: _How):
-    return _run(name, how, left, right, sizes, *scales)
+def _multiply(left, right, sizes, scales, name: str, call: _GroupedCall):
+    return _run(name, call, left, right, sizes, *scales)
 
 
-def _forward(left, right, sizes, scales, name, how):
+def _forward(left, right, sizes, scales, name, call):
     if left.dtype in _EIGHT_BITS or right.dtype in _EIGHT_BITS:
         raise ValueError(
             f"no gradient of products of {left.dtype} {left.shape} and {right.dtype} "
             f"{right.shape}"
         )
-    return _multiply(left, right, sizes, scales, name, how), (left, right, sizes)
+    return _multiply(left, right, sizes, scales, name, call), (left, right, sizes)
 
 
-def _backward(name: str, how: _How, saved, d_y):
+def _backward(name: str, call: _GroupedCall, saved, d_y):
     left, right, sizes = saved
-    d_y, how, transposed = (
-        d_y.astype(left.dtype),
-        how._replace(dtype=left.dtype),
-        how.transposed,
-    )
+    d_y = d_y.astype(left.dtype)
+    call = call._replace(dtype=left.dtype)
+    transposed = call.transpose_kernels
 
-    def multiply(rows, kernels, transposed):
-        own = how._replace(transposed=transposed)
-        return _multiply(rows, kernels, sizes, (), "matmul", own)
+    def multiply(rows, kernels, transpose_kernels):
+        matmul_call = call._replace(transpose_kernels=transpose_kernels)
+        return _multiply(rows, kernels, sizes, (), "matmul", matmul_call)
 
     if name == "outer":
+        # Of the sum of row ⊗ other: d_row = d_y · other, d_other = rowᵀ · d_y.
         return multiply(right, d_y, True), multiply(left, d_y, False), None, None
-    pair = (d_y, left) if transposed else (left, d_y)
-    d_kernels = _multiply(*pair, sizes, (), "outer", how)
+    if transposed:
+        d_kernels = _multiply(d_y, left, sizes, (), "outer", call)
+    else:
+        d_kernels = _multiply(left, d_y, sizes, (), "outer", call)
     return multiply(d_y, right, not transposed), d_kernels, None, None
 
 

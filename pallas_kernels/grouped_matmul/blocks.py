@@ -57,21 +57,21 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
     D = operands.inner
     F = operands.columns
     budget = _budget(chip)
-    room = budget // 2 // _kernel_bytes(operands, chip)
+    # Half of VMEM for blocks of kernels, in elements.
+    kernel_elements = budget // 2 // _kernel_bytes(operands, chip)
     inner = D
-    narrow = _lanes(min(F, 4 * chip.mxu_size))
-    if D * narrow > room and D % LANES == 0:
-        inner = LANES * find_largest_divisor(D // LANES, room // narrow // LANES)
-    widest = min(_COLUMNS, room // inner)
-    columns = _even(F, max(widest // LANES * LANES, LANES), chip)
-    rows = _tile(operands)
+    fewest_columns = _lanes(min(F, 4 * chip.mxu_size))
+    if D * fewest_columns > kernel_elements and D % LANES == 0:
+        most_inner = kernel_elements // fewest_columns
+        inner = LANES * find_largest_divisor(D // LANES, most_inner // LANES)
+    most_columns = min(_COLUMNS, kernel_elements // inner)
+    columns = _even(F, max(most_columns // LANES * LANES, LANES), chip)
+    blocks = GroupedBlocks(_tile(operands), inner, columns)
     while (
-        rows > _ROW_UNIT
-        and matmul_vmem_bytes(GroupedBlocks(rows, inner, columns), operands, chip)
-        > budget
+        blocks.rows > _ROW_UNIT and matmul_vmem_bytes(blocks, operands, chip) > budget
     ):
-        rows = round_up(rows // 2, _ROW_UNIT)
-    return GroupedBlocks(rows, inner, columns)
+        blocks = blocks._replace(rows=round_up(blocks.rows // 2, _ROW_UNIT))
+    return blocks
 
 
 def choose_outer_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
@@ -106,15 +106,21 @@ def matmul_vmem_bytes(
 ) -> int:
     """Returns bytes of VMEM: two of each block, sums of parts of D, and what a product
     is made in."""
-    rows, inner, columns = blocks
-    left, _, out = (jnp.dtype(d).itemsize for d in operands[3:])
-    inner, columns = _lanes(inner), _lanes(columns)
-    total = 2 * rows * (inner * left + columns * out)
+    rows = blocks.rows
+    inner = _lanes(blocks.inner)
+    columns = _lanes(blocks.columns)
+    left_bytes = jnp.dtype(operands.left_dtype).itemsize
+    out_bytes = jnp.dtype(operands.out_dtype).itemsize
+    total = 2 * rows * (inner * left_bytes + columns * out_bytes)
     total += inner * columns * _kernel_bytes(operands, chip)
-    total += 4 * rows * columns * (blocks.inner < operands.inner)
-    total += 2 * 4 * (rows * LANES + 8 * columns)  # scales
-    product = row_part_sizes(chip)[0] * _lanes(column_part_size(blocks, operands, chip))
-    return total + 2 * 4 * product
+    if blocks.inner < operands.inner:
+        # Sums of parts of D.
+        total += 4 * rows * columns
+    # Scales: of rows padded to a row of lanes each, of columns to eight sublanes.
+    total += 2 * 4 * (rows * LANES + 8 * columns)
+    part_rows, _ = row_part_sizes(chip)
+    part_columns = _lanes(column_part_size(blocks, operands, chip))
+    return total + 2 * 4 * part_rows * part_columns
 
 
 def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
@@ -134,12 +140,16 @@ def _kernel_bytes(operands: GroupedOperands, chip: TpuChip) -> int:
 
 
 def outer_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands) -> int:
-    rows, inner, columns = blocks
-    left, right, out = (jnp.dtype(d).itemsize for d in operands[3:])
-    inner, columns = _lanes(inner), _lanes(columns)
-    total = 2 * rows * (inner * left + columns * right) + inner * columns * (
-        4 + 2 * out
-    )
+    """Returns bytes of VMEM: two of each block, the sum, and what a product is made
+    in."""
+    rows = blocks.rows
+    inner = _lanes(blocks.inner)
+    columns = _lanes(blocks.columns)
+    left_bytes = jnp.dtype(operands.left_dtype).itemsize
+    right_bytes = jnp.dtype(operands.right_dtype).itemsize
+    out_bytes = jnp.dtype(operands.out_dtype).itemsize
+    total = 2 * rows * (inner * left_bytes + columns * right_bytes)
+    total += inner * columns * (4 + 2 * out_bytes)
     return total + 2 * prod(outer_part_shape(blocks, operands))
 
 
@@ -153,18 +163,23 @@ def column_part_size(
     blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip
 ) -> int:
     """Returns the columns multiplied at once: a divisor of the block's."""
-    words = jnp.dtype(operands.left_dtype).itemsize
-    most = chip.mxu_size * _UNROLLED // (4 if words == 4 else 1) // blocks.inner
+    unrolled = chip.mxu_size * _UNROLLED
+    if jnp.dtype(operands.left_dtype).itemsize == 4:
+        unrolled //= 4
+    most = unrolled // blocks.inner
     unit = chip.mxu_size if blocks.columns % chip.mxu_size == 0 else LANES
     if blocks.columns % unit:
         return blocks.columns
     # The nearest divisor: a block of 7 units of which 4 would do is not made one by
     # one.
-    number = blocks.columns // unit
-    return unit * min(
-        (d for d in range(1, number + 1) if number % d == 0),
-        key=lambda d: max(d * unit, most) / min(d * unit, max(most, 1)),
-    )
+    num_units = blocks.columns // unit
+    divisors = [d for d in range(1, num_units + 1) if num_units % d == 0]
+
+    def ratio_to_most(divisor: int) -> float:
+        size = divisor * unit
+        return max(size, most) / min(size, max(most, 1))
+
+    return unit * min(divisors, key=ratio_to_most)
 
 
 def outer_part_shape(
@@ -173,13 +188,13 @@ def outer_part_shape(
     """Returns parts of ``inner`` and of ``columns`` made at once: divisors of the
     block's."""
     fewer = 4 if jnp.dtype(operands.left_dtype).itemsize == 4 else 1
-    inner, columns = (
-        LANES * find_largest_divisor(n // LANES, most // fewer // LANES)
-        if n % LANES == 0
-        else n
-        for n, most in ((blocks.inner, 1024), (blocks.columns, 2048))
-    )
-    return inner, columns
+
+    def choose_part(size: int, most: int) -> int:
+        if size % LANES:
+            return size
+        return LANES * find_largest_divisor(size // LANES, most // fewer // LANES)
+
+    return choose_part(blocks.inner, 1024), choose_part(blocks.columns, 2048)
 
 
 def _budget(chip: TpuChip) -> int:

@@ -2,6 +2,7 @@
 it."""
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def matmul(
     aligned = _alignment(rows, jax.ShapeDtypeStruct((), dtype))
 
     def kernel(
-        where,
+        visit_refs,
         row_ref,
         kernel_ref,
         row_scale_ref,
@@ -87,64 +88,96 @@ def matmul(
         sum_ref,
     ):
         wide_ref = kernel_ref if wide is None else wide_ref
-        visit, d = pl.program_id(1), pl.program_id(2)
-        where = GroupVisits(*where)
-        begin, end = where.begin[visit], where.end[visit]
+        visit = pl.program_id(1)
+        d = pl.program_id(2)
+        visits = GroupVisits(*visit_refs)
+        begin = visits.begin[visit]
+        end = visits.end[visit]
 
-        def multiply(here, at, start, there):
-            """The rows ``here``, from ``at`` on, times the columns ``there``. Those
-            before ``start`` another part has met; they are not to be summed twice."""
+        def multiply(part: _TilePart) -> None:
+            """Multiplies the part's rows by its columns."""
+            here = part.rows
+            there = part.columns
             right = wide_ref[there, :] if transposed else wide_ref[:, there]
             y = _product(row_ref[here, :], right, 1, 1 if transposed else 0, sums, chip)
-            row = at + lax.broadcasted_iota(jnp.int32, y.shape, 0)
-            own = (row >= jnp.maximum(begin, start)) & (row < end)
+            row = part.first_row + lax.broadcasted_iota(jnp.int32, y.shape, 0)
+            is_new = (row >= jnp.maximum(begin, part.first_new_row)) & (row < end)
             if sum_ref is not None:
                 old = sum_ref[here, there]
-                y = jnp.where(own, jnp.where(d == 0, 0, old) + y, old)
+                y = jnp.where(is_new, jnp.where(d == 0, 0, old) + y, old)
                 sum_ref[here, there] = y
             if row_scale_ref is not None:
                 y = y.astype(jnp.float32) * row_scale_ref[here, :]
             if column_scale_ref is not None:
                 y = y.astype(jnp.float32) * column_scale_ref[:, there]
             old = out_ref[here, there].astype(y.dtype)
-            out_ref[here, there] = jnp.where(own, y, old).astype(dtype)
+            out_ref[here, there] = jnp.where(is_new, y, old).astype(dtype)
 
         if wide is not None:
             # Once for all rows of a group that follow each other.
-            before = where.group[jnp.maximum(visit - 1, 0)]
-            is_new = (visit == 0) | (before != where.group[visit]) | (parts_of_d > 1)
+            group_before = visits.group[jnp.maximum(visit - 1, 0)]
+            is_new_group = (visit == 0) | (group_before != visits.group[visit])
+            is_new_block = is_new_group | (parts_of_d > 1)
 
-            @pl.when(is_new & (where.padding[visit] == 0))
-            def _():
+            @pl.when(is_new_block & (visits.padding[visit] == 0))
+            def widen_kernel():
                 _widen(kernel_ref, wide_ref)
 
-        @pl.when(where.padding[visit] == 0)
-        def _():
-            part = sizing.column_part_size(blocks, operands, chip)
-            lengths = sizing.row_part_sizes(chip)
-            _over_parts(multiply, begin, end, aligned, tile, lengths, columns, part)
+        @pl.when(visits.padding[visit] == 0)
+        def multiply_rows():
+            _run_parts(
+                multiply,
+                begin,
+                end,
+                aligned=aligned,
+                tile=tile,
+                lengths=sizing.row_part_sizes(chip),
+                columns=columns,
+                part_columns=sizing.column_part_size(blocks, operands, chip),
+            )
 
-        @pl.when(where.padding[visit] == 1)
-        def _():
+        @pl.when(visits.padding[visit] == 1)
+        def write_zeros():
             row = lax.broadcasted_iota(jnp.int32, out_ref.shape, 0)
             old = out_ref[...].astype(sums)
             out_ref[...] = jnp.where(row >= begin, 0, old).astype(dtype)
 
+    # Index maps of a grid step: column n, visit v, part d, and the visits' integers.
+
+    def at_rows(n, v, d, visit_refs):
+        return GroupVisits(*visit_refs).tile[v], d
+
+    def at_kernel(n, v, d, visit_refs):
+        group = GroupVisits(*visit_refs).group[v]
+        return (group, n, d) if transposed else (group, d, n)
+
+    def at_row_scales(n, v, d, visit_refs):
+        return GroupVisits(*visit_refs).tile[v], 0
+
+    def at_column_scales(n, v, d, visit_refs):
+        return GroupVisits(*visit_refs).group[v], 0, n
+
+    def at_result(n, v, d, visit_refs):
+        return GroupVisits(*visit_refs).out_tile[v], n
+
     kernel_block = (None, columns, inner) if transposed else (None, inner, columns)
     specs = [
-        pl.BlockSpec((tile, inner), lambda n, v, d, where: (where[0][v], d)),
-        pl.BlockSpec(
-            kernel_block,
-            lambda n, v, d, where: (where[2][v], *((n, d) if transposed else (d, n))),
-        ),
-        pl.BlockSpec((tile, 1), lambda n, v, d, where: (where[0][v], 0)),
-        pl.BlockSpec((None, 1, columns), lambda n, v, d, where: (where[2][v], 0, n)),
+        pl.BlockSpec((tile, inner), at_rows),
+        pl.BlockSpec(kernel_block, at_kernel),
+        pl.BlockSpec((tile, 1), at_row_scales),
+        pl.BlockSpec((None, 1, columns), at_column_scales),
     ]
-    scales = (None if x is None else x[:, None] for x in (row_scales, column_scales))
-    arrays = rows, kernels, *scales
-    where, count = plan_group_visits(group_sizes, R, tile, padding=True)
+    arrays = (
+        rows,
+        kernels,
+        None if row_scales is None else row_scales[:, None],
+        None if column_scales is None else column_scales[:, None],
+    )
+    visits, count = plan_group_visits(group_sizes, R, tile, padding=True)
     tiles_of_f = pl.cdiv(F, columns)
-    read = 1 if parts_of_d == 1 else max(1, R // tile // len(group_sizes))
+    # In parts a kernel is read for every tile that its group has rows in.
+    kernel_reads = 1 if parts_of_d == 1 else max(1, R // tile // len(group_sizes))
+    bytes_read = tiles_of_f * rows.nbytes + kernel_reads * kernels.nbytes
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((R, F), dtype),
@@ -152,24 +185,20 @@ def matmul(
             num_scalar_prefetch=1,
             grid=(tiles_of_f, count, parts_of_d),
             in_specs=[
-                None if x is None else spec
-                for x, spec in zip(arrays, specs, strict=True)
+                None if array is None else spec
+                for array, spec in zip(arrays, specs, strict=True)
             ],
-            out_specs=pl.BlockSpec(
-                (tile, columns), lambda n, v, d, where: (where[1][v], n)
-            ),
+            out_specs=pl.BlockSpec((tile, columns), at_result),
             scratch_shapes=[
                 None if wide is None else pltpu.VMEM(kernel_block[1:], wide),
                 pltpu.VMEM((tile, columns), sums) if parts_of_d > 1 else None,
             ],
         ),
         compiler_params=_params(needed, chip),
-        cost_estimate=_estimate_cost(
-            operands, (R, F), tiles_of_f * rows.nbytes + read * kernels.nbytes
-        ),
+        cost_estimate=_estimate_cost(operands, (R, F), bytes_read),
         interpret=interpret,
         name="grouped_matmul",
-    )(tuple(where), *arrays)
+    )(tuple(visits), *arrays)
 
 
 def outer(
@@ -194,112 +223,140 @@ def outer(
     sums = accumulation_dtype(rows.dtype, others.dtype)
     aligned = _alignment(rows, others)
 
-    def kernel(where, row_ref, other_ref, out_ref, sum_ref):
+    def kernel(visit_refs, row_ref, other_ref, out_ref, sum_ref):
         visit = pl.program_id(2)
-        where = GroupVisits(*where)
-        begin, end = where.begin[visit], where.end[visit]
-        before = where.group[jnp.maximum(visit - 1, 0)]
-        is_first = (visit == 0) | (before != where.group[visit])
+        visits = GroupVisits(*visit_refs)
+        begin = visits.begin[visit]
+        end = visits.end[visit]
+        group_before = visits.group[jnp.maximum(visit - 1, 0)]
+        is_first_visit = (visit == 0) | (group_before != visits.group[visit])
 
-        def add_part(inside):
-            def add(here, at, start, there):
-                row = at + lax.broadcasted_iota(jnp.int32, (here.size, 1), 0)
-                own = (row >= jnp.maximum(begin, start)) & (row < end)
-                left, right = (
-                    _where(own, ref[here, part])
-                    for ref, part in ((row_ref, inside), (other_ref, there))
-                )
-                y = _product(left, right, 0, 0, sums, chip)
-                # The sum is stored as a result each time: beside a product that costs
-                # nothing.
-                new = is_first & (start <= begin)
-                y = jnp.where(new, 0, sum_ref[inside, there]) + y
-                sum_ref[inside, there] = y
-                out_ref[inside, there] = y.astype(dtype)
+        def add(inside: Any, part: _TilePart) -> None:
+            """Adds the outer product of the part's rows, columns ``inside`` of D."""
+            here = part.rows
+            there = part.columns
+            row_index = lax.broadcasted_iota(jnp.int32, (here.size, 1), 0)
+            row = part.first_row + row_index
+            is_new = (row >= jnp.maximum(begin, part.first_new_row)) & (row < end)
+            left = _mask_rows(is_new, row_ref[here, inside])
+            right = _mask_rows(is_new, other_ref[here, there])
+            y = _product(left, right, 0, 0, sums, chip)
+            # The sum is stored as a result each time: beside a product that costs
+            # nothing.
+            is_first = is_first_visit & (part.first_new_row <= begin)
+            y = jnp.where(is_first, 0, sum_ref[inside, there]) + y
+            sum_ref[inside, there] = y
+            out_ref[inside, there] = y.astype(dtype)
 
-            return add
+        part_inner, part_columns = sizing.outer_part_shape(blocks, operands)
 
-        at_once = sizing.outer_part_shape(blocks, operands)
-        depth = chip.mxu_size  # rows contracted at once: what the matrix unit holds
-
-        def over_inner(number, _):
-            inside = _slice(number, at_once[0], inner)
-            _over_parts(
-                add_part(inside),
+        def add_inner_part(number, _):
+            _run_parts(
+                partial(add, _slice(number, part_inner, inner)),
                 begin,
                 end,
-                aligned,
-                tile,
-                (depth,),
-                columns,
-                at_once[1],
+                aligned=aligned,
+                tile=tile,
+                # Rows contracted at once: what the matrix unit holds.
+                lengths=(chip.mxu_size,),
+                columns=columns,
+                part_columns=part_columns,
             )
 
-        lax.fori_loop(0, inner // at_once[0], over_inner, None)
+        lax.fori_loop(0, inner // part_inner, add_inner_part, None)
 
         @pl.when(begin == end)
-        def _():
+        def write_zeros():
             out_ref[...] = jnp.zeros_like(out_ref)
 
-    where, count = plan_group_visits(group_sizes, R, tile, padding=False)
-    tiles = pl.cdiv(D, inner), pl.cdiv(F, columns)
+    # Index maps of a grid step: parts m of D and n of F, visit v, the visits' integers.
+
+    def at_rows(m, n, v, visit_refs):
+        return GroupVisits(*visit_refs).tile[v], m
+
+    def at_others(m, n, v, visit_refs):
+        return GroupVisits(*visit_refs).tile[v], n
+
+    def at_result(m, n, v, visit_refs):
+        return GroupVisits(*visit_refs).group[v], m, n
+
+    visits, count = plan_group_visits(group_sizes, R, tile, padding=False)
+    tiles_of_d = pl.cdiv(D, inner)
+    tiles_of_f = pl.cdiv(F, columns)
+    bytes_read = tiles_of_f * rows.nbytes + tiles_of_d * others.nbytes
+    out_shape = (len(group_sizes), D, F)
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((len(group_sizes), D, F), dtype),
+        out_shape=jax.ShapeDtypeStruct(out_shape, dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(*tiles, count),
+            grid=(tiles_of_d, tiles_of_f, count),
             in_specs=[
-                pl.BlockSpec((tile, inner), lambda m, n, v, where: (where[0][v], m)),
-                pl.BlockSpec((tile, columns), lambda m, n, v, where: (where[0][v], n)),
+                pl.BlockSpec((tile, inner), at_rows),
+                pl.BlockSpec((tile, columns), at_others),
             ],
-            out_specs=pl.BlockSpec(
-                (None, inner, columns), lambda m, n, v, where: (where[2][v], m, n)
-            ),
+            out_specs=pl.BlockSpec((None, inner, columns), at_result),
             scratch_shapes=[pltpu.VMEM((inner, columns), sums)],
         ),
         compiler_params=_params(needed, chip),
-        cost_estimate=_estimate_cost(
-            operands,
-            (len(group_sizes), D, F),
-            tiles[1] * rows.nbytes + tiles[0] * others.nbytes,
-        ),
+        cost_estimate=_estimate_cost(operands, out_shape, bytes_read),
         interpret=interpret,
         name="grouped_outer",
-    )(tuple(where), rows, others)
+    )(tuple(visits), rows, others)
 
 
-def _over_parts(
-    body: Callable[..., None],
+class _TilePart(NamedTuple):
+    """Rows and columns of a tile that are multiplied at once."""
+
+    rows: Any
+    """A slice of the tile."""
+    first_row: jax.Array
+    first_new_row: jax.Array
+    """Rows before it another part has met; they are not to be summed twice."""
+    columns: Any
+    """A slice of the block's columns."""
+
+
+def _run_parts(
+    body: Callable[[_TilePart], None],
     begin: jax.Array,
     end: jax.Array,
+    *,
     aligned: int,
     tile: int,
     lengths: tuple[int, ...],
     columns: int,
-    part: int,
+    part_columns: int,
 ) -> None:
-    """``body(here, at, start, there)`` for parts of the rows [begin, end) of a tile,
-    the longest first, and of the columns. Parts start at multiples of ``aligned``; one
-    that would end behind the tile begins, at ``at``, before its ``start``."""
+    """Calls ``body`` for parts of the rows [begin, end) of a tile and of the columns.
+
+    Args:
+        aligned: parts start at its multiples.
+        tile: rows of the tile. A part that would end behind it begins before its first
+            new row.
+        lengths: rows of a part, the longest first; only the last is rounded up.
+        columns, part_columns: of the block and of a part.
+    """
     start = lax.div(begin, aligned) * aligned
-    across = columns // part
+    across = columns // part_columns
+    last_length = min(lengths[-1], tile)
     for length in (min(length, tile) for length in lengths):
-        is_last = length == min(lengths[-1], tile)
+        is_last = length == last_length
         count = lax.div(end - start + (length - 1 if is_last else 0), length)
         count = jnp.where(end > begin, count, 0)
 
-        def step(number, _, start=start, length=length):
-            own = start + lax.div(number, across) * length
-            at = pl.multiple_of(jnp.minimum(own, tile - length), aligned)
+        def run_part(number, _, start=start, length=length):
+            first_new_row = start + lax.div(number, across) * length
+            first_row = jnp.minimum(first_new_row, tile - length)
+            first_row = pl.multiple_of(first_row, aligned)
+            part_slice = _slice(lax.rem(number, across), part_columns, columns)
             body(
-                pl.ds(at, length),
-                at,
-                own,
-                _slice(lax.rem(number, across), part, columns),
+                _TilePart(
+                    pl.ds(first_row, length), first_row, first_new_row, part_slice
+                )
             )
 
-        lax.fori_loop(0, count * across, step, None)
+        lax.fori_loop(0, count * across, run_part, None)
         if is_last:
             break
         start = start + count * length
@@ -308,39 +365,45 @@ def _over_parts(
 def _alignment(*arrays: Any) -> int:
     """Rows in which slices of all of these may start: those that share a register's
     words."""
-    return 32 // min(2, *(x.dtype.itemsize for x in arrays))
+    return 32 // min(2, *(array.dtype.itemsize for array in arrays))
 
 
 def _slice(number: jax.Array, part: int, whole: int) -> Any:
-    return (
-        slice(None)
-        if part == whole
-        else pl.ds(pl.multiple_of(number * part, part), part)
-    )
+    if part == whole:
+        return slice(None)
+    return pl.ds(pl.multiple_of(number * part, part), part)
 
 
 def _product(
-    left, right, left_dim: int, right_dim: int, sums: Any, chip: TpuChip
+    left: jax.Array,
+    right: jax.Array,
+    left_dim: int,
+    right_dim: int,
+    sums: Any,
+    chip: TpuChip,
 ) -> jax.Array:
     """Contracted over one dimension each, in the types that the chip multiplies, or in
     bf16."""
-    contract = (((left_dim,), (right_dim,)), ((), ()))
+    dims = (((left_dim,), (right_dim,)), ((), ()))
     if chip.multiplies_natively(left.dtype, right.dtype):
-        return lax.dot_general(left, right, contract, preferred_element_type=sums)
+        return lax.dot_general(left, right, dims, preferred_element_type=sums)
     wide = jnp.float32 if jnp.float32 in (left.dtype, right.dtype) else jnp.bfloat16
-    left, right = _widened(left, wide), _widened(right, wide)
+    left = _widened(left, wide)
+    right = _widened(right, wide)
     if sums == jnp.float32:
-        return lax.dot_general(left, right, contract, preferred_element_type=sums)
+        return lax.dot_general(left, right, dims, preferred_element_type=sums)
+    # int8 as bf16: products are exact, and so is a sum of _EXACT of them.
     length = left.shape[left_dim]
     total = None
-    for at in range(0, length, _EXACT):
-        stop = min(at + _EXACT, length)
-        a = lax.slice_in_dim(left, at, stop, axis=left_dim)
-        b = lax.slice_in_dim(right, at, stop, axis=right_dim)
-        y = lax.dot_general(a, b, contract, preferred_element_type=jnp.float32).astype(
-            sums
+    for start in range(0, length, _EXACT):
+        stop = min(start + _EXACT, length)
+        left_part = lax.slice_in_dim(left, start, stop, axis=left_dim)
+        right_part = lax.slice_in_dim(right, start, stop, axis=right_dim)
+        part = lax.dot_general(
+            left_part, right_part, dims, preferred_element_type=jnp.float32
         )
-        total = y if total is None else total + y
+        part = part.astype(sums)
+        total = part if total is None else total + part
     assert total is not None
     return total
 
@@ -361,12 +424,12 @@ def _widened(x: jax.Array, dtype: Any) -> jax.Array:
     return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
 
 
-def _where(own: jax.Array, x: jax.Array) -> jax.Array:
-    """x, and zeros in other rows."""
+def _mask_rows(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """x where the mask is true, else zeros."""
     if x.dtype.itemsize > 1:
-        return jnp.where(own, x, 0)
+        return jnp.where(mask, x, 0)
     wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    return jnp.where(own, x.astype(wide), 0).astype(x.dtype)
+    return jnp.where(mask, x.astype(wide), 0).astype(x.dtype)
 
 
 def _params(needed: int, chip: TpuChip) -> pltpu.CompilerParams:
@@ -400,42 +463,47 @@ def plan_group_visits(
     num_groups = len(group_sizes)
     num_tiles = -(-num_rows // tile)
     lengths = jnp.append(group_sizes, num_rows - group_sizes.sum(dtype=jnp.int32))
+    # The padding is a group more.
     ends = jnp.cumsum(lengths, dtype=jnp.int32)
     starts = ends - lengths
-    first = starts // tile
-    counts = jnp.where(lengths > 0, (ends - 1) // tile - first + 1, 0 if padding else 1)
-    counts = counts if padding else counts.at[-1].set(0)
-    done = jnp.cumsum(counts, dtype=jnp.int32)
-
-    number = jnp.arange(num_tiles + num_groups + 1, dtype=jnp.int32)
-    group = _find_group(number, done, num_groups)
-    out_tile = _look_up(first - done + counts, group) + number
-    out_tile = jnp.clip(
-        out_tile, 0, num_tiles - 1
-    )  # an empty last group begins behind them
-    own = jnp.clip(number, 0, jnp.maximum(done[-2] - 1, 0))
-    own_group = _find_group(own, done, num_groups - 1)
-    own_tile = jnp.clip(
-        _look_up(first - done + counts, own_group) + own, 0, num_tiles - 1
+    first_tile = starts // tile
+    visits_if_empty = 0 if padding else 1
+    num_visits = jnp.where(
+        lengths > 0, (ends - 1) // tile - first_tile + 1, visits_if_empty
     )
-    found = GroupVisits(
-        tile=own_tile,
+    if not padding:
+        num_visits = num_visits.at[-1].set(0)
+    visits_end = jnp.cumsum(num_visits, dtype=jnp.int32)
+
+    visit = jnp.arange(num_tiles + num_groups + 1, dtype=jnp.int32)
+    group = _find_group(visit, visits_end, num_groups)
+    # A visit's tile: the group's first, and one more for each of its visits before.
+    out_tile = _look_up(first_tile - visits_end + num_visits, group) + visit
+    # An empty last group begins behind all tiles.
+    out_tile = jnp.clip(out_tile, 0, num_tiles - 1)
+    # Visits to the padding read what the last visit to a group read.
+    read_visit = jnp.clip(visit, 0, jnp.maximum(visits_end[-2] - 1, 0))
+    read_group = _find_group(read_visit, visits_end, num_groups - 1)
+    read_tile = _look_up(first_tile - visits_end + num_visits, read_group) + read_visit
+    visits = GroupVisits(
+        tile=jnp.clip(read_tile, 0, num_tiles - 1),
         out_tile=out_tile,
-        group=own_group,
+        group=read_group,
         begin=jnp.clip(_look_up(starts, group) - out_tile * tile, 0, tile),
         end=jnp.clip(_look_up(ends, group) - out_tile * tile, 0, tile),
         padding=(group == num_groups).astype(jnp.int32),
     )
-    return found, done[-1]
+    return visits, visits_end[-1]
 
 
-def _find_group(number: jax.Array, done: jax.Array, most: int) -> jax.Array:
+def _find_group(visit: jax.Array, visits_end: jax.Array, last_group: int) -> jax.Array:
     """The group of each visit. Compared with all: a TPU searches and gathers more
     slowly."""
-    return jnp.minimum((number[:, None] >= done).sum(1, dtype=jnp.int32), most)
+    groups_before = (visit[:, None] >= visits_end).sum(1, dtype=jnp.int32)
+    return jnp.minimum(groups_before, last_group)
 
 
 def _look_up(values: jax.Array, group: jax.Array) -> jax.Array:
     """``values[group]``, by comparing too."""
-    mine = group[:, None] == jnp.arange(len(values))
-    return jnp.where(mine, values, 0).sum(1, dtype=jnp.int32)
+    is_group = group[:, None] == jnp.arange(len(values))
+    return jnp.where(is_group, values, 0).sum(1, dtype=jnp.int32)

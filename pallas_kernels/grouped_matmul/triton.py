@@ -15,7 +15,8 @@ from pallas_kernels.grouped_matmul.xla import accumulation_dtype, plan_group_til
 # Programs that run beside each other share rows and kernels: so many columns of tiles
 # at a time.
 _BAND = 8
-_STAGES, _WARPS = 4, 8
+_STAGES = 4
+_WARPS = 8
 # Cards that read float8_e4m3fn; for others XLA widens it first.
 _FLOAT8_CARDS = ("H100", "H200", "GH200", "B200", "GB200", "B300", "L4")
 
@@ -34,7 +35,8 @@ def matmul(
 ) -> jax.Array:
     """See ``grouped_matmul``. Tiles begin at their group's first row, so that none has
     two groups; the padding is a group more, whose tiles only write zeros."""
-    rows, kernels = _readable(rows), _readable(kernels)
+    rows = _make_readable(rows)
+    kernels = _make_readable(kernels)
     R, D = rows.shape
     F = kernels.shape[1 if transposed else 2]
     G = len(group_sizes)
@@ -49,29 +51,36 @@ def matmul(
         group_ref, start_ref, count_ref, parts_ref = visits
         step = pl.program_id(1)
         n = pl.program_id(2) * _BAND + pl.program_id(0)
-        g, begin = group_ref[step], start_ref[step]
-        here, there = pl.ds(begin, tile), pl.ds(n * columns, columns)
-        own = jnp.arange(tile) < count_ref[step]
-        exists = n * columns + jnp.arange(columns) < F
+        g = group_ref[step]
+        begin = start_ref[step]
+        tile_rows = pl.ds(begin, tile)
+        tile_columns = pl.ds(n * columns, columns)
+        in_group = jnp.arange(tile) < count_ref[step]
+        in_f = n * columns + jnp.arange(columns) < F
 
         def add(i, total):
             part = pl.ds(i * inner, inner)
-            within = None if D % inner == 0 else i * inner + jnp.arange(inner) < D
-            left = _load(row_ref.at[here, part], own, within)
+            in_d = None if D % inner == 0 else i * inner + jnp.arange(inner) < D
+            left = _load(row_ref.at[tile_rows, part], in_group, in_d)
             if transposed:
-                right = _load(kernel_ref.at[g, there, part], exists, within).T
+                right = _load(kernel_ref.at[g, tile_columns, part], in_f, in_d).T
             else:
-                right = _load(kernel_ref.at[g, part, there], within, exists)
+                right = _load(kernel_ref.at[g, part, tile_columns], in_d, in_f)
             return total + _product(left, right)
 
         zeros = jnp.zeros((tile, columns), sums)
-        y = lax.fori_loop(0, parts_ref[step] * (n * columns < F), add, zeros)
+        # The last band may have columns that are none.
+        num_parts = parts_ref[step] * (n * columns < F)
+        y = lax.fori_loop(0, num_parts, add, zeros)
+        # Group G is the padding, which has no scales.
         if row_scale_ref is not None:
-            y *= _load(row_scale_ref.at[here], own & (g < G))[:, None]
+            y *= _load(row_scale_ref.at[tile_rows], in_group & (g < G))[:, None]
         if column_scale_ref is not None:
-            y *= _load(column_scale_ref.at[g, there], exists & (g < G))
+            y *= _load(column_scale_ref.at[g, tile_columns], in_f & (g < G))
         plgpu.store(
-            out_ref.at[here, there], y.astype(dtype), mask=own[:, None] & exists
+            out_ref.at[tile_rows, tile_columns],
+            y.astype(dtype),
+            mask=in_group[:, None] & in_f,
         )
 
     return pl.pallas_call(
@@ -95,33 +104,35 @@ def outer(
     interpret: bool = False,
 ) -> jax.Array:
     """See ``grouped_outer_product``. A program goes through all rows of its group."""
-    rows, others = _readable(rows), _readable(others)
+    rows = _make_readable(rows)
+    others = _make_readable(others)
     R, D = rows.shape
     F = others.shape[1]
-    depth, inner, columns = blocks or GroupedBlocks(
-        _choose_depth(rows, others), 128, 128
-    )
+    default = GroupedBlocks(_choose_depth(rows, others), 128, 128)
+    depth, inner, columns = blocks or default
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     sums = accumulation_dtype(rows.dtype, others.dtype)
 
     def kernel(start_ref, end_ref, row_ref, other_ref, out_ref):
-        n, m, g = (pl.program_id(i) for i in range(3))
-        start, end = start_ref[g], end_ref[g]
-        inside, there = pl.ds(m * inner, inner), pl.ds(n * columns, columns)
+        n, m, g = (pl.program_id(axis) for axis in range(3))
+        start = start_ref[g]
+        end = end_ref[g]
+        tile_d = pl.ds(m * inner, inner)
+        tile_f = pl.ds(n * columns, columns)
         in_d = m * inner + jnp.arange(inner) < D
         in_f = n * columns + jnp.arange(columns) < F
 
         def add(i, total):
-            at = start + i * depth
-            own = at + jnp.arange(depth) < end
-            left = _load(row_ref.at[pl.ds(at, depth), inside], own, in_d)
-            right = _load(other_ref.at[pl.ds(at, depth), there], own, in_f)
+            first = start + i * depth
+            in_group = first + jnp.arange(depth) < end
+            left = _load(row_ref.at[pl.ds(first, depth), tile_d], in_group, in_d)
+            right = _load(other_ref.at[pl.ds(first, depth), tile_f], in_group, in_f)
             return total + _product(left.T, right)
 
         zeros = jnp.zeros((inner, columns), sums)
         y = lax.fori_loop(0, pl.cdiv(end - start, depth), add, zeros)
         mask = in_d[:, None] & in_f
-        plgpu.store(out_ref.at[g, inside, there], y.astype(dtype), mask=mask)
+        plgpu.store(out_ref.at[g, tile_d, tile_f], y.astype(dtype), mask=mask)
 
     return pl.pallas_call(
         kernel,
@@ -141,8 +152,8 @@ def _choose_depth(left: jax.Array, right: jax.Array) -> int:
     return 128 // max(left.dtype.itemsize, right.dtype.itemsize)
 
 
-def _readable(x: jax.Array) -> jax.Array:
-    """float8_e4m3fn as bf16 where the card, as far as is known, does not read it."""
+def _make_readable(x: jax.Array) -> jax.Array:
+    """Widens float8_e4m3fn to bf16 where the card, as far as is known, does not read it."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind
     if x.dtype != jnp.float8_e4m3fn or any(card in kind for card in _FLOAT8_CARDS):
@@ -151,15 +162,17 @@ def _readable(x: jax.Array) -> jax.Array:
 
 
 def _load(ref: Any, *masks: jax.Array | None) -> jax.Array:
-    """Zeros where the mask of any dimension, if it has one, is false."""
+    """Reads an array of one or two dimensions, and zeros where the mask of any
+    dimension, if it has one, is false."""
     mask = None
-    for axis, own in enumerate(masks):
-        if own is not None:
-            own = own if len(masks) == 1 else jnp.expand_dims(own, 1 - axis)
-            mask = own if mask is None else mask & own
-    return plgpu.load(
-        ref, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype)
-    )
+    for axis, axis_mask in enumerate(masks):
+        if axis_mask is None:
+            continue
+        if len(masks) > 1:
+            axis_mask = jnp.expand_dims(axis_mask, 1 - axis)
+        mask = axis_mask if mask is None else mask & axis_mask
+    other = None if mask is None else jnp.zeros((), ref.dtype)
+    return plgpu.load(ref, mask=mask, other=other)
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -174,6 +187,6 @@ def _product(left: jax.Array, right: jax.Array) -> jax.Array:
 def _cost(R: int, D: int, F: int, *arrays: jax.Array) -> pl.CostEstimate:
     return pl.CostEstimate(
         flops=2 * R * D * F,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
         transcendentals=0,
     )

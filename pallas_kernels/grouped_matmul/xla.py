@@ -12,7 +12,8 @@ from jax import lax
 
 # Rows of a block: enough to pay for reading a kernel, few enough that padding small
 # groups up to whole blocks stays cheap.
-_MAX_BLOCK, _MIN_BLOCK = 128, 8
+_MAX_BLOCK = 128
+_MIN_BLOCK = 8
 
 
 def matmul(
@@ -26,14 +27,14 @@ def matmul(
     dtype: Any,
 ) -> jax.Array:
     """See ``grouped_matmul``."""
-    block = _block(rows, group_sizes)
-    padded = _padded(rows, block)
-    row_scales = None if row_scales is None else _padded(row_scales, block)
+    block = _choose_block(rows, group_sizes)
+    padded = _pad_rows(rows, block)
+    row_scales = None if row_scales is None else _pad_rows(row_scales, block)
 
     def body(out, step):
         group, start, count = step
-        own = lax.dynamic_slice_in_dim(padded, start, block)
-        y = _product(own, kernels[group], 1, 1 if transposed else 0)
+        block_rows = lax.dynamic_slice_in_dim(padded, start, block)
+        y = _product(block_rows, kernels[group], 1, 1 if transposed else 0)
         if row_scales is not None:
             y *= lax.dynamic_slice_in_dim(row_scales, start, block)[:, None]
         if column_scales is not None:
@@ -43,35 +44,38 @@ def matmul(
         # there.
         return lax.dynamic_update_slice_in_dim(out, y, start, 0), None
 
-    out = jnp.zeros((len(padded), kernels.shape[1 if transposed else 2]), dtype)
-    return lax.scan(body, out, plan_group_tiles(group_sizes, len(rows), block))[0][
-        : len(rows)
-    ]
+    F = kernels.shape[1 if transposed else 2]
+    out = jnp.zeros((len(padded), F), dtype)
+    steps = plan_group_tiles(group_sizes, len(rows), block)
+    out, _ = lax.scan(body, out, steps)
+    return out[: len(rows)]
 
 
 def outer(
     rows: jax.Array, others: jax.Array, group_sizes: jax.Array, *, dtype: Any
 ) -> jax.Array:
     """See ``grouped_outer_product``."""
-    block = _block(rows, group_sizes)
-    padded = _padded(rows, block), _padded(others, block)
+    block = _choose_block(rows, group_sizes)
+    padded_rows = _pad_rows(rows, block)
+    padded_others = _pad_rows(others, block)
 
     def body(total, step):
         group, start, count = step
-        mine = jnp.arange(block)[:, None] < count
-        left, right = (
-            jnp.where(
-                mine, lax.dynamic_slice_in_dim(x, start, block), jnp.zeros((), x.dtype)
-            )
-            for x in padded
-        )
+        in_group = jnp.arange(block)[:, None] < count
+
+        def cut(x: jax.Array) -> jax.Array:
+            block_rows = lax.dynamic_slice_in_dim(x, start, block)
+            return jnp.where(in_group, block_rows, jnp.zeros((), x.dtype))
+
+        left = cut(padded_rows)
+        right = cut(padded_others)
         return total.at[group].add(_product(left, right, 0, 0)), None
 
     shape = len(group_sizes), rows.shape[1], others.shape[1]
     zeros = jnp.zeros(shape, accumulation_dtype(rows.dtype, others.dtype))
-    return lax.scan(body, zeros, plan_group_tiles(group_sizes, len(rows), block))[
-        0
-    ].astype(dtype)
+    steps = plan_group_tiles(group_sizes, len(rows), block)
+    total, _ = lax.scan(body, zeros, steps)
+    return total.astype(dtype)
 
 
 def plan_group_tiles(
@@ -81,26 +85,24 @@ def plan_group_tiles(
     any sizes can need; unused ones come last, empty, and start where the last group
     ends."""
     ends = jnp.cumsum(-(-group_sizes // block))
+    # Each group rounds its own rows up: at most one block more than all would need.
     index = jnp.arange(num_rows // block + len(group_sizes))
-    group = jnp.minimum(
-        jnp.searchsorted(ends, index, side="right"), len(group_sizes) - 1
-    )
-    done = (
-        index - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[group]
-    ) * block
-    count = jnp.clip(group_sizes[group] - done, 0, block)
-    start = (jnp.cumsum(group_sizes) - group_sizes)[group] + jnp.minimum(
-        done, group_sizes[group]
-    )
+    group = jnp.searchsorted(ends, index, side="right")
+    group = jnp.minimum(group, len(group_sizes) - 1)
+    first_block = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+    # Rows of the group before the block.
+    rows_before = (index - first_block[group]) * block
+    count = jnp.clip(group_sizes[group] - rows_before, 0, block)
+    first_row = jnp.cumsum(group_sizes) - group_sizes
+    start = first_row[group] + jnp.minimum(rows_before, group_sizes[group])
     return group, start, count
 
 
 def accumulation_dtype(left: Any, right: Any) -> Any:
     """Returns the dtype of sums: int32 for integers, float64 for itself, else fp32."""
-    integers = jnp.issubdtype(left, jnp.integer) and jnp.issubdtype(right, jnp.integer)
-    return (
-        jnp.int32 if integers else jnp.float64 if left == jnp.float64 else jnp.float32
-    )
+    if jnp.issubdtype(left, jnp.integer) and jnp.issubdtype(right, jnp.integer):
+        return jnp.int32
+    return jnp.float64 if left == jnp.float64 else jnp.float32
 
 
 def _product(
@@ -110,14 +112,14 @@ def _product(
     if left.dtype != right.dtype or (left.dtype.itemsize == 1 and sums == jnp.float32):
         left = left.astype(sums)
         right = right.astype(sums)
-    contract = (((left_dim,), (right_dim,)), ((), ()))
-    return lax.dot_general(left, right, contract, preferred_element_type=sums)
+    dims = (((left_dim,), (right_dim,)), ((), ()))
+    return lax.dot_general(left, right, dims, preferred_element_type=sums)
 
 
-def _block(rows: jax.Array, sizes: jax.Array) -> int:
+def _choose_block(rows: jax.Array, sizes: jax.Array) -> int:
     return min(_MAX_BLOCK, max(_MIN_BLOCK, len(rows) // len(sizes)))
 
 
-def _padded(rows: jax.Array, block: int) -> jax.Array:
-    """Room for a block that starts at the last row."""
+def _pad_rows(rows: jax.Array, block: int) -> jax.Array:
+    """Adds room for a block that starts at the last row."""
     return jnp.pad(rows, ((0, block), *((0, 0),) * (rows.ndim - 1)))

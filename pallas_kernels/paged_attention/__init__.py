@@ -7,6 +7,18 @@ int4 pages are read as they are.
 """
 
 from pallas_kernels.paged_attention.api import paged_attention, write_pages
-from pallas_kernels.paged_attention.params import QuantizedPages
+from pallas_kernels.paged_attention.params import (
+    PagedKernel,
+    PagedOperands,
+    PagedParams,
+    QuantizedPages,
+)
 
-__all__ = ["QuantizedPages", "paged_attention", "write_pages"]
+__all__ = [
+    "PagedKernel",
+    "PagedOperands",
+    "PagedParams",
+    "QuantizedPages",
+    "paged_attention",
+    "write_pages",
+]

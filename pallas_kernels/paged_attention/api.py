@@ -1,18 +1,19 @@
 """Paged attention as others call it: arguments checked, an implementation chosen.
 
-An implementation is a module here with ``supports(operands, params) -> bool`` and
-``forward(operands, params) -> (o, lse)``, imported when first wanted.
+An implementation is a :class:`~pallas_kernels.paged_attention.PagedKernel`: a module
+here, imported when first wanted, or an object that the caller passes.
 """
 
 import importlib
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chips import choose_backend
 from pallas_kernels.paged_attention.params import (
+    PagedKernel,
     PagedOperands,
     PagedParams,
     Pages,
@@ -24,7 +25,6 @@ KERNELS = {
     "tpu": ("tpu",),
     "gpu": ("triton",),
     "triton": ("triton",),
-    "cpu": ("cpu",),
     "xla": (),
 }
 
@@ -47,6 +47,7 @@ def paged_attention(
     sinks: jax.Array | None = None,
     biases: jax.Array | None = None,
     dtype: Any = None,
+    kernel: PagedKernel | None = None,
     backend: str | None = None,
     block_sizes: Any = None,
     interpret: Any = False,
@@ -89,6 +90,7 @@ def paged_attention(
             distance being the key's position less the query's (Raffel et al. 2020,
             §2.1).
         dtype: of o; default q's.
+        kernel: an implementation of the caller's own, taken where it supports this.
         backend: "tpu", "gpu" (or "triton") or "xla". None: by the platform of the
             program being traced, and XLA where its kernel does not support this.
         block_sizes: of the implementation, hashable; None: its choice.
@@ -117,6 +119,8 @@ def paged_attention(
     )
     params = PagedParams(*uniform_rows, value_dim or 0, *static)
     operands, params = validate_arguments(operands, params)
+    if kernel is not None and kernel.supports(operands, params):
+        return kernel.forward(operands, params)
     shapes = jax.tree.map(lambda x: f"{x.dtype} {x.shape}", operands)
     name = choose_backend(
         *(backend, KERNELS, lambda name: _module(name).supports(operands, params)),
@@ -125,8 +129,9 @@ def paged_attention(
     return _module(name).forward(operands, params)
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(f"pallas_kernels.paged_attention.{name}")
+def _module(name: str) -> PagedKernel:
+    module = importlib.import_module(f"pallas_kernels.paged_attention.{name}")
+    return cast(PagedKernel, module)
 
 
 def write_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Parameters and operands of a paged attention, and their checks."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -59,14 +59,13 @@ class PagedOperands(NamedTuple):
         """Arrays of pages by side ("k", "v") and part ("codes", "scale", "zero")."""
         arrays = {}
         for side, pages in (("k", self.keys), ("v", self.values)):
-            parts = (
-                pages._asdict()
-                if isinstance(pages, QuantizedPages)
-                else {"codes": pages}
-            )
-            arrays |= {
-                f"{side}_{part}": x for part, x in parts.items() if x is not None
-            }
+            if isinstance(pages, QuantizedPages):
+                parts = pages._asdict()
+            else:
+                parts = {"codes": pages}
+            for part, array in parts.items():
+                if array is not None:
+                    arrays[f"{side}_{part}"] = array
         return arrays
 
 
@@ -95,6 +94,22 @@ class PagedParams(NamedTuple):
         return self.num_uniform * self.queries_each
 
 
+class PagedKernel(Protocol):
+    """An implementation: a module beside this one, or a caller's own."""
+
+    def supports(self, operands: PagedOperands, params: PagedParams) -> bool:
+        """Returns whether it computes this, by shapes, dtypes and which arrays there
+        are."""
+        ...
+
+    def forward(
+        self, operands: PagedOperands, params: PagedParams
+    ) -> tuple[jax.Array, jax.Array]:
+        """Computes (o, lse) of :func:`~pallas_kernels.paged_attention.paged_attention`
+        for validated arguments that it supports."""
+        ...
+
+
 def validate_arguments(
     operands: PagedOperands, params: PagedParams
 ) -> tuple[PagedOperands, PagedParams]:
@@ -121,41 +136,59 @@ def validate_arguments(
             )
         value_dim = values[3]
     R = len(operands.kv_lengths)
-    rows = params.num_uniform
-    each = params.queries_each
-    if not 0 <= rows <= R or each < (rows > 0) or rows * each > len(q):
+    num_uniform = params.num_uniform
+    queries_each = params.queries_each
+    min_queries = 1 if num_uniform else 0
+    fits = num_uniform * queries_each <= len(q)
+    if not 0 <= num_uniform <= R or queries_each < min_queries or not fits:
         raise ValueError(
-            f"uniform_rows={(rows, each)} of {R} rows and {len(q)} queries"
+            f"uniform_rows={(num_uniform, queries_each)} of {R} rows and {len(q)} "
+            f"queries"
         )
-    own = {}
-    for name, shape in (
-        ("page_tables", (R, operands.page_tables.shape[-1])),
-        ("kv_lengths", (R,)),
-        ("query_starts", (R + 1,)),
-        ("key_limits", (R,)),
-    ):
-        x = getattr(operands, name)
-        if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} {x.dtype} {x.shape}: want int32 {shape}")
-        own[name] = jnp.asarray(x, jnp.int32)
-    own["key_limits"] = jnp.minimum(own["kv_lengths"], own["key_limits"])
-    N = q.shape[1]
-    for name in ("slopes", "sinks", "biases"):
-        x = getattr(operands, name)
-        if x is not None:
-            by_distance = name == "biases"
-            odd = not by_distance or x.shape[-1] % 2
-            if x.shape[:1] != (N,) or x.ndim != 1 + by_distance or not odd:
-                want = "(N, an odd number)" if by_distance else (N,)
-                raise ValueError(f"{name} {x.shape}: want {want}")
-            own[name] = jnp.asarray(x, accumulation_dtype(q))
+    page_tables = operands.page_tables
+    kv_lengths = _check_integers("kv_lengths", operands.kv_lengths, (R,))
+    key_limits = _check_integers("key_limits", operands.key_limits, (R,))
+    checked = operands._replace(
+        page_tables=_check_integers(
+            "page_tables", page_tables, (R, page_tables.shape[-1])
+        ),
+        kv_lengths=kv_lengths,
+        query_starts=_check_integers("query_starts", operands.query_starts, (R + 1,)),
+        key_limits=jnp.minimum(kv_lengths, key_limits),
+        slopes=_check_head_terms("slopes", operands.slopes, q),
+        sinks=_check_head_terms("sinks", operands.sinks, q),
+        biases=_check_biases(operands.biases, q),
+    )
     window, soft_cap = params.window, params.soft_cap
     if window is not None and window < 1:
         raise ValueError(f"window={window}: windows look back, 1 key or more")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap={soft_cap}: it must be above 0")
     params = params._replace(page_size=keys[2], value_dim=value_dim)
-    return operands._replace(**own), params
+    return checked, params
+
+
+def _check_integers(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} {x.dtype} {x.shape}: want int32 {shape}")
+    return jnp.asarray(x, jnp.int32)
+
+
+def _check_head_terms(name: str, x: jax.Array | None, q: jax.Array) -> jax.Array | None:
+    if x is None:
+        return None
+    N = q.shape[1]
+    if x.shape != (N,):
+        raise ValueError(f"{name} {x.shape}: want {(N,)}")
+    return jnp.asarray(x, accumulation_dtype(q))
+
+
+def _check_biases(x: jax.Array | None, q: jax.Array) -> jax.Array | None:
+    if x is None:
+        return None
+    if x.ndim != 2 or x.shape[0] != q.shape[1] or x.shape[1] % 2 == 0:
+        raise ValueError(f"biases {x.shape}: want (N, an odd number)")
+    return jnp.asarray(x, accumulation_dtype(q))
 
 
 def _check_pages(name: str, pages: Pages, *, per_channel: bool) -> tuple[int, ...]:
@@ -197,6 +230,6 @@ def dequantize(pages: QuantizedPages, *, per_channel: bool, dtype: Any) -> jax.A
         x = jnp.concatenate([x & 15, x >> 4], axis=-2)
     x = x.astype(dtype)
     x *= jnp.expand_dims(pages.scale.astype(dtype), axis)
-    return (
-        x if pages.zero is None else x + jnp.expand_dims(pages.zero.astype(dtype), axis)
-    )
+    if pages.zero is None:
+        return x
+    return x + jnp.expand_dims(pages.zero.astype(dtype), axis)

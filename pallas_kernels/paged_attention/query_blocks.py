@@ -44,22 +44,22 @@ class QueryBlocks(NamedTuple):
     """E, a power of two."""
     places: QueryBlock
     tokens: jax.Array | None
-    """int32 [T]: where each query is among n · E; None: they lie in order, ``kept`` a
-    block."""
-    kept: int
-    """Queries of a block that are some."""
+    """int32 [T]: where each query is among n · E; None: they lie in order,
+    ``num_queries`` a block."""
+    num_queries: int
+    """Queries of a full block; the others, up to E, are padding."""
 
     def repeat_by_row(self, operands: PagedOperands) -> dict[str, jax.Array]:
         """Returns the slopes and sinks that are given, fp32 [K, M]: each row's query
         head's."""
-        found = {}
-        for name in ("sinks", "slopes"):
-            x = getattr(operands, name)
-            if x is not None:
-                x = jnp.repeat(x.reshape(self.q.shape[1], -1), self.queries, axis=1)
-                x = jnp.pad(x, ((0, 0), (0, self.q.shape[2] - x.shape[1])))
-                found[name] = x.astype(jnp.float32)
-        return found
+        _, K, M, _ = self.q.shape
+        repeated = {}
+        for name, terms in (("sinks", operands.sinks), ("slopes", operands.slopes)):
+            if terms is not None:
+                rows = jnp.repeat(terms.reshape(K, -1), self.queries, axis=1)
+                rows = jnp.pad(rows, ((0, 0), (0, M - rows.shape[1])))
+                repeated[name] = rows.astype(jnp.float32)
+        return repeated
 
 
 def attend_in_blocks(
@@ -79,13 +79,16 @@ def attend_in_blocks(
     parts = []
     if params.num_uniform:
         blocks = block_uniform_rows(operands, params, align)
-        parts.append(restore_queries(blocks, *attend(blocks, True), operands, params))
-    rest = len(operands.q) - params.num_uniform_queries
-    if rest and params.num_uniform < len(operands.kv_lengths):
+        o, lse = attend(blocks, True)
+        parts.append(restore_queries(blocks, o, lse, operands, params))
+    num_ragged = len(operands.q) - params.num_uniform_queries
+    if num_ragged and params.num_uniform < len(operands.kv_lengths):
         blocks = block_ragged_rows(operands, params, queries, align)
-        parts.append(restore_queries(blocks, *attend(blocks, False), operands, params))
-    elif rest:
-        shape = rest, operands.q.shape[1]
+        o, lse = attend(blocks, False)
+        parts.append(restore_queries(blocks, o, lse, operands, params))
+    elif num_ragged:
+        # Queries of no row: padding behind uniform rows.
+        shape = num_ragged, operands.q.shape[1]
         zeros = jnp.zeros((*shape, params.value_dim), params.dtype)
         parts.append((zeros, jnp.full(shape, -jnp.inf)))
     o, lse = zip(*parts, strict=True)
@@ -96,15 +99,19 @@ def block_uniform_rows(
     operands: PagedOperands, params: PagedParams, align: int
 ) -> QueryBlocks:
     """Makes a block of each uniform row; M is a multiple of ``align``."""
-    rows, each = params.num_uniform, params.queries_each
-    q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
-    E = pl.next_power_of_2(each)
-    q = jnp.pad(q, ((0, 0), (0, E - each), (0, 0), (0, 0)))
-    lengths, limits = operands.kv_lengths[:rows], operands.key_limits[:rows]
-    pages = _page_range(lengths - each, lengths, limits, params)
+    rows = params.num_uniform
+    num_queries = params.queries_each
+    q = operands.q[: rows * num_queries]
+    q = q.reshape(rows, num_queries, *operands.q.shape[1:])
+    E = pl.next_power_of_2(num_queries)
+    q = jnp.pad(q, ((0, 0), (0, E - num_queries), (0, 0), (0, 0)))
+    lengths = operands.kv_lengths[:rows]
+    limits = operands.key_limits[:rows]
+    pages = _page_range(lengths - num_queries, lengths, limits, params)
     row = jnp.arange(rows, dtype=jnp.int32)
-    places = QueryBlock(row, lengths - each, *pages)
-    return QueryBlocks(_fold_heads(q, operands, align), E, places, None, each)
+    places = QueryBlock(row, lengths - num_queries, *pages)
+    folded = _fold_heads(q, operands, align)
+    return QueryBlocks(folded, E, places, tokens=None, num_queries=num_queries)
 
 
 def block_ragged_rows(
@@ -113,30 +120,38 @@ def block_ragged_rows(
     """Makes blocks of ``queries`` each, a power of two, of the other rows: as many as
     any lengths can need, the unused ones without a key."""
     q = operands.q[params.num_uniform_queries :]
-    skipped = params.num_uniform
-    lengths, limits = operands.kv_lengths[skipped:], operands.key_limits[skipped:]
-    starts = operands.query_starts[skipped:] - params.num_uniform_queries
+    num_uniform = params.num_uniform
+    lengths = operands.kv_lengths[num_uniform:]
+    limits = operands.key_limits[num_uniform:]
+    starts = operands.query_starts[num_uniform:] - params.num_uniform_queries
     counts = starts[1:] - starts[:-1]
+    # Row r's blocks are begins[r] to ends[r].
     ends = jnp.cumsum(-(-counts // queries))
     begins = ends - -(-counts // queries)
-    block = jnp.arange(len(q) // queries + len(counts), dtype=jnp.int32)
+    # Each row rounds its own queries up: at most one block more than all would need.
+    max_blocks = len(q) // queries + len(counts)
+    block = jnp.arange(max_blocks, dtype=jnp.int32)
     row = jnp.minimum(jnp.searchsorted(ends, block, side="right"), len(counts) - 1)
     offset = (block - begins[row]) * queries
     used = block < ends[-1]
     position = jnp.where(used, lengths[row] - counts[row] + offset, 0)
     end = jnp.minimum(lengths[row], position + queries)
     pages = _page_range(position, end, jnp.where(used, limits[row], 0), params)
-    inside = (starts[row] + offset)[:, None] + jnp.arange(queries, dtype=jnp.int32)
-    blocked = q.at[inside].get(mode="clip")
+    # A block that is not full has the next row's queries too: nobody reads their
+    # results.
+    first_token = (starts[row] + offset)[:, None]
+    blocked = q.at[first_token + jnp.arange(queries, dtype=jnp.int32)].get(mode="clip")
+
+    # The way back: where each query's result stands.
     token = jnp.arange(len(q), dtype=jnp.int32)
-    own = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
-    own = jnp.minimum(own, len(counts) - 1)
-    tokens = begins[own] * queries + token - starts[own]
+    token_row = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
+    token_row = jnp.minimum(token_row, len(counts) - 1)
+    tokens = begins[token_row] * queries + token - starts[token_row]
     tokens = jnp.where(token < starts[-1], tokens, -1)
-    places = QueryBlock(row + skipped, position, *pages)
-    return QueryBlocks(
-        _fold_heads(blocked, operands, align), queries, places, tokens, queries
-    )
+
+    places = QueryBlock(row + num_uniform, position, *pages)
+    folded = _fold_heads(blocked, operands, align)
+    return QueryBlocks(folded, queries, places, tokens, num_queries=queries)
 
 
 def restore_queries(
@@ -152,48 +167,49 @@ def restore_queries(
     N = operands.q.shape[1]
     group = N // K
     E = blocks.queries
-    kept = blocks.kept
     places = blocks.places
     o = o[:, :, : group * E].reshape(n, K, group, E, Hv).transpose(0, 3, 1, 2, 4)
     lse = lse[:, :, : group * E].reshape(n, K, group, E).transpose(0, 3, 1, 2)
-    has_keys = jnp.broadcast_to((places.end_page > places.first_page)[:, None], (n, E))
-    # A row whose keys all lie elsewhere.
-    has_queries = jnp.broadcast_to(
-        (operands.kv_lengths[places.row] > 0)[:, None], (n, E)
-    )
+    sees_pages = places.end_page > places.first_page
+    has_keys = jnp.broadcast_to(sees_pages[:, None], (n, E))
+    # Without keys and yet with queries is a row whose keys all lie elsewhere.
+    is_row = operands.kv_lengths[places.row] > 0
+    has_queries = jnp.broadcast_to(is_row[:, None], (n, E))
     o = o.reshape(n, E, N, Hv)
     lse = lse.reshape(n, E, N)
-    if blocks.tokens is None:
-        o, lse, has_keys, has_queries = (
-            x[:, :kept].reshape(n * kept, *x.shape[2:])
-            for x in (o, lse, has_keys, has_queries)
-        )
-    else:
-        o, lse, has_keys, has_queries = (
-            x.reshape(n * E, *x.shape[2:]).at[blocks.tokens].get(mode="clip")
-            for x in (o, lse, has_keys, has_queries)
-        )
+
+    def restore(x: jax.Array) -> jax.Array:
+        """[n, E, ...] → [T, ...]"""
+        if blocks.tokens is None:
+            count = blocks.num_queries
+            return x[:, :count].reshape(n * count, *x.shape[2:])
+        flat = x.reshape(n * E, *x.shape[2:])
+        return flat.at[blocks.tokens].get(mode="clip")
+
+    o, lse, has_keys, has_queries = map(restore, (o, lse, has_keys, has_queries))
+    if blocks.tokens is not None:
         has_queries &= blocks.tokens >= 0
-    none = jnp.full((N,), -jnp.inf) if operands.sinks is None else operands.sinks
-    none = jnp.where(has_queries[:, None], none, -jnp.inf)
+    no_keys_lse = jnp.full((N,), -jnp.inf) if operands.sinks is None else operands.sinks
+    no_keys_lse = jnp.where(has_queries[:, None], no_keys_lse, -jnp.inf)
     has_keys = (has_keys & has_queries)[:, None]
-    return jnp.where(has_keys[..., None], o, 0).astype(params.dtype), jnp.where(
-        has_keys, lse, none
-    )
+    o = jnp.where(has_keys[..., None], o, 0).astype(params.dtype)
+    return o, jnp.where(has_keys, lse, no_keys_lse)
 
 
 def _fold_heads(q: jax.Array, operands: PagedOperands, align: int) -> jax.Array:
     """[n, E, N, H] → [n, K, M, H]"""
-    (n, E, N, H), K = q.shape, operands.num_kv_heads
-    q = (
-        q.reshape(n, E, K, N // K, H)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(n, K, N // K * E, H)
-    )
+    n, E, N, H = q.shape
+    K = operands.num_kv_heads
+    group = N // K
+    q = q.reshape(n, E, K, group, H)
+    q = q.transpose(0, 2, 3, 1, 4)
+    q = q.reshape(n, K, group * E, H)
     return jnp.pad(q, ((0, 0), (0, 0), (0, -q.shape[2] % align), (0, 0)))
 
 
-def _page_range(position, end, limits, params: PagedParams):
+def _page_range(
+    position: jax.Array, end: jax.Array, limits: jax.Array, params: PagedParams
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns ``limit``, ``first_page`` and ``end_page`` of blocks whose queries are at
     positions from ``position`` to ``end``."""
     limit = jnp.maximum(jnp.minimum(end, limits), 0)

@@ -39,6 +39,8 @@ _MAX_QUERIES = 128
 _USABLE = 0.8
 # Of scalar memory, for tables.
 _TABLE_BYTES = 1 << 19
+# Tokens of a tile of memory, by dtype; a byte of uint8 has two.
+_TILE_TOKENS = {"int8": 32, "uint8": 64, "bfloat16": 16, "float32": 8}
 
 
 class TpuPagedBlocks(NamedTuple):
@@ -55,26 +57,24 @@ class TpuPagedBlocks(NamedTuple):
 def supports(operands: PagedOperands, params: PagedParams) -> bool:
     """Returns whether pages fill whole tiles of memory, tables no more than scalar
     memory, and nothing is learned by distance."""
-    q, tables = operands.q, operands.page_tables
-    tile = {"int8": 32, "uint8": 64, "bfloat16": 16, "float32": 8}
-    for name, x in operands.page_arrays.items():
-        if name.endswith("scale") and x.dtype not in (jnp.bfloat16, jnp.float32):
+    q = operands.q
+    tables = operands.page_tables
+    for name, array in operands.page_arrays.items():
+        if name.endswith("scale") and array.dtype not in (jnp.bfloat16, jnp.float32):
             return False
-        kind = x.dtype.name
-        if name.endswith("codes") and (
-            kind not in tile or params.page_size % tile[kind]
-        ):
-            return False
-        if name.endswith("codes") and x.dtype.itemsize > 1 and x.dtype != q.dtype:
-            return False
-    small = (
-        pl.next_power_of_2(max(params.queries_each, 1)) * q.shape[1] <= 2 * _QUERY_ROWS
-    )
+        if name.endswith("codes"):
+            tile = _TILE_TOKENS.get(array.dtype.name)
+            if tile is None or params.page_size % tile:
+                return False
+            if array.dtype.itemsize > 1 and array.dtype != q.dtype:
+                return False
+    queries = pl.next_power_of_2(max(params.queries_each, 1))
+    uniform_fits = queries * q.shape[1] <= 2 * _QUERY_ROWS
     return (
         q.dtype in (jnp.bfloat16, jnp.float32)
         and operands.biases is None
         and tables.size * 4 <= _TABLE_BYTES
-        and small
+        and uniform_fits
         and min(q.size, tables.size) > 0
     )
 
@@ -94,19 +94,18 @@ def choose_blocks(
         keys = max(min(pl.next_power_of_2(keys + 1) // 2, most), _MIN_KEYS)
         return min(round_up(keys, params.page_size), longest)
 
-    keys, uniform_keys = (
-        count_keys(*most)
-        for most in ((_CHUNK_KEYS, _CHUNK_BYTES), (_DECODE_KEYS, _DECODE_BYTES))
-    )
-    queries = min(_MAX_QUERIES, pl.next_power_of_2(len(operands.q)))
-    queries = min(
-        queries, pl.next_power_of_2(_QUERY_ROWS // operands.q.shape[1] + 1) // 2
-    )
+    keys = count_keys(_CHUNK_KEYS, _CHUNK_BYTES)
+    uniform_keys = count_keys(_DECODE_KEYS, _DECODE_BYTES)
+    # The largest power of two whose rows are no more than _QUERY_ROWS.
+    N = operands.q.shape[1]
+    most_queries = pl.next_power_of_2(_QUERY_ROWS // N + 1) // 2
+    queries = min(_MAX_QUERIES, pl.next_power_of_2(len(operands.q)), most_queries)
     room = chip.vmem_bytes * _USABLE
     while _vmem_bytes(operands, params, keys, max(queries, 1)) > room and queries > 1:
-        if keys > 2 * uniform_keys or (
-            queries <= 16 and keys % (2 * params.page_size) == 0
-        ):
+        # Many queries read keys less often, so keys give way first; but few keys a
+        # round wait for its sums more often.
+        halves_are_pages = keys % (2 * params.page_size) == 0
+        if keys > 2 * uniform_keys or (queries <= 16 and halves_are_pages):
             keys //= 2
         else:
             queries //= 2
@@ -119,11 +118,14 @@ def forward(
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
     chip = get_chip()
     sizes = params.block_sizes or choose_blocks(operands, params, chip)
-    whole = all(n % params.page_size == 0 for n in sizes[1:])
-    if not whole or sizes.queries & (sizes.queries - 1):
-        raise ValueError(f"{sizes} with pages of {params.page_size} tokens: whole "
-                         f"pages, and a "
-                         "power of two of queries")  # fmt: skip
+    page = params.page_size
+    whole_pages = sizes.keys % page == 0 and sizes.uniform_keys % page == 0
+    is_power_of_two = sizes.queries & (sizes.queries - 1) == 0
+    if not whole_pages or not is_power_of_two:
+        raise ValueError(
+            f"{sizes} with pages of {page} tokens: whole pages, and a power of two of "
+            f"queries"
+        )
 
     def attend(blocks: QueryBlocks, uniform: bool) -> tuple[jax.Array, jax.Array]:
         keys = sizes.uniform_keys if uniform else sizes.keys
@@ -145,7 +147,7 @@ def _run(
     n, K, M, H = blocks.q.shape
     cores = chip.num_cores
     Hv = params.value_dim
-    bp = keys // params.page_size
+    pages_per_block = keys // params.page_size
     # Blocks with keys come first: each fetches the next one's first pages.
     places = blocks.places
     has_keys = places.end_page > places.first_page
@@ -159,25 +161,40 @@ def _run(
     table = jnp.pad(table, ((0, 0), (0, COLUMNS - table.shape[1]))).reshape(-1)
 
     pages = operands.page_arrays
-    buffers = [pltpu.VMEM((2, bp, *x.shape[1:]), x.dtype) for x in pages.values()]
-    if not params.interpret:  # XLA would copy a pool that fits VMEM there, whole.
+    # Two of each: one is computed with while the other is copied into.
+    buffers = [
+        pltpu.VMEM((2, pages_per_block, *array.shape[1:]), array.dtype)
+        for array in pages.values()
+    ]
+    if not params.interpret:
+        # XLA would copy a pool that fits VMEM there, whole.
         pages = {
-            n: pltpu.with_memory_space_constraint(x, pltpu.HBM)
-            for n, x in pages.items()
+            name: pltpu.with_memory_space_constraint(array, pltpu.HBM)
+            for name, array in pages.items()
         }
-    learned = {
-        name: jnp.broadcast_to(x[..., None], (K, M, LANES))
-        for name, x in blocks.repeat_by_row(operands).items()
+    head_terms = {
+        name: jnp.broadcast_to(terms[..., None], (K, M, LANES))
+        for name, terms in blocks.repeat_by_row(operands).items()
     }
-    width = operands.page_tables.shape[1]
-    statics = PagedKernelStatics(params, blocks.queries, cores, bp, width)
+    statics = PagedKernelStatics(
+        params,
+        queries=blocks.queries,
+        cores=cores,
+        pages=pages_per_block,
+        table_width=operands.page_tables.shape[1],
+    )
+    # A result has one number a query: they lie along lanes, as many as there are.
     chunks = -(-M // LANES)
 
-    def item(i, c, table):
-        return table[(i * cores + c) * COLUMNS]
+    def block_index(core, step, table):
+        return table[(step * cores + core) * COLUMNS]
 
-    def at_item(c, i, table, *_):
-        return item(i, c, table), 0, 0, 0
+    def at_result(core, step, table, *_):
+        return block_index(core, step, table), 0, 0, 0
+
+    def at_queries(core, step, table, *_):
+        # Steps beyond the blocks read the last one's queries.
+        return jnp.minimum(block_index(core, step, table), n - 1), 0, 0, 0
 
     needed = _vmem_bytes(operands, params, keys, blocks.queries)
     o, lse = pl.pallas_call(
@@ -186,23 +203,15 @@ def _run(
             num_scalar_prefetch=3,
             grid=(cores, -(-jnp.maximum(count, 1) // cores)),
             in_specs=[
-                pl.BlockSpec(
-                    (None, K, M, H),
-                    lambda c, i, table, *_: (
-                        jnp.minimum(item(i, c, table), n - 1),
-                        0,
-                        0,
-                        0,
-                    ),
-                ),
+                pl.BlockSpec((None, K, M, H), at_queries),
                 dict.fromkeys(
-                    learned, pl.BlockSpec((K, M, LANES), lambda *_: (0, 0, 0))
+                    head_terms, pl.BlockSpec((K, M, LANES), lambda *_: (0, 0, 0))
                 ),
                 dict.fromkeys(pages, pl.BlockSpec(memory_space=pltpu.HBM)),
             ],
             out_specs=[
-                pl.BlockSpec((None, K, M, Hv), at_item),
-                pl.BlockSpec((None, chunks, K, LANES), at_item),
+                pl.BlockSpec((None, K, M, Hv), at_result),
+                pl.BlockSpec((None, chunks, K, LANES), at_result),
             ],
             scratch_shapes=[
                 pltpu.SMEM((1,), jnp.int32),
@@ -224,8 +233,10 @@ def _run(
         ),
         interpret=params.interpret,
         name="paged_attention",
-    )(table, operands.page_tables.reshape(-1), count[None], blocks.q, learned, pages)
-    return o[:n], lse[:n].transpose(0, 2, 1, 3).reshape(n, K, chunks * LANES)[:, :, :M]
+    )(table, operands.page_tables.reshape(-1), count[None], blocks.q, head_terms, pages)
+    o = o[:n]
+    lse = lse[:n].transpose(0, 2, 1, 3).reshape(n, K, chunks * LANES)
+    return o, lse[:, :, :M]
 
 
 def _vmem_bytes(
@@ -233,23 +244,30 @@ def _vmem_bytes(
 ) -> int:
     """Bytes of VMEM: pages of two blocks, queries and results twice, sums, scores of
     two heads."""
-    (_, N, H), K = operands.q.shape, operands.num_kv_heads
+    _, N, H = operands.q.shape
+    K = operands.num_kv_heads
     M = round_up(N // K * queries, SUBLANES)
-    bp = keys // params.page_size
+    pages_per_block = keys // params.page_size
     needed = 0
-    for x in jax.tree.leaves((operands.keys, operands.values)):
-        *_, rows, lanes = x.shape
-        heads = K if x.ndim == 4 else 1
-        tile = 32 // x.dtype.itemsize
-        one = heads * round_up(rows, tile) * round_up(lanes, LANES) * x.dtype.itemsize
-        needed += 2 * bp * one
-        if (
-            x.dtype.itemsize == 1
-        ):  # and as numbers, of which a few heads' are under way at once
-            needed += 12 * heads * keys * round_up(lanes, LANES)
-    H, Hv = round_up(H, LANES), round_up(params.value_dim, LANES)
-    q, out = operands.q.dtype.itemsize, jnp.dtype(params.dtype).itemsize
-    needed += K * M * (2 * (H * q + Hv * out) + 4 * (Hv + 2 * LANES))
+    for array in jax.tree.leaves((operands.keys, operands.values)):
+        *_, rows, lanes = array.shape
+        itemsize = array.dtype.itemsize
+        heads = K if array.ndim == 4 else 1
+        # A tile has 32 bytes along the sublanes.
+        padded_rows = round_up(rows, 32 // itemsize)
+        padded_lanes = round_up(lanes, LANES)
+        page_bytes = heads * padded_rows * padded_lanes * itemsize
+        needed += 2 * pages_per_block * page_bytes
+        if itemsize == 1:
+            # And as numbers, of which a few heads' are under way at once.
+            needed += 12 * heads * keys * padded_lanes
+    padded_H = round_up(H, LANES)
+    padded_Hv = round_up(params.value_dim, LANES)
+    query_bytes = padded_H * operands.q.dtype.itemsize
+    result_bytes = padded_Hv * jnp.dtype(params.dtype).itemsize
+    state_bytes = 4 * (padded_Hv + 2 * LANES)
+    needed += K * M * (2 * (query_bytes + result_bytes) + state_bytes)
+    # Scores and weights of two heads, fp32.
     needed += 4 * 4 * min(M, 256) * keys
-    learned = sum(x is not None for x in (operands.slopes, operands.sinks))
-    return needed + 2 * learned * K * M * LANES * 4
+    num_head_terms = sum(x is not None for x in (operands.slopes, operands.sinks))
+    return needed + 2 * num_head_terms * K * M * LANES * 4

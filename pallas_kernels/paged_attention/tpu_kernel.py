@@ -18,8 +18,10 @@ from pallas_kernels.paged_attention.query_blocks import QueryBlock
 COLUMNS = 8
 """Integers of a block of queries in the table: its index, and those of a
 ``QueryBlock``."""
-# Finite, so that no difference is NaN; and between the two what no score is.
-_MASKED, _NO_KEY = -1e30, -0.5e30
+# Scores that a mask has emptied: finite, so that no difference is NaN.
+_MASKED = -1e30
+# Above what is masked and below every score: the largest score where there is no key.
+_NO_KEY = -0.5e30
 # Rows of queries of a tile of scores, and of those tiles whose scores are computed
 # ahead.
 _TILE_ROWS = 128
@@ -27,6 +29,8 @@ _ROWS_AHEAD = 128
 
 
 class PagedKernelStatics(NamedTuple):
+    """The values that the kernel is compiled for."""
+
     params: PagedParams
     queries: int
     """Queries of a block, a power of two."""
@@ -34,75 +38,122 @@ class PagedKernelStatics(NamedTuple):
     pages: int
     """Pages of a block of keys."""
     table_width: int
+    """Pages of a row in the table."""
 
 
 class PageCopies:
-    """Copies of a block's pages into one of two buffers."""
+    """Copies of a block's pages from HBM into one of two buffers, ``slot`` 0 or 1.
+
+    Args:
+        tables: all rows' page tables, flat, in scalar memory.
+        arrays: of pages, in HBM.
+        buffers: for each of these one in VMEM, [2, pages of a block, ...].
+        semaphores: [2, arrays].
+        table_width: pages of a row in ``tables``.
+    """
 
     def __init__(
-        self, tables: Any, arrays: list, buffers: list, semaphores: Any, width: int
+        self,
+        tables: Any,
+        arrays: list[Any],
+        buffers: list[Any],
+        semaphores: Any,
+        table_width: int,
     ):
-        self.tables, self.arrays, self.buffers = tables, arrays, buffers
-        self.semaphores, self.width = semaphores, width
+        self.tables = tables
+        self.arrays = arrays
+        self.buffers = buffers
+        self.semaphores = semaphores
+        self.width = table_width
         self.pages = buffers[0].shape[1]
 
     def _count(self, block: QueryBlock, j: Any) -> Any:
-        return jnp.minimum(
-            self.pages, block.end_page - block.first_page - j * self.pages
-        )
+        """Pages of the j-th block of keys."""
+        pages_left = block.end_page - block.first_page - j * self.pages
+        return jnp.minimum(self.pages, pages_left)
 
     def start(self, block: QueryBlock, j: Any, slot: Any) -> None:
+        """Starts to copy the j-th block of a block of queries' keys."""
         first = block.row * self.width + block.first_page + j * self.pages
 
         def start_page(i, _):
             page = self.tables[first + i]
-            for n, (array, buffer) in enumerate(
-                zip(self.arrays, self.buffers, strict=True)
-            ):
-                to, semaphore = buffer.at[slot, i], self.semaphores.at[slot, n]
-                pltpu.make_async_copy(array.at[page], to, semaphore).start()
+            pairs = zip(self.arrays, self.buffers, strict=True)
+            for n, (array, buffer) in enumerate(pairs):
+                destination = buffer.at[slot, i]
+                semaphore = self.semaphores.at[slot, n]
+                pltpu.make_async_copy(array.at[page], destination, semaphore).start()
 
         lax.fori_loop(0, self._count(block, j), start_page, None)
 
     def wait(self, block: QueryBlock, j: Any, slot: Any) -> None:
+        """Waits for what :meth:`start` has started. A semaphore counts bytes, so that a
+        full block is waited for as one copy of the buffer's size."""
         count = self._count(block, j)
 
         @pl.when(count == self.pages)
-        def _():
+        def wait_for_buffer():
             for n, buffer in enumerate(self.buffers):
                 whole = buffer.at[slot]
-                pltpu.make_async_copy(whole, whole, self.semaphores.at[slot, n]).wait()
+                semaphore = self.semaphores.at[slot, n]
+                pltpu.make_async_copy(whole, whole, semaphore).wait()
 
         @pl.when(count < self.pages)
-        def _():
+        def wait_for_pages():
             def wait_page(i, _):
-                for n, (array, buffer) in enumerate(
-                    zip(self.arrays, self.buffers, strict=True)
-                ):
-                    to, semaphore = buffer.at[slot, i], self.semaphores.at[slot, n]
-                    pltpu.make_async_copy(array.at[0], to, semaphore).wait()
+                pairs = zip(self.arrays, self.buffers, strict=True)
+                for n, (array, buffer) in enumerate(pairs):
+                    destination = buffer.at[slot, i]
+                    semaphore = self.semaphores.at[slot, n]
+                    pltpu.make_async_copy(array.at[0], destination, semaphore).wait()
 
             lax.fori_loop(0, count, wait_page, None)
 
 
 def attend_query_blocks(
-    table, tables, count, q_ref, learned, pages, o_ref, lse_ref, *scratch, statics
+    table: Any,
+    tables: Any,
+    count: Any,
+    q_ref: Any,
+    head_terms: dict[str, Any],
+    pages: dict[str, Any],
+    o_ref: Any,
+    lse_ref: Any,
+    *scratch: Any,
+    statics: PagedKernelStatics,
 ) -> None:
-    """One block of queries: all kv heads, over its pages. Arrays of ``pages`` have a
-    side ("k", "v") and a part ("codes", "scale", "zero"); ``learned`` are the "slopes"
-    and "sinks"."""
+    """One block of queries: all kv heads, over its pages.
+
+    Args:
+        table: the blocks of queries, flat, ``COLUMNS`` integers each.
+        tables: the rows' page tables, flat.
+        count: [1], blocks that see a key.
+        q_ref: [K, M, H].
+        head_terms: "slopes" and "sinks", where there are such, [K, M, LANES].
+        pages: arrays in HBM by side ("k", "v") and part ("codes", "scale", "zero").
+        o_ref: [K, M, Hv].
+        lse_ref: [chunks of M, K, LANES].
+        scratch: the slot that the next block of keys lies in, which lasts from one
+            block of queries to the next; semaphores; each query's largest score, sum of
+            weights and sum of values; a buffer for each of ``pages``.
+    """
     slot_ref, semaphores, top_ref, sum_ref, acc_ref, *buffers = scratch
-    core, step = pl.program_id(0), pl.program_id(1)
+    core = pl.program_id(0)
+    step = pl.program_id(1)
     item = step * statics.cores + core
-    block, following = (
-        QueryBlock.read(table, item + ahead, COLUMNS, 1) for ahead in (0, statics.cores)
-    )
+
+    def read_block(ahead: int) -> QueryBlock:
+        # The first column is the block's index, for the grid.
+        return QueryBlock.read(table, item + ahead, COLUMNS, 1)
+
+    block = read_block(0)
+    next_block = read_block(statics.cores)
     copies = PageCopies(
         tables, [*pages.values()], buffers, semaphores, statics.table_width
     )
 
     @pl.when(step == 0)
-    def _():
+    def start_first_copies():
         slot_ref[0] = 0
         # What no page fills is multiplied by weights of 0.
         for buffer in buffers:
@@ -110,101 +161,122 @@ def attend_query_blocks(
         pl.when(block.end_page > block.first_page)(lambda: copies.start(block, 0, 0))
 
     acc_ref[...] = jnp.zeros_like(acc_ref)
-    if "sinks" in learned:
-        sinks = learned["sinks"][...]
+    if "sinks" in head_terms:
+        sinks = head_terms["sinks"][...]
         top_ref[...] = jnp.maximum(sinks * LOG2_E, _MASKED)
+        # A sum is spread over the lanes: the sink's weight is in the first.
         first = lax.broadcasted_iota(jnp.int32, sinks.shape, 2) == 0
         sum_ref[...] = jnp.where(first & (sinks > _NO_KEY), 1.0, 0.0)
     else:
         top_ref[...] = jnp.full_like(top_ref, _NO_KEY)
         sum_ref[...] = jnp.zeros_like(sum_ref)
     num_blocks = pl.cdiv(block.end_page - block.first_page, statics.pages)
-    named = dict(zip(pages, buffers, strict=True))
+    buffer_by_name = dict(zip(pages, buffers, strict=True))
 
     def attend_block(j, _):
         slot = slot_ref[0]
         pl.when(j + 1 < num_blocks)(lambda: copies.start(block, j + 1, 1 - slot))
-        last = (j + 1 == num_blocks) & (item + statics.cores < count[0])
-        pl.when(last)(lambda: copies.start(following, 0, 1 - slot))
+        is_last = (j + 1 == num_blocks) & (item + statics.cores < count[0])
+        pl.when(is_last)(lambda: copies.start(next_block, 0, 1 - slot))
         copies.wait(block, j, slot)
         start = (block.first_page + j * statics.pages) * statics.params.page_size
-        own = {name: buffer.at[slot] for name, buffer in named.items()}
-        _attend_pages(
-            block, start, q_ref, own, learned, (top_ref, sum_ref, acc_ref), statics
-        )
+        copied = {name: buffer.at[slot] for name, buffer in buffer_by_name.items()}
+        state = _SoftmaxState(top_ref, sum_ref, acc_ref)
+        _attend_pages(block, start, q_ref, copied, head_terms, state, statics)
         slot_ref[0] = 1 - slot
 
     lax.fori_loop(0, num_blocks, attend_block, None)
     total = jnp.sum(sum_ref[...], axis=2, keepdims=True)
     top = top_ref[...]
-    some = total > 0
+    has_weight = total > 0
     for head in range(len(acc_ref)):
-        inverse = 1 / jnp.where(some[head], total[head], 1.0)
+        inverse = 1 / jnp.where(has_weight[head], total[head], 1.0)
         o_ref[head] = (acc_ref[head] * inverse).astype(o_ref.dtype)
-    lse = jnp.where(
-        some, top * (1 / LOG2_E) + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf
-    )
-    _store_along_lanes(lse, lse_ref)
+    lse = top * (1 / LOG2_E) + jnp.log(jnp.where(has_weight, total, 1.0))
+    _store_along_lanes(jnp.where(has_weight, lse, -jnp.inf), lse_ref)
+
+
+class _SoftmaxState(NamedTuple):
+    """Each query's softmax over the keys so far, fp32."""
+
+    top: Any
+    """[K, M, LANES]: the largest score, alike along the lanes."""
+    total: Any
+    """[K, M, LANES]: the sum of weights, whose lanes are still to be summed."""
+    o: Any
+    """[K, M, Hv]: the sum of weighted values."""
 
 
 def _attend_pages(
-    block, start, q_ref, pages, learned, state, statics: PagedKernelStatics
+    block: QueryBlock,
+    start: Any,
+    q_ref: Any,
+    pages: dict[str, Any],
+    head_terms: dict[str, Any],
+    state: _SoftmaxState,
+    statics: PagedKernelStatics,
 ) -> None:
     """Adds a block of keys, the first at position ``start``, to the state."""
-    top_ref, sum_ref, acc_ref = state
-    params, (K, M, _) = statics.params, q_ref.shape
+    params = statics.params
+    K, M, _ = q_ref.shape
     B = statics.pages * params.page_size
     rows = min(M, _TILE_ROWS)
-    rows = rows if M % rows == 0 else M
+    if M % rows:
+        rows = M
     scales = _lane_scales(pages)
-    keys = {}
-    in_flight = {}
     tiles = [
-        (head, slice(at, at + rows)) for head in range(K) for at in range(0, M, rows)
+        (head, slice(first, first + rows))
+        for head in range(K)
+        for first in range(0, M, rows)
     ]
+    # What one stage of a tile leaves to the next.
+    keys: dict[int, jax.Array] = {}
+    scores: dict[tuple[int, int], jax.Array] = {}
+    weights: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
 
-    def score(tile):
-        head, here = tile
+    def score(head: int, tile: slice) -> None:
         if head not in keys:
             keys[head] = _read_keys(pages, head, B, q_ref.dtype)
-        in_flight[head, here.start] = multiply(q_ref[head, here], keys[head], 1, 1)
+        scores[head, tile.start] = multiply(q_ref[head, tile], keys[head], 1, 1)
 
-    def weigh(tile):
-        head, here = tile
-        x = in_flight.pop((head, here.start))
+    def weigh(head: int, tile: slice) -> None:
+        x = scores.pop((head, tile.start))
+        # Powers of two: the hardware's own exponential.
         if params.soft_cap is None:
             x *= params.scale * LOG2_E
         else:
-            x = jnp.tanh(x * (params.scale / params.soft_cap)) * (
-                params.soft_cap * LOG2_E
-            )
-        distance, seen = _compare_positions(block, start, here.start, x.shape, statics)
-        if "slopes" in learned:
-            slopes = learned["slopes"][head, here][:, :1] * LOG2_E
+            tanh = jnp.tanh(x * (params.scale / params.soft_cap))
+            x = tanh * (params.soft_cap * LOG2_E)
+        distance, seen = _compare_positions(block, start, tile.start, x.shape, statics)
+        if "slopes" in head_terms:
+            slopes = head_terms["slopes"][head, tile][:, :1] * LOG2_E
             x -= slopes * distance.astype(jnp.float32)
         x = jnp.where(seen, x, _MASKED)
-        old = top_ref[head, here]
-        top = jnp.maximum(old, jnp.max(x, axis=1, keepdims=True))
-        decay = jnp.exp2(old - top)
-        x = jnp.exp2(x - top[:, :1])
-        top_ref[head, here] = top
-        sum_ref[head, here] = sum_ref[head, here] * decay + _fold_lanes(x)
-        in_flight[head, here.start] = x, decay
+        old_top = state.top[head, tile]
+        top = jnp.maximum(old_top, jnp.max(x, axis=1, keepdims=True))
+        decay = jnp.exp2(old_top - top)
+        weight = jnp.exp2(x - top[:, :1])
+        state.top[head, tile] = top
+        state.total[head, tile] = state.total[head, tile] * decay + _fold_lanes(weight)
+        weights[head, tile.start] = weight, decay
 
-    def add_values(tile):
-        head, here = tile
-        x, decay = in_flight.pop((head, here.start))
-        own = _multiply_values(
-            x, keys[head], pages, scales, head, q_ref.dtype, params.value_dim
+    def add_values(head: int, tile: slice) -> None:
+        weight, decay = weights.pop((head, tile.start))
+        o = _multiply_values(
+            weight, keys[head], pages, scales, head, q_ref.dtype, params.value_dim
         )
-        acc_ref[head, here] = acc_ref[head, here] * decay[:, :1] + own
+        state.o[head, tile] = state.o[head, tile] * decay[:, :1] + o
 
-    # Neighbours in the program overlap on the machine.
+    # Neighbours in the program overlap on the machine: while the vector unit weighs a
+    # tile, the matrix unit scores one ahead and adds the values of one behind.
     ahead = max(1, _ROWS_AHEAD // rows)
     for n in range(-ahead, len(tiles) + ahead):
-        for stage, at in ((score, n + ahead), (weigh, n), (add_values, n - ahead)):
-            if 0 <= at < len(tiles):
-                stage(tiles[at])
+        if n + ahead < len(tiles):
+            score(*tiles[n + ahead])
+        if 0 <= n < len(tiles):
+            weigh(*tiles[n])
+        if n - ahead >= 0:
+            add_values(*tiles[n - ahead])
 
 
 def _compare_positions(
@@ -252,18 +324,23 @@ def _read_keys(pages: dict[str, Any], head: int, B: int, dtype: Any) -> jax.Arra
 
 def _lane_scales(pages: dict[str, Any]) -> dict[str, jax.Array]:
     """Reads values' scales and zeros along the lanes, fp32 [K, B]."""
-    return {
-        name: jnp.concatenate(
-            [pages[name][i].astype(jnp.float32) for i in range(pages[name].shape[0])],
-            axis=1,
-        )
-        for name in ("v_scale", "v_zero")
-        if name in pages
-    }
+    scales = {}
+    for name in ("v_scale", "v_zero"):
+        if name in pages:
+            num_pages = pages[name].shape[0]
+            parts = [pages[name][i].astype(jnp.float32) for i in range(num_pages)]
+            scales[name] = jnp.concatenate(parts, axis=1)
+    return scales
 
 
 def _multiply_values(
-    weights, k, pages, scales, head: int, dtype: Any, Hv: int
+    weights: jax.Array,
+    k: jax.Array,
+    pages: dict[str, Any],
+    scales: dict[str, jax.Array],
+    head: int,
+    dtype: Any,
+    Hv: int,
 ) -> jax.Array:
     """Multiplies weights fp32 [M, B] by a head's values: codes as they are, by weights
     that have the scale already."""
@@ -272,14 +349,13 @@ def _multiply_values(
     if not scales:
         x = pages["v_codes"][:, head]
         return multiply(weights.astype(dtype), x.reshape(-1, Hv), 1, 0)
-    x = _read_codes(pages["v_codes"], head).astype(dtype)
-    own = (weights * scales["v_scale"][head : head + 1]).astype(dtype)
-    own = multiply(own, x.reshape(-1, Hv), 1, 0)
+    codes = _read_codes(pages["v_codes"], head).astype(dtype)
+    scaled = (weights * scales["v_scale"][head : head + 1]).astype(dtype)
+    o = multiply(scaled, codes.reshape(-1, Hv), 1, 0)
     if "v_zero" in scales:
-        own += jnp.sum(
-            weights * scales["v_zero"][head : head + 1], axis=1, keepdims=True
-        )
-    return own
+        zero = scales["v_zero"][head : head + 1]
+        o += jnp.sum(weights * zero, axis=1, keepdims=True)
+    return o
 
 
 def _fold_lanes(x: jax.Array) -> jax.Array:
@@ -287,9 +363,8 @@ def _fold_lanes(x: jax.Array) -> jax.Array:
     M, B = x.shape
     if B % LANES:
         x = jnp.concatenate([x, jnp.zeros((M, -B % LANES), x.dtype)], axis=1)
-    return functools.reduce(
-        jnp.add, (x[:, at : at + LANES] for at in range(0, x.shape[1], LANES))
-    )
+    parts = (x[:, start : start + LANES] for start in range(0, x.shape[1], LANES))
+    return functools.reduce(jnp.add, parts)
 
 
 def _store_along_lanes(x: jax.Array, ref: Any) -> None:

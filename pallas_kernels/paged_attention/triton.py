@@ -18,6 +18,7 @@ from pallas_kernels.attention.gpu_blocks import LN2, LOG2E
 from pallas_kernels.attention.triton_program import (
     multiply,
     multiply_transposed,
+    pad_head_size,
     split_head_dim,
 )
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
@@ -30,8 +31,10 @@ from pallas_kernels.paged_attention.query_blocks import (
 # Programs that keep a large card busy.
 _PROGRAMS = 256
 # Rows of a tile of queries: of chunks, and at least, as Triton's products want.
-_ROWS, _MIN_ROWS = 64, 16
+_ROWS = 64
+_MIN_ROWS = 16
 _KEYS = 64
+# Integers of a block in the table of blocks.
 _COLUMNS = len(QueryBlock._fields)
 
 
@@ -49,17 +52,32 @@ class TritonPagedBlocks(NamedTuple):
 
 
 class _Statics(NamedTuple):
+    """The values that a program is compiled for."""
+
     params: PagedParams
     queries: int
+    """Queries of a block, a power of two."""
     keys: int
-    heads: int
-    """kv heads."""
+    """Keys of a tile."""
+    num_kv_heads: int
     splits: int
     table_width: int
+    """Pages of a row in the table."""
     H: int
     Hv: int
     rows: int
     """Rows of a tile of queries, a power of two."""
+
+
+class _KeyTile(NamedTuple):
+    """Where a tile's keys lie, int32 [keys] each."""
+
+    slab: jax.Array
+    """Which kv head of which page, counted as they lie: page · K + head."""
+    place: jax.Array
+    """Which token of its page."""
+    inside: jax.Array
+    """bool: whether there is such a key."""
 
 
 def supports(operands: PagedOperands, params: PagedParams) -> bool:
@@ -73,6 +91,7 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
     rows = pl.next_power_of_2(group * pl.next_power_of_2(params.queries_each))
     return (
         q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+        # 640: DeepSeek's latent keys have 576 features.
         and max(q.shape[2], params.value_dim) <= 640
         and rows <= 4 * _ROWS
         and operands.biases is None
@@ -85,14 +104,28 @@ def choose_blocks(operands: PagedOperands, params: PagedParams) -> TritonPagedBl
     registers' sake."""
     N = operands.q.shape[1]
     K = operands.num_kv_heads
-    wide = max(operands.q.shape[2], params.value_dim) * operands.q.dtype.itemsize
-    rows = _ROWS if wide <= 256 else _MIN_ROWS
-    keys = _KEYS if wide <= 256 else 32 if wide <= 512 else 16
+    head_dim = max(operands.q.shape[2], params.value_dim)
+    head_bytes = head_dim * operands.q.dtype.itemsize
+    if head_bytes <= 256:
+        rows = _ROWS
+        keys = _KEYS
+        warps = 4
+    elif head_bytes <= 512:
+        rows = _MIN_ROWS
+        keys = 32
+        warps = 4
+    else:
+        rows = _MIN_ROWS
+        keys = 16
+        warps = 8
+    # Enough programs for the card, each with four tiles of keys or more.
     longest = operands.page_tables.shape[1] * params.page_size
     programs = max(1, params.num_uniform * K)
-    splits = min(max(1, _PROGRAMS // programs), max(1, longest // (4 * keys)))
+    wanted_splits = max(1, _PROGRAMS // programs)
+    most_splits = max(1, longest // (4 * keys))
+    splits = min(wanted_splits, most_splits)
     queries = max(1, rows // pl.next_power_of_2(N // K))
-    return TritonPagedBlocks(queries, keys, splits, 8 if wide > 512 else 4)
+    return TritonPagedBlocks(queries, keys, splits, warps)
 
 
 def forward(
@@ -115,10 +148,12 @@ def _run(
     splits: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o fp32 [n, K, M, Hv] and lse [n, K, M] of blocks of queries."""
-    (n, K, M, H), Hv = blocks.q.shape, params.value_dim
+    n, K, M, H = blocks.q.shape
+    Hv = params.value_dim
     rows = max(_MIN_ROWS, pl.next_power_of_2(M))
-    wide, wide_v = sum(split_head_dim(H)[-1]), sum(split_head_dim(Hv)[-1])
-    q = jnp.pad(blocks.q, ((0, 0), (0, 0), (0, rows - M), (0, wide - H)))
+    padded_H = pad_head_size(H)
+    padded_Hv = pad_head_size(Hv)
+    q = jnp.pad(blocks.q, ((0, 0), (0, 0), (0, rows - M), (0, padded_H - H)))
     inputs: dict[str, jax.Array] = {
         "blocks": jnp.stack(blocks.places, axis=1).reshape(-1),
         "tables": operands.page_tables.reshape(-1),
@@ -126,22 +161,31 @@ def _run(
     }
     # A row a token: codes [P · K · page, H], and a number a token of values' scales; a
     # row a page of keys' scales, [P · K, H].
-    for name, x in operands.page_arrays.items():
-        by_token = name in ("v_scale", "v_zero")
-        inputs[name] = x.reshape(-1) if by_token else x.reshape(-1, x.shape[-1])
-    for name, x in blocks.repeat_by_row(operands).items():
-        inputs[name] = jnp.pad(x, ((0, 0), (0, rows - M)))
-    width = operands.page_tables.shape[1]
+    for name, array in operands.page_arrays.items():
+        if name in ("v_scale", "v_zero"):
+            inputs[name] = array.reshape(-1)
+        else:
+            inputs[name] = array.reshape(-1, array.shape[-1])
+    for name, terms in blocks.repeat_by_row(operands).items():
+        inputs[name] = jnp.pad(terms, ((0, 0), (0, rows - M)))
     statics = _Statics(
-        params, blocks.queries, sizes.keys, K, splits, width, H, Hv, rows
+        params,
+        queries=blocks.queries,
+        keys=sizes.keys,
+        num_kv_heads=K,
+        splits=splits,
+        table_width=operands.page_tables.shape[1],
+        H=H,
+        Hv=Hv,
+        rows=rows,
     )
     o, lse = pl.pallas_call(
-        partial(_attend_block, s=statics),
+        partial(_attend_block, statics=statics),
         grid=(n, K, splits),
         in_specs=[dict.fromkeys(inputs, pl.BlockSpec(memory_space=pl.ANY))],
         out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct((splits, n, K, rows, wide_v), jnp.float32),
+            jax.ShapeDtypeStruct((splits, n, K, rows, padded_Hv), jnp.float32),
             jax.ShapeDtypeStruct((splits, n, K, rows), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(
@@ -150,9 +194,11 @@ def _run(
         interpret=params.interpret,
         name="paged_attention",
     )(inputs)
-    o, lse = o[..., :M, :Hv], lse[..., :M]
+    o = o[..., :M, :Hv]
+    lse = lse[..., :M]
     if splits == 1:
         return o[0], lse[0]
+    # Join the shares of the keys (Milakov & Gimelshein 2018).
     top = lse.max(axis=0)
     weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
     total = weights.sum(axis=0)
@@ -162,40 +208,47 @@ def _run(
 
 
 def _attend_block(
-    refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, s: _Statics
+    refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, statics: _Statics
 ) -> None:
-    """One block of queries, one kv head, one share of the keys."""
+    """One block of queries, one kv head, one share of the keys. Scores are powers of
+    two: the hardware has no other exponential."""
     item, head, split = (pl.program_id(axis) for axis in range(3))
+    s = statics
     params = s.params
     row, position, limit, first_page, end_page = QueryBlock.read(
         refs["blocks"], item, _COLUMNS
     )
     first = first_page * params.page_size
-    tiles = pl.cdiv(jnp.minimum(end_page * params.page_size, limit) - first, s.keys)
+    last_key = jnp.minimum(end_page * params.page_size, limit)
+    tiles = pl.cdiv(last_key - first, s.keys)
     share = pl.cdiv(tiles, s.splits)
     begin = jnp.minimum(split * share, tiles)
     end = jnp.minimum(begin + share, tiles)
     q = tuple(
-        refs["q"][item, head, :, pl.ds(at, width)] for at, width in split_head_dim(s.H)
-    )  # fmt: skip
+        refs["q"][item, head, :, pl.ds(start, width)]
+        for start, width in split_head_dim(s.H)
+    )
+    # Rows are (query head of the group, query), and queries a power of two.
     member = jnp.arange(s.rows, dtype=jnp.int32)
-    own_position = position + (member & (s.queries - 1))
+    row_position = position + (member & (s.queries - 1))
     slopes = refs["slopes"][head, :] * LOG2E if "slopes" in refs else None
 
     def attend_tile(j, carry):
         o, top, total = carry
         key = first + j * s.keys + jnp.arange(s.keys, dtype=jnp.int32)
         inside = key < limit
-        at = jnp.where(inside, row * s.table_width + lax.div(key, params.page_size), 0)
-        page = plgpu.load(refs["tables"].at[at], mask=inside, other=0)
-        slab = page * s.heads + head
-        place = lax.rem(key, params.page_size)
-        k = _load_keys(refs, slab, place, inside, q[0].dtype, s)
+        entry = row * s.table_width + lax.div(key, params.page_size)
+        entry = jnp.where(inside, entry, 0)
+        page = plgpu.load(refs["tables"].at[entry], mask=inside, other=0)
+        slab = page * s.num_kv_heads + head
+        tile = _KeyTile(slab, lax.rem(key, params.page_size), inside)
+        k = _load_keys(refs, tile, q[0].dtype, s)
         scores = multiply_transposed(q, k) * (params.scale * LOG2E)
         if params.soft_cap is not None:
+            # cap · tanh(score / cap), by tanh(x) = 1 − 2 / (e^2x + 1).
             cap = params.soft_cap * LOG2E
             scores = cap * (1 - 2 / (jnp.exp2(scores * (2 * LOG2E / cap)) + 1))
-        distance = own_position[:, None] - key[None]
+        distance = row_position[:, None] - key[None]
         if slopes is not None:
             scores -= slopes[:, None] * distance.astype(jnp.float32)
         seen = inside[None] & (distance >= 0)
@@ -203,11 +256,13 @@ def _attend_block(
             seen &= distance < params.window
         scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        # No key yet: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        weights, decay = jnp.exp2(scores - base[:, None]), jnp.exp2(top - base)
+        weights = jnp.exp2(scores - base[:, None])
+        decay = jnp.exp2(top - base)
         total = total * decay + jnp.sum(weights, axis=1)
-        values = _multiply_values(refs, weights, slab, place, inside, k, q[0].dtype, s)
-        o = tuple(x * decay[:, None] + y for x, y in zip(o, values, strict=True))
+        tile_o = _multiply_values(refs, weights, tile, k, q[0].dtype, s)
+        o = tuple(x * decay[:, None] + y for x, y in zip(o, tile_o, strict=True))
         return o, new_top, total
 
     zeros = tuple(
@@ -216,68 +271,72 @@ def _attend_block(
     top = jnp.full((s.rows,), -jnp.inf)
     total = jnp.zeros((s.rows,), jnp.float32)
     if "sinks" in refs:
+        # The first share of the keys has the sink.
         sinks = refs["sinks"][head, :] * LOG2E
-        mine = (split == 0) & (sinks > -jnp.inf)
-        top, total = jnp.where(mine, sinks, top), jnp.where(mine, 1.0, total)
+        has_sink = (split == 0) & (sinks > -jnp.inf)
+        top = jnp.where(has_sink, sinks, top)
+        total = jnp.where(has_sink, 1.0, total)
     o, top, total = lax.fori_loop(begin, end, attend_tile, (zeros, top, total))
-    some = total > 0
-    inverse = 1 / jnp.where(some, total, 1.0)
-    for (at, width), x in zip(split_head_dim(s.Hv), o, strict=True):
-        o_ref[split, item, head, :, pl.ds(at, width)] = x * inverse[:, None]
-    lse = jnp.where(some, top * LN2 + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
-    lse_ref[split, item, head, :] = lse
+    has_weight = total > 0
+    inverse = 1 / jnp.where(has_weight, total, 1.0)
+    for (start, width), part in zip(split_head_dim(s.Hv), o, strict=True):
+        o_ref[split, item, head, :, pl.ds(start, width)] = part * inverse[:, None]
+    lse = top * LN2 + jnp.log(jnp.where(has_weight, total, 1.0))
+    lse_ref[split, item, head, :] = jnp.where(has_weight, lse, -jnp.inf)
 
 
 def _load_codes(
-    ref: Any, slab, place, inside, feature, s: _Statics, H: int
+    ref: Any, tile: _KeyTile, feature: jax.Array, s: _Statics, H: int
 ) -> jax.Array:
-    """Reads tokens' codes or numbers, [keys, width], of features that lie in
-    ``feature``."""
+    """Reads tokens' codes or numbers, [keys, width]: the features ``feature`` int32
+    [width] of heads of H."""
     page = s.params.page_size
-    packed = ref.dtype == jnp.uint8
     half = page // 2
-    row = slab * (half if packed else page) + (
-        lax.rem(place, half) if packed else place
-    )
-    mask = inside[:, None] & (feature < H)[None]
-    row = jnp.where(inside, row, 0)
-    x = plgpu.load(
-        ref.at[row[:, None], jnp.where(feature < H, feature, 0)[None]],
-        mask=mask,
-        other=0,
-    )
-    if not packed:
+    is_packed = ref.dtype == jnp.uint8
+    # Rows of the array: of int4 a byte has two tokens, half a page apart.
+    rows_per_page = half if is_packed else page
+    row = tile.slab * rows_per_page
+    row = row + (lax.rem(tile.place, half) if is_packed else tile.place)
+    mask = tile.inside[:, None] & (feature < H)[None]
+    row = jnp.where(tile.inside, row, 0)[:, None]
+    column = jnp.where(feature < H, feature, 0)[None]
+    x = plgpu.load(ref.at[row, column], mask=mask, other=0)
+    if not is_packed:
         return x
     x = x.astype(jnp.int32)
-    return jnp.where((place >= half)[:, None], x >> 4, x & 15)
+    return jnp.where((tile.place >= half)[:, None], x >> 4, x & 15)
 
 
-def _load_keys(refs, slab, place, inside, dtype, s: _Statics) -> tuple[jax.Array, ...]:
+def _load_keys(
+    refs: dict[str, Any], tile: _KeyTile, dtype: Any, s: _Statics
+) -> tuple[jax.Array, ...]:
     """Reads a tile of keys, [keys, width] of each part of a head."""
     parts = []
     for begin, width in split_head_dim(s.H):
         feature = begin + jnp.arange(width, dtype=jnp.int32)
-        x = _load_codes(refs["k_codes"], slab, place, inside, feature, s, s.H)
+        x = _load_codes(refs["k_codes"], tile, feature, s, s.H)
         if "k_scale" in refs:
-            mask = inside[:, None] & (feature < s.H)[None]
-            at = (
-                jnp.where(inside, slab, 0)[:, None],
-                jnp.where(feature < s.H, feature, 0)[None],
-            )
+            mask = tile.inside[:, None] & (feature < s.H)[None]
+            row = jnp.where(tile.inside, tile.slab, 0)[:, None]
+            column = jnp.where(feature < s.H, feature, 0)[None]
             x = x.astype(jnp.float32)
-            for name in ("k_scale", "k_zero"):
-                if name in refs:
-                    own = plgpu.load(refs[name].at[at], mask=mask, other=0.0).astype(
-                        jnp.float32
-                    )
-                    x = x * own if name == "k_scale" else x + own
+            scale = plgpu.load(refs["k_scale"].at[row, column], mask=mask, other=0.0)
+            x = x * scale.astype(jnp.float32)
+            if "k_zero" in refs:
+                zero = plgpu.load(refs["k_zero"].at[row, column], mask=mask, other=0.0)
+                x = x + zero.astype(jnp.float32)
             x = x.astype(dtype)
         parts.append(x)
     return tuple(parts)
 
 
 def _multiply_values(
-    refs, weights, slab, place, inside, k, dtype, s: _Statics
+    refs: dict[str, Any],
+    weights: jax.Array,
+    tile: _KeyTile,
+    k: tuple[jax.Array, ...],
+    dtype: Any,
+    s: _Statics,
 ) -> tuple[jax.Array, ...]:
     """Multiplies weights [rows, keys] by a tile of values, in parts of a head."""
     if "v_codes" not in refs:
@@ -285,23 +344,25 @@ def _multiply_values(
         parts = split_head_dim(s.Hv)
         values = k[: len(parts)]
         if parts != split_head_dim(s.H)[: len(parts)]:
-            values = _load_keys(refs, slab, place, inside, dtype, s._replace(H=s.Hv))
-        return tuple(multiply(weights.astype(dtype), x) for x in values)
-    shift = None
+            values = _load_keys(refs, tile, dtype, s._replace(H=s.Hv))
+        return tuple(multiply(weights.astype(dtype), value) for value in values)
+    zeros = None
     if "v_scale" in refs:
-        token = jnp.where(inside, slab * s.params.page_size + place, 0)
+        # A token's scale and zero go into its weight: values are multiplied as codes.
+        token = tile.slab * s.params.page_size + tile.place
+        token = jnp.where(tile.inside, token, 0)
 
-        def load(name):
-            x = plgpu.load(refs[name].at[token], mask=inside, other=0.0)
+        def load(name: str) -> jax.Array:
+            x = plgpu.load(refs[name].at[token], mask=tile.inside, other=0.0)
             return x.astype(jnp.float32)[None]
 
         if "v_zero" in refs:
-            shift = jnp.sum(weights * load("v_zero"), axis=1)[:, None]
+            zeros = jnp.sum(weights * load("v_zero"), axis=1)[:, None]
         weights = weights * load("v_scale")
-    found = []
+    products = []
     for begin, width in split_head_dim(s.Hv):
         feature = begin + jnp.arange(width, dtype=jnp.int32)
-        x = _load_codes(refs["v_codes"], slab, place, inside, feature, s, s.Hv)
-        y = multiply(weights.astype(dtype), x.astype(dtype))
-        found.append(y if shift is None else y + shift)
-    return tuple(found)
+        codes = _load_codes(refs["v_codes"], tile, feature, s, s.Hv)
+        product = multiply(weights.astype(dtype), codes.astype(dtype))
+        products.append(product if zeros is None else product + zeros)
+    return tuple(products)

@@ -1,6 +1,5 @@
 """Paged attention in a form that any XLA backend compiles: an online softmax (Milakov &
-Gimelshein
-2018) over blocks of pages, each gathered where it is used, from the first that a query
+Gimelshein 2018) over blocks of pages, each gathered where it is used, from the first that a query
 sees to the last. No more than a block is ever copied.
 
 Uniform rows go through their blocks together. Other rows' queries go a block of one row
@@ -23,7 +22,8 @@ from pallas_kernels.paged_attention.params import (
 )
 
 # Queries of one row, and keys, in a block.
-_QUERIES, _KEYS = 32, 64
+_QUERIES = 32
+_KEYS = 64
 
 
 class XlaBlockSizes(NamedTuple):
@@ -51,97 +51,102 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
     parts = []
-    rows = params.num_uniform
-    each = params.queries_each
-    if rows:
-        q = operands.q[: rows * each].reshape(rows, each, *operands.q.shape[1:])
-        positions = (
-            operands.kv_lengths[:rows, None] - each + jnp.arange(each, dtype=jnp.int32)
-        )
-        own = _Rows(
-            q, positions, operands.key_limits[:rows], operands.page_tables[:rows]
-        )
-        o, lse = _attend_rows(own, operands, params)
-        parts.append(
-            (o.reshape(rows * each, *o.shape[2:]), lse.reshape(rows * each, -1))
-        )
+    if params.num_uniform:
+        parts.append(_attend_uniform(operands, params))
     if len(operands.q) > params.num_uniform_queries:
         parts.append(_attend_ragged(operands, params))
     o, lse = zip(*parts, strict=True)
     return jnp.concatenate(o), jnp.concatenate(lse)
 
 
+def _attend_uniform(
+    operands: PagedOperands, params: PagedParams
+) -> tuple[jax.Array, jax.Array]:
+    """Returns o and lse of the uniform rows' queries, all rows at once."""
+    R = params.num_uniform
+    E = params.queries_each
+    q = operands.q[: R * E].reshape(R, E, *operands.q.shape[1:])
+    first_positions = operands.kv_lengths[:R, None] - E
+    positions = first_positions + jnp.arange(E, dtype=jnp.int32)
+    rows = _Rows(q, positions, operands.key_limits[:R], operands.page_tables[:R])
+    o, lse = _attend_rows(rows, operands, params)
+    return o.reshape(R * E, *o.shape[2:]), lse.reshape(R * E, -1)
+
+
 def _attend_ragged(
     operands: PagedOperands, params: PagedParams
 ) -> tuple[jax.Array, jax.Array]:
+    """Returns o and lse of the other rows' queries, a block of one row after the
+    other."""
     q = operands.q[params.num_uniform_queries :]
     T, N, _ = q.shape
-    size = min(params.block_sizes.queries if params.block_sizes else _QUERIES, T)
-    out = (
-        jnp.zeros((T + size, N, params.value_dim), params.dtype),
-        jnp.full((T + size, N), -jnp.inf, accumulation_dtype(q)),
-    )
+    max_queries = params.block_sizes.queries if params.block_sizes else _QUERIES
+    size = min(max_queries, T)
+    # Room for a last block that is not full.
+    o = jnp.zeros((T + size, N, params.value_dim), params.dtype)
+    lse = jnp.full((T + size, N), -jnp.inf, accumulation_dtype(q))
     if params.num_uniform < len(operands.kv_lengths):
-        lengths, limits, tables = (
-            x[params.num_uniform :]
-            for x in (operands.kv_lengths, operands.key_limits, operands.page_tables)
-        )
-        starts = (
-            operands.query_starts[params.num_uniform :] - params.num_uniform_queries
-        )
+        lengths = operands.kv_lengths[params.num_uniform :]
+        limits = operands.key_limits[params.num_uniform :]
+        tables = operands.page_tables[params.num_uniform :]
+        starts = operands.query_starts[params.num_uniform :]
+        starts = starts - params.num_uniform_queries
         counts = starts[1:] - starts[:-1]
         num_blocks = -(-counts // size)
         ends = jnp.cumsum(num_blocks)
         q = jnp.pad(q, ((0, size), (0, 0), (0, 0)))
 
-        def attend_queries(i, out):
-            row = jnp.searchsorted(ends, i, side="right")
-            first = (i - ends[row] + num_blocks[row]) * size
+        def attend_queries(block, out):
+            row = jnp.searchsorted(ends, block, side="right")
+            # The block's first query, counted from its row's first.
+            first = (block - ends[row] + num_blocks[row]) * size
             begin = starts[row] + first
             offsets = jnp.arange(size, dtype=jnp.int32)
             inside = offsets < counts[row] - first
-            own = _Rows(
-                lax.dynamic_slice_in_dim(q, begin, size)[None],
-                jnp.where(inside, lengths[row] - counts[row] + first + offsets, -1)[
-                    None
-                ],
-                limits[row][None],
-                tables[row][None],
-            )
+            block_q = lax.dynamic_slice_in_dim(q, begin, size)[None]
+            positions = lengths[row] - counts[row] + first + offsets
+            positions = jnp.where(inside, positions, -1)[None]
+            rows = _Rows(block_q, positions, limits[row][None], tables[row][None])
+            results = _attend_rows(rows, operands, params)
             # What it writes behind its row the next row's blocks write over.
             return tuple(
-                lax.dynamic_update_slice_in_dim(x, y[0], begin, 0)
-                for x, y in zip(out, _attend_rows(own, operands, params), strict=True)
+                lax.dynamic_update_slice_in_dim(array, result[0], begin, 0)
+                for array, result in zip(out, results, strict=True)
             )
 
-        out = lax.fori_loop(0, ends[-1], attend_queries, out)
-    return out[0][:T], out[1][:T]
+        o, lse = lax.fori_loop(0, ends[-1], attend_queries, (o, lse))
+    return o[:T], lse[:T]
 
 
 def _attend_rows(
     rows: _Rows, operands: PagedOperands, params: PagedParams
 ) -> tuple[jax.Array, jax.Array]:
     """Returns o [R, E, N, Hv] and lse [R, E, N]."""
-    (R, E, N, H), K = rows.q.shape, operands.num_kv_heads
-    wide = accumulation_dtype(rows.q)
+    R, E, N, H = rows.q.shape
+    K = operands.num_kv_heads
     group = N // K
+    wide = accumulation_dtype(rows.q)
     limits = rows.limits
+    positions = rows.positions
+
     num_keys = params.block_sizes.keys if params.block_sizes else _KEYS
     num_pages = min(max(1, num_keys // params.page_size), rows.tables.shape[1])
     block = num_pages * params.page_size
-    tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % num_pages)))
-    q = (
-        rows.q.reshape(R, E, K, group, H)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(R, K, group * E, H)
-    )
-    positions = rows.positions
-    sees = rows.positions >= 0
+    missing_pages = -rows.tables.shape[1] % num_pages
+    tables = jnp.pad(rows.tables, ((0, 0), (0, missing_pages)))
+
+    # One matrix of queries a kv head: (query head of the group, query).
+    q = rows.q.reshape(R, E, K, group, H)
+    q = q.transpose(0, 2, 3, 1, 4)
+    q = q.reshape(R, K, group * E, H)
+
+    # The loop goes from the first block that some query of some row sees to the last.
+    is_query = rows.positions >= 0
     ends = jnp.minimum(limits, positions.max(axis=1) + 1)
     last = -(-ends.max() // block)
     first = jnp.zeros((), jnp.int32)
     if params.window is not None:
-        lowest = jnp.where(sees, positions, jnp.iinfo(jnp.int32).max).min()
+        lowest = jnp.where(is_query, positions, jnp.iinfo(jnp.int32).max).min()
         first = jnp.maximum(lowest - params.window + 1, 0) // block
 
     def attend_keys(j, carry):
@@ -165,30 +170,34 @@ def _attend_rows(
         new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
         # No key yet: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        weights, decay = jnp.exp(scores - base), jnp.exp(top - base)
-        own = jnp.einsum(
+        weights = jnp.exp(scores - base)
+        decay = jnp.exp(top - base)
+        block_o = jnp.einsum(
             "rkmt,rkth->rkmh",
             weights.reshape(R, K, group * E, block).astype(v.dtype),
             v,
             preferred_element_type=wide,
         )
-        o = o * decay + own.reshape(o.shape)
-        return o, new_top, total * decay + weights.sum(axis=-1, keepdims=True)
+        o = o * decay + block_o.reshape(o.shape)
+        total = total * decay + weights.sum(axis=-1, keepdims=True)
+        return o, new_top, total
 
     shape = R, K, group, E, 1
     top = jnp.full(shape, -jnp.inf, wide)
     total = jnp.zeros(shape, wide)
     if operands.sinks is not None:
+        # As if a key with the sink's score had come first, and a value of zeros.
         sinks = operands.sinks.reshape(1, K, group, 1, 1)
-        live = sees[:, None, None, :, None]
-        top = jnp.where(live, sinks, top)
-        total = jnp.broadcast_to(live & (sinks > -jnp.inf), shape)
+        has_query = is_query[:, None, None, :, None]
+        top = jnp.where(has_query, sinks, top)
+        total = jnp.broadcast_to(has_query & (sinks > -jnp.inf), shape)
         total = total.astype(wide)
     o = jnp.zeros((*shape[:-1], params.value_dim), wide)
     o, top, total = lax.fori_loop(first, last, attend_keys, (o, top, total))
     o = o / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)[..., 0]
-    o = o.transpose(0, 3, 1, 2, 4).reshape(R, E, N, params.value_dim)
+    o = o.transpose(0, 3, 1, 2, 4)
+    o = o.reshape(R, E, N, params.value_dim)
     return o.astype(params.dtype), lse.transpose(0, 3, 1, 2).reshape(R, E, N)
 
 
@@ -204,8 +213,10 @@ def _adjust_scores(
         scores -= slopes * distance[:, None, None].astype(scores.dtype)
     if operands.biases is not None:
         reach = operands.biases.shape[1] // 2
-        own = operands.biases[:, jnp.clip(-distance, -reach, reach) + reach]
-        scores += own.reshape(K, group, *distance.shape).transpose(2, 0, 1, 3, 4)
+        index = jnp.clip(-distance, -reach, reach) + reach
+        biases = operands.biases[:, index]
+        biases = biases.reshape(K, group, *distance.shape)
+        scores += biases.transpose(2, 0, 1, 3, 4)
     return scores
 
 
@@ -214,9 +225,9 @@ def _read_pages(
 ) -> jax.Array:
     """Reads [R, K, block, H] of pages int32 [R, n]."""
     if isinstance(pages, QuantizedPages):
-        own = jax.tree.map(lambda x: _gather(x, table), pages)
+        gathered = jax.tree.map(lambda array: _gather(array, table), pages)
         wide = jnp.promote_types(dtype, jnp.float32)
-        x = dequantize(own, per_channel=per_channel, dtype=wide).astype(dtype)
+        x = dequantize(gathered, per_channel=per_channel, dtype=wide).astype(dtype)
     else:
         x = _gather(pages, table)
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
@@ -225,9 +236,10 @@ def _read_pages(
 def _gather(x: jax.Array, table: jax.Array) -> jax.Array:
     """Gathers [R, K, n, ...] of x [P, K, ...], a head of a page as one row of a table:
     what XLA copies fastest on a CPU, with indices that it has computed before."""
-    P, K, *rest = x.shape
+    P, K, *page_shape = x.shape
     rows = table[:, None] * K + jnp.arange(K, dtype=jnp.int32)[:, None]
+    # Without the barrier XLA computes the index anew for each number that it copies.
     rows = lax.optimization_barrier(rows.reshape(-1))
     flat = x.reshape(P * K, -1)
-    found = flat.at[rows].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    return found.reshape(len(table), K, -1, *rest)
+    pages = flat.at[rows].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return pages.reshape(len(table), K, -1, *page_shape)

@@ -251,7 +251,11 @@ def test_rows_of_tokens_stand_in_the_table_and_in_the_head(tied):
     adapter = LoraAdapter(rank=2, targets=("query",), token_ids=(9, 3), token_head=True)
     base, params, model, fresh = build(adapter, config)
     begun = adapter.init_from_base(fresh)
-    np.testing.assert_array_equal(run(base, params), run(model, begun))
+    # XLA multiplies a head that rows have been put in as it lies then, which may round
+    # otherwise.
+    np.testing.assert_allclose(
+        run(base, params), run(model, begun), rtol=1e-5, atol=2e-6
+    )
     noisy = replace_base_params(randomize(begun), params)
     want = run(model, noisy)
     flat = flatten_names(noisy)

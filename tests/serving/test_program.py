@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from maxlm.config import load_config
+from maxlm.inference.cpu import library
 from maxlm.inference.engine import EngineConfig
 from maxlm.serving.program import choose_max_length, warn_of_missing_kernels
-from pallas_kernels import cpu
 
 
 def choose(max_seq_len: int, *settings: str) -> tuple[EngineConfig, EngineConfig]:
@@ -56,7 +56,7 @@ def test_missing_kernels_are_said_in_one_line(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing compiled before
     monkeypatch.setattr(
-        "maxlm.parallel.cpu_kernels.load_kernels", cpu.load_kernels.__wrapped__
+        "maxlm.inference.cpu.load_library", library.load_library.__wrapped__
     )
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     warn_of_missing_kernels(one_device_mesh)

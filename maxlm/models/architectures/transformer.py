@@ -241,7 +241,12 @@ class Transformer(Trunk):
         kernel = reshard(head.head, make_spec(head.head_layout))
         spec = self.rules.spec("batch", "seq", "vocab")
         logits = multiply_head(
-            head.hidden, kernel, spec, dtype, column_major=self.head is None
+            head.hidden,
+            kernel,
+            spec,
+            dtype,
+            product=(self.head or self.embedding).product,
+            column_major=self.head is None,
         )
         if head.bias is not None:
             logits += reshard(head.bias, self.rules.spec("vocab"))

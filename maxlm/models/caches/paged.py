@@ -159,6 +159,7 @@ class PagedCache(AttentionCache):
             batch.kv_lengths,
             batch.query_starts,
             uniform_rows=batch.uniform_rows,
+            kernel=batch.attention_kernel,
             value_dim=value_dim,
             window=terms.window,
             scale=terms.scale,

@@ -84,6 +84,7 @@ class QuantizedCache(AttentionCache):
             slopes=terms.slopes,
             biases=terms.biases,
             dtype=jnp.promote_types(q.dtype, jnp.float32),
+            kernel=batch.attention_kernel,
         )
         lengths = batch.kv_lengths
         starts = batch.query_starts

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from maxlm.parallel.decode_kernels import PagedKernel
 from maxlm.parallel.local import map_shards
 from maxlm.sharding import AxisRules
 
@@ -43,6 +44,11 @@ class RaggedBatch:
     """Windows of the model's layers, each with pages of its own."""
     uniform_rows: tuple[int, int] = field(metadata={"static": True})
     """(b, G)."""
+    attention_kernel: PagedKernel | None = field(
+        default=None, metadata={"static": True}
+    )
+    """The engine's own kernel for attention to pages, used where it supports a call;
+    None: those of ``pallas_kernels`` alone."""
 
     def pages(self, window: int | None) -> tuple[jax.Array, jax.Array]:
         """Returns the slots and page tables of layers of a window."""

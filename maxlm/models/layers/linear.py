@@ -11,6 +11,7 @@ from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
     FusedKernel,
     Leaf,
+    ModuleT,
     ParamReader,
     ShardedWeight,
     declare,
@@ -19,6 +20,7 @@ from maxlm.models.params import (
     materialize,
     truncated_normal,
 )
+from maxlm.parallel.decode_kernels import LocalProduct
 from maxlm.parallel.embedding import embed_tokens
 from maxlm.parallel.local import get_layout, parse_spec
 
@@ -49,6 +51,8 @@ class Linear(nnx.Module):
     ):
         self.rules = context.rules
         self.dtype = context.dtype
+        self.product: LocalProduct | None = None
+        """See :func:`set_product`."""
         self.kernel = declare(
             (*inputs.values(), *outputs.values()),
             (*inputs, *outputs),
@@ -83,7 +87,7 @@ def project(
     dtype = layers[0].dtype
     token_layout = parse_spec(rules.spec("batch", seq_axis), 2)
     readers = [
-        ParamReader(get_spec(layer.kernel), rules, dtype, token_layout)
+        ParamReader(get_spec(layer.kernel), rules, dtype, token_layout, layer.product)
         for layer in layers
     ]
     kernels: list[StoredParam] = [layer.kernel.get_value() for layer in layers]
@@ -169,6 +173,8 @@ class Embedding(nnx.Module):
     def __init__(self, axis: str | None, size: int, context: BuildContext):
         self.rules = context.rules
         self.dtype = context.dtype
+        self.product: LocalProduct | None = None
+        """Of a head that is tied to the table; see :func:`set_product`."""
         self.table = declare(
             (size, context.d_model),
             (axis, "embed"),
@@ -198,3 +204,13 @@ class Embedding(nnx.Module):
         if isinstance(table, Leaf):
             return table.look_up(read_rows, reader)
         return read_rows(table)
+
+
+def set_product(module: ModuleT, product: LocalProduct) -> ModuleT:
+    """Returns the module with another product in its linear maps, and in a head that is
+    tied to an embedding; pure. What it computes then has no gradients."""
+    copy = nnx.merge(*nnx.split(module))
+    for _, part in nnx.iter_modules(copy):
+        if isinstance(part, (Linear, Embedding)):
+            part.product = product
+    return copy

@@ -13,8 +13,8 @@ _GEMM_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]')
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:
-    """Returns 2·M·N·K of a dot, a convolution, a matrix library's call or our own
-    kernel's; 0 for others."""
+    """Returns 2·M·N·K of a dot, a convolution or a matrix library's call; 0 for
+    others."""
     opcode = instruction.opcode
     if opcode not in ("dot", "convolution", "custom-call"):
         return 0
@@ -24,8 +24,6 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
         return _count_dot_flops(operands[0][0], instruction.shapes[0], contracted)
     if opcode == "convolution":
         return _count_convolution_flops(instruction, operands[0][0], operands[1][0])
-    if instruction.custom_call_target == "pallas_kernels.CpuMatmul":
-        return _count_dot_flops(operands[0][0], instruction.shapes[0], (1,))
     if "gemm" in instruction.custom_call_target:
         # A matrix library's call states its dot in JSON.
         dims = _GEMM_CONTRACTED.search(instruction.attributes)

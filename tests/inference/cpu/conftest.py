@@ -1,12 +1,12 @@
-"""What tests of kernels share."""
+"""What tests of kernels for CPUs share."""
 
 import pytest
 
-from pallas_kernels.cpu import load_kernels
+from maxlm.inference.cpu.library import load_library
 
 
 @pytest.fixture
 def cpu_kernels():
     """Kernels in C++, compiled."""
-    if not load_kernels():
+    if load_library() is None:
         pytest.skip("no C++ compiler")

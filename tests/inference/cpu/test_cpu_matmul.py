@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.cpu_matmul import can_multiply_rows, cpu_matmul
+from maxlm.inference.cpu.matmul import cpu_matmul, multiply_few_rows
+from maxlm.parallel.linear import multiply_by_xla
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -24,48 +24,35 @@ def multiply_columns(x, table):
     return cpu_matmul(x, table.T, column_major=True)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 24, 64, 65, 150])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 24, 48, 65])
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [(1, 1), (5, 3), (37, 51), (1130, 97), (64, 304)]
 )
 def test_products_are_exact(rows, inputs, outputs):
-    x, kernel = draw(rows, inputs), draw(inputs, outputs)
+    x = draw(rows, inputs)
+    kernel = draw(inputs, outputs)
     exact = x.astype(np.float64) @ kernel
-    size_x, size_kernel = np.abs(x), np.abs(kernel)
+    size_x = np.abs(x)
+    size_kernel = np.abs(kernel)
     bound = size_x.max(1, keepdims=True) * size_kernel.sum(0)
     bound += size_x.sum(1, keepdims=True) * size_kernel.max(0)
     for y in (cpu_matmul(x, kernel), jax.jit(multiply_columns)(x, kernel.T.copy())):
-        assert (np.abs(np.asarray(y) - exact) <= 2e-7 * bound).all()
-        assert np.linalg.norm(np.asarray(y) - exact) <= 5e-7 * np.linalg.norm(exact)
-
-
-def test_a_large_input_costs_its_own_row_digits():
-    """In proportion to how large it is beside the row's others."""
-    x, kernel = draw(150, 1171), draw(1171, 304)
-    if not can_multiply_rows(x, kernel):
-        pytest.skip("a processor without matrix units")
-    x[::2, 3] *= 40
-    exact = x.astype(np.float64) @ kernel
-    error = np.linalg.norm(np.asarray(cpu_matmul(x, kernel)) - exact, axis=1)
-    largest = np.abs(x).max(1) / np.sqrt(np.mean(x**2, 1))
-    bound = 1.3 * np.hypot(3.4e-8 * largest, 3.4e-8 * 4)
-    assert (error <= bound * np.linalg.norm(exact, axis=1)).all()
+        error = np.asarray(y) - exact
+        assert (np.abs(error) <= 2e-7 * bound).all()
+        assert np.linalg.norm(error) <= 5e-7 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize(
     ("multiply", "rows", "parts"),
     [
         (cpu_matmul, 48, [(0, 1), (3, 2), (9, 7), (20, 28)]),
-        (cpu_matmul, 130, [(0, 49), (20, 70)]),
         (multiply_columns, 99, [(0, 1), (3, 2), (20, 70)]),
     ],
 )
 def test_a_row_does_not_depend_on_others(multiply, rows, parts):
-    """Bit for bit: neither on how many there are nor on its place; of many, on matrix
-    units."""
-    x, kernel = draw(rows, 1171), draw(1171, 1171)
-    if not can_multiply_rows(x, kernel):
-        pytest.skip("a processor without matrix units")
+    """Bit for bit: neither on how many there are nor on its place."""
+    x = draw(rows, 1171)
+    kernel = draw(1171, 1171)
     y = np.asarray(multiply(x, kernel))
     for first, size in parts:
         part = np.asarray(multiply(x[first : first + size], kernel))
@@ -74,7 +61,8 @@ def test_a_row_does_not_depend_on_others(multiply, rows, parts):
 
 def test_a_table_is_read_as_it_lies():
     """Its transpose is no copy."""
-    x, table = jnp.ones((3, 600)), jnp.ones((700, 600))
+    x = jnp.ones((3, 600))
+    table = jnp.ones((700, 600))
     memory = jax.jit(multiply_columns).lower(x, table).compile().memory_analysis()
     assert memory.temp_size_in_bytes < table.nbytes / 10
 
@@ -96,15 +84,32 @@ def test_devices_multiply_at_the_same_time():
     assert np.isfinite(run(draw(16, 256))).all()
 
 
-def test_which_products_it_takes():
-    """Many rows where there are matrix units."""
-    x, kernel = jnp.ones((17, 8)), jnp.ones((8, 8))
-    cpu = Path("/proc/cpuinfo")
-    amx = cpu.exists() and "amx_int8" in cpu.read_text()
-    assert can_multiply_rows(jnp.ones((49, 8)), kernel) == amx
-    assert can_multiply_rows(x, kernel)
-    assert not can_multiply_rows(x, kernel, column_major=True)
-    assert not can_multiply_rows(x.astype(jnp.bfloat16), kernel)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "column_major", "is_faster"),
+    [
+        ((6, 8, 4, 5), "float32", False, True),
+        ((7, 7, 4, 5), "float32", False, False),
+        ((2, 8, 4, 5), "float32", True, True),
+        ((1, 17, 4, 5), "float32", True, False),
+        ((1, 8, 4, 5), "bfloat16", False, False),
+    ],
+)
+def test_a_step_multiplies_few_rows_of_fp32_by_it(
+    shape, dtype, column_major, is_faster
+):
+    """And all else by XLA, to the same result."""
+    x = draw(*shape).astype(dtype)
+    kernel = draw(4, 5, 7).astype(dtype)
+
+    def run(multiply):
+        return jax.jit(lambda x, k: multiply(x, k, 2, column_major=column_major))
+
+    lowered = run(multiply_few_rows).lower(x, kernel)
+    assert ("maxlm.CpuMatmul" in lowered.as_text()) == is_faster
+    y = run(multiply_few_rows)(x, kernel)
+    expected = run(multiply_by_xla)(x, kernel)
+    assert y.shape == (*shape[:2], 7)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -112,11 +117,14 @@ def test_which_products_it_takes():
 )
 def test_without_a_compiler_xla_multiplies(compiler, warns, tmp_path):
     """A compiler that fails is warned of, none is not."""
-    program = "from pallas_kernels.cpu import load_kernels; assert not load_kernels()"
+    program = "from maxlm.inference.cpu.library import load_library; assert not load_library()"
     env = os.environ | {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", program]
-    said = subprocess.run(
-        command, env=env, check=True, capture_output=True, text=True
-    ).stderr
-    assert ("XLA does what kernels for CPUs" in said) == warns
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        env=env,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert ("XLA does what kernels for CPUs" in process.stderr) == warns
     assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]

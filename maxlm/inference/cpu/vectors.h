@@ -1,7 +1,7 @@
-// What the kernels for CPUs share: vectors of floats, and work on several threads.
+// Vectors of floats, and work on several threads, for the kernels beside this file.
 
-#ifndef PALLAS_KERNELS_CPU_H_
-#define PALLAS_KERNELS_CPU_H_
+#ifndef MAXLM_INFERENCE_CPU_VECTORS_H_
+#define MAXLM_INFERENCE_CPU_VECTORS_H_
 
 #include <algorithm>
 #include <atomic>
@@ -127,4 +127,4 @@ void ForEachPart(ffi::ThreadPool& pool, int64_t threads, int64_t parts, F f) {
   while (counters->done < parts) std::this_thread::yield();
 }
 
-#endif  // PALLAS_KERNELS_CPU_H_
+#endif  // MAXLM_INFERENCE_CPU_VECTORS_H_

@@ -2,16 +2,20 @@
 // head of some of a row's tokens, with all their queries. Few queries read the pages where they lie;
 // for many a tile's keys are turned around, so that scores are sums of vectors.
 
-#include "pallas_kernels/cpu.h"
+#include "vectors.h"
 
 #include <vector>
 
 namespace {
 
-// Keys of a tile, tokens whose queries take a tile after another, queries that a loaded number is
-// multiplied by, and vectors whose sums of so many queries fit the registers.
-constexpr int64_t kKeys = 64, kTokens = 64;
-constexpr int kQueries = 4, kVectors = kLanes == 8 ? 2 : 4;
+// Keys of a tile.
+constexpr int64_t kKeys = 64;
+// Tokens whose queries go through the tiles together, which are read once for them.
+constexpr int64_t kTokens = 64;
+// Queries that a loaded number is multiplied by, and vectors whose sums of so many queries fit the
+// registers.
+constexpr int kQueries = 4;
+constexpr int kVectors = kLanes == 8 ? 2 : 4;
 // From so many queries on, keys are turned around.
 constexpr int64_t kManyQueries = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -64,8 +68,9 @@ float AdjustScore(const Call& call, const Query& query, float score, int64_t key
   if (call.soft_cap > 0) score = call.soft_cap * std::tanh(score / call.soft_cap);
   if (call.slopes) score -= call.slopes[query.head] * distance;
   if (call.biases) {
-    int64_t reach = call.bias_reach, at = std::clamp(-distance, -reach, reach) + reach;
-    score += call.biases[query.head * (2 * reach + 1) + at];
+    int64_t reach = call.bias_reach;
+    int64_t index = std::clamp(-distance, -reach, reach) + reach;
+    score += call.biases[query.head * (2 * reach + 1) + index];
   }
   return score;
 }
@@ -112,19 +117,20 @@ float WeighScores(const Call& call, Query& query, const Tile& tile, float* score
   std::fill(scores + end, scores + kKeys, -kInfinity);
   Vector highest = query.top - Vector{};
   for (int64_t t = 0; t < tile.count; t += kLanes) {
-    Vector own = Load(scores + t);
-    highest = own > highest ? own : highest;
+    Vector score = Load(scores + t);
+    highest = score > highest ? score : highest;
   }
   float top = query.top;
   for (int lane = 0; lane < kLanes; ++lane) top = std::max(top, highest[lane]);
   // No key yet: −inf − −inf is NaN.
-  float base = top == -kInfinity ? 0 : top, decay = std::exp(query.top - base);
+  float base = top == -kInfinity ? 0 : top;
+  float decay = std::exp(query.top - base);
   Vector total = {};
   for (int64_t t = 0; t < tile.count; t += kLanes) {
-    Vector own = Load(scores + t);
-    own = own == -kInfinity ? Vector{} : Exp(own - base);
-    Store(scores + t, own);
-    total += own;
+    Vector score = Load(scores + t);
+    Vector weight = score == -kInfinity ? Vector{} : Exp(score - base);
+    Store(scores + t, weight);
+    total += weight;
   }
   query.top = top;
   query.total = query.total * decay + Sum(total);
@@ -164,15 +170,21 @@ void AddKeys(const Call& call, Query* queries, const Tile& tile) {
 }
 
 void AttendHead(const Call& call, const Work& work, int64_t kv_head) {
-  int64_t group = call.heads / call.kv_heads, num_queries = group * (work.end - work.first);
-  int64_t row = work.row, begin = call.lengths[row] - (call.starts[row + 1] - call.starts[row]);
+  int64_t group = call.heads / call.kv_heads;
+  int64_t num_queries = group * (work.end - work.first);
+  int64_t row = work.row;
+  int64_t row_queries = call.starts[row + 1] - call.starts[row];
+  // The position of the row's first query.
+  int64_t begin = call.lengths[row] - row_queries;
+  // The keys [first, end) that some query sees.
   int64_t first = call.lengths[row], end = 0;
   auto queries = std::make_unique<Query[]>(num_queries);
   for (int64_t i = 0; i < num_queries; ++i) {
     Query& query = queries[i];
-    int64_t own = work.first + i / group, token = call.starts[row] + own;
+    int64_t index = work.first + i / group;
+    int64_t token = call.starts[row] + index;
     query.head = kv_head * group + i % group;
-    query.position = begin + own;
+    query.position = begin + index;
     query.end = std::min<int64_t>(query.position + 1, call.limits[row]);
     query.first = call.window ? std::max<int64_t>(0, query.position + 1 - call.window) : 0;
     query.q = call.q + (token * call.heads + query.head) * call.features;
@@ -181,7 +193,8 @@ void AttendHead(const Call& call, const Work& work, int64_t kv_head) {
     query.top = call.sinks && query.position >= 0 ? call.sinks[query.head] : -kInfinity;
     query.total = query.top == -kInfinity ? 0 : 1;
     std::fill_n(query.o, call.value_dim, 0.0f);
-    first = std::min(first, query.first), end = std::max(end, query.end);
+    first = std::min(first, query.first);
+    end = std::max(end, query.end);
   }
   bool turns = num_queries >= kManyQueries;
   std::unique_ptr<float[]> columns(turns ? new float[call.features * kKeys] : nullptr);
@@ -189,10 +202,11 @@ void AttendHead(const Call& call, const Work& work, int64_t kv_head) {
   for (int64_t start = first / kKeys * kKeys; start < end; start += kKeys) {
     Tile tile{start, std::min(kKeys, end - start), {}, {}, columns.get()};
     for (int64_t t = 0; t < tile.count; ++t) {
-      int64_t key = start + t, page = call.tables[row * call.pages + key / call.page_size];
-      int64_t at = (page * call.kv_heads + kv_head) * call.page_size + key % call.page_size;
-      tile.keys[t] = call.keys + at * call.features;
-      tile.values[t] = call.values + at * call.value_features;
+      int64_t key = start + t;
+      int64_t page = call.tables[row * call.pages + key / call.page_size];
+      int64_t slot = (page * call.kv_heads + kv_head) * call.page_size + key % call.page_size;
+      tile.keys[t] = call.keys + slot * call.features;
+      tile.values[t] = call.values + slot * call.value_features;
       if (turns)
         for (int64_t h = 0; h < call.features; ++h) columns[h * kKeys + t] = tile.keys[t][h];
     }
@@ -211,19 +225,33 @@ ffi::Error Attend(ffi::ThreadPool pool, FloatBuffer q, FloatBuffer keys, FloatBu
                   IntegerBuffer tables, IntegerBuffer lengths, IntegerBuffer limits,
                   IntegerBuffer starts, FloatBuffer slopes, FloatBuffer sinks, FloatBuffer biases,
                   int64_t window, float scale, float soft_cap, FloatResult o, FloatResult lse) {
-  auto given = [](FloatBuffer& x) { return x.element_count() ? x.typed_data() : nullptr; };
+  // What a call goes without is an empty array.
+  auto optional = [](FloatBuffer& x) { return x.element_count() ? x.typed_data() : nullptr; };
   Call call{};
-  call.q = q.typed_data(), call.keys = keys.typed_data(), call.values = values.typed_data();
-  call.slopes = given(slopes), call.sinks = given(sinks), call.biases = given(biases);
-  call.tables = tables.typed_data(), call.lengths = lengths.typed_data();
-  call.limits = limits.typed_data(), call.starts = starts.typed_data();
-  call.o = o->typed_data(), call.lse = lse->typed_data();
-  call.rows = lengths.dimensions()[0], call.heads = q.dimensions()[1];
-  call.kv_heads = keys.dimensions()[1], call.page_size = keys.dimensions()[2];
-  call.features = keys.dimensions()[3], call.value_features = values.dimensions()[3];
-  call.value_dim = o->dimensions()[2], call.pages = tables.dimensions()[1];
-  call.bias_reach = call.biases ? biases.dimensions()[1] / 2 : 0, call.window = window;
-  call.scale = scale, call.soft_cap = soft_cap;
+  call.q = q.typed_data();
+  call.keys = keys.typed_data();
+  call.values = values.typed_data();
+  call.slopes = optional(slopes);
+  call.sinks = optional(sinks);
+  call.biases = optional(biases);
+  call.tables = tables.typed_data();
+  call.lengths = lengths.typed_data();
+  call.limits = limits.typed_data();
+  call.starts = starts.typed_data();
+  call.o = o->typed_data();
+  call.lse = lse->typed_data();
+  call.rows = lengths.dimensions()[0];
+  call.heads = q.dimensions()[1];
+  call.kv_heads = keys.dimensions()[1];
+  call.page_size = keys.dimensions()[2];
+  call.features = keys.dimensions()[3];
+  call.value_features = values.dimensions()[3];
+  call.value_dim = o->dimensions()[2];
+  call.pages = tables.dimensions()[1];
+  call.bias_reach = call.biases ? biases.dimensions()[1] / 2 : 0;
+  call.window = window;
+  call.scale = scale;
+  call.soft_cap = soft_cap;
   std::vector<Work> works;
   int64_t pairs = 0;
   for (int64_t row = 0; row < call.rows; ++row) {
@@ -246,7 +274,7 @@ ffi::Error Attend(ffi::ThreadPool pool, FloatBuffer q, FloatBuffer keys, FloatBu
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    PagedAttention, Attend,
+    CpuPagedAttention, Attend,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
         .Arg<FloatBuffer>().Arg<FloatBuffer>().Arg<FloatBuffer>()
         .Arg<IntegerBuffer>().Arg<IntegerBuffer>().Arg<IntegerBuffer>().Arg<IntegerBuffer>()
