@@ -21,7 +21,7 @@ from maxlm.config import MaxlmError
 
 FILE_BYTES = 16 << 20
 TILE_BYTES = 1 << 20
-_WRITING = "free some space or rights, run again"
+_WRITING = "free disk space or fix permissions, then rerun"
 _OPEN = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
 
 Shape = tuple[int, ...]
@@ -33,7 +33,8 @@ class ZarrArray:
     """A stored array; :func:`create` or :func:`open_array` makes it."""
 
     def __init__(self, store: Any, where: str):
-        self._store, self._where = store, where
+        self._store = store
+        self._where = where
         self.shape: Shape = tuple(store.shape)
         self.dtype: np.dtype = store.dtype.numpy_dtype
         self.shard_shape: Shape = tuple(store.chunk_layout.write_chunk.shape or ())
@@ -86,7 +87,10 @@ def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
     """Returns a new fp32 array, written whole, in slices at ``num_lead_axes`` leading
     indices."""
     tile, file = choose_chunk_and_shard_shapes(shape[num_lead_axes:])
-    tile, file = (1,) * num_lead_axes + tile, (1,) * num_lead_axes + file
+    # A file holds nothing of two slices.
+    lead = (1,) * num_lead_axes
+    tile = lead + tile
+    file = lead + file
     codecs = [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "zstd", "configuration": {"level": 1}},
@@ -101,9 +105,8 @@ def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
     }
     store = {"driver": "file", "path": f"{folder.resolve()}/"}
     with _explain(str(folder), _WRITING):
-        return ZarrArray(
-            _open(store, {"metadata": metadata, "create": True}), str(folder)
-        )
+        created = _open(store, {"metadata": metadata, "create": True})
+        return ZarrArray(created, str(folder))
 
 
 def open_array(folder: Path, name: str) -> ZarrArray:
@@ -137,15 +140,15 @@ def _halved(shape: Sequence[int], most: int) -> Shape:
     return tuple(sides)
 
 
-def _open(store: dict[str, Any], options: dict[str, Any]) -> Any:
+def _open(location: dict[str, Any], options: dict[str, Any]) -> Any:
     import tensorstore as ts
 
     # TensorStore would keep no decoded tiles anyway, but read as many files at once as
     # it can.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    spec = {"driver": "zarr3", "kvstore": store}
-    found = ts.open(spec | _OPEN | options, context=context).result()
-    return ts.cast(found, ts.float32) if found.dtype == ts.bfloat16 else found
+    spec = {"driver": "zarr3", "kvstore": location}
+    store = ts.open(spec | _OPEN | options, context=context).result()
+    return ts.cast(store, ts.float32) if store.dtype == ts.bfloat16 else store
 
 
 def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
@@ -155,8 +158,8 @@ def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
     """
     at_once = max(1, min(nbytes // (8 * FILE_BYTES), os.cpu_count() or 1))
     flight: deque[T] = deque()
-    for one in begun:
-        flight.append(one)
+    for task in begun:
+        flight.append(task)
         if len(flight) >= at_once:
             yield flight.popleft()
     yield from flight
@@ -171,7 +174,7 @@ def _explain(
     try:
         yield
     except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).split(" [")[0].splitlines() or [type(error).__name__])[0][
-            :200
-        ]
+        # Behind " [" stand TensorStore's source lines.
+        lines = str(error).split(" [")[0].splitlines()
+        reason = lines[0][:200] if lines else type(error).__name__
         raise MaxlmError(f"array error: {reason}", where=where, fix=fix) from error

@@ -452,7 +452,7 @@ def find_run_family(
     name = name or published.get("family")
     if name is None:
         for _, family in FAMILIES.items():
-            if _find_inexpressible(model, family) is None:
+            if find_inexpressible_setting(model, family) is None:
                 return family, published
         message = "no published family computes what this model does"
         fix = "--family NAME says what one of them has no word for"
@@ -460,7 +460,7 @@ def find_run_family(
     family = FAMILIES.find(name)
     if family is None:
         raise MaxlmError(f"no family {name!r}", fix=FAMILIES.suggest(name))
-    if fault := _find_inexpressible(model, family):
+    if fault := find_inexpressible_setting(model, family):
         message = f"{family.hf_architecture} has no word for {fault}"
         fix = "name another --family, or change the model"
         raise MaxlmError(message, where="config.yaml: model", fix=fix)
@@ -531,10 +531,13 @@ def _with_tokenizer(
     return RunConfig.model_validate(values)
 
 
-def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
+def find_inexpressible_setting(model: Any, family: ModelFamily) -> str | None:
     """Returns a setting that a family's config.json cannot express; None: all are."""
     if model.architecture != family.architecture:
         return f"model.architecture={model.architecture}"
+    missing = family.find_missing_part(model)
+    if missing is not None:
+        return f"a model without {missing}"
     try:
         settings, _ = family.read_config(family.write_config(model), family.name)
         again = type(model).model_validate(settings)
@@ -542,8 +545,6 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
         return error.message
     except ValidationError as error:
         return f"its model.{join_key(error.errors()[0]['loc'])}"
-    except (AssertionError, AttributeError):
-        return "its kind of layers"
     different = compare_configs(
         model.model_dump(mode="json"), again.model_dump(mode="json")
     )
