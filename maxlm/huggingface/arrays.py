@@ -47,11 +47,12 @@ class ZarrArray:
 
     def read(self, lead_index: Shape = ()) -> np.ndarray:
         """Reads the slice at some leading indices."""
-        values = np.empty(self.shape[len(lead_index) :], self.dtype)
-        here = self._store[lead_index] if lead_index else self._store
+        num_lead = len(lead_index)
+        values = np.empty(self.shape[num_lead:], self.dtype)
+        stored = self._store[lead_index] if lead_index else self._store
         with _explain(self._where):
-            parts = split_into_boxes(values.shape, self.shard_shape[len(lead_index) :])
-            begun = ((box, here[box].read()) for box in parts)
+            boxes = split_into_boxes(values.shape, self.shard_shape[num_lead:])
+            begun = ((box, stored[box].read()) for box in boxes)
             for box, reading in _few_at_once(begun, values.nbytes):
                 values[box] = reading.result()
         return values
@@ -63,11 +64,12 @@ class ZarrArray:
 
     def write(self, lead_index: Shape, values: np.ndarray) -> None:
         """Writes the slice at some leading indices, and waits for the disk."""
-        assert values.shape == self.shape[len(lead_index) :]
-        here = self._store[lead_index] if lead_index else self._store
+        num_lead = len(lead_index)
+        assert values.shape == self.shape[num_lead:]
+        stored = self._store[lead_index] if lead_index else self._store
         with _explain(self._where, _WRITING):
-            parts = split_into_boxes(values.shape, self.shard_shape[len(lead_index) :])
-            begun = (here[box].write(values[box]) for box in parts)
+            boxes = split_into_boxes(values.shape, self.shard_shape[num_lead:])
+            begun = (stored[box].write(values[box]) for box in boxes)
             for writing in _few_at_once(begun, values.nbytes):
                 writing.result()
 
@@ -75,12 +77,14 @@ class ZarrArray:
 def split_into_boxes(shape: Shape, box_shape: Shape) -> Iterator[Box]:
     """Yields the parts of a grid over ``shape``, in C order; one, of no axes, for a
     scalar."""
-    axes = [range(0, size, width) for size, width in zip(shape, box_shape, strict=True)]
+    sides = list(zip(shape, box_shape, strict=True))
+    axes = [range(0, size, width) for size, width in sides]
     for starts in product(*axes):
-        corners = zip(starts, box_shape, shape, strict=True)
-        yield tuple(
-            slice(start, min(start + width, size)) for start, width, size in corners
-        )
+        box: list[slice] = []
+        for start, (size, width) in zip(starts, sides, strict=True):
+            # The last box of an axis may be narrower.
+            box.append(slice(start, min(start + width, size)))
+        yield tuple(box)
 
 
 def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
@@ -125,10 +129,14 @@ def open_array(folder: Path, name: str) -> ZarrArray:
 def choose_chunk_and_shard_shapes(shape: Shape) -> tuple[Shape, Shape]:
     """Returns shapes of the tiles and of the files of a slice; a file is made of whole
     tiles."""
-    tile = _halved(shape, TILE_BYTES // 4)
+    fp32_bytes = 4
+    tile = _halved(shape, TILE_BYTES // fp32_bytes)
+    # Tiles along each axis, rounded up: of the slice, then of a file.
     counts = tuple(-(-size // width) for size, width in zip(shape, tile, strict=True))
-    counts = _halved(counts, FILE_BYTES // 4 // math.prod(tile))
-    return tile, tuple(width * count for width, count in zip(tile, counts, strict=True))
+    most_tiles = FILE_BYTES // fp32_bytes // math.prod(tile)
+    counts = _halved(counts, most_tiles)
+    file = tuple(width * count for width, count in zip(tile, counts, strict=True))
+    return tile, file
 
 
 def _halved(shape: Sequence[int], most: int) -> Shape:
@@ -156,7 +164,8 @@ def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
 
     TensorStore holds each file twice while it is on its way, as values and compressed.
     """
-    at_once = max(1, min(nbytes // (8 * FILE_BYTES), os.cpu_count() or 1))
+    num_files = nbytes // (8 * FILE_BYTES)
+    at_once = max(1, min(num_files, os.cpu_count() or 1))
     flight: deque[T] = deque()
     for task in begun:
         flight.append(task)

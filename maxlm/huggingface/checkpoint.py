@@ -229,9 +229,13 @@ def _unpack(array: ZarrArray, lead: int, file: Any) -> None:
         file.truncate(array.nbytes)
     for box in split_into_boxes(array.shape, array.chunk_shape):
         values = array.read_box(box)
-        for at in np.ndindex(values.shape[:lead]):
-            there = tuple(part.start + i for part, i in zip(box, at, strict=False))
-            _mapped(array, file.name)[there + box[lead:]] = values[at]
+        for index_in_box in np.ndindex(values.shape[:lead]):
+            # ``box`` has the axes behind the leading ones, too: zip stops before them.
+            lead_index = tuple(
+                part.start + offset
+                for part, offset in zip(box, index_in_box, strict=False)
+            )
+            _mapped(array, file.name)[lead_index + box[lead:]] = values[index_in_box]
 
 
 def _mapped(array: ZarrArray, path: str) -> np.ndarray:

@@ -84,16 +84,18 @@ class TensorEntry:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of a map's inputs, or of a table's rows."""
         piece = self.pieces[0]
-        return piece.shape[: piece.num_input_dims or len(piece.shape) - 1]
+        # A table sums over none: all its dimensions but the last are rows.
+        num_dims = piece.num_input_dims or len(piece.shape) - 1
+        return piece.shape[:num_dims]
 
     def convert_outputs(self) -> TensorConversion:
         """Returns the conversion of a vector with a number for each of a map's
         outputs."""
         assert self.rule is not None
-        outputs = (piece.shape[len(self.input_shape) :] for piece in self.pieces)
-        return self.rule.make_conversion(
-            tuple(ParamShape(shape, 0) for shape in outputs)
-        )
+        num_inputs = len(self.input_shape)
+        outputs = [piece.shape[num_inputs:] for piece in self.pieces]
+        vectors = tuple(ParamShape(shape, 0) for shape in outputs)
+        return self.rule.make_conversion(vectors)
 
 
 NameTable = Mapping[str, TensorRule]
@@ -119,10 +121,12 @@ def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion
     """Returns a form whose ``groups`` equal parts of rows have all pieces, one above
     the other."""
     first = pieces[0]
-    inputs = (
-        (prod(first.shape[: first.num_input_dims]),) if first.num_input_dims else ()
-    )
-    outputs = (prod(piece.shape[piece.num_input_dims :]) for piece in pieces)
+    # Of biases and other vectors there are no inputs: [rows]; else [rows, inputs].
+    inputs: tuple[int, ...] = ()
+    if first.num_input_dims:
+        inputs = (prod(first.shape[: first.num_input_dims]),)
+    outputs = [prod(piece.shape[piece.num_input_dims :]) for piece in pieces]
+    # Where each piece's rows end within a group.
     stops = np.cumsum([size // groups for size in outputs])
 
     def split(whole: Array) -> list[Array]:

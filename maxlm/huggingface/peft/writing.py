@@ -450,14 +450,14 @@ class _AdapterFile:
         dot = "." if by_dots else ""
 
         def means_others(end: str) -> bool:
-            return any(
-                other.endswith(dot + end) and other not in chosen for other in known
-            )
+            others = (name for name in known if name not in chosen)
+            return any(name.endswith(dot + end) for name in others)
 
-        ends = {name: name.rpartition(".")[2] for name in names}
-        return sorted(
-            {name if means_others(end) else end for name, end in ends.items()}
-        )
+        short_names: set[str] = set()
+        for name in names:
+            end = name.rpartition(".")[2]
+            short_names.add(name if means_others(end) else end)
+        return sorted(short_names)
 
     def _read_norms(self, place: ParamSlice) -> np.ndarray:
         """Norms of a layer's weights of each output in the base, [*outputs]."""
@@ -474,6 +474,7 @@ class _AdapterFile:
         principal part, which is what the start has more than the base."""
         start = self._run.start
         assert start is not None
+        rank = adapter.rank
         for name, parts in arrays.items():
             spec = self._specs[name]
             if not spec.contracting_dims:
@@ -493,9 +494,10 @@ class _AdapterFile:
                     difference = read_start(index).astype(np.float64) - read_base(index)
                     matrix = to_matrix(difference, spec, lead) / adapter.scale
                     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-                    root = np.sqrt(s[: adapter.rank])
-                    first[index] = (u[:, : adapter.rank] * root).reshape(shape_a[lead:])
-                    rows = -root[:, None] * vt[: adapter.rank]
+                    root = np.sqrt(s[:rank])
+                    columns = u[:, :rank] * root
+                    rows = -root[:, None] * vt[:rank]
+                    first[index] = columns.reshape(shape_a[lead:])
                     second[index] = rows.reshape(shape_b[lead:])
             parts["lora_a"] = np.concatenate([parts["lora_a"], first], axis=-1)
             parts["lora_b"] = np.concatenate([parts["lora_b"], second], axis=lead)
