@@ -58,8 +58,12 @@ from maxlm.tasks.sft import SftTask
 
 # Settings of a model that say how it is trained or computed, not what it computes.
 _ASIDE = (
-    *("remat", "init_std"),
-    *("moe.balance_loss", "moe.z_loss", "moe.dispatch", "moe.capacity_factor"),
+    "remat",
+    "init_std",
+    "moe.balance_loss",
+    "moe.z_loss",
+    "moe.dispatch",
+    "moe.capacity_factor",
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # By the names that config.json has for number formats.

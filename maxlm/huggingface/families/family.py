@@ -217,7 +217,9 @@ class ModelFamily:
             )
         self.read_extra(reader, settings)
         for key in ("initializer_range", "init_std"):
-            std = reader.number(key, None, least=0) if reader.has(key) else None
-            if std:
+            if not reader.has(key):
+                continue
+            std = reader.number(key, least=0)
+            if std > 0:  # else our default: weights that begin as zeros cannot train
                 settings["init_std"] = std
         return settings
