@@ -21,7 +21,7 @@ from maxlm.config import MaxlmError
 
 FILE_BYTES = 16 << 20
 TILE_BYTES = 1 << 20
-_WRITING = "free some space or rights, run again"
+_WRITING = "free disk space or fix permissions, then rerun"
 _OPEN = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
 
 Shape = tuple[int, ...]
@@ -33,7 +33,8 @@ class ZarrArray:
     """A stored array; :func:`create` or :func:`open_array` makes it."""
 
     def __init__(self, store: Any, where: str):
-        self._store, self._where = store, where
+        self._store = store
+        self._where = where
         self.shape: Shape = tuple(store.shape)
         self.dtype: np.dtype = store.dtype.numpy_dtype
         self.shard_shape: Shape = tuple(store.chunk_layout.write_chunk.shape or ())
@@ -46,11 +47,12 @@ class ZarrArray:
 
     def read(self, lead_index: Shape = ()) -> np.ndarray:
         """Reads the slice at some leading indices."""
-        values = np.empty(self.shape[len(lead_index) :], self.dtype)
-        here = self._store[lead_index] if lead_index else self._store
+        num_lead = len(lead_index)
+        values = np.empty(self.shape[num_lead:], self.dtype)
+        stored = self._store[lead_index] if lead_index else self._store
         with _explain(self._where):
-            parts = split_into_boxes(values.shape, self.shard_shape[len(lead_index) :])
-            begun = ((box, here[box].read()) for box in parts)
+            boxes = split_into_boxes(values.shape, self.shard_shape[num_lead:])
+            begun = ((box, stored[box].read()) for box in boxes)
             for box, reading in _few_at_once(begun, values.nbytes):
                 values[box] = reading.result()
         return values
@@ -62,11 +64,12 @@ class ZarrArray:
 
     def write(self, lead_index: Shape, values: np.ndarray) -> None:
         """Writes the slice at some leading indices, and waits for the disk."""
-        assert values.shape == self.shape[len(lead_index) :]
-        here = self._store[lead_index] if lead_index else self._store
+        num_lead = len(lead_index)
+        assert values.shape == self.shape[num_lead:]
+        stored = self._store[lead_index] if lead_index else self._store
         with _explain(self._where, _WRITING):
-            parts = split_into_boxes(values.shape, self.shard_shape[len(lead_index) :])
-            begun = (here[box].write(values[box]) for box in parts)
+            boxes = split_into_boxes(values.shape, self.shard_shape[num_lead:])
+            begun = (stored[box].write(values[box]) for box in boxes)
             for writing in _few_at_once(begun, values.nbytes):
                 writing.result()
 
@@ -74,19 +77,24 @@ class ZarrArray:
 def split_into_boxes(shape: Shape, box_shape: Shape) -> Iterator[Box]:
     """Yields the parts of a grid over ``shape``, in C order; one, of no axes, for a
     scalar."""
-    axes = [range(0, size, width) for size, width in zip(shape, box_shape, strict=True)]
+    sides = list(zip(shape, box_shape, strict=True))
+    axes = [range(0, size, width) for size, width in sides]
     for starts in product(*axes):
-        corners = zip(starts, box_shape, shape, strict=True)
-        yield tuple(
-            slice(start, min(start + width, size)) for start, width, size in corners
-        )
+        box: list[slice] = []
+        for start, (size, width) in zip(starts, sides, strict=True):
+            # The last box of an axis may be narrower.
+            box.append(slice(start, min(start + width, size)))
+        yield tuple(box)
 
 
 def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
     """Returns a new fp32 array, written whole, in slices at ``num_lead_axes`` leading
     indices."""
     tile, file = choose_chunk_and_shard_shapes(shape[num_lead_axes:])
-    tile, file = (1,) * num_lead_axes + tile, (1,) * num_lead_axes + file
+    # A file holds nothing of two slices.
+    lead = (1,) * num_lead_axes
+    tile = lead + tile
+    file = lead + file
     codecs = [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "zstd", "configuration": {"level": 1}},
@@ -101,9 +109,8 @@ def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
     }
     store = {"driver": "file", "path": f"{folder.resolve()}/"}
     with _explain(str(folder), _WRITING):
-        return ZarrArray(
-            _open(store, {"metadata": metadata, "create": True}), str(folder)
-        )
+        created = _open(store, {"metadata": metadata, "create": True})
+        return ZarrArray(created, str(folder))
 
 
 def open_array(folder: Path, name: str) -> ZarrArray:
@@ -122,10 +129,14 @@ def open_array(folder: Path, name: str) -> ZarrArray:
 def choose_chunk_and_shard_shapes(shape: Shape) -> tuple[Shape, Shape]:
     """Returns shapes of the tiles and of the files of a slice; a file is made of whole
     tiles."""
-    tile = _halved(shape, TILE_BYTES // 4)
+    fp32_bytes = 4
+    tile = _halved(shape, TILE_BYTES // fp32_bytes)
+    # Tiles along each axis, rounded up: of the slice, then of a file.
     counts = tuple(-(-size // width) for size, width in zip(shape, tile, strict=True))
-    counts = _halved(counts, FILE_BYTES // 4 // math.prod(tile))
-    return tile, tuple(width * count for width, count in zip(tile, counts, strict=True))
+    most_tiles = FILE_BYTES // fp32_bytes // math.prod(tile)
+    counts = _halved(counts, most_tiles)
+    file = tuple(width * count for width, count in zip(tile, counts, strict=True))
+    return tile, file
 
 
 def _halved(shape: Sequence[int], most: int) -> Shape:
@@ -137,15 +148,15 @@ def _halved(shape: Sequence[int], most: int) -> Shape:
     return tuple(sides)
 
 
-def _open(store: dict[str, Any], options: dict[str, Any]) -> Any:
+def _open(location: dict[str, Any], options: dict[str, Any]) -> Any:
     import tensorstore as ts
 
     # TensorStore would keep no decoded tiles anyway, but read as many files at once as
     # it can.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    spec = {"driver": "zarr3", "kvstore": store}
-    found = ts.open(spec | _OPEN | options, context=context).result()
-    return ts.cast(found, ts.float32) if found.dtype == ts.bfloat16 else found
+    spec = {"driver": "zarr3", "kvstore": location}
+    store = ts.open(spec | _OPEN | options, context=context).result()
+    return ts.cast(store, ts.float32) if store.dtype == ts.bfloat16 else store
 
 
 def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
@@ -153,10 +164,11 @@ def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
 
     TensorStore holds each file twice while it is on its way, as values and compressed.
     """
-    at_once = max(1, min(nbytes // (8 * FILE_BYTES), os.cpu_count() or 1))
+    num_files = nbytes // (8 * FILE_BYTES)
+    at_once = max(1, min(num_files, os.cpu_count() or 1))
     flight: deque[T] = deque()
-    for one in begun:
-        flight.append(one)
+    for task in begun:
+        flight.append(task)
         if len(flight) >= at_once:
             yield flight.popleft()
     yield from flight
@@ -171,7 +183,7 @@ def _explain(
     try:
         yield
     except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).split(" [")[0].splitlines() or [type(error).__name__])[0][
-            :200
-        ]
+        # Behind " [" stand TensorStore's source lines.
+        lines = str(error).split(" [")[0].splitlines()
+        reason = lines[0][:200] if lines else type(error).__name__
         raise MaxlmError(f"array error: {reason}", where=where, fix=fix) from error

@@ -47,7 +47,8 @@ class RunCheckpointWriter:
     ``commit``."""
 
     def __init__(self, folder: str | Path, *, step: int = 0):
-        self._step, self._folder = step, Path(folder).absolute() / str(step)
+        self._step = step
+        self._folder = Path(folder).absolute() / str(step)
         self._arrays: dict[str, ZarrArray] = {}
 
     def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:
@@ -104,8 +105,8 @@ class RunCheckpointReader:
         self, folder: str | Path, step: int | None = None, *, name: str = "params"
     ):
         folder = Path(folder)
-        found = (path.parents[1].name for path in folder.glob("*/state/_METADATA"))
-        steps = sorted(int(number) for number in found if number.isdigit())
+        names = (path.parents[1].name for path in folder.glob("*/state/_METADATA"))
+        steps = sorted(int(name) for name in names if name.isdigit())
         if step not in (None, *steps) or not steps:
             message = (
                 "no checkpoint here" if not steps else f"no checkpoint of step {step}"
@@ -171,7 +172,9 @@ class MergedCheckpointReader:
         self.shapes = {name: spec.shape for name, spec in flatten_names(specs).items()}
         """Shapes of all parameters, by canonical name."""
         adapted = flatten_names(adapter.adapt(specs), is_leaf)
-        self._leaves = {name: own for name, own in adapted.items() if is_leaf(own)}
+        self._leaves = {
+            name: param for name, param in adapted.items() if is_leaf(param)
+        }
         self._kind = adapter.kind
 
     @contextmanager
@@ -188,13 +191,10 @@ class MergedCheckpointReader:
                 )
                 return stack.enter_context(opened)
 
-            owner = (
-                name
-                if name in self._leaves
-                else kernel
-                if name.endswith(".bias")
-                else ""
-            )
+            # A bias is read with its kernel's adapter, which may change it too.
+            owner = name
+            if name not in self._leaves and name.endswith(".bias"):
+                owner = kernel
             leaf = self._leaves.get(owner)
             if leaf is None:
                 yield open_slices(name)
@@ -207,12 +207,11 @@ class MergedCheckpointReader:
             bias = open_slices(name) if owner != name else None
 
             def read(index: Shape) -> np.ndarray:
-                own = replace(
-                    leaf, **{part: read(index) for part, read in slices.items()}
-                )
+                parts = {part: read(index) for part, read in slices.items()}
+                adapted = replace(leaf, **parts)
                 if bias is not None:
-                    return np.asarray(own.merge_bias(bias(index)))
-                merged = own.merge()
+                    return np.asarray(adapted.merge_bias(bias(index)))
+                merged = adapted.merge()
                 if merged is None:
                     message = f"{name} with adapter.kind={self._kind} cannot be merged"
                     fix = "--adapter writes the adapter alone"
@@ -230,9 +229,13 @@ def _unpack(array: ZarrArray, lead: int, file: Any) -> None:
         file.truncate(array.nbytes)
     for box in split_into_boxes(array.shape, array.chunk_shape):
         values = array.read_box(box)
-        for at in np.ndindex(values.shape[:lead]):
-            there = tuple(part.start + i for part, i in zip(box, at, strict=False))
-            _mapped(array, file.name)[there + box[lead:]] = values[at]
+        for index_in_box in np.ndindex(values.shape[:lead]):
+            # ``box`` has the axes behind the leading ones, too: zip stops before them.
+            lead_index = tuple(
+                part.start + offset
+                for part, offset in zip(box, index_in_box, strict=False)
+            )
+            _mapped(array, file.name)[lead_index + box[lead:]] = values[index_in_box]
 
 
 def _mapped(array: ZarrArray, path: str) -> np.ndarray:

@@ -78,17 +78,19 @@ def import_tensors(
     for name, shape in shapes.items():
         writer.declare(name, shape, leads[name])
     total = sum(stored.nbytes for stored, _ in pairs)
-    done, bad, first = 0, 0, ""
+    done = 0
+    num_bad = 0
+    first_bad = ""
     for stored, entry in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
         count = _import_one(stored, entry, shapes, writer)
-        bad = bad + count
-        first = first or (stored.name if count else "")
+        num_bad += count
+        if count and not first_bad:
+            first_bad = stored.name
         done += stored.nbytes
         progress("converting", done, total)
-    if bad:
-        warn(
-            f"warning: {bad:,} values are NaN or infinite, the first of them in {first}"
-        )
+    if num_bad:
+        line = f"warning: {num_bad:,} values are NaN or infinite"
+        warn(f"{line}, the first of them in {first_bad}")
     return TensorDtypes.from_dtypes(
         {entry.theirs: stored.dtype for stored, entry in pairs}
     )
@@ -144,18 +146,18 @@ def _import_one(
     """Write a tensor's parts, and return how many of its values are not finite."""
     # Apart from the loop, so that nothing of this tensor outlives it.
     tensor = read_tensor(stored, np.dtype(np.float32))
-    bad = sum(
-        slab.size - int(np.isfinite(slab).sum()) for slab in split_into_slabs(tensor)
-    )
+    num_bad = 0
+    for slab in split_into_slabs(tensor):
+        num_bad += slab.size - int(np.isfinite(slab).sum())
     parts = entry.split(tensor)
     del tensor  # where they are copies
     for place, part in zip(entry.ours, parts, strict=True):
-        want = shapes[place.name][len(place.index) :]
-        assert part.shape == want, (
-            f"{entry.theirs}: {place} of {part.shape}, not {want}"
+        shape = shapes[place.name][len(place.index) :]
+        assert part.shape == shape, (
+            f"{entry.theirs}: {place} of {part.shape}, not {shape}"
         )
         writer.write(place.name, place.index, part)
-    return bad
+    return num_bad
 
 
 def _names(entry: TensorEntry) -> tuple[str, ...]:
@@ -189,12 +191,12 @@ def match_entries(
     extra = [
         name for name in left if not any(fnmatchcase(name, glob) for glob in ignored)
     ]
-    faults = [f"lack {_listed(missing)}"] if missing else []
-    faults += (
-        [f"hold {_listed(sorted(extra))}, which this model does not use"]
-        if extra
-        else []
-    )
+    faults: list[str] = []
+    if missing:
+        faults.append(f"lack {_listed(missing)}")
+    if extra:
+        listed = _listed(sorted(extra))
+        faults.append(f"hold {listed}, which this model does not use")
     if faults:
         raise MaxlmError(
             f"the files {' and '.join(faults)}", where=where, fix=_OTHER_CONFIG
@@ -214,14 +216,17 @@ def count_lead_axes(
         if place.name not in param_shapes:
             raise MaxlmError("this model has no such parameter", where=place.name)
         indices[place.name].append(place.index)
-    leads = {name: max(map(len, own), default=0) for name, own in indices.items()}
+    leads = {
+        name: max((len(index) for index in filled), default=0)
+        for name, filled in indices.items()
+    }
     for name, shape in param_shapes.items():
-        found, want = Counter(indices[name]), Counter(np.ndindex(*shape[: leads[name]]))
-        for index in sorted((want - found) | (found - want)):
+        filled = Counter(indices[name])
+        expected = Counter(np.ndindex(*shape[: leads[name]]))
+        for index in sorted((expected - filled) | (filled - expected)):
             at = "".join(f"[{i}]" for i in index)
-            fault = (
-                "filled twice or not there" if index in found else "nothing fills it"
-            )
+            is_filled = index in filled
+            fault = "filled twice or not there" if is_filled else "nothing fills it"
             raise MaxlmError(fault, where=name + at, fix=_OTHER_CONFIG)
     return leads
 
@@ -239,11 +244,10 @@ def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
 
 
 def _check_same(one: StoredTensor, other: StoredTensor) -> None:
+    # Bytes, not values: a NaN is not equal to itself.
+    chunks = zip(iterate_flat_chunks(one), iterate_flat_chunks(other), strict=True)
     same = one.dtype == other.dtype and all(
-        a.tobytes() == b.tobytes()
-        for a, b in zip(
-            iterate_flat_chunks(one), iterate_flat_chunks(other), strict=True
-        )
+        chunk.tobytes() == other_chunk.tobytes() for chunk, other_chunk in chunks
     )
     if not same:
         message = f"{other.name} differs from {one.name}, which this model ties it to"

@@ -114,8 +114,10 @@ def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
         files = _list_indexed_files(index)
     else:
         raise _describe_lack(folder)
-    found = [list_file_tensors(folder / file) for file in files]
-    return {name: stored for own in found for name, stored in own.items()}
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors |= list_file_tensors(folder / file)
+    return tensors
 
 
 def _list_indexed_files(index: Path) -> list[str]:
@@ -181,21 +183,19 @@ def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
             names = file.offset_keys()
             slices = {name: file.get_slice(name) for name in names}
             kinds = {
-                name: (s.get_dtype(), tuple(s.get_shape()))
-                for name, s in slices.items()
+                name: (tensor.get_dtype(), tuple(tensor.get_shape()))
+                for name, tensor in slices.items()
             }
         with path.open("rb") as file:
             offset = 8 + int.from_bytes(file.read(8), "little")
     except (SafetensorError, OSError) as error:
-        reason = (
-            str(error).removeprefix("Error while deserializing header: ").splitlines()
-        )
-        message = f"no complete safetensors file ({(reason or [type(error).__name__])[0][:100]})"
+        text = str(error).removeprefix("Error while deserializing header: ")
+        reason = text.splitlines()[0][:100] if text else type(error).__name__
+        message = f"no complete safetensors file ({reason})"
         raise MaxlmError(message, where=str(path), fix=_AGAIN) from error
     tensors: dict[str, StoredTensor] = {}
-    for (
-        name
-    ) in names:  # One after the other without holes: the library has checked that.
+    # One after the other without holes: the library has checked that.
+    for name in names:
         dtype, shape = kinds[name]
         if dtype not in NUMPY:
             fix = f"use a version stored as one of {', '.join(NUMPY)}"

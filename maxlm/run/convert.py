@@ -57,8 +57,14 @@ from maxlm.tasks import list_task_kinds
 from maxlm.tasks.sft import SftTask
 
 # Settings of a model that say how it is trained or computed, not what it computes.
-_ASIDE = "remat", "init_std"
-_ASIDE += "moe.balance_loss", "moe.z_loss", "moe.dispatch", "moe.capacity_factor"
+_ASIDE = (
+    "remat",
+    "init_std",
+    "moe.balance_loss",
+    "moe.z_loss",
+    "moe.dispatch",
+    "moe.capacity_factor",
+)
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # By the names that config.json has for number formats.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -100,13 +106,17 @@ class HuggingFaceModel:
         they had."""
         shapes = {name: spec.shape for name, spec in self.specs.items()}
         dtypes = import_tensors(
-            *(self.folder, self.entries, shapes, writer, progress),
+            self.folder,
+            self.entries,
+            shapes,
+            writer,
+            progress,
             ignored=self.family.ignored_tensors,
             warn=self.notes.append,
         )
-        used = {
-            name for entry in self.entries for name in (entry.theirs, *entry.aliases)
-        }
+        used: set[str] = set()
+        for entry in self.entries:
+            used |= {entry.theirs, *entry.aliases}
         left_out = sorted(list_stored_tensors(self.folder).keys() - used)
         self.notes.extend(f"left out: {name}" for name in left_out)
         return dtypes
@@ -158,15 +168,15 @@ def convert(
         adapter: write a run's adapter alone, for PEFT; otherwise the merged model.
         base: the Hugging Face folder of the model that a PEFT adapter is for.
     """
-    source, target = Path(source), Path(target)
+    source = Path(source)
+    target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
     if target.resolve() == Path.cwd():
         message = "the folder that this runs in cannot be replaced"
         raise MaxlmError(message, where=str(target), fix="name another")
-    is_run, is_published = (
-        (source / f"config.{kind}").exists() for kind in ("yaml", "json")
-    )
+    is_run = (source / "config.yaml").exists()
+    is_published = (source / "config.json").exists()
     if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
         description = (
             "neither config.json nor config.yaml here"
@@ -176,16 +186,21 @@ def convert(
         fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
         raise MaxlmError(description, where=str(source), fix=fix)
     shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
-    unused = {"dtype": dtype, "shard-gb": shards} if adapter or not is_run else {}
-    unused |= {} if is_run else {"family": family, "step": step}
-    if options := [
-        f"--{name} {value}" for name, value in unused.items() if value is not None
-    ]:
-        published = "a run is written, and this is a published checkpoint"
-        reason = "merged models are written, adapters in fp32" if is_run else published
-        raise MaxlmError(
-            f"{options[0]} says how {reason}", where=str(source), fix="leave it out"
-        )
+    # Options that say nothing of this kind of conversion.
+    unused: dict[str, str | float | None] = {}
+    if adapter or not is_run:
+        unused |= {"dtype": dtype, "shard-gb": shards}
+    if not is_run:
+        unused |= {"family": family, "step": step}
+    for name, value in unused.items():
+        if value is None:
+            continue
+        if is_run:
+            reason = "merged models are written, adapters in fp32"
+        else:
+            reason = "a run is written, and this is a published checkpoint"
+        message = f"--{name} {value} says how {reason}"
+        raise MaxlmError(message, where=str(source), fix="leave it out")
     if is_run:
         return _export_run(
             source, target, family, dtype, step, shard_bytes, adapter, progress
@@ -271,14 +286,11 @@ def open_adapted_model(base: HuggingFaceModel, folder: Path) -> AdaptedHuggingFa
     peft = read_peft_adapter(folder, config.model, specs, entries)
     task = SftTask() if count_virtual_tokens(peft.adapter) else config.task
     trained = list_trained_names(peft, specs)
-    train = (
-        config.train.model_copy(update={"trainable": trained})
-        if trained
-        else config.train
-    )
-    config = config.model_copy(
-        update={"adapter": peft.adapter, "task": task, "train": train}
-    )
+    train = config.train
+    if trained:
+        train = train.model_copy(update={"trainable": trained})
+    changes = {"adapter": peft.adapter, "task": task, "train": train}
+    config = config.model_copy(update=changes)
     tokenizer = import_adapter_tokenizer(folder, tokenizer, config.model.vocab_size)
     return AdaptedHuggingFaceModel(base, peft, specs, config, tokenizer)
 
@@ -318,6 +330,7 @@ def import_adapter_tokenizer(
         fix = "resize the base as it was in training (resize_token_embeddings), and save it"
         raise MaxlmError(message, where=str(folder), fix=fix)
     if base is not None:
+        # In the order of the adapter's, each once.
         stops = (*tokenizer.extra_stop_ids, *base.extra_stop_ids)
         tokenizer.extra_stop_ids = tuple(dict.fromkeys(stops))
     return tokenizer
@@ -344,8 +357,8 @@ def _export_run(
     tokenizer = load_tokenizer(home) if home.exists() else None
     if adapter:
         if config.adapter is None:
-            message, fix = "this run has no adapter", "leave out --adapter"
-            raise MaxlmError(message, where=str(source), fix=fix)
+            message = "this run has no adapter"
+            raise MaxlmError(message, where=str(source), fix="leave out --adapter")
         trained = TrainedAdapter(
             config.adapter,
             config.model,
@@ -364,8 +377,9 @@ def _export_run(
     values = chosen.write_config(config.model)
     if tokenizer and not published.get("tokens"):
         stops = [*tokenizer.stop_ids]
-        ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
-        values |= zip(_TOKENS, ids, strict=True)
+        values["bos_token_id"] = tokenizer.bos_id
+        values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        values["pad_token_id"] = tokenizer.pad_id
     values |= published.get("tokens") or {}
     dtypes = TensorDtypes.model_validate(published.get("dtypes") or {"default": "F32"})
     if dtype is not None:
@@ -374,9 +388,8 @@ def _export_run(
                 f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}"
             )
         dtypes = TensorDtypes(default=DTYPES[dtype])
-    values["dtype"] = next(
-        (ours for ours, f in DTYPES.items() if f == dtypes.default), "float32"
-    )
+    dtype_names = {stored: name for name, stored in DTYPES.items()}
+    values["dtype"] = dtype_names.get(dtypes.default, "float32")
     with make_new_folder(target) as folder:
         lossy = dtype is not None
         export_tensors(
@@ -452,7 +465,7 @@ def find_run_family(
     name = name or published.get("family")
     if name is None:
         for _, family in FAMILIES.items():
-            if _find_inexpressible(model, family) is None:
+            if find_inexpressible_setting(model, family) is None:
                 return family, published
         message = "no published family computes what this model does"
         fix = "--family NAME says what one of them has no word for"
@@ -460,7 +473,8 @@ def find_run_family(
     family = FAMILIES.find(name)
     if family is None:
         raise MaxlmError(f"no family {name!r}", fix=FAMILIES.suggest(name))
-    if fault := _find_inexpressible(model, family):
+    fault = find_inexpressible_setting(model, family)
+    if fault is not None:
         message = f"{family.hf_architecture} has no word for {fault}"
         fix = "name another --family, or change the model"
         raise MaxlmError(message, where="config.yaml: model", fix=fix)
@@ -531,10 +545,13 @@ def _with_tokenizer(
     return RunConfig.model_validate(values)
 
 
-def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
+def find_inexpressible_setting(model: Any, family: ModelFamily) -> str | None:
     """Returns a setting that a family's config.json cannot express; None: all are."""
     if model.architecture != family.architecture:
         return f"model.architecture={model.architecture}"
+    missing = family.find_missing_part(model)
+    if missing is not None:
+        return f"a model without {missing}"
     try:
         settings, _ = family.read_config(family.write_config(model), family.name)
         again = type(model).model_validate(settings)
@@ -542,17 +559,12 @@ def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
         return error.message
     except ValidationError as error:
         return f"its model.{join_key(error.errors()[0]['loc'])}"
-    except (AssertionError, AttributeError):
-        return "its kind of layers"
-    different = compare_configs(
-        model.model_dump(mode="json"), again.model_dump(mode="json")
-    )
-    named = (
-        f"model.{key}={ours!r}"
-        for key, ours, _ in different
-        if not key.startswith(_ASIDE)
-    )
-    return next(named, None)
+    settings_before = model.model_dump(mode="json")
+    settings_after = again.model_dump(mode="json")
+    for key, value, _ in compare_configs(settings_before, settings_after):
+        if not key.startswith(_ASIDE):
+            return f"model.{key}={value!r}"
+    return None
 
 
 @contextmanager

@@ -2,14 +2,18 @@
 rare is read as the published code reads it."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.families import find_family
+from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.huggingface.families.rope import write_position_settings
 from maxlm.models.layers.positions import PositionsConfig
+from maxlm.run.convert import find_inexpressible_setting
 from tests.models.published import PUBLISHED
 from tests.parity.compare import Holder
 
@@ -199,22 +203,151 @@ def test_more_than_files_can_hold_is_refused_before_any_is_named(
         family.list_entries(model, ["lm_head.weight", "model.norm.weight"])
 
 
-def refusal(values: dict[str, Any]) -> str | None:
+def refusal(values: dict[str, Any], family: ModelFamily | None = None) -> str | None:
+    """What is said of a config.json. Who tries many of one family passes it: finding it
+    looks through all installed packages."""
     try:
-        find_family(values, "config.json").read_config(values, "config.json")
+        family = family or find_family(values, "config.json")
+        family.read_config(values, "config.json")
     except MaxlmError as error:
         return str(error)
     return None
+
+
+# Values of every kind that JSON has, and numbers at the edges of sizes and floats.
+ODD_VALUES = (
+    *(None, "", "x", [], [1], ["x"], {}, {"a": 1}, True, -1, 0, 1.5),
+    *(10**9, 10**400, 1e-300, 1e400),
+)
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 1.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "mscale": 1.0,
+    "truncate": True,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 2.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+# Keys that a family reads where a file has them, and most published files do not.
+RARE_KEYS = (
+    *("architectures", "model_type", "id2label", "layer_types", "rope_scaling"),
+    *("rope_parameters", "partial_rotary_factor", "max_position_embeddings"),
+    *("head_dim", "num_key_value_heads", "sliding_window", "use_sliding_window"),
+    *("sliding_window_pattern", "initializer_range", "init_std", "n_inner"),
+    *("attention_dropout", "hidden_activation", "decoder_start_token_id"),
+)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_no_value_is_a_traceback(name):
     """Whatever stands at a key: it is taken, refused in one line, or refused by the
     model's own checks, which know where it was written."""
-    for odd in ([1], {"a": 1}, "x", 0, -1, 1e400, 0.5):
-        for key in PUBLISHED[name]:
-            message = refusal(PUBLISHED[name] | {key: odd})
+    values = PUBLISHED[name]
+    family = find_family(values, "config.json")
+    labelled = values | {
+        "architectures": [family.hf_classifier],
+        "id2label": {"0": "spam"},
+    }
+    for key in {*values, *RARE_KEYS}:
+        for odd in ODD_VALUES:
+            check_one_line(labelled | {key: odd}, family)
+    for odd in ODD_VALUES:
+        for key in ("architectures", "model_type"):
+            message = refusal(values | {key: odd})
             assert message is None or message.startswith("config.json: ")
+
+
+@pytest.mark.parametrize("name", ["llama_7b", "gemma3_1b", "phi_2", "mpt_7b", "dbrx"])
+def test_no_nested_value_is_a_traceback(name):
+    values = PUBLISHED[name]
+    family = find_family(values, "config.json")
+    sections = {key: part for key, part in values.items() if isinstance(part, dict)}
+    for scaling in (YARN, LLAMA3):
+        per_kind = {"full_attention": scaling, "sliding_attention": scaling}
+        sections |= {"rope_scaling": scaling, "rope_parameters": per_kind}
+        for section, inner in sections.items():
+            for key in {*inner, *scaling}:
+                for odd in ODD_VALUES:
+                    check_one_line(values | {section: inner | {key: odd}}, family)
+
+
+def check_one_line(values: dict[str, Any], family: ModelFamily) -> None:
+    message = refusal(values, family)
+    assert message is None or message.startswith("config.json: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("llama_7b", {"architectures": 0}, "architectures=0 is not a list of names"),
+        ("qwen3_0_6b", {"layer_types": "x"}, "layer_types='x' is not a list of names"),
+        ("llama_7b", {"rope_scaling": {"type": 1}}, "rope_type=1 is not a name"),
+        (
+            "phi_2",
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor=1.5 is not a number above 0 and at most 1",
+        ),
+        (
+            "llama_7b",
+            {
+                "architectures": ["LlamaForSequenceClassification"],
+                "id2label": ["spam"],
+            },
+            "id2label=['spam'] is not a mapping",
+        ),
+        (
+            "gemma2_2b",
+            {"hidden_size": 2**60},
+            f"hidden_size={2**60} is not a whole number up to {2**53:,}",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, values, message):
+    assert message in (refusal(change(name, **values)) or "")
+
+
+@pytest.mark.parametrize(
+    "error", [ArithmeticError, AttributeError, KeyError, TypeError, ValueError]
+)
+def test_a_bug_of_a_family_is_a_traceback(error):
+    """An error of our own code is not told as one of the file."""
+
+    def read_wrongly(reader: ConfigReader, settings: dict[str, Any]) -> None:
+        raise error("a bug")
+
+    values = PUBLISHED["llama_7b"]
+    family = replace(find_family(values, "config.json"), read_extra=read_wrongly)
+    with pytest.raises(error, match="a bug"):
+        family.read_config(values, "config.json")
+
+
+def write_wrongly(config: Any) -> dict[str, Any]:
+    raise AttributeError("a bug")
+
+
+def test_a_bug_of_a_family_that_writes_is_a_traceback():
+    model, _ = settings(PUBLISHED["llama_7b"])
+    family = find_family(PUBLISHED["llama_7b"], "config.json")
+    with pytest.raises(AttributeError, match="a bug"):
+        find_inexpressible_setting(model, replace(family, write_extra=write_wrongly))
+
+
+def test_a_part_that_a_model_lacks_is_named():
+    """No family of experts writes a model that has none."""
+    model, _ = settings(PUBLISHED["llama_7b"])
+    for name, part in (
+        ("mixtral_8x7b", "moe"),
+        ("deepseek_v2_lite", "attention.latent"),
+    ):
+        family = find_family(PUBLISHED[name], "config.json")
+        assert find_inexpressible_setting(model, family) == f"a model without {part}"
 
 
 @pytest.mark.parametrize(

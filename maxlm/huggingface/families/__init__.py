@@ -11,6 +11,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.config.registry import Registry
 from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.families.reader import ConfigReader
 
 _FOLDER = "maxlm.huggingface.families"
 FAMILIES = Registry[ModelFamily](
@@ -44,11 +45,8 @@ FAMILIES = Registry[ModelFamily](
 
 def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
     """Returns the family that a config.json is of."""
-    names = hf_config.get("architectures") or []
+    names = ConfigReader(hf_config, source).names("architectures")
     kind = hf_config.get("model_type")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        message = f"architectures={names!r} is not a list of names"
-        raise MaxlmError(message, where=source, fix="take it from the published model")
     families = [family for _, family in FAMILIES.items()]
     for family in families:
         known = {
@@ -66,11 +64,11 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
         return family
     named = ", ".join(names) or f"model_type={kind!r}"
     supported = [family.hf_architecture for family in families]
-    near = [
-        name for name in supported if name.lower() == named.lower()
-    ]  # LLaMAForCausalLM
+    # LLaMAForCausalLM is in early files.
+    near = [name for name in supported if name.lower() == named.lower()]
     message = f"the architecture {named} is not supported"
-    fix = (
-        f"did you mean {near[0]}?" if near else f"supported are {', '.join(supported)}"
-    )
+    if near:
+        fix = f"did you mean {near[0]}?"
+    else:
+        fix = f"supported are {', '.join(supported)}"
     raise MaxlmError(message, where=source, fix=fix)

@@ -43,19 +43,22 @@ TABLE = {
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    heads, d_ff = settings["attention"]["num_heads"], settings["mlp"]["d_ff"]
-    for key, own in (("encoder_attention_heads", heads), ("encoder_ffn_dim", d_ff)):
+    same_in_both = {
+        "encoder_attention_heads": settings["attention"]["num_heads"],
+        "encoder_ffn_dim": settings["mlp"]["d_ff"],
+    }
+    for key, decoder_size in same_in_both.items():
         reader.size(key)  # transformers has a default of its own, not the decoder's.
-        reader.read_implemented(key, own)
+        reader.read_implemented(key, decoder_size)
     start = reader.size("decoder_start_token_id", 2, least=0, nullable=True)
     settings["start_id"] = (
         reader.size("bos_token_id", 0, least=0) if start is None else start
     )
     scaled = reader.flag("scale_embedding", False)
     settings["embedding_scale"] = settings["d_model"] ** 0.5 if scaled else 1.0
-    bare = BARE in (reader.get("architectures", None) or ())
+    is_bare = BARE in reader.names("architectures")
     settings["head_bias"] = (
-        "final_logits_bias" in reader.tensors if reader.tensors else not bare
+        "final_logits_bias" in reader.tensors if reader.tensors else not is_bare
     )
 
 

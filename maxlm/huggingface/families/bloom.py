@@ -37,6 +37,10 @@ TABLE = {
 }
 
 
+def _read_bloom(reader: ConfigReader, settings: dict[str, Any]) -> None:
+    reader.read_implemented("n_inner", None, settings["mlp"]["d_ff"])
+
+
 def _falcon_table(config: Any) -> NameTable:
     attention, mlp = "input_layernorm", "post_attention_layernorm"
     if config.placement == "parallel":
@@ -50,15 +54,22 @@ def _falcon_table(config: Any) -> NameTable:
 
 
 def _read_falcon(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    attention, mlp = settings["attention"], settings["mlp"]
+    attention = settings["attention"]
+    mlp = settings["mlp"]
     new = reader.flag("new_decoder_architecture", False)
     parallel = reader.flag("parallel_attn", True)
-    many = reader.size("num_kv_heads", None) or attention["num_heads"]
+    num_kv_heads = reader.size("num_kv_heads", None) or attention["num_heads"]
     single = reader.flag("multi_query", True)
-    attention["num_kv_heads"] = many if new else 1 if single else attention["num_heads"]
-    norms = reader.size("num_ln_in_parallel_attn", None) or (2 if new else 1)
+    if new:
+        attention["num_kv_heads"] = num_kv_heads
+    else:
+        # The older architecture has one kv head or all, whatever num_kv_heads says.
+        attention["num_kv_heads"] = 1 if single else attention["num_heads"]
+    default_norms = 2 if new else 1
+    norms = reader.size("num_ln_in_parallel_attn", None) or default_norms
     if new or parallel:
-        settings["placement"] = "parallel" if new and norms == 2 else "parallel_shared"
+        two_norms = new and norms == 2
+        settings["placement"] = "parallel" if two_norms else "parallel_shared"
     reader.read_implemented("ff_factor", mlp["d_ff"] / settings["d_model"])
     mlp["bias"] = attention["bias"]
 
@@ -98,9 +109,7 @@ BLOOM = ModelFamily(
         "positions.kind": "alibi",
         "embedding_norm": True,
     },
-    read_extra=lambda reader, own: reader.read_implemented(
-        "n_inner", None, own["mlp"]["d_ff"]
-    ),
+    read_extra=_read_bloom,
     prefix="transformer.",
     ignored_keys=[
         "attention_softmax_in_fp32",

@@ -54,26 +54,30 @@ def _table(config: Any) -> NameTable:
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     attention = settings["attention"]
-    heads, turned = attention["num_heads"], attention["latent"]["rotary_dim"]
-    reader.read_implemented("num_key_value_heads", heads)
-    attention["head_dim"] = reader.size("qk_nope_head_dim") + turned
-    limited = (
-        reader.read_implemented("topk_method", "greedy", "group_limited_greedy")
-        != "greedy"
-    )
-    groups, chosen = reader.size("n_group", None), reader.size("topk_group", None)
-    if limited and groups != chosen:
-        settings["moe"] |= {"groups": groups, "groups_per_token": chosen}
-    settings["dense_layers"] = dense = reader.size("first_k_dense_replace", 0, least=0)
-    mlp = {"d_ff": reader.size("intermediate_size", 11_008)}
-    mlp["bias"] = reader.read_implemented("mlp_bias", False)
-    if dense:
+    rotary_dim = attention["latent"]["rotary_dim"]
+    reader.read_implemented("num_key_value_heads", attention["num_heads"])
+    # Here a head's size counts the dimensions that turn, too.
+    attention["head_dim"] = reader.size("qk_nope_head_dim") + rotary_dim
+    method = reader.read_implemented("topk_method", "greedy", "group_limited_greedy")
+    groups = reader.size("n_group", None)
+    groups_per_token = reader.size("topk_group", None)
+    # Where a token may use all groups, they limit nothing.
+    if method != "greedy" and groups != groups_per_token:
+        settings["moe"] |= {"groups": groups, "groups_per_token": groups_per_token}
+    dense_layers = reader.size("first_k_dense_replace", 0, least=0)
+    settings["dense_layers"] = dense_layers
+    mlp = {
+        "d_ff": reader.size("intermediate_size", 11_008),
+        "bias": reader.read_implemented("mlp_bias", False),
+    }
+    if dense_layers:
         settings["mlp"] = mlp
 
 
 def _write(config: Any) -> dict[str, Any]:
-    attention, moe = config.attention, config.moe
-    return {
+    attention = config.attention
+    moe = config.moe
+    values = {
         "num_key_value_heads": attention.num_heads,
         "qk_nope_head_dim": attention.head_dim - attention.latent.rotary_dim,
         "topk_method": "group_limited_greedy"
@@ -82,8 +86,10 @@ def _write(config: Any) -> dict[str, Any]:
         "n_group": moe.groups,
         "topk_group": moe.groups_per_token,
         "first_k_dense_replace": config.dense_layers,
-        **({"intermediate_size": config.mlp.d_ff} if config.mlp else {}),
     }
+    if config.mlp is not None:
+        values["intermediate_size"] = config.mlp.d_ff
+    return values
 
 
 DEEPSEEK_V2 = ModelFamily(
@@ -101,7 +107,7 @@ DEEPSEEK_V2 = ModelFamily(
         "n_routed_experts": fields.map_size("moe.num_experts"),
         "num_experts_per_tok": fields.map_size("moe.experts_per_token"),
         "n_shared_experts": fields.ConfigField(
-            lambda own, key: own.size(key, 2, nullable=True),
+            lambda reader, key: reader.size(key, 2, nullable=True),
             "moe.shared_experts",
             lambda config: config.moe.shared_experts or None,
         ),

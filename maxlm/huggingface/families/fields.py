@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.families.reader import REQUIRED, ConfigReader
+from maxlm.huggingface.families.reader import MAX_SIZE, REQUIRED, ConfigReader
 from maxlm.models.architectures.config import MAX_LAYERS
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -38,30 +38,57 @@ ConfigFields = Mapping[str, ConfigField]
 """Fields by key; one of a nested mapping is ``attn_config.clip_qkv``."""
 
 
-def map_size(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
-    """Declares a number of things or dimensions; ``kwargs``: see
+def map_size(
+    ours: str,
+    default: Any = REQUIRED,
+    *,
+    least: int = 1,
+    most: int = MAX_SIZE,
+    alias: str = "",
+    nullable: bool = False,
+) -> ConfigField:
+    """Declares a number of things or dimensions; the arguments are those of
     :meth:`ConfigReader.size`."""
-    return ConfigField(
-        lambda own, key: own.size(key, default, **kwargs), ours, attrgetter(ours)
-    )
+
+    def read(reader: ConfigReader, key: str) -> int | None:
+        return reader.size(
+            key, default, least=least, most=most, alias=alias, nullable=nullable
+        )
+
+    return ConfigField(read, ours, attrgetter(ours))
 
 
-def map_layer_count(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
+def map_layer_count(
+    ours: str, default: Any = REQUIRED, *, alias: str = ""
+) -> ConfigField:
     """Declares a number of layers. What reads and names them walks over all: the limit
     of a model's config holds before that."""
-    return map_size(ours, default, most=MAX_LAYERS, **kwargs)
+    return map_size(ours, default, most=MAX_LAYERS, alias=alias)
 
 
-def map_number(ours: str, default: Any = REQUIRED, **kwargs: Any) -> ConfigField:
-    """Declares a finite number; ``kwargs``: see :meth:`ConfigReader.number`."""
-    return ConfigField(
-        lambda own, key: own.number(key, default, **kwargs), ours, attrgetter(ours)
-    )
+def map_number(
+    ours: str,
+    default: Any = REQUIRED,
+    *,
+    least: int | None = None,
+    nullable: bool = False,
+) -> ConfigField:
+    """Declares a finite number; the arguments are those of
+    :meth:`ConfigReader.number`."""
+
+    def read(reader: ConfigReader, key: str) -> float | None:
+        return reader.number(key, default, least=least, nullable=nullable)
+
+    return ConfigField(read, ours, attrgetter(ours))
 
 
 def map_flag(ours: str, default: bool) -> ConfigField:
     """Declares true or false."""
-    return ConfigField(lambda own, key: own.flag(key, default), ours, attrgetter(ours))
+
+    def read(reader: ConfigReader, key: str) -> bool:
+        return reader.flag(key, default)
+
+    return ConfigField(read, ours, attrgetter(ours))
 
 
 def require_value(
@@ -69,19 +96,29 @@ def require_value(
 ) -> ConfigField:
     """Declares a key of which these values alone are implemented; the first is
     usual."""
-    write = (lambda config: allowed[0]) if ours or always_write else None
-    return ConfigField(
-        lambda own, key: own.read_implemented(key, *allowed), ours, write
-    )
+
+    def read(reader: ConfigReader, key: str) -> Any:
+        return reader.read_implemented(key, *allowed)
+
+    def write(config: Any) -> Any:
+        return allowed[0]
+
+    is_written = bool(ours) or always_write
+    return ConfigField(read, ours, write if is_written else None)
 
 
 def map_activation(ours: str, default: str) -> ConfigField:
     """Declares an activation's name; ``default`` is a name of Hugging Face's."""
 
-    def write(config: Any) -> str:
-        return to_hf_activation(attrgetter(ours)(config))
+    get_activation = attrgetter(ours)
 
-    return ConfigField(lambda own, key: read_activation(own, key, default), ours, write)
+    def read(reader: ConfigReader, key: str) -> str:
+        return read_activation(reader, key, default)
+
+    def write(config: Any) -> str:
+        return to_hf_activation(get_activation(config))
+
+    return ConfigField(read, ours, write)
 
 
 def map_balance_loss(
@@ -89,11 +126,16 @@ def map_balance_loss(
 ) -> ConfigField:
     """Declares a balance loss's coefficient, for shares that sum to ``per_token``; ours
     to 1."""
-    return ConfigField(
-        lambda own, key: own.number(key, default, least=0) * own.size(per_token),
-        "moe.balance_loss",
-        lambda config: config.moe.balance_loss / config.moe.experts_per_token,
-    )
+
+    def read(reader: ConfigReader, key: str) -> float:
+        coefficient = reader.number(key, default, least=0)
+        experts_per_token = reader.size(per_token)
+        return coefficient * experts_per_token
+
+    def write(config: Any) -> float:
+        return config.moe.balance_loss / config.moe.experts_per_token
+
+    return ConfigField(read, "moe.balance_loss", write)
 
 
 def map_sizes(
@@ -117,10 +159,7 @@ SIZES = map_sizes(
 
 def read_activation(reader: ConfigReader, key: str, default: str) -> str:
     """Reads our name of an activation."""
-    name = reader.get(key, default)
-    return ACTIVATIONS[
-        name if name in [*ACTIVATIONS] else reader.read_implemented(key, *ACTIVATIONS)
-    ]
+    return ACTIVATIONS[reader.choice(key, ACTIVATIONS, default)]
 
 
 def to_hf_activation(name: str) -> str:
@@ -133,11 +172,11 @@ def read_fields(
 ) -> None:
     """Reads all keys into nested settings."""
     for path, field in fields.items():
-        own = reader
-        (*outer, key) = path.split(".")
-        for name in outer:
-            own = own.read_nested(name)
-        value = field.read(own, key)
+        *parents, key = path.split(".")
+        section = reader
+        for name in parents:
+            section = section.read_nested(name)
+        value = field.read(section, key)
         if field.ours and value is not None:
             put_nested(settings, field.ours, value)
 
@@ -153,8 +192,8 @@ def write_fields(config: Any, fields: ConfigFields) -> dict[str, Any]:
 
 def put_nested(tree: dict[str, Any], path: str, value: Any) -> None:
     """Puts a value at a dotted path of nested mappings."""
-    *outer, key = path.split(".")
-    for name in outer:
+    *parents, key = path.split(".")
+    for name in parents:
         tree = tree.setdefault(name, {})
     tree[key] = value
 
@@ -168,18 +207,21 @@ def read_layer_pattern(
     decoder; none where all layers are as the model says. ``default_kinds``: each
     layer's kind where there is no such list. ``kind_settings``: of each kind, settings
     of ``LayerKind``."""
-    kinds = reader.get("layer_types", None) or default_kinds
-    if not isinstance(kinds, Sequence) or len(kinds) != len(default_kinds):
-        message = f"layer_types does not name the kinds of {len(default_kinds)} layers"
+    num_layers = len(default_kinds)
+    kinds = reader.names("layer_types") or default_kinds
+    if len(kinds) != num_layers:
+        message = f"layer_types does not name the kinds of {num_layers} layers"
         raise MaxlmError(
             message, where=reader.where, fix="take it from the published model"
         )
     for kind in kinds:
-        if kind not in [*kind_settings]:
+        if kind not in kind_settings:
             fix = f"only {' and '.join(kind_settings)} can be converted"
             message = f"layer_types has {kind!r}, which is not implemented"
             raise MaxlmError(message, where=reader.where, fix=fix)
-    period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+    # Layers repeat after n if the list, shifted by n, is its own beginning; that holds
+    # of the whole length at the latest.
+    period = next(n for n in range(1, num_layers + 1) if kinds[n:] == kinds[:-n])
     pattern = [kind_settings[kind] for kind in kinds[:period]]
     return {"pattern": pattern} if any(pattern) else {}
 

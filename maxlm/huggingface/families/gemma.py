@@ -41,12 +41,13 @@ def _read(
     settings["embedding_scale"] = settings["d_model"] ** 0.5
     # Gemma 1 was published with "gelu" and meant its approximation; hidden_activation
     # came later, and stands beside hidden_act in many files of Gemma 2 and 3.
-    names = "hidden_act", "hidden_activation"
-    key, other = names[::-1] if local else names
+    key, other = "hidden_act", "hidden_activation"
+    if local:
+        key, other = other, key
     if not local and reader.values.get(key) == "gelu":
         reader.values[key] = TANH
     settings["mlp"]["activation"] = fields.read_activation(reader, key, TANH)
-    reader.read_implemented(other, None, reader.get(key, TANH))
+    reader.read_implemented(other, None, reader.text(key, TANH))
 
 
 def _write(config: Any) -> dict[str, Any]:
@@ -77,20 +78,24 @@ def _read_local(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 def _write_local(config: Any) -> dict[str, Any]:
     kinds, window = fields.write_layer_types(config)
-    divisor = round(
-        (config.attention.scale or config.attention.head_dim**-0.5) ** -2, 6
-    )
-    return {
+    attention = config.attention
+    scale = attention.scale or attention.head_dim**-0.5
+    # scale = divisor^(−1/2); published divisors are whole, which the root has rounded.
+    divisor = round(scale**-2, 6)
+    values = {
         **_write(config),
         "query_pre_attn_scalar": int(divisor) if divisor.is_integer() else divisor,
         "layer_types": kinds,
-        **({} if window is None else {"sliding_window": window}),
     }
+    if window is not None:
+        values["sliding_window"] = window
+    return values
 
 
 def _read_gemma2(reader: ConfigReader, settings: dict[str, Any]) -> None:
     _read_local(reader, settings)
-    kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])]
+    num_layers = settings["num_layers"]
+    kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(num_layers)]
     window = reader.size("sliding_window", 4096, nullable=True)
     reader.read_implemented("sliding_window_size", window)  # once more
     settings |= fields.read_layer_pattern(
@@ -101,34 +106,34 @@ def _read_gemma2(reader: ConfigReader, settings: dict[str, Any]) -> None:
 def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
     """Local layers have a theta of their own, and no scaling."""
     _read_local(reader, settings)
-    near = reader.number("rope_local_base_freq", 10_000.0)
-    both = reader.read_nested("rope_parameters")
-    local = both.read_nested(LOCAL)
-    whole = (
-        both.read_nested(GLOBAL)
-        if both.has(GLOBAL)
-        else reader.read_nested("rope_scaling")
-    )
+    local_theta = reader.number("rope_local_base_freq", 10_000.0)
+    by_kind = reader.read_nested("rope_parameters")
+    local = by_kind.read_nested(LOCAL)
+    if by_kind.has(GLOBAL):
+        global_rope = by_kind.read_nested(GLOBAL)
+    else:
+        global_rope = reader.read_nested("rope_scaling")
+    head_dim = settings["attention"]["head_dim"]
     settings["positions"] = rope.read_position_settings(
-        reader, settings["attention"]["head_dim"], theta=1_000_000.0, rope_reader=whole
+        reader, head_dim, theta=1_000_000.0, rope_reader=global_rope
     )
     period = reader.size("sliding_window_pattern", 6)
     if not reader.has("layer_types"):  # else the published code does not read it
         reader.read_implemented("_sliding_window_pattern", None, period)
-    kinds = [
-        LOCAL if layer % period else GLOBAL
-        for layer in range(1, settings["num_layers"] + 1)
-    ]
+    layer_numbers = range(1, settings["num_layers"] + 1)
+    kinds = [LOCAL if number % period else GLOBAL for number in layer_numbers]
     local.read_implemented("partial_rotary_factor", 1.0, None)
-    nearby = {
+    local_settings = {
         "window": reader.size("sliding_window", 4096, nullable=True),
         "positions": {
             "kind": "rope",
-            "theta": local.number("rope_theta", near),
+            "theta": local.number("rope_theta", local_theta),
             "scaling": rope.read_scaling(local, None),
         },
     }
-    settings |= fields.read_layer_pattern(reader, kinds, {LOCAL: nearby, GLOBAL: {}})
+    settings |= fields.read_layer_pattern(
+        reader, kinds, {LOCAL: local_settings, GLOBAL: {}}
+    )
 
 
 def _write_gemma3(config: Any) -> dict[str, Any]:
@@ -136,11 +141,11 @@ def _write_gemma3(config: Any) -> dict[str, Any]:
         scaling = rope.write_scaling(positions) or {"rope_type": "default"}
         return {"rope_theta": positions.theta, **scaling}
 
-    both = {GLOBAL: parameters(config.positions)}
+    by_kind = {GLOBAL: parameters(config.positions)}
     for kind in config.layer_kinds:
         if kind.window is not None:  # else all layers are global
-            both[LOCAL] = parameters(kind.positions)
-    return _write_local(config) | {"rope_parameters": both}
+            by_kind[LOCAL] = parameters(kind.positions or config.positions)
+    return _write_local(config) | {"rope_parameters": by_kind}
 
 
 GEMMA = ModelFamily(

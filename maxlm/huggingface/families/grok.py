@@ -29,7 +29,7 @@ GROK1 = ModelFamily(
     {
         **llama.COMMON,
         "attn_output_multiplier": fields.ConfigField(
-            lambda own, key: own.number(key),
+            lambda reader, key: reader.number(key),
             "attention.scale",
             lambda config: config.score_scale(config.layer_kinds[0]),
         ),

@@ -36,15 +36,15 @@ DBRX_TABLE = {
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    own, rope = reader.read_nested("attn_config"), reader.read_nested("rope_parameters")
+    attention = reader.read_nested("attn_config")
+    rope = reader.read_nested("rope_parameters")
     rope.read_implemented("rope_type", "default")
-    theta = own.number("rope_theta", rope.number("rope_theta", 10_000.0))
+    theta = attention.number("rope_theta", rope.number("rope_theta", 10_000.0))
     # The published code reads one, the library the other.
     rope.read_implemented("rope_theta", None, theta)
     settings["positions"] = {"kind": "rope", "theta": theta}
-    reader.read_nested("ffn_config").read_implemented(
-        "hidden_size", None, settings["d_model"]
-    )
+    ffn = reader.read_nested("ffn_config")
+    ffn.read_implemented("hidden_size", None, settings["d_model"])
 
 
 def _write(config: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ DBRX = ModelFamily(
         "attn_config.clip_qkv": fields.map_number("attention.clip", None),
         "attn_config.rope_theta": fields.map_number("positions.theta", None),
         "ffn_config.hidden_size": fields.ConfigField(
-            lambda own, key: None, write=lambda c: c.d_model
+            lambda reader, key: None, write=lambda config: config.d_model
         ),
         "ffn_config.ffn_hidden_size": fields.map_size("moe.d_ff"),
         "ffn_config.ffn_act_fn.name": fields.require_value(

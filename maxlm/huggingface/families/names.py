@@ -84,16 +84,18 @@ class TensorEntry:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of a map's inputs, or of a table's rows."""
         piece = self.pieces[0]
-        return piece.shape[: piece.num_input_dims or len(piece.shape) - 1]
+        # A table sums over none: all its dimensions but the last are rows.
+        num_dims = piece.num_input_dims or len(piece.shape) - 1
+        return piece.shape[:num_dims]
 
     def convert_outputs(self) -> TensorConversion:
         """Returns the conversion of a vector with a number for each of a map's
         outputs."""
         assert self.rule is not None
-        outputs = (piece.shape[len(self.input_shape) :] for piece in self.pieces)
-        return self.rule.make_conversion(
-            tuple(ParamShape(shape, 0) for shape in outputs)
-        )
+        num_inputs = len(self.input_shape)
+        outputs = [piece.shape[num_inputs:] for piece in self.pieces]
+        vectors = tuple(ParamShape(shape, 0) for shape in outputs)
+        return self.rule.make_conversion(vectors)
 
 
 NameTable = Mapping[str, TensorRule]
@@ -119,17 +121,20 @@ def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion
     """Returns a form whose ``groups`` equal parts of rows have all pieces, one above
     the other."""
     first = pieces[0]
-    inputs = (
-        (prod(first.shape[: first.num_input_dims]),) if first.num_input_dims else ()
-    )
-    outputs = (prod(piece.shape[piece.num_input_dims :]) for piece in pieces)
+    # Of biases and other vectors there are no inputs: [rows]; else [rows, inputs].
+    inputs: tuple[int, ...] = ()
+    if first.num_input_dims:
+        inputs = (prod(first.shape[: first.num_input_dims]),)
+    outputs = [prod(piece.shape[piece.num_input_dims :]) for piece in pieces]
+    # Where each piece's rows end within a group.
     stops = np.cumsum([size // groups for size in outputs])
 
     def split(whole: Array) -> list[Array]:
         parts = np.split(whole.reshape(groups, -1, *inputs), stops[:-1], axis=1)
         rows = (part.reshape(-1, *inputs) for part in parts)
         return [
-            own.T.reshape(piece.shape) for own, piece in zip(rows, pieces, strict=True)
+            part_rows.T.reshape(piece.shape)
+            for part_rows, piece in zip(rows, pieces, strict=True)
         ]
 
     def join(parts: Sequence[Array]) -> Array:
@@ -152,10 +157,10 @@ def map_linear(theirs: str, ours: str) -> NameTable:
 
 def map_linears(theirs: str, ours: str, **names: str) -> NameTable:
     """Returns the entries of a module's linear maps, whose names there are keywords."""
-    found: dict[str, TensorRule] = {}
-    for there, here in names.items():
-        found |= map_linear(f"{theirs}.{there}", f"{ours}.{here}")
-    return found
+    table: dict[str, TensorRule] = {}
+    for their_name, our_name in names.items():
+        table |= map_linear(f"{theirs}.{their_name}", f"{ours}.{our_name}")
+    return table
 
 
 def map_norm(theirs: str, ours: str) -> NameTable:
@@ -173,7 +178,9 @@ def transpose(*ours: str) -> TensorRule:
     def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         shape, split, join = _stack_rows(pieces, 1)
         return TensorConversion(
-            shape[::-1], lambda x: split(x.T), lambda parts: join(parts).T
+            shape[::-1],
+            lambda tensor: split(tensor.T),
+            lambda parts: join(parts).T,
         )
 
     return TensorRule(ours, form)
@@ -183,10 +190,12 @@ def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
     """Returns the rule of a table or a vector as it is, or as a matrix of one row."""
 
     def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
-        own = pieces[0].shape
-        shape = (1, *own) if as_row else own
+        our_shape = pieces[0].shape
+        shape = (1, *our_shape) if as_row else our_shape
         return TensorConversion(
-            shape, lambda x: [x.reshape(own)], lambda parts: parts[0].reshape(shape)
+            shape,
+            lambda tensor: [tensor.reshape(our_shape)],
+            lambda parts: parts[0].reshape(shape),
         )
 
     return TensorRule((ours,), form, aliases)
@@ -200,17 +209,19 @@ def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> Ten
         plain = rule.make_conversion(pieces)
         last = pieces[-1].shape[-1]
         size = last if each_head else plain.shape[0]
+        # Ours in terms of theirs: the first of each pair, then the second of each.
         order = np.arange(size)
         order[-rotary_dim:] = order[-rotary_dim:].reshape(-1, 2).T.ravel()
-        back = np.argsort(order)
+        inverse_order = np.argsort(order)
 
-        def ordered(rows: Array, order: Array) -> Array:
-            return rows.reshape(-1, size, *rows.shape[1:])[:, order].reshape(rows.shape)
+        def reorder(rows: Array, order: Array) -> Array:
+            by_head = rows.reshape(-1, size, *rows.shape[1:])
+            return by_head[:, order].reshape(rows.shape)
 
         return TensorConversion(
             plain.shape,
-            lambda whole: plain.split(ordered(whole, order)),
-            lambda parts: ordered(plain.join(parts), back),
+            lambda whole: plain.split(reorder(whole, order)),
+            lambda parts: reorder(plain.join(parts), inverse_order),
         )
 
     return TensorRule(rule.ours, form)
@@ -238,55 +249,67 @@ def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
         param_specs(config.build(rules=AxisRules(), dtype=np.float32))
     )
     experts = range(config.moe.num_experts if config.moe else 0)
+    # Where each layer's parameters lie: the stack, and the index in it.
     places = [
-        (part.name, at) for part in config.layer_stacks for at in range(part.num_layers)
+        (stack.name, index)
+        for stack in config.layer_stacks
+        for index in range(stack.num_layers)
     ]
-    found: list[TensorEntry] = []
+    entries: list[TensorEntry] = []
     for name, rule in table.items():
         if "{encoder_layer}" in name:
             for layer in range(config.encoder_layers):
-                full = name.format(encoder_layer=layer)
-                found += _entry(full, rule, specs, rule.ours, (layer,))
+                full_name = name.format(encoder_layer=layer)
+                entries += _make_entry(full_name, rule, specs, rule.ours, (layer,))
             continue
         if "{layer}" not in name:
-            found += _entry(name, rule, specs, rule.ours, ())
+            entries += _make_entry(name, rule, specs, rule.ours, ())
             continue
         for layer, (stack, index) in enumerate(places):
-            ours = tuple(f"{stack}.{own}" for own in rule.ours)
+            ours = tuple(f"{stack}.{parameter}" for parameter in rule.ours)
             for expert in experts if "{expert}" in name else (None,):
-                full = name.format(layer=layer, expert=expert)
-                at = (index,) if expert is None else (index, expert)
-                found += _entry(full, rule, specs, ours, at)
-    own = {entry.theirs for entry in found}
-    for at, entry in enumerate(found):
-        if not own.isdisjoint(
-            entry.aliases
-        ):  # an untied head is no other name of the table
-            found[at] = replace(
-                entry, aliases=tuple(a for a in entry.aliases if a not in own)
-            )
-    return found
+                full_name = name.format(layer=layer, expert=expert)
+                lead_index = (index,) if expert is None else (index, expert)
+                entries += _make_entry(full_name, rule, specs, ours, lead_index)
+    names = {entry.theirs for entry in entries}
+    for number, entry in enumerate(entries):
+        # An untied head is no other name of the table.
+        aliases = tuple(alias for alias in entry.aliases if alias not in names)
+        if aliases != entry.aliases:
+            entries[number] = replace(entry, aliases=aliases)
+    return entries
 
 
-def _entry(
+def _make_entry(
     name: str,
     rule: TensorRule,
     specs: Mapping[str, ParamSpec],
     ours: tuple[str, ...],
-    at: Any,
+    lead_index: tuple[int, ...],
 ) -> list[TensorEntry]:
-    if any(own not in specs for own in ours):
+    """Returns the entry of a tensor; none where the model has no such parameters."""
+    if any(parameter not in specs for parameter in ours):
         return []
-    pieces = tuple(_piece(specs[own], len(at)) for own in ours)
-    form = rule.make_conversion(pieces)
-    how = (form.split, form.join, rule.aliases, rule, pieces)
-    return [
-        TensorEntry(name, form.shape, tuple(ParamSlice(own, at) for own in ours), *how)
-    ]
+    pieces = tuple(_get_shape(specs[name], len(lead_index)) for name in ours)
+    conversion = rule.make_conversion(pieces)
+    entry = TensorEntry(
+        name,
+        conversion.shape,
+        tuple(ParamSlice(parameter, lead_index) for parameter in ours),
+        split=conversion.split,
+        join=conversion.join,
+        aliases=rule.aliases,
+        rule=rule,
+        pieces=pieces,
+    )
+    return [entry]
 
 
-def _piece(spec: ParamSpec, leading: int) -> ParamShape:
-    # An expert's inputs stand behind the expert axis, which an index may or may not
-    # have removed.
-    inputs = 0 if not spec.contracting_dims else spec.contracting_dims[-1] + 1 - leading
-    return ParamShape(spec.shape[leading:], inputs)
+def _get_shape(spec: ParamSpec, num_lead_axes: int) -> ParamShape:
+    """The shape of a parameter's slice at that many leading indices."""
+    num_input_dims = 0
+    if spec.contracting_dims:
+        # An expert's inputs stand behind the expert axis, which an index may or may not
+        # have removed.
+        num_input_dims = spec.contracting_dims[-1] + 1 - num_lead_axes
+    return ParamShape(spec.shape[num_lead_axes:], num_input_dims)

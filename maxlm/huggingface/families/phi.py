@@ -47,7 +47,7 @@ PHI = ModelFamily(
         "tie_word_embeddings": fields.require_value(False, ours="tie_embeddings"),
         # Overwritten where fewer dimensions turn.
         "partial_rotary_factor": fields.ConfigField(
-            lambda own, key: None, write=lambda config: 1.0
+            lambda reader, key: None, write=lambda config: 1.0
         ),
     },
     PHI_TABLE,

@@ -20,34 +20,33 @@ EXPERTS = {
 
 def _read_windows(reader: ConfigReader, settings: dict[str, Any]) -> None:
     """Layers from ``max_window_layers`` on have a window, if there is one."""
-    layers = settings["num_layers"]
+    num_layers = settings["num_layers"]
     window = reader.size("sliding_window", 4096, nullable=True)
     used = reader.flag("use_sliding_window", False) and window is not None
     first = reader.size("max_window_layers", 28, least=0)
-    kinds = [LOCAL if used and layer >= first else GLOBAL for layer in range(layers)]
+    num_global = first if used else num_layers
+    kinds = [LOCAL if layer >= num_global else GLOBAL for layer in range(num_layers)]
     local = {"window": window if used else None}
     settings |= fields.read_layer_pattern(reader, kinds, {LOCAL: local, GLOBAL: {}})
 
 
 def _write_windows(config: Any) -> dict[str, Any]:
     kinds, window = fields.write_layer_types(config)
+    first = kinds.index(LOCAL) if LOCAL in kinds else len(kinds)
     return {
         "layer_types": kinds,
         "use_sliding_window": window is not None,
         "sliding_window": window,
-        "max_window_layers": next(
-            (i for i, kind in enumerate(kinds) if kind == LOCAL), len(kinds)
-        ),
+        "max_window_layers": first,
     }
 
 
 def _read_window(reader: ConfigReader, settings: dict[str, Any]) -> None:
     window = reader.size("sliding_window", 4096, nullable=True)
-    settings["attention"]["window"] = (
-        window if reader.flag("use_sliding_window", False) else None
-    )
-    reader.get("intermediate_size", None)  # of dense layers, which there are none of
-    reader.get("max_window_layers", None)  # unread by the published code
+    used = reader.flag("use_sliding_window", False)
+    settings["attention"]["window"] = window if used else None
+    reader.ignore("intermediate_size")  # of dense layers, which there are none of
+    reader.ignore("max_window_layers")  # unread by the published code
 
 
 def _write_window(config: Any) -> dict[str, Any]:

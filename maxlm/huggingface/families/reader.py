@@ -1,13 +1,16 @@
 """A published model's config.json, read so that nothing in it is passed over."""
 
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from maxlm.config import MaxlmError
 
 REQUIRED: Any = object()
 """The default of a key that must be there."""
+MAX_SIZE = 2**53
+"""The largest size that is read: a float holds each up to here exactly, so that roots
+and ratios of sizes are finite. No model is near it."""
 _TAKE_IT = "take it from the published model"
 
 # What says nothing of the maths in any family: names, tokens, how to sample, how sums
@@ -69,15 +72,16 @@ class ConfigReader:
         """Whether there is a value that is not null."""
         return self.values.get(key) is not None
 
-    def get(
-        self,
-        key: str,
-        default: Any = REQUIRED,
-        *,
-        alias: str = "",
-        nullable: bool = False,
+    def ignore(self, key: str) -> None:
+        """Counts a key as read, whatever it holds: the published code does not read it
+        either, or not in this model."""
+        self._seen.add(key)
+
+    def _get(
+        self, key: str, default: Any, *, alias: str = "", nullable: bool = False
     ) -> Any:
-        """Reads a value of any type; ``alias`` is another name for it."""
+        """Reads a value of any type; ``alias`` is another name for it. What leaves this
+        class goes through a method that checks the type: a family computes with it."""
         self._seen |= {key, alias or key}
         if alias and self.has(alias):
             value = self.values[alias]
@@ -103,14 +107,22 @@ class ConfigReader:
         value = self.values.get(key, allowed[0])
         if value is None and not allowed[0]:
             return allowed[0]
-        for one in allowed:
-            if value == one and isinstance(value, bool) == isinstance(one, bool):
-                return one
-        which = " or ".join(repr(one) for one in allowed)
-        message, fix = (
-            f"{key}={value!r} is not implemented",
-            f"only {which} can be converted",
-        )
+        return self._find_allowed(key, value, allowed)
+
+    def choice(self, key: str, allowed: Iterable[str], default: str) -> str:
+        """Reads a name that must be one of those implemented; a null counts as
+        absent."""
+        return self._find_allowed(key, self._get(key, default), tuple(allowed))
+
+    def _find_allowed(self, key: str, value: Any, allowed: Sequence[Any]) -> Any:
+        for candidate in allowed:
+            # True is equal to 1, and another setting.
+            same_kind = isinstance(value, bool) == isinstance(candidate, bool)
+            if value == candidate and same_kind:
+                return candidate
+        choices = " or ".join(repr(candidate) for candidate in allowed)
+        message = f"{key}={value!r} is not implemented"
+        fix = f"only {choices} can be converted"
         raise MaxlmError(message, where=self.where, fix=fix)
 
     def size(
@@ -119,17 +131,19 @@ class ConfigReader:
         default: Any = REQUIRED,
         *,
         least: int = 1,
-        most: int | None = None,
-        **kwargs: Any,
+        most: int = MAX_SIZE,
+        alias: str = "",
+        nullable: bool = False,
     ) -> Any:
         """Reads a number of things or dimensions, at least ``least`` and at most
-        ``most``; else see :meth:`get`."""
-        value = self.get(key, default, **kwargs)
+        ``most``. ``alias`` is another name for it; a null is None if ``nullable``, else
+        it counts as absent."""
+        value = self._get(key, default, alias=alias, nullable=nullable)
         if value is None:
             return None
         if type(value) is not int or value < least:
             raise self._wrong(key, value, f"a whole number above {least - 1}")
-        if most is not None and value > most:
+        if value > most:
             raise self._wrong(key, value, f"a whole number up to {most:,}")
         return value
 
@@ -139,42 +153,67 @@ class ConfigReader:
         default: Any = REQUIRED,
         *,
         least: int | None = None,
-        **kwargs: Any,
+        most: float = sys.float_info.max,
+        nullable: bool = False,
     ) -> Any:
-        """Reads a finite float of at least ``least``, or above 0; ``kwargs`` as of
-        :meth:`get`."""
-        value = self.get(key, default, **kwargs)
+        """Reads a finite float of at least ``least``, or above 0, and at most ``most``;
+        a null is None if ``nullable``, else it counts as absent."""
+        value = self._get(key, default, nullable=nullable)
         if value is None:
             return None
-        finite = type(value) in (int, float) and math.isfinite(value)
-        if not finite or (value <= 0 if least is None else value < least):
-            wanted = "above 0" if least is None else f"of at least {least}"
-            raise self._wrong(key, value, f"a number {wanted}")
-        return float(value)
+        # Compared before it becomes a float: JSON's integers have no largest.
+        if type(value) in (int, float):
+            is_above = value > 0 if least is None else value >= least
+            if is_above and value <= most:
+                return float(value)
+        bound = "above 0" if least is None else f"of at least {least}"
+        if most < sys.float_info.max:
+            bound += f" and at most {most:g}"
+        raise self._wrong(key, value, f"a number {bound}")
 
     def flag(self, key: str, default: bool) -> bool:
         """Reads true or false; a null is false where that is the default; all else is
         refused."""
-        value = self.get(key, default, nullable=True)
+        value = self._get(key, default, nullable=True)
         value = False if value is None and not default else value
         if type(value) is not bool:
             raise self._wrong(key, value, "true or false")
         return value
 
+    def text(self, key: str, default: str, *, alias: str = "") -> str:
+        """Reads a name; a null counts as absent."""
+        value = self._get(key, default, alias=alias)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a name")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        """Reads a list of names; none where it is absent or null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of names")
+        if not all(isinstance(value, str) for value in values):
+            raise self._wrong(key, values, "a list of names")
+        return values
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """Reads a mapping, of which only its size or its keys may be used; an empty one
+        where it is absent or null."""
+        value = self._get(key, {})
+        if not isinstance(value, Mapping):
+            raise self._wrong(key, value, "a mapping")
+        return value
+
     def read_nested(self, key: str) -> "ConfigReader":
         """Returns a reader of a nested mapping, to be checked with this one."""
-        self._seen.add(key)
-        value = self.values.get(key)
-        if not isinstance(value, Mapping | None):
-            raise self._wrong(key, value, "a mapping")
+        value = self.mapping(key)
         if key not in self._inside:
-            self._inside[key] = ConfigReader(value or {}, f"{self.where}: {key}")
+            self._inside[key] = ConfigReader(value, f"{self.where}: {key}")
         return self._inside[key]
 
-    def _wrong(self, key: str, value: Any, wanted: str) -> MaxlmError:
-        return MaxlmError(
-            f"{key}={value!r} is not {wanted}", where=self.where, fix=_TAKE_IT
-        )
+    def _wrong(self, key: str, value: Any, kind: str) -> MaxlmError:
+        message = f"{key}={value!r} is not {kind}"
+        return MaxlmError(message, where=self.where, fix=_TAKE_IT)
 
     def check_all_read(self, *ignored: str) -> list[str]:
         """Checks that all but nulls and ``ignored`` names were read; returns notes for

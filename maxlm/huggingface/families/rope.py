@@ -42,11 +42,13 @@ def read_position_settings(
         if partial is None:
             source.read_implemented("partial_rotary_factor", 1.0, None)
         else:
-            share = partial = source.number("partial_rotary_factor", partial)
-    scaling = read_scaling(rope_reader, reader.get("max_position_embeddings", None))
+            share = partial = source.number("partial_rotary_factor", partial, most=1)
+    scaling = read_scaling(rope_reader, reader.size("max_position_embeddings", None))
     size = int(head_dim * share)  # cut off, as in the published code
-    found: dict[str, Any] = {"kind": "rope", "theta": theta, "scaling": scaling}
-    return found | ({"rotary_dim": size} if size != head_dim else {})
+    settings: dict[str, Any] = {"kind": "rope", "theta": theta, "scaling": scaling}
+    if size != head_dim:
+        settings["rotary_dim"] = size
+    return settings
 
 
 def read_scaling(
@@ -54,28 +56,25 @@ def read_scaling(
 ) -> dict[str, Any] | None:
     """Returns settings of a scaling, None where there is none; ``max_positions`` stand
     for the original length where none is named."""
-    kind = reader.get("rope_type", "default", alias="type")
-    if kind not in (
-        "default",
-        *_SCALINGS,
-    ):
+    kind = reader.text("rope_type", "default", alias="type")
+    if kind != "default" and kind not in _SCALINGS:
         fix = "linear, dynamic, yarn, llama3 and default can be converted"
         raise MaxlmError(
             f"rope_type={kind!r} is not implemented", where=reader.where, fix=fix
         )
     if kind == "default":
-        reader.get("factor", None)
+        reader.ignore("factor")
         return None
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "kind": _SCALINGS[kind],
         "factor": reader.number("factor", least=1),
     }
     original = reader.size("original_max_position_embeddings", None) or max_positions
     if kind in ("yarn", "llama3"):
-        found["original_length"] = original
+        settings["original_length"] = original
     elif kind != "linear":
         # There the length is max_position_embeddings, whatever else is written.
-        found["original_length"] = max_positions
+        settings["original_length"] = max_positions
     if kind == "yarn":
         for key in (
             "beta_fast",
@@ -84,32 +83,32 @@ def read_scaling(
             "mscale",
             "mscale_all_dim",
         ):
-            found |= (
-                {}
-                if (value := reader.number(key, None, least=0)) is None
-                else {key: value}
-            )
-        found["truncate"] = reader.read_implemented("truncate", True, False)
+            value = reader.number(key, None, least=0)
+            if value is not None:
+                settings[key] = value
+        settings["truncate"] = reader.read_implemented("truncate", True, False)
     elif kind == "llama3":
         for key in ("low_freq_factor", "high_freq_factor"):
-            found[key] = reader.number(key)
-    return found
+            settings[key] = reader.number(key)
+    return settings
 
 
 def write_position_settings(
     positions: PositionsConfig, head_dim: int
 ) -> dict[str, Any]:
     """Writes what :func:`read_position_settings` reads."""
-    found: dict[str, Any] = {"rope_theta": positions.theta}
+    values: dict[str, Any] = {"rope_theta": positions.theta}
     size = positions.rotary_dim
     if size is not None:
         share = size / head_dim
         # Who reads it cuts the product off, which rounding can leave just below a whole
         # number.
         exact = int(head_dim * share) == size
-        found["partial_rotary_factor"] = share if exact else nextafter(share, 1)
+        values["partial_rotary_factor"] = share if exact else nextafter(share, 1)
     scaling = write_scaling(positions)
-    return found | ({"rope_scaling": scaling} if scaling else {})
+    if scaling:
+        values["rope_scaling"] = scaling
+    return values
 
 
 def write_scaling(positions: PositionsConfig) -> dict[str, Any] | None:

@@ -14,7 +14,8 @@ ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 def _table(config: Any) -> NameTable:
     """Layers of the encoder are counted by ``{encoder_layer}``."""
-    e, d = "encoder.block.{encoder_layer}", "decoder.block.{layer}"
+    e = "encoder.block.{encoder_layer}"
+    d = "decoder.block.{layer}"
     mlp = {"wi_0": "gate", "wi_1": "up"} if config.mlp.gated else {"wi": "up"}
     mlp["wo"] = "down"
     bias = "SelfAttention.relative_attention_bias.weight"
@@ -42,12 +43,12 @@ def _table(config: Any) -> NameTable:
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    kinds = [f"{x}{y}" for x in ("", "gated-") for y in fields.ACTIVATIONS]
-    how = reader.read_implemented("feed_forward_proj", "relu", *kinds)
-    gated = how.startswith("gated-")
-    name = how.removeprefix("gated-")
+    plain = [*fields.ACTIVATIONS]
+    kinds = [*plain, *(f"gated-{name}" for name in plain)]
+    kind = reader.read_implemented("feed_forward_proj", "relu", *kinds)
+    gated = kind.startswith("gated-")
     # As the library reads it: "gated-gelu" is the approximation.
-    name = "gelu_new" if how == "gated-gelu" else name
+    name = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
     reader.read_implemented("dense_act_fn", None, name)
     reader.read_implemented("is_gated_act", None, gated)
     settings["mlp"] |= {"activation": fields.ACTIVATIONS[name], "gated": gated}

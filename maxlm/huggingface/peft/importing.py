@@ -42,14 +42,16 @@ class AdaptedParamWriter:
         rank = self.peft.principal_ranks.get(place)
         spec = self._specs[name]
         if rank is not None:
-            u, s, vt = np.linalg.svd(
-                to_matrix(values, spec, len(lead_index)), full_matrices=False
-            )
-            values = ((u[:, rank:] * s[rank:]) @ vt[rank:]).reshape(values.shape)
+            matrix = to_matrix(values, spec, len(lead_index))
+            u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+            residual = (u[:, rank:] * s[rank:]) @ vt[rank:]
+            values = residual.reshape(values.shape)
         magnitudes = self.peft.arrays.get(f"{name}.lora_magnitude")
         adapter = self.peft.adapter
         if magnitudes is not None and isinstance(adapter, LoraAdapter):
             matrix = to_matrix(values, spec, len(lead_index))
+            # A view: the magnitudes are changed in place, to what they have beyond the
+            # norms of the base.
             difference = magnitudes[lead_index]
             difference -= np.linalg.norm(matrix, axis=0).reshape(difference.shape)
             difference[np.isnan(difference)] = 0  # of layers that have none

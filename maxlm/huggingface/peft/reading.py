@@ -28,6 +28,7 @@ from maxlm.huggingface.peft.settings import (
 )
 from maxlm.huggingface.peft.sites import (
     IA3_PARTS,
+    IA3_TENSOR,
     LORA_PARTS,
     TABLE_PARTS,
     AdapterSite,
@@ -165,7 +166,7 @@ class _AdapterReader:
         strange = [name for name in self._stored if not name.startswith(PREFIX)]
         refuse_tensors(f"tensors without PEFT's prefix {PREFIX}", strange, self._folder)
         self._stored = {
-            name.removeprefix(PREFIX): x for name, x in self._stored.items()
+            name.removeprefix(PREFIX): tensor for name, tensor in self._stored.items()
         }
         sites = {site.name: self._take_parts(site) for site in self._sites}
         token_ids, token_rows = self._take_token_rows()
@@ -186,8 +187,12 @@ class _AdapterReader:
         """The ranks that PiSSA takes from the base; from tables PEFT takes none."""
         if not self._settings.pissa:
             return {}
-        maps = [s for s in self._sites if not (isinstance(s, MapSite) and s.is_table)]
-        return {site.places[0]: self._settings.get_rank(site.name) for site in maps}
+        ranks: dict[ParamSlice, int] = {}
+        for site in self._sites:
+            is_table = isinstance(site, MapSite) and site.is_table
+            if not is_table:
+                ranks[site.places[0]] = self._settings.get_rank(site.name)
+        return ranks
 
     def _take(self, name: str, shape: Shape) -> np.ndarray:
         """Takes a tensor out of those that are left."""
@@ -208,20 +213,18 @@ class _AdapterReader:
             assert isinstance(site, MapSite)
             of_inputs = matches_pattern(settings.modules.feedforward_modules, site.name)
             shape = site.get_factor_shape(of_inputs=of_inputs)
-            return {"ia3": self._take(f"{site.prefix}.{next(iter(IA3_PARTS))}", shape)}
+            return {"ia3": self._take(f"{site.prefix}.{IA3_TENSOR}", shape)}
         rank = settings.get_rank(site.name)
         is_table = isinstance(site, MapSite) and site.is_table
         shape_a, shape_b = site.get_lora_shapes(rank)
         shapes: dict[str, Shape] = {"lora_a": shape_a, "lora_b": shape_b}
         if settings.dora:
             shapes["lora_magnitude"] = shape_b[:1]
-        names = {
-            ours: there
-            for there, ours in (TABLE_PARTS if is_table else LORA_PARTS).items()
-        }
+        names = TABLE_PARTS if is_table else LORA_PARTS
+        their_names = {ours: theirs for theirs, ours in names.items()}
         return {
-            part: self._take(f"{site.prefix}.{names[part]}", s)
-            for part, s in shapes.items()
+            part: self._take(f"{site.prefix}.{their_names[part]}", shape)
+            for part, shape in shapes.items()
         }
 
     def _take_token_rows(self) -> tuple[tuple[int, ...], Arrays]:
@@ -232,22 +235,25 @@ class _AdapterReader:
         ids: tuple[int, ...] = ()
         for name, indices in self._settings.token_indices.items():
             modules = [module for module in catalog.sites if module.endswith(name)]
-            module = (
-                catalog.input_table if not name else modules[0] if modules else name
-            )
-            adapted = any(site.name == module for site in self._sites)
-            is_known = (
-                module in (catalog.input_table, catalog.head) and len(modules) != 0
-            )
-            same = not ids or ids == indices
-            if not (is_known and same) or adapted or module in self._saved:
-                problem = f"trainable_token_indices of {module} is implemented for the table of tokens"
-                problem += (
-                    " and the head, with the same ids, where nothing else adapts them"
+            if not name:
+                module = catalog.input_table
+            else:
+                module = modules[0] if modules else name
+            is_table_or_head = module in (catalog.input_table, catalog.head)
+            is_known = is_table_or_head and len(modules) != 0
+            has_same_ids = not ids or ids == indices
+            is_adapted = any(site.name == module for site in self._sites)
+            is_adapted_otherwise = is_adapted or module in self._saved
+            if not is_known or not has_same_ids or is_adapted_otherwise:
+                problem = (
+                    f"trainable_token_indices of {module} is implemented for the table"
+                    " of tokens and the head, with the same ids, where nothing else"
+                    " adapts them"
                 )
                 raise MaxlmError(problem, where=str(self._settings.path), fix=MERGE)
             ids = indices
             site = catalog.sites[module]
+            # A table maps tokens to vectors, a head vectors to tokens.
             size, columns = site.num_inputs, site.num_outputs
             if module == catalog.head:
                 size, columns = columns, size

@@ -94,17 +94,19 @@ class PeftSettings:
 
     def get_rank(self, name: str) -> int:
         """Returns the rank of a module, or of a parameter, by its name."""
-        return next(
-            (r for key, r in self.rank_pattern.items() if _matches(key, name)),
-            self.rank,
-        )
+        for pattern, rank in self.rank_pattern.items():
+            if _matches(pattern, name):
+                return rank
+        return self.rank
 
     def compute_scale(self, name: str) -> float:
         """Returns what A · B of a module is multiplied by."""
-        alphas = (
-            alpha for key, alpha in self.alpha_pattern.items() if _matches(key, name)
-        )
-        alpha = next(alphas, self.alpha)
+        alphas = [
+            alpha
+            for pattern, alpha in self.alpha_pattern.items()
+            if _matches(pattern, name)
+        ]
+        alpha = alphas[0] if alphas else self.alpha
         rank = self.get_rank(name)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
@@ -138,8 +140,8 @@ def read_peft_settings(path: Path, task_types: Sequence[str | None]) -> PeftSett
 
 def _read_lora(reader: "_SettingsReader", task_type: str | None) -> PeftSettings:
     init = reader.read_choice("init_lora_weights", _LORA_INITS, True, MERGE)
-    bias = reader.read_choice("bias", _BIASES, "none")
-    del bias  # The file's biases say which were trained.
+    # Checked alone: the file's biases say which were trained.
+    reader.read_choice("bias", _BIASES, "none")
     for name in ("lora_bias", "use_qalora", "ensure_weight_tying"):
         reader.require_off(name, reader.read_flag(name))
     for name in _OTHER_LORA_KINDS:

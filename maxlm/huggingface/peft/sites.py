@@ -28,7 +28,8 @@ TABLE_PARTS = {
     "lora_embedding_B": "lora_b",
     "lora_magnitude_vector": "lora_magnitude",
 }
-IA3_PARTS = {"ia3_l": "ia3"}
+IA3_TENSOR = "ia3_l"
+IA3_PARTS = {IA3_TENSOR: "ia3"}
 ALL_LINEAR = "all-linear"
 # What experts and their routers were called as modules.
 EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
@@ -170,9 +171,8 @@ class ExpertsSite(AdapterSite):
         for a, numbers in _group_by_input_map(parts):
             block = np.zeros((self.num_experts, a.shape[-1], starts[-1]), np.float32)
             for number in numbers:
-                block[..., starts[number] : starts[number + 1]] = parts[number][
-                    "lora_b"
-                ]
+                outputs = slice(starts[number], starts[number + 1])
+                block[..., outputs] = parts[number]["lora_b"]
             rows.append(a.transpose(0, 2, 1))
             columns.append(block)
         a = np.concatenate(rows, axis=1).reshape(-1, self.num_inputs)
@@ -231,10 +231,10 @@ def list_modules(entries: Iterable[TensorEntry]) -> ModuleCatalog:
         module = entry.theirs.rpartition(".")[0]
         place = entry.ours[0]
         if len(place.index) > 1:
+            # An expert's map: the module of all experts, and which of its maps.
+            block = module.rpartition(".experts.")[0]
             kind = place.name.rpartition(".")[2]
-            stacks.setdefault((module.rpartition(".experts.")[0], kind), []).append(
-                entry
-            )
+            stacks.setdefault((block, kind), []).append(entry)
             continue
         tensors[entry.theirs] = entry
         is_table = place.name == "embedding.table"
@@ -250,14 +250,13 @@ def list_modules(entries: Iterable[TensorEntry]) -> ModuleCatalog:
         if place.name in ("head.kernel", "heads.score.kernel"):
             head = module
     experts = _list_experts(stacks)
-    names = {name.rpartition(".")[0] for name in tensors} | {
-        s.prefix for s in experts.values()
-    }
-    parents = {
-        name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)
-    }
+    modules = {name.rpartition(".")[0] for name in tensors}
+    modules |= {site.prefix for site in experts.values()}
+    parents: set[str] = set()
+    for name in modules:
+        parents |= {name[: dot.start()] for dot in re.finditer(r"\.", name)}
     return ModuleCatalog(
-        sites, experts, routers, tensors, head, frozenset(names | parents)
+        sites, experts, routers, tensors, head, frozenset(modules | parents)
     )
 
 
@@ -279,7 +278,11 @@ def _list_experts(
             ]
             if len(firsts) < len(kinds):
                 continue
-            places = [ParamSlice(e.ours[0].name, e.ours[0].index[:1]) for e in firsts]
+            # The layer's index alone: all experts of it.
+            places = [
+                ParamSlice(entry.ours[0].name, entry.ours[0].index[:1])
+                for entry in firsts
+            ]
             num_experts = len(stacks[block, kinds[0]])
             shapes = [entry.pieces[0].shape for entry in firsts]
             sizes = tuple(shape[-1] for shape in shapes)
@@ -326,12 +329,12 @@ def _check_named_apart(chosen: ModuleSettings, where: str) -> None:
     if isinstance(targets, str):
         problem = f"target_modules={targets!r} on a model with routed experts"
     else:
-        old = sorted(
+        old_names = sorted(
             name for name in targets if name.rpartition(".")[2] in EXPERT_NAMES
         )
-        if not old:
+        if not old_names:
             return
-        problem = f"target_modules means experts by {old[0]!r}"
+        problem = f"target_modules means experts by {old_names[0]!r}"
     fix = "load and save it with PEFT, which then names target_parameters"
     raise MaxlmError(problem, where=where, fix=fix)
 
@@ -360,12 +363,13 @@ def nest_experts(sites: Sequence[ExpertsSite]) -> list[ExpertsSite]:
     one module one in the other, in the order of the module's parameters: tensors of the
     inner one are named behind ``base_layer``."""
     outermost = {site.prefix: site for site in sites}
-    return [
-        site
-        if outermost[site.prefix] is site
-        else replace(site, prefix=f"{site.prefix}.base_layer")
-        for site in sites
-    ]
+    nested: list[ExpertsSite] = []
+    for site in sites:
+        if outermost[site.prefix] is site:
+            nested.append(site)
+        else:
+            nested.append(replace(site, prefix=f"{site.prefix}.base_layer"))
+    return nested
 
 
 def _ends_with(name: str, ends: NamePattern) -> bool:

@@ -38,6 +38,7 @@ from maxlm.huggingface.peft.settings import (
 from maxlm.huggingface.peft.sites import (
     EXPERT_NAMES,
     IA3_PARTS,
+    IA3_TENSOR,
     LORA_PARTS,
     TABLE_PARTS,
     AdapterSite,
@@ -159,9 +160,10 @@ class _AdapterFile:
             factors = site.join_factors(parts, of_inputs=of_inputs)
             if np.all(factors == 1) and not is_fresh:
                 continue  # a layer that the adapter leaves as it is
-            self._put(f"{site.prefix}.{next(iter(IA3_PARTS))}", factors)
+            self._put(f"{site.prefix}.{IA3_TENSOR}", factors)
             self._adapted.append(site.name)
-            inputs += [site.name] if of_inputs else []
+            if of_inputs:
+                inputs.append(site.name)
         self.settings |= {
             "peft_type": IA3,
             "target_modules": self._shorten(self._adapted),
@@ -232,9 +234,8 @@ class _AdapterFile:
         for name in self._run.checkpoint.shapes:
             owner, _, part = name.rpartition(".")
             if part in _PARTS:
-                arrays.setdefault(owner, {})[part] = self._run.checkpoint.open(
-                    name
-                ).read()
+                array = self._run.checkpoint.open(name)
+                arrays.setdefault(owner, {})[part] = array.read()
         published = {place.name for site in self._list_sites() for place in site.places}
         strange = [name for name in arrays if name not in published]
         refuse_tensors("PEFT has no module of", strange, self._where, _MERGED)
@@ -245,18 +246,15 @@ class _AdapterFile:
     ) -> list[Arrays]:
         """An adapter's arrays at each place of a site, without what is padding; {}:
         none."""
-        parts = [
-            {
-                part: array[place.index]
-                for part, array in arrays.get(place.name, {}).items()
-            }
-            for place in site.places
-        ]
         is_expert = isinstance(site, ExpertsSite)
-        return [
-            _trim_rank(arrays, is_expert=is_expert) if "lora_a" in arrays else arrays
-            for arrays in parts
-        ]
+        site_parts: list[Arrays] = []
+        for place in site.places:
+            stacked = arrays.get(place.name, {})
+            parts = {part: array[place.index] for part, array in stacked.items()}
+            if "lora_a" in parts:
+                parts = _trim_rank(parts, is_expert=is_expert)
+            site_parts.append(parts)
+        return site_parts
 
     def _check_fused(
         self,
@@ -299,16 +297,16 @@ class _AdapterFile:
             raise MaxlmError(
                 f"{problem} the experts'", where=str(self._where), fix=_MERGED
             )
+        # scale = alpha / rank, or alpha / √rank.
         power = 0.5 if adapter.rank_stabilized else 1
         by_rank: dict[int, list[str]] = {}
-        for name, own_rank in ranks.items():
-            by_rank.setdefault(own_rank, []).append(name)
-        patterns = {
-            name: own_rank
-            for own_rank, sites in by_rank.items()
-            if own_rank != rank
-            for name in self._shorten(sites, among=[*ranks])
-        }
+        for name, site_rank in ranks.items():
+            by_rank.setdefault(site_rank, []).append(name)
+        patterns: dict[str, int] = {}
+        for site_rank, sites in by_rank.items():
+            if site_rank != rank:
+                short_names = self._shorten(sites, among=[*ranks])
+                patterns |= dict.fromkeys(short_names, site_rank)
         self.settings |= {
             "peft_type": LORA,
             "r": rank,
@@ -372,7 +370,10 @@ class _AdapterFile:
             for name, entry in catalog.tensors.items()
             if any(self._name_base(place) in run.trained_base for place in entry.ours)
         ]
-        written = {self._name_base(p) for n in trained for p in catalog.tensors[n].ours}
+        written: set[str] = set()
+        for name in trained:
+            places = catalog.tensors[name].ours
+            written |= {self._name_base(place) for place in places}
         refuse_tensors(
             "trained, and no file of PEFT's holds them",
             [*run.trained_base - written],
@@ -449,23 +450,22 @@ class _AdapterFile:
         dot = "." if by_dots else ""
 
         def means_others(end: str) -> bool:
-            return any(
-                other.endswith(dot + end) and other not in chosen for other in known
-            )
+            others = (name for name in known if name not in chosen)
+            return any(name.endswith(dot + end) for name in others)
 
-        ends = {name: name.rpartition(".")[2] for name in names}
-        return sorted(
-            {name if means_others(end) else end for name, end in ends.items()}
-        )
+        short_names: set[str] = set()
+        for name in names:
+            end = name.rpartition(".")[2]
+            short_names.add(name if means_others(end) else end)
+        return sorted(short_names)
 
     def _read_norms(self, place: ParamSlice) -> np.ndarray:
         """Norms of a layer's weights of each output in the base, [*outputs]."""
         spec = self._specs[place.name]
         _, end = split_dims(spec)
         matrix = to_matrix(self._read_base(place), spec, len(place.index))
-        return (
-            np.linalg.norm(matrix, axis=0).reshape(spec.shape[end:]).astype(np.float32)
-        )
+        norms = np.linalg.norm(matrix, axis=0)
+        return norms.reshape(spec.shape[end:]).astype(np.float32)
 
     def _add_initial_parts(
         self, adapter: LoraAdapter, arrays: Mapping[str, Arrays]
@@ -474,6 +474,7 @@ class _AdapterFile:
         principal part, which is what the start has more than the base."""
         start = self._run.start
         assert start is not None
+        rank = adapter.rank
         for name, parts in arrays.items():
             spec = self._specs[name]
             if not spec.contracting_dims:
@@ -493,9 +494,10 @@ class _AdapterFile:
                     difference = read_start(index).astype(np.float64) - read_base(index)
                     matrix = to_matrix(difference, spec, lead) / adapter.scale
                     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-                    root = np.sqrt(s[: adapter.rank])
-                    first[index] = (u[:, : adapter.rank] * root).reshape(shape_a[lead:])
-                    rows = -root[:, None] * vt[: adapter.rank]
+                    root = np.sqrt(s[:rank])
+                    columns = u[:, :rank] * root
+                    rows = -root[:, None] * vt[:rank]
+                    first[index] = columns.reshape(shape_a[lead:])
                     second[index] = rows.reshape(shape_b[lead:])
             parts["lora_a"] = np.concatenate([parts["lora_a"], first], axis=-1)
             parts["lora_b"] = np.concatenate([parts["lora_b"], second], axis=lead)
