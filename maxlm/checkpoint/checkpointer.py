@@ -121,7 +121,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         if force or self.folder_tier.is_due(step):
             known = self.folder_tier.steps_including_unfinished()
             suspect = first_suspect_step or 0
-            protected_steps = [each for each in known if each < suspect][-1:]
+            protected_steps = [known_step for known_step in known if known_step < suspect][-1:]
             protected_steps += self.remote.steps_being_copied if self.remote else []
             if not self.folder_tier.save(step, state, metadata, protected_steps):
                 return None
@@ -202,7 +202,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         ``resume_step`` (0: it starts)."""
         for tier in self.tiers:
             steps = {
-                each.step: each.is_damaged for each in skipped if each.tier is tier
+                checkpoint.step: checkpoint.is_damaged for checkpoint in skipped if checkpoint.tier is tier
             }
             tier.discard_skipped(steps, resume_step)
         all_gather_json(None)  # Process 0 is done.

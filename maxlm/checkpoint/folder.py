@@ -228,7 +228,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
             self._manager.wait_until_finished()
 
     def _explain_writing(self) -> AbstractContextManager[None]:
-        fix = "free some space or rights, resume"
+        fix = "free disk space or fix permissions, then rerun"
         return convert_storage_errors("a checkpoint was not written", self.place, fix)
 
     def close(self) -> None:

@@ -111,9 +111,9 @@ def import_harness() -> tuple[Any, Any]:
     try:
         from maxlm.evaluation import lm_eval_model, tasks
     except ModuleNotFoundError as error:
-        what = f"the package {error.name} is not installed"
+        message = f"the package {error.name} is not installed"
         fix = "pip install 'maxlm[eval]'"
-        raise MaxlmError(what, fix=fix) from None
+        raise MaxlmError(message, fix=fix) from None
     return lm_eval_model, tasks
 
 
@@ -124,8 +124,8 @@ def make_harness_model(
     if not isinstance(loaded.model, Encoder):
         return kind(make_evaluation_engine(loaded, settings), **options)
     if settings:
-        what = f"{settings[0]} is for a model that generates text; this is an encoder"
-        raise MaxlmError(what, fix="leave it out")
+        message = f"{settings[0]} is for a model that generates text; this is an encoder"
+        raise MaxlmError(message, fix="leave it out")
     room = loaded.config.model.max_seq_len - len(loaded.tokenizer.prefix_ids) - 1
     own = {"tokenizer": loaded.tokenizer, "max_length": room}
     return kind(make_masked_scorer(loaded), **own, **options)
@@ -137,14 +137,14 @@ def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> E
     # Most sequences are short: 64 of 256 tokens, and what several of them share.
     pages = max(2 * length, 64 * 256) // 16 + 1
     # Of several hosts none may time its own steps: all run the same.
-    own = [] if jax.process_count() == 1 else ["decode_steps=1"]
-    own += [
+    engine_settings = [] if jax.process_count() == 1 else ["decode_steps=1"]
+    engine_settings += [
         f"max_length={length}",
         f"num_pages={pages}",
         "max_sequences=64",
         "max_chunks=64",
     ]
-    return make_engine(loaded, [*own, *settings], warm_up="never")
+    return make_engine(loaded, [*engine_settings, *settings], warm_up="never")
 
 
 def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
@@ -178,28 +178,28 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
     from lm_eval.api.registry import get_model
     from lm_eval.utils import check_remote_tokenizer_support, simple_parse_args_string
 
-    given = simple_parse_args_string(",".join(settings))
+    client_options = simple_parse_args_string(",".join(settings))
     make: Any = get_model("local-chat-completions" if chat else "local-completions")
-    given["base_url"] = f"{url}/chat/completions" if chat else f"{url}/completions"
+    client_options["base_url"] = f"{url}/chat/completions" if chat else f"{url}/completions"
     try:
-        if "model" not in given:
+        if "model" not in client_options:
             with urlopen(f"{url}/models", timeout=30) as answer:
-                given["model"] = json.load(answer)["data"][0]["id"]
-        if "tokenizer" not in given:
+                client_options["model"] = json.load(answer)["data"][0]["id"]
+        if "tokenizer" not in client_options:
             has_one = not chat and check_remote_tokenizer_support(
-                given["base_url"], max_retries=1
+                client_options["base_url"], max_retries=1
             )
-            given.setdefault("tokenizer_backend", "remote" if has_one else "none")
-        client = make(**given)
+            client_options.setdefault("tokenizer_backend", "remote" if has_one else "none")
+        client = make(**client_options)
     except (OSError, ValueError, LookupError, ModuleNotFoundError) as error:
-        what = f"this server cannot be used ({error})"
+        message = f"this server cannot be used ({error})"
         fix = "check the address, and the server"
-        raise MaxlmError(what, where=url, fix=fix) from error
+        raise MaxlmError(message, where=url, fix=fix) from error
 
     def refuse(*_: Any) -> None:
-        what = "log-likelihoods from a server need its tokenizer"
+        message = "log-likelihoods from a server need its tokenizer"
         raise MaxlmError(
-            what, where=url, fix="tokenizer=FOLDER names one; leave --chat out"
+            message, where=url, fix="tokenizer=FOLDER names one; leave --chat out"
         )
 
     if client.tokenizer is None:
@@ -216,8 +216,8 @@ def resume_answers(client: Any, log: Path) -> Any:
         log.parent.mkdir(parents=True, exist_ok=True)
     resumed = ResumableModel(client, log)
     if resumed.dbdict:
-        what = f"{log}: {len(resumed.dbdict):,} answers of a run that was cut off are taken"
-        print(f"{what}; delete it to ask for all", file=sys.stderr)
+        message = f"{log}: {len(resumed.dbdict):,} answers of a run that was cut off are taken"
+        print(f"{message}; delete it to ask for all", file=sys.stderr)
     return resumed
 
 
@@ -283,9 +283,9 @@ def cut_windows(
     prefix = tokenizer.prefix_ids
     room = length - len(prefix)
     if room < 2 or len(ids) < room:
-        what = f"{len(ids):,} tokens give no window of {length:,}"
+        message = f"{len(ids):,} tokens give no window of {length:,}"
         raise MaxlmError(
-            what, where=str(text), fix="use a longer text, or another --length"
+            message, where=str(text), fix="use a longer text, or another --length"
         )
     fitting = len(ids) // room
     count = min(count, fitting)

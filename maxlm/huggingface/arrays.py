@@ -21,7 +21,7 @@ from maxlm.config import MaxlmError
 
 FILE_BYTES = 16 << 20
 TILE_BYTES = 1 << 20
-_WRITING = "free some space or rights, run again"
+_WRITING = "free disk space or fix permissions, then rerun"
 _OPEN = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
 
 Shape = tuple[int, ...]

@@ -164,7 +164,7 @@ class RunSetup:
 
     @property
     def _frozen_modules(self) -> dict[str, Model]:
-        return {name: own.model for name, own in self.task_models.items()}
+        return {name: placed.model for name, placed in self.task_models.items()}
 
 
 def set_up_run(
@@ -200,7 +200,7 @@ def set_up_run(
             optimizer, trainable, placed.optimizer, placed.storage
         ),
         frozen_sources={
-            name: own for name, own in sources.items() if name not in bases
+            name: source_folder for name, source_folder in sources.items() if name not in bases
         },
         task_models=place_frozen_models(config, sources, dict(mesh.shape), dtype),
     )

@@ -118,7 +118,7 @@ def _select_stored_params(params: Params, config: Mapping[str, Any]) -> Params:
     params = params if config.get("adapter") else select_base_params(params)
     stored = config["model"].get("heads") or {}
     heads = {
-        name: own for name, own in params.get("heads", {}).items() if name in stored
+        name: head_params for name, head_params in params.get("heads", {}).items() if name in stored
     }
-    rest = {name: own for name, own in params.items() if name != "heads"}
+    rest = {name: head_params for name, head_params in params.items() if name != "heads"}
     return rest | {"heads": heads} if heads else rest

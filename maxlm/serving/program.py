@@ -150,8 +150,8 @@ def serve(
         if key is None and host.startswith(_LOOPBACK):
             state.allowed_hosts = {host, "localhost", "127.0.0.1", "::1"}
         elif key is None:
-            what = f"anyone who reaches {host} may use this server: there is no API key"
-            print(f"warning: {what}", file=sys.stderr)
+            message = f"anyone who reaches {host} may use this server: there is no API key"
+            print(f"warning: {message}", file=sys.stderr)
         try:
             run_server(state, bound, lambda url: print(f"{name}: {url}", flush=True))
         finally:
@@ -201,8 +201,8 @@ def load_chat_model(
 def _split_adapter(option: str) -> tuple[str, str]:
     name, _, folder = option.partition("=")
     if not name or not folder:
-        what = f"--adapter {option!r} is no NAME=FOLDER"
-        raise MaxlmError(what, fix="write it as --adapter tiny=runs/tiny")
+        message = f"--adapter {option!r} is no NAME=FOLDER"
+        raise MaxlmError(message, fix="write it as --adapter tiny=runs/tiny")
     return name, folder
 
 
@@ -235,20 +235,20 @@ def read_lora_adapter(
         arrays = {n: reader.open(n).read() for n in reader.shapes if n.endswith(parts)}
         trained = find_trained_base(config, reader) if adapter else set()
     else:
-        what = f"neither {PEFT_CONFIG} nor config.yaml here"
+        message = f"neither {PEFT_CONFIG} nor config.yaml here"
         fix = "name PEFT's folder, or a run's"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     if not isinstance(adapter, LoraAdapter):
-        what = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
+        message = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
         fix = "name one of kind lora; others are merged (maxlm convert)"
         raise MaxlmError(
-            f"{what} is not loaded beside a model", where=str(folder), fix=fix
+            f"{message} is not loaded beside a model", where=str(folder), fix=fix
         )
     if trained or adapter.token_ids:
         name = min(trained, default="rows of the table of tokens")
-        what = f"it was trained with {name} of the base, which all adapters here share"
+        message = f"it was trained with {name} of the base, which all adapters here share"
         fix = "merge it (maxlm convert) and serve that"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     weights = adapter, arrays
     return ServedAdapter(
         weights, tokenizer and _read_adapter_tokenizer(folder, tokenizer, model)
@@ -263,13 +263,13 @@ def _read_adapter_tokenizer(
         home = folder / "tokenizer"
         tokenizer = load_tokenizer(home) if home.exists() else base
     else:
-        own = import_adapter_tokenizer(folder, base, model.config.vocab_size)
-        assert own is not None, "the base has one"
-        tokenizer = own
+        imported = import_adapter_tokenizer(folder, base, model.config.vocab_size)
+        assert imported is not None, "the base has one"
+        tokenizer = imported
     if tokenizer.codec.fingerprint_input() != base.codec.fingerprint_input():
-        what = "it was trained with another vocabulary than the model's"
+        message = "it was trained with another vocabulary than the model's"
         fix = "merge it (maxlm convert) and serve that"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     return None if tokenizer is base else tokenizer
 
 
@@ -290,8 +290,8 @@ def _make_parts(
     model, mesh = loaded.model, loaded.mesh
     if isinstance(model, Encoder):
         if given := [*settings, *adapters]:
-            what = f"{given[0]} is for a model that generates text; this is an encoder"
-            raise MaxlmError(what, fix="leave it out")
+            message = f"{given[0]} is for a model that generates text; this is an encoder"
+            raise MaxlmError(message, fix="leave it out")
         return None, Embedder(
             model, loaded.params, mesh, loaded.config.model.max_seq_len
         )
@@ -367,9 +367,9 @@ def make_engine(
             len({each.tokenizer.codec.fingerprint_input() for each in (other, loaded)})
             > 1
         ):
-            what = f"{config.speculation.folder} has another tokenizer than {loaded.config.name}"
+            message = f"{config.speculation.folder} has another tokenizer than {loaded.config.name}"
             raise MaxlmError(
-                what, where="speculation.folder", fix="use a model with the same one"
+                message, where="speculation.folder", fix="use a model with the same one"
             )
         draft = DraftModel(other.model, other.params)
     engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)

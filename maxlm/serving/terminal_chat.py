@@ -67,8 +67,8 @@ class ChatSession:
         context = self._engine.config.max_length
         room = context - len(prompt)
         if room < 1:
-            what = f"the conversation has {len(prompt)} tokens, the context {context}"
-            raise MaxlmError(what, fix="/reset forgets it")
+            message = f"the conversation has {len(prompt)} tokens, the context {context}"
+            raise MaxlmError(message, fix="/reset forgets it")
         most = min(self._sampling.max_new_tokens, room)
         seed = self._sampling.seed + self._count
         sampling = self._sampling.model_copy(
@@ -152,10 +152,10 @@ def _run_command(session: ChatSession, line: str) -> str:
                 f"cannot be written ({error.strerror})", where=str(path)
             ) from None
         return f"saved {len(session.messages)} messages in {path}"
-    what = (
+    message = (
         f"{name} needs a word more" if f"\n{name} " in _HELP else f"no command {line!r}"
     )
-    return f"{what}; /help lists commands"
+    return f"{message}; /help lists commands"
 
 
 def _print_answer(session: ChatSession, text: str) -> None:

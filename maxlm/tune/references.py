@@ -66,7 +66,7 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
         )
         log_probs = np.full((len(file), task.num_reference_columns), np.nan, np.float32)
         with open_evaluation_batches(setup, source) as batches:
-            values = [process_allgather(run(params, own), True) for own in batches]
+            values = [process_allgather(run(params, device_batch), True) for device_batch in batches]
         example_indices = source.example_indices
         log_probs[example_indices] = np.concatenate(values).reshape(
             -1, log_probs.shape[1]
