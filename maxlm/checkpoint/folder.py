@@ -66,9 +66,8 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self.place = str(self.folder)
         self._config = config or CheckpointConfig()
         self._groups = layer_groups or {}
-        self._pending: list[
-            int
-        ] = []  # steps of saves, until ``pop_completed`` returns them
+        # Steps of saves, until ``pop_completed`` returns them.
+        self._pending: list[int] = []
         # Orbax logs each file it touches, and the errors it raises besides.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if read_only and not self.folder.is_dir():
@@ -78,10 +77,10 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self._policies: list[Any] = [CustomSteps([]), LatestN(self._config.keep_last)]
         if self._config.keep_every:
             self._policies.append(EveryNSteps(self._config.keep_every))
-        message, fix = (
-            "cannot keep checkpoints here",
-            "name a folder that can be written",
-        )
+        # Hosts see a shared folder change at different times.
+        broadcasts = not read_only and jax.process_count() > 1
+        message = "cannot keep checkpoints here"
+        fix = "name a folder that can be written"
         with convert_storage_errors(message, self.place, fix):
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -91,9 +90,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
                     cleanup_tmp_directories=not read_only,
                     create=not read_only,
                     read_only=read_only,
-                    # Hosts see a shared folder change at different times.
-                    single_host_load_and_broadcast=not read_only
-                    and jax.process_count() > 1,
+                    single_host_load_and_broadcast=broadcasts,
                 ),
                 handler_registry=ocp.handlers.create_default_handler_registry(
                     state=ocp.PyTreeCheckpointHandler(use_zarr3=True),
@@ -136,10 +133,17 @@ class FolderTier(AbstractContextManager["FolderTier"]):
     def pop_completed(self) -> list[int]:
         """Returns the steps whose saves have completed since the last call; waits for
         nothing."""
-        saving = self._pending[-1:] if self._manager.is_saving_in_progress() else []
-        done = [s for s in self._pending if s not in saving and self.path(s).is_dir()]
+        saving = []
+        if self._manager.is_saving_in_progress():
+            saving = self._pending[-1:]
+        # A save that failed leaves no folder of its name.
+        completed = [
+            step
+            for step in self._pending
+            if step not in saving and self.path(step).is_dir()
+        ]
         self._pending = saving
-        return done
+        return completed
 
     def steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, oldest first; waits for a
@@ -197,16 +201,15 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         """Takes checkpoints (step -> whether it is damaged) out of the way of those to
         come: renames damaged ones to ``40.damaged``, as they may be repaired, and
         deletes others."""
-        for step, is_damaged in (
-            is_damaged_by_step.items() if jax.process_index() == 0 else ()
-        ):
+        if jax.process_index() != 0:
+            return
+        for step, is_damaged in is_damaged_by_step.items():
             path = self.path(step)
             if not path.exists():
                 continue
             # A kill leaves half of an old one that was being deleted.
-            is_half = (
-                step < resume_step and not (path / "metadata" / "metadata").exists()
-            )
+            has_metadata = (path / "metadata" / "metadata").exists()
+            is_half = step < resume_step and not has_metadata
             with convert_write_errors(path):
                 if is_damaged and not is_half:
                     aside = path.with_name(f"{step}.damaged")

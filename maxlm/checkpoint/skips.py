@@ -24,9 +24,15 @@ _FILE = "skipped_batches.json"
 def get_batch_index(step: int, skips: Sequence[BatchRange]) -> int:
     """Returns the number of the batch taken after ``step`` updates; without skips,
     ``step``."""
-    for skipped in sorted({n for first, last in skips for n in range(first, last + 1)}):
-        step += skipped <= step
-    return step
+    skipped_batches = set[int]()
+    for first, last in skips:
+        skipped_batches |= {*range(first, last + 1)}
+    # Ascending: each batch that is left out moves those after it down by one.
+    batch = step
+    for skipped_batch in sorted(skipped_batches):
+        if skipped_batch <= batch:
+            batch += 1
+    return batch
 
 
 def contiguous_ranges(
@@ -35,11 +41,13 @@ def contiguous_ranges(
     """Yields (first batch, number of batches) for each range of consecutive batches
     taken by the updates after ``start`` to ``stop``."""
     while start < stop:
-        number = get_batch_index(start, skips)
-        count = min(
-            [stop - start, *(first - number for first, _ in skips if first > number)]
-        )
-        yield number, count
+        batch = get_batch_index(start, skips)
+        # Up to the next batch that is skipped, or the last update.
+        count = stop - start
+        for first, _ in skips:
+            if first > batch:
+                count = min(count, first - batch)
+        yield batch, count
         start += count
 
 
@@ -65,10 +73,10 @@ def read_skips(folder: Path) -> Skips | None:
     def read() -> list[BatchRange] | None:
         if not path.exists():
             return None
+        # JSON of any other form shows as one of these.
         with suppress(ValueError, TypeError, KeyError, RecursionError):
-            ranges: Any = [
-                tuple(record["batches"]) for record in json.loads(path.read_text())
-            ]
+            records = json.loads(path.read_text())
+            ranges: Any = [tuple(record["batches"]) for record in records]
             if all(type(a) is type(b) is int and 0 <= a <= b for a, b in ranges):
                 return ranges
         fix = 'rewrite it from the rollbacks in events.jsonl: [{"batches": [first, last]}]'
@@ -82,11 +90,10 @@ def record_skip(folder: Path, skips: Skips, skip: BatchRange, reason: str) -> No
     """Adds a range to the record in a run's folder; ``skips`` are those known
     before."""
     path = folder / _FILE
-    known = (
-        json.loads(path.read_text())
-        if path.exists()
-        else [{"batches": batches} for batches in skips]
-    )
+    if path.exists():
+        entries = json.loads(path.read_text())
+    else:
+        entries = [{"batches": batches} for batches in skips]
+    entries.append({"batches": skip, "reason": reason})
     with replace_file(path) as temporary:
-        entries = [*known, {"batches": skip, "reason": reason}]
         temporary.write_text(f"{json.dumps(entries, indent=2)}\n")
