@@ -189,13 +189,15 @@ def _account(
         ended = max(ended, now)
     slices = [_fill(began, times[0], {"starting": inf})]
     points: list[tuple[float, int]] = []
-    limits = iter(kept_steps)
-    begin = times[0]
-    done = start["step"]
+    begin = times[0]  # of the slice that the next ``progress`` ends
+    done = start["step"]  # the step up to which slices account for the steps
     last = 0
+    # The step up to which the run still holds the steps, until the next rollback.
+    limits = iter(kept_steps)
     limit = next(limits)
     # As of the last ``progress``: seconds by activity, cumulative.
     totals = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
+    # Of events since then that tell their own seconds.
     once = {"compiling": 0.0, "hanging": 0.0}
     final = 0.0
     for time, event in zip(times, log, strict=True):
