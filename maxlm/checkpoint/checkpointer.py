@@ -6,11 +6,10 @@ A run resumes from the newest checkpoint that can be read, in whichever place it
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from maxlm.checkpoint.config import CheckpointConfig
 from maxlm.checkpoint.folder import FolderTier
@@ -19,6 +18,7 @@ from maxlm.checkpoint.reading import Groups, PyTree, UnreadableCheckpoint
 from maxlm.checkpoint.remote import RemoteTier
 from maxlm.checkpoint.skips import Skips, get_skips, has_same_batches
 from maxlm.runtime.collectives import all_gather_json
+from maxlm.runtime.json_types import JsonMapping
 
 CheckpointTier = LocalTier | FolderTier | RemoteTier
 """A place for checkpoints, with a name and a place (path or URL) for messages. All
@@ -31,7 +31,7 @@ class FoundCheckpoint:
 
     step: int
     tier: CheckpointTier
-    metadata: Mapping[str, Any]
+    metadata: JsonMapping
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         self,
         step: int,
         state: PyTree,
-        metadata: Mapping[str, Any],
+        metadata: JsonMapping,
         *,
         force: bool = False,
         first_suspect_step: int | None = None,

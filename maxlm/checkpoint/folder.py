@@ -38,6 +38,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import broadcast_from_process_0, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 
 class FolderTier(AbstractContextManager["FolderTier"]):
@@ -106,7 +107,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self,
         step: int,
         state: PyTree,
-        metadata: Mapping[str, Any],
+        metadata: JsonMapping,
         held_steps: Sequence[int] = (),
     ) -> bool:
         """Starts writing a checkpoint of arrays (with several processes, over all their
@@ -164,7 +165,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
     def path(self, step: int) -> Path:
         return self.folder / str(step)
 
-    def metadata(self, step: int | None = None) -> dict[str, Any]:
+    def metadata(self, step: int | None = None) -> JsonObject:
         """Returns what was saved beside the state at ``step`` (default: the newest);
         raises MaxlmError if there is none, or UnreadableCheckpoint."""
         path = self.path(self._find_step(step))

@@ -34,6 +34,7 @@ from maxlm.checkpoint.reading import (
 from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import all_gather_json, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 NUM_KEPT = 2  # A process may have written a step that another has yet to write.
 _SUFFIX = ".safetensors"
@@ -67,7 +68,7 @@ class LocalTier:
     def path(self, step: int) -> Path:
         return self.folder / f"{step}{_SUFFIX}"
 
-    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, metadata: JsonMapping) -> None:
         """Copies arrays to the host, and writes them while training continues; waits
         for the file before this one. One copy of this process's shards is in its memory
         meanwhile."""
@@ -114,7 +115,7 @@ class LocalTier:
         """Returns the steps of which any process has a file, oldest first."""
         return sorted(set().union(*all_gather_json(self._own_steps())))
 
-    def metadata(self, step: int) -> dict[str, Any]:
+    def metadata(self, step: int) -> JsonObject:
         """Returns what was saved beside the state; raises UnreadableCheckpoint where a
         process has no file, or a damaged one, or files are of different saves."""
         has_file = all_gather_json(self.path(step).exists())
@@ -132,8 +133,8 @@ class LocalTier:
             )
         return metadata
 
-    def _read_metadata(self, step: int) -> dict[str, Any]:
-        def read() -> dict[str, Any]:
+    def _read_metadata(self, step: int) -> JsonObject:
+        def read() -> JsonObject:
             with safe_open(self.path(step), "np") as file:
                 return parse_metadata(file.metadata()["metadata"])
 

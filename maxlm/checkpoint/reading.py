@@ -27,6 +27,7 @@ from maxlm import __version__
 from maxlm.config import MaxlmError, compare_configs
 from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import raise_on_all_hosts
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.sharding import bind_mesh, jit_sharded
 
 Result = TypeVar("Result")
@@ -119,8 +120,8 @@ def _fingerprint(array: jax.Array) -> jax.Array:
 
 
 def add_integrity_fields(
-    step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any]
-) -> dict[str, Any]:
+    step: int, arrays: Mapping[str, jax.Array], metadata: JsonMapping
+) -> JsonObject:
     """Returns what is saved beside arrays: JSON values, the arrays' fingerprints and a
     checksum of all. All processes call it together; it waits for the arrays."""
     versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
@@ -134,7 +135,7 @@ def add_integrity_fields(
     return {**complete, _CHECKSUM: _compute_checksum(complete)}
 
 
-def parse_metadata(text: str | bytes) -> dict[str, Any]:
+def parse_metadata(text: str | bytes) -> JsonObject:
     """Returns what :func:`add_integrity_fields` returned, without its checksum; raises
     ValueError if it is damaged."""
     try:
@@ -152,11 +153,11 @@ def parse_metadata(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def _compute_checksum(metadata: Mapping[str, Any]) -> str:
+def _compute_checksum(metadata: JsonMapping) -> str:
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> JsonObject:
     """Returns what was saved beside the state; raises UnreadableCheckpoint."""
     return with_retries(
         path, lambda: parse_metadata((path / "metadata" / "metadata").read_text())
@@ -380,8 +381,8 @@ def describe_error(error: Exception) -> str:
 
 
 def check_same_settings(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
+    saved: JsonMapping,
+    current: JsonMapping,
     keys: Sequence[str],
     where: str = "resume",
     action: str = "the checkpoint was written",

@@ -37,6 +37,7 @@ from maxlm.runtime.collectives import (
     run_on_process_0,
 )
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.storage import (
     get_read_failure_fix,
     join_place,
@@ -134,11 +135,11 @@ class RemoteTier:
         """Returns the steps that were copied completely, oldest first."""
         return broadcast_from_process_0(self._complete_steps)
 
-    def metadata(self, step: int) -> dict[str, Any]:
+    def metadata(self, step: int) -> JsonObject:
         """Returns what was saved beside the state; raises UnreadableCheckpoint."""
         place = join_place(self._place, str(step))
 
-        def read() -> dict[str, Any]:
+        def read() -> JsonObject:
             return parse_metadata(self._read(step, "metadata/metadata"))
 
         return run_on_process_0(lambda: with_retries(place, read))

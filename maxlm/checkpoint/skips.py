@@ -6,7 +6,7 @@ them alone, so that a run which is resumed, on any machine, takes the same batch
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import run_on_process_0
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_types import JsonMapping
 
 BatchRange = tuple[int, int]
 """First and last batch skipped, counted from 0."""
@@ -60,7 +61,7 @@ def has_same_batches(
     )
 
 
-def get_skips(metadata: Mapping[str, Any]) -> Skips:
+def get_skips(metadata: JsonMapping) -> Skips:
     """Returns the batches that a checkpoint's run had skipped by then."""
     return tuple((first, last) for first, last in metadata.get("skipped_batches", ()))
 

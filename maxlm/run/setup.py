@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +169,7 @@ class RunSetup:
 
 def set_up_run(
     config: RunConfig,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
     *,
     for_training: bool = True,
     frozen_sources: Mapping[str, str | None] | None = None,

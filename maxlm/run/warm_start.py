@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,10 @@ from maxlm.models.params import (
 )
 from maxlm.optim.state import TrainState
 from maxlm.run.setup import RunSetup
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 
-def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
+def check_init_checkpoint(setup: RunSetup) -> JsonObject | None:
     """Checks that the run that this one starts from, if any, is there and has this
     model; returns its checkpoint's metadata."""
     start = setup.config.train.start_from
@@ -85,7 +85,7 @@ def load_frozen_models(
 
 def describe_frozen_models(
     setup: RunSetup, frozen_params: Mapping[str, Params]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return what checkpoints hold of frozen models: where each came from, and its
     fingerprint."""
     described = {}
@@ -101,7 +101,7 @@ def describe_frozen_models(
 @contextmanager
 def open_checkpoints(
     folder: str | Path, step: int | None = None
-) -> Iterator[tuple[FolderTier, Mapping[str, Any], str]]:
+) -> Iterator[tuple[FolderTier, JsonMapping, str]]:
     """Yields a run's checkpoints, the config of one (default: the newest), and the name
     that the parameters to use have in them."""
     with FolderTier(Path(folder) / "checkpoints", read_only=True) as tier:
@@ -111,7 +111,7 @@ def open_checkpoints(
         yield tier, config, "ema" if has_ema else "params"
 
 
-def _select_stored_params(params: Params, config: Mapping[str, Any]) -> Params:
+def _select_stored_params(params: Params, config: JsonMapping) -> Params:
     """Leaves out the adapter and the heads that another run's model has not."""
     if not config.get("adapter"):
         params = select_base_params(params)

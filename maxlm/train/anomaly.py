@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from math import isfinite
 from statistics import median
-from typing import Any
 
 from maxlm.run.train_config import FaultToleranceConfig
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.train.trainer import Callback, RollbackDecision, Trainer
 
 # The standard deviation of a normal distribution over its median absolute deviation
@@ -23,7 +23,7 @@ class LossSpikeDetector(Callback):
     stopped."""
 
     def __init__(
-        self, config: FaultToleranceConfig, state_dict: Mapping[str, Any] | None = None
+        self, config: FaultToleranceConfig, state_dict: JsonMapping | None = None
     ):
         self._config = config
         state_dict = state_dict or {}
@@ -36,7 +36,7 @@ class LossSpikeDetector(Callback):
         )
 
     @property
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """The recent losses and the lengths of the current rows of bad steps, as JSON
         values."""
         return {

@@ -4,7 +4,8 @@ beside what they watch: loss spikes, the watchdog, the profiler."""
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+
+import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import MaxlmError
@@ -12,6 +13,7 @@ from maxlm.config.errors import Preempted
 from maxlm.optim.state import TrainState
 from maxlm.optim.step import Sums
 from maxlm.runtime.collectives import FlagAllReduce
+from maxlm.runtime.json_types import JsonMapping
 from maxlm.runtime.signals import SignalHandler, StopRequest
 from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.trainer import Callback, Trainer
@@ -47,7 +49,7 @@ class CheckpointCallback(Callback):
     """Saves where a checkpoint is due, where one was requested, and at the end."""
 
     checkpointer: Checkpointer
-    metadata: Mapping[str, Any]
+    metadata: JsonMapping
     """Saved with every checkpoint, with the losses that ``detector`` remembers."""
     detector: LossSpikeDetector
 
@@ -107,7 +109,7 @@ class StopCallback(Callback):
     """Whether this process's clock asks for a checkpoint."""
     folder: str
     """Folder of the run, for messages."""
-    _reductions: deque[Any] = field(default_factory=deque)
+    _reductions: deque[StopRequest | jax.Array] = field(default_factory=deque)
 
     def on_step_dispatched(self, trainer: Trainer, step: int, sums: Sums) -> None:
         # Started here and read in `on_step_end`: it runs behind the step, and holds

@@ -3,9 +3,7 @@ the end."""
 
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -14,6 +12,7 @@ from rich.table import Column
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_types import JsonMapping
 from maxlm.train.records import read_records
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -73,7 +72,7 @@ class ConsoleDisplay:
                 "", total=total_steps, completed=start_step, text=""
             )
 
-    def update(self, step: int, record: Mapping[str, Any]) -> None:
+    def update(self, step: int, record: JsonMapping) -> None:
         """Shows that ``step`` steps are done, with the main numbers of a metrics
         record."""
         if not self._show:

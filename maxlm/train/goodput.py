@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import inf
-from typing import Any
 
-Event = Mapping[str, Any]
+from maxlm.runtime.json_types import JsonMapping
+
+Event = JsonMapping
 
 PARTS = (
     *("productive", "lost", "starting", "compiling", "loading", "saving", "evaluating"),

@@ -53,7 +53,7 @@ class MetricsCallback(Callback):
         self._plan = plan
         self._log = log
         self._display = display
-        self._planned: dict[str, Any] = {}
+        self._planned: dict[str, float | None] = {}
         if plan.step_seconds is not None:
             self._planned = {
                 "planned_seconds": plan.step_seconds,

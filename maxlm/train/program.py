@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -33,6 +33,7 @@ from maxlm.run.warm_start import (
     load_frozen_models,
 )
 from maxlm.runtime.collectives import FlagAllReduce, run_on_process_0
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.signals import SignalHandler, handle_signals
 from maxlm.tasks.task import DeviceBatch
 from maxlm.train.anomaly import LossSpikeDetector
@@ -101,7 +102,7 @@ class _OpenRun:
     state_restorer: StateRestorer
     position: TrainingPosition
     """Position where training starts or resumes."""
-    metadata: dict[str, Any]
+    metadata: JsonObject
     """Saved with every checkpoint."""
     plan: "RunPlan"
     log: MetricsLog

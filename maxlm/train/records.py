@@ -19,6 +19,7 @@ from uuid import uuid4
 from maxlm.config import MaxlmError
 from maxlm.run.reporting_config import ReportingConfig, WandbConfig
 from maxlm.runtime.files import check_run_not_moved, convert_write_errors, replace_file
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.train.prometheus import PrometheusSink
 
 Numbers = Mapping[str, float]
@@ -31,7 +32,7 @@ class Sink(Protocol):
         """Takes the numbers of a record."""
         ...
 
-    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+    def event(self, kind: str, details: JsonMapping) -> None:
         """Takes an event of ``events.jsonl``."""
         ...
 
@@ -46,7 +47,7 @@ class Sink(Protocol):
 
 def read_records(
     path: Path, damaged_lines: list[bytes] | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """Yields the records of a JSONL file, none if it is missing. Adds lines that hold
     none to ``damaged_lines``, but not a last one without an end: it was cut short, or
     is being written."""
@@ -62,7 +63,7 @@ def read_records(
 
 def read_events(
     path: Path, damaged_lines: list[bytes] | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """Yields the records of an events.jsonl, each with a kind, ``event``, and a
     ``time``, as :func:`read_records` does; those without are damaged lines too."""
     for record in read_records(path, damaged_lines):
@@ -131,7 +132,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                     self._sinks.append(stack.enter_context(closing(sink)))
             self._open = stack.pop_all()
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step: int, values: JsonMapping) -> None:
         """Appends one record: ``step`` and finite or non-finite numbers (written as
         null)."""
         numbers: dict[str, float] = {}
@@ -209,7 +210,7 @@ class TensorBoardSink:
         ]
         self._write(step, summary={"value": scalars})
 
-    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+    def event(self, kind: str, details: JsonMapping) -> None:
         """Does nothing."""
 
     def rewind(self, step: int) -> None:
@@ -224,7 +225,7 @@ class TensorBoardSink:
         self,
         step: int,
         *,
-        summary: Mapping[str, Any] | None = None,
+        summary: JsonMapping | None = None,
         session_log: Mapping[str, str] | None = None,
     ) -> None:
         """Writes an event, of whose fields protobuf leaves out those that are None."""
@@ -283,7 +284,7 @@ class WandbSink:
     def log(self, step: int, values: Numbers) -> None:
         self._run.log({"step": step, **values})
 
-    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+    def event(self, kind: str, details: JsonMapping) -> None:
         """Does nothing."""
 
     def rewind(self, step: int) -> None:
@@ -293,7 +294,7 @@ class WandbSink:
         self._run.finish()
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> JsonObject | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -303,7 +304,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record
 
 
-def _append(path: Path, record: Mapping[str, Any]) -> None:
+def _append(path: Path, record: JsonMapping) -> None:
     """Writes a record behind the others, whole or not at all; on return the system has
     it."""
     with convert_write_errors(path):

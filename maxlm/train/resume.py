@@ -1,11 +1,11 @@
 """Finds a run's state: in its own checkpoints, another run's, or fresh initialization;
 checks that its config and text are the same, and that no checkpoint was lost."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 from pydantic import ValidationError
@@ -27,6 +27,7 @@ from maxlm.run.prepare import PreparedData, check_prepared_data
 from maxlm.run.setup import RunSetup
 from maxlm.run.warm_start import init_or_warm_start_state, load_frozen_models
 from maxlm.runtime.collectives import run_on_process_0
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.records import read_events, read_records
 
@@ -45,7 +46,7 @@ class ResumeSource:
     """Checkpoints known to be unreadable so far."""
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
+    def metadata(self) -> JsonMapping:
         return self.checkpoints[0].metadata
 
 
@@ -58,7 +59,7 @@ class TrainingPosition:
     skips: Skips
     checkpoint_place: str = ""
     """Place of the checkpoint; empty: the run starts."""
-    detector_state: Mapping[str, Any] | None = None
+    detector_state: JsonMapping | None = None
     """Memory of the loss spike detector."""
     skipped: Sequence[SkippedCheckpoint] = ()
     """Newer checkpoints that cannot be resumed from."""
@@ -213,9 +214,9 @@ class StateRestorer:
 def make_run_metadata(
     config: RunConfig,
     data: PreparedData,
-    source_metadata: Mapping[str, Any] | None,
-    frozen_models: Mapping[str, Any],
-) -> dict[str, Any]:
+    source_metadata: JsonMapping | None,
+    frozen_models: JsonMapping,
+) -> JsonObject:
     """Returns the metadata of a run's checkpoints; ``source_metadata``: that of the
     checkpoint whose state or parameters the run starts from."""
     tokenizer = data.tokenizer.fingerprint
@@ -251,7 +252,7 @@ def check_same_inputs(
     config: RunConfig,
     data: PreparedData,
     origin: ResumeSource,
-    new_metadata: Mapping[str, Any],
+    new_metadata: JsonMapping,
 ) -> None:
     """Checks that the checkpoint to resume from was made with this tokenizer, these
     frozen models and stores; ``new_metadata``: of those to come."""
@@ -291,9 +292,7 @@ def check_same_inputs(
         raise MaxlmError(message, where=place, fix=fix)
 
 
-def check_same_config(
-    config: RunConfig, saved_config: Mapping[str, Any], where: str
-) -> None:
+def check_same_config(config: RunConfig, saved_config: JsonMapping, where: str) -> None:
     """Checks the settings that must be those that the checkpoint was written with."""
     # Settings that are newer than the checkpoint get their defaults. The comparison
     # shows what is wrong with a config that is not valid.
@@ -303,7 +302,7 @@ def check_same_config(
     check_same_settings(saved_config, current, IDENTITY, where, ignored=INCIDENTAL)
 
 
-def _describe_store(store: TokenStore) -> dict[str, Any]:
+def _describe_store(store: TokenStore) -> JsonObject:
     """Returns what shows whether a store still holds the same documents."""
     counts = {"documents": store.num_documents, "tokens": store.num_tokens}
     digest = store.manifest.tokens_sha256

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -28,6 +28,7 @@ from maxlm.runtime.files import (
     lock_folder,
     replace_file,
 )
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.signals import SignalHandler
 from maxlm.train.records import MetricsLog
 
@@ -191,7 +192,7 @@ def record_stop_on_error(
         raise
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment() -> JsonObject:
     """Returns plain data for ``environment.json``, ``git`` None for a source that is no
     checkout. All processes call it together."""
     device = jax.devices()[0]
@@ -211,7 +212,7 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def read_git_state(root: Path) -> dict[str, Any] | None:
+def read_git_state(root: Path) -> JsonObject | None:
     """The commit that a source tree is at, and whether it differs.
 
     None: not a checkout, or no git. An installed package may lie inside another

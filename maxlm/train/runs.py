@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from maxlm.config import MaxlmError
 from maxlm.config.keys import get_descendant
 from maxlm.plan.show import format_seconds, make_table
+from maxlm.runtime.json_types import JsonObject
 from maxlm.train.display import format_duration
 from maxlm.train.goodput import PARTS, RunHistory, summarize_run_events
 from maxlm.train.records import read_events, read_records
@@ -24,6 +25,7 @@ from maxlm.train.records import read_events, read_records
 PERCENTILES = (50, 90, 99, 100)
 # An attempt's row each, at most so many: the first ones of a long history are left out.
 ATTEMPTS = 12
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class RunSummary:
     damaged_lines: int
     """Lines of metrics.jsonl and events.jsonl that hold no record."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns plain data: seconds, unix seconds, shares."""
         history = self.history
         attempts = [asdict(attempt) for attempt in history.attempts]
@@ -165,7 +167,7 @@ def show_run(run: RunSummary, now: float) -> Group:
     """Shows a run's progress at ``now`` (unix seconds), where its time went, its
     attempts and interruptions, its steps."""
     history = run.history
-    parts: list[Any] = [_show_headline(run, now)]
+    parts: list[RenderableType] = [_show_headline(run, now)]
     if run.damaged_lines:
         words = "line of metrics.jsonl and events.jsonl cannot be read"
         parts.append(Text(_count_of(run.damaged_lines, words)))
@@ -266,5 +268,5 @@ def _count_of(count: int, phrase: str) -> str:
     return f"{count:,} {noun}{plural}{space}{rest}"
 
 
-def _or_dash(value: Any, words: Callable[[Any], str]) -> str:
-    return "-" if value is None else words(value)
+def _or_dash(value: Value | None, format_value: Callable[[Value], str]) -> str:
+    return "-" if value is None else format_value(value)

@@ -23,6 +23,7 @@ from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.inference.generate import collect_tokens, generate
 from maxlm.models.params import flatten_names
 from maxlm.optim.state import TrainState
+from maxlm.optim.step import Sums
 from maxlm.plan.layout import compute_run_layout
 from maxlm.run.config import RunConfig
 from maxlm.run.prepare import make_source_inputs, read_vocab_size
@@ -36,6 +37,7 @@ from maxlm.run.warm_start import load_frozen_models
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import Vocabulary
 from maxlm.tasks.rows import RowTask
+from maxlm.tasks.task import DeviceBatch
 
 STEPS = 10
 SAVED_AT = 5
@@ -159,7 +161,9 @@ def write_counting_rows(path: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
+def smoke(
+    config: RunConfig, devices: Sequence[jax.Device] | None = None
+) -> Iterator[Check]:
     """Shrink a run to these devices (default: all) and try it, yielding each check as
     it is made.
 
@@ -239,7 +243,10 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
 
 
 def _run(
-    setup: RunSetup, step: Callable[..., Any], state: TrainState, stop: int
+    setup: RunSetup,
+    step: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]],
+    state: TrainState,
+    stop: int,
 ) -> tuple[TrainState, list[float]]:
     """Steps up to ``stop``, and their losses."""
     start = int(state.step)

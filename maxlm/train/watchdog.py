@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
@@ -51,7 +50,7 @@ class Watchdog(Callback):
         self._config = config
         self.folder = folder
         self._process = process
-        self.exit_process: Callable[[int], Any] = os._exit  # tests replace it
+        self.exit_process: Callable[[int], object] = os._exit  # tests replace it
         self.event: Callable[..., None] = lambda *_, **__: None
         """Takes ``event("hang", step, process=..., seconds=...)``."""
         self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_STEPS)

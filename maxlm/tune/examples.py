@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -21,6 +20,7 @@ from maxlm.data.tokenizer import (
     load_tokenizer,
 )
 from maxlm.data.tokenizer.files import METADATA
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.tasks import TASKS, TaskConfig
 from maxlm.tasks.rows import RowTask, scan_examples
 
@@ -52,7 +52,7 @@ def describe_examples(
     *,
     kind: str | None = None,
     num_examples: int = 3,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Encodes a file of rows for a task, and describes it and its first rows as plain
     data. Raises MaxlmError: a file or tokenizer that cannot be read, a task that reads
     no rows.
@@ -134,7 +134,7 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
     return import_tokenizer(folder)
 
 
-def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
+def render_examples(report: JsonMapping, *, in_colour: bool) -> Text:
     """Renders what :func:`describe_examples` returns, for a rich console; without
     colour « » enclose what is learnt."""
     text = Text()
@@ -165,8 +165,8 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
 
 
 def _list_spans(
-    tokenizer: Tokenizer, encoded: Mapping[str, Any], segment: int
-) -> Iterator[dict[str, Any]]:
+    tokenizer: Tokenizer, encoded: JsonMapping, segment: int
+) -> Iterator[JsonObject]:
     special_ids = {*tokenizer.special_tokens.values()}
     is_of_segment = encoded["segment_ids"] == segment
     # Targets are the tokens from the second on; the first is never learnt.

@@ -1,9 +1,8 @@
 """Preference tasks beside training: a reference's log-probabilities, computed once, and
 scores of a reward model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from maxlm.run.prepare import (
 )
 from maxlm.run.setup import open_evaluation_batches, set_up_run
 from maxlm.run.warm_start import init_or_warm_start_state, load_frozen_models
+from maxlm.runtime.json_types import JsonMapping
 from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.tasks import TaskModels
 from maxlm.tasks.preference import LOG_PROBS, ReferenceTask
@@ -81,7 +81,7 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
 
 def score_texts(
     folder: str | Path,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[JsonMapping],
     *,
     mesh: MeshConfig | None = None,
 ) -> np.ndarray:

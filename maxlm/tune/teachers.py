@@ -26,6 +26,7 @@ from maxlm.models.params import Params, bind
 from maxlm.parallel.divergence import StoredTeacher, compute_top_log_probs
 from maxlm.run.load import LoadedRun
 from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.progress import show_progress
 from maxlm.serving.program import load_chat_model, make_engine
 from maxlm.sharding import bind_mesh
@@ -245,7 +246,7 @@ def _compute_top(
     )
 
 
-def _read_prompt(row: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+def _read_prompt(row: JsonObject, where: str) -> str | list[JsonObject]:
     """Returns a row's prompt, or its messages before the last answer."""
     if row.get("messages") is None:
         return get_column(row, "prompt")

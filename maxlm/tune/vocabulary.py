@@ -3,7 +3,6 @@ them."""
 
 from math import gcd
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWrite
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import make_new_folder, open_run_checkpoint
+from maxlm.runtime.json_types import JsonObject
 from maxlm.sharding import AxisRules
 
 _LARGEST_MULTIPLE = 128
@@ -102,7 +102,7 @@ def write_grown_run(
         writer = RunCheckpointWriter(folder / "checkpoints")
         for name, spec in specs.items():
             _copy_param(reader, writer, name, spec, old.vocab_size, size, folder)
-        grown_metadata: dict[str, Any] = {
+        grown_metadata: JsonObject = {
             "config": grown_config.model_dump(mode="json"),
             "tokenizer": tokenizer.fingerprint,
         }
