@@ -67,7 +67,8 @@ class RunSetup:
     @cached_property
     def shardings(self) -> TrainState:
         """The sharding of every array of a state, as a TrainState of shardings."""
-        mesh, storage = self.mesh, self.placed.storage
+        mesh = self.mesh
+        storage = self.placed.storage
         params = param_shardings(self.specs, storage, mesh)
         moments = opt_state_specs(self.optimizer, self.specs)
         return TrainState(
@@ -85,10 +86,11 @@ class RunSetup:
     def token_order(self) -> np.ndarray | None:
         """The token that stands at each place of a row, where context parallelism wants
         another order than the sequence's own."""
-        ways = prod(self.mesh.shape[axis] for axis in self.placed.compute.seq)
-        if ways == 1 or not self.config.parallel.balance_sequence:
+        num_shards = prod(self.mesh.shape[axis] for axis in self.placed.compute.seq)
+        if num_shards == 1 or not self.config.parallel.balance_sequence:
             return None
-        return sequence_order_indices(self.config.data.seq_len, ways, balanced=True)
+        seq_len = self.config.data.seq_len
+        return sequence_order_indices(seq_len, num_shards, balanced=True)
 
     @cached_property
     def abstract_state(self) -> TrainState:

@@ -98,6 +98,7 @@ def serve(
             f"the package {error.name} is not installed", fix=fix
         ) from None
     key = read_api_key(api_key_file)
+    # The address is taken before a model is loaded, which may take minutes.
     with bind_socket(host, port) as bound:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
         read_adapter = partial(
@@ -115,6 +116,8 @@ def serve(
             sampling_defaults = read_sampling_defaults(loaded.tokenizer)
         weights = {name: served.weights for name, served in adapters.items()}
         engine, embedder = _make_parts(loaded, settings or (), weights, warm_up)
+
+        # What requests are checked against.
         model_max_length = loaded.config.model.max_seq_len
         max_length = model_max_length
         num_running = 0
@@ -154,6 +157,7 @@ def serve(
             if served.tokenizer is not None:
                 state.adapter_tokenizers[adapter_name] = served.tokenizer
         if key is None and host.startswith(_LOOPBACK):
+            # A page of another site may have its own name lead here (DNS rebinding).
             state.allowed_hosts = {host, "localhost", "127.0.0.1", "::1"}
         elif key is None:
             message = (
