@@ -108,12 +108,12 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         step: int,
         state: PyTree,
         metadata: JsonMapping,
-        held_steps: Sequence[int] = (),
+        protected_steps: Sequence[int] = (),
     ) -> bool:
         """Starts writing a checkpoint of arrays (with several processes, over all their
         devices) and JSON values; the arrays may then be donated. False: ``step`` has
         one. Raises MaxlmError if this one, or the one before it, could not be written.
-        ``held_steps``: those that must stay now, besides what the config keeps."""
+        ``protected_steps``: those that must stay now, besides what the config keeps."""
         if step in self._manager.all_steps():
             return False
         arrays = flatten_layer_groups(flatten_names(state), self._groups)
@@ -121,7 +121,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         metadata = add_integrity_fields(step, on_devices, metadata)
         with self._explain_writing():
             self._pending.append(step)
-            self._policies[0] = CustomSteps(held_steps)
+            self._policies[0] = CustomSteps(protected_steps)
             return self._manager.save(
                 step,
                 args=ocp.args.Composite(
