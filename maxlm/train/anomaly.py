@@ -27,13 +27,10 @@ class LossSpikeDetector(Callback):
     ):
         self._config = config
         state_dict = state_dict or {}
-        self._losses: list[float] = list(state_dict.get("losses", ()))[
-            -config.spike_window :
-        ]
-        self._skipped, self._spikes = (
-            state_dict.get("skipped", 0),
-            state_dict.get("spikes", 0),
-        )
+        losses = list(state_dict.get("losses", ()))
+        self._losses: list[float] = losses[-config.spike_window :]
+        self._skipped: int = state_dict.get("skipped", 0)
+        self._spikes: int = state_dict.get("spikes", 0)
 
     @property
     def state_dict(self) -> JsonObject:
@@ -67,9 +64,8 @@ class LossSpikeDetector(Callback):
             return RollbackDecision(step, step, "the parameters are not finite")
         self._skipped = self._skipped + 1 if metrics.get("skipped") else 0
         if self._skipped:
-            if (
-                self._spikes
-            ):  # A row of spikes goes on: its beginning is to be undone too.
+            # A row of spikes goes on: its beginning is to be undone too.
+            if self._spikes:
                 self._spikes += 1
             if self._skipped < self._config.max_skipped:
                 return None
