@@ -6,11 +6,10 @@ A run resumes from the newest checkpoint that can be read, in whichever place it
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from maxlm.checkpoint.config import CheckpointConfig
 from maxlm.checkpoint.folder import FolderTier
@@ -19,6 +18,7 @@ from maxlm.checkpoint.reading import Groups, PyTree, UnreadableCheckpoint
 from maxlm.checkpoint.remote import RemoteTier
 from maxlm.checkpoint.skips import Skips, get_skips, has_same_batches
 from maxlm.runtime.collectives import all_gather_json
+from maxlm.runtime.json_types import JsonMapping
 
 CheckpointTier = LocalTier | FolderTier | RemoteTier
 """A place for checkpoints, with a name and a place (path or URL) for messages. All
@@ -31,7 +31,7 @@ class FoundCheckpoint:
 
     step: int
     tier: CheckpointTier
-    metadata: Mapping[str, Any]
+    metadata: JsonMapping
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,22 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         self._config = config or CheckpointConfig()
         self.folder = Path(folder).absolute()
         self.local = self.remote = None
-        if disk := self._config.local_folder:
+        local_folder = self._config.local_folder
+        if local_folder:
             # Runs of the same name in other folders may use the same disk.
-            own_name = (
-                f"{name}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
+            digest = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+            self.local = LocalTier(
+                local_folder, f"{name}-{digest}", self._config.local_every_steps
             )
-            self.local = LocalTier(disk, own_name, self._config.local_every_steps)
-        if place := self._config.remote_folder:
-            self.remote = RemoteTier(f"{place}/{name}", self._config, self.folder)
-        options: Any = {"layer_groups": layer_groups, "read_only": read_only}
-        self.folder_tier = FolderTier(folder, config, **options)
-        tiers = (
-            self.local,
-            self.folder_tier,
-            self.remote,
-        )  # by how quickly they are read
+        remote_folder = self._config.remote_folder
+        if remote_folder:
+            place = f"{remote_folder}/{name}"
+            self.remote = RemoteTier(place, self._config, self.folder)
+        self.folder_tier = FolderTier(
+            folder, config, layer_groups=layer_groups, read_only=read_only
+        )
+        # By how quickly they are read.
+        tiers = (self.local, self.folder_tier, self.remote)
         self.tiers: list[CheckpointTier] = [tier for tier in tiers if tier]
         self._saved_at = time.monotonic()
 
@@ -96,15 +97,15 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
 
     def is_due(self, step: int) -> bool:
         """Whether something is to be written at ``step``, whatever the time."""
-        return self.folder_tier.is_due(step) or bool(
-            self.local and self.local.is_due(step)
-        )
+        if self.folder_tier.is_due(step):
+            return True
+        return self.local is not None and self.local.is_due(step)
 
     def save(
         self,
         step: int,
         state: PyTree,
-        metadata: Mapping[str, Any],
+        metadata: JsonMapping,
         *,
         force: bool = False,
         first_suspect_step: int | None = None,
@@ -119,10 +120,15 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
                 before it is kept besides.
         """
         if force or self.folder_tier.is_due(step):
-            known = self.folder_tier.steps_including_unfinished()
-            suspect = first_suspect_step or 0
-            protected_steps = [each for each in known if each < suspect][-1:]
-            protected_steps += self.remote.steps_being_copied if self.remote else []
+            saved_steps = self.folder_tier.steps_including_unfinished()
+            good_steps = [
+                saved_step
+                for saved_step in saved_steps
+                if saved_step < (first_suspect_step or 0)
+            ]
+            protected_steps = good_steps[-1:]
+            if self.remote:
+                protected_steps += self.remote.steps_being_copied
             if not self.folder_tier.save(step, state, metadata, protected_steps):
                 return None
             if self.remote:
@@ -148,17 +154,21 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         if not self.remote:
             return None
         self.remote.wait()
-        failure = self.remote.failure
-        return (
-            failure and f"the last checkpoint is not in {self.remote.place}: {failure}"
-        )
+        if self.remote.failure is None:
+            return None
+        place = self.remote.place
+        return f"the last checkpoint is not in {place}: {self.remote.failure}"
 
     def find(self) -> tuple[list[FoundCheckpoint], list[SkippedCheckpoint]]:
         """Returns all checkpoints with readable metadata, newest first, and the
         others."""
         everything = [(step, tier) for tier in self.tiers for step in tier.steps()]
-        candidates, skipped = [], []
-        for step, tier in sorted(everything, key=lambda entry: -entry[0]):
+        # Newest first; of one step the tier that is read most quickly, as sorts are
+        # stable.
+        everything.sort(key=lambda step_and_tier: -step_and_tier[0])
+        candidates = []
+        skipped = []
+        for step, tier in everything:
             try:
                 candidates.append(FoundCheckpoint(step, tier, tier.metadata(step)))
             except UnreadableCheckpoint as error:
@@ -173,26 +183,19 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         (None twice if there is none), and those skipped."""
         skipped = []
         for candidate in candidates:
-            if not has_same_batches(
-                candidate.step, get_skips(candidate.metadata), skips
-            ):
+            step = candidate.step
+            tier = candidate.tier
+            skips_of_checkpoint = get_skips(candidate.metadata)
+            if not has_same_batches(step, skips_of_checkpoint, skips):
                 why = "it was trained on batches that are skipped since"
-                skipped.append(
-                    SkippedCheckpoint(
-                        candidate.step, candidate.tier, why, is_damaged=False
-                    )
-                )
+                skipped.append(SkippedCheckpoint(step, tier, why, is_damaged=False))
                 continue
             try:
-                return (
-                    candidate.tier.restore(candidate.step, abstract),
-                    candidate,
-                    skipped,
-                )
+                state = tier.restore(step, abstract)
             except UnreadableCheckpoint as error:
-                skipped.append(
-                    SkippedCheckpoint(candidate.step, candidate.tier, error.message)
-                )
+                skipped.append(SkippedCheckpoint(step, tier, error.message))
+            else:
+                return state, candidate, skipped
         return None, None, skipped
 
     def discard_skipped(
@@ -201,10 +204,12 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         """Takes checkpoints out of the way of those to come, in a run that resumes from
         ``resume_step`` (0: it starts)."""
         for tier in self.tiers:
-            steps = {
-                each.step: each.is_damaged for each in skipped if each.tier is tier
+            is_damaged_by_step = {
+                checkpoint.step: checkpoint.is_damaged
+                for checkpoint in skipped
+                if checkpoint.tier is tier
             }
-            tier.discard_skipped(steps, resume_step)
+            tier.discard_skipped(is_damaged_by_step, resume_step)
         all_gather_json(None)  # Process 0 is done.
         self.folder_tier.reload()
 

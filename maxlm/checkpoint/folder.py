@@ -38,6 +38,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import broadcast_from_process_0, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 
 class FolderTier(AbstractContextManager["FolderTier"]):
@@ -66,9 +67,8 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self.place = str(self.folder)
         self._config = config or CheckpointConfig()
         self._groups = layer_groups or {}
-        self._pending: list[
-            int
-        ] = []  # steps of saves, until ``pop_completed`` returns them
+        # Steps of saves, until ``pop_completed`` returns them.
+        self._pending: list[int] = []
         # Orbax logs each file it touches, and the errors it raises besides.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if read_only and not self.folder.is_dir():
@@ -78,10 +78,10 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self._policies: list[Any] = [CustomSteps([]), LatestN(self._config.keep_last)]
         if self._config.keep_every:
             self._policies.append(EveryNSteps(self._config.keep_every))
-        message, fix = (
-            "cannot keep checkpoints here",
-            "name a folder that can be written",
-        )
+        # Hosts see a shared folder change at different times.
+        broadcasts = not read_only and jax.process_count() > 1
+        message = "cannot keep checkpoints here"
+        fix = "name a folder that can be written"
         with convert_storage_errors(message, self.place, fix):
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -91,9 +91,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
                     cleanup_tmp_directories=not read_only,
                     create=not read_only,
                     read_only=read_only,
-                    # Hosts see a shared folder change at different times.
-                    single_host_load_and_broadcast=not read_only
-                    and jax.process_count() > 1,
+                    single_host_load_and_broadcast=broadcasts,
                 ),
                 handler_registry=ocp.handlers.create_default_handler_registry(
                     state=ocp.PyTreeCheckpointHandler(use_zarr3=True),
@@ -109,13 +107,13 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         self,
         step: int,
         state: PyTree,
-        metadata: Mapping[str, Any],
-        held_steps: Sequence[int] = (),
+        metadata: JsonMapping,
+        protected_steps: Sequence[int] = (),
     ) -> bool:
         """Starts writing a checkpoint of arrays (with several processes, over all their
         devices) and JSON values; the arrays may then be donated. False: ``step`` has
         one. Raises MaxlmError if this one, or the one before it, could not be written.
-        ``held_steps``: those that must stay now, besides what the config keeps."""
+        ``protected_steps``: those that must stay now, besides what the config keeps."""
         if step in self._manager.all_steps():
             return False
         arrays = flatten_layer_groups(flatten_names(state), self._groups)
@@ -123,7 +121,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         metadata = add_integrity_fields(step, on_devices, metadata)
         with self._explain_writing():
             self._pending.append(step)
-            self._policies[0] = CustomSteps(held_steps)
+            self._policies[0] = CustomSteps(protected_steps)
             return self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -136,10 +134,17 @@ class FolderTier(AbstractContextManager["FolderTier"]):
     def pop_completed(self) -> list[int]:
         """Returns the steps whose saves have completed since the last call; waits for
         nothing."""
-        saving = self._pending[-1:] if self._manager.is_saving_in_progress() else []
-        done = [s for s in self._pending if s not in saving and self.path(s).is_dir()]
+        saving = []
+        if self._manager.is_saving_in_progress():
+            saving = self._pending[-1:]
+        # A save that failed leaves no folder of its name.
+        completed = [
+            step
+            for step in self._pending
+            if step not in saving and self.path(step).is_dir()
+        ]
         self._pending = saving
-        return done
+        return completed
 
     def steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, oldest first; waits for a
@@ -160,7 +165,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
     def path(self, step: int) -> Path:
         return self.folder / str(step)
 
-    def metadata(self, step: int | None = None) -> dict[str, Any]:
+    def metadata(self, step: int | None = None) -> JsonObject:
         """Returns what was saved beside the state at ``step`` (default: the newest);
         raises MaxlmError if there is none, or UnreadableCheckpoint."""
         path = self.path(self._find_step(step))
@@ -197,16 +202,15 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         """Takes checkpoints (step -> whether it is damaged) out of the way of those to
         come: renames damaged ones to ``40.damaged``, as they may be repaired, and
         deletes others."""
-        for step, is_damaged in (
-            is_damaged_by_step.items() if jax.process_index() == 0 else ()
-        ):
+        if jax.process_index() != 0:
+            return
+        for step, is_damaged in is_damaged_by_step.items():
             path = self.path(step)
             if not path.exists():
                 continue
             # A kill leaves half of an old one that was being deleted.
-            is_half = (
-                step < resume_step and not (path / "metadata" / "metadata").exists()
-            )
+            has_metadata = (path / "metadata" / "metadata").exists()
+            is_half = step < resume_step and not has_metadata
             with convert_write_errors(path):
                 if is_damaged and not is_half:
                     aside = path.with_name(f"{step}.damaged")
@@ -228,7 +232,7 @@ class FolderTier(AbstractContextManager["FolderTier"]):
             self._manager.wait_until_finished()
 
     def _explain_writing(self) -> AbstractContextManager[None]:
-        fix = "free some space or rights, resume"
+        fix = "free disk space or fix permissions, then rerun"
         return convert_storage_errors("a checkpoint was not written", self.place, fix)
 
     def close(self) -> None:

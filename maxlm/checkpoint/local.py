@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from maxlm.checkpoint.reading import (
 from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import all_gather_json, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 NUM_KEPT = 2  # A process may have written a step that another has yet to write.
 _SUFFIX = ".safetensors"
@@ -56,10 +58,9 @@ class LocalTier:
         self._thread: threading.Thread | None = None
         with convert_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self._run_folder.glob(
-                "process-*/.tmp*"
-            ):  # safetensors', of a kill
-                left.unlink(missing_ok=True)
+            # Temporary files of safetensors', which a kill leaves.
+            for path in self._run_folder.glob("process-*/.tmp*"):
+                path.unlink(missing_ok=True)
 
     def is_due(self, step: int) -> bool:
         return step % self._every_steps == 0
@@ -67,7 +68,7 @@ class LocalTier:
     def path(self, step: int) -> Path:
         return self.folder / f"{step}{_SUFFIX}"
 
-    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, metadata: JsonMapping) -> None:
         """Copies arrays to the host, and writes them while training continues; waits
         for the file before this one. One copy of this process's shards is in its memory
         meanwhile."""
@@ -88,12 +89,11 @@ class LocalTier:
         self, step: int, arrays: dict[str, np.ndarray], header: dict[str, str]
     ) -> None:
         try:
-            save_file(
-                arrays, self.path(step), header
-            )  # under another name until it is complete
-            oldest = self._own_steps()[-NUM_KEPT:][0]
-            for old, path in self._list_files("process-*"):
-                if old < oldest:
+            # Under another name until it is complete.
+            save_file(arrays, self.path(step), header)
+            oldest_step = self._own_steps()[-NUM_KEPT:][0]
+            for file_step, path in self._list_files("process-*"):
+                if file_step < oldest_step:
                     path.unlink(missing_ok=True)
         except Exception as error:  # safetensors has its own for a full disk
             print(
@@ -115,7 +115,7 @@ class LocalTier:
         """Returns the steps of which any process has a file, oldest first."""
         return sorted(set().union(*all_gather_json(self._own_steps())))
 
-    def metadata(self, step: int) -> dict[str, Any]:
+    def metadata(self, step: int) -> JsonObject:
         """Returns what was saved beside the state; raises UnreadableCheckpoint where a
         process has no file, or a damaged one, or files are of different saves."""
         has_file = all_gather_json(self.path(step).exists())
@@ -124,15 +124,17 @@ class LocalTier:
             raise UnreadableCheckpoint(message, where=self.place, fix=_FIX)
         metadata = raise_on_all_hosts(lambda: self._read_metadata(step))
         # A host that was away may have kept a file of the same step from before.
-        known = json.dumps(metadata.get("fingerprints"), sort_keys=True).encode()
-        if len(set(all_gather_json(hashlib.sha256(known).hexdigest()))) > 1:
+        fingerprints = json.dumps(metadata.get("fingerprints"), sort_keys=True)
+        digest = hashlib.sha256(fingerprints.encode()).hexdigest()
+        digests = all_gather_json(digest)
+        if len(set(digests)) > 1:
             raise UnreadableCheckpoint(
                 "its files are not of one save", where=self.place, fix=_FIX
             )
         return metadata
 
-    def _read_metadata(self, step: int) -> dict[str, Any]:
-        def read() -> dict[str, Any]:
+    def _read_metadata(self, step: int) -> JsonObject:
+        def read() -> JsonObject:
             with safe_open(self.path(step), "np") as file:
                 return parse_metadata(file.metadata()["metadata"])
 
@@ -145,13 +147,12 @@ class LocalTier:
         abstract_arrays = flatten_names(abstract)
 
         def read() -> tuple[dict[str, int], dict[str, jax.Array]]:
-            known = self._read_metadata(step)["fingerprints"]
-            return known, with_retries(
-                path, lambda: _read_shards(path, abstract_arrays)
-            )
+            fingerprints = self._read_metadata(step)["fingerprints"]
+            arrays = with_retries(path, lambda: _read_shards(path, abstract_arrays))
+            return fingerprints, arrays
 
-        known, leaves = raise_on_all_hosts(read)
-        check_fingerprints(path, leaves, known, {})
+        fingerprints, leaves = raise_on_all_hosts(read)
+        check_fingerprints(path, leaves, fingerprints, {})
         return jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
 
     def discard_skipped(
@@ -194,16 +195,11 @@ def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
                 shards[key] = file.get_tensor(key)
             return shards[key]
 
-        return {
-            name: jax.make_array_from_callback(
-                leaf.shape,
-                leaf.sharding,
-                lambda index, name=name, shape=leaf.shape: read_shard(
-                    name, shape, index
-                ),
-            )
-            for name, leaf in leaves.items()
-        }
+        arrays = {}
+        for name, leaf in leaves.items():
+            read = partial(read_shard, name, leaf.shape)
+            arrays[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+        return arrays
 
 
 def _shard_key(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:

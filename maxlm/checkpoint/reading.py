@@ -27,6 +27,7 @@ from maxlm import __version__
 from maxlm.config import MaxlmError, compare_configs
 from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import raise_on_all_hosts
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.sharding import bind_mesh, jit_sharded
 
 Result = TypeVar("Result")
@@ -58,16 +59,19 @@ def layer_group_shapes(specs: PyTree) -> Groups:
 def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> Leaves:
     """Returns arrays in the shapes that are written: all layers along one axis."""
 
+    # Moments have a parameter's name behind their own.
     def is_grouped(name: str, shape: tuple[int, ...]) -> bool:
-        owner = next(
-            (group for group in groups if f".{name}".endswith(f".{group}")), None
-        )
-        return owner is not None and shape[:2] == groups[owner]
+        for parameter, group_shape in groups.items():
+            if f".{name}".endswith(f".{parameter}"):
+                return shape[:2] == group_shape
+        return False
 
-    grouped = {
-        n: _flatten_groups(x) for n, x in leaves.items() if is_grouped(n, x.shape)
+    flattened = {
+        name: _flatten_groups(array)
+        for name, array in leaves.items()
+        if is_grouped(name, array.shape)
     }
-    return _reshape(leaves, grouped)
+    return _reshape(leaves, flattened)
 
 
 def compute_fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
@@ -80,16 +84,13 @@ def compute_fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     factor loses no bit of the difference); elements that change places, or several
     changes at once, go unseen once in 2^32.
     """
-    mesh = next(
-        (m for x in arrays.values() if (m := getattr(x.sharding, "mesh", None))), None
-    )
-    compute = (
-        bind_mesh(mesh, _fingerprint_all) if mesh is not None else _fingerprint_all
-    )
-    return {
-        name: int(value)
-        for name, value in jax.device_get(compute(dict(arrays))).items()
-    }
+    compute = _fingerprint_all
+    meshes = [getattr(array.sharding, "mesh", None) for array in arrays.values()]
+    mesh = next(filter(None, meshes), None)
+    if mesh is not None:
+        compute = bind_mesh(mesh, _fingerprint_all)
+    fingerprints = jax.device_get(compute(dict(arrays)))
+    return {name: int(value) for name, value in fingerprints.items()}
 
 
 @jax.jit
@@ -99,16 +100,19 @@ def _fingerprint_all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _fingerprint(array: jax.Array) -> jax.Array:
     if array.dtype == jnp.bool_:
-        bits: Any = array.astype(jnp.uint32)
+        bits = array.astype(jnp.uint32)
     else:
-        bits = lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize]).astype(
-            jnp.uint32
-        )
+        word_dtype = _WORDS[array.dtype.itemsize]
+        words: Any = lax.bitcast_convert_type(array, word_dtype)
+        bits = words.astype(jnp.uint32)
     sharding: Any = getattr(jax.typeof(array), "sharding", None)
-    where = sharding if sharding is not None and not sharding.mesh.empty else None
+    if sharding is not None and sharding.mesh.empty:
+        sharding = None
     place = jnp.zeros_like(bits)
     for axis in range(array.ndim):
-        along = lax.broadcasted_iota(jnp.uint32, array.shape, axis, out_sharding=where)
+        along = lax.broadcasted_iota(
+            jnp.uint32, array.shape, axis, out_sharding=sharding
+        )
         place = place + along * jnp.uint32(_FACTORS[axis % len(_FACTORS)])
     place = (place ^ (place >> 16)) * jnp.uint32(_FACTORS[1])
     weight = (place ^ (place >> 13)) | jnp.uint32(1)
@@ -116,17 +120,22 @@ def _fingerprint(array: jax.Array) -> jax.Array:
 
 
 def add_integrity_fields(
-    step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any]
-) -> dict[str, Any]:
+    step: int, arrays: Mapping[str, jax.Array], metadata: JsonMapping
+) -> JsonObject:
     """Returns what is saved beside arrays: JSON values, the arrays' fingerprints and a
     checksum of all. All processes call it together; it waits for the arrays."""
     versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
-    complete = {"step": step, "versions": versions | {"maxlm": __version__}, **metadata}
-    complete |= {"fingerprints": compute_fingerprints(arrays)}
+    versions["maxlm"] = __version__
+    complete = {
+        "step": step,
+        "versions": versions,
+        **metadata,
+        "fingerprints": compute_fingerprints(arrays),
+    }
     return {**complete, _CHECKSUM: _compute_checksum(complete)}
 
 
-def parse_metadata(text: str | bytes) -> dict[str, Any]:
+def parse_metadata(text: str | bytes) -> JsonObject:
     """Returns what :func:`add_integrity_fields` returned, without its checksum; raises
     ValueError if it is damaged."""
     try:
@@ -144,11 +153,11 @@ def parse_metadata(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def _compute_checksum(metadata: Mapping[str, Any]) -> str:
+def _compute_checksum(metadata: JsonMapping) -> str:
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> JsonObject:
     """Returns what was saved beside the state; raises UnreadableCheckpoint."""
     return with_retries(
         path, lambda: parse_metadata((path / "metadata" / "metadata").read_text())
@@ -162,7 +171,7 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
     all of it, and the checkpoint must hold no other arrays."""
 
     def read() -> tuple[dict[str, int], Leaves, Leaves]:
-        known = read_metadata(path).get("fingerprints", {})
+        fingerprints = read_metadata(path).get("fingerprints", {})
         dtypes, leaves = check_saved_shapes(path, abstract, subtree=subtree)
         arguments = ocp.args.PyTreeRestore(
             item=leaves,
@@ -170,19 +179,15 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
             partial_restore=bool(subtree),
         )
         state = epath.Path(path) / "state"
-        return (
-            known,
-            dtypes,
-            with_retries(path, lambda: _handler().restore(state, args=arguments)),
-        )
+        arrays = with_retries(path, lambda: _handler().restore(state, args=arguments))
+        return fingerprints, dtypes, arrays
 
-    known, dtypes, arrays = raise_on_all_hosts(read)
-    check_fingerprints(path, arrays, known, dtypes)
+    fingerprints, dtypes, arrays = raise_on_all_hosts(read)
+    check_fingerprints(path, arrays, fingerprints, dtypes)
     leaves = _describe_leaves(abstract, subtree)
     arrays = _reshape(arrays, leaves)
-    return jax.tree.unflatten(
-        jax.tree.structure(abstract), [arrays[name] for name in leaves]
-    )
+    structure = jax.tree.structure(abstract)
+    return jax.tree.unflatten(structure, [arrays[name] for name in leaves])
 
 
 def check_saved_shapes(
@@ -194,23 +199,33 @@ def check_saved_shapes(
     state = epath.Path(path) / "state"
     stored = with_retries(path, lambda: _handler().metadata(state).tree)
     prefix = f"{subtree}." if subtree else ""
-    shapes = {n: tuple(m.shape) for n, m in stored.items() if n.startswith(prefix)}
+    shapes = {
+        name: tuple(array.shape)
+        for name, array in stored.items()
+        if name.startswith(prefix)
+    }
     leaves = _describe_leaves(abstract, subtree)
+    # Layers that this run holds in groups are along one axis on disk.
     for name, leaf in leaves.items():
-        if len(leaf.shape) > 1 and (flat := _flatten_groups(leaf)).shape == shapes.get(
-            name
-        ):
-            leaves[name] = flat
-    for name in sorted(
+        if len(leaf.shape) > 1:
+            flat_leaf = _flatten_groups(leaf)
+            if flat_leaf.shape == shapes.get(name):
+                leaves[name] = flat_leaf
+    # Parameters first: where they differ, moments do as a consequence.
+    names = sorted(
         {*shapes, *leaves}, key=lambda name: (not name.startswith("params."), name)
-    ):
-        there = str(list(shapes[name])) if name in shapes else "absent"
-        here = str(list(leaves[name].shape)) if name in leaves else "absent"
-        if there != here:
-            other = (
-                "model" if name.startswith("params.") else "optimizer or training state"
+    )
+    for name in names:
+        saved_shape = str(list(shapes[name])) if name in shapes else "absent"
+        shape = str(list(leaves[name].shape)) if name in leaves else "absent"
+        if saved_shape != shape:
+            part = "optimizer or training state"
+            if name.startswith("params."):
+                part = "model"
+            message = (
+                f"checkpoint of another {part}: {name} is {saved_shape} in it, "
+                f"{shape} in this run"
             )
-            message = f"checkpoint of another {other}: {name} is {there} in it, {here} in this run"
             fix = "use the config it was trained with, or another run folder"
             raise MaxlmError(message, where=str(path), fix=fix)
     dtypes = {name: stored[name].dtype for name in leaves}
@@ -223,34 +238,37 @@ def _check_castable(name: str, stored: Any, declared: Any, path: Path) -> None:
     """Refuses a cast between kinds of numbers: weights cast to integers are all 0, 1 or
     -1."""
     stored_dtype = jnp.dtype(stored)
-    wanted_dtype = jnp.dtype(declared)
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    if any(
-        jnp.issubdtype(stored_dtype, k) and jnp.issubdtype(wanted_dtype, k)
-        for k in kinds
-    ):
-        return
-    message = f"{name} is {stored_dtype} in it, {wanted_dtype} in this run"
-    message += ", and a cast would lose its values"
+    declared_dtype = jnp.dtype(declared)
+    for kind in (jnp.floating, jnp.integer, jnp.bool_):
+        is_stored_kind = jnp.issubdtype(stored_dtype, kind)
+        if is_stored_kind and jnp.issubdtype(declared_dtype, kind):
+            return
+    message = (
+        f"{name} is {stored_dtype} in it, {declared_dtype} in this run, and a cast "
+        "would lose its values"
+    )
     fix = "use a checkpoint that holds it so (of a run with the same leaf), or the config without it"
     raise MaxlmError(message, where=str(path), fix=fix)
 
 
 def check_fingerprints(
-    path: Path, arrays: Leaves, known: Mapping[str, int], dtypes: Mapping[str, Any]
+    path: Path,
+    arrays: Leaves,
+    fingerprints: Mapping[str, int],
+    dtypes: Mapping[str, Any],
 ) -> None:
     """Checks arrays against the fingerprints saved with them, where there are any, and
     where they were not cast; raises UnreadableCheckpoint. All processes call it
     together, with one end."""
-    same = {
-        n: x
-        for n, x in arrays.items()
-        if n in known and x.dtype == dtypes.get(n, x.dtype)
-    }
+    comparable = {}
+    for name, array in arrays.items():
+        is_cast = array.dtype != dtypes.get(name, array.dtype)
+        if name in fingerprints and not is_cast:
+            comparable[name] = array
     changed = [
         name
-        for name, value in compute_fingerprints(same).items()
-        if value != known[name]
+        for name, fingerprint in compute_fingerprints(comparable).items()
+        if fingerprint != fingerprints[name]
     ]
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -268,7 +286,7 @@ def _flatten_groups(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStr
 
 
 def _reshape(
-    arrays: Mapping[str, jax.Array], want: Mapping[str, jax.ShapeDtypeStruct]
+    arrays: Mapping[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Returns arrays in other shapes of the same order, in place on their devices.
 
@@ -276,15 +294,17 @@ def _reshape(
     each other.
     """
     changed = {
-        n: x for n, x in arrays.items() if n in want and x.shape != want[n].shape
+        name: array
+        for name, array in arrays.items()
+        if name in targets and array.shape != targets[name].shape
     }
     if not changed:
         return dict(arrays)
-    shardings: Any = {name: want[name].sharding for name in changed}
+    shardings: Any = {name: targets[name].sharding for name in changed}
 
     def reshape(changed: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {
-            name: array.reshape(want[name].shape) for name, array in changed.items()
+            name: array.reshape(targets[name].shape) for name, array in changed.items()
         }
 
     mesh = getattr(next(iter(shardings.values())), "mesh", None)
@@ -323,6 +343,7 @@ def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
         except MaxlmError:
             raise
         except Exception as error:
+            # Orbax, TensorStore and file systems have no class of errors in common.
             pause = next(pauses, None)
             if pause is None:
                 message = f"unreadable ({describe_error(error)})"
@@ -341,6 +362,7 @@ def convert_storage_errors(message: str, place: Path | str, fix: str) -> Iterato
     except MaxlmError:
         raise
     except Exception as error:
+        # Orbax, TensorStore and file systems have no class of errors in common.
         message = f"{message} ({describe_error(error)})"
         raise MaxlmError(message, where=str(place), fix=fix) from error
 
@@ -349,13 +371,18 @@ def describe_error(error: Exception) -> str:
     """Returns the first line of an error's text; of a long one the beginning and the
     end, which tells the cause; the error's class without a text."""
     lines = str(error).strip().splitlines()
-    text = lines[0].split(" [")[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else f"{text[:80]} … {text[-120:]}"
+    if not lines:
+        return type(error).__name__
+    # TensorStore's texts end in [source locations=...].
+    text = lines[0].split(" [")[0]
+    if len(text) > 200:
+        text = f"{text[:80]} … {text[-120:]}"
+    return text
 
 
 def check_same_settings(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
+    saved: JsonMapping,
+    current: JsonMapping,
     keys: Sequence[str],
     where: str = "resume",
     action: str = "the checkpoint was written",
@@ -370,12 +397,12 @@ def check_same_settings(
         action: what was done with the saved config, for the message.
         ignored: patterns of keys among them that may differ ("data.sources.*.weight").
     """
-    different = [
-        f"{key}={theirs!r} became {ours!r}"
-        for key, theirs, ours in compare_configs(saved, current)
-        if any(key == top or key.startswith(f"{top}.") for top in keys)
-        and not any(fnmatchcase(key, pattern) for pattern in ignored)
-    ]
+    different = []
+    for key, saved_value, value in compare_configs(saved, current):
+        is_compared = any(key == top or key.startswith(f"{top}.") for top in keys)
+        is_ignored = any(fnmatchcase(key, pattern) for pattern in ignored)
+        if is_compared and not is_ignored:
+            different.append(f"{key}={saved_value!r} became {value!r}")
     if different:
         message = f"{action} with another config: {', '.join(different)}"
         raise MaxlmError(

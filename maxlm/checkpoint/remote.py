@@ -37,6 +37,7 @@ from maxlm.runtime.collectives import (
     run_on_process_0,
 )
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.storage import (
     get_read_failure_fix,
     join_place,
@@ -62,10 +63,10 @@ class RemoteTier:
     name = "remote"
 
     def __init__(self, place: str, config: CheckpointConfig, folder: Path):
-        self.place, self._folder, self._config = place, folder, config
-        self._place = to_place(
-            Path(place).expanduser() if "://" not in place else place
-        )
+        self.place = place
+        self._folder = folder
+        self._config = config
+        self._place = to_place(place if "://" in place else Path(place).expanduser())
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._copies: dict[int, Future[None]] = {}
         self._newest = -1
@@ -85,15 +86,11 @@ class RemoteTier:
             self._store = ts.KvStore.open(make_kvstore_spec(self._place)).result()
             self._claim()
             keys = {key.decode() for key in self._store.list().result()}
-            steps = {int(name) for key in keys if (name := key.split("/")[0]).isdigit()}
-            if isinstance(
-                self._place, Path
-            ):  # A kill leaves temporary files, which are not keys.
-                steps |= {
-                    int(path.name)
-                    for path in self._place.iterdir()
-                    if path.name.isdigit()
-                }
+            names = {key.split("/")[0] for key in keys}
+            if isinstance(self._place, Path):
+                # A kill leaves temporary files, which are not keys.
+                names |= {path.name for path in self._place.iterdir()}
+            steps = [int(name) for name in names if name.isdigit()]
             for step in sorted(steps):
                 if f"{step}/{_COMPLETE}" in keys:
                     self._complete_steps.append(step)
@@ -102,17 +99,19 @@ class RemoteTier:
 
     def _claim(self) -> None:
         """Refuses a place of another run, of the same name in another folder."""
-        stored_owner = self._store.read(_OWNER).result()
         owner = str(self._folder)
-        if stored_owner.state == "missing":
+        stored = self._store.read(_OWNER).result()
+        if stored.state == "missing":
             self._store.write(_OWNER, owner.encode()).result()
-        elif (other := stored_owner.value.decode(errors="replace")) != owner:
+            return
+        stored_owner = stored.value.decode(errors="replace")
+        if stored_owner != owner:
             raise MaxlmError(
-                f"holds the copies of the run in {other}, and this one is in {owner}",
+                f"holds the copies of the run in {stored_owner}, and this one is in "
+                f"{owner}",
                 where=str(self._place),
                 fix="give this run another name=..., or delete the file OWNER there to "
-                "take over "
-                "what it holds",
+                "take over what it holds",
             )
 
     @property
@@ -136,11 +135,11 @@ class RemoteTier:
         """Returns the steps that were copied completely, oldest first."""
         return broadcast_from_process_0(self._complete_steps)
 
-    def metadata(self, step: int) -> dict[str, Any]:
+    def metadata(self, step: int) -> JsonObject:
         """Returns what was saved beside the state; raises UnreadableCheckpoint."""
         place = join_place(self._place, str(step))
 
-        def read() -> dict[str, Any]:
+        def read() -> JsonObject:
             return parse_metadata(self._read(step, "metadata/metadata"))
 
         return run_on_process_0(lambda: with_retries(place, read))
@@ -178,7 +177,9 @@ class RemoteTier:
     ) -> None:
         """Ignores damaged copies, which may be readable another day, and deletes
         others."""
-        for step, is_damaged in is_damaged_by_step.items() if self._is_lead else ():
+        if not self._is_lead:
+            return
+        for step, is_damaged in is_damaged_by_step.items():
             if is_damaged:
                 self._complete_steps.remove(step)
             else:
@@ -201,14 +202,16 @@ class RemoteTier:
         message = f"checkpoint {step} was not copied to {self._place}"
         try:
             self._copy(step)
-            self.failure, message = None, "older copies were not deleted"
+            self.failure = None
+            message = "older copies were not deleted"
             every = self._config.keep_every
-            for old in self._complete_steps[: -self._config.keep_last]:
-                if every is None or old % every:
-                    self._delete(old)
+            for old_step in self._complete_steps[: -self._config.keep_last]:
+                if every is None or old_step % every:
+                    self._delete(old_step)
         except _Cancelled:
             pass
         except Exception as error:
+            # Stores raise what they like, and nobody waits for this thread's error.
             if step not in self._complete_steps:
                 self.failure = describe_error(error)
             print(f"{message}: {describe_error(error)}", file=sys.stderr, flush=True)
@@ -216,9 +219,8 @@ class RemoteTier:
     def _await(self, future: Any) -> Any:
         """Returns a future's result, unless copies are cancelled."""
         while not self._cancelling.is_set():
-            if (
-                future.done()
-            ):  # Asked before the wait: it may be so just after one timed out.
+            # Looked at before the wait: it may be done just after one timed out.
+            if future.done():
                 return future.result()
             with suppress(TimeoutError):
                 return future.result(timeout=_POLL_SECONDS)
@@ -262,9 +264,9 @@ class RemoteTier:
         ]
 
     def _clear(self, step: int) -> None:
-        self._await(
-            self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0"))
-        )
+        # "0" is the character after "/": the range has all keys below the step's folder.
+        keys = ts.KvStore.KeyRange(f"{step}/", f"{step}0")
+        self._await(self._store.delete_range(keys))
 
     def _explain(self) -> AbstractContextManager[None]:
         fix = get_read_failure_fix(self._place, "name a folder that can be written")

@@ -6,7 +6,7 @@ them alone, so that a run which is resumed, on any machine, takes the same batch
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import run_on_process_0
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_types import JsonMapping
 
 BatchRange = tuple[int, int]
 """First and last batch skipped, counted from 0."""
@@ -24,9 +25,15 @@ _FILE = "skipped_batches.json"
 def get_batch_index(step: int, skips: Sequence[BatchRange]) -> int:
     """Returns the number of the batch taken after ``step`` updates; without skips,
     ``step``."""
-    for skipped in sorted({n for first, last in skips for n in range(first, last + 1)}):
-        step += skipped <= step
-    return step
+    skipped_batches = set[int]()
+    for first, last in skips:
+        skipped_batches |= {*range(first, last + 1)}
+    # Ascending: each batch that is left out moves those after it down by one.
+    batch = step
+    for skipped_batch in sorted(skipped_batches):
+        if skipped_batch <= batch:
+            batch += 1
+    return batch
 
 
 def contiguous_ranges(
@@ -35,11 +42,13 @@ def contiguous_ranges(
     """Yields (first batch, number of batches) for each range of consecutive batches
     taken by the updates after ``start`` to ``stop``."""
     while start < stop:
-        number = get_batch_index(start, skips)
-        count = min(
-            [stop - start, *(first - number for first, _ in skips if first > number)]
-        )
-        yield number, count
+        batch = get_batch_index(start, skips)
+        # Up to the next batch that is skipped, or the last update.
+        count = stop - start
+        for first, _ in skips:
+            if first > batch:
+                count = min(count, first - batch)
+        yield batch, count
         start += count
 
 
@@ -52,7 +61,7 @@ def has_same_batches(
     )
 
 
-def get_skips(metadata: Mapping[str, Any]) -> Skips:
+def get_skips(metadata: JsonMapping) -> Skips:
     """Returns the batches that a checkpoint's run had skipped by then."""
     return tuple((first, last) for first, last in metadata.get("skipped_batches", ()))
 
@@ -65,10 +74,10 @@ def read_skips(folder: Path) -> Skips | None:
     def read() -> list[BatchRange] | None:
         if not path.exists():
             return None
+        # JSON of any other form shows as one of these.
         with suppress(ValueError, TypeError, KeyError, RecursionError):
-            ranges: Any = [
-                tuple(record["batches"]) for record in json.loads(path.read_text())
-            ]
+            records = json.loads(path.read_text())
+            ranges: Any = [tuple(record["batches"]) for record in records]
             if all(type(a) is type(b) is int and 0 <= a <= b for a, b in ranges):
                 return ranges
         fix = 'rewrite it from the rollbacks in events.jsonl: [{"batches": [first, last]}]'
@@ -82,11 +91,10 @@ def record_skip(folder: Path, skips: Skips, skip: BatchRange, reason: str) -> No
     """Adds a range to the record in a run's folder; ``skips`` are those known
     before."""
     path = folder / _FILE
-    known = (
-        json.loads(path.read_text())
-        if path.exists()
-        else [{"batches": batches} for batches in skips]
-    )
+    if path.exists():
+        entries = json.loads(path.read_text())
+    else:
+        entries = [{"batches": batches} for batches in skips]
+    entries.append({"batches": skip, "reason": reason})
     with replace_file(path) as temporary:
-        entries = [*known, {"batches": skip, "reason": reason}]
         temporary.write_text(f"{json.dumps(entries, indent=2)}\n")

@@ -191,15 +191,14 @@ def write_answers(
 ) -> None:
     """Write a teacher's answers to the prompts of rows, for maxlm tune sft to learn.
     Settings are the engine's, as max_sequences=32."""
+    from maxlm.config.sampling import SamplingConfig
     from maxlm.tune.teachers import generate_answers
 
-    sampling: dict[str, float] = {
-        "temperature": temperature,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
+    sampling = SamplingConfig(
+        temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+    )
     if top_p is not None:
-        sampling["top_p"] = top_p
+        sampling = sampling.model_copy(update={"top_p": top_p})
     written, left_out = generate_answers(
         model,
         [data],
@@ -208,7 +207,7 @@ def write_answers(
         settings=settings or (),
         mesh=mesh,
         step=step,
-        **sampling,
+        sampling=sampling,
     )
     print(f"{written} answers in {out}, {left_out} left out")
 

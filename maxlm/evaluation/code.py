@@ -114,10 +114,10 @@ def replace_code_eval() -> Iterator[None]:
     keep the metric."""
     import evaluate
 
-    original_load = evaluate.load
+    original_load: Any = evaluate.load
     sandboxed = SimpleNamespace(compute=evaluate_code)
 
-    def load(path: str, *arguments: Any, **options: Any) -> Any:
+    def load(path: str, *arguments: object, **options: object) -> Any:
         if path == "code_eval":
             return sandboxed
         return original_load(path, *arguments, **options)

@@ -57,7 +57,7 @@ class ChatEndpoint:
         if not finish_reason:
             raise OSError("the answer broke off")
 
-    def _create(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+    def _create(self, messages: Sequence[Mapping[str, str]], **options: float) -> Any:
         # Any: the client's overloads tell streams from answers by literals alone.
         create: Any = self.client.chat.completions.create
         return create(

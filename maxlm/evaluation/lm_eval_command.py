@@ -12,8 +12,8 @@ from maxlm.evaluation.lm_eval_model import MaxlmModel
 from maxlm.evaluation.program import make_harness_model
 from maxlm.serving.program import load_chat_model
 
-_OWN = ("add_bos_token", "max_gen_toks", "seed")
-_HARNESS = ("batch_size", "max_batch_size", "device")
+_IGNORED = ("batch_size", "max_batch_size", "device")
+"""Arguments that the harness passes to every model."""
 
 
 @register_model("maxlm")
@@ -24,16 +24,32 @@ class LoadedMaxlmModel(MaxlmModel):
     nothing here."""
 
     def __init__(
-        self, run: str, step: int | None = None, mesh: str | None = None, **given: Any
+        self,
+        run: str,
+        step: int | None = None,
+        mesh: str | None = None,
+        add_bos_token: bool | None = None,
+        max_gen_toks: int = 256,
+        seed: int = 0,
+        **engine_settings: Any,
     ):
-        loaded = load_chat_model(
-            str(run), step=step, mesh=mesh.replace(";", ",") if mesh else None
-        )
-        own = {name: given.pop(name) for name in _OWN if name in given}
+        # The harness parts its arguments at commas.
+        if mesh:
+            mesh = mesh.replace(";", ",")
+        loaded = load_chat_model(str(run), step=step, mesh=mesh or None)
         settings = [
-            f"{name}={value}" for name, value in given.items() if name not in _HARNESS
+            f"{name}={value}"
+            for name, value in engine_settings.items()
+            if name not in _IGNORED
         ]
-        make_harness_model(loaded, super().__init__, settings, **own)
+        make_harness_model(
+            loaded,
+            super().__init__,
+            settings,
+            add_bos_token=add_bos_token,
+            max_gen_toks=max_gen_toks,
+            seed=seed,
+        )
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ it makes of long contexts."""
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.request import urlopen
 
 import jax
@@ -24,6 +24,7 @@ from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.progress import show_progress
 from maxlm.serving.program import load_chat_model, make_engine
 
+HarnessModel = TypeVar("HarnessModel")
 DEFAULT_MAX_LENGTH = 4096
 """Tokens that a model reads at once, if it can."""
 ENGINE_TOKENS = 32_768
@@ -43,7 +44,8 @@ def evaluate_model(
     shots: int | None = None,
     seed: int | None = None,
     chat: bool = False,
-    **options: Any,
+    limit: int | None = None,
+    system: str | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates a model on tasks; writes ``results_TIME.json`` and
     ``samples_TASK_TIME.jsonl``.
@@ -54,8 +56,8 @@ def evaluate_model(
         settings: the engine's, as ``max_sequences=32``; a server's: of the harness's
             client.
         output: folder of the files; default: ``evaluations`` in the run's or runs/NAME.
-        data, shots, seed, chat, options: of ``load_tasks`` and ``evaluate_tasks`` in
-            :mod:`maxlm.evaluation.tasks`.
+        data, shots, seed, chat, limit, system: of ``load_tasks`` and
+            ``evaluate_tasks`` in :mod:`maxlm.evaluation.tasks`.
 
     Returns:
         The harness's dict of results, and the folder.
@@ -87,7 +89,7 @@ def evaluate_model(
         if jax.process_index() == 0:
             lm.on_progress = lambda done, total: progress(names[-1], done, total)
         results = harness.evaluate_tasks(
-            lm, opened, chat=chat, on_task=names.append, **options
+            lm, opened, limit=limit, chat=chat, system=system, on_task=names.append
         )
     seconds = results.pop("seconds_by_task")
     about |= {"seconds": sum(seconds.values()), "seconds_by_task": seconds}
@@ -111,24 +113,44 @@ def import_harness() -> tuple[Any, Any]:
     try:
         from maxlm.evaluation import lm_eval_model, tasks
     except ModuleNotFoundError as error:
-        what = f"the package {error.name} is not installed"
+        message = f"the package {error.name} is not installed"
         fix = "pip install 'maxlm[eval]'"
-        raise MaxlmError(what, fix=fix) from None
+        raise MaxlmError(message, fix=fix) from None
     return lm_eval_model, tasks
 
 
 def make_harness_model(
-    loaded: LoadedRun, kind: Any, settings: Sequence[str] = (), **options: Any
-) -> Any:
-    """Makes a ``MaxlmModel`` (``kind``) with an engine, or with an encoder's scorer."""
+    loaded: LoadedRun,
+    create: Callable[..., HarnessModel],
+    settings: Sequence[str] = (),
+    *,
+    add_bos_token: bool | None = None,
+    max_gen_toks: int = 256,
+    seed: int = 0,
+) -> HarnessModel:
+    """Makes a ``MaxlmModel`` with an engine, or with an encoder's scorer; ``create`` is
+    the class or its ``__init__``, which takes the other arguments."""
     if not isinstance(loaded.model, Encoder):
-        return kind(make_evaluation_engine(loaded, settings), **options)
+        return create(
+            make_evaluation_engine(loaded, settings),
+            add_bos_token=add_bos_token,
+            max_gen_toks=max_gen_toks,
+            seed=seed,
+        )
     if settings:
-        what = f"{settings[0]} is for a model that generates text; this is an encoder"
-        raise MaxlmError(what, fix="leave it out")
+        message = (
+            f"{settings[0]} is for a model that generates text; this is an encoder"
+        )
+        raise MaxlmError(message, fix="leave it out")
     room = loaded.config.model.max_seq_len - len(loaded.tokenizer.prefix_ids) - 1
-    own = {"tokenizer": loaded.tokenizer, "max_length": room}
-    return kind(make_masked_scorer(loaded), **own, **options)
+    return create(
+        make_masked_scorer(loaded),
+        tokenizer=loaded.tokenizer,
+        max_length=room,
+        add_bos_token=add_bos_token,
+        max_gen_toks=max_gen_toks,
+        seed=seed,
+    )
 
 
 def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
@@ -136,15 +158,16 @@ def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> E
     length = min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)
     # Most sequences are short: 64 of 256 tokens, and what several of them share.
     pages = max(2 * length, 64 * 256) // 16 + 1
-    # Of several hosts none may time its own steps: all run the same.
-    own = [] if jax.process_count() == 1 else ["decode_steps=1"]
-    own += [
+    engine_settings = [
         f"max_length={length}",
         f"num_pages={pages}",
         "max_sequences=64",
         "max_chunks=64",
     ]
-    return make_engine(loaded, [*own, *settings], warm_up="never")
+    if jax.process_count() > 1:
+        # Of several hosts none may time its own steps: all run the same.
+        engine_settings.append("decode_steps=1")
+    return make_engine(loaded, [*engine_settings, *settings], warm_up="never")
 
 
 def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
@@ -178,28 +201,32 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
     from lm_eval.api.registry import get_model
     from lm_eval.utils import check_remote_tokenizer_support, simple_parse_args_string
 
-    given = simple_parse_args_string(",".join(settings))
+    client_options = simple_parse_args_string(",".join(settings))
     make: Any = get_model("local-chat-completions" if chat else "local-completions")
-    given["base_url"] = f"{url}/chat/completions" if chat else f"{url}/completions"
+    client_options["base_url"] = (
+        f"{url}/chat/completions" if chat else f"{url}/completions"
+    )
     try:
-        if "model" not in given:
+        if "model" not in client_options:
             with urlopen(f"{url}/models", timeout=30) as answer:
-                given["model"] = json.load(answer)["data"][0]["id"]
-        if "tokenizer" not in given:
+                client_options["model"] = json.load(answer)["data"][0]["id"]
+        if "tokenizer" not in client_options:
             has_one = not chat and check_remote_tokenizer_support(
-                given["base_url"], max_retries=1
+                client_options["base_url"], max_retries=1
             )
-            given.setdefault("tokenizer_backend", "remote" if has_one else "none")
-        client = make(**given)
+            client_options.setdefault(
+                "tokenizer_backend", "remote" if has_one else "none"
+            )
+        client = make(**client_options)
     except (OSError, ValueError, LookupError, ModuleNotFoundError) as error:
-        what = f"this server cannot be used ({error})"
+        message = f"this server cannot be used ({error})"
         fix = "check the address, and the server"
-        raise MaxlmError(what, where=url, fix=fix) from error
+        raise MaxlmError(message, where=url, fix=fix) from error
 
     def refuse(*_: Any) -> None:
-        what = "log-likelihoods from a server need its tokenizer"
+        message = "log-likelihoods from a server need its tokenizer"
         raise MaxlmError(
-            what, where=url, fix="tokenizer=FOLDER names one; leave --chat out"
+            message, where=url, fix="tokenizer=FOLDER names one; leave --chat out"
         )
 
     if client.tokenizer is None:
@@ -216,8 +243,8 @@ def resume_answers(client: Any, log: Path) -> Any:
         log.parent.mkdir(parents=True, exist_ok=True)
     resumed = ResumableModel(client, log)
     if resumed.dbdict:
-        what = f"{log}: {len(resumed.dbdict):,} answers of a run that was cut off are taken"
-        print(f"{what}; delete it to ask for all", file=sys.stderr)
+        message = f"{log}: {len(resumed.dbdict):,} answers of a run that was cut off are taken"
+        print(f"{message}; delete it to ask for all", file=sys.stderr)
     return resumed
 
 
@@ -227,10 +254,8 @@ def _convert_server_errors(url: str) -> Iterator[None]:
 
     try:
         yield
-    except (
-        OSError,
-        ClientError,
-    ) as error:  # requests' errors are OSErrors, and name no file
+    except (OSError, ClientError) as error:
+        # requests' errors are OSErrors, and name no file.
         if getattr(error, "filename", None):
             raise
         fix = "start it, and evaluate again: answers so far are kept"
@@ -255,23 +280,31 @@ def write_results(folder: Path, results: dict[str, Any], model_name: str) -> Non
         tracker.save_results_aggregated(results, samples)
         for task, rows in samples.items():
             tracker.save_results_samples(task, rows)
-        (
-            folder / f"results_{tracker.date_id}.json"
-        ).stat()  # the tracker raises nothing itself
+        # The tracker raises nothing itself: without its file this does.
+        (folder / f"results_{tracker.date_id}.json").stat()
 
 
 def evaluate_position_losses(
-    model: str, text: Path, *, length: int | None, num_windows: int, **options: Any
+    model: str,
+    text: Path,
+    *,
+    length: int | None,
+    num_windows: int,
+    step: int | None = None,
+    mesh: str | None = None,
 ) -> dict[int, float]:
     """Computes a model's mean loss by position (``compute_position_losses``) over
-    windows of a text file; ``length`` (tokens of a window) and ``options``: of
+    windows of a text file; ``length`` (tokens of a window), ``step`` and ``mesh``: of
     :func:`load_engine_for_length`."""
-    engine = load_engine_for_length(model, length, **options)
+    engine = load_engine_for_length(model, length, step=step, mesh=mesh)
     assert engine.tokenizer is not None
     windows = cut_windows(engine.tokenizer, text, engine.config.max_length, num_windows)
     with show_progress("windows") as progress:
-        on_progress = lambda done: progress(model, done, len(windows))  # noqa: E731
-        return compute_position_losses(Scorer(engine), windows, on_progress)
+        return compute_position_losses(
+            Scorer(engine),
+            windows,
+            lambda done: progress(model, done, len(windows)),
+        )
 
 
 def cut_windows(
@@ -283,9 +316,9 @@ def cut_windows(
     prefix = tokenizer.prefix_ids
     room = length - len(prefix)
     if room < 2 or len(ids) < room:
-        what = f"{len(ids):,} tokens give no window of {length:,}"
+        message = f"{len(ids):,} tokens give no window of {length:,}"
         raise MaxlmError(
-            what, where=str(text), fix="use a longer text, or another --length"
+            message, where=str(text), fix="use a longer text, or another --length"
         )
     fitting = len(ids) // room
     count = min(count, fitting)
@@ -300,8 +333,6 @@ def load_engine_for_length(
     ``max_seq_len``."""
     loaded = load_chat_model(model, step=step, mesh=mesh)
     length = length or loaded.config.model.max_seq_len
-    sizes = [
-        f"max_length={length}",
-        f"max_sequences={max(1, min(16, ENGINE_TOKENS // length))}",
-    ]
-    return make_engine(loaded, sizes, warm_up="never")
+    max_sequences = max(1, min(16, ENGINE_TOKENS // length))
+    settings = [f"max_length={length}", f"max_sequences={max_sequences}"]
+    return make_engine(loaded, settings, warm_up="never")

@@ -44,8 +44,8 @@ INCIDENTAL = (
     "data.prefetch",
     "data.verify",
     "data.build_workers",
+    "data.sources.*.store_segments",  # what a store then holds is compared
 )
-INCIDENTAL += ("data.sources.*.store_segments",)  # what a store then holds is compared
 # What the tokenizer and the token stores in a run's folder were made with.
 PREPARED = ("tokenizer", "data.sources", "data.heldout_fraction")
 # ... but for these, which say how a source is read, and not what is prepared of it.
@@ -157,15 +157,17 @@ def read_frozen_configs(
     sources = config.task.frozen_models() if sources is None else sources
     bases = list_base_models(config, sources)
 
-    def read(name: str, folder: str | None) -> RunConfig:
+    frozen_runs: dict[str, RunConfig] = {}
+    for name, folder in sources.items():
         if folder is not None:
-            return load_config(RunConfig, Path(folder) / "config.yaml").value
-        return config.model_copy(update={"adapter": None}) if name in bases else config
-
-    frozen_runs = {name: read(name, folder) for name, folder in sources.items()}
-    config.task.check_frozen_models(
-        config.model, {name: run.model for name, run in frozen_runs.items()}
-    )
+            run = load_config(RunConfig, Path(folder) / "config.yaml").value
+        elif name in bases:
+            run = config.model_copy(update={"adapter": None})
+        else:
+            run = config
+        frozen_runs[name] = run
+    models = {name: run.model for name, run in frozen_runs.items()}
+    config.task.check_frozen_models(config.model, models)
     return frozen_runs
 
 
@@ -177,7 +179,8 @@ def list_base_models(
     from, where these have no adapter and the base never changes. ``sources``: default,
     those of the task."""
     sources = config.task.frozen_models() if sources is None else sources
-    adapter, start = config.adapter, config.train.start_from
+    adapter = config.adapter
+    start = config.train.start_from
     if adapter is None or adapter.changes_base or config.train.trainable is not None:
         return frozenset()
     if start is not None:
@@ -193,25 +196,28 @@ def resolve_micro_batches(config: RunConfig, sizes: Mapping[str, int]) -> RunCon
     """Return the config on a mesh: where ``train.max_device_rows`` is set,
     ``micro_batches`` is the fewest parts of the batch that leave every device no more
     sequences at once."""
-    most = config.train.max_device_rows
-    batch = config.data.batch_size
-    stages = sizes["stage"]
-    if most is None:
+    max_rows = config.train.max_device_rows
+    if max_rows is None:
         return config
-    ways = prod(sizes[axis] for axis in config.sharding.compute.batch)
-    rows = batch // ways
-    parts = [
-        n
-        for n in range(stages, rows + 1, stages)
-        if rows % n == 0 and rows // n <= most
+    batch_size = config.data.batch_size
+    stages = sizes["stage"]
+    num_shards = prod(sizes[axis] for axis in config.sharding.compute.batch)
+    rows = batch_size // num_shards
+    # A pipeline takes a multiple of its stages.
+    candidates = [
+        micro_batches
+        for micro_batches in range(stages, rows + 1, stages)
+        if rows % micro_batches == 0 and rows // micro_batches <= max_rows
     ]
-    if batch % ways or not parts:
-        split = f"{ways} devices" + (f" and {stages} stages" if stages > 1 else "")
+    if batch_size % num_shards or not candidates:
+        split = f"{num_shards} devices"
+        if stages > 1:
+            split += f" and {stages} stages"
         raise MaxlmError(
-            f"a batch of {batch} sequences does not divide over {split} into parts of "
-            f"{most} or less",
+            f"a batch of {batch_size} sequences does not divide over {split} into "
+            f"parts of {max_rows} or less",
             where="train.max_device_rows",
             fix="use a mesh whose batch axes and stages divide the batch",
         )
-    train = config.train.model_copy(update={"micro_batches": parts[0]})
+    train = config.train.model_copy(update={"micro_batches": candidates[0]})
     return config.model_copy(update={"train": train})

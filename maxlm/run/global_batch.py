@@ -49,14 +49,11 @@ def require_batch_split(
     rows = micro_batches * prod(sizes[axis] for axis in compute.batch)
     yield Requirement(batch_size % rows == 0, refuse_rows)
     for rule in ("seq", "residual"):
-        pieces = prod(sizes[axis] for axis in getattr(compute, rule))
+        num_pieces = prod(sizes[axis] for axis in getattr(compute, rule))
         for setting, length in row_lengths.items():
-            yield Requirement(
-                length % pieces == 0,
-                partial(
-                    refuse, f"a sequence of {length} tokens", rule, setting, pieces
-                ),
-            )
+            message = f"a sequence of {length} tokens"
+            refuse_length = partial(refuse, message, rule, setting, num_pieces)
+            yield Requirement(length % num_pieces == 0, refuse_length)
 
 
 def get_local_row_indices(
@@ -100,15 +97,16 @@ def make_global_batch(
         if token_order is not None and "seq" in axes:
             array = array.take(token_order, axis=1 + axes.index("seq"))
 
-        def piece(index: Any) -> np.ndarray:
+        def get_shard(index: Any) -> np.ndarray:
+            # The leading axes choose rows, the others a part of each.
             row_numbers = numbers[index[: len(lead_shape)]]
-            rows = array[[place_of[row] for row in row_numbers.ravel().tolist()]]
-            rows = rows[(slice(None), *index[len(lead_shape) :])]
+            places = [place_of[row] for row in row_numbers.ravel().tolist()]
+            row_index = index[len(lead_shape) :]
+            rows = array[places][(slice(None), *row_index)]
             return rows.reshape(*row_numbers.shape, *rows.shape[1:])
 
+        shape = (*lead_shape, *array.shape[1:])
         sharding = batch_sharding(rules, mesh, axes)
-        return jax.make_array_from_callback(
-            (*lead_shape, *array.shape[1:]), sharding, piece
-        )
+        return jax.make_array_from_callback(shape, sharding, get_shard)
 
     return {name: put(array, arrays[name].axes) for name, array in batch.items()}

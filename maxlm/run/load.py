@@ -62,7 +62,8 @@ def load_run(
     if not (folder / "config.yaml").exists():
         message = "no run here (no config.yaml)"
         raise MaxlmError(message, where=str(folder), fix="name a folder like runs/demo")
-    setup = _set_up_to_use(load_config(RunConfig, folder / "config.yaml").value, mesh)
+    config = load_config(RunConfig, folder / "config.yaml").value
+    setup = _set_up_to_use(config, mesh)
     with open_checkpoints(folder, step) as (tier, _, name):
         step = tier.latest() if step is None else step
         params = tier.restore(step, setup.abstract_state.params, name)
@@ -84,11 +85,12 @@ def _merge_loaded(loaded: LoadedRun, specs: Params) -> LoadedRun:
         return loaded
     with jax.set_mesh(loaded.mesh):
         specs, params = merge_adapter(specs, loaded.params)
-    if not any(map(is_leaf, flatten_names(specs, is_leaf).values())):
+    # Maps that cannot be merged stay beside the base, and the adapter with them.
+    stays = any(is_leaf(spec) for spec in flatten_names(specs, is_leaf).values())
+    if not stays:
         config = config.model_copy(update={"adapter": None})
-    return replace(
-        loaded, config=config, model=bind_specs(loaded.model, specs), params=params
-    )
+    model = bind_specs(loaded.model, specs)
+    return replace(loaded, config=config, model=model, params=params)
 
 
 def load_model(
@@ -104,13 +106,11 @@ def load_model(
         return load_run(folder, step=step, mesh=mesh)
     is_adapter = (folder / PEFT_CONFIG).exists()
     if not (is_adapter or (folder / "config.json").exists()):
-        found = (
-            "neither config.yaml nor config.json here"
-            if folder.is_dir()
-            else "no such folder"
-        )
+        message = "no such folder"
+        if folder.is_dir():
+            message = "neither config.yaml nor config.json here"
         fix = "name a run's folder, such as runs/demo, or a Hugging Face checkpoint's"
-        raise MaxlmError(found, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     if step is not None:
         message = f"--step {step} names a run's checkpoint, and this is a published one"
         raise MaxlmError(message, where=str(folder), fix="leave it out")
@@ -121,15 +121,14 @@ def load_model(
     if is_adapter:
         opened = open_adapted_model(opened, folder)
     if opened.tokenizer is None:
-        message, fix = (
-            "no tokenizer.json or tokenizer.model here",
-            "copy the checkpoint's here",
-        )
+        message = "no tokenizer.json or tokenizer.model here"
+        fix = "copy the checkpoint's here"
         raise MaxlmError(message, where=str(folder), fix=fix)
     setup = _set_up_to_use(opened.config, mesh)
     writer = _MemoryWriter()
     opened.import_tensors(writer)
 
+    # Popped: the host holds each array only until the devices have it.
     def place(path: Any, sharding: Any) -> jax.Array:
         return jax.device_put(writer.arrays.pop(join_path(path)), sharding)
 
@@ -142,15 +141,18 @@ def load_model(
 
 def _find_adapter_base(folder: Path) -> Path:
     """The folder of the model that an adapter of PEFT's says that it is for."""
-    named = read_json_object(folder / PEFT_CONFIG, "save the adapter again").get(
-        "base_model_name_or_path"
+    peft_config = read_json_object(folder / PEFT_CONFIG, "save the adapter again")
+    base_name = peft_config.get("base_model_name_or_path")
+    if isinstance(base_name, str) and base_name:
+        base = Path(base_name).expanduser()
+        if (base / "config.json").exists():
+            return base
+    message = (
+        f"its base, base_model_name_or_path={base_name!r}, is no Hugging Face folder "
+        "here"
     )
-    base = Path(named).expanduser() if isinstance(named, str) and named else None
-    if base is None or not (base / "config.json").exists():
-        message = f"its base, base_model_name_or_path={named!r}, is no Hugging Face folder here"
-        fix = f"make a run of both: maxlm convert {folder} runs/NAME --base FOLDER"
-        raise MaxlmError(message, where=str(folder / PEFT_CONFIG), fix=fix)
-    return base
+    fix = f"make a run of both: maxlm convert {folder} runs/NAME --base FOLDER"
+    raise MaxlmError(message, where=str(folder / PEFT_CONFIG), fix=fix)
 
 
 class _MemoryWriter:

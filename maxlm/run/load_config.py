@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.config.assets import resolve_config
@@ -10,6 +9,7 @@ from maxlm.config.layers import build_tree
 from maxlm.config.load import validate_config
 from maxlm.config.yaml_text import dump_yaml, parse_yaml
 from maxlm.run.config import RunConfig
+from maxlm.runtime.json_types import JsonObject
 
 
 def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
@@ -35,7 +35,7 @@ def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
     return validate_config(RunConfig, tree)
 
 
-def _read_model_settings(folder: Path) -> dict[str, Any]:
+def _read_model_settings(folder: Path) -> JsonObject:
     if (folder / "config.yaml").exists():
         config = load_config(RunConfig, folder / "config.yaml").value
     elif folder.is_dir():

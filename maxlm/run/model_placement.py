@@ -95,42 +95,49 @@ def place_model(
             through all layers, so that neither is split; kv heads that do not divide
             are whole, while pages have copies of them and are split.
     """
-    gradients = sharding.gradients or sharding.storage
-    rules = (
-        sharding.storage,
-        gradients,
-        sharding.optimizer or gradients,
-        sharding.compute,
-    )
-    rules = [attention.for_mesh(sizes) for attention in rules]
+    gradient_rules = sharding.gradients or sharding.storage
+    optimizer_rules = sharding.optimizer or gradient_rules
+    all_rules = [
+        sharding.storage.for_mesh(sizes),
+        gradient_rules.for_mesh(sizes),
+        optimizer_rules.for_mesh(sizes),
+        sharding.compute.for_mesh(sizes),
+    ]
     if training is None:
-        whole: dict[str, Any] = dict.fromkeys(("seq", "residual", "layers"), ())
-        ways = prod(sizes[axis] for axis in sharding.compute.heads)
-        if config.attention is not None and config.attention.num_kv_heads % ways:
-            whole["kv_heads"] = ()
-        rules = [attention.model_copy(update=whole) for attention in rules]
-    storage, gradients, optimizer, compute = rules
+        unsharded: dict[str, Any] = {"seq": (), "residual": (), "layers": ()}
+        head_shards = prod(sizes[axis] for axis in sharding.compute.heads)
+        attention = config.attention
+        if attention is not None and attention.num_kv_heads % head_shards:
+            unsharded["kv_heads"] = ()
+        all_rules = [rules.model_copy(update=unsharded) for rules in all_rules]
+    storage, gradients, optimizer, compute = all_rules
     check_activation_rules(compute)
     if training is None:
         check_requirements(require_experts(config, sharding.compute, sizes))
         check_requirements(require_whole_sequences(config, sharding.compute, sizes))
         attention = config.attention
         if attention is not None:
-            heads = attention.num_heads, attention.num_kv_heads
-            check_requirements(require_keys_beside_queries(*heads, compute, sizes))
+            requirements = require_keys_beside_queries(
+                attention.num_heads, attention.num_kv_heads, compute, sizes
+            )
+            check_requirements(requirements)
     else:
-        shape = (sizes, training, compute)
-        check_requirements(require_trainable(config, sharding, parallel, *shape))
-    how: dict[str, Any] = {"rules": compute, "dtype": dtype, "parallel": parallel}
-    model = build_adapted_model(config, adapter, **how)
+        requirements = require_trainable(
+            config, sharding, parallel, sizes, training, compute
+        )
+        check_requirements(requirements)
+    model = build_adapted_model(
+        config, adapter, rules=compute, dtype=dtype, parallel=parallel
+    )
     specs = param_specs(model)
     flat = flatten_names(specs)
+    # Refuses axes that do not divide, by whichever rules.
     for name, spec in flat.items():
-        for attention in (gradients, optimizer, compute):
-            resolve_placement(name, spec.shape, spec.axes, attention, sizes)
+        for rules in (gradients, optimizer, compute):
+            resolve_placement(name, spec.shape, spec.axes, rules, sizes)
     placements = {
-        n: resolve_placement(n, s.shape, s.axes, storage, sizes)
-        for n, s in flat.items()
+        name: resolve_placement(name, spec.shape, spec.axes, storage, sizes)
+        for name, spec in flat.items()
     }
     # Parameters that ZeRO-1 and ZeRO-2 keep whole are meant to be.
     if training is not None and storage == optimizer:
@@ -147,7 +154,7 @@ def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:
         and compute.latent
     ):
         message = "latent attention needs its narrow vectors whole"
-        fix = "set it to null (sharding.storage.latent splits weights at rest)"
+        fix = "set it to null (sharding.storage.latent splits stored weights)"
         raise MaxlmError(message, where="sharding.compute.latent", fix=fix)
 
 
@@ -174,10 +181,11 @@ def require_pipeline(
     )
 
     def starved() -> MaxlmError:
-        few = "less than" if micro_batches < stages else "not a multiple of"
-        fewer = f"a divisor of {micro_batches}" if micro_batches > 1 else "1"
-        message = f"{micro_batches} is {few} the {stages} pipeline stages"
-        fix = f"set it to {-(-micro_batches // stages) * stages}, or mesh.stage to {fewer}"
+        relation = "less than" if micro_batches < stages else "not a multiple of"
+        fewer_stages = f"a divisor of {micro_batches}" if micro_batches > 1 else "1"
+        next_multiple = -(-micro_batches // stages) * stages
+        message = f"{micro_batches} is {relation} the {stages} pipeline stages"
+        fix = f"set it to {next_multiple}, or mesh.stage to {fewer_stages}"
         return MaxlmError(message, where="train.micro_batches", fix=fix)
 
     yield Requirement(alone | (micro_batches % stages == 0), starved)
@@ -238,10 +246,8 @@ def require_whole_sequences(
         whole | (not crosses), partial(refuse, "cross-attention looks at", fix)
     )
     by_capacity = model.moe is not None and model.moe.dispatch == "capacity"
-    message, fix = (
-        "an expert's capacity is counted in",
-        "use dispatch=dropless, or mesh.context=1",
-    )
+    message = "an expert's capacity is counted in"
+    fix = "use dispatch=dropless, or mesh.context=1"
     yield Requirement(
         whole | (not by_capacity), partial(refuse, message, fix, "model.moe.dispatch")
     )
@@ -256,9 +262,10 @@ def require_experts(
         refuse = partial(MaxlmError, message, where="mesh.expert", fix=_GIVE)
         yield Requirement(np.equal(sizes["expert"], 1), refuse)
         return
-    for axis in (
-        axis for axis in compute.expert if axis not in compute.batch + compute.seq
-    ):
+    token_axes = compute.batch + compute.seq
+    for axis in compute.expert:
+        if axis in token_axes:
+            continue
         message = f"experts are split over '{axis}', the tokens they serve are not"
         fix = f"add {axis} to sharding.compute.batch, or take it from this rule"
         refuse = partial(MaxlmError, message, where="sharding.compute.expert", fix=fix)

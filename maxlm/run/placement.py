@@ -22,14 +22,21 @@ def require_run_trainable(
     splits."""
     yield from _require_batch(config, sizes, micro_batches)
     shape = TrainingShape(config.data.seq_len, micro_batches)
-    parts = config.model, config.sharding, config.parallel
-    yield from require_trainable(*parts, sizes, shape, config.sharding.compute)
+    yield from require_trainable(
+        config.model,
+        config.sharding,
+        config.parallel,
+        sizes,
+        shape,
+        config.sharding.compute,
+    )
 
 
 def _require_batch(
     config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
 ) -> Iterator[Requirement]:
-    data, compute = config.data, config.sharding.compute
+    data = config.data
+    compute = config.sharding.compute
     yield from config.task.require_mesh(compute, sizes)
     lengths = config.task.name_row_lengths(data.seq_len)
     yield from require_batch_split(
@@ -48,12 +55,21 @@ def place_run(
     ``for_training``, where the batch must divide over the mesh."""
     shape = None
     if for_training:
-        micro, samples = config.train.micro_batches, config.samples
-        check_requirements(_require_batch(config, sizes, micro))
-        check_samples(samples, config.model, [1] * len(samples.prompts))
-        shape = TrainingShape(config.data.seq_len, micro)
-    parts = config.model, config.sharding, config.parallel
-    return place_model(*parts, sizes, dtype, shape, config.adapter)
+        micro_batches = config.train.micro_batches
+        check_requirements(_require_batch(config, sizes, micro_batches))
+        # Without a tokenizer a prompt's length is not known: one token at least.
+        prompt_lengths = [1] * len(config.samples.prompts)
+        check_samples(config.samples, config.model, prompt_lengths)
+        shape = TrainingShape(config.data.seq_len, micro_batches)
+    return place_model(
+        config.model,
+        config.sharding,
+        config.parallel,
+        sizes,
+        dtype,
+        shape,
+        config.adapter,
+    )
 
 
 def place_frozen_models(
@@ -63,12 +79,14 @@ def place_frozen_models(
     dtype: Any,
 ) -> dict[str, PlacedModel]:
     """Lays out the models that a run's task only reads, by name."""
-    reads = sources and not config.task.prepares_batch_alone
-    if reads and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
-        message = f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run"
-        raise MaxlmError(
-            message, where="parallel.schedule", fix="use circular, or mesh.stage=1"
+    is_1f1b = sizes["stage"] > 1 and config.parallel.schedule == "1f1b"
+    if is_1f1b and sources and not config.task.prepares_batch_alone:
+        message = (
+            f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline "
+            "cannot run"
         )
+        fix = "use circular, or mesh.stage=1"
+        raise MaxlmError(message, where="parallel.schedule", fix=fix)
     placed = {}
     for name, frozen_run in read_frozen_configs(config, sources).items():
         run = config.model_copy(

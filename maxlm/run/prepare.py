@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,17 +13,13 @@ from maxlm.checkpoint.reading import check_same_settings
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.config import MixtureSource
-from maxlm.data.documents import SourceConfig, is_heldout, read_documents
+from maxlm.data.documents.config import SourceConfig
 from maxlm.data.loader import TokenSource, check_num_steps
 from maxlm.data.loader.packing import describe_missing_checksums
-from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
-from maxlm.data.tokenizer import (
-    Tokenizer,
-    add_chat_template,
-    load_tokenizer,
-    train_tokenizer,
-)
+from maxlm.data.store.store import TokenStore, check_tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.run.config import PREPARED, READING, RunConfig, check_samples
 from maxlm.runtime.progress import show_progress
@@ -54,24 +49,35 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     sources = config.data.sources
     if not sources and config.task.reads_text:
         message = "no text to train on"
-        raise MaxlmError(
-            message, where="data.sources", fix="name documents or a store there"
-        )
-    home = prepare_tokenizer(config, folder)
-    tokenizer = load_tokenizer(home)
+        fix = "name documents or a store there"
+        raise MaxlmError(message, where="data.sources", fix=fix)
+
+    # The tokenizer, which must suit the model, the task and the samples to draw.
+    tokenizer_folder = prepare_tokenizer(config, folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     check_frozen_tokenizers(config, tokenizer)
-    whole = config.model.transformer_type == "encoder_decoder"
-    prompts = encode_prompts(tokenizer, config.samples.prompts, as_documents=whole)
-    lengths = [config.num_virtual_tokens + len(ids) for ids in prompts]
-    check_samples(config.samples, config.model, lengths)
+    # An encoder reads a prompt as a document; a decoder goes on from it.
+    as_documents = config.model.transformer_type == "encoder_decoder"
+    prompts = encode_prompts(
+        tokenizer, config.samples.prompts, as_documents=as_documents
+    )
+    prompt_lengths = [config.num_virtual_tokens + len(ids) for ids in prompts]
+    check_samples(config.samples, config.model, prompt_lengths)
+
+    # The stores.
     all_training: dict[str, TokenStore] = {}
     all_heldout: dict[str, TokenStore] = {}
     for source in sources:
-        training, heldout = _stores(config, source, home, folder / "data" / source.name)
+        store_folder = folder / "data" / source.name
+        training, heldout = _prepare_stores(
+            config, source, tokenizer_folder, store_folder
+        )
         all_training[source.name] = training
         if heldout is not None:
             all_heldout[source.name] = heldout
+
+    # The batches.
     inputs = make_source_inputs(config, tokenizer, all_training, all_heldout)
     # Refuses a store shorter than a sequence, and builds what indices are missing.
     batches = config.task.batch_source(inputs)
@@ -111,16 +117,11 @@ def make_source_inputs(
 
 def check_frozen_tokenizers(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Refuses models that the task reads and that know other tokens than the run's."""
-    named_sources = {
-        name: each
-        for name, each in config.task.frozen_models().items()
-        if each is not None
-    }
-    for name, source in named_sources.items():
-        if (
-            load_tokenizer(Path(source, "tokenizer")).fingerprint
-            != tokenizer.fingerprint
-        ):
+    for name, source in config.task.frozen_models().items():
+        if source is None:  # the model that training starts from
+            continue
+        other_tokenizer = load_tokenizer(Path(source, "tokenizer"))
+        if other_tokenizer.fingerprint != tokenizer.fingerprint:
             message = f"the frozen model {name!r} was trained with another tokenizer"
             fix = "name a run with this run's, or name that run's in tokenizer.path"
             raise MaxlmError(message, where=source, fix=fix)
@@ -161,25 +162,25 @@ def check_prepared_data(config: RunConfig, folder: Path) -> None:
     path = folder / "config.yaml"
     if path.exists():
         before = load_config(RunConfig, path).value
-        sides = before.model_dump(mode="json"), config.model_dump(mode="json")
-        message = "the text here was prepared"
         check_same_settings(
-            *sides, PREPARED, str(folder), action=message, ignored=READING
+            before.model_dump(mode="json"),
+            config.model_dump(mode="json"),
+            PREPARED,
+            str(folder),
+            action="the text here was prepared",
+            ignored=READING,
         )
 
 
 def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
     """Counts the ids of a run's tokenizer; ``folder``: the run's own, where it may have
     one."""
-    own_tokenizer = folder and folder / "tokenizer"
-    path = (
-        own_tokenizer
-        if own_tokenizer and own_tokenizer.exists()
-        else _named_tokenizer(config)
-    )
-    return (
-        config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
-    )
+    path = _named_tokenizer(config)
+    if folder is not None and (folder / "tokenizer").exists():
+        path = folder / "tokenizer"
+    if path is None:  # it will be trained
+        return config.tokenizer.vocab_size
+    return load_tokenizer(path).vocab_size
 
 
 def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
@@ -188,12 +189,17 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
     home = folder / "tokenizer"
     if home.exists():
         return home
+    # Both come with much that a run which finds its tokenizer does not need.
+    from maxlm.data.tokenizer.chat import add_chat_template
+    from maxlm.data.tokenizer.train import train_tokenizer
+
     path = _named_tokenizer(config)
     if path is not None:
         tokenizer = load_tokenizer(path)
+        # Stores of another tokenizer are refused before anything is written.
         for source in config.data.sources:
             if source.store is not None:
-                _named_stores(source, tokenizer)  # Refused before anything is written.
+                _open_named_stores(source, tokenizer)
         _check_extra_tokens(tokenizer, config)
         add_chat_template(tokenizer, config.tokenizer)
     else:
@@ -227,6 +233,10 @@ def _named_tokenizer(config: RunConfig) -> Path | None:
 
 
 def _training_text(config: RunConfig) -> Iterator[bytes]:
+    # Only where a tokenizer is trained are documents read here.
+    from maxlm.data.documents.document import is_heldout
+    from maxlm.data.documents.reader import read_documents
+
     sources = [source for source in config.data.sources if source.documents]
     if not sources and config.task.reads_text:
         message = "a store was made with a tokenizer, and none is named"
@@ -238,51 +248,82 @@ def _training_text(config: RunConfig) -> Iterator[bytes]:
                 yield document.text
 
 
-def _stores(
-    config: RunConfig, source: MixtureSource, tokenizer: Path, folder: Path
+def _prepare_stores(
+    config: RunConfig, source: MixtureSource, tokenizer_folder: Path, folder: Path
 ) -> tuple[TokenStore, TokenStore | None]:
+    """Opens a source's stores, training and held out; builds in ``folder`` those that
+    are missing."""
+    tokenizer = load_tokenizer(tokenizer_folder)
     if source.store is not None:
-        return _named_stores(
-            source, load_tokenizer(tokenizer), verify=config.data.verify
+        return _open_named_stores(source, tokenizer, verify=config.data.verify)
+    stores: dict[str, TokenStore] = {}
+    for split in _list_splits(source, config.data.heldout_fraction, folder):
+        path = folder / split
+        if not path.exists():
+            _build_store(config, source, tokenizer_folder, path, split)
+        store = TokenStore.open(path, verify=config.data.verify)
+        check_tokenizer(store, tokenizer)
+        stores[split] = store
+    training = stores["train"] if "train" in stores else stores["all"]
+    return training, stores.get("heldout")
+
+
+def _build_store(
+    config: RunConfig,
+    source: MixtureSource,
+    tokenizer_folder: Path,
+    folder: Path,
+    split: Split,
+) -> None:
+    # Building reads documents, in processes of its own: a run that finds its stores
+    # needs none of that.
+    from maxlm.data.store.build import build_store
+
+    with show_progress() as progress:
+        build_store(
+            source,
+            tokenizer_folder,
+            folder,
+            split=split,
+            heldout_fraction=config.data.heldout_fraction,
+            workers=config.data.build_workers,
+            progress=progress,
         )
-    fraction, workers = config.data.heldout_fraction, config.data.build_workers
-    build = partial(
-        build_store, source, tokenizer, heldout_fraction=fraction, workers=workers
-    )
-    built: dict[str, TokenStore] = {}
-    for split in _splits(source, fraction, folder):
-        if not (folder / split).exists():
-            with show_progress() as progress:
-                build(folder / split, split=split, progress=progress)
-        built[split] = TokenStore.open(folder / split, verify=config.data.verify)
-        check_tokenizer(built[split], load_tokenizer(tokenizer))
-    return built["train" if "train" in built else "all"], built.get("heldout")
 
 
-def _named_stores(
+def _open_named_stores(
     source: MixtureSource, tokenizer: Tokenizer, *, verify: bool = False
 ) -> tuple[TokenStore, TokenStore | None]:
     """Stores built before, if this tokenizer made them."""
-    named = ((source.store, source.store_segments), (source.heldout_store, None))
-    stores = [
-        TokenStore.open(path, segments=count, verify=verify)
-        for path, count in named
-        if path is not None
-    ]
-    for store in stores:
-        check_tokenizer(store, tokenizer)
-    return stores[0], stores[1] if len(stores) > 1 else None
+    assert source.store is not None
+    training = TokenStore.open(
+        source.store, segments=source.store_segments, verify=verify
+    )
+    heldout = None
+    if source.heldout_store is not None:
+        heldout = TokenStore.open(source.heldout_store, verify=verify)
+    check_tokenizer(training, tokenizer)
+    if heldout is not None:
+        check_tokenizer(heldout, tokenizer)
+    return training, heldout
 
 
-def _splits(corpus: SourceConfig, fraction: float, folder: Path) -> tuple[Split, ...]:
+def _list_splits(
+    source: SourceConfig, fraction: float, folder: Path
+) -> tuple[Split, ...]:
     """The stores a source gets: of few documents all may fall on one side of the
     split."""
     if (folder / "all").exists():
         return ("all",)
     if (folder / "heldout").exists():
         return "train", "heldout"
+
+    # Only where stores are missing are documents read here.
+    from maxlm.data.documents.document import is_heldout
+    from maxlm.data.documents.reader import read_documents
+
     sides = set()
-    for document in read_documents(corpus):
+    for document in read_documents(source):
         sides.add(is_heldout(document.text, fraction))
         if len(sides) == 2:
             return "train", "heldout"

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +67,8 @@ class RunSetup:
     @cached_property
     def shardings(self) -> TrainState:
         """The sharding of every array of a state, as a TrainState of shardings."""
-        mesh, storage = self.mesh, self.placed.storage
+        mesh = self.mesh
+        storage = self.placed.storage
         params = param_shardings(self.specs, storage, mesh)
         moments = opt_state_specs(self.optimizer, self.specs)
         return TrainState(
@@ -86,10 +86,11 @@ class RunSetup:
     def token_order(self) -> np.ndarray | None:
         """The token that stands at each place of a row, where context parallelism wants
         another order than the sequence's own."""
-        ways = prod(self.mesh.shape[axis] for axis in self.placed.compute.seq)
-        if ways == 1 or not self.config.parallel.balance_sequence:
+        num_shards = prod(self.mesh.shape[axis] for axis in self.placed.compute.seq)
+        if num_shards == 1 or not self.config.parallel.balance_sequence:
             return None
-        return sequence_order_indices(self.config.data.seq_len, ways, balanced=True)
+        seq_len = self.config.data.seq_len
+        return sequence_order_indices(seq_len, num_shards, balanced=True)
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -106,9 +107,9 @@ class RunSetup:
     def init_train_state(self) -> TrainState:
         """A fresh state without frozen models, every array created in its own
         sharding."""
-        return bind_mesh(
-            self.mesh, jit_sharded(self._init, replace(self.shardings, frozen={}))
-        )(jax.random.key(self.config.seed))
+        shardings = replace(self.shardings, frozen={})
+        init = bind_mesh(self.mesh, jit_sharded(self._init, shardings))
+        return init(jax.random.key(self.config.seed))
 
     def place_to_generate(self) -> tuple[Model, Params]:
         """Lays the model out to generate text; returns it, and its parameters'
@@ -123,6 +124,7 @@ class RunSetup:
     ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]]:
         """The training step, compiled at its first call; it donates the state it is
         given."""
+        # None: gradients lie as their parameters are stored.
         layouts = None
         rules = self.placed.gradients
         if rules != self.placed.storage:
@@ -146,30 +148,30 @@ class RunSetup:
     ) -> Callable[[Params, Mapping[str, Params], DeviceBatch], Sums]:
         """The evaluation step ``(params, frozen models' params, batch) -> sums``,
         compiled at its first call."""
-        own = {"task": self.config.task, "frozen_models": self._frozen_modules}
-        return bind_mesh(
-            self.mesh, jax.jit(partial(evaluate_step, model=self.model, **own))
+        step = partial(
+            evaluate_step,
+            model=self.model,
+            task=self.config.task,
+            frozen_models=self._frozen_modules,
         )
+        return bind_mesh(self.mesh, jax.jit(step))
 
     def _init(self, key: jax.Array) -> TrainState:
         params = init_params(self.specs, key)
-        ema = (
-            jax.tree.map(jnp.copy, params)
-            if self.config.train.ema_decay is not None
-            else None
-        )
-        return TrainState(
-            jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema
-        )
+        ema = None
+        if self.config.train.ema_decay is not None:
+            ema = jax.tree.map(jnp.copy, params)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, self.optimizer.init(params), ema)
 
     @property
     def _frozen_modules(self) -> dict[str, Model]:
-        return {name: own.model for name, own in self.task_models.items()}
+        return {name: placed.model for name, placed in self.task_models.items()}
 
 
 def set_up_run(
     config: RunConfig,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
     *,
     for_training: bool = True,
     frozen_sources: Mapping[str, str | None] | None = None,
@@ -185,8 +187,13 @@ def set_up_run(
     schedule = make_schedule(config.schedule, config.train.steps)
     trainable = select_trainable(placed.specs, config.train.trainable)
     optimizer = make_optimizer(config.optimizer, schedule, trainable)
-    sources = config.task.frozen_models() if frozen_sources is None else frozen_sources
-    sources = sources if for_training else {}
+    if not for_training:
+        sources = {}
+    elif frozen_sources is None:
+        sources = config.task.frozen_models()
+    else:
+        sources = frozen_sources
+    # Models that share the trained one's base have no parameters of their own.
     bases = list_base_models(config, sources)
     return RunSetup(
         config=config,
@@ -200,7 +207,9 @@ def set_up_run(
             optimizer, trainable, placed.optimizer, placed.storage
         ),
         frozen_sources={
-            name: own for name, own in sources.items() if name not in bases
+            name: source_folder
+            for name, source_folder in sources.items()
+            if name not in bases
         },
         task_models=place_frozen_models(config, sources, dict(mesh.shape), dtype),
     )
@@ -250,14 +259,14 @@ def _put_batches(
     prefetch: int = 4,
     is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> Generator[DeviceBatch]:
-    config, mesh = setup.config, setup.mesh
-    lead = (
-        config.train.micro_batches,
-        config.data.batch_size // config.train.micro_batches,
-    )
+    config = setup.config
+    mesh = setup.mesh
+    rules = setup.placed.compute
+    micro_batches = config.train.micro_batches
+    lead = (micro_batches, config.data.batch_size // micro_batches)
     arrays = config.task.batch_arrays(config.data.seq_len)
-    rows = get_local_row_indices(batch_sharding(setup.placed.compute, mesh, ()), lead)
-    where = setup.placed.compute, mesh, lead, setup.token_order
+    rows = get_local_row_indices(batch_sharding(rules, mesh, ()), lead)
+    token_order = setup.token_order
     with load_batches(
         source,
         rows,
@@ -268,4 +277,4 @@ def _put_batches(
         is_stop_requested=is_stop_requested,
     ) as loader:
         for batch in loader:
-            yield make_global_batch(batch, arrays, rows, *where)
+            yield make_global_batch(batch, arrays, rows, rules, mesh, lead, token_order)

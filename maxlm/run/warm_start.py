@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +21,18 @@ from maxlm.models.params import (
 )
 from maxlm.optim.state import TrainState
 from maxlm.run.setup import RunSetup
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 
-def check_init_checkpoint(setup: RunSetup) -> dict[str, Any] | None:
+def check_init_checkpoint(setup: RunSetup) -> JsonObject | None:
     """Checks that the run that this one starts from, if any, is there and has this
     model; returns its checkpoint's metadata."""
-    start, abstract_params = setup.config.train.start_from, setup.abstract_state.params
+    start = setup.config.train.start_from
     if start is None:
         return None
     with open_checkpoints(start) as (tier, config, name):
-        tier.check_shapes(None, _select_stored_params(abstract_params, config), name)
+        params = _select_stored_params(setup.abstract_state.params, config)
+        tier.check_shapes(None, params, name)
         return tier.metadata()
 
 
@@ -40,26 +41,26 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     An adapted run takes those of one without an adapter as the base of its own; heads
     that the other has not stay fresh."""
     state = setup.init_train_state()
+    params = state.params
     start = setup.config.train.start_from
-    adapter, abstract, params = (
-        setup.config.adapter,
-        setup.abstract_state.params,
-        state.params,
-    )
+    adapter = setup.config.adapter
     if start is None and adapter is None:
         return state
-    adapted = False
+    is_start_adapted = False
     if start is not None:
         with open_checkpoints(start) as (tier, config, name):
-            adapted = bool(config.get("adapter"))
-            restored = tier.restore(None, _select_stored_params(abstract, config), name)
-            if "heads" in params:
-                fresh = params if adapted else select_base_params(params)
-                restored = restored | {
-                    "heads": fresh["heads"] | restored.get("heads", {})
-                }
-            params = restored if adapted else replace_base_params(params, restored)
-    if adapter is not None and not adapted:
+            is_start_adapted = bool(config.get("adapter"))
+            abstract_params = _select_stored_params(setup.abstract_state.params, config)
+            restored = tier.restore(None, abstract_params, name)
+        if "heads" in params:
+            fresh = params if is_start_adapted else select_base_params(params)
+            heads = fresh["heads"] | restored.get("heads", {})
+            restored = restored | {"heads": heads}
+        if is_start_adapted:
+            params = restored
+        else:
+            params = replace_base_params(params, restored)
+    if adapter is not None and not is_start_adapted:
         params = adapter.init_from_base(params)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return replace(state, params=params, ema=ema)
@@ -84,16 +85,15 @@ def load_frozen_models(
 
 def describe_frozen_models(
     setup: RunSetup, frozen_params: Mapping[str, Params]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return what checkpoints hold of frozen models: where each came from, and its
     fingerprint."""
     described = {}
     for name, params in frozen_params.items():
-        fingerprints = json.dumps(
-            compute_fingerprints(flatten_names(params)), sort_keys=True
-        ).encode()
+        fingerprints = compute_fingerprints(flatten_names(params))
+        text = json.dumps(fingerprints, sort_keys=True)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
         source = setup.frozen_sources[name]
-        fingerprint = hashlib.sha256(fingerprints).hexdigest()
         described[name] = {"source": source or "start", "fingerprint": fingerprint}
     return described
 
@@ -101,24 +101,27 @@ def describe_frozen_models(
 @contextmanager
 def open_checkpoints(
     folder: str | Path, step: int | None = None
-) -> Iterator[tuple[FolderTier, Mapping[str, Any], str]]:
+) -> Iterator[tuple[FolderTier, JsonMapping, str]]:
     """Yields a run's checkpoints, the config of one (default: the newest), and the name
     that the parameters to use have in them."""
     with FolderTier(Path(folder) / "checkpoints", read_only=True) as tier:
         config = tier.metadata(step)["config"]
-        yield (
-            tier,
-            config,
-            "ema" if config["train"].get("ema_decay") is not None else "params",
-        )
+        # A run that averages its parameters is used with the average.
+        has_ema = config["train"].get("ema_decay") is not None
+        yield tier, config, "ema" if has_ema else "params"
 
 
-def _select_stored_params(params: Params, config: Mapping[str, Any]) -> Params:
+def _select_stored_params(params: Params, config: JsonMapping) -> Params:
     """Leaves out the adapter and the heads that another run's model has not."""
-    params = params if config.get("adapter") else select_base_params(params)
-    stored = config["model"].get("heads") or {}
+    if not config.get("adapter"):
+        params = select_base_params(params)
+    stored_heads = config["model"].get("heads") or {}
     heads = {
-        name: own for name, own in params.get("heads", {}).items() if name in stored
+        name: head_params
+        for name, head_params in params.get("heads", {}).items()
+        if name in stored_heads
     }
-    rest = {name: own for name, own in params.items() if name != "heads"}
-    return rest | {"heads": heads} if heads else rest
+    selected = {name: subtree for name, subtree in params.items() if name != "heads"}
+    if heads:
+        selected["heads"] = heads
+    return selected

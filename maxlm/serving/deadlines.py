@@ -10,7 +10,9 @@ from typing import Any
 
 import h11
 from starlette.responses import JSONResponse
+from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from maxlm.serving.errors import ApiError
 
@@ -25,8 +27,16 @@ class DeadlineProtocol(H11Protocol):
     not complete in time: ``request_seconds`` after the connection is made, or its first
     byte comes, and as many more as its bytes take at ``MIN_BYTES_PER_SECOND``."""
 
-    def __init__(self, *arguments: Any, request_seconds: float, **settings: Any):
-        super().__init__(*arguments, **settings)
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        request_seconds: float,
+    ):
+        super().__init__(config, server_state, app_state, _loop)
         self._request_seconds = request_seconds
         self._timer: asyncio.TimerHandle | None = None
         self._start_time = 0.0

@@ -98,6 +98,7 @@ def serve(
             f"the package {error.name} is not installed", fix=fix
         ) from None
     key = read_api_key(api_key_file)
+    # The address is taken before a model is loaded, which may take minutes.
     with bind_socket(host, port) as bound:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
         read_adapter = partial(
@@ -106,14 +107,17 @@ def serve(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
         )
-        adapters = {
-            n: read_adapter(path) for n, path in map(_split_adapter, adapter or ())
-        }
+        adapters: dict[str, ServedAdapter] = {}
+        for option in adapter or ():
+            adapter_name, adapter_folder = _split_adapter(option)
+            adapters[adapter_name] = read_adapter(adapter_folder)
         sampling_defaults: dict[str, Any] = {}
         if generation_config == "auto":
             sampling_defaults = read_sampling_defaults(loaded.tokenizer)
         weights = {name: served.weights for name, served in adapters.items()}
         engine, embedder = _make_parts(loaded, settings or (), weights, warm_up)
+
+        # What requests are checked against.
         model_max_length = loaded.config.model.max_seq_len
         max_length = model_max_length
         num_running = 0
@@ -126,8 +130,13 @@ def serve(
         del loaded  # the engine has parameters of its own
 
         def encode(text: str, *, allow_special: bool = False) -> list[int]:
-            how = {"as_documents": as_documents, "allow_special": allow_special}
-            return encode_prompts(tokenizer, [text], **how)[0]
+            (tokens,) = encode_prompts(
+                tokenizer,
+                [text],
+                as_documents=as_documents,
+                allow_special=allow_special,
+            )
+            return tokens
 
         state = ServerState(
             name,
@@ -148,10 +157,13 @@ def serve(
             if served.tokenizer is not None:
                 state.adapter_tokenizers[adapter_name] = served.tokenizer
         if key is None and host.startswith(_LOOPBACK):
+            # A page of another site may have its own name lead here (DNS rebinding).
             state.allowed_hosts = {host, "localhost", "127.0.0.1", "::1"}
         elif key is None:
-            what = f"anyone who reaches {host} may use this server: there is no API key"
-            print(f"warning: {what}", file=sys.stderr)
+            message = (
+                f"anyone who reaches {host} may use this server: there is no API key"
+            )
+            print(f"warning: {message}", file=sys.stderr)
         try:
             run_server(state, bound, lambda url: print(f"{name}: {url}", flush=True))
         finally:
@@ -201,8 +213,8 @@ def load_chat_model(
 def _split_adapter(option: str) -> tuple[str, str]:
     name, _, folder = option.partition("=")
     if not name or not folder:
-        what = f"--adapter {option!r} is no NAME=FOLDER"
-        raise MaxlmError(what, fix="write it as --adapter tiny=runs/tiny")
+        message = f"--adapter {option!r} is no NAME=FOLDER"
+        raise MaxlmError(message, fix="write it as --adapter tiny=runs/tiny")
     return name, folder
 
 
@@ -226,33 +238,38 @@ def read_lora_adapter(
         specs = select_base_params(param_specs(model))
         entries = _find_base_family(Path(base_folder)).list_entries(model.config)
         read = read_peft_adapter(folder, model.config, specs, entries)
-        adapter, arrays = read.adapter, read.arrays
+        adapter = read.adapter
+        arrays = read.arrays
         trained = {place.name for place in read.base_values}
     elif (folder / "config.yaml").exists():
         config, reader = open_run_checkpoint(folder, None)
-        parts = (".lora_a", ".lora_b")
         adapter = config.adapter
-        arrays = {n: reader.open(n).read() for n in reader.shapes if n.endswith(parts)}
+        arrays = {
+            name: reader.open(name).read()
+            for name in reader.shapes
+            if name.endswith((".lora_a", ".lora_b"))
+        }
         trained = find_trained_base(config, reader) if adapter else set()
     else:
-        what = f"neither {PEFT_CONFIG} nor config.yaml here"
+        message = f"neither {PEFT_CONFIG} nor config.yaml here"
         fix = "name PEFT's folder, or a run's"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     if not isinstance(adapter, LoraAdapter):
-        what = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
+        kind = f"adapter.kind={adapter.kind}" if adapter else "a run without an adapter"
+        message = f"{kind} is not loaded beside a model"
         fix = "name one of kind lora; others are merged (maxlm convert)"
-        raise MaxlmError(
-            f"{what} is not loaded beside a model", where=str(folder), fix=fix
-        )
+        raise MaxlmError(message, where=str(folder), fix=fix)
     if trained or adapter.token_ids:
         name = min(trained, default="rows of the table of tokens")
-        what = f"it was trained with {name} of the base, which all adapters here share"
+        message = (
+            f"it was trained with {name} of the base, which all adapters here share"
+        )
         fix = "merge it (maxlm convert) and serve that"
-        raise MaxlmError(what, where=str(folder), fix=fix)
-    weights = adapter, arrays
-    return ServedAdapter(
-        weights, tokenizer and _read_adapter_tokenizer(folder, tokenizer, model)
-    )
+        raise MaxlmError(message, where=str(folder), fix=fix)
+    adapter_tokenizer = None
+    if tokenizer is not None:
+        adapter_tokenizer = _read_adapter_tokenizer(folder, tokenizer, model)
+    return ServedAdapter((adapter, arrays), adapter_tokenizer)
 
 
 def _read_adapter_tokenizer(
@@ -263,13 +280,13 @@ def _read_adapter_tokenizer(
         home = folder / "tokenizer"
         tokenizer = load_tokenizer(home) if home.exists() else base
     else:
-        own = import_adapter_tokenizer(folder, base, model.config.vocab_size)
-        assert own is not None, "the base has one"
-        tokenizer = own
+        imported = import_adapter_tokenizer(folder, base, model.config.vocab_size)
+        assert imported is not None, "the base has one"
+        tokenizer = imported
     if tokenizer.codec.fingerprint_input() != base.codec.fingerprint_input():
-        what = "it was trained with another vocabulary than the model's"
+        message = "it was trained with another vocabulary than the model's"
         fix = "merge it (maxlm convert) and serve that"
-        raise MaxlmError(what, where=str(folder), fix=fix)
+        raise MaxlmError(message, where=str(folder), fix=fix)
     return None if tokenizer is base else tokenizer
 
 
@@ -289,12 +306,13 @@ def _make_parts(
     """Makes the engine and what embeds, as far as the model has them."""
     model, mesh = loaded.model, loaded.mesh
     if isinstance(model, Encoder):
-        if given := [*settings, *adapters]:
-            what = f"{given[0]} is for a model that generates text; this is an encoder"
-            raise MaxlmError(what, fix="leave it out")
-        return None, Embedder(
-            model, loaded.params, mesh, loaded.config.model.max_seq_len
-        )
+        generation_options = [*settings, *adapters]
+        if generation_options:
+            option = generation_options[0]
+            message = f"{option} is for a model that generates text; this is an encoder"
+            raise MaxlmError(message, fix="leave it out")
+        max_length = loaded.config.model.max_seq_len
+        return None, Embedder(model, loaded.params, mesh, max_length)
     engine = make_engine(loaded, settings, adapters=adapters, warm_up=warm_up)
     if isinstance(model, EncoderDecoder):
         return engine, None
@@ -321,8 +339,8 @@ def choose_max_length(config: EngineConfig, model: Model) -> EngineConfig:
     if max_length < model_length:
         print(
             f"max_length is {max_length}, as many tokens as the cache's pages hold; "
-            f"the model was "
-            f"made for {model_length}: set max_length and num_pages for more",
+            f"the model was made for {model_length}: set max_length and num_pages for "
+            "more",
             file=sys.stderr,
         )
     return config.model_copy(update={"max_length": max_length, "num_pages": num_pages})
@@ -334,9 +352,9 @@ def warn_of_missing_kernels(mesh: Mesh) -> None:
     compiler = find_missing_cpu_compiler(mesh)
     if compiler is not None:
         print(
-            f"warning: the kernels for CPUs are missing, and decoding takes up to "
-            f"twice the time: "
-            f"there is no C++ compiler {compiler!r}; install g++, or name one in CXX",
+            "warning: the kernels for CPUs are missing, and decoding takes up to twice "
+            f"the time: there is no C++ compiler {compiler!r}; install g++, or name "
+            "one in CXX",
             file=sys.stderr,
         )
 
@@ -348,29 +366,33 @@ def make_engine(
     adapters: Mapping[str, LoraWeights] | None = None,
     warm_up: WarmUp = "first",
 ) -> Engine:
-    """Makes the engine that continues prompts with a model; ``settings`` are those of
-    ``EngineConfig``, of which ``max_length`` is by default the model's own
-    (:func:`choose_max_length`); ``adapters``: loaded beside it, which has slots for
-    these at least; ``warm_up``: compile all programs that it may run "first", before
-    this returns; "behind", in a thread beside it while it runs, which ``Engine.close``
-    ends; "never", each when it is run."""
+    """Makes the engine that continues prompts with a model.
+
+    Args:
+        settings: those of ``EngineConfig``, of which ``max_length`` is by default the
+            model's own (:func:`choose_max_length`).
+        adapters: loaded beside the model, in an engine with slots for these at least.
+        warm_up: compile all programs that it may run "first", before this returns;
+            "behind", in a thread beside it while it runs, which ``Engine.close`` ends;
+            "never", each when it is run.
+    """
     warn_of_missing_kernels(loaded.mesh)
     config = load_config(EngineConfig, None, settings).value
     config = choose_max_length(config, loaded.model)
+    max_adapters = max(config.max_adapters, len(adapters or ()))
+    config = config.model_copy(update={"max_adapters": max_adapters})
     draft = None
-    most = max(config.max_adapters, len(adapters or ()))
-    config = config.model_copy(update={"max_adapters": most})
     if isinstance(config.speculation, DraftModelConfig):
         mesh = None if loaded.mesh.size == 1 else loaded.config.mesh
         other = load_model(config.speculation.folder, mesh=mesh)
-        if (
-            len({each.tokenizer.codec.fingerprint_input() for each in (other, loaded)})
-            > 1
-        ):
-            what = f"{config.speculation.folder} has another tokenizer than {loaded.config.name}"
-            raise MaxlmError(
-                what, where="speculation.folder", fix="use a model with the same one"
+        draft_codec = other.tokenizer.codec.fingerprint_input()
+        if draft_codec != loaded.tokenizer.codec.fingerprint_input():
+            message = (
+                f"{config.speculation.folder} has another tokenizer than "
+                f"{loaded.config.name}"
             )
+            fix = "use a model with the same one"
+            raise MaxlmError(message, where="speculation.folder", fix=fix)
         draft = DraftModel(other.model, other.params)
     engine = Engine(loaded.model, loaded.params, config, loaded.tokenizer, draft=draft)
     for name, weights in (adapters or {}).items():

@@ -67,14 +67,17 @@ class ChatSession:
         context = self._engine.config.max_length
         room = context - len(prompt)
         if room < 1:
-            what = f"the conversation has {len(prompt)} tokens, the context {context}"
-            raise MaxlmError(what, fix="/reset forgets it")
-        most = min(self._sampling.max_new_tokens, room)
-        seed = self._sampling.seed + self._count
+            message = (
+                f"the conversation has {len(prompt)} tokens, the context {context}"
+            )
+            raise MaxlmError(message, fix="/reset forgets it")
+        # Each answer has draws of its own.
+        seed = (self._sampling.seed + self._count) % 2**32
+        max_new_tokens = min(self._sampling.max_new_tokens, room)
         sampling = self._sampling.model_copy(
-            update={"max_new_tokens": most, "seed": seed % 2**32}
+            update={"max_new_tokens": max_new_tokens, "seed": seed}
         )
-        self._count = self._count + 1
+        self._count += 1
         self.is_stopped = False
         self.num_tokens = 0
         name = f"chat-{self._count}"
@@ -103,9 +106,8 @@ def run_chat(session: ChatSession) -> None:
     /quit."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # stray bytes, or what the terminal cannot show
+            # Stray bytes that are read, or characters that the terminal cannot show.
+            stream.reconfigure(errors="replace")
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):
@@ -152,33 +154,34 @@ def _run_command(session: ChatSession, line: str) -> str:
                 f"cannot be written ({error.strerror})", where=str(path)
             ) from None
         return f"saved {len(session.messages)} messages in {path}"
-    what = (
-        f"{name} needs a word more" if f"\n{name} " in _HELP else f"no command {line!r}"
-    )
-    return f"{what}; /help lists commands"
+    if f"\n{name} " in _HELP:
+        message = f"{name} needs a word more"
+    else:
+        message = f"no command {line!r}"
+    return f"{message}; /help lists commands"
 
 
 def _print_answer(session: ChatSession, text: str) -> None:
     start = time.monotonic()
     first = None
+
     # Ctrl-C stops the answer: raised within a step, it would lose the engine's buffers.
-    before = signal.signal(
-        signal.SIGINT, lambda *_: setattr(session, "is_stopped", True)
-    )
+    def stop(*_: object) -> None:
+        session.is_stopped = True
+
+    previous_handler = signal.signal(signal.SIGINT, stop)
     try:
         for piece in session.answer(text):
             first = first or time.monotonic()
             print(piece, end="", flush=True)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
     print(flush=True)
     if first is not None:
         count = session.num_tokens
         seconds = max(time.monotonic() - first, 1e-9)
         rate = f"{(count - 1) / seconds:.1f} tokens/s"
         line = f"{count} tokens, {rate}, first after {first - start:.2f} s"
-        print(
-            f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line,
-            file=sys.stderr,
-            flush=True,
-        )
+        if sys.stderr.isatty():
+            line = f"\033[2m{line}\033[0m"  # dim
+        print(line, file=sys.stderr, flush=True)

@@ -106,7 +106,7 @@ def check_activation_rules(rules: AxisRules) -> None:
             raise MaxlmError(
                 f"mesh axis '{mesh_axes[0]}' splits {needed} whole",
                 where=f"sharding.compute.{axis}",
-                fix=f"set it to null (sharding.storage.{axis} splits weights at rest)",
+                fix=f"set it to null (sharding.storage.{axis} splits stored weights)",
             )
     for axes in ACTIVATIONS:
         _check_distinct(axes, rules, where="sharding.compute")

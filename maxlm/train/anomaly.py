@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from math import isfinite
 from statistics import median
-from typing import Any
 
 from maxlm.run.train_config import FaultToleranceConfig
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.train.trainer import Callback, RollbackDecision, Trainer
 
 # The standard deviation of a normal distribution over its median absolute deviation
@@ -23,20 +23,17 @@ class LossSpikeDetector(Callback):
     stopped."""
 
     def __init__(
-        self, config: FaultToleranceConfig, state_dict: Mapping[str, Any] | None = None
+        self, config: FaultToleranceConfig, state_dict: JsonMapping | None = None
     ):
         self._config = config
         state_dict = state_dict or {}
-        self._losses: list[float] = list(state_dict.get("losses", ()))[
-            -config.spike_window :
-        ]
-        self._skipped, self._spikes = (
-            state_dict.get("skipped", 0),
-            state_dict.get("spikes", 0),
-        )
+        losses = list(state_dict.get("losses", ()))
+        self._losses: list[float] = losses[-config.spike_window :]
+        self._skipped: int = state_dict.get("skipped", 0)
+        self._spikes: int = state_dict.get("spikes", 0)
 
     @property
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """The recent losses and the lengths of the current rows of bad steps, as JSON
         values."""
         return {
@@ -67,9 +64,8 @@ class LossSpikeDetector(Callback):
             return RollbackDecision(step, step, "the parameters are not finite")
         self._skipped = self._skipped + 1 if metrics.get("skipped") else 0
         if self._skipped:
-            if (
-                self._spikes
-            ):  # A row of spikes goes on: its beginning is to be undone too.
+            # A row of spikes goes on: its beginning is to be undone too.
+            if self._spikes:
                 self._spikes += 1
             if self._skipped < self._config.max_skipped:
                 return None

@@ -4,7 +4,8 @@ beside what they watch: loss spikes, the watchdog, the profiler."""
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+
+import jax
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import MaxlmError
@@ -12,6 +13,7 @@ from maxlm.config.errors import Preempted
 from maxlm.optim.state import TrainState
 from maxlm.optim.step import Sums
 from maxlm.runtime.collectives import FlagAllReduce
+from maxlm.runtime.json_types import JsonMapping
 from maxlm.runtime.signals import SignalHandler, StopRequest
 from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.trainer import Callback, Trainer
@@ -47,7 +49,7 @@ class CheckpointCallback(Callback):
     """Saves where a checkpoint is due, where one was requested, and at the end."""
 
     checkpointer: Checkpointer
-    metadata: Mapping[str, Any]
+    metadata: JsonMapping
     """Saved with every checkpoint, with the losses that ``detector`` remembers."""
     detector: LossSpikeDetector
 
@@ -78,9 +80,13 @@ class CheckpointCallback(Callback):
         metadata = {**self.metadata, "losses": self.detector.state_dict}
         suspect = self.detector.first_suspect_step(step)
         with trainer.timer.time_activity("saving") as seconds:
-            how: Any = {"force": force, "first_suspect_step": suspect}
+            # Frozen models come from their own folders, and are in no checkpoint.
             tier = self.checkpointer.save(
-                step, replace(state, frozen={}), metadata, **how
+                step,
+                replace(state, frozen={}),
+                metadata,
+                force=force,
+                first_suspect_step=suspect,
             )
         if tier is not None:
             trainer.timer.log_progress(step)
@@ -103,9 +109,11 @@ class StopCallback(Callback):
     """Whether this process's clock asks for a checkpoint."""
     folder: str
     """Folder of the run, for messages."""
-    _reductions: deque[Any] = field(default_factory=deque)
+    _reductions: deque[StopRequest | jax.Array] = field(default_factory=deque)
 
     def on_step_dispatched(self, trainer: Trainer, step: int, sums: Sums) -> None:
+        # Started here and read in `on_step_end`: it runs behind the step, and holds
+        # nothing up.
         save = StopRequest.SAVE if self.save_is_due() else StopRequest.NONE
         self._reductions.append(self.all_reduce.start(self.signals.request | save))
 
@@ -117,13 +125,15 @@ class StopCallback(Callback):
     def on_train_end(self, trainer: Trainer, step: int, state: TrainState) -> None:
         if not trainer.stop_request.stops or step == trainer.num_steps:
             return
-        preempted = StopRequest.PREEMPT in trainer.stop_request
-        trainer.event("stop", step, reason="preempted" if preempted else "interrupt")
-        kind, words = (
-            (Preempted, "preempted") if preempted else (MaxlmError, "interrupted")
-        )
-        error = kind(
-            f"{words} at step {step} of {trainer.num_steps}, which is saved",
+        error_class = MaxlmError
+        reason = "interrupt"
+        word = "interrupted"
+        if StopRequest.PREEMPT in trainer.stop_request:
+            error_class = Preempted
+            reason = word = "preempted"
+        trainer.event("stop", step, reason=reason)
+        error = error_class(
+            f"{word} at step {step} of {trainer.num_steps}, which is saved",
             where=self.folder,
             fix="run the same command to resume",
         )

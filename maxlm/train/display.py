@@ -3,9 +3,7 @@ the end."""
 
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -14,6 +12,7 @@ from rich.table import Column
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import replace_file
+from maxlm.runtime.json_types import JsonMapping
 from maxlm.train.records import read_records
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -48,10 +47,10 @@ class ConsoleDisplay:
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, *, show: bool = True):
-        self.total_steps, self._show = total_steps, show
-        self._first: tuple[int, float] | None = (
-            None  # the first step shown, when it was
-        )
+        self.total_steps = total_steps
+        self._show = show
+        # The first step shown, and when it was.
+        self._first: tuple[int, float] | None = None
         self._printed = float("-inf")
         self._progress = None
         if show and sys.stderr.isatty():
@@ -73,22 +72,28 @@ class ConsoleDisplay:
                 "", total=total_steps, completed=start_step, text=""
             )
 
-    def update(self, step: int, record: Mapping[str, Any]) -> None:
+    def update(self, step: int, record: JsonMapping) -> None:
         """Shows that ``step`` steps are done, with the main numbers of a metrics
         record."""
         if not self._show:
             return
         now = time.monotonic()
-        self._first = self._first or (step, now)
-        steps, seconds = step - self._first[0], now - self._first[1]
-        left, speed = "ETA -", ""
-        if steps > 0:
-            left = f"ETA {format_duration((self.total_steps - step) * seconds / steps)}"
-            speed = f"{steps / max(seconds, 1e-9):.2f} steps/s"
-        shown = [
-            f.format(record[n]) for n, f in _SHOWN.items() if record.get(n) is not None
-        ]
-        text = " · ".join(filter(None, [left, *shown, speed]))
+        if self._first is None:
+            self._first = (step, now)
+        first_step, first_time = self._first
+        num_steps = step - first_step
+        seconds = now - first_time
+        time_left = "-"
+        if num_steps > 0:
+            seconds_left = (self.total_steps - step) * seconds / num_steps
+            time_left = format_duration(seconds_left)
+        parts = [f"ETA {time_left}"]
+        for name, template in _SHOWN.items():
+            if record.get(name) is not None:
+                parts.append(template.format(record[name]))
+        if num_steps > 0:
+            parts.append(f"{num_steps / max(seconds, 1e-9):.2f} steps/s")
+        text = " · ".join(parts)
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
         elif now - self._printed >= _SECONDS_BETWEEN_LINES or step >= self.total_steps:
@@ -128,22 +133,22 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
     }
 
     def select_points(name: str) -> np.ndarray:
-        points = [(tokens.get(r["step"]), r.get(name)) for r in records]
-        return (
-            np.array([point for point in points if None not in point], float)
-            .reshape(-1, 2)
-            .T
-        )
+        """Returns [2, points]: tokens and values."""
+        points = []
+        for record in records:
+            x = tokens.get(record["step"])
+            value = record.get(name)
+            if x is not None and value is not None:
+                points.append((x, value))
+        return np.array(points, float).reshape(-1, 2).T
 
     names = {"loss": "loss (nats per token, or the task's own)", "accuracy": "accuracy"}
-    panels = {
-        name: (select_points(name), select_points(f"eval_{name}")) for name in names
-    }
-    panels = {
-        name: both
-        for name, both in panels.items()
-        if any(points.size for points in both)
-    }
+    panels = {}
+    for name in names:
+        training_points = select_points(name)
+        eval_points = select_points(f"eval_{name}")
+        if training_points.size or eval_points.size:
+            panels[name] = (training_points, eval_points)
     if "loss" not in panels:
         raise MaxlmError(
             "no losses to plot", where=str(metrics), fix="train for a few steps first"
@@ -158,30 +163,42 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
         all_axes, panels.items(), strict=True
     ):
         if values.size:
-            width = np.ones(2 * (values.size // 200) + 1)
-            means = np.convolve(values, width, "same") / np.convolve(
-                np.ones_like(x), width, "same"
-            )
+            # A moving mean over 1% of the steps; at the ends, over those there are.
+            window = np.ones(2 * (values.size // 200) + 1)
+            sums = np.convolve(values, window, "same")
+            counts = np.convolve(np.ones_like(x), window, "same")
+            means = sums / counts
             axes.plot(x, values, color="#4C78A8", linewidth=0.8, alpha=0.3)
             axes.plot(x, means, color="#4C78A8", linewidth=1.5, label="training")
         if eval_values.size:
-            style: Any = {
-                "linewidth": 1.5,
-                "marker": "o",
-                "markersize": 4,
-                "label": "held out",
-            }
-            axes.plot(x_eval, eval_values, color="#E45756", **style)
-            last = x_eval[-1], eval_values[-1]
-            text: Any = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9}
-            axes.annotate(f"{last[1]:.3f}", last, **text)
+            axes.plot(
+                x_eval,
+                eval_values,
+                color="#E45756",
+                linewidth=1.5,
+                marker="o",
+                markersize=4,
+                label="held out",
+            )
+            axes.annotate(
+                f"{eval_values[-1]:.3f}",
+                (x_eval[-1], eval_values[-1]),
+                xytext=(5, 5),
+                textcoords="offset points",
+                fontsize=9,
+            )
         final = select_points(f"final_eval_{name}")[:, -1:]
-        if final.size and not np.array_equal(
-            final, np.stack([x_eval, eval_values])[:, -1:]
-        ):
-            mark: Any = {"marker": "*", "markersize": 9, "linestyle": "none"}
-            label = f"all held-out text: {final[1, 0]:.3f}"
-            axes.plot(*final, color="#72231F", label=label, **mark)
+        last_of_curve = np.stack([x_eval, eval_values])[:, -1:]
+        # The same where the curve is measured on all held-out text too.
+        if final.size and not np.array_equal(final, last_of_curve):
+            axes.plot(
+                *final,
+                color="#72231F",
+                label=f"all held-out text: {final[1, 0]:.3f}",
+                marker="*",
+                markersize=9,
+                linestyle="none",
+            )
         axes.set_xscale("log" if name == "loss" else "linear")
         axes.set_xlabel("tokens seen")
         axes.set_ylabel(names[name])

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -28,8 +27,11 @@ class DownstreamEvaluator:
     def __init__(
         self, setup: RunSetup, data: PreparedData, on_work: Callable[[], None]
     ):
-        self._setup, self._data, self._on_work = setup, data, on_work
-        self._config = config = setup.config.train.downstream
+        self._setup = setup
+        self._data = data
+        self._on_work = on_work
+        config = setup.config.train.downstream
+        self._config = config
         if isinstance(setup.model, Encoder) or setup.mesh.shape["context"] > 1:
             message = "tasks need a model that continues text, on a mesh with context=1"
             raise MaxlmError(
@@ -48,17 +50,17 @@ class DownstreamEvaluator:
         config = self._config
         length = self._setup.config.data.seq_len
         params = jax.device_put(get_eval_params(state), self._shardings)
-        sizes: Any = {"max_sequences": 32, "max_chunks": 32, "max_length": length}
-        engine = Engine(
-            self._model, params, EngineConfig(**sizes), self._data.tokenizer
-        )
-        del params
+        engine_config = EngineConfig(max_sequences=32, max_chunks=32, max_length=length)
+        engine = Engine(self._model, params, engine_config, self._data.tokenizer)
+        del params  # the engine has parameters of its own
         tokens = int(state.step) * self._setup.config.data.batch_size * length
         record: dict[str, float] = {"tokens": tokens}
         if config.position_documents:
             losses = compute_position_losses(Scorer(engine), self._select_documents())
             record |= {f"eval_loss_at/{end}": loss for end, loss in losses.items()}
-        return record | (self._evaluate_tasks(engine) if config.tasks else {})
+        if config.tasks:
+            record |= self._evaluate_tasks(engine)
+        return record
 
     def _evaluate_tasks(self, engine: Engine) -> dict[str, float]:
         record: dict[str, float] = {}
@@ -77,20 +79,15 @@ class DownstreamEvaluator:
 
     def _select_documents(self) -> list[list[int]]:
         """The beginnings of the first held-out documents that are long enough."""
-        length, max_documents = (
-            self._setup.config.data.seq_len,
-            self._config.position_documents,
-        )
+        length = self._setup.config.data.seq_len
         documents = (
             store.text_tokens(index)
             for store in self._data.heldout_stores.values()
             for index in range(store.num_documents)
         )
-        long_documents = islice(
-            (document for document in documents if len(document) >= length),
-            max_documents,
-        )
-        rows = [document[:length].tolist() for document in long_documents]
+        long_documents = (document for document in documents if len(document) >= length)
+        selected = islice(long_documents, self._config.position_documents)
+        rows = [document[:length].tolist() for document in selected]
         if not rows:
             message = f"no held-out document has {length} tokens (data.seq_len)"
             raise MaxlmError(

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import inf
-from typing import Any
 
-Event = Mapping[str, Any]
+from maxlm.runtime.json_types import JsonMapping
+
+Event = JsonMapping
 
 PARTS = (
     *("productive", "lost", "starting", "compiling", "loading", "saving", "evaluating"),
@@ -85,9 +86,9 @@ class RunHistory:
     @property
     def wall_seconds(self) -> float:
         """Seconds from the first attempt's beginning to the last sign of life."""
-        return (
-            self.attempts[-1].ended - self.attempts[0].began if self.attempts else 0.0
-        )
+        if not self.attempts:
+            return 0.0
+        return self.attempts[-1].ended - self.attempts[0].began
 
     @property
     def goodput(self) -> float | None:
@@ -95,21 +96,24 @@ class RunHistory:
         is left out. None: no time has passed."""
         seconds = self.seconds_by_activity
         running_seconds = self.wall_seconds - seconds["finished"]
-        return seconds["productive"] / running_seconds if running_seconds > 0 else None
+        if running_seconds <= 0:
+            return None
+        return seconds["productive"] / running_seconds
 
     @property
     def interruptions(self) -> dict[str, int]:
         """Ends of attempts that are neither done nor running, by cause."""
-        return dict(
-            Counter(a.end for a in self.attempts if a.end not in ("done", "running"))
-        )
+        ends = [attempt.end for attempt in self.attempts]
+        return dict(Counter(end for end in ends if end not in ("done", "running")))
 
     @property
     def mean_time_to_interruption(self) -> float | None:
         """Seconds that attempts ran, over their interruptions; None: there were
         none."""
-        ends = sum(self.interruptions.values())
-        return sum(a.ended - a.began for a in self.attempts) / ends if ends else None
+        count = sum(self.interruptions.values())
+        if not count:
+            return None
+        return sum(attempt.ended - attempt.began for attempt in self.attempts) / count
 
 
 def summarize_run_events(
@@ -128,15 +132,14 @@ def summarize_run_events(
     attempts: list[Attempt] = []
     slices: list[TimeSlice] = []
     for log, kept_steps in zip(logs, _find_kept_steps(logs), strict=True):
-        before = attempts[-1] if attempts else None
+        previous = attempts[-1] if attempts else None
+        earliest = previous.ended if previous else -inf
         now = now_unix_seconds if log is logs[-1] else inf
-        attempt, pieces = _account(
-            log, kept_steps, before.ended if before else -inf, now
-        )
-        if before:
-            part = "finished" if before.end == "done" else "down"
-            slices.append(_fill(before.ended, attempt.began, {part: inf}))
-        slices += pieces
+        attempt, attempt_slices = _account(log, kept_steps, earliest, now)
+        if previous:
+            part = "finished" if previous.end == "done" else "down"
+            slices.append(_fill(previous.ended, attempt.began, {part: inf}))
+        slices += attempt_slices
         attempts.append(attempt)
     return RunHistory(tuple(attempts), tuple(slices), counts)
 
@@ -149,7 +152,9 @@ def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
     for log in reversed(logs):
         spans = []
         begins = [
-            e["step"] for e in log if e["event"] in ("start", "resume", "rollback")
+            event["step"]
+            for event in log
+            if event["event"] in ("start", "resume", "rollback")
         ]
         for begin in reversed(begins):
             spans.append(least)
@@ -174,27 +179,34 @@ def _account(
     ended = times[-1]
     hung = log[-1]["event"] == "hang"
     stops = [str(event.get("reason")) for event in log if event["event"] == "stop"]
-    end = stops[-1] if stops else "hang" if hung else "killed"
+    if stops:
+        end = stops[-1]
+    elif hung:
+        end = "hang"
+    else:
+        end = "killed"
     if end == "killed" and now - ended < SILENCE:
         end = "running"
         ended = max(ended, now)
     slices = [_fill(began, times[0], {"starting": inf})]
     points: list[tuple[float, int]] = []
-    limits = iter(kept_steps)
-    begin = times[0]
-    done = start["step"]
+    begin = times[0]  # of the slice that the next ``progress`` ends
+    done = start["step"]  # the step up to which slices account for the steps
     last = 0
+    # The step up to which the run still holds the steps, until the next rollback.
+    limits = iter(kept_steps)
     limit = next(limits)
-    known = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
+    # As of the last ``progress``: seconds by activity, cumulative.
+    totals = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
+    # Of events since then that tell their own seconds.
     once = {"compiling": 0.0, "hanging": 0.0}
     final = 0.0
     for time, event in zip(times, log, strict=True):
         kind = event["event"]
         step = event["step"]
         seconds = event.get("seconds", 0.0)
-        last = max(
-            last, step
-        )  # Steps only grow, but at a rollback: a late event may name less.
+        # Steps only grow, but at a rollback: a late event may name less.
+        last = max(last, step)
         if kind == "rollback":
             points.append((time, max(last, event.get("from_step", 0))))
         points.append((time, step if kind == "rollback" else last))
@@ -209,14 +221,15 @@ def _account(
             done = step
             last = step
             limit = next(limits)
-            known = dict.fromkeys(known, 0.0)
+            totals = dict.fromkeys(totals, 0.0)
         elif kind == "progress":
             # Each only grows; an event of an older version lacks some.
             spent = {
-                name: max(0.0, event.get(name, 0.0) - old)
-                for name, old in known.items()
+                name: max(0.0, event.get(name, 0.0) - total)
+                for name, total in totals.items()
             }
-            known = {name: old + spent[name] for name, old in known.items()}
+            totals = {name: total + spent[name] for name, total in totals.items()}
+            # The share of the steps since that the run still holds.
             share = float(limit > done)
             if step > done:
                 share = min(1.0, max(0.0, limit - done) / (step - done))

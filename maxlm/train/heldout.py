@@ -44,7 +44,9 @@ class HeldOutEvaluator:
     def __init__(
         self, setup: RunSetup, data: PreparedData, on_batch: Callable[[], None]
     ):
-        self._setup, self._data, self._on_batch = setup, data, on_batch
+        self._setup = setup
+        self._data = data
+        self._on_batch = on_batch
         self._eval_fn = setup.jit_eval_step()
 
     def evaluate(self, state: TrainState) -> HeldOutEvaluation:
@@ -74,9 +76,10 @@ class HeldOutEvaluator:
         its rows, and ``final_eval_...`` is on all held-out text."""
         record = self._make_metrics_record(step, evaluation.curve_point)
         final = self._make_metrics_record(step, evaluation.whole)
-        return record | {
-            f"final_{n}": x for n, x in final.items() if n.startswith("eval_")
-        }
+        for name, value in final.items():
+            if name.startswith("eval_"):
+                record[f"final_{name}"] = value
+        return record
 
     def _add_up(
         self, state: TrainState, source: BatchSource, max_batches: int | None
@@ -95,18 +98,23 @@ class HeldOutEvaluator:
                     sums[metric] += float(value)
                 if number == curve_batches:
                     part_sums = dict(sums)
-        return (sums if part_sums is None else part_sums), sums
+        if part_sums is None:  # all are fewer batches
+            part_sums = sums
+        return part_sums, sums
 
     def _make_result(self, source: str, sums: Mapping[str, float]) -> dict[str, float]:
-        loss = sums.get("cross_entropy", sums["loss"]) / sums["tokens"]
-        result = {name: value / sums["tokens"] for name, value in sums.items()}
-        result |= {"loss": loss, "tokens": sums["tokens"]}
+        num_tokens = sums["tokens"]
+        result = {name: value / num_tokens for name, value in sums.items()}
+        # Nats per predicted token, or the task's own loss.
+        result["loss"] = sums.get("cross_entropy", sums["loss"]) / num_tokens
+        result["tokens"] = num_tokens
         if self._setup.config.task.predicts_every_token:
             store = self._data.heldout_stores[source]
-            predictable = store.num_tokens - store.num_documents
-            text_bytes = store.manifest.text_bytes * sums["tokens"] / predictable
+            num_predictable = store.num_tokens - store.num_documents
+            text_bytes = store.manifest.text_bytes * num_tokens / num_predictable
             bits = sums["cross_entropy"] / math.log(2)
-            result |= {"bits_per_byte": bits / text_bytes, "bytes": text_bytes}
+            result["bits_per_byte"] = bits / text_bytes
+            result["bytes"] = text_bytes
         return result
 
     def _make_metrics_record(
@@ -115,13 +123,13 @@ class HeldOutEvaluator:
         """Returns a metrics record: ``eval_loss`` and what else the task measures are
         over the tokens of all sources, rates are each source's own."""
         data = self._setup.config.data
-        by_source = [*results.values()]
-        counted = sum(result["tokens"] for result in by_source)
-        names = {name for name in by_source[0] if not name.startswith("expert_")}
+        all_results = list(results.values())
+        num_tokens = sum(result["tokens"] for result in all_results)
+        names = {name for name in all_results[0] if not name.startswith("expert_")}
         record: dict[str, float] = {"tokens": step * data.batch_size * data.seq_len}
         for name in ("loss", *sorted(names - {*_RATES})):
-            total = sum(result[name] * result["tokens"] for result in by_source)
-            record[f"eval_{name}"] = total / counted
+            total = sum(result[name] * result["tokens"] for result in all_results)
+            record[f"eval_{name}"] = total / num_tokens
         for source, result in results.items():
             if "bits_per_byte" in result:
                 record[f"eval_bits_per_byte/{source}"] = result["bits_per_byte"]

@@ -84,14 +84,25 @@ def _draw_steps(axes: Any, history: RunHistory, seconds_per_unit: float) -> None
         if attempt.end in ("done", "running"):
             continue
         place = ((attempt.ended - zero) / seconds_per_unit, attempt.last_step)
-        mark = {"color": _COLOURS["down"], "markersize": 6, "markeredgewidth": 1.5}
-        axes.plot(*place, marker="x", clip_on=False, **mark)
+        axes.plot(
+            *place,
+            marker="x",
+            clip_on=False,
+            color=_COLOURS["down"],
+            markersize=6,
+            markeredgewidth=1.5,
+        )
         if len(history.attempts) <= _MOST_LABELS:
             # Right of the line and below it; at the right edge left of it and above.
             is_late = attempt.ended - zero > 0.85 * history.wall_seconds
-            offset, side = ((-6, 4), "right") if is_late else ((2, -14), "left")
-            style = {"textcoords": "offset points", "ha": side, "fontsize": 8}
-            axes.annotate(attempt.end, place, offset, **style)
+            axes.annotate(
+                attempt.end,
+                place,
+                (-6, 4) if is_late else (2, -14),
+                textcoords="offset points",
+                ha="right" if is_late else "left",
+                fontsize=8,
+            )
     axes.margins(y=0.1)
     axes.set_ylabel("step reached")
     axes.grid(axis="y", alpha=0.25)
@@ -105,13 +116,14 @@ def _draw_shares(axes: Any, history: RunHistory, seconds_per_unit: float) -> Non
         seconds = history.seconds_by_activity[part]
         if seconds > 0:
             label = f"{part} {seconds / history.wall_seconds:.1%}"
-            area: Any = {
-                "baseline": bottom,
-                "fill": True,
-                "color": _COLOURS[part],
-                "label": label,
-            }
-            axes.stairs(bottom + shares, edges, **area)
+            axes.stairs(
+                bottom + shares,
+                edges,
+                baseline=bottom,
+                fill=True,
+                color=_COLOURS[part],
+                label=label,
+            )
             bottom = bottom + shares
     axes.set_ylabel("share of time")
     axes.set_ylim(0, 1)

@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 
 def format_downstream(metrics: Mapping[str, float]) -> str:
     """Returns the metrics of tasks in a line, and the loss with the longest context."""
-    parts = ((name.split("/"), value) for name, value in metrics.items())
-    words = [
-        f"{path[1]} {path[2]} {value:.3f}"
-        for path, value in parts
-        if path[0] == "downstream"
-    ]
-    if ends := [
-        int(n.partition("/")[2]) for n in metrics if n.startswith("eval_loss_at/")
-    ]:
-        words.append(
-            f"loss at {max(ends):,} tokens {metrics[f'eval_loss_at/{max(ends)}']:.3f}"
-        )
-    return " · ".join(words)
+    parts = []
+    context_lengths = []
+    for name, value in metrics.items():
+        group, _, rest = name.partition("/")
+        if group == "downstream":
+            task, metric = rest.split("/")[:2]
+            parts.append(f"{task} {metric} {value:.3f}")
+        elif group == "eval_loss_at":
+            context_lengths.append(int(rest))
+    if context_lengths:
+        longest = max(context_lengths)
+        loss = metrics[f"eval_loss_at/{longest}"]
+        parts.append(f"loss at {longest:,} tokens {loss:.3f}")
+    return " · ".join(parts)
 
 
 class MetricsCallback(Callback):
@@ -52,7 +53,7 @@ class MetricsCallback(Callback):
         self._plan = plan
         self._log = log
         self._display = display
-        self._planned: dict[str, Any] = {}
+        self._planned: dict[str, float | None] = {}
         if plan.step_seconds is not None:
             self._planned = {
                 "planned_seconds": plan.step_seconds,
@@ -68,38 +69,47 @@ class MetricsCallback(Callback):
     def on_step_end(
         self, trainer: Trainer, step: int, metrics: dict[str, float]
     ) -> None:
-        data, layout = self._config.data, self._plan.layout
-        peak = self._plan.total_peak_flops_per_second
+        data = self._config.data
         tokens_per_step = data.batch_size * data.seq_len
-        rate = tokens_per_step / metrics["seconds"]
-        record = metrics | {"tokens": step * tokens_per_step, "tokens_per_second": rate}
-        record |= measure_peak_memory_bytes() | self._planned
+        tokens_per_second = tokens_per_step / metrics["seconds"]
+        record = {
+            **metrics,
+            "tokens": step * tokens_per_step,
+            "tokens_per_second": tokens_per_second,
+            **measure_peak_memory_bytes(),
+            **self._planned,
+        }
         if self._config.task.predicts_every_token:
-            shares = self._mixture.shares(max(0, step - 1) * data.batch_size)
-            record["bits_per_byte"] = (metrics["cross_entropy"] / math.log(2)) / sum(
+            # The mixture that the step's batch was drawn from.
+            first_row = max(0, step - 1) * data.batch_size
+            shares = self._mixture.shares(first_row)
+            bits_per_target = metrics["cross_entropy"] / math.log(2)
+            bytes_per_target = sum(
                 share * self._bytes_per_target[name] for name, share in shares.items()
             )
-        if peak is not None:
-            record["mfu"] = rate * layout.flops_per_token / peak
-            record["mfu_full_attention"] = (
-                rate * layout.flops_per_token_full_attention / peak
-            )
+            record["bits_per_byte"] = bits_per_target / bytes_per_target
+        peak_flops = self._plan.total_peak_flops_per_second
+        if peak_flops is not None:
+            flops = self._plan.layout.flops_per_token
+            full_flops = self._plan.layout.flops_per_token_full_attention
+            record["mfu"] = tokens_per_second * flops / peak_flops
+            record["mfu_full_attention"] = tokens_per_second * full_flops / peak_flops
         self._display.update(step, record)
         self._log.log(step, record)
 
     def on_evaluation_end(
         self, trainer: Trainer, step: int, metrics: dict[str, float]
     ) -> None:
-        parts = ((name.partition("/"), rate) for name, rate in metrics.items())
-        rates = [
-            (path[2], rate) for path, rate in parts if path[0] == "eval_bits_per_byte"
-        ]
-        words = [f"{name} {rate:.3f} bits per byte" for name, rate in rates]
+        parts = [f"step {step}"]
         if "eval_loss" in metrics:
-            words = [f"held out: loss {metrics['eval_loss']:.4f}", *words]
+            parts.append(f"held out: loss {metrics['eval_loss']:.4f}")
+            for name, value in metrics.items():
+                group, _, source = name.partition("/")
+                if group == "eval_bits_per_byte":
+                    parts.append(f"{source} {value:.3f} bits per byte")
             if "eval_accuracy" in metrics:
-                words.append(f"accuracy {metrics['eval_accuracy']:.1%}")
+                parts.append(f"accuracy {metrics['eval_accuracy']:.1%}")
         else:
-            words = [format_downstream(metrics)]
-        self._display.message(" · ".join([f"step {step}", *words]))
+            parts.append(format_downstream(metrics))
+        self._display.message(" · ".join(parts))
         self._log.log(step, metrics)

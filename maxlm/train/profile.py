@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from maxlm.config import MaxlmError
+from maxlm.optim.state import TrainState
+from maxlm.optim.step import Sums
 from maxlm.train.trainer import Callback, Trainer
 
 
@@ -15,15 +16,15 @@ def parse_steps(text: str) -> tuple[int, int]:
     """Returns the first and last step to trace of ``"10:13"``, or of ``"10"``."""
     first, _, last = text.partition(":")
     try:
-        steps = int(first), int(last or first)
+        first_step = int(first)
+        last_step = int(last or first)
     except ValueError:
-        steps = 0, 0
-    if not 1 <= steps[0] <= steps[1] or text.endswith(":"):
+        first_step = last_step = 0
+    if not 1 <= first_step <= last_step or text.endswith(":"):
         message = f"'{text}' names no steps"
-        raise MaxlmError(
-            message, where="--profile", fix="write the first and last: 10:13"
-        )
-    return steps
+        fix = "write the first and last: 10:13"
+        raise MaxlmError(message, where="--profile", fix=fix)
+    return first_step, last_step
 
 
 class Profiler(Callback):
@@ -37,23 +38,27 @@ class Profiler(Callback):
 
     def __init__(self, folder: str | Path, first: int, last: int):
         self._folder = Path(folder) / "profile"
-        self._first, self._last = first, last
-        self._is_tracing, self._annotation, self._running = False, None, None
+        self._first = first
+        self._last = last
+        self._is_tracing = False
+        self._annotation: jax.profiler.StepTraceAnnotation | None = None
+        # Results of the step under way, to wait for before a trace ends.
+        self._running: Sums | None = None
 
-    def on_step_begin(self, trainer: Trainer, step: int, state: Any) -> None:
+    def on_step_begin(self, trainer: Trainer, step: int, state: TrainState) -> None:
         if not self._first <= step <= self._last:
             return
         if not self._is_tracing:
             jax.block_until_ready(state)
-            process_folder = (
-                f"process-{jax.process_index()}" if jax.process_count() > 1 else ""
-            )
-            self._call(jax.profiler.start_trace, str(self._folder / process_folder))
+            folder = self._folder
+            if jax.process_count() > 1:
+                folder = folder / f"process-{jax.process_index()}"
+            self._call(jax.profiler.start_trace, str(folder))
             self._is_tracing = True
         self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._annotation.__enter__()
 
-    def on_step_dispatched(self, trainer: Trainer, step: int, sums: Any) -> None:
+    def on_step_dispatched(self, trainer: Trainer, step: int, sums: Sums) -> None:
         self._running = sums if self._is_tracing else None
         if self._annotation is not None:
             self._annotation.__exit__(None, None, None)

@@ -1,11 +1,11 @@
 """Training, from a config to a trained model: what ``maxlm train`` does."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -14,6 +14,7 @@ from maxlm.checkpoint.reading import layer_group_shapes
 from maxlm.checkpoint.skips import get_skips, read_skips
 from maxlm.config import MaxlmError
 from maxlm.optim.state import TrainState
+from maxlm.optim.step import Sums
 from maxlm.run.config import RunConfig
 from maxlm.run.prepare import (
     PreparedData,
@@ -32,7 +33,9 @@ from maxlm.run.warm_start import (
     load_frozen_models,
 )
 from maxlm.runtime.collectives import FlagAllReduce, run_on_process_0
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.signals import SignalHandler, handle_signals
+from maxlm.tasks.task import DeviceBatch
 from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.callbacks import CheckpointCallback, EvaluationCallback, StopCallback
 from maxlm.train.display import ConsoleDisplay, plot_loss
@@ -42,6 +45,7 @@ from maxlm.train.profile import Profiler
 from maxlm.train.prometheus import check_prometheus_port
 from maxlm.train.records import MetricsLog, read_events, read_records
 from maxlm.train.resume import (
+    ResumeSource,
     Say,
     StateRestorer,
     TrainingPosition,
@@ -98,10 +102,22 @@ class _OpenRun:
     state_restorer: StateRestorer
     position: TrainingPosition
     """Position where training starts or resumes."""
-    metadata: dict[str, Any]
+    metadata: JsonObject
     """Saved with every checkpoint."""
     plan: "RunPlan"
     log: MetricsLog
+
+
+@dataclass(frozen=True)
+class _TrainingParts:
+    """What a run trains and evaluates with; a rollback keeps it."""
+
+    step_fn: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]]
+    """Compiled at its first call."""
+    evaluator: HeldOutEvaluator
+    evaluate_downstream: DownstreamEvaluation
+    profilers: Sequence[Profiler]
+    """One, or none."""
 
 
 def train_model(
@@ -124,71 +140,100 @@ def train_model(
         MaxlmError: anything wrong with the config, the text, the devices or the folder;
             interrupted; losses or gradients that stay bad.
     """
-    if profile and profile[0] > config.train.steps:
-        message = (
-            f"step {profile[0]} never comes: the run has {config.train.steps} steps"
-        )
-        raise MaxlmError(message, where="--profile", fix="name steps that it takes")
+    _check_profile_steps(config, profile)
     with ExitStack() as stack:
         run = _open_run(config, stack, resume=resume, say=say)
-        setup, data, log, watchdog = run.setup, run.data, run.log, run.watchdog
-        profiler = [Profiler(run.folder, *profile)] if profile else []
-        if profile and profile[1] <= run.position.step:
+        parts = _make_training_parts(run, profile)
+        position = run.position
+        outcome = _train_from(run, parts, position)
+        while isinstance(outcome, RollbackDecision):
+            position = _roll_back(run, outcome, position)
+            outcome = _train_from(run, parts, position)
+        run.signals.raise_if_signaled()
+        heldout = _finish(run, parts, outcome)
+    return TrainingResult(
+        setup=run.setup,
+        data=run.data,
+        plan=run.plan,
+        start_step=run.position.step,
+        state=outcome,
+        folder=run.folder,
+        heldout=heldout,
+    )
+
+
+def _check_profile_steps(config: RunConfig, profile: tuple[int, int] | None) -> None:
+    if profile is None:
+        return
+    first_step, _ = profile
+    num_steps = config.train.steps
+    if first_step > num_steps:
+        message = f"step {first_step} never comes: the run has {num_steps} steps"
+        raise MaxlmError(message, where="--profile", fix="name steps that it takes")
+
+
+def _make_training_parts(
+    run: _OpenRun, profile: tuple[int, int] | None
+) -> _TrainingParts:
+    profilers = []
+    if profile is not None:
+        profilers.append(Profiler(run.folder, *profile))
+        _, last_step = profile
+        if last_step <= run.position.step:
             run.say(
-                f"no trace is taken: step {profile[1]}, the last to trace, has been "
+                f"no trace is taken: step {last_step}, the last to trace, has been "
                 "taken"
             )
-        step_fn = setup.jit_train_step()
-        evaluator = HeldOutEvaluator(setup, data, on_batch=watchdog.reset_timer)
-        evaluate_downstream = _open_downstream(setup, data, watchdog)
-
-        def train_from(position: TrainingPosition) -> TrainState | RollbackDecision:
-            detector = LossSpikeDetector(setup.config.faults, position.detector_state)
-            every_steps = (
-                setup.config.train.eval_every if data.eval_batch_sources else 0
-            )
-            metadata = {**run.metadata, "skipped_batches": position.skips}
-            saver = run.state_restorer.checkpointer
-            timer = StepTimer(log.event, position.step)
-            with (
-                open_training_batches(
-                    setup,
-                    data.train_batch_source,
-                    position.step,
-                    position.skips,
-                    lambda: run.signals.request.stops,
-                ) as batches,
-                ConsoleDisplay(
-                    config.train.steps, position.step, show=run.is_lead
-                ) as display,
-                run.signals.defer_signals(),
-            ):
-                all_reduce = FlagAllReduce(setup.mesh)
-                callbacks = [
-                    watchdog,
-                    *profiler,
-                    MetricsCallback(setup, data, run.plan, log, display),
-                    detector,
-                    EvaluationCallback(evaluator.evaluate_metrics, every_steps),
-                    EvaluationCallback(
-                        evaluate_downstream, config.train.downstream.every
-                    ),
-                    CheckpointCallback(saver, metadata, detector),
-                    StopCallback(
-                        run.signals, all_reduce, saver.is_due_by_time, str(run.folder)
-                    ),
-                ]
-                trainer = Trainer(step_fn, config.train.steps, callbacks, timer)
-                return trainer.run(position.state, batches)
-
-        position = run.position
-        while isinstance(result := train_from(position), RollbackDecision):
-            position = _roll_back(run, result, position)
-        run.signals.raise_if_signaled()
-        heldout = _finish(run, evaluator, evaluate_downstream, result)
-    return TrainingResult(
-        setup, data, run.plan, run.position.step, result, run.folder, heldout
+    # Evaluations may outlast the watchdog's limit for a step; each batch resets it.
+    reset_timer = run.watchdog.reset_timer
+    return _TrainingParts(
+        step_fn=run.setup.jit_train_step(),
+        evaluator=HeldOutEvaluator(run.setup, run.data, on_batch=reset_timer),
+        evaluate_downstream=_open_downstream(run.setup, run.data, run.watchdog),
+        profilers=profilers,
     )
+
+
+def _train_from(
+    run: _OpenRun, parts: _TrainingParts, position: TrainingPosition
+) -> TrainState | RollbackDecision:
+    """Trains from a position to the last step, or until the losses ask for a
+    rollback."""
+    setup = run.setup
+    config = setup.config
+    num_steps = config.train.steps
+    checkpointer = run.state_restorer.checkpointer
+    metadata = {**run.metadata, "skipped_batches": position.skips}
+    detector = LossSpikeDetector(config.faults, position.detector_state)
+    timer = StepTimer(run.log.event, position.step)
+    eval_every = config.train.eval_every if run.data.eval_batch_sources else 0
+    training_batches = open_training_batches(
+        setup,
+        run.data.train_batch_source,
+        position.step,
+        position.skips,
+        lambda: run.signals.request.stops,
+    )
+    console = ConsoleDisplay(num_steps, position.step, show=run.is_lead)
+    with training_batches as batches, console as display, run.signals.defer_signals():
+        all_reduce = FlagAllReduce(setup.mesh)
+        callbacks = [
+            run.watchdog,
+            *parts.profilers,
+            MetricsCallback(setup, run.data, run.plan, run.log, display),
+            detector,
+            EvaluationCallback(parts.evaluator.evaluate_metrics, eval_every),
+            EvaluationCallback(
+                parts.evaluate_downstream, config.train.downstream.every
+            ),
+            CheckpointCallback(checkpointer, metadata, detector),
+            # The last: where a run stops early it raises, and the others have ended.
+            StopCallback(
+                run.signals, all_reduce, checkpointer.is_due_by_time, str(run.folder)
+            ),
+        ]
+        trainer = Trainer(parts.step_fn, num_steps, callbacks, timer)
+        return trainer.run(position.state, batches)
 
 
 def _open_run(
@@ -199,110 +244,140 @@ def _open_run(
     is_lead = jax.process_index() == 0
     say = say if is_lead else lambda _: None
     folder = Path(config.folder, config.name)
+
     # What does not fit is refused before anything is written or read.
     setup = set_up_run(config)
     config.reporting.check_packages()
     if is_lead:
         check_prometheus_port(config.reporting)
     use_compilation_cache(config)
-    config.task.check_vocab_size(
-        read_vocab_size(config, folder), config.model.vocab_size
-    )
+    vocab_size = read_vocab_size(config, folder)
+    config.task.check_vocab_size(vocab_size, config.model.vocab_size)
+
+    # The folder, and the checkpoints to resume from.
     signals = stack.enter_context(handle_signals(str(folder)))
     stack.enter_context(create_run_folder(config, folder, is_lead=is_lead))
     if is_lead:
         stack.enter_context(lock_run_folder(folder))
-    home = folder / "checkpoints"
-    grouped = layer_group_shapes(setup.specs)
-    opened = Checkpointer(home, config.name, config.checkpoint, layer_groups=grouped)
-    checkpointer = stack.enter_context(opened)
+    checkpointer = stack.enter_context(
+        Checkpointer(
+            folder / "checkpoints",
+            config.name,
+            config.checkpoint,
+            layer_groups=layer_group_shapes(setup.specs),
+        )
+    )
     source = find_resume_source(setup, checkpointer, resume, stack, say)
-    saved = source.metadata if source else check_init_checkpoint(setup)
+    if source is None:
+        source_metadata = check_init_checkpoint(setup)
+    else:
+        source_metadata = source.metadata
+
+    # The tokenizer and the text.
     data = prepare_data_on_all_hosts(config, folder)
-    if (
-        source and not source.is_own_run
-    ):  # It may have trained on meanwhile, and deleted old ones.
+    if source and not source.is_own_run:
+        # The other run may have trained on meanwhile, and deleted old checkpoints.
         source = find_resume_source(setup, checkpointer, resume, stack, say)
-    states = StateRestorer(setup, checkpointer, source)
+
+    # The state: restored, or initialized. The watchdog covers a restore that hangs.
+    state_restorer = StateRestorer(setup, checkpointer, source)
     watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
     watchdog.start_timer(0, "restore")
     frozen = load_frozen_models(setup)
-    metadata = make_run_metadata(
-        config, data, saved, describe_frozen_models(setup, frozen)
-    )
+    frozen_record = describe_frozen_models(setup, frozen)
+    metadata = make_run_metadata(config, data, source_metadata, frozen_record)
     if source:
         check_same_inputs(config, data, source, metadata)
     skips = read_skips(folder)
     if skips is None:
         skips = get_skips(source.metadata) if source else ()
-    position = states.restore(skips, frozen)
-    step = position.step
+    position = state_restorer.restore(skips, frozen)
     if not position.checkpoint_place:
         check_no_lost_checkpoint(checkpointer, resume)
+    batch_sources = {"training": data.train_batch_source, **data.eval_batch_sources}
     for skipped_checkpoint in position.skipped:
         say(str(skipped_checkpoint))
     for line in data.unchecked:
         say(line)
-    batch_sources = {"training": data.train_batch_source, **data.eval_batch_sources}
-    for name, rows in batch_sources.items():
-        for note in getattr(rows, "notes", ()):
+    for name, batch_source in batch_sources.items():
+        for note in getattr(batch_source, "notes", ()):
             say(f"{name}: {note}")
-    if position.checkpoint_place:
-        is_own_run = source is not None and source.is_own_run
-        if is_own_run and (
-            lost := describe_lost_checkpoint(checkpointer, step, position.skipped)
-        ):
-            say(lost)
-        say(f"resuming from step {step} in {position.checkpoint_place}")
-    elif start := config.train.start_from:
-        say(f"starting from the parameters in {start}")
-    if step > config.train.steps:
+    _say_start(config, position, source, checkpointer, say)
+    if position.step > config.train.steps:
+        step = position.step
         message = f"the run is at step {step}, train.steps={config.train.steps}"
         fix = f"set train.steps to {step} or more, or train in another run folder"
         raise MaxlmError(message, where=str(folder), fix=fix)
+
+    # The run's description and records.
     plan = _plan_run(config, setup, say)
     write_run_description(folder, config, plan, is_lead=is_lead)
     if is_lead:
         write_refused_rows(folder, batch_sources)
     log = stack.enter_context(
-        MetricsLog(folder, step, write=is_lead, reporting=config.reporting)
+        MetricsLog(folder, position.step, write=is_lead, reporting=config.reporting)
     )
-    if count := log.damaged_lines:
+    if log.damaged_lines:
         say(
             f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: "
-            f"{count}"
+            f"{log.damaged_lines}"
         )
+    _log_start(log, position, source)
+    stack.enter_context(record_stop_on_error(signals, log, position.step))
+    watchdog.event = log.event
+    # An attempt that was killed may have left the newest without its copy.
+    checkpointer.copy_newest_to_remote()
+    return _OpenRun(
+        setup=setup,
+        folder=folder,
+        is_lead=is_lead,
+        say=say,
+        signals=signals,
+        watchdog=watchdog,
+        data=data,
+        state_restorer=state_restorer,
+        position=position,
+        metadata=metadata,
+        plan=plan,
+        log=log,
+    )
+
+
+def _say_start(
+    config: RunConfig,
+    position: TrainingPosition,
+    source: ResumeSource | None,
+    checkpointer: Checkpointer,
+    say: Say,
+) -> None:
+    """Says what the run resumes or starts from, and which checkpoint is gone."""
+    if not position.checkpoint_place:
+        if config.train.start_from:
+            say(f"starting from the parameters in {config.train.start_from}")
+        return
+    if source is not None and source.is_own_run:
+        lost = describe_lost_checkpoint(checkpointer, position.step, position.skipped)
+        if lost:
+            say(lost)
+    say(f"resuming from step {position.step} in {position.checkpoint_place}")
+
+
+def _log_start(
+    log: MetricsLog, position: TrainingPosition, source: ResumeSource | None
+) -> None:
+    """Writes the event that opens an attempt."""
+    other_run = None
+    if source and not source.is_own_run:
+        other_run = str(source.checkpointer.folder.parent)
     log.event(
-        "resume" if step else "start",
-        step,
+        "resume" if position.step else "start",
+        position.step,
         began=get_process_start_unix_seconds(),
-        run=str(source.checkpointer.folder.parent)
-        if source and not source.is_own_run
-        else None,
+        run=other_run,
         devices=jax.device_count(),
         processes=jax.process_count(),
         device_kind=jax.devices()[0].device_kind,
-        skipped=[
-            [skipped_checkpoint.step, skipped_checkpoint.why]
-            for skipped_checkpoint in position.skipped
-        ],
-    )
-    stack.enter_context(record_stop_on_error(signals, log, step))
-    watchdog.event = log.event
-    checkpointer.copy_newest_to_remote()
-    return _OpenRun(
-        setup,
-        folder,
-        is_lead,
-        say,
-        signals,
-        watchdog,
-        data,
-        states,
-        position,
-        metadata,
-        plan,
-        log,
+        skipped=[[checkpoint.step, checkpoint.why] for checkpoint in position.skipped],
     )
 
 
@@ -338,74 +413,89 @@ def _open_downstream(
 def _roll_back(
     run: _OpenRun, decision: RollbackDecision, position: TrainingPosition
 ) -> TrainingPosition:
+    """Returns the position before the bad steps, whose batches it skips; raises
+    MaxlmError where the run has rolled back as often as it may."""
     run.signals.raise_if_signaled()
-    faults = run.setup.config.faults
-    events = run.folder / "events.jsonl"
-    count = run_on_process_0(
-        lambda: sum(e["event"] == "rollback" for e in read_events(events))
+    bad_step = decision.last_bad_step
+    max_rollbacks = run.setup.config.faults.max_rollbacks
+    # The events of all attempts, so that restarts do not reset the limit.
+    num_rollbacks = run_on_process_0(
+        lambda: sum(
+            event["event"] == "rollback"
+            for event in read_events(run.folder / "events.jsonl")
+        )
     )
-    if count >= faults.max_rollbacks:
-        run.log.event("stop", decision.last_bad_step, reason="rollback-limit")
+    if num_rollbacks >= max_rollbacks:
+        run.log.event("stop", bad_step, reason="rollback-limit")
+        times = "time" if num_rollbacks == 1 else "times"
         raise MaxlmError(
-            f"{decision.reason} at step {decision.last_bad_step}, and the run has "
-            f"rolled back {count} time{'' if count == 1 else 's'}",
+            f"{decision.reason} at step {bad_step}, and the run has rolled back "
+            f"{num_rollbacks} {times}",
             where=str(run.folder),
             fix="lower schedule.learning_rate in another run folder (--resume), or "
-            "raise "
-            "faults.max_rollbacks",
+            "raise faults.max_rollbacks",
         )
     run.watchdog.start_timer(decision.first_bad_step, "restore")
     position = run.state_restorer.rollback(decision, position.skips, run.log.event)
     run.state_restorer.checkpointer.copy_newest_to_remote()
     run.log.rewind(position.step)
-    first, last = position.skips[-1]
-    details = {"reason": decision.reason, "batches": (first, last)}
+    first_batch, last_batch = position.skips[-1]
     run.log.event(
-        "rollback", position.step, from_step=decision.last_bad_step, **details
+        "rollback",
+        position.step,
+        from_step=bad_step,
+        reason=decision.reason,
+        batches=(first_batch, last_batch),
     )
     run.say(
-        f"rolling back from step {decision.last_bad_step} to step {position.step}: "
-        f"{decision.reason}; batches {first} to {last} are skipped"
+        f"rolling back from step {bad_step} to step {position.step}: "
+        f"{decision.reason}; batches {first_batch} to {last_batch} are skipped"
     )
     return position
 
 
-def _finish(
-    run: _OpenRun,
-    evaluator: HeldOutEvaluator,
-    evaluate_downstream: DownstreamEvaluation,
-    state: TrainState,
-) -> HeldOutResults:
+def _finish(run: _OpenRun, parts: _TrainingParts, state: TrainState) -> HeldOutResults:
     """Evaluates on all held-out text, and on tasks, and closes the run's records."""
     step = int(state.step)
     run.watchdog.start_timer(step, "evaluation")
     began = time.monotonic()
-    evaluation = evaluator.evaluate(state)
+    evaluation = parts.evaluator.evaluate(state)
     results = evaluation.whole
-    on_tasks = evaluate_downstream(state)
-    if results or on_tasks:
+    task_scores = parts.evaluate_downstream(state)
+    if results or task_scores:
         run.log.event("evaluate", step, seconds=time.monotonic() - began, final=True)
     run.log.event("stop", step, reason="done")
     run.watchdog.stop_timer()
     checkpointer = run.state_restorer.checkpointer
-    if missing := checkpointer.remote_copy_failure:
-        run.say(f"{missing}; the same command copies it")
+    copy_failure = checkpointer.remote_copy_failure
+    if copy_failure:
+        run.say(f"{copy_failure}; the same command copies it")
     if checkpointer.local:
         checkpointer.local.clear()
     if run.is_lead:
-        # A finished run may be started once more.
-        records = read_records(run.folder / "metrics.jsonl")
-        if results and not any(r["step"] == step and "eval_loss" in r for r in records):
-            run.log.log(step, evaluator.make_final_record(step, evaluation))
-        if on_tasks:
-            run.log.log(step, on_tasks)
-            run.say(f"step {step} · {format_downstream(on_tasks)}")
-        plots = run.folder / "plots"
-        plots.mkdir(exist_ok=True)
-        plot_loss(run.folder / "metrics.jsonl", plots / "loss.png")
-        from maxlm.evaluation.curves import draw_downstream
-
-        records = [*read_records(run.folder / "metrics.jsonl")]
-        cost = run.plan.layout
-        draw_downstream(records, cost.flops_per_token, plots / "downstream.png")
+        metrics_path = run.folder / "metrics.jsonl"
+        # A finished run may be started once more: it has its record already.
+        has_record = any(
+            record["step"] == step and "eval_loss" in record
+            for record in read_records(metrics_path)
+        )
+        if results and not has_record:
+            run.log.log(step, parts.evaluator.make_final_record(step, evaluation))
+        if task_scores:
+            run.log.log(step, task_scores)
+            run.say(f"step {step} · {format_downstream(task_scores)}")
+        _draw_plots(run)
     return results
+
+
+def _draw_plots(run: _OpenRun) -> None:
+    # Only a run that ends draws.
+    from maxlm.evaluation.curves import draw_downstream
+
+    metrics_path = run.folder / "metrics.jsonl"
+    plots = run.folder / "plots"
+    plots.mkdir(exist_ok=True)
+    plot_loss(metrics_path, plots / "loss.png")
+    records = [*read_records(metrics_path)]
+    flops_per_token = run.plan.layout.flops_per_token
+    draw_downstream(records, flops_per_token, plots / "downstream.png")

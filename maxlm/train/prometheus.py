@@ -66,16 +66,16 @@ class PrometheusSink:
             self._server, self._thread = start_http_server(
                 port, address, self._registry
             )
-        except (
-            OSError,
-            UnicodeError,
-        ) as error:  # UnicodeError: no name of a host at all
+        except (OSError, UnicodeError) as error:
+            # UnicodeError: no name of a host at all.
             reason = getattr(error, "strerror", None) or error
             message = f"cannot listen at {address} port {port}: {reason}"
-            fix = "name a free port, and an address of this host or 0.0.0.0 for all of them"
-            raise MaxlmError(
-                message, where="reporting.prometheus_port", fix=fix
-            ) from error
+            where = "reporting.prometheus_port"
+            fix = (
+                "name a free port, and an address of this host or 0.0.0.0 for all of "
+                "them"
+            )
+            raise MaxlmError(message, where=where, fix=fix) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -106,8 +106,7 @@ class PrometheusSink:
     def _set(self, name: str, value: float) -> None:
         metric = "maxlm_" + re.sub(r"\W", "_", name, flags=re.ASCII)
         if metric not in self._gauges:
-            described = f"Newest value of {name}"
             self._gauges[metric] = self._gauge_class(
-                metric, described, registry=self._registry
+                metric, f"Newest value of {name}", registry=self._registry
             )
         self._gauges[metric].set(value)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -18,6 +19,7 @@ from uuid import uuid4
 from maxlm.config import MaxlmError
 from maxlm.run.reporting_config import ReportingConfig, WandbConfig
 from maxlm.runtime.files import check_run_not_moved, convert_write_errors, replace_file
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.train.prometheus import PrometheusSink
 
 Numbers = Mapping[str, float]
@@ -30,7 +32,7 @@ class Sink(Protocol):
         """Takes the numbers of a record."""
         ...
 
-    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+    def event(self, kind: str, details: JsonMapping) -> None:
         """Takes an event of ``events.jsonl``."""
         ...
 
@@ -45,7 +47,7 @@ class Sink(Protocol):
 
 def read_records(
     path: Path, damaged_lines: list[bytes] | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """Yields the records of a JSONL file, none if it is missing. Adds lines that hold
     none to ``damaged_lines``, but not a last one without an end: it was cut short, or
     is being written."""
@@ -61,7 +63,7 @@ def read_records(
 
 def read_events(
     path: Path, damaged_lines: list[bytes] | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """Yields the records of an events.jsonl, each with a kind, ``event``, and a
     ``time``, as :func:`read_records` does; those without are damaged lines too."""
     for record in read_records(path, damaged_lines):
@@ -102,15 +104,19 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.damaged_lines = 0
         """Number of lines of ``metrics.jsonl`` that hold no record."""
         folder = Path(folder)
-        self._metrics, self._events = folder / "metrics.jsonl", folder / "events.jsonl"
-        self._write, self._sinks = write, list[Sink]()
+        self._metrics = folder / "metrics.jsonl"
+        self._events = folder / "events.jsonl"
+        self._write = write
+        self._sinks: list[Sink] = []
         with ExitStack() as stack:
             if write:
                 for path in (self._metrics, self._events):
                     with convert_write_errors(path):
                         folder.mkdir(parents=True, exist_ok=True)
                         path.touch()
-                        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+                        # A kill may have cut the last line short.
+                        end_of_whole_lines = path.read_bytes().rfind(b"\n") + 1
+                        os.truncate(path, end_of_whole_lines)
                 # A run that begins anew has no step 0 in its records.
                 self.rewind(resume_step if resume_step else -1)
                 if reporting.prometheus_port is not None:
@@ -126,18 +132,18 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                     self._sinks.append(stack.enter_context(closing(sink)))
             self._open = stack.pop_all()
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step: int, values: JsonMapping) -> None:
         """Appends one record: ``step`` and finite or non-finite numbers (written as
         null)."""
-        numbers = {
-            name: v if isinstance(v, int) else float(v) for name, v in values.items()
-        }
-        if self._write:
+        numbers: dict[str, float] = {}
+        record: dict[str, float | None] = {"step": step}
+        for name, value in values.items():
+            number = value if isinstance(value, int) else float(value)
+            numbers[name] = number
             # JSON has neither NaN nor infinity.
-            finite = {
-                n: v if abs(v) < float("inf") else None for n, v in numbers.items()
-            }
-            _append(self._metrics, {"step": step, **finite})
+            record[name] = number if isfinite(number) else None
+        if self._write:
+            _append(self._metrics, record)
         for sink in self._sinks:
             sink.log(step, numbers)
 
@@ -145,10 +151,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         """Appends an event with the wall time in seconds; docs/runs.md lists them."""
         self.stopped = kind == "stop"
         if self._write:
-            _append(
-                self._events,
-                {"event": kind, "step": step, "time": time.time(), **details},
-            )
+            record = {"event": kind, "step": step, "time": time.time(), **details}
+            _append(self._events, record)
         for sink in self._sinks:
             sink.event(kind, details)
 
@@ -159,13 +163,17 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         if not self._write:
             return
         self.damaged_lines = 0
-        past = step < 0
+        is_past_step = step < 0
         with replace_file(self._metrics) as temporary, temporary.open("wb") as file:
             for line in self._metrics.open("rb"):
                 record = _parse(line)
-                stays = not past if record is None else record["step"] <= step
-                past |= record is not None and not stays
-                self.damaged_lines += record is None and stays
+                if record is None:
+                    # A damaged line goes with the records around it.
+                    stays = not is_past_step
+                    self.damaged_lines += stays
+                else:
+                    stays = record["step"] <= step
+                    is_past_step |= not stays
                 if stays:
                     file.write(line)
             file.flush()
@@ -200,24 +208,37 @@ class TensorBoardSink:
         scalars = [
             {"tag": name, "simple_value": value} for name, value in values.items()
         ]
-        self._write(step=step, summary={"value": scalars})
+        self._write(step, summary={"value": scalars})
 
-    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+    def event(self, kind: str, details: JsonMapping) -> None:
         """Does nothing."""
 
     def rewind(self, step: int) -> None:
         # TensorBoard purges what it has from the step of a session's start on.
-        self._write(step=step + 1, session_log={"status": "START"})
+        self._write(step + 1, session_log={"status": "START"})
 
     def close(self) -> None:
         with convert_write_errors(self._folder):
             self._file.close()
 
-    def _write(self, **content: Any) -> None:
+    def _write(
+        self,
+        step: int,
+        *,
+        summary: JsonMapping | None = None,
+        session_log: Mapping[str, str] | None = None,
+    ) -> None:
+        """Writes an event, of whose fields protobuf leaves out those that are None."""
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         with convert_write_errors(self._folder):
-            self._file.write_event(Event(wall_time=time.time(), **content))
+            event = Event(
+                wall_time=time.time(),
+                step=step,
+                summary=summary,
+                session_log=session_log,
+            )
+            self._file.write_event(event)
             self._file.flush()
 
 
@@ -232,22 +253,23 @@ class WandbSink:
         import wandb  # pyright: ignore[reportMissingImports]
         import yaml
 
-        described, kept_id = folder / "config.yaml", folder / "wandb" / "run-id"
-        if not kept_id.exists():
-            with convert_write_errors(kept_id):
-                kept_id.parent.mkdir(parents=True, exist_ok=True)
-                kept_id.write_text(uuid4().hex[:12])
+        config_path = folder / "config.yaml"
+        id_path = folder / "wandb" / "run-id"
+        if not id_path.exists():
+            with convert_write_errors(id_path):
+                id_path.parent.mkdir(parents=True, exist_ok=True)
+                id_path.write_text(uuid4().hex[:12])
         try:
             self._run = wandb.init(
                 project=config.project,
                 entity=config.entity,
                 mode=config.mode,
-                id=kept_id.read_text().strip(),
+                id=id_path.read_text().strip(),
                 resume="allow",
                 name=folder.name,
                 dir=folder,
-                config=yaml.safe_load(described.read_text())
-                if described.exists()
+                config=yaml.safe_load(config_path.read_text())
+                if config_path.exists()
                 else None,
                 # Its process gets a job's SIGTERM as well; an upload must not hold up
                 # the exit.
@@ -262,7 +284,7 @@ class WandbSink:
     def log(self, step: int, values: Numbers) -> None:
         self._run.log({"step": step, **values})
 
-    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+    def event(self, kind: str, details: JsonMapping) -> None:
         """Does nothing."""
 
     def rewind(self, step: int) -> None:
@@ -272,19 +294,17 @@ class WandbSink:
         self._run.finish()
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> JsonObject | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return (
-        record
-        if isinstance(record, dict) and isinstance(record.get("step"), int)
-        else None
-    )
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return record
 
 
-def _append(path: Path, record: Mapping[str, Any]) -> None:
+def _append(path: Path, record: JsonMapping) -> None:
     """Writes a record behind the others, whole or not at all; on return the system has
     it."""
     with convert_write_errors(path):

@@ -2,8 +2,8 @@
 
 import gzip
 import lzma
+from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import jax
 from rich.console import Console, Group
@@ -32,14 +32,15 @@ def print_training_report(run: TrainingResult) -> None:
         return
     console = Console(highlight=False)
     if any("bits_per_byte" in result for result in run.heldout.values()):
-        console.print(_comparison(run))
+        console.print(_compare_with_compressors(run))
     else:
         for name, result in run.heldout.items():
-            own = (
+            figures = [
                 f"{key} {value:.4g}" for key, value in result.items() if key != "tokens"
-            )
-            console.print(f"held out ({name}): {' · '.join(own)}", markup=False)
-    if measured := _measured(run):
+            ]
+            console.print(f"held out ({name}): {' · '.join(figures)}", markup=False)
+    measured = _compare_with_plan(run)
+    if measured is not None:
         console.print(measured)
     if jax.process_count() == 1 and run.setup.config.samples.prompts:
         text = generate_samples(run)
@@ -47,53 +48,60 @@ def print_training_report(run: TrainingResult) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         console.print(text, markup=False)
-    console.print(_places(run), markup=False)
+    console.print(_list_files(run), markup=False)
 
 
-def _comparison(run: TrainingResult) -> Group:
+def _compare_with_compressors(run: TrainingResult) -> Group:
     columns = ("source", "bytes", "maxlm", "gzip -9", "xz -9")
     rows = []
     for name, result in run.heldout.items():
         text = _read_text(run.data.heldout_stores[name], run.data.tokenizer)
-        packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
-        rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
+        gzip_size = len(gzip.compress(text, 9, mtime=0))
+        xz_size = len(lzma.compress(text, preset=9))
         rows.append(
-            (name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals)
+            (
+                name,
+                f"{result['bytes']:,.0f}",
+                f"{result['bits_per_byte']:.3f}",
+                f"{8 * gzip_size / len(text):.3f}",
+                f"{8 * xz_size / len(text):.3f}",
+            )
         )
     title = "Held-out text: bits per byte (lower is better)"
     return make_table(title, columns, rows, right=columns[1:])
 
 
-def _measured(run: TrainingResult) -> Group | None:
+def _compare_with_plan(run: TrainingResult) -> Group | None:
     """The plan's figures beside medians of what was measured; None: nothing to
     compare."""
     # The first step of a start compiles; those before it may be another machine's.
-    found = read_records(run.folder / "metrics.jsonl")
-    records = [r for r in found if r.get("seconds") and r["step"] > run.start_step + 1]
+    records = [
+        record
+        for record in read_records(run.folder / "metrics.jsonl")
+        if record.get("seconds") and record["step"] > run.start_step + 1
+    ]
     plan = run.plan
     if plan.step_seconds is None or not records:
         return None
-    share = plan.mfu() or 0.0
-    measured = median(r.get("mfu") or 0.0 for r in records)
-    figures: list[Any] = [
-        (
-            "step",
-            format_seconds,
-            plan.step_seconds,
-            median(r["seconds"] for r in records),
-        ),
-        ("MFU", "{:.1%}".format, share, measured),
+    step_seconds = median(record["seconds"] for record in records)
+    mfu = median(record.get("mfu") or 0.0 for record in records)
+    rows = [
+        _compare("step", plan.step_seconds, step_seconds, format_seconds),
+        _compare("MFU", plan.mfu() or 0.0, mfu, "{:.1%}".format),
     ]
     if "device_memory_peak" in records[-1]:
-        peak = max(r["device_memory_peak"] for r in records)
+        peak = max(record["device_memory_peak"] for record in records)
         memory = float(plan.memory.total)
-        figures.append(("memory of a device", format_bytes, memory, peak))
-    rows = [
-        (name, word(ours), word(theirs), f"{ours / theirs:.2f}" if theirs else "")
-        for name, word, ours, theirs in figures
-    ]
+        rows.append(_compare("memory of a device", memory, peak, format_bytes))
     columns = ("", "planned", "median", "planned ÷ measured")
     return make_table("Planned and measured", columns, rows, right=columns[1:])
+
+
+def _compare(
+    name: str, planned: float, measured: float, format_value: Callable[[float], str]
+) -> tuple[str, str, str, str]:
+    ratio = f"{planned / measured:.2f}" if measured else ""
+    return (name, format_value(planned), format_value(measured), ratio)
 
 
 def _read_text(store: TokenStore, tokenizer: Tokenizer) -> bytes:
@@ -113,18 +121,18 @@ def generate_samples(run: TrainingResult) -> str:
     params = jax.device_put(get_eval_params(run.state), shardings)
     steps = generate_text(model, params, run.data.tokenizer, config.prompts, config)
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
-    blocks = [
-        f"──── sample {number} ────\n{prompt}{get_prompt_separator(model)}{text}"
-        for number, (prompt, text) in enumerate(
-            zip(config.prompts, continuations, strict=True), 1
-        )
-    ]
+    separator = get_prompt_separator(model)
+    blocks = []
+    samples = zip(config.prompts, continuations, strict=True)
+    for number, (prompt, text) in enumerate(samples, 1):
+        blocks.append(f"──── sample {number} ────\n{prompt}{separator}{text}")
     return "\n\n".join(blocks) + "\n"
 
 
-def _places(run: TrainingResult) -> str:
-    folder, config = run.folder, run.setup.config
-    kinds = {
+def _list_files(run: TrainingResult) -> str:
+    folder = run.folder
+    config = run.setup.config
+    descriptions = {
         "config.yaml": "the run, resolved",
         "plan.json": "what was planned",
         "checkpoints": "the model and its optimizer",
@@ -135,9 +143,10 @@ def _places(run: TrainingResult) -> str:
         "plots/loss.png": "the loss",
         "samples": "what is printed above",
     }
-    there = {name: what for name, what in kinds.items() if (folder / name).exists()}
-    width = max(len(str(folder / name)) for name in there)
-    lines = [f"  {folder / name!s:<{width}}  {what}" for name, what in there.items()]
+    names = [name for name in descriptions if (folder / name).exists()]
+    width = max(len(str(folder / name)) for name in names)
+    lines = [f"  {folder / name!s:<{width}}  {descriptions[name]}" for name in names]
+    # Neither an encoder nor a model with another head generates text.
     if config.model.transformer_type != "encoder" and not config.task.required_heads:
         chats = "chat_template.jinja" in run.data.tokenizer.extra_files
         verb = f"chat {folder}" if chats else f'generate {folder} "your prompt"'

@@ -1,11 +1,11 @@
 """Finds a run's state: in its own checkpoints, another run's, or fresh initialization;
 checks that its config and text are the same, and that no checkpoint was lost."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 from pydantic import ValidationError
@@ -27,6 +27,7 @@ from maxlm.run.prepare import PreparedData, check_prepared_data
 from maxlm.run.setup import RunSetup
 from maxlm.run.warm_start import init_or_warm_start_state, load_frozen_models
 from maxlm.runtime.collectives import run_on_process_0
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.records import read_events, read_records
 
@@ -40,13 +41,13 @@ class ResumeSource:
     checkpointer: Checkpointer
     is_own_run: bool
     """Whether they are this run's, not another's."""
-    found: list[FoundCheckpoint]
+    checkpoints: list[FoundCheckpoint]
     skipped: list[SkippedCheckpoint]
     """Checkpoints known to be unreadable so far."""
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.found[0].metadata
+    def metadata(self) -> JsonMapping:
+        return self.checkpoints[0].metadata
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TrainingPosition:
     skips: Skips
     checkpoint_place: str = ""
     """Place of the checkpoint; empty: the run starts."""
-    detector_state: Mapping[str, Any] | None = None
+    detector_state: JsonMapping | None = None
     """Memory of the loss spike detector."""
     skipped: Sequence[SkippedCheckpoint] = ()
     """Newer checkpoints that cannot be resumed from."""
@@ -76,11 +77,13 @@ def find_resume_source(
     Own checkpoints that cannot be resumed from are reported and cleared away.
     """
     source = ResumeSource(checkpointer, True, *checkpointer.find())
-    if not source.found:
-        if any(
+    if not source.checkpoints:
+        # Hosts' own disks may be lost: what they had is no reason to stop.
+        has_damaged_checkpoint = any(
             checkpoint.is_damaged and checkpoint.tier.name != "local"
             for checkpoint in source.skipped
-        ):
+        )
+        if has_damaged_checkpoint:
             raise_no_readable_checkpoint(checkpointer, source.skipped)
         check_no_lost_checkpoint(checkpointer, resume)
         for checkpoint in source.skipped:
@@ -92,15 +95,14 @@ def find_resume_source(
         home = Path(resume) / "checkpoints"
         other = stack.enter_context(Checkpointer(home, "", read_only=True))
         source = ResumeSource(other, False, *other.find())
-        if not source.found and source.skipped:
+        if not source.checkpoints and source.skipped:
             raise_no_readable_checkpoint(other, source.skipped)
-        if not source.found:
+        if not source.checkpoints:
             raise MaxlmError(
                 "no checkpoint here", where=str(home), fix="train for longer"
             )
-    check_same_config(
-        setup.config, source.metadata["config"], source.found[0].tier.place
-    )
+    place = source.checkpoints[0].tier.place
+    check_same_config(setup.config, source.metadata["config"], place)
     return source
 
 
@@ -121,7 +123,8 @@ class StateRestorer:
         """Returns the position to start or resume at, with the ``frozen`` models in its
         state; raises MaxlmError if none can be read. ``source``: default,
         ``resume_source``."""
-        if source := source or self.resume_source:
+        source = source or self.resume_source
+        if source:
             position = self._restore_latest(source, skips)
         else:
             position = TrainingPosition(init_or_warm_start_state(self.setup), 0, skips)
@@ -142,38 +145,38 @@ class StateRestorer:
         if checkpointer.remote:
             checkpointer.remote.close()  # Copies may be of a bad state.
         source = ResumeSource(checkpointer, True, *checkpointer.find())
-        good = [
+        good_steps = [
             checkpoint.step
-            for checkpoint in source.found
+            for checkpoint in source.checkpoints
             if checkpoint.step < decision.first_bad_step
         ]
         frozen = load_frozen_models(self.setup)
-        position = None if good else self.restore(skips, frozen)
-        base = position.step if position else max(good)
-        skip = (
-            get_batch_index(base, skips),
-            get_batch_index(decision.last_bad_step - 1, skips),
-        )
-        if position:
+        start_position = None
+        if good_steps:
+            base_step = max(good_steps)
+        else:
+            start_position = self.restore(skips, frozen)
+            base_step = start_position.step
+        first_batch = get_batch_index(base_step, skips)
+        last_batch = get_batch_index(decision.last_bad_step - 1, skips)
+        skip = (first_batch, last_batch)
+        if start_position:
             # Before the record: a run killed between the two would refuse all its
             # checkpoints.
-            log_event("discard", base)
-            candidates = [
-                (checkpoint.step, checkpoint.tier) for checkpoint in source.found
-            ]
+            log_event("discard", base_step)
             abandoned = [
-                SkippedCheckpoint(*checkpoint, why="", is_damaged=False)
-                for checkpoint in candidates
+                SkippedCheckpoint(
+                    checkpoint.step, checkpoint.tier, why="", is_damaged=False
+                )
+                for checkpoint in source.checkpoints
             ]
-            checkpointer.discard_skipped(abandoned, base)
+            checkpointer.discard_skipped(abandoned, base_step)
         if jax.process_index() == 0:
             record_skip(checkpointer.folder.parent, skips, skip, decision.reason)
         skips = (*skips, skip)
-        return (
-            replace(position, skips=skips)
-            if position
-            else self.restore(skips, frozen, source)
-        )
+        if start_position:
+            return replace(start_position, skips=skips)
+        return self.restore(skips, frozen, source)
 
     def _restore_latest(self, source: ResumeSource, skips: Skips) -> TrainingPosition:
         """Restores the newest state that can be read and was trained on this run's
@@ -185,16 +188,17 @@ class StateRestorer:
         checkpointer = source.checkpointer
         abstract_state = replace(self.setup.abstract_state, frozen={})
         state, restored_from, skipped = checkpointer.restore_newest(
-            source.found, abstract_state, skips
+            source.checkpoints, abstract_state, skips
         )
-        skipped = sorted([*source.skipped, *skipped], key=lambda each: -each.step)
+        skipped = sorted(
+            [*source.skipped, *skipped], key=lambda checkpoint: -checkpoint.step
+        )
         if restored_from is None:
             if any(checkpoint.tier.name != "local" for checkpoint in skipped):
                 raise_no_readable_checkpoint(checkpointer, skipped)
             checkpointer.discard_skipped(skipped, 0)
-            return TrainingPosition(
-                init_or_warm_start_state(self.setup), 0, skips, skipped=skipped
-            )
+            fresh_state = init_or_warm_start_state(self.setup)
+            return TrainingPosition(fresh_state, 0, skips, skipped=skipped)
         if source.is_own_run:
             checkpointer.discard_skipped(skipped, restored_from.step)
         newer = [
@@ -210,9 +214,9 @@ class StateRestorer:
 def make_run_metadata(
     config: RunConfig,
     data: PreparedData,
-    source_metadata: Mapping[str, Any] | None,
-    frozen_models: Mapping[str, Any],
-) -> dict[str, Any]:
+    source_metadata: JsonMapping | None,
+    frozen_models: JsonMapping,
+) -> JsonObject:
     """Returns the metadata of a run's checkpoints; ``source_metadata``: that of the
     checkpoint whose state or parameters the run starts from."""
     tokenizer = data.tokenizer.fingerprint
@@ -225,29 +229,30 @@ def make_run_metadata(
     }
     # An export needs to know of the published model that the parameters came from, if
     # any, its family and, while the tokenizer is still its own, its token ids.
-    if source_metadata and (known := source_metadata.get("published")) is not None:
-        family_record = (
-            ("family", "tokens")
-            if source_metadata["tokenizer"] == tokenizer
-            else ("family",)
-        )
+    published = source_metadata and source_metadata.get("published")
+    if source_metadata and published is not None:
+        keys = ["family"]
+        if source_metadata["tokenizer"] == tokenizer:
+            keys.append("tokens")
         metadata["published"] = {
-            key: known[key] for key in family_record if key in known
+            key: published[key] for key in keys if key in published
         }
     if source_metadata and source_metadata["config"].get("adapter"):
         # What else than the adapter it trained belongs to the adapter that goes on from
         # it.
-        before = {*source_metadata.get("trained_before", ())}
-        before |= {*(source_metadata["config"]["train"].get("trainable") or ())}
-        metadata["trained_before"] = sorted(before)
-    return metadata | ({"frozen": frozen_models} if frozen_models else {})
+        trainable = source_metadata["config"]["train"].get("trainable") or ()
+        trained_before = {*source_metadata.get("trained_before", ()), *trainable}
+        metadata["trained_before"] = sorted(trained_before)
+    if frozen_models:
+        metadata["frozen"] = frozen_models
+    return metadata
 
 
 def check_same_inputs(
     config: RunConfig,
     data: PreparedData,
     origin: ResumeSource,
-    new_metadata: Mapping[str, Any],
+    new_metadata: JsonMapping,
 ) -> None:
     """Checks that the checkpoint to resume from was made with this tokenizer, these
     frozen models and stores; ``new_metadata``: of those to come."""
@@ -255,35 +260,39 @@ def check_same_inputs(
     place = str(origin.checkpointer.folder)
     check_same_settings(saved_metadata, new_metadata, ("tokenizer",), place)
     for name, model in new_metadata.get("frozen", {}).items():
-        was = saved_metadata.get("frozen", {}).get(name, {})
-        if was.get("fingerprint") != model["fingerprint"]:
-            message = f"the frozen model {name!r} from {model['source']} is not the one that training "
-            message += f"began with, from {was.get('source', 'nowhere')}"
+        saved_model = saved_metadata.get("frozen", {}).get(name, {})
+        if saved_model.get("fingerprint") != model["fingerprint"]:
+            message = (
+                f"the frozen model {name!r} from {model['source']} is not the one "
+                f"that training began with, from {saved_model.get('source', 'nowhere')}"
+            )
             fix = "put its parameters back, or train in another run folder"
             raise MaxlmError(message, where=place, fix=fix)
-    before = saved_metadata.get("stores", {})  # A converted model's has none.
+    saved_stores = saved_metadata.get("stores", {})  # A converted model's has none.
     for source in config.data.sources:
         name = source.name
-        store = new_metadata["stores"][source.name]
-        if store == before.get(name, store):
+        store = new_metadata["stores"][name]
+        saved_store = saved_stores.get(name, store)
+        if store == saved_store:
             continue
+        remedy = "give it the documents that it had"
+        if source.store:
+            # A store that was appended to is read as it was by its number of segments.
+            manifest = read_manifest(data.train_stores[name].place)
+            for count in range(1, len(manifest.segments) + 1):
+                offsets_sha256 = manifest.take_segments(count).offsets_sha256
+                if offsets_sha256 == saved_store["offsets_sha256"]:
+                    remedy = f"set store_segments: {count} for it"
         describe = "{documents:,} documents, {tokens:,} tokens".format_map
-        fix = "give it the documents that it had, or train in another run folder"
-        manifest = read_manifest(data.train_stores[name].place)
-        for count in range(1, len(manifest.segments) + 1 if source.store else 1):
-            if (
-                manifest.take_segments(count).offsets_sha256
-                == before[name]["offsets_sha256"]
-            ):
-                fix = f"set store_segments: {count} for it, or train in another run folder"
-        message = f"the store of source {name!r} is not what it was "
-        message += f"({describe(before[name])}; now {describe(store)})"
+        message = (
+            f"the store of source {name!r} is not what it was "
+            f"({describe(saved_store)}; now {describe(store)})"
+        )
+        fix = f"{remedy}, or train in another run folder"
         raise MaxlmError(message, where=place, fix=fix)
 
 
-def check_same_config(
-    config: RunConfig, saved_config: Mapping[str, Any], where: str
-) -> None:
+def check_same_config(config: RunConfig, saved_config: JsonMapping, where: str) -> None:
     """Checks the settings that must be those that the checkpoint was written with."""
     # Settings that are newer than the checkpoint get their defaults. The comparison
     # shows what is wrong with a config that is not valid.
@@ -293,7 +302,7 @@ def check_same_config(
     check_same_settings(saved_config, current, IDENTITY, where, ignored=INCIDENTAL)
 
 
-def _describe_store(store: TokenStore) -> dict[str, Any]:
+def _describe_store(store: TokenStore) -> JsonObject:
     """Returns what shows whether a store still holds the same documents."""
     counts = {"documents": store.num_documents, "tokens": store.num_tokens}
     digest = store.manifest.tokens_sha256
@@ -334,12 +343,12 @@ def read_recorded_progress(folder: Path) -> RecordedProgress:
     other_run = None
     has_attempts = False
     base_step = 0
-    begun = [0]
+    last_begun_step = 0
     for event in read_events(folder / "events.jsonl"):
         kind = event["event"]
         step = event["step"]
         if kind == "checkpoint":
-            begun.append(step)
+            last_begun_step = max(last_begun_step, step)
         elif kind == "saved":
             saved.add(step)
         elif kind in ("start", "resume", "rollback", "discard"):
@@ -348,15 +357,14 @@ def read_recorded_progress(folder: Path) -> RecordedProgress:
         if kind in ("start", "resume"):
             other_run = event.get("run")
             has_attempts = True
-    last_step = max(
-        (record["step"] for record in read_records(folder / "metrics.jsonl")), default=0
-    )
+    records = read_records(folder / "metrics.jsonl")
+    last_step = max((record["step"] for record in records), default=0)
     return RecordedProgress(
         newest_saved_step=max(saved, default=None),
         other_run=other_run,
         has_attempts=has_attempts,
         base_step=base_step,
-        last_begun_step=max(begun),
+        last_begun_step=last_begun_step,
         last_step=last_step,
     )
 
@@ -389,8 +397,10 @@ def check_no_lost_checkpoint(
     # Without events there is no telling whether a checkpoint was saved.
     was_begun = run_on_process_0(lambda: _must_have_begun_checkpoint(folder, progress))
     if progress.last_step and (was_begun or not progress.has_attempts):
-        message = "no checkpoint is left, events.jsonl is lost or cut short, and metrics.jsonl has "
-        message += f"records up to step {progress.last_step}"
+        message = (
+            "no checkpoint is left, events.jsonl is lost or cut short, and "
+            f"metrics.jsonl has records up to step {progress.last_step}"
+        )
         raise _restart_error(checkpointer, message, "put both back")
 
 
@@ -417,11 +427,9 @@ def describe_lost_checkpoint(
     it."""
     folder = checkpointer.folder.parent
     newest = _read_progress_on_process_0(folder).newest_saved_step
-    if (
-        newest is None
-        or newest <= step
-        or newest in [checkpoint.step for checkpoint in skipped]
-    ):
+    if newest is None or newest <= step:
+        return None
+    if any(checkpoint.step == newest for checkpoint in skipped):
         return None
     return (
         f"checkpoint {newest} is gone: events.jsonl says that it was saved, and none "
@@ -431,8 +439,8 @@ def describe_lost_checkpoint(
 
 
 def _restart_error(checkpointer: Checkpointer, message: str, fix: str) -> MaxlmError:
-    copies = f" and {remote.place}" if (remote := checkpointer.remote) else ""
-    restart = f"to start afresh, move {checkpointer.folder.parent}{copies} away, or set another"
-    return MaxlmError(
-        message, where=str(checkpointer.folder), fix=f"{fix}; {restart} name=..."
-    )
+    places = str(checkpointer.folder.parent)
+    if checkpointer.remote:
+        places += f" and {checkpointer.remote.place}"
+    restart = f"to start afresh, move {places} away, or set another name=..."
+    return MaxlmError(message, where=str(checkpointer.folder), fix=f"{fix}; {restart}")

@@ -6,12 +6,13 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -27,6 +28,7 @@ from maxlm.runtime.files import (
     lock_folder,
     replace_file,
 )
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.signals import SignalHandler
 from maxlm.train.records import MetricsLog
 
@@ -43,15 +45,20 @@ PACKAGES = (
 # What changes how programs are compiled or run, and what a scheduler calls the job:
 # never a variable that may hold a secret.
 VARIABLES = (
-    *(
-        "XLA_FLAGS",
-        "LIBTPU_INIT_ARGS",
-        "JAX_PLATFORMS",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION",
-    ),
-    *("CUDA_VISIBLE_DEVICES", "TPU_NAME", "TPU_ACCELERATOR_TYPE"),
-    *("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST"),
-    *("JOBSET_NAME", "JOBSET_RESTART_ATTEMPT", "RAY_JOB_ID", "SKYPILOT_TASK_ID"),
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_PLATFORMS",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "CUDA_VISIBLE_DEVICES",
+    "TPU_NAME",
+    "TPU_ACCELERATOR_TYPE",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
+    "SLURM_JOB_NODELIST",
+    "JOBSET_NAME",
+    "JOBSET_RESTART_ATTEMPT",
+    "RAY_JOB_ID",
+    "SKYPILOT_TASK_ID",
 )
 
 if TYPE_CHECKING:
@@ -65,7 +72,9 @@ def create_run_folder(
     """Creates a run's folder, with its config, for the block; removes it if the block
     fails before anything else was written. Only the process that leads writes."""
     path = folder / "config.yaml"
-    created = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [
+        directory for directory in (folder, *folder.parents) if not directory.exists()
+    ]
     is_new = is_lead and not path.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +96,8 @@ def create_run_folder(
         raise
     finally:
         with suppress(OSError):  # Not empty.
-            for each in created:
-                each.rmdir()
+            for directory in created:
+                directory.rmdir()
 
 
 @contextmanager
@@ -113,7 +122,8 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         except Exception:
-            if not note.exists():  # Whatever failed, that is why.
+            # Whatever failed, a folder that is gone is why.
+            if not note.exists():
                 check_run_not_moved(folder / "config.yaml")
             raise
         finally:
@@ -126,10 +136,15 @@ def write_run_description(
     """Writes what another person needs to judge the run, or to run it again: its
     config, plan and environment. All processes call it together; the one that leads
     writes."""
-    values = {"plan.json": plan.to_json(), "environment.json": describe_environment()}
-    texts = {name: f"{json.dumps(value, indent=2)}\n" for name, value in values.items()}
-    texts["config.yaml"] = to_yaml(config)
-    for name, text in texts.items() if is_lead else ():
+    environment = describe_environment()
+    if not is_lead:
+        return
+    texts = {
+        "plan.json": f"{json.dumps(plan.to_json(), indent=2)}\n",
+        "environment.json": f"{json.dumps(environment, indent=2)}\n",
+        "config.yaml": to_yaml(config),
+    }
+    for name, text in texts.items():
         with replace_file(folder / name) as temporary:
             temporary.write_text(text)
 
@@ -163,20 +178,21 @@ def record_stop_on_error(
     try:
         yield
     except BaseException as error:
+        # Whatever ends the attempt, an interrupt too, is recorded and raised again.
         if not log.stopped:
-            reason = "interrupt" if isinstance(error, KeyboardInterrupt) else "failed"
-            with suppress(
-                MaxlmError
-            ):  # a full disk, perhaps, which is what `error` says
-                log.event(
-                    "stop",
-                    step,
-                    reason="preempted" if signals.interrupted_work else reason,
-                )
+            if signals.interrupted_work:
+                reason = "preempted"
+            elif isinstance(error, KeyboardInterrupt):
+                reason = "interrupt"
+            else:
+                reason = "failed"
+            # The disk may be full, which is then what `error` says.
+            with suppress(MaxlmError):
+                log.event("stop", step, reason=reason)
         raise
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment() -> JsonObject:
     """Returns plain data for ``environment.json``, ``git`` None for a source that is no
     checkout. All processes call it together."""
     device = jax.devices()[0]
@@ -196,7 +212,7 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def read_git_state(root: Path) -> dict[str, Any] | None:
+def read_git_state(root: Path) -> JsonObject | None:
     """The commit that a source tree is at, and whether it differs.
 
     None: not a checkout, or no git. An installed package may lie inside another
@@ -204,10 +220,8 @@ def read_git_state(root: Path) -> dict[str, Any] | None:
     """
     if _git(root, "ls-files", "--error-unmatch", "maxlm/__init__.py") is None:
         return None
-    commit, status = (
-        _git(root, "rev-parse", "HEAD"),
-        _git(root, "status", "--porcelain"),
-    )
+    commit = _git(root, "rev-parse", "HEAD")
+    status = _git(root, "status", "--porcelain")
     if commit is None or status is None:
         return None
     return {"commit": commit.decode().strip(), "dirty": bool(status)}
@@ -216,15 +230,18 @@ def read_git_state(root: Path) -> dict[str, Any] | None:
 def get_process_start_unix_seconds() -> float:
     """Returns the unix seconds when this process was started; now, where nothing
     says."""
+    if sys.platform != "linux":  # no /proc, and no CLOCK_BOOTTIME
+        return time.time()
     try:
-        # Behind the name, which may hold anything but ")": the 22nd field, in clock
-        # ticks since the machine was booted (proc(5)).
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf(
-            "SC_CLK_TCK"
-        )
-    except (OSError, AttributeError):
-        age = 0.0
+        stat = Path("/proc/self/stat").read_text()
+    except OSError:
+        return time.time()
+    # Behind the name, which may hold anything but ")": the 22nd field, in clock ticks
+    # since the machine was booted (proc(5)).
+    _, _, fields = stat.rpartition(")")
+    start_ticks = int(fields.split()[19])
+    start_seconds = start_ticks / os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_seconds
     return time.time() - max(0.0, age)
 
 
@@ -233,7 +250,7 @@ def _git(root: Path, *arguments: str) -> bytes | None:
         # What was only touched is not noted in the index: its lock is for who works
         # there.
         command = ["git", "--no-optional-locks", "-C", root, *arguments]
-        done = subprocess.run(command, capture_output=True, timeout=30)
+        process = subprocess.run(command, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return process.stdout if process.returncode == 0 else None

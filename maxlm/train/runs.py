@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from maxlm.config import MaxlmError
 from maxlm.config.keys import get_descendant
 from maxlm.plan.show import format_seconds, make_table
+from maxlm.runtime.json_types import JsonObject
 from maxlm.train.display import format_duration
 from maxlm.train.goodput import PARTS, RunHistory, summarize_run_events
 from maxlm.train.records import read_events, read_records
@@ -24,6 +25,7 @@ from maxlm.train.records import read_events, read_records
 PERCENTILES = (50, 90, 99, 100)
 # An attempt's row each, at most so many: the first ones of a long history are left out.
 ATTEMPTS = 12
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,16 @@ class RunSummary:
     damaged_lines: int
     """Lines of metrics.jsonl and events.jsonl that hold no record."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns plain data: seconds, unix seconds, shares."""
         history = self.history
         attempts = [asdict(attempt) for attempt in history.attempts]
         for attempt in attempts:
             del attempt["points"]
-        return {
+        fields = {
             name: value for name, value in vars(self).items() if name != "history"
-        } | {
+        }
+        return fields | {
             "goodput": history.goodput,
             "wall_seconds": history.wall_seconds,
             "seconds": history.seconds_by_activity,
@@ -89,7 +92,8 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
     damaged: list[bytes] = []
     events = read_events(folder / "events.jsonl", damaged)
     history = summarize_run_events(events, time.time() if now is None else now)
-    first = {attempt.first_step + 1 for attempt in history.attempts}
+    # The first step of an attempt compiles.
+    compiling_steps = {attempt.first_step + 1 for attempt in history.attempts}
     step = 0
     latest = {"loss": None, "eval_loss": None}
     seconds = []
@@ -98,7 +102,7 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
         latest |= {name: record[name] for name in latest if name in record}
         if "final_eval_loss" in record:  # of all held-out text, not of the curve's part
             latest["eval_loss"] = record["final_eval_loss"]
-        if record.get("seconds") and record["step"] not in first:
+        if record.get("seconds") and record["step"] not in compiling_steps:
             seconds.append(record["seconds"])
     plan = _read_mapping(folder / "plan.json")
     planned = {"step_seconds": ("time", "step"), "goodput": ("goodput", "configured")}
@@ -163,50 +167,55 @@ def show_run(run: RunSummary, now: float) -> Group:
     """Shows a run's progress at ``now`` (unix seconds), where its time went, its
     attempts and interruptions, its steps."""
     history = run.history
-    parts: list[Any] = [_headline(run, now)]
+    parts: list[RenderableType] = [_show_headline(run, now)]
     if run.damaged_lines:
         words = "line of metrics.jsonl and events.jsonl cannot be read"
-        parts.append(Text(_many(run.damaged_lines, words)))
+        parts.append(Text(_count_of(run.damaged_lines, words)))
     if not history.attempts:
         return Group(*parts)
-    parts += [_goodput(run), _time(run), _attempts(run)]
-    if ends := history.interruptions:
-        causes = ", ".join(f"{cause} {count}" for cause, count in sorted(ends.items()))
-        parts.append(
-            Text(
-                f"{_many(sum(ends.values()), 'interruption')} ({causes}), one in "
-                f"{format_duration(history.mean_time_to_interruption or 0)} of running"
-            )
+    parts += [_show_goodput(run), _show_time(run), _show_attempts(run)]
+    interruptions = history.interruptions
+    if interruptions:
+        causes = ", ".join(
+            f"{cause} {count}" for cause, count in sorted(interruptions.items())
         )
-    if happened := [
-        _many(history.event_counts[kind], word)
-        for kind, word in (
-            ("skip", "update skipped"),
-            ("rollback", "rollback"),
-            ("hang", "hang"),
-        )
+        number = _count_of(sum(interruptions.values()), "interruption")
+        interval = format_duration(history.mean_time_to_interruption or 0)
+        parts.append(Text(f"{number} ({causes}), one in {interval} of running"))
+    event_words = {"skip": "update skipped", "rollback": "rollback", "hang": "hang"}
+    incidents = [
+        _count_of(history.event_counts[kind], words)
+        for kind, words in event_words.items()
         if history.event_counts.get(kind)
-    ]:
-        parts.append(Text(" · ".join(happened)))
+    ]
+    if incidents:
+        parts.append(Text(" · ".join(incidents)))
     if run.step_seconds:
-        parts.append(_steps(run))
+        parts.append(_show_step_times(run))
     return Group(*parts)
 
 
-def _headline(run: RunSummary, now: float) -> Text:
-    words = [f"step {run.step:,}" + (f" of {run.steps:,}" if run.steps else "")]
-    words += [f"loss {run.loss:.4f}"] if run.loss is not None else []
-    words += [f"held out {run.eval_loss:.4f}"] if run.eval_loss is not None else []
+def _show_headline(run: RunSummary, now: float) -> Text:
+    step = f"step {run.step:,}"
+    if run.steps:
+        step += f" of {run.steps:,}"
+    parts = [step]
+    if run.loss is not None:
+        parts.append(f"loss {run.loss:.4f}")
+    if run.eval_loss is not None:
+        parts.append(f"held out {run.eval_loss:.4f}")
     state = run.state
     if run.history.attempts:
-        last = run.history.attempts[-1]
-        words += [_many(last.devices, "device")] if last.devices else []
+        last_attempt = run.history.attempts[-1]
+        if last_attempt.devices:
+            parts.append(_count_of(last_attempt.devices, "device"))
         if state == "killed":  # or in a step that takes minutes: nothing else can tell
-            state = f"killed, or silent: last heard of {format_duration(now - last.ended)} ago"
-    return Text.assemble((run.name, "bold"), f" · {state} · {' · '.join(words)}")
+            silence = format_duration(now - last_attempt.ended)
+            state = f"killed, or silent: last heard of {silence} ago"
+    return Text.assemble((run.name, "bold"), f" · {state} · {' · '.join(parts)}")
 
 
-def _goodput(run: RunSummary) -> Text:
+def _show_goodput(run: RunSummary) -> Text:
     planned = run.planned["goodput"]
     beside = "" if planned is None else f" (planned: {planned:.1%})"
     rate = _or_dash(run.steps_per_second, "{:.3g} steps/s".format)
@@ -218,17 +227,18 @@ def _goodput(run: RunSummary) -> Text:
     )
 
 
-def _time(run: RunSummary) -> Group:
-    seconds, wall = run.history.seconds_by_activity, run.history.wall_seconds
-    spent = {part: seconds[part] for part in PARTS if seconds[part] > 0}
-    rows = [
-        (part, format_duration(own), f"{own / wall:.1%}") for part, own in spent.items()
-    ]
-    sizes = ("time", "share")
-    return make_table("Where the time went", ("spent", *sizes), rows, sizes)
+def _show_time(run: RunSummary) -> Group:
+    rows = []
+    for part in PARTS:
+        seconds = run.history.seconds_by_activity[part]
+        if seconds > 0:
+            share = seconds / run.history.wall_seconds
+            rows.append((part, format_duration(seconds), f"{share:.1%}"))
+    columns = ("spent", "time", "share")
+    return make_table("Where the time went", columns, rows, right=columns[1:])
 
 
-def _attempts(run: RunSummary) -> Group:
+def _show_attempts(run: RunSummary) -> Group:
     attempts = run.history.attempts
     rows = []
     for number, attempt in list(enumerate(attempts, 1))[-ATTEMPTS:]:
@@ -238,22 +248,25 @@ def _attempts(run: RunSummary) -> Group:
         rows.append((str(number), began, ran, *steps, attempt.end))
     columns = ("", "began", "ran", "from step", "to step", "end")
     table = make_table("Attempts", columns, rows, right=columns[:-1])
-    left_out = len(attempts) - len(rows)
-    return Group(table, *([Text(f"and {left_out:,} before them")] if left_out else []))
+    num_left_out = len(attempts) - len(rows)
+    if num_left_out:
+        return Group(table, Text(f"and {num_left_out:,} before them"))
+    return Group(table)
 
 
-def _steps(run: RunSummary) -> Group:
+def _show_step_times(run: RunSummary) -> Group:
     columns = (*("max" if p == 100 else f"p{p}" for p in run.step_seconds), "planned")
     planned = _or_dash(run.planned["step_seconds"], format_seconds)
     row = (*map(format_seconds, run.step_seconds.values()), planned)
     return make_table("Time of a step", columns, [row], right=columns)
 
 
-def _many(count: int, what: str) -> str:
+def _count_of(count: int, phrase: str) -> str:
     """``1 hang``, ``2 hangs``, ``2 updates skipped``."""
-    noun, _, rest = what.partition(" ")
-    return f"{count:,} {noun}{'' if count == 1 else 's'}{f' {rest}' if rest else ''}"
+    noun, space, rest = phrase.partition(" ")
+    plural = "" if count == 1 else "s"
+    return f"{count:,} {noun}{plural}{space}{rest}"
 
 
-def _or_dash(value: Any, words: Callable[[Any], str]) -> str:
-    return "-" if value is None else words(value)
+def _or_dash(value: Value | None, format_value: Callable[[Value], str]) -> str:
+    return "-" if value is None else format_value(value)

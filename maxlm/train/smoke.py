@@ -23,6 +23,7 @@ from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.inference.generate import collect_tokens, generate
 from maxlm.models.params import flatten_names
 from maxlm.optim.state import TrainState
+from maxlm.optim.step import Sums
 from maxlm.plan.layout import compute_run_layout
 from maxlm.run.config import RunConfig
 from maxlm.run.prepare import make_source_inputs, read_vocab_size
@@ -36,14 +37,21 @@ from maxlm.run.warm_start import load_frozen_models
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import Vocabulary
 from maxlm.tasks.rows import RowTask
+from maxlm.tasks.task import DeviceBatch
 
-STEPS, SAVED_AT, NEW_TOKENS = 10, 5, 8
+STEPS = 10
+SAVED_AT = 5
+NEW_TOKENS = 8
 # Where few tokens are targets, it takes more of them to learn as much.
 SPARSE_STEPS = 30
 # The least share by which the loss must fall: more than chance, far less than what a
 # model learns.
 FALL = 0.1
-VOCAB, SEQ_LEN, LAYERS, HEAD_DIM = 512, 64, 2, 16
+# Sizes of the small model.
+VOCAB = 512
+SEQ_LEN = 64
+LAYERS = 2
+HEAD_DIM = 16
 # Ids of its text.
 USED = 32
 
@@ -66,17 +74,22 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     """
     task = config.task.for_small_model()
     steps = STEPS if task.predicts_every_token else SPARSE_STEPS
-    sizes = {"vocab_size": VOCAB, "num_layers": LAYERS, "head_dim": HEAD_DIM}
-    small = config.model.shrunk(**sizes, seq_len=max(task.row_lengths(SEQ_LEN)))
-    micro = min(config.train.micro_batches, 2)
-    data = {"seq_len": SEQ_LEN, "batch_size": 4 * micro * num_devices, "workers": 0}
-    train = {"steps": steps, "micro_batches": micro, "max_device_rows": None}
+    small_model = config.model.shrunk(
+        vocab_size=VOCAB,
+        num_layers=LAYERS,
+        head_dim=HEAD_DIM,
+        seq_len=max(task.row_lengths(SEQ_LEN)),
+    )
+    micro_batches = min(config.train.micro_batches, 2)
+    batch_size = 4 * micro_batches * num_devices
+    data = {"seq_len": SEQ_LEN, "batch_size": batch_size, "workers": 0}
+    train = {"steps": steps, "micro_batches": micro_batches, "max_device_rows": None}
     # At which a tiny model trains stably, with an effect within ten steps.
-    rate = 1e-3 if config.optimizer.kind == "lion" else 1e-2
-    schedule = {"kind": "constant", "warmup_steps": 0, "learning_rate": rate}
+    learning_rate = 1e-3 if config.optimizer.kind == "lion" else 1e-2
+    schedule = {"kind": "constant", "warmup_steps": 0, "learning_rate": learning_rate}
     changes: dict[str, Any] = {
         "tune": {},  # the model has its scaling
-        "model": small,
+        "model": small_model,
         "task": task,
         "mesh": {"data": 1, "fsdp": num_devices},
         "samples": {},
@@ -91,19 +104,20 @@ class CountingTokenSource:
     """A token source that is quickly learnt: documents that count up and around, in few
     tokens."""
 
-    path, offsets_sha256 = None, ""
+    path = None
+    offsets_sha256 = ""
 
     def __init__(self, vocab_size: int):
-        used = min(vocab_size, USED)
+        num_used = min(vocab_size, USED)
+        special = np.arange(vocab_size) >= num_used
+        eos_id = min(num_used, vocab_size - 1)
+        self.vocabulary = Vocabulary(vocab_size, (), eos_id, special, ~special)
         random = np.random.default_rng(0)
-        marks = np.arange(vocab_size) >= used
-        self.vocabulary = Vocabulary(
-            vocab_size, (), min(used, vocab_size - 1), marks, ~marks
-        )
-        draws = random.integers((20, 0, 1), (100, used, 4), (512, 3)).tolist()
-        texts = [
-            (start + step * np.arange(length)) % used for length, start, step in draws
-        ]
+        # Of each document: its length, the id it begins with, and what it counts by.
+        draws = random.integers((20, 0, 1), (100, num_used, 4), (512, 3)).tolist()
+        texts = []
+        for length, start, stride in draws:
+            texts.append((start + stride * np.arange(length)) % num_used)
         self.offsets = np.cumsum([0, *map(len, texts)])
         self._tokens = np.concatenate(texts).astype(np.uint32)
 
@@ -132,16 +146,24 @@ def write_counting_rows(path: Path) -> None:
     """Writes rows of every form that a task reads: numbers to count on from, rightly or
     not."""
     with path.open("w", encoding="utf-8") as file:
-        for i in range(256):
-            right = " ".join(str((i + k) % 10) for k in range(4, 10))
-            wrong = " ".join(str(i % 10) for _ in range(4, 10))
-            row = {"prompt": " ".join(str((i + k) % 10) for k in range(4))}
-            row |= {"chosen": f" {right}", "rejected": f" {wrong}", "label": i % 2 == 0}
-            row |= {"completion": f" {right if i % 2 == 0 else wrong}"}
+        for index in range(256):
+            digits = [str((index + offset) % 10) for offset in range(10)]
+            right = " " + " ".join(digits[4:])
+            wrong = " " + " ".join([digits[0]] * 6)  # it does not count on
+            is_right = index % 2 == 0
+            row = {
+                "prompt": " ".join(digits[:4]),
+                "chosen": right,
+                "rejected": wrong,
+                "label": is_right,
+                "completion": right if is_right else wrong,
+            }
             file.write(json.dumps(row) + "\n")
 
 
-def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
+def smoke(
+    config: RunConfig, devices: Sequence[jax.Device] | None = None
+) -> Iterator[Check]:
     """Shrink a run to these devices (default: all) and try it, yielding each check as
     it is made.
 
@@ -149,7 +171,8 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     devices: whatever a mesh, a schedule, a batch, a tokenizer's size or missing
     documents make impossible raises a MaxlmError.
     """
-    compute_run_layout(config, mesh_sizes(config.mesh, count_min_devices(config.mesh)))
+    num_devices = count_min_devices(config.mesh)
+    compute_run_layout(config, mesh_sizes(config.mesh, num_devices))
     config.task.check_vocab_size(read_vocab_size(config), config.model.vocab_size)
     for source in config.data.sources:
         if source.documents:
@@ -157,10 +180,9 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     use_compilation_cache(config)
     devices = jax.devices() if devices is None else devices
     small = shrink_config(config, len(devices))
-    # Other models are as small as the trained one.
-    setup = set_up_run(
-        small, devices, frozen_sources=dict.fromkeys(small.task.frozen_models())
-    )
+    # Models that the task reads begin as the trained one, and are as small.
+    frozen_sources = dict.fromkeys(small.task.frozen_models())
+    setup = set_up_run(small, devices, frozen_sources=frozen_sources)
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(small.task, RowTask):
             rows = Path(folder, "rows.jsonl")
@@ -173,66 +195,64 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
 def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     state = setup.init_train_state()
     state = replace(state, frozen=load_frozen_models(setup, RunSetup.init_train_state))
-    count = sum(spec.size for spec in flatten_names(setup.specs).values())
-    right = jax.tree.all(
-        jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings)
+    num_params = sum(spec.size for spec in flatten_names(setup.specs).values())
+    matches = jax.tree.map(
+        lambda array, sharding: array.sharding == sharding, state, setup.shardings
     )
-    yield Check(
-        "parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)"
-    )
+    detail = f"{num_params:,} on {setup.mesh.size} device(s)"
+    yield Check("parameters lie as planned", jax.tree.all(matches), detail)
 
     step = setup.jit_train_step()
     steps = setup.config.train.steps
     began = time.perf_counter()
-    state, first = _run(setup, step, state, SAVED_AT)
+    state, first_losses = _run(setup, step, state, SAVED_AT)
+    # A copy on the host: the next step takes the state's memory.
     saved = jax.tree.map(np.asarray, state)
-    detail = (
-        f"{SAVED_AT} steps in {time.perf_counter() - began:.1f} s, compilation included"
-    )
-    yield Check("the step compiles and runs", len(first) == SAVED_AT, detail)
+    seconds = time.perf_counter() - began
+    detail = f"{SAVED_AT} steps in {seconds:.1f} s, compilation included"
+    yield Check("the step compiles and runs", len(first_losses) == SAVED_AT, detail)
 
-    with FolderTier(
-        folder, layer_groups=layer_group_shapes(setup.specs)
-    ) as checkpoints:
+    layer_groups = layer_group_shapes(setup.specs)
+    with FolderTier(folder, layer_groups=layer_groups) as checkpoints:
         checkpoints.save(SAVED_AT, replace(state, frozen={}), {})
-        state, rest = _run(setup, step, state, steps)
-        losses = first + rest
+        state, last_losses = _run(setup, step, state, steps)
+        losses = first_losses + last_losses
         finite = all(map(math.isfinite, losses))
         yield Check("losses are finite", finite, f"{losses[0]:.3f} at first")
         falls = sum(losses[-3:]) / 3 < (1 - FALL) * losses[0]
         yield Check("the loss falls", falls, f"{losses[0]:.3f} → {losses[-1]:.3f}")
         checkpoints.wait()
-        restored = checkpoints.restore(
-            SAVED_AT, replace(setup.abstract_state, frozen={})
-        )
+        abstract_state = replace(setup.abstract_state, frozen={})
+        restored = checkpoints.restore(SAVED_AT, abstract_state)
     restored = replace(restored, frozen=state.frozen)
     equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
     yield Check("a checkpoint restores bit for bit", equal, f"step {SAVED_AT}")
-    _, again = _run(setup, step, restored, steps)
-    yield Check(
-        "restored steps repeat exactly",
-        again == rest,
-        f"steps {SAVED_AT + 1} to {steps}",
-    )
+    _, repeated_losses = _run(setup, step, restored, steps)
+    detail = f"steps {SAVED_AT + 1} to {steps}"
+    yield Check("restored steps repeat exactly", repeated_losses == last_losses, detail)
 
     if setup.config.model.transformer_type == "encoder":
         return  # it names tokens, and continues nothing
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
     outputs = generate(setup.model, state.params, [[1, 2, 3]], sampling)
     (tokens,) = collect_tokens(outputs)
-    right = len(tokens) == NEW_TOKENS and max(tokens) < setup.config.model.vocab_size
-    yield Check("the model generates", right, " ".join(map(str, tokens)))
+    is_whole = len(tokens) == NEW_TOKENS
+    are_ids = max(tokens) < setup.config.model.vocab_size
+    detail = " ".join(map(str, tokens))
+    yield Check("the model generates", is_whole and are_ids, detail)
 
 
 def _run(
-    setup: RunSetup, step: Callable[..., Any], state: TrainState, stop: int
+    setup: RunSetup,
+    step: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]],
+    state: TrainState,
+    stop: int,
 ) -> tuple[TrainState, list[float]]:
     """Steps up to ``stop``, and their losses."""
     start = int(state.step)
     losses = []
-    with open_training_batches(
-        setup, make_counting_batch_source(setup.config), start
-    ) as batches:
+    source = make_counting_batch_source(setup.config)
+    with open_training_batches(setup, source, start) as batches:
         for batch in islice(batches, stop - start):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

@@ -190,7 +190,7 @@ class Trainer:
         finally:
             self.notify("on_stop")
 
-    def event(self, kind: str, step: int, **details: Any) -> None:
+    def event(self, kind: str, step: int, **details: str | float) -> None:
         """Writes an event of the run."""
         self.timer.event(kind, step, **details)
 
@@ -202,7 +202,9 @@ class Trainer:
     def _run(
         self, state: TrainState, batches: Iterator[DeviceBatch]
     ) -> TrainState | RollbackDecision:
-        start = step = int(state.step)
+        start = int(state.step)
+        step = start
+        # A step that was dispatched, and whose scalars are not read yet.
         pending: tuple[int, Sums] | None = None
         for step in range(start + 1, self.num_steps + 1):
             self.notify("on_step_begin", step, state)
@@ -210,9 +212,10 @@ class Trainer:
                 batch = next(batches)
             state, sums = self.step_fn(state, batch)
             self.notify("on_step_dispatched", step, sums)
+            # The scalars of the step before, while the devices take this one.
             if pending:
                 self._finish_step(*pending)
-            pending = step, sums
+            pending = (step, sums)
             needs_state = [
                 callback.needs_state(self, step) for callback in self.callbacks
             ]

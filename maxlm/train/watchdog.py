@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
@@ -24,7 +23,8 @@ _LEAST_STEPS = 5  # before which a median says little
 # A process that ends takes its peers along. They may detect the same hang a little
 # later, and get this share of the limit, and at most these seconds, to write down what
 # they do.
-_GRACE_SHARE, _MAX_GRACE_SECONDS = 0.1, 10.0
+_GRACE_SHARE = 0.1
+_MAX_GRACE_SECONDS = 10.0
 _REPORT_SECONDS = 20.0
 
 
@@ -47,8 +47,10 @@ class Watchdog(Callback):
     """
 
     def __init__(self, config: FaultToleranceConfig, folder: Path, process: int = 0):
-        self._config, self.folder, self._process = config, folder, process
-        self.exit_process: Callable[[int], Any] = os._exit  # tests replace it
+        self._config = config
+        self.folder = folder
+        self._process = process
+        self.exit_process: Callable[[int], object] = os._exit  # tests replace it
         self.event: Callable[..., None] = lambda *_, **__: None
         """Takes ``event("hang", step, process=..., seconds=...)``."""
         self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_STEPS)
@@ -80,13 +82,13 @@ class Watchdog(Callback):
         median of those before it, once there are enough; or what takes longer (``"first
         step"``, ``"evaluation"``, ``"save"``, ``"restore"``), limited by
         ``idle_seconds``."""
-        words = f"{activity} {step}"
+        description = f"{activity} {step}"
         limit = self._config.idle_seconds
         if activity == "step" and len(self._step_seconds) >= _LEAST_STEPS:
             typical = median(self._step_seconds)
-            words += f" ({typical:.3g} s is the median)"
+            description += f" ({typical:.3g} s is the median)"
             limit = max(self._config.hang_seconds, self._config.hang_factor * typical)
-        self.awaited = WatchdogTimer(step, words, time.monotonic(), limit)
+        self.awaited = WatchdogTimer(step, description, time.monotonic(), limit)
 
     def reset_timer(self) -> None:
         """Restarts the time of what is under way, which has made progress."""
@@ -123,15 +125,18 @@ class Watchdog(Callback):
         )
         report.start()
         report.join(_REPORT_SECONDS)
-        if self._done.wait(
-            min(_GRACE_SHARE * awaited.timeout_seconds, _MAX_GRACE_SECONDS)
-        ):
+        grace_seconds = min(_GRACE_SHARE * awaited.timeout_seconds, _MAX_GRACE_SECONDS)
+        if self._done.wait(grace_seconds):
             return True
         if self.awaited is awaited:
             self.exit_process(LOST)
             return True
-        words = f"{self.folder}: process {self._process}: {awaited.description} is done after all"
-        print(f"{words}, training continues", file=sys.stderr, flush=True)
+        print(
+            f"{self.folder}: process {self._process}: {awaited.description} is done "
+            "after all, training continues",
+            file=sys.stderr,
+            flush=True,
+        )
         return False
 
     def _report(self, awaited: WatchdogTimer, seconds: float) -> None:

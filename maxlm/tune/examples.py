@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -21,6 +20,7 @@ from maxlm.data.tokenizer import (
     load_tokenizer,
 )
 from maxlm.data.tokenizer.files import METADATA
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.tasks import TASKS, TaskConfig
 from maxlm.tasks.rows import RowTask, scan_examples
 
@@ -52,7 +52,7 @@ def describe_examples(
     *,
     kind: str | None = None,
     num_examples: int = 3,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Encodes a file of rows for a task, and describes it and its first rows as plain
     data. Raises MaxlmError: a file or tokenizer that cannot be read, a task that reads
     no rows.
@@ -62,21 +62,21 @@ def describe_examples(
         settings: a run's, such as ``task.turns=last`` or ``data.seq_len=512``.
         kind: of the task; None infers it from the columns of the first row.
     """
-    renamed = [
+    # The kind may have to be told from the columns, under the task's names for them.
+    column_settings = [
         setting.removeprefix("task.")
         for setting in settings
         if _is_column_setting(setting)
     ]
-    names = load_config(ColumnSettings, None, renamed).value.columns
-    columns = open_rows(path, columns=names)[0]
+    column_names = load_config(ColumnSettings, None, column_settings).value.columns
+    columns = open_rows(path, columns=column_names)[0]
     kind = kind or infer_task_kind(columns)
-    known = TASKS.find(kind)
-    if known is None or not issubclass(known, RowTask):
+    task_class = TASKS.find(kind)
+    if task_class is None or not issubclass(task_class, RowTask):
+        message = f"no task on rows of files is called {kind!r}"
         fix = f"name another with --kind; the columns are {', '.join(columns)}"
-        raise MaxlmError(
-            f"no task on rows of files is called {kind!r}", where="--kind", fix=fix
-        )
-    task_settings = f"task.kind={kind}", f"task.files={[str(path)]}"
+        raise MaxlmError(message, where="--kind", fix=fix)
+    task_settings = (f"task.kind={kind}", f"task.files={[str(path)]}")
     config = load_config(ExampleSettings, None, [*task_settings, *settings]).value
     task = config.task
     tokenizer = open_tokenizer(model)
@@ -88,14 +88,18 @@ def describe_examples(
     example_rows = np.flatnonzero(scan.lengths)
     lengths = scan.lengths[example_rows]
     examples = []
-    for i in example_rows[:num_examples].tolist():
-        encoded = encode_row(encoder, file, i)
-        names = ["chosen", "rejected"] if task.sequences_per_example == 2 else [""]
-        for segment, name in enumerate(names, 1):
+    for row in example_rows[:num_examples].tolist():
+        encoded = encode_row(encoder, file, row)
+        sequence_names = [""]
+        if task.sequences_per_example == 2:
+            sequence_names = ["chosen", "rejected"]
+        for segment, name in enumerate(sequence_names, 1):
+            place = f"{file.locate(row)} {name}".rstrip()
             spans = list(_list_spans(tokenizer, encoded, segment))
-            examples.append(
-                {"where": f"{file.locate(i)} {name}".rstrip(), "spans": spans}
-            )
+            examples.append({"where": place, "spans": spans})
+    length_quantiles = [0, 0, 0]
+    if example_rows.size:
+        length_quantiles = [int(np.quantile(lengths, q)) for q in (0, 0.5, 1)]
     return {
         "kind": kind,
         "rows": len(file),
@@ -103,10 +107,7 @@ def describe_examples(
         "rows_unreadable": len(scan.errors),
         "errors": [str(error) for error in scan.errors],
         "notes": task.describe_scan(scan, encoder.max_length),
-        "tokens": [
-            int(np.quantile(lengths, q)) if example_rows.size else 0
-            for q in (0, 0.5, 1)
-        ],
+        "tokens": length_quantiles,
         "share_learnt": float(scan.num_targets.sum() / max(1, lengths.sum())),
         "examples": examples,
     }
@@ -114,37 +115,38 @@ def describe_examples(
 
 def infer_task_kind(columns: Iterable[str]) -> str:
     """Infers from the columns of rows the kind of task that they are for."""
-    if {"chosen", "rejected"} <= {*columns}:
+    names = {*columns}
+    if {"chosen", "rejected"} <= names:
         return "dpo"
-    return "kto" if {"completion", "label"} <= {*columns} else "sft"
+    if {"completion", "label"} <= names:
+        return "kto"
+    return "sft"
 
 
 def open_tokenizer(folder: str | Path) -> Tokenizer:
     """Opens the tokenizer of a run's folder, of a Hugging Face checkpoint's, or in its
     own."""
     folder = Path(folder)
-    tokenizer_folder = (
-        folder / "tokenizer" if (folder / "config.yaml").exists() else folder
-    )
-    return (
-        load_tokenizer(tokenizer_folder)
-        if (tokenizer_folder / METADATA).exists()
-        else import_tokenizer(folder)
-    )
+    is_run = (folder / "config.yaml").exists()
+    tokenizer_folder = folder / "tokenizer" if is_run else folder
+    if (tokenizer_folder / METADATA).exists():
+        return load_tokenizer(tokenizer_folder)
+    return import_tokenizer(folder)
 
 
-def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
+def render_examples(report: JsonMapping, *, in_colour: bool) -> Text:
     """Renders what :func:`describe_examples` returns, for a rich console; without
     colour « » enclose what is learnt."""
     text = Text()
     for example in report["examples"]:
         text.append(f"{example['where']}\n", "bold underline")
         for is_learnt, group in groupby(example["spans"], lambda span: span["learnt"]):
-            marks = ("", "") if in_colour or not is_learnt else ("«", "»")
-            text.append(marks[0])
+            is_marked = is_learnt and not in_colour
+            text.append("«" if is_marked else "")
             for span in group:
-                text.append(span["text"], _STYLES.get((is_learnt, span["special"]), ""))
-            text.append(marks[1])
+                style = _STYLES.get((is_learnt, span["special"]), "")
+                text.append(span["text"], style)
+            text.append("»" if is_marked else "")
         text.append("\n\n")
     least, median, most = report["tokens"]
     lines = [
@@ -163,21 +165,22 @@ def render_examples(report: Mapping[str, Any], *, in_colour: bool) -> Text:
 
 
 def _list_spans(
-    tokenizer: Tokenizer, encoded: Mapping[str, Any], segment: int
-) -> Iterator[dict[str, Any]]:
-    special = {*tokenizer.special_tokens.values()}
+    tokenizer: Tokenizer, encoded: JsonMapping, segment: int
+) -> Iterator[JsonObject]:
+    special_ids = {*tokenizer.special_tokens.values()}
     is_of_segment = encoded["segment_ids"] == segment
-    ids = [
-        int(encoded["tokens"][is_of_segment][0]),
-        *encoded["targets"][is_of_segment].tolist(),
+    # Targets are the tokens from the second on; the first is never learnt.
+    first_id = int(encoded["tokens"][is_of_segment][0])
+    ids = [first_id, *encoded["targets"][is_of_segment].tolist()]
+    learnt = [False, *(encoded["weights"][is_of_segment] > 0).tolist()]
+    kinds = [
+        (is_learnt, token_id in special_ids)
+        for is_learnt, token_id in zip(learnt, ids, strict=True)
     ]
-    marks = zip(
-        [False, *(encoded["weights"][is_of_segment] > 0).tolist()], ids, strict=True
-    )
     stop = 0
-    for (is_learnt, is_special), group in groupby((m, i in special) for m, i in marks):
+    for (is_learnt, is_special), group in groupby(kinds):
         start = stop
-        stop = stop + len([*group])
+        stop = start + len(list(group))
         text = tokenizer.decode_bytes(ids[start:stop], continued=start > 0)
         yield {
             "text": text.decode("utf-8", "replace"),

@@ -15,6 +15,7 @@ from maxlm.run.convert import convert
 from maxlm.run.prepare import make_source_inputs
 from maxlm.runtime.progress import show_progress
 from maxlm.train.program import TrainingResult, train_model
+from maxlm.train.resume import Say
 from maxlm.tune.references import precompute_reference_log_probs
 from maxlm.tune.vocabulary import grow_vocabulary
 
@@ -24,31 +25,33 @@ def tune_model(
     *,
     epochs: float | None = None,
     precompute_reference: bool = False,
-    **options: Any,
+    resume: str | Path | None = None,
+    profile: tuple[int, int] | None = None,
+    say: Say = print,
 ) -> TrainingResult:
-    """Trains a recipe's model; ``options``: of
-    :func:`~maxlm.train.program.train_model`; ``epochs``: times that every row is read,
-    in place of ``train.steps``, a tenth of which may be warm-up;
-    ``precompute_reference``: into ``FOLDER/NAME/reference``, so that no second model is
-    held.
+    """Trains a recipe's model.
 
     A Hugging Face checkpoint that it starts from, or whose model its task reads, is
     first made a run in ``FOLDER/NAME/base``, ``FOLDER/NAME/teacher`` and so on, which
     later starts find there. Special tokens that its tokenizer lacks are added to a copy
     of it, in ``FOLDER/NAME/grown``.
+
+    Args:
+        epochs: times that every row is read, in place of ``train.steps``, a tenth of
+            which may be warm-up.
+        precompute_reference: compute the reference's log-probabilities first, into
+            ``FOLDER/NAME/reference``, so that training holds no second model.
+        resume, profile, say: see :func:`~maxlm.train.program.train_model`.
     """
     if epochs is None:
-        make_schedule(
-            config.schedule, config.train.steps
-        )  # Refused before anything is written.
+        # An impossible schedule is refused before anything is written.
+        make_schedule(config.schedule, config.train.steps)
     config = grow_vocabulary(convert_sources(config))
     if epochs is not None:
         steps = count_steps(config, epochs)
-        warmup = config.schedule.warmup_steps
+        warmup_steps = min(config.schedule.warmup_steps, steps // 10)
         train = config.train.model_copy(update={"steps": steps})
-        schedule = config.schedule.model_copy(
-            update={"warmup_steps": min(warmup, steps // 10)}
-        )
+        schedule = config.schedule.model_copy(update={"warmup_steps": warmup_steps})
         config = config.model_copy(update={"train": train, "schedule": schedule})
     if precompute_reference:
         stored = Path(config.folder, config.name, "reference")
@@ -56,7 +59,7 @@ def tune_model(
             precompute_reference_log_probs(config, stored)
         task = config.task.model_copy(update={"reference_log_probs": str(stored)})
         config = config.model_copy(update={"task": task})
-    return train_model(config, **options)
+    return train_model(config, resume=resume, profile=profile, say=say)
 
 
 def count_steps(config: RunConfig, epochs: float) -> int:
@@ -64,15 +67,13 @@ def count_steps(config: RunConfig, epochs: float) -> int:
     start = config.train.start_from
     folder = config.tokenizer.path or (start and Path(start, "tokenizer"))
     if config.task.reads_text or folder is None:
-        message, fix = (
-            "--epochs counts rows of files, with the base's tokenizer",
-            "set train.steps",
-        )
-        raise MaxlmError(message, where="--epochs", fix=fix)
-    source: Any = config.task.batch_source(
-        make_source_inputs(config, load_tokenizer(folder))
-    )
-    return max(1, ceil(source.rows_per_epoch * epochs / config.data.batch_size))
+        message = "--epochs counts rows of files, with the base's tokenizer"
+        raise MaxlmError(message, where="--epochs", fix="set train.steps")
+    inputs = make_source_inputs(config, load_tokenizer(folder))
+    # Sources of rows alone have epochs, and the task reads rows.
+    source: Any = config.task.batch_source(inputs)
+    num_rows = source.rows_per_epoch * epochs
+    return max(1, ceil(num_rows / config.data.batch_size))
 
 
 def convert_sources(config: RunConfig) -> RunConfig:
@@ -81,16 +82,19 @@ def convert_sources(config: RunConfig) -> RunConfig:
     home = Path(config.folder, config.name)
     start = config.train.start_from
     if start is not None and _is_huggingface(start):
-        train = {"start_from": _convert_once(start, home / "base")}
-        config = config.model_copy(
-            update={"train": config.train.model_copy(update=train)}
-        )
-    changed = {}
+        base = _convert_once(start, home / "base")
+        train = config.train.model_copy(update={"start_from": base})
+        config = config.model_copy(update={"train": train})
+    task_changes = {}
     for name, source in config.task.frozen_models().items():
         if source is not None and _is_huggingface(source):
             path = _convert_once(source, home / name)
-            changed |= {field: path for field, value in config.task if value == source}
-    return config.model_copy(update={"task": config.task.model_copy(update=changed)})
+            # The settings of the task that name this model, whatever they are called.
+            for setting, value in config.task:
+                if value == source:
+                    task_changes[setting] = path
+    task = config.task.model_copy(update=task_changes)
+    return config.model_copy(update={"task": task})
 
 
 def _convert_once(source: str, target: Path) -> str:

@@ -1,9 +1,8 @@
 """Preference tasks beside training: a reference's log-probabilities, computed once, and
 scores of a reward model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from maxlm.run.prepare import (
 )
 from maxlm.run.setup import open_evaluation_batches, set_up_run
 from maxlm.run.warm_start import init_or_warm_start_state, load_frozen_models
+from maxlm.runtime.json_types import JsonMapping
 from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.tasks import TaskModels
 from maxlm.tasks.preference import LOG_PROBS, ReferenceTask
@@ -66,11 +66,14 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
         )
         log_probs = np.full((len(file), task.num_reference_columns), np.nan, np.float32)
         with open_evaluation_batches(setup, source) as batches:
-            values = [process_allgather(run(params, own), True) for own in batches]
+            values = [
+                process_allgather(run(params, device_batch), True)
+                for device_batch in batches
+            ]
+        # The last batch is filled up: what is behind the examples is nobody's.
         example_indices = source.example_indices
-        log_probs[example_indices] = np.concatenate(values).reshape(
-            -1, log_probs.shape[1]
-        )[: len(example_indices)]
+        rows = np.concatenate(values).reshape(-1, task.num_reference_columns)
+        log_probs[example_indices] = rows[: len(example_indices)]
         if jax.process_index() == 0:
             np.save(Path(folder, f"{name}.npy"), log_probs)
     sync_global_devices(str(folder))  # the others read it next
@@ -78,7 +81,7 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
 
 def score_texts(
     folder: str | Path,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[JsonMapping],
     *,
     mesh: MeshConfig | None = None,
 ) -> np.ndarray:
@@ -90,12 +93,16 @@ def score_texts(
         raise MaxlmError(
             f"no reward model: it has no head {SCORE!r}", where=str(folder), fix=fix
         )
-    encode, length = SftTask().encode_example, run.config.model.max_seq_len
-    tokens = [encode(run.tokenizer, row)[0].tokens for row in rows]
+    max_length = run.config.model.max_seq_len
+    task = SftTask()
+    tokens = []
+    for row in rows:
+        examples = task.encode_example(run.tokenizer, row)
+        tokens.append(examples[0].tokens)
     longest = max(map(len, tokens), default=0)
-    if longest > length:
-        message = f"a text of {longest} tokens, where the model reads {length}"
+    if longest > max_length:
+        message = f"a text of {longest} tokens, where the model reads {max_length}"
         raise MaxlmError(message, where=str(folder), fix="leave it out, or shorten it")
-    return Embedder(run.model, run.params, run.mesh, length).apply_head(tokens, SCORE)[
-        :, 0
-    ]
+    embedder = Embedder(run.model, run.params, run.mesh, max_length)
+    scores = embedder.apply_head(tokens, SCORE)
+    return scores[:, 0]

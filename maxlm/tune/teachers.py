@@ -26,6 +26,7 @@ from maxlm.models.params import Params, bind
 from maxlm.parallel.divergence import StoredTeacher, compute_top_log_probs
 from maxlm.run.load import LoadedRun
 from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.progress import show_progress
 from maxlm.serving.program import load_chat_model, make_engine
 from maxlm.sharding import bind_mesh
@@ -80,41 +81,48 @@ def store_teacher_logits(
         "teacher_temperature": temperature,
     }
     rows = pa.Table.from_struct_array(pa.array([file[i] for i in range(len(file))]))
-    written, writer = 0, None
+    num_written = 0
+    writer = None
     with ExitStack() as stack:
         progress = stack.enter_context(show_progress("rows"))
         stack.enter_context(convert_write_errors(out))
         path = stack.enter_context(replace_file(out))
         for start in range(0, len(file), _BLOCK):
             block = range(len(file))[start : start + _BLOCK]
-            encoded = {
-                i: found for i in block if (found := encode_row(encoder, file, i))
-            }
-            parts = _find_top(
-                loaded, [x["tokens"] for x in encoded.values()], k, temperature
-            )
-            made = []
-            for found, (ids, log_probs) in zip(encoded.values(), parts, strict=True):
-                places = np.flatnonzero(found["weights"])
-                values = ids[places], log_probs[places], found["targets"][places]
-                made.append(write_stored_teacher(*values) | metadata)
-            if made:
-                table = rows.take([*encoded])
-                for column in made[0]:
-                    table = table.append_column(
-                        column, pa.array([each[column] for each in made])
-                    )
-                writer = writer or stack.enter_context(
-                    pa.ipc.new_stream(str(path), table.schema)
+            encoded_rows = {}
+            for index in block:
+                encoded_row = encode_row(encoder, file, index)
+                if encoded_row:
+                    encoded_rows[index] = encoded_row
+            row_tokens = [row["tokens"] for row in encoded_rows.values()]
+            row_tops = _find_top(loaded, row_tokens, k, temperature)
+            # Only of the tokens to learn is anything stored.
+            records = []
+            for row, top in zip(encoded_rows.values(), row_tops, strict=True):
+                ids, log_probs = top
+                places = np.flatnonzero(row["weights"])
+                record = write_stored_teacher(
+                    ids[places], log_probs[places], row["targets"][places]
                 )
+                records.append(record | metadata)
+            if records:
+                table = rows.take([*encoded_rows])
+                for name in records[0]:
+                    column = pa.array([record[name] for record in records])
+                    table = table.append_column(name, column)
+                # The first rows that fit tell the schema.
+                if writer is None:
+                    writer = stack.enter_context(
+                        pa.ipc.new_stream(str(path), table.schema)
+                    )
                 writer.write_table(table)
-            written += len(made)
+            num_written += len(records)
             progress("teacher", block[-1] + 1, len(file))
         if writer is None:
             message = f"no row has at most {encoder.max_length} tokens"
             fix = "raise seq_len"
             raise MaxlmError(message, where=str(files[0]), fix=fix)
-    return written, len(file) - written
+    return num_written, len(file) - num_written
 
 
 def generate_answers(
@@ -126,7 +134,7 @@ def generate_answers(
     settings: Sequence[str] = (),
     mesh: str | None = None,
     step: int | None = None,
-    **sampling: Any,
+    sampling: SamplingConfig | None = None,
 ) -> tuple[int, int]:
     """Writes a model's answers to the prompts of files as rows of prompt and completion
     (.jsonl), from which the task ``sft`` distils sequences.
@@ -136,20 +144,23 @@ def generate_answers(
             out.
         num_answers: to each prompt.
         settings: the engine's, as ``max_sequences=16``.
-        sampling: of :class:`maxlm.config.sampling.SamplingConfig`.
+        sampling: how tokens are drawn; default: :class:`SamplingConfig`'s defaults.
 
     Returns:
         Answers written; those left out: empty, cut off, or to a prompt too long for the
         engine.
     """
     file = open_rows(*files)
-    sampling_config = SamplingConfig(**sampling)
+    if sampling is None:
+        sampling = SamplingConfig()
     loaded = load_chat_model(model, step=step, mesh=mesh)
     engine = make_engine(loaded, settings, warm_up="never")
     rows = [file[i] for i in range(len(file))]
     prompts = [_read_prompt(row, file.locate(i)) for i, row in enumerate(rows)]
-    texts = {}
-    ended = set()
+    num_requested = len(prompts) * num_answers
+    # By answer: (index of the row, number of the answer to it).
+    texts: dict[tuple[int, int], str] = {}
+    ended = set[tuple[int, int]]()
     num_done = 0
 
     def requests() -> Iterator[GenerationRequest]:
@@ -164,9 +175,7 @@ def generate_answers(
                 variables["add_generation_prompt"] = True
                 tokens = encode_chat(loaded.tokenizer, prompt, **variables)
             if len(tokens) < engine.config.max_length:
-                yield GenerationRequest(
-                    str(i), tuple(tokens), sampling_config, num_answers
-                )
+                yield GenerationRequest(str(i), tuple(tokens), sampling, num_answers)
 
     with (
         show_progress("answers") as progress,
@@ -174,44 +183,51 @@ def generate_answers(
         replace_file(out) as path,
     ):
         for output in engine.run(requests()):
-            answer = int(output.request_id), output.sequence_index
+            answer = (int(output.request_id), output.sequence_index)
             texts[answer] = texts.get(answer, "") + output.text
             if output.finish_reason is not None:
                 num_done += 1
-                progress("answers", num_done, len(prompts) * num_answers)
-                ended |= {answer} if output.finish_reason == "stop" else set()
+                progress("answers", num_done, num_requested)
+                if output.finish_reason == "stop":
+                    ended.add(answer)
         finished_answers = [answer for answer in sorted(ended) if texts[answer].strip()]
         with path.open("w", encoding="utf-8") as lines:
             for answer in finished_answers:
-                row = {"prompt": prompts[answer[0]], "completion": texts[answer]}
-                for name in (
-                    "tools",
-                    "chat_template_kwargs",
-                ):  # they belong to the prompt
-                    if rows[answer[0]].get(name):
-                        row[name] = rows[answer[0]][name]
+                row_index, _ = answer
+                prompt_row = rows[row_index]
+                row = {"prompt": prompts[row_index], "completion": texts[answer]}
+                # They belong to the prompt.
+                for name in ("tools", "chat_template_kwargs"):
+                    if prompt_row.get(name):
+                        row[name] = prompt_row[name]
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return len(finished_answers), len(prompts) * num_answers - len(finished_answers)
+    num_finished = len(finished_answers)
+    return num_finished, num_requested - num_finished
 
 
 def _find_top(
     loaded: LoadedRun, rows: Sequence[np.ndarray], k: int, temperature: float
 ) -> list[tuple[np.ndarray, ...]]:
     """Ids [S, k] and log-probabilities [S, k + 1] of each of some rows of S tokens."""
-    values_by_answer: dict[int, tuple[np.ndarray, ...]] = {}
-    ways = prod(loaded.mesh.shape[axis] for axis in loaded.model.rules.batch)
+    model_config = loaded.config.model
+    num_top = min(k, model_config.vocab_size)
+    num_batch_shards = prod(
+        loaded.mesh.shape[axis] for axis in loaded.model.rules.batch
+    )
     run = bind_mesh(loaded.mesh, _compute_top)
-    length = loaded.config.model.max_seq_len
-    for batch, tokens, lengths in iterate_padded_batches(
-        [r.tolist() for r in rows], length, ways
-    ):
-        size = min(k, loaded.config.model.vocab_size)
+    batches = iterate_padded_batches(
+        [row.tolist() for row in rows], model_config.max_seq_len, num_batch_shards
+    )
+    # Batches are of rows of like lengths, in another order than the rows'.
+    row_tops: dict[int, tuple[np.ndarray, ...]] = {}
+    for indices, tokens, lengths in batches:
         top = jax.device_get(
-            run(loaded.model, size, temperature, loaded.params, tokens, lengths)
+            run(loaded.model, num_top, temperature, loaded.params, tokens, lengths)
         )
-        for place, index in enumerate(batch):
-            values_by_answer[index] = tuple(a[place, : lengths[place]] for a in top)
-    return [values_by_answer[index] for index in range(len(rows))]
+        for place, index in enumerate(indices):
+            length = lengths[place]
+            row_tops[index] = tuple(array[place, :length] for array in top)
+    return [row_tops[index] for index in range(len(rows))]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -230,7 +246,7 @@ def _compute_top(
     )
 
 
-def _read_prompt(row: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+def _read_prompt(row: JsonObject, where: str) -> str | list[JsonObject]:
     """Returns a row's prompt, or its messages before the last answer."""
     if row.get("messages") is None:
         return get_column(row, "prompt")

@@ -18,6 +18,7 @@ from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWrite
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import make_new_folder, open_run_checkpoint
+from maxlm.runtime.json_types import JsonObject
 from maxlm.sharding import AxisRules
 
 _LARGEST_MULTIPLE = 128
@@ -32,9 +33,8 @@ def grow_vocabulary(config: RunConfig) -> RunConfig:
     extended, or a base with an adapter of its own."""
     start = config.train.start_from
     special_tokens = config.tokenizer.extra_special_tokens
-    special_tokens += (
-        CHAT_TOKENS[config.tokenizer.chat] if config.tokenizer.chat else ()
-    )
+    if config.tokenizer.chat:
+        special_tokens += CHAT_TOKENS[config.tokenizer.chat]
     if start is None or config.tokenizer.path is not None or not special_tokens:
         return config
     base = load_tokenizer(Path(start, "tokenizer"))
@@ -51,13 +51,17 @@ def grow_vocabulary(config: RunConfig) -> RunConfig:
     train = config.train.model_copy(update={"start_from": str(target)})
     adapter = config.adapter
     if isinstance(adapter, LoraAdapter) and not adapter.token_ids:
-        new = (
-            i
-            for literal, i in tokenizer.special.ids.items()
-            if literal not in base.special.ids
-        )
-        ids = {"token_ids": tuple(sorted(new)), "token_head": not model.tie_embeddings}
-        adapter = adapter.model_copy(update=ids)
+        new_ids = [
+            token_id
+            for token, token_id in tokenizer.special.ids.items()
+            if token not in base.special.ids
+        ]
+        # A head that is not the table has rows of its own to train.
+        trained_rows = {
+            "token_ids": tuple(sorted(new_ids)),
+            "token_head": not model.tie_embeddings,
+        }
+        adapter = adapter.model_copy(update=trained_rows)
     return config.model_copy(
         update={"model": model, "train": train, "adapter": adapter}
     )
@@ -83,31 +87,30 @@ def write_grown_run(
     never trained, and begin so too."""
     config, reader = open_run_checkpoint(source, None)
     if config.adapter is not None:
-        problem = "its vocabulary cannot grow: the run has an adapter"
+        message = "its vocabulary cannot grow: the run has an adapter"
         fix = "merge it: maxlm convert it, and tune the folder that this makes"
-        raise MaxlmError(problem, where=str(source), fix=fix)
+        raise MaxlmError(message, where=str(source), fix=fix)
     size = compute_grown_size(config.model.vocab_size, num_rows)
     model = config.model.model_copy(update={"vocab_size": size})
-    specs = flatten_names(
-        param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32))
-    )
+    old_model = config.model.build(rules=AxisRules(), dtype=jnp.float32)
+    specs = flatten_names(param_specs(old_model))
     metadata = read_metadata(reader.folder)
     published = metadata.get("published") or {}
     origin = {key: published[key] for key in ("family", "tokens") if key in published}
-    changed = config.model_copy(update={"model": model, "name": target.name})
+    grown_config = config.model_copy(update={"model": model, "name": target.name})
     with make_new_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
         for name, spec in specs.items():
             _copy_param(reader, writer, name, spec, old.vocab_size, size, folder)
-        writer.commit(
-            {
-                "config": changed.model_dump(mode="json"),
-                "tokenizer": tokenizer.fingerprint,
-                **({"published": origin} if origin else {}),
-            }
-        )
+        grown_metadata: JsonObject = {
+            "config": grown_config.model_dump(mode="json"),
+            "tokenizer": tokenizer.fingerprint,
+        }
+        if origin:
+            grown_metadata["published"] = origin
+        writer.commit(grown_metadata)
         tokenizer.save(folder / "tokenizer")
-        (folder / "config.yaml").write_text(to_yaml(changed))
+        (folder / "config.yaml").write_text(to_yaml(grown_config))
 
 
 def _copy_param(
@@ -128,9 +131,8 @@ def _copy_param(
             for index in np.ndindex(*spec.shape[:lead]):
                 writer.write(name, index, read(index).astype(np.float32))
         return
-    values = grow_table(
-        reader.open(name).read(), spec.axes.index("vocab"), num_old_ids, size
-    )
+    vocab_axis = spec.axes.index("vocab")
+    values = grow_table(reader.open(name).read(), vocab_axis, num_old_ids, size)
     writer.declare(name, values.shape)
     writer.write(name, (), values)
 

@@ -375,7 +375,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(runs, disk, monkeypatch):
     assert code == 2
     assert [line for line in err if not line.startswith(("step ", "error: "))] == []
     assert err[-1].startswith(f"error: {home}: a checkpoint was not written (")
-    assert err[-1].endswith(f"{FULL}); free some space or rights, resume")
+    assert err[-1].endswith(f"{FULL}); free disk space or fix permissions, then rerun")
 
     fill(disk, None)
     with monkeypatch.context() as patch:

@@ -12,8 +12,8 @@ from urllib.request import urlopen
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.run import reporting_config
 from maxlm.run.reporting_config import ReportingConfig, WandbConfig
-from maxlm.train import records as records_module
 from maxlm.train.prometheus import PrometheusSink
 from maxlm.train.records import MetricsLog, read_records
 from tests.errors import message
@@ -239,7 +239,7 @@ def test_missing_package_is_reported_before_anything_is_opened(tmp_path, monkeyp
         ),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(records_module, "find_spec", lambda name: None)
+            patch.setattr(reporting_config, "find_spec", lambda name: None)
             text = message(ReportingConfig.model_validate(settings).check_packages)
         assert (
             text == f"{where}; pip install 'maxlm[reporting]', or leave the setting out"

@@ -131,7 +131,7 @@ def test_a_student_of_text_learns_features_from_a_run_it_started_from(home, tmp_
 
 
 def test_answers_are_the_engines(home, tmp_path, monkeypatch):
-    own = {"temperature": 0.0, "max_new_tokens": 6}
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=6)
     settings = [
         "max_sequences=4",
         "max_chunks=1",
@@ -141,7 +141,7 @@ def test_answers_are_the_engines(home, tmp_path, monkeypatch):
     rows, out = home / "rows.jsonl", tmp_path / "answers.jsonl"
     model = str(home / "tiny")
     cut = generate_answers(
-        model, [rows], tmp_path / "none.jsonl", settings=settings, **own
+        model, [rows], tmp_path / "none.jsonl", settings=settings, sampling=sampling
     )
     assert sum(cut) == 9
 
@@ -155,7 +155,9 @@ def test_answers_are_the_engines(home, tmp_path, monkeypatch):
         return engine
 
     monkeypatch.setattr("maxlm.tune.teachers.make_engine", make_ending_engine)
-    written, left_out = generate_answers(model, [rows], out, settings=settings, **own)
+    written, left_out = generate_answers(
+        model, [rows], out, settings=settings, sampling=sampling
+    )
     made = [json.loads(line) for line in out.read_text().splitlines()]
     assert (len(made), written + left_out) == (written, 9)
     assert written > max(4, cut[0])
@@ -166,7 +168,7 @@ def test_answers_are_the_engines(home, tmp_path, monkeypatch):
         loaded.params,
         loaded.tokenizer,
         prompts,
-        SamplingConfig(**own),
+        sampling,
     )
     found = [texts[i] for i, texts in enumerate(search_text(*parts, num_beams=None))]
     assert [row["completion"] for row in made[:3]] == found
