@@ -127,7 +127,7 @@ check: $(ready) ## formatting, lint, types, directions of imports, names
 	$(bin)/ruff check .
 	$(bin)/pyright --pythonpath $(bin)/python
 	$(bin)/lint-imports
-	$(bin)/python .ci/check_names.py
+	$(bin)/python .ci/check_plain.py
 
 format: $(ready) ## format the code
 	$(bin)/ruff format .

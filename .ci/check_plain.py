@@ -1,6 +1,7 @@
 """Checks that code is written plainly: check_plain.py [FOLDER_OR_FILE ...].
 
-What it cannot see is in CONTRIBUTING.md: whether a stranger reads it without stopping.
+It finds places and says what to write instead; exit code 1: there are some. What it
+cannot see is whether a stranger reads the code without stopping.
 """
 
 import ast
@@ -85,8 +86,10 @@ def find_broad_excepts(tree: ast.Module, lines: list[str]) -> Iterator[Finding]:
             continue
         caught = ast.walk(node.type) if node.type else [ast.Name("Exception")]
         names = {part.id for part in caught if isinstance(part, ast.Name)}
-        # A comment in the line, behind it, or on one of its own within the clause.
-        clause = lines[node.lineno - 1 : node.body[0].lineno]
+        if isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None:
+            continue  # It hides nothing: the error goes on.
+        # A comment above the clause, in its line, or above its first statement.
+        clause = lines[node.lineno - 2 : node.body[0].lineno]
         if names & BROAD_ERRORS and not any("#" in line for line in clause):
             error = sorted(names & BROAD_ERRORS)[0]
             fix = "check the input first, or say in a comment why nothing else helps"

@@ -11,7 +11,6 @@ import jax
 from maxlm.config import MaxlmError
 from maxlm.models.params import (
     Initializer,
-    Leaf,
     Params,
     ParamSpec,
     StoredParam,
@@ -26,7 +25,7 @@ EXPERTS = "experts"
 def replace_targets(
     specs: Params,
     targets: Sequence[str] | None,
-    adapt: Callable[[str, ParamSpec], Leaf],
+    adapt: Callable[[str, ParamSpec], StoredParam],
 ) -> Params:
     """Returns declarations with ``adapt(name, spec)`` in place of the targets.
     ``targets``: names of maps, such as ``query`` or ``mlp.up``, or patterns of their

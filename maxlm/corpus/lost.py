@@ -91,7 +91,7 @@ class _Removed:
     Stages are named by their places in `VerdictPlan.stages`.
     """
 
-    kept: list[int] = field(default_factory=list)
+    kept_numbers: list[int] = field(default_factory=list)
     """Numbers of kept documents."""
     kept_digests: list[tuple[int, bytes]] = field(default_factory=list)
     """Digests of kept documents, each with the number of the stage that compares
@@ -233,7 +233,7 @@ def _add_document(
         texts: the text as each stage of the plan read it.
     """
     if is_kept:
-        removed.kept.append(number)
+        removed.kept_numbers.append(number)
     digests = []
     look_alikes = []
     cuts: list[tuple[int, str, list[Span]]] = []
@@ -358,7 +358,7 @@ def _find_lost_documents(
 ) -> list[_DroppedDocument]:
     """Finds dropped documents that are like no kept one."""
     kept_digests = {digest for part in removed for digest in part.kept_digests}
-    kept = {number for part in removed for number in part.kept}
+    kept_numbers = {number for part in removed for number in part.kept_numbers}
     without_copy = [
         document
         for part in removed
@@ -379,7 +379,7 @@ def _find_lost_documents(
 
     def is_like_kept(document: _DroppedDocument) -> bool:
         for stage, look_alike in document.look_alikes:
-            if look_alike in kept and _are_alike(
+            if look_alike in kept_numbers and _are_alike(
                 sketches[stage, document.number],
                 sketches[stage, look_alike],
                 _get_near_stage(plan, stage).jaccard,

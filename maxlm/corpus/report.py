@@ -102,7 +102,7 @@ class CorpusSummary:
     the order of shards."""
     dropped: dict[str, list[Sample]] = field(default_factory=dict)
     """Examples that a rule alone drops of what the rules before leave, by rule."""
-    kept: list[Sample] = field(default_factory=list)
+    kept_samples: list[Sample] = field(default_factory=list)
     """Examples that all rules keep."""
 
     def add(self, other: "CorpusSummary") -> None:
@@ -117,7 +117,7 @@ class CorpusSummary:
             self.add_values(label, sample)
         for rule, samples in other.dropped.items():
             self.add_dropped(rule, samples)
-        self.add_kept(other.kept)
+        self.add_kept(other.kept_samples)
 
     def add_dropped(self, rule: str, samples: Sequence[Sample]) -> None:
         """Adds examples of documents that a rule drops."""
@@ -126,7 +126,7 @@ class CorpusSummary:
 
     def add_kept(self, samples: Sequence[Sample]) -> None:
         """Adds examples of documents that all rules keep."""
-        self.kept = heapq.nsmallest(SAMPLES, [*self.kept, *samples])
+        self.kept_samples = heapq.nsmallest(SAMPLES, [*self.kept_samples, *samples])
 
     def add_values(self, label: str, sample: np.ndarray) -> None:
         """Adds values of a label, see `value_samples`."""
@@ -324,7 +324,7 @@ def write_report(
             (name, rule.text, summary.dropped.get(name, []))
             for name, rule in rules.keep.items()
         ],
-        kept=summary.kept,
+        kept=summary.kept_samples,
         mixture=_list_mixture(summary),
         cut=", ".join(rules.cut),
         unfinished=corpus.unfinished,

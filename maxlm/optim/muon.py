@@ -37,7 +37,9 @@ def _make_muon(config: OptimizerConfig, specs: Params) -> optax.GradientTransfor
         lambda spec: spec if spec.role == "matrix" else optax.MaskedNode(), specs
     )
 
-    def scale_all_to_rms(updates: Params, params: Params | None = None) -> Params:
+    def scale_all_to_rms(
+        updates: optax.Updates, params: optax.Params | None = None
+    ) -> optax.Updates:
         del params
         return jax.tree.map(scale_to_rms, updates, matrices)
 

@@ -40,7 +40,7 @@ def make_optimizer(
         by_rule = _make_sign_rule(config.rule_step)
         inner = optax.partition({"gradient": by_gradient, "rule": by_rule}, labels)
 
-    def init(params: Params) -> optax.OptState:
+    def init(params: Any) -> optax.OptState:
         trained, _ = split_params(params, specs)
         return inner.init(trained)
 
@@ -68,7 +68,9 @@ def _make_sign_rule(step: float) -> optax.GradientTransformation:
     """Makes the rule of routers' selection biases: a step against the sign of the
     expert's excess load (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
 
-    def update(updates: Params, params: Params | None = None) -> Params:
+    def update(
+        updates: optax.Updates, params: optax.Params | None = None
+    ) -> optax.Updates:
         del params
         return jax.tree.map(lambda g: -step * jnp.sign(g), updates)
 

@@ -317,7 +317,8 @@ def _run_1f1b(
         batch,
         sums_cotangent=make_sums_cotangent,
     )
-    return (total + aux.loss, sums | aux.sums), d_ends | {"layers": d_layers}
+    all_sums: Sums = {**sums, **aux.sums}
+    return (total + aux.loss, all_sums), d_ends | {"layers": d_layers}
 
 
 def convert_sums_to_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

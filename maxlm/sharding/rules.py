@@ -19,7 +19,7 @@ ZeRO-3, FSDP (the default)  fsdp       fsdp       fsdp       null
 """
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from jax.sharding import PartitionSpec
 from pydantic import BeforeValidator, Field
@@ -72,7 +72,7 @@ class AxisRules(Config):
     def for_mesh(self, sizes: Mapping[str, int]) -> "AxisRules":
         """Returns these rules for a mesh's sizes: axes of size 1 split nothing and are
         left out."""
-        rules = {
+        rules: dict[str, Any] = {
             axis: tuple(name for name in self.mesh_axes(axis) if sizes[name] > 1)
             for axis in LOGICAL_AXES
         }

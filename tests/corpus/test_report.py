@@ -63,7 +63,9 @@ def test_samples_fell_where_the_report_says(figures):
     )
     for sample in summary.dropped["unique"]:
         assert sample.labels["exact.duplicate"] or sample.labels["near.duplicate"]
-    assert all(sample.labels["heuristics.words"] >= 20 for sample in summary.kept)
+    assert all(
+        sample.labels["heuristics.words"] >= 20 for sample in summary.kept_samples
+    )
 
 
 class Page(HTMLParser):

@@ -38,13 +38,13 @@ class PiiMatch(NamedTuple):
 
 def remove_overlaps(matches: Iterable[PiiMatch]) -> list[PiiMatch]:
     """Returns the matches in order; of those that overlap, one."""
-    kept: list[PiiMatch] = []
+    separate: list[PiiMatch] = []
     for match in sorted(matches):
-        if not kept or match.start >= kept[-1].end:
-            kept.append(match)
-        elif _PRIORITY.index(match.kind) < _PRIORITY.index(kept[-1].kind):
-            kept[-1] = match
-    return kept
+        if not separate or match.start >= separate[-1].end:
+            separate.append(match)
+        elif _PRIORITY.index(match.kind) < _PRIORITY.index(separate[-1].kind):
+            separate[-1] = match
+    return separate
 
 
 def get_preceding_words(text: str, start: int) -> str:

@@ -212,13 +212,13 @@ def train_classifier(
     model.fit(features[trained], labels[trained])
     weights = model.coef_[0].astype(np.float32)
     # As float64, as `Classifier.predict_proba` has it.
-    scores = features @ weights.astype(np.float64)
+    scores = np.asarray(features @ weights.astype(np.float64))
 
     # Platt's calibration: a logistic regression of the score alone.
     platt = LogisticRegression(C=100)
     platt.fit(scores[calibrated, None], labels[calibrated])
     scale = float(np.asarray(platt.coef_)[0, 0])
-    offset = float(platt.intercept_[0])
+    offset = float(np.asarray(platt.intercept_)[0])
     probabilities = expit(scale * scores + offset)
     threshold, is_reached = choose_threshold(
         probabilities[calibrated],

@@ -47,8 +47,10 @@ def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64
     result = _feistel(x, bits, keys)
     # Cycle walking: what falls outside range(n) is permuted again. The domain is less
     # than 2n (n > 2), so half of what is left falls inside at each turn.
-    while (outside := np.flatnonzero(result >= np.uint64(n))).size:
+    outside = np.flatnonzero(result >= np.uint64(n))
+    while outside.size:
         result[outside] = _feistel(result[outside], bits, keys[outside])
+        outside = np.flatnonzero(result >= np.uint64(n))
     return result.astype(np.int64)
 
 

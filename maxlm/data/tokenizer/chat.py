@@ -85,7 +85,7 @@ def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any
+    tokenizer: Tokenizer, messages: Sequence[Message], **variables: object
 ) -> str:
     """Renders a conversation as the text that the model was, or shall be, trained on.
 
@@ -98,7 +98,7 @@ def render_chat(
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any
+    tokenizer: Tokenizer, messages: Sequence[Message], **settings: object
 ) -> list[int]:
     """Returns the ids of ``render_chat``, with special tokens where the template put
     them.
@@ -134,7 +134,7 @@ def render_escaped_chat(
     messages: Sequence[Message],
     *,
     continues_last: bool = False,
-    **settings: Any,
+    **settings: object,
 ) -> EscapedChat:
     """Renders a conversation to be encoded later: the first half of
     :func:`encode_chat`.
@@ -159,7 +159,7 @@ def encode_chat_turns(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     turns: Sequence[int],
-    **settings: Any,
+    **settings: object,
 ) -> tuple[list[int], list[range]]:
     """Returns the ids of ``encode_chat``, and the places among them that each of
     ``turns`` (messages by index, in order) wrote: what the template marks as {%
@@ -263,7 +263,7 @@ def _find_last_special_end(ids: Sequence[int], special_ids: set[int]) -> int | N
 
 
 def check_tools_are_written(
-    tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any
+    tokenizer: Tokenizer, messages: Sequence[Message], **variables: object
 ) -> None:
     """Checks that the chat template writes every tool, call and result of a
     conversation: many templates know none and pass them over. Raises MaxlmError, which
@@ -361,7 +361,7 @@ def _make_template_variables(
     messages: Sequence[Message],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    **variables: Any,
+    **variables: object,
 ) -> dict[str, Any]:
     """The variables that a template sees, as plain data: it has no methods that the
     sandbox does not know."""
@@ -469,6 +469,7 @@ def _name_as_templates_do(message: Message) -> Message:
 def _to_json(value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
+    # What json raises of values that are not plain data.
     except (TypeError, ValueError, RecursionError) as error:
         message = f"a conversation must be plain data: {error}"
         fix = "give str, numbers, lists and mappings"

@@ -42,8 +42,8 @@ class _BudgetConfig(CacheConfig):
         name = "num_sinks" if self.kind == "sinks" else "recent"
         tokens = getattr(self, name)
         if tokens >= self.budget:
-            what = f"{name}={tokens} leaves nothing of budget={self.budget}"
-            raise MaxlmError(what, fix=f"raise budget, or lower {name}")
+            message = f"{name}={tokens} leaves nothing of budget={self.budget}"
+            raise MaxlmError(message, fix=f"raise budget, or lower {name}")
         return self
 
 

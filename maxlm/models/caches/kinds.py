@@ -111,23 +111,25 @@ def _list_page_specs(layout: CacheLayout, sizes: KeyValueSizes) -> list[CacheArr
 
 
 def _make_paged_spec(layout: CacheLayout, sizes: KeyValueSizes) -> PagedCache:
-    return PagedCache(*_list_page_specs(layout, sizes), *sizes.missing)
+    # Declarations stand in a cache's place of arrays, here and below.
+    pages: list[Any] = _list_page_specs(layout, sizes)
+    return PagedCache(*pages, *sizes.missing)
 
 
 def _make_quantized_spec(layout: CacheLayout, sizes: KeyValueSizes) -> AttentionCache:
     config: Any = layout.cache
-    pages = _list_page_specs(layout, sizes)
+    pages: list[Any] = _list_page_specs(layout, sizes)
     ring = count_ring_pages(config.recent, layout.page_size)
     window = sizes.window
     if window is not None and window <= (ring - 1) * layout.page_size:
         # All that a token sees would be kept as it is.
         return PagedCache(*pages, *sizes.missing)
     # Keys have a scale per channel, values one per token (KIVI, section 3).
-    codes = [
+    codes: list[Any] = [
         quantized_pages_spec(spec, config.kind, per_channel=index == 0)
         for index, spec in enumerate(pages)
     ]
-    recent = []
+    recent: list[Any] = []
     for spec in pages:
         shape = (layout.num_shards, layout.num_rows, ring, *spec.shape[2:])
         axes = (*sizes.axes[:2], None, *spec.axes[2:])
@@ -139,10 +141,12 @@ def _make_evicting_spec(layout: CacheLayout, sizes: KeyValueSizes) -> EvictingCa
     config: Any = layout.cache
     room = min(config.budget, sizes.window or config.budget)
     shape = (layout.num_shards, layout.num_rows, sizes.num_kv_heads, room)
-    specs = [CacheArraySpec((*shape, size), sizes.axes) for size in sizes.sizes]
+    specs: list[Any] = [
+        CacheArraySpec((*shape, size), sizes.axes) for size in sizes.sizes
+    ]
     key, value = [*specs, *sizes.missing]
-    positions = CacheArraySpec(shape, sizes.axes[:-1], jnp.int32)
-    scores = CacheArraySpec(shape, sizes.axes[:-1], jnp.float32)
+    positions: Any = CacheArraySpec(shape, sizes.axes[:-1], jnp.int32)
+    scores: Any = CacheArraySpec(shape, sizes.axes[:-1], jnp.float32)
     if isinstance(config, SinksCacheConfig):
         return EvictingCache(key, value, positions, None, config)
     return EvictingCache(key, value, positions, scores, config)
