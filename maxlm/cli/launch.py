@@ -4,21 +4,25 @@ import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from maxlm.cli.common import ConfigArgument, SettingsArgument
 from maxlm.config import MaxlmError
+from maxlm.launch.schedulers import SCHEDULERS
 from maxlm.runtime.files import convert_write_errors
 
 
 def command(
     context: typer.Context,
     scheduler: Annotated[
-        Literal["slurm", "jobset", "skypilot", "ray", "tpu-vm"],
-        Argument(help="The scheduler that starts the job."),
+        str,
+        Argument(
+            help=f"The scheduler that starts the job: {', '.join(SCHEDULERS.kinds())}.",
+            autocompletion=SCHEDULERS.kinds,
+        ),
     ],
     config: ConfigArgument,
     settings: SettingsArgument = None,
@@ -105,18 +109,16 @@ def command(
     """
     import jax
 
-    from maxlm.launch.job import SPOT_GRACE_SECONDS, is_containerized, make_job
+    from maxlm.launch.make_job import make_job
     from maxlm.launch.options import JobOptions
-    from maxlm.launch.places import (
-        can_see_submitting_machine,
-        find_placeholder_settings,
-        make_placeholder_settings,
-    )
+    from maxlm.launch.places import find_placeholder_settings, make_placeholder_settings
     from maxlm.launch.render import job_file_path, render_job, submit_job
+    from maxlm.launch.schedulers import get_scheduler
     from maxlm.plan.known_errors import format_known_time_errors
     from maxlm.plan.show import format_prediction
     from maxlm.run.load_config import load_run_config
 
+    target = get_scheduler(scheduler)
     # Planning touches no accelerator of this machine's.
     jax.config.update("jax_platforms", "cpu")
     # Each field of JobOptions is an option of this name; None: it is not given.
@@ -130,10 +132,8 @@ def command(
     run = load_run_config(config, all_settings)
     placeholders = []
     if not submitting:
-        in_container = is_containerized(scheduler, options)
-        sees_files = can_see_submitting_machine(
-            scheduler, in_container, template is not None
-        )
+        has_template = template is not None
+        sees_files = has_template or target.sees_submitting_machine(options)
         placeholders = make_placeholder_settings(run, sees_files=sees_files)
     if placeholders:
         all_settings += placeholders
@@ -173,11 +173,8 @@ def command(
     _print_note(f"planned: {format_prediction(plan)}")
     if plan.known_time_errors:
         _print_note(f"note: {format_known_time_errors(plan.known_time_errors)}")
-    if scheduler == "jobset" and spot and options.grace > SPOT_GRACE_SECONDS:
-        _print_note(
-            f"note: GKE's Spot nodes give {SPOT_GRACE_SECONDS} s, not {options.grace}, "
-            f"unless their pool says so"
-        )
+    for note in target.list_notes(options):
+        _print_note(f"note: {note}")
     for path in written:
         _print_note(f"written: {path}")
     if submitting:

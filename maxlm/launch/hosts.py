@@ -17,15 +17,6 @@ _GKE_GPUS = {
 }
 # SkyPilot's A100 has 40 GB.
 _SKYPILOT_GPUS = {"a100": "A100-80GB"}
-# Kinds of machines that a scheduler's template is written for.
-_PLATFORMS = {
-    "slurm": ("gpu", "cpu"),
-    "jobset": ("tpu", "gpu"),
-    "skypilot": ("tpu", "gpu"),
-    "ray": ("gpu", "cpu"),
-    "tpu-vm": ("tpu",),
-}
-_ONE_SLICE = ("skypilot", "tpu-vm")
 
 
 @dataclass(frozen=True)
@@ -56,24 +47,15 @@ class JobHosts:
         return self.platform == "cpu" or self.count > 1 or self.devices == 8
 
 
-def resolve_hosts(
-    topology: Topology, scheduler: str, machine: str, nodes: int | None
-) -> JobHosts:
-    """Returns the hosts of a machine. Raises MaxlmError: the scheduler has none such,
-    or the hosts do not share the devices evenly.
+def resolve_hosts(topology: Topology, machine: str, nodes: int | None) -> JobHosts:
+    """Returns the hosts of a machine. Raises MaxlmError: they do not share its devices
+    evenly.
 
     Args:
-        machine: the machine's, for messages.
+        machine: the machine's name, for messages.
         nodes: how many hosts a CPU machine has; of others the name tells.
     """
     platform = topology.platform
-    if platform not in _PLATFORMS[scheduler]:
-        able = [name for name, platforms in _PLATFORMS.items() if platform in platforms]
-        message = f"{scheduler} is not for {platform.upper()}s, and {machine} is one"
-        raise MaxlmError(message, fix=f"use {' or '.join(able)}")
-    if scheduler in _ONE_SLICE and platform == "tpu" and topology.slices > 1:
-        message = f"{scheduler} starts one slice, and {machine} is {topology.slices}"
-        raise MaxlmError(message, fix="use jobset")
     if platform == "cpu":
         nodes = nodes or 1
         if topology.devices % nodes:

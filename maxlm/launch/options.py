@@ -1,9 +1,8 @@
-"""Options of a job: which scheduler takes which, and how each is written."""
+"""Options of a job, and how each is written."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
 from maxlm.config import MaxlmError
 
@@ -17,77 +16,42 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def _only(*schedulers: str, default: Any = None) -> Any:
-    """Makes an option that these schedulers alone have a use for."""
-    return field(default=default, metadata={"schedulers": schedulers})
-
-
 @dataclass(frozen=True)
 class JobOptions:
-    """Settings of a job; None or empty: the scheduler's own default."""
+    """Settings of a job; None or empty: the scheduler's own default. A
+    :class:`~maxlm.launch.schedulers.scheduler.JobScheduler` says which it takes."""
 
-    name: str | None = _only("slurm", "jobset", "skypilot", "tpu-vm")
-    nodes: int | None = _only("slurm", "ray")
-    image: str | None = _only("slurm", "jobset", "skypilot")
-    queue: str | None = _only("slurm", "jobset")
-    account: str | None = _only("slurm")
-    namespace: str | None = _only("jobset")
-    priority: str | None = _only("slurm", "jobset", "skypilot")
-    reservation: str | None = _only("slurm", "jobset")
-    spot: bool = _only("jobset", "skypilot", default=False)
-    time: str | None = _only("slurm")
-    retries: int = _only("slurm", "jobset", "ray", "tpu-vm", default=100)
-    grace: int = _only("slurm", "jobset", "ray", default=120)
+    name: str | None = None
+    nodes: int | None = None
+    image: str | None = None
+    queue: str | None = None
+    account: str | None = None
+    namespace: str | None = None
+    priority: str | None = None
+    reservation: str | None = None
+    spot: bool = False
+    time: str | None = None
+    retries: int = 100
+    grace: int = 120
     """Seconds from the notice of a preemption to its end."""
     env: tuple[str, ...] = ()
-    secret: tuple[str, ...] = _only("slurm", "jobset", "skypilot", default=())
-    mount: tuple[str, ...] = _only("slurm", "jobset", "skypilot", default=())
-    node_selector: tuple[str, ...] = _only("jobset", default=())
-    service_account: str | None = _only("jobset")
-    zone: str | None = _only("skypilot", "tpu-vm")
-    project: str | None = _only("tpu-vm")
+    secret: tuple[str, ...] = ()
+    mount: tuple[str, ...] = ()
+    node_selector: tuple[str, ...] = ()
+    service_account: str | None = None
+    zone: str | None = None
+    project: str | None = None
     maxlm: str = "maxlm"
 
 
-_INSTEAD = {
-    "image": "install maxlm on its hosts, and name it by --maxlm if it is not on their "
-    "PATH",
-    "secret": "set the variable on its hosts",
-    "mount": "mount it on its hosts",
-    "spot": "ask for such machines where they are made",
-    "retries": "leave it out: SkyPilot starts again after 75 and 76 as often as it "
-    "takes",
-}
+def is_plain_word(text: str) -> bool:
+    """Returns whether text can stand in a job's header as it is."""
+    return _PLAIN.fullmatch(text) is not None
 
 
-def supports_option(scheduler: str, option: str) -> bool:
-    """Returns whether a scheduler takes an option."""
-    takers = JobOptions.__dataclass_fields__[option].metadata.get("schedulers")
-    return takers is None or scheduler in takers
-
-
-def check_options(options: JobOptions, scheduler: str) -> None:
-    """Checks that each option is one that the scheduler takes, and in a form that a
-    job's file can hold. Raises MaxlmError: one is not."""
-    for option in fields(options):
-        name = f"--{option.name.replace('_', '-')}"
-        value = getattr(options, option.name)
-        # `maxlm` is quoted where it is written; the others stand as they are.
-        is_written_plainly = isinstance(value, str) and option.name != "maxlm"
-        if is_written_plainly and not _PLAIN.fullmatch(value):
-            raise MaxlmError(f"{name} '{value}' is not one plain word")
-        is_given = value != option.default
-        if is_given and not supports_option(scheduler, option.name):
-            takers = ", ".join(option.metadata["schedulers"])
-            fix = _INSTEAD.get(option.name, f"leave it out ({takers} has it)")
-            raise MaxlmError(f"{scheduler} has no use for {name}", fix=fix)
-    if scheduler == "slurm" and options.mount and not options.image:
-        raise MaxlmError(
-            "--mount is into a container", fix="add --image, or leave it out"
-        )
-    if scheduler == "jobset" and not options.image:
-        fix = "add --image; launch/images/ has files to build one from"
-        raise MaxlmError("jobset runs a container, and none is named", fix=fix)
+def is_variable_name(text: str) -> bool:
+    """Returns whether text can name a variable of the environment."""
+    return _NAME.fullmatch(text) is not None
 
 
 def parse_env(pairs: Sequence[str]) -> dict[str, str]:
@@ -124,26 +88,6 @@ def split_pairs(
     return values
 
 
-def parse_secrets(pairs: Sequence[str], scheduler: str) -> dict[str, tuple[str, str]]:
-    """Parses the source of each secret variable: a Kubernetes secret and its key; for
-    the other schedulers nothing but its name."""
-    sources: dict[str, tuple[str, str]] = {}
-    for pair in pairs:
-        name, equals, source = pair.partition("=")
-        secret, _, key = source.partition("/")
-        is_name = _NAME.fullmatch(name) is not None
-        if scheduler == "jobset" and not (is_name and secret and key):
-            message = f"--secret {name} does not name a Kubernetes secret and its key"
-            raise MaxlmError(message, fix="write --secret HF_TOKEN=huggingface/token")
-        if scheduler != "jobset" and (equals or not is_name):
-            message = f"--secret {name}: {scheduler} takes the variable's name alone"
-            fix = f"set {name} in the environment you submit from, and write "
-            fix += f"--secret {name}"
-            raise MaxlmError(message, fix=fix)
-        sources[name] = (secret, key)
-    return sources
-
-
 @dataclass(frozen=True)
 class Mount:
     """A folder in the job's container, and what is mounted there."""
@@ -169,30 +113,14 @@ class Mount:
         return "/".join(folders).rstrip("/")
 
 
-def parse_mounts(pairs: Sequence[str], scheduler: str) -> tuple[Mount, ...]:
-    """Parses mounts, ``SOURCE:PATH`` each, of sources that the scheduler can mount."""
-    mounts = []
-    for pair in pairs:
-        source, _, path = pair.rpartition(":")
-        if not source or not path.startswith("/") or path.startswith("//"):
-            fix = "write --mount gs://bucket/folder:/data"
-            raise MaxlmError(f"--mount {pair} is not SOURCE:/PATH", fix=fix)
-        check_url(source, "--mount")
-        mount = Mount(source, path.rstrip("/") or "/")
-        if scheduler == "slurm":
-            is_mountable = source.startswith("/")
-            mountable = "a folder of its hosts"
-        elif scheduler == "jobset":
-            is_mountable = source.startswith("gs://") or not mount.bucket
-            mountable = "gs://, a volume claim's name or a folder of its hosts"
-        else:  # skypilot: no other scheduler takes --mount
-            is_mountable = bool(mount.bucket)
-            mountable = "gs:// and s3://"
-        if not is_mountable:
-            message = f"{scheduler} cannot mount {source}"
-            raise MaxlmError(message, fix=f"use {mountable}")
-        mounts.append(mount)
-    return tuple(mounts)
+def split_mount(pair: str) -> Mount:
+    """Parses a mount, ``SOURCE:PATH``."""
+    source, _, path = pair.rpartition(":")
+    if not source or not path.startswith("/") or path.startswith("//"):
+        fix = "write --mount gs://bucket/folder:/data"
+        raise MaxlmError(f"--mount {pair} is not SOURCE:/PATH", fix=fix)
+    check_url(source, "--mount")
+    return Mount(source, path.rstrip("/") or "/")
 
 
 _URL = re.compile(

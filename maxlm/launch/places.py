@@ -8,7 +8,8 @@ from typing import Any, get_args, get_type_hints
 
 from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.documents.config import is_installed_text
-from maxlm.launch.options import Mount, check_url
+from maxlm.launch.options import JobOptions, Mount, check_url
+from maxlm.launch.schedulers import JobScheduler
 from maxlm.run.config import RunConfig
 
 PLACEHOLDER = "/path/to/"
@@ -18,21 +19,14 @@ recipe without data. It is nobody's folder."""
 _URLS = ("store", "remote_folder")
 
 
-def can_see_submitting_machine(
-    scheduler: str, in_container: bool, user_template: bool
-) -> bool:
-    """Returns whether a job's hosts see the files of the machine that it is submitted
-    from, or whether the user's own template is trusted to say where they are."""
-    return user_template or (scheduler == "slurm" and not in_container)
-
-
 def make_placeholder_settings(run: RunConfig, *, sees_files: bool) -> list[str]:
     """Returns settings, as ``key=value``, in place of the data that a recipe leaves to
     its user, and of what that data is read with; none where the run names data.
 
     Args:
-        sees_files: see :func:`can_see_submitting_machine`; if not, a relative folder is
-            replaced.
+        sees_files: whether the job's hosts see the files of the machine that it is
+            submitted from, or the user's own template is trusted to say where they are;
+            if not, a relative folder is replaced.
     """
     if run.task.reads_text:
         if run.data.sources:
@@ -59,13 +53,17 @@ def find_placeholder_settings(run: RunConfig) -> list[str]:
 
 
 def check_paths(
-    run: RunConfig, scheduler: str, mounts: Sequence[Mount] | None, user_template: bool
+    run: RunConfig,
+    scheduler: JobScheduler,
+    options: JobOptions,
+    mounts: Sequence[Mount],
+    user_template: bool,
 ) -> None:
     """Checks that there is text, or rows, and a run's folder that outlives its hosts
     and that all of them see. Raises MaxlmError: one of them is missing.
 
     Args:
-        mounts: what the job's container sees, and nothing else; None: it runs in none.
+        mounts: what the job's container, if it runs in one, sees, and nothing else.
         user_template: whether the template is the user's own, which may mount folders,
             or say where a job begins.
     """
@@ -74,12 +72,13 @@ def check_paths(
         if ".documents." not in key:
             check_url(path, key)
     _check_data(run)
-    if can_see_submitting_machine(scheduler, mounts is not None, user_template):
+    if user_template or scheduler.sees_submitting_machine(options):
         return
+    container_mounts = mounts if scheduler.runs_in_container(options) else None
     for key, path in places.items():
         is_url = "://" in path and key.endswith(_URLS)
         if not is_url and not path.startswith(PLACEHOLDER):
-            _check_path(key, path, scheduler, mounts)
+            _check_path(key, path, scheduler, container_mounts)
 
 
 def list_places(run: RunConfig) -> dict[str, str]:
@@ -140,7 +139,7 @@ def _check_data(run: RunConfig) -> None:
 
 
 def _check_path(
-    key: str, place: str, scheduler: str, mounts: Sequence[Mount] | None
+    key: str, place: str, scheduler: JobScheduler, mounts: Sequence[Mount] | None
 ) -> None:
     """Checks a path on hosts that lack this machine's files. ``mounts``: what the job's
     container sees; None: it runs in none."""
@@ -152,8 +151,7 @@ def _check_path(
     if mounts is None or any(path.is_relative_to(mount.path) for mount in mounts):
         return
     top = PurePosixPath(*path.parts[:2])
-    source = top if scheduler == "slurm" else "gs://bucket"
-    mount = f"--mount {source}:{top}"
+    mount = f"--mount {scheduler.suggest_mount(top)}"
     if key == "folder":
         message = f"{key}={place} would be lost with its hosts"
         raise MaxlmError(message, fix=f"mount what is to keep it: {mount}")

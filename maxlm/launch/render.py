@@ -13,19 +13,10 @@ import yaml
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from maxlm.config import MaxlmError
-from maxlm.config.assets import find_asset
 from maxlm.launch.job import Job
+from maxlm.launch.schedulers import get_scheduler
 from maxlm.run.config import RunConfig
 
-# scheduler → template under launch/; what follows the last slash, without .j2, is the
-# file's name.
-TEMPLATES = {
-    "slurm": "slurm/job.sbatch.j2",
-    "jobset": "jobset/jobset.yaml.j2",
-    "skypilot": "skypilot/task.yaml.j2",
-    "ray": "ray/driver.py.j2",
-    "tpu-vm": "tpu_vm/worker.sh.j2",
-}
 # Text that YAML reads as itself. A colon at the end would make it a key.
 _WORD = re.compile(r"[A-Za-z/](?:[A-Za-z0-9_./:@=+-]*[A-Za-z0-9_./@=+-])?")
 # Booleans of YAML 1.1, and null.
@@ -35,7 +26,8 @@ _NO_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 def render_job(job: Job, template: Path | None = None) -> str:
     """Renders the job from its scheduler's template, or from the user's own in its
     place."""
-    path = template or find_asset(f"launch/{TEMPLATES[job.scheduler]}")
+    scheduler = get_scheduler(job.scheduler)
+    path = template or scheduler.find_template()
     environment = Environment(
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -63,7 +55,7 @@ def render_job(job: Job, template: Path | None = None) -> str:
     except TemplateError as error:
         line = getattr(error, "lineno", None)
         where = f"{path}:{line}" if line else str(path)
-        fix = f"compare with the shipped launch/{TEMPLATES[job.scheduler]}"
+        fix = f"compare with {scheduler.template_label}"
         raise MaxlmError(f"{error}", where=where, fix=fix) from None
 
 
@@ -91,15 +83,16 @@ def _shell(value: str | tuple[str, ...]) -> str:
 def job_file_path(job: Job, run: RunConfig) -> Path:
     """Returns the path that a submitted job is written to: in the run's folder, or in
     runs/ where that folder is on other machines or in a container."""
-    shares_folder = job.scheduler == "slurm" and not job.options.image
-    folder = run.folder if shares_folder else "runs"
-    name = TEMPLATES[job.scheduler].rpartition("/")[2].removesuffix(".j2")
-    return Path(folder) / run.name / "launch" / name
+    scheduler = get_scheduler(job.scheduler)
+    sees_folder = scheduler.sees_submitting_machine(job.options)
+    folder = run.folder if sees_folder else "runs"
+    return Path(folder) / run.name / "launch" / scheduler.file_name
 
 
 def submit_job(job: Job, path: Path) -> int:
     """Hands a job's file to its scheduler's client; returns the client's exit code."""
-    for command in list_submit_commands(job, path):
+    scheduler = get_scheduler(job.scheduler)
+    for command in scheduler.list_submit_commands(job, path):
         program = command[0]
         if shutil.which(program) is None:
             message = f"{program} is not on the PATH here; the job is kept in this file"
@@ -109,42 +102,3 @@ def submit_job(job: Job, path: Path) -> int:
         if exit_code:
             return exit_code
     return 0
-
-
-def list_submit_commands(job: Job, path: Path) -> list[list[str]]:
-    """Returns the commands that submit a job's file, in order."""
-    file = str(path)
-    if job.scheduler == "slurm":
-        return [["sbatch", file]]
-    if job.scheduler == "jobset":
-        return [["kubectl", "create", "-f", file]]
-    if job.scheduler == "skypilot":
-        command = ["sky", "jobs", "launch", "--yes", "--detach-run"]
-        for name in job.secrets:
-            command += ["--secret", name]
-        return [[*command, file]]
-    if job.scheduler == "ray":
-        command = ["ray", "job", "submit", "--no-wait"]
-        command += ["--working-dir", str(path.parent)]
-        return [[*command, "--", "python", path.name]]
-    return _list_tpu_vm_commands(job, file)
-
-
-def _list_tpu_vm_commands(job: Job, file: str) -> list[list[str]]:
-    """Returns commands that copy a job's script to each host of a TPU, and start it."""
-    options = ["--worker=all"]
-    if job.options.zone:
-        options.append(f"--zone={job.options.zone}")
-    if job.options.project:
-        options.append(f"--project={job.options.project}")
-    script = f"maxlm-{job.name}.sh"
-    log = f"maxlm-{job.name}.log"
-    # A shell reads its script as it goes: one that runs there is replaced, never
-    # overwritten.
-    start = f"mv {script}.new {script} || exit; "
-    start += f"setsid nohup bash {script} >> {log} 2>&1 < /dev/null &"
-    gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
-    return [
-        [*gcloud, "scp", file, f"{job.name}:{script}.new", *options],
-        [*gcloud, "ssh", job.name, *options, f"--command={start}"],
-    ]

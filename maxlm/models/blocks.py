@@ -157,9 +157,10 @@ class Block(nnx.Module):
     ==================  ====================================================
 
     Args:
-        mixer_config: an :class:`AttentionConfig`, or one that ``register_mixer`` knows.
-        ffn_config: an :class:`MlpConfig`, a :class:`MoeConfig`, or one that
-            ``register_ffn`` knows.
+        mixer_config: an :class:`AttentionConfig`, or the config of another kind in
+            ``MIXERS``.
+        ffn_config: an :class:`MlpConfig`, a :class:`MoeConfig`, or the config of another
+            kind in ``FEED_FORWARDS``.
         cross_attention: whether the layer looks at an encoder's output as well.
     """
 

@@ -23,7 +23,7 @@ IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
 # What `maxlm launch` is given, and below it what the one line on stderr contains.
 REFUSED = r"""
 slrum $GPU
-    invalid value for
+    there is no scheduler 'slrum'; did you mean slurm?
 slurm $TPU
     slurm is not for TPUs, and v5p-64 is one; use jobset or skypilot or
 tpu-vm $TPU --on 2xv5p-64

@@ -5,7 +5,7 @@ import stat
 import pytest
 
 from maxlm.config import load_config
-from maxlm.launch.job import make_job
+from maxlm.launch.make_job import make_job
 from maxlm.launch.options import JobOptions
 from maxlm.launch.render import render_job
 from maxlm.run.config import RunConfig

@@ -19,7 +19,7 @@ TPUS = [
 
 @pytest.mark.parametrize(("name", "count", "chips", "topology", "kind"), TPUS)
 def test_tpu_slices(name, count, chips, topology, kind):
-    hosts = resolve_hosts(parse_topology(name), "jobset", name, None)
+    hosts = resolve_hosts(parse_topology(name), name, None)
     assert (hosts.count, hosts.devices, hosts.gke_topology) == (count, chips, topology)
     assert hosts.accelerator_type == kind
     words = f"{count} host{'s' if count > 1 else ''} of {chips}"
