@@ -47,8 +47,7 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
     """Returns the family that a config.json is of."""
     names = ConfigReader(hf_config, source).names("architectures")
     kind = hf_config.get("model_type")
-    families = [family for _, family in FAMILIES.items()]
-    for family in families:
+    for _, family in FAMILIES.items():
         known = {
             family.hf_architecture,
             family.hf_classifier,
@@ -63,7 +62,7 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
             )
         return family
     named = ", ".join(names) or f"model_type={kind!r}"
-    supported = [family.hf_architecture for family in families]
+    supported = [family.hf_architecture for _, family in FAMILIES.items()]
     # LLaMAForCausalLM is in early files.
     near = [name for name in supported if name.lower() == named.lower()]
     message = f"the architecture {named} is not supported"
