@@ -183,31 +183,40 @@ def check(
             learned.insert(0, sink_gradient(options["sinks"], lse, delta))
         return o, lse, d_q, d_k, d_v, *learned
 
-    found = compiled(run)(q, k, v, d_o, **options)
+    results = compiled(run)(q, k, v, d_o, **options)
     wide = jnp.promote_types(case.dtype, jnp.float32)
-    assert (found[0].dtype, found[1].dtype) == (jnp.dtype(case.dtype), wide)
-    found = [np.asarray(x, np.float64) for x in found]
+    assert (results[0].dtype, results[1].dtype) == (jnp.dtype(case.dtype), wide)
+    results = [np.asarray(x, np.float64) for x in results]
 
     keyless = ~np.broadcast_to(seen.any(axis=2), (B, S))
-    for x in (found[0][keyless], found[2][keyless], found[3][unseen], found[4][unseen]):
+    for x in (
+        results[0][keyless],
+        results[2][keyless],
+        results[3][unseen],
+        results[4][unseen],
+    ):
         assert not x.any()
     finite = np.isfinite(exact[1])
-    np.testing.assert_array_equal(found[1][~finite], -np.inf)
-    found[1], exact[1] = found[1][finite], exact[1][finite]
+    np.testing.assert_array_equal(results[1][~finite], -np.inf)
+    results[1], exact[1] = results[1][finite], exact[1][finite]
     plain = plain_attention(case) if case.dtype == "bfloat16" else None
     learned = [x for x in ("sinks", "biases") if x in options]
-    for i, (a, b) in enumerate(zip(found, exact, strict=True)):
+    for i, (a, b) in enumerate(zip(results, exact, strict=True)):
         name = ("o", "lse", "d_q", "d_k", "d_v", *learned)[i]
         if name == "lse" or plain is None:
             bound = tolerance * max(1.0, np.abs(b).max(initial=0))
             bound += 0.0 if plain is None else lse_rounding
             np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=name)
         else:
-            error, own = rms(a - b), rms(plain[i] - b)
+            error, plain_error = rms(a - b), rms(plain[i] - b)
             size = (
                 np.sqrt(B * S) if name in learned else max(1.0, rms(b))
             )  # a sum of B·S terms
-            assert error <= 1.5 * own + rounding * size, (name, error, own)
+            assert error <= 1.5 * plain_error + rounding * size, (
+                name,
+                error,
+                plain_error,
+            )
 
 
 def rms(x: np.ndarray) -> float:
@@ -260,8 +269,8 @@ def plain_attention(case: Case) -> list[np.ndarray]:
         o, pull, lse = jax.vjp(run, q, k, v, sinks, biases, has_aux=True)
         return o, lse, *(x for x in pull(d_o) if x is not None)
 
-    found = compiled(both)(q, k, v, options.get("sinks"), options.get("biases"), d_o)
-    return [np.asarray(x, np.float64) for x in found]
+    results = compiled(both)(q, k, v, options.get("sinks"), options.get("biases"), d_o)
+    return [np.asarray(x, np.float64) for x in results]
 
 
 _PLACED = ("q_offset", "k_offset", "q_positions", "k_positions")

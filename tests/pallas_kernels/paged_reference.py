@@ -63,9 +63,9 @@ def paged_attention(
         v = k[..., :value_dim]
         if value_pages is not None:
             v = read_row(value_pages, page_tables[r], limit, per_channel=False)
-        own = reference.attention(
+        results = reference.attention(
             q[begin:end][None], k[None], v[None],
             q_offset=length - (end - begin), scale=H**-0.5 if scale is None else scale, **options,
         )  # fmt: skip
-        o[begin:end], lse[begin:end] = own[0][0], own[1][0]
+        o[begin:end], lse[begin:end] = results[0][0], results[1][0]
     return o, lse

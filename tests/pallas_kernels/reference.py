@@ -29,8 +29,12 @@ def mask(S, T, *, causal=True, window=None, prefix=None, segment_ids=None, **pla
     if prefix is not None:
         allowed = allowed | (keys < np.asarray(prefix)[:, None])[:, None]
     if segment_ids is not None:
-        own, other = (np.asarray(x) for x in segment_ids)
-        allowed = allowed & (own[:, :, None] == other[:, None]) & (own[:, :, None] != 0)
+        q_segments, k_segments = (np.asarray(x) for x in segment_ids)
+        allowed = (
+            allowed
+            & (q_segments[:, :, None] == k_segments[:, None])
+            & (q_segments[:, :, None] != 0)
+        )
     return allowed
 
 

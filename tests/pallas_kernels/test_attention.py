@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from pallas_kernels import attention as kernel
 from pallas_kernels.attention import xla
+from pallas_kernels.attention.params import AttentionOperands
 from tests.pallas_kernels import reference
 from tests.pallas_kernels.cases import PLACES, Case, cases, check, compiled
 from tests.pallas_kernels.reference import operands
@@ -70,9 +71,11 @@ def test_tiles_that_see_no_key_leave_the_sink(T, offsets):
     """Those whose window lies past the last key, or that lie before the first one."""
     q, k, v = operands(1, 300, T, 2, 1, 4)
     options = {"window": 2, "sinks": np.array([0.5, -np.inf], np.float32), **offsets}
-    found = compiled(kernel.attention_forward)(q, k, v, **options)
-    for own, want in zip(found, reference.attention(q, k, v, **options), strict=True):
-        np.testing.assert_allclose(own, want, atol=3e-6)
+    results = compiled(kernel.attention_forward)(q, k, v, **options)
+    for result, want in zip(
+        results, reference.attention(q, k, v, **options), strict=True
+    ):
+        np.testing.assert_allclose(result, want, atol=3e-6)
 
 
 @settings(max_examples=15)
@@ -97,8 +100,8 @@ def test_the_reference_gradients_are_finite_differences(case):
     operands += [options.pop(x).astype(np.float64) for x in learned]
 
     def run(operands, **more):
-        own = dict(zip(learned, operands[3:], strict=True))
-        return reference.attention(*operands[:3], **own, **options, **more)
+        learned_terms = dict(zip(learned, operands[3:], strict=True))
+        return reference.attention(*operands[:3], **learned_terms, **options, **more)
 
     for i, grad in enumerate(run(operands, d_o=d_o)[2:]):
         toward = rng.standard_normal(grad.shape)
@@ -136,12 +139,14 @@ def test_jax_differentiates_attention(place, dtype):
 
     o, *grads = compiled(pull)(*operands, d_o, **options)
     *wide, sinks, biases = (x.astype(np.float64) for x in operands)
-    wanted = reference.attention(*wide, d_o=d_o, sinks=sinks, biases=biases, **options)
+    expected = reference.attention(
+        *wide, d_o=d_o, sinks=sinks, biases=biases, **options
+    )
     assert [x.dtype for x in grads] == [x.dtype for x in operands]
     bound = 1e-5 if dtype == jnp.float32 else 0.03
-    for found, want in zip((o, *grads), (wanted[0], *wanted[2:]), strict=True):
+    for result, want in zip((o, *grads), (expected[0], *expected[2:]), strict=True):
         np.testing.assert_allclose(
-            np.asarray(found, np.float64), want, atol=bound, rtol=bound
+            np.asarray(result, np.float64), want, atol=bound, rtol=bound
         )
 
 
@@ -212,9 +217,9 @@ def test_parts_of_the_batch_give_what_the_whole_gives(
     want = compiled(both_passes)(q, k, v, d_o, **options)
     # One pair's scores: 2 query heads, 5 queries, 5 keys, in fp32.
     monkeypatch.setattr(xla, "SCORE_BYTES", 99 * 4 * 2 * S * S)
-    assert xla._part(q, k) is None
+    assert xla._choose_partition(AttentionOperands(q, k, v)) is None
     monkeypatch.setattr(xla, "SCORE_BYTES", pairs * 4 * 2 * S * S)
-    part = xla._part(q, k)
+    part = xla._choose_partition(AttentionOperands(q, k, v))
     assert part is not None
     assert (B // part.row_parts, K // part.head_parts) == shape
     got = compiled(both_passes)(q, k, v, d_o, **options)

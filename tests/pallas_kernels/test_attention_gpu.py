@@ -101,8 +101,8 @@ def test_jax_differentiates_hopper_kernels_in_blocks_of_any_size():
     }
     o, pull = jax.vjp(partial(kernel.attention, **options), q, k, v)
     wide = (x.astype(np.float64) for x in (q, k, v))
-    wanted = reference.attention(*wide, d_o=d_o.astype(np.float64), **case.options())
-    for x, y in zip((o, *pull(d_o)), (wanted[0], *wanted[2:]), strict=True):
+    expected = reference.attention(*wide, d_o=d_o.astype(np.float64), **case.options())
+    for x, y in zip((o, *pull(d_o)), (expected[0], *expected[2:]), strict=True):
         assert x.dtype == np.float16
         np.testing.assert_allclose(np.asarray(x, np.float64), y, atol=0.02)
 
@@ -137,11 +137,13 @@ def test_gradients_of_heads_of_256_are_by_triton_on_hopper_too():
     (q, k, v), d_o = case.arrays()
     options = case.options()
     wide = (x.astype(np.float64) for x in (q, k, v))
-    o, lse, *wanted = reference.attention(*wide, d_o=d_o.astype(np.float64), **options)
+    o, lse, *expected = reference.attention(
+        *wide, d_o=d_o.astype(np.float64), **options
+    )
     lse, delta = (x.astype(np.float32) for x in (lse, np.sum(o * d_o, axis=-1)))
     options |= {"backend": "hopper", "interpret": True}
-    found = kernel.attention_backward(q, k, v, lse, delta, d_o, **options)
-    for x, y in zip(found, wanted, strict=True):
+    results = kernel.attention_backward(q, k, v, lse, delta, d_o, **options)
+    for x, y in zip(results, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=0.02)
 
 

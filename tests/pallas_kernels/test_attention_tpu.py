@@ -110,9 +110,11 @@ def test_documents_that_fill_blocks(lengths, causal, traced):
     attend = partial(
         kernel.attention_forward, backend="tpu", block_sizes=SMALL, interpret=POISONED
     )
-    found = compiled(attend)(q, k, v, **options)
-    for own, want in zip(found, reference.attention(q, k, v, **options), strict=True):
-        np.testing.assert_allclose(own, want, atol=1e-5)
+    results = compiled(attend)(q, k, v, **options)
+    for result, want in zip(
+        results, reference.attention(q, k, v, **options), strict=True
+    ):
+        np.testing.assert_allclose(result, want, atol=1e-5)
 
 
 PARTS = {
@@ -133,14 +135,16 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, name):
     """Forward and backward, each on a chip whose VMEM holds just so many keys."""
-    own, keys = PARTS[name]
+    case, keys = PARTS[name]
     parts = []
-    taken = tpu._parts
-    monkeypatch.setattr(tpu, "_parts", lambda *x: parts.append(taken(*x)) or parts[-1])
+    taken = tpu._list_key_parts
+    monkeypatch.setattr(
+        tpu, "_list_key_parts", lambda *x: parts.append(taken(*x)) or parts[-1]
+    )
 
     def on_chip_with_room(function, direction, blocks, out_bytes):
-        _, S, T, _, _, H, Hv = own.shape
-        sizes = AttentionSizes(S, T, H, Hv, jnp.dtype(own.dtype).itemsize, out_bytes)
+        _, S, T, _, _, H, Hv = case.shape
+        sizes = AttentionSizes(S, T, H, Hv, jnp.dtype(case.dtype).itemsize, out_bytes)
         room = int(vmem_bytes(direction, blocks, sizes, keys) / 0.85) + 9
         chip = CHIPS["v4"]._replace(vmem_bytes=room)
 
@@ -156,14 +160,14 @@ def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, name):
 
         return run
 
-    itemsize = jnp.dtype(own.dtype).itemsize
+    itemsize = jnp.dtype(case.dtype).itemsize
     check(
         on_chip_with_room(kernel.attention_forward, FORWARD, SMALL.forward, itemsize),
         on_chip_with_room(kernel.attention_backward, BACKWARD, SMALL.backward, 4),
-        own,
+        case,
         lse_rounding=BF16_SUMS,
     )
-    assert [len(x) for x in parts] == 2 * [-(-own.shape[2] // keys)]
+    assert [len(x) for x in parts] == 2 * [-(-case.shape[2] // keys)]
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,13 @@ class Case(NamedTuple):
         if self.prefix is not None:
             options["prefix"] = np.array([first + self.prefix, first], np.int32)
         if self.segments == "packed":
-            own, other = (reference.packed(rng, 2, n) for n in (self.S, self.T))
-            options["segment_ids"] = own, own if self.S == self.T else other
+            q_segments, k_segments = (
+                reference.packed(rng, 2, n) for n in (self.S, self.T)
+            )
+            options["segment_ids"] = (
+                q_segments,
+                q_segments if self.S == self.T else k_segments,
+            )
         elif self.segments == "mixed":
             runs = [rng.integers(0, 3, (2, -(-n // 64))) for n in (self.S, self.T)]
             sizes = zip(runs, (self.S, self.T), strict=True)
@@ -116,7 +121,7 @@ def visited(case: Case, options: dict) -> list[Visited]:
     sizes = case.blocks, case.tile
     walk = plan_walk(case.S, case.T, params, operands, *sizes, join_tiles=case.joined)
     rows = np.asarray(make_walk_table(walk, case.S, case.T, params, operands))
-    found = []
+    visits = []
     for b in range(2):
         size = (walk.nq * walk.bq, walk.nk * walk.bk)
         flags = np.zeros((2, *size), bool)
@@ -125,8 +130,8 @@ def visited(case: Case, options: dict) -> list[Visited]:
         for i in range(walk.nq):
             row = list(rows[b % len(rows), i])
             visit_key_blocks(walk, row, i, case.shift, *recorders(case, seen, i))
-        found.append(seen)
-    return found
+        visits.append(seen)
+    return visits
 
 
 def recorders(case: Case, seen: Visited, i: int):
@@ -196,8 +201,8 @@ def test_every_visible_pair_is_visited_once_and_no_invisible_one_unmasked(case):
         reference.mask(case.S, case.T, **{**options, "segment_ids": None}), shape
     )
     with jax.disable_jit():  # loops of Python's, which the recorder can follow
-        found = visited(case, options)
-    for seen, pairs, alike, close in zip(found, visible, one, near, strict=True):
+        visits = visited(case, options)
+    for seen, pairs, alike, close in zip(visits, visible, one, near, strict=True):
         assert (seen.begun == 1).all()
         assert (seen.ended == 1).all()
         assert seen.times.max(initial=0) <= 1
@@ -237,9 +242,9 @@ def no_more_than_needed(
         block = (q0 // bq * bq, (q0 // bq + 1) * bq, k0 // bk * bk, (k0 // bk + 1) * bk)
         assert any_in(near, (q0, q1, k0, k1) if in_list else block)
         if case.segments == "packed" and case.S == case.T:
-            own = options["segment_ids"][0]
+            segments = options["segment_ids"][0]
             rows = [
                 set(x[block[0] : block[1]]) & set(x[block[2] : block[3]]) - {0}
-                for x in own
+                for x in segments
             ]
             assert any(rows)

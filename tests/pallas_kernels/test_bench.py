@@ -24,16 +24,16 @@ SHAPE = Shape(64, 4096, "window:1024")
 
 def region(**changes) -> RegionCosts:
     """An inner loop's."""
-    given = dict.fromkeys(
+    arguments = dict.fromkeys(
         ("depth", "runs", "bundles", "cycles", "cycles_inside", "mxu_cycles"), 8
     )
-    given |= {
+    arguments |= {
         "spill_stores": 0,
         "spill_loads": 7,
         "innermost": True,
         "use": {"MXU": 0.5},
     }
-    return RegionCosts(name="$region1", role="loop_body", **given | changes)
+    return RegionCosts(name="$region1", role="loop_body", **arguments | changes)
 
 
 def kernel(cycles: int, backward: bool, *regions: RegionCosts) -> KernelCosts:
@@ -98,27 +98,27 @@ def test_a_cell_shows_time_ratio_spills_and_memory_beside_the_best_peer():
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     """A cache's; what it measures is counted."""
-    asked = []
+    specs = []
 
     def measure(spec, chip):
-        asked.append(spec)
+        specs.append(spec)
         return costs(100.0, 200.0, 12345, spills=6)
 
     monkeypatch.setattr(cache, "measure", measure)
     monkeypatch.setattr(cache, "versions", lambda *names: ", ".join(names))
-    return tmp_path / "deep" / "folder", asked
+    return tmp_path / "deep" / "folder", specs
 
 
 def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
-    where, asked = folder
+    where, specs = folder
     own = Spec("benchmarks.kernel_cycles.contests.attention:own_attention", {"seq": 1})
     peer = Spec("benchmarks.kernel_cycles.static.peers:tokamax_splash", {"seq": 1})
 
     def measured() -> list[str]:
-        asked.clear()
+        specs.clear()
         for spec in (own, peer):
             cache.Cache(where).measure(spec, "v5p")
-        return [spec.function.rpartition(":")[2] for spec in asked]
+        return [spec.function.rpartition(":")[2] for spec in specs]
 
     both = ["own_attention", "tokamax_splash"]
     assert (measured(), measured()) == (both, [])
@@ -148,4 +148,4 @@ def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
     monkeypatch.setattr(cache, "versions", lambda *names: f"{names} 2")
     assert measured() == both
     cache.Cache(where).measure(own, "v6e")
-    assert len(asked) == 3
+    assert len(specs) == 3

@@ -30,13 +30,16 @@ COMPILED = api.import_module
 
 def interpreted(of_matmul=None, of_outer=None):
     """The modules that ``api`` imports, with these blocks, in the interpreter."""
-    found = {f"{api.__name__}.xla": xla}
-    for module, own in ((tpu, {"interpret": POISONED}), (triton, {"interpret": True})):
-        found[module.__name__] = SimpleNamespace(
-            matmul=partial(module.matmul, blocks=of_matmul, **own),
-            outer=partial(module.outer, blocks=of_outer, **own),
+    modules = {f"{api.__name__}.xla": xla}
+    for module, options in (
+        (tpu, {"interpret": POISONED}),
+        (triton, {"interpret": True}),
+    ):
+        modules[module.__name__] = SimpleNamespace(
+            matmul=partial(module.matmul, blocks=of_matmul, **options),
+            outer=partial(module.outer, blocks=of_outer, **options),
         )
-    return found
+    return modules
 
 
 # (backend, rows, D, F, blocks of the matmul, of the outer product): tiles that end
@@ -194,9 +197,14 @@ def test_operands_of_few_bits(where, left, right, transposed, monkeypatch):
 
     @jax.jit
     def run(rows, kernels, others, sizes, scales):
-        given = kernels.swapaxes(1, 2) if transposed else kernels
+        operand = kernels.swapaxes(1, 2) if transposed else kernels
         dot = partial(
-            grouped_matmul, rows, given, sizes, transpose_kernels=transposed, **options
+            grouped_matmul,
+            rows,
+            operand,
+            sizes,
+            transpose_kernels=transposed,
+            **options,
         )
         plain = dot() if exact else None
         return (
@@ -239,7 +247,7 @@ def test_gradients_are_those_of_the_definition(backend, transposed, monkeypatch)
     sizes = np.array([12, 0, 25, 3], np.int32)
     used = sizes.sum()
     rows, cotangent, kernels = operands(50, 24, 16, sizes)
-    given = kernels.swapaxes(1, 2) if transposed else kernels
+    operand = kernels.swapaxes(1, 2) if transposed else kernels
 
     @jax.jit
     def gradients(rows, given, cotangent, sizes):
@@ -251,7 +259,7 @@ def test_gradients_are_those_of_the_definition(backend, transposed, monkeypatch)
         )
         return jax.vjp(function, rows, given)[1](cotangent)
 
-    d_rows, d_kernels = gradients(rows, given, cotangent, sizes)
+    d_rows, d_kernels = gradients(rows, operand, cotangent, sizes)
     d_kernels = d_kernels.swapaxes(1, 2) if transposed else d_kernels
     near(d_rows, matmul_reference(cotangent, kernels.swapaxes(1, 2), sizes))
     near(d_kernels, outer_reference(rows, cotangent, sizes))
@@ -282,8 +290,8 @@ def test_each_product_is_the_others_gradient_to_the_second_order():
             ](cotangent)
             return sum(map(jnp.vdot, grads, toward)), grads
 
-        found, grads = jax.jit(run)(*arguments)
-        for got, want in zip((*grads, *found), (*first, *second), strict=True):
+        y, grads = jax.jit(run)(*arguments)
+        for got, want in zip((*grads, *y), (*first, *second), strict=True):
             near(got, want)
 
     check(
@@ -312,12 +320,12 @@ def test_visits_find_every_row_once_and_no_more(padding, cuts, whole):
     num_rows, tile = 330, 32
     cuts = [*sorted(cuts[:4]), num_rows if whole else max(cuts)]
     sizes = np.diff(np.sort(cuts), prepend=0).astype(np.int32)
-    found, count = _visits(sizes, num_rows, tile, padding=padding)
-    found = jax.tree.map(np.asarray, found)
+    visits, count = _visits(sizes, num_rows, tile, padding=padding)
+    visits = jax.tree.map(np.asarray, visits)
     count = int(count)
     seen = []
     for tile_number, read, group, begin, end, behind in zip(
-        *(x[:count] for x in (found.out_tile, found.tile, *found[2:])), strict=True
+        *(x[:count] for x in (visits.out_tile, visits.tile, *visits[2:])), strict=True
     ):
         assert behind or read == tile_number
         seen += [
@@ -327,7 +335,7 @@ def test_visits_find_every_row_once_and_no_more(padding, cuts, whole):
     assert seen == list(enumerate(np.repeat(np.arange(6), lengths)))
     # One for each tile, and for each group that begins inside one.
     assert count <= -(-num_rows // tile) + len(sizes)
-    assert padding or set(found.group[:count]) == set(range(len(sizes)))
+    assert padding or set(visits.group[:count]) == set(range(len(sizes)))
 
 
 _visits = jax.jit(
@@ -348,25 +356,25 @@ _visits = jax.jit(
 def test_blocks_by_rule_fit_every_chip(inner, columns, rows, dtype, chip):
     out = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
     sizes = blocks.GroupedOperands(rows, inner, columns, dtype, dtype, out)
-    own = blocks.choose_matmul_blocks(sizes, chip)
-    assert blocks.matmul_vmem_bytes(own, sizes, chip) <= chip.vmem_bytes
-    assert_cuts(own, sizes)
-    assert inner % own.inner == 0
-    assert own.columns % blocks.column_part_size(own, sizes, chip) == 0
-    own = blocks.choose_outer_blocks(sizes, chip)
-    assert blocks.outer_vmem_bytes(own, sizes) <= chip.vmem_bytes
-    assert_cuts(own, sizes)
-    parts = blocks.outer_part_shape(own, sizes)
-    assert own.inner % parts[0] == own.columns % parts[1] == 0
+    chosen = blocks.choose_matmul_blocks(sizes, chip)
+    assert blocks.matmul_vmem_bytes(chosen, sizes, chip) <= chip.vmem_bytes
+    assert_cuts(chosen, sizes)
+    assert inner % chosen.inner == 0
+    assert chosen.columns % blocks.column_part_size(chosen, sizes, chip) == 0
+    chosen = blocks.choose_outer_blocks(sizes, chip)
+    assert blocks.outer_vmem_bytes(chosen, sizes) <= chip.vmem_bytes
+    assert_cuts(chosen, sizes)
+    parts = blocks.outer_part_shape(chosen, sizes)
+    assert chosen.inner % parts[0] == chosen.columns % parts[1] == 0
 
 
-def assert_cuts(own, sizes):
+def assert_cuts(chosen, sizes):
     """Rows by 32, as 8-bit numbers come; other dimensions whole, or in multiples of
     128."""
-    assert own.rows > 0
-    assert own.rows % 32 == 0
-    assert own.inner == sizes.inner or own.inner % 128 == 0
-    assert own.columns == sizes.columns or own.columns % 128 == 0
+    assert chosen.rows > 0
+    assert chosen.rows % 32 == 0
+    assert chosen.inner == sizes.inner or chosen.inner % 128 == 0
+    assert chosen.columns == sizes.columns or chosen.columns % 128 == 0
 
 
 def test_a_gradient_through_8_bits_is_refused():

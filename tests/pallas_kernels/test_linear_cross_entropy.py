@@ -59,10 +59,10 @@ def found(arguments, bias=None, **options):
         return linear_cross_entropy(hidden, head, *arguments[2:], bias=bias, **options)
 
     by = (*arguments[:2], bias)
-    wanted = range(2 if bias is None else 3)
-    run = jax.jit(jax.value_and_grad(loss, tuple(wanted), has_aux=True))
+    argnums = range(2 if bias is None else 3)
+    run = jax.jit(jax.value_and_grad(loss, tuple(argnums), has_aux=True))
     (total, entropy), gradients = run(*by)
-    assert [g.dtype for g in gradients] == [by[i].dtype for i in wanted]
+    assert [g.dtype for g in gradients] == [by[i].dtype for i in argnums]
     return total, entropy, *gradients
 
 
@@ -86,11 +86,11 @@ def test_chunks_equal_the_reference(T, D, V, chunk, z_loss, soft_cap, biased, se
     )
     options = {"z_loss": z_loss, "soft_cap": soft_cap, "bias": bias}
     true = reference(*arguments, **options)
-    for own, exact in zip(
+    for value, exact in zip(
         found(arguments, chunk_tokens=chunk, **options), true, strict=True
     ):
         np.testing.assert_allclose(
-            own, exact, atol=3e-6 * max(1.0, np.abs(exact).max())
+            value, exact, atol=3e-6 * max(1.0, np.abs(exact).max())
         )
 
 
@@ -105,8 +105,10 @@ def test_error_in_bfloat16_is_that_of_rounding():
     _, _, true_hidden, true_head = reference(*arguments)
     assert np.abs(true_hidden[sure]).max() < 0.3 * np.abs(true_hidden).max()
     rows = [(d_hidden[at], true_hidden[at]) for at in (sure, sure + 1)]
-    for own, exact in (*rows, (d_head, true_head)):
-        assert np.sqrt(np.mean((own - exact) ** 2)) < 4e-3 * np.sqrt(np.mean(exact**2))
+    for value, exact in (*rows, (d_head, true_head)):
+        assert np.sqrt(np.mean((value - exact) ** 2)) < 4e-3 * np.sqrt(
+            np.mean(exact**2)
+        )
 
 
 @pytest.mark.parametrize(

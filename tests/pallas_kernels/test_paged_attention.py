@@ -75,16 +75,18 @@ def check_independence(call, case=WINDOWED):
     arguments, arrays, static = build(case)
     o, lse = run_built(arguments, arrays, static, **call)
     q, keys, values, tables, lengths, starts = (x.copy() for x in arguments)
-    kept = (0, len(lengths) - 1)
+    unchanged = (0, len(lengths) - 1)
     rng = np.random.default_rng(3)
-    pages = np.concatenate([tables[r, : -(-lengths[r] // case.page)] for r in kept])
-    queries = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in kept])
+    pages = np.concatenate(
+        [tables[r, : -(-lengths[r] // case.page)] for r in unchanged]
+    )
+    queries = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in unchanged])
     free = np.setdiff1d(np.arange(len(keys)), pages)
     for x in (keys, values):
         x[free] = rng.standard_normal(x[free].shape)
     others = np.setdiff1d(np.arange(len(q)), queries)
     q[others] = rng.standard_normal(q[others].shape)
-    for r in set(range(len(lengths))) - set(kept):
+    for r in set(range(len(lengths))) - set(unchanged):
         tables[r] = rng.choice(free, len(tables[r]))
         lengths[r] = case.page * len(tables[r]) - r
     changed = run_built(
@@ -108,8 +110,8 @@ def test_only_blocks_that_someone_sees_are_read():
         behind = np.arange(wide.shape[1]) * case.page
         spoilt = (behind < min(first, 144)) | (behind >= (240 if r < 2 else last))
         wide[r] = np.where(spoilt, 0, np.where(wide[r] == 0, 1, wide[r]))
-    found = run_built((q, keys, values, wide, *rest), arrays, static, **SMALL)
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    results = run_built((q, keys, values, wide, *rest), arrays, static, **SMALL)
+    np.testing.assert_allclose(results[0], expected[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

@@ -88,15 +88,15 @@ tables = st.lists(
     st.sampled_from(["causal", "window:1024", "segments"]),
 )
 def test_what_the_table_gives_is_valid_for_these_lengths(table, direction, S, T, kind):
-    found = tuned.find_tuned_blocks(V5P, direction, sizes(S, T), kind, table)
-    if found is None:  # most tables have nothing for it
+    blocks = tuned.find_tuned_blocks(V5P, direction, sizes(S, T), kind, table)
+    if blocks is None:  # most tables have nothing for it
         return
-    tpu_blocks.check_blocks(found)
-    assert bytes_needed(found, direction, sizes(S, T)) < V5P.vmem_bytes
-    for n, size in ((S, found.q), (T, found.k)):
+    tpu_blocks.check_blocks(blocks)
+    assert bytes_needed(blocks, direction, sizes(S, T)) < V5P.vmem_bytes
+    for n, size in ((S, blocks.q), (T, blocks.k)):
         padded, least = -(-n // size) * size, -(-n // 128) * 128
         assert padded <= least * 10 / 9
-    assert (direction, kind, found._asdict()) in [
+    assert (direction, kind, blocks._asdict()) in [
         (e.direction, e.mask_kind, e.blocks) for e in table
     ]
 
