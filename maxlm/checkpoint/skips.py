@@ -91,6 +91,7 @@ def record_skip(folder: Path, skips: Skips, skip: BatchRange, reason: str) -> No
     """Adds a range to the record in a run's folder; ``skips`` are those known
     before."""
     path = folder / _FILE
+    entries: list[dict[str, Any]]
     if path.exists():
         entries = json.loads(path.read_text())
     else:

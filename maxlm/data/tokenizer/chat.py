@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 """A message, with at least {"role": ..., "content": ...}."""
+TemplateVariable = Any
+"""A variable of a chat template: any plain data. Which there are is up to the template's
+author, as with ``apply_chat_template`` of transformers."""
 
 _TEMPLATES = {
     "chatml": (
@@ -85,7 +88,7 @@ def add_chat_template(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], **variables: object
+    tokenizer: Tokenizer, messages: Sequence[Message], **variables: TemplateVariable
 ) -> str:
     """Renders a conversation as the text that the model was, or shall be, trained on.
 
@@ -98,7 +101,7 @@ def render_chat(
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], **settings: object
+    tokenizer: Tokenizer, messages: Sequence[Message], **settings: TemplateVariable
 ) -> list[int]:
     """Returns the ids of ``render_chat``, with special tokens where the template put
     them.
@@ -134,7 +137,7 @@ def render_escaped_chat(
     messages: Sequence[Message],
     *,
     continues_last: bool = False,
-    **settings: object,
+    **settings: TemplateVariable,
 ) -> EscapedChat:
     """Renders a conversation to be encoded later: the first half of
     :func:`encode_chat`.
@@ -159,7 +162,7 @@ def encode_chat_turns(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     turns: Sequence[int],
-    **settings: object,
+    **settings: TemplateVariable,
 ) -> tuple[list[int], list[range]]:
     """Returns the ids of ``encode_chat``, and the places among them that each of
     ``turns`` (messages by index, in order) wrote: what the template marks as {%
@@ -263,7 +266,7 @@ def _find_last_special_end(ids: Sequence[int], special_ids: set[int]) -> int | N
 
 
 def check_tools_are_written(
-    tokenizer: Tokenizer, messages: Sequence[Message], **variables: object
+    tokenizer: Tokenizer, messages: Sequence[Message], **variables: TemplateVariable
 ) -> None:
     """Checks that the chat template writes every tool, call and result of a
     conversation: many templates know none and pass them over. Raises MaxlmError, which
@@ -361,7 +364,7 @@ def _make_template_variables(
     messages: Sequence[Message],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    **variables: object,
+    **variables: TemplateVariable,
 ) -> dict[str, Any]:
     """The variables that a template sees, as plain data: it has no methods that the
     sandbox does not know."""
