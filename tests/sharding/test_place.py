@@ -156,7 +156,7 @@ def test_what_cannot_be_placed_is_refused(shape, axes, rules, expected):
             "width, which "
             "norms, experts and the loss need whole; set it to null "
             "(sharding.storage.embed splits "
-            "weights at rest)",
+            "stored weights)",
         ),
         (
             {"head_dim": "tensor"},
