@@ -162,8 +162,8 @@ def test_what_cannot_be_placed_is_refused(shape, axes, rules, expected):
             {"head_dim": "tensor"},
             "sharding.compute.head_dim: mesh axis 'tensor' splits a head's width, "
             "which attention "
-            "needs whole; set it to null (sharding.storage.head_dim splits weights at "
-            "rest)",
+            "needs whole; set it to null (sharding.storage.head_dim splits stored "
+            "weights)",
         ),
     ],
 )
