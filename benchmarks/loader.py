@@ -209,9 +209,11 @@ def rate(function: Callable[[], object], seconds: float) -> float:
     """Calls a second."""
     began = time.perf_counter()
     calls = 0
-    while (elapsed := time.perf_counter() - began) < seconds:
+    elapsed = 0.0
+    while elapsed < seconds:
         function()
         calls += 1
+        elapsed = time.perf_counter() - began
     return calls / elapsed
 
 
