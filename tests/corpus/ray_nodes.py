@@ -52,6 +52,15 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+def wait_until_joined(process: subprocess.Popen, log: Path) -> None:
+    """Waits until a node is part of its cluster, which its log says.
+
+    Raises:
+      AssertionError: the node ended, or takes longer than `_SECONDS`.
+    """
+    wait_for(lambda: b"runtime started" in log.read_bytes(), process)
+
+
 @contextmanager
 def start_node(
     log: Path, *options: str, **environment: str
@@ -118,8 +127,7 @@ def start_head(folder: Path) -> Iterator[RayHead]:
                 f"--temp-dir={folder}",
             )
         )
-        log = folder / "head.log"
-        wait_for(lambda: b"runtime started" in log.read_bytes(), process)
+        wait_until_joined(process, folder / "head.log")
         wait_for(lambda: listens(head.client_port), process)
         yield head
 

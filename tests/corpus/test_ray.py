@@ -24,6 +24,7 @@ from tests.corpus.ray_nodes import (
     kill_node,
     start_head,
     start_node,
+    wait_until_joined,
 )
 
 pytest.importorskip("ray")
@@ -114,23 +115,33 @@ def test_ray_that_is_not_installed_is_one_line(monkeypatch):
 def test_a_node_that_is_killed_in_the_middle_changes_no_byte(
     head, executor, whole, crawl, tmp_path
 ):
+    corpus_is_written = threading.Event()
+
     def kill_when_stuck(node):
-        while not (tmp_path / "stuck").exists() and node.poll() is None:
+        # A node that gets no such task never sticks: the test ends nevertheless.
+        while not (tmp_path / "stuck").exists() and not corpus_is_written.is_set():
             time.sleep(0.02)
         kill_node(node)
 
     out = tmp_path / "corpus"
+    log = tmp_path / "node.log"
     address = f"--address=127.0.0.1:{head.port}"
-    with start_node(tmp_path / "node.log", address, DOOMED="1") as node:
+    with start_node(log, address, DOOMED="1") as node:
+        # Else the other node may have done all tasks before this one has joined.
+        wait_until_joined(node, log)
         killer = threading.Thread(target=kill_when_stuck, args=[node])
         killer.start()
-        tasks = CountedTasks(executor, tmp_path, "_write_pairs")
-        run_recipe(recipe(crawl, out, workers=None), executor=tasks)
-        killer.join()
+        tasks = CountedTasks(executor, tmp_path, "_write_candidates")
+        try:
+            run_recipe(recipe(crawl, out, workers=None), executor=tasks)
+        finally:
+            corpus_is_written.set()
+            killer.join()
     print(
         f"{tasks.num_jobs} tasks, {tasks.num_begun - tasks.num_jobs} of them begun "
         f"again"
     )
+    assert (tmp_path / "stuck").exists(), "the node has not begun such a task"
     assert tasks.num_begun > tasks.num_jobs
     assert read_files(out) == read_files(whole)
 
