@@ -38,7 +38,7 @@ from benchmarks.kernel_cycles.static import Spec, measure
 from benchmarks.kernel_cycles.static.peers import jax_splash_attention
 from benchmarks.kernel_cycles.static.problems import Mask
 from benchmarks.program_traffic import read_program_traffic
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.parallel.local import map_shards
 from maxlm.parallel.terms import AttentionTerms
 from maxlm.plan.compiled.cost import read_compiled_cost

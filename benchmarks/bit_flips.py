@@ -78,10 +78,12 @@ def _flip(kind: Kind, chosen: random.Random, expected: Any) -> str:
 
 def make_kinds(folder: Path) -> dict[str, Kind]:
     """A store and an index in `folder`."""
-    from maxlm.data.documents import SourceConfig
-    from maxlm.data.loader import LoaderConfig, make_batches
-    from maxlm.data.store import TokenStore, build_store
-    from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+    from maxlm.data.documents.config import SourceConfig
+    from maxlm.data.loader.batches import LoaderConfig, make_batches
+    from maxlm.data.store.build import build_store
+    from maxlm.data.store.store import TokenStore
+    from maxlm.data.tokenizer.config import TokenizerConfig
+    from maxlm.data.tokenizer.train import train_tokenizer
 
     (folder / "texts").mkdir()
     for i, text in enumerate(TEXTS):

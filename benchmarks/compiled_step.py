@@ -27,7 +27,8 @@ from cases import add_cases, chosen
 from program_traffic import read_program_traffic
 from rich.console import Console
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.plan.compiled.tables import render_compiler_tables
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology

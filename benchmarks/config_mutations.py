@@ -32,7 +32,8 @@ import torch
 import transformers
 from pydantic import ValidationError
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.huggingface.checkpoint import RunCheckpointReader
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import convert

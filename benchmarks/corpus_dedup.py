@@ -54,7 +54,8 @@ from maxlm.corpus.shards import (
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
-from maxlm.data.documents import PYTHON_STDLIB, SourceConfig, read_documents
+from maxlm.data.documents.config import PYTHON_STDLIB, SourceConfig
+from maxlm.data.documents.reader import read_documents
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
 

@@ -25,7 +25,8 @@ import pyarrow as pa
 from maxlm.corpus.expression import Expression
 from maxlm.corpus.stages.heuristics import PUBLISHED, HeuristicsStage
 from maxlm.corpus.text import split_words_and_symbols
-from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.reader import read_documents
 
 
 def peer_filters() -> dict[str, Callable[[str], bool]]:

@@ -18,7 +18,9 @@ from typing import TypeVar
 import numpy as np
 
 from maxlm.corpus.stages.quality import ClassifierConfig, train_classifier
-from maxlm.data.documents import SourceConfig, is_heldout, read_documents
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.document import is_heldout
+from maxlm.data.documents.reader import read_documents
 
 Result = TypeVar("Result")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 RUN = """
 import resource, sys
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.corpus.recipe import RecipeConfig
 from maxlm.corpus.run import run_recipe
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def tokens() -> np.ndarray:
 
 
 def maxlm_step() -> Step:
-    from maxlm.config import load_config
+    from maxlm.config.load import load_config
     from maxlm.run.config import RunConfig
     from maxlm.run.global_batch import batch_sharding
     from maxlm.run.setup import set_up_run

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.config import load_config
-from maxlm.data.store import TokenStore
+from maxlm.config.load import load_config
+from maxlm.data.store.store import TokenStore
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.run.config import RunConfig

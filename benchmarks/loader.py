@@ -24,12 +24,13 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from maxlm.data.loader import LoaderConfig, Mixing, Phase, load_batches, make_batches
+from maxlm.data.loader.batches import LoaderConfig, load_batches, make_batches
+from maxlm.data.loader.mixture import Mixing, Phase
 from maxlm.data.loader.packing import build_index
 from maxlm.data.loader.prefetch import THREAD_STEPS
-from maxlm.data.store import Manifest, TokenStore
 from maxlm.data.store.arrays import Offsets, create_array, write_array
-from maxlm.data.store.manifest import write_manifest
+from maxlm.data.store.manifest import Manifest, write_manifest
+from maxlm.data.store.store import TokenStore
 
 VOCABULARY = 8192
 WEIGHTS = {"web": 3.0, "code": 1.0}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from maxlm.config import find_asset, load_config
+from maxlm.config.assets import find_asset
+from maxlm.config.load import load_config
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.plan.layout import count_active_parameters

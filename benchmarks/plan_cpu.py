@@ -122,7 +122,7 @@ def measure(name: str, seconds: float) -> None:
     import jax
     import numpy as np
 
-    from maxlm.config import load_config
+    from maxlm.config.load import load_config
     from maxlm.plan.hardware import measure_cpu
     from maxlm.plan.predict import Machine, plan_run
     from maxlm.run.config import RunConfig

@@ -57,7 +57,7 @@ CASES = {
 
 def measure(name: str) -> None:
     """Print one case: peak in bytes, planned and compiled, and bytes sent likewise."""
-    from maxlm.config import load_config
+    from maxlm.config.load import load_config
     from maxlm.plan.compiled.program import compile_step, compute_peak_bytes
     from maxlm.plan.predict import Machine, plan_run
     from maxlm.run.config import RunConfig

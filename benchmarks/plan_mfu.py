@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.layout import count_training_flops_per_token

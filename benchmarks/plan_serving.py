@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.predict import Machine
 from maxlm.plan.serving import ServingOptions, WeightFormat, search_serving

@@ -21,10 +21,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from maxlm.config import load_config
-from maxlm.data.documents import SourceConfig, find_files, read_documents
-from maxlm.data.store import build_store
-from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.config.load import load_config
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.files import find_files
+from maxlm.data.documents.reader import read_documents
+from maxlm.data.store.build import build_store
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.run.config import RunConfig
 from maxlm.runtime.pool import count_usable_cores
 

@@ -19,13 +19,12 @@ import statistics
 import time
 from collections.abc import Callable
 
-from maxlm.data.documents import PYTHON_STDLIB, SourceConfig, read_documents
-from maxlm.data.tokenizer import (
-    TokenizerConfig,
-    load_tokenizer,
-    train_tokenizer,
-)
+from maxlm.data.documents.config import PYTHON_STDLIB, SourceConfig
+from maxlm.data.documents.reader import read_documents
+from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.huggingface import PATTERN
+from maxlm.data.tokenizer.load import load_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.runtime.pool import use_one_tokenizer_thread
 
 

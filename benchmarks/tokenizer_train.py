@@ -17,7 +17,8 @@ import resource
 import time
 from collections.abc import Iterator
 
-from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.reader import read_documents
 
 
 def read_texts(source: str, limit: int) -> Iterator[str]:
@@ -43,8 +44,9 @@ def train(side: str, texts: Iterator[str], vocab_size: int) -> str:
         tokenizer.train_from_iterator(texts, vocab_size - 1)
         return hashlib.sha256(str(tokenizer.get_mergeable_ranks()).encode()).hexdigest()
     if side == "maxlm":
-        from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+        from maxlm.data.tokenizer.config import TokenizerConfig
         from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
+        from maxlm.data.tokenizer.train import train_tokenizer
 
         config = TokenizerConfig(vocab_size=vocab_size, sample_bytes=1 << 60)
         codec = train_tokenizer(config, texts).codec  # pyright: ignore[reportAttributeAccessIssue]

@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.tune_data import has_note, is_formatted, write_chats, write_utility
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import encode_chat
+from maxlm.data.tokenizer.chat import encode_chat
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scoring import Scorer

@@ -34,7 +34,7 @@ CASES = {f"{recipe} {on}": (recipe, on) for on in MACHINES for recipe in RECIPES
 def measure(name: str) -> None:
     """Print one case: parameters, trained ones, the share of state, bytes planned and
     compiled."""
-    from maxlm.config import load_config
+    from maxlm.config.load import load_config
     from maxlm.plan.compiled.program import compile_step, compute_peak_bytes
     from maxlm.plan.layout import compute_run_layout
     from maxlm.plan.predict import Machine, plan_run

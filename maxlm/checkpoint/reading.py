@@ -24,7 +24,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm import __version__
-from maxlm.config import MaxlmError, compare_configs
+from maxlm.config import MaxlmError
+from maxlm.config.show import compare_configs
 from maxlm.models.params import flatten_names
 from maxlm.runtime.collectives import raise_on_all_hosts
 from maxlm.runtime.json_types import JsonMapping, JsonObject

@@ -12,7 +12,7 @@ from maxlm.cli.common import (
     StepOption,
     TemplateOption,
 )
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 
 
 def command(

@@ -7,12 +7,9 @@ import typer
 from typer import Option
 
 from maxlm.cli.common import ConfigArgument, SettingsArgument
-from maxlm.config import (
-    build_json_schema,
-    list_shipped_configs,
-    load_config,
-    to_annotated_yaml,
-)
+from maxlm.config.assets import list_shipped_configs
+from maxlm.config.load import load_config
+from maxlm.config.show import build_json_schema, to_annotated_yaml
 
 app = typer.Typer(help="Show configs, where each value comes from, their schema.")
 

@@ -24,9 +24,11 @@ from maxlm.cli.common import (
     print_json,
     print_table,
 )
-from maxlm.config import MaxlmError, load_config
-from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
+from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.files import check_corpus_packages, is_corpus
+from maxlm.data.documents.reader import read_documents
 from maxlm.runtime.executor import TaskExecutor, open_executor
 from maxlm.runtime.progress import show_progress
 
@@ -88,7 +90,7 @@ def build(
 ) -> None:
     """Tokenize documents into a token store. Run it again to resume after an
     interruption."""
-    from maxlm.data.store import build_store
+    from maxlm.data.store.build import build_store
 
     source = SourceConfig(
         documents=tuple(text),
@@ -123,7 +125,8 @@ def append(
 ) -> None:
     """Add documents to a store, as a new segment; earlier documents keep their
     numbers."""
-    from maxlm.data.store import TokenStore, append_store
+    from maxlm.data.store.build import append_store
+    from maxlm.data.store.store import TokenStore
 
     # New documents are read as the earlier ones were.
     manifest = TokenStore.open(store).manifest
@@ -160,7 +163,7 @@ def verify(
             list_indices,
             verify_index,
         )
-        from maxlm.data.store import TokenStore
+        from maxlm.data.store.store import TokenStore
 
         store = TokenStore.open(folder, verify=True)
         for index in list_indices(store):
@@ -214,8 +217,7 @@ def mix(
 def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Show what is in a store, after checking that its arrays have the sizes that it
     states."""
-    from maxlm.data.store import TokenStore
-    from maxlm.data.store.store import describe_store, summary_table
+    from maxlm.data.store.store import TokenStore, describe_store, summary_table
 
     opened = TokenStore.open(store)
     if as_json:
@@ -558,8 +560,8 @@ def _show_labels(corpus: Path, document: str) -> None:
 
 
 def _show_stored(store: str, document: str, tokens: bool) -> None:
-    from maxlm.data.store import TokenStore, check_tokenizer
-    from maxlm.data.tokenizer import load_tokenizer
+    from maxlm.data.store.store import TokenStore, check_tokenizer
+    from maxlm.data.tokenizer.load import load_tokenizer
 
     if not document.isdecimal():
         message = f"{document!r} is no number of a document"

@@ -9,7 +9,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from maxlm.cli.common import ModelArgument, StepOption
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 
 
 def command(

@@ -17,7 +17,8 @@ from maxlm.cli.common import (
     open_console,
     print_json,
 )
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

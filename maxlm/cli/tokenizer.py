@@ -15,8 +15,9 @@ from maxlm.cli.common import (
     print_table,
 )
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig, find_files, read_documents
-from maxlm.data.documents.files import check_corpus_packages
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.files import check_corpus_packages, find_files
+from maxlm.data.documents.reader import read_documents
 from maxlm.runtime.progress import show_progress
 
 app = typer.Typer(
@@ -62,7 +63,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a tokenizer on text."""
-    from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+    from maxlm.data.tokenizer.config import TokenizerConfig
+    from maxlm.data.tokenizer.train import train_tokenizer
 
     _require_no_tokenizer(out, force)
     config = TokenizerConfig(
@@ -115,7 +117,7 @@ def import_(
     ] = False,
 ) -> None:
     """Import another program's tokenizer."""
-    from maxlm.data.tokenizer import import_tokenizer
+    from maxlm.data.tokenizer.load import import_tokenizer
 
     _require_no_tokenizer(out, force)
     tokenizer = import_tokenizer(
@@ -139,7 +141,7 @@ def export(
     out: Annotated[Path, Option(help="Folder to write to; other files there stay.")],
 ) -> None:
     """Write a tokenizer's files for other tools; an imported tokenizer's unchanged."""
-    from maxlm.data.tokenizer import export_tokenizer, load_tokenizer
+    from maxlm.data.tokenizer.load import export_tokenizer, load_tokenizer
 
     export_tokenizer(load_tokenizer(tokenizer), out)
     print(f"{out}: the files of {tokenizer}")
@@ -154,7 +156,7 @@ def encode(
     ] = False,
 ) -> None:
     """Print the ids of a text."""
-    from maxlm.data.tokenizer import load_tokenizer
+    from maxlm.data.tokenizer.load import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     if text == "-":
@@ -174,7 +176,7 @@ def decode(
     ] = None,
 ) -> None:
     """Write the exact bytes of ids to standard output, without a newline."""
-    from maxlm.data.tokenizer import load_tokenizer
+    from maxlm.data.tokenizer.load import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     if ids is None or ids == ["-"]:
@@ -198,7 +200,8 @@ def measure(
     as_json: JsonOption = False,
 ) -> None:
     """Measure bytes per token, vocabulary use and speed on text."""
-    from maxlm.data.tokenizer import load_tokenizer, measure_tokenizer
+    from maxlm.data.tokenizer.load import load_tokenizer
+    from maxlm.data.tokenizer.stats import measure_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     with show_progress() as progress:
@@ -224,12 +227,9 @@ def compare(
 ) -> None:
     """Measure two tokenizers on the same text: bytes per token of each TEXT, tokens per
     word, unknown tokens, vocabulary use and speed."""
-    from maxlm.data.tokenizer import (
-        compare_tokenizers,
-        import_tokenizer,
-        load_tokenizer,
-    )
     from maxlm.data.tokenizer.files import METADATA
+    from maxlm.data.tokenizer.load import import_tokenizer, load_tokenizer
+    from maxlm.data.tokenizer.stats import compare_tokenizers
 
     tokenizers = {}
     for name in (first, second):
@@ -307,7 +307,7 @@ def _parse_special_token(option: str) -> tuple[str, int | None]:
 
 def _require_no_tokenizer(out: Path, force: bool) -> None:
     """Refuse a folder with a tokenizer, which is not to be replaced."""
-    from maxlm.data.tokenizer import has_tokenizer_files
+    from maxlm.data.tokenizer.files import has_tokenizer_files
 
     if has_tokenizer_files(out) and not force:
         fix = "add --force to replace it, or choose another --out"

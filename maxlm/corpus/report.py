@@ -176,7 +176,7 @@ def _summarize_shard(
     tokenizer: Path | None,
     shard: StageShardView,
 ) -> CorpusSummary:
-    from maxlm.data.tokenizer import load_tokenizer
+    from maxlm.data.tokenizer.load import load_tokenizer
 
     summary = CorpusSummary()
     columns = ["id", "source", "text", *rules.label_names, *numeric_labels, *rules.cut]

@@ -167,7 +167,7 @@ def make_line_splitter(config: LineSplitterConfig) -> Callable[[str], Iterator[s
     without words. Punctuation is unified as in CCNet."""
     encode: Callable[[str], list[int]] | None = None
     if config.tokenizer is not None:
-        from maxlm.data.tokenizer import load_tokenizer
+        from maxlm.data.tokenizer.load import load_tokenizer
 
         encode = load_tokenizer(Path(config.tokenizer)).encode
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from maxlm.config.errors import MaxlmError
 
 Batch = dict[str, np.ndarray]
 """int32 arrays [rows, seq_len] and float32 weights [rows, seq_len]:
@@ -51,4 +53,15 @@ class BatchSource(Protocol):
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
         """Returns the given global rows [n] of the batch of ``step``, as arrays [n,
         ...]."""
+        ...
+
+
+@runtime_checkable
+class RefusesRows(Protocol):
+    """A batch source that leaves rows out which it cannot read or a task cannot learn;
+    the run lists them in ``refused_rows.jsonl``."""
+
+    @property
+    def refused(self) -> Sequence[MaxlmError]:
+        """Where each such row is, what is wrong with it and what to do."""
         ...

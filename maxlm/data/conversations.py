@@ -21,7 +21,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import Tokenizer, check_tools_are_written, encode_chat_turns
+from maxlm.data.tokenizer.chat import check_tools_are_written, encode_chat_turns
+from maxlm.data.tokenizer.codec import Tokenizer
 
 Turns = Literal["all", "last"]
 Row = Mapping[str, Any]

@@ -13,8 +13,8 @@ from lm_eval.models import utils as model_utils
 
 from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import Tokenizer, render_chat
-from maxlm.data.tokenizer.chat import get_chat_template
+from maxlm.data.tokenizer.chat import get_chat_template, render_chat
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.evaluation.records import read_json_records
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest

@@ -10,7 +10,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
 

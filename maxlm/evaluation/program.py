@@ -13,8 +13,8 @@ from urllib.request import urlopen
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import Tokenizer
 from maxlm.data.tokenizer.chat import get_chat_template
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.evaluation.curves import compute_position_losses
 from maxlm.inference.engine import Engine
 from maxlm.inference.scoring import MaskedScorer, Scorer

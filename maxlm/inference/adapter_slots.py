@@ -19,7 +19,7 @@ from maxlm.adapters.targets import (
     replace_targets,
 )
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.params import (

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.adapter_slots import AdapterSlots, LoraWeights
 from maxlm.inference.background_compiler import BackgroundCompiler
 from maxlm.inference.banned_sequences import (

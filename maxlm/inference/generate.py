@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.models.architectures import Model

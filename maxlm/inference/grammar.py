@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GrammarSpec
 

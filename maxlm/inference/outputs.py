@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from maxlm.data.tokenizer import StreamDecoder, Tokenizer
+from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.inference.banned_sequences import TokenMatcher
 from maxlm.inference.requests import SequenceOutput, TokenLogprob
 from maxlm.inference.sequences import PrefillChunk, RunningSequence

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.generate import generate

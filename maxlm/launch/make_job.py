@@ -7,8 +7,9 @@ from dataclasses import fields
 from math import floor
 from pathlib import Path
 
-from maxlm.config import MaxlmError, to_yaml
+from maxlm.config import MaxlmError
 from maxlm.config.assets import find_shipped_config
+from maxlm.config.show import to_yaml
 from maxlm.launch.hosts import resolve_hosts
 from maxlm.launch.job import Job
 from maxlm.launch.options import (

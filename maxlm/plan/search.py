@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import yaml
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors

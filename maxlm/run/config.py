@@ -8,7 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from maxlm.adapters import AdapterConfig
 from maxlm.checkpoint.config import CheckpointConfig
-from maxlm.config import Config, FileName, LocalPath, MaxlmError, load_config
+from maxlm.config import Config, FileName, LocalPath, MaxlmError
+from maxlm.config.load import load_config
 from maxlm.config.sampling import FinalSamplesConfig
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig

@@ -15,22 +15,13 @@ import jax.numpy as jnp
 from pydantic import ValidationError
 
 from maxlm.checkpoint.reading import read_metadata
-from maxlm.config import (
-    MaxlmError,
-    SettingOrigin,
-    compare_configs,
-    load_config,
-    to_yaml,
-)
+from maxlm.config import MaxlmError, SettingOrigin
 from maxlm.config.keys import join_key
 from maxlm.config.layers import SettingsTree
-from maxlm.config.load import validate_config
-from maxlm.data.tokenizer import (
-    Tokenizer,
-    export_tokenizer,
-    import_tokenizer,
-    load_tokenizer,
-)
+from maxlm.config.load import load_config, validate_config
+from maxlm.config.show import compare_configs, to_yaml
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.huggingface.checkpoint import (
     MergedCheckpointReader,
     RunCheckpointReader,

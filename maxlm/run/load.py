@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from maxlm.config import MaxlmError, load_config
-from maxlm.data.tokenizer import Tokenizer, load_tokenizer
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.models.adapters import merge_adapter
 from maxlm.models.architectures import Model

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
 from maxlm.config.assets import resolve_config
 from maxlm.config.layers import build_tree
-from maxlm.config.load import validate_config
+from maxlm.config.load import load_config, validate_config
 from maxlm.config.yaml_text import dump_yaml, parse_yaml
 from maxlm.run.config import RunConfig
 from maxlm.runtime.json_types import JsonObject

@@ -10,12 +10,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maxlm.checkpoint.reading import check_same_settings
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.config import MixtureSource
 from maxlm.data.documents.config import SourceConfig
-from maxlm.data.loader import TokenSource, check_num_steps
-from maxlm.data.loader.packing import describe_missing_checksums
+from maxlm.data.loader.batches import check_num_steps
+from maxlm.data.loader.packing import TokenSource, describe_missing_checksums
 from maxlm.data.store.manifest import Split
 from maxlm.data.store.store import TokenStore, check_tokenizer
 from maxlm.data.tokenizer.codec import Tokenizer

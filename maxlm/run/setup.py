@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.checkpoint.skips import Skips, contiguous_ranges
 from maxlm.data.batch_source import BatchSource
-from maxlm.data.loader import load_batches
+from maxlm.data.loader.batches import load_batches
 from maxlm.models.architectures import Model
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.params import Params, init_params

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from maxlm.config import ABSENT, MaxlmError
+from maxlm.config import MaxlmError
 from maxlm.config.errors import ProcessLost
+from maxlm.config.show import ABSENT
 from maxlm.runtime.cluster import Cluster
 
 NOTICE_SECONDS = 2.0  # in which messages of other processes arrive

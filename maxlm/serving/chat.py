@@ -8,8 +8,12 @@ from typing import NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response
 
-from maxlm.data.tokenizer import Tokenizer, render_escaped_chat
-from maxlm.data.tokenizer.chat import EscapedChat, get_chat_template
+from maxlm.data.tokenizer.chat import (
+    EscapedChat,
+    get_chat_template,
+    render_escaped_chat,
+)
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
 from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.serving.engine_loop import RequestGroupStream

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from starlette.requests import Request
 from starlette.responses import Response
 
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
 from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.beam_search import check_beam_body, search_beams

@@ -10,9 +10,11 @@ from jax.sharding import Mesh
 from pydantic import ValidationError
 
 from maxlm.adapters.lora import LoraAdapter
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import Tokenizer, load_tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.huggingface.families import find_family
 from maxlm.huggingface.families.family import ModelFamily

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GenerationRequest, GrammarSpec
 from maxlm.runtime.json_types import JsonObject

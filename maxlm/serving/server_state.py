@@ -19,7 +19,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 
-from maxlm.data.tokenizer import Tokenizer, make_token_count_bound
+from maxlm.data.tokenizer.bounds import make_token_count_bound
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.adapter_slots import ServedAdapter
 from maxlm.inference.embedding import Embedder
 from maxlm.inference.engine import EngineStats

@@ -12,7 +12,7 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import encode_chat
+from maxlm.data.tokenizer.chat import encode_chat
 from maxlm.inference.requests import GenerationRequest
 
 _HELP = """\

@@ -18,7 +18,7 @@ from maxlm.data.conversations import (
     read_template_variables,
 )
 from maxlm.data.row_files import RowFiles
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.preference import (
     LOG_PROBS,

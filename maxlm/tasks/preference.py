@@ -22,7 +22,7 @@ from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.batch_source import BatchArraySpec
 from maxlm.data.conversations import EncodedSequence, encode_pair
 from maxlm.data.row_files import RowFiles
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
 from maxlm.sharding.supported import ReshapingAxis

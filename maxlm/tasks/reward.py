@@ -10,7 +10,7 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.data.conversations import EncodedSequence
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.preference import PairTask, sum_pairs
 from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, sum_by_segment

@@ -19,7 +19,7 @@ from maxlm.data.conversations import EncodedSequence
 from maxlm.data.loader.permutation import derive_key, permute
 from maxlm.data.row_files import RowFiles, open_rows
 from maxlm.data.rows import RowSource, encode_row, make_row_source
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress, show_progress
 from maxlm.tasks.task import SourceInputs, Task

@@ -12,7 +12,7 @@ from maxlm.data.conversations import (
     get_column,
     read_template_variables,
 )
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.tasks.rows import FileRow, RowTask
 from maxlm.tasks.text import TokenPredictionTask
 

@@ -13,8 +13,10 @@ from pydantic import ConfigDict, Field
 from maxlm.config import Config, MaxlmError
 from maxlm.config.errors import Requirement
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
-from maxlm.data.loader import LoaderConfig, Mixing, TokenSource
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.loader.batches import LoaderConfig
+from maxlm.data.loader.mixture import Mixing
+from maxlm.data.loader.packing import TokenSource
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import LogitsInputs

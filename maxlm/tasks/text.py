@@ -11,7 +11,7 @@ from numpy.random import Generator
 from pydantic import Field
 
 from maxlm.data.batch_source import BatchSource
-from maxlm.data.loader import make_batches, make_one_pass_batches
+from maxlm.data.loader.batches import make_batches, make_one_pass_batches
 from maxlm.parallel.cross_entropy import fused_cross_entropy_loss
 from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, Task, TaskModels

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from maxlm.config import MaxlmError
-from maxlm.data.loader import (
+from maxlm.data.loader.batches import make_batches
+from maxlm.data.loader.usage import (
     SourceUsage,
     list_phase_steps,
-    make_batches,
     summarize_source_usage,
 )
 from maxlm.run.config import RunConfig

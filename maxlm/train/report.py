@@ -8,8 +8,8 @@ from statistics import median
 import jax
 from rich.console import Console, Group
 
-from maxlm.data.store import TokenStore
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.store.store import TokenStore
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.text import generate_text, get_prompt_separator
 from maxlm.optim.state import get_eval_params
 from maxlm.plan.show import format_bytes, format_seconds, make_table

@@ -17,9 +17,10 @@ from maxlm.checkpoint.checkpointer import (
 )
 from maxlm.checkpoint.reading import check_same_settings
 from maxlm.checkpoint.skips import Skips, get_batch_index, record_skip
-from maxlm.config import MaxlmError, load_config
-from maxlm.data.store import TokenStore
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.data.store.manifest import read_manifest
+from maxlm.data.store.store import TokenStore
 from maxlm.models.params import Params
 from maxlm.optim.state import TrainState
 from maxlm.run.config import IDENTITY, INCIDENTAL, RunConfig

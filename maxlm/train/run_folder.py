@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import jax
 
 import maxlm
-from maxlm.config import MaxlmError, to_yaml
-from maxlm.data.batch_source import BatchSource
-from maxlm.data.rows import RowSource
+from maxlm.config import MaxlmError
+from maxlm.config.show import to_yaml
+from maxlm.data.batch_source import BatchSource, RefusesRows
 from maxlm.run.config import RunConfig
 from maxlm.runtime.collectives import all_gather_json
 from maxlm.runtime.files import (
@@ -155,7 +155,7 @@ def write_refused_rows(folder: Path, sources: Mapping[str, BatchSource]) -> None
     file."""
     lines = []
     for name, source in sources.items():
-        errors = source.refused if isinstance(source, RowSource) else ()
+        errors = source.refused if isinstance(source, RefusesRows) else ()
         for error in errors:
             record = {
                 "rows": name,

@@ -18,8 +18,9 @@ from maxlm.checkpoint.folder import FolderTier
 from maxlm.checkpoint.reading import layer_group_shapes
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.batch_source import BatchSource
-from maxlm.data.documents import find_files
-from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.data.documents.files import find_files
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.inference.generate import collect_tokens, generate
 from maxlm.models.params import flatten_names
 from maxlm.optim.state import TrainState

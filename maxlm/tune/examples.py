@@ -8,18 +8,16 @@ import numpy as np
 from pydantic import Field
 from rich.text import Text
 
-from maxlm.config import Config, MaxlmError, load_config
-from maxlm.data.loader import LoaderConfig
+from maxlm.config import Config, MaxlmError
+from maxlm.config.load import load_config
+from maxlm.data.loader.batches import LoaderConfig
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import encode_row
-from maxlm.data.tokenizer import (
-    Tokenizer,
-    TokenizerConfig,
-    add_chat_template,
-    import_tokenizer,
-    load_tokenizer,
-)
+from maxlm.data.tokenizer.chat import add_chat_template
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import METADATA
+from maxlm.data.tokenizer.load import import_tokenizer, load_tokenizer
 from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.tasks import TASKS, TaskConfig
 from maxlm.tasks.rows import RowTask, scan_examples

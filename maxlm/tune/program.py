@@ -8,7 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import load_tokenizer
+from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.optim.schedule import make_schedule
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import convert

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import load_tokenizer
+from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.inference.embedding import Embedder
 from maxlm.models.params import Params, bind, select_base_params
 from maxlm.run.config import RunConfig

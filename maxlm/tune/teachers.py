@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.conversations import get_column, read_template_variables
 from maxlm.data.documents.streams import import_pyarrow
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import encode_row
-from maxlm.data.tokenizer import check_tools_are_written, encode_chat
+from maxlm.data.tokenizer.chat import check_tools_are_written, encode_chat
 from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.requests import GenerationRequest

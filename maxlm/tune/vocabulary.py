@@ -11,9 +11,13 @@ from jax.experimental import multihost_utils
 
 from maxlm.adapters.lora import LoraAdapter
 from maxlm.checkpoint.reading import read_metadata
-from maxlm.config import MaxlmError, load_config, to_yaml
-from maxlm.data.tokenizer import Tokenizer, extend_tokenizer, load_tokenizer
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
+from maxlm.config.show import to_yaml
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import CHAT_TOKENS
+from maxlm.data.tokenizer.extend import extend_tokenizer
+from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.run.config import RunConfig

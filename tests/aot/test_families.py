@@ -3,7 +3,8 @@ compilers."""
 
 import pytest
 
-from maxlm.config import find_asset, load_config
+from maxlm.config.assets import find_asset
+from maxlm.config.load import load_config
 from maxlm.plan.compiled.program import compile_step, compute_peak_bytes
 from maxlm.plan.topology import parse_topology
 from maxlm.run.config import RunConfig

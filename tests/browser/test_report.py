@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.serving import ServingOptions, search_serving
 from maxlm.plan.show import format_bytes, format_seconds

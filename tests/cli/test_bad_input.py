@@ -9,8 +9,11 @@ import jax
 import pytest
 
 from maxlm.checkpoint.folder import FolderTier
-from maxlm.config import load_config, to_yaml
-from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from maxlm.config.load import load_config
+from maxlm.config.show import to_yaml
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.load import load_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.run.config import RunConfig
 from maxlm.run.setup import set_up_run
 from tests.train import tiny

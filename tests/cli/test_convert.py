@@ -11,12 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from maxlm.data.tokenizer import (
-    TokenizerConfig,
-    export_tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.load import export_tokenizer, load_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from tests.models.published import folder_of, golden
 
 Change = Callable[[Path], object]

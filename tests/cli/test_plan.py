@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.plan.compiled.program import DoesNotFit
 from maxlm.run.config import RunConfig
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.config import MaxlmError, find_asset, list_shipped_configs
-from maxlm.config.assets import resolve_config
+from maxlm.config import MaxlmError
+from maxlm.config.assets import find_asset, list_shipped_configs, resolve_config
 
 
 @pytest.fixture(params=["wheel", "source tree"])

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field, ValidationError
 
-from maxlm.config import Config, FileName, load_config
+from maxlm.config import Config, FileName
 from maxlm.config.keys import flatten, get_descendant
+from maxlm.config.load import load_config
 from maxlm.run.config import RunConfig
 
 

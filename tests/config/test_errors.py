@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import model_validator
 
-from maxlm.config import Config, MaxlmError, load_config, to_yaml
+from maxlm.config import Config, MaxlmError
 from maxlm.config.keys import flatten, join_key
+from maxlm.config.load import load_config
+from maxlm.config.show import to_yaml
 from maxlm.config.yaml_text import parse_yaml
 from maxlm.run.config import RunConfig
 from tests.config.example import Model, Run, Source

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from maxlm.config import Config, MaxlmError, load_config, to_yaml
+from maxlm.config import Config, MaxlmError
 from maxlm.config.keys import (
     COMMAND_LINE,
     DEFAULT,
@@ -19,6 +19,8 @@ from maxlm.config.keys import (
     split_key,
 )
 from maxlm.config.layers import MAX_FILES
+from maxlm.config.load import load_config
+from maxlm.config.show import to_yaml
 from maxlm.run.config import RunConfig
 from tests.config.example import Data, Lion, Mesh, Model, Run, Source
 

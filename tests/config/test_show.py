@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from maxlm.config import (
+from maxlm.config import Config
+from maxlm.config.load import load_config
+from maxlm.config.show import (
     ABSENT,
-    Config,
     build_json_schema,
     compare_configs,
-    load_config,
     to_annotated_yaml,
     to_yaml,
 )

@@ -8,7 +8,8 @@ import pytest
 from maxlm.cli.main import main
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.run import run_recipe
-from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.reader import read_documents
 from tests.corpus.corpora import recipe
 from tests.errors import message
 

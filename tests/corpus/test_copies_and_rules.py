@@ -13,9 +13,10 @@ from maxlm.cli.main import main
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import RecipeConfig
 from maxlm.corpus.run import run_recipe
-from maxlm.data.documents import SourceConfig, read_documents
-from maxlm.data.store import TokenStore
-from maxlm.data.tokenizer import load_tokenizer
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.reader import read_documents
+from maxlm.data.store.store import TokenStore
+from maxlm.data.tokenizer.load import load_tokenizer
 
 SIZE = 8  # Words of a passage.
 KEEP_BY = "heuristics.words"

@@ -22,7 +22,8 @@ from maxlm.corpus.run import run_recipe
 from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.text import LineSplitterConfig, make_line_splitter
-from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.reader import read_documents
 from tests.corpus.corpora import add_labels, labels, make_corpus, run_stage
 
 TEXTS = [

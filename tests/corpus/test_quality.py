@@ -15,7 +15,7 @@ from maxlm.corpus.stages.quality import (
     load_classifier,
     train_classifier,
 )
-from maxlm.data.documents import is_heldout
+from maxlm.data.documents.document import is_heldout
 from tests.corpus.corpora import label_texts
 
 GOOD = "because however which although people history idea reason often never question"

@@ -19,7 +19,8 @@ from maxlm.corpus.report import (
     write_report,
 )
 from maxlm.corpus.run import run_recipe
-from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.reader import read_documents
 from maxlm.runtime.pool import WorkerPool
 from tests.corpus.corpora import recipe
 

@@ -18,9 +18,11 @@ from maxlm.corpus.opened import OpenCorpus, find_document
 from maxlm.corpus.report import summarize_corpus, write_report
 from maxlm.corpus.run import run_recipe
 from maxlm.corpus.stages.pii import PiiStage
-from maxlm.data.documents import SourceConfig, read_documents
-from maxlm.data.store import build_store
-from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.reader import read_documents
+from maxlm.data.store.build import build_store
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.runtime.pool import WorkerPool
 from tests.corpus.corpora import recipe
 

@@ -16,7 +16,8 @@ from maxlm.corpus.lost import count_lost_text
 from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import RecipeConfig
 from maxlm.corpus.run import run_recipe
-from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.reader import read_documents
 from maxlm.runtime.pool import WorkerPool
 
 SIZE = 8  # Words of a passage.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 from safetensors.numpy import save_file
 
-from maxlm.data.tokenizer import export_tokenizer
+from maxlm.data.tokenizer.load import export_tokenizer
 from tests.serving.running import train_chat_tokenizer
 from tests.train.tiny import environment
 

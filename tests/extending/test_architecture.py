@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError, load_config, to_yaml
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.config.sampling import SamplingConfig
+from maxlm.config.show import to_yaml
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.models.architectures import ARCHITECTURES

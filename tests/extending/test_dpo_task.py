@@ -18,7 +18,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec, BatchSource
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import make_row_source
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
 from maxlm.plan.predict import plan_run
 from maxlm.run.config import RunConfig

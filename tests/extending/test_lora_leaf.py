@@ -14,7 +14,9 @@ import pytest
 
 from maxlm.adapters import ADAPTERS
 from maxlm.checkpoint.reading import read_metadata
-from maxlm.config import MaxlmError, load_config, to_yaml
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
+from maxlm.config.show import to_yaml
 from maxlm.models.adapters import Adapter
 from maxlm.models.params import (
     GatheredParam,

@@ -10,7 +10,8 @@ import optax
 import pytest
 from pydantic import Field
 
-from maxlm.config import load_config, to_yaml
+from maxlm.config.load import load_config
+from maxlm.config.show import to_yaml
 from maxlm.models.params import Params, flatten_names
 from maxlm.optim.config import OPTIMIZERS, OptimizerConfig
 from maxlm.optim.kinds import RegisteredOptimizer

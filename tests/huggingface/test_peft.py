@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from maxlm.config import MaxlmError, to_yaml
+from maxlm.config import MaxlmError
+from maxlm.config.show import to_yaml
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
 from maxlm.huggingface.families import FAMILIES
 from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names

@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import (
-    Tokenizer,
-    TokenizerConfig,
-    import_tokenizer,
-    train_tokenizer,
-)
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.load import import_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.inference.banned_sequences import fill_draft_masks
 from maxlm.inference.grammar import GrammarCompiler, GrammarMatcher
 from maxlm.inference.requests import GrammarSpec

@@ -21,7 +21,9 @@ import pydantic
 import pytest
 from pydantic import Field, TypeAdapter
 
-from maxlm.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.inference.grammar import GrammarCompiler
 from maxlm.inference.json_schema import make_compilable_schema
 from maxlm.inference.requests import GrammarSpec

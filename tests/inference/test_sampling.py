@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec, reshard
 from scipy.stats import chisquare
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.sampling import (
     compute_logprobs,

@@ -11,7 +11,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import load_tokenizer
+from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.inference.generate import collect_tokens, generate
 from maxlm.inference.text import generate_text, get_prompt_separator

@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.launch.make_job import make_job
 from maxlm.launch.options import JobOptions
 from maxlm.launch.render import render_job

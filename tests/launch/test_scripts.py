@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.launch.make_job import make_job
 from maxlm.launch.options import JobOptions
 from maxlm.launch.render import render_job

@@ -4,7 +4,8 @@ are read."""
 import pytest
 import yaml
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.config.show import to_yaml
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.context_extension import ContextExtensionConfig, extend_context

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from maxlm.config import find_asset
+from maxlm.config.assets import find_asset
 from maxlm.huggingface.families import FAMILIES, find_family
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.sharding import AxisRules

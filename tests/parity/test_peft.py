@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError, load_config, to_yaml
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
+from maxlm.config.show import to_yaml
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
 from maxlm.models.params import (
     bind,

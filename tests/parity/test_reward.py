@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from maxlm.data.tokenizer import import_tokenizer
+from maxlm.data.tokenizer.load import import_tokenizer
 from maxlm.inference.embedding import Embedder
 from maxlm.models.params import flatten_names
 from maxlm.run.config import RunConfig

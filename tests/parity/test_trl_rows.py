@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers")
 from maxlm.config import MaxlmError  # noqa: E402
 from maxlm.data.conversations import encode_pair  # noqa: E402
 from maxlm.data.row_files import open_rows  # noqa: E402
-from maxlm.data.tokenizer import check_tools_are_written, import_tokenizer  # noqa: E402
+from maxlm.data.tokenizer.chat import check_tools_are_written  # noqa: E402
+from maxlm.data.tokenizer.load import import_tokenizer  # noqa: E402
 from maxlm.tasks.sft import SftTask  # noqa: E402
 from tests.data.rows.test_row_forms import (  # noqa: E402
     ANSWER,

@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from maxlm.data.conversations import encode_conversation  # noqa: E402
-from maxlm.data.loader import LoaderConfig  # noqa: E402
-from maxlm.data.tokenizer import import_tokenizer  # noqa: E402
+from maxlm.data.loader.batches import LoaderConfig  # noqa: E402
+from maxlm.data.tokenizer.load import import_tokenizer  # noqa: E402
 from maxlm.models.params import bind, flatten_names  # noqa: E402
 from maxlm.sharding import ShardingConfig  # noqa: E402
 from maxlm.tasks import SourceInputs, TaskModels  # noqa: E402

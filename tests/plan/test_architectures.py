@@ -4,7 +4,8 @@ see test_against_compiled.py."""
 import jax.numpy as jnp
 import pytest
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.plan.layout import compute_run_layout
 from maxlm.plan.memory import list_layer_working_sets
 from maxlm.plan.predict import Machine

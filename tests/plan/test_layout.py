@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from maxlm.cli.main import main
-from maxlm.config import load_config
 from maxlm.config.assets import list_shipped_configs
+from maxlm.config.load import load_config
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.show import format_bytes, format_count

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.network import Network
 from maxlm.plan.topology import parse_topology

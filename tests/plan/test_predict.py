@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import pytest
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.plan.hardware import CHIPS, find_chip
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.timing import EFFICIENCY

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.search import format_run_yaml, list_divisors, search_layouts

@@ -10,7 +10,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
 from maxlm.models.caches import CacheArraySpec, RecurrentCache
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.hardware import CHIPS

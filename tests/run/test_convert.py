@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from maxlm.config import MaxlmError, load_config, to_yaml
-from maxlm.data.tokenizer import import_tokenizer, load_tokenizer
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
+from maxlm.config.show import to_yaml
+from maxlm.data.tokenizer.load import import_tokenizer, load_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
 from maxlm.huggingface.files import list_stored_tensors, read_tensor
 from maxlm.models.params import flatten_names, param_specs

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from tests.serving.running import RunningServer, run_in_thread, train_chat_tokenizer
 
 

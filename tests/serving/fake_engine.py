@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.outputs import TextStream
 from maxlm.inference.requests import GenerationRequest, SequenceOutput, TokenLogprob
 

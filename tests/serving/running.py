@@ -11,7 +11,9 @@ import httpx
 import openai
 import uvicorn
 
-from maxlm.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.serving.engine_loop import EngineLoop
 from maxlm.serving.server import bind_socket, make_server_config
 from maxlm.serving.server_state import ServerState

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from maxlm.adapters.ia3 import Ia3Adapter
-from maxlm.config import to_yaml
 from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer import TokenizerConfig, export_tokenizer, train_tokenizer
+from maxlm.config.show import to_yaml
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.load import export_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointWriter
 from maxlm.huggingface.families import FAMILIES
 from maxlm.inference.engine import Engine, EngineConfig

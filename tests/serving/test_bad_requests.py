@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from maxlm.data.tokenizer import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from tests.serving.fake_engine import FakeEmbedder
 
 GOOD = {

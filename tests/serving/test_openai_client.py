@@ -6,7 +6,7 @@ import numpy as np
 import openai
 import pytest
 
-from maxlm.data.tokenizer import encode_chat
+from maxlm.data.tokenizer.chat import encode_chat
 from tests.serving.fake_engine import FakeEmbedder
 
 HELLO = [{"role": "user", "content": "hi"}]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.inference.cpu import library
 from maxlm.inference.engine import EngineConfig
 from maxlm.serving.program import choose_max_length, warn_of_missing_kernels

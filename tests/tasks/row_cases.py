@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from maxlm.data.loader import LoaderConfig
+from maxlm.data.loader.batches import LoaderConfig
 from maxlm.models.params import bind
 from maxlm.sharding import bind_mesh
 from maxlm.tasks import TASKS, SourceInputs, TaskModels, Vocabulary

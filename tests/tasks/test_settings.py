@@ -5,7 +5,9 @@ from typing import Literal
 
 import pytest
 
-from maxlm.config import MaxlmError, find_asset, load_config
+from maxlm.config import MaxlmError
+from maxlm.config.assets import find_asset
+from maxlm.config.load import load_config
 from maxlm.run.config import RunConfig
 from maxlm.tasks import ClmTask
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.load import load_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.models.params import bind
 from maxlm.run.config import RunConfig
 from maxlm.run.global_batch import make_global_batch

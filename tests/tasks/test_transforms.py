@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maxlm.data.loader import LoaderConfig
+from maxlm.data.loader.batches import LoaderConfig
 from maxlm.tasks import SourceInputs, Vocabulary
 from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
 from maxlm.tasks.mlm import MlmTask

@@ -11,7 +11,7 @@ import jax
 import pytest
 import yaml
 
-from maxlm.config import load_config
+from maxlm.config.load import load_config
 from maxlm.plan.layout import compute_run_layout
 from maxlm.run.config import RunConfig
 from maxlm.sharding import MESH_AXES, mesh_sizes

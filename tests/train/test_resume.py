@@ -9,9 +9,11 @@ import pytest
 
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig
-from maxlm.data.store import TokenStore, append_store, build_store
-from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.store.build import append_store, build_store
+from maxlm.data.store.store import TokenStore
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 from tests.train import tiny
 from tests.train.tiny import train
 

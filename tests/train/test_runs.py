@@ -7,7 +7,9 @@ import struct
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError, load_config, to_yaml
+from maxlm.config import MaxlmError
+from maxlm.config.load import load_config
+from maxlm.config.show import to_yaml
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.run.config import RunConfig
 from maxlm.train.goodput import summarize_run_events

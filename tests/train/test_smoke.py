@@ -8,8 +8,8 @@ import pytest
 
 from maxlm.checkpoint.folder import FolderTier
 from maxlm.cli.main import main
-from maxlm.config import load_config
 from maxlm.config.assets import list_shipped_configs
+from maxlm.config.load import load_config
 from maxlm.run.config import RunConfig
 from maxlm.run.setup import RunSetup
 from maxlm.train import smoke as smoke_program

@@ -92,7 +92,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     """Makes a tokenizer and stores for many runs, and returns the ``data`` and
     ``tokenizer`` of their settings, without evaluation; ``data/text/heldout`` may be
     their ``heldout_store``."""
-    from maxlm.config import load_config
+    from maxlm.config.load import load_config
     from maxlm.run.config import RunConfig
     from maxlm.run.prepare import prepare_data
 
@@ -105,7 +105,7 @@ def prepare(folder: Path) -> dict[str, Any]:
 
 def train(path: str | Path, *overrides: str, **how: Any) -> tuple[Any, list[str]]:
     """A run trained in this process, and what it said."""
-    from maxlm.config import load_config
+    from maxlm.config.load import load_config
     from maxlm.run.config import RunConfig
     from maxlm.train.program import train_model
 

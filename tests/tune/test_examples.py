@@ -6,7 +6,8 @@ import pytest
 
 from maxlm.cli.tune import show
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.tune.examples import (
     describe_examples,
     infer_task_kind,

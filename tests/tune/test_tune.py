@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import import_tokenizer, load_tokenizer, render_chat
+from maxlm.data.tokenizer.chat import render_chat
+from maxlm.data.tokenizer.load import import_tokenizer, load_tokenizer
 from maxlm.models.params import flatten_names
 from maxlm.run.convert import convert
 from maxlm.run.load import load_model, load_run

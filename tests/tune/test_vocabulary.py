@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from maxlm.data.tokenizer import import_tokenizer
+from maxlm.data.tokenizer.load import import_tokenizer
 from maxlm.run.prepare import make_vocabulary
 from tests.data.tokenizer.foreign import write_checkpoint
 

@@ -34,7 +34,7 @@ from maxlm.runtime.checksums import CHECKSUMS_NAME, check_files, write_checksums
 from maxlm.runtime.files import verify_and_strip_json_digest, write_json_with_digest
 
 if TYPE_CHECKING:
-    from maxlm.data.store import TokenStore
+    from maxlm.data.store.store import TokenStore
 
 _MANIFEST = "index.json"
 _MAKE_AGAIN = "delete this folder, which will be made again"
@@ -48,8 +48,8 @@ Pieces = NDArray[np.void]
 
 
 class TokenSource(Protocol):
-    """The part of a token store that the loader reads; `maxlm.data.store.TokenStore`
-    has it."""
+    """The part of a token store that the loader reads;
+    `maxlm.data.store.store.TokenStore` has it."""
 
     @property
     def path(self) -> Path | None:

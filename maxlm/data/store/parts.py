@@ -32,7 +32,7 @@ from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.runtime.pool import count_usable_cores
 
 if TYPE_CHECKING:
-    from maxlm.data.tokenizer import Tokenizer
+    from maxlm.data.tokenizer.codec import Tokenizer
 
 # A part is a 64th of the source, within these limits.
 _PARTS_PER_SOURCE = 64
@@ -82,7 +82,7 @@ def plan_build(
     workers: int | None,
 ) -> BuildPlan:
     """Lists, hashes and cuts the files. Raises as `build_store`."""
-    from maxlm.data.tokenizer import load_tokenizer
+    from maxlm.data.tokenizer.load import load_tokenizer
 
     if split != "all" and not 0 < heldout_fraction < 1:
         message = f"heldout_fraction={heldout_fraction} does not lie between 0 and 1"

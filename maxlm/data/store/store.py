@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import tensorstore as ts
     from rich.table import Table
 
-    from maxlm.data.tokenizer import Tokenizer
+    from maxlm.data.tokenizer.codec import Tokenizer
 
 # Offsets of so many documents (32 MiB) are held in memory; of more, chunks.
 IN_MEMORY_DOCUMENTS = 4 << 20

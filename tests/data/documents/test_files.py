@@ -10,7 +10,9 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.crawl import CrawlSource
-from maxlm.data.documents import SourceConfig, find_files, read_documents
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.files import find_files
+from maxlm.data.documents.reader import read_documents
 
 
 def names(config: SourceConfig, root: Path) -> list[str]:

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig, find_files, read_documents
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.files import find_files
+from maxlm.data.documents.reader import read_documents
 
 
 def texts(path, **settings) -> list[bytes]:

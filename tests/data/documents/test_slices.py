@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig, find_files, is_heldout, read_documents
-from maxlm.data.documents.reader import read_slice
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.document import is_heldout
+from maxlm.data.documents.files import find_files
+from maxlm.data.documents.reader import read_documents, read_slice
 from maxlm.data.documents.streams import scan_file
 
 

@@ -8,7 +8,7 @@ from multiprocessing import parent_process
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.loader import LoaderConfig
+from maxlm.data.loader.batches import LoaderConfig
 
 
 class MemoryStore:

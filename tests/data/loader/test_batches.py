@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.data.loader import load_batches, make_batches, make_one_pass_batches
+from maxlm.data.loader.batches import load_batches, make_batches, make_one_pass_batches
 from tests.data.loader.memory import MemoryStore, assert_equal, config
 from tests.errors import message
 

@@ -11,15 +11,9 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
-from maxlm.data.loader import (
-    Mixing,
-    Phase,
-    list_phase_steps,
-    load_batches,
-    make_batches,
-    summarize_source_usage,
-)
-from maxlm.data.loader.mixture import BLOCK, ENDLESS, MixtureOrder
+from maxlm.data.loader.batches import load_batches, make_batches
+from maxlm.data.loader.mixture import BLOCK, ENDLESS, Mixing, MixtureOrder, Phase
+from maxlm.data.loader.usage import list_phase_steps, summarize_source_usage
 from tests.data.loader.memory import MemoryStore, config
 from tests.errors import message
 

@@ -14,7 +14,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import ProcessLost
-from maxlm.data.loader import load_batches, make_batches
+from maxlm.data.loader.batches import load_batches, make_batches
 from maxlm.data.loader.prefetch import THREAD_STEPS, Prefetcher
 from tests.data.loader.memory import (
     MemoryStore,

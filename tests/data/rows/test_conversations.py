@@ -16,12 +16,9 @@ from maxlm.data.conversations import (
     get_column,
     get_label,
 )
-from maxlm.data.tokenizer import (
-    TokenizerConfig,
-    add_chat_template,
-    encode_chat,
-    train_tokenizer,
-)
+from maxlm.data.tokenizer.chat import add_chat_template, encode_chat
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 
 pytest.importorskip("jinja2")
 

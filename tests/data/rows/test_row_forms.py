@@ -14,7 +14,8 @@ from maxlm.config import MaxlmError
 from maxlm.data.conversations import encode_pair
 from maxlm.data.row_files import open_rows
 from maxlm.data.row_forms import convert_row
-from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.tasks.kto import KtoTask
 from maxlm.tasks.rows import scan_examples
 from maxlm.tasks.sft import SftTask

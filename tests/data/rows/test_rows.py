@@ -9,7 +9,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec
-from maxlm.data.loader import load_batches
+from maxlm.data.loader.batches import load_batches
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import make_row_source
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.data.documents import SourceConfig
-from maxlm.data.store import append_store, arrays, build_store
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.store import arrays
+from maxlm.data.store.build import append_store, build_store
 
 TEXTS = [[f"{part} {i} " + "xyz" * (i * 7 % 23) for i in range(40)] for part in "abc"]
 
@@ -49,7 +50,9 @@ def _load(folder):
 @pytest.fixture
 def byte_tokenizer(tmp_path, monkeypatch):
     """Saves a double with these settings, makes it loadable, and returns its folder."""
-    monkeypatch.setattr("maxlm.data.tokenizer.load_tokenizer", _load, raising=False)
+    monkeypatch.setattr(
+        "maxlm.data.tokenizer.load.load_tokenizer", _load, raising=False
+    )
 
     def save(shift: int = 0, vocab_size: int = 300) -> Path:
         folder = tmp_path / f"tokenizer-{shift}-{vocab_size}"

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig
-from maxlm.data.loader import LoaderConfig, make_batches
-from maxlm.data.store import TokenStore, append_store, build_store
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.loader.batches import LoaderConfig, make_batches
+from maxlm.data.store.build import append_store, build_store
+from maxlm.data.store.store import TokenStore
 
 
 def all_documents(sources):

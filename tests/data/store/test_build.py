@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig, is_heldout
-from maxlm.data.store import TokenStore, build_store
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.document import is_heldout
 from maxlm.data.store import build as build_module
 from maxlm.data.store import parts as parts_module
 from maxlm.data.store.arrays import token_dtype
+from maxlm.data.store.build import build_store
+from maxlm.data.store.store import TokenStore
 
 TEXTS = [f"document {i} " + "xyz" * (i % 7) for i in range(50)]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from maxlm.cli.main import main
-from maxlm.data.loader import LoaderConfig, make_batches
+from maxlm.data.loader.batches import LoaderConfig, make_batches
 from maxlm.data.loader.packing import open_best_fit
-from maxlm.data.store import TokenStore
+from maxlm.data.store.store import TokenStore
 from tests.errors import message
 
 RESTORE = "put the store back from a copy, or build it again with maxlm corpus build"

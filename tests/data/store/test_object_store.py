@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.loader import LoaderConfig, make_batches
-from maxlm.data.store import TokenStore
-from maxlm.data.store.store import describe_store, summary_table
+from maxlm.data.loader.batches import LoaderConfig, make_batches
+from maxlm.data.store.store import TokenStore, describe_store, summary_table
 from maxlm.runtime.storage import make_kvstore_spec, to_place
 from tests.ports import free_port
 
@@ -50,7 +49,7 @@ def url(s3, appended):
 
 
 def test_reads_as_from_a_disk(url, appended):
-    from maxlm.data.tokenizer import load_tokenizer
+    from maxlm.data.tokenizer.load import load_tokenizer
 
     local = TokenStore.open(appended)
     for place in (f"{url}/", Path(url)):

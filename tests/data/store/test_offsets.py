@@ -4,11 +4,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.data.documents import SourceConfig
-from maxlm.data.loader import LoaderConfig, Mixing, make_batches
-from maxlm.data.store import TokenStore, build_store
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.loader.batches import LoaderConfig, make_batches
+from maxlm.data.loader.mixture import Mixing
 from maxlm.data.store import store as store_module
 from maxlm.data.store.arrays import CHUNK_OFFSETS, Offsets
+from maxlm.data.store.build import build_store
+from maxlm.data.store.store import TokenStore
 
 
 def offsets_of(array):

@@ -6,9 +6,13 @@ import random
 import pytest
 
 from maxlm.cli.main import main
-from maxlm.data.documents import SourceConfig, is_heldout
-from maxlm.data.store import TokenStore, build_store
-from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.document import is_heldout
+from maxlm.data.store.build import build_store
+from maxlm.data.store.store import TokenStore
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.load import load_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def reference(folder):
 def test_documents_open_as_an_imported_tokenizer_says(
     tmp_path, folder, texts, capfd, name, opens
 ):
-    from maxlm.data.tokenizer import import_tokenizer
+    from maxlm.data.tokenizer.load import import_tokenizer
     from tests.data.tokenizer.foreign import write_checkpoint
 
     tokenizer = import_tokenizer(write_checkpoint(tmp_path / name, name))

@@ -12,9 +12,10 @@ import textwrap
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig
-from maxlm.data.store import TokenStore, append_store, build_store
+from maxlm.data.documents.config import SourceConfig
 from maxlm.data.store import build as build_module
+from maxlm.data.store.build import append_store, build_store
+from maxlm.data.store.store import TokenStore
 
 
 @pytest.fixture
@@ -159,10 +160,11 @@ JOINED = """
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
     from conftest import ByteTokenizer
-    import maxlm.data.tokenizer
-    maxlm.data.tokenizer.load_tokenizer = lambda folder: ByteTokenizer()
-    from maxlm.data.documents import SourceConfig
-    from maxlm.data.store import build_store, parts
+    import maxlm.data.tokenizer.load
+    maxlm.data.tokenizer.load.load_tokenizer = lambda folder: ByteTokenizer()
+    from maxlm.data.documents.config import SourceConfig
+    from maxlm.data.store import parts
+    from maxlm.data.store.build import build_store
     root = Path(sys.argv[1])
     real = parts._read_texts
     def read(source, planned, job, counts):

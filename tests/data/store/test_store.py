@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents import SourceConfig
-from maxlm.data.store import TokenStore, arrays, build_store, check_tokenizer
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.store import arrays
+from maxlm.data.store.build import build_store
+from maxlm.data.store.store import TokenStore, check_tokenizer
 
 REBUILD = "build the store again with maxlm corpus build"
 # The long run of zeros covers whole chunks and shards with zarr's fill value.

@@ -6,7 +6,9 @@ import textwrap
 
 import pytest
 
-from maxlm.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 
 KINDS = ("bpe", "sentencepiece_bpe", "sentencepiece_unigram")
 

@@ -3,7 +3,8 @@
 import pytest
 from tokenizers import Tokenizer as Library
 
-from maxlm.data.tokenizer import import_tokenizer, train_tokenizer
+from maxlm.data.tokenizer.load import import_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from tests.data.tokenizer.foreign import TEXTS, write_checkpoint
 from tests.errors import message
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.data.tokenizer import Tokenizer, import_tokenizer
 from maxlm.data.tokenizer.bounds import make_token_count_bound
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.huggingface import build_byte_alphabet
+from maxlm.data.tokenizer.load import import_tokenizer
 from tests.data.tokenizer.foreign import MAKERS, write_checkpoint
 from tests.data.tokenizer.references import fuzz_texts, long_texts
 

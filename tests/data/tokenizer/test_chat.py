@@ -5,16 +5,10 @@ import json
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import (
-    TokenizerConfig,
-    encode_chat,
-    export_tokenizer,
-    import_tokenizer,
-    load_tokenizer,
-    render_chat,
-    render_escaped_chat,
-    train_tokenizer,
-)
+from maxlm.data.tokenizer.chat import encode_chat, render_chat, render_escaped_chat
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from tests.data.tokenizer.foreign import MAKERS, write_checkpoint
 
 pytest.importorskip("jinja2")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from maxlm.cli.main import main
-from maxlm.data.tokenizer import train_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from tests.data.tokenizer.test_wordpiece import config as wordpiece
 
 ENGLISH = b"the quick brown fox wraps a paragraph of text \xe2\x98\x83"

@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 
-from maxlm.data.tokenizer import has_tokenizer_files, load_tokenizer, train_tokenizer
+from maxlm.data.tokenizer.files import has_tokenizer_files
+from maxlm.data.tokenizer.load import load_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 from tests.errors import message
 
 TEXT = "the quick <|user|> größer\n\u2581\t 12 猫"

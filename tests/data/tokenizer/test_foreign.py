@@ -6,13 +6,9 @@ import os
 
 import pytest
 
-from maxlm.data.tokenizer import (
-    Tokenizer,
-    TokenizerConfig,
-    export_tokenizer,
-    import_tokenizer,
-    load_tokenizer,
-)
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
 from tests.data.tokenizer.foreign import MAKERS, TEXTS, write_checkpoint
 from tests.errors import message
 

@@ -6,7 +6,7 @@ import os
 import pytest
 from tokenizers import Tokenizer as Library
 
-from maxlm.data.tokenizer import import_tokenizer
+from maxlm.data.tokenizer.load import import_tokenizer
 from tests.data.tokenizer.foreign import MAKERS, TEXTS, write_checkpoint
 from tests.data.tokenizer.references import fuzz_texts, long_texts
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
-from maxlm.data.tokenizer import StreamDecoder, import_tokenizer
+from maxlm.data.tokenizer.codec import StreamDecoder
 from maxlm.data.tokenizer.huggingface import HuggingFaceCodec
+from maxlm.data.tokenizer.load import import_tokenizer
 from tests.data.tokenizer.foreign import MAKERS, TEXTS, write_checkpoint
 
 TRICKY = [

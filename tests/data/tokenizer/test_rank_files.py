@@ -8,14 +8,10 @@ import tiktoken
 from tokenizers import Tokenizer as Library
 
 from maxlm.cli.main import main
-from maxlm.data.tokenizer import (
-    export_tokenizer,
-    import_tokenizer,
-    load_tokenizer,
-    rank_files,
-    train_tokenizer,
-)
+from maxlm.data.tokenizer import rank_files
+from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.data.tokenizer.rank_files import PATTERNS
+from maxlm.data.tokenizer.train import train_tokenizer
 from tests.data.tokenizer.foreign import TEXTS
 from tests.data.tokenizer.references import fuzz_texts, long_texts
 from tests.errors import message

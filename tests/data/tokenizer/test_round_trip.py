@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import StreamDecoder
+from maxlm.data.tokenizer.codec import StreamDecoder
 
 # Pieces in which one library or the other sees something special.
 TRICKY = [

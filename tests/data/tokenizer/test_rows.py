@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from maxlm.data.tokenizer import export_tokenizer, import_tokenizer, load_tokenizer
+from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
 from tests.models import tiny_tokenizers as tiny
 
 ROWS = 120

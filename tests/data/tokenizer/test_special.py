@@ -3,7 +3,8 @@
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 
 
 def test_special_tokens_have_distinct_ids_in_order(tokenizer):

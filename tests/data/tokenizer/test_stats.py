@@ -1,6 +1,7 @@
 """Counts of tokens, words and unknown tokens."""
 
-from maxlm.data.tokenizer import measure_tokenizer, train_tokenizer
+from maxlm.data.tokenizer.stats import measure_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 
 TEXTS = [b"the quick brown fox \xe2\x98\x83"] * 300 + [
     "größer über Straße, où été ☃ ☃".encode()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 from tests.errors import message
 
 KINDS = ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
@@ -21,7 +22,8 @@ def test_the_same_text_gives_the_same_tokenizer_on_any_number_of_threads(
 ):
     code = """
 import json, sys
-from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.train import train_tokenizer
 configs, texts = json.load(sys.stdin)
 print(*(train_tokenizer(TokenizerConfig(**config), texts).fingerprint for config in configs))
 """

@@ -9,7 +9,9 @@ from tokenizers import normalizers, pre_tokenizers
 
 import maxlm.data.tokenizer.wordpiece as wordpiece
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.load import load_tokenizer
+from maxlm.data.tokenizer.train import train_tokenizer
 
 BERT = {
     "bos": "[CLS]",
