@@ -90,6 +90,16 @@ def test_the_figures_are_those_of_the_samples(folders, tmp_path):
     assert again == [f"other ({tmp_path}/other)"] * 2
 
 
+def test_a_model_without_steps_and_step_0_of_a_run_are_two(tmp_path):
+    for name, costs in (("a", None), ("b", {"step": 0, "seconds": 1})):
+        write_evaluation(
+            tmp_path / name, {"arc": {"acc": EASY}}, model="runs/own", maxlm=costs
+        )
+    report = build([tmp_path / "a", tmp_path / "b"])
+    assert [model["step"] for model in report["models"]] == [None, 0]
+    assert report["shown"] == [0, 1]
+
+
 def test_samples_show_each_pattern_and_the_choice(folders):
     report = build(folders, num_samples=3)
     arc = [sample for sample in report["samples"] if sample["task"] == "arc"]

@@ -2,16 +2,21 @@
 counted."""
 
 import os
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
+from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.speculation import DraftModel
+from maxlm.models.architectures.encoder import EncoderConfig
+from maxlm.sharding import AxisRules
 
 VOCAB = 8
 PROMPT = (3, 1)
@@ -43,6 +48,20 @@ def make_engine(models, num_drafts: int, rows: int) -> Engine:
     return Engine(
         model.model, model.params, config, draft=DraftModel(draft.model, draft.params)
     )
+
+
+def test_an_encoder_guesses_for_no_model(models):
+    config = EncoderConfig(
+        vocab_size=VOCAB,
+        num_layers=1,
+        d_model=8,
+        max_seq_len=16,
+        attention={"num_heads": 2, "num_kv_heads": 2, "head_dim": 4},
+        mlp={"d_ff": 8},
+    )
+    encoder = config.build(rules=AxisRules(), dtype=jnp.float32)
+    with pytest.raises(MaxlmError, match="an encoder names masked tokens"):
+        make_engine([models[0], SimpleNamespace(model=encoder, params={})], 2, 4)
 
 
 def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(models):

@@ -395,6 +395,19 @@ def test_rare_models_come_back(name, values):
     assert settings(family.write_config(model))[0] == model
 
 
+def test_local_layers_without_positions_are_written_with_the_models():
+    name = "gemma3_1b"
+    model, _ = settings(change(name))
+    kinds = [kind.model_copy(update={"positions": None}) for kind in model.pattern]
+    shared = model.model_copy(update={"pattern": tuple(kinds)})
+    written = find_family(change(name), "config.json").write_config(shared)
+    thetas = {
+        kind: rope["rope_theta"] for kind, rope in written["rope_parameters"].items()
+    }
+    assert thetas["sliding_attention"] == model.positions.theta
+    assert thetas["full_attention"] == model.positions.theta
+
+
 def test_another_architecture_is_no_typing_error():
     message = refusal(change("llama_7b", architectures=["Llama4ForCausalLM"])) or ""
     want = "config.json: the architecture Llama4ForCausalLM is not supported; supported are GPT2"
