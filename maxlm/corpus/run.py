@@ -73,8 +73,7 @@ def run_recipe(
     full."""
     folder = Path(recipe.out).expanduser()
     steps = bind_stages(recipe)
-    # Before anything is written: rules that cannot be settled.
-    plan_verdicts(recipe, resolve_rules(recipe, recipe.keep, recipe.cut, ""), "")
+    _check_rules(recipe)
     packages: list[str] = [*_PACKAGES]
     for step in steps:
         stage_packages = step.stage.list_packages()
@@ -96,14 +95,21 @@ def run_recipe(
         for stage_name, key in keys.items():
             _forget_stale_manifest(folder / stage_name, key, shard_names)
         _write_json(folder / RECIPE, recipe.model_dump(mode="json"))
-        run = JobRunner(DOCUMENTS, executor, progress)
-        _read_sources(folder, keys[DOCUMENTS], jobs, num_binary_files, recipe, run)
+        runner = JobRunner(DOCUMENTS, executor, progress)
+        _read_sources(folder, keys[DOCUMENTS], jobs, num_binary_files, recipe, runner)
         for step in steps:
             name = step.stage.unique_name
-            run = JobRunner(name, executor, progress)
-            _run_step(folder, step, keys[name], shard_names, run)
+            runner = JobRunner(name, executor, progress)
+            _run_step(folder, step, keys[name], shard_names, runner)
         index_kept_texts(folder, executor, progress)
     return folder
+
+
+def _check_rules(recipe: RecipeConfig) -> None:
+    """Raises MaxlmError for rules of what is kept that name no label, or whose verdicts
+    cannot be settled."""
+    rules = resolve_rules(recipe, recipe.keep, recipe.cut, error_location="")
+    plan_verdicts(recipe, rules, error_location="")
 
 
 def _make_keys(
@@ -127,7 +133,7 @@ def _check_place(folder: Path, recipe: RecipeConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise MaxlmError("this is a file", where=str(folder), fix=fix)
     if folder.exists() and any(folder.iterdir()) and not (folder / "lock").exists():
-        message = "this folder holds something else than a corpus"
+        message = "this folder is not empty, and holds no corpus"
         raise MaxlmError(message, where=str(folder), fix=f"{fix}, or empty the folder")
     for source in recipe.sources:
         for entry in source.documents:
@@ -137,8 +143,8 @@ def _check_place(folder: Path, recipe: RecipeConfig) -> None:
 
 
 def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
-    """Checks that no source lies in the corpus's folder. A pattern may match what a run
-    has written, of which the next would make documents."""
+    """Checks that no source lies in the corpus's folder: where a pattern matches what a
+    run writes there, the next run would read it as documents."""
     corpus = folder.resolve()
     for job in jobs:
         for part in job.slices:
@@ -172,7 +178,7 @@ def _read_sources(
     jobs: Sequence[ReadJob],
     num_binary_files: int,
     recipe: RecipeConfig,
-    run: JobRunner,
+    run_jobs: JobRunner,
 ) -> None:
     """Reads the sources into the shards of documents that are not there."""
 
@@ -180,7 +186,7 @@ def _read_sources(
         names = {shard.name for shard in pending}
         pending_jobs = [job for job in jobs if job.shard.name in names]
         num_done = len(jobs) - len(pending_jobs)
-        run(write_document_shard, pending_jobs, num_done=num_done)
+        run_jobs(write_document_shard, pending_jobs, num_done=num_done)
 
     details = {
         "key": key,
@@ -201,7 +207,7 @@ def _run_step(
     step: BoundStage,
     key: str,
     shard_names: Sequence[str],
-    run: JobRunner,
+    run_jobs: JobRunner,
 ) -> None:
     """Writes the labels of a stage that are not there."""
     stage = step.stage
@@ -223,25 +229,16 @@ def _run_step(
             # The largest first, or all would wait for one that begins last.
             pending.sort(key=lambda shard: -shard.path(DOCUMENTS).stat().st_size)
             num_done = len(shards) - len(pending)
-            run(ShardLabeller(stage), pending, num_done=num_done)
-        elif isinstance(stage, CrossDocumentStage):
+            run_jobs(ShardLabeller(stage), pending, num_done=num_done)
+        else:
+            assert isinstance(stage, CrossDocumentStage)
             with convert_write_errors(stage_folder):
                 scratch.mkdir(exist_ok=True)
             # All of them: each is compared with the others.
-            stage.label(shards, scratch, run)
+            stage.label(shards, scratch, run_jobs)
 
     with convert_write_errors(stage_folder):
-        stage_folder.mkdir(exist_ok=True)
-        key_path = stage_folder / "key"
-        had_key = key_path.exists()
-        if not had_key or key_path.read_text() != key:
-            # What lies here are labels of other inputs, and so are settled ones.
-            if had_key:
-                shutil.rmtree(folder / SETTLED, ignore_errors=True)
-            shutil.rmtree(stage_folder)
-            stage_folder.mkdir()
-            with replace_file(key_path) as new:
-                new.write_text(key)
+        _clear_stale_labels(folder, stage_folder, key)
     details = {
         "key": key,
         "stage": stage.model_dump(mode="json"),
@@ -249,6 +246,22 @@ def _run_step(
     }
     _make_shards(stage_folder, shards, label, details, stage.list_packages())
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _clear_stale_labels(folder: Path, stage_folder: Path, key: str) -> None:
+    """Makes a stage's folder, empty but for its key if it has labels of another key."""
+    stage_folder.mkdir(exist_ok=True)
+    key_path = stage_folder / "key"
+    had_key = key_path.exists()
+    if had_key and key_path.read_text() == key:
+        return
+    if had_key:
+        # Settled labels were made of those that are deleted now.
+        shutil.rmtree(folder / SETTLED, ignore_errors=True)
+    shutil.rmtree(stage_folder)
+    stage_folder.mkdir()
+    with replace_file(key_path) as new:
+        new.write_text(key)
 
 
 def _make_shards(
@@ -280,6 +293,8 @@ def _make_shards(
     has_checksums = (stage_folder / CHECKSUMS_NAME).exists()
     if not pending and has_manifest and has_checksums:
         return
+    # By these, shards that are not written now keep the checksums that they have: what
+    # has damaged one since must not become what it is checked against.
     identities_before = read_file_identities(paths.values())
     if pending:
         make(pending)
@@ -292,24 +307,25 @@ def _make_shards(
     total: Counter[str] = Counter()
     for shard_counts in counts_by_shard.values():
         total.update(shard_counts)  # A sum of Counters would drop what is 0.
+    # A corpus without shards has these two all the same.
+    all_counts = {"rows": 0, "labelled": 0}
+    all_counts |= counts or {}
+    all_counts |= dict(sorted(total.items()))
+    rows_by_shard = {
+        name: shard_counts["rows"] for name, shard_counts in counts_by_shard.items()
+    }
+    versions = {name: version(name) for name in (*_PACKAGES, *packages)}
     checksums_sha256 = write_shard_checksums(
         stage_folder, list(paths.values()), identities_before
     )
     manifest = {
         **details,
-        "counts": {
-            "rows": 0,
-            "labelled": 0,
-            **(counts or {}),
-            **dict(sorted(total.items())),
-        },
-        "shards": {
-            name: shard_counts["rows"] for name, shard_counts in counts_by_shard.items()
-        },
+        "counts": all_counts,
+        "shards": rows_by_shard,
         "checksums_sha256": checksums_sha256,
         "last_run": {
             "shards": len(pending),  # Others may be of earlier runs.
-            "packages": {name: version(name) for name in (*_PACKAGES, *packages)},
+            "packages": versions,
             "python": platform.python_version(),
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
             "seconds": round(time.time() - began, 3),

@@ -2,7 +2,7 @@
 each task ``samples_TASK_TIME.jsonl``."""
 
 import os.path
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import exp, isfinite
 from pathlib import Path
@@ -13,6 +13,8 @@ from maxlm.runtime.json_files import check_regular_file, parse_json
 from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 Parsed = TypeVar("Parsed")
+DocKey = tuple[str, int, str, str | None]
+"""Task, document's number, filter and hash: the same in two evaluations."""
 
 
 class MetricResult(NamedTuple):
@@ -28,13 +30,34 @@ class MetricResult(NamedTuple):
     higher_is_better: bool
 
 
+class ListedFigure(NamedTuple):
+    """A task's figure as a results file has it."""
+
+    task: str
+    metric: str
+    """With its filter in brackets, but for the filter "none"."""
+    value: float
+    stderr: float | None
+    """Standard error; None: the file has none."""
+    num_docs: int
+
+
+class DocScore(NamedTuple):
+    """What a document adds to a figure: the figure is the sum of ``total`` over that of
+    ``weight``."""
+
+    total: float
+    """Of a perplexity its log-likelihood in nats; else the score."""
+    weight: float
+    """Of a perplexity the document's words or bytes; else 1."""
+
+
 class EvalDoc(NamedTuple):
     """A document's scores, and what a page shows of it."""
 
-    key: tuple[Any, ...]
-    """Task, document's number, filter and hash: the same in two evaluations."""
-    values: dict[str, tuple[float, float]]
-    """Sum and weight; of perplexities nats, and words."""
+    key: DocKey
+    values: dict[str, DocScore]
+    """By metric."""
     prompt_hash: str | None
     prompt: str
     target: str
@@ -51,7 +74,8 @@ class TaskResult(NamedTuple):
     """By task, several in a group; a file may be missing."""
 
     def read_samples(self) -> list[EvalDoc]:
-        """Raises MaxlmError for a file that is missing, or that has a damaged line."""
+        """Reads all documents' scores; raises MaxlmError for a file that is missing, or
+        that has a damaged line."""
         samples: list[EvalDoc] = []
         for task, path in self.sample_files.items():
             samples += _parse_file(path, partial(_parse_sample, task))
@@ -111,19 +135,16 @@ def _merge_evaluations(
     """Adds the tasks that only an older evaluation has, and what that one cost."""
     if older.tasks.keys() <= newer.tasks.keys():
         return newer
-    units = [*newer.units, *(name for name in older.units if name not in newer.tasks)]
-    costs = {
-        name: (newer.costs[name] or 0) + (older.costs[name] or 0)
-        for name in newer.costs
-    }
+    units = list(newer.units)
+    units += [name for name in older.units if name not in newer.tasks]
+    costs: dict[str, float | None] = {}
+    for name, newer_cost in newer.costs.items():
+        costs[name] = (newer_cost or 0) + (older.costs[name] or 0)
     return newer._replace(tasks=older.tasks | newer.tasks, units=units, costs=costs)
 
 
-def list_metrics(
-    results: JsonObject,
-) -> Iterator[tuple[str, str, float, float | None, int]]:
-    """Yields task, metric, value, standard error (None: there is none) and number of
-    documents."""
+def list_metrics(results: JsonMapping) -> Iterator[ListedFigure]:
+    """Yields the figures of all tasks and groups in the data of a results file."""
     for task, fields in results["results"].items():
         for key, value in fields.items():
             # Metrics are METRIC,FILTER; other keys are about the task.
@@ -131,13 +152,25 @@ def list_metrics(
             is_figure = filter_name and not metric.endswith("_stderr")
             if not is_figure or not isinstance(value, int | float):
                 continue
-            name = metric if filter_name == "none" else f"{metric} ({filter_name})"
             stderr = fields.get(f"{metric}_stderr,{filter_name}")
             if not isinstance(stderr, float) or not isfinite(stderr):
                 stderr = None
-            num_docs = fields.get("sample_len", 0)
-            num_docs = fields.get("sample_count", {}).get(key, num_docs)
-            yield task, name, value, stderr, num_docs
+            # A metric may leave out documents of its task.
+            all_docs = fields.get("sample_len", 0)
+            num_docs = fields.get("sample_count", {}).get(key, all_docs)
+            name = _name_metric(metric, filter_name)
+            yield ListedFigure(task, name, value, stderr, num_docs)
+
+
+def _name_metric(metric: str, filter_name: str) -> str:
+    """Returns a metric's name with its filter, such as ``exact_match
+    (flexible-extract)``."""
+    return metric if filter_name == "none" else f"{metric} ({filter_name})"
+
+
+def strip_filter(metric: str) -> str:
+    """Returns a metric's name without its filter."""
+    return metric.split(" ")[0]
 
 
 def _parse_file(path: Path, parse: Callable[[Any], Parsed]) -> list[Parsed]:
@@ -147,7 +180,8 @@ def _parse_file(path: Path, parse: Callable[[Any], Parsed]) -> list[Parsed]:
     check_regular_file(path, fix)
     try:
         data = path.read_bytes()
-        for text in data.splitlines() if path.suffix == ".jsonl" else [data]:
+        texts = data.splitlines() if path.suffix == ".jsonl" else [data]
+        for text in texts:
             where = f"{path}:{len(parsed) + 1}"
             parsed.append(parse(parse_json(text, where, fix)))
     except (
@@ -170,44 +204,29 @@ def _parse_file(path: Path, parse: Callable[[Any], Parsed]) -> list[Parsed]:
     return parsed
 
 
-def _parse_results(path: Path, data: JsonObject) -> EvaluationResult:
+def _parse_results(path: Path, data: JsonMapping) -> EvaluationResult:
     our_fields = data.get("maxlm") or {}
     groups = data.get("group_subtasks") or {}
     tasks: dict[str, TaskResult] = {}
-    inner: set[str] = set()
-    """Members of groups."""
-    stamp = path.stem.removeprefix("results_")
-    for name, metric, value, stderr, num_docs in list_metrics(data):
-        if not isfinite(value):
+    members_of_groups: set[str] = set()
+    for figure in list_metrics(data):
+        task = figure.task
+        if not isfinite(figure.value):
             continue
-        if name not in tasks:
-            members = _list_members(name, groups)
-            inner.update(members)
+        if task not in tasks:
+            members = _list_members(task, groups)
+            members_of_groups.update(members)
+            # Groups within a group have no samples of their own.
             leaves = [member for member in members if not groups.get(member)]
-            files = {
-                leaf: path.with_name(f"samples_{leaf}_{stamp}.jsonl")
-                for leaf in leaves or [name]
-            }
-            tasks[name] = TaskResult({}, files)
-        directions = data.get("higher_is_better", {}).get(name) or {}
-        higher_is_better = directions.get(metric.split(" ")[0])
-        low, high, interval = _compute_interval(metric, value, stderr, num_docs)
-        tasks[name].metrics[metric] = MetricResult(
-            value=value,
-            low=low,
-            high=high,
-            interval=interval,
-            n=num_docs,
-            shots=data.get("n-shot", {}).get(name),
-            higher_is_better=higher_is_better is not False,
-        )
+            tasks[task] = TaskResult({}, _name_sample_files(path, leaves or [task]))
+        tasks[task].metrics[figure.metric] = _make_metric_result(figure, data)
     seconds = our_fields.get("seconds") or data.get("total_evaluation_time_seconds")
     return EvaluationResult(
         path=path,
         model=str(data.get("model_name") or path.parent.name),
         step=our_fields.get("step"),
         tasks=tasks,
-        units=[name for name in tasks if name not in inner],
+        units=[name for name in tasks if name not in members_of_groups],
         costs={
             "seconds": float(seconds or 0),
             "prompt_tokens": our_fields.get("prompt_tokens"),
@@ -216,32 +235,62 @@ def _parse_results(path: Path, data: JsonObject) -> EvaluationResult:
     )
 
 
+def _name_sample_files(results_path: Path, tasks: Iterable[str]) -> dict[str, Path]:
+    """Returns the path of each task's samples, beside the results of the same time."""
+    time = results_path.stem.removeprefix("results_")
+    return {
+        task: results_path.with_name(f"samples_{task}_{time}.jsonl") for task in tasks
+    }
+
+
+def _make_metric_result(figure: ListedFigure, data: JsonMapping) -> MetricResult:
+    """Returns a figure with its interval, and with what the file's ``data`` says of
+    it."""
+    directions = data.get("higher_is_better", {}).get(figure.task) or {}
+    # It is, unless the file says otherwise.
+    higher_is_better = directions.get(strip_filter(figure.metric)) is not False
+    low, high, interval = _compute_interval(figure)
+    return MetricResult(
+        value=figure.value,
+        low=low,
+        high=high,
+        interval=interval,
+        n=figure.num_docs,
+        shots=data.get("n-shot", {}).get(figure.task),
+        higher_is_better=higher_is_better,
+    )
+
+
 def is_perplexity(metric: str) -> bool:
     """Whether a metric, with its filter or without, is the exponential of a mean."""
-    return metric.split(" ")[0].endswith("perplexity")
+    return strip_filter(metric).endswith("perplexity")
 
 
 def _compute_interval(
-    metric: str, value: float, stderr: float | None, n: int
+    figure: ListedFigure,
 ) -> tuple[float | None, float | None, str | None]:
-    """The 95% interval's ends, and its kind."""
+    """Computes the 95% interval's ends, and says its kind."""
     from scipy import stats
 
+    value = figure.value
+    stderr = figure.stderr
+    n = figure.num_docs
     if stderr is None:
         return None, None, None
     # Of figures in [0, 1] only zeros and ones have a binomial's variance.
     variance = stderr**2 * (n - 1)
     if n and abs(variance - value * (1 - value)) < 1e-9:
-        interval = stats.binomtest(round(value * n), n).proportion_ci(method="wilson")
+        num_right = round(value * n)
+        interval = stats.binomtest(num_right, n).proportion_ci(method="wilson")
         return float(interval.low), float(interval.high), "Wilson"
-    if is_perplexity(metric):  # normal is its logarithm
+    if is_perplexity(figure.metric):  # normal is its logarithm
         factor = exp(1.96 * stderr / value)
         return value / factor, value * factor, "normal"
     return value - 1.96 * stderr, value + 1.96 * stderr, "normal"
 
 
 def _list_members(name: str, groups: Mapping[str, list[str]]) -> list[str]:
-    """Members of a group, and theirs."""
+    """Lists the members of a group, and theirs; none of a task."""
     members: list[str] = []
     for member in groups.get(name) or []:
         members += [member, *_list_members(member, groups)]
@@ -250,13 +299,7 @@ def _list_members(name: str, groups: Mapping[str, list[str]]) -> list[str]:
 
 def _parse_sample(task: str, line: JsonMapping) -> EvalDoc:
     filter_name = line.get("filter", "none")
-    values: dict[str, tuple[float, float]] = {}
-    for metric in line["metrics"]:
-        is_ratio = metric.endswith("_perplexity") or metric == "bits_per_byte"
-        pair = line[metric] if is_ratio else [line[metric], 1]
-        if all(isinstance(x, int | float) and isfinite(x) for x in pair):
-            name = metric if filter_name == "none" else f"{metric} ({filter_name})"
-            values[name] = (float(pair[0]), float(pair[1]))
+    values = _parse_scores(line, filter_name)
     # The arguments of each call of the model: a context and an option of multiple
     # choice, or a prompt and settings.
     calls = [list(call.values()) for call in line["arguments"].values()]
@@ -264,21 +307,17 @@ def _parse_sample(task: str, line: JsonMapping) -> EvalDoc:
     options = [call[1] for call in calls if len(call) > 1 and isinstance(call[1], str)]
     if options:
         scores = [float(response[0]) for response in line["filtered_resps"]]
-        # As acc_norm chooses: by log-likelihood a character.
-        by_length = "acc_norm" in values
-        lengths = [len(text.lstrip()) if by_length else 1 for text in options]
-        ranks = [
-            score / max(length, 1)
-            for score, length in zip(scores, lengths, strict=False)
-        ]
-        answer: JsonObject = {"scores": scores, "choice": ranks.index(max(ranks))}
+        choice = _find_choice(scores, options, by_length="acc_norm" in values)
+        answer: JsonObject = {"scores": scores, "choice": choice}
     else:
         answer = {
             "output": _shorten(str(line["resps"][0][0])),
             "answer": _shorten(str(line["filtered_resps"][0])),
         }
     is_one_text = len(set(options)) == 1
-    if is_one_text and len(options) > 1:  # contexts differ, as WinoGrande's do
+    if is_one_text and len(options) > 1:
+        # The contexts differ instead, as WinoGrande's do: what each adds to the prompt
+        # is part of the option.
         options = [call[0][len(prompt) :] + call[1] for call in calls]
     return EvalDoc(
         key=(task, line["doc_id"], filter_name, line.get("doc_hash")),
@@ -291,7 +330,38 @@ def _parse_sample(task: str, line: JsonMapping) -> EvalDoc:
     )
 
 
+def _parse_scores(line: JsonMapping, filter_name: str) -> dict[str, DocScore]:
+    """Returns a document's finite scores, by metric."""
+    scores: dict[str, DocScore] = {}
+    for metric in line["metrics"]:
+        is_ratio = metric.endswith("_perplexity") or metric == "bits_per_byte"
+        pair = line[metric] if is_ratio else (line[metric], 1)
+        total = pair[0]
+        weight = pair[1]
+        if _is_finite_number(total) and _is_finite_number(weight):
+            name = _name_metric(metric, filter_name)
+            scores[name] = DocScore(float(total), float(weight))
+    return scores
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
+def _find_choice(
+    scores: Sequence[float], options: Sequence[str], *, by_length: bool
+) -> int:
+    """Returns the index of the option of the highest log-likelihood; ``by_length``: of
+    the highest a character, as acc_norm chooses."""
+    rates = []
+    for score, option in zip(scores, options, strict=False):
+        length = len(option.lstrip()) if by_length else 1
+        rates.append(score / max(length, 1))
+    return rates.index(max(rates))
+
+
 def _shorten(text: str, max_chars: int = 3000) -> str:
+    """Leaves out the middle of a long text."""
     if len(text) <= max_chars:
         return text
     note = f"\n[… {len(text) - max_chars:,} characters left out …]\n"

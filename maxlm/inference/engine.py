@@ -80,6 +80,7 @@ class EngineStats(NamedTuple):
     generated_tokens_total: int
     preemptions_total: int
     steps_total: int
+    """Dispatches, the empty ones of :meth:`Engine.warm_up` included."""
     drafted_tokens_total: int
     accepted_tokens_total: int
     """Guessed tokens that the model drew too."""
@@ -121,11 +122,17 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.mesh = jax.tree.leaves(params)[0].sharding.mesh
-        self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
+        if not vocab_size:
+            if tokenizer is not None:
+                vocab_size = tokenizer.vocab_size
+            else:
+                vocab_size = model.config.vocab_size
+        self.vocab_size = vocab_size
         self.num_shards = prod(self.mesh.shape[axis] for axis in model.rules.batch)
+        """Shards of the rows: each has its share of them, and pages of its own."""
 
-        # Users count tokens without virtual ones; the scheduler and the devices count
-        # all that stand in a row.
+        # Lengths. Users count tokens without virtual ones; the scheduler and the
+        # devices count all that stand in a row.
         num_virtual = model.num_virtual_tokens
         max_row_length = config.max_length + num_virtual
         position_limit = model.config.position_limit
@@ -135,6 +142,8 @@ class Engine:
         self.config = config.model_copy(update={"max_length": max_length})
         row_config = config.model_copy(update={"max_length": max_row_length})
 
+        # Caches: pages, and where layers have a state by row (or an encoder's output)
+        # rows.
         windows = list_paged_windows(model, config.cache)
         platform = self.mesh.devices.flat[0].platform
         layout = _make_cache_layout(row_config, windows, self.num_shards, platform)
@@ -148,7 +157,7 @@ class Engine:
         cache_specs = model.cache_specs(layout)
         has_encoder = isinstance(model, EncoderDecoder)
         has_row_state = has_unit(cache_specs, "row")
-        self._copies_rows = has_row_state or has_encoder
+        self._has_rows_to_copy = has_row_state or has_encoder
         self.scheduler = Scheduler(
             row_config,
             windows,
@@ -157,6 +166,8 @@ class Engine:
             has_row_state=has_row_state,
             num_virtual_tokens=num_virtual,
         )
+
+        # Models on the devices: the one that is run, and the one that drafts for it.
         speculation = config.speculation
         draft_model = None if draft is None else require_generative(draft.model)
         if speculation is not None:
@@ -174,6 +185,8 @@ class Engine:
         self._runners = [self._runner]
         if self._draft_runner is not None:
             self._runners.append(self._draft_runner)
+
+        # What goes to the devices, and what becomes of the tokens that come back.
         self._inputs = InputBuilder(
             row_config,
             self.num_shards,
@@ -186,12 +199,15 @@ class Engine:
         self._outputs = OutputBuilder(tokenizer)
         self._aborted: list[SequenceOutput] = []
         """Outputs of aborted sequences, for the next step to return."""
+
         self._num_steps = 0
         self._num_drafted = 0
         self._num_accepted = 0
-        self._step_seconds = self.config.dispatch_seconds / self.config.decode_steps
-        """Time of one decode step, about."""
+        # Until one is timed, a dispatch may have all its steps.
+        self._step_seconds = config.dispatch_seconds / config.decode_steps
+        """Estimated seconds of one decode step."""
         self._compiler: BackgroundCompiler[StepSizes] | None = None
+        """Compiles behind the steps, after :meth:`warm_up_in_background`."""
 
     def add_request(
         self, request: GenerationRequest, *, branching: bool = False
@@ -232,7 +248,8 @@ class Engine:
             cache_key = self._adapters.get_load_number(request.adapter)
         for sequence in self.scheduler.add(request, cache_key):
             sequence.is_branching = branching
-            sequence.needs_host |= branching
+            if branching:  # the caller replaces sequences after every token
+                sequence.needs_host = True
             sequence.stop_ids = tuple(sorted(stop_ids))
             self._outputs.add(sequence, matcher, continued=continued)
 
@@ -251,6 +268,13 @@ class Engine:
             return matchers[0]
         stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
         return CombinedMatcher(matchers, stop_ids)
+
+    def continues_text(self, prompt_tokens: Sequence[int]) -> bool:
+        """Whether an output's first word follows others, rather than opening a text."""
+        if self.tokenizer is None or isinstance(self.model, EncoderDecoder):
+            return False
+        opening_ids = {self.tokenizer.bos_id, *self.tokenizer.prefix_ids}
+        return not set(prompt_tokens) <= opening_ids
 
     def branch(self, request_id: str, branches: Sequence[tuple[int, int]]) -> list[int]:
         """Replaces the sequences of a request by branches of them, between steps; see
@@ -286,6 +310,7 @@ class Engine:
         if limit_seconds:
             steps_in_time = self.config.dispatch_seconds / self._step_seconds
             max_steps = max(1, round(steps_in_time))
+        # Drafts come first: the scheduler reserves pages for them.
         drafts = self._plan_drafts()
         plan = self.scheduler.schedule(max_steps)
         if plan is None:
@@ -298,8 +323,9 @@ class Engine:
             result = self._run(plan, shape)
         result = jax.device_get(result)
         if not plan.prefill:
-            # A step that compiles takes far longer than the next ones will: estimates
-            # at most double, and fall at once.
+            # A dispatch that compiles takes far longer than the next ones will. An
+            # estimate may therefore at most double from one to the next; a lower one is
+            # taken at once.
             seconds = (time.perf_counter() - start) / plan.num_steps
             self._step_seconds = min(seconds, 2 * self._step_seconds)
         return outputs + self._collect(plan, shape, result)
@@ -355,10 +381,10 @@ class Engine:
             on_progress("compiling", len(shapes), len(shapes))
             for runner in self._runners:
                 runner.copy_pages([])
-                if self._copies_rows:
+                if self._has_rows_to_copy:
                     runner.copy_rows([])
 
-    def warm_up_behind(self) -> None:
+    def warm_up_in_background(self) -> None:
         """Starts to compile every program that steps may need in a thread of its own,
         and returns at once: steps compile theirs themselves where its turn has not
         come. Ends with :meth:`close`."""
@@ -382,12 +408,12 @@ class Engine:
 
     @property
     def num_programs_left(self) -> int:
-        """Programs that :meth:`warm_up_behind` has still to compile; may be read in any
-        thread."""
+        """Programs that :meth:`warm_up_in_background` has still to compile; may be read
+        in any thread."""
         return self._compiler.num_left if self._compiler is not None else 0
 
     def close(self) -> None:
-        """Ends what :meth:`warm_up_behind` started, once its current program is
+        """Ends what :meth:`warm_up_in_background` started, once its current program is
         compiled."""
         if self._compiler is not None:
             self._compiler.stop()
@@ -420,6 +446,7 @@ class Engine:
     def _run(self, plan: ScheduledStep, shape: StepSizes) -> StepOutputs:
         """Runs a step, and keeps the draft model's caches up to the model's."""
         if self._compiler is not None:
+            # Its thread leaves this program alone from now on.
             self._compiler.claim(shape)
         inputs = self._inputs.build(
             plan, shape, self.scheduler.page_tables, self._outputs.matchers
@@ -432,8 +459,9 @@ class Engine:
         return outputs
 
     def _plan_drafts(self) -> dict[RunningSequence, list[int]]:
-        """Says how many tokens are guessed for each sequence that decodes; these
-        tokens, as far as they are known before pages are."""
+        """Sets ``num_drafts``, for which the scheduler reserves pages, of each sequence
+        that decodes. Returns the drafts: those that the prompt tells, or zeros as many
+        as the draft model may guess (:meth:`_draw_drafts`)."""
         config = self.config.speculation
         drafts: dict[RunningSequence, list[int]] = {}
         if config is None:
@@ -455,15 +483,18 @@ class Engine:
     def _draw_drafts(
         self, plan: ScheduledStep, drafts: dict[RunningSequence, list[int]]
     ) -> None:
-        """Guesses tokens of a plan's rows, as many as these have pages for."""
-        plan.drafts = {
-            row.sequence: drafts[row.sequence][: row.num_tokens - 1]
-            for row in plan.decode
-            if row.sequence in drafts and row.num_tokens > 1
-        }
+        """Puts drafts of a plan's rows into it, as many as these have pages for; with a
+        draft model, guesses them."""
+        plan.drafts = {}
+        for row in plan.decode:
+            num_drafts = row.num_tokens - 1
+            if row.sequence in drafts and num_drafts > 0:
+                plan.drafts[row.sequence] = drafts[row.sequence][:num_drafts]
         if self._draft_runner is None or not plan.drafts:
             return
-        if plan.prefill:  # one program fewer; the draft model then only reads along
+        if plan.prefill:
+            # To guess takes several steps, of which no program has chunks too. In this
+            # dispatch the draft model only reads along.
             plan.decode = [row._replace(num_tokens=1) for row in plan.decode]
             plan.drafts = {}
             return
@@ -476,7 +507,7 @@ class Engine:
             draft_plan, shape, self.scheduler.page_tables, matchers={}
         )
         outputs = self._draft_runner.run(shape, inputs)
-        tokens = np.asarray(outputs.tokens)
+        tokens = np.asarray(outputs.tokens)  # [steps, shards, rows]
         for sequence, draft in plan.drafts.items():
             drawn = tokens[: len(draft), sequence.shard, sequence.row]
             draft[:] = drawn.tolist()
@@ -486,7 +517,7 @@ class Engine:
         for runner in self._runners:
             for start in range(0, len(plan.page_copies), MAX_PAGE_COPIES):
                 runner.copy_pages(plan.page_copies[start : start + MAX_PAGE_COPIES])
-            if plan.row_copies and self._copies_rows:
+            if plan.row_copies and self._has_rows_to_copy:
                 runner.copy_rows(plan.row_copies)
         for sequence in plan.encode:
             self._runner.encode(sequence)
@@ -503,6 +534,7 @@ class Engine:
             draft = plan.drafts.get(sequence)
             if draft:
                 self._num_drafted += len(draft)
+                # Behind the accepted ones stands a token that the model drew itself.
                 self._num_accepted += len(tokens) - 1
         new_tokens = {
             sequence: output.token_ids for sequence, output in outputs.items()
@@ -513,13 +545,6 @@ class Engine:
                 self.scheduler.finish(sequence)
                 self._outputs.forget(sequence)
         return [*outputs.values()]
-
-    def continues_text(self, prompt_tokens: Sequence[int]) -> bool:
-        """Whether an output's first word follows others, rather than opening a text."""
-        if self.tokenizer is None or isinstance(self.model, EncoderDecoder):
-            return False
-        opening_ids = {self.tokenizer.bos_id, *self.tokenizer.prefix_ids}
-        return not set(prompt_tokens) <= opening_ids
 
 
 def _make_cache_layout(

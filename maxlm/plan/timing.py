@@ -9,11 +9,14 @@ forward and backward apart, in seconds:
                  through memory where no kernel keeps them on the chip
     traffic      bytes of element-wise maps, of parameters and the optimizer's state / bandwidth;
                  on a CPU also a step's memory, which the system hands out page by page
-    exposed      of communication: all but the share ``hidden`` of it, and but what there is
-                 computation for to run beside it
+    exposed      communication − min(hidden · communication, computation to run beside it)
 
 A pipeline's idle turns take as long as its others
 (``StepShape.stage_passes_with_bubble``).
+
+A :data:`~maxlm.plan.workload.Number` is a float, or an array with an element for each
+mesh that a search compares. Hence ``np.where`` and ``np.minimum`` instead of ``if`` and
+``min`` on what depends on the mesh.
 
 The constants (``EFFICIENCY``) are fitted to published runs by
 ``benchmarks/plan_mfu.py``, for all rows of a family together; a CPU's to runs here
@@ -40,17 +43,24 @@ from maxlm.plan.workload import FP32, Number, StepShape
 # 161 and 277 µs on a v6e, for 67 M scores, less the products' time.
 _FORWARD_OPS_PER_SCORE = 12.0
 _BACKWARD_OPS_PER_SCORE = 20.0
-# Passes over fp32 scores in memory where no kernel keeps them on the chip.
+# Reads and writes of fp32 scores in memory where no kernel keeps them on the chip.
 _FORWARD_SCORE_PASSES = 4.0
 _BACKWARD_SCORE_PASSES = 8.0
-# Passes over the residual stream of a layer's norms and additions.
+# Passes over the residual stream of a layer's norms and additions: two for a norm, two
+# for adding a branch, three for adding two branches at once.
+_NORM = 2
+_ADD_BRANCH = 2
+_ADD_TWO_BRANCHES = 3
 _STREAM_PASSES = {
-    "pre": 8,
-    "post": 8,
-    "sandwich": 12,
-    "parallel": 7,
-    "parallel_shared": 5,
+    "pre": 2 * _NORM + 2 * _ADD_BRANCH,
+    "post": 2 * _NORM + 2 * _ADD_BRANCH,
+    "sandwich": 4 * _NORM + 2 * _ADD_BRANCH,
+    "parallel": 2 * _NORM + _ADD_TWO_BRANCHES,
+    "parallel_shared": _NORM + _ADD_TWO_BRANCHES,
 }
+_CROSS_ATTENTION_PASSES = _NORM + _ADD_BRANCH
+# A map that changes each element alone reads and writes it.
+_READ_AND_WRITE = 2
 # Blocks up to this size, in bytes, the C library keeps for the next step (glibc's
 # DEFAULT_MMAP_THRESHOLD_MAX).
 _REUSED_BLOCK_BYTES = 32 * 2**20
@@ -90,9 +100,9 @@ class DecodeEfficiency(NamedTuple):
 
 
 DECODE_EFFICIENCY = {
-    "tpu": DecodeEfficiency(0.62, 2e-3),
-    "nvidia": DecodeEfficiency(0.85, 1e-3),
-    "cpu": DecodeEfficiency(0.85, 1e-3),
+    "tpu": DecodeEfficiency(reading=0.62, step_seconds=2e-3),
+    "nvidia": DecodeEfficiency(reading=0.85, step_seconds=1e-3),
+    "cpu": DecodeEfficiency(reading=0.85, step_seconds=1e-3),
 }
 
 
@@ -122,19 +132,23 @@ class StepTime:
 
 @dataclass(frozen=True)
 class DeviceFlops:
-    """FLOPs of a device in one pass of all its layers, recomputation included; and of
-    the loss."""
+    """FLOPs of a device, recomputation included: of its layers for one micro-batch, of
+    the loss for all micro-batches of a step."""
 
     forward: Number
+    """Matrix products of the layers; attention's are counted apart."""
     backward: Number
     attention_forward: Number
+    """Products of queries and keys, and of weights and values."""
     attention_backward: Number
     loss: Number
-    """Forward FLOPs of the loss, for all micro-batches."""
+    """Forward FLOPs of the loss."""
     loss_backward: Number
 
 
 class _PassFlops(NamedTuple):
+    """FLOPs of a device in the two passes of one micro-batch."""
+
     forward: Number
     backward: Number
 
@@ -170,18 +184,21 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
 
 
 def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
-    """Yields FLOPs of each of the layers' matrices: 2·K·N for each token, once for the
-    gradient of its input, and once for its own if it is trained."""
+    """Yields FLOPs of each of the layers' matrices [K, N]: forward 2·K·N for each
+    token; backward as many for the gradient of its input, for its own if it is trained,
+    and for its output if that is computed again."""
     work = shape.work
     split = shape.split
     for group, num_layers in work.matmul_layer_counts.items():
-        met_share = 1.0
+        # The share of a group's experts that multiply a token.
+        active_share = 1.0
         if group.has_experts and work.experts is not None:
-            met_share = shape.expert_rows_per_token / work.experts.num_experts
+            active_share = shape.expert_rows_per_token / work.experts.num_experts
+        # Tokens times layers: a stage holds its share of the layers.
         tokens = (
             shape.per_stage(num_layers) * group.token_ratio * shape.micro_batch_tokens
         )
-        # Experts' hidden activations are never kept.
+        # Without remat all else is kept, but experts' hidden activations never are.
         remakes_hidden = (
             group.has_experts
             and shape.remat == "none"
@@ -192,10 +209,10 @@ def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
             # tokens.
             axes = tuple(axis for axis in kernel.axes if axis != "expert")
             num_shards = split.num_shards(split.compute, axes)
-            forward = 2 * kernel.size * met_share * tokens / num_shards
-            recomputes = work.is_kernel_recomputed(group, kernel, shape.remat)
-            products = 1 + kernel.is_trained + recomputes
-            yield _PassFlops(forward, forward * products)
+            forward = 2 * kernel.size * active_share * tokens / num_shards
+            is_recomputed = work.is_kernel_recomputed(group, kernel, shape.remat)
+            backward_products = 1 + int(kernel.is_trained) + int(is_recomputed)
+            yield _PassFlops(forward, forward * backward_products)
             if remakes_hidden:
                 yield _PassFlops(0.0, forward)
 
@@ -203,7 +220,9 @@ def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
 def _list_adapter_flops(shape: StepShape) -> Iterator[_PassFlops]:
     """Yields FLOPs of each matrix that an adapter adds; all are trained."""
     split = shape.split
-    products = 2 + (shape.remat != "none")
+    is_recomputed = shape.remat != "none"
+    # The gradients of its input and its own.
+    backward_products = 2 + int(is_recomputed)
     for stack in shape.work.stacks:
         layers = shape.per_stage(stack.num_layers) * stack.token_ratio
         for kernel in stack.adapter_kernels:
@@ -213,7 +232,7 @@ def _list_adapter_flops(shape: StepShape) -> Iterator[_PassFlops]:
                 tokens = shape.residual_tokens
             num_shards = split.num_shards(split.compute, kernel.axes)
             forward = 2 * layers * tokens * kernel.size / num_shards
-            yield _PassFlops(forward, forward * products)
+            yield _PassFlops(forward, forward * backward_products)
 
 
 def _count_router_flops(shape: StepShape) -> _PassFlops:
@@ -222,8 +241,9 @@ def _count_router_flops(shape: StepShape) -> _PassFlops:
     assert router is not None
     tokens = shape.per_stage(work.num_expert_layers) * shape.residual_tokens
     forward = 2 * router.size * tokens
-    products = 1 + router.is_trained + (shape.remat != "none")
-    return _PassFlops(forward, forward * products)
+    is_recomputed = shape.remat != "none"
+    backward_products = 1 + int(router.is_trained) + int(is_recomputed)
+    return _PassFlops(forward, forward * backward_products)
 
 
 def _count_attention_flops(shape: StepShape) -> _PassFlops:
@@ -243,6 +263,8 @@ def _count_loss_flops(shape: StepShape) -> _PassFlops:
     """Counts the products of the head and of other matrices behind the layers."""
     work = shape.work
     split = shape.split
+    # The head maps all the loss's tokens on a device, the others those that the device
+    # has of the residual stream.
     tokens_of_kernel = {work.head: shape.embedding_loss_tokens}
     for kernel in work.non_layer_kernels:
         tokens_of_kernel[kernel] = shape.embedding_loss_residual_tokens
@@ -250,7 +272,8 @@ def _count_loss_flops(shape: StepShape) -> _PassFlops:
     for kernel, tokens in tokens_of_kernel.items():
         num_shards = split.num_shards(split.compute, kernel.axes)
         forward = 2 * shape.loss_calls * tokens * kernel.size / num_shards
-        parts.append(_PassFlops(forward, forward * (1 + kernel.is_trained)))
+        backward_products = 1 + int(kernel.is_trained)
+        parts.append(_PassFlops(forward, forward * backward_products))
     return _add_up(parts)
 
 
@@ -297,6 +320,7 @@ def get_computed_score_ratio(attention: AttentionShape) -> float:
     if not attention.causal:
         return 1.0
     length = attention.query_len
+    # A sixteenth of the sequence, rounded up, and 128 queries at least.
     tile = max(128, -(-length // 16))
     starts = np.arange(0, length, tile)
     stops = np.minimum(starts + tile, length)
@@ -368,20 +392,27 @@ def estimate_elementwise_bytes(shape: StepShape) -> ElementwiseBytes:
     logits_width = work.config.model.vocab_size / split.num_devices(split.compute.vocab)
     loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * logits_width * FP32
     stored = count_stored_bytes(shape)
-    # Parameters, their average and moments are read and written, and so are gradients.
-    updated = 2 * stored["parameters"] + stored["average"] + stored["optimizer"]
+    # Gradients are as large as the parameters.
+    gradients = stored["parameters"]
+    updated = stored["parameters"] + gradients + stored["average"] + stored["optimizer"]
     return ElementwiseBytes(
         forward=forward,
+        # Twice the forward pass's for gradients, and its own for each recomputation.
         backward=forward * (2 + shape.layer_recomputes),
         loss=loss,
-        update=2 * updated,
+        update=_READ_AND_WRITE * updated,
     )
 
 
 def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
     """Counts elements that a layer's element-wise maps read and write in a forward
-    pass: norms the stream and the narrow vectors of latent attention, additions the
-    stream twice; rotations queries, output, keys and values; the activation."""
+    pass:
+
+    - norms and additions: the residual stream (``_STREAM_PASSES``);
+    - norms of latent attention: its narrow vectors;
+    - rotations: queries, output, keys and values;
+    - the activation: the hidden layer of the FFN.
+    """
     work = shape.work
     split = shape.split
     model = work.config.model
@@ -389,6 +420,8 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
     stream = shape.residual_tokens * stack.token_ratio * model.d_model
     tokens = shape.micro_batch_tokens * stack.token_ratio
 
+    # Elements a token of attention's arrays, and of latent vectors; rows times widths
+    # of what matrices write into the FFN's hidden layer.
     rotated = 0.0
     for heads, key_rate in (
         (stack.heads(), 1.0),
@@ -404,13 +437,15 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
         rows_per_token = shape.expert_rows_per_token if group.has_experts else 1.0
         width = split.local_ffn_elements_per_token(group)
         hidden += tokens * rows_per_token * width
-        narrow += 2 * group.latent_width
+        narrow += _READ_AND_WRITE * group.latent_width
 
     stream_passes = _STREAM_PASSES[model.placement]
     if stack.cross_attention:
-        stream_passes += 4
-    # An activation reads the outputs of two maps and writes one array.
-    return stream_passes * stream + tokens * (2 * rotated + narrow) + 1.5 * hidden
+        stream_passes += _CROSS_ATTENTION_PASSES
+    attention_elements = tokens * (_READ_AND_WRITE * rotated + narrow)
+    # A gated activation reads the outputs of two maps and writes one array: three for
+    # two, which stands for an ungated one too.
+    return stream_passes * stream + attention_elements + 1.5 * hidden
 
 
 def count_attention_score_bytes(shape: StepShape) -> tuple[Number, Number]:
@@ -461,42 +496,73 @@ def estimate_time(
         shape, network, efficiency, dtype, flops, moved
     )
 
-    # Communication hides behind computation of the same pass: the share ``hidden`` of
-    # it at most, and no more than there is computation.
-    passes_with_bubble = shape.stage_passes_with_bubble
-    sent = _sum_collective_seconds(shape, network, collectives, efficiency)
     loss_forward = flops.loss / matmul_rate + moved.loss / bandwidth
     loss_backward = flops.loss_backward / matmul_rate
-    forward_busy = passes_with_bubble * forward.total + loss_forward
-    backward_busy = passes_with_bubble * backward.total + loss_backward
-    hidden_forward = np.minimum(sent["forward"] * efficiency.hidden, forward_busy)
-    hidden_backward = np.minimum(sent["backward"] * efficiency.hidden, backward_busy)
-    exposed = (sent["forward"] - hidden_forward) + (sent["backward"] - hidden_backward)
 
+    # Communication that the computation of its own pass does not hide. A device
+    # computes, and sends, in a pipeline's idle turns too.
+    passes_with_bubble = shape.stage_passes_with_bubble
+    collective_seconds = _sum_collective_seconds(
+        shape, network, collectives, efficiency
+    )
+    exposed_forward = _count_exposed_seconds(
+        collective_seconds["forward"],
+        passes_with_bubble * forward.total + loss_forward,
+        efficiency,
+    )
+    exposed_backward = _count_exposed_seconds(
+        collective_seconds["backward"],
+        passes_with_bubble * backward.total + loss_backward,
+        efficiency,
+    )
+    exposed = exposed_forward + exposed_backward
+
+    # Layers, for all micro-batches. What idle turns take, and their share of the
+    # exposed communication, is reported as idle.
     micro_batches = shape.micro_batches
     products = (forward.products + backward.products) * micro_batches
     attention = (forward.attention + backward.attention) * micro_batches
     traffic = (forward.traffic + backward.traffic) * micro_batches
+    layer_seconds = products + attention + traffic
     idle_passes = passes_with_bubble - micro_batches
     idle_share = idle_passes / passes_with_bubble
-    layer_seconds = products + attention + traffic
+
+    # What a step does besides: the loss, the optimizer, frozen models, and on a CPU the
+    # system, which hands out the step's memory.
     once_flops = count_newton_schulz_flops(shape) + count_frozen_forward_flops(shape)
     outer_flops = flops.loss + flops.loss_backward + once_flops
-    # From a block's size to a tenth more it may be either: the plan's bytes are off by
-    # some per cent.
-    blocks = transient_bytes / _REUSED_BLOCK_BYTES
-    new_bytes = transient_bytes * np.clip(10 * (blocks - 1), 0, 1)
+    allocated_bytes = _count_newly_allocated_bytes(transient_bytes)
     return StepTime(
         products=products + outer_flops / matmul_rate,
         attention=attention,
         traffic=traffic
         + (moved.loss + moved.update) / bandwidth
-        + new_bytes / chip.page_allocation_bandwidth,
-        exposed=exposed * (1 - idle_share) + sent["once"],
+        + allocated_bytes / chip.page_allocation_bandwidth,
+        exposed=exposed * (1 - idle_share) + collective_seconds["once"],
         idle=layer_seconds / micro_batches * idle_passes + exposed * idle_share,
-        communication=sum(sent.values()),
+        communication=sum(collective_seconds.values()),
         forward=micro_batches * forward.total + loss_forward,
     )
+
+
+def _count_exposed_seconds(
+    communication: Number, computation: Number, efficiency: Efficiency
+) -> Number:
+    """Returns the seconds of a pass's communication that nothing hides: at most the
+    share ``efficiency.hidden`` of it runs beside computation, and no longer than there
+    is computation."""
+    hidden = np.minimum(communication * efficiency.hidden, computation)
+    return communication - hidden
+
+
+def _count_newly_allocated_bytes(transient_bytes: Number) -> Number:
+    """Counts the bytes that a step gets from the system anew: those of blocks too large
+    for the C library to keep."""
+    blocks = transient_bytes / _REUSED_BLOCK_BYTES
+    # A block up to a tenth larger than the limit counts in part: the plan's bytes are
+    # off by some per cent, so that it may lie on either side.
+    new_share = np.clip(10 * (blocks - 1), 0, 1)
+    return transient_bytes * new_share
 
 
 def _estimate_layer_seconds(

@@ -400,7 +400,7 @@ def make_engine(
     for name, weights in (adapters or {}).items():
         engine.load_adapter(name, weights)
     if warm_up == "behind":
-        engine.warm_up_behind()
+        engine.warm_up_in_background()
     if warm_up == "first":
         with show_progress("programs") as progress:
             engine.warm_up(progress)

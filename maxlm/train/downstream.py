@@ -69,8 +69,8 @@ class DownstreamEvaluator:
         results = self._harness.evaluate_tasks(
             model, self._tasks, limit=self._config.limit
         )
-        for task, metric, value, *_ in list_metrics(results):
-            record[f"downstream/{task}/{metric}"] = value
+        for figure in list_metrics(results):
+            record[f"downstream/{figure.task}/{figure.metric}"] = figure.value
         for task, samples in results["samples"].items():
             probability = compute_gold_probability(samples)
             if probability is not None:

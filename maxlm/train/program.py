@@ -1,7 +1,7 @@
 """Training, from a config to a trained model: what ``maxlm train`` does."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.reading import layer_group_shapes
 from maxlm.checkpoint.skips import get_skips, read_skips
 from maxlm.config import MaxlmError
+from maxlm.data.batch_source import BatchSource
 from maxlm.optim.state import TrainState
 from maxlm.optim.step import Sums
 from maxlm.run.config import RunConfig
@@ -116,8 +117,7 @@ class _TrainingParts:
     """Compiled at its first call."""
     evaluator: HeldOutEvaluator
     evaluate_downstream: DownstreamEvaluation
-    profilers: Sequence[Profiler]
-    """One, or none."""
+    profiler: Profiler | None
 
 
 def train_model(
@@ -175,10 +175,10 @@ def _check_profile_steps(config: RunConfig, profile: tuple[int, int] | None) -> 
 def _make_training_parts(
     run: _OpenRun, profile: tuple[int, int] | None
 ) -> _TrainingParts:
-    profilers = []
+    profiler = None
     if profile is not None:
-        profilers.append(Profiler(run.folder, *profile))
-        _, last_step = profile
+        first_step, last_step = profile
+        profiler = Profiler(run.folder, first_step, last_step)
         if last_step <= run.position.step:
             run.say(
                 f"no trace is taken: step {last_step}, the last to trace, has been "
@@ -190,7 +190,7 @@ def _make_training_parts(
         step_fn=run.setup.jit_train_step(),
         evaluator=HeldOutEvaluator(run.setup, run.data, on_batch=reset_timer),
         evaluate_downstream=_open_downstream(run.setup, run.data, run.watchdog),
-        profilers=profilers,
+        profiler=profiler,
     )
 
 
@@ -212,14 +212,16 @@ def _train_from(
         run.data.train_batch_source,
         position.step,
         position.skips,
-        lambda: run.signals.request.stops,
+        # Once a stop is requested, no batch waits for workers that are still starting.
+        is_stop_requested=lambda: run.signals.request.stops,
     )
     console = ConsoleDisplay(num_steps, position.step, show=run.is_lead)
     with training_batches as batches, console as display, run.signals.defer_signals():
         all_reduce = FlagAllReduce(setup.mesh)
+        profilers = [] if parts.profiler is None else [parts.profiler]
         callbacks = [
             run.watchdog,
-            *parts.profilers,
+            *profilers,
             MetricsCallback(setup, run.data, run.plan, run.log, display),
             detector,
             EvaluationCallback(parts.evaluator.evaluate_metrics, eval_every),
@@ -240,19 +242,16 @@ def _open_run(
     config: RunConfig, stack: ExitStack, *, resume: str | Path | None, say: Say
 ) -> _OpenRun:
     """Prepares a run's text, and restores its state or initializes it; ``stack`` closes
-    what is opened. For the rest see :func:`train_model`."""
+    what is opened. For the rest see :func:`train_model`.
+
+    The order matters: a config that does not fit is refused before anything is written,
+    and the run's description and records are written last, once it has its state.
+    """
     is_lead = jax.process_index() == 0
     say = say if is_lead else lambda _: None
     folder = Path(config.folder, config.name)
 
-    # What does not fit is refused before anything is written or read.
-    setup = set_up_run(config)
-    config.reporting.check_packages()
-    if is_lead:
-        check_prometheus_port(config.reporting)
-    use_compilation_cache(config)
-    vocab_size = read_vocab_size(config, folder)
-    config.task.check_vocab_size(vocab_size, config.model.vocab_size)
+    setup = _set_up_and_check(config, folder, is_lead=is_lead)
 
     # The folder, and the checkpoints to resume from.
     signals = stack.enter_context(handle_signals(str(folder)))
@@ -290,18 +289,12 @@ def _open_run(
         check_same_inputs(config, data, source, metadata)
     skips = read_skips(folder)
     if skips is None:
+        # A new run: the one that it resumes from may have skipped batches.
         skips = get_skips(source.metadata) if source else ()
     position = state_restorer.restore(skips, frozen)
     if not position.checkpoint_place:
         check_no_lost_checkpoint(checkpointer, resume)
-    batch_sources = {"training": data.train_batch_source, **data.eval_batch_sources}
-    for skipped_checkpoint in position.skipped:
-        say(str(skipped_checkpoint))
-    for line in data.unchecked:
-        say(line)
-    for name, batch_source in batch_sources.items():
-        for note in getattr(batch_source, "notes", ()):
-            say(f"{name}: {note}")
+    _say_notes(data, position, say)
     _say_start(config, position, source, checkpointer, say)
     if position.step > config.train.steps:
         step = position.step
@@ -313,7 +306,7 @@ def _open_run(
     plan = _plan_run(config, setup, say)
     write_run_description(folder, config, plan, is_lead=is_lead)
     if is_lead:
-        write_refused_rows(folder, batch_sources)
+        write_refused_rows(folder, _name_batch_sources(data))
     log = stack.enter_context(
         MetricsLog(folder, position.step, write=is_lead, reporting=config.reporting)
     )
@@ -324,7 +317,7 @@ def _open_run(
         )
     _log_start(log, position, source)
     stack.enter_context(record_stop_on_error(signals, log, position.step))
-    watchdog.event = log.event
+    watchdog.event = log.event  # there was no log before
     # An attempt that was killed may have left the newest without its copy.
     checkpointer.copy_newest_to_remote()
     return _OpenRun(
@@ -341,6 +334,36 @@ def _open_run(
         plan=plan,
         log=log,
     )
+
+
+def _set_up_and_check(config: RunConfig, folder: Path, *, is_lead: bool) -> RunSetup:
+    """Sets a run up; raises MaxlmError for what does not fit, before anything is
+    written or read."""
+    setup = set_up_run(config)
+    config.reporting.check_packages()
+    if is_lead:
+        check_prometheus_port(config.reporting)
+    use_compilation_cache(config)
+    vocab_size = read_vocab_size(config, folder)
+    config.task.check_vocab_size(vocab_size, config.model.vocab_size)
+    return setup
+
+
+def _name_batch_sources(data: PreparedData) -> dict[str, BatchSource]:
+    return {"training": data.train_batch_source, **data.eval_batch_sources}
+
+
+def _say_notes(data: PreparedData, position: TrainingPosition, say: Say) -> None:
+    """Says which checkpoints are skipped, what could not be verified, and what the
+    batch sources leave out."""
+    for skipped_checkpoint in position.skipped:
+        say(str(skipped_checkpoint))
+    for line in data.unchecked:
+        say(line)
+    for name, batch_source in _name_batch_sources(data).items():
+        # Sources of rows have notes (data.rows.RowSource); others need not.
+        for note in getattr(batch_source, "notes", ()):
+            say(f"{name}: {note}")
 
 
 def _say_start(
@@ -384,7 +407,7 @@ def _log_start(
 def _plan_run(config: RunConfig, setup: RunSetup, say: Say) -> "RunPlan":
     """Plans the run on its devices, for the record and to compare with what is
     measured."""
-    # The plan is a room of its own that nothing else of training needs.
+    # Imported here: nothing else of training needs the planner.
     from maxlm.plan.known_errors import format_known_time_errors
     from maxlm.plan.predict import Machine, plan_run
     from maxlm.plan.show import format_prediction
@@ -460,7 +483,7 @@ def _finish(run: _OpenRun, parts: _TrainingParts, state: TrainState) -> HeldOutR
     run.watchdog.start_timer(step, "evaluation")
     began = time.monotonic()
     evaluation = parts.evaluator.evaluate(state)
-    results = evaluation.whole
+    results = evaluation.whole  # empty where no text is held out
     task_scores = parts.evaluate_downstream(state)
     if results or task_scores:
         run.log.event("evaluate", step, seconds=time.monotonic() - began, final=True)
@@ -471,6 +494,7 @@ def _finish(run: _OpenRun, parts: _TrainingParts, state: TrainState) -> HeldOutR
     if copy_failure:
         run.say(f"{copy_failure}; the same command copies it")
     if checkpointer.local:
+        # The last state is in the run's folder: hosts' own copies have served.
         checkpointer.local.clear()
     if run.is_lead:
         metrics_path = run.folder / "metrics.jsonl"

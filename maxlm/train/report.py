@@ -31,7 +31,10 @@ def print_training_report(run: TrainingResult) -> None:
     if jax.process_index() != 0:
         return
     console = Console(highlight=False)
-    if any("bits_per_byte" in result for result in run.heldout.values()):
+    has_bits_per_byte = any(
+        "bits_per_byte" in result for result in run.heldout.values()
+    )
+    if has_bits_per_byte:
         console.print(_compare_with_compressors(run))
     else:
         for name, result in run.heldout.items():
@@ -39,9 +42,9 @@ def print_training_report(run: TrainingResult) -> None:
                 f"{key} {value:.4g}" for key, value in result.items() if key != "tokens"
             ]
             console.print(f"held out ({name}): {' · '.join(figures)}", markup=False)
-    measured = _compare_with_plan(run)
-    if measured is not None:
-        console.print(measured)
+    comparison = _compare_with_plan(run)
+    if comparison is not None:
+        console.print(comparison)
     if jax.process_count() == 1 and run.setup.config.samples.prompts:
         text = generate_samples(run)
         path = run.folder / "samples" / f"step-{int(run.state.step)}.txt"
@@ -56,24 +59,23 @@ def _compare_with_compressors(run: TrainingResult) -> Group:
     rows = []
     for name, result in run.heldout.items():
         text = _read_text(run.data.heldout_stores[name], run.data.tokenizer)
-        gzip_size = len(gzip.compress(text, 9, mtime=0))
-        xz_size = len(lzma.compress(text, preset=9))
-        rows.append(
-            (
-                name,
-                f"{result['bytes']:,.0f}",
-                f"{result['bits_per_byte']:.3f}",
-                f"{8 * gzip_size / len(text):.3f}",
-                f"{8 * xz_size / len(text):.3f}",
-            )
+        gzip_bits = 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
+        xz_bits = 8 * len(lzma.compress(text, preset=9)) / len(text)
+        row = (
+            name,
+            f"{result['bytes']:,.0f}",
+            f"{result['bits_per_byte']:.3f}",
+            f"{gzip_bits:.3f}",
+            f"{xz_bits:.3f}",
         )
+        rows.append(row)
     title = "Held-out text: bits per byte (lower is better)"
     return make_table(title, columns, rows, right=columns[1:])
 
 
 def _compare_with_plan(run: TrainingResult) -> Group | None:
-    """The plan's figures beside medians of what was measured; None: nothing to
-    compare."""
+    """Compares the plan's figures with medians of what was measured; None: there is
+    nothing to compare."""
     # The first step of a start compiles; those before it may be another machine's.
     records = [
         record
@@ -105,7 +107,8 @@ def _compare(
 
 
 def _read_text(store: TokenStore, tokenizer: Tokenizer) -> bytes:
-    """The beginning of a store's text, byte for byte if the tokenizer is lossless."""
+    """Reads the beginning of a store's text, byte for byte if the tokenizer is
+    lossless."""
     text = bytearray()
     for index in range(store.num_documents):
         if len(text) >= COMPARED_BYTES:
@@ -119,6 +122,7 @@ def generate_samples(run: TrainingResult) -> str:
     config = run.setup.config.samples
     model, shardings = run.setup.place_to_generate()
     params = jax.device_put(get_eval_params(run.state), shardings)
+    # Each step has a piece of text for each prompt.
     steps = generate_text(model, params, run.data.tokenizer, config.prompts, config)
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     separator = get_prompt_separator(model)

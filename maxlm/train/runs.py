@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import yaml
@@ -23,8 +23,8 @@ from maxlm.train.goodput import PARTS, RunHistory, summarize_run_events
 from maxlm.train.records import read_events, read_records
 
 PERCENTILES = (50, 90, 99, 100)
-# An attempt's row each, at most so many: the first ones of a long history are left out.
-ATTEMPTS = 12
+MAX_ATTEMPTS_SHOWN = 12
+"""Rows of the table of attempts; the first ones of a long history are left out."""
 Value = TypeVar("Value")
 
 
@@ -54,18 +54,27 @@ class RunSummary:
         history = self.history
         attempts = [asdict(attempt) for attempt in history.attempts]
         for attempt in attempts:
-            del attempt["points"]
-        fields = {
-            name: value for name, value in vars(self).items() if name != "history"
+            del attempt["points"]  # for images alone, and many
+        step_seconds = {
+            str(percentile): seconds
+            for percentile, seconds in self.step_seconds.items()
         }
-        return fields | {
+        return {
+            "name": self.name,
+            "state": self.state,
+            "step": self.step,
+            "steps": self.steps,
+            "loss": self.loss,
+            "eval_loss": self.eval_loss,
+            "step_seconds": step_seconds,
+            "planned": self.planned,
+            "damaged_lines": self.damaged_lines,
             "goodput": history.goodput,
             "wall_seconds": history.wall_seconds,
             "seconds": history.seconds_by_activity,
             "interruptions": history.interruptions,
             "mean_time_to_interruption": history.mean_time_to_interruption,
             "steps_per_second": self.steps_per_second,
-            "step_seconds": {str(p): value for p, value in self.step_seconds.items()},
             "attempts": attempts,
             "events": dict(history.event_counts),
         }
@@ -76,8 +85,9 @@ class RunSummary:
         history = self.history
         if not history.goodput:
             return None
+        num_steps = self.step - history.attempts[0].first_step
         running_seconds = history.wall_seconds - history.seconds_by_activity["finished"]
-        return (self.step - history.attempts[0].first_step) / running_seconds
+        return num_steps / running_seconds
 
 
 def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
@@ -95,29 +105,39 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
     # The first step of an attempt compiles.
     compiling_steps = {attempt.first_step + 1 for attempt in history.attempts}
     step = 0
-    latest = {"loss": None, "eval_loss": None}
+    loss = None
+    eval_loss = None
     seconds = []
     for record in read_records(folder / "metrics.jsonl", damaged):
         step = max(step, record["step"])
-        latest |= {name: record[name] for name in latest if name in record}
-        if "final_eval_loss" in record:  # of all held-out text, not of the curve's part
-            latest["eval_loss"] = record["final_eval_loss"]
+        loss = record.get("loss", loss)
+        eval_loss = record.get("eval_loss", eval_loss)
+        # The last is of all held-out text, not of the part that curves are made of.
+        eval_loss = record.get("final_eval_loss", eval_loss)
         if record.get("seconds") and record["step"] not in compiling_steps:
             seconds.append(record["seconds"])
-    plan = _read_mapping(folder / "plan.json")
-    planned = {"step_seconds": ("time", "step"), "goodput": ("goodput", "configured")}
+    step_seconds: dict[int, float] = {}
+    if seconds:
+        for percentile in PERCENTILES:
+            step_seconds[percentile] = float(np.percentile(seconds, percentile))
+
+    config = _read_data_file(folder / "config.yaml")
+    plan = _read_data_file(folder / "plan.json")
+    planned = {
+        "step_seconds": get_descendant(plan, ("time", "step")),
+        "goodput": get_descendant(plan, ("goodput", "configured")),
+    }
     return RunSummary(
         name=folder.resolve().name,
         state=history.attempts[-1].end if history.attempts else "not begun",
         step=step,
-        steps=get_descendant(_read_mapping(folder / "config.yaml"), ("train", "steps")),
+        steps=get_descendant(config, ("train", "steps")),
+        loss=loss,
+        eval_loss=eval_loss,
         history=history,
-        step_seconds={
-            p: float(np.percentile(seconds, p)) for p in PERCENTILES if seconds
-        },
-        planned={name: get_descendant(plan, keys) for name, keys in planned.items()},
+        step_seconds=step_seconds,
+        planned=planned,
         damaged_lines=len(damaged),
-        **latest,
     )
 
 
@@ -135,7 +155,7 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("events.jsonl", "config.yaml"))
 
 
-def _read_mapping(path: Path) -> Any:
+def _read_data_file(path: Path) -> object:
     """Reads a YAML or JSON file; None if it cannot be read."""
     try:
         text = path.read_text()
@@ -146,21 +166,14 @@ def _read_mapping(path: Path) -> Any:
 
 def show_run_list(runs: Sequence[RunSummary]) -> Group:
     """Makes a table with a row for each run."""
-    rows = [
-        (
-            run.name,
-            f"{run.step:,}",
-            _or_dash(run.steps, "{:,}".format),
-            run.state,
-            _or_dash(run.loss, "{:.4f}".format),
-            _or_dash(run.history.goodput, "{:.1%}".format),
-        )
-        for run in runs
-    ]
-    right = ("step", "of", "loss", "goodput")
-    return make_table(
-        None, ("run", "step", "of", "state", "loss", "goodput"), rows, right
-    )
+    columns = ("run", "step", "of", "state", "loss", "goodput")
+    rows = []
+    for run in runs:
+        steps = _or_dash(run.steps, "{:,}".format)
+        loss = _or_dash(run.loss, "{:.4f}".format)
+        goodput = _or_dash(run.history.goodput, "{:.1%}".format)
+        rows.append((run.name, f"{run.step:,}", steps, run.state, loss, goodput))
+    return make_table(None, columns, rows, right=("step", "of", "loss", "goodput"))
 
 
 def show_run(run: RunSummary, now: float) -> Group:
@@ -174,25 +187,27 @@ def show_run(run: RunSummary, now: float) -> Group:
     if not history.attempts:
         return Group(*parts)
     parts += [_show_goodput(run), _show_time(run), _show_attempts(run)]
-    interruptions = history.interruptions
-    if interruptions:
-        causes = ", ".join(
-            f"{cause} {count}" for cause, count in sorted(interruptions.items())
-        )
-        number = _count_of(sum(interruptions.values()), "interruption")
-        interval = format_duration(history.mean_time_to_interruption or 0)
-        parts.append(Text(f"{number} ({causes}), one in {interval} of running"))
-    event_words = {"skip": "update skipped", "rollback": "rollback", "hang": "hang"}
-    incidents = [
-        _count_of(history.event_counts[kind], words)
-        for kind, words in event_words.items()
-        if history.event_counts.get(kind)
-    ]
+    if history.interruptions:
+        parts.append(_show_interruptions(history))
+    event_phrases = {"skip": "update skipped", "rollback": "rollback", "hang": "hang"}
+    incidents = []
+    for kind, phrase in event_phrases.items():
+        count = history.event_counts.get(kind)
+        if count:
+            incidents.append(_count_of(count, phrase))
     if incidents:
         parts.append(Text(" · ".join(incidents)))
     if run.step_seconds:
         parts.append(_show_step_times(run))
     return Group(*parts)
+
+
+def _show_interruptions(history: RunHistory) -> Text:
+    interruptions = history.interruptions
+    causes = [f"{cause} {count}" for cause, count in sorted(interruptions.items())]
+    total = _count_of(sum(interruptions.values()), "interruption")
+    interval = format_duration(history.mean_time_to_interruption or 0)
+    return Text(f"{total} ({', '.join(causes)}), one in {interval} of running")
 
 
 def _show_headline(run: RunSummary, now: float) -> Text:
@@ -216,14 +231,15 @@ def _show_headline(run: RunSummary, now: float) -> Text:
 
 
 def _show_goodput(run: RunSummary) -> Text:
+    goodput = _or_dash(run.history.goodput, "{:.1%}".format)
     planned = run.planned["goodput"]
-    beside = "" if planned is None else f" (planned: {planned:.1%})"
+    planned_note = "" if planned is None else f" (planned: {planned:.1%})"
+    wall_time = format_duration(run.history.wall_seconds)
     rate = _or_dash(run.steps_per_second, "{:.3g} steps/s".format)
     return Text.assemble(
         "goodput ",
-        (_or_dash(run.history.goodput, "{:.1%}".format), "bold"),
-        f"{beside} of {format_duration(run.history.wall_seconds)}, {rate} over all of "
-        "it",
+        (goodput, "bold"),
+        f"{planned_note} of {wall_time}, {rate} over all of it",
     )
 
 
@@ -241,11 +257,17 @@ def _show_time(run: RunSummary) -> Group:
 def _show_attempts(run: RunSummary) -> Group:
     attempts = run.history.attempts
     rows = []
-    for number, attempt in list(enumerate(attempts, 1))[-ATTEMPTS:]:
-        began = datetime.fromtimestamp(attempt.began).strftime("%Y-%m-%d %H:%M:%S")
-        ran = format_duration(attempt.ended - attempt.began)
-        steps = (f"{attempt.first_step:,}", f"{attempt.last_step:,}")
-        rows.append((str(number), began, ran, *steps, attempt.end))
+    numbered = list(enumerate(attempts, 1))
+    for number, attempt in numbered[-MAX_ATTEMPTS_SHOWN:]:
+        row = (
+            str(number),
+            datetime.fromtimestamp(attempt.began).strftime("%Y-%m-%d %H:%M:%S"),
+            format_duration(attempt.ended - attempt.began),
+            f"{attempt.first_step:,}",
+            f"{attempt.last_step:,}",
+            attempt.end,
+        )
+        rows.append(row)
     columns = ("", "began", "ran", "from step", "to step", "end")
     table = make_table("Attempts", columns, rows, right=columns[:-1])
     num_left_out = len(attempts) - len(rows)
@@ -255,14 +277,19 @@ def _show_attempts(run: RunSummary) -> Group:
 
 
 def _show_step_times(run: RunSummary) -> Group:
-    columns = (*("max" if p == 100 else f"p{p}" for p in run.step_seconds), "planned")
-    planned = _or_dash(run.planned["step_seconds"], format_seconds)
-    row = (*map(format_seconds, run.step_seconds.values()), planned)
+    columns = []
+    row = []
+    for percentile, seconds in run.step_seconds.items():
+        columns.append("max" if percentile == 100 else f"p{percentile}")
+        row.append(format_seconds(seconds))
+    columns.append("planned")
+    row.append(_or_dash(run.planned["step_seconds"], format_seconds))
     return make_table("Time of a step", columns, [row], right=columns)
 
 
 def _count_of(count: int, phrase: str) -> str:
-    """``1 hang``, ``2 hangs``, ``2 updates skipped``."""
+    """Returns ``1 hang``, ``2 hangs``, ``2 updates skipped``: the plural is that of the
+    phrase's first word."""
     noun, space, rest = phrase.partition(" ")
     plural = "" if count == 1 else "s"
     return f"{count:,} {noun}{plural}{space}{rest}"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -40,21 +39,21 @@ from maxlm.tasks import Vocabulary
 from maxlm.tasks.rows import RowTask
 from maxlm.tasks.task import DeviceBatch
 
-STEPS = 10
-SAVED_AT = 5
-NEW_TOKENS = 8
+NUM_STEPS = 10
 # Where few tokens are targets, it takes more of them to learn as much.
-SPARSE_STEPS = 30
+NUM_SPARSE_STEPS = 30
+SAVED_STEP = 5
+NUM_NEW_TOKENS = 8
 # The least share by which the loss must fall: more than chance, far less than what a
 # model learns.
-FALL = 0.1
+MIN_LOSS_FALL = 0.1
 # Sizes of the small model.
-VOCAB = 512
+VOCAB_SIZE = 512
 SEQ_LEN = 64
-LAYERS = 2
+NUM_LAYERS = 2
 HEAD_DIM = 16
-# Ids of its text.
-USED = 32
+# Ids that its text is made of.
+NUM_USED_IDS = 32
 
 
 @dataclass(frozen=True)
@@ -74,31 +73,37 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     machine's.
     """
     task = config.task.for_small_model()
-    steps = STEPS if task.predicts_every_token else SPARSE_STEPS
+    steps = NUM_STEPS if task.predicts_every_token else NUM_SPARSE_STEPS
     small_model = config.model.shrunk(
-        vocab_size=VOCAB,
-        num_layers=LAYERS,
+        vocab_size=VOCAB_SIZE,
+        num_layers=NUM_LAYERS,
         head_dim=HEAD_DIM,
         seq_len=max(task.row_lengths(SEQ_LEN)),
     )
     micro_batches = min(config.train.micro_batches, 2)
     batch_size = 4 * micro_batches * num_devices
-    data = {"seq_len": SEQ_LEN, "batch_size": batch_size, "workers": 0}
-    train = {"steps": steps, "micro_batches": micro_batches, "max_device_rows": None}
+    data = config.data.model_copy(
+        update={"seq_len": SEQ_LEN, "batch_size": batch_size, "workers": 0}
+    )
+    train = config.train.model_copy(
+        update={"steps": steps, "micro_batches": micro_batches, "max_device_rows": None}
+    )
     # At which a tiny model trains stably, with an effect within ten steps.
     learning_rate = 1e-3 if config.optimizer.kind == "lion" else 1e-2
-    schedule = {"kind": "constant", "warmup_steps": 0, "learning_rate": learning_rate}
-    changes: dict[str, Any] = {
+    schedule = config.schedule.model_copy(
+        update={"kind": "constant", "warmup_steps": 0, "learning_rate": learning_rate}
+    )
+    settings = dict(config) | {
         "tune": {},  # the model has its scaling
         "model": small_model,
         "task": task,
         "mesh": {"data": 1, "fsdp": num_devices},
         "samples": {},
-        "data": config.data.model_copy(update=data),
-        "train": config.train.model_copy(update=train),
-        "schedule": config.schedule.model_copy(update=schedule),
+        "data": data,
+        "train": train,
+        "schedule": schedule,
     }
-    return RunConfig.model_validate({**dict(config), **changes})
+    return RunConfig.model_validate(settings)
 
 
 class CountingTokenSource:
@@ -109,17 +114,21 @@ class CountingTokenSource:
     offsets_sha256 = ""
 
     def __init__(self, vocab_size: int):
-        num_used = min(vocab_size, USED)
+        num_used = min(vocab_size, NUM_USED_IDS)
         special = np.arange(vocab_size) >= num_used
         eos_id = min(num_used, vocab_size - 1)
         self.vocabulary = Vocabulary(vocab_size, (), eos_id, special, ~special)
+        # Of each of 512 documents: its length, 20 to 99; the id it begins with; and
+        # what it counts by, 1 to 3.
+        lows = (20, 0, 1)
+        highs = (100, num_used, 4)
         random = np.random.default_rng(0)
-        # Of each document: its length, the id it begins with, and what it counts by.
-        draws = random.integers((20, 0, 1), (100, num_used, 4), (512, 3)).tolist()
+        draws = random.integers(lows, highs, (512, 3)).tolist()
         texts = []
         for length, start, stride in draws:
             texts.append((start + stride * np.arange(length)) % num_used)
-        self.offsets = np.cumsum([0, *map(len, texts)])
+        lengths = [len(text) for text in texts]
+        self.offsets = np.cumsum([0, *lengths])
         self._tokens = np.concatenate(texts).astype(np.uint32)
 
     @property
@@ -129,12 +138,15 @@ class CountingTokenSource:
     def read_many(
         self, starts: Sequence[int], stops: Sequence[int]
     ) -> list[np.ndarray]:
-        return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
+        return [
+            self._tokens[start:stop] for start, stop in zip(starts, stops, strict=True)
+        ]
 
 
 def make_counting_batch_source(config: RunConfig) -> BatchSource:
     """Makes a task's batches of :class:`CountingTokenSource`."""
     text = CountingTokenSource(config.model.vocab_size)
+    # For tasks of rows, whose text is digits (write_counting_rows).
     digits = [b"0 1 2 3 4 5 6 7 8 9 " * 20]
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), digits)
     inputs = make_source_inputs(
@@ -162,7 +174,9 @@ def write_counting_rows(path: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
+def smoke(
+    config: RunConfig, devices: Sequence[jax.Device] | None = None
+) -> Iterator[Check]:
     """Shrink a run to these devices (default: all) and try it, yielding each check as
     it is made.
 
@@ -170,12 +184,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     devices: whatever a mesh, a schedule, a batch, a tokenizer's size or missing
     documents make impossible raises a MaxlmError.
     """
-    num_devices = count_min_devices(config.mesh)
-    compute_run_layout(config, mesh_sizes(config.mesh, num_devices))
-    config.task.check_vocab_size(read_vocab_size(config), config.model.vocab_size)
-    for source in config.data.sources:
-        if source.documents:
-            find_files(source)
+    _check_full_size(config)
     use_compilation_cache(config)
     devices = jax.devices() if devices is None else devices
     small = shrink_config(config, len(devices))
@@ -188,10 +197,20 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
             write_counting_rows(rows)
             task = small.task.model_copy(update={"files": (str(rows),)})
             setup = replace(setup, config=small.model_copy(update={"task": task}))
-        yield from _checks(setup, Path(folder, "checkpoints"))
+        yield from _make_checks(setup, Path(folder, "checkpoints"))
 
 
-def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
+def _check_full_size(config: RunConfig) -> None:
+    """Raises MaxlmError for a run that cannot be, whatever the devices."""
+    num_devices = count_min_devices(config.mesh)
+    compute_run_layout(config, mesh_sizes(config.mesh, num_devices))
+    config.task.check_vocab_size(read_vocab_size(config), config.model.vocab_size)
+    for source in config.data.sources:
+        if source.documents:
+            find_files(source)
+
+
+def _make_checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     state = setup.init_train_state()
     state = replace(state, frozen=load_frozen_models(setup, RunSetup.init_train_state))
     num_params = sum(spec.size for spec in flatten_names(setup.specs).values())
@@ -201,58 +220,62 @@ def _checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     detail = f"{num_params:,} on {setup.mesh.size} device(s)"
     yield Check("parameters lie as planned", jax.tree.all(matches), detail)
 
-    step = setup.jit_train_step()
-    steps = setup.config.train.steps
+    # Up to the step that is saved.
+    train_step = setup.jit_train_step()
+    last_step = setup.config.train.steps
     began = time.perf_counter()
-    state, first_losses = _run(setup, step, state, SAVED_AT)
+    state, first_losses = _train(setup, train_step, state, SAVED_STEP)
     # A copy on the host: the next step takes the state's memory.
     saved = jax.tree.map(np.asarray, state)
     seconds = time.perf_counter() - began
-    detail = f"{SAVED_AT} steps in {seconds:.1f} s, compilation included"
-    yield Check("the step compiles and runs", len(first_losses) == SAVED_AT, detail)
+    detail = f"{SAVED_STEP} steps in {seconds:.1f} s, compilation included"
+    all_ran = len(first_losses) == SAVED_STEP
+    yield Check("the step compiles and runs", all_ran, detail)
 
+    # The rest, while the checkpoint is written; then the same from the checkpoint.
     layer_groups = layer_group_shapes(setup.specs)
     with FolderTier(folder, layer_groups=layer_groups) as checkpoints:
-        checkpoints.save(SAVED_AT, replace(state, frozen={}), {})
-        state, last_losses = _run(setup, step, state, steps)
+        checkpoints.save(SAVED_STEP, replace(state, frozen={}), {})
+        state, last_losses = _train(setup, train_step, state, last_step)
         losses = first_losses + last_losses
-        finite = all(map(math.isfinite, losses))
-        yield Check("losses are finite", finite, f"{losses[0]:.3f} at first")
-        falls = sum(losses[-3:]) / 3 < (1 - FALL) * losses[0]
+        are_finite = all(math.isfinite(loss) for loss in losses)
+        yield Check("losses are finite", are_finite, f"{losses[0]:.3f} at first")
+        final_loss = sum(losses[-3:]) / 3
+        falls = final_loss < (1 - MIN_LOSS_FALL) * losses[0]
         yield Check("the loss falls", falls, f"{losses[0]:.3f} → {losses[-1]:.3f}")
         checkpoints.wait()
         abstract_state = replace(setup.abstract_state, frozen={})
-        restored = checkpoints.restore(SAVED_AT, abstract_state)
+        restored = checkpoints.restore(SAVED_STEP, abstract_state)
     restored = replace(restored, frozen=state.frozen)
-    equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
-    yield Check("a checkpoint restores bit for bit", equal, f"step {SAVED_AT}")
-    _, repeated_losses = _run(setup, step, restored, steps)
-    detail = f"steps {SAVED_AT + 1} to {steps}"
+    are_equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
+    yield Check("a checkpoint restores bit for bit", are_equal, f"step {SAVED_STEP}")
+    _, repeated_losses = _train(setup, train_step, restored, last_step)
+    detail = f"steps {SAVED_STEP + 1} to {last_step}"
     yield Check("restored steps repeat exactly", repeated_losses == last_losses, detail)
 
     if setup.config.model.transformer_type == "encoder":
         return  # it names tokens, and continues nothing
-    sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=NUM_NEW_TOKENS)
     outputs = generate(setup.model, state.params, [[1, 2, 3]], sampling)
     (tokens,) = collect_tokens(outputs)
-    is_whole = len(tokens) == NEW_TOKENS
+    is_whole = len(tokens) == NUM_NEW_TOKENS
     are_ids = max(tokens) < setup.config.model.vocab_size
-    detail = " ".join(map(str, tokens))
+    detail = " ".join(str(token) for token in tokens)
     yield Check("the model generates", is_whole and are_ids, detail)
 
 
-def _run(
+def _train(
     setup: RunSetup,
-    step: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]],
+    train_step: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]],
     state: TrainState,
-    stop: int,
+    last_step: int,
 ) -> tuple[TrainState, list[float]]:
-    """Steps up to ``stop``, and their losses."""
-    start = int(state.step)
+    """Trains up to ``last_step``; returns the state and the loss of each step."""
+    first_step = int(state.step)
     losses = []
     source = make_counting_batch_source(setup.config)
-    with open_training_batches(setup, source, start) as batches:
-        for batch in islice(batches, stop - start):
-            state, metrics = step(state, batch)
+    with open_training_batches(setup, source, first_step) as batches:
+        for batch in islice(batches, last_step - first_step):
+            state, metrics = train_step(state, batch)
             losses.append(float(metrics["loss"]))
     return state, losses

@@ -268,7 +268,7 @@ def test_a_package_that_is_not_installed_is_named_before_anything_is_written(
 
 def test_a_folder_of_something_else_is_left_alone(crawl, tmp_path):
     (tmp_path / "thesis.txt").write_text("all my work")
-    with pytest.raises(MaxlmError, match="something else than a corpus"):
+    with pytest.raises(MaxlmError, match="holds no corpus"):
         run_recipe(recipe(crawl, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

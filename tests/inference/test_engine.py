@@ -290,7 +290,7 @@ def test_steps_find_what_was_compiled_behind_them(llama, caplog):
     """No step compiles what the thread did, and its tokens are those of an engine
     without one."""
     engine = make_engine(llama, max_length=45)  # no other test's
-    engine.warm_up_behind()
+    engine.warm_up_in_background()
     while engine.num_programs_left:
         time.sleep(0.01)
     with caplog.at_level("WARNING"), jax.log_compiles():
@@ -309,7 +309,7 @@ def test_steps_find_what_was_compiled_behind_them(llama, caplog):
 
 def test_steps_do_not_wait_for_programs_that_they_do_not_need(llama):
     engine = make_engine(llama, max_length=46)  # no other test's
-    engine.warm_up_behind()
+    engine.warm_up_in_background()
     engine.close()
     assert engine.num_programs_left == 0
     assert rows(engine, PROMPTS, GREEDY) == rows(make_engine(llama), PROMPTS, GREEDY)

@@ -89,7 +89,9 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, path, monkeypatch
     # Another run goes on from them, and is stopped before it has any of its own.
     (tmp_path / "aside").rename(home)
     with monkeypatch.context() as patch:
-        patch.setattr("maxlm.train.program.open_training_batches", lambda *_: 1 / 0)
+        patch.setattr(
+            "maxlm.train.program.open_training_batches", lambda *_, **__: 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             train(path, "name=other", "train.steps=4", resume=run)
     refused(

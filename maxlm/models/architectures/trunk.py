@@ -1,6 +1,7 @@
 """Layers one after the other, with what stands before the first and after the last.
 
-Shapes: B batch, S sequence, D model, N query heads, R reach of learnt biases.
+Shapes: M micro-batches of a pipeline, B batch, S sequence, T tokens of an encoder, D
+model, N query heads, R the largest distance with a learnt bias.
 """
 
 from collections.abc import Callable
@@ -45,15 +46,20 @@ from maxlm.sharding import AxisRules
 from pallas_kernels.chips import get_platform
 
 PositionsAndSegments = tuple[jax.Array, jax.Array | None]
-"""Positions and segment ids."""
+"""Positions, int [B, S], and segment ids, int [B, S] with 0 for padding; None: each row
+is one segment."""
 LayersFunction = Callable[[jax.Array, PositionsAndSegments], tuple[jax.Array, Aux]]
+"""What stands in place of :meth:`Trunk.run_layers` while a 1F1B pipeline runs a loss
+without its layers (``optim/step.py``)."""
 
 
 class KindContext(NamedTuple):
     """What layers of one kind read of the tokens."""
 
     positions: jax.Array
+    """int [B, S]."""
     segment_ids: jax.Array | None
+    """int [B, S]."""
     rotary: Rotary | None
 
 
@@ -61,16 +67,19 @@ class StackContext(NamedTuple):
     """Arrays that all layers of a stack read, without gradient."""
 
     kinds: tuple[KindContext, ...]
-    """For each kind of layer, by turns."""
+    """One for each of ``LayerStack.kinds``: layer i is of kind i modulo their
+    number."""
     encoder_segment_ids: jax.Array | None
+    """int [B, T]."""
 
 
 class SharedArrays(NamedTuple):
     """Arrays that all layers of a stack read, with a gradient."""
 
     biases: jax.Array | None
-    """fp32 [N, 2R + 1], by distance."""
+    """fp32 [N, 2R + 1], for key − query from −R to R."""
     encoder_states: jax.Array | None
+    """[B, T, D]."""
 
 
 class Trunk(nnx.Module):
@@ -100,7 +109,12 @@ class Trunk(nnx.Module):
         self.parallel = parallel
         self.causal = causal
         context = BuildContext(
-            rules, dtype, config.d_model, config.num_layers, config.init_std, parallel
+            rules=rules,
+            dtype=dtype,
+            d_model=config.d_model,
+            num_layers=config.num_layers,
+            init_std=config.init_std,
+            parallel=parallel,
         )
         self.context = context
         self.positions = self._build_learned_positions()
@@ -122,6 +136,7 @@ class Trunk(nnx.Module):
                 context,
                 cross_attention=cross_attention,
             )
+            # A pipelined model has this stack alone.
             num_groups = self.num_layer_groups if stack.name == "layers" else 1
             layers = stack_layers(block, stack.num_layers, num_groups)
             setattr(self, stack.name, layers)
@@ -185,9 +200,11 @@ class Trunk(nnx.Module):
         encoder_output: EncoderOutput | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Runs all layers, one after the other or in a pipeline; reverse-mode
-        differentiable."""
+        differentiable. x is [B, S, D], in a pipeline [M, B, S, D], and so are positions
+        and segment ids."""
         if self.pipeline_schedule is not None:
             micro_batches = x.shape[0]
+            # Each micro-batch's number, which seeds what is random in its layers.
             indices = jnp.arange(micro_batches, dtype=jnp.uint32)
             return run_circular_pipeline(
                 self.run_stage,
@@ -228,6 +245,9 @@ class Trunk(nnx.Module):
         tokens: PositionsAndSegments,
         encoder_output: EncoderOutput | None,
     ) -> tuple[jax.Array, Aux]:
+        """Runs the layers of a stack one after the other, in a scan where their
+        parameters are stacked."""
+
         def run_layer(
             kind_index: int,
             block: Block,
@@ -246,6 +266,7 @@ class Trunk(nnx.Module):
             x, _, aux = block(x, inputs, encoder_output=encoded)
             return x, aux
 
+        # A kind's window and scale are compiled in, so each kind has a body of its own.
         bodies = [partial(run_layer, index) for index in range(len(stack.kinds))]
         encoder_states = None
         encoder_segment_ids = None
@@ -253,7 +274,7 @@ class Trunk(nnx.Module):
             encoder_states = encoder_output.states
             encoder_segment_ids = encoder_output.segment_ids
         context = StackContext(self._list_contexts(stack, tokens), encoder_segment_ids)
-        shared = SharedArrays(self.compute_relative_biases(), encoder_states)
+        shared = SharedArrays(self.compute_biases(), encoder_states)
         block = self.stacks[stack.name]
 
         if is_unstacked(params):  # as inference stores them
@@ -278,11 +299,13 @@ class Trunk(nnx.Module):
         self, stack: LayerStack, batch: RaggedBatch
     ) -> list[AttentionInputs]:
         """Returns each kind of layer's inputs for a step of inference."""
-        biases = self.compute_relative_biases()
+        biases = self.compute_biases()
         contexts = self._list_contexts(stack, (batch.positions, None), batch.lengths)
         inputs = []
         for kind, context in zip(stack.kinds, contexts, strict=True):
             if context.rotary is not None and get_platform() == "cpu":
+                # Inference's layers are not in a loop: each would compute the cosines
+                # anew.
                 context = context._replace(rotary=materialize_rotary(context.rotary))
             kind_inputs = self._make_attention_inputs(kind, context, biases)
             inputs.append(kind_inputs._replace(batch=batch))
@@ -298,7 +321,7 @@ class Trunk(nnx.Module):
         positions, segment_ids = tokens
         # Kinds of equal positions share their angles, which are computed once.
         rotary_by_positions = {
-            kind.positions: self.rotary(kind, positions, lengths)
+            kind.positions: self._compute_rotary(kind, positions, lengths)
             for kind in stack.kinds
         }
         return tuple(
@@ -317,20 +340,21 @@ class Trunk(nnx.Module):
                 compute_alibi_slopes(config.attention.num_heads, positions.max_bias)
             )
         return AttentionInputs(
-            context.positions,
-            context.segment_ids,
-            context.rotary,
-            slopes,
-            biases,
+            positions=context.positions,
+            segment_ids=context.segment_ids,
+            rotary=context.rotary,
+            slopes=slopes,
+            biases=biases,
             scale=config.score_scale(kind),
             window=kind.window,
             causal=self.causal,
         )
 
-    def rotary(
+    def _compute_rotary(
         self, kind: LayerKind, positions: jax.Array, lengths: jax.Array | None = None
     ) -> Rotary | None:
-        """Returns the angles of positions, where the model turns queries and keys."""
+        """Computes the angles of positions [B, S], where the model turns queries and
+        keys."""
         settings = kind.positions or self.config.positions
         if settings.kind != "rope":
             return None
@@ -348,7 +372,7 @@ class Trunk(nnx.Module):
             lengths=lengths,
         )
 
-    def compute_relative_biases(self) -> jax.Array | None:
+    def compute_biases(self) -> jax.Array | None:
         """Returns terms added to scores by distance, fp32 [N, 2R + 1], where they are
         learnt."""
         if self.relative is None:

@@ -2,7 +2,8 @@
 key-value cache.
 
 Shapes: B batch, S queries, T keys, D model, N query heads, K kv heads, H head dim, Hv
-value dim, R rotary dims (``biases``: their reach).
+value dim; of latent attention C latent dims (``kv_rank``) and P rotary dims. R is the
+largest distance with a learnt bias.
 """
 
 from typing import ClassVar, NamedTuple, Self
@@ -32,15 +33,17 @@ from maxlm.sharding import AxisRules
 class LatentConfig(Config):
     """Latent attention (DeepSeek-V2, arXiv 2405.04434, §2.1): keys and values of all
     heads come from one narrow vector a token, which is all that generation keeps.
-    ``head_dim`` is then of queries and keys: a part without positions, and the last
-    ``rotary_dim`` with."""
+
+    ``head_dim`` is then the size of query and key heads: the first ``head_dim −
+    rotary_dim`` dimensions have no positions, RoPE turns the last ``rotary_dim``.
+    """
 
     q_rank: int | None = Field(default=None, gt=0)
     """Width that queries are squeezed through; null: they are not."""
     kv_rank: int = Field(gt=0)
     """Width of the vector that keys and values come from."""
     rotary_dim: int = Field(gt=0)
-    """Dimensions of a head that RoPE turns; their keys are shared by all heads."""
+    """Dimensions of a head that RoPE turns; all heads share that part of the key."""
     value_dim: int = Field(gt=0)
     """Size of a value head."""
 
@@ -110,9 +113,11 @@ class AttentionConfig(Config):
         return self.bias if self.out_bias is None else self.out_bias
 
     def shrunk(self, head_dim: int, seq_len: int) -> Self:
-        """Attention of the same kind with small heads: the ratio of query to kv heads
-        stays, up to 8, and windows are a quarter of a sequence."""
+        """Returns attention of the same kind with small heads, for a smoke run of
+        sequences of ``seq_len``: the ratio of query to kv heads stays, up to 8, and
+        windows are a quarter of a sequence."""
         group_size = min(self.num_heads // self.num_kv_heads, 8)
+        # Multi-query stays multi-query; two heads stand for any other number.
         num_kv_heads = 1 if self.num_kv_heads == 1 else 2
         window = None if self.window is None else max(2, seq_len // 4)
         latent = self.latent
@@ -165,16 +170,18 @@ class AttentionInputs(NamedTuple):
     segment_ids: jax.Array | None
     """int [B, S], 0 for padding; None: all one segment."""
     rotary: Rotary | None
+    """Angles of the positions; None: queries and keys are not turned."""
     slopes: jax.Array | None
-    """fp32 [N], of ALiBi."""
+    """fp32 [N], of ALiBi: slope · distance is taken from a score."""
     biases: jax.Array | None
-    """fp32 [N, 2R+1], learnt, by distance."""
+    """fp32 [N, 2R + 1], learnt, for key − query from −R to R; added to scores."""
     scale: float
     """Factor on q·k."""
     window: int | None
+    """Tokens that a token sees, itself included; None: all before it."""
     causal: bool
     batch: RaggedBatch | None = None
-    """Sequences that the tokens continue, with a cache."""
+    """With a cache: the sequences that the tokens continue."""
 
 
 class Attention(nnx.Module):
@@ -182,8 +189,10 @@ class Attention(nnx.Module):
     2023)."""
 
     name = "attention"
+    """The attribute of a :class:`~maxlm.models.blocks.Block` that it is stored as."""
     joint_projections = (("query", "key", "value"),)
-    """Maps of the same input that are always applied together, in this order."""
+    """Maps of the same input that are always applied together, in this order: inference
+    may store their kernels as one (``inference/params.py``)."""
 
     def __init__(
         self, config: AttentionConfig, norm: NormConfig, context: BuildContext
@@ -216,9 +225,13 @@ class Attention(nnx.Module):
         inputs: AttentionInputs,
         cache: AttentionCache | None = None,
     ) -> tuple[jax.Array, AttentionCache | None]:
-        """Self-attention of x [B, S, D]; see :class:`~maxlm.models.blocks.Mixer`. A
-        sequence split over devices stands in the order of
-        ``maxlm.parallel.context.sequence_order_indices``."""
+        """Self-attention of x [B, S, D]; see :class:`~maxlm.models.blocks.Mixer`.
+
+        Tokens of a sequence that is split over devices may stand in another order, that
+        of ``maxlm.parallel.context.sequence_order_indices``: ``inputs.positions`` has
+        each token's place, and attention's masks take the order into account.
+        """
+        # [B, S, N, H], and twice [B, S, K, H].
         q, k, v = self._clip(*project(x, self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q = self.query_norm(q)
@@ -226,9 +239,11 @@ class Attention(nnx.Module):
         if inputs.rotary is not None:
             q = rotate(q, inputs.rotary)
             k = rotate(k, inputs.rotary)
-        # After the rotation: keys that an adapter sets have no positions.
+        # A prefix adapter sets the keys and values of its virtual tokens; after the
+        # rotation, since its keys have no positions.
         k = replace_virtual(self.key.kernel, k, inputs.positions, self.rules)
         v = replace_virtual(self.value.kernel, v, inputs.positions, self.rules)
+        # A name that remat policies keep (models/remat.py).
         q = checkpoint_name(q, "qkv")
         k = checkpoint_name(k, "qkv")
         v = checkpoint_name(v, "qkv")
@@ -248,7 +263,8 @@ class Attention(nnx.Module):
         config = self.config
         query = ("query.kernel",)
         keys_values = ("key.kernel", "value.kernel")
-        # A clip changes all three after their products, norms queries and keys alone.
+        # Products that the backward pass needs as they were before a clip (of all
+        # three) or a norm (of queries and keys): saving "qkv" does not save these.
         changed_after: tuple[str, ...] = ()
         if config.clip is not None:
             changed_after = (*query, *keys_values)
@@ -290,6 +306,8 @@ class Attention(nnx.Module):
         """Applies cross-attention to x [B, S, D]: every token sees all of an encoder's
         in its segment, without positions. ``encoded`` is a ``CrossCache`` with a batch
         of sequences, else an :class:`EncoderOutput`."""
+        # The config's scale, not that of ``inputs``, which may be adjusted for the
+        # positions of a kind of layer (``TransformerConfig.score_scale``).
         (q,) = self._clip(self.query(x))
         if self.query_norm is not None:
             q = self.query_norm(q)
@@ -301,6 +319,7 @@ class Attention(nnx.Module):
         )
         if isinstance(encoded, CrossCache):
             assert inputs.batch is not None
+            # No new keys and values: the cache has the encoder's.
             y, _ = encoded.attend(q, None, None, inputs.batch, terms, rules=self.rules)
             return self.out(y, seq_axis="residual")
 
@@ -308,7 +327,7 @@ class Attention(nnx.Module):
         segment_ids = None
         if encoded.segment_ids is not None:
             q_segments = inputs.segment_ids
-            if q_segments is None:
+            if q_segments is None:  # all in segment 1
                 q_segments = jnp.ones_like(inputs.positions)
             segment_ids = (q_segments, encoded.segment_ids)
         y = sharded_attention(
@@ -327,10 +346,15 @@ class LatentAttention(nnx.Module):
     """Keys and values of every head from one vector a token (DeepSeek-V2, arXiv
     2405.04434, eq. 9–19).
 
-    Parameters: ``query`` [D or q_rank, N, H], with q_rank behind ``query_down`` and
-    ``query_norm``; ``key_down`` [D, kv_rank] with ``key_norm``; ``key_rotary`` [D, R],
-    shared by all heads; ``key_up`` [kv_rank, N, H − R] and ``value_up`` [kv_rank, N,
-    Hv]; ``out`` [N, Hv, D].
+    Parameters, with latent vectors of C = kv_rank and heads whose last P dimensions are
+    rotary:
+
+    - ``query`` [D, N, H]; with a q_rank [q_rank, N, H], behind ``query_down`` [D,
+      q_rank] and ``query_norm``;
+    - ``key_down`` [D, C] and ``key_norm``, which make the latent vector;
+    - ``key_up`` [C, N, H − P] and ``value_up`` [C, N, Hv], which read it;
+    - ``key_rotary`` [D, P], the rotary part of the key, shared by all heads;
+    - ``out`` [N, Hv, D].
     """
 
     name = "attention"
@@ -352,20 +376,21 @@ class LatentAttention(nnx.Module):
         residual = {"embed": context.d_model}
         query_heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         # Head dimensions without positions; the rotary ones are shared by all heads.
-        plain_dim = config.head_dim - latent.rotary_dim
-        plain_heads = {"heads": config.num_heads, "head_dim": plain_dim}
+        plain_heads = {"heads": config.num_heads, "head_dim": self._plain_dim}
         value_heads = {"heads": config.num_heads, "head_dim": latent.value_dim}
-        # Maps out of the vector are stored split as those out of the residual stream
-        # are.
+        # The input axis of maps that read a latent vector has the name of the residual
+        # stream's: its kernels are stored split over the same mesh axes.
         vector = {"embed": latent.kv_rank}
         q_rank = latent.q_rank
-        self.query_down = (
-            Linear(residual, {"latent": q_rank}, context, bias=config.bias)
-            if q_rank
-            else None
-        )
-        self.query_norm = Norm(norm, q_rank, context) if q_rank else None
-        query_input = {"embed": q_rank} if q_rank else residual
+        query_down = None
+        query_norm = None
+        query_input = residual
+        if q_rank is not None:
+            query_down = Linear(residual, {"latent": q_rank}, context, bias=config.bias)
+            query_norm = Norm(norm, q_rank, context)
+            query_input = {"embed": q_rank}
+        self.query_down = query_down
+        self.query_norm = query_norm
         self.query = Linear(query_input, query_heads, context, bias=False)
         self.key_down = Linear(
             residual, {"latent": latent.kv_rank}, context, bias=config.bias
@@ -393,14 +418,18 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, AttentionCache | None]:
         """See :class:`Attention`."""
         assert inputs.rotary is not None
-        query_map = self.query if self.query_down is None else self.query_down
-        q, vector, shared_key = project(x, query_map, self.key_down, self.key_rotary)
+        # The first map of queries: to heads, or with a q_rank to a narrow vector.
+        first_query_map = self.query if self.query_down is None else self.query_down
+        query_or_latent, vector, shared_key = project(
+            x, first_query_map, self.key_down, self.key_rotary
+        )
+        q = query_or_latent
         if self.query_norm is not None:
-            q = self.query(self.query_norm(q))
-        plain_dim = self.config.head_dim - self.latent.rotary_dim
-        q_plain = q[..., :plain_dim]
-        q_rotary = rotate(q[..., plain_dim:], inputs.rotary)
-        vector = self.key_norm(vector)
+            q = self.query(self.query_norm(query_or_latent))
+        q_plain = q[..., : self._plain_dim]  # [B, S, N, H − P]
+        q_rotary = rotate(q[..., self._plain_dim :], inputs.rotary)  # [B, S, N, P]
+        vector = self.key_norm(vector)  # [B, S, C]
+        # One rotary key for all heads: [B, S, 1, P].
         shared_key = rotate(shared_key[:, :, None], inputs.rotary)
         if cache is None:
             y, cache = self._attend_by_heads(
@@ -412,6 +441,11 @@ class LatentAttention(nnx.Module):
             )
         return self.out(y, seq_axis="residual"), cache
 
+    @property
+    def _plain_dim(self) -> int:
+        """Dimensions of a query or key head without positions, H − P."""
+        return self.config.head_dim - self.latent.rotary_dim
+
     def _attend_by_heads(
         self,
         q_plain: jax.Array,
@@ -420,13 +454,15 @@ class LatentAttention(nnx.Module):
         shared_key: jax.Array,
         inputs: AttentionInputs,
     ) -> tuple[jax.Array, None]:
-        """Makes every head's keys and values of the vectors, and attends to them."""
-        k, v = project(vector, self.key_up, self.value_up)
-        shared_shape = (*k.shape[:3], shared_key.shape[-1])
-        shared_key = jnp.broadcast_to(
-            shared_key, shared_shape, out_sharding=jax.typeof(k).sharding
+        """Makes every head's keys and values of the vectors, and attends to them, as
+        training does: a score takes H + Hv multiplications, not 2·C + P."""
+        # [B, S, N, H − P] and [B, S, N, Hv].
+        k_plain, v = project(vector, self.key_up, self.value_up)
+        k_rotary_shape = (*k_plain.shape[:3], shared_key.shape[-1])
+        k_rotary = jnp.broadcast_to(
+            shared_key, k_rotary_shape, out_sharding=jax.typeof(k_plain).sharding
         )
-        k = jnp.concatenate([k, shared_key], axis=-1)
+        k = jnp.concatenate([k_plain, k_rotary], axis=-1)
         q = jnp.concatenate([q_plain, q_rotary], axis=-1)
         q = checkpoint_name(q, "qkv")
         k = checkpoint_name(k, "qkv")
@@ -444,11 +480,11 @@ class LatentAttention(nnx.Module):
         cache: AttentionCache,
     ) -> tuple[jax.Array, AttentionCache | None]:
         """Attends to a cache of vectors without making keys and values: q·(U c) =
-        (Uᵀ q)·c, and Σ w (V c) = V Σ w c (§2.1.2), so that a token reads kv_rank + R
-        numbers of each earlier one."""
-        q_vector = self._apply_kernel(q_plain, self.key_up, "bsnh,rnh->bsnr")
-        q = jnp.concatenate([q_vector, q_rotary], axis=-1)
-        k = jnp.concatenate([vector[:, :, None], shared_key], axis=-1)
+        (Uᵀ q)·c, and Σ w (V c) = V Σ w c (§2.1.2), so that a token reads C + P numbers
+        of each earlier one."""
+        q_vector = self._apply_kernel(q_plain, self.key_up, "bsnh,cnh->bsnc")
+        q = jnp.concatenate([q_vector, q_rotary], axis=-1)  # [B, S, N, C + P]
+        k = jnp.concatenate([vector[:, :, None], shared_key], axis=-1)  # one kv head
         y, new_cache = attend(
             self,
             q,
@@ -459,13 +495,18 @@ class LatentAttention(nnx.Module):
             self.shared_rules,
             value_dim=self.latent.kv_rank,
         )
-        return self._apply_kernel(y, self.value_up, "bsnr,rnh->bsnh"), new_cache
+        return self._apply_kernel(y, self.value_up, "bsnc,cnh->bsnh"), new_cache
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> AttentionCache:
         """A layer's cache of vectors with the shared rotary keys behind them;
         attention's values are the vectors."""
-        key_size = self.latent.kv_rank + self.latent.rotary_dim
-        return kv_cache_spec(layout, window, 1, key_size, None)
+        return kv_cache_spec(
+            layout,
+            window,
+            num_kv_heads=1,
+            key_size=self.latent.kv_rank + self.latent.rotary_dim,
+            value_size=None,
+        )
 
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
@@ -490,6 +531,8 @@ class LatentAttention(nnx.Module):
         return LayerCosts(tuple(groups), heads)
 
     def _apply_kernel(self, x: jax.Array, linear: Linear, equation: str) -> jax.Array:
+        """Multiplies heads x [B, S, N, ...] by a map's kernel along other dimensions
+        than the map does."""
         kernel = materialize(linear.kernel, self.rules, linear.dtype)
         out_sharding = self.rules.spec("batch", "seq", "heads", None)
         return jnp.einsum(equation, x, kernel, out_sharding=out_sharding)
@@ -528,7 +571,8 @@ def attend(
         q: [B, S, N, H].
         k, v: [B, S, K, H] and [B, S, K, Hv]; no value, with a cache: it is the
             beginning of the key.
-        rules: layout of q, k and v; kv heads may lie otherwise than in the layer's.
+        rules: layout of q, k and v, where their kv heads need not lie as the layer's
+            own rules say: the one kv head of a cache of latent vectors is not split.
         value_dim: Hv, where there is no value.
 
     Returns:

@@ -145,8 +145,8 @@ class MoeAux(NamedTuple):
 
     loss: jax.Array
     """Scalar to add to a loss summed over tokens: balance and z losses times their
-    coefficients and the number of tokens counted. Zero plus a gradient for the
-    selection bias; see ``Moe``."""
+    coefficients and the number of tokens counted. A selection bias adds 0 to its value,
+    and to its gradient the bias's; see ``Moe``."""
     load: jax.Array
     """[E]: assignments to each expert, dropped ones included."""
     dropped: jax.Array
@@ -179,7 +179,8 @@ class Moe(nnx.Module):
         normal = truncated_normal(context.init_std)
         residual_normal = truncated_normal(context.residual_std)
 
-        # Like an output head it classifies tokens; it is no map between hidden layers.
+        # A "table" to optimizers: like an output head the router classifies tokens, and
+        # is no map between hidden layers.
         self.router = declare(
             (d_model, num_experts),
             ("embed", None),
@@ -229,6 +230,9 @@ class Moe(nnx.Module):
             mask = reshard(segment_ids != 0, make_spec(token_layout))
         y, moe_aux = self(x, mask)
         load = moe_aux.load
+        # An expert's assignments: mean, most and least, and the mean of those dropped.
+        # The log divides the last three by the first, each added up over layers and
+        # micro-batches (optim.step.convert_sums_to_metrics).
         sums = {
             "expert_load": load.mean(),
             "expert_load_max": load.max(),
@@ -259,25 +263,22 @@ class Moe(nnx.Module):
         config = self.config
         num_experts = config.num_experts
         x = x.astype(self.dtype)
-        wide = accumulation_dtype(self.dtype)
-        logits = jnp.einsum(
-            "bsd,de->bse",
-            x.astype(wide),
-            materialize(self.router, self.rules, wide),
-            precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
-            out_sharding=make_spec((*get_layout(x)[:2], ())),
-        )
+
+        # Scores, and the experts they choose.
+        logits = self._compute_logits(x)
         bias = None
         if self.selection_bias is not None:
-            bias = read_weight(self.selection_bias, self.rules, wide).value
+            bias = read_weight(self.selection_bias, self.rules, logits.dtype).value
         routing = route(logits, bias, config)
         if mask is None:
             mask = jnp.ones_like(logits[..., 0], dtype=bool)
         # Padding goes to expert E, which is nowhere.
         expert_ids = jnp.where(mask[..., None], routing.expert_ids, num_experts)
+
+        # Assignments to each expert, and those that a bounded one has no room for.
         experts = jnp.arange(num_experts)
-        is_assigned = expert_ids[..., None] == experts
-        load = is_assigned.sum((1, 2), dtype=jnp.float32)  # [B, E]
+        is_assigned = expert_ids[..., None] == experts  # [B, S, k, E]
+        sequence_load = is_assigned.sum((1, 2), dtype=jnp.float32)  # [B, E]
         capacity = None
         dropped = jnp.zeros((), jnp.float32)
         if config.dispatch == "capacity":
@@ -287,31 +288,55 @@ class Moe(nnx.Module):
                 num_experts,
                 config.capacity_factor,
             )
-            dropped = jnp.maximum(load - capacity, 0).sum()
-        load = load.sum(0)
+            dropped = jnp.maximum(sequence_load - capacity, 0).sum()
+        load = sequence_load.sum(0)
+
         loss = router_loss(logits, routing.scores, load, mask, config)
         if bias is not None:
             # Adds 0 to the loss; the bias's gradient is the load beyond the mean.
             excess_load = lax.stop_gradient(load - load.mean())
             loss += jnp.sum(excess_load * (bias - lax.stop_gradient(bias)))
 
-        weights = {}
-        for name, param in self._kernels().items():
-            weights[name] = read_weight(param, self.rules, self.dtype)
-        y = apply_experts(
-            x,
-            routing.weights,
-            expert_ids,
-            {name: weight.value for name, weight in weights.items()},
-            activation=ACTIVATIONS[config.activation],
-            kernel_layouts={
-                name: weight.compute_layout for name, weight in weights.items()
-            },
-            expert_capacity=capacity,
-        )
+        y = self._apply_experts(x, routing.weights, expert_ids, capacity)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, MoeAux(loss, load, dropped)
+
+    def _compute_logits(self, x: jax.Array) -> jax.Array:
+        """Returns the router's logits [B, S, E] in fp32 or wider."""
+        logits_dtype = accumulation_dtype(self.dtype)
+        return jnp.einsum(
+            "bsd,de->bse",
+            x.astype(logits_dtype),
+            materialize(self.router, self.rules, logits_dtype),
+            precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
+            out_sharding=make_spec((*get_layout(x)[:2], ())),
+        )
+
+    def _apply_experts(
+        self,
+        x: jax.Array,
+        token_weights: jax.Array,
+        expert_ids: jax.Array,
+        capacity: int | None,
+    ) -> jax.Array:
+        """Returns the weighted sum [B, S, D] of the routed experts' outputs;
+        ``capacity``: assignments of a sequence that an expert takes, None: all."""
+        kernels = {}
+        layouts = {}
+        for name, param in self._kernels().items():
+            weight = read_weight(param, self.rules, self.dtype)
+            kernels[name] = weight.value
+            layouts[name] = weight.compute_layout
+        return apply_experts(
+            x,
+            token_weights,
+            expert_ids,
+            kernels,
+            activation=ACTIVATIONS[self.config.activation],
+            kernel_layouts=layouts,
+            expert_capacity=capacity,
+        )
 
     def _kernels(self) -> dict[str, nnx.Param]:
         """The routed experts' kernels, by their names in ``parallel/experts.py``."""
@@ -320,10 +345,12 @@ class Moe(nnx.Module):
 
 
 class Routing(NamedTuple):
+    """Each token's experts, chosen by :func:`route`."""
+
     scores: jax.Array
-    """fp32 [B, S, E]."""
+    """fp32 [B, S, E], of every expert."""
     weights: jax.Array
-    """fp32 [B, S, k]."""
+    """fp32 [B, S, k], of the experts chosen."""
     expert_ids: jax.Array
     """int32 [B, S, k], best first, ties to the lower number."""
 
@@ -334,17 +361,20 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
     Differentiable in the logits through scores and weights; not in the bias."""
     score = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
     scores = score(logits)
-    ranked = lax.stop_gradient(scores if bias is None else scores + bias)
+    # What experts are chosen by; the choice has no gradient.
+    ranking = lax.stop_gradient(scores if bias is None else scores + bias)
     if config.groups_per_token < config.groups:
         group_size = config.num_experts // config.groups
-        grouped = ranked.reshape(*ranked.shape[:-1], config.groups, group_size)
+        # [B, S, groups, experts of a group]
+        by_group = ranking.reshape(*ranking.shape[:-1], config.groups, group_size)
         num_best = 1 if config.group_score == "max" else 2
-        best_scores, _ = lax.top_k(grouped, num_best)
-        _, chosen_groups = lax.top_k(best_scores.sum(-1), config.groups_per_token)
+        best_scores, _ = lax.top_k(by_group, num_best)
+        group_scores = best_scores.sum(-1)
+        _, chosen_groups = lax.top_k(group_scores, config.groups_per_token)
         is_chosen = (chosen_groups[..., None] == jnp.arange(config.groups)).any(-2)
-        is_allowed = jnp.repeat(is_chosen, group_size, axis=-1)
-        ranked = jnp.where(is_allowed, ranked, -jnp.inf)
-    _, expert_ids = lax.top_k(ranked, config.experts_per_token)
+        is_allowed = jnp.repeat(is_chosen, group_size, axis=-1)  # [B, S, E]
+        ranking = jnp.where(is_allowed, ranking, -jnp.inf)
+    _, expert_ids = lax.top_k(ranking, config.experts_per_token)
     # Not take_along_axis: its gradient would be a scatter into [B, S, E].
     one_hot = expert_ids[..., None] == jnp.arange(config.num_experts)
     weights = jnp.where(one_hot, scores[..., None, :], 0.0).sum(-1)
@@ -376,6 +406,8 @@ def router_loss(
             shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
         share_sums = jnp.where(mask[..., None], shares, 0.0).sum((0, 1))
         num_tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
+        # Shares of assignments and mean shares of scores, [E]: f and P of Switch's
+        # formula.
         f = lax.stop_gradient(load) / (num_tokens * config.experts_per_token)
         p = share_sums / num_tokens
         loss += config.balance_loss * num_tokens * config.num_experts * jnp.sum(f * p)
