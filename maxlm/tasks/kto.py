@@ -20,12 +20,12 @@ from maxlm.data.conversations import (
 from maxlm.data.row_files import RowFiles
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.sharding.supported import ReshapingAxis
-from maxlm.tasks.preference import (
+from maxlm.tasks.preference import scale_layers_loss
+from maxlm.tasks.reference import (
     LOG_PROBS,
     MISMATCHED,
     ExtendedRows,
     ReferenceTask,
-    scale_layers_loss,
 )
 from maxlm.tasks.rows import (
     Arrays,

@@ -1,50 +1,30 @@
-"""Preference tasks: learn from pairs of answers, of which one is better.
+"""Preference tasks: learn which answers are better than others.
 
-A pair stands in one row, its chosen answer in an odd and its rejected one in an even
-segment, so that one pass reads both. Formulas and their normalisation are those of TRL
-1.16.
+The two answers of a pair stand in one row, the chosen one in an odd and the rejected
+one in an even segment, so that one pass reads both. Formulas and their normalisation
+are those of TRL 1.16.
+
+    PreferenceTask         log-probabilities of whole answers (this file)
+    ├── ReferenceTask      beside a frozen model (reference.py)
+    │   ├── DpoTask        dpo.py
+    │   └── KtoTask        kto.py
+    ├── ReferenceFreeTask  beside a cross-entropy (reference_free.py)
+    │   ├── CpoTask
+    │   └── OrpoTask
+    └── RewardTask         reward.py
 """
 
-from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from maxlm.config import LocalPath, MaxlmError
-from maxlm.data.batch_source import BatchArraySpec
-from maxlm.data.conversations import EncodedSequence, encode_pair
-from maxlm.data.row_files import RowFiles
-from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.config import MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
-from maxlm.sharding.supported import ReshapingAxis
-from maxlm.tasks.rows import (
-    Arrays,
-    ExampleEncoder,
-    FileRow,
-    FilesSetting,
-    RowTask,
-    sum_by_segment,
-)
-from maxlm.tasks.task import (
-    BoundModel,
-    DeviceBatch,
-    LossResult,
-    TaskModels,
-    map_micro_batches,
-)
-
-LOG_PROBS = "reference_log_probs"
-MISMATCHED = "mismatched_completion"
-_FIX = "compute it anew with precompute_reference_log_probs"
+from maxlm.tasks.rows import RowTask, sum_by_segment
+from maxlm.tasks.task import BoundModel, DeviceBatch, LossResult
 
 PairLosses = tuple[jax.Array, jax.Array]
 """Losses of pairs [..., E], finite for padding too, and rewards of both answers [...,
@@ -107,301 +87,56 @@ class PreferenceTask(RowTask):
         )
 
 
-@dataclass(frozen=True)
-class ExtendedRows(RowFiles):
-    """Rows of files with more columns, pure in a row's number."""
+def compute_margin_losses(
+    scores: jax.Array,
+    loss_type: str,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    target_margin: float = 0.0,
+) -> jax.Array:
+    """Computes losses [..., E] of how much better the chosen answer scores.
 
-    log_probs: Path | None = None
-    """File of an array [rows, columns]."""
-    with_mismatched: bool = False
-    """Whether a row has the completion of the row before it too; the first, that of the
-    last."""
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
-        row = super().__getitem__(index)
-        if self.log_probs is not None:
-            row = row | {LOG_PROBS: _open_array(self.log_probs)[index]}
-        if self.with_mismatched:
-            row = row | {MISMATCHED: self._read_completion((index - 1) % len(self))}
-        return row
-
-    def _read_completion(self, index: int) -> Any:
-        """Returns a row's completion; None where it has none, or cannot be read, which
-        is reported when that row is read itself."""
-        try:
-            return super().__getitem__(index).get("completion")
-        except MaxlmError:
-            return None
-
-
-@lru_cache(maxsize=8)
-def _open_array(path: Path) -> NDArray[np.float32]:
-    """Reads a .npy file, once; raises MaxlmError if it is none."""
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        message = f"cannot be read: {error}"
-        raise MaxlmError(message, where=str(path), fix=_FIX) from error
+    Args:
+        scores: of both answers, chosen and rejected, [..., E, 2].
+        loss_type: sigmoid, simpo, robust, hinge or ipo.
+        beta: scale of the rewards.
+        label_smoothing: probability that a label is wrong.
+        target_margin: by how much the scores are to differ, times ``beta``.
+    """
+    margins = scores[..., 0] - scores[..., 1]
+    if loss_type == "ipo":
+        # (h − 1 / 2τ)² with β as τ (Azar et al. 2023, arXiv 2310.12036).
+        return jnp.square(margins - 1 / (2 * beta))
+    margins = beta * margins - target_margin
+    if loss_type == "hinge":
+        return jax.nn.relu(1 - margins)
+    # As if the label is right, and as if it is wrong.
+    right, wrong = (-jax.nn.log_sigmoid(sign * margins) for sign in (1, -1))
+    if loss_type == "robust":
+        # Unbiased under flipped labels (Chowdhury et al. 2024, arXiv 2403.00409).
+        smoothed = (1 - label_smoothing) * right - label_smoothing * wrong
+        return smoothed / (1 - 2 * label_smoothing)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
-class ReferenceTask(PreferenceTask):
-    """A preference task that measures against a frozen model."""
-
-    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
-
-    prepares_batch_alone: ClassVar[bool] = True
-    num_reference_columns: ClassVar[int] = 2
-    """Log-probabilities of the reference that an example needs."""
-
-    reference: LocalPath | None = None
-    """Run whose model is the reference; null: the model that training starts from."""
-    reference_log_probs: LocalPath | None = None
-    """Folder of the reference's log-probabilities, which
-    `precompute_reference_log_probs` writes (`files.npy` [rows, sequences],
-    `validation_files.npy`): no second model is held then."""
-
-    def frozen_models(self) -> Mapping[str, str | None]:
-        if self.reference_log_probs is not None:
-            return {}
-        return {"reference": self.reference}
-
-    def for_small_model(self) -> Self:
-        return super().for_small_model().model_copy(update={LOG_PROBS: None})
-
-    def compute_reference_log_probs(
-        self, model: BoundModel, batch: DeviceBatch
-    ) -> jax.Array:
-        """Computes what the reference says of rows [..., S]: fp32 [..., E, columns]."""
-        return self.compute_sequence_log_probs(model, batch).sums
-
-    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
-        if LOG_PROBS in batch:
-            return batch
-        reference = models.frozen["reference"]
-        log_probs = map_micro_batches(
-            self.compute_reference_log_probs, reference, batch
-        )
-        return batch | {LOG_PROBS: log_probs}
-
-    def example_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = super().example_shapes()
-        if self.reference_log_probs is None:
-            return shapes
-        return shapes | {LOG_PROBS: (self.num_reference_columns,)}
-
-    def extend_example(
-        self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
-    ) -> Arrays:
-        if self.reference_log_probs is None:
-            return arrays
-        if np.isnan(row[LOG_PROBS]).any():
-            raise MaxlmError(
-                "no reference log-probability for this row", where=LOG_PROBS, fix=_FIX
-            )
-        return arrays | {LOG_PROBS: row[LOG_PROBS]}
-
-    def open_files(self, setting: FilesSetting) -> RowFiles:
-        file = super().open_files(setting)
-        if self.reference_log_probs is None:
-            return file
-        path = Path(self.reference_log_probs, f"{setting}.npy")
-        _open_array.cache_clear()  # it may have been written anew
-        shape = _open_array(path).shape
-        required = (len(file), self.num_reference_columns)
-        if shape != required:
-            message = f"an array {[*shape]}, where the files and the task need "
-            message += f"{[*required]}"
-            raise MaxlmError(message, where=str(path), fix=_FIX)
-        return ExtendedRows(**vars(file), log_probs=path)
+def check_label_smoothing(label_smoothing: float, loss_type: str) -> None:
+    """Raises MaxlmError where a loss has no use for labels that may be wrong."""
+    if label_smoothing and loss_type in ("hinge", "ipo"):
+        message = f"label_smoothing={label_smoothing} with loss_type={loss_type}"
+        fix = "set it to 0, or use another loss"
+        raise MaxlmError(message, where="label_smoothing", fix=fix)
 
 
-class PairTask(PreferenceTask):
-    """A task on prompts with a chosen and a rejected answer."""
-
-    sequences_per_example = 2
-
-    def encode_example(
-        self, tokenizer: Tokenizer, row: FileRow
-    ) -> list[EncodedSequence]:
-        return list(encode_pair(tokenizer, row))
-
-
-class LogProbPairTask(PairTask):
-    """A task on the log-probabilities of both answers."""
-
-    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
-
-    @abstractmethod
-    def compute_pair_losses(
-        self, answers: SequenceLogProbs, batch: DeviceBatch
-    ) -> PairLosses:
-        """Computes pairs' losses from the trained model's log-probabilities of the
-        answers."""
-
-    def loss(
-        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
-    ) -> LossResult:
-        answers = self.compute_sequence_log_probs(models.trained, batch)
-        losses, rewards = self.compute_pair_losses(answers, batch)
-        total, sums = sum_pairs(losses, rewards, answers.is_present, answers.aux, batch)
-        sums["chosen_log_prob"] = answers.means[..., 0].sum()
-        reference = batch.get(LOG_PROBS)
-        if reference is not None:
-            ratios = answers.sums - reference
-            ratios_per_token = ratios / jnp.maximum(answers.lengths, 1)
-            sums["kl"] = ratios_per_token.mean(-1).sum()
-        return total, sums
-
-
-class MarginPairTask(LogProbPairTask):
-    """A task whose loss reads how much better the chosen answer scores."""
-
-    loss_type: str
-    beta: float = Field(default=0.1, gt=0)
-    """Scale of the rewards: 0.1 to 0.5, and 2 to 10 for simpo."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Probability that a label is wrong. sigmoid and simpo mix the losses of both
-    labels (conservative DPO), robust corrects for it."""
-
-    @model_validator(mode="after")
-    def _check_smoothing(self) -> Self:
-        if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
-            message = f"label_smoothing={self.label_smoothing} with "
-            message += f"loss_type={self.loss_type}"
-            fix = "set it to 0, or use another loss"
-            raise MaxlmError(message, where="label_smoothing", fix=fix)
-        return self
-
-    def compute_margin_losses(
-        self, scores: jax.Array, target_margin: float = 0.0
-    ) -> jax.Array:
-        """Computes losses [..., E] from the scores [..., E, 2] of both answers.
-
-        Args:
-            target_margin: by how much they are to differ, times ``beta``.
-        """
-        margins = scores[..., 0] - scores[..., 1]
-        smoothing = self.label_smoothing
-        if self.loss_type == "ipo":
-            # (h − 1 / 2τ)² with β as τ (Azar et al. 2023, arXiv 2310.12036).
-            return jnp.square(margins - 1 / (2 * self.beta))
-        margins = self.beta * margins - target_margin
-        if self.loss_type == "hinge":
-            return jax.nn.relu(1 - margins)
-        # As if the label is right, and as if it is wrong.
-        right, wrong = (-jax.nn.log_sigmoid(sign * margins) for sign in (1, -1))
-        if self.loss_type == "robust":
-            # Unbiased under flipped labels (Chowdhury et al. 2024, arXiv 2403.00409).
-            return ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
-        return (1 - smoothing) * right + smoothing * wrong
-
-
-class DpoTask(ReferenceTask, MarginPairTask):
-    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290) and its
-    kin: rewards are log-ratios to a reference model. ``kl`` is the mean log-ratio per
-    token of both answers."""
-
-    kind: Literal["dpo"] = "dpo"
-    loss_type: Literal["sigmoid", "hinge", "robust", "ipo"] = "sigmoid"
-    """sigmoid; hinge (SLiC, arXiv 2305.10425); robust: unbiased where labels are
-    flipped with probability `label_smoothing` (arXiv 2403.00409); ipo (arXiv
-    2310.12036), per token."""
-
-    def compute_pair_losses(
-        self, answers: SequenceLogProbs, batch: DeviceBatch
-    ) -> PairLosses:
-        ratios = answers.sums - batch[LOG_PROBS]
-        scores = ratios
-        if self.loss_type == "ipo":
-            scores = ratios / jnp.maximum(answers.lengths, 1)
-        return self.compute_margin_losses(scores), self.beta * ratios
-
-
-class ReferenceFreePairTask(LogProbPairTask):
-    """Pairs without a reference: the cross-entropy of the chosen answers, a mean over
-    the tokens of the whole batch, keeps the model near them."""
-
-    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
-
-    learns_prompts: ClassVar[bool] = False
-    """Whether the cross-entropy is over prompts too."""
-
-    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
-        nll_weights = BatchArraySpec.of_tokens(seq_len, np.float32)
-        return super().batch_arrays(seq_len) | {"nll_weights": nll_weights}
-
-    def extend_example(
-        self, encoder: ExampleEncoder, row: FileRow, arrays: Arrays
-    ) -> Arrays:
-        weights = arrays["weights"]
-        if self.learns_prompts:
-            # From the first token on, which the last virtual one predicts.
-            weights = arrays["positions"] >= encoder.num_virtual_tokens - 1
-        is_chosen = arrays["segment_ids"] == 1
-        return arrays | {"nll_weights": (is_chosen * weights).astype(np.float32)}
-
-    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
-        # The loss is divided by the number of pairs: a mean over tokens of the whole
-        # batch, its micro-batches together, is weighted by pairs over tokens.
-        weights = batch["nll_weights"]
-        is_chosen = batch["segment_ids"] % 2 == 1
-        begins_pair = is_chosen & (batch["positions"] == 0)
-        num_pairs = begins_pair.sum(dtype=jnp.float32)
-        nll_weights = weights * (num_pairs / jnp.maximum(weights.sum(), 1))
-        return batch | {"nll_weights": nll_weights}
-
-    def compute_nll(self, answers: SequenceLogProbs, batch: DeviceBatch) -> jax.Array:
-        """Returns each pair's share of the cross-entropy, [..., E]."""
-        nll = -answers.per_token * batch["nll_weights"]
-        # Chosen answers are every other segment.
-        return sum_by_segment(nll, batch["segment_ids"], self.num_segments)[..., ::2]
-
-
-class CpoTask(ReferenceFreePairTask, MarginPairTask):
-    """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417) and SimPO
-    (Meng et al. 2024, arXiv 2405.14734): rewards are log-probabilities, per token for
-    ipo and simpo."""
-
-    kind: Literal["cpo"] = "cpo"
-    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
-    gamma: float = Field(default=0.5, ge=0)
-    """Margin by which simpo wants the chosen answer's reward above the other's."""
-    alpha: float = Field(default=1.0, ge=0)
-    """Weight of the cross-entropy of chosen answers; 0 for SimPO as published."""
-
-    def compute_pair_losses(
-        self, answers: SequenceLogProbs, batch: DeviceBatch
-    ) -> PairLosses:
-        is_per_token = self.loss_type in ("ipo", "simpo")
-        scores = answers.means if is_per_token else answers.sums
-        target_margin = self.gamma if self.loss_type == "simpo" else 0.0
-        losses = self.compute_margin_losses(scores, target_margin)
-        losses = losses + self.alpha * self.compute_nll(answers, batch)
-        return losses, self.beta * scores
-
-
-class OrpoTask(ReferenceFreePairTask):
-    """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691): the
-    cross-entropy of chosen answers, prompts included, and the odds of both answers, of
-    probabilities per token."""
-
-    learns_prompts: ClassVar[bool] = True
-
-    kind: Literal["orpo"] = "orpo"
-    beta: float = Field(default=0.1, gt=0)
-    """Weight of the odds ratio, the paper's λ."""
-
-    def compute_pair_losses(
-        self, answers: SequenceLogProbs, batch: DeviceBatch
-    ) -> PairLosses:
-        # Padding gets some probability, of which the odds are finite.
-        scores = jnp.where(answers.is_present[..., None], answers.means, -1.0)
-        # log(p / (1 − p)), the paper's equation 4. Clipped, so that gradients stay
-        # finite where a probability is near one.
-        log_odds = scores - jax.nn.log1mexp(jnp.maximum(-scores, 1e-7))
-        log_ratio = jax.nn.log_sigmoid(log_odds[..., 0] - log_odds[..., 1])
-        losses = self.compute_nll(answers, batch) - self.beta * log_ratio
-        return losses, self.beta * scores
+def sum_answer_losses(
+    answers: SequenceLogProbs, pair_losses: PairLosses, batch: DeviceBatch
+) -> LossResult:
+    """Sums the losses of pairs of ``answers``, and what is logged of them; see
+    :func:`sum_pairs`."""
+    losses, rewards = pair_losses
+    total, sums = sum_pairs(losses, rewards, answers.is_present, answers.aux, batch)
+    sums["chosen_log_prob"] = answers.means[..., 0].sum()
+    return total, sums
 
 
 def sum_pairs(

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.data.conversations import EncodedSequence
+from maxlm.data.conversations import EncodedSequence, encode_pair
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.sharding.supported import ReshapingAxis
-from maxlm.tasks.preference import PairTask, sum_pairs
+from maxlm.tasks.preference import PreferenceTask, sum_pairs
 from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, sum_by_segment
 from maxlm.tasks.task import DeviceBatch, LossResult, TaskModels
 
@@ -20,12 +20,13 @@ SCORE = "score"
 """The head that a reward model has in ``model.heads``."""
 
 
-class RewardTask(PairTask):
+class RewardTask(PreferenceTask):
     """Bradley-Terry: the chosen answer's score is to be above the rejected one's. A
     score is read at the last token, the one that ends the answer; a row's ``margin``,
     if it has one, is the least difference that is wanted."""
 
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
+    sequences_per_example = 2
 
     kind: Literal["reward"] = "reward"
     center_rewards: float = Field(default=0.0, ge=0)
@@ -45,7 +46,7 @@ class RewardTask(PairTask):
         # With a token behind the last one, which rows have as a target alone.
         return [
             EncodedSequence([*answer.tokens, 0], [*answer.is_target, True])
-            for answer in super().encode_example(tokenizer, row)
+            for answer in encode_pair(tokenizer, row)
         ]
 
     def extend_example(

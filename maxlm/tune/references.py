@@ -24,7 +24,7 @@ from maxlm.run.warm_start import init_or_warm_start_state, load_frozen_models
 from maxlm.runtime.json_types import JsonMapping
 from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.tasks import TaskModels
-from maxlm.tasks.preference import LOG_PROBS, ReferenceTask
+from maxlm.tasks.reference import LOG_PROBS, ReferenceTask
 from maxlm.tasks.reward import SCORE
 from maxlm.tasks.sft import SftTask
 from maxlm.tasks.task import DeviceBatch

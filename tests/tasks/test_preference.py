@@ -17,7 +17,8 @@ from maxlm.models.params import bind, flatten_names
 from maxlm.run.config import RunConfig
 from maxlm.run.setup import open_training_batches, set_up_run
 from maxlm.sharding import MeshConfig, ShardingConfig, bind_mesh
-from maxlm.tasks.preference import OrpoTask, SequenceLogProbs
+from maxlm.tasks.preference import SequenceLogProbs
+from maxlm.tasks.reference_free import OrpoTask
 from tests.models import building
 from tests.tasks.row_cases import (
     EOS,
