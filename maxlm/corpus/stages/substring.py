@@ -556,7 +556,7 @@ class SubstringStage(CrossDocumentStage):
         num_windows = sum(map_columns(path).num_rows for path in hashes)
         num_ranges = count_ranges(num_windows, _WINDOW_BYTES, self.memory)
         has_ranks = self.keep_by is not None
-        match = partial(write_copies, folder, hashes, num_ranges, has_ranks)
+        match = partial(write_copies, folder, hashes, num_ranges, has_ranks=has_ranks)
         run_jobs(match, range(num_ranges) if blocks else (), "match")
 
         cut = partial(
