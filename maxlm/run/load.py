@@ -5,11 +5,10 @@ A run is used with the moving average of its parameters where it has one.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -129,7 +128,7 @@ def load_model(
     opened.import_tensors(writer)
 
     # Popped: the host holds each array only until the devices have it.
-    def place(path: Any, sharding: Any) -> jax.Array:
+    def place(path: jax.tree_util.KeyPath, sharding: Sharding) -> jax.Array:
         return jax.device_put(writer.arrays.pop(join_path(path)), sharding)
 
     params = jax.tree_util.tree_map_with_path(place, setup.shardings.params)
