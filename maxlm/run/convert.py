@@ -134,11 +134,11 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     family = find_family(values, str(where))
     tensors = list_stored_tensors(source)
     settings, family_notes = family.read_config(values, str(where), tensors)
-    config = _run_config(settings, target, where)
+    config = _make_run_config(settings, target, where)
     notes = [*family_notes]
     tokenizer = _import_tokenizer(source, config, notes)
     if tokenizer is not None:
-        config = _with_tokenizer(config, target, tokenizer, notes)
+        config = _add_tokenizer(config, target, tokenizer, notes)
     entries = family.list_entries(config.model, tensors)
     specs = flatten_names(_build_specs(config))
     return HuggingFaceModel(
@@ -507,7 +507,9 @@ def _build_specs(config: RunConfig) -> Params:
     return param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32))
 
 
-def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:
+def _make_run_config(
+    settings: Mapping[str, Any], target: Path, where: Path
+) -> RunConfig:
     """A run that goes on from these weights, on text to be named."""
     # No text is named yet: two thirds of the model's longest sequence, at most 512.
     seq_len = max(min(settings["max_seq_len"] * 2 // 3, 512), 1)
@@ -550,7 +552,7 @@ def _import_tokenizer(
     return tokenizer
 
 
-def _with_tokenizer(
+def _add_tokenizer(
     config: RunConfig, target: Path, tokenizer: Tokenizer, notes: list[str]
 ) -> RunConfig:
     """A run with its tokenizer and the reserved ids of its task."""

@@ -74,10 +74,10 @@ def load_run(
         load_tokenizer(folder / "tokenizer"),
         step or 0,
     )
-    return _merge_loaded(loaded, setup.specs) if merge else loaded
+    return _merge_loaded_adapter(loaded, setup.specs) if merge else loaded
 
 
-def _merge_loaded(loaded: LoadedRun, specs: Params) -> LoadedRun:
+def _merge_loaded_adapter(loaded: LoadedRun, specs: Params) -> LoadedRun:
     """A model with its adapter merged, where it has one that can be."""
     config = loaded.config
     if config.adapter is None:
@@ -135,7 +135,7 @@ def load_model(
     loaded = LoadedRun(
         setup.config, setup.mesh, setup.model, params, opened.tokenizer, 0
     )
-    return _merge_loaded(loaded, setup.specs)
+    return _merge_loaded_adapter(loaded, setup.specs)
 
 
 def _find_adapter_base(folder: Path) -> Path:

@@ -201,7 +201,7 @@ def _write_segment(
     sources = _count_by_source(plan.manifest, parts)
     if not any(source.num_documents for source in sources):
         shutil.rmtree(building)
-        raise _no_documents(plan)
+        raise _make_no_documents_error(plan)
     store = building / "store"
     parts_folder = building / plan.parts_name
     with convert_write_errors(building):
@@ -308,7 +308,7 @@ def _count_by_source(
     )
 
 
-def _no_documents(plan: BuildPlan) -> MaxlmError:
+def _make_no_documents_error(plan: BuildPlan) -> MaxlmError:
     where = ", ".join(plan.source.documents)
     manifest = plan.manifest
     if manifest.split == "all":
