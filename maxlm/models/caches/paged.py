@@ -156,7 +156,7 @@ class PagedCache(AttentionCache):
     ) -> tuple[jax.Array, Self]:
         """See :class:`AttentionCache`."""
         assert key is not None
-        # [S], and [b + F, M].
+        # slots [S], page_tables [b + F, M].
         slots, page_tables = batch.pages(terms.window)
         # Pages have room for more features than a head has where a kernel reads whole
         # lanes (`CacheLayout.feature_multiple`).
