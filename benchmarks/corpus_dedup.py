@@ -286,7 +286,7 @@ def main() -> None:
         )
 
         stage = NearStage()
-        banding = stage.choose_banding()
+        banding = stage.banding
         run(stage, write_corpus(folder / "small", texts[:50] * 2), folder / "compile")
         signature = []
         for _ in range(5):

@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +83,10 @@ def describe_first_error(error: "ValidationError") -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     return f"{key}: {first['msg']}" if key else first["msg"]
+
+
+Count: TypeAlias = "int | NDArray[np.int64]"
+"""A size of one run; or of very many candidates, an array with an element for each."""
 
 
 class Requirement(NamedTuple):

@@ -283,6 +283,7 @@ def _compare(
     right: ast.expr,
     table: pa.RecordBatch | pa.Table,
 ) -> Value:
+    """Evaluates one comparison of two sides; raises as `_evaluate` does."""
     if isinstance(op, ast.Is | ast.IsNot) and ast.unparse(right) == "None":
         is_null = pc.is_null(_evaluate(left, table))
         return is_null if isinstance(op, ast.Is) else pc.invert(is_null)

@@ -188,7 +188,7 @@ def _count_ngrams(
         if order > 2:  # No n-gram of the order before begins with <s> here.
             ends = ends[ids[ends - order + 2] != _BEGIN]
         # An n-gram as one number: its suffix in the upper half, its first word in the
-        # lower.
+        # lower. So n-grams are numbered in suffix order.
         keys = number_at[ends].astype(np.int64) << 32 | ids[ends - order + 1]
         keys, first_occurrences, numbers, counts = np.unique(
             keys, return_index=True, return_inverse=True, return_counts=True
@@ -255,8 +255,10 @@ def _discount(
 
     With pruning, the mass of what is left out goes to the lower order.
     """
+    # Of each n-gram: what is taken from its count, all of it where it is left out.
     amounts = np.array(discounts)[np.minimum(ngrams.count, 3)]
     freed = np.where(ngrams.in_model, amounts, ngrams.count)
+    # Of each context: the sums of both over the n-grams that it begins.
     totals = np.bincount(ngrams.context, ngrams.count, num_contexts)
     freed_totals = np.bincount(ngrams.context, freed, num_contexts)
     weights = np.where(totals > 0, freed_totals / np.maximum(totals, 1), 1.0)

@@ -152,11 +152,14 @@ def count_lost_text(
     path = corpus.folder / settled_shards[0].settled_folder / _FILE
     if path.exists():
         return LostTextCounts(**json.loads(path.read_text()))
+
     run = JobRunner("text lost", executor, progress)
-    offsets = compute_document_offsets(settled_shards)
+    first_documents = compute_document_offsets(settled_shards)[:-1]
     parts = [
-        _Part(*part)
-        for part in zip(offsets[:-1], corpus.shards, settled_shards, strict=True)
+        _Part(first_document, raw_shard, shard)
+        for first_document, raw_shard, shard in zip(
+            first_documents, corpus.shards, settled_shards, strict=True
+        )
     ]
     removed = run(partial(_list_removed, corpus, rules, plan), parts, "dropped and cut")
     lost_documents = _find_lost_documents(corpus, plan, removed, parts, run)
@@ -174,10 +177,6 @@ def count_lost_text(
     with replace_file(path) as new:
         new.write_text(json.dumps(asdict(counts)))
     return counts
-
-
-"""A shard: the number of its first document; its labels as the stages wrote them; as
-settled."""
 
 
 def _list_removed(
@@ -258,12 +257,15 @@ def _add_document(
             if goes and isinstance(spans, list) and spans:
                 cuts.append((index, text, get_span_edges(spans)))
 
+    # Dropped as a copy, or with nothing cut of it: all of it is looked for.
     if not is_kept and (digests or look_alikes or not cuts):
         characters = max(len(text or "") for text in texts)
         removed.documents.append(
             _DroppedDocument(number, characters, tuple(digests), tuple(look_alikes))
         )
         return
+    # Kept without its cuts, or dropped for how much of it is cut: passages are looked
+    # for.
     if not is_kept:
         removed.num_repetitive += 1
     for index, text, spans in cuts:
@@ -322,8 +324,8 @@ def _make_cut_passages(
         is_last = words == words.max(initial=0)
         is_covering = (words % window_words == 0) | is_last
         hashes = windows.hashes[is_of_passage][is_covering]
-        hashes = hashes[~np.isin(hashes, known_hashes)]
-        cut_passages.append(_CutPassage(index, len(passage), hashes))
+        is_known = np.isin(hashes, known_hashes)
+        cut_passages.append(_CutPassage(index, len(passage), hashes[~is_known]))
     return cut_passages
 
 
@@ -357,14 +359,18 @@ def _find_lost_documents(
     run: JobRunner,
 ) -> list[_DroppedDocument]:
     """Finds dropped documents that are like no kept one."""
-    kept_digests = {digest for part in removed for digest in part.kept_digests}
-    kept_numbers = {number for part in removed for number in part.kept_numbers}
+    kept_digests: set[tuple[int, bytes]] = set()
+    kept_numbers: set[int] = set()
+    for part in removed:
+        kept_digests.update(part.kept_digests)
+        kept_numbers.update(part.kept_numbers)
     without_copy = [
         document
         for part in removed
         for document in part.documents
         if kept_digests.isdisjoint(document.digests)
     ]
+
     # Of what is left, near-copies are compared with what they are said to be like.
     compared: dict[int, set[int]] = {}
     for document in without_copy:
@@ -379,11 +385,12 @@ def _find_lost_documents(
 
     def is_like_kept(document: _DroppedDocument) -> bool:
         for stage, look_alike in document.look_alikes:
-            if look_alike in kept_numbers and _are_alike(
-                sketches[stage, document.number],
-                sketches[stage, look_alike],
-                _get_near_stage(plan, stage).jaccard,
-            ):
+            if look_alike not in kept_numbers:
+                continue
+            sketch = sketches[stage, document.number]
+            other_sketch = sketches[stage, look_alike]
+            min_jaccard = _get_near_stage(plan, stage).jaccard
+            if _are_alike(sketch, other_sketch, min_jaccard):
                 return True
         return False
 
@@ -483,12 +490,10 @@ def _mark_kept_windows(
         columns["text"] = texts.column("text")
         is_kept = pa.array(mark_kept(table, rules))
         kept_table = pa.RecordBatch.from_pydict(columns).filter(is_kept)
-        kept_texts = list(
-            remove_cut_spans(kept_table, FilterRules(rules.keep, tuple(cuts)))
-        )
+        cut_rules = FilterRules(rules.keep, tuple(cuts))
+        kept_texts = list(remove_cut_spans(kept_table, cut_rules))
         for first in range(0, len(kept_texts), _BATCH):
-            hashes = _hash_texts(
-                kept_texts[first : first + _BATCH], window_words
-            ).hashes
-            is_kept_window |= np.isin(windows, hashes)
+            batch = kept_texts[first : first + _BATCH]
+            kept_windows = _hash_texts(batch, window_words)
+            is_kept_window |= np.isin(windows, kept_windows.hashes)
     return is_kept_window

@@ -39,12 +39,14 @@ HAS_TEXT = "has text"
 SAMPLES = 5
 """Examples of each kind."""
 _SNIPPET_CHARS = 700
-_VALUES = 16_384  # of each label
-_TOKENIZED_BYTES = 200_000  # of each source and language in each shard
-_BINS = 48
-_MOST_ITEMS = 100
+_MAX_VALUES = 16_384  # Of each label, as a sample.
+# Bytes of each source and language in each shard that are tokenized.
+_TOKENIZED_BYTES = 200_000
+_MAX_CONTAMINATED_ITEMS = 100  # Of each stage.
 _ALARM_SHARE = 0.5  # Of a source's text, of which the report warns if more is lost.
-_WIDTH = 440  # Of a histogram, in pixels.
+# Of a histogram.
+_BINS = 48
+_WIDTH = 440  # In pixels, as the height.
 _HEIGHT = 120
 
 RuleSource = tuple[str, str]
@@ -133,7 +135,7 @@ class CorpusSummary:
         known = self.value_samples.get(label, np.empty((2, 0)))
         values = np.concatenate([known, sample], axis=1)
         smallest_first = np.argsort(values[0], kind="stable")
-        self.value_samples[label] = values[:, smallest_first[:_VALUES]]
+        self.value_samples[label] = values[:, smallest_first[:_MAX_VALUES]]
 
 
 def summarize_corpus(
@@ -176,14 +178,16 @@ def _summarize_shard(
     tokenizer: Path | None,
     shard: StageShardView,
 ) -> CorpusSummary:
+    """Computes the figures of one shard, tokens by the tokenizer in a folder."""
     from maxlm.data.tokenizer.load import load_tokenizer
 
     summary = CorpusSummary()
     columns = ["id", "source", "text", *rules.label_names, *numeric_labels, *rules.cut]
     if language_label:
         columns.append(language_label)
-    seed = int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:8], "big")
-    random = np.random.default_rng(seed)
+    # The same sample of values in every run, another for each shard.
+    shard_digest = hashlib.sha256(shard.name.encode()).digest()
+    random = np.random.default_rng(int.from_bytes(shard_digest[:8], "big"))
     encode = load_tokenizer(tokenizer).encode if tokenizer else None
     for table in shard.read_row_groups(list(dict.fromkeys(columns))):
         is_kept = _count_rules(summary, rules, table)
@@ -254,6 +258,8 @@ def _count_documents(
     sizes: np.ndarray,
     is_kept: np.ndarray,
 ) -> None:
+    """Counts the documents that a rule and all before keep, and their bytes, by
+    source. `sources`, `sizes`, `is_kept`: of each document."""
     kept_sources = sources[is_kept]
     kept_sizes = sizes[is_kept]
     for source in set(kept_sources.tolist()):
@@ -270,7 +276,8 @@ def _choose_samples(
     ids = table.column("id")
     row_by_hash = {}
     for row in rows.tolist():
-        id_hash = hashlib.sha256(ids[row].as_py().encode()).hexdigest()[:16]
+        document_id = ids[row].as_py()
+        id_hash = hashlib.sha256(document_id.encode()).hexdigest()[:16]
         row_by_hash[id_hash] = row
     samples = []
     for id_hash in heapq.nsmallest(SAMPLES, row_by_hash):
@@ -312,7 +319,7 @@ def write_report(
         manifests.append((name, corpus.read_manifest(name)))
         if isinstance(stage, DecontaminateStage):
             items = count_contaminated_documents(stage, corpus.shards)
-            contaminated += items[:_MOST_ITEMS]
+            contaminated += items[:_MAX_CONTAMINATED_ITEMS]
     page = environment.from_string(template).render(
         name=corpus.folder.resolve().name,
         sources=list(funnel[0]["by_source"]),
@@ -406,6 +413,7 @@ def list_alarms(
             before = after
         losses.append((before - kept_bytes[source], f"cut {', '.join(rules.cut)}"))
         losses.sort(key=lambda loss: -loss[0])
+        # Rules that drop less than half a percent are not named.
         smallest_reason = total / 200
         reasons = [
             f"{title} {size / total:.0%}"
@@ -502,33 +510,42 @@ def _draw_histogram(values: np.ndarray, thresholds: Sequence[Threshold]) -> str:
     right = float(scale(high))
     if right <= left:
         right = left + 1
+    floor = _HEIGHT - 16  # Of the bars; below are the labels of the axis.
+
     scaled_values = np.clip(scale(values), left, right)
     counts, _ = np.histogram(scaled_values, _BINS, (left, right))
     # Roots, so that rare values show.
     bar_heights = np.sqrt(counts / max(1, counts.max())) * (_HEIGHT - 24)
-    bar_width = _WIDTH / _BINS
-    floor = _HEIGHT - 16
-    parts = []
-    for i, bar_height in enumerate(bar_heights):
-        parts.append(
-            f'<rect x="{i * bar_width:.1f}" y="{floor - bar_height:.1f}" '
-            f'width="{bar_width - 1:.1f}" height="{bar_height:.1f}" class="in"/>'
-        )
+    parts = _draw_bars(bar_heights, floor)
     for threshold in thresholds:
-        x = (float(scale(threshold.value)) - left) / (right - left) * _WIDTH
-        anchor = "end" if x > _WIDTH / 2 else "start"
-        text = html.escape(f"{threshold.comparison} {threshold.value:g}")
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{floor}"/>'
-            f'<text x="{x:.1f}" y="10" text-anchor="{anchor}">{text}</text>'
-        )
-    parts.append(f'<text x="0" y="{_HEIGHT - 2}">{low:.4g}</text>')
+        fraction = (float(scale(threshold.value)) - left) / (right - left)
+        parts.append(_draw_threshold(threshold, fraction * _WIDTH, floor))
+    axis = f'y="{_HEIGHT - 2}"'
     note = " (log)" if is_logarithmic else ""
-    parts.append(
-        f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" '
-        f'text-anchor="end">{high:.4g}{note}</text>'
-    )
+    parts.append(f'<text x="0" {axis}>{low:.4g}</text>')
+    parts.append(f'<text x="{_WIDTH}" {axis} text-anchor="end">{high:.4g}{note}</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def _draw_bars(bar_heights: np.ndarray, floor: float) -> list[str]:
+    """Draws bars side by side that stand on a floor; all in pixels."""
+    bar_width = _WIDTH / _BINS
+    return [
+        f'<rect x="{i * bar_width:.1f}" y="{floor - bar_height:.1f}" '
+        f'width="{bar_width - 1:.1f}" height="{bar_height:.1f}" class="in"/>'
+        for i, bar_height in enumerate(bar_heights)
+    ]
+
+
+def _draw_threshold(threshold: Threshold, x: float, floor: float) -> str:
+    """Draws a threshold's line at x, and beside its top what it compares."""
+    # The text stands on the side that has more room.
+    anchor = "end" if x > _WIDTH / 2 else "start"
+    text = html.escape(f"{threshold.comparison} {threshold.value:g}")
+    return (
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{floor}"/>'
+        f'<text x="{x:.1f}" y="10" text-anchor="{anchor}">{text}</text>'
+    )
 
 
 def _format_value(value: object) -> str:

@@ -72,7 +72,7 @@ SETTLED = "settled"
 """Name of the folder with settled labels, below a corpus."""
 _VERSION = 1
 _LAYOUTS_SUFFIX = ".layouts"  # Of scratch files, which are deleted.
-_MOST_RESULTS = 1 << 16  # Of a condition that are remembered.
+_MAX_RESULTS = 1 << 16  # Of a condition that are remembered.
 
 
 def settle_verdicts(
@@ -97,6 +97,8 @@ def settle_verdicts(
     plan = plan_verdicts(recipe, rules, error_location)
     if not plan.stages or not shards:
         return list(shards)
+
+    # The folder's name says all that decides what is settled.
     description = [_VERSION, list(manifests), rules.describe()]
     key = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
     corpus = shards[0].folder
@@ -170,7 +172,7 @@ class _RowCondition:
             values.append(() if isinstance(value, list) else value)
         key = tuple(values)
         if key not in self._results:
-            if len(self._results) >= _MOST_RESULTS:
+            if len(self._results) >= _MAX_RESULTS:
                 self._results.clear()
             columns = [
                 pa.array([value], field.type)
@@ -462,6 +464,8 @@ class _Settling:
             judge = self._judges[name]
             judgement = judge.judge(document, stage_cuts)
             judged.append((judge, stage_cuts))
+
+            # Rules that are asked next see the verdicts, and so do later phases.
             verdicts = dict(judgement.labels)
             if judgement.kept_document is not None:
                 verdicts["of"] = self._get_id(judgement.kept_document)
@@ -487,12 +491,14 @@ class _Settling:
         labels: dict[str, LabelValue] = {}
         for name in self._table.column_names:
             labels[name] = self._table.column(name)[row].as_py()
+        # Verdicts begin neutral: as on a document that loses no text.
         for verdict_stage in self._plan.stages:
             stage = verdict_stage.stage
             if isinstance(stage, CrossDocumentStage):
                 is_seen = labels[_get_seen_label(stage)] is not None
                 for name, neutral in stage.neutral_verdicts.items():
                     labels[name] = neutral if is_seen else None
+        # Phases before this one have settled some, or left the document out.
         for name, settled in self._settled.items():
             if document in settled:
                 labels[name] = settled[document]

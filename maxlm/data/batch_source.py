@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from maxlm.config.errors import MaxlmError
 
@@ -27,12 +28,12 @@ class BatchArraySpec:
 
     shape: tuple[int, ...]
     """Shape of a row; the batch's leading dimensions come before it."""
-    dtype: Any
+    dtype: DTypeLike
     axes: tuple[str | None, ...]
     """The logical axis of each dimension (a field of AxisRules, or None)."""
 
     @classmethod
-    def of_tokens(cls, length: int, dtype: Any = np.int32) -> "BatchArraySpec":
+    def of_tokens(cls, length: int, dtype: DTypeLike = np.int32) -> "BatchArraySpec":
         """An array with a value for each token of a row."""
         return cls((length,), dtype, ("seq",))
 

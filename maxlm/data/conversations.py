@@ -26,6 +26,7 @@ from maxlm.data.tokenizer.codec import Tokenizer
 
 Turns = Literal["all", "last"]
 Row = Mapping[str, Any]
+TextOrMessages = str | list[Mapping[str, Any]]
 _OPENING_ROLES = ("system", "developer")
 # Keys of a message that may say something where its content does not.
 _OTHER_CONTENT = ("tool_calls", "reasoning_content", "thinking", "reasoning")
@@ -109,8 +110,8 @@ def encode_conversation(
 
 def encode_answer(
     tokenizer: Tokenizer,
-    prompt: Any,
-    answer: Any,
+    prompt: TextOrMessages,
+    answer: TextOrMessages,
     variables: Mapping[str, Any] | None = None,
 ) -> EncodedSequence:
     """Encodes a prompt and the answer to learn: texts, which the end-of-text token
@@ -294,7 +295,7 @@ def _is_empty(message: Mapping[str, Any]) -> bool:
     return not content and not any(message.get(name) for name in _OTHER_CONTENT)
 
 
-def _check_messages(messages: Any) -> None:
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if (
         not _is_list_of_mappings(messages)
         or not messages

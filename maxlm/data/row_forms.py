@@ -17,7 +17,7 @@ it reads.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeGuard
 
 from maxlm.config import MaxlmError
 
@@ -124,11 +124,11 @@ def _has_speakers(value: object) -> bool:
     return isinstance(value, list) and any(map(_is_sharegpt_message, value))
 
 
-def _is_sharegpt_message(value: object) -> bool:
+def _is_sharegpt_message(value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) and ("from" in value or "value" in value)
 
 
-def _convert_message(message: Any) -> Any:
+def _convert_message(message: object) -> object:
     """A message of ShareGPT's as one of role and content; anything else as it is."""
     if not _is_sharegpt_message(message):
         return message

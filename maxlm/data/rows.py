@@ -219,7 +219,8 @@ def _split_full_rows(
     has too many of begin another."""
     order = np.argsort(rows, kind="stable")
     sorted_rows = rows[order]
-    index_in_row = np.arange(len(rows)) - np.searchsorted(sorted_rows, sorted_rows)
+    first_of_row = np.searchsorted(sorted_rows, sorted_rows)
+    index_in_row = np.arange(len(rows)) - first_of_row
     # One number for (row, part of it): a row has fewer parts than there are examples.
     row_parts = sorted_rows * len(rows) + index_in_row // examples_per_row
     _, numbered_parts = np.unique(row_parts, return_inverse=True)

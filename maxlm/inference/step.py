@@ -3,8 +3,12 @@ next ones out.
 
 The first b rows decode, G tokens each (the last one and drafts behind it), and up to F
 prompts have a chunk of C tokens in all. Sizes are compiled in (:class:`StepSizes`);
-everything else, lengths and settings of sampling included, is an array. Leading axes D
-count shards of the batch.
+everything else, lengths and settings of sampling included, is an array.
+
+Shapes: D shards of the batch, R rows of a shard (the first b decode, the others wait or
+are prefilled), M pages and T tokens of the longest sequence, V ids of the model's
+vocabulary. A step has b·G + F results: a token drawn behind each of the rows' tokens,
+then one behind each chunk.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -101,23 +105,25 @@ class StepInputs(NamedTuple):
     """int32 [D, C]: the token that follows each of them, where its log-probability is
     requested; -1: it is not."""
     chunk_rows: Array
-    """int32 [D, F]."""
+    """int32 [D, F]: the row of each chunk's sequence."""
     chunk_starts: Array
     """int32 [D, F]: tokens of each chunk's sequence before it."""
     chunk_sizes: Array
     """int32 [D, F]; 0: there is no such chunk."""
     chunk_lengths: Array
-    """int32 [D, F]: tokens of its sequence that are known, those behind it included."""
+    """int32 [D, F]: tokens of each chunk's sequence that are known, those after the
+    chunk included; scaling of RoPE by a sequence's length reads it."""
     page_tables: tuple[Array, ...]
     """int32 [D, R, M], for each window."""
     settings: RowSettings
     """[D, R]."""
     history: Array
-    """int32 [D, R, T]: each row's tokens, where a setting of sampling looks at them."""
+    """int32 [D, R, T]: each row's tokens, where a setting of sampling reads them;
+    otherwise zeros."""
     prompt_lengths: Array
     """int32 [D, R]."""
     allowed: Array
-    """uint32 [D, b·G + F, words]: tokens that grammars allow."""
+    """uint32 [D, b·G + F, ⌈V / 32⌉]: tokens that grammars allow, a bit each."""
     has_grammar: Array
     """bool []: whether ``allowed`` is to be looked at."""
     forced_tokens: Array
@@ -130,8 +136,7 @@ class StepInputs(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """Arrays that the host reads; b·G + F results a step, those of chunks behind the
-    rows'."""
+    """Arrays that the host reads."""
 
     tokens: Array
     """int32 [steps, D, b·G + F]."""
@@ -143,7 +148,7 @@ class StepOutputs(NamedTuple):
 
 def make_ragged_batch(
     inputs: StepInputs,
-    shape: StepSizes,
+    sizes: StepSizes,
     layout: CacheLayout,
     windows: tuple[int | None, ...],
     rules: AxisRules,
@@ -151,14 +156,14 @@ def make_ragged_batch(
 ) -> RaggedBatch:
     """Places a step's tokens in their sequences and pages."""
 
-    def place(*shard_inputs):
+    def place_tokens(*shard_inputs):
         # Each shard sees its part of the arrays with a leading axis of size 1.
         squeezed = jax.tree.map(lambda x: x[0], shard_inputs)
-        placed = _place_shard_tokens(shape, layout, windows, *squeezed)
+        placed = _place_shard_tokens(sizes, layout, windows, *squeezed)
         return jax.tree.map(lambda x: x[None].astype(jnp.int32), placed)
 
     by_shard = rules.spec("batch")
-    placed = map_shards(place, by_shard, by_shard)(
+    placed = map_shards(place_tokens, by_shard, by_shard)(
         inputs.computed,
         inputs.counts,
         inputs.chunk_rows,
@@ -170,13 +175,13 @@ def make_ragged_batch(
     return RaggedBatch(
         *placed,
         windows=windows,
-        uniform_rows=(shape.num_rows, shape.row_tokens),
+        uniform_rows=(sizes.num_rows, sizes.row_tokens),
         attention_kernel=attention_kernel,
     )
 
 
 def _place_shard_tokens(
-    shape: StepSizes,
+    sizes: StepSizes,
     layout: CacheLayout,
     windows: tuple[int | None, ...],
     computed: jax.Array,
@@ -188,7 +193,7 @@ def _place_shard_tokens(
     page_tables: tuple[jax.Array, ...],
 ) -> tuple[jax.Array | tuple[jax.Array, ...], ...]:
     """The arrays of a :class:`RaggedBatch`, in its order, of one shard."""
-    b, G, C, F, _ = shape
+    b, G, C, F, _ = sizes
     page_size = layout.page_size
 
     # Tokens of the decoding rows, G a row.
@@ -197,20 +202,23 @@ def _place_shard_tokens(
     positions = jnp.where(is_real, computed[:, None] + offsets, 0)
     is_real = is_real.reshape(-1)
     positions = positions.reshape(-1)
+    # Of a decoding row, each token's sequence is known up to that token.
     lengths = positions + 1
     # Which of the b rows and F chunks each token belongs to.
     owner = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
 
-    # Tokens of the chunks behind them, then padding up to C.
+    # Tokens of the chunks behind them, then padding up to C: it is at position 0 of a
+    # sequence of one token, and nothing reads its results.
     chunk_ends = jnp.cumsum(chunk_sizes)
     if C:
-        place = jnp.arange(C, dtype=jnp.int32)
-        chunk = jnp.searchsorted(chunk_ends, place, side="right").astype(jnp.int32)
+        places = jnp.arange(C, dtype=jnp.int32)
+        chunk = _find_chunk_indices(chunk_ends, places)
         in_chunk = chunk < F
         chunk = jnp.minimum(chunk, F - 1)
-        chunk_positions = (
-            chunk_starts[chunk] + place - (chunk_ends - chunk_sizes)[chunk]
-        )
+        # A chunk's first token is at the chunk's start in its sequence.
+        chunk_positions = chunk_starts[chunk] + places
+        first_places = chunk_ends - chunk_sizes
+        chunk_positions = chunk_positions - first_places[chunk]
         is_real = jnp.concatenate([is_real, in_chunk])
         positions = jnp.concatenate(
             [positions, jnp.where(in_chunk, chunk_positions, 0)]
@@ -243,6 +251,7 @@ def _place_shard_tokens(
         table = jnp.concatenate([table[:b], table[chunk_rows]])
         page = table[owner, positions // page_size]
         slot = page * page_size + positions % page_size
+        # A slot past the last page: what is written there is dropped.
         past_last_slot = layout.count_pages(window) * page_size
         slots.append(jnp.where(is_real, slot, past_last_slot))
         tables.append(table)
@@ -260,7 +269,7 @@ def _place_shard_tokens(
 def _run_step(
     model: GenerativeModel,
     spec: EngineSpec,
-    shape: StepSizes,
+    sizes: StepSizes,
     params: Params,
     state: EngineState,
     inputs: StepInputs,
@@ -282,15 +291,15 @@ def _run_step(
     base = bind(model, params)
     bound = base
     if adapters is not None:
-        mask = _spread_adapter_masks(inputs, shape, model.rules).astype(model.dtype)
+        mask = _spread_adapter_masks(inputs, sizes, model.rules).astype(model.dtype)
         bound = bind(model, add_adapters(params, adapters, mask))
-    advance = partial(_run_once, bound, spec, shape)
-    if shape.max_steps == 1:
+    advance = partial(_run_once, bound, spec, sizes)
+    if sizes.max_steps == 1:
         state, chunk_states, drawn = advance(inputs, state)
         drawn = jax.tree.map(lambda x: x[None], drawn)
     else:
         # Steps with chunks are never repeated, so that none is without its states.
-        state, drawn = _run_steps(advance, shape, inputs, state)
+        state, drawn = _run_steps(advance, sizes, inputs, state)
         chunk_states = None
     prompt_logprobs = _compute_prompt_logprobs(
         base, spec.vocab_size, chunk_states, inputs
@@ -299,35 +308,38 @@ def _run_step(
     return state, jax.tree.map(lambda x: reshard(x, replicated), outputs)
 
 
-run_step = jax.jit(_run_step, static_argnums=(0, 1, 2), donate_argnums=4)
-# A loop adds up few numbers faster than XLA's library for CPUs, and than the tree of
-# two programs that the compiler makes of it.
+run_step = jax.jit(
+    _run_step, static_argnames=("model", "spec", "sizes"), donate_argnames="state"
+)
+# A decoding step's sums are of few numbers. One loop is faster for them than a call of
+# XLA's library for CPUs (left to matrix products here), and than two programs, one that
+# sums parts and one that sums their sums (the rewriter that is turned off).
 _SUMS_AS_LOOPS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
     "xla_disable_hlo_passes": "tree_reduction_rewriter",
 }
 run_decoding_step = jax.jit(
     _run_step,
-    static_argnums=(0, 1, 2),
-    donate_argnums=4,
+    static_argnames=("model", "spec", "sizes"),
+    donate_argnames="state",
     compiler_options=_SUMS_AS_LOOPS,
 )
-"""The same, of a shape without chunks, on a CPU."""
+"""The same for sizes without chunks, on a CPU."""
 
 
 def _spread_adapter_masks(
-    inputs: StepInputs, shape: StepSizes, rules: AxisRules
+    inputs: StepInputs, sizes: StepSizes, rules: AxisRules
 ) -> jax.Array:
     """Each token's mask, [D, b·G + C, slots · rank]."""
-    b, G, C, F, _ = shape
+    b, G, C, F, _ = sizes
 
     def spread(masks, chunk_rows, chunk_sizes):
         masks, chunk_rows, chunk_sizes = masks[0], chunk_rows[0], chunk_sizes[0]
         rows = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
         if C:
             chunk_ends = jnp.cumsum(chunk_sizes)
-            chunks = jnp.searchsorted(chunk_ends, jnp.arange(C), side="right")
-            rows = jnp.concatenate([rows, chunk_rows[jnp.minimum(chunks, F - 1)]])
+            chunk = _find_chunk_indices(chunk_ends, jnp.arange(C))
+            rows = jnp.concatenate([rows, chunk_rows[jnp.minimum(chunk, F - 1)]])
         return masks[rows][None]
 
     by_shard = rules.spec("batch")
@@ -336,8 +348,19 @@ def _spread_adapter_masks(
     )
 
 
+def _find_chunk_indices(chunk_ends: jax.Array, places: jax.Array) -> jax.Array:
+    """Finds the chunk of each place among the C tokens of chunks: int32; F for padding
+    behind the last chunk.
+
+    Args:
+        chunk_ends: the place where each chunk ends, int32 [F].
+    """
+    chunk = jnp.searchsorted(chunk_ends, places, side="right")
+    return chunk.astype(jnp.int32)
+
+
 class DrawnTokens(NamedTuple):
-    """What one step draws, b·G + F results."""
+    """What one step draws."""
 
     tokens: jax.Array
     """int32 [D, b·G + F]."""
@@ -348,23 +371,24 @@ class DrawnTokens(NamedTuple):
 StepFunction = Callable[
     [StepInputs, EngineState], tuple[EngineState, jax.Array, DrawnTokens]
 ]
-"""Returns the state, the hidden states [D, C, D] of the chunks, and what is drawn."""
+"""Returns the state, the hidden states [D, C, d_model] of the chunks, and what is
+drawn."""
 
 
 def _run_once(
     bound: GenerativeModel,
     spec: EngineSpec,
-    shape: StepSizes,
+    sizes: StepSizes,
     inputs: StepInputs,
     state: EngineState,
 ) -> tuple[EngineState, jax.Array, DrawnTokens]:
     """A :data:`StepFunction` of a model with its parameters."""
-    b, G, C, _, _ = shape
+    b, G, C, _, _ = sizes
     rules = bound.rules
     num_shards = inputs.computed.shape[0]
     batch = make_ragged_batch(
         inputs,
-        shape,
+        sizes,
         spec.layout,
         spec.windows,
         rules,
@@ -463,12 +487,12 @@ def _sample_shard(
 
 
 def _run_steps(
-    advance: StepFunction, shape: StepSizes, inputs: StepInputs, state: EngineState
+    advance: StepFunction, sizes: StepSizes, inputs: StepInputs, state: EngineState
 ) -> tuple[EngineState, DrawnTokens]:
     """Steps of decoding rows, each with the token that the last one drew; a row whose
     output has ended writes nothing more. What is drawn has an axis of steps in
     front."""
-    b = shape.num_rows
+    b = sizes.num_rows
 
     def run_next(carry):
         step, inputs, state, outputs = carry
@@ -482,7 +506,10 @@ def _run_steps(
         stops = inputs.settings.stop_ids[:, :b]
         has_stopped = jnp.any(tokens[..., None] == stops, axis=-1)
         ended = has_stopped | (inputs.counts <= step + 1)
-        computed = jnp.where(ended, -1, inputs.computed + (inputs.computed >= 0))
+        # Rows without a sequence stay at −1.
+        is_decoding = inputs.computed >= 0
+        computed = jnp.where(ended, -1, inputs.computed + is_decoding)
+        # The drawn token goes to the place behind those computed; at −1, nowhere.
         is_next_place = jnp.arange(inputs.history.shape[-1]) == computed[..., None]
         written = jnp.where(is_next_place, tokens[..., None], inputs.history[:, :b])
         inputs = inputs._replace(
@@ -494,7 +521,7 @@ def _run_steps(
 
     def make_empty(x: jax.ShapeDtypeStruct) -> jax.Array:
         layout = PartitionSpec(None, *x.sharding.spec)
-        return jnp.zeros((shape.max_steps, *x.shape), x.dtype, out_sharding=layout)
+        return jnp.zeros((sizes.max_steps, *x.shape), x.dtype, out_sharding=layout)
 
     _, _, drawn = jax.eval_shape(advance, inputs, state)
     outputs = jax.tree.map(make_empty, drawn)
@@ -558,7 +585,8 @@ def _compute_prompt_logprobs(
     # one block, nothing in the loop's body changes from turn to turn, and XLA hoists
     # it out of the loop: it would be computed in every step.
     logprobs = lax.cond(num_targets > 0, compute_blocks, lambda zeros: zeros, zeros)
-    # Back from the order of blocks to that of tokens.
+    # Back from the order of blocks to that of tokens. One without a target gets the
+    # values of the token with a target before it, which the host does not read.
     rank = jnp.maximum(jnp.cumsum(has_target, axis=1) - 1, 0)
 
     def restore_order(x: jax.Array) -> jax.Array:

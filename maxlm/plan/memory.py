@@ -9,11 +9,15 @@ compares).
 
 A plan holds one number for each figure, a search an array of them (``Number``): so no
 formula here may branch on a mesh's sizes, only on the model's config.
+
+``shape`` is a step on one device: the run (``shape.work``), how its mesh splits it
+(``shape.split``, whose ``storage``, ``compute``, ``gradients`` and ``optimizer`` are
+layouts), and the sizes of a micro-batch. Sizes are bytes on one device, or say what
+else they count.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +29,8 @@ from maxlm.parallel.experts import HIDDEN_BYTES
 from maxlm.plan.stacks import MatmulGroup, StackCosts
 from maxlm.plan.workload import FP32, Number, StepShape
 
-# Bytes of a tile's scores at once (SCORE_BYTES of pallas_kernels/attention/xla.py, which
-# the plan does not import).
+# SCORE_BYTES of pallas_kernels/attention/xla.py: bytes of a tile's scores at once. It is
+# repeated here, since the plan imports no kernels.
 _SCORE_BYTES = 1 << 26
 WorkingSet = dict[str, Number]
 """Name of arrays that are alive together → bytes on each device."""
@@ -36,6 +40,13 @@ _ENCODER_OUTPUT = "gradient of the encoder's output"
 _KERNELS = "kernels, gathered"
 _STREAM_AND_NORMS = "residual stream, norms, their gradients"
 _HIDDEN = "hidden activations and their gradients"
+# Arrays of the residual stream's width that are alive together while a branch is
+# differentiated: the stream, what its norms read and return, and their gradients, as
+# XLA's buffer assignments show them.
+_ATTENTION_STREAM_ARRAYS = 4
+_MIXER_STREAM_ARRAYS = 5
+_MLP_STREAM_ARRAYS = 5
+_EXPERTS_STREAM_ARRAYS = 4
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,7 @@ class DeviceMemory:
 
     @property
     def total(self) -> Number:
+        """Bytes at the peak."""
         return sum((getattr(self, part) for part in PARTS), start=0.0)
 
     @property
@@ -74,7 +86,7 @@ class DeviceMemory:
         """The phase in which one plan's peak is."""
         return list(self.working_sets)[int(self.peak_index)]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, float | str | dict[str, dict[str, float]]]:
         parts = {part: float(getattr(self, part)) for part in (*PARTS, "total")}
         working_sets = {
             phase: {name: float(size) for name, size in arrays.items()}
@@ -94,15 +106,23 @@ PARTS = (
     "working",
 )
 """Fields of :class:`DeviceMemory` that add up to its total."""
-# Arrays of the residual stream's width that a layer without remat keeps: its norms'
-# outputs, and their inputs but for the layer's, by where the norms stand.
+# Arrays of the residual stream's width that a layer without remat keeps, by where its
+# norms stand; the layer's input is counted with the scan's.
 _KEPT_STREAM_ARRAYS = {
-    "pre": 3.0,
-    "post": 3.0,
-    "sandwich": 5.0,
-    "parallel": 2.0,
-    "parallel_shared": 1.0,
+    # Both norms' outputs, and the stream between the branches.
+    "pre": 3,
+    # Both norms' inputs, and the first one's output; the second's is the next layer's
+    # input.
+    "post": 3,
+    # The outputs of the norms before branches and the inputs of those after them, and
+    # the stream between the branches.
+    "sandwich": 5,
+    # Both norms' outputs; or that of the one that both branches read.
+    "parallel": 2,
+    "parallel_shared": 1,
 }
+# With cross-attention also its norm's output, and the stream after it.
+_KEPT_CROSS_ATTENTION_STREAM_ARRAYS = 2
 
 
 @dataclass(frozen=True)
@@ -171,19 +191,21 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
         later = np.where(sums_gradients, 0.0, later)
         gradients = stack_gradients[i] + later + gradient_sums
         sliced = _list_sliced_layers(shape, stack)
-        for name, arrays in list_layer_working_sets(shape, stack).items():
+        for name, working_set in list_layer_working_sets(shape, stack).items():
             if len(stacks) > 1:
                 name = f"{name}, {stack.name}"
-            phases[name] = _Phase(gradients, kept_so_far[i], arrays | sliced)
+            phases[name] = _Phase(gradients, kept_so_far[i], working_set | sliced)
 
-    loss_arrays = list_loss_working_set(shape)
-    phases["the loss"] = _Phase(gradient_sums, kept_so_far[-1], loss_arrays)
+    # The loss stands between the forward passes of all layers and their backward
+    # passes.
+    loss_working_set = list_loss_working_set(shape)
+    phases["the loss"] = _Phase(gradient_sums, kept_so_far[-1], loss_working_set)
 
     outer_specs = work.select_trained(work.non_layer_specs)
     outer_gradients = split.local_bytes(split.gradients, outer_specs)
     all_gradients = sum(stack_gradients) + gradient_sums + outer_gradients
-    update_arrays = list_update_working_set(shape)
-    phases["the update"] = _Phase(all_gradients, 0.0, update_arrays)
+    update_working_set = list_update_working_set(shape)
+    phases["the update"] = _Phase(all_gradients, 0.0, update_working_set)
     return phases
 
 
@@ -201,6 +223,7 @@ def count_stored_bytes(shape: StepShape) -> dict[str, Number]:
     row_bytes = sum(
         np.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays
     )
+    # Each device has its share of a batch's rows and of their sequence.
     token_axes = (*split.compute.batch, *split.compute.seq)
     return {
         "parameters": parameters,
@@ -213,7 +236,8 @@ def count_stored_bytes(shape: StepShape) -> dict[str, Number]:
 
 def _list_sliced_layers(shape: StepShape, stack: StackCosts) -> WorkingSet:
     """Lists what a scan whose turns have several layers takes out of their stack at
-    once; a turn of one layer needs no copy."""
+    once. A turn of one layer needs no copy; nor does a single turn, which takes
+    all."""
     if not 1 < stack.period < stack.num_layers:
         return {}
     stored = shape.split.local_bytes(shape.split.storage, stack.specs.values())
@@ -236,14 +260,20 @@ def _count_stack_gradients(shape: StepShape, stack: StackCosts) -> Number:
     return sum(count_bytes(spec) for spec in shape.work.select_trained(stack.specs))
 
 
+def _count_layers_at_once(shape: StepShape, stack: StackCosts) -> Number:
+    """Counts the layers of a stack that a device differentiates without a break: its
+    stage's, or one group of them (the circular schedule)."""
+    return shape.per_stage(stack.num_layers) / shape.layer_groups_per_stage
+
+
 def _count_scan_inputs(shape: StepShape, stack: StackCosts) -> Number:
     """Counts layers' inputs, which the scan keeps under any policy; of a pipeline,
     stages' inputs too; and an encoder's output for layers that look at it."""
     work = shape.work
     stages = shape.stages
+    # A micro-batch in the residual stream; the sizes below count such arrays.
     stream = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    layers = shape.per_stage(stack.num_layers) / shape.layer_groups_per_stage
-    layer_inputs = layers * stack.token_ratio
+    layer_inputs = _count_layers_at_once(shape, stack) * stack.token_ratio
     if shape.one_f_one_b:
         # As many micro-batches' as parallel/pipeline.py has room for.
         stage_inputs = 2 * stages - 1
@@ -251,77 +281,107 @@ def _count_scan_inputs(shape: StepShape, stack: StackCosts) -> Number:
         # Every turn's input, and three arrays of all micro-batches, spread over the
         # stages: what goes in, what comes out, and its gradient.
         stage_inputs = shape.pipeline_iterations + 3 * shape.micro_batches / stages
+    pipelined_inputs = np.where(shape.pipelined, stage_inputs, 0)
     encoder_outputs = 0.0
     if stack.cross_attention:
         encoder_outputs = work.tokens_per_row.encoder_tokens_per_decoder_token
-    pipelined_inputs = np.where(shape.pipelined, stage_inputs, 0)
     return stream * (layer_inputs + encoder_outputs + pipelined_inputs)
 
 
 def _count_saved_bytes(shape: StepShape, stack: StackCosts) -> Number:
     """Counts what the remat policy keeps of the layers that are differentiated
     together."""
-    work = shape.work
-    split = shape.split
-    model = work.config.model
-    itemsize = work.dtype_bytes
-    without_remat = shape.remat == "none"
-    saved_names = SAVED.get(shape.remat, ())
-    if without_remat:
-        saved_names = ("qkv", "attention", "mlp_up")
-    self_heads = stack.heads()
-    cross_heads = stack.heads("cross_attention")
-    encoder_rate = work.tokens_per_row.encoder_tokens_per_decoder_token
-    dense_groups = [group for group in stack.matmul_groups if group.is_dense_ffn]
+    model = shape.work.config.model
+    itemsize = shape.work.dtype_bytes
+    # Elements a token: within branches, which may split it over more devices or fewer
+    # than the residual stream does, and in the stream.
+    branch_elements = _count_named_elements(shape, stack)
+    stream_elements = 0.0
+    expert_bytes = 0.0
+    if shape.remat == "none":
+        branch_elements += _count_unnamed_elements(shape, stack)
+        stream_arrays = _KEPT_STREAM_ARRAYS[model.placement]
+        if stack.cross_attention:
+            stream_arrays += _KEPT_CROSS_ATTENTION_STREAM_ARRAYS
+        stream_elements = model.d_model * stream_arrays
+        if stack.experts:
+            # Rows as they arrive, and an fp32 number for each.
+            row_bytes = model.d_model * itemsize + FP32
+            expert_bytes = shape.expert_buffer_rows * row_bytes
 
-    # Elements a token of a layer's width within branches.
-    within = 0.0
-    for heads, key_rate in (
-        (self_heads, stack.token_ratio),
-        (cross_heads, encoder_rate),
-    ):
+    elements = (
+        shape.micro_batch_tokens * branch_elements
+        + shape.residual_tokens * stream_elements
+    )
+    layer_bytes = stack.token_ratio * elements * itemsize + expert_bytes
+    return _count_layers_at_once(shape, stack) * layer_bytes
+
+
+def _count_named_elements(shape: StepShape, stack: StackCosts) -> Number:
+    """Counts elements a token of a layer's arrays that the remat policy keeps by their
+    names (``models/remat.py``); without remat those of all names."""
+    split = shape.split
+    itemsize = shape.work.dtype_bytes
+    saved_names = SAVED.get(shape.remat, ())
+    if shape.remat == "none":
+        saved_names = ("qkv", "attention", "mlp_up")
+    elements = 0.0
+
+    # Heads of a branch (None: it has none, and its widths are 0), and keys for each of
+    # the batch's tokens.
+    encoder_rate = shape.work.tokens_per_row.encoder_tokens_per_decoder_token
+    branches = (
+        (stack.heads(), stack.token_ratio),
+        (stack.heads("cross_attention"), encoder_rate),
+    )
+    for heads, key_rate in branches:
         widths = split.local_attention_widths(heads)
         if "qkv" in saved_names:
+            # Keys are as many as the tokens that they are of, not as the queries.
             keys_and_values = widths.keys + widths.values
-            within += widths.queries + keys_and_values * key_rate / stack.token_ratio
+            keys_and_values = keys_and_values * key_rate / stack.token_ratio
+            elements += widths.queries + keys_and_values
         if "attention" in saved_names:
-            # The output, and fp32 log-sum-exps of its heads.
-            within += widths.output + widths.heads * FP32 / itemsize
+            # The output, and log-sum-exps of its heads in fp32, as elements of the
+            # compute dtype.
+            log_sum_exps = widths.heads * FP32 / itemsize
+            elements += widths.output + log_sum_exps
+
     if "mlp_up" in saved_names:
-        within += sum(
-            split.local_ffn_elements_per_token(group) for group in dense_groups
+        elements += sum(
+            split.local_ffn_elements_per_token(group)
+            for group in stack.matmul_groups
+            if group.is_dense_ffn
         )
+    return elements
 
-    # Elements a token in the residual stream's layout.
-    residual = 0.0
-    if without_remat:
-        # One more array of the hidden width: what the map into the stream reads.
-        within += sum(
-            split.local_ffn_elements_per_token(group) / len(group.kernels)
-            for group in dense_groups
+
+def _count_unnamed_elements(shape: StepShape, stack: StackCosts) -> Number:
+    """Counts elements a token of the arrays without a name that a layer without remat
+    keeps within its branches."""
+    split = shape.split
+    # One more array of the hidden width: what the map into the stream reads. A group's
+    # elements are those of all its maps' outputs (gate and up).
+    elements = sum(
+        split.local_ffn_elements_per_token(group) / len(group.kernels)
+        for group in stack.matmul_groups
+        if group.is_dense_ffn
+    )
+    # Narrow vectors before their norms and after.
+    elements += 2 * sum(group.latent_width for group in stack.matmul_groups)
+    heads = stack.heads()
+    if heads is None:
+        # What the matrices of a mixer without heads write within the layer.
+        elements += sum(
+            split.local_non_residual_width(group)
+            for group in stack.matmul_groups
+            if group.branch == "mixer"
         )
-        # Narrow vectors before their norms and after, and heads before theirs.
-        within += 2 * sum(group.latent_width for group in stack.matmul_groups)
-        if self_heads is not None and self_heads.qk_norm:
-            widths = split.local_attention_widths(self_heads)
-            within += widths.queries + widths.keys
-        if self_heads is None:
-            within += sum(
-                split.local_non_residual_width(group)
-                for group in stack.matmul_groups
-                if group.branch == "mixer"
-            )
-        stream_arrays = _KEPT_STREAM_ARRAYS[model.placement] + 2 * stack.cross_attention
-        residual = model.d_model * stream_arrays
-
-    elements = shape.micro_batch_tokens * within + shape.residual_tokens * residual
-    elements = stack.token_ratio * elements
-    expert_bytes = 0.0
-    if stack.experts and without_remat:
-        # Rows as they arrive, and an fp32 number for each.
-        expert_bytes = shape.expert_buffer_rows * (model.d_model * itemsize + FP32)
-    layers = shape.per_stage(stack.num_layers) / shape.layer_groups_per_stage
-    return layers * (elements * itemsize + expert_bytes)
+    elif heads.qk_norm:
+        # Queries and keys before their norms.
+        widths = split.local_attention_widths(heads)
+        elements += widths.queries + widths.keys
+    return elements
 
 
 def list_layer_working_sets(
@@ -352,8 +412,9 @@ def list_layer_working_sets(
         sets["a layer's experts"] = _list_expert_arrays(shape, stack)
 
     stream = _count_stream_bytes(shape, stack)
+    # Arrays that all branches of a layer share.
     if work.config.model.placement == "sandwich":
-        # Norms are in fp32.
+        # A branch's output and its gradient, in fp32 as the norm after it reads them.
         fp32_branch = 2 * stream / work.dtype_bytes * FP32
         for arrays in sets.values():
             arrays[_BRANCH_OUTPUT] = fp32_branch
@@ -372,9 +433,10 @@ def list_layer_working_sets(
 def _list_frozen_layer_arrays(
     shape: StepShape, stack: StackCosts, branches: dict[str, WorkingSet]
 ) -> WorkingSet:
-    """Lists the arrays of all branches together. Kernels into the stream that are
-    stored in the compute dtype XLA:GPU copies into another layout, of all layers at
-    once; others are cast layer by layer."""
+    """Lists the arrays of all branches of a layer with frozen kernels together: nothing
+    puts the branches in order there (``StepShape.unordered_frozen_layers``). Kernels
+    into the stream that are stored in the compute dtype XLA:GPU copies into another
+    layout, of all layers at once; others are cast layer by layer."""
     arrays = {
         f"{branch}: {name}": size
         for branch, branch_arrays in branches.items()
@@ -387,8 +449,15 @@ def _list_frozen_layer_arrays(
         if writes_stream and itemsize == shape.work.dtype_bytes:
             copied.append(spec)
     split = shape.split
-    others = (group for group in stack.matmul_groups if group.branch != "ffn")
-    gathered = sum((shape.gathered_weight_bytes(group) for group in others), start=0.0)
+    # The working set of an FFN has its own kernels already.
+    gathered = sum(
+        (
+            shape.gathered_weight_bytes(group)
+            for group in stack.matmul_groups
+            if group.branch != "ffn"
+        ),
+        start=0.0,
+    )
     return arrays | {
         "other kernels, gathered": gathered,
         "kernels into the stream, copied": split.local_bytes(split.storage, copied),
@@ -419,14 +488,25 @@ def _list_mlp_arrays(
         remade_outputs = 1
     else:
         remade_outputs = num_maps + 1
+    # The residual stream may split the sequence further than layers do (sequence
+    # parallelism): then its arrays are gathered before the MLP, and all but one of them
+    # are there in the split length too.
     stream = _count_stream_bytes(shape, stack)
-    whole_stream = tokens * shape.work.config.model.d_model * itemsize
-    # Where the sequence is gathered, the stream's width is there five times in both
-    # lengths.
-    is_gathered = np.greater(whole_stream, stream)
-    stream_arrays = np.where(is_gathered, 5 * whole_stream + 4 * stream, 5 * stream)
-    module = (other for other in stack.matmul_groups if other.module == group.module)
-    kernels = sum((shape.gathered_weight_bytes(other) for other in module), start=0.0)
+    gathered_stream = tokens * shape.work.config.model.d_model * itemsize
+    num_arrays = _MLP_STREAM_ARRAYS
+    stream_arrays = np.where(
+        np.greater(gathered_stream, stream),
+        num_arrays * gathered_stream + (num_arrays - 1) * stream,
+        num_arrays * stream,
+    )
+    kernels = sum(
+        (
+            shape.gathered_weight_bytes(module_group)
+            for module_group in stack.matmul_groups
+            if module_group.module == group.module
+        ),
+        start=0.0,
+    )
     return {
         _KERNELS: kernels,
         _HIDDEN: hidden * (remade_outputs + num_maps),
@@ -435,8 +515,8 @@ def _list_mlp_arrays(
 
 
 def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
-    """Lists a headless mixer's arrays: its matrices' products, their fp32 states and
-    gradients."""
+    """Lists the arrays of a mixer without heads (a state-space layer): its matrices'
+    products, their fp32 states and gradients."""
     groups = [group for group in stack.matmul_groups if group.branch == "mixer"]
     tokens = shape.micro_batch_tokens * stack.token_ratio
     widths = (shape.split.local_non_residual_width(group) for group in groups)
@@ -447,7 +527,7 @@ def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
         "its products and their gradients": (
             2 * elements * (shape.work.dtype_bytes + FP32)
         ),
-        _STREAM_AND_NORMS: 5 * _count_stream_bytes(shape, stack),
+        _STREAM_AND_NORMS: _MIXER_STREAM_ARRAYS * _count_stream_bytes(shape, stack),
     }
 
 
@@ -473,8 +553,9 @@ def _list_attention_arrays(
 
     tile_scores = 0.0
     if has_biases or not shape.fused_attention:
-        # A tile of queries with all keys: scores, weights and their gradient
-        # (pallas_kernels/attention/xla.py).
+        # A tile of queries with all keys, in fp32: scores, weights and their gradient.
+        # A row has 16 tiles, but none of less than 128 queries (tile_size of
+        # pallas_kernels/attention/tiles.py).
         num_queries = work.tokens_per_row.decoder * stack.token_ratio
         num_keys = work.tokens_per_row.decoder * key_rate
         tile_queries = min(max(128, num_queries / 16), num_queries)
@@ -492,7 +573,9 @@ def _list_attention_arrays(
             keys * (widths.keys + widths.values) * (itemsize + FP32)
         ),
         "scores of a tile": tile_scores,
-        _STREAM_AND_NORMS: 4 * _count_stream_bytes(shape, stack),
+        _STREAM_AND_NORMS: (
+            _ATTENTION_STREAM_ARRAYS * _count_stream_bytes(shape, stack)
+        ),
     }
     latent_width = sum(group.latent_width for group in stack.matmul_groups)
     if latent_width:
@@ -506,10 +589,13 @@ def _list_attention_arrays(
 
 
 def _list_expert_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
+    """Lists the arrays of routed experts: their kernels, the rows that they receive,
+    and hidden activations."""
     rows = shape.expert_buffer_rows
     itemsize = shape.work.dtype_bytes
     d_model = shape.work.config.model.d_model
     groups = [group for group in stack.matmul_groups if group.has_experts]
+    # Beside all kernels one's gradient is alive: at the peak the largest's.
     weights = sum(shape.gathered_weight_bytes(group) for group in groups)
     largest_kernel = max(kernel.size for group in groups for kernel in group.kernels)
     largest_share = largest_kernel / sum(group.size for group in groups)
@@ -519,9 +605,10 @@ def _list_expert_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     return {
         "kernels, gathered, and one's gradient": (1 + largest_share) * weights,
         "rows received and their gradients": rows * d_model * (2 * itemsize + FP32),
-        # Larger ones are computed in chunks (parallel/experts.py).
+        # Three hidden activations or gradients at once; larger ones are computed in
+        # chunks (parallel/experts.py).
         _HIDDEN: 3 * np.minimum(hidden, HIDDEN_BYTES),
-        _STREAM_AND_NORMS: 4 * _count_stream_bytes(shape, stack),
+        _STREAM_AND_NORMS: _EXPERTS_STREAM_ARRAYS * _count_stream_bytes(shape, stack),
     }
 
 
@@ -538,6 +625,8 @@ def list_loss_working_set(shape: StepShape) -> WorkingSet:
     tokens = shape.embedding_loss_tokens
     chunk_tokens = np.minimum(work.config.task.chunk_tokens, tokens)
     logits = chunk_tokens * model.vocab_size / split.num_devices(split.compute.vocab)
+    # Hidden states and gradients of them, as XLA's buffer assignments show them: more
+    # of them where matrices stand between the layers and the head.
     state_arrays = 5 + 3 * len(work.non_layer_kernels)
     return {
         "head, gathered": shape.gathered_weight_bytes(work.head),

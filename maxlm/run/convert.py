@@ -37,6 +37,7 @@ from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.huggingface.peft.writing import TrainedAdapter, write_peft_adapter
 from maxlm.models.adapters import count_virtual_tokens
+from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
 from maxlm.optim.state import list_added_names, select_trainable
 from maxlm.run.config import RunConfig
@@ -47,8 +48,9 @@ from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
 from maxlm.tasks.sft import SftTask
 
-# Settings of a model that say how it is trained or computed, not what it computes.
-_ASIDE = (
+# Settings of a model that say how it is trained or computed, not what it computes; a
+# published config has no word for them, and need not.
+_TRAINING_SETTINGS = (
     "remat",
     "init_std",
     "moe.balance_loss",
@@ -56,7 +58,7 @@ _ASIDE = (
     "moe.dispatch",
     "moe.capacity_factor",
 )
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # By the names that config.json has for number formats.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -69,6 +71,7 @@ class ConversionResult:
     folder: Path
     num_params: int
     dtype: str
+    """The format of most tensors, as safetensors names it ("BF16")."""
     notes: list[str]
     """Notes for the user: settings with no counterpart, tensors left out."""
 
@@ -122,11 +125,11 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     family = find_family(values, str(where))
     tensors = list_stored_tensors(source)
     settings, family_notes = family.read_config(values, str(where), tensors)
-    config = _run_config(settings, target, where)
+    config = _make_run_config(settings, target, where)
     notes = [*family_notes]
     tokenizer = _import_tokenizer(source, config, notes)
     if tokenizer is not None:
-        config = _with_tokenizer(config, target, tokenizer, notes)
+        config = _add_tokenizer(config, target, tokenizer, notes)
     entries = family.list_entries(config.model, tensors)
     specs = flatten_names(_build_specs(config))
     return HuggingFaceModel(
@@ -169,18 +172,17 @@ def convert(
     is_run = (source / "config.yaml").exists()
     is_published = (source / "config.json").exists()
     if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
-        description = (
-            "neither config.json nor config.yaml here"
-            if source.exists()
-            else "no such folder"
-        )
+        message = "no such folder"
+        if source.exists():
+            message = "neither config.json nor config.yaml here"
         fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
-        raise MaxlmError(description, where=str(source), fix=fix)
-    shards = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
+        raise MaxlmError(message, where=str(source), fix=fix)
+
     # Options that say nothing of this kind of conversion.
+    shard_gigabytes = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
     unused: dict[str, str | float | None] = {}
     if adapter or not is_run:
-        unused |= {"dtype": dtype, "shard-gb": shards}
+        unused |= {"dtype": dtype, "shard-gb": shard_gigabytes}
     if not is_run:
         unused |= {"family": family, "step": step}
     for name, value in unused.items():
@@ -192,6 +194,7 @@ def convert(
             reason = "a run is written, and this is a published checkpoint"
         message = f"--{name} {value} says how {reason}"
         raise MaxlmError(message, where=str(source), fix="leave it out")
+
     if is_run:
         return _export_run(
             source, target, family, dtype, step, shard_bytes, adapter, progress
@@ -201,7 +204,7 @@ def convert(
     if base is None:
         fix = "name its base's folder: --base FOLDER"
         raise MaxlmError("an adapter without its base", where=str(source), fix=fix)
-    return _import_run(Path(base), target, progress, source)
+    return _import_run(Path(base), target, progress, adapter_folder=source)
 
 
 def _import_run(
@@ -215,18 +218,24 @@ def _import_run(
     """
     base = open_huggingface_model(source, target)
     opened: HuggingFaceModel | AdaptedHuggingFaceModel = base
-    parameters = sum(spec.size for spec in base.specs.values())
+    num_params = sum(spec.size for spec in base.specs.values())
     if adapter_folder is not None:
         opened = open_adapted_model(base, adapter_folder)
-        parameters += sum(array.size for array in opened.peft.arrays.values())
-    family, config, tokenizer = base.family, opened.config, opened.tokenizer
+        num_params += sum(array.size for array in opened.peft.arrays.values())
+    family = base.family
+    config = opened.config
+    tokenizer = opened.tokenizer
     with make_new_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
         dtypes = opened.import_tensors(writer, progress)
-        # The way back asks under the usual names.
-        usual = [entry.theirs for entry in family.list_entries(config.model)]
-        names = zip((entry.theirs for entry in base.entries), usual, strict=True)
-        dtypes = dtypes.with_names(dict(names))
+        # Names of tensors vary among checkpoints of a family; an export writes, and
+        # looks formats up by, the usual ones.
+        stored_names = [entry.theirs for entry in base.entries]
+        usual_names = [entry.theirs for entry in family.list_entries(config.model)]
+        dtypes = dtypes.with_names(dict(zip(stored_names, usual_names, strict=True)))
+        token_ids = {
+            key: base.values[key] for key in _TOKEN_ID_KEYS if key in base.values
+        }
         writer.commit(
             {
                 "config": config.model_dump(mode="json"),
@@ -234,14 +243,14 @@ def _import_run(
                 "published": {
                     "family": family.name,
                     "dtypes": dtypes.model_dump(),
-                    "tokens": {k: base.values[k] for k in _TOKENS if k in base.values},
+                    "tokens": token_ids,
                 },
             }
         )
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config))
-    return ConversionResult(family.name, target, parameters, dtypes.default, base.notes)
+    return ConversionResult(family.name, target, num_params, dtypes.default, base.notes)
 
 
 @dataclass(frozen=True)
@@ -271,7 +280,7 @@ class AdaptedHuggingFaceModel:
 def open_adapted_model(base: HuggingFaceModel, folder: Path) -> AdaptedHuggingFaceModel:
     """Reads an adapter's folder for a base; raises MaxlmError as
     :func:`~maxlm.huggingface.peft.reading.read_peft_adapter` does."""
-    config, tokenizer = base.config, base.tokenizer
+    config = base.config
     specs = _build_specs(config)
     entries = base.family.list_entries(config.model)
     peft = read_peft_adapter(folder, config.model, specs, entries)
@@ -282,7 +291,9 @@ def open_adapted_model(base: HuggingFaceModel, folder: Path) -> AdaptedHuggingFa
         train = train.model_copy(update={"trainable": trained})
     changes = {"adapter": peft.adapter, "task": task, "train": train}
     config = config.model_copy(update=changes)
-    tokenizer = import_adapter_tokenizer(folder, tokenizer, config.model.vocab_size)
+    tokenizer = import_adapter_tokenizer(
+        folder, base.tokenizer, config.model.vocab_size
+    )
     return AdaptedHuggingFaceModel(base, peft, specs, config, tokenizer)
 
 
@@ -294,18 +305,15 @@ def import_adapter_tokenizer(
     does too. Raises MaxlmError: the tokenizer has ids that the base's table has no rows
     for."""
     template = folder / "chat_template.jinja"
-    has_model = any(
-        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")
-    )
-    if (
-        base is not None
-        and has_model
-        and not (folder / "tokenizer_config.json").exists()
-    ):
+    names = ("tokenizer.json", "tokenizer.model")
+    has_model = any((folder / name).exists() for name in names)
+    says_roles = (folder / "tokenizer_config.json").exists()
+    if base is not None and has_model and not says_roles:
         # No file says which tokens have roles: they are the base's where the vocabulary
         # is.
         path = folder / base.codec.file_name
-        has_model = not (path.exists() and path.read_bytes() == base.codec.data)
+        is_of_base = path.exists() and path.read_bytes() == base.codec.data
+        has_model = not is_of_base
     if not has_model:
         if base is None or not template.exists():
             return base
@@ -315,9 +323,9 @@ def import_adapter_tokenizer(
     tokenizer = import_tokenizer(folder, num_embedding_rows=num_embedding_rows)
     if tokenizer.vocab_size > num_embedding_rows:
         message = (
-            f"the adapter's tokenizer has {tokenizer.vocab_size} ids, its base's table"
+            f"the adapter's tokenizer has {tokenizer.vocab_size} ids, its base's table "
+            f"{num_embedding_rows} rows"
         )
-        message += f" {num_embedding_rows} rows"
         fix = "resize the base as it was in training (resize_token_embeddings), and save it"
         raise MaxlmError(message, where=str(folder), fix=fix)
     if base is not None:
@@ -340,12 +348,15 @@ def _export_run(
     """Writes a run's checkpoint as a folder for transformers, or its adapter alone for
     PEFT."""
     config, reader = open_run_checkpoint(source, step)
-    chosen, published = find_run_family(config, reader, family)
+    model_family, published = find_run_family(config, reader, family)
     specs = _build_specs(config)
-    entries = chosen.list_entries(config.model)
+    entries = model_family.list_entries(config.model)
     _check_stored_shapes(reader, config, specs)
-    home = source / "tokenizer"
-    tokenizer = load_tokenizer(home) if home.exists() else None
+    tokenizer_folder = source / "tokenizer"
+    tokenizer = None
+    if tokenizer_folder.exists():
+        tokenizer = load_tokenizer(tokenizer_folder)
+
     if adapter:
         if config.adapter is None:
             message = "this run has no adapter"
@@ -362,10 +373,13 @@ def _export_run(
             count, notes = write_peft_adapter(folder, trained, entries)
             if tokenizer is not None:
                 export_tokenizer(tokenizer, folder)
-        return ConversionResult(chosen.name, target, count, "F32", notes)
+        return ConversionResult(model_family.name, target, count, "F32", notes)
+
     if config.adapter is not None:
         reader = MergedCheckpointReader(reader, config.adapter, specs)
-    values = chosen.write_config(config.model)
+    # config.json: ids of special tokens are those of the model that the run came from,
+    # else the tokenizer's.
+    values = model_family.write_config(config.model)
     if tokenizer and not published.get("tokens"):
         stops = [*tokenizer.stop_ids]
         values["bos_token_id"] = tokenizer.bos_id
@@ -381,18 +395,25 @@ def _export_run(
         dtypes = TensorDtypes(default=DTYPES[dtype])
     dtype_names = {stored: name for name, stored in DTYPES.items()}
     values["dtype"] = dtype_names.get(dtypes.default, "float32")
+    # Rounding is an error unless a format was named.
+    may_round = dtype is not None
     with make_new_folder(target) as folder:
-        lossy = dtype is not None
         export_tensors(
-            reader, entries, dtypes, folder, shard_bytes, progress=progress, lossy=lossy
+            reader,
+            entries,
+            dtypes,
+            folder,
+            shard_bytes,
+            progress=progress,
+            lossy=may_round,
         )
         if tokenizer is not None:
             export_tokenizer(tokenizer, folder)
         (folder / "config.json").write_text(
             json.dumps(values, indent=2, sort_keys=True) + "\n"
         )
-    parameters = sum(spec.size for spec in flatten_names(specs).values())
-    return ConversionResult(chosen.name, target, parameters, dtypes.default, [])
+    num_params = sum(spec.size for spec in flatten_names(specs).values())
+    return ConversionResult(model_family.name, target, num_params, dtypes.default, [])
 
 
 def _check_stored_shapes(
@@ -477,14 +498,18 @@ def _build_specs(config: RunConfig) -> Params:
     return param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32))
 
 
-def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:
+def _make_run_config(
+    settings: Mapping[str, Any], target: Path, where: Path
+) -> RunConfig:
     """A run that goes on from these weights, on text to be named."""
+    # No text is named yet: two thirds of the model's longest sequence, at most 512.
+    seq_len = max(min(settings["max_seq_len"] * 2 // 3, 512), 1)
     tree = {
         "name": target.name,
         "folder": str(target.parent),
         "model": dict(settings),
         "task": {"kind": list_task_kinds(settings["architecture"])[0]},
-        "data": {"seq_len": max(min(settings["max_seq_len"] * 2 // 3, 512), 1)},
+        "data": {"seq_len": seq_len},
     }
     return validate_config(
         RunConfig, SettingsTree(tree, {(): SettingOrigin(str(where))})
@@ -504,21 +529,21 @@ def _import_tokenizer(
         if (source / "generation_config.json").exists():
             notes.append("left out: generation_config.json")
         return None
-    rows = config.model.vocab_size
-    tokenizer = import_tokenizer(source, num_embedding_rows=rows)
-    if tokenizer.vocab_size > rows:
-        whole = import_tokenizer(source).vocab_size
-        message = f"the tokenizer has {whole} ids, the model's table {rows} rows"
+    num_rows = config.model.vocab_size
+    tokenizer = import_tokenizer(source, num_embedding_rows=num_rows)
+    if tokenizer.vocab_size > num_rows:
+        num_ids = import_tokenizer(source).vocab_size
+        message = f"the tokenizer has {num_ids} ids, the model's table {num_rows} rows"
         fix = "use the tokenizer that the model was trained with"
         raise MaxlmError(message, where=str(source), fix=fix)
-    for lost in getattr(tokenizer.codec, "left_out", ()):
+    for token in getattr(tokenizer.codec, "left_out", ()):
         notes.append(
-            f"left out of the tokenizer: {lost}, which the table has no row for"
+            f"left out of the tokenizer: {token}, which the table has no row for"
         )
     return tokenizer
 
 
-def _with_tokenizer(
+def _add_tokenizer(
     config: RunConfig, target: Path, tokenizer: Tokenizer, notes: list[str]
 ) -> RunConfig:
     """A run with its tokenizer and the reserved ids of its task."""
@@ -536,24 +561,26 @@ def _with_tokenizer(
     return RunConfig.model_validate(values)
 
 
-def find_inexpressible_setting(model: Any, family: ModelFamily) -> str | None:
-    """Returns a setting that a family's config.json cannot express; None: all are."""
+def find_inexpressible_setting(model: ModelConfig, family: ModelFamily) -> str | None:
+    """Returns a setting that a family's config.json cannot express; None: it can express
+    all."""
     if model.architecture != family.architecture:
         return f"model.architecture={model.architecture}"
     missing = family.find_missing_part(model)
     if missing is not None:
         return f"a model without {missing}"
     try:
+        # There and back: what differs afterwards was not expressed.
         settings, _ = family.read_config(family.write_config(model), family.name)
-        again = type(model).model_validate(settings)
+        reread_model = type(model).model_validate(settings)
     except MaxlmError as error:
         return error.message
     except ValidationError as error:
         return f"its model.{join_key(error.errors()[0]['loc'])}"
     settings_before = model.model_dump(mode="json")
-    settings_after = again.model_dump(mode="json")
+    settings_after = reread_model.model_dump(mode="json")
     for key, value, _ in compare_configs(settings_before, settings_after):
-        if not key.startswith(_ASIDE):
+        if not key.startswith(_TRAINING_SETTINGS):
             return f"model.{key}={value!r}"
     return None
 

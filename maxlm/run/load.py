@@ -5,11 +5,10 @@ A run is used with the moving average of its parameters where it has one.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
@@ -77,10 +76,10 @@ def load_run(
         load_tokenizer(folder / "tokenizer"),
         step or 0,
     )
-    return _merge_loaded(loaded, setup.specs) if merge else loaded
+    return _merge_loaded_adapter(loaded, setup.specs) if merge else loaded
 
 
-def _merge_loaded(loaded: LoadedRun, specs: Params) -> LoadedRun:
+def _merge_loaded_adapter(loaded: LoadedRun, specs: Params) -> LoadedRun:
     """A model with its adapter merged, where it has one that can be."""
     config = loaded.config
     if config.adapter is None:
@@ -131,14 +130,14 @@ def load_model(
     opened.import_tensors(writer)
 
     # Popped: the host holds each array only until the devices have it.
-    def place(path: Any, sharding: Any) -> jax.Array:
+    def place(path: jax.tree_util.KeyPath, sharding: Sharding) -> jax.Array:
         return jax.device_put(writer.arrays.pop(join_path(path)), sharding)
 
     params = jax.tree_util.tree_map_with_path(place, setup.shardings.params)
     loaded = LoadedRun(
         setup.config, setup.mesh, setup.model, params, opened.tokenizer, 0
     )
-    return _merge_loaded(loaded, setup.specs)
+    return _merge_loaded_adapter(loaded, setup.specs)
 
 
 def _find_adapter_base(folder: Path) -> Path:

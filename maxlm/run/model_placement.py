@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from maxlm.config import MaxlmError
-from maxlm.config.errors import Requirement, check_requirements
+from maxlm.config.errors import Count, Requirement, check_requirements
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.blocks import MIXERS
@@ -20,7 +20,7 @@ from maxlm.sharding import AxisRules, Placement, ShardingConfig, resolve_placeme
 from maxlm.sharding.resolve import check_activation_rules, check_unsharded_share
 from maxlm.sharding.supported import require_declared_axes
 
-_GIVE = "set it to 1 and give its devices to data, fsdp or tensor"
+_GIVE_DEVICES_FIX = "set it to 1 and give its devices to data, fsdp or tensor"
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,32 @@ class TrainingShape:
 
     seq_len: int
     """Tokens of a row of text."""
-    micro_batches: Any
+    micro_batches: Count
+    """Parts of a batch that run one after the other."""
 
 
 def require_trainable(
     model: ModelConfig,
     sharding: ShardingConfig,
     parallel: ParallelConfig,
-    sizes: Mapping[str, Any],
+    sizes: Mapping[str, Count],
     shape: TrainingShape,
     compute: AxisRules,
 ) -> Iterator[Requirement]:
     """Yields what a model must meet to be trained on a mesh, but for how parameters
-    divide."""
+    divide. ``sizes``: devices, by mesh axis."""
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
     if model.mixer is not None:
         kind = getattr(model.mixer, "kind", "")
-        declare = "register it in MIXERS with '{}' among mesh_axes"
-        mixer_axes = MIXERS.get(kind).mesh_axes
-        subject = f"model.mixer.kind={kind}"
-        yield from require_declared_axes(mixer_axes, compute, sizes, subject, declare)
+        yield from require_declared_axes(
+            MIXERS.get(kind).mesh_axes,
+            compute,
+            sizes,
+            subject=f"model.mixer.kind={kind}",
+            how_to_declare="register it in MIXERS with '{}' among mesh_axes",
+        )
     if model.attention is not None:
         yield from require_context(
             shape.seq_len,
@@ -83,7 +87,7 @@ def place_model(
     sharding: ShardingConfig,
     parallel: ParallelConfig,
     sizes: Mapping[str, int],
-    dtype: Any,
+    dtype: DTypeLike,
     training: TrainingShape | None,
     adapter: Adapter | None = None,
 ) -> PlacedModel:
@@ -104,13 +108,12 @@ def place_model(
         sharding.compute.for_mesh(sizes),
     ]
     if training is None:
-        unsharded: dict[str, Any] = {"seq": (), "residual": (), "layers": ()}
-        head_shards = prod(sizes[axis] for axis in sharding.compute.heads)
-        attention = config.attention
-        if attention is not None and attention.num_kv_heads % head_shards:
-            unsharded["kv_heads"] = ()
-        all_rules = [rules.model_copy(update=unsharded) for rules in all_rules]
+        all_rules = [
+            _adapt_rules_to_generation(rules, config, sharding.compute, sizes)
+            for rules in all_rules
+        ]
     storage, gradients, optimizer, compute = all_rules
+
     check_activation_rules(compute)
     if training is None:
         check_requirements(require_experts(config, sharding.compute, sizes))
@@ -126,24 +129,43 @@ def place_model(
             config, sharding, parallel, sizes, training, compute
         )
         check_requirements(requirements)
+
     model = build_adapted_model(
         config, adapter, rules=compute, dtype=dtype, parallel=parallel
     )
     specs = param_specs(model)
-    flat = flatten_names(specs)
+    flat_specs = flatten_names(specs)
     # Refuses axes that do not divide, by whichever rules.
-    for name, spec in flat.items():
+    for name, spec in flat_specs.items():
         for rules in (gradients, optimizer, compute):
             resolve_placement(name, spec.shape, spec.axes, rules, sizes)
     placements = {
         name: resolve_placement(name, spec.shape, spec.axes, storage, sizes)
-        for name, spec in flat.items()
+        for name, spec in flat_specs.items()
     }
     # Parameters that ZeRO-1 and ZeRO-2 keep whole are meant to be.
     if training is not None and storage == optimizer:
-        parts = {name: (spec.nbytes, placements[name]) for name, spec in flat.items()}
+        parts = {
+            name: (spec.nbytes, placements[name]) for name, spec in flat_specs.items()
+        }
         check_unsharded_share(parts, sizes, sharding.max_unsharded)
     return PlacedModel(model, storage, gradients, optimizer, compute, specs, placements)
+
+
+def _adapt_rules_to_generation(
+    rules: AxisRules,
+    config: ModelConfig,
+    compute: AxisRules,
+    sizes: Mapping[str, int],
+) -> AxisRules:
+    """Returns rules that split neither sequences nor layers, nor kv heads that do not
+    divide over the devices of query heads (by the rules ``compute``)."""
+    whole_axes = ["seq", "residual", "layers"]
+    head_shards = prod(sizes[axis] for axis in compute.heads)
+    attention = config.attention
+    if attention is not None and attention.num_kv_heads % head_shards:
+        whole_axes.append("kv_heads")
+    return rules.model_copy(update=dict.fromkeys(whole_axes, ()))
 
 
 def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:
@@ -162,25 +184,24 @@ def require_pipeline(
     model: ModelConfig,
     sharding: ShardingConfig,
     parallel: ParallelConfig,
-    sizes: Mapping[str, Any],
-    micro_batches: Any,
+    sizes: Mapping[str, Count],
+    micro_batches: Count,
 ) -> Iterator[Requirement]:
     """Requires that micro-batches fill a pipeline, and layers divide over its
     stages."""
     stages = sizes["stage"]
     layers = model.num_layers
     groups = parallel.layer_groups
-    alone = np.equal(stages, 1)
-    period = len(model.layer_kinds)
+    has_one_stage = np.equal(stages, 1)
+
     on_stages = sharding.compute.layers == sharding.storage.layers == ("stage",)
     message = f"mesh.stage={stages}, but layers are not split over it"
     where = "sharding.storage.layers, sharding.compute.layers"
     fix = "set both to stage, or mesh.stage=1"
-    yield Requirement(
-        alone | on_stages, partial(MaxlmError, message, where=where, fix=fix)
-    )
+    make_error = partial(MaxlmError, message, where=where, fix=fix)
+    yield Requirement(has_one_stage | on_stages, make_error)
 
-    def starved() -> MaxlmError:
+    def make_micro_batches_error() -> MaxlmError:
         relation = "less than" if micro_batches < stages else "not a multiple of"
         fewer_stages = f"a divisor of {micro_batches}" if micro_batches > 1 else "1"
         next_multiple = -(-micro_batches // stages) * stages
@@ -188,29 +209,38 @@ def require_pipeline(
         fix = f"set it to {next_multiple}, or mesh.stage to {fewer_stages}"
         return MaxlmError(message, where="train.micro_batches", fix=fix)
 
-    yield Requirement(alone | (micro_batches % stages == 0), starved)
+    fills_stages = micro_batches % stages == 0
+    yield Requirement(has_one_stage | fills_stages, make_micro_batches_error)
+
+    may_have_groups = groups == 1 or parallel.schedule == "circular"
     message = f"{groups} layer groups have no place in a {parallel.schedule} pipeline"
     fix = "set it to 1, or parallel.schedule=circular"
-    refuse = partial(MaxlmError, message, where="parallel.layer_groups", fix=fix)
-    yield Requirement(alone | (groups == 1 or parallel.schedule == "circular"), refuse)
-    why = describe_pipeline_obstacle(model)
-    message = f"{stages} stages have equal shares of one row of layers, but {why}"
-    yield Requirement(
-        alone | (why is None),
-        partial(MaxlmError, message, where="mesh.stage", fix=_GIVE),
-    )
+    make_error = partial(MaxlmError, message, where="parallel.layer_groups", fix=fix)
+    yield Requirement(has_one_stage | may_have_groups, make_error)
 
-    def uneven() -> MaxlmError:
-        of = f" of {groups} layer groups" if groups > 1 else ""
-        whole = f" in whole patterns of {period}" if period > 1 else ""
+    obstacle = describe_pipeline_obstacle(model)
+    message = f"{stages} stages have equal shares of one row of layers, but {obstacle}"
+    make_error = partial(MaxlmError, message, where="mesh.stage", fix=_GIVE_DEVICES_FIX)
+    yield Requirement(has_one_stage | (obstacle is None), make_error)
+
+    # Stages, and the groups of layers of each, have whole repeats of the layers' kinds.
+    period = len(model.layer_kinds)
+    layers_divisor = stages * groups * period
+
+    def make_layers_error() -> MaxlmError:
+        of_groups = f" of {groups} layer groups" if groups > 1 else ""
+        in_periods = f" in whole patterns of {period}" if period > 1 else ""
         message = (
-            f"{layers} layers do not divide over {stages} pipeline stages{of}{whole}"
+            f"{layers} layers do not divide over {stages} pipeline stages"
+            f"{of_groups}{in_periods}"
         )
-        fix = f"use a multiple of {stages * groups * period}, or fewer stages"
-        fix += " or layer groups" if groups > 1 else ""
+        fix = f"use a multiple of {layers_divisor}, or fewer stages"
+        if groups > 1:
+            fix += " or layer groups"
         return MaxlmError(message, where="model.num_layers", fix=fix)
 
-    yield Requirement(alone | (layers % (stages * groups * period) == 0), uneven)
+    divides = layers % layers_divisor == 0
+    yield Requirement(has_one_stage | divides, make_layers_error)
 
 
 def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
@@ -230,37 +260,47 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
 
 
 def require_whole_sequences(
-    model: ModelConfig, compute: AxisRules, sizes: Mapping[str, Any]
+    model: ModelConfig, compute: AxisRules, sizes: Mapping[str, Count]
 ) -> Iterator[Requirement]:
     """Requires whole sequences for cross-attention, and for experts with a capacity."""
-    whole = np.equal(prod(sizes[axis] for axis in compute.seq), 1)
+    is_whole = np.equal(prod(sizes[axis] for axis in compute.seq), 1)
 
-    def refuse(subject: str, fix: str, where: str = "mesh.{}") -> MaxlmError:
+    def make_split_error(needs: str, where: str, fix: str) -> MaxlmError:
+        """`needs`: what needs whole sequences, and its verb; `where`: with "{axis}" for
+        the mesh axis that splits them."""
         axis = next(axis for axis in compute.seq if sizes[axis] > 1)
-        message = f"{subject} whole sequences, which {axis}={sizes[axis]} splits"
-        return MaxlmError(message, where=where.format(axis), fix=fix)
+        message = f"{needs} whole sequences, which {axis}={sizes[axis]} splits"
+        return MaxlmError(message, where=where.format(axis=axis), fix=fix)
 
     crosses = any(trunk.cross_attention for trunk in model.trunks)
-    fix = "set it to 1, or sharding.compute.seq and residual to null"
-    yield Requirement(
-        whole | (not crosses), partial(refuse, "cross-attention looks at", fix)
+    make_error = partial(
+        make_split_error,
+        "cross-attention looks at",
+        where="mesh.{axis}",
+        fix="set it to 1, or sharding.compute.seq and residual to null",
     )
-    by_capacity = model.moe is not None and model.moe.dispatch == "capacity"
-    message = "an expert's capacity is counted in"
-    fix = "use dispatch=dropless, or mesh.context=1"
-    yield Requirement(
-        whole | (not by_capacity), partial(refuse, message, fix, "model.moe.dispatch")
+    yield Requirement(is_whole | (not crosses), make_error)
+
+    has_capacity = model.moe is not None and model.moe.dispatch == "capacity"
+    make_error = partial(
+        make_split_error,
+        "an expert's capacity is counted in",
+        where="model.moe.dispatch",
+        fix="use dispatch=dropless, or mesh.context=1",
     )
+    yield Requirement(is_whole | (not has_capacity), make_error)
 
 
 def require_experts(
-    model: ModelConfig, compute: AxisRules, sizes: Mapping[str, Any]
+    model: ModelConfig, compute: AxisRules, sizes: Mapping[str, Count]
 ) -> Iterator[Requirement]:
     """Requires that experts, if there are any, are split as the tokens they serve."""
     if model.moe is None:
         message = f"expert={sizes['expert']}, but the model has no experts"
-        refuse = partial(MaxlmError, message, where="mesh.expert", fix=_GIVE)
-        yield Requirement(np.equal(sizes["expert"], 1), refuse)
+        make_error = partial(
+            MaxlmError, message, where="mesh.expert", fix=_GIVE_DEVICES_FIX
+        )
+        yield Requirement(np.equal(sizes["expert"], 1), make_error)
         return
     token_axes = compute.batch + compute.seq
     for axis in compute.expert:
@@ -268,5 +308,7 @@ def require_experts(
             continue
         message = f"experts are split over '{axis}', the tokens they serve are not"
         fix = f"add {axis} to sharding.compute.batch, or take it from this rule"
-        refuse = partial(MaxlmError, message, where="sharding.compute.expert", fix=fix)
-        yield Requirement(np.equal(sizes[axis], 1), refuse)
+        make_error = partial(
+            MaxlmError, message, where="sharding.compute.expert", fix=fix
+        )
+        yield Requirement(np.equal(sizes[axis], 1), make_error)

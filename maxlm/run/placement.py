@@ -1,10 +1,11 @@
 """A run's models on a mesh: every check that they fit, and where each array lies."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+
+from jax.typing import DTypeLike
 
 from maxlm.config import MaxlmError
-from maxlm.config.errors import Requirement, check_requirements
+from maxlm.config.errors import Count, Requirement, check_requirements
 from maxlm.run.config import RunConfig, check_samples, read_frozen_configs
 from maxlm.run.global_batch import require_batch_split
 from maxlm.run.model_placement import (
@@ -16,10 +17,10 @@ from maxlm.run.model_placement import (
 
 
 def require_run_trainable(
-    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
+    config: RunConfig, sizes: Mapping[str, Count], micro_batches: Count
 ) -> Iterator[Requirement]:
-    """Yields what a run must meet to train on one or many meshes, but for parameters'
-    splits."""
+    """Yields what a run must meet to train on one or many meshes, but for how its
+    parameters divide. ``sizes``: devices, by mesh axis."""
     yield from _require_batch(config, sizes, micro_batches)
     shape = TrainingShape(config.data.seq_len, micro_batches)
     yield from require_trainable(
@@ -33,8 +34,9 @@ def require_run_trainable(
 
 
 def _require_batch(
-    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
+    config: RunConfig, sizes: Mapping[str, Count], micro_batches: Count
 ) -> Iterator[Requirement]:
+    """Yields what a run's batches must meet."""
     data = config.data
     compute = config.sharding.compute
     yield from config.task.require_mesh(compute, sizes)
@@ -47,7 +49,7 @@ def _require_batch(
 def place_run(
     config: RunConfig,
     sizes: Mapping[str, int],
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     for_training: bool = True,
 ) -> PlacedModel:
@@ -76,7 +78,7 @@ def place_frozen_models(
     config: RunConfig,
     sources: Mapping[str, str | None],
     sizes: Mapping[str, int],
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> dict[str, PlacedModel]:
     """Lays out the models that a run's task only reads, by name."""
     is_1f1b = sizes["stage"] > 1 and config.parallel.schedule == "1f1b"

@@ -176,7 +176,7 @@ def check_prepared_data(config: RunConfig, folder: Path) -> None:
 def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
     """Counts the ids of a run's tokenizer; ``folder``: the run's own, where it may have
     one."""
-    path = _named_tokenizer(config)
+    path = _find_named_tokenizer(config)
     if folder is not None and (folder / "tokenizer").exists():
         path = folder / "tokenizer"
     if path is None:  # it will be trained
@@ -187,14 +187,14 @@ def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
 def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
     """Prepares the run's own tokenizer: a copy of the one named, or one trained on its
     text."""
-    home = folder / "tokenizer"
-    if home.exists():
-        return home
+    run_tokenizer_folder = folder / "tokenizer"
+    if run_tokenizer_folder.exists():
+        return run_tokenizer_folder
     # Both come with much that a run which finds its tokenizer does not need.
     from maxlm.data.tokenizer.chat import add_chat_template
     from maxlm.data.tokenizer.train import train_tokenizer
 
-    path = _named_tokenizer(config)
+    path = _find_named_tokenizer(config)
     if path is not None:
         tokenizer = load_tokenizer(path)
         # Stores of another tokenizer are refused before anything is written.
@@ -205,12 +205,12 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
         add_chat_template(tokenizer, config.tokenizer)
     else:
         try:
-            tokenizer = train_tokenizer(config.tokenizer, _training_text(config))
+            tokenizer = train_tokenizer(config.tokenizer, _read_training_texts(config))
         except MaxlmError as error:
             where = error.where or "data.sources"
             raise MaxlmError(error.message, where=where, fix=error.fix) from None
-    tokenizer.save(home)
-    return home
+    tokenizer.save(run_tokenizer_folder)
+    return run_tokenizer_folder
 
 
 def _check_extra_tokens(tokenizer: Tokenizer, config: RunConfig) -> None:
@@ -225,7 +225,7 @@ def _check_extra_tokens(tokenizer: Tokenizer, config: RunConfig) -> None:
         raise MaxlmError(message, where="tokenizer.extra_special_tokens", fix=fix)
 
 
-def _named_tokenizer(config: RunConfig) -> Path | None:
+def _find_named_tokenizer(config: RunConfig) -> Path | None:
     """A tokenizer that is there: the one named, or that of the run to start from."""
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path)
@@ -233,8 +233,8 @@ def _named_tokenizer(config: RunConfig) -> Path | None:
     return None if start is None else Path(start) / "tokenizer"
 
 
-def _training_text(config: RunConfig) -> Iterator[bytes]:
-    # Only where a tokenizer is trained are documents read here.
+def _read_training_texts(config: RunConfig) -> Iterator[bytes]:
+    # Imported here, since documents are read only where a tokenizer is trained.
     from maxlm.data.documents.document import is_heldout
     from maxlm.data.documents.reader import read_documents
 
@@ -319,7 +319,7 @@ def _list_splits(
     if (folder / "heldout").exists():
         return "train", "heldout"
 
-    # Only where stores are missing are documents read here.
+    # Imported here, since documents are read only where stores are missing.
     from maxlm.data.documents.document import is_heldout
     from maxlm.data.documents.reader import read_documents
 

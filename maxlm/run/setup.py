@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +171,7 @@ class RunSetup:
 
 def set_up_run(
     config: RunConfig,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
     *,
     for_training: bool = True,
     frozen_sources: Mapping[str, str | None] | None = None,
@@ -227,7 +226,7 @@ def open_training_batches(
     ``skips``. ``is_stop_requested``: see `Prefetcher`."""
     data = setup.config.data
 
-    def batches() -> Generator[DeviceBatch]:
+    def put_batches() -> Generator[DeviceBatch]:
         for first, count in contiguous_ranges(start, setup.config.train.steps, skips):
             yield from _put_batches(
                 setup,
@@ -239,7 +238,7 @@ def open_training_batches(
                 is_stop_requested=is_stop_requested,
             )
 
-    return closing(batches())
+    return closing(put_batches())
 
 
 def open_evaluation_batches(
@@ -260,13 +259,16 @@ def _put_batches(
     prefetch: int = 4,
     is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> Generator[DeviceBatch]:
+    """Yields a source's batches on the mesh, of which this process loads the rows of
+    its devices."""
     config = setup.config
     mesh = setup.mesh
     rules = setup.placed.compute
     micro_batches = config.train.micro_batches
-    lead = (micro_batches, config.data.batch_size // micro_batches)
+    lead_shape = (micro_batches, config.data.batch_size // micro_batches)
     arrays = config.task.batch_arrays(config.data.seq_len)
-    rows = get_local_row_indices(batch_sharding(rules, mesh, ()), lead)
+    row_sharding = batch_sharding(rules, mesh, axes=())
+    rows = get_local_row_indices(row_sharding, lead_shape)
     token_order = setup.token_order
     with load_batches(
         source,
@@ -278,4 +280,6 @@ def _put_batches(
         is_stop_requested=is_stop_requested,
     ) as loader:
         for batch in loader:
-            yield make_global_batch(batch, arrays, rows, rules, mesh, lead, token_order)
+            yield make_global_batch(
+                batch, arrays, rows, rules, mesh, lead_shape, token_order
+            )

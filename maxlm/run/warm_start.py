@@ -46,6 +46,8 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     adapter = setup.config.adapter
     if start is None and adapter is None:
         return state
+
+    # The parameters of the run to start from, in place of the fresh ones.
     is_start_adapted = False
     if start is not None:
         with open_checkpoints(start) as (tier, config, name):
@@ -60,6 +62,8 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
             params = restored
         else:
             params = replace_base_params(params, restored)
+
+    # Some adapters begin as a function of the base's weights.
     if adapter is not None and not is_start_adapted:
         params = adapter.init_from_base(params)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)

@@ -145,13 +145,15 @@ def _share_slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
     SLURM may have given each task GPUs of its own, the only ones that it sees.
     """
-    has_own_gpus = environ.get("SLURM_GPUS_PER_TASK") or environ.get("SLURM_GPU_BIND")
+    if environ.get("SLURM_GPUS_PER_TASK") or environ.get("SLURM_GPU_BIND"):
+        return None
+    # Tasks of each node of the step, with equal ones written together: 2(x3),1.
     tasks_by_node = []
-    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):  # 2(x3),1
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         tasks, _, times = part.rstrip(")").partition("(x")
         tasks_by_node += [int(tasks)] * int(times or 1)
     num_tasks = tasks_by_node[int(environ.get("SLURM_NODEID", "0"))]
-    if has_own_gpus or num_tasks == 1:
+    if num_tasks == 1:
         return None
     num_gpus = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
     gpus_per_task = max(1, num_gpus // num_tasks)

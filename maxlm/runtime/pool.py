@@ -127,11 +127,11 @@ def _prepare_worker() -> None:
 
 
 @lru_cache(maxsize=1)
-def _unpickle(_: uuid.UUID, pickled: bytes) -> Any:
+def _unpickle(_: uuid.UUID, pickled: bytes) -> Callable[[object], object]:
     return pickle.loads(pickled)
 
 
-def run_pickled(function_id: uuid.UUID, pickled: bytes, job: Any) -> Any:
+def run_pickled(function_id: uuid.UUID, pickled: bytes, job: object) -> Any:
     """Calls a pickled function, which is unpickled once for all calls in a row with its
     id."""
     return _unpickle(function_id, pickled)(job)

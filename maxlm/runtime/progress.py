@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
-    """Show nothing."""
+    """Shows nothing."""
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def show_progress(unit: str = "B") -> Iterator[Progress]:
     """Makes a `Progress` that shows itself on stderr; `unit` is what the amounts
     count."""
     if not sys.stderr.isatty():
-        yield _lines(unit)
+        yield _make_line_progress(unit)
         return
     from rich import progress as rich_progress
     from rich.console import Console
@@ -46,7 +46,10 @@ def show_progress(unit: str = "B") -> Iterator[Progress]:
         yield progress
 
 
-def _lines(unit: str) -> Progress:
+def _make_line_progress(unit: str) -> Progress:
+    """Makes a `Progress` that prints a line every few seconds, and one at the end."""
+    # By stage: the time of its first call and what was done by then, and the time of
+    # its last line.
     first_calls: dict[str, tuple[float, int]] = {}
     last_lines: dict[str, float] = {}
 
@@ -58,7 +61,7 @@ def _lines(unit: str) -> Progress:
         if done < total and seconds_since_line < _SECONDS_BETWEEN_LINES:
             return
         last_lines[stage] = now
-        rate = (done - done_before) / max(now - start, 1e-9)
+        rate = (done - done_before) / max(now - start, 1e-9)  # A clock may not move.
         if unit == "B":
             amounts = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"
             speed = f"{rate / 1e6:.2f} MB/s"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from maxlm.config import MaxlmError
@@ -263,8 +263,8 @@ def _get_first_line(error: Exception) -> str:
 
 
 def _run_task(
-    workspace: _Workspace, function_id: uuid.UUID, pickled: bytes, job: Any
-) -> Any:
+    workspace: _Workspace, function_id: uuid.UUID, pickled: bytes, job: object
+) -> object:
     _enter_workspace(workspace)
     return run_pickled(function_id, pickled, job)
 

@@ -2,7 +2,7 @@
 beside what they watch: loss spikes, the watchdog, the profiler."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -24,7 +24,7 @@ class EvaluationCallback(Callback):
     """Evaluates every so many steps but the last: the program ends with a longer
     evaluation."""
 
-    evaluate: Callable[[TrainState], Mapping[str, float]]
+    evaluate: Callable[[TrainState], dict[str, float]]
     every_steps: int
     """0: never."""
 
@@ -38,10 +38,11 @@ class EvaluationCallback(Callback):
     def on_state(self, trainer: Trainer, step: int, state: TrainState) -> None:
         if not self.needs_state(trainer, step):
             return
-        trainer.notify("on_work_begin", step, "evaluation")
-        with trainer.timer.time_activity("evaluating") as seconds:
-            trainer.notify("on_evaluation_end", step, self.evaluate(state))
-        trainer.event("evaluate", step, seconds=seconds())
+        trainer.begin_work(step, "evaluation")
+        with trainer.timer.time_activity("evaluating") as evaluation:
+            metrics = self.evaluate(state)
+            trainer.end_evaluation(step, metrics)
+        trainer.event("evaluate", step, seconds=evaluation.seconds)
 
 
 @dataclass
@@ -67,7 +68,7 @@ class CheckpointCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, step: int, state: TrainState) -> None:
         self._save(trainer, step, state, force=True)
-        trainer.notify("on_work_begin", step, "save")
+        trainer.begin_work(step, "save")
         with trainer.timer.time_activity("saving"):
             self.checkpointer.wait()
         self._report_completed(trainer)
@@ -76,10 +77,10 @@ class CheckpointCallback(Callback):
     def _save(
         self, trainer: Trainer, step: int, state: TrainState, *, force: bool
     ) -> None:
-        trainer.notify("on_work_begin", step, "save")
+        trainer.begin_work(step, "save")
         metadata = {**self.metadata, "losses": self.detector.state_dict}
         suspect = self.detector.first_suspect_step(step)
-        with trainer.timer.time_activity("saving") as seconds:
+        with trainer.timer.time_activity("saving") as saving:
             # Frozen models come from their own folders, and are in no checkpoint.
             tier = self.checkpointer.save(
                 step,
@@ -90,7 +91,7 @@ class CheckpointCallback(Callback):
             )
         if tier is not None:
             trainer.timer.log_progress(step)
-            trainer.event("checkpoint", step, tier=tier, seconds=seconds())
+            trainer.event("checkpoint", step, tier=tier, seconds=saving.seconds)
 
     def _report_completed(self, trainer: Trainer) -> None:
         for step in self.checkpointer.folder_tier.pop_completed():

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal, Protocol
 
 import jax
 
@@ -29,14 +29,29 @@ class RollbackDecision:
     reason: str
 
 
+class WriteEvent(Protocol):
+    """Writes an event of the run, as :meth:`~maxlm.train.records.RunLog.event` does."""
+
+    def __call__(self, kind: str, step: int, **details: str | float) -> None: ...
+
+
+@dataclass
+class TimedActivity:
+    """An activity that :meth:`StepTimer.time_activity` times."""
+
+    seconds: float = 0.0
+    """0 until the activity is over."""
+
+
 @dataclass
 class StepTimer:
     """Measures each step, from the end of the one before, and adds up seconds by
-    activity."""
+    activity. The first step, which compiles its program, is in no total: an event has
+    its seconds."""
 
-    event: Callable[..., None]
-    """Takes (kind, step, **details): ``compiled`` after the first step, ``progress``
-    with the totals now and then."""
+    event: WriteEvent
+    """Writes ``compiled`` after the first step, and ``progress`` with the totals at
+    most every ``PROGRESS_SECONDS``."""
     start_step: int
     """Steps made before."""
     seconds_by_activity: dict[str, float] = field(
@@ -55,27 +70,31 @@ class StepTimer:
 
     @contextmanager
     def time_data_wait(self) -> Iterator[None]:
-        """Times waiting for data."""
+        """Counts the block's time as a wait for data, within its step."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
-    def time_activity(self, activity: str) -> Iterator[Callable[[], float]]:
-        """Times an activity that is no part of a step; yields a function that returns
-        its seconds once it is over."""
+    def time_activity(
+        self, activity: Literal["evaluating", "saving"]
+    ) -> Iterator[TimedActivity]:
+        """Times the block as an activity that is no part of a step; the yielded object
+        has its seconds once the block is over."""
+        timed = TimedActivity()
         began = time.perf_counter()
-        ended = began
         try:
-            yield lambda: ended - began
+            yield timed
         finally:
-            ended = time.perf_counter()
-            self.seconds_by_activity[activity] += ended - began
-            self._step_began += ended - began
+            timed.seconds = time.perf_counter() - began
+            self.seconds_by_activity[activity] += timed.seconds
+            # The step's clock stands still meanwhile.
+            self._step_began += timed.seconds
 
     def finish_step(self, step: int) -> dict[str, float]:
         """Returns a step's ``seconds`` and ``loader_wait``, the share spent waiting for
         data."""
+        # A clock may not have moved, and the share below divides by these seconds.
         seconds = max(time.perf_counter() - self._step_began, 1e-9)
         waited = min(self._waited, seconds)
         self._restart()
@@ -110,6 +129,10 @@ def measure_peak_memory_bytes() -> dict[str, float]:
     }
 
 
+Work = Literal["evaluation", "save"]
+"""Work of the loop that is no step."""
+
+
 class Callback:
     """Hooks that a `Trainer` calls, on all processes at the same steps. By default they
     do nothing.
@@ -141,8 +164,8 @@ class Callback:
         """The state after ``step``, whose :meth:`on_step_end` has run, and no next step
         has."""
 
-    def on_work_begin(self, trainer: "Trainer", step: int, activity: str) -> None:
-        """Work that is no step begins: an ``"evaluation"`` or a ``"save"``."""
+    def on_work_begin(self, trainer: "Trainer", step: int, activity: Work) -> None:
+        """Work that is no step begins."""
 
     def on_evaluation_end(
         self, trainer: "Trainer", step: int, metrics: dict[str, float]
@@ -172,7 +195,8 @@ class Trainer:
     callbacks: Sequence[Callback]
     timer: StepTimer
     stop_request: StopRequest = StopRequest.NONE
-    """Action that all processes agreed on after this step."""
+    """Flags that processes have set together, the same on all: save, or save and stop;
+    ``NONE``, which is falsy: none of them."""
     rollback: RollbackDecision | None = None
     """Reason why the run must return to a checkpoint."""
 
@@ -188,16 +212,23 @@ class Trainer:
         try:
             return self._run(state, batches)
         finally:
-            self.notify("on_stop")
+            for callback in self.callbacks:
+                callback.on_stop(self)
 
     def event(self, kind: str, step: int, **details: str | float) -> None:
         """Writes an event of the run."""
         self.timer.event(kind, step, **details)
 
-    def notify(self, hook: str, *arguments: Any) -> None:
-        """Calls a hook of every callback."""
+    def begin_work(self, step: int, activity: Work) -> None:
+        """Tells the callbacks that work that is no step begins behind ``step``."""
         for callback in self.callbacks:
-            getattr(callback, hook)(self, *arguments)
+            callback.on_work_begin(self, step, activity)
+
+    def end_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Hands the callbacks the metrics of an evaluation of the state after
+        ``step``."""
+        for callback in self.callbacks:
+            callback.on_evaluation_end(self, step, metrics)
 
     def _run(
         self, state: TrainState, batches: Iterator[DeviceBatch]
@@ -207,15 +238,20 @@ class Trainer:
         # A step that was dispatched, and whose scalars are not read yet.
         pending: tuple[int, Sums] | None = None
         for step in range(start + 1, self.num_steps + 1):
-            self.notify("on_step_begin", step, state)
+            for callback in self.callbacks:
+                callback.on_step_begin(self, step, state)
             with self.timer.time_data_wait():
                 batch = next(batches)
             state, sums = self.step_fn(state, batch)
-            self.notify("on_step_dispatched", step, sums)
-            # The scalars of the step before, while the devices take this one.
+            for callback in self.callbacks:
+                callback.on_step_dispatched(self, step, sums)
+            # The scalars of the step before, while the devices take this one. Its
+            # callbacks may request a stop or a rollback.
             if pending:
                 self._finish_step(*pending)
             pending = (step, sums)
+
+            # Every callback is asked, on every process alike.
             needs_state = [
                 callback.needs_state(self, step) for callback in self.callbacks
             ]
@@ -224,22 +260,32 @@ class Trainer:
                 # in between.
                 self._finish_step(*pending)
                 pending = None
+                # This step, too, may have called for a rollback: then its state is of
+                # no use.
                 if self.rollback is None:
-                    self.notify("on_state", step, state)
+                    for callback in self.callbacks:
+                        callback.on_state(self, step, state)
                     if self.stop_request.stops:
                         break
+                    # What was requested is a checkpoint, and it is saved.
                     self.stop_request = StopRequest.NONE
             if self.rollback:
                 break
+
         if pending and not self.rollback:
             self._finish_step(*pending)
         if self.rollback:
+            # The seconds since the last totals belong to the run, although its steps
+            # are taken back.
             self.timer.log_progress(self.rollback.last_bad_step)
             return self.rollback
-        self.notify("on_train_end", step, state)
+        for callback in self.callbacks:
+            callback.on_train_end(self, step, state)
         return state
 
     def _finish_step(self, step: int, sums: Sums) -> None:
         """Waits for a step and hands its scalars to the callbacks."""
-        metrics = {name: float(value) for name, value in jax.device_get(sums).items()}
-        self.notify("on_step_end", step, metrics | self.timer.finish_step(step))
+        scalars = {name: float(value) for name, value in jax.device_get(sums).items()}
+        metrics = scalars | self.timer.finish_step(step)
+        for callback in self.callbacks:
+            callback.on_step_end(self, step, metrics)

@@ -464,9 +464,7 @@ SIZES = {"max_sequences": 3, "max_length": 48, "page_size": 4, "prefill_tokens":
     ("cache", "scarce"),
     [
         ({"kind": "h2o", "budget": 48, "recent": 4}, {}),
-        pytest.param(
-            {"kind": "int4", "recent": 48}, SCARCE, marks=pytest.mark.more
-        ),
+        pytest.param({"kind": "int4", "recent": 48}, SCARCE, marks=pytest.mark.more),
     ],
 )
 def test_sequences_within_the_budget_are_exact(

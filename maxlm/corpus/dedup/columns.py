@@ -48,7 +48,8 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
 def count_ranges(num_items: int, item_bytes: int, memory: int) -> int:
     """Counts the ranges into which items are divided, so that those of one range take
     about `memory` bytes at most; at least one."""
-    return max(1, -(-num_items * item_bytes // memory))  # Rounded up.
+    num_ranges = -(-num_items * item_bytes // memory)  # Rounded up.
+    return max(1, num_ranges)
 
 
 def make_equal_range_starts(num_ranges: int) -> np.ndarray:
@@ -65,6 +66,8 @@ def read_range(
     """Reads the rows of files, sorted by the first of the columns `names`, a uint64, in
     which that lies from range_starts[range_index] up to the next start. Returns the
     columns of all files end to end, and the index of each row's file: uint64 [rows]."""
+    # Where the range starts, and where it stops; the last range has no next start, and
+    # ends with each file.
     bounds = range_starts[range_index : range_index + 2]
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in names}
     sizes = []
@@ -72,12 +75,11 @@ def read_range(
         columns = read_columns(path)
         sorted_keys = columns[names[0]]
         start, *stops = np.searchsorted(sorted_keys, bounds).tolist()
-        # The last range has no next start, and ends with the file.
         stop = stops[0] if stops else len(sorted_keys)
         for name in names:
             pieces[name].append(columns[name][start:stop])
         sizes.append(stop - start)
-    if not paths:
+    if not paths:  # Nothing cannot be concatenated.
         pieces = {name: [np.empty(0, np.uint64)] for name in names}
     columns = {name: np.concatenate(parts) for name, parts in pieces.items()}
     file_indices = np.repeat(np.arange(len(paths), dtype=np.uint64), sizes)

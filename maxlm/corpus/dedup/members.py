@@ -54,19 +54,22 @@ class SelectedDocuments:
         -1."""
         rows = self.take("row", members).fill_null(-1).to_numpy()
         shards = np.searchsorted(self.shard_offsets, members, "right") - 1
-        numbers = np.array(self.document_offsets)[shards] + rows
-        return np.where(members < 0, -1, numbers)
+        first_documents = np.array(self.document_offsets)[shards]
+        return np.where(members < 0, -1, first_documents + rows)
 
     def take(self, column: str, members: np.ndarray) -> pa.Array:
         """Returns a column's values for members in any order; null for -1."""
+        # Each member once, by shards, so that each shard's file is read once.
         unique = np.unique(members[members >= 0])
         parts = [self.map_shard(0).column(column).slice(0, 0)]  # For the type.
         for shard, span in self.group_by_shard(unique):
             values = self.map_shard(shard).column(column)
-            rows = unique[span] - self.shard_offsets[shard]
-            parts.append(values.take(pa.array(rows)))
-        places = np.searchsorted(unique, members)
-        return pa.concat_arrays(parts).take(pa.array(places, mask=members < 0))
+            places = unique[span] - self.shard_offsets[shard]
+            parts.append(values.take(pa.array(places)))
+        unique_values = pa.concat_arrays(parts)
+        # Back to the order that was asked for.
+        indices = np.searchsorted(unique, members)
+        return unique_values.take(pa.array(indices, mask=members < 0))
 
 
 def write_members(
@@ -74,6 +77,7 @@ def write_members(
 ) -> np.ndarray:
     """Writes the file of a shard's members, of their ids and the label that `keep_by`
     names; returns the ranks."""
+    # Empty ones first: a shard may have no members.
     rows = [np.empty(0, np.int64)]
     ranks = [np.empty(0)]
     ids = [pa.array([], pa.string())]

@@ -12,48 +12,60 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil, log, log1p
+from typing import NamedTuple
 
 import numpy as np
 
 from maxlm.corpus.text import ACCENT, WORD, normalize_unicode
 
+# FNV's offset of 64 bits, and 2^64 divided by the golden ratio, which is odd. Keys and
+# sets of shingles lie in files: other numbers here would make new versions of stages.
 _SEED = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
-_HALF = np.uint64(32)
+_HALF_BITS = np.uint64(32)
 _CHUNK = 1 << 12  # Shingles that are hashed together.
 
 
-def choose_banding(
-    similarity: float, recall: float, max_hashes: int
-) -> tuple[int, int]:
-    """Chooses how many bands a signature has, of how many hash functions (rows) each:
-    the most rows, and so the fewest false candidates, that are affordable.
+class Banding(NamedTuple):
+    """How the hash functions of a MinHash signature are grouped."""
+
+    num_bands: int
+    num_rows: int
+    """Hash functions of each band."""
+
+
+def choose_banding(similarity: float, recall: float, max_hashes: int) -> Banding:
+    """Chooses the banding with the most rows, and so the fewest false candidates, that
+    is affordable.
 
     Args:
         similarity: of pairs that must be found with probability `recall` at least.
-        max_hashes: bands * rows at most. One row always fits: more are used if need be.
+        max_hashes: bands * rows at most; bands of one row are taken however many they
+            are.
     """
-    best_bands = 1
-    best_rows = 1
+    best = Banding(num_bands=1, num_rows=1)
     for rows in range(1, max_hashes + 1):
         # Smallest b with (1 - s^r)^b <= 1 - recall. The logarithm of the base is that of
         # the probability that one band misses a pair.
-        log_miss = log1p(-(similarity**rows)) if similarity < 1 else -np.inf
+        log_miss = -np.inf
+        if similarity < 1:
+            log_miss = log1p(-(similarity**rows))
         # Less a rounding error, which must not make it one more.
         bands = max(1, ceil(log(1 - recall) / log_miss - 1e-9))
         if rows > 1 and bands * rows > max_hashes:
             break
-        best_bands = bands
-        best_rows = rows
-    return best_bands, best_rows
+        best = Banding(bands, rows)
+    return best
 
 
 def mix_bits(values: np.ndarray) -> np.ndarray:
-    """MurmurHash3's finaliser of 64 bits, with shifts by 32: a bijection that spreads
-    every bit."""
-    values = (values ^ (values >> _HALF)) * np.uint64(0xFF51AFD7ED558CCD)
-    values = (values ^ (values >> _HALF)) * np.uint64(0xC4CEB9FE1A85EC53)
-    return values ^ (values >> _HALF)
+    """Spreads every bit of numbers over all: a bijection of uint64, MurmurHash3's
+    finaliser of 64 bits with shifts by 32."""
+    values = values ^ (values >> _HALF_BITS)
+    values = values * np.uint64(0xFF51AFD7ED558CCD)
+    values = values ^ (values >> _HALF_BITS)
+    values = values * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> _HALF_BITS)
 
 
 @lru_cache(1 << 16)
@@ -83,7 +95,9 @@ def hash_shingles(words: np.ndarray, size: int) -> np.ndarray:
     words none.
     """
     size = min(size, len(words))
-    num_shingles = len(words) - size + 1 if size else 0
+    num_shingles = 0
+    if size:
+        num_shingles = len(words) - size + 1
     # FNV-1a over the words' hashes, of all shingles at once.
     hashes = np.full(num_shingles, _SEED)
     for i in range(size):
@@ -100,28 +114,31 @@ def make_shingle_set(text: str, size: int) -> np.ndarray:
     return np.unique(hash_shingles(hash_words(text), size))
 
 
-def compute_band_keys(
-    sets: Sequence[np.ndarray], banding: tuple[int, int]
-) -> np.ndarray:
-    """Computes a hash for each band of each text's signature, from its set of shingles,
-    uint64 [bands, texts]; see `choose_banding`. Those of a text without shingles mean
-    nothing."""
+def compute_band_keys(sets: Sequence[np.ndarray], banding: Banding) -> np.ndarray:
+    """Computes a hash for each band of each text's signature, from its set of shingles:
+    uint64 [bands, texts]. Those of a text without shingles mean nothing."""
     num_bands, num_rows = banding
+    num_functions = num_bands * num_rows
     # The hash functions are factor * shingle + term modulo 2^32. They must be the same
     # in every run: keys lie in files.
     random = np.random.Generator(np.random.PCG64(0))
-    functions = random.integers(0, 2**32, (2, num_bands * num_rows), np.uint32)
+    functions = random.integers(0, 2**32, (2, num_functions), np.uint32)
     factors = functions[0, :, None] | np.uint32(1)  # Odd, and so a bijection.
     terms = functions[1, :, None]
-    signatures = np.full((len(sets), factors.size), 2**32 - 1, np.uint32)
+
+    # The least hash of each text's shingles under each function: [texts, functions].
+    signatures = np.full((len(sets), num_functions), 2**32 - 1, np.uint32)
     for signature, shingle_set in zip(signatures, sets, strict=True):
-        shingles = (shingle_set >> _HALF).astype(np.uint32)
+        shingles = (shingle_set >> _HALF_BITS).astype(np.uint32)
         for first in range(0, len(shingles), _CHUNK):
-            hashes = factors * shingles[first : first + _CHUNK] + terms
-            np.minimum(signature, hashes.min(1), out=signature)
+            chunk = shingles[first : first + _CHUNK]
+            hashes = factors * chunk + terms  # [functions, chunk]
+            np.minimum(signature, hashes.min(axis=1), out=signature)
+
+    # FNV-1a over the rows of each band, with a seed for each band.
     keys = np.arange(num_bands, dtype=np.uint64)[:, None] ^ _SEED
     rows = signatures.reshape(len(sets), num_bands, num_rows)
     for row in range(num_rows):
         keys = (keys ^ rows[:, :, row].T) * _PRIME
-        keys ^= keys >> _HALF
+        keys ^= keys >> _HALF_BITS
     return mix_bits(keys)

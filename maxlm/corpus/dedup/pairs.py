@@ -22,9 +22,9 @@ from maxlm.corpus.dedup.columns import (
 )
 from maxlm.corpus.dedup.members import SelectedDocuments
 
-_HALF = np.uint64(32)
-_LOW = np.uint64(2**32 - 1)
-_PIECE = 1 << 20  # Pairs made at a time.
+_HALF_BITS = np.uint64(32)
+_LOW_HALF = np.uint64(2**32 - 1)
+_PAIRS_AT_A_TIME = 1 << 20
 _SAMPLES = 1000  # Pairs looked at for each range, to cut ranges of about the same size.
 
 
@@ -33,12 +33,14 @@ def pack_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     half."""
     a = a.astype(np.uint64)
     b = b.astype(np.uint64)
-    return np.minimum(a, b) << _HALF | np.maximum(a, b)
+    return np.minimum(a, b) << _HALF_BITS | np.maximum(a, b)
 
 
 def unpack_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the smaller and the larger member of each pair: int64."""
-    return (pairs >> _HALF).astype(np.int64), (pairs & _LOW).astype(np.int64)
+    low = (pairs >> _HALF_BITS).astype(np.int64)
+    high = (pairs & _LOW_HALF).astype(np.int64)
+    return low, high
 
 
 def write_band_keys(
@@ -75,29 +77,13 @@ def find_candidate_pairs(
 
     The members of one key are in one range, however many they are: about 80 bytes each.
     """
-    files = [get_shard_path(members.folder, "bands", name) for name in members.shards]
-    key_name = f"key{band}"
-    member_name = f"member{band}"
-    range_starts = make_equal_range_starts(num_ranges)
-    columns, shard_of_row = read_range(
-        files, (key_name, member_name), range_starts, range_index
-    )
-    keys = columns[key_name]
-    member = columns[member_name] + np.array(members.shard_offsets)[shard_of_row]
+    keys, member = _read_band_keys(members, band, num_ranges, range_index)
     if copy_marks:
         is_copy = np.concatenate([read_columns(path)["is_copy"] for path in copy_marks])
         is_single = is_copy[member] == 0
         keys = keys[is_single]
         member = member[is_single]
-    del columns, shard_of_row  # Before the sort, which takes as much memory again.
-
-    order = np.argsort(keys, kind="stable")
-    is_first = mark_run_starts(keys[order])
-    is_last = np.append(is_first[1:], True)
-    is_alone = is_first & is_last  # No other member has this key: there is no pair.
-    order = order[~is_alone]
-    keys = keys[order]
-    member = member[order]
+    keys, member = _sort_shared_keys(keys, member)
 
     # A group is members[start : start + size] of one key. Groups of one size are
     # paired together, by array operations.
@@ -113,12 +99,39 @@ def find_candidate_pairs(
             yield from _pair_small_groups(member, starts, size)
 
 
+def _read_band_keys(
+    members: SelectedDocuments, band: int, num_ranges: int, range_index: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a band's keys in one of equal ranges, shard after shard, and the members
+    that have them: uint64 and int64, [keys] both."""
+    paths = [get_shard_path(members.folder, "bands", name) for name in members.shards]
+    names = (f"key{band}", f"member{band}")
+    range_starts = make_equal_range_starts(num_ranges)
+    columns, shard_of_key = read_range(paths, names, range_starts, range_index)
+    keys, places = (columns[name] for name in names)
+    return keys, places + np.array(members.shard_offsets)[shard_of_key]
+
+
+def _sort_shared_keys(
+    keys: np.ndarray, member: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts keys and the members that have them by key, and drops keys that one member
+    alone has: there is no pair of it."""
+    order = np.argsort(keys, kind="stable")
+    is_first = mark_run_starts(keys[order])
+    is_last = np.append(is_first[1:], True)
+    is_shared = ~(is_first & is_last)
+    order = order[is_shared]
+    return keys[order], member[order]
+
+
 def _pair_small_groups(
     member: np.ndarray, starts: np.ndarray, size: int
 ) -> Iterator[np.ndarray]:
     """Yields all pairs within each of the groups member[start : start + size]."""
+    # Places in a group of both ends of each of its pairs: [size · (size - 1) / 2].
     one, other = np.triu_indices(size, 1)
-    groups_at_a_time = max(1, _PIECE // len(one))
+    groups_at_a_time = max(1, _PAIRS_AT_A_TIME // len(one))
     for first in range(0, len(starts), groups_at_a_time):
         piece_starts = starts[first : first + groups_at_a_time]
         groups = member[piece_starts[:, None] + np.arange(size)]  # [groups, size]
@@ -133,18 +146,22 @@ def _pair_large_group(
     num_partners = max(1, max_group_size // 4)
     ranks = members.take("rank", group).to_numpy()
     group = group[np.argsort(-ranks, kind="stable")]
-    members_at_a_time = max(1, _PIECE // (2 * num_partners))
+    # Each member is paired with as many of the best as of those after it.
+    members_at_a_time = max(1, _PAIRS_AT_A_TIME // (2 * num_partners))
     for first in range(0, len(group), members_at_a_time):
         stop = min(first + members_at_a_time, len(group))
+        # Places in the group, the best first: of members, [members, 1], and of the
+        # partners of each, [members, num_partners].
         places = np.arange(first, stop)[:, None]
         best = np.broadcast_to(np.arange(num_partners), (len(places), num_partners))
-        # Past the end of the group it is the last one again.
         following = places + np.arange(1, num_partners + 1)
+        # Past the end of the group it is the last one again.
         following = np.minimum(following, len(group) - 1)
         partners = np.concatenate([best, following], axis=1)
         one, other = np.broadcast_arrays(places, partners)
         differ = one != other
-        yield np.unique(pack_pairs(group[one[differ]], group[other[differ]]))
+        pairs = pack_pairs(group[one[differ]], group[other[differ]])
+        yield np.unique(pairs)
 
 
 def count_pairs(files: Sequence[Path]) -> int:
@@ -207,7 +224,7 @@ def resolve_duplicates(
     low: np.ndarray,
     high: np.ndarray,
     jaccard: np.ndarray,
-    rank_fn: Callable[[np.ndarray], np.ndarray],
+    get_ranks: Callable[[np.ndarray], np.ndarray],
 ) -> DuplicateMarks:
     """Decides which documents are kept.
 
@@ -222,27 +239,30 @@ def resolve_duplicates(
     Args:
         low, high, jaccard: pairs of members verified to be alike: int64, int64, float64
             [pairs].
-        rank_fn: how good each of some members is, the higher the better; float64.
+        get_ranks: returns how good each of some members is, the higher the better:
+            float64.
     """
     from scipy.sparse import coo_array
 
     member = np.unique(np.concatenate([low, high]))
+    # The indices in `member` of both ends of each pair: [2, pairs].
     ends = np.searchsorted(member, [low, high]).reshape(2, -1)
 
     # Copies are one node, since what is wholly alike does carry over. The best of them
     # stands for the node.
     is_copy = jaccard == 1
     node = _label_components(ends[:, is_copy], len(member))
-    rank = rank_fn(member)
+    rank = get_ranks(member)
     order = np.lexsort((member, -rank, node))
     best_of_node = order[mark_run_starts(node[order])]
     node_member = member[best_of_node]
     node_rank = rank[best_of_node]
     num_nodes = len(best_of_node)
 
-    # Pairs of nodes, each once, as a matrix that has each seen from both.
-    node_pairs = pack_pairs(*node[ends[:, ~is_copy]])
-    node_pairs, first_of_pair = np.unique(node_pairs, return_index=True)
+    # Pairs of nodes, each once (copies have the same similarity to a third), as a
+    # sparse matrix that has each seen from both.
+    one, other = node[ends[:, ~is_copy]]
+    node_pairs, first_of_pair = np.unique(pack_pairs(one, other), return_index=True)
     similarity = jaccard[~is_copy][first_of_pair]
     one_way = coo_array(
         (similarity, unpack_pairs(node_pairs)), shape=(num_nodes, num_nodes)
@@ -253,8 +273,9 @@ def resolve_duplicates(
     kept_node, likeness = _find_kept_nodes(
         visiting_order, graph.indptr, graph.indices, graph.data
     )
-    # A member is a duplicate of the best copy in its own node, where that is kept; else
-    # of what its node is a duplicate of.
+
+    # From nodes back to members. A member is a duplicate of the best copy in its own
+    # node, where that is kept; else of what its node is a duplicate of.
     node_is_kept = kept_node[node] < 0
     is_copy_of_kept = node_is_kept & (member != node_member[node])
     node_duplicate_of = np.where(kept_node >= 0, node_member[kept_node], -1)
@@ -296,6 +317,7 @@ def _find_kept_nodes(
         it is kept; and how much it is like that.
     """
     num_nodes = len(visiting_order)
+    # Each node's place in the order.
     visited_as = np.empty(num_nodes, np.int64)
     visited_as[visiting_order] = np.arange(num_nodes)
     kept_node = np.full(num_nodes, -1, np.int64)
@@ -304,15 +326,17 @@ def _find_kept_nodes(
     for node in visiting_order[has_neighbours].tolist():
         edges = slice(starts[node], starts[node + 1])
         others = neighbours[edges]
+        # Neighbours that are kept already.
         is_visited = visited_as[others] < visited_as[node]
-        candidates = np.flatnonzero(is_visited & (kept_node[others] < 0))
-        if len(candidates):
-            best_first = np.lexsort(
-                (visited_as[others[candidates]], -similarity[edges][candidates])
-            )
-            best = candidates[best_first[0]]
-            kept_node[node] = others[best]
-            likeness[node] = similarity[edges][best]
+        is_kept = is_visited & (kept_node[others] < 0)
+        if not is_kept.any():
+            continue
+        others = others[is_kept]
+        other_similarity = similarity[edges][is_kept]
+        best_first = np.lexsort((visited_as[others], -other_similarity))
+        best = best_first[0]
+        kept_node[node] = others[best]
+        likeness[node] = other_similarity[best]
     return kept_node, likeness
 
 
@@ -344,7 +368,8 @@ class SimilarityGraph:
         self._similarity = similarity[order]
         self._starts = np.searchsorted(seen_from[order], np.arange(num_nodes + 1))
 
-        # The kept document of each node, and when it was marked; -1: there is none.
+        # The kept document of each node, and how many were marked before it; -1: there
+        # is none.
         self._kept = np.full(num_nodes, -1, np.int64)
         self._times = np.full(num_nodes, -1, np.int64)
         self._num_kept = 0
@@ -355,7 +380,7 @@ class SimilarityGraph:
         node = self._find_node(document)
         if node is None:
             return None
-        if self._kept[node] >= 0:
+        if self._kept[node] >= 0:  # It or a copy of it is kept.
             return int(self._kept[node]), 1.0
         edges = slice(self._starts[node], self._starts[node + 1])
         neighbours = self._neighbours[edges]

@@ -64,7 +64,7 @@ def build_ngram_index(
         min_words: if it has this many; else it is left out.
         max_items_per_ngram: n-grams of more different items of a set are left out, as
             text of a template, if they are not of a long passage; see
-            `_mark_own_ngrams`.
+            `_mark_specific_ngrams`.
     """
     ngrams = []
     item_of_ngram = []
@@ -72,8 +72,8 @@ def build_ngram_index(
     lengths = set[int]()
     for name, source in sets.items():
         items = _read_items(source, n, min_words)
-        is_own = _mark_own_ngrams(items, n, max_items_per_ngram)
-        if not is_own.any():
+        is_specific = _mark_specific_ngrams(items, n, max_items_per_ngram)
+        if not is_specific.any():
             if items.num_words.any():
                 message = (
                     f'all text of evaluation set "{name}" is common to more than '
@@ -88,8 +88,8 @@ def build_ngram_index(
             raise MaxlmError(message, fix=fix)
         num_words = items.num_words[items.num_words > 0]
         lengths.update(np.minimum(num_words, n).tolist())
-        ngrams.append(items.ngrams[is_own])
-        item_of_ngram.append(items.item_of_ngram[is_own] + len(set_and_ids))
+        ngrams.append(items.ngrams[is_specific])
+        item_of_ngram.append(items.item_of_ngram[is_specific] + len(set_and_ids))
         set_and_ids += [(name, item_id) for item_id in items.ids]
     hashes, item_indices = _sort_pairs(
         np.concatenate(ngrams), np.concatenate(item_of_ngram)
@@ -130,7 +130,9 @@ def _read_items(source: SourceConfig, n: int, min_words: int) -> _EvaluationItem
     )
 
 
-def _mark_own_ngrams(items: _EvaluationItems, n: int, max_items: int) -> np.ndarray:
+def _mark_specific_ngrams(
+    items: _EvaluationItems, n: int, max_items: int
+) -> np.ndarray:
     """Marks the n-grams of items that are not of a template: bool [places].
 
     An n-gram of more than `max_items` items is of a template, unless it is of a passage
@@ -138,28 +140,33 @@ def _mark_own_ngrams(items: _EvaluationItems, n: int, max_items: int) -> np.ndar
     row that the same items share, at most half of all. What most items share is how
     they are asked.
     """
+    # Different n-grams, and how many items have each: [ngrams]. Those of n-gram i are
+    # item_of_ngram[starts[i] : starts[i + 1]].
     ngrams, item_of_ngram = _sort_pairs(items.ngrams, items.item_of_ngram)
     starts = np.flatnonzero(mark_run_starts(ngrams))
-    num_items = np.diff(np.append(starts, len(ngrams)))
+    num_items = np.diff(starts, append=len(ngrams))
     # One number for a set of items. Two sets have the same by chance only.
     item_hashes = mix_bits(item_of_ngram.astype(np.uint64) + np.uint64(1))
     item_sets = item_hashes
     if len(ngrams):
         item_sets = np.add.reduceat(item_hashes, starts)
 
-    # Of each place the number of its n-gram. A run is places of an item, one after the
-    # other, whose n-grams the same items share.
+    # Of each place the number of its n-gram: [places]. A run is places of an item, one
+    # after the other, whose n-grams the same items share.
     number = np.searchsorted(ngrams[starts], items.ngrams)
     opens_run = mark_run_starts(item_sets[number])
     opens_run |= mark_run_starts(items.item_of_ngram)
     run = np.cumsum(opens_run) - 1
-    run_words = np.bincount(run)[run] + n - 1
+    run_ngrams = np.bincount(run)[run]
+    run_words = run_ngrams + n - 1
     is_long = run_words >= 2 * n
+
     is_of_passage = np.zeros(len(starts), np.bool_)
     is_of_passage[number[is_long]] = True
-    is_quoted = 2 * num_items <= np.count_nonzero(items.num_words)
-    is_own = (num_items <= max_items) | (is_of_passage & is_quoted)
-    return is_own[number]
+    num_searched_items = np.count_nonzero(items.num_words)
+    is_quoted = 2 * num_items <= num_searched_items
+    is_specific = (num_items <= max_items) | (is_of_passage & is_quoted)
+    return is_specific[number]
 
 
 def _sort_pairs(ngrams: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +189,8 @@ def find_ngrams(index: NgramIndex, text: str) -> np.ndarray:
         if n > len(words):
             continue
         ngrams = hash_shingles(words, n)
-        # Modulo the length, as one behind the last would be no index; it is not equal.
+        # An n-gram past the last of the index wraps around to its first, which is not
+        # equal to it.
         position = np.searchsorted(index.hashes, ngrams) % len(index.hashes)
         first_word = np.flatnonzero(index.hashes[position] == ngrams)
         start = spans[first_word, 0]

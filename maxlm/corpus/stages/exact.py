@@ -17,7 +17,7 @@ from maxlm.corpus.dedup.columns import (
     read_columns,
     write_columns,
 )
-from maxlm.corpus.dedup.copies import read_copies, write_copies
+from maxlm.corpus.dedup.copies import read_copies, sort_digests, write_copies
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
     open_selected_documents,
@@ -84,9 +84,8 @@ class ExactStage(CrossDocumentStage):
         if self.case:
             text = text.casefold()
             if self.unicode != "none" and not text.isascii():
-                text = normalize_unicode(
-                    self.unicode, text
-                )  # Folding may take letters apart.
+                # Folding may take letters apart.
+                text = normalize_unicode(self.unicode, text)
         return " ".join(text.split()) if self.spaces else text
 
     def compute_digest(self, text: str) -> bytes:
@@ -115,7 +114,7 @@ class ExactStage(CrossDocumentStage):
         num_ranges = count_ranges(members.num_selected, _MEMBER_BYTES, self.memory)
         hashes = [get_shard_path(scratch, "hashes", shard.name) for shard in shards]
         has_ranks = self.keep_by is not None
-        group = partial(write_copies, scratch, hashes, num_ranges, has_ranks)
+        group = partial(write_copies, scratch, hashes, num_ranges, has_ranks=has_ranks)
         run_jobs(group, range(num_ranges), "group")
 
         label_shard = partial(_label_shard, members, num_ranges)
@@ -145,14 +144,7 @@ def _hash_shard(
         get_shard_path(scratch, "seen", shard.name),
         {"seen": is_indexed.astype(np.uint8)},
     )
-    hashes, checks = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
-    order = np.argsort(hashes, kind="stable")
-    columns = {
-        "hash": hashes[order],
-        "check": checks[order],
-        "place": order.astype(np.uint32),
-        "rank": rank[order],
-    }
+    columns = sort_digests(digests, rank, np.arange(len(rank)))
     write_columns(path, columns)  # Last: it says that the shard is done.
 
 
@@ -166,15 +158,16 @@ def _label_shard(
     copies = read_copies(members.folder, num_ranges, index)
     member = offsets[index] + copies.place
     source = offsets[copies.source_file] + copies.source_place
+
+    # Of documents without copies: duplicates of none, alone, in no group.
     duplicate_of = np.full(len(rows), -1, np.int64)
     duplicate_of[copies.place] = np.where(source == member, -1, source)
     num_copies = np.ones(len(rows), np.int64)
     num_copies[copies.place] = copies.copies
     group = np.full(len(rows), -1, np.int64)
     group[copies.place] = members.get_document_numbers(source)
-    is_indexed = read_columns(get_shard_path(members.folder, "seen", shard.name))[
-        "seen"
-    ]
+    seen_path = get_shard_path(members.folder, "seen", shard.name)
+    is_indexed = read_columns(seen_path)["seen"]
     labels = {
         "duplicate": duplicate_of >= 0,
         "of": members.take("id", duplicate_of),

@@ -10,15 +10,20 @@ The search goes by jobs over shards and over ranges of hashes:
 4. Each range of pairs: the exact similarity of its candidates.
 
 A job whose files are there is not done again, so a killed run goes on where it stopped.
+
+A *member* is a document that takes part, by its number among all of these
+(:mod:`~maxlm.corpus.dedup.members`); a *place* is a member's number within its shard.
+Labels name documents by their ids, or by their numbers among all documents of the
+corpus, members or not.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import BinaryIO, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +36,7 @@ from maxlm.corpus.dedup.columns import (
     read_range,
     write_columns,
 )
-from maxlm.corpus.dedup.copies import read_copies, write_copies
+from maxlm.corpus.dedup.copies import read_copies, sort_digests, write_copies
 from maxlm.corpus.dedup.members import (
     SelectedDocuments,
     compute_keep_scores,
@@ -40,6 +45,7 @@ from maxlm.corpus.dedup.members import (
     write_members,
 )
 from maxlm.corpus.dedup.minhash import (
+    Banding,
     choose_banding,
     compute_band_keys,
     make_shingle_set,
@@ -53,15 +59,17 @@ from maxlm.corpus.dedup.pairs import (
     unpack_pairs,
     write_band_keys,
 )
-from maxlm.corpus.shards import StageShardView
+from maxlm.corpus.shards import SelectedRows, StageShardView
 from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdicts
 from maxlm.data.batching import batch_by_size
 from maxlm.runtime.files import convert_write_errors, replace_file
 
-_DIGEST_BYTES = 256  # A member's share of the memory of a job that sorts digests.
-_KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
-_PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
-PAIRS = pa.list_(pa.struct([("document", pa.int64()), ("jaccard", pa.float64())]))
+# Bytes that a job needs for each of what it sorts, its columns and their sorted copies
+# together: a member by its digest, a member by its key, a pair.
+_DIGEST_JOB_BYTES = 256
+_KEY_JOB_BYTES = 64
+_PAIR_JOB_BYTES = 64
+PAIRS_TYPE = pa.list_(pa.struct([("document", pa.int64()), ("jaccard", pa.float64())]))
 """The type of a label that holds documents, by their numbers in the corpus, and how
 alike they are."""
 
@@ -104,7 +112,7 @@ class NearStage(CrossDocumentStage):
         "jaccard": pa.float64(),  # with `of`
         "cluster": pa.int64(),  # null: like no other
         "cluster_size": pa.int64(),
-        "pairs": PAIRS,  # documents before this one in the corpus that are like it
+        "pairs": PAIRS_TYPE,  # documents before this one in the corpus that are like it
     }
     verdicts: ClassVar[Verdicts] = {
         "duplicate": False,
@@ -116,8 +124,9 @@ class NearStage(CrossDocumentStage):
     packages: ClassVar[tuple[str, ...]] = ("regex", "scipy")
     depends_on_unicode: ClassVar[bool] = True
 
-    def choose_banding(self) -> tuple[int, int]:
-        """Chooses the bands, and the rows of each, that the settings come to."""
+    @property
+    def banding(self) -> Banding:
+        """The bands, and the hash functions of each, that reach `recall`."""
         return choose_banding(self.jaccard, self.recall, self.hashes)
 
     def label(
@@ -125,7 +134,7 @@ class NearStage(CrossDocumentStage):
     ) -> None:
         """See `CrossDocumentStage.label`. This process holds 24 bytes for each pair
         found."""
-        run_jobs(partial(_sign_shard, self, scratch), shards, "signatures")
+        run_jobs(partial(_hash_shard, self, scratch), shards, "signatures")
         members = open_selected_documents(scratch, shards)
         copies, sources = self._find_copies(members, run_jobs)
         pairs = self._find_pairs(members, run_jobs)
@@ -140,37 +149,45 @@ class NearStage(CrossDocumentStage):
             return members.take("rank", numbers).to_numpy()
 
         marks = resolve_duplicates(pairs.low, pairs.high, pairs.jaccard, get_ranks)
+
+        # Each shard's labels are written by a job, which gets its part of the marks.
         pairs_by_shard = _list_pairs_by_shard(members, pairs)
-        parts = []
+        label_jobs = []
         for index, shard in enumerate(shards):
             first_member, stop_member = members.shard_offsets[index : index + 2]
-            shard_marks = marks.select(first_member, stop_member)
-            parts.append(_LabelJob(index, shard, shard_marks, pairs_by_shard[index]))
-        run_jobs(partial(_label_shard, members), parts, "label")
+            job = _LabelJob(
+                index=index,
+                shard=shard,
+                marks=marks.select(first_member, stop_member),
+                pairs=pairs_by_shard[index],
+            )
+            label_jobs.append(job)
+        run_jobs(partial(_label_shard, members), label_jobs, "label")
 
     def _find_pairs(
         self, members: SelectedDocuments, run_jobs: JobRunner
     ) -> "_VerifiedPairs":
         """Finds the pairs of members that are alike, but for those of copies."""
-        num_ranges = count_ranges(members.num_selected, _KEY_BYTES, self.memory)
-        # By the number of ranges, since a killed run may have had others.
+        # Names of files have the number of ranges: a killed run that had another, since
+        # `memory` was another, has left files that must not be taken for these.
+        num_ranges = count_ranges(members.num_selected, _KEY_JOB_BYTES, self.memory)
         folder = members.folder / f"keys-{num_ranges}"
-        num_bands, _ = self.choose_banding()
-        bands_and_ranges = list(product(range(1, num_bands + 1), range(num_ranges)))
+        # Bands are counted from 1, as in the names of the columns of keys.
+        bands = range(1, self.banding.num_bands + 1)
+        bands_and_ranges = list(product(bands, range(num_ranges)))
         write_candidates = partial(_write_candidates, self, members, folder, num_ranges)
         run_jobs(write_candidates, bands_and_ranges, "candidates")
 
         candidates = sorted(folder.glob("pairs-*.arrow"))
-        num_ranges = count_ranges(count_pairs(candidates), _PAIR_BYTES, self.memory)
+        num_ranges = count_ranges(count_pairs(candidates), _PAIR_JOB_BYTES, self.memory)
         starts = find_pair_range_starts(candidates, num_ranges)
         paths = [folder / f"checked-{num_ranges}-{i}.arrow" for i in range(num_ranges)]
         verify = partial(_verify, self.jaccard, members, candidates, starts)
         run_jobs(verify, list(enumerate(paths)), "verify")
 
         verified = [read_columns(path) for path in paths]
-        low, high = unpack_pairs(
-            np.concatenate([columns["pair"] for columns in verified])
-        )
+        packed_pairs = np.concatenate([columns["pair"] for columns in verified])
+        low, high = unpack_pairs(packed_pairs)
         jaccard = np.concatenate([columns["jaccard"] for columns in verified])
         return _VerifiedPairs(low, high, jaccard)
 
@@ -180,28 +197,33 @@ class NearStage(CrossDocumentStage):
         """Finds members whose sets of n-grams others have, and the best member with
         each: int64 [copies] both. Writes down which are such copies, for the search of
         candidates."""
-        num_ranges = count_ranges(members.num_selected, _DIGEST_BYTES, self.memory)
+        num_ranges = count_ranges(members.num_selected, _DIGEST_JOB_BYTES, self.memory)
         digests = [
             get_shard_path(members.folder, "digests", name) for name in members.shards
         ]
-        group = partial(write_copies, members.folder, digests, num_ranges, True)
+        group = partial(
+            write_copies, members.folder, digests, num_ranges, has_ranks=True
+        )
         run_jobs(group, range(num_ranges), "copies")
 
         offsets = np.array(members.shard_offsets)
+        # Empty ones first: a corpus may have no shards.
         copies = [np.empty(0, np.int64)]
         sources = [np.empty(0, np.int64)]
-        for shard, name in enumerate(members.shards):
-            shard_copies = read_copies(members.folder, num_ranges, shard)
-            member = offsets[shard] + shard_copies.place
+        for shard_index, shard_name in enumerate(members.shards):
+            shard_copies = read_copies(members.folder, num_ranges, shard_index)
+            member = offsets[shard_index] + shard_copies.place
             source = offsets[shard_copies.source_file] + shard_copies.source_place
+            # The best of equal sets is its own source, and goes on to the search.
             has_other_source = member != source
             copies.append(member[has_other_source])
             sources.append(source[has_other_source])
-            is_copy = np.zeros(offsets[shard + 1] - offsets[shard], np.uint8)
+
+            num_members = offsets[shard_index + 1] - offsets[shard_index]
+            is_copy = np.zeros(num_members, np.uint8)
             is_copy[shard_copies.place[has_other_source]] = 1
-            write_columns(
-                get_shard_path(members.folder, "marks", name), {"is_copy": is_copy}
-            )
+            copy_marks_path = _get_copy_marks_path(members.folder, shard_name)
+            write_columns(copy_marks_path, {"is_copy": is_copy})
         return np.concatenate(copies), np.concatenate(sources)
 
 
@@ -250,12 +272,10 @@ def _list_pairs_by_shard(
     documents = members.get_document_numbers(pairs.low[order])
     jaccard = pairs.jaccard[order]
     shard_pairs = []
-    for shard in range(len(members.shards)):
-        first_member, stop_member = members.shard_offsets[shard : shard + 2]
+    for first_member, stop_member in pairwise(members.shard_offsets):
         start, stop = np.searchsorted(high, [first_member, stop_member])
-        num_pairs = np.bincount(
-            high[start:stop] - first_member, minlength=stop_member - first_member
-        )
+        places = high[start:stop] - first_member
+        num_pairs = np.bincount(places, minlength=stop_member - first_member)
         shard_pairs.append(
             _ShardPairs(num_pairs, documents[start:stop], jaccard[start:stop])
         )
@@ -266,11 +286,12 @@ def _label_shard(members: SelectedDocuments, job: _LabelJob) -> None:
     """Writes the labels of a shard."""
     pairs = pa.StructArray.from_arrays(
         [pa.array(job.pairs.documents), pa.array(job.pairs.jaccard)],
-        fields=list(PAIRS.value_type),
+        fields=list(PAIRS_TYPE.value_type),
     )
     pair_offsets = np.concatenate([[0], np.cumsum(job.pairs.num_pairs)])
     rows = members.map_shard(job.index).column("row").to_numpy()
-    # Members without a mark are like no other.
+
+    # Members without a mark are like no other: -1 becomes null.
     duplicate_of = np.full(len(rows), -1, np.int64)
     cluster = np.full(len(rows), -1, np.int64)
     cluster_size = np.ones(len(rows), np.int64)
@@ -280,6 +301,7 @@ def _label_shard(members: SelectedDocuments, job: _LabelJob) -> None:
     cluster[places] = job.marks.cluster
     cluster_size[places] = job.marks.cluster_size
     jaccard[places] = job.marks.jaccard
+
     labels = {
         "duplicate": duplicate_of >= 0,
         "of": members.take("id", duplicate_of),
@@ -291,55 +313,85 @@ def _label_shard(members: SelectedDocuments, job: _LabelJob) -> None:
     write_labels(job.shard, NearStage, rows, labels)
 
 
-def _get_sets_path(scratch: Path, shard: str) -> Path:
-    """Returns the file with the sets of a shard's members, end to end; beside it is
-    where each begins (.arrow)."""
-    return scratch / "sets" / f"{shard}.hashes"
+def _get_sets_path(scratch: Path, shard_name: str) -> Path:
+    """Returns the file with the sets of a shard's members, end to end: uint64. Beside
+    it is where each begins, and where the last ends (.arrow)."""
+    return scratch / "sets" / f"{shard_name}.hashes"
 
 
-def _sign_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
+def _get_copy_marks_path(scratch: Path, shard_name: str) -> Path:
+    """Returns the file that says which of a shard's members are copies of others."""
+    return get_shard_path(scratch, "marks", shard_name)
+
+
+@dataclass(frozen=True)
+class _ShardHashes:
+    """What the search needs of a shard's members; all but the sets themselves, which
+    are written as they are made."""
+
+    groups: list[SelectedRows]
+    """The members without their texts."""
+    set_sizes: np.ndarray
+    """N-grams of each: int64 [members]; 0: it has no words."""
+    digests: bytearray
+    """Each set's SHA-256, the first 128 bits of it."""
+    band_keys: np.ndarray
+    """uint64 [bands, members]."""
+    ranks: np.ndarray
+    """float64 [members], the higher the better."""
+
+
+def _hash_shard(stage: NearStage, scratch: Path, shard: StageShardView) -> None:
     """Writes a shard's members, their sets of n-grams, the digests of these, and a key
     for each band of their signatures."""
     if get_shard_path(scratch, "members", shard.name).exists():  # It is written last.
         return
     sets_path = _get_sets_path(scratch, shard.name)
-    banding = stage.choose_banding()
-    num_bands, _ = banding
-    members = []
-    sizes = []
-    ranks = [np.empty(0)]
-    keys = [np.empty((num_bands, 0), np.uint64)]
-    digests = bytearray()
     with convert_write_errors(sets_path):
         sets_path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(sets_path) as new, new.open("wb") as stream:
-        for group in shard.read_selected_rows(("id", *stage.input_columns)):
-            texts = group.batch.column("text").to_pylist()
-            sets = [make_shingle_set(text, stage.ngram) for text in texts]
-            for shingles in sets:
-                stream.write(shingles.data)
-                sizes.append(len(shingles))
-                digests += hashlib.sha256(shingles.data).digest()[:16]
-            keys.append(compute_band_keys(sets, banding))
-            ranks.append(compute_keep_scores(group.batch, stage.keep_by))
-            members.append(replace(group, batch=group.batch.drop_columns(["text"])))
-    set_starts = np.cumsum([0, *sizes], dtype=np.int64)
+        hashes = _hash_members(stage, shard, stream)
+    set_starts = np.cumsum([0, *hashes.set_sizes], dtype=np.int64)
     write_columns(sets_path.with_suffix(".arrow"), {"start": set_starts})
-    all_keys = np.concatenate(keys, axis=1)
-    write_band_keys(scratch, shard.name, all_keys, np.array(sizes, bool))
 
-    # Members without words are copies of none.
-    hashes, checks = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
-    has_words = np.flatnonzero(sizes)
-    order = has_words[np.argsort(hashes[has_words], kind="stable")]
-    columns = {
-        "hash": hashes[order],
-        "check": checks[order],
-        "place": order.astype(np.uint32),
-        "rank": np.concatenate(ranks)[order],
-    }
-    write_columns(get_shard_path(scratch, "digests", shard.name), columns)
-    write_members(scratch, shard.name, members, stage.keep_by)
+    # Members without words are like none, and copies of none.
+    has_words = hashes.set_sizes > 0
+    write_band_keys(scratch, shard.name, hashes.band_keys, has_words)
+    digest_columns = sort_digests(
+        hashes.digests, hashes.ranks, np.flatnonzero(has_words)
+    )
+    write_columns(get_shard_path(scratch, "digests", shard.name), digest_columns)
+    write_members(scratch, shard.name, hashes.groups, stage.keep_by)
+
+
+def _hash_members(
+    stage: NearStage, shard: StageShardView, sets_stream: BinaryIO
+) -> _ShardHashes:
+    """Hashes a shard's members, a row group at a time, and writes their sets."""
+    banding = stage.banding
+    groups = []
+    set_sizes = []
+    digests = bytearray()
+    # Empty ones first: a shard may have no members.
+    band_keys = [np.empty((banding.num_bands, 0), np.uint64)]
+    ranks = [np.empty(0)]
+    for group in shard.read_selected_rows(("id", *stage.input_columns)):
+        texts = group.batch.column("text").to_pylist()
+        sets = [make_shingle_set(text, stage.ngram) for text in texts]
+        for shingles in sets:
+            sets_stream.write(shingles.data)
+            set_sizes.append(len(shingles))
+            digests += hashlib.sha256(shingles.data).digest()[:16]
+        band_keys.append(compute_band_keys(sets, banding))
+        ranks.append(compute_keep_scores(group.batch, stage.keep_by))
+        groups.append(replace(group, batch=group.batch.drop_columns(["text"])))
+    return _ShardHashes(
+        groups=groups,
+        set_sizes=np.array(set_sizes, np.int64),
+        digests=digests,
+        band_keys=np.concatenate(band_keys, axis=1),
+        ranks=np.concatenate(ranks),
+    )
 
 
 def _write_candidates(
@@ -355,16 +407,15 @@ def _write_candidates(
     done = folder / f"{band}-{range_index}.done"
     if done.exists():
         return
-    copy_marks = [
-        get_shard_path(members.folder, "marks", name) for name in members.shards
-    ]
+    copy_marks = [_get_copy_marks_path(members.folder, name) for name in members.shards]
     candidates = find_candidate_pairs(
         members, band, num_ranges, range_index, stage.max_group, copy_marks
     )
-    pairs_of_file = stage.memory // _PAIR_BYTES
-    for number, pieces in enumerate(batch_by_size(candidates, len, pairs_of_file)):
+    max_pairs = stage.memory // _PAIR_JOB_BYTES
+    for number, pieces in enumerate(batch_by_size(candidates, len, max_pairs)):
         path = folder / f"pairs-{band}-{range_index}-{number}.arrow"
         write_columns(path, {"pair": np.unique(np.concatenate(pieces))})
+    # The files of pairs may be any number, so another one says that all are there.
     write_columns(done, {})
 
 
@@ -381,30 +432,43 @@ def _verify(
     if path.exists():
         return
     columns, _ = read_range(candidate_files, ("pair",), range_starts, range_index)
+    # Several bands may have the same pair.
     candidates = np.unique(columns["pair"])
     low, high = unpack_pairs(candidates)
-    jaccard = np.empty(len(candidates))
+    jaccard = _compute_jaccard(members, low, high)
+    is_alike = jaccard >= min_jaccard
+    write_columns(path, {"pair": candidates[is_alike], "jaccard": jaccard[is_alike]})
+
+
+def _compute_jaccard(
+    members: SelectedDocuments, low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """Computes the Jaccard similarity of pairs of members, sorted by `low`, from their
+    sets of n-grams: float64 [pairs]."""
+    jaccard = np.empty(len(low))
     # By the shards of both members, so that two files of sets are open at a time.
     for low_shard, span in members.group_by_shard(low):
-        order = np.argsort(high[span], kind="stable") + span.start
-        for high_shard, high_span in members.group_by_shard(high[order]):
-            pairs = order[high_span]
+        # Pairs whose smaller member is in this shard, sorted by the larger one.
+        by_high = span.start + np.argsort(high[span], kind="stable")
+        for high_shard, high_span in members.group_by_shard(high[by_high]):
+            pairs = by_high[high_span]
             low_sets = _read_sets(members, low_shard, low[pairs])
             high_sets = _read_sets(members, high_shard, high[pairs])
             for pair, one, other in zip(pairs, low_sets, high_sets, strict=True):
                 num_shared = len(np.intersect1d(one, other, assume_unique=True))
                 num_all = len(one) + len(other) - num_shared
                 jaccard[pair] = num_shared / num_all
-    is_alike = jaccard >= min_jaccard
-    write_columns(path, {"pair": candidates[is_alike], "jaccard": jaccard[is_alike]})
+    return jaccard
 
 
 def _read_sets(
-    members: SelectedDocuments, shard: int, numbers: np.ndarray
+    members: SelectedDocuments, shard_index: int, numbers: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """Yields the sets of members of a shard, which have n-grams: no file is empty."""
-    path = _get_sets_path(members.folder, members.shards[shard])
+    """Yields the sets of some members of a shard, by their numbers. They have n-grams,
+    so that the mapped file is not empty."""
+    path = _get_sets_path(members.folder, members.shards[shard_index])
     hashes = np.memmap(path, np.uint64, "r")
     starts = read_columns(path.with_suffix(".arrow"))["start"]
-    for place in (numbers - members.shard_offsets[shard]).tolist():
+    places = numbers - members.shard_offsets[shard_index]
+    for place in places.tolist():
         yield hashes[starts[place] : starts[place + 1]]

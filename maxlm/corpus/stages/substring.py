@@ -68,8 +68,10 @@ from maxlm.corpus.stage import CrossDocumentStage, JobRunner, LabelTypes, Verdic
 from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_code_point_classes
 from maxlm.data.batching import batch_by_size
 
-_CHARACTER_BYTES = 64  # Of its block, in an index job.
-_WINDOW_BYTES = 80  # In a range job.
+# Bytes that a job needs: for each character of the block that it indexes, and for each
+# window of the range that it groups.
+_CHARACTER_BYTES = 64
+_WINDOW_BYTES = 80
 # Bases of the two hashes of a window: odd, and so invertible modulo 2^64.
 _BASE = 0x9FB21C651E98DF25
 _CHECK_BASE = 0xD6E8FEB86659FD93
@@ -290,8 +292,8 @@ def _label_block(
     words = find_words(text, text_offsets)
     copies = read_copies(folder, num_ranges, block)
 
-    # A source that comes later in the block is in a better document. One that overlaps
-    # its copy is none: see the rule above.
+    # What is cut. A source that comes later in the block is in a better document. One
+    # that overlaps its copy is none: see the rule above.
     is_elsewhere = copies.source_file != block
     is_later = copies.source_place > copies.place
     is_apart = copies.source_place + window_words <= copies.place
@@ -300,6 +302,7 @@ def _label_block(
     cuts, num_cut = _list_cuts(words, text_offsets, cut_starts, window_words)
     num_characters = np.diff(text_offsets)
 
+    # Runs of repeated windows, cut or not, from which verdicts are settled.
     run_starts, run_lengths = _find_runs(words, copies)
     run_words = copies.place[run_starts]
     run_documents = words.find_documents(run_words)
@@ -343,10 +346,12 @@ def _list_cuts(
         text_offsets: the first character of each document, and the number of all.
         window_starts: the word with which each window begins, rising.
     """
-    # A number is left out between documents, so that no two windows of different ones
-    # touch.
+    # Spaced numbers of words leave one out between documents, so that no two windows of
+    # different documents touch, and would be merged.
     spaced_starts = window_starts + words.find_documents(window_starts)
     span_starts, span_stops = merge_spans(spaced_starts, spaced_starts + window_words)
+
+    # Back to words, and to characters of each span's document.
     spaced_offsets = words.document_offsets + np.arange(len(words.document_offsets))
     document = np.searchsorted(spaced_offsets, span_starts, "right") - 1
     first_word = span_starts - document
@@ -450,6 +455,7 @@ def find_words(text: np.ndarray, offsets: np.ndarray) -> WordEdges:
     visible characters, in which each letter of a script without spaces is a word of its
     own, with its marks. `offsets`: each document's first character, and the number of
     all: int64 [documents + 1]."""
+    # All bool [characters], but for `base`.
     classes = get_code_point_classes()[text]
     is_space = classes & SPACE > 0
     is_alone = classes & ALONE > 0
@@ -459,8 +465,10 @@ def find_words(text: np.ndarray, offsets: np.ndarray) -> WordEdges:
     # none, if there is one.
     is_base = ~is_mark | opens_document
     base = np.maximum.accumulate(np.where(is_base, np.arange(len(text)), 0))
-    # Each says of the character before; that of the first one is of no account, since
-    # it opens a document.
+
+    # A word opens with a document, after white space, and with each letter that is a
+    # word of its own and behind it. Each of these two says of the character before;
+    # that of the first one is of no account, since it opens a document.
     follows_alone = np.roll(is_alone[base], 1)
     follows_space = np.roll(is_space, 1)
     opens_word = opens_document | follows_space
@@ -485,19 +493,25 @@ def hash_windows(
 
     The hash is a polynomial of the characters: the difference of two sums up to its
     ends, times a power that makes up for where it begins."""
-    words_of_document = np.diff(words.document_offsets)
-    stop_word = np.repeat(words.document_offsets[1:], words_of_document)
-    is_whole = np.arange(len(words.starts)) + window_words <= stop_word
-    first_words = np.flatnonzero(is_whole)
+    # Words with which a window begins that ends in the same document.
+    words_per_document = np.diff(words.document_offsets)
+    stop_word = np.repeat(words.document_offsets[1:], words_per_document)
+    window_stop = np.arange(len(words.starts)) + window_words
+    first_words = np.flatnonzero(window_stop <= stop_word)
+
     # All modulo 2^64: sum i is that of (code point + 1) * base^j over the characters j
     # before i.
-    terms = (text.astype(np.uint64) + np.uint64(1)) * _list_powers(base, len(text))
+    coefficients = text.astype(np.uint64) + np.uint64(1)
+    terms = coefficients * _list_powers(base, len(text))
     sums = np.zeros(len(text) + 1, np.uint64)
     np.cumsum(terms, out=sums[1:])
     inverse_powers = _list_powers(pow(base, -1, 2**64), len(text))
+
+    # A window's own sum is base^start times that which the same text has elsewhere.
     start = words.starts[first_words]
     stop = words.stops[first_words + window_words - 1]
-    return mix_bits((sums[stop] - sums[start]) * inverse_powers[start]), first_words
+    window_sums = sums[stop] - sums[start]
+    return mix_bits(window_sums * inverse_powers[start]), first_words
 
 
 def _list_powers(base: int, number: int) -> np.ndarray:
@@ -556,7 +570,7 @@ class SubstringStage(CrossDocumentStage):
         num_windows = sum(map_columns(path).num_rows for path in hashes)
         num_ranges = count_ranges(num_windows, _WINDOW_BYTES, self.memory)
         has_ranks = self.keep_by is not None
-        match = partial(write_copies, folder, hashes, num_ranges, has_ranks)
+        match = partial(write_copies, folder, hashes, num_ranges, has_ranks=has_ranks)
         run_jobs(match, range(num_ranges) if blocks else (), "match")
 
         cut = partial(

@@ -183,14 +183,16 @@ def _parse_line(source: FilesConfig, name: str, line: bytes, where: str) -> Reco
         # A JSONDecodeError has a message without the place in the line.
         reason = getattr(error, "msg", "nested too deeply")
         fix = "put one JSON object on each line"
-        return _broken(name, f"not valid JSON ({reason})", where, fix)
+        return _make_broken_record(name, f"not valid JSON ({reason})", where, fix)
     if not isinstance(row, dict):
         message = f"a JSON object was expected, not {type(row).__name__}"
-        return _broken(name, message, where, f'write {{"{source.text_field}": "..."}}')
-    return _from_row(source, name, row, where)
+        return _make_broken_record(
+            name, message, where, f'write {{"{source.text_field}": "..."}}'
+        )
+    return _make_record(source, name, row, where)
 
 
-def _from_row(
+def _make_record(
     source: FilesConfig, name: str, row: dict[str, Any], where: str
 ) -> Record:
     """Makes a record of named fields, in which bytes are meant to be UTF-8."""
@@ -206,13 +208,13 @@ def _from_row(
     if not isinstance(text, str | bytes):
         message = f'"{source.text_field}" holds {type(text).__name__}, not a string'
         fix = "set text_field to the key or column of the text"
-        return _broken(name, message, where, fix)
+        return _make_broken_record(name, message, where, fix)
     if isinstance(text, bytes):
         text = _decode(source, text, where)
     return Record(name, _encode(source, text, where), row)
 
 
-def _broken(name: str, message: str, where: str, fix: str) -> Record:
+def _make_broken_record(name: str, message: str, where: str, fix: str) -> Record:
     error = MaxlmError(message, where=where, fix=fix)
     return Record(name, skip_reason="broken", error=error)
 
@@ -257,7 +259,7 @@ def _read_parquet(
                 if is_too_large:
                     yield Record(name, skip_reason="too_large")
                 else:
-                    yield _from_row(source, name, fields, where)
+                    yield _make_record(source, name, fields, where)
 
 
 def _check_text_column(

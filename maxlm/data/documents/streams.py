@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.document import Compression, FileSlice, SourceFile
@@ -45,6 +45,12 @@ def import_pyarrow(path: Path) -> Any:
     return pyarrow
 
 
+def _buffer(unpacked: object) -> io.BufferedReader:
+    """Buffers a stream of decompressed bytes. It needs no more than ``readinto``, where
+    the type of ``BufferedReader`` says a whole raw stream."""
+    return io.BufferedReader(cast(io.RawIOBase, unpacked), _BUFFER_BYTES)
+
+
 @contextmanager
 def open_stream(path: Path, compression: Compression) -> Iterator[io.BufferedReader]:
     """Opens a buffered stream of the decompressed bytes of `path`. Raises MaxlmError:
@@ -56,13 +62,13 @@ def open_stream(path: Path, compression: Compression) -> Iterator[io.BufferedRea
                 case "none":
                     yield file
                 case "gz":
-                    unpacked: Any = gzip.GzipFile(fileobj=file)
-                    yield io.BufferedReader(unpacked, _BUFFER_BYTES)
+                    unpacked = gzip.GzipFile(fileobj=file)
+                    yield _buffer(unpacked)
                 case "zst":
                     # Not zstandard's own reader, which takes a file cut short for a
                     # finished one.
                     unpacked = import_pyarrow(path).CompressedInputStream(file, "zstd")
-                    yield io.BufferedReader(unpacked, _BUFFER_BYTES)
+                    yield _buffer(unpacked)
     except (OSError, EOFError, zlib.error) as error:
         # An error of the system has a number; what a decompressor finds has none.
         if isinstance(error, OSError) and error.errno is not None:

@@ -147,27 +147,29 @@ def _fill(
     lengths = pieces["length"].astype(np.int64)
     ends_document = pieces["ends_document"].copy()  # Contiguous, as the others.
     row_of_piece = np.repeat(rows, counts)
-    first_piece_of_row = np.cumsum(counts) - counts
-    tokens_before = np.cumsum(lengths) - lengths  # over all rows
-    column = tokens_before - np.repeat(tokens_before[first_piece_of_row], counts)
+    first_piece = np.repeat(np.cumsum(counts) - counts, counts)  # Of the same row.
+    segment_id = np.arange(row_of_piece.size) - first_piece + 1
+    tokens_before = np.cumsum(lengths) - lengths  # Over all rows.
+    column = tokens_before - tokens_before[first_piece]
+    # Where the piece starts in an array of all rows end to end.
     seq_len = batch["tokens"].shape[1]
     flat_start = row_of_piece * seq_len + column
-    first_of_same_row = np.repeat(first_piece_of_row, counts)
-    segment_id = np.arange(row_of_piece.size) - first_of_same_row + 1
 
     tokens, read_start = _read(store, row_of_piece, starts, lengths, ends_document)
 
-    # One element a token.
+    # One element a token: its position in its piece, where it was read, and where it
+    # goes among all rows end to end.
     position = np.arange(lengths.sum()) - np.repeat(tokens_before, lengths)
     source = np.repeat(read_start, lengths) + position
-    target = np.repeat(flat_start, lengths) + position
+    place = np.repeat(flat_start, lengths) + position
 
-    flat = {name: array.reshape(-1) for name, array in batch.items()}
-    flat["tokens"][target] = tokens[source]
-    flat["targets"][target] = tokens[source + 1]
-    flat["weights"][target] = 1
-    flat["segment_ids"][target] = np.repeat(segment_id, lengths)
-    flat["positions"][target] = position
+    flat = {name: array.reshape(-1) for name, array in batch.items()}  # Views.
+    flat["tokens"][place] = tokens[source]
+    flat["targets"][place] = tokens[source + 1]
+    flat["weights"][place] = 1
+    flat["segment_ids"][place] = np.repeat(segment_id, lengths)
+    flat["positions"][place] = position
+    # Nothing follows on the last token of a document.
     last_of_document = (flat_start + lengths - 1)[ends_document]
     flat["targets"][last_of_document] = 0
     flat["weights"][last_of_document] = 0
@@ -198,8 +200,10 @@ def _read(
     # One more place than tokens: a document's last token looks past its end before it
     # is masked.
     tokens = np.concatenate([*ranges, [0]], dtype=np.int32, casting="same_kind")
+    # From a place in the store to the place in `tokens`, for each range.
     range_lengths = range_stops - range_starts
-    shift = np.cumsum(range_lengths) - range_lengths - range_starts
+    places_in_tokens = np.cumsum(range_lengths) - range_lengths
+    shift = places_in_tokens - range_starts
     pieces_in_range = last_piece - first_piece + 1
     return tokens, starts + np.repeat(shift, pieces_in_range)
 

@@ -101,25 +101,26 @@ class MixtureOrder:
         for (start, phase_weights), stop in zip(phases, phase_stops, strict=True):
             # A phase is one segment, or more if a store gives its last on the way.
             while start < stop:
-                # Of the stores that are not read out; 0 for the others.
-                weights: dict[str, float] = {}
+                # Sequences that stores still have, those read in this phase alone.
                 remaining: dict[int, int] = {}
+                # Weights of these; 0 for a store that is read out or not read.
+                weights = dict.fromkeys(names, 0.0)
                 for number, name in enumerate(names):
-                    is_open = counts_before[number] < limits[number]
-                    weights[name] = phase_weights[name] * is_open
-                    if weights[name]:
-                        remaining[number] = limits[number] - counts_before[number]
+                    num_remaining = limits[number] - counts_before[number]
+                    if num_remaining > 0 and phase_weights[name]:
+                        remaining[number] = num_remaining
+                        weights[name] = phase_weights[name]
                 if not remaining:
                     return cls(names, tuple(segments), end=start, key=key)
+
                 tree = _make_tree(weights)
-                segments.append(
-                    MixtureSegment(
-                        start=start,
-                        tree=tree,
-                        weights=tuple(weights.values()),
-                        sequences_before=tuple(counts_before),
-                    )
+                segment = MixtureSegment(
+                    start=start,
+                    tree=tree,
+                    weights=tuple(weights.values()),
+                    sequences_before=tuple(counts_before),
                 )
+                segments.append(segment)
                 length = _count_until_one_is_out(tree, remaining, stop - start)
                 for number, count in _count_by_store(tree, length).items():
                     counts_before[number] += count
@@ -187,8 +188,10 @@ class MixtureOrder:
         # A block cut by the segment's end is shuffled within what is left of it.
         is_cut = (blocks + 1) * BLOCK > length
         if is_cut.any():
-            in_block[is_cut] = permute(in_block[is_cut], length % BLOCK, keys[is_cut])
-        in_block[~is_cut] = permute(in_block[~is_cut], BLOCK, keys[~is_cut])
+            cut_size = length % BLOCK
+            in_block[is_cut] = permute(in_block[is_cut], cut_size, keys[is_cut])
+        is_whole = ~is_cut
+        in_block[is_whole] = permute(in_block[is_whole], BLOCK, keys[is_whole])
         return blocks * BLOCK + in_block
 
 
@@ -219,10 +222,11 @@ def _check_weights(steps: Mapping[int, Weights]) -> None:
 
 
 def _make_tree(weights: Weights) -> _Split | int:
-    """The tree of the stores with weights above 0; leaves are places in `weights`."""
-    # Huffman's order: small stores share a node, so each share keeps its precision.
-    # Ties go by name and not by place: the mixture must not depend on the order of a
-    # mapping.
+    """The tree of the stores with weights above 0; leaves are store numbers, places in
+    `weights`."""
+    # Huffman's order, the two lightest nodes first: small stores share a node, so each
+    # share keeps its precision. Ties go by name and not by place: the mixture must not
+    # depend on the order of a mapping.
     heap: list[tuple[float, str, _Split | int]] = [
         (weight, name, number)
         for number, (name, weight) in enumerate(weights.items())
@@ -233,6 +237,7 @@ def _make_tree(weights: Weights) -> _Split | int:
         left_weight, left_name, left = heapq.heappop(heap)
         right_weight, right_name, right = heapq.heappop(heap)
         weight = left_weight + right_weight
+        # At least 1: a store whose share is rounded to nothing would never be read.
         share = max(1, round(left_weight / weight * 2**_SHARE_BITS))
         node = _Split(share, left, right)
         heapq.heappush(heap, (weight, min(left_name, right_name), node))
@@ -250,7 +255,9 @@ def _count_until_one_is_out(
         counts = _count_by_store(tree, total)
         return any(count >= remaining[store] for store, count in counts.items())
 
-    return min(length, 1 + bisect_left(range(1, length), True, key=is_one_out))
+    # Counts grow with the total: the first total in 1, 2, ... is found by bisection.
+    first_total = 1 + bisect_left(range(1, length), True, key=is_one_out)
+    return min(length, first_total)
 
 
 def _count_by_store(node: _Split | int, total: int) -> dict[int, int]:
@@ -271,6 +278,7 @@ def _descend(
         stores[places] = node
         streams[places] = indices
         return
+    # Of the sequences before each index; it goes left if it is one more that does.
     num_left = _count_left(indices, node.share)
     goes_left = _count_left(indices + 1, node.share) > num_left
     goes_right = ~goes_left
@@ -283,8 +291,9 @@ Count = TypeVar("Count", int, Int64s)
 
 
 def _count_left(total: Count, share: int) -> Count:
-    """floor(total * share / 2^31 + 1/2), split so that nothing overflows for total <
-    2^62."""
+    """Counts those of the first `total` sequences at a node that go left: floor(total *
+    share / 2^31 + 1/2), for total < 2^62."""
+    # In two parts, high * 2^31 + low: the whole product would overflow 64 bits.
     high = total >> _SHARE_BITS
     low = total & ((1 << _SHARE_BITS) - 1)
     half = 1 << (_SHARE_BITS - 1)
@@ -327,16 +336,20 @@ class Mixing:
         """Makes the mixture of stores of these sizes, numbered in the order of
         `tokens`."""
         check_phases(self.phases, tuple(self.weights))
-        # Without a temperature every size counts alike: the exponent is 0.
+
+        # A source's weight counts by its size to the power of 1 / temperature. Without a temperature every size counts alike: the exponent is 0.
         exponent = 1 / (self.temperature or math.inf)
         largest = max([*tokens.values(), 1])
         sizes = {name: (count / largest) ** exponent for name, count in tokens.items()}
-        # A phase that begins at step 0 without a ramp takes the place of the sources'
-        # own weights.
+
+        # The weights as they are set, by the step that they begin at. A phase that
+        # begins at step 0 without a ramp takes the place of the sources' own weights.
         weights_by_step = {0: self.weights}
         for phase in self.phases:
             weights_by_step[phase.from_step] = {**self.weights, **phase.weights}
         _check_weights(weights_by_step)
+
+        # The same scaled by sizes, and with the stairs of ramps.
         before = {name: self.weights[name] * size for name, size in sizes.items()}
         scaled_by_step: dict[int, Weights] = {0: before}
         for phase in self.phases:
@@ -346,6 +359,7 @@ class Mixing:
             before = after
         # Again: a low temperature may leave nothing of a small store's weight.
         _check_weights(scaled_by_step)
+
         phases = [
             (step * batch_size, weights) for step, weights in scaled_by_step.items()
         ]

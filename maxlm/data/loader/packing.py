@@ -99,12 +99,14 @@ class ConcatPacking:
         sequence_ends = np.minimum(
             sequence_starts + self.seq_len, self.store.num_tokens
         )
-        # offsets[first:last] are the document starts strictly inside each sequence. As
-        # many are below an end as are at most one less: one search for both.
+        # offsets[first:last] are the document starts strictly inside each sequence:
+        # those above its start and below its end. What is below an end is at most one
+        # less than it, so one search serves both.
         bounds = np.concatenate([sequence_starts, sequence_ends - 1])
         first, last = np.split(offsets.searchsorted(bounds, side="right"), 2)
         counts = last - first + 1
         ends_with_document = offsets[last] == sequence_ends
+
         # One element a piece: the first of a sequence starts with it, the others with a
         # document.
         sequence = np.repeat(np.arange(sequences.size), counts)
@@ -114,6 +116,7 @@ class ConcatPacking:
         is_last = index_in_sequence == counts[sequence] - 1
         starts = np.where(is_first, sequence_starts[sequence], offsets[document])
         next_starts = np.append(starts[1:], 0)
+        # Within a sequence each piece ends where the next one starts.
         stops = np.where(is_last, sequence_ends[sequence], next_starts)
         ends_document = ~is_last | ends_with_document[sequence]
         return counts, _make_pieces(starts, stops - starts, ends_document)
@@ -293,7 +296,7 @@ def build_index(offsets: Int64s | Offsets, seq_len: int, block: int) -> PackingI
     blocks = list(_pack_blocks(offsets, seq_len, block))
     pieces = np.concatenate([block_pieces for block_pieces, _ in blocks])
     counts = np.concatenate([block_counts for _, block_counts in blocks])
-    return PackingIndex(pieces, np.cumsum([0, *counts]))
+    return PackingIndex(pieces, sequence_offsets=np.cumsum([0, *counts]))
 
 
 def _pack_blocks(
@@ -332,23 +335,27 @@ def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
     num_bins = int(is_full.sum())
     bins[is_full] = np.arange(num_bins)
     items = np.flatnonzero(~is_full)
-    items = items[np.argsort(-lengths[items], kind="stable")]
+    longest_first = np.argsort(-lengths[items], kind="stable")
+    items = items[longest_first]
     waiting_bins: dict[int, list[int]] = {}
     rooms_bits = 0
     chosen_bins = []
     for length in lengths[items].tolist():
-        if fitting := rooms_bits >> length:
-            lowest_bit = (fitting & -fitting).bit_length() - 1
-            room = length + lowest_bit
-            stack = waiting_bins[room]
+        fitting_rooms_bits = rooms_bits >> length
+        if fitting_rooms_bits:
+            # x & -x keeps the lowest set bit of x.
+            lowest_bit = fitting_rooms_bits & -fitting_rooms_bits
+            bin_room = length + lowest_bit.bit_length() - 1
+            stack = waiting_bins[bin_room]
             chosen = stack.pop()
             if not stack:
-                rooms_bits ^= 1 << room
-            room -= length
+                rooms_bits ^= 1 << bin_room
         else:
+            # Into a new bin.
             chosen = num_bins
-            room = capacity - length
             num_bins += 1
+            bin_room = capacity
+        room = bin_room - length
         chosen_bins.append(chosen)
         if room:
             stack = waiting_bins.setdefault(room, [])

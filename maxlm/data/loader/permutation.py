@@ -13,11 +13,12 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# By chi-square, 8 rounds are fair above 64 values; a few bits mix slowly. An even
-# number of rounds restores the half widths.
+# By chi-square, 8 rounds are fair above 64 values (6 bits); fewer bits mix slowly. The
+# number is even, so that halves of unlike widths have their own again at the end.
 _ROUNDS = 8
 _SMALL_BITS = 6
 _SMALL_ROUNDS = 24
+# Of splitmix64: what its state grows by, and the factors of its finaliser.
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -34,7 +35,10 @@ def derive_key(*parts: int | str) -> int:
 
 def derive_keys(key: int, indices: ArrayLike) -> UInt64s:
     """Derives one 64-bit key [n] for each index [n] (an epoch, a block) under `key`."""
-    return _mix(np.uint64(key) + (_as_uint64(indices) + np.uint64(1)) * _GAMMA)
+    # The numbers that splitmix64 draws from the state `key`, by their index.
+    num_draws = _as_uint64(indices) + np.uint64(1)
+    states = np.uint64(key) + num_draws * _GAMMA
+    return _mix(states)
 
 
 def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64]:
@@ -55,24 +59,31 @@ def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64
 
 
 def _feistel(x: UInt64s, bits: int, keys: UInt64s) -> UInt64s:
-    """A permutation of the numbers of so many bits, chosen by a key for each."""
+    """Maps each x [m] by the permutation of numbers of so many bits that its key [m]
+    chooses."""
     right_bits = bits // 2
     left_bits = bits - right_bits
     left = x >> np.uint64(right_bits)
     right = x & _mask(right_bits)
     rounds = _SMALL_ROUNDS if bits <= _SMALL_BITS else _ROUNDS
     for round_number in range(1, rounds + 1):
-        round_keys = _mix(keys + _GAMMA * np.array([round_number], np.uint64))
-        mixed = left ^ (_mix(right ^ round_keys) & _mask(left_bits))
-        left, right = right, mixed
+        # Arrays, not scalars: see `_as_uint64`.
+        round_offset = _GAMMA * np.array([round_number], np.uint64)
+        round_keys = _mix(keys + round_offset)
+        # One half is changed by a function of the other, which stays: so the round can
+        # be undone, whatever the function is. Then the halves change places.
+        change = _mix(right ^ round_keys) & _mask(left_bits)
+        left, right = right, left ^ change
         left_bits, right_bits = right_bits, left_bits
     return (left << np.uint64(right_bits)) | right
 
 
 def _mix(x: UInt64s) -> UInt64s:
-    """The finaliser of splitmix64."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    """Spreads every bit over all: the finaliser of splitmix64."""
+    x = x ^ (x >> np.uint64(30))
+    x = x * _MIX_1
+    x = x ^ (x >> np.uint64(27))
+    x = x * _MIX_2
     return x ^ (x >> np.uint64(31))
 
 

@@ -201,26 +201,17 @@ def _write_segment(
     sources = _count_by_source(plan.manifest, parts)
     if not any(source.num_documents for source in sources):
         shutil.rmtree(building)
-        raise _no_documents(plan)
+        raise _make_no_documents_error(plan)
     store = building / "store"
-    folder = building / plan.parts_name
-    dtype = plan.manifest.dtype
+    parts_folder = building / plan.parts_name
     with convert_write_errors(building):
         shutil.rmtree(store, ignore_errors=True)
         store.mkdir()
-    # A shard is one file and is written by one worker in one go, so the result does not
-    # depend on the number of workers.
-    part_starts = np.cumsum([0, *(part.num_tokens for part in parts)])
-    num_tokens = int(part_starts[-1])
-    create_array(store, "tokens", num_tokens, dtype)
-    write = partial(_write_shard, store, folder, dtype, part_starts)
-    num_written = 0
-    digest_by_start = {}
-    for start, digest in pool.map_unordered(write, range(0, num_tokens, SHARD_TOKENS)):
-        digest_by_start[start] = digest
-        num_written += min(SHARD_TOKENS, num_tokens - start)
-        progress("writing tokens", num_written, num_tokens)
-    paths = (part_path(folder, part.index, "lengths") for part in parts)
+
+    shard_digests = _write_token_array(
+        store, parts_folder, plan.manifest.dtype, parts, pool, progress
+    )
+    paths = (part_path(parts_folder, part.index, "lengths") for part in parts)
     lengths = np.concatenate([np.fromfile(path, np.int64) for path in paths])
     # Offsets count from the beginning of the store, not of the segment.
     offsets = np.cumsum(np.append(tokens_before or 0, lengths))
@@ -229,11 +220,12 @@ def _write_segment(
         write_array(array, start, offsets[start : start + SHARD_TOKENS], store)
     if tokens_before is None:
         plan.tokenizer.save(store / "tokenizer")
+    # Last: of all files that are there.
     with convert_write_errors(building):
         checksums_sha256 = write_checksums(store)
-    shard_digests = [digest_by_start[start] for start in sorted(digest_by_start)]
+
     segment = StoreSegment(
-        num_tokens=num_tokens,
+        num_tokens=sum(part.num_tokens for part in parts),
         num_documents=lengths.size,
         num_sources=len(sources),
         selection=plan.manifest.selection,
@@ -242,6 +234,34 @@ def _write_segment(
         checksums_sha256=checksums_sha256,
     )
     return plan.manifest.with_segments((segment,), sources)
+
+
+def _write_token_array(
+    store: Path,
+    parts_folder: Path,
+    dtype: str,
+    parts: Sequence[FinishedPart],
+    pool: WorkerPool,
+    progress: Progress,
+) -> list[str]:
+    """Writes the tokens of all parts as one array of a store; returns the hashes of its
+    shards.
+
+    A shard is one file and is written by one worker in one go, so the result does not
+    depend on the number of workers.
+    """
+    part_starts = np.cumsum([0, *(part.num_tokens for part in parts)])
+    num_tokens = int(part_starts[-1])
+    create_array(store, "tokens", num_tokens, dtype)
+    write = partial(_write_shard, store, parts_folder, dtype, part_starts)
+    shard_starts = range(0, num_tokens, SHARD_TOKENS)
+    num_written = 0
+    digest_by_start: dict[int, str] = {}
+    for start, digest in pool.map_unordered(write, shard_starts):
+        digest_by_start[start] = digest
+        num_written += min(SHARD_TOKENS, num_tokens - start)
+        progress("writing tokens", num_written, num_tokens)
+    return [digest_by_start[start] for start in shard_starts]
 
 
 def _make_parts(
@@ -288,7 +308,7 @@ def _count_by_source(
     )
 
 
-def _no_documents(plan: BuildPlan) -> MaxlmError:
+def _make_no_documents_error(plan: BuildPlan) -> MaxlmError:
     where = ", ".join(plan.source.documents)
     manifest = plan.manifest
     if manifest.split == "all":

@@ -177,7 +177,7 @@ def encode_chat_turns(
         tokenizer, messages, settings
     )
 
-    def render(num_messages: int, **extra_variables: Any) -> str:
+    def render(num_messages: int, **extra_variables: TemplateVariable) -> str:
         first_messages = variables["messages"][:num_messages]
         all_variables = variables | {"messages": first_messages} | extra_variables
         rendered = _render(tokenizer, all_variables)
@@ -415,7 +415,9 @@ def _disarm(
             return string
         return string[:stop] + mark + string[stop:]
 
-    return _map_strings(variables, disarm), mark, start, end
+    disarmed = _map_strings(variables, disarm)
+    assert isinstance(disarmed, dict)
+    return disarmed, mark, start, end
 
 
 def _find_unused_chars(text: str, count: int) -> list[str]:
@@ -479,7 +481,7 @@ def _to_json(value: object) -> str:
         raise MaxlmError(message, where="messages", fix=fix) from error
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+def _map_strings(value: object, change: Callable[[str], str]) -> object:
     """Plain data with other strings, keys of mappings too."""
     if isinstance(value, str):
         return change(value)

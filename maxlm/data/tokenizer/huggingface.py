@@ -104,11 +104,14 @@ class HuggingFaceCodec(Codec):
             **known_spec,
         }
         self.has_post_processor = spec.get("post_processor") is not None
+
+        # The tokens by id. Ids between them that are no tokens have the empty one.
         vocab = self._library.get_vocab(with_added_tokens=False)
         added = self._library.get_added_tokens_decoder()
         size = max(self.get_vocab().values(), default=-1) + 1
-        # Ids between them that are no tokens have the empty one.
         tokens = [self._library.id_to_token(i) or "" for i in range(size)]
+
+        # Their bytes. The decoder is asked for each token alone.
         self._decoder = TokenDecoder(self._library.decoder, spec["decoder"])
         # Each with whether the model itself does not know it.
         self._tokens = [
@@ -116,6 +119,8 @@ class HuggingFaceCodec(Codec):
             for i, token in enumerate(tokens)
         ]
         self.token_bytes = [self._bytes_of(i, first=False) for i in range(size)]
+
+        # What of a text comes back, and by which steps it becomes ids.
         byte_ids = _find_byte_ids(spec, vocab)
         self.lossless = byte_ids is not None and _keeps_text(spec)
         self.steps = _read_steps(spec, byte_ids is not None, tokens)

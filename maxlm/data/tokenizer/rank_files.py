@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.huggingface import build_byte_alphabet
+from maxlm.runtime.json_types import JsonObject
 
 END_OF_TEXT = "<|endoftext|>"
 _LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
@@ -107,11 +108,34 @@ def convert_rank_file(
         if number is not None or literal not in id_by_literal:
             id_by_literal[literal] = number
     special = _number_special_tokens(id_by_literal, vocab, error_location)
+    merges = [
+        [spelled[first], spelled[second]] for first, second in _list_merges(ranks)
+    ]
+    spec = _make_tokenizer_spec(expression, vocab, merges, special)
+    return json.dumps(spec, ensure_ascii=False).encode(), special
+
+
+def _list_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Lists the pairs that merges make tokens of, by rank. A rank file has the tokens
+    alone: each is made of the two parts that merges of lower ranks leave of it. A
+    single byte has no merge, nor has a token of which more parts are left."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = _split_by_ranks(token, ranks, rank)
         if len(parts) == 2:
-            merges.append([spelled[part] for part in parts])
+            first, second = parts
+            merges.append((first, second))
+    return merges
+
+
+def _make_tokenizer_spec(
+    expression: str,
+    vocab: Mapping[str, int],
+    merges: list[list[str]],
+    special: Mapping[str, int],
+) -> JsonObject:
+    """Makes the content of a tokenizer.json: byte-level BPE of what a regular
+    expression splits a text into."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {
         "type": "Split",
@@ -131,7 +155,7 @@ def convert_rank_file(
         }
         for literal, token_id in sorted(special.items(), key=lambda item: item[1])
     ]
-    spec = {
+    return {
         "version": "1.0",
         "added_tokens": added_tokens,
         "normalizer": None,
@@ -144,12 +168,11 @@ def convert_rank_file(
         "model": {
             "type": "BPE",
             # Special tokens too: the library keeps ids with a gap before them only so.
-            "vocab": vocab | special,
+            "vocab": {**vocab, **special},
             "merges": merges,
             "ignore_merges": True,
         },
     }
-    return json.dumps(spec, ensure_ascii=False).encode(), special
 
 
 def _resolve_pattern(pattern: str | None, error_location: str) -> str:

@@ -99,6 +99,7 @@ def _learn_pieces(counts: Counter[str], num_pieces: int) -> list[str]:
     place_by_char = {char: place for place, char in enumerate(alphabet)}
 
     def spell_words() -> Iterator[str]:
+        """Yields each word, in letters of both alphabets, as often as it occurs."""
         for word, count in counts.items():
             if not all(char in place_by_char for char in word):
                 continue
@@ -110,6 +111,7 @@ def _learn_pieces(counts: Counter[str], num_pieces: int) -> list[str]:
                 yield f"{spelled} " * min(_REPEATED_WORDS, count - num_spelled)
 
     def read_piece(spelled: str) -> str:
+        """Returns the piece that letters of both alphabets stand for."""
         is_within = ord(spelled[0]) < _START_LETTERS
         # Both alphabets begin at a multiple of 0x10000.
         chars = "".join(alphabet[ord(letter) & 0xFFFF] for letter in spelled)

@@ -1,7 +1,9 @@
-"""Attention over a cache on a mesh, and pages of keys and values in the compute dtype.
+"""Attention over a cache on a mesh: the base class of all caches that attention reads,
+pages of keys and values in the compute dtype, and the keys of an encoder's output.
 
 Shapes: D shards of the batch, S tokens of a step, N query heads, K kv heads, H head
-dim, Hv value dim, P pages, R rows.
+dim, Hv value dim, P pages, R rows, T tokens of an encoder's input, b + F sequences of a
+step (rows that decode, and chunks of prompts), M pages of a page table.
 """
 
 from dataclasses import dataclass, replace
@@ -21,11 +23,14 @@ from pallas_kernels.paged_attention import paged_attention, write_pages
 
 
 class AttentionCache:
-    """Keys and values of sequences' earlier tokens, in arrays [D, ...]."""
+    """Keys and values of sequences' earlier tokens, in arrays [D, ...]. Subclasses say
+    how one shard stores them and attends to them."""
 
     key: jax.Array
     copies_heads: ClassVar[bool] = False
-    """Whether it is split as query heads are, with copies of fewer kv heads."""
+    """Whether the cache may be split over the devices of the query heads where kv heads
+    are too few for them: it then stores a copy of a kv head on each device whose
+    queries read it. False: every device stores all kv heads."""
 
     def attend_shard(
         self,
@@ -39,7 +44,8 @@ class AttentionCache:
         value_dim: int | None,
     ) -> tuple[jax.Array, Self]:
         """Does what :meth:`attend` does for one shard; no array has the axis D. The
-        scale of ``terms`` is set, and their arrays are those of this shard's heads."""
+        scale of ``terms`` is set, and its arrays (slopes, biases, sinks) have an entry
+        for each of this shard's query heads."""
         raise NotImplementedError
 
     def attend(
@@ -58,8 +64,9 @@ class AttentionCache:
 
         Args:
             q: [D, S, N, H].
-            key, value: [D, S, K, H] and [D, S, K, Hv]; no value: it is part of the key;
-                no key: the cache stays as it is.
+            key, value: [D, S, K, H] and [D, S, K, Hv]. No value: it is the beginning of
+                the key, as in latent attention (MLA). No key: there is nothing to
+                store, as in attention to an encoder's output.
             value_dim: Hv, where there is no value.
 
         Returns:
@@ -67,18 +74,25 @@ class AttentionCache:
         """
         out_spec = rules.spec("batch", None, "heads")
         if rules.heads and not rules.kv_heads:
-            # Devices have all keys, not only those of their queries.
+            # Query heads are split over devices, and each device has the new keys of
+            # all kv heads, not only of those that its queries read.
+            stored_or_new_key = self.key if key is None else key
+            num_kv_heads = stored_or_new_key.shape[-2]
             if self.copies_heads and key is not None and value is not None:
                 key = copy_kv_heads(key, rules)
                 value = copy_kv_heads(value, rules)
                 rules = rules.model_copy(update={"kv_heads": rules.heads})
-            elif (self.key if key is None else key).shape[-2] > 1:
-                # Each device attends for all heads.
+            elif num_kv_heads > 1:
+                # Each device attends for all query heads.
                 rules = rules.model_copy(update={"heads": ()})
+            # A single kv head is read by all query heads: they may stay split.
         terms = replace(terms, scale=terms.scale or q.shape[-1] ** -0.5)
 
-        def attend_local(head_terms, *sharded):
-            q, key, value, cache, batch = jax.tree.map(lambda x: x[0], sharded)
+        def attend_local(
+            head_terms: HeadTerms, *arrays: object
+        ) -> tuple[jax.Array, Self]:
+            # A device sees its shard of the arrays with a leading axis of size 1.
+            q, key, value, cache, batch = jax.tree.map(lambda x: x[0], arrays)
             y_and_cache = cache.attend_shard(
                 q,
                 key,
@@ -94,13 +108,16 @@ class AttentionCache:
         kv_spec = rules.spec("batch", None, "kv_heads")
         head_spec = rules.spec("heads")
         cache_specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
+
+        def split_by_head(term: jax.Array | None) -> jax.Array | None:
+            if term is None:
+                return None
+            return reshard(jnp.asarray(term, jnp.float32), head_spec)
+
         head_terms = HeadTerms(
-            *(
-                None
-                if term is None
-                else reshard(jnp.asarray(term, jnp.float32), head_spec)
-                for term in terms.by_head
-            )
+            slopes=split_by_head(terms.slopes),
+            biases=split_by_head(terms.biases),
+            sinks=split_by_head(terms.sinks),
         )
         in_specs = (
             head_spec,
@@ -139,17 +156,18 @@ class PagedCache(AttentionCache):
     ) -> tuple[jax.Array, Self]:
         """See :class:`AttentionCache`."""
         assert key is not None
+        # slots [S], page_tables [b + F, M].
         slots, page_tables = batch.pages(terms.window)
         # Pages have room for more features than a head has where a kernel reads whole
         # lanes (`CacheLayout.feature_multiple`).
-        q = pad_features(q, self.key.shape[-1])
-        key = pad_features(key, self.key.shape[-1])
-        keys = write_pages(self.key, key, slots)
+        page_features = self.key.shape[-1]
+        q = pad_features(q, page_features)
+        keys = write_pages(self.key, pad_features(key, page_features), slots)
         values = self.value
-        num_values = value_dim
+        output_dim = value_dim
         if value is not None:
             assert values is not None
-            num_values = value.shape[-1]
+            output_dim = value.shape[-1]
             values = write_pages(values, pad_features(value, values.shape[-1]), slots)
         y, _ = paged_attention(
             q,
@@ -168,14 +186,14 @@ class PagedCache(AttentionCache):
             biases=terms.biases,
             sinks=terms.sinks,
         )
-        return y[..., :num_values], replace(self, key=keys, value=values)
+        return y[..., :output_dim], replace(self, key=keys, value=values)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CrossCache(AttentionCache):
     """Keys and values [D, R, T, K, H] of the encoder's output that each row's tokens
-    look up; new tokens have none."""
+    attend to (cross-attention); new tokens add none."""
 
     key: jax.Array
     value: jax.Array
@@ -209,6 +227,7 @@ class CrossCache(AttentionCache):
                 soft_cap=terms.soft_cap,
                 sinks=terms.sinks,
             )
+            # The encoder's keys stay as they are: there are no new ones to store.
             return None, y
 
         _, y = run_rows(attend_rows, self, q, batch)
