@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import prod
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from typing import Literal, ParamSpec, TypeVar, get_args
 
 import jax
 from jax.sharding import AxisType, Mesh, auto_axes
@@ -113,7 +113,7 @@ def count_min_devices(config: MeshConfig) -> int:
     return prod(max(getattr(config, axis), 1) for axis in MESH_AXES)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns an explicit mesh over ``devices`` (default: all), laid out along the
     hardware's links; see ``maxlm.sharding.links``."""
     devices = jax.devices() if devices is None else devices
@@ -122,7 +122,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(arrange_devices(sizes, devices), tuple(sizes), axis_types)
 
 
-def jit_sharded(function: Callable[P, T], shardings: Any) -> Callable[P, T]:
+def jit_sharded(function: Callable[P, T], shardings: object) -> Callable[P, T]:
     """Jits ``function`` so that every output is computed in shards, never whole on a
     device.
 

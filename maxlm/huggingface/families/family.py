@@ -23,6 +23,7 @@ from maxlm.huggingface.families.rope import (
     read_position_settings,
     write_position_settings,
 )
+from maxlm.models.architectures.config import TransformerConfig
 
 _HEAD = "lm_head.weight"
 _DEFAULT_LABELS = 2
@@ -30,7 +31,9 @@ _DEFAULT_LABELS = 2
 _SCORE_HEAD = {"score.weight": linear("heads.score.kernel")}
 
 
-def _check_tensor_count(config: Any, table: NameTable, num_tensors: int) -> None:
+def _check_tensor_count(
+    config: TransformerConfig, table: NameTable, num_tensors: int
+) -> None:
     """Checks that files can hold the tensors of a model's layers and experts, before
     they are listed one by one: a number in a config.json costs its author nothing."""
     moe = config.moe
@@ -102,7 +105,7 @@ class ModelFamily:
         return f"{name}ForSequenceClassification"
 
     def list_entries(
-        self, config: Any, published_names: Iterable[str] = ()
+        self, config: TransformerConfig, published_names: Iterable[str] = ()
     ) -> list[TensorEntry]:
         """Lists every tensor of a model, and where it lies in ours; variants are
         followed of names in files at hand, ``published_names``."""
@@ -131,7 +134,7 @@ class ModelFamily:
             spelled.append(replace(entry, theirs=spell(entry.theirs), aliases=aliases))
         return spelled
 
-    def find_missing_part(self, config: Any) -> str | None:
+    def find_missing_part(self, config: TransformerConfig) -> str | None:
         """Finds a part of a model's config that all models of the family have and this
         one does not, as "attention.latent"; None: it has them all, and
         :meth:`write_config` can read what it writes."""
@@ -145,7 +148,7 @@ class ModelFamily:
                     return ".".join(parents[:depth])
         return None
 
-    def write_config(self, config: Any) -> dict[str, Any]:
+    def write_config(self, config: TransformerConfig) -> dict[str, Any]:
         """Returns a model's config.json."""
         values: dict[str, Any] = {"architectures": [self.hf_architecture]}
         if [*config.heads] == ["score"]:

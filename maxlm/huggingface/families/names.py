@@ -12,10 +12,11 @@ every parameter must be filled exactly once.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.sharding import AxisRules
 
@@ -243,12 +244,14 @@ def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
     return TensorRule((ours,), form)
 
 
-def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
+def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntry]:
     """Returns all tensors of a model under its family's names."""
-    specs = flatten_names(
-        param_specs(config.build(rules=AxisRules(), dtype=np.float32))
-    )
+    model = config.build(rules=AxisRules(), dtype=np.float32)
+    specs = flatten_names(param_specs(model))
     experts = range(config.moe.num_experts if config.moe else 0)
+    encoder_layers = sum(
+        trunk.num_layers for trunk in config.trunks if trunk.is_encoder
+    )
     # Where each layer's parameters lie: the stack, and the index in it.
     places = [
         (stack.name, index)
@@ -258,7 +261,7 @@ def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
     entries: list[TensorEntry] = []
     for name, rule in table.items():
         if "{encoder_layer}" in name:
-            for layer in range(config.encoder_layers):
+            for layer in range(encoder_layers):
                 full_name = name.format(encoder_layer=layer)
                 entries += _make_entry(full_name, rule, specs, rule.ours, (layer,))
             continue
@@ -271,13 +274,20 @@ def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
                 full_name = name.format(layer=layer, expert=expert)
                 lead_index = (index,) if expert is None else (index, expert)
                 entries += _make_entry(full_name, rule, specs, ours, lead_index)
+    return _drop_taken_aliases(entries)
+
+
+def _drop_taken_aliases(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """Returns entries without aliases that are another entry's name: an untied head is
+    no other name of the table."""
     names = {entry.theirs for entry in entries}
-    for number, entry in enumerate(entries):
-        # An untied head is no other name of the table.
-        aliases = tuple(alias for alias in entry.aliases if alias not in names)
-        if aliases != entry.aliases:
-            entries[number] = replace(entry, aliases=aliases)
-    return entries
+    return [
+        replace(
+            entry,
+            aliases=tuple(alias for alias in entry.aliases if alias not in names),
+        )
+        for entry in entries
+    ]
 
 
 def _make_entry(
