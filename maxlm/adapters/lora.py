@@ -41,7 +41,7 @@ from maxlm.models.params import (
 )
 from maxlm.parallel.local import Dims, get_layout, make_spec
 
-_TINY = 1e-30
+_MIN_NORM = 1e-30
 """Least norm that is divided by: an output whose weights are all 0 stays 0."""
 _NUM_SEEDS = 1 << 24
 """Whole numbers that fp32 holds exactly."""
@@ -94,17 +94,18 @@ class LoraParam(AdaptedParam):
     ) -> jax.Array:
         a_axes, b_axes = self._list_axes(reader)
 
-        def multiply_a(x: jax.Array) -> jax.Array:
+        def multiply_by_a(x: jax.Array) -> jax.Array:
+            """[B, S, *inputs] → [B, S, rank]."""
             x = self._drop_inputs(x)
-            (h,) = reader.multiply(x, reader.read(self.lora_a, a_axes))
-            return h
+            (hidden,) = reader.multiply(x, reader.read(self.lora_a, a_axes))
+            return hidden
 
         if self.dropout_seed is not None:
             # What is left of x is computed again in the backward pass, rather than kept
             # for each map.
-            multiply_a = jax.checkpoint(multiply_a)
-        h = multiply_a(x)
-        (product,) = reader.multiply(h, reader.read(self.lora_b, b_axes))
+            multiply_by_a = jax.checkpoint(multiply_by_a)
+        hidden = multiply_by_a(x)
+        (product,) = reader.multiply(hidden, reader.read(self.lora_b, b_axes))
         return self._scale_outputs(y + self.scale * product, reader)
 
     def merge(self) -> jax.Array | None:
@@ -136,7 +137,8 @@ class LoraParam(AdaptedParam):
             jax.random.key(seed), x.shape, jnp.uint32, out_sharding=out_sharding
         )
         # A share `dropout` of all 32-bit numbers lies below this.
-        is_left = bits >= np.uint32(self.dropout * 2**32)
+        threshold = np.uint32(self.dropout * 2**32)
+        is_left = bits >= threshold
         return jnp.where(is_left, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def split_principal(self) -> Self:
@@ -148,6 +150,8 @@ class LoraParam(AdaptedParam):
         num_outputs = prod(self.lora_b.shape[lead + 1 :])
 
         def split_kernel(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            """[inputs, outputs] → the residual, A and B, with scale · A · B the
+            principal part."""
             u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
             root = jnp.sqrt(s[:rank] / self.scale)
             a = u[:, :rank] * root
@@ -156,16 +160,17 @@ class LoraParam(AdaptedParam):
             return kernel - self.scale * product, a, b
 
         kernels = self.base.astype(jnp.float32).reshape(-1, num_inputs, num_outputs)
-        rest, a, b = lax.map(split_kernel, kernels)
-        rest = rest.reshape(self.base.shape)
+        residual, a, b = lax.map(split_kernel, kernels)
+        residual = residual.reshape(self.base.shape)
         a = a.reshape(self.lora_a.shape)
         b = b.reshape(self.lora_b.shape)
-        split = replace(self, base=rest.astype(self.base.dtype), lora_a=a, lora_b=b)
+        base = residual.astype(self.base.dtype)
+        split = replace(self, base=base, lora_a=a, lora_b=b)
         if self.lora_magnitude is None:
             return split
         # Magnitudes are of the base as it was: the sum of both parts.
-        before, after = split._compute_norms()
-        return replace(split, lora_magnitude=after - before)
+        base_norms, sum_norms = split._compute_norms()
+        return replace(split, lora_magnitude=sum_norms - base_norms)
 
     @property
     def _num_lead_dims(self) -> int:
@@ -174,34 +179,44 @@ class LoraParam(AdaptedParam):
 
     def _list_axes(self, reader: ParamReader) -> tuple[Axes, Axes]:
         """Returns the logical axes of one layer's A and B."""
+        axes = reader.spec.axes
         input_start, output_start = split_dims(reader.spec)
-        first = reader.spec.num_layer_axes
-        lead = reader.spec.axes[first:input_start]
-        inputs = reader.spec.axes[input_start:output_start]
-        outputs = reader.spec.axes[output_start:]
-        return (*lead, *inputs, None), (*lead, None, *outputs)
+        # Of one layer: experts alone are left before the inputs.
+        expert_axes = axes[reader.spec.num_layer_axes : input_start]
+        input_axes = axes[input_start:output_start]
+        output_axes = axes[output_start:]
+        a_axes = (*expert_axes, *input_axes, None)
+        b_axes = (*expert_axes, None, *output_axes)
+        return a_axes, b_axes
 
     def _read_arrays(self, reader: ParamReader) -> tuple[ShardedWeight, Self]:
         """Reads the base, and all arrays in its layout."""
         base = reader.read(self.base)
         a_axes, b_axes = self._list_axes(reader)
-        lead = self._num_lead_dims
+        num_lead_dims = self._num_lead_dims
         output_start = len(a_axes) - 1
+        # The base's mesh axes by dimension; rank is a dimension that no axis splits.
         layout = get_layout(base.value)
-        lead_layout = layout[:lead]
+        lead_layout = layout[:num_lead_dims]
         output_layout = layout[output_start:]
+        whole = ()
 
-        def read(reader: ParamReader, param: StoredParam, axes: Axes, layout: Dims):
+        def read(
+            reader: ParamReader, param: StoredParam, axes: Axes, layout: Dims
+        ) -> jax.Array:
             return reshard(reader.read(param, axes).value, make_spec(layout))
 
-        lora_a = read(reader, self.lora_a, a_axes, (*layout[:output_start], ()))
-        lora_b = read(reader, self.lora_b, b_axes, (*lead_layout, (), *output_layout))
+        a_layout = (*layout[:output_start], whole)
+        b_layout = (*lead_layout, whole, *output_layout)
+        lora_a = read(reader, self.lora_a, a_axes, a_layout)
+        lora_b = read(reader, self.lora_b, b_axes, b_layout)
         magnitude = None
         if self.lora_magnitude is not None:
+            # One a B's output: B's axes without the rank.
             magnitude = read(
                 replace(reader, dtype=jnp.float32),
                 self.lora_magnitude,
-                (*b_axes[:lead], *b_axes[lead + 1 :]),
+                (*b_axes[:num_lead_dims], *b_axes[num_lead_dims + 1 :]),
                 (*lead_layout, *output_layout),
             )
         arrays = replace(
@@ -224,14 +239,17 @@ class LoraParam(AdaptedParam):
 
     def _compute_factors(self) -> jax.Array:
         """Computes magnitude / norm of each output, fp32 [..., *outputs]."""
-        before, after = self._compute_norms()
-        return (before + self.lora_magnitude) / jnp.maximum(after, _TINY)
+        base_norms, sum_norms = self._compute_norms()
+        magnitudes = base_norms + self.lora_magnitude
+        return magnitudes / jnp.maximum(sum_norms, _MIN_NORM)
 
     def _multiply_out(self) -> jax.Array:
         """Computes the kernel whose product this is."""
-        lead = self._num_lead_dims
-        lead_dims = tuple(range(lead))
-        rank_dims = (self.lora_a.ndim - 1,), (lead,)
+        num_lead_dims = self._num_lead_dims
+        lead_dims = tuple(range(num_lead_dims))
+        # A's rank is its last dimension, B's stands behind the leading ones.
+        rank_dim_of_a = self.lora_a.ndim - 1
+        rank_dims = (rank_dim_of_a,), (num_lead_dims,)
         product = lax.dot_general(
             self.lora_a,
             self.lora_b,
@@ -241,32 +259,37 @@ class LoraParam(AdaptedParam):
         kernel = self.base + self.scale * product
         if self.lora_magnitude is None:
             return kernel
-        input_dims = tuple(range(lead, self.lora_a.ndim - 1))
+        input_dims = tuple(range(num_lead_dims, rank_dim_of_a))
         factors = jnp.expand_dims(self._compute_factors(), input_dims)
         return kernel * factors.astype(kernel.dtype)
 
     def _compute_norms(self) -> tuple[jax.Array, jax.Array]:
         """Computes norms of each output's weights in the base, and in the base with A ·
         B, fp32 [..., *outputs] without gradient; A · B is never made:
-        ‖w + s·A·b‖² = ‖w‖² + b·(2s·Aᵀw + s²·AᵀA·b)."""
+        ‖w + s·A·b‖² = ‖w‖² + b·(2s·Aᵀw + s²·AᵀA·b), w and b an output's columns of the
+        base and of B."""
         w = lax.stop_gradient(self.base.astype(jnp.float32))
         a = lax.stop_gradient(self.lora_a.astype(jnp.float32))
         b = lax.stop_gradient(self.lora_b.astype(jnp.float32))
-        lead = self._num_lead_dims
-        lead_dims = tuple(range(lead))
-        input_dims = tuple(range(lead, a.ndim - 1))
+        num_lead_dims = self._num_lead_dims
+        lead_dims = tuple(range(num_lead_dims))
+        input_dims = tuple(range(num_lead_dims, a.ndim - 1))
         layout = get_layout(w)
+        lead_layout = layout[:num_lead_dims]
         output_layout = layout[a.ndim - 1 :]
+        whole = ()
 
-        def dot(
+        def contract(
             x: jax.Array,
             y: jax.Array,
             contracting_dims: tuple[tuple[int, ...], tuple[int, ...]],
             *out_layout: tuple[str, ...],
         ) -> jax.Array:
+            """Contracts dimensions of x and y, each layer and expert by itself;
+            ``out_layout``: mesh axes of the result's dimensions behind these."""
             out_sharding = None
             if _has_mesh():
-                out_sharding = make_spec((*layout[:lead], *out_layout))
+                out_sharding = make_spec((*lead_layout, *out_layout))
             return lax.dot_general(
                 x,
                 y,
@@ -276,14 +299,17 @@ class LoraParam(AdaptedParam):
             )
 
         over_inputs = (input_dims, input_dims)
-        over_rank = (lead + 1,), (lead,)
-        a_w = dot(a, w, over_inputs, (), *output_layout)
-        a_a = dot(a, a, over_inputs, (), ())
-        a_a_b = dot(a_a, b, over_rank, (), *output_layout)
-        added = jnp.sum(b * (2 * self.scale * a_w + self.scale**2 * a_a_b), axis=lead)
-        squares = jnp.sum(jnp.square(w), axis=input_dims)
+        over_rank = (num_lead_dims + 1,), (num_lead_dims,)
+        # Aᵀw and AᵀA·b [..., rank, *outputs], AᵀA [..., rank, rank].
+        a_w = contract(a, w, over_inputs, whole, *output_layout)
+        a_a = contract(a, a, over_inputs, whole, whole)
+        a_a_b = contract(a_a, b, over_rank, whole, *output_layout)
+        terms = b * (2 * self.scale * a_w + self.scale**2 * a_a_b)
+        added = jnp.sum(terms, axis=num_lead_dims)
+        base_squares = jnp.sum(jnp.square(w), axis=input_dims)
         # Rounding may leave less than nothing.
-        return jnp.sqrt(squares), jnp.sqrt(jnp.maximum(squares + added, 0))
+        sum_squares = jnp.maximum(base_squares + added, 0)
+        return jnp.sqrt(base_squares), jnp.sqrt(sum_squares)
 
 
 @jax.tree_util.register_dataclass
@@ -300,11 +326,11 @@ class LoraTable(LoraParam):
     def look_up(self, read_rows: RowReader, reader: ParamReader) -> jax.Array:
         rows = read_rows(self.base, ())
         a_axes, b_axes = self._list_axes(reader)
-        h = read_rows(self.lora_a, a_axes)
+        a_rows = read_rows(self.lora_a, a_axes)  # [..., S, rank]
         b = replace(reader, dtype=rows.dtype).read(self.lora_b, b_axes).move()
         row_spec = jax.typeof(rows).sharding.spec
-        added = jnp.einsum("...r,rd->...d", h, b, out_sharding=row_spec)
-        rows += self.scale * added
+        product = jnp.einsum("...r,rd->...d", a_rows, b, out_sharding=row_spec)
+        rows += self.scale * product
         return self._scale_outputs(rows, reader)
 
     def merge(self) -> jax.Array | None:
@@ -346,8 +372,9 @@ class TokenRowsParam(AdaptedParam):
 
     def _replace_rows(self, base: jax.Array, rows: jax.Array) -> jax.Array:
         # A product with ones and zeros, which XLA splits over any mesh as it stands.
-        table = base.T if self.is_head else base
-        is_row = jnp.arange(table.shape[0])[:, None] == jnp.asarray(self.token_ids)
+        table = base.T if self.is_head else base  # [V, D]
+        token_id = jnp.arange(table.shape[0])[:, None]
+        is_row = token_id == jnp.asarray(self.token_ids)  # [V, tokens]
         one_hot = is_row.astype(table.dtype)
         is_replaced = is_row.any(axis=1, keepdims=True)
         out_sharding = None
@@ -427,17 +454,24 @@ class LoraAdapter(Adapter):
                 fix="take it out of adapter.targets",
             )
         # A head is [D, V], a table [V, D].
-        vocab_size, d_model = spec.shape[::-1] if is_head else spec.shape
-        outside = [i for i in self.token_ids if not 0 <= i < vocab_size]
+        if is_head:
+            d_model, vocab_size = spec.shape
+            d_model_axis, _ = spec.axes
+        else:
+            vocab_size, d_model = spec.shape
+            _, d_model_axis = spec.axes
         num_tokens = len(self.token_ids)
-        if outside or len(set(self.token_ids)) < num_tokens:
+        outside = [
+            token_id for token_id in self.token_ids if not 0 <= token_id < vocab_size
+        ]
+        has_doubles = len(set(self.token_ids)) < num_tokens
+        if outside or has_doubles:
             token_id = outside[0] if outside else self.token_ids[0]
             raise MaxlmError(
                 f"{token_id} is no row of the model's table, or named twice",
                 where="adapter.token_ids",
                 fix=f"name different ids below model.vocab_size={vocab_size}",
             )
-        d_model_axis = spec.axes[0 if is_head else 1]
         rows = ParamSpec(
             (num_tokens, d_model),
             (None, d_model_axis),
@@ -485,9 +519,11 @@ class LoraAdapter(Adapter):
                 fix="set it to false, or other targets",
             )
 
+        # One of A and B begins with zeros, so that the first step is the base's; of a
+        # table it is A, as in PEFT.
         zeros = jax.nn.initializers.zeros
         is_table = not spec.contracting_dims
-        if is_table:  # as PEFT: the rows' part is zero
+        if is_table:
             a_init = zeros
             b_init = jax.nn.initializers.normal(1.0)
         else:
@@ -506,9 +542,11 @@ class LoraAdapter(Adapter):
 def _split_principal_sharded(param: LoraParam) -> LoraParam:
     """Runs :meth:`LoraParam.split_principal` in the layout of its arrays."""
     layouts = jax.tree.map(lambda x: x.sharding.spec, param)
-    run = jax.sharding.auto_axes(LoraParam.split_principal, out_sharding=layouts)
+    split_in_layouts = jax.sharding.auto_axes(
+        LoraParam.split_principal, out_sharding=layouts
+    )
     with jax.set_mesh(param.base.sharding.mesh):
-        return jax.jit(run)(param)
+        return jax.jit(split_in_layouts)(param)
 
 
 def _draw_uniform(num_inputs: int) -> Initializer:

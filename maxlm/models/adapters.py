@@ -35,8 +35,8 @@ class Adapter(Config):
 
     kind: Any
     base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the base's matrices and tables at rest and in checkpoints; nothing may
-    train them in bfloat16."""
+    """Dtype of the base's matrices and tables, in memory and in checkpoints; nothing
+    may train them in bfloat16."""
 
     @property
     def changes_base(self) -> bool:

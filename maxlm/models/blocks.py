@@ -34,9 +34,16 @@ from maxlm.models.layers.attention import (
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.params import Params, ParamSpec, bind, is_leaf, param_specs
+from maxlm.models.params import (
+    Params,
+    ParamSpec,
+    StoredParam,
+    bind,
+    is_leaf,
+    param_specs,
+)
 from maxlm.models.remat import RematPolicy, apply_remat
-from maxlm.parallel.layers import scan_layers
+from maxlm.parallel.layers import PyTree, scan_layers
 from maxlm.parallel.local import LANES, axis_size, get_layout
 from maxlm.sharding.supported import ReshapingAxis
 
@@ -166,6 +173,7 @@ class Block(nnx.Module):
 
     def __init__(
         self,
+        # Any: each kind's config has a ``kind``, which Config does not declare.
         mixer_config: Any,
         ffn_config: Any,
         norm_config: NormConfig,
@@ -257,7 +265,8 @@ class Block(nnx.Module):
         return x + (y if post_norm is None else post_norm(y))
 
 
-Body = Callable[[Any, Any, Any, Any], tuple[Any, Aux]]
+# Any: the block is whichever module a stack is made of.
+Body = Callable[[Any, PyTree, PyTree, PyTree], tuple[PyTree, Aux]]
 """``(block, x, context, shared) -> (x, aux)`` for one layer."""
 
 
@@ -265,13 +274,13 @@ def scan_blocks(
     block: nnx.Module,
     params: Params,
     bodies: Sequence[Body],
-    x: Any,
-    context: Any,
-    shared: Any = None,
+    x: PyTree,
+    context: PyTree,
+    shared: PyTree = None,
     *,
     dtype: DTypeLike,
     remat: RematPolicy = "none",
-) -> tuple[Any, Aux]:
+) -> tuple[PyTree, Aux]:
     """Runs a stacked block layer after layer; returns x after all, and their ``Aux``
     added up. Compile time does not grow with depth.
 
@@ -285,12 +294,18 @@ def scan_blocks(
         dtype: of matrices in use, and of their gradients until all layers are through.
     """
 
-    def run_layer(body, layer_params, carry, context, shared):
+    def run_layer(
+        body: Body,
+        layer_params: Params,
+        carry: tuple[PyTree, Aux],
+        context: PyTree,
+        shared: PyTree,
+    ) -> tuple[PyTree, Aux]:
         x, total = carry
         x, aux = body(bind(block, layer_params), x, context, shared)
         return x, jax.tree.map(jnp.add, total, aux)
 
-    def cast_matrix(spec: ParamSpec, param: Any) -> Any:
+    def cast_matrix(spec: ParamSpec, param: PyTree) -> PyTree:
         # `param` is an array, or arrays of one leaf that stand for one in its gradient.
         if spec.role != "matrix" or not jnp.issubdtype(spec.dtype, jnp.floating):
             return param
@@ -323,19 +338,18 @@ def scan_blocks(
     )
 
 
-def _declare_step_values(spec: Any, param: Any) -> Any:
+def _declare_step_values(spec: StoredParam, param: StoredParam) -> StoredParam:
     """Returns a parameter's declarations, with those of a vector for what a leaf holds
     for one training step alone (``Leaf.seed_dropout``): it stays as it is."""
     if not is_leaf(spec):
         return spec
-    step_value = ParamSpec((), (), jax.nn.initializers.zeros, "vector")
-    undeclared = [
-        field.name for field in fields(spec) if getattr(spec, field.name) is None
+    step_values = [
+        field.name
+        for field in fields(spec)
+        if getattr(spec, field.name) is None and getattr(param, field.name) is not None
     ]
-    return replace(
-        spec,
-        **{name: step_value for name in undeclared if getattr(param, name) is not None},
-    )
+    vector = ParamSpec((), (), jax.nn.initializers.zeros, "vector")
+    return replace(spec, **dict.fromkeys(step_values, vector))
 
 
 def cast_without_hoisting(x: jax.Array, dtype: DTypeLike) -> jax.Array:

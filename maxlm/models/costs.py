@@ -8,7 +8,7 @@ counted by :func:`group_matrices`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from flax import nnx
 
@@ -87,12 +87,12 @@ class BranchCosts(NamedTuple):
     costs: LayerCosts
 
 
-def get_costs(module: Any) -> LayerCosts:
+def get_costs(module: object) -> LayerCosts:
     """Returns a module's own ``costs()``, or those of its matrices by their
     declarations."""
     count_costs: Callable[[], LayerCosts] | None = getattr(module, "costs", None)
     if count_costs is None:
-        return LayerCosts(group_matrices(module))
+        return LayerCosts(group_matrices(cast(nnx.Module, module)))
     return count_costs()
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import reshard
 from jax.typing import DTypeLike
 
 from maxlm.parallel.decode_kernels import LocalProduct
+from maxlm.parallel.layers import PyTree
 from maxlm.parallel.linear import (
     multiply_fused_kernel,
     multiply_kernels,
@@ -162,11 +163,13 @@ class ParamReader:
                 reader = replace(self, spec=replace(self.spec, axes=axes))
             return param.materialize(reader)
         value = param.astype(self.dtype)
-        # A scan takes the leading layer axis away.
+        # A scan takes the leading layer axis away: the last axes are the value's.
         value_axes = (axes or self.spec.axes)[-value.ndim :]
         compute_spec = self.rules.spec(*value_axes)
         compute_layout = parse_spec(compute_spec, value.ndim)
         stored_layout = get_layout(value)
+        # Where each dimension's axes in use begin those in storage, the others are
+        # gathered by the program that reads the weight.
         can_be_gathered = all(
             stored[: len(used)] == used
             for stored, used in zip(stored_layout, compute_layout, strict=True)
@@ -392,19 +395,20 @@ def stack_layers(module: ModuleT, num_layers: int, num_groups: int = 1) -> Modul
     if num_groups > 1:
         lead_shape = (num_groups, num_layers // num_groups)
         lead_axes = (None, "layers")
+    num_lead_dims = len(lead_shape)
 
-    def stack(param: nnx.Param, spec: ParamSpec) -> nnx.Param:
+    def declare_stacked(param: nnx.Param, spec: ParamSpec) -> nnx.Param:
         stacked = replace(
             spec,
             shape=(*lead_shape, *spec.shape),
             axes=(*lead_axes, *spec.axes),
             contracting_dims=tuple(
-                dim + len(lead_shape) for dim in spec.contracting_dims
+                dim + num_lead_dims for dim in spec.contracting_dims
             ),
         )
         return _declare_spec(stacked)
 
-    return _map_params(module, param_specs(module), stack)
+    return _map_params(module, param_specs(module), declare_stacked)
 
 
 def param_specs(module: nnx.Module) -> Params:
@@ -412,7 +416,7 @@ def param_specs(module: nnx.Module) -> Params:
     :class:`ParamSpec` (or of leaves that hold some)."""
     return nnx.to_pure_dict(
         nnx.state(module),
-        lambda param: param.get_metadata().get("rest", get_spec(param)),
+        lambda param: param.get_metadata().get("stored", get_spec(param)),
     )
 
 
@@ -421,7 +425,7 @@ def bind_specs(module: ModuleT, specs: Params) -> ModuleT:
     :func:`param_specs`, some replaced by a :class:`Leaf` of declarations."""
 
     def declare_stored(param: nnx.Param, stored_spec: StoredParam) -> nnx.Param:
-        return nnx.Param(param.get_value(), spec=get_spec(param), rest=stored_spec)
+        return nnx.Param(param.get_value(), spec=get_spec(param), stored=stored_spec)
 
     return _map_params(module, specs, declare_stored)
 
@@ -438,7 +442,7 @@ def replace_base_params(tree: Params, base: Params) -> Params:
 
     def put(param: StoredParam, base: StoredParam) -> StoredParam:
         if isinstance(param, Leaf) and param.base_field is not None:
-            leaf: Any = param  # a dataclass, as all leaves are
+            leaf = cast(AdaptedParam, param)  # a dataclass, as all leaves are
             return replace(leaf, **{param.base_field: base})
         return base
 
@@ -489,7 +493,7 @@ def bind(module: ModuleT, params: Params) -> ModuleT:
 def _map_params(
     module: ModuleT,
     tree: Params,
-    function: Callable[[nnx.Param, Any], nnx.Param],
+    function: Callable[[nnx.Param, StoredParam], nnx.Param],
 ) -> ModuleT:
     """Returns the module with ``function(parameter, the tree's value of its name)`` for
     each parameter; every value is used once."""
@@ -505,7 +509,7 @@ def _map_params(
 
 
 def flatten_names(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None
 ) -> dict[str, Any]:
     """Flattens a JAX tree to canonical names, ``{"layers.attention.query.kernel":
     ...}``."""
@@ -532,6 +536,7 @@ def init_params(specs: Params, key: jax.Array) -> Params:
         param_key = fold_in_name(key, join_path(path))
         if not spec.num_layer_axes:
             return spec.init(param_key, spec.shape, spec.dtype)
+        # Layer by layer, so that a value does not depend on the model's depth.
         num_layers = prod(spec.shape[: spec.num_layer_axes])
         layer_shape = spec.shape[spec.num_layer_axes :]
         fold_in_layer = jax.vmap(lambda layer: jax.random.fold_in(param_key, layer))

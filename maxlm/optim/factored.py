@@ -1,6 +1,6 @@
 """Adafactor: a factored second moment, and no first."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,62 +40,81 @@ def scale_by_factored_rms(
     update is then scaled down to a root mean square of at most ``clip_rms``.
     """
 
-    def split_tuples(results: Any, count: int) -> tuple[Any, ...]:
-        """Makes ``count`` trees of a tree of tuples."""
-        return tuple(
-            jax.tree.map(lambda _, parts, index=index: parts[index], specs, results)
-            for index in range(count)
-        )
+    def take_part(results: optax.Updates, index: int) -> Params:
+        """Makes a tree of one part of the tuple that each parameter has."""
+        return jax.tree.map(lambda _, parts: parts[index], specs, results)
 
-    def init_moments(spec: ParamSpec, param: jax.Array) -> tuple[Any, Any]:
+    def init_moments(
+        spec: ParamSpec, param: jax.Array
+    ) -> tuple[jax.Array, jax.Array | optax.MaskedNode]:
         if spec.role == "vector":
             return jnp.zeros_like(param, dtype=jnp.float32), optax.MaskedNode()
-        inputs, outputs = get_input_output_dims(spec)
-        rows_shape = _reduce_shape(spec.shape, outputs)
-        columns_shape = _reduce_shape(spec.shape, inputs)
+        input_dims, output_dims = get_input_output_dims(spec)
+        rows_shape = _reduce_shape(spec.shape, output_dims)
+        columns_shape = _reduce_shape(spec.shape, input_dims)
         rows = jnp.zeros(rows_shape, jnp.float32)
-        return rows, jnp.zeros(columns_shape, jnp.float32)
+        columns = jnp.zeros(columns_shape, jnp.float32)
+        return rows, columns
 
     def init(params: optax.Params) -> FactoredState:
+        count = jnp.zeros([], jnp.int32)
         moments = jax.tree.map(init_moments, specs, params)
-        return FactoredState(jnp.zeros([], jnp.int32), *split_tuples(moments, 2))
+        return FactoredState(count, take_part(moments, 0), take_part(moments, 1))
 
     def update(
-        updates: Any, state: Any, params: Any = None
-    ) -> tuple[Any, FactoredState]:
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params
+        assert isinstance(state, FactoredState)
         count = jnp.asarray(optax.safe_increment(state.count))
         decay = 1.0 - count.astype(jnp.float32) ** -decay_exponent
 
         def update_one(
-            spec: ParamSpec, g: jax.Array, rows: Any, columns: Any
-        ) -> tuple[Any, Any, Any]:
+            spec: ParamSpec,
+            g: jax.Array,
+            rows: jax.Array,
+            columns: jax.Array | optax.MaskedNode,
+        ) -> tuple[jax.Array, jax.Array, jax.Array | optax.MaskedNode]:
             square = jnp.square(g) + eps
             if spec.role == "vector":
                 rows = decay * rows + (1 - decay) * square
                 direction = g * jax.lax.rsqrt(rows)
             else:
-                inputs, outputs = get_input_output_dims(spec)
-                row_mean = square.mean(outputs, keepdims=True)
-                rows = decay * rows + (1 - decay) * row_mean
-                column_mean = square.mean(inputs, keepdims=True)
-                columns = decay * columns + (1 - decay) * column_mean
-                share = rows / rows.mean(inputs, keepdims=True)
-                direction = g * jax.lax.rsqrt(share) * jax.lax.rsqrt(columns)
-            # Each layer is clipped by itself, all of its experts together.
-            layer_dims = tuple(
-                dim
-                for dim, axis in enumerate(spec.axes)
-                if axis != "expert" and dim >= spec.num_layer_axes
-            )
-            rms = jnp.sqrt(jnp.square(direction).mean(layer_dims, keepdims=True))
-            return direction / jnp.maximum(1.0, rms / clip_rms), rows, columns
+                assert not isinstance(columns, optax.MaskedNode)
+                # The second moment of an element is rows · columns / mean(rows).
+                input_dims, output_dims = get_input_output_dims(spec)
+                rows = decay * rows + (1 - decay) * square.mean(
+                    output_dims, keepdims=True
+                )
+                columns = decay * columns + (1 - decay) * square.mean(
+                    input_dims, keepdims=True
+                )
+                row_share = rows / rows.mean(input_dims, keepdims=True)
+                direction = g * jax.lax.rsqrt(row_share) * jax.lax.rsqrt(columns)
+            rms = _compute_layer_rms(direction, spec)
+            clipped = direction / jnp.maximum(1.0, rms / clip_rms)
+            return clipped, rows, columns
 
         results = jax.tree.map(update_one, specs, updates, state.rows, state.columns)
-        directions, rows, columns = split_tuples(results, 3)
+        directions = take_part(results, 0)
+        rows = take_part(results, 1)
+        columns = take_part(results, 2)
         return directions, FactoredState(count, rows, columns)
 
     return optax.GradientTransformation(init, update)
+
+
+def _compute_layer_rms(direction: jax.Array, spec: ParamSpec) -> jax.Array:
+    """Computes the root mean square of each layer, all of its experts together;
+    reduced dimensions are kept, with size 1."""
+    layer_dims = tuple(
+        dim
+        for dim, axis in enumerate(spec.axes)
+        if axis != "expert" and dim >= spec.num_layer_axes
+    )
+    return jnp.sqrt(jnp.square(direction).mean(layer_dims, keepdims=True))
 
 
 def _reduce_shape(shape: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ class RegisteredOptimizer:
         config: its settings; a subclass where it has settings of its own.
     """
 
+    # Any: each kind's function takes its own subclass of OptimizerConfig.
     make_direction: Callable[[Any, Params], optax.GradientTransformation]
     config: type[OptimizerConfig] = OptimizerConfig
 
@@ -39,6 +40,7 @@ def get_input_output_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, 
         for dim, axis in enumerate(spec.axes)
         if dim >= spec.num_layer_axes and axis != "expert"
     ]
-    inputs = spec.contracting_dims or (matrix_dims[0],)
-    outputs = tuple(dim for dim in matrix_dims if dim not in inputs)
-    return inputs, outputs
+    # A table's inputs are its rows, the first dimension.
+    input_dims = spec.contracting_dims or (matrix_dims[0],)
+    output_dims = tuple(dim for dim in matrix_dims if dim not in input_dims)
+    return input_dims, output_dims

@@ -1,7 +1,7 @@
 """Muon: a moment, orthogonalised, on hidden matrices; AdamW on all else."""
 
 from math import prod, sqrt
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +66,22 @@ def _in_auto_mode(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     # Newton-Schulz multiplies whole matrices, whose dimensions may be split in any way:
     # explicit shardings would need a layout at each of its products.
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params
         layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
-        run: Any = jax.sharding.auto_axes(
-            lambda u, s: inner.update(u, s), out_sharding=layouts
+        # Its type says that it may return a decorator instead, as without a function.
+        run_in_auto_mode = cast(
+            optax.TransformUpdateFn,
+            jax.sharding.auto_axes(
+                lambda updates, state: inner.update(updates, state),
+                out_sharding=layouts,
+            ),
         )
-        return run(updates, state)
+        return run_in_auto_mode(updates, state)
 
     return optax.GradientTransformation(inner.init, update)
 

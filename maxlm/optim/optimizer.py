@@ -5,7 +5,7 @@ direction, add decoupled weight decay where it belongs, multiply by the learning
 Only the direction differs.
 """
 
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +28,32 @@ def make_optimizer(
     parameters. ``init`` takes all of a model's. The state is fp32. Runs on explicit
     meshes, inside or outside jit.
     """
-    inner = _make_gradient_chain(config, schedule, specs)
     if any(spec.sign_update for spec in jax.tree.leaves(specs)):
-        learned = jax.tree.map(
-            lambda spec: optax.MaskedNode() if spec.sign_update else spec, specs
-        )
-        labels = jax.tree.map(
-            lambda spec: "rule" if spec.sign_update else "gradient", specs
-        )
-        by_gradient = _make_gradient_chain(config, schedule, learned)
-        by_rule = _make_sign_rule(config.rule_step)
-        inner = optax.partition({"gradient": by_gradient, "rule": by_rule}, labels)
+        inner = _make_gradient_and_rule(config, schedule, specs)
+    else:
+        inner = _make_gradient_chain(config, schedule, specs)
 
-    def init(params: Any) -> optax.OptState:
-        trained, _ = split_params(params, specs)
+    def init(params: optax.Params) -> optax.OptState:
+        trained, _ = split_params(cast(Params, params), specs)
         return inner.init(trained)
 
     return optax.GradientTransformation(init, inner.update)
+
+
+def _make_gradient_and_rule(
+    config: OptimizerConfig, schedule: optax.Schedule, specs: Params
+) -> optax.GradientTransformation:
+    """Makes the optimizer of a model in which some parameters learn by a rule
+    (``ParamSpec.sign_update``), the others by their gradient."""
+    learned_specs = jax.tree.map(
+        lambda spec: optax.MaskedNode() if spec.sign_update else spec, specs
+    )
+    labels = jax.tree.map(
+        lambda spec: "rule" if spec.sign_update else "gradient", specs
+    )
+    by_gradient = _make_gradient_chain(config, schedule, learned_specs)
+    by_rule = _make_sign_rule(config.rule_step)
+    return optax.partition({"gradient": by_gradient, "rule": by_rule}, labels)
 
 
 def _make_gradient_chain(
@@ -54,11 +63,12 @@ def _make_gradient_chain(
     clip = optax.identity()
     if config.clip_norm:
         clip = optax.clip_by_global_norm(config.clip_norm)
+    direction = OPTIMIZERS.get(config.kind).make_direction(config, specs)
     # Norm scales, biases and sinks are vectors, and never decay.
     decayed = jax.tree.map(lambda spec: spec.role != "vector", specs)
     return optax.chain(
         clip,
-        OPTIMIZERS.get(config.kind).make_direction(config, specs),
+        direction,
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(schedule),
     )
@@ -89,12 +99,16 @@ def shard_optimizer(
     if optimizer_rules == storage_rules:
         return inner
 
-    def move(tree: Any, rules: AxisRules) -> Any:
+    def move(tree: optax.Updates, rules: AxisRules) -> optax.Updates:
         return jax.tree.map(
             lambda spec, x: gather_to_spec(x, rules.spec(*spec.axes)), specs, tree
         )
 
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.OptState]:
         if params is not None:
             params = move(params, optimizer_rules)
         updates = move(updates, optimizer_rules)
@@ -114,22 +128,35 @@ def opt_state_specs(
     shares with it (moments: all; factored moments: those not reduced to 1). All else is
     whole everywhere.
     """
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
-    owners = flatten_names(specs)
+    params = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs
+    )
+    state = jax.eval_shape(optimizer.init, params)
+    spec_by_name = flatten_names(specs)
 
-    def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> ParamSpec:
+    def list_axes(
+        path: jax.tree_util.KeyPath, shape: tuple[int, ...]
+    ) -> tuple[str | None, ...]:
         # A moment's path ends with its parameter's: of several names the longest.
-        name = f".{join_path(path)}"
-        endings = [owner for owner in owners if name.endswith(f".{owner}")]
-        owner = owners[max(endings, key=len)] if endings else None
-        axes = (None,) * len(leaf.shape)
-        if owner is not None and len(owner.shape) == len(leaf.shape):
-            sizes = zip(owner.axes, leaf.shape, owner.shape, strict=True)
-            axes = tuple(axis if n == full else None for axis, n, full in sizes)
-        return ParamSpec(
-            leaf.shape, axes, jax.nn.initializers.zeros, "vector", dtype=leaf.dtype
+        path_name = f".{join_path(path)}"
+        param_names = [name for name in spec_by_name if path_name.endswith(f".{name}")]
+        if not param_names:
+            return (None,) * len(shape)
+        spec = spec_by_name[max(param_names, key=len)]
+        if len(spec.shape) != len(shape):
+            return (None,) * len(shape)
+        return tuple(
+            axis if size == full_size else None
+            for axis, size, full_size in zip(spec.axes, shape, spec.shape, strict=True)
         )
 
-    return jax.tree_util.tree_map_with_path(
-        describe, jax.eval_shape(optimizer.init, params)
-    )
+    def declare(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> ParamSpec:
+        return ParamSpec(
+            array.shape,
+            list_axes(path, array.shape),
+            jax.nn.initializers.zeros,
+            "vector",
+            dtype=array.dtype,
+        )
+
+    return jax.tree_util.tree_map_with_path(declare, state)

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from maxlm.config import MaxlmError
 from maxlm.models.params import GatheredParam, Params, flatten_names, is_leaf, join_path
+from maxlm.parallel.layers import PyTree
 from maxlm.sharding import AxisRules
 
 
@@ -28,10 +30,10 @@ class TrainState:
 
     step: Any
     """int32: steps taken."""
-    params: Any
+    params: Params
     """fp32 master parameters, a nested dict."""
-    opt_state: Any
-    ema: Any
+    opt_state: optax.OptState
+    ema: Params | None
     """Exponential moving average of the parameters, or None."""
     frozen: dict[str, Params] = field(default_factory=dict)
     """Parameters of the other models that the task reads, by the task's names for them.
@@ -39,7 +41,9 @@ class TrainState:
     their place."""
 
 
-def param_shardings(specs: Any, rules: AxisRules, mesh: Any) -> Any:
+def param_shardings(
+    specs: PyTree, rules: AxisRules, mesh: Mesh | AbstractMesh
+) -> PyTree:
     """Returns the sharding of every array of a tree of declarations, such as a placed
     model's (``place_model``), on a real or an abstract mesh; no device is touched."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, rules.spec(*spec.axes)), specs)
@@ -50,20 +54,15 @@ def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     such as ``layers.attention.*``; raises MaxlmError for one that no name matches.
     None: all, or the arrays that an adapter adds, and ``heads``."""
     names = [*flatten_names(specs)]
-    added = list_added_names(specs)
     if patterns is None:
-        matched = {*added, *filter_names(names, "heads.*" if added else "*")}
+        added_names = list_added_names(specs)
+        # Beside an adapter the heads of a task are trained; without one, everything.
+        others = filter_names(names, "heads.*" if added_names else "*")
+        trained_names = {*added_names, *others}
     else:
-        matched = set[str]()
-        for pattern in patterns:
-            matching = filter_names(names, pattern)
-            if not matching:
-                near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-                message = f"{pattern!r} matches no parameter"
-                fix = f"use a pattern of names such as {', '.join(near)}"
-                raise MaxlmError(message, where="train.trainable", fix=fix)
-            matched.update(matching)
-    trained = _keep(specs, matched)
+        trained_names = _match_names(names, patterns)
+
+    trained = _keep(specs, trained_names)
     for name, spec in flatten_names(trained).items():
         if spec is not None and spec.dtype != jnp.float32:
             dtype = jnp.dtype(spec.dtype)
@@ -71,6 +70,21 @@ def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
             fix = "set adapter.base_dtype=float32, or narrower patterns"
             raise MaxlmError(message, where="train.trainable", fix=fix)
     return trained
+
+
+def _match_names(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """Returns the names that match some pattern; raises MaxlmError for a pattern that
+    none matches."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        matching = filter_names(names, pattern)
+        if not matching:
+            near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            message = f"{pattern!r} matches no parameter"
+            fix = f"use a pattern of names such as {', '.join(near)}"
+            raise MaxlmError(message, where="train.trainable", fix=fix)
+        matched.update(matching)
+    return matched
 
 
 def split_params(params: Params, part: Params) -> tuple[Params, Params]:
@@ -92,16 +106,17 @@ def merge_params(a: Params, b: Params) -> Params:
 
 def list_added_names(specs: Params) -> set[str]:
     """Lists the names of the arrays that leaves hold beside their base."""
-    added: set[str] = set()
+    added_names: set[str] = set()
     for name, leaf in flatten_names(specs, is_leaf).items():
         base_field = getattr(leaf, "base_field", None)
         if base_field:
             without_base = replace(leaf, **{base_field: None})
-            added |= {f"{name}.{part}" for part in flatten_names(without_base)}
-    return added
+            added_names |= {f"{name}.{part}" for part in flatten_names(without_base)}
+    return added_names
 
 
 def _keep(tree: Params, names: set[str]) -> Params:
+    """Returns the part of a tree with the arrays of these canonical names."""
     return jax.tree_util.tree_map_with_path(
         lambda path, value: value if join_path(path) in names else None, tree
     )

@@ -4,14 +4,17 @@ batch's micro-batches are taken one after the other, or through a pipeline."""
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import lax
 from jax.sharding import reshard
 
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.transformer import LayersFunction
 from maxlm.models.aux import Aux
 from maxlm.models.params import (
     GatheredParam,
@@ -23,6 +26,7 @@ from maxlm.models.params import (
     select_base_params,
 )
 from maxlm.optim.state import TrainState, merge_params, split_params
+from maxlm.parallel.layers import PyTree
 from maxlm.parallel.pipeline import run_1f1b_pipeline
 from maxlm.tasks.task import DeviceBatch, Task, TaskModels, map_micro_batches
 
@@ -30,15 +34,18 @@ Sums = dict[str, jax.Array]
 """fp32 scalars by name, summed over what a task counts."""
 Gradients = tuple[tuple[jax.Array, Sums], Params]
 """((loss, sums), gradients), as ``jax.value_and_grad`` returns them."""
-LossFunction = Callable[[Any, DeviceBatch, jax.Array], tuple[jax.Array, Sums]]
+LossFunction = Callable[[nnx.Module, DeviceBatch, jax.Array], tuple[jax.Array, Sums]]
 """(bound model, batch, key) -> (loss summed over tokens, sums)."""
+_Updated = tuple[Params, optax.OptState, Params | None, jax.Array]
+"""What an update changes: the trained parameters, the optimizer's state, their moving
+average, and the norm of the update."""
 
 
 def train_step(
     state: TrainState,
     batch: DeviceBatch,
     *,
-    model: Any,
+    model: nnx.Module,
     task: Task,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -46,7 +53,7 @@ def train_step(
     ema_decay: float | None = None,
     gradient_layouts: Params | None = None,
     trainable: Params | None = None,
-    frozen_models: Mapping[str, Any] = MappingProxyType({}),
+    frozen_models: Mapping[str, nnx.Module] = MappingProxyType({}),
 ) -> tuple[TrainState, Sums]:
     """Computes gradients over micro-batches, and applies one optimizer update.
 
@@ -76,10 +83,11 @@ def train_step(
     batch = task.prepare_batch(TaskModels(bind(model, state.params), frozen), batch)
 
     def model_loss(
-        bound: Any, batch: DeviceBatch, key: jax.Array
+        bound_model: nnx.Module, batch: DeviceBatch, key: jax.Array
     ) -> tuple[jax.Array, Sums]:
-        return task.loss(TaskModels(bound, frozen), batch, key)
+        return task.loss(TaskModels(bound_model, frozen), batch, key)
 
+    # Gradients of the summed loss, then of its mean over the batch's tokens.
     (total, sums), grads = compute_loss_and_gradients(
         model, model_loss, trained, batch, key, gradient_layouts, untrained
     )
@@ -88,31 +96,33 @@ def train_step(
     grad_norm = optax.tree.norm(_select_learned(trainable, grads))
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
-    def update(_: Any, before: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
+    def update(_: jax.Array, before: _Updated) -> _Updated:
         trained, opt_state, ema, _ = jax.tree.map(_keep_layout, before)
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         if ema is not None:
             ema = optax.incremental_update(trained, ema, 1.0 - (ema_decay or 0.0))
-        norm = optax.tree.norm(_select_learned(trainable, updates))
-        return jax.tree.map(_keep_layout, (trained, opt_state, ema, norm))
+        update_norm = optax.tree.norm(_select_learned(trainable, updates))
+        return jax.tree.map(_keep_layout, (trained, opt_state, ema, update_norm))
 
-    # A loop of one turn, or of none where the numbers are bad: its state is updated in
-    # place, where choosing between new and old arrays, or branches, would hold both.
+    # The update. A loop of one turn, or of none where the numbers are bad: its state is
+    # updated in place, where choosing between new and old arrays, or branches, would
+    # hold both.
     ema = None
-    ema_rest = None
+    untrained_ema = None
     if state.ema is not None:
-        ema, ema_rest = split_params(state.ema, trainable)
+        ema, untrained_ema = split_params(state.ema, trainable)
     before = trained, state.opt_state, ema, jnp.zeros_like(grad_norm)
     trained, opt_state, ema, update_norm = lax.fori_loop(
         0, finite.astype(int), update, before
     )
-    rate: Any = schedule(state.step)
+
     metrics: Sums = {
         "loss": total / tokens,
         **convert_sums_to_metrics(sums),
         "batch_tokens": sums["tokens"],
-        "learning_rate": rate,
+        # A float where the rate is constant; jit makes it an array.
+        "learning_rate": cast(jax.Array, schedule(state.step)),
         "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(_select_learned(trainable, trained)),
         "update_norm": update_norm,
@@ -120,8 +130,10 @@ def train_step(
     }
     opt_state = jax.tree.map(_advance_count, opt_state, state.opt_state)
     params = merge_params(trained, untrained)
-    ema = None if ema is None or ema_rest is None else merge_params(ema, ema_rest)
-    return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
+    if ema is not None and untrained_ema is not None:
+        ema = merge_params(ema, untrained_ema)
+    next_state = TrainState(state.step + 1, params, opt_state, ema, state.frozen)
+    return next_state, metrics
 
 
 def _keep_layout(array: jax.Array) -> jax.Array:
@@ -133,17 +145,18 @@ def _keep_layout(array: jax.Array) -> jax.Array:
 
 def _advance_count(new: jax.Array, old: jax.Array) -> jax.Array:
     """Lets counts, and with them the schedule, go on where an update was left out."""
-    return old + 1 if new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer) else new
+    is_count = new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer)
+    return old + 1 if is_count else new
 
 
-def _select_learned(specs: Params, tree: Any) -> Any:
+def _select_learned(specs: Params, tree: optax.Updates) -> optax.Updates:
     """Leaves out parameters that follow a rule: their "gradient" is none."""
     return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
 
 def _bind_frozen(
-    models: Mapping[str, Any], frozen: Mapping[str, Params], params: Params
-) -> dict[str, Any]:
+    models: Mapping[str, nnx.Module], frozen: Mapping[str, Params], params: Params
+) -> dict[str, nnx.Module]:
     """Binds frozen models to their own parameters, or to the base of the adapted
     ``params``, to which no gradient goes."""
     base = jax.tree.map(lax.stop_gradient, select_base_params(params))
@@ -160,19 +173,19 @@ def evaluate_step(
     frozen: Mapping[str, Params],
     batch: DeviceBatch,
     *,
-    model: Any,
+    model: nnx.Module,
     task: Task,
-    frozen_models: Mapping[str, Any] = MappingProxyType({}),
+    frozen_models: Mapping[str, nnx.Module] = MappingProxyType({}),
 ) -> Sums:
     """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without
     gradients."""
-    others = _bind_frozen(frozen_models, frozen, params)
-    models = TaskModels(bind(model, params), others)
+    bound_frozen = _bind_frozen(frozen_models, frozen, params)
+    models = TaskModels(bind(model, params), bound_frozen)
     # Nothing random happens without gradients: the key has no effect.
     key = jax.random.key(0)
     batch = task.prepare_batch(models, batch)
 
-    def compute_sums(_: Any, micro_batch: DeviceBatch) -> Sums:
+    def compute_sums(_: nnx.Module, micro_batch: DeviceBatch) -> Sums:
         total, sums = task.loss(models, micro_batch, key)
         return {"loss": total, **sums}
 
@@ -181,7 +194,7 @@ def evaluate_step(
 
 
 def compute_loss_and_gradients(
-    model: Any,
+    model: nnx.Module,
     loss: LossFunction,
     params: Params,
     batch: DeviceBatch,
@@ -198,6 +211,8 @@ def compute_loss_and_gradients(
             (ZeRO-2); gradients are reduced straight to it.
         untrained: the parameters that get no gradients.
     """
+    # `params` are differentiated: under ZeRO-2 each device's share. `whole` are the
+    # same in the layout they are stored in, and `rest` those without a gradient.
     trained = params
     whole = params
     rest: Params
@@ -217,7 +232,7 @@ def compute_loss_and_gradients(
     def seed(params: Params, key: jax.Array) -> Params:
         return seed_dropout(params, param_specs(model), fold_in_name(key, "dropout"))
 
-    def bind_params(params: Params, key: jax.Array | None = None) -> Any:
+    def bind_params(params: Params, key: jax.Array | None = None) -> nnx.Module:
         if layouts is not None:
             # Whole parameters are read, and this device's share is differentiated.
             params = jax.tree.map(GatheredParam, params, whole)
@@ -227,13 +242,20 @@ def compute_loss_and_gradients(
         return bind(model, params)
 
     if schedule == "1f1b":
+        # Once for the whole batch: stages then seed each micro-batch by its number
+        # (`seed_micro_batch`).
         params = seed(params, key)
         whole = seed(whole, key)
-        result, gradients = _run_1f1b(model, bind_params, loss, params, batch, key)
+        pipelined_model = cast(Model, model)
+        result, gradients = _run_1f1b(
+            pipelined_model, bind_params, loss, params, batch, key
+        )
         trained_gradients, _ = split_params(gradients, trained)
         return result, trained_gradients
 
-    def compute_loss(params: Params, batch: DeviceBatch, index: Any):
+    def compute_loss(
+        params: Params, batch: DeviceBatch, index: jax.typing.ArrayLike
+    ) -> tuple[jax.Array, Sums]:
         micro_key = jax.random.fold_in(key, index)
         return loss(bind_params(params, micro_key), batch, micro_key)
 
@@ -247,24 +269,33 @@ def _accumulate(
     value_and_grad: Callable[..., Gradients], params: Params, batch: DeviceBatch
 ) -> Gradients:
     """Adds up losses, sums and gradients over micro-batches, one after the other."""
-    count = jax.tree.leaves(batch)[0].shape[0]
-    first = jax.tree.map(lambda a: a[0], batch), jnp.int32(0)
-    if count == 1:
-        return value_and_grad(params, *first)
+    num_micro_batches = jax.tree.leaves(batch)[0].shape[0]
+    first_micro_batch = jax.tree.map(lambda a: a[0], batch)
+    first_index = jnp.int32(0)
+    if num_micro_batches == 1:
+        return value_and_grad(params, first_micro_batch, first_index)
 
-    def body(carry, inputs):
-        return jax.tree.map(jnp.add, carry, value_and_grad(params, *inputs)), None
+    def add_micro_batch(
+        totals: Gradients, batch_and_index: tuple[DeviceBatch, jax.Array]
+    ) -> tuple[Gradients, None]:
+        terms = value_and_grad(params, *batch_and_index)
+        return jax.tree.map(jnp.add, totals, terms), None
 
-    scalars, _ = jax.eval_shape(value_and_grad, params, *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), scalars)
-    carry = zeros, jax.tree.map(jnp.zeros_like, params)
-    total, _ = lax.scan(body, carry, (batch, jnp.arange(count)))
-    return total
+    # Which sums there are, the task's loss alone knows.
+    scalars, _ = jax.eval_shape(value_and_grad, params, first_micro_batch, first_index)
+    zero_scalars = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), scalars)
+    zero_gradients = jax.tree.map(jnp.zeros_like, params)
+    totals, _ = lax.scan(
+        add_micro_batch,
+        (zero_scalars, zero_gradients),
+        (batch, jnp.arange(num_micro_batches)),
+    )
+    return totals
 
 
 def _run_1f1b(
-    model: Any,
-    bind_params: Callable[[Params], Any],
+    model: Model,
+    bind_params: Callable[[Params], nnx.Module],
     loss: LossFunction,
     params: Params,
     batch: DeviceBatch,
@@ -280,28 +311,36 @@ def _run_1f1b(
     }
     ends = {name: value for name, value in params.items() if name != "layers"}
 
-    def run_loss(ends: Params, micro: DeviceBatch, layers_fn: Any):
-        bound_model = bind_params(ends | {"layers": params["layers"]})
+    def run_loss(
+        ends: Params, micro_batch: DeviceBatch, layers_fn: LayersFunction
+    ) -> tuple[jax.Array, Sums]:
+        bound_model = cast(Model, bind_params(ends | {"layers": params["layers"]}))
         bound_model.layers_fn = layers_fn
         arrays = {
             name: array
-            for name, array in micro.items()
+            for name, array in micro_batch.items()
             if name not in ("key", "number")
         }
-        return loss(bound_model, arrays, jax.random.wrap_key_data(micro["key"]))
+        key = jax.random.wrap_key_data(micro_batch["key"])
+        return loss(bound_model, arrays, key)
 
-    def run_first_stage(ends: Params, micro: DeviceBatch):
+    def run_first_stage(
+        ends: Params, micro_batch: DeviceBatch
+    ) -> tuple[jax.Array, PyTree]:
         layer_inputs = []
 
-        def catch_inputs(x, inputs):
-            layer_inputs.append((x, (inputs, micro["number"])))
+        # Runs in place of the layers; what the loss computes after it is not used.
+        def catch_inputs(x: jax.Array, inputs: PyTree) -> tuple[jax.Array, Aux]:
+            layer_inputs.append((x, (inputs, micro_batch["number"])))
             return x, Aux()
 
-        run_loss(ends, micro, catch_inputs)
+        run_loss(ends, micro_batch, catch_inputs)
         return layer_inputs[0]
 
-    def run_last_stage(ends: Params, y: jax.Array, micro: DeviceBatch):
-        return run_loss(ends, micro, lambda x, inputs: (y, Aux()))
+    def run_last_stage(
+        ends: Params, y: jax.Array, micro_batch: DeviceBatch
+    ) -> tuple[jax.Array, Sums]:
+        return run_loss(ends, micro_batch, lambda x, inputs: (y, Aux()))
 
     def make_sums_cotangent(aux: Aux) -> Aux:
         # The loss of layers is differentiated, what they log is not.
@@ -329,6 +368,8 @@ def convert_sums_to_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Arra
     loads = jnp.maximum(sums.get("expert_load", tokens), 1.0)
     metrics = {}
     for name, value in sums.items():
-        if name not in ("tokens", "expert_load"):
-            metrics[name] = value / (loads if name.startswith("expert_") else tokens)
+        if name in ("tokens", "expert_load"):
+            continue
+        divisor = loads if name.startswith("expert_") else tokens
+        metrics[name] = value / divisor
     return metrics

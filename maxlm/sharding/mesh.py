@@ -122,7 +122,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(arrange_devices(sizes, devices), tuple(sizes), axis_types)
 
 
-def jit_sharded(function: Callable[P, T], shardings: Any) -> Callable[P, T]:
+def jit_sharded(function: Callable[P, T], shardings: object) -> Callable[P, T]:
     """Jits ``function`` so that every output is computed in shards, never whole on a
     device.
 

@@ -1,9 +1,9 @@
 """Axis rules: which mesh axes each logical axis is split over.
 
-*Storage* rules say how parameters rest between steps, and two further sets, where they
-differ, how gradients and the optimizer's state do; *compute* rules say how parameters
-and activations lie while they are used. Their difference is the parallelism, here by
-what ``embed`` is split over:
+*Storage* rules say how parameters are stored between steps, and two further sets, where
+they differ, how gradients and the optimizer's state are; *compute* rules say how
+parameters and activations lie while they are used. Their difference is the parallelism,
+here by what ``embed`` is split over:
 
 ==========================  =========  =========  =========  =======
 kind                        storage    gradients  optimizer  compute
@@ -87,7 +87,7 @@ LOGICAL_AXES = tuple(AxisRules.model_fields)
 
 
 class StorageRules(AxisRules):
-    """Layout of parameters and what belongs to them at rest: by default ZeRO-3 over
+    """Layout of stored parameters and what belongs to them: by default ZeRO-3 over
     `fsdp`."""
 
     embed: MeshAxes = ("fsdp", "expert")

@@ -7,6 +7,7 @@ from maxlm.huggingface.families import fields, gpt2, llama
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import NameTable, copy, map_linears, map_norm
 from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 
 ATTENTION = {**llama.PROJECTIONS, "out_proj": "out"}
 
@@ -50,19 +51,21 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     for key, decoder_size in same_in_both.items():
         reader.size(key)  # transformers has a default of its own, not the decoder's.
         reader.read_implemented(key, decoder_size)
-    start = reader.size("decoder_start_token_id", 2, least=0, nullable=True)
-    settings["start_id"] = (
-        reader.size("bos_token_id", 0, least=0) if start is None else start
-    )
-    scaled = reader.flag("scale_embedding", False)
-    settings["embedding_scale"] = settings["d_model"] ** 0.5 if scaled else 1.0
+    start_id = reader.size("decoder_start_token_id", 2, least=0, nullable=True)
+    if start_id is None:
+        start_id = reader.size("bos_token_id", 0, least=0)
+    settings["start_id"] = start_id
+    is_scaled = reader.flag("scale_embedding", False)
+    settings["embedding_scale"] = settings["d_model"] ** 0.5 if is_scaled else 1.0
     is_bare = BARE in reader.names("architectures")
-    settings["head_bias"] = (
-        "final_logits_bias" in reader.tensors if reader.tensors else not is_bare
-    )
+    if reader.tensors:
+        settings["head_bias"] = "final_logits_bias" in reader.tensors
+    else:
+        settings["head_bias"] = not is_bare
 
 
-def _write(config: Any) -> dict[str, Any]:
+def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
+    assert config.mlp is not None
     return {
         **({} if config.head_bias else {"architectures": [BARE]}),
         "encoder_attention_heads": config.attention.num_heads,

@@ -19,6 +19,7 @@ from maxlm.huggingface.families.names import (
     map_norm,
 )
 from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.models.architectures.config import TransformerConfig
 
 H = "transformer.h.{layer}"
 COMMON = {
@@ -41,7 +42,7 @@ def _read_bloom(reader: ConfigReader, settings: dict[str, Any]) -> None:
     reader.read_implemented("n_inner", None, settings["mlp"]["d_ff"])
 
 
-def _falcon_table(config: Any) -> NameTable:
+def _falcon_table(config: TransformerConfig) -> NameTable:
     attention, mlp = "input_layernorm", "post_attention_layernorm"
     if config.placement == "parallel":
         attention, mlp = "ln_attn", "ln_mlp"
@@ -74,7 +75,7 @@ def _read_falcon(reader: ConfigReader, settings: dict[str, Any]) -> None:
     mlp["bias"] = attention["bias"]
 
 
-def _write_falcon(config: Any) -> dict[str, Any]:
+def _write_falcon(config: TransformerConfig) -> dict[str, Any]:
     attention = config.attention
     two_norms = config.placement == "parallel"
     return {

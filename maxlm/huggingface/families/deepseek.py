@@ -15,34 +15,39 @@ from maxlm.huggingface.families.names import (
     permute_rotary,
 )
 from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.models.architectures.config import TransformerConfig
 
 A = "model.layers.{layer}.self_attn"
 S = "model.layers.{layer}.mlp.shared_experts"
 
 
-def _table(config: Any) -> NameTable:
+def _table(config: TransformerConfig) -> NameTable:
     latent = config.attention.latent
     query = permute_rotary(
         linear("attention.query.kernel"), latent.rotary_dim, each_head=True
     )
-    down = linear("attention.key_down.kernel", "attention.key_rotary.kernel")
-    bias = linear("attention.key_down.bias", "attention.key_rotary.bias")
+    # Without a low rank of queries, one map makes them.
+    query_name = "q_proj" if latent.q_rank is None else "q_b_proj"
+    key_down = permute_rotary(
+        linear("attention.key_down.kernel", "attention.key_rotary.kernel"),
+        latent.rotary_dim,
+        each_head=False,
+    )
+    key_down_bias = permute_rotary(
+        linear("attention.key_down.bias", "attention.key_rotary.bias"),
+        latent.rotary_dim,
+        each_head=False,
+    )
     return {
         **llama.OUTER,
         **llama.NORMS,
         **llama.MLP,
         **qwen.EXPERTS,
-        f"{A}.q_proj.weight"
-        if latent.q_rank is None
-        else f"{A}.q_b_proj.weight": query,
+        f"{A}.{query_name}.weight": query,
         **map_linear(f"{A}.q_a_proj", "attention.query_down"),
         f"{A}.q_a_layernorm.weight": copy("attention.query_norm.scale"),
-        f"{A}.kv_a_proj_with_mqa.weight": permute_rotary(
-            down, latent.rotary_dim, each_head=False
-        ),
-        f"{A}.kv_a_proj_with_mqa.bias": permute_rotary(
-            bias, latent.rotary_dim, each_head=False
-        ),
+        f"{A}.kv_a_proj_with_mqa.weight": key_down,
+        f"{A}.kv_a_proj_with_mqa.bias": key_down_bias,
         f"{A}.kv_a_layernorm.weight": copy("attention.key_norm.scale"),
         f"{A}.kv_b_proj.weight": interleave_by_kv_head(
             "attention.key_up.kernel", "attention.value_up.kernel"
@@ -74,15 +79,16 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
         settings["mlp"] = mlp
 
 
-def _write(config: Any) -> dict[str, Any]:
+def _write(config: TransformerConfig) -> dict[str, Any]:
     attention = config.attention
     moe = config.moe
+    assert moe is not None
+    limits_groups = moe.groups_per_token < moe.groups
     values = {
         "num_key_value_heads": attention.num_heads,
+        # A head's size counts the dimensions that turn, too; this key does not.
         "qk_nope_head_dim": attention.head_dim - attention.latent.rotary_dim,
-        "topk_method": "group_limited_greedy"
-        if moe.groups_per_token < moe.groups
-        else "greedy",
+        "topk_method": "group_limited_greedy" if limits_groups else "greedy",
         "n_group": moe.groups,
         "topk_group": moe.groups_per_token,
         "first_k_dense_replace": config.dense_layers,

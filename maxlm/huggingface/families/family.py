@@ -23,6 +23,7 @@ from maxlm.huggingface.families.rope import (
     read_position_settings,
     write_position_settings,
 )
+from maxlm.models.architectures.config import TransformerConfig
 
 _HEAD = "lm_head.weight"
 _DEFAULT_LABELS = 2
@@ -30,7 +31,9 @@ _DEFAULT_LABELS = 2
 _SCORE_HEAD = {"score.weight": linear("heads.score.kernel")}
 
 
-def _check_tensor_count(config: Any, table: NameTable, num_tensors: int) -> None:
+def _check_tensor_count(
+    config: TransformerConfig, table: NameTable, num_tensors: int
+) -> None:
     """Checks that files can hold the tensors of a model's layers and experts, before
     they are listed one by one: a number in a config.json costs its author nothing."""
     moe = config.moe
@@ -102,7 +105,7 @@ class ModelFamily:
         return f"{name}ForSequenceClassification"
 
     def list_entries(
-        self, config: Any, published_names: Iterable[str] = ()
+        self, config: TransformerConfig, published_names: Iterable[str] = ()
     ) -> list[TensorEntry]:
         """Lists every tensor of a model, and where it lies in ours; variants are
         followed of names in files at hand, ``published_names``."""
@@ -119,6 +122,7 @@ class ModelFamily:
         has_prefix = any(name.startswith(self.prefix) for name in stored_names)
 
         def spell(name: str) -> str:
+            """Returns a name as these files spell it."""
             plain = name if has_prefix else name.removeprefix(self.prefix)
             for usual, other in self.suffix_aliases.items():
                 if plain not in stored_names and plain.endswith(usual):
@@ -127,11 +131,12 @@ class ModelFamily:
 
         spelled: list[TensorEntry] = []
         for entry in entries:
+            name = spell(entry.theirs)
             aliases = tuple(spell(alias) for alias in entry.aliases)
-            spelled.append(replace(entry, theirs=spell(entry.theirs), aliases=aliases))
+            spelled.append(replace(entry, theirs=name, aliases=aliases))
         return spelled
 
-    def find_missing_part(self, config: Any) -> str | None:
+    def find_missing_part(self, config: TransformerConfig) -> str | None:
         """Finds a part of a model's config that all models of the family have and this
         one does not, as "attention.latent"; None: it has them all, and
         :meth:`write_config` can read what it writes."""
@@ -145,21 +150,23 @@ class ModelFamily:
                     return ".".join(parents[:depth])
         return None
 
-    def write_config(self, config: Any) -> dict[str, Any]:
+    def write_config(self, config: TransformerConfig) -> dict[str, Any]:
         """Returns a model's config.json."""
         values: dict[str, Any] = {"architectures": [self.hf_architecture]}
         if [*config.heads] == ["score"]:
             labels = range(config.heads["score"])
-            values = {"architectures": [self.hf_classifier]}
+            values["architectures"] = [self.hf_classifier]
             values["id2label"] = {str(i): f"LABEL_{i}" for i in labels}
             values["label2id"] = {f"LABEL_{i}": i for i in labels}
-        values |= {"model_type": self.model_type, **write_fields(config, self.fields)}
+        values["model_type"] = self.model_type
+        values |= write_fields(config, self.fields)
         if self.init_std_key:
             values[self.init_std_key] = config.init_std
         if self.rope_kwargs is not None:
             latent = config.attention.latent
-            turned = latent.rotary_dim if latent else config.attention.head_dim
-            values |= write_position_settings(config.positions, turned)
+            # Latent attention turns dimensions that are apart from the head's own.
+            rotary_size = latent.rotary_dim if latent else config.attention.head_dim
+            values |= write_position_settings(config.positions, rotary_size)
         return values | self.write_extra(config)
 
     def read_config(
@@ -202,18 +209,19 @@ class ModelFamily:
             settings["heads"] = {"score": num_labels}
             if self._lacks_language_head(reader.tensors):
                 settings["tie_embeddings"] = True
-        width = settings["d_model"]
-        heads = settings["attention"]["num_heads"]
-        defaults = {"num_kv_heads": heads, "head_dim": width // heads}
+        # Sizes that follow from others where the file does not name them.
+        d_model = settings["d_model"]
+        num_heads = settings["attention"]["num_heads"]
+        defaults = {"num_kv_heads": num_heads, "head_dim": d_model // num_heads}
         attention = defaults | settings["attention"]
         settings["attention"] = attention
         if "mlp" in settings:
-            settings["mlp"].setdefault("d_ff", 4 * width)
+            settings["mlp"].setdefault("d_ff", 4 * d_model)
         if self.rope_kwargs is not None:
             latent = attention.get("latent", {})
-            turned = latent.get("rotary_dim", attention["head_dim"])
+            rotary_size = latent.get("rotary_dim", attention["head_dim"])
             settings["positions"] = read_position_settings(
-                reader, turned, **self.rope_kwargs
+                reader, rotary_size, **self.rope_kwargs
             )
         self.read_extra(reader, settings)
         for key in ("initializer_range", "init_std"):

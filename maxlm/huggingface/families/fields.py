@@ -7,7 +7,7 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.families.reader import MAX_SIZE, REQUIRED, ConfigReader
-from maxlm.models.architectures.config import MAX_LAYERS
+from maxlm.models.architectures.config import MAX_LAYERS, TransformerConfig
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 ACTIVATIONS = {
@@ -40,7 +40,7 @@ ConfigFields = Mapping[str, ConfigField]
 
 def map_size(
     ours: str,
-    default: Any = REQUIRED,
+    default: object = REQUIRED,
     *,
     least: int = 1,
     most: int = MAX_SIZE,
@@ -59,7 +59,7 @@ def map_size(
 
 
 def map_layer_count(
-    ours: str, default: Any = REQUIRED, *, alias: str = ""
+    ours: str, default: object = REQUIRED, *, alias: str = ""
 ) -> ConfigField:
     """Declares a number of layers. What reads and names them walks over all: the limit
     of a model's config holds before that."""
@@ -68,7 +68,7 @@ def map_layer_count(
 
 def map_number(
     ours: str,
-    default: Any = REQUIRED,
+    default: object = REQUIRED,
     *,
     least: int | None = None,
     nullable: bool = False,
@@ -92,7 +92,7 @@ def map_flag(ours: str, default: bool) -> ConfigField:
 
 
 def require_value(
-    *allowed: Any, ours: str = "", always_write: bool = False
+    *allowed: object, ours: str = "", always_write: bool = False
 ) -> ConfigField:
     """Declares a key of which these values alone are implemented; the first is
     usual."""
@@ -100,7 +100,7 @@ def require_value(
     def read(reader: ConfigReader, key: str) -> Any:
         return reader.read_implemented(key, *allowed)
 
-    def write(config: Any) -> Any:
+    def write(config: TransformerConfig) -> object:
         return allowed[0]
 
     is_written = bool(ours) or always_write
@@ -115,7 +115,7 @@ def map_activation(ours: str, default: str) -> ConfigField:
     def read(reader: ConfigReader, key: str) -> str:
         return read_activation(reader, key, default)
 
-    def write(config: Any) -> str:
+    def write(config: TransformerConfig) -> str:
         return to_hf_activation(get_activation(config))
 
     return ConfigField(read, ours, write)
@@ -132,7 +132,8 @@ def map_balance_loss(
         experts_per_token = reader.size(per_token)
         return coefficient * experts_per_token
 
-    def write(config: Any) -> float:
+    def write(config: TransformerConfig) -> float:
+        assert config.moe is not None
         return config.moe.balance_loss / config.moe.experts_per_token
 
     return ConfigField(read, "moe.balance_loss", write)
@@ -181,7 +182,7 @@ def read_fields(
             put_nested(settings, field.ours, value)
 
 
-def write_fields(config: Any, fields: ConfigFields) -> dict[str, Any]:
+def write_fields(config: TransformerConfig, fields: ConfigFields) -> dict[str, Any]:
     """Writes what :func:`read_fields` reads."""
     values: dict[str, Any] = {}
     for path, field in fields.items():
@@ -190,7 +191,7 @@ def write_fields(config: Any, fields: ConfigFields) -> dict[str, Any]:
     return values
 
 
-def put_nested(tree: dict[str, Any], path: str, value: Any) -> None:
+def put_nested(tree: dict[str, Any], path: str, value: object) -> None:
     """Puts a value at a dotted path of nested mappings."""
     *parents, key = path.split(".")
     for name in parents:
@@ -226,7 +227,7 @@ def read_layer_pattern(
     return {"pattern": pattern} if any(pattern) else {}
 
 
-def write_layer_types(config: Any) -> tuple[list[str], int | None]:
+def write_layer_types(config: TransformerConfig) -> tuple[list[str], int | None]:
     """Returns the kind of each layer by its window, and the window (None: no layer has
     one)."""
     kinds = config.layer_kinds

@@ -9,6 +9,8 @@ from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.fields import GLOBAL, LOCAL
 from maxlm.huggingface.families.names import copy
 from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.layers.positions import PositionsConfig
 
 L = "model.layers.{layer}"
 SANDWICH = {
@@ -50,9 +52,13 @@ def _read(
     reader.read_implemented(other, None, reader.text(key, TANH))
 
 
-def _write(config: Any) -> dict[str, Any]:
-    kind = config.mlp.activation
-    name = TANH if kind == "gelu_tanh" else fields.to_hf_activation(kind)
+def _write(config: TransformerConfig) -> dict[str, Any]:
+    assert config.mlp is not None
+    activation = config.mlp.activation
+    if activation == "gelu_tanh":
+        name = TANH
+    else:
+        name = fields.to_hf_activation(activation)
     return {"hidden_activation": name, "hidden_act": name}
 
 
@@ -76,7 +82,7 @@ def _read_local(reader: ConfigReader, settings: dict[str, Any]) -> None:
     settings["attention"]["scale"] = reader.number("query_pre_attn_scalar") ** -0.5
 
 
-def _write_local(config: Any) -> dict[str, Any]:
+def _write_local(config: TransformerConfig) -> dict[str, Any]:
     kinds, window = fields.write_layer_types(config)
     attention = config.attention
     scale = attention.scale or attention.head_dim**-0.5
@@ -136,15 +142,15 @@ def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
     )
 
 
-def _write_gemma3(config: Any) -> dict[str, Any]:
-    def parameters(positions: Any) -> dict[str, Any]:
+def _write_gemma3(config: TransformerConfig) -> dict[str, Any]:
+    def write_rope(positions: PositionsConfig) -> dict[str, Any]:
         scaling = rope.write_scaling(positions) or {"rope_type": "default"}
         return {"rope_theta": positions.theta, **scaling}
 
-    by_kind = {GLOBAL: parameters(config.positions)}
+    by_kind = {GLOBAL: write_rope(config.positions)}
     for kind in config.layer_kinds:
         if kind.window is not None:  # else all layers are global
-            by_kind[LOCAL] = parameters(kind.positions or config.positions)
+            by_kind[LOCAL] = write_rope(kind.positions or config.positions)
     return _write_local(config) | {"rope_parameters": by_kind}
 
 

@@ -8,6 +8,7 @@ from maxlm.huggingface.families import fields
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import QKV_KERNELS, copy, linear, unstack_experts
 from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.models.architectures.config import TransformerConfig
 
 B = "transformer.blocks.{layer}"
 MPT_TABLE = {
@@ -47,7 +48,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     ffn.read_implemented("hidden_size", None, settings["d_model"])
 
 
-def _write(config: Any) -> dict[str, Any]:
+def _write(config: TransformerConfig) -> dict[str, Any]:
     return {
         "rope_parameters": {
             "rope_type": "default",

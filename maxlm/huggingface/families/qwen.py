@@ -9,6 +9,7 @@ from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.fields import GLOBAL, LOCAL
 from maxlm.huggingface.families.names import linear
 from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.models.architectures.config import TransformerConfig
 
 EXPERTS = {
     "model.layers.{layer}.mlp.gate.weight": linear("moe.router"),
@@ -30,7 +31,7 @@ def _read_windows(reader: ConfigReader, settings: dict[str, Any]) -> None:
     settings |= fields.read_layer_pattern(reader, kinds, {LOCAL: local, GLOBAL: {}})
 
 
-def _write_windows(config: Any) -> dict[str, Any]:
+def _write_windows(config: TransformerConfig) -> dict[str, Any]:
     kinds, window = fields.write_layer_types(config)
     first = kinds.index(LOCAL) if LOCAL in kinds else len(kinds)
     return {
@@ -49,7 +50,7 @@ def _read_window(reader: ConfigReader, settings: dict[str, Any]) -> None:
     reader.ignore("max_window_layers")  # unread by the published code
 
 
-def _write_window(config: Any) -> dict[str, Any]:
+def _write_window(config: TransformerConfig) -> dict[str, Any]:
     window = config.attention.window
     return {"use_sliding_window": window is not None, "sliding_window": window}
 

@@ -8,14 +8,16 @@ from maxlm.huggingface.families import fields
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import NameTable, copy, linear, map_linears
 from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.models.architectures.config import TransformerConfig
 
 ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 
-def _table(config: Any) -> NameTable:
+def _table(config: TransformerConfig) -> NameTable:
     """Layers of the encoder are counted by ``{encoder_layer}``."""
     e = "encoder.block.{encoder_layer}"
     d = "decoder.block.{layer}"
+    assert config.mlp is not None
     mlp = {"wi_0": "gate", "wi_1": "up"} if config.mlp.gated else {"wi": "up"}
     mlp["wo"] = "down"
     bias = "SelfAttention.relative_attention_bias.weight"
@@ -55,15 +57,15 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     settings.setdefault("num_layers", settings["encoder_layers"])
     # T5 v1.0 has a tied head and scales what it sees, v1.1 a head of its own and does
     # not. transformers 5 writes true in any case, and tells them apart by another name.
-    tied = reader.flag("tie_word_embeddings", True)
-    scaled = reader.flag("scale_decoder_outputs", tied)
-    settings["tie_embeddings"] = tied and (
-        scaled or "lm_head.weight" not in reader.tensors
-    )
-    settings["logit_scale"] = settings["d_model"] ** -0.5 if scaled else 1.0
+    says_tied = reader.flag("tie_word_embeddings", True)
+    is_scaled = reader.flag("scale_decoder_outputs", says_tied)
+    has_head = "lm_head.weight" in reader.tensors
+    settings["tie_embeddings"] = says_tied and (is_scaled or not has_head)
+    settings["logit_scale"] = settings["d_model"] ** -0.5 if is_scaled else 1.0
 
 
-def _write(config: Any) -> dict[str, Any]:
+def _write(config: TransformerConfig) -> dict[str, Any]:
+    assert config.mlp is not None
     name = fields.to_hf_activation(config.mlp.activation)
     if config.mlp.gated:
         name = "gated-gelu" if name == "gelu_new" else f"gated-{name}"

@@ -1,7 +1,7 @@
 """Encoder and decoder: the one reads the input, the other writes the output and looks
 back at what the first made of it (T5, BART)."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block
 from maxlm.models.caches import CacheArraySpec, CacheLayout
+from maxlm.models.caches.layout import as_array
 from maxlm.models.layers.attention import EncoderOutput, KeysValues
 from maxlm.models.params import bind, get_values, take_stacked_layer
 from maxlm.parallel.config import ParallelConfig
@@ -152,12 +153,13 @@ class EncoderDecoder(Transformer):
         assert attention is not None
         num_layers = self.config.num_layers
         rows = (layout.num_shards, layout.num_rows, length)
-        # Declarations stand where arrays will.
-        key: Any = CacheArraySpec(
-            (*rows, attention.num_kv_heads, attention.head_dim),
-            ("batch", None, None, "kv_heads", None),
+        key = as_array(
+            CacheArraySpec(
+                (*rows, attention.num_kv_heads, attention.head_dim),
+                ("batch", None, None, "kv_heads", None),
+            )
         )
-        segment_ids: Any = CacheArraySpec(rows, ("batch", None, None), jnp.int32)
+        segment_ids = as_array(CacheArraySpec(rows, ("batch", None, None), jnp.int32))
         layers = (KeysValues(key, key),) * num_layers
         keys_values = dict.fromkeys(self.stacks, layers)
         return CrossAttentionCache(keys_values, segment_ids)

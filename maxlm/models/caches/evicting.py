@@ -16,7 +16,7 @@ each; M tokens kept; N query heads, K kv heads, G = N / K; H head dim, Hv value 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,22 +89,26 @@ class EvictingCache(AttentionCache):
             value_dim=value_dim,
             shared_axes=tuple(set(head_axes) - set(kv_axes)),
         )
+        keep_best = partial(_keep_best, window=terms.window, attend=attend)
 
         def advance(
             cache: EvictingCache, tokens: _NewTokens, rows: RowTokens
         ) -> tuple[EvictingCache, jax.Array]:
+            # A sequence that begins finds no tokens of the one that had its row.
             begins = rows.begins[:, None, None]
             positions = jnp.where(begins, 0, cache.positions)
             cache = replace(cache, positions=positions)
-            if tokens.q.shape[1] == 1:
+            tokens_per_row = tokens.q.shape[1]
+            if tokens_per_row == 1:
                 return _replace_one(cache, tokens, rows, terms.window, attend)
-            keep_best = partial(_keep_best, window=terms.window, attend=attend)
+            # Row after row: one without tokens is skipped, and scores of queries with
+            # all keys are in memory for one row at a time.
             return lax.map(
                 lambda row: _skip_if_empty(keep_best, *row), (cache, tokens, rows)
             )
 
         cache, y = run_rows(advance, self, _NewTokens(q, key, value), batch)
-        return y, cache
+        return y, cast(Self, cache)
 
 
 def _attend_rows(
@@ -127,29 +131,36 @@ def _attend_rows(
     assert terms.scale is not None
     wide = jnp.promote_types(q.dtype, jnp.float32)
 
+    # Scores [n, K, G, T, S].
     q = q.reshape(n, T, K, G, H)
     scores = jnp.einsum("ntkgh,nksh->nkgts", q, key, preferred_element_type=wide)
     scores *= terms.scale
     # [n, K, T, S]: each kv head keeps tokens of its own.
-    distance = rows.positions[:, None, :, None] - (positions[:, :, None] - 1)
+    query_positions = rows.positions[:, None, :, None]
+    distance = query_positions - (positions[:, :, None] - 1)
     if terms.soft_cap is not None:
         scores = terms.soft_cap * jnp.tanh(scores / terms.soft_cap)
     if terms.slopes is not None:
         slopes = terms.slopes.reshape(K, G, 1, 1)
         scores -= slopes * distance[:, :, None].astype(wide)
     if terms.biases is not None:
+        # Biases by distance key − query, from −reach to reach: [N, 2·reach + 1].
         reach = terms.biases.shape[1] // 2
-        place = (jnp.clip(-distance, -reach, reach) + reach)[:, :, None]
+        bias_index = (jnp.clip(-distance, -reach, reach) + reach)[:, :, None]
         kv_head = jnp.arange(K)[:, None, None, None]
-        member = jnp.arange(G)[:, None, None]
-        scores += terms.biases.reshape(K, G, -1)[kv_head, member, place]
+        group_member = jnp.arange(G)[:, None, None]
+        biases = terms.biases.reshape(K, G, -1)
+        scores += biases[kv_head, group_member, bias_index]
 
+    # A query sees tokens that are there, not later ones, and those in its window.
     is_seen = (distance >= 0) & (positions > 0)[:, :, None]
     is_seen &= rows.live[:, None, :, None]
     if terms.window is not None:
         is_seen &= distance < terms.window
     scores = jnp.where(is_seen[:, :, None], scores, -jnp.inf)
 
+    # Softmax, with a sink's exponential in the sum where heads have one. A query that
+    # sees nothing has weights of 0.
     sink = -jnp.inf
     if terms.sinks is not None:
         sink = terms.sinks.reshape(K, G, 1, 1)
@@ -167,11 +178,11 @@ def _attend_rows(
         value,
         preferred_element_type=wide,
     )
-    weights = weights.sum(axis=2)
+    weights_by_kv_head = weights.sum(axis=2)  # [n, K, T, S]
     y = y.reshape(n, T, N, -1).astype(q.dtype)
     if shared_axes:
-        weights = lax.psum(weights, shared_axes)
-    return y, weights
+        weights_by_kv_head = lax.psum(weights_by_kv_head, shared_axes)
+    return y, weights_by_kv_head
 
 
 def _rank_tokens(
@@ -183,6 +194,7 @@ def _rank_tokens(
 ) -> jax.Array:
     """Ranks tokens, fp32 [n, K, S], the higher the better; positions as of
     :func:`_attend_rows`, lengths int32 [n] the tokens of each row."""
+    # Positions count from 1: a row's last token has position `ends`.
     ends = lengths[:, None, None]
     if isinstance(config, SinksCacheConfig):
         is_sink = positions <= config.num_sinks
@@ -206,28 +218,31 @@ def _replace_one(
 ) -> tuple[EvictingCache, jax.Array]:
     """Returns the cache with one token of each row in the place of another, then y [n,
     1, N, Hv]."""
-    # Written before it is read: or XLA copies the whole.
     config = cache.config
     n, K, _ = cache.positions.shape
+
+    # The place of the token that matters least, [n, K].
     lengths = rows.positions[:, 0] + 1
     ranks = _rank_tokens(config, cache.positions, cache.scores, lengths, window)
     is_worst = ranks == ranks.min(axis=-1, keepdims=True)
     # Of equally bad ones the oldest, and an empty place before any.
     largest = jnp.iinfo(jnp.int32).max
-    slot = jnp.where(is_worst, cache.positions, largest).argmin(axis=-1)
+    worst = jnp.where(is_worst, cache.positions, largest).argmin(axis=-1)
     row = jnp.where(rows.live, jnp.arange(n)[:, None], n)  # n: dropped
-    index = row, jnp.arange(K), slot
+    index = row, jnp.arange(K), worst
 
-    def write(array: jax.Array, new: jax.Array | float) -> jax.Array:
+    def put(array: jax.Array, new: jax.Array | float) -> jax.Array:
+        """Puts a value [n, K, ...] in the place of the worst token."""
         return array.at[index].set(new, mode="drop")
 
-    keys = write(cache.key, tokens.key[:, 0].astype(cache.key.dtype))
+    # Written before it is read: or XLA copies the whole.
+    keys = put(cache.key, tokens.key[:, 0].astype(cache.key.dtype))
     values = None
     if cache.value is not None:
         assert tokens.value is not None
-        values = write(cache.value, tokens.value[:, 0].astype(cache.value.dtype))
-    positions = write(cache.positions, rows.positions + 1)
-    scores = None if cache.scores is None else write(cache.scores, 0.0)
+        values = put(cache.value, tokens.value[:, 0].astype(cache.value.dtype))
+    positions = put(cache.positions, rows.positions + 1)
+    scores = None if cache.scores is None else put(cache.scores, 0.0)
     y, weights = attend(tokens.q, keys, values, positions, rows)
     if isinstance(config, HeavyHittersCacheConfig):
         assert scores is not None
@@ -248,7 +263,7 @@ def _keep_best(
     config = cache.config
     n, K, M = cache.positions.shape
     T = tokens.q.shape[1]
-    new_positions = jnp.where(rows.live, rows.positions + 1, 0)
+    new_positions = jnp.where(rows.live, rows.positions + 1, 0)  # [n, T]
     lengths = new_positions.max(axis=1)
     new_positions = jnp.broadcast_to(new_positions[:, None], (n, K, T))
 
@@ -266,32 +281,40 @@ def _keep_best(
     positions = jnp.take_along_axis(positions, order, axis=-1)
     scores = None
     if cache.scores is not None:
+        # Scores [n, K, M + T]: the weights that queries of this chunk gave.
         if isinstance(config, SnapKVCacheConfig):
+            # The last tokens alone choose (SnapKV's observation window).
             is_choosing = rows.positions >= lengths[:, None] - config.recent
             weights = weights * is_choosing[:, None, :, None]
         scores = weights.sum(axis=2)
         if isinstance(config, HeavyHittersCacheConfig):
+            # H2O sums over all queries, those of earlier steps too.
             scores = scores.at[..., :M].add(cache.scores)
         scores = jnp.take_along_axis(scores, order, axis=-1)
         if isinstance(config, SnapKVCacheConfig):
-            pool_shape = (1, 1, config.pooling)
-            scores = lax.reduce_window(
-                scores, 0.0, lax.add, pool_shape, (1, 1, 1), "SAME"
-            )
-            scores /= config.pooling
+            scores = _average_neighbours(scores, config.pooling)
 
+    # The M best, still newest first: their indices among the sorted, then among all.
     ranks = _rank_tokens(config, positions, scores, lengths, window)
     _, best = lax.top_k(ranks, M)
     best = jnp.sort(best, axis=-1)
-    chosen = jnp.take_along_axis(order, best, axis=-1)[..., None]
-    keys = jnp.take_along_axis(all_keys, chosen, axis=2)
+    best_unsorted = jnp.take_along_axis(order, best, axis=-1)[..., None]
+    keys = jnp.take_along_axis(all_keys, best_unsorted, axis=2)
     values = None
     if all_values is not None:
-        values = jnp.take_along_axis(all_values, chosen, axis=2)
+        values = jnp.take_along_axis(all_values, best_unsorted, axis=2)
     positions = jnp.take_along_axis(positions, best, axis=-1)
     if scores is not None:
         scores = jnp.take_along_axis(scores, best, axis=-1)
     return EvictingCache(keys, values, positions, scores, config), y
+
+
+def _average_neighbours(scores: jax.Array, count: int) -> jax.Array:
+    """Averages scores [n, K, S] over ``count`` neighbours along S; beyond the ends are
+    zeros."""
+    window_shape = (1, 1, count)
+    sums = lax.reduce_window(scores, 0.0, lax.add, window_shape, (1, 1, 1), "SAME")
+    return sums / count
 
 
 def _append_tokens(cached: jax.Array, new: jax.Array) -> jax.Array:
@@ -309,13 +332,13 @@ def _skip_if_empty(
     row: RowTokens,
 ) -> tuple[EvictingCache, jax.Array]:
     """Runs ``keep_best`` for one row, unless it has no token."""
-    operands = jax.tree.map(lambda x: x[None], (cache, tokens, row))
-    _, y_shape = jax.eval_shape(keep_best, *operands)
+    one_row = jax.tree.map(lambda x: x[None], (cache, tokens, row))
+    _, y_shape = jax.eval_shape(keep_best, *one_row)
 
     def keep_all(
         cache: EvictingCache, tokens: _NewTokens, row: RowTokens
     ) -> tuple[EvictingCache, jax.Array]:
         return cache, jnp.zeros(y_shape.shape, y_shape.dtype)
 
-    result = lax.cond(row.live.any(), keep_best, keep_all, *operands)
+    result = lax.cond(row.live.any(), keep_best, keep_all, *one_row)
     return jax.tree.map(lambda x: x[0], result)

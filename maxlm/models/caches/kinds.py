@@ -8,13 +8,16 @@ of the group ``maxlm.caches``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from maxlm.models.caches.config import (
     CACHES,
     CacheConfig,
+    EvictingCacheConfig,
     HeavyHittersCacheConfig,
     PagedCacheConfig,
     QuantizedCacheConfig,
@@ -22,7 +25,7 @@ from maxlm.models.caches.config import (
     SnapKVCacheConfig,
 )
 from maxlm.models.caches.evicting import EvictingCache
-from maxlm.models.caches.layout import CacheArraySpec, CacheLayout
+from maxlm.models.caches.layout import CacheArraySpec, CacheLayout, as_array
 from maxlm.models.caches.paged import AttentionCache, PagedCache
 from maxlm.models.caches.quantized import (
     QuantizedCache,
@@ -30,6 +33,7 @@ from maxlm.models.caches.quantized import (
     quantized_pages_spec,
 )
 from maxlm.parallel.ulysses import count_kv_copies
+from pallas_kernels.paged_attention import QuantizedPages
 
 
 @dataclass(frozen=True)
@@ -104,52 +108,74 @@ def _list_page_specs(layout: CacheLayout, sizes: KeyValueSizes) -> list[CacheArr
     multiple = layout.feature_multiple
     specs = []
     for size in sizes.sizes:
-        width = -(-size // multiple) * multiple
-        shape = (layout.num_shards, num_pages, num_kv_heads, layout.page_size, width)
+        padded_size = -(-size // multiple) * multiple
+        shape = (
+            layout.num_shards,
+            num_pages,
+            num_kv_heads,
+            layout.page_size,
+            padded_size,
+        )
         specs.append(CacheArraySpec(shape, axes, unit="page", window=sizes.window))
     return specs
 
 
 def _make_paged_spec(layout: CacheLayout, sizes: KeyValueSizes) -> PagedCache:
-    # Declarations stand in a cache's place of arrays, here and below.
-    pages: list[Any] = _list_page_specs(layout, sizes)
+    pages = [as_array(spec) for spec in _list_page_specs(layout, sizes)]
     return PagedCache(*pages, *sizes.missing)
 
 
 def _make_quantized_spec(layout: CacheLayout, sizes: KeyValueSizes) -> AttentionCache:
-    config: Any = layout.cache
-    pages: list[Any] = _list_page_specs(layout, sizes)
-    ring = count_ring_pages(config.recent, layout.page_size)
+    config = cast(QuantizedCacheConfig, layout.cache)
+    pages = _list_page_specs(layout, sizes)
+    ring_pages = count_ring_pages(config.recent, layout.page_size)
     window = sizes.window
-    if window is not None and window <= (ring - 1) * layout.page_size:
+    if window is not None and window <= (ring_pages - 1) * layout.page_size:
         # All that a token sees would be kept as it is.
-        return PagedCache(*pages, *sizes.missing)
-    # Keys have a scale per channel, values one per token (KIVI, section 3).
-    codes: list[Any] = [
-        quantized_pages_spec(spec, config.kind, per_channel=index == 0)
-        for index, spec in enumerate(pages)
-    ]
-    recent: list[Any] = []
-    for spec in pages:
-        shape = (layout.num_shards, layout.num_rows, ring, *spec.shape[2:])
+        return _make_paged_spec(layout, sizes)
+
+    quantized: list[QuantizedPages] = []
+    rings: list[jax.Array] = []
+    for index, spec in enumerate(pages):
+        # Keys have a scale per channel, values one per token (KIVI, section 3).
+        is_key = index == 0
+        quantized.append(quantized_pages_spec(spec, config.kind, per_channel=is_key))
+        # Pages [D, P, K, page, H] → rings [D, R, n, K, page, H].
+        shape = (layout.num_shards, layout.num_rows, ring_pages, *spec.shape[2:])
         axes = (*sizes.axes[:2], None, *spec.axes[2:])
-        recent.append(CacheArraySpec(shape, axes))
-    return QuantizedCache(*codes, *sizes.missing, *recent, *sizes.missing)
+        rings.append(as_array(CacheArraySpec(shape, axes)))
+    has_values = sizes.value_size is not None
+    return QuantizedCache(
+        key=quantized[0],
+        value=quantized[1] if has_values else None,
+        recent_key=rings[0],
+        recent_value=rings[1] if has_values else None,
+    )
 
 
 def _make_evicting_spec(layout: CacheLayout, sizes: KeyValueSizes) -> EvictingCache:
-    config: Any = layout.cache
-    room = min(config.budget, sizes.window or config.budget)
-    shape = (layout.num_shards, layout.num_rows, sizes.num_kv_heads, room)
-    specs: list[Any] = [
-        CacheArraySpec((*shape, size), sizes.axes) for size in sizes.sizes
-    ]
-    key, value = [*specs, *sizes.missing]
-    positions: Any = CacheArraySpec(shape, sizes.axes[:-1], jnp.int32)
-    scores: Any = CacheArraySpec(shape, sizes.axes[:-1], jnp.float32)
-    if isinstance(config, SinksCacheConfig):
-        return EvictingCache(key, value, positions, None, config)
-    return EvictingCache(key, value, positions, scores, config)
+    config = cast(EvictingCacheConfig, layout.cache)
+    # Behind a window nothing is worth keeping.
+    num_tokens = min(config.budget, sizes.window or config.budget)
+    shape = (layout.num_shards, layout.num_rows, sizes.num_kv_heads, num_tokens)
+
+    def declare_features(size: int) -> jax.Array:
+        return as_array(CacheArraySpec((*shape, size), sizes.axes))
+
+    def declare_numbers(dtype: DTypeLike) -> jax.Array:
+        return as_array(CacheArraySpec(shape, sizes.axes[:-1], dtype))
+
+    value = None
+    if sizes.value_size is not None:
+        value = declare_features(sizes.value_size)
+    has_scores = not isinstance(config, SinksCacheConfig)
+    return EvictingCache(
+        key=declare_features(sizes.key_size),
+        value=value,
+        positions=declare_numbers(jnp.int32),
+        scores=declare_numbers(jnp.float32) if has_scores else None,
+        config=config,
+    )
 
 
 PAGED = RegisteredCache(PagedCacheConfig, _make_paged_spec)

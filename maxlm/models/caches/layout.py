@@ -1,13 +1,15 @@
 """Sizes and arrays of caches before they are allocated."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from maxlm.models.caches.config import CacheConfig, PagedCacheConfig
+from maxlm.parallel.layers import PyTree
 from maxlm.parallel.local import LANES
 from maxlm.sharding import AxisRules, resolve_placement
 
@@ -29,6 +31,12 @@ class CacheArraySpec:
     """What the second dimension counts: rows, or pages."""
     window: int | None = None
     """Tokens that a token of a layer with pages sees; None: all."""
+
+
+def as_array(spec: CacheArraySpec) -> jax.Array:
+    """Returns a declaration as a type checker takes it where it stands in the place of
+    a cache's array."""
+    return cast(jax.Array, spec)
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,16 @@ def allocate_cache_array(
     return jnp.zeros(array.shape, array.dtype or dtype, out_sharding=spec)
 
 
+class CachedModel(Protocol):
+    """A model that decodes."""
+
+    def cache_specs(self, layout: CacheLayout) -> PyTree:
+        """Returns its caches, with a :class:`CacheArraySpec` for each array."""
+        ...
+
+
 def list_paged_windows(
-    model: Any, cache: CacheConfig | None = None
+    model: CachedModel, cache: CacheConfig | None = None
 ) -> tuple[int | None, ...]:
     """Lists the windows of layers that keep pages, each once; None: a layer that sees
     all."""
@@ -93,15 +109,15 @@ def list_paged_windows(
     return tuple(dict.fromkeys(spec.window for spec in specs if spec.unit == "page"))
 
 
-def has_unit(specs: Any, unit: Literal["row", "page"]) -> bool:
+def has_unit(specs: PyTree, unit: Literal["row", "page"]) -> bool:
     """Returns whether a tree of :class:`CacheArraySpec` has an array by row, or by
     page."""
     return any(spec.unit == unit for spec in jax.tree.leaves(specs))
 
 
-def has_row_caches(caches: Any) -> bool:
-    """Returns whether a model's :class:`CacheArraySpec` trees have a layer that keeps
-    all it has by row, so that no token can be taken back."""
+def has_row_caches(caches: Mapping[str, Sequence[LayerCache]]) -> bool:
+    """Returns whether a model's :class:`CacheArraySpec` trees, by stack and layer, have
+    a layer that keeps all it has by row, so that no token can be taken back."""
     return any(
         not has_unit(layer, "page") for stack in caches.values() for layer in stack
     )

@@ -15,14 +15,14 @@ quantized, and the last n − 2 full ones and the one that is being filled in it
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from maxlm.config import MaxlmError
-from maxlm.models.caches.layout import CacheArraySpec
+from maxlm.models.caches.layout import CacheArraySpec, as_array
 from maxlm.models.caches.paged import AttentionCache, pad_features
 from maxlm.models.caches.ragged import RaggedBatch
 from maxlm.parallel.terms import AttentionTerms
@@ -67,7 +67,7 @@ class QuantizedCache(AttentionCache):
         assert key is not None
         num_uniform, tokens_per_row = batch.uniform_rows
         num_uniform_tokens = num_uniform * tokens_per_row
-        ring_pages, _, page_size = self.recent_key.shape[1:4]
+        _, ring_pages, _, page_size, padded_size = self.recent_key.shape
         if tokens_per_row > page_size:
             raise MaxlmError(
                 f"{tokens_per_row} tokens a step of a row that decodes, in pages of "
@@ -91,12 +91,15 @@ class QuantizedCache(AttentionCache):
         slots, page_tables = batch.pages(terms.window)
 
         def count_quantized_pages(num_tokens: jax.Array) -> jax.Array:
-            return jnp.maximum(num_tokens // page_size - (ring_pages - 2), 0)
+            full_pages = num_tokens // page_size
+            recent_full_pages = ring_pages - 2
+            return jnp.maximum(full_pages - recent_full_pages, 0)
 
         # Pages of each row that were quantized before this step, and after it.
         first = count_quantized_pages(lengths - jnp.diff(starts))
         last = count_quantized_pages(lengths)
 
+        # Keys, and values where they have their own, as lists of one or two.
         new = _list_arrays(key, value)
         rings = _list_arrays(self.recent_key, self.recent_value)
         pools = _list_arrays(self.key, self.value)
@@ -105,10 +108,12 @@ class QuantizedCache(AttentionCache):
             pad_features(array, ring.shape[-1])
             for array, ring in zip(new, rings, strict=True)
         ]
-        q = pad_features(q, rings[0].shape[-1])
+        q = pad_features(q, padded_size)
         num_slots = len(self.key.scale) * page_size
         live = slots < num_slots
 
+        # Write: uniform rows, then chunks. What each does not quantize is attended to
+        # by a call of its own, after all writes.
         recent_calls: list[Callable[[], tuple[jax.Array, jax.Array]]] = []
 
         def write_tokens(
@@ -142,6 +147,7 @@ class QuantizedCache(AttentionCache):
                 q[tokens],
                 *_make_pair(exact.pages),
                 exact.tables,
+                # Tokens of each row that are not quantized.
                 lengths[rows] - bounds[0] * page_size,
                 row_starts,
                 uniform_rows=uniform_rows,
@@ -165,6 +171,7 @@ class QuantizedCache(AttentionCache):
             (0, 0),
         )
 
+        # Read: the quantized pages of all rows, and the tokens behind them.
         quantized_output = attend(
             q,
             *_make_pair(pools),
@@ -205,15 +212,16 @@ def quantized_pages_spec(
         per_channel: as keys; else per token, as values.
     """
     *leading, page_size, head_size = pages.shape
-    scale: Any = replace(
+    num_scales = head_size if per_channel else page_size
+    scale = replace(
         pages,
-        shape=(*leading, head_size if per_channel else page_size),
+        shape=(*leading, num_scales),
         axes=pages.axes[:-1],
         dtype=SCALE_DTYPE,
     )
     if kind == "int8":
-        codes: Any = replace(pages, dtype=jnp.int8)
-        return QuantizedPages(codes, scale, None)
+        codes = replace(pages, dtype=jnp.int8)
+        return QuantizedPages(as_array(codes), as_array(scale), None)
     if page_size % 2:
         raise MaxlmError(
             f"page_size={page_size} is odd, and int4 keeps two tokens in a byte",
@@ -223,13 +231,14 @@ def quantized_pages_spec(
     packed_shape = (*leading, page_size // 2, head_size)
     codes = replace(pages, shape=packed_shape, dtype=jnp.uint8)
     zero_point = scale
-    return QuantizedPages(codes, scale, zero_point)
+    return QuantizedPages(as_array(codes), as_array(scale), as_array(zero_point))
 
 
 def count_ring_pages(recent: int, page_size: int) -> int:
     """Returns the pages of a row's ring: the recent ones, one that is being filled
     behind them, and one more, so that all tokens of a step find room."""
-    return -(-recent // page_size) + 2
+    recent_pages = -(-recent // page_size)  # rounded up
+    return recent_pages + 2
 
 
 def quantize_pages(
@@ -245,6 +254,7 @@ def quantize_pages(
     """
     is_int8 = dtype == jnp.int8
     x = pages.astype(jnp.float32)
+    # The axis that shares a scale: tokens of a page, or a token's channels.
     axis = -2 if per_channel else -1
     top = x.max(axis, keepdims=True)
     bottom = x.min(axis, keepdims=True)
@@ -259,6 +269,7 @@ def quantize_pages(
         zero_point = bottom.astype(SCALE_DTYPE)
         x = x - zero_point
         span = top - zero_point
+    # A span of 0 would divide by 0.
     scale = (jnp.maximum(span, 1e-30) / highest_code).astype(SCALE_DTYPE)
     codes = jnp.round(x / scale.astype(jnp.float32))
     codes = jnp.clip(codes, lowest_code, highest_code).astype(dtype)
@@ -314,7 +325,8 @@ def _write_uniform_rows(
     num_uniform, tokens_per_row = batch.uniform_rows
     ring_pages, _, page_size = rings[0].shape[1:4]
     first, _ = bounds
-    # Pages of all rings, one after the other.
+    # Rings side by side are one pool of pages: a row's begin at its ring's start, and
+    # page i of its sequence is in place i mod n.
     ring_starts = jnp.arange(num_uniform)[:, None] * ring_pages
     positions = positions.reshape(num_uniform, tokens_per_row)
     page = ring_starts + positions // page_size % ring_pages
@@ -353,29 +365,39 @@ def _write_chunks(
     # Each chunk has a run of pages: those of its row's ring that are not quantized, and
     # room for all tokens of the step.
     recent_pages = ring_pages - 1
-    pages_per_chunk = recent_pages + -(-num_tokens // page_size)
-    ring = (first[:, None] + jnp.arange(recent_pages)) % ring_pages
-    padding = (0, 0), (0, pages_per_chunk - recent_pages), *((0, 0),) * 3
-    pages = [jnp.pad(x[chunk_rows[:, None], ring], padding) for x in rings]
-    pages = [x.reshape(-1, *x.shape[2:]) for x in pages]
+    new_pages = -(-num_tokens // page_size)  # rounded up
+    pages_per_chunk = recent_pages + new_pages
+    ring_places = (first[:, None] + jnp.arange(recent_pages)) % ring_pages
+    room = (0, new_pages)
+    padding = (0, 0), room, *((0, 0),) * 3
+    pages = [jnp.pad(ring[chunk_rows[:, None], ring_places], padding) for ring in rings]
+    pages = [array.reshape(-1, *array.shape[2:]) for array in pages]
 
+    # A chunk's run begins with page `first` of its row's sequence.
     token = jnp.arange(num_tokens)
     chunk = jnp.searchsorted(chunk_starts, token, side="right") - 1
     chunk = jnp.minimum(chunk, num_chunks - 1)
     slots = (chunk * pages_per_chunk - first[chunk]) * page_size + positions
     slots = jnp.where(live, slots, pages[0].size)  # past the end: dropped
-    pages = [write_pages(x, y, slots) for x, y in zip(pages, new, strict=True)]
+    pages = [
+        write_pages(array, tokens, slots)
+        for array, tokens in zip(pages, new, strict=True)
+    ]
     tables = jnp.arange(num_chunks * pages_per_chunk).reshape(-1, pages_per_chunk)
 
-    # The page of the sequence that each place of a ring has now.
-    ring = last[:, None] + (jnp.arange(ring_pages) - last[:, None]) % ring_pages
-    ring = jnp.minimum(ring - first[:, None], pages_per_chunk - 1) + tables[:, :1]
+    # The page of the sequence that each place of a ring has now, then where it lies
+    # among `pages`.
+    sequence_page = (
+        last[:, None] + (jnp.arange(ring_pages) - last[:, None]) % ring_pages
+    )
+    run_page = jnp.minimum(sequence_page - first[:, None], pages_per_chunk - 1)
+    source = run_page + tables[:, :1]
     # Rows of empty chunks keep their rings: past the end, and dropped.
     has_tokens = chunk_starts[1:] > chunk_starts[:-1]
     written_rows = jnp.where(has_tokens, chunk_rows, len(rings[0]))
     rings = [
-        x.at[written_rows].set(y[ring], mode="drop")
-        for x, y in zip(rings, pages, strict=True)
+        ring.at[written_rows].set(array[source], mode="drop")
+        for ring, array in zip(rings, pages, strict=True)
     ]
     return rings, _ExactTokens(pages, tables, ripe=tables)
 
@@ -390,17 +412,17 @@ def _write_quantized(
     """Quantizes the pages of each row between its bounds, and the first of their
     features, as many as arrays have of their own."""
     first, last = bounds
+    # Pages of each row's sequence [n, m], and their places in the pools.
     page = first[:, None] + jnp.arange(exact.ripe.shape[1])
-    entries = jnp.take_along_axis(
-        page_tables, jnp.minimum(page, page_tables.shape[1] - 1), axis=1
-    )
+    last_entry = page_tables.shape[1] - 1
+    places = jnp.take_along_axis(page_tables, jnp.minimum(page, last_entry), axis=1)
     num_pages = len(pools[0].scale)
-    entries = jnp.where(page < last[:, None], entries, num_pages)  # past: dropped
-    entries = entries.reshape(-1)
+    places = jnp.where(page < last[:, None], places, num_pages)  # past: dropped
+    places = places.reshape(-1)
     ripe = exact.ripe.reshape(-1)
 
     def write(pool: jax.Array, new: jax.Array) -> jax.Array:
-        return pool.at[entries].set(pad_features(new, pool.shape[-1]), mode="drop")
+        return pool.at[places].set(pad_features(new, pool.shape[-1]), mode="drop")
 
     written = []
     for index, (pool, pages) in enumerate(zip(pools, exact.pages, strict=True)):

@@ -6,14 +6,20 @@ R rows; n rows side by side, T tokens of each.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from maxlm.parallel.decode_kernels import PagedKernel
+from maxlm.parallel.layers import PyTree
 from maxlm.parallel.local import map_shards
 from maxlm.sharding import AxisRules
+
+StatesT = TypeVar("StatesT")
+"""What a cache by row keeps: a tree of arrays [R, ...]."""
+TokensT = TypeVar("TokensT")
+"""What a cache takes of new tokens: an array [S, ...], or a tree of some."""
 
 
 @jax.tree_util.register_dataclass
@@ -71,11 +77,11 @@ class RowTokens(NamedTuple):
 
 
 def run_rows(
-    advance: Callable[[Any, Any, RowTokens], tuple[Any, jax.Array]],
-    states: Any,
-    tokens: Any,
+    advance: Callable[[StatesT, TokensT, RowTokens], tuple[StatesT | None, jax.Array]],
+    states: StatesT,
+    tokens: TokensT,
     batch: RaggedBatch,
-) -> tuple[Any, jax.Array]:
+) -> tuple[StatesT, jax.Array]:
     """Runs tokens of one shard through caches that are kept by row: uniform rows
     together, then chunks, each as long as all of them.
 
@@ -99,16 +105,17 @@ def run_rows(
     # Chunks first: what comes last may read whole states, as nothing is written after
     # it.
     if num_chunk_tokens:
-        # Each chunk takes the place of as many tokens as all chunks have together.
+        # Shapes are fixed while chunks' lengths are not: each of F chunks has room for
+        # as many tokens as all chunks have together, [F, chunk tokens].
         starts = batch.query_starts[num_uniform:]
         chunk_rows = batch.chunk_rows
         place = starts[:-1, None] + jnp.arange(num_chunk_tokens)
         live = place < starts[1:, None]
         index = jnp.minimum(place, num_tokens - 1)
-        chunk_tokens = RowTokens(batch.positions[index], live)
-        values = jax.tree.map(lambda x: x[index], tokens)
+        row_tokens = RowTokens(batch.positions[index], live)
+        chunk_tokens = jax.tree.map(lambda x: x[index], tokens)
         old_states = jax.tree.map(lambda s: s[chunk_rows], states)
-        new_states, y = advance(old_states, values, chunk_tokens)
+        new_states, y = advance(old_states, chunk_tokens, row_tokens)
         if new_states is not None:
             # Rows without a live token keep what they have, and may be named twice.
             written_rows = jnp.where(live.any(axis=1), chunk_rows, num_rows)
@@ -117,22 +124,25 @@ def run_rows(
                 states,
                 new_states,
             )
+        # [F, chunk tokens, ...] → [chunk tokens, ...]; places past the end are dropped.
         output = jnp.zeros((num_chunk_tokens, *y.shape[2:]), y.dtype)
-        # Places past the end are dropped.
         out_index = jnp.where(live, index - num_uniform_tokens, num_chunk_tokens)
         outputs.append(output.at[out_index].set(y, mode="drop"))
 
     if num_uniform:
 
         def split_rows(x: jax.Array) -> jax.Array:
-            first = x[:num_uniform_tokens]
-            return first.reshape(num_uniform, tokens_per_row, *x.shape[1:])
+            """Uniform rows' tokens of x [S, ...] → [b, G, ...]."""
+            uniform_tokens = x[:num_uniform_tokens]
+            return uniform_tokens.reshape(num_uniform, tokens_per_row, *x.shape[1:])
 
-        values = jax.tree.map(split_rows, tokens)
+        uniform_tokens = jax.tree.map(split_rows, tokens)
         positions = split_rows(batch.positions)
         live = positions < batch.kv_lengths[:num_uniform, None]
+        row_tokens = RowTokens(positions, live)
+        # Uniform rows are the first of a shard.
         old_states = jax.tree.map(lambda s: s[:num_uniform], states)
-        new_states, y = advance(old_states, values, RowTokens(positions, live))
+        new_states, y = advance(old_states, uniform_tokens, row_tokens)
         if new_states is not None and num_uniform < num_rows:
             new_states = jax.tree.map(
                 lambda s, new: s.at[:num_uniform].set(new), states, new_states
@@ -150,11 +160,11 @@ class RecurrentCache(NamedTuple):
     """A state passed from token to token, for every row [D, R, ...]; zeros before the
     first."""
 
-    state: Any
+    state: PyTree
 
     def run(
         self,
-        advance: Callable[..., tuple[Any, jax.Array]],
+        advance: Callable[..., tuple[PyTree, jax.Array]],
         x: jax.Array,
         batch: RaggedBatch,
         rules: AxisRules,
@@ -173,21 +183,33 @@ class RecurrentCache(NamedTuple):
                 params'.
         """
 
-        def advance_shard(states, x, batch, params):
+        def advance_shard(
+            states: PyTree,
+            x: jax.Array,
+            batch: RaggedBatch,
+            params: tuple[jax.Array, ...],
+        ) -> tuple[PyTree, jax.Array]:
+            # A shard's part of D is 1.
             states, x, batch = jax.tree.map(lambda a: a[0], (states, x, batch))
 
-            def advance_rows(states, x, rows):
+            def advance_rows(
+                states: PyTree, x: jax.Array, rows: RowTokens
+            ) -> tuple[PyTree, jax.Array]:
                 def reset(state: jax.Array) -> jax.Array:
+                    """Zeros the state [n, ...] of sequences that begin."""
                     features = (1,) * (state.ndim - 1)
-                    return jnp.where(rows.begins.reshape(-1, *features), 0, state)
+                    begins = rows.begins.reshape(-1, *features)
+                    return jnp.where(begins, 0, state)
 
-                return advance(jax.tree.map(reset, states), x, rows.live, *params)
+                fresh_states = jax.tree.map(reset, states)
+                return advance(fresh_states, x, rows.live, *params)
 
             states_and_y = run_rows(advance_rows, states, x, batch)
             return jax.tree.map(lambda a: a[None], states_and_y)
 
         x_spec = rules.spec("batch", None, feature_axis)
         state_specs = jax.tree.map(lambda s: jax.typeof(s).sharding.spec, self.state)
+        # Params are split along their last dimension alone.
         param_specs = tuple(
             rules.spec(*(None,) * (param.ndim - 1), feature_axis) for param in params
         )

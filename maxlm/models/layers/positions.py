@@ -53,16 +53,20 @@ def compute_alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
     other slope of twice as many."""
     n = 2 ** floor(log2(num_heads))
     slopes = 2.0 ** (-max_bias * np.arange(1, n + 1) / n)
+    # Of the slopes of 2n heads those between: i = 1, 3, 5, ...
     slopes_between = 2.0 ** (-max_bias * np.arange(1, 2 * n, 2) / (2 * n))
-    return np.concatenate([slopes, slopes_between])[:num_heads].astype(np.float32)
+    all_slopes = np.concatenate([slopes, slopes_between])
+    return all_slopes[:num_heads].astype(np.float32)
 
 
 def compute_sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
-    """Computes sines and cosines of position / 10000^(2i/D), fp32 [..., D] (Vaswani
-    2017, §3.5)."""
-    rates = 10_000.0 ** (-np.arange(0, d_model, 2) / d_model)
+    """Computes sines and cosines of position / 10000^(2i/D), by turns, fp32 [..., D]
+    (Vaswani 2017, §3.5)."""
+    even_dims = np.arange(0, d_model, 2)  # 2i
+    rates = 10_000.0 ** (-even_dims / d_model)
     angles = positions[..., None].astype(jnp.float32) * rates.astype(np.float32)
-    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # [..., D / 2, 2]
+    # An odd D has no cosine of its last rate.
     return waves.reshape(*positions.shape, -1)[..., :d_model]
 
 
@@ -85,16 +89,18 @@ def compute_relative_buckets(config: PositionsConfig, *, causal: bool) -> np.nda
         first_bucket = np.where(distance > 0, num_buckets, 0)
         distance = np.abs(distance)
 
+    # Far buckets: e + ⌊log(distance / e) / log(reach / e) · (b − e)⌋ of b buckets, of
+    # which e are exact. In fp32, as where weights were trained: a distance on a border
+    # must fall on the same side.
     num_exact = num_buckets // 2
-    # In fp32, as where weights were trained: a distance on a border must fall on the
-    # same side.
-    log_ratio = np.log(
-        np.maximum(distance, 1).astype(np.float32) / np.float32(num_exact)
-    )
+    num_far = num_buckets - num_exact
+    at_least_1 = np.maximum(distance, 1).astype(np.float32)  # the log of 0 is none
+    log_ratio = np.log(at_least_1 / np.float32(num_exact))
     log_reach = np.float32(np.log(reach / num_exact))
-    beyond_exact = log_ratio / log_reach * np.float32(num_buckets - num_exact)
-    far_bucket = np.minimum(num_exact + beyond_exact.astype(int), num_buckets - 1)
-    return first_bucket + np.where(distance < num_exact, distance, far_bucket)
+    far_index = (log_ratio / log_reach * np.float32(num_far)).astype(int)
+    far_bucket = np.minimum(num_exact + far_index, num_buckets - 1)
+    bucket = np.where(distance < num_exact, distance, far_bucket)
+    return first_bucket + bucket
 
 
 def compute_relative_biases(
@@ -103,7 +109,7 @@ def compute_relative_biases(
     """Looks up [N, 2·max_distance + 1], by distance, in the table [buckets, N];
     differentiable."""
     buckets = compute_relative_buckets(config, causal=causal)
-    one_hot = np.eye(config.buckets, dtype=np.float32)[buckets]
+    one_hot = np.eye(config.buckets, dtype=np.float32)[buckets]  # [distances, buckets]
     # A product and not a gather: its gradient is one too, and exact, as a row has one
     # 1.
     return jnp.einsum("rb,bn->nr", one_hot, table, precision=jax.lax.Precision.HIGHEST)
