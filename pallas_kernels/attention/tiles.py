@@ -1,6 +1,6 @@
 """Tiles of the score matrix, for XLA: which there are, their masks and their scores."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ MIN_TILE = 128
 MAX_TILES = 16
 
 
-def einsum(subscripts: str, *operands: jax.Array) -> Any:
+def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
     """Contracts as ``jnp.einsum``; sums and results are fp32 or wider."""
     return jnp.einsum(
         subscripts, *operands, preferred_element_type=accumulation_dtype(*operands)

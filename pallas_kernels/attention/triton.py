@@ -9,11 +9,12 @@ Scores are kept in base 2: exp2 is an instruction. Head sizes are cut into power
 two, 192 into 128 and 64, which is what Triton's tiles may be.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.gpu_blocks import LN2, LOG2E, compute_weights_and_d_scores
 from pallas_kernels.attention.params import (
@@ -34,6 +35,7 @@ from pallas_kernels.attention.triton_program import (
     store_row,
     store_tile,
 )
+from pallas_kernels.kernel_types import Ref
 
 # Compute capabilities with about 100 KB of shared memory for a block, not 163 or 227.
 _SMALL = ("8.6", "8.7", "8.9", "11.0", "12.0", "12.1")
@@ -57,7 +59,8 @@ def _get_block_sizes(
     """
     H = operands.q.shape[3]
     Hv = operands.v.shape[3]
-    sizes = call.block_sizes or default_block_sizes(H, Hv, operands.q.dtype)
+    override = cast(TritonBlockSizes | None, call.block_sizes)
+    sizes = override or default_block_sizes(H, Hv, operands.q.dtype)
     for q, k, warps, stages in sizes:
         are_powers_of_two = all(n > 0 and n & (n - 1) == 0 for n in (q, k, warps))
         if not are_powers_of_two or min(q, k) < 16 or stages < 1:
@@ -84,7 +87,7 @@ def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
     )
 
 
-def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
+def default_block_sizes(H: int, Hv: int, dtype: DTypeLike) -> TritonBlockSizes:
     """Chooses blocks by rule: accumulators fit in registers, blocks in shared memory;
     for a card that is not here, an H100's."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
@@ -180,7 +183,7 @@ def backward(
     return d_q, d_k, d_v
 
 
-def _forward_kernel(p: TritonProgram, o_ref: Any, lse_ref: Any) -> None:
+def _forward_kernel(p: TritonProgram, o_ref: Ref, lse_ref: Ref) -> None:
     """One block of queries of one head: an online softmax over blocks of keys (Milakov
     & Gimelshein 2018)."""
     s = p.statics
@@ -231,7 +234,7 @@ def _forward_kernel(p: TritonProgram, o_ref: Any, lse_ref: Any) -> None:
     store_row(lse_ref, lse, start, block_q, s.S)
 
 
-def _d_q_kernel(p: TritonProgram, d_q_ref: Any) -> None:
+def _d_q_kernel(p: TritonProgram, d_q_ref: Ref) -> None:
     """One block of queries of one head."""
     s = p.statics
     block_q = p.tiles.q
@@ -267,7 +270,7 @@ def _d_q_kernel(p: TritonProgram, d_q_ref: Any) -> None:
     store_tile(d_q_ref, d_q, start, block_q, s.S, s.H)
 
 
-def _d_kv_kernel(p: TritonProgram, d_k_ref: Any, d_v_ref: Any) -> None:
+def _d_kv_kernel(p: TritonProgram, d_k_ref: Ref, d_v_ref: Ref) -> None:
     """One block of keys of one kv head: its group's query heads are summed here. Tiles
     of scores are transposed, [keys, queries], so that the weights are a product's left
     operand as they lie.
@@ -328,7 +331,7 @@ def _bound(length: int, block: int) -> int | None:
     return length if length % block else None
 
 
-def _last_first(p: TritonProgram) -> Any:
+def _last_first(p: TritonProgram) -> jax.Array:
     """The block of a program: with a causal mask the last blocks, the longest, start
     first."""
     return pl.num_programs(0) - 1 - p.block if p.params.causal else p.block

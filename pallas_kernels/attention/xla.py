@@ -7,7 +7,7 @@ of the work at 4 tiles, 1/2 in the limit. Elsewhere every tile reads all keys, a
 are a loop.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -267,11 +267,18 @@ def _make_zero_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
     return () if operands.biases is None else (jnp.zeros_like(operands.biases),)
 
 
-# Axes of the batch's rows and of heads: of arrays [B, S, N or K, ...], [B or 1, ...]
-# and [N, ...].
-BY_TOKEN = (0, 2)
-BY_ROW = (0, None)
-BY_HEAD = (None, 0)
+Arrays = TypeVar("Arrays")
+"""An array or a tree of arrays."""
+
+BatchAxes = tuple[int | None, int | None]
+"""Axis of the batch's rows, and of heads; None: the array has no such axis."""
+
+# Of arrays [B, S, N or K, ...].
+BY_TOKEN: BatchAxes = (0, 2)
+# Of arrays [B or 1, ...].
+BY_ROW: BatchAxes = (0, None)
+# Of arrays [N, ...].
+BY_HEAD: BatchAxes = (None, 0)
 
 
 class BatchPartition(NamedTuple):
@@ -294,9 +301,7 @@ class BatchPartition(NamedTuple):
     def num_parts(self) -> int:
         return self.row_parts * self.head_parts
 
-    def cut(
-        self, i: jax.Array, tree: Any, axes: tuple[int | None, int | None] = BY_TOKEN
-    ) -> Any:
+    def cut(self, i: jax.Array, tree: Arrays, axes: BatchAxes = BY_TOKEN) -> Arrays:
         """Cuts part i of arrays; of a single row, which all share, it is whole."""
 
         def cut_array(x: jax.Array) -> jax.Array:
@@ -326,10 +331,10 @@ class BatchPartition(NamedTuple):
     def put(
         self,
         i: jax.Array,
-        tree: Any,
-        parts: Any,
-        axes: tuple[int | None, int | None] = BY_TOKEN,
-    ) -> Any:
+        tree: Arrays,
+        parts: Arrays,
+        axes: BatchAxes = BY_TOKEN,
+    ) -> Arrays:
         """Puts these parts in their places in the arrays."""
 
         def put_array(x: jax.Array, part: jax.Array) -> jax.Array:
@@ -340,10 +345,10 @@ class BatchPartition(NamedTuple):
         return jax.tree.map(put_array, tree, parts)
 
     def _place(
-        self, i: jax.Array, x: jax.Array, axes: tuple[int | None, int | None]
-    ) -> tuple[list[Any], list[int]]:
+        self, i: jax.Array, x: jax.Array, axes: BatchAxes
+    ) -> tuple[list[jax.Array | int], list[int]]:
         """Where part i starts, and its sizes."""
-        starts: list[Any] = [0] * x.ndim
+        starts: list[jax.Array | int] = [0] * x.ndim
         sizes = list(x.shape)
         row_part = i // self.head_parts
         head_part = i % self.head_parts
@@ -381,7 +386,9 @@ def _count_loop_tiles(operands: AttentionOperands, params: AttentionParams) -> i
     return S // size
 
 
-def _split_operands(operands: AttentionOperands, count: int) -> dict[str, Any]:
+def _split_operands(
+    operands: AttentionOperands, count: int
+) -> dict[str, jax.Array | None]:
     """Returns the operands that belong to each tile's queries, [count, B, S / count,
     ...]."""
     rows = {
@@ -397,7 +404,7 @@ def _split_operands(operands: AttentionOperands, count: int) -> dict[str, Any]:
     return rows
 
 
-def _split_rows(tree: Any, count: int) -> Any:
+def _split_rows(tree: Arrays, count: int) -> Arrays:
     """[B, S, ...] → [count, B, S / count, ...]"""
 
     def split(x):
@@ -406,7 +413,7 @@ def _split_rows(tree: Any, count: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _join_rows(tree: Any) -> Any:
+def _join_rows(tree: Arrays) -> Arrays:
     """[count, B, S / count, ...] → [B, S, ...]"""
 
     def join(x):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import get_mesh_platform
 
@@ -32,7 +33,7 @@ def grouped_matmul(
     transpose_kernels: bool = False,
     row_scales: jax.Array | None = None,
     column_scales: jax.Array | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Multiplies each row by its group's kernel: ``y[r] = rows[r] · kernels[g(r)]``.
@@ -89,7 +90,7 @@ def grouped_outer_product(
     others: jax.Array,
     group_sizes: jax.Array,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Sums row ⊗ other over the rows of each group: the gradient of its kernel.
@@ -132,7 +133,7 @@ def _check_scales(
 class _GroupedCall(NamedTuple):
     """Everything static about one call."""
 
-    dtype: Any
+    dtype: jnp.dtype
     backend: str | None
     """None: whichever JAX lowers for."""
     transpose_kernels: bool
@@ -143,7 +144,7 @@ def _make_call(
     right: jax.Array,
     sizes: jax.Array,
     *,
-    dtype: Any,
+    dtype: DTypeLike | None,
     backend: str | None,
     is_scaled: bool = False,
     transpose_kernels: bool = False,
@@ -175,7 +176,7 @@ def _make_call(
     return _GroupedCall(jnp.dtype(dtype), backend, transpose_kernels)
 
 
-def _run(name: str, call: _GroupedCall, *arrays: Any) -> jax.Array:
+def _run(name: str, call: _GroupedCall, *arrays: jax.Array | None) -> jax.Array:
     """Runs the function ``name`` of the backend's module, "matmul" or "outer"."""
     options: dict[str, Any] = {"dtype": call.dtype}
     arrays = jax.tree.map(jnp.asarray, arrays)

@@ -2,9 +2,10 @@
 at once."""
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import TpuChip, find_largest_divisor, round_up
 
@@ -41,10 +42,10 @@ class GroupedOperands(NamedTuple):
     """D."""
     columns: int
     """F."""
-    left_dtype: Any
+    left_dtype: DTypeLike
     """Data types of both operands and the result."""
-    right_dtype: Any
-    out_dtype: Any
+    right_dtype: DTypeLike
+    out_dtype: DTypeLike
 
 
 def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
@@ -123,13 +124,14 @@ def matmul_vmem_bytes(
     return total + 2 * 4 * part_rows * part_columns
 
 
-def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
+def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> jnp.dtype | None:
     """Returns the type in which a kernel's blocks are kept beside themselves, or
     None."""
     left, right = operands.left_dtype, operands.right_dtype
     if jnp.dtype(right).itemsize > 1 or chip.multiplies_natively(left, right):
         return None
-    return jnp.float32 if operands.left_dtype == jnp.float32 else jnp.bfloat16
+    is_fp32 = operands.left_dtype == jnp.float32
+    return jnp.dtype(jnp.float32 if is_fp32 else jnp.bfloat16)
 
 
 def _kernel_bytes(operands: GroupedOperands, chip: TpuChip) -> int:

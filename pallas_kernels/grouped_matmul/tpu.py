@@ -4,18 +4,20 @@ it."""
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import TpuChip, get_chip
 from pallas_kernels.grouped_matmul import blocks as sizing
 from pallas_kernels.grouped_matmul.blocks import GroupedBlocks, GroupedOperands
 from pallas_kernels.grouped_matmul.xla import accumulation_dtype
+from pallas_kernels.kernel_types import Interpret, Ref, Span
 
 # The sum of so many products of int8 is exact in fp32.
 _EXACT = 1024
@@ -54,9 +56,9 @@ def matmul(
     column_scales: jax.Array | None = None,
     *,
     transposed: bool,
-    dtype: Any,
+    dtype: DTypeLike,
     blocks: GroupedBlocks | None = None,
-    interpret: Any = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """See ``grouped_matmul``. The grid: columns (over the cores), visits, parts of D.
 
@@ -206,9 +208,9 @@ def outer(
     others: jax.Array,
     group_sizes: jax.Array,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     blocks: GroupedBlocks | None = None,
-    interpret: Any = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """See ``grouped_outer_product``. The grid: parts of D and of F (over the cores),
     visits."""
@@ -231,11 +233,11 @@ def outer(
         group_before = visits.group[jnp.maximum(visit - 1, 0)]
         is_first_visit = (visit == 0) | (group_before != visits.group[visit])
 
-        def add(inside: Any, part: _TilePart) -> None:
+        def add(inside: Span, part: _TilePart) -> None:
             """Adds the outer product of the part's rows, columns ``inside`` of D."""
             here = part.rows
             there = part.columns
-            row_index = lax.broadcasted_iota(jnp.int32, (here.size, 1), 0)
+            row_index = lax.broadcasted_iota(jnp.int32, (part.num_rows, 1), 0)
             row = part.first_row + row_index
             is_new = (row >= jnp.maximum(begin, part.first_new_row)) & (row < end)
             left = _mask_rows(is_new, row_ref[here, inside])
@@ -308,12 +310,13 @@ def outer(
 class _TilePart(NamedTuple):
     """Rows and columns of a tile that are multiplied at once."""
 
-    rows: Any
+    rows: Span
     """A slice of the tile."""
+    num_rows: int
     first_row: jax.Array
     first_new_row: jax.Array
     """Rows before it another part has met; they are not to be summed twice."""
-    columns: Any
+    columns: Span
     """A slice of the block's columns."""
 
 
@@ -352,7 +355,11 @@ def _run_parts(
             part_slice = _slice(lax.rem(number, across), part_columns, columns)
             body(
                 _TilePart(
-                    pl.ds(first_row, length), first_row, first_new_row, part_slice
+                    pl.ds(first_row, length),
+                    length,
+                    first_row,
+                    first_new_row,
+                    part_slice,
                 )
             )
 
@@ -362,13 +369,13 @@ def _run_parts(
         start = start + count * length
 
 
-def _alignment(*arrays: Any) -> int:
+def _alignment(*arrays: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Rows in which slices of all of these may start: those that share a register's
     words."""
     return 32 // min(2, *(array.dtype.itemsize for array in arrays))
 
 
-def _slice(number: jax.Array, part: int, whole: int) -> Any:
+def _slice(number: jax.Array, part: int, whole: int) -> Span:
     if part == whole:
         return slice(None)
     return pl.ds(pl.multiple_of(number * part, part), part)
@@ -379,7 +386,7 @@ def _product(
     right: jax.Array,
     left_dim: int,
     right_dim: int,
-    sums: Any,
+    sums: DTypeLike,
     chip: TpuChip,
 ) -> jax.Array:
     """Contracted over one dimension each, in the types that the chip multiplies, or in
@@ -408,7 +415,7 @@ def _product(
     return total
 
 
-def _widen(ref: Any, wide_ref: Any) -> None:
+def _widen(ref: Ref, wide_ref: Ref) -> None:
     """A block at another's type, a part at a time."""
     length = ref.shape[0]
     part = _WIDENED if length % _WIDENED == 0 else length
@@ -420,7 +427,7 @@ def _widen(ref: Any, wide_ref: Any) -> None:
     lax.fori_loop(0, length // part, step, None)
 
 
-def _widened(x: jax.Array, dtype: Any) -> jax.Array:
+def _widened(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
 
 

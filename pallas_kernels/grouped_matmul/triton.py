@@ -1,16 +1,17 @@
 """Grouped products on an NVIDIA GPU, through Triton: a program for each tile of a
 result."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
+from pallas_kernels.chips import get_mesh_device
 from pallas_kernels.grouped_matmul.blocks import GroupedBlocks
 from pallas_kernels.grouped_matmul.xla import accumulation_dtype, plan_group_tiles
+from pallas_kernels.kernel_types import Ref
 
 # Programs that run beside each other share rows and kernels: so many columns of tiles
 # at a time.
@@ -29,7 +30,7 @@ def matmul(
     column_scales: jax.Array | None = None,
     *,
     transposed: bool,
-    dtype: Any,
+    dtype: DTypeLike,
     blocks: GroupedBlocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -99,7 +100,7 @@ def outer(
     others: jax.Array,
     group_sizes: jax.Array,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     blocks: GroupedBlocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -154,14 +155,14 @@ def _choose_depth(left: jax.Array, right: jax.Array) -> int:
 
 def _make_readable(x: jax.Array) -> jax.Array:
     """Widens float8_e4m3fn to bf16 where the card, as far as is known, does not read it."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    device = get_mesh_device()
     kind = "" if device is None else device.device_kind
     if x.dtype != jnp.float8_e4m3fn or any(card in kind for card in _FLOAT8_CARDS):
         return x
     return x.astype(jnp.bfloat16)
 
 
-def _load(ref: Any, *masks: jax.Array | None) -> jax.Array:
+def _load(ref: Ref, *masks: jax.Array | None) -> jax.Array:
     """Reads an array of one or two dimensions, and zeros where the mask of any
     dimension, if it has one, is false."""
     mask = None

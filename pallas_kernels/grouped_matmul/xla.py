@@ -4,11 +4,10 @@ For CPUs, whose ragged dot multiplies every row by every kernel, and wherever no
 is.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 # Rows of a block: enough to pay for reading a kernel, few enough that padding small
 # groups up to whole blocks stays cheap.
@@ -24,7 +23,7 @@ def matmul(
     column_scales: jax.Array | None = None,
     *,
     transposed: bool,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """See ``grouped_matmul``."""
     block = _choose_block(rows, group_sizes)
@@ -52,7 +51,7 @@ def matmul(
 
 
 def outer(
-    rows: jax.Array, others: jax.Array, group_sizes: jax.Array, *, dtype: Any
+    rows: jax.Array, others: jax.Array, group_sizes: jax.Array, *, dtype: DTypeLike
 ) -> jax.Array:
     """See ``grouped_outer_product``."""
     block = _choose_block(rows, group_sizes)
@@ -98,11 +97,11 @@ def plan_group_tiles(
     return group, start, count
 
 
-def accumulation_dtype(left: Any, right: Any) -> Any:
+def accumulation_dtype(left: DTypeLike, right: DTypeLike) -> jnp.dtype:
     """Returns the dtype of sums: int32 for integers, float64 for itself, else fp32."""
     if jnp.issubdtype(left, jnp.integer) and jnp.issubdtype(right, jnp.integer):
-        return jnp.int32
-    return jnp.float64 if left == jnp.float64 else jnp.float32
+        return jnp.dtype(jnp.int32)
+    return jnp.dtype(jnp.float64 if left == jnp.float64 else jnp.float32)
 
 
 def _product(

@@ -6,12 +6,15 @@ here, imported when first wanted, or an object that the caller passes.
 
 import importlib
 import math
-from typing import Any, cast
+from collections.abc import Hashable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import choose_backend
+from pallas_kernels.kernel_types import Interpret
 from pallas_kernels.paged_attention.params import (
     PagedKernel,
     PagedOperands,
@@ -46,11 +49,11 @@ def paged_attention(
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
     biases: jax.Array | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     kernel: PagedKernel | None = None,
     backend: str | None = None,
-    block_sizes: Any = None,
-    interpret: Any = False,
+    block_sizes: Hashable | None = None,
+    interpret: Interpret = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes causal softmax(scores + mask)·v of each row's last tokens, exact,
     softmax in fp32.

@@ -1,11 +1,14 @@
 """Parameters and operands of a paged attention, and their checks."""
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Hashable
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.params import accumulation_dtype
+from pallas_kernels.kernel_types import Interpret
 
 
 class QuantizedPages(NamedTuple):
@@ -81,11 +84,11 @@ class PagedParams(NamedTuple):
     scale: float
     soft_cap: float | None
     window: int | None
-    dtype: Any
+    dtype: DTypeLike
     """Dtype of the output."""
-    block_sizes: Any = None
+    block_sizes: Hashable | None = None
     """Blocks of the implementation; None: its choice."""
-    interpret: Any = False
+    interpret: Interpret = False
     page_size: int = 0
     """Tokens of a page, as its array says."""
 
@@ -217,7 +220,9 @@ def _check_pages(name: str, pages: Pages, *, per_channel: bool) -> tuple[int, ..
     return P, K, page, H
 
 
-def dequantize(pages: QuantizedPages, *, per_channel: bool, dtype: Any) -> jax.Array:
+def dequantize(
+    pages: QuantizedPages, *, per_channel: bool, dtype: DTypeLike
+) -> jax.Array:
     """Returns gathered pages' numbers, [..., page, H].
 
     Args:

@@ -7,7 +7,7 @@ from one copy.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
     chip = get_chip()
-    sizes = params.block_sizes or choose_blocks(operands, params, chip)
+    override = cast(TpuPagedBlocks | None, params.block_sizes)
+    sizes = override or choose_blocks(operands, params, chip)
     page = params.page_size
     whole_pages = sizes.keys % page == 0 and sizes.uniform_keys % page == 0
     is_power_of_two = sizes.queries & (sizes.queries - 1) == 0

@@ -2,16 +2,18 @@
 arrive."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.tpu_blocks import LANES
 from pallas_kernels.attention.tpu_scores import LOG2_E, multiply
+from pallas_kernels.kernel_types import Index, Ref
 from pallas_kernels.paged_attention.params import PagedParams
 from pallas_kernels.paged_attention.query_blocks import QueryBlock
 
@@ -54,10 +56,10 @@ class PageCopies:
 
     def __init__(
         self,
-        tables: Any,
-        arrays: list[Any],
-        buffers: list[Any],
-        semaphores: Any,
+        tables: Ref,
+        arrays: list[Ref],
+        buffers: list[Ref],
+        semaphores: Ref,
         table_width: int,
     ):
         self.tables = tables
@@ -67,12 +69,12 @@ class PageCopies:
         self.width = table_width
         self.pages = buffers[0].shape[1]
 
-    def _count(self, block: QueryBlock, j: Any) -> Any:
+    def _count(self, block: QueryBlock, j: Index) -> jax.Array:
         """Pages of the j-th block of keys."""
         pages_left = block.end_page - block.first_page - j * self.pages
         return jnp.minimum(self.pages, pages_left)
 
-    def start(self, block: QueryBlock, j: Any, slot: Any) -> None:
+    def start(self, block: QueryBlock, j: Index, slot: Index) -> None:
         """Starts to copy the j-th block of a block of queries' keys."""
         first = block.row * self.width + block.first_page + j * self.pages
 
@@ -86,7 +88,7 @@ class PageCopies:
 
         lax.fori_loop(0, self._count(block, j), start_page, None)
 
-    def wait(self, block: QueryBlock, j: Any, slot: Any) -> None:
+    def wait(self, block: QueryBlock, j: Index, slot: Index) -> None:
         """Waits for what :meth:`start` has started. A semaphore counts bytes, so that a
         full block is waited for as one copy of the buffer's size."""
         count = self._count(block, j)
@@ -111,15 +113,15 @@ class PageCopies:
 
 
 def attend_query_blocks(
-    table: Any,
-    tables: Any,
-    count: Any,
-    q_ref: Any,
-    head_terms: dict[str, Any],
-    pages: dict[str, Any],
-    o_ref: Any,
-    lse_ref: Any,
-    *scratch: Any,
+    table: Ref,
+    tables: Ref,
+    count: Ref,
+    q_ref: Ref,
+    head_terms: dict[str, Ref],
+    pages: dict[str, Ref],
+    o_ref: Ref,
+    lse_ref: Ref,
+    *scratch: Ref,
     statics: PagedKernelStatics,
 ) -> None:
     """One block of queries: all kv heads, over its pages.
@@ -199,20 +201,20 @@ def attend_query_blocks(
 class _SoftmaxState(NamedTuple):
     """Each query's softmax over the keys so far, fp32."""
 
-    top: Any
+    top: Ref
     """[K, M, LANES]: the largest score, alike along the lanes."""
-    total: Any
+    total: Ref
     """[K, M, LANES]: the sum of weights, whose lanes are still to be summed."""
-    o: Any
+    o: Ref
     """[K, M, Hv]: the sum of weighted values."""
 
 
 def _attend_pages(
     block: QueryBlock,
-    start: Any,
-    q_ref: Any,
-    pages: dict[str, Any],
-    head_terms: dict[str, Any],
+    start: jax.Array,
+    q_ref: Ref,
+    pages: dict[str, Ref],
+    head_terms: dict[str, Ref],
     state: _SoftmaxState,
     statics: PagedKernelStatics,
 ) -> None:
@@ -281,7 +283,7 @@ def _attend_pages(
 
 def _compare_positions(
     block: QueryBlock,
-    start: Any,
+    start: jax.Array,
     row: int,
     shape: tuple[int, ...],
     statics: PagedKernelStatics,
@@ -300,7 +302,7 @@ def _compare_positions(
     return distance, seen
 
 
-def _read_codes(ref: Any, head: int) -> jax.Array:
+def _read_codes(ref: Ref, head: int) -> jax.Array:
     """Reads a head's codes as fp32 [pages, page, H]."""
     x = ref[:, head]
     if x.dtype != jnp.uint8:
@@ -309,7 +311,7 @@ def _read_codes(ref: Any, head: int) -> jax.Array:
     return jnp.concatenate([x & 15, x >> 4], axis=1).astype(jnp.float32)
 
 
-def _read_keys(pages: dict[str, Any], head: int, B: int, dtype: Any) -> jax.Array:
+def _read_keys(pages: dict[str, Ref], head: int, B: int, dtype: DTypeLike) -> jax.Array:
     """Reads a head's keys, [B, H]."""
     if "k_scale" not in pages:
         x = pages["k_codes"][:, head]
@@ -322,7 +324,7 @@ def _read_keys(pages: dict[str, Any], head: int, B: int, dtype: Any) -> jax.Arra
     return x.reshape(B, x.shape[-1])
 
 
-def _lane_scales(pages: dict[str, Any]) -> dict[str, jax.Array]:
+def _lane_scales(pages: dict[str, Ref]) -> dict[str, jax.Array]:
     """Reads values' scales and zeros along the lanes, fp32 [K, B]."""
     scales = {}
     for name in ("v_scale", "v_zero"):
@@ -336,10 +338,10 @@ def _lane_scales(pages: dict[str, Any]) -> dict[str, jax.Array]:
 def _multiply_values(
     weights: jax.Array,
     k: jax.Array,
-    pages: dict[str, Any],
+    pages: dict[str, Ref],
     scales: dict[str, jax.Array],
     head: int,
-    dtype: Any,
+    dtype: DTypeLike,
     Hv: int,
 ) -> jax.Array:
     """Multiplies weights fp32 [M, B] by a head's values: codes as they are, by weights
@@ -367,7 +369,7 @@ def _fold_lanes(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _store_along_lanes(x: jax.Array, ref: Any) -> None:
+def _store_along_lanes(x: jax.Array, ref: Ref) -> None:
     """Stores [K, M, LANES], alike along the lanes, as [chunks of M, K, LANES]."""
     M = x.shape[1]
     for chunk in range(ref.shape[0]):

@@ -6,13 +6,14 @@ Flash-Decoding), whose parts are joined by their log-sum-exps.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.gpu_blocks import LN2, LOG2E
 from pallas_kernels.attention.triton_program import (
@@ -21,6 +22,7 @@ from pallas_kernels.attention.triton_program import (
     pad_head_size,
     split_head_dim,
 )
+from pallas_kernels.kernel_types import Ref
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 from pallas_kernels.paged_attention.query_blocks import (
     QueryBlock,
@@ -132,7 +134,8 @@ def forward(
     operands: PagedOperands, params: PagedParams
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
-    sizes = params.block_sizes or choose_blocks(operands, params)
+    override = cast(TritonPagedBlocks | None, params.block_sizes)
+    sizes = override or choose_blocks(operands, params)
 
     def attend(blocks: QueryBlocks, uniform: bool) -> tuple[jax.Array, jax.Array]:
         return _run(blocks, operands, params, sizes, sizes.splits if uniform else 1)
@@ -208,7 +211,7 @@ def _run(
 
 
 def _attend_block(
-    refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, statics: _Statics
+    refs: dict[str, Ref], o_ref: Ref, lse_ref: Ref, *, statics: _Statics
 ) -> None:
     """One block of queries, one kv head, one share of the keys. Scores are powers of
     two: the hardware has no other exponential."""
@@ -286,7 +289,7 @@ def _attend_block(
 
 
 def _load_codes(
-    ref: Any, tile: _KeyTile, feature: jax.Array, s: _Statics, H: int
+    ref: Ref, tile: _KeyTile, feature: jax.Array, s: _Statics, H: int
 ) -> jax.Array:
     """Reads tokens' codes or numbers, [keys, width]: the features ``feature`` int32
     [width] of heads of H."""
@@ -308,7 +311,7 @@ def _load_codes(
 
 
 def _load_keys(
-    refs: dict[str, Any], tile: _KeyTile, dtype: Any, s: _Statics
+    refs: dict[str, Ref], tile: _KeyTile, dtype: DTypeLike, s: _Statics
 ) -> tuple[jax.Array, ...]:
     """Reads a tile of keys, [keys, width] of each part of a head."""
     parts = []
@@ -331,11 +334,11 @@ def _load_keys(
 
 
 def _multiply_values(
-    refs: dict[str, Any],
+    refs: dict[str, Ref],
     weights: jax.Array,
     tile: _KeyTile,
     k: tuple[jax.Array, ...],
-    dtype: Any,
+    dtype: DTypeLike,
     s: _Statics,
 ) -> tuple[jax.Array, ...]:
     """Multiplies weights [rows, keys] by a tile of values, in parts of a head."""
