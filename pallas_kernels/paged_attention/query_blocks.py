@@ -35,8 +35,8 @@ class QueryBlock(NamedTuple):
         cls, table: Ref, i: jax.Array, columns: int, first: int = 0
     ) -> "QueryBlock":
         """Reads, in a kernel, row i of a flat table: from its column ``first`` on."""
-        row_begin = i * columns
-        fields = [table[row_begin + (first + n)] for n in range(len(cls._fields))]
+        num_fields = len(cls._fields)
+        fields = [table[i * columns + (first + n)] for n in range(num_fields)]
         return cls(*fields)
 
 

@@ -148,6 +148,7 @@ def attend_query_blocks(
         # The first column is the block's index, for the grid.
         return QueryBlock.read(table, item + ahead, COLUMNS, 1)
 
+    # Cores take turns: this core's next block is as many further as there are cores.
     block = read_block(0)
     next_block = read_block(statics.cores)
     copies = PageCopies(
@@ -162,13 +163,14 @@ def attend_query_blocks(
             buffer[...] = jnp.zeros_like(buffer)
         pl.when(block.end_page > block.first_page)(lambda: copies.start(block, 0, 0))
 
+    # The softmax before the first key: that of the sink, or empty.
     acc_ref[...] = jnp.zeros_like(acc_ref)
     if "sinks" in head_terms:
         sinks = head_terms["sinks"][...]
         top_ref[...] = jnp.maximum(sinks * LOG2_E, _MASKED)
         # A sum is spread over the lanes: the sink's weight is in the first.
-        first = lax.broadcasted_iota(jnp.int32, sinks.shape, 2) == 0
-        sum_ref[...] = jnp.where(first & (sinks > _NO_KEY), 1.0, 0.0)
+        is_first_lane = lax.broadcasted_iota(jnp.int32, sinks.shape, 2) == 0
+        sum_ref[...] = jnp.where(is_first_lane & (sinks > _NO_KEY), 1.0, 0.0)
     else:
         top_ref[...] = jnp.full_like(top_ref, _NO_KEY)
         sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -176,18 +178,25 @@ def attend_query_blocks(
     buffer_by_name = dict(zip(pages, buffers, strict=True))
 
     def attend_block(j, _):
+        # While block j of the keys is computed from its slot, the next one is copied
+        # into the other: of these queries, or the first of the next block of queries.
         slot = slot_ref[0]
         pl.when(j + 1 < num_blocks)(lambda: copies.start(block, j + 1, 1 - slot))
-        is_last = (j + 1 == num_blocks) & (item + statics.cores < count[0])
-        pl.when(is_last)(lambda: copies.start(next_block, 0, 1 - slot))
+        is_last = j + 1 == num_blocks
+        has_next_block = item + statics.cores < count[0]
+        pl.when(is_last & has_next_block)(lambda: copies.start(next_block, 0, 1 - slot))
         copies.wait(block, j, slot)
-        start = (block.first_page + j * statics.pages) * statics.params.page_size
+
+        first_page = block.first_page + j * statics.pages
+        start = first_page * statics.params.page_size
         copied = {name: buffer.at[slot] for name, buffer in buffer_by_name.items()}
         state = _SoftmaxState(top_ref, sum_ref, acc_ref)
         _attend_pages(block, start, q_ref, copied, head_terms, state, statics)
         slot_ref[0] = 1 - slot
 
     lax.fori_loop(0, num_blocks, attend_block, None)
+
+    # Results: zeros and −inf where there is neither key nor sink.
     total = jnp.sum(sum_ref[...], axis=2, keepdims=True)
     top = top_ref[...]
     has_weight = total > 0
@@ -222,6 +231,7 @@ def _attend_pages(
     params = statics.params
     K, M, _ = q_ref.shape
     B = statics.pages * params.page_size
+    # Rows of a tile: all, where tiles of _TILE_ROWS do not divide them.
     rows = min(M, _TILE_ROWS)
     if M % rows:
         rows = M
@@ -231,7 +241,8 @@ def _attend_pages(
         for head in range(K)
         for first in range(0, M, rows)
     ]
-    # What one stage of a tile leaves to the next.
+    # What one stage of a tile leaves to the next: keys by head, the others by head and
+    # first row.
     keys: dict[int, jax.Array] = {}
     scores: dict[tuple[int, int], jax.Array] = {}
     weights: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
@@ -247,6 +258,7 @@ def _attend_pages(
         if params.soft_cap is None:
             x *= params.scale * LOG2_E
         else:
+            # cap · tanh(scale · q·k / cap).
             tanh = jnp.tanh(x * (params.scale / params.soft_cap))
             x = tanh * (params.soft_cap * LOG2_E)
         distance, seen = _compare_positions(block, start, tile.start, x.shape, statics)
@@ -254,20 +266,25 @@ def _attend_pages(
             slopes = head_terms["slopes"][head, tile][:, :1] * LOG2_E
             x -= slopes * distance.astype(jnp.float32)
         x = jnp.where(seen, x, _MASKED)
+
+        # Weights by the largest score so far; earlier sums were by an earlier one, and
+        # decay.
         old_top = state.top[head, tile]
         top = jnp.maximum(old_top, jnp.max(x, axis=1, keepdims=True))
         decay = jnp.exp2(old_top - top)
         weight = jnp.exp2(x - top[:, :1])
         state.top[head, tile] = top
-        state.total[head, tile] = state.total[head, tile] * decay + _fold_lanes(weight)
+        old_total = state.total[head, tile]
+        state.total[head, tile] = old_total * decay + _fold_lanes(weight)
         weights[head, tile.start] = weight, decay
 
     def add_values(head: int, tile: slice) -> None:
         weight, decay = weights.pop((head, tile.start))
-        o = _multiply_values(
+        tile_o = _multiply_values(
             weight, keys[head], pages, scales, head, q_ref.dtype, params.value_dim
         )
-        state.o[head, tile] = state.o[head, tile] * decay[:, :1] + o
+        old_o = state.o[head, tile]
+        state.o[head, tile] = old_o * decay[:, :1] + tile_o
 
     # Neighbours in the program overlap on the machine: while the vector unit weighs a
     # tile, the matrix unit scores one ahead and adds the values of one behind.
@@ -307,6 +324,7 @@ def _read_codes(ref: Ref, head: int) -> jax.Array:
     x = ref[:, head]
     if x.dtype != jnp.uint8:
         return x.astype(jnp.float32)
+    # Two codes a byte: the page's first half in the low bits, its second in the high.
     x = x.astype(jnp.int32)
     return jnp.concatenate([x & 15, x >> 4], axis=1).astype(jnp.float32)
 
@@ -316,6 +334,7 @@ def _read_keys(pages: dict[str, Ref], head: int, B: int, dtype: DTypeLike) -> ja
     if "k_scale" not in pages:
         x = pages["k_codes"][:, head]
     else:
+        # x = codes · scale + zero, of a channel over a page's tokens.
         x = _read_codes(pages["k_codes"], head)
         x *= pages["k_scale"][:, head].astype(jnp.float32)[:, None]
         if "k_zero" in pages:
@@ -329,8 +348,8 @@ def _lane_scales(pages: dict[str, Ref]) -> dict[str, jax.Array]:
     scales = {}
     for name in ("v_scale", "v_zero"):
         if name in pages:
-            num_pages = pages[name].shape[0]
-            parts = [pages[name][i].astype(jnp.float32) for i in range(num_pages)]
+            ref = pages[name]  # [pages, K, page]
+            parts = [ref[i].astype(jnp.float32) for i in range(ref.shape[0])]
             scales[name] = jnp.concatenate(parts, axis=1)
     return scales
 
@@ -347,6 +366,7 @@ def _multiply_values(
     """Multiplies weights fp32 [M, B] by a head's values: codes as they are, by weights
     that have the scale already."""
     if "v_codes" not in pages:
+        # Values are the first features of the keys.
         return multiply(weights.astype(dtype), k[:, :Hv], 1, 0)
     if not scales:
         x = pages["v_codes"][:, head]
@@ -364,8 +384,10 @@ def _fold_lanes(x: jax.Array) -> jax.Array:
     """Sums [M, B] to [M, LANES], whose lanes are summed once, at the end."""
     M, B = x.shape
     if B % LANES:
-        x = jnp.concatenate([x, jnp.zeros((M, -B % LANES), x.dtype)], axis=1)
-    parts = (x[:, start : start + LANES] for start in range(0, x.shape[1], LANES))
+        missing_lanes = jnp.zeros((M, -B % LANES), x.dtype)
+        x = jnp.concatenate([x, missing_lanes], axis=1)
+    starts = range(0, x.shape[1], LANES)
+    parts = (x[:, start : start + LANES] for start in starts)
     return functools.reduce(jnp.add, parts)
 
 
@@ -373,7 +395,11 @@ def _store_along_lanes(x: jax.Array, ref: Ref) -> None:
     """Stores [K, M, LANES], alike along the lanes, as [chunks of M, K, LANES]."""
     M = x.shape[1]
     for chunk in range(ref.shape[0]):
-        rows = x[:, chunk * LANES : min((chunk + 1) * LANES, M)]
+        begin = chunk * LANES
+        end = min(begin + LANES, M)
+        rows = x[:, begin:end]
+        # Row r's number goes to lane r: the diagonal is left, and summed over the rows.
         row = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
         lane = lax.broadcasted_iota(jnp.int32, rows.shape, 2)
-        ref[chunk] = jnp.sum(jnp.where(row == lane, rows, 0.0), axis=1)
+        diagonal = jnp.where(row == lane, rows, 0.0)
+        ref[chunk] = jnp.sum(diagonal, axis=1)

@@ -279,8 +279,9 @@ def _gather(x: jax.Array, table: jax.Array) -> jax.Array:
     """Gathers [R, K, n, ...] of x [P, K, ...], a head of a page as one row of a table:
     what XLA copies fastest on a CPU, with indices that it has computed before."""
     P, K, *page_shape = x.shape
+    first_rows = table[:, None] * K  # [R, 1, n]: of the page's first head
     heads = jnp.arange(K, dtype=jnp.int32)
-    rows = table[:, None] * K + heads[:, None]  # [R, K, n]
+    rows = first_rows + heads[:, None]  # [R, K, n]
     # Without the barrier XLA computes the index anew for each number that it copies.
     rows = lax.optimization_barrier(rows.reshape(-1))
     flat = x.reshape(P * K, -1)
