@@ -69,7 +69,9 @@ class TritonProgram:
         self.tiles = statics.tiles
         self.exp2_scale = gpu_blocks.get_exp2_scale(statics.params, refs)
         # Read once, outside all loops: the interpreter knows them nowhere else.
-        self.block, self.head, self.row = (pl.program_id(axis) for axis in range(3))
+        self.block = pl.program_id(0)
+        self.head = pl.program_id(1)
+        self.row = pl.program_id(2)
 
     def load_rows(
         self, name: str, start: Index, block: int, length: int | None, *index: Index
@@ -201,6 +203,7 @@ class TritonProgram:
         if "visits" not in self.refs:
             return loop(0, num_blocks, lambda visit: visit, False, carry)
         visits = BlockVisits.read(self.refs["visits"], i)
+        # Blocks with a mask first, then the run of those that need none.
         carry = loop(0, visits.num_masked, visits.masked_block, True, carry)
         num_full = visits.full_end - visits.full_begin
         return loop(visits.full_begin, num_full, lambda visit: visit, False, carry)
@@ -274,23 +277,27 @@ class TritonKernelCall:
     ) -> list[jax.Array]:
         """Runs a kernel; ``outputs``: (shape, dtype, spec by what has these) of each
         result."""
-        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
+        out_shapes = []
+        out_specs = []
+        for shape, dtype, make_spec in outputs:
+            out_shape = jax.ShapeDtypeStruct(shape, dtype)
+            out_shapes.append(out_shape)
+            out_specs.append(make_spec(out_shape))
         names = tuple(self.inputs)
         tiles = self.statics.tiles
 
         def body(*refs):
-            inputs = dict(zip(names, refs[: len(names)], strict=True))
-            kernel(TritonProgram(inputs, self.statics), *refs[len(names) :])
+            input_refs = refs[: len(names)]
+            output_refs = refs[len(names) :]
+            inputs = dict(zip(names, input_refs, strict=True))
+            kernel(TritonProgram(inputs, self.statics), *output_refs)
 
         return pl.pallas_call(
             body,
             grid=self.grid,
             in_specs=self.specs,
-            out_specs=[
-                make_spec(shape)
-                for (_, _, make_spec), shape in zip(outputs, shapes, strict=True)
-            ],
-            out_shape=shapes,
+            out_specs=out_specs,
+            out_shape=out_shapes,
             compiler_params=plgpu.CompilerParams(
                 num_warps=tiles.warps, num_stages=tiles.stages
             ),
@@ -349,7 +356,8 @@ def split_head_dim(H: int) -> list[tuple[int, int]]:
     parts = []
     begin = 0
     while begin < H:
-        width = max(16, 1 << ((H - begin).bit_length() - 1))
+        largest_power = 1 << ((H - begin).bit_length() - 1)
+        width = max(16, largest_power)
         parts.append((begin, width))
         begin += width
     return parts
@@ -367,11 +375,14 @@ def _inside(
     """bool [block, width]: what lies in the array; None: all."""
     masks = []
     if length is not None:
-        masks.append((start + jnp.arange(block) < length)[:, None])
+        row_is_inside = start + jnp.arange(block) < length
+        masks.append(row_is_inside[:, None])
     if begin + width > H:
-        masks.append((begin + jnp.arange(width) < H)[None])
+        feature_is_inside = begin + jnp.arange(width) < H
+        masks.append(feature_is_inside[None])
     if not masks:
         return None
+    # One of them, or both.
     return jnp.broadcast_to(masks[0] & masks[-1], (block, width))
 
 

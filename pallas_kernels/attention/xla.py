@@ -96,10 +96,15 @@ def _forward_unrolled(
 
     def attend_tile(tile: ScoreTile) -> tuple[jax.Array, jax.Array]:
         if tile.keys.start >= tile.keys.stop:
+            # No query sees a key: zeros, and of sinks alone the log-sum-exps.
             shape = (B, K, group, tile.rows.stop - tile.rows.start)
             lse = jnp.full((*shape, 1), -jnp.inf, accumulation_dtype(q))
             o = jnp.zeros((*shape, Hv), dtype)
-            return o, lse if sinks is None else lse.at[:].set(sinks)
+            if sinks is not None:
+                lse = lse.at[:].set(sinks)
+            return o, lse
+
+        # Softmax over the keys, and the sink if there is one: [B, K, G, rows, keys].
         scores, _ = tile.scores()
         top = jnp.max(scores, axis=-1, keepdims=True)
         if sinks is not None:
@@ -108,6 +113,9 @@ def _forward_unrolled(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sinks is not None:
             total += jnp.exp(sinks - top)
+
+        # A query without a key gives zeros and −inf. A score that is masked is far below
+        # any other.
         o = einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), v[:, tile.keys])
         has_key_or_sink = top > MASKED / 2
         o = jnp.where(has_key_or_sink, o / total, 0.0).astype(dtype)
@@ -118,8 +126,12 @@ def _forward_unrolled(
     o_tiles, lse_tiles = zip(*results, strict=True)
     o = jnp.concatenate(o_tiles, axis=3)
     lse = jnp.concatenate(lse_tiles, axis=3)
-    o = o.transpose(0, 3, 1, 2, 4).reshape(B, S, N, Hv)
-    return o, lse[..., 0].transpose(0, 3, 1, 2).reshape(B, S, N)
+    # [B, K, G, S, ...] → [B, S, N, ...].
+    o = o.transpose(0, 3, 1, 2, 4)
+    o = o.reshape(B, S, N, Hv)
+    lse = lse[..., 0].transpose(0, 3, 1, 2)
+    lse = lse.reshape(B, S, N)
+    return o, lse
 
 
 def backward(
@@ -146,6 +158,7 @@ def _backward_in_parts(
     v_dtype = operands.v.dtype
 
     def run_part(carry, i):
+        # Arrays hold gradients of the parts so far, and q, k and v of the others.
         arrays, d_biases = carry
         q, k, v = arrays
         part = partition.cut_operands(i, operands._replace(q=q, k=k, v=v))
@@ -161,10 +174,12 @@ def _backward_in_parts(
         arrays = partition.put(i, arrays, (d_q, d_k, d_v))
         return (arrays, partition.put(i, d_biases, terms, BY_HEAD)), None
 
-    # A part's gradients take the places of its q, k and v, which nobody reads again.
-    arrays = tuple(
-        array.astype(jnp.promote_types(array.dtype, dtype)) for array in operands[:3]
-    )
+    # A part's gradients take the places of its q, k and v, which nobody reads again: in
+    # a type that holds both.
+    def widen(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.promote_types(x.dtype, dtype))
+
+    arrays = (widen(operands.q), widen(operands.k), widen(operands.v))
     carry = arrays, _make_zero_biases(operands)
     parts = jnp.arange(partition.num_parts)
     (gradients, d_biases), _ = lax.scan(run_part, carry, parts)
@@ -205,6 +220,9 @@ def _backward_unrolled(
     K, Hv = v.shape[2:]
     d_k, d_v, *d_biases = _make_zero_sums(operands)
     lse, delta, d_o = saved
+
+    # Query heads by their kv head: q and d_o [B, S, K, G, ...], as scores have them lse
+    # and delta [B, K, G, S, 1].
     heads = (B, S, K, N // K)
     q = q.reshape(*heads, H)
     d_o = d_o.reshape(*heads, Hv)
@@ -228,6 +246,8 @@ def _backward_unrolled(
         if keys.start >= keys.stop:
             d_q_tiles.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
+
+        # Softmax's Jacobian: dS = P · (dP − delta), with dP = dO·Vᵀ.
         tile = tile._replace(operands=operands)
         scores, derivatives = tile.scores()
         weights = jnp.exp(scores - lse[..., rows, :])
@@ -241,6 +261,8 @@ def _backward_unrolled(
             d_scores *= derivatives
         # What is masked may overflow: infinity times a weight of 0 is NaN.
         d_scores = jnp.where(weights > 0, d_scores, 0.0).astype(q.dtype)
+
+        # dQ = dS·K, dK = dSᵀ·Q and dV = Pᵀ·dO.
         d_q_tile = einsum("bkgst,btkh->bskgh", d_scores, k[:, keys])
         d_q_tiles.append(d_q_tile.astype(dtype))
         term = einsum("bkgst,bskgh->btkh", d_scores, q[:, rows])
@@ -294,8 +316,10 @@ class BatchPartition(NamedTuple):
         """Makes parts of at most ``max_pairs`` pairs of a row and a kv head, or one:
         whole rows where these fit."""
         if max_pairs >= kv_heads:
-            return cls(batch // find_largest_divisor(batch, max_pairs // kv_heads), 1)
-        return cls(batch, kv_heads // find_largest_divisor(kv_heads, max_pairs))
+            rows_per_part = find_largest_divisor(batch, max_pairs // kv_heads)
+            return cls(batch // rows_per_part, head_parts=1)
+        heads_per_part = find_largest_divisor(kv_heads, max_pairs)
+        return cls(batch, kv_heads // heads_per_part)
 
     @property
     def num_parts(self) -> int:
@@ -368,8 +392,10 @@ def _choose_partition(operands: AttentionOperands) -> BatchPartition | None:
     B, S, N, _ = operands.q.shape
     T, K = operands.k.shape[1:3]
     tile_rows = min(tile_size(S), S)
+    # fp32 scores of one row of the batch and one kv head.
     score_bytes = 4 * (N // K) * tile_rows * T
-    partition = BatchPartition.of(B, K, SCORE_BYTES // score_bytes)
+    max_pairs = SCORE_BYTES // score_bytes
+    partition = BatchPartition.of(B, K, max_pairs)
     return partition if partition.num_parts > 1 else None
 
 
@@ -398,6 +424,7 @@ def _split_operands(
     }
     rows = _split_rows(rows, count)
     if operands.q_positions is None:
+        # Tiles at positions in order begin one after the other.
         S = operands.q.shape[1]
         first = 0 if operands.q_offset is None else operands.q_offset
         rows["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
@@ -408,7 +435,9 @@ def _split_rows(tree: Arrays, count: int) -> Arrays:
     """[B, S, ...] → [count, B, S / count, ...]"""
 
     def split(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+        B, _, *features = x.shape
+        tiles = x.reshape(B, count, -1, *features)
+        return jnp.moveaxis(tiles, 1, 0)
 
     return jax.tree.map(split, tree)
 
